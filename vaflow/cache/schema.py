@@ -1,0 +1,175 @@
+"""The cache contract as types and constants: what `cache_schema.md` says, for programs. No I/O here.
+
+A cache is a folder of named *streams*; a stream holds arrays for *items* (clips, or prompt sets); an item of a stream
+is committed by a *record*. Validators return every problem as text; one caller raises.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA_VERSION = 1
+FORMAT = "vaflow-cache"
+STORES = ("zarr", "hdf5")
+
+Kind = Literal["visual", "audio", "logmel", "pixels", "labels", "text"]
+StoreName = Literal["zarr", "hdf5"]
+Array = NDArray[Any]
+Json = dict[str, Any]
+
+LABELS = "labels"  # the one stream that every clip has: its frame clock, split, group and annotation
+LOGMEL = "logmel"
+PIXELS = "pixels"
+
+FLOAT = ("float16", "float32")
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a stream kind: the names of its axes (equal names have equal lengths) and its allowed dtypes."""
+
+    axes: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    required: bool = True
+
+
+# fmt: off
+KINDS: Mapping[str, Mapping[str, ArraySpec]] = {
+    # one embedding per grid sample of the clip
+    "visual": {
+        "embedding": ArraySpec(("sample", "dim"), FLOAT),
+        "time":      ArraySpec(("sample",), ("float64",)),         # seconds: the grid instant
+        "valid":     ArraySpec(("sample",), ("bool",)),            # a face was there
+        "frame":     ArraySpec(("sample",), ("int64",), False),    # 0-based number of the video frame used
+    },
+    # a sequence of embeddings per window of the clip
+    "audio": {
+        "embedding": ArraySpec(("window", "step", "dim"), FLOAT),
+        "time":      ArraySpec(("window", "step"), ("float64",)),  # seconds: mean centre of the step's tokens
+        "valid":     ArraySpec(("window", "step"), ("bool",)),     # there was sound data under the step
+        "start":     ArraySpec(("window",), ("float64",)),         # seconds: where the window begins
+    },
+    # Kaldi filter banks of the whole clip, unnormalised, frame i covering [0.01 i, 0.01 i + 0.025) s
+    "logmel": {
+        "embedding": ArraySpec(("frame", "mel"), FLOAT),
+        "time":      ArraySpec(("frame",), ("float64",)),          # seconds: the frame's centre
+        "valid":     ArraySpec(("frame",), ("bool",)),             # all its samples came from the file
+    },
+    # the face crop of every visual sample, as JPEG files laid end to end
+    "pixels": {
+        "data":      ArraySpec(("byte",), ("uint8",)),
+        "offset":    ArraySpec(("sample+1",), ("int64",)),         # image i is data[offset[i]:offset[i + 1]], empty if invalid
+        "time":      ArraySpec(("sample",), ("float64",)),
+        "valid":     ArraySpec(("sample",), ("bool",)),
+        "frame":     ArraySpec(("sample",), ("int64",), False),
+    },
+    # the frame clock and its annotation: one row per video frame or annotation row, whichever is more
+    "labels": {
+        "time":      ArraySpec(("row",), ("float64",)),            # seconds: presentation time
+        "value":     ArraySpec(("row", "target"), ("float32",)),   # valence, arousal; NaN where not annotated
+        "valid":     ArraySpec(("row", "target"), ("bool",)),
+    },
+    # prompt prototypes; items are prompt sets, not clips
+    "text": {
+        "embedding": ArraySpec(("region", "dim"), ("float32",)),   # mean of the normalised template embeddings
+        "template":  ArraySpec(("template", "region", "dim"), ("float32",)),  # each of them, normalised
+    },
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class StreamInfo:
+    """What made a stream. Two streams of one name with different fingerprints never mix.
+
+    Attributes:
+        name: as used on the command line and on disk, e.g. "clip-vit-b16".
+        kind: a key of `KINDS`.
+        dim: the last axis of `embedding` (0 for pixels and labels).
+        dtype: of `embedding` ("uint8" for pixels, "float32" for labels).
+        identity: plain JSON: encoder, weights digest, preprocessing, sampling, output layer, decoder backend and
+            version ... : everything that changes the numbers. The fingerprint is its digest.
+    """
+
+    name: str
+    kind: Kind
+    dim: int
+    dtype: str
+    identity: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The completion record of one item of one stream: `records/<stream>/<item>.json`.
+
+    Attributes:
+        arrays: name -> {"shape": [...], "dtype": "..."}.
+        files: path below the attempt (or the attempt's file itself) -> {"size": bytes, "crc32c": unsigned}.
+        source: identity of what it was made from; a changed source is re-extracted.
+        meta: facts about the item (split, group, duration, audio status, face share ...). Never needed to read arrays.
+    """
+
+    stream: str
+    item: str
+    attempt: str
+    arrays: Mapping[str, Json]
+    files: Mapping[str, Json]
+    source: Json = field(default_factory=dict)
+    meta: Json = field(default_factory=dict)
+    created: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
+def array_problems(info: StreamInfo, arrays: Mapping[str, Array]) -> list[str]:
+    """Everything that keeps `arrays` from being an item of the stream `info`; empty when all is well."""
+    specs = KINDS[info.kind]
+    problems = [f"array {name!r} is missing" for name, spec in specs.items() if spec.required and name not in arrays]
+    problems += [f"array {name!r} is not part of a {info.kind} stream" for name in arrays if name not in specs]
+    lengths: dict[str, int] = {}
+    for name in specs:
+        if name in arrays:
+            problems += _one_array_problems(name, specs[name], arrays[name], lengths)
+    embedding = arrays.get("embedding")
+    if embedding is not None and embedding.ndim and embedding.shape[-1] != info.dim:
+        problems.append(f"embedding has {embedding.shape[-1]} dimensions, the stream says {info.dim}")
+    if embedding is not None and str(embedding.dtype) != info.dtype:
+        problems.append(f"embedding is {embedding.dtype}, the stream says {info.dtype}")
+    return problems or _value_problems(info, arrays)
+
+
+def _one_array_problems(name: str, spec: ArraySpec, array: Array, lengths: dict[str, int]) -> list[str]:
+    problems = []
+    if str(array.dtype) not in spec.dtypes:
+        problems.append(f"{name} is {array.dtype}, not {' or '.join(spec.dtypes)}")
+    if array.ndim != len(spec.axes):
+        return [*problems, f"{name} has shape {array.shape}, not [{', '.join(spec.axes)}]"]
+    for axis, length in zip(spec.axes, array.shape, strict=True):
+        base, plus_one = axis.removesuffix("+1"), axis.endswith("+1")
+        known = lengths.setdefault(base, length - plus_one)
+        if length - plus_one != known:
+            problems.append(f"{name} has {length} along {axis!r}, other arrays have {known + plus_one}")
+    return problems
+
+
+def _value_problems(info: StreamInfo, arrays: Mapping[str, Array]) -> list[str]:
+    problems = []
+    time = arrays.get("time")
+    if time is not None and not np.isfinite(time).all():
+        problems.append("time holds values that are not finite")
+    elif time is not None and time.ndim == 1 and (np.diff(time) < 0).any():
+        problems.append("time does not ascend")
+    embedding = arrays.get("embedding")
+    if embedding is not None and not np.isfinite(embedding).all():
+        problems.append("embedding holds NaN or infinity")
+    if info.kind == "labels":
+        value, valid = arrays["value"], arrays["valid"]
+        if not (np.abs(value[valid]) <= 1).all():  # NaN fails this comparison too
+            problems.append("labels marked valid are not all within [-1, 1]")
+    if info.kind == "pixels":
+        offset = arrays["offset"]
+        if offset.size and (offset[0] != 0 or offset[-1] != arrays["data"].size or (np.diff(offset) < 0).any()):
+            problems.append("pixel offsets do not run from 0 to the size of the data")
+    return problems

@@ -1,0 +1,51 @@
+"""What a layout says about one item of a data set, and what its labels say."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One person to be followed through one video.
+
+    Attributes:
+        id: unique in the data set: the path below its root without extension, or the trial's name.
+        split: "train", "val", "test", or None where the data set does not say.
+        group: the source video's stem; clips of one group never part in k-fold.
+        video: the file whose video stream gives the frame clock (and the faces, where there are no crops).
+        audio: the file whose audio stream is used; usually the video.
+        crops: folders of face crops named by 1-based video frame number, merged in order; empty: detect faces.
+        labels: the annotation file, or None.
+        label_format: how to read it: a key of `vaflow.datasets.labels.READERS`.
+    """
+
+    id: str
+    split: str | None
+    group: str
+    video: Path | None
+    audio: Path | None = None
+    crops: tuple[Path, ...] = ()
+    labels: Path | None = None
+    label_format: str = "none"
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Labels of one clip, before they meet the frame clock.
+
+    Attributes:
+        value: [N, 2] float32, valence and arousal; NaN where a row is not annotated.
+        time: [N] seconds, or None where row k belongs to frame `frame[k]`.
+        frame: [N] 0-based frame numbers, or None where rows have times.
+        targets: which columns of `value` the file has at all.
+    """
+
+    value: NDArray[np.float32]
+    time: NDArray[np.float64] | None = None
+    frame: NDArray[np.int64] | None = None
+    targets: tuple[str, ...] = field(default=("valence", "arousal"))

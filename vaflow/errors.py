@@ -1,0 +1,90 @@
+"""Every error vaflow raises on purpose.
+
+    VaflowError                  anything a caller may want to catch; the command prints it and exits 1
+    ├── UsageError (ValueError)  a value named by the user is wrong: option, path, config key; exits 2
+    ├── DataError (ValueError)   one item of a data set cannot be used: unreadable, truncated, mislabelled
+    │   └── MediaError           ... because of its media file
+    ├── CacheError               the cache cannot do what was asked
+    │   ├── SchemaError          its schema version or manifest is not one this version reads
+    │   ├── FingerprintError     a stream of that name was made with other settings
+    │   ├── MissingError (LookupError)  no such stream or item
+    │   └── CorruptError         bytes on disk do not match their record
+    └── WeightsError             encoder weights are missing, unreachable, or do not fit
+
+Messages are one paragraph, made by `explain`: what was expected, what was got, the choices, the remedy.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class VaflowError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(VaflowError, ValueError):
+    """A value named by the user is wrong."""
+
+    exit_code = 2
+
+
+class DataError(VaflowError, ValueError):
+    """One item of a data set cannot be used; other items are unaffected."""
+
+
+class MediaError(DataError):
+    """A media file is unreadable, truncated, or lacks the stream that is needed."""
+
+
+class CacheError(VaflowError):
+    """The cache cannot do what was asked of it."""
+
+
+class SchemaError(CacheError):
+    """The cache has a schema that this version does not read."""
+
+
+class FingerprintError(CacheError):
+    """A stream of this name exists and was made with other settings."""
+
+
+class MissingError(CacheError, LookupError):
+    """No such stream or item in the cache."""
+
+
+class CorruptError(CacheError):
+    """Bytes on disk do not match their record."""
+
+
+class WeightsError(VaflowError):
+    """Encoder weights are missing, unreachable, or do not fit the model."""
+
+
+def explain(
+    problem: str,
+    *,
+    expected: object = None,
+    got: object = None,
+    choices: Iterable[str] | None = None,
+    remedy: str | None = None,
+) -> str:
+    """One paragraph for a person: the problem, then what was expected and got, the choices, and what to do.
+
+    Where `choices` are given and `got` is close to one of them, that one is suggested.
+    """
+    parts = [problem.rstrip(".") + "."]
+    if expected is not None:
+        parts.append(f"Expected: {expected}.")
+    if got is not None:
+        parts.append(f"Got: {got}.")
+    if choices is not None:
+        names = sorted(choices)
+        parts.append(f"Choices: {', '.join(names) if names else 'none'}.")
+        close = get_close_matches(str(got), names, n=1)
+        if close and close[0] != got:
+            parts.append(f"Did you mean {close[0]!r}?")
+    if remedy is not None:
+        parts.append(remedy.rstrip(".") + ".")
+    return " ".join(parts)
