@@ -61,7 +61,7 @@ KINDS: Mapping[str, Mapping[str, ArraySpec]] = {
     # the face crop of every visual sample, as JPEG files laid end to end
     "pixels": {
         "data":      ArraySpec(("byte",), ("uint8",)),
-        "offset":    ArraySpec(("sample+1",), ("int64",)),         # image i is data[offset[i]:offset[i + 1]], empty if invalid
+        "offset":    ArraySpec(("sample+1",), ("int64",)),  # image i: data[offset[i]:offset[i + 1]], empty if invalid
         "time":      ArraySpec(("sample",), ("float64",)),
         "valid":     ArraySpec(("sample",), ("bool",)),
         "frame":     ArraySpec(("sample",), ("int64",), False),

@@ -1,4 +1,4 @@
-"""What stage one and fine-tuning ask of an encoder. One file per encoder; `vaflow.encoders` holds the dict of builders."""
+"""What stage one and fine-tuning ask of an encoder. One file per encoder; the package holds the dict of builders."""
 
 from typing import Any, ClassVar, Protocol
 

@@ -1,0 +1,6 @@
+"""`vaflow check`."""
+
+
+def check() -> int:
+    """To be written."""
+    return 1

@@ -1,0 +1,46 @@
+"""What commands share: the common options, where messages go, tables."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what went wrong.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
+
+
+def set_up(verbose: bool = False, quiet: bool = False) -> None:
+    """Send log lines to standard error at the level asked for."""
+    level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("vaflow").setLevel(level)
+
+
+def show_bars(quiet: bool) -> bool:
+    """Progress bars are for people: only on a terminal, and not when asked to be quiet."""
+    return sys.stderr.isatty() and not quiet
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
+    """Aligned columns; numbers to the right. Plain text, so that it can be piped."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    right = [all(_is_number(row[i]) for row in cells[1:]) and len(cells) > 1 for i in range(len(header))]
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _is_number(text: str) -> bool:
+    return bool(text) and text.strip("+-%").replace(".", "", 1).replace(",", "").isdigit()

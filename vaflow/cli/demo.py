@@ -1,0 +1,6 @@
+"""`vaflow demo`."""
+
+
+def demo() -> int:
+    """To be written."""
+    return 1

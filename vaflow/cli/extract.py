@@ -1,0 +1,6 @@
+"""`vaflow extract`."""
+
+
+def extract() -> int:
+    """To be written."""
+    return 1

@@ -1,0 +1,6 @@
+"""`vaflow predict`."""
+
+
+def predict() -> int:
+    """To be written."""
+    return 1
