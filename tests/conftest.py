@@ -1,0 +1,20 @@
+"""Fixtures that every part of the suite may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+CLIPS_VARIABLE = "VAFLOW_TEST_CLIPS"
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    """The folder of real clips that `scripts/fetch_clips.py` fills; tests that need it skip without it."""
+    folder = os.environ.get(CLIPS_VARIABLE)
+    if not folder:
+        pytest.skip(f"{CLIPS_VARIABLE} is not set: run `python scripts/fetch_clips.py DIR` and point it there")
+    path = Path(folder)
+    if not (path / "obama.mp4").is_file():
+        pytest.fail(f"{CLIPS_VARIABLE}={folder} holds no clips: run `python scripts/fetch_clips.py {folder}`")
+    return path
