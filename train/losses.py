@@ -1,0 +1,259 @@
+"""What training minimises: concordance and the distance-aware prompt loss (arXiv 2603.13415, eq. 2 and 6).
+
+Every function looks only at what a mask lets through: masked values may be anything, NaN too, and get no gradient.
+"""
+
+from typing import Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from vaflow.errors import UsageError, explain
+from vaflow.train.batch import Batch, Output
+
+CENTERS, SIGMA, KL_WEIGHT = 0.66, 0.45, 0.2  # the full model of the paper's tables
+REGIONS = 9
+
+Array = NDArray[Any]
+
+
+@overload
+def ccc(prediction: Tensor, target: Tensor, mask: Tensor | None = None, eps: float = 1e-8) -> Tensor: ...
+@overload
+def ccc(prediction: Array, target: Array, mask: Array | None = None, eps: float = 1e-8) -> NDArray[np.float64]: ...
+def ccc(prediction: Any, target: Any, mask: Any = None, eps: float = 1e-8) -> Any:
+    """Concordance correlation of each dimension over all masked entries, flattened; population variance.
+
+    Args:
+        prediction: [..., 2]; a tensor, or anything that NumPy understands.
+        target: [..., 2], of the same kind.
+        mask: [...] or [..., 2] bool: what counts. All, where it is None.
+        eps: added to the denominator, so that constants give a number.
+
+    Returns:
+        [2], in at least float32 for tensors and in float64 otherwise. 0 for a constant target; NaN where nothing is
+        masked in.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    if not isinstance(prediction, Tensor):
+        arrays = [None if item is None else torch.from_numpy(np.array(item)) for item in (prediction, target, mask)]
+        return ccc(_double(arrays[0]), _double(arrays[1]), arrays[2], eps).numpy()
+    value, count = _concordance(prediction, target, mask, eps)
+    return torch.where(count > 0, value, torch.nan)
+
+
+def ccc_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1 - mean CCC over the dimensions that have labels here; eq. 6's first term.
+
+    Args:
+        prediction: [..., 2].
+        target: [..., 2].
+        mask: [...] or [..., 2] bool: labelled and not padding.
+
+    Returns:
+        A scalar in [0, 2]. Constant labels give 1 with zero gradient, no labels at all give 0 with zero gradient.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    value, count = _concordance(prediction, target, mask, 1e-8)
+    present = (count > 0).to(value.dtype)
+    return (present * (1 - value)).sum() / present.sum().clamp(min=1)
+
+
+def _concordance(prediction: Tensor, target: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """CCC [2] (0 where nothing counts) and how many entries count [2]."""
+    prediction, target, mask = _flat(prediction, target, mask)
+    # Measured from a label, constant labels are exactly 0: no rounding of their mean leaks into the gradient.
+    origin = target.detach().masked_fill(~mask, torch.inf).amin(dim=0) if len(target) else target.new_zeros(2)
+    origin = torch.where(torch.isfinite(origin), origin, 0)
+    count = mask.sum(dim=0)
+    n = count.clamp(min=1).to(prediction.dtype)
+    x = torch.where(mask, prediction - origin, 0)
+    y = torch.where(mask, target - origin, 0)
+    mean_x, mean_y = x.sum(dim=0) / n, y.sum(dim=0) / n
+    dx = torch.where(mask, x - mean_x, 0)
+    dy = torch.where(mask, y - mean_y, 0)
+    spread = (dx.square().sum(dim=0) + dy.square().sum(dim=0)) / n
+    return 2 * (dx * dy).sum(dim=0) / n / (spread + (mean_x - mean_y).square() + eps), count
+
+
+def _flat(prediction: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """All three as [N, 2], the numbers in float32 or better."""
+    if prediction.shape != target.shape or prediction.shape[-1:] != (2,):
+        raise ValueError(
+            f"ccc: prediction and target must both be [..., 2]; got {[*prediction.shape]} and {[*target.shape]}"
+        )
+    if mask is None:
+        mask = torch.ones_like(target, dtype=torch.bool)
+    elif mask.shape == prediction.shape[:-1]:
+        mask = mask.unsqueeze(-1).expand(prediction.shape)
+    elif mask.shape != prediction.shape:
+        raise ValueError(f"ccc: the mask must be [...] or [..., 2] of {[*prediction.shape]}; got {[*mask.shape]}")
+    kind = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    return prediction.to(kind).reshape(-1, 2), target.to(kind).reshape(-1, 2), mask.to(torch.bool).reshape(-1, 2)
+
+
+def _double(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError("ccc: prediction and target are needed")
+    return tensor.to(torch.float64)
+
+
+def region_centers(centers: float = CENTERS, *, like: Tensor | None = None) -> Tensor:
+    """Centres of the nine regions, [9, 2] (valence, arousal); region 3 * v + a with v, a in (low, middle, high).
+
+    Args:
+        centers: distance of the outer centres from 0.
+        like: a tensor whose dtype and device the result has.
+
+    Raises:
+        UsageError: `centers` is not above 0.
+    """
+    _positive("centers", centers)
+    kind = {} if like is None else {"dtype": like.dtype, "device": like.device}
+    levels = torch.tensor([-centers, 0.0, centers], **kind)  # type: ignore[arg-type]
+    return torch.cartesian_prod(levels, levels)
+
+
+@overload
+def soft_labels(va: Tensor, centers: float = CENTERS, sigma: float = SIGMA) -> Tensor: ...
+@overload
+def soft_labels(va: Array, centers: float = CENTERS, sigma: float = SIGMA) -> NDArray[np.float64]: ...
+def soft_labels(va: Any, centers: float = CENTERS, sigma: float = SIGMA) -> Any:
+    """How near a point lies to each region: softmax of -|y - c|^2 / (2 sigma^2) over the nine centres (eq. 2).
+
+    Args:
+        va: [..., 2] valence and arousal; a tensor, or anything that NumPy understands.
+        centers: distance of the outer centres from 0.
+        sigma: width of the Gaussian, in the units of `va`.
+
+    Returns:
+        [..., 9], sums to 1, region 3 * v + a with v, a in (low, middle, high).
+
+    Raises:
+        UsageError: `centers` or `sigma` is not above 0.
+        ValueError: the last axis is not 2.
+    """
+    if not isinstance(va, Tensor):
+        return soft_labels(torch.from_numpy(np.array(va, np.float64)), centers, sigma).numpy()
+    _positive("sigma", sigma)
+    return functional.softmax(-_squared_distances(va, centers) / (2 * sigma**2), dim=-1)
+
+
+def hard_labels(va: Tensor, centers: float = CENTERS) -> Tensor:
+    """One-hot of the nearest centre, [..., 2] -> [..., 9]; of equally near ones, the lowest region.
+
+    Raises:
+        UsageError: `centers` is not above 0.
+        ValueError: the last axis is not 2.
+    """
+    distance = _squared_distances(va, centers)
+    nearest = distance <= distance.amin(dim=-1, keepdim=True)
+    first = nearest & (nearest.cumsum(dim=-1) == 1)
+    return first.to(distance.dtype)
+
+
+def _squared_distances(va: Tensor, centers: float) -> Tensor:
+    if va.shape[-1:] != (2,):
+        raise ValueError(f"region labels need points [..., 2]; got {[*va.shape]}")
+    va = va.to(torch.promote_types(va.dtype, torch.float32))
+    return (va.unsqueeze(-2) - region_centers(centers, like=va)).square().sum(dim=-1)
+
+
+def prompt_loss(
+    region_logits: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    centers: float = CENTERS,
+    sigma: float = SIGMA,
+    hard: bool = False,
+) -> Tensor:
+    """KL(w || softmax(logits)), summed over the nine regions, mean over the masked frames; eq. 6's second term.
+
+    Args:
+        region_logits: [B, F, 9].
+        target: [B, F, 2].
+        mask: [B, F] bool: labelled in both dimensions and not padding.
+        centers: distance of the outer centres from 0.
+        sigma: width of the soft labels.
+        hard: the nearest region alone instead of soft labels (then this is cross-entropy).
+
+    Returns:
+        A scalar >= 0; 0 with zero gradient where no frame is masked in.
+
+    Raises:
+        UsageError: `centers` or `sigma` is not above 0.
+        ValueError: shapes disagree.
+    """
+    frames = mask.shape
+    if region_logits.shape != (*frames, REGIONS) or target.shape != (*frames, 2):
+        raise ValueError(
+            "prompt_loss: expected logits [B, F, 9], target [B, F, 2] and mask [B, F]; "
+            f"got {[*region_logits.shape]}, {[*target.shape]} and {[*frames]}"
+        )
+    chosen = mask.unsqueeze(-1)
+    logits = torch.where(chosen, region_logits, 0).to(torch.promote_types(region_logits.dtype, torch.float32))
+    va = torch.where(chosen, target, 0)
+    weights = hard_labels(va, centers) if hard else soft_labels(va, centers, sigma)
+    divergence = torch.special.xlogy(weights, weights) - weights * functional.log_softmax(logits, dim=-1)
+    return torch.where(mask, divergence.sum(dim=-1), 0).sum() / mask.sum().clamp(min=1)
+
+
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error over the entries where `mask` is True; [..., 2] each -> scalar, 0 where there are none."""
+    prediction, target, mask = _flat(prediction, target, mask)
+    return torch.where(mask, prediction - target, 0).square().sum() / mask.sum().clamp(min=1)
+
+
+def total_loss(
+    output: Output,
+    batch: Batch,
+    *,
+    kl_weight: float = KL_WEIGHT,
+    centers: float = CENTERS,
+    sigma: float = SIGMA,
+    hard: bool = False,
+    mse_weight: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = L_CCC + kl_weight * L_KL (eq. 6), plus mse_weight * MSE where asked for.
+
+    Args:
+        output: what the model says; without region logits there is no KL part.
+        batch: targets and their mask.
+        kl_weight: lambda of eq. 6.
+        centers: distance of the outer region centres from 0.
+        sigma: width of the soft labels.
+        hard: hard region labels instead of soft ones.
+        mse_weight: weight of a squared error, which the paper does not have.
+
+    Returns:
+        The loss, a scalar, and its unweighted parts `ccc`, `kl`, `mse` (those there are) and `total`, detached
+        scalars on the same device.
+
+    Raises:
+        UsageError: `centers` or `sigma` is not above 0.
+        ValueError: shapes disagree.
+    """
+    loss = ccc_loss(output.va, batch.target, batch.labelled)
+    parts = {"ccc": loss}
+    if output.region_logits is not None:
+        both = batch.labelled.all(dim=-1)
+        parts["kl"] = prompt_loss(output.region_logits, batch.target, both, centers=centers, sigma=sigma, hard=hard)
+        if kl_weight:
+            loss = loss + kl_weight * parts["kl"]
+    if mse_weight:
+        parts["mse"] = masked_mse(output.va, batch.target, batch.labelled)
+        loss = loss + mse_weight * parts["mse"]
+    return loss, {name: part.detach() for name, part in {**parts, "total": loss}.items()}
+
+
+def _positive(name: str, value: float) -> None:
+    if not (np.isfinite(value) and value > 0):
+        raise UsageError(explain(f"{name} must be positive", expected="a number above 0", got=value))
