@@ -1,0 +1,256 @@
+"""How well predictions agree with labels: NumPy, float64, nothing but arrays in and numbers out.
+
+Everywhere `prediction` and `target` are [..., 2] (valence, arousal) and `mask` is [...] or [..., 2] bool, True where
+labelled; None means everywhere. Masked values may be anything, NaN too. Results are per dimension, [2], and NaN where
+nothing is labelled.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vaflow.errors import UsageError, explain
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+DIMENSIONS = ("valence", "arousal")
+MOMENTS = 6  # count, sum x, sum y, sum xx, sum yy, sum xy
+
+
+def concordance(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None) -> Floats:
+    """Concordance correlation with population variance over all labelled entries together (the ABAW metric), [2].
+
+    0 where prediction and target are both constant, even if they agree: there is nothing to agree on.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    return np.array([_concordance(x, y) for x, y in _columns(prediction, target, mask)])
+
+
+def pearson(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None) -> Floats:
+    """Pearson correlation over all labelled entries together, [2]; 0 where either is constant.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    return np.array([_pearson(x, y) for x, y in _columns(prediction, target, mask)])
+
+
+def rmse(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None) -> Floats:
+    """Root mean squared error over all labelled entries together, [2].
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    columns = _columns(prediction, target, mask)
+    return np.array([np.sqrt(np.mean((x - y) ** 2)) if x.size else np.nan for x, y in columns])
+
+
+def mean_over_dimensions(values: ArrayLike) -> Floats:
+    """[..., 2] -> [...]: the mean over the dimensions that are there (not NaN); NaN where none is."""
+    values = np.asarray(values, np.float64)
+    there = np.isfinite(values)
+    count = there.sum(axis=-1)
+    return np.where(count > 0, np.where(there, values, 0.0).sum(axis=-1) / np.maximum(count, 1), np.nan)
+
+
+Group = tuple[ArrayLike, ArrayLike, ArrayLike | None]
+
+
+def within_video_ccc(groups: Iterable[Group]) -> tuple[Floats, Ints]:
+    """Unweighted mean over videos of the concordance within each.
+
+    Args:
+        groups: one (prediction [N, 2], target [N, 2], mask) per video.
+
+    Returns:
+        The mean, [2], NaN where no video counts; and how many videos do not count, [2]: those whose labels in that
+        dimension are constant or missing, for which no prediction could score.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    scores: list[list[float]] = [[], []]
+    excluded = np.zeros(2, np.int64)
+    for prediction, target, mask in groups:
+        for k, (x, y) in enumerate(_columns(prediction, target, mask)):
+            if y.size == 0 or y.min() == y.max():
+                excluded[k] += 1
+            else:
+                scores[k].append(_concordance(x, y))
+    return np.array([np.mean(s) if s else np.nan for s in scores]), excluded
+
+
+def video_moments(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None) -> Floats:
+    """All that the concordance needs to know of one video, [6, 2]: count and sums of x, y, xx, yy, xy.
+
+    Moments of videos add up: the concordance of any set of videos is that of their summed moments.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    columns = [[x.size, x.sum(), y.sum(), x @ x, y @ y, x @ y] for x, y in _columns(prediction, target, mask)]
+    return np.array(columns, np.float64).T
+
+
+def concordance_of_moments(moments: Floats) -> Floats:
+    """[..., 6, 2] -> [..., 2]; NaN where the count is 0, 0 where both sides are constant."""
+    count, x, y, xx, yy, xy = np.moveaxis(np.asarray(moments, np.float64), -2, 0)
+    n = np.maximum(count, 1)
+    mean_x, mean_y = x / n, y / n
+    spread = (xx + yy) / n - mean_x**2 - mean_y**2 + (mean_x - mean_y) ** 2
+    # What is left of a spread of 0 after rounding is not a spread.
+    some = spread > 64 * np.finfo(np.float64).eps * np.maximum((xx + yy) / n, np.finfo(np.float64).tiny)
+    value = np.where(some, 2 * (xy / n - mean_x * mean_y) / np.where(some, spread, 1), 0.0)
+    return np.where(count > 0, value, np.nan)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A percentile interval [low, high] of the concordance: per dimension and of their mean."""
+
+    valence: tuple[float, float]
+    arousal: tuple[float, float]
+    mean: tuple[float, float]
+
+
+def bootstrap_interval(
+    moments: Sequence[Floats] | Floats, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Percentile interval of the concordance under resampling whole videos with replacement.
+
+    Frames of a video are far from independent, so videos are what is drawn. Exact: moments add up.
+
+    Args:
+        moments: [V, 6, 2], `video_moments` of every video.
+        resamples: how many samples of V videos are drawn.
+        level: share of them inside the interval.
+        seed: of the draws; equal seeds give equal intervals.
+
+    Returns:
+        The interval; NaN in a dimension without labels.
+
+    Raises:
+        UsageError: no video, no resample, or a level outside (0, 1).
+        ValueError: moments are not [V, 6, 2].
+    """
+    table = np.asarray(moments, np.float64)
+    if not (len(table) and resamples >= 1 and 0 < level < 1):
+        raise UsageError(
+            explain(
+                "A bootstrap needs videos to draw from",
+                expected="at least one video and one resample, and a level between 0 and 1",
+                got=f"{len(table)} videos, {resamples} resamples, level {level}",
+            )
+        )
+    if table.shape[1:] != (MOMENTS, 2):
+        raise ValueError(f"moments must be [V, {MOMENTS}, 2]; got {[*table.shape]}")
+    ccc = concordance_of_moments(_resampled(table, resamples, np.random.default_rng(seed)))
+    columns = [*ccc.T, mean_over_dimensions(ccc)]
+    edges = [(1 - level) / 2, (1 + level) / 2]
+    return Interval(*(_quantiles(column, edges) for column in columns))
+
+
+def _resampled(moments: Floats, resamples: int, rng: np.random.Generator) -> Floats:
+    """Summed moments of each resample, [R, 6, 2]; in chunks, so that memory stays small."""
+    videos = len(moments)
+    flat = moments.reshape(videos, -1)
+    out = np.empty((resamples, flat.shape[1]))
+    chunk = max(1, 1_000_000 // videos)
+    for first in range(0, resamples, chunk):
+        rows = min(chunk, resamples - first)
+        drawn = rng.integers(videos, size=(rows, videos)) + videos * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * videos).reshape(rows, videos)
+        out[first : first + rows] = times @ flat
+    return out.reshape(resamples, MOMENTS, 2)
+
+
+def _quantiles(values: Floats, edges: list[float]) -> tuple[float, float]:
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return (np.nan, np.nan)
+    low, high = np.quantile(values, edges)
+    return float(low), float(high)
+
+
+def smoothness(value: ArrayLike, time: ArrayLike) -> Floats:
+    """How fast a trace moves: mean absolute change per second, [K]. Lower is smoother.
+
+    Args:
+        value: [N, K].
+        time: [N] seconds, ascending.
+
+    Returns:
+        [K]; NaN where the trace lasts no time.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    value, time = np.asarray(value, np.float64), np.asarray(time, np.float64)
+    if value.ndim != 2 or time.shape != value.shape[:1]:
+        raise ValueError(f"smoothness: expected value [N, K] and time [N]; got {[*value.shape]} and {[*time.shape]}")
+    lasting = time[-1] - time[0] if time.size else 0.0
+    if not lasting > 0:
+        return np.full(value.shape[1], np.nan)
+    return np.abs(np.diff(value, axis=0)).sum(axis=0) / lasting
+
+
+def region_occupancy(target: ArrayLike, mask: ArrayLike | None = None, centers: float = 0.66) -> Floats:
+    """Share of the frames labelled in both dimensions that lie nearest to each region's centre, [9], sums to 1.
+
+    Region 3 * v + a with v, a in (low, middle, high). NaN where no frame is labelled in both.
+
+    Raises:
+        UsageError: `centers` is not above 0.
+        ValueError: shapes disagree.
+    """
+    if not (np.isfinite(centers) and centers > 0):
+        raise UsageError(explain("centers must be positive", expected="a number above 0", got=centers))
+    y, _, labelled = _pair(target, target, mask)
+    y = y[labelled.all(axis=-1)]
+    if not len(y):
+        return np.full(9, np.nan)
+    level = (y > -centers / 2).astype(np.int64) + (y > centers / 2)  # half-way between neighbours
+    return np.bincount(3 * level[:, 0] + level[:, 1], minlength=9) / len(y)
+
+
+def _concordance(x: Floats, y: Floats) -> float:
+    if not x.size:
+        return float("nan")
+    x, y = x - y[0], y - y[0]  # measured from a label, constants are exactly constant
+    dx, dy = x - x.mean(), y - y.mean()
+    spread = np.mean(dx * dx) + np.mean(dy * dy) + (x.mean() - y.mean()) ** 2
+    return float(2 * np.mean(dx * dy) / spread) if spread > 0 else 0.0
+
+
+def _pearson(x: Floats, y: Floats) -> float:
+    if not x.size:
+        return float("nan")
+    dx, dy = x - x[0], y - y[0]
+    dx, dy = dx - dx.mean(), dy - dy.mean()
+    spread = np.sqrt((dx @ dx) * (dy @ dy))
+    return float(dx @ dy / spread) if spread > 0 else 0.0
+
+
+def _columns(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None) -> list[tuple[Floats, Floats]]:
+    """The labelled entries of each dimension: [(x [N_v], y [N_v]), (x [N_a], y [N_a])]."""
+    x, y, labelled = _pair(prediction, target, mask)
+    return [(x[labelled[:, k], k], y[labelled[:, k], k]) for k in range(2)]
+
+
+def _pair(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None) -> tuple[Floats, Floats, Bools]:
+    """All three as [N, 2]."""
+    x, y = np.asarray(prediction, np.float64), np.asarray(target, np.float64)
+    if x.shape != y.shape or x.shape[-1:] != (2,):
+        raise ValueError(f"prediction and target must both be [..., 2]; got {[*x.shape]} and {[*y.shape]}")
+    labelled = np.ones(x.shape, bool) if mask is None else np.asarray(mask, bool)
+    if labelled.shape == x.shape[:-1]:
+        labelled = np.broadcast_to(labelled[..., None], x.shape)
+    if labelled.shape != x.shape:
+        raise ValueError(f"the mask must be [...] or [..., 2] of {[*x.shape]}; got {[*labelled.shape]}")
+    return x.reshape(-1, 2), y.reshape(-1, 2), labelled.reshape(-1, 2)
