@@ -1,6 +1,158 @@
-"""`vaflow extract`."""
+"""`vaflow extract`: media -> cache."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
+from vaflow.errors import UsageError, explain
+
+if TYPE_CHECKING:
+    from vaflow.cache import Cache
+    from vaflow.extract.pipeline import Summary
+
+SOME_FAILED = 3
 
 
-def extract() -> int:
-    """To be written."""
-    return 1
+def extract(
+    root: Annotated[Path, typer.Argument(help="Root of the data set, or one video.")],
+    out: Annotated[Path, typer.Option(help="The cache to write; made if it is not there.")],
+    layout: Annotated[str, typer.Option(help="auto, affwild2 or videos.")] = "auto",
+    visual: Annotated[list[str] | None, typer.Option(help="Visual encoder, or none. Repeatable.")] = None,
+    audio: Annotated[list[str] | None, typer.Option(help="Audio encoder, or none. Repeatable.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="NAME=PATH: local weights instead of the hub.")] = None,
+    window: Annotated[float, typer.Option(help="Seconds per window.")] = 10.0,
+    stride: Annotated[float, typer.Option(help="Seconds between window starts.")] = 3.0,
+    frames: Annotated[int, typer.Option(help="Frames per window.")] = 20,
+    audio_steps: Annotated[int, typer.Option(help="Audio steps per window.")] = 20,
+    store: Annotated[str, typer.Option(help="zarr or hdf5.")] = "zarr",
+    dtype: Annotated[str, typer.Option(help="float16 or float32, of stored embeddings.")] = "float16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    faces: Annotated[
+        str, typer.Option(help="auto (crops if there are any, else detection), centerface, none.")
+    ] = "auto",
+    pixels: Annotated[bool, typer.Option("--pixels", help="Keep the face crops (JPEG) for fine-tuning.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="TOML file of prompt templates and descriptions.")] = None,
+    shard: Annotated[str, typer.Option(help="I/N: do part I of N of the data set.")] = "1/1",
+    engine: Annotated[str, typer.Option(help="local.")] = "local",
+    workers: Annotated[int, typer.Option(help="Decoding processes; 0 chooses by machine.")] = 0,
+    image_batch: Annotated[int, typer.Option(help="Images per batch; 0 chooses by device.")] = 0,
+    window_batch: Annotated[int, typer.Option(help="Audio windows per batch; 0 chooses by device.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Encode a data set once: per-frame and per-window embeddings in a cache. Run it again to resume.
+
+    Example: vaflow extract /data/affwild2 --out affwild2.cache --visual clip-vit-b16 --audio ast
+    """
+    set_up(verbose, quiet)
+    if engine != "local":
+        raise UsageError(explain("Unknown engine", got=engine, choices=["local"]))
+    from vaflow.datasets import open_dataset
+    from vaflow.extract.config import ExtractConfig, Shard
+
+    part = Shard.parse(shard)
+    config = ExtractConfig(
+        visual=_names(visual, ("clip-vit-b16",), "visual"),
+        audio=_names(audio, ("ast",), "audio"),
+        weights=_weights(weights or []),
+        window=window,
+        stride=stride,
+        frames=frames,
+        audio_steps=audio_steps,
+        dtype=dtype,
+        face_source=faces,
+        pixels=pixels,
+        prompts=prompts,
+        device=device,
+        image_batch=image_batch,
+        window_batch=window_batch,
+        workers=workers,
+    )
+    dataset = open_dataset(root, layout)
+    if dry_run:
+        from vaflow.extract.estimate import estimate
+
+        guess = estimate(dataset, out, config, part, show_progress=show_bars(quiet))
+        print_json(guess) if json else typer.echo(_pairs(guess))
+        return 0
+    from vaflow.cache import open_cache
+    from vaflow.extract.pipeline import extract as run
+
+    summary = run(dataset, out, config, store=store, shard=part, show_progress=show_bars(quiet))
+    if json:
+        print_json(_as_json(summary))
+    elif not quiet:
+        typer.echo(_describe(summary, open_cache(out)))
+    if summary.failures:
+        typer.echo(f"{len(summary.failures)} item(s) failed: {summary.failures_file}", err=True)
+        return SOME_FAILED if summary.extracted or summary.done else 1
+    return 0
+
+
+def _names(given: list[str] | None, default: tuple[str, ...], kind: str) -> tuple[str, ...]:
+    """Encoder names of one kind; "none" alone means none of it.
+
+    Raises:
+        UsageError: an unknown encoder, or one of the other kind.
+    """
+    from vaflow.encoders import ENCODERS, encoder_kind
+
+    names = tuple(dict.fromkeys(given or default))
+    if names == ("none",):
+        return ()
+    for name in names:
+        if encoder_kind(name) != kind:
+            raise UsageError(
+                explain(
+                    f"--{kind} names an encoder of another kind",
+                    got=name,
+                    choices=[n for n in ENCODERS if encoder_kind(n) == kind],
+                )
+            )
+    return names
+
+
+def _weights(pairs: list[str]) -> dict[str, Path]:
+    weights = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise UsageError(explain("--weights is not a pair", expected="NAME=PATH", got=pair))
+        if not Path(path).exists():
+            raise UsageError(explain(f"The weights for {name} are not there", expected="a file or folder", got=path))
+        weights[name] = Path(path)
+    return weights
+
+
+def _describe(summary: "Summary", cache: "Cache") -> str:
+    """What a person wants to know at the end: what is there now, what this run did, how fast."""
+    info = cache.info()
+    rows = [
+        (name, s["kind"], s["items"], f"{s['bytes'] / 1e6:.1f}", summary.encoded.get(name, 0))
+        for name, s in info["streams"].items()
+    ]
+    lines = [table(rows, ("stream", "kind", "items", "MB", "encoded now")), ""]
+    if summary.done:
+        lines.append(f"{summary.done} item(s) were there already.")
+    if summary.changed:
+        lines.append(f"{summary.changed} item(s) were redone because their source has changed.")
+    speed = summary.media_seconds / max(summary.wall_seconds, 1e-9)
+    lines.append(
+        f"Extracted {summary.extracted} item(s), {summary.media_seconds / 60:.1f} min of video, "
+        f"in {summary.wall_seconds:.1f} s ({speed:.1f} times real time)."
+    )
+    return "\n".join(lines)
+
+
+def _as_json(summary: "Summary") -> dict[str, object]:
+    from dataclasses import asdict
+
+    return asdict(summary) | {"failures_file": str(summary.failures_file)}
+
+
+def _pairs(values: dict[str, object]) -> str:
+    return table([(key.replace("_", " "), value) for key, value in values.items()], ("would do", ""))

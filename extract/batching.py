@@ -1,0 +1,79 @@
+"""Rows from many clips -> batches of one fixed size -> the encoder -> back to where each row came from.
+
+Every batch has the same size, the last one padded with zeros: half-precision results depend on the batch size, not on
+what else is in the batch, so the cache does not depend on the order in which clips arrive.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Deliver = Callable[[NDArray[np.float32]], None]
+
+
+class FixedBatcher:
+    """Collects rows until a batch is full, encodes it, delivers each result.
+
+    On a GPU one batch is in flight while the next one is filled: two pinned buffers alternate, and a batch's results
+    are fetched only after its successor has been launched.
+
+    Args:
+        encode: [size, ...] tensor on `device` -> [size, ...] float32 tensor on the same device.
+        size: rows per batch.
+        device: where to encode.
+    """
+
+    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], size: int, device: torch.device) -> None:
+        self._encode, self._size, self.device = encode, size, device
+        self._buffers: list[torch.Tensor] = []
+        self._turn = 0
+        self._waiting: list[Deliver] = []
+        self._in_flight: tuple[torch.Tensor, list[Deliver]] | None = None
+        self.rows = 0
+
+    def add(self, row: NDArray[Any], deliver: Deliver) -> None:
+        """Queue one row; `deliver` gets its result, now or at a later `add` or `flush`."""
+        if not self._buffers:
+            self._buffers = [self._new_buffer(row) for _ in range(1 if self.device.type == "cpu" else 2)]
+        self._buffers[self._turn][len(self._waiting)] = torch.from_numpy(np.ascontiguousarray(row))
+        self._waiting.append(deliver)
+        if len(self._waiting) == self._size:
+            self._launch()
+
+    def flush(self) -> None:
+        """Encode what waits, padded to the fixed size, and deliver everything."""
+        if self._waiting:
+            self._launch()
+        self._collect()
+
+    def _new_buffer(self, row: NDArray[Any]) -> torch.Tensor:
+        like = torch.from_numpy(np.empty(0, row.dtype)).dtype
+        return torch.zeros((self._size, *row.shape), dtype=like, pin_memory=self.device.type == "cuda")
+
+    def _launch(self) -> None:
+        buffer = self._buffers[self._turn]
+        buffer[len(self._waiting) :] = 0
+        result = self._encode(buffer.to(self.device, non_blocking=True))
+        self.rows += len(self._waiting)
+        before, self._in_flight = self._in_flight, (result, self._waiting)
+        self._waiting = []
+        self._turn = (self._turn + 1) % len(self._buffers)
+        _hand_out(before)
+        if self.device.type == "cpu":
+            self._collect()
+
+    def _collect(self) -> None:
+        before, self._in_flight = self._in_flight, None
+        _hand_out(before)
+
+
+def _hand_out(batch: tuple[torch.Tensor, list[Deliver]] | None) -> None:
+    if batch is None:
+        return
+    result, receivers = batch
+    rows = result.float().cpu().numpy()
+    for row, deliver in zip(rows, receivers, strict=False):
+        deliver(row)

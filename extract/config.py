@@ -1,0 +1,119 @@
+"""What `vaflow extract` can be asked for, checked once."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vaflow.errors import UsageError, explain
+from vaflow.timeline import Grid
+
+FACE_SOURCES = ("auto", "centerface", "none")
+DTYPES = ("float16", "float32")
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Settings of one extraction; all but the last group are part of the streams' fingerprints.
+
+    Attributes:
+        visual, audio: encoder names; empty for none. Log-Mel is always kept.
+        weights: encoder name -> local file or folder, instead of the hub.
+        window, stride: seconds; frames, audio_steps: samples per window.
+        dtype: of stored embeddings.
+        face_source: one of `FACE_SOURCES`.
+        pixels: keep the face crops, for fine-tuning.
+        prompts: TOML file of the prompt set, or None for the built-in one.
+        device: "auto", "cpu" or "cuda[:N]".
+        image_batch, window_batch: fixed batch sizes; 0 chooses by device.
+        workers: processes that decode; 0 chooses by machine.
+
+    Raises:
+        UsageError: a value is not one of the choices, or not positive.
+    """
+
+    visual: tuple[str, ...] = ("clip-vit-b16",)
+    audio: tuple[str, ...] = ("ast",)
+    weights: dict[str, Path] = field(default_factory=dict)
+    window: float = 10.0
+    stride: float = 3.0
+    frames: int = 20
+    audio_steps: int = 20
+    dtype: str = "float16"
+    face_source: str = "auto"
+    pixels: bool = False
+    prompts: Path | None = None
+    device: str = "auto"
+    image_batch: int = 0
+    window_batch: int = 0
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _choose("dtype", self.dtype, DTYPES)
+        _choose("faces", self.face_source, FACE_SOURCES)
+        for name in ("image_batch", "window_batch", "workers"):
+            if getattr(self, name) < 0:
+                raise UsageError(explain(f"{name} must not be negative", expected="0 or more", got=getattr(self, name)))
+        if self.audio_steps < 1:
+            raise UsageError(explain("audio-steps must be positive", expected="1 or more", got=self.audio_steps))
+        unused = [name for name in self.weights if name not in self.visual + self.audio]
+        if unused:
+            raise UsageError(
+                explain("Weights were given for an encoder that is not used", got=unused[0], choices=self.encoders)
+            )
+        _ = self.grid  # raises on a bad window, stride or frames
+
+    @property
+    def grid(self) -> Grid:
+        """The sampling grid."""
+        return Grid(self.window, self.stride, self.frames)
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Every encoder named, visual ones first."""
+        return self.visual + self.audio
+
+    @property
+    def sampling(self) -> dict[str, float | int]:
+        """The part of every stream's identity that says where samples lie."""
+        return {
+            "window": self.window,
+            "stride": self.stride,
+            "frames": self.frames,
+            "audio_steps": self.audio_steps,
+        }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count`, counted from 1: `--shard I/N`."""
+
+    index: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Read "I/N".
+
+        Raises:
+            UsageError: it is not two whole numbers with 1 <= I <= N.
+        """
+        index, slash, count = text.partition("/")
+        if slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
+            return cls(int(index), int(count))
+        raise UsageError(explain("--shard is not a part of a whole", expected="I/N with 1 <= I <= N, as 2/8", got=text))
+
+    @property
+    def suffix(self) -> str:
+        """What file names of this shard carry; empty for the whole."""
+        return f"-{self.index}-of-{self.count}" if self.count > 1 else ""
+
+
+def default_workers(device: str) -> int:
+    """Decoding processes: on a CPU encoder they share its cores; a GPU wants every core for decoding."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, cores // 2) if device == "cpu" else max(1, cores - 1)
+
+
+def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(explain(f"Unknown value for {name}", got=value, choices=choices))

@@ -1,0 +1,70 @@
+"""What an extraction would do, without doing it: `vaflow extract --dry-run`."""
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vaflow.cache import Cache, open_cache
+from vaflow.datasets import Dataset
+from vaflow.datasets.clip import Clip
+from vaflow.errors import VaflowError
+from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.extract.media import probe
+from vaflow.extract.plan import shard_clips
+
+MANIFEST = "manifest.json"
+
+
+def estimate(
+    dataset: Dataset, out: Path, config: ExtractConfig, shard: Shard, *, show_progress: bool = False
+) -> dict[str, Any]:
+    """Items, hours, frames, windows and bytes that a run would add, from container headers alone.
+
+    An item counts as there when the cache has its labels and every encoder named; whether its source has changed is
+    found out by the run itself.
+    """
+    mine = shard_clips(dataset.clips, shard)
+    cache = open_cache(out) if (out / MANIFEST).exists() else None
+    clips = [clip for clip in mine if cache is None or not _there(cache, clip, config)]
+    seconds, frames, windows, unreadable = 0.0, 0, 0, 0
+    for clip in tqdm(clips, unit="clip", desc="probe", disable=not show_progress):
+        duration = _duration(clip)
+        if duration is None:
+            unreadable += 1
+            continue
+        seconds += duration
+        frames += len(config.grid.sample_ticks(duration))
+        windows += len(config.grid.starts(duration))
+    return {
+        "items": len(clips),
+        "items_already_there": len(mine) - len(clips),
+        "items_unreadable": unreadable,
+        "hours": round(seconds / 3600, 3),
+        "frames_to_encode": frames * len(config.visual),
+        "windows_to_encode": windows * len(config.audio),
+        "megabytes": round(_bytes(config, seconds, frames, windows) / 1e6, 1),
+    }
+
+
+def _there(cache: Cache, clip: Clip, config: ExtractConfig) -> bool:
+    known = cache.streams()
+    return all(name in known and cache.has(name, clip.id) for name in ("labels", *config.encoders))
+
+
+def _duration(clip: Clip) -> float | None:
+    if clip.video is None:
+        return None
+    try:
+        info = probe(clip.video)
+    except (VaflowError, OSError):
+        return None
+    return info.video.duration if info.video is not None else None
+
+
+def _bytes(config: ExtractConfig, seconds: float, frames: int, windows: int) -> float:
+    """Rough: widths of the default encoders; log-Mel at 100 frames a second; labels at 30 rows a second."""
+    size = 2 if config.dtype == "float16" else 4
+    visual, audio = 512 * size * frames * len(config.visual), 768 * size * config.audio_steps * windows
+    pixels = 12_000 * frames if config.pixels else 0
+    return visual + audio * len(config.audio) + seconds * (100 * (128 * size + 9) + 30 * 18) + pixels

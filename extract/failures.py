@@ -1,0 +1,37 @@
+"""Items that failed, in a file that is true at every moment of the run."""
+
+import json
+import logging
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One item that failed: where, the error's class, and what to tell a person."""
+
+    item: str
+    stage: str
+    error: str
+    message: str
+
+
+class FailureLog:
+    """`failures.jsonl`: written anew by each run, one object per failed item, each line on disk at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.failures: list[Failure] = []
+        self._lock = threading.Lock()
+        path.write_text("")
+
+    def add(self, failure: Failure) -> None:
+        """List one failure. Any thread may call."""
+        with self._lock:
+            self.failures.append(failure)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(failure), ensure_ascii=False) + "\n")
+        logger.warning("%s failed (%s): %s", failure.item, failure.stage, failure.message)

@@ -1,0 +1,106 @@
+"""What workers and the pipeline say to each other: plain data, so that a worker needs neither torch nor the cache."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaflow.datasets.clip import Clip
+from vaflow.timeline import Grid
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to be read.
+
+    Attributes:
+        number: which job of the run; every message about it carries the number.
+        audio, faces: which parts are wanted; the clock and the labels always are.
+        face_source: "auto" (crops where the clip has them, else detection), "centerface" or "none" (whole frames).
+        sizes: edges of the square inputs that the visual encoders expect, in pixels.
+        keep_jpeg: send the stored form of every crop along.
+    """
+
+    number: int
+    clip: Clip
+    grid: Grid
+    audio: bool
+    faces: bool
+    face_source: str
+    sizes: tuple[int, ...]
+    keep_jpeg: bool
+
+
+@dataclass(frozen=True)
+class Clock:
+    """First word about a clip: its frame clock with labels on it, and what it is made from.
+
+    Attributes:
+        labels: arrays of the labels stream (`vaflow.cache.schema.KINDS`).
+        duration: seconds: last frame's presentation time plus the median interval.
+        sources: part -> identity, for "video", "audio", "crops", "labels" where present.
+        facts: what the labels record says besides: frames, rows, rates, sizes.
+    """
+
+    job: int
+    labels: dict[str, NDArray[Any]]
+    duration: float
+    sources: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sound:
+    """The next block of the clip's sound: [n] float32, 16 kHz mono, without gaps from time 0."""
+
+    job: int
+    samples: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SoundEnd:
+    """No more sound. `covered` are the (start, stop) seconds that came from the file; the rest are zeros."""
+
+    job: int
+    covered: tuple[tuple[float, float], ...]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Face:
+    """The crop of one grid sample: size -> [size, size, 3] uint8, and its stored form where that is kept."""
+
+    job: int
+    sample: int
+    images: dict[int, NDArray[np.uint8]]
+    jpeg: bytes | None
+
+
+@dataclass(frozen=True)
+class FacesEnd:
+    """No more crops. `frame` [T] is the 0-based video frame of every grid sample, with or without a face."""
+
+    job: int
+    frame: NDArray[np.int64]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Done:
+    """Everything wanted of the clip has been sent."""
+
+    job: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The clip cannot be used. `stage` is where: open, labels, audio, faces, worker, encode or commit."""
+
+    job: int
+    stage: str
+    error: str
+    message: str
+
+
+Message = Clock | Sound | SoundEnd | Face | FacesEnd | Done | Failed

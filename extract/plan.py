@@ -1,0 +1,109 @@
+"""What must be encoded, and what is already there."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vaflow.cache import Cache
+from vaflow.cache.schema import StreamInfo
+from vaflow.datasets.clip import Clip
+from vaflow.extract.config import Shard
+from vaflow.extract.crops import crops_identity, list_crops
+from vaflow.extract.identity import same_file
+from vaflow.extract.streams import SOURCES
+
+
+@dataclass(frozen=True)
+class Task:
+    """A clip and the streams that it lacks; `changed` where an older version of it is in the cache."""
+
+    clip: Clip
+    streams: tuple[str, ...]
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        tasks: clips with something to do, longest (by file size) first.
+        done: clips of this shard with nothing to do.
+    """
+
+    tasks: tuple[Task, ...]
+    done: int
+
+    @property
+    def changed(self) -> int:
+        """Clips whose source is not what it was when they were extracted."""
+        return sum(task.changed for task in self.tasks)
+
+
+def make_plan(cache: Cache, infos: dict[str, StreamInfo], clips: Iterable[Clip], shard: Shard) -> Plan:
+    """Compare the data set with the cache, clip by clip and stream by stream.
+
+    A stream's item is done when it is committed and its source (by content; by size and time where they agree) is
+    still the same.
+    """
+    tasks, done = [], 0
+    for clip in shard_clips(clips, shard):
+        task = _task(cache, infos, clip)
+        if task.streams:
+            tasks.append(task)
+        else:
+            done += 1
+    return Plan(tuple(tasks), done)
+
+
+def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:
+    """Deal clips out longest first, each to the part with least so far: the same deal on every machine."""
+    ordered = sorted(clips, key=lambda clip: (-_size(clip.video), clip.id))
+    loads = [0] * shard.count
+    mine = []
+    for clip in ordered:
+        part = loads.index(min(loads))
+        loads[part] += _size(clip.video) + 1
+        if part == shard.index - 1:
+            mine.append(clip)
+    return mine
+
+
+def _task(cache: Cache, infos: dict[str, StreamInfo], clip: Clip) -> Task:
+    missing, changed = [], []
+    for name, info in infos.items():
+        if not cache.has(name, clip.id):
+            missing.append(name)
+        elif not _same_source(info.kind, clip, cache.record(name, clip.id).source):
+            changed.append(name)
+    return Task(clip, tuple(name for name in infos if name in missing or name in changed), bool(changed))
+
+
+def _same_source(kind: str, clip: Clip, source: dict[str, Any]) -> bool:
+    now: dict[str, Any] = {
+        "video": clip.video,
+        "labels": clip.labels,
+        "audio": clip.audio,
+        "crops": clip.crops or None,
+        "split": clip.split,
+        "group": clip.group,
+    }
+    return all(_same_part(part, now[part], source.get(part)) for part in SOURCES[kind])
+
+
+def _same_part(part: str, now: Any, before: Any) -> bool:
+    if now is None or before is None:
+        return now is None and before is None
+    if part in ("split", "group"):
+        return bool(now == before)
+    if part == "crops":
+        return bool(crops_identity(list_crops(now)) == before)
+    return same_file(now, before)
+
+
+def _size(path: Path | None) -> int:
+    try:
+        return path.stat().st_size if path is not None else 0
+    except OSError:
+        return 0
