@@ -12,7 +12,7 @@ A trial is one person in one video; `<video>_left` and `<video>_right` share the
 from collections import defaultdict
 from pathlib import Path
 
-from vaflow.datasets.affwild2_tree import Tree, survey, listed_trials
+from vaflow.datasets.affwild2_tree import Tree, listed_trials, survey
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.dataset import Note
 from vaflow.datasets.files import examples

@@ -57,14 +57,18 @@ def match_splits(splits: dict[str, str], names: Collection[tuple[str, str]]) -> 
 
     Returns:
         item id -> split, and notes on names that fit no item and items that have no split.
+
+    Raises:
+        UsageError: an item has one split by its id and another by its path.
     """
     by_item: dict[str, str] = {}
     used = set()
     for item, path in names:
-        for name in (item, path):
-            if name in splits:
-                by_item.setdefault(item, splits[name])
-                used.add(name)
+        for name in {item, path} & splits.keys():
+            used.add(name)
+            if by_item.setdefault(item, splits[name]) != splits[name]:
+                got = f"{item!r} in {splits[item]}, {path!r} in {splits[path]}"
+                raise UsageError(explain(f"{SPLITS_FILE} gives one video two splits", expected="one", got=got))
     notes = []
     unknown = sorted(set(splits) - used)
     if unknown:
