@@ -1,0 +1,232 @@
+"""Opening media files: one place that talks to FFmpeg's demuxers and turns their errors into ours."""
+
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.packet import Packet
+from av.stream import Disposition, Stream
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from vaflow.errors import MediaError, explain
+
+_MICROSECONDS = 1_000_000  # FFmpeg's container-wide clock
+_EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open file, its best video and audio streams (cover pictures are no video), and its clock.
+
+    Attributes:
+        start: seconds, the container's start time; the clip clock counts from here.
+        duration: seconds that the container promises for the whole file, or None.
+    """
+
+    path: Path
+    container: InputContainer
+    video: VideoStream | None
+    audio: AudioStream | None
+    start: float
+    duration: float | None
+
+    def need_video(self) -> VideoStream:
+        """The video stream.
+
+        Raises:
+            MediaError: there is none, or no decoder for it.
+        """
+        if self.video is None:
+            raise MediaError(
+                explain(
+                    f"{self.path} has no video stream",
+                    expected="a file with moving pictures",
+                    got=f"streams: {', '.join(s.type for s in self.container.streams) or 'none'}",
+                )
+            )
+        if self.video.codec_context is None:
+            raise MediaError(explain(f"{self.path} has a video stream that this FFmpeg has no decoder for"))
+        return self.video
+
+    def clip_times(self, ticks: Iterable[int], stream: Stream) -> NDArray[np.float64]:
+        """Ticks of a stream -> [N] seconds on the clip clock."""
+        base = stream.time_base or Fraction(1, _MICROSECONDS)
+        return np.array([seconds(tick, base) for tick in ticks], np.float64) - self.start
+
+    def stream_duration(self, stream: Stream) -> float | None:
+        """Seconds that the container promises for one stream, or None. Matroska keeps them in a tag."""
+        if stream.duration is not None and stream.time_base is not None:
+            return float(stream.duration * stream.time_base)
+        return _tag_seconds(stream.metadata.get("DURATION", ""))
+
+
+def _tag_seconds(text: str) -> float | None:
+    """ "00:01:02.500000000" -> 62.5; None for anything else."""
+    parts = text.split(":")
+    if len(parts) != 3:
+        return None
+    try:
+        hours, minutes, rest = (float(part) for part in parts)
+    except ValueError:
+        return None
+    return hours * 3600 + minutes * 60 + rest
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Opened]:
+    """Open a media file and choose its streams.
+
+    Raises:
+        MediaError: the file is missing, empty, unreadable, no media file, or has neither picture nor sound.
+    """
+    path = Path(path)
+    with _open(path) as container:
+        video = container.streams.best("video")
+        if video is not None and video.disposition & Disposition.attached_pic:
+            video = None
+        audio = container.streams.best("audio")
+        if video is None and audio is None:
+            kinds = ", ".join(s.type for s in container.streams) or "none"
+            raise MediaError(
+                explain(f"{path} holds neither video nor audio", expected="a video file", got=f"streams: {kinds}")
+            )
+        yield Opened(
+            path=path,
+            container=container,
+            video=video if isinstance(video, VideoStream) else None,
+            audio=audio if isinstance(audio, AudioStream) else None,
+            start=(container.start_time or 0) / _MICROSECONDS,
+            duration=container.duration / _MICROSECONDS if container.duration and container.duration > 0 else None,
+        )
+
+
+def _open(path: Path) -> InputContainer:
+    if not path.is_file():
+        raise MediaError(explain(f"{path} is not a file", expected="a media file"))
+    if path.stat().st_size == 0:
+        raise MediaError(explain(f"{path} is empty", expected="a media file", got="0 bytes"))
+    try:
+        # "file:" because FFmpeg would take "12:30.mp4" for a protocol; the whitelist because a text file may be a
+        # playlist that names hosts or other files.
+        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except FFmpegError as error:
+        raise MediaError(
+            explain(
+                f"{path} cannot be opened as a media file ({error.strerror or error})",
+                expected="a video file that FFmpeg can read",
+                got=f"{path.stat().st_size} bytes of another kind, or a file cut off before its index",
+                remedy="Copy or download the file again, or check that it is what its name says",
+            )
+        ) from error
+
+
+def read_packets(media: Opened, streams: Sequence[Stream]) -> Iterator[Packet]:
+    """Packets in file order, up to the end or the first place where the file cannot be read any further."""
+    packets = media.container.demux(*streams)
+    while True:
+        try:
+            packet = next(packets, None)
+        except FFmpegError:
+            return
+        if packet is None or (packet.size == 0 and packet.dts is None):  # PyAV ends with an empty, flushing packet
+            return
+        if packet.size:
+            yield packet
+
+
+def decode(media: Opened, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Every picture that decoding shows, on one thread. A packet that does not decode is left out, as players do."""
+    stream.codec_context.thread_count = 1
+    for packet in read_packets(media, [stream]):
+        yield from decode_packet(stream, packet)
+    yield from decode_packet(stream, None)
+
+
+def decode_packet(stream: VideoStream, packet: Packet | None) -> list[VideoFrame]:
+    """The pictures that a packet completes; None flushes the decoder. Empty where the packet is damaged."""
+    try:
+        return stream.decode(packet)
+    except FFmpegError:
+        return []
+
+
+def seconds(timestamp: int, time_base: Fraction) -> float:
+    """Ticks -> seconds, rounded once, so that equal ticks give equal numbers everywhere."""
+    return timestamp * time_base.numerator / time_base.denominator
+
+
+def promised_size(path: Path) -> int | None:
+    """Bytes that the container's outermost boxes say the file has, or None where they do not say (live recordings).
+
+    MP4 and MOV: the chain of boxes. Matroska and WebM: the segment's size. AVI: the chain of RIFF chunks.
+    """
+    with path.open("rb") as file:
+        head = file.read(12)
+        size = path.stat().st_size
+        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp"):
+            return _chain(file, size, _mp4_box)
+        if head[:4] == b"RIFF":
+            return _chain(file, size, _riff_chunk)
+        if head[:4] == _EBML:
+            return _matroska_end(file)
+    return None
+
+
+def _chain(file: BinaryIO, size: int, length_of: Callable[[bytes], int | None]) -> int | None:
+    position = 0
+    while position < size:
+        file.seek(position)
+        length = length_of(file.read(16))
+        if length is None:
+            return None if position == 0 else position
+        position += length
+    return position
+
+
+def _mp4_box(head: bytes) -> int | None:
+    if len(head) < 8:
+        return None
+    (length,) = struct.unpack(">I", head[:4])
+    if length == 1 and len(head) == 16:
+        (length,) = struct.unpack(">Q", head[8:16])
+    return length if length >= 8 else None  # 0: up to the end of the file
+
+
+def _riff_chunk(head: bytes) -> int | None:
+    if len(head) < 8 or head[:4] != b"RIFF":
+        return None
+    (length,) = struct.unpack("<I", head[4:8])
+    return 8 + length + length % 2
+
+
+def _matroska_end(file: BinaryIO) -> int | None:
+    file.seek(4)
+    header = _ebml_size(file)
+    if header is None:
+        return None
+    file.seek(header, 1)
+    if file.read(4) != _SEGMENT:
+        return None
+    length = _ebml_size(file)
+    return None if length is None else file.tell() + length
+
+
+def _ebml_size(file: BinaryIO) -> int | None:
+    """Matroska's variable-length integer: leading zero bits of the first byte count the bytes that follow."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    more = 8 - first[0].bit_length()
+    value = int.from_bytes(bytes([first[0] & (0x7F >> more)]) + file.read(more))
+    return None if value == (1 << 7 * (more + 1)) - 1 else value  # all ones: unknown

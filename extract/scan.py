@@ -1,0 +1,198 @@
+"""Reading a file once to its end: when each frame is shown, and whether all is there that the container promises.
+
+Two kinds of containers. *Timed* ones (MP4, MOV, Matroska ...) store a presentation time with every packet: reading
+packets is enough where every packet is one picture. Packets that decoding does not show (cut off by an edit list, or
+before the first picture that can be decoded) are left out. *Counted* ones (AVI, raw streams) store none, and what
+FFmpeg guesses contradicts itself with B-frames: there all is decoded, and where the guesses do not ascend the k-th
+picture shown takes the k-th decoding time.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from numpy.typing import NDArray
+
+from vaflow.errors import MediaError, explain
+from vaflow.extract.container import Opened, decode_packet, opened, promised_size, read_packets, seconds
+from vaflow.timeline import median_interval
+
+Floats = NDArray[np.float64]
+
+# Codecs of which every packet is one shown picture. Others have packets that show nothing (VP8's invisible frames,
+# MPEG-4's empty ones), so they are decoded.
+_PACKET_IS_FRAME = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg"})
+_COUNTED = frozenset({"avi", "h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu"})  # FFmpeg's names of the containers
+_SLACK_FRAMES = 2  # frames that may be missing at the end of a good file
+_SLACK_SECONDS = 0.25  # the same where the container promises only a duration
+
+
+@dataclass
+class _Scan:
+    """What was seen of a file up to its end: ticks of the video stream, and the end of all streams in clip seconds."""
+
+    pts: list[int] = field(default_factory=list)
+    dts: list[int] = field(default_factory=list)
+    packets: int = 0  # of video, and whole
+    pictures: int = 0  # that were decoded
+    first: int | None = None  # presentation time of the first picture that decodes
+    untimed: bool = False  # some packet that should have a presentation time has none
+    end: float = 0.0
+
+
+def is_counted(media: Opened) -> bool:
+    """Whether frames are numbered by counting, because the container has no presentation times."""
+    return media.container.format.name in _COUNTED
+
+
+def scan_times(path: Path) -> Floats:
+    """Presentation time of every frame that decoding shows, [N] seconds on the clip clock, ascending, N >= 1.
+
+    Raises:
+        MediaError: no video stream, nothing decodes, or the file holds less than its container promises.
+    """
+    with opened(path) as media:
+        stream = media.need_video()
+        by_packet = not is_counted(media) and stream.codec_context.name in _PACKET_IS_FRAME
+        scan = _read(media, by_packet)
+        if not (by_packet and scan.untimed):
+            return _checked_times(media, scan)
+    with opened(path) as media:
+        return _checked_times(media, _read(media, by_packet=False))
+
+
+def _read(media: Opened, by_packet: bool) -> _Scan:
+    """Read all packets; decode all video, or with `by_packet` only up to the first picture."""
+    stream = media.need_video()
+    stream.codec_context.thread_count = 1
+    scan = _Scan()
+    for packet in read_packets(media, [media.container.streams[i] for i in _timed_streams(media)]):
+        _see(scan, packet, media)
+        if packet.stream_index != stream.index:
+            continue
+        if by_packet:
+            _take_packet(scan, packet)
+        if not by_packet or not scan.pictures:
+            _take_pictures(scan, decode_packet(stream, packet), by_packet)
+    if not by_packet or not scan.pictures:
+        _take_pictures(scan, decode_packet(stream, None), by_packet)
+    return scan
+
+
+def _timed_streams(media: Opened) -> list[int]:
+    """Streams that can reach up to the container's end."""
+    return [s.index for s in media.container.streams if s.type in ("video", "audio", "subtitle")]
+
+
+def _see(scan: _Scan, packet: Packet, media: Opened) -> None:
+    if packet.pts is not None:
+        scan.end = max(scan.end, seconds(packet.pts + (packet.duration or 0), packet.time_base) - media.start)
+    if packet.stream_index == media.need_video().index and not packet.is_corrupt:
+        scan.packets += 1
+        if packet.dts is not None:
+            scan.dts.append(packet.dts)
+
+
+def _take_packet(scan: _Scan, packet: Packet) -> None:
+    """One packet is one picture, unless it is discarded or cut short."""
+    if packet.is_discard or packet.is_corrupt:
+        return
+    if packet.pts is None:
+        scan.untimed = True
+    else:
+        scan.pts.append(packet.pts)
+
+
+def _take_pictures(scan: _Scan, frames: list[VideoFrame], by_packet: bool) -> None:
+    """Decoded pictures. The first one tells which earlier ones cannot be decoded (they lean on what was cut off)."""
+    for frame in frames:
+        scan.pictures += 1
+        if frame.pts is None:
+            continue
+        if not by_packet:
+            scan.pts.append(frame.pts)
+        elif scan.pictures == 1:
+            scan.first = frame.pts
+
+
+def _checked_times(media: Opened, scan: _Scan) -> Floats:
+    stream = media.need_video()
+    if not scan.pictures:
+        promised, there = _promised_frames(media, scan)
+        raise MediaError(
+            explain(
+                f"No picture of {media.path} can be decoded",
+                expected=f"{promised or 'some'} frames of {stream.codec_context.name} video",
+                got=f"{there} whole packets, of which none decodes",
+                remedy="The file is damaged or cut off; copy it again",
+            )
+        )
+    times = _counted_times(media, scan) if is_counted(media) else _stamped_times(media, scan)
+    # The container's start is rounded to microseconds: the first frame may seem to lie a fraction of one away from it.
+    times = np.where(np.abs(times) < 1e-6, 0.0, times)
+    _check_whole(media, scan, times)
+    return times
+
+
+def _stamped_times(media: Opened, scan: _Scan) -> Floats:
+    shown = sorted(tick for tick in scan.pts if scan.first is None or tick >= scan.first)
+    return media.clip_times(shown, media.need_video())
+
+
+def _counted_times(media: Opened, scan: _Scan) -> Floats:
+    """FFmpeg's times where they ascend; else the k-th decoding time; else the frame rate (raw streams)."""
+    stream = media.need_video()
+    if len(scan.pts) == scan.pictures and (np.diff(scan.pts) > 0).all():
+        return media.clip_times(scan.pts, stream)
+    times = media.clip_times(sorted(scan.dts)[: scan.pictures], stream)
+    step = float(1 / (stream.guessed_rate or stream.average_rate or 25))
+    after = times[-1] + step if times.size else 0.0
+    return np.append(times, after + step * np.arange(scan.pictures - times.size))
+
+
+def _check_whole(media: Opened, scan: _Scan, times: Floats) -> None:
+    """Compare what is there with what the container promises: frames by its index, else bytes, else seconds.
+
+    Raises:
+        MediaError: more than two frames (a quarter of a second, without an index) are missing.
+    """
+    promised, there = _promised_frames(media, scan)
+    size, whole_size = media.path.stat().st_size, promised_size(media.path)
+    bytes_missing = whole_size is not None and whole_size > size
+    if promised:
+        if promised - there > _SLACK_FRAMES:
+            _raise_truncated(media, f"{promised} frames", f"{there} frames, up to {times[-1]:.2f} s")
+        return
+    if whole_size is not None and not bytes_missing:
+        return
+    step = median_interval(times)
+    slack = _SLACK_FRAMES * step if bytes_missing else max(_SLACK_SECONDS, (_SLACK_FRAMES + 1) * step)
+    lost = (media.duration or 0.0) - scan.end
+    if lost > slack:
+        _raise_truncated(media, f"{media.duration:.2f} s", f"{scan.end:.2f} s")
+    if bytes_missing and "matroska" not in media.container.format.name:  # fragments promise nothing beyond themselves
+        _raise_truncated(media, f"{whole_size} bytes", f"{size} bytes, pictures up to {times[-1]:.2f} s")
+
+
+def _promised_frames(media: Opened, scan: _Scan) -> tuple[int, int]:
+    """Video packets that the index promises (0: there is no index) and those that are there."""
+    stream = media.need_video()
+    if "mov" in media.container.format.name and stream.frames:
+        return len(stream.index_entries), scan.packets  # the index, unlike the count, respects edit lists
+    if media.container.format.name == "avi":
+        return stream.frames, max(scan.dts, default=-1) + 1  # one tick per frame; dropped frames have no packet
+    return 0, scan.packets
+
+
+def _raise_truncated(media: Opened, promised: str, there: str) -> NoReturn:
+    raise MediaError(
+        explain(
+            f"{media.path} is truncated: it holds less than its container promises",
+            expected=promised,
+            got=there,
+            remedy="Copy or download the file again",
+        )
+    )
