@@ -80,7 +80,7 @@ class _Trials:
         splits |= {name: self._unlabelled_split(name) for name in unlabelled}
         lost = sorted(name for name, split in splits.items() if split is None)
         if lost:
-            message = f"{len(lost)} trials have no annotation and are not test trials: {examples(lost)}"
+            message = f"No annotation, and not among the test trials: {examples(lost)}"
             remedy = "They are extracted without a split; take their files away if they belong to another track"
             self.notes.append(Note("note", "no-split", "", message, remedy))
         return splits
@@ -91,7 +91,7 @@ class _Trials:
         paths = self.videos.get(stem, [])
         if len(paths) > 1:
             found = ", ".join(str(path.relative_to(self.root)) for path in paths)
-            message = f"{len(paths)} videos are named {stem}: {found}; the first is used"
+            message = f"Several videos are named {stem}: {found}; the first is used"
             self.notes.append(Note("warning", "two-videos", name, message, "Keep the one that the labels belong to"))
         video = paths[0] if paths else None
         labels = self.labels[name][0][1] if name in self.labels else None
@@ -107,7 +107,7 @@ class _Trials:
         if len(found) > 1:
             paths = ", ".join(str(path.relative_to(self.root)) for _, path in found)
             across = len({split for split, _ in found}) > 1
-            message = f"{len(found)} annotation files: {paths}; the first is used"
+            message = f"Several annotation files: {paths}; the first is used"
             remedy = "Keep one of them: a trial in two splits makes validation worthless" if across else "Keep one"
             severity, code = ("error", "two-splits") if across else ("note", "two-annotations")
             self.notes.append(Note(severity, code, name, message, remedy))  # type: ignore[arg-type]

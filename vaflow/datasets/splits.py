@@ -72,10 +72,10 @@ def match_splits(splits: dict[str, str], names: Collection[tuple[str, str]]) -> 
     notes = []
     unknown = sorted(set(splits) - used)
     if unknown:
-        message = f"{SPLITS_FILE} names {len(unknown)} items that are not there: {examples(unknown)}"
+        message = f"{SPLITS_FILE} names what is not there: {examples(unknown)}"
         notes.append(Note("warning", "split-unknown-name", "", message, "Correct the names, or add the videos"))
     missing = sorted(item for item, _ in names if item not in by_item)
     if missing:
-        message = f"{SPLITS_FILE} gives no split to {len(missing)} items: {examples(missing)}"
+        message = f"{SPLITS_FILE} gives no split to: {examples(missing)}"
         notes.append(Note("warning", "split-missing", "", message, f"Add them to {SPLITS_FILE}"))
     return by_item, notes

@@ -114,13 +114,13 @@ def _folders(root: Path) -> Iterator[tuple[list[str], list[str]]]:
 def _found_notes(found: _Found) -> list[Note]:
     notes = []
     if found.linked:
-        message = f"{len(found.linked)} folders are links and were not entered: {examples(found.linked)}"
+        message = f"Linked folders were not entered: {examples(found.linked)}"
         notes.append(Note("warning", "linked-folder", "", message, "Link or copy the files, or name the real folder"))
     if found.broken:
-        message = f"{len(found.broken)} files lead nowhere or have names that are not text: {examples(found.broken)}"
+        message = f"Links to nothing, or names that are not text: {examples(found.broken)}"
         notes.append(Note("warning", "unusable-name", "", message, "Rename them, or mend the links"))
     orphans = sorted(set(found.tables) - {_stem(path) for path in found.videos})
     if orphans:
-        message = f"{len(orphans)} .csv files have no video of their name: {examples(orphans)}"
-        notes.append(Note("note", "labels-without-video", "", message))
+        message = f"Tables without a video of their name: {examples(orphans)}"
+        notes.append(Note("note", "table-without-video", "", message))
     return notes

@@ -1,0 +1,178 @@
+"""The layout `videos`, and the choice of a layout. Scanning looks at names only: empty files do."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vaflow.datasets import LAYOUTS, Dataset, open_dataset
+from vaflow.datasets.layouts import NOT_YET
+from vaflow.datasets.videos import item_ids
+from vaflow.errors import UsageError
+
+
+def touch(root: Path, *paths: str) -> Path:
+    for path in paths:
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    return root
+
+
+def ids(dataset: Dataset) -> list[str]:
+    return [clip.id for clip in dataset.clips]
+
+
+def codes(dataset: Dataset) -> list[str]:
+    return [note.code for note in dataset.notes]
+
+
+def test_every_video_is_an_item_named_by_its_path(tmp_path: Path) -> None:
+    touch(tmp_path, "b.mp4", "sub/deep/er/a.MOV", "c.webm", "d.mkv", "e.avi", "notes.txt", ".hidden.mp4", ".git/x.mp4")
+    dataset = open_dataset(tmp_path)
+    assert dataset.layout == "videos" and ids(dataset) == ["b", "c", "d", "e", "sub/deep/er/a"]
+    for clip in dataset.clips:
+        assert clip.group == clip.id and clip.video == clip.audio and clip.split is None and clip.labels is None
+    assert dataset.clips[-1].video == tmp_path / "sub/deep/er/a.MOV"
+    assert dataset.notes == ()
+
+
+def test_items_keep_the_extension_where_two_would_share_an_id(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "a.avi", "b.mp4", "sub/a.mp4")
+    assert ids(open_dataset(tmp_path)) == ["a.avi", "a.mp4", "b", "sub/a"]
+
+
+@given(st.sets(st.from_regex(r"[ab]{1,2}(\.(mp4|avi)){1,3}", fullmatch=True), min_size=1))
+def test_ids_are_unique_and_short_where_they_can_be(paths: set[str]) -> None:
+    names = item_ids(sorted(paths))
+    assert len(set(names)) == len(paths)
+    for path, name in zip(sorted(paths), names, strict=True):
+        stem = path.rpartition(".")[0]
+        alone = sum(other.rpartition(".")[0] == stem for other in paths) == 1 and stem not in paths
+        assert name == (stem if alone else path)
+
+
+def test_labels_stand_beside_the_video(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "a.csv", "sub/a.mp4", "b.mp4", "sub/b.CSV", "c.csv")
+    dataset = open_dataset(tmp_path)
+    labels = {clip.id: clip.labels for clip in dataset.clips}
+    assert labels == {"a": tmp_path / "a.csv", "b": None, "sub/a": None}
+    assert {clip.label_format for clip in dataset.clips} == {"csv", "none"}
+    assert codes(dataset) == ["table-without-video"]
+
+
+def test_one_table_beside_two_videos_is_a_warning(tmp_path: Path) -> None:
+    dataset = open_dataset(touch(tmp_path, "a.mp4", "a.avi", "a.csv"))
+    assert [clip.labels for clip in dataset.clips] == [tmp_path / "a.csv"] * 2
+    assert codes(dataset) == ["shared-labels"] * 2
+
+
+def test_splits_by_id_or_by_path(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4", "sub/c.mp4", "d.mp4", "e.mp4", "e.avi")
+    (tmp_path / "splits.csv").write_text(
+        "name,split\na,train\nb.mp4,val\nsub/c,Test\ne.mp4,train\ngone,val\n\na,train\n", encoding="utf-8-sig"
+    )
+    dataset = open_dataset(tmp_path)
+    splits = {clip.id: clip.split for clip in dataset.clips}
+    assert splits == {"a": "train", "b": "val", "d": None, "e.avi": None, "e.mp4": "train", "sub/c": "test"}
+    messages = {note.code: note.message for note in dataset.notes}
+    assert set(messages) == {"split-unknown-name", "split-missing"}
+    assert "gone" in messages["split-unknown-name"] and "d, e.avi" in messages["split-missing"]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["an empty file"]),
+        ("a,train\n", ["name,split"]),
+        ("name,split\na,training\nb,\na,train,1\n", ["line 2", "'training'", "line 3", "line 4", "test, train, val"]),
+        ("name,split\na,train\na,val\n", ["line 3", "'a'"]),
+        ("name,split\na,train\na.mp4,val\n", ["'a' in train", "'a.mp4' in val"]),
+    ],
+)
+def test_mistakes_in_the_list_of_splits_are_named_together(tmp_path: Path, text: str, parts: list[str]) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "splits.csv").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        open_dataset(tmp_path)
+    for part in ["splits.csv", *parts]:
+        assert part in str(caught.value)
+
+
+def test_linked_files_are_taken_and_linked_folders_are_not_entered(tmp_path: Path) -> None:
+    root, other = tmp_path / "root", touch(tmp_path / "other", "x.mp4", "y.mp4")
+    touch(root, "a.mp4")
+    (root / "linked.mp4").symlink_to(other / "x.mp4")
+    (root / "folder").symlink_to(other)
+    (root / "circle").symlink_to(root)
+    (root / "broken.mp4").symlink_to(tmp_path / "gone.mp4")
+    dataset = open_dataset(root)
+    assert ids(dataset) == ["a", "linked"] and codes(dataset) == ["linked-folder", "unusable-name"]
+    assert "folder" in dataset.notes[0].message and "broken.mp4" in dataset.notes[1].message
+
+
+def test_names_that_are_not_text_are_left_out_with_a_note(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4")
+    try:
+        (Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.mp4"))).touch()
+    except OSError:
+        pytest.skip("this file system allows only names that are text")
+    dataset = open_dataset(tmp_path)
+    assert ids(dataset) == ["a"] and codes(dataset) == ["unusable-name"]
+
+
+# --- choosing a layout
+
+
+def refusal(root: Path, layout: str = "auto") -> str:
+    with pytest.raises(UsageError) as caught:
+        open_dataset(root, layout)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_root_that_is_not_there(tmp_path: Path) -> None:
+    touch(tmp_path, "data/a.mp4")
+    message = refusal(tmp_path / "date" / "deeper")
+    assert "does not exist" in message and "data/" in message
+
+
+def test_a_root_that_is_a_file(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4")
+    message = refusal(tmp_path / "a.mp4")
+    assert "not a folder" in message and str(tmp_path) in message
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    touch(tmp_path, ".DS_Store")
+    assert "is empty" in refusal(tmp_path)
+
+
+def test_no_layout_fits(tmp_path: Path) -> None:
+    message = refusal(touch(tmp_path, "a.txt", "sub/b.jpg"))
+    for part in ("No layout fits", "a.txt", "sub/", "(videos)", "(affwild2)"):
+        assert part in message
+
+
+def test_an_unknown_layout_has_choices(tmp_path: Path) -> None:
+    message = refusal(touch(tmp_path, "a.mp4"), "affwild")
+    assert "Did you mean 'affwild2'?" in message and "videos" in message
+
+
+@pytest.mark.parametrize("layout", NOT_YET)
+def test_layouts_to_come_say_so(tmp_path: Path, layout: str) -> None:
+    message = refusal(touch(tmp_path, "a.mp4"), layout)
+    assert "cannot be read yet" in message and "videos" in message
+
+
+def test_the_wrong_layout_for_a_folder_names_the_right_one(tmp_path: Path) -> None:
+    message = refusal(touch(tmp_path, "a.mp4"), "affwild2")
+    assert "VA_Estimation_Challenge" in message and "'videos' fits" in message
+
+
+def test_every_layout_says_what_it_looks_for() -> None:
+    assert set(LAYOUTS).isdisjoint(NOT_YET) and "auto" not in LAYOUTS
+    assert all(layout.looks_for for layout in LAYOUTS.values())
