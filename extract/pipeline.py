@@ -76,10 +76,28 @@ def extract(
         WeightsError: weights are missing or do not fit.
         VaflowError: the cache cannot be written to any more (a full disk, say); what was committed stays.
     """
-    began, shard = time.perf_counter(), shard or Shard()
-    cache = create_cache(out, store=store)
     device = resolve_device(config.device)
     visual, audio = build_encoders(config, device)
+    return extract_with(
+        dataset, out, config, visual, audio, device, store=store, shard=shard, show_progress=show_progress
+    )
+
+
+def extract_with(
+    dataset: Dataset,
+    out: Path,
+    config: ExtractConfig,
+    visual: list[VisualEncoder],
+    audio: list[AudioEncoder],
+    device: torch.device,
+    *,
+    store: str = "zarr",
+    shard: Shard | None = None,
+    show_progress: bool = False,
+) -> Summary:
+    """As `extract`, with encoders that the caller has built."""
+    began, shard = time.perf_counter(), shard or Shard()
+    cache = create_cache(out, store=store)
     infos = stream_infos(config, visual, audio)
     for info in infos.values():
         cache.declare(info)

@@ -1,0 +1,246 @@
+"""Measures stage one on this machine and prints ratios from one run.
+
+    python scripts/bench_extract.py                 tiny encoders' own speed does not matter: encoder cost is real-size
+    python scripts/bench_extract.py --size tiny     the demo's encoders
+    python scripts/bench_extract.py --device cuda   on a GPU
+
+Decode-only runs the same workers on the same clips and throws their messages away; encode-only puts the same number of
+rows, already in memory, through the same batchers. No overlap can beat the larger of the two. Encoders are built before
+any clock starts. Real-size encoders have random weights: speed does not depend on their values.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CLIP_SIZE, CLIP_RATE = 256, 25
+
+
+def main() -> None:
+    """Parse, measure, print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", choices=["real", "tiny"], default="real")
+    parser.add_argument("--clips", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--memory", action="store_true", help="also extract a 30-minute clip and compare peak memory")
+    parser.add_argument("--peak", nargs=2, metavar=("ROOT", "OUT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        _print_peak(Path(options.peak[0]), Path(options.peak[1]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _measure_overlap(options, Path(folder))
+        if options.memory:
+            rows += _measure_memory(Path(folder))
+    rows.append(("vaflow --help, seconds", f"{_help_seconds():.2f}", "0.5 at most"))
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, goal in rows:
+        print(f"{name.ljust(width)}  {value:>12}  {goal}")
+
+
+def _measure_overlap(options: argparse.Namespace, folder: Path) -> list[tuple[str, str, str]]:
+    from vaflow.datasets import open_dataset
+    from vaflow.extract.config import ExtractConfig
+    from vaflow.extract.pipeline import resolve_device
+
+    data = folder / "data"
+    data.mkdir()
+    for number in range(options.clips):
+        write_clip(data / f"clip{number}.mp4", options.seconds, seed=number)
+    visual, audio = _encoders(options.size, options.device)
+    config = ExtractConfig(
+        visual=(visual.name,), audio=(audio.name,), device=options.device, workers=options.workers, face_source="none"
+    )
+    device = resolve_device(options.device)
+    dataset = open_dataset(data, "videos")
+
+    decode, counts = _decode_only(dataset, config, visual.image_size)
+    encode = _encode_only(config, device, visual, audio, counts)
+    whole, encoded = _whole(dataset, folder / "cache", config, device, visual, audio)
+    video_seconds = options.clips * options.seconds
+    baseline = _per_window(dataset, config, device, visual, audio)
+    return [
+        ("decode only, seconds", f"{decode:.2f}", ""),
+        ("encode only, seconds", f"{encode:.2f}", f"{counts['images']} images, {counts['windows']} windows"),
+        ("extract, seconds", f"{whole:.2f}", ""),
+        ("extract / max(decode, encode)", f"{whole / max(decode, encode):.3f}", "1.25 at most"),
+        ("frames encoded per second of video", f"{encoded / video_seconds:.2f}", f"{config.frames / config.window:g}"),
+        ("per-window pipeline, seconds", f"{baseline:.2f}", "decode and encode every window by itself"),
+        ("per-window pipeline / extract", f"{baseline / whole:.2f}", "3 at least on long clips"),
+    ]
+
+
+def write_clip(path: Path, seconds: float, *, seed: int = 0, size: int = CLIP_SIZE, rate: int = CLIP_RATE) -> None:
+    """An H.264 + AAC clip of moving noise blobs and a gliding tone."""
+    import av
+
+    rng = np.random.default_rng(seed)
+    base = rng.integers(0, 255, (size, size, 3), np.uint8)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast"})
+        video.width = video.height = size
+        video.pix_fmt = "yuv420p"
+        audio = container.add_stream("aac", rate=16000)
+        for k in range(round(seconds * rate)):
+            frame = av.VideoFrame.from_ndarray(np.roll(base, 3 * k, axis=1), format="rgb24")
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+        at = np.arange(round(seconds * 16000)) / 16000
+        tone = (0.3 * np.sin(2 * np.pi * (200 * at + 5 * at**2))).astype(np.float32)
+        sound = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(audio.encode(sound))
+        container.mux(audio.encode())
+
+
+def _encoders(size: str, device: str) -> tuple[Any, Any]:
+    from vaflow.encoders import build_encoder
+
+    if size == "tiny":
+        return build_encoder("clip-tiny", device=device), build_encoder("ast-tiny", device=device)
+    from random_weights import random_ast, random_clip  # beside this file
+
+    return random_clip(device), random_ast(device)
+
+
+def _jobs(dataset: Any, config: Any, size: int) -> list[Any]:
+    from vaflow.extract.messages import Job
+
+    return [
+        Job(number, clip, config.grid, True, True, config.face_source, (size,), False)
+        for number, clip in enumerate(dataset.clips)
+    ]
+
+
+def _decode_only(dataset: Any, config: Any, size: int) -> tuple[float, dict[str, int]]:
+    from vaflow.extract.config import default_workers
+    from vaflow.extract.messages import Clock, Face, Failed
+    from vaflow.extract.pool import WorkerPool
+
+    counts = {"images": 0, "windows": 0}
+    began = time.perf_counter()
+    with WorkerPool(_jobs(dataset, config, size), config.workers or default_workers(config.device)) as pool:
+        for message in pool:
+            if isinstance(message, Failed):
+                raise SystemExit(f"decoding failed: {message.message}")
+            counts["images"] += isinstance(message, Face)
+            if isinstance(message, Clock):
+                counts["windows"] += len(config.grid.starts(message.duration))
+    return time.perf_counter() - began, counts
+
+
+def _encode_only(config: Any, device: Any, visual: Any, audio: Any, counts: dict[str, int]) -> float:
+    from vaflow.extract.pipeline import make_batchers
+
+    def ignore(row: Any) -> None:
+        """Results are not kept."""
+
+    def rows(images: int, windows: int) -> None:
+        batchers = make_batchers(config, device, [visual], [audio])
+        for _ in range(images):
+            batchers[visual.name][1].add(picture, ignore)
+        for _ in range(windows):
+            batchers[audio.name][1].add(sound, ignore)
+        for _, batcher in batchers.values():
+            batcher.flush()
+
+    picture = np.zeros((visual.image_size, visual.image_size, 3), np.uint8)
+    sound = np.zeros((audio.window_frames(config.window), audio.mel_bins), np.float32)
+    rows(1, 1)  # warm up
+    began = time.perf_counter()
+    rows(counts["images"], counts["windows"])
+    return time.perf_counter() - began
+
+
+def _whole(dataset: Any, out: Path, config: Any, device: Any, visual: Any, audio: Any) -> tuple[float, int]:
+    from vaflow.extract.pipeline import extract_with
+
+    began = time.perf_counter()
+    summary = extract_with(dataset, out, config, [visual], [audio], device)
+    seconds = time.perf_counter() - began
+    if summary.failures:
+        raise SystemExit(f"extraction failed: {summary.failures[0].message}")
+    return seconds, summary.encoded[visual.name]
+
+
+def _per_window(dataset: Any, config: Any, device: Any, visual: Any, audio: Any) -> float:
+    """The straightforward way: for every window decode its frames, then CLIP on them, then AST on its sound."""
+    import torch
+
+    from vaflow.encoders.images import prepare_image
+    from vaflow.encoders.logmel import FilterBank
+    from vaflow.extract.audio import decode_audio
+    from vaflow.extract.media import frame_times, frames_at, probe
+    from vaflow.timeline import median_interval, nearest
+
+    grid = config.grid
+    began = time.perf_counter()
+    for clip in dataset.clips:
+        info, times = probe(clip.video), frame_times(clip.video)
+        duration = float(times[-1] + median_interval(times))
+        for row in grid.window_ticks(duration):
+            at = grid.seconds(row)
+            frames = np.unique(nearest(times, at[at < duration]))
+            images = [prepare_image(image, visual.image_size) for _, image in frames_at(clip.video, frames, times)]
+            visual.encode(torch.from_numpy(np.stack(images)).to(device)).cpu()
+            sound = np.concatenate(list(decode_audio(clip.video, start=info.start, duration=duration)))
+            first = round(at[0] * 16000)
+            bank = FilterBank()
+            mel = bank.push(sound[first : first + round(grid.window * 16000)])
+            audio.encode(torch.from_numpy(mel)[None].to(device), window=grid.window, steps=config.audio_steps).cpu()
+    return time.perf_counter() - began
+
+
+def _measure_memory(folder: Path) -> list[tuple[str, str, str]]:
+    """Peak memory of the largest process of an extraction with the tiny encoders, each in a process of its own."""
+    peaks = {}
+    for minutes in (1, 30):
+        data = folder / f"minutes{minutes}"
+        data.mkdir()
+        write_clip(data / "clip.mp4", minutes * 60, size=64, rate=15)
+        command = [sys.executable, __file__, "--peak", str(data), str(folder / f"cache{minutes}")]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        peaks[minutes] = json.loads(answer)
+    more = peaks[30]["main"] - peaks[1]["main"], peaks[30]["worker"] - peaks[1]["worker"]
+    return [
+        ("peak memory, 1 minute, MB", f"{peaks[1]['main']:.0f}", "main process"),
+        ("peak memory, 30 minutes, MB", f"{peaks[30]['main']:.0f}", "main process"),
+        ("30 minutes minus 1, MB", f"{sum(more):+.0f}", "+200 at most, main and worker together"),
+    ]
+
+
+def _print_peak(root: Path, out: Path) -> None:
+    from vaflow.datasets import open_dataset
+    from vaflow.extract.config import ExtractConfig
+    from vaflow.extract.pipeline import extract
+
+    config = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1)
+    extract(open_dataset(root, "videos"), out, replace(config, face_source="none"))
+    main_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    worker_kb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(json.dumps({"main": main_kb / 1024, "worker": worker_kb / 1024}))
+
+
+def _help_seconds() -> float:
+    command = [sys.executable, "-c", "from vaflow.cli import main; main(['--help'])"]
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+if __name__ == "__main__":
+    main()

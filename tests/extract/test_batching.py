@@ -1,0 +1,49 @@
+"""Fixed batches: every row comes back once, to its own receiver, whatever arrives around it."""
+
+import numpy as np
+import pytest
+import torch
+
+from vaflow.extract.batching import FixedBatcher
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_every_row_reaches_its_own_receiver(rows: int) -> None:
+    sizes: list[int] = []
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(batch))
+        return batch.float() * 2
+
+    batcher = FixedBatcher(encode, 4, CPU)
+    got: dict[int, np.ndarray] = {}
+    for k in range(rows):
+        batcher.add(np.full((2,), k, np.uint8), lambda result, k=k: got.__setitem__(k, result))
+    batcher.flush()
+
+    assert sorted(got) == list(range(rows))
+    assert all((got[k] == 2 * k).all() for k in got)
+    assert set(sizes) == {4}, "every batch has the fixed size"
+    assert batcher.rows == rows
+
+
+def test_the_padding_of_a_last_batch_is_zeros_not_old_rows() -> None:
+    seen: list[torch.Tensor] = []
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        seen.append(batch.clone())
+        return batch.float()
+
+    batcher = FixedBatcher(encode, 3, CPU)
+    for k in range(1, 5):
+        batcher.add(np.full((1,), k, np.uint8), lambda _: None)
+    batcher.flush()
+    assert seen[1].flatten().tolist() == [4, 0, 0]
+
+
+def test_flushing_nothing_encodes_nothing() -> None:
+    batcher = FixedBatcher(lambda batch: pytest.fail("nothing to encode"), 2, CPU)
+    batcher.flush()
+    assert batcher.rows == 0
