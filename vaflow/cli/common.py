@@ -4,9 +4,12 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from vaflow.errors import UsageError, explain
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what went wrong.")]
@@ -44,3 +47,20 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
 
 def _is_number(text: str) -> bool:
     return bool(text) and text.strip("+-%").replace(".", "", 1).replace(",", "").isdigit()
+
+
+def weight_pairs(pairs: Iterable[str]) -> dict[str, Path]:
+    """`--weights NAME=PATH`, repeated -> name -> path.
+
+    Raises:
+        UsageError: not a pair, or nothing at the path.
+    """
+    weights = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise UsageError(explain("--weights is not a pair", expected="NAME=PATH", got=pair))
+        if not Path(path).exists():
+            raise UsageError(explain(f"The weights for {name} are not there", expected="a file or folder", got=path))
+        weights[name] = Path(path)
+    return weights

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table, weight_pairs
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def extract(
     config = ExtractConfig(
         visual=_names(visual, ("clip-vit-b16",), "visual"),
         audio=_names(audio, ("ast",), "audio"),
-        weights=_weights(weights or []),
+        weights=weight_pairs(weights or []),
         window=window,
         stride=stride,
         frames=frames,
@@ -114,18 +114,6 @@ def _names(given: list[str] | None, default: tuple[str, ...], kind: str) -> tupl
                 )
             )
     return names
-
-
-def _weights(pairs: list[str]) -> dict[str, Path]:
-    weights = {}
-    for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not (name and equals and path):
-            raise UsageError(explain("--weights is not a pair", expected="NAME=PATH", got=pair))
-        if not Path(path).exists():
-            raise UsageError(explain(f"The weights for {name} are not there", expected="a file or folder", got=path))
-        weights[name] = Path(path)
-    return weights
 
 
 def _describe(summary: "Summary", cache: "Cache") -> str:

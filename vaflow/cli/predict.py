@@ -1,6 +1,49 @@
-"""`vaflow predict`."""
+"""`vaflow predict`: a trained run on new clips."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table, weight_pairs
+
+SOME_FAILED = 3
 
 
-def predict() -> int:
-    """To be written."""
-    return 1
+def predict(
+    run: Annotated[Path, typer.Argument(help="A trained run: the folder that `vaflow train --out` wrote.")],
+    media: Annotated[list[Path], typer.Argument(help="Videos, or folders of videos.")],
+    out: Annotated[Path, typer.Option(help="Folder for one CSV and one PNG per video.")],
+    weights: Annotated[list[str] | None, typer.Option(help="NAME=PATH: local weights instead of the hub.")] = None,
+    faces: Annotated[str, typer.Option(help="auto, centerface or none; as for extract.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep the features in this cache, and reuse what it holds.")
+    ] = None,
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Valence and arousal for every frame of new videos: a CSV and a picture each.
+
+    A video without sound, or stretches without a face, are predicted from what there is.
+
+    Example: vaflow predict runs/full interview.mp4 --out predictions
+    """
+    set_up(verbose, quiet)
+    from vaflow.predict import PredictConfig, predict_media
+
+    config = PredictConfig(device=device, weights=weight_pairs(weights or []), face_source=faces, cache=cache)
+    summary = predict_media(run, media, out, config, show_progress=show_bars(quiet))
+    if json:
+        print_json([{"item": p.item, "csv": str(p.csv), "png": str(p.png), **p.means} for p in summary.predicted])
+    elif not quiet:
+        rows = [
+            (p.item, p.frames, f"{p.means['valence']:+.2f}", f"{p.means['arousal']:+.2f}", p.csv)
+            for p in summary.predicted
+        ]
+        typer.echo(table(rows, ("clip", "frames", "mean valence", "mean arousal", "written")))
+    if summary.failures:
+        typer.echo(f"{len(summary.failures)} clip(s) failed: {summary.failures_file}", err=True)
+        return SOME_FAILED if summary.predicted else 1
+    return 0
