@@ -1,0 +1,279 @@
+"""Sound of any file -> mono 16 kHz on the clip clock, in bounded memory, and an account of what is really there.
+
+Sample n of the stream of blocks lies at n / 16000 s of the clip, from 0 on. Where the file has no sound (it starts
+late, has a gap, lost a packet) zeros stand in, and the summary's intervals leave them out. Timestamps that jitter by
+less than 25 ms are not followed: chopping a steady signal does more harm.
+
+Mono is the mean of the channels, taken before resampling. libswresample's own downmix is not used: for float samples
+it scales stereo by 0.707 instead of 0.5, so that level would depend on the number of channels and clip.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from av.audio.frame import AudioFrame, format_dtypes
+from av.audio.resampler import AudioResampler
+from av.error import FFmpegError
+from av.packet import Packet
+from numpy.typing import NDArray
+
+from vaflow.extract.container import Opened, opened, read_packets, seconds
+
+RATE = 16000  # samples per second that come out
+SILENT_PEAK = 1e-4  # -80 dBFS: below this everywhere, a track is there but says nothing
+
+_JITTER = 0.025  # seconds that a timestamp may be off
+_JITTER_AFTER_DAMAGE = 0.002  # ... where a packet was lost: one AAC frame is 21 to 23 ms, which must leave a gap
+_SHORT = 0.1  # seconds that may be missing from a clip's sound
+_FEED = 16384  # samples that go into the resampler at a time
+_ZEROS = 10 * RATE  # the longest block of zeros
+
+Block = NDArray[np.float32]
+Blocks = Generator[Block, None, "AudioSummary"]
+Status = Literal["ok", "absent", "silent", "short", "unreadable"]
+
+
+@dataclass(frozen=True)
+class AudioSummary:
+    """What a clip's sound is like. None of these is an error.
+
+    Attributes:
+        status: "absent" (no audio stream), "unreadable" (nothing decodes), "silent" (peak below -80 dBFS), "short"
+            (more than 0.1 s of the clip has no sound data), "ok".
+        samples: how many came out, at 16 kHz.
+        covered: (start, stop) in clip seconds of what came from the file, ascending, apart from each other.
+        peak: largest absolute sample of the mono signal; 1 is full scale.
+        rate, channels, codec: of the stream in the file; 0 and "" where absent.
+        damaged: packets that did not decode.
+    """
+
+    status: Status
+    samples: int = 0
+    covered: tuple[tuple[float, float], ...] = ()
+    peak: float = 0.0
+    rate: int = 0
+    channels: int = 0
+    codec: str = ""
+    damaged: int = 0
+
+
+def decode_audio(path: Path, *, start: float, duration: float) -> Blocks:
+    """Decode a file's best audio stream.
+
+    Args:
+        path: a media file; it may have no audio.
+        start: seconds, `MediaInfo.start` of the file that gives the clip clock.
+        duration: seconds, the clip's length; sound beyond it is cut.
+
+    Yields:
+        [n] float32 at 16 kHz, gapless from clip time 0 to the end of the sound or of the clip.
+
+    Returns:
+        AudioSummary (the generator's return value).
+
+    Raises:
+        MediaError: the file cannot be opened at all.
+    """
+    with opened(path) as media:
+        if media.audio is None or media.audio.codec_context is None:
+            return AudioSummary("absent")
+        context = media.audio.codec_context
+        line, source = _Line(limit=round(max(duration, 0.0) * RATE)), _Source(media, start)
+        for piece in source.pieces():
+            yield from line.add(piece)
+            if line.full:
+                break
+        yield from line.close()
+        return AudioSummary(
+            status=_status(line, source, duration),
+            samples=line.emitted,
+            covered=tuple((a / RATE, b / RATE) for a, b in line.covered),
+            peak=line.peak,
+            rate=source.rate or context.sample_rate,
+            channels=source.channels or context.channels,
+            codec=context.name,
+            damaged=source.damaged,
+        )
+
+
+def _status(line: "_Line", source: "_Source", duration: float) -> Status:
+    if not source.rate:
+        return "unreadable"
+    if line.covered and line.peak < SILENT_PEAK:
+        return "silent"
+    covered = sum(stop - start for start, stop in line.covered) / RATE
+    return "short" if covered < duration - _SHORT else "ok"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Decoded mono samples: where they begin on the clip clock (None: right after the last ones), and how exactly."""
+
+    samples: Block
+    rate: int
+    time: float | None
+    jitter: float
+
+
+class _Source:
+    """Decodes an audio stream packet by packet; damaged packets are counted and left out."""
+
+    def __init__(self, media: Opened, start: float) -> None:
+        self._media, self._start = media, start
+        self.rate = self.channels = self.damaged = 0
+
+    def pieces(self) -> Iterator[_Piece]:
+        stream = self._media.audio
+        if stream is None:
+            return
+        stream.codec_context.thread_count = 1
+        known = 0  # damaged packets when the last piece came
+        for packet in chain(read_packets(self._media, [stream]), [None]):
+            for frame in self._decode(packet):
+                if frame.format.name not in format_dtypes:  # 64-bit integers: nobody has them, PyAV cannot show them
+                    self.damaged += 1
+                    continue
+                self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
+                time = None
+                if frame.pts is not None and frame.time_base is not None:
+                    time = seconds(frame.pts, frame.time_base) - self._start
+                yield _Piece(_mono(frame), self.rate, time, _JITTER if self.damaged == known else _JITTER_AFTER_DAMAGE)
+                known = self.damaged
+
+    def _decode(self, packet: Packet | None) -> list[AudioFrame]:
+        stream = self._media.audio
+        try:
+            return [] if stream is None else list(stream.codec_context.decode(packet))
+        except FFmpegError:
+            self.damaged += 1
+            return []
+
+
+_FULL_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31}
+
+
+def _mono(frame: AudioFrame) -> Block:
+    """The mean of the channels, [n] float32, full scale 1."""
+    data = frame.to_ndarray()
+    if not frame.format.is_planar:
+        data = data.reshape(-1, frame.layout.nb_channels).T
+    scale = _FULL_SCALE.get(data.dtype.str[1:])
+    mono = data.mean(axis=0, dtype=np.float64)
+    if scale is not None:
+        mono = (mono - (scale if data.dtype == np.uint8 else 0.0)) / scale
+    return np.nan_to_num(mono, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32)
+
+
+@dataclass
+class _Line:
+    """The 16 kHz time line that comes out. Sound lies on it in runs; each run has a resampler of its own.
+
+    Attributes:
+        limit: samples after which nothing more comes out.
+        emitted: samples that came out.
+        covered: (start, stop) in samples of what was sound and not stand-in zeros.
+    """
+
+    limit: int
+    emitted: int = 0
+    peak: float = 0.0
+    covered: list[tuple[int, int]] = field(default_factory=list)
+    _run: "_Run | None" = None
+
+    @property
+    def full(self) -> bool:
+        return self.emitted >= self.limit
+
+    def add(self, piece: _Piece) -> Iterator[Block]:
+        """Put a piece where it belongs: onto the running run, or after zeros into a new one."""
+        end = self.emitted / RATE if self._run is None else self._run.end
+        time = end if piece.time is None else piece.time
+        late = time - end
+        steady = self._run is not None and abs(late) <= piece.jitter
+        samples = piece.samples
+        if late < 0 and not steady:  # before the clip, or repeats what was there
+            samples = samples[round(-late * piece.rate) :]
+            time = end
+        if not samples.size:
+            return
+        if self._run is None or self._run.rate != piece.rate or (late > 0 and not steady):
+            yield from self.close()
+            yield from self._zeros(round(time * RATE) - self.emitted)
+            self._run = _Run(self.emitted / RATE, piece.rate)
+        yield from self._out(self._run.push(samples))
+
+    def close(self) -> Iterator[Block]:
+        """End the running run: what its resampler still holds comes out."""
+        if self._run is not None:
+            yield from self._out(self._run.flush())
+            self._run = None
+
+    def _zeros(self, count: int) -> Iterator[Block]:
+        count = min(count, self.limit - self.emitted)
+        while count > 0:
+            block = np.zeros(min(count, _ZEROS), np.float32)
+            self.emitted += block.size
+            count -= block.size
+            yield block
+
+    def _out(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        for whole in blocks:
+            block = whole[: self.limit - self.emitted]
+            if not block.size:
+                continue
+            start, self.emitted = self.emitted, self.emitted + block.size
+            self.peak = max(self.peak, float(np.abs(block).max()))
+            if self.covered and self.covered[-1][1] == start:
+                start = self.covered.pop()[0]
+            self.covered.append((start, self.emitted))
+            yield block
+
+
+class _Run:
+    """Gapless samples of one rate, resampled by one libswresample; n samples in give round(n * 16000 / rate) out."""
+
+    def __init__(self, start: float, rate: int) -> None:
+        self.start, self.rate = start, rate
+        self._resampler = AudioResampler(format="fltp", layout="mono", rate=RATE)
+        self._waiting: list[Block] = []
+        self._in = self._fed = self._out = 0
+
+    @property
+    def end(self) -> float:
+        """Clip seconds right after the last sample that came in."""
+        return self.start + self._in / self.rate
+
+    def push(self, samples: Block) -> Iterator[Block]:
+        self._waiting.append(samples)
+        self._in += samples.size
+        if self._in - self._fed >= _FEED:
+            yield from self._feed()
+
+    def flush(self) -> Iterator[Block]:
+        yield from self._feed()
+        if self.rate != RATE:
+            yield from self._count(self._resampler.resample(None))
+        missing = round(self._in * RATE / self.rate) - self._out
+        if missing > 0:  # the resampler rounds down
+            self._out += missing
+            yield np.zeros(missing, np.float32)
+
+    def _feed(self) -> Iterator[Block]:
+        if not self._waiting:
+            return
+        frame = AudioFrame.from_ndarray(np.concatenate(self._waiting)[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = self.rate, self._fed, Fraction(1, self.rate)
+        self._waiting, self._fed = [], self._in
+        yield from self._count(self._resampler.resample(frame))
+
+    def _count(self, frames: list[AudioFrame]) -> Iterator[Block]:
+        for frame in frames:
+            block = frame.to_ndarray()[0].astype(np.float32)
+            block = block[: max(0, round(self._in * RATE / self.rate) - self._out)]
+            self._out += block.size
+            yield block
