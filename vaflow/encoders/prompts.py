@@ -1,0 +1,130 @@
+"""Prompt sets: the words of the nine valence-arousal regions, and their prototypes in CLIP's text space.
+
+Region index = 3 * valence level + arousal level, levels low, middle, high. Source: arXiv 2603.13415 (templates, mean
+of normalised text embeddings); the paper shows only some of the descriptions, so they live in a file that can be
+edited.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaflow.encoders import encode_text
+from vaflow.errors import UsageError, explain
+
+if TYPE_CHECKING:
+    from vaflow.encoders.base import AudioEncoder, VisualEncoder
+
+LEVELS = ("low", "middle", "high")
+REGIONS = tuple((f"v_{valence}", f"a_{arousal}") for valence in LEVELS for arousal in LEVELS)
+DEFAULT = "default"
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Templates, each with one `{}`, and the nine descriptions in region order 3 * valence + arousal."""
+
+    name: str
+    templates: tuple[str, ...]
+    descriptions: tuple[str, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """Plain JSON of the words; the name is only a name."""
+        return {"templates": list(self.templates), "descriptions": list(self.descriptions)}
+
+    def texts(self) -> list[list[str]]:
+        """[templates][9] filled templates."""
+        return [[template.replace("{}", words) for words in self.descriptions] for template in self.templates]
+
+
+def load_prompts(path: Path | None = None) -> PromptSet:
+    """Read a prompt set; without a path, the one that comes with the program, called "default".
+
+    Raises:
+        UsageError: there is no such file, it is not TOML, or it is not a prompt set (every problem is named).
+    """
+    source = path if path is not None else Path(__file__).with_name("prompts.toml")
+    try:
+        document = tomllib.loads(source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(explain(f"The prompt file {source} cannot be read", got=error, expected="TOML")) from error
+    templates, descriptions = _templates(document), _descriptions(document)
+    problems = _template_problems(templates) + _description_problems(descriptions)
+    problems += [f"{key} is not a table of prompt sets" for key in document if key not in ("templates", "descriptions")]
+    if problems:
+        raise UsageError(
+            explain(
+                f"The prompt file {source} is not a prompt set: {'; '.join(problems)}",
+                expected="[templates] with texts that hold {} once, and [descriptions] with the nine keys "
+                "v_low.a_low ... v_high.a_high (levels low, middle, high)",
+                remedy="Start from a copy of the program's own prompts.toml",
+            )
+        )
+    words = tuple(descriptions[f"{valence}.{arousal}"] for valence, arousal in REGIONS)
+    return PromptSet(source.stem if path is not None else DEFAULT, tuple(templates.values()), words)
+
+
+def _templates(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Named templates (a table) or a plain list, by name."""
+    found = document.get("templates", {})
+    if isinstance(found, list):
+        return {str(number): text for number, text in enumerate(found, start=1)}
+    return found if isinstance(found, dict) else {"templates": found}
+
+
+def _descriptions(document: Mapping[str, Any]) -> dict[str, Any]:
+    """`v_low.a_low` -> words, from the nested tables that TOML makes of dotted keys."""
+    found = document.get("descriptions", {})
+    flat: dict[str, Any] = {}
+    for valence, row in found.items() if isinstance(found, dict) else []:
+        if isinstance(row, dict):
+            flat |= {f"{valence}.{arousal}": words for arousal, words in row.items()}
+        else:
+            flat[valence] = row
+    return flat
+
+
+def _template_problems(templates: Mapping[str, Any]) -> list[str]:
+    if not templates:
+        return ["there are no templates"]
+    return [
+        f"template {name} must be a text that holds {{}} once"
+        for name, text in templates.items()
+        if not isinstance(text, str) or text.count("{}") != 1
+    ]
+
+
+def _description_problems(descriptions: Mapping[str, Any]) -> list[str]:
+    required = [f"{valence}.{arousal}" for valence, arousal in REGIONS]
+    problems = [f"description {key} is missing" for key in required if key not in descriptions]
+    problems += [f"description {key} is none of the nine regions" for key in descriptions if key not in required]
+    return problems + [
+        f"description {key} must be a text that is not empty"
+        for key in required
+        if key in descriptions and not (isinstance(descriptions[key], str) and descriptions[key].strip())
+    ]
+
+
+def prototypes(encoder: VisualEncoder | AudioEncoder, prompt_set: PromptSet) -> tuple[Floats, Floats]:
+    """The nine prototypes of a prompt set.
+
+    Returns:
+        ([9, D], [templates, 9, D]) float32: the mean over templates of the normalised text embeddings (itself not
+        normalised: the head does that), and those embeddings.
+
+    Raises:
+        UsageError: the encoder has no text tower.
+    """
+    texts = prompt_set.texts()
+    flat = encode_text(encoder, [text for row in texts for text in row])
+    template = flat.reshape(len(texts), len(REGIONS), -1).astype(np.float32)
+    return template.mean(axis=0, dtype=np.float64).astype(np.float32), template
