@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, StreamInfo
+from vaflow.encoders import logmel
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.encoders.logmel import HOP, MEL_BINS, FilterBank, frame_times
+from vaflow.encoders.images import Preparation
+from vaflow.encoders.logmel import MEL_BINS, FilterBank, frame_times
 from vaflow.extract.batching import FixedBatcher
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Message, Sound, SoundEnd
@@ -18,7 +20,8 @@ from vaflow.timeline import Floats, Ints
 Arrays = dict[str, NDArray[Any]]
 LogMel = tuple[NDArray[Any], NDArray[np.bool_]]  # [F, mel] as stored, [F] valid
 
-FRAME_SECONDS = 0.025  # a filter-bank frame covers 400 samples
+HOP = logmel.HOP / logmel.RATE  # seconds between two filter-bank frames
+FRAME = logmel.FRAME / logmel.RATE  # seconds that one covers
 
 
 class ClipAssembly:
@@ -145,8 +148,8 @@ class ClipAssembly:
             if encoder.kind == "visual":
                 arrays = self.arrays[name]
                 arrays["valid"][face.sample] = True
-                size: int = encoder.image_size  # type: ignore[union-attr]
-                self._encode(batcher, face.images[size], arrays, face.sample)
+                preparation: Preparation = encoder.preparation  # type: ignore[union-attr]
+                self._encode(batcher, face.images[preparation], arrays, face.sample)
 
     def _end_faces(self, end: FacesEnd) -> None:
         self.facts["visual"] = end.facts
@@ -173,7 +176,7 @@ def _covered(frames: int, covered: tuple[tuple[float, float], ...]) -> NDArray[n
     valid = np.zeros(frames, bool)
     slack = HOP / 2  # resampling rounds the ends of the sound by a fraction of a sample
     for start, stop in covered:
-        valid |= (first >= start - slack) & (first + FRAME_SECONDS <= stop + slack)
+        valid |= (first >= start - slack) & (first + FRAME <= stop + slack)
     return valid
 
 

@@ -24,6 +24,7 @@ class ExtractConfig:
         pixels: keep the face crops, for fine-tuning.
         prompts: TOML file of the prompt set, or None for the built-in one.
         device: "auto", "cpu" or "cuda[:N]".
+        precision: of the encoders' arithmetic: "auto" (float32), or "bfloat16", "float16" on CUDA.
         image_batch, window_batch: fixed batch sizes; 0 chooses by device.
         workers: processes that decode; 0 chooses by machine.
 
@@ -43,6 +44,7 @@ class ExtractConfig:
     pixels: bool = False
     prompts: Path | None = None
     device: str = "auto"
+    precision: str = "auto"
     image_batch: int = 0
     window_batch: int = 0
     workers: int = 0

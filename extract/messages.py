@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Clip
+from vaflow.encoders.images import Preparation
 from vaflow.timeline import Grid
 
 
@@ -18,7 +19,7 @@ class Job:
         number: which job of the run; every message about it carries the number.
         audio, faces: which parts are wanted; the clock and the labels always are.
         face_source: "auto" (crops where the clip has them, else detection), "centerface" or "none" (whole frames).
-        sizes: edges of the square inputs that the visual encoders expect, in pixels.
+        preparations: the inputs that the visual encoders expect.
         keep_jpeg: send the stored form of every crop along.
     """
 
@@ -28,7 +29,7 @@ class Job:
     audio: bool
     faces: bool
     face_source: str
-    sizes: tuple[int, ...]
+    preparations: tuple[Preparation, ...]
     keep_jpeg: bool
 
 
@@ -69,11 +70,11 @@ class SoundEnd:
 
 @dataclass(frozen=True)
 class Face:
-    """The crop of one grid sample: size -> [size, size, 3] uint8, and its stored form where that is kept."""
+    """The crop of one grid sample: preparation -> [size, size, 3] uint8, and its stored form, if kept."""
 
     job: int
     sample: int
-    images: dict[int, NDArray[np.uint8]]
+    images: dict[Preparation, NDArray[np.uint8]]
     jpeg: bytes | None
 
 

@@ -131,7 +131,10 @@ def resolve_device(name: str) -> torch.device:
 
 def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[VisualEncoder], list[AudioEncoder]]:
     """Build every encoder named in the settings, visual ones and audio ones."""
-    built = [build_encoder(n, weights=config.weights.get(n), device=str(device)) for n in config.encoders]
+    built = [
+        build_encoder(name, weights=config.weights.get(name), device=str(device), precision=config.precision)
+        for name in config.encoders
+    ]
     visual = [encoder for encoder in built if encoder.kind == "visual"]
     audio = [encoder for encoder in built if encoder.kind == "audio"]
     return visual, audio  # type: ignore[return-value]
@@ -212,7 +215,8 @@ class _Run:
         summary.encoded = {name: batcher.rows for name, (_, batcher) in self._encoders.items()}
 
     def _jobs(self) -> Iterable[Job]:
-        sizes = tuple(sorted({e.image_size for e, _ in self._encoders.values() if e.kind == "visual"}))  # type: ignore[union-attr]
+        pictures = [encoder for encoder, _ in self._encoders.values() if encoder.kind == "visual"]
+        preparations = tuple(dict.fromkeys(encoder.preparation for encoder in pictures))  # type: ignore[union-attr]
         for number, task in enumerate(self._plan.tasks):
             kinds = {self._infos[name].kind for name in task.streams}
             yield Job(
@@ -222,7 +226,7 @@ class _Run:
                 audio="logmel" in kinds,  # audio streams alone are made from the log-Mel in the cache
                 faces=bool(kinds & {"visual", "pixels"}),
                 face_source=self._config.face_source,
-                sizes=sizes,
+                preparations=preparations,
                 keep_jpeg=PIXELS in task.streams,
             )
 

@@ -5,8 +5,8 @@ from typing import Any
 from vaflow import __version__
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, StreamInfo
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.encoders.images import RESIZE
-from vaflow.encoders.logmel import HOP, MEL_BINS
+from vaflow.encoders.logmel import MEL_BINS
+from vaflow.encoders.logmel import identity as logmel_identity
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces import faces_identity
 from vaflow.extract.media import decoder_identity
@@ -30,7 +30,7 @@ def stream_infos(
     config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]
 ) -> dict[str, StreamInfo]:
     """Every per-clip stream of an extraction by name, in the order in which they are committed."""
-    picture = {"faces": _face_identity(config), "decoder": decoder_identity(), "resize": RESIZE}
+    picture = {"faces": _face_identity(config), "decoder": decoder_identity()}
     sampling = config.sampling
     infos = [
         StreamInfo(
@@ -38,7 +38,7 @@ def stream_infos(
             "logmel",
             MEL_BINS,
             config.dtype,
-            {"encoder": LOGMEL, "filter_bank": "kaldi", "hop": HOP, "decoder": decoder_identity()},
+            {"encoder": LOGMEL, **logmel_identity(), "decoder": decoder_identity()},
         )
     ]
     if config.pixels:

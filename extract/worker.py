@@ -12,7 +12,6 @@ import numpy as np
 
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.labels import on_clock, read_annotation
-from vaflow.encoders.images import prepare_image
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import decode_audio
 from vaflow.extract.crops import crops_identity, list_crops, read_crop
@@ -128,7 +127,7 @@ def _send_faces(job: Job, times: Floats, duration: float, send: Send) -> None:
     images = _read_crops(crops, frame, counts) if crops is not None else _cut_faces(job, frame, times)
     for sample, jpeg, image in images:
         counts["faces"] += 1
-        prepared = {size: prepare_image(image, size) for size in job.sizes}
+        prepared = {preparation: preparation(image) for preparation in job.preparations}
         send(Face(job.number, sample, prepared, jpeg if job.keep_jpeg else None))
     send(FacesEnd(job.number, frame, counts))
 

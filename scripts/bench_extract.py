@@ -65,7 +65,7 @@ def _measure_overlap(options: argparse.Namespace, folder: Path) -> list[tuple[st
     device = resolve_device(options.device)
     dataset = open_dataset(data, "videos")
 
-    decode, counts = _decode_only(dataset, config, visual.image_size)
+    decode, counts = _decode_only(dataset, config, visual)
     encode = _encode_only(config, device, visual, audio, counts)
     whole, encoded = _whole(dataset, folder / "cache", config, device, visual, audio)
     video_seconds = options.clips * options.seconds
@@ -114,23 +114,23 @@ def _encoders(size: str, device: str) -> tuple[Any, Any]:
     return random_clip(device), random_ast(device)
 
 
-def _jobs(dataset: Any, config: Any, size: int) -> list[Any]:
+def _jobs(dataset: Any, config: Any, visual: Any) -> list[Any]:
     from vaflow.extract.messages import Job
 
     return [
-        Job(number, clip, config.grid, True, True, config.face_source, (size,), False)
+        Job(number, clip, config.grid, True, True, config.face_source, (visual.preparation,), False)
         for number, clip in enumerate(dataset.clips)
     ]
 
 
-def _decode_only(dataset: Any, config: Any, size: int) -> tuple[float, dict[str, int]]:
+def _decode_only(dataset: Any, config: Any, visual: Any) -> tuple[float, dict[str, int]]:
     from vaflow.extract.config import default_workers
     from vaflow.extract.messages import Clock, Face, Failed
     from vaflow.extract.pool import WorkerPool
 
     counts = {"images": 0, "windows": 0}
     began = time.perf_counter()
-    with WorkerPool(_jobs(dataset, config, size), config.workers or default_workers(config.device)) as pool:
+    with WorkerPool(_jobs(dataset, config, visual), config.workers or default_workers(config.device)) as pool:
         for message in pool:
             if isinstance(message, Failed):
                 raise SystemExit(f"decoding failed: {message.message}")
@@ -178,7 +178,6 @@ def _per_window(dataset: Any, config: Any, device: Any, visual: Any, audio: Any)
     """The straightforward way: for every window decode its frames, then CLIP on them, then AST on its sound."""
     import torch
 
-    from vaflow.encoders.images import prepare_image
     from vaflow.encoders.logmel import FilterBank
     from vaflow.extract.audio import decode_audio
     from vaflow.extract.media import frame_times, frames_at, probe
@@ -192,7 +191,7 @@ def _per_window(dataset: Any, config: Any, device: Any, visual: Any, audio: Any)
         for row in grid.window_ticks(duration):
             at = grid.seconds(row)
             frames = np.unique(nearest(times, at[at < duration]))
-            images = [prepare_image(image, visual.image_size) for _, image in frames_at(clip.video, frames, times)]
+            images = [visual.prepare(image) for _, image in frames_at(clip.video, frames, times)]
             visual.encode(torch.from_numpy(np.stack(images)).to(device)).cpu()
             sound = np.concatenate(list(decode_audio(clip.video, start=info.start, duration=duration)))
             first = round(at[0] * 16000)

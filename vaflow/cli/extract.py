@@ -29,6 +29,7 @@ def extract(
     store: Annotated[str, typer.Option(help="zarr or hdf5.")] = "zarr",
     dtype: Annotated[str, typer.Option(help="float16 or float32, of stored embeddings.")] = "float16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto (float32), bfloat16 or float16 (CUDA only).")] = "auto",
     faces: Annotated[
         str, typer.Option(help="auto (crops if there are any, else detection), centerface, none.")
     ] = "auto",
@@ -68,6 +69,7 @@ def extract(
         pixels=pixels,
         prompts=prompts,
         device=device,
+        precision=precision,
         image_batch=image_batch,
         window_batch=window_batch,
         workers=workers,
@@ -104,6 +106,8 @@ def _names(given: list[str] | None, default: tuple[str, ...], kind: str) -> tupl
     names = tuple(dict.fromkeys(given or default))
     if names == ("none",):
         return ()
+    if kind == "audio":
+        names = tuple(name for name in names if name != "logmel")  # always kept, whatever is named
     for name in names:
         if encoder_kind(name) != kind:
             raise UsageError(

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vaflow.encoders.images import Preparation
+
 Image = NDArray[np.uint8]
 
 
@@ -17,6 +19,7 @@ class VisualEncoder(Protocol):
         name: the stream's name.
         dim: length of the vector.
         image_size: edge of the square input in pixels.
+        preparation: what `prepare` does, as a value that can be sent to a process without torch.
         identity: plain JSON of everything that changes the numbers (weights digest, preprocessing, activation ...).
         module: the network, for fine-tuning.
     """
@@ -25,6 +28,7 @@ class VisualEncoder(Protocol):
     name: str
     dim: int
     image_size: int
+    preparation: Preparation
     identity: dict[str, Any]
     module: torch.nn.Module
 
