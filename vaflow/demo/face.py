@@ -1,0 +1,224 @@
+"""Draws a person: head and shoulders in a room, with the expression of one moment."""
+
+import numpy as np
+
+from vaflow.demo.expression import Expression
+from vaflow.demo.path import Key
+from vaflow.demo.pen import CIRCLE, Colour, Image, Pen, Points, curve, mix, shade
+from vaflow.demo.person import Person
+
+WHITE: Colour = (238, 240, 242)
+DARK: Colour = (24, 22, 26)
+MOUTH: Colour = (34, 24, 82)
+TONGUE: Colour = (98, 90, 190)
+TEETH: Colour = (232, 238, 240)
+
+EYE_Y, BROW_Y, NOSE_Y, MOUTH_Y = -0.12, -0.5, 0.27, 0.66
+HEAD_SCALE = 0.235  # half face width, in picture heights
+ACROSS = np.linspace(-1, 1, 9)
+
+
+def draw_room(person: Person, key: Key, width: int, height: int) -> Image:
+    """[height, width, 3] BGR: the wall behind, with a few soft shapes on it. Drawn once per clip."""
+    rng = key.rng("room picture")
+    down = np.linspace(1.1, 0.8, height)[:, None, None]
+    across = np.linspace(rng.uniform(0.85, 1), rng.uniform(0.95, 1.1), width)[None, :, None]
+    room = np.clip(np.array(person.wall) * down * across * person.light, 0, 255).astype(np.uint8)
+    pen = Pen(room, (0, 0), height)
+    for _ in range(rng.integers(2, 5)):
+        x, y = rng.uniform(0, width / height), rng.uniform(0, 0.8)
+        w, h = rng.uniform(0.1, 0.3, 2)
+        blue, green, red = (int(c) for c in rng.integers(30, 230, 3))
+        tint = mix(person.wall, (blue, green, red), 0.35)
+        corners = np.array([[x - w, y - h], [x + w, y - h], [x + w, y + h], [x - w, y + h]])
+        pen.fill(corners, shade(tint, person.light))
+        pen.line(corners, shade(tint, 0.8), 0.01, closed=True)
+    return room
+
+
+class FaceArtist:
+    """Draws the frames of one person.
+
+    Args:
+        person: whom to draw.
+        expression: what their face does, one row per frame.
+        room: [H, W, 3] BGR background.
+    """
+
+    def __init__(self, person: Person, expression: Expression, room: Image) -> None:
+        self.person = person
+        self.expression = expression
+        self.room = room
+        self.scale = HEAD_SCALE * room.shape[0] * person.size
+        self.skin = shade(person.skin, person.light)
+        self.outline = _outline(person)
+
+    def place(self, i: int) -> tuple[float, float, float]:
+        """Where the head of frame i is: centre x, y in pixels, and tilt in radians."""
+        height, width = self.room.shape[:2]
+        e = self.expression
+        return width / 2 + e.x[i] * self.scale, height * 0.5 + e.y[i] * self.scale, float(e.turn[i])
+
+    def draw(self, i: int) -> Image:
+        """Frame i, [H, W, 3] BGR."""
+        image = self.room.copy()
+        x, y, turn = self.place(i)
+        body = Pen(image, (x * 0.4 + self.room.shape[1] * 0.3, self.room.shape[0] * 0.5), self.scale)
+        pen = Pen(image, (x, y), self.scale, turn)
+        self._hair_behind(pen)
+        self._body(body)
+        self._head(pen)
+        self._cheeks(pen, i)
+        for side in (-1, 1):
+            self._eye(pen, i, side)
+            self._brow(pen, i, side)
+        self._nose(pen)
+        self._beard(pen)
+        self._mouth(pen, i)
+        self._hair_in_front(pen)
+        self._glasses(pen)
+        return image
+
+    def _hair_behind(self, pen: Pen) -> None:
+        p = self.person
+        hair = shade(p.hair, p.light * 0.85)
+        if p.hair_style == "long":
+            pen.fill(CIRCLE * (1.22, 1.5) + (0, 0.1), hair)
+            pen.fill(np.array([[-1.2, 0], [1.2, 0], [1.1, 1.7], [-1.1, 1.7]]), hair)
+        elif p.hair_style == "curly":
+            for angle in np.linspace(np.pi * 0.95, np.pi * 2.05, 9):
+                pen.ellipse(1.05 * np.cos(angle), 1.15 * np.sin(angle) - 0.1, 0.4, 0.4, hair)
+        elif p.hair_style == "bun":
+            pen.ellipse(0, -p.face_height - 0.25, 0.42, 0.36, hair)
+
+    def _body(self, pen: Pen) -> None:
+        p = self.person
+        shirt = shade(p.shirt, p.light)
+        pen.fill(np.array([[-0.42, 0.9], [0.42, 0.9], [0.5, 1.9], [-0.5, 1.9]]), shade(self.skin, 0.8))
+        half = np.array([[-2.1, 2.6], [-1.9, 2.0], [-1.2, 1.68], [-0.48, 1.5]])
+        shoulders = np.concatenate([half, [[0, 1.78]], half[::-1] * (-1, 1)])
+        pen.fill(shoulders, shirt)
+        pen.line(shoulders[3:6], shade(shirt, 0.7), 0.06)
+
+    def _head(self, pen: Pen) -> None:
+        for side in (-1, 1):
+            pen.ellipse(side * 1.0, -0.02, 0.15, 0.24, shade(self.skin, 0.86))
+        pen.fill(self.outline, self.skin)
+        pen.line(self.outline, shade(self.skin, 0.82), 0.03, closed=True)
+
+    def _cheeks(self, pen: Pen, i: int) -> None:
+        smile = float(self.expression.smile[i])
+        blush = mix(self.skin, (110, 110, 225), 0.06 + 0.22 * max(smile, 0))
+        for side in (-1, 1):
+            pen.ellipse(side * 0.6, 0.3 - 0.06 * smile, 0.2, 0.15, blush)
+        if abs(smile) > 0.15:  # the fold from nose to mouth: outwards in a smile, downwards in a frown
+            depth = shade(self.skin, 1 - 0.22 * min(abs(smile), 1))
+            for side in (-1, 1):
+                fold = np.array([[0.24, 0.3], [0.42 + 0.08 * smile, 0.45], [0.52 + 0.06 * smile, 0.66 - 0.06 * smile]])
+                pen.line(fold * (side, 1), depth, 0.035)
+
+    def _eye(self, pen: Pen, i: int, side: int) -> None:
+        e, p = self.expression, self.person
+        opening, cheek = float(e.eyes[i]), max(float(e.smile[i]), 0)
+        w = p.eye_size
+        upper = curve(ACROSS, 0.28 * opening, -0.01, 0) * (w, 1)
+        lower = curve(ACROSS, -0.15 * opening + 0.06 * cheek * opening, -0.01, 0) * (w, 1)
+        centre = np.array([side * p.eye_gap, EYE_Y])
+        shape = np.concatenate([upper, lower[::-1]])
+        pen.fill(CIRCLE * (w * 1.25, 0.3) + centre + (0, -0.02), shade(self.skin, 0.93))
+        pen.fill(shape + centre, WHITE)
+        if opening > 0.06:
+            look = centre + np.array([float(e.gaze[i]) * 0.06, -0.06 * opening])
+            pen.fill(CIRCLE * 0.125 + look, p.iris)
+            pen.fill(CIRCLE * 0.065 + look, DARK)
+            pen.fill(CIRCLE * 0.03 + look + (0.04, -0.045), WHITE)
+        lid = shade(self.skin, 0.86)
+        above = curve(ACROSS, 0.36, -0.02, 0) * (w * 1.1, 1)
+        below = curve(ACROSS, -0.28, -0.02, 0) * (w * 1.1, 1)
+        pen.fill(np.concatenate([upper, above[::-1]]) + centre, lid)
+        pen.fill(np.concatenate([lower, below[::-1]]) + centre, shade(self.skin, 0.93))
+        pen.line(upper + centre, DARK, 0.045)
+
+    def _brow(self, pen: Pen, i: int, side: int) -> None:
+        e, p = self.expression, self.person
+        lift, slant = 0.2 * float(e.brows[i]), 0.17 * float(e.slant[i])
+        x = np.array([0.19, 0.38, 0.56, 0.72]) + p.eye_gap - 0.44
+        y = BROW_Y - lift + np.array([0.03 - slant, -0.05 - slant * 0.4, -0.06 + slant * 0.2, 0.06 + slant * 0.4])
+        pen.line(np.stack([side * x, y], axis=-1), p.brow, p.brow_width)
+
+    def _nose(self, pen: Pen) -> None:
+        n = self.person.nose
+        ridge = np.array([[-0.05, -0.1], [-0.07, 0.1], [-n, NOSE_Y - 0.02], [0, NOSE_Y + 0.05], [n, NOSE_Y - 0.02]])
+        pen.fill(np.array([[0.0, -0.1], [n, NOSE_Y], [0, NOSE_Y + 0.05], [-n, NOSE_Y]]), shade(self.skin, 0.94))
+        pen.line(ridge[2:], shade(self.skin, 0.68), 0.04)
+
+    def _beard(self, pen: Pen) -> None:
+        p = self.person
+        if p.beard == "none":
+            return
+        colour = mix(shade(p.hair, p.light), self.skin, 0.25)
+        if p.beard == "beard":
+            jaw = self.outline[self.outline[:, 1] > 0.45]
+            inner = np.array([[-0.62, 0.5], [-0.5, 0.42], [0, 0.4], [0.5, 0.42], [0.62, 0.5]])
+            pen.fill(np.concatenate([jaw[np.argsort(-jaw[:, 0])], inner]), colour)
+        else:
+            pen.fill(np.array([[-0.36, 0.56], [-0.1, 0.4], [0.1, 0.4], [0.36, 0.56], [0, 0.5]]), colour)
+
+    def _mouth(self, pen: Pen, i: int) -> None:
+        e, p = self.expression, self.person
+        smile, opening = float(e.smile[i]), float(e.mouth[i])
+        w = p.mouth_width * (1 + 0.22 * smile - 0.12 * opening)
+        lift = 0.22 * smile  # the corners go up, the middle down
+        upper = curve(ACROSS, 0.07 * opening - 0.6 * lift, lift, MOUTH_Y) * (w, 1)
+        lower = curve(ACROSS, -0.3 * opening - 0.6 * lift - 0.01, lift, MOUTH_Y) * (w, 1)
+        lips = p.lip_size
+        full = 1 - np.abs(ACROSS) ** 3
+        top, bottom = upper.copy(), lower.copy()
+        top[:, 1] -= lips * full
+        bottom[:, 1] += 1.25 * lips * full
+        lip = shade(p.lip, p.light)
+        pen.fill(np.concatenate([top, bottom[::-1]]), lip)
+        hollow = np.concatenate([upper, lower[::-1]])
+        if opening > 0.08:
+            pen.fill(hollow, MOUTH)
+            self._inside(pen, upper, lower, opening)
+        pen.line(upper, shade(lip, 0.45), 0.045)
+
+    def _inside(self, pen: Pen, upper: Points, lower: Points, opening: float) -> None:
+        """Teeth under the upper lip, the tongue above the lower one."""
+        middle = slice(1, -1)
+        edge = upper[middle] + (lower[middle] - upper[middle]) * 0.32
+        pen.fill(np.concatenate([upper[middle], edge[::-1]]), TEETH)
+        if opening > 0.3:
+            tongue = lower[2:-2] - (lower[2:-2] - upper[2:-2]) * 0.35
+            pen.fill(np.concatenate([tongue, lower[2:-2][::-1]]), TONGUE)
+
+    def _hair_in_front(self, pen: Pen) -> None:
+        p = self.person
+        if p.hair_style == "bald":
+            return
+        top = self.outline[self.outline[:, 1] < -0.45]
+        top = top[np.argsort(top[:, 0])] * (1.05, 1.07)
+        fringe = {"short": 0.3, "long": 0.36, "bun": 0.2, "curly": 0.26}[p.hair_style]
+        x = np.linspace(0.9, -0.9, 9)
+        hairline = -p.face_height + fringe + 0.42 * np.abs(x + 0.15) ** 2.5
+        line = np.stack([x, np.minimum(hairline, -0.42)], axis=-1)
+        pen.fill(np.concatenate([top, line]), shade(p.hair, p.light))
+
+    def _glasses(self, pen: Pen) -> None:
+        p = self.person
+        if not p.glasses:
+            return
+        for side in (-1, 1):
+            pen.line(CIRCLE * (0.3, 0.27) + (side * p.eye_gap, EYE_Y), DARK, 0.04, closed=True)
+            pen.line(np.array([[side * (p.eye_gap + 0.3), EYE_Y], [side * 1.0, EYE_Y - 0.05]]), DARK, 0.04)
+        pen.line(np.array([[-p.eye_gap + 0.3, EYE_Y], [p.eye_gap - 0.3, EYE_Y]]), DARK, 0.04)
+
+
+def _outline(person: Person) -> Points:
+    """The head, [N, 2]: round above, narrowing to the chin by the person's jaw."""
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    x, y = np.cos(angle), np.sin(angle)
+    narrow = np.where(y > 0, 1 - (1 - person.jaw) * np.clip(y, 0, 1) ** 1.5, 1)
+    x = np.sign(x) * np.abs(x) ** 0.9 * narrow
+    return np.stack([x, y * person.face_height], axis=-1)

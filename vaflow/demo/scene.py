@@ -1,0 +1,97 @@
+"""One person through one clip: frames with or without something in front of the face, and the cut-outs of the face."""
+
+import cv2
+import numpy as np
+
+from vaflow.demo.expression import express
+from vaflow.demo.face import FaceArtist, draw_room
+from vaflow.demo.path import Floats
+from vaflow.demo.pen import Colour, Image, Pen, shade
+from vaflow.demo.person import random_person
+from vaflow.demo.plan import ClipPlan
+
+CROP_SIZE = 112
+CROP_SCALE = 45.0  # half a face's width in the cut-out, in pixels
+CROP_CENTRE = 0.08  # the cut-out's middle, in half face widths below the head's
+EASE = 0.25  # seconds that something takes to move in front of the face
+NOISE_CELL = 8  # pixels of one square of noise
+
+
+class Scene:
+    """The pictures of one trial.
+
+    Args:
+        plan: whose.
+        mouth: [C] how open the mouth is, at the voice's control rate.
+        width, height: of a frame in pixels.
+    """
+
+    def __init__(self, plan: ClipPlan, mouth: Floats, width: int, height: int) -> None:
+        self.plan = plan
+        person = random_person(plan.key)
+        self.expression = express(plan.key, person, plan.mood, mouth, plan.times)
+        self.artist = FaceArtist(person, self.expression, draw_room(person, plan.key, width, height))
+        self.cover: Colour = shade((150, 140, 125), plan.key.rng("cover").uniform(0.5, 1.5))
+        self.covered = _covered(plan)
+
+    def frame(self, i: int) -> Image:
+        """Frame i, [H, W, 3] BGR."""
+        image = self.artist.draw(i)
+        if self.covered[i] > 0:
+            x, y, _ = self.artist.place(i)
+            self._hide(Pen(image, (x, y), self.artist.scale, 0.12), float(self.covered[i]))
+        return image
+
+    def crop(self, i: int, frame: Image) -> Image:
+        """The face cut out of frame i and aligned, [112, 112, 3] BGR; a little off, as a landmark detector is."""
+        x, y, turn = self.artist.place(i)
+        slip_x, slip_y, slip_scale = self.expression.slip[i]
+        unit = self.artist.scale
+        ratio = CROP_SCALE / unit * (1 + slip_scale)
+        matrix = cv2.getRotationMatrix2D((x, y), np.degrees(turn), ratio)
+        matrix[:, 2] += CROP_SIZE / 2 - np.array([x, y]) + np.array([slip_x, slip_y - CROP_CENTRE]) * CROP_SCALE
+        return cv2.warpAffine(
+            frame, matrix, (CROP_SIZE, CROP_SIZE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
+
+    def _hide(self, pen: Pen, progress: float) -> None:
+        """A book in front of the face; it comes from below."""
+        y = 3.6 + (0.1 - 3.6) * progress
+        w, h = 1.25, 1.65
+        book = np.array([[-w, y - h], [w, y - h], [w, y + h], [-w, y + h]])
+        pen.fill(book, self.cover)
+        pen.line(book, shade(self.cover, 0.7), 0.05, closed=True)
+        pen.line(book[[0, 3]] + (0.2, 0), shade(self.cover, 0.8), 0.05)
+        title = np.array([[-0.6, y - 0.9], [0.8, y - 0.9], [0.8, y - 0.5], [-0.6, y - 0.5]])
+        pen.fill(title, shade(self.cover, 1.35))
+
+
+class NoiseScene:
+    """Pictures that tell nothing, of the same size and at the same times as those of `plan`."""
+
+    def __init__(self, plan: ClipPlan, width: int, height: int) -> None:
+        self.rng = plan.key.rng("noise picture")
+        self.width, self.height = width, height
+
+    def frame(self, i: int) -> Image:
+        """A frame of coloured squares, unlike every other."""
+        return self._squares(self.width, self.height)
+
+    def crop(self, i: int, frame: Image) -> Image:
+        """The middle of the frame."""
+        left, top = (self.width - CROP_SIZE) // 2, (self.height - CROP_SIZE) // 2
+        return np.ascontiguousarray(frame[max(top, 0) :, max(left, 0) :][:CROP_SIZE, :CROP_SIZE])
+
+    def _squares(self, width: int, height: int) -> Image:
+        cells = self.rng.integers(0, 256, (-(-height // NOISE_CELL), -(-width // NOISE_CELL), 3), np.uint8)
+        large = cv2.resize(cells, None, fx=NOISE_CELL, fy=NOISE_CELL, interpolation=cv2.INTER_NEAREST)
+        return np.ascontiguousarray(large[:height, :width])
+
+
+def _covered(plan: ClipPlan) -> Floats:
+    """[N] how far the cover is up, 0 to 1."""
+    covered = np.zeros(len(plan.times))
+    for begin, end in plan.occlusions:
+        rise = np.minimum(plan.times - begin, end - plan.times) / EASE
+        covered = np.maximum(covered, np.clip(rise, 0, 1))
+    return covered * covered * (3 - 2 * covered)

@@ -1,0 +1,151 @@
+"""A voice-like sound: a glottal pulse train through moving formants, in syllables and phrases.
+
+Pitch, loudness, speaking rate and brightness follow arousal; formants (a smile shortens the vocal tract) follow valence
+weakly. Each also drifts on its own, so that sound alone tells arousal well but not perfectly, and valence a little.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaflow.demo.path import Floats, Key, Mood, smooth_trace, within
+
+SAMPLE_RATE = 16_000
+CONTROL_RATE = 100  # pitch, loudness and formants are set this many times a second
+HOP = SAMPLE_RATE // CONTROL_RATE
+HARMONICS = 36
+
+# F1, F2, F3 in Hz of the vowels that syllables draw from
+VOWELS = np.array(
+    [[730, 1090, 2440], [270, 2290, 3010], [300, 870, 2240], [530, 1840, 2480], [570, 840, 2410], [440, 1020, 2240]],
+    np.float64,
+)
+BANDWIDTH = np.array([90.0, 110.0, 160.0])
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """What stays the same about a voice: pitch in Hz, vocal tract, recording level and room noise in decibels."""
+
+    pitch: float
+    tract: float
+    level: float
+    room: float
+    breath: float
+    vibrato: float
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Sound and what the face must know of it.
+
+    Attributes:
+        sound: [N] float32 in (-1, 1) at `SAMPLE_RATE`.
+        mouth: [C] how open the mouth is, 0 to 1, at `CONTROL_RATE`; it says when there is a syllable, not how loud.
+    """
+
+    sound: NDArray[np.float32]
+    mouth: Floats
+
+
+def random_speaker(key: Key) -> Speaker:
+    """A voice; low and high ones equally often."""
+    rng = key.rng("speaker")
+    low = rng.random() < 0.5
+    return Speaker(
+        pitch=rng.uniform(95, 140) if low else rng.uniform(165, 225),
+        tract=rng.uniform(0.92, 1.0) if low else rng.uniform(1.02, 1.14),
+        level=rng.uniform(-3, 3),
+        room=rng.uniform(-62, -54),
+        breath=rng.uniform(0.01, 0.03),
+        vibrato=rng.uniform(0.005, 0.015),
+    )
+
+
+def speak(key: Key, mood: Mood, seconds: float, silences: list[tuple[float, float]]) -> Voice:
+    """What the person of `key` says while feeling `mood`, with nothing but the room in `silences`."""
+    speaker = random_speaker(key)
+    time = np.arange(int(np.ceil(seconds * CONTROL_RATE)) + 1) / CONTROL_RATE
+    valence, arousal = mood(time).T
+    drift = {
+        name: smooth_trace(key.rng(f"voice {name}"), slowest=15, fastest=2, scale=scale)(time)
+        for name, scale in (("pitch", 0.05), ("level", 2.0), ("tract", 0.035), ("tilt", 1.0))
+    }
+    syllable, formants = _syllables(key.rng("syllables"), time, arousal)
+    talking = _fade(~within(time, silences))
+    mouth = syllable * talking
+
+    pitch = speaker.pitch * 2 ** (0.45 * arousal + drift["pitch"])
+    pitch *= 1 + speaker.vibrato * np.sin(2 * np.pi * 5.2 * time)
+    tract = speaker.tract * (1 + 0.06 * valence + drift["tract"])
+    loudness = 10 ** ((speaker.level - 26 + 11 * arousal + drift["level"]) / 20) * mouth
+    tilt = 13 - 4 * arousal + drift["tilt"]  # decibels lost per octave of frequency above 500 Hz
+
+    noise = key.rng("room").standard_normal((2, len(time) * HOP)).astype(np.float32)
+    sound = _harmonics(pitch, formants * tract[:, None], tilt, loudness)
+    sound += noise[0] * _per_sample(loudness * speaker.breath) + noise[1] * np.float32(10 ** (speaker.room / 20))
+    sound = sound[: round(seconds * SAMPLE_RATE)]
+    return Voice(np.tanh(sound).astype(np.float32), mouth)
+
+
+def _syllables(rng: np.random.Generator, time: Floats, arousal: Floats) -> tuple[Floats, Floats]:
+    """When the mouth sounds ([C], 0 to 1) and the vowel it forms ([C, 3] formants in Hz)."""
+    rate = 3.4 + 1.3 * arousal  # syllables per second
+    beat = np.cumsum(rate) / CONTROL_RATE
+    number = np.floor(beat).astype(int)
+    count = number[-1] + 2
+    strength = rng.uniform(0.6, 1.0, count)
+    # A phrase is five to eleven syllables, then one or two beats of breath.
+    position = 0
+    while position < count:
+        position += int(rng.integers(5, 12))
+        rest = int(rng.integers(1, 3))
+        strength[position : position + rest] = 0
+        position += rest
+    envelope = np.sin(np.pi * (beat - number)) ** 0.7 * strength[number]
+    vowel = VOWELS[rng.integers(0, len(VOWELS), count)]
+    blend = np.clip((beat - number) * 3, 0, 1)[:, None]
+    before = vowel[np.maximum(number - 1, 0)]
+    return envelope, before + (vowel[number] - before) * blend
+
+
+def _fade(active: NDArray[np.bool_], seconds: float = 0.12) -> Floats:
+    """A switch without clicks."""
+    width = max(1, int(seconds * CONTROL_RATE))
+    kernel = np.hanning(width + 2)[1:-1]
+    padded = np.pad(active.astype(np.float64), width, mode="edge")
+    return np.convolve(padded, kernel / kernel.sum(), mode="same")[width:-width]
+
+
+def _harmonics(pitch: Floats, formants: Floats, tilt: Floats, loudness: Floats) -> NDArray[np.float32]:
+    """Sum of harmonics of `pitch` [C] Hz, weighted by `formants` [C, 3] Hz and `tilt` [C] dB/octave -> [C * HOP]."""
+    phase = 2 * np.pi * np.cumsum(_per_sample(pitch, np.float64)) / SAMPLE_RATE
+    # sin(k x) = 2 cos(x) sin((k - 1) x) - sin((k - 2) x): one multiplication per harmonic instead of a sine.
+    twice_cos, before, now = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
+    total = np.zeros(len(phase), np.float32)
+    for k in range(1, HARMONICS + 1):
+        total += _per_sample(loudness * _gain(k * pitch, formants, tilt)) * now.astype(np.float32)
+        before, now = now, twice_cos * now - before
+    return total
+
+
+def _gain(frequency: Floats, formants: Floats, tilt: Floats) -> Floats:
+    """How loud a harmonic at `frequency` [C] Hz is: three resonances over a falling glottal spectrum."""
+    resonance = (1 / (1 + ((frequency[:, None] - formants) / BANDWIDTH) ** 2)) @ np.array([1.0, 0.7, 0.45]) + 0.04
+    octaves = np.log2(np.maximum(frequency, 50) / 500)
+    fade_out = np.clip((0.47 * SAMPLE_RATE - frequency) / 500, 0, 1)  # nothing may fold over at half the rate
+    return resonance * 10 ** (-tilt * np.maximum(octaves, -1) / 20) * fade_out
+
+
+def _per_sample(control: Floats, dtype: type = np.float32) -> NDArray[np.floating]:
+    """[C] at `CONTROL_RATE` -> [C * HOP] at `SAMPLE_RATE`, linear between."""
+    control = control.astype(dtype)
+    step = np.diff(control, append=control[-1:])
+    ramp = np.arange(HOP, dtype=dtype) / HOP
+    return (control[:, None] + step[:, None] * ramp).reshape(-1)
+
+
+def noise_sound(key: Key, seconds: float) -> NDArray[np.float32]:
+    """[N] steady noise that tells nothing, as loud as a voice."""
+    return (0.05 * key.rng("noise sound").standard_normal(round(seconds * SAMPLE_RATE))).astype(np.float32)

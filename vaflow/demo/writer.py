@@ -1,0 +1,247 @@
+"""Writes a small synthetic data set in the layout of Aff-Wild2, quirks included.
+
+raw_videos/batch1/<video>.mp4                  H.264 + AAC
+cropped_aligned/<trial>/00001.jpg              112 x 112, numbered by video frame from 1, some missing
+VA_Estimation_Challenge/{Train_Set,Validation_Set}/<trial>.txt
+Valence_Arousal_Estimation_Challenge_test_set_release.txt, VA_test_set_sample.txt
+demo.json                                      what it was written with; written last
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from vaflow.demo.film import write_film
+from vaflow.demo.pen import Image
+from vaflow.demo.plan import MUTE, SHORT_SOUND, STEREO, ClipPlan, DemoConfig, plan_clips
+from vaflow.demo.scene import NoiseScene, Scene
+from vaflow.demo.voice import SAMPLE_RATE, Voice, noise_sound, speak
+from vaflow.errors import UsageError, explain
+
+VIDEOS, CROPS, LABELS = "raw_videos", "cropped_aligned", "VA_Estimation_Challenge"
+LABEL_FOLDERS = {"train": "Train_Set", "val": "Validation_Set"}
+TEST_LIST = "Valence_Arousal_Estimation_Challenge_test_set_release.txt"
+TEST_SAMPLE = "VA_test_set_sample.txt"
+MARKER = "demo.json"
+JPEG_QUALITY = 92
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class DemoSummary:
+    """What was written.
+
+    Attributes:
+        root: the data set's folder.
+        clips: trials per split.
+        seconds: of video altogether.
+        frames, crops, rows, unannotated: video frames, face crops, annotation rows, and those of -5.
+        quirks: how many trials have which of Aff-Wild2's quirks.
+        reused: it was already there.
+    """
+
+    root: Path
+    clips: dict[str, int]
+    seconds: float
+    frames: int
+    crops: int
+    rows: int
+    unannotated: int
+    quirks: dict[str, int]
+    reused: bool = False
+
+
+def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -> DemoSummary:
+    """Write the data set below `out`, or find that it is there already.
+
+    Args:
+        out: a folder that is new, empty, or holds the same demo data.
+        progress: called with (videos done, videos in all, name) after each video.
+        options: the fields of `DemoConfig`: train, val, test, seconds, rate, width, height, seed, picture, sound,
+            shuffle_labels. The same seed gives the same people, paths and labels whatever picture and sound are.
+
+    Raises:
+        UsageError: an option is wrong, or `out` holds something else.
+    """
+    config = _config(options)
+    out = Path(out)
+    plans = plan_clips(config)
+    if _is_written(out, config):
+        return _summary(out, plans, reused=True)
+    _prepare(out, config)
+    videos = [list(group) for _, group in groupby(plans, key=lambda plan: plan.video)]
+    # Drawing and encoding release the interpreter, so threads share the work well enough.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        jobs = {pool.submit(_write_video, out, config, group): group[0].video for group in videos}
+        for done, job in enumerate(as_completed(jobs), start=1):
+            job.result()
+            if progress is not None:
+                progress(done, len(videos), jobs[job])
+    _write_labels(out, config, plans)
+    _write_marker(out, config, complete=True)
+    return _summary(out, plans)
+
+
+def _config(options: dict[str, Any]) -> DemoConfig:
+    names = [field.name for field in fields(DemoConfig)]
+    for name in options:
+        if name not in names:
+            raise UsageError(explain("Unknown option of the demo data", got=name, choices=names))
+    return DemoConfig(**options)
+
+
+def _write_marker(out: Path, config: DemoConfig, complete: bool) -> None:
+    text = json.dumps({"written_by": "vaflow demo", "complete": complete, "settings": asdict(config)}, indent=2)
+    (out / MARKER).write_text(text + "\n", encoding="utf-8")
+
+
+def _is_written(out: Path, config: DemoConfig) -> bool:
+    """Whether `out` holds exactly this data set, complete.
+
+    Raises:
+        UsageError: it holds anything else.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(
+            explain("The demo data needs a folder", expected="a new or empty folder", got=f"a file: {out}")
+        )
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    remedy = "Name another folder, or delete this one"
+    marker = out / MARKER
+    if not marker.is_file():
+        raise UsageError(explain(f"{out} is not empty and holds no demo data", expected="a new folder", remedy=remedy))
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+        settings, complete = found["settings"], found["complete"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(explain(f"{marker} cannot be read", got=repr(error), remedy=remedy)) from error
+    if settings != asdict(config):
+        wanted = asdict(config)
+        differ = ", ".join(f"{k}={settings.get(k)!r} (now {v!r})" for k, v in wanted.items() if settings.get(k) != v)
+        raise UsageError(explain(f"{out} holds demo data of other settings", got=differ or settings, remedy=remedy))
+    return bool(complete)
+
+
+def _prepare(out: Path, config: DemoConfig) -> None:
+    """Make the folders, and the marker that says it is unfinished."""
+    try:
+        for folder in (VIDEOS, CROPS, *(f"{LABELS}/{name}" for name in LABEL_FOLDERS.values())):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        _write_marker(out, config, complete=False)
+    except OSError as error:
+        raise UsageError(
+            explain(f"Cannot write into {out}", got=error, remedy="Name a folder you may write")
+        ) from error
+
+
+def _write_video(out: Path, config: DemoConfig, people: Sequence[ClipPlan]) -> None:
+    """One video, its sound, and the crops of everyone in it."""
+    first = people[0]
+    voices = [speak(plan.key, plan.mood, plan.seconds, plan.silences) for plan in people]
+    sound, sample_rate = _sound(config, people, voices)
+    path = out / VIDEOS / first.folder / f"{first.video}.mp4"
+    path.parent.mkdir(exist_ok=True)
+    write_film(path, _frames(out, config, people, voices), first.times, sound, sample_rate)
+
+
+def _frames(out: Path, config: DemoConfig, people: Sequence[ClipPlan], voices: Sequence[Voice]) -> Iterator[Image]:
+    """The video's frames, [H, W * people, 3] BGR; every crop is written as its frame goes by."""
+    size = config.width, config.height
+    scenes: list[Scene | NoiseScene] = [
+        NoiseScene(plan, *size) if config.picture == "noise" else Scene(plan, voice.mouth, *size)
+        for plan, voice in zip(people, voices, strict=True)
+    ]
+    folders = [out / CROPS / plan.trial for plan in people]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    for i in range(len(people[0].times)):
+        frames = [scene.frame(i) for scene in scenes]
+        for plan, scene, folder, frame in zip(people, scenes, folders, frames, strict=True):
+            if plan.cropped[i]:
+                _, data = cv2.imencode(".jpg", scene.crop(i, frame), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+                (folder / f"{i + 1:05d}.jpg").write_bytes(data.tobytes())
+        yield frames[0] if len(frames) == 1 else np.concatenate(frames, axis=1)
+
+
+def _sound(
+    config: DemoConfig, people: Sequence[ClipPlan], voices: Sequence[Voice]
+) -> tuple[NDArray[np.float32] | None, int]:
+    """What the video sounds like, with its sample rate; None for a video without sound."""
+    plan = people[0]
+    if plan.quirk == MUTE:
+        return None, SAMPLE_RATE
+    if config.sound == "noise":
+        sound = noise_sound(plan.key, plan.seconds)
+    else:
+        sound = np.sum([voice.sound for voice in voices], axis=0, dtype=np.float32)
+    if plan.quirk == SHORT_SOUND:
+        sound = sound[: round(0.8 * len(sound))]
+    if plan.quirk == STEREO:
+        return _as_cd(sound), 44_100
+    return np.clip(sound, -1, 1), SAMPLE_RATE
+
+
+def _as_cd(sound: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[S] at `SAMPLE_RATE` -> [S', 2] at 44.1 kHz, the right channel a little softer."""
+    time = np.arange(int(len(sound) / SAMPLE_RATE * 44_100)) / 44_100
+    left = np.interp(time, np.arange(len(sound)) / SAMPLE_RATE, np.clip(sound, -1, 1))
+    return np.stack([left, 0.8 * left], axis=-1).astype(np.float32)
+
+
+def _write_labels(out: Path, config: DemoConfig, plans: Sequence[ClipPlan]) -> None:
+    """Annotations of train and validation, the names of the test trials and a sample submission."""
+    values = {plan.trial: plan.labels() for plan in plans}
+    if config.shuffle_labels:
+        _shuffle([values[plan.trial] for plan in plans if plan.split == "train"], config.seed)
+    for plan in plans:
+        if plan.split in LABEL_FOLDERS:
+            rows = [f"{v:g},{a:g}" for v, a in values[plan.trial]]
+            text = "\n".join(["valence,arousal", *rows]) + "\n"
+            (out / LABELS / LABEL_FOLDERS[plan.split] / f"{plan.trial}.txt").write_text(text, encoding="ascii")
+    test = [plan for plan in plans if plan.split == "test"]
+    if test:
+        (out / TEST_LIST).write_text("".join(f"{plan.trial}\n" for plan in test), encoding="ascii")
+        rows = [f"{plan.trial}/{k + 1:05d}.jpg,0,0" for plan in test for k in range(plan.rows)]
+        text = "\n".join(["image_location,valence,arousal", *rows]) + "\n"
+        (out / TEST_SAMPLE).write_text(text, encoding="ascii")
+
+
+def _shuffle(values: Sequence[NDArray[np.float64]], seed: int) -> None:
+    """Permute the annotated rows over all of `values`, in place; rows of -5 stay where they are."""
+    known = [value[:, 0] != -5 for value in values]
+    rows = np.concatenate([value[mask] for value, mask in zip(values, known, strict=True)])
+    rows = np.random.default_rng([seed, 99]).permutation(rows)
+    ends = np.cumsum([mask.sum() for mask in known])
+    for value, mask, part in zip(values, known, np.split(rows, ends[:-1]), strict=True):
+        value[mask] = part
+
+
+def _summary(out: Path, plans: Sequence[ClipPlan], reused: bool = False) -> DemoSummary:
+    labelled = [plan for plan in plans if plan.split != "test"]
+    quirks = Counter(plan.quirk for plan in plans if plan.quirk)
+    quirks["rows-unlike-frames"] = sum(plan.rows != len(plan.times) for plan in labelled)
+    quirks["unannotated-run"] = sum(not plan.annotated().all() for plan in labelled)
+    quirks["missing-crops"] = sum(not plan.cropped.all() for plan in plans)
+    return DemoSummary(
+        root=out,
+        clips=dict(Counter(plan.split for plan in plans)),
+        seconds=sum(plan.seconds for plan in plans),
+        frames=sum(len(plan.times) for plan in plans),
+        crops=sum(int(plan.cropped.sum()) for plan in plans),
+        rows=sum(plan.rows for plan in labelled),
+        unannotated=sum(int((~plan.annotated()).sum()) for plan in labelled),
+        quirks=dict(quirks),
+        reused=reused,
+    )
