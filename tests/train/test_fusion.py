@@ -1,0 +1,210 @@
+"""Fusion against equations 3 to 5 written out in NumPy, and interpolation against numpy.interp."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_batches import inside_mask
+
+from vaflow.errors import UsageError
+from vaflow.train.heads.fusion import FUSION, Attend, Fusion, Track, interpolate
+
+FRAMES, HIDDEN, HEADS = 6, 8, 2
+STEPS = (7, 4, 1, 5)
+variants = pytest.mark.parametrize("variant", FUSION)
+
+
+def build(variant: str, streams: int = 1) -> Fusion:
+    torch.manual_seed(0)
+    fusion = FUSION[variant](HIDDEN, streams, heads=HEADS).double()
+    for parameter in fusion.parameters():
+        nn.init.normal_(parameter, std=0.5)  # biases, too: the default ones are 0 and would hide a mistake
+    return fusion
+
+
+def make_track(seed: int, silent: Sequence[int] = ()) -> Track:
+    """Steps of several windows, one of them without sound data; none at all in `silent` windows."""
+    draw = torch.Generator().manual_seed(seed)
+    inside = inside_mask(STEPS, max(STEPS))
+    key = inside.clone()
+    key[0, 3] = False
+    key[list(silent)] = False
+    time = torch.rand(inside.shape, generator=draw, dtype=torch.float64).add(0.1).cumsum(1)
+    value = torch.randn(*inside.shape, HIDDEN, generator=draw, dtype=torch.float64) * inside.unsqueeze(-1)
+    return Track(value, time, inside, key)
+
+
+def make_visual() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(99)
+    time = torch.arange(FRAMES, dtype=torch.float64).expand(len(STEPS), FRAMES) * 0.7 - 0.1
+    return torch.randn(len(STEPS), FRAMES, HIDDEN, generator=draw, dtype=torch.float64), time
+
+
+def numbers(parameter: Any) -> np.ndarray:
+    return parameter.detach().numpy()
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def attention(module: Any, visual: np.ndarray, track: Track, row: int) -> np.ndarray:
+    """Equation 3 for one window: multi-head attention over its valid steps alone, with the module's own weights."""
+    keys = numbers(track.value[row])[track.key[row].numpy()]
+    weights, biases = numbers(module.attention.in_proj_weight), numbers(module.attention.in_proj_bias)
+    parts = [np.split(a, 3) for a in (weights, biases)]
+    q, k, v = (x @ w.T + b for x, w, b in zip((visual, keys, keys), *parts, strict=True))
+    size, heads = HIDDEN // HEADS, []
+    for head in range(HEADS):
+        cut = slice(head * size, (head + 1) * size)
+        heads.append(softmax(q[:, cut] @ k[:, cut].T / np.sqrt(size)) @ v[:, cut])
+    out = module.attention.out_proj
+    return np.concatenate(heads, -1) @ numbers(out.weight).T + numbers(out.bias)
+
+
+def at_frames(track: Track, time: Tensor, row: int) -> np.ndarray:
+    inside = track.inside[row].numpy()
+    known, value = numbers(track.time[row])[inside], numbers(track.value[row])[inside]
+    return np.stack([np.interp(numbers(time[row]), known, column) for column in value.T], -1)
+
+
+def restated(variant: str, fusion: Any, visual: Tensor, time: Tensor, tracks: Sequence[Track], row: int) -> np.ndarray:
+    """F_fused of one window whose tracks all have a key."""
+    seen = numbers(visual[row])
+    if variant in ("gated", "concat"):
+        heard = [at_frames(track, time, row) for track in tracks]
+    else:
+        heard = [attention(a, seen, track, row) for a, track in zip(fusion.attends, tracks, strict=True)]
+    if "concat" in variant:
+        return np.concatenate([seen, *heard], -1)
+    mean = np.mean(heard, axis=0)
+    if variant == "attention":
+        return mean
+    scores = np.concatenate([mean, seen], -1) @ numbers(fusion.gate.weight).T + numbers(fusion.gate.bias)
+    gate = 1 / (1 + np.exp(-scores))  # eq. 4
+    return gate * mean + (1 - gate) * seen  # eq. 5
+
+
+@variants
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_fusion_is_the_equations(variant, streams):
+    fusion, (visual, time) = build(variant, streams), make_visual()
+    tracks = [make_track(seed) for seed in range(streams)]
+    fused = fusion(visual, time, tracks)
+    assert fused.shape == (len(STEPS), FRAMES, fusion.width)
+    for row in range(len(STEPS)):
+        expected = restated(variant, fusion, visual, time, tracks, row)
+        np.testing.assert_allclose(numbers(fused[row]), expected, atol=1e-12)
+
+
+@variants
+def test_without_any_valid_key_the_picture_speaks_alone(variant):
+    fusion, (visual, time) = build(variant, 2), make_visual()
+    tracks = [make_track(seed, silent=[1]) for seed in range(2)]
+    inputs = [visual.requires_grad_(), *(track.value.requires_grad_() for track in tracks)]
+    fused = fusion(visual, time, tracks)
+    assert torch.equal(fused[1, :, :HIDDEN], visual[1])
+    assert (fused[1, :, HIDDEN:] == 0).all()  # the rest of a concatenation
+    gradients = torch.autograd.grad(fused.square().sum(), [*inputs, *fusion.parameters()])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    torch.testing.assert_close(gradients[0][1], 2 * visual[1])
+    assert all((gradient[1] == 0).all() for gradient in gradients[1:3])
+
+
+@variants
+def test_windows_without_any_key_at_all(variant):
+    fusion, (visual, time) = build(variant), make_visual()
+    nothing = torch.zeros(len(STEPS), max(STEPS), dtype=torch.bool)
+    for inside in (make_track(0).inside, nothing):  # all sound missing, or no audio at all
+        track = replace(make_track(0), inside=inside, key=nothing)
+        fused = fusion(visual, time, [track])
+        assert torch.equal(fused[..., :HIDDEN], visual)
+        learned = [*fusion.parameters()]
+        if learned:
+            gradients = torch.autograd.grad(fused.sum(), learned, allow_unused=True, materialize_grads=True)
+            assert all((gradient == 0).all() for gradient in gradients)
+
+
+@variants
+def test_a_silent_stream_leaves_the_word_to_the_others(variant):
+    fusion, (visual, time) = build(variant, 2), make_visual()
+    tracks = [make_track(0), make_track(1, silent=[0, 2])]
+    fused = fusion(visual, time, tracks)
+    alone = build(variant, 1)
+    own = {name: value for name, value in fusion.state_dict().items() if "attends.1" not in name}
+    alone.load_state_dict(own)
+    for row in (0, 2):
+        expected = alone(visual, time, tracks[:1])[row]
+        torch.testing.assert_close(fused[row, :, : expected.shape[-1]], expected)
+        assert (fused[row, :, expected.shape[-1] :] == 0).all()
+
+
+@pytest.mark.parametrize("variant", ["attention", "hierarchical", "attention-concat"])
+def test_steps_without_sound_and_padding_are_never_attended(variant):
+    fusion, (visual, time) = build(variant), make_visual()
+    track = make_track(0)
+    shouted = torch.where(track.key.unsqueeze(-1), track.value, 1e6)
+    torch.testing.assert_close(
+        fusion(visual, time, [replace(track, value=shouted)]), fusion(visual, time, [track]), rtol=0, atol=0
+    )
+
+
+def test_attention_has_neither_residual_nor_norm():
+    """With one key, every frame hears the same, whatever it shows."""
+    torch.manual_seed(0)
+    attend, (visual, _) = Attend(HIDDEN, HEADS).double(), make_visual()
+    heard = attend(visual, make_track(0))[2]  # window 2 has one step
+    torch.testing.assert_close(heard, heard[:1].expand_as(heard))
+
+
+def test_interpolation_is_numpys():
+    rng = np.random.default_rng(0)
+    inside = inside_mask((1, 2, 5, 9, 9), 9)
+    known = np.sort(rng.uniform(0, 10, (5, 9)), axis=1)
+    value = rng.normal(size=(5, 9, 3))
+    wanted = rng.uniform(-3, 13, (5, 20))
+    wanted[:, :9] = known  # exactly on a step
+    tensors = [torch.from_numpy(array) for array in (value, known, wanted)]
+    junk = [torch.where(inside, tensors[1], 1e9), torch.where(inside.unsqueeze(-1), tensors[0], torch.nan)]
+    ours = interpolate(junk[1], junk[0], tensors[2], inside)
+    for row, n in enumerate(inside.sum(1)):
+        for k in range(3):
+            expected = np.interp(wanted[row], known[row, :n], value[row, :n, k])
+            np.testing.assert_allclose(ours[row, :, k], expected, atol=1e-12)
+
+
+def test_interpolation_gradient_reaches_steps_inside_only():
+    inside = inside_mask((4, 0), 6)
+    value = torch.where(inside.unsqueeze(-1), torch.randn(2, 6, 3, dtype=torch.float64), torch.nan).requires_grad_()
+    known = torch.arange(6, dtype=torch.float64).expand(2, 6)
+    wanted = torch.tensor([[0.5, 2.0, 9.0, torch.nan]], dtype=torch.float64).expand(2, 4)  # NaN: a padded frame
+    out = interpolate(value, known, wanted, inside)
+    assert (out[1] == 0).all()
+    (gradient,) = torch.autograd.grad(out[:, :3].sum(), value)
+    weights = torch.tensor([0.5, 0.5, 1, 1, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(gradient[0], weights.unsqueeze(-1).expand(6, 3))
+    assert (gradient[1] == 0).all()
+
+
+def test_shapes_that_disagree_are_named():
+    fusion, (visual, time), track = build("hierarchical"), make_visual(), make_track(0)
+    with pytest.raises(ValueError, match="1 audio streams; got 2"):
+        fusion(visual, time, [track, track])
+    with pytest.raises(ValueError, match=r"\[4, 6, 7\] and \[4, 7, 8\]"):
+        fusion(visual[..., 1:], time, [track])
+    with pytest.raises(ValueError, match=r"key must be \[4, 7\].*got \[4, 6\]"):
+        fusion(visual, time, [replace(track, key=track.key[:, 1:])])
+    with pytest.raises(ValueError, match=r"\[4, 7, 8\], \[4, 6\]"):
+        interpolate(track.value, track.time[:, 1:], time, track.inside)
+
+
+def test_fusions_that_cannot_be_are_refused():
+    with pytest.raises(UsageError, match="at least one audio stream"):
+        FUSION["gated"](8, 0)
+    with pytest.raises(UsageError, match="multiple of 3"):
+        FUSION["attention"](8, 1, heads=3)

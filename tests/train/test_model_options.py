@@ -1,0 +1,121 @@
+"""The model's options: what they do, what is counted and saved, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy_batches import HEARD, HEARD_TOO, PROTOTYPES, SEEN, SEEN_TOO, toy_batch, toy_model
+
+from vaflow.errors import UsageError
+from vaflow.train.batch import VISUAL, StreamSpec
+from vaflow.train.heads.model import VAModel, count_parameters
+
+FOUR = (HEARD_TOO, SEEN, HEARD, SEEN_TOO)
+
+
+def test_no_prototypes_no_region_logits():
+    model = VAModel((SEEN, HEARD), None, hidden=8).double()
+    assert model(toy_batch()).region_logits is None
+
+
+def test_equal_seeds_give_equal_models_and_answers():
+    batch = toy_batch()
+    one, two = toy_model(), toy_model()
+    assert torch.equal(one(batch).va, two(batch).va)
+    torch.manual_seed(1)
+    other = VAModel((SEEN, HEARD), PROTOTYPES, hidden=8, attention_heads=2).double()
+    assert not torch.allclose(other.eval()(batch).va, one(batch).va)
+
+
+def test_dropout_acts_in_training_alone():
+    batch = toy_batch()
+    model = toy_model(dropout=0.5)
+    assert not torch.equal(model(batch).va, model(batch).va)
+    model.eval()
+    assert torch.equal(model(batch).va, model(batch).va)
+
+
+def test_weights_survive_being_saved():
+    batch = toy_batch(streams=FOUR)
+    one = toy_model(FOUR, normalize="standard")
+    two = VAModel(FOUR, torch.zeros(9, 6), hidden=8, attention_heads=2, normalize="standard").double()
+    two.load_state_dict(one.state_dict())
+    torch.testing.assert_close(two.eval()(batch).va, one.eval()(batch).va)
+
+
+def test_standard_normalisation_uses_the_given_numbers():
+    batch, name = toy_batch(), SEEN.name
+    model, plain = toy_model(normalize="standard"), toy_model(normalize="none")
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(model(batch).va, plain(batch).va)  # the identity until it is told
+    mean, deviation = torch.linspace(-3, 4, SEEN.dim).double(), torch.linspace(0.5, 5, SEEN.dim).double()
+    model.set_statistics(name, mean, deviation)
+    moved = replace(batch, features={**batch.features, name: batch.features[name] * deviation + mean})
+    torch.testing.assert_close(model(moved).va, plain(batch).va)
+
+
+def test_unit_vectors_ignore_length():
+    batch = toy_batch()
+    model = toy_model(normalize="l2")
+    longer = replace(batch, features={name: 7 * tensor for name, tensor in batch.features.items()})
+    torch.testing.assert_close(model(longer).va, model(batch).va)
+
+
+def test_statistics_need_a_place_to_go():
+    ones = torch.ones(SEEN.dim)
+    with pytest.raises(ValueError, match=r"no stream 'ear'.*see\.it"):
+        toy_model(normalize="standard").set_statistics("ear", ones, ones)
+    with pytest.raises(ValueError, match="LayerNorm"):
+        toy_model().set_statistics(SEEN.name, ones, ones)
+    with pytest.raises(ValueError, match=r"\[5\]; got \[5\] and \[4\]"):
+        toy_model(normalize="standard").set_statistics(SEEN.name, ones, ones[1:])
+
+
+def test_parameters_are_counted():
+    model = toy_model((SEEN,))
+    h, d, text = 8, SEEN.dim, 6
+    branch = 2 * d + (d * h + h) + h + 2 * 3 * (h // 2) * (h + h // 2 + 2)
+    heads = (h * h + h) + (2 * h + 2) + (h * text + text) + 1
+    assert count_parameters(model) == branch + heads
+    model.branches.requires_grad_(False)
+    assert count_parameters(model) == heads
+    assert count_parameters(model, trainable=False) == branch + heads
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temporal": "grus"}, "temporal model.*gru, lstm, tcn, transformer.*Did you mean 'gru'"),
+        ({"fusion": "gate"}, "fusion.*attention, attention-concat, concat, gated, hierarchical"),
+        ({"normalize": "batch"}, "normalisation.*l2, layer, none, standard"),
+        ({"temporal_options": {"kernel_size": 3}}, "no such option.*kernel_size.*dropout, layers, per_direction"),
+        ({"hidden": 7}, "even"),
+    ],
+)
+def test_unknown_names_are_met_with_the_choices(options, words):
+    with pytest.raises(UsageError, match=words):
+        toy_model(**options)
+
+
+@pytest.mark.parametrize(
+    ("streams", "words"),
+    [
+        ((), "at least one"),
+        ((SEEN, SEEN), "different names"),
+        ((StreamSpec("x", "logmel", 128),), "unknown kind.*audio, visual"),
+    ],
+)
+def test_streams_that_cannot_be_are_refused(streams, words):
+    with pytest.raises(UsageError, match=words):
+        VAModel(streams)
+
+
+def test_batches_that_do_not_fit_are_named():
+    model, batch = toy_model(), toy_batch()
+    with pytest.raises(ValueError, match=r"'hear/it'.*see\.it"):
+        model(replace(batch, features={SEEN.name: batch.features[SEEN.name]}))
+    wide = toy_batch(streams=(StreamSpec(SEEN.name, VISUAL, 6), HEARD))
+    with pytest.raises(ValueError, match=r"see\.it.*\[4, 6, 5\]; got \[4, 6, 6\]"):
+        model(wide)
+    with pytest.raises(ValueError, match=r"hear/it.*valid \[4, 7\]; got \[4, 6\]"):
+        model(replace(batch, valid={**batch.valid, HEARD.name: batch.inside}))
