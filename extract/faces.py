@@ -1,0 +1,44 @@
+"""Faces of one person for raw video: detect, follow, align. The parts live beside this file; here is the whole."""
+
+from typing import Any
+
+from vaflow.extract.align import (
+    CROP_SIZE,
+    JPEG_QUALITY,
+    TEMPLATE,
+    TEMPLATE_VERSION,
+    align,
+    decode_jpeg,
+    encode_jpeg,
+)
+from vaflow.extract.detection import DETECTOR, MAX_OVERLAP, MIN_SCORE, CenterFace, Face, model_digest
+from vaflow.extract.tracking import TRACKER_VERSION, PersonTracker
+
+__all__ = [
+    "CenterFace",
+    "Face",
+    "PersonTracker",
+    "align",
+    "decode_jpeg",
+    "encode_jpeg",
+    "faces_identity",
+]
+
+
+def faces_identity(max_size: int = 640) -> dict[str, Any]:
+    """Everything that changes which pixels a crop holds: part of the fingerprint of what is made from crops."""
+    import cv2
+    from PIL import __version__ as pillow
+
+    return {
+        "detector": DETECTOR,
+        "model": model_digest(),
+        "runtime": f"opencv {cv2.__version__}",
+        "max_size": max_size,
+        "min_score": MIN_SCORE,
+        "max_overlap": MAX_OVERLAP,
+        "tracker": TRACKER_VERSION,
+        "template": {"version": TEMPLATE_VERSION, "points": TEMPLATE.tolist()},
+        "crop_size": CROP_SIZE,
+        "jpeg": {"quality": JPEG_QUALITY, "subsampling": "4:4:4", "library": f"pillow {pillow}"},
+    }
