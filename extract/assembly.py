@@ -8,10 +8,8 @@ from numpy.typing import NDArray
 
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, StreamInfo
 from vaflow.encoders import logmel
-from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.encoders.images import Preparation
 from vaflow.encoders.logmel import MEL_BINS, FilterBank, frame_times
-from vaflow.extract.batching import FixedBatcher
+from vaflow.extract.batching import Encoders, FixedBatcher
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Message, Sound, SoundEnd
 from vaflow.extract.plan import Task
@@ -31,7 +29,7 @@ class ClipAssembly:
         task: the clip and the streams that it lacks.
         config: settings of the run.
         infos: every stream by name.
-        encoders: stream name -> encoder and its batcher.
+        encoders: every encoder of the run with its batcher.
         cached_logmel: reads the clip's committed log-Mel, where only audio streams are added to it.
     """
 
@@ -40,11 +38,12 @@ class ClipAssembly:
         task: Task,
         config: ExtractConfig,
         infos: Mapping[str, StreamInfo],
-        encoders: Mapping[str, tuple[VisualEncoder | AudioEncoder, FixedBatcher]],
+        encoders: Encoders,
         cached_logmel: Callable[[str], LogMel],
     ) -> None:
         self.task, self._config, self._infos = task, config, infos
-        self._encoders = {name: encoders[name] for name in task.streams if name in encoders}
+        self._visual = {name: pair for name, pair in encoders.visual.items() if name in task.streams}
+        self._audio = {name: pair for name, pair in encoders.audio.items() if name in task.streams}
         self._cached_logmel = cached_logmel
         self.sources: dict[str, Any] = {}
         self.facts: dict[str, dict[str, Any]] = {"labels": {}, "audio": {}, "visual": {}}
@@ -84,16 +83,12 @@ class ClipAssembly:
         if LABELS in self.task.streams:
             self.arrays[LABELS] = clock.labels
         self._times = self._config.grid.sample_times(clock.duration)
-        for name, (encoder, _) in self._encoders.items():
-            if encoder.kind == "visual":
-                self.arrays[name] = self._empty_visual(name)
-        if self._audio_encoders() and LOGMEL not in self.task.streams:
+        for name in self._visual:
+            self.arrays[name] = self._empty_visual(name)
+        if self._audio and LOGMEL not in self.task.streams:
             self._encode_windows(*self._cached_logmel(self.task.clip.id))
 
     # -- sound ---------------------------------------------------------------------------------------------------
-
-    def _audio_encoders(self) -> list[str]:
-        return [name for name, (encoder, _) in self._encoders.items() if encoder.kind == "audio"]
 
     def _add_mel(self, frames: NDArray[np.float32]) -> None:
         if len(frames):
@@ -112,9 +107,7 @@ class ClipAssembly:
         """Slice the log-Mel, as stored, into windows; those with no sound under any step are not encoded."""
         grid, steps = self._config.grid, self._config.audio_steps
         starts = grid.seconds(grid.starts(self.duration))
-        for name in self._audio_encoders():
-            encoder, batcher = self._encoders[name]
-
+        for name, (encoder, batcher) in self._audio.items():
             times = starts[:, None] + encoder.step_times(grid.window, steps)
             arrays = {
                 "embedding": np.zeros((len(starts), steps, encoder.dim), self._config.dtype),
@@ -144,18 +137,15 @@ class ClipAssembly:
     def _add_face(self, face: Face) -> None:
         if face.jpeg is not None:
             self._jpegs[face.sample] = face.jpeg
-        for name, (encoder, batcher) in self._encoders.items():
-            if encoder.kind == "visual":
-                arrays = self.arrays[name]
-                arrays["valid"][face.sample] = True
-                preparation: Preparation = encoder.preparation  # type: ignore[union-attr]
-                self._encode(batcher, face.images[preparation], arrays, face.sample)
+        for name, (encoder, batcher) in self._visual.items():
+            arrays = self.arrays[name]
+            arrays["valid"][face.sample] = True
+            self._encode(batcher, face.images[encoder.preparation], arrays, face.sample)
 
     def _end_faces(self, end: FacesEnd) -> None:
         self.facts["visual"] = end.facts
-        for name, (encoder, _) in self._encoders.items():
-            if encoder.kind == "visual":
-                self.arrays[name]["frame"] = end.frame
+        for name in self._visual:
+            self.arrays[name]["frame"] = end.frame
         if PIXELS in self.task.streams:
             self.arrays[PIXELS] = _pixel_arrays(self._jpegs, self._times) | {"frame": end.frame}
         self._jpegs = {}

@@ -5,11 +5,18 @@ what else is in the batch, so the cache does not depend on the order in which cl
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from vaflow.encoders.base import AudioEncoder, VisualEncoder
+from vaflow.extract.config import ExtractConfig
+
+BATCH_SIZES = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
 
 Deliver = Callable[[NDArray[np.float32]], None]
 
@@ -68,6 +75,32 @@ class FixedBatcher:
     def _collect(self) -> None:
         before, self._in_flight = self._in_flight, None
         _hand_out(before)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Every encoder of a run with the batcher that feeds it, by stream name."""
+
+    visual: dict[str, tuple[VisualEncoder, FixedBatcher]] = field(default_factory=dict)
+    audio: dict[str, tuple[AudioEncoder, FixedBatcher]] = field(default_factory=dict)
+
+    @property
+    def batchers(self) -> dict[str, FixedBatcher]:
+        """Stream name -> batcher, of both kinds."""
+        return {name: batcher for name, (_, batcher) in (*self.visual.items(), *self.audio.items())}
+
+
+def make_encoders(
+    config: ExtractConfig, device: torch.device, visual: list[VisualEncoder], audio: list[AudioEncoder]
+) -> Encoders:
+    """Give each encoder a batcher of the size that the settings or the device ask for."""
+    sizes = BATCH_SIZES[device.type]
+    images, windows = config.image_batch or sizes["visual"], config.window_batch or sizes["audio"]
+    encode = {e.name: partial(e.encode, window=config.window, steps=config.audio_steps) for e in audio}
+    return Encoders(
+        {e.name: (e, FixedBatcher(e.encode, images, device)) for e in visual},
+        {e.name: (e, FixedBatcher(encode[e.name], windows, device)) for e in audio},
+    )
 
 
 def _hand_out(batch: tuple[torch.Tensor, list[Deliver]] | None) -> None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.prompts import load_prompts, prototypes
 from vaflow.errors import CacheError, VaflowError, explain
 from vaflow.extract.assembly import ClipAssembly, LogMel
-from vaflow.extract.batching import FixedBatcher
+from vaflow.extract.batching import Encoders, make_encoders
 from vaflow.extract.config import ExtractConfig, Shard, default_workers
 from vaflow.extract.failures import Failure, FailureLog
 from vaflow.extract.messages import Done, Failed, Job
@@ -31,11 +30,8 @@ from vaflow.extract.plan import Plan, Task, make_plan
 from vaflow.extract.pool import WorkerPool
 from vaflow.extract.streams import provenance, source_of, stream_infos, text_info
 
-Encoders = dict[str, tuple[VisualEncoder | AudioEncoder, FixedBatcher]]
-
 PENDING_COMMITS = 4
 FACTS_OF = {"labels": "labels", "logmel": "audio", "audio": "audio", "visual": "visual", "pixels": "visual"}
-BATCHES = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
 
 
 @dataclass
@@ -104,7 +100,7 @@ def extract_with(
     _write_prototypes(cache, config, visual)
     plan = make_plan(cache, infos, dataset.clips, shard)
     log = FailureLog(out / f"failures{shard.suffix}.jsonl")
-    run = _Run(cache, config, infos, plan, log, make_batchers(config, device, visual, audio))
+    run = _Run(cache, config, infos, plan, log, make_encoders(config, device, visual, audio))
     summary = Summary(done=plan.done, changed=plan.changed, failures=log.failures, failures_file=log.path)
     try:
         if plan.tasks:
@@ -138,23 +134,6 @@ def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[Vi
     visual = [encoder for encoder in built if encoder.kind == "visual"]
     audio = [encoder for encoder in built if encoder.kind == "audio"]
     return visual, audio  # type: ignore[return-value]
-
-
-def make_batchers(
-    config: ExtractConfig, device: torch.device, visual: Iterable[VisualEncoder], audio: Iterable[AudioEncoder]
-) -> Encoders:
-    """Each encoder with the batcher that feeds it."""
-    sizes = BATCHES[device.type]
-    encoders: Encoders = {}
-    for picture in visual:
-        encoders[picture.name] = (
-            picture,
-            FixedBatcher(picture.encode, config.image_batch or sizes["visual"], device),
-        )
-    for sound in audio:
-        encode = partial(sound.encode, window=config.window, steps=config.audio_steps)
-        encoders[sound.name] = (sound, FixedBatcher(encode, config.window_batch or sizes["audio"], device))
-    return encoders
 
 
 def _write_prototypes(cache: Cache, config: ExtractConfig, visual: Iterable[VisualEncoder]) -> None:
@@ -193,7 +172,7 @@ class _Run:
 
     def run(self, summary: Summary, show_progress: bool) -> None:
         """Work off the plan."""
-        device = next((batcher.device.type for _, batcher in self._encoders.values()), "cpu")
+        device = next((batcher.device.type for batcher in self._encoders.batchers.values()), "cpu")
         workers = self._config.workers or default_workers(device)
         bar = tqdm(total=len(self._plan.tasks), unit="clip", desc="extract", disable=not show_progress, smoothing=0.1)
         with bar, self._writer, WorkerPool(self._jobs(), min(workers, len(self._plan.tasks))) as pool:
@@ -205,18 +184,17 @@ class _Run:
                 clip = self._assembly(message.job)
                 clip.take(message)
                 if isinstance(message, Done):
-                    bar.set_postfix_str(self._rates(bar), refresh=False)
+                    bar.set_postfix_str(self._rates(bar.format_dict["elapsed"]), refresh=False)
                     bar.update()
                 self._commit_complete(summary)
-            for _, batcher in self._encoders.values():
+            for batcher in self._encoders.batchers.values():
                 batcher.flush()
             self._commit_complete(summary)
             self._check_commits(wait=True)
-        summary.encoded = {name: batcher.rows for name, (_, batcher) in self._encoders.items()}
+        summary.encoded = {name: batcher.rows for name, batcher in self._encoders.batchers.items()}
 
     def _jobs(self) -> Iterable[Job]:
-        pictures = [encoder for encoder, _ in self._encoders.values() if encoder.kind == "visual"]
-        preparations = tuple(dict.fromkeys(encoder.preparation for encoder in pictures))  # type: ignore[union-attr]
+        preparations = tuple(dict.fromkeys(encoder.preparation for encoder, _ in self._encoders.visual.values()))
         for number, task in enumerate(self._plan.tasks):
             kinds = {self._infos[name].kind for name in task.streams}
             yield Job(
@@ -240,9 +218,9 @@ class _Run:
         stored = self._cache.read(LOGMEL, item)
         return stored.embedding, stored.valid
 
-    def _rates(self, bar: "tqdm[None]") -> str:
-        elapsed = max(bar.format_dict["elapsed"], 1e-3)
-        return ", ".join(f"{name} {batcher.rows / elapsed:.0f}/s" for name, (_, batcher) in self._encoders.items())
+    def _rates(self, seconds: float) -> str:
+        rates = {name: batcher.rows / max(seconds, 1e-3) for name, batcher in self._encoders.batchers.items()}
+        return ", ".join(f"{name} {rate:.0f}/s" for name, rate in rates.items())
 
     def _fail(self, failed: Failed) -> None:
         self._open.pop(failed.job, None)

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--precision", default="float32", help="float32; bfloat16 or float16 on CUDA")
     parser.add_argument("--memory", action="store_true", help="also extract a 30-minute clip and compare peak memory")
     parser.add_argument("--peak", nargs=2, metavar=("ROOT", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -58,7 +59,7 @@ def _measure_overlap(options: argparse.Namespace, folder: Path) -> list[tuple[st
     data.mkdir()
     for number in range(options.clips):
         write_clip(data / f"clip{number}.mp4", options.seconds, seed=number)
-    visual, audio = _encoders(options.size, options.device)
+    visual, audio = _encoders(options.size, options.device, options.precision, folder)
     config = ExtractConfig(
         visual=(visual.name,), audio=(audio.name,), device=options.device, workers=options.workers, face_source="none"
     )
@@ -104,14 +105,17 @@ def write_clip(path: Path, seconds: float, *, seed: int = 0, size: int = CLIP_SI
         container.mux(audio.encode())
 
 
-def _encoders(size: str, device: str) -> tuple[Any, Any]:
+def _encoders(size: str, device: str, precision: str, folder: Path) -> tuple[Any, Any]:
     from vaflow.encoders import build_encoder
 
     if size == "tiny":
-        return build_encoder("clip-tiny", device=device), build_encoder("ast-tiny", device=device)
+        return (
+            build_encoder("clip-tiny", device=device, precision=precision),
+            build_encoder("ast-tiny", device=device, precision=precision),
+        )
     from random_weights import random_ast, random_clip  # beside this file
 
-    return random_clip(device), random_ast(device)
+    return random_clip(device, precision, folder), random_ast(device, precision)
 
 
 def _jobs(dataset: Any, config: Any, visual: Any) -> list[Any]:
@@ -141,18 +145,18 @@ def _decode_only(dataset: Any, config: Any, visual: Any) -> tuple[float, dict[st
 
 
 def _encode_only(config: Any, device: Any, visual: Any, audio: Any, counts: dict[str, int]) -> float:
-    from vaflow.extract.pipeline import make_batchers
+    from vaflow.extract.batching import make_encoders
 
     def ignore(row: Any) -> None:
         """Results are not kept."""
 
     def rows(images: int, windows: int) -> None:
-        batchers = make_batchers(config, device, [visual], [audio])
+        batchers = make_encoders(config, device, [visual], [audio]).batchers
         for _ in range(images):
-            batchers[visual.name][1].add(picture, ignore)
+            batchers[visual.name].add(picture, ignore)
         for _ in range(windows):
-            batchers[audio.name][1].add(sound, ignore)
-        for _, batcher in batchers.values():
+            batchers[audio.name].add(sound, ignore)
+        for batcher in batchers.values():
             batcher.flush()
 
     picture = np.zeros((visual.image_size, visual.image_size, 3), np.uint8)

@@ -49,7 +49,8 @@ def main(args: Sequence[str] | None = None) -> int:
         typer.echo(f"vaflow: {error}", err=True)
         return error.exit_code
     except typer.TyperException as error:
-        error.show()
+        show = getattr(error, "show", None)  # what Typer raises for bad usage can show itself with the usage line
+        show() if show else typer.echo(f"vaflow: {error}", err=True)
         return int(getattr(error, "exit_code", 1))
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("vaflow: interrupted; run the same command again to go on where it stopped", err=True)

@@ -25,9 +25,7 @@ def demo(
     set_up(verbose, quiet)
     from vaflow.demo.run import describe, run_demo
 
-    result = run_demo(
-        out, seed=seed, show_progress=show_bars(quiet), say=lambda text: quiet or typer.echo(text, err=True)
-    )
+    result = run_demo(out, seed=seed, show_progress=show_bars(quiet))
     if json:
         print_json(result.metrics)
     elif not quiet:

@@ -1,0 +1,25 @@
+"""Real-size encoders with random weights, for measuring speed where the real weights cannot be had."""
+
+from pathlib import Path
+
+from vaflow.encoders import Request
+from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, AstEncoder, make_encoder
+from vaflow.encoders.clip import ClipEncoder, build_named
+
+
+def random_clip(device: str, precision: str, folder: Path) -> ClipEncoder:
+    """CLIP ViT-B/16 as `clip-vit-b16` builds it, through the same loading code, from a file of random weights."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    path = folder / "random-clip.safetensors"
+    save_file(open_clip.create_model("ViT-B-16-quickgelu", pretrained=None).state_dict(), path)
+    return build_named(Request(f"clip:ViT-B-16-quickgelu/{path}", None, device, precision))
+
+
+def random_ast(device: str, precision: str) -> AstEncoder:
+    """AST of the AudioSet checkpoint's size (the class's default configuration)."""
+    from transformers import ASTConfig, ASTModel
+
+    module = ASTModel(ASTConfig(attn_implementation="sdpa"))
+    return make_encoder(Request("ast", None, device, precision), module, AUDIOSET_MEAN, AUDIOSET_STD)
