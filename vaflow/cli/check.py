@@ -1,6 +1,117 @@
-"""`vaflow check`."""
+"""`vaflow check`: what is in a data set, what is wrong with it."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
+
+if TYPE_CHECKING:
+    from vaflow.datasets import Dataset, Note
+    from vaflow.extract.report import Report, Summary
+
+EXAMPLES = 3
+LEVELS = ("low", "middle", "high")
+
+Root = Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)]
+Layout = Annotated[str, typer.Option("--layout", help="How the folder is laid out: auto, affwild2 or videos.")]
 
 
-def check() -> int:
-    """To be written."""
-    return 1
+def check(
+    root: Root, layout: Layout = "auto", as_json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False
+) -> int:
+    """Say what is in a data set and what is wrong with it. Nothing is written.
+
+    Exits with 1 where something cannot be used; warnings and notes do not count. -v lists every finding, -q errors
+    only.
+
+    Example: vaflow check ~/data/affwild2 --layout affwild2
+    """
+    set_up(verbose, quiet)
+    from vaflow.datasets import open_dataset
+    from vaflow.extract.report import document
+
+    report = _run(open_dataset(root, layout), show_bars(quiet))
+    if as_json:
+        print_json(document(report))
+    else:
+        if not quiet:
+            typer.echo("\n\n".join(_overview(report)))
+        for block in _findings(report.findings, verbose, quiet):
+            typer.echo(block)
+        if not quiet or report.count("error"):
+            typer.echo("\n" + _verdict(report))
+    return 1 if report.count("error") else 0
+
+
+def _run(dataset: "Dataset", show_bar: bool) -> "Report":
+    from tqdm import tqdm
+
+    from vaflow.extract.check import check_dataset
+
+    with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not show_bar) as bar:
+        return check_dataset(dataset, progress=bar.update)
+
+
+def _overview(report: "Report") -> Iterator[str]:
+    yield f"{report.root} (layout {report.layout})"
+    splits = report.splits()
+    rows = [(name, *_summary_row(summary)) for name, summary in splits.items()]
+    if len(rows) > 1:
+        rows.append(("total", *_summary_row(report.total())))
+    header = ("split", "clips", "usable", "sources", "hours", "frames", "label rows", "annotated", "with crop")
+    yield table(rows, header)
+    name, summary = ("train", splits["train"]) if "train" in splits else ("all clips", report.total())
+    yield from _label_tables(name, summary)
+
+
+def _summary_row(summary: "Summary") -> tuple[str, ...]:
+    covered = summary.crop_frames - summary.crops_missing
+    return (
+        str(summary.clips),
+        str(summary.usable),
+        str(summary.groups),
+        f"{summary.seconds / 3600:.2f}",
+        str(summary.frames),
+        str(summary.rows),
+        f"{summary.annotated / summary.label_frames:.1%}" if summary.label_frames else "-",
+        f"{covered / summary.crop_frames:.1%}" if summary.crop_frames else "-",
+    )
+
+
+def _label_tables(name: str, summary: "Summary") -> Iterator[str]:
+    from vaflow.extract.report import describe, occupancy
+
+    rows = [(dimension, *(f"{x:.3f}" for x in row.values())) for dimension, row in describe(summary.stats).items()]
+    if rows:
+        yield f"Labels of {name}:\n" + table(rows, ("dimension", "mean", "std", "min", "max"))
+    shares = occupancy(summary.stats)
+    if shares:
+        grid = [(f"arousal {LEVELS[a]}", *(f"{shares[3 * v + a]:.1%}" for v in range(3))) for a in reversed(range(3))]
+        header = ("", *(f"valence {level}" for level in LEVELS))
+        yield f"Share of annotated frames of {name}, by thirds of the range:\n" + table(grid, header)
+
+
+def _findings(findings: Sequence["Note"], verbose: bool, quiet: bool) -> Iterator[str]:
+    """One block of text for every kind of finding: how many, some of them, and what to do."""
+    for (severity, code), group in groupby(findings, key=lambda note: (note.severity, note.code)):
+        notes = list(group)
+        if quiet and severity != "error":
+            continue
+        shown = notes if verbose else notes[:EXAMPLES]
+        lines = [f"\n{severity.upper()}  {code}: {len(notes)}"]
+        lines += [f"  {note.item + ': ' if note.item else ''}{note.message}" for note in shown]
+        if len(notes) > len(shown):
+            lines.append(f"  ... and {len(notes) - len(shown)} more (-v lists all)")
+        lines += [f"  -> {remedy}" for remedy in dict.fromkeys(note.remedy for note in shown if note.remedy)]
+        yield "\n".join(lines)
+
+
+def _verdict(report: "Report") -> str:
+    numbers = {severity: report.count(severity) for severity in ("error", "warning", "note")}
+    counts = ", ".join(f"{number} {severity}{'s' * (number != 1)}" for severity, number in numbers.items())
+    usable = report.total().usable
+    return f"{usable} of {len(report.checked)} clips have a video that can be used; {counts}."

@@ -1,0 +1,101 @@
+"""What is in a data set and what is wrong with it, before hours are spent on it.
+
+Headers, packets, labels and names of crops are read; pictures and sound are not, but where a container keeps no times.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaflow.datasets.clip import Clip
+from vaflow.datasets.dataset import SEVERITIES, Dataset, Note
+from vaflow.datasets.labels import read_annotation
+from vaflow.errors import DataError, MediaError
+from vaflow.extract.facts import CropFacts, LabelFacts, MediaFacts, crop_facts, label_facts, media_facts
+from vaflow.extract.findings import clip_findings, crop_findings, dataset_findings, label_findings, media_findings
+from vaflow.extract.report import Checked, Report
+from vaflow.timeline import Grid
+
+WORKERS = 4
+
+_NO_TIMES = np.empty(0, np.float64)
+
+
+def check_dataset(
+    dataset: Dataset,
+    *,
+    window: float = Grid.window,
+    workers: int = WORKERS,
+    progress: Callable[[int], object] | None = None,
+) -> Report:
+    """Look at every clip and at the data set as a whole.
+
+    Args:
+        dataset: what `open_dataset` found.
+        window: seconds; clips shorter than that are noted.
+        workers: threads; most of the time goes into waiting for files.
+        progress: called with 1 after every clip, such as a bar's `update`.
+
+    Returns:
+        The report. Broken clips are findings, never exceptions.
+    """
+    have_crops = any(clip.crops for clip in dataset.clips)
+    look = partial(check_clip, window=window, others_have_crops=have_crops)
+    checked = []
+    with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
+        for result in pool.map(look, dataset.clips):
+            checked.append(result)
+            if progress is not None:
+                progress(1)
+    annotated = {c.clip.id: c.labels.annotated for c in checked if c.labels is not None}
+    findings = [*dataset.notes, *dataset_findings(dataset.clips, annotated), *(n for c in checked for n in c.findings)]
+    findings.sort(key=lambda note: (SEVERITIES.index(note.severity), note.code, note.item))
+    return Report(dataset.root, dataset.layout, tuple(checked), tuple(findings))
+
+
+def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bool = False) -> Checked:
+    """Look at one clip; whatever is wrong with it becomes a finding."""
+    notes = clip_findings(clip, others_have_crops)
+    media, times, broken = _read_media(clip, window)
+    labels, more = _read_labels(clip, media, times)
+    crops, most = _read_crops(clip, media)
+    return Checked(clip, media, labels, crops, (*notes, *broken, *more, *most))
+
+
+def _read_media(clip: Clip, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
+    if clip.video is None:
+        what = " and ".join(name for name, there in (("labels", clip.labels), ("crops", clip.crops)) if there)
+        message = f"There is no video{f' to the {what}' if what else ''}: nothing tells when frames were shown"
+        remedy = f"Put the video {clip.group}.mp4 below the root, or leave the trial out"
+        return None, _NO_TIMES, [Note("error", "no-video", clip.id, message, remedy)]
+    try:
+        media, times = media_facts(clip.video)
+    except (MediaError, OSError) as error:
+        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), "Extraction will leave the clip out")]
+    return media, times, media_findings(clip, media, window)
+
+
+def _read_labels(
+    clip: Clip, media: MediaFacts | None, times: NDArray[np.float64]
+) -> tuple[LabelFacts | None, list[Note]]:
+    try:
+        annotation = read_annotation(clip)
+    except DataError as error:
+        return None, [Note("error", "bad-labels", clip.id, str(error), "Extraction will leave the clip out")]
+    if annotation is None:
+        return None, []
+    facts = label_facts(annotation, times)
+    return facts, label_findings(clip, facts, media)
+
+
+def _read_crops(clip: Clip, media: MediaFacts | None) -> tuple[CropFacts | None, list[Note]]:
+    if not clip.crops:
+        return None, []
+    try:
+        facts = crop_facts(clip.crops, media.frames if media is not None else None)
+    except OSError as error:
+        return None, [Note("error", "unreadable-crops", clip.id, str(error), "Check that you may read the folder")]
+    return facts, crop_findings(clip, facts, media)
