@@ -84,7 +84,7 @@ class Attend(nn.Module):
     def forward(self, visual: Tensor, track: Track) -> Tensor:
         """visual [B, F, H] asks a track [B, S, H] -> [B, F, H]; zeros for rows without any key."""
         present = track.present
-        # A softmax over no key at all is NaN, forwards and backwards: such rows attend to all and are then dropped.
+        # A softmax over no key at all is NaN (some kernels hide it): such rows attend to all and are then dropped.
         hidden = ~track.key & present.unsqueeze(1)
         answer, _ = self.attention(visual, track.value, track.value, key_padding_mask=hidden, need_weights=False)
         return torch.where(present[:, None, None], answer, 0)
