@@ -45,11 +45,14 @@ def check_dataset(
     have_crops = any(clip.crops for clip in dataset.clips)
     look = partial(check_clip, window=window, others_have_crops=have_crops)
     checked = []
-    with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="check")
+    try:
         for result in pool.map(look, dataset.clips):
             checked.append(result)
             if progress is not None:
                 progress(1)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not look at the rest first
     annotated = {c.clip.id: c.labels.annotated for c in checked if c.labels is not None}
     findings = [*dataset.notes, *dataset_findings(dataset.clips, annotated), *(n for c in checked for n in c.findings)]
     findings.sort(key=lambda note: (SEVERITIES.index(note.severity), note.code, note.item))

@@ -142,7 +142,7 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
         rows=len(value),
         clock=clock,
         end=end,
-        runs=runs(np.isnan(value).all(1)),
+        runs=runs(np.asarray(np.isnan(value).all(1))),
         half=int((given.sum(1) == 1).sum()) if len(annotation.targets) == 2 else 0,
         constant=tuple(name for name in constant if name in annotation.targets),
         frames=len(on_frames["time"]),

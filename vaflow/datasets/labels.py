@@ -13,51 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Annotation, Clip
+from vaflow.datasets.problems import Problems
 from vaflow.errors import DataError, explain
 from vaflow.timeline import extend, median_interval, nearest
 
 TARGETS = ("valence", "arousal")
 UNANNOTATED = -5.0
 MAX_FRAME = 10_000_000  # 92 hours at 30 frames/s: a larger frame number is a mistake, and would cost memory
-RANGES_SHOWN = 40
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-
-Cells = list[list[str]]
-
-
-class Problems:
-    """What is wrong with a file: kinds of problem, each with its lines."""
-
-    def __init__(self) -> None:
-        self._lines: dict[str, list[tuple[int, str]]] = {}
-
-    def add(self, kind: str, line: int, got: str = "") -> None:
-        """Note that `line` (1-based) has a problem of this kind; `got` is what stands there."""
-        self._lines.setdefault(kind, []).append((line, got))
-
-    def __bool__(self) -> bool:
-        return bool(self._lines)
-
-    def __str__(self) -> str:
-        return "; ".join(f"{kind}: {_ranges(lines)}" for kind, lines in self._lines.items())
-
-
-def _ranges(lines: Sequence[tuple[int, str]]) -> str:
-    """[(3, "a"), (7, "b"), (8, "c")] -> "line 3 ('a'), lines 7-8 ('b' first)"."""
-    runs: list[tuple[int, int, str]] = []
-    for line, got in lines:
-        if runs and line == runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], line, runs[-1][2])
-        else:
-            runs.append((line, line, got))
-    texts = []
-    for first, last, got in runs[:RANGES_SHOWN]:
-        where = f"line {first}" if first == last else f"lines {first}-{last}"
-        shown = repr(got[:40]) + ("" if first == last else " first")
-        texts.append(f"{where} ({shown})" if got else where)
-    rest = sum(last - first + 1 for first, last, _ in runs[RANGES_SHOWN:])
-    return ", ".join(texts) + (f" and {rest} more lines" if rest else "")
 
 
 def _read_lines(path: Path, problems: Problems) -> list[str]:

@@ -48,7 +48,7 @@ def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
         UsageError: the root is not a folder or is empty, the layout is unknown or does not fit, or a list in the
             folder (splits, test trials) has mistakes.
     """
-    folder = _folder(Path(root).expanduser())
+    folder = _folder(Path(root).expanduser().absolute())
     if layout == AUTO:
         layout = _first_fit(folder)
     else:
