@@ -1,1 +1,7 @@
+"""The bridge between the stages: arrays made once, committed safely, read fast. `cache_schema.md` is the contract."""
 
+from vaflow.cache.cache import Cache
+from vaflow.cache.item import Item
+from vaflow.cache.opening import create_cache, open_cache
+
+__all__ = ["Cache", "Item", "create_cache", "open_cache"]

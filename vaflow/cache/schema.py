@@ -107,7 +107,7 @@ class Record:
 
     Attributes:
         arrays: name -> {"shape": [...], "dtype": "..."}.
-        files: path below the attempt (or the attempt's file itself) -> {"size": bytes, "crc32c": unsigned}.
+        files: path below `<stream>/<item>/` -> {"size": bytes, "crc32c": unsigned}; every file of the attempt.
         source: identity of what it was made from; a changed source is re-extracted.
         meta: facts about the item (split, group, duration, audio status, face share ...). Never needed to read arrays.
     """
@@ -121,6 +121,7 @@ class Record:
     meta: Json = field(default_factory=dict)
     created: str = ""
     schema_version: int = SCHEMA_VERSION
+    fingerprint: str = ""  # of the stream when it was made
 
 
 def array_problems(info: StreamInfo, arrays: Mapping[str, Array]) -> list[str]:

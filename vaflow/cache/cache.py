@@ -1,0 +1,284 @@
+"""The cache as the stages use it: streams, items, reading, writing."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaflow.cache.commit import commit, discard, load_record
+from vaflow.cache.declare import declare, load_stream
+from vaflow.cache.documents import fingerprint, now, plain
+from vaflow.cache.fetch import fetch
+from vaflow.cache.index import Index, Row
+from vaflow.cache.item import Item
+from vaflow.cache.messages import cannot_write, corrupt
+from vaflow.cache.names import Layout, escape
+from vaflow.cache.schema import LABELS, SCHEMA_VERSION, Array, Json, Record, StoreName, StreamInfo, array_problems
+from vaflow.cache.stores import STORES
+from vaflow.errors import CorruptError, DataError, MissingError, UsageError, explain
+
+NO_SPLIT = "none"  # what `info` and `items` call the clips whose data set does not say
+
+
+class Cache:
+    """A folder of streams over clips. Made by `open_cache` and `create_cache`.
+
+    Attributes:
+        path: the folder.
+        store: "zarr" or "hdf5".
+        writable: whether `declare`, `write` and `drop` are allowed.
+    """
+
+    def __init__(self, path: Path, store: StoreName, *, writable: bool) -> None:
+        self.path = path
+        self.store: StoreName = store
+        self.writable = writable
+        self.layout = Layout(path)
+        self._store = STORES[store]
+        self._streams: dict[str, StreamInfo] = {}  # by file name; the files never change
+        self._index = Index(self.layout, lambda stream, name: load_record(self.layout, stream, name))
+
+    def __repr__(self) -> str:
+        return f"Cache({str(self.path)!r}, store={self.store!r}, writable={self.writable})"
+
+    # Streams
+
+    def streams(self) -> dict[str, StreamInfo]:
+        """Every stream by name, sorted.
+
+        Raises:
+            CorruptError: a stream's file is damaged.
+        """
+        folder = self.layout.all_streams
+        names = sorted(p.name for p in folder.glob("*.json") if not p.name.startswith(".")) if folder.is_dir() else []
+        self._streams = {name: self._streams.get(name) or self._load_stream(name) for name in names}
+        return {info.name: info for info in sorted(self._streams.values(), key=lambda info: info.name)}
+
+    def _load_stream(self, file_name: str) -> StreamInfo:
+        try:
+            return load_stream(self.layout, file_name)
+        except ValueError as error:
+            raise corrupt(self.layout, self.layout.all_streams / file_name, str(error)) from error
+
+    def _stream(self, stream: str) -> StreamInfo:
+        name = f"{escape(stream)}.json"
+        if name not in self._streams:
+            known = self.streams()
+            if stream not in known:
+                raise MissingError(explain(f"{self.path} has no such stream", got=stream, choices=known))
+        return self._streams[name]
+
+    def fingerprint(self, stream: str) -> str:
+        """32 hexadecimal digits of what made the stream.
+
+        Raises:
+            MissingError: there is no such stream.
+        """
+        return fingerprint(self._stream(stream))
+
+    def declare(self, info: StreamInfo) -> None:
+        """Add a stream, or check that the one of this name was made with the same settings.
+
+        Raises:
+            FingerprintError: it was made with others; every field that differs is named.
+            UsageError: `info` makes no stream, or the cache was opened for reading.
+            CacheError: the disk refuses.
+        """
+        self._must_be_writable()
+        try:
+            declare(self.layout, info)
+        except OSError as error:
+            raise cannot_write(self.layout, error) from error
+
+    # Items
+
+    def items(self, split: str | None = None, stream: str | None = None) -> list[str]:
+        """Clip ids, sorted: the items of the labels stream, of one split, that `stream` has.
+
+        The split "none" means the clips whose data set does not say. The items of a text stream are prompt sets, not
+        clips; asked for by its name, they are what is returned.
+
+        Raises:
+            UsageError: no clip is of that split, or there is no such stream.
+            CorruptError: a record is damaged.
+        """
+        known = self.streams()
+        if stream is not None and stream not in known:
+            raise UsageError(explain(f"{self.path} has no such stream", got=stream, choices=known))
+        if stream is not None and known[stream].kind == "text":
+            return sorted(row.item for row in self._rows(stream).values())
+        rows = self._rows(LABELS).values()
+        if split is not None:
+            splits = {row.split or NO_SPLIT for row in rows}
+            if split not in splits:
+                raise UsageError(explain(f"No clip of {self.path} is of that split", got=split, choices=splits))
+            rows = [row for row in rows if (row.split or NO_SPLIT) == split]  # type: ignore[assignment]
+        if stream is not None and stream != LABELS:
+            here = {row.item for row in self._rows(stream).values()}
+            return sorted(row.item for row in rows if row.item in here)
+        return sorted(row.item for row in rows)
+
+    def _rows(self, stream: str) -> dict[str, Row]:
+        folder = self._index.folder(stream)
+        for name, problem in folder.damaged.items():
+            raise corrupt(self.layout, self.layout.records(stream) / name, problem)
+        return folder.rows
+
+    def has(self, stream: str, item: str) -> bool:
+        """Whether the item is committed. One look at the disk: other writers' commits count at once."""
+        return self.layout.record(stream, item).is_file()
+
+    def record(self, stream: str, item: str) -> Record:
+        """The item's completion record, from the disk.
+
+        Raises:
+            MissingError: there is no such stream or item.
+            CorruptError: the record is damaged.
+        """
+        info = self._stream(stream)
+        path = self.layout.record(stream, item)
+        try:
+            record = load_record(self.layout, stream, path.name)
+        except FileNotFoundError:
+            raise self._missing(stream, item) from None
+        except ValueError as error:
+            raise corrupt(self.layout, path, str(error), stream, item) from error
+        if record.fingerprint != fingerprint(info):
+            raise corrupt(self.layout, path, "it was made with other settings than its stream", stream, item)
+        return record
+
+    def _missing(self, stream: str, item: str) -> MissingError:
+        ids = [row.item for row in self._index.folder(stream).rows.values()]
+        close = get_close_matches(item, ids, n=3)
+        remedy = f"Close to it: {', '.join(close)}" if close else "Extract it first, or list what is there: Cache.items"
+        return MissingError(explain(f"Stream {stream!r} of {self.path} has no such item", got=item, remedy=remedy))
+
+    def meta(self, item: str) -> Json:
+        """Facts about a clip from its labels record: "split", "group", "duration" ... Raises as `record` does."""
+        return self.record(LABELS, item).meta
+
+    # Arrays
+
+    def read(self, stream: str, item: str, names: Sequence[str] | None = None, *, verify: bool = True) -> Item:
+        """The item's arrays, or those in `names`. Bytes are checked before zarr or libhdf5 sees them.
+
+        Args:
+            stream: which stream.
+            item: which item.
+            names: which arrays; all when None.
+            verify: compare size and CRC32C of every file that is read with the record.
+
+        Raises:
+            MissingError: there is no such stream, item or array.
+            CorruptError: files are missing or not what the record says.
+        """
+        record = self.record(stream, item)
+        while True:
+            try:
+                arrays = fetch(self.layout, self._store, record, names, verify=verify)
+                return Item(stream, item, arrays, dict(record.meta))
+            except CorruptError:
+                again = self.record(stream, item)
+                if again.attempt == record.attempt:
+                    raise
+                record = again  # re-extracted while we were reading
+
+    def write(
+        self,
+        stream: str,
+        item: str,
+        arrays: Mapping[str, Array],
+        *,
+        source: Mapping[str, Any] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Record:
+        """Commit an item: when this returns, it survives a kill and a power cut. Replaces what was there.
+
+        Returns:
+            The record that holds now: another writer's, where one committed the same new item first.
+
+        Raises:
+            DataError: the arrays do not fit the stream; every problem is named.
+            MissingError: the stream is not declared.
+            UsageError: `source` or `meta` is not plain JSON, or the cache was opened for reading.
+            CacheError: the disk refuses.
+        """
+        self._must_be_writable()
+        info = self._stream(stream)
+        arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        problems = array_problems(info, arrays)
+        if problems:
+            raise DataError(explain(f"{item!r} does not fit stream {stream!r}: {'; '.join(problems)}"))
+        draft = Record(
+            stream=stream,
+            item=item,
+            attempt="",
+            arrays={name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()},
+            files={},
+            source=plain(source or {}, "source"),
+            meta=plain(meta or {}, "meta"),
+            created=now(),
+            fingerprint=fingerprint(info),
+        )
+        try:
+            return commit(self.layout, self._store, draft, arrays)
+        except OSError as error:
+            raise cannot_write(self.layout, error) from error
+
+    def drop(self, stream: str, item: str) -> None:
+        """Remove an item: its record first, then its arrays. Nothing happens where there is none."""
+        self._must_be_writable()
+        path = self.layout.record(stream, item)
+        try:
+            attempt = load_record(self.layout, stream, path.name).attempt
+        except (FileNotFoundError, ValueError):
+            attempt = None
+        discard(self.layout, self._store, stream, item, attempt)
+
+    # The whole
+
+    def refresh_index(self) -> None:
+        """Save the index, so that the next reader opens fast; a cache opened for reading only looks again."""
+        self._index.forget()
+        if self.writable:
+            self._index.save(self.streams())
+
+    def info(self) -> Json:
+        """What `vaflow cache info --json` prints."""
+        clips = self._index.folder(LABELS).rows.values()
+        return {
+            "path": str(self.path),
+            "schema_version": SCHEMA_VERSION,
+            "store": self.store,
+            "items": len(clips),
+            "splits": dict(sorted(Counter(row.split or NO_SPLIT for row in clips).items())),
+            "streams": {name: self._stream_facts(info) for name, info in self.streams().items()},
+        }
+
+    def _stream_facts(self, info: StreamInfo) -> Json:
+        folder = self._index.folder(info.name)
+        facts = asdict(info)
+        settings = facts.pop("identity")
+        del facts["name"]
+        return {
+            **facts,
+            "items": len(folder.rows),
+            "bytes": sum(row.nbytes for row in folder.rows.values()),
+            "fingerprint": fingerprint(info),
+            "encoder": settings.get("encoder"),
+            "damaged": len(folder.damaged),
+            "settings": settings,
+        }
+
+    def _must_be_writable(self) -> None:
+        if not self.writable:
+            raise UsageError(
+                explain(
+                    f"The cache {self.path} was opened for reading",
+                    remedy="Open it with open_cache(path, writable=True)",
+                )
+            )

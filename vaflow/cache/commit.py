@@ -1,0 +1,89 @@
+"""The commit protocol: arrays first, flushed; the completion record last. Many writers may work on one cache.
+
+A reader sees an item only through its record, and a record only after everything it names is on the disk. A writer
+that is killed leaves an attempt without a record, which nobody reads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from secrets import token_hex
+
+from vaflow.cache import files
+from vaflow.cache.documents import crc32c, record_document, record_from, seal, unseal
+from vaflow.cache.names import Layout
+from vaflow.cache.schema import Array, Record
+from vaflow.cache.stores import Store
+
+
+def load_record(layout: Layout, stream: str, file_name: str) -> Record:
+    """The record in a file of the stream's records folder.
+
+    Raises:
+        ValueError: the file is damaged, or is not the record of that place.
+        FileNotFoundError: there is none.
+    """
+    path = layout.records(stream) / file_name
+    record = record_from(unseal(path.read_bytes()))
+    if layout.record(record.stream, record.item) != path:
+        raise ValueError(f"it is the record of {record.item!r} of stream {record.stream!r}")
+    return record
+
+
+def commit(layout: Layout, store: Store, draft: Record, arrays: Mapping[str, Array]) -> Record:
+    """Write `arrays` as a new attempt and make `draft` its record; returns the record that holds now.
+
+    Where there was no record, of several writers the first wins and the others' attempts are deleted. Where there was
+    one, it is replaced at once and its attempt deleted.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    folder = layout.item(draft.stream, draft.item)
+    files.make_folder(folder)
+    attempt = token_hex(8)
+    kept = False
+    try:
+        names = store.write_attempt(folder, attempt, arrays)
+        files.sync_all(layout.attempts(draft.stream), [f"{folder.name}/{name}" for name in names])
+        record = replace(draft, attempt=attempt, files={name: _facts(files.read(folder / name)) for name in names})
+        winner = _publish(layout, store, record)
+        kept = winner.attempt == attempt
+        return winner
+    finally:
+        if not kept:
+            files.remove(store.path(folder, attempt))
+
+
+def _facts(blob: files.Blob) -> dict[str, int]:
+    return {"size": int(blob.size), "crc32c": crc32c(blob)}
+
+
+def _publish(layout: Layout, store: Store, record: Record) -> Record:
+    path = layout.record(record.stream, record.item)
+    data = seal(record_document(record))
+    if not path.exists():
+        if files.create(path, data):
+            return record
+        try:
+            return load_record(layout, record.stream, path.name)
+        except (FileNotFoundError, ValueError):  # dropped again, or half a file: ours takes its place
+            files.replace(path, data)
+            return record
+    try:
+        old = load_record(layout, record.stream, path.name)
+    except (FileNotFoundError, ValueError):
+        old = None
+    files.replace(path, data)
+    if old is not None:
+        files.remove(store.path(layout.item(old.stream, old.item), old.attempt))
+    return record
+
+
+def discard(layout: Layout, store: Store, stream: str, item: str, attempt: str | None) -> None:
+    """Remove the record of an item, then its attempt where it is known."""
+    path = layout.record(stream, item)
+    if path.exists():
+        path.unlink(missing_ok=True)
+        files.sync(path.parent)
+    if attempt is not None:
+        files.remove(store.path(layout.item(stream, item), attempt))

@@ -1,0 +1,56 @@
+"""From a record to arrays: bytes are read once and checked, and only then handed to the store."""
+
+from collections.abc import Sequence
+
+from vaflow.cache import files
+from vaflow.cache.documents import crc32c
+from vaflow.cache.messages import corrupt
+from vaflow.cache.names import Layout
+from vaflow.cache.schema import Array, Json, Record
+from vaflow.cache.stores import Store
+from vaflow.errors import MissingError, explain
+
+
+def fetch(
+    layout: Layout, store: Store, record: Record, names: Sequence[str] | None, *, verify: bool = True
+) -> dict[str, Array]:
+    """The arrays `names` (all when None) of a committed item.
+
+    Raises:
+        MissingError: the item has no such array.
+        CorruptError: a file is missing or not what the record says.
+    """
+    wanted = list(record.arrays) if names is None else list(names)
+    for name in wanted:
+        if name not in record.arrays:
+            problem = f"Item {record.item!r} of stream {record.stream!r} has no such array"
+            raise MissingError(explain(problem, got=name, choices=record.arrays))
+    folder = layout.item(record.stream, record.item)
+    blobs = {}
+    for name in store.files_for(record.attempt, record.files, wanted):
+        try:
+            blob = files.read(folder / name)
+        except OSError as error:
+            raise corrupt(layout, folder / name, str(error), record.stream, record.item) from error
+        if verify and (found := file_problem(blob, record.files[name])):
+            raise corrupt(layout, folder / name, found, record.stream, record.item)
+        blobs[name] = blob
+    try:
+        arrays = store.read_attempt(record.attempt, blobs, wanted)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        problem = f"its files do not hold the arrays ({error})"
+        raise corrupt(layout, store.path(folder, record.attempt), problem, record.stream, record.item) from error
+    for name, array in arrays.items():
+        if {"shape": list(array.shape), "dtype": str(array.dtype)} != record.arrays[name]:
+            problem = f"array {name!r} is {array.dtype} {list(array.shape)}, the record says {record.arrays[name]}"
+            raise corrupt(layout, store.path(folder, record.attempt), problem, record.stream, record.item)
+    return arrays
+
+
+def file_problem(blob: files.Blob, facts: Json) -> str | None:
+    """How the bytes of a file differ from what its record says, if they do."""
+    if blob.size != facts["size"]:
+        return f"it has {blob.size} bytes, {facts['size']} were committed"
+    if crc32c(blob) != facts["crc32c"]:
+        return "its bytes do not match their checksum"
+    return None

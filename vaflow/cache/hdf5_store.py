@@ -1,0 +1,42 @@
+"""HDF5: an attempt is one file `<attempt>.h5` whose root holds the arrays as contiguous datasets."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vaflow.cache.files import Blob
+from vaflow.cache.names import TEMPORARY
+from vaflow.cache.schema import Array
+
+SUFFIX = ".h5"
+
+
+class Hdf5Store:
+    """Uncompressed and without times of change, so that equal arrays make equal files."""
+
+    def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Array]) -> list[str]:
+        import h5py
+
+        temporary = folder / f"{TEMPORARY}{attempt}{SUFFIX}"
+        try:
+            with h5py.File(temporary, "x") as file:
+                for name, array in arrays.items():
+                    file.create_dataset(name, data=array, track_times=False)
+            temporary.replace(self.path(folder, attempt))
+        finally:
+            temporary.unlink(missing_ok=True)
+        return [attempt + SUFFIX]
+
+    def files_for(self, attempt: str, files: Iterable[str], names: Sequence[str]) -> list[str]:
+        return [file for file in files if file == attempt + SUFFIX]
+
+    def read_attempt(self, attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
+        import h5py
+
+        with h5py.File(io.BytesIO(blobs[attempt + SUFFIX].data), "r") as file:
+            return {name: np.asarray(file[name][()]) for name in names}
+
+    def path(self, folder: Path, attempt: str) -> Path:
+        return folder / f"{attempt}{SUFFIX}"

@@ -1,0 +1,107 @@
+"""Where everything lies inside a cache, and how names become file names. No I/O here.
+
+All paths of a cache are made in this module, so that another kind of storage needs another `Layout` only. No stream
+or item name, however odd, leads outside the cache folder.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from vaflow.errors import UsageError, explain
+
+TEMPORARY = ".tmp-"  # prefix of everything that is still being written
+_LONGEST = 160  # bytes; leaves room for suffixes below the usual 255
+_KEPT_WHEN_SHORTENED = 100
+_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_FOLDERS = ("streams", "records")
+
+
+def escape(name: str) -> str:
+    """The file name of a stream or item; different names never share one.
+
+    Bytes (UTF-8) outside [A-Za-z0-9._-] become %XX; so does a leading dot, and the first character of names that
+    end in `.json` or `.jsonl` or are `streams` or `records`, because those have a meaning of their own. What is then
+    longer than 160 characters keeps its first 100, followed by `~` and the blake2b-128 digest of the whole name.
+
+    Raises:
+        UsageError: the name is empty, or holds characters that JSON cannot carry unchanged.
+    """
+    if not name:
+        raise UsageError(explain("A stream or item needs a name", expected="at least one character", got=repr(name)))
+    raw = name.encode("utf-8", "surrogatepass")
+    if _PLAIN.fullmatch(name) is None:
+        if json.loads(json.dumps(name)) != name:
+            raise UsageError(
+                explain("A stream or item has a name that JSON cannot hold", expected="proper Unicode", got=ascii(name))
+            )
+        body = "".join(chr(b) if _is_plain(b) else f"%{b:02X}" for b in raw)
+        name = _encode_first(body) if body.startswith(".") else body
+    if name in _FOLDERS or name.endswith((".json", ".jsonl")):
+        name = _encode_first(name)
+    if len(name) > _LONGEST:
+        head = re.sub(r"%.?$", "", name[:_KEPT_WHEN_SHORTENED])
+        return f"{head}~{blake2b(raw, digest_size=16).hexdigest()}"
+    return name
+
+
+def _is_plain(byte: int) -> bool:
+    return byte < 128 and (chr(byte).isalnum() or chr(byte) in "._-")
+
+
+def _encode_first(name: str) -> str:
+    return name if name.startswith("%") else f"%{ord(name[0]):02X}{name[1:]}"
+
+
+def is_attempt(name: str) -> bool:
+    """Whether `name` can be an attempt's: a plain file name that leads nowhere else."""
+    return _PLAIN.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of one cache."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def index(self) -> Path:
+        return self.root / "index.json"
+
+    @property
+    def all_streams(self) -> Path:
+        return self.root / "streams"
+
+    @property
+    def all_records(self) -> Path:
+        return self.root / "records"
+
+    def stream(self, stream: str) -> Path:
+        """The file that says what made the stream."""
+        return self.all_streams / f"{escape(stream)}.json"
+
+    def records(self, stream: str) -> Path:
+        """The folder of the stream's records."""
+        return self.all_records / escape(stream)
+
+    def record(self, stream: str, item: str) -> Path:
+        """The completion record of one item."""
+        return self.records(stream) / f"{escape(item)}.json"
+
+    def attempts(self, stream: str) -> Path:
+        """The folder of all attempts at the stream's items."""
+        return self.root / escape(stream)
+
+    def item(self, stream: str, item: str) -> Path:
+        """The folder of all attempts at one item; the names in a record's `files` are below it."""
+        return self.attempts(stream) / escape(item)
+
+    def shown(self, path: Path) -> str:
+        """A path as messages name it: from the cache's root."""
+        return path.relative_to(self.root).as_posix()

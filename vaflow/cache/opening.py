@@ -1,0 +1,145 @@
+"""Making and opening caches: the manifest, and what is refused."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vaflow.cache import files
+from vaflow.cache.cache import Cache
+from vaflow.cache.documents import manifest_document, seal, unseal
+from vaflow.cache.messages import corrupt
+from vaflow.cache.names import TEMPORARY, Layout
+from vaflow.cache.schema import FORMAT, SCHEMA_VERSION, STORES, StoreName
+from vaflow.errors import SchemaError, UsageError, explain
+
+PathLike = str | os.PathLike[str]
+
+
+def create_cache(path: PathLike, *, store: str = "zarr") -> Cache:
+    """Make a cache, or open an existing one for writing.
+
+    Args:
+        path: a folder that is empty, missing, or a cache.
+        store: "zarr" or "hdf5".
+
+    Raises:
+        UsageError: there is no such store, the cache has the other one, or the folder cannot be written.
+        SchemaError: the folder holds something else, or a cache of another schema version.
+        CorruptError: its manifest is damaged.
+    """
+    if store not in STORES:
+        raise UsageError(explain("There is no such store", got=store, choices=STORES))
+    layout = Layout(_absolute(path))
+    try:
+        _create_manifest(layout, store)
+    except FileExistsError as error:
+        raise _unwritable(layout.root, f"{error.filename} is not a folder") from error
+    except OSError as error:
+        raise _unwritable(layout.root, str(error)) from error
+    cache = open_cache(path, writable=True)
+    if cache.store != store:
+        raise UsageError(
+            explain(
+                f"The cache {cache.path} has another store",
+                expected=store,
+                got=cache.store,
+                remedy=f"Use --store {cache.store}, or another folder",
+            )
+        )
+    return cache
+
+
+def open_cache(path: PathLike, *, writable: bool = False) -> Cache:
+    """Open an existing cache.
+
+    Raises:
+        UsageError: there is no cache, or it is to be written and cannot be.
+        SchemaError: it has a schema version that this program does not read.
+        CorruptError: its manifest is damaged.
+    """
+    layout = Layout(_absolute(path))
+    try:
+        store = read_manifest(layout)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_cache(layout.root) from None
+    except OSError as error:
+        raise UsageError(explain(f"The cache {layout.root} cannot be read: {error}")) from error
+    if writable and not os.access(layout.root, os.W_OK | os.X_OK):
+        raise _unwritable(layout.root, "no write access")
+    return Cache(layout.root, store, writable=writable)
+
+
+def _absolute(path: PathLike) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111 - links stay as the user wrote them
+
+
+def _create_manifest(layout: Layout, store: str) -> None:
+    files.make_folder(layout.root)
+    if layout.manifest.exists():
+        return
+    others = sorted(p.name for p in layout.root.iterdir() if not p.name.startswith(TEMPORARY))
+    if others and not layout.manifest.exists():  # another writer may have made it since
+        raise SchemaError(
+            explain(
+                f"{layout.root} is neither empty nor a cache",
+                expected="an empty or missing folder, or one with a manifest.json",
+                got=", ".join(others[:5]) + (" ..." if len(others) > 5 else ""),
+                remedy="Choose another folder",
+            )
+        )
+    files.create(layout.manifest, seal(manifest_document(store)))
+
+
+def read_manifest(layout: Layout) -> StoreName:
+    """The cache's store, after the version was found readable and the checksum right.
+
+    Raises:
+        OSError: there is no manifest, or it cannot be read.
+        SchemaError, CorruptError: see `open_cache`.
+    """
+    data = layout.manifest.read_bytes()
+    _check_version(layout, data)
+    try:
+        store = unseal(data)["store"]
+    except (ValueError, KeyError) as error:
+        raise corrupt(layout, layout.manifest, str(error)) from error
+    if store not in STORES:
+        raise SchemaError(explain(f"The cache {layout.root} has an unknown store", got=store, choices=STORES))
+    name: StoreName = store
+    return name
+
+
+def _check_version(layout: Layout, data: bytes) -> None:
+    """Before the checksum: another version may define it otherwise."""
+    try:
+        document: Any = json.loads(data)
+    except ValueError as error:
+        raise corrupt(layout, layout.manifest, f"it is not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise SchemaError(explain(f"{layout.manifest} is not the manifest of a cache", expected=f"format {FORMAT!r}"))
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise SchemaError(
+            explain(
+                f"The cache {layout.root} has a schema version that this program does not read",
+                expected=SCHEMA_VERSION,
+                got=version,
+                remedy="Use the release of vaflow that made it, or extract into a new folder",
+            )
+        )
+
+
+def _no_cache(path: Path) -> UsageError:
+    what = "There is no such folder" if not path.exists() else "It has no manifest.json"
+    return UsageError(
+        explain(
+            f"{path} is not a cache. {what}", remedy=f"Make one: vaflow extract DATA --out {path}, or check the path"
+        )
+    )
+
+
+def _unwritable(path: Path, why: str) -> UsageError:
+    return UsageError(
+        explain(f"The cache {path} cannot be written: {why}", remedy="Choose another folder, or give write access")
+    )

@@ -1,0 +1,83 @@
+"""Zarr v3: an attempt is a group `<attempt>/` whose members are the arrays."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaflow.cache.files import Blob
+from vaflow.cache.schema import Array
+
+LARGEST_CHUNK = 64 * 2**20  # bytes; longer arrays are split along their first axis
+_RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])
+
+
+class ZarrStore:
+    """Uncompressed, one chunk per array up to 64 MiB, all-zero chunks written too (a missing one reads as zeros)."""
+
+    def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Array]) -> list[str]:
+        import zarr
+
+        top = folder / attempt
+        top.mkdir()
+        group = zarr.create_group(store=top, zarr_format=3)
+        for name, array in arrays.items():
+            group.create_array(
+                name,
+                data=array,
+                chunks=chunk_shape(array),
+                filters=None,
+                compressors=None,
+                config={"write_empty_chunks": True},
+            )
+        return sorted(path.relative_to(folder).as_posix() for path in top.rglob("*") if path.is_file())
+
+    def files_for(self, attempt: str, files: Iterable[str], names: Sequence[str]) -> list[str]:
+        wanted = tuple(f"{attempt}/{name}/" for name in names)
+        return [file for file in files if file.startswith(wanted) or file == f"{attempt}/zarr.json"]
+
+    def read_attempt(self, attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
+        arrays = {name: _read_raw(attempt, blobs, name) for name in names}
+        rest = [name for name, array in arrays.items() if array is None]
+        return {**arrays, **(_read_by_zarr(attempt, blobs, rest) if rest else {})}  # type: ignore[dict-item]
+
+    def path(self, folder: Path, attempt: str) -> Path:
+        return folder / attempt
+
+
+def chunk_shape(array: Array) -> tuple[int, ...]:
+    """One chunk, or rows of at most `LARGEST_CHUNK` bytes; lengths of 0 count as 1, as Zarr wants."""
+    shape = tuple(max(1, length) for length in array.shape)
+    if array.nbytes <= LARGEST_CHUNK:
+        return shape
+    row = array.nbytes // array.shape[0]
+    return (max(1, LARGEST_CHUNK // row), *shape[1:])
+
+
+def _read_raw(attempt: str, blobs: Mapping[str, Blob], name: str) -> Array | None:
+    """An array that is one raw chunk is the bytes of its file: 30 times faster than asking zarr. Else None."""
+    metadata: dict[str, Any] = json.loads(blobs[f"{attempt}/{name}/zarr.json"].tobytes())
+    shape = tuple(metadata["shape"])
+    grid, keys = metadata["chunk_grid"], metadata["chunk_key_encoding"]
+    if (
+        0 in shape
+        or grid != {"name": "regular", "configuration": {"chunk_shape": list(shape)}}
+        or keys != {"name": "default", "configuration": {"separator": "/"}}
+        or metadata["codecs"] not in _RAW_CODECS
+    ):
+        return None
+    blob = blobs["/".join([attempt, name, "c", *("0" for _ in shape)])]
+    return blob.view(np.dtype(metadata["data_type"]).newbyteorder("<")).reshape(shape)
+
+
+def _read_by_zarr(attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
+    import zarr
+    from zarr.core.buffer import default_buffer_prototype
+
+    make = default_buffer_prototype().buffer.from_bytes
+    prefix = f"{attempt}/"
+    store = zarr.storage.MemoryStore({key.removeprefix(prefix): make(blob.tobytes()) for key, blob in blobs.items()})
+    group = zarr.open_group(store=store, mode="r", zarr_format=3)
+    return {name: np.array(group[name][...]) for name in names}  # type: ignore[index]
