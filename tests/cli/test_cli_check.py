@@ -37,8 +37,8 @@ def test_warnings_and_notes_do_not_fail(good: Tree, capsys: pytest.CaptureFixtur
 def test_errors_fail_and_say_what_to_do(broken: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, broken.root)
     assert code == 1
-    assert "ERROR  unreadable: 2" in out and "  -> Extraction will leave the clip out" in out
-    assert out.rstrip().splitlines()[-1].startswith("15 of 18 clips have a video")
+    assert "ERROR  unreadable: 3" in out and "  -> Extraction will leave the clip out" in out
+    assert out.rstrip().splitlines()[-1].startswith("15 of 19 clips have a video")
 
 
 def test_quiet_says_only_what_went_wrong(good: Tree, broken: Tree, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,15 +67,16 @@ def decode_number(picture: NDArray[np.uint8]) -> int:
     return sum(int(bit) << (BITS - 1 - i) for i, bit in enumerate(bits))
 
 
-def write_video(path: Path, times: NDArray[np.float64], sound: float) -> None:
+def write_video(path: Path, times: NDArray[np.float64], sound: float, *, index_first: bool = False) -> None:
     """A video whose frame k (1-based number k + 1) is shown at `times[k]`, with `sound` seconds of a tone.
 
     .mp4: H.264 and AAC, any times. .avi: MPEG-4 and PCM, constant rate only.
+    `index_first`: the MP4's index stands in front of its data, so that a cut file still opens.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     is_avi = path.suffix == ".avi"
     rate = Fraction(1) / Fraction(float(np.median(np.diff(times)))).limit_denominator(100_000)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options={"movflags": "faststart"} if index_first else {}) as container:
         video = container.add_stream("mpeg4" if is_avi else "libx264", rate=rate)
         video.width = video.height = SIDE
         video.pix_fmt = "yuv420p"
@@ -215,7 +216,8 @@ def spoil_affwild2(tree: Tree) -> dict[str, str]:
     wrong = {
         "novideo": "labels without a video",
         "text": "text named .mp4",
-        "cut": "a video cut in the middle",
+        "cut": "a video cut in the middle, its index at the end lost",
+        "cutfront": "a video cut in the middle, its index in front whole",
         "badlabels": "labels with text in them",
         "toolong": "many more rows than frames",
         "faraway": "crops beyond the last frame",
@@ -227,6 +229,9 @@ def spoil_affwild2(tree: Tree) -> dict[str, str]:
     (root / "raw_videos" / "text.mp4").write_text("this is no video\n" * 100)
     (root / "raw_videos" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (labels / "badlabels.txt").write_text("valence,arousal\n0.1,0.2\nlater,0.1\n0.1,7\n")
+    front = root / "raw_videos" / "cutfront.mp4"
+    write_video(front, good.times, good.sound, index_first=True)
+    front.write_bytes(front.read_bytes()[: front.stat().st_size * 2 // 3])
     write_crops(root / "cropped_aligned" / "faraway", (1, 2, good.times.size + 30))
     write_labels(labels.parent / "Validation_Set" / "video5.txt", label_path(good.times.size, seed=8))
     wrong["video5"] = "its left and right are in the other split"

@@ -160,6 +160,7 @@ def test_what_cannot_be_used_is_an_error_and_the_rest_is_unaffected(spoiled: Rep
         "novideo": "no-video",
         "text": "unreadable",
         "cut": "unreadable",
+        "cutfront": "unreadable",
         "badlabels": "bad-labels",
         "video5": "leak",
     }
