@@ -1,0 +1,256 @@
+"""A cache's split -> one `WindowSet`: every array is read once, whole, and packed where batches are made."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vaflow.cache import Cache
+from vaflow.cache.item import Item
+from vaflow.cache.schema import LABELS, Json
+from vaflow.errors import DataError, UsageError, explain
+from vaflow.timeline import Grid, median_interval
+from vaflow.train import tables
+from vaflow.train.config import TrainConfig
+from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampling
+from vaflow.train.metrics import region_occupancy
+from vaflow.train.packing import Pack, make_packs
+from vaflow.train.windows import ClipRows, StreamTable, WindowSet
+
+LEVELS = ("low", "middle", "high")
+
+
+def load_windows(
+    cache: Cache,
+    items: Sequence[str],
+    streams: Sequence[InputStream],
+    config: TrainConfig,
+    *,
+    device: torch.device | str = "cpu",
+    budget: int | None = None,
+    scratch: Path | None = None,
+    show: bool = False,
+) -> WindowSet:
+    """Read the streams of some clips and lay the training windows over them.
+
+    Args:
+        cache: where they are.
+        items: clip ids.
+        streams: what to read, from `resolve`.
+        config: resolved settings (windows, label reduction).
+        device: where batches are made.
+        budget: bytes of embeddings kept on the device; beyond it they are memory-mapped from a scratch file. None:
+            a share of what is free.
+        scratch: folder of that file; None: the system's own.
+        show: progress bar.
+
+    Raises:
+        DataError: features hold NaN or infinity, or a clip's labels are not within [-1, 1]; the clip is named.
+        UsageError: there are no clips.
+        CacheError: an array cannot be read.
+    """
+    if not items:
+        raise UsageError(explain("There are no clips to read", expected="at least one item"))
+    device = torch.device(device)
+    known = cache.streams()
+    streams = [replace(stream, identity=known[stream.name].identity) for stream in streams]  # sampled as it is here
+    packs = make_packs(cache, items, streams, device, budget, scratch)
+    clips: list[ClipRows] = []
+    parts: list[_ClipTables] = []
+    for item in tqdm(items, desc="loading", unit="clip", disable=not show, leave=False):
+        first = clips[-1].last if clips else 0
+        clip, part = _read_clip(cache, item, streams, config, packs, first)
+        clips.append(clip)
+        parts.append(part)
+    return _assemble(streams, config.grid, packs, clips, parts, device)
+
+
+def load_split(
+    cache: Cache, split: str, streams: Sequence[InputStream], config: TrainConfig, **options: object
+) -> WindowSet:
+    """`load_windows` for the clips of one split; `options` are passed on.
+
+    Raises:
+        UsageError: the split has no clips, or none of them is annotated.
+        DataError, CacheError: as `load_windows`.
+    """
+    windows = load_windows(cache, cache.items(split=split), streams, config, **options)  # type: ignore[arg-type]
+    if not windows.labelled_rows:
+        raise UsageError(
+            explain(
+                f"No clip of split {split!r} in {cache.path} is annotated",
+                expected="valence or arousal for at least one frame",
+                got=f"{len(windows.clips)} clips without labels",
+                remedy="Choose another split, or extract again with the annotation beside the media",
+            )
+        )
+    return windows
+
+
+@dataclass(frozen=True)
+class _ClipTables:
+    """Index tables of one clip's windows; `offset`: where its rows begin in each pack."""
+
+    windows: tables.WindowTimes
+    targets: tables.Targets
+    steps: dict[str, tables.StepTable]
+    offset: dict[str, int]
+
+
+def _read_clip(
+    cache: Cache,
+    item: str,
+    streams: Sequence[InputStream],
+    config: TrainConfig,
+    packs: dict[str, Pack],
+    first: int,
+) -> tuple[ClipRows, _ClipTables]:
+    labels = cache.read(LABELS, item)
+    _check_labels(labels)
+    found = {stream.name: cache.read(stream.name, item) for stream in streams if cache.has(stream.name, item)}
+    duration = _duration(labels, list(found.values()))
+    windows = tables.window_times(config.grid, duration)
+    reduce = tables.nearest_targets if config.label_reduction == "nearest" else tables.mean_targets
+    value = np.where(labels.valid, labels.value, np.nan).astype(np.float64)
+    targets = reduce(windows, labels.time, value, labels.valid, config.grid.step)
+    steps, offset = {}, {}
+    for stream in streams:
+        data = found.get(stream.name)
+        steps[stream.name] = _table(windows, duration, stream, config.grid, data)
+        offset[stream.name] = packs[stream.name].append(_checked_rows(data, stream)) if data is not None else 0
+    clip = ClipRows(
+        item=item,
+        group=str(labels.meta.get("group") or item),
+        duration=duration,
+        time=labels.time,
+        value=value,
+        valid=labels.valid,
+        first=first,
+        last=first + len(windows.start),
+        missing=tuple(stream.name for stream in streams if stream.name not in found),
+    )
+    return clip, _ClipTables(windows, targets, steps, offset)
+
+
+def _duration(labels: Item, found: Iterable[Item]) -> float:
+    """Seconds: the clip's own, or where no one says, until the last time of any of its arrays."""
+    said = _number(labels.meta, "duration")
+    if said is not None:
+        return said
+    flat = [np.sort(data.time, axis=None) for data in (labels, *found) if data.time.size]
+    return max((float(time[-1] + median_interval(time)) for time in flat), default=0.0)
+
+
+def _number(meta: Json, key: str) -> float | None:
+    value = meta.get(key)
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) and value >= 0 else None
+
+
+def _check_labels(labels: Item) -> None:
+    known = labels.value[labels.valid]
+    if not (np.abs(known) <= 1).all():
+        raise DataError(
+            explain(
+                f"Clip {labels.item!r} has labels outside [-1, 1]",
+                expected="valence and arousal within [-1, 1] wherever they are marked valid",
+                got=f"{np.count_nonzero(~(np.abs(known) <= 1))} values that are not",
+            )
+        )
+
+
+def _checked_rows(data: Item, stream: InputStream) -> np.ndarray:
+    """The embedding as [T, D], finite wherever it will be read."""
+    embedding: np.ndarray = data.embedding.reshape(-1, stream.dim)
+    bad = data.valid.ravel() & ~np.isfinite(embedding).all(axis=1)
+    if bad.any():
+        where = float(data.time.ravel()[np.flatnonzero(bad)[0]])
+        raise DataError(
+            explain(
+                f"Clip {data.item!r} has features in stream {stream.name!r} that are NaN or infinite",
+                expected="finite numbers wherever the input is valid",
+                got=f"{int(bad.sum())} of {len(bad)} vectors that are not, the first at {where:.2f} s",
+                remedy="Make the features of this clip again",
+            )
+        )
+    return embedding
+
+
+def _table(
+    windows: tables.WindowTimes, duration: float, stream: InputStream, grid: Grid, data: Item | None
+) -> tables.StepTable:
+    """What the clip's windows read of one stream; `data` None: it has nothing of this clip."""
+    interval = interval_of(stream.kind, stream.identity)
+    if stream.kind == "visual":
+        time, valid = (np.zeros(0), np.zeros(0, bool)) if data is None else (data.time, data.valid)
+        return tables.frame_table(windows, time, valid, interval or median_interval(time, grid.step))
+    sound = tables.SILENCE if data is None else _sound_times(stream, data, interval)
+    return tables.step_table(windows, duration, grid.window, stream.steps, sound)
+
+
+def _sound_times(stream: InputStream, data: Item, interval: float | None) -> tables.SoundTimes:
+    if stream.kind != "audio":  # log-Mel: one sequence over the whole clip
+        return tables.SoundTimes(np.zeros(1), data.time[None], data.valid[None], None, interval or LOGMEL_INTERVAL)
+    spacing = interval or median_interval(data.time[:1].ravel())
+    start = data.arrays.get("start")
+    if start is None:
+        return tables.SoundTimes(data.time[:, 0], data.time, data.valid, None, spacing)
+    return tables.SoundTimes(start, data.time, data.valid, sampling(stream.identity).get("window"), spacing)
+
+
+def _assemble(
+    streams: Sequence[InputStream],
+    grid: Grid,
+    packs: dict[str, Pack],
+    clips: list[ClipRows],
+    parts: list[_ClipTables],
+    device: torch.device,
+) -> WindowSet:
+    def on_device(arrays: list[np.ndarray], dtype: type) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
+
+    packed = {}
+    for stream in streams:
+        rows = packs[stream.name].rows
+        index = torch.from_numpy(np.concatenate([_packed_index(stream, part) for part in parts])).to(rows.device)
+        if stream.kind == "visual":
+            packed[stream.name] = StreamTable(rows, index)
+        else:
+            own = [part.steps[stream.name] for part in parts]
+            inside = on_device([table.inside for table in own], np.bool_)
+            packed[stream.name] = StreamTable(rows, index, inside, on_device([t.time for t in own], np.float32))
+    return WindowSet(
+        tuple(stream.spec for stream in streams),
+        packed,
+        tuple(clips),
+        time=torch.from_numpy(np.arange(grid.frames) * grid.step).to(device, torch.float32),
+        sample_time=np.concatenate([part.windows.sample for part in parts]),
+        inside=on_device([part.windows.inside for part in parts], np.bool_),
+        target=on_device([part.targets.value for part in parts], np.float32),
+        labelled=on_device([part.targets.labelled for part in parts], np.bool_),
+    )
+
+
+def _packed_index(stream: InputStream, part: _ClipTables) -> np.ndarray:
+    """[W, S] int32 rows of the packed tensor; 0 where there is nothing."""
+    table = part.steps[stream.name]
+    return np.where(table.row == tables.NOTHING, 0, table.row + part.offset[stream.name]).astype(np.int32)
+
+
+def describe_labels(windows: WindowSet, centers: float) -> str:
+    """How the annotation lies over the nine regions, as a table of per cent: valence down, arousal across."""
+    value = np.concatenate([clip.value for clip in windows.clips])
+    valid = np.concatenate([clip.valid for clip in windows.clips])
+    share = region_occupancy(np.where(valid, value, 0), valid, centers)
+    if not np.isfinite(share).all():
+        return "No frame is annotated in both dimensions, so regions say nothing"
+    lines = ["Labelled frames per region, per cent (valence down, arousal across):"]
+    lines.append("  " + "".join(f"{name:>8}" for name in ("", *LEVELS)))
+    lines += [
+        f"  {name:>8}" + "".join(f"{100 * part:8.1f}" for part in row)
+        for name, row in zip(reversed(LEVELS), share.reshape(3, 3)[::-1], strict=True)
+    ]
+    return "\n".join(lines)

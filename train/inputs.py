@@ -1,0 +1,233 @@
+"""What a run reads from a cache: its streams and prototypes, chosen by the settings or, where those are silent, by
+what is there."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaflow.cache import Cache
+from vaflow.cache.documents import fingerprint
+from vaflow.cache.schema import LOGMEL, StreamInfo
+from vaflow.errors import FingerprintError, UsageError, explain
+from vaflow.timeline import Grid, median_interval
+from vaflow.train.batch import AUDIO, VISUAL, StreamSpec
+from vaflow.train.config import NONE, TrainConfig
+
+log = logging.getLogger(__name__)
+
+PREFERRED = {VISUAL: "clip-vit-b16", AUDIO: "ast"}  # of several streams, the paper's
+LOGMEL_INTERVAL = 0.01  # seconds between filter-bank frames
+# What may differ between the cache a run was trained on and one it is used on: it moves samples or swaps the decoder,
+# but the numbers mean the same.
+_LENIENT = ("sampling", "decoder", "picture")
+
+
+@dataclass(frozen=True)
+class InputStream:
+    """A stream that a run reads.
+
+    Attributes:
+        name, dim: of the stream.
+        kind: of the cache: "visual", "audio" or "logmel".
+        steps: per training window; for visual streams, the frames.
+        identity: what made it; fingerprint: its digest.
+    """
+
+    name: str
+    kind: str
+    dim: int
+    steps: int
+    fingerprint: str
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> StreamSpec:
+        """As the model sees it: log-Mel is an audio stream of many steps."""
+        return StreamSpec(self.name, VISUAL if self.kind == "visual" else AUDIO, self.dim)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads: its streams, and the stream of prototypes ("" for none) with the embeddings [9, D]."""
+
+    streams: tuple[InputStream, ...]
+    text: str = ""
+    prototypes: Tensor | None = None
+
+    @property
+    def specs(self) -> tuple[StreamSpec, ...]:
+        """The streams as the model sees them."""
+        return tuple(stream.spec for stream in self.streams)
+
+
+def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
+    """Fill in what the settings leave open (streams, windows, prototypes) from the cache.
+
+    Raises:
+        UsageError: a stream or prompt set is not there, is of another kind, or the choice is not clear.
+    """
+    known = cache.streams()
+    visual = _choose(cache, known, VISUAL, config.visual)
+    audio = _choose(cache, known, AUDIO, config.audio)
+    if not visual and not audio:
+        kinds = sorted({info.kind for info in known.values()})
+        problem = f"{cache.path} has nothing to train on"
+        raise UsageError(explain(problem, expected="a visual or audio stream", got=", ".join(kinds) or "no streams"))
+    config = replace(
+        config,
+        visual=tuple(info.name for info in visual) or (NONE,),
+        audio=tuple(info.name for info in audio) or (NONE,),
+    )
+    config = _with_windows(config, [*visual, *audio])
+    streams = [_visual_input(info, config.grid) for info in visual]
+    streams += [_audio_input(cache, info, config) for info in audio]
+    text = _text_stream(known, config) if config.kl_weight else ""
+    prototypes = _prototypes(cache, text, config.prompts) if text else None
+    return replace(config, text=text), Inputs(tuple(streams), text, prototypes)
+
+
+def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names: Sequence[str]) -> list[StreamInfo]:
+    if tuple(names) == (NONE,):
+        return []
+    kinds = (modality, LOGMEL) if modality == AUDIO else (modality,)
+    fitting = {name: info for name, info in known.items() if info.kind in kinds}
+    for name in names:
+        if name not in fitting:
+            kind = f"; it is a {known[name].kind} stream" if name in known else ""
+            raise UsageError(
+                explain(f"{cache.path} has no {modality} stream {name!r}{kind}", got=name, choices=fitting)
+            )
+    if names:
+        return [fitting[name] for name in names]
+    own = [info for info in fitting.values() if info.kind == modality]
+    if len(own) > 1 and PREFERRED[modality] in fitting:
+        log.info("Of several %s streams, %s is used; --%s chooses another", modality, PREFERRED[modality], modality)
+        return [fitting[PREFERRED[modality]]]
+    if len(own) > 1:
+        raise UsageError(
+            explain(
+                f"{cache.path} has several {modality} streams",
+                expected=f"--{modality} NAME",
+                got="no choice",
+                choices=[info.name for info in own],
+            )
+        )
+    return own
+
+
+def _with_windows(config: TrainConfig, infos: Iterable[StreamInfo]) -> TrainConfig:
+    """Window, stride and frames: the settings', else the extraction's, else the defaults of the grid."""
+    grid = Grid()
+    found: dict[str, float] = {"window": grid.window, "stride": grid.stride, "frames": grid.frames}
+    for info in reversed(list(infos)):
+        found |= {key: value for key, value in sampling(info.identity).items() if key in found}
+    given = {key: getattr(config, key) for key in found if getattr(config, key) is not None}
+    if "window" in given and "frames" not in given:  # keep the samples where they are cached
+        given["frames"] = max(1, round(found["frames"] * given["window"] / found["window"]))
+    if "window" in given and "stride" not in given:
+        given["stride"] = min(found["stride"], given["window"])
+    both = {**found, **given}
+    return replace(config, window=float(both["window"]), stride=float(both["stride"]), frames=int(both["frames"]))
+
+
+def sampling(identity: Mapping[str, Any]) -> dict[str, float]:
+    """How a stream was sampled (`window`, `stride`, `frames`, `audio_steps`), as far as its identity says."""
+    said = identity.get("sampling")
+    if not isinstance(said, Mapping):
+        return {}
+    return {key: value for key, value in said.items() if isinstance(value, int | float) and value > 0}
+
+
+def interval_of(kind: str, identity: Mapping[str, Any]) -> float | None:
+    """Seconds between two samples of a stream, where its identity says."""
+    if kind == LOGMEL:
+        return LOGMEL_INTERVAL
+    said = sampling(identity)
+    count = said.get("frames" if kind == VISUAL else "audio_steps")
+    return said["window"] / count if count and "window" in said else None
+
+
+def _visual_input(info: StreamInfo, grid: Grid) -> InputStream:
+    return InputStream(info.name, info.kind, info.dim, int(grid.frames), fingerprint(info), info.identity)
+
+
+def _audio_input(cache: Cache, info: StreamInfo, config: TrainConfig) -> InputStream:
+    window = config.grid.window
+    interval = interval_of(info.kind, info.identity) or _measured_interval(cache, info.name)
+    steps = config.audio_steps or max(1, round(window / interval))
+    return InputStream(info.name, info.kind, info.dim, steps, fingerprint(info), info.identity)
+
+
+def _measured_interval(cache: Cache, stream: str) -> float:
+    """Seconds between steps of a stream whose identity does not say: those of its first clip."""
+    for item in cache.items(stream=stream):
+        time = cache.read(stream, item, ["time"]).time
+        if time.size and time.shape[1] > 1:
+            return median_interval(time[0])
+    return Grid().step
+
+
+def _text_stream(known: Mapping[str, StreamInfo], config: TrainConfig) -> str:
+    """The stream of prototypes: the one named, the first visual stream's own, or any; "" where there is none."""
+    text = {name for name, info in known.items() if info.kind == "text"}
+    if config.text:
+        if config.text not in text:
+            raise UsageError(explain("The cache has no such stream of prototypes", got=config.text, choices=text))
+        return config.text
+    own = [name for name in (f"{visual}.text" for visual in config.visual) if name in text]
+    if own or text:
+        return own[0] if own else min(text)
+    log.warning(
+        "The cache has no prompt embeddings: training goes on without the prompt head. "
+        "`vaflow extract` with a CLIP encoder makes them; --kl-weight 0 says that none are wanted."
+    )
+    return ""
+
+
+def _prototypes(cache: Cache, text: str, prompts: str) -> Tensor:
+    sets = cache.items(stream=text)
+    if prompts not in sets:
+        raise UsageError(explain(f"Stream {text!r} of {cache.path} has no such prompt set", got=prompts, choices=sets))
+    return torch.from_numpy(cache.read(text, prompts, ["embedding"]).embedding.copy()).float()
+
+
+def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
+    """The streams that a run was trained on are those of this cache: made by the same encoder in the same way.
+
+    Where samples lie, and which decoder read the media, may differ: that is said in the log.
+
+    Raises:
+        UsageError: the cache has no such stream.
+        FingerprintError: it was made with other settings; every field that differs is named.
+    """
+    known = cache.streams()
+    for stream in streams:
+        if stream.name not in known:
+            raise UsageError(explain(f"{cache.path} lacks a stream of this run", got=stream.name, choices=known))
+        info = known[stream.name]
+        if fingerprint(info) == stream.fingerprint:
+            continue
+        fields = _different(stream, info)
+        hard = [text for key, text in fields.items() if key not in _LENIENT]
+        if hard:
+            raise FingerprintError(
+                explain(
+                    f"Stream {stream.name!r} of {cache.path} was made with other settings than the run's",
+                    expected="the encoder that the run was trained on",
+                    got="; ".join(hard),
+                    remedy="Extract the clips again with the run's encoder and weights",
+                )
+            )
+        log.info("%s: %s differs from the training cache: %s", cache.path, stream.name, "; ".join(fields.values()))
+
+
+def _different(stream: InputStream, info: StreamInfo) -> dict[str, str]:
+    """Field -> `field: there, here in the run`."""
+    facts: dict[str, tuple[Any, Any]] = {"kind": (info.kind, stream.kind), "dim": (info.dim, stream.dim)}
+    for key in sorted({*info.identity, *stream.identity}):
+        facts[key] = (info.identity.get(key), stream.identity.get(key))
+    return {key: f"{key}: {there!r}, {here!r} in the run" for key, (there, here) in facts.items() if there != here}

@@ -1,0 +1,290 @@
+"""A run's folder: what was resolved, the weights, the history, the metrics; and the way back to a model.
+
+RUN/config.toml          settings, streams, prompt set, data: everything that was resolved
+    model.safetensors    weights of the best epoch, prototypes included: prediction needs no cache
+    metrics.json         of the validation split; written last: where it is, the run is done
+    history.csv          a row per epoch
+    predictions/SPLIT/CLIP.csv
+    checkpoint.safetensors   only while training: what a second start goes on from
+"""
+
+import csv
+import io
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import tomli_w
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vaflow import __version__
+from vaflow.errors import CorruptError, UsageError, explain
+from vaflow.train.builder import build_model
+from vaflow.train.config import TrainConfig, differences, merge
+from vaflow.train.heads.model import VAModel
+from vaflow.train.inputs import Inputs, InputStream
+
+PROTOTYPES = "prompt.prototypes"  # their name among the model's tensors
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `config.toml` says.
+
+    Attributes:
+        config: resolved settings.
+        streams: what is read.
+        cache: the folder that it was trained on.
+        data: split -> {"clips", "windows", "labelled_frames"}.
+        version: of vaflow.
+    """
+
+    config: TrainConfig
+    streams: tuple[InputStream, ...]
+    cache: str
+    data: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    version: str = __version__
+
+    def to_toml(self) -> str:
+        """TOML with the tables `train` (settings), `data` and one `stream` each."""
+        streams = []
+        for stream in self.streams:
+            facts = asdict(stream)
+            facts["identity"] = json.dumps(facts["identity"], sort_keys=True)  # JSON: TOML has no null
+            streams.append(facts)
+        document = {
+            "vaflow": self.version,
+            "cache": self.cache,
+            "train": self.config.as_dict(),
+            "data": {split: dict(counts) for split, counts in self.data.items()},
+            "stream": streams,
+        }
+        return tomli_w.dumps(document)
+
+    @classmethod
+    def from_toml(cls, text: str) -> "RunRecord":
+        """Read what `to_toml` wrote.
+
+        Raises:
+            ValueError: it is not TOML, or lacks a part.
+        """
+        document = tomllib.loads(text)
+        try:
+            streams = tuple(
+                InputStream(**{**facts, "identity": json.loads(facts["identity"])}) for facts in document["stream"]
+            )
+            config = merge(document["train"])
+            return cls(config, streams, document["cache"], document["data"], document["vaflow"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"it lacks {error}") from error
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run, and reading and writing of what lies there. Files appear whole or not at all."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def weights_file(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def history_file(self) -> Path:
+        return self.path / "history.csv"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def done(self) -> bool:
+        """Whether the run went to its end."""
+        return self.metrics_file.is_file() and self.weights_file.is_file()
+
+    def predictions(self, split: str) -> Path:
+        """The folder of a split's prediction CSVs."""
+        return self.path / "predictions" / split
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UsageError: it cannot be made, or holds something that is not a run.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            foreign = not self.config_file.exists() and any(
+                not entry.name.startswith(".") for entry in self.path.iterdir()
+            )
+        except OSError as error:
+            raise UsageError(explain(f"Cannot write the run folder {self.path}", got=error.strerror)) from error
+        if foreign:
+            raise UsageError(
+                explain(
+                    f"{self.path} holds files that no run wrote",
+                    expected="a new folder, an empty one, or that of an earlier run",
+                    remedy="Choose another folder for --out",
+                )
+            )
+
+    def record(self) -> RunRecord | None:
+        """What was resolved; None where the run has not begun.
+
+        Raises:
+            CorruptError: `config.toml` is damaged.
+        """
+        try:
+            return RunRecord.from_toml(self.config_file.read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise CorruptError(explain(f"{self.config_file} cannot be read", got=error)) from error
+
+    def write_record(self, record: RunRecord) -> None:
+        """Write `config.toml`."""
+        write_whole(self.config_file, record.to_toml().encode())
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write `metrics.json`."""
+        write_whole(self.metrics_file, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Read `metrics.json`."""
+        result: dict[str, Any] = json.loads(self.metrics_file.read_text("utf-8"))
+        return result
+
+    def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Write `history.csv`: one column per key of the first row."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else ["epoch"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.history_file, text.getvalue().encode())
+
+    def read_history(self) -> list[dict[str, float]]:
+        """Read `history.csv`; empty where there is none. Empty fields become NaN."""
+        if not self.history_file.is_file():
+            return []
+        with self.history_file.open(encoding="utf-8", newline="") as file:
+            return [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file at once: a reader, or a run after a kill, sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, with a note of text in its header."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(plain, dict(note or {})))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, on the CPU, and the note of a safetensors file.
+
+    Raises:
+        CorruptError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise CorruptError(explain(f"{path} is damaged", got=error)) from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: what was resolved, and its model, ready to predict."""
+
+    record: RunRecord
+    model: VAModel
+
+
+def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
+    """Read a finished run; no cache is needed.
+
+    Raises:
+        UsageError: the folder is no run, or its training has not finished.
+        CorruptError: a file of it is damaged, or the weights do not fit the settings.
+    """
+    folder = RunFolder(Path(path))
+    record = folder.record() if folder.path.is_dir() else None
+    if record is None:
+        raise UsageError(
+            explain(
+                f"{path} is not a run folder",
+                expected="a folder with config.toml and model.safetensors, as `vaflow train` writes",
+                got="no config.toml" if folder.path.is_dir() else "no such folder",
+            )
+        )
+    if not folder.weights_file.is_file():
+        raise UsageError(
+            explain(
+                f"The run {path} was interrupted before it finished",
+                expected="model.safetensors",
+                remedy=f"Go on with it: vaflow train {record.cache} --out {path} --config {folder.config_file}",
+            )
+        )
+    weights, _ = read_tensors(folder.weights_file)
+    model = build_model(record.config, [stream.spec for stream in record.streams], weights.get(PROTOTYPES))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CorruptError(explain(f"{folder.weights_file} does not fit its config.toml", got=error)) from error
+    return Run(record, model.to(device).eval())
+
+
+def new_record(cache: Path, config: TrainConfig, inputs: Inputs) -> RunRecord:
+    """What is known before any clip is read."""
+    return RunRecord(config, inputs.streams, str(Path(cache).resolve()))
+
+
+def check_unchanged(folder: RunFolder, old: RunRecord, new: RunRecord) -> None:
+    """A run goes on only with the settings and streams that it began with.
+
+    Raises:
+        UsageError: something differs; every difference is named.
+    """
+    changed = differences(old.config, new.config)
+    prints = {stream.name: stream.fingerprint for stream in old.streams}
+    changed += [
+        f"stream {stream.name}: made with other settings"
+        for stream in new.streams
+        if prints.get(stream.name, stream.fingerprint) != stream.fingerprint
+    ]
+    if changed:
+        raise UsageError(
+            explain(
+                f"{folder.path} holds a run with other settings",
+                expected="the settings that the run began with",
+                got="; ".join(changed),
+                remedy="Choose another folder for --out, or delete this one",
+            )
+        )

@@ -1,0 +1,205 @@
+"""All windows of one split in memory, and batches of them gathered by index: no file is read per window."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vaflow.timeline import Bools, Floats
+from vaflow.train.batch import VISUAL, Batch, StreamSpec
+
+
+@dataclass(frozen=True)
+class ClipRows:
+    """One clip: its frame clock with the annotation, and which windows are its own.
+
+    Attributes:
+        item, group: names of the clip and of the video that it comes from.
+        duration: seconds.
+        time: [R] presentation times; value, valid: [R, 2] annotation, NaN and False where there is none.
+        first, last: its windows are first .. last - 1 of the set.
+        missing: streams of the set that hold nothing of this clip.
+    """
+
+    item: str
+    group: str
+    duration: float
+    time: Floats
+    value: Floats
+    valid: Bools
+    first: int
+    last: int
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StreamTable:
+    """One stream of the split, packed, and what each window reads of it.
+
+    Attributes:
+        rows: [1 + T, D] all embeddings of the split laid end to end, as cached; row 0 is zeros: nothing to read.
+        index: [N, S] int32, rows of every window, on the device of `rows`; 0: nothing.
+        inside: [N, S] bool on the training device; None: as the output frames (visual streams).
+        time: [N, S] float32 seconds after the window's start, likewise.
+    """
+
+    rows: Tensor
+    index: Tensor
+    inside: Tensor | None = None
+    time: Tensor | None = None
+
+
+class WindowSet:
+    """The windows of some clips, ready to be gathered.
+
+    Args:
+        streams: what is read, as the model sees it.
+        tables: stream name -> its packed rows and index.
+        clips: in the order of their windows.
+        time: [F] float32 seconds of the output frames after the window's start.
+        sample_time: [N, F] float64 seconds after the clip's start.
+        inside: [N, F] bool; target: [N, F, 2] float32; labelled: [N, F, 2] bool, all on the training device.
+    """
+
+    def __init__(
+        self,
+        streams: tuple[StreamSpec, ...],
+        tables: Mapping[str, StreamTable],
+        clips: tuple[ClipRows, ...],
+        *,
+        time: Tensor,
+        sample_time: Floats,
+        inside: Tensor,
+        target: Tensor,
+        labelled: Tensor,
+    ) -> None:
+        self.streams = streams
+        self.tables = dict(tables)
+        self.clips = clips
+        self.time = time
+        self.sample_time = sample_time
+        self.inside = inside
+        self.target = target
+        self.labelled = labelled
+
+    def __len__(self) -> int:
+        return len(self.inside)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made."""
+        return self.inside.device
+
+    @cached_property
+    def trainable(self) -> Tensor:
+        """[M] int64 on the CPU: windows with at least one labelled frame."""
+        return self.labelled.flatten(1).any(dim=1).nonzero().flatten().cpu()
+
+    @cached_property
+    def inside_array(self) -> Bools:
+        """`inside` as an array."""
+        result: Bools = self.inside.cpu().numpy()
+        return result
+
+    @property
+    def labelled_rows(self) -> int:
+        """Annotation rows of all clips that are labelled in at least one dimension."""
+        return sum(int(clip.valid.any(axis=1).sum()) for clip in self.clips)
+
+    def clip_of(self, window: int) -> ClipRows:
+        """The clip that a window belongs to."""
+        firsts = [clip.first for clip in self.clips]
+        return self.clips[int(np.searchsorted(firsts, window, side="right")) - 1]
+
+    def gather(self, ids: Tensor) -> Batch:
+        """The windows `ids`, [B] int64 on any device, as a batch on the training device."""
+        here = ids.to(self.device)
+        inside = self.inside.index_select(0, here)
+        time = self.time.expand(inside.shape)
+        features, valid, feature_inside, feature_time = {}, {}, {}, {}
+        for stream in self.streams:
+            table = self.tables[stream.name]
+            features[stream.name], valid[stream.name] = self._read(table, here)
+            if table.inside is None or table.time is None:
+                feature_inside[stream.name], feature_time[stream.name] = inside, time
+            else:
+                feature_inside[stream.name] = table.inside.index_select(0, here)
+                feature_time[stream.name] = table.time.index_select(0, here)
+        return Batch(
+            features=features,
+            valid=valid,
+            feature_inside=feature_inside,
+            feature_time=feature_time,
+            inside=inside,
+            time=time,
+            target=self.target.index_select(0, here),
+            labelled=self.labelled.index_select(0, here),
+            window=here,
+        )
+
+    def _read(self, table: StreamTable, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, S, D] float32 and whether they are there [B, S], on the training device."""
+        index = table.index.index_select(0, ids.to(table.index.device))
+        rows = table.rows.index_select(0, index.flatten()).view(*index.shape, -1)
+        return rows.to(self.device, torch.float32), (index > 0).to(self.device)
+
+    def shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """The trainable windows in random order, `batch_size` at a time, the last batch too; on the device."""
+        order = self.trainable[torch.randperm(len(self.trainable), generator=generator)]
+        yield from order.to(self.device).split(batch_size)
+
+    def in_order(self, batch_size: int) -> Iterator[Tensor]:
+        """All windows in order, `batch_size` at a time, the last batch too."""
+        yield from torch.arange(len(self), device=self.device).split(batch_size)
+
+    def without(self, hidden: frozenset[str]) -> "WindowSet":
+        """The same windows with some streams masked as missing: what does the model know without them?"""
+        tables = {
+            name: StreamTable(t.rows, torch.zeros_like(t.index), t.inside, t.time) if name in hidden else t
+            for name, t in self.tables.items()
+        }
+        return WindowSet(
+            self.streams,
+            tables,
+            self.clips,
+            time=self.time,
+            sample_time=self.sample_time,
+            inside=self.inside,
+            target=self.target,
+            labelled=self.labelled,
+        )
+
+    def statistics(self, stream: str) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per dimension over the stream's rows that some window reads, [D] each."""
+        table = self.tables[stream]
+        used = torch.unique(table.index)
+        used = used[used > 0]
+        total = torch.zeros(table.rows.shape[1], dtype=torch.float64, device=table.rows.device)
+        squares = torch.zeros_like(total)
+        for part in used.split(65536):
+            rows = table.rows.index_select(0, part).double()
+            total += rows.sum(dim=0)
+            squares += rows.square().sum(dim=0)
+        count = max(1, len(used))
+        mean = total / count
+        deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+        return mean.float().to(self.device), deviation.float().to(self.device)
+
+    def seen(self, clip: ClipRows, kind: str = VISUAL) -> tuple[Floats, Bools]:
+        """When one of the streams of `kind` had input in a clip: instants [K], ascending, and whether it had [K]."""
+        windows = slice(clip.first, clip.last)
+        there = []
+        for stream in self.streams:
+            if stream.kind == kind:
+                index = self.tables[stream.name].index[windows].cpu().numpy() > 0
+                steps = np.arange(self.inside.shape[1]) * index.shape[1] // self.inside.shape[1]
+                there.append(index[:, steps])  # the step under every frame
+        inside = self.inside_array[windows]
+        instants, where = np.unique(self.sample_time[windows][inside], return_inverse=True)
+        if not there:
+            return instants, np.zeros(instants.shape, bool)
+        found = np.any(there, axis=0)[inside]
+        return instants, np.bincount(where, weights=found, minlength=instants.size) > 0
