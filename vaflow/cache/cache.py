@@ -40,7 +40,7 @@ class Cache:
         self.layout = Layout(path)
         self._store = STORES[store]
         self._streams: dict[str, StreamInfo] = {}  # by file name; the files never change
-        self._index = Index(self.layout, lambda stream, name: load_record(self.layout, stream, name))
+        self._index = Index(self.layout, lambda path: load_record(self.layout, path))
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, store={self.store!r}, writable={self.writable})"
@@ -142,7 +142,7 @@ class Cache:
         info = self._stream(stream)
         path = self.layout.record(stream, item)
         try:
-            record = load_record(self.layout, stream, path.name)
+            record = load_record(self.layout, path)
         except FileNotFoundError:
             raise self._missing(stream, item) from None
         except ValueError as error:
@@ -232,12 +232,7 @@ class Cache:
     def drop(self, stream: str, item: str) -> None:
         """Remove an item: its record first, then its arrays. Nothing happens where there is none."""
         self._must_be_writable()
-        path = self.layout.record(stream, item)
-        try:
-            attempt = load_record(self.layout, stream, path.name).attempt
-        except (FileNotFoundError, ValueError):
-            attempt = None
-        discard(self.layout, self._store, stream, item, attempt)
+        discard(self.layout, self._store, self.layout.record(stream, item))
 
     # The whole
 

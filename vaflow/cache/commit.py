@@ -6,6 +6,7 @@ that is killed leaves an attempt without a record, which nobody reads.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from secrets import token_hex
 
 from vaflow.cache import files
@@ -15,14 +16,13 @@ from vaflow.cache.schema import Array, Record
 from vaflow.cache.stores import Store
 
 
-def load_record(layout: Layout, stream: str, file_name: str) -> Record:
-    """The record in a file of the stream's records folder.
+def load_record(layout: Layout, path: Path) -> Record:
+    """The record in a file below `records/`.
 
     Raises:
         ValueError: the file is damaged, or is not the record of that place.
         FileNotFoundError: there is none.
     """
-    path = layout.records(stream) / file_name
     record = record_from(unseal(path.read_bytes()))
     if layout.record(record.stream, record.item) != path:
         raise ValueError(f"it is the record of {record.item!r} of stream {record.stream!r}")
@@ -65,12 +65,12 @@ def _publish(layout: Layout, store: Store, record: Record) -> Record:
         if files.create(path, data):
             return record
         try:
-            return load_record(layout, record.stream, path.name)
+            return load_record(layout, path)
         except (FileNotFoundError, ValueError):  # dropped again, or half a file: ours takes its place
             files.replace(path, data)
             return record
     try:
-        old = load_record(layout, record.stream, path.name)
+        old = load_record(layout, path)
     except (FileNotFoundError, ValueError):
         old = None
     files.replace(path, data)
@@ -79,11 +79,15 @@ def _publish(layout: Layout, store: Store, record: Record) -> Record:
     return record
 
 
-def discard(layout: Layout, store: Store, stream: str, item: str, attempt: str | None) -> None:
-    """Remove the record of an item, then its attempt where it is known."""
-    path = layout.record(stream, item)
-    if path.exists():
-        path.unlink(missing_ok=True)
-        files.sync(path.parent)
-    if attempt is not None:
-        files.remove(store.path(layout.item(stream, item), attempt))
+def discard(layout: Layout, store: Store, path: Path) -> None:
+    """Remove the record in the file `path`, then its attempt, which is known unless the record is damaged."""
+    try:
+        record = load_record(layout, path)
+    except FileNotFoundError:
+        return
+    except ValueError:
+        record = None
+    path.unlink(missing_ok=True)
+    files.sync(path.parent)
+    if record is not None:
+        files.remove(store.path(layout.item(record.stream, record.item), record.attempt))

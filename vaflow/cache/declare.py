@@ -84,7 +84,7 @@ def _refuse_foreign_records(layout: Layout, info: StreamInfo) -> None:
     """Records whose stream file was lost belong to the new one only if they were made with its settings."""
     for path in sorted(layout.records(info.name).glob("*.json")):
         try:
-            record = load_record(layout, info.name, path.name)
+            record = load_record(layout, path)
         except (ValueError, FileNotFoundError):  # damaged: reading and `verify` say so
             continue
         if record.fingerprint != fingerprint(info):

@@ -1,6 +1,6 @@
 """From a record to arrays: bytes are read once and checked, and only then handed to the store."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vaflow.cache import files
 from vaflow.cache.documents import crc32c
@@ -35,6 +35,18 @@ def fetch(
         if verify and (found := file_problem(blob, record.files[name])):
             raise corrupt(layout, folder / name, found, record.stream, record.item)
         blobs[name] = blob
+    return decode(layout, store, record, blobs, wanted)
+
+
+def decode(
+    layout: Layout, store: Store, record: Record, blobs: Mapping[str, files.Blob], wanted: Sequence[str]
+) -> dict[str, Array]:
+    """The arrays `wanted` out of the files that hold them.
+
+    Raises:
+        CorruptError: the files do not hold them, or not in the shape and dtype that the record says.
+    """
+    folder = layout.item(record.stream, record.item)
     try:
         arrays = store.read_attempt(record.attempt, blobs, wanted)
     except (ValueError, KeyError, TypeError, OSError) as error:

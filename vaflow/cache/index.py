@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from vaflow.cache import files
@@ -60,11 +61,10 @@ class Index:
 
     Args:
         layout: of the cache.
-        load: (stream, file name) -> record; raises ValueError where the file is damaged, FileNotFoundError where it
-            is gone.
+        load: record's file -> record; raises ValueError where it is damaged, FileNotFoundError where it is gone.
     """
 
-    def __init__(self, layout: Layout, load: Callable[[str, str], Record]) -> None:
+    def __init__(self, layout: Layout, load: Callable[[Path], Record]) -> None:
         self._layout = layout
         self._load = load
         self._folders: dict[str, Folder] | None = None
@@ -102,18 +102,18 @@ class Index:
                 if entry.name.startswith(".") or not entry.name.endswith(".json"):
                     continue
                 try:
-                    self._add(stream, entry, old.get(entry.name), found)
+                    self._add(entry, old.get(entry.name), found)
                 except FileNotFoundError:  # dropped since it was listed
                     continue
         return found
 
-    def _add(self, stream: str, entry: os.DirEntry[str], old: Row | None, found: Folder) -> None:
+    def _add(self, entry: os.DirEntry[str], old: Row | None, found: Folder) -> None:
         stat = entry.stat()
         if old is not None and (old.mtime_ns, old.size, old.inode) == (stat.st_mtime_ns, stat.st_size, stat.st_ino):
             found.rows[entry.name] = old
             return
         try:
-            found.rows[entry.name] = row_of(self._load(stream, entry.name), stat)
+            found.rows[entry.name] = row_of(self._load(Path(entry.path)), stat)
         except ValueError as error:
             found.damaged[entry.name] = str(error)
 

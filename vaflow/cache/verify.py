@@ -1,0 +1,242 @@
+"""Is everything as it was committed? And making it so that what is not is extracted again."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vaflow.cache import files
+from vaflow.cache.cache import Cache
+from vaflow.cache.commit import discard, load_record
+from vaflow.cache.declare import load_stream
+from vaflow.cache.documents import fingerprint, manifest_document, seal
+from vaflow.cache.fetch import decode, file_problem
+from vaflow.cache.names import TEMPORARY, Layout
+from vaflow.cache.opening import open_cache, read_manifest
+from vaflow.cache.schema import Record, StoreName, StreamInfo, array_problems
+from vaflow.cache.stores import STORES
+from vaflow.errors import CacheError, CorruptError, UsageError
+
+GRACE = 3600.0  # seconds after which nobody is still writing an attempt
+_ATTEMPT = re.compile(r"[0-9a-f]{16}(\.h5)?")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it was committed.
+
+    Attributes:
+        path: the file, below the cache.
+        message: what is wrong with it.
+        stream, item: what it belongs to, where that is known.
+    """
+
+    path: str
+    message: str
+    stream: str | None = None
+    item: str | None = None
+
+    def __str__(self) -> str:
+        owner = f" (item {self.item!r} of stream {self.stream!r})" if self.item is not None else ""
+        return f"{self.path}{owner}: {self.message}"
+
+
+def record_files(cache: Cache) -> list[Path]:
+    """The file of every committed item, sorted."""
+    return sorted(p for p in cache.layout.all_records.glob("*/*.json") if not p.name.startswith("."))
+
+
+def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Problem]:
+    """Everything in the cache that is not as it was committed, or does not fit the schema; empty when all is well.
+
+    Reads every file. What a killed writer left behind is no problem: see `leftovers`.
+
+    Args:
+        cache: what to check.
+        on_item: called after each item, for a progress bar.
+    """
+    problems = _manifest_problems(cache)
+    streams, stream_problems = _streams(cache.layout)
+    problems += stream_problems
+    lost: set[str] = set()
+    for path in record_files(cache):
+        name = path.parent.name
+        if f"{name}.json" not in streams and name not in lost:
+            lost.add(name)
+            problems.append(Problem(f"streams/{name}.json", "the file is missing, but the stream has committed items"))
+        problems += _item_problems(cache, path, streams.get(f"{name}.json"))
+        if on_item is not None:
+            on_item()
+    return problems
+
+
+def _manifest_problems(cache: Cache) -> list[Problem]:
+    try:
+        read_manifest(cache.layout)
+    except (OSError, CacheError) as error:
+        return [Problem(cache.layout.shown(cache.layout.manifest), str(error))]
+    return []
+
+
+def _streams(layout: Layout) -> tuple[dict[str, StreamInfo | None], list[Problem]]:
+    """Stream per file name (None where damaged), and what is wrong with the files."""
+    streams: dict[str, StreamInfo | None] = {}
+    problems = []
+    for path in sorted(p for p in layout.all_streams.glob("*.json") if not p.name.startswith(".")):
+        try:
+            streams[path.name] = load_stream(layout, path.name)
+        except (OSError, ValueError) as error:
+            streams[path.name] = None
+            problems.append(Problem(layout.shown(path), str(error)))
+    return streams, problems
+
+
+def _item_problems(cache: Cache, path: Path, info: StreamInfo | None) -> list[Problem]:
+    layout = cache.layout
+    try:
+        record = load_record(layout, path)
+    except FileNotFoundError:  # dropped since it was listed
+        return []
+    except (OSError, ValueError) as error:
+        return [Problem(layout.shown(path), str(error))]
+    problems = [
+        Problem(shown, message, record.stream, record.item) for shown, message in _attempt_problems(cache, record, info)
+    ]
+    if problems and _was_replaced(layout, path, record):
+        return _item_problems(cache, path, info)
+    return problems
+
+
+def _was_replaced(layout: Layout, path: Path, record: Record) -> bool:
+    """Whether the item was extracted again, or dropped, while we were reading."""
+    try:
+        return load_record(layout, path).attempt != record.attempt
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
+
+
+def _attempt_problems(cache: Cache, record: Record, info: StreamInfo | None) -> Iterator[tuple[str, str]]:
+    layout, store = cache.layout, STORES[cache.store]
+    folder = layout.item(record.stream, record.item)
+    blobs = {}
+    damaged = False
+    for name, facts in record.files.items():
+        try:
+            blobs[name] = files.read(folder / name)
+            found = file_problem(blobs[name], facts)
+        except OSError as error:
+            found = f"it cannot be read: {error.strerror}"
+        if found:
+            damaged = True
+            yield layout.shown(folder / name), found
+    if damaged:
+        return
+    try:
+        arrays = decode(layout, store, record, blobs, list(record.arrays))
+    except CorruptError as error:
+        yield layout.shown(store.path(folder, record.attempt)), str(error)
+        return
+    shown = layout.shown(layout.record(record.stream, record.item))
+    if info is not None:
+        yield from ((shown, message) for message in array_problems(info, arrays))
+        if record.fingerprint != fingerprint(info):
+            yield shown, "it was made with other settings than its stream"
+
+
+def leftovers(cache: Cache, older_than: float = 0.0) -> list[Path]:
+    """What killed writers left behind, or writers are still at: attempts without a record, and temporary files.
+
+    Args:
+        cache: where to look; nothing that a cache does not make is ever listed.
+        older_than: only what was last changed at least so many seconds ago.
+    """
+    layout = cache.layout
+    names = {p.name for p in layout.all_records.glob("*")} | {p.stem for p in layout.all_streams.glob("*.json")}
+    found = [p for pattern in ("", "streams/", "records/*/") for p in layout.root.glob(f"{pattern}{TEMPORARY}*")]
+    for name in sorted(names):
+        for folder in sorted(p for p in (layout.root / name).glob("*") if p.is_dir()):
+            found += _unrecorded(layout, cache.store, folder)
+    newest = time.time() - older_than
+    return sorted(path for path in found if _changed(path) <= newest)
+
+
+def _unrecorded(layout: Layout, store: StoreName, folder: Path) -> list[Path]:
+    """Attempts in an item's folder that its record does not name; listed first, so that a commit meanwhile counts."""
+    attempts = [p for p in folder.iterdir() if _ATTEMPT.fullmatch(p.name)]
+    temporary = [p for p in folder.iterdir() if p.name.startswith(TEMPORARY)]
+    try:
+        record = load_record(layout, layout.all_records / folder.parent.name / f"{folder.name}.json")
+    except (OSError, ValueError):
+        return attempts + temporary
+    kept = STORES[store].path(folder, record.attempt)
+    return [p for p in attempts if p != kept] + temporary
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # its writer finished
+        return float("inf")
+
+
+def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Problem]:
+    """Drop what is damaged, so that the next extraction makes it again; returns what was found.
+
+    Damaged items go, record first. A damaged stream file goes; its items stay, and count again as soon as the stream
+    is declared with the same settings. Leftovers older than an hour go. The index is made anew.
+
+    Raises:
+        UsageError: the cache was opened for reading.
+        CacheError: the disk refuses.
+    """
+    if not cache.writable:
+        raise UsageError(
+            f"The cache {cache.path} was opened for reading. Open it with open_cache(path, writable=True)."
+        )
+    layout, store = cache.layout, STORES[cache.store]
+    problems = verify(cache, on_item)
+    for problem in problems:
+        path = layout.root / problem.path
+        if path == layout.manifest:
+            files.replace(path, seal(manifest_document(cache.store)))
+        elif problem.item is not None and problem.stream is not None:
+            discard(layout, store, layout.record(problem.stream, problem.item))
+        elif path.parent == layout.all_streams:
+            path.unlink(missing_ok=True)
+        else:
+            discard(layout, store, path)
+    for path in leftovers(cache, GRACE):
+        files.remove(path)
+    layout.index.unlink(missing_ok=True)
+    cache.refresh_index()
+    return problems
+
+
+def open_for_repair(path: Path) -> Cache:
+    """`open_cache` for writing that restores a manifest that is damaged or lost, if the records say which store it is.
+
+    Raises:
+        CorruptError, UsageError, SchemaError: as `open_cache`, where that is not so.
+    """
+    try:
+        return open_cache(path, writable=True)
+    except (CorruptError, UsageError):
+        layout = Layout(Path(path).absolute())
+        store = _store_of_records(layout)
+        if store is None:
+            raise
+        files.replace(layout.manifest, seal(manifest_document(store)))
+        return open_cache(path, writable=True)
+
+
+def _store_of_records(layout: Layout) -> StoreName | None:
+    for path in sorted(layout.all_records.glob("*/*.json")):
+        try:
+            record = load_record(layout, path)
+        except (OSError, ValueError):
+            continue
+        return "hdf5" if f"{record.attempt}.h5" in record.files else "zarr"
+    return None
