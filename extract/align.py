@@ -1,8 +1,8 @@
 """Face -> upright square crop, and its JPEG.
 
 The template is the mean frontal layout of five points that face recognition aligns to (eyes 0.315 of the edge apart,
-mouth 0.363 below them), made symmetric, shrunk to four fifths so that forehead and chin are inside, with the eyes at
-two fifths of the height: the framing of Aff-Wild2's aligned crops.
+mouth 0.363 below them), made symmetric, shrunk to nine tenths, with the eyes at two fifths of the height: the whole
+face from hairline to chin, as in Aff-Wild2's aligned crops.
 """
 
 from io import BytesIO
@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 
 TEMPLATE_VERSION = 1
 # x, y as shares of the crop's edge: left eye, right eye, nose tip, left and right mouth corner as the viewer sees them.
-TEMPLATE: Floats = np.array([[0.374, 0.400], [0.626, 0.400], [0.500, 0.544], [0.396, 0.690], [0.604, 0.690]])
+TEMPLATE: Floats = np.array([[0.358, 0.400], [0.642, 0.400], [0.500, 0.561], [0.383, 0.727], [0.617, 0.727]])
 CROP_SIZE = 224
 JPEG_QUALITY = 95
 

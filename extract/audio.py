@@ -140,8 +140,8 @@ class _Source:
                     continue
                 self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
                 time = None
-                if frame.pts is not None and frame.time_base is not None:
-                    time = seconds(frame.pts, frame.time_base) - self._start
+                if frame.pts is not None and stream.time_base is not None:
+                    time = seconds(frame.pts, stream.time_base) - self._start
                 yield _Piece(_mono(frame), self.rate, time, _JITTER if self.damaged == known else _JITTER_AFTER_DAMAGE)
                 known = self.damaged
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from vaflow.errors import MediaError, explain
 
 _MICROSECONDS = 1_000_000  # FFmpeg's container-wide clock
+_PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # texts that name other files
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
@@ -92,6 +93,8 @@ def opened(path: Path) -> Iterator[Opened]:
     """
     path = Path(path)
     with _open(path) as container:
+        if container.format.name in _PLAYLISTS:
+            raise MediaError(explain(f"{path} is a playlist", expected="a media file", got=container.format.name))
         video = container.streams.best("video")
         if video is not None and video.disposition & Disposition.attached_pic:
             video = None

@@ -15,7 +15,7 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
-from vaflow.extract.container import Opened, decode, opened, seconds
+from vaflow.extract.container import Opened, decode, opened
 from vaflow.extract.picture import to_rgb
 from vaflow.extract.scan import is_counted, scan_times
 
@@ -123,8 +123,8 @@ def _audio_info(media: Opened) -> AudioInfo | None:
     if stream is None or stream.codec_context is None:
         return None
     start = 0.0
-    if stream.start_time is not None and stream.time_base is not None:
-        start = seconds(stream.start_time, stream.time_base) - media.start
+    if stream.start_time is not None:
+        start = float(media.clip_times([stream.start_time], stream)[0])
     context = stream.codec_context
     return AudioInfo(context.name, context.sample_rate, context.channels, start, media.stream_duration(stream))
 
@@ -212,9 +212,9 @@ def _numbered(media: Opened, times: Floats) -> Iterator[_Shown]:
         return
     last, repeats = -np.inf, 0
     for frame in decode(media, stream):
-        if frame.pts is None or frame.time_base is None:
+        if frame.pts is None:
             continue
-        time = seconds(frame.pts, frame.time_base) - media.start
+        (time,) = media.clip_times([frame.pts], stream)  # not frame.time_base: PyAV forgets it when it flushes
         repeats = repeats + 1 if time == last else 0  # broken files show two pictures at one time
         last = time
         number = int(np.searchsorted(times, time - _SAME)) + repeats

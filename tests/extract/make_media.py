@@ -1,0 +1,163 @@
+"""Small media files whose pictures say their own number and whose sound says its own time.
+
+Every picture is a grid of 4 x 3 black or white blocks: the frame number in binary. Every half second of sound is a tone
+of its own: `TONES[k]` during [k / 2, (k + 1) / 2) seconds. Both survive lossy codecs, odd sizes and turning.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+COLUMNS, ROWS = 4, 3
+TONES = 400.0 + 150.0 * np.arange(16)  # hertz, by half second
+TICKS = 1000  # per second: presentation times are given in milliseconds
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sound track: `samples` [channels, n] in -1 .. 1, beginning at `start` seconds."""
+
+    samples: NDArray[np.float64]
+    rate: int = 44100
+    codec: str = "aac"
+    layout: str = "mono"
+    start: float = 0.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A video track: frame k is shown at `times[k]` milliseconds."""
+
+    times: Sequence[int] = tuple(range(0, 1600, 40))
+    size: tuple[int, int] = (160, 120)
+    codec: str = "libx264"
+    pixel_format: str = "yuv420p"
+    options: dict[str, str] = field(default_factory=dict)
+    rotation: int = 0
+    noise: int = 0  # amplitude: makes pictures weigh something
+    rate: int | None = None  # give a constant frame rate to containers that cannot store times (AVI)
+
+
+def number_picture(number: int, width: int, height: int) -> NDArray[np.uint8]:
+    """[height, width, 3] uint8 that shows `number`."""
+    bits = [(number >> bit) & 1 for bit in range(COLUMNS * ROWS)]
+    rows = np.arange(height) * ROWS // height
+    columns = np.arange(width) * COLUMNS // width
+    blocks = np.array(bits, np.uint8).reshape(ROWS, COLUMNS)[rows][:, columns]
+    return np.repeat((blocks * 200 + 28).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def read_number(image: NDArray[Any]) -> int:
+    """What `number_picture` wrote."""
+    height, width = image.shape[:2]
+    ys = ((np.arange(ROWS) + 0.5) * height / ROWS).astype(int)
+    xs = ((np.arange(COLUMNS) + 0.5) * width / COLUMNS).astype(int)
+    bits = image[ys][:, xs].mean(axis=-1).ravel() > 128
+    return int(sum(1 << bit for bit, on in enumerate(bits) if on))
+
+
+def tones(seconds: float, rate: int, channels: int = 1) -> NDArray[np.float64]:
+    """[channels, n] sound of which each half second has its own tone."""
+    time = np.arange(round(seconds * rate)) / rate
+    frequency = TONES[np.minimum((time * 2).astype(int), len(TONES) - 1)]
+    return np.repeat(0.5 * np.sin(2 * np.pi * frequency * time)[None], channels, axis=0)
+
+
+def heard_tone(samples: NDArray[Any], rate: int) -> int:
+    """Index of the strongest tone in a stretch of sound; -1 where it is silent."""
+    if np.abs(samples).max() < 1e-3:
+        return -1
+    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples)), 1 << 15))
+    loudest = np.argmax(spectrum) * rate / (1 << 15)
+    return int(np.argmin(np.abs(TONES - loudest)))
+
+
+def write_media(
+    path: Path, picture: Picture | None = None, sound: Sound | None = None, options: dict[str, str] | None = None
+) -> Path:
+    """Write a file of the container that its name says; `options` are the muxer's (movflags ...)."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        packets = []
+        if picture is not None:
+            packets.append(_video(container, picture))
+        if sound is not None:
+            packets.append(_audio(container, sound))
+        for track in packets:
+            for packet in track:
+                container.mux(packet)
+    return path
+
+
+def _video(container: Any, picture: Picture) -> Iterable[Any]:
+    quiet = {"x265-params": "log-level=none"} if picture.codec == "libx265" else {}
+    stream = container.add_stream(picture.codec, rate=picture.rate or 25, options={**quiet, **picture.options})
+    stream.width, stream.height = picture.size
+    stream.pix_fmt = picture.pixel_format
+    ticks = picture.rate or TICKS
+    if picture.rate is None:
+        stream.codec_context.time_base = Fraction(1, TICKS)
+    if picture.rotation:
+        stream.set_display_rotation(picture.rotation)
+
+    random = np.random.default_rng(0)
+
+    def encode() -> Iterable[Any]:
+        for number, time in enumerate(picture.times):
+            image = number_picture(number, *_shown_size(picture))
+            grain = random.integers(-picture.noise, picture.noise + 1, image.shape)
+            image = (image + grain).clip(0, 255).astype(np.uint8)
+            image = np.ascontiguousarray(np.rot90(image, -picture.rotation // 90))
+            frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format=picture.pixel_format)
+            frame.pts, frame.time_base = (number if picture.rate else time), Fraction(1, ticks)
+            yield from stream.encode(frame)
+        yield from stream.encode(None)
+
+    return encode()
+
+
+def _shown_size(picture: Picture) -> tuple[int, int]:
+    width, height = picture.size
+    return (height, width) if picture.rotation % 180 else (width, height)
+
+
+def _audio(container: Any, sound: Sound, block: int = 1024) -> Iterable[Any]:
+    stream = container.add_stream(sound.codec, rate=sound.rate, layout=sound.layout)
+
+    def encode() -> Iterable[Any]:
+        whole = (np.clip(sound.samples, -1, 1) * 32767).astype(np.int16)
+        for begin in range(0, whole.shape[1], block):
+            packed = np.ascontiguousarray(whole[:, begin : begin + block].T).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(packed, format="s16", layout=sound.layout)
+            frame.sample_rate, frame.time_base = sound.rate, Fraction(1, sound.rate)
+            frame.pts = begin + round(sound.start * sound.rate)
+            yield from stream.encode(frame)
+        yield from stream.encode(None)
+
+    return encode()
+
+
+def cut(source: Path, target: Path, share: float) -> Path:
+    """The first `share` of a file's bytes."""
+    data = source.read_bytes()
+    target.write_bytes(data[: int(len(data) * share)])
+    return target
+
+
+def copy_from_keyframe(source: Path, target: Path, which: int) -> Path:
+    """A stream copy that begins at the `which`-th keyframe, as careless cutters make it."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        video = old.streams.video[0]
+        stream = new.add_stream_from_template(video)
+        seen = -1
+        for packet in old.demux(video):
+            seen += packet.is_keyframe
+            if seen >= which and packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    return target

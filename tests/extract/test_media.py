@@ -1,0 +1,172 @@
+"""Frames are numbered and timed as the container says: against a full decode, and against what was written."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_media import Picture, Sound, copy_from_keyframe, read_number, tones, write_media
+
+from vaflow.errors import MediaError
+from vaflow.extract.media import decoder_identity, frame_times, frames_at, probe
+from vaflow.extract.picture import to_rgb
+
+# Milliseconds between frames from 20 to 300: no frame rate fits.
+UNEVEN = tuple(np.cumsum(np.random.default_rng(0).choice([20, 33, 40, 120, 300], 40)).tolist())
+EVEN = tuple(range(0, 1600, 40))
+
+FILES = {
+    "h264.mp4": Picture(UNEVEN, options={"bf": "3"}),
+    "h264.mkv": Picture(UNEVEN, options={"bf": "3"}),
+    "h264.mov": Picture(UNEVEN),
+    "hevc.mp4": Picture(UNEVEN, codec="libx265", options={"bf": "3"}),
+    "vp9.webm": Picture(UNEVEN, codec="libvpx-vp9", options={"auto-alt-ref": "1", "lag-in-frames": "16"}),
+    "vp8.webm": Picture(UNEVEN, codec="libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16"}),
+    "mpeg4.mp4": Picture(EVEN, codec="mpeg4", rate=25, options={"bf": "2"}),
+    "mpeg4.avi": Picture(EVEN, codec="mpeg4", rate=25),
+    "late.mp4": Picture(tuple(time + 1500 for time in UNEVEN)),
+    "late.mkv": Picture(tuple(time + 1500 for time in UNEVEN)),
+    "stream.ts": Picture(UNEVEN, options={"bf": "2"}),
+}
+
+
+def decoded_times(path: Path) -> np.ndarray:
+    """Oracle: PyAV decodes everything."""
+    with av.open(str(path)) as container:
+        start = (container.start_time or 0) / 1_000_000
+        base = container.streams.video[0].time_base
+        return np.array([float(frame.pts * base) - start for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_times_are_those_of_a_full_decode_and_those_written(tmp_path: Path, name: str) -> None:
+    picture = FILES[name]
+    path = write_media(tmp_path / name, picture)
+    times = frame_times(path)
+    np.testing.assert_allclose(times, decoded_times(path), atol=1e-6)
+    written = np.array(picture.times) / 1000
+    np.testing.assert_allclose(times, written - written[0], atol=1e-3)
+    assert times.dtype == np.float64
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_number_gives_its_own_picture(tmp_path: Path, name: str) -> None:
+    path = write_media(tmp_path / name, FILES[name])
+    times = frame_times(path)
+    every = list(frames_at(path, np.arange(len(times)), times))
+    assert [number for number, _ in every] == list(range(len(times)))
+    assert [read_number(image) for _, image in every] == list(range(len(times)))
+
+
+@pytest.mark.parametrize("b_frames", [0, 3])
+def test_avi_without_times_is_counted(tmp_path: Path, b_frames: int) -> None:
+    """FFmpeg's times of H.264 in AVI are one frame late, and with B-frames do not even ascend."""
+    path = write_media(tmp_path / "clip.avi", Picture(EVEN, rate=25, options={"bf": str(b_frames)}))
+    times = frame_times(path)
+    np.testing.assert_allclose(times, np.array(EVEN) / 1000 + (0 if b_frames else 0.04), atol=1e-9)
+    got = [(number, read_number(image)) for number, image in frames_at(path, np.array([0, 7, 8, 39]), times)]
+    assert got == [(0, 0), (7, 7), (8, 8), (39, 39)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(wanted=st.sets(st.integers(0, 39)))
+def test_any_wanted_set_comes_out_once_and_in_order(tmp_path_factory: pytest.TempPathFactory, wanted: set[int]) -> None:
+    path = tmp_path_factory.getbasetemp() / "wanted.mp4"
+    if not path.exists():
+        write_media(path, FILES["h264.mp4"])
+    got = [(n, read_number(image)) for n, image in frames_at(path, np.array(sorted(wanted)), frame_times(path))]
+    assert got == [(number, number) for number in sorted(wanted)]
+
+
+@pytest.mark.parametrize("wanted", [[3, 2], [2, 2], [-1, 0], [40]])
+def test_wanted_numbers_must_ascend_within_the_clip(tmp_path: Path, wanted: list[int]) -> None:
+    path = write_media(tmp_path / "clip.mp4", FILES["h264.mp4"])
+    with pytest.raises(ValueError, match=r"ascend within 0 \.\. 39"):
+        list(frames_at(path, np.array(wanted), frame_times(path)))
+
+
+def test_packets_that_are_never_shown_are_not_frames(tmp_path: Path) -> None:
+    """A stream copied from the middle of an open group of pictures begins with frames that lean on what is gone."""
+    options = {"g": "10", "bf": "3", "sc_threshold": "0", "x264-params": "open-gop=1"}
+    whole = write_media(tmp_path / "whole.mkv", Picture(EVEN, options=options))
+    for name in ("cut.mkv", "cut.mp4"):
+        path = copy_from_keyframe(whole, tmp_path / name, 1)
+        times = frame_times(path)
+        np.testing.assert_allclose(times, decoded_times(path), atol=1e-6)
+        numbers = [read_number(image) for _, image in frames_at(path, np.arange(len(times)), times)]
+        assert numbers == list(range(40 - len(numbers), 40))
+
+
+def test_the_clock_starts_with_the_file_not_with_the_picture(tmp_path: Path) -> None:
+    """Sound from 0 s, pictures from 0.6 s: the first picture lies at 0.6 s of the clip."""
+    picture = Picture(tuple(time + 600 for time in EVEN))
+    path = write_media(tmp_path / "late.mkv", picture, Sound(tones(2.2, 44100)))
+    times = frame_times(path)
+    np.testing.assert_allclose(times, decoded_times(path), atol=1e-6)
+    # The encoder's delay makes the sound, and so the file, begin one AAC frame early.
+    np.testing.assert_allclose(times[0], 0.6, atol=1024 / 44100 + 1e-3)
+
+
+def test_probe_describes_both_streams(tmp_path: Path) -> None:
+    sound = Sound(tones(2.0, 48000, 2), rate=48000, layout="stereo", start=0.25)
+    path = write_media(tmp_path / "clip.mp4", Picture(EVEN), sound)
+    info = probe(path)
+    assert info.video is not None
+    assert info.audio is not None
+    assert (info.video.width, info.video.height, info.video.codec, info.video.frames) == (160, 120, "h264", 40)
+    assert info.video.duration == pytest.approx(1.6, abs=0.05)
+    assert info.video.average_rate == pytest.approx(25, rel=0.05)
+    assert (info.audio.codec, info.audio.rate, info.audio.channels) == ("aac", 48000, 2)
+    assert info.audio.start == pytest.approx(0.25, abs=0.03)
+    assert info.audio.duration == pytest.approx(2.0, abs=0.05)
+
+
+def test_sound_alone_has_no_frames(tmp_path: Path) -> None:
+    path = write_media(tmp_path / "sound.mp4", None, Sound(tones(1.0, 44100)))
+    info = probe(path)
+    assert info.video is None
+    for known in (None, info):
+        with pytest.raises(MediaError, match="no video stream"):
+            frame_times(path, info=known)
+
+
+def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "cover.mp4"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=44100, layout="mono")
+        cover = container.add_stream("mjpeg", rate=25)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame(64, 64, "yuvj420p")))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.int16), "s16", "mono")
+        frame.sample_rate = 44100
+        container.mux([*sound.encode(frame), *sound.encode(None)])
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1, "the file must look as if it had video"
+    assert probe(path).video is None
+
+
+def test_decoder_identity_names_what_decodes() -> None:
+    identity = decoder_identity()
+    assert identity["backend"] == "pyav"
+    assert identity["version"] == av.__version__
+    assert identity["libavcodec"].startswith(f"{av.library_versions['libavcodec'][0]}.")
+
+
+REAL = ["obama.mp4", "wolfgang.mp4", "single_face.mp4", "carphone.mp4", "no_face.mp4", "face_noface.mov", "park.mp4"]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_clips_agree_with_a_full_decode(clips: Path, name: str) -> None:
+    times = frame_times(clips / name)
+    np.testing.assert_allclose(times, decoded_times(clips / name), atol=1e-6)
+    assert (np.diff(times) > 0).all()
+    wanted = np.arange(0, len(times), 11)
+    chosen = dict(frames_at(clips / name, wanted, times))
+    with av.open(str(clips / name)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in chosen:
+                np.testing.assert_array_equal(chosen.pop(number), to_rgb(frame))
+    assert not chosen

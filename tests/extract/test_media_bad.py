@@ -1,0 +1,153 @@
+"""Files that cannot be used are refused with one paragraph; files that merely look odd are not."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from make_media import Picture, Sound, cut, read_number, tones, write_media
+
+from vaflow.errors import MediaError
+from vaflow.extract.container import promised_size
+from vaflow.extract.media import frame_times, frames_at, probe
+
+EVEN = tuple(range(0, 2000, 40))
+ALL_KEYFRAMES = {"g": "1"}
+
+
+def heavy(**settings: Any) -> Picture:
+    """Noise does not compress: pictures, not indexes, are what a cut takes away."""
+    return Picture(EVEN, noise=60, **settings)
+
+
+WHOLE = {
+    "front.mp4": (heavy(options=ALL_KEYFRAMES), {"movflags": "faststart"}),
+    "front.mov": (heavy(options={"g": "10"}), {"movflags": "faststart"}),
+    "fragments.mp4": (heavy(options={"g": "5"}), {"movflags": "frag_keyframe+empty_moov"}),
+    "clip.mkv": (heavy(options=ALL_KEYFRAMES), {}),
+    "clip.webm": (heavy(codec="libvpx-vp9"), {}),
+    "clip.avi": (heavy(codec="mpeg4", rate=25), {}),
+    "h264.avi": (heavy(rate=25, options={"bf": "2"}), {}),
+}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+@pytest.mark.parametrize("with_sound", [False, True])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_cut_file_says_how_much_is_there(tmp_path: Path, name: str, with_sound: bool, share: float) -> None:
+    picture, options = WHOLE[name]
+    codec = {"webm": "libopus", ".avi": "libmp3lame"}.get(name[-4:], "aac")
+    sound = Sound(tones(2.0, 48000), rate=48000, codec=codec) if with_sound else None
+    whole = write_media(tmp_path / name, picture, sound, options)
+    assert len(frame_times(whole)) == len(EVEN)
+    with pytest.raises(MediaError, match=r"Expected: .* Got: ") as error:
+        frame_times(cut(whole, tmp_path / f"cut-{name}", share))
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_file_names_frames_there_and_promised(tmp_path: Path) -> None:
+    whole = write_media(tmp_path / "whole.mp4", WHOLE["front.mp4"][0], None, {"movflags": "faststart"})
+    with pytest.raises(MediaError, match=r"truncated.*Expected: 50 frames\. Got: \d+ frames, up to \d\.\d+ s"):
+        frame_times(cut(whole, tmp_path / "cut.mp4", 0.7))
+
+
+def test_a_file_cut_before_its_index_cannot_be_opened(tmp_path: Path) -> None:
+    whole = write_media(tmp_path / "whole.mp4", Picture(EVEN))
+    with pytest.raises(MediaError, match="cut off before its index"):
+        probe(cut(whole, tmp_path / "cut.mp4", 0.7))
+
+
+@pytest.mark.parametrize("name", ["clip.mkv", "clip.webm", "clip.avi", "front.mp4", "fragments.mp4"])
+def test_containers_promise_their_size(tmp_path: Path, name: str) -> None:
+    picture, options = WHOLE[name]
+    whole = write_media(tmp_path / name, picture, None, options)
+    size = whole.stat().st_size
+    assert promised_size(whole) == size
+    promised = promised_size(cut(whole, tmp_path / "cut", 0.6))
+    assert promised is not None
+    assert promised > int(size * 0.6)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("text.mp4", b"This is a text.\n" * 40),
+        ("playlist.mp4", b"#EXTM3U\n#EXTINF:10,\nsegment.ts\n"),
+        ("subtitles.mp4", b"1\n00:00:01,000 --> 00:00:02,000\nHello\n"),
+        ("bytes.mp4", bytes(range(256)) * 16),
+        ("empty.mp4", b""),
+    ],
+)
+def test_what_is_no_media_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    for ask in (probe, frame_times):
+        with pytest.raises(MediaError, match=name):
+            ask(path)
+
+
+def test_a_text_that_names_other_files_opens_none(tmp_path: Path) -> None:
+    write_media(tmp_path / "other.mp4", Picture(EVEN))
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
+    with pytest.raises(MediaError, match="playlist"):
+        probe(tmp_path / "list.mp4")
+
+
+def test_a_folder_and_a_missing_file_are_no_media(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing.mp4"):
+        with pytest.raises(MediaError, match="is not a file"):
+            probe(path)
+
+
+def test_a_name_with_a_colon_is_a_file_not_a_protocol(tmp_path: Path) -> None:
+    path = write_media(tmp_path / "12:30 é.mp4", Picture(EVEN))
+    assert len(frame_times(path)) == len(EVEN)
+
+
+def zero_out(source: Path, target: Path, begin: float, end: float) -> Path:
+    data = bytearray(source.read_bytes())
+    a, b = int(len(data) * begin), int(len(data) * end)
+    data[a:b] = bytes(b - a)
+    target.write_bytes(bytes(data))
+    return target
+
+
+def test_decoding_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    """All bytes are there, so the index is content; but the second half of the pictures is zeros."""
+    whole = write_media(tmp_path / "whole.mp4", heavy(options=ALL_KEYFRAMES), None, {"movflags": "faststart"})
+    path = zero_out(whole, tmp_path / "hollow.mp4", 0.6, 1.0)
+    times = frame_times(path)
+    assert len(times) == len(EVEN)
+    seen = []
+    with pytest.raises(MediaError, match="cannot be decoded at frame 49"):
+        for number, image in frames_at(path, np.array([0, 5, 49]), times):
+            seen.append((number, read_number(image)))
+    assert seen == [(0, 0), (5, 5)]
+
+
+def test_a_damaged_picture_is_replaced_by_its_neighbour_and_no_other_moves(tmp_path: Path) -> None:
+    picture = heavy(codec="libx265", options={"g": "1", "x265-params": "log-level=none:keyint=1"})
+    whole = write_media(tmp_path / "whole.mp4", picture, None, {"movflags": "faststart"})
+    path = zero_out(whole, tmp_path / "holes.mp4", 0.50, 0.54)
+    times = frame_times(path)
+    numbers = [read_number(image) for _, image in frames_at(path, np.arange(len(times)), times)]
+    wrong = [wanted for wanted, got in enumerate(numbers) if wanted != got]
+    assert 0 < len(wrong) <= 4
+    assert [numbers[wanted] for wanted in wrong] == [wrong[0] - 1] * len(wrong)
+
+
+def test_one_thread_decodes(tmp_path: Path) -> None:
+    path = write_media(tmp_path / "clip.mp4", Picture(EVEN))
+    before = count_threads()
+    for _ in frames_at(path, np.array([0, 20, 40]), frame_times(path)):
+        assert count_threads() == before
+    assert threading.active_count() >= 1
+
+
+def count_threads() -> int:
+    """Threads of this process as the kernel counts them: FFmpeg's are not Python's."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("the kernel does not say how many threads there are")
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("Threads:"))
