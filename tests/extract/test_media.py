@@ -36,8 +36,8 @@ def decoded_times(path: Path) -> np.ndarray:
     """Oracle: PyAV decodes everything."""
     with av.open(str(path)) as container:
         start = (container.start_time or 0) / 1_000_000
-        base = container.streams.video[0].time_base
-        return np.array([float(frame.pts * base) - start for frame in container.decode(video=0)])
+        base = float(container.streams.video[0].time_base or 0)
+        return np.array([frame.pts for frame in container.decode(video=0)], np.float64) * base - start
 
 
 @pytest.mark.parametrize("name", FILES)

