@@ -20,7 +20,7 @@ from vaflow.datasets import Dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.prompts import load_prompts, prototypes
-from vaflow.errors import CacheError, VaflowError, explain
+from vaflow.errors import DataError, VaflowError, explain
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders, make_encoders
 from vaflow.extract.config import ExtractConfig, Shard, default_workers
@@ -70,7 +70,7 @@ def extract(
         UsageError: a name or path is wrong.
         FingerprintError: a stream in the cache was made with other settings.
         WeightsError: weights are missing or do not fit.
-        VaflowError: the cache cannot be written to any more (a full disk, say); what was committed stays.
+        CacheError: the cache cannot be written to any more (a full disk, say); what was committed stays.
     """
     device = resolve_device(config.device)
     visual, audio = build_encoders(config, device)
@@ -253,15 +253,8 @@ class _Run:
                 facts = clip.facts[FACTS_OF[info.kind]]
                 source = source_of(info.kind, clip.sources)
                 self._cache.write(name, task.clip.id, clip.arrays[name], source=source, meta=facts | provenance())
-        except CacheError as error:
+        except DataError as error:  # not finite, say; a cache that cannot be written to ends the run instead
             self._log.add(Failure(task.clip.id, "commit", type(error).__name__, str(error)))
-        except OSError as error:
-            raise VaflowError(
-                explain(
-                    f"The cache cannot be written: {error}",
-                    remedy="Free space or mend permissions, then run the same command again: what was committed stays",
-                )
-            ) from error
         else:
             summary.extracted += 1
             summary.media_seconds += clip.duration

@@ -79,11 +79,16 @@ def _group(sound: NDArray[np.float32], first: int, count: int) -> NDArray[np.flo
     part = sound[first * HOP : first * HOP + (count - 1) * HOP + FRAME]
     padded = np.zeros(needed, np.float32)
     padded[: part.size] = part
-    banks = kaldi.fbank(
-        torch.from_numpy(padded)[None],
-        sample_frequency=float(RATE),
-        window_type="hanning",
-        num_mel_bins=MEL_BINS,
-    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so little work only waits for threads when decoders keep the cores busy
+    try:
+        banks = kaldi.fbank(
+            torch.from_numpy(padded)[None],
+            sample_frequency=float(RATE),
+            window_type="hanning",
+            num_mel_bins=MEL_BINS,
+        )
+    finally:
+        torch.set_num_threads(threads)
     values: NDArray[np.float32] = banks.numpy()
     return values[:count]
