@@ -47,7 +47,6 @@ class TrainConfig:
         epochs, batch_size, lr, weight_decay: of AdamW. schedule: of the learning rate, over the whole run.
         warmup: epochs in which the learning rate rises linearly from 0.
         clip_norm: largest gradient norm; 0: not clipped.
-        finetune, backbone_lr: end to end from cached pixels and log-Mel.
         seed: of the weights, the shuffling and dropout. device: "auto", "cpu" or "cuda[:N]".
         train_split, val_split: names of the splits.
 
@@ -85,8 +84,6 @@ class TrainConfig:
     schedule: str = "constant"
     warmup: float = 0.0
     clip_norm: float = 0.0
-    finetune: bool = False
-    backbone_lr: float = 3e-6
     seed: int = 0
     device: str = "auto"
     train_split: str = "train"
@@ -262,7 +259,7 @@ def _check_choices(config: TrainConfig) -> None:
 def _check_ranges(config: TrainConfig) -> None:
     for name in ("hidden", "attention_heads", "epochs", "batch_size"):
         _check(name, getattr(config, name) >= 1, "1 or more", getattr(config, name))
-    for name in ("window", "stride", "frames", "audio_steps", "centers", "sigma", "lr", "backbone_lr"):
+    for name in ("window", "stride", "frames", "audio_steps", "centers", "sigma", "lr"):
         value = getattr(config, name)
         _check(name, value is None or 0 < value < float("inf"), "a number above 0", value)
     for name in ("kl_weight", "mse_weight", "weight_decay", "warmup", "clip_norm", "layers", "seed"):

@@ -18,6 +18,7 @@ from vaflow.timeline import Bools, Floats, stitch
 from vaflow.train import metrics
 from vaflow.train.losses import region_centers
 from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.storage import write_whole
 from vaflow.train.windows import ClipRows, WindowSet
 
 log = logging.getLogger(__name__)
@@ -260,8 +261,7 @@ def write_predictions(folder: Path, traces: Iterable[Trace]) -> None:
         path = folder / f"{trace.clip.item}.csv"
         if ".." in path.relative_to(folder).parts:
             raise DataError(explain(f"Clip {trace.clip.item!r} has a name that leads out of its folder"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(prediction_csv(trace), "utf-8")
+        write_whole(path, prediction_csv(trace).encode())
 
 
 def prediction_csv(trace: Trace) -> str:

@@ -19,7 +19,7 @@ from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import predict_clips, score
 from vaflow.train.losses import total_loss
-from vaflow.train.runs import read_tensors, write_tensors
+from vaflow.train.storage import read_tensors, write_tensors
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)

@@ -11,19 +11,14 @@ RUN/config.toml          settings, streams, prompt set, data: everything that wa
 import csv
 import io
 import json
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import tomli_w
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from vaflow import __version__
 from vaflow.errors import CorruptError, UsageError, explain
@@ -31,6 +26,7 @@ from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig, differences, merge
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, InputStream
+from vaflow.train.storage import read_tensors, write_whole
 
 PROTOTYPES = "prompt.prototypes"  # their name among the model's tensors
 
@@ -186,39 +182,6 @@ class RunFolder:
             return [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file at once: a reader, or a run after a kill, sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, with a note of text in its header."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(plain, dict(note or {})))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, on the CPU, and the note of a safetensors file.
-
-    Raises:
-        CorruptError: it is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise CorruptError(explain(f"{path} is damaged", got=error)) from error
-
-
 @dataclass(frozen=True)
 class Run:
     """A finished run: what was resolved, and its model, ready to predict."""
@@ -227,12 +190,12 @@ class Run:
     model: VAModel
 
 
-def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
-    """Read a finished run; no cache is needed.
+def require_record(path: Path) -> RunRecord:
+    """What `config.toml` of a run folder says.
 
     Raises:
-        UsageError: the folder is no run, or its training has not finished.
-        CorruptError: a file of it is damaged, or the weights do not fit the settings.
+        UsageError: the folder is no run.
+        CorruptError: the file is damaged.
     """
     folder = RunFolder(Path(path))
     record = folder.record() if folder.path.is_dir() else None
@@ -244,6 +207,17 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
                 got="no config.toml" if folder.path.is_dir() else "no such folder",
             )
         )
+    return record
+
+
+def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
+    """Read a finished run; no cache is needed.
+
+    Raises:
+        UsageError: the folder is no run, or its training has not finished.
+        CorruptError: a file of it is damaged, or the weights do not fit the settings.
+    """
+    folder, record = RunFolder(Path(path)), require_record(path)
     if not folder.weights_file.is_file():
         raise UsageError(
             explain(

@@ -1,7 +1,6 @@
 """A whole run: resolve, load, fit, evaluate the best epoch, write everything into the run's folder."""
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,17 +8,20 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaflow.cache import Cache
 from vaflow.errors import UsageError, explain
 from vaflow.train.builder import build_model, choose_device
 from vaflow.train.config import TrainConfig
-from vaflow.train.data import describe_labels, load_split
-from vaflow.train.evaluate import evaluate_windows, failed_items, featureless, write_predictions
+from vaflow.train.data import load_split
+from vaflow.train.evaluate import evaluate_windows, failed_items, write_predictions
 from vaflow.train.heads.model import VAModel
-from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.loop import Progress, Row, fit, seeded
-from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, new_record, write_tensors
+from vaflow.train.inputs import Inputs, check_same, resolve
+from vaflow.train.loop import Progress, fit, seeded
+from vaflow.train.reporting import Board, describe, reporter
+from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record
+from vaflow.train.storage import write_tensors
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)
@@ -107,9 +109,54 @@ def train_run(
     record = replace(record, data=_counts(config, data))
     _check_data(folder, old, record)
     folder.write_record(record)
-    _describe(config, data)
+    describe(config, data.train, data.val)
     model, progress = _fit(folder, config, inputs, data, device, tensorboard=tensorboard, show=show)
     return Result(_finish(folder, cache, config, model, progress, data, allow_missing, pictures))
+
+
+def evaluate_run(
+    run: Path,
+    cache: Cache,
+    split: str | None = None,
+    *,
+    device: str = "auto",
+    allow_missing: bool = False,
+    write: bool = True,
+    show: bool = False,
+) -> dict[str, Any]:
+    """Measure a finished run on a split of a cache, and write the predictions into the run's folder.
+
+    Args:
+        run: the run's folder.
+        cache: the one it was trained on, or another with the same streams.
+        split: None: the run's validation split.
+        device: "auto", "cpu" or "cuda[:N]".
+        allow_missing: leave labelled clips without features out of the metrics.
+        write: write `predictions/<split>/`.
+        show: progress bars.
+
+    Raises:
+        UsageError: the run is not one or unfinished, the split is not there or not annotated.
+        FingerprintError: the cache's streams were made with other settings than the run's.
+        DataError: features are unusable or missing; the clips are named.
+    """
+    target = choose_device(device)
+    trained = load_run(run, target)
+    config, streams = trained.record.config, trained.record.streams
+    split = config.val_split if split is None else split
+    check_same(streams, cache)
+    windows = load_split(cache, split, streams, config, device=target, show=show)
+    report, traces = evaluate_windows(
+        trained.model,
+        windows,
+        split,
+        centers=config.centers,
+        allow_missing=allow_missing,
+        failed=failed_items(cache, split),
+    )
+    if write:
+        write_predictions(RunFolder(Path(run)).predictions(split), traces)
+    return report
 
 
 def _counts(config: TrainConfig, data: Data) -> dict[str, dict[str, int]]:
@@ -131,27 +178,6 @@ def _check_data(folder: RunFolder, old: RunRecord | None, new: RunRecord) -> Non
     )
 
 
-def _describe(config: TrainConfig, data: Data) -> None:
-    for split, windows in ((config.train_split, data.train), (config.val_split, data.val)):
-        left_out = len(windows) - len(windows.trainable)
-        log.info(
-            "%s: %d clips, %d windows, %d labelled frames",
-            split,
-            len(windows.clips),
-            len(windows),
-            windows.labelled_rows,
-        )
-        if windows is data.train and left_out:
-            log.info("%s: %d windows without any label are left out of training", split, left_out)
-        for stream in windows.streams:
-            lacking = sum(stream.name in clip.missing for clip in windows.clips)
-            if lacking:
-                log.warning("%s: %d of %d clips have no %s", split, lacking, len(windows.clips), stream.name)
-        if featureless(windows):
-            log.warning("%s: %d clips have no features at all", split, len(featureless(windows)))
-    log.info("%s", describe_labels(data.train, config.centers))
-
-
 def _fit(
     folder: RunFolder,
     config: TrainConfig,
@@ -169,59 +195,20 @@ def _fit(
         for stream in inputs.specs:
             model.set_statistics(stream.name, *data.train.statistics(stream.name))
     with ExitStack() as stack:
+        if show:  # log lines above the bar, not through it
+            stack.enter_context(logging_redirect_tqdm())
         bar = stack.enter_context(tqdm(total=config.epochs, desc="training", unit="epoch", disable=not show))
-        board = stack.enter_context(_Board(folder.path / "tensorboard")) if tensorboard else None
+        board = stack.enter_context(Board(folder.path / "tensorboard")) if tensorboard else None
         progress = fit(
             model,
             data.train,
             data.val,
             config,
             checkpoint=folder.checkpoint_file,
-            on_epoch=_reporter(config, bar, board),
+            on_epoch=reporter(config, bar, board),
         )
     model.load_state_dict(dict(progress.best))
     return model, progress
-
-
-def _reporter(config: TrainConfig, bar: "tqdm[Any]", board: "_Board | None") -> Callable[[Row], None]:
-    def report(row: Row) -> None:
-        bar.n = int(row["epoch"])
-        bar.set_postfix_str(f"val CCC {row['val_ccc_mean']:.3f}")
-        log.info(
-            "epoch %2d/%d  loss %.4f  val CCC  valence %.4f  arousal %.4f  mean %.4f  (%.1f s)",
-            row["epoch"],
-            config.epochs,
-            row["loss_total"],
-            row["val_ccc_valence"],
-            row["val_ccc_arousal"],
-            row["val_ccc_mean"],
-            row["train_seconds"] + row["val_seconds"],
-        )
-        if board is not None:
-            board.add(row)
-
-    return report
-
-
-class _Board:
-    """TensorBoard event files; nothing of it is imported before it is used."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> "_Board":
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(self.folder))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._writer.close()
-
-    def add(self, row: Row) -> None:
-        for name, value in row.items():
-            if name != "epoch":
-                self._writer.add_scalar(name.replace("_", "/", 1), value, int(row["epoch"]))
 
 
 def _finish(

@@ -1,11 +1,153 @@
 """`vaflow train` and `vaflow evaluate`."""
 
+from pathlib import Path
+from typing import Annotated, Any
 
-def train() -> int:
-    """To be written."""
-    return 1
+import typer
+
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
+
+Cache = Annotated[Path, typer.Argument(metavar="CACHE", help="What `vaflow extract` wrote.", show_default=False)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="What `vaflow train --out` wrote.", show_default=False)]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="Score a split although labelled clips have no features.")
+]
 
 
-def evaluate() -> int:
-    """To be written."""
-    return 1
+def train(
+    cache: Cache,
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run.", show_default=False)],
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings, or a run's config.toml.")] = None,
+    preset: Annotated[str | None, typer.Option(help="p1 or p2: a published system.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting. Repeatable.")
+    ] = None,
+    visual: Annotated[list[str] | None, typer.Option(help="Visual stream, or none. Repeatable.")] = None,
+    audio: Annotated[list[str] | None, typer.Option(help="Audio stream, or none. Repeatable.")] = None,
+    window: Annotated[float | None, typer.Option(help="Seconds per training window; the cache's.")] = None,
+    stride: Annotated[float | None, typer.Option(help="Seconds between windows; the cache's.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames per window; the cache's.")] = None,
+    temporal: Annotated[str | None, typer.Option(help="gru, tcn, lstm or transformer. [gru]")] = None,
+    fusion: Annotated[
+        str | None,
+        typer.Option(help="hierarchical, attention, gated, concat or attention-concat. [hierarchical]"),
+    ] = None,
+    centers: Annotated[float | None, typer.Option(help="Distance of the outer region centres from 0. [0.66]")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Width of the soft labels. [0.45]")] = None,
+    kl_weight: Annotated[
+        float | None, typer.Option(help="Weight of the prompt loss; 0 leaves the prompt head out. [0.2]")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training windows. [15]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step. [16]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. [1e-4]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [1e-4]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, shuffling and dropout. [0]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda[:N]. [auto]")] = None,
+    allow_missing: AllowMissing = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train heads on a cache; interrupted, the same command goes on where it stopped.
+
+    Settings come from --preset, then --config, then the options, then --set; each wins over those before.
+
+    Example: vaflow train affwild2.cache --out runs/full
+
+    Example: vaflow train affwild2.cache --out runs/tcn --temporal tcn --fusion gated --set causal=false
+    """
+    options = {
+        "visual": visual,
+        "audio": audio,
+        "window": window,
+        "stride": stride,
+        "frames": frames,
+        "temporal": temporal,
+        "fusion": fusion,
+        "centers": centers,
+        "sigma": sigma,
+        "kl_weight": kl_weight,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "device": device,
+    }
+    set_up(verbose, quiet)
+    from vaflow.train import config as configs
+
+    merged = configs.merge(
+        configs.preset(preset) if preset else {},
+        configs.read_settings(config) if config else {},
+        {key: value for key, value in options.items() if value not in (None, [])},
+        configs.parse_settings(settings or []),
+    )
+    from vaflow.cache import open_cache
+    from vaflow.train.training import train_run
+
+    result = train_run(open_cache(cache), merged, out, allow_missing=allow_missing, show=show_bars(quiet))
+    if quiet:
+        return 0
+    if result.was_done:
+        typer.echo(f"{out} is done already: nothing to train. Another --out, or other settings, begin a new run.")
+    typer.echo(summary(result.metrics))
+    if "best_epoch" in result.metrics:
+        typer.echo(f"\nbest epoch {result.metrics['best_epoch']} of {result.metrics['epochs']}; written to {out}")
+    return 0
+
+
+def evaluate(
+    run: Run,
+    cache: Annotated[Path | None, typer.Option(help="Another cache than the run was trained on.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split; the run's validation split.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    allow_missing: AllowMissing = False,
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Score a run on every annotated frame of a split: concordance with its interval, within videos, errors.
+
+    Predictions are written to RUN/predictions/SPLIT/.
+
+    Example: vaflow evaluate runs/full --split val --json
+    """
+    set_up(verbose, quiet)
+    from vaflow.cache import open_cache
+    from vaflow.train.runs import require_record
+    from vaflow.train.training import evaluate_run
+
+    path = cache if cache is not None else Path(require_record(run).cache)
+    metrics = evaluate_run(
+        run, open_cache(path), split, device=device, allow_missing=allow_missing, show=show_bars(quiet or json)
+    )
+    if json:
+        print_json(metrics)
+    else:
+        typer.echo(summary(metrics))
+        for warning in metrics["warnings"]:
+            typer.echo(f"warning: {warning}", err=True)
+    return 0
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The metrics as a table for people."""
+    names = ("valence", "arousal", "mean")
+    interval = ["..".join(_digits(edge) for edge in metrics["ci95"][name]) for name in names]
+    within = metrics["within_video_ccc"]
+    rows = [
+        ("CCC", *(_digits(metrics["ccc"][name]) for name in names)),
+        ("95 % interval", *interval),
+        ("CCC within videos", *(_digits(within[name]) for name in names)),
+        ("Pearson", *(_digits(metrics["pearson"][name]) for name in names)),
+        ("RMSE", *(_digits(metrics["rmse"][name]) for name in names)),
+    ]
+    scope = f"{metrics['split']}: {metrics['n_frames']} labelled frames of {metrics['n_videos']} videos"
+    lost = metrics["missing"]["frames"]
+    if lost or metrics["missing"]["clips"]:
+        scope += f"; left out: {lost} frames, {len(metrics['missing']['clips'])} clips without features"
+    return f"{scope}\n\n{table(rows, ('', *names))}"
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,82 @@
+"""What a training run tells people while it runs: log lines, a bar, TensorBoard."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vaflow.train.config import TrainConfig
+from vaflow.train.data import describe_labels
+from vaflow.train.evaluate import featureless
+from vaflow.train.loop import Row
+from vaflow.train.windows import WindowSet
+
+log = logging.getLogger(__name__)
+
+
+def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:
+    """Say in the log what was loaded, what is left out or missing, and how the labels lie over the regions."""
+    for split, windows in ((config.train_split, train), (config.val_split, val)):
+        left_out = len(windows) - len(windows.trainable)
+        log.info(
+            "%s: %d clips, %d windows, %d labelled frames",
+            split,
+            len(windows.clips),
+            len(windows),
+            windows.labelled_rows,
+        )
+        if windows is train and left_out:
+            log.info("%s: %d windows without any label are left out of training", split, left_out)
+        for stream in windows.streams:
+            lacking = sum(stream.name in clip.missing for clip in windows.clips)
+            if lacking:
+                log.warning("%s: %d of %d clips have no %s", split, lacking, len(windows.clips), stream.name)
+        if featureless(windows):
+            log.warning("%s: %d clips have no features at all", split, len(featureless(windows)))
+    log.info("%s", describe_labels(train, config.centers))
+
+
+def reporter(config: TrainConfig, bar: "tqdm[Any]", board: "Board | None") -> Callable[[Row], None]:
+    """What to do after each epoch: move the bar, a line in the log, a point on the board."""
+
+    def report(row: Row) -> None:
+        bar.n = int(row["epoch"])
+        bar.set_postfix_str(f"val CCC {row['val_ccc_mean']:.3f}")
+        log.info(
+            "epoch %2d/%d  loss %.4f  val CCC  valence %.4f  arousal %.4f  mean %.4f  (%.1f s)",
+            row["epoch"],
+            config.epochs,
+            row["loss_total"],
+            row["val_ccc_valence"],
+            row["val_ccc_arousal"],
+            row["val_ccc_mean"],
+            row["train_seconds"] + row["val_seconds"],
+        )
+        if board is not None:
+            board.add(row)
+
+    return report
+
+
+class Board:
+    """TensorBoard event files; nothing of it is imported before it is used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> "Board":
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+
+    def add(self, row: Row) -> None:
+        """One epoch's numbers."""
+        for name, value in row.items():
+            if name != "epoch":
+                self._writer.add_scalar(name.replace("_", "/", 1), value, int(row["epoch"]))
