@@ -4,9 +4,7 @@ The last hidden state holds special tokens and frequency x time patch tokens, fr
 dropped, frequency is averaged, and the tokens centred in each step are averaged.
 """
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,16 +14,10 @@ from numpy.typing import NDArray
 
 from vaflow.encoders import Request
 from vaflow.encoders.ast_geometry import Geometry, window_frames
-from vaflow.encoders.logmel import MEL_BINS, RATE
-from vaflow.encoders.weights import check_fit, hub_file, state_digest
-from vaflow.errors import UsageError, WeightsError, explain
+from vaflow.encoders.ast_loading import DEFAULT_MODEL, load_checkpoint
+from vaflow.encoders.weights import state_digest
 
-DEFAULT_MODEL = "MIT/ast-finetuned-audioset-10-10-0.4593"
-AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974  # of AudioSet's log-Mel values, used when a checkpoint says none
-MODEL_TYPE = "audio-spectrogram-transformer"
 SPECIAL_TOKENS = 2  # class and distillation
-CONFIG, FEATURES = "config.json", "preprocessor_config.json"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class AstEncoder:
@@ -125,16 +117,8 @@ def build_named(request: Request) -> AstEncoder:
 
 
 def _load(request: Request, source: str) -> AstEncoder:
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        folder = _fetch(request, source)
-    config, features = _read_json(folder / CONFIG), _read_json(folder / FEATURES, optional=True)
-    _check_config(folder, config, features)
-    module = _load_module(folder)
-    mean, std = float(features.get("mean", AUDIOSET_MEAN)), float(features.get("std", AUDIOSET_STD))
-    if features.get("do_normalize") is False:
-        mean, std = 0.0, 0.5  # (x - 0) / (2 * 0.5): the extractor leaves the values as they are
-    return make_encoder(request, module, mean, std)
+    checkpoint = load_checkpoint(request.name, source, local=request.weights is not None)
+    return make_encoder(request, checkpoint.module, checkpoint.mean, checkpoint.std)
 
 
 def make_encoder(request: Request, module: torch.nn.Module, mean: float, std: float) -> AstEncoder:
@@ -149,105 +133,6 @@ def make_encoder(request: Request, module: torch.nn.Module, mean: float, std: fl
     )
     identity = _identity(module, geometry, mean, std, request.precision)
     return AstEncoder(request.name, module, geometry, mean, std, identity, request.device, request.precision)
-
-
-def _fetch(request: Request, source: str) -> Path:
-    """The hub cache's folder with the model's files, downloaded if need be."""
-    if request.weights is not None or source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
-        raise WeightsError(
-            explain(
-                f"There is no folder {source}",
-                expected=f"a folder with {CONFIG}, {FEATURES} and {WEIGHT_FILES[0]}, as save_pretrained writes it",
-                remedy=f"Download the model id {DEFAULT_MODEL} and pass --weights {request.name}=FOLDER",
-            )
-        )
-    hub_file(source, (CONFIG,), encoder=request.name)
-    hub_file(source, (FEATURES, CONFIG), encoder=request.name)  # some checkpoints have no preprocessor's config
-    return hub_file(source, WEIGHT_FILES, encoder=request.name).parent
-
-
-def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            explain(
-                f"{path} cannot be read",
-                expected="JSON, as save_pretrained writes it",
-                got=error,
-                remedy="Download the model's folder again",
-            )
-        ) from error
-    if not isinstance(document, dict):
-        raise WeightsError(explain(f"{path} holds no settings", expected="a JSON object", got=type(document).__name__))
-    return document
-
-
-def _check_config(folder: Path, config: Mapping[str, Any], features: Mapping[str, Any]) -> None:
-    wrong = []
-    if config.get("model_type") != MODEL_TYPE:
-        wrong.append(f"model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}")
-    if config.get("num_mel_bins", MEL_BINS) != MEL_BINS:
-        wrong.append(f"num_mel_bins is {config['num_mel_bins']}, the log-Mel stream has {MEL_BINS}")
-    if features.get("sampling_rate", RATE) != RATE:
-        wrong.append(f"sampling_rate is {features['sampling_rate']}, the sound is kept at {RATE}")
-    if wrong:
-        raise UsageError(
-            explain(
-                f"The model in {folder} cannot be used as an audio encoder: {'; '.join(wrong)}",
-                remedy=f"Use an Audio Spectrogram Transformer such as {DEFAULT_MODEL}",
-            )
-        )
-
-
-def _load_module(folder: Path) -> torch.nn.Module:
-    from transformers import ASTModel
-
-    try:
-        with _quiet():
-            module, info = ASTModel.from_pretrained(
-                str(folder),
-                local_files_only=True,
-                output_loading_info=True,
-                attn_implementation="sdpa",
-                dtype=torch.float32,
-            )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise WeightsError(
-            explain(
-                f"The weights in {folder} do not load",
-                expected=f"an Audio Spectrogram Transformer's {' or '.join(WEIGHT_FILES)}",
-                got=str(error).strip().splitlines()[0],
-                remedy="Download the model's folder again",
-            )
-        ) from error
-    check_fit(
-        str(folder),
-        missing=info["missing_keys"],
-        # A checkpoint for classification has a head, which this encoder does not use.
-        unexpected=[key for key in info["unexpected_keys"] if not key.startswith("classifier.")],
-        misshapen=[str(key) for key in info["mismatched_keys"]],
-    )
-    loaded: torch.nn.Module = module
-    return loaded
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers reports keys and progress on standard error; what matters of it becomes an error of ours."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _identity(module: torch.nn.Module, geometry: Geometry, mean: float, std: float, precision: str) -> dict[str, Any]:

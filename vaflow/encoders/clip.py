@@ -15,15 +15,21 @@ import torch
 from numpy.typing import NDArray
 
 from vaflow.encoders import Request
+from vaflow.encoders.clip_loading import (
+    OPENAI_EXTRAS,
+    activation_of,
+    adapted,
+    download,
+    new_model,
+    require_quick_gelu,
+    says_openai,
+)
 from vaflow.encoders.images import Picture, Preparation
-from vaflow.encoders.weights import hub_file, load_strictly, read_state_dict, state_digest, url_file
-from vaflow.errors import UsageError, WeightsError, explain
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+from vaflow.errors import UsageError, explain
 
-QUICK, PLAIN = "quick_gelu", "gelu"
 QUICK_SUFFIX = "-quickgelu"
 TEXT_BATCH = 64
-HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # facts kept beside OpenAI's tensors
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class ClipEncoder:
     def __init__(
         self,
         name: str,
-        model: torch.nn.Module,
+        model: Any,
         tokenizer: Callable[[], Callable[[list[str]], torch.Tensor]],
         preprocessing: Preprocessing,
         identity: Mapping[str, Any],
@@ -72,8 +78,7 @@ class ClipEncoder:
         self.image_size = self.preparation.size
         self.identity = dict(identity)
         self.device = torch.device(device)
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        self._model = model.eval().to(self.device, torch.float32, memory_format=layout)
+        self._model: Any = model.eval().to(self.device, torch.float32)
         self.module: torch.nn.Module = self._model.visual
         self._tokenizer = tokenizer
         self._mean = torch.tensor(preprocessing.mean, device=self.device).view(1, 3, 1, 1)
@@ -139,7 +144,7 @@ def build_named(request: Request) -> ClipEncoder:
     model_name, _, source = request.name.removeprefix("clip:").partition("/")
     if open_clip.get_model_config(model_name) is None:
         close = get_close_matches(model_name, open_clip.list_models(), n=3)
-        hint = f"Did you mean {' or '.join(close)}?" if close else "open_clip.list_models() lists them"
+        hint = f"Near to it: {', '.join(close)}" if close else "open_clip.list_models() lists them"
         raise UsageError(explain("open_clip has no such model", got=model_name, remedy=hint))
     if is_pretrained_cfg(model_name, source):
         return _build(request, model_name, source, request.weights)
@@ -160,9 +165,9 @@ def _build(request: Request, model_name: str, tag: str | None, file: Path | None
     settings = get_pretrained_cfg(model_name, tag) if tag else {}
     quick = bool(settings.get("quick_gelu")) or model_name.endswith(QUICK_SUFFIX)
     model = new_model(model_name, quick)
-    path = file if file is not None else _download(request.name, settings)
-    state = _adapted(read_state_dict(path), model)
-    if tag == "openai" or _says_openai(path, state):
+    path = file if file is not None else download(request.name, settings)
+    state = adapted(read_state_dict(path), model)
+    if tag == "openai" or says_openai(path, state):
         require_quick_gelu(model, f"{request.name} with weights from {path}")
     load_strictly(model, {k: v for k, v in state.items() if k not in OPENAI_EXTRAS}, str(path))
     canonical = model_name if not quick or model_name.endswith(QUICK_SUFFIX) else model_name + QUICK_SUFFIX
@@ -179,75 +184,7 @@ def _build(request: Request, model_name: str, tag: str | None, file: Path | None
     )
 
 
-def new_model(model_name: str, quick: bool) -> torch.nn.Module:
-    """open_clip's model of that name with random weights, its activation as told."""
-    import open_clip
-
-    config = open_clip.get_model_config(model_name)
-    config["quick_gelu"] = quick
-    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    if "hf_model_name" in config["text_cfg"]:
-        config["text_cfg"]["hf_model_pretrained"] = False
-    if "multimodal_cfg" in config:
-        model: torch.nn.Module = open_clip.CoCa(**config)
-    else:
-        model = open_clip.CustomTextCLIP(**config) if custom else open_clip.CLIP(**config)
-    return model
-
-
-def activation_of(model: torch.nn.Module) -> str:
-    """ "quick_gelu", "gelu", both joined by "+", or "other": what the built model really holds."""
-    from open_clip.transformer import QuickGELU
-
-    found = {PLAIN for m in model.modules() if isinstance(m, torch.nn.GELU)}
-    found |= {QUICK for m in model.modules() if isinstance(m, QuickGELU)}
-    return "+".join(sorted(found)) or "other"
-
-
-def require_quick_gelu(model: torch.nn.Module, what: str) -> None:
-    """Raise a WeightsError unless every activation of the model is QuickGELU."""
-    found = activation_of(model)
-    if found != QUICK:
-        raise WeightsError(
-            explain(
-                f"{what}: OpenAI's weights need QuickGELU, and give wrong features without any error otherwise",
-                expected=QUICK,
-                got=found,
-                remedy="Name the model with -quickgelu at its end, such as clip:ViT-B-16-quickgelu/FILE",
-            )
-        )
-
-
-def _says_openai(path: Path, state: Mapping[str, torch.Tensor]) -> bool:
-    """OpenAI's own key layout, or a file kept under the name of OpenAI's model in the hub's cache or as downloaded."""
-    hub_folder = any(part.startswith("models--") and part.endswith(".openai") for part in path.parts)
-    return hub_folder or "openai" in path.name.lower() or any(key in state for key in OPENAI_EXTRAS)
-
-
-def _download(name: str, settings: Mapping[str, Any]) -> Path:
-    repo, _, filename = str(settings.get("hf_hub", "")).rpartition("/")
-    if repo:
-        return hub_file(repo, (filename,) if filename else HUB_NAMES, encoder=name)
-    return url_file(str(settings["url"]), encoder=name)
-
-
-def _adapted(state: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What open_clip itself forgives when it loads: older layouts of the same tensors."""
-    from open_clip.convert import convert_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict
-
-    state = convert_state_dict(model, state)
-    own = model.state_dict()
-    if "positional_embedding" in state and "positional_embedding" not in own:
-        state = convert_to_custom_text_state_dict(state)
-    state = {key: value for key, value in state.items() if not key.endswith("embeddings.position_ids") or key in own}
-    for key in ("logit_scale", "logit_bias"):
-        if key in state and key in own and state[key].numel() == 1:
-            state[key] = state[key].reshape(own[key].shape)
-    return state
-
-
-def _preprocessing(model_name: str, settings: Mapping[str, Any], model: torch.nn.Module) -> Preprocessing:
+def _preprocessing(model_name: str, settings: Mapping[str, Any], model: Any) -> Preprocessing:
     """Of the tag; for a file, what the model's published weights agree on, else CLIP's own."""
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
     from open_clip.transform import PreprocessCfg
@@ -268,9 +205,7 @@ def _preprocessing(model_name: str, settings: Mapping[str, Any], model: torch.nn
     return Preprocessing(Preparation(int(edges.pop()), interpolation, mode), tuple(mean), tuple(std))
 
 
-def make_identity(
-    model_name: str, model: torch.nn.Module, preprocessing: Preprocessing, precision: str
-) -> dict[str, Any]:
+def make_identity(model_name: str, model: Any, preprocessing: Preprocessing, precision: str) -> dict[str, Any]:
     """Plain JSON of everything that changes the numbers; the same weights are the same wherever they came from."""
     import open_clip
 

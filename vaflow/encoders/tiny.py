@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from vaflow.encoders import Request
-from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, AstEncoder, make_encoder
-from vaflow.encoders.clip import ClipEncoder, Preprocessing, make_identity, require_quick_gelu
+from vaflow.encoders.ast import AstEncoder, make_encoder
+from vaflow.encoders.ast_loading import AUDIOSET_MEAN, AUDIOSET_STD
+from vaflow.encoders.clip import ClipEncoder, Preprocessing, make_identity
+from vaflow.encoders.clip_loading import require_quick_gelu
 from vaflow.encoders.images import Preparation
 
 SEED = 0
@@ -106,7 +108,7 @@ def _value(stream: str, key: str, shape: tuple[int, ...], gain: float) -> NDArra
     if key.endswith("proj") or key.endswith("text_projection"):
         fan_in = shape[0]
     scale = 1.0 if len(shape) == 4 else gain
-    if "position" in key or "embedding" in key and len(shape) == 2 or "token" in key:
+    if "position" in key or ("embedding" in key and len(shape) == 2) or "token" in key:
         return uniform(stream, shape, 0.5)
     return uniform(stream, shape, scale / math.sqrt(fan_in))
 
