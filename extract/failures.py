@@ -11,12 +11,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Failure:
-    """One item that failed: where, the error's class, and what to tell a person."""
+    """One item that failed: where, the error's class, what to tell a person, and the item's split."""
 
     item: str
     stage: str
     error: str
     message: str
+    split: str | None = None
 
 
 class FailureLog:
@@ -28,10 +29,11 @@ class FailureLog:
         self._lock = threading.Lock()
         path.write_text("")
 
-    def add(self, failure: Failure) -> None:
-        """List one failure. Any thread may call."""
+    def add(self, failure: Failure, *, quiet: bool = False) -> None:
+        """List one failure, and say so unless someone already has. Any thread may call."""
         with self._lock:
             self.failures.append(failure)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(failure), ensure_ascii=False) + "\n")
-        logger.warning("%s failed (%s): %s", failure.item, failure.stage, failure.message)
+        if not quiet:
+            logger.warning("%s failed (%s): %s", failure.item, failure.stage, failure.message)

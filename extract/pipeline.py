@@ -225,7 +225,7 @@ class _Run:
     def _fail(self, failed: Failed) -> None:
         self._open.pop(failed.job, None)
         task = self._plan.tasks[failed.job]
-        self._log.add(Failure(task.clip.id, failed.stage, failed.error, failed.message))
+        self._log.add(Failure(task.clip.id, failed.stage, failed.error, failed.message, task.clip.split))
 
     def _commit_complete(self, summary: Summary) -> None:
         for number in [n for n, clip in self._open.items() if clip.complete]:
@@ -254,7 +254,7 @@ class _Run:
                 source = source_of(info.kind, clip.sources)
                 self._cache.write(name, task.clip.id, clip.arrays[name], source=source, meta=facts | provenance())
         except DataError as error:  # not finite, say; a cache that cannot be written to ends the run instead
-            self._log.add(Failure(task.clip.id, "commit", type(error).__name__, str(error)))
+            self._log.add(Failure(task.clip.id, "commit", type(error).__name__, str(error), task.clip.split))
         else:
             summary.extracted += 1
             summary.media_seconds += clip.duration
