@@ -39,41 +39,48 @@ def commit(layout: Layout, store: Store, draft: Record, arrays: Mapping[str, Arr
         OSError: the disk is full, or the folder cannot be written.
     """
     folder = layout.item(draft.stream, draft.item)
+    replacing = layout.record(draft.stream, draft.item).exists()  # decided before others can commit meanwhile
     files.make_folder(folder)
     attempt = token_hex(8)
-    kept = False
     try:
         names = store.write_attempt(folder, attempt, arrays)
         files.sync_all(layout.attempts(draft.stream), [f"{folder.name}/{name}" for name in names])
         record = replace(draft, attempt=attempt, files={name: _facts(files.read(folder / name)) for name in names})
-        winner = _publish(layout, store, record)
-        kept = winner.attempt == attempt
-        return winner
+        return _replace(layout, store, record) if replacing else _create(layout, store, record)
     finally:
-        if not kept:
+        # Ask the disk: an interrupt may have come after the record was made.
+        if _recorded_attempt(layout, draft) != attempt:
             files.remove(store.path(folder, attempt))
+
+
+def _recorded_attempt(layout: Layout, draft: Record) -> str | None:
+    try:
+        return load_record(layout, layout.record(draft.stream, draft.item)).attempt
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _facts(blob: files.Blob) -> dict[str, int]:
     return {"size": int(blob.size), "crc32c": crc32c(blob)}
 
 
-def _publish(layout: Layout, store: Store, record: Record) -> Record:
+def _create(layout: Layout, store: Store, record: Record) -> Record:
     path = layout.record(record.stream, record.item)
-    data = seal(record_document(record))
-    if not path.exists():
-        if files.create(path, data):
-            return record
-        try:
-            return load_record(layout, path)
-        except (FileNotFoundError, ValueError):  # dropped again, or half a file: ours takes its place
-            files.replace(path, data)
-            return record
+    if files.create(path, seal(record_document(record))):
+        return record
+    try:
+        return load_record(layout, path)
+    except (FileNotFoundError, ValueError):  # dropped again, or half a file: ours takes its place
+        return _replace(layout, store, record)
+
+
+def _replace(layout: Layout, store: Store, record: Record) -> Record:
+    path = layout.record(record.stream, record.item)
     try:
         old = load_record(layout, path)
     except (FileNotFoundError, ValueError):
         old = None
-    files.replace(path, data)
+    files.replace(path, seal(record_document(record)))
     if old is not None:
         files.remove(store.path(layout.item(old.stream, old.item), old.attempt))
     return record

@@ -124,7 +124,7 @@ def _check_version(layout: Layout, data: bytes) -> None:
             explain(
                 f"The cache {layout.root} has a schema version that this program does not read",
                 expected=SCHEMA_VERSION,
-                got=version,
+                got=repr(version),
                 remedy="Use the release of vaflow that made it, or extract into a new folder",
             )
         )

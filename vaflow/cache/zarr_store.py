@@ -22,11 +22,15 @@ class ZarrStore:
 
         top = folder / attempt
         top.mkdir()
-        group = zarr.create_group(store=top, zarr_format=3)
+        # zarr makes a group with hard links, which not every system has, unless it may overwrite; the folder is new
+        # and empty, so there is nothing to lose. It does so again for a member of a group, so each stands alone.
+        zarr.create_group(store=top, zarr_format=3, overwrite=True)
         for name, array in arrays.items():
-            group.create_array(
-                name,
+            zarr.create_array(
+                store=top / name,
                 data=array,
+                zarr_format=3,
+                overwrite=True,
                 chunks=chunk_shape(array),
                 filters=None,
                 compressors=None,

@@ -97,15 +97,15 @@ def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
         return 1 if problems else 0
     _list(problems)
     if notes and not quiet:
-        typer.echo(f"{len(notes)} unfinished attempts of killed or running writers; nobody reads them", err=True)
+        typer.echo(f"{_count(len(notes), 'leftover')} of killed or running writers; nobody reads them", err=True)
     if verbose:
         for note in notes:
             typer.echo(f"  {note}", err=True)
     if problems:
-        typer.echo(f"{len(problems)} problems. Mend with: vaflow cache repair {cache}", err=True)
+        typer.echo(f"{_count(len(problems), 'problem')}. Mend with: vaflow cache repair {cache}", err=True)
         return 1
     if not quiet:
-        typer.echo(f"{len(record_files(opened))} items, all as they were committed")
+        typer.echo(f"{_count(len(record_files(opened)), 'item')}, all as committed")
     return 0
 
 
@@ -128,10 +128,14 @@ def repair(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
         return 0
     _list(problems)
     if not quiet:
-        typer.echo(f"{len(problems)} problems mended, {len(stale)} leftovers of killed writers removed")
+        typer.echo(f"{_count(len(problems), 'problem')} mended, {_count(len(stale), 'leftover')} of killed writers removed")
     if problems:
         typer.echo("Run `vaflow extract` again: only what was dropped is made anew", err=True)
     return 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _findings(cache: "Cache", problems: "list[Problem]") -> dict[str, Any]:
