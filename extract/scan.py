@@ -2,9 +2,9 @@
 
 Two kinds of containers. *Timed* ones (MP4, MOV, Matroska ...) store a presentation time with every packet: reading
 packets is enough where every packet is one picture. Packets that decoding does not show (cut off by an edit list, or
-before the first picture that can be decoded) are left out. *Counted* ones (AVI, raw streams) store none, and what
-FFmpeg guesses contradicts itself with B-frames: there all is decoded, and where the guesses do not ascend the k-th
-picture shown takes the k-th decoding time.
+before the first picture that can be decoded) are left out. *Counted* ones (AVI, raw streams) store none; what
+FFmpeg guesses is a frame late for H.264 and does not even ascend with B-frames. There all is decoded, and the k-th
+picture shown takes the k-th decoding time, which is when the file's writer meant it to be shown.
 """
 
 from dataclasses import dataclass, field
@@ -143,10 +143,8 @@ def _stamped_times(media: Opened, scan: _Scan) -> Floats:
 
 
 def _counted_times(media: Opened, scan: _Scan) -> Floats:
-    """FFmpeg's times where they ascend; else the k-th decoding time; else the frame rate (raw streams)."""
+    """The k-th picture at the k-th decoding time; at the frame rate where there are none (raw streams)."""
     stream = media.need_video()
-    if len(scan.pts) == scan.pictures and (np.diff(scan.pts) > 0).all():
-        return media.clip_times(scan.pts, stream)
     times = media.clip_times(sorted(scan.dts)[: scan.pictures], stream)
     step = float(1 / (stream.guessed_rate or stream.average_rate or 25))
     after = times[-1] + step if times.size else 0.0

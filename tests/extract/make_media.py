@@ -41,7 +41,7 @@ class Picture:
     options: dict[str, str] = field(default_factory=dict)
     rotation: int = 0
     noise: int = 0  # amplitude: makes pictures weigh something
-    rate: int | None = None  # give a constant frame rate to containers that cannot store times (AVI)
+    rate: int | None = None  # store times as multiples of 1 / rate, for containers that know nothing else (AVI)
 
 
 def number_picture(number: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -114,7 +114,7 @@ def _video(container: Any, picture: Picture) -> Iterable[Any]:
             image = (image + grain).clip(0, 255).astype(np.uint8)
             image = np.ascontiguousarray(np.rot90(image, -picture.rotation // 90))
             frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format=picture.pixel_format)
-            frame.pts, frame.time_base = (number if picture.rate else time), Fraction(1, ticks)
+            frame.pts, frame.time_base = round(time * ticks / TICKS), Fraction(1, ticks)
             yield from stream.encode(frame)
         yield from stream.encode(None)
 

@@ -22,7 +22,9 @@ FILES = {
     "h264.mkv": Picture(UNEVEN, options={"bf": "3"}),
     "h264.mov": Picture(UNEVEN),
     "hevc.mp4": Picture(UNEVEN, codec="libx265", options={"bf": "3"}),
-    "vp9.webm": Picture(UNEVEN, codec="libvpx-vp9", options={"auto-alt-ref": "1", "lag-in-frames": "16"}),
+    "vp9.webm": Picture(
+        UNEVEN, codec="libvpx-vp9", options={"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "5"}
+    ),
     "vp8.webm": Picture(UNEVEN, codec="libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16"}),
     "mpeg4.mp4": Picture(EVEN, codec="mpeg4", rate=25, options={"bf": "2"}),
     "mpeg4.avi": Picture(EVEN, codec="mpeg4", rate=25),
@@ -65,9 +67,29 @@ def test_avi_without_times_is_counted(tmp_path: Path, b_frames: int) -> None:
     """FFmpeg's times of H.264 in AVI are one frame late, and with B-frames do not even ascend."""
     path = write_media(tmp_path / "clip.avi", Picture(EVEN, rate=25, options={"bf": str(b_frames)}))
     times = frame_times(path)
-    np.testing.assert_allclose(times, np.array(EVEN) / 1000 + (0 if b_frames else 0.04), atol=1e-9)
+    np.testing.assert_allclose(times, np.array(EVEN) / 1000, atol=1e-9)
     got = [(number, read_number(image)) for number, image in frames_at(path, np.array([0, 7, 8, 39]), times)]
     assert got == [(0, 0), (7, 7), (8, 8), (39, 39)]
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "mjpeg", "libx264"])
+def test_avi_drops_frames_without_moving_the_others(tmp_path: Path, codec: str) -> None:
+    """AVI stores an empty chunk where a frame is left out: the next one keeps its time."""
+    times = tuple(time for time in EVEN if time not in (80, 120, 400, 1480))
+    pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    picture = Picture(times, codec=codec, pixel_format=pixel_format, rate=25, options={"bf": "0"})
+    path = write_media(tmp_path / "clip.avi", picture)
+    read = frame_times(path)
+    np.testing.assert_allclose(read, np.array(times) / 1000, atol=1e-9)
+    numbers = [read_number(image) for _, image in frames_at(path, np.arange(len(read)), read)]
+    assert numbers == list(range(len(times)))
+
+
+@pytest.mark.parametrize("options", [{"live": "1"}, {"reserve_index_space": "4096"}])
+def test_matroska_without_sizes_or_duration_is_whole(tmp_path: Path, options: dict[str, str]) -> None:
+    sound = Sound(tones(3.0, 44100))  # longer than the pictures
+    path = write_media(tmp_path / "live.mkv", Picture(UNEVEN), sound, options)
+    np.testing.assert_allclose(np.diff(frame_times(path)), np.diff(UNEVEN) / 1000, atol=1e-3)
 
 
 @settings(max_examples=20, deadline=None)

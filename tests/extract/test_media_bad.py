@@ -26,7 +26,7 @@ WHOLE = {
     "front.mov": (heavy(options={"g": "10"}), {"movflags": "faststart"}),
     "fragments.mp4": (heavy(options={"g": "5"}), {"movflags": "frag_keyframe+empty_moov"}),
     "clip.mkv": (heavy(options=ALL_KEYFRAMES), {}),
-    "clip.webm": (heavy(codec="libvpx-vp9"), {}),
+    "clip.webm": (heavy(codec="libvpx", options={"deadline": "realtime", "cpu-used": "8"}), {}),
     "clip.avi": (heavy(codec="mpeg4", rate=25), {}),
     "h264.avi": (heavy(rate=25, options={"bf": "2"}), {}),
 }

@@ -1,0 +1,28 @@
+"""Workers that read media must start at once: nothing heavy is imported with them."""
+
+import subprocess
+import sys
+
+MODULES = ("media", "audio", "crops", "faces", "identity")
+HEAVY = ("torch", "cv2", "transformers", "open_clip", "matplotlib", "scipy")
+
+
+def test_reading_media_imports_nothing_heavy() -> None:
+    lines = [f"import vaflow.extract.{module}" for module in MODULES]
+    lines += ["import sys", f"print([name for name in {HEAVY} if name in sys.modules])"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_detecting_and_aligning_do_not_import_torch() -> None:
+    program = """
+import sys
+import numpy as np
+from vaflow.extract.faces import CenterFace, Face, PersonTracker, align, encode_jpeg
+picture = np.zeros((64, 64, 3), np.uint8)
+PersonTracker().update(CenterFace().detect(picture), 0.0)
+encode_jpeg(align(picture, Face((8, 8, 40, 40), 0.9, np.random.default_rng(0).uniform(10, 40, (5, 2)))))
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
