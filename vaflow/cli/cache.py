@@ -128,7 +128,8 @@ def repair(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
         return 0
     _list(problems)
     if not quiet:
-        typer.echo(f"{_count(len(problems), 'problem')} mended, {_count(len(stale), 'leftover')} of killed writers removed")
+        removed = f"{_count(len(stale), 'leftover')} of killed writers removed"
+        typer.echo(f"{_count(len(problems), 'problem')} mended, {removed}")
     if problems:
         typer.echo("Run `vaflow extract` again: only what was dropped is made anew", err=True)
     return 0
