@@ -171,7 +171,7 @@ def _build(request: Request, model_name: str, tag: str | None, file: Path | None
         require_quick_gelu(model, f"{request.name} with weights from {path}")
     load_strictly(model, {k: v for k, v in state.items() if k not in OPENAI_EXTRAS}, str(path))
     canonical = model_name if not quick or model_name.endswith(QUICK_SUFFIX) else model_name + QUICK_SUFFIX
-    preprocessing = _preprocessing(model_name, settings, model)
+    preprocessing = preprocessing_of(model_name, settings, model)
     identity = make_identity(canonical, model, preprocessing, request.precision)
     return ClipEncoder(
         request.name,
@@ -184,7 +184,7 @@ def _build(request: Request, model_name: str, tag: str | None, file: Path | None
     )
 
 
-def _preprocessing(model_name: str, settings: Mapping[str, Any], model: Any) -> Preprocessing:
+def preprocessing_of(model_name: str, settings: Mapping[str, Any], model: Any) -> Preprocessing:
     """Of the tag; for a file, what the model's published weights agree on, else CLIP's own."""
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
     from open_clip.transform import PreprocessCfg

@@ -1,0 +1,209 @@
+"""CLIP through the code that a user's weights go through: files, tags, activation, preprocessing, embeddings."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from fake_hub import into_cache
+from open_clip import pretrained
+from PIL import Image
+from safetensors.torch import save_file
+
+from vaflow.encoders import build_encoder
+from vaflow.encoders.clip_loading import activation_of
+from vaflow.errors import UsageError, WeightsError
+
+OPENAI_REPO = "timm/vit_base_patch16_clip_224.openai"
+
+
+def build(name: str, **options: Any) -> Any:
+    """An encoder of any kind; tests know which."""
+    return build_encoder(name, **options)
+
+
+def save(model: torch.nn.Module, path: Path, layout: str = "plain", **changes: torch.Tensor | None) -> Path:
+    state = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
+    for key, value in changes.items():
+        if value is None:
+            del state[key]
+        else:
+            state[key] = value
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    elif layout == "training":
+        torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def pictures(edge: int, count: int = 3) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, edge, edge, 3), dtype=np.uint8))
+
+
+def quick_gelu_embedding(model: Any, images: torch.Tensor) -> np.ndarray:
+    """What OpenAI's preprocessing and the genuine model give, with x * sigmoid(1.702 x) written out."""
+    mean, std = (np.array(v) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    pixels = torch.from_numpy(((images.numpy() / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
+    for module in model.modules():
+        if isinstance(module, open_clip.model.QuickGELU):
+            module.forward = lambda x: x * torch.sigmoid(1.702 * x)
+    with torch.no_grad():
+        return model.encode_image(pixels).numpy()
+
+
+@pytest.mark.parametrize("layout", ["model.safetensors", "model.pt", "training.pt"])
+def test_files_in_the_genuine_layout_load_with_quick_gelu(small_clip: Any, tmp_path: Path, layout: str) -> None:
+    path = save(small_clip, tmp_path / layout, layout=layout.split(".")[0])
+    encoder = build("clip-vit-b16", weights=path)
+    assert activation_of(encoder._model) == "quick_gelu"
+    images = pictures(32)
+    embedding = encoder.encode(images)
+    assert embedding.shape == (3, encoder.dim) == (3, 24)
+    assert embedding.dtype == torch.float32
+    np.testing.assert_allclose(embedding.numpy(), quick_gelu_embedding(small_clip, images), atol=2e-5)
+    assert not np.allclose(np.linalg.norm(embedding.numpy(), axis=1), 1, atol=0.01), "must not be normalised"
+
+
+def test_half_precision_files_load_as_float32(small_clip: Any, tmp_path: Path) -> None:
+    halves = {key: value.half() for key, value in small_clip.state_dict().items()}
+    save_file(halves, tmp_path / "half.safetensors")
+    encoder = build("clip-vit-b16", weights=tmp_path / "half.safetensors")
+    assert {p.dtype for p in encoder.module.parameters()} == {torch.float32}
+
+
+def test_the_same_weights_have_one_identity_wherever_they_came_from(
+    small_clip: Any, tmp_path: Path, hub_cache: Path
+) -> None:
+    as_file = build("clip-vit-b16", weights=save(small_clip, tmp_path / "model.pt"))
+    into_cache(hub_cache, OPENAI_REPO, save(small_clip, tmp_path / "open_clip_model.safetensors"))
+    as_tag = build("clip-vit-b16")
+    other_name = build("clip:ViT-B-16/openai")
+    assert as_file.identity == as_tag.identity == other_name.identity
+    assert other_name.name == "clip:ViT-B-16/openai"
+    changed = save(small_clip, tmp_path / "other.pt", logit_scale=torch.tensor(1.0))
+    assert build("clip-vit-b16", weights=changed).identity != as_file.identity
+
+
+@pytest.mark.parametrize("name", ["clip-vit-b16", "clip:ViT-B-16/openai", "clip:ViT-B-16-quickgelu/openai"])
+def test_openai_tags_get_quick_gelu_whatever_the_model_is_called(
+    small_clip: Any, tmp_path: Path, hub_cache: Path, name: str
+) -> None:
+    into_cache(hub_cache, OPENAI_REPO, save(small_clip, tmp_path / "open_clip_model.safetensors"))
+    encoder = build(name)
+    assert activation_of(encoder._model) == "quick_gelu"
+    assert encoder.identity["activation"] == "quick_gelu"
+    images = pictures(32)
+    np.testing.assert_allclose(
+        encoder.encode(images).numpy(),
+        quick_gelu_embedding(small_clip, images),
+        atol=2e-5,
+    )
+
+
+def test_other_tags_keep_plain_gelu(small_clip: Any, tmp_path: Path, hub_cache: Path) -> None:
+    repo = pretrained.get_pretrained_cfg("ViT-B-16", "laion2b_s34b_b88k")["hf_hub"].rstrip("/")
+    into_cache(hub_cache, repo, save(small_clip, tmp_path / "open_clip_model.safetensors"))
+    encoder = build("clip:ViT-B-16/laion2b_s34b_b88k")
+    assert encoder.identity["activation"] == "gelu"
+    assert activation_of(encoder._model) == "gelu"
+
+
+def test_openai_files_in_the_plain_model_are_refused(small_clip: Any, tmp_path: Path) -> None:
+    by_name = save(small_clip, tmp_path / "ViT-B-16-openai.pt")
+    by_keys = save(small_clip, tmp_path / "model.pt", input_resolution=torch.tensor(32))
+    for path in (by_name, by_keys):
+        with pytest.raises(WeightsError, match="QuickGELU"):
+            build(f"clip:ViT-B-16/{path}")
+        encoder = build(f"clip:ViT-B-16-quickgelu/{path}")
+        assert activation_of(encoder._model) == "quick_gelu"
+
+
+def test_a_file_of_another_training_keeps_the_named_models_activation(small_clip: Any, tmp_path: Path) -> None:
+    path = save(small_clip, tmp_path / "mine.safetensors")
+    assert build(f"clip:ViT-B-16/{path}").identity["activation"] == "gelu"
+    assert build(f"clip:ViT-B-16-quickgelu/{path}").identity["activation"] == "quick_gelu"
+
+
+def test_keys_that_do_not_fit_are_named(small_clip: Any, tmp_path: Path) -> None:
+    path = save(
+        small_clip,
+        tmp_path / "model.pt",
+        ln_final_extra=torch.zeros(2),
+        **{"visual.proj": None, "visual.class_embedding": torch.zeros(7)},
+    )
+    with pytest.raises(WeightsError) as caught:
+        build("clip-vit-b16", weights=path)
+    for part in ("1 missing keys: visual.proj", "1 unexpected keys: ln_final_extra", "visual.class_embedding (7,)"):
+        assert part in str(caught.value)
+
+
+def test_only_the_first_ten_keys_are_named(small_clip: Any, tmp_path: Path) -> None:
+    extras = {f"extra.{i:02}": torch.zeros(1) for i in range(14)}
+    with pytest.raises(WeightsError, match=r"14 unexpected keys: extra\.00.*extra\.09 and 4 more"):
+        build("clip-vit-b16", weights=save(small_clip, tmp_path / "model.pt", **extras))
+
+
+def test_wrong_names_say_what_there_is(small_clip: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"ViT-B-16"):
+        build("clip:ViT-B-61/openai")
+    with pytest.raises(UsageError, match=r"datacomp_xl_s13b_b90k"):
+        build("clip:ViT-B-16/datacomp_xl")
+    path = save(small_clip, tmp_path / "a.pt")
+    with pytest.raises(UsageError, match="already says which file"):
+        build(f"clip:ViT-B-16/{path}", weights=path)
+
+
+SHAPES = [(112, 112), (240, 320), (321, 240), (224, 224), (97, 400), (500, 223), (16, 16), (225, 224)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prepare_equals_open_clips_transform_up_to_normalisation(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(sum(shape))
+    image = np.kron(rng.integers(0, 256, (-(-shape[0] // 8), -(-shape[1] // 8), 3)), np.ones((8, 8, 1)))
+    image = image[: shape[0], : shape[1]].astype(np.uint8)
+    encoder = build("clip-tiny")
+    oracle = open_clip.image_transform(224, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    expected = (oracle(Image.fromarray(image)) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(encoder.prepare(image), expected)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_every_resize_mode_equals_open_clips(mode: str, interpolation: str) -> None:
+    from vaflow.encoders.images import Preparation
+
+    for shape in ((90, 61), (61, 90), (40, 40)):
+        image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        oracle = open_clip.image_transform(
+            48, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=mode, interpolation=interpolation
+        )
+        expected = (oracle(Image.fromarray(image)) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(Preparation(48, interpolation, mode)(image), expected)
+
+
+def test_preprocessing_follows_the_tag_and_for_files_what_all_tags_agree_on() -> None:
+    from vaflow.encoders.clip import preprocessing_of
+
+    siglip, tag = "ViT-B-16-SigLIP", "webli"
+    model = type("M", (), {"visual": type("V", (), {"image_size": (224, 224)})})
+    from_tag = preprocessing_of(siglip, pretrained.get_pretrained_cfg(siglip, tag), model)
+    from_file = preprocessing_of(siglip, {}, model)
+    assert from_tag == from_file
+    assert from_tag.preparation.resize_mode == "squash"
+    assert from_tag.mean == (0.5, 0.5, 0.5)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[B, 224, 224, 3\].*\(2, 3, 224, 224\)"):
+        build("clip-tiny").encode(torch.zeros(2, 3, 224, 224, dtype=torch.uint8))
+
+
+def test_features_carry_gradients_and_encode_does_not(small_clip: Any, tmp_path: Path) -> None:
+    encoder = build("clip-vit-b16", weights=save(small_clip, tmp_path / "m.pt"))
+    encoder.features(pictures(32)).sum().backward()
+    assert all(p.grad is not None for p in encoder.module.parameters())
+    assert not encoder.encode(pictures(32)).requires_grad
