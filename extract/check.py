@@ -14,7 +14,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.datasets.dataset import SEVERITIES, Dataset, Note
 from vaflow.datasets.labels import read_annotation
 from vaflow.errors import DataError, MediaError
-from vaflow.extract.facts import CropFacts, LabelFacts, MediaFacts, crop_facts, label_facts, media_facts
+from vaflow.extract.facts import CropFacts, LabelFacts, MediaFacts, crop_facts, label_facts, media_facts, still_facts
 from vaflow.extract.findings import clip_findings, crop_findings, dataset_findings, label_findings, media_findings
 from vaflow.extract.report import Checked, Report
 from vaflow.timeline import Grid
@@ -69,16 +69,31 @@ def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bo
 
 
 def _read_media(clip: Clip, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
+    if clip.frames is not None:
+        return _read_stills(clip, window)
     if clip.video is None:
         what = " and ".join(name for name, there in (("labels", clip.labels), ("crops", clip.crops)) if there)
         message = f"There is no video{f' to the {what}' if what else ''}: nothing tells when frames were shown"
         remedy = f"Put the video {clip.group}.mp4 below the root, or leave the trial out"
         return None, _NO_TIMES, [Note("error", "no-video", clip.id, message, remedy)]
     try:
-        media, times = media_facts(clip.video)
+        media, times = media_facts(clip.video, clip.audio if clip.audio != clip.video else None)
     except (MediaError, OSError) as error:
         return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), "Extraction will leave the clip out")]
     return media, times, media_findings(clip, media, window)
+
+
+def _read_stills(clip: Clip, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
+    try:
+        media, times, missing = still_facts(clip)
+    except (MediaError, OSError) as error:
+        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), "Extraction will leave the clip out")]
+    notes = media_findings(clip, media, window)
+    if missing:
+        message = f"{missing} of {media.frames} frames ({missing / media.frames:.1%}) have no picture"
+        remedy = "They are marked as frames without a face; pictures are found by their number"
+        notes.append(Note("note", "frames-missing", clip.id, message, remedy))
+    return media, times, notes
 
 
 def _read_labels(

@@ -12,6 +12,7 @@ from vaflow.errors import VaflowError
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.media import probe
 from vaflow.extract.plan import shard_clips
+from vaflow.extract.stills import open_stills
 
 MANIFEST = "manifest.json"
 
@@ -53,10 +54,10 @@ def _there(cache: Cache, clip: Clip, config: ExtractConfig) -> bool:
 
 
 def _duration(clip: Clip) -> float | None:
-    if clip.video is None:
+    if clip.video is None and clip.frames is None:
         return None
     try:
-        info = probe(clip.video)
+        info = probe(clip.video) if clip.video is not None else open_stills(clip)[0]
     except (VaflowError, OSError):
         return None
     return info.video.duration if info.video is not None else None

@@ -8,10 +8,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.datasets.clip import Annotation
+from vaflow.datasets.clip import Annotation, Clip
 from vaflow.datasets.labels import on_clock
 from vaflow.extract.crops import list_crops
 from vaflow.extract.media import MediaInfo, frame_times, probe
+from vaflow.extract.stills import open_stills
 from vaflow.timeline import median_interval
 
 AUDIO_SLACK = 0.5  # seconds of the picture that may be without sound before it is called partial
@@ -93,8 +94,8 @@ class CropFacts:
     last: int
 
 
-def media_facts(path: Path) -> tuple[MediaFacts, NDArray[np.float64]]:
-    """Read the headers and frame times of a video; the times, [N] seconds, come along.
+def media_facts(path: Path, sound: Path | None = None) -> tuple[MediaFacts, NDArray[np.float64]]:
+    """Read the headers and frame times of a video; the times, [N] seconds, come along. `sound`: a file of its own.
 
     Raises:
         MediaError: it cannot be used.
@@ -104,10 +105,25 @@ def media_facts(path: Path) -> tuple[MediaFacts, NDArray[np.float64]]:
     interval = median_interval(times)
     duration = float(times[-1]) + interval
     average = (times.size - 1) / float(times[-1] - times[0]) if times[-1] > times[0] else None
-    audio, span = _audio_cover(info, duration)
+    audio, span = _audio_cover(info if sound is None else probe(sound), duration)
     nominal = info.video.nominal_rate if info.video else None
     facts = MediaFacts(times.size, duration, interval, nominal, average, drift(times), audio, span)
     return facts, times
+
+
+def still_facts(clip: Clip) -> tuple[MediaFacts, NDArray[np.float64], int]:
+    """As `media_facts`, of a folder of numbered pictures; and how many frames up to the last one have no picture.
+
+    Raises:
+        MediaError: it cannot be used.
+    """
+    info, times = open_stills(clip)
+    interval = median_interval(times)
+    rate = info.video.nominal_rate if info.video else None
+    pictures = info.video.frames if info.video else 0
+    audio: AudioCover = "none" if clip.audio is None else "whole"
+    facts = MediaFacts(times.size, float(times[-1]) + interval, interval, rate, rate, drift(times), audio, None)
+    return facts, times, times.size - pictures
 
 
 def drift(times: NDArray[np.float64]) -> float:

@@ -8,9 +8,11 @@ from typing import Any
 from vaflow.cache import Cache
 from vaflow.cache.schema import StreamInfo
 from vaflow.datasets.clip import Clip
+from vaflow.errors import MediaError
 from vaflow.extract.config import Shard
 from vaflow.extract.crops import crops_identity, list_crops
 from vaflow.extract.identity import same_file
+from vaflow.extract.stills import stills_identity
 from vaflow.extract.streams import SOURCES
 
 
@@ -83,7 +85,9 @@ def _task(cache: Cache, infos: dict[str, StreamInfo], clip: Clip) -> Task:
 def _same_source(kind: str, clip: Clip, source: dict[str, Any]) -> bool:
     now: dict[str, Any] = {
         "video": clip.video,
+        "frames": (clip.frames, clip.frame_rate) if clip.frames is not None else None,
         "labels": clip.labels,
+        "dimensions": dict(clip.dimensions) or None,
         "audio": clip.audio,
         "crops": clip.crops or None,
         "split": clip.split,
@@ -99,7 +103,18 @@ def _same_part(part: str, now: Any, before: Any) -> bool:
         return bool(now == before)
     if part == "crops":
         return bool(crops_identity(list_crops(now)) == before)
+    if part == "frames":
+        return _same_frames(now[0], now[1], before)
+    if part == "dimensions":
+        return now.keys() == before.keys() and all(same_file(now[target], before[target]) for target in now)
     return same_file(now, before)
+
+
+def _same_frames(folder: Path, rate: float | None, before: Any) -> bool:
+    try:
+        return bool(stills_identity(folder, rate) == before)
+    except MediaError:  # no pictures any more
+        return False
 
 
 def _size(path: Path | None) -> int:

@@ -13,11 +13,11 @@ from vaflow.extract.media import decoder_identity
 
 # Which parts of a clip's source each kind of stream is made from: a change of any other part leaves it alone.
 SOURCES: dict[str, tuple[str, ...]] = {
-    "visual": ("video", "crops"),
-    "pixels": ("video", "crops"),
-    "audio": ("video", "audio"),
-    "logmel": ("video", "audio"),
-    "labels": ("video", "labels", "split", "group"),
+    "visual": ("video", "frames", "crops"),
+    "pixels": ("video", "frames", "crops"),
+    "audio": ("video", "frames", "audio"),
+    "logmel": ("video", "frames", "audio"),
+    "labels": ("video", "frames", "labels", "dimensions", "split", "group"),
 }
 
 

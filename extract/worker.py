@@ -13,16 +13,18 @@ import numpy as np
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.labels import on_clock, read_annotation
 from vaflow.errors import MediaError, VaflowError, explain
-from vaflow.extract.audio import decode_audio
+from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.crops import crops_identity, list_crops, read_crop
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
 from vaflow.extract.identity import file_identity
 from vaflow.extract.media import MediaInfo, frame_times, frames_at, probe
 from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Failed, Job, Message, Sound, SoundEnd
+from vaflow.extract.stills import open_stills, stills_at, stills_identity
 from vaflow.timeline import Floats, Ints, median_interval, nearest
 
 Send = Callable[[Message], None]
-Images = Iterator[tuple[int, bytes, np.ndarray[Any, Any]]]  # grid sample, stored JPEG, the picture that it decodes to
+Picture = np.ndarray[Any, Any]
+Images = Iterator[tuple[int, bytes, Picture]]  # grid sample, stored JPEG, the picture that it decodes to
 
 
 def serve(pipe: Connection) -> None:
@@ -53,6 +55,8 @@ def run_job(job: Job, send: Send) -> None:
 
 
 def _open(clip: Clip) -> tuple[MediaInfo, Floats]:
+    if clip.frames is not None:
+        return open_stills(clip)
     if clip.video is None:
         raise MediaError(
             explain(
@@ -103,28 +107,41 @@ def _sources(clip: Clip) -> dict[str, Any]:
             sources[part] = file_identity(path)
     if clip.audio is not None:
         sources["audio"] = sources["video"] if clip.audio == clip.video else file_identity(clip.audio)
+    if clip.dimensions:
+        sources["dimensions"] = {target: file_identity(path) for target, path in clip.dimensions}
+    if clip.frames is not None:
+        sources["frames"] = stills_identity(clip.frames, clip.frame_rate)
     if clip.crops:
         sources["crops"] = crops_identity(list_crops(clip.crops))
     return sources
 
 
 def _send_sound(job: Job, info: MediaInfo, duration: float, send: Send) -> None:
-    blocks = decode_audio(job.clip.audio or info.path, start=info.start, duration=duration)
+    blocks = _sound(job.clip, info, duration)
     while True:
         try:
             send(Sound(job.number, next(blocks)))
         except StopIteration as end:
-            summary = end.value
+            summary: AudioSummary = end.value
             break
     facts = {"audio": summary.status, "audio_peak": summary.peak, "audio_rate": summary.rate}
     send(SoundEnd(job.number, summary.covered, facts | {"audio_channels": summary.channels}))
+
+
+def _sound(clip: Clip, info: MediaInfo, duration: float) -> Blocks:
+    """Blocks of sound. Where it has a file of its own, that file begins when the picture does."""
+    if clip.audio is None and clip.frames is not None:
+        return AudioSummary("absent")
+    if clip.audio is None or clip.audio == clip.video:
+        return (yield from decode_audio(info.path, start=info.start, duration=duration))
+    return (yield from decode_audio(clip.audio, start=probe(clip.audio).start, duration=duration))
 
 
 def _send_faces(job: Job, times: Floats, duration: float, send: Send) -> None:
     frame = nearest(times, job.grid.sample_times(duration))
     crops = list_crops(job.clip.crops) if job.clip.crops and job.face_source != "centerface" else None
     counts = {"samples": int(frame.size), "faces": 0, "unreadable_crops": 0}
-    images = _read_crops(crops, frame, counts) if crops is not None else _cut_faces(job, frame, times)
+    images = _read_crops(crops, frame, counts) if crops is not None else _cut_faces(job, frame, times, counts)
     for sample, jpeg, image in images:
         counts["faces"] += 1
         prepared = {preparation: preparation(image) for preparation in job.preparations}
@@ -145,17 +162,14 @@ def _read_crops(crops: dict[int, Any], frame: Ints, counts: dict[str, int]) -> I
         yield sample, jpeg, image
 
 
-def _cut_faces(job: Job, frame: Ints, times: Floats) -> Images:
+def _cut_faces(job: Job, frame: Ints, times: Floats, counts: dict[str, int]) -> Images:
     """Detect, follow one person, cut. The picture that is encoded is the one that would be stored."""
     samples_of: dict[int, list[int]] = {}
     for sample, number in enumerate(frame.tolist()):
         samples_of.setdefault(number, []).append(sample)
-    video = job.clip.video
-    if video is None:
-        return
     detector = CenterFace() if job.face_source != "none" else None
     tracker = PersonTracker()
-    for number, image in frames_at(video, np.unique(frame), times):
+    for number, image in _whole_frames(job.clip, np.unique(frame), times, counts):
         if detector is not None:
             face = tracker.update(detector.detect(image), float(times[number]))
             if face is None:
@@ -165,3 +179,15 @@ def _cut_faces(job: Job, frame: Ints, times: Floats) -> Images:
         stored = decode_jpeg(jpeg)
         for sample in samples_of[number]:
             yield sample, jpeg, stored
+
+
+def _whole_frames(clip: Clip, wanted: Ints, times: Floats, counts: dict[str, int]) -> Iterator[tuple[int, Picture]]:
+    """The wanted frames of a video or of a folder of pictures; of the latter, those that can be read."""
+    if clip.video is not None:
+        yield from frames_at(clip.video, wanted, times)
+    elif clip.frames is not None:
+        for number, image in stills_at(clip.frames, wanted):
+            if image is None:
+                counts["unreadable_frames"] = counts.get("unreadable_frames", 0) + 1
+            else:
+                yield number, image

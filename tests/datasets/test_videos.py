@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaflow.datasets import LAYOUTS, Dataset, open_dataset
-from vaflow.datasets.layouts import NOT_YET
 from vaflow.datasets.videos import item_ids
 from vaflow.errors import UsageError
 
@@ -162,17 +161,11 @@ def test_an_unknown_layout_has_choices(tmp_path: Path) -> None:
     assert "Did you mean 'affwild2'?" in message and "videos" in message
 
 
-@pytest.mark.parametrize("layout", NOT_YET)
-def test_layouts_to_come_say_so(tmp_path: Path, layout: str) -> None:
-    message = refusal(touch(tmp_path, "a.mp4"), layout)
-    assert "cannot be read yet" in message and "videos" in message
-
-
 def test_the_wrong_layout_for_a_folder_names_the_right_one(tmp_path: Path) -> None:
     message = refusal(touch(tmp_path, "a.mp4"), "affwild2")
     assert "VA_Estimation_Challenge" in message and "'videos' fits" in message
 
 
 def test_every_layout_says_what_it_looks_for() -> None:
-    assert set(LAYOUTS).isdisjoint(NOT_YET) and "auto" not in LAYOUTS
+    assert "auto" not in LAYOUTS
     assert all(layout.looks_for for layout in LAYOUTS.values())

@@ -21,7 +21,12 @@ class Clip:
         audio: the file whose audio stream is used; usually the video.
         crops: folders of face crops named by 1-based video frame number, merged in order; empty: detect faces.
         labels: the annotation file, or None.
-        label_format: how to read it: a key of `vaflow.datasets.labels.READERS`.
+        label_format: how to read it: a key of `vaflow.datasets.labels.READERS` or, with `dimensions`, of
+            `DIMENSION_READERS`.
+        dimensions: (target, file), where each dimension has a file of its own; `labels` is then the first of them.
+        frames: in the place of a video, a folder of its frames as pictures named by number (0-based: picture n is
+            frame n), shown at `frame_rate` per second.
+        frame_rate: frames per second of `frames`; None where there is a video, whose own times count.
     """
 
     id: str
@@ -32,6 +37,9 @@ class Clip:
     crops: tuple[Path, ...] = ()
     labels: Path | None = None
     label_format: str = "none"
+    dimensions: tuple[tuple[str, Path], ...] = ()
+    frames: Path | None = None
+    frame_rate: float | None = None
 
 
 @dataclass(frozen=True)

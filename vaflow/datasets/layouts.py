@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vaflow.datasets import affwild2, videos
+from vaflow.datasets import afew_va, affwild2, muse, recola, sewa, videos
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.dataset import Dataset, Note
 from vaflow.datasets.files import entries, seen
@@ -31,10 +31,12 @@ class Layout:
 # In the order in which `auto` tries them: what is most particular comes first.
 LAYOUTS: dict[str, Layout] = {
     "affwild2": Layout(affwild2.LOOKS_FOR, affwild2.detect, affwild2.scan),
+    "afew-va": Layout(afew_va.LOOKS_FOR, afew_va.detect, afew_va.scan),
+    "recola": Layout(recola.LOOKS_FOR, recola.detect, recola.scan),
+    "sewa": Layout(sewa.LOOKS_FOR, sewa.detect, sewa.scan),
+    "muse": Layout(muse.LOOKS_FOR, muse.detect, muse.scan),
     "videos": Layout(videos.LOOKS_FOR, videos.detect, videos.scan),
 }
-
-NOT_YET = ("afew-va", "recola", "sewa", "muse")
 
 
 def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
@@ -83,9 +85,6 @@ def _first_fit(root: Path) -> str:
 
 def _must_fit(root: Path, layout: str) -> None:
     choices = [AUTO, *LAYOUTS]
-    if layout in NOT_YET:
-        problem = f"The layout {layout!r} cannot be read yet"
-        raise UsageError(explain(problem, choices=choices, remedy="Bring the files into the layout 'videos'"))
     if layout not in LAYOUTS:
         raise UsageError(explain("There is no such layout", got=layout, choices=choices))
     if LAYOUTS[layout].detect(root):

@@ -1,0 +1,86 @@
+"""A folder of numbered whole frames in the place of a video (AFEW-VA): a clock from the numbers, pictures by number.
+
+Picture n is frame n, shown at n / rate seconds. A number without a picture is a frame without a face: nothing shifts.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from vaflow.datasets.clip import Clip
+from vaflow.errors import MediaError, explain
+from vaflow.extract.crops import PICTURES, crops_identity, read_crop
+from vaflow.extract.media import MediaInfo, VideoInfo
+from vaflow.timeline import Floats, Ints
+
+_LAST = 10_000_000  # a larger number is no frame's, and would cost memory
+_EXPECTED = "pictures named by frame number from 0 on, such as 00000.png"
+
+
+def list_stills(folder: Path) -> dict[int, Path]:
+    """Frame number -> picture, ascending. Of one number's several files (.jpg, .png) the first by name counts.
+
+    Raises:
+        MediaError: the folder is not there or holds no numbered picture, or a number is far too large.
+    """
+    found: dict[int, Path] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if file.suffix.lower() in PICTURES and file.stem.isascii() and file.stem.isdigit():
+            found.setdefault(int(file.stem), file)
+    if not found:
+        raise MediaError(explain(f"{folder} holds no frames", expected=_EXPECTED))
+    if max(found) > _LAST:
+        got = found[max(found)].name
+        raise MediaError(explain(f"{folder} has a frame number that is none", expected=_EXPECTED, got=got))
+    return dict(sorted(found.items()))
+
+
+def still_times(stills: Mapping[int, Path], rate: float) -> Floats:
+    """[N] seconds of all frames from 0 to the last one that has a picture."""
+    return np.arange(max(stills) + 1) / rate
+
+
+def open_stills(clip: Clip) -> tuple[MediaInfo, Floats]:
+    """What a clip of pictures holds, in the terms of a video, and its frame times [N].
+
+    Raises:
+        MediaError: there are no pictures, the first one cannot be read, or nothing says how fast they follow.
+    """
+    if clip.frames is None or not clip.frame_rate or clip.frame_rate <= 0:
+        raise MediaError(explain(f"{clip.id!r} has no frame rate", expected="frames per second above 0"))
+    stills = list_stills(clip.frames)
+    first = next(iter(stills.values()))
+    try:
+        with Image.open(first) as picture:
+            (width, height), codec = picture.size, str(picture.format).lower()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        problem = f"{first} cannot be read as a picture ({error})"
+        raise MediaError(explain(problem, expected="a whole JPEG or PNG file")) from error
+    times, rate = still_times(stills, clip.frame_rate), clip.frame_rate
+    video = VideoInfo(width, height, codec, rate, rate, len(stills), len(times) / rate, 0)
+    return MediaInfo(clip.frames, "pictures", 0.0, video, None), times
+
+
+def stills_identity(folder: Path, rate: float | None) -> dict[str, Any]:
+    """What tells one folder of frames from another: its listing, and how fast the frames follow.
+
+    Raises:
+        MediaError: as `list_stills`.
+    """
+    return {**crops_identity(list_stills(folder)), "rate": rate}
+
+
+def stills_at(folder: Path, wanted: Ints) -> Iterator[tuple[int, NDArray[np.uint8] | None]]:
+    """(frame number, RGB picture [H, W, 3]) of every wanted frame that has a file; None where it cannot be read."""
+    stills = list_stills(folder)
+    for number in wanted.tolist():
+        if number not in stills:
+            continue
+        try:
+            yield number, read_crop(stills[number])[1]
+        except MediaError:
+            yield number, None
