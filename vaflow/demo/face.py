@@ -156,8 +156,8 @@ class FaceArtist:
         p = self.person
         if p.beard == "none":
             return
-        colour = mix(shade(p.hair, p.light), self.skin, 0.25)
-        if p.beard == "beard":
+        colour = mix(shade(p.hair, p.light), self.skin, 0.25 if p.beard == "moustache" else 0.75)
+        if p.beard == "stubble":
             jaw = self.outline[self.outline[:, 1] > 0.45]
             inner = np.array([[-0.62, 0.5], [-0.5, 0.42], [0, 0.4], [0.5, 0.42], [0.62, 0.5]])
             pen.fill(np.concatenate([jaw[np.argsort(-jaw[:, 0])], inner]), colour)
@@ -166,32 +166,33 @@ class FaceArtist:
 
     def _mouth(self, pen: Pen, i: int) -> None:
         e, p = self.expression, self.person
-        smile, opening = float(e.smile[i]), float(e.mouth[i])
-        w = p.mouth_width * (1 + 0.22 * smile - 0.12 * opening)
+        smile = float(e.smile[i])
+        opening = max(float(e.mouth[i]), 0.75 * smile - 0.2)  # a broad smile shows the teeth
+        w = p.mouth_width * (1 + 0.3 * smile - 0.1 * float(e.mouth[i]))
         lift = 0.22 * smile  # the corners go up, the middle down
-        upper = curve(ACROSS, 0.07 * opening - 0.6 * lift, lift, MOUTH_Y) * (w, 1)
+        upper = curve(ACROSS, 0.05 * opening - 0.6 * lift, lift, MOUTH_Y) * (w, 1)
         lower = curve(ACROSS, -0.3 * opening - 0.6 * lift - 0.01, lift, MOUTH_Y) * (w, 1)
-        lips = p.lip_size
+        lips = p.lip_size * (1 - 0.25 * smile)
         full = 1 - np.abs(ACROSS) ** 3
         top, bottom = upper.copy(), lower.copy()
         top[:, 1] -= lips * full
         bottom[:, 1] += 1.25 * lips * full
         lip = shade(p.lip, p.light)
         pen.fill(np.concatenate([top, bottom[::-1]]), lip)
-        hollow = np.concatenate([upper, lower[::-1]])
         if opening > 0.08:
-            pen.fill(hollow, MOUTH)
-            self._inside(pen, upper, lower, opening)
+            pen.fill(np.concatenate([upper, lower[::-1]]), MOUTH)
+            self._inside(pen, upper, lower, opening, smile)
         pen.line(upper, shade(lip, 0.45), 0.045)
 
-    def _inside(self, pen: Pen, upper: Points, lower: Points, opening: float) -> None:
-        """Teeth under the upper lip, the tongue above the lower one."""
+    def _inside(self, pen: Pen, upper: Points, lower: Points, opening: float, smile: float) -> None:
+        """Teeth under the upper lip, more of them in a smile; the tongue above the lower lip."""
         middle = slice(1, -1)
-        edge = upper[middle] + (lower[middle] - upper[middle]) * 0.32
-        pen.fill(np.concatenate([upper[middle], edge[::-1]]), TEETH)
-        if opening > 0.3:
+        shown = 0.3 + 0.5 * max(smile, 0)
+        if opening > 0.3 and smile < 0.5:
             tongue = lower[2:-2] - (lower[2:-2] - upper[2:-2]) * 0.35
             pen.fill(np.concatenate([tongue, lower[2:-2][::-1]]), TONGUE)
+        edge = upper[middle] + (lower[middle] - upper[middle]) * shown
+        pen.fill(np.concatenate([upper[middle], edge[::-1]]), TEETH)
 
     def _hair_in_front(self, pen: Pen) -> None:
         p = self.person
@@ -210,9 +211,9 @@ class FaceArtist:
         if not p.glasses:
             return
         for side in (-1, 1):
-            pen.line(CIRCLE * (0.3, 0.27) + (side * p.eye_gap, EYE_Y), DARK, 0.04, closed=True)
-            pen.line(np.array([[side * (p.eye_gap + 0.3), EYE_Y], [side * 1.0, EYE_Y - 0.05]]), DARK, 0.04)
-        pen.line(np.array([[-p.eye_gap + 0.3, EYE_Y], [p.eye_gap - 0.3, EYE_Y]]), DARK, 0.04)
+            pen.line(CIRCLE * (0.3, 0.27) + (side * p.eye_gap, EYE_Y), DARK, 0.025, closed=True)
+            pen.line(np.array([[side * (p.eye_gap + 0.3), EYE_Y], [side * 1.0, EYE_Y - 0.05]]), DARK, 0.025)
+        pen.line(np.array([[-p.eye_gap + 0.3, EYE_Y], [p.eye_gap - 0.3, EYE_Y]]), DARK, 0.025)
 
 
 def _outline(person: Person) -> Points:

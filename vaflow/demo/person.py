@@ -13,7 +13,7 @@ SHIRTS = [from_rgb(c) for c in ("#31587a", "#7a3131", "#3f6b4a", "#c9a23f", "#5b
 WALLS = [from_rgb(c) for c in ("#d7cfc0", "#9fb3bd", "#c7b7b5", "#8d9a86", "#b9b4cc", "#6f7a86", "#e0d3a8")]
 IRISES = [from_rgb(c) for c in ("#5b3a1e", "#3d2a18", "#47658a", "#4f7350", "#6d6f72")]
 HAIR_STYLES = ("short", "long", "bun", "curly", "bald")
-BEARDS = ("none", "none", "none", "moustache", "beard")
+BEARDS = ("none", "none", "none", "none", "none", "none", "moustache", "stubble")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def random_person(key: Key) -> Person:
         lip=mix(shade(skin, 0.8), (70, 60, 190), rng.uniform(0.35, 0.6)),
         hair_style=HAIR_STYLES[rng.integers(len(HAIR_STYLES))],
         beard=BEARDS[rng.integers(len(BEARDS))],
-        glasses=bool(rng.random() < 0.2),
+        glasses=bool(rng.random() < 0.15),
         face_height=rng.uniform(1.2, 1.38),
         jaw=rng.uniform(0.62, 0.85),
         eye_gap=rng.uniform(0.4, 0.48),
@@ -70,7 +70,7 @@ def random_person(key: Key) -> Person:
         lip_size=rng.uniform(0.06, 0.1),
         nose=rng.uniform(0.1, 0.17),
         rest_mouth=rng.normal(0, 0.12),
-        rest_eyes=rng.normal(0, 0.1),
+        rest_eyes=rng.normal(0, 0.13),
         rest_brows=rng.normal(0, 0.12),
         light=rng.uniform(0.85, 1.08),
         size=rng.uniform(0.9, 1.08),

@@ -11,7 +11,7 @@ from vaflow.demo.person import random_person
 from vaflow.demo.plan import ClipPlan
 
 CROP_SIZE = 112
-CROP_SCALE = 45.0  # half a face's width in the cut-out, in pixels
+CROP_SCALE = 64.0  # half a face's width in the cut-out, in pixels
 CROP_CENTRE = 0.08  # the cut-out's middle, in half face widths below the head's
 EASE = 0.25  # seconds that something takes to move in front of the face
 NOISE_CELL = 8  # pixels of one square of noise
