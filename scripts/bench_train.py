@@ -1,0 +1,135 @@
+"""What loading costs during training: an epoch over a cache against the same steps on one batch held in memory.
+
+    python scripts/bench_train.py
+    python scripts/bench_train.py --windows 20000 --device cuda
+
+Builds a synthetic cache of realistic widths in a temporary folder. Prints the time to load it, windows per second, and
+the ratio of the two epochs: 1.0 would be data that costs nothing; the goal is at most 1.15.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vaflow.cache import Cache, create_cache
+from vaflow.cache.schema import LABELS, Array, StreamInfo
+from vaflow.timeline import Grid
+from vaflow.train.builder import build_model, choose_device
+from vaflow.train.config import TrainConfig
+from vaflow.train.data import load_split
+from vaflow.train.inputs import resolve
+from vaflow.train.loop import lr_factor, make_optimizer, seeded, train_step
+from vaflow.train.windows import WindowSet
+
+GRID, STEPS, FPS = Grid(), 20, 30
+VISUAL_DIM, AUDIO_DIM = 512, 768
+GOAL = 1.15
+
+
+def build_cache(path: Path, windows: int, clip_seconds: float) -> Cache:
+    """A cache whose training split has at least `windows` windows of random features."""
+    cache = create_cache(path)
+    said = {"sampling": {"window": GRID.window, "stride": GRID.stride, "frames": GRID.frames, "audio_steps": STEPS}}
+    cache.declare(StreamInfo("clip-vit-b16", "visual", VISUAL_DIM, "float16", {"encoder": "random", **said}))
+    cache.declare(StreamInfo("ast", "audio", AUDIO_DIM, "float16", {"encoder": "random", **said}))
+    cache.declare(StreamInfo("clip-vit-b16.text", "text", VISUAL_DIM, "float32", {"encoder": "random"}))
+    cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS}))
+    rng = np.random.default_rng(0)
+    template = rng.normal(size=(3, 9, VISUAL_DIM)).astype(np.float32)
+    cache.write("clip-vit-b16.text", "default", {"embedding": template.mean(axis=0), "template": template})
+    per_clip = len(GRID.starts(clip_seconds))
+    for number in range(-(-windows // per_clip)):
+        write_clip(cache, f"clip{number:04d}", clip_seconds, rng)
+    return cache
+
+
+def write_clip(cache: Cache, item: str, seconds: float, rng: np.random.Generator) -> None:
+    """One training clip with features and labels everywhere."""
+    time_visual = GRID.sample_times(seconds)
+    start = GRID.seconds(GRID.starts(seconds))
+    time_audio = start[:, None] + (np.arange(STEPS) + 0.58) * GRID.window / STEPS
+    for name, time_, dim in (("clip-vit-b16", time_visual, VISUAL_DIM), ("ast", time_audio, AUDIO_DIM)):
+        embedding = rng.standard_normal((*time_.shape, dim), dtype=np.float32).astype(np.float16)
+        arrays: dict[str, Array] = {"embedding": embedding, "time": time_, "valid": np.ones(time_.shape, bool)}
+        if name == "ast":
+            arrays["start"] = start
+        cache.write(name, item, arrays)
+    clock = np.arange(int(seconds * FPS)) / FPS
+    value = np.sin(clock[:, None] * rng.uniform(0.1, 1, size=2)).astype(np.float32)
+    labels: dict[str, Array] = {"time": clock, "value": value, "valid": np.ones(value.shape, bool)}
+    cache.write(LABELS, item, labels, meta={"split": "train", "group": item, "duration": seconds})
+
+
+def epoch_seconds(windows: WindowSet, config: TrainConfig, inputs_model: torch.nn.Module, *, fixed: bool) -> float:
+    """One epoch's steps; with `fixed`, all of them on the same batch, gathered before the clock starts."""
+    model = inputs_model.train()
+    optimizer = make_optimizer(model, config)
+    generator = torch.Generator().manual_seed(0)
+    batches = list(windows.shuffled(config.batch_size, generator))
+    held = windows.gather(batches[0])
+    _wait(windows.device)
+    begun = time.perf_counter()
+    for step, ids in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * lr_factor(config, step, len(batches))
+        train_step(model, optimizer, held if fixed else windows.gather(ids), config)
+    _wait(windows.device)
+    return time.perf_counter() - begun
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bench(args: argparse.Namespace, folder: Path) -> dict[str, float | str | int]:
+    """Build, load, and time both kinds of epoch in turn; the ratio is of medians."""
+    cache = build_cache(folder / "cache", args.windows, args.clip_seconds)
+    device = choose_device(args.device)
+    config, inputs = resolve(cache, TrainConfig(batch_size=args.batch_size, device=args.device))
+    begun = time.perf_counter()
+    budget = 0 if args.mapped else None
+    windows = load_split(cache, "train", inputs.streams, config, device=device, budget=budget, scratch=folder)
+    _wait(device)
+    loaded = time.perf_counter() - begun
+    with seeded(0):
+        model = build_model(config, inputs.specs, inputs.prototypes).to(device)
+    epoch_seconds(windows, config, model, fixed=True)  # warm up
+    real, held = [], []
+    for _ in range(args.repeats):  # in turn, so that a busy machine slows both
+        held.append(epoch_seconds(windows, config, model, fixed=True))
+        real.append(epoch_seconds(windows, config, model, fixed=False))
+    return {
+        "device": str(device),
+        "windows": len(windows),
+        "load_seconds": round(loaded, 3),
+        "epoch_seconds": round(statistics.median(real), 3),
+        "fixed_batch_seconds": round(statistics.median(held), 3),
+        "windows_per_second": round(len(windows) / statistics.median(real), 1),
+        "ratio": round(statistics.median(r / h for r, h in zip(real, held, strict=True)), 4),
+        "goal": GOAL,
+    }
+
+
+def main() -> None:
+    """Parse, measure, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, default=2000)
+    parser.add_argument("--clip-seconds", type=float, default=130.0, help="length of every clip (Aff-Wild2's mean)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--mapped", action="store_true", help="read features from a memory-mapped scratch file")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="vaflow-bench-") as folder:
+        print(json.dumps(bench(args, Path(folder)), indent=2))
+
+
+if __name__ == "__main__":
+    main()
