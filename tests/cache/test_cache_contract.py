@@ -118,7 +118,7 @@ def test_large_arrays_are_split_along_their_first_axis(tmp_path, monkeypatch):
         assert len(chunks) == -(-11 // rows)
         assert_same(dict(cache.read("visual", item).arrays), expected)
         folder = cache.layout.item("visual", item) / record.attempt
-        np.testing.assert_array_equal(zarr.open_group(folder, mode="r")["embedding"][...], expected["embedding"])
+        np.testing.assert_array_equal(zarr.open_array(folder / "embedding", mode="r")[...], expected["embedding"])
 
 
 def test_files_are_what_plain_libraries_expect(tmp_path, store):
@@ -128,8 +128,9 @@ def test_files_are_what_plain_libraries_expect(tmp_path, store):
     folder = cache.path / "visual" / "c"
     if store == "zarr":
         group = zarr.open_group(folder / record.attempt, mode="r")
-        got = {name: np.asarray(group[name][...]) for name in group}
-        assert all(group[name].compressors == () and group[name].metadata.zarr_format == 3 for name in group)
+        members = dict(group.arrays())
+        assert all(array.compressors == () and array.metadata.zarr_format == 3 for array in members.values())
+        got = {name: np.asarray(array[...]) for name, array in members.items()}
     else:
         with h5py.File(folder / f"{record.attempt}.h5") as file:
             got = {name: file[name][()] for name in file}

@@ -138,7 +138,7 @@ class Index:
             recent = [mtime for mtime in times if not _is_past(mtime, clock)]
             if not recent:
                 break
-            time.sleep(min(max(map(_margin, recent)), _COARSE) / 1e9)
+            time.sleep(1.2 * max(map(_margin, recent)) / 1e9)
             clock = self._clock()
         return clock
 

@@ -1,0 +1,182 @@
+"""The index makes opening fast and never makes it wrong."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from cache_toys import arrays, small_cache, stream
+
+from vaflow.cache import index as index_module
+from vaflow.cache import open_cache
+from vaflow.cache.commit import load_record
+from vaflow.errors import CorruptError
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the record files that are read from now on."""
+    seen: list[str] = []
+
+    def noting(layout: object, path: Path) -> object:
+        seen.append(path.name)
+        return load_record(layout, path)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("vaflow.cache.cache.load_record", noting)
+    return seen
+
+
+def forbid_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, listing a folder of records fails the test."""
+    real = os.scandir
+
+    def guarded(path: Path) -> object:
+        if "records" in Path(path).parts:
+            pytest.fail("the folder was listed")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+
+
+def test_with_a_saved_index_no_record_is_read(tmp_path, store, reads):
+    cache = small_cache(tmp_path / "cache", store)
+    cache.refresh_index()
+    del reads[:]
+    reader = open_cache(cache.path)
+    assert reader.items() == ["a/b", "c"]
+    assert reader.items("train", "visual") == ["a/b"]
+    assert reader.info() == cache.info()
+    assert reads == []
+
+
+def test_a_trusted_folder_is_not_even_listed(tmp_path, store, monkeypatch):
+    cache = small_cache(tmp_path / "cache", store)
+    cache.refresh_index()
+    forbid_listing(monkeypatch)
+    assert open_cache(cache.path).items("val", "visual") == ["c"]
+
+
+def test_without_an_index_everything_works(tmp_path, store):
+    cache = small_cache(tmp_path / "cache", store)
+    assert not cache.layout.index.exists()
+    assert open_cache(cache.path).items("val") == ["c"]
+    assert not cache.layout.index.exists()  # a reader writes nothing
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data + b"x",
+        lambda data: data.replace(b'"val"', b'"vxl"'),
+        lambda data: b"[]",
+        lambda data: b"\xff\xfe",
+        lambda data: b'{"crc32c":0,"index":{}}\n',
+    ],
+)
+def test_a_damaged_index_is_ignored_and_made_again(tmp_path, damage):
+    cache = small_cache(tmp_path / "cache", "hdf5")
+    cache.refresh_index()
+    good = cache.layout.index.read_bytes()
+    cache.layout.index.write_bytes(damage(good))
+    reader = open_cache(cache.path)
+    assert reader.items("val", "visual") == ["c"]
+    again = open_cache(cache.path, writable=True)
+    again.refresh_index()
+    assert cache.layout.index.read_bytes() == good
+
+
+def test_every_flipped_bit_of_an_index_leaves_the_answers_right(tmp_path):
+    cache = small_cache(tmp_path / "cache", "hdf5")
+    cache.refresh_index()
+    good = cache.layout.index.read_bytes()
+    expected = cache.info()
+    for position in range(0, len(good), 7):
+        flipped = bytearray(good)
+        flipped[position] ^= 1 << (position % 8)
+        cache.layout.index.write_bytes(flipped)
+        assert open_cache(cache.path).info() == expected, position
+
+
+def test_only_records_that_changed_are_read(tmp_path, store, reads):
+    cache = small_cache(tmp_path / "cache", store, ("a", "b", "c", "d"))
+    cache.refresh_index()
+    cache.write("labels", "b", arrays(stream("labels")), meta={"split": "test"})
+    cache.write("labels", "e", arrays(stream("labels")), meta={"split": "test"})
+    cache.drop("labels", "d")
+    del reads[:]
+    reader = open_cache(cache.path)
+    assert reader.items() == ["a", "b", "c", "e"]
+    assert reader.items("test") == ["b", "e"]
+    assert sorted(set(reads)) == ["b.json", "e.json"]
+
+
+def test_other_writers_are_seen_at_once(tmp_path, store):
+    cache = small_cache(tmp_path / "cache", store)
+    cache.refresh_index()
+    reader = open_cache(cache.path)
+    assert reader.items() == ["a/b", "c"]
+    cache.write("labels", "d", arrays(stream("labels")))
+    assert reader.items() == ["a/b", "c", "d"]
+    cache.drop("labels", "c")
+    assert reader.items() == ["a/b", "d"]
+
+
+def test_a_change_within_the_same_tick_of_the_clock_is_seen(tmp_path, monkeypatch):
+    """Racily fresh: the folder changes after it was listed, and its time of change stays the same."""
+    cache = small_cache(tmp_path / "cache", "hdf5")
+    folder = cache.layout.records("labels")
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # a save that does not wait: the folder is still fresh
+    now = time.time_ns()
+    os.utime(folder, ns=(now, now))
+    cache.refresh_index()
+    reader = open_cache(cache.path)
+    assert reader.items() == ["a/b", "c"]
+    cache.write("labels", "d", arrays(stream("labels")))
+    os.utime(folder, ns=(now, now))
+    assert folder.stat().st_mtime_ns == now
+    assert reader.items() == ["a/b", "c", "d"]
+    assert open_cache(cache.path).items() == ["a/b", "c", "d"]
+
+
+def test_saving_waits_until_the_folder_can_be_trusted(tmp_path, monkeypatch):
+    cache = small_cache(tmp_path / "cache", "hdf5")
+    waited: list[float] = []
+    real = time.sleep
+
+    def noting(seconds: float) -> None:
+        waited.append(seconds)
+        real(seconds)
+
+    monkeypatch.setattr(time, "sleep", noting)
+    cache.refresh_index()
+    assert len(waited) == 1
+    assert 0.05 < waited[0] <= 2.5
+    forbid_listing(monkeypatch)
+    assert open_cache(cache.path).items() == ["a/b", "c"]
+
+
+def test_coarse_clocks_get_a_wider_margin():
+    second = 1_700_000_000_000_000_000
+    assert index_module._is_past(second + 1, second + 200_000_000)
+    assert not index_module._is_past(second, second + 200_000_000)
+    assert index_module._is_past(second, second + 2_100_000_000)
+    assert not index_module._is_past(second + 500, second)
+
+
+def test_an_index_does_not_hide_damage(tmp_path, store):
+    cache = small_cache(tmp_path / "cache", store)
+    cache.refresh_index()
+    record = cache.layout.record("labels", "c")
+    data = record.read_bytes()
+    record.write_bytes(data[:-5] + b"9" + data[-4:])
+    with pytest.raises(CorruptError):
+        open_cache(cache.path).meta("c")
+    record.unlink()
+    record.write_bytes(data[:40])
+    with pytest.raises(CorruptError):
+        open_cache(cache.path).items()
+    cache.refresh_index()  # saves what is known, and does not trust the folder
+    with pytest.raises(CorruptError):
+        open_cache(cache.path).items()
