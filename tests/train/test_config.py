@@ -1,0 +1,136 @@
+"""Settings: defaults, precedence, types, round trips, refusals."""
+
+import tomllib
+
+import pytest
+
+from vaflow.errors import UsageError
+from vaflow.train import config as configs
+from vaflow.train.config import PRESETS, TrainConfig, coerce, differences, from_toml, merge, parse_settings, preset
+from vaflow.train.heads.fusion import FUSION
+from vaflow.train.heads.model import NORMALIZE
+from vaflow.train.heads.temporal import TEMPORAL
+
+
+def test_choices_are_those_of_the_model() -> None:
+    assert set(configs.TEMPORAL) == set(TEMPORAL)
+    assert set(configs.FUSION) == set(FUSION)
+    assert set(configs.NORMALIZE) == set(NORMALIZE)
+
+
+def test_preset_p1_states_nothing_but_the_defaults_and_its_streams() -> None:
+    assert merge(preset("p1")) == TrainConfig(visual=("clip-vit-b16",), audio=("ast",))
+
+
+def test_later_layers_win() -> None:
+    merged = merge({"lr": 1.0, "epochs": 3, "seed": 1}, {"lr": 2, "epochs": 4}, parse_settings(["lr=3e-4"]))
+    assert (merged.lr, merged.epochs, merged.seed) == (3e-4, 4, 1)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_toml_round_trip(name: str) -> None:
+    config = merge(preset(name), {"window": 6, "causal": "false", "frames": 7, "seed": "12"})
+    again = from_toml(configs.to_toml(config))
+    assert again == config
+    assert isinstance(again.window, float) and again.causal is False and again.stride is None
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("lr", "3e-4", 3e-4),
+        ("lr", 1, 1.0),
+        ("epochs", "7", 7),
+        ("causal", "False", False),
+        ("learnable_prompts", "true", True),
+        ("visual", "a, b", ("a", "b")),
+        ("visual", ["a"], ("a",)),
+        ("window", "none", None),
+        ("window", "2.5", 2.5),
+        ("fusion", "gated", "gated"),
+    ],
+)
+def test_values_become_their_type(key: str, text: object, value: object) -> None:
+    got = coerce(key, text)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("epochs", "many", "whole number"),
+        ("epochs", 1.5, "whole number"),
+        ("epochs", True, "whole number"),
+        ("lr", "fast", "a number"),
+        ("causal", "perhaps", "true or false"),
+        ("visual", 3, "stream names"),
+        ("fusion", 3, "text"),
+        ("hiden", "3", "Did you mean 'hidden'"),
+    ],
+)
+def test_values_of_another_type_are_refused(key: str, value: object, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        coerce(key, value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"temporal": "gruu"}, "Did you mean 'gru'"),
+        ({"region_labels": "medium"}, "soft"),
+        ({"epochs": 0}, "epochs is out of range"),
+        ({"lr": 0.0}, "lr is out of range"),
+        ({"lr": float("nan")}, "lr is out of range"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"kl_weight": -1.0}, "kl_weight"),
+        ({"sigma": 0.0}, "sigma"),
+        ({"device": "gpu"}, "device"),
+        ({"window": 2.0, "stride": 3.0, "frames": 4}, "stride is longer"),
+        ({"visual": ("none",), "audio": ("none",)}, "nothing to train on"),
+        ({"visual": ("none", "a")}, "stands alone"),
+        ({"audio": ("a", "a")}, "named twice"),
+    ],
+)
+def test_values_out_of_range_are_refused(settings: dict[str, object], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        TrainConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_set_takes_key_and_value() -> None:
+    assert parse_settings(["batch-size=4", "text=a=b"]) == {"batch_size": "4", "text": "a=b"}
+    with pytest.raises(UsageError, match="KEY=VALUE"):
+        parse_settings(["lr"])
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(UsageError, match=r"p1, p2"):
+        preset("p3")
+
+
+def test_settings_file_flat_or_as_a_run_writes_it(tmp_path) -> None:
+    flat = tmp_path / "flat.toml"
+    flat.write_text("lr = 1e-3\nvisual = ['a']\n")
+    nested = tmp_path / "config.toml"
+    nested.write_text("vaflow = '1'\n[train]\nlr = 1e-3\nvisual = ['a']\n[data.train]\nclips = 3\n")
+    assert configs.read_settings(flat) == configs.read_settings(nested) == {"lr": 1e-3, "visual": ["a"]}
+
+
+@pytest.mark.parametrize("text", ["lr = ", "learning_rate = 1", "lr = 'x'", "\xff\xfe"])
+def test_bad_settings_file(tmp_path, text: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError):
+        configs.read_settings(path)
+    with pytest.raises(UsageError, match="Cannot read"):
+        configs.read_settings(tmp_path / "absent.toml")
+
+
+def test_differences_name_what_changes_the_training() -> None:
+    one = TrainConfig(lr=1e-3, device="cpu")
+    assert differences(one, TrainConfig(lr=1e-3, device="cuda")) == []
+    assert differences(one, TrainConfig(lr=1e-4, seed=3)) == ["lr: 0.001, not 0.0001", "seed: 0, not 3"]
+
+
+def test_every_setting_survives_as_toml() -> None:
+    config = TrainConfig(window=10, stride=3, frames=20, audio_steps=20)
+    assert set(tomllib.loads(configs.to_toml(config))) == set(TrainConfig.__dataclass_fields__)
