@@ -24,13 +24,10 @@ def build(name: str, **options: Any) -> Any:
     return build_encoder(name, **options)
 
 
-def save(model: torch.nn.Module, path: Path, layout: str = "plain", **changes: torch.Tensor | None) -> Path:
+def save(model: torch.nn.Module, path: Path, layout: str = "plain", **changes: Any) -> Path:
+    """The model's state dict as a file; a change is a tensor to add, or None to leave a key out."""
     state = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
-    for key, value in changes.items():
-        if value is None:
-            del state[key]
-        else:
-            state[key] = value
+    state = {key: value for key, value in (state | changes).items() if value is not None}
     if path.suffix == ".safetensors":
         save_file(state, path)
     elif layout == "training":
@@ -129,11 +126,12 @@ def test_a_file_of_another_training_keeps_the_named_models_activation(small_clip
 
 
 def test_keys_that_do_not_fit_are_named(small_clip: Any, tmp_path: Path) -> None:
+    changes: Any = {"visual.proj": None, "visual.class_embedding": torch.zeros(7)}
     path = save(
         small_clip,
         tmp_path / "model.pt",
         ln_final_extra=torch.zeros(2),
-        **{"visual.proj": None, "visual.class_embedding": torch.zeros(7)},
+        **changes,
     )
     with pytest.raises(WeightsError) as caught:
         build("clip-vit-b16", weights=path)
@@ -142,7 +140,7 @@ def test_keys_that_do_not_fit_are_named(small_clip: Any, tmp_path: Path) -> None
 
 
 def test_only_the_first_ten_keys_are_named(small_clip: Any, tmp_path: Path) -> None:
-    extras = {f"extra.{i:02}": torch.zeros(1) for i in range(14)}
+    extras: Any = {f"extra.{i:02}": torch.zeros(1) for i in range(14)}
     with pytest.raises(WeightsError, match=r"14 unexpected keys: extra\.00.*extra\.09 and 4 more"):
         build("clip-vit-b16", weights=save(small_clip, tmp_path / "model.pt", **extras))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ def _check_config(folder: Path, config: Mapping[str, Any], features: Mapping[str
 
 
 def _load_module(folder: Path) -> torch.nn.Module:
+    from safetensors import SafetensorError
     from transformers import ASTModel
 
     try:
@@ -108,10 +110,11 @@ def _load_module(folder: Path) -> torch.nn.Module:
                 str(folder),
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 attn_implementation="sdpa",
                 dtype=torch.float32,
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise WeightsError(
             explain(
                 f"The weights in {folder} do not load",
@@ -125,10 +128,15 @@ def _load_module(folder: Path) -> torch.nn.Module:
         missing=info["missing_keys"],
         # A checkpoint for classification has a head, which this encoder does not use.
         unexpected=[key for key in info["unexpected_keys"] if not key.startswith("classifier.")],
-        misshapen=[str(key) for key in info["mismatched_keys"]],
+        misshapen=[_name_shapes(key) for key in info["mismatched_keys"]],
     )
     loaded: torch.nn.Module = module
     return loaded
+
+
+def _name_shapes(mismatch: Any) -> str:
+    key, found, expected = mismatch
+    return f"{key} {tuple(found)} instead of {tuple(expected)}"
 
 
 @contextmanager

@@ -164,9 +164,10 @@ def _build(request: Request, model_name: str, tag: str | None, file: Path | None
 
     settings = get_pretrained_cfg(model_name, tag) if tag else {}
     quick = bool(settings.get("quick_gelu")) or model_name.endswith(QUICK_SUFFIX)
-    model = new_model(model_name, quick)
     path = file if file is not None else download(request.name, settings)
-    state = adapted(read_state_dict(path), model)
+    state = read_state_dict(path)  # first: building a model takes seconds, and a wrong file should be told at once
+    model = new_model(model_name, quick)
+    state = adapted(state, model)
     if tag == "openai" or says_openai(path, state):
         require_quick_gelu(model, f"{request.name} with weights from {path}")
     load_strictly(model, {k: v for k, v in state.items() if k not in OPENAI_EXTRAS}, str(path))

@@ -1,0 +1,256 @@
+"""AST: loading from a folder, input as Hugging Face makes it, and which stretch of sound each step stands for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, ASTModel
+
+from vaflow.encoders import Request, build_encoder
+from vaflow.encoders.ast import make_encoder
+from vaflow.encoders.ast_geometry import Geometry, window_frames
+from vaflow.encoders.logmel import RATE, FilterBank, frame_times
+from vaflow.errors import UsageError, WeightsError
+
+FULL = Geometry(patch=16, frequency_stride=10, time_stride=10, mel_bins=128, max_length=1024)
+
+
+def build(name: str, **options: Any) -> Any:
+    """An encoder of any kind; tests know which."""
+    return build_encoder(name, **options)
+
+
+def sound(seconds: float, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    time = np.arange(round(seconds * RATE)) / RATE
+    return (0.2 * np.sin(440 * time**1.5) + 0.02 * rng.standard_normal(time.size)).astype(np.float32)
+
+
+# --- geometry
+
+
+def test_token_centres_are_the_mean_of_their_frames_centres() -> None:
+    frames = frame_times(1024)
+    expected = [frames[10 * j : 10 * j + 16].mean() for j in range(101)]
+    np.testing.assert_allclose(FULL.token_times(), expected, atol=1e-12)
+    assert (FULL.frequency_tokens, FULL.time_tokens) == (12, 101)
+
+
+@pytest.mark.parametrize(("window", "steps"), [(10, 20), (10, 10), (10, 100), (9.6, 24), (3, 7), (10.2, 17)])
+def test_steps_hold_the_tokens_centred_in_them(window: float, steps: int) -> None:
+    step, centres = window / steps, FULL.token_times()
+    expected = [[j for j, c in enumerate(centres) if k * step <= c < (k + 1) * step] for k in range(steps)]
+    assert FULL.members(window, steps) == expected
+    np.testing.assert_allclose(FULL.step_times(window, steps), [centres[g].mean() for g in expected], atol=1e-12)
+    rows = FULL.pooling(window, steps)
+    values = np.random.default_rng(0).standard_normal((101, 3))
+    np.testing.assert_allclose(rows @ values, [values[g].mean(axis=0) for g in expected], atol=1e-6)
+
+
+def test_twenty_steps_of_ten_seconds_take_five_tokens_each() -> None:
+    assert FULL.members(10, 20) == [list(range(5 * k, 5 * k + 5)) for k in range(20)]
+    np.testing.assert_allclose(FULL.step_times(10, 20), 0.5 * np.arange(20) + 0.2875, atol=1e-12)
+
+
+def test_a_token_on_the_border_belongs_to_the_later_step() -> None:
+    geometry = Geometry(patch=16, frequency_stride=10, time_stride=1, mel_bins=128, max_length=300)
+    groups = geometry.members(0.975, 10)  # centres at 0.0875 + 0.01 j, borders at 0.0975 k: token 1 is on one
+    assert (groups[0], groups[1][0]) == ([0], 1)
+
+
+@pytest.mark.parametrize(("window", "steps"), [(10, 200), (12, 20), (30, 60)])
+def test_a_step_without_a_token_is_refused(window: float, steps: int) -> None:
+    with pytest.raises(UsageError, match="would have no token"):
+        FULL.step_times(window, steps)
+
+
+def test_window_frames_are_those_of_the_filter_bank() -> None:
+    for window in (10, 3, 0.5, 9.6):
+        assert window_frames(window) == len(FilterBank().push(np.zeros(round(window * RATE), np.float32)))
+    assert window_frames(10) == 998
+
+
+# --- which sound reaches which step, through the real class
+
+
+@pytest.fixture(scope="module")
+def local_encoder() -> Any:
+    """A model without layers: each token is a function of its own patch only."""
+    torch.manual_seed(0)
+    module = ASTModel(ASTConfig(hidden_size=16, num_hidden_layers=0, num_attention_heads=1, intermediate_size=16))
+    return make_encoder(Request("local", None, "cpu", "float32"), module, -4.0, 4.5)
+
+
+@pytest.mark.parametrize("frame", [0, 7, 40, 63, 498, 505, 751, 990, 997])
+def test_an_impulse_changes_the_steps_whose_tokens_cover_it(local_encoder: Any, frame: int) -> None:
+    mel = torch.full((1, 998, 128), -6.0)
+    changed = mel.clone()
+    changed[0, frame] += 5
+    difference = local_encoder.encode(changed, window=10, steps=20) - local_encoder.encode(mel, window=10, steps=20)
+    strength = difference[0].norm(dim=-1).numpy()
+    covering = {j // 5 for j in range(100) if 10 * j <= frame < 10 * j + 16}
+    assert set(np.flatnonzero(strength > 1e-4).tolist()) == covering
+    # The step that changes most is the one that contains the instant, up to half a patch at its borders.
+    seconds = frame_times(998)[frame]
+    assert abs(local_encoder.step_times(10, 20)[strength.argmax()] - seconds) <= 0.25 + 0.0875 + 0.025
+
+
+def test_an_impulse_is_strongest_where_it_lies_with_attention_too() -> None:
+    encoder = build("ast-tiny")
+    mel = torch.full((1, 998, 128), -6.0)
+    for frame in (120, 430, 871):
+        changed = mel.clone()
+        changed[0, frame - 4 : frame + 4] += 8
+        difference = encoder.encode(changed, window=10, steps=20) - encoder.encode(mel, window=10, steps=20)
+        assert int(difference[0].norm(dim=-1).argmax()) == int(frame_times(998)[frame] / 0.5)
+
+
+def test_tokens_are_frequency_major_and_the_two_special_ones_are_dropped(local_encoder: Any) -> None:
+    mel = torch.randn(2, 998, 128, generator=torch.Generator().manual_seed(1))
+    embedding = local_encoder.encode(mel, window=10, steps=20)
+    padded = torch.nn.functional.pad(mel, (0, 0, 0, 26))
+    with torch.no_grad():
+        hidden = local_encoder.module((padded + 4.0) / 9.0).last_hidden_state
+    for step in (0, 7, 19):
+        tokens = [2 + f * 101 + t for f in range(12) for t in range(5 * step, 5 * step + 5)]
+        torch.testing.assert_close(embedding[:, step], hidden[:, tokens].mean(dim=1), atol=1e-5, rtol=0)
+
+
+# --- the input as Hugging Face makes it
+
+
+@pytest.mark.parametrize("seconds", [10.0, 4.2, 0.3])
+def test_from_sound_to_hidden_states_as_hugging_face(small_ast: Path, seconds: float) -> None:
+    samples = sound(min(seconds, 2.5))  # the small model reads 2.56 s
+    extractor, reference = ASTFeatureExtractor.from_pretrained(small_ast), ASTModel.from_pretrained(small_ast).eval()
+    inputs = extractor(samples, sampling_rate=RATE, return_tensors="pt")["input_values"]
+    with torch.no_grad():
+        hidden = reference(inputs).last_hidden_state[0, 2:].reshape(12, 25, -1).mean(dim=0)
+    encoder = build(f"ast:{small_ast}")
+    mel = torch.from_numpy(FilterBank().push(samples))[None]
+    embedding = encoder.encode(mel, window=2.5, steps=5)[0]
+    for step, tokens in enumerate(encoder.geometry.members(2.5, 5)):
+        torch.testing.assert_close(embedding[step], hidden[tokens].mean(dim=0), atol=1e-4, rtol=0)
+
+
+def test_a_short_window_is_one_padded_with_mel_zeros(small_ast: Path) -> None:
+    encoder = build("ast", weights=small_ast)
+    mel = torch.from_numpy(FilterBank().push(sound(1.1)))[None]
+    filled = torch.cat([mel, torch.zeros(1, window_frames(2.5) - mel.shape[1], 128)], dim=1)
+    assert torch.equal(encoder.encode(mel, window=2.5, steps=5), encoder.encode(filled, window=2.5, steps=5))
+
+
+def test_other_windows_in_the_batch_change_no_bit() -> None:
+    encoder = build("ast-tiny")
+    generator = torch.Generator().manual_seed(0)
+    mel = torch.randn(3, 998, 128, generator=generator) - 5
+    others = torch.randn(3, 998, 128, generator=generator) * 3
+    others[1] = mel[1]
+    first, second = encoder.encode(mel, window=10, steps=20), encoder.encode(others, window=10, steps=20)
+    assert torch.equal(first[1], second[1])
+    assert first.shape == (3, 20, encoder.dim)
+    assert first.dtype == torch.float32
+
+
+def test_shapes_that_cannot_be_right_are_refused(small_ast: Path) -> None:
+    encoder = build(f"ast:{small_ast}")
+    with pytest.raises(ValueError, match="at most 248, 128"):
+        encoder.encode(torch.zeros(1, 249, 128), window=2.5, steps=5)
+    with pytest.raises(ValueError, match="at most 248, 128"):
+        encoder.encode(torch.zeros(1, 100, 64), window=2.5, steps=5)
+
+
+# --- checkpoints
+
+
+def test_a_folder_loads_with_its_own_normalisation(small_ast: Path) -> None:
+    encoder = build("ast", weights=small_ast)
+    assert (encoder.identity["mean"], encoder.identity["std"]) == (-3.5, 2.25)
+    original = ASTForAudioClassification.from_pretrained(small_ast).audio_spectrogram_transformer.state_dict()
+    for key, value in encoder.module.state_dict().items():
+        assert torch.equal(value, original[key]), key
+    assert not encoder.module.training
+    (small_ast / "preprocessor_config.json").unlink()
+    audioset = build("ast", weights=small_ast)
+    assert (audioset.identity["mean"], audioset.identity["std"]) == (-4.2677393, 4.5689974)
+    assert audioset.identity != encoder.identity
+
+
+def test_a_checkpoint_without_the_classifier_is_the_same_encoder(small_ast: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    ASTModel.from_pretrained(small_ast).save_pretrained(bare)
+    ASTFeatureExtractor.from_pretrained(small_ast).save_pretrained(bare)
+    assert build(f"ast:{bare}").identity == build(f"ast:{small_ast}").identity
+
+
+def test_keys_as_the_hub_has_them_load_too(small_ast: Path) -> None:
+    """The published checkpoint is older than the installed transformers, which renames its keys while it loads."""
+    old = {}
+    for key, value in load_file(small_ast / "model.safetensors").items():
+        for new, before in HUB_NAMES.items():
+            key = key.replace(new, before)
+        old[key] = value
+    expected = build("ast", weights=small_ast).identity["weights"]
+    save_file(old, small_ast / "model.safetensors", metadata={"format": "pt"})
+    assert any("attention.attention.query.weight" in key for key in old)
+    assert build("ast", weights=small_ast).identity["weights"] == expected
+
+
+HUB_NAMES = {
+    ".layers.": ".encoder.layer.",
+    ".attention.q_proj.": ".attention.attention.query.",
+    ".attention.k_proj.": ".attention.attention.key.",
+    ".attention.v_proj.": ".attention.attention.value.",
+    ".attention.o_proj.": ".attention.output.dense.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+}
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "misshapen"])
+def test_weights_that_do_not_fit_are_named(small_ast: Path, change: str) -> None:
+    state = load_file(small_ast / "model.safetensors")
+    key = next(k for k in state if k.endswith("layernorm_after.weight"))
+    if change == "missing":
+        del state[key]
+    elif change == "unexpected":
+        state["audio_spectrogram_transformer.layernorm_between.weight"] = torch.zeros(3)
+    else:
+        state[key] = torch.zeros(5)
+    save_file(state, small_ast / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"layernorm_(after|between)\.weight"):
+        build("ast", weights=small_ast)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error"),
+    [
+        ("config.json", "{", WeightsError),
+        ("config.json", '{"model_type": "vit"}', UsageError),
+        ("preprocessor_config.json", '{"sampling_rate": 8000}', UsageError),
+        ("model.safetensors", "nothing of the kind", WeightsError),
+    ],
+)
+def test_folders_that_are_no_such_model_are_refused(
+    small_ast: Path, file: str, content: str, error: type[Exception]
+) -> None:
+    (small_ast / file).write_text(content)
+    with pytest.raises(error):
+        build("ast", weights=small_ast)
+
+
+def test_a_model_of_other_mel_bins_is_refused(small_ast: Path) -> None:
+    config = json.loads((small_ast / "config.json").read_text())
+    (small_ast / "config.json").write_text(json.dumps(config | {"num_mel_bins": 64}))
+    with pytest.raises(UsageError, match="num_mel_bins is 64"):
+        build("ast", weights=small_ast)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for name, weights in (("ast", tmp_path / "none"), (f"ast:{tmp_path}/none", None)):
+        with pytest.raises(WeightsError, match="There is no folder"):
+            build(name, weights=weights)

@@ -1,0 +1,173 @@
+"""Weights from files and from a hub: digests, formats that are refused, a hub that cannot be reached."""
+
+import pickle
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_hub import into_cache, serve
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from vaflow.encoders import build_encoder, hub
+from vaflow.encoders.hub import hub_file, url_file
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+from vaflow.errors import WeightsError
+
+STATE = {"b.weight": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(2.5), "c": torch.tensor([1, 2])}
+
+
+def build(name: str, **options: Any) -> Any:
+    """An encoder of any kind; tests know which."""
+    return build_encoder(name, **options)
+
+
+# --- digests
+
+
+def test_a_digest_does_not_depend_on_order_format_or_layout(tmp_path: Path) -> None:
+    digest = state_digest(STATE)
+    assert state_digest(dict(reversed(STATE.items()))) == digest
+    torch.save(STATE, tmp_path / "s.pt")
+    save_file(STATE, tmp_path / "s.safetensors")
+    assert state_digest(read_state_dict(tmp_path / "s.pt")) == digest
+    assert state_digest(read_state_dict(tmp_path / "s.safetensors")) == digest
+    assert state_digest({**STATE, "b.weight": STATE["b.weight"].t().contiguous().t()}) == digest
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**STATE, "a": torch.tensor(np.nextafter(np.float32(2.5), np.float32(3)))},
+        {**STATE, "b.weight": STATE["b.weight"].reshape(3, 2)},
+        {**STATE, "c": STATE["c"].to(torch.int32)},
+        {("x" if key == "a" else key): value for key, value in STATE.items()},
+    ],
+    ids=["one bit", "shape", "dtype", "name"],
+)
+def test_any_difference_changes_the_digest(other: dict[str, torch.Tensor]) -> None:
+    assert state_digest(other) != state_digest(STATE)
+
+
+# --- files
+
+
+class Evil:
+    """Unpickling this would make a folder."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.mkdir, (Path(self.path),))
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    torch.save({"a": Evil(str(trace))}, tmp_path / "zip.pt")
+    (tmp_path / "plain.bin").write_bytes(pickle.dumps({"a": Evil(str(trace))}))
+    for name in ("zip.pt", "plain.bin"):
+        with pytest.raises(WeightsError, match="cannot be read as weights"):
+            read_state_dict(tmp_path / name)
+    assert not trace.exists()
+
+
+def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "ViT-B-16.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    with pytest.raises(WeightsError, match=r"TorchScript.*vit_base_patch16_clip_224\.openai"):
+        build("clip-vit-b16", weights=path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 half an archive"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_files_of_something_else_are_refused(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=f"w{suffix}"):
+        build("clip-vit-b16", weights=path)
+
+
+def test_a_file_without_tensors_or_a_missing_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"epoch": 3}}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="no state dict"):
+        read_state_dict(tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="There is no weights file"):
+        build("clip-vit-b32", weights=tmp_path / "none.pt")
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    module = torch.nn.Linear(2, 2)
+    state = {"weight": torch.full((2, 2), float("nan")), "bias": torch.zeros(2)}
+    with pytest.raises(WeightsError, match=r"NaN.*weight"):
+        load_strictly(module, state, "a file")
+
+
+# --- the hub
+
+
+@pytest.mark.parametrize(
+    ("name", "repo"),
+    [
+        ("clip-vit-b16", "timm/vit_base_patch16_clip_224.openai"),
+        ("clip-vit-b32", "timm/vit_base_patch32_clip_224.openai"),
+        ("ast", "MIT/ast-finetuned-audioset-10-10-0.4593"),
+        ("ast:someone/model", "someone/model"),
+    ],
+)
+def test_an_unreachable_hub_is_a_clear_message_in_seconds(hub_cache: Path, name: str, repo: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(WeightsError) as caught:
+        build(name)
+    assert time.monotonic() - began < 10
+    assert f"--weights {name}=PATH" in str(caught.value)
+    assert f"model id {repo}" in str(caught.value)
+
+
+@pytest.mark.parametrize("silence", ["no such host", "no answer"])
+def test_every_kind_of_silence_ends_in_time(hub_cache: Path, silence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "PATIENCE", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # accepts connections and says nothing
+        deaf_address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        address = deaf_address if silence == "no answer" else "http://hub.invalid"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        began = time.monotonic()
+        with pytest.raises(WeightsError, match="cannot be reached"):
+            hub_file("someone/model", ("a",), encoder="ast")
+        assert time.monotonic() - began < 4
+
+
+def test_offline_mode_asks_nobody(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "ask", lambda address: pytest.fail("asked"))
+    with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
+        hub_file("someone/model", ("a",), encoder="ast")
+
+
+def test_the_cache_is_used_without_asking(hub_cache: Path, small_ast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "ask", lambda address: pytest.fail("asked"))
+    for file in small_ast.iterdir():
+        into_cache(hub_cache, "someone/model", file)
+    encoder = build("ast:someone/model")
+    assert encoder.identity == build("ast", weights=small_ast).identity
+
+
+def test_a_download_takes_the_first_name_that_exists(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve({"org/model/resolve/main/second.bin": b"tensors"}) as address:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        path = hub_file("org/model", ("first.bin", "second.bin"), encoder="ast")
+        assert path.read_bytes() == b"tensors"
+        with pytest.raises(WeightsError, match="none of these files"):
+            hub_file("org/model", ("third.bin",), encoder="ast")
+    assert hub_file("org/model", ("second.bin",), encoder="ast") == path, "found in the cache with the hub gone"
+
+
+def test_an_address_that_is_gone_is_a_clear_message() -> None:
+    with pytest.raises(WeightsError, match="clip:ViT-B-16/laion400m_e31=PATH"):
+        url_file("http://127.0.0.1:9/vit.pt", encoder="clip:ViT-B-16/laion400m_e31")
