@@ -17,7 +17,10 @@ EXAMPLES = 3
 LEVELS = ("low", "middle", "high")
 
 Root = Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)]
-Layout = Annotated[str, typer.Option("--layout", help="How the folder is laid out: auto, affwild2 or videos.")]
+Layout = Annotated[
+    str,
+    typer.Option("--layout", help="How the folder is laid out: auto, affwild2, afew-va, recola, sewa, muse, videos."),
+]
 
 
 def check(

@@ -18,7 +18,7 @@ SOME_FAILED = 3
 def extract(
     root: Annotated[Path, typer.Argument(help="Root of the data set, or one video.")],
     out: Annotated[Path, typer.Option(help="The cache to write; made if it is not there.")],
-    layout: Annotated[str, typer.Option(help="auto, affwild2 or videos.")] = "auto",
+    layout: Annotated[str, typer.Option(help="auto, affwild2, afew-va, recola, sewa, muse, videos.")] = "auto",
     visual: Annotated[list[str] | None, typer.Option(help="Visual encoder, or none. Repeatable.")] = None,
     audio: Annotated[list[str] | None, typer.Option(help="Audio encoder, or none. Repeatable.")] = None,
     weights: Annotated[list[str] | None, typer.Option(help="NAME=PATH: local weights instead of the hub.")] = None,

@@ -25,13 +25,13 @@ class Trace:
 def merge(traces: Mapping[str, Trace]) -> Annotation:
     """Valence and arousal (or one of them) on one clock.
 
-    The clock is that of the longer trace; rows of the other one that lie more than half an interval from all of its
+    The clock is that of the longer trace; rows of the other one that lie half an interval or more from all of its
     rows are added. At each of these times every dimension takes its nearest row, as frames do in `on_clock`.
     """
     targets = tuple(target for target in TARGETS if target in traces)
     longest = max((traces[target] for target in targets), key=lambda trace: trace.time.size)
     time = longest.time
-    apart = median_interval(time) / 2 * (1 + 1e-6)
+    apart = median_interval(time) / 2 * (1 - 1e-6)
     for target in targets:
         other = traces[target].time
         time = np.union1d(time, other[np.abs(time[nearest(time, other)] - other) > apart])
