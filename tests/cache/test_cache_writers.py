@@ -187,9 +187,9 @@ def test_everything_is_flushed_before_the_record_appears(tmp_path, store, monkey
     wanted |= {parent for name in wanted for parent in name.parents if parent.is_relative_to(path / "visual")}
     flushed = [what for _, what in steps[:created]]
     assert wanted <= set(flushed)
-    for inner in wanted:  # a folder after what is in it
-        for outer in (inner.parents[0],) if inner.parents[0] in wanted else ():
-            assert flushed.index(inner) < len(flushed) - 1 - flushed[::-1].index(outer)
+    last_file = max(flushed.index(folder / name) for name in record.files)
+    for parent in {parent for name in record.files for parent in (folder / name).parents} & wanted:
+        assert last_file < len(flushed) - 1 - flushed[::-1].index(parent)  # folders after files
     assert flushed[-1].name.startswith(".tmp-")
     assert flushed[-1].parent == place.parent
     assert ("flush", place.parent) in steps[created:]

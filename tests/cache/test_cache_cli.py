@@ -1,0 +1,129 @@
+"""`vaflow cache info|verify|repair`: exit codes, JSON on standard output, messages elsewhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cache_toys import small_cache
+
+from vaflow.cache import open_cache
+from vaflow.cli import main
+
+
+def damage(path: Path) -> str:
+    """Break one file of item "c"; returns its name below the cache."""
+    name = sorted(open_cache(path).record("visual", "c").files)[0]
+    file = path / "visual" / "c" / name
+    file.write_bytes(file.read_bytes()[:-1])
+    return file.relative_to(path).as_posix()
+
+
+def test_info_prints_a_table(tmp_path, store, capsys):
+    cache = small_cache(tmp_path / "cache", store)
+    assert main(["cache", "info", str(cache.path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{store}, schema version 1" in printed
+    assert "2 clips (train 1, val 1)" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("visual "))
+    assert re.split(r"\s{2,}", row)[:5] == ["visual", "visual", "6", "float16", "2"]
+    assert cache.fingerprint("visual")[:8] in row
+    assert row.endswith("toy-visual")
+
+
+def test_info_prints_json_and_nothing_else(tmp_path, store, capsys):
+    cache = small_cache(tmp_path / "cache", store)
+    assert main(["cache", "info", str(cache.path), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads(json.dumps(cache.info()))
+    assert printed.err == ""
+
+
+def test_an_empty_cache_has_an_info_too(tmp_path, capsys):
+    from vaflow.cache import create_cache
+
+    create_cache(tmp_path / "cache")
+    assert main(["cache", "info", str(tmp_path / "cache")]) == 0
+    assert "no streams yet" in capsys.readouterr().out
+    assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
+
+
+def test_verify_and_repair(tmp_path, store, capsys):
+    path = small_cache(tmp_path / "cache", store).path
+    assert main(["cache", "verify", str(path)]) == 0
+    assert "4 items, all as committed" in capsys.readouterr().out
+    file = damage(path)
+    assert main(["cache", "verify", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert f"{file} (item 'c' of stream 'visual'): it has" in printed.out
+    assert f"1 problem. Mend with: vaflow cache repair {path}" in printed.err
+    assert main(["cache", "verify", str(path), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [(p["path"], p["stream"], p["item"]) for p in found["problems"]] == [(file, "visual", "c")]
+    assert found["items"] == 4
+    assert main(["cache", "repair", str(path)]) == 0
+    assert "1 problem mended" in capsys.readouterr().out
+    assert main(["cache", "verify", str(path), "-q"]) == 0
+    assert capsys.readouterr().out == ""
+    assert not open_cache(path).has("visual", "c")
+
+
+def test_repair_prints_json(tmp_path, store, capsys):
+    path = small_cache(tmp_path / "cache", store).path
+    file = damage(path)
+    assert main(["cache", "repair", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [problem["path"] for problem in found["problems"]] == [file]
+    assert (found["items"], found["removed_leftovers"]) == (3, [])
+
+
+def test_leftovers_of_killed_writers_are_no_problem(tmp_path, store, capsys):
+    path = small_cache(tmp_path / "cache", store).path
+    (path / "visual" / "c" / "0123456789abcdef").mkdir()
+    assert main(["cache", "verify", str(path), "-v"]) == 0
+    printed = capsys.readouterr()
+    assert "visual/c/0123456789abcdef" in printed.err
+    assert "all as committed" in printed.out
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "repair"])
+def test_what_is_no_cache_is_bad_usage(tmp_path, command, capsys):
+    assert main(["cache", command, str(tmp_path / "nowhere")]) == 2
+    assert "is not a cache" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_manifest_fails_verify_and_is_mended(tmp_path, store, capsys):
+    path = small_cache(tmp_path / "cache", store).path
+    manifest = path / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-10])
+    assert main(["cache", "verify", str(path)]) == 1
+    assert f"vaflow cache repair {path}" in capsys.readouterr().err
+    assert main(["cache", "repair", str(path)]) == 0
+    assert main(["cache", "verify", str(path)]) == 0
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "repair"])
+def test_the_example_in_the_help_runs(tmp_path, store, command, capsys, monkeypatch):
+    small_cache(tmp_path / "cache", store)
+    assert main(["cache", command, "--help"]) == 0
+    example = re.search(r"Example: vaflow ([^\n]+)", capsys.readouterr().out)
+    assert example is not None
+    monkeypatch.chdir(tmp_path)
+    assert main(example[1].split()) == 0
+
+
+def test_the_commands_import_nothing_heavy(tmp_path):
+    path = small_cache(tmp_path / "cache", "hdf5").path
+    code = (
+        "import sys\n"
+        "from vaflow.cli import main\n"
+        f"assert main(['cache', 'info', {str(path)!r}]) == 0\n"
+        "print(sorted({'torch', 'zarr', 'h5py', 'transformers', 'av'} & set(sys.modules)))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.splitlines()[-1] == "[]"
