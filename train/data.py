@@ -192,8 +192,9 @@ def _table(
 
 
 def _sound_times(stream: InputStream, data: Item, interval: float | None) -> tables.SoundTimes:
-    if stream.kind != "audio":  # log-Mel: one sequence over the whole clip
-        return tables.SoundTimes(np.zeros(1), data.time[None], data.valid[None], None, interval or LOGMEL_INTERVAL)
+    if stream.kind != "audio":  # log-Mel: one sequence over the whole clip, frame i for the i-th hop
+        hops = (np.arange(len(data.time)) + 0.5) * LOGMEL_INTERVAL
+        return tables.SoundTimes(np.zeros(1), hops[None], data.valid[None], None, LOGMEL_INTERVAL)
     spacing = interval or median_interval(data.time[:1].ravel())
     start = data.arrays.get("start")
     if start is None:

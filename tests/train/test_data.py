@@ -1,0 +1,341 @@
+"""A cache's split in memory, against reading the cache window by window."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
+
+from vaflow.cache import Cache, create_cache
+from vaflow.cache.schema import LABELS, StreamInfo
+from vaflow.errors import DataError, FingerprintError, UsageError
+from vaflow.timeline import Grid
+from vaflow.train.config import TrainConfig
+from vaflow.train.data import describe_labels, load_split, load_windows
+from vaflow.train.inputs import check_same, resolve
+from vaflow.train.metrics import region_occupancy
+from vaflow.train.windows import WindowSet
+
+GRID = Toy().grid
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("data") / "cache")
+
+
+def load(cache: Cache, config: TrainConfig | None = None, split: str = "train", **options: Any) -> WindowSet:
+    config, inputs = resolve(cache, config or TrainConfig())
+    return load_split(cache, split, inputs.streams, config, **options)
+
+
+def every_window(windows: WindowSet):
+    for clip in windows.clips:
+        for w in range(clip.first, clip.last):
+            yield clip, w - clip.first, w
+
+
+def test_batches_hold_what_the_cache_holds(cache: Cache) -> None:
+    windows = load(cache)
+    batch = windows.gather(torch.arange(len(windows)))
+    for clip, own, w in every_window(windows):
+        eyes, ears, labels = (cache.read(name, clip.item) for name in (VISUAL, AUDIO, LABELS))
+        start = ears.start[own]
+        for k in range(GRID.frames):
+            t = start + k * GRID.step
+            assert batch.inside[w, k] == (t < clip.duration)
+            found = np.flatnonzero(np.isclose(eyes.time, t))
+            seen = bool(len(found)) and bool(eyes.valid[found[0]])
+            assert batch.valid[VISUAL][w, k] == seen
+            assert (batch.features[VISUAL][w, k].numpy() == (eyes.embedding[found[0]] if seen else 0)).all()
+            row = np.abs(labels.time - t).argmin()
+            known = labels.valid[row] & (t < clip.duration) & (np.abs(labels.time[row] - t) <= GRID.step / 2)
+            assert (batch.labelled[w, k].numpy() == known).all()
+            assert (batch.target[w, k].numpy() == np.where(known, labels.value[row], 0)).all()
+        heard = ears.valid[own] & batch.feature_inside[AUDIO][w].numpy()
+        assert (batch.valid[AUDIO][w].numpy() == heard).all()
+        assert (batch.features[AUDIO][w].numpy() == np.where(heard[:, None], ears.embedding[own], 0)).all()
+        np.testing.assert_allclose(batch.feature_time[AUDIO][w].numpy(), ears.time[own] - start, atol=1e-5)
+    np.testing.assert_allclose(batch.time[0].numpy(), np.arange(GRID.frames) * GRID.step)
+    assert batch.features[VISUAL].dtype == torch.float32
+
+
+def test_gathering_reads_no_file(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = load(cache)
+    monkeypatch.setattr(Cache, "read", _never)
+    monkeypatch.setattr(Path, "open", _never)
+    for ids in windows.shuffled(4, torch.Generator().manual_seed(0)):
+        windows.gather(ids)
+
+
+def _never(*args: object, **options: object) -> None:
+    raise AssertionError("a file was read")
+
+
+def test_every_array_is_read_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, str]] = []
+    real = Cache.read
+
+    def counting(self: Cache, stream: str, item: str, *args: Any, **options: Any) -> Any:
+        read.append((stream, item))
+        return real(self, stream, item, *args, **options)
+
+    monkeypatch.setattr(Cache, "read", counting)
+    config, inputs = resolve(cache, TrainConfig())
+    read.clear()
+    load_split(cache, "train", inputs.streams, config)
+    assert sorted(read) == sorted((s, i) for s in (VISUAL, AUDIO, LABELS) for i in cache.items(split="train"))
+
+
+def test_a_memory_mapped_split_is_the_same(cache: Cache, tmp_path: Path) -> None:
+    held, mapped = load(cache), load(cache, budget=0, scratch=tmp_path)
+    assert list(tmp_path.iterdir()) == []  # the scratch file has no name
+    ids = torch.arange(len(held)).flip(0)
+    one, other = held.gather(ids), mapped.gather(ids)
+    for name in (VISUAL, AUDIO):
+        assert torch.equal(one.features[name], other.features[name])
+        assert torch.equal(one.valid[name], other.valid[name])
+    assert torch.equal(one.target, other.target)
+
+
+def test_part_of_the_streams_may_be_mapped(cache: Cache) -> None:
+    held = load(cache)
+    rows = held.tables[VISUAL].rows
+    part = load(cache, budget=rows.numel() * 2)
+    assert torch.equal(part.gather(torch.arange(9)).features[AUDIO], held.gather(torch.arange(9)).features[AUDIO])
+
+
+def test_shuffling_visits_every_labelled_window_once(cache: Cache) -> None:
+    windows = load(cache)
+    batches = list(windows.shuffled(4, torch.Generator().manual_seed(1)))
+    again = list(windows.shuffled(4, torch.Generator().manual_seed(1)))
+    other = torch.cat(list(windows.shuffled(4, torch.Generator().manual_seed(2))))
+    order = torch.cat(batches)
+    assert torch.equal(order, torch.cat(again)) and not torch.equal(order, other)
+    assert sorted(order.tolist()) == windows.trainable.tolist()
+    assert len(batches) == -(-len(windows.trainable) // 4)  # the last, smaller batch is not dropped
+    assert torch.cat(list(windows.in_order(7))).tolist() == list(range(len(windows)))
+
+
+def test_windows_without_a_label_are_left_out_of_training_only(tmp_path: Path) -> None:
+    windows = load(make_cache(tmp_path / "c", Toy(unlabelled=0.6)))
+    labelled = windows.labelled.flatten(1).any(dim=1)
+    assert 0 < len(windows.trainable) < len(windows)
+    assert windows.trainable.tolist() == labelled.nonzero().flatten().tolist()
+
+
+def test_other_training_windows(cache: Cache) -> None:
+    """Half the frame rate: every frame is one that was cached."""
+    windows = load(cache, TrainConfig(window=6.0, stride=2.0, frames=6))
+    batch = windows.gather(torch.arange(len(windows)))
+    grid = Grid(6.0, 2.0, 6)
+    assert batch.features[AUDIO].shape[1] == 12  # audio keeps its own rate
+    for clip, own, w in every_window(windows):
+        eyes = cache.read(VISUAL, clip.item)
+        start = grid.seconds(grid.starts(clip.duration))[own]
+        for k in range(6):
+            found = np.flatnonzero(np.isclose(eyes.time, start + k))
+            seen = bool(len(found)) and bool(eyes.valid[found[0]])
+            assert batch.valid[VISUAL][w, k] == seen
+            assert (batch.features[VISUAL][w, k].numpy() == (eyes.embedding[found[0]] if seen else 0)).all()
+
+
+def test_a_window_alone_keeps_the_frame_rate_of_the_cache(cache: Cache) -> None:
+    config, _ = resolve(cache, TrainConfig(window=2.0))
+    assert (config.window, config.stride, config.frames) == (2.0, 1.5, 4)
+
+
+def test_streams_that_do_not_say_how_they_were_sampled(tmp_path: Path) -> None:
+    windows = load(make_cache(tmp_path / "c", Toy(sampling=False)))
+    assert windows.time.tolist() == pytest.approx((np.arange(20) * 0.5).tolist())  # the default grid
+    assert windows.tables[AUDIO].index.shape[1] == 20  # 10 s at its own 0.5 s
+    assert (windows.tables[AUDIO].index > 0).float().mean() > 0.6
+
+
+def imported(path: Path, rate: float) -> Cache:
+    """A visual stream of any rate, as `cache import` makes it, one-dimensional labels, no duration."""
+    cache = create_cache(path)
+    cache.declare(StreamInfo("mine", "visual", 3, "float32", {"encoder": "imported", "rate": rate}))
+    cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": "imported"}))
+    for item, split in (("a", "train"), ("b", "val")):
+        time = np.arange(0, 12, 1 / rate)
+        embedding = np.repeat(time[:, None], 3, axis=1).astype(np.float32)
+        cache.write("mine", item, {"embedding": embedding, "time": time, "valid": np.ones(len(time), bool)})
+        clock = np.arange(0, 12, 0.25)
+        value = np.stack([np.full(len(clock), np.nan), np.sin(clock)], axis=1).astype(np.float32)
+        labels = {"time": clock, "value": value, "valid": np.isfinite(value)}
+        cache.write(LABELS, item, labels, meta={"split": split})
+    return cache
+
+
+@pytest.mark.parametrize("rate", [1.0, 4.0, 25.0])
+def test_imported_features_at_any_rate(tmp_path: Path, rate: float) -> None:
+    windows = load(imported(tmp_path / "c", rate), TrainConfig(window=4, stride=2, frames=8))
+    batch = windows.gather(torch.arange(len(windows)))
+    inside = windows.inside_array
+    read = batch.features["mine"][..., 0].numpy()[inside]
+    wanted = windows.sample_time[inside]
+    there = batch.valid["mine"].numpy()[inside]
+    assert there.all()
+    assert np.abs(read - wanted).max() <= 0.5 / rate + 1e-6
+    assert not batch.labelled[..., 0].any() and batch.labelled[..., 1].numpy()[inside].all()
+
+
+def test_clips_without_one_of_the_streams(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c")
+    cache.drop(AUDIO, "train1")
+    windows = load(cache)
+    clip = next(clip for clip in windows.clips if clip.item == "train1")
+    batch = windows.gather(torch.arange(clip.first, clip.last))
+    assert clip.missing == (AUDIO,)
+    assert not batch.valid[AUDIO].any() and batch.valid[VISUAL].any()
+    assert (batch.feature_inside[AUDIO][:, 0]).all()  # the input is missing, the clip goes on
+
+
+def test_one_modality(cache: Cache) -> None:
+    config, inputs = resolve(cache, TrainConfig(audio=("none",)))
+    windows = load_split(cache, "val", inputs.streams, config)
+    assert list(windows.gather(torch.tensor([0])).features) == [VISUAL]
+    config, inputs = resolve(cache, TrainConfig(visual=("none",)))
+    assert [s.name for s in inputs.streams] == [AUDIO]
+    assert inputs.prototypes is not None and config.text == f"{VISUAL}.text"
+
+
+def test_log_mel_is_an_audio_stream_of_many_steps(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", Toy(logmel=True, splits={"train": 1}))
+    windows = load(cache, TrainConfig(audio=("logmel",)))
+    batch = windows.gather(torch.arange(len(windows)))
+    clip = windows.clips[0]
+    mel = cache.read("logmel", clip.item)
+    starts = GRID.seconds(GRID.starts(clip.duration))
+    for w, start in enumerate(starts):
+        first = round(start * 100)
+        part = mel.embedding[first : first + 400]
+        assert (batch.features["logmel"][w, : len(part)].numpy() == part).all()
+        assert not batch.valid["logmel"][w, len(part) :].any()
+
+
+def poisoned(path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> Cache:
+    """A cache one of whose items was written by a program that does not check."""
+    cache = make_cache(path)
+    monkeypatch.setattr("vaflow.cache.cache.array_problems", lambda info, arrays: [])
+    arrays = {name: array.copy() for name, array in cache.read(VISUAL, "train2").arrays.items()}
+    change(arrays)
+    cache.write(VISUAL, "train2", arrays)
+    return cache
+
+
+def _nan_where_valid(arrays: dict[str, Any]) -> None:
+    arrays["embedding"][np.flatnonzero(arrays["valid"])[3], 5] = np.nan
+
+
+def _infinite_where_valid(arrays: dict[str, Any]) -> None:
+    arrays["embedding"][np.flatnonzero(arrays["valid"])[3], 5] = np.inf
+
+
+def _nan_where_invalid(arrays: dict[str, Any]) -> None:
+    arrays["embedding"][~arrays["valid"]] = np.nan
+
+
+@pytest.mark.parametrize("change", [_nan_where_valid, _infinite_where_valid])
+def test_features_that_are_not_finite_name_their_clip(tmp_path: Path, monkeypatch, change) -> None:
+    cache = poisoned(tmp_path / "c", monkeypatch, change)
+    with pytest.raises(DataError, match=r"'train2'.*'toy-eyes'.* 1 of "):
+        load(cache)
+
+
+def test_what_is_not_valid_may_hold_anything(tmp_path: Path, monkeypatch) -> None:
+    windows = load(poisoned(tmp_path / "c", monkeypatch, _nan_where_invalid))
+    assert torch.isfinite(windows.gather(torch.arange(len(windows))).features[VISUAL]).all()
+
+
+def test_a_split_without_labels_or_clips(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", Toy(targets=()))
+    with pytest.raises(UsageError, match=r"No clip of split 'train'.*annotated"):
+        load(cache)
+    with pytest.raises(UsageError, match=r"Choices: train, val"):
+        load(cache, split="test")
+    config, inputs = resolve(cache, TrainConfig())
+    assert len(load_windows(cache, cache.items(split="val"), inputs.streams, config)) > 0
+
+
+def test_streams_are_chosen_or_asked_for(cache: Cache, tmp_path: Path) -> None:
+    for settings, says in (
+        ({"visual": ("clip",)}, "Choices: toy-eyes"),
+        ({"visual": (AUDIO,)}, "it is a audio stream"),
+        ({"text": "clip.text"}, "Choices: toy-eyes.text"),
+        ({"prompts": "mine"}, "Choices: default"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            resolve(cache, TrainConfig(**settings))  # type: ignore[arg-type]
+    two = make_cache(tmp_path / "c", Toy(splits={}))
+    two.declare(StreamInfo("other-eyes", "visual", 3, "float32", {}))
+    with pytest.raises(UsageError, match=r"several visual streams.*other-eyes, toy-eyes"):
+        resolve(two, TrainConfig())
+    two.declare(StreamInfo("clip-vit-b16", "visual", 3, "float32", {}))
+    assert resolve(two, TrainConfig())[0].visual == ("clip-vit-b16",)
+
+
+def test_a_cache_without_prompts_trains_without_the_head(tmp_path: Path, caplog) -> None:
+    cache = make_cache(tmp_path / "c", Toy(text=False, splits={}))
+    assert resolve(cache, TrainConfig())[1].prototypes is None
+    assert "without the prompt head" in caplog.text
+    assert resolve(cache, TrainConfig(kl_weight=0))[1].prototypes is None
+
+
+def test_a_cache_with_nothing_to_train_on(tmp_path: Path) -> None:
+    cache = create_cache(tmp_path / "c")
+    with pytest.raises(UsageError, match="nothing to train on"):
+        resolve(cache, TrainConfig())
+
+
+def test_another_cache_must_come_from_the_same_encoders(cache: Cache, tmp_path: Path) -> None:
+    _, inputs = resolve(cache, TrainConfig())
+    check_same(inputs.streams, cache)
+    wider = make_cache(tmp_path / "wider", Toy(grid=Grid(8, 2, 16), steps=16, splits={}))
+    check_same(inputs.streams, wider)  # sampled otherwise, but the same encoder
+    with pytest.raises(FingerprintError, match=r"dim: 13, 12 in the run"):
+        check_same(inputs.streams, make_cache(tmp_path / "dim", Toy(widths=(13, 10), splits={})))
+    other = replace(inputs.streams[0], identity={**inputs.streams[0].identity, "weights": "x"}, fingerprint="")
+    with pytest.raises(FingerprintError, match=r"weights: None, 'x' in the run"):
+        check_same([other], cache)
+    with pytest.raises(UsageError, match="lacks a stream"):
+        check_same([replace(other, name="absent")], cache)
+
+
+def test_statistics_are_those_of_the_rows_that_are_read(cache: Cache) -> None:
+    windows = load(cache)
+    mean, deviation = windows.statistics(VISUAL)
+    eyes = [cache.read(VISUAL, item) for item in cache.items(split="train")]
+    rows = np.concatenate([e.embedding[e.valid].astype(np.float64) for e in eyes])
+    np.testing.assert_allclose(mean.numpy(), rows.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(deviation.numpy(), rows.std(0), rtol=1e-5)
+
+
+def test_hidden_streams_are_missing(cache: Cache) -> None:
+    windows = load(cache).without(frozenset({AUDIO}))
+    batch = windows.gather(torch.arange(len(windows)))
+    assert not batch.valid[AUDIO].any() and batch.valid[VISUAL].any()
+    assert not batch.features[AUDIO].any()
+
+
+def test_seen_says_when_there_was_a_face(cache: Cache) -> None:
+    windows = load(cache)
+    for clip in windows.clips:
+        eyes = cache.read(VISUAL, clip.item)
+        instants, there = windows.seen(clip)
+        assert (instants == eyes.time).all() and (there == eyes.valid).all()
+
+
+def test_region_occupancy_is_told(cache: Cache) -> None:
+    windows = load(cache)
+    labels = [cache.read(LABELS, item) for item in cache.items(split="train")]
+    share = region_occupancy(
+        np.concatenate([np.nan_to_num(item.value) for item in labels]), np.concatenate([item.valid for item in labels])
+    )
+    numbers = [float(word) for line in describe_labels(windows, 0.66).splitlines()[2:] for word in line.split()[1:]]
+    np.testing.assert_allclose(numbers, 100 * share.reshape(3, 3)[::-1].ravel(), atol=0.051)
