@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see vaflow.cli.main
+
 CLIPS_VARIABLE = "VAFLOW_TEST_CLIPS"
 
 

@@ -54,12 +54,11 @@ def main(args: Sequence[str] | None = None) -> int:
         show = getattr(error, "show", None)  # what Typer raises for bad usage can show itself with the usage line
         show() if show else typer.echo(f"vaflow: {error}", err=True)
         return int(getattr(error, "exit_code", 1))
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("vaflow: interrupted; run the same command again to go on where it stopped", err=True)
-        return INTERRUPTED
     except BrokenPipeError:  # `vaflow ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if result == INTERRUPTED:  # what Typer makes of Ctrl-C
+        typer.echo("vaflow: interrupted; run the same command again to go on where it stopped", err=True)
     return int(result or 0)
 
 

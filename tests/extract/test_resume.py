@@ -1,0 +1,143 @@
+"""Killed in the middle, or losing a worker: what was committed stays as it is, the next run does the rest."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_pipeline import CONFIG, run, same_arrays
+
+from vaflow.cache import open_cache
+from vaflow.datasets import open_dataset
+from vaflow.extract import worker
+from vaflow.extract.messages import Done, Failed
+from vaflow.extract.pool import WorkerPool
+
+STREAMS = ["labels", "logmel", "clip-tiny", "ast-tiny"]
+
+
+def command(root: Path, out: Path) -> list[str]:
+    program = "import sys; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
+    options = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--device", "cpu", "--workers", "1", "--quiet"]
+    return [sys.executable, "-c", program, "extract", str(root), "--out", str(out), *options]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    """Twelve short clips of two contents."""
+    root = tmp_path_factory.mktemp("many")
+    for k in range(12):
+        (root / f"clip{k:02d}.mp4").write_bytes((clips / ("single_face.mp4", "carphone.mp4")[k % 2]).read_bytes())
+    return root
+
+
+def committed(out: Path) -> dict[str, str]:
+    """Record file -> attempt, of the records that are whole."""
+    return {
+        str(path.relative_to(out)): json.loads(path.read_text())["attempt"] for path in out.glob("records/*/*.json")
+    }
+
+
+def test_a_kill_in_the_middle_costs_only_what_was_under_way(many: Path, tiny_pair: tuple, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    process = subprocess.Popen(command(many, out), start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("records/labels/*.json"))) < 4:
+        assert process.poll() is None, "it must not end before it is killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = committed(out)
+    assert 4 <= len(list(out.glob("records/labels/*.json"))) < 12
+
+    summary = run(open_dataset(many, "videos"), out, tiny_pair)
+    after = committed(out)
+    assert before.items() <= after.items(), "what was committed was not written again"
+    assert summary.done + summary.extracted == 12
+    assert summary.done >= 4
+
+    run(open_dataset(many, "videos"), tmp_path / "whole", tiny_pair)
+    same_arrays(open_cache(out), open_cache(tmp_path / "whole"), STREAMS)
+
+
+def test_ctrl_c_leaves_everything_resumable_and_says_130(many: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    process = subprocess.Popen(command(many, out), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while len(list(out.glob("records/labels/*.json"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert open_cache(out).items()
+
+
+def test_a_worker_that_dies_costs_one_clip(
+    many: Path, tiny_pair: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker reading clip05 is killed by the operating system; the others are extracted."""
+    monkeypatch.setattr("vaflow.extract.pool.serve", _serve_and_die_at_clip05)
+    summary = run(open_dataset(many, "videos"), tmp_path / "cache", tiny_pair)
+    assert [failure.item for failure in summary.failures] == ["clip05"]
+    assert "SIGKILL" in summary.failures[0].message
+    assert summary.extracted == 11
+    listed = [json.loads(line) for line in summary.failures_file.read_text().splitlines()]
+    assert listed[0]["item"] == "clip05"
+    assert listed[0]["stage"] == "worker"
+
+    monkeypatch.undo()
+    assert run(open_dataset(many, "videos"), tmp_path / "cache", tiny_pair).extracted == 1
+
+
+def _serve_and_die_at_clip05(pipe: object) -> None:
+    """Module level, so that a spawned process finds it."""
+    run_job = worker.run_job
+
+    def deadly(job: object, send: object) -> None:
+        if job.clip.id == "clip05":  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGKILL)
+        run_job(job, send)  # type: ignore[arg-type]
+
+    worker.run_job = deadly  # type: ignore[assignment]
+    worker.serve(pipe)  # type: ignore[arg-type]
+
+
+def test_leaving_the_pool_early_stops_its_processes(many: Path) -> None:
+    import multiprocessing
+
+    from vaflow.extract.messages import Job
+
+    clips = open_dataset(many, "videos").clips
+    jobs = [Job(n, clip, CONFIG.grid, True, True, "auto", (), False) for n, clip in enumerate(clips)]
+    with WorkerPool(jobs, 2) as pool:
+        for message in pool:
+            assert not isinstance(message, Failed)
+            if isinstance(message, Done):
+                break
+    assert not multiprocessing.active_children()
+
+
+def test_an_encoder_that_says_nan_costs_the_clip_not_the_run(many: Path, tiny_pair: tuple, tmp_path: Path) -> None:
+    visual, audio = tiny_pair
+
+    class Broken:
+        def __getattr__(self, name: str) -> object:
+            return getattr(visual, name)
+
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(images), visual.dim), np.nan)
+
+    summary = run(open_dataset(many, "videos"), tmp_path / "cache", (Broken(), audio))
+    assert summary.extracted == 0
+    assert {failure.stage for failure in summary.failures} == {"commit"}
+    assert all("NaN" in failure.message for failure in summary.failures)
+    assert open_cache(tmp_path / "cache").items() == []
