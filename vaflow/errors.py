@@ -5,8 +5,8 @@
     ├── DataError (ValueError)   one item of a data set cannot be used: unreadable, truncated, mislabelled
     │   └── MediaError           ... because of its media file
     ├── CacheError               the cache cannot do what was asked
-    │   ├── SchemaError          its schema version or manifest is not one this version reads
-    │   ├── FingerprintError     a stream of that name was made with other settings
+    │   ├── SchemaError          its schema version or manifest is not one this version reads; exits 2
+    │   ├── FingerprintError     a stream of that name was made with other settings; exits 2
     │   ├── MissingError (LookupError)  no such stream or item
     │   └── CorruptError         bytes on disk do not match their record
     └── WeightsError             encoder weights are missing, unreachable, or do not fit
@@ -45,9 +45,13 @@ class CacheError(VaflowError):
 class SchemaError(CacheError):
     """The cache has a schema that this version does not read."""
 
+    exit_code = 2
+
 
 class FingerprintError(CacheError):
     """A stream of this name exists and was made with other settings."""
+
+    exit_code = 2
 
 
 class MissingError(CacheError, LookupError):
