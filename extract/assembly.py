@@ -7,19 +7,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, StreamInfo
-from vaflow.encoders import logmel
-from vaflow.encoders.logmel import MEL_BINS, FilterBank, frame_times
+from vaflow.encoders.base import AudioEncoder
+from vaflow.encoders.frontend import KALDI, FrontEnd, cut
+from vaflow.encoders.logmel import frame_times
 from vaflow.extract.batching import Encoders, FixedBatcher
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Message, Sound, SoundEnd
 from vaflow.extract.plan import Task
-from vaflow.timeline import Floats, Ints
+from vaflow.extract.sound import HOP, Banks, covered_frames, step_valid
+from vaflow.timeline import Floats
 
 Arrays = dict[str, NDArray[Any]]
 LogMel = tuple[NDArray[Any], NDArray[np.bool_]]  # [F, mel] as stored, [F] valid
-
-HOP = logmel.HOP / logmel.RATE  # seconds between two filter-bank frames
-FRAME = logmel.FRAME / logmel.RATE  # seconds that one covers
 
 
 class ClipAssembly:
@@ -49,8 +48,11 @@ class ClipAssembly:
         self.facts: dict[str, dict[str, Any]] = {"labels": {}, "audio": {}, "visual": {}}
         self.arrays: dict[str, Arrays] = {}
         self.duration = 0.0
-        self._mel = FilterBank()
-        self._mel_blocks: list[NDArray[Any]] = []
+        wanted = {encoder.front_end for encoder, _ in self._audio.values()} - {KALDI}
+        if LOGMEL in task.streams:
+            wanted.add(KALDI)
+        # The log-Mel is kept, and read, as it is stored; other frames are forgotten once they are encoded.
+        self._banks = Banks(wanted, {KALDI: np.dtype(config.dtype)})
         self._jpegs: dict[int, bytes] = {}
         self._waiting = 0
         self._read = False
@@ -66,9 +68,8 @@ class ClipAssembly:
             case Clock():
                 self._start(message)
             case Sound():
-                self._add_mel(self._mel.push(message.samples))
+                self._banks.push(message.samples)
             case SoundEnd():
-                self._add_mel(self._mel.finish())
                 self._end_sound(message)
             case Face():
                 self._add_face(message)
@@ -85,44 +86,50 @@ class ClipAssembly:
         self._times = self._config.grid.sample_times(clock.duration)
         for name in self._visual:
             self.arrays[name] = self._empty_visual(name)
-        if self._audio and LOGMEL not in self.task.streams:
-            self._encode_windows(*self._cached_logmel(self.task.clip.id))
+        reads_logmel = any(encoder.front_end == KALDI for encoder, _ in self._audio.values())
+        if reads_logmel and LOGMEL not in self.task.streams:
+            self._encode_sound(KALDI, *self._cached_logmel(self.task.clip.id))
 
     # -- sound ---------------------------------------------------------------------------------------------------
 
-    def _add_mel(self, frames: NDArray[np.float32]) -> None:
-        if len(frames):
-            self._mel_blocks.append(frames.astype(self._config.dtype))
-
     def _end_sound(self, end: SoundEnd) -> None:
         self.facts["audio"] = end.facts
-        blocks, self._mel_blocks = self._mel_blocks, []
-        mel = np.concatenate(blocks) if blocks else np.zeros((0, MEL_BINS), self._config.dtype)
-        valid = _covered(len(mel), end.covered)
-        if LOGMEL in self.task.streams:
-            self.arrays[LOGMEL] = {"embedding": mel, "time": frame_times(len(mel)), "valid": valid}
-        self._encode_windows(mel, valid)
+        for front, frames in self._banks.finish().items():
+            valid = covered_frames(len(frames), end.covered)
+            if front == KALDI:
+                self.arrays[LOGMEL] = {"embedding": frames, "time": frame_times(len(frames)), "valid": valid}
+            self._encode_sound(front, frames, valid)
 
-    def _encode_windows(self, mel: NDArray[Any], valid: NDArray[np.bool_]) -> None:
-        """Slice the log-Mel, as stored, into windows; those with no sound under any step are not encoded."""
+    def _encode_sound(self, front: FrontEnd, frames: NDArray[Any], valid: NDArray[np.bool_]) -> None:
+        """Encode the frames of one front end with every encoder that reads it."""
+        for name, (encoder, batcher) in self._audio.items():
+            if encoder.front_end == front:
+                self.arrays[name] = self._encode_windows(encoder, batcher, frames, valid)
+
+    def _encode_windows(
+        self, encoder: AudioEncoder, batcher: FixedBatcher, frames: NDArray[Any], valid: NDArray[np.bool_]
+    ) -> Arrays:
+        """Queue every stretch that some window reads, once; without sound under any of its steps it is left out."""
         grid, steps = self._config.grid, self._config.audio_steps
         starts = grid.seconds(grid.starts(self.duration))
-        for name, (encoder, batcher) in self._audio.items():
-            times = starts[:, None] + encoder.step_times(grid.window, steps)
-            arrays = {
-                "embedding": np.zeros((len(starts), steps, encoder.dim), self._config.dtype),
-                "time": times,
-                "valid": _step_valid(valid, starts, grid.window, steps),
-                "start": starts,
-            }
-            self.arrays[name] = arrays
-            frames = encoder.window_frames(grid.window)
-            for window in np.flatnonzero(arrays["valid"].any(axis=1)).tolist():
-                first = round(float(starts[window]) / HOP)
-                row = np.zeros((frames, mel.shape[1]), np.float32)
-                part = mel[first : first + frames]
-                row[: len(part)] = part
-                self._encode(batcher, row, arrays, window)
+        arrays: Arrays = {
+            "embedding": np.zeros((len(starts), steps, encoder.dim), self._config.dtype),
+            "time": starts[:, None] + encoder.step_times(grid.window, steps),
+            "valid": step_valid(valid, starts, grid.window, steps),
+            "start": starts,
+        }
+        stretches = encoder.stretches(grid.window, steps)
+        each = steps // len(stretches.first)
+        readers: dict[int, list[NDArray[Any]]] = {}  # first frame -> where its result goes
+        for window, start in enumerate(starts.tolist()):
+            for number, offset in enumerate(stretches.first):
+                part = slice(number * each, (number + 1) * each)
+                if arrays["valid"][window, part].any():
+                    readers.setdefault(round(start / HOP) + offset, []).append(arrays["embedding"][window, part])
+        for first, targets in readers.items():
+            row = cut(frames, first, stretches.frames, encoder.front_end.padding)
+            self._encode(batcher, row, targets)
+        return arrays
 
     # -- picture -------------------------------------------------------------------------------------------------
 
@@ -140,7 +147,8 @@ class ClipAssembly:
         for name, (encoder, batcher) in self._visual.items():
             arrays = self.arrays[name]
             arrays["valid"][face.sample] = True
-            self._encode(batcher, face.images[encoder.preparation], arrays, face.sample)
+            target = arrays["embedding"][face.sample : face.sample + 1]
+            self._encode(batcher, face.images[encoder.preparation], [target])
 
     def _end_faces(self, end: FacesEnd) -> None:
         self.facts["visual"] = end.facts
@@ -150,34 +158,16 @@ class ClipAssembly:
             self.arrays[PIXELS] = _pixel_arrays(self._jpegs, self._times) | {"frame": end.frame}
         self._jpegs = {}
 
-    def _encode(self, batcher: FixedBatcher, row: NDArray[Any], arrays: Arrays, where: int) -> None:
+    def _encode(self, batcher: FixedBatcher, row: NDArray[Any], targets: list[NDArray[Any]]) -> None:
+        """Queue a row; its result is written into every target (views of the arrays to be committed)."""
         self._waiting += 1
 
         def deliver(result: NDArray[np.float32]) -> None:
-            arrays["embedding"][where] = result.astype(arrays["embedding"].dtype)
+            for target in targets:
+                target[:] = result
             self._waiting -= 1
 
         batcher.add(row, deliver)
-
-
-def _covered(frames: int, covered: tuple[tuple[float, float], ...]) -> NDArray[np.bool_]:
-    """[F] True where all samples of a filter-bank frame came from the file."""
-    first = np.arange(frames) * HOP
-    valid = np.zeros(frames, bool)
-    slack = HOP / 2  # resampling rounds the ends of the sound by a fraction of a sample
-    for start, stop in covered:
-        valid |= (first >= start - slack) & (first + FRAME <= stop + slack)
-    return valid
-
-
-def _step_valid(valid: NDArray[np.bool_], starts: Floats, window: float, steps: int) -> NDArray[np.bool_]:
-    """[W, S] True where at least half of the log-Mel frames under a step are valid."""
-    sums = np.concatenate([[0], np.cumsum(valid)])
-    edges = starts[:, None] + np.arange(steps + 1) * window / steps
-    index: Ints = np.rint(edges / HOP).astype(np.int64)
-    counts = np.diff(sums[np.clip(index, 0, len(valid))], axis=1)
-    result: NDArray[np.bool_] = counts * 2 >= np.maximum(np.diff(index, axis=1), 1)
-    return result
 
 
 def _pixel_arrays(jpegs: dict[int, bytes], times: Floats) -> Arrays:

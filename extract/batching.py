@@ -93,13 +93,17 @@ class Encoders:
 def make_encoders(
     config: ExtractConfig, device: torch.device, visual: list[VisualEncoder], audio: list[AudioEncoder]
 ) -> Encoders:
-    """Give each encoder a batcher of the size that the settings or the device ask for."""
+    """Give each encoder a batcher of the size that the settings or the device ask for.
+
+    An audio encoder that reads a window in several stretches gets as many rows as there are images: each is small.
+    """
     sizes = BATCH_SIZES[device.type]
     images, windows = config.image_batch or sizes["visual"], config.window_batch or sizes["audio"]
     encode = {e.name: partial(e.encode, window=config.window, steps=config.audio_steps) for e in audio}
+    whole = {e.name: len(e.stretches(config.window, config.audio_steps).first) == 1 for e in audio}
     return Encoders(
         {e.name: (e, FixedBatcher(e.encode, images, device)) for e in visual},
-        {e.name: (e, FixedBatcher(encode[e.name], windows, device)) for e in audio},
+        {e.name: (e, FixedBatcher(encode[e.name], windows if whole[e.name] else images, device)) for e in audio},
     )
 
 

@@ -19,6 +19,7 @@ from vaflow.cache.schema import LOGMEL, PIXELS, StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
+from vaflow.encoders.frontend import KALDI
 from vaflow.encoders.prompts import load_prompts, prototypes
 from vaflow.errors import DataError, VaflowError, explain
 from vaflow.extract.assembly import ClipAssembly, LogMel
@@ -201,12 +202,17 @@ class _Run:
                 number=number,
                 clip=task.clip,
                 grid=self._config.grid,
-                audio="logmel" in kinds,  # audio streams alone are made from the log-Mel in the cache
+                audio="logmel" in kinds or self._needs_sound(task),
                 faces=bool(kinds & {"visual", "pixels"}),
                 face_source=self._config.face_source,
                 preparations=preparations,
                 keep_jpeg=PIXELS in task.streams,
             )
+
+    def _needs_sound(self, task: Task) -> bool:
+        """Whether a stream is made from anything but the log-Mel, which the cache has."""
+        audio = self._encoders.audio
+        return any(audio[name][0].front_end != KALDI for name in task.streams if name in audio)
 
     def _assembly(self, number: int) -> ClipAssembly:
         if number not in self._open:

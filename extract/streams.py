@@ -5,6 +5,7 @@ from typing import Any
 from vaflow import __version__
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, StreamInfo
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
+from vaflow.encoders.frontend import KALDI
 from vaflow.encoders.logmel import MEL_BINS
 from vaflow.encoders.logmel import identity as logmel_identity
 from vaflow.extract.config import ExtractConfig
@@ -55,13 +56,19 @@ def stream_infos(
             "audio",
             e.dim,
             config.dtype,
-            e.identity | {"sampling": sampling, "input": f"{LOGMEL} {config.dtype}", "decoder": decoder_identity()},
+            e.identity | {"sampling": sampling, "input": _sound_input(e, config), "decoder": decoder_identity()},
         )
         for e in audio
     ]
     # Labels come last: a clip exists once its clock and annotation do.
     infos.append(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS, "decoder": decoder_identity()}))
     return {info.name: info for info in infos}
+
+
+def _sound_input(encoder: AudioEncoder, config: ExtractConfig) -> str:
+    """What an audio encoder reads: the log-Mel as stored, or frames of its own, which are not stored."""
+    dtype = config.dtype if encoder.front_end == KALDI else "float32"
+    return f"{encoder.front_end.name} {dtype}"
 
 
 def text_info(encoder: VisualEncoder) -> StreamInfo:

@@ -76,6 +76,30 @@ def _ast_tiny(request: Request) -> AudioEncoder:
     return tiny.build_ast(request)
 
 
+def _resnet50(request: Request) -> VisualEncoder:
+    from vaflow.encoders import resnet
+
+    return resnet.build_resnet50(request)
+
+
+def _resnet_tiny(request: Request) -> VisualEncoder:
+    from vaflow.encoders import tiny_cnn
+
+    return tiny_cnn.build_resnet(request)
+
+
+def _vggish(request: Request) -> AudioEncoder:
+    from vaflow.encoders import vggish
+
+    return vggish.build_vggish(request)
+
+
+def _vggish_tiny(request: Request) -> AudioEncoder:
+    from vaflow.encoders import tiny_cnn
+
+    return tiny_cnn.build_vggish(request)
+
+
 def _any_clip(request: Request) -> VisualEncoder:
     from vaflow.encoders import clip
 
@@ -102,8 +126,12 @@ ENCODERS: Mapping[str, Entry] = {
     "clip-vit-b16": Entry("visual", _clip_b16),   # OpenAI's ViT-B/16
     "clip-vit-b32": Entry("visual", _clip_b32),   # OpenAI's ViT-B/32
     "clip-tiny":    Entry("visual", _clip_tiny),  # the same class, seeded weights, no download
+    "resnet50":     Entry("visual", _resnet50),   # ResNet-50, ImageNet
+    "resnet-tiny":  Entry("visual", _resnet_tiny),  # the same class, seeded weights, no download
     "ast":          Entry("audio",  _ast),        # Audio Spectrogram Transformer, AudioSet
     "ast-tiny":     Entry("audio",  _ast_tiny),   # the same class, seeded weights, no download
+    "vggish":       Entry("audio",  _vggish),     # VGGish, YouTube-8M's precursor
+    "vggish-tiny":  Entry("audio",  _vggish_tiny),  # the same class, seeded weights, no download
     "logmel":       Entry("logmel", _logmel),
 }
 
@@ -145,7 +173,7 @@ def build_encoder(
 
     Args:
         name: a key of `ENCODERS`, `clip:MODEL/TAG_OR_FILE` or `ast:PATH_OR_HUB_ID`.
-        weights: local weights to use instead of the hub's: a file for CLIP, a folder for AST.
+        weights: local weights to use instead of the hub's: a file (a folder for AST).
         device: "cpu", "cuda" or "cuda:N".
         precision: "auto" is float32 on every device, so that a cache does not depend on where it was made beyond
             rounding; "bfloat16" and "float16" run the network in autocast on CUDA and become part of the identity.

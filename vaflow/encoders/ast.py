@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from vaflow.encoders import Request
 from vaflow.encoders.ast_geometry import Geometry, window_frames
 from vaflow.encoders.ast_loading import DEFAULT_MODEL, load_checkpoint
+from vaflow.encoders.frontend import KALDI, FrontEnd, Stretches
 from vaflow.encoders.weights import state_digest
 
 SPECIAL_TOKENS = 2  # class and distillation
@@ -24,6 +25,7 @@ class AstEncoder:
     """An audio encoder; see `vaflow.encoders.base.AudioEncoder`."""
 
     kind: ClassVar[str] = "audio"
+    front_end: ClassVar[FrontEnd] = KALDI
 
     def __init__(
         self,
@@ -49,6 +51,10 @@ class AstEncoder:
     def window_frames(self, window: float) -> int:
         """How many 10-ms log-Mel frames a window of that many seconds has before padding (998 for 10 s)."""
         return window_frames(window)
+
+    def stretches(self, window: float, steps: int) -> Stretches:
+        """All frames of the window in one stretch."""
+        return Stretches((0,), self.window_frames(window))
 
     def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
         """[steps] seconds after the window's start: the mean centre of the tokens pooled into each step.

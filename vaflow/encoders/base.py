@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vaflow.encoders.frontend import FrontEnd, Stretches
 from vaflow.encoders.images import Preparation
 
 Image = NDArray[np.uint8]
@@ -42,14 +43,18 @@ class VisualEncoder(Protocol):
 
 
 class AudioEncoder(Protocol):
-    """Kaldi log-Mel filter banks of one window -> a sequence of vectors.
+    """Filter-bank frames of one window -> a sequence of vectors.
+
+    A window is read in one stretch (AST: all of it) or in several of equal length (VGGish: one around every step). A
+    stretch depends on nothing else, so stretches that windows share are encoded once.
 
     Attributes:
         kind: "audio".
         name: the stream's name.
         dim: length of each vector.
         identity: plain JSON of everything that changes the numbers.
-        mel_bins: bins the encoder expects (128 for AST).
+        front_end: what makes frames of sound. Encoders with `frontend.KALDI` read the cached log-Mel, and can be added
+            to a cache without decoding; the others need the sound again.
         module: the network, for fine-tuning.
     """
 
@@ -57,20 +62,24 @@ class AudioEncoder(Protocol):
     name: str
     dim: int
     identity: dict[str, Any]
-    mel_bins: int
     module: torch.nn.Module
 
-    def window_frames(self, window: float) -> int:
-        """How many 10-ms log-Mel frames a window of that many seconds has before padding (998 for 10 s)."""
+    @property
+    def front_end(self) -> FrontEnd:
+        """As above; a class's constant will do."""
+        ...
+
+    def stretches(self, window: float, steps: int) -> Stretches:
+        """Which frames are read of a window of that many seconds; their number divides `steps`."""
         ...
 
     def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
-        """[steps] seconds after the window's start: the mean centre of the tokens pooled into each step."""
+        """[steps] seconds after the window's start: what each step is centred on."""
         ...
 
     def encode(self, logmel: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
-        """[B, frames, mel_bins] float32, unnormalised -> [B, steps, dim] float32 on the encoder's device.
+        """[B, frames, bins] float32, a stretch each, unnormalised -> [B, steps / stretches, dim] float32.
 
-        Windows shorter than the model's input are padded with zeros before normalisation, as Hugging Face does.
+        The result is on the encoder's device.
         """
         ...

@@ -4,6 +4,8 @@ The parameters are those of Hugging Face's feature extractor for the Audio Spect
 framewise, so a slice that starts on the 10-ms hop equals what the extractor computes from the same stretch of sound.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,17 +44,44 @@ def identity() -> dict[str, object]:
     }
 
 
+def kaldi_banks(sound: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sound of `GROUP` frames, [(GROUP - 1) * HOP + FRAME] -> [GROUP, 128] float32."""
+    import torch
+    from torchaudio.compliance import kaldi
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so little work only waits for threads when decoders keep the cores busy
+    try:
+        banks = kaldi.fbank(
+            torch.from_numpy(sound)[None],
+            sample_frequency=float(RATE),
+            window_type="hanning",
+            num_mel_bins=MEL_BINS,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    values: NDArray[np.float32] = banks.numpy()
+    return values
+
+
 class FilterBank:
     """Sound in, filter banks out, block by block; the result does not depend on the blocks, to the last bit.
 
     Frame i covers samples [160 i, 160 i + 400); only whole frames are given (Kaldi's `snip_edges`).
+
+    Args:
+        banks: what makes frames of sound, `GROUP` at a time.
+        bins: width of a frame.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, banks: Callable[[NDArray[np.float32]], NDArray[np.float32]] = kaldi_banks, bins: int = MEL_BINS
+    ) -> None:
+        self._banks, self._bins = banks, bins
         self._rest: NDArray[np.float32] = np.empty(0, np.float32)
 
     def push(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Samples [n] at 16 kHz, in [-1, 1] -> [k, 128] float32, the frames that became complete.
+        """Samples [n] at 16 kHz, in [-1, 1] -> [k, bins] float32, the frames that became complete.
 
         Raises:
             ValueError: samples are not one-dimensional.
@@ -62,33 +91,16 @@ class FilterBank:
         sound = np.concatenate([self._rest, samples.astype(np.float32, copy=False)])
         count = frame_count(sound.size)
         self._rest = sound[count * HOP :].copy()
-        groups = [_group(sound, first, min(GROUP, count - first)) for first in range(0, count, GROUP)]
-        return np.concatenate(groups) if groups else np.empty((0, MEL_BINS), np.float32)
+        groups = [self._group(sound, first, min(GROUP, count - first)) for first in range(0, count, GROUP)]
+        return np.concatenate(groups) if groups else np.empty((0, self._bins), np.float32)
 
     def finish(self) -> NDArray[np.float32]:
-        """Forget the incomplete last frame; [0, 128]. The bank can then be used for another clip."""
+        """Forget the incomplete last frame; [0, bins]. The bank can then be used for another clip."""
         self._rest = np.empty(0, np.float32)
-        return np.empty((0, MEL_BINS), np.float32)
+        return np.empty((0, self._bins), np.float32)
 
-
-def _group(sound: NDArray[np.float32], first: int, count: int) -> NDArray[np.float32]:
-    import torch
-    from torchaudio.compliance import kaldi
-
-    needed = (GROUP - 1) * HOP + FRAME
-    part = sound[first * HOP : first * HOP + (count - 1) * HOP + FRAME]
-    padded = np.zeros(needed, np.float32)
-    padded[: part.size] = part
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so little work only waits for threads when decoders keep the cores busy
-    try:
-        banks = kaldi.fbank(
-            torch.from_numpy(padded)[None],
-            sample_frequency=float(RATE),
-            window_type="hanning",
-            num_mel_bins=MEL_BINS,
-        )
-    finally:
-        torch.set_num_threads(threads)
-    values: NDArray[np.float32] = banks.numpy()
-    return values[:count]
+    def _group(self, sound: NDArray[np.float32], first: int, count: int) -> NDArray[np.float32]:
+        part = sound[first * HOP : first * HOP + (count - 1) * HOP + FRAME]
+        padded = np.zeros((GROUP - 1) * HOP + FRAME, np.float32)
+        padded[: part.size] = part
+        return self._banks(padded)[:count]

@@ -1,0 +1,176 @@
+"""VGGish (Hershey et al., arXiv 1609.09430): 0.96 s of sound -> 128 numbers, before PCA and before any activation.
+
+No library that is kept up ships it (torchaudio dropped its prototype in 2.9), so the network is written out here. It
+loads the two published conversions of the original weights: torchvggish's (`features.N`, `embeddings.N`) and
+torchaudio's (`features_network.N`, `embedding_network.N`). Both end in a ReLU. The original's embedding is the value
+before it, which keeps what the ReLU would throw away: that is what is cached.
+
+An example is centred on each step. Examples at a clip's ends are padded with the front end's value for digital silence.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from math import floor
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from vaflow.encoders import Request
+from vaflow.encoders.checked import check_checksum, checked_url
+from vaflow.encoders.frontend import FrontEnd, Stretches
+from vaflow.encoders.logmel import FRAME, HOP, RATE
+from vaflow.encoders.vggish_mel import BINS, VGGISH_MEL
+from vaflow.encoders.vggish_mel import identity as mel_identity
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+
+ADDRESS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
+EXAMPLE = 96  # frames
+CHANNELS = ((64,), (128,), (256, 256), (512, 512))
+WIDTHS = (4096, 4096, 128)
+LAYOUTS = {"features_network.": "features.", "embedding_network.": "embeddings."}
+POSTPROCESSING = "pproc."  # PCA, kept beside the network in some files
+
+
+class VGGish(nn.Module):
+    """Groups of 3x3 convolutions, each halved in time and frequency by a maximum; then three dense layers.
+
+    Args:
+        channels: of every convolution, group by group.
+        widths: of the dense layers.
+    """
+
+    def __init__(self, channels: Sequence[Sequence[int]] = CHANNELS, widths: Sequence[int] = WIDTHS) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*_convolutions(channels))
+        halvings = 2 ** len(channels)
+        flat = channels[-1][-1] * (EXAMPLE // halvings) * (BINS // halvings)
+        self.embeddings = nn.Sequential(*_dense([flat, *widths]))
+
+    def forward(self, examples: torch.Tensor) -> torch.Tensor:
+        """[B, 96, 64] log-Mel (time, band) -> [B, widths[-1]].
+
+        Raises:
+            ValueError: examples have another shape.
+        """
+        if examples.ndim != 3 or tuple(examples.shape[1:]) != (EXAMPLE, BINS):
+            raise ValueError(f"VGGish: expected examples [B, {EXAMPLE}, {BINS}], got {[*examples.shape]}")
+        maps = self.features(examples.unsqueeze(1))
+        # The original lays its maps out as time, band, channel; the dense weights expect that order.
+        result: torch.Tensor = self.embeddings(maps.permute(0, 2, 3, 1).flatten(1))
+        return result
+
+
+def _convolutions(channels: Sequence[Sequence[int]]) -> Iterator[nn.Module]:
+    before = 1
+    for group in channels:
+        for after in group:
+            yield nn.Conv2d(before, after, 3, padding=1)
+            yield nn.ReLU()
+            before = after
+        yield nn.MaxPool2d(2)
+
+
+def _dense(widths: Sequence[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return layers[:-1]
+
+
+class VggishEncoder:
+    """An audio encoder; see `vaflow.encoders.base.AudioEncoder`."""
+
+    kind: ClassVar[str] = "audio"
+    front_end: ClassVar[FrontEnd] = VGGISH_MEL
+
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        dim: int,
+        identity: Mapping[str, Any],
+        device: str = "cpu",
+        precision: str = "float32",
+    ) -> None:
+        self.name = name
+        self.dim = dim
+        self.precision = precision
+        self.identity = dict(identity)
+        self.device = torch.device(device)
+        self.module: torch.nn.Module = module.eval().to(self.device, torch.float32)
+
+    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
+        """[steps] seconds after the window's start: (k + 1/2) window / steps."""
+        return np.array([float(time) for time in _centres(window, steps)])
+
+    def stretches(self, window: float, steps: int) -> Stretches:
+        """One example per step, of the frames whose middle is nearest to the step's time (at most 5 ms away)."""
+        half = Fraction((EXAMPLE - 1) * HOP + FRAME, 2 * RATE)  # from an example's start to its middle
+        hop = Fraction(HOP, RATE)
+        first = tuple(floor((time - half) / hop + Fraction(1, 2)) for time in _centres(window, steps))
+        return Stretches(first, EXAMPLE)
+
+    def features(self, logmel: torch.Tensor) -> torch.Tensor:
+        """As `encode`, with gradients."""
+        examples = logmel.to(self.device, torch.float32)
+        if self.precision == "float32":
+            return self.module(examples).unsqueeze(1)
+        with torch.autocast(self.device.type, dtype=getattr(torch, self.precision)):
+            return self.module(examples).to(torch.float32).unsqueeze(1)
+
+    @torch.no_grad()
+    def encode(self, logmel: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
+        """[B, 96, 64] float32, an example each -> [B, 1, dim] float32; the window and its steps do not matter.
+
+        Raises:
+            ValueError: examples have another shape.
+        """
+        return self.features(logmel)
+
+
+def _centres(window: float, steps: int) -> list[Fraction]:
+    return [Fraction(str(window)) * (2 * k + 1) / (2 * steps) for k in range(steps)]
+
+
+def build_vggish(request: Request) -> VggishEncoder:
+    """VGGish with the published weights, or those of the file `request.weights`.
+
+    Raises:
+        WeightsError: the weights cannot be had, are damaged, or do not fit.
+    """
+    path = request.weights if request.weights is not None else checked_url(ADDRESS, encoder=request.name)
+    check_checksum(path)
+    with torch.random.fork_rng():  # the weights are replaced: leave the caller's random numbers alone
+        module = VGGish()
+    load_strictly(module, canonical(read_state_dict(path)), str(path))
+    return make_encoder(request, module)
+
+
+def canonical(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Either layout's tensors under this network's keys, without postprocessing."""
+    renamed = {}
+    for key, value in state.items():
+        prefix = next((prefix for prefix in LAYOUTS if key.startswith(prefix)), "")
+        renamed[LAYOUTS.get(prefix, "") + key.removeprefix(prefix)] = value
+    return {key: value for key, value in renamed.items() if not key.startswith(POSTPROCESSING)}
+
+
+def make_encoder(request: Request, module: VGGish) -> VggishEncoder:
+    """An encoder around a built network."""
+    identity: dict[str, Any] = {
+        "encoder": "vggish",
+        "weights": state_digest(module.state_dict()),
+        "front_end": mel_identity(),
+        "example": EXAMPLE,
+        "padding": "log of the offset beyond the clip",
+        "output": "128-d before PCA, before activation",
+    }
+    if request.precision != "float32":
+        identity["precision"] = request.precision
+    last = module.embeddings[-1]
+    dim = int(last.out_features)  # type: ignore[arg-type]
+    return VggishEncoder(request.name, module, dim, identity, request.device, request.precision)
