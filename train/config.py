@@ -6,7 +6,7 @@ and `--set KEY=VALUE`. Defaults are the full model of arXiv 2603.13415.
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,6 +18,7 @@ from vaflow.errors import UsageError, explain
 from vaflow.timeline import Grid
 
 NONE = "none"  # a stream option of this value turns the modality off
+TEXT_SUFFIX = ".text"  # of the stream of prompt prototypes that belongs to a visual stream
 TEMPORAL = ("gru", "tcn", "lstm", "transformer")
 FUSION = ("hierarchical", "attention", "gated", "concat", "attention-concat")
 NORMALIZE = ("layer", "l2", "standard", "none")
@@ -185,6 +186,27 @@ def parse_settings(settings: Iterable[str]) -> dict[str, str]:
         coerce(key, value.strip())
         result[key] = value.strip()
     return result
+
+
+def with_aliases(config: TrainConfig, aliases: Mapping[str, str]) -> TrainConfig:
+    """The same settings with other streams, and their prototypes, in the place of those named; "none" leaves one out.
+
+    Raises:
+        UsageError: a stream would be there twice, or none would be left.
+    """
+
+    def streams(names: tuple[str, ...]) -> tuple[str, ...]:
+        others = tuple(aliases.get(name, name) for name in names)
+        return tuple(name for name in others if name != NONE) or others[:1]
+
+    text, suffix = config.text.removesuffix(TEXT_SUFFIX), TEXT_SUFFIX if config.text.endswith(TEXT_SUFFIX) else ""
+    text = aliases.get(text, text)
+    return replace(
+        config,
+        visual=streams(config.visual),
+        audio=streams(config.audio),
+        text="" if text == NONE else f"{text}{suffix}",
+    )
 
 
 def preset(name: str) -> dict[str, Any]:
