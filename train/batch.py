@@ -11,11 +11,19 @@ VISUAL, AUDIO = "visual", "audio"
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """A stream that the model reads: its name, `VISUAL` (one vector per frame) or `AUDIO` (per step), its width."""
+    """A stream that the model reads.
+
+    Attributes:
+        name: of the stream.
+        kind: `VISUAL` (one vector per frame) or `AUDIO` (per step).
+        dim: width of a vector.
+        frames_per_step: of a spectrogram, how many of its frames a CNN makes one step of; 0: vectors are steps.
+    """
 
     name: str
     kind: str
     dim: int
+    frames_per_step: int = 0
 
 
 @dataclass(frozen=True)

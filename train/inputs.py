@@ -33,7 +33,8 @@ class InputStream:
     Attributes:
         name, dim: of the stream.
         kind: of the cache: "visual", "audio" or "logmel".
-        steps: per training window; for visual streams, the frames.
+        steps: vectors per training window; for visual streams, the frames.
+        frames_per_step: of log-Mel, how many of them a CNN makes one audio step of; 0: vectors are steps.
         identity: what made it; fingerprint: its digest.
     """
 
@@ -43,11 +44,12 @@ class InputStream:
     steps: int
     fingerprint: str
     identity: Mapping[str, Any] = field(default_factory=dict)
+    frames_per_step: int = 0
 
     @property
     def spec(self) -> StreamSpec:
-        """As the model sees it: log-Mel is an audio stream of many steps."""
-        return StreamSpec(self.name, VISUAL if self.kind == "visual" else AUDIO, self.dim)
+        """As the model sees it: log-Mel is an audio stream that needs a CNN first."""
+        return StreamSpec(self.name, VISUAL if self.kind == "visual" else AUDIO, self.dim, self.frames_per_step)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,10 @@ def _visual_input(info: StreamInfo, grid: Grid) -> InputStream:
 
 def _audio_input(cache: Cache, info: StreamInfo, config: TrainConfig) -> InputStream:
     window = config.grid.window
+    if info.kind == LOGMEL:
+        steps = config.audio_steps or int(config.grid.frames)
+        each = max(1, round(window / steps / LOGMEL_INTERVAL))
+        return InputStream(info.name, info.kind, info.dim, steps * each, fingerprint(info), info.identity, each)
     interval = interval_of(info.kind, info.identity) or _measured_interval(cache, info.name)
     steps = config.audio_steps or max(1, round(window / interval))
     return InputStream(info.name, info.kind, info.dim, steps, fingerprint(info), info.identity)

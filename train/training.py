@@ -15,7 +15,7 @@ from vaflow.errors import UsageError, explain
 from vaflow.train.builder import build_model, choose_device
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import evaluate_windows, failed_items, write_predictions
+from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, write_predictions
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, check_same, resolve
 from vaflow.train.loop import Progress, fit, seeded
@@ -106,6 +106,7 @@ def train_run(
     device = choose_device(config.device)
     if data is None:
         data = load_data(cache, config, inputs, device=device, scratch=folder.path, show=show)
+    check_complete(data.val, failed_items(cache, config.val_split), allow_missing)  # now, not after hours
     record = replace(record, data=_counts(config, data))
     _check_data(folder, old, record)
     folder.write_record(record)
@@ -191,9 +192,8 @@ def _fit(
     with seeded(config.seed):
         model = build_model(config, inputs.specs, inputs.prototypes)
     model.to(device)
-    if config.normalize == "standard":
-        for stream in inputs.specs:
-            model.set_statistics(stream.name, *data.train.statistics(stream.name))
+    for name in model.standardized:
+        model.set_statistics(name, *data.train.statistics(name))
     with ExitStack() as stack:
         if show:  # log lines above the bar, not through it
             stack.enter_context(logging_redirect_tqdm())

@@ -6,79 +6,18 @@ several streams of one modality (see `VAModel` and `fusion`), and missing input 
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vaflow.errors import UsageError, explain
 from vaflow.train.batch import AUDIO, VISUAL, Batch, Output, StreamSpec
+from vaflow.train.heads.branches import NORMALIZE, Branch, Standardize
 from vaflow.train.heads.fusion import FUSION, Track, interpolate
 from vaflow.train.heads.prompt import PromptHead
 from vaflow.train.heads.temporal import TEMPORAL
-
-
-class UnitLength(nn.Module):
-    """[..., D] -> the same direction, length 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return functional.normalize(x, dim=-1)
-
-
-class Standardize(nn.Module):
-    """(x - mean) / deviation per dimension, with numbers of the training split; the identity until they are set."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("deviation", torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return (x - self.mean) / self.deviation.clamp(min=1e-6)
-
-
-NORMALIZE: Mapping[str, Callable[[int], nn.Module]] = {
-    "layer": nn.LayerNorm,
-    "l2": lambda dim: UnitLength(),
-    "standard": Standardize,
-    "none": lambda dim: nn.Identity(),
-}
-
-
-class Branch(nn.Module):
-    """One stream: normalise, project to `hidden`, put the learned vector where input is missing, then its context.
-
-    Args:
-        dim: width of the stream's features.
-        hidden: width of the result.
-        normalize: a key of `NORMALIZE`.
-        temporal: a key of `TEMPORAL`.
-        temporal_options: its keyword arguments.
-        dropout: on what enters the temporal model.
-    """
-
-    def __init__(
-        self, dim: int, hidden: int, normalize: str, temporal: str, temporal_options: Mapping[str, Any], dropout: float
-    ) -> None:
-        super().__init__()
-        self.normalize = NORMALIZE[normalize](dim)
-        self.project = nn.Linear(dim, hidden)
-        self.missing = nn.Parameter(torch.zeros(hidden))
-        self.dropout = nn.Dropout(dropout)
-        self.temporal = TEMPORAL[temporal](hidden, hidden, **temporal_options)
-
-    def forward(self, x: Tensor, valid: Tensor, inside: Tensor) -> Tensor:
-        """x [B, T, dim], valid and inside [B, T] bool -> [B, T, hidden]; features that are not valid are not read."""
-        there = valid.unsqueeze(-1)
-        projected = self.project(self.normalize(torch.where(there, x, 0)))
-        return self.temporal(self.dropout(torch.where(there, projected, self.missing)), inside)
 
 
 class VAModel(nn.Module):
@@ -89,7 +28,8 @@ class VAModel(nn.Module):
     audio streams beside a visual one are the fusion's matter.
 
     Args:
-        streams: what the model reads, at least one; visual streams have one vector per output frame.
+        streams: what the model reads, at least one; visual streams have one vector per output frame. A spectrogram
+            (`frames_per_step`) goes through a CNN first.
         prototypes: [9, D] text prototypes of the regions; None: no prompt head.
         hidden: width of every sequence.
         temporal: a key of `TEMPORAL`, the same for every stream (each has its own weights).
@@ -129,7 +69,7 @@ class VAModel(nn.Module):
         _known_options(temporal, options)
         self.streams = _checked(streams)
         self.branches = nn.ModuleList(
-            Branch(stream.dim, hidden, normalize, temporal, options, dropout) for stream in self.streams
+            Branch(s.dim, hidden, normalize, temporal, options, dropout, s.frames_per_step) for s in self.streams
         )
         self.visual = [i for i, stream in enumerate(self.streams) if stream.kind == VISUAL]
         self.audio = [i for i, stream in enumerate(self.streams) if stream.kind == AUDIO]
@@ -169,8 +109,14 @@ class VAModel(nn.Module):
         seen = self.merge(torch.cat([self._see(i, batch) for i in self.visual], dim=-1))
         return seen if self.fusion is None else self.fusion(seen, batch.time, tracks)
 
+    @property
+    def standardized(self) -> tuple[str, ...]:
+        """Names of the streams that `set_statistics` is for: spectrograms, and all with normalize="standard"."""
+        pairs = zip(self.streams, self.branches, strict=True)
+        return tuple(stream.name for stream, branch in pairs if isinstance(branch.normalize, Standardize))
+
     def set_statistics(self, stream: str, mean: Tensor, deviation: Tensor) -> None:
-        """With normalize="standard": what to subtract and divide by, [D] each, over the training split's valid rows.
+        """What a stream is shifted by and divided by, [D] each, over the training split's valid rows.
 
         Raises:
             ValueError: there is no such stream, it is not standardised, or shapes disagree.
@@ -196,9 +142,8 @@ class VAModel(nn.Module):
         """H of audio stream i with its times and masks."""
         name = self.streams[i].name
         inside = batch.feature_inside[name]
-        key = batch.valid[name] & inside
-        value = self.branches[i](batch.features[name], key, inside)
-        return Track(value, batch.feature_time[name], inside, key)
+        branch: Branch = self.branches[i]  # type: ignore[assignment]
+        return branch.track(batch.features[name], batch.valid[name] & inside, inside, batch.feature_time[name])
 
 
 def count_parameters(module: nn.Module, *, trainable: bool = True) -> int:
