@@ -13,7 +13,7 @@ from vaflow.cache import Cache
 from vaflow.cache.item import Item
 from vaflow.cache.schema import LABELS, Json
 from vaflow.errors import DataError, UsageError, explain
-from vaflow.timeline import Grid, median_interval
+from vaflow.timeline import Floats, Grid, median_interval
 from vaflow.train import tables
 from vaflow.train.config import TrainConfig
 from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampling
@@ -193,7 +193,7 @@ def _table(
 
 def _sound_times(stream: InputStream, data: Item, interval: float | None) -> tables.SoundTimes:
     if stream.kind != "audio":  # log-Mel: one sequence over the whole clip, frame i for the i-th hop
-        hops = (np.arange(len(data.time)) + 0.5) * LOGMEL_INTERVAL
+        hops: Floats = (np.arange(len(data.time), dtype=np.float64) + 0.5) * LOGMEL_INTERVAL
         return tables.SoundTimes(np.zeros(1), hops[None], data.valid[None], None, LOGMEL_INTERVAL)
     spacing = interval or median_interval(data.time[:1].ravel())
     start = data.arrays.get("start")

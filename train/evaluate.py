@@ -103,7 +103,11 @@ def failed_items(cache: Cache, split: str) -> list[str]:
     failed = set()
     for path in sorted(cache.path.glob("failures*.jsonl")):
         for line in path.read_text("utf-8").splitlines():
-            failure = json.loads(line)
+            try:
+                failure = json.loads(line)
+            except json.JSONDecodeError:  # the last line of an extraction that was killed
+                log.warning("%s has a line that cannot be read; it is passed over", path)
+                continue
             if failure["item"] not in known and failure.get("split", split) == split:
                 failed.add(failure["item"])
     return sorted(failed)
@@ -136,8 +140,7 @@ def evaluate_windows(
     Raises:
         DataError: labelled frames belong to clips without features, or nothing is labelled.
     """
-    lost = [clip for clip in featureless(windows) if clip.valid.any()]
-    _allow(lost, failed, allow_missing)
+    lost = check_complete(windows, failed, allow_missing)
     traces = list(predict_clips(model, windows))
     names = {clip.item for clip in lost}
     used = [trace for trace in traces if trace.clip.valid.any() and trace.clip.item not in names]
@@ -152,9 +155,15 @@ def evaluate_windows(
     return report, traces
 
 
-def _allow(lost: Sequence[ClipRows], failed: Sequence[str], allow_missing: bool) -> None:
+def check_complete(windows: WindowSet, failed: Sequence[str], allow_missing: bool) -> list[ClipRows]:
+    """Every labelled clip of the split can be scored; returns those that cannot, where that is allowed.
+
+    Raises:
+        DataError: it is not allowed; the frames are counted and the clips named.
+    """
+    lost = [clip for clip in featureless(windows) if clip.valid.any()]
     if not lost and not failed:
-        return
+        return []
     frames = sum(int(clip.valid.any(axis=1).sum()) for clip in lost)
     items = [*(clip.item for clip in lost), *failed]
     shown = ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
@@ -163,7 +172,7 @@ def _allow(lost: Sequence[ClipRows], failed: Sequence[str], allow_missing: bool)
     message = f"{'; '.join(filter(None, (problem, absent)))}: {shown}"
     if allow_missing:
         log.warning("%s. They are left out of the metrics, as allowed", message)
-        return
+        return lost
     raise DataError(
         explain(
             f"The split cannot be scored whole. {message}",

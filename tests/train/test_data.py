@@ -271,7 +271,7 @@ def test_streams_are_chosen_or_asked_for(cache: Cache, tmp_path: Path) -> None:
         ({"prompts": "mine"}, "Choices: default"),
     ):
         with pytest.raises(UsageError, match=says):
-            resolve(cache, TrainConfig(**settings))  # type: ignore[arg-type]
+            resolve(cache, TrainConfig(**settings))
     two = make_cache(tmp_path / "c", Toy(splits={}))
     two.declare(StreamInfo("other-eyes", "visual", 3, "float32", {}))
     with pytest.raises(UsageError, match=r"several visual streams.*other-eyes, toy-eyes"):

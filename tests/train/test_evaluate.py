@@ -74,7 +74,11 @@ def test_a_function_of_time_is_interpolated_between_samples_and_held_outside(win
 
 def test_constants_come_back_exactly_and_clipped(windows: WindowSet) -> None:
     for value, expected in ((0.25, 0.25), (1.5, 1.0), (-7.0, -1.0)):
-        for trace in predict_clips(Says(windows, lambda t, b, v=value: torch.full((*t.shape, 2), v)), windows):
+
+        def constant(time: Tensor, batch: Batch, value: float = value) -> Tensor:
+            return torch.full((*time.shape, 2), value)
+
+        for trace in predict_clips(Says(windows, constant), windows):
             assert (trace.va == expected).all()
 
 
@@ -192,7 +196,8 @@ def test_clips_that_never_reached_the_cache_count_too(tmp_path: Path) -> None:
         {"item": "lost", "stage": "open", "error": "MediaError", "message": "no video"},
         {"item": "elsewhere", "stage": "open", "error": "MediaError", "message": "", "split": "train"},
     ]
-    (cache.path / "failures-1-of-2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (cache.path / "failures-1-of-2.jsonl").write_text(text + '{"item": "ki')  # an extraction was killed here
     assert failed_items(cache, "val") == ["lost"]
     windows = windows_of(cache)
     model = Says(windows, lambda t, b: b.target)

@@ -26,7 +26,8 @@ CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=4)
 def loaded(tmp_path_factory) -> tuple[TrainConfig, Inputs, WindowSet, WindowSet]:
     cache: Cache = make_cache(tmp_path_factory.mktemp("loop") / "cache", Toy(seconds=(8, 14)))
     config, inputs = resolve(cache, CONFIG)
-    return config, inputs, *(load_split(cache, split, inputs.streams, config) for split in ("train", "val"))
+    train, val = (load_split(cache, split, inputs.streams, config) for split in ("train", "val"))
+    return config, inputs, train, val
 
 
 def fresh(config: TrainConfig, inputs: Inputs) -> nn.Module:

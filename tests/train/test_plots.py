@@ -1,0 +1,74 @@
+"""Pictures: they are made of any input, and show what is missing. How they look is for eyes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vaflow.train import plots
+
+
+def trace(seconds: float, rate: float = 30.0):
+    time = np.arange(0, seconds, 1 / rate)
+    va = np.stack([np.sin(time), np.cos(time)], axis=1) * 0.8
+    regions = np.random.default_rng(0).dirichlet(np.ones(9), len(time))
+    return time, va, regions
+
+
+def test_a_trace_with_everything(tmp_path: Path) -> None:
+    time, va, regions = trace(20)
+    label = np.where(time[:, None] < 12, va * 0.5, np.nan)
+    instants = np.arange(0, 20, 0.5)
+    seen = (instants, (instants < 5) | (instants > 8))
+    with_all, plain = tmp_path / "all.png", tmp_path / "plain.png"
+    plots.plot_trace(with_all, time, va, label=label, regions=regions, face=seen, sound=seen, title="a clip")
+    plots.plot_trace(plain, time, va)
+    one, other = Image.open(with_all), Image.open(plain)
+    assert one.size[0] == other.size[0] and one.size[1] > other.size[1]  # the region strip is added below
+    for colour in (plots.VALENCE, plots.AROUSAL):
+        assert pixels(other, colour) > 500
+    assert pixels(one, plots.LABEL) > 300 > pixels(other, plots.LABEL)  # grey is also in the rims of letters
+
+
+def pixels(image: Image.Image, colour: str) -> int:
+    """How many pixels are of exactly that colour."""
+    wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return int((np.asarray(image.convert("RGB")) == wanted).all(axis=-1).sum())
+
+
+def test_every_gap_is_shaded_once() -> None:
+    axes = Figure().subplots()
+    instants = np.arange(0, 10, 0.5)
+    there = np.ones(20, bool)
+    there[[0, 1, 7, 19]] = False
+    plots._shade(axes, (instants, there), plots.NO_FACE, "no face", hatch="")
+    spans = sorted((patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches)  # type: ignore[attr-defined]
+    np.testing.assert_allclose(spans, [(-0.25, 0.75), (3.25, 3.75), (9.25, 9.75)])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_very_short_clips(tmp_path: Path, rows: int) -> None:
+    time, va, regions = (array[:rows] for array in trace(1))
+    seen = (time, np.zeros(rows, bool))
+    plots.plot_trace(tmp_path / "p.png", time, va, regions=regions, label=va * np.nan, face=seen, sound=seen)
+    assert Image.open(tmp_path / "p.png").size[0] > 800
+
+
+def test_half_an_hour(tmp_path: Path) -> None:
+    time, va, regions = trace(1800)
+    plots.plot_trace(tmp_path / "p.png", time, va, regions=regions, label=va)
+    assert (tmp_path / "p.png").stat().st_size < 2_000_000
+
+
+def test_curves_and_agreement(tmp_path: Path) -> None:
+    row = {"loss_total": 1.0, "loss_ccc": 0.9, "loss_kl": 0.0, "val_ccc_valence": float("nan"), "val_ccc_arousal": 0.3}
+    history = [{"epoch": k, **row, "val_ccc_mean": mean} for k, mean in ((1, 0.2), (2, 0.3), (3, float("nan")))]
+    plots.plot_training(tmp_path / "curves.png", history)
+    plots.plot_training(tmp_path / "one.png", history[2:])
+    _, va, _ = trace(20)
+    valid = np.stack([np.zeros(len(va), bool), np.ones(len(va), bool)], axis=1)
+    plots.plot_agreement(tmp_path / "agreement.png", va * 0.9, np.where(valid, va, np.nan), valid)
+    for path in tmp_path.iterdir():
+        assert Image.open(path).size[0] > 800

@@ -1,0 +1,255 @@
+"""Run folders: what is written, going on after an interruption, refusing what does not belong together."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
+
+from vaflow.cache import Cache
+from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError, VaflowError
+from vaflow.train import training
+from vaflow.train.batch import Batch
+from vaflow.train.config import TrainConfig
+from vaflow.train.inputs import resolve
+from vaflow.train.loop import Row
+from vaflow.train.runs import PROTOTYPES, RunFolder, RunRecord, load_run, new_record
+from vaflow.train.storage import read_tensors, write_tensors, write_whole
+from vaflow.train.training import evaluate_run, load_data, train_run
+
+CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=3, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("runs") / "cache", Toy(seconds=(8, 14)))
+
+
+@pytest.fixture(scope="module")
+def run(cache: Cache, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train_run(cache, CONFIG, out, tensorboard=False, pictures=False)
+    return out
+
+
+def quiet_run(cache: Cache, config: TrainConfig, out: Path, **options) -> training.Result:
+    return train_run(cache, config, out, tensorboard=False, pictures=False, **options)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(run / "model.safetensors")[0]
+
+
+def test_everything_is_written(cache: Cache, tmp_path: Path) -> None:
+    result = train_run(cache, replace(CONFIG, epochs=1), tmp_path / "run")
+    names = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    events = {name for name in names if name.startswith("tensorboard/")}
+    assert len(events) == 1
+    assert names - events == {
+        "config.toml",
+        "model.safetensors",
+        "metrics.json",
+        "history.csv",
+        *(f"predictions/val/val{k}.csv" for k in range(3)),
+        *(f"pictures/trace-val{k}.png" for k in range(3)),
+        "pictures/training.png",
+        "pictures/agreement.png",
+    }
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics == result.metrics
+    assert {"split", "n_frames", "ccc", "ci95", "within_video_ccc", "rmse"} <= set(metrics)
+    assert set(metrics["ccc"]) == set(metrics["ci95"]) == {"valence", "arousal", "mean"}
+
+
+def test_the_record_says_what_was_resolved(cache: Cache, run: Path) -> None:
+    record = RunFolder(run).record()
+    assert record is not None
+    assert record.config == replace(
+        CONFIG, visual=(VISUAL,), audio=(AUDIO,), text=f"{VISUAL}.text", window=4.0, stride=1.5, frames=8
+    )
+    assert RunRecord.from_toml(record.to_toml()) == record
+    assert record.cache == str(cache.path.resolve())
+    infos = cache.streams()
+    for stream in record.streams:
+        assert stream.fingerprint == cache.fingerprint(stream.name)
+        assert stream.identity == infos[stream.name].identity and stream.dim == infos[stream.name].dim
+    assert record.data["train"]["clips"] == 6 and record.data["val"]["clips"] == 3
+    history = RunFolder(run).read_history()
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+
+
+def test_a_loaded_run_says_what_the_trained_model_said(cache: Cache, run: Path) -> None:
+    loaded = load_run(run)
+    assert not loaded.model.training
+    assert torch.equal(weights(run)[PROTOTYPES], resolve(cache, CONFIG)[1].prototypes)  # type: ignore[arg-type]
+    again = evaluate_run(run, cache, device="cpu", write=False)
+    metrics = RunFolder(run).read_metrics()
+    for key, value in again.items():
+        assert metrics[key] == value, key
+
+
+def test_evaluating_writes_predictions_of_another_split(cache: Cache, run: Path) -> None:
+    report = evaluate_run(run, cache, "train", device="cpu")
+    assert report["split"] == "train" and report["n_clips"] == 6
+    assert len(list(RunFolder(run).predictions("train").glob("*.csv"))) == 6
+
+
+def test_a_finished_run_is_not_trained_again(cache: Cache, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "fit", _never)
+    result = quiet_run(cache, CONFIG, run)
+    assert result.was_done and result.metrics == RunFolder(run).read_metrics()
+    assert quiet_run(cache, replace(CONFIG, device="auto"), run).was_done
+
+
+def _never(*args: object, **options: object) -> None:
+    raise AssertionError("trained again")
+
+
+def test_other_settings_are_refused_and_named(cache: Cache, run: Path) -> None:
+    with pytest.raises(UsageError, match=r"other settings.*epochs: 3, not 5; seed: 0, not 1"):
+        quiet_run(cache, replace(CONFIG, epochs=5, seed=1), run)
+
+
+def interrupted(cache: Cache, out: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    def stop(config, bar, board):
+        def report(row: Row) -> None:
+            if row["epoch"] == after:
+                raise KeyboardInterrupt
+
+        return report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "reporter", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quiet_run(cache, CONFIG, out)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(cache: Cache, run: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "run"
+    interrupted(cache, out, monkeypatch, after=2)
+    with pytest.raises(UsageError, match=r"interrupted before it finished.*vaflow train"):
+        load_run(out)
+    result = quiet_run(cache, CONFIG, out)
+    assert result.metrics == RunFolder(run).read_metrics()
+    one, other = weights(out), weights(run)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not (out / "checkpoint.safetensors").exists()
+
+
+def test_an_interrupted_run_is_not_continued_with_other_clips(tmp_path: Path, monkeypatch) -> None:
+    cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14)))
+    interrupted(cache, tmp_path / "run", monkeypatch, after=1)
+    cache.drop("labels", "train0")
+    with pytest.raises(UsageError, match="cache has changed"):
+        quiet_run(cache, CONFIG, tmp_path / "run")
+
+
+def test_loaded_data_can_be_shared(cache: Cache, run: Path, tmp_path: Path, monkeypatch) -> None:
+    config, inputs = resolve(cache, CONFIG)
+    data = load_data(cache, config, inputs)
+    monkeypatch.setattr(training, "load_split", _never)
+    result = quiet_run(cache, CONFIG, tmp_path / "run", data=data)
+    assert result.metrics == RunFolder(run).read_metrics()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temporal": "tcn", "fusion": "attention-concat", "causal": False, "layers": 2, "kl_weight": 0.0},
+        {"temporal": "transformer", "fusion": "gated", "attention_heads": 2, "region_labels": "hard"},
+        {"temporal": "lstm", "audio": ("none",), "normalize": "standard", "label_reduction": "mean"},
+        {"visual": ("none",), "learnable_prompts": True, "schedule": "cosine", "mse_weight": 0.1},
+    ],
+)
+def test_every_kind_of_model_comes_back(cache: Cache, tmp_path: Path, settings: dict) -> None:
+    config = replace(CONFIG, epochs=1, **settings)
+    quiet_run(cache, config, tmp_path / "run")
+    again = evaluate_run(tmp_path / "run", cache, device="cpu", write=False)
+    assert again["ccc"] == RunFolder(tmp_path / "run").read_metrics()["ccc"]
+    assert (PROTOTYPES in weights(tmp_path / "run")) == (config.kl_weight > 0)
+
+
+def test_prediction_needs_no_cache(cache: Cache, run: Path) -> None:
+    config, inputs = resolve(cache, CONFIG)
+    windows = load_data(cache, config, inputs).val
+    batch: Batch = windows.gather(torch.arange(4))
+    output = load_run(run).model(batch)
+    assert output.region_logits is not None and output.region_logits.shape == (4, 8, 9)
+
+
+def test_a_cache_of_another_encoder_is_refused(cache: Cache, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FingerprintError, match=r"dim: 12, 10 in the run"):
+        evaluate_run(run, make_cache(tmp_path / "c", Toy(widths=(12, 12))), device="cpu")
+
+
+def test_labelled_clips_without_features_stop_the_evaluation(tmp_path: Path, run: Path) -> None:
+    cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14)))
+    cache.drop(VISUAL, "val0")
+    cache.drop(AUDIO, "val0")
+    with pytest.raises(DataError, match=r"no features: val0.*--allow-missing"):
+        evaluate_run(run, cache, device="cpu", write=False)
+    assert evaluate_run(run, cache, device="cpu", allow_missing=True, write=False)["n_clips"] == 2
+
+
+def test_training_asks_before_it_begins_not_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14)))
+    cache.drop(VISUAL, "val0")
+    cache.drop(AUDIO, "val0")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fit", _never)
+        with pytest.raises(DataError, match="val0"):
+            quiet_run(cache, CONFIG, tmp_path / "run")
+    result = quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run", allow_missing=True)
+    assert result.metrics["missing"]["clips"] == ["val0"]
+
+
+def test_folders_that_are_no_runs(tmp_path: Path, cache: Cache) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        load_run(tmp_path / "absent")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("miaow")
+    with pytest.raises(UsageError, match=r"no config\.toml"):
+        load_run(tmp_path / "photos")
+    with pytest.raises(UsageError, match="no run wrote"):
+        quiet_run(cache, CONFIG, tmp_path / "photos")
+    with pytest.raises(UsageError, match="Cannot write the run folder"):
+        quiet_run(cache, CONFIG, tmp_path / "photos" / "cat.jpg")
+
+
+def test_damaged_runs_say_so(cache: Cache, tmp_path: Path) -> None:
+    config, inputs = resolve(cache, replace(CONFIG, window=4.0, stride=1.5, frames=8))
+    folder = RunFolder(tmp_path)
+    folder.write_record(new_record(cache.path, config, inputs))
+    write_tensors(folder.weights_file, {"odd": torch.zeros(2)})
+    with pytest.raises(CorruptError, match="does not fit"):
+        load_run(tmp_path)
+    folder.weights_file.write_bytes(b"\x10" + b"\0" * 30)
+    with pytest.raises(CorruptError, match="damaged"):
+        load_run(tmp_path)
+    folder.config_file.write_text("vaflow = ")
+    with pytest.raises(CorruptError, match="cannot be read"):
+        load_run(tmp_path)
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "file"
+    write_whole(path, b"old")
+    monkeypatch.setattr(Path, "replace", _full)
+    with pytest.raises(VaflowError, match=r"Cannot write .*No space"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def _full(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_tensors_round_trip(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(3)}
+    write_tensors(tmp_path / "t", tensors, {"note": "x"})
+    read, note = read_tensors(tmp_path / "t")
+    assert note == {"note": "x"} and all(np.array_equal(read[k], tensors[k]) for k in tensors)
