@@ -1,0 +1,201 @@
+"""Tables as data: the TOML file of `vaflow ablate`, checked as a whole when it is read. No cache is needed.
+
+The built-in file, `vaflow/train/tables.toml`, says in its head how one is written.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from vaflow.errors import UsageError, explain
+from vaflow.train.config import TrainConfig, coerce, merge, preset
+
+ALL = "all"
+EACH = ("prompts",)
+SCORES = ("valence", "arousal", "mean")
+_OWN_KEYS = ("name", "preset", "paper", "each")
+_STREAMS = ("visual", "audio")
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration of a table.
+
+    Attributes:
+        table, name: where it stands, and what people call it.
+        settings: in what it differs from the base.
+        preset: a preset's settings, below these; empty: none.
+        paper: published concordance (valence, arousal, mean), or None.
+        each: "prompts": a row for every prompt set but the default one; empty: the row as it is.
+    """
+
+    table: str
+    name: str
+    settings: Settings = field(default_factory=dict)
+    preset: str = ""
+    paper: tuple[float, float, float] | None = None
+    each: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that are read together."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All tables of a file, the settings that every row starts from (the full model), and the file's text."""
+
+    base: Settings
+    tables: tuple[Table, ...]
+    text: str
+
+    def choose(self, names: Sequence[str]) -> tuple[Table, ...]:
+        """The tables of these names in the file's order; all of them for "all" or no name.
+
+        Raises:
+            UsageError: there is no such table.
+        """
+        known = {table.name: table for table in self.tables}
+        for name in names:
+            if name != ALL and name not in known:
+                raise UsageError(explain("There is no such table", got=name, choices=[*known, ALL]))
+        return self.tables if not names or ALL in names else tuple(t for t in self.tables if t.name in names)
+
+    def config(self, row: Row | None, overrides: Settings) -> TrainConfig:
+        """Settings of a row, or of the full model: base < the row's preset < `overrides` < the row's own.
+
+        Raises:
+            UsageError: values that do not fit.
+        """
+        if row is None:
+            return merge(self.base, overrides)
+        return merge(self.base, preset(row.preset) if row.preset else {}, overrides, row.settings)
+
+    def streams(self) -> set[str]:
+        """Every stream that some row names."""
+        configs = [self.config(row, {}) for row in (None, *(row for table in self.tables for row in table.rows))]
+        return {name for config in configs for kind in _STREAMS for name in getattr(config, kind)}
+
+
+def load_study(path: Path | None = None) -> Study:
+    """Read a file of tables; None: the built-in one.
+
+    Raises:
+        UsageError: it cannot be read, is not TOML, or a part of it is not understood; the row is named.
+    """
+    name = str(path or "tables.toml")
+    try:
+        text = (path or resources.files("vaflow.train").joinpath("tables.toml")).read_text("utf-8")
+        document = tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(explain(f"Cannot read the tables {name}", got=error.strerror)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            explain(f"{name} is not TOML", expected="tables as in the built-in file", got=error)
+        ) from error
+    tables = document.get("table")
+    if not isinstance(tables, dict) or not tables:
+        raise UsageError(explain(f"{name} has no tables", expected="[table.NAME] with rows [[table.NAME.row]]"))
+    _only(document, ("base", "table"), name)
+    parsed = tuple(_table(key, value, name) for key, value in tables.items())
+    study = Study(_base(document.get("base", {}), name), parsed, text)
+    for table in study.tables:
+        for row in table.rows:
+            _checked(study, row, name)
+    return study
+
+
+def _base(value: object, file: str) -> Settings:
+    if not isinstance(value, dict):
+        raise UsageError(explain(f"{file}: [base] is not a table of settings", got=value))
+    own = {key: setting for key, setting in value.items() if key != "preset"}
+    _settings(own, f"{file}, [base]")
+    return {**(preset(str(value["preset"])) if "preset" in value else {}), **own}
+
+
+def _table(name: str, value: object, file: str) -> Table:
+    where = f"{file}, table {name}"
+    if name == ALL or not isinstance(value, dict):
+        raise UsageError(explain(f"{where} is not understood", expected=f"[table.NAME], NAME not {ALL!r}", got=value))
+    _only(value, ("title", "row"), where)
+    rows = value.get("row")
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(explain(f"{where} has no rows", expected=f"[[table.{name}.row]] with a name and settings"))
+    parsed = tuple(_row(name, row, where) for row in rows)
+    names = [row.name for row in parsed]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise UsageError(explain(f"{where} has two rows of one name", got=twice))
+    return Table(name, str(value.get("title", "")), parsed)
+
+
+def _row(table: str, value: object, where: str) -> Row:
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(name, str) or not name.strip():
+        raise UsageError(explain(f"{where}: a row has no name", expected='name = "..."', got=value))
+    where = f"{where}, row {name!r}"
+    settings = {key: setting for key, setting in value.items() if key not in _OWN_KEYS}
+    _settings(settings, where)
+    if "seed" in settings:
+        raise UsageError(explain(f"{where} sets a seed", remedy="Every row is trained with every seed: --seeds N"))
+    each = value.get("each", "")
+    if each and each not in EACH:
+        raise UsageError(explain(f"{where}: unknown value for each", got=each, choices=EACH))
+    return Row(table, name, settings, str(value.get("preset", "")), _paper(value.get("paper"), where), each)
+
+
+def _settings(settings: Settings, where: str) -> None:
+    for key, value in settings.items():
+        try:
+            coerce(key, value)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
+
+
+def _paper(value: object, where: str) -> tuple[float, float, float] | None:
+    if value is None:
+        return None
+    if isinstance(value, dict) and set(value) == set(SCORES):
+        numbers = [float(value[name]) for name in SCORES if isinstance(value[name], int | float)]
+        if len(numbers) == len(SCORES) and all(-1 <= number <= 1 for number in numbers):
+            return numbers[0], numbers[1], numbers[2]
+    expected = "{ valence = 0.1, arousal = 0.1, mean = 0.1 }"
+    raise UsageError(explain(f"{where}: paper is not understood", expected=expected, got=value))
+
+
+def _only(value: Mapping[str, object], known: Sequence[str], where: str) -> None:
+    for key in value:
+        if key not in known:
+            raise UsageError(explain(f"{where}: unknown key", got=key, choices=known))
+
+
+def _checked(study: Study, row: Row, file: str) -> None:
+    try:
+        study.config(row, {})
+    except UsageError as error:
+        raise UsageError(f"{file}, table {row.table}, row {row.name!r}: {error}") from error
+
+
+def expand(table: Table, prompt_sets: Iterable[str]) -> Table:
+    """The table with each row that stands for several in place: one per prompt set but the run's default."""
+    others = sorted(set(prompt_sets) - {TrainConfig.prompts})
+    rows: list[Row] = []
+    for row in table.rows:
+        if not row.each:
+            rows.append(row)
+            continue
+        rows += [
+            replace(row, name=row.name.replace("{prompts}", name), settings={**row.settings, "prompts": name}, each="")
+            for name in others
+        ]
+    return replace(table, rows=tuple(rows))

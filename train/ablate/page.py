@@ -1,0 +1,125 @@
+"""`results.html`: one file, nothing fetched, light and dark, fit to print. All text is escaped."""
+
+from html import escape
+
+from vaflow.train.ablate.grid import SCORES
+from vaflow.train.ablate.plot import legend, plot
+from vaflow.train.ablate.results import Results, RowResult, TableResult
+from vaflow.train.ablate.writing import (
+    OURS,
+    PAPER_PLACES,
+    About,
+    digits,
+    heading,
+    p_text,
+    paper_scores,
+    remark,
+    spread,
+    statements,
+)
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1b1b1b; --soft: #5c5c5c; --line: #d9d9d9; --stripe: #f6f6f6;
+  --ours: #0072b2; --paper: #c04f00; --reference: #6b6b6b; --warn: #8a4b00; }
+@media screen and (prefers-color-scheme: dark) { :root { --back: #16181b; --text: #e8e8e8; --soft: #a9a9a9;
+  --line: #3a3d41; --stripe: #1e2125; --ours: #5bb4e5; --paper: #f0a05a; --reference: #9a9a9a; --warn: #f0c24b; } }
+@media print { :root { color-scheme: light; } section { break-inside: avoid; } body { max-width: none; margin: 0; } }
+* { box-sizing: border-box; }
+body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; max-width: 1080px;
+  margin: 2rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .6rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .4rem; }
+ul { padding-left: 1.2rem; margin: .4rem 0; } li { margin: .15rem 0; } .soft, footer { color: var(--soft); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .3rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; } thead th { color: var(--soft); } thead tr:first-child th { border-bottom: 0; }
+th:first-child { text-align: left; white-space: normal; min-width: 15rem; font-weight: 400; }
+tbody tr:nth-child(even) { background: var(--stripe); }
+.group { text-align: center; border-left: 1px solid var(--line); }
+.first { border-left: 1px solid var(--line); } .std { color: var(--soft); font-size: .85em; }
+td b { color: var(--ours); } .problem { color: var(--warn); }
+.remarks { font-size: .88rem; color: var(--soft); }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; font-size: .88rem; color: var(--soft); margin: 1rem 0 0; }
+.legend svg { width: 32px; height: 16px; vertical-align: -3px; margin-right: .35rem; }
+svg.plot { width: 100%; min-width: 620px; height: auto; font: 13px system-ui, sans-serif; }
+.name { fill: var(--text); } .tick { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--line); }
+.touch { fill: transparent; } .reference { stroke: var(--reference); stroke-dasharray: 4 3; stroke-width: 1.5; }
+.interval { stroke: var(--ours); stroke-width: 2.5; stroke-linecap: round; } .mean { fill: var(--ours); }
+.seed { fill: var(--back); fill-opacity: .6; stroke: var(--ours); stroke-opacity: .7; }
+.paper { fill: var(--back); stroke: var(--paper); stroke-width: 2; }
+"""
+
+
+def html_page(results: Results, about: About) -> str:
+    """The whole page."""
+    notes = "\n".join(f"<li>{escape(line)}</li>" for line in statements(results, about))
+    sections = "\n".join(_section(table, results.reference) for table in results.tables)
+    runs = f"{about.trained} runs trained, {about.reused} taken from before, in {about.seconds:.0f} s."
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Ablations</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>Ablations</h1>
+<ul>
+{notes}
+</ul>
+{legend()}
+{sections}
+<footer><p>Cache: {escape(about.cache)}. {runs}</p></footer>
+</body>
+</html>
+"""
+
+
+def _section(table: TableResult, reference: RowResult) -> str:
+    rows = "\n".join(_row(row) for row in table.rows)
+    remarks = "".join(
+        f"<li{' class=problem' if row.problem else ''}>{escape(row.entry.row.name)}: {escape(text)}</li>"
+        for row in table.rows
+        if (text := remark(row))
+    )
+    return f"""<section>
+<h2>{escape(heading(table))}</h2>
+<div class="wide">{plot(table, reference)}</div>
+<div class="wide"><table>
+<thead>
+<tr><th></th><th class="group" colspan="4">ours: {OURS}</th><th class="group" colspan="3">published</th>
+<th class="group" colspan="3">mean against the full model</th></tr>
+<tr><th scope="col">configuration</th><th class="first" scope="col">valence</th><th scope="col">arousal</th>
+<th scope="col">mean</th><th scope="col">95 % interval</th><th class="first" scope="col">valence</th>
+<th scope="col">arousal</th><th scope="col">mean</th><th class="first" scope="col">difference</th>
+<th scope="col">95 % interval</th><th scope="col">p</th></tr>
+</thead>
+<tbody>
+{rows}
+</tbody>
+</table></div>
+{f'<ul class="remarks">{remarks}</ul>' if remarks else ""}
+</section>"""
+
+
+def _row(row: RowResult) -> str:
+    versus = row.versus
+    cells = [_ours(row, k) for k in range(len(SCORES))]
+    cells.append(spread(*row.interval[-1]))
+    cells += [digits(score, places=PAPER_PLACES) for score in paper_scores(row)]
+    if versus is None:
+        cells += ["-"] * 3
+    else:
+        cells += [digits(versus.difference[-1], sign=True), spread(versus.low[-1], versus.high[-1])]
+        cells.append(escape(p_text(versus.p[-1])))
+    firsts = (0, len(SCORES) + 1, 2 * len(SCORES) + 1)  # where a group of columns begins
+    shown = "".join(f"<td{' class=first' if i in firsts else ''}>{cell}</td>" for i, cell in enumerate(cells))
+    return f'<tr><th scope="row">{escape(row.entry.row.name)}</th>{shown}</tr>'
+
+
+def _ours(row: RowResult, k: int) -> str:
+    """Mean and standard deviation of one score."""
+    mean, std = digits(row.mean[k]), digits(row.std[k])
+    strong = f"<b>{mean}</b>" if row.best[k] else mean
+    return f'{strong} <span class="std">± {std}</span>' if row.seeds > 1 else strong

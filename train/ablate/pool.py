@@ -1,0 +1,117 @@
+"""Several runs at once: a process each, a new one where one dies, and the rest goes on."""
+
+import logging
+import multiprocessing
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+from vaflow.cache import Cache
+from vaflow.train.ablate.plan import Job
+from vaflow.train.ablate.worker import Ended, Runner, one_thread, receive, send, serve
+from vaflow.train.config import to_toml
+
+RUNS = "runs"  # the folder of runs below the study's
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that has ended, and how."""
+
+    job: Job
+    ended: Ended
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    cache: Cache,
+    out: Path,
+    *,
+    processes: int = 1,
+    allow_missing: bool = False,
+    level: int = logging.ERROR,
+) -> Generator[Outcome, None, None]:
+    """Train every job in `out/runs/<hash>`, and say which have ended as they end.
+
+    Args:
+        jobs: what to train, in the order in which they are begun.
+        cache: what to train on.
+        out: the study's folder.
+        processes: how many at once; 1: in this process.
+        allow_missing: as of `train_run`.
+        level: of log lines that are shown while runs go on.
+    """
+    if processes <= 1 or len(jobs) <= 1:
+        runner = Runner(cache, allow_missing=allow_missing)
+        with one_thread(level):
+            for job in jobs:
+                yield Outcome(job, runner.run(job.config, out / RUNS / job.key))
+        return
+    with ExitStack() as stack:
+        waiting = deque(jobs)
+        busy: dict[Connection, tuple[_Worker, Job]] = {}
+
+        def begin(worker: _Worker) -> None:
+            job = waiting.popleft()
+            worker.give(job, out / RUNS / job.key)
+            busy[worker.connection] = worker, job
+
+        def new_worker() -> _Worker:
+            return stack.enter_context(_Worker(cache.path, level, allow_missing))
+
+        for _ in range(min(processes, len(jobs))):
+            begin(new_worker())
+        while busy:
+            ready = set(wait(list(busy)))
+            for connection in [connection for connection in busy if connection in ready]:
+                worker, job = busy.pop(connection)
+                outcome = worker.take(job)
+                if waiting:
+                    begin(worker if worker.alive else new_worker())
+                yield outcome
+
+
+class _Worker:
+    """A process of `serve` and the pipe to it."""
+
+    def __init__(self, cache: Path, level: int, allow_missing: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self._process: SpawnProcess = context.Process(
+            target=serve, args=(other, cache, level, allow_missing), name="vaflow-ablate", daemon=True
+        )
+        self._process.start()
+        other.close()
+        self.alive = True
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.connection.close()
+        if error[0] is not None:
+            self._process.terminate()  # nothing is lost but its run's epoch: runs go on from their checkpoints
+        self._process.join()
+
+    def give(self, job: Job, folder: Path) -> None:
+        """Begin a run. A process that is gone is noticed by `take`."""
+        try:
+            send(self.connection, {"config": to_toml(job.config), "out": str(folder)})
+        except OSError:
+            self.alive = False
+
+    def take(self, job: Job) -> Outcome:
+        """How the run ended, once there is something to read, be it the end of the process."""
+        try:
+            message = receive(self.connection)
+        except (EOFError, OSError):
+            self.alive = False
+            self._process.join()
+            code = self._process.exitcode or 0
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            return Outcome(job, Ended(error="ProcessEnded", message=f"The process of this run ended with {how}"))
+        return Outcome(job, Ended(**message))

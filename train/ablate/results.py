@@ -1,0 +1,182 @@
+"""Finished runs -> what the tables say: means over seeds, intervals over videos, differences, and what is best."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaflow.timeline import Floats
+from vaflow.train.ablate.grid import SCORES, Table
+from vaflow.train.ablate.plan import Entry, Plan
+from vaflow.train.ablate.pool import RUNS
+from vaflow.train.ablate.statistics import Comparison, compare, draw, interval, read_moments, resampled_ccc
+from vaflow.train.ablate.worker import Ended
+from vaflow.train.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What a row came to.
+
+    Attributes:
+        entry: the row, its settings and runs.
+        scores: [S, 3] concordance of every finished seed: valence, arousal, mean; NaN where nothing is labelled.
+        within: [S] mean concordance within videos.
+        interval: [3, 2] over videos, of the mean over seeds.
+        versus: against the full model; None for itself, or where one of them has no run.
+        best: [3] the highest of its table, by more than chance allows.
+        problem: why runs of it are missing; empty: none is.
+    """
+
+    entry: Entry
+    scores: Floats
+    within: Floats
+    interval: Floats
+    versus: Comparison | None = None
+    best: tuple[bool, ...] = (False,) * len(SCORES)
+    problem: str = ""
+
+    @property
+    def seeds(self) -> int:
+        """How many runs are finished."""
+        return len(self.scores)
+
+    @property
+    def mean(self) -> Floats:
+        """[3] over seeds; NaN without any."""
+        return self.scores.mean(axis=0) if self.seeds else np.full(len(SCORES), np.nan)
+
+    @property
+    def std(self) -> Floats:
+        """[3] over seeds, of a sample (n - 1); NaN for fewer than two."""
+        return self.scores.std(axis=0, ddof=1) if self.seeds > 1 else np.full(len(SCORES), np.nan)
+
+
+@dataclass(frozen=True)
+class TableResult:
+    """A table with its rows."""
+
+    table: Table
+    rows: tuple[RowResult, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """All tables.
+
+    Attributes:
+        tables: as chosen.
+        reference: the full model.
+        videos: how many every interval is drawn from.
+        frames: labelled frames of the split.
+        split: which was measured.
+        uneven: some runs could be measured on other videos, too; intervals and tests use those that all have.
+    """
+
+    tables: tuple[TableResult, ...]
+    reference: RowResult
+    videos: int
+    frames: int
+    split: str
+    uneven: bool = False
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """One run on disk."""
+
+    metrics: Mapping[str, Any]
+    moments: Mapping[str, Floats]
+
+
+def collect(plan: Plan, out: Path, failures: Mapping[str, Ended]) -> Results:
+    """Read the finished runs and measure every row.
+
+    Args:
+        plan: what was to be trained.
+        out: the study's folder.
+        failures: by hash, of runs that have none.
+
+    Raises:
+        CorruptError: a finished run's files are damaged.
+    """
+    runs = {job.key: _read(out / RUNS / job.key) for job in plan.jobs if job.key not in failures}
+    sets = [set(run.moments) for run in runs.values()]
+    videos = sorted(set.intersection(*sets)) if sets else []
+    measure = _Measure(runs, videos, failures)
+    reference = measure.row(plan.reference)
+    tables = []
+    for table, entries in plan.tables:
+        rows = [measure.against(measure.row(entry), reference) for entry in entries]
+        tables.append(TableResult(table, tuple(measure.with_best(rows))))
+    first = next(iter(runs.values())).metrics if runs else {}
+    split = str(first.get("split", plan.reference.config.val_split))
+    uneven = any(found != set(videos) for found in sets)
+    return Results(tuple(tables), reference, len(videos), int(first.get("n_frames", 0)), split, uneven)
+
+
+def _read(run: Path) -> _Finished:
+    return _Finished(RunFolder(run).read_metrics(), read_moments(run))
+
+
+class _Measure:
+    """Rows from runs; every configuration is resampled once, with the draws that all share."""
+
+    def __init__(self, runs: Mapping[str, _Finished], videos: Sequence[str], failures: Mapping[str, Ended]) -> None:
+        self._runs, self._videos, self._failures = runs, videos, failures
+        self._draws = draw(len(videos)) if videos else np.zeros((0, 0))
+        self._resampled: dict[tuple[str, ...], Floats] = {}
+
+    def row(self, entry: Entry) -> RowResult:
+        """The row alone."""
+        finished = [self._runs[key] for key in entry.keys if key in self._runs]
+        scores = np.array([[_number(run.metrics["ccc"][name]) for name in SCORES] for run in finished])
+        within = np.array([_number(run.metrics["within_video_ccc"]["mean"]) for run in finished])
+        edges = interval(self._resamples(entry)) if finished and self._videos else np.full((len(SCORES), 2), np.nan)
+        return RowResult(entry, scores.reshape(-1, len(SCORES)), within, edges, problem=self._problem(entry))
+
+    def against(self, row: RowResult, reference: RowResult) -> RowResult:
+        """The row with its comparison with the full model."""
+        if row.entry.keys == reference.entry.keys:
+            return row
+        return replace(row, versus=self._compare(row, reference))
+
+    def with_best(self, rows: Sequence[RowResult]) -> list[RowResult]:
+        """The rows of a table, with the best of each column marked where it beats the runner-up by more than chance."""
+        marked = list(rows)
+        for k in range(len(SCORES)):
+            ranked = sorted((r for r in rows if np.isfinite(r.mean[k])), key=lambda r: -r.mean[k])
+            if len(ranked) < 2:
+                continue
+            versus = self._compare(ranked[0], ranked[1])
+            if versus is not None and versus.low[k] > 0:
+                at = next(i for i, row in enumerate(rows) if row is ranked[0])
+                best = tuple(flag or i == k for i, flag in enumerate(marked[at].best))
+                marked[at] = replace(marked[at], best=best)
+        return marked
+
+    def _compare(self, one: RowResult, other: RowResult) -> Comparison | None:
+        if not (one.seeds and other.seeds and self._videos):
+            return None
+        return compare(
+            self._resamples(one.entry), self._resamples(other.entry), one.mean - other.mean, len(self._videos)
+        )
+
+    def _resamples(self, entry: Entry) -> Floats:
+        keys = tuple(key for key in entry.keys if key in self._runs)
+        if keys not in self._resampled:
+            moments = np.array([[self._runs[key].moments[video] for video in self._videos] for key in keys])
+            self._resampled[keys] = resampled_ccc(moments, self._draws)
+        return self._resampled[keys]
+
+    def _problem(self, entry: Entry) -> str:
+        failed = [self._failures[key] for key in entry.keys if key in self._failures]
+        if not failed:
+            return entry.problem
+        return f"{len(failed)} of {len(entry.keys)} runs failed: {failed[0].message}"
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,195 @@
+"""`vaflow ablate`."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
+from vaflow.cli.train import Cache
+from vaflow.errors import UsageError, explain
+
+if TYPE_CHECKING:
+    from vaflow.train.ablate.plan import Plan
+    from vaflow.train.ablate.pool import Outcome
+    from vaflow.train.ablate.results import TableResult
+    from vaflow.train.ablate.study import StudyResult
+
+FAILED, SOME_FAILED = 1, 3
+
+
+def ablate(
+    cache: Cache,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of runs and results.", show_default=False)],
+    tables: Annotated[
+        list[str] | None,
+        typer.Option("--table", help="1, 2, 3, p2, extra, or all; a name of --grid. Repeatable. [all]"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs per configuration.")] = 3,
+    aliases: Annotated[
+        list[str] | None,
+        typer.Option("--alias", metavar="NAME=OTHER", help="Stream OTHER stands in for NAME. Repeatable."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at once, a process each.")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of every row that does not set it. Repeatable."),
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="TOML file of tables of your own: an edited copy of DIR/tables.toml.")
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Score the split although labelled clips have no features.")
+    ] = False,
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train every row of the published tables with several seeds, and set the results beside the published numbers.
+
+    Writes results.csv, results.md and results.html. Finished runs are reused: run it again to resume, or with more
+    tables or seeds to add to them.
+
+    Example: vaflow ablate affwild2.cache --table all --seeds 5 --out ablations
+
+    Example: vaflow ablate demo/cache --table 2 --out ablations --alias clip-vit-b16=clip-tiny --alias ast=ast-tiny
+    """
+    set_up(verbose, quiet)
+    if jobs < 1:
+        raise UsageError(explain("Without a process nothing is trained", expected="--jobs 1 or more", got=jobs))
+    from vaflow.cache import open_cache
+    from vaflow.train.ablate import run_study
+    from vaflow.train.ablate.grid import load_study
+    from vaflow.train.ablate.plan import Options
+    from vaflow.train.config import parse_settings
+
+    options = Options(seeds, parse_settings(settings or []), _pairs(aliases or []), allow_missing)
+    study = load_study(grid)
+    with _Reporter(show_bars(quiet), quiet) as reporter:
+        result = run_study(
+            open_cache(cache),
+            study,
+            tables or [],
+            out,
+            options,
+            processes=jobs,
+            level=logging.DEBUG if verbose else logging.ERROR,
+            on_plan=reporter.plan,
+            on_run=reporter.run,
+        )
+    if json:
+        print_json(document(result))
+    elif not quiet:
+        typer.echo(summary(result))
+    if not result.failures:
+        return 0
+    if result.to_add and not quiet:
+        typer.echo(f"To add what the cache lacks: {result.to_add}", err=True)
+    typer.echo(f"{len(result.failures)} item(s) failed: {result.failures_file}", err=True)
+    return SOME_FAILED if any(row.seeds for t in result.results.tables for row in t.rows) else FAILED
+
+
+class _Reporter:
+    """What people see meanwhile: a bar over runs on a terminal, a line per run elsewhere."""
+
+    def __init__(self, bar: bool, quiet: bool) -> None:
+        self._with_bar, self._quiet = bar, quiet
+        self._done = self._total = 0
+
+    def __enter__(self) -> "_Reporter":
+        from tqdm import tqdm
+
+        self._bar: tqdm[Any] = tqdm(unit="run", desc="ablate", disable=not self._with_bar)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def plan(self, plan: "Plan", todo: int) -> None:
+        """Called once: how many runs there are."""
+        self._done, self._total = len(plan.jobs) - todo, len(plan.jobs)
+        self._bar.total, self._bar.initial, self._bar.n = self._total, self._done, self._done
+        self._bar.refresh()
+        if not self._quiet:
+            for entry in (*plan.entries, plan.reference):
+                if entry.problem:
+                    lacking = ", ".join(name for _, name in entry.missing)
+                    why = f"the cache has no {lacking}" if lacking else entry.problem
+                    self._say(f"left out: {entry.row.name}: {why}")
+            self._say(f"{self._total} runs, {self._done} of them finished before")
+
+    def run(self, outcome: "Outcome") -> None:
+        """Called for every run that ends."""
+        ended = outcome.ended
+        self._done += 1
+        self._bar.update()
+        if ended.error:
+            self._say(f"failed: {outcome.job.name}: {ended.message}")
+        elif not self._quiet and not self._with_bar:
+            score = "-" if ended.score is None else f"{ended.score:.3f}"
+            self._say(f"{self._done}/{self._total}  {outcome.job.name}: mean CCC {score} ({ended.seconds:.0f} s)")
+
+    def _say(self, line: str) -> None:
+        self._bar.write(line, file=sys.stderr)
+
+
+def _pairs(aliases: list[str]) -> dict[str, str]:
+    pairs = {}
+    for alias in aliases:
+        name, equals, other = alias.partition("=")
+        if not (name.strip() and equals and other.strip()):
+            raise UsageError(explain("--alias is not a pair", expected="NAME=OTHER, as ast=ast-tiny", got=alias))
+        pairs[name.strip()] = other.strip()
+    return pairs
+
+
+def summary(result: "StudyResult") -> str:
+    """Every table for people, and what it took."""
+    from vaflow.train.ablate.writing import heading, statements
+
+    parts = [f"{heading(found)}\n\n{_table(found)}" for found in result.results.tables]
+    about = result.about
+    parts.append("\n".join(statements(result.results, about)[:1]))
+    parts.append(
+        f"{about.trained} runs trained, {about.reused} taken from before, in {about.seconds:.0f} s; "
+        f"see {result.files['html']}"
+    )
+    return "\n\n".join(parts)
+
+
+def _table(found: "TableResult") -> str:
+    from vaflow.train.ablate.writing import digits, p_text, paper_scores, spread
+
+    rows = [
+        (
+            row.entry.row.name,
+            *(digits(score) for score in row.mean),
+            digits(row.std[-1]),
+            spread(*row.interval[-1]),
+            digits(paper_scores(row)[-1]),
+            digits(row.versus.difference[-1], sign=True) if row.versus else "-",
+            p_text(row.versus.p[-1]) if row.versus else "-",
+        )
+        for row in found.rows
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    aligned = [(name, *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))) for name, *cells in rows]
+    return table(aligned, ("", "valence", "arousal", "mean", "std", "95 % interval", "paper", "difference", "p"))
+
+
+def document(result: "StudyResult") -> dict[str, Any]:
+    """What --json prints."""
+    from vaflow.train.ablate.writing import record, statements
+
+    about = result.about
+    return {
+        "tables": {t.table.name: [record(row) for row in t.rows] for t in result.results.tables},
+        "full_model": record(result.results.reference),
+        "statements": statements(result.results, about),
+        "runs": {"trained": about.trained, "reused": about.reused, "failed": len(result.failures)},
+        "seconds": about.seconds,
+        "files": {kind: str(path) for kind, path in result.files.items()},
+        "failures": list(result.failures),
+    }
