@@ -139,7 +139,7 @@ def _clips(media: Sequence[Path]) -> tuple[Clip, ...]:
             videos.append(path)
         else:
             raise UsageError(explain("There is no such video", expected="a video or a folder of videos", got=path))
-    videos = list(dict.fromkeys(path.resolve() for path in videos))
+    videos = list(dict.fromkeys(path.absolute() for path in videos))
     stems = Counter(path.stem for path in videos)
     names = [path.stem if stems[path.stem] == 1 else path.name for path in videos]
     twice = [name for name, count in Counter(names).items() if count > 1]

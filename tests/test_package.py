@@ -1,0 +1,41 @@
+"""What is installed is what stands in the repository: the wheel has every module and every data file."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PLACES = {"vaflow": ROOT / "vaflow", "vaflow/extract": ROOT / "extract", "vaflow/train": ROOT / "train"}
+
+
+def expected() -> set[str]:
+    """Paths below the wheel's root of every module and TOML file."""
+    files = set()
+    for target, folder in PLACES.items():
+        for path in folder.rglob("*"):
+            inner = path.relative_to(folder)
+            if target == "vaflow" and inner.parts[0] in ("extract", "train"):
+                continue  # the links
+            if path.suffix in (".py", ".toml"):
+                files.add(f"{target}/{inner.as_posix()}")
+    return files
+
+
+def test_the_wheel_has_every_module_and_data_file(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77", reason="building without isolation needs a new setuptools")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("vaflow/")}
+    assert names == expected()
+
+
+def test_the_links_show_tools_the_same_tree() -> None:
+    for name in ("extract", "train"):
+        link = ROOT / "vaflow" / name
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / name
