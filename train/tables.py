@@ -146,7 +146,8 @@ def _nearest_row(time: Floats, valid: Bools, query: Floats, interval: float) -> 
     """The row nearest in time to each query; `NOTHING` beyond half an interval or where the input is missing."""
     if time.size == 0:
         return np.full(query.shape, NOTHING, np.int64)
-    row = nearest(time, query)
+    # A step's middle often lies exactly between two rows: rounding must not choose now one, now the other.
+    row = nearest(time, query - _SLACK)
     near = np.abs(time[row] - query) <= interval / 2 + _SLACK
     return np.where(near & valid[row], row, NOTHING)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from vaflow.cli import cache, check, demo, extract, predict, train
+from vaflow.cli import ablate, cache, cache_import, check, demo, extract, predict, train
 from vaflow.errors import VaflowError
 
 INTERRUPTED = 130
@@ -24,10 +24,12 @@ app = typer.Typer(
 )
 app.command("check")(check.check)
 app.command("extract")(extract.extract)
+cache.app.command("import")(cache_import.import_)
 app.add_typer(cache.app, name="cache")
 app.command("train")(train.train)
 app.command("evaluate")(train.evaluate)
 app.command("predict")(predict.predict)
+app.command("ablate")(ablate.ablate)
 app.command("demo")(demo.demo)
 
 

@@ -1,0 +1,100 @@
+"""`vaflow cache import`: exit codes, what is said, and that the cache can be looked into afterwards."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vaflow.cli import main
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three items at 25 rows per second, one with rows that are missing; labels and splits for two."""
+    (tmp_path / "f").mkdir()
+    (tmp_path / "va").mkdir()
+    for item in ("a", "b", "c"):
+        rows = np.random.default_rng(0).normal(size=(50, 4))
+        rows[3:5] = np.nan
+        np.save(tmp_path / "f" / f"{item}.npy", rows)
+    for item in ("a", "b"):
+        (tmp_path / "va" / f"{item}.csv").write_text("frame,valence\n0,0.5\n7,0.25\n")
+    (tmp_path / "va" / "splits.csv").write_text("name,split\na,train\nb,val\nc,test\n")
+    return tmp_path
+
+
+def run(data: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
+    args = ["cache", "import", str(data / "cache"), "--stream", "mine", "--kind", "audio", "--from", str(data / "f")]
+    code = main([*args, *more])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def labels(data: Path) -> tuple[str, str]:
+    return "--labels", str(data / "va")
+
+
+def test_import_then_look(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(data, capsys, "--rate", "25", *labels(data))
+    assert (code, err) == (0, "")
+    for part in ("Imported 3 item(s) into stream 'mine', 150 rows", "6 row(s) hold NaN", "clocks of 3 item(s)"):
+        assert part in out
+    assert main(["cache", "info", str(data / "cache"), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["splits"] == {"test": 1, "train": 1, "val": 1} and info["items"] == 3
+    stream = info["streams"]["mine"]
+    assert (stream["kind"], stream["dim"], stream["items"], stream["encoder"]) == ("audio", 4, 3, "imported")
+    assert main(["cache", "verify", str(data / "cache")]) == 0
+
+
+def test_again_says_that_nothing_was_to_be_done(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(data, capsys, "--rate", "25", *labels(data))
+    code, out, _ = run(data, capsys, "--rate", "25", *labels(data))
+    assert code == 0 and "Imported 0 item(s)" in out and "3 item(s) were there already" in out
+    np.save(data / "f" / "b.npy", np.zeros((9, 4)))
+    assert "1 item(s) were replaced" in run(data, capsys, "--rate", "25", *labels(data))[1]
+
+
+def test_some_items_that_fail_are_exit_code_3(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(data / "f" / "b.npy", np.zeros((9, 5)))
+    code, out, err = run(data, capsys, "--rate", "25", "--json", "-q")
+    document = json.loads(out)
+    assert code == 3 and document["imported"] == 2 and [f["item"] for f in document["failures"]] == ["b"]
+    assert err.splitlines()[-1].endswith(str(data / "cache" / "failures.jsonl"))
+    (line,) = (data / "cache" / "failures.jsonl").read_text().splitlines()
+    assert json.loads(line).keys() >= {"item", "stage", "error", "message"}
+
+
+def test_only_failures_are_exit_code_1(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(data, capsys)
+    assert code == 1 and "--rate HZ" in err and "3 item(s) failed" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (("--kind", "smell"), "audio, visual"),
+        (("--rate", "-1"), "positive"),
+        (("--from", "/nowhere"), "no such folder"),
+        (("--store", "tar"), "no such store"),
+        (("--dtype", "int8"), "float16, float32"),
+    ],
+)
+def test_bad_options_are_exit_code_2(
+    data: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], part: str
+) -> None:
+    code, out, err = run(data, capsys, *more)
+    assert code == 2 and out == "" and part in err and len(err.splitlines()) == 1
+
+
+def test_other_settings_are_refused_by_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(data, capsys, "--rate", "25")
+    code, _, err = run(data, capsys, "--rate", "30")
+    assert code == 2 and "sampling.rate: cache has 25.0, now 30.0" in err
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", "import", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "vaflow cache import my.cache" in out and "--labels" in out

@@ -1,0 +1,95 @@
+"""Imported streams in stage two: at any rate, every sample reads the row nearest in time, or nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vaflow.cache import Cache, open_cache
+from vaflow.extract.features import ImportConfig, import_features
+from vaflow.train.config import TrainConfig
+from vaflow.train.data import load_windows
+from vaflow.train.inputs import resolve
+from vaflow.train.windows import WindowSet
+
+ROUNDING = 1e-5  # seconds: float32 against float64
+
+
+def imported(tmp: Path, kind: str, time: np.ndarray, missing: tuple[int, ...]) -> Cache:
+    """A clip whose features say their own row's time, in two columns."""
+    rows = np.stack([time, np.ones_like(time)], axis=1)
+    rows[list(missing)] = np.nan
+    (tmp / "f").mkdir()
+    np.save(tmp / "f" / "a.npy", rows)
+    np.save(tmp / "f" / "a.time.npy", time)
+    (tmp / "va").mkdir()
+    (tmp / "va" / "a.csv").write_text("time,arousal\n" + "".join(f"{t:.6f},{np.sin(t):.6f}\n" for t in time))
+    import_features(tmp / "cache", tmp / "f", ImportConfig("mine", kind, dtype="float32"), labels=tmp / "va")
+    return open_cache(tmp / "cache")
+
+
+def windows_of(cache: Cache, kind: str) -> tuple[WindowSet, TrainConfig]:
+    config, inputs = resolve(cache, TrainConfig(kl_weight=0.0))
+    assert (config.visual if kind == "visual" else config.audio) == ("mine",)
+    return load_windows(cache, ["a"], inputs.streams, config), config
+
+
+RATES = {
+    "a row in five seconds": np.arange(7) * 5.0,
+    "25 rows per second": np.arange(800) / 25,
+    "3 rows per second": np.arange(90) / 3,
+    "unsteady": np.cumsum(np.random.default_rng(0).uniform(0.35, 0.65, 60)),
+}
+
+
+@pytest.mark.parametrize("kind", ["visual", "audio"])
+@pytest.mark.parametrize("rate", RATES)
+def test_the_nearest_row_is_read_or_none(tmp_path: Path, kind: str, rate: str) -> None:
+    time = RATES[rate]
+    missing = (2, len(time) // 2)
+    windows, config = windows_of(imported(tmp_path, kind, time, missing), kind)
+    batch = windows.gather(torch.arange(len(windows)))
+    features, valid = batch.features["mine"].numpy(), batch.valid["mine"].numpy()
+    interval = float(np.median(np.diff(time)))
+    window, steps = config.window, features.shape[1]
+    assert window is not None
+    if kind == "audio":
+        assert steps == max(1, round(window / interval))
+    for w, start in enumerate(windows.sample_time[:, 0]):
+        for step in range(steps):
+            query = windows.sample_time[w, step] if kind == "visual" else start + (step + 0.5) * window / steps
+            begin = query if kind == "visual" else query - window / steps / 2
+            distance = np.abs(time - query)
+            candidates = np.flatnonzero(distance <= distance.min() + ROUNDING)  # two, in the middle between them
+            if valid[w, step]:
+                assert any(abs(features[w, step, 0] - time[k]) < ROUNDING for k in candidates)
+                assert features[w, step, 1] == 1 and not set(candidates.tolist()) <= set(missing)
+                continue
+            reasons = (
+                bool(set(candidates.tolist()) & set(missing)),
+                distance.min() >= interval / 2 - ROUNDING,
+                begin >= windows.clips[0].duration - ROUNDING,
+            )
+            assert any(reasons), (w, step, query)
+
+
+@pytest.mark.parametrize("rate", [25.0, 30.0, 3.0, 12.5])
+def test_a_steady_rate_is_read_row_by_row(tmp_path: Path, rate: float) -> None:
+    """A step's middle lies between two rows: always the earlier one, so that none is read twice and none left out."""
+    time = np.arange(int(31 * rate)) / rate
+    windows, _ = windows_of(imported(tmp_path, "audio", time, ()), "audio")
+    batch = windows.gather(torch.arange(len(windows)))
+    for w, start in enumerate(windows.sample_time[:, 0].tolist()):
+        read = batch.features["mine"][w, :, 0][batch.valid["mine"][w]].numpy()
+        np.testing.assert_allclose(np.diff(read), 1 / rate, atol=2 * ROUNDING)
+        if (start * rate).is_integer():
+            assert read[0] == pytest.approx(start, abs=ROUNDING)
+
+
+def test_one_modality_and_one_dimension_make_batches(tmp_path: Path) -> None:
+    windows, _ = windows_of(imported(tmp_path, "audio", RATES["25 rows per second"], ()), "audio")
+    batch = windows.gather(torch.arange(len(windows)))
+    assert set(batch.features) == {"mine"} and batch.labelled[..., 1].any() and not batch.labelled[..., 0].any()
+    when = windows.sample_time[batch.labelled[..., 1].numpy()]
+    np.testing.assert_allclose(batch.target[..., 1][batch.labelled[..., 1]], np.sin(when), atol=0.021)
