@@ -12,6 +12,7 @@ from torch import Tensor
 from vaflow.cache import Cache
 from vaflow.cache.documents import fingerprint
 from vaflow.cache.schema import LOGMEL, StreamInfo
+from vaflow.encoders import encoder_kind
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.timeline import Grid, median_interval
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec
@@ -101,7 +102,12 @@ def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names:
         if name not in fitting:
             kind = f"; it is a {known[name].kind} stream" if name in known else ""
             raise UsageError(
-                explain(f"{cache.path} has no {modality} stream {name!r}{kind}", got=name, choices=fitting)
+                explain(
+                    f"{cache.path} has no {modality} stream {name!r}{kind}",
+                    got=name,
+                    choices=fitting,
+                    remedy=_how_to_add(cache, modality, name),
+                )
             )
     if names:
         return [fitting[name] for name in names]
@@ -119,6 +125,17 @@ def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names:
             )
         )
     return own
+
+
+def _how_to_add(cache: Cache, modality: str, name: str) -> str | None:
+    """The command that adds a stream of that name; None where no encoder of the modality makes it."""
+    try:
+        makes_it = encoder_kind(name) in (modality, LOGMEL)
+    except UsageError:
+        return None
+    other = AUDIO if modality == VISUAL else VISUAL
+    command = f"`vaflow extract ROOT --out {cache.path} --{modality} {name} --{other} none`"
+    return f"{command} adds it, and encodes nothing else anew" if makes_it else None
 
 
 def _with_windows(config: TrainConfig, infos: Iterable[StreamInfo]) -> TrainConfig:

@@ -64,3 +64,18 @@ def weight_pairs(pairs: Iterable[str]) -> dict[str, Path]:
             raise UsageError(explain(f"The weights for {name} are not there", expected="a file or folder", got=path))
         weights[name] = Path(path)
     return weights
+
+
+def alias_pairs(pairs: Iterable[str]) -> dict[str, str]:
+    """`--alias NAME=OTHER`, repeated -> stream name -> the stream that stands in for it.
+
+    Raises:
+        UsageError: not a pair.
+    """
+    aliases = {}
+    for pair in pairs:
+        name, equals, other = pair.partition("=")
+        if not (name and equals and other):
+            raise UsageError(explain("--alias is not a pair", expected="NAME=OTHER, as ast=ast-tiny", got=pair))
+        aliases[name] = other
+    return aliases

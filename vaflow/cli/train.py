@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, table
 
 Cache = Annotated[Path, typer.Argument(metavar="CACHE", help="What `vaflow extract` wrote.", show_default=False)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="What `vaflow train --out` wrote.", show_default=False)]
@@ -24,6 +24,10 @@ def train(
     ] = None,
     visual: Annotated[list[str] | None, typer.Option(help="Visual stream, or none. Repeatable.")] = None,
     audio: Annotated[list[str] | None, typer.Option(help="Audio stream, or none. Repeatable.")] = None,
+    aliases: Annotated[
+        list[str] | None,
+        typer.Option("--alias", metavar="NAME=OTHER", help="Stream OTHER stands in for NAME. Repeatable."),
+    ] = None,
     window: Annotated[float | None, typer.Option(help="Seconds per training window; the cache's.")] = None,
     stride: Annotated[float | None, typer.Option(help="Seconds between windows; the cache's.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames per window; the cache's.")] = None,
@@ -54,6 +58,8 @@ def train(
     Example: vaflow train affwild2.cache --out runs/full
 
     Example: vaflow train affwild2.cache --out runs/tcn --temporal tcn --fusion gated --set causal=false
+
+    Example: vaflow train tiny.cache --out runs/p2 --preset p2 --alias resnet50=resnet-tiny --alias vggish=vggish-tiny
     """
     options = {
         "visual": visual,
@@ -82,6 +88,7 @@ def train(
         {key: value for key, value in options.items() if value not in (None, [])},
         configs.parse_settings(settings or []),
     )
+    merged = configs.with_aliases(merged, alias_pairs(aliases or []))
     from vaflow.cache import open_cache
     from vaflow.train.training import train_run
 
