@@ -16,6 +16,7 @@ from vaflow.train.ablate.writing import (
     remark,
     spread,
     statements,
+    table_note,
 )
 
 STYLE = """
@@ -23,17 +24,20 @@ STYLE = """
   --ours: #0072b2; --paper: #c04f00; --reference: #6b6b6b; --warn: #8a4b00; }
 @media screen and (prefers-color-scheme: dark) { :root { --back: #16181b; --text: #e8e8e8; --soft: #a9a9a9;
   --line: #3a3d41; --stripe: #1e2125; --ours: #5bb4e5; --paper: #f0a05a; --reference: #9a9a9a; --warn: #f0c24b; } }
-@media print { :root { color-scheme: light; } section { break-inside: avoid; } body { max-width: none; margin: 0; } }
+@page { size: landscape; margin: 12mm; }
+@media print { :root { color-scheme: light; } section { break-inside: avoid; } body { max-width: none; margin: 0; }
+  .wide { overflow: visible; } svg.plot { max-width: 22cm; } }
 * { box-sizing: border-box; }
-body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; max-width: 1080px;
+body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; max-width: 1120px;
   margin: 2rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .6rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .4rem; }
-ul { padding-left: 1.2rem; margin: .4rem 0; } li { margin: .15rem 0; } .soft, footer { color: var(--soft); }
+ul { padding-left: 1.2rem; margin: .4rem 0; } li { margin: .15rem 0; }
+.soft, footer { color: var(--soft); } p.soft { margin: 0 0 .4rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .3rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .86rem; }
+th, td { padding: .28rem .4rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } thead th { color: var(--soft); } thead tr:first-child th { border-bottom: 0; }
-th:first-child { text-align: left; white-space: normal; min-width: 15rem; font-weight: 400; }
+th:first-child { text-align: left; white-space: normal; min-width: 12rem; font-weight: 400; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 .group { text-align: center; border-left: 1px solid var(--line); }
 .first { border-left: 1px solid var(--line); } .std { color: var(--soft); font-size: .85em; }
@@ -85,6 +89,7 @@ def _section(table: TableResult, reference: RowResult) -> str:
     )
     return f"""<section>
 <h2>{escape(heading(table))}</h2>
+{f'<p class="soft">{escape(note)}</p>' if (note := table_note(table)) else ""}
 <div class="wide">{plot(table, reference)}</div>
 <div class="wide"><table>
 <thead>

@@ -93,14 +93,13 @@ def _reference(scale: _Scale, reference: RowResult, height: int) -> list[str]:
 def _row(scale: _Scale, row: RowResult, y: float) -> list[str]:
     name = row.entry.row.name
     short = name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"
-    parts = [f'<text class="name" x="{LABELS - 14}" y="{y + 4}" text-anchor="end">{escape(short)}</text>']
+    shown = escape(short) if row.seeds else f'<tspan class="tick">not trained:</tspan> {escape(short)}'
+    parts = [f'<text class="name" x="{LABELS - 14}" y="{y + 4}" text-anchor="end">{shown}</text>']
     mean, (low, high), paper = row.mean[MEAN], row.interval[MEAN], paper_scores(row)[MEAN]
     said = [f"{name}: {digits(mean)}, interval {spread(low, high)}" if row.seeds else f"{name}: not trained"]
     said += [f"published {digits(paper, places=4)}"] if np.isfinite(paper) else []
     parts.append(f"<g><title>{escape('; '.join(said))}</title>")
     parts.append(f'<rect class="touch" x="{LABELS}" y="{y - ROW / 2}" width="{WIDTH - LABELS}" height="{ROW}"/>')
-    if not row.seeds:
-        parts.append(f'<text class="tick" x="{LABELS + 6}" y="{y + 4}">not trained</text>')
     if np.isfinite([low, high]).all():
         parts.append(f'<line class="interval" x1="{scale.x(low)}" y1="{y}" x2="{scale.x(high)}" y2="{y}"/>')
     if row.seeds > 1:

@@ -163,7 +163,9 @@ def markdown(results: Results, about: About) -> str:
     """`results.md`."""
     parts = ["# Ablations", "", *(f"- {escaped(line)}" for line in statements(results, about))]
     for table in results.tables:
-        parts += ["", f"## {escaped(heading(table))}", "", *_markdown_table(table)]
+        note = table_note(table)
+        parts += ["", f"## {escaped(heading(table))}", "", *([escaped(note), ""] if note else [])]
+        parts += _markdown_table(table)
     return "\n".join(parts) + "\n"
 
 
@@ -171,6 +173,12 @@ def heading(table: TableResult) -> str:
     """Name and title of a table."""
     name = f"Table {table.table.name}"
     return f"{name}: {table.table.title}" if table.table.title else name
+
+
+def table_note(table: TableResult) -> str:
+    """Which streams stood in for which in a table; empty: none did."""
+    pairs = dict(pair for row in table.rows for pair in row.entry.stands_in)
+    return f"Stand-ins: {stands_in(pairs.items())}." if pairs else ""
 
 
 def _markdown_table(table: TableResult) -> list[str]:
@@ -198,7 +206,7 @@ def _markdown_cells(row: RowResult) -> list[str]:
 
 def remark(row: RowResult) -> str:
     """What must be said below a table about one of its rows; empty: nothing."""
-    parts = (stands_in(row.entry.stands_in), row.entry.note, row.problem)
+    parts = (row.entry.note, row.problem)
     return ". ".join(part.rstrip(".") for part in parts if part)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from vaflow.cli import ablate, cache, cache_import, check, demo, extract, predict, train
+from vaflow.cli import ablate, cache, cache_import, check, demo, extract, predict, submit, train
 from vaflow.errors import VaflowError
 
 INTERRUPTED = 130
@@ -30,6 +30,7 @@ app.command("train")(train.train)
 app.command("evaluate")(train.evaluate)
 app.command("predict")(predict.predict)
 app.command("ablate")(ablate.ablate)
+app.command("submit")(submit.submit)
 app.command("demo")(demo.demo)
 
 
