@@ -24,12 +24,13 @@ from vaflow.train.builder import build_model, choose_device
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.inputs import resolve
-from vaflow.train.loop import lr_factor, make_optimizer, seeded, train_step
+from vaflow.train.loop import make_optimizer, seeded, train_step
 from vaflow.train.windows import WindowSet
 
 GRID, STEPS, FPS = Grid(), 20, 30
 VISUAL_DIM, AUDIO_DIM = 512, 768
 GOAL = 1.15
+TURN = 8  # steps
 
 
 def build_cache(path: Path, windows: int, clip_seconds: float) -> Cache:
@@ -66,21 +67,26 @@ def write_clip(cache: Cache, item: str, seconds: float, rng: np.random.Generator
     cache.write(LABELS, item, labels, meta={"split": "train", "group": item, "duration": seconds})
 
 
-def epoch_seconds(windows: WindowSet, config: TrainConfig, inputs_model: torch.nn.Module, *, fixed: bool) -> float:
-    """One epoch's steps; with `fixed`, all of them on the same batch, gathered before the clock starts."""
-    model = inputs_model.train()
+def two_epochs(windows: WindowSet, config: TrainConfig, model: torch.nn.Module) -> tuple[float, float]:
+    """Seconds of an epoch, and of as many steps on one batch gathered before the clock starts.
+
+    The two take turns every few steps, each first in every other turn: a busy machine then slows both alike.
+    """
+    model.train()
     optimizer = make_optimizer(model, config)
-    generator = torch.Generator().manual_seed(0)
-    batches = list(windows.shuffled(config.batch_size, generator))
+    batches = list(windows.shuffled(config.batch_size, torch.Generator().manual_seed(0)))
     held = windows.gather(batches[0])
-    _wait(windows.device)
-    begun = time.perf_counter()
-    for step, ids in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * lr_factor(config, step, len(batches))
-        train_step(model, optimizer, held if fixed else windows.gather(ids), config)
-    _wait(windows.device)
-    return time.perf_counter() - begun
+    seconds = {"epoch": 0.0, "fixed": 0.0}
+    for first in range(0, len(batches), TURN):
+        turn = batches[first : first + TURN]
+        for kind in ("epoch", "fixed") if first // TURN % 2 else ("fixed", "epoch"):
+            _wait(windows.device)
+            begun = time.perf_counter()
+            for ids in turn:
+                train_step(model, optimizer, held if kind == "fixed" else windows.gather(ids), config)
+            _wait(windows.device)
+            seconds[kind] += time.perf_counter() - begun
+    return seconds["epoch"], seconds["fixed"]
 
 
 def _wait(device: torch.device) -> None:
@@ -89,7 +95,7 @@ def _wait(device: torch.device) -> None:
 
 
 def bench(args: argparse.Namespace, folder: Path) -> dict[str, float | str | int]:
-    """Build, load, and time both kinds of epoch in turn; the ratio is of medians."""
+    """Build, load, and time both kinds of epoch; medians over the repeats."""
     cache = build_cache(folder / "cache", args.windows, args.clip_seconds)
     device = choose_device(args.device)
     config, inputs = resolve(cache, TrainConfig(batch_size=args.batch_size, device=args.device))
@@ -100,19 +106,17 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, float | str | int
     loaded = time.perf_counter() - begun
     with seeded(0):
         model = build_model(config, inputs.specs, inputs.prototypes).to(device)
-    epoch_seconds(windows, config, model, fixed=True)  # warm up
-    real, held = [], []
-    for _ in range(args.repeats):  # in turn, so that a busy machine slows both
-        held.append(epoch_seconds(windows, config, model, fixed=True))
-        real.append(epoch_seconds(windows, config, model, fixed=False))
+    two_epochs(windows, config, model)  # warm up
+    pairs = [two_epochs(windows, config, model) for _ in range(args.repeats)]
+    epoch, fixed = (statistics.median(times) for times in zip(*pairs, strict=True))
     return {
         "device": str(device),
         "windows": len(windows),
         "load_seconds": round(loaded, 3),
-        "epoch_seconds": round(statistics.median(real), 3),
-        "fixed_batch_seconds": round(statistics.median(held), 3),
-        "windows_per_second": round(len(windows) / statistics.median(real), 1),
-        "ratio": round(statistics.median(r / h for r, h in zip(real, held, strict=True)), 4),
+        "epoch_seconds": round(epoch, 3),
+        "fixed_batch_seconds": round(fixed, 3),
+        "windows_per_second": round(len(windows) / epoch, 1),
+        "ratio": round(statistics.median(one / other for one, other in pairs), 4),
         "goal": GOAL,
     }
 
