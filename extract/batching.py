@@ -4,6 +4,8 @@ Every batch has the same size, the last one padded with zeros: half-precision re
 what else is in the batch, so the cache does not depend on the order in which clips arrive.
 """
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
+from vaflow.errors import VaflowError, explain
 from vaflow.extract.config import ExtractConfig
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZES = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
 
@@ -25,7 +30,8 @@ class FixedBatcher:
     """Collects rows until a batch is full, encodes it, delivers each result.
 
     On a GPU one batch is in flight while the next one is filled: two pinned buffers alternate, and a batch's results
-    are fetched only after its successor has been launched.
+    are fetched only after its successor has been launched. A batch that does not fit into the device's memory is
+    encoded in halves from then on.
 
     Args:
         encode: [size, ...] tensor on `device` -> [size, ...] float32 tensor on the same device.
@@ -35,11 +41,13 @@ class FixedBatcher:
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], size: int, device: torch.device) -> None:
         self._encode, self._size, self.device = encode, size, device
+        self._part = size
         self._buffers: list[torch.Tensor] = []
         self._turn = 0
         self._waiting: list[Deliver] = []
         self._in_flight: tuple[torch.Tensor, list[Deliver]] | None = None
         self.rows = 0
+        self.seconds = 0.0  # of the calling thread
 
     def add(self, row: NDArray[Any], deliver: Deliver) -> None:
         """Queue one row; `deliver` gets its result, now or at a later `add` or `flush`."""
@@ -63,7 +71,8 @@ class FixedBatcher:
     def _launch(self) -> None:
         buffer = self._buffers[self._turn]
         buffer[len(self._waiting) :] = 0
-        result = self._encode(buffer.to(self.device, non_blocking=True))
+        began = time.perf_counter()
+        result = self._encode_parts(buffer.to(self.device, non_blocking=True))
         self.rows += len(self._waiting)
         before, self._in_flight = self._in_flight, (result, self._waiting)
         self._waiting = []
@@ -71,6 +80,31 @@ class FixedBatcher:
         _hand_out(before)
         if self.device.type == "cpu":
             self._collect()
+        self.seconds += time.perf_counter() - began
+
+    def _encode_parts(self, batch: torch.Tensor) -> torch.Tensor:
+        """Encode a batch whole, or in parts where it has once been too large for the device's memory.
+
+        Raises:
+            VaflowError: not even a single row fits.
+        """
+        while True:
+            try:
+                parts = [self._encode(part) for part in batch.split(self._part)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except torch.OutOfMemoryError as error:
+                if self._part == 1:
+                    raise VaflowError(
+                        explain(
+                            "The device has too little memory for a single row",
+                            got=str(error).splitlines()[0],
+                            remedy="Free the device, or use another with --device; what was committed stays",
+                        )
+                    ) from error
+                self._part = max(1, self._part // 2)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                logger.warning("Too little memory on %s: going on with batches of %d", self.device, self._part)
 
     def _collect(self) -> None:
         before, self._in_flight = self._in_flight, None

@@ -3,8 +3,11 @@
 import json
 import logging
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from vaflow.datasets import Dataset
+from vaflow.errors import UsageError, explain
 
 logger = logging.getLogger(__name__)
 
@@ -37,3 +40,23 @@ class FailureLog:
                 file.write(json.dumps(asdict(failure), ensure_ascii=False) + "\n")
         if not quiet:
             logger.warning("%s failed (%s): %s", failure.item, failure.stage, failure.message)
+
+
+def only_failed(dataset: Dataset, cache: Path) -> Dataset:
+    """The part of a data set that the last runs into `cache` listed as failed.
+
+    Raises:
+        UsageError: no run has listed anything.
+    """
+    lists = sorted(cache.glob("failures*.jsonl"))
+    failed = {json.loads(line)["item"] for path in lists for line in path.read_text("utf-8").splitlines()}
+    clips = tuple(clip for clip in dataset.clips if clip.id in failed)
+    if not clips:
+        raise UsageError(
+            explain(
+                f"Nothing of {dataset.root} is listed as failed in {cache}",
+                expected="failures*.jsonl that names items of this data set",
+                got=f"{len(failed)} failed items of other data" if failed else "no failed items",
+            )
+        )
+    return replace(dataset, clips=clips)

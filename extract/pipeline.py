@@ -29,6 +29,7 @@ from vaflow.extract.failures import Failure, FailureLog
 from vaflow.extract.messages import Done, Failed, Job
 from vaflow.extract.plan import Plan, Task, make_plan
 from vaflow.extract.pool import WorkerPool
+from vaflow.extract.profile import COMMITTING, WAITING_FOR_WRITER, Profile
 from vaflow.extract.streams import provenance, source_of, stream_infos, text_info
 
 PENDING_COMMITS = 4
@@ -44,6 +45,7 @@ class Summary:
         failures: items that failed, with their reasons; `failures_file` lists them.
         encoded: encoder name -> rows encoded.
         media_seconds: video time of the extracted items; wall_seconds: of the run.
+        stages: where the time of the main process went, in seconds.
     """
 
     extracted: int = 0
@@ -54,6 +56,7 @@ class Summary:
     encoded: dict[str, int] = field(default_factory=dict)
     media_seconds: float = 0.0
     wall_seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 def extract(
@@ -170,6 +173,7 @@ class _Run:
         self._writer = ThreadPoolExecutor(1, "vaflow-writer")
         self._slots = threading.Semaphore(PENDING_COMMITS)
         self._commits: list[Future[None]] = []
+        self._profile = Profile()
 
     def run(self, summary: Summary, show_progress: bool) -> None:
         """Work off the plan."""
@@ -177,7 +181,7 @@ class _Run:
         workers = self._config.workers or default_workers(device)
         bar = tqdm(total=len(self._plan.tasks), unit="clip", desc="extract", disable=not show_progress, smoothing=0.1)
         with bar, self._writer, WorkerPool(self._jobs(), min(workers, len(self._plan.tasks))) as pool:
-            for message in pool:
+            for message in self._profile.waiting(pool):
                 if isinstance(message, Failed):
                     self._fail(message)
                     bar.update()
@@ -193,6 +197,8 @@ class _Run:
             self._commit_complete(summary)
             self._check_commits(wait=True)
         summary.encoded = {name: batcher.rows for name, batcher in self._encoders.batchers.items()}
+        self._profile.seconds |= {f"encoding {n}": b.seconds for n, b in self._encoders.batchers.items()}
+        summary.stages = self._profile.stages()
 
     def _jobs(self) -> Iterable[Job]:
         preparations = tuple(dict.fromkeys(encoder.preparation for encoder, _ in self._encoders.visual.values()))
@@ -236,7 +242,8 @@ class _Run:
     def _commit_complete(self, summary: Summary) -> None:
         for number in [n for n, clip in self._open.items() if clip.complete]:
             clip = self._open.pop(number)
-            self._slots.acquire()
+            with self._profile.measure(WAITING_FOR_WRITER):
+                self._slots.acquire()
             self._commits.append(self._writer.submit(self._commit, clip, summary))
         self._check_commits(wait=False)
 
@@ -258,7 +265,8 @@ class _Run:
                 info = self._infos[name]
                 facts = clip.facts[FACTS_OF[info.kind]]
                 source = source_of(info.kind, clip.sources)
-                self._cache.write(name, task.clip.id, clip.arrays[name], source=source, meta=facts | provenance())
+                with self._profile.measure(COMMITTING):
+                    self._cache.write(name, task.clip.id, clip.arrays[name], source=source, meta=facts | provenance())
         except DataError as error:  # not finite, say; a cache that cannot be written to ends the run instead
             self._log.add(Failure(task.clip.id, "commit", type(error).__name__, str(error), task.clip.split))
         else:

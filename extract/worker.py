@@ -5,6 +5,7 @@ The pipe to the pipeline is the back-pressure: it holds little, so a worker that
 
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -162,12 +163,18 @@ def _read_crops(crops: dict[int, Any], frame: Ints, counts: dict[str, int]) -> I
         yield sample, jpeg, image
 
 
+@cache
+def _detector() -> CenterFace:
+    """One per process: reading the model costs as much as a frame or two."""
+    return CenterFace()
+
+
 def _cut_faces(job: Job, frame: Ints, times: Floats, counts: dict[str, int]) -> Images:
     """Detect, follow one person, cut. The picture that is encoded is the one that would be stored."""
     samples_of: dict[int, list[int]] = {}
     for sample, number in enumerate(frame.tolist()):
         samples_of.setdefault(number, []).append(sample)
-    detector = CenterFace() if job.face_source != "none" else None
+    detector = _detector() if job.face_source != "none" else None
     tracker = PersonTracker()
     for number, image in _whole_frames(job.clip, np.unique(frame), times, counts):
         if detector is not None:

@@ -150,3 +150,16 @@ def test_summary_says_what_was_there_already(
     assert main([*base, "--quiet"]) == 0
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_retry_failed_does_only_what_failed(one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (one_clip / "b.mp4").write_text("not yet copied")
+    base = ["extract", str(one_clip), "--out", str(tmp_path / "cache"), "--visual", "none", "--audio", "none"]
+    assert main(base) == 3
+    write_video(one_clip / "b.mp4", np.arange(20) / 25, sound=0.8)
+    capsys.readouterr()
+    assert main([*base, "--retry-failed", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["extracted"], summary["done"]) == (1, 0)
+    assert main([*base, "--retry-failed"]) == 2
+    assert "listed as failed" in capsys.readouterr().err

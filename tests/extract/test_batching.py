@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from vaflow.errors import VaflowError
 from vaflow.extract.batching import FixedBatcher
 
 CPU = torch.device("cpu")
@@ -47,3 +48,32 @@ def test_flushing_nothing_encodes_nothing() -> None:
     batcher = FixedBatcher(lambda batch: pytest.fail("nothing to encode"), 2, CPU)
     batcher.flush()
     assert batcher.rows == 0
+
+
+def test_a_batch_too_large_for_memory_is_encoded_in_halves(caplog: pytest.LogCaptureFixture) -> None:
+    sizes: list[int] = []
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch.float() + 1
+
+    batcher = FixedBatcher(encode, 8, CPU)
+    got: dict[int, float] = {}
+    for k in range(12):
+        batcher.add(np.array([k], np.float32), lambda result, k=k: got.__setitem__(k, float(result[0])))
+    batcher.flush()
+    assert got == {k: k + 1 for k in range(12)}
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2], "the size that fits is remembered"
+    assert "batches of 2" in caplog.text
+
+
+def test_a_row_too_large_for_memory_ends_with_a_clear_error() -> None:
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    batcher = FixedBatcher(encode, 2, CPU)
+    batcher.add(np.array([1], np.float32), lambda _: None)
+    with pytest.raises(VaflowError, match="single row"):
+        batcher.flush()

@@ -40,6 +40,10 @@ def extract(
     workers: Annotated[int, typer.Option(help="Decoding processes; 0 chooses by machine.")] = 0,
     image_batch: Annotated[int, typer.Option(help="Images per batch; 0 chooses by device.")] = 0,
     window_batch: Annotated[int, typer.Option(help="Audio windows per batch; 0 chooses by device.")] = 0,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Only the items that the last run listed as failed.")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time went, and the bottleneck.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
@@ -75,6 +79,10 @@ def extract(
         workers=workers,
     )
     dataset = open_dataset(root, layout)
+    if retry_failed:
+        from vaflow.extract.failures import only_failed
+
+        dataset = only_failed(dataset, out)
     if dry_run:
         from vaflow.extract.estimate import estimate
 
@@ -89,6 +97,8 @@ def extract(
         print_json(_as_json(summary))
     elif not quiet:
         typer.echo(_describe(summary, open_cache(out)))
+    if profile and summary.stages and not json:
+        typer.echo(_stages(summary.stages))
     if summary.failures:
         typer.echo(f"{len(summary.failures)} item(s) failed: {summary.failures_file}", err=True)
         return SOME_FAILED if summary.extracted or summary.done else 1
@@ -138,6 +148,13 @@ def _describe(summary: "Summary", cache: "Cache") -> str:
         f"in {summary.wall_seconds:.1f} s ({speed:.1f} times real time)."
     )
     return "\n".join(lines)
+
+
+def _stages(stages: dict[str, float]) -> str:
+    from vaflow.extract.profile import bottleneck
+
+    rows = [(stage, f"{seconds:.1f}") for stage, seconds in stages.items()]
+    return f"\n{table(rows, ('stage', 'seconds'))}\n{bottleneck(stages)}"
 
 
 def _as_json(summary: "Summary") -> dict[str, object]:
