@@ -12,8 +12,19 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.heads.model import VAModel
 
 
-def build_model(config: TrainConfig, streams: Sequence[StreamSpec], prototypes: Tensor | None) -> VAModel:
+def build_model(
+    config: TrainConfig,
+    streams: Sequence[StreamSpec],
+    prototypes: Tensor | None,
+    context: tuple[int, int] | None = None,
+) -> VAModel:
     """A model with fresh weights, on the CPU; seed the generator before.
+
+    Args:
+        config: settings.
+        streams: what it reads.
+        prototypes: [9, D], or None: without a prompt head.
+        context: number and width of the vectors that prototypes are made from; None: they are as given.
 
     Raises:
         UsageError: settings that do not go together.
@@ -34,6 +45,7 @@ def build_model(config: TrainConfig, streams: Sequence[StreamSpec], prototypes: 
         dropout=config.dropout,
         normalize=config.normalize,
         learnable_prototypes=config.learnable_prompts,
+        context=context,
     )
 
 

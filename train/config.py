@@ -42,6 +42,8 @@ class TrainConfig:
         hidden, temporal, fusion, attention_heads, dropout, normalize: of the model; see `vaflow.train.heads.model`.
         layers: of the temporal model; 0: its default. causal: whether the TCN sees only the past.
         learnable_prompts: train the prototypes, too.
+        prompt_context: learned vectors in front of each description, in the place of the templates; 0: the cached
+            prototypes. The encoder's text tower runs in training. text_weights: a local file for it.
         centers, sigma: of the nine regions and their soft labels (equation 2).
         region_labels: "soft" (equation 2) or "hard" (the nearest region alone).
         kl_weight: lambda of equation 6; 0 leaves the prompt head out. mse_weight: of a squared error beside it.
@@ -73,6 +75,8 @@ class TrainConfig:
     layers: int = 0
     causal: bool = True
     learnable_prompts: bool = False
+    prompt_context: int = 0
+    text_weights: str = ""
     centers: float = 0.66
     sigma: float = 0.45
     region_labels: str = "soft"
@@ -284,13 +288,23 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("window", "stride", "frames", "audio_steps", "centers", "sigma", "lr"):
         value = getattr(config, name)
         _check(name, value is None or 0 < value < float("inf"), "a number above 0", value)
-    for name in ("kl_weight", "mse_weight", "weight_decay", "warmup", "clip_norm", "layers", "seed"):
+    for name in ("kl_weight", "mse_weight", "weight_decay", "warmup", "clip_norm", "layers", "seed", "prompt_context"):
         value = getattr(config, name)
         _check(name, 0 <= value < float("inf"), "a number, 0 or more", value)
     _check("dropout", 0 <= config.dropout < 1, "a share of at least 0 and below 1", config.dropout)
+    _check_prompts(config)
     kind, _, number = config.device.partition(":")
     known = config.device in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isdigit())
     _check("device", known, "auto, cpu or cuda[:N]", config.device)
+
+
+def _check_prompts(config: TrainConfig) -> None:
+    if config.prompt_context and config.learnable_prompts:
+        problem = "Either the prototypes are trained, or the context that they are made from"
+        raise UsageError(explain(problem, expected="prompt_context or learnable_prompts", got="both"))
+    if config.prompt_context and not config.kl_weight:
+        problem = "Context vectors learn from the prompt loss alone"
+        raise UsageError(explain(problem, expected="a kl_weight above 0", got=config.kl_weight))
 
 
 def _check(name: str, fits: bool, expected: str, got: object) -> None:

@@ -55,11 +55,19 @@ class InputStream:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a run reads: its streams, and the stream of prototypes ("" for none) with the embeddings [9, D]."""
+    """All that a run reads.
+
+    Attributes:
+        streams: of features.
+        text: the stream of prototypes, "" for none; prototypes: the embeddings [9, D].
+        descriptions: the words of the nine regions, where the cache knows them; text_identity: of the text tower.
+    """
 
     streams: tuple[InputStream, ...]
     text: str = ""
     prototypes: Tensor | None = None
+    descriptions: tuple[str, ...] = ()
+    text_identity: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def specs(self) -> tuple[StreamSpec, ...]:
@@ -89,8 +97,12 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
     streams = [_visual_input(info, config.grid) for info in visual]
     streams += [_audio_input(cache, info, config) for info in audio]
     text = _text_stream(known, config) if config.kl_weight else ""
-    prototypes = _prototypes(cache, text, config.prompts) if text else None
-    return replace(config, text=text), Inputs(tuple(streams), text, prototypes)
+    config = replace(config, text=text)
+    if not text:
+        return config, Inputs(tuple(streams))
+    prototypes = _prototypes(cache, text, config.prompts)
+    words = cache.record(text, config.prompts).source.get("prompts", {}).get("descriptions", ())
+    return config, Inputs(tuple(streams), text, prototypes, tuple(words), known[text].identity)
 
 
 def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names: Sequence[str]) -> list[StreamInfo]:

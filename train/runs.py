@@ -28,7 +28,7 @@ from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, InputStream
 from vaflow.train.storage import read_tensors, write_whole
 
-PROTOTYPES = "prompt.prototypes"  # their name among the model's tensors
+PROTOTYPES, CONTEXT = "prompt.prototypes", "prompt.context"  # their names among the model's tensors
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,9 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
             )
         )
     weights, _ = read_tensors(folder.weights_file)
-    model = build_model(record.config, [stream.spec for stream in record.streams], weights.get(PROTOTYPES))
+    context = tuple(weights[CONTEXT].shape) if CONTEXT in weights else None
+    specs = [stream.spec for stream in record.streams]
+    model = build_model(record.config, specs, weights.get(PROTOTYPES), context)  # type: ignore[arg-type]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -14,6 +14,7 @@ from vaflow.cache import Cache
 from vaflow.errors import UsageError, explain
 from vaflow.train.builder import build_model, choose_device
 from vaflow.train.config import TrainConfig
+from vaflow.train.context import open_tower
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, write_predictions
 from vaflow.train.heads.model import VAModel
@@ -189,9 +190,13 @@ def _fit(
     tensorboard: bool,
     show: bool,
 ) -> tuple[VAModel, Progress]:
+    tower = open_tower(config, inputs, device)
     with seeded(config.seed):
-        model = build_model(config, inputs.specs, inputs.prototypes)
+        context = None if tower is None else (config.prompt_context, tower.width)
+        model = build_model(config, inputs.specs, inputs.prototypes, context)
     model.to(device)
+    if tower is not None and model.prompt is not None:
+        model.prompt.attach(tower)
     for name in model.standardized:
         model.set_statistics(name, *data.train.statistics(name))
     with ExitStack() as stack:

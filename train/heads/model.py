@@ -41,6 +41,7 @@ class VAModel(nn.Module):
             and CLIP vectors are cached unnormalised. "layer" (default) is a LayerNorm, "l2" makes unit vectors,
             "standard" needs `set_statistics`, "none" is the paper to the letter.
         learnable_prototypes: train the prototypes, too.
+        context: number and width of learned vectors that they are made from; see `PromptHead`.
 
     Raises:
         UsageError: an unknown name or option, two streams of one name, no streams, or widths that do not divide.
@@ -60,6 +61,7 @@ class VAModel(nn.Module):
         dropout: float = 0.1,
         normalize: str = "layer",
         learnable_prototypes: bool = False,
+        context: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         _choice("temporal model", temporal, TEMPORAL)
@@ -81,7 +83,9 @@ class VAModel(nn.Module):
         self.regression = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 2), nn.Tanh()
         )
-        self.prompt = None if prototypes is None else PromptHead(width, prototypes, learnable=learnable_prototypes)
+        self.prompt = None
+        if prototypes is not None:
+            self.prompt = PromptHead(width, prototypes, learnable=learnable_prototypes, context=context)
 
     def forward(self, batch: Batch) -> Output:
         """A batch -> va [B, F, 2] in [-1, 1] and region logits [B, F, 9] (or None); zeros at padding.

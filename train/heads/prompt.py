@@ -1,6 +1,7 @@
 """The semantic head: how much a frame resembles each region's description (arXiv 2603.13415, section 3)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.nn import functional
 from vaflow.train.losses import REGIONS
 
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # as CLIP is trained
+FIRST_DEVIATION = 0.02  # of context vectors, as CoOp draws them
 
 
 class PromptHead(nn.Module):
@@ -18,6 +20,7 @@ class PromptHead(nn.Module):
         hidden: width of F_fused.
         prototypes: [9, D], mean text embedding per region; normalised here, so any length will do.
         learnable: train the prototypes from there, instead of keeping them.
+        context: number and width of learned vectors; with a text tower (`attach`) the prototypes follow from them.
 
     Raises:
         ValueError: there are not nine prototypes.
@@ -25,7 +28,9 @@ class PromptHead(nn.Module):
 
     prototypes: Tensor
 
-    def __init__(self, hidden: int, prototypes: Tensor, *, learnable: bool = False) -> None:
+    def __init__(
+        self, hidden: int, prototypes: Tensor, *, learnable: bool = False, context: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         if prototypes.ndim != 2 or prototypes.shape[0] != REGIONS:
             raise ValueError(f"prototypes must be [{REGIONS}, D]; got {[*prototypes.shape]}")
@@ -37,6 +42,26 @@ class PromptHead(nn.Module):
             self.prototypes = nn.Parameter(start)
         else:
             self.register_buffer("prototypes", start)
+        self.context = None if context is None else nn.Parameter(FIRST_DEVIATION * torch.randn(context))
+        self._tower: Callable[[Tensor], Tensor] | None = None
+
+    def attach(self, tower: Callable[[Tensor], Tensor]) -> None:
+        """Make the prototypes from the context from now on: [count, width] -> [9, D]. The tower is not saved.
+
+        Raises:
+            ValueError: the head has no context.
+        """
+        if self.context is None:
+            raise ValueError("this head has no context vectors")
+        self._tower = tower
+
+    def train(self, mode: bool = True) -> "PromptHead":
+        """As `nn.Module.train`; on leaving training, the prototypes that the context came to are kept."""
+        if self.training and not mode and self._tower is not None:
+            with torch.no_grad():
+                self.prototypes.copy_(self._tower(self.context))  # type: ignore[arg-type]
+        super().train(mode)
+        return self
 
     @property
     def scale(self) -> Tensor:
@@ -52,4 +77,6 @@ class PromptHead(nn.Module):
         if fused.shape[-1] != self.hidden:
             raise ValueError(f"prompt head: expected [..., {self.hidden}]; got {[*fused.shape]}")
         point = functional.normalize(self.project(fused), dim=-1)
-        return self.scale * point @ functional.normalize(self.prototypes, dim=-1).T
+        moving = self.training and self._tower is not None
+        prototypes = self._tower(self.context) if moving else self.prototypes  # type: ignore[misc, arg-type]
+        return self.scale * point @ functional.normalize(prototypes, dim=-1).T

@@ -4,7 +4,7 @@ OpenAI's weights were trained with QuickGELU. In a model with plain GELU the sam
 features are wrong, so the activation follows from where the weights come from, and is checked on the built model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +24,7 @@ from vaflow.encoders.clip_loading import (
     require_quick_gelu,
     says_openai,
 )
+from vaflow.encoders.context import ContextTower
 from vaflow.encoders.images import Picture, Preparation
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
 from vaflow.errors import UsageError, explain
@@ -125,6 +126,14 @@ class ClipEncoder:
         ]
         result: NDArray[np.float32] = torch.cat(rows).to("cpu", torch.float32).numpy()
         return result
+
+    def context_tower(self, texts: Sequence[str], count: int) -> ContextTower:
+        """The text tower, to be read with `count` learned vectors before each text; freezes the encoder.
+
+        Raises:
+            UsageError: the tower takes no such vectors, or they leave no room for the texts.
+        """
+        return ContextTower(self._model, self._tokenizer(), texts, count, self.device)
 
 
 def build_openai(request: Request, model_name: str) -> ClipEncoder:

@@ -1,0 +1,56 @@
+"""Learned context vectors: the tower reads them where words would be, and learns nothing itself."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from vaflow.encoders import build_encoder, encode_text
+from vaflow.encoders.context import ContextTower, context_tower
+from vaflow.encoders.prompts import load_prompts
+from vaflow.errors import UsageError
+
+WORDS = list(load_prompts().descriptions)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Any:
+    return build_encoder("clip-tiny")
+
+
+def embeddings_of(encoder: Any, words: str, count: int) -> torch.Tensor:
+    """The tower's own vectors of `count` words, one token each."""
+    tokens = encoder._tokenizer()([words])[0, 1 : 1 + count]
+    return encoder._model.token_embedding(tokens).detach()
+
+
+def test_vectors_of_real_words_give_what_these_words_give(encoder: Any) -> None:
+    context = embeddings_of(encoder, "a photo of a", 4)
+    found = context_tower(encoder, WORDS, 4)(context)
+    expected = encode_text(encoder, [f"a photo of a {words}" for words in WORDS])
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=1e-5)
+    assert (found[0] - found[8]).abs().max() > 1e-3
+
+
+def test_only_the_vectors_learn(encoder: Any) -> None:
+    tower = context_tower(encoder, WORDS, 2)
+    context = torch.nn.Parameter(0.02 * torch.randn(2, tower.width, generator=torch.Generator().manual_seed(0)))
+    embedded = tower(context)
+    assert embedded.shape == (9, encoder.dim)
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(9))
+    embedded[:, 0].sum().backward()
+    assert context.grad is not None and (context.grad.abs().sum(dim=1) > 0).all()
+    assert all(parameter.grad is None for parameter in encoder._model.parameters())
+    assert not encoder._model.token_embedding._forward_hooks
+
+
+def test_what_does_not_fit_is_refused(encoder: Any) -> None:
+    with pytest.raises(ValueError, match=r"context \[3, 128\]; got \[2, 128\]"):
+        context_tower(encoder, WORDS, 3)(torch.zeros(2, 128))
+    for count in (0, 74, 200):
+        with pytest.raises(UsageError, match="do not fit into the text tower"):
+            context_tower(encoder, WORDS, count)
+    with pytest.raises(UsageError, match="no text tower"):
+        context_tower(build_encoder("ast-tiny"), WORDS, 4)
+    with pytest.raises(UsageError, match="takes no context vectors"):
+        ContextTower(torch.nn.Linear(1, 1), lambda texts: torch.zeros(1, 1), WORDS, 4, torch.device("cpu"))
