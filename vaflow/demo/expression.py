@@ -52,12 +52,12 @@ def express(key: Key, person: Person, mood: Mood, mouth: Floats, time: Floats) -
 
     speech = np.interp(time, np.arange(len(mouth)) / CONTROL_RATE, mouth)
     blink = _blinks(key.rng("blinks"), time)
-    eyes = 0.58 + 0.28 * arousal + person.rest_eyes + drift("eyes", 0.18)
+    eyes = 0.58 + 0.28 * arousal + person.rest_eyes + drift("eyes", 0.2, 30, 3)
     return Expression(
         smile=np.clip(0.95 * valence + person.rest_mouth + drift("smile", 0.18), -1.1, 1.1),
         mouth=np.clip(0.05 + 0.45 * speech + 0.1 * arousal + drift("jaw", 0.04), 0, 1),
         eyes=np.clip(eyes, 0.12, 1) * (1 - blink),
-        brows=np.clip(0.4 * arousal + person.rest_brows + drift("brows", 0.35), -1, 1),
+        brows=np.clip(0.4 * arousal + person.rest_brows + drift("brows", 0.4, 30, 3), -1, 1),
         slant=np.clip(-0.35 * valence - 0.25 * arousal + drift("slant", 0.25), -1, 1),
         gaze=np.clip(drift("gaze", 0.5, fastest=0.8), -1, 1),
         x=drift("x", 0.07, fastest=3),

@@ -68,10 +68,10 @@ class Mood:
 
 
 def random_mood(key: Key) -> Mood:
-    """The path of one person: swings of 8 to 45 seconds, valence and arousal independent of each other."""
+    """The path of one person; valence and arousal are independent, and arousal is the slower one."""
     return Mood(
         smooth_trace(key.rng("valence"), slowest=45, fastest=8, scale=0.6),
-        smooth_trace(key.rng("arousal"), slowest=45, fastest=8, scale=0.6),
+        smooth_trace(key.rng("arousal"), slowest=60, fastest=14, scale=0.6),
     )
 
 

@@ -70,7 +70,7 @@ def speak(key: Key, mood: Mood, seconds: float, silences: list[tuple[float, floa
     valence, arousal = mood(time).T
     drift = {
         name: smooth_trace(key.rng(f"voice {name}"), slowest=15, fastest=2, scale=scale)(time)
-        for name, scale in (("pitch", 0.1), ("level", 4.0), ("tract", 0.035), ("tilt", 1.0))
+        for name, scale in (("pitch", 0.08), ("level", 3.0), ("tract", 0.035), ("tilt", 1.0))
     }
     syllable, formants = _syllables(key.rng("syllables"), time, arousal)
     talking = _fade(~within(time, silences))
@@ -79,7 +79,7 @@ def speak(key: Key, mood: Mood, seconds: float, silences: list[tuple[float, floa
     pitch = speaker.pitch * 2 ** (0.35 * arousal + drift["pitch"])
     pitch *= 1 + speaker.vibrato * np.sin(2 * np.pi * 5.2 * time)
     tract = speaker.tract * (1 + 0.06 * valence + drift["tract"])
-    loudness = 10 ** ((speaker.level - 26 + 8 * arousal + drift["level"]) / 20) * mouth
+    loudness = 10 ** ((speaker.level - 26 + 9 * arousal + drift["level"]) / 20) * mouth
     tilt = 13 - 4 * arousal + drift["tilt"]  # decibels lost per octave of frequency above 500 Hz
 
     noise = key.rng("room").standard_normal((2, len(time) * HOP)).astype(np.float32)
