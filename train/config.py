@@ -25,6 +25,7 @@ NORMALIZE = ("layer", "l2", "standard", "none")
 REGION_LABELS = ("soft", "hard")
 LABEL_REDUCTIONS = ("nearest", "mean")
 SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("auto", "float32", "bfloat16")
 PRESETS = ("p1", "p2")
 
 
@@ -52,6 +53,14 @@ class TrainConfig:
         clip_norm: largest gradient norm; 0: not clipped.
         seed: of the weights, the shuffling and dropout. device: "auto", "cpu" or "cuda[:N]".
         train_split, val_split: names of the splits.
+        finetune: train CLIP and AST, too, from the cached pixels and log-Mel; the settings below are for that.
+        backbone_lr: of their parameters; `lr` is of the heads.
+        finetune_blocks: how many of the last blocks of each train, with what follows them; 0: none, None: everything.
+        accumulate: in how many parts a batch goes through the backbones, to save memory; the result is the same.
+        augment: change pictures and sound in training, as `vaflow.train.finetune.augment` says.
+        checkpointing: compute the blocks' activations again for their gradients, to save memory.
+        precision: of the backbones in training: "float32", "bfloat16", or "auto" (bfloat16 on CUDA).
+        init: folder of a run on the same streams whose heads are the first weights; empty: fresh ones.
 
     Raises:
         UsageError: a value is of the wrong type, not one of the choices, or out of range.
@@ -93,6 +102,14 @@ class TrainConfig:
     device: str = "auto"
     train_split: str = "train"
     val_split: str = "val"
+    finetune: bool = False
+    backbone_lr: float = 3e-6
+    finetune_blocks: int | None = None
+    accumulate: int = 1
+    augment: bool = True
+    checkpointing: bool = False
+    precision: str = "auto"
+    init: str = ""
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -276,6 +293,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("region_labels", REGION_LABELS),
         ("label_reduction", LABEL_REDUCTIONS),
         ("schedule", SCHEDULES),
+        ("precision", PRECISIONS),
     ):
         value = getattr(config, name)
         if value not in choices:
@@ -283,14 +301,17 @@ def _check_choices(config: TrainConfig) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    for name in ("hidden", "attention_heads", "epochs", "batch_size"):
+    for name in ("hidden", "attention_heads", "epochs", "batch_size", "accumulate"):
         _check(name, getattr(config, name) >= 1, "1 or more", getattr(config, name))
-    for name in ("window", "stride", "frames", "audio_steps", "centers", "sigma", "lr"):
+    for name in ("window", "stride", "frames", "audio_steps", "centers", "sigma", "lr", "backbone_lr"):
         value = getattr(config, name)
         _check(name, value is None or 0 < value < float("inf"), "a number above 0", value)
     for name in ("kl_weight", "mse_weight", "weight_decay", "warmup", "clip_norm", "layers", "seed", "prompt_context"):
         value = getattr(config, name)
         _check(name, 0 <= value < float("inf"), "a number, 0 or more", value)
+    blocks = config.finetune_blocks
+    _check("finetune_blocks", blocks is None or blocks >= 0, "a number of blocks, 0 or more, or none for all", blocks)
+    _check("init", config.finetune or not config.init, "fine-tuning, for the heads of another run", config.init)
     _check("dropout", 0 <= config.dropout < 1, "a share of at least 0 and below 1", config.dropout)
     _check_prompts(config)
     kind, _, number = config.device.partition(":")

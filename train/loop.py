@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import cos, pi
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vaflow.errors import DataError, explain
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
-from vaflow.train.evaluate import predict_clips, score
+from vaflow.train.evaluate import Trace, predict_clips, score
 from vaflow.train.losses import total_loss
 from vaflow.train.storage import read_tensors, write_tensors
 from vaflow.train.windows import WindowSet
@@ -33,11 +33,12 @@ def seeded(*numbers: int) -> Iterator[None]:
     """Torch's generators start from these numbers inside, and go on as they were outside."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(_seed(*numbers))
+        torch.manual_seed(seed_from(*numbers))
         yield
 
 
-def _seed(*numbers: int) -> int:
+def seed_from(*numbers: int) -> int:
+    """A seed that follows from all of these numbers, and from their order."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -116,7 +117,7 @@ def train_epoch(
         DataError: a loss or gradient is NaN or infinite; the clips of its windows are named.
     """
     model.train()
-    generator = torch.Generator().manual_seed(_seed(config.seed, epoch, 1))
+    generator = torch.Generator().manual_seed(seed_from(config.seed, epoch, 1))
     steps = -(-len(windows.trainable) // config.batch_size)
     seen: list[Tensor] = []
     totals: list[Tensor] = []
@@ -129,13 +130,18 @@ def train_epoch(
             totals.append(train_step(model, optimizer, windows.gather(ids), config))
             seen.append(ids)
             if len(seen) % CHECK_EVERY == 0 or step + 1 == steps:
-                _check_finite(torch.stack(totals[-len(seen) :]), seen, windows)
+                check_finite(torch.stack(totals[-len(seen) :]), seen, windows)
                 seen.clear()
     mean = torch.stack(totals).mean(dim=0).tolist()
     return {"lr": lr, **{f"loss_{name}": value for name, value in zip(PARTS, mean[:-1], strict=True)}}
 
 
-def _check_finite(numbers: Tensor, seen: list[Tensor], windows: WindowSet) -> None:
+def check_finite(numbers: Tensor, seen: list[Tensor], windows: WindowSet) -> None:
+    """Numbers of some steps, [N, 5] as `train_step` gives them, of the windows `seen` in each.
+
+    Raises:
+        DataError: one is NaN or infinite; the clips of its windows are named.
+    """
     bad = (~torch.isfinite(numbers)).any(dim=1).nonzero().flatten().tolist()
     if not bad:
         return
@@ -177,19 +183,52 @@ def fit(
         DataError: a loss, a gradient or a prediction is not finite.
     """
     optimizer = make_optimizer(model, config)
+    return run_epochs(
+        model,
+        optimizer,
+        config,
+        lambda epoch: train_epoch(model, optimizer, train, config, epoch),
+        lambda: predict_clips(model, val),
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+    )
+
+
+def run_epochs(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    learn: Callable[[int], Row],
+    validate: Callable[[], Iterable[Trace]],
+    *,
+    checkpoint: Path | None = None,
+    write: bool = True,
+    on_epoch: Callable[[Row], None] | None = None,
+) -> Progress:
+    """The epochs of `fit`, whatever one of them is.
+
+    Args:
+        model, optimizer: what learns; their state is what a checkpoint holds.
+        config: resolved settings.
+        learn: one epoch, counted from 0; returns the mean losses.
+        validate: what the model says of the validation split.
+        checkpoint: read first if it is there, and written after every epoch if `write`.
+        write: False for all but one of several processes.
+        on_epoch: called with each epoch's row of the history.
+    """
     progress = Progress()
     if checkpoint is not None and checkpoint.is_file():
         progress = load_checkpoint(checkpoint, model, optimizer)
         log.info("Going on after epoch %d of %d", progress.epoch, config.epochs)
     for epoch in range(progress.epoch, config.epochs):
         begun = time.perf_counter()
-        row = {"epoch": epoch + 1, **train_epoch(model, optimizer, train, config, epoch)}
+        row = {"epoch": epoch + 1, **learn(epoch)}
         trained = time.perf_counter()
-        valence, arousal, mean = score(predict_clips(model, val)).tolist()
+        valence, arousal, mean = score(validate()).tolist()
         row |= {"val_ccc_valence": valence, "val_ccc_arousal": arousal, "val_ccc_mean": mean}
         row |= {"train_seconds": trained - begun, "val_seconds": time.perf_counter() - trained}
         progress = _advance(progress, model, row)
-        if checkpoint is not None:
+        if checkpoint is not None and write:
             save_checkpoint(checkpoint, progress, model, optimizer)
         if on_epoch is not None:
             on_epoch(row)

@@ -52,7 +52,7 @@ def make_packs(
             packs[stream.name] = Pack(torch.zeros(shape, dtype=dtype, device=device))
         else:
             log.info("Stream %s (%.1f GB) does not fit in memory and is memory-mapped", stream.name, size / 1e9)
-            packs[stream.name] = Pack(_mapped(shape, dtype, scratch))
+            packs[stream.name] = Pack(mapped(shape, dtype, scratch))
     return packs
 
 
@@ -63,7 +63,7 @@ def _row_count(cache: Cache, stream: str, item: str) -> int:
     return int(prod(shape[:-1]))
 
 
-def _mapped(shape: tuple[int, int], dtype: torch.dtype, scratch: Path | None) -> Tensor:
+def mapped(shape: tuple[int, int], dtype: torch.dtype, scratch: Path | None) -> Tensor:
     """Zeros in a file that has no name, so that nothing is left behind however the program ends."""
     with tempfile.TemporaryFile(dir=scratch, prefix="vaflow-") as file:
         file.truncate(prod(shape) * dtype.itemsize)

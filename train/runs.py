@@ -5,6 +5,7 @@ RUN/config.toml          settings, streams, prompt set, data: everything that wa
     metrics.json         of the validation split; written last: where it is, the run is done
     history.csv          a row per epoch
     predictions/SPLIT/CLIP.csv
+    encoders/            of a fine-tuned run, as `vaflow extract --weights NAME=` takes them
     checkpoint.safetensors   only while training: what a second start goes on from
 """
 
@@ -38,6 +39,7 @@ class RunRecord:
     Attributes:
         config: resolved settings.
         streams: what is read.
+        tuned: of a fine-tuned run, the streams that its own encoders make; empty until it is done.
         cache: the folder that it was trained on.
         data: split -> {"clips", "windows", "labelled_frames"}.
         version: of vaflow.
@@ -48,21 +50,25 @@ class RunRecord:
     cache: str
     data: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     version: str = __version__
+    tuned: tuple[InputStream, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[InputStream, ...]:
+        """The streams as the run's heads want them: where encoders were trained, what those make."""
+        own = {stream.name: stream for stream in self.tuned}
+        return tuple(own.get(stream.name, stream) for stream in self.streams)
 
     def to_toml(self) -> str:
-        """TOML with the tables `train` (settings), `data` and one `stream` each."""
-        streams = []
-        for stream in self.streams:
-            facts = asdict(stream)
-            facts["identity"] = json.dumps(facts["identity"], sort_keys=True)  # JSON: TOML has no null
-            streams.append(facts)
-        document = {
+        """TOML with the tables `train` (settings), `data` and one `stream` each, and one `tuned` each."""
+        document: dict[str, Any] = {
             "vaflow": self.version,
             "cache": self.cache,
             "train": self.config.as_dict(),
             "data": {split: dict(counts) for split, counts in self.data.items()},
-            "stream": streams,
+            "stream": [_as_table(stream) for stream in self.streams],
         }
+        if self.tuned:
+            document["tuned"] = [_as_table(stream) for stream in self.tuned]
         return tomli_w.dumps(document)
 
     @classmethod
@@ -74,13 +80,22 @@ class RunRecord:
         """
         document = tomllib.loads(text)
         try:
-            streams = tuple(
-                InputStream(**{**facts, "identity": json.loads(facts["identity"])}) for facts in document["stream"]
-            )
             config = merge(document["train"])
-            return cls(config, streams, document["cache"], document["data"], document["vaflow"])
+            streams, tuned = (
+                tuple(map(_from_table, tables)) for tables in (document["stream"], document.get("tuned", ()))
+            )
+            return cls(config, streams, document["cache"], document["data"], document["vaflow"], tuned)
         except (KeyError, TypeError) as error:
             raise ValueError(f"it lacks {error}") from error
+
+
+def _as_table(stream: InputStream) -> dict[str, Any]:
+    facts = asdict(stream)
+    return facts | {"identity": json.dumps(facts["identity"], sort_keys=True)}  # JSON: TOML has no null
+
+
+def _from_table(facts: Mapping[str, Any]) -> InputStream:
+    return InputStream(**{**facts, "identity": json.loads(facts["identity"])})
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,11 @@ class RunFolder:
     @property
     def history_file(self) -> Path:
         return self.path / "history.csv"
+
+    @property
+    def encoders(self) -> Path:
+        """The folder of a fine-tuned run's encoders."""
+        return self.path / "encoders"
 
     @property
     def checkpoint_file(self) -> Path:

@@ -63,7 +63,7 @@ def test_combinations_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UsageError, match="no network to build"):
         build_encoder("logmel")
     with pytest.raises(UsageError, match="seeded"):
-        build_encoder("clip-tiny", weights=Path("x.pt"))
+        build_encoder("resnet-tiny", weights=Path("x.pt"))
     with pytest.raises(UsageError, match="bfloat16"):
         build_encoder("clip-tiny", precision="bfloat")
     with pytest.raises(UsageError, match="CUDA"):

@@ -132,5 +132,5 @@ def test_differences_name_what_changes_the_training() -> None:
 
 
 def test_every_setting_survives_as_toml() -> None:
-    config = TrainConfig(window=10, stride=3, frames=20, audio_steps=20)
+    config = TrainConfig(window=10, stride=3, frames=20, audio_steps=20, finetune_blocks=2)
     assert set(tomllib.loads(configs.to_toml(config))) == set(TrainConfig.__dataclass_fields__)

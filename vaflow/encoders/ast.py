@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vaflow.encoders import Request
 from vaflow.encoders.ast_geometry import Geometry, window_frames
-from vaflow.encoders.ast_loading import DEFAULT_MODEL, load_checkpoint
+from vaflow.encoders.ast_loading import DEFAULT_MODEL, load_checkpoint, save_checkpoint
 from vaflow.encoders.frontend import KALDI, FrontEnd, Stretches
 from vaflow.encoders.weights import state_digest
 
@@ -84,6 +84,10 @@ class AstEncoder:
         """
         return self.features(logmel, window=window, steps=steps)
 
+    def save(self, folder: Path, stem: str) -> Path:
+        """Write the folder `folder/stem`, which `build_encoder(..., weights=...)` takes."""
+        return save_checkpoint(self.module, self._mean, self._std, folder / stem)
+
     def _padded(self, logmel: torch.Tensor, window: float) -> torch.Tensor:
         """[B, frames, mel] -> [B, max_length, mel], normalised, on the device."""
         most = self.window_frames(window)
@@ -115,10 +119,8 @@ def build_default(request: Request) -> AstEncoder:
 
 
 def build_named(request: Request) -> AstEncoder:
-    """`ast:PATH_OR_HUB_ID`: a folder wins over a model id of the same name."""
+    """`ast:PATH_OR_HUB_ID`: a folder wins over a model id of the same name, and `request.weights` over either."""
     source = request.name.removeprefix("ast:")
-    if Path(source).expanduser().is_dir():
-        request.refuse_weights("its name already says which folder")
     return _load(request, source if request.weights is None else str(request.weights))
 
 

@@ -1,11 +1,13 @@
 """Checkpoints of the Audio Spectrogram Transformer: a folder as save_pretrained writes it, or a hub's model id."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -47,6 +49,28 @@ def load_checkpoint(name: str, source: str, *, local: bool) -> Checkpoint:
     if features.get("do_normalize") is False:
         return Checkpoint(module, 0.0, 0.5)  # (x - 0) / (2 * 0.5): the values stay as they are
     return Checkpoint(module, float(features.get("mean", AUDIOSET_MEAN)), float(features.get("std", AUDIOSET_STD)))
+
+
+def save_checkpoint(module: Any, mean: float, std: float, folder: Path) -> Path:
+    """Write a model as `load_checkpoint` reads it. The folder appears whole, in the place of an older one.
+
+    Raises:
+        WeightsError: the disk refuses.
+    """
+    new = folder.with_name(f".{folder.name}.{token_hex(4)}")
+    features = {"sampling_rate": RATE, "num_mel_bins": MEL_BINS, "do_normalize": True, "mean": mean, "std": std}
+    try:
+        with _quiet():
+            module.save_pretrained(str(new))
+        (new / FEATURES).write_text(json.dumps(features, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.replace(folder)
+    except OSError as error:
+        raise WeightsError(explain(f"Cannot write {folder}", got=error.strerror)) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
 
 
 def _fetch(name: str, source: str, local: bool) -> Path:

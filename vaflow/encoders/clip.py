@@ -26,7 +26,7 @@ from vaflow.encoders.clip_loading import (
 )
 from vaflow.encoders.context import ContextTower
 from vaflow.encoders.images import Picture, Preparation
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, write_state_dict
 from vaflow.errors import UsageError, explain
 
 QUICK_SUFFIX = "-quickgelu"
@@ -127,6 +127,10 @@ class ClipEncoder:
         result: NDArray[np.float32] = torch.cat(rows).to("cpu", torch.float32).numpy()
         return result
 
+    def save(self, folder: Path, stem: str) -> Path:
+        """Write both towers as `folder/stem.safetensors`, which `build_encoder(..., weights=...)` takes."""
+        return write_state_dict(folder / f"{stem}.safetensors", self._model.state_dict())
+
     def context_tower(self, texts: Sequence[str], count: int) -> ContextTower:
         """The text tower, to be read with `count` learned vectors before each text; freezes the encoder.
 
@@ -142,7 +146,7 @@ def build_openai(request: Request, model_name: str) -> ClipEncoder:
 
 
 def build_named(request: Request) -> ClipEncoder:
-    """`clip:MODEL/TAG_OR_FILE`: a tag wins over a file of the same name.
+    """`clip:MODEL/TAG_OR_FILE`: a tag wins over a file of the same name, and `request.weights` over either's weights.
 
     Raises:
         UsageError: open_clip has no such model, or the rest is neither one of its tags nor a file.
@@ -157,9 +161,8 @@ def build_named(request: Request) -> ClipEncoder:
         raise UsageError(explain("open_clip has no such model", got=model_name, remedy=hint))
     if is_pretrained_cfg(model_name, source):
         return _build(request, model_name, source, request.weights)
-    file = Path(source).expanduser()
+    file = request.weights or Path(source).expanduser()
     if file.is_file():
-        request.refuse_weights("its name already says which file")
         return _build(request, model_name, None, file)
     tags = list_pretrained_tags_by_model(model_name)
     raise UsageError(

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 
 from vaflow.encoders import Request
 from vaflow.encoders.ast import SPECIAL_TOKENS, AstEncoder, make_encoder
-from vaflow.encoders.ast_loading import AUDIOSET_MEAN, AUDIOSET_STD
+from vaflow.encoders.ast_loading import AUDIOSET_MEAN, AUDIOSET_STD, load_checkpoint
 from vaflow.encoders.clip import ClipEncoder, Preprocessing, make_identity
 from vaflow.encoders.clip_loading import require_quick_gelu
 from vaflow.encoders.images import Preparation
+from vaflow.encoders.weights import load_strictly, read_state_dict
 
 SEED = 0
 WIDTH, LAYERS, HEADS = 128, 2, 4
@@ -62,16 +63,19 @@ Rule = Callable[[str, str, tuple[int, ...]], Values]  # (stream of random number
 
 
 def build_clip(request: Request) -> ClipEncoder:
-    """The tiny CLIP, both towers.
+    """The tiny CLIP, both towers: seeded, or with the weights of the file `request.weights`.
 
     Raises:
-        UsageError: local weights were given.
+        WeightsError: the file's weights do not fit.
     """
     import open_clip
 
-    request.refuse_weights("its weights are seeded")
+    state = read_state_dict(request.weights) if request.weights else None
     model = open_clip.CLIP(**CLIP_CONFIG)
-    seed_parameters(model, "clip-tiny", _clip_values)
+    if state is None:
+        seed_parameters(model, "clip-tiny", _clip_values)
+    else:
+        load_strictly(model, state, str(request.weights))
     require_quick_gelu(model, request.name)
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     preprocessing = Preprocessing(Preparation(CLIP_CONFIG["vision_cfg"]["image_size"]), mean, std)
@@ -88,15 +92,18 @@ def build_clip(request: Request) -> ClipEncoder:
 
 
 def build_ast(request: Request) -> AstEncoder:
-    """The tiny Audio Spectrogram Transformer.
+    """The tiny Audio Spectrogram Transformer: seeded, or with the weights of the folder `request.weights`.
 
     Raises:
-        UsageError: local weights were given.
+        WeightsError: the folder's weights do not fit.
     """
     from transformers import ASTConfig, ASTModel
 
-    request.refuse_weights("its weights are seeded")
     module = ASTModel(ASTConfig(**AST_CONFIG, attn_implementation="sdpa"))
+    if request.weights:
+        checkpoint = load_checkpoint(request.name, str(request.weights), local=True)
+        load_strictly(module, checkpoint.module.state_dict(), str(request.weights))
+        return make_encoder(request, module, checkpoint.mean, checkpoint.std)
     encoder = make_encoder(request, module, AUDIOSET_MEAN, AUDIOSET_STD)
     seed_parameters(module, "ast-tiny", _ast_values(encoder.geometry.frequency_tokens, encoder.geometry.time_tokens))
     return make_encoder(request, module, AUDIOSET_MEAN, AUDIOSET_STD)

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from secrets import token_hex
 
 import torch
 
@@ -27,6 +28,26 @@ def state_digest(state: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def write_state_dict(path: Path, state: Mapping[str, torch.Tensor]) -> Path:
+    """Write a `.safetensors` file that `read_state_dict` reads; it appears whole or not at all.
+
+    Raises:
+        WeightsError: the disk refuses.
+    """
+    from safetensors.torch import save
+
+    new = path.with_name(f".{path.name}.{token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(save({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}))
+        new.replace(path)
+    except OSError as error:
+        raise WeightsError(explain(f"Cannot write {path}", got=error.strerror)) from error
+    finally:
+        new.unlink(missing_ok=True)
+    return path
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
