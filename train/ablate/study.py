@@ -4,7 +4,7 @@ import fcntl
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,14 +86,8 @@ def run_study(
         todo = [job for job in plan.jobs if not _done(out, job)]
         if on_plan is not None:
             on_plan(plan, len(todo))
-        failures: dict[str, Ended] = {}
         runs = run_jobs(todo, cache, out, processes=processes, allow_missing=options.allow_missing, level=level)
-        with closing(runs):
-            for outcome in runs:
-                if outcome.ended.error:
-                    failures[outcome.job.key] = outcome.ended
-                if on_run is not None:
-                    on_run(outcome)
+        failures = _failed(runs, on_run)
         results = collect(plan, out, failures)
         about = About(
             cache=str(cache.path),
@@ -103,6 +97,18 @@ def run_study(
             seconds=time.perf_counter() - begun,
         )
         return _write(cache, out, study, plan, results, about, failures)
+
+
+def _failed(runs: Generator[Outcome, None, None], on_run: OnRun | None) -> dict[str, Ended]:
+    """Let all runs go to their ends; by hash, those that failed."""
+    failures = {}
+    with closing(runs):
+        for outcome in runs:
+            if outcome.ended.error:
+                failures[outcome.job.key] = outcome.ended
+            if on_run is not None:
+                on_run(outcome)
+    return failures
 
 
 def _done(out: Path, job: Job) -> bool:

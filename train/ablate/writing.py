@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -115,7 +116,7 @@ def digits(number: float, *, places: int = 3, sign: bool = False) -> str:
     text = f"{number:{'+' if sign else ''}.{places}f}"
     if not text.strip("+-0."):
         text = text.lstrip("+-")  # what rounds to 0 has no sign
-    return text.replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}")
+    return re.sub(r"^([+-]?)0\.", r"\1.", text).replace("-", "\N{MINUS SIGN}")
 
 
 def spread(low: float, high: float) -> str:
@@ -142,6 +143,8 @@ def statements(results: Results, about: About) -> list[str]:
         "The difference is the row minus the full model, whose mean is "
         f"{digits(reference.mean[-1])} {spread(*reference.interval[-1])}; p is two-sided and not corrected for the "
         "number of rows.",
+        "Published numbers are of their own data (Aff-Wild2's validation set, in the built-in tables): they compare with "
+        "runs on the same clips only.",
         "Bold: the best of its column, where the interval of its difference to the runner-up excludes 0.",
     ]
     if results.videos < FEW_VIDEOS:

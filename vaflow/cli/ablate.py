@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, table
 from vaflow.cli.train import Cache
 from vaflow.errors import UsageError, explain
 
@@ -65,7 +65,7 @@ def ablate(
     from vaflow.train.ablate.plan import Options
     from vaflow.train.config import parse_settings
 
-    options = Options(seeds, parse_settings(settings or []), _pairs(aliases or []), allow_missing)
+    options = Options(seeds, parse_settings(settings or []), alias_pairs(aliases or []), allow_missing)
     study = load_study(grid)
     with _Reporter(show_bars(quiet), quiet) as reporter:
         result = run_study(
@@ -79,6 +79,11 @@ def ablate(
             on_plan=reporter.plan,
             on_run=reporter.run,
         )
+    return _report(result, json, quiet)
+
+
+def _report(result: "StudyResult", json: bool, quiet: bool) -> int:
+    """Print what came of it; returns the exit code."""
     if json:
         print_json(document(result))
     elif not quiet:
@@ -133,16 +138,6 @@ class _Reporter:
 
     def _say(self, line: str) -> None:
         self._bar.write(line, file=sys.stderr)
-
-
-def _pairs(aliases: list[str]) -> dict[str, str]:
-    pairs = {}
-    for alias in aliases:
-        name, equals, other = alias.partition("=")
-        if not (name.strip() and equals and other.strip()):
-            raise UsageError(explain("--alias is not a pair", expected="NAME=OTHER, as ast=ast-tiny", got=alias))
-        pairs[name.strip()] = other.strip()
-    return pairs
 
 
 def summary(result: "StudyResult") -> str:

@@ -1,0 +1,133 @@
+"""Intervals and paired tests against loops over frames that really are drawn again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vaflow.errors import CorruptError
+from vaflow.train.ablate.statistics import compare, draw, interval, read_moments, resampled_ccc, write_moments
+from vaflow.train.metrics import bootstrap_interval, video_moments
+
+Floats = NDArray[np.float64]
+SEEDS, VIDEOS, RESAMPLES = 3, 7, 200
+
+
+def plain_ccc(x: Floats, y: Floats) -> float:
+    """Lin's concordance of two vectors, population variance."""
+    return float(2 * np.cov(x, y, bias=True)[0, 1] / (x.var() + y.var() + (x.mean() - y.mean()) ** 2))
+
+
+@pytest.fixture(scope="module")
+def labels() -> list[Floats]:
+    rng = np.random.default_rng(0)
+    return [rng.uniform(-1, 1, size=(int(rng.integers(20, 90)), 2)) for _ in range(VIDEOS)]
+
+
+def predictions(labels: list[Floats], noise: float, seed: int) -> list[list[Floats]]:
+    """[S][V] [N, 2]."""
+    rng = np.random.default_rng(seed)
+    return [[y + rng.normal(scale=noise, size=y.shape) for y in labels] for _ in range(SEEDS)]
+
+
+def moments(said: list[list[Floats]], labels: list[Floats]) -> Floats:
+    return np.array([[video_moments(x, y) for x, y in zip(run, labels, strict=True)] for run in said])
+
+
+def brute(said: list[list[Floats]], labels: list[Floats], draws: Floats) -> Floats:
+    """Every resample as frames laid end to end, each seed measured, then averaged."""
+    out = []
+    for times in draws.astype(int):
+        chosen = np.repeat(np.arange(VIDEOS), times)
+        target = np.concatenate([labels[v] for v in chosen])
+        scores = []
+        for run in said:
+            guess = np.concatenate([run[v] for v in chosen])
+            both = [plain_ccc(guess[:, k], target[:, k]) for k in range(2)]
+            scores.append([*both, sum(both) / 2])
+        out.append(np.mean(scores, axis=0))
+    return np.array(out)
+
+
+def test_resamples_are_those_of_frames_laid_end_to_end(labels: list[Floats]) -> None:
+    said = predictions(labels, 0.4, 1)
+    draws = draw(VIDEOS, RESAMPLES, seed=3)
+    assert draws.shape == (RESAMPLES, VIDEOS)
+    assert (draws.sum(axis=1) == VIDEOS).all()
+    np.testing.assert_allclose(resampled_ccc(moments(said, labels), draws), brute(said, labels, draws), atol=1e-10)
+
+
+def test_paired_comparison_is_that_of_the_loop(labels: list[Floats]) -> None:
+    one, other = predictions(labels, 0.40, 1), predictions(labels, 0.43, 2)
+    draws = draw(VIDEOS, RESAMPLES, seed=3)
+    resampled = [resampled_ccc(moments(said, labels), draws) for said in (one, other)]
+    observed = np.array([0.1, 0.2, 0.3])
+    found = compare(resampled[0], resampled[1], observed, VIDEOS)
+    difference = brute(one, labels, draws) - brute(other, labels, draws)
+    np.testing.assert_array_equal(found.difference, observed)
+    np.testing.assert_allclose(found.low, np.percentile(difference, 2.5, axis=0), atol=1e-10)
+    np.testing.assert_allclose(found.high, np.percentile(difference, 97.5, axis=0), atol=1e-10)
+    for k in range(3):
+        below, above = sum(d <= 0 for d in difference[:, k]), sum(d >= 0 for d in difference[:, k])
+        expected = min(1, 2 * (min(below, above) + 1) / (RESAMPLES + 1))
+        assert found.p[k] == pytest.approx(max(expected, 2 ** (1 - VIDEOS)))
+
+
+def test_pairing_is_what_makes_a_small_constant_gain_visible(labels: list[Floats]) -> None:
+    said = predictions(labels, 0.4, 1)
+    better = [[x + 0.02 * (y - x) for x, y in zip(run, labels, strict=True)] for run in said]
+    draws = draw(VIDEOS, 2000)
+    here, there = (resampled_ccc(moments(p, labels), draws) for p in (better, said))
+    paired = compare(here, there, np.zeros(3), VIDEOS)
+    assert (paired.low > 0).all()
+    assert interval(here)[-1, 0] < interval(there)[-1, 1], "the two intervals overlap, and yet the difference is clear"
+
+
+def test_equal_runs_differ_by_nothing(labels: list[Floats]) -> None:
+    resampled = resampled_ccc(moments(predictions(labels, 0.4, 1), labels), draw(VIDEOS, 50))
+    same = compare(resampled, resampled, np.zeros(3), VIDEOS)
+    assert (same.low == 0).all()
+    assert (same.high == 0).all()
+    assert (same.p == 1).all()
+
+
+def test_few_videos_never_give_a_small_p(labels: list[Floats]) -> None:
+    table = moments(predictions(labels, 0.4, 1), labels)[:, :3]
+    worse = moments(predictions(labels, 2.0, 2), labels)[:, :3]
+    draws = draw(3, 1000)
+    found = compare(resampled_ccc(table, draws), resampled_ccc(worse, draws), np.zeros(3), 3)
+    assert (found.low > 0).all()
+    assert (found.p >= 0.25).all(), "three videos agree by chance in one of four cases"
+
+
+def test_one_seed_has_the_interval_of_evaluate(labels: list[Floats]) -> None:
+    table = moments(predictions(labels, 0.4, 1), labels)[:1]
+    peer = bootstrap_interval(table[0], resamples=4000, seed=5)
+    found = interval(resampled_ccc(table, draw(VIDEOS, 4000, seed=9)))
+    expected = np.array([peer.valence, peer.arousal, peer.mean])
+    np.testing.assert_allclose(found, expected, atol=0.15 * float((expected[:, 1] - expected[:, 0]).min()))
+
+
+def test_a_dimension_without_labels_has_no_interval(labels: list[Floats]) -> None:
+    masks = [np.repeat([[True, False]], len(y), axis=0) for y in labels]
+    table = np.array([[video_moments(y + 0.1, y, mask) for y, mask in zip(labels, masks, strict=True)]])
+    resampled = resampled_ccc(table, draw(VIDEOS, 100))
+    assert np.isnan(resampled[:, 1]).all()
+    np.testing.assert_array_equal(resampled[:, 2], resampled[:, 0])
+    edges = interval(resampled)
+    assert np.isfinite(edges[[0, 2]]).all()
+    assert np.isnan(edges[1]).all()
+    assert np.isnan(compare(resampled, resampled, np.zeros(3), VIDEOS).p[1])
+
+
+def test_moments_come_back_to_the_bit(tmp_path: Path, labels: list[Floats]) -> None:
+    table = {f"v{i}": video_moments(y * 0.9, y) for i, y in enumerate(labels)}
+    write_moments(tmp_path, table)
+    back = read_moments(tmp_path)
+    assert back.keys() == table.keys()
+    for name, numbers in table.items():
+        np.testing.assert_array_equal(back[name], numbers)
+    (tmp_path / "moments.json").write_text('{"v0": [1, 2]}')
+    with pytest.raises(CorruptError, match="damaged"):
+        read_moments(tmp_path)
