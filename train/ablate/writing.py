@@ -143,8 +143,8 @@ def statements(results: Results, about: About) -> list[str]:
         "The difference is the row minus the full model, whose mean is "
         f"{digits(reference.mean[-1])} {spread(*reference.interval[-1])}; p is two-sided and not corrected for the "
         "number of rows.",
-        "Published numbers are of their own data (Aff-Wild2's validation set, in the built-in tables): they compare with "
-        "runs on the same clips only.",
+        "Published numbers are of their own data (Aff-Wild2's validation set, in the built-in tables): they compare "
+        "with runs on the same clips only.",
         "Bold: the best of its column, where the interval of its difference to the runner-up excludes 0.",
     ]
     if results.videos < FEW_VIDEOS:
