@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vaflow.cache.messages import cannot_write, corrupt
 from vaflow.cache.names import Layout, escape
 from vaflow.cache.schema import LABELS, SCHEMA_VERSION, Array, Json, Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES
-from vaflow.errors import CorruptError, DataError, MissingError, UsageError, explain
+from vaflow.errors import CorruptError, DataError, FingerprintError, MissingError, UsageError, explain
 
 NO_SPLIT = "none"  # what `info` and `items` call the clips whose data set does not say
 
@@ -176,11 +176,20 @@ class Cache:
             MissingError: there is no such stream, item or array.
             CorruptError: files are missing or not what the record says.
         """
+        record, arrays = self._fetch(stream, item, names, verify=verify)
+        return Item(stream, item, arrays, dict(record.meta))
+
+    def committed(self, stream: str, item: str) -> tuple[Record, dict[str, Array]]:
+        """The item's record and all its arrays, which belong together; checked, and raises, as `read`."""
+        return self._fetch(stream, item, None, verify=True)
+
+    def _fetch(
+        self, stream: str, item: str, names: Sequence[str] | None, *, verify: bool
+    ) -> tuple[Record, dict[str, Array]]:
         record = self.record(stream, item)
         while True:
             try:
-                arrays = fetch(self.layout, self._store, record, names, verify=verify)
-                return Item(stream, item, arrays, dict(record.meta))
+                return record, fetch(self.layout, self._store, record, names, verify=verify)
             except CorruptError:
                 again = self.record(stream, item)
                 if again.attempt == record.attempt:
@@ -208,24 +217,46 @@ class Cache:
             CacheError: the disk refuses.
         """
         self._must_be_writable()
-        info = self._stream(stream)
-        arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-        problems = array_problems(info, arrays)
-        if problems:
-            raise DataError(explain(f"{item!r} does not fit stream {stream!r}: {'; '.join(problems)}"))
         draft = Record(
             stream=stream,
             item=item,
             attempt="",
-            arrays={name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()},
+            arrays={},
             files={},
             source=plain(source or {}, "source"),
             meta=plain(meta or {}, "meta"),
             created=now(),
-            fingerprint=fingerprint(info),
+            fingerprint=self.fingerprint(stream),
         )
+        return self._commit(draft, arrays)
+
+    def adopt(self, record: Record, arrays: Mapping[str, Array]) -> Record:
+        """Commit an item of another cache: its source, facts and time of making stay. Otherwise as `write`.
+
+        Raises:
+            FingerprintError: it was made with other settings than the stream of this cache.
+        """
+        self._must_be_writable()
+        if record.fingerprint != self.fingerprint(record.stream):
+            raise FingerprintError(
+                explain(
+                    f"{record.item!r} of stream {record.stream!r} was made with other settings than {self.path}",
+                    expected=f"fingerprint {self.fingerprint(record.stream)}",
+                    got=record.fingerprint,
+                )
+            )
+        return self._commit(replace(record, attempt="", files={}), arrays)
+
+    def _commit(self, draft: Record, arrays: Mapping[str, Array]) -> Record:
+        info = self._stream(draft.stream)
+        # In one order, so that equal arrays make equal HDF5 files.
+        arrays = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
+        problems = array_problems(info, arrays)
+        if problems:
+            raise DataError(explain(f"{draft.item!r} does not fit stream {draft.stream!r}: {'; '.join(problems)}"))
+        shapes = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()}
         try:
-            return commit(self.layout, self._store, draft, arrays)
+            return commit(self.layout, self._store, replace(draft, arrays=shapes), arrays)
         except OSError as error:
             raise cannot_write(self.layout, error) from error
 

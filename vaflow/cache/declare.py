@@ -51,10 +51,10 @@ def declare(layout: Layout, info: StreamInfo) -> None:
     except ValueError as error:
         raise corrupt(layout, path, str(error)) from error
     if fingerprint(known) != fingerprint(info):
-        differences = "; ".join(_differences(asdict(known), asdict(info)))
+        fields = "; ".join(differences(asdict(known), asdict(info)))
         raise FingerprintError(
             explain(
-                f"Stream {info.name!r} of {layout.root} was made with other settings: {differences}",
+                f"Stream {info.name!r} of {layout.root} was made with other settings: {fields}",
                 remedy="Use the settings that the cache was made with, or extract into another cache",
             )
         )
@@ -99,16 +99,18 @@ def _refuse_foreign_records(layout: Layout, info: StreamInfo) -> None:
             )
 
 
-def _differences(cache: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Every leaf that differs, as `dotted.path: cache has X, now Y`."""
-    if isinstance(cache, dict) and isinstance(now, dict):
-        for key in sorted(cache.keys() | now.keys()):
+def differences(
+    first: Any, second: Any, path: str = "", names: tuple[str, str] = ("cache has", "now")
+) -> Iterator[str]:
+    """Every leaf in which two JSON values differ, as `dotted.path: cache has X, now Y`; `names` says whose they are."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in sorted(first.keys() | second.keys()):
             name = f"{path}.{key}" if path else key
-            if key not in cache:
-                yield f"{name}: cache has nothing, now {now[key]!r}"
-            elif key not in now:
-                yield f"{name}: cache has {cache[key]!r}, now nothing"
+            if key not in first:
+                yield f"{name}: {names[0]} nothing, {names[1]} {second[key]!r}"
+            elif key not in second:
+                yield f"{name}: {names[0]} {first[key]!r}, {names[1]} nothing"
             else:
-                yield from _differences(cache[key], now[key], name)
-    elif cache != now or type(cache) is not type(now):
-        yield f"{path}: cache has {cache!r}, now {now!r}"
+                yield from differences(first[key], second[key], name, names)
+    elif first != second or type(first) is not type(second):
+        yield f"{path}: {names[0]} {first!r}, {names[1]} {second!r}"

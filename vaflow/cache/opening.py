@@ -30,7 +30,7 @@ def create_cache(path: PathLike, *, store: str = "zarr") -> Cache:
     """
     if store not in STORES:
         raise UsageError(explain("There is no such store", got=store, choices=STORES))
-    layout = Layout(_absolute(path))
+    layout = Layout(absolute(path))
     try:
         _create_manifest(layout, store)
     except FileExistsError as error:
@@ -58,7 +58,7 @@ def open_cache(path: PathLike, *, writable: bool = False) -> Cache:
         SchemaError: it has a schema version that this program does not read.
         CorruptError: its manifest is damaged.
     """
-    layout = Layout(_absolute(path))
+    layout = Layout(absolute(path))
     try:
         store = read_manifest(layout)
     except (FileNotFoundError, NotADirectoryError):
@@ -70,7 +70,7 @@ def open_cache(path: PathLike, *, writable: bool = False) -> Cache:
     return Cache(layout.root, store, writable=writable)
 
 
-def _absolute(path: PathLike) -> Path:
+def absolute(path: PathLike) -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111 - links stay as the user wrote them
 
 

@@ -57,7 +57,7 @@ def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
         on_item: called after each item, for a progress bar.
     """
     problems = _manifest_problems(cache)
-    streams, stream_problems = _streams(cache.layout)
+    streams, stream_problems = load_streams(cache.layout)
     problems += stream_problems
     lost: set[str] = set()
     for path in record_files(cache):
@@ -79,7 +79,7 @@ def _manifest_problems(cache: Cache) -> list[Problem]:
     return []
 
 
-def _streams(layout: Layout) -> tuple[dict[str, StreamInfo | None], list[Problem]]:
+def load_streams(layout: Layout) -> tuple[dict[str, StreamInfo | None], list[Problem]]:
     """Stream per file name (None where damaged), and what is wrong with the files."""
     streams: dict[str, StreamInfo | None] = {}
     problems = []

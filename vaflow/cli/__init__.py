@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from vaflow.cli import ablate, cache, cache_import, check, demo, extract, predict, submit, train
+from vaflow.cli import ablate, cache, cache_copy, cache_import, check, demo, extract, predict, submit, train
 from vaflow.errors import VaflowError
 
 INTERRUPTED = 130
@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 app.command("check")(check.check)
 app.command("extract")(extract.extract)
+cache.app.command("convert")(cache_copy.convert)
+cache.app.command("merge")(cache_copy.merge)
 cache.app.command("import")(cache_import.import_)
 app.add_typer(cache.app, name="cache")
 app.command("train")(train.train)

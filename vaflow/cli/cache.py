@@ -1,4 +1,4 @@
-"""`vaflow cache info|verify|repair`."""
+"""`vaflow cache info|verify|repair`; the group's other commands have files of their own."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from vaflow.cache import Cache
     from vaflow.cache.verify import Problem
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a cache, check it, mend it.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look into a cache; check, mend, copy, join, add to it."
+)
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="The folder of the cache.", show_default=False)]
 

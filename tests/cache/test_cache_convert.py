@@ -1,0 +1,275 @@
+"""Caches copied into another store: nothing is lost, nothing damaged gets through, interruptions cost nothing."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from cache_toys import arrays, assert_same, small_cache, stream
+
+from vaflow.cache import Cache, create_cache, open_cache
+from vaflow.cache.convert import convert
+from vaflow.cache.schema import STORES, Kind
+from vaflow.cache.transfer import COPY_OF
+from vaflow.cache.verify import leftovers, record_files, repair, verify
+from vaflow.cli import main
+from vaflow.errors import CacheError, FingerprintError, SchemaError, UsageError
+from vaflow.train.evaluate import failed_items
+
+ODD_NAMES = ("a/b", "é", "x" * 300)
+
+
+@pytest.fixture
+def other(store: str) -> str:
+    """The store that the cache does not have."""
+    return next(name for name in STORES if name != store)
+
+
+def full_cache(path: Path, store: str) -> Cache:
+    """A stream of every kind; items with odd names, without rows, and of zeros only."""
+    cache = create_cache(path, store=store)
+    for kind in get_args(Kind):
+        info = stream(kind)
+        cache.declare(info)
+        for number, item in enumerate(ODD_NAMES):
+            facts = {"split": "val", "duration": 2.5} if kind == "labels" else {"audio": "silent"}
+            made = arrays(info, number * 2, seed=number, zeros=number == 2)
+            cache.write(kind, item, made, source={"video": {"size": number, "blake2b": "0a"}}, meta=facts)
+    return cache
+
+
+def assert_copy(source: Cache, copy: Cache) -> None:
+    """Every item of every stream is in both, bit for bit, with the same source, facts and time of making."""
+    assert copy.streams() == source.streams()
+    assert len(record_files(copy)) == len(record_files(source)) > 0
+    for name in source.streams():
+        assert copy.fingerprint(name) == source.fingerprint(name)
+        for path in sorted(source.layout.records(name).glob("*.json")):
+            item = json.loads(path.read_bytes())["item"]
+            one, two = source.record(name, item), copy.record(name, item)
+            assert {key: getattr(one, key) for key in COPY_OF} == {key: getattr(two, key) for key in COPY_OF}
+            assert_same(dict(copy.read(name, item).arrays), dict(source.read(name, item).arrays))
+    assert verify(copy) == []
+
+
+def attempts(cache: Cache) -> dict[str, str]:
+    return {path.name + path.parent.name: json.loads(path.read_bytes())["attempt"] for path in record_files(cache)}
+
+
+def damage(cache: Cache, name: str, item: str) -> None:
+    """Flip a bit of an array's bytes."""
+    folder = cache.layout.item(name, item)
+    file = max((folder / name for name in cache.record(name, item).files), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def test_there_and_back_again_is_the_same_cache(tmp_path, store, other):
+    source = full_cache(tmp_path / "source", store)
+    done = convert(source, tmp_path / "other", other)
+    assert (done.copied, done.there, done.replaced, done.failures) == (len(record_files(source)), 0, 0, ())
+    copy = open_cache(tmp_path / "other")
+    assert copy.store == other
+    assert_copy(source, copy)
+    convert(copy, tmp_path / "back", store)
+    back = open_cache(tmp_path / "back")
+    assert_copy(source, back)
+    for name in source.streams():  # the same store makes the same files, but for the attempts' names
+        for item in ODD_NAMES:
+            one, two = source.record(name, item), back.record(name, item)
+            plain = [{path.replace(r.attempt, "-"): f for path, f in r.files.items()} for r in (one, two)]
+            assert plain[0] == plain[1]
+
+
+def test_what_is_there_is_not_written_again(tmp_path, store, other):
+    source = full_cache(tmp_path / "source", store)
+    convert(source, tmp_path / "other", other)
+    before = attempts(open_cache(tmp_path / "other"))
+    source.write("visual", "é", arrays(stream("visual"), 9, seed=9), source={"video": {"size": 9}})
+    source.write("audio", "new", arrays(stream("audio")))
+    done = convert(source, tmp_path / "other", other)
+    assert (done.copied, done.replaced, done.there) == (2, 1, len(before) - 1)
+    copy = open_cache(tmp_path / "other")
+    assert_copy(source, copy)
+    after = attempts(copy)
+    assert {name for name in before if after[name] != before[name]} == {"%C3%A9.jsonvisual"}
+    assert leftovers(copy) == []
+
+
+def test_an_interrupted_conversion_goes_on(tmp_path, store, other, monkeypatch):
+    source = full_cache(tmp_path / "source", store)
+    real, count = Cache.adopt, 0
+    monkeypatch.setattr("vaflow.cache.transfer.THREADS", 1)
+
+    def few(self, *args):
+        nonlocal count
+        count += 1
+        if count > 7:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Cache, "adopt", few)
+        convert(source, tmp_path / "other", other)
+    half = open_cache(tmp_path / "other")
+    before = attempts(half)
+    assert len(before) == 7
+    assert half.items() == []  # labels come last: no clip looks complete that is not
+    done = convert(source, tmp_path / "other", other)
+    assert (done.there, done.copied) == (7, len(record_files(source)) - 7)
+    copy = open_cache(tmp_path / "other")
+    assert_copy(source, copy)
+    assert before.items() <= attempts(copy).items()
+
+
+def test_a_killed_conversion_goes_on(tmp_path, store, other):
+    """Killed at once, in the middle of writing the tenth item."""
+    source = full_cache(tmp_path / "source", store)
+    code = (
+        "import os, signal, sys\n"
+        "from vaflow.cache import Cache, open_cache\n"
+        "from vaflow.cache import commit, files\n"
+        "from vaflow.cache.convert import convert\n"
+        "real, seen = files.sync_all, []\n"
+        "def sync_all(*args):\n"
+        "    seen.append(1)\n"
+        "    if len(seen) == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    real(*args)\n"
+        "files.sync_all = sync_all\n"
+        "convert(open_cache(sys.argv[1]), sys.argv[2], sys.argv[3])\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    args = [sys.executable, "-c", code, str(source.path), str(tmp_path / "other"), other]
+    assert subprocess.run(args, env=env, check=False).returncode == -9
+    half = open_cache(tmp_path / "other")
+    assert verify(half) == []
+    before = attempts(half)
+    assert 0 < len(before) < 10
+    convert(source, tmp_path / "other", other)
+    copy = open_cache(tmp_path / "other")
+    assert_copy(source, copy)
+    assert before.items() <= attempts(copy).items()
+
+
+def test_damaged_items_are_listed_and_the_others_go_on(tmp_path, store, other, capsys):
+    source = full_cache(tmp_path / "source", store)
+    damage(source, "visual", "a/b")
+    source.layout.record("labels", "é").write_bytes(b"{}")
+    args = ["cache", "convert", str(source.path), "--out", str(tmp_path / "other"), "--store", other]
+    assert main(args) == 3
+    assert "2 items could not be read" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "other" / "failures.jsonl").read_text().splitlines()]
+    said = {
+        (line["item"], line["stream"], line["stage"], line["error"], line.get("split", "unknown")) for line in lines
+    }
+    assert said == {
+        ("a/b", "visual", "convert", "CorruptError", "val"),
+        ("é", "labels", "convert", "CorruptError", "unknown"),
+    }
+    copy = open_cache(tmp_path / "other")
+    assert len(record_files(copy)) == len(record_files(source)) - 2
+    assert verify(copy) == []
+    assert failed_items(copy, "val") == ["é"]  # evaluation knows that a clip is lost
+    repair(open_cache(source.path, writable=True))
+    streams = source.streams()
+    for name, item in (("visual", "a/b"), ("labels", "é")):
+        source.write(name, item, arrays(streams[name]), meta={"split": "val"})
+    assert main(args) == 0
+    assert_copy(source, open_cache(tmp_path / "other"))
+    assert (tmp_path / "other" / "failures.jsonl").read_text() == ""
+    assert failed_items(open_cache(tmp_path / "other"), "val") == []
+
+
+def test_items_whose_stream_file_is_lost_are_listed(tmp_path, store, other):
+    source = full_cache(tmp_path / "source", store)
+    source.layout.stream("visual").unlink()
+    done = convert(open_cache(source.path), tmp_path / "other", other)
+    assert {(failure.stream, failure.item) for failure in done.failures} >= {("visual", "a/b"), ("visual", "é")}
+    assert len(done.failures) == len(ODD_NAMES)
+    assert "streams/visual.json" in done.failures[0].message
+    assert "visual" not in open_cache(tmp_path / "other").streams()
+
+
+def test_when_everything_is_damaged_the_command_fails(tmp_path, store, other):
+    source = small_cache(tmp_path / "source", store)
+    for path in record_files(source):
+        path.write_bytes(b"")
+    args = ["cache", "convert", str(source.path), "--out", str(tmp_path / "other"), "--store", other]
+    assert main(args) == 1
+
+
+def test_arrays_that_the_schema_forbids_are_not_copied(tmp_path, store, other, monkeypatch):
+    source = small_cache(tmp_path / "source", store)
+    wrong = arrays(stream("visual"))
+    wrong["time"] = wrong["time"][::-1].copy()
+    with monkeypatch.context() as patch:
+        patch.setattr("vaflow.cache.cache.array_problems", lambda *_: [])
+        source.write("visual", "c", wrong)
+    (failure,) = convert(source, tmp_path / "other", other).failures
+    assert (failure.item, failure.error) == ("c", "DataError")
+    assert "time does not ascend" in failure.message
+
+
+def test_lists_of_failed_clips_go_along(tmp_path, store, other):
+    """What extraction could not read is not forgotten by a copy, until the copy has it."""
+    source = small_cache(tmp_path / "source", store)
+    lost = {"item": "lost", "stage": "open", "error": "MediaError", "message": "cut off", "split": "val"}
+    (source.path / "failures-1-of-2.jsonl").write_text(json.dumps(lost) + "\n" + "half a li")
+    convert(source, tmp_path / "other", other)
+    convert(source, tmp_path / "other", other)
+    copy = open_cache(tmp_path / "other")
+    assert failed_items(copy, "val") == ["lost"]
+    carried = (copy.path / "failures-carried.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in carried] == [lost]
+    source.write("labels", "lost", arrays(stream("labels")), meta={"split": "val"})
+    convert(source, tmp_path / "other", other)
+    assert (copy.path / "failures-carried.jsonl").read_text() == ""
+
+
+def test_a_full_disk_ends_the_run_and_says_how_to_go_on(tmp_path, store, other, monkeypatch):
+    source = small_cache(tmp_path / "source", store)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(CacheError, match="run the same command again"):
+        patch.setattr("vaflow.cache.files.sync_all", full)
+        convert(source, tmp_path / "other", other)
+    assert convert(source, tmp_path / "other", other).failures == ()
+    assert_copy(source, open_cache(tmp_path / "other"))
+
+
+def test_what_cannot_be_written_to_is_refused(tmp_path, store, other):
+    source = small_cache(tmp_path / "source", store)
+    for place in (source.path, source.path / "inside"):
+        with pytest.raises(UsageError, match="Choose another folder"):
+            convert(source, place, other)
+    (tmp_path / "link").symlink_to(source.path)
+    with pytest.raises(UsageError, match="Choose another folder"):
+        convert(source, tmp_path / "link", store)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(SchemaError, match=r"neither empty nor a cache"):
+        convert(source, tmp_path / "mine", other)
+    with pytest.raises(UsageError, match=r"Got: zip\. Choices: hdf5, zarr"):
+        convert(source, tmp_path / "new", "zip")
+    create_cache(tmp_path / "third", store=other).declare(stream("visual", "float32"))
+    with pytest.raises(FingerprintError, match="dtype: cache has 'float32', now 'float16'"):
+        convert(source, tmp_path / "third", other)
+
+
+def test_json_and_the_example_in_the_help(tmp_path, capsys, monkeypatch):
+    small_cache(tmp_path / "cache", "zarr")
+    assert main(["cache", "convert", "--help"]) == 0
+    example = re.search(r"Example: vaflow ([^\n]+)", capsys.readouterr().out)
+    assert example is not None
+    monkeypatch.chdir(tmp_path)
+    assert main([*example[1].split(), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert json.loads(printed.out)["copied"] == 4
