@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vaflow.demo.path import Floats, Key, Mood, smooth_trace
+from vaflow.demo.path import Floats, Key, MoodAt, smooth_trace
 from vaflow.demo.person import Person
 from vaflow.demo.voice import CONTROL_RATE
 
@@ -43,7 +43,7 @@ class Expression:
         return len(self.smile)
 
 
-def express(key: Key, person: Person, mood: Mood, mouth: Floats, time: Floats) -> Expression:
+def express(key: Key, person: Person, mood: MoodAt, mouth: Floats, time: Floats) -> Expression:
     """The face of `person` at `time` [N] seconds while feeling `mood` and speaking with `mouth` [C]."""
     valence, arousal = mood(time).T
 
@@ -54,7 +54,7 @@ def express(key: Key, person: Person, mood: Mood, mouth: Floats, time: Floats) -
     blink = _blinks(key.rng("blinks"), time)
     eyes = 0.58 + 0.28 * arousal + person.rest_eyes + drift("eyes", 0.2, 30, 3)
     return Expression(
-        smile=np.clip(0.95 * valence + person.rest_mouth + drift("smile", 0.18), -1.1, 1.1),
+        smile=np.clip(0.9 * valence + person.rest_mouth + drift("smile", 0.28, 25, 2), -1.1, 1.1),
         mouth=np.clip(0.05 + 0.45 * speech + 0.1 * arousal + drift("jaw", 0.04), 0, 1),
         eyes=np.clip(eyes, 0.12, 1) * (1 - blink),
         brows=np.clip(0.4 * arousal + person.rest_brows + drift("brows", 0.4, 30, 3), -1, 1),

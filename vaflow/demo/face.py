@@ -16,6 +16,7 @@ TEETH: Colour = (232, 238, 240)
 EYE_Y, BROW_Y, NOSE_Y, MOUTH_Y = -0.12, -0.5, 0.27, 0.66
 HEAD_SCALE = 0.235  # half face width, in picture heights
 ACROSS = np.linspace(-1, 1, 9)
+FRINGE = {"short": 0.3, "long": 0.36, "bun": 0.2, "curly": 0.26}  # from the top of the head to the hairline
 
 
 def draw_room(person: Person, key: Key, width: int, height: int) -> Image:
@@ -52,6 +53,7 @@ class FaceArtist:
         self.scale = HEAD_SCALE * room.shape[0] * person.size
         self.skin = shade(person.skin, person.light)
         self.outline = _outline(person)
+        self.hair = _hair(person, self.outline)
 
     def place(self, i: int) -> tuple[float, float, float]:
         """Where the head of frame i is: centre x, y in pixels, and tilt in radians."""
@@ -195,16 +197,8 @@ class FaceArtist:
         pen.fill(np.concatenate([upper[middle], edge[::-1]]), TEETH)
 
     def _hair_in_front(self, pen: Pen) -> None:
-        p = self.person
-        if p.hair_style == "bald":
-            return
-        top = self.outline[self.outline[:, 1] < -0.45]
-        top = top[np.argsort(top[:, 0])] * (1.05, 1.07)
-        fringe = {"short": 0.3, "long": 0.36, "bun": 0.2, "curly": 0.26}[p.hair_style]
-        x = np.linspace(0.9, -0.9, 9)
-        hairline = -p.face_height + fringe + 0.42 * np.abs(x + 0.15) ** 2.5
-        line = np.stack([x, np.minimum(hairline, -0.42)], axis=-1)
-        pen.fill(np.concatenate([top, line]), shade(p.hair, p.light))
+        if self.hair is not None:
+            pen.fill(self.hair, shade(self.person.hair, self.person.light))
 
     def _glasses(self, pen: Pen) -> None:
         p = self.person
@@ -223,3 +217,14 @@ def _outline(person: Person) -> Points:
     narrow = np.where(y > 0, 1 - (1 - person.jaw) * np.clip(y, 0, 1) ** 1.5, 1)
     x = np.sign(x) * np.abs(x) ** 0.9 * narrow
     return np.stack([x, y * person.face_height], axis=-1)
+
+
+def _hair(person: Person, outline: Points) -> Points | None:
+    """Hair on top of the head, [N, 2], down to a hairline; None without."""
+    if person.hair_style == "bald":
+        return None
+    top = outline[outline[:, 1] < -0.45]
+    top = top[np.argsort(top[:, 0])] * (1.05, 1.07)
+    x = np.linspace(0.9, -0.9, 9)
+    hairline = -person.face_height + FRINGE[person.hair_style] + 0.42 * np.abs(x + 0.15) ** 2.5
+    return np.concatenate([top, np.stack([x, np.minimum(hairline, -0.42)], axis=-1)])

@@ -4,6 +4,7 @@ A trace is a sum of sinusoids with random periods and phases, so it can be asked
 frame times, the sound at its control rate, the labels at annotation rows, and all three see the same trace.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+MoodAt = Callable[[Floats], Floats]  # [N] seconds -> [N, 2] valence and arousal
 
 SPLIT_NUMBER = {"train": 0, "val": 1, "test": 2}
 

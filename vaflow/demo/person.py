@@ -69,7 +69,7 @@ def random_person(key: Key) -> Person:
         mouth_width=rng.uniform(0.4, 0.5),
         lip_size=rng.uniform(0.06, 0.1),
         nose=rng.uniform(0.1, 0.17),
-        rest_mouth=rng.normal(0, 0.12),
+        rest_mouth=rng.normal(0, 0.15),
         rest_eyes=rng.normal(0, 0.13),
         rest_brows=rng.normal(0, 0.12),
         light=rng.uniform(0.85, 1.08),

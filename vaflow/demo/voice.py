@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.demo.path import Floats, Key, Mood, smooth_trace, within
+from vaflow.demo.path import Floats, Key, MoodAt, smooth_trace, within
 
 SAMPLE_RATE = 16_000
 CONTROL_RATE = 100  # pitch, loudness and formants are set this many times a second
@@ -63,14 +63,14 @@ def random_speaker(key: Key) -> Speaker:
     )
 
 
-def speak(key: Key, mood: Mood, seconds: float, silences: list[tuple[float, float]]) -> Voice:
+def speak(key: Key, mood: MoodAt, seconds: float, silences: list[tuple[float, float]]) -> Voice:
     """What the person of `key` says while feeling `mood`, with nothing but the room in `silences`."""
     speaker = random_speaker(key)
     time = np.arange(int(np.ceil(seconds * CONTROL_RATE)) + 1) / CONTROL_RATE
     valence, arousal = mood(time).T
     drift = {
-        name: smooth_trace(key.rng(f"voice {name}"), slowest=15, fastest=2, scale=scale)(time)
-        for name, scale in (("pitch", 0.08), ("level", 3.0), ("tract", 0.035), ("tilt", 1.0))
+        name: smooth_trace(key.rng(f"voice {name}"), slowest=25, fastest=2, scale=scale)(time)
+        for name, scale in (("pitch", 0.12), ("level", 4.0), ("tract", 0.035), ("tilt", 1.0))
     }
     syllable, formants = _syllables(key.rng("syllables"), time, arousal)
     talking = _fade(~within(time, silences))

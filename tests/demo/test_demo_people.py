@@ -1,0 +1,167 @@
+"""Drawn people and their voices: they differ, and what they show and sound like follows the hidden path."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from vaflow.demo.expression import express
+from vaflow.demo.path import Key, random_mood, smooth_trace, stretches, within
+from vaflow.demo.person import random_person
+from vaflow.demo.plan import DemoConfig, plan_clips
+from vaflow.demo.scene import Scene
+from vaflow.demo.voice import SAMPLE_RATE, random_speaker, speak
+
+
+class Fixed:
+    """A mood that does not change."""
+
+    def __init__(self, valence: float, arousal: float) -> None:
+        self.point = np.array([valence, arousal])
+
+    def __call__(self, time):
+        return np.tile(self.point, (len(time), 1))
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return plan_clips(DemoConfig())
+
+
+def test_the_path_is_smooth_and_stays_inside_the_square():
+    time = np.arange(0, 300, 0.1)
+    for index in range(5):
+        value = random_mood(Key(0, "train", index))(time)
+        assert (np.abs(value) < 1).all()
+        assert np.abs(np.diff(value, axis=0)).max() < 0.1  # a tenth of a second changes little
+        assert value.std(axis=0).min() > 0.15
+
+
+def test_a_trace_is_the_same_whenever_it_is_asked():
+    trace = smooth_trace(np.random.default_rng(0), slowest=20, fastest=2)
+    time = np.array([0.0, 1.5, 7.25])
+    expected = [
+        sum(
+            a * np.sin(2 * np.pi * t / p + f)
+            for a, p, f in zip(trace.amplitude, trace.period, trace.phase, strict=True)
+        )
+        for t in time
+    ]
+    np.testing.assert_allclose(trace(time), expected)
+    np.testing.assert_allclose(trace(time[1:2]), expected[1:2])
+
+
+def test_stretches_are_apart_and_inside():
+    for seed in range(20):
+        found = stretches(np.random.default_rng(seed), duration=40, share=0.15, shortest=2, longest=4)
+        assert found and found[0][0] >= 0 and found[-1][1] <= 40
+        assert all(after[0] > before[1] for before, after in pairwise(found))
+        time = np.arange(0, 40, 0.01)
+        assert within(time, found).mean() == pytest.approx(sum(e - b for b, e in found) / 40, abs=0.002)
+
+
+def test_no_two_people_look_or_sound_alike(plans):
+    people = [random_person(plan.key) for plan in plans]
+    voices = [random_speaker(plan.key) for plan in plans]
+    for what in (
+        [(person.skin, person.wall, person.hair, person.shirt) for person in people],
+        [person.face_height for person in people],
+        [voice.pitch for voice in voices],
+    ):
+        assert len(set(what)) == len(plans)
+    training = {plan.trial for plan in plans if plan.split == "train"}
+    assert training.isdisjoint(plan.trial for plan in plans if plan.split == "val")
+
+
+def test_pair_shares_a_clock_and_nothing_else(plans):
+    left, right = (plan for plan in plans if plan.quirk == "pair")
+    np.testing.assert_array_equal(left.times, right.times)
+    assert left.video == right.video and left.key != right.key
+
+
+def mean_face(valence: float, arousal: float) -> dict[str, float]:
+    time = np.arange(0, 60, 0.2)
+    numbers: dict[str, list[float]] = {}
+    for index in range(8):
+        key = Key(0, "train", index)
+        face = express(key, random_person(key), Fixed(valence, arousal), np.zeros(10), time)
+        for name in ("smile", "eyes", "brows", "mouth"):
+            numbers.setdefault(name, []).append(float(np.mean(getattr(face, name))))
+    return {name: float(np.mean(found)) for name, found in numbers.items()}
+
+
+def test_the_mouth_follows_valence_and_the_eyes_follow_arousal():
+    low, high = mean_face(-0.6, 0), mean_face(0.6, 0)
+    assert high["smile"] - low["smile"] > 0.6
+    calm, awake = mean_face(0, -0.6), mean_face(0, 0.6)
+    assert awake["eyes"] - calm["eyes"] > 0.2 and awake["brows"] - calm["brows"] > 0.2
+    assert abs(awake["smile"] - calm["smile"]) < 0.1
+
+
+def voice_of(index: int, valence: float, arousal: float) -> np.ndarray:
+    return speak(Key(0, "val", index), Fixed(valence, arousal), 8.0, []).sound
+
+
+def loudness(sound: np.ndarray) -> float:
+    return float(10 * np.log10(np.mean(sound.astype(np.float64) ** 2)))
+
+
+def brightness(sound: np.ndarray) -> float:
+    """Decibels of what lies above 1 kHz against what lies below."""
+    power = np.abs(np.fft.rfft(sound)) ** 2
+    high = np.fft.rfftfreq(len(sound), 1 / SAMPLE_RATE) > 1000
+    return float(10 * np.log10(power[high].sum() / power[~high].sum()))
+
+
+def pitch(sound: np.ndarray) -> float:
+    """Median fundamental of the louder pieces, in Hz, from the autocorrelation."""
+    found = []
+    for piece in sound[: len(sound) // 1024 * 1024].reshape(-1, 1024):
+        if np.abs(piece).mean() > 0.6 * np.abs(sound).mean():
+            spectrum = np.fft.rfft(piece - piece.mean(), 4096)
+            correlation = np.fft.irfft(np.abs(spectrum) ** 2)[40:230]
+            found.append(SAMPLE_RATE / (40 + int(np.argmax(correlation))))
+    return float(np.median(found))
+
+
+def test_the_voice_is_louder_higher_and_brighter_with_arousal():
+    for measure, least in ((loudness, 6.0), (pitch, 20.0), (brightness, 1.0)):
+        change = [measure(voice_of(k, 0, 0.6)) - measure(voice_of(k, 0, -0.6)) for k in range(4)]
+        assert np.mean(change) > least
+
+
+def test_the_voice_is_brighter_with_valence_but_hardly_louder():
+    sounds = [(voice_of(k, -0.6, 0), voice_of(k, 0.6, 0)) for k in range(4)]
+    assert np.mean([brightness(high) - brightness(low) for low, high in sounds]) > 0
+    assert abs(np.mean([loudness(high) - loudness(low) for low, high in sounds])) < 2
+
+
+def test_silence_leaves_the_room_alone():
+    key = Key(0, "train", 0)
+    voice = speak(key, Fixed(0, 0.3), 10.0, [(4.0, 7.0)])
+    quiet = voice.sound[int(4.3 * SAMPLE_RATE) : int(6.7 * SAMPLE_RATE)]
+    assert loudness(quiet) == pytest.approx(random_speaker(key).room, abs=0.5)
+    assert loudness(voice.sound[: 4 * SAMPLE_RATE]) > loudness(quiet) + 15
+    assert (voice.mouth[430:670] == 0).all() and voice.mouth[:400].max() > 0.5
+
+
+def test_sound_is_as_long_as_asked_and_never_clips():
+    for seconds in (1.0, 7.123):
+        sound = speak(Key(0, "train", 1), Fixed(0, 0.9), seconds, []).sound
+        assert len(sound) == round(seconds * SAMPLE_RATE) and np.abs(sound).max() < 1
+
+
+def test_what_hides_the_face_takes_its_crops(plans):
+    plan = plans[0]
+    scene = Scene(plan, np.zeros(10), 256, 192)
+    hidden = within(plan.times, plan.occlusions)
+    assert 0.05 < hidden.mean() < 0.3 and not plan.cropped[hidden].any()
+    assert plan.cropped[~hidden].mean() > 0.97
+    begin, end = plan.occlusions[0]
+    middle = int(np.searchsorted(plan.times, (begin + end) / 2))
+    x, y, _ = (round(v) for v in scene.artist.place(middle))
+    with_cover, face = scene.frame(middle), scene.artist.draw(middle)
+    assert np.abs(with_cover[y, x].astype(int) - scene.cover).max() <= 60  # the book or its title
+    assert np.abs(with_cover.astype(int) - face).mean() > 5
+    seen = int(np.flatnonzero(plan.cropped & (scene.covered == 0))[0])
+    np.testing.assert_array_equal(scene.frame(seen), scene.artist.draw(seen))
