@@ -130,17 +130,22 @@ def _load(request: Request, source: str) -> AstEncoder:
 
 
 def make_encoder(request: Request, module: torch.nn.Module, mean: float, std: float) -> AstEncoder:
-    """An encoder around a built model; everything about its geometry comes from the model's config."""
+    """An encoder around a built model."""
+    geometry = geometry_of(module)
+    identity = _identity(module, geometry, mean, std, request.precision)
+    return AstEncoder(request.name, module, geometry, mean, std, identity, request.device, request.precision)
+
+
+def geometry_of(module: torch.nn.Module) -> Geometry:
+    """Where a model's tokens lie: from its config, never from literals."""
     config: Any = module.config
-    geometry = Geometry(
+    return Geometry(
         patch=config.patch_size,
         frequency_stride=config.frequency_stride,
         time_stride=config.time_stride,
         mel_bins=config.num_mel_bins,
         max_length=config.max_length,
     )
-    identity = _identity(module, geometry, mean, std, request.precision)
-    return AstEncoder(request.name, module, geometry, mean, std, identity, request.device, request.precision)
 
 
 def _identity(module: torch.nn.Module, geometry: Geometry, mean: float, std: float, precision: str) -> dict[str, Any]:
