@@ -20,7 +20,7 @@ from vaflow.datasets import Dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.frontend import KALDI
-from vaflow.encoders.prompts import load_prompts, prototypes
+from vaflow.encoders.prompts import load_prompts
 from vaflow.errors import DataError, VaflowError, explain
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders, make_encoders
@@ -30,7 +30,8 @@ from vaflow.extract.messages import Done, Failed, Job
 from vaflow.extract.plan import Plan, Task, make_plan
 from vaflow.extract.pool import WorkerPool
 from vaflow.extract.profile import COMMITTING, WAITING_FOR_WRITER, Profile
-from vaflow.extract.streams import provenance, source_of, stream_infos, text_info
+from vaflow.extract.prompts import write_prompts
+from vaflow.extract.streams import provenance, source_of, stream_infos
 
 PENDING_COMMITS = 4
 FACTS_OF = {"labels": "labels", "logmel": "audio", "audio": "audio", "visual": "visual", "pixels": "visual"}
@@ -101,7 +102,7 @@ def extract_with(
     infos = stream_infos(config, visual, audio)
     for info in infos.values():
         cache.declare(info)
-    _write_prototypes(cache, config, visual)
+    write_prompts(cache, load_prompts(config.prompts), visual)
     plan = make_plan(cache, infos, dataset.clips, shard)
     log = FailureLog(out / f"failures{shard.suffix}.jsonl")
     run = _Run(cache, config, infos, plan, log, make_encoders(config, device, visual, audio))
@@ -138,21 +139,6 @@ def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[Vi
     visual = [encoder for encoder in built if encoder.kind == "visual"]
     audio = [encoder for encoder in built if encoder.kind == "audio"]
     return visual, audio  # type: ignore[return-value]
-
-
-def _write_prototypes(cache: Cache, config: ExtractConfig, visual: Iterable[VisualEncoder]) -> None:
-    """Embed the prompt set in the joint space of every encoder with a text tower, unless it is there already."""
-    prompt_set = load_prompts(config.prompts)
-    for encoder in visual:
-        if not hasattr(encoder, "encode_text"):
-            continue
-        info = text_info(encoder)
-        cache.declare(info)
-        source = {"prompts": prompt_set.identity()}
-        if cache.has(info.name, prompt_set.name) and cache.record(info.name, prompt_set.name).source == source:
-            continue
-        embedding, template = prototypes(encoder, prompt_set)
-        cache.write(info.name, prompt_set.name, {"embedding": embedding, "template": template}, source=source)
 
 
 class _Run:

@@ -9,7 +9,19 @@ from collections.abc import Sequence
 
 import typer
 
-from vaflow.cli import ablate, cache, cache_copy, cache_import, check, demo, extract, predict, submit, train
+from vaflow.cli import (
+    ablate,
+    cache,
+    cache_copy,
+    cache_import,
+    cache_prompts,
+    check,
+    demo,
+    extract,
+    predict,
+    submit,
+    train,
+)
 from vaflow.errors import VaflowError
 
 INTERRUPTED = 130
@@ -26,6 +38,7 @@ app.command("check")(check.check)
 app.command("extract")(extract.extract)
 cache.app.command("convert")(cache_copy.convert)
 cache.app.command("merge")(cache_copy.merge)
+cache.app.command("prompts")(cache_prompts.prompts)
 cache.app.command("import")(cache_import.import_)
 app.add_typer(cache.app, name="cache")
 app.command("train")(train.train)

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from vaflow.cache import Cache
     from vaflow.cache.verify import Problem
 
-app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Look into a cache; check, mend, copy, join, add to it."
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a cache; check, mend, copy, join it.")
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="The folder of the cache.", show_default=False)]
 

@@ -1,0 +1,167 @@
+"""Prompt sets of a cache: the words of the nine regions, embedded by the text towers of its visual encoders."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vaflow.cache import Cache
+from vaflow.cache.declare import differences
+from vaflow.cache.schema import Json, StreamInfo
+from vaflow.encoders import ENCODERS, build_encoder, encoder_kind
+from vaflow.encoders.base import VisualEncoder
+from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes
+from vaflow.errors import FingerprintError, UsageError, explain
+from vaflow.extract.streams import text_info, text_stream
+
+
+@dataclass(frozen=True)
+class ListedSet:
+    """One prompt set in a cache.
+
+    Attributes:
+        stream: of the prototypes; name: of the set, as `prompts` of a training run names it.
+        templates, descriptions: the words; empty where the record does not say.
+        created: when it was embedded.
+    """
+
+    stream: str
+    name: str
+    templates: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    created: str
+
+
+@dataclass
+class AddedPrompts:
+    """What was done: the set's name, and the streams in which it was new, had other words, or was there already."""
+
+    name: str
+    new: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    there: list[str] = field(default_factory=list)
+
+
+def list_prompts(cache: Cache) -> list[ListedSet]:
+    """Every prompt set of every stream of prototypes."""
+    found = []
+    for stream, info in cache.streams().items():
+        for name in cache.items(stream=stream) if info.kind == "text" else []:
+            record = cache.record(stream, name)
+            words = record.source.get("prompts", {})
+            templates, descriptions = (tuple(words.get(key, ())) for key in ("templates", "descriptions"))
+            found.append(ListedSet(stream, name, templates, descriptions, record.created))
+    return found
+
+
+def write_prompts(cache: Cache, prompt_set: PromptSet, visual: Iterable[VisualEncoder]) -> AddedPrompts:
+    """Embed a prompt set in the joint space of every encoder with a text tower, unless it is there already.
+
+    Raises:
+        FingerprintError: the cache's prototypes were made by another encoder.
+    """
+    done = AddedPrompts(prompt_set.name)
+    source = {"prompts": prompt_set.identity()}
+    for encoder in visual:
+        if not hasattr(encoder, "encode_text"):
+            continue
+        info = text_info(encoder)
+        cache.declare(info)
+        known = cache.has(info.name, prompt_set.name)
+        if known and cache.record(info.name, prompt_set.name).source == source:
+            done.there.append(info.name)
+            continue
+        embedding, template = prototypes(encoder, prompt_set)
+        cache.write(info.name, prompt_set.name, {"embedding": embedding, "template": template}, source=source)
+        (done.replaced if known else done.new).append(info.name)
+    return done
+
+
+def add_prompts(
+    cache: Cache,
+    prompts: Path,
+    visual: str | None = None,
+    weights: Mapping[str, Path] | None = None,
+    *,
+    device: str = "cpu",
+) -> AddedPrompts:
+    """Embed the prompt set in a TOML file for the visual encoders of a cache. No clip is touched.
+
+    Args:
+        cache: opened for writing.
+        prompts: the file; its stem names the set.
+        visual: for which encoder; None: for all of the cache that have a text tower.
+        weights: encoder name -> local weights, instead of the hub.
+        device: "cpu" or "cuda[:N]".
+
+    Raises:
+        UsageError: the file is no prompt set, or no encoder of the cache is meant, or it has no text tower.
+        FingerprintError: the encoder is not the one that made the cache's stream; every field that differs is named.
+        WeightsError: weights are missing or do not fit.
+    """
+    prompt_set = load_prompts(prompts)
+    known = cache.streams()
+    names = [visual] if visual is not None else _with_text(known)
+    unused = [name for name in weights or {} if name not in names]
+    if unused:
+        problem = "Weights were given for an encoder that is not used"
+        raise UsageError(explain(problem, got=unused[0], choices=names))
+    encoders = [_build(cache, known, name, (weights or {}).get(name), device) for name in names]
+    able = [encoder for encoder in encoders if hasattr(encoder, "encode_text")]
+    if not able:
+        raise UsageError(
+            explain(
+                f"No visual encoder of {cache.path} has a text tower",
+                expected="a CLIP encoder, as clip-vit-b16",
+                got=", ".join(names) or "no stream of an encoder that this program knows",
+            )
+        )
+    return write_prompts(cache, prompt_set, able)
+
+
+def _with_text(known: Mapping[str, StreamInfo]) -> list[str]:
+    """Visual streams that have prototypes; where none has, all that an encoder of this program can have made."""
+    names = [name for name, info in known.items() if info.kind == "visual" and _is_encoder(name)]
+    return [name for name in names if text_stream(name) in known] or names
+
+
+def _is_encoder(name: str) -> bool:
+    try:
+        return encoder_kind(name) == "visual"
+    except UsageError:
+        return False
+
+
+def _build(
+    cache: Cache, known: Mapping[str, StreamInfo], name: str, weights: Path | None, device: str
+) -> VisualEncoder:
+    """The encoder that made a stream.
+
+    Raises:
+        UsageError: there is neither that stream nor prototypes of that name, or no such encoder.
+        FingerprintError: it is not the encoder that made the stream.
+    """
+    own = [known[stream] for stream in (text_stream(name), name) if stream in known]
+    if not own:
+        visual = [stream for stream, info in known.items() if info.kind == "visual"]
+        raise UsageError(explain(f"{cache.path} has no visual stream of that name", got=name, choices=visual))
+    if not _is_encoder(name):
+        choices = [encoder for encoder in ENCODERS if encoder_kind(encoder) == "visual"]
+        raise UsageError(explain(f"Stream {name!r} was made by no visual encoder", got=name, choices=choices))
+    encoder = build_encoder(name, weights=weights, device=device, precision=own[0].identity.get("precision", "auto"))
+    for info in own:
+        _check_same(cache, info, encoder.identity)
+    return encoder  # type: ignore[return-value]
+
+
+def _check_same(cache: Cache, info: StreamInfo, identity: Json) -> None:
+    """A visual stream's identity is its encoder's and more (how it was sampled, which faces)."""
+    said = {key: value for key, value in info.identity.items() if key in identity}
+    fields = "; ".join(differences(said, identity))
+    if fields:
+        name = info.name.removesuffix(text_stream(""))
+        raise FingerprintError(
+            explain(
+                f"The encoder is not the one that made stream {info.name!r} of {cache.path}: {fields}",
+                remedy=f"Name the weights that the cache was made with: --weights {name}=PATH",
+            )
+        )
