@@ -1,7 +1,7 @@
 """ResNet-50 through torchvision: the 2,048 pooled features of a face crop, before the classifier.
 
-The default weights are torchvision's IMAGENET1K_V1. The later recipe (V2) classifies better, but label smoothing and
-mixed pictures make worse features for a linear read-out (Kornblith et al. 2021, arXiv 2010.16402); it loads with
+The default weights are torchvision's IMAGENET1K_V1. The later recipe (V2) classifies better, but it smooths labels, and
+that makes worse features for other tasks (Kornblith et al. 2021, arXiv 2010.16402). It loads with
 `--weights resnet50=FILE`, as does any ResNet-50 in torchvision's layout (timm's plain `resnet50` has the same).
 
 Crops are resized whole to 224 pixels. torchvision's own transform resizes to 256 and keeps the middle, which on an
