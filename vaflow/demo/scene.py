@@ -7,7 +7,7 @@ from vaflow.demo.expression import express
 from vaflow.demo.face import FaceArtist, draw_room
 from vaflow.demo.path import Floats
 from vaflow.demo.pen import Colour, Image, Pen, shade
-from vaflow.demo.person import random_person
+from vaflow.demo.person import SHIRTS, random_person
 from vaflow.demo.plan import ClipPlan
 
 CROP_SIZE = 112
@@ -31,7 +31,7 @@ class Scene:
         person = random_person(plan.key)
         self.expression = express(plan.key, person, plan.mood, mouth, plan.times)
         self.artist = FaceArtist(person, self.expression, draw_room(person, plan.key, width, height))
-        self.cover: Colour = shade((150, 140, 125), plan.key.rng("cover").uniform(0.5, 1.5))
+        self.cover: Colour = SHIRTS[plan.key.rng("cover").integers(len(SHIRTS))]
         self.covered = _covered(plan)
 
     def frame(self, i: int) -> Image:
