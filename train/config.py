@@ -25,6 +25,7 @@ NORMALIZE = ("layer", "l2", "standard", "none")
 REGION_LABELS = ("soft", "hard")
 LABEL_REDUCTIONS = ("nearest", "mean")
 SCHEDULES = ("constant", "cosine")
+BEST = ("mean", "each")
 PRECISIONS = ("auto", "float32", "bfloat16")
 PRESETS = ("p1", "p2")
 
@@ -48,11 +49,16 @@ class TrainConfig:
         centers, sigma: of the nine regions and their soft labels (equation 2).
         region_labels: "soft" (equation 2) or "hard" (the nearest region alone).
         kl_weight: lambda of equation 6; 0 leaves the prompt head out. mse_weight: of a squared error beside it.
+        ccc_weight: of the concordance itself, 1 in the paper; 0 needs a mse_weight.
+        modality_dropout: share of training windows in which one modality is marked missing, in a model of two.
+        best: the weights that are kept: of the best "mean" CCC, or beside them those of the best of "each" dimension.
         epochs, batch_size, lr, weight_decay: of AdamW. schedule: of the learning rate, over the whole run.
         warmup: epochs in which the learning rate rises linearly from 0.
         clip_norm: largest gradient norm; 0: not clipped.
         seed: of the weights, the shuffling and dropout. device: "auto", "cpu" or "cuda[:N]".
         train_split, val_split: names of the splits.
+        folds, fold: train on all but one of so many parts of `fold_splits`, and validate on part `fold`, counted from
+            1; a source video is never divided. 0: the two splits as they are. See `vaflow.train.folds`.
         finetune: train CLIP and AST, too, from the cached pixels and log-Mel; the settings below are for that.
         backbone_lr: of their parameters; `lr` is of the heads.
         finetune_blocks: how many of the last blocks of each train, with what follows them; 0: none, None: everything.
@@ -91,6 +97,9 @@ class TrainConfig:
     region_labels: str = "soft"
     kl_weight: float = 0.2
     mse_weight: float = 0.0
+    ccc_weight: float = 1.0
+    modality_dropout: float = 0.0
+    best: str = "mean"
     epochs: int = 15
     batch_size: int = 16
     lr: float = 1e-4
@@ -102,6 +111,9 @@ class TrainConfig:
     device: str = "auto"
     train_split: str = "train"
     val_split: str = "val"
+    folds: int = 0
+    fold: int = 1
+    fold_splits: tuple[str, ...] = ("train", "val")
     finetune: bool = False
     backbone_lr: float = 3e-6
     finetune_blocks: int | None = None
@@ -115,6 +127,7 @@ class TrainConfig:
         _check_choices(self)
         _check_ranges(self)
         _check_streams(self)
+        _check_folds(self)
         if None not in (self.window, self.stride, self.frames):
             _ = self.grid  # raises on values that do not go together
 
@@ -162,10 +175,10 @@ def coerce(key: str, value: Any) -> Any:
             return None
         kind = next(part for part in get_args(kind) if part is not NoneType)
     if get_origin(kind) is tuple:
-        names = value.split(",") if isinstance(value, str) else value
+        names = value.strip("[]").replace('"', "").split(",") if isinstance(value, str) else value
         if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
             return tuple(name.strip() for name in names if name.strip())
-        raise _wrong_type(key, "stream names separated by commas", value)
+        raise _wrong_type(key, "stream names or split names, separated by commas", value)
     return _scalar(key, kind, value)
 
 
@@ -294,6 +307,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("label_reduction", LABEL_REDUCTIONS),
         ("schedule", SCHEDULES),
         ("precision", PRECISIONS),
+        ("best", BEST),
     ):
         value = getattr(config, name)
         if value not in choices:
@@ -306,17 +320,33 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("window", "stride", "frames", "audio_steps", "centers", "sigma", "lr", "backbone_lr"):
         value = getattr(config, name)
         _check(name, value is None or 0 < value < float("inf"), "a number above 0", value)
-    for name in ("kl_weight", "mse_weight", "weight_decay", "warmup", "clip_norm", "layers", "seed", "prompt_context"):
+    for name in (
+        *("kl_weight", "mse_weight", "ccc_weight", "weight_decay", "warmup", "clip_norm", "layers", "seed"),
+        *("prompt_context", "folds"),
+    ):
         value = getattr(config, name)
         _check(name, 0 <= value < float("inf"), "a number, 0 or more", value)
     blocks = config.finetune_blocks
     _check("finetune_blocks", blocks is None or blocks >= 0, "a number of blocks, 0 or more, or none for all", blocks)
     _check("init", config.finetune or not config.init, "fine-tuning, for the heads of another run", config.init)
-    _check("dropout", 0 <= config.dropout < 1, "a share of at least 0 and below 1", config.dropout)
+    for name in ("dropout", "modality_dropout"):
+        value = getattr(config, name)
+        _check(name, 0 <= value < 1, "a share of at least 0 and below 1", value)
+    weights = config.ccc_weight + config.mse_weight
+    _check("best", config.best == "mean" or not config.finetune, "mean, in fine-tuning", config.best)
+    _check("ccc_weight", weights > 0, "a weight above 0, or a mse_weight", config.ccc_weight)
     _check_prompts(config)
     kind, _, number = config.device.partition(":")
     known = config.device in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isdigit())
     _check("device", known, "auto, cpu or cuda[:N]", config.device)
+
+
+def _check_folds(config: TrainConfig) -> None:
+    if not config.folds:
+        return
+    _check("folds", config.folds >= 2, "at least 2 parts, or 0 for the splits as they are", config.folds)
+    _check("fold", 1 <= config.fold <= config.folds, f"a part from 1 to {config.folds}", config.fold)
+    _check("fold_splits", bool(config.fold_splits), "the names of one split or more", config.fold_splits)
 
 
 def _check_prompts(config: TrainConfig) -> None:

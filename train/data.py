@@ -16,6 +16,7 @@ from vaflow.errors import DataError, UsageError, explain
 from vaflow.timeline import Floats, Grid, median_interval
 from vaflow.train import tables
 from vaflow.train.config import TrainConfig
+from vaflow.train.folds import split_items
 from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampling
 from vaflow.train.metrics import region_occupancy
 from vaflow.train.packing import Pack, make_packs
@@ -72,13 +73,14 @@ def load_windows(
 def load_split(
     cache: Cache, split: str, streams: Sequence[InputStream], config: TrainConfig, **options: object
 ) -> WindowSet:
-    """`load_windows` for the clips of one split; `options` are passed on.
+    """`load_windows` for the clips of one split, or part of one; `options` are passed on.
 
     Raises:
         UsageError: the split has no clips, or none of them is annotated.
         DataError, CacheError: as `load_windows`.
     """
-    windows = load_windows(cache, cache.items(split=split), streams, config, **options)  # type: ignore[arg-type]
+    items = split_items(cache, split, config.fold_splits)
+    windows = load_windows(cache, items, streams, config, **options)  # type: ignore[arg-type]
     if not windows.labelled_rows:
         raise UsageError(
             explain(

@@ -16,6 +16,8 @@ from vaflow.cache import Cache
 from vaflow.errors import DataError, explain
 from vaflow.timeline import Bools, Floats, stitch
 from vaflow.train import metrics
+from vaflow.train.breakdown import Groups, Scored, by_dimension, by_group, by_intensity, plain
+from vaflow.train.folds import source_splits
 from vaflow.train.losses import region_centers
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.storage import write_whole
@@ -94,11 +96,12 @@ def featureless(windows: WindowSet) -> list[ClipRows]:
     return [clip for clip in windows.clips if len(clip.missing) == len(windows.streams)]
 
 
-def failed_items(cache: Cache, split: str) -> list[str]:
+def failed_items(cache: Cache, split: str, fold_splits: Sequence[str] = ()) -> list[str]:
     """Clips that the last extraction could not put into the cache at all, as its failure lists say.
 
-    A list that does not say a clip's split counts for every split.
+    A list that does not say a clip's split counts for every split; one of `fold_splits` counts for each of their parts.
     """
+    wanted = source_splits(split, fold_splits)
     known = set(cache.items())
     failed = set()
     for path in sorted(cache.path.glob("failures*.jsonl")):
@@ -108,7 +111,7 @@ def failed_items(cache: Cache, split: str) -> list[str]:
             except json.JSONDecodeError:  # the last line of an extraction that was killed
                 log.warning("%s has a line that cannot be read; it is passed over", path)
                 continue
-            if failure["item"] not in known and failure.get("split", split) == split:
+            if failure["item"] not in known and failure.get("split", wanted[0]) in wanted:
                 failed.add(failure["item"])
     return sorted(failed)
 
@@ -142,6 +145,25 @@ def evaluate_windows(
     """
     lost = check_complete(windows, failed, allow_missing)
     traces = list(predict_clips(model, windows))
+    return score_traces(traces, split, lost, failed, centers=centers, resamples=resamples), traces
+
+
+def score_traces(
+    traces: Sequence[Trace],
+    split: str,
+    lost: Sequence[ClipRows] = (),
+    failed: Sequence[str] = (),
+    *,
+    centers: float = 0.66,
+    resamples: int = 10_000,
+    groups: Groups | None = None,
+) -> dict[str, Any]:
+    """The metrics of a whole split, as `metrics.json` has them; `lost` and `failed` clips are left out and listed.
+
+    Raises:
+        DataError: nothing is labelled.
+        UsageError: `groups` name none of the clips.
+    """
     names = {clip.item for clip in lost}
     used = [trace for trace in traces if trace.clip.valid.any() and trace.clip.item not in names]
     if not used:
@@ -152,7 +174,10 @@ def evaluate_windows(
         "frames": int(sum(clip.valid.any(axis=1).sum() for clip in lost)),
         "streams": dict(Counter(name for trace in used for name in trace.clip.missing)),
     }
-    return report, traces
+    if groups is not None:
+        clips = [Scored(t.clip.item, t.clip.group, t.va, _label(t.clip), t.clip.valid) for t in used]
+        report["by_group"] = by_group(clips, groups)
+    return report
 
 
 def check_complete(windows: WindowSet, failed: Sequence[str], allow_missing: bool) -> list[ClipRows]:
@@ -197,16 +222,17 @@ def measure(traces: Sequence[Trace], split: str, *, centers: float = 0.66, resam
         "n_frames": int(valid.any(axis=1).sum()),
         "n_videos": len(by_video),
         "n_clips": len(traces),
-        "ccc": _by_dimension(metrics.concordance(prediction, label, valid), mean=True),
-        "ci95": {name: [_plain(edge) for edge in getattr(interval, name)] for name in (*DIMENSIONS, "mean")},
-        "within_video_ccc": _by_dimension(within, mean=True)
+        "ccc": by_dimension(metrics.concordance(prediction, label, valid), mean=True),
+        "ci95": {name: [plain(edge) for edge in getattr(interval, name)] for name in (*DIMENSIONS, "mean")},
+        "within_video_ccc": by_dimension(within, mean=True)
         | {"excluded": dict(zip(DIMENSIONS, excluded.tolist(), strict=True))},
-        "rmse": _by_dimension(metrics.rmse(prediction, label, valid), mean=True),
-        "pearson": _by_dimension(metrics.pearson(prediction, label, valid), mean=True),
+        "rmse": by_dimension(metrics.rmse(prediction, label, valid), mean=True),
+        "pearson": by_dimension(metrics.pearson(prediction, label, valid), mean=True),
         "smoothness": {
-            "prediction": _by_dimension(_smoothness((t.clip, t.va) for t in traces)),
-            "label": _by_dimension(_smoothness((t.clip, t.clip.value) for t in traces)),
+            "prediction": by_dimension(_smoothness((t.clip, t.va) for t in traces)),
+            "label": by_dimension(_smoothness((t.clip, t.clip.value) for t in traces)),
         },
+        "by_intensity": by_intensity(prediction, label, valid),
         "warnings": _warnings(prediction, label, valid),
     }
     regions = _region_accuracy(traces, centers)
@@ -252,16 +278,6 @@ def _warnings(prediction: Floats, label: Floats, valid: Bools) -> list[str]:
         if x.size and x.std() < NEARLY_CONSTANT:
             found.append(f"predictions of {name} are nearly constant (deviation {x.std():.2g})")
     return found
-
-
-def _by_dimension(values: Floats, *, mean: bool = False) -> dict[str, Any]:
-    named = {name: _plain(value) for name, value in zip(DIMENSIONS, values, strict=True)}
-    return named | ({"mean": _plain(metrics.mean_over_dimensions(values))} if mean else {})
-
-
-def _plain(value: Any) -> float | None:
-    number = float(value)
-    return number if np.isfinite(number) else None
 
 
 def write_predictions(folder: Path, traces: Iterable[Trace]) -> None:

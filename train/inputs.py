@@ -17,6 +17,7 @@ from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.timeline import Grid, median_interval
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec
 from vaflow.train.config import NONE, TrainConfig
+from vaflow.train.folds import with_folds
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
         problem = f"{cache.path} has nothing to train on"
         raise UsageError(explain(problem, expected="a visual or audio stream", got=", ".join(kinds) or "no streams"))
     config = replace(
-        config,
+        with_folds(config),
         visual=tuple(info.name for info in visual) or (NONE,),
         audio=tuple(info.name for info in audio) or (NONE,),
     )

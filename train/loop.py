@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import cos, pi
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from vaflow.errors import DataError, explain
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
+from vaflow.train.dropout import drop_modality
 from vaflow.train.evaluate import Trace, predict_clips, score
 from vaflow.train.losses import total_loss
+from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.storage import read_tensors, write_tensors
 from vaflow.train.windows import WindowSet
 
@@ -29,10 +31,12 @@ Row = dict[str, float]
 
 
 @contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Torch's generators start from these numbers inside, and go on as they were outside."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+def seeded(*numbers: int, devices: Sequence[int] | None = None) -> Iterator[None]:
+    """Torch's generators start from these numbers inside, and go on as they were outside: those of the CPU and of
+    these GPUs, by default all."""
+    if devices is None:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(list(devices)):
         torch.manual_seed(seed_from(*numbers))
         yield
 
@@ -51,6 +55,7 @@ class Progress:
         history: a row per epoch.
         best: tensors of the best epoch, on the CPU.
         best_epoch: counted from 1; 0: none yet. best_score: its mean CCC.
+        each: dimension -> tensors of the epoch that was best in it, where asked for; each_epoch, each_score: likewise.
     """
 
     epoch: int = 0
@@ -58,6 +63,9 @@ class Progress:
     best: Mapping[str, Tensor] = field(default_factory=dict)
     best_epoch: int = 0
     best_score: float = float("-inf")
+    each: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    each_epoch: Mapping[str, int] = field(default_factory=dict)
+    each_score: Mapping[str, float] = field(default_factory=dict)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -91,6 +99,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch,
         sigma=config.sigma,
         hard=config.region_labels == "hard",
         mse_weight=config.mse_weight,
+        ccc_weight=config.ccc_weight,
     )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -127,7 +136,8 @@ def train_epoch(
             lr = config.lr * lr_factor(config, epoch * steps + step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            totals.append(train_step(model, optimizer, windows.gather(ids), config))
+            batch = drop_modality(windows.gather(ids), windows.streams, config.modality_dropout)
+            totals.append(train_step(model, optimizer, batch, config))
             seen.append(ids)
             if len(seen) % CHECK_EVERY == 0 or step + 1 == steps:
                 check_finite(torch.stack(totals[-len(seen) :]), seen, windows)
@@ -227,7 +237,7 @@ def run_epochs(
         valence, arousal, mean = score(validate()).tolist()
         row |= {"val_ccc_valence": valence, "val_ccc_arousal": arousal, "val_ccc_mean": mean}
         row |= {"train_seconds": trained - begun, "val_seconds": time.perf_counter() - trained}
-        progress = _advance(progress, model, row)
+        progress = _advance(progress, model, row, each=config.best == "each")
         if checkpoint is not None and write:
             save_checkpoint(checkpoint, progress, model, optimizer)
         if on_epoch is not None:
@@ -235,12 +245,22 @@ def run_epochs(
     return progress
 
 
-def _advance(progress: Progress, model: nn.Module, row: Row) -> Progress:
+def _advance(progress: Progress, model: nn.Module, row: Row, *, each: bool) -> Progress:
     progress = replace(progress, epoch=progress.epoch + 1, history=(*progress.history, row))
-    if progress.best and not row["val_ccc_mean"] > progress.best_score:
+    better = not progress.best or row["val_ccc_mean"] > progress.best_score
+    scores = {name: row[f"val_ccc_{name}"] for name in DIMENSIONS} if each else {}
+    risen = [name for name in scores if name not in progress.each or scores[name] > progress.each_score[name]]
+    if not better and not risen:
         return progress
     weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    return replace(progress, best=weights, best_epoch=progress.epoch, best_score=row["val_ccc_mean"])
+    if better:
+        progress = replace(progress, best=weights, best_epoch=progress.epoch, best_score=row["val_ccc_mean"])
+    return replace(
+        progress,
+        each={**progress.each, **dict.fromkeys(risen, weights)},
+        each_epoch={**progress.each_epoch, **dict.fromkeys(risen, progress.epoch)},
+        each_score={**progress.each_score, **{name: scores[name] for name in risen}},
+    )
 
 
 def save_checkpoint(path: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -248,12 +268,15 @@ def save_checkpoint(path: Path, progress: Progress, model: nn.Module, optimizer:
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in progress.best.items()}
+    tensors |= {f"each-{k}/{name}": tensor for k, kept in progress.each.items() for name, tensor in kept.items()}
     tensors |= {f"optimizer/{i}/{key}": value for i, entry in state.items() for key, value in entry.items()}
     note = {
         "epoch": progress.epoch,
         "history": progress.history,
         "best_epoch": progress.best_epoch,
         "best_score": progress.best_score,
+        "each_epoch": progress.each_epoch,
+        "each_score": progress.each_score,
     }
     write_tensors(path, tensors, {"progress": json.dumps(note)})
 
@@ -268,7 +291,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
-        parts[part][rest] = tensor
+        parts.setdefault(part, {})[rest] = tensor
     model.load_state_dict(parts["model"])
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in parts["optimizer"].items():
@@ -276,4 +299,5 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     said = json.loads(note["progress"])
-    return Progress(**{**said, "history": tuple(said["history"]), "best": parts["best"]})
+    each = {part.removeprefix("each-"): kept for part, kept in parts.items() if part.startswith("each-")}
+    return Progress(**{**said, "history": tuple(said["history"]), "best": parts["best"], "each": each})

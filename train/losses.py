@@ -221,8 +221,9 @@ def total_loss(
     sigma: float = SIGMA,
     hard: bool = False,
     mse_weight: float = 0.0,
+    ccc_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = L_CCC + kl_weight * L_KL (eq. 6), plus mse_weight * MSE where asked for.
+    """L = ccc_weight * L_CCC + kl_weight * L_KL (eq. 6), plus mse_weight * MSE where asked for.
 
     Args:
         output: what the model says; without region logits there is no KL part.
@@ -232,6 +233,7 @@ def total_loss(
         sigma: width of the soft labels.
         hard: hard region labels instead of soft ones.
         mse_weight: weight of a squared error, which the paper does not have.
+        ccc_weight: of the concordance; 1 in the paper.
 
     Returns:
         The loss, a scalar, and its unweighted parts `ccc`, `kl`, `mse` (those there are) and `total`, detached
@@ -241,8 +243,8 @@ def total_loss(
         UsageError: `centers` or `sigma` is not above 0.
         ValueError: shapes disagree.
     """
-    loss = ccc_loss(output.va, batch.target, batch.labelled)
-    parts = {"ccc": loss}
+    parts = {"ccc": ccc_loss(output.va, batch.target, batch.labelled)}
+    loss = ccc_weight * parts["ccc"]
     if output.region_logits is not None:
         both = batch.labelled.all(dim=-1)
         parts["kl"] = prompt_loss(output.region_logits, batch.target, both, centers=centers, sigma=sigma, hard=hard)

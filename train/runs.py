@@ -2,6 +2,8 @@
 
 RUN/config.toml          settings, streams, prompt set, data: everything that was resolved
     model.safetensors    weights of the best epoch, prototypes included: prediction needs no cache
+    model-valence.safetensors, model-arousal.safetensors   where asked for: of the epochs best in one dimension
+    smoothing.json       where chosen: how every prediction is smoothed
     metrics.json         of the validation split; written last: where it is, the run is done
     history.csv          a row per epoch
     predictions/SPLIT/CLIP.csv
@@ -13,21 +15,27 @@ import csv
 import io
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
+from torch import nn
 
 from vaflow import __version__
 from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig, differences, merge
+from vaflow.train.evaluate import Trace, predict_clips
+from vaflow.train.heads.each import EachModel
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, InputStream
+from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
 from vaflow.train.storage import read_tensors, write_whole
+from vaflow.train.windows import WindowSet
 
 PROTOTYPES, CONTEXT = "prompt.prototypes", "prompt.context"  # their names among the model's tensors
 
@@ -112,6 +120,10 @@ class RunFolder:
     def weights_file(self) -> Path:
         return self.path / "model.safetensors"
 
+    def each_file(self, dimension: str) -> Path:
+        """Weights of the epoch that was best in one dimension."""
+        return self.path / f"model-{dimension}.safetensors"
+
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.json"
@@ -181,6 +193,14 @@ class RunFolder:
         """Write `metrics.json`."""
         write_whole(self.metrics_file, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
 
+    def update_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write `metrics.json` of a finished run anew; what training said of itself stays."""
+        if not self.done:
+            return
+        about = ("best_epoch", "best_epoch_each", "epochs")
+        old = self.read_metrics()
+        self.write_metrics({**metrics, **{key: old[key] for key in about if key in old}})
+
     def read_metrics(self) -> dict[str, Any]:
         """Read `metrics.json`."""
         result: dict[str, Any] = json.loads(self.metrics_file.read_text("utf-8"))
@@ -204,10 +224,28 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: what was resolved, and its model, ready to predict."""
+    """A finished run, ready to predict.
+
+    Attributes:
+        record: what was resolved.
+        model: with the weights of the best epoch.
+        each: valence and arousal from epochs of their own, where the run kept those.
+        smoothing: of its traces, where one was chosen.
+    """
 
     record: RunRecord
     model: VAModel
+    each: EachModel | None = None
+    smoothing: Smoothing | None = None
+
+    @property
+    def predictor(self) -> nn.Module:
+        """What predictions are made with."""
+        return self.model if self.each is None else self.each
+
+    def traces(self, windows: WindowSet) -> Iterator[Trace]:
+        """What the run says of every clip, smoothed as was chosen for it; raises as `predict_clips`."""
+        return smoothed(predict_clips(self.predictor, windows), self.smoothing)
 
 
 def require_record(path: Path) -> RunRecord:
@@ -246,15 +284,26 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
                 remedy=f"Go on with it: vaflow train {record.cache} --out {path} --config {folder.config_file}",
             )
         )
-    weights, _ = read_tensors(folder.weights_file)
+    model = _read_model(record, folder.weights_file).to(device).eval()
+    each = None
+    if record.config.best == "each":
+        both = [_read_model(record, folder.each_file(name)).to(device) for name in DIMENSIONS]
+        each = EachModel(*both).eval()
+    return Run(record, model, each, read_smoothing(folder.path))
+
+
+def _read_model(record: RunRecord, path: Path) -> VAModel:
+    if not path.is_file():
+        raise CorruptError(explain(f"{path.parent} lacks a file of its own", expected=path.name))
+    weights, _ = read_tensors(path)
     context = tuple(weights[CONTEXT].shape) if CONTEXT in weights else None
     specs = [stream.spec for stream in record.streams]
     model = build_model(record.config, specs, weights.get(PROTOTYPES), context)  # type: ignore[arg-type]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CorruptError(explain(f"{folder.weights_file} does not fit its config.toml", got=error)) from error
-    return Run(record, model.to(device).eval())
+        raise CorruptError(explain(f"{path} does not fit its config.toml", got=error)) from error
+    return model
 
 
 def new_record(cache: Path, config: TrainConfig, inputs: Inputs) -> RunRecord:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ from vaflow.errors import DataError, UsageError, explain
 from vaflow.timeline import Floats
 from vaflow.train.builder import choose_device
 from vaflow.train.data import load_windows
-from vaflow.train.evaluate import featureless, predict_clips
-from vaflow.train.inputs import check_same
+from vaflow.train.evaluate import featureless
 from vaflow.train.runs import load_run
 from vaflow.train.storage import write_whole
+from vaflow.train.training import read_for
 
 HEADER = "image_location,valence,arousal"
 SHOWN = 5  # of what is wrong
@@ -116,7 +117,6 @@ def submit_run(
     rows = read_sample(sample)
     target = choose_device(device)
     trained = load_run(run, target)
-    check_same(trained.record.streams, cache)
     counts = Counter(row.trial for row in rows)
     known = set(cache.items())
     items = [trial for trial in counts if trial in known]
@@ -124,9 +124,10 @@ def submit_run(
     traces: dict[str, Floats] = {}
     empty: dict[str, int] = {}
     if items:
-        windows = load_windows(cache, items, trained.record.streams, trained.record.config, device=target, show=show)
+        read = partial(load_windows, cache, items, device=target, show=show)
+        windows = read_for(run, trained.record, cache, read)
         empty = {clip.item: counts[clip.item] for clip in featureless(windows)}
-        traces = {t.clip.item: t.va for t in predict_clips(trained.model, windows) if t.clip.item not in empty}
+        traces = {t.clip.item: t.va for t in trained.traces(windows) if t.clip.item not in empty}
     beyond = [row for row in rows if row.trial in traces and row.number > len(traces[row.trial]) + hold]
     _complain(rows, traces, unknown, empty, beyond)
     write_whole(out, submission_text(rows, traces).encode())

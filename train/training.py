@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaflow.cache import Cache
 from vaflow.errors import UsageError, explain
+from vaflow.train.breakdown import Groups
 from vaflow.train.builder import build_model, choose_device
 from vaflow.train.config import TrainConfig
 from vaflow.train.context import open_tower
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, write_predictions
+from vaflow.train.dropout import without_modality
+from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, score_traces, write_predictions
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, check_same, resolve
 from vaflow.train.loop import Progress, Row, fit, seeded
@@ -119,9 +122,8 @@ def train_run(
     device = choose_device(config.device)
     if data is None:
         data = load_data(cache, config, inputs, device=device, scratch=folder.path, show=show)
-    check_complete(
-        data.val, failed_items(cache, config.val_split, config.fold_splits), allow_missing
-    )  # now, not after hours
+    failed = failed_items(cache, config.val_split, config.fold_splits)
+    check_complete(data.val, failed, allow_missing)  # now, not after hours
     record = replace(record, data=counts(config, data))
     check_data(folder, old, record)
     folder.write_record(record)
@@ -282,7 +284,8 @@ def finish(
     pictures: bool,
 ) -> dict[str, Any]:
     """Evaluate the best epoch and write all files; `metrics.json` is the last one."""
-    split, predictor = config.val_split, model
+    split = config.val_split
+    predictor: nn.Module = model
     folder.write_history(progress.history)
     write_tensors(folder.weights_file, progress.best)
     for name, weights in progress.each.items():

@@ -19,11 +19,12 @@ from vaflow.extract.failures import Failure, FailureLog
 from vaflow.extract.pipeline import extract
 from vaflow.train.builder import choose_device
 from vaflow.train.data import load_windows
-from vaflow.train.evaluate import Trace, predict_clips, prediction_csv
+from vaflow.train.evaluate import Trace, prediction_csv
+from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import check_same, sampling
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.plots import draw_trace
-from vaflow.train.runs import Run, load_run
+from vaflow.train.runs import Run, RunFolder, load_run
 from vaflow.train.storage import write_whole
 
 IMPORTED = "imported"  # encoder of streams whose features were made elsewhere
@@ -85,7 +86,7 @@ def predict_media(
     config = config or PredictConfig()
     device = choose_device(config.device)
     trained = load_run(run, device)
-    settings = _extraction(trained, config)
+    settings = _extraction(run, trained, config)
     clips = _clips(media)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ def predict_media(
     return PredictSummary(predicted, tuple(log.failures), log.path)
 
 
-def _extraction(run: Run, config: PredictConfig) -> ExtractConfig:
+def _extraction(path: Path, run: Run, config: PredictConfig) -> ExtractConfig:
     """The extraction that makes the streams which the run reads."""
     record = run.record
     imported = [stream.name for stream in record.streams if stream.identity.get("encoder") == IMPORTED]
@@ -114,12 +115,13 @@ def _extraction(run: Run, config: PredictConfig) -> ExtractConfig:
                 remedy="Import the new clips' features into a cache, and use `vaflow evaluate RUN --cache CACHE`",
             )
         )
+    own = saved_weights(RunFolder(path).encoders, record.tuned)  # of a fine-tuned run
     sampled = [found for stream in record.streams if (found := sampling(stream.identity))]
     chosen = sampled[0] if sampled else {}
     return ExtractConfig(
         visual=tuple(stream.name for stream in record.streams if stream.kind == "visual"),
         audio=tuple(stream.name for stream in record.streams if stream.kind == "audio"),
-        weights=dict(config.weights),
+        weights={**own, **config.weights},
         window=chosen.get("window", 10.0),
         stride=chosen.get("stride", 3.0),
         frames=int(chosen.get("frames", 20)),
@@ -170,11 +172,11 @@ def _cache_folder(chosen: Path | None) -> Iterator[Path]:
 
 def _predict(run: Run, cache: Cache, items: Sequence[str], out: Path, show_progress: bool) -> tuple[Predicted, ...]:
     record = run.record
-    check_same(record.streams, cache)
+    check_same(record.wanted, cache)
     device = next(run.model.parameters()).device
-    windows = load_windows(cache, items, record.streams, record.config, device=device, show=show_progress)
+    windows = load_windows(cache, items, record.wanted, record.config, device=device, show=show_progress)
     predicted = []
-    for trace in predict_clips(run.model, windows):
+    for trace in run.traces(windows):
         item = trace.clip.item
         csv, png = out / f"{item}.csv", out / f"{item}.png"
         write_whole(csv, prediction_csv(trace).encode())
