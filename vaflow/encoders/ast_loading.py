@@ -83,9 +83,10 @@ def _fetch(name: str, source: str, local: bool) -> Path:
                 remedy=f"Download the model id {DEFAULT_MODEL} and pass --weights {name}=FOLDER",
             )
         )
-    hub_file(source, (CONFIG,), encoder=name)
-    hub_file(source, (FEATURES, CONFIG), encoder=name)  # some checkpoints have no preprocessor's config
-    return hub_file(source, WEIGHT_FILES, encoder=name).parent
+    needs = f"a folder (PATH) with {CONFIG}, {FEATURES} and {WEIGHT_FILES[0]}"
+    hub_file(source, (CONFIG,), encoder=name, needs=needs)
+    hub_file(source, (FEATURES, CONFIG), encoder=name, needs=needs)  # some checkpoints have no preprocessor's config
+    return hub_file(source, WEIGHT_FILES, encoder=name, needs=needs).parent
 
 
 def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:

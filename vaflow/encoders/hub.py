@@ -10,8 +10,10 @@ from vaflow.errors import WeightsError, explain
 PATIENCE = 6.0  # seconds until an address that does not answer counts as unreachable
 
 
-def hub_file(repo: str, names: tuple[str, ...], *, encoder: str) -> Path:
+def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = "") -> Path:
     """The first of `names` that the Hugging Face model `repo` has: from the local hub cache, else downloaded.
+
+    `needs` says in messages what PATH must hold, where that is more than one of the names.
 
     Raises:
         WeightsError: in seconds, where the hub cannot be reached or has no such model or file.
@@ -19,43 +21,44 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    needs = needs or " or ".join(names)
     try:
         for name in names:
             cached = try_to_load_from_cache(repo, name)
             if isinstance(cached, str):
                 return Path(cached)
-        _require_hub(repo, names, encoder)
+        _require_hub(repo, needs, encoder)
         for name in names:
             try:
                 return Path(hf_hub_download(repo, name, etag_timeout=PATIENCE))
             except LocalEntryNotFoundError as error:  # derives from EntryNotFoundError, but means: not reached
-                raise WeightsError(_no_download(repo, names, encoder, "the connection broke")) from error
+                raise WeightsError(_no_download(repo, needs, encoder, "the connection broke")) from error
             except EntryNotFoundError:
                 continue
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(_no_download(repo, names, encoder, reason)) from error
-    raise WeightsError(_no_download(repo, names, encoder, "the model has none of these files"))
+        raise WeightsError(_no_download(repo, needs, encoder, reason)) from error
+    raise WeightsError(_no_download(repo, needs, encoder, "the model has none of these files"))
 
 
-def _no_download(repo: str, names: tuple[str, ...], encoder: str, reason: str) -> str:
+def _no_download(repo: str, needs: str, encoder: str, reason: str) -> str:
     return explain(
         f"The weights of {encoder} are not on this machine and could not be downloaded",
-        expected=f"{' or '.join(names)} of the Hugging Face model id {repo}",
+        expected=f"{needs} of the Hugging Face model id {repo}",
         got=reason,
         remedy=f"Download it on a machine with a connection and pass --weights {encoder}=PATH",
     )
 
 
-def _require_hub(repo: str, names: tuple[str, ...], encoder: str) -> None:
+def _require_hub(repo: str, needs: str, encoder: str) -> None:
     """Ask the hub once whether it is there: its own client retries for half a minute before it gives up."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise WeightsError(_no_download(repo, names, encoder, "HF_HUB_OFFLINE is set, and the local cache has none"))
+        raise WeightsError(_no_download(repo, needs, encoder, "HF_HUB_OFFLINE is set, and the local cache has none"))
     problem = within_patience(constants.ENDPOINT)
     if problem:
-        raise WeightsError(_no_download(repo, names, encoder, f"the hub cannot be reached: {problem}"))
+        raise WeightsError(_no_download(repo, needs, encoder, f"the hub cannot be reached: {problem}"))
 
 
 def url_file(address: str, *, encoder: str) -> Path:
