@@ -157,10 +157,15 @@ class WindowSet:
 
     def without(self, hidden: frozenset[str]) -> "WindowSet":
         """The same windows with some streams masked as missing: what does the model know without them?"""
-        tables = {
-            name: StreamTable(t.rows, torch.zeros_like(t.index), t.inside, t.time) if name in hidden else t
-            for name, t in self.tables.items()
-        }
+        return self.with_tables(
+            {
+                name: StreamTable(t.rows, torch.zeros_like(t.index), t.inside, t.time) if name in hidden else t
+                for name, t in self.tables.items()
+            }
+        )
+
+    def with_tables(self, tables: Mapping[str, StreamTable]) -> "WindowSet":
+        """The same windows with other features or other things to read of them."""
         return WindowSet(
             self.streams,
             tables,

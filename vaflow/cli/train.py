@@ -1,11 +1,12 @@
 """`vaflow train` and `vaflow evaluate`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, table
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, table, weight_pairs
 
 Cache = Annotated[Path, typer.Argument(metavar="CACHE", help="What `vaflow extract` wrote.", show_default=False)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="What `vaflow train --out` wrote.", show_default=False)]
@@ -47,11 +48,18 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [1e-4]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, shuffling and dropout. [0]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda[:N]. [auto]")] = None,
+    finetune: Annotated[
+        bool | None, typer.Option("--finetune", help="Train CLIP and AST, too, from the cached pixels and log-Mel.")
+    ] = None,
+    backbone_lr: Annotated[float | None, typer.Option(help="Their learning rate. [3e-6]")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH: their local weights instead of the hub.")
+    ] = None,
     allow_missing: AllowMissing = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Train heads on a cache; interrupted, the same command goes on where it stopped.
+    """Train heads on a cache, and with --finetune its encoders; interrupted, the same command goes on where it stopped.
 
     Settings come from --preset, then --config, then the options, then --set; each wins over those before.
 
@@ -60,6 +68,8 @@ def train(
     Example: vaflow train affwild2.cache --out runs/tcn --temporal tcn --fusion gated --set causal=false
 
     Example: vaflow train tiny.cache --out runs/p2 --preset p2 --alias resnet50=resnet-tiny --alias vggish=vggish-tiny
+
+    Example: vaflow train affwild2.cache --out runs/tuned --finetune --set init=runs/full --set finetune_blocks=4
     """
     options = {
         "visual": visual,
@@ -78,6 +88,8 @@ def train(
         "weight_decay": weight_decay,
         "seed": seed,
         "device": device,
+        "finetune": finetune,
+        "backbone_lr": backbone_lr,
     }
     set_up(verbose, quiet)
     from vaflow.train import config as configs
@@ -92,8 +104,15 @@ def train(
     from vaflow.cache import open_cache
     from vaflow.train.training import train_run
 
-    result = train_run(open_cache(cache), merged, out, allow_missing=allow_missing, show=show_bars(quiet))
-    if quiet:
+    result = train_run(
+        open_cache(cache),
+        merged,
+        out,
+        weights=weight_pairs(weights or []),
+        allow_missing=allow_missing,
+        show=show_bars(quiet),
+    )
+    if quiet or os.environ.get("RANK", "0") != "0":  # of several processes that torchrun started, one speaks
         return 0
     if result.was_done:
         typer.echo(f"{out} is done already: nothing to train. Another --out, or other settings, begin a new run.")
