@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vaflow.train.ablate.results import Results, collect
 from vaflow.train.ablate.statistics import read_moments, write_moments
 from vaflow.train.ablate.worker import Ended
 from vaflow.train.ablate.writing import About, csv_text, digits, markdown
+from vaflow.train.config import TrainConfig
 from vaflow.train.runs import RunFolder
 
 CONTRACT = (
@@ -140,6 +142,17 @@ def test_markdown_escapes_and_marks_the_best(results: Results) -> None:
     assert "ast\\-tiny" not in text
     assert "ast-tiny for ast" in text
     assert "lr = 0.001" in text
+
+
+def test_tuned_encoders_are_said(results: Results) -> None:
+    first, *others = results.tables
+    full = first.rows[0]
+    tuned = replace(full, entry=replace(full.entry, config=TrainConfig(finetune=True)))
+    mixed = replace(results, tables=(replace(first, rows=(tuned, *first.rows[1:])), *others))
+    rows = list(csv.DictReader(io.StringIO(csv_text(mixed))))
+    assert [row["ours"] for row in rows] == ["fine-tuned", "frozen cache", "frozen cache"]
+    assert "Ours: frozen cache and fine-tuned" in markdown(mixed, ABOUT)
+    assert "trained, too, in: full." in Page(html_page(mixed, ABOUT)).text
 
 
 class Page(HTMLParser):

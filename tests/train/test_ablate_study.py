@@ -22,6 +22,7 @@ from vaflow.errors import UsageError
 from vaflow.train.ablate import StudyResult, run_study
 from vaflow.train.ablate.plan import Options, add_command, make_plan
 from vaflow.train.ablate.pool import Outcome, run_jobs
+from vaflow.train.folds import split_items
 from vaflow.train.losses import ccc
 from vaflow.train.runs import RunFolder, load_run, require_record
 
@@ -299,6 +300,18 @@ def test_a_cache_without_prompts_and_one_dimension(tmp_path: Path) -> None:
         assert "without the prompt head" in row["note"]
         assert row["ccc_arousal"] == ""
         assert row["ccc_mean"] == row["ccc_valence"] != ""
+
+
+def test_rows_on_a_part_of_the_videos(cache: Cache, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    folds = Options(1, {"folds": "3", "fold": "2"})
+    result = run_study(cache, toy_study(tmp_path), ["one"], out, folds)
+    assert not result.failures
+    parts = [split_items(cache, f"fold{k}of3", ("train", "val")) for k in (1, 2, 3)]
+    assert sorted(item for part in parts for item in part) == cache.items()
+    assert result.results.videos == len(parts[1])
+    other = make_plan(cache, toy_study(tmp_path), ["one"], Options(1, {"folds": "3", "fold": "1"}))
+    assert not {job.key for job in other.jobs} & {path.name for path in (out / "runs").iterdir()}
 
 
 def test_the_tables_lie_beside_the_results(cache: Cache, done: tuple[StudyResult, Path]) -> None:

@@ -6,11 +6,11 @@ from vaflow.train.ablate.grid import SCORES
 from vaflow.train.ablate.plot import legend, plot
 from vaflow.train.ablate.results import Results, RowResult, TableResult
 from vaflow.train.ablate.writing import (
-    OURS,
     PAPER_PLACES,
     About,
     digits,
     heading,
+    ours,
     p_text,
     paper_scores,
     remark,
@@ -93,7 +93,7 @@ def _section(table: TableResult, reference: RowResult) -> str:
 <div class="wide">{plot(table, reference)}</div>
 <div class="wide"><table>
 <thead>
-<tr><th></th><th class="group" colspan="4">ours: {OURS}</th><th class="group" colspan="3">published</th>
+<tr><th></th><th class="group" colspan="4">ours: {ours(table.rows)}</th><th class="group" colspan="3">published</th>
 <th class="group" colspan="3">mean against the full model</th></tr>
 <tr><th scope="col">configuration</th><th class="first" scope="col">valence</th><th scope="col">arousal</th>
 <th scope="col">mean</th><th scope="col">95 % interval</th><th class="first" scope="col">valence</th>

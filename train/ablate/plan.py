@@ -8,12 +8,13 @@ from hashlib import blake2b
 
 from vaflow.cache import Cache
 from vaflow.cache.documents import canonical
-from vaflow.cache.schema import LABELS, LOGMEL
+from vaflow.cache.schema import LABELS, LOGMEL, PIXELS
 from vaflow.encoders import encoder_kind
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Grid
 from vaflow.train.ablate.grid import Row, Settings, Study, Table, expand
 from vaflow.train.config import NONE, TrainConfig, with_aliases
+from vaflow.train.folds import split_items
 from vaflow.train.inputs import Inputs, resolve, sampling
 
 HASH_BYTES = 8
@@ -124,7 +125,7 @@ class _Planner:
         self._cache, self._study, self._options = cache, study, options
         self._known = cache.streams()
         self._has_text = any(info.kind == "text" for info in self._known.values())
-        self._digests: dict[tuple[str, str], str] = {}
+        self._digests: dict[tuple[object, ...], str] = {}
         self._jobs: dict[str, Job] = {}
 
     def entry(self, row: Row | None) -> Entry:
@@ -170,12 +171,15 @@ class _Planner:
     def _hash(self, config: TrainConfig, inputs: Inputs) -> str:
         """Everything that decides what a run comes to: settings, streams, prompts, clips. Not the device."""
         settings = {key: value for key, value in config.as_dict().items() if key != "device"}
-        names = [LABELS, *(stream.name for stream in inputs.streams)]
+        names = [LABELS, *(stream.name for stream in inputs.streams), *((PIXELS, LOGMEL) if config.finetune else ())]
         document: dict[str, object] = {
             "settings": settings,
             "streams": {stream.name: stream.fingerprint for stream in inputs.streams},
             "prompts": self._prompts(inputs.text, config.prompts) if inputs.text else None,
-            "clips": {s: [self._clips(s, n) for n in names] for s in (config.train_split, config.val_split)},
+            "clips": {
+                split: [self._clips(split, config.fold_splits, name) for name in names]
+                for split in (config.train_split, config.val_split)
+            },
         }
         if self._options.allow_missing:
             document["allow_missing"] = True
@@ -184,21 +188,22 @@ class _Planner:
     def _prompts(self, stream: str, prompts: str) -> list[object]:
         return [self._cache.fingerprint(stream), prompts, self._cache.record(stream, prompts).source]
 
-    def _clips(self, split: str, stream: str) -> str:
+    def _clips(self, split: str, fold_splits: tuple[str, ...], stream: str) -> str:
         """Digest of which clips of a split a stream has, and what they were made from."""
-        if (split, stream) not in self._digests:
-            items = self._cache.items(split=split, stream=stream)
-            records = [self._cache.record(stream, item) for item in items]
+        key = (split, fold_splits, stream)
+        if key not in self._digests:
+            items = split_items(self._cache, split, fold_splits)
+            records = [self._cache.record(stream, item) for item in items if self._cache.has(stream, item)]
             facts = json.dumps([[r.item, r.source, r.arrays] for r in records], sort_keys=True)
-            self._digests[split, stream] = blake2b(facts.encode(), digest_size=HASH_BYTES).hexdigest()
-        return self._digests[split, stream]
+            self._digests[key] = blake2b(facts.encode(), digest_size=HASH_BYTES).hexdigest()
+        return self._digests[key]
 
 
 def data_key(config: TrainConfig) -> tuple[object, ...]:
     """Runs that agree in this read the same windows of the same streams."""
     streams = (config.visual, config.audio)
     windows = (config.window, config.stride, config.frames, config.audio_steps, config.label_reduction)
-    return (*streams, *windows, config.train_split, config.val_split, config.device)
+    return (*streams, *windows, config.train_split, config.val_split, config.fold_splits, config.device)
 
 
 def _named(config: TrainConfig) -> set[str]:

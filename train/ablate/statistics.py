@@ -37,11 +37,10 @@ def video_moments_of(folder: RunFolder, cache: Cache, split: str) -> dict[str, F
     """
     left_out = set(folder.read_metrics()["missing"]["clips"])
     found: dict[str, Floats] = {}
-    for item in cache.items(split=split):
-        path = folder.predictions(split) / f"{item}.csv"
-        if item in left_out or not path.is_file():
-            continue
-        moments = _moments_of_csv(path)
+    files = folder.predictions(split)
+    for path in sorted(files.rglob("*.csv")):
+        item = path.relative_to(files).as_posix().removesuffix(".csv")
+        moments = None if item in left_out else _moments_of_csv(path)
         if moments is not None:
             video = str(cache.meta(item).get("group") or item)
             found[video] = found.get(video, 0) + moments

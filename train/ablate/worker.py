@@ -59,7 +59,7 @@ class Runner:
         begun = time.perf_counter()
         try:
             folder = RunFolder(out)
-            data = None if folder.done else self._data(config)
+            data = None if folder.done or config.finetune else self._data(config)
             result = train_run(
                 self._cache,
                 config,

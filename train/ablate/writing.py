@@ -13,7 +13,7 @@ from vaflow.train.ablate.grid import SCORES
 from vaflow.train.ablate.plan import Options
 from vaflow.train.ablate.results import Results, RowResult, TableResult
 
-OURS = "frozen cache"
+FROZEN, TUNED = "frozen cache", "fine-tuned"  # what of ours the numbers are
 # fmt: off
 COLUMNS = (
     "table", "row", "temporal", "fusion", "visual", "audio", "centers", "sigma", "kl_weight", "seeds",
@@ -82,7 +82,7 @@ def record(row: RowResult) -> dict[str, str]:
         "visual": "+".join(config.visual),
         "audio": "+".join(config.audio),
         "seeds": str(row.seeds),
-        "ours": OURS,
+        "ours": TUNED if config.finetune else FROZEN,
         "stands_in": stands_in(entry.stands_in),
         "note": entry.note,
         "problem": row.problem,
@@ -134,8 +134,7 @@ def statements(results: Results, about: About) -> list[str]:
     options, reference = about.options, results.reference
     seeds = f"{options.seeds} seeds" if options.seeds > 1 else "one seed"
     lines = [
-        f"Ours: {OURS}. Encoders stay as they are and only heads are trained, while published rows may come from tuned "
-        "encoders.",
+        _what_ours_are(results),
         f"Concordance (CCC) on split {results.split}: {results.frames} labelled frames of {results.videos} videos; "
         f"mean and standard deviation over {seeds}.",
         "Intervals (95 %) and tests resample videos, 10,000 times and for all configurations alike; they say what "
@@ -160,6 +159,24 @@ def statements(results: Results, about: About) -> list[str]:
     if results.uneven:
         lines.append("Not every run could be measured on every video: intervals and tests use those that all have.")
     return lines
+
+
+def ours(rows: Iterable[RowResult]) -> str:
+    """What of ours the numbers of some rows are."""
+    kinds = {TUNED if row.entry.config.finetune else FROZEN for row in rows}
+    return " and ".join(sorted(kinds, reverse=True))
+
+
+def _what_ours_are(results: Results) -> str:
+    rows = [row for table in results.tables for row in table.rows]
+    said = ours(rows)
+    if said == FROZEN:
+        heads = (
+            "Encoders stay as they are and only heads are trained, while published rows may come from tuned encoders"
+        )
+        return f"Ours: {FROZEN}. {heads}."
+    tuned = ", ".join(row.entry.row.name for row in rows if row.entry.config.finetune)
+    return f"Ours: {said}. Encoders were trained, too, in: {tuned}."
 
 
 def markdown(results: Results, about: About) -> str:
