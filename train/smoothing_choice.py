@@ -1,6 +1,7 @@
 """Which smoothing a run's predictions have: given, or chosen on its validation split."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from vaflow.cache import Cache
@@ -8,9 +9,9 @@ from vaflow.errors import UsageError, explain
 from vaflow.train.builder import choose_device
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import featureless
-from vaflow.train.inputs import check_same
 from vaflow.train.runs import load_run
 from vaflow.train.smoothing import FILTERS, Smoothing, choose_width, write_smoothing
+from vaflow.train.training import read_for
 
 NO_SMOOTHING = "none"
 
@@ -40,11 +41,10 @@ def set_smoothing(
     if kind != NO_SMOOTHING and seconds is not None:
         chosen = Smoothing(kind, seconds)
     elif kind != NO_SMOOTHING:
-        record = trained.record
-        check_same(record.streams, cache)
-        windows = load_split(cache, record.config.val_split, record.streams, record.config, device=target, show=show)
+        split = trained.record.config.val_split
+        windows = read_for(run, trained.record, cache, partial(load_split, cache, split, device=target, show=show))
         lost = {clip.item for clip in featureless(windows)}
         traces = [trace for trace in trained.traces(windows) if trace.clip.item not in lost]
-        chosen = choose_width(traces, kind, record.config.val_split)
+        chosen = choose_width(traces, kind, split)
     write_smoothing(Path(run), chosen)
     return chosen

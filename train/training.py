@@ -25,8 +25,9 @@ from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, check_same, resolve
 from vaflow.train.loop import Progress, Row, fit, seeded
+from vaflow.train.provenance import write_sources
 from vaflow.train.reporting import Board, describe, reporter
-from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record
+from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record, require_record
 from vaflow.train.storage import write_tensors
 from vaflow.train.windows import WindowSet
 
@@ -178,7 +179,9 @@ def evaluate_run(
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
     if write:
         folder = RunFolder(Path(run))
-        write_predictions(folder.predictions(f"{split}-without-{without}" if without else split), traces)
+        place = folder.predictions(f"{split}-without-{without}" if without else split)
+        write_predictions(place, traces)
+        write_sources(place, folder.path, trained.record, cache, [trace.clip.item for trace in traces])
         if not without and split == config.val_split and str(cache.path.resolve()) == trained.record.cache:
             folder.update_metrics(report)
     return report
@@ -297,6 +300,8 @@ def finish(
         predictor, data.val, split, centers=config.centers, allow_missing=allow_missing, failed=failed
     )
     write_predictions(folder.predictions(split), traces)
+    record = require_record(folder.path)
+    write_sources(folder.predictions(split), folder.path, record, cache, [trace.clip.item for trace in traces])
     if pictures:
         from vaflow.train.plots import draw_run
 

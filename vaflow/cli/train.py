@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, table, weight_pairs
+from vaflow.errors import UsageError, explain
 
 Cache = Annotated[Path, typer.Argument(metavar="CACHE", help="What `vaflow extract` wrote.", show_default=False)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="What `vaflow train --out` wrote.", show_default=False)]
@@ -48,6 +49,10 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [1e-4]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, shuffling and dropout. [0]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda[:N]. [auto]")] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Cross-validate: parts by source video; see `vaflow folds`.")
+    ] = None,
+    fold: Annotated[int | None, typer.Option(help="Validate on this part, from 1; train on the others. [1]")] = None,
     finetune: Annotated[
         bool | None, typer.Option("--finetune", help="Train CLIP and AST, too, from the cached pixels and log-Mel.")
     ] = None,
@@ -66,6 +71,10 @@ def train(
     Example: vaflow train affwild2.cache --out runs/full
 
     Example: vaflow train affwild2.cache --out runs/tcn --temporal tcn --fusion gated --set causal=false
+
+    Example: vaflow train affwild2.cache --out runs/fold2 --folds 5 --fold 2
+
+    Example: vaflow train affwild2.cache --out runs/robust --set modality_dropout=0.1 --set best=each
 
     Example: vaflow train tiny.cache --out runs/p2 --preset p2 --alias resnet50=resnet-tiny --alias vggish=vggish-tiny
 
@@ -88,6 +97,8 @@ def train(
         "weight_decay": weight_decay,
         "seed": seed,
         "device": device,
+        "folds": folds,
+        "fold": fold,
         "finetune": finetune,
         "backbone_lr": backbone_lr,
     }
@@ -126,6 +137,19 @@ def evaluate(
     run: Run,
     cache: Annotated[Path | None, typer.Option(help="Another cache than the run was trained on.")] = None,
     split: Annotated[str | None, typer.Option(help="Which split; the run's validation split.")] = None,
+    smooth: Annotated[
+        str | None,
+        typer.Option(help="mean or savgol: smooth this run's predictions from now on; none: no longer do so."),
+    ] = None,
+    smooth_seconds: Annotated[
+        str, typer.Option(help="Width of the smoothing; auto: the best on the run's validation split.")
+    ] = "auto",
+    without: Annotated[
+        str | None, typer.Option(help="visual or audio: mark that modality as missing everywhere.")
+    ] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="CSV with item and columns such as gender, age: metrics of each group.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
     allow_missing: AllowMissing = False,
     json: JsonFlag = False,
@@ -134,23 +158,42 @@ def evaluate(
 ) -> int:
     """Score a run on every annotated frame of a split: concordance with its interval, within videos, errors.
 
-    Predictions are written to RUN/predictions/SPLIT/.
+    Predictions are written to RUN/predictions/SPLIT/. A smoothing is kept in RUN/smoothing.json, and `predict` and
+    `submit` apply it, too.
 
     Example: vaflow evaluate runs/full --split val --json
+
+    Example: vaflow evaluate runs/full --smooth savgol --smooth-seconds auto
+
+    Example: vaflow evaluate runs/full --without audio --groups groups.csv
     """
     set_up(verbose, quiet)
     from vaflow.cache import open_cache
+    from vaflow.train.breakdown import read_groups
     from vaflow.train.runs import require_record
     from vaflow.train.training import evaluate_run
 
     path = cache if cache is not None else Path(require_record(run).cache)
+    opened, bars = open_cache(path), show_bars(quiet or json)
+    named = read_groups(groups) if groups else None
+    if smooth is not None:
+        from vaflow.train.smoothing_choice import set_smoothing
+
+        set_smoothing(run, opened, smooth, smoothing_width(smooth_seconds), device=device, show=bars)
     metrics = evaluate_run(
-        run, open_cache(path), split, device=device, allow_missing=allow_missing, show=show_bars(quiet or json)
+        *(run, opened, split),
+        device=device,
+        allow_missing=allow_missing,
+        show=bars,
+        without=without,
+        groups=named,
     )
     if json:
         print_json(metrics)
     else:
         typer.echo(summary(metrics))
+        for kind, parts in metrics.get("by_group", {}).items():
+            typer.echo(f"\n{group_table(kind, parts)}")
         for warning in metrics["warnings"]:
             typer.echo(f"warning: {warning}", err=True)
     return 0
@@ -172,7 +215,33 @@ def summary(metrics: dict[str, Any]) -> str:
     lost = metrics["missing"]["frames"]
     if lost or metrics["missing"]["clips"]:
         scope += f"; left out: {lost} frames, {len(metrics['missing']['clips'])} clips without features"
+    if "without" in metrics:
+        scope += f"; without {metrics['without']}"
+    if "smoothing" in metrics:
+        scope += "; smoothed: {kind}, {seconds:g} s".format(**metrics["smoothing"])
     return f"{scope}\n\n{table(rows, ('', *names))}"
+
+
+def group_table(kind: str, parts: dict[str, Any]) -> str:
+    """One kind of group as a table for people."""
+    names = ("valence", "arousal", "mean")
+    rows = [
+        (group, part["n_clips"], part["n_frames"], *(_digits(part["ccc"][name]) for name in names))
+        for group, part in parts.items()
+    ]
+    return table(rows, (kind, "clips", "frames", *(f"CCC {name}" for name in names)))
+
+
+def smoothing_width(text: str) -> float | None:
+    """What --smooth-seconds says; None: auto.
+
+    Raises:
+        UsageError: neither auto nor a number.
+    """
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError as error:
+        raise UsageError(explain("--smooth-seconds is not a width", expected="seconds, or auto", got=text)) from error
 
 
 def _digits(value: float | None) -> str:

@@ -1,0 +1,97 @@
+"""Metrics of parts: intensity bins and groups, against masks written out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vaflow.errors import UsageError
+from vaflow.train.breakdown import Scored, by_group, by_intensity, intensity_bins, read_groups
+
+
+def ccc(x: np.ndarray, y: np.ndarray) -> float:
+    return 2 * np.cov(x, y, bias=True)[0, 1] / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
+
+
+def clips(count: int = 5, frames: int = 60) -> list[Scored]:
+    rng = np.random.default_rng(0)
+    found = []
+    for k in range(count):
+        label = np.clip(rng.normal(scale=0.5, size=(frames, 2)), -1, 1)
+        prediction = np.clip(0.7 * label + rng.normal(scale=0.2, size=label.shape), -1, 1)
+        found.append(Scored(f"c{k}", f"v{k // 2}", prediction, label, rng.random(label.shape) > 0.2))
+    return found
+
+
+def test_bins_hold_a_third_of_the_frames_each_and_score_them_alone() -> None:
+    one = clips(1, 300)[0]
+    found = by_intensity(one.prediction, one.label, one.valid)
+    for k, name in enumerate(("valence", "arousal")):
+        x, y = one.prediction[one.valid[:, k], k], one.label[one.valid[:, k], k]
+        order = np.argsort(np.abs(y))
+        parts = np.array_split(order, 3)
+        assert sum(part["n_frames"] for part in found[name]) == len(y)
+        for own, part in zip(parts, found[name], strict=True):
+            assert abs(part["n_frames"] - len(own)) <= 1
+        low, high = (np.quantile(np.abs(y), q) for q in (1 / 3, 2 / 3))
+        masks = [np.abs(y) <= low, (np.abs(y) > low) & (np.abs(y) <= high), np.abs(y) > high]
+        for mask, part in zip(masks, found[name], strict=True):
+            assert part["ccc"] == pytest.approx(ccc(x[mask], y[mask]))
+            assert part["rmse"] == pytest.approx(np.sqrt(np.mean((x[mask] - y[mask]) ** 2)))
+            assert (part["from"], part["to"]) == (np.abs(y[mask]).min(), np.abs(y[mask]).max())
+            toward = np.where(y[mask] > 0, x[mask] - y[mask], y[mask] - x[mask])
+            assert part["bias"] == pytest.approx(toward.mean())
+        assert found[name][-1]["bias"] < 0  # predictions of 0.7 times the label fall short where labels are strong
+
+
+def test_equal_intensities_are_never_divided() -> None:
+    label = np.array([0.0] * 50 + [-0.0] * 20 + [0.5] * 20 + [-1.0] * 10)  # most of Aff-Wild2 is about neutral
+    bins = intensity_bins(label)
+    assert [int(mask.sum()) for mask in bins] == [70, 30]
+    assert [set(np.abs(label[mask])) for mask in bins] == [{0.0}, {0.5, 1.0}]
+    assert intensity_bins(np.zeros(0)) == []
+    [one] = intensity_bins(np.full(4, 0.3))
+    assert one.all()
+
+
+def test_groups_are_scored_apart_and_may_be_given_by_video(tmp_path: Path) -> None:
+    path = tmp_path / "groups.csv"
+    path.write_text("item,gender,age\nc0,f,young\nc1,m,\nv1,f,old\nelsewhere,m,old\n")
+    some = clips()
+    found = by_group(some, read_groups(path))
+    assert {kind: sorted(parts) for kind, parts in found.items()} == {
+        "gender": ["f", "m", "unknown"],
+        "age": ["old", "unknown", "young"],
+    }
+    members = [some[0], some[2], some[3]]  # c0 itself, c2 and c3 through their video v1
+    x, y, valid = (np.concatenate([getattr(c, name) for c in members]) for name in ("prediction", "label", "valid"))
+    part = found["gender"]["f"]
+    assert (part["n_clips"], part["n_frames"]) == (3, int(valid.any(axis=1).sum()))
+    assert part["ccc"]["arousal"] == pytest.approx(ccc(x[valid[:, 1], 1], y[valid[:, 1], 1]))
+    assert part["ccc"]["mean"] == pytest.approx((part["ccc"]["valence"] + part["ccc"]["arousal"]) / 2)
+    assert sum(p["n_clips"] for p in found["age"].values()) == len(some)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("clip,gender\nc0,f\n", "item,gender,age"),
+        ("item\nc0\n", "item,gender,age"),
+        ("", "no rows"),
+        ("item,gender\nc0,f\nc0,m\n", "names items twice"),
+    ],
+)
+def test_files_that_do_not_name_groups(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "groups.csv"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=says):
+        read_groups(path)
+
+
+def test_groups_of_other_clips(tmp_path: Path) -> None:
+    path = tmp_path / "groups.csv"
+    path.write_text("item,gender\nx,f\n")
+    with pytest.raises(UsageError, match="items such as c0"):
+        by_group(clips(), read_groups(path))
+    with pytest.raises(UsageError, match="Cannot read"):
+        read_groups(tmp_path / "absent.csv")

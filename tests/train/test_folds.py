@@ -1,0 +1,113 @@
+"""Cross-validation: every clip once, a source video never divided, the same parts every time."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from synthetic_cache import Toy, make_cache
+
+from vaflow.cache import Cache
+from vaflow.cache.schema import LABELS
+from vaflow.errors import UsageError
+from vaflow.train.config import TrainConfig
+from vaflow.train.evaluate import failed_items
+from vaflow.train.folds import make_folds, source_splits, split_items
+from vaflow.train.runs import RunFolder, require_record
+from vaflow.train.training import evaluate_run, train_run
+
+CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=3e-3, batch_size=8, epochs=1, device="cpu", folds=3)
+BOTH = ("train", "val")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    """Nine videos, of which three show a second person."""
+    cache = make_cache(tmp_path_factory.mktemp("folds") / "cache", Toy(seconds=(6, 30)))
+    for item in ("train0", "train3", "val1"):
+        for stream in cache.streams():
+            if cache.has(stream, item):
+                twin = cache.read(stream, item)
+                meta = {**twin.meta, "group": item} if stream == LABELS else twin.meta
+                cache.write(stream, f"{item}_left", twin.arrays, meta=meta)
+    return cache
+
+
+def labelled(cache: Cache, items) -> int:
+    return sum(int(cache.read(LABELS, item).valid.any(axis=1).sum()) for item in items)
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5, 9])
+def test_every_clip_is_in_one_part_and_no_video_in_two(cache: Cache, folds: int) -> None:
+    parts = make_folds(cache, BOTH, folds)
+    assert len(parts) == folds
+    assert sorted(item for part in parts for item in part.items) == cache.items()
+    for item in ("train0", "train3", "val1"):
+        [home] = [part for part in parts if item in part.items]
+        assert f"{item}_left" in home.items
+    groups = [group for part in parts for group in part.groups]
+    assert len(groups) == len(set(groups)) == 9
+    for part in parts:
+        assert part.labelled == labelled(cache, part.items)
+        assert {cache.meta(item)["group"] for item in part.items} == set(part.groups)
+
+
+def test_parts_have_about_as_many_labelled_frames(cache: Cache) -> None:
+    parts = make_folds(cache, BOTH, 3)
+    videos = {}
+    for item in cache.items():
+        group = cache.meta(item)["group"]
+        videos[group] = videos.get(group, 0) + labelled(cache, [item])
+    sizes = [part.labelled for part in parts]
+    assert max(sizes) - min(sizes) <= max(videos.values())  # what dealing the largest first promises
+    assert make_folds(cache, BOTH, 3) == parts
+
+
+def test_parts_have_names_that_stand_for_splits(cache: Cache) -> None:
+    parts = make_folds(cache, BOTH, 3)
+    for k, part in enumerate(parts, 1):
+        own, rest = split_items(cache, f"fold{k}of3", BOTH), split_items(cache, f"rest{k}of3", BOTH)
+        assert own == list(part.items)
+        assert sorted(own + rest) == cache.items()
+    assert split_items(cache, "val", BOTH) == cache.items(split="val")
+    assert split_items(cache, "fold1of2", ("train",)) == list(make_folds(cache, ("train",), 2)[0].items)
+    assert source_splits("fold1of2", BOTH) == BOTH and source_splits("val", BOTH) == ("val",)
+    with pytest.raises(UsageError, match="1 to 3"):
+        split_items(cache, "fold4of3", BOTH)
+    with pytest.raises(UsageError, match="Choices: train, val"):
+        split_items(cache, "fold4", BOTH)
+
+
+def test_what_cannot_be_divided(cache: Cache) -> None:
+    with pytest.raises(UsageError, match="9 source videos"):
+        make_folds(cache, BOTH, 10)
+    with pytest.raises(UsageError, match="at least 2"):
+        TrainConfig(folds=1)
+    with pytest.raises(UsageError, match="from 1 to 3"):
+        TrainConfig(folds=3, fold=4)
+
+
+def test_a_run_validates_on_its_part_and_trains_on_the_others(cache: Cache, tmp_path: Path) -> None:
+    parts = make_folds(cache, BOTH, 3)
+    result = train_run(cache, replace(CONFIG, fold=2), tmp_path / "run", tensorboard=False, pictures=False)
+    assert result.metrics["split"] == "fold2of3"
+    written = {path.stem for path in RunFolder(tmp_path / "run").predictions("fold2of3").glob("*.csv")}
+    assert written == set(parts[1].items)
+    data = require_record(tmp_path / "run").data
+    assert data["fold2of3"]["labelled_frames"] == parts[1].labelled
+    assert data["rest2of3"]["clips"] == len(parts[0].items) + len(parts[2].items)
+    assert evaluate_run(tmp_path / "run", cache, device="cpu", write=False)["ccc"] == result.metrics["ccc"]
+    again = train_run(cache, replace(CONFIG, fold=2), tmp_path / "run", tensorboard=False, pictures=False)
+    assert again.was_done
+    other = evaluate_run(tmp_path / "run", cache, "fold1of3", device="cpu", write=False)
+    assert other["n_clips"] == len(parts[0].items)
+
+
+def test_clips_that_failed_count_for_every_part_of_their_split(cache: Cache) -> None:
+    path = cache.path / "failures.jsonl"
+    path.write_text('{"item": "lost", "split": "val"}\n{"item": "other", "split": "test"}\n')
+    try:
+        assert failed_items(cache, "fold1of3", BOTH) == ["lost"]
+        assert failed_items(cache, "fold1of3", ("train",)) == []
+        assert failed_items(cache, "val", BOTH) == ["lost"]
+    finally:
+        path.unlink()
