@@ -15,12 +15,12 @@ from vaflow.datasets.clip import Clip
 from vaflow.datasets.labels import on_clock, read_annotation
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
-from vaflow.extract.crops import crops_identity, list_crops, read_crop
+from vaflow.extract.crops import list_crops, read_crop
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
-from vaflow.extract.identity import file_identity
 from vaflow.extract.media import MediaInfo, frame_times, frames_at, probe
 from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Failed, Job, Message, Sound, SoundEnd
-from vaflow.extract.stills import open_stills, stills_at, stills_identity
+from vaflow.extract.sources import sources_of
+from vaflow.extract.stills import open_stills, stills_at
 from vaflow.timeline import Floats, Ints, median_interval, nearest
 
 Send = Callable[[Message], None]
@@ -98,23 +98,7 @@ def _clock(job: Job, info: MediaInfo, times: Floats, duration: float) -> Clock:
             "nominal_rate": video.nominal_rate,
             "average_rate": video.average_rate,
         }
-    return Clock(job.number, labels, duration, _sources(clip), facts)
-
-
-def _sources(clip: Clip) -> dict[str, Any]:
-    sources: dict[str, Any] = {"split": clip.split, "group": clip.group}
-    for part, path in (("video", clip.video), ("labels", clip.labels)):
-        if path is not None:
-            sources[part] = file_identity(path)
-    if clip.audio is not None:
-        sources["audio"] = sources["video"] if clip.audio == clip.video else file_identity(clip.audio)
-    if clip.dimensions:
-        sources["dimensions"] = {target: file_identity(path) for target, path in clip.dimensions}
-    if clip.frames is not None:
-        sources["frames"] = stills_identity(clip.frames, clip.frame_rate)
-    if clip.crops:
-        sources["crops"] = crops_identity(list_crops(clip.crops))
-    return sources
+    return Clock(job.number, labels, duration, sources_of(clip), facts)
 
 
 def _send_sound(job: Job, info: MediaInfo, duration: float, send: Send) -> None:

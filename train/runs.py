@@ -6,7 +6,7 @@ RUN/config.toml          settings, streams, prompt set, data: everything that wa
     smoothing.json       where chosen: how every prediction is smoothed
     metrics.json         of the validation split; written last: where it is, the run is done
     history.csv          a row per epoch
-    predictions/SPLIT/CLIP.csv
+    predictions/SPLIT/CLIP.csv, and sources.json: what they were made from
     encoders/            of a fine-tuned run, as `vaflow extract --weights NAME=` takes them
     checkpoint.safetensors   only while training: what a second start goes on from
 """

@@ -24,6 +24,7 @@ from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import check_same, sampling
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.plots import draw_trace
+from vaflow.train.provenance import write_sources
 from vaflow.train.runs import Run, RunFolder, load_run
 from vaflow.train.storage import write_whole
 
@@ -99,7 +100,10 @@ def predict_media(
             log.add(failure, quiet=True)
         failed = {failure.item for failure in summary.failures}
         items = [clip.id for clip in clips if clip.id not in failed]
-        predicted = _predict(trained, open_cache(folder), items, out, show_progress) if items else ()
+        cache = open_cache(folder)
+        predicted = _predict(trained, cache, items, out, show_progress) if items else ()
+        videos = {clip.id: clip.video for clip in clips if clip.video is not None}
+        write_sources(out, run, trained.record, cache, items, videos)
     return PredictSummary(predicted, tuple(log.failures), log.path)
 
 

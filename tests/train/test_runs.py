@@ -53,6 +53,7 @@ def test_everything_is_written(cache: Cache, tmp_path: Path) -> None:
         "model.safetensors",
         "metrics.json",
         "history.csv",
+        "predictions/val/sources.json",
         *(f"predictions/val/val{k}.csv" for k in range(3)),
         *(f"pictures/trace-val{k}.png" for k in range(3)),
         "pictures/training.png",

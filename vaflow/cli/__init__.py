@@ -20,6 +20,7 @@ from vaflow.cli import (
     extract,
     predict,
     submit,
+    trace,
     train,
 )
 from vaflow.errors import VaflowError
@@ -46,6 +47,7 @@ app.command("evaluate")(train.evaluate)
 app.command("predict")(predict.predict)
 app.command("ablate")(ablate.ablate)
 app.command("submit")(submit.submit)
+app.command("trace")(trace.trace)
 app.command("demo")(demo.demo)
 
 

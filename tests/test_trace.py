@@ -1,0 +1,253 @@
+"""Every prediction can be followed to its run, weights, cache records and source files, and changes are noticed."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vaflow.cache import Cache, create_cache, open_cache
+from vaflow.cache.convert import convert
+from vaflow.cache.schema import LABELS, Array, StreamInfo
+from vaflow.cli import main
+from vaflow.datasets import Dataset, open_dataset
+from vaflow.errors import UsageError
+from vaflow.extract.pipeline import Summary
+from vaflow.extract.sources import part_of, same_part, sources_of
+from vaflow.extract.streams import SOURCES
+from vaflow.predict import PredictConfig, predict_media
+from vaflow.trace import trace_run
+from vaflow.train.config import TrainConfig
+from vaflow.train.training import evaluate_run, train_run
+
+SPLITS = {"a": "train", "b": "train", "sub/c": "val", "d": "val"}
+IDENTITY = {"encoder": "toy", "weights": "0123456789abcdef" * 2}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A data set whose videos are never decoded: only their bytes count here."""
+    folder = tmp_path / "data"
+    for item in SPLITS:
+        (folder / item).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{item}.mp4").write_bytes(f"video {item}".encode())
+        (folder / f"{item}.csv").write_text("frame,valence,arousal\n0,0.1,0.2\n")
+    rows = [f"{item},{split}" for item, split in SPLITS.items()]
+    (folder / "splits.csv").write_text("\n".join(["name,split", *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, root: Path) -> Cache:
+    made = new_cache(tmp_path / "cache")
+    for clip in open_dataset(root).clips:
+        write(made, clip.id, sources_of(clip))
+    return made
+
+
+def new_cache(path: Path) -> Cache:
+    made = create_cache(path)
+    made.declare(StreamInfo("toy", "visual", 4, "float16", IDENTITY))
+    made.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": "labels"}))
+    return made
+
+
+def write(cache: Cache, item: str, sources: dict, seed: int = 0) -> None:
+    rng = np.random.default_rng([seed, *item.encode()])
+    time = np.arange(24) / 2
+    embedding = rng.normal(size=(24, 4)).astype(np.float16)
+    features: dict[str, Array] = {"embedding": embedding, "time": time, "valid": np.ones(24, bool)}
+    labels: dict[str, Array] = {
+        "time": time,
+        "value": rng.uniform(-1, 1, (24, 2)).astype(np.float32),
+        "valid": np.ones((24, 2), bool),
+    }
+    for name, kind, arrays in (("toy", "visual", features), (LABELS, "labels", labels)):
+        source = {part: sources[part] for part in SOURCES[kind] if part in sources}
+        meta = {"vaflow": "0.0", "split": SPLITS.get(item), "duration": 12.0}
+        cache.write(name, item, arrays, source=source, meta=meta)
+
+
+@pytest.fixture
+def run(tmp_path: Path, cache: Cache) -> Path:
+    config = TrainConfig(epochs=1, hidden=8, kl_weight=0.0, window=6.0, stride=3.0, frames=6, device="cpu")
+    train_run(cache, config, tmp_path / "run", tensorboard=False, pictures=False)
+    return tmp_path / "run"
+
+
+def only(trace: dict) -> dict:
+    (entry,) = trace["predictions"]
+    found: dict = entry
+    return found
+
+
+def test_a_prediction_leads_to_all_that_made_it(run, cache, root):
+    trace = trace_run(run, "sub/c", root=root)
+    entry = only(trace)
+    assert entry["csv"] == str(run / "predictions" / "val" / "sub/c.csv")
+    assert (entry["state"], entry["csv_state"], entry["weights_state"]) == ("same", "same", "same")
+    assert entry["streams"] == {"toy": cache.fingerprint("toy"), LABELS: cache.fingerprint(LABELS)}
+    for name in ("toy", LABELS):
+        record = cache.record(name, "sub/c")
+        facts = entry["records"][name]
+        assert (facts["attempt"], facts["created"], facts["vaflow"]) == (record.attempt, record.created, "0.0")
+        assert (facts["source"], facts["state"]) == (record.source, "same")
+    states = {one["part"]: (one["state"], one["streams"]) for one in entry["sources"]}
+    assert states == {
+        "video": ("same", ["toy", LABELS]),
+        "labels": ("same", [LABELS]),
+        "split": ("same", [LABELS]),
+        "group": ("same", [LABELS]),
+    }
+    (stream,) = trace["streams"]
+    assert (stream["fingerprint"], stream["identity"], stream["state"]) == (cache.fingerprint("toy"), IDENTITY, "same")
+    assert trace["run"]["settings"]["epochs"] == 1
+    assert list(trace["run"]["weights"]) == ["model.safetensors"]
+    assert trace["cache"] == {"path": str(cache.path), "state": "found", "store": "zarr"}
+
+
+def test_everything_is_listed_without_an_item(run):
+    entries = trace_run(run)["predictions"]
+    assert [entry["item"] for entry in entries] == ["d", "sub/c"]
+    assert {one["state"] for entry in entries for one in entry["sources"]} == {"not checked"}
+
+
+def test_changed_and_missing_source_files_are_noticed(run, root):
+    video, labels = root / "d.mp4", root / "d.csv"
+    stat = video.stat()
+    video.write_bytes(b"VIDEO d")  # of the same size, and as old as before
+    os.utime(video, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    labels.unlink()
+    states = {one["part"]: one["state"] for one in only(trace_run(run, "d", root=root))["sources"]}
+    assert (states["video"], states["labels"]) == ("changed", "missing")
+
+
+def test_a_touched_or_renamed_root_is_the_same_data(run, root, tmp_path):
+    os.utime(root / "d.mp4")
+    root.rename(tmp_path / "moved")
+    states = {one["state"] for one in only(trace_run(run, "d", root=tmp_path / "moved"))["sources"]}
+    assert states == {"same"}
+
+
+def test_a_clip_that_the_data_set_lost(run, root):
+    (root / "d.mp4").unlink()
+    (root / "splits.csv").unlink()
+    assert {one["state"] for one in only(trace_run(run, "d", root=root))["sources"]} == {"missing"}
+
+
+def test_edited_predictions_and_other_weights_are_noticed(run):
+    csv = run / "predictions" / "val" / "d.csv"
+    csv.write_text(csv.read_text().replace("0", "1", 1))
+    entry = only(trace_run(run, "d"))
+    assert (entry["state"], entry["csv_state"], entry["weights_state"]) == ("changed", "changed", "same")
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert only(trace_run(run, "sub/c"))["weights_state"] == "changed"
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("epochs = 1", "epochs = 2"))
+    assert only(trace_run(run, "sub/c"))["settings_state"] == "changed"
+    csv.unlink()
+    assert only(trace_run(run, "d"))["csv_state"] == "missing"
+
+
+def test_items_made_anew_copied_or_dropped_are_noticed(run, cache, root, tmp_path):
+    convert(cache, tmp_path / "copy", "hdf5")
+    states = [facts["state"] for facts in only(trace_run(run, "d", cache=tmp_path / "copy"))["records"].values()]
+    assert states == ["a copy", "a copy"]
+    clip = next(clip for clip in open_dataset(root).clips if clip.id == "d")
+    (root / "d.mp4").write_bytes(b"another take")
+    write(cache, "d", sources_of(clip), seed=1)
+    cache.drop("toy", "sub/c")
+    assert [f["state"] for f in only(trace_run(run, "d"))["records"].values()] == ["changed", "changed"]
+    assert [f["state"] for f in only(trace_run(run, "sub/c"))["records"].values()] == ["missing", "same"]
+    assert cache.record("toy", "d").attempt != only(trace_run(run, "d"))["records"]["toy"]["attempt"]
+
+
+def test_without_the_cache_what_was_recorded_is_still_told(run, cache, tmp_path):
+    attempt = cache.record("toy", "d").attempt
+    cache.path.rename(tmp_path / "elsewhere")
+    trace = trace_run(run, "d")
+    facts = only(trace)["records"]["toy"]
+    assert (trace["cache"]["state"], facts["attempt"], facts["state"]) == ("missing", attempt, "not checked")
+    assert trace["streams"][0]["state"] == "not checked"
+    assert only(trace_run(run, "d", cache=tmp_path / "elsewhere"))["records"]["toy"]["state"] == "same"
+    with pytest.raises(UsageError):
+        trace_run(run, cache=tmp_path / "nowhere")
+
+
+def test_predictions_on_another_cache_name_that_one(run, cache, tmp_path):
+    other = create_cache(tmp_path / "other", store="hdf5")
+    convert(cache, other.path, "hdf5")
+    other = open_cache(other.path, writable=True)
+    evaluate_run(run, other, "train", device="cpu")
+    entry = next(entry for entry in trace_run(run, "a")["predictions"])
+    assert entry["cache"] == str(other.path)
+    assert entry["records"]["toy"]["attempt"] == other.record("toy", "a").attempt
+    assert entry["records"]["toy"]["state"] == "same"
+
+
+def test_predictions_of_new_clips_are_traced_though_their_features_are_forgotten(run, tmp_path, monkeypatch):
+    def features(dataset: Dataset, folder: Path, *_: object, **__: object) -> Summary:
+        """In the place of an extraction: it would decode."""
+        for clip in dataset.clips:
+            write(new_cache(folder), clip.id, sources_of(clip))
+        return Summary()
+
+    video, out = tmp_path / "new.mp4", tmp_path / "out"
+    video.write_bytes(b"new")
+    monkeypatch.setattr("vaflow.predict.extract", features)
+    predict_media(run, [video], out, PredictConfig(device="cpu"))
+    entry = only(trace_run(run, "new", predictions=out))
+    assert (entry["state"], entry["csv_state"], entry["csv"]) == ("same", "same", str(out / "new.csv"))
+    assert entry["records"]["toy"]["source"]["video"]["name"] == "new.mp4"
+    assert entry["records"]["toy"]["state"] == "not checked"
+    assert {one["part"]: one["state"] for one in entry["sources"]}["video"] == "same"
+    video.write_bytes(b"NEW")
+    assert {one["part"]: one["state"] for one in only(trace_run(run, "new", predictions=out))["sources"]}["video"] == (
+        "changed"
+    )
+
+
+def test_older_predictions_are_told_from_the_cache_and_marked(run, cache):
+    (run / "predictions" / "val" / "sources.json").unlink()
+    entry = only(trace_run(run, "d"))
+    assert entry["state"] == "not recorded"
+    assert entry["records"]["toy"]["attempt"] == cache.record("toy", "d").attempt
+    assert entry["records"]["toy"]["state"] == "not recorded"
+
+
+def test_what_is_not_there_is_bad_usage(run, tmp_path, capsys):
+    assert main(["trace", str(run), "e"]) == 2
+    assert "Got: e. Choices: d, sub/c" in capsys.readouterr().err
+    assert main(["trace", str(tmp_path / "nowhere")]) == 2
+    assert main(["trace", str(run), "--root", str(tmp_path / "nowhere")]) == 2
+    (run / "predictions" / "val" / "sources.json").write_text("{}")
+    assert main(["trace", str(run)]) == 1
+
+
+def test_the_command(run, root, cache, capsys):
+    assert main(["trace", str(run), "sub/c", "--root", str(root)]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        cache.fingerprint("toy")[:12],
+        IDENTITY["weights"][:12],
+        cache.record("toy", "sub/c").attempt,
+        "c.mp4",
+    ):
+        assert part in printed
+    assert main(["trace", str(run)]) == 0
+    assert re.search(r"sub/c +val +same +same +not checked", capsys.readouterr().out)
+    assert main(["trace", str(run), "sub/c", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(trace_run(run, "sub/c")))
+
+
+def test_parts_are_the_same_by_content(root):
+    clip = next(clip for clip in open_dataset(root).clips if clip.id == "a")
+    whole = sources_of(clip)
+    assert {part: part_of(clip, part) for part in whole} == whole
+    for part in whole:
+        assert same_part(whole[part], json.loads(json.dumps(whole[part])))
+    assert not same_part(whole["video"], whole["labels"])
+    assert same_part(whole["video"], whole["video"] | {"name": "b.mp4", "mtime_ns": 0})
