@@ -17,7 +17,9 @@ from vaflow.cli import (
     cache_prompts,
     check,
     demo,
+    ensemble,
     extract,
+    folds,
     predict,
     submit,
     trace,
@@ -44,6 +46,8 @@ cache.app.command("import")(cache_import.import_)
 app.add_typer(cache.app, name="cache")
 app.command("train")(train.train)
 app.command("evaluate")(train.evaluate)
+app.command("folds")(folds.folds)
+app.command("ensemble")(ensemble.ensemble)
 app.command("predict")(predict.predict)
 app.command("ablate")(ablate.ablate)
 app.command("submit")(submit.submit)
