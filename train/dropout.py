@@ -1,7 +1,8 @@
 """Windows without one of their two modalities, as clips in the world are: in training now and then, or a whole split.
 
 With dropout in training the model learns what to say without sound, or without a face, and what the vectors that stand
-for missing input should be. Ours: the papers do not do so.
+for missing input should be (that of faces; a window without any sound is what the frames say, whatever the vector of
+sound is). Ours: the papers do not do so.
 """
 
 from collections.abc import Sequence

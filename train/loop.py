@@ -250,17 +250,23 @@ def _advance(progress: Progress, model: nn.Module, row: Row, *, each: bool) -> P
     better = not progress.best or row["val_ccc_mean"] > progress.best_score
     scores = {name: row[f"val_ccc_{name}"] for name in DIMENSIONS} if each else {}
     risen = [name for name in scores if name not in progress.each or scores[name] > progress.each_score[name]]
+    if better:  # a dimension without labels goes with the mean
+        risen += [name for name in scores if np.isnan(scores[name]) and name not in risen]
     if not better and not risen:
         return progress
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     if better:
-        progress = replace(progress, best=weights, best_epoch=progress.epoch, best_score=row["val_ccc_mean"])
+        best = _copy(model)
+        progress = replace(progress, best=best, best_epoch=progress.epoch, best_score=row["val_ccc_mean"])
     return replace(
         progress,
-        each={**progress.each, **dict.fromkeys(risen, weights)},
+        each={**progress.each, **{name: _copy(model) for name in risen}},
         each_epoch={**progress.each_epoch, **dict.fromkeys(risen, progress.epoch)},
         each_score={**progress.each_score, **{name: scores[name] for name in risen}},
     )
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def save_checkpoint(path: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -53,7 +53,7 @@ def test_every_clip_is_in_one_part_and_no_video_in_two(cache: Cache, folds: int)
 
 def test_parts_have_about_as_many_labelled_frames(cache: Cache) -> None:
     parts = make_folds(cache, BOTH, 3)
-    videos = {}
+    videos: dict[str, int] = {}
     for item in cache.items():
         group = cache.meta(item)["group"]
         videos[group] = videos.get(group, 0) + labelled(cache, [item])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from vaflow.train.windows import ClipRows
 FPS = 25.0
 
 
-def noise(frames: int, seed: int = 0) -> np.ndarray:
+def noise(frames: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).normal(size=(frames, 2))
 
 
@@ -78,7 +79,7 @@ def test_few_frames_and_no_width(kind: str) -> None:
         value = noise(frames)
         assert smooth(np.arange(frames) / FPS, value, 10.0).shape == (frames, 2)
         np.testing.assert_array_equal(smooth(np.arange(frames) / FPS, value, 0.0), value)
-    sparse = np.arange(8) * 5.0  # a frame every five seconds: nothing else is near
+    sparse: np.ndarray = np.arange(8) * 5.0  # a frame every five seconds: nothing else is near
     np.testing.assert_allclose(smooth(sparse, noise(8), 1.0), noise(8), atol=1e-12)
     same = np.repeat([0.0, 1.0], 4)  # two instants only: the best polynomial is a line, or the means
     assert np.isfinite(smooth(same, noise(8), 4.0)).all()

@@ -1,0 +1,99 @@
+"""`vaflow folds`, `vaflow ensemble`, and what `vaflow evaluate` can be asked for, as a person types them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from vaflow.cache import Cache
+from vaflow.cli import main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+
+from synthetic_cache import Toy, make_cache
+
+SMALL = ["--set", "hidden=8", "--lr", "1e-2", "--batch-size", "8", "--epochs", "2", "--device", "cpu", "-q"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("cli") / "cache", Toy(seconds=(8, 14)))
+
+
+@pytest.fixture(scope="module")
+def run(cache: Cache, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", str(cache.path), "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def printed(command: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
+    assert main(command) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_folds_are_shown_and_trained_on(cache: Cache, tmp_path: Path, capsys) -> None:
+    command = ["folds", str(cache.path), "--folds", "3"]
+    facts = printed([*command, "--json"], capsys)
+    assert [part["fold"] for part in facts] == [1, 2, 3]  # type: ignore[index]
+    assert sorted(clip for part in facts for clip in part["clips"]) == cache.items()  # type: ignore[index]
+    assert main([*command, "-v"]) == 0
+    out = capsys.readouterr().out
+    assert "labelled frames" in out and f"fold 3: {', '.join(facts[2]['clips'])}" in out  # type: ignore[index]
+    assert printed([*command, "--split", "train", "--json"], capsys) != facts
+    fold = ["--folds", "3", "--fold", "2", "--out", str(tmp_path / "run")]
+    assert main(["train", str(cache.path), *fold, *SMALL]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["split"] == "fold2of3" and metrics["n_clips"] == len(facts[1]["clips"])  # type: ignore[index]
+    assert main(["folds", str(cache.path), "--folds", "99"]) == 2
+    assert "source videos" in capsys.readouterr().err
+
+
+def test_an_ensemble_is_printed_and_written(run: Path, cache: Cache, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other"
+    assert main(["train", str(cache.path), "--out", str(other), *SMALL, "--seed", "1"]) == 0
+    command = ["ensemble", str(run), str(other), "--out", str(tmp_path / "both"), "--weights", "search"]
+    metrics = printed([*command, "--json"], capsys)
+    assert metrics == json.loads((tmp_path / "both" / "metrics.json").read_text())
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "weights" in said.out and str(other) in said.out and "warning: the weights were found" in said.err
+    assert main([*command[:-1], "best"]) == 2
+    assert "Choices: ccc, mean, search" in capsys.readouterr().err
+
+
+def test_a_smoothing_stays_until_it_is_taken_back(run: Path, capsys) -> None:
+    command = ["evaluate", str(run), "--device", "cpu"]
+    plain = printed([*command, "--json"], capsys)
+    assert main([*command, "--smooth", "savgol", "--smooth-seconds", "1.5"]) == 0
+    assert "smoothed: savgol, 1.5 s" in capsys.readouterr().out
+    smooth = printed([*command, "--json"], capsys)
+    assert smooth["smoothing"]["seconds"] == 1.5 and smooth["ccc"] != plain["ccc"]
+    auto = printed([*command, "--smooth", "mean", "--json"], capsys)
+    assert auto["smoothing"]["chosen_on"] == "val"
+    assert auto["ccc"]["mean"] >= plain["ccc"]["mean"] - 1e-9
+    assert printed([*command, "--smooth", "none", "--json"], capsys) == plain
+    for wrong, says in ((["--smooth", "median"], "Choices"), (["--smooth", "mean", "--smooth-seconds", "x"], "auto")):
+        assert main([*command, *wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_without_a_modality_and_by_group(run: Path, tmp_path: Path, capsys) -> None:
+    groups = tmp_path / "groups.csv"
+    groups.write_text("item,gender\nval0,f\nval1,m\nval2,f\n")
+    command = ["evaluate", str(run), "--device", "cpu", "--groups", str(groups)]
+    assert main([*command, "--without", "visual"]) == 0
+    out = capsys.readouterr().out
+    assert "without visual" in out and "gender" in out
+    metrics = printed([*command, "--json"], capsys)
+    assert {group: part["n_clips"] for group, part in metrics["by_group"]["gender"].items()} == {"f": 2, "m": 1}
+    assert json.loads((run / "metrics.json").read_text())["by_group"] == metrics["by_group"]
+    assert set(metrics["by_intensity"]) == {"valence", "arousal"}
+    assert main(["evaluate", str(run), "--without", "sound"]) == 2
+
+
+@pytest.mark.parametrize("command", ["folds", "ensemble", "train", "evaluate"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"Example: vaflow {command}" in " ".join(capsys.readouterr().out.split())

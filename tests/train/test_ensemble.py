@@ -1,0 +1,188 @@
+"""Ensembles: weights against brute force and SciPy, traces against sums by hand, one run against itself."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from synthetic_cache import Toy, make_cache
+
+from vaflow.cache import Cache
+from vaflow.errors import UsageError
+from vaflow.train.config import TrainConfig
+from vaflow.train.ensemble import combine, ensemble_runs
+from vaflow.train.runs import RunFolder, load_run
+from vaflow.train.training import train_run
+from vaflow.train.weighting import best_weights, concordance_weights, onto_simplex
+
+CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=2, device="cpu")
+
+
+def ccc(x: np.ndarray, y: np.ndarray) -> float:
+    return 2 * np.cov(x, y, bias=True)[0, 1] / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
+
+
+def opinions(runs: int, seed: int, frames: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions with noise, shrinkage, bias and faults in common."""
+    rng = np.random.default_rng(seed)
+    label = np.cumsum(rng.normal(size=frames)) / 15
+    common = rng.normal(size=frames) * 0.2
+    scale, bias = rng.uniform(0.1, 1.2, runs), rng.normal(scale=0.2, size=runs)
+    own = rng.normal(size=(frames, runs)) * rng.uniform(0.05, 0.8, runs)
+    return label[:, None] * scale + bias + own + common[:, None], label
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_two_runs_are_weighed_as_a_fine_grid_says(seed: int) -> None:
+    x, y = opinions(2, seed)
+    weights = best_weights(x, y)
+    grid = max(ccc(x @ [w, 1 - w], y) for w in np.linspace(0, 1, 2001))
+    assert weights.min() >= 0 and weights.sum() == pytest.approx(1)
+    assert ccc(x @ weights, y) >= grid - 1e-9
+
+
+@pytest.mark.parametrize(("runs", "seed"), [(3, 0), (5, 1), (5, 2), (9, 3)])
+def test_more_runs_are_weighed_as_scipy_does_from_many_starts(runs: int, seed: int) -> None:
+    x, y = opinions(runs, seed)
+    starts = np.random.default_rng(0).dirichlet(np.ones(runs), 20)
+    best = max(
+        -minimize(  # type: ignore[call-overload]
+            lambda w: -ccc(x @ w, y),
+            start,
+            bounds=[(0, 1)] * runs,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            options={"ftol": 1e-14},
+        ).fun
+        for start in starts
+    )
+    assert ccc(x @ best_weights(x, y), y) == pytest.approx(best, abs=1e-6)
+
+
+def test_runs_that_say_the_same_or_nothing_right() -> None:
+    x, y = opinions(1, 4)
+    same = best_weights(np.repeat(x, 3, axis=1), y)
+    assert same.sum() == pytest.approx(1) and same.min() >= 0
+    assert best_weights(x, y).tolist() == [1.0]
+    wrong = best_weights(np.stack([-y, -0.1 * y], axis=1), y)  # below 0 whatever one does: the least bad
+    assert wrong.tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="best_weights"):
+        best_weights(x, y[:-1])
+
+
+def test_weights_in_proportion_to_concordance() -> None:
+    assert concordance_weights(np.array([0.6, 0.2, -0.3])).tolist() == pytest.approx([0.75, 0.25, 0])
+    assert concordance_weights(np.array([-0.6, -0.2])).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_projection_is_the_nearest_point_of_the_simplex(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    point = rng.normal(size=4) * 2
+    found = onto_simplex(point)
+    others = rng.dirichlet(np.full(4, 0.5), 5000)
+    assert found.sum() == pytest.approx(1) and found.min() >= 0
+    assert np.linalg.norm(others - point, axis=1).min() >= np.linalg.norm(found - point) - 1e-9
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("ensemble") / "cache", Toy(seconds=(8, 14)))
+
+
+@pytest.fixture(scope="module")
+def runs(cache: Cache, tmp_path_factory) -> list[Path]:
+    """Of different streams and windows."""
+    folder = tmp_path_factory.mktemp("runs")
+    configs = [
+        CONFIG,
+        replace(CONFIG, seed=1, audio=("none",), window=6.0, stride=2.0, frames=12),
+        replace(CONFIG, seed=2, visual=("none",), kl_weight=0.0),
+    ]
+    for k, config in enumerate(configs):
+        train_run(cache, config, folder / str(k), tensorboard=False, pictures=False)
+    return [folder / str(k) for k in range(len(configs))]
+
+
+def predictions(folder: Path, split: str = "val") -> dict[str, np.ndarray]:
+    """Item -> frame, time, valence, arousal, and the labels."""
+    found = {}
+    for path in sorted((folder / "predictions" / split).glob("*.csv")):
+        found[path.stem] = np.genfromtxt(path, delimiter=",", skip_header=1)
+    return found
+
+
+@pytest.mark.parametrize("how", ["mean", "ccc", "search"])
+def test_an_ensemble_of_one_is_the_run(runs: list[Path], tmp_path: Path, how: str) -> None:
+    _, metrics = ensemble_runs(runs[:1], tmp_path / "one", how, device="cpu")
+    own = RunFolder(runs[0]).read_metrics()
+    for key in set(own) - {"best_epoch", "epochs", "warnings"}:
+        assert metrics[key] == own[key], key
+    assert json.loads((tmp_path / "one" / "metrics.json").read_text()) == metrics
+    for item in ("val0", "val1", "val2"):
+        name = Path("predictions", "val", f"{item}.csv")
+        assert (tmp_path / "one" / name).read_text() == (runs[0] / name).read_text()
+
+
+@pytest.mark.parametrize("how", ["mean", "ccc", "search"])
+def test_an_ensemble_is_the_weighted_mean_of_what_its_runs_wrote(runs: list[Path], tmp_path: Path, how: str) -> None:
+    made, metrics = ensemble_runs(runs, tmp_path / "all", how, device="cpu")
+    assert made.table.shape == (3, 2) and made.table.min() >= 0
+    np.testing.assert_allclose(made.table.sum(axis=0), 1)
+    parts, found = [predictions(run) for run in runs], predictions(tmp_path / "all")
+    for item, rows in found.items():
+        expected = sum(made.table[k] * part[item][:, 2:4] for k, part in enumerate(parts))
+        np.testing.assert_allclose(rows[:, 2:4], expected, atol=2e-6)  # of numbers with six digits
+    own = [RunFolder(run).read_metrics()["ccc"] for run in runs]
+    for k, name in enumerate(("valence", "arousal")):
+        scores = np.clip([one[name] for one in own], 0, None)
+        assert json.loads((tmp_path / "all" / "ensemble.json").read_text())["weights"][name] == list(made.table[:, k])
+        if how == "ccc" and scores.sum() > 0:
+            np.testing.assert_allclose(made.table[:, k], scores / scores.sum(), atol=1e-9)
+        if how == "search":
+            assert metrics["ccc"][name] >= max(one[name] for one in own) - 1e-6
+    assert ("weights were found on the split" in " ".join(metrics["warnings"])) == (how == "search")
+    assert "regions" not in metrics  # one run has no prompt head
+
+
+def test_weights_may_be_found_on_another_split(runs: list[Path], tmp_path: Path) -> None:
+    made, metrics = ensemble_runs(runs, tmp_path / "e", "search", weights_split="train", device="cpu")
+    assert made.weights_split == "train" and metrics["split"] == "val"
+    _, on_train = ensemble_runs(runs, tmp_path / "t", "search", split="train", weights_split="train", device="cpu")
+    assert on_train["ensemble"]["weights_split"] == "train"
+    assert not any("found on" in warning for warning in metrics["warnings"])
+
+
+def test_an_ensemble_is_made_again_in_its_own_folder_and_in_no_other(runs: list[Path], tmp_path: Path) -> None:
+    ensemble_runs(runs[:2], tmp_path / "e", device="cpu")
+    ensemble_runs(runs, tmp_path / "e", device="cpu")
+    assert len(json.loads((tmp_path / "e" / "ensemble.json").read_text())["runs"]) == 3
+    with pytest.raises(UsageError, match="is a run's folder"):
+        ensemble_runs(runs, runs[0], device="cpu")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").touch()
+    with pytest.raises(UsageError, match="no run wrote"):
+        ensemble_runs(runs, tmp_path / "photos", device="cpu")
+
+
+def test_what_cannot_be_an_ensemble(runs: list[Path], cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'search'"):
+        ensemble_runs(runs, tmp_path / "e", "serch", device="cpu")
+    with pytest.raises(UsageError, match="not a run folder"):
+        ensemble_runs([tmp_path / "absent"], tmp_path / "e", device="cpu")
+    fold = replace(CONFIG, folds=3, fold=1, epochs=1)
+    train_run(cache, fold, tmp_path / "fold", tensorboard=False, pictures=False)
+    with pytest.raises(UsageError, match="--split, a split that none of them was trained on"):
+        ensemble_runs([runs[0], tmp_path / "fold"], tmp_path / "e", device="cpu")
+
+
+def test_region_probabilities_are_averaged(runs: list[Path], cache: Cache) -> None:
+    from vaflow.train.data import load_split
+
+    loaded = [load_run(run) for run in runs[:2]]
+    said = [list(run.traces(load_split(cache, "val", run.record.streams, run.record.config))) for run in loaded]
+    weights = np.array([[0.3, 0.5], [0.7, 0.5]])
+    for mixed, one, other in zip(combine(said, weights), *said, strict=True):
+        assert one.regions is not None and other.regions is not None
+        np.testing.assert_allclose(mixed.regions, 0.4 * one.regions + 0.6 * other.regions)
