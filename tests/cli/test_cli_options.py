@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def run(cache: Cache, tmp_path_factory) -> Path:
     return out
 
 
-def printed(command: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
+def printed(command: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     assert main(command) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -36,16 +37,16 @@ def printed(command: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
 def test_folds_are_shown_and_trained_on(cache: Cache, tmp_path: Path, capsys) -> None:
     command = ["folds", str(cache.path), "--folds", "3"]
     facts = printed([*command, "--json"], capsys)
-    assert [part["fold"] for part in facts] == [1, 2, 3]  # type: ignore[index]
-    assert sorted(clip for part in facts for clip in part["clips"]) == cache.items()  # type: ignore[index]
+    assert [part["fold"] for part in facts] == [1, 2, 3]
+    assert sorted(clip for part in facts for clip in part["clips"]) == cache.items()
     assert main([*command, "-v"]) == 0
     out = capsys.readouterr().out
-    assert "labelled frames" in out and f"fold 3: {', '.join(facts[2]['clips'])}" in out  # type: ignore[index]
+    assert "labelled frames" in out and f"fold 3: {', '.join(facts[2]['clips'])}" in out
     assert printed([*command, "--split", "train", "--json"], capsys) != facts
     fold = ["--folds", "3", "--fold", "2", "--out", str(tmp_path / "run")]
     assert main(["train", str(cache.path), *fold, *SMALL]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["split"] == "fold2of3" and metrics["n_clips"] == len(facts[1]["clips"])  # type: ignore[index]
+    assert metrics["split"] == "fold2of3" and metrics["n_clips"] == len(facts[1]["clips"])
     assert main(["folds", str(cache.path), "--folds", "99"]) == 2
     assert "source videos" in capsys.readouterr().err
 
