@@ -148,7 +148,8 @@ def _encode_rows(table: StreamTable, source: Source, backbone: Backbone, rank: i
     wanted = torch.unique((read - 1) // backbone.per_unit)
     read_units = (read - 1) // backbone.per_unit
     size = ENCODE_BATCH[backbone.encoder.device.type]["visual" if backbone.stream.kind == VISUAL else "audio"]
-    for units in wanted.split(size)[rank::ranks]:
+    batches = wanted.split(size) if len(wanted) else ()  # of nothing, PyTorch makes one empty part
+    for units in batches[rank::ranks]:
         inputs = source.read(units)
         padded = inputs.new_zeros(size, *inputs.shape[1:])
         padded[: len(inputs)] = inputs

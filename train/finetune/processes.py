@@ -16,7 +16,9 @@ PRECISION: Mapping[str, Literal["32-true", "bf16-mixed"]] = {"float32": "32-true
 
 @contextmanager
 def processes(config: TrainConfig) -> Iterator[Any]:
-    """A launched Fabric; the other processes' log says warnings only.
+    """A launched Fabric; meanwhile the log of all processes but the first says warnings only.
+
+    Processes stay connected until they end: a second connection would meet what the first one left.
 
     Raises:
         UsageError: the device is not there.
@@ -44,8 +46,6 @@ def processes(config: TrainConfig) -> Iterator[Any]:
         yield fabric
     finally:
         quiet.setLevel(level)
-        if world > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def _precision(config: TrainConfig, device: torch.device) -> str:

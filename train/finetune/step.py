@@ -132,7 +132,9 @@ def _whole_loss(tuning: Tuning, own: Tensor, share: Share) -> tuple[Tensor, dict
     fabric, config, windows = tuning.fabric, tuning.config, tuning.windows
     said = own
     if fabric.world_size > 1:
-        pieces = list(fabric.all_gather(own.detach()))
+        everything = own.new_zeros(fabric.world_size, *own.shape)
+        everything[fabric.global_rank] = own.detach()
+        pieces = list(fabric.all_reduce(everything, reduce_op="sum"))
         pieces[fabric.global_rank] = own
         said = torch.cat(pieces)
     ids = share.ids.to(windows.device)

@@ -1,0 +1,57 @@
+"""A real cache with pixels, by the tiny encoders: two clips to train on, one to validate on."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from finetune_ready import SETTINGS, Loaded
+
+from vaflow.cache import Cache, open_cache
+from vaflow.datasets import open_dataset
+from vaflow.extract.config import ExtractConfig
+from vaflow.extract.pipeline import extract
+
+CLIPS = {"obama.mp4": "train", "face_noface.mov": "train", "carphone.mp4": "val"}
+FRAMES = 200  # at least as many rows of annotation as any of them has frames
+EXTRACTION = ExtractConfig(
+    visual=("clip-tiny",), audio=("ast-tiny",), window=4.0, stride=1.5, frames=8, audio_steps=8, pixels=True, workers=1
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    """A folder of clips with an invented annotation beside each."""
+    root = tmp_path_factory.mktemp("videos")
+    for number, name in enumerate(CLIPS):
+        (root / name).symlink_to((clips / name).resolve())
+        with (root / name).with_suffix(".csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["frame", "valence", "arousal"])
+            angle = np.arange(FRAMES) / 30 + number
+            rows.writerows(zip(range(FRAMES), np.sin(angle) / 2, np.cos(2 * angle) / 2, strict=True))
+    splits = [f"{Path(name).stem},{split}" for name, split in CLIPS.items()]
+    (root / "splits.csv").write_text("\n".join(["name,split", *splits]) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def pixels_cache(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Cache:
+    """What `vaflow extract --pixels` makes of them; nobody may write into it."""
+    path = tmp_path_factory.mktemp("cache") / "cache"
+    summary = extract(open_dataset(videos, "videos"), path, EXTRACTION)
+    assert not summary.failures
+    return open_cache(path)
+
+
+@pytest.fixture
+def loaded(pixels_cache: Cache) -> Loaded:
+    """With settings that leave no randomness."""
+    return Loaded(pixels_cache, replace(SETTINGS, dropout=0.0))

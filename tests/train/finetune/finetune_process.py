@@ -1,0 +1,43 @@
+"""A program for tests: gradients of one step, and a whole run, on as many processes as it is started on.
+
+Usage: finetune_process.py CACHE OUT
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from finetune_ready import SETTINGS, Loaded, tuning
+from torch import Tensor
+
+from vaflow.cache import open_cache
+from vaflow.train.finetune.processes import processes
+from vaflow.train.finetune.step import read_share, train_step
+from vaflow.train.storage import write_tensors
+from vaflow.train.training import train_run
+
+CONFIG = replace(SETTINGS, dropout=0.0, augment=True, accumulate=2)
+WINDOWS = 5  # of the batch: no multiple of what it is divided into
+
+
+def gradients(cache: Path) -> dict[str, Tensor]:
+    """Of the whole batch, by parameter, with the losses under "losses"."""
+    with processes(CONFIG) as fabric:
+        ready = Loaded(open_cache(cache), CONFIG)
+        work = tuning(ready, fabric)
+        numbers = (0, 0, 0)
+        losses = train_step(work, read_share(work, torch.arange(WINDOWS), numbers), numbers)
+        found = {name: p.grad.clone() for name, p in work.model.named_parameters() if p.grad is not None}
+        return found | {"losses": losses}
+
+
+def main(cache: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    found = gradients(cache)
+    train_run(open_cache(cache), replace(CONFIG, epochs=1), out / "run", tensorboard=False, pictures=False)
+    write_tensors(out / "gradients.safetensors", found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,165 @@
+"""What the backbones read is what the cache was made of; frozen, they give what it holds."""
+
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from finetune_ready import SETTINGS, Loaded, copied
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vaflow.cache import Cache
+from vaflow.cache.schema import LABELS, LOGMEL, PIXELS
+from vaflow.errors import DataError, FingerprintError, UsageError
+from vaflow.train.builder import build_model
+from vaflow.train.finetune.augment import Augment
+from vaflow.train.finetune.backbones import build_backbones, choose_trained, recompute, tunable
+from vaflow.train.finetune.data import Pictures, check_sources, load_sources
+from vaflow.train.finetune.model import TunedModel, encode_split, gather, share_units
+
+HALF = 2.0**-10  # relative distance of two neighbours in float16, at most
+
+
+@pytest.mark.parametrize("windows", [{}, {"window": 3.0, "stride": 1.0, "frames": 6}])
+def test_frozen_backbones_predict_what_the_cached_pipeline_does(pixels_cache: Cache, windows: dict) -> None:
+    ready = Loaded(pixels_cache, replace(SETTINGS, finetune_blocks=0, **windows))
+    torch.manual_seed(0)
+    heads = build_model(ready.config, ready.inputs.specs, ready.inputs.prototypes)
+    model = TunedModel(heads, ready.backbones).eval()
+    assert not any(choose_trained(backbone, 0) for backbone in ready.backbones)
+    train = ready.data.train
+    with torch.no_grad():
+        for ids in train.in_order(3):
+            cached = heads(train.gather(ids))
+            said = model(gather(train, ready.sources, ready.backbones, ids))
+            torch.testing.assert_close(said[..., :2], cached.va, rtol=4 * HALF, atol=4 * HALF)
+            torch.testing.assert_close(said[..., 2:], cached.region_logits, rtol=16 * HALF, atol=16 * HALF)
+
+
+def test_a_split_encoded_anew_is_the_cache(loaded: Loaded) -> None:
+    train = loaded.data.train
+    again = encode_split(train, loaded.sources, loaded.backbones)
+    for name, table in train.tables.items():
+        read = torch.unique(table.index).long()
+        assert len(read) > 8, "the clips have faces and sound"
+        mine, theirs = again.tables[name].rows[read].double(), table.rows[read].double()
+        torch.testing.assert_close(mine, theirs, rtol=HALF, atol=2.0**-12)
+        assert (mine == theirs).double().mean() > 0.95  # the same batch size: nearly always the same bits
+    parts = [encode_split(train, loaded.sources, loaded.backbones, rank=rank, ranks=3) for rank in range(3)]
+    for name in train.tables:
+        assert torch.equal(sum(part.tables[name].rows for part in parts), again.tables[name].rows)
+
+
+def test_a_split_without_sound_is_encoded(loaded: Loaded) -> None:
+    val = loaded.data.val
+    assert not val.tables["ast-tiny"].index.any(), "the clip is silent film"
+    again = encode_split(val, load_sources(loaded.cache, val, loaded.backbones), loaded.backbones)
+    assert not again.tables["ast-tiny"].rows.any()
+    assert again.tables["clip-tiny"].rows.any()
+
+
+def test_pictures_are_the_stored_files(loaded: Loaded) -> None:
+    source, train = loaded.sources["clip-tiny"], loaded.data.train
+    assert isinstance(source, Pictures)
+    images = [image for clip in train.clips for image in loaded.cache.read(PIXELS, clip.item).images]
+    units = [k for k, image in enumerate(images) if image]
+    decoded = [np.array(Image.open(BytesIO(images[k])).convert("RGB")) for k in units]
+    expected = np.stack([loaded.backbones[0].encoder.prepare(image) for image in decoded])
+    np.testing.assert_array_equal(source.read(torch.tensor(units)).numpy(), expected)
+
+
+def test_sounds_are_the_log_mel_under_each_window(loaded: Loaded) -> None:
+    expected = []
+    for clip in loaded.data.train.clips:
+        mel = loaded.cache.read(LOGMEL, clip.item).embedding.astype(np.float32)
+        for start in loaded.cache.read("ast-tiny", clip.item).start:
+            row = np.zeros((398, 128), np.float32)  # 4 s less what does not fill a frame
+            part = mel[round(start * 100) :][:398]
+            row[: len(part)] = part
+            expected.append(row)
+    source = loaded.sources["ast-tiny"]
+    np.testing.assert_array_equal(source.read(torch.arange(len(expected))).numpy(), np.stack(expected))
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, 30), min_size=3, max_size=3), min_size=1, max_size=5), per=st.integers(1, 4)
+)
+def test_every_unit_is_read_once_and_every_row_found(rows: list[list[int]], per: int) -> None:
+    index = torch.tensor(rows)
+    wanted, place = share_units(index, per)
+    assert wanted.tolist() == sorted({(row - 1) // per for line in rows for row in line if row})
+    held = [0] + [1 + unit * per + k for unit in wanted.tolist() for k in range(per)]  # rows in the encoder's result
+    assert [[held[k] for k in line] for line in place.tolist()] == rows
+
+
+def test_windows_share_what_they_read(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, seen = loaded.data.train, []
+    decode = Pictures._decode
+    monkeypatch.setattr(Pictures, "_decode", lambda self, unit: (seen.append(unit), decode(self, unit))[1])
+    gather(train, loaded.sources, loaded.backbones, torch.arange(len(train)), Augment((0,)))
+    read = train.tables["clip-tiny"].index
+    assert len(seen) == len(set(seen)) == len(torch.unique(read[read > 0])) < int((read > 0).sum())
+
+
+def test_a_cache_without_what_was_encoded_says_how_to_get_it(pixels_cache: Cache, tmp_path: Path) -> None:
+    streams = tunable(Loaded(pixels_cache, SETTINGS).inputs.streams)
+    with pytest.raises(UsageError, match=r"has no pixels.*--visual clip-tiny --audio ast-tiny --pixels"):
+        check_sources(copied(pixels_cache, tmp_path / "a", pixels=None), streams)
+    sampling = {"window": 8.0, "stride": 1.5, "frames": 8, "audio_steps": 8}
+    with pytest.raises(UsageError, match=r"not what clip-tiny was made of.*8\.0.*--pixels"):
+        check_sources(copied(pixels_cache, tmp_path / "b", pixels={"sampling": sampling}), streams)
+
+
+def test_clips_without_their_pixels_are_named(pixels_cache: Cache, tmp_path: Path) -> None:
+    cache = copied(pixels_cache, tmp_path / "a", leave=(PIXELS, "obama"))
+    with pytest.raises(DataError, match=r"1 clips have clip-tiny but no pixels: obama"):
+        Loaded(cache, SETTINGS)
+    assert cache.has(LABELS, "obama")
+
+
+def test_encoders_must_be_those_of_the_cache(loaded: Loaded, tmp_path: Path) -> None:
+    streams = tunable(loaded.inputs.streams)
+    clip = loaded.backbones[0].encoder
+    with torch.no_grad():
+        clip.module.ln_post.bias += 1
+    path = clip.save(tmp_path, "other")
+    with pytest.raises(FingerprintError, match=r"--weights clip-tiny=PATH"):
+        build_backbones(streams, {"clip-tiny": path}, torch.device("cpu"))
+    with pytest.raises(UsageError, match="not trained"):
+        build_backbones(streams, {"clip-vit-b16": path}, torch.device("cpu"))
+
+
+def test_the_last_blocks_learn_with_what_follows_them(loaded: Loaded) -> None:
+    expected = {"clip-tiny": {"transformer.resblocks.1", "ln_post", "proj"}, "ast-tiny": {"layers.1", "layernorm"}}
+    for backbone in loaded.backbones:
+        names = {name for name, _ in backbone.module.named_parameters()}
+        choose_trained(backbone, 1)
+        learning = {name for name, parameter in backbone.module.named_parameters() if parameter.requires_grad}
+        heads = expected[backbone.stream.name]
+        assert learning == {n for n in names if any(n == head or n.startswith(f"{head}.") for head in heads)}
+        assert len(choose_trained(backbone, None)) == len(names)
+        with pytest.raises(UsageError, match="at most 2"):
+            choose_trained(backbone, 3)
+
+
+def test_recomputed_activations_change_no_gradient(loaded: Loaded) -> None:
+    for backbone in loaded.backbones:
+        inputs = loaded.sources[backbone.stream.name].read(torch.tensor([0, 1]))
+        found = []
+        for again in (False, True):
+            if again:
+                recompute(backbone)
+            backbone.module.zero_grad()
+            backbone.features(inputs).square().mean().backward()
+            found.append([p.grad.clone() for p in backbone.module.parameters() if p.grad is not None])
+        for before, after in zip(*found, strict=True):
+            torch.testing.assert_close(after, before)
+        assert len(found[0]) > 10
+
+
+def test_sources_of_part_of_the_streams(loaded: Loaded) -> None:
+    assert set(load_sources(loaded.cache, loaded.data.val, loaded.backbones[1:])) == {"ast-tiny"}

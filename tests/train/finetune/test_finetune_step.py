@@ -1,0 +1,154 @@
+"""One step: its gradients against the plain composition, however the batch is divided and by how many processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_process import CONFIG, gradients
+from finetune_ready import SETTINGS, Loaded, tuning
+
+from vaflow.cache import Cache, open_cache
+from vaflow.train.config import TrainConfig
+from vaflow.train.finetune.backbones import Backbone
+from vaflow.train.finetune.processes import processes
+from vaflow.train.finetune.step import Tuning, ahead, divide, read_share, train_epoch, train_step
+from vaflow.train.losses import total_loss
+from vaflow.train.storage import read_tensors
+from vaflow.train.training import train_run
+
+NUMBERS = (0, 0, 0)
+PLAIN = replace(SETTINGS, dropout=0.0)
+
+
+@pytest.fixture
+def fabric() -> Iterator[Any]:
+    with processes(SETTINGS) as opened:
+        yield opened
+
+
+def step(cache: Cache, fabric: Any, config: TrainConfig, windows: int = 4) -> tuple[Tuning, torch.Tensor]:
+    """A step on the first windows; the gradients stay in the model."""
+    work = tuning(Loaded(cache, config), fabric, config.finetune_blocks)
+    return work, train_step(work, read_share(work, torch.arange(windows), NUMBERS), NUMBERS)
+
+
+def close(one: Tuning, other: Tuning) -> None:
+    theirs = dict(other.model.named_parameters())
+    compared = 0
+    for name, parameter in one.model.named_parameters():
+        assert (parameter.grad is None) == (theirs[name].grad is None), name
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max())
+            torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-3, atol=1e-5 + 1e-4 * scale)
+            compared += 1
+    assert compared > 40
+
+
+def row_of(rows: dict[int, torch.Tensor], row: int, backbone: Backbone) -> torch.Tensor:
+    if row == 0:
+        return torch.zeros(backbone.stream.dim)
+    return rows[(row - 1) // backbone.per_unit][(row - 1) % backbone.per_unit]
+
+
+def test_gradients_are_those_of_the_plain_composition(pixels_cache: Cache, fabric: Any) -> None:
+    """Every unit of the split encoded, rows looked up, heads, loss: autograd on that, without sharing or dividing."""
+    work, losses = step(pixels_cache, fabric, PLAIN)
+    plain = tuning(Loaded(pixels_cache, PLAIN), fabric)
+    windows = plain.windows
+    batch = windows.gather(torch.arange(4))
+    features = {}
+    for backbone in plain.model.backbones:
+        name = backbone.stream.name
+        index = windows.tables[name].index[:4].long()
+        units = (torch.unique(index[index > 0]) - 1) // backbone.per_unit
+        encoded = {unit: plain.sources[name].read(torch.tensor([unit])) for unit in set(units.tolist())}
+        rows = {unit: backbone.features(picture) for unit, picture in encoded.items()}
+        features[name] = torch.stack([torch.stack([row_of(rows, r, backbone) for r in w]) for w in index.tolist()])
+    loss, parts = total_loss(plain.model.heads(replace(batch, features=features)), batch, kl_weight=0.2)
+    loss.backward()
+    close(plain, work)
+    torch.testing.assert_close(losses[:3], torch.stack([parts[name] for name in ("total", "ccc", "kl")]))
+
+
+@pytest.mark.parametrize("change", [{"accumulate": 3}, {"checkpointing": True}, {"accumulate": 9, "augment": True}])
+def test_what_saves_memory_changes_no_gradient(pixels_cache: Cache, fabric: Any, change: dict) -> None:
+    same = {"augment": change.get("augment", False)}
+    whole, losses = step(pixels_cache, fabric, replace(PLAIN, **same))
+    parts, theirs = step(pixels_cache, fabric, replace(PLAIN, **change))
+    close(whole, parts)
+    torch.testing.assert_close(theirs, losses, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_the_same_in_both_passes(pixels_cache: Cache, fabric: Any) -> None:
+    """With the whole batch in the first of two parts, dividing it must not matter even with dropout."""
+    config = replace(SETTINGS, dropout=0.5, modality_dropout=0.5)
+    one = tuning(Loaded(pixels_cache, config), fabric)
+    share = read_share(one, torch.arange(4), NUMBERS)
+    train_step(one, share, NUMBERS)
+    two = tuning(Loaded(pixels_cache, config), fabric)
+    ids, real = share.ids.repeat(2), torch.cat([share.real, ~share.real])
+    train_step(two, replace(share, ids=ids, real=real, parts=share.parts * 2), NUMBERS)
+    close(one, two)
+
+
+def test_frozen_backbones_stay_and_heads_learn(pixels_cache: Cache, fabric: Any) -> None:
+    work, _ = step(pixels_cache, fabric, replace(PLAIN, finetune_blocks=0))
+    assert all(p.grad is None for p in work.model.networks.parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in work.model.heads.parameters())
+    assert [group["lr"] for group in work.optimizer.param_groups] == [1e-3]
+
+
+def test_groups_have_their_own_rates_and_one_schedule(pixels_cache: Cache, fabric: Any) -> None:
+    work = tuning(Loaded(pixels_cache, replace(PLAIN, warmup=2.0)), fabric)
+    assert [group["lr"] for group in work.optimizer.param_groups] == [1e-3, 1e-4]
+    assert {group["weight_decay"] for group in work.optimizer.param_groups} == {PLAIN.weight_decay}
+    row = train_epoch(work, 0)  # half of the warm-up
+    assert [group["lr"] for group in work.optimizer.param_groups] == pytest.approx([5e-4, 5e-5])
+    assert row["lr"] == pytest.approx(5e-4)
+    assert row["loss_total"] > 0
+    assert not any(network.training for network in work.model.networks)
+
+
+@pytest.mark.parametrize(("count", "processes", "parts"), [(5, 2, 2), (16, 2, 1), (1, 3, 2), (7, 1, 7)])
+def test_a_batch_is_divided_whole(count: int, processes: int, parts: int) -> None:
+    ids = torch.arange(10, 10 + count)
+    divided, real = divide(ids, processes, parts)
+    assert divided.shape == real.shape == (processes, parts, -(-count // (processes * parts)))
+    assert divided[real].tolist() == ids.tolist()
+
+
+def test_reading_ahead_keeps_order_and_passes_errors_on() -> None:
+    assert list(ahead(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
+    results = ahead(lambda x: 1 // x, [1, 0])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_two_processes_give_the_gradients_of_one(pixels_cache: Cache, tmp_path: Path) -> None:
+    program = Path(__file__).with_name("finetune_process.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    folders = os.pathsep.join([str(program.parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(pixels_cache.path), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    theirs, _ = read_tensors(tmp_path / "gradients.safetensors")
+    mine = gradients(pixels_cache.path)
+    assert mine.keys() == theirs.keys()
+    for name, gradient in mine.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * scale, msg=name)
+    alone = train_run(
+        open_cache(pixels_cache.path), replace(CONFIG, epochs=1), tmp_path / "alone", tensorboard=False, pictures=False
+    )
+    both = train_run(open_cache(pixels_cache.path), replace(CONFIG, epochs=1), tmp_path / "run")
+    assert both.was_done
+    assert both.metrics["ccc"]["mean"] == pytest.approx(alone.metrics["ccc"]["mean"], abs=0.02)
