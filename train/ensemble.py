@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache import Cache, open_cache
-from vaflow.errors import DataError, UsageError, explain
+from vaflow.errors import CorruptError, DataError, UsageError, explain
 from vaflow.timeline import Floats
 from vaflow.train.builder import choose_device
 from vaflow.train.data import load_split
@@ -114,6 +114,22 @@ def ensemble_runs(
     write_predictions(folder.predictions(split), traces)
     folder.write_metrics(report)
     return ensemble, report
+
+
+def members_of(path: Path) -> tuple[list[Path], Floats]:
+    """The runs of an ensemble and their weights, [N, 2]; of a run, itself.
+
+    Raises:
+        CorruptError: `ensemble.json` is damaged.
+    """
+    file = Path(path) / FILE
+    if not file.is_file():
+        return [Path(path)], np.ones((1, 2))
+    try:
+        ensemble = Ensemble(**json.loads(file.read_text("utf-8")))
+        return [Path(run) for run in ensemble.runs], ensemble.table
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptError(explain(f"{file} cannot be read", got=error)) from error
 
 
 class Members:

@@ -184,6 +184,9 @@ def interval_of(kind: str, identity: Mapping[str, Any]) -> float | None:
 
 
 def _visual_input(info: StreamInfo, grid: Grid) -> InputStream:
+    cached = interval_of(info.kind, info.identity)
+    if cached and grid.step < cached / 2:
+        log.info("%s: a sample every %.3g s for a frame every %.3g s: neighbours share", info.name, cached, grid.step)
     return InputStream(info.name, info.kind, info.dim, int(grid.frames), fingerprint(info), info.identity)
 
 

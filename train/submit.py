@@ -18,6 +18,7 @@ from vaflow.errors import DataError, UsageError, explain
 from vaflow.timeline import Floats
 from vaflow.train.builder import choose_device
 from vaflow.train.data import load_windows
+from vaflow.train.ensemble import combine, members_of
 from vaflow.train.evaluate import featureless
 from vaflow.train.runs import load_run
 from vaflow.train.storage import write_whole
@@ -100,7 +101,7 @@ def submit_run(
     """Predict the sample's trials from the cache and write the submission; labels are not needed.
 
     Args:
-        run: a finished run.
+        run: a finished run, or an ensemble of some.
         cache: the trials' features, made as the run's were.
         sample: the challenge's sample submission.
         out: the file to write.
@@ -116,7 +117,6 @@ def submit_run(
     """
     rows = read_sample(sample)
     target = choose_device(device)
-    trained = load_run(run, target)
     counts = Counter(row.trial for row in rows)
     known = set(cache.items())
     items = [trial for trial in counts if trial in known]
@@ -124,10 +124,15 @@ def submit_run(
     traces: dict[str, Floats] = {}
     empty: dict[str, int] = {}
     if items:
-        read = partial(load_windows, cache, items, device=target, show=show)
-        windows = read_for(run, trained.record, cache, read)
-        empty = {clip.item: counts[clip.item] for clip in featureless(windows)}
-        traces = {t.clip.item: t.va for t in trained.traces(windows) if t.clip.item not in empty}
+        members, weights = members_of(run)
+        said = []
+        for member in members:
+            trained = load_run(member, target)
+            read = partial(load_windows, cache, items, device=target, show=show)
+            windows = read_for(member, trained.record, cache, read)
+            empty |= {clip.item: counts[clip.item] for clip in featureless(windows)}
+            said.append(list(trained.traces(windows)))
+        traces = {t.clip.item: t.va for t in combine(said, weights) if t.clip.item not in empty}
     beyond = [row for row in rows if row.trial in traces and row.number > len(traces[row.trial]) + hold]
     _complain(rows, traces, unknown, empty, beyond)
     write_whole(out, submission_text(rows, traces).encode())

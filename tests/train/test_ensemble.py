@@ -10,10 +10,11 @@ from scipy.optimize import minimize
 from synthetic_cache import Toy, make_cache
 
 from vaflow.cache import Cache
-from vaflow.errors import UsageError
+from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig
 from vaflow.train.ensemble import combine, ensemble_runs
 from vaflow.train.runs import RunFolder, load_run
+from vaflow.train.submit import submit_run
 from vaflow.train.training import train_run
 from vaflow.train.weighting import best_weights, concordance_weights, onto_simplex
 
@@ -164,6 +165,20 @@ def test_an_ensemble_is_made_again_in_its_own_folder_and_in_no_other(runs: list[
     (tmp_path / "photos" / "me.jpg").touch()
     with pytest.raises(UsageError, match="no run wrote"):
         ensemble_runs(runs, tmp_path / "photos", device="cpu")
+
+
+def test_an_ensemble_can_be_submitted(runs: list[Path], cache: Cache, tmp_path: Path) -> None:
+    ensemble_runs(runs, tmp_path / "e", "ccc", device="cpu")
+    sample = tmp_path / "sample.txt"
+    sample.write_text("image_location,valence,arousal\nval1/00007.jpg,0,0\nval0/00001.jpg,0,0\n")
+    submit_run(tmp_path / "e", cache, sample, tmp_path / "out.txt", device="cpu")
+    found = predictions(tmp_path / "e")
+    lines = [line.split(",") for line in (tmp_path / "out.txt").read_text().splitlines()[1:]]
+    for (_, *said), expected in zip(lines, (found["val1"][6], found["val0"][0]), strict=True):
+        np.testing.assert_allclose([float(x) for x in said], expected[2:4], atol=1e-6)
+    (tmp_path / "e" / "ensemble.json").write_text("{")
+    with pytest.raises(CorruptError, match=r"ensemble\.json"):
+        submit_run(tmp_path / "e", cache, sample, tmp_path / "out.txt", device="cpu")
 
 
 def test_what_cannot_be_an_ensemble(runs: list[Path], cache: Cache, tmp_path: Path) -> None:

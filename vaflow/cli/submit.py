@@ -24,16 +24,17 @@ def submit(
 ) -> int:
     """Write the file that the ABAW challenge takes: a prediction for every row of its sample, in the sample's order.
 
-    Nothing is written when a row of the sample has no prediction.
+    RUN may be an ensemble that `vaflow ensemble` wrote. Nothing is written when a row of the sample has no prediction.
 
     Example: vaflow submit runs/full --cache affwild2.cache --sample VA_test_set_sample.txt --out predictions.txt
     """
     set_up(verbose, quiet)
     from vaflow.cache import open_cache
+    from vaflow.train.ensemble import members_of
     from vaflow.train.runs import require_record
     from vaflow.train.submit import submit_run
 
-    path = cache if cache is not None else Path(require_record(run).cache)
+    path = cache if cache is not None else Path(require_record(members_of(run)[0][0]).cache)
     done = submit_run(run, open_cache(path), sample, out, hold=hold, device=device, show=show_bars(quiet or json))
     if json:
         print_json({"rows": done.rows, "trials": done.trials, "held": done.held, "file": str(out)})
