@@ -6,6 +6,7 @@ Nothing here runs code from a file: safetensors, or PyTorch archives read with `
 import hashlib
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from secrets import token_hex
@@ -46,7 +47,8 @@ def write_state_dict(path: Path, state: Mapping[str, torch.Tensor]) -> Path:
     except OSError as error:
         raise WeightsError(explain(f"Cannot write {path}", got=error.strerror)) from error
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
     return path
 
 

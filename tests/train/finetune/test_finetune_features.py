@@ -51,7 +51,7 @@ def test_a_split_encoded_anew_is_the_cache(loaded: Loaded) -> None:
         assert (mine == theirs).double().mean() > 0.95  # the same batch size: nearly always the same bits
     parts = [encode_split(train, loaded.sources, loaded.backbones, rank=rank, ranks=3) for rank in range(3)]
     for name in train.tables:
-        assert torch.equal(sum(part.tables[name].rows for part in parts), again.tables[name].rows)
+        assert torch.equal(torch.stack([part.tables[name].rows for part in parts]).sum(0), again.tables[name].rows)
 
 
 def test_a_split_without_sound_is_encoded(loaded: Loaded) -> None:
@@ -97,9 +97,14 @@ def test_every_unit_is_read_once_and_every_row_found(rows: list[list[int]], per:
 
 
 def test_windows_share_what_they_read(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, seen = loaded.data.train, []
-    decode = Pictures._decode
-    monkeypatch.setattr(Pictures, "_decode", lambda self, unit: (seen.append(unit), decode(self, unit))[1])
+    train, decode = loaded.data.train, Pictures._decode
+    seen: list[int] = []
+
+    def count(pictures: Pictures, unit: int) -> np.ndarray:
+        seen.append(unit)
+        return decode(pictures, unit)
+
+    monkeypatch.setattr(Pictures, "_decode", count)
     gather(train, loaded.sources, loaded.backbones, torch.arange(len(train)), Augment((0,)))
     read = train.tables["clip-tiny"].index
     assert len(seen) == len(set(seen)) == len(torch.unique(read[read > 0])) < int((read > 0).sum())

@@ -1,0 +1,82 @@
+"""Encoders that were trained go back to where weights come from: saved, they load as the same encoder."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vaflow.encoders import build_encoder
+from vaflow.errors import WeightsError
+
+
+def trained(encoder: Any) -> Any:
+    """The encoder with every weight of its network moved a little."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in encoder.module.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    return encoder
+
+
+def pictures(edge: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, edge, edge, 3), dtype=np.uint8))
+
+
+def sound(frames: int) -> torch.Tensor:
+    return torch.randn(2, frames, 128, generator=torch.Generator().manual_seed(0)) * 3 - 5
+
+
+def same(saved: Any, first: Any, give: Any) -> None:
+    """Loaded, the encoder says what it said when it was saved, and is told from the one it was before."""
+    assert saved.identity["weights"] != first.identity["weights"]
+    assert {**saved.identity, "weights": ""} == {**first.identity, "weights": ""}
+    assert torch.equal(give(saved), give(first))
+
+
+@pytest.mark.parametrize("name", ["clip-vit-b16", "clip:ViT-B-16-quickgelu/FILE"])
+def test_a_clip_file(small_clip: Any, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "openai.safetensors"
+    save_file({key: value.contiguous() for key, value in small_clip.state_dict().items()}, path)
+    named = ":" in name
+    name = name.replace("FILE", str(path))
+    first = trained(build_encoder(name, weights=None if named else path))
+    tuned = first.save(tmp_path / "made" / "here", "tuned")
+    assert tuned.name == "tuned.safetensors"
+    same(build_encoder(name, weights=tuned), first, lambda encoder: encoder.encode(pictures(32)))
+
+
+@pytest.mark.parametrize("name", ["ast", "ast:FOLDER"])
+def test_an_ast_folder_with_its_normalisation(small_ast: Path, tmp_path: Path, name: str) -> None:
+    named = ":" in name
+    name = name.replace("FOLDER", str(small_ast))
+    first: Any = trained(build_encoder(name, weights=None if named else small_ast))
+    for _ in range(2):  # the second one takes the first one's place
+        tuned = first.save(tmp_path, "tuned")
+    assert sorted(path.name for path in tmp_path.glob("*tuned*")) == ["tuned"]
+    same(build_encoder(name, weights=tuned), first, lambda e: e.encode(sound(200), window=2.5, steps=5))
+
+
+def test_the_tiny_pair(tmp_path: Path) -> None:
+    clip, ast = (trained(build_encoder(name)) for name in ("clip-tiny", "ast-tiny"))
+    paths = [encoder.save(tmp_path, encoder.name) for encoder in (clip, ast)]
+    same(build_encoder("clip-tiny", weights=paths[0]), clip, lambda encoder: encoder.encode(pictures(224)))
+    same(build_encoder("ast-tiny", weights=paths[1]), ast, lambda e: e.encode(sound(998), window=10, steps=20))
+
+
+def test_the_tiny_pair_refuses_other_sizes(small_clip: Any, small_ast: Path, tmp_path: Path) -> None:
+    save_file({key: value.contiguous() for key, value in small_clip.state_dict().items()}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match="keys of another shape"):
+        build_encoder("clip-tiny", weights=tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match="do not fit the model"):
+        build_encoder("ast-tiny", weights=small_ast)
+
+
+def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("clip-tiny", "ast-tiny"):
+        encoder: Any = build_encoder(name)
+        with pytest.raises(WeightsError, match="Cannot write"):
+            encoder.save(tmp_path / "file" / "below", "tuned")

@@ -1,0 +1,90 @@
+"""Augmentation: what stays the same within a clip, what is changed at all, and by how much."""
+
+import numpy as np
+import pytest
+import torch
+
+from vaflow.train.finetune import augment
+from vaflow.train.finetune.augment import BANDS, COLOUR, FRAMES, SMALLEST_CROP, Augment, change_pictures, change_sound
+
+EDGE = 32
+
+
+def pictures(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, EDGE, EDGE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_all_pictures_of_a_clip_change_alike_and_clips_do_not() -> None:
+    images = pictures(1).expand(6, -1, -1, -1)
+    changed = Augment((0, 0, 0)).pictures(images, torch.tensor([4, 4, 9, 4, 9, 7]))
+    assert changed.shape == images.shape
+    assert changed.dtype == torch.uint8
+    assert torch.equal(changed[0], changed[1])
+    assert torch.equal(changed[0], changed[3])
+    assert torch.equal(changed[2], changed[4])
+    assert len({changed[k].numpy().tobytes() for k in (0, 2, 5)}) == 3
+
+
+def test_changes_follow_from_the_step_and_the_clip_alone() -> None:
+    images = pictures(4)
+    clips = torch.tensor([0, 1, 2, 3])
+    whole = Augment((0, 1, 2)).pictures(images, clips)
+    order = torch.tensor([2, 0, 3])
+    assert torch.equal(Augment((0, 1, 2)).pictures(images[order], clips[order]), whole[order])
+    assert not torch.equal(Augment((0, 1, 3)).pictures(images, clips), whole)
+
+
+def test_without_colour_a_change_is_a_flip_of_a_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture of its own coordinates tells where every pixel came from."""
+    monkeypatch.setattr(augment, "COLOUR", 0.0)
+    ramp = torch.arange(EDGE, dtype=torch.float32) * 255 / (EDGE - 1)
+    across, down = ramp.expand(EDGE, EDGE), ramp[:, None].expand(EDGE, EDGE)
+    image = torch.stack([across, down, torch.zeros(EDGE, EDGE)], dim=-1).round().to(torch.uint8)[None]
+    flips = 0
+    for seed in range(60):
+        changed = change_pictures(image, torch.Generator().manual_seed(seed))[0].double().numpy()
+        x, y = changed[..., 0].mean(axis=0), changed[..., 1].mean(axis=1)
+        flipped = x[-1] < x[0]
+        flips += flipped
+        for place in (x[::-1] if flipped else x, y):
+            scale = (place[-1] - place[0]) / 255
+            assert SMALLEST_CROP - 0.06 < scale < 1.02
+            straight = np.linspace(place[0], place[-1], EDGE)
+            assert np.abs(place - straight).max() < 6  # neither bent nor turned
+    assert 15 < flips < 45
+
+
+def test_colours_change_by_no_more_than_is_said() -> None:
+    grey = torch.full((1, EDGE, EDGE, 3), 100, dtype=torch.uint8)
+    seen = [float(change_pictures(grey, torch.Generator().manual_seed(k)).double().mean()) for k in range(40)]
+    assert min(seen) >= 100 * (1 - COLOUR) - 1
+    assert max(seen) <= 100 * (1 + COLOUR) + 1
+    assert max(seen) - min(seen) > 20
+
+
+def test_sound_loses_one_strip_of_bands_and_one_of_time() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mel = torch.randn(398, 128, generator=generator)
+    widths, lengths = [], []
+    for _ in range(50):
+        changed = change_sound(mel, generator)
+        blank = changed != mel
+        bands, frames = blank.all(dim=0), blank.all(dim=1)
+        assert torch.equal(blank, bands[None, :] | frames[:, None])
+        torch.testing.assert_close(changed[blank], mel.mean().expand(int(blank.sum())))
+        for strip in (bands, frames):
+            there = strip.nonzero().flatten()
+            assert len(there) == 0 or there[-1] - there[0] + 1 == len(there)
+        widths.append(int(bands.sum()))
+        lengths.append(int(frames.sum()))
+    assert max(widths) <= BANDS
+    assert max(lengths) <= FRAMES
+    assert max(widths) > BANDS / 2
+    assert max(lengths) > FRAMES / 2
+
+
+def test_every_window_of_sound_has_strips_of_its_own() -> None:
+    mel = torch.randn(1, 398, 128, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1)
+    changed = Augment((0, 0, 0)).sounds(mel, torch.tensor([3, 5]))
+    assert not torch.equal(changed[0], changed[1])
+    assert torch.equal(changed[1], Augment((0, 0, 0)).sounds(mel[:1], torch.tensor([5]))[0])
