@@ -5,7 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vaflow.cache import Cache, open_cache
+from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import VaflowError
@@ -13,8 +13,6 @@ from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.media import probe
 from vaflow.extract.plan import shard_clips
 from vaflow.extract.stills import open_stills
-
-MANIFEST = "manifest.json"
 
 
 def estimate(
@@ -26,7 +24,7 @@ def estimate(
     found out by the run itself.
     """
     mine = shard_clips(dataset.clips, shard)
-    cache = open_cache(out) if (out / MANIFEST).exists() else None
+    cache = open_cache(out) if is_cache(out) else None
     clips = [clip for clip in mine if cache is None or not _there(cache, clip, config)]
     seconds, frames, windows, unreadable = 0.0, 0, 0, 0
     for clip in tqdm(clips, unit="clip", desc="probe", disable=not show_progress):

@@ -6,6 +6,7 @@ import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from vaflow.cache import is_cache, open_cache
 from vaflow.datasets import Dataset
 from vaflow.errors import UsageError, explain
 
@@ -48,7 +49,8 @@ def only_failed(dataset: Dataset, cache: Path) -> Dataset:
     Raises:
         UsageError: no run has listed anything.
     """
-    lists = sorted(cache.glob("failures*.jsonl"))
+    folder = open_cache(cache).path if is_cache(cache) else cache
+    lists = sorted(folder.glob("failures*.jsonl"))
     failed = {json.loads(line)["item"] for path in lists for line in path.read_text("utf-8").splitlines()}
     clips = tuple(clip for clip in dataset.clips if clip.id in failed)
     if not clips:

@@ -53,7 +53,7 @@ class ImportedLabels:
         if self._extracted and folder is not None:
             raise UsageError(
                 explain(
-                    f"The labels of {cache.path} come from its videos and cannot be mixed with others",
+                    f"The labels of {cache.place} come from its videos and cannot be mixed with others",
                     got=f"--labels {folder}",
                     remedy="Leave --labels out, or import into a cache of its own",
                 )
@@ -69,7 +69,7 @@ class ImportedLabels:
         """
         if not self._cache.has(LABELS, file.item):
             if self._extracted:
-                problem = f"{self._cache.path} was extracted from videos, and {file.item!r} is none of them"
+                problem = f"{self._cache.place} was extracted from videos, and {file.item!r} is none of them"
                 raise DataError(explain(problem, remedy="Name the files as the cache's items, or extract it first"))
             return True
         return not self._extracted and not self._same(file, self._cache.record(LABELS, file.item))

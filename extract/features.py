@@ -92,7 +92,7 @@ class ImportSummary:
     rows: int = 0
     masked: int = 0
     failures: list[Failure] = field(default_factory=list)
-    failures_file: Path = Path()
+    failures_file: Path | str = Path()
 
 
 def import_features(
@@ -131,7 +131,7 @@ def import_features(
     target = ImportedLabels(cache, config.stream, config.rate, labels, splits)
     expected = _declare(cache, config, files)
     failures = FailureLog(cache.path / FAILURES_FILE)
-    summary = ImportSummary(failures=failures.failures, failures_file=failures.path)
+    summary = ImportSummary(failures=failures.failures, failures_file=cache.layout.named(failures.path))
     run = _Import(cache, config, expected, target, summary)
     try:
         for file in files:

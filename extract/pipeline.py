@@ -53,7 +53,7 @@ class Summary:
     done: int = 0
     changed: int = 0
     failures: list[Failure] = field(default_factory=list)
-    failures_file: Path = Path()
+    failures_file: Path | str = Path()
     encoded: dict[str, int] = field(default_factory=dict)
     media_seconds: float = 0.0
     wall_seconds: float = 0.0
@@ -104,9 +104,10 @@ def extract_with(
         cache.declare(info)
     write_prompts(cache, load_prompts(config.prompts), visual)
     plan = make_plan(cache, infos, dataset.clips, shard)
-    log = FailureLog(out / f"failures{shard.suffix}.jsonl")
+    log = FailureLog(cache.path / f"failures{shard.suffix}.jsonl")
     run = _Run(cache, config, infos, plan, log, make_encoders(config, device, visual, audio))
-    summary = Summary(done=plan.done, changed=plan.changed, failures=log.failures, failures_file=log.path)
+    summary = Summary(done=plan.done, changed=plan.changed, failures=log.failures)
+    summary.failures_file = cache.layout.named(log.path)
     try:
         if plan.tasks:
             run.run(summary, show_progress)

@@ -110,7 +110,7 @@ def add_prompts(
     if not able:
         raise UsageError(
             explain(
-                f"No visual encoder of {cache.path} has a text tower",
+                f"No visual encoder of {cache.place} has a text tower",
                 expected="a CLIP encoder, as clip-vit-b16",
                 got=", ".join(names) or "no stream of an encoder that this program knows",
             )
@@ -143,7 +143,7 @@ def _build(
     own = [known[stream] for stream in (text_stream(name), name) if stream in known]
     if not own:
         visual = [stream for stream, info in known.items() if info.kind == "visual"]
-        raise UsageError(explain(f"{cache.path} has no visual stream of that name", got=name, choices=visual))
+        raise UsageError(explain(f"{cache.place} has no visual stream of that name", got=name, choices=visual))
     if not _is_encoder(name):
         choices = [encoder for encoder in ENCODERS if encoder_kind(encoder) == "visual"]
         raise UsageError(explain(f"Stream {name!r} was made by no visual encoder", got=name, choices=choices))
@@ -161,7 +161,7 @@ def _check_same(cache: Cache, info: StreamInfo, identity: Json) -> None:
         name = info.name.removesuffix(text_stream(""))
         raise FingerprintError(
             explain(
-                f"The encoder is not the one that made stream {info.name!r} of {cache.path}: {fields}",
+                f"The encoder is not the one that made stream {info.name!r} of {cache.place}: {fields}",
                 remedy=f"Name the weights that the cache was made with: --weights {name}=PATH",
             )
         )

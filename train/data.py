@@ -84,7 +84,7 @@ def load_split(
     if not windows.labelled_rows:
         raise UsageError(
             explain(
-                f"No clip of split {split!r} in {cache.path} is annotated",
+                f"No clip of split {split!r} in {cache.place} is annotated",
                 expected="valence or arousal for at least one frame",
                 got=f"{len(windows.clips)} clips without labels",
                 remedy="Choose another split, or extract again with the annotation beside the media",

@@ -87,7 +87,7 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
     audio = _choose(cache, known, AUDIO, config.audio)
     if not visual and not audio:
         kinds = sorted({info.kind for info in known.values()})
-        problem = f"{cache.path} has nothing to train on"
+        problem = f"{cache.place} has nothing to train on"
         raise UsageError(explain(problem, expected="a visual or audio stream", got=", ".join(kinds) or "no streams"))
     config = replace(
         with_folds(config),
@@ -116,7 +116,7 @@ def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names:
             kind = f"; it is a {known[name].kind} stream" if name in known else ""
             raise UsageError(
                 explain(
-                    f"{cache.path} has no {modality} stream {name!r}{kind}",
+                    f"{cache.place} has no {modality} stream {name!r}{kind}",
                     got=name,
                     choices=fitting,
                     remedy=_how_to_add(cache, modality, name),
@@ -131,7 +131,7 @@ def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names:
     if len(own) > 1:
         raise UsageError(
             explain(
-                f"{cache.path} has several {modality} streams",
+                f"{cache.place} has several {modality} streams",
                 expected=f"--{modality} NAME",
                 got="no choice",
                 choices=[info.name for info in own],
@@ -147,7 +147,7 @@ def _how_to_add(cache: Cache, modality: str, name: str) -> str | None:
     except UsageError:
         return None
     other = AUDIO if modality == VISUAL else VISUAL
-    command = f"`vaflow extract ROOT --out {cache.path} --{modality} {name} --{other} none`"
+    command = f"`vaflow extract ROOT --out {cache.place} --{modality} {name} --{other} none`"
     return f"{command} adds it, and encodes nothing else anew" if makes_it else None
 
 
@@ -230,7 +230,7 @@ def _text_stream(known: Mapping[str, StreamInfo], config: TrainConfig) -> str:
 def _prototypes(cache: Cache, text: str, prompts: str) -> Tensor:
     sets = cache.items(stream=text)
     if prompts not in sets:
-        raise UsageError(explain(f"Stream {text!r} of {cache.path} has no such prompt set", got=prompts, choices=sets))
+        raise UsageError(explain(f"Stream {text!r} of {cache.place} has no such prompt set", got=prompts, choices=sets))
     return torch.from_numpy(cache.read(text, prompts, ["embedding"]).embedding.copy()).float()
 
 
@@ -246,7 +246,7 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
     known = cache.streams()
     for stream in streams:
         if stream.name not in known:
-            raise UsageError(explain(f"{cache.path} lacks a stream of this run", got=stream.name, choices=known))
+            raise UsageError(explain(f"{cache.place} lacks a stream of this run", got=stream.name, choices=known))
         info = known[stream.name]
         if fingerprint(info) == stream.fingerprint:
             continue
@@ -255,13 +255,13 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
         if hard:
             raise FingerprintError(
                 explain(
-                    f"Stream {stream.name!r} of {cache.path} was made with other settings than the run's",
+                    f"Stream {stream.name!r} of {cache.place} was made with other settings than the run's",
                     expected="the encoder that the run was trained on",
                     got="; ".join(hard),
                     remedy="Extract the clips again with the run's encoder and weights",
                 )
             )
-        log.info("%s: %s differs from the training cache: %s", cache.path, stream.name, "; ".join(fields.values()))
+        log.info("%s: %s differs from the training cache: %s", cache.place, stream.name, "; ".join(fields.values()))
 
 
 def _different(stream: InputStream, info: StreamInfo) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vaflow import __version__
-from vaflow.cache import Cache
+from vaflow.cache import Cache, address
 from vaflow.cache.documents import canonical, fingerprint, now
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.errors import CorruptError, explain
@@ -106,7 +106,7 @@ def write_sources(
         run=str(run.resolve()),
         settings=settings_digest(record),
         weights=weights_digests(run),
-        cache=str(cache.path.resolve()),
+        cache=address(cache.place),
         store=cache.store,
         streams={
             name: {"kind": known[name].kind, "fingerprint": fingerprint(known[name]), "identity": known[name].identity}

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from vaflow import __version__
+from vaflow.cache import address
 from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig, differences, merge
@@ -306,9 +307,9 @@ def _read_model(record: RunRecord, path: Path) -> VAModel:
     return model
 
 
-def new_record(cache: Path, config: TrainConfig, inputs: Inputs) -> RunRecord:
+def new_record(cache: Path | str, config: TrainConfig, inputs: Inputs) -> RunRecord:
     """What is known before any clip is read."""
-    return RunRecord(config, inputs.streams, str(Path(cache).resolve()))
+    return RunRecord(config, inputs.streams, address(cache))
 
 
 def check_unchanged(folder: RunFolder, old: RunRecord, new: RunRecord) -> None:

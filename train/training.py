@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vaflow.cache import Cache
+from vaflow.cache import Cache, address
 from vaflow.errors import UsageError, explain
 from vaflow.train.breakdown import Groups
 from vaflow.train.builder import build_model, choose_device
@@ -109,7 +109,7 @@ def train_run(
     config, inputs = resolve(cache, config)
     folder = RunFolder(Path(out))
     folder.make()
-    record = new_record(cache.path, config, inputs)
+    record = new_record(cache.place, config, inputs)
     old = folder.record()
     if old is not None:
         check_unchanged(folder, old, record)
@@ -182,7 +182,7 @@ def evaluate_run(
         place = folder.predictions(f"{split}-without-{without}" if without else split)
         write_predictions(place, traces)
         write_sources(place, folder.path, trained.record, cache, [trace.clip.item for trace in traces])
-        if not without and split == config.val_split and str(cache.path.resolve()) == trained.record.cache:
+        if not without and split == config.val_split and address(cache.place) == trained.record.cache:
             folder.update_metrics(report)
     return report
 

@@ -87,7 +87,7 @@ def trace_run(
 
 def _look(run: Path, cache: Path | None, root: Path | None) -> _Now:
     record = require_record(run)
-    place = cache if cache is not None else Path(record.cache)
+    place = cache if cache is not None else record.cache
     opened, problem = None, ""
     try:
         opened = open_cache(place)
@@ -118,7 +118,7 @@ def _run(now: _Now) -> Json:
 def _cache(now: _Now) -> Json:
     if now.cache is None:
         return {"path": now.record.cache, "state": MISSING, "problem": now.cache_problem}
-    return {"path": str(now.cache.path), "state": "found", "store": now.cache.store}
+    return {"path": now.cache.place, "state": "found", "store": now.cache.store}
 
 
 def _streams(now: _Now) -> list[Json]:

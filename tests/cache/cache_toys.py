@@ -12,8 +12,8 @@ DIM = 6
 
 def stream(kind: Kind, dtype: str | None = None, name: str | None = None) -> StreamInfo:
     """A stream of `kind`, named after it."""
-    dims = {"pixels": 0, "labels": 0}
-    dtypes = {"pixels": "uint8", "labels": "float32", "text": "float32"}
+    dims = {"pixels": 0, "labels": 0, "targets": 0}
+    dtypes = {"pixels": "uint8", "labels": "float32", "targets": "float32", "text": "float32"}
     return StreamInfo(
         name=name or kind,
         kind=kind,
@@ -26,7 +26,7 @@ def stream(kind: Kind, dtype: str | None = None, name: str | None = None) -> Str
 def arrays(info: StreamInfo, length: int = 5, seed: int = 0, *, zeros: bool = False) -> dict[str, Array]:
     """Arrays that fit `info`, `length` along the first axis: random, or all zero."""
     rng = np.random.default_rng(seed)
-    sizes = {"dim": info.dim, "mel": info.dim, "step": 4, "target": 2, "template": 3, "region": 9}
+    sizes = {"dim": info.dim, "mel": info.dim, "step": 4, "target": 2, "name": 4, "template": 3, "region": 9}
     made: dict[str, Array] = {}
     for name, spec in KINDS[info.kind].items():
         shape = tuple(sizes.get(axis, length) for axis in spec.axes)
@@ -36,6 +36,8 @@ def arrays(info: StreamInfo, length: int = 5, seed: int = 0, *, zeros: bool = Fa
             made[name] = rng.random(shape) < 0.6
     if info.kind != "text" and made["time"].ndim == 1 and not zeros:
         made["time"] = np.sort(made["time"])
+    if info.kind == "targets":
+        made["value"] = np.abs(made["value"])
     if info.kind == "pixels":
         sizes_of_images = np.zeros(length, np.int64) if zeros else rng.integers(0, 50, length)
         made["offset"] = np.concatenate([[0], np.cumsum(sizes_of_images)]).astype(np.int64)

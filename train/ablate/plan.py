@@ -114,7 +114,7 @@ def _check_aliases(cache: Cache, study: Study, aliases: Mapping[str, str]) -> No
             )
         if other != NONE and other not in known:
             raise UsageError(
-                explain(f"{cache.path} has no such stream to stand in for {name}", got=other, choices=known)
+                explain(f"{cache.place} has no such stream to stand in for {name}", got=other, choices=known)
             )
 
 
@@ -225,7 +225,7 @@ def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:
     missing = list(dict.fromkeys(missing))
     known = [(kind, name) for kind, name in missing if _has_encoder(name)]
     commands = [
-        f"vaflow cache import {shlex.quote(str(cache.path))} --stream {shlex.quote(name)} --kind {kind} --from DIR"
+        f"vaflow cache import {shlex.quote(cache.place)} --stream {shlex.quote(name)} --kind {kind} --from DIR"
         for kind, name in missing
         if (kind, name) not in known
     ]
@@ -234,7 +234,7 @@ def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:
             kind: [name for k, name in known if k == kind and name != LOGMEL] or [NONE] for kind in ("visual", "audio")
         }
         options = [f"--{kind} {shlex.quote(name)}" for kind, names in wanted.items() for name in names]
-        command = f"vaflow extract ROOT --out {shlex.quote(str(cache.path))} {' '.join(options)}"
+        command = f"vaflow extract ROOT --out {shlex.quote(cache.place)} {' '.join(options)}"
         commands.insert(0, " ".join([command, *_sampling_options(cache)]))
     return "; ".join(commands)
 

@@ -61,7 +61,7 @@ def run_jobs(
             busy[worker.connection] = worker, job
 
         def new_worker() -> _Worker:
-            return stack.enter_context(_Worker(cache.path, level, allow_missing))
+            return stack.enter_context(_Worker(Path(cache.place), level, allow_missing))
 
         for _ in range(min(processes, len(jobs))):
             begin(new_worker())

@@ -90,7 +90,7 @@ def run_study(
         failures = _failed(runs, on_run)
         results = collect(plan, out, failures)
         about = About(
-            cache=str(cache.path),
+            cache=cache.place,
             options=options,
             trained=len(todo) - len(failures),
             reused=len(plan.jobs) - len(todo),

@@ -105,17 +105,17 @@ def check_sources(cache: Cache, streams: Sequence[InputStream]) -> None:
         if source not in known:
             raise UsageError(
                 explain(
-                    f"{cache.path} has no {source}, which fine-tuning of {stream.name} reads",
+                    f"{cache.place} has no {source}, which fine-tuning of {stream.name} reads",
                     expected=f"a cache that was extracted with --{PIXELS}",
                     got=", ".join(known),
-                    remedy=f"{command} {cache.path}` and the other options as before adds them, nothing else",
+                    remedy=f"{command} {cache.place}` and the other options as before adds them, nothing else",
                 )
             )
         other = _other_origin(stream, known[source].identity, known[source].dtype)
         if other:
             raise UsageError(
                 explain(
-                    f"The {source} in {cache.path} are not what {stream.name} was made of",
+                    f"The {source} in {cache.place} are not what {stream.name} was made of",
                     expected="the same samples, faces and precision",
                     got=other,
                     remedy=f"{command} NEW_CACHE` makes both alike",
@@ -156,7 +156,7 @@ def load_sources(
                 explain(
                     f"{len(lacking)} clips have {stream.name} but no {_source_of(stream)}: {', '.join(lacking[:5])}",
                     expected="what every embedding was made of",
-                    remedy=f"Run `vaflow extract ROOT --out {cache.path} --pixels` to its end",
+                    remedy=f"Run `vaflow extract ROOT --out {cache.place} --pixels` to its end",
                 )
             )
         load = _load_pictures if stream.kind == VISUAL else _load_sounds

@@ -2,6 +2,6 @@
 
 from vaflow.cache.cache import Cache
 from vaflow.cache.item import Item
-from vaflow.cache.opening import create_cache, open_cache
+from vaflow.cache.opening import address, create_cache, is_cache, open_cache
 
-__all__ = ["Cache", "Item", "create_cache", "open_cache"]
+__all__ = ["Cache", "Item", "address", "create_cache", "is_cache", "open_cache"]

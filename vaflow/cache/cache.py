@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,10 @@ from vaflow.cache.index import Index, Row
 from vaflow.cache.item import Item
 from vaflow.cache.messages import cannot_write, corrupt
 from vaflow.cache.names import Layout, escape
+from vaflow.cache.places import look
 from vaflow.cache.schema import LABELS, SCHEMA_VERSION, Array, Json, Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES
-from vaflow.errors import CorruptError, DataError, FingerprintError, MissingError, UsageError, explain
+from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError, explain
 
 NO_SPLIT = "none"  # what `info` and `items` call the clips whose data set does not say
 
@@ -28,22 +28,24 @@ class Cache:
     """A folder of streams over clips. Made by `open_cache` and `create_cache`.
 
     Attributes:
-        path: the folder.
+        path: the folder; of a cache on an object store, the local one that stands for it.
+        place: the folder or URL, as `open_cache` takes it.
         store: "zarr" or "hdf5".
         writable: whether `declare`, `write` and `drop` are allowed.
     """
 
-    def __init__(self, path: Path, store: StoreName, *, writable: bool) -> None:
-        self.path = path
+    def __init__(self, layout: Layout, store: StoreName, *, writable: bool) -> None:
+        self.path = layout.root
+        self.place = layout.place
         self.store: StoreName = store
         self.writable = writable
-        self.layout = Layout(path)
+        self.layout = layout
         self._store = STORES[store]
         self._streams: dict[str, StreamInfo] = {}  # by file name; the files never change
         self._index = Index(self.layout, lambda path: load_record(self.layout, path))
 
     def __repr__(self) -> str:
-        return f"Cache({str(self.path)!r}, store={self.store!r}, writable={self.writable})"
+        return f"Cache({self.place!r}, store={self.store!r}, writable={self.writable})"
 
     # Streams
 
@@ -69,7 +71,7 @@ class Cache:
         if name not in self._streams:
             known = self.streams()
             if stream not in known:
-                raise MissingError(explain(f"{self.path} has no such stream", got=stream, choices=known))
+                raise MissingError(explain(f"{self.place} has no such stream", got=stream, choices=known))
         return self._streams[name]
 
     def fingerprint(self, stream: str) -> str:
@@ -108,14 +110,14 @@ class Cache:
         """
         known = self.streams()
         if stream is not None and stream not in known:
-            raise UsageError(explain(f"{self.path} has no such stream", got=stream, choices=known))
+            raise UsageError(explain(f"{self.place} has no such stream", got=stream, choices=known))
         if stream is not None and known[stream].kind == "text":
             return sorted(row.item for row in self._rows(stream).values())
         rows = self._rows(LABELS).values()
         if split is not None:
             splits = {row.split or NO_SPLIT for row in rows}
             if split not in splits:
-                raise UsageError(explain(f"No clip of {self.path} is of that split", got=split, choices=splits))
+                raise UsageError(explain(f"No clip of {self.place} is of that split", got=split, choices=splits))
             rows = [row for row in rows if (row.split or NO_SPLIT) == split]  # type: ignore[assignment]
         if stream is not None and stream != LABELS:
             here = {row.item for row in self._rows(stream).values()}
@@ -129,7 +131,8 @@ class Cache:
         return folder.rows
 
     def has(self, stream: str, item: str) -> bool:
-        """Whether the item is committed. One look at the disk: other writers' commits count at once."""
+        """Whether the item is committed. One look at the disk: other writers' commits count at once; those on an
+        object store when the cache is opened, or its index refreshed."""
         return self.layout.record(stream, item).is_file()
 
     def record(self, stream: str, item: str) -> Record:
@@ -155,7 +158,7 @@ class Cache:
         ids = [row.item for row in self._index.folder(stream).rows.values()]
         close = get_close_matches(item, ids, n=3)
         remedy = f"Close to it: {', '.join(close)}" if close else "Extract it first, or list what is there: Cache.items"
-        return MissingError(explain(f"Stream {stream!r} of {self.path} has no such item", got=item, remedy=remedy))
+        return MissingError(explain(f"Stream {stream!r} of {self.place} has no such item", got=item, remedy=remedy))
 
     def meta(self, item: str) -> Json:
         """Facts about a clip from its labels record: "split", "group", "duration" ... Raises as `record` does."""
@@ -191,10 +194,18 @@ class Cache:
             try:
                 return record, fetch(self.layout, self._store, record, names, verify=verify)
             except CorruptError:
+                self._look_again(stream, item)
                 again = self.record(stream, item)
                 if again.attempt == record.attempt:
                     raise
                 record = again  # re-extracted while we were reading
+
+    def _look_again(self, stream: str, item: str) -> None:
+        path = self.layout.record(stream, item)
+        try:
+            look(self.layout, path)
+        except OSError as error:
+            raise corrupt(self.layout, path, f"it cannot be read ({error})", stream, item) from error
 
     def write(
         self,
@@ -240,7 +251,7 @@ class Cache:
         if record.fingerprint != self.fingerprint(record.stream):
             raise FingerprintError(
                 explain(
-                    f"{record.item!r} of stream {record.stream!r} was made with other settings than {self.path}",
+                    f"{record.item!r} of stream {record.stream!r} was made with other settings than {self.place}",
                     expected=f"fingerprint {self.fingerprint(record.stream)}",
                     got=record.fingerprint,
                 )
@@ -263,21 +274,35 @@ class Cache:
     def drop(self, stream: str, item: str) -> None:
         """Remove an item: its record first, then its arrays. Nothing happens where there is none."""
         self._must_be_writable()
-        discard(self.layout, self._store, self.layout.record(stream, item))
+        try:
+            discard(self.layout, self._store, self.layout.record(stream, item))
+        except OSError as error:
+            raise cannot_write(self.layout, error) from error
 
     # The whole
 
     def refresh_index(self) -> None:
-        """Save the index, so that the next reader opens fast; a cache opened for reading only looks again."""
-        self._index.forget()
-        if self.writable:
-            self._index.save(self.streams())
+        """Save the index, so that the next reader opens fast; a cache opened for reading only looks again.
+
+        Raises:
+            CacheError: the disk or the object store refuses.
+        """
+        try:
+            if self.layout.remote is not None:
+                if self.writable:
+                    self.layout.remote.push_lists()
+                self.layout.remote.pull()
+            self._index.forget()
+            if self.writable:
+                self._index.save(self.streams())
+        except OSError as error:
+            raise CacheError(explain(f"The index of {self.place} cannot be made anew: {error}")) from error
 
     def info(self) -> Json:
         """What `vaflow cache info --json` prints."""
         clips = self._index.folder(LABELS).rows.values()
         return {
-            "path": str(self.path),
+            "path": self.place,
             "schema_version": SCHEMA_VERSION,
             "store": self.store,
             "items": len(clips),
@@ -304,7 +329,7 @@ class Cache:
         if not self.writable:
             raise UsageError(
                 explain(
-                    f"The cache {self.path} was opened for reading",
+                    f"The cache {self.place} was opened for reading",
                     remedy="Open it with open_cache(path, writable=True)",
                 )
             )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 
-from vaflow.cache import files
+from vaflow.cache import files, places
 from vaflow.cache.documents import crc32c, record_document, record_from, seal, unseal
 from vaflow.cache.names import Layout
 from vaflow.cache.schema import Array, Record
@@ -44,18 +44,20 @@ def commit(layout: Layout, store: Store, draft: Record, arrays: Mapping[str, Arr
     attempt = token_hex(8)
     try:
         names = store.write_attempt(folder, attempt, arrays)
-        files.sync_all(layout.attempts(draft.stream), [f"{folder.name}/{name}" for name in names])
+        places.flush(layout, layout.attempts(draft.stream), [f"{folder.name}/{name}" for name in names])
         record = replace(draft, attempt=attempt, files={name: _facts(files.read(folder / name)) for name in names})
         return _replace(layout, store, record) if replacing else _create(layout, store, record)
     finally:
         # Ask the disk: an interrupt may have come after the record was made.
         if _recorded_attempt(layout, draft) != attempt:
-            files.remove(store.path(folder, attempt))
+            places.remove(layout, store.path(folder, attempt))
 
 
 def _recorded_attempt(layout: Layout, draft: Record) -> str | None:
+    path = layout.record(draft.stream, draft.item)
     try:
-        return load_record(layout, layout.record(draft.stream, draft.item)).attempt
+        places.look(layout, path)
+        return load_record(layout, path).attempt
     except (FileNotFoundError, ValueError):
         return None
 
@@ -66,7 +68,7 @@ def _facts(blob: files.Blob) -> dict[str, int]:
 
 def _create(layout: Layout, store: Store, record: Record) -> Record:
     path = layout.record(record.stream, record.item)
-    if files.create(path, seal(record_document(record))):
+    if places.create(layout, path, seal(record_document(record))):
         return record
     try:
         return load_record(layout, path)
@@ -80,9 +82,9 @@ def _replace(layout: Layout, store: Store, record: Record) -> Record:
         old = load_record(layout, path)
     except (FileNotFoundError, ValueError):
         old = None
-    files.replace(path, seal(record_document(record)))
+    places.replace(layout, path, seal(record_document(record)))
     if old is not None:
-        files.remove(store.path(layout.item(old.stream, old.item), old.attempt))
+        places.remove(layout, store.path(layout.item(old.stream, old.item), old.attempt))
     return record
 
 
@@ -94,7 +96,7 @@ def discard(layout: Layout, store: Store, path: Path) -> None:
         return
     except ValueError:
         record = None
-    path.unlink(missing_ok=True)
+    places.remove(layout, path)
     files.sync(path.parent)
     if record is not None:
-        files.remove(store.path(layout.item(record.stream, record.item), record.attempt))
+        places.remove(layout, store.path(layout.item(record.stream, record.item), record.attempt))

@@ -1,9 +1,7 @@
 """A cache in another store: the same arrays, sources and fingerprints."""
 
-from pathlib import Path
-
 from vaflow.cache.cache import Cache
-from vaflow.cache.opening import PathLike, create_cache
+from vaflow.cache.opening import PathLike, create_cache, layout_of
 from vaflow.cache.survey import survey
 from vaflow.cache.transfer import Job, TransferSummary, transfer
 from vaflow.cache.verify import load_streams
@@ -23,7 +21,7 @@ def convert(source: Cache, out: PathLike, store: str, *, show_progress: bool = F
         FingerprintError: `out` has a stream of the same name that was made with other settings.
         CacheError: the disk refuses; the same call goes on later.
     """
-    refuse_inside(source, Path(out))
+    refuse_inside(source, out)
     target = create_cache(out, store=store)
     declare_streams(target, source)
     found = survey(source, STAGE)
@@ -31,14 +29,19 @@ def convert(source: Cache, out: PathLike, store: str, *, show_progress: bool = F
     return transfer(target, [source], jobs, found.damaged, found.splits, STAGE, show_progress=show_progress)
 
 
-def refuse_inside(source: Cache, out: Path) -> None:
+def refuse_inside(source: Cache, out: PathLike) -> None:
     """Nothing is written into a cache that is being read.
 
     Raises:
         UsageError: `out` is `source`, or lies in it.
     """
-    place = out.expanduser().resolve()
-    if source.path.resolve() in (place, *place.parents):
+    target = layout_of(out)
+    if target.remote is not None:
+        inside = f"{target.place}/".startswith(f"{source.place}/")
+    else:
+        place = target.root.resolve()
+        inside = source.path.resolve() in (place, *place.parents)
+    if inside:
         problem = f"{out} is the cache that is read, or lies in it"
         raise UsageError(explain(problem, expected="another folder", remedy="Choose another folder to write"))
 

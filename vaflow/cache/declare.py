@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from vaflow.cache import files
+from vaflow.cache import files, places
 from vaflow.cache.commit import load_record
 from vaflow.cache.documents import fingerprint, plain, seal, stream_document, stream_from, unseal
 from vaflow.cache.messages import corrupt
@@ -12,7 +12,7 @@ from vaflow.cache.names import Layout, escape
 from vaflow.cache.schema import FLOAT, KINDS, StreamInfo
 from vaflow.errors import FingerprintError, UsageError, explain
 
-_DTYPES = {"labels": ("float32",), "pixels": ("uint8",), "text": ("float32",)}
+_DTYPES = {"labels": ("float32",), "targets": ("float32",), "pixels": ("uint8",), "text": ("float32",)}
 
 
 def load_stream(layout: Layout, file_name: str) -> StreamInfo:
@@ -44,7 +44,7 @@ def declare(layout: Layout, info: StreamInfo) -> None:
         files.make_folder(layout.attempts(info.name))
         files.make_folder(layout.all_streams)
         _refuse_foreign_records(layout, info)
-        if files.create(path, seal(stream_document(info))):
+        if places.create(layout, path, seal(stream_document(info))):
             return
     try:
         known = load_stream(layout, path.name)
@@ -54,7 +54,7 @@ def declare(layout: Layout, info: StreamInfo) -> None:
         fields = "; ".join(differences(asdict(known), asdict(info)))
         raise FingerprintError(
             explain(
-                f"Stream {info.name!r} of {layout.root} was made with other settings: {fields}",
+                f"Stream {info.name!r} of {layout.place} was made with other settings: {fields}",
                 remedy="Use the settings that the cache was made with, or extract into another cache",
             )
         )
@@ -90,7 +90,7 @@ def _refuse_foreign_records(layout: Layout, info: StreamInfo) -> None:
         if record.fingerprint != fingerprint(info):
             raise FingerprintError(
                 explain(
-                    f"{layout.root} holds items of stream {info.name!r} that were made with other settings, "
+                    f"{layout.place} holds items of stream {info.name!r} that were made with other settings, "
                     "and the file that says with which is lost",
                     expected=f"fingerprint {fingerprint(info)}",
                     got=record.fingerprint,

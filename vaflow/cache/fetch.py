@@ -1,8 +1,9 @@
 """From a record to arrays: bytes are read once and checked, and only then handed to the store."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from vaflow.cache import files
+from vaflow.cache import files, places
 from vaflow.cache.documents import crc32c
 from vaflow.cache.messages import corrupt
 from vaflow.cache.names import Layout
@@ -26,16 +27,31 @@ def fetch(
             problem = f"Item {record.item!r} of stream {record.stream!r} has no such array"
             raise MissingError(explain(problem, got=name, choices=record.arrays))
     folder = layout.item(record.stream, record.item)
-    blobs = {}
-    for name in store.files_for(record.attempt, record.files, wanted):
-        try:
-            blob = files.read(folder / name)
-        except OSError as error:
-            raise corrupt(layout, folder / name, str(error), record.stream, record.item) from error
-        if verify and (found := file_problem(blob, record.files[name])):
-            raise corrupt(layout, folder / name, found, record.stream, record.item)
-        blobs[name] = blob
+    needed = store.files_for(record.attempt, record.files, wanted)
+    blobs, path = {}, folder
+    try:
+        places.fill(layout, [folder / name for name in needed])
+        for name in needed:
+            path = folder / name
+            blobs[name] = files.read(path)
+            if verify and (found := file_problem(blobs[name], record.files[name])):
+                blobs[name] = _again(layout, path, found, record, record.files[name])
+    except OSError as error:
+        raise corrupt(layout, path, str(error), record.stream, record.item) from error
     return decode(layout, store, record, blobs, wanted)
+
+
+def _again(layout: Layout, path: Path, problem: str, record: Record, facts: Json) -> files.Blob:
+    """The bytes of a file whose local copy is damaged, from the object store.
+
+    Raises:
+        CorruptError: they are damaged there, too, or the local file is all there is.
+    """
+    if layout.remote is not None:
+        blob = places.read(layout, path, again=True)
+        if file_problem(blob, facts) is None:
+            return blob
+    raise corrupt(layout, path, problem, record.stream, record.item)
 
 
 def decode(

@@ -15,8 +15,7 @@ from vaflow.cache.cache import Cache
 from vaflow.cache.convert import declare_streams, refuse_inside
 from vaflow.cache.declare import differences
 from vaflow.cache.documents import canonical
-from vaflow.cache.names import Layout
-from vaflow.cache.opening import PathLike, absolute, create_cache, open_cache
+from vaflow.cache.opening import PathLike, create_cache, is_cache, open_cache
 from vaflow.cache.schema import StreamInfo
 from vaflow.cache.survey import Brief, Key, Survey, survey
 from vaflow.cache.transfer import Job, TransferSummary, transfer
@@ -57,15 +56,14 @@ def merge(
     """
     if prefer is not None and prefer not in PREFERENCES:
         raise UsageError(explain("Unknown value for prefer", got=prefer, choices=PREFERENCES))
-    place = absolute(out)
     for source in sources:
-        refuse_inside(source, place)
-    before = [open_cache(place)] if Layout(place).manifest.exists() else []
+        refuse_inside(source, out)
+    before = [open_cache(out)] if is_cache(out) else []
     caches = [*before, *sources]
     _check_streams(caches)
     found = [survey(cache, STAGE) for cache in caches]
     chosen = _choose(caches, found, prefer)
-    target = create_cache(place, store=store or caches[0].store)
+    target = create_cache(out, store=store or caches[0].store)
     for source in sources:
         declare_streams(target, source)
     jobs = [Job(key, tuple(cache for cache, _ in claims)) for key, claims in chosen.items()]
@@ -87,7 +85,7 @@ def _check_streams(caches: Sequence[Cache]) -> None:
             if info is None:
                 continue
             first, other = known.setdefault(info.name, (cache, info))
-            names = (f"{first.path} has", str(cache.path))
+            names = (f"{first.place} has", cache.place)
             fields = "; ".join(differences(asdict(other), asdict(info), names=names))
             problems += [f"stream {info.name!r}: {fields}"] if fields else []
     if problems:
@@ -185,7 +183,7 @@ def _conflict_lines(conflicts: Mapping[Key, Sequence[Claim]]) -> Iterator[str]:
             field
             for cache, b in others
             for field in differences(
-                _without_places(a.source), _without_places(b.source), names=(f"{first.path} has", str(cache.path))
+                _without_places(a.source), _without_places(b.source), names=(f"{first.place} has", cache.place)
             )
         )
         yield f"{item!r} of stream {stream!r} ({next(fields, 'the arrays differ, and no source is told')})"

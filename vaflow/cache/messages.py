@@ -13,8 +13,8 @@ def corrupt(
     where = f", item {item!r} of stream {stream!r}" if item is not None else ""
     return CorruptError(
         explain(
-            f"{layout.shown(path)} of the cache {layout.root} is damaged{where}: {problem}",
-            remedy=f"Run `vaflow cache repair {layout.root}`, then extract again: only what was damaged is made anew",
+            f"{layout.shown(path)} of the cache {layout.place} is damaged{where}: {problem}",
+            remedy=f"Run `vaflow cache repair {layout.place}`, then extract again: only what was damaged is made anew",
         )
     )
 
@@ -23,7 +23,7 @@ def cannot_write(layout: Layout, error: OSError) -> CacheError:
     """The error for a disk that refuses."""
     return CacheError(
         explain(
-            f"Cannot write into the cache {layout.root}: {error}",
+            f"Cannot write into the cache {layout.place}: {error}",
             remedy="Make room or give write access, then run the same command again: it goes on where it stopped",
         )
     )

@@ -1,16 +1,20 @@
 """Where everything lies inside a cache, and how names become file names. No I/O here.
 
-All paths of a cache are made in this module, so that another kind of storage needs another `Layout` only. No stream
-or item name, however odd, leads outside the cache folder.
+All paths of a cache are made in this module; of a cache on an object store, those of its local folder. No stream or
+item name, however odd, leads outside the cache folder.
 """
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING, Optional
 
 from vaflow.errors import UsageError, explain
+
+if TYPE_CHECKING:
+    from vaflow.cache.remote import Remote
 
 TEMPORARY = ".tmp-"  # prefix of everything that is still being written
 _LONGEST = 160  # bytes; leaves room for suffixes below the usual 255
@@ -62,9 +66,20 @@ def is_attempt(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of one cache."""
+    """Paths of one cache.
+
+    Attributes:
+        root: its folder.
+        remote: the object store that the folder stands for; None: the folder is the cache.
+    """
 
     root: Path
+    remote: Optional["Remote"] = field(default=None, compare=False)
+
+    @property
+    def place(self) -> str:
+        """Where the cache is, as messages and runs name it."""
+        return str(self.root) if self.remote is None else self.remote.url
 
     @property
     def manifest(self) -> Path:
@@ -101,6 +116,10 @@ class Layout:
     def item(self, stream: str, item: str) -> Path:
         """The folder of all attempts at one item; the names in a record's `files` are below it."""
         return self.attempts(stream) / escape(item)
+
+    def named(self, path: Path) -> Path | str:
+        """Where a file is for people: its path, or its URL."""
+        return path if self.remote is None else f"{self.place}/{self.shown(path)}"
 
     def shown(self, path: Path) -> str:
         """A path as messages name it: from the cache's root."""

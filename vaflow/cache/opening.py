@@ -5,11 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vaflow.cache import files
+from vaflow.cache import files, places
 from vaflow.cache.cache import Cache
 from vaflow.cache.documents import manifest_document, seal, unseal
 from vaflow.cache.messages import corrupt
 from vaflow.cache.names import TEMPORARY, Layout
+from vaflow.cache.remote import Remote, url_of
 from vaflow.cache.schema import FORMAT, SCHEMA_VERSION, STORES, StoreName
 from vaflow.errors import SchemaError, UsageError, explain
 
@@ -30,18 +31,18 @@ def create_cache(path: PathLike, *, store: str = "zarr") -> Cache:
     """
     if store not in STORES:
         raise UsageError(explain("There is no such store", got=store, choices=STORES))
-    layout = Layout(absolute(path))
+    layout = layout_of(path)
     try:
         _create_manifest(layout, store)
     except FileExistsError as error:
-        raise _unwritable(layout.root, f"{error.filename} is not a folder") from error
+        raise _unwritable(layout, f"{error.filename} is not a folder") from error
     except OSError as error:
-        raise _unwritable(layout.root, str(error)) from error
-    cache = open_cache(path, writable=True)
+        raise _unwritable(layout, str(error)) from error
+    cache = _open(layout, writable=True)
     if cache.store != store:
         raise UsageError(
             explain(
-                f"The cache {cache.path} has another store",
+                f"The cache {cache.place} has another store",
                 expected=store,
                 got=cache.store,
                 remedy=f"Use --store {cache.store}, or another folder",
@@ -58,37 +59,85 @@ def open_cache(path: PathLike, *, writable: bool = False) -> Cache:
         SchemaError: it has a schema version that this program does not read.
         CorruptError: its manifest is damaged.
     """
-    layout = Layout(absolute(path))
+    layout = layout_of(path)
+    try:
+        if layout.remote is not None:
+            layout.remote.pull()
+    except OSError as error:
+        raise _unreadable(layout, error) from error
+    return _open(layout, writable=writable)
+
+
+def _open(layout: Layout, *, writable: bool) -> Cache:
     try:
         store = read_manifest(layout)
     except (FileNotFoundError, NotADirectoryError):
-        raise _no_cache(layout.root) from None
+        raise _no_cache(layout) from None
     except OSError as error:
-        raise UsageError(explain(f"The cache {layout.root} cannot be read: {error}")) from error
+        raise _unreadable(layout, error) from error
     if writable and not os.access(layout.root, os.W_OK | os.X_OK):
-        raise _unwritable(layout.root, "no write access")
-    return Cache(layout.root, store, writable=writable)
+        raise _unwritable(layout, "no write access")
+    return Cache(layout, store, writable=writable)
 
 
-def absolute(path: PathLike) -> Path:
+def is_cache(path: PathLike) -> bool:
+    """Whether there is a cache, of any version, to be opened.
+
+    Raises:
+        UsageError: an object store cannot be reached.
+    """
+    layout = layout_of(path)
+    try:
+        if layout.remote is not None:
+            layout.remote.pull()
+    except OSError as error:
+        raise _unreadable(layout, error) from error
+    return layout.manifest.exists()
+
+
+def address(path: PathLike) -> str:
+    """A cache's lasting name: its URL, or its folder with all links resolved."""
+    return url_of(path) or str(Path(path).resolve())
+
+
+def layout_of(path: PathLike) -> Layout:
+    """Where a cache is: a folder, or a URL of an object store (`s3://bucket/path`).
+
+    Raises:
+        UsageError: the library for this kind of store is not installed.
+    """
+    url = url_of(path)
+    if url is None:
+        return Layout(_absolute(path))
+    remote = Remote(url)
+    return Layout(remote.local, remote)
+
+
+def _absolute(path: PathLike) -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111 - links stay as the user wrote them
 
 
 def _create_manifest(layout: Layout, store: str) -> None:
     files.make_folder(layout.root)
+    if layout.remote is not None:
+        layout.remote.pull()
     if layout.manifest.exists():
         return
-    others = sorted(p.name for p in layout.root.iterdir() if not p.name.startswith(TEMPORARY))
+    others = sorted(name for name in _names(layout) if not name.startswith(TEMPORARY))
     if others and not layout.manifest.exists():  # another writer may have made it since
         raise SchemaError(
             explain(
-                f"{layout.root} is neither empty nor a cache",
+                f"{layout.place} is neither empty nor a cache",
                 expected="an empty or missing folder, or one with a manifest.json",
                 got=", ".join(others[:5]) + (" ..." if len(others) > 5 else ""),
                 remedy="Choose another folder",
             )
         )
-    files.create(layout.manifest, seal(manifest_document(store)))
+    places.create(layout, layout.manifest, seal(manifest_document(store)))
+
+
+def _names(layout: Layout) -> list[str]:
+    return [p.name for p in layout.root.iterdir()] if layout.remote is None else layout.remote.names()
 
 
 def read_manifest(layout: Layout) -> StoreName:
@@ -105,7 +154,7 @@ def read_manifest(layout: Layout) -> StoreName:
     except (ValueError, KeyError) as error:
         raise corrupt(layout, layout.manifest, str(error)) from error
     if store not in STORES:
-        raise SchemaError(explain(f"The cache {layout.root} has an unknown store", got=store, choices=STORES))
+        raise SchemaError(explain(f"The cache {layout.place} has an unknown store", got=store, choices=STORES))
     name: StoreName = store
     return name
 
@@ -122,7 +171,7 @@ def _check_version(layout: Layout, data: bytes) -> None:
     if version != SCHEMA_VERSION:
         raise SchemaError(
             explain(
-                f"The cache {layout.root} has a schema version that this program does not read",
+                f"The cache {layout.place} has a schema version that this program does not read",
                 expected=SCHEMA_VERSION,
                 got=repr(version),
                 remedy="Use the release of vaflow that made it, or extract into a new folder",
@@ -130,16 +179,24 @@ def _check_version(layout: Layout, data: bytes) -> None:
         )
 
 
-def _no_cache(path: Path) -> UsageError:
-    what = "There is no such folder" if not path.exists() else "It has no manifest.json"
+def _no_cache(layout: Layout) -> UsageError:
+    gone = layout.remote is None and not layout.root.exists()
+    what = "There is no such folder" if gone else "It has no manifest.json"
     return UsageError(
         explain(
-            f"{path} is not a cache. {what}", remedy=f"Make one: vaflow extract DATA --out {path}, or check the path"
+            f"{layout.place} is not a cache. {what}",
+            remedy=f"Make one: vaflow extract DATA --out {layout.place}, or check the path",
         )
     )
 
 
-def _unwritable(path: Path, why: str) -> UsageError:
+def _unreadable(layout: Layout, error: OSError) -> UsageError:
+    return UsageError(explain(f"The cache {layout.place} cannot be read: {error}"))
+
+
+def _unwritable(layout: Layout, why: str) -> UsageError:
     return UsageError(
-        explain(f"The cache {path} cannot be written: {why}", remedy="Choose another folder, or give write access")
+        explain(
+            f"The cache {layout.place} cannot be written: {why}", remedy="Choose another folder, or give write access"
+        )
     )

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 FORMAT = "vaflow-cache"
 STORES = ("zarr", "hdf5")
 
-Kind = Literal["visual", "audio", "logmel", "pixels", "labels", "text"]
+Kind = Literal["visual", "audio", "logmel", "pixels", "labels", "targets", "text"]
 StoreName = Literal["zarr", "hdf5"]
 Array = NDArray[Any]
 Json = dict[str, Any]
@@ -72,6 +72,12 @@ KINDS: Mapping[str, Mapping[str, ArraySpec]] = {
         "value":     ArraySpec(("row", "target"), ("float32",)),   # valence, arousal; NaN where not annotated
         "valid":     ArraySpec(("row", "target"), ("bool",)),
     },
+    # further annotation, as expression classes or action units; identity: "task" ("classes" or "binary") and "names"
+    "targets": {
+        "time":  ArraySpec(("row",), ("float64",)),                # seconds: presentation time
+        "value": ArraySpec(("row", "name"), ("float32",)),         # share of each class, or whether a unit is there
+        "valid": ArraySpec(("row", "name"), ("bool",)),
+    },
     # prompt prototypes; items are prompt sets, not clips
     "text": {
         "embedding": ArraySpec(("region", "dim"), ("float32",)),   # mean of the normalised template embeddings
@@ -88,8 +94,8 @@ class StreamInfo:
     Attributes:
         name: as used on the command line and on disk, e.g. "clip-vit-b16".
         kind: a key of `KINDS`.
-        dim: the last axis of `embedding` (0 for pixels and labels).
-        dtype: of `embedding` ("uint8" for pixels, "float32" for labels).
+        dim: the last axis of `embedding` (0 for pixels, labels and targets).
+        dtype: of `embedding` ("uint8" for pixels, "float32" for labels and targets).
         identity: plain JSON: encoder, weights digest, preprocessing, sampling, output layer, decoder backend and
             version ... : everything that changes the numbers. The fingerprint is its digest.
     """
@@ -169,6 +175,10 @@ def _value_problems(info: StreamInfo, arrays: Mapping[str, Array]) -> list[str]:
         value, valid = arrays["value"], arrays["valid"]
         if not (np.abs(value[valid]) <= 1).all():  # NaN fails this comparison too
             problems.append("labels marked valid are not all within [-1, 1]")
+    if info.kind == "targets":
+        known = arrays["value"][arrays["valid"]]
+        if not ((known >= 0) & (known <= 1)).all():
+            problems.append("targets marked valid are not all within [0, 1]")
     if info.kind == "pixels":
         offset = arrays["offset"]
         if offset.size and (offset[0] != 0 or offset[-1] != arrays["data"].size or (np.diff(offset) < 0).any()):

@@ -60,8 +60,8 @@ def survey(cache: Cache, stage: str) -> Survey:
 
 def _failure(cache: Cache, path: Path, stage: str, problem: str) -> ItemFailure:
     message = explain(
-        f"{cache.layout.shown(path)} of the cache {cache.path} cannot be used: {problem}",
-        remedy=f"Run `vaflow cache repair {cache.path}`, and extract again",
+        f"{cache.layout.shown(path)} of the cache {cache.place} cannot be used: {problem}",
+        remedy=f"Run `vaflow cache repair {cache.place}`, and extract again",
     )
     return ItemFailure(_name_of(path.stem), _name_of(path.parent.name), stage, "CorruptError", message)
 

@@ -44,12 +44,12 @@ class TransferSummary:
         failures: items that could not be read; `failures_file` lists them.
     """
 
-    out: Path
+    out: str
     copied: int
     replaced: int
     there: int
     failures: tuple[ItemFailure, ...]
-    failures_file: Path
+    failures_file: Path | str
 
     @property
     def nothing_done(self) -> bool:
@@ -104,7 +104,9 @@ def transfer(
         except OSError as error:
             raise cannot_write(target.layout, error) from error
     written = done["new"] + done["replaced"]
-    return TransferSummary(target.path, written, done["replaced"], done["there"], tuple(failures), path)
+    return TransferSummary(
+        target.place, written, done["replaced"], done["there"], tuple(failures), target.layout.named(path)
+    )
 
 
 def _copies(target: Cache, jobs: Sequence[Job], stage: str) -> Iterable[Outcome | ItemFailure]:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vaflow.cache import files
+from vaflow.cache import places
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import discard, load_record
 from vaflow.cache.declare import load_stream
 from vaflow.cache.documents import fingerprint, manifest_document, seal
 from vaflow.cache.fetch import decode, file_problem
 from vaflow.cache.names import TEMPORARY, Layout
-from vaflow.cache.opening import open_cache, read_manifest
+from vaflow.cache.opening import layout_of, open_cache, read_manifest
 from vaflow.cache.schema import Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES
 from vaflow.errors import CacheError, CorruptError, UsageError
@@ -111,6 +111,7 @@ def _item_problems(cache: Cache, path: Path, info: StreamInfo | None) -> list[Pr
 def _was_replaced(layout: Layout, path: Path, record: Record) -> bool:
     """Whether the item was extracted again, or dropped, while we were reading."""
     try:
+        places.look(layout, path)
         return load_record(layout, path).attempt != record.attempt
     except FileNotFoundError:
         return True
@@ -125,7 +126,7 @@ def _attempt_problems(cache: Cache, record: Record, info: StreamInfo | None) -> 
     damaged = False
     for name, facts in record.files.items():
         try:
-            blobs[name] = files.read(folder / name)
+            blobs[name] = places.read(layout, folder / name, again=True)
             found = file_problem(blobs[name], facts)
         except OSError as error:
             found = f"it cannot be read: {error.strerror}"
@@ -150,10 +151,12 @@ def leftovers(cache: Cache, older_than: float = 0.0) -> list[Path]:
     """What killed writers left behind, or writers are still at: attempts without a record, and temporary files.
 
     Args:
-        cache: where to look; nothing that a cache does not make is ever listed.
+        cache: where to look; nothing that a cache does not make is ever listed. On object stores nobody looks.
         older_than: only what was last changed at least so many seconds ago.
     """
     layout = cache.layout
+    if layout.remote is not None:
+        return []
     names = {p.name for p in layout.all_records.glob("*")} | {p.stem for p in layout.all_streams.glob("*.json")}
     found = [p for pattern in ("", "streams/", "records/*/") for p in layout.root.glob(f"{pattern}{TEMPORARY}*")]
     for name in sorted(names):
@@ -194,22 +197,22 @@ def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
     """
     if not cache.writable:
         raise UsageError(
-            f"The cache {cache.path} was opened for reading. Open it with open_cache(path, writable=True)."
+            f"The cache {cache.place} was opened for reading. Open it with open_cache(path, writable=True)."
         )
     layout, store = cache.layout, STORES[cache.store]
     problems = verify(cache, on_item)
     for problem in problems:
         path = layout.root / problem.path
         if path == layout.manifest:
-            files.replace(path, seal(manifest_document(cache.store)))
+            places.replace(layout, path, seal(manifest_document(cache.store)))
         elif problem.item is not None and problem.stream is not None:
             discard(layout, store, layout.record(problem.stream, problem.item))
         elif path.parent == layout.all_streams:
-            path.unlink(missing_ok=True)
+            places.remove(layout, path)
         else:
             discard(layout, store, path)
     for path in leftovers(cache, GRACE):
-        files.remove(path)
+        places.remove(layout, path)
     layout.index.unlink(missing_ok=True)
     cache.refresh_index()
     return problems
@@ -224,11 +227,11 @@ def open_for_repair(path: Path) -> Cache:
     try:
         return open_cache(path, writable=True)
     except (CorruptError, UsageError):
-        layout = Layout(Path(path).absolute())
+        layout = layout_of(path)
         store = _store_of_records(layout)
         if store is None:
             raise
-        files.replace(layout.manifest, seal(manifest_document(store)))
+        places.replace(layout, layout.manifest, seal(manifest_document(store)))
         return open_cache(path, writable=True)
 
 

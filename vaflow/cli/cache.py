@@ -144,7 +144,7 @@ def _findings(cache: "Cache", problems: "list[Problem]") -> dict[str, Any]:
 
     from vaflow.cache.verify import record_files
 
-    return {"cache": str(cache.path), "items": len(record_files(cache)), "problems": [asdict(p) for p in problems]}
+    return {"cache": cache.place, "items": len(record_files(cache)), "problems": [asdict(p) for p in problems]}
 
 
 def _list(problems: "list[Problem]") -> None:

@@ -84,4 +84,4 @@ def _items(count: int) -> str:
 def _document(summary: "TransferSummary") -> dict[str, object]:
     from dataclasses import asdict
 
-    return asdict(summary) | {"out": str(summary.out), "failures_file": str(summary.failures_file)}
+    return asdict(summary) | {"failures_file": str(summary.failures_file)}
