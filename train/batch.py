@@ -1,7 +1,7 @@
 """One batch of windows, as the model and the losses see it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,39 @@ class StreamSpec:
     frames_per_step: int = 0
 
 
+CLASSES, BINARY = "classes", "binary"
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What else a model learns to say of every frame.
+
+    Attributes:
+        name: of the stream of targets.
+        task: `CLASSES` (one of several) or `BINARY` (each or not).
+        names: of the classes, or of what is there or not.
+    """
+
+    name: str
+    task: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExtraTargets:
+    """Targets of a batch, or of all windows of a split.
+
+    Attributes:
+        task: `CLASSES` or `BINARY`.
+        value: [N, F, K] float32 in [0, 1], 0 where not annotated.
+        labelled: [N, F, K] bool; only ever True inside the clip.
+    """
+
+    task: str
+    value: Tensor
+    labelled: Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """B windows with F frames each; every audio stream has its own number of steps S.
@@ -42,6 +75,7 @@ class Batch:
         target: [B, F, 2] float32, 0 where not annotated.
         labelled: [B, F, 2] bool; only ever True inside.
         window: [B] int64 which window of the split this is.
+        extra: name -> further targets of the frames.
     """
 
     features: Mapping[str, Tensor]
@@ -53,6 +87,7 @@ class Batch:
     target: Tensor
     labelled: Tensor
     window: Tensor
+    extra: Mapping[str, ExtraTargets] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,10 +97,12 @@ class Output:
     Attributes:
         va: [B, F, 2] in [-1, 1], valence and arousal.
         region_logits: [B, F, 9] scaled cosines to the prototypes, or None without a prompt head.
+        extra: name -> logits of further targets, [B, F, K].
     """
 
     va: Tensor
     region_logits: Tensor | None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def lengths(inside: torch.Tensor) -> torch.Tensor:

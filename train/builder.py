@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vaflow.errors import UsageError, explain
-from vaflow.train.batch import StreamSpec
+from vaflow.train.batch import StreamSpec, TargetSpec
 from vaflow.train.config import TrainConfig
 from vaflow.train.heads.model import VAModel
 
@@ -17,6 +17,7 @@ def build_model(
     streams: Sequence[StreamSpec],
     prototypes: Tensor | None,
     context: tuple[int, int] | None = None,
+    targets: Sequence[TargetSpec] = (),
 ) -> VAModel:
     """A model with fresh weights, on the CPU; seed the generator before.
 
@@ -25,6 +26,7 @@ def build_model(
         streams: what it reads.
         prototypes: [9, D], or None: without a prompt head.
         context: number and width of the vectors that prototypes are made from; None: they are as given.
+        targets: what else is said of every frame.
 
     Raises:
         UsageError: settings that do not go together.
@@ -46,6 +48,7 @@ def build_model(
         normalize=config.normalize,
         learnable_prototypes=config.learnable_prompts,
         context=context,
+        targets=targets,
     )
 
 

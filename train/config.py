@@ -50,6 +50,8 @@ class TrainConfig:
         region_labels: "soft" (equation 2) or "hard" (the nearest region alone).
         kl_weight: lambda of equation 6; 0 leaves the prompt head out. mse_weight: of a squared error beside it.
         ccc_weight: of the concordance itself, 1 in the paper; 0 needs a mse_weight.
+        extra_targets: streams of further targets that a linear head each learns, as expression classes and action
+            units; extra_weight: of each one's cross-entropy.
         modality_dropout: share of training windows in which one modality is marked missing, in a model of two.
         best: the weights that are kept: of the best "mean" CCC, or beside them those of the best of "each" dimension.
         epochs, batch_size, lr, weight_decay: of AdamW. schedule: of the learning rate, over the whole run.
@@ -98,6 +100,8 @@ class TrainConfig:
     kl_weight: float = 0.2
     mse_weight: float = 0.0
     ccc_weight: float = 1.0
+    extra_targets: tuple[str, ...] = ()
+    extra_weight: float = 0.5
     modality_dropout: float = 0.0
     best: str = "mean"
     epochs: int = 15
@@ -322,7 +326,7 @@ def _check_ranges(config: TrainConfig) -> None:
         _check(name, value is None or 0 < value < float("inf"), "a number above 0", value)
     for name in (
         *("kl_weight", "mse_weight", "ccc_weight", "weight_decay", "warmup", "clip_norm", "layers", "seed"),
-        *("prompt_context", "folds"),
+        *("prompt_context", "folds", "extra_weight"),
     ):
         value = getattr(config, name)
         _check(name, 0 <= value < float("inf"), "a number, 0 or more", value)
@@ -333,6 +337,7 @@ def _check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         _check(name, 0 <= value < 1, "a share of at least 0 and below 1", value)
     weights = config.ccc_weight + config.mse_weight
+    _check("extra_targets", not (config.finetune and config.extra_targets), "none, in fine-tuning", "some")
     _check("best", config.best == "mean" or not config.finetune, "mean, in fine-tuning", config.best)
     _check("ccc_weight", weights > 0, "a weight above 0, or a mse_weight", config.ccc_weight)
     _check_prompts(config)

@@ -1,6 +1,6 @@
 """A cache's split -> one `WindowSet`: every array is read once, whole, and packed where batches are made."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from vaflow.cache.schema import LABELS, Json
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.timeline import Floats, Grid, median_interval
 from vaflow.train import tables
+from vaflow.train.batch import ExtraTargets, TargetSpec
 from vaflow.train.config import TrainConfig
+from vaflow.train.extra import read_rows, target_specs
 from vaflow.train.folds import split_items
 from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampling
 from vaflow.train.metrics import region_occupancy
@@ -60,14 +62,16 @@ def load_windows(
     known = cache.streams()
     streams = [replace(stream, identity=known[stream.name].identity) for stream in streams]  # sampled as it is here
     packs = make_packs(cache, items, streams, device, budget, scratch)
+    there = [name for name in config.extra_targets if name in known]
+    specs = {spec.name: spec for spec in target_specs(cache, there)}
     clips: list[ClipRows] = []
     parts: list[_ClipTables] = []
     for item in tqdm(items, desc="loading", unit="clip", disable=not show, leave=False):
         first = clips[-1].last if clips else 0
-        clip, part = _read_clip(cache, item, streams, config, packs, first)
+        clip, part = _read_clip(cache, item, streams, config, packs, specs, first)
         clips.append(clip)
         parts.append(part)
-    return _assemble(streams, config.grid, packs, clips, parts, device)
+    return _assemble(streams, specs, config.grid, packs, clips, parts, device)
 
 
 def load_split(
@@ -101,6 +105,7 @@ class _ClipTables:
     targets: tables.Targets
     steps: dict[str, tables.StepTable]
     offset: dict[str, int]
+    extra: dict[str, tables.Targets]
 
 
 def _read_clip(
@@ -109,6 +114,7 @@ def _read_clip(
     streams: Sequence[InputStream],
     config: TrainConfig,
     packs: dict[str, Pack],
+    specs: Mapping[str, TargetSpec],
     first: int,
 ) -> tuple[ClipRows, _ClipTables]:
     labels = cache.read(LABELS, item)
@@ -124,6 +130,11 @@ def _read_clip(
         data = found.get(stream.name)
         steps[stream.name] = _table(windows, duration, stream, config.grid, data)
         offset[stream.name] = packs[stream.name].append(_checked_rows(data, stream)) if data is not None else 0
+    extra = {name: read_rows(cache, spec, item) for name, spec in specs.items()}
+    nearest = {
+        name: tables.nearest_targets(windows, rows.time, rows.value, rows.valid, config.grid.step)
+        for name, rows in extra.items()
+    }
     clip = ClipRows(
         item=item,
         group=str(labels.meta.get("group") or item),
@@ -134,8 +145,9 @@ def _read_clip(
         first=first,
         last=first + len(windows.start),
         missing=tuple(stream.name for stream in streams if stream.name not in found),
+        extra=extra,
     )
-    return clip, _ClipTables(windows, targets, steps, offset)
+    return clip, _ClipTables(windows, targets, steps, offset, nearest)
 
 
 def _duration(labels: Item, found: Iterable[Item]) -> float:
@@ -206,6 +218,7 @@ def _sound_times(stream: InputStream, data: Item, interval: float | None) -> tab
 
 def _assemble(
     streams: Sequence[InputStream],
+    specs: Mapping[str, TargetSpec],
     grid: Grid,
     packs: dict[str, Pack],
     clips: list[ClipRows],
@@ -234,6 +247,14 @@ def _assemble(
         inside=on_device([part.windows.inside for part in parts], np.bool_),
         target=on_device([part.targets.value for part in parts], np.float32),
         labelled=on_device([part.targets.labelled for part in parts], np.bool_),
+        extra={
+            name: ExtraTargets(
+                spec.task,
+                on_device([part.extra[name].value for part in parts], np.float32),
+                on_device([part.extra[name].labelled for part in parts], np.bool_),
+            )
+            for name, spec in specs.items()
+        },
     )
 
 

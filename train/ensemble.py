@@ -96,7 +96,7 @@ def ensemble_runs(
     if not runs:
         raise UsageError(explain("An ensemble needs runs", expected="at least one", got="none"))
     records = [require_record(run) for run in runs]
-    cache = open_cache(Path(records[0].cache)) if cache is None else cache
+    cache = open_cache(records[0].cache) if cache is None else cache
     split = _common_split(runs, records, "--split") if split is None else split
     folder = _folder(out)
     members = Members(cache, tuple(Path(run) for run in runs), device, allow_missing, show)
@@ -225,7 +225,10 @@ def combine(said: Sequence[Sequence[Trace]], weights: Floats) -> list[Trace]:
         mixed = None
         if all(part is not None for part in regions):
             mixed = sum(float(weight.mean()) * part for weight, part in zip(weights, regions, strict=True))
-        combined.append(replace(first, va=np.clip(va, -1, 1), regions=mixed))
+        shares = weights.mean(axis=1)
+        names = [name for name in first.extra if all(name in trace.extra for trace in traces)]
+        extra = {n: sum(s * trace.extra[n] for s, trace in zip(shares, traces, strict=True)) for n in names}
+        combined.append(replace(first, va=np.clip(va, -1, 1), regions=mixed, extra=extra))
     return combined
 
 

@@ -3,20 +3,21 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vaflow.cache import Cache
 from vaflow.errors import DataError, explain
 from vaflow.timeline import Bools, Floats, stitch
 from vaflow.train import metrics
 from vaflow.train.breakdown import Groups, Scored, by_dimension, by_group, by_intensity, plain
+from vaflow.train.extra import extra_scores, probabilities
 from vaflow.train.folds import source_splits
 from vaflow.train.losses import region_centers
 from vaflow.train.metrics import DIMENSIONS
@@ -26,6 +27,7 @@ from vaflow.train.windows import ClipRows, WindowSet
 log = logging.getLogger(__name__)
 
 PREDICT_BATCH = 64
+EXTRA = "extra/"  # before the names of further targets, among what a model says
 NEARLY_CONSTANT = 0.02  # standard deviation below which a prediction says next to nothing
 CONSTANT_LABEL = 1e-3
 
@@ -38,26 +40,34 @@ class Trace:
         clip: the clip, with its annotation.
         va: [R, 2] in [-1, 1].
         regions: [R, 9] probabilities, or None without a prompt head.
+        extra: name -> probabilities of further targets at their own times, where the clip has such.
     """
 
     clip: ClipRows
     va: Floats
     regions: Floats | None
+    extra: Mapping[str, Floats] = field(default_factory=dict)
 
 
 @torch.inference_mode()
-def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int = PREDICT_BATCH) -> tuple[Floats, int]:
-    """Everything the model says of every window: [N, F, 2 or 11] (va, then region probabilities), and that width."""
+def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int = PREDICT_BATCH) -> dict[str, Floats]:
+    """Everything the model says of every window: "va" [N, F, 2], "regions" [N, F, 9] if it has a prompt head, and the
+    probabilities of further targets that the clips have, each [N, F, K] under "extra/NAME"."""
     was_training = model.training
     model.eval()
-    parts = []
+    parts: dict[str, list[Tensor]] = {}
     for ids in windows.in_order(batch_size):
         output = model(windows.gather(ids))
-        said = [output.va] if output.region_logits is None else [output.va, output.region_logits.softmax(dim=-1)]
-        parts.append(torch.cat(said, dim=-1).float())
+        said = {"va": output.va}
+        if output.region_logits is not None:
+            said["regions"] = output.region_logits.softmax(dim=-1)
+        for name, targets in windows.extra.items():
+            if name in output.extra:
+                said[f"{EXTRA}{name}"] = probabilities(output.extra[name], targets.task)
+        for name, value in said.items():
+            parts.setdefault(name, []).append(value.float())
     model.train(was_training)
-    value = torch.cat(parts).cpu().numpy().astype(np.float64)
-    return value, value.shape[-1]
+    return {name: torch.cat(values).cpu().numpy().astype(np.float64) for name, values in parts.items()}
 
 
 def predict_clips(model: nn.Module, windows: WindowSet, batch_size: int = PREDICT_BATCH) -> Iterator[Trace]:
@@ -66,14 +76,18 @@ def predict_clips(model: nn.Module, windows: WindowSet, batch_size: int = PREDIC
     Raises:
         DataError: the model says NaN; the clip is named.
     """
-    value, width = predict_windows(model, windows, batch_size)
+    said = predict_windows(model, windows, batch_size)
     inside = windows.inside_array
     for clip in windows.clips:
         own = slice(clip.first, clip.last)
-        trace = stitch(windows.sample_time[own], value[own], inside[own], clip.time)
-        if not np.isfinite(trace).all():
-            raise DataError(explain(f"The model's prediction for clip {clip.item!r} is not finite"))
-        yield Trace(clip, np.clip(trace[:, :2], -1, 1), trace[:, 2:] if width > 2 else None)
+        traces = {}
+        for name, value in said.items():
+            time = clip.extra[name.removeprefix(EXTRA)].time if name.startswith(EXTRA) else clip.time
+            traces[name] = stitch(windows.sample_time[own], value[own], inside[own], time)
+            if not np.isfinite(traces[name]).all():
+                raise DataError(explain(f"The model's prediction for clip {clip.item!r} is not finite"))
+        extra = {name.removeprefix(EXTRA): trace for name, trace in traces.items() if name.startswith(EXTRA)}
+        yield Trace(clip, np.clip(traces["va"], -1, 1), traces.get("regions"), extra)
 
 
 def score(traces: Iterable[Trace]) -> Floats:
@@ -174,6 +188,8 @@ def score_traces(
         "frames": int(sum(clip.valid.any(axis=1).sum() for clip in lost)),
         "streams": dict(Counter(name for trace in used for name in trace.clip.missing)),
     }
+    pairs = {name: [(t.clip.extra[name], t.extra[name]) for t in used] for name in used[0].extra}
+    report |= {"extra": extra_scores(pairs)} if pairs else {}
     if groups is not None:
         clips = [Scored(t.clip.item, t.clip.group, t.va, _label(t.clip), t.clip.valid) for t in used]
         report["by_group"] = by_group(clips, groups)

@@ -15,8 +15,9 @@ from vaflow.cache.schema import LOGMEL, StreamInfo
 from vaflow.encoders import encoder_kind
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.timeline import Grid, median_interval
-from vaflow.train.batch import AUDIO, VISUAL, StreamSpec
+from vaflow.train.batch import AUDIO, VISUAL, StreamSpec, TargetSpec
 from vaflow.train.config import NONE, TrainConfig
+from vaflow.train.extra import target_specs
 from vaflow.train.folds import with_folds
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Inputs:
         streams: of features.
         text: the stream of prototypes, "" for none; prototypes: the embeddings [9, D].
         descriptions: the words of the nine regions, where the cache knows them; text_identity: of the text tower.
+        targets: what else the model learns to say.
     """
 
     streams: tuple[InputStream, ...]
@@ -69,6 +71,7 @@ class Inputs:
     prototypes: Tensor | None = None
     descriptions: tuple[str, ...] = ()
     text_identity: Mapping[str, Any] = field(default_factory=dict)
+    targets: tuple[TargetSpec, ...] = ()
 
     @property
     def specs(self) -> tuple[StreamSpec, ...]:
@@ -99,11 +102,12 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
     streams += [_audio_input(cache, info, config) for info in audio]
     text = _text_stream(known, config) if config.kl_weight else ""
     config = replace(config, text=text)
+    targets = target_specs(cache, config.extra_targets)
     if not text:
-        return config, Inputs(tuple(streams))
+        return config, Inputs(tuple(streams), targets=targets)
     prototypes = _prototypes(cache, text, config.prompts)
     words = cache.record(text, config.prompts).source.get("prompts", {}).get("descriptions", ())
-    return config, Inputs(tuple(streams), text, prototypes, tuple(words), known[text].identity)
+    return config, Inputs(tuple(streams), text, prototypes, tuple(words), known[text].identity, targets)
 
 
 def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names: Sequence[str]) -> list[StreamInfo]:

@@ -100,6 +100,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch,
         hard=config.region_labels == "hard",
         mse_weight=config.mse_weight,
         ccc_weight=config.ccc_weight,
+        extra_weight=config.extra_weight,
     )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from vaflow.errors import UsageError, explain
 from vaflow.train.batch import Batch, Output
+from vaflow.train.extra import extra_loss
 
 CENTERS, SIGMA, KL_WEIGHT = 0.66, 0.45, 0.2  # the full model of the paper's tables
 REGIONS = 9
@@ -222,6 +223,7 @@ def total_loss(
     hard: bool = False,
     mse_weight: float = 0.0,
     ccc_weight: float = 1.0,
+    extra_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = ccc_weight * L_CCC + kl_weight * L_KL (eq. 6), plus mse_weight * MSE where asked for.
 
@@ -234,6 +236,7 @@ def total_loss(
         hard: hard region labels instead of soft ones.
         mse_weight: weight of a squared error, which the paper does not have.
         ccc_weight: of the concordance; 1 in the paper.
+        extra_weight: of the cross-entropy of each further target.
 
     Returns:
         The loss, a scalar, and its unweighted parts `ccc`, `kl`, `mse` (those there are) and `total`, detached
@@ -253,6 +256,9 @@ def total_loss(
     if mse_weight:
         parts["mse"] = masked_mse(output.va, batch.target, batch.labelled)
         loss = loss + mse_weight * parts["mse"]
+    for name, logits in output.extra.items():
+        if name in batch.extra:
+            loss = loss + extra_weight * extra_loss(logits, batch.extra[name])
     return loss, {name: part.detach() for name, part in {**parts, "total": loss}.items()}
 
 

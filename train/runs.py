@@ -27,6 +27,7 @@ from torch import nn
 from vaflow import __version__
 from vaflow.cache import address
 from vaflow.errors import CorruptError, UsageError, explain
+from vaflow.train.batch import TargetSpec
 from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig, differences, merge
 from vaflow.train.evaluate import Trace, predict_clips
@@ -48,6 +49,7 @@ class RunRecord:
     Attributes:
         config: resolved settings.
         streams: what is read.
+        targets: what the model says beside valence and arousal.
         tuned: of a fine-tuned run, the streams that its own encoders make; empty until it is done.
         cache: the folder that it was trained on.
         data: split -> {"clips", "windows", "labelled_frames"}.
@@ -60,6 +62,7 @@ class RunRecord:
     data: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     version: str = __version__
     tuned: tuple[InputStream, ...] = ()
+    targets: tuple[TargetSpec, ...] = ()
 
     @property
     def wanted(self) -> tuple[InputStream, ...]:
@@ -76,6 +79,8 @@ class RunRecord:
             "data": {split: dict(counts) for split, counts in self.data.items()},
             "stream": [_as_table(stream) for stream in self.streams],
         }
+        if self.targets:
+            document["target"] = [{**asdict(target), "names": list(target.names)} for target in self.targets]
         if self.tuned:
             document["tuned"] = [_as_table(stream) for stream in self.tuned]
         return tomli_w.dumps(document)
@@ -93,7 +98,10 @@ class RunRecord:
             streams, tuned = (
                 tuple(map(_from_table, tables)) for tables in (document["stream"], document.get("tuned", ()))
             )
-            return cls(config, streams, document["cache"], document["data"], document["vaflow"], tuned)
+            targets = tuple(
+                TargetSpec(said["name"], said["task"], tuple(said["names"])) for said in document.get("target", ())
+            )
+            return cls(config, streams, document["cache"], document["data"], document["vaflow"], tuned, targets)
         except (KeyError, TypeError) as error:
             raise ValueError(f"it lacks {error}") from error
 
@@ -299,7 +307,7 @@ def _read_model(record: RunRecord, path: Path) -> VAModel:
     weights, _ = read_tensors(path)
     context = tuple(weights[CONTEXT].shape) if CONTEXT in weights else None
     specs = [stream.spec for stream in record.streams]
-    model = build_model(record.config, specs, weights.get(PROTOTYPES), context)  # type: ignore[arg-type]
+    model = build_model(record.config, specs, weights.get(PROTOTYPES), context, record.targets)  # type: ignore[arg-type]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -309,7 +317,7 @@ def _read_model(record: RunRecord, path: Path) -> VAModel:
 
 def new_record(cache: Path | str, config: TrainConfig, inputs: Inputs) -> RunRecord:
     """What is known before any clip is read."""
-    return RunRecord(config, inputs.streams, address(cache))
+    return RunRecord(config, inputs.streams, address(cache), targets=inputs.targets)
 
 
 def check_unchanged(folder: RunFolder, old: RunRecord, new: RunRecord) -> None:

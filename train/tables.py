@@ -166,11 +166,11 @@ def nearest_targets(windows: WindowTimes, time: Floats, value: Floats, valid: Bo
     Args:
         windows: of the clip.
         time: [R] seconds of the annotation rows.
-        value: [R, 2]; valid: [R, 2] which of it is annotated.
+        value: [R, K]; valid: [R, K] which of it is annotated; K is 2, or the width of further targets.
         step: seconds between output frames.
     """
     if time.size == 0:
-        return _no_targets(windows)
+        return _no_targets(windows, value.shape[1])
     row = nearest(time, windows.sample)
     near = np.abs(time[row] - windows.sample) <= max(median_interval(time), step) / 2 + _SLACK
     labelled = valid[row] & (near & windows.inside)[..., None]
@@ -180,7 +180,7 @@ def nearest_targets(windows: WindowTimes, time: Floats, value: Floats, valid: Bo
 def mean_targets(windows: WindowTimes, time: Floats, value: Floats, valid: Bools, step: float) -> Targets:
     """The mean of all annotations within half a step of the output frame; arguments as of `nearest_targets`."""
     if time.size == 0:
-        return _no_targets(windows)
+        return _no_targets(windows, value.shape[1])
     first = np.searchsorted(time, windows.sample - step / 2 - _SLACK)
     last = np.searchsorted(time, windows.sample + step / 2 - _SLACK)
     zero = np.zeros((1, 2))
@@ -192,6 +192,6 @@ def mean_targets(windows: WindowTimes, time: Floats, value: Floats, valid: Bools
     return Targets(np.where(labelled, np.clip(mean, -1, 1), 0.0), labelled)
 
 
-def _no_targets(windows: WindowTimes) -> Targets:
-    shape = (*windows.sample.shape, 2)
+def _no_targets(windows: WindowTimes, width: int) -> Targets:
+    shape = (*windows.sample.shape, width)
     return Targets(np.zeros(shape), np.zeros(shape, bool))

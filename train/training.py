@@ -237,7 +237,7 @@ def new_model(config: TrainConfig, inputs: Inputs, data: Data, device: torch.dev
     tower = open_tower(config, inputs, device)
     with seeded(config.seed):
         context = None if tower is None else (config.prompt_context, tower.width)
-        model = build_model(config, inputs.specs, inputs.prototypes, context)
+        model = build_model(config, inputs.specs, inputs.prototypes, context, inputs.targets)
     model.to(device)
     if tower is not None and model.prompt is not None:
         model.prompt.attach(tower)

@@ -1,7 +1,7 @@
 """All windows of one split in memory, and batches of them gathered by index: no file is read per window."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vaflow.timeline import Bools, Floats
-from vaflow.train.batch import VISUAL, Batch, StreamSpec
+from vaflow.train.batch import VISUAL, Batch, ExtraTargets, StreamSpec
+from vaflow.train.extra import ExtraRows
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class ClipRows:
         time: [R] presentation times; value, valid: [R, 2] annotation, NaN and False where there is none.
         first, last: its windows are first .. last - 1 of the set.
         missing: streams of the set that hold nothing of this clip.
+        extra: name -> its further targets.
     """
 
     item: str
@@ -33,6 +35,7 @@ class ClipRows:
     first: int
     last: int
     missing: tuple[str, ...] = ()
+    extra: Mapping[str, ExtraRows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class WindowSet:
         time: [F] float32 seconds of the output frames after the window's start.
         sample_time: [N, F] float64 seconds after the clip's start.
         inside: [N, F] bool; target: [N, F, 2] float32; labelled: [N, F, 2] bool, all on the training device.
+        extra: name -> further targets of all windows, likewise.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class WindowSet:
         inside: Tensor,
         target: Tensor,
         labelled: Tensor,
+        extra: Mapping[str, ExtraTargets] | None = None,
     ) -> None:
         self.streams = streams
         self.tables = dict(tables)
@@ -84,6 +89,7 @@ class WindowSet:
         self.inside = inside
         self.target = target
         self.labelled = labelled
+        self.extra = dict(extra or {})
 
     def __len__(self) -> int:
         return len(self.inside)
@@ -96,7 +102,8 @@ class WindowSet:
     @cached_property
     def trainable(self) -> Tensor:
         """[M] int64 on the CPU: windows with at least one labelled frame."""
-        return self.labelled.flatten(1).any(dim=1).nonzero().flatten().cpu()
+        masks = [self.labelled, *(targets.labelled for targets in self.extra.values())]
+        return torch.stack([mask.flatten(1).any(dim=1) for mask in masks]).any(dim=0).nonzero().flatten().cpu()
 
     @cached_property
     def inside_array(self) -> Bools:
@@ -138,7 +145,12 @@ class WindowSet:
             target=self.target.index_select(0, here),
             labelled=self.labelled.index_select(0, here),
             window=here,
+            extra={name: self._extra(targets, here) for name, targets in self.extra.items()},
         )
+
+    def _extra(self, targets: ExtraTargets, ids: Tensor) -> ExtraTargets:
+        value, labelled = (tensor.index_select(0, ids) for tensor in (targets.value, targets.labelled))
+        return ExtraTargets(targets.task, value, labelled)
 
     def _read(self, table: StreamTable, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, S, D] float32 and whether they are there [B, S], on the training device."""
@@ -175,6 +187,7 @@ class WindowSet:
             inside=self.inside,
             target=self.target,
             labelled=self.labelled,
+            extra=self.extra,
         )
 
     def statistics(self, stream: str) -> tuple[Tensor, Tensor]:

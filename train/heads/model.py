@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.errors import UsageError, explain
-from vaflow.train.batch import AUDIO, VISUAL, Batch, Output, StreamSpec
+from vaflow.train.batch import AUDIO, VISUAL, Batch, Output, StreamSpec, TargetSpec
 from vaflow.train.heads.branches import NORMALIZE, Branch, Standardize
 from vaflow.train.heads.fusion import FUSION, Track, interpolate
 from vaflow.train.heads.prompt import PromptHead
@@ -42,6 +42,7 @@ class VAModel(nn.Module):
             "standard" needs `set_statistics`, "none" is the paper to the letter.
         learnable_prototypes: train the prototypes, too.
         context: number and width of learned vectors that they are made from; see `PromptHead`.
+        targets: what else is said of every frame; a linear head on F_fused each.
 
     Raises:
         UsageError: an unknown name or option, two streams of one name, no streams, or widths that do not divide.
@@ -62,6 +63,7 @@ class VAModel(nn.Module):
         normalize: str = "layer",
         learnable_prototypes: bool = False,
         context: tuple[int, int] | None = None,
+        targets: Sequence[TargetSpec] = (),
     ) -> None:
         super().__init__()
         _choice("temporal model", temporal, TEMPORAL)
@@ -86,9 +88,11 @@ class VAModel(nn.Module):
         self.prompt = None
         if prototypes is not None:
             self.prompt = PromptHead(width, prototypes, learnable=learnable_prototypes, context=context)
+        self.targets = tuple(targets)
+        self.extra = nn.ModuleList(nn.Linear(width, len(target.names)) for target in self.targets)
 
     def forward(self, batch: Batch) -> Output:
-        """A batch -> va [B, F, 2] in [-1, 1] and region logits [B, F, 9] (or None); zeros at padding.
+        """A batch -> va [B, F, 2] in [-1, 1], region logits [B, F, 9] (or None), other logits; zeros at padding.
 
         Raises:
             ValueError: a stream is not in the batch, or shapes disagree.
@@ -96,7 +100,9 @@ class VAModel(nn.Module):
         fused = self.fuse(batch)
         frames = batch.inside.unsqueeze(-1)
         va = torch.where(frames, self.regression(fused), 0)
-        return Output(va, None if self.prompt is None else torch.where(frames, self.prompt(fused), 0))
+        regions = None if self.prompt is None else torch.where(frames, self.prompt(fused), 0)
+        heads = zip(self.targets, self.extra, strict=True)
+        return Output(va, regions, {target.name: torch.where(frames, head(fused), 0) for target, head in heads})
 
     def fuse(self, batch: Batch) -> Tensor:
         """F_fused, [B, F, width].

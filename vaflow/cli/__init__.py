@@ -15,6 +15,7 @@ from vaflow.cli import (
     cache_copy,
     cache_import,
     cache_prompts,
+    cache_targets,
     check,
     demo,
     ensemble,
@@ -43,6 +44,7 @@ cache.app.command("convert")(cache_copy.convert)
 cache.app.command("merge")(cache_copy.merge)
 cache.app.command("prompts")(cache_prompts.prompts)
 cache.app.command("import")(cache_import.import_)
+cache.app.command("targets")(cache_targets.targets)
 app.add_typer(cache.app, name="cache")
 app.command("train")(train.train)
 app.command("evaluate")(train.evaluate)
