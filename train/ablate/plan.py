@@ -171,7 +171,8 @@ class _Planner:
     def _hash(self, config: TrainConfig, inputs: Inputs) -> str:
         """Everything that decides what a run comes to: settings, streams, prompts, clips. Not the device."""
         settings = {key: value for key, value in config.as_dict().items() if key != "device"}
-        names = [LABELS, *(stream.name for stream in inputs.streams), *((PIXELS, LOGMEL) if config.finetune else ())]
+        names = [LABELS, *(stream.name for stream in inputs.streams), *config.extra_targets]
+        names += (PIXELS, LOGMEL) if config.finetune else ()
         document: dict[str, object] = {
             "settings": settings,
             "streams": {stream.name: stream.fingerprint for stream in inputs.streams},
@@ -203,7 +204,8 @@ def data_key(config: TrainConfig) -> tuple[object, ...]:
     """Runs that agree in this read the same windows of the same streams."""
     streams = (config.visual, config.audio)
     windows = (config.window, config.stride, config.frames, config.audio_steps, config.label_reduction)
-    return (*streams, *windows, config.train_split, config.val_split, config.fold_splits, config.device)
+    clips = (config.train_split, config.val_split, config.fold_splits, config.extra_targets)
+    return (*streams, *windows, *clips, config.device)
 
 
 def _named(config: TrainConfig) -> set[str]:
