@@ -1,6 +1,8 @@
 """`vaflow folds`, `vaflow ensemble`, and what `vaflow evaluate` can be asked for, as a person types them."""
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,3 +100,21 @@ def test_without_a_modality_and_by_group(run: Path, tmp_path: Path, capsys) -> N
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"Example: vaflow {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+    cache = make_cache(tmp_path / "affwild2.cache", Toy(splits={"train": 5, "val": 3}, seconds=(6, 9)))
+    (tmp_path / "groups.csv").write_text("item,gender\nval0,f\nval1,m\n")
+    (tmp_path / "EXPR_Set").mkdir()
+    for item in cache.items():
+        (tmp_path / "EXPR_Set" / f"{item}.txt").write_text("Neutral,Happy\n" + "0\n1\n-1\n1\n" * 5)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) > 12
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "vaflow", line
+        quick = ["--set", "hidden=8", "--epochs", "1", "--device", "cpu"] if arguments[0] == "train" else []
+        assert main([*arguments, *quick]) == 0, f"{line}\n{capsys.readouterr().err}"
