@@ -2,7 +2,7 @@
 
     python scripts/demo_honesty.py --seeds 3 --out /tmp/honesty        about ten minutes a seed on two cores
 
-Per seed: the full model; each modality alone; training labels shuffled over the split; pictures, then sounds, replaced by
+Per seed: the full model; each modality alone; training labels shuffled; pictures, then sounds, replaced by
 noise. Held-out mean CCC each. Folders that are there are reused.
 """
 
