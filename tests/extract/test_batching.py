@@ -1,5 +1,7 @@
 """Fixed batches: every row comes back once, to its own receiver, whatever arrives around it."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ def test_every_row_reaches_its_own_receiver(rows: int) -> None:
     batcher = FixedBatcher(encode, 4, CPU)
     got: dict[int, np.ndarray] = {}
     for k in range(rows):
-        batcher.add(np.full((2,), k, np.uint8), lambda result, k=k: got.__setitem__(k, result))
+        batcher.add(np.full((2,), k, np.uint8), partial(got.__setitem__, k))
     batcher.flush()
 
     assert sorted(got) == list(range(rows))
@@ -60,11 +62,11 @@ def test_a_batch_too_large_for_memory_is_encoded_in_halves(caplog: pytest.LogCap
         return batch.float() + 1
 
     batcher = FixedBatcher(encode, 8, CPU)
-    got: dict[int, float] = {}
+    got: dict[int, np.ndarray] = {}
     for k in range(12):
-        batcher.add(np.array([k], np.float32), lambda result, k=k: got.__setitem__(k, float(result[0])))
+        batcher.add(np.array([k], np.float32), partial(got.__setitem__, k))
     batcher.flush()
-    assert got == {k: k + 1 for k in range(12)}
+    assert {k: float(row[0]) for k, row in got.items()} == {k: k + 1 for k in range(12)}
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2], "the size that fits is remembered"
     assert "batches of 2" in caplog.text
 

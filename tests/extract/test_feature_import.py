@@ -39,7 +39,7 @@ def bring(tmp: Path, kind: str = "visual", *, cache: str = "cache", **options: o
 
 
 def failed(summary: ImportSummary) -> dict[str, str]:
-    lines = [json.loads(line) for line in summary.failures_file.read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(summary.failures_file).read_text().splitlines()]
     assert [line["item"] for line in lines] == [failure.item for failure in summary.failures]
     return {line["item"]: line["message"] for line in lines}
 

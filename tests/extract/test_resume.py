@@ -90,7 +90,7 @@ def test_a_worker_that_dies_costs_one_clip(
     assert [failure.item for failure in summary.failures] == ["clip05"]
     assert "SIGKILL" in summary.failures[0].message
     assert summary.extracted == 11
-    listed = [json.loads(line) for line in summary.failures_file.read_text().splitlines()]
+    listed = [json.loads(line) for line in Path(summary.failures_file).read_text().splitlines()]
     assert listed[0]["item"] == "clip05"
     assert listed[0]["stage"] == "worker"
 
@@ -107,7 +107,7 @@ def _serve_and_die_at_clip05(pipe: object) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         run_job(job, send)  # type: ignore[arg-type]
 
-    worker.run_job = deadly  # type: ignore[assignment]
+    worker.run_job = deadly
     worker.serve(pipe)  # type: ignore[arg-type]
 
 

@@ -254,7 +254,7 @@ def test_padding_and_missing_labels_change_neither_loss_nor_gradient(junk):
     for case in (batch, padded):
         va, logits = random_output()
         grown = [torch.nn.functional.pad(t, (0, 0, 0, case.inside.shape[1] - 6), value=junk) for t in (va, logits)]
-        loss, _ = total_loss(Output(*grown), case, kl_weight=0.2, mse_weight=1.0)
+        loss, _ = total_loss(Output(grown[0], grown[1]), case, kl_weight=0.2, mse_weight=1.0)
         results.append([loss.detach(), *torch.autograd.grad(loss, [va, logits])])
     for plain, with_padding in zip(*results, strict=True):
         assert torch.isfinite(plain).all()
