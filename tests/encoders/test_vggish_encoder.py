@@ -28,7 +28,7 @@ def sound(seconds: float, seed: int = 0) -> np.ndarray:
 
 def restated_front_end(samples: np.ndarray) -> np.ndarray:
     """As published, with scipy's transform and a loop over bands: [F, 64]."""
-    _, _, spectrum = signal.stft(  # type: ignore[call-overload]
+    _, _, spectrum = signal.stft(
         samples.astype(float),
         fs=RATE,
         window=signal.get_window("hann", 400),  # periodic

@@ -49,7 +49,7 @@ def test_more_runs_are_weighed_as_scipy_does_from_many_starts(runs: int, seed: i
     x, y = opinions(runs, seed)
     starts = np.random.default_rng(0).dirichlet(np.ones(runs), 20)
     best = max(
-        -minimize(  # type: ignore[call-overload]
+        -minimize(
             lambda w: -ccc(x @ w, y),
             start,
             bounds=[(0, 1)] * runs,
