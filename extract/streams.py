@@ -56,7 +56,7 @@ def stream_infos(
             "audio",
             e.dim,
             config.dtype,
-            e.identity | {"sampling": sampling, "input": _sound_input(e, config), "decoder": decoder_identity()},
+            e.identity | {"sampling": sampling, "sound": _sound_read(e, config), "decoder": decoder_identity()},
         )
         for e in audio
     ]
@@ -65,7 +65,7 @@ def stream_infos(
     return {info.name: info for info in infos}
 
 
-def _sound_input(encoder: AudioEncoder, config: ExtractConfig) -> str:
+def _sound_read(encoder: AudioEncoder, config: ExtractConfig) -> str:
     """What an audio encoder reads: the log-Mel as stored, or frames of its own, which are not stored."""
     dtype = config.dtype if encoder.front_end == KALDI else "float32"
     return f"{encoder.front_end.name} {dtype}"

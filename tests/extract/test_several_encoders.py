@@ -147,6 +147,6 @@ def test_ast_added_to_vggish_reads_the_log_mel_in_the_cache(
 
 def test_identities_say_what_was_read(whole: tuple[Cache, Summary]) -> None:
     streams = whole[0].streams()
-    assert streams["ast-tiny"].identity["input"] == "logmel float32"
-    assert streams["vggish-tiny"].identity["input"] == "vggish log-mel float32"
+    assert streams["ast-tiny"].identity["sound"] == "logmel float32"
+    assert streams["vggish-tiny"].identity["sound"] == "vggish log-mel float32"
     assert streams["resnet-tiny"].identity["preprocessing"]["mean"] == [0.485, 0.456, 0.406]

@@ -108,7 +108,7 @@ def build_backbones(
 
 def _build(stream: InputStream, weights: Path | None, device: torch.device) -> Backbone:
     encoder = build_encoder(stream.name, weights=weights, device=str(device))
-    made = _identity(encoder)
+    made = encoder.identity
     wrong = [key for key, value in made.items() if stream.identity.get(key) != value]
     if wrong:
         raise FingerprintError(
@@ -120,11 +120,6 @@ def _build(stream: InputStream, weights: Path | None, device: torch.device) -> B
             )
         )
     return _backbone(stream, encoder)
-
-
-def _identity(encoder: Any) -> dict[str, Any]:
-    """What an encoder says of itself, without what an extraction says in its place."""
-    return {key: value for key, value in encoder.identity.items() if key != "input"}
 
 
 def _backbone(stream: InputStream, encoder: Any) -> Backbone:
@@ -191,7 +186,7 @@ def save_backbones(backbones: Iterable[Backbone], folder: Path, cache: Cache) ->
         stream = backbone.stream
         path = backbone.encoder.save(folder, escape(stream.name))
         identity = {key: value for key, value in stream.identity.items() if key != "precision"}
-        identity |= _identity(build_encoder(stream.name, weights=path))
+        identity |= build_encoder(stream.name, weights=path).identity
         info = replace(known[stream.name], identity=identity)
         made.append(replace(stream, identity=identity, fingerprint=fingerprint(info)))
     return tuple(made)

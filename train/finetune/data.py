@@ -128,7 +128,7 @@ def _other_origin(stream: InputStream, source: Mapping[str, Any], dtype: str) ->
         mine = {"sampling": _times(stream.identity), "faces": stream.identity.get("picture", {}).get("faces")}
         theirs = {"sampling": _times(source), "faces": source.get("picture", {}).get("faces")}
     else:
-        mine, theirs = {"input": stream.identity.get("input")}, {"input": f"{LOGMEL} {dtype}"}
+        mine, theirs = {"sound": stream.identity.get("sound")}, {"sound": f"{LOGMEL} {dtype}"}
     return "; ".join(f"{key} {theirs[key]}, not {mine[key]}" for key in mine if mine[key] != theirs[key])
 
 
