@@ -33,7 +33,7 @@ class _Worker:
 
     def stop(self) -> None:
         if self.process.is_alive():
-            self.process.terminate()
+            self.process.kill()  # it holds nothing that must be tidied up, and does not listen to gentler signals
         self.process.join()
         self.pipe.close()
 

@@ -3,8 +3,12 @@
 The pipe to the pipeline is the back-pressure: it holds little, so a worker that is ahead waits in `send`.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,10 +33,21 @@ Images = Iterator[tuple[int, bytes, Picture]]  # grid sample, stored JPEG, the p
 
 
 def serve(pipe: Connection) -> None:
-    """Read jobs until None comes; the target of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pipeline's to handle
-    while (job := pipe.recv()) is not None:
-        run_job(job, pipe.send)
+    """Read jobs until None comes, or the pipeline is gone; the target of a worker process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # both go to the whole group: the pipeline's to handle
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, ConnectionError):  # the pipeline was killed
+        while (job := pipe.recv()) is not None:
+            run_job(job, pipe.send)
+
+
+def _end_with_parent() -> None:
+    """A killed pipeline leaves nobody decoding for no one: a long video without faces sends nothing for hours."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def run_job(job: Job, send: Send) -> None:

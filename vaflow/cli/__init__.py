@@ -4,8 +4,12 @@ Command modules import nothing heavy at the top: `vaflow --help` answers at once
 """
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import typer
 
@@ -26,9 +30,9 @@ from vaflow.cli import (
     trace,
     train,
 )
-from vaflow.errors import VaflowError
+from vaflow.errors import VaflowError, explain
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 app = typer.Typer(
     name="vaflow",
@@ -68,11 +72,28 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 done, 1 failed, 2 usage, 3 some items failed, 130 interrupted)."""
+    """Run the command line; returns the exit code.
+
+    0 done, 1 failed, 2 usage, 3 some items failed, 130 interrupted (Ctrl-C), 143 asked to end (SIGTERM).
+    """
     # OpenMP threads that spin while they wait take the cores from our own decoders: measured 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with _asked_to_end() as asked:
+        try:
+            result = _run(args)
+        except KeyboardInterrupt:
+            result = INTERRUPTED
+    if result == INTERRUPTED:  # what Typer makes of Ctrl-C, too
+        how = "ended by SIGTERM" if asked else "interrupted"
+        typer.echo(f"vaflow: {how}; run the same command again to go on where it stopped", err=True)
+        return TERMINATED if asked else INTERRUPTED
+    return result
+
+
+def _run(args: Sequence[str] | None) -> int:
+    """Run Typer; every error that a person can do something about becomes one paragraph."""
     try:
-        result = app(args=list(args) if args is not None else None, standalone_mode=False)
+        return int(app(args=list(args) if args is not None else None, standalone_mode=False) or 0)
     except VaflowError as error:
         typer.echo(f"vaflow: {error}", err=True)
         return error.exit_code
@@ -83,9 +104,43 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `vaflow ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if result == INTERRUPTED:  # what Typer makes of Ctrl-C
-        typer.echo("vaflow: interrupted; run the same command again to go on where it stopped", err=True)
-    return int(result or 0)
+    except OSError as error:  # a full or read-only disk, wherever it was met
+        remedy = "Make room or give access, then run the same command again: it goes on where it stopped"
+        typer.echo(f"vaflow: {explain('The system refused', got=error, remedy=remedy)}", err=True)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        remedy = "Free memory, or use smaller batches (--batch-size, --image-batch, --window-batch); run it again"
+        typer.echo(f"vaflow: {explain('Out of memory', got=str(error).partition(chr(10))[0], remedy=remedy)}", err=True)
+        return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch has a class for a GPU's memory only; of a CPU's it says so in the text."""
+    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or named
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[list[int]]:
+    """SIGTERM, which schedulers and shutdowns send, ends a command as Ctrl-C does: tidily. Yields what came."""
+    came: list[int] = []
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
+        came.append(number)
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # the program that we are in handles it
+        yield came
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def entry() -> None:
