@@ -1,9 +1,10 @@
 """What is in a data set and what is wrong with it, before hours are spent on it.
 
-Headers, packets, labels and names of crops are read; pictures and sound are not, but where a container keeps no times.
+Headers, packets, labels and names of crops are read. Pictures are decoded only where a container keeps no times, sound
+up to the first that can be heard, and whole files are compared only where size and samples are alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -14,8 +15,11 @@ from vaflow.datasets.clip import Clip
 from vaflow.datasets.dataset import SEVERITIES, Dataset, Note
 from vaflow.datasets.labels import read_annotation
 from vaflow.errors import DataError, MediaError
-from vaflow.extract.facts import CropFacts, LabelFacts, MediaFacts, crop_facts, label_facts, media_facts, still_facts
-from vaflow.extract.findings import clip_findings, crop_findings, dataset_findings, label_findings, media_findings
+from vaflow.extract.dataset_findings import dataset_findings, duplicate_findings
+from vaflow.extract.duplicates import same_content
+from vaflow.extract.facts import CropFacts, MediaFacts, crop_facts, media_facts, still_facts
+from vaflow.extract.findings import clip_findings, crop_findings, label_findings, media_findings
+from vaflow.extract.label_facts import LabelFacts, label_facts
 from vaflow.extract.report import Checked, Report
 from vaflow.timeline import Grid
 
@@ -53,10 +57,17 @@ def check_dataset(
                 progress(1)
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not look at the rest first
-    annotated = {c.clip.id: c.labels.annotated for c in checked if c.labels is not None}
-    findings = [*dataset.notes, *dataset_findings(dataset.clips, annotated), *(n for c in checked for n in c.findings)]
+    findings = [*dataset.notes, *_findings_together(dataset.clips, checked), *(n for c in checked for n in c.findings)]
     findings.sort(key=lambda note: (SEVERITIES.index(note.severity), note.code, note.item))
     return Report(dataset.root, dataset.layout, tuple(checked), tuple(findings))
+
+
+def _findings_together(clips: Sequence[Clip], checked: Sequence[Checked]) -> list[Note]:
+    labels = {c.clip.id: c.labels for c in checked if c.labels is not None}
+    videos = same_content(clip.video for clip in clips if clip.video is not None)
+    annotations = same_content(clip.labels for clip in clips if clip.labels is not None)
+    varied = {name for name, facts in labels.items() if facts.annotated and not facts.constant}
+    return [*dataset_findings(clips, labels), *duplicate_findings(clips, videos, annotations, varied)]
 
 
 def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bool = False) -> Checked:
@@ -64,7 +75,7 @@ def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bo
     notes = clip_findings(clip, others_have_crops)
     media, times, broken = _read_media(clip, window)
     labels, more = _read_labels(clip, media, times)
-    crops, most = _read_crops(clip, media)
+    crops, most = _read_crops(clip, media, times)
     return Checked(clip, media, labels, crops, (*notes, *broken, *more, *most))
 
 
@@ -109,11 +120,13 @@ def _read_labels(
     return facts, label_findings(clip, facts, media)
 
 
-def _read_crops(clip: Clip, media: MediaFacts | None) -> tuple[CropFacts | None, list[Note]]:
+def _read_crops(
+    clip: Clip, media: MediaFacts | None, times: NDArray[np.float64]
+) -> tuple[CropFacts | None, list[Note]]:
     if not clip.crops:
         return None, []
     try:
-        facts = crop_facts(clip.crops, media.frames if media is not None else None)
+        facts = crop_facts(clip.crops, times)
     except OSError as error:
         return None, [Note("error", "unreadable-crops", clip.id, str(error), "Check that you may read the folder")]
     return facts, crop_findings(clip, facts, media)

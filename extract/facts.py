@@ -1,4 +1,4 @@
-"""What one clip of a data set is, in numbers: its picture, its sound, its labels, its crops. Nothing is judged here."""
+"""What one clip of a data set is, in numbers: its picture, its sound, its crops. Nothing is judged here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +8,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.datasets.clip import Annotation, Clip
-from vaflow.datasets.labels import on_clock
-from vaflow.extract.crops import list_crops
+from vaflow.datasets.clip import Clip
+from vaflow.errors import MediaError
+from vaflow.extract.audio import SILENT_PEAK, decode_audio
+from vaflow.extract.crops import list_crops, read_crop
 from vaflow.extract.media import MediaInfo, frame_times, probe
 from vaflow.extract.stills import open_stills
+from vaflow.extract.strips import runs, strip
 from vaflow.timeline import median_interval
 
 AUDIO_SLACK = 0.5  # seconds of the picture that may be without sound before it is called partial
-LEVEL_EDGES = (-1 / 3, 1 / 3)  # thirds of the range [-1, 1]
+OPENED_CROPS = 3  # of a clip: the first, the middle, the last
 
-AudioCover = Literal["none", "partial", "whole"]
+AudioCover = Literal["none", "unreadable", "silent", "partial", "whole"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class MediaFacts:
         interval: median seconds between frames.
         nominal_rate, average_rate: frames per second, as claimed and as counted.
         drift: seconds by which a frame's time differs at most from its number divided by the average rate.
-        audio: "partial" where more than half a second of the picture is before or after the sound.
+        gap: seconds between two successive frames at most.
+        audio: "partial" where more than half a second of the picture is before or after the sound; "silent" where no
+            sample reaches -80 dBFS; "unreadable" where nothing decodes.
         audio_span: (start, end) of the sound in seconds, or None where there is none or the container does not say.
     """
 
@@ -41,57 +45,29 @@ class MediaFacts:
     nominal_rate: float | None
     average_rate: float | None
     drift: float
+    gap: float
     audio: AudioCover
     audio_span: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
-class LabelStats:
-    """Sums over annotated frames, per dimension [2] and per region [9] (3 * valence level + arousal level)."""
-
-    count: NDArray[np.int64]
-    total: NDArray[np.float64]
-    squares: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-    regions: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class LabelFacts:
-    """An annotation.
+class CropFacts:
+    """Face crops.
 
     Attributes:
-        rows: rows of the file.
-        clock: "row" (row k is frame k), "frame" or "time".
-        end: 1 + the last row's frame number, or its time in seconds.
-        runs: (first, last + 1) rows of every stretch without any annotation.
-        half: rows annotated in one of two dimensions only.
-        constant: dimensions that never change.
-        frames: of the clip's clock: the video's, or rows where there are more.
-        annotated: those of them that have a value in any dimension.
-        stats: over these frames.
+        found: files; `beyond` of them lie after the video's last frame; `last` is the last one's number.
+        missing: frames of the video without one; `longest` of them in a row.
+        damaged: names of files that cannot be read as pictures, of the few that were opened.
+        strip: [BINS] uint8, the share of frames with a crop in each stretch of the clip, 255 for all of them.
     """
-
-    rows: int
-    clock: Literal["row", "frame", "time"]
-    end: float
-    runs: tuple[tuple[int, int], ...]
-    half: int
-    constant: tuple[str, ...]
-    frames: int
-    annotated: int
-    stats: LabelStats
-
-
-@dataclass(frozen=True)
-class CropFacts:
-    """Face crops: files found, frames of the video without one, files beyond its last frame, the last file's number."""
 
     found: int
     missing: int
     beyond: int
     last: int
+    longest: int = 0
+    damaged: tuple[str, ...] = ()
+    strip: bytes = b""
 
 
 def media_facts(path: Path, sound: Path | None = None) -> tuple[MediaFacts, NDArray[np.float64]]:
@@ -107,7 +83,7 @@ def media_facts(path: Path, sound: Path | None = None) -> tuple[MediaFacts, NDAr
     average = (times.size - 1) / float(times[-1] - times[0]) if times[-1] > times[0] else None
     audio, span = _audio_cover(info if sound is None else probe(sound), duration)
     nominal = info.video.nominal_rate if info.video else None
-    facts = MediaFacts(times.size, duration, interval, nominal, average, drift(times), audio, span)
+    facts = MediaFacts(times.size, duration, interval, nominal, average, drift(times), widest(times), audio, span)
     return facts, times
 
 
@@ -121,8 +97,9 @@ def still_facts(clip: Clip) -> tuple[MediaFacts, NDArray[np.float64], int]:
     interval = median_interval(times)
     rate = info.video.nominal_rate if info.video else None
     pictures = info.video.frames if info.video else 0
-    audio: AudioCover = "none" if clip.audio is None else "whole"
-    facts = MediaFacts(times.size, float(times[-1]) + interval, interval, rate, rate, drift(times), audio, None)
+    duration = float(times[-1]) + interval
+    audio, span = ("none", None) if clip.audio is None else _audio_cover(probe(clip.audio), duration)
+    facts = MediaFacts(times.size, duration, interval, rate, rate, drift(times), widest(times), audio, span)
     return facts, times, times.size - pictures
 
 
@@ -131,90 +108,65 @@ def drift(times: NDArray[np.float64]) -> float:
     return float(np.abs(times - np.linspace(times[0], times[-1], times.size)).max()) if times.size > 1 else 0.0
 
 
+def widest(times: NDArray[np.float64]) -> float:
+    """Seconds between two successive frames at most; 0 for a single one."""
+    return float(np.diff(times).max()) if times.size > 1 else 0.0
+
+
 def _audio_cover(info: MediaInfo, duration: float) -> tuple[AudioCover, tuple[float, float] | None]:
     if info.audio is None:
         return "none", None
-    if info.audio.duration is None:
-        return "whole", None
-    start, end = info.audio.start, info.audio.start + info.audio.duration
-    silent = max(0.0, start) + max(0.0, duration - end)
-    return ("partial" if silent > AUDIO_SLACK else "whole"), (start, end)
+    span = None
+    if info.audio.duration is not None:
+        span = (info.audio.start, info.audio.start + info.audio.duration)
+    heard = _heard(info, duration)
+    if heard != "whole" or span is None:
+        return heard, span
+    silent = max(0.0, span[0]) + max(0.0, duration - span[1])
+    return ("partial" if silent > AUDIO_SLACK else "whole"), span
 
 
-def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFacts:
-    """Measure an annotation; `times` [N] are the clip's frame times, none where the video cannot be used."""
-    given = np.isfinite(annotation.value)
-    value = annotation.value.astype(np.float64)
-    constant = [name for name, column in zip(("valence", "arousal"), value.T, strict=True) if _is_constant(column)]
-    clock: Literal["row", "frame", "time"] = "row"
-    end = float(len(value))
-    if annotation.time is not None:
-        clock, end = "time", float(annotation.time[-1])
-    elif annotation.frame is not None:
-        clock = "row" if np.array_equal(annotation.frame, np.arange(len(value))) else "frame"
-        end = float(annotation.frame[-1] + 1)
-    on_frames = on_clock(annotation, times)
-    return LabelFacts(
-        rows=len(value),
-        clock=clock,
-        end=end,
-        runs=runs(np.asarray(np.isnan(value).all(1))),
-        half=int((given.sum(1) == 1).sum()) if len(annotation.targets) == 2 else 0,
-        constant=tuple(name for name in constant if name in annotation.targets),
-        frames=len(on_frames["time"]),
-        annotated=int(on_frames["valid"].any(1).sum()),
-        stats=label_stats(on_frames["value"].astype(np.float64)),
-    )
+def _heard(info: MediaInfo, duration: float) -> Literal["unreadable", "silent", "whole"]:
+    """Decodes up to the first thing that can be heard: a moment of most files, all of a silent one."""
+    blocks = decode_audio(info.path, start=info.start, duration=duration)
+    while True:
+        try:
+            if float(np.abs(next(blocks)).max(initial=0.0)) >= SILENT_PEAK:
+                return "whole"
+        except StopIteration as end:
+            return "unreadable" if end.value.status in ("absent", "unreadable") else "silent"
 
 
-def _is_constant(column: NDArray[np.float64]) -> bool:
-    known = column[np.isfinite(column)]
-    return known.size > 1 and bool((known == known[0]).all())
-
-
-def runs(flags: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
-    """(first, last + 1) of every stretch of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
-    return tuple((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
-
-
-def label_stats(value: NDArray[np.float64]) -> LabelStats:
-    """Sums of [N, 2] labels, NaN where there is none; a region counts frames that have both dimensions."""
-    given = np.isfinite(value)
-    filled = np.where(given, value, 0.0)
-    level = np.digitize(value[given.all(1)], LEVEL_EDGES)
-    return LabelStats(
-        count=given.sum(0),
-        total=filled.sum(0),
-        squares=(filled**2).sum(0),
-        low=np.where(given, value, np.inf).min(0, initial=np.inf),
-        high=np.where(given, value, -np.inf).max(0, initial=-np.inf),
-        regions=np.bincount(3 * level[:, 0] + level[:, 1], minlength=9),
-    )
-
-
-def merge_stats(parts: Sequence[LabelStats]) -> LabelStats:
-    """The sums over several clips."""
-    parts = [label_stats(np.empty((0, 2))), *parts]
-    return LabelStats(
-        count=np.sum([part.count for part in parts], 0),
-        total=np.sum([part.total for part in parts], 0),
-        squares=np.sum([part.squares for part in parts], 0),
-        low=np.min([part.low for part in parts], 0),
-        high=np.max([part.high for part in parts], 0),
-        regions=np.sum([part.regions for part in parts], 0),
-    )
-
-
-def crop_facts(folders: Sequence[Path], frames: int | None) -> CropFacts:
-    """Count crops against the video's frames; `frames` is None where the video cannot be used.
+def crop_facts(folders: Sequence[Path], times: NDArray[np.float64]) -> CropFacts:
+    """Count crops against the video's frames, and open a few; `times` [N], none where the video cannot be used.
 
     Raises:
         OSError: a folder cannot be read.
     """
-    numbers = np.array(list(list_crops(folders)), np.int64)
+    crops = list_crops(folders)
+    numbers = np.array(list(crops), np.int64)
     last = int(numbers[-1]) + 1 if numbers.size else 0
-    if frames is None:
-        return CropFacts(numbers.size, 0, 0, last)
-    inside = int((numbers < frames).sum())
-    return CropFacts(numbers.size, frames - inside, numbers.size - inside, last)
+    damaged = tuple(path.name for path in some(list(crops.values()), OPENED_CROPS) if not _opens(path))
+    if not times.size:
+        return CropFacts(numbers.size, 0, 0, last, damaged=damaged)
+    inside = numbers[numbers < times.size]
+    there = np.zeros(times.size, bool)
+    there[inside] = True
+    longest = max((stop - start for start, stop in runs(~there)), default=0)
+    shown = strip(times, there, float(times[-1]) + median_interval(times))
+    beyond = numbers.size - inside.size
+    return CropFacts(numbers.size, times.size - inside.size, beyond, last, longest, damaged, shown)
+
+
+def some(paths: Sequence[Path], count: int) -> list[Path]:
+    """At most `count` of them, evenly from the first to the last."""
+    chosen = np.unique(np.linspace(0, len(paths) - 1, count).astype(int)) if paths else []
+    return [paths[k] for k in chosen]
+
+
+def _opens(path: Path) -> bool:
+    try:
+        read_crop(path)
+    except MediaError:
+        return False
+    return True

@@ -1,46 +1,75 @@
-"""What the facts about clips mean: findings for a person, each with what can be done. Pure functions.
+"""What the facts about a clip mean: findings for a person, each with what can be done. Pure functions.
 
 Normal for Aff-Wild2, hence a note: 3 rows fewer to 2 more than frames, missing crops, stretches of -5, a variable
 frame rate, sound that is missing or short. Errors are what cannot be used or makes results worthless.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
-from vaflow.datasets.clip import SPLITS, Clip
+from vaflow.datasets.clip import Clip
 from vaflow.datasets.dataset import Note
 from vaflow.datasets.files import examples
-from vaflow.extract.facts import CropFacts, LabelFacts, MediaFacts
+from vaflow.extract.costs import shift_loss
+from vaflow.extract.facts import OPENED_CROPS, CropFacts, MediaFacts
+from vaflow.extract.label_facts import LabelFacts
 
 USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
 FEW_CROPS = 0.5  # below this share of frames with a crop, a clip is worth looking at
 DRIFT_FRAMES = 1.5  # frames that index / rate may be off before the rate is called variable
 LATE_LABELS = 1.0  # seconds that time-stamped labels may go on after the picture
+RATE_SLACK = 0.01  # share of its duration by which a claimed frame rate may misjudge a clip
+STILL = 1.0  # seconds for which one picture stands before it is called a gap
 
 
 def media_findings(clip: Clip, facts: MediaFacts, window: float) -> list[Note]:
-    """Variable frame rate, sound missing or short, clips shorter than a window of `window` seconds."""
-    notes = []
-    if facts.drift > DRIFT_FRAMES * facts.interval:
-        message = f"Variable frame rate: number / rate misses frame times by up to {facts.drift:.2f} s"
-        rates = ", ".join(
-            f"{name} {rate:.2f}"
-            for name, rate in (("nominal", facts.nominal_rate), ("average", facts.average_rate))
-            if rate
-        )
-        remedy = "Nothing to do here: presentation times are used throughout"
-        notes.append(Note("note", "variable-rate", clip.id, f"{message} ({rates} frames/s)", remedy))
-    if facts.audio == "none":
-        remedy = "The clip is used without sound; check the file if there should be some"
-        notes.append(Note("note", "no-audio", clip.id, "The file has no audio stream", remedy))
-    if facts.audio == "partial" and facts.audio_span is not None:
-        start, end = facts.audio_span
-        message = f"Sound from {start:.2f} to {end:.2f} s, the picture ends at {facts.duration:.2f} s"
-        notes.append(Note("note", "audio-partial", clip.id, message, "The rest is marked as missing sound"))
+    """Frame rate, pictures that stand still, sound, clips shorter than a window of `window` seconds."""
+    notes = [*_rate_findings(clip, facts), *_sound_findings(clip, facts)]
+    if facts.gap > max(STILL, 2 * facts.interval):
+        message = f"For {facts.gap:.2f} s there is no new picture; the usual interval is {facts.interval:.3f} s"
+        remedy = "The last picture is used meanwhile; check the file if it should have more"
+        notes.append(Note("note", "picture-gap", clip.id, message, remedy))
     if facts.duration < window:
         message = f"{facts.duration:.2f} s long, shorter than a window of {window:g} s"
         notes.append(Note("note", "short-clip", clip.id, message, "It is one padded window"))
     return notes
+
+
+def _rate_findings(clip: Clip, facts: MediaFacts) -> list[Note]:
+    remedy = "Nothing to do here: presentation times are used throughout"
+    named = (("nominal", facts.nominal_rate), ("average", facts.average_rate))
+    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in named if rate) + " frames/s"
+    if facts.drift > DRIFT_FRAMES * facts.interval:
+        message = f"Variable frame rate: number / rate misses frame times by up to {facts.drift:.2f} s ({rates})"
+        return [Note("note", "variable-rate", clip.id, f"{message}; {_loss(facts.drift)}", remedy)]
+    if not (facts.nominal_rate and facts.average_rate):
+        return []
+    off = abs(facts.frames / facts.nominal_rate - facts.frames / facts.average_rate)
+    if off <= max(DRIFT_FRAMES * facts.interval, RATE_SLACK * facts.duration):
+        return []
+    message = f"The claimed frame rate is wrong: at the end number / rate is {off:.2f} s off ({rates})"
+    return [Note("note", "rate-claim", clip.id, f"{message}; {_loss(off)}", remedy)]
+
+
+def _loss(seconds: float) -> str:
+    valence, arousal = shift_loss(seconds)
+    return f"that alone would take up to {valence:.2f} (valence) and {arousal:.2f} (arousal) from the CCC"
+
+
+def _sound_findings(clip: Clip, facts: MediaFacts) -> list[Note]:
+    if facts.audio == "none":
+        remedy = "The clip is used without sound; check the file if there should be some"
+        return [Note("note", "no-audio", clip.id, "The file has no audio stream", remedy)]
+    if facts.audio == "unreadable":
+        remedy = "The clip is used without sound; copy the file again if there should be some"
+        return [Note("warning", "audio-unreadable", clip.id, "There is an audio stream that does not decode", remedy)]
+    if facts.audio == "silent":
+        remedy = "Silence counts as sound; check the file if something should be heard"
+        return [Note("note", "audio-silent", clip.id, "The sound is digital silence from start to end", remedy)]
+    if facts.audio == "partial" and facts.audio_span is not None:
+        start, end = facts.audio_span
+        message = f"Sound from {start:.2f} to {end:.2f} s, the picture ends at {facts.duration:.2f} s"
+        return [Note("note", "audio-partial", clip.id, message, "The rest is marked as missing sound")]
+    return []
 
 
 def label_findings(clip: Clip, facts: LabelFacts, media: MediaFacts | None) -> list[Note]:
@@ -97,13 +126,24 @@ def _where(runs: Sequence[tuple[int, int]], rows: int) -> str:
 
 
 def crop_findings(clip: Clip, facts: CropFacts, media: MediaFacts | None) -> list[Note]:
-    """Frames without a crop, and crops beyond the last frame."""
+    """Crops that cannot be read, frames without a crop, and crops beyond the last frame."""
+    notes = []
+    if facts.damaged:
+        message = f"Of {min(facts.found, OPENED_CROPS)} crops that were opened, these are no pictures: "
+        remedy = "They are marked as frames without a face; unpack the archive again"
+        notes.append(Note("warning", "crops-damaged", clip.id, message + examples(facts.damaged), remedy))
+    if not facts.found:
+        remedy = "All its frames are marked as frames without a face; unpack the archive again"
+        return [*notes, Note("warning", "crops-empty", clip.id, "The folder of crops is empty", remedy)]
     if media is None:
-        return []
-    frames, notes = media.frames, []
+        return notes
+    frames = media.frames
     if facts.missing:
         few = facts.missing > FEW_CROPS * frames
-        message = f"{facts.missing} of {frames} frames ({facts.missing / frames:.1%}) have no crop"
+        message = (
+            f"{facts.missing} of {frames} frames ({facts.missing / frames:.1%}) have no crop, "
+            f"up to {facts.longest} in a row ({facts.longest * media.interval:.1f} s)"
+        )
         remedy = "They are marked as frames without a face; crops are found by their number, never by their position"
         notes.append(Note("warning" if few else "note", "crops-missing", clip.id, message, remedy))
     if facts.beyond:
@@ -125,41 +165,4 @@ def clip_findings(clip: Clip, others_have_crops: bool) -> list[Note]:
         if clip.id != clip.group:
             message += f", where {clip.id} may be taken for the other person of {clip.group}"
         notes.append(Note("warning", "no-crops", clip.id, message, "Unpack all archives of crops below the root"))
-    return notes
-
-
-def dataset_findings(clips: Sequence[Clip], annotated: Mapping[str, int]) -> list[Note]:
-    """Videos that cross splits, splits without clips or labels. `annotated`: clip -> frames that have a label."""
-    notes = _leaks(clips)
-    if not any(clip.labels for clip in clips):
-        remedy = "The clips can be extracted and predicted on; training needs labels"
-        return [*notes, Note("note", "no-labels-at-all", "", "No clip has labels", remedy)]
-    lost = [clip.id for clip in clips if clip.labels and clip.split is None]
-    if lost:
-        remedy = "Put them into a split: training and evaluation use splits only"
-        notes.append(Note("warning", "labels-without-split", "", f"Labels, but no split: {examples(lost)}", remedy))
-    for split in ("train", "val"):
-        own = [clip.id for clip in clips if clip.split == split]
-        if not own:
-            remedy = "Training needs clips in 'train' and in 'val'"
-            notes.append(Note("warning", "split-empty", "", f"No clip is in the split {split!r}", remedy))
-        elif not any(annotated.get(name) for name in own):
-            message = f"No frame of the split {split!r} has a label that can be used"
-            notes.append(Note("warning", "split-unlabelled", "", message, "Training needs labels in 'train' and 'val'"))
-    return notes
-
-
-def _leaks(clips: Iterable[Clip]) -> list[Note]:
-    """Groups (source videos) whose clips are in more than one split."""
-    groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for clip in clips:
-        if clip.split is not None:
-            groups[clip.group][clip.split].append(clip.id)
-    notes = []
-    for group, splits in groups.items():
-        if len(splits) > 1:
-            where = "; ".join(f"{split}: {', '.join(splits[split])}" for split in SPLITS if split in splits)
-            message = f"The source video {group} is in several splits ({where})"
-            remedy = "Keep one split of it: results on a video that was trained on say nothing"
-            notes.append(Note("error", "leak", group, message, remedy))
     return notes

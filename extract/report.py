@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vaflow.datasets.clip import SPLITS, Clip
-from vaflow.datasets.dataset import SEVERITIES, Note
-from vaflow.extract.facts import CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
+from vaflow.datasets.dataset import SEVERITIES, Note, Severity
+from vaflow.extract.costs import cost_of
+from vaflow.extract.facts import CropFacts, MediaFacts
+from vaflow.extract.label_facts import LabelFacts, LabelStats, merge_stats
 
 NO_SPLIT = "none"
 
@@ -23,6 +26,25 @@ class Checked:
     labels: LabelFacts | None
     crops: CropFacts | None
     findings: tuple[Note, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All findings of one severity and code.
+
+    Attributes:
+        notes: the findings, by item.
+        items: clips (or source videos) that they are about, each once; none where it is the data set as a whole.
+        remedies: what can be done, each once.
+        cost: what it costs where it is overlooked, or "".
+    """
+
+    severity: Severity
+    code: str
+    notes: tuple[Note, ...]
+    items: tuple[str, ...]
+    remedies: tuple[str, ...]
+    cost: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,11 @@ class Report:
         """How many findings are errors, warnings or notes."""
         return sum(note.severity == severity for note in self.findings)
 
+    def kinds(self) -> list[Kind]:
+        """The findings by severity and code, in that order."""
+        grouped = groupby(self.findings, key=lambda note: (note.severity, note.code))
+        return [_kind(severity, code, tuple(notes)) for (severity, code), notes in grouped]
+
     def splits(self) -> dict[str, Summary]:
         """Summaries of the splits that occur, "none" for clips without one."""
         own = {name: [c for c in self.checked if c.clip.split == name] for name in (*SPLITS, None)}
@@ -70,6 +97,12 @@ class Report:
     def total(self) -> Summary:
         """The summary of all clips."""
         return summarise(self.checked)
+
+
+def _kind(severity: Severity, code: str, notes: tuple[Note, ...]) -> Kind:
+    items = tuple(dict.fromkeys(note.item for note in notes if note.item))
+    remedies = tuple(dict.fromkeys(note.remedy for note in notes if note.remedy))
+    return Kind(severity, code, notes, items, remedies, cost_of(code))
 
 
 def summarise(checked: Sequence[Checked]) -> Summary:
@@ -118,8 +151,20 @@ def document(report: Report) -> dict[str, Any]:
         "counts": {severity: report.count(severity) for severity in SEVERITIES},
         "splits": {name: _summary_document(summary) for name, summary in report.splits().items()},
         "total": _summary_document(report.total()),
+        "kinds": [_kind_document(kind) for kind in report.kinds()],
         "findings": [asdict(note) for note in report.findings],
         "items": {c.clip.id: _item_document(c) for c in report.checked},
+    }
+
+
+def _kind_document(kind: Kind) -> dict[str, Any]:
+    return {
+        "severity": kind.severity,
+        "code": kind.code,
+        "count": len(kind.notes),
+        "items": list(kind.items),
+        "remedies": list(kind.remedies),
+        "cost": kind.cost,
     }
 
 
@@ -135,6 +180,8 @@ def _item_document(checked: Checked) -> dict[str, Any]:
         names = ("rows", "clock", "end", "half", "constant", "frames", "annotated")
         label_row = {name: getattr(labels, name) for name in names}
         label_row["unannotated_runs"] = [list(run) for run in labels.runs]
+        label_row["share_annotated"] = labels.annotated / labels.frames if labels.frames else 0.0
+        label_row["statistics"] = describe(labels.stats)
     return {
         "split": clip.split,
         "group": clip.group,
@@ -148,4 +195,5 @@ def _item_document(checked: Checked) -> dict[str, Any]:
 def _plain(facts: MediaFacts | CropFacts | None) -> dict[str, Any] | None:
     if facts is None:
         return None
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in asdict(facts).items()}
+    plain = {name: value for name, value in asdict(facts).items() if name != "strip"}
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in plain.items()}

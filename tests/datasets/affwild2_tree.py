@@ -77,6 +77,7 @@ def write_video(path: Path, times: NDArray[np.float64], sound: float, *, index_f
     is_avi = path.suffix == ".avi"
     rate = Fraction(1) / Fraction(float(np.median(np.diff(times)))).limit_denominator(100_000)
     with av.open(str(path), "w", options={"movflags": "faststart"} if index_first else {}) as container:
+        container.metadata["title"] = path.stem  # pictures and sound of equal length are equal: the files must not be
         video = container.add_stream("mpeg4" if is_avi else "libx264", rate=rate)
         video.width = video.height = SIDE
         video.pix_fmt = "yuv420p"

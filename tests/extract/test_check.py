@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from vaflow.datasets import Clip, Note, open_dataset
 from vaflow.extract.check import check_dataset
-from vaflow.extract.facts import drift, label_stats, merge_stats, runs
+from vaflow.extract.facts import drift
+from vaflow.extract.label_facts import label_stats, merge_stats
 from vaflow.extract.report import Checked, Report, describe, document, occupancy
+from vaflow.extract.strips import runs
 
 RATE = 25
 

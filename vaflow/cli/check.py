@@ -1,7 +1,6 @@
 """`vaflow check`: what is in a data set, what is wrong with it."""
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,7 @@ import typer
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
 
 if TYPE_CHECKING:
-    from vaflow.datasets import Dataset, Note
+    from vaflow.datasets import Dataset
     from vaflow.extract.report import Report, Summary
 
 EXAMPLES = 3
@@ -43,7 +42,7 @@ def check(
     else:
         if not quiet:
             typer.echo("\n\n".join(_overview(report)))
-        for block in _findings(report.findings, verbose, quiet):
+        for block in _findings(report, verbose, quiet):
             typer.echo(block)
         if not quiet or report.count("error"):
             typer.echo("\n" + _verdict(report))
@@ -98,18 +97,19 @@ def _label_tables(name: str, summary: "Summary") -> Iterator[str]:
         yield f"Share of annotated frames of {name}, by thirds of the range:\n" + table(grid, header)
 
 
-def _findings(findings: Sequence["Note"], verbose: bool, quiet: bool) -> Iterator[str]:
-    """One block of text for every kind of finding: how many, some of them, and what to do."""
-    for (severity, code), group in groupby(findings, key=lambda note: (note.severity, note.code)):
-        notes = list(group)
-        if quiet and severity != "error":
+def _findings(report: "Report", verbose: bool, quiet: bool) -> Iterator[str]:
+    """One block of text for every kind of finding: how many, some of them, what to do, and what it costs."""
+    for kind in report.kinds():
+        if quiet and kind.severity != "error":
             continue
-        shown = notes if verbose else notes[:EXAMPLES]
-        lines = [f"\n{severity.upper()}  {code}: {len(notes)}"]
+        shown = kind.notes if verbose else kind.notes[:EXAMPLES]
+        lines = [f"\n{kind.severity.upper()}  {kind.code}: {len(kind.notes)}"]
         lines += [f"  {note.item + ': ' if note.item else ''}{note.message}" for note in shown]
-        if len(notes) > len(shown):
-            lines.append(f"  ... and {len(notes) - len(shown)} more (-v lists all)")
+        if len(kind.notes) > len(shown):
+            lines.append(f"  ... and {len(kind.notes) - len(shown)} more (-v lists all)")
         lines += [f"  -> {remedy}" for remedy in dict.fromkeys(note.remedy for note in shown if note.remedy)]
+        if kind.cost:
+            lines.append(f"  cost: {kind.cost}")
         yield "\n".join(lines)
 
 
