@@ -1,0 +1,35 @@
+"""Fixtures of the fault tests."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+
+from lab import EXTRACT, Lab, assert_said, lab_in
+from media import write_media
+
+CLIPS = 6
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One process that forks commands, for the whole session."""
+    with lab_in(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few short videos with sound and labels."""
+    return write_media(tmp_path_factory.mktemp("media"), CLIPS)
+
+
+@pytest.fixture(scope="session")
+def whole(lab: Lab, media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of an extraction that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "cache"
+    assert_said(lab.run(["extract", media, "--out", out, *EXTRACT]), 0)
+    return out

@@ -1,0 +1,198 @@
+"""Kills at random moments, then the same command again: what must hold, counted. For the tests and the long campaign."""
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from lab import EXTRACT, Lab, Process, assert_said, assert_same_cache, attempts
+from safetensors import safe_open
+from synthetic_cache import Toy, make_cache
+
+from vaflow.cache import create_cache, open_cache
+from vaflow.train.runs import RunFolder
+
+SMALL = ["--set", "hidden=16", "--lr", "3e-3", "--batch-size", "8", "--epochs", "6", "--device", "cpu"]
+Kept = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A command that is killed.
+
+    Attributes:
+        name: for the table.
+        args: the folder that it writes -> the command.
+        kept: that folder -> everything that is safe there, with something that changes when it is made again.
+        check: raises unless that folder is what an uninterrupted command writes.
+    """
+
+    name: str
+    args: Callable[[Path], list[object]]
+    kept: Callable[[Path], Kept]
+    check: Callable[[Path], None]
+
+
+@dataclass
+class Tally:
+    """What a campaign came to.
+
+    Attributes:
+        kills: commands that were killed before their end.
+        kept: what was safe when they were killed, all kills together.
+        redone: of that, made again or lost afterwards. Must be 0.
+        differing: results that are not those of an uninterrupted command. Must be 0.
+        orphans: processes that outlived a killed command. Must be 0.
+    """
+
+    name: str = ""
+    kills: int = 0
+    kept: int = 0
+    redone: int = 0
+    differing: int = 0
+    orphans: int = 0
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was lost."""
+        return self.redone == self.differing == self.orphans == 0
+
+
+def table(tallies: Iterable[Tally]) -> str:
+    """The tallies for people."""
+    names = [field.name for field in fields(Tally)]
+    rows = [names, *([str(getattr(tally, name)) for name in names] for tally in tallies)]
+    return "\n".join(f"{row[0]:<22}" + "".join(f"{cell:>11}" for cell in row[1:]) for row in rows)
+
+
+def campaign(lab: Lab, target: Target, folder: Path, kills: int, seed: int) -> Tally:
+    """Kill `target` at random moments, each time on an empty folder; a third of the resumed ones are killed again."""
+    tally, rng = Tally(target.name), random.Random(seed)
+    began = time.monotonic()
+    assert_said(lab.run(target.args(folder / "timed")), 0)
+    seconds = time.monotonic() - began
+    number = 0
+    while tally.kills < kills:
+        number += 1
+        out, before = folder / str(number), Kept()
+        for _ in range(1 if rng.random() < 2 / 3 else 2):
+            killed, safe = _kill(lab.start(target.args(out)), rng.uniform(0, seconds), out, target, tally)
+            tally.redone += _lost(before, safe)
+            tally.kills += killed
+            tally.kept += len(safe) if killed else 0
+            before = safe
+        assert_said(lab.run(target.args(out)), 0)
+        tally.redone += _lost(before, target.kept(out))
+        try:
+            target.check(out)
+        except AssertionError as error:
+            print(f"{target.name}, {out}: {error}")
+            tally.differing += 1
+    return tally
+
+
+def _kill(process: Process, seconds: float, out: Path, target: Target, tally: Tally) -> tuple[bool, Kept]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.running():
+        time.sleep(0.002)
+    process.send(signal.SIGKILL)
+    killed = process.wait().code == -signal.SIGKILL
+    tally.orphans += len(process.orphans())
+    return killed, target.kept(out)
+
+
+def _lost(before: Kept, after: Kept) -> int:
+    return sum(after.get(name) != value for name, value in before.items())
+
+
+# What is killed
+
+
+def extraction(media: Path, whole: Path, store: str = "zarr") -> Target:
+    """`vaflow extract` with the tiny encoders."""
+
+    def args(out: Path) -> list[object]:
+        return ["extract", media, "--out", out, "--store", store, *EXTRACT]
+
+    return Target(f"extract, {store}", args, attempts, lambda out: assert_same_cache(out, whole))
+
+
+def conversion(source: Path, store: str) -> Target:
+    """`vaflow cache convert`."""
+
+    def args(out: Path) -> list[object]:
+        return ["cache", "convert", source, "--out", out, "--store", store]
+
+    return Target(f"cache convert, {store}", args, attempts, lambda out: assert_same_cache(out, source))
+
+
+def merging(parts: list[Path], whole: Path) -> Target:
+    """`vaflow cache merge`."""
+
+    def args(out: Path) -> list[object]:
+        return ["cache", "merge", out, *parts]
+
+    return Target("cache merge", args, attempts, lambda out: assert_same_cache(out, whole))
+
+
+def training(cache: Path, whole: Path) -> Target:
+    """`vaflow train`; what is safe are its epochs, told apart by the time that each took."""
+
+    def args(out: Path) -> list[object]:
+        return ["train", cache, "--out", out, *SMALL]
+
+    return Target("train", args, epochs, lambda out: assert_same_run(out, whole))
+
+
+def epochs(out: Path) -> Kept:
+    """Rows of the history: of a finished run, or in the checkpoint of an interrupted one."""
+    run = RunFolder(out)
+    rows = run.read_history()
+    if run.checkpoint_file.is_file() and not rows:
+        with safe_open(run.checkpoint_file, "pt") as file:
+            rows = json.loads(file.metadata()["progress"])["history"]
+    return {f"epoch {row['epoch']:g}": row for row in rows}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights, byte for byte, the same metrics and the same predictions."""
+    first, second = RunFolder(one), RunFolder(other)
+    assert first.weights_file.read_bytes() == second.weights_file.read_bytes(), "other weights"
+    assert first.read_metrics() == second.read_metrics(), "other metrics"
+    names = sorted(path.name for path in second.predictions("val").glob("*.csv"))
+    assert names
+    for name in names:
+        assert (first.predictions("val") / name).read_text() == (second.predictions("val") / name).read_text(), name
+
+
+# What they read
+
+
+def toy_cache(path: Path, clips: int = 9) -> Path:
+    """A cache to train on, to convert, to merge."""
+    third = clips // 3
+    return make_cache(path, Toy(splits={"train": clips - third, "val": third}, seconds=(8, 14))).path
+
+
+def split_cache(source: Path, folder: Path) -> list[Path]:
+    """Its clips dealt out to two caches, which have the prompts both."""
+    whole = open_cache(source)
+    parts = []
+    for number in range(2):
+        part = create_cache(folder / f"part{number}", store=("zarr", "hdf5")[number])
+        for info in whole.streams().values():
+            part.declare(info)
+            for item in whole.items(stream=info.name):
+                if info.kind == "text" or hash_of(item) % 2 == number:
+                    part.adopt(*whole.committed(info.name, item))
+        part.refresh_index()
+        parts.append(part.path)
+    return parts
+
+
+def hash_of(item: str) -> int:
+    """The same on every machine."""
+    return sum(map(ord, item))

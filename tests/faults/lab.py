@@ -1,0 +1,186 @@
+"""Commands as real processes that faults are done to; shared by the tests and by `scripts/faults.py`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaflow.cache import Cache, open_cache
+from vaflow.cache.verify import verify
+
+HERE = Path(__file__).parent
+TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--device", "cpu", "--faces", "none"]
+SHORT = ["--window", "2", "--stride", "1", "--frames", "4", "--audio-steps", "4", "--image-batch", "4"]
+EXTRACT = [*TINY, *SHORT, "--workers", "2"]
+LIMIT = 120.0  # seconds after which a command hangs
+
+
+@dataclass
+class Ended:
+    """How a command ended: exit code (negative: the signal that killed it) and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Process:
+    """A running command, in a session of its own."""
+
+    def __init__(self, lab: "Lab", pid: int, out: Path, err: Path) -> None:
+        self._lab, self.pid, self._out, self._err = lab, pid, out, err
+        self.code: int | None = None
+
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        if self.code is None:
+            self.code = self._lab.ask({"poll": self.pid})["code"]
+        return self.code is None
+
+    def send(self, number: int, *, group: bool = False) -> None:
+        """Signal it, or everything in its session, as a terminal does."""
+        if self.running():
+            (os.killpg if group else os.kill)(self.pid, number)
+
+    def wait(self, limit: float = LIMIT) -> Ended:
+        """Wait for its end; one that takes too long is killed, and that is an error."""
+        deadline = time.monotonic() + limit
+        while self.running():
+            if time.monotonic() > deadline:
+                os.killpg(self.pid, signal.SIGKILL)
+                raise TimeoutError(f"hangs: {self._err.read_text()[-2000:]}")
+            time.sleep(0.005)
+        assert self.code is not None
+        return Ended(self.code, self._out.read_text(), self._err.read_text())
+
+    def orphans(self, patience: float = 10.0) -> list[int]:
+        """Processes of its session that are still there some time after its end."""
+        deadline = time.monotonic() + patience
+        while (left := _session(self.pid)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return left
+
+
+def _session(leader: int) -> list[int]:
+    """Living processes of a session, from /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name_end = stat.read_text().rpartition(")")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        state, _, _, session = name_end[2].split()[:4]
+        if int(session) == leader and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+class Lab:
+    """Starts commands from a process that has imported everything (see `zygote.py`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._count = folder, 0
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)])}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._zygote = subprocess.Popen([sys.executable, str(HERE / "zygote.py")], env=env, **pipes)
+        self._answer()
+
+    def close(self) -> None:
+        """End the process that forks."""
+        self._zygote.communicate()
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One request to the process that forks."""
+        assert self._zygote.stdin is not None
+        self._zygote.stdin.write(json.dumps(request) + "\n")
+        self._zygote.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._zygote.stdout is not None
+        line = self._zygote.stdout.readline()
+        if not line:
+            raise RuntimeError("the process that forks has ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def start(self, args: Sequence[object], before: str = "") -> Process:
+        """Start `vaflow ARGS`, after the Python code `before` ran in its process."""
+        self._count += 1
+        out, err = (self.folder / f"{self._count}.{name}" for name in ("out", "err"))
+        for path in (out, err):
+            path.touch()
+        job = {"args": [str(arg) for arg in args], "before": before, "out": str(out), "err": str(err)}
+        return Process(self, self.ask({"run": job})["pid"], out, err)
+
+    def run(self, args: Sequence[object], before: str = "") -> Ended:
+        """`start` and wait."""
+        return self.start(args, before).wait()
+
+
+@contextmanager
+def lab_in(folder: Path) -> Iterator[Lab]:
+    """A lab that is closed at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lab = Lab(folder)
+    try:
+        yield lab
+    finally:
+        lab.close()
+
+
+# What must hold
+
+
+def attempts(cache: Path) -> dict[str, str]:
+    """Record file -> attempt, of everything that is committed."""
+    return {
+        str(path.relative_to(cache)): json.loads(path.read_text())["attempt"]
+        for path in cache.glob("records/*/*.json")
+        if not path.name.startswith(".")
+    }
+
+
+def assert_same_cache(one: Path, other: Path) -> None:
+    """Both are whole, and hold the same streams, items, arrays and facts, bit for bit."""
+    first, second = open_cache(one), open_cache(other)
+    assert verify(first) == []
+    assert verify(second) == []
+    assert first.streams() == second.streams()
+    assert {p for p in _names(first)} == {p for p in _names(second)}
+    for stream, item in _names(first):
+        a, b = first.read(stream, item), second.read(stream, item)
+        assert dict(a.meta) == dict(b.meta), (stream, item)
+        assert a.arrays.keys() == b.arrays.keys()
+        for name, array in a.arrays.items():
+            np.testing.assert_array_equal(array, b.arrays[name], err_msg=f"{stream} {item} {name}", strict=True)
+
+
+def _names(cache: Cache) -> list[tuple[str, str]]:
+    return sorted((stream, item) for stream in cache.streams() for item in cache.items(stream=stream))
+
+
+def assert_said(ended: Ended, code: int, *words: str) -> None:
+    """The exit code, a message with these words, and no traceback."""
+    assert ended.code == code, f"exit code {ended.code}, not {code}: {ended.err[-3000:]}"
+    assert "Traceback" not in ended.err, ended.err[-3000:]
+    for word in words:
+        assert word in ended.err, f"{word!r} is not in: {ended.err[-3000:]}"
+
+
+def until(process: Process, there: Callable[[], bool], limit: float = LIMIT) -> None:
+    """Wait for something that a command does; that it ends before is an error."""
+    deadline = time.monotonic() + limit
+    while not there():
+        assert process.running(), f"it ended before that: {process.wait()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)

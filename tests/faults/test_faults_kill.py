@@ -1,0 +1,49 @@
+"""Killed at random moments: what was safe stays as it is, and the next run ends as if nothing had happened."""
+
+from pathlib import Path
+
+import pytest
+from kills import Tally, Target, campaign, conversion, extraction, merging, split_cache, toy_cache, training
+from lab import Lab, assert_said
+
+KILLS = 3  # here; `scripts/faults.py` does 30 of each
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
+
+
+def assert_clean(lab: Lab, target: Target, folder: Path, seed: int) -> None:
+    tally = campaign(lab, target, folder, KILLS, seed)
+    assert tally.clean, tally
+    assert tally.kills >= KILLS
+
+
+def test_extraction_killed_at_random_moments(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+    assert_clean(lab, extraction(media, whole), tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("store", ["zarr", "hdf5"])
+def test_conversion_killed_at_random_moments(lab: Lab, toys: Path, tmp_path: Path, store: str) -> None:
+    assert_clean(lab, conversion(toys, store), tmp_path, seed=2)
+
+
+def test_merge_killed_at_random_moments(lab: Lab, toys: Path, tmp_path: Path) -> None:
+    assert_clean(lab, merging(split_cache(toys, tmp_path), toys), tmp_path, seed=3)
+
+
+def test_training_killed_at_random_moments_ends_with_the_same_weights(lab: Lab, toys: Path, tmp_path: Path) -> None:
+    target = training(toys, tmp_path / "whole")
+    assert_said(lab.run(target.args(tmp_path / "whole")), 0)
+    assert_clean(lab, target, tmp_path, seed=4)
+
+
+def test_the_count_notices_what_is_lost(lab: Lab, toys: Path, tmp_path: Path) -> None:
+    """A conversion that begins anew every time would be counted."""
+    honest = conversion(toys, "zarr")
+    serial = iter(range(1000))
+    forgetful = Target(honest.name, honest.args, lambda out: {"item": next(serial)}, honest.check)
+    tally: Tally = campaign(lab, forgetful, tmp_path, 1, seed=5)
+    assert tally.redone > 0
+    assert not tally.clean

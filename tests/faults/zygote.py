@@ -1,0 +1,83 @@
+"""A process that has imported everything and forks: every command starts at once, and is a process of its own.
+
+Reads one JSON object per line and answers with one: {"run": ...} -> {"pid"}, {"poll": pid} -> {"code"} (null while it
+runs; negative: the signal that ended it). Run as a program by `lab.Lab`.
+"""
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+
+def preload() -> None:
+    """What the commands import lazily; nothing that starts a thread."""
+    import torch
+
+    import vaflow.cli
+    import vaflow.encoders.ast_loading
+    import vaflow.encoders.tiny
+    import vaflow.extract.pipeline
+    import vaflow.train.plots
+    import vaflow.train.training  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def become(job: dict[str, Any]) -> None:
+    """In the child: the command, alone in a session of its own. Does not return."""
+    code = 1
+    try:
+        os.setsid()
+        for number, name in ((1, "out"), (2, "err")):
+            handle = os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.dup2(handle, number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        exec(compile(job["before"], "<before>", "exec"), {})  # a fault that the test has thought of
+        from vaflow.cli import main
+
+        code = main(job["args"])
+    except BaseException:  # noqa: BLE001 - what a real process would do: a traceback and 1
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _leave(code)
+
+
+def _leave(code: int) -> None:
+    """As the interpreter does at its end, but without going back into the zygote's frames."""
+    import atexit
+    import multiprocessing.util
+    import threading
+
+    threading._shutdown()  # type: ignore[attr-defined] - waits for threads that are no daemons
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+    atexit._clear()
+    os._exit(code)
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    preload()
+    answer: dict[str, Any] = {"ready": os.getpid()}
+    while True:
+        print(json.dumps(answer), flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        request = json.loads(line)
+        if "run" in request:
+            sys.stdout.flush()
+            pid = os.fork()
+            if pid == 0:
+                become(request["run"])
+            answer = {"pid": pid}
+        else:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = {"code": os.waitstatus_to_exitcode(status) if pid else None}
+
+
+if __name__ == "__main__":
+    main()
