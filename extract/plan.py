@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from heapq import heapreplace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vaflow.errors import MediaError
 from vaflow.extract.config import Shard
 from vaflow.extract.crops import crops_identity, list_crops
 from vaflow.extract.identity import same_file
+from vaflow.extract.lengths import lengths
 from vaflow.extract.stills import stills_identity
 from vaflow.extract.streams import SOURCES
 
@@ -30,7 +32,7 @@ class Plan:
     """What a run will do.
 
     Attributes:
-        tasks: clips with something to do, longest (by file size) first.
+        tasks: clips with something to do, longest first.
         done: clips of this shard with nothing to do.
     """
 
@@ -60,14 +62,20 @@ def make_plan(cache: Cache, infos: dict[str, StreamInfo], clips: Iterable[Clip],
 
 
 def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:
-    """Deal clips out longest first, each to the part with least so far: the same deal on every machine."""
-    ordered = sorted(clips, key=lambda clip: (-_size(clip.video), clip.id))
-    loads = [0] * shard.count
+    """Deal clips out longest first, each to the part with least so far: the same deal on every machine.
+
+    Lengths are those of `vaflow.extract.lengths`, to the millisecond. The largest part exceeds the smallest by one
+    clip at most.
+    """
+    clips = list(clips)
+    seconds = lengths(clips)
+    ordered = sorted(clips, key=lambda clip: (-_milliseconds(seconds[clip.id]), clip.id))
+    loads = [(0, part) for part in range(1, shard.count + 1)]  # a heap: the least loaded part is on top
     mine = []
     for clip in ordered:
-        part = loads.index(min(loads))
-        loads[part] += _size(clip.video) + 1
-        if part == shard.index - 1:
+        load, part = loads[0]
+        heapreplace(loads, (load + _milliseconds(seconds[clip.id]), part))
+        if part == shard.index:
             mine.append(clip)
     return mine
 
@@ -117,8 +125,6 @@ def _same_frames(folder: Path, rate: float | None, before: Any) -> bool:
         return False
 
 
-def _size(path: Path | None) -> int:
-    try:
-        return path.stat().st_size if path is not None else 0
-    except OSError:
-        return 0
+def _milliseconds(seconds: float) -> int:
+    """Whole, so that sums do not depend on their order; a clip of no known length still counts."""
+    return max(1, round(seconds * 1000))
