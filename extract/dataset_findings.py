@@ -53,7 +53,9 @@ def _validation_findings(annotated: Sequence[Clip], labels: Mapping[str, LabelFa
     videos = len({clip.group for clip in annotated})
     if videos < FEW_VIDEOS:
         spread = SPREAD[0] * (SPREAD[1] / videos) ** 0.5
-        message = f"Labels of {videos} video{'s' * (videos != 1)} to validate on: expect ± {2 * spread:.2f} on a mean CCC"
+        message = (
+            f"Labels of {videos} video{'s' * (videos != 1)} to validate on: expect ± {2 * spread:.2f} on a mean CCC"
+        )
         remedy = "Compare by the intervals that `vaflow evaluate` gives; k-fold uses all videos"
         notes.append(Note("note", "few-videos", "", message, remedy))
     scores = constant_scores([labels[clip.id].stats for clip in annotated])

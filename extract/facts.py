@@ -160,8 +160,8 @@ def crop_facts(folders: Sequence[Path], times: NDArray[np.float64]) -> CropFacts
 
 def some(paths: Sequence[Path], count: int) -> list[Path]:
     """At most `count` of them, evenly from the first to the last."""
-    chosen = np.unique(np.linspace(0, len(paths) - 1, count).astype(int)) if paths else []
-    return [paths[k] for k in chosen]
+    chosen = np.unique(np.linspace(0, max(len(paths) - 1, 0), count).astype(int))
+    return [paths[k] for k in chosen] if paths else []
 
 
 def _opens(path: Path) -> bool:

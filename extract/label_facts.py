@@ -74,7 +74,7 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
         clock = "row" if np.array_equal(annotation.frame, np.arange(len(value))) else "frame"
         end = float(annotation.frame[-1] + 1)
     on_frames = on_clock(annotation, times)
-    clock_times, valid = on_frames["time"], on_frames["valid"].any(1)
+    clock_times, valid = on_frames["time"], np.asarray(on_frames["valid"].any(1))
     whole = float(clock_times[-1]) + median_interval(clock_times) if len(clock_times) else 0.0
     return LabelFacts(
         rows=len(value),

@@ -1,5 +1,7 @@
 """`vaflow check`: what is in a data set, what is wrong with it."""
 
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
+from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:
     from vaflow.datasets import Dataset
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 LEVELS = ("low", "middle", "high")
 
+log = logging.getLogger(__name__)
+
 Root = Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)]
 Layout = Annotated[
     str,
@@ -22,21 +27,37 @@ Layout = Annotated[
 ]
 
 
+Page = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Also write a page with pictures; one file, needs no network."),
+]
+
+
 def check(
-    root: Root, layout: Layout = "auto", as_json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False
+    root: Root,
+    layout: Layout = "auto",
+    html: Page = None,
+    as_json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> int:
-    """Say what is in a data set and what is wrong with it. Nothing is written.
+    """Say what is in a data set, what is wrong with it, what it costs and what to do. The data set is only read.
 
     Exits with 1 where something cannot be used; warnings and notes do not count. -v lists every finding, -q errors
-    only.
+    only. The page of --html shows labels on a map, every clip along its time, and pictures of clips worth a look.
 
-    Example: vaflow check ~/data/affwild2 --layout affwild2
+    Example: vaflow check ~/data/affwild2 --layout affwild2 --html check.html
     """
     set_up(verbose, quiet)
     from vaflow.datasets import open_dataset
     from vaflow.extract.report import document
 
-    report = _run(open_dataset(root, layout), show_bars(quiet))
+    dataset = open_dataset(root, layout)
+    if html is not None:
+        _must_be_writable(html)
+    report = _run(dataset, show_bars(quiet))
+    if html is not None:
+        _write_page(report, html, show_bars(quiet))
     if as_json:
         print_json(document(report))
     else:
@@ -56,6 +77,35 @@ def _run(dataset: "Dataset", show_bar: bool) -> "Report":
 
     with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not show_bar) as bar:
         return check_dataset(dataset, progress=bar.update)
+
+
+def _must_be_writable(path: Path) -> None:
+    """Before hours of reading: the page can be written.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    problem = "it is a folder" if path.is_dir() else None
+    if problem is None and not path.parent.is_dir():
+        problem = f"there is no folder {path.parent}"
+    if problem is None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "you may not write there"
+    if problem is not None:
+        raise UsageError(
+            explain("The page cannot be written", expected="--html FILE in a folder", got=f"{path}: {problem}")
+        )
+
+
+def _write_page(report: "Report", path: Path, show_bar: bool) -> None:
+    from tqdm import tqdm
+
+    from vaflow.extract.check_page import html_page, pictured
+    from vaflow.extract.check_pictures import thumbnails
+
+    chosen = tqdm(pictured(report), unit="clip", desc="pictures", disable=not show_bar)
+    pictures = {c.clip.id: thumbnails(c.clip, c.media.duration if c.media else None) for c in chosen}
+    path.write_text(html_page(report, pictures), encoding="utf-8")
+    log.info("%s: a page with pictures", path)
 
 
 def _overview(report: "Report") -> Iterator[str]:
