@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, StreamInfo
-from vaflow.encoders.base import AudioEncoder
 from vaflow.encoders.frontend import KALDI, FrontEnd, cut
 from vaflow.encoders.logmel import frame_times
 from vaflow.extract.batching import Encoders, FixedBatcher
@@ -54,6 +53,7 @@ class ClipAssembly:
         # The log-Mel is kept, and read, as it is stored; other frames are forgotten once they are encoded.
         self._banks = Banks(wanted, {KALDI: np.dtype(config.dtype)})
         self._jpegs: dict[int, bytes] = {}
+        self._sizes: dict[str, set[int]] = {}
         self._waiting = 0
         self._read = False
 
@@ -61,6 +61,17 @@ class ClipAssembly:
     def complete(self) -> bool:
         """Everything has been read, and every row has come back from its encoder."""
         return self._read and self._waiting == 0
+
+    def made_in(self, stream: str) -> dict[str, Any]:
+        """What an embedding's last bits depend on besides its fingerprint: the sizes of the batches, the device.
+
+        Empty for streams that nothing was encoded for.
+        """
+        sizes = self._sizes.get(stream)
+        if not sizes:
+            return {}
+        _, batcher = (self._visual | self._audio)[stream]
+        return {"batch": sorted(sizes), "device": batcher.device.type}
 
     def take(self, message: Message) -> None:
         """Take one message of this clip, in order."""
@@ -102,14 +113,13 @@ class ClipAssembly:
 
     def _encode_sound(self, front: FrontEnd, frames: NDArray[Any], valid: NDArray[np.bool_]) -> None:
         """Encode the frames of one front end with every encoder that reads it."""
-        for name, (encoder, batcher) in self._audio.items():
+        for name, (encoder, _) in self._audio.items():
             if encoder.front_end == front:
-                self.arrays[name] = self._encode_windows(encoder, batcher, frames, valid)
+                self.arrays[name] = self._encode_windows(name, frames, valid)
 
-    def _encode_windows(
-        self, encoder: AudioEncoder, batcher: FixedBatcher, frames: NDArray[Any], valid: NDArray[np.bool_]
-    ) -> Arrays:
+    def _encode_windows(self, name: str, frames: NDArray[Any], valid: NDArray[np.bool_]) -> Arrays:
         """Queue every stretch that some window reads, once; without sound under any of its steps it is left out."""
+        encoder, batcher = self._audio[name]
         grid, steps = self._config.grid, self._config.audio_steps
         starts = grid.seconds(grid.starts(self.duration))
         arrays: Arrays = {
@@ -128,7 +138,7 @@ class ClipAssembly:
                     readers.setdefault(round(start / HOP) + offset, []).append(arrays["embedding"][window, part])
         for first, targets in readers.items():
             row = cut(frames, first, stretches.frames, encoder.front_end.padding)
-            self._encode(batcher, row, targets)
+            self._encode(name, batcher, row, targets)
         return arrays
 
     # -- picture -------------------------------------------------------------------------------------------------
@@ -148,7 +158,7 @@ class ClipAssembly:
             arrays = self.arrays[name]
             arrays["valid"][face.sample] = True
             target = arrays["embedding"][face.sample : face.sample + 1]
-            self._encode(batcher, face.images[encoder.preparation], [target])
+            self._encode(name, batcher, face.images[encoder.preparation], [target])
 
     def _end_faces(self, end: FacesEnd) -> None:
         self.facts["visual"] = end.facts
@@ -158,13 +168,15 @@ class ClipAssembly:
             self.arrays[PIXELS] = _pixel_arrays(self._jpegs, self._times) | {"frame": end.frame}
         self._jpegs = {}
 
-    def _encode(self, batcher: FixedBatcher, row: NDArray[Any], targets: list[NDArray[Any]]) -> None:
+    def _encode(self, stream: str, batcher: FixedBatcher, row: NDArray[Any], targets: list[NDArray[Any]]) -> None:
         """Queue a row; its result is written into every target (views of the arrays to be committed)."""
         self._waiting += 1
+        sizes = self._sizes.setdefault(stream, set())
 
         def deliver(result: NDArray[np.float32]) -> None:
             for target in targets:
                 target[:] = result
+            sizes.add(batcher.delivering)
             self._waiting -= 1
 
         batcher.add(row, deliver)

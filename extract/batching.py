@@ -17,13 +17,17 @@ from numpy.typing import NDArray
 
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.errors import VaflowError, explain
-from vaflow.extract.config import ExtractConfig
+from vaflow.extract.config import AUTO, ExtractConfig
+from vaflow.extract.memory import CudaMemory, fitting
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZES = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
+LARGEST = {"visual": 1024, "audio": 256}  # of what is measured: larger batches gain nothing
 
 Deliver = Callable[[NDArray[np.float32]], None]
+Encode = Callable[[torch.Tensor], torch.Tensor]
+Measure = Callable[[NDArray[Any]], int]  # the first row -> rows per batch
 
 
 class FixedBatcher:
@@ -35,23 +39,31 @@ class FixedBatcher:
 
     Args:
         encode: [size, ...] tensor on `device` -> [size, ...] float32 tensor on the same device.
-        size: rows per batch.
+        size: rows per batch, or what finds it out from the first row.
         device: where to encode.
+
+    Attributes:
+        rows: encoded so far; seconds: of the calling thread.
+        delivering: size of the batch whose results are being delivered: half-precision results depend on it.
     """
 
-    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], size: int, device: torch.device) -> None:
-        self._encode, self._size, self.device = encode, size, device
-        self._part = size
+    def __init__(self, encode: Encode, size: int | Measure, device: torch.device) -> None:
+        self._encode, self.device = encode, device
+        self._measure = size if callable(size) else None
+        self._size = self._part = 0 if callable(size) else size
         self._buffers: list[torch.Tensor] = []
         self._turn = 0
         self._waiting: list[Deliver] = []
-        self._in_flight: tuple[torch.Tensor, list[Deliver]] | None = None
+        self._in_flight: _Batch | None = None
         self.rows = 0
-        self.seconds = 0.0  # of the calling thread
+        self.seconds = 0.0
+        self.delivering = 0
 
     def add(self, row: NDArray[Any], deliver: Deliver) -> None:
         """Queue one row; `deliver` gets its result, now or at a later `add` or `flush`."""
         if not self._buffers:
+            if self._measure is not None:
+                self._size = self._part = self._measure(row)
             self._buffers = [self._new_buffer(row) for _ in range(1 if self.device.type == "cpu" else 2)]
         self._buffers[self._turn][len(self._waiting)] = torch.from_numpy(np.ascontiguousarray(row))
         self._waiting.append(deliver)
@@ -74,10 +86,10 @@ class FixedBatcher:
         began = time.perf_counter()
         result = self._encode_parts(buffer.to(self.device, non_blocking=True))
         self.rows += len(self._waiting)
-        before, self._in_flight = self._in_flight, (result, self._waiting)
+        before, self._in_flight = self._in_flight, _Batch(result, self._waiting, self._part)
         self._waiting = []
         self._turn = (self._turn + 1) % len(self._buffers)
-        _hand_out(before)
+        self._hand_out(before)
         if self.device.type == "cpu":
             self._collect()
         self.seconds += time.perf_counter() - began
@@ -108,7 +120,24 @@ class FixedBatcher:
 
     def _collect(self) -> None:
         before, self._in_flight = self._in_flight, None
-        _hand_out(before)
+        self._hand_out(before)
+
+    def _hand_out(self, batch: "_Batch | None") -> None:
+        if batch is None:
+            return
+        self.delivering = batch.size
+        rows = batch.result.float().cpu().numpy()
+        for row, deliver in zip(rows, batch.receivers, strict=False):
+            deliver(row)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Results under way to their receivers, and how many rows went through the encoder at once."""
+
+    result: torch.Tensor
+    receivers: list[Deliver]
+    size: int
 
 
 @dataclass(frozen=True)
@@ -132,19 +161,21 @@ def make_encoders(
     An audio encoder that reads a window in several stretches gets as many rows as there are images: each is small.
     """
     sizes = BATCH_SIZES[device.type]
-    images, windows = config.image_batch or sizes["visual"], config.window_batch or sizes["audio"]
-    encode = {e.name: partial(e.encode, window=config.window, steps=config.audio_steps) for e in audio}
-    whole = {e.name: len(e.stretches(config.window, config.audio_steps).first) == 1 for e in audio}
+    parts = max(1, len(visual) + len(audio))
+
+    def batcher(encode: Encode, asked: int, kind: str) -> FixedBatcher:
+        if asked == AUTO and device.type == "cuda":
+            measure = partial(fitting, encode, device, CudaMemory(device), parts=parts, most=LARGEST[kind])
+            return FixedBatcher(encode, measure, device)
+        return FixedBatcher(encode, sizes[kind] if asked in (0, AUTO) else asked, device)
+
+    def heard(encoder: AudioEncoder) -> FixedBatcher:
+        encode = partial(encoder.encode, window=config.window, steps=config.audio_steps)
+        if len(encoder.stretches(config.window, config.audio_steps).first) == 1:
+            return batcher(encode, config.window_batch, "audio")
+        return batcher(encode, config.image_batch, "visual")
+
     return Encoders(
-        {e.name: (e, FixedBatcher(e.encode, images, device)) for e in visual},
-        {e.name: (e, FixedBatcher(encode[e.name], windows if whole[e.name] else images, device)) for e in audio},
+        {e.name: (e, batcher(e.encode, config.image_batch, "visual")) for e in visual},
+        {e.name: (e, heard(e)) for e in audio},
     )
-
-
-def _hand_out(batch: tuple[torch.Tensor, list[Deliver]] | None) -> None:
-    if batch is None:
-        return
-    result, receivers = batch
-    rows = result.float().cpu().numpy()
-    for row, deliver in zip(rows, receivers, strict=False):
-        deliver(row)

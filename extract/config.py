@@ -9,6 +9,8 @@ from vaflow.timeline import Grid
 
 FACE_SOURCES = ("auto", "centerface", "none")
 DTYPES = ("float16", "float32")
+ENGINES = ("local", "ray")
+AUTO = -1  # a batch size found out from free memory
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class ExtractConfig:
         prompts: TOML file of the prompt set, or None for the built-in one.
         device: "auto", "cpu" or "cuda[:N]".
         precision: of the encoders' arithmetic: "auto" (float32), or "bfloat16", "float16" on CUDA.
-        image_batch, window_batch: fixed batch sizes; 0 chooses by device.
+        image_batch, window_batch: fixed batch sizes; 0 chooses by device, `AUTO` by a GPU's free memory.
         workers: processes that decode; 0 chooses by machine.
 
     Raises:
@@ -52,8 +54,8 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         _choose("dtype", self.dtype, DTYPES)
         _choose("faces", self.face_source, FACE_SOURCES)
-        for name in ("image_batch", "window_batch", "workers"):
-            if getattr(self, name) < 0:
+        for name, least in (("image_batch", AUTO), ("window_batch", AUTO), ("workers", 0)):
+            if getattr(self, name) < least:
                 raise UsageError(explain(f"{name} must not be negative", expected="0 or more", got=getattr(self, name)))
         if self.audio_steps < 1:
             raise UsageError(explain("audio-steps must be positive", expected="1 or more", got=self.audio_steps))
@@ -108,6 +110,19 @@ class Shard:
     def suffix(self) -> str:
         """What file names of this shard carry; empty for the whole."""
         return f"-{self.index}-of-{self.count}" if self.count > 1 else ""
+
+
+def batch_size(option: str, text: str) -> int:
+    """Read "auto" or a number of rows.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "auto":
+        return AUTO
+    if text.isascii() and text.isdigit():
+        return int(text)
+    raise UsageError(explain(f"{option} is no batch size", expected="a number, or auto; 0 chooses by device", got=text))
 
 
 def default_workers(device: str) -> int:

@@ -13,7 +13,7 @@ from vaflow.datasets import Dataset, open_dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.vggish_mel import VGGISH_MEL
-from vaflow.extract import pipeline
+from vaflow.extract import run as running
 from vaflow.extract.audio import decode_audio
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import Job
@@ -131,13 +131,13 @@ def test_ast_added_to_vggish_reads_the_log_mel_in_the_cache(
     _, (ast, vggish) = encoders
     run(clips_folder, tmp_path / "cache", [], [vggish])
     asked: list[bool] = []
-    original = pipeline.Job
+    original = running.Job
 
     def noted(**job: Any) -> Job:
         asked.append(job["audio"])
         return original(**job)
 
-    monkeypatch.setattr(pipeline, "Job", noted)
+    monkeypatch.setattr(running, "Job", noted)
     cache, _ = run(clips_folder, tmp_path / "cache", [], [ast, vggish])
     assert asked == [False] * 3
     for item in cache.items():

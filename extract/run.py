@@ -1,0 +1,169 @@
+"""decode -> batch -> encode -> commit, overlapped and bounded. Only this file knows the order.
+
+Worker processes decode; the main thread fills batches and encodes; one writer thread commits. Each hand-over is
+bounded, so memory does not grow with the data set, and a clip is committed as soon as its last row is encoded.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from vaflow.cache import Cache
+from vaflow.cache.schema import LOGMEL, PIXELS, StreamInfo
+from vaflow.encoders.frontend import KALDI
+from vaflow.errors import DataError
+from vaflow.extract.assembly import ClipAssembly, LogMel
+from vaflow.extract.batching import Encoders
+from vaflow.extract.config import ExtractConfig
+from vaflow.extract.failures import Failure
+from vaflow.extract.messages import Done, Failed, Job
+from vaflow.extract.plan import Task
+from vaflow.extract.pool import WorkerPool
+from vaflow.extract.profile import COMMITTING, WAITING_FOR_WRITER, Profile
+from vaflow.extract.streams import provenance, source_of
+from vaflow.extract.summary import Extracted, Outcome
+
+PENDING_COMMITS = 4
+FACTS_OF = {"labels": "labels", "logmel": "audio", "audio": "audio", "visual": "visual", "pixels": "visual"}
+
+
+class Ledger(Protocol):
+    """Who wants to know how it goes. Both may be called by any thread."""
+
+    def take(self, outcome: Outcome) -> None:
+        """An item has been committed, or has failed."""
+        ...
+
+    def count(self, rows: Mapping[str, int], stages: Mapping[str, float]) -> None:
+        """Rows encoded by each encoder, and seconds of each stage, since the start."""
+        ...
+
+
+class Run:
+    """The state of one run: which clips are under way, what is being committed.
+
+    Args:
+        cache: opened for writing, every stream of `infos` declared.
+        config: settings of the run.
+        infos: every stream by name.
+        encoders: every encoder with its batcher.
+        workers: decoding processes.
+        ledger: is told what comes of every task.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        config: ExtractConfig,
+        infos: Mapping[str, StreamInfo],
+        encoders: Encoders,
+        workers: int,
+        ledger: Ledger,
+    ) -> None:
+        self._cache, self._config, self._infos = cache, config, infos
+        self._encoders, self._workers, self._ledger = encoders, workers, ledger
+        self._tasks: dict[int, Task] = {}
+        self._open: dict[int, ClipAssembly] = {}
+        self._writer = ThreadPoolExecutor(1, "vaflow-writer")
+        self._slots = threading.Semaphore(PENDING_COMMITS)
+        self._commits: list[Future[None]] = []
+        self._profile = Profile()
+
+    def run(self, tasks: Iterable[Task]) -> None:
+        """Work off the tasks, which may still be arriving: each is asked for when a worker is free for it.
+
+        Raises:
+            CacheError: the cache cannot be written to any more (a full disk, say); what was committed stays.
+        """
+        with self._writer, WorkerPool(self._jobs(tasks), self._workers) as pool:
+            for message in self._profile.waiting(pool):
+                if isinstance(message, Failed):
+                    self._fail(message)
+                    continue
+                clip = self._assembly(message.job)
+                clip.take(message)
+                if isinstance(message, Done):
+                    self._tell_progress()
+                self._commit_complete()
+            for batcher in self._encoders.batchers.values():
+                batcher.flush()
+            self._commit_complete()
+            self._check_commits(wait=True)
+        self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        batchers = self._encoders.batchers
+        self._profile.seconds |= {f"encoding {name}": batcher.seconds for name, batcher in batchers.items()}
+        self._ledger.count({name: batcher.rows for name, batcher in batchers.items()}, self._profile.stages())
+
+    def _jobs(self, tasks: Iterable[Task]) -> Iterable[Job]:
+        preparations = tuple(dict.fromkeys(encoder.preparation for encoder, _ in self._encoders.visual.values()))
+        for number, task in enumerate(tasks):
+            self._tasks[number] = task
+            kinds = {self._infos[name].kind for name in task.streams}
+            yield Job(
+                number=number,
+                clip=task.clip,
+                grid=self._config.grid,
+                audio="logmel" in kinds or self._needs_sound(task),
+                faces=bool(kinds & {"visual", "pixels"}),
+                face_source=self._config.face_source,
+                preparations=preparations,
+                keep_jpeg=PIXELS in task.streams,
+            )
+
+    def _needs_sound(self, task: Task) -> bool:
+        """Whether a stream is made from anything but the log-Mel, which the cache has."""
+        audio = self._encoders.audio
+        return any(audio[name][0].front_end != KALDI for name in task.streams if name in audio)
+
+    def _assembly(self, number: int) -> ClipAssembly:
+        if number not in self._open:
+            task = self._tasks.pop(number)
+            self._open[number] = ClipAssembly(task, self._config, self._infos, self._encoders, self._cached_logmel)
+        return self._open[number]
+
+    def _cached_logmel(self, item: str) -> LogMel:
+        stored = self._cache.read(LOGMEL, item)
+        return stored.embedding, stored.valid
+
+    def _fail(self, failed: Failed) -> None:
+        clip = self._open.pop(failed.job, None)
+        task = clip.task if clip is not None else self._tasks.pop(failed.job)
+        self._ledger.take(Failure(task.clip.id, failed.stage, failed.error, failed.message, task.clip.split))
+
+    def _commit_complete(self) -> None:
+        for number in [n for n, clip in self._open.items() if clip.complete]:
+            clip = self._open.pop(number)
+            with self._profile.measure(WAITING_FOR_WRITER):
+                self._slots.acquire()
+            self._commits.append(self._writer.submit(self._commit, clip))
+        self._check_commits(wait=False)
+
+    def _check_commits(self, *, wait: bool) -> None:
+        """Raise what a commit raised: a cache that cannot be written to ends the run."""
+        pending = []
+        for commit in self._commits:
+            if wait or commit.done():
+                commit.result()
+            else:
+                pending.append(commit)
+        self._commits = pending
+
+    def _commit(self, clip: ClipAssembly) -> None:
+        """Writer thread: every stream of one clip, labels last."""
+        task = clip.task
+        try:
+            for name in task.streams:
+                info = self._infos[name]
+                meta = clip.facts[FACTS_OF[info.kind]] | clip.made_in(name) | provenance()
+                source = source_of(info.kind, clip.sources)
+                with self._profile.measure(COMMITTING):
+                    self._cache.write(name, task.clip.id, clip.arrays[name], source=source, meta=meta)
+        except DataError as error:  # not finite, say; a cache that cannot be written to ends the run instead
+            self._ledger.take(Failure(task.clip.id, "commit", type(error).__name__, str(error), task.clip.split))
+        else:
+            self._ledger.take(Extracted(task.clip.id, clip.duration))
+        finally:
+            self._slots.release()
