@@ -166,7 +166,7 @@ def _labels(splits: Mapping[str, Summary]) -> str:
     legend = "".join(f'<span><i class="key {escape(name)}"></i>{escape(name)}</span>' for name in stats)
     plots = "".join(distribution(stats, k, name) for k, name in enumerate(("valence", "arousal")))
     return f"""<section><h2>Where the labels lie</h2>
-<p class="soft">Annotated frames over the nine regions of the prompt head, thirds of the range; the stronger the colour, the more.</p>
+<p class="soft">Labelled frames over the nine regions of the prompt head (thirds of the range); strong colour: many.</p>
 <div class="figures">{maps}</div>
 <h3>Share of frames</h3><p class="legend">{legend}</p>
 <div class="figures">{plots}</div>

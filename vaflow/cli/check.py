@@ -104,7 +104,7 @@ def _write_page(report: "Report", path: Path, show_bar: bool) -> None:
 
     chosen = tqdm(pictured(report), unit="clip", desc="pictures", disable=not show_bar)
     pictures = {c.clip.id: thumbnails(c.clip, c.media.duration if c.media else None) for c in chosen}
-    path.write_text(html_page(report, pictures), encoding="utf-8")
+    path.write_text(html_page(report, pictures), encoding="utf-8", errors="backslashreplace")
     log.info("%s: a page with pictures", path)
 
 

@@ -1,0 +1,295 @@
+"""Every kind of finding of the data doctor on a small tree that has exactly that fault, against what was written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from affwild2_tree import label_path, write_crops, write_labels, write_video
+from make_media import Picture, Sound, tones, write_media
+
+from vaflow.datasets import Note, open_dataset
+from vaflow.extract.check import check_dataset
+from vaflow.extract.costs import COSTS, shift_loss
+from vaflow.extract.dataset_findings import constant_scores
+from vaflow.extract.duplicates import SAMPLE, same_content
+from vaflow.extract.facts import crop_facts
+from vaflow.extract.label_facts import CELLS, label_stats
+from vaflow.extract.report import Report, document
+from vaflow.extract.strips import BINS, strip
+
+EVEN = tuple(range(0, 1600, 40))
+
+
+def check(root: Path) -> Report:
+    return check_dataset(open_dataset(root))
+
+
+def found(report: Report, code: str) -> dict[str, Note]:
+    return {note.item: note for note in report.findings if note.code == code}
+
+
+def one(root: Path, name: str = "clip.mp4", **parts: object) -> Report:
+    root.mkdir(parents=True, exist_ok=True)
+    write_media(root / name, **{"picture": Picture(EVEN), **parts})  # type: ignore[arg-type]
+    return check(root)
+
+
+# --- sound and frame rate
+
+
+@pytest.mark.parametrize(
+    ("sound", "code", "status"),
+    [
+        (None, "no-audio", "none"),
+        (Sound(np.zeros((1, 70560))), "audio-silent", "silent"),
+        (Sound(tones(0.7, 44100)), "audio-partial", "partial"),
+        (Sound(tones(1.6, 44100)), None, "whole"),
+    ],
+)
+def test_status_of_sound(tmp_path: Path, sound: Sound | None, code: str | None, status: str) -> None:
+    report = one(tmp_path, sound=sound)
+    codes = {note.code for note in report.findings if "audio" in note.code}
+    media = report.checked[0].media
+    assert codes == ({code} if code else set()) and media is not None and media.audio == status
+
+
+def test_sound_that_begins_after_a_long_silence_is_whole(tmp_path: Path) -> None:
+    samples = np.concatenate([np.zeros((1, 60000)), tones(0.24, 44100)], axis=1)
+    media = one(tmp_path, sound=Sound(samples)).checked[0].media
+    assert media is not None and media.audio == "whole"
+
+
+def test_sound_that_does_not_decode_is_a_warning(tmp_path: Path) -> None:
+    path = write_media(tmp_path / "clip.mkv", Picture(EVEN), Sound(tones(1.6, 44100), codec="flac"))
+    data = path.read_bytes().replace(b"\xff\xf8", b"\x01\x01")  # what every FLAC frame begins with
+    path.write_bytes(data)
+    report = check(tmp_path)
+    assert found(report, "audio-unreadable")["clip"].severity == "warning"
+    assert report.count("error") == 0
+
+
+def test_a_picture_that_stands_still_is_noted(tmp_path: Path) -> None:
+    times = (*EVEN[:20], *(time + 1500 for time in EVEN[20:]))
+    note = found(one(tmp_path, picture=Picture(times)), "picture-gap")["clip"]
+    assert f"{(times[20] - times[19]) / 1000:.2f} s" in note.message
+
+
+def test_a_claimed_rate_that_is_wrong_is_noted(tmp_path: Path) -> None:
+    """Every second frame is dropped, evenly: the claim of 25 frames/s is wrong, and no frame is off the average."""
+    report = one(tmp_path, "clip.avi", picture=Picture(EVEN[::2], codec="mpeg4", rate=25))
+    media = report.checked[0].media
+    assert media is not None and media.nominal_rate == 25 and media.average_rate == pytest.approx(12.5)
+    assert set(found(report, "rate-claim")) == {"clip"} and not found(report, "variable-rate")
+
+
+def test_variable_rate_says_what_index_over_rate_would_cost(tmp_path: Path) -> None:
+    times = (*EVEN[:20], *(time + 2000 for time in EVEN[20:]))
+    note = found(one(tmp_path, picture=Picture(times)), "variable-rate")["clip"]
+    seconds = np.array(times) / 1000
+    drift = np.abs(seconds - np.linspace(seconds[0], seconds[-1], len(seconds))).max()
+    valence = float(np.interp(drift, [0, 0.5, 1], [0, 1 - 0.941, 1 - 0.879]))
+    arousal = float(np.interp(drift, [0, 0.5, 1], [0, 1 - 0.888, 1 - 0.788]))
+    assert f"{valence:.2f} (valence) and {arousal:.2f} (arousal)" in note.message
+
+
+def test_the_cost_of_a_shift_is_the_measured_one() -> None:
+    for frames, scores in ((15, (0.941, 0.888)), (30, (0.879, 0.788)), (300, (0.879, 0.788))):
+        np.testing.assert_allclose(shift_loss(frames / 30), 1 - np.array(scores), atol=1e-9)
+    assert shift_loss(0) == (0, 0) == shift_loss(-1)
+
+
+# --- crops
+
+
+def test_crops_that_are_no_pictures_are_a_warning(tmp_path: Path) -> None:
+    folder = tmp_path / "crops"
+    write_crops(folder, tuple(range(1, 21)))
+    assert crop_facts([folder], np.arange(20) / 25).damaged == ()
+    (folder / "00001.jpg").write_bytes(b"")
+    (folder / "00020.jpg").write_bytes(b"no picture")
+    assert crop_facts([folder], np.arange(20) / 25).damaged == ("00001.jpg", "00020.jpg")
+
+
+def test_coverage_of_crops_against_a_loop(tmp_path: Path) -> None:
+    numbers = tuple(k + 1 for k in range(50) if k not in (3, 4, 5, 20))
+    write_crops(tmp_path, numbers)
+    facts = crop_facts([tmp_path], np.arange(50) / 25)
+    longest = run = 0
+    for k in range(50):
+        run = 0 if k + 1 in numbers else run + 1
+        longest = max(longest, run)
+    assert (facts.found, facts.missing, facts.longest) == (46, 4, longest)
+    for k, level in enumerate(facts.strip):
+        begins = [frame for frame in range(50) if int(frame / 25 * BINS / 2) == k]
+        frame = (
+            begins[0] if begins else int((k + 0.5) * 50 / BINS)
+        )  # 240 parts of 50 frames: at most one begins in each
+        assert level == (255 if frame + 1 in numbers else 0), k
+
+
+def test_a_strip_of_many_frames_is_the_share_of_each_part() -> None:
+    flags = np.random.default_rng(0).random(BINS * 7) < 0.5
+    times = (np.arange(flags.size) + 0.5) / 30
+    levels = np.frombuffer(strip(times, flags, flags.size / 30), np.uint8)
+    np.testing.assert_array_equal(levels, np.rint(flags.reshape(BINS, 7).mean(1) * 255))
+
+
+# --- the same content
+
+
+def test_same_content_against_comparing_all_bytes(tmp_path: Path) -> None:
+    """Files of equal size that differ only where no sample looks, a copy, a link, empty and missing ones."""
+    random = np.random.default_rng(0)
+    big = bytearray(random.bytes(8 * SAMPLE))
+    files = {"a": bytes(big), "copy": bytes(big), "small": b"x", "x": b"x", "empty": b"", "none": b""}
+    big[SAMPLE * 2] ^= 1
+    files["almost"] = bytes(big)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    paths = [*tmp_path.iterdir(), tmp_path / "gone"]
+    contents: dict[bytes, list[Path]] = {}
+    for path in paths:
+        if path.exists() and path.stat().st_size:
+            contents.setdefault(path.read_bytes(), []).append(path)
+    assert same_content(paths) == sorted(tuple(sorted(group)) for group in contents.values() if len(group) > 1)
+
+
+def test_files_of_different_size_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for k in range(1, 20):
+        (tmp_path / str(k)).write_bytes(b"x" * k)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a file was opened")
+
+    paths = list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "open", refuse)
+    assert same_content(paths) == []
+
+
+def three_videos(root: Path) -> None:
+    for name in ("first", "second", "third"):
+        write_video(root / f"{name}.mp4", np.arange(20) / 25, 0.8)
+    shutil.copy(root / "first.mp4", root / "again.mp4")
+
+
+def test_the_same_content_in_two_splits_is_an_error(tmp_path: Path) -> None:
+    three_videos(tmp_path)
+    (tmp_path / "splits.csv").write_text("name,split\nfirst,train\nagain,val\nsecond,train\nthird,val\n")
+    notes = found(check(tmp_path), "duplicate-across-splits")
+    assert set(notes) == {"first", "again"} and notes["first"].severity == "error"
+    assert "again (val)" in notes["first"].message and "'train'" in notes["first"].message
+
+
+def test_the_same_content_in_one_split_is_a_warning(tmp_path: Path) -> None:
+    three_videos(tmp_path)
+    report = check(tmp_path)
+    assert set(found(report, "duplicate")) == {"first", "again"} and report.count("error") == 0
+
+
+def test_left_and_right_of_one_video_are_no_duplicates(tmp_path: Path) -> None:
+    write_video(tmp_path / "raw_videos" / "talk.mp4", np.arange(20) / 25, 0.8)
+    for seed, side in enumerate(("left", "right")):
+        write_labels(tmp_path / f"VA_Set/Train_Set/talk_{side}.txt", label_path(20, seed))
+    codes = {note.code for note in check(tmp_path).findings}
+    assert not codes & {"duplicate", "duplicate-across-splits", "same-labels", "leak"}
+
+
+def test_one_annotation_for_two_clips_is_a_warning(tmp_path: Path) -> None:
+    three_videos(tmp_path)
+    (tmp_path / "again.mp4").unlink()
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.csv").write_text("frame,valence,arousal\n0,0.5,0.1\n1,0.25,0.2\n")
+    (tmp_path / "third.csv").write_text("frame,valence,arousal\n0,0.5,0.1\n1,0.25,0.3\n")
+    assert set(found(check(tmp_path), "same-labels")) == {"first", "second"}
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_one_name_in_two_splits_is_a_warning(tmp_path: Path, others: int) -> None:
+    """Unless names do not tell videos apart: several `face.mp4` in each split are nothing to wonder at."""
+    rows = []
+    for split in ("train", "val"):
+        for k in range(1 + others):
+            write_video(tmp_path / split / str(k) / "face.mp4", np.arange(14 + 2 * k + (split == "val")) / 25, 0.8)
+            rows.append(f"{split}/{k}/face,{split}")
+    (tmp_path / "splits.csv").write_text("\n".join(["name,split", *rows]))
+    expected = {"train/0/face", "val/0/face"} if not others else set()
+    assert set(found(check(tmp_path), "same-name")) == expected
+
+
+# --- labels of the whole
+
+
+def test_the_score_of_a_constant_per_clip_against_the_formula() -> None:
+    random = np.random.default_rng(0)
+    clips = [random.normal(middle, 0.2, (count, 2)) for middle, count in ((-0.5, 40), (0.1, 10), (0.6, 70))]
+    labels = np.concatenate(clips)
+    constant = np.concatenate([np.broadcast_to(clip.mean(0), clip.shape) for clip in clips])
+    covariance = ((labels - labels.mean(0)) * (constant - constant.mean(0))).mean(0)
+    expected = 2 * covariance / (labels.var(0) + constant.var(0) + (labels.mean(0) - constant.mean(0)) ** 2)
+    np.testing.assert_allclose(constant_scores([label_stats(clip) for clip in clips]), expected)
+    assert np.isnan(constant_scores([label_stats(np.full((5, 2), 0.3))])).all()
+
+
+def test_the_map_counts_every_frame_in_its_cell() -> None:
+    value = np.random.default_rng(0).uniform(-1, 1, (500, 2))
+    value[:4] = np.array([[-1, -1], [1, 1], [1 / 3, -1 / 3], [0, np.nan]])
+    expected = np.zeros((CELLS, CELLS), int)
+    edges = np.linspace(-1, 1, CELLS + 1)
+    for v, a in value[np.isfinite(value).all(1)]:
+        row, column = (min(int(np.searchsorted(edges, x + 1e-12, "right")) - 1, CELLS - 1) for x in (v, a))
+        expected[row, column] += 1
+    stats = label_stats(value)
+    np.testing.assert_array_equal(stats.density, expected)
+    third = CELLS // 3
+    blocks = expected.reshape(3, third, 3, third).sum((1, 3))
+    np.testing.assert_array_equal(stats.regions.reshape(3, 3), blocks)
+
+
+def labelled(root: Path, values: dict[str, tuple[str, list[tuple[float, float]]]]) -> Report:
+    """Clips with a split and constant-rate labels each."""
+    for name, (_, rows) in values.items():
+        write_video(root / f"{name}.mp4", np.arange(20) / 25, 0.8)
+        text = "".join(f"{k},{v},{a}\n" for k, (v, a) in enumerate(rows))
+        (root / f"{name}.csv").write_text("frame,valence,arousal\n" + text)
+    splits = [f"{name},{split}" for name, (split, _) in values.items()]
+    (root / "splits.csv").write_text("\n".join(["name,split", *splits]))
+    return check(root)
+
+
+def test_regions_that_training_lacks(tmp_path: Path) -> None:
+    report = labelled(
+        tmp_path,
+        {
+            "a": ("train", [(0.0, 0.1), (0.9, 0.8)] * 5),
+            "b": ("val", [(0.0, 0.0), (-0.9, -0.8)] * 5),
+        },
+    )
+    assert "7 of nine regions" in found(report, "rare-regions")[""].message
+    assert "low valence, low arousal (5 frames)" in found(report, "unseen-regions")[""].message
+    assert "expect ±" in found(report, "few-videos")[""].message
+
+
+def test_share_and_statistics_of_every_clip(tmp_path: Path) -> None:
+    rows = [(0.1, -0.2), (-5, -5), (0.3, 0.4), (-5, -5)]
+    report = labelled(tmp_path, {"a": ("train", rows), "b": ("val", rows[:1] * 3)})
+    item = json.loads(json.dumps(document(report)))["items"]["a"]["labels"]
+    known = np.array([row for row in rows if row[0] != -5])
+    assert item["share_annotated"] == pytest.approx(len(known) / 20)
+    for k, name in enumerate(("valence", "arousal")):
+        assert item["statistics"][name]["mean"] == pytest.approx(known[:, k].mean(), abs=1e-6)
+        assert item["statistics"][name]["std"] == pytest.approx(known[:, k].std(), abs=1e-6)
+    assert item["unannotated_runs"] == [[1, 2], [3, 4]]
+
+
+def test_every_kind_has_severity_count_items_remedy_and_cost(tmp_path: Path) -> None:
+    three_videos(tmp_path)
+    (tmp_path / "splits.csv").write_text("name,split\nfirst,train\nagain,val\nsecond,train\nthird,val\n")
+    report = document(check(tmp_path))
+    kinds = {kind["code"]: kind for kind in report["kinds"]}
+    assert sum(kind["count"] for kind in kinds.values()) == len(report["findings"])
+    leak = kinds["duplicate-across-splits"]
+    assert (leak["severity"], leak["count"], leak["items"]) == ("error", 2, ["again", "first"])
+    assert leak["remedies"] and leak["cost"] == COSTS["duplicate-across-splits"]
