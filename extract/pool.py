@@ -68,6 +68,8 @@ class WorkerPool:
 
     def _read(self) -> None:
         """Thread: deal out jobs, collect messages; whatever goes wrong here is raised where messages are read."""
+        # Workers inherit this: a Ctrl-C while they still start is not theirs to handle, either.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         workers: list[_Worker] = []
         try:
             self._serve(workers)

@@ -1,0 +1,131 @@
+"""SIGINT and SIGTERM at every stage: the right exit code, a clear word, nobody left behind, nothing wrong committed."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from kills import SMALL, assert_same_run, toy_cache
+from lab import EXTRACT, Lab, assert_said, assert_same_cache, until
+
+from vaflow.cache import open_cache
+from vaflow.cache.verify import verify
+
+HOW = {  # name -> signal, to whom, exit code, what is said
+    "ctrl-c": ("signal_group", signal.SIGINT, 130, "interrupted"),
+    "scheduler": ("signal_self", signal.SIGTERM, 143, "SIGTERM"),
+    "shutdown": ("signal_group", signal.SIGTERM, 143, "SIGTERM"),
+}
+EXTRACTING = {  # stage -> function, and the how-manieth call of it
+    "scanning": ("vaflow.datasets.open_dataset", 1),
+    "planning": ("vaflow.extract.pipeline.make_plan", 1),
+    "decoding": ("vaflow.extract.assembly.ClipAssembly.take", 2),
+    "encoding pictures": ("vaflow.encoders.clip.ClipEncoder.encode", 1),
+    "encoding sound": ("vaflow.encoders.ast.AstEncoder.encode", 1),
+    "writing": ("vaflow.cache.cache.Cache.write", 3),
+    "between arrays and record": ("vaflow.cache.places.create", 2),
+    "ending": ("vaflow.cache.cache.Cache.refresh_index", 1),
+}
+TRAINING = {
+    "loading": ("vaflow.train.training.load_split", 2),
+    "training": ("vaflow.train.loop.train_step", 5),
+    "writing the checkpoint": ("vaflow.train.loop.write_tensors", 2),
+    "evaluating": ("vaflow.train.loop.predict_clips", 2),
+    "scoring at the end": ("vaflow.train.training.evaluate_windows", 1),
+    "writing predictions": ("vaflow.train.training.write_predictions", 1),
+    "writing the metrics": ("vaflow.train.runs.RunFolder.write_metrics", 1),
+}
+
+
+def strike_with(how: str, stage: tuple[str, int]) -> str:
+    who, number, _, _ = HOW[how]
+    return f"from strikes import *; strike({stage[0]!r}, {stage[1]}, {who}, {int(number)})"
+
+
+def struck(lab: Lab, args: Sequence[object], how: str, stage: tuple[str, int], name: str) -> None:
+    """Run, be struck there, end as promised."""
+    process = lab.start(args, strike_with(how, stage))
+    ended = process.wait()
+    assert ended.code == HOW[how][2], f"struck while {name}: exit code {ended.code}\n{ended.err[-3000:]}"
+    assert_said(ended, HOW[how][2], HOW[how][3], "run the same command again")
+    assert process.orphans(2.0) == [], f"struck while {name}"
+
+
+def in_turn(stages: dict[str, tuple[str, int]], turn: int) -> Iterator[tuple[str, tuple[str, int], str]]:
+    """Stage, where it is, and one of the ways to be struck; with every `turn` another one."""
+    for number, (name, stage) in enumerate(stages.items()):
+        yield name, stage, list(HOW)[(number + turn) % len(HOW)]
+
+
+TURNS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_extraction_struck_at_every_stage(lab: Lab, media: Path, whole: Path, tmp_path: Path, turn: int) -> None:
+    out = tmp_path / "cache"
+    args = ["extract", media, "--out", out, *EXTRACT]
+    for name, stage, how in in_turn(EXTRACTING, turn):
+        struck(lab, args, how, stage, name)
+        if (out / "failures.jsonl").exists():
+            assert verify(open_cache(out)) == [], f"struck while {name}"
+            assert (out / "failures.jsonl").read_text() == "", f"struck while {name}: no clip is to blame"
+    assert_said(lab.run(args), 0)
+    assert_same_cache(out, whole)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
+
+
+@pytest.fixture(scope="module")
+def whole_run(lab: Lab, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert_said(lab.run(["train", toys, "--out", out, *SMALL]), 0)
+    return out
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_training_struck_at_every_stage(lab: Lab, toys: Path, whole_run: Path, tmp_path: Path, turn: int) -> None:
+    out = tmp_path / "run"
+    args = ["train", toys, "--out", out, *SMALL]
+    for name, stage, how in in_turn(TRAINING, turn):
+        struck(lab, args, how, stage, name)
+    assert_said(lab.run(args), 0)
+    assert_same_run(out, whole_run)
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "scheduler"])
+def test_conversion_struck_while_copying(lab: Lab, toys: Path, tmp_path: Path, how: str) -> None:
+    out = tmp_path / "cache"
+    args = ["cache", "convert", toys, "--out", out, "--store", "hdf5"]
+    for stage in (("vaflow.cache.convert.survey", 1), ("vaflow.cache.cache.Cache.adopt", 6)):
+        struck(lab, args, how, stage, stage[0])
+    assert verify(open_cache(out)) == []
+    assert_said(lab.run(args), 0)
+    assert_same_cache(out, toys)
+
+
+def test_a_killed_command_leaves_no_worker(lab: Lab, media: Path, tmp_path: Path) -> None:
+    """Killed alone, as by the system when memory is short: its decoders end by themselves."""
+    process = lab.start(
+        ["extract", media, "--out", tmp_path / "cache", *EXTRACT],
+        f"from strikes import *; strike({EXTRACTING['decoding'][0]!r}, 2, signal_self, {int(signal.SIGKILL)})",
+    )
+    assert process.wait().code == -signal.SIGKILL
+    assert process.orphans() == []
+
+
+def test_a_second_ctrl_c_does_no_harm(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+    """An impatient person: the second one comes while the command tidies up."""
+    out = tmp_path / "cache"
+    args = ["extract", media, "--out", out, *EXTRACT]
+    process = lab.start(args)
+    until(process, lambda: len(list(out.glob("records/labels/*.json"))) > 0)
+    process.send(signal.SIGINT, group=True)
+    process.send(signal.SIGINT, group=True)
+    process.wait()
+    assert process.orphans() == []
+    assert verify(open_cache(out)) == []
+    assert_said(lab.run(args), 0)
+    assert_same_cache(out, whole)
