@@ -77,7 +77,7 @@ def _measure_overlap(options: argparse.Namespace, folder: Path) -> list[tuple[st
         ("extract, seconds", f"{whole:.2f}", ""),
         ("extract / max(decode, encode)", f"{whole / max(decode, encode):.3f}", "1.25 at most"),
         ("frames encoded per second of video", f"{encoded / video_seconds:.2f}", f"{config.frames / config.window:g}"),
-        ("per-window pipeline, seconds", f"{baseline:.2f}", "decode and encode every window by itself"),
+        ("per-window pipeline, seconds", f"{baseline:.2f}", "every window by itself: scripts/per_window.py"),
         ("per-window pipeline / extract", f"{baseline / whole:.2f}", "3 at least on long clips"),
     ]
 
@@ -150,20 +150,21 @@ def _encode_only(config: Any, device: Any, visual: Any, audio: Any, counts: dict
     def ignore(row: Any) -> None:
         """Results are not kept."""
 
-    def rows(images: int, windows: int) -> None:
+    def rows(images: int, stretches: int) -> None:
         batchers = make_encoders(config, device, [visual], [audio]).batchers
         for _ in range(images):
             batchers[visual.name].add(picture, ignore)
-        for _ in range(windows):
+        for _ in range(stretches):
             batchers[audio.name].add(sound, ignore)
         for batcher in batchers.values():
             batcher.flush()
 
+    stretches = audio.stretches(config.window, config.audio_steps)
     picture = np.zeros((visual.image_size, visual.image_size, 3), np.uint8)
-    sound = np.zeros((audio.window_frames(config.window), audio.mel_bins), np.float32)
+    sound = np.zeros((stretches.frames, audio.front_end.bins), np.float32)
     rows(1, 1)  # warm up
     began = time.perf_counter()
-    rows(counts["images"], counts["windows"])
+    rows(counts["images"], counts["windows"] * len(stretches.first))
     return time.perf_counter() - began
 
 
@@ -179,29 +180,11 @@ def _whole(dataset: Any, out: Path, config: Any, device: Any, visual: Any, audio
 
 
 def _per_window(dataset: Any, config: Any, device: Any, visual: Any, audio: Any) -> float:
-    """The straightforward way: for every window decode its frames, then CLIP on them, then AST on its sound."""
-    import torch
+    from per_window import encode_clip  # beside this file
 
-    from vaflow.encoders.logmel import FilterBank
-    from vaflow.extract.audio import decode_audio
-    from vaflow.extract.media import frame_times, frames_at, probe
-    from vaflow.timeline import median_interval, nearest
-
-    grid = config.grid
     began = time.perf_counter()
     for clip in dataset.clips:
-        info, times = probe(clip.video), frame_times(clip.video)
-        duration = float(times[-1] + median_interval(times))
-        for row in grid.window_ticks(duration):
-            at = grid.seconds(row)
-            frames = np.unique(nearest(times, at[at < duration]))
-            images = [visual.prepare(image) for _, image in frames_at(clip.video, frames, times)]
-            visual.encode(torch.from_numpy(np.stack(images)).to(device)).cpu()
-            sound = np.concatenate(list(decode_audio(clip.video, start=info.start, duration=duration)))
-            first = round(at[0] * 16000)
-            bank = FilterBank()
-            mel = bank.push(sound[first : first + round(grid.window * 16000)])
-            audio.encode(torch.from_numpy(mel)[None].to(device), window=grid.window, steps=config.audio_steps).cpu()
+        encode_clip(clip.video, config.grid, visual, audio, steps=config.audio_steps, device=device)
     return time.perf_counter() - began
 
 

@@ -11,6 +11,7 @@ from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, cache, run and pictures.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of the people, their feelings, and the training.")] = 0,
+    clips: Annotated[int, typer.Option(min=3, help="Labelled clips; two thirds of them train.")] = 24,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -18,14 +19,16 @@ def demo(
     """No data, no download: synthetic clips -> cache -> heads -> scores and pictures, in about two minutes.
 
     Writes clips in Aff-Wild2's layout (DIR/data), encodes them with tiny seeded encoders (DIR/cache), trains the full
-    model (DIR/run), scores it on people that it has not seen, and draws what it says (DIR/pictures).
+    model (DIR/run), scores it on people that it has not seen, and draws what it says (DIR/run/pictures).
 
     Example: vaflow demo --out demo
+
+    Example: vaflow demo --out large --clips 60
     """
     set_up(verbose, quiet)
     from vaflow.demo.run import describe, run_demo
 
-    result = run_demo(out, seed=seed, show_progress=show_bars(quiet))
+    result = run_demo(out, seed=seed, clips=clips, show_progress=show_bars(quiet))
     if json:
         print_json(result.metrics)
     elif not quiet:

@@ -20,6 +20,7 @@ from vaflow.train.training import train_run
 log = logging.getLogger(__name__)
 
 VISUAL, AUDIO = "clip-tiny", "ast-tiny"
+CLIPS = 24  # of all labelled ones
 # Published settings but for this: features of random encoders are mostly one constant offset, which it removes.
 TRAINING: dict[str, Any] = {"normalize": "standard"}
 
@@ -41,16 +42,22 @@ class DemoResult:
     pictures: Sequence[Path] = ()
 
 
-def run_demo(out: Path, *, seed: int = 0, show_progress: bool = False) -> DemoResult:
+def run_demo(out: Path, *, seed: int = 0, clips: int = CLIPS, show_progress: bool = False) -> DemoResult:
     """Write, extract, train, evaluate, draw; what is there already is reused.
 
+    Args:
+        out: folder for data, cache and run.
+        seed: of the people, their feelings, and the training.
+        clips: labelled clips, two thirds of them to train.
+        show_progress: draw bars.
+
     Raises:
-        UsageError: `out` cannot be written, or holds something else.
+        UsageError: `out` cannot be written, or holds something else; too few clips.
         VaflowError: a synthetic clip failed to be extracted.
     """
     seconds: dict[str, float] = {}
     with _timed("write clips", seconds):
-        write_demo(out / "data", seed=seed)
+        write_demo(out / "data", seed=seed, train=clips - clips // 3, val=clips // 3)
     with _timed("extract", seconds):
         config = ExtractConfig(visual=(VISUAL,), audio=(AUDIO,), device="cpu")
         summary = extract(open_dataset(out / "data", "affwild2"), out / "cache", config, show_progress=show_progress)

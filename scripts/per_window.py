@@ -1,0 +1,83 @@
+"""The straightforward way to features, as the baseline that stage one is measured against.
+
+For every window: seek, decode its stretch of video, encode the frames nearest to its sample times, compute the filter
+banks of its stretch of sound, encode them. Windows overlap, so a frame is decoded and encoded once for each window that
+it lies in; nothing runs at the same time as anything else. The encoders are the ones stage one uses.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchaudio.compliance import kaldi
+
+from vaflow.encoders.base import AudioEncoder, VisualEncoder
+from vaflow.timeline import Grid
+
+RATE = 16000
+Floats = NDArray[np.float64]
+
+
+def encode_clip(
+    path: Path, grid: Grid, visual: VisualEncoder, audio: AudioEncoder, *, steps: int, device: torch.device
+) -> int:
+    """Encode every window of a clip, throw the results away; how many images went through the visual encoder."""
+    sound, duration = _sound(path), _duration(path)
+    images = 0
+    for ticks in grid.window_ticks(duration):
+        at = grid.seconds(ticks)
+        faces = [visual.prepare(image) for image in _frames(path, at[at < duration])]
+        visual.encode(torch.from_numpy(np.stack(faces)).to(device)).cpu()
+        first = round(at[0] * RATE)
+        banks = _filter_banks(sound[first : first + round(grid.window * RATE)])
+        audio.encode(banks[None].to(device), window=grid.window, steps=steps).cpu()
+        images += len(faces)
+    return images
+
+
+def _duration(path: Path) -> float:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return float(stream.duration * stream.time_base)
+
+
+def _frames(path: Path, at: Floats) -> Iterator[NDArray[np.uint8]]:
+    """The frame nearest to each time, decoded from the key frame before the first."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        container.seek(round(at[0] / float(stream.time_base)), stream=stream)
+        decoded = []
+        for frame in container.decode(stream):
+            decoded.append((frame.time, frame))
+            if frame.time > at[-1]:
+                break
+        times = np.array([time for time, _ in decoded])
+        for time in at:
+            yield decoded[int(np.abs(times - time).argmin())][1].to_ndarray(format="rgb24")
+
+
+def _sound(path: Path) -> NDArray[np.float32]:
+    with av.open(str(path)) as container:
+        resample = av.AudioResampler(format="flt", layout="mono", rate=RATE)
+        blocks: list[Any] = []
+        for frame in container.decode(container.streams.audio[0]):
+            blocks += [block.to_ndarray()[0] for block in resample.resample(frame)]
+    return np.concatenate(blocks)
+
+
+def _filter_banks(samples: NDArray[np.float32]) -> torch.Tensor:
+    """[F, 128], as the Hugging Face feature extractor of AST computes them."""
+    return kaldi.fbank(
+        torch.from_numpy(samples)[None],
+        sample_frequency=RATE,
+        window_type="hanning",
+        num_mel_bins=128,
+        htk_compat=True,
+        use_energy=False,
+        dither=0.0,
+        frame_shift=10,
+    )

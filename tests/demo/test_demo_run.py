@@ -1,0 +1,71 @@
+"""The demonstration itself, as a newcomer runs it."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchmetrics.regression import ConcordanceCorrCoef
+
+from vaflow.cache import open_cache
+from vaflow.cli import main
+
+ROOT = Path(__file__).parents[2]
+PICTURES = {"agreement.png", "training.png", "trace-val01.png"}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    assert main(["demo", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def test_it_scores_people_that_it_has_not_seen(demo: Path) -> None:
+    """The written score is at least the promised one, and is what the prediction files give against the label files."""
+    ccc = json.loads((demo / "run" / "metrics.json").read_text())["ccc"]
+    assert ccc["mean"] >= 0.5
+    predicted, labelled = [], []
+    for path in sorted((demo / "run" / "predictions" / "val").glob("*.csv")):
+        rows = list(csv.DictReader(path.open()))
+        annotation = demo / "data" / "VA_Estimation_Challenge" / "Validation_Set" / f"{path.stem}.txt"
+        labels = [tuple(map(float, line.split(","))) for line in annotation.read_text().splitlines()[1:]]
+        for row, label in zip(rows, labels, strict=False):
+            if min(label) >= -1:  # -5: not annotated
+                predicted.append((float(row["valence"]), float(row["arousal"])))
+                labelled.append(label)
+    oracle = ConcordanceCorrCoef(num_outputs=2)(torch.tensor(predicted), torch.tensor(labelled))
+    # torchmetrics divides by n - 1: with thousands of frames the difference is below the tolerance.
+    assert oracle.tolist() == pytest.approx([ccc["valence"], ccc["arousal"]], abs=2e-3)
+
+
+def test_the_people_of_the_two_splits_differ(demo: Path) -> None:
+    cache = open_cache(demo / "cache")
+    assert cache.items(split="train")
+    assert cache.items(split="val")
+    assert not set(cache.items(split="train")) & set(cache.items(split="val"))
+
+
+def test_it_draws(demo: Path) -> None:
+    drawn = {path.name for path in (demo / "run" / "pictures").glob("*.png")}
+    assert drawn >= PICTURES
+    for name in PICTURES:
+        assert (demo / "run" / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_demo_in_one_folder_does_nothing_again(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [*(demo / "data").rglob("*.mp4"), *(demo / "cache" / "records").rglob("*.json"), demo / "run/history.csv"]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    assert main(["demo", "--out", str(demo), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ccc"]["mean"] >= 0.5
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+@pytest.mark.slow
+def test_the_demo_is_honest_over_three_seeds(tmp_path: Path) -> None:
+    """Both modalities beat each alone, wrong labels score nothing, noise for a modality costs what it gave."""
+    script = [sys.executable, str(ROOT / "scripts" / "demo_honesty.py"), "--seeds", "3", "--out", str(tmp_path)]
+    assert subprocess.run(script, check=False).returncode == 0
