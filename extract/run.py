@@ -36,7 +36,7 @@ class Ledger(Protocol):
         ...
 
     def count(self, rows: Mapping[str, int], stages: Mapping[str, float]) -> None:
-        """Rows encoded by each encoder, and seconds of each stage, since the start."""
+        """Rows encoded by each encoder so far, and seconds of each stage of this run."""
         ...
 
 
@@ -69,6 +69,7 @@ class Run:
         self._slots = threading.Semaphore(PENDING_COMMITS)
         self._commits: list[Future[None]] = []
         self._profile = Profile()
+        self._before = {name: batcher.seconds for name, batcher in encoders.batchers.items()}
 
     def run(self, tasks: Iterable[Task]) -> None:
         """Work off the tasks, which may still be arriving: each is asked for when a worker is free for it.
@@ -94,7 +95,8 @@ class Run:
 
     def _tell_progress(self) -> None:
         batchers = self._encoders.batchers
-        self._profile.seconds |= {f"encoding {name}": batcher.seconds for name, batcher in batchers.items()}
+        encoding = {f"encoding {name}": batcher.seconds - self._before[name] for name, batcher in batchers.items()}
+        self._profile.seconds |= encoding
         self._ledger.count({name: batcher.rows for name, batcher in batchers.items()}, self._profile.stages())
 
     def _jobs(self, tasks: Iterable[Task]) -> Iterable[Job]:

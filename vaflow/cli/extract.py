@@ -36,10 +36,15 @@ def extract(
     pixels: Annotated[bool, typer.Option("--pixels", help="Keep the face crops (JPEG) for fine-tuning.")] = False,
     prompts: Annotated[Path | None, typer.Option(help="TOML file of prompt templates and descriptions.")] = None,
     shard: Annotated[str, typer.Option(help="I/N: do part I of N of the data set.")] = "1/1",
-    engine: Annotated[str, typer.Option(help="local.")] = "local",
-    workers: Annotated[int, typer.Option(help="Decoding processes; 0 chooses by machine.")] = 0,
-    image_batch: Annotated[int, typer.Option(help="Images per batch; 0 chooses by device.")] = 0,
-    window_batch: Annotated[int, typer.Option(help="Audio windows per batch; 0 chooses by device.")] = 0,
+    engine: Annotated[str, typer.Option(help="local, or ray: all nodes of a Ray cluster.")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join, as auto or HOST:PORT; else RAY_ADDRESS, else a local Ray.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Decoding processes (with ray: per actor); 0 chooses by machine.")] = 0,
+    image_batch: Annotated[
+        str, typer.Option(help="Images per batch; 0 chooses by device, auto by a GPU's free memory.")
+    ] = "0",
+    window_batch: Annotated[str, typer.Option(help="Audio windows per batch; as --image-batch.")] = "0",
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Only the items that the last run listed as failed.")
     ] = False,
@@ -52,13 +57,17 @@ def extract(
     """Encode a data set once: per-frame and per-window embeddings in a cache. Run it again to resume.
 
     Example: vaflow extract /data/affwild2 --out affwild2.cache --visual clip-vit-b16 --audio ast
+
+    On many machines: the same with --shard 3/8 on the third of eight, or with --engine ray (docs/clusters.md).
     """
     set_up(verbose, quiet)
-    if engine != "local":
-        raise UsageError(explain("Unknown engine", got=engine, choices=["local"]))
     from vaflow.datasets import open_dataset
-    from vaflow.extract.config import ExtractConfig, Shard
+    from vaflow.extract.config import ENGINES, ExtractConfig, Shard, batch_size
 
+    if engine not in ENGINES:
+        raise UsageError(explain("Unknown engine", got=engine, choices=ENGINES))
+    if ray_address is not None and engine != "ray":
+        raise UsageError(explain("--ray-address is for --engine ray", got=f"--engine {engine}"))
     part = Shard.parse(shard)
     config = ExtractConfig(
         visual=_names(visual, ("clip-vit-b16",), "visual"),
@@ -74,8 +83,8 @@ def extract(
         prompts=prompts,
         device=device,
         precision=precision,
-        image_batch=image_batch,
-        window_batch=window_batch,
+        image_batch=batch_size("--image-batch", image_batch),
+        window_batch=batch_size("--window-batch", window_batch),
         workers=workers,
     )
     dataset = open_dataset(root, layout)
@@ -92,7 +101,16 @@ def extract(
     from vaflow.cache import open_cache
     from vaflow.extract.pipeline import extract as run
 
-    summary = run(dataset, out, config, store=store, shard=part, show_progress=show_bars(quiet))
+    summary = run(
+        dataset,
+        out,
+        config,
+        store=store,
+        shard=part,
+        engine=engine,
+        ray_address=ray_address,
+        show_progress=show_bars(quiet),
+    )
     if json:
         print_json(_as_json(summary))
     elif not quiet:

@@ -1,0 +1,186 @@
+"""What one Ray actor does: the local pipeline, on tasks that arrive while it runs. Knows nothing of Ray itself."""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vaflow.cache import Cache, create_cache
+from vaflow.cache.schema import StreamInfo
+from vaflow.errors import VaflowError
+from vaflow.extract.batching import Encoders, make_encoders
+from vaflow.extract.config import ExtractConfig
+from vaflow.extract.pipeline import build_encoders, prepare, resolve_device
+from vaflow.extract.plan import Task
+from vaflow.extract.run import Run
+from vaflow.extract.summary import Outcome
+
+ANSWER_SECONDS = 1.0  # after which a report is made even if nothing has happened
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A member is ready for work and says which streams it makes, or why it cannot."""
+
+    infos: dict[str, StreamInfo] | None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What has happened since the last one.
+
+    Attributes:
+        outcomes: of tasks that have come to their end.
+        waiting: tasks that were handed over and have not been begun.
+        ended: every task handed over has come to its end, and `last` had been said.
+        rows, stages: of the member's whole life, as `Summary.encoded` and `Summary.stages`.
+        notes: warnings, for whoever looks at the run.
+        error: what ended the work for good.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    waiting: int
+    ended: bool
+    rows: dict[str, int]
+    stages: dict[str, float]
+    notes: tuple[str, ...]
+    error: Exception | None
+
+
+class Member:
+    """Encodes tasks for a cache that other members write to as well.
+
+    Args:
+        out: the cache's absolute path, or its URL.
+        store: of the cache.
+        config: settings of the run; device "auto" is the GPU that Ray has given, if any.
+        workers: decoding processes.
+    """
+
+    def __init__(self, out: str, store: str, config: ExtractConfig, workers: int) -> None:
+        self._out, self._store, self._config, self._workers = out, store, config, workers
+        self._news: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()  # None: look at the rest of the state
+        self._feed: _Feed | None = None  # of the run that is under way
+        self._error: BaseException | None = None
+        self._stages: dict[str, float] = {}
+        self._past: dict[str, float] = {}  # stages of the runs before this one
+        self._notes = _Notes()
+
+    def prepare(self) -> Prepared:
+        """Load the encoders, declare the streams. Takes as long as that does."""
+        logging.getLogger("vaflow").addHandler(self._notes)
+        try:
+            device = resolve_device(self._config.device)
+            visual, audio = build_encoders(self._config, device)
+            self._cache: Cache = create_cache(Path(self._out), store=self._store)
+            self._infos = prepare(self._cache, self._config, visual, audio)
+        except (VaflowError, OSError) as error:
+            return Prepared(None, error)
+        self._encoders: Encoders = make_encoders(self._config, device, visual, audio)
+        return Prepared(self._infos)
+
+    def exchange(self, tasks: Sequence[Task], last: bool) -> Report:
+        """Take tasks, wait until there is something to tell, tell it. `last`: no more of them before it has ended."""
+        feed = self._feed or self._begin()
+        for task in tasks:
+            feed.put(task)
+        if last:
+            feed.close()
+        return self._report(feed)
+
+    # -- the pipeline, in a thread of its own ----------------------------------------------------------------------
+
+    def _begin(self) -> "_Feed":
+        self._feed = feed = _Feed(self._news)
+        self._past = dict(self._stages)
+        threading.Thread(target=self._work, args=(feed,), name="vaflow-run", daemon=True).start()
+        return feed
+
+    def _work(self, feed: "_Feed") -> None:
+        try:
+            Run(self._cache, self._config, self._infos, self._encoders, self._workers, self).run(feed)
+        except BaseException as error:  # noqa: BLE001 - handed over whole to whoever reads the report
+            self._error = error
+        finally:
+            feed.ended = True
+            self._news.put(None)
+
+    def take(self, outcome: Outcome) -> None:
+        """Of the run: an item has come to its end."""
+        self._news.put(outcome)
+
+    def count(self, rows: Mapping[str, int], stages: Mapping[str, float]) -> None:
+        """Of the run: where the time went."""
+        self._stages = {name: seconds + self._past.get(name, 0.0) for name, seconds in stages.items()}
+
+    # -- reports ---------------------------------------------------------------------------------------------------
+
+    def _report(self, feed: "_Feed") -> Report:
+        """Wait for news, and tell them all. An error that is nobody's but ours is raised with its own trace."""
+        outcomes = self._read_news(ANSWER_SECONDS)
+        if ended := feed.ended:
+            outcomes += self._read_news(0)  # what came between the last look and the end
+            self._feed = None
+        if self._error is not None and not isinstance(self._error, VaflowError | OSError):
+            raise self._error
+        rows = {name: batcher.rows for name, batcher in self._encoders.batchers.items()}
+        notes = self._notes.collect()
+        return Report(tuple(outcomes), feed.waiting, ended, rows, dict(self._stages), notes, self._error)
+
+    def _read_news(self, seconds: float) -> list[Outcome]:
+        """All there are; the first is waited for."""
+        found: list[Outcome] = []
+        try:
+            news = self._news.get(timeout=seconds) if seconds else self._news.get_nowait()
+            while True:
+                found += [news] if news is not None else []
+                news = self._news.get_nowait()
+        except queue.Empty:
+            return found
+
+
+class _Feed:
+    """Tasks that come one after the other: an iterator that waits for the next, until the feed is closed."""
+
+    def __init__(self, news: "queue.SimpleQueue[Outcome | None]") -> None:
+        self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._news = news
+        self._closed = False
+        self.ended = False
+
+    def put(self, task: Task) -> None:
+        self._queue.put(task)
+
+    def close(self) -> None:
+        """No more tasks; once is enough, more does no harm."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+
+    @property
+    def waiting(self) -> int:
+        """Tasks that nobody has taken."""
+        return self._queue.qsize()
+
+    def __iter__(self) -> Iterator[Task]:
+        while (task := self._queue.get()) is not None:
+            self._news.put(None)  # there is room for another
+            yield task
+
+
+class _Notes(logging.Handler):
+    """Keeps warnings for the next report."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.put(record.getMessage())
+
+    def collect(self) -> tuple[str, ...]:
+        """The warnings since the last time."""
+        return tuple(self._lines.get() for _ in range(self._lines.qsize()))
