@@ -2,12 +2,14 @@
 
 Sample n of the stream of blocks lies at n / 16000 s of the clip, from 0 on. Where the file has no sound (it starts
 late, has a gap, lost a packet) zeros stand in, and the summary's intervals leave them out. Timestamps that jitter by
-less than 25 ms are not followed: chopping a steady signal does more harm.
+less than 25 ms are not followed: chopping a steady signal does more harm. Where they keep to one side, the recorder's
+sound clock was off: the sound is stretched a little, so that it stays with its times (`_Drift`).
 
 Mono is the mean of the channels, taken before resampling. libswresample's own downmix is not used: for float samples
 it scales stereo by 0.707 instead of 0.5, so that level would depend on the number of channels and clip.
 """
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -29,6 +31,9 @@ SILENT_PEAK = 1e-4  # -80 dBFS: below this everywhere, a track is there but says
 
 _JITTER = 0.025  # seconds that a timestamp may be off
 _JITTER_AFTER_DAMAGE = 0.002  # ... where a packet was lost: one AAC frame is 21 to 23 ms, which must leave a gap
+_DRIFT = 0.004  # seconds that timestamps may keep to one side
+_DRIFT_PIECES, _DRIFT_SPAN = 16, 0.5  # pieces, and seconds, that must agree on it
+_STRETCH = 0.05  # share of its length by which a piece is stretched at most
 _SHORT = 0.1  # seconds that may be missing from a clip's sound
 _FEED = 16384  # samples that go into the resampler at a time
 _ZEROS = 10 * RATE  # the longest block of zeros
@@ -184,6 +189,7 @@ class _Line:
     peak: float = 0.0
     covered: list[tuple[int, int]] = field(default_factory=list)
     _run: "_Run | None" = None
+    _drift: "_Drift" = field(default_factory=lambda: _Drift())
 
     @property
     def full(self) -> bool:
@@ -201,7 +207,10 @@ class _Line:
             time = end
         if not samples.size:
             return
+        if steady and piece.time is not None:
+            samples = self._drift.follow(samples, piece.rate, piece.time, late)
         if self._run is None or self._run.rate != piece.rate or (late > 0 and not steady):
+            self._drift = _Drift()
             yield from self.close()
             yield from self._zeros(round(time * RATE) - self.emitted)
             self._run = _Run(self.emitted / RATE, piece.rate)
@@ -232,6 +241,44 @@ class _Line:
                 start = self.covered.pop()[0]
             self.covered.append((start, self.emitted))
             yield block
+
+
+class _Drift:
+    """Keeps sound with its timestamps where these run away from the count of samples, little by little.
+
+    A sound clock that is off by a tenth of a percent is a second late after a quarter of an hour. Jitter goes both
+    ways; only when many pieces in a row are late, or many early, the line through their lateness is made up for.
+    """
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float]] = deque()
+        self._owed = 0.0  # seconds to be put in; negative: to be taken out
+
+    def follow(self, samples: Block, rate: int, time: float, late: float) -> Block:
+        """The piece as it is or stretched, [n'] float32; `late`: seconds from the end of what came to its time."""
+        if not self._owed:
+            self._watch(time, late)
+        most = _STRETCH * samples.size
+        change = round(min(max(self._owed * rate, -most), most))
+        if not change:
+            self._owed = 0.0
+            return samples
+        self._owed -= change / rate
+        where = np.linspace(0, samples.size - 1, samples.size + change)
+        return np.interp(where, np.arange(samples.size), samples).astype(np.float32)
+
+    def _watch(self, time: float, late: float) -> None:
+        self._seen.append((time, late))
+        while len(self._seen) > _DRIFT_PIECES and time - self._seen[1][0] >= _DRIFT_SPAN:
+            self._seen.popleft()
+        if len(self._seen) < _DRIFT_PIECES or time - self._seen[0][0] < _DRIFT_SPAN:
+            return
+        times, lates = np.array(self._seen).T
+        if (lates > 0).all() or (lates < 0).all():
+            now = float(np.polyval(np.polyfit(times - time, lates, 1), 0.0))
+            if abs(now) > _DRIFT:
+                self._owed = now
+                self._seen.clear()
 
 
 class _Run:

@@ -34,14 +34,16 @@ class Sound:
 class Picture:
     """A video track: frame k is shown at `times[k]` milliseconds."""
 
-    times: Sequence[int] = tuple(range(0, 1600, 40))
+    times: Sequence[float] = tuple(range(0, 1600, 40))
     size: tuple[int, int] = (160, 120)
     codec: str = "libx264"
     pixel_format: str = "yuv420p"
     options: dict[str, str] = field(default_factory=dict)
     rotation: int = 0
     noise: int = 0  # amplitude: makes pictures weigh something
-    rate: int | None = None  # store times as multiples of 1 / rate, for containers that know nothing else (AVI)
+    # Store times as multiples of 1 / rate: for containers that know nothing else (AVI), or for 24000/1001.
+    rate: int | Fraction | None = None
+    square: bool = False  # draw into the middle square only, which encoders see
 
 
 def number_picture(number: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -99,7 +101,7 @@ def _video(container: Any, picture: Picture) -> Iterable[Any]:
     stream = container.add_stream(picture.codec, rate=picture.rate or 25, options={**quiet, **picture.options})
     stream.width, stream.height = picture.size
     stream.pix_fmt = picture.pixel_format
-    ticks = picture.rate or TICKS
+    ticks = Fraction(picture.rate or TICKS)
     if picture.rate is None:
         stream.codec_context.time_base = Fraction(1, TICKS)
     if picture.rotation:
@@ -109,16 +111,28 @@ def _video(container: Any, picture: Picture) -> Iterable[Any]:
 
     def encode() -> Iterable[Any]:
         for number, time in enumerate(picture.times):
-            image = number_picture(number, *_shown_size(picture))
+            image = drawn(number, picture)
             grain = random.integers(-picture.noise, picture.noise + 1, image.shape)
             image = (image + grain).clip(0, 255).astype(np.uint8)
             image = np.ascontiguousarray(np.rot90(image, -picture.rotation // 90))
             frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format=picture.pixel_format)
-            frame.pts, frame.time_base = round(time * ticks / TICKS), Fraction(1, ticks)
+            frame.pts, frame.time_base = round(time * ticks / TICKS), 1 / ticks
             yield from stream.encode(frame)
         yield from stream.encode(None)
 
     return encode()
+
+
+def drawn(number: int, picture: Picture) -> NDArray[np.uint8]:
+    """A frame of the track as it is shown."""
+    width, height = _shown_size(picture)
+    if not picture.square:
+        return number_picture(number, width, height)
+    side = min(width, height)
+    image = np.full((height, width, 3), 128, np.uint8)
+    top, left = (height - side) // 2, (width - side) // 2
+    image[top : top + side, left : left + side] = number_picture(number, side, side)
+    return image
 
 
 def _shown_size(picture: Picture) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from coded_clips import banks, lateness, sound_at
 from make_media import Picture, Sound, heard_tone, tones, write_media
 
 from vaflow.errors import MediaError
@@ -153,6 +154,20 @@ def test_jitter_does_not_chop_the_sound(tmp_path: Path) -> None:
     samples, summary = heard(write_pieces(tmp_path / "c.mkv", pieces, rate), 3.0)
     np.testing.assert_allclose(samples, wave, atol=1e-3)
     assert len(summary.covered) == 1
+
+
+@pytest.mark.parametrize("percent", [0.3, -0.3])
+def test_a_sound_clock_that_is_off_is_followed(tmp_path: Path, percent: float) -> None:
+    """Twenty seconds of samples that come too fast or too slow: uncorrected they would be 60 ms off at the end."""
+    rate = 16000
+    fast = rate * (1 + percent / 100)
+    wave = sound_at(np.arange(round(20 * fast)) / fast)
+    pieces = [(begin / fast, wave[begin : begin + 800]) for begin in range(0, len(wave), 800)]
+    samples, summary = heard(write_pieces(tmp_path / "c.mkv", pieces, rate), 20.0)
+    assert len(summary.covered) == 1 and samples.size == pytest.approx(20 * rate, abs=0.006 * rate)
+    for second in range(0, 20, 2):
+        part = samples[second * rate : second * rate + rate]
+        assert abs(lateness(banks(part), second * 100, 0.0)) <= 0.01, second
 
 
 def test_repeated_sound_is_heard_once(tmp_path: Path) -> None:
