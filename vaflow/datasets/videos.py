@@ -122,5 +122,6 @@ def _found_notes(found: _Found) -> list[Note]:
     orphans = sorted(set(found.tables) - {_stem(path) for path in found.videos})
     if orphans:
         message = f"Tables without a video of their name: {examples(orphans)}"
-        notes.append(Note("note", "table-without-video", "", message))
+        remedy = "Put the video beside it, or rename the table: labels count only beside a video of their name"
+        notes.append(Note("note", "table-without-video", "", message, remedy))
     return notes
