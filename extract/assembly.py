@@ -17,7 +17,7 @@ from vaflow.extract.sound import HOP, Banks, covered_frames, step_valid
 from vaflow.timeline import Floats
 
 Arrays = dict[str, NDArray[Any]]
-LogMel = tuple[NDArray[Any], NDArray[np.bool_]]  # [F, mel] as stored, [F] valid
+LogMel = tuple[NDArray[Any], NDArray[np.bool_], dict[str, Any]]  # [F, mel] as stored, [F] valid, facts of the sound
 
 
 class ClipAssembly:
@@ -99,7 +99,8 @@ class ClipAssembly:
             self.arrays[name] = self._empty_visual(name)
         reads_logmel = any(encoder.front_end == KALDI for encoder, _ in self._audio.values())
         if reads_logmel and LOGMEL not in self.task.streams:
-            self._encode_sound(KALDI, *self._cached_logmel(self.task.clip.id))
+            frames, valid, self.facts["audio"] = self._cached_logmel(self.task.clip.id)
+            self._encode_sound(KALDI, frames, valid)
 
     # -- sound ---------------------------------------------------------------------------------------------------
 

@@ -117,12 +117,10 @@ def carry_out(
     log = FailureLog(cache.path / f"failures{shard.suffix}.jsonl")
     summary = Summary(done=plan.done, changed=plan.changed, failures=log.failures)
     summary.failures_file = cache.layout.named(log.path)
-    try:
+    with cache.indexed():
         if plan.tasks:
             with Books(summary, log, len(plan.tasks), show_progress=show_progress) as books:
                 work(plan.tasks, books)
-    finally:
-        cache.refresh_index()
     summary.wall_seconds = time.perf_counter() - began
     return summary
 

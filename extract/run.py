@@ -128,7 +128,8 @@ class Run:
 
     def _cached_logmel(self, item: str) -> LogMel:
         stored = self._cache.read(LOGMEL, item)
-        return stored.embedding, stored.valid
+        heard = {name: fact for name, fact in stored.meta.items() if name.startswith("audio")}
+        return stored.embedding, stored.valid, heard
 
     def _fail(self, failed: Failed) -> None:
         clip = self._open.pop(failed.job, None)

@@ -1,7 +1,8 @@
 """The cache as the stages use it: streams, items, reading, writing."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from typing import Any
@@ -296,7 +297,19 @@ class Cache:
             if self.writable:
                 self._index.save(self.streams())
         except OSError as error:
-            raise CacheError(explain(f"The index of {self.place} cannot be made anew: {error}")) from error
+            raise cannot_write(self.layout, error) from error
+
+    @contextmanager
+    def indexed(self) -> Iterator[None]:
+        """`refresh_index` at the end, whatever happened. What ended the work is not hidden by an index that fails,
+        too: the next run makes it anew."""
+        try:
+            yield
+        except BaseException:
+            with suppress(CacheError):
+                self.refresh_index()
+            raise
+        self.refresh_index()
 
     def info(self) -> Json:
         """What `vaflow cache info --json` prints."""
