@@ -41,23 +41,21 @@ def encode_clip(
 
 def _duration(path: Path) -> float:
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        return float(stream.duration * stream.time_base)
+        return float(container.duration or 0) / av.time_base
 
 
 def _frames(path: Path, at: Floats) -> Iterator[NDArray[np.uint8]]:
     """The frame nearest to each time, decoded from the key frame before the first."""
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        container.seek(round(at[0] / float(stream.time_base)), stream=stream)
-        decoded = []
-        for frame in container.decode(stream):
-            decoded.append((frame.time, frame))
-            if frame.time > at[-1]:
+        container.seek(round(at[0] * av.time_base))
+        decoded: list[tuple[float, av.VideoFrame]] = []
+        for frame in container.decode(video=0):
+            decoded.append((frame.time or 0.0, frame))
+            if decoded[-1][0] > at[-1]:
                 break
         times = np.array([time for time, _ in decoded])
         for time in at:
-            yield decoded[int(np.abs(times - time).argmin())][1].to_ndarray(format="rgb24")
+            yield np.asarray(decoded[int(np.abs(times - time).argmin())][1].to_ndarray(format="rgb24"), np.uint8)
 
 
 def _sound(path: Path) -> NDArray[np.float32]:
