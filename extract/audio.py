@@ -25,6 +25,7 @@ from av.packet import Packet
 from numpy.typing import NDArray
 
 from vaflow.extract.container import Opened, opened, read_packets, seconds
+from vaflow.extract.limits import SOUND_RATES
 
 RATE = 16000  # samples per second that come out
 SILENT_PEAK = 1e-4  # -80 dBFS: below this everywhere, a track is there but says nothing
@@ -141,6 +142,9 @@ class _Source:
         for packet in chain(read_packets(self._media, [stream]), [None]):
             for frame in self._decode(packet):
                 if frame.format.name not in format_dtypes:  # 64-bit integers: nobody has them, PyAV cannot show them
+                    self.damaged += 1
+                    continue
+                if not SOUND_RATES[0] <= frame.sample_rate <= SOUND_RATES[1]:
                     self.damaged += 1
                     continue
                 self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels

@@ -5,7 +5,6 @@ up to the first that can be heard, and whole files are compared only where size 
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -17,13 +16,13 @@ from vaflow.datasets.labels import read_annotation
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.dataset_findings import dataset_findings, duplicate_findings
 from vaflow.extract.duplicates import same_content
+from vaflow.extract.each import each
 from vaflow.extract.facts import CropFacts, MediaFacts, crop_facts, media_facts, still_facts
 from vaflow.extract.findings import clip_findings, crop_findings, label_findings, media_findings
 from vaflow.extract.label_facts import LabelFacts, label_facts
+from vaflow.extract.messages import Failed
 from vaflow.extract.report import Checked, Report
 from vaflow.timeline import Grid
-
-WORKERS = 4
 
 _NO_TIMES = np.empty(0, np.float64)
 
@@ -32,7 +31,7 @@ def check_dataset(
     dataset: Dataset,
     *,
     window: float = Grid.window,
-    workers: int = WORKERS,
+    workers: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Report:
     """Look at every clip and at the data set as a whole.
@@ -40,7 +39,7 @@ def check_dataset(
     Args:
         dataset: what `open_dataset` found.
         window: seconds; clips shorter than that are noted.
-        workers: threads; most of the time goes into waiting for files.
+        workers: processes; 0 chooses by machine.
         progress: called with 1 after every clip, such as a bar's `update`.
 
     Returns:
@@ -48,18 +47,21 @@ def check_dataset(
     """
     have_crops = any(clip.crops for clip in dataset.clips)
     look = partial(check_clip, window=window, others_have_crops=have_crops)
-    checked = []
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="check")
-    try:
-        for result in pool.map(look, dataset.clips):
-            checked.append(result)
-            if progress is not None:
-                progress(1)
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not look at the rest first
+    found: dict[int, Checked] = {}
+    for number, result in each(look, dataset.clips, workers=workers):
+        found[number] = _lost(dataset.clips[number], result) if isinstance(result, Failed) else result
+        if progress is not None:
+            progress(1)
+    checked = [found[number] for number in sorted(found)]
     findings = [*dataset.notes, *_findings_together(dataset.clips, checked), *(n for c in checked for n in c.findings)]
     findings.sort(key=lambda note: (SEVERITIES.index(note.severity), note.code, note.item))
     return Report(dataset.root, dataset.layout, tuple(checked), tuple(findings))
+
+
+def _lost(clip: Clip, failed: Failed) -> Checked:
+    """A clip that its process died of, or that hung: FFmpeg, not this program, reads the file."""
+    note = Note("error", "unreadable", clip.id, failed.message, "Extraction will leave the clip out")
+    return Checked(clip, None, None, None, (note,))
 
 
 def _findings_together(clips: Sequence[Clip], checked: Sequence[Checked]) -> list[Note]:

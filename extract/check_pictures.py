@@ -1,6 +1,6 @@
 """A few small pictures of a clip, for people who look at a check: face crops where it has them, else video frames."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +14,9 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError
 from vaflow.extract.container import decode, opened
 from vaflow.extract.crops import list_crops, read_crop
+from vaflow.extract.each import each
 from vaflow.extract.facts import some
+from vaflow.extract.messages import Failed
 from vaflow.extract.picture import to_rgb
 from vaflow.extract.stills import list_stills
 
@@ -25,12 +27,25 @@ PLACES = (0.05, 0.35, 0.65, 0.95)  # of the clip's length, where frames of a vid
 _MICROSECONDS = 1_000_000
 
 
+Seen = tuple[Clip, float | None]  # as the arguments of `thumbnails`
+
+
 @dataclass(frozen=True)
 class Thumbnail:
     """A JPEG file and what it shows."""
 
     caption: str
     jpeg: bytes
+
+
+def all_thumbnails(chosen: Sequence[Seen]) -> Iterator[tuple[str, tuple[Thumbnail, ...]]]:
+    """(clip id, its pictures) of every clip, made in decoding processes; none of a clip that one of them dies of."""
+    for number, found in each(_thumbnails, chosen):
+        yield chosen[number][0].id, () if isinstance(found, Failed) else found
+
+
+def _thumbnails(seen: Seen) -> tuple[Thumbnail, ...]:
+    return thumbnails(*seen)
 
 
 def thumbnails(clip: Clip, duration: float | None) -> tuple[Thumbnail, ...]:

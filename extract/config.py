@@ -29,6 +29,8 @@ class ExtractConfig:
         precision: of the encoders' arithmetic: "auto" (float32), or "bfloat16", "float16" on CUDA.
         image_batch, window_batch: fixed batch sizes; 0 chooses by device, `AUTO` by a GPU's free memory.
         workers: processes that decode; 0 chooses by machine.
+        item_timeout: seconds without a sign of life after which a decoding process is ended and its clip has failed;
+            0: however long it takes.
 
     Raises:
         UsageError: a value is not one of the choices, or not positive.
@@ -50,6 +52,7 @@ class ExtractConfig:
     image_batch: int = 0
     window_batch: int = 0
     workers: int = 0
+    item_timeout: float = 300.0
 
     def __post_init__(self) -> None:
         _choose("dtype", self.dtype, DTYPES)
@@ -57,6 +60,8 @@ class ExtractConfig:
         for name, least in (("image_batch", AUTO), ("window_batch", AUTO), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UsageError(explain(f"{name} must not be negative", expected="0 or more", got=getattr(self, name)))
+        if not 0 <= self.item_timeout < float("inf"):
+            raise UsageError(explain("item-timeout is no time", expected="seconds, or 0", got=self.item_timeout))
         if self.audio_steps < 1:
             raise UsageError(explain("audio-steps must be positive", expected="1 or more", got=self.audio_steps))
         unused = [name for name in self.weights if name not in self.visual + self.audio]

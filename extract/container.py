@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,9 +21,13 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
+from vaflow.extract.heartbeat import beat
+from vaflow.extract.limits import MAX_PACKETS
+from vaflow.pictures import MAX_PIXELS
 
 _MICROSECONDS = 1_000_000  # FFmpeg's container-wide clock
 _PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # texts that name other files
+_REPEATS, _SPARE = 4, 2**20  # times that a file's bytes may come out (edit lists repeat some), and bytes beyond
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
@@ -98,6 +103,9 @@ def opened(path: Path) -> Iterator[Opened]:
         video = container.streams.best("video")
         if video is not None and video.disposition & Disposition.attached_pic:
             video = None
+        if isinstance(video, VideoStream) and video.codec_context is not None:
+            _check_size(path, video.codec_context.width, video.codec_context.height)
+            video.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change on the way
         audio = container.streams.best("audio")
         if video is None and audio is None:
             kinds = ", ".join(s.type for s in container.streams) or "none"
@@ -122,11 +130,15 @@ def _open(path: Path) -> InputContainer:
     try:
         # "file:" because FFmpeg would take "12:30.mp4" for a protocol; the whitelist because a text file may be a
         # playlist that names hosts or other files.
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
-    except FFmpegError as error:
+        return av.open(
+            f"file:{path}",
+            options={"protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)},
+            metadata_errors="replace",
+        )
+    except (FFmpegError, ValueError, OverflowError) as error:  # the last two are PyAV's own, of absurd headers
         raise MediaError(
             explain(
-                f"{path} cannot be opened as a media file ({error.strerror or error})",
+                f"{path} cannot be opened as a media file ({getattr(error, 'strerror', None) or error})",
                 expected="a video file that FFmpeg can read",
                 got=f"{path.stat().st_size} bytes of another kind, or a file cut off before its index",
                 remedy="Copy or download the file again, or check that it is what its name says",
@@ -134,16 +146,39 @@ def _open(path: Path) -> InputContainer:
         ) from error
 
 
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        got = f"{width} x {height}"
+        problem = f"{path} claims pictures that are too large"
+        raise MediaError(explain(problem, expected=f"at most {MAX_PIXELS} pixels (8192 x 8192)", got=got))
+
+
 def read_packets(media: Opened, streams: Sequence[Stream]) -> Iterator[Packet]:
-    """Packets in file order, up to the end or the first place where the file cannot be read any further."""
+    """Packets in file order, up to the end or the first place where the file cannot be read any further.
+
+    Raises:
+        MediaError: there are more of them than a file of this size can hold.
+    """
     packets = media.container.demux(*streams)
-    while True:
+    most = _REPEATS * media.path.stat().st_size + _SPARE
+    for number in count():
+        beat()
         try:
             packet = next(packets, None)
         except FFmpegError:
             return
         if packet is None or (packet.size == 0 and packet.dts is None):  # PyAV ends with an empty, flushing packet
             return
+        most -= packet.size
+        if most < 0 or number >= MAX_PACKETS:
+            raise MediaError(
+                explain(
+                    f"{media.path} gives out more than it holds",
+                    expected=f"at most {MAX_PACKETS} packets, of no more bytes than the file has",
+                    got="an index that names the same bytes again and again, or a wrong count",
+                    remedy="The file is damaged or made to harm; leave it out",
+                )
+            )
         if packet.size:
             yield packet
 

@@ -10,7 +10,10 @@ from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import VaflowError
 from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.extract.each import each
+from vaflow.extract.limits import MAX_SECONDS
 from vaflow.extract.media import probe
+from vaflow.extract.messages import Failed
 from vaflow.extract.plan import shard_clips
 from vaflow.extract.stills import open_stills
 
@@ -27,9 +30,9 @@ def estimate(
     cache = open_cache(out) if is_cache(out) else None
     clips = [clip for clip in mine if cache is None or not _there(cache, clip, config)]
     seconds, frames, windows, unreadable = 0.0, 0, 0, 0
-    for clip in tqdm(clips, unit="clip", desc="probe", disable=not show_progress):
-        duration = _duration(clip)
-        if duration is None:
+    probed = each(_duration, clips)
+    for _, duration in tqdm(probed, total=len(clips), unit="clip", desc="probe", disable=not show_progress):
+        if duration is None or isinstance(duration, Failed):
             unreadable += 1
             continue
         seconds += duration
@@ -58,7 +61,8 @@ def _duration(clip: Clip) -> float | None:
         info = probe(clip.video) if clip.video is not None else open_stills(clip)[0]
     except (VaflowError, OSError):
         return None
-    return info.video.duration if info.video is not None else None
+    duration = info.video.duration if info.video is not None else None
+    return duration if duration is not None and 0 <= duration <= MAX_SECONDS else None
 
 
 def _bytes(config: ExtractConfig, seconds: float, frames: int, windows: int) -> float:

@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,6 +44,17 @@ class FailureLog:
             logger.warning("%s failed (%s): %s", failure.item, failure.stage, failure.message)
 
 
+def _items(path: Path) -> Iterator[str]:
+    """Items that a list names; lines that are none (of a run that was killed) are passed over."""
+    for text in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("item"), str):
+            yield line["item"]
+
+
 def only_failed(dataset: Dataset, cache: Path) -> Dataset:
     """The part of a data set that the last runs into `cache` listed as failed.
 
@@ -51,7 +63,7 @@ def only_failed(dataset: Dataset, cache: Path) -> Dataset:
     """
     folder = open_cache(cache).path if is_cache(cache) else cache
     lists = sorted(folder.glob("failures*.jsonl"))
-    failed = {json.loads(line)["item"] for path in lists for line in path.read_text("utf-8").splitlines()}
+    failed = {item for path in lists for item in _items(path)}
     clips = tuple(clip for clip in dataset.clips if clip.id in failed)
     if not clips:
         raise UsageError(

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.datasets.files import printable
+from vaflow.datasets.files import printable, size_problem
+from vaflow.datasets.labels import MAX_SECONDS
 from vaflow.datasets.splits import SPLITS_FILE
 from vaflow.errors import DataError, explain
 
 ARRAY, TIMES, TABLE = ".npy", ".time.npy", ".csv"
 TIME_COLUMN = "time"
+LARGEST = 4 * 2**30  # bytes of one item's numbers in memory: 24 hours of 30 rows a second of 200 dimensions
 
 # What NumPy raises for the many ways in which a header, which is a Python literal, can be broken.
 _BROKEN_ARRAY = (
@@ -170,12 +172,16 @@ def _check_times(path: Path, time: NDArray[np.float64], rows: int) -> None:
     if len(time) != rows:
         problem = f"{path} does not fit its features"
         raise DataError(explain(problem, expected=f"{rows} times, one per row", got=len(time)))
-    wrong = ~(np.isfinite(time) & (time >= 0) & (np.diff(time, prepend=-1.0) > 0))
+    wrong = ~(np.isfinite(time) & (time >= 0) & (time <= MAX_SECONDS) & (np.diff(time, prepend=-1.0) > 0))
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         got = f"{time[row]} at row {row}" + (f" after {time[row - 1]}" if row else "")
         raise DataError(
-            explain(f"{path} holds times that cannot be used", expected="seconds from 0 on, ascending", got=got)
+            explain(
+                f"{path} holds times that cannot be used",
+                expected=f"seconds from 0 to {MAX_SECONDS:.0f}, ascending",
+                got=got,
+            )
         )
 
 
@@ -191,6 +197,9 @@ def _open_array(path: Path, axes: int) -> NDArray[Any]:
     if array.ndim != axes or array.dtype.kind not in "fiu":
         got = f"{array.dtype} {list(array.shape)}"
         raise DataError(explain(f"{path} is not an array that can be used", expected=expected, got=got))
+    if array.size * np.dtype(np.float64).itemsize > LARGEST:
+        problem = f"{path} is too large for one item"
+        raise DataError(explain(problem, expected=f"at most {LARGEST // 8} numbers", got=list(array.shape)))
     if axes == 2 and array.shape[1] == 0:
         raise DataError(explain(f"{path} has no dimensions", expected=expected, got=list(array.shape)))
     return array
@@ -210,6 +219,8 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     Raises:
         DataError: the file is no text of that kind.
     """
+    if (problem := size_problem(path, LARGEST // 8)) is not None:
+        raise DataError(explain(f"{path} cannot be read", expected="a table of one item's features", got=problem))
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)

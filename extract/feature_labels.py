@@ -9,6 +9,7 @@ import numpy as np
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Record, StreamInfo
+from vaflow.datasets.files import below
 from vaflow.datasets.labels import on_clock, read_csv
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.feature_files import TABLE, FeatureFile, Features
@@ -91,7 +92,7 @@ class ImportedLabels:
     def _table(self, item: str) -> Path | None:
         if self._folder is None:
             return None
-        path = self._folder / f"{item}{TABLE}"
+        path = below(self._folder, f"{item}{TABLE}")
         return path if path.is_file() else None
 
     def prepare(self, file: FeatureFile, features: Features) -> Prepared:

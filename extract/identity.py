@@ -5,6 +5,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from vaflow.extract.heartbeat import beat
+
 _DIGEST_BYTES = 16
 _BLOCK = 1 << 20
 
@@ -38,5 +40,6 @@ def content_digest(path: Path) -> str:
     digest = blake2b(digest_size=_DIGEST_BYTES)
     with Path(path).open("rb") as file:
         while block := file.read(_BLOCK):
+            beat()
             digest.update(block)
     return digest.hexdigest()

@@ -104,4 +104,11 @@ class Failed:
     message: str
 
 
+@dataclass(frozen=True)
+class Alive:
+    """Nothing to tell yet, but the work goes on. The pool keeps it to itself."""
+
+    job: int
+
+
 Message = Clock | Sound | SoundEnd | Face | FacesEnd | Done | Failed

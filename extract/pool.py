@@ -1,34 +1,45 @@
-"""Decoding processes and the queue behind them. A worker that dies costs the clip it was reading, nothing else."""
+"""Decoding processes and the queue behind them. A worker that dies or hangs costs the clip it was at, nothing else."""
 
 import multiprocessing
 import queue
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
-from vaflow.extract.messages import Done, Failed, Job, Message
+from vaflow.extract.config import ExtractConfig
+from vaflow.extract.messages import Alive, Done, Failed, Job, Message
 from vaflow.extract.worker import serve
 
 QUEUED_MESSAGES = 64  # of at most a crop or a second of sound each: what bounds memory between decoding and encoding
 POLL_SECONDS = 0.2
+ITEM_TIMEOUT = ExtractConfig.item_timeout
+STARTING = 60.0  # seconds: the least that a new process is given for its first sign of life
+_LONGEST_TURN = 2.0  # seconds: what is longer was our own waiting, or a program that was stopped and went on
+
+Work = Callable[[Any, Callable[[Any], None]], None]  # what is done with a job, sending messages
 
 
 class _Worker:
-    """One process, its pipe, and the job it is at."""
+    """One process, its pipe, and the job it is at. `quiet`: seconds for which nothing came although we listened."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Work | None) -> None:
         context = multiprocessing.get_context("spawn")  # fork would copy the threads' locks of torch and FFmpeg
         ours, theirs = context.Pipe()
         self.pipe: Connection = ours
-        self.process: BaseProcess = context.Process(target=serve, args=(theirs,), daemon=True)
+        args = (theirs,) if work is None else (theirs, work)
+        self.process: BaseProcess = context.Process(target=serve, args=args, daemon=True)
         self.process.start()
         theirs.close()
         self.job: Job | None = None
+        self.quiet = 0.0
+        self.heard = False
 
     def give(self, job: Job) -> None:
-        self.job = job
+        self.job, self.quiet = job, 0.0
         self.pipe.send(job)
 
     def stop(self) -> None:
@@ -41,12 +52,26 @@ class _Worker:
 class WorkerPool:
     """Runs jobs on `count` processes and yields their messages, each job's in order.
 
+    A worker that says nothing for `item_timeout` seconds is killed and its job has failed. A worker that waits until
+    we take what it has to say is not quiet: its pipe can be read. Time in which we do not listen, because nobody takes
+    our messages, does not count either.
+
     Use as a context manager: leaving it stops every process, whatever they are doing.
+
+    Args:
+        jobs: what to do, each with a `number` of its own; asked for when a worker is free.
+        count: of processes.
+        item_timeout: seconds; 0: however long it takes.
+        work: what is done with a job, importable by name; reading a clip where there is nothing else.
     """
 
-    def __init__(self, jobs: Iterable[Job], count: int) -> None:
+    def __init__(
+        self, jobs: Iterable[Any], count: int, *, item_timeout: float = ITEM_TIMEOUT, work: Work | None = None
+    ) -> None:
         self._jobs = iter(jobs)
         self._count = count
+        self._timeout = item_timeout
+        self._work = work
         self._queue: queue.Queue[Message | None] = queue.Queue(QUEUED_MESSAGES)
         self._stop = threading.Event()
         self._broken: BaseException | None = None
@@ -68,8 +93,6 @@ class WorkerPool:
 
     def _read(self) -> None:
         """Thread: deal out jobs, collect messages; whatever goes wrong here is raised where messages are read."""
-        # Workers inherit this: a Ctrl-C while they still start is not theirs to handle, either.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         workers: list[_Worker] = []
         try:
             self._serve(workers)
@@ -82,30 +105,61 @@ class WorkerPool:
 
     def _serve(self, workers: list[_Worker]) -> None:
         for job in self._jobs:
-            workers.append(_Worker())
+            workers.append(_Worker(self._work))
             workers[-1].give(job)
             if len(workers) == self._count:
                 break
+        before = time.monotonic()
         while workers and not self._stop.is_set():
             pipes = {worker.pipe: worker for worker in workers}
-            for pipe in wait(list(pipes), POLL_SECONDS):
-                self._take(pipes[pipe], workers)  # type: ignore[index]
+            ready = [pipes[pipe] for pipe in wait(list(pipes), POLL_SECONDS)]  # type: ignore[index]
+            now = time.monotonic()
+            turn, before = min(now - before, _LONGEST_TURN), now
+            for worker in pipes.values():
+                if worker in ready:
+                    worker.quiet, worker.heard = 0.0, True
+                    self._take(worker, workers)
+                else:
+                    self._wait_for(worker, turn, workers)
 
     def _take(self, worker: _Worker, workers: list[_Worker]) -> None:
         """Pass one message on; when a job ends, give the worker the next one or let it go."""
         try:
-            message: Message = worker.pipe.recv()
+            message = worker.pipe.recv()
         except (EOFError, OSError):
-            message = _death(worker)
-            workers[workers.index(worker)] = worker = _replace(worker)
+            worker.process.join()
+            self._lose(worker, workers, _death(worker))
+            return
+        if isinstance(message, Alive):
+            return
         self._put(message)
         if isinstance(message, Done | Failed):
-            job = next(self._jobs, None)
-            if job is not None:
-                worker.give(job)
-            else:
-                workers.remove(worker)
-                worker.stop()
+            self._next(worker, workers)
+
+    def _wait_for(self, worker: _Worker, seconds: float, workers: list[_Worker]) -> None:
+        worker.quiet += seconds
+        patience = self._timeout if worker.heard else max(self._timeout, STARTING)
+        if self._timeout and worker.quiet >= patience:
+            self._lose(worker, workers, _hang(worker))
+
+    def _lose(self, worker: _Worker, workers: list[_Worker], message: Failed) -> None:
+        """A worker that is of no use any more costs its job; if there is another one, a new worker takes its place."""
+        worker.stop()
+        self._put(message)
+        job = next(self._jobs, None)
+        if job is None:
+            workers.remove(worker)
+        else:
+            workers[workers.index(worker)] = worker = _Worker(self._work)
+            worker.give(job)
+
+    def _next(self, worker: _Worker, workers: list[_Worker]) -> None:
+        job = next(self._jobs, None)
+        if job is not None:
+            worker.give(job)
+        else:
+            workers.remove(worker)
+            worker.stop()
 
     def _put(self, message: Message | None) -> None:
         while not self._stop.is_set():
@@ -116,20 +170,28 @@ class WorkerPool:
             return
 
 
-def _replace(worker: _Worker) -> _Worker:
-    worker.stop()
-    return _Worker()
-
-
 def _death(worker: _Worker) -> Failed:
-    worker.process.join()
     code = worker.process.exitcode or 0
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    number = worker.job.number if worker.job else -1
     return Failed(
-        number,
+        _number(worker),
         "worker",
         "WorkerDied",
         f"The decoding process died ({how}) while it read this clip; other clips went on. "
         "A crash inside a decoder or too little memory are the usual causes: run again to retry.",
     )
+
+
+def _hang(worker: _Worker) -> Failed:
+    return Failed(
+        _number(worker),
+        "worker",
+        "WorkerHung",
+        f"The decoding process gave no sign of life for {worker.quiet:.0f} s while it read this clip, and was ended; "
+        "other clips went on. A damaged file or a disk that does not answer are the usual causes: look at the file, "
+        "or run again with a longer --item-timeout.",
+    )
+
+
+def _number(worker: _Worker) -> int:
+    return worker.job.number if worker.job else -1

@@ -77,7 +77,7 @@ class Run:
         Raises:
             CacheError: the cache cannot be written to any more (a full disk, say); what was committed stays.
         """
-        with self._writer, WorkerPool(self._jobs(tasks), self._workers) as pool:
+        with self._writer, self._pool(tasks) as pool:
             for message in self._profile.waiting(pool):
                 if isinstance(message, Failed):
                     self._fail(message)
@@ -92,6 +92,9 @@ class Run:
             self._commit_complete()
             self._check_commits(wait=True)
         self._tell_progress()
+
+    def _pool(self, tasks: Iterable[Task]) -> WorkerPool:
+        return WorkerPool(self._jobs(tasks), self._workers, item_timeout=self._config.item_timeout)
 
     def _tell_progress(self) -> None:
         batchers = self._encoders.batchers

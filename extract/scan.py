@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
 from vaflow.extract.container import Opened, decode_packet, opened, promised_size, read_packets, seconds
+from vaflow.extract.limits import check_span
 from vaflow.timeline import median_interval
 
 Floats = NDArray[np.float64]
@@ -133,6 +134,7 @@ def _checked_times(media: Opened, scan: _Scan) -> Floats:
     times = _counted_times(media, scan) if is_counted(media) else _stamped_times(media, scan)
     # The container's start is rounded to microseconds: the first frame may seem to lie a fraction of one away from it.
     times = np.where(np.abs(times) < 1e-6, 0.0, times)
+    check_span(media.path, times)
     _check_whole(media, scan, times)
     return times
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
+from vaflow import pictures
 from vaflow.datasets.clip import Clip
+from vaflow.datasets.labels import MAX_FRAME
 from vaflow.errors import MediaError, explain
 from vaflow.extract.crops import PICTURES, crops_identity, read_crop
+from vaflow.extract.limits import check_span
 from vaflow.extract.media import MediaInfo, VideoInfo
 from vaflow.timeline import Floats, Ints
 
-_LAST = 10_000_000  # a larger number is no frame's, and would cost memory
 _EXPECTED = "pictures named by frame number from 0 on, such as 00000.png"
 
 
@@ -33,7 +34,7 @@ def list_stills(folder: Path) -> dict[int, Path]:
             found.setdefault(int(file.stem), file)
     if not found:
         raise MediaError(explain(f"{folder} holds no frames", expected=_EXPECTED))
-    if max(found) > _LAST:
+    if max(found) > MAX_FRAME:
         got = found[max(found)].name
         raise MediaError(explain(f"{folder} has a frame number that is none", expected=_EXPECTED, got=got))
     return dict(sorted(found.items()))
@@ -48,19 +49,16 @@ def open_stills(clip: Clip) -> tuple[MediaInfo, Floats]:
     """What a clip of pictures holds, in the terms of a video, and its frame times [N].
 
     Raises:
-        MediaError: there are no pictures, the first one cannot be read, or nothing says how fast they follow.
+        MediaError: there are no pictures, the first one cannot be read, nothing says how fast they follow,
+            or they span more time than a recording can.
     """
     if clip.frames is None or not clip.frame_rate or clip.frame_rate <= 0:
         raise MediaError(explain(f"{clip.id!r} has no frame rate", expected="frames per second above 0"))
     stills = list_stills(clip.frames)
     first = next(iter(stills.values()))
-    try:
-        with Image.open(first) as picture:
-            (width, height), codec = picture.size, str(picture.format).lower()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        problem = f"{first} cannot be read as a picture ({error})"
-        raise MediaError(explain(problem, expected="a whole JPEG or PNG file")) from error
+    (width, height), codec = pictures.measure(first)
     times, rate = still_times(stills, clip.frame_rate), clip.frame_rate
+    check_span(clip.frames, times)
     video = VideoInfo(width, height, codec, rate, rate, len(stills), len(times) / rate, 0)
     return MediaInfo(clip.frames, "pictures", 0.0, video, None), times
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Array, StreamInfo
+from vaflow.datasets.files import below, size_problem
+from vaflow.datasets.labels import MAX_FRAME, MAX_SECONDS
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.identity import file_identity, same_file
 from vaflow.timeline import Bools, Floats, extend
@@ -96,7 +98,7 @@ def import_targets(cache: Cache, stream: str, task: str, folder: Path, names: Se
 
 
 def _file(folder: Path, item: str) -> Path | None:
-    paths = [folder / f"{item}{suffix}" for suffix in SUFFIXES]
+    paths = [below(folder, f"{item}{suffix}") for suffix in SUFFIXES]
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -125,6 +127,8 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
     Raises:
         DataError: it cannot be read, or holds what is none of these; the line is named.
     """
+    if (problem := size_problem(path)) is not None:
+        raise DataError(explain(f"{path} cannot be read", expected="a table of targets", got=problem))
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
@@ -149,11 +153,13 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
         try:
             at[k] = float(row[clocks[0]]) if clocks else k
             value[k] = _one_class(cells[0], named) if single else _shares(cells, named, task)
-        except (ValueError, IndexError) as error:
+        except (ValueError, OverflowError, IndexError) as error:
             raise DataError(explain(f"{path}, line {k + 2} cannot be used", got=error)) from error
-    if not (np.isfinite(at) & (at >= 0)).all():
-        raise DataError(explain(f"{path} has times or frames that are not numbers from 0 on"))
-    return TargetTable(named, header[clocks[0]].lower() if clocks else "", at, value, np.isfinite(value))
+    clock = header[clocks[0]].lower() if clocks else ""
+    most = MAX_SECONDS if clock == "time" else MAX_FRAME
+    if not ((at >= 0) & (at <= most)).all():  # NaN fails this comparison too
+        raise DataError(explain(f"{path} has times or frames that cannot be", expected=f"numbers from 0 to {most:.0f}"))
+    return TargetTable(named, clock, at, value, np.isfinite(value))
 
 
 def _one_class(cell: str, names: tuple[str, ...]) -> Floats:

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,8 +21,10 @@ from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.crops import list_crops, read_crop
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
+from vaflow.extract.heartbeat import listening
+from vaflow.extract.limits import limit_memory
 from vaflow.extract.media import MediaInfo, frame_times, frames_at, probe
-from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Failed, Job, Message, Sound, SoundEnd
+from vaflow.extract.messages import Alive, Clock, Done, Face, FacesEnd, Failed, Job, Message, Sound, SoundEnd
 from vaflow.extract.sources import sources_of
 from vaflow.extract.stills import open_stills, stills_at
 from vaflow.timeline import Floats, Ints, median_interval, nearest
@@ -32,14 +34,22 @@ Picture = np.ndarray[Any, Any]
 Images = Iterator[tuple[int, bytes, Picture]]  # grid sample, stored JPEG, the picture that it decodes to
 
 
-def serve(pipe: Connection) -> None:
-    """Read jobs until None comes, or the pipeline is gone; the target of a worker process."""
+def serve(pipe: Connection, work: "Callable[[Any, Callable[[Any], None]], None] | None" = None) -> None:
+    """Read jobs until None comes, or the pipeline is gone; the target of a worker process.
+
+    Args:
+        pipe: to the pool.
+        work: what is done with a job, sending messages; `run_job` where there is nothing else.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # both go to the whole group: the pipeline's to handle
         signal.signal(number, signal.SIG_IGN)
+    limit_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):  # the pipeline was killed
         while (job := pipe.recv()) is not None:
-            run_job(job, pipe.send)
+            pipe.send(Alive(job.number))
+            with listening(partial(pipe.send, Alive(job.number))):
+                (work or run_job)(job, pipe.send)
 
 
 def _end_with_parent() -> None:

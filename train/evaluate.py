@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.cache import Cache
+from vaflow.datasets.files import below
 from vaflow.errors import DataError, explain
 from vaflow.timeline import Bools, Floats, stitch
 from vaflow.train import metrics
@@ -119,15 +120,23 @@ def failed_items(cache: Cache, split: str, fold_splits: Sequence[str] = ()) -> l
     known = set(cache.items())
     failed = set()
     for path in sorted(cache.path.glob("failures*.jsonl")):
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                failure = json.loads(line)
-            except json.JSONDecodeError:  # the last line of an extraction that was killed
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            failure = _failure(line)
+            if failure is None:
                 log.warning("%s has a line that cannot be read; it is passed over", path)
                 continue
             if failure["item"] not in known and failure.get("split", wanted[0]) in wanted:
                 failed.add(failure["item"])
     return sorted(failed)
+
+
+def _failure(line: str) -> dict[str, Any] | None:
+    """One line of such a list; None for the last one of an extraction that was killed, and for what is no failure."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("item"), str) else None
 
 
 def evaluate_windows(
@@ -299,10 +308,7 @@ def _warnings(prediction: Floats, label: Floats, valid: Bools) -> list[str]:
 def write_predictions(folder: Path, traces: Iterable[Trace]) -> None:
     """One CSV per clip, `<item>.csv`: frame (0-based), time (s), valence, arousal, and labels where there are any."""
     for trace in traces:
-        path = folder / f"{trace.clip.item}.csv"
-        if ".." in path.relative_to(folder).parts:
-            raise DataError(explain(f"Clip {trace.clip.item!r} has a name that leads out of its folder"))
-        write_whole(path, prediction_csv(trace).encode())
+        write_whole(below(folder, f"{trace.clip.item}.csv"), prediction_csv(trace).encode())
 
 
 def prediction_csv(trace: Trace) -> str:

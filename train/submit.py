@@ -26,7 +26,7 @@ from vaflow.train.training import read_for
 
 HEADER = "image_location,valence,arousal"
 SHOWN = 5  # of what is wrong
-_LOCATION = re.compile(r"(?P<trial>.+)/(?P<number>[0-9]+)\.(?:jpg|jpeg|png)", re.IGNORECASE)
+_LOCATION = re.compile(r"(?P<trial>.+)/(?P<number>[0-9]{1,9})\.(?:jpg|jpeg|png)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """What `check_dataset` says about a tree with every quirk, against the description of what was written."""
 
 import json
+import multiprocessing
+import os
+import signal
 import time
 from itertools import groupby
 from pathlib import Path
@@ -254,23 +257,44 @@ def test_sound_without_a_picture_is_an_error(tmp_path: Path) -> None:
     assert set(findings(report, "unreadable", "error")) == {"sound"} and report.total().usable == 1
 
 
-def test_an_interruption_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(200):
-        (tmp_path / f"{number}.mp4").touch()
-    looked_at: list[str] = []
+def _slow(clip: Clip, **_: object) -> Checked:
+    """Module level, so that a spawned process finds it."""
+    assert clip.video is not None
+    with (clip.video.parent / "looked-at.txt").open("a") as file:
+        file.write(f"{clip.id}\n")
+    time.sleep(0.01)
+    return Checked(clip, None, None, None, ())
 
-    def slow(clip: Clip, **_: object) -> Checked:
-        looked_at.append(clip.id)
-        time.sleep(0.01)
-        return Checked(clip, None, None, None, ())
+
+def test_an_interruption_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(500):
+        (tmp_path / f"{number}.mp4").touch()
 
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vaflow.extract.check.check_clip", slow)
+    monkeypatch.setattr("vaflow.extract.check.check_clip", _slow)
     with pytest.raises(KeyboardInterrupt):
         check_dataset(open_dataset(tmp_path), progress=interrupt)
-    assert len(looked_at) < 50
+    assert not multiprocessing.active_children()
+    assert len((tmp_path / "looked-at.txt").read_text().splitlines()) < 250
+
+
+def _die(clip: Clip, **_: object) -> Checked:
+    if clip.id == "1":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return Checked(clip, None, None, None, ())
+
+
+def test_a_crash_inside_a_decoder_is_a_finding_of_one_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.mp4").touch()
+    monkeypatch.setattr("vaflow.extract.check.check_clip", _die)
+    report = check_dataset(open_dataset(tmp_path))
+    assert [checked.clip.id for checked in report.checked] == ["0", "1", "2", "3"]
+    (note,) = findings(report, "unreadable", "error").values()
+    assert note.item == "1"
+    assert "SIGSEGV" in note.message
 
 
 # --- pure parts

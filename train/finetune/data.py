@@ -4,16 +4,15 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from os import cpu_count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from vaflow import pictures
 from vaflow.cache import Cache
 from vaflow.cache.documents import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS
@@ -55,8 +54,7 @@ class Pictures:
 
     def _decode(self, unit: int) -> np.ndarray:
         first, last = self.offset[unit : unit + 2].tolist()
-        with Image.open(BytesIO(self.data[first:last].numpy().tobytes())) as picture:
-            return self.preparation(np.array(picture.convert("RGB"), np.uint8))
+        return self.preparation(pictures.decode(self.data[first:last].numpy().tobytes(), "A picture of the cache"))
 
 
 @dataclass(frozen=True)

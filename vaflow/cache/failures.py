@@ -60,7 +60,7 @@ def _lines(cache: Cache) -> Iterator[Json]:
         for text in path.read_text("utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(line, dict) and isinstance(line.get("item"), str):
                 yield line

@@ -100,10 +100,11 @@ def _write_page(report: "Report", path: Path, show_bar: bool) -> None:
     from tqdm import tqdm
 
     from vaflow.extract.check_page import html_page, pictured
-    from vaflow.extract.check_pictures import thumbnails
+    from vaflow.extract.check_pictures import all_thumbnails
 
-    chosen = tqdm(pictured(report), unit="clip", desc="pictures", disable=not show_bar)
-    pictures = {c.clip.id: thumbnails(c.clip, c.media.duration if c.media else None) for c in chosen}
+    chosen = [(c.clip, c.media.duration if c.media else None) for c in pictured(report)]
+    found = tqdm(all_thumbnails(chosen), total=len(chosen), unit="clip", desc="pictures", disable=not show_bar)
+    pictures = dict(found)
     path.write_text(html_page(report, pictures), encoding="utf-8", errors="backslashreplace")
     log.info("%s: a page with pictures", path)
 

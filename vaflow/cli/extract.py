@@ -16,7 +16,7 @@ SOME_FAILED = 3
 
 
 def extract(
-    root: Annotated[Path, typer.Argument(help="Root of the data set, or one video.")],
+    root: Annotated[Path, typer.Argument(help="Root of the data set.")],
     out: Annotated[Path, typer.Option(help="The cache to write; made if it is not there.")],
     layout: Annotated[str, typer.Option(help="auto, affwild2, afew-va, recola, sewa, muse, videos.")] = "auto",
     visual: Annotated[list[str] | None, typer.Option(help="Visual encoder, or none. Repeatable.")] = None,
@@ -41,6 +41,12 @@ def extract(
         str | None, typer.Option(help="Ray cluster to join, as auto or HOST:PORT; else RAY_ADDRESS, else a local Ray.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Decoding processes (with ray: per actor); 0 chooses by machine.")] = 0,
+    item_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", help="Give a clip up when its decoder shows no sign of life so long; 0: never."
+        ),
+    ] = 300.0,
     image_batch: Annotated[
         str, typer.Option(help="Images per batch; 0 chooses by device, auto by a GPU's free memory.")
     ] = "0",
@@ -86,6 +92,7 @@ def extract(
         image_batch=batch_size("--image-batch", image_batch),
         window_batch=batch_size("--window-batch", window_batch),
         workers=workers,
+        item_timeout=item_timeout,
     )
     dataset = open_dataset(root, layout)
     if retry_failed:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaflow.datasets.dataset import Note
-from vaflow.datasets.files import entries, examples, is_video, printable
+from vaflow.datasets.files import entries, examples, is_video, printable, size_problem
 from vaflow.errors import UsageError, explain
 
 DEPTH = 5  # folders below the root: `<archive>/Annotations/VA_Estimation_Challenge/Train_Set/`
@@ -90,6 +90,8 @@ def listed_trials(lists: Collection[Path], known: Collection[str]) -> tuple[set[
 def _listed(path: Path) -> tuple[set[str], bool]:
     """The trials that a text file names, and whether it is a sample submission of this track."""
     names = set()
+    if (problem := size_problem(path)) is not None:
+        raise UsageError(explain(f"Cannot read the list of test trials {path}", got=problem))
     try:
         with path.open(encoding="utf-8-sig") as lines:
             header = next(lines, "").strip()

@@ -5,6 +5,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from vaflow.errors import DataError, explain
+
+LARGEST_TEXT = 64 * 2**20  # bytes of a file of labels, splits or names: a day of frames has a tenth of that
+
+_LONGEST_NAME = 255  # bytes
+_SHOWN_NAME = 100
 _log = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
@@ -32,6 +38,34 @@ def printable(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def size_problem(path: Path, most: int = LARGEST_TEXT) -> str | None:
+    """How a text file is larger than one that is read whole can be; None where it is not, or is not there."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return None
+    return f"{size} bytes, more than the {most} that such a file can have" if size > most else None
+
+
+def below(folder: Path, name: str) -> Path:
+    """The path of a name that came out of a data set or a cache, in a folder. Only text is looked at, never the disk.
+
+    Raises:
+        DataError: the name leads out of the folder, or no file can have it.
+    """
+    parts = name.split("/")
+    odd = not name or {"", ".", ".."} & set(parts) or "\0" in name or "\\" in name or not printable(name)
+    if odd or any(len(part.encode()) > _LONGEST_NAME for part in parts):
+        raise DataError(
+            explain(
+                "A name cannot be that of a file in a folder",
+                expected="names separated by '/', none of them '..', empty, or longer than 255 bytes",
+                got=ascii(name[:_SHOWN_NAME]),
+            )
+        )
+    return folder / name
 
 
 def seen(root: Path, shown: int = 6) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.dataset import Note
-from vaflow.datasets.files import examples
+from vaflow.datasets.files import examples, size_problem
 from vaflow.datasets.recordings import DIMENSIONS, Found, make_clips, recordings, survey
 from vaflow.datasets.walk import head
 from vaflow.errors import UsageError, explain
@@ -82,6 +82,8 @@ def _read_partition(path: Path) -> dict[str, str]:
     Raises:
         UsageError: it is not such a table, or names an unknown partition; every problem is listed with its line.
     """
+    if (problem := size_problem(path)) is not None:
+        raise UsageError(explain(f"Cannot read {path}", expected="a list of partitions", got=problem))
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vaflow.datasets.clip import SPLITS
 from vaflow.datasets.dataset import Note
-from vaflow.datasets.files import examples
+from vaflow.datasets.files import examples, size_problem
 from vaflow.errors import UsageError, explain
 
 SPLITS_FILE = "splits.csv"
@@ -19,6 +19,8 @@ def read_splits(path: Path) -> dict[str, str]:
         UsageError: the file is not such a table, names an unknown split, or gives one name two splits; every problem
             is listed with its line.
     """
+    if (problem := size_problem(path)) is not None:
+        raise UsageError(explain(f"Cannot read {path}", expected="a list of splits", got=problem))
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(csv.reader(file), 1) if row]

@@ -15,10 +15,19 @@ from vaflow.datasets.labels.muse import read_muse
 from vaflow.datasets.labels.recola import read_recola
 from vaflow.datasets.labels.sewa import read_sewa
 from vaflow.datasets.labels.table import read_csv
-from vaflow.datasets.labels.text import MAX_FRAME, TARGETS
+from vaflow.datasets.labels.text import MAX_FRAME, MAX_SECONDS, TARGETS
 from vaflow.datasets.labels.traces import Trace, merge
 
-__all__ = ["DIMENSION_READERS", "MAX_FRAME", "READERS", "TARGETS", "on_clock", "read_annotation", "read_csv"]
+__all__ = [
+    "DIMENSION_READERS",
+    "MAX_FRAME",
+    "MAX_SECONDS",
+    "READERS",
+    "TARGETS",
+    "on_clock",
+    "read_annotation",
+    "read_csv",
+]
 
 # Formats with one file per clip ...
 READERS: dict[str, Callable[[Path], Annotation]] = {

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vaflow.datasets.files import size_problem
 from vaflow.datasets.problems import Problems
 from vaflow.errors import DataError, explain
 
 TARGETS = ("valence", "arousal")
 UNANNOTATED = -5.0
 MAX_FRAME = 10_000_000  # 92 hours at 30 frames/s: a larger frame number is a mistake, and would cost memory
+MAX_SECONDS = 1_000_000.0  # 11 days: the same of a time
 EMPTY = frozenset({""})  # cells that mean "not annotated"
 NOT_A_NUMBER = frozenset({"", "?", "nan"})  # ... in files that MATLAB, Weka or pandas wrote
 
@@ -23,8 +25,10 @@ def read_bytes(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        DataError: the file cannot be read at all.
+        DataError: the file cannot be read at all, or is far larger than labels are.
     """
+    if (problem := size_problem(path)) is not None:
+        raise DataError(explain(f"The labels {path} cannot be used", expected="a file of labels", got=problem))
     try:
         return path.read_bytes()
     except OSError as error:
@@ -38,6 +42,9 @@ def read_lines(path: Path, problems: Problems) -> list[str]:
         DataError: the file cannot be read at all.
     """
     raw = read_bytes(path)
+    rows = raw.count(b"\n") + raw.count(b"\r")
+    if rows > 2 * MAX_FRAME:
+        raise refuse(path, f"at most {MAX_FRAME} rows", f"about {rows}")
     lines = raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     while lines and not lines[-1].strip():
         lines.pop()
@@ -108,9 +115,10 @@ def frames(cells: Iterable[tuple[int, str]], problems: Problems) -> NDArray[np.i
 def times(cells: Iterable[tuple[int, str]], problems: Problems, unit: str = "seconds") -> NDArray[np.float64]:
     """Times, which must ascend, of (line, cell); in the file's own `unit`."""
     found, last = [], -np.inf
+    most = MAX_SECONDS * (1000 if unit == "milliseconds" else 1)
     for line, cell in cells:
-        if not is_number(cell) or not 0 <= float(cell) < np.inf:
-            problems.add(f"not a time ({unit}, from 0)", line, cell or "empty")
+        if not is_number(cell) or not 0 <= float(cell) <= most:
+            problems.add(f"not a time ({unit}, from 0 to {most:.0f})", line, cell or "empty")
             continue
         if float(cell) <= last:
             problems.add("time does not come after the one before", line, cell)

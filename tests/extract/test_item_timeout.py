@@ -1,0 +1,162 @@
+"""A decoder that hangs costs its clip; one that is slow, or waits for us, costs nothing."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vaflow.cache import open_cache
+from vaflow.cli import main
+from vaflow.datasets import Clip
+from vaflow.errors import MediaError, UsageError
+from vaflow.extract import worker
+from vaflow.extract.config import ExtractConfig
+from vaflow.extract.each import Task, call, each
+from vaflow.extract.heartbeat import SECONDS, beat, listening
+from vaflow.extract.messages import Done, Failed, Sound
+from vaflow.extract.pool import QUEUED_MESSAGES, WorkerPool
+
+TIMEOUT = 3.0
+Send = Callable[[Any], None]
+
+
+def _hang_at_two(number: int) -> int:
+    if number == 2:
+        time.sleep(3600)
+    return number * number
+
+
+def _beat_for_long(seconds: float) -> str:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        beat()
+        time.sleep(0.05)
+    return "done"
+
+
+def _talk(task: Task, send: Send) -> None:
+    """Far more than the pipe and the queue hold."""
+    for _ in range(4 * QUEUED_MESSAGES):
+        send(Sound(task.number, np.zeros(20_000, np.float32)))
+    send(Done(task.number))
+
+
+def test_a_hang_costs_one_thing_and_its_process_is_gone() -> None:
+    found = dict(each(_hang_at_two, range(5), workers=2, item_timeout=TIMEOUT))
+    failed = found.pop(2)
+    assert found == {number: number * number for number in (0, 1, 3, 4)}
+    assert isinstance(failed, Failed)
+    assert failed.error == "WorkerHung"
+    assert "no sign of life for 3 s" in failed.message
+    assert "--item-timeout" in failed.message
+    assert not multiprocessing.active_children()
+
+
+def test_slow_work_that_beats_is_no_hang() -> None:
+    assert dict(each(_beat_for_long, [2.5 * TIMEOUT], item_timeout=TIMEOUT)) == {0: "done"}
+
+
+def test_a_worker_that_waits_for_us_is_no_hang() -> None:
+    """The queue is full, the worker stands in `send`, and nobody takes anything for longer than the limit."""
+    with WorkerPool([Task(0, len, ())], 1, item_timeout=TIMEOUT, work=_talk) as pool:
+        messages = iter(pool)
+        next(messages)
+        time.sleep(2.5 * TIMEOUT)
+        rest = list(messages)
+    assert isinstance(rest[-1], Done)
+    assert len(rest) == 4 * QUEUED_MESSAGES
+
+
+def test_without_a_limit_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vaflow.extract.pool.STARTING", 0.0)
+    assert dict(each(_beat_for_long, [1.0], item_timeout=0)) == {0: "done"}
+
+
+def test_errors_of_a_thing_are_its_failure() -> None:
+    (failed,) = dict(each(_refuse, [0])).values()
+    assert isinstance(failed, Failed)
+    assert (failed.error, failed.message) == ("MediaError", "no")
+
+
+def _refuse(_: int) -> None:
+    raise MediaError("no")
+
+
+def test_beats_are_passed_on_at_most_once_a_second() -> None:
+    heard: list[float] = []
+    with listening(lambda: heard.append(time.monotonic())):
+        _beat_for_long(2.5 * SECONDS)
+    assert 1 <= len(heard) <= 2
+    beat()  # nobody listens any more
+    assert len(heard) <= 2
+
+
+def test_call_ends_with_done() -> None:
+    sent: list[Any] = []
+    call(Task(7, len, "abc"), sent.append)
+    assert sent[0].result == 3
+    assert isinstance(sent[1], Done)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
+def test_a_limit_is_a_time(seconds: float) -> None:
+    with pytest.raises(UsageError, match="item-timeout"):
+        ExtractConfig(item_timeout=seconds)
+
+
+def _serve_and_hang(pipe: Any) -> None:
+    run_job = worker.run_job
+
+    def stuck(job: Any, send: Send) -> None:
+        if job.clip.id == "stuck":
+            time.sleep(3600)
+        run_job(job, send)
+
+    worker.run_job = stuck
+    worker.serve(pipe)
+
+
+def test_the_command_lists_a_hung_clip_and_exits_with_3(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("stuck.mp4", "fine.mp4"):
+        (data / name).symlink_to((clips / "obama.mp4").resolve())
+    monkeypatch.setattr("vaflow.extract.pool.serve", _serve_and_hang)
+    cache = tmp_path / "cache"
+    options = ["--visual", "none", "--audio", "none", "--item-timeout", str(TIMEOUT), "--workers", "2"]
+    assert main(["extract", str(data), "--out", str(cache), *options]) == 3
+    assert open_cache(cache).items() == ["fine"]
+    (line,) = [json.loads(text) for text in (cache / "failures.jsonl").read_text().splitlines()]
+    assert (line["item"], line["stage"], line["error"]) == ("stuck", "worker", "WorkerHung")
+    assert "failures.jsonl" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_check_cannot_decode_is_read_elsewhere(tmp_path: Path) -> None:
+    """The decoding process has a limit to its memory; ours has none."""
+    ((_, limit),) = each(_memory_limit, [None])
+    assert limit == 4 * 2**30
+    import resource
+
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+
+
+def _memory_limit(_: None) -> int:
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_DATA)[0]
+
+
+def test_clips_are_plain_data_for_a_process(tmp_path: Path) -> None:
+    clip = Clip("a", None, "a", tmp_path / "a.mp4", tmp_path / "a.mp4")
+    assert dict(each(_itself, [clip])) == {0: clip}
+
+
+def _itself(clip: Clip) -> Clip:
+    return clip
