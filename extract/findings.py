@@ -17,6 +17,7 @@ USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
 FEW_CROPS = 0.5  # below this share of frames with a crop, a clip is worth looking at
 DRIFT_FRAMES = 1.5  # frames that index / rate may be off before the rate is called variable
 LATE_LABELS = 1.0  # seconds that time-stamped labels may go on after the picture
+FASTEST = 240  # frames per second; what claims more is a clock's ticks, no frame rate
 RATE_SLACK = 0.01  # share of its duration by which a claimed frame rate may misjudge a clip
 STILL = 1.0  # seconds for which one picture stands before it is called a gap
 
@@ -36,14 +37,15 @@ def media_findings(clip: Clip, facts: MediaFacts, window: float) -> list[Note]:
 
 def _rate_findings(clip: Clip, facts: MediaFacts) -> list[Note]:
     remedy = "Nothing to do here: presentation times are used throughout"
-    named = (("nominal", facts.nominal_rate), ("average", facts.average_rate))
+    nominal = facts.nominal_rate if facts.nominal_rate and facts.nominal_rate <= FASTEST else None
+    named = (("nominal", nominal), ("average", facts.average_rate))
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in named if rate) + " frames/s"
     if facts.drift > DRIFT_FRAMES * facts.interval:
         message = f"Variable frame rate: number / rate misses frame times by up to {facts.drift:.2f} s ({rates})"
         return [Note("note", "variable-rate", clip.id, f"{message}; {_loss(facts.drift)}", remedy)]
-    if not (facts.nominal_rate and facts.average_rate):
+    if not (nominal and facts.average_rate):
         return []
-    off = abs(facts.frames / facts.nominal_rate - facts.frames / facts.average_rate)
+    off = abs(facts.frames / nominal - facts.frames / facts.average_rate)
     if off <= max(DRIFT_FRAMES * facts.interval, RATE_SLACK * facts.duration):
         return []
     message = f"The claimed frame rate is wrong: at the end number / rate is {off:.2f} s off ({rates})"
