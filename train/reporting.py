@@ -1,6 +1,7 @@
 """What a training run tells people while it runs: log lines, a bar, TensorBoard."""
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,21 @@ class Board:
     def __enter__(self) -> "Board":
         from torch.utils.tensorboard import SummaryWriter
 
+        self._hook = threading.excepthook
+        threading.excepthook = self._failed
         self._writer = SummaryWriter(str(self.folder))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _failed(self, said: threading.ExceptHookArgs) -> None:
+        """A full disk ends the thread that writes events, and is raised again at the next epoch: once is enough."""
+        if said.exc_type is None or not issubclass(said.exc_type, OSError):
+            self._hook(said)
 
     def add(self, row: Row) -> None:
         """One epoch's numbers."""

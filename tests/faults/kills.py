@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -69,17 +70,26 @@ def table(tallies: Iterable[Tally]) -> str:
 
 
 def campaign(lab: Lab, target: Target, folder: Path, kills: int, seed: int) -> Tally:
-    """Kill `target` at random moments, each time on an empty folder; a third of the resumed ones are killed again."""
+    """Kill `target` at random moments, each time on an empty folder; a third of the resumed ones are killed again.
+
+    Half of the moments are drawn from its whole time, half lie just after something has become safe.
+    """
     tally, rng = Tally(target.name), random.Random(seed)
     began = time.monotonic()
     assert_said(lab.run(target.args(folder / "timed")), 0)
-    seconds = time.monotonic() - began
+    seconds, parts = time.monotonic() - began, len(target.kept(folder / "timed"))
     number = 0
     while tally.kills < kills:
         number += 1
         out, before = folder / str(number), Kept()
         for _ in range(1 if rng.random() < 2 / 3 else 2):
-            killed, safe = _kill(lab.start(target.args(out)), rng.uniform(0, seconds), out, target, tally)
+            process = lab.start(target.args(out))
+            if rng.random() < 0.5:
+                _let_run(process, rng.uniform(0, seconds))
+            else:
+                _let_write(process, target, out, rng.randint(1, parts))
+                _let_run(process, rng.uniform(0, 0.05))
+            killed, safe = _kill(process, out, target, tally)
             tally.redone += _lost(before, safe)
             tally.kills += killed
             tally.kept += len(safe) if killed else 0
@@ -94,10 +104,18 @@ def campaign(lab: Lab, target: Target, folder: Path, kills: int, seed: int) -> T
     return tally
 
 
-def _kill(process: Process, seconds: float, out: Path, target: Target, tally: Tally) -> tuple[bool, Kept]:
+def _let_run(process: Process, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.running():
         time.sleep(0.002)
+
+
+def _let_write(process: Process, target: Target, out: Path, count: int) -> None:
+    while process.running() and len(target.kept(out)) < count:
+        time.sleep(0.002)
+
+
+def _kill(process: Process, out: Path, target: Target, tally: Tally) -> tuple[bool, Kept]:
     process.send(signal.SIGKILL)
     killed = process.wait().code == -signal.SIGKILL
     tally.orphans += len(process.orphans())
@@ -152,7 +170,7 @@ def epochs(out: Path) -> Kept:
     run = RunFolder(out)
     rows = run.read_history()
     if run.checkpoint_file.is_file() and not rows:
-        with safe_open(run.checkpoint_file, "pt") as file:
+        with suppress(FileNotFoundError), safe_open(run.checkpoint_file, "pt") as file:  # it ends just now
             rows = json.loads(file.metadata()["progress"])["history"]
     return {f"epoch {row['epoch']:g}": row for row in rows}
 

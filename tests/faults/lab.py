@@ -89,7 +89,11 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._count = folder, 0
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)])}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)]),
+        }
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._zygote = subprocess.Popen([sys.executable, str(HERE / "zygote.py")], env=env, **pipes)
         self._answer()
@@ -159,7 +163,7 @@ def assert_same_cache(one: Path, other: Path) -> None:
     assert {p for p in _names(first)} == {p for p in _names(second)}
     for stream, item in _names(first):
         a, b = first.read(stream, item), second.read(stream, item)
-        assert dict(a.meta) == dict(b.meta), (stream, item)
+        assert dict(a.meta) == dict(b.meta), f"{stream}, {item}: {dict(a.meta)} is not {dict(b.meta)}"
         assert a.arrays.keys() == b.arrays.keys()
         for name, array in a.arrays.items():
             np.testing.assert_array_equal(array, b.arrays[name], err_msg=f"{stream} {item} {name}", strict=True)

@@ -15,14 +15,19 @@ def preload() -> None:
     """What the commands import lazily; nothing that starts a thread."""
     import torch
 
+    torch.set_num_threads(1)
+    import torch.utils.tensorboard
+
     import vaflow.cli
-    import vaflow.encoders.ast_loading
-    import vaflow.encoders.tiny
     import vaflow.extract.pipeline
     import vaflow.train.plots
     import vaflow.train.training  # noqa: F401
+    from vaflow.encoders import build_encoder
 
-    torch.set_num_threads(1)
+    for name in ("clip-tiny", "ast-tiny"):
+        build_encoder(name)
+    if (threads := len(os.listdir("/proc/self/task"))) > 1:
+        print(f"the zygote has {threads} threads", file=sys.stderr)
 
 
 def become(job: dict[str, Any]) -> None:

@@ -1,0 +1,188 @@
+"""A disk that is full, read-only or taken away: a clear word, what was committed stays, the next run goes on."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kills import SMALL, assert_same_run, split_cache, toy_cache
+from lab import EXTRACT, Ended, Lab, assert_said, assert_same_cache, attempts
+
+from vaflow.cache import is_cache, open_cache
+from vaflow.cache.verify import verify
+
+UNPRIVILEGED = "from strikes import *; no_privilege()"  # root would pass over permissions
+
+
+class Disk:
+    """A file system of its own, of a size that can be changed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        shown = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", path], capture_output=True, text=True
+        )
+        if shown.returncode:
+            pytest.skip(f"a small file system cannot be mounted here: {shown.stderr.strip()}")
+
+    def resize(self, kilobytes: int) -> None:
+        """Empty or filled, it holds so much from now on."""
+        subprocess.run(["mount", "-o", f"remount,rw,size={kilobytes}k", self.path], check=True)
+
+    def clear(self) -> None:
+        """Remove everything."""
+        for path in self.path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    if shutil.which("mount") is None:
+        pytest.skip("there is no `mount` here")
+    small = Disk(tmp_path / "disk")
+    yield small
+    subprocess.run(["umount", "-l", small.path], check=True)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
+
+
+@pytest.fixture(scope="module")
+def whole_run(lab: Lab, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert_said(lab.run(["train", toys, "--out", out, *SMALL]), 0)
+    return out
+
+
+def assert_refused(ended: Ended, *words: str) -> None:
+    """The system's own word, and what to do; 2 where not even a beginning could be made."""
+    assert ended.code in (1, 2), ended
+    assert_said(ended, ended.code, *words)
+
+
+def fill_up(lab: Lab, disk: Disk, args: list[object], out: Path, sizes: tuple[int, ...]) -> int:
+    """The command on a disk that is full at each of these sizes, from nothing; then on with room. Items that stayed."""
+    kept: dict[str, str] = {}
+    for size in sizes:
+        disk.clear()
+        disk.resize(size)
+        process = lab.start(args)
+        assert_refused(process.wait(), "No space left")
+        assert process.orphans() == []
+        kept = attempts(out)
+        if is_cache(out):
+            assert verify(open_cache(out)) == [], size
+    disk.resize(64_000)
+    assert_said(lab.run(args), 0)
+    assert kept.items() <= attempts(out).items(), "what was committed was not written again"
+    return len(kept)
+
+
+def test_extraction_onto_a_full_disk(lab: Lab, disk: Disk, media: Path, whole: Path) -> None:
+    out = disk.path / "cache"
+    kept = fill_up(lab, disk, ["extract", media, "--out", out, *EXTRACT], out, (16, 100, 300, 500))
+    assert kept > 0
+    assert_same_cache(out, whole)
+
+
+@pytest.mark.parametrize("store", ["zarr", "hdf5"])
+def test_conversion_onto_a_full_disk(lab: Lab, disk: Disk, toys: Path, store: str) -> None:
+    out = disk.path / "cache"
+    kept = fill_up(lab, disk, ["cache", "convert", toys, "--out", out, "--store", store], out, (16, 60, 150))
+    assert kept > 0
+    assert_same_cache(out, toys)
+
+
+def test_merge_onto_a_full_disk(lab: Lab, disk: Disk, toys: Path, tmp_path: Path) -> None:
+    out = disk.path / "cache"
+    parts = split_cache(toys, tmp_path)
+    assert fill_up(lab, disk, ["cache", "merge", out, *parts], out, (40, 150)) > 0
+    assert_same_cache(out, toys)
+
+
+def test_training_onto_a_full_disk(lab: Lab, disk: Disk, toys: Path, whole_run: Path) -> None:
+    out = disk.path / "run"
+    args = ["train", toys, "--out", out, *SMALL]
+    for size in (4, 40, 200, 400):
+        disk.resize(size)
+        assert_refused(lab.run(args), "No space left")
+    disk.resize(64_000)
+    assert_said(lab.run(args), 0)
+    assert_same_run(out, whole_run)
+
+
+def test_a_disk_that_becomes_read_only(lab: Lab, disk: Disk, media: Path, whole: Path) -> None:
+    """As a file system does that has found an error in itself."""
+    disk.resize(64_000)
+    out = disk.path / "cache"
+    args = ["extract", media, "--out", out, *EXTRACT]
+    fault = f"strike('vaflow.cache.cache.Cache.write', 12, run, 'mount -o remount,ro {disk.path}')"
+    assert_refused(lab.run(args, f"from strikes import *; {fault}"), "Read-only file system")
+    assert verify(open_cache(out)) == []
+    kept = attempts(out)
+    assert len(kept) > 8
+    disk.resize(64_000)
+    assert_said(lab.run(args), 0)
+    assert kept.items() <= attempts(out).items()
+    assert_same_cache(out, whole)
+
+
+@pytest.mark.parametrize("at", [2, 9, 20])
+def test_extraction_that_loses_its_permission(lab: Lab, media: Path, whole: Path, tmp_path: Path, at: int) -> None:
+    out = tmp_path / "cache"
+    args = ["extract", media, "--out", out, *EXTRACT]
+    fault = f"strike('vaflow.cache.cache.Cache.write', {at}, run, 'chmod -R a-w {out}')"
+    assert_refused(lab.run(args, f"{UNPRIVILEGED}; {fault}"), "Permission denied", "run the same command again")
+    assert verify(open_cache(out)) == []
+    kept = attempts(out)
+    subprocess.run(["chmod", "-R", "u+w", out], check=True)
+    assert_said(lab.run(args), 0)
+    assert kept.items() <= attempts(out).items()
+    assert_same_cache(out, whole)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    ["vaflow.train.loop.train_step", "vaflow.train.loop.write_tensors", "vaflow.train.training.write_predictions"],
+)
+def test_training_that_loses_its_permission(lab: Lab, toys: Path, whole_run: Path, tmp_path: Path, stage: str) -> None:
+    out = tmp_path / "run"
+    args = ["train", toys, "--out", out, *SMALL]
+    fault = f"strike({stage!r}, 1, run, 'chmod -R a-w {out}')"
+    assert_refused(lab.run(args, f"{UNPRIVILEGED}; {fault}"), "Permission denied")
+    subprocess.run(["chmod", "-R", "u+w", out], check=True)
+    assert_said(lab.run(args), 0)
+    assert_same_run(out, whole_run)
+
+
+def commands_into(out: Path, media: Path, toys: Path, run: Path) -> list[list[object]]:
+    """Every command that writes, told to write where it must not."""
+    return [
+        ["extract", media, "--out", out / "cache", *EXTRACT],
+        ["cache", "convert", toys, "--out", out / "cache", "--store", "hdf5"],
+        ["cache", "merge", out / "cache", toys],
+        ["cache", "import", out / "cache", "--stream", "mine", "--kind", "visual", "--from", media],
+        ["train", toys, "--out", out / "run", *SMALL],
+        ["predict", run, media / "clip0.mp4", "--out", out / "predictions"],
+        ["ablate", toys, "--table", "extra", "--seeds", "1", "--out", out / "study"],
+        ["ensemble", run, run, "--out", out / "ensemble"],
+        ["demo", "--out", out / "demo"],
+    ]
+
+
+def test_nothing_can_be_written_into_a_read_only_folder(
+    lab: Lab, media: Path, toys: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shut"
+    out.mkdir()
+    out.chmod(0o555)
+    for args in commands_into(out, media, toys, whole_run):
+        ended = lab.run(args, UNPRIVILEGED)
+        assert ended.code == 2, f"{args}: {ended}"
+        assert "Traceback" not in ended.err, f"{args}: {ended}"
+        assert len(ended.err.strip().splitlines()) <= 2, f"{args}: {ended.err}"
+    assert list(out.iterdir()) == []
