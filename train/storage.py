@@ -27,11 +27,21 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush(path.parent)  # the name, too: what is written next may rely on it
     except OSError as error:
-        raise VaflowError(explain(f"Cannot write {path}", got=error.strerror)) from error
+        remedy = "Make room or give write access, then run the same command again: it goes on where it stopped"
+        raise VaflowError(explain(f"Cannot write {path}", got=error.strerror, remedy=remedy)) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str] | None = None) -> None:
