@@ -69,7 +69,7 @@ class ToyMember:
         self.ray.committed.append(item)
         arrays = {"time": np.arange(3.0), "value": np.zeros((3, 2), np.float32), "valid": np.ones((3, 2), bool)}
         source = {"split": None, "group": item}
-        self.cache.write("labels", item, arrays, meta={"duration": 2.0}, source=source)  # type: ignore[arg-type]
+        self.cache.write("labels", item, arrays, meta={"duration": 2.0}, source=source)
 
 
 class ToyRay:

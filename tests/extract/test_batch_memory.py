@@ -1,0 +1,102 @@
+"""`--image-batch auto`: the largest power of two that fits, by a memory that is a formula instead of a card."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from vaflow.cli import main
+from vaflow.errors import UsageError
+from vaflow.extract.batching import BATCH_SIZES, FixedBatcher, make_encoders
+from vaflow.extract.config import AUTO, ExtractConfig, batch_size
+from vaflow.extract.memory import SHARE, fitting
+
+CPU = torch.device("cpu")
+
+
+class Card:
+    """Memory of which `fixed` bytes are taken by any batch, and `each` by every row of the largest one tried."""
+
+    def __init__(self, free: int, fixed: int, each: int) -> None:
+        self._free, self._fixed, self._each = free, fixed, each
+        self.rows = 0
+
+    def encode(self, batch: torch.Tensor) -> torch.Tensor:
+        self.rows = len(batch)
+        if self._fixed + self._each * len(batch) > self._free:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch.float()
+
+    def free(self) -> int:
+        return self._free
+
+    def peak(self, work: Callable[[], object]) -> int:
+        work()
+        return self._fixed + self._each * self.rows
+
+
+ROW = np.zeros((2, 3), np.uint8)
+
+
+@pytest.mark.parametrize("free", [1_000, 10_000, 123_456, 10**9])
+@pytest.mark.parametrize(("fixed", "each"), [(0, 7), (300, 5), (0, 40)])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_largest_power_of_two_that_fits(free: int, fixed: int, each: int, parts: int) -> None:
+    card = Card(free, fixed, each)
+    size = fitting(card.encode, CPU, card, ROW, parts=parts, most=1024)
+    fits = [n for n in (2**k for k in range(11)) if fixed + each * n <= SHARE * free / parts]
+    assert size == max(fits, default=1)
+
+
+def test_a_little_less_memory_is_the_same_batch() -> None:
+    sizes = {fitting((c := Card(free, 0, 10)).encode, CPU, c, ROW, parts=1, most=256) for free in range(9000, 9900, 50)}
+    assert len(sizes) == 1
+
+
+def test_a_trial_that_does_not_fit_goes_on_small() -> None:
+    card = Card(60, 0, 10)
+    assert fitting(card.encode, CPU, card, ROW, parts=1, most=1024) == 4
+
+
+def test_the_size_is_found_from_the_first_row_and_then_fixed() -> None:
+    asked: list[tuple[int, ...]] = []
+    sizes: list[int] = []
+
+    def measure(row: np.ndarray) -> int:
+        asked.append(row.shape)
+        return 4
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(batch))
+        return batch.float()
+
+    batcher = FixedBatcher(encode, measure, CPU)
+    got: list[int] = []
+    for _ in range(9):
+        batcher.add(ROW, lambda _: got.append(batcher.delivering))
+    batcher.flush()
+    assert asked == [(2, 3)]
+    assert sizes == [4, 4, 4]
+    assert got == [4] * 9, "whoever gets a row can tell the size of its batch"
+
+
+def test_on_a_cpu_auto_is_the_fixed_size_because_bits_depend_on_it(tiny_pair: tuple) -> None:
+    visual, audio = tiny_pair
+    sizes = []
+    for asked in (0, AUTO):
+        config = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), image_batch=asked, window_batch=asked)
+        batchers = make_encoders(config, CPU, [visual], [audio]).batchers
+        batchers["clip-tiny"].add(np.zeros((224, 224, 3), np.uint8), lambda _: None)
+        batchers["clip-tiny"].flush()
+        sizes.append(batchers["clip-tiny"].delivering)
+    assert sizes == [BATCH_SIZES["cpu"]["visual"]] * 2
+
+
+def test_the_option_is_a_number_or_auto(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (batch_size("--image-batch", "auto"), batch_size("--image-batch", "32")) == (AUTO, 32)
+    for text in ("-1", "many", "", "1.5"):
+        with pytest.raises(UsageError, match="auto"):
+            batch_size("--image-batch", text)
+    assert main(["extract", str(tmp_path), "--out", "x", "--image-batch", "lots"]) == 2
+    assert "--image-batch" in capsys.readouterr().err
