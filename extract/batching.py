@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.errors import VaflowError, explain
+from vaflow.errors import VaflowError, explain, is_out_of_memory
 from vaflow.extract.config import AUTO, ExtractConfig
 from vaflow.extract.memory import CudaMemory, fitting
 
@@ -104,12 +104,14 @@ class FixedBatcher:
             try:
                 parts = [self._encode(part) for part in batch.split(self._part)]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self._part == 1:
                     raise VaflowError(
                         explain(
                             "The device has too little memory for a single row",
-                            got=str(error).splitlines()[0],
+                            got=(str(error) or type(error).__name__).splitlines()[0],
                             remedy="Free the device, or use another with --device; what was committed stays",
                         )
                     ) from error

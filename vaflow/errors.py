@@ -92,3 +92,9 @@ def explain(
     if remedy is not None:
         parts.append(remedy.rstrip(".") + ".")
     return " ".join(parts)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, be it Python's, a GPU's, or the CPU's, of which torch has no class of its own."""
+    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or named

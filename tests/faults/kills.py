@@ -1,4 +1,4 @@
-"""Kills at random moments, then the same command again: what must hold, counted. For the tests and the long campaign."""
+"""Kills at random moments, then the same command again: what must hold, counted. For tests and the long campaign."""
 
 import json
 import random

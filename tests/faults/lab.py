@@ -160,7 +160,7 @@ def assert_same_cache(one: Path, other: Path) -> None:
     assert verify(first) == []
     assert verify(second) == []
     assert first.streams() == second.streams()
-    assert {p for p in _names(first)} == {p for p in _names(second)}
+    assert _names(first) == _names(second)
     for stream, item in _names(first):
         a, b = first.read(stream, item), second.read(stream, item)
         assert dict(a.meta) == dict(b.meta), f"{stream}, {item}: {dict(a.meta)} is not {dict(b.meta)}"

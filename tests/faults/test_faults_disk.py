@@ -146,13 +146,12 @@ def test_extraction_that_loses_its_permission(lab: Lab, media: Path, whole: Path
 
 
 @pytest.mark.parametrize(
-    "stage",
-    ["vaflow.train.loop.train_step", "vaflow.train.loop.write_tensors", "vaflow.train.training.write_predictions"],
+    "stage", ["train.loop.train_step", "train.loop.write_tensors", "train.training.write_predictions"]
 )
 def test_training_that_loses_its_permission(lab: Lab, toys: Path, whole_run: Path, tmp_path: Path, stage: str) -> None:
     out = tmp_path / "run"
     args = ["train", toys, "--out", out, *SMALL]
-    fault = f"strike({stage!r}, 1, run, 'chmod -R a-w {out}')"
+    fault = f"strike('vaflow.{stage}', 1, run, 'chmod -R a-w {out}')"
     assert_refused(lab.run(args, f"{UNPRIVILEGED}; {fault}"), "Permission denied")
     subprocess.run(["chmod", "-R", "u+w", out], check=True)
     assert_said(lab.run(args), 0)

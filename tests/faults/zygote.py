@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 
@@ -26,7 +27,7 @@ def preload() -> None:
 
     for name in ("clip-tiny", "ast-tiny"):
         build_encoder(name)
-    if (threads := len(os.listdir("/proc/self/task"))) > 1:
+    if (threads := len(list(Path("/proc/self/task").iterdir()))) > 1:
         print(f"the zygote has {threads} threads", file=sys.stderr)
 
 

@@ -30,7 +30,7 @@ from vaflow.cli import (
     trace,
     train,
 )
-from vaflow.errors import VaflowError, explain
+from vaflow.errors import VaflowError, explain, is_out_of_memory
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -109,17 +109,12 @@ def _run(args: Sequence[str] | None) -> int:
         typer.echo(f"vaflow: {explain('The system refused', got=error, remedy=remedy)}", err=True)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         remedy = "Free memory, or use smaller batches (--batch-size, --image-batch, --window-batch); run it again"
-        typer.echo(f"vaflow: {explain('Out of memory', got=str(error).partition(chr(10))[0], remedy=remedy)}", err=True)
+        got = (str(error) or type(error).__name__).splitlines()[0]
+        typer.echo(f"vaflow: {explain('Out of memory', got=got, remedy=remedy)}", err=True)
         return 1
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Torch has a class for a GPU's memory only; of a CPU's it says so in the text."""
-    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or named
 
 
 @contextmanager

@@ -1,0 +1,139 @@
+"""What else a system does: clocks that jump, two writers, workers and memory that are taken away."""
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from kills import SMALL, assert_same_run, toy_cache
+from lab import EXTRACT, Lab, assert_said, assert_same_cache, attempts, until
+
+from vaflow.cache import open_cache
+from vaflow.cache.verify import leftovers, verify
+
+YEAR = 365 * 86400
+JUMPS = f"from strikes import *; jump_clock({YEAR}); jump_file_times({YEAR})"
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
+
+
+def test_extraction_while_the_clock_jumps(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+    """By a year, forth and back, on the wall and on the disk; killed and resumed in between."""
+    out = tmp_path / "cache"
+    args = ["extract", media, "--out", out, *EXTRACT]
+    process = lab.start(args, JUMPS)
+    until(process, lambda: len(attempts(out)) > 6)
+    process.send(signal.SIGKILL)
+    process.wait()
+    kept = attempts(out)
+    assert_said(lab.run(args, JUMPS), 0)
+    assert kept.items() <= attempts(out).items()
+    assert_same_cache(out, whole)
+
+
+def test_training_while_the_clock_jumps(lab: Lab, toys: Path, tmp_path: Path) -> None:
+    assert_said(lab.run(["train", toys, "--out", tmp_path / "plain", *SMALL]), 0)
+    assert_said(lab.run(["train", toys, "--out", tmp_path / "jumping", *SMALL], JUMPS), 0)
+    assert_same_run(tmp_path / "jumping", tmp_path / "plain")
+
+
+def test_an_index_is_not_fooled_by_times_that_go_back(toys: Path, tmp_path: Path) -> None:
+    """Whatever the times of the records' folders are, an open cache sees what is committed."""
+    subprocess.run(["cp", "-a", toys, tmp_path / "cache"], check=True)
+    cache = open_cache(tmp_path / "cache", writable=True)
+    folder = cache.path / "records" / "labels"
+    items = cache.items()
+    for age in (YEAR, -YEAR, 0):
+        cache.refresh_index()
+        record, arrays = cache.committed("labels", items[0])
+        cache.drop("labels", items[0])
+        os.utime(folder, (time.time() - age, time.time() - age))
+        assert open_cache(cache.path).items() == items[1:]
+        cache.adopt(record, arrays)
+        os.utime(folder, (time.time() - age - 1, time.time() - age - 1))
+        assert open_cache(cache.path).items() == items
+
+
+def test_two_extractions_into_one_cache_at_once(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    args = ["extract", media, "--out", out, *EXTRACT]
+    both = [lab.start(args), lab.start(args)]
+    for process in both:
+        assert_said(process.wait(), 0)
+    assert_same_cache(out, whole)
+    assert leftovers(open_cache(out)) == []
+
+
+def workers_of(pid: int) -> list[int]:
+    """Decoding processes of a command."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread or process that ends just now
+            for child in (task / "children").read_text().split():
+                command = Path(f"/proc/{child}/cmdline").read_bytes()
+                if b"spawn_main" in command and b"tracker" not in command:
+                    found.append(int(child))
+    return found
+
+
+def test_workers_killed_by_the_system_cost_their_clips(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    args = ["extract", media, "--out", out, *EXTRACT]
+    process = lab.start(args)
+    until(process, lambda: bool(workers_of(process.pid)))
+    victims = workers_of(process.pid)
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    ended = process.wait()
+    assert_said(ended, 3, "SIGKILL", "failures.jsonl")
+    listed = (out / "failures.jsonl").read_text().splitlines()
+    assert 1 <= len(listed) <= len(victims)
+    assert all("WorkerDied" in line for line in listed)
+    assert verify(open_cache(out)) == []
+    assert len(open_cache(out).items()) == len(open_cache(whole).items()) - len(listed)
+    assert_said(lab.run(args), 0)
+    assert_same_cache(out, whole)
+
+
+OUT_OF_MEMORY = {
+    "GPU": "fail, torch.OutOfMemoryError, 'CUDA out of memory. Tried to allocate 20.00 MiB'",
+    "CPU": "torch.empty, 1 << 46",
+    "Python": "fail, MemoryError",
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_an_encoder_that_runs_out_of_memory(lab: Lab, media: Path, tmp_path: Path, kind: str) -> None:
+    """At every call: nothing can be encoded any more."""
+    out = tmp_path / "cache"
+    always = "\n".join(
+        f"strike('vaflow.encoders.clip.ClipEncoder.encode', {n}, {OUT_OF_MEMORY[kind]})" for n in range(1, 40)
+    )
+    process = lab.start(["extract", media, "--out", out, *EXTRACT], f"import torch\nfrom strikes import *\n{always}")
+    assert_said(process.wait(), 1, "memory")
+    assert process.orphans() == []
+    assert verify(open_cache(out)) == []
+    assert open_cache(out).items(stream="clip-tiny") == []
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_an_encoder_whose_batch_does_not_fit_once(lab: Lab, media: Path, tmp_path: Path, kind: str) -> None:
+    """Half the batch fits, and the run goes on."""
+    out = tmp_path / "cache"
+    fault = f"strike('vaflow.encoders.clip.ClipEncoder.encode', 2, {OUT_OF_MEMORY[kind]})"
+    ended = lab.run(["extract", media, "--out", out, *EXTRACT], f"import torch\nfrom strikes import *\n{fault}")
+    assert_said(ended, 0, "going on with batches of 2")
+    assert verify(open_cache(out)) == []
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_training_that_runs_out_of_memory(lab: Lab, toys: Path, tmp_path: Path, kind: str) -> None:
+    fault = f"strike('vaflow.train.loop.train_step', 9, {OUT_OF_MEMORY[kind]})"
+    ended = lab.run(["train", toys, "--out", tmp_path / "run", *SMALL], f"import torch\nfrom strikes import *\n{fault}")
+    assert_said(ended, 1, "memory", "--batch-size")
