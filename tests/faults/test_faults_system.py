@@ -77,7 +77,7 @@ def workers_of(pid: int) -> list[int]:
         with suppress(FileNotFoundError):  # a thread or process that ends just now
             for child in (task / "children").read_text().split():
                 command = Path(f"/proc/{child}/cmdline").read_bytes()
-                if b"spawn_main" in command and b"tracker" not in command:
+                if b"spawn_main" in command:
                     found.append(int(child))
     return found
 
