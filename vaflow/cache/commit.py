@@ -23,7 +23,7 @@ def load_record(layout: Layout, path: Path) -> Record:
         ValueError: the file is damaged, or is not the record of that place.
         FileNotFoundError: there is none.
     """
-    record = record_from(unseal(path.read_bytes()))
+    record = record_from(unseal(files.read_document(layout.root, path)))
     if layout.record(record.stream, record.item) != path:
         raise ValueError(f"it is the record of {record.item!r} of stream {record.stream!r}")
     return record
@@ -40,6 +40,7 @@ def commit(layout: Layout, store: Store, draft: Record, arrays: Mapping[str, Arr
     """
     folder = layout.item(draft.stream, draft.item)
     replacing = layout.record(draft.stream, draft.item).exists()  # decided before others can commit meanwhile
+    files.refuse_links(layout.root, folder)
     files.make_folder(folder)
     attempt = token_hex(8)
     try:
@@ -99,4 +100,6 @@ def discard(layout: Layout, store: Store, path: Path) -> None:
     places.remove(layout, path)
     files.sync(path.parent)
     if record is not None:
-        places.remove(layout, store.path(layout.item(record.stream, record.item), record.attempt))
+        attempt = store.path(layout.item(record.stream, record.item), record.attempt)
+        if not files.behind_link(layout.root, attempt):
+            places.remove(layout, attempt)

@@ -23,7 +23,7 @@ def load_stream(layout: Layout, file_name: str) -> StreamInfo:
         FileNotFoundError: there is none.
     """
     path = layout.all_streams / file_name
-    info = stream_from(unseal(path.read_bytes()))
+    info = stream_from(unseal(files.read_document(layout.root, path)))
     if layout.stream(info.name) != path:
         raise ValueError(f"it is of stream {info.name!r}")
     return info

@@ -12,10 +12,11 @@ import numpy as np
 
 from vaflow.cache.files import Blob
 from vaflow.cache.names import is_attempt
-from vaflow.cache.schema import FORMAT, SCHEMA_VERSION, Json, Record, StreamInfo
+from vaflow.cache.schema import DTYPES, FORMAT, KINDS, SCHEMA_VERSION, Json, Record, StreamInfo
 from vaflow.errors import UsageError, explain
 
 CHECKSUM = "crc32c"
+MAX_DURATION = 1e7  # seconds of a clip: no recording has four months
 
 
 def canonical(value: Any) -> bytes:
@@ -59,14 +60,14 @@ def unseal(data: bytes) -> Json:
     """
     try:
         document = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error})") from error
     if not isinstance(document, dict) or CHECKSUM not in document:
         raise ValueError("it has no checksum")
     del document[CHECKSUM]
     try:
         sealed = seal(document)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not what a writer makes ({error})") from error
     if sealed != data:
         raise ValueError("it does not match its own checksum")
@@ -104,6 +105,11 @@ def stream_from(document: Json) -> StreamInfo:
         info = StreamInfo(**{f.name: document[f.name] for f in fields(StreamInfo)})
     except KeyError as error:
         raise ValueError(f"it lacks {error}") from error
+    known = isinstance(info.kind, str) and info.kind in KINDS
+    if not (known and isinstance(info.name, str) and isinstance(info.dtype, str) and isinstance(info.identity, dict)):
+        raise ValueError("it has members of another type, or a kind that is not known")
+    if not _is_count(info.dim):
+        raise ValueError(f"its dim is {info.dim!r}, not a whole number of at least 0")
     if fingerprint(info) != document.get("fingerprint"):
         raise ValueError("its fingerprint is not that of its settings")
     return info
@@ -125,13 +131,49 @@ def record_from(document: Json) -> Record:
         record = Record(**{f.name: document[f.name] for f in fields(Record)})
     except KeyError as error:
         raise ValueError(f"it lacks {error}") from error
+    texts = (record.stream, record.item, record.attempt, record.created, record.fingerprint)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("it has members that are not text")
+    if not all(isinstance(part, dict) for part in (record.arrays, record.files, record.source, record.meta)):
+        raise ValueError("it has members that are not objects")
     if not is_attempt(record.attempt):
         raise ValueError(f"its attempt {record.attempt!r} is not a plain file name")
-    for name in record.files:
-        first, *rest = name.split("/")
-        if first not in (record.attempt, f"{record.attempt}.h5") or {"", ".", ".."} & set(rest):
-            raise ValueError(f"it names a file outside its attempt: {name!r}")
+    for name, facts in record.files.items():
+        _check_file(record.attempt, name, facts)
+    for name, facts in record.arrays.items():
+        _check_array(name, facts)
+    _check_meta(record.meta)
     return record
+
+
+def _check_file(attempt: str, name: str, facts: Any) -> None:
+    first, *rest = name.split("/")
+    if first not in (attempt, f"{attempt}.h5") or not all(is_attempt(part) for part in rest):
+        raise ValueError(f"it names a file outside its attempt: {name!r}")
+    if not isinstance(facts, dict) or not all(_is_count(facts.get(key)) for key in ("size", CHECKSUM)):
+        raise ValueError(f"it does not say size and checksum of {name!r}")
+
+
+def _check_array(name: str, facts: Any) -> None:
+    """Shape and dtype are such that a program can add them up; whether the files hold them is found out when read."""
+    shape, dtype = (facts.get("shape"), facts.get("dtype")) if isinstance(facts, dict) else (None, None)
+    if not isinstance(shape, list) or not all(_is_count(length) for length in shape) or not isinstance(dtype, str):
+        raise ValueError(f"it does not say shape and dtype of {name!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"array {name!r} is of {dtype!r}, which no stream has")
+
+
+def _check_meta(meta: Json) -> None:
+    """Facts that programs rely on, where there are any."""
+    if not all(isinstance(meta.get(key), str | None) for key in ("split", "group")):
+        raise ValueError("its split or group is not text")
+    duration = meta.get("duration", 0.0)
+    if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 <= duration < MAX_DURATION:
+        raise ValueError(f"its duration is {duration!r}, not seconds")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _check_version(document: Json) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +16,61 @@ from vaflow.cache.names import TEMPORARY
 
 Blob = NDArray[np.uint8]  # the bytes of one file, writable, so that arrays made of them are too
 
+LARGEST_DOCUMENT = 64 * 2**20  # bytes
+
 # Some network and FAT file systems have no hard links; they answer with one of these.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def refuse_links(root: Path, *paths: Path) -> None:
+    """Nothing between `root` and `paths`, nor these themselves, may be a link: a cache is what lies in its folder.
+
+    What is not there is no link; above `root` links are the user's own.
+
+    Raises:
+        OSError: there is one, or a path does not lie below `root`.
+    """
+    top = f"{root}{os.sep}"
+    known = set()  # text and one look at each folder: this is done for every item that is read
+    for path in map(os.fspath, paths):
+        if path == str(root):
+            continue
+        if not path.startswith(top) or ".." in path.split(os.sep):  # noqa: PTH206
+            raise OSError(errno.ELOOP, "a name that leads out of the cache", path)
+        place = str(root)
+        for part in path[len(top) :].split(os.sep):  # noqa: PTH206
+            place = f"{place}{os.sep}{part}"
+            if place not in known and os.path.islink(place):  # noqa: PTH114
+                raise OSError(errno.ELOOP, "a link, which is not followed", place)
+            known.add(place)
+
+
+def behind_link(root: Path, path: Path) -> bool:
+    """Whether removing `path` would remove something outside of `root`: a folder on the way to it is a link."""
+    try:
+        refuse_links(root, path.parent)
+    except OSError:
+        return True
+    return False
+
+
+def read_document(root: Path, path: Path) -> bytes:
+    """All bytes of a small file below `root`.
+
+    Raises:
+        ValueError: it is a link or behind one, no regular file, or far too large.
+        OSError: it is not there or cannot be read.
+    """
+    try:
+        refuse_links(root, path)
+    except OSError as error:
+        raise ValueError(f"it is not in the cache: {error.filename} is {error.strerror}") from error
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no file")
+    if status.st_size > LARGEST_DOCUMENT:
+        raise ValueError(f"it has {status.st_size} bytes, far more than such a file can have")
+    return path.read_bytes()
 
 
 def sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,23 @@ class Hdf5Store:
         import h5py
 
         with h5py.File(io.BytesIO(blobs[attempt + SUFFIX].data), "r") as file:
-            return {name: np.asarray(file[name][()]) for name in names}
+            return {name: _read(file, name, blobs[attempt + SUFFIX].size) for name in names}
 
     def path(self, folder: Path, attempt: str) -> Path:
         return folder / f"{attempt}{SUFFIX}"
+
+
+def _read(file: Any, name: str, size: int) -> Array:
+    """One dataset that lies in the file as it is: HDF5 can also point at other files, or unpack to any size.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    import h5py
+
+    found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(found, h5py.Dataset) or found.is_virtual or found.external or found.chunks:
+        raise ValueError(f"{name!r} is not a contiguous dataset of this file")
+    if found.dtype.hasobject or found.nbytes > size:
+        raise ValueError(f"{name!r} claims {found.nbytes} bytes of {found.dtype}, the file has {size}")
+    return np.asarray(found[()])

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vaflow.cache import files
 from vaflow.cache.documents import canonical, crc32c
@@ -164,7 +164,7 @@ class Index:
             return {}
         try:
             return _parse(data)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             log.info("ignoring %s, which is made again from the records: %s", self._layout.index, error)
             return {}
 
@@ -181,10 +181,22 @@ def _parse(data: bytes) -> dict[str, Folder]:
         stream: Folder(
             (table["stamp"][0], table["stamp"][1]),
             table["settled"],
-            {name: Row(*row) for name, row in table["rows"].items()},
+            {name: _row(row) for name, row in table["rows"].items()},
         )
         for stream, table in document["streams"].items()
     }
+
+
+def _row(values: list[Any]) -> Row:
+    row = Row(*values)
+    numbers = (row.mtime_ns, row.size, row.inode, row.nbytes)
+    if (
+        not isinstance(row.item, str)
+        or not isinstance(row.split, str | None)
+        or any(type(n) is not int for n in numbers)
+    ):
+        raise ValueError("it has rows of another type")
+    return row
 
 
 def _margin(mtime_ns: int) -> int:

@@ -147,7 +147,10 @@ def read_manifest(layout: Layout) -> StoreName:
         OSError: there is no manifest, or it cannot be read.
         SchemaError, CorruptError: see `open_cache`.
     """
-    data = layout.manifest.read_bytes()
+    try:
+        data = files.read_document(layout.root, layout.manifest)
+    except ValueError as error:
+        raise corrupt(layout, layout.manifest, str(error)) from error
     _check_version(layout, data)
     try:
         store = unseal(data)["store"]
@@ -163,7 +166,7 @@ def _check_version(layout: Layout, data: bytes) -> None:
     """Before the checksum: another version may define it otherwise."""
     try:
         document: Any = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise corrupt(layout, layout.manifest, f"it is not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise SchemaError(explain(f"{layout.manifest} is not the manifest of a cache", expected=f"format {FORMAT!r}"))

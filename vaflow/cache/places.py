@@ -31,7 +31,12 @@ def replace(layout: Layout, path: Path, data: bytes) -> None:
 
 
 def remove(layout: Layout, path: Path) -> None:
-    """Remove a file or a whole folder; nothing happens where there is none."""
+    """Remove a file or a whole folder; nothing happens where there is none.
+
+    Raises:
+        OSError: it cannot be removed, or lies behind a link: nothing outside of the cache is ever removed.
+    """
+    files.refuse_links(layout.root, path.parent)
     if layout.remote is not None:
         layout.remote.remove(path)
     files.remove(path)

@@ -87,6 +87,9 @@ KINDS: Mapping[str, Mapping[str, ArraySpec]] = {
 # fmt: on
 
 
+DTYPES = frozenset(dtype for specs in KINDS.values() for spec in specs.values() for dtype in spec.dtypes)
+
+
 @dataclass(frozen=True)
 class StreamInfo:
     """What made a stream. Two streams of one name with different fingerprints never mix.

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vaflow.cache import places
+from vaflow.cache import files, places
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import discard, load_record
 from vaflow.cache.declare import load_stream
 from vaflow.cache.documents import fingerprint, manifest_document, seal
-from vaflow.cache.fetch import decode, file_problem
+from vaflow.cache.fetch import decode, file_problem, size_problem
+from vaflow.cache.messages import cannot_write
 from vaflow.cache.names import TEMPORARY, Layout
 from vaflow.cache.opening import layout_of, open_cache, read_manifest
 from vaflow.cache.schema import Record, StoreName, StreamInfo, array_problems
@@ -126,8 +127,12 @@ def _attempt_problems(cache: Cache, record: Record, info: StreamInfo | None) -> 
     damaged = False
     for name, facts in record.files.items():
         try:
-            blobs[name] = places.read(layout, folder / name, again=True)
-            found = file_problem(blobs[name], facts)
+            places.fill(layout, [folder / name], again=True)
+            files.refuse_links(layout.root, folder / name)
+            found = size_problem(folder / name, facts)
+            if found is None:
+                blobs[name] = files.read(folder / name)
+                found = file_problem(blobs[name], facts)
         except OSError as error:
             found = f"it cannot be read: {error.strerror}"
         if found:
@@ -163,7 +168,7 @@ def leftovers(cache: Cache, older_than: float = 0.0) -> list[Path]:
         for folder in sorted(p for p in (layout.root / name).glob("*") if p.is_dir()):
             found += _unrecorded(layout, cache.store, folder)
     newest = time.time() - older_than
-    return sorted(path for path in found if _changed(path) <= newest)
+    return sorted(path for path in found if _changed(path) <= newest and not files.behind_link(layout.root, path))
 
 
 def _unrecorded(layout: Layout, store: StoreName, folder: Path) -> list[Path]:
@@ -189,7 +194,8 @@ def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
     """Drop what is damaged, so that the next extraction makes it again; returns what was found.
 
     Damaged items go, record first. A damaged stream file goes; its items stay, and count again as soon as the stream
-    is declared with the same settings. Leftovers older than an hour go. The index is made anew.
+    is declared with the same settings. Leftovers older than an hour go. The index is made anew. Nothing outside of the
+    cache's folder is touched: links are removed, never followed.
 
     Raises:
         UsageError: the cache was opened for reading.
@@ -199,23 +205,34 @@ def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
         raise UsageError(
             f"The cache {cache.place} was opened for reading. Open it with open_cache(path, writable=True)."
         )
-    layout, store = cache.layout, STORES[cache.store]
+    layout = cache.layout
     problems = verify(cache, on_item)
-    for problem in problems:
-        path = layout.root / problem.path
-        if path == layout.manifest:
-            places.replace(layout, path, seal(manifest_document(cache.store)))
-        elif problem.item is not None and problem.stream is not None:
-            discard(layout, store, layout.record(problem.stream, problem.item))
-        elif path.parent == layout.all_streams:
+    try:
+        for problem in problems:
+            _mend(cache, problem)
+        for path in leftovers(cache, GRACE):
             places.remove(layout, path)
-        else:
-            discard(layout, store, path)
-    for path in leftovers(cache, GRACE):
-        places.remove(layout, path)
-    layout.index.unlink(missing_ok=True)
+        layout.index.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(layout, error) from error
     cache.refresh_index()
     return problems
+
+
+def _mend(cache: Cache, problem: Problem) -> None:
+    """Remove what is damaged. What links lead to is not in the cache, and stays as it is."""
+    layout, store = cache.layout, STORES[cache.store]
+    path = layout.root / problem.path
+    if problem.item is not None and problem.stream is not None:
+        path = layout.record(problem.stream, problem.item)
+    if files.behind_link(layout.root, path):
+        return
+    if path == layout.manifest:
+        places.replace(layout, path, seal(manifest_document(cache.store)))
+    elif path.parent == layout.all_streams:
+        places.remove(layout, path)
+    else:
+        discard(layout, store, path)
 
 
 def open_for_repair(path: Path) -> Cache:

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vaflow.cache.files import Blob
-from vaflow.cache.schema import Array
+from vaflow.cache.schema import DTYPES, Array
 
 LARGEST_CHUNK = 64 * 2**20  # bytes; longer arrays are split along their first axis
 _RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])
@@ -76,7 +77,27 @@ def _read_raw(attempt: str, blobs: Mapping[str, Blob], name: str) -> Array | Non
     return blob.view(np.dtype(metadata["data_type"]).newbyteorder("<")).reshape(shape)
 
 
+def _check_plain(attempt: str, blobs: Mapping[str, Blob], name: str) -> None:
+    """Only what the contract allows goes to zarr: no codecs but raw bytes, no chunks that are not there.
+
+    Raises:
+        ValueError: it is something else; the shape in the metadata would be filled up with zeros, say.
+    """
+    metadata: dict[str, Any] = json.loads(blobs[f"{attempt}/{name}/zarr.json"].tobytes())
+    shape, chunks = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    if metadata["codecs"] not in _RAW_CODECS or metadata["data_type"] not in DTYPES:
+        raise ValueError(f"array {name!r} is not stored as raw bytes of a known type")
+    if len(chunks) != len(shape) or not all(type(length) is int and length >= 0 for length in [*shape, *chunks]):
+        raise ValueError(f"array {name!r} has a shape that is none")
+    wanted = prod(-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True))
+    there = sum(key.startswith(f"{attempt}/{name}/c/") for key in blobs)
+    if wanted != there:
+        raise ValueError(f"array {name!r} has {there} of {wanted} chunks")
+
+
 def _read_by_zarr(attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
+    for name in names:
+        _check_plain(attempt, blobs, name)
     import zarr
     from zarr.core.buffer import default_buffer_prototype
 
