@@ -1,0 +1,74 @@
+"""What a command asked of the system, in order, as strace saw it: nothing of the command is patched."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CALLS = "fsync,fdatasync,link,linkat,rename,renameat,renameat2,write,pwrite64,unlink,unlinkat"
+_WHOLE = re.compile(r"(\d+) +(\w+)\((.*)\) += +(-?\d+)")
+_BEGUN = re.compile(r"(\d+) +(\w+)\((.*) <unfinished \.\.\.>")
+_RESUMED = re.compile(r"(\d+) +<\.\.\. (\w+) resumed>(.*)\) += +(-?\d+)")
+_PATH = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_HANDLE = re.compile(r"^\d+<([^>]*)>")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One successful call: its name, the file (of links and renames: the new name), when it began and had ended."""
+
+    name: str
+    path: Path
+    began: int
+    ended: int
+
+
+def trace(args: Sequence[object], log: Path) -> list[Call]:
+    """Run `vaflow ARGS` in a new interpreter; skips where there is no strace."""
+    program = shutil.which("strace")
+    if program is None:
+        pytest.skip("strace is not installed")
+    code = "import sys; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
+    traced = [program, "-f", "-y", "-qq", "-s", "4096", "-o", str(log), "-e", f"trace={CALLS}"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    said = subprocess.run(
+        [*traced, sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True
+    )
+    if "ptrace" in said.stderr and "not permitted" in said.stderr:
+        pytest.skip(f"strace may not trace here: {said.stderr.strip()}")
+    assert said.returncode == 0, said.stderr
+    return parse(log.read_text(errors="replace"))
+
+
+def parse(text: str) -> list[Call]:
+    """Calls that succeeded, in the order in which they ended."""
+    begun: dict[str, tuple[str, str, int]] = {}
+    calls = []
+    for number, line in enumerate(text.splitlines()):
+        if match := _BEGUN.fullmatch(line):
+            begun[match[1]] = match[2], match[3], number
+            continue
+        if match := _RESUMED.fullmatch(line):
+            name, given, began = begun.pop(match[1])
+            given, result = given + match[3], int(match[4])
+        elif match := _WHOLE.fullmatch(line):
+            name, given, began, result = match[2], match[3], number, int(match[4])
+        else:
+            continue
+        path = _path(given)
+        if result >= 0 and path is not None:
+            calls.append(Call(name, path, began, number))
+    return calls
+
+
+def _path(given: str) -> Path | None:
+    if handle := _HANDLE.match(given):
+        return Path(handle[1])
+    names = _PATH.findall(given)
+    return Path(names[-1]) if names else None

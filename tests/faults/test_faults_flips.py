@@ -1,0 +1,25 @@
+"""Single flipped bits: a sample of those that `scripts/faults.py flips` tries all."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
+
+from flips import committed_files, every_flip, is_found, tiny_cache
+
+STEP = 211  # a prime: every position in a byte has its turn
+
+
+@pytest.mark.parametrize("store", ["zarr", "hdf5"])
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, store: str) -> None:
+    tried, lost = every_flip(tmp_path / "cache", store, step=STEP)
+    bits = 8 * sum(file.stat().st_size for file in committed_files(tmp_path / "cache"))
+    assert tried >= bits // STEP
+    assert lost == []
+
+
+@pytest.mark.parametrize("store", ["zarr", "hdf5"])
+def test_a_whole_cache_is_not_said_to_be_damaged(tmp_path: Path, store: str) -> None:
+    assert not is_found(tiny_cache(tmp_path / "cache", store))

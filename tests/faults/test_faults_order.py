@@ -1,0 +1,189 @@
+"""Power cuts and file systems that reorder: a commit relies on nothing that might not have reached the disk."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kills import toy_cache
+from lab import EXTRACT, Lab, assert_said, assert_same_cache, attempts
+from syscalls import Call, parse, trace
+
+from vaflow.cache import open_cache
+from vaflow.cache.verify import record_files, verify
+from vaflow.errors import CorruptError
+from vaflow.train.config import TrainConfig
+from vaflow.train.training import train_run
+
+FLUSHES = ("fsync", "fdatasync")
+NAMINGS = ("link", "linkat", "rename", "renameat", "renameat2")
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_cache(tmp_path_factory.mktemp("toys") / "cache", 3)
+
+
+@pytest.mark.parametrize("store", ["zarr", "hdf5"])
+def test_a_record_is_named_after_all_that_it_names_is_on_the_disk(toys: Path, tmp_path: Path, store: str) -> None:
+    """As the kernel saw it: files, their folders, the record's bytes, and only then the record's name."""
+    out = tmp_path / "cache"
+    calls = trace(["cache", "convert", toys, "--out", out, "--store", store], tmp_path / "log")
+    cache = open_cache(out)
+    for record_file in record_files(cache):
+        stream, item = record_file.parent.name, record_file.stem
+        record = cache.record(stream, item)
+        named = next(c for c in calls if c.name in NAMINGS and c.path == record_file)
+        folder = cache.layout.item(record.stream, record.item)
+        for name in record.files:
+            flushed = _last(calls, FLUSHES, folder / name)
+            assert flushed.ended < named.began, f"{name} was flushed after the record was named"
+            wrote = [c for c in calls if c.name in ("write", "pwrite64") and c.path == folder / name]
+            assert all(c.ended < flushed.began for c in wrote), f"{name} was written to after it was flushed"
+            for parent in (folder / name).parents:
+                if parent.is_relative_to(out / stream):
+                    in_time = [c for c in calls if c.name in FLUSHES and c.path == parent and c.ended < named.began]
+                    assert any(c.began > flushed.began for c in in_time), f"the names in {parent} were not flushed"
+        after = [c for c in calls if c.name in FLUSHES and c.path == record_file.parent and c.began > named.ended]
+        assert after, "a commit that has returned survives a power cut"
+
+
+def _last(calls: list[Call], names: tuple[str, ...], path: Path) -> Call:
+    found = [call for call in calls if call.name in names and call.path == path]
+    assert found, f"{path} was never flushed"
+    return found[-1]
+
+
+def test_what_strace_writes_is_read_rightly() -> None:
+    """Calls of several threads interleave; failed ones do not count."""
+    log = (
+        '7 fsync(5</a/file> <unfinished ...>\n8 write(6</a/b c>, "x"..., 10) = 10\n7 <... fsync resumed>) = 0\n'
+        '7 link("/a/.tmp", "/a/record") = 0\n7 link("/a/.tmp", "/a/record") = -1 EEXIST (File exists)\n'
+    )
+    assert parse(log) == [
+        Call("write", Path("/a/b c"), 1, 1),
+        Call("fsync", Path("/a/file"), 0, 2),
+        Call("link", Path("/a/record"), 3, 3),
+    ]
+
+
+def test_a_run_is_done_only_when_all_of_it_is_on_the_disk(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`metrics.json`, which says so, comes last; the checkpoint goes after that."""
+    steps: list[tuple[str, Path]] = []
+    fsync, replace, unlink = os.fsync, os.replace, os.unlink
+
+    def note_flush(handle: int) -> None:
+        fsync(handle)
+        steps.append(("flush", Path(f"/proc/self/fd/{handle}").readlink()))
+
+    def note_replace(source: Path, target: Path) -> None:
+        assert ("flush", Path(source)) in steps, f"{source} was not flushed before it was put in its place"
+        replace(source, target)
+        steps.append(("name", Path(target)))
+
+    def note_unlink(path: Path, **named: object) -> None:
+        unlink(path, **named)  # type: ignore[arg-type]
+        steps.append(("gone", Path(path)))
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(os, "unlink", note_unlink)
+    out = tmp_path / "run"
+    config = TrainConfig(hidden=16, epochs=2, device="cpu")
+    train_run(open_cache(toys), config, out, tensorboard=False, pictures=False)
+    done = steps.index(("name", out / "metrics.json"))
+    for file in [out / "model.safetensors", out / "config.toml", *(out / "predictions" / "val").glob("*.csv")]:
+        named = steps.index(("name", file))
+        assert named < done
+        assert ("flush", file.parent) in steps[named:done], f"the name of {file.name} was not flushed"
+    gone = steps.index(("gone", out / "checkpoint.safetensors"))
+    assert ("flush", out) in steps[done:gone]
+
+
+def hidden(file: Path) -> Callable[[], object]:
+    """Not there yet."""
+    aside = file.with_name(f"{file.name}.hidden")
+    file.rename(aside)
+    return lambda: aside.rename(file)
+
+
+def empty(file: Path) -> Callable[[], object]:
+    """The name is there, the bytes are not."""
+    data = file.read_bytes()
+    file.write_bytes(b"")
+    return lambda: file.write_bytes(data)
+
+
+def short(file: Path) -> Callable[[], object]:
+    """Some of the bytes are there."""
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    return lambda: file.write_bytes(data)
+
+
+def zeros(file: Path) -> Callable[[], object]:
+    """The length is there, the bytes are not."""
+    data = file.read_bytes()
+    file.write_bytes(bytes(len(data)))
+    return lambda: file.write_bytes(data)
+
+
+@pytest.mark.parametrize("late", [hidden, empty, short, zeros])
+@pytest.mark.parametrize("store", ["zarr", "hdf5"])
+def test_a_record_that_is_seen_before_its_arrays_never_gives_wrong_data(
+    lab: Lab, toys: Path, tmp_path: Path, store: str, late: Callable[[Path], Callable[[], object]]
+) -> None:
+    """As on a network file system that reorders: an error until everything is there, then the right arrays."""
+    out = tmp_path / "cache"
+    assert_said(lab.run(["cache", "convert", toys, "--out", out, "--store", store]), 0)
+    cache, truth = open_cache(out), open_cache(toys)
+    item = truth.items()[0]
+    for stream in truth.streams():
+        name = item if item in truth.items(stream=stream) else truth.items(stream=stream)[0]
+        record = cache.record(stream, name)
+        for file in record.files:
+            appear = late(cache.layout.item(stream, name) / file)
+            with pytest.raises(CorruptError, match="repair"):
+                cache.read(stream, name)
+            assert cache.has(stream, name)
+            assert verify(open_cache(out))
+            appear()
+            for array, value in truth.read(stream, name).arrays.items():
+                np.testing.assert_array_equal(cache.read(stream, name).arrays[array], value, strict=True)
+    assert verify(open_cache(out)) == []
+
+
+def test_training_stops_at_a_clip_whose_arrays_are_not_there(lab: Lab, toys: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-a", toys, tmp_path / "cache"], check=True)
+    cache = open_cache(tmp_path / "cache")
+    item = cache.items(split="train")[0]
+    hidden(cache.layout.item("toy-eyes", item) / next(iter(cache.record("toy-eyes", item).files)))
+    ended = lab.run(["train", tmp_path / "cache", "--out", tmp_path / "run", "--set", "hidden=16", "--device", "cpu"])
+    assert_said(ended, 1, item, "repair")
+
+
+def test_what_is_damaged_is_made_anew_and_nothing_else(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+    """verify finds one flipped bit, repair drops that item, extract makes that item: the cache is what it was."""
+    out = tmp_path / "cache"
+    subprocess.run(["cp", "-a", whole, out], check=True)
+    record = open_cache(out).record("clip-tiny", "clip3")
+    file = open_cache(out).layout.item("clip-tiny", "clip3") / max(record.files, key=lambda n: record.files[n]["size"])
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    before = attempts(out)
+    said = lab.run(["cache", "verify", out])
+    assert said.code == 1
+    assert "'clip3' of stream 'clip-tiny'" in said.out + said.err
+    assert_said(lab.run(["cache", "repair", out]), 0)
+    assert_said(lab.run(["extract", media, "--out", out, *EXTRACT]), 0)
+    after = attempts(out)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"records/clip-tiny/clip3.json"}
+    assert after.keys() == before.keys()
+    assert lab.run(["cache", "verify", out]).code == 0
+    assert_same_cache(out, whole)
