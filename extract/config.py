@@ -10,6 +10,7 @@ from vaflow.timeline import Grid
 FACE_SOURCES = ("auto", "centerface", "none")
 DTYPES = ("float16", "float32")
 ENGINES = ("local", "ray")
+DECODERS = ("pyav", "nvdec")
 AUTO = -1  # a batch size found out from free memory
 
 
@@ -24,6 +25,7 @@ class ExtractConfig:
         dtype: of stored embeddings.
         face_source: one of `FACE_SOURCES`.
         pixels: keep the face crops, for fine-tuning.
+        decoder: of pictures: "pyav", on the CPU; "nvdec", on the GPU through torchcodec.
         prompts: TOML file of the prompt set, or None for the built-in one.
         device: "auto", "cpu" or "cuda[:N]".
         precision: of the encoders' arithmetic: "auto" (float32), or "bfloat16", "float16" on CUDA.
@@ -46,6 +48,7 @@ class ExtractConfig:
     dtype: str = "float16"
     face_source: str = "auto"
     pixels: bool = False
+    decoder: str = "pyav"
     prompts: Path | None = None
     device: str = "auto"
     precision: str = "auto"
@@ -57,6 +60,7 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         _choose("dtype", self.dtype, DTYPES)
         _choose("faces", self.face_source, FACE_SOURCES)
+        _choose("decoder", self.decoder, DECODERS)
         for name, least in (("image_batch", AUTO), ("window_batch", AUTO), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UsageError(explain(f"{name} must not be negative", expected="0 or more", got=getattr(self, name)))

@@ -21,6 +21,7 @@ class Job:
         face_source: "auto" (crops where the clip has them, else detection), "centerface" or "none" (whole frames).
         preparations: the inputs that the visual encoders expect.
         keep_jpeg: send the stored form of every crop along.
+        decode_on: the GPU that decodes pictures; empty for PyAV.
     """
 
     number: int
@@ -31,6 +32,7 @@ class Job:
     face_source: str
     preparations: tuple[Preparation, ...]
     keep_jpeg: bool
+    decode_on: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.extract.batching import make_encoders
 from vaflow.extract.config import ENGINES, ExtractConfig, Shard, default_workers
 from vaflow.extract.failures import FailureLog
+from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import Task, make_plan
 from vaflow.extract.prompts import write_prompts
 from vaflow.extract.run import Run
@@ -57,6 +58,8 @@ def extract(
             dataset, out, config, store=store, shard=shard, address=ray_address, show_progress=show_progress
         )
     device = resolve_device(config.device)
+    if config.decoder == "nvdec":
+        require_nvdec(str(device))
     visual, audio = build_encoders(config, device)
     return extract_with(
         dataset, out, config, visual, audio, device, store=store, shard=shard, show_progress=show_progress

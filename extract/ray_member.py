@@ -12,6 +12,7 @@ from vaflow.cache.schema import StreamInfo
 from vaflow.errors import VaflowError
 from vaflow.extract.batching import Encoders, make_encoders
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.pipeline import build_encoders, prepare, resolve_device
 from vaflow.extract.plan import Task
 from vaflow.extract.run import Run
@@ -74,6 +75,8 @@ class Member:
         logging.getLogger("vaflow").addHandler(self._notes)
         try:
             device = resolve_device(self._config.device)
+            if self._config.decoder == "nvdec":
+                require_nvdec(str(device))
             visual, audio = build_encoders(self._config, device)
             self._cache: Cache = create_cache(Path(self._out), store=self._store)
             self._infos = prepare(self._cache, self._config, visual, audio)

@@ -7,17 +7,19 @@ bounded, so memory does not grow with the data set, and a clip is committed as s
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Protocol
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LOGMEL, PIXELS, StreamInfo
 from vaflow.encoders.frontend import KALDI
-from vaflow.errors import DataError
+from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.failures import Failure
 from vaflow.extract.messages import Done, Failed, Job
+from vaflow.extract.nvdec import check_parity
 from vaflow.extract.plan import Task
 from vaflow.extract.pool import WorkerPool
 from vaflow.extract.profile import COMMITTING, WAITING_FOR_WRITER, Profile
@@ -69,6 +71,8 @@ class Run:
         self._slots = threading.Semaphore(PENDING_COMMITS)
         self._commits: list[Future[None]] = []
         self._profile = Profile()
+        self._gpu = next((str(b.device) for b in encoders.batchers.values()), "cuda")
+        self._compared = False
         self._before = {name: batcher.seconds for name, batcher in encoders.batchers.items()}
 
     def run(self, tasks: Iterable[Task]) -> None:
@@ -116,7 +120,18 @@ class Run:
                 face_source=self._config.face_source,
                 preparations=preparations,
                 keep_jpeg=PIXELS in task.streams,
+                decode_on=self._decode_on(task) if kinds & {"visual", "pixels"} else "",
             )
+
+    def _decode_on(self, task: Task) -> str:
+        """The GPU that decodes pictures, if one does; compared with PyAV on the first clip that it decodes."""
+        if self._config.decoder != "nvdec":
+            return ""
+        if not self._compared and task.clip.video is not None:
+            with suppress(MediaError):  # the clip's own fault: its decoding process says so; the next one is compared
+                check_parity(task.clip.video, self._gpu)
+                self._compared = True
+        return self._gpu
 
     def _needs_sound(self, task: Task) -> bool:
         """Whether a stream is made from anything but the log-Mel, which the cache has."""

@@ -11,6 +11,7 @@ from vaflow.encoders.logmel import identity as logmel_identity
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces import faces_identity
 from vaflow.extract.media import decoder_identity
+from vaflow.extract.nvdec import nvdec_identity
 
 # Which parts of a clip's source each kind of stream is made from: a change of any other part leaves it alone.
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -31,7 +32,7 @@ def stream_infos(
     config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]
 ) -> dict[str, StreamInfo]:
     """Every per-clip stream of an extraction by name, in the order in which they are committed."""
-    picture = {"faces": _face_identity(config), "decoder": decoder_identity()}
+    picture = {"faces": _face_identity(config), "decoder": _picture_decoder(config)}
     sampling = config.sampling
     infos = [
         StreamInfo(
@@ -84,6 +85,10 @@ def source_of(kind: str, sources: dict[str, Any]) -> dict[str, Any]:
 def provenance() -> dict[str, str]:
     """What every record says of its maker."""
     return {"vaflow": __version__}
+
+
+def _picture_decoder(config: ExtractConfig) -> dict[str, Any]:
+    return nvdec_identity() if config.decoder == "nvdec" else decoder_identity()
 
 
 def _face_identity(config: ExtractConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from vaflow.extract.heartbeat import listening
 from vaflow.extract.limits import limit_memory
 from vaflow.extract.media import MediaInfo, frame_times, frames_at, probe
 from vaflow.extract.messages import Alive, Clock, Done, Face, FacesEnd, Failed, Job, Message, Sound, SoundEnd
+from vaflow.extract.nvdec import frames_on_gpu
 from vaflow.extract.sources import sources_of
 from vaflow.extract.stills import open_stills, stills_at
 from vaflow.timeline import Floats, Ints, median_interval, nearest
@@ -185,7 +186,7 @@ def _cut_faces(job: Job, frame: Ints, times: Floats, counts: dict[str, int]) -> 
         samples_of.setdefault(number, []).append(sample)
     detector = _detector() if job.face_source != "none" else None
     tracker = PersonTracker()
-    for number, image in _whole_frames(job.clip, np.unique(frame), times, counts):
+    for number, image in _whole_frames(job, np.unique(frame), times, counts):
         if detector is not None:
             face = tracker.update(detector.detect(image), float(times[number]))
             if face is None:
@@ -197,9 +198,12 @@ def _cut_faces(job: Job, frame: Ints, times: Floats, counts: dict[str, int]) -> 
             yield sample, jpeg, stored
 
 
-def _whole_frames(clip: Clip, wanted: Ints, times: Floats, counts: dict[str, int]) -> Iterator[tuple[int, Picture]]:
+def _whole_frames(job: Job, wanted: Ints, times: Floats, counts: dict[str, int]) -> Iterator[tuple[int, Picture]]:
     """The wanted frames of a video or of a folder of pictures; of the latter, those that can be read."""
-    if clip.video is not None:
+    clip = job.clip
+    if clip.video is not None and job.decode_on:
+        yield from frames_on_gpu(clip.video, wanted, times, job.decode_on)
+    elif clip.video is not None:
         yield from frames_at(clip.video, wanted, times)
     elif clip.frames is not None:
         for number, image in stills_at(clip.frames, wanted):

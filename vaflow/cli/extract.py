@@ -34,6 +34,9 @@ def extract(
         str, typer.Option(help="auto (crops if there are any, else detection), centerface, none.")
     ] = "auto",
     pixels: Annotated[bool, typer.Option("--pixels", help="Keep the face crops (JPEG) for fine-tuning.")] = False,
+    decoder: Annotated[
+        str, typer.Option(help="Of pictures: pyav, or nvdec (on the GPU, through torchcodec).")
+    ] = "pyav",
     prompts: Annotated[Path | None, typer.Option(help="TOML file of prompt templates and descriptions.")] = None,
     shard: Annotated[str, typer.Option(help="I/N: do part I of N of the data set.")] = "1/1",
     engine: Annotated[str, typer.Option(help="local, or ray: all nodes of a Ray cluster.")] = "local",
@@ -86,6 +89,7 @@ def extract(
         dtype=dtype,
         face_source=faces,
         pixels=pixels,
+        decoder=decoder,
         prompts=prompts,
         device=device,
         precision=precision,

@@ -1,0 +1,140 @@
+"""Pictures by a GPU's video decoder (NVDEC), through torchcodec: `--decoder nvdec`.
+
+Only pictures: frame times, and so the choice of frames, stay PyAV's, and every picture must come with the presentation
+time it was asked for. Colours are converted by other code than FFmpeg's, so pixels differ by a little: another
+fingerprint, and a comparison before the first clip.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaflow.errors import MediaError, UsageError, VaflowError, explain
+from vaflow.extract.container import opened
+from vaflow.extract.heartbeat import beat
+from vaflow.extract.media import decoder_identity, frame_times, frames_at
+from vaflow.timeline import Floats, Ints
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 8  # pictures: what a process holds besides the one it works on
+COMPARED = 8  # first frames of a clip
+# Grey levels of 255, on average over all pixels and channels. On three real clips two settings of FFmpeg's own
+# conversion differ by 1.3 to 1.7, a wrong colour matrix by 1.6 to 2.2 (so it is not told apart), a wrong range by 7.6
+# and more. What NVDEC differs by has not been measured.
+TOLERANCE = 3.0
+_LATE = 1e-5  # seconds after a frame's time that it is asked for, so that rounding does not give the one before
+_SAME = 1e-4  # seconds between the time asked for and the time got
+
+
+def import_torchcodec() -> Any:
+    """The package with its decoders.
+
+    Raises:
+        UsageError: it is not installed, or does not find its libraries.
+    """
+    remedy = "pip install 'vaflow[nvdec]', and FFmpeg's shared libraries from the system; or use --decoder pyav"
+    try:
+        import torchcodec.decoders
+    except (ImportError, RuntimeError, OSError) as error:
+        got = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(explain("--decoder nvdec needs torchcodec", got=got, remedy=remedy)) from error
+    if torchcodec.ffmpeg_major_version is None:  # it can be imported without, for pictures only
+        raise UsageError(explain("torchcodec does not find FFmpeg's shared libraries", remedy=remedy))
+    return torchcodec
+
+
+def require_nvdec(device: str) -> None:
+    """Raise now what would fail at the first clip.
+
+    Raises:
+        UsageError: torchcodec is missing, or `device` is no GPU.
+    """
+    import_torchcodec()
+    if not device.startswith("cuda"):
+        remedy = "Use --decoder pyav, or run on a machine with an NVIDIA GPU"
+        raise UsageError(explain("--decoder nvdec needs a GPU", expected="--device cuda", got=device, remedy=remedy))
+
+
+def nvdec_identity() -> dict[str, Any]:
+    """What decodes pictures, for the fingerprint; the clock stays PyAV's."""
+    return {"backend": "torchcodec nvdec", "version": import_torchcodec().__version__, "clock": decoder_identity()}
+
+
+def frames_on_gpu(path: Path, wanted: Ints, times: Floats, device: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """As `vaflow.extract.media.frames_at`, decoded by `device`.
+
+    Raises:
+        MediaError: the GPU cannot decode this file, or shows another frame than the one that was asked for.
+    """
+    if not len(wanted):
+        return
+    with opened(path) as media:
+        start, stream = media.start, media.need_video().index
+    try:
+        decoder = _open(path, stream, device)
+        for begin in range(0, len(wanted), AT_ONCE):
+            numbers = np.asarray(wanted[begin : begin + AT_ONCE], np.int64)
+            asked = times[numbers]
+            batch = decoder.get_frames_played_at(seconds=(asked + start + _LATE).tolist())
+            _check_times(path, asked, batch.pts_seconds.cpu().numpy() - start)
+            yield from zip(numbers.tolist(), batch.data.cpu().numpy(), strict=True)
+            beat()
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise _cannot(path, str(error).strip().partition("\n")[0]) from error
+
+
+def _open(path: Path, stream: int, device: str) -> Any:
+    decoders = import_torchcodec().decoders
+    with decoders.set_cuda_backend("beta"):  # NVDEC itself; later versions take the name for their default
+        decoder = decoders.VideoDecoder(str(path), stream_index=stream, dimension_order="NHWC", device=device)
+    if decoder.cpu_fallback:  # would be decoded, by code that the fingerprint does not name
+        raise _cannot(path, str(decoder.cpu_fallback))
+    return decoder
+
+
+def _cannot(path: Path, got: str) -> MediaError:
+    remedy = "Extract it with --decoder pyav, into a cache made so from the start"
+    return MediaError(explain(f"{path} cannot be decoded by the GPU", got=got, remedy=remedy))
+
+
+def _check_times(path: Path, asked: Floats, got: Floats) -> None:
+    off = np.abs(got - asked)
+    if (off > _SAME).any():
+        worst = int(off.argmax())
+        raise _cannot(path, f"a picture of {got[worst]:.4f} s in the place of that of {asked[worst]:.4f} s")
+
+
+def check_parity(path: Path, device: str) -> float:
+    """Mean difference, in grey levels, between NVDEC's and PyAV's first pictures of a file; a log line says it.
+
+    Raises:
+        VaflowError: it is above `TOLERANCE`: these are other pictures, or other colours.
+        MediaError: the file cannot be decoded.
+    """
+    times = frame_times(path)
+    wanted = np.arange(min(COMPARED, len(times)))
+    pairs = zip(frames_at(path, wanted, times), frames_on_gpu(path, wanted, times, device), strict=True)
+    differences = [_difference(one, other) for (_, one), (_, other) in pairs]
+    mean = float(np.mean(differences))
+    if not mean <= TOLERANCE:
+        raise VaflowError(
+            explain(
+                f"NVDEC shows other pictures of {path} than PyAV",
+                expected=f"a mean difference of at most {TOLERANCE:g} grey levels over {len(wanted)} frames",
+                got=f"{mean:.2f}",
+                remedy="Use --decoder pyav",
+            )
+        )
+    logger.info("NVDEC and PyAV differ by %.2f grey levels on average (%d frames of %s)", mean, len(wanted), path.name)
+    return mean
+
+
+def _difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    return float(np.abs(one.astype(np.int16) - other).mean())

@@ -1,0 +1,183 @@
+"""`--decoder nvdec` without a GPU: a stand-in for torchcodec that decodes with PyAV, in its own manner.
+
+What is tested is ours: which frames are asked for and how they are checked, the comparison, the fingerprint, the
+errors. NVDEC itself has not run.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from make_media import Picture, read_number, write_media
+
+from vaflow.datasets.clip import Clip
+from vaflow.errors import MediaError, UsageError, VaflowError
+from vaflow.extract import nvdec
+from vaflow.extract.config import ExtractConfig
+from vaflow.extract.media import frame_times
+from vaflow.extract.messages import Face, Failed, Job
+from vaflow.extract.nvdec import AT_ONCE, check_parity, frames_on_gpu, import_torchcodec, require_nvdec
+from vaflow.extract.picture import to_rgb
+from vaflow.extract.streams import stream_infos
+from vaflow.extract.worker import run_job
+
+CUDA = "cuda:0"
+
+
+class StandIn:
+    """Says what torchcodec.decoders.VideoDecoder (0.17) says: the frame played at a time of the stream."""
+
+    brighter = 0  # grey levels
+    late = 0.0  # seconds that its pictures claim to be later
+    cpu_fallback = ""
+    asked: list[int] = []  # noqa: RUF012 - of all of them
+
+    def __init__(self, source: str, *, stream_index: int, dimension_order: str, device: str) -> None:
+        assert (dimension_order, device) == ("NHWC", CUDA)
+        with av.open(source) as container:
+            stream = container.streams[stream_index]
+            assert isinstance(stream, av.VideoStream)
+            frames = list(container.decode(stream))
+            self.times = np.array([float(frame.pts * stream.time_base) for frame in frames])  # type: ignore[operator]
+            self.pictures = [to_rgb(frame) for frame in frames]
+
+    def get_frames_played_at(self, seconds: list[float]) -> SimpleNamespace:
+        assert len(seconds) <= AT_ONCE
+        self.asked.append(len(seconds))
+        chosen = np.searchsorted(self.times, seconds, side="right") - 1
+        data = np.stack([self.pictures[k] for k in chosen]).astype(np.int16) + self.brighter
+        times = torch.from_numpy(self.times[chosen] + self.late)
+        return SimpleNamespace(data=torch.from_numpy(data.clip(0, 255).astype(np.uint8)), pts_seconds=times)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
+    class Own(StandIn):
+        asked: list[int] = []  # noqa: RUF012
+
+    package, decoders = ModuleType("torchcodec"), ModuleType("torchcodec.decoders")
+    package.__dict__.update(__version__="0.17.0", ffmpeg_major_version=7, decoders=decoders, __path__=[])
+    decoders.__dict__.update(VideoDecoder=Own, set_cuda_backend=lambda name: _Backend(name))
+    monkeypatch.setitem(sys.modules, "torchcodec", package)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    return Own
+
+
+class _Backend:
+    def __init__(self, name: str) -> None:
+        assert name in ("beta", "nvdec")
+
+    def __enter__(self) -> None:
+        """As a context manager only."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to undo."""
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Path:
+    """Forty pictures at an uneven rate that begin after 0.5 s and show their numbers."""
+    times = np.cumsum(np.random.default_rng(0).integers(20, 90, 40)) + 500
+    return write_media(tmp_path / "numbered.mp4", Picture(tuple(times.tolist())))
+
+
+def test_every_picture_is_the_one_of_its_presentation_time(stand_in: type[StandIn], numbered: Path) -> None:
+    times = frame_times(numbered)
+    wanted = np.array([0, 1, 5, 6, 7, 12, 20, 21, 22, 23, 30, 39])
+    shown = list(frames_on_gpu(numbered, wanted, times, CUDA))
+    assert [number for number, _ in shown] == wanted.tolist()
+    assert [read_number(image) for _, image in shown] == wanted.tolist()
+    assert stand_in.asked == [8, 4], "a few at once"
+    assert list(frames_on_gpu(numbered, wanted[:0], times, CUDA)) == []
+
+
+def test_a_picture_of_another_time_is_refused(stand_in: type[StandIn], numbered: Path) -> None:
+    stand_in.late = 0.04
+    with pytest.raises(MediaError, match=r"in the place of.*--decoder pyav"):
+        list(frames_on_gpu(numbered, np.arange(4), frame_times(numbered), CUDA))
+
+
+def test_what_the_card_would_leave_to_the_cpu_is_refused(stand_in: type[StandIn], numbered: Path) -> None:
+    stand_in.cpu_fallback = "Falling back due to: Video not supported"
+    with pytest.raises(MediaError, match="Video not supported"):
+        list(frames_on_gpu(numbered, np.arange(4), frame_times(numbered), CUDA))
+
+
+def test_errors_of_the_library_are_the_clips(
+    stand_in: type[StandIn], numbered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object, seconds: list[float]) -> None:
+        raise RuntimeError("Could not seek\nlong trace")
+
+    monkeypatch.setattr(stand_in, "get_frames_played_at", fail)
+    with pytest.raises(MediaError, match="Could not seek"):
+        list(frames_on_gpu(numbered, np.arange(4), frame_times(numbered), CUDA))
+
+
+@pytest.mark.parametrize(("brighter", "agrees"), [(0, True), (3, True), (4, False), (20, False)])
+def test_the_comparison_states_the_difference(
+    brighter: int, agrees: bool, stand_in: type[StandIn], numbered: Path
+) -> None:
+    """The drawn pictures are far from 0 and 255, so the mean difference is what was added."""
+    stand_in.brighter = brighter
+    if agrees:
+        assert check_parity(numbered, CUDA) == pytest.approx(brighter, abs=0.01)
+    else:
+        with pytest.raises(VaflowError, match=rf"at most 3 grey levels.*Got: {brighter}\.00"):
+            check_parity(numbered, CUDA)
+
+
+def test_a_decoding_process_uses_it_for_pictures_only(stand_in: type[StandIn], numbered: Path) -> None:
+    grid = ExtractConfig(window=1.0, stride=0.5, frames=4).grid
+    clip = Clip("numbered", None, "numbered", numbered)
+    said: list[Any] = []
+    for device in ("", CUDA):
+        run_job(Job(0, clip, grid, True, True, "none", (), True, device), said.append)
+    assert not [m for m in said if isinstance(m, Failed)]
+    faces = [m.sample for m in said if isinstance(m, Face)]
+    assert faces[: len(faces) // 2] == faces[len(faces) // 2 :], "the same samples by both"
+    assert sum(stand_in.asked) > 0
+
+
+def test_the_fingerprint_names_it_where_pictures_count(stand_in: type[StandIn], tiny_pair: tuple) -> None:
+    visual, audio = tiny_pair
+    names = {"visual": ("clip-tiny",), "audio": ("ast-tiny",), "pixels": True}
+    ours, theirs = (
+        stream_infos(ExtractConfig(**names, decoder=decoder), [visual], [audio])  # type: ignore[arg-type]
+        for decoder in ("pyav", "nvdec")
+    )
+    changed = {name for name in ours if ours[name].identity != theirs[name].identity}
+    assert changed == {"clip-tiny", "pixels"}, "sound and clock stay what they were"
+    said = theirs["clip-tiny"].identity["picture"]["decoder"]
+    assert (said["backend"], said["version"], said["clock"]["backend"]) == ("torchcodec nvdec", "0.17.0", "pyav")
+
+
+def test_without_a_gpu_or_the_package_or_ffmpeg_it_says_so(
+    stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_nvdec("cuda:0")
+    with pytest.raises(UsageError, match="--device cuda"):
+        require_nvdec("cpu")
+    sys.modules["torchcodec"].__dict__["ffmpeg_major_version"] = None
+    with pytest.raises(UsageError, match="FFmpeg"):
+        import_torchcodec()
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    with pytest.raises(UsageError, match=r"vaflow\[nvdec\]"):
+        nvdec.nvdec_identity()
+
+
+def test_at_the_command_line(tmp_path: Path, numbered: Path) -> None:
+    program = "import sys; sys.modules['torchcodec'] = None; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
+    for choice, word in (("nvdec", "vaflow[nvdec]"), ("cuvid", "nvdec, pyav")):
+        arguments = ["extract", str(tmp_path), "--out", str(tmp_path / "cache"), "--decoder", choice]
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert word in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "cache").exists()
