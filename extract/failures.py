@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vaflow.cache import is_cache, open_cache
 from vaflow.datasets import Dataset
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, explain, visible
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class FailureLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(failure), ensure_ascii=False) + "\n")
         if not quiet:
-            logger.warning("%s failed (%s): %s", failure.item, failure.stage, failure.message)
+            logger.warning("%s failed (%s): %s", visible(failure.item), failure.stage, visible(failure.message))
 
 
 def _items(path: Path) -> Iterator[str]:

@@ -48,6 +48,8 @@ def header_seconds(path: Path) -> float | None:
 
 
 def _size_and_seconds(path: Path) -> tuple[int, float | None]:
+    if not path.is_file():  # gone, or a pipe that nobody writes into
+        return 0, None
     try:
         return path.stat().st_size, header_seconds(path)
     except OSError:

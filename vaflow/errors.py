@@ -14,8 +14,12 @@
 Messages are one paragraph, made by `explain`: what was expected, what was got, the choices, the remedy.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_BREAKS = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 
 class VaflowError(Exception):
@@ -91,7 +95,16 @@ def explain(
             parts.append(f"Did you mean {close[0]!r}?")
     if remedy is not None:
         parts.append(remedy.rstrip(".") + ".")
-    return " ".join(parts)
+    return visible(" ".join(parts))
+
+
+def visible(text: str) -> str:
+    """`text` on one line, as it can be shown: names come from files, and what would steer a terminal is spelt out.
+
+    Line breaks and tabs become spaces; control characters, marks that turn the direction of text, invisible ones and
+    bytes that are no text become `\\xNN` or `\\uNNNN`.
+    """
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], _BREAKS.sub(" ", text))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

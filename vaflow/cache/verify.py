@@ -17,7 +17,7 @@ from vaflow.cache.names import TEMPORARY, Layout
 from vaflow.cache.opening import layout_of, open_cache, read_manifest
 from vaflow.cache.schema import Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES
-from vaflow.errors import CacheError, CorruptError, UsageError
+from vaflow.errors import CacheError, CorruptError, UsageError, visible
 
 GRACE = 3600.0  # seconds after which nobody is still writing an attempt
 _ATTEMPT = re.compile(r"[0-9a-f]{16}(\.h5)?")
@@ -40,7 +40,7 @@ class Problem:
 
     def __str__(self) -> str:
         owner = f" (item {self.item!r} of stream {self.stream!r})" if self.item is not None else ""
-        return f"{self.path}{owner}: {self.message}"
+        return visible(f"{self.path}{owner}: {self.message}")
 
 
 def record_files(cache: Cache) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.datasets import Dataset
@@ -155,7 +155,7 @@ def _findings(report: "Report", verbose: bool, quiet: bool) -> Iterator[str]:
             continue
         shown = kind.notes if verbose else kind.notes[:EXAMPLES]
         lines = [f"\n{kind.severity.upper()}  {kind.code}: {len(kind.notes)}"]
-        lines += [f"  {note.item + ': ' if note.item else ''}{note.message}" for note in shown]
+        lines += [f"  {visible(note.item + ': ' if note.item else '')}{visible(note.message)}" for note in shown]
         if len(kind.notes) > len(shown):
             lines.append(f"  ... and {len(kind.notes) - len(shown)} more (-v lists all)")
         lines += [f"  -> {remedy}" for remedy in dict.fromkeys(note.remedy for note in shown if note.remedy)]

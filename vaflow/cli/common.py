@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, explain, visible
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what went wrong.")]
@@ -35,7 +35,7 @@ def print_json(document: Any) -> None:
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
     """Aligned columns; numbers to the right. Plain text, so that it can be piped."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    cells = [list(header), *([visible(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(_is_number(row[i]) for row in cells[1:]) and len(cells) > 1 for i in range(len(header))]
     lines = [

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,12 +42,14 @@ def printable(name: str) -> bool:
 
 
 def size_problem(path: Path, most: int = LARGEST_TEXT) -> str | None:
-    """How a text file is larger than one that is read whole can be; None where it is not, or is not there."""
+    """Why a text file is not to be read whole: it is too large, or a pipe or device. None where it may, or is gone."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except OSError:
         return None
-    return f"{size} bytes, more than the {most} that such a file can have" if size > most else None
+    if status.st_size > most:
+        return f"{status.st_size} bytes, more than the {most} that such a file can have"
+    return None if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else "no regular file"
 
 
 def below(folder: Path, name: str) -> Path:

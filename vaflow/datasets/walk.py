@@ -34,7 +34,9 @@ def walk(root: Path, depth: int = DEPTH) -> Iterator[tuple[Path, list[os.DirEntr
 
 
 def head(path: Path) -> str:
-    """The first few thousand characters of a text file; empty where it cannot be read."""
+    """The first few thousand characters of a text file; empty where it cannot be read, or is a pipe."""
+    if not path.is_file():
+        return ""
     try:
         with path.open("rb") as file:
             return file.read(_HEAD).decode("utf-8-sig", "replace")
