@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 PREDICT_BATCH = 64
 EXTRA = "extra/"  # before the names of further targets, among what a model says
 NEARLY_CONSTANT = 0.02  # standard deviation below which a prediction says next to nothing
-CONSTANT_LABEL = 1e-3
+CONSTANT_LABEL = 0.02  # likewise of labels, which lie in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -293,15 +293,26 @@ def _region_accuracy(traces: Sequence[Trace], centers: float) -> dict[str, Any]:
 
 
 def _warnings(prediction: Floats, label: Floats, valid: Bools) -> list[str]:
+    found = label_warnings(label, valid)
+    for k, name in enumerate(DIMENSIONS):
+        x = prediction[valid[:, k], k]
+        if x.size and x.std() < NEARLY_CONSTANT:
+            found.append(
+                f"predictions of {name} are nearly constant (deviation {x.std():.2g}): "
+                "the model says the same of every frame"
+            )
+    return found
+
+
+def label_warnings(label: Floats, valid: Bools) -> list[str]:
+    """What is wrong with the labels of a split, [N, 2] with their mask, as far as scores and training go."""
     found = []
     for k, name in enumerate(DIMENSIONS):
-        x, y = prediction[valid[:, k], k], label[valid[:, k], k]
-        if not x.size:
+        y = label[valid[:, k], k]
+        if not y.size:
             found.append(f"{name} is not labelled in this split")
         elif y.std() < CONSTANT_LABEL:
             found.append(f"labels of {name} are nearly constant (deviation {y.std():.2g}): their CCC says nothing")
-        if x.size and x.std() < NEARLY_CONSTANT:
-            found.append(f"predictions of {name} are nearly constant (deviation {x.std():.2g})")
     return found
 
 

@@ -159,14 +159,28 @@ def check_finite(numbers: Tensor, seen: list[Tensor], windows: WindowSet) -> Non
     first = bad[0]
     clips = sorted({windows.clip_of(int(window)).item for window in seen[first].tolist()})
     loss, norm = float(numbers[first, 0]), float(numbers[first, -1])
+    place = f"in a batch with windows of {', '.join(clips)}; {_largest_feature(seen[first], windows)}"
     raise DataError(
         explain(
             "Training stopped: the loss or its gradient is not finite",
             expected="finite numbers",
-            got=f"loss {loss:g}, gradient norm {norm:g} in a batch with windows of {', '.join(clips)}",
-            remedy="Look at these clips' features, or try a lower learning rate or --set clip_norm=1",
+            got=f"loss {loss:g}, gradient norm {norm:g} {place}",
+            remedy="Look at these clips' features, that one's first, or try a lower learning rate or --set clip_norm=1",
         )
     )
+
+
+def _largest_feature(ids: Tensor, windows: WindowSet) -> str:
+    """Which of these windows' clips is the likeliest cause: the one with the largest number in its features."""
+    batch = windows.gather(ids)
+    peaks = {
+        name: torch.nan_to_num(rows.float(), nan=torch.inf).abs().flatten(1).amax(dim=1)
+        for name, rows in batch.features.items()
+    }
+    stream = max(peaks, key=lambda name: float(peaks[name].max()))
+    window = int(peaks[stream].argmax())
+    item = windows.clip_of(int(ids[window])).item
+    return f"the largest feature there, {float(peaks[stream][window]):.3g}, is of {item} in stream {stream}"
 
 
 def fit(

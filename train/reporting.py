@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import describe_labels
-from vaflow.train.evaluate import featureless
+from vaflow.train.evaluate import featureless, label_warnings
 from vaflow.train.loop import Row
 from vaflow.train.windows import WindowSet
 
@@ -37,6 +38,17 @@ def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:
         if featureless(windows):
             log.warning("%s: %d clips have no features at all", split, len(featureless(windows)))
     log.info("%s", describe_labels(train, config.centers))
+    warn_of_labels(config, train)
+
+
+def warn_of_labels(config: TrainConfig, train: WindowSet) -> list[str]:
+    """Say before training and after it that there is little to learn; returns what was said."""
+    label = np.concatenate([clip.value for clip in train.clips])
+    valid = np.concatenate([clip.valid for clip in train.clips])
+    found = [f"{config.train_split}: {warning}" for warning in label_warnings(label, valid)]
+    for warning in found:
+        log.warning("%s", warning)
+    return found
 
 
 def reporter(config: TrainConfig, bar: "tqdm[Any]", board: "Board | None") -> Callable[[Row], None]:

@@ -26,7 +26,7 @@ from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, check_same, resolve
 from vaflow.train.loop import Progress, Row, fit, seeded
 from vaflow.train.provenance import write_sources
-from vaflow.train.reporting import Board, describe, reporter
+from vaflow.train.reporting import Board, describe, reporter, warn_of_labels
 from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record, require_record
 from vaflow.train.storage import write_tensors
 from vaflow.train.windows import WindowSet
@@ -310,6 +310,7 @@ def finish(
     report |= {"best_epoch_each": dict(progress.each_epoch)} if progress.each else {}
     for warning in report["warnings"]:
         log.warning("%s: %s", split, warning)
+    report["warnings"] += warn_of_labels(config, data.train)
     folder.write_metrics(report)
     folder.checkpoint_file.unlink(missing_ok=True)
     return report

@@ -1,0 +1,100 @@
+"""Numbers that say nothing are said to say nothing; numbers that are none stop the run and name the clip."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
+
+from vaflow.cache import Cache
+from vaflow.cli import main
+from vaflow.errors import DataError
+from vaflow.train.config import TrainConfig
+from vaflow.train.data import load_split
+from vaflow.train.inputs import resolve
+from vaflow.train.loop import fit
+from vaflow.train.training import Data, new_model, train_run
+from vaflow.train.windows import StreamTable, WindowSet
+
+CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("trusted") / "cache", Toy(seconds=(8, 14)))
+
+
+def with_labels(path: Path, deviation: float) -> Cache:
+    """A cache whose labels of valence lie so close together, in both splits."""
+    cache = make_cache(path, Toy(seconds=(8, 14)))
+    rng = np.random.default_rng(0)
+    for item in cache.items():
+        record, arrays = cache.committed("labels", item)
+        value = arrays["value"].copy()
+        value[:, 0] = np.where(arrays["valid"][:, 0], 0.1 + rng.normal(scale=deviation, size=len(value)), np.nan)
+        cache.write("labels", item, {**arrays, "value": value}, meta=record.meta)
+    return cache
+
+
+@pytest.mark.parametrize(("deviation", "said"), [(0.0, True), (0.005, True), (0.1, False)])
+def test_labels_that_hardly_differ_are_named_before_and_after(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, deviation: float, said: bool
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        result = train_run(with_labels(tmp_path / "c", deviation), CONFIG, tmp_path / "run", pictures=False)
+    words = "labels of valence are nearly constant"
+    assert any(w.startswith(f"train: {words}") for w in result.metrics["warnings"]) == said
+    assert any(w.startswith(words) for w in result.metrics["warnings"]) == said, "of the validation split"
+    assert caplog.text.count(f"train: {words}") == 2 * said
+    assert not any("labels of arousal" in w for w in result.metrics["warnings"])
+
+
+def test_a_run_that_says_the_same_of_every_frame_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing was seen or heard, and nothing could be learned."""
+    cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14), invalid=1.0))
+    out = tmp_path / "run"
+    small = ["--set", "hidden=16", "--epochs", "1", "--lr", "1e-6", "--device", "cpu"]
+    assert main(["train", str(cache.path), "--out", str(out), *small]) == 0
+    assert "val: predictions of valence are nearly constant" in capsys.readouterr().err
+    assert main(["evaluate", str(out), "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: predictions of valence are nearly constant" in said
+    assert "warning: predictions of arousal are nearly constant" in said
+
+
+def enlarged(windows: WindowSet, stream: str, item: str, factor: float) -> WindowSet:
+    """The features of one clip, multiplied."""
+    clip = next(clip for clip in windows.clips if clip.item == item)
+    table = windows.tables[stream]
+    rows = table.rows.clone()
+    read = table.index[clip.first : clip.last].unique().long()
+    rows[read[read > 0]] = rows[read[read > 0]].float().mul(factor).to(rows.dtype)
+    copy = windows.without(frozenset())
+    copy.tables[stream] = StreamTable(rows, table.index, table.inside, table.time)
+    return copy
+
+
+@pytest.mark.parametrize("stream", [VISUAL, AUDIO])
+def test_the_likeliest_clip_is_named_among_those_of_the_batch(cache: Cache, stream: str) -> None:
+    """What becomes infinite after the check at loading; the batch has windows of several clips."""
+    config, inputs = resolve(cache, replace(CONFIG, epochs=3))
+    train, val = (load_split(cache, split, inputs.streams, config) for split in ("train", "val"))
+    model = new_model(config, inputs, Data(train, val), torch.device("cpu"))
+    bad = enlarged(train, stream, "train3", float("inf"))
+    with pytest.raises(DataError, match=rf"is of train3 in stream {stream}") as caught:
+        fit(model, bad, val, config)
+    assert "windows of" in str(caught.value)
+    assert "clip_norm" in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is finite; what comes back from it is not."""
+    config, inputs = resolve(cache, CONFIG)
+    train, val = (load_split(cache, split, inputs.streams, config) for split in ("train", "val"))
+    model = new_model(config, inputs, Data(train, val), torch.device("cpu"))
+    next(model.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(DataError, match=r"gradient norm nan in a batch with windows of .*train"):
+        fit(model, train, val, config)
