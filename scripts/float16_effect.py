@@ -1,0 +1,133 @@
+"""What storing embeddings in float16 does to predictions: measured on the demonstration's clips.
+
+    python scripts/float16_effect.py --out /tmp/float16        about five minutes on two cores
+
+The same clips are extracted twice, into a float32 and a float16 cache (in which AST reads rounded log-Mel frames, too).
+Then one model, trained on either, predicts the validation clips from both; and models trained on each are compared,
+beside models that differ in nothing but their seed. Folders that are there are reused.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+
+DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two sets of predictions of the same frames: the largest, the mean, and that of the mean CCC."""
+
+    name: str
+    largest: float
+    mean: float
+    ccc: float
+
+    def row(self) -> str:
+        """One line of the table."""
+        return f"{self.name:<58}{self.largest:>12.2e}{self.mean:>12.2e}{self.ccc:>+12.2e}"
+
+
+def main() -> None:
+    """Extract, round, train, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--clips", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="how many; the demo's")
+    parser.add_argument("--epochs", type=int, help="the demo's")
+    options = parser.parse_args()
+    print(report(options.out, options.clips, options.epochs))
+
+
+def report(out: Path, clips: list[int] | None = None, epochs: int | None = None) -> str:
+    """The whole measurement as a table."""
+    caches = {dtype: extracted(out, dtype, clips) for dtype in DTYPES}
+    runs = {(dtype, seed): trained(caches[dtype], out, dtype, seed, epochs) for dtype in DTYPES for seed in (0, 1)}
+    said = {key: predictions(run, caches[key[0]]) for key, run in runs.items()}
+    across = {dtype: predictions(runs[dtype, 0], caches[other_of(dtype)]) for dtype in DTYPES}
+    rows = [
+        *(
+            difference(f"one model, trained on {dtype}: other storage", said[dtype, 0], across[dtype])
+            for dtype in DTYPES
+        ),
+        difference("a model trained on each, one seed", said["float32", 0], said["float16", 0]),
+        difference("two seeds, both float32 (for comparison)", said["float32", 0], said["float32", 1]),
+    ]
+    sizes = {dtype: size_of(cache) for dtype, cache in caches.items()}
+    header = f"{'difference between':<58}{'largest':>12}{'mean':>12}{'mean CCC':>12}"
+    shares = f"embeddings: {sizes['float32'] / 1e6:.2f} MB in float32, {sizes['float16'] / 1e6:.2f} MB in float16"
+    ccc = f"mean CCC of the float32 model: {said['float32', 0][1]:.4f}; {len(said['float32', 0][0])} frames"
+    return "\n".join([header, *(row.row() for row in rows), ccc, shares])
+
+
+def other_of(dtype: str) -> str:
+    """The other of the two."""
+    return DTYPES[1 - DTYPES.index(dtype)]
+
+
+def extracted(out: Path, dtype: str, clips: list[int] | None) -> Path:
+    """The demonstration's clips, stored as `dtype`."""
+    from vaflow.datasets import open_dataset
+    from vaflow.demo.run import AUDIO, VISUAL
+    from vaflow.demo.writer import write_demo
+    from vaflow.extract.config import ExtractConfig
+    from vaflow.extract.pipeline import extract
+
+    sizes: dict[str, Any] = {} if clips is None else {"train": clips[0], "val": clips[1]}
+    write_demo(out / "data", seed=0, **sizes)
+    config = ExtractConfig(visual=(VISUAL,), audio=(AUDIO,), device="cpu", dtype=dtype)
+    cache = out / f"cache-{dtype}"
+    summary = extract(open_dataset(out / "data", "affwild2"), cache, config)
+    if summary.failures:
+        raise SystemExit(f"{summary.failures[0].item}: {summary.failures[0].message}")
+    return cache
+
+
+def trained(cache: Path, out: Path, dtype: str, seed: int, epochs: int | None) -> Path:
+    """A run with the demonstration's settings."""
+    from vaflow.cache import open_cache
+    from vaflow.demo.run import AUDIO, TRAINING, VISUAL
+    from vaflow.train.config import TrainConfig
+    from vaflow.train.training import train_run
+
+    folder = out / f"run-{dtype}-{seed}"
+    settings: dict[str, Any] = {**TRAINING, **({} if epochs is None else {"epochs": epochs})}
+    config = TrainConfig(visual=(VISUAL,), audio=(AUDIO,), seed=seed, device="cpu", **settings)
+    train_run(open_cache(cache), config, folder, tensorboard=False, pictures=False)
+    return folder
+
+
+def predictions(run: Path, cache: Path) -> tuple[np.ndarray, float]:
+    """Of every frame of the validation split, [N, 2] in one order, and their mean CCC."""
+    from vaflow.cache import open_cache
+    from vaflow.train.data import load_split
+    from vaflow.train.evaluate import predict_clips, score
+    from vaflow.train.runs import load_run
+
+    trained_run = load_run(run)
+    windows = load_split(open_cache(cache), "val", trained_run.record.streams, trained_run.record.config)
+    traces = list(predict_clips(trained_run.predictor, windows))
+    return np.concatenate([trace.va for trace in traces]), float(score(traces)[2])
+
+
+def difference(name: str, one: tuple[np.ndarray, float], other: tuple[np.ndarray, float]) -> Difference:
+    """How far two sets of predictions lie apart."""
+    apart = np.abs(one[0] - other[0])
+    return Difference(name, float(apart.max()), float(apart.mean()), other[1] - one[1])
+
+
+def size_of(cache: Path) -> int:
+    """Bytes of the embeddings of clips."""
+    from vaflow.cache import open_cache
+
+    streams = open_cache(cache).info()["streams"].values()
+    return sum(stream["bytes"] for stream in streams if stream["kind"] in ("visual", "audio"))
+
+
+if __name__ == "__main__":
+    main()
