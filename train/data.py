@@ -83,6 +83,9 @@ def load_split(
         UsageError: the split has no clips, or none of them is annotated.
         DataError, CacheError: as `load_windows`.
     """
+    if not cache.items():
+        remedy = f"Fill it: vaflow extract DATA --out {cache.place}"
+        raise UsageError(explain(f"{cache.place} has no clips", expected=f"clips of split {split!r}", remedy=remedy))
     items = split_items(cache, split, config.fold_splits)
     windows = load_windows(cache, items, streams, config, **options)  # type: ignore[arg-type]
     if not windows.labelled_rows:

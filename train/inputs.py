@@ -91,7 +91,9 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
     if not visual and not audio:
         kinds = sorted({info.kind for info in known.values()})
         problem = f"{cache.place} has nothing to train on"
-        raise UsageError(explain(problem, expected="a visual or audio stream", got=", ".join(kinds) or "no streams"))
+        remedy = f"Fill it with `vaflow extract DATA --out {cache.place}`, or name a stream with --visual or --audio"
+        got = ", ".join(kinds) or "no streams"
+        raise UsageError(explain(problem, expected="a visual or audio stream", got=got, remedy=remedy))
     config = replace(
         with_folds(config),
         visual=tuple(info.name for info in visual) or (NONE,),

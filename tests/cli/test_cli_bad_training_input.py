@@ -1,0 +1,202 @@
+"""Bad input of stage two as a person types it: one paragraph that names the thing, the choices or what to do."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vaflow.cache import Cache, create_cache, open_cache
+from vaflow.cache.schema import StreamInfo
+from vaflow.cli import main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+
+from synthetic_cache import Toy, make_cache
+
+SMALL = ["--set", "hidden=16", "--lr", "3e-3", "--batch-size", "8", "--epochs", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("bad") / "cache", Toy(seconds=(8, 14)))
+
+
+@pytest.fixture(scope="module")
+def run(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bad") / "run"
+    assert main(["train", str(cache.path), "--out", str(out), *SMALL, "-q"]) == 0
+    return out
+
+
+@pytest.fixture
+def own(cache: Cache, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(cache.path, tmp_path / "cache"))
+
+
+@pytest.fixture
+def interrupted(run: Path, tmp_path: Path) -> Path:
+    """A run that was stopped after its first epoch: settings, but no weights and no metrics."""
+    out = Path(shutil.copytree(run, tmp_path / "interrupted"))
+    for name in ("model.safetensors", "metrics.json", "history.csv"):
+        (out / name).unlink()
+    shutil.rmtree(out / "predictions")
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, arguments: list[object], *words: str) -> None:
+    """The exit code, one paragraph, these words."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    said = capsys.readouterr().err
+    [paragraph] = [line for line in said.splitlines() if line.startswith("vaflow: ")]
+    for word in words:
+        assert word in paragraph, paragraph
+
+
+def train(cache: Path | str, out: Path, *options: object) -> list[object]:
+    return ["train", cache, "--out", out, *SMALL, *options]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_no_numbers(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    cache = open_cache(own, writable=True)
+    arrays = {name: array.copy() for name, array in cache.read("toy-ears", "train4").arrays.items()}
+    arrays["embedding"][np.nonzero(arrays["valid"])] = value
+    with monkeypatch.context() as patch:  # written by something that does not follow the contract
+        patch.setattr("vaflow.cache.cache.array_problems", lambda *_: [])
+        cache.write("toy-ears", "train4", arrays)
+    refused(capsys, 1, train(own, tmp_path / "run"), "'train4'", "'toy-ears'", "NaN or infinite", "Expected", "again")
+
+
+def test_labels_beyond_their_range(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(own, writable=True)
+    record, arrays = cache.committed("labels", "train2")
+    value = np.where(arrays["valid"], 7.0, arrays["value"]).astype(np.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr("vaflow.cache.cache.array_problems", lambda *_: [])
+        cache.write("labels", "train2", {**arrays, "value": value}, meta=record.meta)
+    refused(capsys, 1, train(own, tmp_path / "run"), "'train2'", "[-1, 1]")
+
+
+def test_splits_that_are_not_there_or_not_annotated(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    refused(
+        capsys,
+        2,
+        train(own, out, "--set", "train_split=trian"),
+        "trian",
+        "train, val",
+        "Did you mean",
+    )
+    cache = open_cache(own, writable=True)
+    for item in cache.items(split="val"):
+        record, arrays = cache.committed("labels", item)
+        bare = {**arrays, "valid": np.zeros_like(arrays["valid"]), "value": np.full_like(arrays["value"], np.nan)}
+        cache.write("labels", item, bare, meta=record.meta)
+    refused(capsys, 2, train(own, out), "split 'val'", "annotated", "Choose another split")
+    for item in cache.items(split="train"):
+        cache.drop("labels", item)
+    refused(capsys, 2, train(own, out), "train", "Choices: val")
+
+
+def test_streams_that_are_not_there(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    refused(capsys, 2, train(cache.path, out, "--visual", "toy-eye"), "Choices: toy-eyes", "Did you mean 'toy-eyes'")
+    refused(capsys, 2, train(cache.path, out, "--audio", "ast"), "ast", "Choices: toy-ears")
+    refused(capsys, 2, train(cache.path, out, "--set", "text=clip.text"), "clip.text", "Choices: toy-eyes.text")
+    assert not (out / "config.toml").exists()
+
+
+def test_caches_with_nothing_in_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = create_cache(tmp_path / "empty")
+    refused(capsys, 2, train(empty.path, tmp_path / "run"), "nothing to train on", "vaflow extract")
+    empty.declare(StreamInfo("toy-eyes", "visual", 3, "float16", {"encoder": "toy"}))
+    empty.declare(StreamInfo("labels", "labels", 0, "float32", {"encoder": "labels"}))
+    refused(capsys, 2, train(empty.path, tmp_path / "run"), "has no clips", "vaflow extract")
+
+
+def test_a_cache_of_another_schema(own: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((own / "manifest.json").read_text())
+    (own / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 77}))
+    for command in (train(own, tmp_path / "run"), ["evaluate", run, "--cache", own], ["folds", own]):
+        refused(capsys, 2, command, "77", "schema version", "Expected: 1", "extract")
+
+
+def test_a_cache_made_with_other_settings(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_cache(tmp_path / "other", Toy(seconds=(8, 14), widths=(13, 10)))
+    words = ("'toy-eyes'", "dim: 13, 12 in the run", "Extract the clips again")
+    refused(capsys, 2, ["evaluate", run, "--cache", other.path], *words)
+    refused(capsys, 2, ["ensemble", run, run, "--cache", other.path, "--out", tmp_path / "e"], *words)
+    refused(capsys, 2, train(other.path, run), "other settings", "toy-eyes", "another folder")
+
+
+def on_runs(run: Path, out: Path, cache: Cache) -> list[list[object]]:
+    """Every command that reads a run."""
+    sample = out / "sample.txt"
+    sample.write_text("image_location,valence,arousal\nval0/00001.jpg,0,0\n")
+    clip = out / "clip.mp4"
+    clip.touch()
+    return [
+        ["evaluate", run],
+        ["predict", run, clip, "--out", out / "predictions"],
+        ["ensemble", run, run, "--out", out / "ensemble"],
+        ["submit", run, "--cache", cache.path, "--sample", sample, "--out", out / "submission.txt"],
+    ]
+
+
+def test_folders_that_are_no_runs(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for folder in (tmp_path / "absent", empty, cache.path):
+        for command in on_runs(folder, tmp_path, cache):
+            refused(capsys, 2, command, str(folder), "not a run", "vaflow train")
+    assert not any((tmp_path / name).exists() for name in ("predictions", "ensemble", "submission.txt"))
+
+
+def test_runs_that_were_interrupted(
+    interrupted: Path, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in on_runs(interrupted, tmp_path, cache):
+        refused(capsys, 2, command, "interrupted", f"vaflow train {cache.path} --out {interrupted}")
+    capsys.readouterr()
+    assert main(["train", str(cache.path), "--out", str(interrupted), *SMALL]) == 0, "the remedy works"
+    assert main(["evaluate", str(interrupted)]) == 0
+
+
+def test_a_run_whose_files_are_damaged(
+    run: Path, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Path(shutil.copytree(run, tmp_path / "broken"))
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[:-10])
+    refused(capsys, 1, ["evaluate", broken], "model.safetensors", "damaged")
+    (broken / "model.safetensors").write_bytes(data)
+    (broken / "config.toml").write_text("[train\n")
+    refused(capsys, 1, ["evaluate", broken], "config.toml", "cannot be read")
+    refused(capsys, 1, train(cache.path, broken), "config.toml", "cannot be read")
+
+
+def test_places_that_cannot_be_written(
+    cache: Cache, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        refused(capsys, 2, train(cache.path, out), str(out), "Cannot write")
+        refused(capsys, 2, ["ensemble", run, run, "--out", out], str(out))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    refused(capsys, 2, train(cache.path, foreign), "no run wrote", "Choose another folder")
+    assert file.read_text() == "mine"
+    assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]
