@@ -9,13 +9,14 @@ import pytest
 import torch
 from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
-from vaflow.cache import Cache
+from vaflow.cache import Cache, create_cache
 from vaflow.cli import main
 from vaflow.errors import DataError
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import fit
+from vaflow.train.runs import load_run
 from vaflow.train.training import Data, new_model, train_run
 from vaflow.train.windows import StreamTable, WindowSet
 
@@ -98,3 +99,35 @@ def test_a_gradient_that_is_not_finite_stops_the_run(cache: Cache, monkeypatch: 
     next(model.parameters()).register_hook(lambda gradient: gradient * torch.nan)
     with pytest.raises(DataError, match=r"gradient norm nan in a batch with windows of .*train"):
         fit(model, train, val, config)
+
+
+def widened(cache: Cache, path: Path) -> Cache:
+    """Features of which `cache` holds the rounded ones: float32, less than half a step of float16 away."""
+    rng, wide = np.random.default_rng(1), create_cache(path)
+    for info in cache.streams().values():
+        narrow = info.kind in ("visual", "audio")
+        wide.declare(replace(info, dtype="float32") if narrow else info)
+        for item in cache.items(stream=info.name):
+            record, arrays = cache.committed(info.name, item)
+            if narrow:
+                rounded = arrays["embedding"]
+                step = np.spacing(np.abs(rounded)).astype(np.float64) * (rounded != 0)
+                exact = (rounded + rng.uniform(-0.24, 0.24, rounded.shape) * step).astype(np.float32)
+                np.testing.assert_array_equal(exact.astype(np.float16), rounded)
+                arrays = {**arrays, "embedding": exact}
+            wide.write(info.name, item, arrays, meta=record.meta)
+    return wide
+
+
+def test_float16_storage_moves_predictions_by_thousandths_at_most(cache: Cache, tmp_path: Path) -> None:
+    """`scripts/float16_effect.py` measures this on the demonstration's clips, with real encoders."""
+    exact = widened(cache, tmp_path / "wide")
+    train_run(exact, replace(CONFIG, epochs=3), tmp_path / "run", tensorboard=False, pictures=False)
+    trained = load_run(tmp_path / "run")
+    said = []
+    for source in (exact, cache):
+        windows = load_split(source, "val", trained.record.streams, trained.record.config)
+        said.append(np.concatenate([trace.va for trace in trained.traces(windows)]))
+    apart = np.abs(said[0] - said[1])
+    assert 0 < apart.max() < 5e-3
+    assert apart.mean() < 1e-3
