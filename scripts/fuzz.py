@@ -1,0 +1,91 @@
+"""Damaged media files and hostile texts, thousands of them, and what came of each.
+
+python scripts/fuzz.py --count 2000 --seed 0
+
+Every case must end in arrays that a cache takes or in an error of ours with a message, without a crash, a hang or
+unbounded memory. Exits with 1 where one does not, and says how to make it again: --only NUMBER --keep DIR.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fuzz"))
+
+from fuzz_media import Case, Result, damaged, read_case
+from fuzz_seeds import write_seeds
+
+from vaflow.extract.each import each
+from vaflow.extract.messages import Failed
+
+WORKERS = 2
+OUTCOMES = ("read", "refused", "system", "bug", "crash", "hang")
+
+
+def main() -> int:
+    """Read all cases; print the tally; returns the exit code."""
+    options = _options()
+    with tempfile.TemporaryDirectory(prefix="vaflow-fuzz-seeds-") as folder:
+        seeds = write_seeds(Path(folder))
+        numbers = range(options.count) if options.only is None else [options.only]
+        cases = [Case(options.seed, number, seeds) for number in numbers]
+        if options.keep is not None:
+            _keep(cases, options.keep)
+        began = time.perf_counter()
+        results = dict(each(read_case, cases, workers=options.workers, item_timeout=options.item_timeout))
+        seconds = time.perf_counter() - began
+    return _report([(cases[k], results[k]) for k in sorted(results)], seconds)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=WORKERS)
+    parser.add_argument("--item-timeout", type=float, default=20.0, help="seconds without a sign of life")
+    parser.add_argument("--only", type=int, help="one case")
+    parser.add_argument("--keep", type=Path, help="folder for the damaged files")
+    return parser.parse_args()
+
+
+def _keep(cases: Iterable[Case], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        name, data = damaged(case)
+        (folder / f"{case.seed}-{case.number}-{name}").write_bytes(data)
+
+
+def outcome_of(result: Result | Failed) -> str:
+    """As in `OUTCOMES`."""
+    if isinstance(result, Result):
+        return result.outcome
+    return "hang" if result.error == "WorkerHung" else "crash"
+
+
+def _report(found: list[tuple[Case, Result | Failed]], seconds: float) -> int:
+    tally = Counter(outcome_of(result) for _, result in found)
+    print(f"{len(found)} cases in {seconds:.0f} s: " + ", ".join(f"{tally[name]} {name}" for name in OUTCOMES))
+    whole = [result for _, result in found if isinstance(result, Result)]
+    by_file = Counter((result.name, result.outcome) for result in whole)
+    for name in sorted({result.name for result in whole}):
+        print(f"  {name:16}", ", ".join(f"{by_file[name, o]} {o}" for o in OUTCOMES if by_file[name, o]))
+    if whole:
+        slowest = max(whole, key=lambda result: result.seconds)
+        largest = max(whole, key=lambda result: result.peak)
+        print(f"slowest case: {slowest.seconds:.2f} s ({slowest.name})")
+        print(f"peak memory of a decoding process: {largest.peak / 2**20:.0f} MiB ({largest.name})")
+    errors = Counter(result.what.split(": ")[0] for result in whole if result.outcome == "refused")
+    print("errors: " + (", ".join(f"{count} {name}" for name, count in errors.most_common()) or "none"))
+    bad = [(case, result) for case, result in found if outcome_of(result) in ("system", "bug", "crash", "hang")]
+    for case, result in bad:
+        print(f"\nseed {case.seed}, case {case.number}: {outcome_of(result)}")
+        print(result.what if isinstance(result, Result) else result.message)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""Files that claim far more than they hold: refused in one sentence, before memory or time goes into the claim."""
+
+import os
+import pickle
+import struct
+import zlib
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from make_media import Picture, Sound, tones, write_media
+from PIL import Image
+
+from vaflow.datasets import Clip
+from vaflow.datasets.labels import read_csv
+from vaflow.encoders.images import Preparation
+from vaflow.errors import DataError, MediaError
+from vaflow.extract.crops import list_crops, read_crop
+from vaflow.extract.each import each
+from vaflow.extract.feature_files import FeatureFile, read_features, signature
+from vaflow.extract.messages import Done, Failed, Job, SoundEnd
+from vaflow.extract.stills import open_stills
+from vaflow.extract.targets import read_targets
+from vaflow.extract.worker import run_job
+from vaflow.timeline import Grid
+
+ROOM = 300 * 2**20  # bytes: what a decoding process takes for an ordinary small clip, and some
+
+
+def last_words(clip: Clip) -> tuple[Any, list[Any], int]:
+    """Read a clip in a process of its own: the last message, all but pictures and sound, and the peak of memory."""
+    ((_, found),) = each(_last_words, [clip], item_timeout=60)
+    assert not isinstance(found, Failed), found
+    return found
+
+
+def _last_words(clip: Clip) -> tuple[Any, list[Any], int]:
+    messages: list[Any] = []
+    run_job(Job(0, clip, Grid(), True, True, "none", (Preparation(32),), False), messages.append)
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return messages[-1], [m for m in messages if isinstance(m, SoundEnd)], peak
+
+
+def refusal(path: Path, audio: Path | None = None) -> str:
+    """The message with which a video is refused, in little memory."""
+    last, _, peak = last_words(Clip("c", None, "c", path, audio or path))
+    assert isinstance(last, Failed), last
+    assert last.error == "MediaError"
+    assert peak < ROOM
+    return last.message
+
+
+# --- pictures
+
+
+def png(path: Path, width: int, height: int) -> Path:
+    """A PNG of any claimed size with one row of data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(1 + 3 * min(width, 1000)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    return path
+
+
+def jpeg(path: Path, width: int, height: int) -> Path:
+    """A JPEG whose frame header claims any size."""
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(path, "JPEG")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("make", [png, jpeg])
+@pytest.mark.parametrize("side", [9000, 50_000])
+def test_a_picture_of_absurd_size_is_refused_by_its_header(
+    tmp_path: Path, make: Callable[[Path, int, int], Path], side: int
+) -> None:
+    path = make(tmp_path / "00001.jpg", side, side)
+    with pytest.raises(MediaError, match=f"{side} x {side} pixels|could be decompression bomb"):
+        read_crop(path)
+    with pytest.raises(MediaError, match=f"{side} x {side} pixels|could be decompression bomb"):
+        open_stills(Clip("c", None, "c", None, frames=tmp_path, frame_rate=25.0))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_that_unpacks_to_a_thousand_times_its_size_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (12_000, 12_000)).save(tmp_path / "1.png")
+    assert (tmp_path / "1.png").stat().st_size < 200_000
+    with pytest.raises(MediaError, match="at most 67108864 pixels"):
+        read_crop(tmp_path / "1.png")
+
+
+def test_a_picture_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").touch()
+    os.truncate(tmp_path / "1.jpg", 2**40)
+    with pytest.raises(MediaError, match="1099511627776 bytes"):
+        read_crop(tmp_path / "1.jpg")
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP", "GIF", "PPM", "WEBP"])
+def test_a_picture_of_another_kind_is_refused_whatever_its_name(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg", kind)
+    with pytest.raises(MediaError, match="whole JPEG or PNG"):
+        read_crop(tmp_path / "1.jpg")
+
+
+def test_crops_of_impossible_numbers_are_no_crops(tmp_path: Path) -> None:
+    for number in ("1", "10000000", "10000001", "2147483648", "9" * 200):
+        (tmp_path / f"{number}.jpg").touch()
+    assert list(list_crops([tmp_path])) == [0, 9_999_999]
+
+
+def test_stills_a_day_apart_are_no_clip(tmp_path: Path) -> None:
+    for number in ("0", "9999999"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    with pytest.raises(MediaError, match="too long"):
+        open_stills(Clip("c", None, "c", None, frames=tmp_path, frame_rate=25.0))
+
+
+# --- videos
+
+
+def test_a_container_that_claims_an_absurd_size_of_small_pictures_costs_nothing(tmp_path: Path) -> None:
+    """MPEG-4 says the size in the pictures themselves; the container's word does not count."""
+    path = write_media(tmp_path / "a.avi", Picture(codec="mpeg4", rate=25))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"strf") + 8 + 4  # of the bitmap header: its size, then width and height
+    data[at : at + 8] = struct.pack("<II", 16_384, 16_384)
+    path.write_bytes(data)
+    last, _, peak = last_words(Clip("c", None, "c", path, path))
+    assert isinstance(last, Done)
+    assert peak < ROOM
+
+
+def test_a_picture_inside_a_video_of_absurd_size_is_not_decoded(tmp_path: Path) -> None:
+    """Every frame of Motion JPEG is a JPEG with a header of its own."""
+    path = write_media(tmp_path / "a.avi", Picture(codec="mjpeg", pixel_format="yuvj420p", rate=25))
+    data = bytearray(path.read_bytes())
+    at = data.find(b"\xff\xc0")
+    while at >= 0:
+        data[at + 5 : at + 9] = struct.pack(">HH", 16_384, 16_384)
+        at = data.find(b"\xff\xc0", at + 1)
+    path.write_bytes(data)
+    refusal(path)
+
+
+def test_raw_video_of_absurd_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream("rawvideo", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgr24"
+        for number in range(5):
+            frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "bgr24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            out.mux(stream.encode(frame))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"strf") + 12
+    data[at : at + 8] = struct.pack("<II", 16_384, 16_384)
+    path.write_bytes(data)
+    refusal(path)
+
+
+def boxes(data: bytearray, *names: bytes) -> int:
+    """Where the content of nested MP4 boxes begins."""
+    at = 0
+    for name in names:
+        at = data.index(name, at) + 4
+    return at
+
+
+@pytest.mark.parametrize("frames", [2**31 - 1, 2**32 - 1, 10**8])
+def test_a_container_that_claims_billions_of_frames_is_refused(tmp_path: Path, frames: int) -> None:
+    path = write_media(tmp_path / "a.mp4", Picture())
+    data = bytearray(path.read_bytes())
+    sizes = boxes(data, b"moov", b"stsz") + 4
+    data[sizes : sizes + 8] = struct.pack(">II", 1, frames)  # all of one byte
+    times = boxes(data, b"moov", b"stts") + 4
+    data[times : times + 12] = struct.pack(">III", 1, frames, 1)
+    path.write_bytes(data)
+    assert refusal(path)
+
+
+def film_with_times(path: Path, seconds: list[float]) -> Path:
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.max_b_frames = 0
+        for number, second in enumerate(seconds):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 9 * number, np.uint8), "rgb24")
+            frame.pts, frame.time_base = round(second * 1000), Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(("last", "said"), [(700.0, "has a hole"), (200_000.0, "too long")])
+def test_times_far_apart_do_not_become_a_grid_between_them(tmp_path: Path, last: float, said: str) -> None:
+    regular = [k / 25 for k in range(20)]
+    assert said in refusal(film_with_times(tmp_path / "a.mkv", [*regular, last]))
+
+
+def test_a_pause_of_minutes_is_an_ordinary_video(tmp_path: Path) -> None:
+    path = film_with_times(tmp_path / "a.mkv", [*(k / 25 for k in range(20)), 500.0])
+    last, _, _ = last_words(Clip("c", None, "c", path, path))
+    assert isinstance(last, Done)
+
+
+# --- sound
+
+
+def wav(path: Path, rate: int = 16_000, channels: int = 1, claimed: int | None = None) -> Path:
+    data = np.zeros(40_000, np.int16).tobytes()
+    form = struct.pack("<HHIIHH", 1, channels, rate, (rate * channels * 2) % 2**32, (channels * 2) % 2**16, 16)
+    size = len(data) if claimed is None else claimed
+    head = b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", size)
+    path.write_bytes(b"RIFF" + struct.pack("<I", min(size + 36, 2**32 - 1)) + b"WAVE" + head + data)
+    return path
+
+
+def test_sound_that_claims_four_gigabytes_is_as_long_as_it_is(tmp_path: Path) -> None:
+    film = write_media(tmp_path / "a.mp4", Picture())
+    last, ends, peak = last_words(Clip("c", None, "c", film, wav(tmp_path / "a.wav", claimed=2**32 - 1)))
+    assert isinstance(last, Done)
+    assert ends[0].facts["audio"] in ("ok", "silent")
+    assert peak < ROOM
+
+
+@pytest.mark.parametrize("rate", [0, 1, 999, 800_000, 2**31 - 1, 2**32 - 1])
+def test_sound_of_an_absurd_rate_is_unreadable_and_takes_no_memory(tmp_path: Path, rate: int) -> None:
+    """One second at 1 Hz would become 16,000 samples for each of a file's."""
+    film = write_media(tmp_path / "a.mp4", Picture())
+    last, ends, peak = last_words(Clip("c", None, "c", film, wav(tmp_path / "a.wav", rate=rate)))
+    assert peak < ROOM
+    if isinstance(last, Done):
+        assert ends[0].facts["audio"] == "unreadable"
+    else:
+        assert last.error == "MediaError"
+
+
+@pytest.mark.parametrize("channels", [0, 300, 65_535])
+def test_sound_of_absurd_many_channels_is_unreadable(tmp_path: Path, channels: int) -> None:
+    film = write_media(tmp_path / "a.mp4", Picture(), Sound(tones(1.6, 44100)))
+    last, _, peak = last_words(Clip("c", None, "c", film, wav(tmp_path / "a.wav", channels=channels)))
+    assert isinstance(last, Done) or last.error == "MediaError"
+    assert peak < ROOM
+
+
+# --- tables and arrays
+
+
+@pytest.mark.parametrize("cell", ["2147483648", "4294967296", "99999999999999999999", "-1", "1e9", "nan", "1.5", "٣"])
+def test_a_frame_number_that_none_has_is_a_mistake(tmp_path: Path, cell: str) -> None:
+    (tmp_path / "a.csv").write_text(f"frame,valence,arousal\n{cell},0,0\n")
+    with pytest.raises(DataError, match=r"not a frame number.*line 2"):
+        read_csv(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text(f"frame,happy\n{cell},1\n")
+    if cell not in ("1.5", "٣"):
+        with pytest.raises(DataError):
+            read_targets(tmp_path / "b.csv", "binary")
+
+
+@pytest.mark.parametrize("cell", ["1e300", "1e7", "nan", "inf", "-inf", "Infinity", "-0.1", "1_0", "0x10"])
+def test_a_time_that_none_has_is_a_mistake(tmp_path: Path, cell: str) -> None:
+    (tmp_path / "a.csv").write_text(f"time,valence,arousal\n{cell},0,0\n")
+    with pytest.raises(DataError, match=r"not a time.*line 2"):
+        read_csv(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text(f"time,a\n{cell},0\n")
+    if cell != "1_0":
+        with pytest.raises(DataError):
+            read_features(FeatureFile("b", (tmp_path / "b.csv",), None), None)
+
+
+def npy(path: Path, header: str, data: bytes = bytes(64)) -> FeatureFile:
+    raw = header.encode()
+    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(raw)) + raw + data)
+    return FeatureFile("a", (path,), None)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2147483648, 512)}\n",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807, 9223372036854775807)}\n",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 4)}\n",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (2, 4)}\n",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (__import__('os').system('true'), 4)}\n",
+        "{'descr': [('a', '|O')], 'fortran_order': False, 'shape': (2, 4)}\n",
+        "(" * 5000,
+    ],
+)
+def test_an_array_header_that_claims_too_much_or_runs_code_is_refused(tmp_path: Path, header: str) -> None:
+    file = npy(tmp_path / "a.npy", header)
+    with pytest.raises(DataError, match=r"a\.npy"):
+        signature(file)
+    with pytest.raises(DataError, match=r"a\.npy"):
+        read_features(file, 10.0)
+
+
+def test_a_sparse_array_of_a_terabyte_is_refused_by_its_header(tmp_path: Path) -> None:
+    file = npy(tmp_path / "a.npy", "{'descr': '|i1', 'fortran_order': False, 'shape': (1073741824, 1000)}\n")
+    os.truncate(file.path, 2**40)
+    with pytest.raises(DataError, match="too large for one item"):
+        read_features(file, 10.0)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (os.environ["VAFLOW_BOMB"],))
+
+
+def test_a_pickle_in_the_place_of_an_array_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAFLOW_BOMB", str(tmp_path / "ran"))
+    (tmp_path / "a.npy").write_bytes(pickle.dumps(_Bomb()))
+    np.save(tmp_path / "b.npy", np.array([[_Bomb()]], object), allow_pickle=True)
+    for name in ("a.npy", "b.npy"):
+        with pytest.raises(DataError):
+            read_features(FeatureFile("a", (tmp_path / name,), None), 10.0)
+    assert not (tmp_path / "ran").exists()
