@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,18 @@ def _session(leader: int) -> list[int]:
         state, _, _, session = name_end[2].split()[:4]
         if int(session) == leader and state != "Z":
             found.append(int(stat.parent.name))
+    return found
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a command has spawned to work for it."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread or process that ends just now
+            for child in (task / "children").read_text().split():
+                command = Path(f"/proc/{child}/cmdline").read_bytes()
+                if b"spawn_main" in command:
+                    found.append(int(child))
     return found
 
 

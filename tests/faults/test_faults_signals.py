@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from kills import SMALL, assert_same_run, toy_cache
-from lab import EXTRACT, Lab, assert_said, assert_same_cache, until
+from lab import EXTRACT, Lab, assert_said, assert_same_cache, children_of, until
 
 from vaflow.cache import open_cache
 from vaflow.cache.verify import verify
@@ -129,3 +129,15 @@ def test_a_second_ctrl_c_does_no_harm(lab: Lab, media: Path, whole: Path, tmp_pa
     assert verify(open_cache(out)) == []
     assert_said(lab.run(args), 0)
     assert_same_cache(out, whole)
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "shutdown"])
+def test_a_study_struck_while_its_processes_start(lab: Lab, toys: Path, tmp_path: Path, how: str) -> None:
+    """They import for seconds; neither they nor their messages stay behind."""
+    args = ["ablate", toys, "--table", "extra", "--seeds", "1", "--jobs", "2", "--out", tmp_path / "study"]
+    names = ["--alias", "clip-vit-b16=toy-eyes", "--alias", "ast=toy-ears", "--set", "device=cpu"]
+    process = lab.start([*args, *names])
+    until(process, lambda: len(children_of(process.pid)) >= 2)
+    process.send(HOW[how][1], group=True)
+    assert_said(process.wait(), HOW[how][2], HOW[how][3])
+    assert process.orphans(5.0) == []

@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from kills import SMALL, assert_same_run, toy_cache
-from lab import EXTRACT, Lab, assert_said, assert_same_cache, attempts, until
+from lab import EXTRACT, Lab, assert_said, assert_same_cache, attempts, children_of, until
 
 from vaflow.cache import open_cache
 from vaflow.cache.verify import leftovers, verify
@@ -70,24 +69,12 @@ def test_two_extractions_into_one_cache_at_once(lab: Lab, media: Path, whole: Pa
     assert leftovers(open_cache(out)) == []
 
 
-def workers_of(pid: int) -> list[int]:
-    """Decoding processes of a command."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(FileNotFoundError):  # a thread or process that ends just now
-            for child in (task / "children").read_text().split():
-                command = Path(f"/proc/{child}/cmdline").read_bytes()
-                if b"spawn_main" in command:
-                    found.append(int(child))
-    return found
-
-
 def test_workers_killed_by_the_system_cost_their_clips(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
     process = lab.start(args)
-    until(process, lambda: bool(workers_of(process.pid)))
-    victims = workers_of(process.pid)
+    until(process, lambda: bool(children_of(process.pid)))
+    victims = children_of(process.pid)
     for victim in victims:
         os.kill(victim, signal.SIGKILL)
     ended = process.wait()

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from vaflow.train.ablate.worker import Ended, Runner, one_thread, receive, send,
 from vaflow.train.config import to_toml
 
 RUNS = "runs"  # the folder of runs below the study's
+TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM)  # what a terminal or a scheduler sends to workers, too
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,11 @@ class _Worker:
         self._process: SpawnProcess = context.Process(
             target=serve, args=(other, cache, level, allow_missing), name="vaflow-ablate", daemon=True
         )
-        self._process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_GROUP)  # inherited: ours to handle, from its start on
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         other.close()
         self.alive = True
 
@@ -94,7 +100,7 @@ class _Worker:
     def __exit__(self, *error: object) -> None:
         self.connection.close()
         if error[0] is not None:
-            self._process.terminate()  # nothing is lost but its run's epoch: runs go on from their checkpoints
+            self._process.kill()  # nothing is lost but its run's epoch: runs go on from their checkpoints
         self._process.join()
 
     def give(self, job: Job, folder: Path) -> None:
