@@ -4,7 +4,7 @@ import json
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from vaflow.cache import create_cache, open_cache
 from vaflow.train.runs import RunFolder
 
 SMALL = ["--set", "hidden=16", "--lr", "3e-3", "--batch-size", "8", "--epochs", "6", "--device", "cpu"]
-Kept = dict[str, object]
+Kept = Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def campaign(lab: Lab, target: Target, folder: Path, kills: int, seed: int) -> T
     number = 0
     while tally.kills < kills:
         number += 1
-        out, before = folder / str(number), Kept()
+        out, before = folder / str(number), {}
         for _ in range(1 if rng.random() < 2 / 3 else 2):
             process = lab.start(target.args(out))
             if rng.random() < 0.5:

@@ -93,8 +93,8 @@ def jump_clock(seconds: float, every: int = 7) -> None:
         looks += 1
         return seconds if (looks // every) % 2 else -seconds
 
-    time.time = lambda: real() + offset()  # type: ignore[assignment]
-    time.time_ns = lambda: real_ns() + int(offset() * 1e9)  # type: ignore[assignment]
+    time.time = lambda: real() + offset()
+    time.time_ns = lambda: real_ns() + int(offset() * 1e9)
 
 
 def jump_file_times(seconds: float) -> None:

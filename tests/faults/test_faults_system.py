@@ -42,6 +42,15 @@ def test_training_while_the_clock_jumps(lab: Lab, toys: Path, tmp_path: Path) ->
     assert_same_run(tmp_path / "jumping", tmp_path / "plain")
 
 
+def test_two_runs_with_one_seed_are_the_same_files(lab: Lab, toys: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert_said(lab.run(["train", toys, "--out", tmp_path / name, *SMALL, "--seed", "7"]), 0)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_said(lab.run(["train", toys, "--out", tmp_path / "three", *SMALL, "--seed", "8"]), 0)
+    with pytest.raises(AssertionError, match="other weights"):
+        assert_same_run(tmp_path / "one", tmp_path / "three")
+
+
 def test_an_index_is_not_fooled_by_times_that_go_back(toys: Path, tmp_path: Path) -> None:
     """Whatever the times of the records' folders are, an open cache sees what is committed."""
     subprocess.run(["cp", "-a", toys, tmp_path / "cache"], check=True)

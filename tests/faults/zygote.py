@@ -58,7 +58,7 @@ def _leave(code: int) -> None:
     import multiprocessing.util
     import threading
 
-    threading._shutdown()  # type: ignore[attr-defined] - waits for threads that are no daemons
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]
     atexit._clear()
     os._exit(code)
