@@ -81,7 +81,8 @@ def campaign(lab: Lab, target: Target, folder: Path, kills: int, seed: int) -> T
     number = 0
     while tally.kills < kills:
         number += 1
-        out, before = folder / str(number), {}
+        out = folder / str(number)
+        before: Kept = {}
         for _ in range(1 if rng.random() < 2 / 3 else 2):
             process = lab.start(target.args(out))
             if rng.random() < 0.5:
