@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, StreamInfo
+from vaflow.cache.long import LongArray, Scratch
+from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Rows, StreamInfo
 from vaflow.encoders.frontend import KALDI, FrontEnd, cut
 from vaflow.encoders.logmel import frame_times
 from vaflow.extract.batching import Encoders, FixedBatcher
@@ -14,10 +15,10 @@ from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Message, Sound, SoundEnd
 from vaflow.extract.plan import Task
 from vaflow.extract.sound import HOP, Banks, covered_frames, step_valid
-from vaflow.timeline import Floats
 
-Arrays = dict[str, NDArray[Any]]
-LogMel = tuple[NDArray[Any], NDArray[np.bool_], dict[str, Any]]  # [F, mel] as stored, [F] valid, facts of the sound
+Arrays = dict[str, Rows]
+Vectors = NDArray[Any] | LongArray  # [N, dim], written to by rows
+LogMel = tuple[Rows, NDArray[np.bool_], dict[str, Any]]  # [F, mel] as stored, [F] valid, facts of the sound
 
 
 class ClipAssembly:
@@ -29,6 +30,7 @@ class ClipAssembly:
         infos: every stream by name.
         encoders: every encoder of the run with its batcher.
         cached_logmel: reads the clip's committed log-Mel, where only audio streams are added to it.
+        scratch: makes what is to be committed: a clip of any length is held in bounded memory.
     """
 
     def __init__(
@@ -38,11 +40,12 @@ class ClipAssembly:
         infos: Mapping[str, StreamInfo],
         encoders: Encoders,
         cached_logmel: Callable[[str], LogMel],
+        scratch: Scratch,
     ) -> None:
         self.task, self._config, self._infos = task, config, infos
         self._visual = {name: pair for name, pair in encoders.visual.items() if name in task.streams}
         self._audio = {name: pair for name, pair in encoders.audio.items() if name in task.streams}
-        self._cached_logmel = cached_logmel
+        self._cached_logmel, self._scratch = cached_logmel, scratch
         self.sources: dict[str, Any] = {}
         self.facts: dict[str, dict[str, Any]] = {"labels": {}, "audio": {}, "visual": {}}
         self.arrays: dict[str, Arrays] = {}
@@ -51,8 +54,11 @@ class ClipAssembly:
         if LOGMEL in task.streams:
             wanted.add(KALDI)
         # The log-Mel is kept, and read, as it is stored; other frames are forgotten once they are encoded.
-        self._banks = Banks(wanted, {KALDI: np.dtype(config.dtype)})
-        self._jpegs: dict[int, bytes] = {}
+        self._banks = Banks(wanted, {KALDI: np.dtype(config.dtype)}, scratch)
+        self._jpegs = scratch.growing((), "uint8")
+        self._jpeg_sizes: dict[int, int] = {}
+        self._vectors: dict[str, Vectors] = {}
+        self._seen: dict[str, NDArray[np.bool_]] = {}
         self._sizes: dict[str, set[int]] = {}
         self._waiting = 0
         self._read = False
@@ -93,10 +99,10 @@ class ClipAssembly:
         self.sources, self.duration = clock.sources, clock.duration
         self.facts["labels"] = clock.facts
         if LABELS in self.task.streams:
-            self.arrays[LABELS] = clock.labels
+            self.arrays[LABELS] = dict(clock.labels)
         self._times = self._config.grid.sample_times(clock.duration)
         for name in self._visual:
-            self.arrays[name] = self._empty_visual(name)
+            self._start_visual(name)
         reads_logmel = any(encoder.front_end == KALDI for encoder, _ in self._audio.values())
         if reads_logmel and LOGMEL not in self.task.streams:
             frames, valid, self.facts["audio"] = self._cached_logmel(self.task.clip.id)
@@ -112,82 +118,77 @@ class ClipAssembly:
                 self.arrays[LOGMEL] = {"embedding": frames, "time": frame_times(len(frames)), "valid": valid}
             self._encode_sound(front, frames, valid)
 
-    def _encode_sound(self, front: FrontEnd, frames: NDArray[Any], valid: NDArray[np.bool_]) -> None:
+    def _encode_sound(self, front: FrontEnd, frames: Rows, valid: NDArray[np.bool_]) -> None:
         """Encode the frames of one front end with every encoder that reads it."""
         for name, (encoder, _) in self._audio.items():
             if encoder.front_end == front:
-                self.arrays[name] = self._encode_windows(name, frames, valid)
+                self._encode_windows(name, frames, valid)
 
-    def _encode_windows(self, name: str, frames: NDArray[Any], valid: NDArray[np.bool_]) -> Arrays:
+    def _encode_windows(self, name: str, frames: Rows, valid: NDArray[np.bool_]) -> None:
         """Queue every stretch that some window reads, once; without sound under any of its steps it is left out."""
         encoder, batcher = self._audio[name]
         grid, steps = self._config.grid, self._config.audio_steps
         starts = grid.seconds(grid.starts(self.duration))
-        arrays: Arrays = {
-            "embedding": np.zeros((len(starts), steps, encoder.dim), self._config.dtype),
+        heard = step_valid(valid, starts, grid.window, steps)
+        vectors = self._vectors[name] = self._scratch.zeros((len(starts) * steps, encoder.dim), self._config.dtype)
+        self.arrays[name] = {
+            "embedding": vectors.reshape(len(starts), steps, encoder.dim),
             "time": starts[:, None] + encoder.step_times(grid.window, steps),
-            "valid": step_valid(valid, starts, grid.window, steps),
+            "valid": heard,
             "start": starts,
         }
         stretches = encoder.stretches(grid.window, steps)
         each = steps // len(stretches.first)
-        readers: dict[int, list[NDArray[Any]]] = {}  # first frame -> where its result goes
+        readers: dict[int, list[int]] = {}  # first frame -> where its result goes: the first of `each` vectors
         for window, start in enumerate(starts.tolist()):
             for number, offset in enumerate(stretches.first):
-                part = slice(number * each, (number + 1) * each)
-                if arrays["valid"][window, part].any():
-                    readers.setdefault(round(start / HOP) + offset, []).append(arrays["embedding"][window, part])
+                if heard[window, number * each : (number + 1) * each].any():
+                    readers.setdefault(round(start / HOP) + offset, []).append(window * steps + number * each)
         for first, targets in readers.items():
             row = cut(frames, first, stretches.frames, encoder.front_end.padding)
-            self._encode(name, batcher, row, targets)
-        return arrays
+            self._encode(name, batcher, row, targets, each)
 
     # -- picture -------------------------------------------------------------------------------------------------
 
-    def _empty_visual(self, name: str) -> Arrays:
+    def _start_visual(self, name: str) -> None:
         count = len(self._times)
-        return {
-            "embedding": np.zeros((count, self._infos[name].dim), self._config.dtype),
-            "time": self._times,
-            "valid": np.zeros(count, bool),
-        }
+        self._vectors[name] = self._scratch.zeros((count, self._infos[name].dim), self._config.dtype)
+        self._seen[name] = np.zeros(count, bool)
+        self.arrays[name] = {"embedding": self._vectors[name], "time": self._times, "valid": self._seen[name]}
 
     def _add_face(self, face: Face) -> None:
         if face.jpeg is not None:
-            self._jpegs[face.sample] = face.jpeg
+            self._jpegs.append(np.frombuffer(face.jpeg, np.uint8))
+            self._jpeg_sizes[face.sample] = len(face.jpeg)
         for name, (encoder, batcher) in self._visual.items():
-            arrays = self.arrays[name]
-            arrays["valid"][face.sample] = True
-            target = arrays["embedding"][face.sample : face.sample + 1]
-            self._encode(name, batcher, face.images[encoder.preparation], [target])
+            self._seen[name][face.sample] = True
+            self._encode(name, batcher, face.images[encoder.preparation], [face.sample], 1)
 
     def _end_faces(self, end: FacesEnd) -> None:
         self.facts["visual"] = end.facts
         for name in self._visual:
             self.arrays[name]["frame"] = end.frame
         if PIXELS in self.task.streams:
-            self.arrays[PIXELS] = _pixel_arrays(self._jpegs, self._times) | {"frame": end.frame}
-        self._jpegs = {}
+            self.arrays[PIXELS] = self._pixel_arrays() | {"frame": end.frame}
 
-    def _encode(self, stream: str, batcher: FixedBatcher, row: NDArray[Any], targets: list[NDArray[Any]]) -> None:
-        """Queue a row; its result is written into every target (views of the arrays to be committed)."""
+    def _pixel_arrays(self) -> Arrays:
+        sizes = np.array([self._jpeg_sizes.get(sample, 0) for sample in range(len(self._times))], np.int64)
+        return {
+            "data": self._jpegs.finish(),
+            "offset": np.concatenate([[0], np.cumsum(sizes)]),
+            "time": self._times,
+            "valid": sizes > 0,
+        }
+
+    def _encode(self, stream: str, batcher: FixedBatcher, row: NDArray[Any], targets: list[int], each: int) -> None:
+        """Queue a row; its result, `each` vectors, is written at every target, into what will be committed."""
         self._waiting += 1
-        sizes = self._sizes.setdefault(stream, set())
+        sizes, vectors = self._sizes.setdefault(stream, set()), self._vectors[stream]
 
         def deliver(result: NDArray[np.float32]) -> None:
             for target in targets:
-                target[:] = result
+                vectors[target : target + each] = result
             sizes.add(batcher.delivering)
             self._waiting -= 1
 
         batcher.add(row, deliver)
-
-
-def _pixel_arrays(jpegs: dict[int, bytes], times: Floats) -> Arrays:
-    images = [jpegs.get(sample, b"") for sample in range(len(times))]
-    return {
-        "data": np.frombuffer(b"".join(images), np.uint8),
-        "offset": np.cumsum([0, *(len(image) for image in images)], dtype=np.int64),
-        "time": times,
-        "valid": np.array([bool(image) for image in images], bool),
-    }

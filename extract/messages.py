@@ -72,7 +72,10 @@ class SoundEnd:
 
 @dataclass(frozen=True)
 class Face:
-    """The crop of one grid sample: preparation -> [size, size, 3] uint8, and its stored form, if kept."""
+    """The crop of one grid sample: preparation -> [size, size, 3] uint8, and its stored form, if kept.
+
+    A clip's crops come in the order of their samples.
+    """
 
     job: int
     sample: int

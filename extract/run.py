@@ -141,7 +141,9 @@ class Run:
     def _assembly(self, number: int) -> ClipAssembly:
         if number not in self._open:
             task = self._tasks.pop(number)
-            self._open[number] = ClipAssembly(task, self._config, self._infos, self._encoders, self._cached_logmel)
+            self._open[number] = ClipAssembly(
+                task, self._config, self._infos, self._encoders, self._cached_logmel, self._cache.scratch
+            )
         return self._open[number]
 
     def _cached_logmel(self, item: str) -> LogMel:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vaflow.cache.long import Scratch
+from vaflow.cache.schema import Rows
 from vaflow.encoders import logmel
 from vaflow.encoders.frontend import FrontEnd
 from vaflow.timeline import Floats, Ints
@@ -20,30 +22,25 @@ class Banks:
     Args:
         wanted: the front ends.
         dtypes: what their frames are kept in, where that is not float32.
+        scratch: where they are kept.
     """
 
-    def __init__(self, wanted: Iterable[FrontEnd], dtypes: Mapping[FrontEnd, np.dtype[Any]]) -> None:
+    def __init__(self, wanted: Iterable[FrontEnd], dtypes: Mapping[FrontEnd, np.dtype[Any]], scratch: Scratch) -> None:
         self._open = {front: front.open() for front in wanted}
-        self._dtypes = {front: dtypes.get(front, np.dtype(np.float32)) for front in self._open}
-        self._blocks: dict[FrontEnd, list[NDArray[Any]]] = {front: [] for front in self._open}
+        self._kept = {
+            front: scratch.growing((front.bins,), dtypes.get(front, np.dtype(np.float32))) for front in self._open
+        }
 
     def push(self, samples: NDArray[np.float32]) -> None:
         """The next samples, [n] at 16 kHz."""
         for front, bank in self._open.items():
-            self._keep(front, bank.push(samples))
+            self._kept[front].append(bank.push(samples))
 
-    def finish(self) -> dict[FrontEnd, NDArray[Any]]:
+    def finish(self) -> dict[FrontEnd, Rows]:
         """No more sound: all frames [F, bins] of every front end; the banks forget them."""
-        frames = {}
         for front, bank in self._open.items():
-            self._keep(front, bank.finish())
-            blocks, self._blocks[front] = self._blocks[front], []
-            frames[front] = np.concatenate(blocks)
-        return frames
-
-    def _keep(self, front: FrontEnd, frames: NDArray[np.float32]) -> None:
-        if len(frames) or not self._blocks[front]:
-            self._blocks[front].append(frames.astype(self._dtypes[front]))
+            self._kept[front].append(bank.finish())
+        return {front: self._kept.pop(front).finish() for front in self._open}
 
 
 def covered_frames(frames: int, covered: tuple[tuple[float, float], ...]) -> NDArray[np.bool_]:

@@ -15,10 +15,11 @@ from vaflow.cache.documents import fingerprint, now, plain
 from vaflow.cache.fetch import fetch
 from vaflow.cache.index import Index, Row
 from vaflow.cache.item import Item
+from vaflow.cache.long import LongArray, Scratch
 from vaflow.cache.messages import cannot_write, corrupt
 from vaflow.cache.names import Layout, escape
 from vaflow.cache.places import look
-from vaflow.cache.schema import LABELS, SCHEMA_VERSION, Array, Json, Record, StoreName, StreamInfo, array_problems
+from vaflow.cache.schema import LABELS, SCHEMA_VERSION, Array, Json, Record, Rows, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES
 from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError, explain
 
@@ -212,12 +213,18 @@ class Cache:
         self,
         stream: str,
         item: str,
-        arrays: Mapping[str, Array],
+        arrays: Mapping[str, Rows],
         *,
         source: Mapping[str, Any] | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> Record:
         """Commit an item: when this returns, it survives a kill and a power cut. Replaces what was there.
+
+        Args:
+            stream, item: their names.
+            arrays: as the stream's kind in `KINDS` says; those made by `scratch` may be longer than memory.
+            source: identity of what the item was made from.
+            meta: facts about it.
 
         Returns:
             The record that holds now: another writer's, where one committed the same new item first.
@@ -242,7 +249,7 @@ class Cache:
         )
         return self._commit(draft, arrays)
 
-    def adopt(self, record: Record, arrays: Mapping[str, Array]) -> Record:
+    def adopt(self, record: Record, arrays: Mapping[str, Rows]) -> Record:
         """Commit an item of another cache: its source, facts and time of making stay. Otherwise as `write`.
 
         Raises:
@@ -259,10 +266,10 @@ class Cache:
             )
         return self._commit(replace(record, attempt="", files={}), arrays)
 
-    def _commit(self, draft: Record, arrays: Mapping[str, Array]) -> Record:
+    def _commit(self, draft: Record, arrays: Mapping[str, Rows]) -> Record:
         info = self._stream(draft.stream)
         # In one order, so that equal arrays make equal HDF5 files.
-        arrays = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
+        arrays = {name: _in_c_order(arrays[name]) for name in sorted(arrays)}
         problems = array_problems(info, arrays)
         if problems:
             raise DataError(explain(f"{draft.item!r} does not fit stream {draft.stream!r}: {'; '.join(problems)}"))
@@ -279,6 +286,11 @@ class Cache:
             discard(self.layout, self._store, self.layout.record(stream, item))
         except OSError as error:
             raise cannot_write(self.layout, error) from error
+
+    @property
+    def scratch(self) -> Scratch:
+        """Makes arrays to be written that are too long for memory."""
+        return Scratch(self.layout)
 
     # The whole
 
@@ -346,3 +358,7 @@ class Cache:
                     remedy="Open it with open_cache(path, writable=True)",
                 )
             )
+
+
+def _in_c_order(array: Rows) -> Rows:
+    return array if isinstance(array, LongArray) else np.asarray(array, order="C")

@@ -10,9 +10,9 @@ from pathlib import Path
 from secrets import token_hex
 
 from vaflow.cache import files, places
-from vaflow.cache.documents import crc32c, record_document, record_from, seal, unseal
+from vaflow.cache.documents import file_facts, record_document, record_from, seal, unseal
 from vaflow.cache.names import Layout
-from vaflow.cache.schema import Array, Record
+from vaflow.cache.schema import Record, Rows
 from vaflow.cache.stores import Store
 
 
@@ -29,7 +29,7 @@ def load_record(layout: Layout, path: Path) -> Record:
     return record
 
 
-def commit(layout: Layout, store: Store, draft: Record, arrays: Mapping[str, Array]) -> Record:
+def commit(layout: Layout, store: Store, draft: Record, arrays: Mapping[str, Rows]) -> Record:
     """Write `arrays` as a new attempt and make `draft` its record; returns the record that holds now.
 
     Where there was no record, of several writers the first wins and the others' attempts are deleted. Where there was
@@ -46,7 +46,7 @@ def commit(layout: Layout, store: Store, draft: Record, arrays: Mapping[str, Arr
     try:
         names = store.write_attempt(folder, attempt, arrays)
         places.flush(layout, layout.attempts(draft.stream), [f"{folder.name}/{name}" for name in names])
-        record = replace(draft, attempt=attempt, files={name: _facts(files.read(folder / name)) for name in names})
+        record = replace(draft, attempt=attempt, files={name: file_facts(folder / name) for name in names})
         return _replace(layout, store, record) if replacing else _create(layout, store, record)
     finally:
         # Ask the disk: an interrupt may have come after the record was made.
@@ -61,10 +61,6 @@ def _recorded_attempt(layout: Layout, draft: Record) -> str | None:
         return load_record(layout, path).attempt
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _facts(blob: files.Blob) -> dict[str, int]:
-    return {"size": int(blob.size), "crc32c": crc32c(blob)}
 
 
 def _create(layout: Layout, store: Store, record: Record) -> Record:

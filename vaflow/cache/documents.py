@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -16,6 +17,7 @@ from vaflow.cache.schema import DTYPES, FORMAT, KINDS, SCHEMA_VERSION, Json, Rec
 from vaflow.errors import UsageError, explain
 
 CHECKSUM = "crc32c"
+_BLOCK = 2**20  # bytes
 MAX_DURATION = 1e7  # seconds of a clip: no recording has four months
 
 
@@ -45,6 +47,19 @@ def plain(value: Mapping[str, Any], what: str) -> Json:
 def crc32c(data: bytes | Blob) -> int:
     """CRC-32C (Castagnoli) as an unsigned number."""
     return int(google_crc32c.value(data if isinstance(data, bytes) else np.ascontiguousarray(data)))
+
+
+def file_facts(path: Path) -> Json:
+    """Size and CRC-32C of a file, as its record says them, read block by block.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+    """
+    size = crc = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            size, crc = size + len(block), google_crc32c.extend(crc, block)
+    return {"size": size, CHECKSUM: int(crc)}
 
 
 def seal(document: Json) -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 
 from vaflow.cache.files import Blob
 from vaflow.cache.names import TEMPORARY
-from vaflow.cache.schema import Array
+from vaflow.cache.schema import Array, Rows, parts
 
 SUFFIX = ".h5"
 
@@ -17,14 +17,16 @@ SUFFIX = ".h5"
 class Hdf5Store:
     """Uncompressed and without times of change, so that equal arrays make equal files."""
 
-    def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Array]) -> list[str]:
+    def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Rows]) -> list[str]:
         import h5py
 
         temporary = folder / f"{TEMPORARY}{attempt}{SUFFIX}"
         try:
             with h5py.File(temporary, "x") as file:
                 for name, array in arrays.items():
-                    file.create_dataset(name, data=array, track_times=False)
+                    made = file.create_dataset(name, array.shape, array.dtype, track_times=False)
+                    for rows in parts(array):
+                        made[rows] = array[rows]
             temporary.replace(self.path(folder, attempt))
         finally:
             temporary.unlink(missing_ok=True)

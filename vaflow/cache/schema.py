@@ -4,9 +4,9 @@ A cache is a folder of named *streams*; a stream holds arrays for *items* (clips
 is committed by a *record*. Validators return every problem as text; one caller raises.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,25 @@ LOGMEL = "logmel"
 PIXELS = "pixels"
 
 FLOAT = ("float16", "float32")
+
+_PART = 2**20  # bytes
+
+
+class Rows(Protocol):
+    """What checks and stores need of an array: a NumPy array, or one whose rows lie in a file (`long.LongArray`)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,14 @@ class Record:
     fingerprint: str = ""  # of the stream when it was made
 
 
-def array_problems(info: StreamInfo, arrays: Mapping[str, Array]) -> list[str]:
+def parts(array: Rows, nbytes: int = _PART) -> Iterator[slice]:
+    """Rows of at most that many bytes together, and one at least: all of the array, in order."""
+    step = max(1, nbytes * len(array) // max(1, array.nbytes))
+    for start in range(0, len(array), step):
+        yield slice(start, min(start + step, len(array)))
+
+
+def array_problems(info: StreamInfo, arrays: Mapping[str, Rows]) -> list[str]:
     """Everything that keeps `arrays` from being an item of the stream `info`; empty when all is well."""
     specs = KINDS[info.kind]
     problems = [f"array {name!r} is missing" for name, spec in specs.items() if spec.required and name not in arrays]
@@ -150,7 +176,7 @@ def array_problems(info: StreamInfo, arrays: Mapping[str, Array]) -> list[str]:
     return problems or _value_problems(info, arrays)
 
 
-def _one_array_problems(name: str, spec: ArraySpec, array: Array, lengths: dict[str, int]) -> list[str]:
+def _one_array_problems(name: str, spec: ArraySpec, array: Rows, lengths: dict[str, int]) -> list[str]:
     problems = []
     if str(array.dtype) not in spec.dtypes:
         problems.append(f"{name} is {array.dtype}, not {' or '.join(spec.dtypes)}")
@@ -164,7 +190,7 @@ def _one_array_problems(name: str, spec: ArraySpec, array: Array, lengths: dict[
     return problems
 
 
-def _value_problems(info: StreamInfo, arrays: Mapping[str, Array]) -> list[str]:
+def _value_problems(info: StreamInfo, arrays: Mapping[str, Any]) -> list[str]:
     problems = []
     time = arrays.get("time")
     if time is not None and not np.isfinite(time).all():
@@ -172,7 +198,7 @@ def _value_problems(info: StreamInfo, arrays: Mapping[str, Array]) -> list[str]:
     elif time is not None and time.ndim == 1 and (np.diff(time) < 0).any():
         problems.append("time does not ascend")
     embedding = arrays.get("embedding")
-    if embedding is not None and not np.isfinite(embedding).all():
+    if embedding is not None and not all(np.isfinite(embedding[rows]).all() for rows in parts(embedding)):
         problems.append("embedding holds NaN or infinity")
     if info.kind == "labels":
         value, valid = arrays["value"], arrays["valid"]

@@ -10,14 +10,14 @@ from typing import Protocol
 
 from vaflow.cache.files import Blob
 from vaflow.cache.hdf5_store import Hdf5Store
-from vaflow.cache.schema import Array, StoreName
+from vaflow.cache.schema import Array, Rows, StoreName
 from vaflow.cache.zarr_store import ZarrStore
 
 
 class Store(Protocol):
     """Arrays of one attempt <-> files. Names of files are below the item's folder, with `/`."""
 
-    def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Array]) -> list[str]:
+    def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Rows]) -> list[str]:
         """Write `arrays` into the existing `folder` under the new name `attempt`; returns every file made."""
         ...
 

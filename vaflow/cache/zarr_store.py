@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache.files import Blob
-from vaflow.cache.schema import DTYPES, Array
+from vaflow.cache.schema import DTYPES, Array, Rows
 
 LARGEST_CHUNK = 64 * 2**20  # bytes; longer arrays are split along their first axis
 _RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])
@@ -18,7 +18,7 @@ _RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"na
 class ZarrStore:
     """Uncompressed, one chunk per array up to 64 MiB, all-zero chunks written too (a missing one reads as zeros)."""
 
-    def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Array]) -> list[str]:
+    def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Rows]) -> list[str]:
         import zarr
 
         top = folder / attempt
@@ -27,16 +27,20 @@ class ZarrStore:
         # and empty, so there is nothing to lose. It does so again for a member of a group, so each stands alone.
         zarr.create_group(store=top, zarr_format=3, overwrite=True)
         for name, array in arrays.items():
-            zarr.create_array(
+            chunks = chunk_shape(array)
+            made = zarr.create_array(
                 store=top / name,
-                data=array,
+                shape=array.shape,
+                dtype=array.dtype,
                 zarr_format=3,
                 overwrite=True,
-                chunks=chunk_shape(array),
+                chunks=chunks,
                 filters=None,
                 compressors=None,
                 config={"write_empty_chunks": True},
             )
+            for start in range(0, len(array), chunks[0]):  # chunk by chunk: a long array is never in memory whole
+                made[start : start + chunks[0]] = array[start : start + chunks[0]]
         return sorted(path.relative_to(folder).as_posix() for path in top.rglob("*") if path.is_file())
 
     def files_for(self, attempt: str, files: Iterable[str], names: Sequence[str]) -> list[str]:
@@ -52,7 +56,7 @@ class ZarrStore:
         return folder / attempt
 
 
-def chunk_shape(array: Array) -> tuple[int, ...]:
+def chunk_shape(array: Rows) -> tuple[int, ...]:
     """One chunk, or rows of at most `LARGEST_CHUNK` bytes; lengths of 0 count as 1, as Zarr wants."""
     shape = tuple(max(1, length) for length in array.shape)
     if array.nbytes <= LARGEST_CHUNK:

@@ -6,6 +6,7 @@ of a frame. A clip's sound goes through each front end that is wanted once, whil
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,15 @@ from numpy.typing import NDArray
 from vaflow.encoders.logmel import MEL_BINS, FilterBank, kaldi_banks
 
 Frames = NDArray[np.float32]
+
+
+class KeptFrames(Protocol):
+    """Frames [F, bins] to be cut from: a NumPy array, or one whose rows lie in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Stretches:
     frames: int
 
 
-def cut(frames: NDArray[np.generic], first: int, count: int, padding: float) -> Frames:
+def cut(frames: KeptFrames, first: int, count: int, padding: float) -> Frames:
     """Frames [first, first + count) of [F, bins], `padding` where there is none -> [count, bins] float32."""
     row = np.full((count, frames.shape[1]), padding, np.float32)
     start, stop = max(first, 0), min(first + count, len(frames))
