@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from vaflow.errors import VaflowError
 from vaflow.extract.config import default_workers
+from vaflow.extract.limits import too_much_memory
 from vaflow.extract.messages import Done, Failed
 from vaflow.extract.pool import ITEM_TIMEOUT, WorkerPool
 
@@ -62,7 +63,9 @@ def call(task: Task, send: Callable[[Any], None]) -> None:
     """In a decoding process: make the call."""
     try:
         send(Returned(task.number, task.function(task.argument)))
-    except (VaflowError, OSError, MemoryError) as error:
+    except MemoryError as error:
+        send(Failed(task.number, "worker", type(error).__name__, too_much_memory()))
+    except (VaflowError, OSError) as error:
         send(Failed(task.number, "worker", type(error).__name__, str(error) or repr(error)))
     else:
         send(Done(task.number))

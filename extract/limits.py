@@ -45,3 +45,12 @@ def limit_memory(limit: int = WORKER_MEMORY) -> None:
     if hard == resource.RLIM_INFINITY or hard > limit:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def too_much_memory() -> str:
+    """What is said of a clip whose reading was refused memory."""
+    return explain(
+        "Reading the clip takes more memory than a decoding process may have",
+        expected=f"at most {WORKER_MEMORY / 2**30:g} GiB",
+        remedy="The file is damaged, or far larger than others; leave it out, or cut it into parts",
+    )

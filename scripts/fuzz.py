@@ -1,23 +1,29 @@
 """Damaged media files and hostile texts, thousands of them, and what came of each.
 
 python scripts/fuzz.py --count 2000 --seed 0
+python scripts/fuzz.py --texts --count 2000      texts, documents and arrays, so many of each family
 
 Every case must end in arrays that a cache takes or in an error of ours with a message, without a crash, a hang or
 unbounded memory. Exits with 1 where one does not, and says how to make it again: --only NUMBER --keep DIR.
 """
 
 import argparse
+import resource
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fuzz"))
 
+import hypothesis
 from fuzz_media import Case, Result, damaged, read_case
 from fuzz_seeds import write_seeds
+from fuzz_texts import Family, families
+from fuzz_texts import outcome_of as outcome_of_text
 
 from vaflow.extract.each import each
 from vaflow.extract.messages import Failed
@@ -29,6 +35,8 @@ OUTCOMES = ("read", "refused", "system", "bug", "crash", "hang")
 def main() -> int:
     """Read all cases; print the tally; returns the exit code."""
     options = _options()
+    if options.texts:
+        return _texts(options.count, options.seed)
     with tempfile.TemporaryDirectory(prefix="vaflow-fuzz-seeds-") as folder:
         seeds = write_seeds(Path(folder))
         numbers = range(options.count) if options.only is None else [options.only]
@@ -45,6 +53,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--texts", action="store_true", help="texts in the place of media")
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--item-timeout", type=float, default=20.0, help="seconds without a sign of life")
     parser.add_argument("--only", type=int, help="one case")
@@ -57,6 +66,35 @@ def _keep(cases: Iterable[Case], folder: Path) -> None:
     for case in cases:
         name, data = damaged(case)
         (folder / f"{case.seed}-{case.number}-{name}").write_bytes(data)
+
+
+def _texts(count: int, seed: int) -> int:
+    """Every family of texts; hypothesis shrinks and shows what ends otherwise."""
+    bad = 0
+    with tempfile.TemporaryDirectory(prefix="vaflow-fuzz-") as folder:
+        for name, family in families().items():
+            began, tally = time.perf_counter(), Counter[str]()
+            try:
+                _examples(family, Path(folder) / "case", count, seed, tally)
+            except Exception:  # noqa: BLE001 - the very thing that is looked for
+                bad += 1
+                traceback.print_exc()
+            counts = ", ".join(f"{many} {what}" for what, many in sorted(tally.items()))
+            print(f"{name:20} {counts}; {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"{bad} families with bugs; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    return 1 if bad else 0
+
+
+def _examples(family: Family, folder: Path, count: int, seed: int, tally: Counter[str]) -> None:
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    @hypothesis.given(family.examples)
+    def every(example: object) -> None:
+        tally[outcome_of_text(family.read, folder, example)] += 1
+
+    every()
 
 
 def outcome_of(result: Result | Failed) -> str:

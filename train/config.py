@@ -198,7 +198,7 @@ def _scalar(key: str, kind: type, value: Any) -> Any:
     if kind in (int, float) and not isinstance(value, bool):
         try:
             number = kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
         if number is not None and (isinstance(value, str) or number == value):
             return number
@@ -269,7 +269,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UsageError(explain(f"Cannot read the settings file {path}", got=error.strerror)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, brackets without end
         raise UsageError(explain(f"{path} is not TOML", expected="lines such as `lr = 3e-4`", got=error)) from error
     table = document.get("train", document)
     settings = dict(table) if isinstance(table, dict) else document

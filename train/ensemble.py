@@ -128,7 +128,7 @@ def members_of(path: Path) -> tuple[list[Path], Floats]:
     try:
         ensemble = Ensemble(**json.loads(file.read_text("utf-8")))
         return [Path(run) for run in ensemble.runs], ensemble.table
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise CorruptError(explain(f"{file} cannot be read", got=error)) from error
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaflow.errors import DataError, explain
+from vaflow.errors import CorruptError, DataError, explain
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
 from vaflow.train.dropout import drop_modality
@@ -309,6 +309,16 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         CorruptError: the file is damaged.
     """
     tensors, note = read_tensors(path)
+    try:
+        return _put_back(tensors, note, model, optimizer)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        remedy = "Delete it, and the training begins anew"
+        raise CorruptError(explain(f"{path} is no checkpoint of this training", got=error, remedy=remedy)) from error
+
+
+def _put_back(
+    tensors: Mapping[str, Tensor], note: Mapping[str, str], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")

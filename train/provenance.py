@@ -151,7 +151,7 @@ def read_sources(folder: Path) -> PredictionSources | None:
         return PredictionSources(**document, items=items)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptError(explain(f"{path} cannot be read", got=error)) from error
 
 

@@ -92,8 +92,8 @@ class RunRecord:
         Raises:
             ValueError: it is not TOML, or lacks a part.
         """
-        document = tomllib.loads(text)
         try:
+            document = tomllib.loads(text)
             config = merge(document["train"])
             streams, tuned = (
                 tuple(map(_from_table, tables)) for tables in (document["stream"], document.get("tuned", ()))
@@ -102,8 +102,10 @@ class RunRecord:
                 TargetSpec(said["name"], said["task"], tuple(said["names"])) for said in document.get("target", ())
             )
             return cls(config, streams, document["cache"], document["data"], document["vaflow"], tuned, targets)
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ValueError(f"it lacks {error}") from error
+        except (TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"a part of it is not what a run writes ({error})") from error
 
 
 def _as_table(stream: InputStream) -> dict[str, Any]:
@@ -211,8 +213,17 @@ class RunFolder:
         self.write_metrics({**metrics, **{key: old[key] for key in about if key in old}})
 
     def read_metrics(self) -> dict[str, Any]:
-        """Read `metrics.json`."""
-        result: dict[str, Any] = json.loads(self.metrics_file.read_text("utf-8"))
+        """Read `metrics.json`.
+
+        Raises:
+            CorruptError: it is damaged.
+        """
+        try:
+            result: dict[str, Any] = json.loads(self.metrics_file.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise CorruptError(explain(f"{self.metrics_file} cannot be read", got=error)) from error
+        if not isinstance(result, dict):
+            raise CorruptError(explain(f"{self.metrics_file} cannot be read", expected="a JSON object"))
         return result
 
     def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:

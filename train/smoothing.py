@@ -141,7 +141,7 @@ class Smoothing:
     def __post_init__(self) -> None:
         if self.kind not in FILTERS:
             raise UsageError(explain("Unknown smoothing", got=self.kind, choices=FILTERS))
-        if not 0 <= self.seconds < np.inf:
+        if not 0 <= float(self.seconds) < np.inf:
             raise UsageError(explain("A width must be a number of seconds", expected="0 or more", got=self.seconds))
 
     @property
@@ -187,7 +187,7 @@ def read_smoothing(run: Path) -> Smoothing | None:
         return Smoothing(**json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, UsageError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise CorruptError(explain(f"{path} cannot be read", got=error)) from error
 
 

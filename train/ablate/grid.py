@@ -99,7 +99,7 @@ def load_study(path: Path | None = None) -> Study:
         document = tomllib.loads(text)
     except OSError as error:
         raise UsageError(explain(f"Cannot read the tables {name}", got=error.strerror)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, brackets without end
         raise UsageError(
             explain(f"{name} is not TOML", expected="tables as in the built-in file", got=error)
         ) from error

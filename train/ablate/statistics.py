@@ -75,7 +75,7 @@ def read_moments(run: Path) -> dict[str, Floats]:
     try:
         document = json.loads(moments_file(run).read_text("utf-8"))
         return {video: np.array(table, np.float64).reshape(6, 2) for video, table in document.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise CorruptError(explain(f"{moments_file(run)} is damaged", got=error, remedy="Delete it")) from error
 
 

@@ -125,7 +125,7 @@ def _is_written(out: Path, config: DemoConfig) -> bool:
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
         settings, complete = found["settings"], found["complete"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(explain(f"{marker} cannot be read", got=repr(error), remedy=remedy)) from error
     if settings != asdict(config):
         wanted = asdict(config)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from secrets import token_hex
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from vaflow.encoders.hub import hub_file
 from vaflow.encoders.logmel import MEL_BINS, RATE
-from vaflow.encoders.weights import check_fit
+from vaflow.encoders.weights import BROKEN, check_fit
 from vaflow.errors import UsageError, WeightsError, explain
 
 DEFAULT_MODEL = "MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -94,7 +93,7 @@ def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
         return {}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(
             explain(
                 f"{path} cannot be read",
@@ -139,12 +138,12 @@ def _load_module(folder: Path) -> torch.nn.Module:
                 attn_implementation="sdpa",
                 dtype=torch.float32,
             )
-    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
+    except (*BROKEN, SafetensorError) as error:
         raise WeightsError(
             explain(
                 f"The weights in {folder} do not load",
                 expected=f"an Audio Spectrogram Transformer's {' or '.join(WEIGHT_FILES)}",
-                got=str(error).strip().splitlines()[0],
+                got=(str(error).strip() or type(error).__name__).splitlines()[0],
                 remedy="Download the model's folder again",
             )
         ) from error

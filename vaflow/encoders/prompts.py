@@ -55,7 +55,7 @@ def load_prompts(path: Path | None = None) -> PromptSet:
     source = path if path is not None else Path(__file__).with_name("prompts.toml")
     try:
         document = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(explain(f"The prompt file {source} cannot be read", got=error, expected="TOML")) from error
     templates, descriptions = _templates(document), _descriptions(document)
     problems = _template_problems(templates) + _description_problems(descriptions)

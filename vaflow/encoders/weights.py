@@ -4,6 +4,7 @@ Nothing here runs code from a file: safetensors, or PyTorch archives read with `
 """
 
 import hashlib
+import struct
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -15,6 +16,22 @@ import torch
 
 from vaflow.errors import WeightsError, explain
 
+# What unpacking raises, also with `weights_only=True`, for the many ways in which a file can be broken.
+BROKEN = (
+    OSError,
+    UnpicklingError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 NAMED = 10  # keys that a message names before it only counts
 
 
@@ -77,7 +94,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, ValueError) as error:
+    except BROKEN as error:
         raise WeightsError(_unreadable(path, error)) from error
     return _unwrap(path, checkpoint)
 
@@ -104,8 +121,11 @@ def _unreadable(path: Path, error: Exception) -> str:
 def _is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
+    except BROKEN:  # torch says what is wrong with it
+        return False
 
 
 def _unwrap(path: Path, checkpoint: object) -> dict[str, torch.Tensor]:

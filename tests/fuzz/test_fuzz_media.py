@@ -1,0 +1,122 @@
+"""However a media file is damaged, it is read or refused in one sentence; the process that reads it lives on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fuzz_media import MUTATIONS, Case, Result, damaged, read_case
+from fuzz_seeds import SEEDS, write_seeds
+
+from vaflow.extract.each import each
+from vaflow.extract.messages import Failed
+
+ORDINARY, LONG = 100, 2000
+HANG = 60.0  # seconds
+ROOM = 2**30  # bytes: damage must not make a small file large
+
+
+@pytest.fixture(scope="session")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole file of every kind."""
+    return write_seeds(tmp_path_factory.mktemp("seeds"))
+
+
+def assert_all_end_well(cases: list[Case]) -> None:
+    results = dict(each(read_case, cases, workers=2, item_timeout=HANG))
+    assert len(results) == len(cases)
+    wrong = {
+        cases[k].number: found.message if isinstance(found, Failed) else found.what
+        for k, found in results.items()
+        if isinstance(found, Failed) or found.outcome not in ("read", "refused")
+    }
+    assert not wrong, f"python scripts/fuzz.py --seed {cases[0].seed} --only {next(iter(wrong))}: {wrong}"
+    good = [found for found in results.values() if isinstance(found, Result)]
+    assert max(found.peak for found in good) < ROOM
+    assert {found.outcome for found in good} == {"read", "refused"}
+
+
+def test_damaged_media_are_read_or_refused(seeds: Path) -> None:
+    assert_all_end_well([Case(0, number, seeds) for number in range(ORDINARY)])
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_media_are_read_or_refused(seeds: Path) -> None:
+    assert_all_end_well([Case(1, number, seeds) for number in range(LONG)])
+
+
+def _whole(case: Case) -> Result:
+    """The same with nothing damaged."""
+    import fuzz_media
+
+    fuzz_media.damaged = lambda case: (
+        sorted(SEEDS)[case.number],
+        (case.seeds / sorted(SEEDS)[case.number]).read_bytes(),
+    )
+    return read_case(case)
+
+
+def test_every_whole_file_is_read(seeds: Path) -> None:
+    """Otherwise the cases above would show nothing."""
+    cases = [Case(0, number, seeds) for number in range(len(SEEDS))]
+    results = dict(each(_whole, cases, workers=1, item_timeout=HANG))
+    found = {sorted(SEEDS)[k]: r.outcome if isinstance(r, Result) else r.message for k, r in results.items()}
+    assert found == dict.fromkeys(SEEDS, "read")
+
+
+def test_a_case_is_the_same_file_every_time(seeds: Path) -> None:
+    for number in range(40):
+        assert damaged(Case(3, number, seeds)) == damaged(Case(3, number, seeds))
+    assert damaged(Case(3, 0, seeds)) != damaged(Case(4, 0, seeds))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_every_mutation_changes_something(mutation: Callable[..., None], seeds: Path) -> None:
+    import random
+
+    whole = (seeds / "sound.wav").read_bytes()
+    changed = 0
+    for number in range(20):
+        data = bytearray(whole)
+        mutation(data, random.Random(number), seeds)
+        changed += bytes(data) != whole
+    assert changed >= 15
+
+
+def _plant(case: Case) -> Result:
+    """A reader with bugs: what the campaign would have to see."""
+    import os
+    import signal
+    import time
+
+    import fuzz_media
+
+    def broken(*_: object) -> tuple[str, str]:
+        if case.number == 0:
+            raise KeyError("planted")
+        if case.number == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if case.number == 2:
+            time.sleep(3600)
+        if case.number == 3:
+            return "read", str(len(bytearray(5 * 2**30)))  # more than a decoding process may take
+        return "read", ""
+
+    fuzz_media._read = broken  # type: ignore[assignment]
+    return read_case(case)
+
+
+def test_the_campaign_sees_bugs_crashes_hangs_and_hunger(seeds: Path) -> None:
+    cases = [Case(0, number, seeds) for number in range(5)]
+    found = dict(each(_plant, cases, workers=2, item_timeout=4.0))
+    bug, crash, hang, hunger, good = (found[k] for k in range(5))
+    assert isinstance(bug, Result)
+    assert bug.outcome == "bug"
+    assert "planted" in bug.what
+    assert isinstance(crash, Failed)
+    assert crash.error == "WorkerDied"
+    assert isinstance(hang, Failed)
+    assert hang.error == "WorkerHung"
+    assert isinstance(hunger, Result)
+    assert hunger.outcome == "system"
+    assert isinstance(good, Result)
+    assert good.outcome == "read"

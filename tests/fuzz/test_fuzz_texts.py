@@ -1,0 +1,32 @@
+"""Whatever a text, document or array says, it is read or refused in one sentence."""
+
+from pathlib import Path
+
+import pytest
+from fuzz_texts import Family, families, outcome_of
+from hypothesis import HealthCheck, given, settings
+
+ORDINARY, LONG = 100, 2000
+FAMILIES = families()
+
+
+def _run(family: Family, folder: Path, count: int) -> None:
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(family.examples)
+    def every(example: object) -> None:
+        outcome_of(family.read, folder, example)
+
+    every()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_texts_are_read_or_refused(name: str, tmp_path: Path) -> None:
+    _run(FAMILIES[name], tmp_path / "case", ORDINARY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_thousands_of_texts_are_read_or_refused(name: str, tmp_path: Path) -> None:
+    _run(FAMILIES[name], tmp_path / "case", LONG)
