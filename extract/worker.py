@@ -22,7 +22,7 @@ from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.crops import list_crops, read_crop
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
 from vaflow.extract.heartbeat import listening
-from vaflow.extract.limits import limit_memory
+from vaflow.extract.limits import limit_memory, too_much_memory
 from vaflow.extract.media import MediaInfo, frame_times, frames_at, probe
 from vaflow.extract.messages import Alive, Clock, Done, Face, FacesEnd, Failed, Job, Message, Sound, SoundEnd
 from vaflow.extract.nvdec import frames_on_gpu
@@ -75,7 +75,9 @@ def run_job(job: Job, send: Send) -> None:
         if job.faces:
             stage = "faces"
             _send_faces(job, times, duration, send)
-    except (VaflowError, OSError, MemoryError) as error:
+    except MemoryError as error:
+        send(Failed(job.number, stage, type(error).__name__, too_much_memory()))
+    except (VaflowError, OSError) as error:
         send(Failed(job.number, stage, type(error).__name__, str(error) or repr(error)))
     else:
         send(Done(job.number))
