@@ -120,6 +120,49 @@ TABLE = st.tuples(
 TEXT = TABLE | st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass"))
 
 
+# What whole files look like: a head, and a row of number k. A few cells of them are then changed.
+WHOLE: Mapping[str, tuple[str, str]] = {
+    "affwild2": ("valence,arousal", "{v},{a}"),
+    "csv": ("frame,valence,arousal", "{k},{v},{a}"),
+    "sewa": ("timestamp;arousal;valence;liking", "{t};{a};{v};0"),
+    "recola": (HEADS[-1], "'x',{t},{v}"),
+    "muse": ("timestamp,value,segment_id", "{ms},{v},1"),
+    "times": ("time,valence,arousal", "{t},{v},{a}"),
+    "features": ("time,one,two,three", "{t},{v},{a},3"),
+    "classes": ("frame,Neutral,Happy", "{k},1,0"),
+    "sample": ("image_location,valence,arousal", "trial/{n:05}.jpg,{v},{a}"),
+    "splits": ("name,split", "a,train"),
+    "partition": ("Id,Proposal", "a,devel"),
+}
+Edit = tuple[int, int, str]  # line, cell, what stands there instead
+EDITS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4), CELL), max_size=2)
+
+
+def tables(name: str) -> SearchStrategy[bytes]:
+    """Whole tables with at most two cells changed, and at most one byte."""
+    flips = st.none() | st.none() | st.tuples(st.integers(0, 10_000), st.integers(0, 255))
+    whole = st.tuples(st.integers(0, 8), EDITS, flips, st.sampled_from(("\n", "\n", "\r\n")))
+    return whole.map(lambda found: _table(name, *found))
+
+
+def _table(name: str, count: int, edits: list[Edit], flip: tuple[int, int] | None, end: str) -> bytes:
+    head, row = WHOLE[name]
+    values = (
+        {"k": k, "n": k + 1, "t": k / 10, "ms": 100 * k, "v": k / 10 - 0.5, "a": -5 if k == 3 else 0.25}
+        for k in range(count)
+    )
+    lines = [head, *(row.format(**value) for value in values)]
+    separator = ";" if ";" in row else ","
+    for line, cell, text in edits:
+        cells = lines[line % len(lines)].split(separator)
+        cells[cell % len(cells)] = text
+        lines[line % len(lines)] = separator.join(cells)
+    data = bytearray(end.join(lines).encode("utf-8", "surrogatepass"))
+    if flip is not None and data:
+        data[flip[0] % len(data)] = flip[1]
+    return bytes(data)
+
+
 def _labels(name: str, folder: Path, data: bytes) -> None:
     path = folder / "labels"
     path.write_bytes(data)
@@ -268,7 +311,7 @@ def _use_cache(path: Path) -> None:
 
 
 def _convert_cache(folder: Path, path: Path) -> None:
-    convert(open_cache(path), folder / "copy", "zarr")
+    convert(open_cache(path), folder / "copy", "hdf5")
 
 
 def _mend_cache(path: Path) -> None:
@@ -511,19 +554,19 @@ def families() -> dict[str, Family]:
     from importlib import resources
 
     config = resources.files("vaflow.train").joinpath("presets.toml").read_text("utf-8")
-    tables = resources.files("vaflow.train").joinpath("tables.toml").read_text("utf-8")
+    rows = resources.files("vaflow.train").joinpath("tables.toml").read_text("utf-8")
     prompts = resources.files("vaflow.encoders").joinpath("prompts.toml").read_text("utf-8")
     return {
-        **{f"labels {name}": Family(TEXT | _json_texts(name), partial(_labels, name)) for name in FORMATS},
-        "lists of names": Family(TEXT, _lists),
-        "feature tables": Family(TEXT, _features),
-        "target tables": Family(TEXT, _targets),
-        "sample submissions": Family(TEXT, _sample),
+        **{f"labels {name}": Family(TEXT | _label_texts(name), partial(_labels, name)) for name in FORMATS},
+        "lists of names": Family(TEXT | tables("splits") | tables("partition"), _lists),
+        "feature tables": Family(TEXT | tables("features"), _features),
+        "target tables": Family(TEXT | tables("classes"), _targets),
+        "sample submissions": Family(TEXT | tables("sample"), _sample),
         "lists of failures": Family(TEXT | st.lists(VALUE, max_size=4).map(_lines), _failures),
         "cache documents": Family(_CHANGED | _REPLACED, CacheReader()),
         "training settings": Family(toml_texts(SETTINGS + config), _settings),
         "prompt sets": Family(toml_texts(prompts), _prompts),
-        "ablation tables": Family(toml_texts(tables), _tables),
+        "ablation tables": Family(toml_texts(rows), _tables),
         "run settings": Family(toml_texts(RUN), _run_record),
         "run files": Family(st.tuples(st.sampled_from(sorted(RUN_FILES)), CHANGES | st.binary(max_size=60)), _run_file),
         "feature arrays": Family(st.tuples(NPY | _ROWS | st.binary(max_size=90), st.none() | _TIMES | NPY), _arrays),
@@ -531,9 +574,9 @@ def families() -> dict[str, Family]:
     }  # fmt: skip
 
 
-def _json_texts(name: str) -> SearchStrategy[bytes]:
+def _label_texts(name: str) -> SearchStrategy[bytes]:
     if name != "afew-va":
-        return TABLE
+        return tables(name) | tables("times") if name == "csv" else tables(name)
     frame = st.fixed_dictionaries({}, optional={"valence": LEAF | st.integers(-10, 10), "arousal": LEAF})
     number = st.integers(0, 30).map("{:05}".format) | st.sampled_from(("2147483648", "-1", "x", "٣", ""))
     document = st.fixed_dictionaries({"frames": st.dictionaries(number, frame | VALUE, max_size=5) | VALUE}) | VALUE

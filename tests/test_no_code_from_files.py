@@ -1,0 +1,128 @@
+"""No file that the program reads can make it run code: no pickle, no eval, no loader that allows them.
+
+Messages between the program's own processes go through `multiprocessing`, which pickles; no file comes near that.
+"""
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("vaflow", "extract", "train")
+MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "jsonpickle"}
+HARMLESS = {("pickle", "UnpicklingError")}  # an exception's class
+CALLS = {"eval", "exec", "compile", "__import__"}
+METHODS = {"os.system", "os.popen", "torch.jit.load", "torch.hub.load", "importlib.import_module", "runpy.run_path"}
+
+
+def sources() -> list[Path]:
+    found = {path.resolve() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    return sorted(path for path in found if path.is_relative_to(ROOT))
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an expression that is one, else the empty text."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value)
+        return f"{owner}.{node.attr}" if owner else f"?.{node.attr}"
+    return ""
+
+
+def option(call: ast.Call, name: str) -> object:
+    """A keyword's literal value; None where it is not there, or no literal."""
+    for keyword in call.keywords:
+        if keyword.arg == name and isinstance(keyword.value, ast.Constant):
+            return keyword.value.value
+    return None
+
+
+def offences(tree: ast.AST) -> Iterator[str]:
+    """Everything in a module that could run what a file says."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (f"import {name.name}" for name in node.names if name.name.split(".")[0] in MODULES)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODULES:
+            wrong = [name.name for name in node.names if (node.module, name.name) not in HARMLESS]
+            yield from (f"from {node.module} import {name}" for name in wrong)
+        elif isinstance(node, ast.Call):
+            yield from _call_offences(node)
+
+
+def _call_offences(call: ast.Call) -> Iterator[str]:
+    name = dotted(call.func)
+    if name in CALLS or name in METHODS or name.startswith("subprocess."):
+        yield f"{name}()"
+    elif name == "torch.load" and option(call, "weights_only") is not True:
+        yield "torch.load without weights_only=True"
+    elif name in ("np.load", "numpy.load") and option(call, "allow_pickle") is not False:
+        yield "np.load without allow_pickle=False"
+    if option(call, "trust_remote_code") or option(call, "allow_pickle") or option(call, "shell"):
+        yield f"{name} with an option that runs code"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_module_runs_what_a_file_says(path: Path) -> None:
+    assert not list(offences(ast.parse(path.read_text("utf-8"))))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "import yaml as y",
+        "from pickle import loads",
+        "from joblib import load",
+        "eval(text)",
+        "exec(text)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "np.lib.format.read_array(file, allow_pickle=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "subprocess.run(command, shell=True)",
+        "torch.hub.load(repository, model)",
+        "os.system(command)",
+    ],
+)
+def test_each_of_these_would_be_found(text: str) -> None:
+    assert list(offences(ast.parse(text)))
+
+
+@pytest.mark.parametrize(
+    "text", ["torch.load(p, weights_only=True)", "np.load(p, allow_pickle=False)", "model.eval()", "re.compile(x)"]
+)
+def test_these_are_harmless(text: str) -> None:
+    assert not list(offences(ast.parse(text)))
+
+
+def test_the_linter_looks_for_pickle_too() -> None:
+    rules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]["select"]
+    assert {"S301", "S302", "S506"} <= set(rules)
+
+
+def test_a_checkpoint_that_is_a_pickle_runs_nothing(tmp_path: Path) -> None:
+    """The oracle is the file system: what the pickle would do leaves a folder behind."""
+    import os
+    import pickle
+
+    from vaflow.encoders.weights import read_state_dict
+    from vaflow.errors import VaflowError
+    from vaflow.train.storage import read_tensors
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    data = pickle.dumps({"state_dict": Bomb()})
+    for name, read in (("a.pt", read_state_dict), ("a.safetensors", read_state_dict), ("b.safetensors", read_tensors)):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(VaflowError):
+            read(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
