@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,17 @@ def test_clips_that_never_reached_the_cache_count_too(tmp_path: Path) -> None:
         evaluate_windows(model, windows, "val", failed=["lost"])
     report, _ = evaluate_windows(model, windows, "val", failed=["lost"], allow_missing=True, resamples=10)
     assert report["missing"]["clips"] == ["lost"]
+
+
+@pytest.mark.parametrize("item", ["../outside", "/outside", "a/../../outside", "a\0b", "x" * 300])
+def test_a_clip_whose_name_leads_elsewhere_is_not_written(windows: WindowSet, tmp_path: Path, item: str) -> None:
+    """Names come out of caches, which others may have made."""
+    trace = next(iter(predict_clips(Says(windows, wave), windows)))
+    folder = tmp_path / "run" / "predictions"
+    folder.mkdir(parents=True)
+    with pytest.raises(DataError, match="cannot be that of a file"):
+        write_predictions(folder, [replace(trace, clip=replace(trace.clip, item=item))])
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "predictions"]
 
 
 def test_prediction_files(windows: WindowSet, tmp_path: Path) -> None:
