@@ -25,7 +25,7 @@ from av.packet import Packet
 from numpy.typing import NDArray
 
 from vaflow.extract.container import Opened, opened, read_packets, seconds
-from vaflow.extract.limits import SOUND_RATES
+from vaflow.extract.limits import MAX_CHANNELS, SOUND_RATES
 
 RATE = 16000  # samples per second that come out
 SILENT_PEAK = 1e-4  # -80 dBFS: below this everywhere, a track is there but says nothing
@@ -144,14 +144,15 @@ class _Source:
                 if frame.format.name not in format_dtypes:  # 64-bit integers: nobody has them, PyAV cannot show them
                     self.damaged += 1
                     continue
-                if not SOUND_RATES[0] <= frame.sample_rate <= SOUND_RATES[1]:
+                samples = _mono(frame) if SOUND_RATES[0] <= frame.sample_rate <= SOUND_RATES[1] else None
+                if samples is None:
                     self.damaged += 1
                     continue
                 self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
                 time = None
                 if frame.pts is not None and stream.time_base is not None:
                     time = seconds(frame.pts, stream.time_base) - self._start
-                yield _Piece(_mono(frame), self.rate, time, _JITTER if self.damaged == known else _JITTER_AFTER_DAMAGE)
+                yield _Piece(samples, self.rate, time, _JITTER if self.damaged == known else _JITTER_AFTER_DAMAGE)
                 known = self.damaged
 
     def _decode(self, packet: Packet | None) -> list[AudioFrame]:
@@ -163,11 +164,17 @@ class _Source:
             return []
 
 
+_PLANES = 8
 _FULL_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31}
 
 
-def _mono(frame: AudioFrame) -> Block:
-    """The mean of the channels, [n] float32, full scale 1."""
+def _mono(frame: AudioFrame) -> Block | None:
+    """The mean of the channels, [n] float32, full scale 1; None where there are more than anybody has."""
+    if frame.format.is_planar and frame.layout.nb_channels >= _PLANES:
+        packed = _packed(frame)
+        if packed is None:
+            return None
+        frame = packed
     data = frame.to_ndarray()
     if not frame.format.is_planar:
         data = data.reshape(-1, frame.layout.nb_channels).T
@@ -176,6 +183,18 @@ def _mono(frame: AudioFrame) -> Block:
     if scale is not None:
         mono = (mono - (scale if data.dtype == np.uint8 else 0.0)) / scale
     return np.nan_to_num(mono, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32)
+
+
+def _packed(frame: AudioFrame) -> AudioFrame | None:
+    """The frame with its channels interleaved: of eight planes or more PyAV reads beyond the last, and may crash."""
+    if frame.layout.nb_channels > MAX_CHANNELS:
+        return None
+    try:
+        name, layout = frame.format.packed.name, frame.layout.name
+        frames = AudioResampler(format=name, layout=layout, rate=frame.sample_rate).resample(frame)
+    except (FFmpegError, ValueError):
+        return None
+    return frames[0] if frames else None
 
 
 @dataclass

@@ -9,6 +9,7 @@ from vaflow.timeline import Floats
 MAX_SECONDS = 24 * 3600.0  # of one clip
 MAX_GAP = 600.0  # seconds between two frames: grid, windows and sound of the hole between them would be made
 MAX_PACKETS = 20_000_000  # of one file: more than a day of 120 frames and 100 blocks of sound a second
+MAX_CHANNELS = 64
 SOUND_RATES = (1000, 768_000)  # samples per second; beyond them a header is wrong
 WORKER_MEMORY = 4 * 2**30  # bytes that a decoding process may take
 

@@ -73,6 +73,21 @@ def test_mono_is_the_mean_of_the_channels(tmp_path: Path, channels: str, codec: 
     assert summary.peak == pytest.approx(abs(level.mean()), abs=1e-3)
 
 
+def test_eight_planes_of_samples_are_eight_channels(tmp_path: Path) -> None:
+    """A decoder that keeps channels apart; reading one plane too many is reading what lies behind them in memory."""
+    level = np.linspace(-0.7, 0.9, 8)
+    time = np.arange(2 * RATE) / RATE
+    source = level[:, None] * np.sin(2 * np.pi * 440 * time)
+    path = write_media(tmp_path / "c.mp4", None, Sound(source, rate=RATE, codec="aac", layout="7.1"))
+    with av.open(str(path)) as container:
+        frame = next(container.decode(audio=0))
+        assert frame.format.is_planar and frame.layout.nb_channels == 8
+    samples, summary = heard(path, 2.0)
+    inside = slice(RATE // 4, RATE)
+    np.testing.assert_allclose(samples[inside], source.mean(axis=0)[inside], atol=0.02)
+    assert (summary.channels, summary.damaged) == (8, 0)
+
+
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le"])
 def test_every_sample_format_has_the_same_full_scale(tmp_path: Path, codec: str) -> None:
     source = tones(1.0, RATE)
