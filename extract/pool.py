@@ -20,6 +20,8 @@ ITEM_TIMEOUT = ExtractConfig.item_timeout
 STARTING = 60.0  # seconds: the least that a new process is given for its first sign of life
 _LONGEST_TURN = 2.0  # seconds: what is longer was our own waiting, or a program that was stopped and went on
 
+_TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM)  # what a terminal or a scheduler sends to workers, too
+
 Work = Callable[[Any, Callable[[Any], None]], None]  # what is done with a job, sending messages
 
 
@@ -32,7 +34,11 @@ class _Worker:
         self.pipe: Connection = ours
         args = (theirs,) if work is None else (theirs, work)
         self.process: BaseProcess = context.Process(target=serve, args=args, daemon=True)
-        self.process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)  # inherited: ours to handle, from its start on
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.job: Job | None = None
         self.quiet = 0.0
