@@ -107,15 +107,16 @@ def outcome_of(result: Result | Failed) -> str:
 def _report(found: list[tuple[Case, Result | Failed]], seconds: float) -> int:
     tally = Counter(outcome_of(result) for _, result in found)
     print(f"{len(found)} cases in {seconds:.0f} s: " + ", ".join(f"{tally[name]} {name}" for name in OUTCOMES))
-    whole = [result for _, result in found if isinstance(result, Result)]
+    done = [(case.number, result) for case, result in found if isinstance(result, Result)]
+    whole = [result for _, result in done]
     by_file = Counter((result.name, result.outcome) for result in whole)
     for name in sorted({result.name for result in whole}):
         print(f"  {name:16}", ", ".join(f"{by_file[name, o]} {o}" for o in OUTCOMES if by_file[name, o]))
     if whole:
-        slowest = max(whole, key=lambda result: result.seconds)
-        largest = max(whole, key=lambda result: result.peak)
-        print(f"slowest case: {slowest.seconds:.2f} s ({slowest.name})")
-        print(f"peak memory of a decoding process: {largest.peak / 2**20:.0f} MiB ({largest.name})")
+        number, slowest = max(done, key=lambda pair: pair[1].seconds)
+        print(f"slowest case: {slowest.seconds:.2f} s (case {number}, {slowest.name})")
+        number, largest = max(done, key=lambda pair: pair[1].peak)
+        print(f"peak memory of a decoding process: {largest.peak / 2**20:.0f} MiB (case {number}, {largest.name})")
     errors = Counter(result.what.split(": ")[0] for result in whole if result.outcome == "refused")
     print("errors: " + (", ".join(f"{count} {name}" for name, count in errors.most_common()) or "none"))
     bad = [(case, result) for case, result in found if outcome_of(result) in ("system", "bug", "crash", "hang")]
