@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -34,6 +35,7 @@ class _Worker:
         self.pipe: Connection = ours
         args = (theirs,) if work is None else (theirs, work)
         self.process: BaseProcess = context.Process(target=serve, args=args, daemon=True)
+        resource_tracker.ensure_running()  # where a process starts it, it unblocks what is blocked here
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)  # inherited: ours to handle, from its start on
         try:
             self.process.start()

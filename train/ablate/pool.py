@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -86,6 +87,7 @@ class _Worker:
         self._process: SpawnProcess = context.Process(
             target=serve, args=(other, cache, level, allow_missing), name="vaflow-ablate", daemon=True
         )
+        resource_tracker.ensure_running()  # where a process starts it, it unblocks what is blocked here
         before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_GROUP)  # inherited: ours to handle, from its start on
         try:
             self._process.start()
