@@ -1,5 +1,7 @@
 """What an extraction would do, without doing it: `vaflow extract --dry-run`."""
 
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import VaflowError
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.each import each
+from vaflow.extract.lengths import READERS, header_seconds
 from vaflow.extract.limits import MAX_SECONDS
 from vaflow.extract.media import probe
 from vaflow.extract.messages import Failed
@@ -23,16 +26,17 @@ def estimate(
 ) -> dict[str, Any]:
     """Items, hours, frames, windows and bytes that a run would add, from container headers alone.
 
-    An item counts as there when the cache has its labels and every encoder named; whether its source has changed is
-    found out by the run itself.
+    What only decoding tells (sound without a picture, damage) is found by the run, and by `vaflow check`. An item
+    counts as there when the cache has its labels and every encoder named; whether its source has changed is found out
+    by the run itself.
     """
     mine = shard_clips(dataset.clips, shard)
     cache = open_cache(out) if is_cache(out) else None
-    clips = [clip for clip in mine if cache is None or not _there(cache, clip, config)]
+    there = _there(cache, config) if cache is not None else set()
+    clips = [clip for clip in mine if clip.id not in there]
     seconds, frames, windows, unreadable = 0.0, 0, 0, 0
-    probed = each(_duration, clips)
-    for _, duration in tqdm(probed, total=len(clips), unit="clip", desc="probe", disable=not show_progress):
-        if duration is None or isinstance(duration, Failed):
+    for duration in tqdm(_durations(clips), total=len(clips), unit="clip", desc="probe", disable=not show_progress):
+        if duration is None:
             unreadable += 1
             continue
         seconds += duration
@@ -49,9 +53,29 @@ def estimate(
     }
 
 
-def _there(cache: Cache, clip: Clip, config: ExtractConfig) -> bool:
+def _there(cache: Cache, config: ExtractConfig) -> set[str]:
     known = cache.streams()
-    return all(name in known and cache.has(name, clip.id) for name in ("labels", *config.encoders))
+    wanted = ("labels", *config.encoders)
+    if not all(name in known for name in wanted):
+        return set()
+    return set.intersection(*(set(cache.source_stamps(name)) for name in wanted))
+
+
+def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:
+    """Seconds of every clip, in any order; None where it cannot be read. FFmpeg is asked where headers do not say."""
+    silent = []
+    with ThreadPoolExecutor(READERS, "vaflow-headers") as pool:
+        for clip, found in zip(clips, pool.map(_header, clips), strict=True):
+            if found is None or found > MAX_SECONDS:
+                silent.append(clip)
+            else:
+                yield found
+    for _, duration in each(_duration, silent):
+        yield None if isinstance(duration, Failed) else duration
+
+
+def _header(clip: Clip) -> float | None:
+    return header_seconds(clip.video) if clip.video is not None else None
 
 
 def _duration(clip: Clip) -> float | None:

@@ -17,9 +17,18 @@ def file_identity(path: Path) -> dict[str, Any]:
     Raises:
         OSError: the file cannot be read.
     """
+    return file_status(path) | {"blake2b": content_digest(path)}
+
+
+def file_status(path: Path) -> dict[str, Any]:
+    """The part of a file's identity that can be told without reading it.
+
+    Raises:
+        OSError: there is no such file.
+    """
     path = Path(path)
     stat = path.stat()
-    return {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "blake2b": content_digest(path)}
+    return {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def same_file(path: Path, identity: Mapping[str, Any]) -> bool:

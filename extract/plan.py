@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache
+from vaflow.cache.documents import source_stamp
 from vaflow.cache.schema import StreamInfo
 from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError
 from vaflow.extract.config import Shard
 from vaflow.extract.crops import crops_identity, list_crops
-from vaflow.extract.identity import same_file
+from vaflow.extract.identity import file_status, same_file
 from vaflow.extract.lengths import lengths
+from vaflow.extract.sources import sources_of
 from vaflow.extract.stills import stills_identity
-from vaflow.extract.streams import SOURCES
+from vaflow.extract.streams import SOURCES, source_of
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,31 @@ def make_plan(cache: Cache, infos: dict[str, StreamInfo], clips: Iterable[Clip],
     A stream's item is done when it is committed and its source (by content; by size and time where they agree) is
     still the same.
     """
-    tasks, done = [], 0
-    for clip in shard_clips(clips, shard):
-        task = _task(cache, infos, clip)
-        if task.streams:
-            tasks.append(task)
-        else:
-            done += 1
-    return Plan(tuple(tasks), done)
+    mine = shard_clips(clips, shard)
+    stamps = {name: cache.source_stamps(name) for name in infos}
+    tasks = {clip.id: task for clip in mine if (task := _task(cache, infos, stamps, clip)).streams}
+    ordered = longest_first([task.clip for task in tasks.values()])
+    return Plan(tuple(tasks[clip.id] for clip in ordered), len(mine) - len(tasks))
+
+
+def longest_first(clips: Iterable[Clip]) -> list[Clip]:
+    """So that no worker is left alone with the longest clip at the end."""
+    clips = list(clips)
+    seconds = lengths(clips)
+    return sorted(clips, key=lambda clip: (-_milliseconds(seconds[clip.id]), clip.id))
 
 
 def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:
     """Deal clips out longest first, each to the part with least so far: the same deal on every machine.
 
+    What is not divided is left as it is, unread.
+
     Lengths are those of `vaflow.extract.lengths`, to the millisecond. The largest part exceeds the smallest by one
     clip at most.
     """
     clips = list(clips)
+    if shard.count == 1:
+        return clips
     seconds = lengths(clips)
     ordered = sorted(clips, key=lambda clip: (-_milliseconds(seconds[clip.id]), clip.id))
     loads = [(0, part) for part in range(1, shard.count + 1)]  # a heap: the least loaded part is on top
@@ -80,14 +90,27 @@ def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:
     return mine
 
 
-def _task(cache: Cache, infos: dict[str, StreamInfo], clip: Clip) -> Task:
+def _task(cache: Cache, infos: dict[str, StreamInfo], stamps: dict[str, dict[str, str]], clip: Clip) -> Task:
+    """Streams whose sources look as they did are done; records are read only where they do not."""
     missing, changed = [], []
+    seen = _stamps_now(clip, {info.kind for name, info in infos.items() if clip.id in stamps[name]})
     for name, info in infos.items():
+        if info.kind in seen and stamps[name].get(clip.id) == seen[info.kind]:
+            continue
         if not cache.has(name, clip.id):
             missing.append(name)
         elif not _same_source(info.kind, clip, cache.record(name, clip.id).source):
             changed.append(name)
     return Task(clip, tuple(name for name in infos if name in missing or name in changed), bool(changed))
+
+
+def _stamps_now(clip: Clip, kinds: set[str]) -> dict[str, str]:
+    """Kind of stream -> stamp of its sources as they are now; nothing where files are not there."""
+    try:
+        sources = sources_of(clip, file_status) if kinds else {}
+    except (OSError, MediaError):
+        return {}
+    return {kind: source_stamp(source_of(kind, sources)) for kind in kinds}
 
 
 def _same_source(kind: str, clip: Clip, source: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """What a clip was made from, part by part: its files by content, its crops by listing, its place in the data set."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from vaflow.datasets.clip import Clip
@@ -11,8 +12,15 @@ from vaflow.extract.stills import stills_identity
 PLACES = ("name", "mtime_ns")  # of a file's identity: what differs between copies of it
 
 
-def sources_of(clip: Clip) -> dict[str, Any]:
-    """Part -> plain JSON that identifies it; parts that a clip does not have are left out. Reads whole files.
+Identify = Callable[[Path], dict[str, Any]]
+
+
+def sources_of(clip: Clip, identify: Identify = file_identity) -> dict[str, Any]:
+    """Part -> plain JSON that identifies it; parts that a clip does not have are left out.
+
+    Args:
+        clip: its files.
+        identify: of one file; `file_identity` reads it whole, `file_status` leaves the digest out.
 
     Raises:
         OSError: a file cannot be read.
@@ -23,7 +31,7 @@ def sources_of(clip: Clip) -> dict[str, Any]:
         if part == "audio" and clip.audio is not None and clip.audio == clip.video:
             found[part] = found["video"]  # read once
             continue
-        now = PARTS[part](clip)
+        now = PARTS[part](clip, identify)
         if now is not None or part in ("split", "group"):
             found[part] = now
     return found
@@ -31,7 +39,7 @@ def sources_of(clip: Clip) -> dict[str, Any]:
 
 def part_of(clip: Clip, part: str) -> Any:
     """One part as it is now; None where the clip has none. Raises as `sources_of`."""
-    return PARTS[part](clip) if part in PARTS else None
+    return PARTS[part](clip, file_identity) if part in PARTS else None
 
 
 def same_part(first: Any, second: Any) -> bool:
@@ -46,14 +54,14 @@ def _content(value: Any) -> Any:
 
 
 # fmt: off
-PARTS: Mapping[str, Callable[[Clip], Any]] = {
-    "split":      lambda clip: clip.split,
-    "group":      lambda clip: clip.group,
-    "video":      lambda clip: file_identity(clip.video) if clip.video is not None else None,
-    "labels":     lambda clip: file_identity(clip.labels) if clip.labels is not None else None,
-    "audio":      lambda clip: file_identity(clip.audio) if clip.audio is not None else None,
-    "dimensions": lambda clip: {target: file_identity(path) for target, path in clip.dimensions} or None,
-    "frames":     lambda clip: stills_identity(clip.frames, clip.frame_rate) if clip.frames is not None else None,
-    "crops":      lambda clip: crops_identity(list_crops(clip.crops)) if clip.crops else None,
+PARTS: Mapping[str, Callable[[Clip, Identify], Any]] = {
+    "split":      lambda clip, of: clip.split,
+    "group":      lambda clip, of: clip.group,
+    "video":      lambda clip, of: of(clip.video) if clip.video is not None else None,
+    "labels":     lambda clip, of: of(clip.labels) if clip.labels is not None else None,
+    "audio":      lambda clip, of: of(clip.audio) if clip.audio is not None else None,
+    "dimensions": lambda clip, of: {target: of(path) for target, path in clip.dimensions} or None,
+    "frames":     lambda clip, of: stills_identity(clip.frames, clip.frame_rate) if clip.frames is not None else None,
+    "crops":      lambda clip, of: crops_identity(list_crops(clip.crops)) if clip.crops else None,
 }
 # fmt: on

@@ -57,12 +57,12 @@ def test_order_of_items(
     """Other neighbours in every batch; the order of the plan itself is shuffled, not only the data set's."""
     order: list[str] = []
 
-    def shuffled(clips: list, shard: object) -> list:
+    def shuffled(clips: list) -> list:
         mixed = [clips[k] for k in np.random.default_rng(seed).permutation(len(clips))]
         order.extend(clip.id for clip in mixed)
         return mixed
 
-    monkeypatch.setattr("vaflow.extract.plan.shard_clips", shuffled)
+    monkeypatch.setattr("vaflow.extract.plan.longest_first", shuffled)
     run(dataset, tmp_path / "cache", tiny_pair, WHOLE)
     assert order != reference.items()
     same_arrays(reference, open_cache(tmp_path / "cache"), STREAMS)

@@ -62,6 +62,21 @@ def file_facts(path: Path) -> Json:
     return {"size": size, CHECKSUM: int(crc)}
 
 
+def source_stamp(source: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of a source as far as it can be told without reading files.
+
+    Digests of their contents (`blake2b`) are left out; names, sizes and times of change are not.
+    """
+    return blake2b(canonical(_undigested(source, 3)), digest_size=8).hexdigest()
+
+
+def _undigested(value: Any, depth: int) -> Any:
+    """Parts, and files within parts, are not nested deeper."""
+    if not depth or not isinstance(value, Mapping):
+        return value
+    return {key: _undigested(inner, depth - 1) for key, inner in value.items() if key != "blake2b"}
+
+
 def seal(document: Json) -> bytes:
     """The file of a document: canonical JSON with the member `crc32c` (of the JSON without it), and a newline."""
     return canonical({**document, CHECKSUM: crc32c(canonical(document))}) + b"\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vaflow.cache import files
-from vaflow.cache.documents import canonical, crc32c
+from vaflow.cache.documents import canonical, crc32c, source_stamp
 from vaflow.cache.names import TEMPORARY, Layout
 from vaflow.cache.schema import SCHEMA_VERSION, Record
 
@@ -38,6 +38,7 @@ class Row(NamedTuple):
     inode: int
     nbytes: int  # of the attempt's files
     split: str | None  # of labels records
+    source: str  # `source_stamp` of what the item was made from
 
 
 @dataclass
@@ -53,7 +54,8 @@ class Folder:
 def row_of(record: Record, stat: os.stat_result) -> Row:
     """The row of a record whose file has `stat`."""
     nbytes = sum(int(facts["size"]) for facts in record.files.values())
-    return Row(record.item, stat.st_mtime_ns, stat.st_size, stat.st_ino, nbytes, record.meta.get("split"))
+    split, source = record.meta.get("split"), source_stamp(record.source)
+    return Row(record.item, stat.st_mtime_ns, stat.st_size, stat.st_ino, nbytes, split, source)
 
 
 class Index:
@@ -191,7 +193,7 @@ def _row(values: list[Any]) -> Row:
     row = Row(*values)
     numbers = (row.mtime_ns, row.size, row.inode, row.nbytes)
     if (
-        not isinstance(row.item, str)
+        not (isinstance(row.item, str) and isinstance(row.source, str))
         or not isinstance(row.split, str | None)
         or any(type(n) is not int for n in numbers)
     ):

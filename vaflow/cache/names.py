@@ -20,6 +20,7 @@ TEMPORARY = ".tmp-"  # prefix of everything that is still being written
 _LONGEST = 160  # bytes; leaves room for suffixes below the usual 255
 _KEPT_WHEN_SHORTENED = 100
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_ODD = re.compile(rb"[^A-Za-z0-9._-]")
 _FOLDERS = ("streams", "records")
 
 
@@ -41,7 +42,7 @@ def escape(name: str) -> str:
             raise UsageError(
                 explain("A stream or item has a name that JSON cannot hold", expected="proper Unicode", got=ascii(name))
             )
-        body = "".join(chr(b) if _is_plain(b) else f"%{b:02X}" for b in raw)
+        body = _ODD.sub(lambda found: b"%%%02X" % found[0][0], raw).decode("ascii")
         name = _encode_first(body) if body.startswith(".") else body
     if name in _FOLDERS or name.endswith((".json", ".jsonl")):
         name = _encode_first(name)
@@ -49,10 +50,6 @@ def escape(name: str) -> str:
         head = re.sub(r"%.?$", "", name[:_KEPT_WHEN_SHORTENED])
         return f"{head}~{blake2b(raw, digest_size=16).hexdigest()}"
     return name
-
-
-def _is_plain(byte: int) -> bool:
-    return byte < 128 and (chr(byte).isalnum() or chr(byte) in "._-")
 
 
 def _encode_first(name: str) -> str:

@@ -17,6 +17,7 @@ from vaflow.datasets.splits import SPLITS_FILE, match_splits, read_splits
 from vaflow.datasets.walk import walk
 
 SOUNDS = (".wav", ".flac", ".m4a", ".mp3")
+TABLES = (".csv", ".arff")
 DIMENSIONS = ("arousal", "valence")
 
 _PREFIX = re.compile(r"(train|devel|dev|test)(?=[ _-])", re.IGNORECASE)
@@ -52,10 +53,10 @@ def survey(root: Path) -> Found:
     """Look through the folders below `root`."""
     found = Found(root)
     for folder, files in walk(root):
-        paths = [folder / entry.name for entry in files]
-        found.videos += [path for path in paths if is_video(path.name)]
-        found.sounds += [path for path in paths if path.suffix.lower() in SOUNDS]
-        tables = [path for path in paths if path.suffix.lower() in (".csv", ".arff")]
+        names = [entry.name for entry in files]  # paths are slow to make: only of what is wanted
+        found.videos += [folder / name for name in names if is_video(name)]
+        found.sounds += [folder / name for name in names if name.lower().endswith(SOUNDS)]
+        tables = [folder / name for name in names if name.lower().endswith(TABLES)]
         if tables:
             found.tables.append((folder, tables))
     return found

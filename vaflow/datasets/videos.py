@@ -4,6 +4,7 @@ ROOT/**/*.{mp4,avi,mov,mkv,webm}; `<stem>.csv` beside a video; ROOT/splits.csv w
 folders are left out, and folders that are links: they may leave the root or lead in circles.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class _Found:
 def detect(root: Path) -> str | None:
     """Why `root` may be of this layout (its first video), or None."""
     for files, _ in _folders(root):
-        for path in files:
+        for path, _ in files:
             if is_video(path):
                 return f"{path} is a video"
     return None
@@ -80,11 +81,11 @@ def _survey(root: Path) -> _Found:
     found = _Found()
     for files, linked in _folders(root):
         found.linked += linked
-        for path in files:
+        for path, entry in files:
             if not printable(path):
                 found.broken.append(ascii(path))
             elif is_video(path):
-                if (root / path).is_file():
+                if entry.is_file():
                     found.videos.append(path)
                 else:
                     found.broken.append(path)
@@ -93,16 +94,17 @@ def _survey(root: Path) -> _Found:
     return found
 
 
-def _folders(root: Path) -> Iterator[tuple[list[str], list[str]]]:
-    """(files, linked folders) of every folder of the tree, as paths below `root`."""
+def _folders(root: Path) -> Iterator[tuple[list[tuple[str, os.DirEntry[str]]], list[str]]]:
+    """(files with their entries, linked folders) of every folder of the tree, as paths below `root`."""
     queue = [""]
     while queue:
         folder = queue.pop()
-        files, linked, below = [], [], []
+        files: list[tuple[str, os.DirEntry[str]]] = []
+        linked, below = [], []
         for entry in entries(root / folder):
             path = f"{folder}/{entry.name}" if folder else entry.name
             if not entry.is_dir():
-                files.append(path)
+                files.append((path, entry))
             elif entry.is_symlink():
                 linked.append(path)
             else:
