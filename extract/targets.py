@@ -158,7 +158,9 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
     clock = header[clocks[0]].lower() if clocks else ""
     most = MAX_SECONDS if clock == "time" else MAX_FRAME
     if not ((at >= 0) & (at <= most)).all():  # NaN fails this comparison too
-        raise DataError(explain(f"{path} has times or frames that cannot be", expected=f"numbers from 0 on, to {most:.0f}"))
+        raise DataError(
+            explain(f"{path} has times or frames that cannot be", expected=f"numbers from 0 on, to {most:.0f}")
+        )
     return TargetTable(named, clock, at, value, np.isfinite(value))
 
 
