@@ -10,13 +10,10 @@ any clock starts. Real-size encoders have random weights: speed does not depend 
 """
 
 import argparse
-import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +31,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--precision", default="float32", help="float32; bfloat16 or float16 on CUDA")
-    parser.add_argument("--memory", action="store_true", help="also extract a 30-minute clip and compare peak memory")
-    parser.add_argument("--peak", nargs=2, metavar=("ROOT", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--memory", type=int, nargs="*", metavar="MINUTES", help="also peak memory for clips so long; 1 30 by default"
+    )
     options = parser.parse_args()
-    if options.peak:
-        _print_peak(Path(options.peak[0]), Path(options.peak[1]))
-        return
     with tempfile.TemporaryDirectory() as folder:
         rows = _measure_overlap(options, Path(folder))
-        if options.memory:
-            rows += _measure_memory(Path(folder))
+        if options.memory is not None:
+            from long_clips import measure_memory  # beside this file
+
+            rows += measure_memory(Path(folder), options.memory or [1, 30])
     rows.append(("vaflow --help, seconds", f"{_help_seconds():.2f}", "0.5 at most"))
     width = max(len(name) for name, _, _ in rows)
     for name, value, goal in rows:
@@ -186,36 +183,6 @@ def _per_window(dataset: Any, config: Any, device: Any, visual: Any, audio: Any)
     for clip in dataset.clips:
         encode_clip(clip.video, config.grid, visual, audio, steps=config.audio_steps, device=device)
     return time.perf_counter() - began
-
-
-def _measure_memory(folder: Path) -> list[tuple[str, str, str]]:
-    """Peak memory of the largest process of an extraction with the tiny encoders, each in a process of its own."""
-    peaks = {}
-    for minutes in (1, 30):
-        data = folder / f"minutes{minutes}"
-        data.mkdir()
-        write_clip(data / "clip.mp4", minutes * 60, size=64, rate=15)
-        command = [sys.executable, __file__, "--peak", str(data), str(folder / f"cache{minutes}")]
-        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        peaks[minutes] = json.loads(answer)
-    more = peaks[30]["main"] - peaks[1]["main"], peaks[30]["worker"] - peaks[1]["worker"]
-    return [
-        ("peak memory, 1 minute, MB", f"{peaks[1]['main']:.0f}", "main process"),
-        ("peak memory, 30 minutes, MB", f"{peaks[30]['main']:.0f}", "main process"),
-        ("30 minutes minus 1, MB", f"{sum(more):+.0f}", "+200 at most, main and worker together"),
-    ]
-
-
-def _print_peak(root: Path, out: Path) -> None:
-    from vaflow.datasets import open_dataset
-    from vaflow.extract.config import ExtractConfig
-    from vaflow.extract.pipeline import extract
-
-    config = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1)
-    extract(open_dataset(root, "videos"), out, replace(config, face_source="none"))
-    main_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    worker_kb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(json.dumps({"main": main_kb / 1024, "worker": worker_kb / 1024}))
 
 
 def _help_seconds() -> float:
