@@ -3,14 +3,16 @@
 import logging
 import multiprocessing
 import signal
+import threading
 from collections import deque
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from types import FrameType
 
 from vaflow.cache import Cache
 from vaflow.train.ablate.plan import Job
@@ -78,6 +80,27 @@ def run_jobs(
                 yield outcome
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What a terminal or a scheduler sends waits until the end, and a process that is started inside never hears it.
+
+    A process whose start is broken off complains that it was not told what to do.
+    """
+    came: list[tuple[int, FrameType | None]] = []
+    ours = threading.current_thread() is threading.main_thread()
+    handlers = {n: signal.signal(n, lambda *what: came.append(what)) for n in TO_THE_GROUP} if ours else {}
+    resource_tracker.ensure_running()  # where a process starts it, it unblocks what is blocked here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_GROUP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+        for number, _ in came[:1]:
+            signal.raise_signal(number)
+
+
 class _Worker:
     """A process of `serve` and the pipe to it."""
 
@@ -87,12 +110,13 @@ class _Worker:
         self._process: SpawnProcess = context.Process(
             target=serve, args=(other, cache, level, allow_missing), name="vaflow-ablate", daemon=True
         )
-        resource_tracker.ensure_running()  # where a process starts it, it unblocks what is blocked here
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_GROUP)  # inherited: ours to handle, from its start on
         try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            with _undisturbed():
+                self._process.start()
+        except BaseException:
+            if self._process.pid is not None:
+                self._process.kill()
+            raise
         other.close()
         self.alive = True
 
