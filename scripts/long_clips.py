@@ -124,7 +124,9 @@ def _watch_workers(over: threading.Event) -> float:
                 status = Path(f"/proc/{process.pid}/status").read_text()
             except OSError:  # it has ended meanwhile
                 continue
-            largest |= {process.pid: int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line}
+            largest[process.pid] = max(
+                (int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line), default=0
+            )
     return max(largest.values(), default=0) / 1024
 
 
