@@ -4,7 +4,7 @@ Traces have a row per annotated frame whatever a run's windows and streams are, 
 
 DIR/ensemble.json        the runs, their weights, and on which split those were found
     metrics.json         as of a run
-    predictions/SPLIT/CLIP.csv
+    predictions/SPLIT/CLIP.csv, and sources.json: what they were made from
 """
 
 import json
@@ -23,6 +23,7 @@ from vaflow.train.builder import choose_device
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces, write_predictions
 from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.provenance import ENSEMBLE_FILE, Maker, write_sources
 from vaflow.train.runs import RunFolder, RunRecord, load_run, require_record
 from vaflow.train.storage import write_whole
 from vaflow.train.training import read_for
@@ -30,7 +31,6 @@ from vaflow.train.weighting import best_weights, concordance_weights
 from vaflow.train.windows import ClipRows
 
 WEIGHTS = ("mean", "ccc", "search")
-FILE = "ensemble.json"
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,9 @@ def ensemble_runs(
     report["ensemble"] = {"runs": len(runs), "weights": how, "weights_split": found_on}
     if found_on == split and how == "search":
         report["warnings"].append("the weights were found on the split that they are scored on")
-    write_whole(folder.path / FILE, (json.dumps(asdict(ensemble), indent=2) + "\n").encode())
+    write_whole(folder.path / ENSEMBLE_FILE, (json.dumps(asdict(ensemble), indent=2) + "\n").encode())
     write_predictions(folder.predictions(split), traces)
+    write_sources(folder.predictions(split), maker_of(folder.path), cache, [trace.clip.item for trace in traces])
     folder.write_metrics(report)
     return ensemble, report
 
@@ -122,7 +123,7 @@ def members_of(path: Path) -> tuple[list[Path], Floats]:
     Raises:
         CorruptError: `ensemble.json` is damaged.
     """
-    file = Path(path) / FILE
+    file = Path(path) / ENSEMBLE_FILE
     if not file.is_file():
         return [Path(path)], np.ones((1, 2))
     try:
@@ -130,6 +131,17 @@ def members_of(path: Path) -> tuple[list[Path], Floats]:
         return [Path(run) for run in ensemble.runs], ensemble.table
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise CorruptError(explain(f"{file} cannot be read", got=error)) from error
+
+
+def maker_of(path: Path) -> Maker:
+    """A run, or an ensemble with its runs, as what makes predictions.
+
+    Raises:
+        UsageError: it is neither, or a run of the ensemble is not there.
+        CorruptError: a file of it is damaged.
+    """
+    runs, _ = members_of(path)
+    return Maker(Path(path), {run: require_record(run) for run in runs})
 
 
 class Members:
@@ -247,7 +259,7 @@ def _common_split(runs: Sequence[Path], records: Sequence[RunRecord], option: st
 
 def _folder(out: Path) -> RunFolder:
     folder = RunFolder(Path(out))
-    if not (folder.path / FILE).is_file():
+    if not (folder.path / ENSEMBLE_FILE).is_file():
         folder.make()
         if folder.config_file.exists():
             raise UsageError(explain(f"{out} is a run's folder", expected="a folder of its own for the ensemble"))

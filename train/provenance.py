@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vaflow.train.runs import RunRecord
 
 SOURCES_FILE = "sources.json"
+ENSEMBLE_FILE = "ensemble.json"  # in the folder of an ensemble: its runs and their weights
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class PredictionSources:
 
     Attributes:
         made: when; vaflow: by which version.
-        run: its folder; settings: digest of its settings; weights: file below the run -> digest.
+        run: the folder of a run or an ensemble; settings: digest of its settings; weights: file -> digest.
         cache, store: where features were read.
         streams: name -> {"kind", "fingerprint", "identity"}.
         items: clip -> what its prediction was made from.
@@ -67,30 +68,65 @@ def digest(path: Path) -> str:
         return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
-def settings_digest(record: "RunRecord") -> str:
-    """BLAKE2b (16 bytes) of a run's settings."""
-    return blake2b(canonical(record.config.as_dict()), digest_size=16).hexdigest()
+@dataclass(frozen=True)
+class Maker:
+    """What makes predictions: a run, or an ensemble of runs.
+
+    Attributes:
+        path: its folder.
+        runs: folder -> what its `config.toml` says; of a run, itself alone.
+    """
+
+    path: Path
+    runs: Mapping[Path, "RunRecord"]
+
+    @property
+    def settings(self) -> str:
+        """BLAKE2b (16 bytes) of a run's settings; of an ensemble, of its runs' in their order."""
+        said = [record.config.as_dict() for record in self.runs.values()]
+        return blake2b(canonical(said if self._many else said[0]), digest_size=16).hexdigest()
+
+    def weights(self) -> dict[str, str]:
+        """File -> digest, for all that predictions depend on but the settings.
+
+        Files are named below the run's folder; those of an ensemble's runs with it, beside `ensemble.json`.
+        """
+        if not self._many:
+            return _weights_digests(self.path)
+        found = {ENSEMBLE_FILE: digest(self.path / ENSEMBLE_FILE)}
+        for run in self.runs:
+            found |= {f"{run}/{name}": value for name, value in _weights_digests(run).items()}
+        return found
+
+    def streams(self) -> list[str]:
+        """What a prediction is made from; a fine-tuned run reads what its own encoders take."""
+        names = [stream.name for record in self.runs.values() for stream in record.streams]
+        tuned = any(record.tuned for record in self.runs.values())
+        return list(dict.fromkeys([*names, *([PIXELS, LOGMEL] if tuned else []), LABELS]))
+
+    @property
+    def _many(self) -> bool:
+        return list(self.runs) != [self.path]
 
 
-def weights_digests(run: Path) -> dict[str, str]:
-    """File below the run's folder -> digest, for all that predictions depend on but the settings."""
+def run_maker(path: Path, record: "RunRecord") -> Maker:
+    """A run as what makes predictions."""
+    return Maker(path, {path: record})
+
+
+def _weights_digests(run: Path) -> dict[str, str]:
     files = sorted([*run.glob("model*.safetensors"), *run.glob("encoders/**/*"), *run.glob("smoothing.json")])
     return {path.relative_to(run).as_posix(): digest(path) for path in files if path.is_file()}
 
 
 def write_sources(
-    folder: Path,
-    run: Path,
-    record: "RunRecord",
-    cache: Cache,
-    items: Iterable[str],
-    media: Mapping[str, Path] | None = None,
+    folder: Path, maker: Maker, cache: Cache, items: Iterable[str], media: Mapping[str, Path] | None = None
 ) -> None:
     """Write `sources.json` for the predictions in `folder`.
 
     Args:
         folder: holds `<item>.csv` of every item.
-        run: the run's folder; record: what its `config.toml` says.
+        maker: of the predictions.
         cache: what the features were read from.
         items: the clips.
         media: where the clips' videos are, where that is known.
@@ -98,34 +134,49 @@ def write_sources(
     Raises:
         VaflowError: the disk refuses.
     """
+    files = {item: folder / f"{item}.csv" for item in items}
+    _write(folder / SOURCES_FILE, maker, cache, files, media or {})
+
+
+def write_sources_of_file(file: Path, maker: Maker, cache: Cache, items: Iterable[str]) -> Path:
+    """Write `<file>.sources.json` for predictions of many clips in one file; returns its path.
+
+    Raises:
+        VaflowError: the disk refuses.
+    """
+    path = _beside(file)
+    _write(path, maker, cache, dict.fromkeys(items, file), {})
+    return path
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f"{file.name}.{SOURCES_FILE}")
+
+
+def _write(path: Path, maker: Maker, cache: Cache, files: Mapping[str, Path], media: Mapping[str, Path]) -> None:
     known = cache.streams()
-    names = [name for name in _read_streams(record) if name in known]
+    names = [name for name in maker.streams() if name in known]
+    digests = {file: digest(file) for file in set(files.values())}
     found = PredictionSources(
         made=now(),
         vaflow=__version__,
-        run=str(run.resolve()),
-        settings=settings_digest(record),
-        weights=weights_digests(run),
+        run=str(maker.path.resolve()),
+        settings=maker.settings,
+        weights=maker.weights(),
         cache=address(cache.place),
         store=cache.store,
         streams={
             name: {"kind": known[name].kind, "fingerprint": fingerprint(known[name]), "identity": known[name].identity}
             for name in names
         },
-        items={item: _item(folder, cache, names, item, (media or {}).get(item)) for item in items},
+        items={item: _item(digests[file], cache, names, item, media.get(item)) for item, file in files.items()},
     )
-    write_whole(folder / SOURCES_FILE, (json.dumps(found, default=vars, indent=1) + "\n").encode())
+    write_whole(path, (json.dumps(found, default=vars, indent=1) + "\n").encode())
 
 
-def _read_streams(record: "RunRecord") -> list[str]:
-    """What a prediction is made from; a fine-tuned run reads what its own encoders take."""
-    names = [stream.name for stream in record.streams]
-    return [*names, *([PIXELS, LOGMEL] if record.tuned else []), LABELS]
-
-
-def _item(folder: Path, cache: Cache, names: Iterable[str], item: str, media: Path | None) -> ItemSources:
+def _item(csv: str, cache: Cache, names: Iterable[str], item: str, media: Path | None) -> ItemSources:
     records = {name: facts_of(cache.record(name, item)) for name in names if cache.has(name, item)}
-    return ItemSources(digest(folder / f"{item}.csv"), records, None if media is None else str(media.absolute()))
+    return ItemSources(csv, records, None if media is None else str(media.absolute()))
 
 
 def facts_of(record: Record) -> dict[str, Any]:
@@ -138,13 +189,13 @@ def facts_of(record: Record) -> dict[str, Any]:
     }
 
 
-def read_sources(folder: Path) -> PredictionSources | None:
-    """What `write_sources` wrote; None where there is no such file.
+def read_sources(place: Path) -> PredictionSources | None:
+    """What `write_sources` wrote of a folder, or `write_sources_of_file` of a file; None where there is none.
 
     Raises:
         CorruptError: it is damaged.
     """
-    path = folder / SOURCES_FILE
+    path = _beside(place) if place.is_file() else place / SOURCES_FILE
     try:
         document = json.loads(path.read_text("utf-8"))
         items = {item: ItemSources(**facts) for item, facts in document.pop("items").items()}

@@ -35,6 +35,7 @@ from vaflow.train.heads.each import EachModel
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, InputStream
 from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.provenance import ENSEMBLE_FILE
 from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
 from vaflow.train.storage import read_tensors, write_whole
 from vaflow.train.windows import WindowSet
@@ -277,6 +278,14 @@ def require_record(path: Path) -> RunRecord:
     """
     folder = RunFolder(Path(path))
     record = folder.record() if folder.path.is_dir() else None
+    if record is None and (folder.path / ENSEMBLE_FILE).is_file():
+        raise UsageError(
+            explain(
+                f"{path} is an ensemble, not a run",
+                remedy="`vaflow predict`, `submit` and `trace` take it as it is; "
+                "`vaflow ensemble RUN... --split SPLIT` scores its runs on another split",
+            )
+        )
     if record is None:
         raise UsageError(
             explain(

@@ -18,8 +18,9 @@ from vaflow.errors import DataError, UsageError, explain
 from vaflow.timeline import Floats
 from vaflow.train.builder import choose_device
 from vaflow.train.data import load_windows
-from vaflow.train.ensemble import combine, members_of
+from vaflow.train.ensemble import combine, maker_of, members_of
 from vaflow.train.evaluate import featureless
+from vaflow.train.provenance import write_sources_of_file
 from vaflow.train.runs import load_run
 from vaflow.train.storage import write_whole
 from vaflow.train.training import read_for
@@ -136,6 +137,7 @@ def submit_run(
     beyond = [row for row in rows if row.trial in traces and row.number > len(traces[row.trial]) + hold]
     _complain(rows, traces, unknown, empty, beyond)
     write_whole(out, submission_text(rows, traces).encode())
+    write_sources_of_file(out, maker_of(run), cache, items)
     held = sum(row.number > len(traces[row.trial]) for row in rows)
     return Submitted(len(rows), len(counts), held)
 
@@ -161,13 +163,13 @@ def _complain(
     problems = []
     if unknown:
         trials = f"{_count(unknown, 'trial')} that the cache does not have: {_some(list(unknown))}"
-        problems.append(f"{sum(unknown.values())} rows are of {trials}")
+        problems.append(f"{_rows(sum(unknown.values()))} of {trials}")
     if empty:
         trials = f"{_count(empty, 'trial')} without any features: {_some(list(empty))}"
-        problems.append(f"{sum(empty.values())} rows are of {trials}")
+        problems.append(f"{_rows(sum(empty.values()))} of {trials}")
     if beyond:
         shown = [f"{row.location} ({len(traces[row.trial])} frames)" for row in beyond]
-        problems.append(f"{len(beyond)} rows lie beyond the end of their clips: {_some(shown)}")
+        problems.append(f"{_rows(len(beyond))} beyond the end of their clips: {_some(shown)}")
     if not problems:
         return
     missing = sum(unknown.values()) + sum(empty.values()) + len(beyond)
@@ -187,6 +189,10 @@ def _complain(
 
 def _count(things: Sequence[object] | Mapping[str, object], noun: str) -> str:
     return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row is" if count == 1 else f"{count} rows are"
 
 
 def _some(things: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, check_same, resolve
 from vaflow.train.loop import Progress, Row, fit, seeded
-from vaflow.train.provenance import write_sources
+from vaflow.train.provenance import run_maker, write_sources
 from vaflow.train.reporting import Board, describe, reporter, warn_of_labels
 from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record, require_record
 from vaflow.train.storage import write_tensors
@@ -181,7 +181,7 @@ def evaluate_run(
         folder = RunFolder(Path(run))
         place = folder.predictions(f"{split}-without-{without}" if without else split)
         write_predictions(place, traces)
-        write_sources(place, folder.path, trained.record, cache, [trace.clip.item for trace in traces])
+        write_sources(place, run_maker(folder.path, trained.record), cache, [trace.clip.item for trace in traces])
         if not without and split == config.val_split and address(cache.place) == trained.record.cache:
             folder.update_metrics(report)
     return report
@@ -301,7 +301,8 @@ def finish(
     )
     write_predictions(folder.predictions(split), traces)
     record = require_record(folder.path)
-    write_sources(folder.predictions(split), folder.path, record, cache, [trace.clip.item for trace in traces])
+    maker = run_maker(folder.path, record)
+    write_sources(folder.predictions(split), maker, cache, [trace.clip.item for trace in traces])
     if pictures:
         from vaflow.train.plots import draw_run
 

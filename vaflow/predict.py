@@ -17,8 +17,10 @@ from vaflow.errors import UsageError, explain
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.failures import Failure, FailureLog
 from vaflow.extract.pipeline import extract
+from vaflow.timeline import Floats
 from vaflow.train.builder import choose_device
 from vaflow.train.data import load_windows
+from vaflow.train.ensemble import combine, maker_of, members_of
 from vaflow.train.evaluate import Trace, prediction_csv
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import check_same, sampling
@@ -74,20 +76,22 @@ def predict_media(
     """Predict every frame of videos: `out/<stem>.csv` and `out/<stem>.png` each.
 
     Args:
-        run: folder of a trained run; the encoders that it was trained on are run on the videos.
+        run: folder of a trained run, or of an ensemble; the encoders that it was trained on are run on the videos.
         media: videos, or folders that are searched for videos.
         out: made if it is not there. Clips that fail are listed in `out/failures.jsonl`, and do not stop the others.
         config: how.
         show_progress: bars.
 
     Raises:
-        UsageError: the run or a video is not there, or the run was trained on features made elsewhere.
+        UsageError: the run or a video is not there, the run was trained on features made elsewhere, or the runs of an
+            ensemble cannot share one extraction.
         FingerprintError: the encoders' weights are not those that the run was trained on.
     """
     config = config or PredictConfig()
     device = choose_device(config.device)
-    trained = load_run(run, device)
-    settings = _extraction(run, trained, config)
+    runs, weights = members_of(run)
+    members = {path: load_run(path, device) for path in runs}
+    settings = _extraction(members, config)
     clips = _clips(media)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -101,30 +105,35 @@ def predict_media(
         failed = {failure.item for failure in summary.failures}
         items = [clip.id for clip in clips if clip.id not in failed]
         cache = open_cache(folder)
-        predicted = _predict(trained, cache, items, out, show_progress) if items else ()
+        predicted = _predict([members[path] for path in runs], weights, cache, items, out, show_progress)
         videos = {clip.id: clip.video for clip in clips if clip.video is not None}
-        write_sources(out, run, trained.record, cache, items, videos)
+        write_sources(out, maker_of(run), cache, items, videos)
     return PredictSummary(predicted, tuple(log.failures), log.path)
 
 
-def _extraction(path: Path, run: Run, config: PredictConfig) -> ExtractConfig:
-    """The extraction that makes the streams which the run reads."""
-    record = run.record
-    imported = [stream.name for stream in record.streams if stream.identity.get("encoder") == IMPORTED]
+def _extraction(members: Mapping[Path, Run], config: PredictConfig) -> ExtractConfig:
+    """The extraction that makes every stream which a run, or some run of an ensemble, reads."""
+    records = [run.record for run in members.values()]
+    streams = [stream for record in records for stream in record.wanted]
+    imported = [stream.name for stream in streams if stream.identity.get("encoder") == IMPORTED]
     if imported:
         raise UsageError(
             explain(
-                f"The run reads features that were made elsewhere ({', '.join(imported)}), so none can be made here",
+                f"The run reads features that were made elsewhere ({', '.join(dict.fromkeys(imported))}), so none can "
+                "be made here",
                 expected="a run on streams that `vaflow extract` makes",
                 remedy="Import the new clips' features into a cache, and use `vaflow evaluate RUN --cache CACHE`",
             )
         )
-    own = saved_weights(RunFolder(path).encoders, record.tuned)  # of a fine-tuned run
-    sampled = [found for stream in record.streams if (found := sampling(stream.identity))]
+    _check_alike(members)
+    own: dict[str, Path] = {}
+    for path, run in members.items():
+        own |= saved_weights(RunFolder(path).encoders, run.record.tuned)  # of a fine-tuned run
+    sampled = [found for stream in streams if (found := sampling(stream.identity))]
     chosen = sampled[0] if sampled else {}
     return ExtractConfig(
-        visual=tuple(stream.name for stream in record.streams if stream.kind == "visual"),
-        audio=tuple(stream.name for stream in record.streams if stream.kind == "audio"),
+        visual=tuple(dict.fromkeys(stream.name for stream in streams if stream.kind == "visual")),
+        audio=tuple(dict.fromkeys(stream.name for stream in streams if stream.kind == "audio")),
         weights={**own, **config.weights},
         window=chosen.get("window", 10.0),
         stride=chosen.get("stride", 3.0),
@@ -133,6 +142,32 @@ def _extraction(path: Path, run: Run, config: PredictConfig) -> ExtractConfig:
         face_source=config.face_source,
         device=config.device,
     )
+
+
+def _check_alike(members: Mapping[Path, Run]) -> None:
+    """One extraction serves all runs: they want the same encoder behind a name, and the same sampling everywhere."""
+    first: dict[str, tuple[object, Path]] = {}
+    for path, run in members.items():
+        for what, fact in _asked_for(run):
+            other, elsewhere = first.setdefault(what, (fact, path))
+            if other != fact:
+                raise UsageError(
+                    explain(
+                        f"The runs of this ensemble do not agree in {what}: one extraction cannot serve them all",
+                        expected="runs on one cache, or on caches extracted alike",
+                        got=f"{elsewhere} and {path}",
+                        remedy="Predict with each of the runs, and average their CSV files",
+                    )
+                )
+
+
+def _asked_for(run: Run) -> Iterator[tuple[str, object]]:
+    """What an extraction must be like, and what that is, to make the streams which a run reads."""
+    for stream in run.record.wanted:
+        if "weights" in stream.identity:
+            yield f"the encoder of {stream.name}", stream.identity["weights"]
+        for key, value in sampling(stream.identity).items():
+            yield f"the sampling ({key})", value
 
 
 def _clips(media: Sequence[Path]) -> tuple[Clip, ...]:
@@ -174,17 +209,26 @@ def _cache_folder(chosen: Path | None) -> Iterator[Path]:
         yield Path(folder) / "cache"
 
 
-def _predict(run: Run, cache: Cache, items: Sequence[str], out: Path, show_progress: bool) -> tuple[Predicted, ...]:
-    record = run.record
-    check_same(record.wanted, cache)
-    device = next(run.model.parameters()).device
-    windows = load_windows(cache, items, record.wanted, record.config, device=device, show=show_progress)
+def _predict(
+    members: Sequence[Run], weights: Floats, cache: Cache, items: Sequence[str], out: Path, show_progress: bool
+) -> tuple[Predicted, ...]:
+    """Traces of every run, their weighted mean, and its files; `weights` [N, 2], a row per run."""
+    if not items:
+        return ()
+    said, read = [], []
+    for run in members:
+        record = run.record
+        check_same(record.wanted, cache)
+        device = next(run.model.parameters()).device
+        read.append(load_windows(cache, items, record.wanted, record.config, device=device, show=show_progress))
+        said.append(list(run.traces(read[-1])))
+    seen = max(read, key=lambda windows: len({stream.kind for stream in windows.streams}))
     predicted = []
-    for trace in run.traces(windows):
+    for trace in combine(said, weights):
         item = trace.clip.item
         csv, png = out / f"{item}.csv", out / f"{item}.png"
         write_whole(csv, prediction_csv(trace).encode())
-        draw_trace(png, trace, windows)
+        draw_trace(png, trace, seen)
         predicted.append(Predicted(item, csv, png, len(trace.va), _means(trace)))
     return tuple(predicted)
 

@@ -15,17 +15,20 @@ from vaflow.datasets import open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import CacheError, MediaError, UsageError, explain
 from vaflow.extract.sources import PARTS, part_of, same_part
+from vaflow.train.ensemble import maker_of, members_of
+from vaflow.train.inputs import InputStream
+from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import (
     ItemSources,
+    Maker,
     PredictionSources,
     digest,
     facts_of,
     prediction_folders,
     read_sources,
-    settings_digest,
-    weights_digests,
+    run_maker,
 )
-from vaflow.train.runs import RunFolder, RunRecord, require_record
+from vaflow.train.runs import RunFolder, RunRecord
 
 Json = dict[str, Any]
 
@@ -42,14 +45,31 @@ NOT_SAID = "not recorded"
 class _Now:
     """What is there now."""
 
-    run: RunFolder
-    record: RunRecord
+    maker: Maker
     settings: str
     weights: Mapping[str, str]
     cache: Cache | None
     cache_problem: str
     chosen: bool  # the caller said where the cache is
     clips: Mapping[str, Clip] | None  # of the data set, where its root was given
+
+    @property
+    def records(self) -> list[RunRecord]:
+        """Of the run, or of the ensemble's runs."""
+        return list(self.maker.runs.values())
+
+    @property
+    def trained_on(self) -> str:
+        """The cache of the run, or of the ensemble's first one."""
+        return self.records[0].cache
+
+    @property
+    def streams(self) -> list[InputStream]:
+        """What they read, each once."""
+        found: dict[str, InputStream] = {}
+        for stream in (stream for record in self.records for stream in record.streams):
+            found.setdefault(stream.name, stream)
+        return list(found.values())
 
 
 def trace_run(
@@ -60,14 +80,15 @@ def trace_run(
     root: Path | None = None,
     predictions: Path | None = None,
 ) -> Json:
-    """Trace the predictions of a run.
+    """Trace the predictions of a run, or of an ensemble of runs.
 
     Args:
         run: its folder.
         item: one clip; None: all.
         cache: where the cache is now, if it was moved.
         root: of the data set: the clips' files are read again, whole, and compared.
-        predictions: another folder of predictions than the run's own, as `vaflow predict --out` writes.
+        predictions: another place of predictions than the run's own: a folder, as `vaflow predict --out` writes, or a
+            file, as `vaflow submit --out` does.
 
     Returns:
         Plain JSON: "run", "cache", "streams", and "predictions": one object for every folder and item.
@@ -86,8 +107,8 @@ def trace_run(
 
 
 def _look(run: Path, cache: Path | None, root: Path | None) -> _Now:
-    record = require_record(run)
-    place = cache if cache is not None else record.cache
+    maker = maker_of(run)
+    place = cache if cache is not None else next(iter(maker.runs.values())).cache
     opened, problem = None, ""
     try:
         opened = open_cache(place)
@@ -96,28 +117,51 @@ def _look(run: Path, cache: Path | None, root: Path | None) -> _Now:
             raise
         problem = str(error)
     clips = None if root is None else {clip.id: clip for clip in open_dataset(root, "auto").clips}
-    return _Now(
-        RunFolder(run), record, settings_digest(record), weights_digests(run), opened, problem, cache is not None, clips
-    )
+    return _Now(maker, maker.settings, maker.weights(), opened, problem, cache is not None, clips)
 
 
 def _run(now: _Now) -> Json:
-    metrics = now.run.read_metrics() if now.run.metrics_file.is_file() else {}
+    """A run; of an ensemble, what it weighs, and each of its runs."""
+    path = now.maker.path
+    if path in now.maker.runs:
+        return _one_run(run_maker(path, now.maker.runs[path]))
+    members = [_one_run(run_maker(run, record)) for run, record in now.maker.runs.items()]
+    weights = {str(run): row for run, row in zip(*members_of(path), strict=True)}
+    for member in members:
+        member["weight"] = dict(zip(DIMENSIONS, weights[member["path"]].tolist(), strict=True))
     return {
-        "path": str(now.run.path.resolve()),
-        "vaflow": now.record.version,
-        "finished": now.run.done,
-        "settings": now.record.config.as_dict(),
+        "path": str(path.resolve()),
+        "vaflow": members[0]["vaflow"],
+        "finished": all(member["finished"] for member in members),
         "settings_digest": now.settings,
         "weights": dict(now.weights),
-        "data": {split: dict(counts) for split, counts in now.record.data.items()},
-        "ccc": metrics.get("ccc"),
+        "ccc": _metrics(path).get("ccc"),
+        "runs": members,
     }
+
+
+def _one_run(maker: Maker) -> Json:
+    record, folder = maker.runs[maker.path], RunFolder(maker.path)
+    return {
+        "path": str(maker.path.resolve()),
+        "vaflow": record.version,
+        "finished": folder.done,
+        "settings": record.config.as_dict(),
+        "settings_digest": maker.settings,
+        "weights": maker.weights(),
+        "data": {split: dict(counts) for split, counts in record.data.items()},
+        "ccc": _metrics(maker.path).get("ccc"),
+    }
+
+
+def _metrics(path: Path) -> Json:
+    folder = RunFolder(path)
+    return folder.read_metrics() if folder.metrics_file.is_file() else {}
 
 
 def _cache(now: _Now) -> Json:
     if now.cache is None:
-        return {"path": now.record.cache, "state": MISSING, "problem": now.cache_problem}
+        return {"path": now.trained_on, "state": MISSING, "problem": now.cache_problem}
     return {"path": now.cache.place, "state": "found", "store": now.cache.store}
 
 
@@ -125,7 +169,7 @@ def _streams(now: _Now) -> list[Json]:
     """What the run was trained on, prompts included, and whether the cache still has it."""
     known = now.cache.streams() if now.cache is not None else {}
     found = []
-    for stream in now.record.streams:
+    for stream in now.streams:
         info = known.get(stream.name)
         state = _state(now.cache is not None, fingerprint(info) if info else None, stream.fingerprint)
         found.append(
@@ -137,14 +181,15 @@ def _streams(now: _Now) -> list[Json]:
                 "state": state,
             }
         )
-    text, prompts = now.record.config.text, now.record.config.prompts
-    if text and text in known and now.cache is not None and now.cache.has(text, prompts):
-        facts = facts_of(now.cache.record(text, prompts))
-        found.append({"name": text, "kind": "text", "set": prompts, "state": "found", **facts})
-        found[-1] |= {"fingerprint": fingerprint(known[text]), "identity": known[text].identity}
-    elif text:
-        state = MISSING if now.cache is not None else UNKNOWN
-        found.append({"name": text, "kind": "text", "set": prompts, "state": state})
+    sets = dict.fromkeys((record.config.text, record.config.prompts) for record in now.records if record.config.text)
+    for text, prompts in sets:
+        if text in known and now.cache is not None and now.cache.has(text, prompts):
+            facts = facts_of(now.cache.record(text, prompts))
+            found.append({"name": text, "kind": "text", "set": prompts, "state": "found", **facts})
+            found[-1] |= {"fingerprint": fingerprint(known[text]), "identity": known[text].identity}
+        else:
+            state = MISSING if now.cache is not None else UNKNOWN
+            found.append({"name": text, "kind": "text", "set": prompts, "state": state})
     return found
 
 
@@ -162,6 +207,11 @@ def _items(folder: Path, said: PredictionSources | None) -> list[str]:
     return sorted(name.removesuffix(".csv") for name in files)
 
 
+def _csv(place: Path, item: str) -> Path:
+    """Where a clip's prediction is: in a file of its own, or in the one file of all."""
+    return place if place.is_file() else place / f"{item}.csv"
+
+
 def _folder(folder: Path, now: _Now, item: str | None) -> Iterator[Json]:
     """One object per prediction in a folder."""
     said = read_sources(folder)
@@ -171,7 +221,7 @@ def _folder(folder: Path, now: _Now, item: str | None) -> Iterator[Json]:
         if item not in (None, name):
             continue
         own = said.items.get(name) if said is not None else None
-        entry: Json = {"item": name, "folder": str(folder), "csv": str(folder / f"{name}.csv")}
+        entry: Json = {"item": name, "folder": str(folder), "csv": str(_csv(folder, name))}
         if said is None or own is None:
             entry |= {"state": NOT_SAID, "records": _records_now(now, name)}
         else:
@@ -182,7 +232,7 @@ def _folder(folder: Path, now: _Now, item: str | None) -> Iterator[Json]:
 
 def _cache_of(said: PredictionSources, now: _Now) -> Cache | None:
     """The cache that predictions were made on, which need not be the one that the run was trained on."""
-    if said.cache == now.record.cache:
+    if said.cache == now.trained_on:
         return now.cache
     try:
         return open_cache(said.cache)
@@ -196,7 +246,7 @@ def _compared(folder: Path, said: PredictionSources, own: ItemSources, item: str
         "made": said.made,
         "vaflow": said.vaflow,
         "cache": said.cache,
-        "csv_state": _file_state(folder / f"{item}.csv", own.csv),
+        "csv_state": _file_state(_csv(folder, item), own.csv),
         "weights_state": SAME if said.weights.items() <= now.weights.items() else CHANGED,
         "settings_state": SAME if said.settings == now.settings else CHANGED,
         "streams": {name: facts["fingerprint"] for name, facts in said.streams.items()},
@@ -238,7 +288,7 @@ def _records_now(now: _Now, item: str) -> Json:
     """For predictions without `sources.json`: what the cache holds of the clip now, which is no proof."""
     if now.cache is None:
         return {}
-    names = [*(stream.name for stream in now.record.streams), "labels"]
+    names = [*(stream.name for stream in now.streams), "labels"]
     found = {name: _record_now(now.cache, name, item) for name in names}
     return {name: {**facts, "state": NOT_SAID} for name, facts in found.items() if facts is not None}
 

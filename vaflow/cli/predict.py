@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table, weight_pairs
+from vaflow.cli.train import RunOrEnsemble
 
 SOME_FAILED = 3
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="A trained run: the folder that `vaflow train --out` wrote.")],
+    run: RunOrEnsemble,
     media: Annotated[list[Path], typer.Argument(help="Videos, or folders of videos.")],
     out: Annotated[Path, typer.Option(help="Folder for one CSV and one PNG per video.")],
     weights: Annotated[list[str] | None, typer.Option(help="NAME=PATH: local weights instead of the hub.")] = None,

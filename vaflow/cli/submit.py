@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars
-from vaflow.cli.train import Run
+from vaflow.cli.train import RunOrEnsemble
 
 
 def submit(
-    run: Run,
+    run: RunOrEnsemble,
     sample: Annotated[Path, typer.Option(help="The challenge's sample submission.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The submission to write.", show_default=False)],
     cache: Annotated[Path | None, typer.Option(help="Where the trials' features are; the run's cache.")] = None,
@@ -24,7 +24,7 @@ def submit(
 ) -> int:
     """Write the file that the ABAW challenge takes: a prediction for every row of its sample, in the sample's order.
 
-    RUN may be an ensemble that `vaflow ensemble` wrote. Nothing is written when a row of the sample has no prediction.
+    Nothing is written when a row of the sample has no prediction. FILE.sources.json says what was made of what.
 
     Example: vaflow submit runs/full --cache affwild2.cache --sample VA_test_set_sample.txt --out predictions.txt
     """

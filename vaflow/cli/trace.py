@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, table
-from vaflow.cli.train import Run
+from vaflow.cli.train import RunOrEnsemble
 
 DIGITS = 12  # of digests; --json and -v have them whole
 
 
 def trace(
-    run: Run,
+    run: RunOrEnsemble,
     item: Annotated[str | None, typer.Argument(metavar="[ITEM]", help="One clip.", show_default="all")] = None,
     root: Annotated[
         Path | None,
@@ -22,7 +22,11 @@ def trace(
     cache: Annotated[Path | None, typer.Option(help="Where the cache is now.", show_default="the run's")] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="What `vaflow predict --out` wrote.", show_default="the run's own"),
+        typer.Option(
+            metavar="PATH",
+            help="What `vaflow predict` or `vaflow submit` wrote to --out.",
+            show_default="the run's own",
+        ),
     ] = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
@@ -31,6 +35,8 @@ def trace(
     """Say what a prediction was made from (run, weights, cache, records, source files), and what has changed since.
 
     Example: vaflow trace runs/full trial_12 --root /data/affwild2
+
+    Example: vaflow trace runs/full test_7 --predictions submission.txt
 
     Example: vaflow trace runs/full --json
     """
@@ -61,10 +67,15 @@ def _lines(found: dict[str, Any], *, whole: bool, one: bool) -> Iterator[str]:
 
 
 def _run_lines(found: dict[str, Any], whole: bool) -> Iterator[str]:
-    run, cache = found["run"], found["cache"]
-    yield f"run       {run['path']} (vaflow {run['vaflow']}), settings {_short(run['settings_digest'], whole)}"
-    for name, digest in run["weights"].items():
-        yield f"weights   {name} {_short(digest, whole)}"
+    cache = found["cache"]
+    if "runs" in found["run"]:
+        yield f"ensemble  {found['run']['path']}"
+    for run in found["run"].get("runs", [found["run"]]):
+        share = "".join(f", {value:.3f} of {name}" for name, value in run.get("weight", {}).items())
+        settings = _short(run["settings_digest"], whole)
+        yield f"run       {run['path']} (vaflow {run['vaflow']}), settings {settings}{share}"
+        for name, digest in run["weights"].items():
+            yield f"weights   {name} {_short(digest, whole)}"
     yield f"cache     {cache['path']} ({cache.get('store', cache['state'])})"
     for stream in found["streams"]:
         what = f", prompt set {stream['set']!r}" if "set" in stream else ""

@@ -11,6 +11,10 @@ from vaflow.errors import UsageError, explain
 
 Cache = Annotated[Path, typer.Argument(metavar="CACHE", help="What `vaflow extract` wrote.", show_default=False)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="What `vaflow train --out` wrote.", show_default=False)]
+RunOrEnsemble = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="What `vaflow train` or `vaflow ensemble` wrote to --out.", show_default=False),
+]
 AllowMissing = Annotated[
     bool, typer.Option("--allow-missing", help="Score a split although labelled clips have no features.")
 ]

@@ -1,0 +1,156 @@
+"""An ensemble's folder in the place of a run's: predictions of new clips, submissions, and what they were made from."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
+
+from vaflow.cache import Cache
+from vaflow.cli import main
+from vaflow.datasets import Dataset
+from vaflow.errors import UsageError
+from vaflow.extract.config import ExtractConfig
+from vaflow.extract.pipeline import Summary
+from vaflow.predict import PredictConfig, predict_media
+from vaflow.timeline import Grid
+from vaflow.trace import trace_run
+from vaflow.train.config import TrainConfig
+from vaflow.train.ensemble import ensemble_runs
+from vaflow.train.training import train_run
+
+CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("use") / "cache", Toy(seconds=(8, 14)))
+
+
+@pytest.fixture(scope="module")
+def runs(cache: Cache, tmp_path_factory) -> list[Path]:
+    """One that hears and one that sees."""
+    folder = tmp_path_factory.mktemp("runs")
+    configs = [replace(CONFIG, visual=("none",), kl_weight=0.0), replace(CONFIG, audio=("none",), seed=1)]
+    for k, config in enumerate(configs):
+        train_run(cache, config, folder / str(k), tensorboard=False, pictures=False)
+    return [folder / str(k) for k in range(2)]
+
+
+@pytest.fixture
+def ensemble(runs: list[Path], tmp_path: Path) -> Path:
+    ensemble_runs(runs, tmp_path / "e", "search", weights_split="train", device="cpu")
+    return tmp_path / "e"
+
+
+@pytest.fixture
+def asked(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[ExtractConfig]:
+    """In the place of an extraction, which would decode: the toy cache, and what was asked for."""
+    said: list[ExtractConfig] = []
+
+    def features(dataset: Dataset, folder: Path, config: ExtractConfig, **_: object) -> Summary:
+        said.append(config)
+        shutil.copytree(cache.path, folder)
+        return Summary()
+
+    monkeypatch.setattr("vaflow.predict.extract", features)
+    return said
+
+
+def video(tmp_path: Path) -> Path:
+    path = tmp_path / "val1.mp4"
+    path.write_bytes(b"never decoded")
+    return path
+
+
+def va(path: Path) -> np.ndarray:
+    return np.genfromtxt(path, delimiter=",", skip_header=1)[:, 2:4]
+
+
+def test_new_clips_are_predicted_by_every_run_and_averaged(
+    ensemble: Path, runs: list[Path], asked: list[ExtractConfig], tmp_path: Path
+) -> None:
+    summary = predict_media(ensemble, [video(tmp_path)], tmp_path / "out", PredictConfig(device="cpu"))
+    assert [(one.visual, one.audio) for one in asked] == [((VISUAL,), (AUDIO,))], "one extraction for all runs"
+    (made,) = summary.predicted
+    weights = json.loads((ensemble / "ensemble.json").read_text())["weights"]
+    table = np.array([weights["valence"], weights["arousal"]]).T
+    expected = sum(w * va(run / "predictions" / "val" / "val1.csv") for w, run in zip(table, runs, strict=True))
+    np.testing.assert_allclose(va(made.csv), expected, atol=2e-6)
+    assert made.png.is_file()
+
+
+def test_runs_that_one_extraction_cannot_serve(
+    runs: list[Path], asked: list[ExtractConfig], cache: Cache, tmp_path: Path
+) -> None:
+    other = make_cache(tmp_path / "cache", Toy(seconds=(8, 14), grid=Grid(4.0, 1.5, 16)))
+    train_run(other, CONFIG, tmp_path / "dense", tensorboard=False, pictures=False)
+    file = {"runs": [str(runs[1]), str(tmp_path / "dense")], "how": "mean"}
+    (tmp_path / "e").mkdir()
+    weights = {"valence": [0.5, 0.5], "arousal": [0.5, 0.5]}
+    (tmp_path / "e" / "ensemble.json").write_text(json.dumps(file | {"weights": weights}))
+    with pytest.raises(UsageError, match=r"do not agree in the sampling \(frames\).*dense"):
+        predict_media(tmp_path / "e", [video(tmp_path)], tmp_path / "out", PredictConfig(device="cpu"))
+    assert not asked
+
+
+def test_an_ensemble_is_traced_to_its_runs(ensemble: Path, runs: list[Path], cache: Cache, capsys) -> None:
+    found = trace_run(ensemble)
+    weights = json.loads((ensemble / "ensemble.json").read_text())["weights"]
+    for k, (said, run) in enumerate(zip(found["run"]["runs"], runs, strict=True)):
+        alone = trace_run(run)["run"]
+        assert {key: said[key] for key in alone} == alone
+        assert said["weight"] == {name: weights[name][k] for name in weights}
+    assert {stream["name"]: stream["state"] for stream in found["streams"]} == {
+        AUDIO: "same",
+        VISUAL: "same",
+        f"{VISUAL}.text": "found",
+    }
+    assert {entry["item"]: entry["state"] for entry in found["predictions"]} == dict.fromkeys(
+        ("val0", "val1", "val2"), "same"
+    )
+    assert set(found["predictions"][0]["records"]) == {VISUAL, AUDIO, "labels"}
+    assert main(["trace", str(ensemble)]) == 0
+    printed = capsys.readouterr().out
+    assert all(str(run) in printed for run in (ensemble, *runs))
+
+
+@pytest.mark.parametrize("changed", ["ensemble.json", "model.safetensors"])
+def test_other_weights_of_an_ensemble_are_noticed(ensemble: Path, runs: list[Path], changed: str) -> None:
+    file = ensemble / changed if changed == "ensemble.json" else runs[0] / changed
+    before = file.read_bytes()
+    if changed == "ensemble.json":
+        file.write_text(before.decode().replace('"search"', '"mean"'))
+    else:
+        file.write_bytes((runs[1] / changed).read_bytes())
+    try:
+        states = {entry["weights_state"] for entry in trace_run(ensemble)["predictions"]}
+    finally:
+        file.write_bytes(before)
+    assert states == {"changed"}
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_a_submission_says_what_it_was_made_from(
+    ensemble: Path, runs: list[Path], cache: Cache, tmp_path: Path, many: bool, capsys
+) -> None:
+    run = ensemble if many else runs[0]
+    sample, out = tmp_path / "sample.txt", tmp_path / "submission.txt"
+    sample.write_text("image_location,valence,arousal\nval1/00007.jpg,0,0\nval0/00001.jpg,0,0\n")
+    assert main(["submit", str(run), "--sample", str(sample), "--out", str(out), "--device", "cpu"]) == 0
+    found = {entry["item"]: entry for entry in trace_run(run, predictions=out)["predictions"]}
+    assert set(found) == {"val0", "val1"}
+    for item, entry in found.items():
+        assert (entry["csv"], entry["state"]) == (str(out), "same")
+        assert entry["records"][AUDIO]["attempt"] == cache.record(AUDIO, item).attempt
+    out.write_text(out.read_text() + "\n")
+    assert trace_run(run, "val0", predictions=out)["predictions"][0]["csv_state"] == "changed"
+
+
+def test_a_run_is_asked_for_where_an_ensemble_does_not_do(ensemble: Path, capsys) -> None:
+    assert main(["evaluate", str(ensemble)]) == 2
+    told = capsys.readouterr().err
+    assert "is an ensemble, not a run" in told and "vaflow ensemble" in told
