@@ -121,7 +121,7 @@ def _watch_workers(over: threading.Event) -> float:
     while not over.wait(0.02):
         for process in multiprocessing.active_children():
             try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             except OSError:  # it has ended meanwhile
                 continue
             largest[process.pid] = max(

@@ -5,7 +5,7 @@ import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -125,7 +125,7 @@ class FreeVisual:
     """As wide as CLIP, costs nothing."""
 
     kind, name, dim, preparation = "visual", "free-visual", 512, None
-    identity: dict[str, Any] = {}
+    identity: ClassVar[dict[str, Any]] = {}
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().mean(dim=(1, 2, 3))[:, None].expand(-1, self.dim)
@@ -135,7 +135,7 @@ class FreeAudio:
     """As wide as AST, costs nothing."""
 
     kind, name, dim, front_end = "audio", "free-audio", 768, KALDI
-    identity: dict[str, Any] = {}
+    identity: ClassVar[dict[str, Any]] = {}
 
     def stretches(self, window: float, steps: int) -> Stretches:
         return Stretches((0,), 1024)
