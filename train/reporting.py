@@ -13,6 +13,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import describe_labels
 from vaflow.train.evaluate import featureless, label_warnings
 from vaflow.train.loop import Row
+from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)
@@ -57,20 +58,23 @@ def reporter(config: TrainConfig, bar: "tqdm[Any]", board: "Board | None") -> Ca
     def report(row: Row) -> None:
         bar.n = int(row["epoch"])
         bar.set_postfix_str(f"val CCC {row['val_ccc_mean']:.3f}")
+        scores = [f"{name} {_score(row[f'val_ccc_{name}'])}" for name in (*DIMENSIONS, "mean")]
         log.info(
-            "epoch %2d/%d  loss %.4f  val CCC  valence %.4f  arousal %.4f  mean %.4f  (%.1f s)",
+            "epoch %2d/%d  loss %.4f  val CCC  %s  (%.1f s)",
             row["epoch"],
             config.epochs,
             row["loss_total"],
-            row["val_ccc_valence"],
-            row["val_ccc_arousal"],
-            row["val_ccc_mean"],
+            "  ".join(scores),
             row["train_seconds"] + row["val_seconds"],
         )
         if board is not None:
             board.add(row)
 
     return report
+
+
+def _score(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.4f}"  # a dimension may be without labels
 
 
 class Board:

@@ -4,16 +4,20 @@ import csv
 import io
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from ablation_toys import key_of, made_up_plan
+from PIL import ImageFont
 
-from vaflow.train.ablate.grid import Row
+from vaflow.train.ablate.grid import Row, load_study
 from vaflow.train.ablate.page import html_page
 from vaflow.train.ablate.plan import Options, Plan
+from vaflow.train.ablate.plot import plot
 from vaflow.train.ablate.results import Results, collect
 from vaflow.train.ablate.statistics import read_moments, write_moments
 from vaflow.train.ablate.worker import Ended
@@ -208,6 +212,25 @@ def test_picture_puts_marks_where_their_numbers_are(results: Results) -> None:
     means = [float(x) for x in re.findall(r'<circle class="mean" cx="([\d.]+)"', picture)][: len(rows)]
     for x, row in zip(means, rows, strict=True):
         assert v0 + (x - x0) * (v1 - v0) / (x1 - x0) == pytest.approx(row.mean[-1], abs=1e-3)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_names_of_rows_have_room_beside_the_picture(results: Results, trained: bool) -> None:
+    """Measured in DejaVu Sans, which is wider than what most browsers choose."""
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 13)
+    table = results.tables[0]
+    built_in = [row.name for table in load_study().tables for row in table.rows]
+    for name in (*built_in, "ResNet-152 + VGGish + Wav2Vec2, TCN, cross-modal attention"):
+        one = table.rows[0]
+        row = replace(one, entry=replace(one.entry, row=replace(one.entry.row, name=name)))
+        if not trained:
+            row = replace(row, scores=row.scores[:0])
+        (label,) = re.findall(
+            r'<text class="name" x="([0-9.]+)"[^>]*>(.*?)</text>', plot(replace(table, rows=(row,)), row)
+        )
+        shown = unescape(re.sub("<[^>]*>", "", label[1]))
+        assert font.getlength(shown) < float(label[0]), shown
+        assert name.startswith(shown.removeprefix("not trained: ").removesuffix("…"))
 
 
 @pytest.mark.parametrize(

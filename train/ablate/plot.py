@@ -12,9 +12,10 @@ import numpy as np
 from vaflow.train.ablate.results import RowResult, TableResult
 from vaflow.train.ablate.writing import digits, heading, paper_scores, spread
 
-WIDTH, LABELS, RIGHT = 860, 330, 24  # pixels: the whole, the names of rows, the margin
+WIDTH, LABELS, RIGHT = 860, 345, 24  # pixels: the whole, the names of rows, the margin
 TOP, ROW, BOTTOM = 30, 28, 34
-NAME_LETTERS = 48  # of a row's name; more does not fit
+NAME_LETTERS = 44  # before a row; more does not fit
+NOT_TRAINED = "not trained: "
 MEAN = -1  # column of the mean
 
 
@@ -92,8 +93,10 @@ def _reference(scale: _Scale, reference: RowResult, height: int) -> list[str]:
 
 def _row(scale: _Scale, row: RowResult, y: float) -> list[str]:
     name = row.entry.row.name
-    short = name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"
-    shown = escape(short) if row.seeds else f'<tspan class="tick">not trained:</tspan> {escape(short)}'
+    room = NAME_LETTERS if row.seeds else NAME_LETTERS - len(NOT_TRAINED)
+    shown = escape(name if len(name) <= room else f"{name[: room - 1].rstrip()}…")
+    if not row.seeds:
+        shown = f'<tspan class="tick">{NOT_TRAINED}</tspan>{shown}'
     parts = [f'<text class="name" x="{LABELS - 14}" y="{y + 4}" text-anchor="end">{shown}</text>']
     mean, (low, high), paper = row.mean[MEAN], row.interval[MEAN], paper_scores(row)[MEAN]
     said = [f"{name}: {digits(mean)}, interval {spread(low, high)}" if row.seeds else f"{name}: not trained"]

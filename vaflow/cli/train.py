@@ -1,6 +1,7 @@
 """`vaflow train` and `vaflow evaluate`."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -206,7 +207,7 @@ def evaluate(
 def summary(metrics: dict[str, Any]) -> str:
     """The metrics as a table for people."""
     names = ("valence", "arousal", "mean")
-    interval = ["..".join(_digits(edge) for edge in metrics["ci95"][name]) for name in names]
+    interval = [_span(metrics["ci95"][name]) for name in names]
     within = metrics["within_video_ccc"]
     rows = [
         ("CCC", *(_digits(metrics["ccc"][name]) for name in names)),
@@ -246,6 +247,10 @@ def smoothing_width(text: str) -> float | None:
         return None if text == "auto" else float(text)
     except ValueError as error:
         raise UsageError(explain("--smooth-seconds is not a width", expected="seconds, or auto", got=text)) from error
+
+
+def _span(edges: Sequence[float | None]) -> str:
+    return "-" if None in edges else "..".join(_digits(edge) for edge in edges)
 
 
 def _digits(value: float | None) -> str:
