@@ -2,9 +2,10 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from typing import Any
 
 from vaflow.cache import Cache
 from vaflow.cache.documents import canonical
@@ -19,6 +20,8 @@ from vaflow.train.inputs import Inputs, resolve, sampling
 
 HASH_BYTES = 8
 REFERENCE = "full model"  # name of the row that others are compared with, where no table has it
+IMPORTED = "imported"  # encoder of streams whose features were made elsewhere
+STORED, FACES = "float16", "auto"  # what `vaflow extract` does where it is not told
 NO_PROMPTS = "without the prompt head: the cache has no prompt embeddings"
 
 
@@ -220,7 +223,7 @@ def _streams(config: TrainConfig) -> Iterable[tuple[str, str]]:
 
 
 def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:
-    """The `vaflow extract` that adds these (kind, stream) to the cache, sampled as the cache is, and nothing else.
+    """The `vaflow extract` that adds these (kind, stream) to the cache, made as the cache was, and nothing else.
 
     For streams that no encoder makes, the `vaflow cache import` that brings them in.
     """
@@ -237,7 +240,7 @@ def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:
         }
         options = [f"--{kind} {shlex.quote(name)}" for kind, names in wanted.items() for name in names]
         command = f"vaflow extract ROOT --out {shlex.quote(cache.place)} {' '.join(options)}"
-        commands.insert(0, " ".join([command, *_sampling_options(cache)]))
+        commands.insert(0, " ".join([command, *_sampling_options(cache), *_reading_options(cache)]))
     return "; ".join(commands)
 
 
@@ -255,3 +258,15 @@ def _sampling_options(cache: Cache) -> list[str]:
     grid = Grid()
     usual = {"window": grid.window, "stride": grid.stride, "frames": grid.frames, "audio_steps": grid.frames}
     return [f"--{key.replace('_', '-')} {said[key]:g}" for key in usual if key in said and said[key] != usual[key]]
+
+
+def _reading_options(cache: Cache) -> Iterator[str]:
+    """Options of how pictures are had and features are stored, where they are not the defaults."""
+    infos = [info for info in cache.streams().values() if info.kind in ("visual", "audio", "logmel")]
+    dtype = next((info.dtype for info in infos if info.identity.get("encoder") != IMPORTED), STORED)
+    picture: Mapping[str, Any] = next((found for info in infos if (found := info.identity.get("picture"))), {})
+    faces = picture.get("faces", {}).get("source", FACES)
+    backend = picture.get("decoder", {}).get("backend", "")
+    yield from [f"--dtype {dtype}"] if dtype != STORED else []
+    yield from [f"--faces {faces}"] if faces != FACES else []
+    yield from ["--decoder nvdec"] if "nvdec" in backend else []

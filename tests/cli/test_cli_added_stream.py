@@ -1,0 +1,28 @@
+"""The command that `vaflow ablate` names for what a cache lacks, run as it is printed."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vaflow.cache import open_cache
+from vaflow.cli import main
+from vaflow.train.ablate.plan import add_command
+
+OTHER_THAN_THE_DEFAULTS = ["--dtype", "float32", "--faces", "none", "--window", "4", "--frames", "8"]
+
+
+@pytest.mark.parametrize("given", [[], OTHER_THAN_THE_DEFAULTS])
+def test_the_command_adds_what_lacks_and_nothing_else(given: list[str], clips: Path, tmp_path: Path) -> None:
+    data, place = tmp_path / "my data", tmp_path / "cache"
+    data.mkdir()
+    shutil.copy(clips / "park.mp4", data)
+    assert main(["extract", str(data), "--out", str(place), "--visual", "clip-tiny", "--audio", "none", *given]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (place / "records").rglob("*.json")}
+    command = add_command(open_cache(place), [("visual", "resnet-tiny")])
+    for option, value in zip(given[::2], given[1::2], strict=True):
+        assert f"{option} {value}" in command
+    assert main(shlex.split(command.replace("ROOT", shlex.quote(str(data))))[1:]) == 0
+    assert list(open_cache(place).items(stream="resnet-tiny")) == ["park"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "encoded again"
