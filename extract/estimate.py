@@ -1,7 +1,6 @@
 """What an extraction would do, without doing it: `vaflow extract --dry-run`."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import VaflowError
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.each import each
-from vaflow.extract.lengths import READERS, header_seconds
+from vaflow.extract.lengths import header_seconds, side_by_side
 from vaflow.extract.limits import MAX_SECONDS
 from vaflow.extract.media import probe
 from vaflow.extract.messages import Failed
@@ -34,14 +33,15 @@ def estimate(
     cache = open_cache(out) if is_cache(out) else None
     there = _there(cache, config) if cache is not None else set()
     clips = [clip for clip in mine if clip.id not in there]
+    grid = config.grid
     seconds, frames, windows, unreadable = 0.0, 0, 0, 0
     for duration in tqdm(_durations(clips), total=len(clips), unit="clip", desc="probe", disable=not show_progress):
         if duration is None:
             unreadable += 1
             continue
         seconds += duration
-        frames += len(config.grid.sample_ticks(duration))
-        windows += len(config.grid.starts(duration))
+        frames += len(grid.sample_ticks(duration))
+        windows += len(grid.starts(duration))
     return {
         "items": len(clips),
         "items_already_there": len(mine) - len(clips),
@@ -64,12 +64,11 @@ def _there(cache: Cache, config: ExtractConfig) -> set[str]:
 def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:
     """Seconds of every clip, in any order; None where it cannot be read. FFmpeg is asked where headers do not say."""
     silent = []
-    with ThreadPoolExecutor(READERS, "vaflow-headers") as pool:
-        for clip, found in zip(clips, pool.map(_header, clips), strict=True):
-            if found is None or found > MAX_SECONDS:
-                silent.append(clip)
-            else:
-                yield found
+    for clip, found in zip(clips, side_by_side(_header, clips), strict=True):
+        if found is None or found > MAX_SECONDS:
+            silent.append(clip)
+        else:
+            yield found
     for _, duration in each(_duration, silent):
         yield None if isinstance(duration, Failed) else duration
 

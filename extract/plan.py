@@ -54,7 +54,7 @@ def make_plan(cache: Cache, infos: dict[str, StreamInfo], clips: Iterable[Clip],
     still the same.
     """
     mine = shard_clips(clips, shard)
-    stamps = {name: cache.source_stamps(name) for name in infos}
+    stamps = {name: _stamps(cache, name, mine) for name in infos}
     tasks = {clip.id: task for clip in mine if (task := _task(cache, infos, stamps, clip)).streams}
     ordered = longest_first([task.clip for task in tasks.values()])
     return Plan(tuple(tasks[clip.id] for clip in ordered), len(mine) - len(tasks))
@@ -90,16 +90,24 @@ def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:
     return mine
 
 
+def _stamps(cache: Cache, stream: str, clips: Iterable[Clip]) -> dict[str, str]:
+    """Item -> stamp of what it was made from; "" where its record cannot be read, which is said when it is needed."""
+    stamps = cache.source_stamps(stream)
+    if cache.has_damage(stream):
+        stamps |= {clip.id: "" for clip in clips if clip.id not in stamps and cache.has(stream, clip.id)}
+    return stamps
+
+
 def _task(cache: Cache, infos: dict[str, StreamInfo], stamps: dict[str, dict[str, str]], clip: Clip) -> Task:
     """Streams whose sources look as they did are done; records are read only where they do not."""
     missing, changed = [], []
     seen = _stamps_now(clip, {info.kind for name, info in infos.items() if clip.id in stamps[name]})
     for name, info in infos.items():
-        if info.kind in seen and stamps[name].get(clip.id) == seen[info.kind]:
-            continue
-        if not cache.has(name, clip.id):
+        if clip.id not in stamps[name]:
             missing.append(name)
-        elif not _same_source(info.kind, clip, cache.record(name, clip.id).source):
+        elif stamps[name][clip.id] != seen.get(info.kind) and not _same_source(
+            info.kind, clip, cache.record(name, clip.id).source
+        ):
             changed.append(name)
     return Task(clip, tuple(name for name in infos if name in missing or name in changed), bool(changed))
 

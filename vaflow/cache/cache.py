@@ -144,6 +144,10 @@ class Cache:
         """
         return {row.item: row.source for row in self._index.folder(stream).rows.values()}
 
+    def has_damage(self, stream: str) -> bool:
+        """Whether some record of the stream cannot be read: `source_stamps` lacks it, and yet the item may be there."""
+        return bool(self._index.folder(stream).damaged)
+
     def record(self, stream: str, item: str) -> Record:
         """The item's completion record, from the disk.
 

@@ -72,7 +72,7 @@ def source_stamp(source: Mapping[str, Any]) -> str:
 
 def _undigested(value: Any, depth: int) -> Any:
     """Parts, and files within parts, are not nested deeper."""
-    if not depth or not isinstance(value, Mapping):
+    if not depth or not isinstance(value, dict):
         return value
     return {key: _undigested(inner, depth - 1) for key, inner in value.items() if key != "blake2b"}
 

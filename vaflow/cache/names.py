@@ -38,7 +38,7 @@ def escape(name: str) -> str:
         raise UsageError(explain("A stream or item needs a name", expected="at least one character", got=repr(name)))
     raw = name.encode("utf-8", "surrogatepass")
     if _PLAIN.fullmatch(name) is None:
-        if json.loads(json.dumps(name)) != name:
+        if not name.isascii() and json.loads(json.dumps(name)) != name:
             raise UsageError(
                 explain("A stream or item has a name that JSON cannot hold", expected="proper Unicode", got=ascii(name))
             )

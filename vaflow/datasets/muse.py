@@ -28,7 +28,7 @@ _SPLITS = {"train": "train", "devel": "val", "dev": "val", "val": "val", "test":
 
 def detect(root: Path) -> str | None:
     """Why `root` may be of this layout, or None."""
-    labels = _labels(survey(root))
+    labels = _labels(survey(root, media=False))
     return f"{labels[0][1].relative_to(root)} is a table of labels" if labels else None
 
 
@@ -48,9 +48,9 @@ def scan(root: Path) -> tuple[list[Clip], list[Note]]:
 def _labels(found: Found) -> list[tuple[str, Path]]:
     labels = []
     for folder, tables in found.tables:
-        tables = [path for path in tables if path.suffix.lower() == ".csv"]
-        if folder.name.lower() in DIMENSIONS and tables and _is_table(tables[0]):
-            labels += [(folder.name.lower(), path) for path in tables]
+        tables = [name for name in tables if name.lower().endswith(".csv")]
+        if folder.name.lower() in DIMENSIONS and tables and _is_table(folder / tables[0]):
+            labels += [(folder.name.lower(), folder / name) for name in tables]
     return labels
 
 
@@ -60,7 +60,7 @@ def _is_table(path: Path) -> bool:
 
 def _partition(found: Found, names: set[str]) -> tuple[dict[str, str | None], list[Note]]:
     """Splits of those recordings that partition.csv names; of several such files the first counts."""
-    files = [path for _, tables in found.tables for path in tables if path.name.lower() == PARTITION_FILE]
+    files = [folder / name for folder, tables in found.tables for name in tables if name.lower() == PARTITION_FILE]
     if not files:
         return {}, []
     notes = []

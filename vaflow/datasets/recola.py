@@ -21,7 +21,7 @@ LOOKS_FOR = "folders arousal/ and valence/ of gold standard files (.arff, or .cs
 
 def detect(root: Path) -> str | None:
     """Why `root` may be of this layout, or None."""
-    labels = _labels(survey(root))
+    labels = _labels(survey(root, media=False))
     return f"{labels[0][1].relative_to(root)} is a gold standard" if labels else None
 
 
@@ -38,10 +38,10 @@ def scan(root: Path) -> tuple[list[Clip], list[Note]]:
 
 def _labels(found: Found) -> list[tuple[str, Path]]:
     return [
-        (folder.name.lower(), path)
+        (folder.name.lower(), folder / name)
         for folder, tables in found.tables
-        if folder.name.lower() in DIMENSIONS and _is_gold(tables[0])
-        for path in tables
+        if folder.name.lower() in DIMENSIONS and _is_gold(folder / tables[0])
+        for name in tables
     ]
 
 

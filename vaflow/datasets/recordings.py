@@ -29,12 +29,12 @@ class Found:
     """What stands below a root, in the order of the walk.
 
     Attributes:
-        tables: (folder, its .csv and .arff files), for every folder that has some.
+        tables: (folder, names of its .csv and .arff files), for every folder that has some.
         videos, sounds: files.
     """
 
     root: Path
-    tables: list[tuple[Path, list[Path]]] = field(default_factory=list)
+    tables: list[tuple[Path, list[str]]] = field(default_factory=list)
     videos: list[Path] = field(default_factory=list)
     sounds: list[Path] = field(default_factory=list)
 
@@ -49,14 +49,15 @@ class Recording:
     labels: dict[str, list[Path]] = field(default_factory=dict)
 
 
-def survey(root: Path) -> Found:
-    """Look through the folders below `root`."""
+def survey(root: Path, *, media: bool = True) -> Found:
+    """Look through the folders below `root`; without `media` for tables only."""
     found = Found(root)
     for folder, files in walk(root):
         names = [entry.name for entry in files]  # paths are slow to make: only of what is wanted
-        found.videos += [folder / name for name in names if is_video(name)]
-        found.sounds += [folder / name for name in names if name.lower().endswith(SOUNDS)]
-        tables = [folder / name for name in names if name.lower().endswith(TABLES)]
+        if media:
+            found.videos += [folder / name for name in names if is_video(name)]
+            found.sounds += [folder / name for name in names if name.lower().endswith(SOUNDS)]
+        tables = [name for name in names if name.lower().endswith(TABLES)]
         if tables:
             found.tables.append((folder, tables))
     return found

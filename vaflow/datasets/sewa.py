@@ -22,7 +22,7 @@ _FEWEST_COLUMNS = 3  # time, arousal, valence
 
 def detect(root: Path) -> str | None:
     """Why `root` may be of this layout, or None."""
-    labels = _labels(survey(root))
+    labels = _labels(survey(root, media=False))
     return f"{labels[0][1].relative_to(root)} is a table of labels" if labels else None
 
 
@@ -40,9 +40,10 @@ def scan(root: Path) -> tuple[list[Clip], list[Note]]:
 def _labels(found: Found) -> list[tuple[str, Path]]:
     labels = []
     for folder, tables in found.tables:
-        tables = [path for path in tables if path.suffix.lower() == ".csv"]
-        if folder != found.root and folder.name.lower().startswith("label") and tables and _is_table(tables[0]):
-            labels += [("", path) for path in tables]
+        tables = [name for name in tables if name.lower().endswith(".csv")]
+        wanted = folder != found.root and folder.name.lower().startswith("label")
+        if wanted and tables and _is_table(folder / tables[0]):
+            labels += [("", folder / name) for name in tables]
     return labels
 
 
