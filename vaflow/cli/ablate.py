@@ -25,20 +25,21 @@ def ablate(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of runs and results.", show_default=False)],
     tables: Annotated[
         list[str] | None,
-        typer.Option("--table", help="1, 2, 3, p2, extra, or all; a name of --grid. Repeatable. [all]"),
+        typer.Option("--table", metavar="NAME", help="1, 2, 3, p2, extra, or all; a name of --grid. Repeatable. [all]"),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs per configuration.")] = 3,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Runs per configuration.")] = 3,
     aliases: Annotated[
         list[str] | None,
         typer.Option("--alias", metavar="NAME=OTHER", help="Stream OTHER stands in for NAME. Repeatable."),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at once, a process each.")] = 1,
+    jobs: Annotated[int, typer.Option(metavar="N", help="Runs at once, a process each.")] = 1,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of every row that does not set it. Repeatable."),
     ] = None,
     grid: Annotated[
-        Path | None, typer.Option(help="TOML file of tables of your own: an edited copy of DIR/tables.toml.")
+        Path | None,
+        typer.Option(metavar="FILE", help="TOML file of tables of your own: an edited copy of DIR/tables.toml."),
     ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Score the split although labelled clips have no features.")

@@ -17,7 +17,7 @@ SOME_FAILED = 3
 def convert(
     cache: CachePath,
     out: Annotated[Path, typer.Option(metavar="OTHER", help="The cache to write.", show_default=False)],
-    store: Annotated[str, typer.Option(help="Its store: zarr or hdf5.", show_default=False)],
+    store: Annotated[str, typer.Option(metavar="STORE", help="Its store: zarr or hdf5.", show_default=False)],
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -38,13 +38,18 @@ def convert(
 
 def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The cache to write.", show_default=False)],
-    caches: Annotated[list[Path], typer.Argument(metavar="CACHE...", help="What to join.", show_default=False)],
+    caches: Annotated[list[Path], typer.Argument(metavar="CACHE", help="What to join.", show_default=False)],
     prefer: Annotated[
         str | None,
-        typer.Option(help="first or newest: which version of an item counts where sources differ.", show_default=False),
+        typer.Option(
+            metavar="WHICH",
+            help="first or newest: which version of an item counts where sources differ.",
+            show_default=False,
+        ),
     ] = None,
     store: Annotated[
-        str | None, typer.Option(help="zarr or hdf5, of a new cache.", show_default="that of the first")
+        str | None,
+        typer.Option(metavar="STORE", help="zarr or hdf5, of a new cache.", show_default="that of the first"),
     ] = None,
     json: JsonFlag = False,
     verbose: Verbose = False,

@@ -9,15 +9,17 @@ from vaflow.cli.cache import CachePath
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars
 
 if TYPE_CHECKING:
-    from vaflow.extract.features import ImportSummary
+    from vaflow.extract.importing.features import ImportSummary
 
 SOME_FAILED = 3
 
 
 def import_(
     cache: CachePath,
-    stream: Annotated[str, typer.Option(help="What the features are called in the cache.", show_default=False)],
-    kind: Annotated[str, typer.Option(help="visual or audio.", show_default=False)],
+    stream: Annotated[
+        str, typer.Option(metavar="NAME", help="What the features are called in the cache.", show_default=False)
+    ],
+    kind: Annotated[str, typer.Option(metavar="KIND", help="visual or audio.", show_default=False)],
     folder: Annotated[
         Path,
         typer.Option(
@@ -37,8 +39,10 @@ def import_(
             help="<item>.csv with time or frame, and valence and/or arousal; splits.csv with name,split.",
         ),
     ] = None,
-    store: Annotated[str | None, typer.Option(help="zarr or hdf5, of a new cache.", show_default="zarr")] = None,
-    dtype: Annotated[str, typer.Option(help="float16 or float32, of stored features.")] = "float16",
+    store: Annotated[
+        str | None, typer.Option(metavar="STORE", help="zarr or hdf5, of a new cache.", show_default="zarr")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="float16 or float32, of stored features.")] = "float16",
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -52,7 +56,7 @@ def import_(
     set_up(verbose, quiet)
     from tqdm import tqdm
 
-    from vaflow.extract.features import ImportConfig, import_features
+    from vaflow.extract.importing.features import ImportConfig, import_features
 
     config = ImportConfig(stream, kind, rate, dtype)
     with tqdm(unit="item", desc="import", disable=not show_bars(quiet)) as bar:

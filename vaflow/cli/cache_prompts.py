@@ -18,9 +18,13 @@ def prompts(
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="TOML file of a prompt set to embed.", show_default=False)
     ] = None,
-    visual: Annotated[str | None, typer.Option(help="For which encoder.", show_default="all with a text tower")] = None,
-    weights: Annotated[list[str] | None, typer.Option(help="NAME=PATH: local weights instead of the hub.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
+    visual: Annotated[
+        str | None, typer.Option(metavar="NAME", help="For which encoder.", show_default="all with a text tower")
+    ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Local weights instead of the hub. Repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda[:N].")] = "cpu",
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,

@@ -11,8 +11,12 @@ from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up
 
 def targets(
     cache: CachePath,
-    stream: Annotated[str, typer.Option(help="What the targets are called in the cache.", show_default=False)],
-    task: Annotated[str, typer.Option(help="classes (one of several) or binary (each or not).", show_default=False)],
+    stream: Annotated[
+        str, typer.Option(metavar="NAME", help="What the targets are called in the cache.", show_default=False)
+    ],
+    task: Annotated[
+        str, typer.Option(metavar="TASK", help="classes (one of several) or binary (each or not).", show_default=False)
+    ],
     folder: Annotated[
         Path,
         typer.Option(
@@ -22,7 +26,9 @@ def targets(
             show_default=False,
         ),
     ],
-    names: Annotated[str | None, typer.Option(help="Names of the classes, with commas; the files' own.")] = None,
+    names: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Names of the classes, with commas; the files' own.")
+    ] = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -35,7 +41,7 @@ def targets(
     """
     set_up(verbose, quiet)
     from vaflow.cache import open_cache
-    from vaflow.extract.targets import import_targets
+    from vaflow.extract.importing.targets import import_targets
 
     listed = [name.strip() for name in names.split(",")] if names else []
     done = import_targets(open_cache(cache, writable=True), stream, task, folder, listed)

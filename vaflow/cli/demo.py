@@ -9,9 +9,9 @@ from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for data, cache, run and pictures.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the people, their feelings, and the training.")] = 0,
-    clips: Annotated[int, typer.Option(min=3, help="Labelled clips; two thirds of them train.")] = 24,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for data, cache, run and pictures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the people, their feelings, and the training.")] = 0,
+    clips: Annotated[int, typer.Option(min=3, metavar="N", help="Labelled clips; two thirds of them train.")] = 24,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,

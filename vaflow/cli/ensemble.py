@@ -10,21 +10,24 @@ from vaflow.cli.train import AllowMissing, summary
 
 
 def ensemble(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Finished runs.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the ensemble.", show_default=False)],
     weights: Annotated[
         str,
         typer.Option(
+            metavar="HOW",
             help="mean; ccc: in proportion to each run's CCC, per dimension; "
-            "search: those with the best CCC, per dimension."
+            "search: those with the best CCC, per dimension.",
         ),
     ] = "mean",
-    cache: Annotated[Path | None, typer.Option(help="Another cache than the first run was trained on.")] = None,
-    split: Annotated[str | None, typer.Option(help="Which split; the runs' validation split.")] = None,
-    weights_split: Annotated[
-        str | None, typer.Option(help="Where ccc and search look; the runs' validation split.")
+    cache: Annotated[
+        Path | None, typer.Option(metavar="CACHE", help="Another cache than the first run was trained on.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    split: Annotated[str | None, typer.Option(metavar="SPLIT", help="Which split; the runs' validation split.")] = None,
+    weights_split: Annotated[
+        str | None, typer.Option(metavar="SPLIT", help="Where ccc and search look; the runs' validation split.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
     allow_missing: AllowMissing = False,
     json: JsonFlag = False,
     verbose: Verbose = False,

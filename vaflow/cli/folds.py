@@ -10,9 +10,10 @@ from vaflow.cli.train import Cache
 
 def folds(
     cache: Cache,
-    count: Annotated[int, typer.Option("--folds", help="How many parts.")] = 5,
+    count: Annotated[int, typer.Option("--folds", metavar="K", help="How many parts.")] = 5,
     splits: Annotated[
-        list[str] | None, typer.Option("--split", help="Divide the clips of this split. Repeatable. [train, val]")
+        list[str] | None,
+        typer.Option("--split", metavar="SPLIT", help="Divide the clips of this split. Repeatable. [train, val]"),
     ] = None,
     json: JsonFlag = False,
     verbose: Verbose = False,

@@ -13,13 +13,15 @@ SOME_FAILED = 3
 
 def predict(
     run: RunOrEnsemble,
-    media: Annotated[list[Path], typer.Argument(help="Videos, or folders of videos.")],
-    out: Annotated[Path, typer.Option(help="Folder for one CSV and one PNG per video.")],
-    weights: Annotated[list[str] | None, typer.Option(help="NAME=PATH: local weights instead of the hub.")] = None,
-    faces: Annotated[str, typer.Option(help="auto, centerface or none; as for extract.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    media: Annotated[list[Path], typer.Argument(metavar="MEDIA", help="Videos, or folders of videos.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for one CSV and one PNG per video.")],
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Local weights instead of the hub. Repeatable.")
+    ] = None,
+    faces: Annotated[str, typer.Option(metavar="HOW", help="auto, centerface or none; as for extract.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
     cache: Annotated[
-        Path | None, typer.Option(help="Keep the features in this cache, and reuse what it holds.")
+        Path | None, typer.Option(metavar="CACHE", help="Keep the features in this cache, and reuse what it holds.")
     ] = None,
     json: JsonFlag = False,
     verbose: Verbose = False,

@@ -11,13 +11,20 @@ from vaflow.cli.train import RunOrEnsemble
 
 def submit(
     run: RunOrEnsemble,
-    sample: Annotated[Path, typer.Option(help="The challenge's sample submission.", show_default=False)],
+    sample: Annotated[
+        Path, typer.Option(metavar="FILE", help="The challenge's sample submission.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The submission to write.", show_default=False)],
-    cache: Annotated[Path | None, typer.Option(help="Where the trials' features are; the run's cache.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="CACHE", help="Where the trials' features are; the run's cache.")
+    ] = None,
     hold: Annotated[
-        int, typer.Option(min=0, help="Frames beyond a clip's end that repeat its last prediction, instead of failing.")
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Frames beyond a clip's end that repeat its last prediction, instead of failing."
+        ),
     ] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,

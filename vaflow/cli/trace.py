@@ -17,9 +17,11 @@ def trace(
     item: Annotated[str | None, typer.Argument(metavar="[ITEM]", help="One clip.", show_default="all")] = None,
     root: Annotated[
         Path | None,
-        typer.Option(help="The data set: read its files again, and compare.", show_default=False),
+        typer.Option(metavar="DIR", help="The data set: read its files again, and compare.", show_default=False),
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where the cache is now.", show_default="the run's")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="CACHE", help="Where the cache is now.", show_default="the run's")
+    ] = None,
     predictions: Annotated[
         Path | None,
         typer.Option(

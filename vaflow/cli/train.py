@@ -24,46 +24,59 @@ AllowMissing = Annotated[
 def train(
     cache: Cache,
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run.", show_default=False)],
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings, or a run's config.toml.")] = None,
-    preset: Annotated[str | None, typer.Option(help="p1 or p2: a published system.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting. Repeatable.")
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TOML file of settings, or a run's config.toml.")
     ] = None,
-    visual: Annotated[list[str] | None, typer.Option(help="Visual stream, or none. Repeatable.")] = None,
-    audio: Annotated[list[str] | None, typer.Option(help="Audio stream, or none. Repeatable.")] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="p1 or p2: a published system.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting; docs/options.md has them all. Repeatable."),
+    ] = None,
+    visual: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Visual stream, or none. Repeatable.")
+    ] = None,
+    audio: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Audio stream, or none. Repeatable.")] = None,
     aliases: Annotated[
         list[str] | None,
         typer.Option("--alias", metavar="NAME=OTHER", help="Stream OTHER stands in for NAME. Repeatable."),
     ] = None,
-    window: Annotated[float | None, typer.Option(help="Seconds per training window; the cache's.")] = None,
-    stride: Annotated[float | None, typer.Option(help="Seconds between windows; the cache's.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames per window; the cache's.")] = None,
-    temporal: Annotated[str | None, typer.Option(help="gru, tcn, lstm or transformer. [gru]")] = None,
+    window: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Seconds per training window; the cache's.")
+    ] = None,
+    stride: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Seconds between windows; the cache's.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(metavar="N", help="Frames per window; the cache's.")] = None,
+    temporal: Annotated[str | None, typer.Option(metavar="NAME", help="gru, tcn, lstm or transformer. [gru]")] = None,
     fusion: Annotated[
         str | None,
-        typer.Option(help="hierarchical, attention, gated, concat or attention-concat. [hierarchical]"),
+        typer.Option(metavar="NAME", help="hierarchical, attention, gated, concat or attention-concat. [hierarchical]"),
     ] = None,
-    centers: Annotated[float | None, typer.Option(help="Distance of the outer region centres from 0. [0.66]")] = None,
-    sigma: Annotated[float | None, typer.Option(help="Width of the soft labels. [0.45]")] = None,
+    centers: Annotated[
+        float | None, typer.Option(metavar="X", help="Distance of the outer region centres from 0. [0.66]")
+    ] = None,
+    sigma: Annotated[float | None, typer.Option(metavar="X", help="Width of the soft labels. [0.45]")] = None,
     kl_weight: Annotated[
-        float | None, typer.Option(help="Weight of the prompt loss; 0 leaves the prompt head out. [0.2]")
+        float | None, typer.Option(metavar="X", help="Weight of the prompt loss; 0 leaves the prompt head out. [0.2]")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training windows. [15]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step. [16]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. [1e-4]")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [1e-4]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, shuffling and dropout. [0]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda[:N]. [auto]")] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the training windows. [15]")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Windows per step. [16]")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate. [1e-4]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(metavar="X", help="Of AdamW. [1e-4]")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of weights, shuffling and dropout. [0]")] = None,
+    device: Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N]. [auto]")] = None,
     folds: Annotated[
-        int | None, typer.Option(help="Cross-validate: parts by source video; see `vaflow folds`.")
+        int | None, typer.Option(metavar="K", help="Cross-validate: parts by source video; see `vaflow folds`.")
     ] = None,
-    fold: Annotated[int | None, typer.Option(help="Validate on this part, from 1; train on the others. [1]")] = None,
+    fold: Annotated[
+        int | None, typer.Option(metavar="I", help="Validate on this part, from 1; train on the others. [1]")
+    ] = None,
     finetune: Annotated[
         bool | None, typer.Option("--finetune", help="Train CLIP and AST, too, from the cached pixels and log-Mel.")
     ] = None,
-    backbone_lr: Annotated[float | None, typer.Option(help="Their learning rate. [3e-6]")] = None,
+    backbone_lr: Annotated[float | None, typer.Option(metavar="X", help="Their learning rate. [3e-6]")] = None,
     weights: Annotated[
-        list[str] | None, typer.Option(help="NAME=PATH: their local weights instead of the hub.")
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Their local weights instead of the hub. Repeatable.")
     ] = None,
     allow_missing: AllowMissing = False,
     verbose: Verbose = False,
@@ -140,22 +153,28 @@ def train(
 
 def evaluate(
     run: Run,
-    cache: Annotated[Path | None, typer.Option(help="Another cache than the run was trained on.")] = None,
-    split: Annotated[str | None, typer.Option(help="Which split; the run's validation split.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="CACHE", help="Another cache than the run was trained on.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(metavar="SPLIT", help="Which split; the run's validation split.")] = None,
     smooth: Annotated[
         str | None,
-        typer.Option(help="mean or savgol: smooth this run's predictions from now on; none: no longer do so."),
+        typer.Option(
+            metavar="KIND", help="mean or savgol: smooth this run's predictions from now on; none: no longer do so."
+        ),
     ] = None,
     smooth_seconds: Annotated[
-        str, typer.Option(help="Width of the smoothing; auto: the best on the run's validation split.")
+        str,
+        typer.Option(metavar="SECONDS", help="Width of the smoothing; auto: the best on the run's validation split."),
     ] = "auto",
     without: Annotated[
-        str | None, typer.Option(help="visual or audio: mark that modality as missing everywhere.")
+        str | None, typer.Option(metavar="MODALITY", help="visual or audio: mark that modality as missing everywhere.")
     ] = None,
     groups: Annotated[
-        Path | None, typer.Option(help="CSV with item and columns such as gender, age: metrics of each group.")
+        Path | None,
+        typer.Option(metavar="FILE", help="CSV with item and columns such as gender, age: metrics of each group."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
     allow_missing: AllowMissing = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
