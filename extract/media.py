@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
 from vaflow.extract.container import Opened, decode, opened
+from vaflow.extract.doctor.scan import is_counted, scan_times
 from vaflow.extract.picture import to_rgb
-from vaflow.extract.scan import is_counted, scan_times
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -40,7 +40,7 @@ def extract(
     """Encode a data set into the cache at `out`; run again to resume. Items that fail do not stop the others.
 
     Args:
-        engine: "local", this machine; "ray", every node of a Ray cluster (`vaflow.extract.ray_engine`).
+        engine: "local", this machine; "ray", every node of a Ray cluster (`vaflow.extract.cluster.engine`).
         ray_address: of the cluster, as `ray.init` takes it.
 
     Raises:
@@ -52,7 +52,7 @@ def extract(
     if engine not in ENGINES:
         raise UsageError(explain("Unknown engine", got=engine, choices=ENGINES))
     if engine == "ray":
-        from vaflow.extract.ray_engine import extract_on_ray
+        from vaflow.extract.cluster.engine import extract_on_ray
 
         return extract_on_ray(
             dataset, out, config, store=store, shard=shard, address=ray_address, show_progress=show_progress

@@ -21,10 +21,10 @@ from vaflow.encoders.images import Preparation
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.crops import list_crops, read_crop
 from vaflow.extract.each import each
-from vaflow.extract.feature_files import FeatureFile, read_features, signature
+from vaflow.extract.importing.files import FeatureFile, read_features, signature
+from vaflow.extract.importing.targets import read_targets
 from vaflow.extract.messages import Done, Failed, Job, SoundEnd
 from vaflow.extract.stills import open_stills
-from vaflow.extract.targets import read_targets
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 

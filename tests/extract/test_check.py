@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaflow.datasets import Clip, Note, open_dataset
-from vaflow.extract.check import check_dataset
-from vaflow.extract.facts import drift
-from vaflow.extract.label_facts import label_stats, merge_stats
-from vaflow.extract.report import Checked, Report, describe, document, occupancy
-from vaflow.extract.strips import runs
+from vaflow.extract.doctor.check import check_dataset
+from vaflow.extract.doctor.facts import drift
+from vaflow.extract.doctor.label_facts import label_stats, merge_stats
+from vaflow.extract.doctor.report import Checked, Report, describe, document, occupancy
+from vaflow.extract.doctor.strips import runs
 
 RATE = 25
 
@@ -273,7 +273,7 @@ def test_an_interruption_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch:
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vaflow.extract.check.check_clip", _slow)
+    monkeypatch.setattr("vaflow.extract.doctor.check.check_clip", _slow)
     with pytest.raises(KeyboardInterrupt):
         check_dataset(open_dataset(tmp_path), progress=interrupt)
     assert not multiprocessing.active_children()
@@ -289,7 +289,7 @@ def _die(clip: Clip, **_: object) -> Checked:
 def test_a_crash_inside_a_decoder_is_a_finding_of_one_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         (tmp_path / f"{number}.mp4").touch()
-    monkeypatch.setattr("vaflow.extract.check.check_clip", _die)
+    monkeypatch.setattr("vaflow.extract.doctor.check.check_clip", _die)
     report = check_dataset(open_dataset(tmp_path))
     assert [checked.clip.id for checked in report.checked] == ["0", "1", "2", "3"]
     (note,) = findings(report, "unreadable", "error").values()

@@ -14,7 +14,7 @@ from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.encoders.images import Preparation
 from vaflow.errors import MediaError
-from vaflow.extract.check import check_dataset
+from vaflow.extract.doctor.check import check_dataset
 from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Failed, Job, Message, Sound, SoundEnd
 from vaflow.extract.stills import list_stills, open_stills, stills_at, stills_identity
 from vaflow.extract.worker import run_job
@@ -152,7 +152,7 @@ def test_folders_without_usable_numbers_fail(tmp_path: Path, name: str) -> None:
 
 
 def check_dataset_of(clip: Clip) -> bool:
-    from vaflow.extract.check import check_clip
+    from vaflow.extract.doctor.check import check_clip
 
     return [note.code for note in check_clip(clip).findings if note.severity == "error"] == ["unreadable"]
 

@@ -21,7 +21,7 @@ from vaflow.cache.schema import StreamInfo, array_problems
 from vaflow.datasets import Clip
 from vaflow.encoders.images import Preparation
 from vaflow.errors import MediaError
-from vaflow.extract.check import check_clip
+from vaflow.extract.doctor.check import check_clip
 from vaflow.extract.messages import Clock, Done, Face, Failed, Job, Sound
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid

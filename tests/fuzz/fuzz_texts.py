@@ -28,8 +28,8 @@ from vaflow.datasets.labels import DIMENSION_READERS, READERS, on_clock, read_an
 from vaflow.encoders.prompts import load_prompts
 from vaflow.errors import VaflowError
 from vaflow.extract.failures import only_failed
-from vaflow.extract.feature_files import FeatureFile, find_features, read_features, signature
-from vaflow.extract.targets import read_targets
+from vaflow.extract.importing.files import FeatureFile, find_features, read_features, signature
+from vaflow.extract.importing.targets import read_targets
 
 LABELS = StreamInfo("labels", "labels", 0, "float32")
 FRAMES = np.arange(50) / 25

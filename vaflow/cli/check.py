@@ -13,7 +13,7 @@ from vaflow.errors import UsageError, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.datasets import Dataset
-    from vaflow.extract.report import Report, Summary
+    from vaflow.extract.doctor.report import Report, Summary
 
 EXAMPLES = 3
 LEVELS = ("low", "middle", "high")
@@ -50,7 +50,7 @@ def check(
     """
     set_up(verbose, quiet)
     from vaflow.datasets import open_dataset
-    from vaflow.extract.report import document
+    from vaflow.extract.doctor.report import document
 
     dataset = open_dataset(root, layout)
     if html is not None:
@@ -73,7 +73,7 @@ def check(
 def _run(dataset: "Dataset", show_bar: bool) -> "Report":
     from tqdm import tqdm
 
-    from vaflow.extract.check import check_dataset
+    from vaflow.extract.doctor.check import check_dataset
 
     with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not show_bar) as bar:
         return check_dataset(dataset, progress=bar.update)
@@ -99,8 +99,8 @@ def _must_be_writable(path: Path) -> None:
 def _write_page(report: "Report", path: Path, show_bar: bool) -> None:
     from tqdm import tqdm
 
-    from vaflow.extract.check_page import html_page, pictured
-    from vaflow.extract.check_pictures import all_thumbnails
+    from vaflow.extract.doctor.page import html_page, pictured
+    from vaflow.extract.doctor.pictures import all_thumbnails
 
     chosen = [(c.clip, c.media.duration if c.media else None) for c in pictured(report)]
     found = tqdm(all_thumbnails(chosen), total=len(chosen), unit="clip", desc="pictures", disable=not show_bar)
@@ -136,7 +136,7 @@ def _summary_row(summary: "Summary") -> tuple[str, ...]:
 
 
 def _label_tables(name: str, summary: "Summary") -> Iterator[str]:
-    from vaflow.extract.report import describe, occupancy
+    from vaflow.extract.doctor.report import describe, occupancy
 
     rows = [(dimension, *(f"{x:.3f}" for x in row.values())) for dimension, row in describe(summary.stats).items()]
     if rows:

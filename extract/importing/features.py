@@ -19,7 +19,8 @@ from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
 from vaflow.datasets.splits import SPLITS_FILE, match_splits, read_splits
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.failures import Failure, FailureLog
-from vaflow.extract.feature_files import (
+from vaflow.extract.identity import file_identity, same_file
+from vaflow.extract.importing.files import (
     TABLE,
     FeatureFile,
     Features,
@@ -29,8 +30,7 @@ from vaflow.extract.feature_files import (
     read_features,
     signature,
 )
-from vaflow.extract.feature_labels import ImportedLabels
-from vaflow.extract.identity import file_identity, same_file
+from vaflow.extract.importing.labels import ImportedLabels
 from vaflow.extract.streams import provenance
 
 KINDS: tuple[Kind, ...] = ("visual", "audio")

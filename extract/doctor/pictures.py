@@ -14,8 +14,8 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError
 from vaflow.extract.container import decode, opened
 from vaflow.extract.crops import list_crops, read_crop
+from vaflow.extract.doctor.facts import some
 from vaflow.extract.each import each
-from vaflow.extract.facts import some
 from vaflow.extract.messages import Failed
 from vaflow.extract.picture import to_rgb
 from vaflow.extract.stills import list_stills

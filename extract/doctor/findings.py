@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.dataset import Note
 from vaflow.datasets.files import examples
-from vaflow.extract.costs import shift_loss
-from vaflow.extract.facts import OPENED_CROPS, CropFacts, MediaFacts
-from vaflow.extract.label_facts import LabelFacts
+from vaflow.extract.doctor.costs import shift_loss
+from vaflow.extract.doctor.facts import OPENED_CROPS, CropFacts, MediaFacts
+from vaflow.extract.doctor.label_facts import LabelFacts
 
 USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
 FEW_CROPS = 0.5  # below this share of frames with a crop, a clip is worth looking at

@@ -14,14 +14,14 @@ from vaflow.datasets.clip import Clip
 from vaflow.datasets.dataset import SEVERITIES, Dataset, Note
 from vaflow.datasets.labels import read_annotation
 from vaflow.errors import DataError, MediaError
-from vaflow.extract.dataset_findings import dataset_findings, duplicate_findings
-from vaflow.extract.duplicates import same_content
+from vaflow.extract.doctor.dataset_findings import dataset_findings, duplicate_findings
+from vaflow.extract.doctor.duplicates import same_content
+from vaflow.extract.doctor.facts import CropFacts, MediaFacts, crop_facts, media_facts, still_facts
+from vaflow.extract.doctor.findings import clip_findings, crop_findings, label_findings, media_findings
+from vaflow.extract.doctor.label_facts import LabelFacts, label_facts
+from vaflow.extract.doctor.report import Checked, Report
 from vaflow.extract.each import each
-from vaflow.extract.facts import CropFacts, MediaFacts, crop_facts, media_facts, still_facts
-from vaflow.extract.findings import clip_findings, crop_findings, label_findings, media_findings
-from vaflow.extract.label_facts import LabelFacts, label_facts
 from vaflow.extract.messages import Failed
-from vaflow.extract.report import Checked, Report
 from vaflow.timeline import Grid
 
 _NO_TIMES = np.empty(0, np.float64)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from vaflow.datasets.clip import SPLITS, Clip
 from vaflow.datasets.dataset import Note
 from vaflow.datasets.files import examples
-from vaflow.extract.label_facts import LabelFacts, LabelStats, merge_stats
+from vaflow.extract.doctor.label_facts import LabelFacts, LabelStats, merge_stats
 
 LEVELS = ("low", "middle", "high")
 REGIONS = tuple(f"{valence} valence, {arousal} arousal" for valence in LEVELS for arousal in LEVELS)

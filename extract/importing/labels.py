@@ -12,8 +12,8 @@ from vaflow.cache.schema import LABELS, Record, StreamInfo
 from vaflow.datasets.files import below
 from vaflow.datasets.labels import on_clock, read_csv
 from vaflow.errors import DataError, UsageError, explain
-from vaflow.extract.feature_files import TABLE, FeatureFile, Features
 from vaflow.extract.identity import file_identity, same_file
+from vaflow.extract.importing.files import TABLE, FeatureFile, Features
 from vaflow.extract.streams import provenance
 from vaflow.timeline import Floats, median_interval
 

@@ -12,9 +12,9 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
 from vaflow.extract.crops import list_crops, read_crop
+from vaflow.extract.doctor.strips import runs, strip
 from vaflow.extract.media import MediaInfo, frame_times, probe
 from vaflow.extract.stills import open_stills
-from vaflow.extract.strips import runs, strip
 from vaflow.timeline import median_interval
 
 AUDIO_SLACK = 0.5  # seconds of the picture that may be without sound before it is called partial

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Annotation
 from vaflow.datasets.labels import on_clock
-from vaflow.extract.strips import runs, strip
+from vaflow.extract.doctor.strips import runs, strip
 from vaflow.timeline import median_interval
 
 LEVEL_EDGES = (-1 / 3, 1 / 3)  # thirds of the range [-1, 1]

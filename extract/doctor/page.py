@@ -7,10 +7,10 @@ from itertools import zip_longest
 
 from vaflow.datasets.dataset import SEVERITIES, Note
 from vaflow.encoders.prompts import load_prompts
-from vaflow.extract.check_figures import distribution, label_map, strips
-from vaflow.extract.check_pictures import Thumbnail
-from vaflow.extract.check_style import STYLE
-from vaflow.extract.report import Checked, Kind, Report, Summary, describe
+from vaflow.extract.doctor.figures import distribution, label_map, strips
+from vaflow.extract.doctor.pictures import Thumbnail
+from vaflow.extract.doctor.report import Checked, Kind, Report, Summary, describe
+from vaflow.extract.doctor.style import STYLE
 
 PICTURED = 24  # clips with pictures
 LISTED = 500  # clips in the table

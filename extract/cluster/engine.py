@@ -1,9 +1,9 @@
 """`--engine ray`: the local pipeline in one Ray actor per GPU (or per few CPUs), on every node of a cluster.
 
-The driver holds the queue, longest item first. A member (`vaflow.extract.ray_member`) gets a task whenever one of its
-decoders is about to be free, so fast nodes do more. Everything a member has is in the cache or in the driver's list of
-tasks that it was given: a member that dies costs these, no other. They are tried again one by one at the end, and
-listed as failures when that does not help.
+The driver holds the queue, longest item first. A member (`vaflow.extract.cluster.member`) gets a task whenever one of
+its decoders is about to be free, so fast nodes do more. Everything a member has is in the cache or in the driver's
+list of tasks that it was given: a member that dies costs these, no other. They are tried again one by one at the end,
+and listed as failures when that does not help.
 """
 
 import logging
@@ -23,11 +23,11 @@ from vaflow.cache.schema import StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, VaflowError, explain
+from vaflow.extract.cluster.member import Member, Prepared, Report
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.failures import Failure
 from vaflow.extract.pipeline import carry_out
 from vaflow.extract.plan import Task, make_plan
-from vaflow.extract.ray_member import Member, Prepared, Report
 from vaflow.extract.summary import Books, Extracted, Summary
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Stage one on the nodes of a Ray cluster."""

@@ -1,0 +1,1 @@
+"""Features and targets made elsewhere become streams of a cache."""
