@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from vaflow.cache import Cache
 from vaflow.cli import main
+from vaflow.train.config import TrainConfig, coerce
+from vaflow.train.heads.temporal import TCN
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
@@ -118,3 +121,28 @@ def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
         assert program == "vaflow", line
         quick = ["--set", "hidden=8", "--epochs", "1", "--device", "cpu"] if arguments[0] == "train" else []
         assert main([*arguments, *quick]) == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+def table_rows(page: str, heading: str) -> list[list[str]]:
+    """Cells of the last table below a heading, without its head."""
+    part = page.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"][2:]
+
+
+def test_the_page_has_every_setting_and_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+    told = {name.strip("`"): default for name, default, _ in table_rows(page, "Every setting")}
+    assert list(told) == [field.name for field in fields(TrainConfig)]
+    for name, default in told.items():
+        assert coerce(name, default) == getattr(TrainConfig(), name), name
+
+
+def test_the_page_says_how_far_a_tcn_sees() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+    head = re.search(r"^\| `layers` \|(.*)\|$", page, re.M)
+    ((_, *steps),) = [row for row in table_rows(page, "Temporal models") if row[0] == "steps"] or [[""]]
+    assert head is not None
+    layers = [int(cell.split()[0]) for cell in head[1].split("|")]
+    assert [int(cell) for cell in steps] == [TCN(4, 4, layers=count).receptive_field for count in layers]
+    default = next(cell for cell in head[1].split("|") if "default" in cell)
+    assert int(default.split()[0]) == len(TCN(4, 4).blocks)

@@ -66,19 +66,37 @@ def chunk_shape(array: Rows) -> tuple[int, ...]:
 
 
 def _read_raw(attempt: str, blobs: Mapping[str, Blob], name: str) -> Array | None:
-    """An array that is one raw chunk is the bytes of its file: 30 times faster than asking zarr. Else None."""
+    """An array in raw chunks of whole rows is the bytes of its files: 30 times faster than asking zarr. Else None."""
     metadata: dict[str, Any] = json.loads(blobs[f"{attempt}/{name}/zarr.json"].tobytes())
     shape = tuple(metadata["shape"])
     grid, keys = metadata["chunk_grid"], metadata["chunk_key_encoding"]
+    rows = _rows_per_chunk(grid, shape)
     if (
-        0 in shape
-        or grid != {"name": "regular", "configuration": {"chunk_shape": list(shape)}}
+        rows is None
         or keys != {"name": "default", "configuration": {"separator": "/"}}
         or metadata["codecs"] not in _RAW_CODECS
     ):
         return None
-    blob = blobs["/".join([attempt, name, "c", *("0" for _ in shape)])]
-    return blob.view(np.dtype(metadata["data_type"]).newbyteorder("<")).reshape(shape)
+    dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
+    prefix, rest = f"{attempt}/{name}/c/", "/0" * (len(shape) - 1)
+    chunks = [blobs[f"{prefix}{number}{rest}"] for number in range(-(-shape[0] // rows))]
+    if len(chunks) != sum(key.startswith(prefix) for key in blobs):
+        raise ValueError(f"array {name!r} has chunks beyond its shape")
+    whole = [chunk.view(dtype).reshape(rows, *shape[1:]) for chunk in chunks]
+    if len(whole) == 1:
+        return whole[0]
+    whole[-1] = whole[-1][: shape[0] - rows * (len(whole) - 1)]  # the last chunk is filled up
+    return np.concatenate(whole)
+
+
+def _rows_per_chunk(grid: Any, shape: tuple[int, ...]) -> int | None:
+    """How many rows a chunk has, where the chunks are whole rows, at most all of them; None where they are not."""
+    if not shape or 0 in shape:
+        return None
+    chunks = grid["configuration"]["chunk_shape"] if grid.get("name") == "regular" else None
+    fits = isinstance(chunks, list) and len(chunks) == len(shape) and tuple(chunks[1:]) == shape[1:]
+    rows = chunks[0] if fits else None
+    return rows if type(rows) is int and 0 < rows <= shape[0] else None
 
 
 def _check_plain(attempt: str, blobs: Mapping[str, Blob], name: str) -> None:

@@ -47,7 +47,10 @@ def train(
         float | None, typer.Option(metavar="SECONDS", help="Seconds between windows; the cache's.")
     ] = None,
     frames: Annotated[int | None, typer.Option(metavar="N", help="Frames per window; the cache's.")] = None,
-    temporal: Annotated[str | None, typer.Option(metavar="NAME", help="gru, tcn, lstm or transformer. [gru]")] = None,
+    temporal: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="gru, tcn (29 steps back; --set layers=4: 61), lstm or transformer. [gru]"),
+    ] = None,
     fusion: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="hierarchical, attention, gated, concat or attention-concat. [hierarchical]"),
