@@ -140,7 +140,7 @@ def test_the_page_has_every_setting_and_its_default() -> None:
 def test_the_page_says_how_far_a_tcn_sees() -> None:
     page = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
     head = re.search(r"^\| `layers` \|(.*)\|$", page, re.M)
-    ((_, *steps),) = [row for row in table_rows(page, "Temporal models") if row[0] == "steps"] or [[""]]
+    steps = next(row[1:] for row in table_rows(page, "Temporal models") if row[0] == "steps")
     assert head is not None
     layers = [int(cell.split()[0]) for cell in head[1].split("|")]
     assert [int(cell) for cell in steps] == [TCN(4, 4, layers=count).receptive_field for count in layers]
