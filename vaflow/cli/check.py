@@ -20,10 +20,14 @@ LEVELS = ("low", "middle", "high")
 
 log = logging.getLogger(__name__)
 
-Root = Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)]
+Root = Annotated[Path, typer.Argument(metavar="ROOT", help="The data set's folder.", show_default=False)]
 Layout = Annotated[
     str,
-    typer.Option("--layout", help="How the folder is laid out: auto, affwild2, afew-va, recola, sewa, muse, videos."),
+    typer.Option(
+        "--layout",
+        metavar="NAME",
+        help="How the folder is laid out: auto, affwild2, afew-va, recola, sewa, muse, videos.",
+    ),
 ]
 
 

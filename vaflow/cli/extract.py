@@ -16,34 +16,51 @@ SOME_FAILED = 3
 
 
 def extract(
-    root: Annotated[Path, typer.Argument(help="Root of the data set.")],
-    out: Annotated[Path, typer.Option(help="The cache to write; made if it is not there.")],
-    layout: Annotated[str, typer.Option(help="auto, affwild2, afew-va, recola, sewa, muse, videos.")] = "auto",
-    visual: Annotated[list[str] | None, typer.Option(help="Visual encoder, or none. Repeatable.")] = None,
-    audio: Annotated[list[str] | None, typer.Option(help="Audio encoder, or none. Repeatable.")] = None,
-    weights: Annotated[list[str] | None, typer.Option(help="NAME=PATH: local weights instead of the hub.")] = None,
-    window: Annotated[float, typer.Option(help="Seconds per window.")] = 10.0,
-    stride: Annotated[float, typer.Option(help="Seconds between window starts.")] = 3.0,
-    frames: Annotated[int, typer.Option(help="Frames per window.")] = 20,
-    audio_steps: Annotated[int, typer.Option(help="Audio steps per window.")] = 20,
-    store: Annotated[str, typer.Option(help="zarr or hdf5.")] = "zarr",
-    dtype: Annotated[str, typer.Option(help="float16 or float32, of stored embeddings.")] = "float16",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto (float32), bfloat16 or float16 (CUDA only).")] = "auto",
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Root of the data set.")],
+    out: Annotated[Path, typer.Option(metavar="CACHE", help="The cache to write; made if it is not there.")],
+    layout: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, affwild2, afew-va, recola, sewa, muse, videos.")
+    ] = "auto",
+    visual: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Visual encoder, or none. Repeatable. [clip-vit-b16]")
+    ] = None,
+    audio: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Audio encoder, or none. Repeatable. [ast]")
+    ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Local weights instead of the hub. Repeatable.")
+    ] = None,
+    window: Annotated[float, typer.Option(metavar="SECONDS", help="Seconds per window.")] = 10.0,
+    stride: Annotated[float, typer.Option(metavar="SECONDS", help="Seconds between window starts.")] = 3.0,
+    frames: Annotated[int, typer.Option(metavar="N", help="Frames per window.")] = 20,
+    audio_steps: Annotated[int, typer.Option(metavar="N", help="Audio steps per window.")] = 20,
+    store: Annotated[str, typer.Option(metavar="STORE", help="zarr or hdf5.")] = "zarr",
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="float16 or float32, of stored embeddings.")] = "float16",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
+    precision: Annotated[
+        str, typer.Option(metavar="NAME", help="auto (float32), bfloat16 or float16 (CUDA only).")
+    ] = "auto",
     faces: Annotated[
-        str, typer.Option(help="auto (crops if there are any, else detection), centerface, none.")
+        str, typer.Option(metavar="HOW", help="auto (crops if there are any, else detection), centerface, none.")
     ] = "auto",
     pixels: Annotated[bool, typer.Option("--pixels", help="Keep the face crops (JPEG) for fine-tuning.")] = False,
     decoder: Annotated[
-        str, typer.Option(help="Of pictures: pyav, or nvdec (on the GPU, through torchcodec).")
+        str, typer.Option(metavar="NAME", help="Of pictures: pyav, or nvdec (on the GPU, through torchcodec).")
     ] = "pyav",
-    prompts: Annotated[Path | None, typer.Option(help="TOML file of prompt templates and descriptions.")] = None,
-    shard: Annotated[str, typer.Option(help="I/N: do part I of N of the data set.")] = "1/1",
-    engine: Annotated[str, typer.Option(help="local, or ray: all nodes of a Ray cluster.")] = "local",
-    ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join, as auto or HOST:PORT; else RAY_ADDRESS, else a local Ray.")
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TOML file of prompt templates and descriptions.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Decoding processes (with ray: per actor); 0 chooses by machine.")] = 0,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Do part I of N of the data set.")] = "1/1",
+    engine: Annotated[str, typer.Option(metavar="NAME", help="local, or ray: all nodes of a Ray cluster.")] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Ray cluster to join, as auto or HOST:PORT; else RAY_ADDRESS, else a local Ray."
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Decoding processes (with ray: per actor); 0 chooses by machine.")
+    ] = 0,
     item_timeout: Annotated[
         float,
         typer.Option(
@@ -51,9 +68,9 @@ def extract(
         ),
     ] = 300.0,
     image_batch: Annotated[
-        str, typer.Option(help="Images per batch; 0 chooses by device, auto by a GPU's free memory.")
+        str, typer.Option(metavar="N", help="Images per batch; 0 chooses by device, auto by a GPU's free memory.")
     ] = "0",
-    window_batch: Annotated[str, typer.Option(help="Audio windows per batch; as --image-batch.")] = "0",
+    window_batch: Annotated[str, typer.Option(metavar="N", help="Audio windows per batch; as --image-batch.")] = "0",
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Only the items that the last run listed as failed.")
     ] = False,
