@@ -68,7 +68,7 @@ class Opened:
     def clip_times(self, ticks: Iterable[int], stream: Stream) -> NDArray[np.float64]:
         """Ticks of a stream -> [N] seconds on the clip clock."""
         base = stream.time_base or Fraction(1, _MICROSECONDS)
-        return np.array([seconds(tick, base) for tick in ticks], np.float64) - self.start
+        return np.fromiter((seconds(tick, base) for tick in ticks), np.float64) - self.start
 
     def stream_duration(self, stream: Stream) -> float | None:
         """Seconds that the container promises for one stream, or None. Matroska keeps them in a tag."""

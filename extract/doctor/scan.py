@@ -7,6 +7,7 @@ FFmpeg guesses is a frame late for H.264 and does not even ascend with B-frames.
 picture shown takes the k-th decoding time, which is when the file's writer meant it to be shown.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -35,8 +36,8 @@ _SLACK_SECONDS = 0.25  # the same where the container promises only a duration
 class _Scan:
     """What was seen of a file up to its end: ticks of the video stream, and the end of all streams in clip seconds."""
 
-    pts: list[int] = field(default_factory=list)
-    dts: list[int] = field(default_factory=list)
+    pts: "array[int]" = field(default_factory=lambda: array("q"))  # 64 bits each: hours of frames in a few megabytes
+    dts: "array[int]" = field(default_factory=lambda: array("q"))
     packets: int = 0  # of video, and whole
     pictures: int = 0  # that were decoded
     first: int | None = None  # presentation time of the first picture that decodes

@@ -93,10 +93,10 @@ def _rows_per_chunk(grid: Any, shape: tuple[int, ...]) -> int | None:
     """How many rows a chunk has, where the chunks are whole rows, at most all of them; None where they are not."""
     if not shape or 0 in shape:
         return None
-    chunks = grid["configuration"]["chunk_shape"] if grid.get("name") == "regular" else None
-    fits = isinstance(chunks, list) and len(chunks) == len(shape) and tuple(chunks[1:]) == shape[1:]
-    rows = chunks[0] if fits else None
-    return rows if type(rows) is int and 0 < rows <= shape[0] else None
+    chunks: list[Any] = list(grid["configuration"]["chunk_shape"]) if grid.get("name") == "regular" else []
+    if len(chunks) != len(shape) or tuple(chunks[1:]) != shape[1:]:
+        return None
+    return chunks[0] if type(chunks[0]) is int and 0 < chunks[0] <= shape[0] else None
 
 
 def _check_plain(attempt: str, blobs: Mapping[str, Blob], name: str) -> None:
