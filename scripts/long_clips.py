@@ -124,7 +124,7 @@ def _watch_workers(over: threading.Event) -> float:
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             except OSError:  # it has ended meanwhile
                 continue
-            largest[process.pid] = max((int(line.split()[1]) for line in lines if "VmHWM" in line), default=0)
+            largest |= [(process.pid, int(line.split()[1])) for line in lines if line.startswith("VmHWM")]
     return max(largest.values(), default=0) / 1024
 
 
