@@ -10,7 +10,7 @@ import pytest
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.documents import source_stamp
-from vaflow.cache.schema import StreamInfo
+from vaflow.cache.schema import Array, StreamInfo
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import CorruptError
 from vaflow.extract import lengths
@@ -47,7 +47,7 @@ def dataset(tmp_path: Path) -> Dataset:
 def cache(dataset: Dataset, tmp_path: Path) -> Cache:
     """Records of all clips, whose sources are those of an extraction; no arrays: planning looks at none."""
     made = create_cache(tmp_path / "cache", store="hdf5")
-    arrays = {
+    arrays: dict[str, dict[str, Array]] = {
         "logmel": {"embedding": np.zeros((0, 128), np.float16)},
         "clip-tiny": {"embedding": np.zeros((0, 128), np.float16)},
         "labels": {"value": np.zeros((0, 2), np.float32)},
