@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 CLIP_SIZE, CLIP_RATE = 256, 25
+Row = tuple[str, str, str]  # name, value, goal
 
 
 def main() -> None:
@@ -36,18 +38,20 @@ def main() -> None:
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = _measure_overlap(options, Path(folder))
-        if options.memory is not None:
-            from long_clips import measure_memory  # beside this file
-
-            rows += measure_memory(Path(folder), options.memory or [1, 30])
-    rows.append(("vaflow --help, seconds", f"{_help_seconds():.2f}", "0.5 at most"))
-    width = max(len(name) for name, _, _ in rows)
-    for name, value, goal in rows:
-        print(f"{name.ljust(width)}  {value:>12}  {goal}")
+        for name, value, goal in _rows(options, Path(folder)):  # each as soon as it is known
+            print(f"{name:36}  {value:>12}  {goal}", flush=True)
 
 
-def _measure_overlap(options: argparse.Namespace, folder: Path) -> list[tuple[str, str, str]]:
+def _rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    yield "vaflow --help, seconds", f"{_help_seconds():.2f}", "0.5 at most"
+    if options.memory is not None:
+        from long_clips import measure_memory  # beside this file
+
+        yield from measure_memory(folder, options.memory or [1, 30])
+    yield from _overlap(options, folder)
+
+
+def _overlap(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     from vaflow.datasets import open_dataset
     from vaflow.extract.config import ExtractConfig
     from vaflow.extract.pipeline import resolve_device
@@ -64,19 +68,17 @@ def _measure_overlap(options: argparse.Namespace, folder: Path) -> list[tuple[st
     dataset = open_dataset(data, "videos")
 
     decode, counts = _decode_only(dataset, config, visual)
+    yield "decode only, seconds", f"{decode:.2f}", ""
     encode = _encode_only(config, device, visual, audio, counts)
+    yield "encode only, seconds", f"{encode:.2f}", f"{counts['images']} images, {counts['windows']} windows"
     whole, encoded = _whole(dataset, folder / "cache", config, device, visual, audio)
-    video_seconds = options.clips * options.seconds
+    yield "extract, seconds", f"{whole:.2f}", ""
+    yield "extract / max(decode, encode)", f"{whole / max(decode, encode):.3f}", "1.25 at most"
+    rate = encoded / (options.clips * options.seconds)
+    yield "frames encoded per second of video", f"{rate:.2f}", f"{config.frames / config.window:g}"
     baseline = _per_window(dataset, config, device, visual, audio)
-    return [
-        ("decode only, seconds", f"{decode:.2f}", ""),
-        ("encode only, seconds", f"{encode:.2f}", f"{counts['images']} images, {counts['windows']} windows"),
-        ("extract, seconds", f"{whole:.2f}", ""),
-        ("extract / max(decode, encode)", f"{whole / max(decode, encode):.3f}", "1.25 at most"),
-        ("frames encoded per second of video", f"{encoded / video_seconds:.2f}", f"{config.frames / config.window:g}"),
-        ("per-window pipeline, seconds", f"{baseline:.2f}", "every window by itself: scripts/per_window.py"),
-        ("per-window pipeline / extract", f"{baseline / whole:.2f}", "3 at least on long clips"),
-    ]
+    yield "per-window pipeline, seconds", f"{baseline:.2f}", "every window by itself: scripts/per_window.py"
+    yield "per-window pipeline / extract", f"{baseline / whole:.2f}", "3 at least on long clips"
 
 
 def write_clip(path: Path, seconds: float, *, seed: int = 0, size: int = CLIP_SIZE, rate: int = CLIP_RATE) -> None:
