@@ -145,6 +145,11 @@ def extract(
         typer.echo(_describe(summary, open_cache(out)))
     if profile and summary.stages and not json:
         typer.echo(_stages(summary.stages))
+    return _exit_code(summary)
+
+
+def _exit_code(summary: "Summary") -> int:
+    """Whether all, some or no item succeeded; where the failures are listed."""
     if summary.failures:
         typer.echo(f"{len(summary.failures)} item(s) failed: {summary.failures_file}", err=True)
         return SOME_FAILED if summary.extracted or summary.done else 1
