@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
 from vaflow.extract.container import Opened, decode, opened
-from vaflow.extract.doctor.scan import is_counted, scan_times
 from vaflow.extract.picture import to_rgb
+from vaflow.extract.scan import is_counted, scan_times
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Image = NDArray[np.uint8]
 
+READING = 1  # of times and sound by us; raised when anything changes in it, so that caches made before are noticed
 _HOLD = 0.2  # seconds that a neighbouring picture stands in for one that cannot be decoded
 _SAME = 2e-6  # seconds: two presentation times that are one (the container's start is rounded to microseconds)
 
@@ -80,6 +81,7 @@ def decoder_identity() -> dict[str, Any]:
         "version": av.__version__,
         "libavcodec": ".".join(str(part) for part in av.library_versions["libavcodec"]),
         "libswscale": ".".join(str(part) for part in av.library_versions["libswscale"]),
+        "reading": READING,
     }
 
 
