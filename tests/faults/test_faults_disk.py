@@ -1,15 +1,19 @@
 """A disk that is full, read-only or taken away: a clear word, what was committed stays, the next run goes on."""
 
+import errno
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from kills import SMALL, assert_same_run, split_cache, toy_cache
 from lab import EXTRACT, Ended, Lab, assert_said, assert_same_cache, attempts
 
 from vaflow.cache import is_cache, open_cache
+from vaflow.cache.hdf5_store import Hdf5Store
+from vaflow.cache.schema import Rows
 from vaflow.cache.verify import verify
 
 UNPRIVILEGED = "from strikes import *; no_privilege()"  # root would pass over permissions
@@ -80,6 +84,23 @@ def fill_up(lab: Lab, disk: Disk, args: list[object], out: Path, sizes: tuple[in
     assert_said(lab.run(args), 0)
     assert kept.items() <= attempts(out).items(), "what was committed was not written again"
     return len(kept)
+
+
+def test_hdf5_on_a_disk_of_any_size_is_written_or_refused(disk: Disk) -> None:
+    """libhdf5 by itself crashes the process when there is no room left for what it writes as it closes."""
+    arrays: dict[str, Rows] = {name: np.arange(1000.0) for name in ("a", "b", "c")}
+    refused = 0
+    for size in range(4, 100, 4):
+        disk.clear()
+        disk.resize(size)
+        folder = disk.path / "item"
+        try:
+            folder.mkdir()
+            Hdf5Store().write_attempt(folder, "attempt", arrays)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            refused += 1
+    assert 0 < refused < 24
 
 
 def test_extraction_onto_a_full_disk(lab: Lab, disk: Disk, media: Path, whole: Path) -> None:

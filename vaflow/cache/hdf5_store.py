@@ -22,11 +22,15 @@ class Hdf5Store:
 
         temporary = folder / f"{TEMPORARY}{attempt}{SUFFIX}"
         try:
-            with h5py.File(temporary, "x") as file:
-                for name, array in arrays.items():
-                    made = file.create_dataset(name, array.shape, array.dtype, track_times=False)
-                    for rows in parts(array):
-                        made[rows] = array[rows]
+            with temporary.open("x+b", buffering=0) as raw:
+                steady = _Steady(raw)
+                with h5py.File(steady, "w") as file:
+                    for name, array in arrays.items():
+                        made = file.create_dataset(name, array.shape, array.dtype, track_times=False)
+                        for rows in parts(array):
+                            made[rows] = array[rows]
+                if steady.error is not None:
+                    raise steady.error
             temporary.replace(self.path(folder, attempt))
         finally:
             temporary.unlink(missing_ok=True)
@@ -43,6 +47,55 @@ class Hdf5Store:
 
     def path(self, folder: Path, attempt: str) -> Path:
         return folder / f"{attempt}{SUFFIX}"
+
+
+class _Steady:
+    """A file whose writes never fail in the eyes of HDF5, which crashes the process when a disk is full as it closes.
+
+    Attributes:
+        error: the first refusal; to be raised once HDF5 is done. Nothing is written after it.
+    """
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while self.error is None and left:
+                left = left[self._raw.write(left) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size: int) -> int:
+        try:
+            return self._raw.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
+
+    def readinto(self, buffer: Any) -> int:
+        left = memoryview(buffer).cast("B")
+        size = len(left)
+        while left and (count := self._raw.readinto(left)):
+            left = left[count:]
+        left[:] = bytes(len(left))  # what was never written
+        return size
+
+    def read(self, size: int = -1) -> bytes | None:
+        return self._raw.read(size)  # by this h5py knows a file
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        return self._raw.seek(position, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def flush(self) -> None:
+        """Nothing is held back; the commit syncs."""
 
 
 def _read(file: Any, name: str, size: int) -> Array:
