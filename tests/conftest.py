@@ -1,11 +1,16 @@
 """Fixtures that every part of the suite may use."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see vaflow.cli.main
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and all its children: tests send that signal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CLIPS_VARIABLE = "VAFLOW_TEST_CLIPS"
 
