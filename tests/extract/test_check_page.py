@@ -128,7 +128,8 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path: Path) -> None:
 
 
 def test_a_report_of_nothing_has_a_page(report: Report) -> None:
-    Page(html_page(Report(report.root, "videos", (), ()), {}))
+    page = Page(html_page(Report(report.root, "videos", (), ()), {}))
+    assert f"Check of {report.root.name}" in page.text
 
 
 # --- parts

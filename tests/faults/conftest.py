@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
+from kills import SMALL, toy_cache
 from lab import EXTRACT, Lab, assert_said, lab_in
 from media import write_media
 
@@ -32,4 +33,18 @@ def whole(lab: Lab, media: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """The cache of an extraction that nothing happened to."""
     out = tmp_path_factory.mktemp("whole") / "cache"
     assert_said(lab.run(["extract", media, "--out", out, *EXTRACT]), 0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of toy features, for one module: its tests may change it."""
+    return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
+
+
+@pytest.fixture(scope="module")
+def whole_run(lab: Lab, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training run on it that nothing happened to."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert_said(lab.run(["train", toys, "--out", out, *SMALL]), 0)
     return out

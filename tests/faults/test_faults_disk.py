@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kills import SMALL, assert_same_run, split_cache, toy_cache
+from kills import SMALL, assert_same_run, split_cache
 from lab import EXTRACT, Ended, Lab, assert_said, assert_same_cache, attempts
 
 from vaflow.cache import is_cache, open_cache
@@ -48,18 +48,6 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     small = Disk(tmp_path / "disk")
     yield small
     subprocess.run(["umount", "-l", small.path], check=True)
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
-
-
-@pytest.fixture(scope="module")
-def whole_run(lab: Lab, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert_said(lab.run(["train", toys, "--out", out, *SMALL]), 0)
-    return out
 
 
 def assert_refused(ended: Ended, *words: str) -> None:

@@ -3,15 +3,10 @@
 from pathlib import Path
 
 import pytest
-from kills import Tally, Target, campaign, conversion, extraction, merging, split_cache, toy_cache, training
+from kills import Tally, Target, campaign, conversion, extraction, merging, split_cache, training
 from lab import Lab, assert_said
 
 KILLS = 2  # here; `scripts/faults.py` does 30 of each
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
 
 
 def assert_clean(lab: Lab, target: Target, folder: Path, seed: int) -> None:

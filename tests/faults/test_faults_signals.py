@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from kills import SMALL, assert_same_run, toy_cache
+from kills import SMALL, assert_same_run
 from lab import EXTRACT, Lab, assert_said, assert_same_cache, children_of, until
 
 from vaflow.cache import open_cache
@@ -71,18 +71,6 @@ def test_extraction_struck_at_every_stage(lab: Lab, media: Path, whole: Path, tm
             assert (out / "failures.jsonl").read_text() == "", f"struck while {name}: no clip is to blame"
     assert_said(lab.run(args), 0)
     assert_same_cache(out, whole)
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
-
-
-@pytest.fixture(scope="module")
-def whole_run(lab: Lab, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert_said(lab.run(["train", toys, "--out", out, *SMALL]), 0)
-    return out
 
 
 @pytest.mark.parametrize("turn", TURNS)

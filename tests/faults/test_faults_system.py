@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kills import SMALL, assert_same_run, toy_cache
+from kills import SMALL, assert_same_run
 from lab import EXTRACT, Lab, assert_said, assert_same_cache, attempts, children_of, until
 
 from vaflow.cache import open_cache
@@ -15,11 +15,6 @@ from vaflow.cache.verify import leftovers, verify
 
 YEAR = 365 * 86400
 JUMPS = f"from strikes import *; jump_clock({YEAR}); jump_file_times({YEAR})"
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
 
 
 def test_extraction_while_the_clock_jumps(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
