@@ -69,7 +69,7 @@ class ClipAssembly:
         return self._read and self._waiting == 0
 
     def made_in(self, stream: str) -> dict[str, Any]:
-        """What an embedding's last bits depend on besides its fingerprint: the sizes of the batches, the device.
+        """What an embedding's last bits depend on besides its fingerprint: sizes of batches, device, compiled or not.
 
         Empty for streams that nothing was encoded for.
         """
@@ -77,7 +77,8 @@ class ClipAssembly:
         if not sizes:
             return {}
         _, batcher = (self._visual | self._audio)[stream]
-        return {"batch": sorted(sizes), "device": batcher.device.type}
+        compiled = {"compiled": True} if self._config.compile else {}
+        return {"batch": sorted(sizes), "device": batcher.device.type} | compiled
 
     def take(self, message: Message) -> None:
         """Take one message of this clip, in order."""

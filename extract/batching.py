@@ -19,6 +19,7 @@ from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.errors import VaflowError, explain, is_out_of_memory
 from vaflow.extract.config import AUTO, ExtractConfig
 from vaflow.extract.memory import CudaMemory, fitting
+from vaflow.extract.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class FixedBatcher:
         device: where to encode.
 
     Attributes:
-        rows: encoded so far; seconds: of the calling thread.
+        rows: encoded so far; seconds: of the calling thread; device_seconds: of the device, copies to it included.
         delivering: size of the batch whose results are being delivered: half-precision results depend on it.
     """
 
@@ -56,7 +57,7 @@ class FixedBatcher:
         self._waiting: list[Deliver] = []
         self._in_flight: _Batch | None = None
         self.rows = 0
-        self.seconds = 0.0
+        self.seconds = self.device_seconds = 0.0
         self.delivering = 0
 
     def add(self, row: NDArray[Any], deliver: Deliver) -> None:
@@ -84,9 +85,11 @@ class FixedBatcher:
         buffer = self._buffers[self._turn]
         buffer[len(self._waiting) :] = 0
         began = time.perf_counter()
+        work = Stopwatch(self.device)
         result = self._encode_parts(buffer.to(self.device, non_blocking=True))
+        work.stop()
         self.rows += len(self._waiting)
-        before, self._in_flight = self._in_flight, _Batch(result, self._waiting, self._part)
+        before, self._in_flight = self._in_flight, _Batch(result, self._waiting, self._part, work)
         self._waiting = []
         self._turn = (self._turn + 1) % len(self._buffers)
         self._hand_out(before)
@@ -129,17 +132,19 @@ class FixedBatcher:
             return
         self.delivering = batch.size
         rows = batch.result.float().cpu().numpy()
+        self.device_seconds += batch.work.seconds
         for row, deliver in zip(rows, batch.receivers, strict=False):
             deliver(row)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Results under way to their receivers, and how many rows went through the encoder at once."""
+    """Results under way to their receivers, how many rows went through the encoder at once, how long it worked."""
 
     result: torch.Tensor
     receivers: list[Deliver]
     size: int
+    work: Stopwatch
 
 
 @dataclass(frozen=True)

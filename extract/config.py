@@ -28,7 +28,8 @@ class ExtractConfig:
         decoder: of pictures: "pyav", on the CPU; "nvdec", on the GPU through torchcodec.
         prompts: TOML file of the prompt set, or None for the built-in one.
         device: "auto", "cpu" or "cuda[:N]".
-        precision: of the encoders' arithmetic: "auto" (float32), or "bfloat16", "float16" on CUDA.
+        precision: of the encoders' arithmetic: "auto" (float32), "bfloat16", or "float16" on CUDA.
+        compile: have torch compile the encoders' networks; results can differ in their last bits.
         image_batch, window_batch: fixed batch sizes; 0 chooses by device, `AUTO` by a GPU's free memory.
         workers: processes that decode; 0 chooses by machine.
         item_timeout: seconds without a sign of life after which a decoding process is ended and its clip has failed;
@@ -52,6 +53,7 @@ class ExtractConfig:
     prompts: Path | None = None
     device: str = "auto"
     precision: str = "auto"
+    compile: bool = False
     image_batch: int = 0
     window_batch: int = 0
     workers: int = 0

@@ -11,6 +11,7 @@ from vaflow.cache.schema import StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
+from vaflow.encoders.compiling import compile_network
 from vaflow.encoders.prompts import load_prompts
 from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.extract.batching import make_encoders
@@ -143,11 +144,19 @@ def resolve_device(name: str) -> torch.device:
 
 
 def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[VisualEncoder], list[AudioEncoder]]:
-    """Build every encoder named in the settings, visual ones and audio ones."""
+    """Build every encoder named in the settings, visual ones and audio ones.
+
+    Raises:
+        WeightsError: weights are missing or do not fit.
+        VaflowError: they are to be compiled, and this machine cannot.
+    """
     built = [
         build_encoder(name, weights=config.weights.get(name), device=str(device), precision=config.precision)
         for name in config.encoders
     ]
+    if config.compile:
+        for encoder in built:
+            compile_network(encoder)
     visual = [encoder for encoder in built if encoder.kind == "visual"]
     audio = [encoder for encoder in built if encoder.kind == "audio"]
     return visual, audio  # type: ignore[return-value]

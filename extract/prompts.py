@@ -147,14 +147,14 @@ def _build(
     if not _is_encoder(name):
         choices = [encoder for encoder in ENCODERS if encoder_kind(encoder) == "visual"]
         raise UsageError(explain(f"Stream {name!r} was made by no visual encoder", got=name, choices=choices))
-    encoder = build_encoder(name, weights=weights, device=device, precision=own[0].identity.get("precision", "auto"))
+    encoder = build_encoder(name, weights=weights, device=device)
     for info in own:
         _check_same(cache, info, encoder.identity)
     return encoder  # type: ignore[return-value]
 
 
 def _check_same(cache: Cache, info: StreamInfo, identity: Json) -> None:
-    """A visual stream's identity is its encoder's and more (how it was sampled, which faces)."""
+    """A visual stream's identity is its encoder's and more (how it was sampled, which faces, the precision)."""
     said = {key: value for key, value in info.identity.items() if key in identity}
     fields = "; ".join(differences(said, identity))
     if fields:

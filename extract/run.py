@@ -22,7 +22,7 @@ from vaflow.extract.messages import Done, Failed, Job
 from vaflow.extract.nvdec import check_parity
 from vaflow.extract.plan import Task
 from vaflow.extract.pool import WorkerPool
-from vaflow.extract.profile import COMMITTING, WAITING_FOR_WRITER, Profile
+from vaflow.extract.profile import COMMITTING, ON_DEVICE, WAITING_FOR_WRITER, Profile
 from vaflow.extract.streams import provenance, source_of
 from vaflow.extract.summary import Extracted, Outcome
 
@@ -73,7 +73,7 @@ class Run:
         self._profile = Profile()
         self._gpu = next((str(b.device) for b in encoders.batchers.values()), "cuda")
         self._compared = False
-        self._before = {name: batcher.seconds for name, batcher in encoders.batchers.items()}
+        self._before = self._encoding()
 
     def run(self, tasks: Iterable[Task]) -> None:
         """Work off the tasks, which may still be arriving: each is asked for when a worker is free for it.
@@ -101,10 +101,16 @@ class Run:
         return WorkerPool(self._jobs(tasks), self._workers, item_timeout=self._config.item_timeout)
 
     def _tell_progress(self) -> None:
+        now = self._encoding()
+        self._profile.seconds |= {stage: seconds - self._before[stage] for stage, seconds in now.items()}
+        rows = {name: batcher.rows for name, batcher in self._encoders.batchers.items()}
+        self._ledger.count(rows, self._profile.stages())
+
+    def _encoding(self) -> dict[str, float]:
+        """Stage -> seconds, of all runs that the encoders have seen."""
         batchers = self._encoders.batchers
-        encoding = {f"encoding {name}": batcher.seconds - self._before[name] for name, batcher in batchers.items()}
-        self._profile.seconds |= encoding
-        self._ledger.count({name: batcher.rows for name, batcher in batchers.items()}, self._profile.stages())
+        seconds = {f"encoding {name}": batcher.seconds for name, batcher in batchers.items()}
+        return seconds | {ON_DEVICE: sum(batcher.device_seconds for batcher in batchers.values())}
 
     def _jobs(self, tasks: Iterable[Task]) -> Iterable[Job]:
         preparations = tuple(dict.fromkeys(encoder.preparation for encoder, _ in self._encoders.visual.values()))

@@ -73,8 +73,9 @@ def _sound_read(encoder: AudioEncoder, config: ExtractConfig) -> str:
 
 
 def text_info(encoder: VisualEncoder) -> StreamInfo:
-    """The stream of prompt prototypes that belongs to a visual encoder with a text tower."""
-    return StreamInfo(text_stream(encoder.name), "text", encoder.dim, "float32", encoder.identity)
+    """The stream of prompt prototypes that belongs to a visual encoder with a text tower, which is always float32."""
+    identity = {key: value for key, value in encoder.identity.items() if key != "precision"}
+    return StreamInfo(text_stream(encoder.name), "text", encoder.dim, "float32", identity)
 
 
 def source_of(kind: str, sources: dict[str, Any]) -> dict[str, Any]:

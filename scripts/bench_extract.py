@@ -1,8 +1,8 @@
 """Measures stage one on this machine and prints ratios from one run.
 
-    python scripts/bench_extract.py                 tiny encoders' own speed does not matter: encoder cost is real-size
+    python scripts/bench_extract.py                 encoders of real size
     python scripts/bench_extract.py --size tiny     the demo's encoders
-    python scripts/bench_extract.py --device cuda   on a GPU
+    python scripts/bench_extract.py --device cuda --precision bfloat16 --compile     on a GPU
 
 Decode-only runs the same workers on the same clips and throws their messages away; encode-only puts the same number of
 rows, already in memory, through the same batchers. No overlap can beat the larger of the two. Encoders are built before
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--precision", default="float32", help="float32; bfloat16 or float16 on CUDA")
+    parser.add_argument("--compile", action="store_true", help="have torch compile the encoders")
+    parser.add_argument("--shards", action="store_true", help="also two processes beside one, a core each")
+    parser.add_argument(
+        "--public", type=Path, metavar="PYTHON", help="also a public tool: scripts/public_extractor.py says how"
+    )
     parser.add_argument(
         "--memory", type=int, nargs="*", metavar="MINUTES", help="also peak memory for clips so long; 1 30 by default"
     )
@@ -45,40 +51,95 @@ def main() -> None:
 def _rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     yield "vaflow --help, seconds", f"{_help_seconds():.2f}", "0.5 at most"
     if options.memory is not None:
-        from long_clips import measure_memory  # beside this file
+        from long_clips import measure_memory  # beside this file, as those below
 
         yield from measure_memory(folder, options.memory or [1, 30])
-    yield from _overlap(options, folder)
+    data = folder / "data"
+    data.mkdir()
+    clips = [data / f"clip{number}.mp4" for number in range(options.clips)]
+    for number, clip in enumerate(clips):
+        write_clip(clip, options.seconds, seed=number)
+    yield from _overlap(_bench(options, data, folder), folder)
+    if options.shards:
+        from shard_scaling import scaling
+
+        yield "2 processes with --shard / 1", f"{scaling(data, folder):.2f}", "2 at best"
+    if options.public:
+        from public_extractor import MODEL, versus
+
+        ours, theirs = versus(options.public, clips, CLIP_RATE, folder)
+        yield "vaflow / clip-video-encode", f"{ours / theirs:.2f}", f"{MODEL}: {ours:.1f} and {theirs:.1f} images/s"
 
 
-def _overlap(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, on what, with what; `plain`: both encoders in float32, as in a model just loaded."""
+
+    dataset: Any
+    config: Any
+    device: Any
+    visual: Any
+    audio: Any
+    plain: tuple[Any, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Of video."""
+        from vaflow.extract.lengths import lengths
+
+        return sum(lengths(self.dataset.clips).values())
+
+
+def _bench(options: argparse.Namespace, data: Path, folder: Path) -> Bench:
     from vaflow.datasets import open_dataset
+    from vaflow.encoders.compiling import compile_network
     from vaflow.extract.config import ExtractConfig
     from vaflow.extract.pipeline import resolve_device
 
-    data = folder / "data"
-    data.mkdir()
-    for number in range(options.clips):
-        write_clip(data / f"clip{number}.mp4", options.seconds, seed=number)
-    visual, audio = _encoders(options.size, options.device, options.precision, folder)
-    config = ExtractConfig(
-        visual=(visual.name,), audio=(audio.name,), device=options.device, workers=options.workers, face_source="none"
-    )
     device = resolve_device(options.device)
-    dataset = open_dataset(data, "videos")
+    visual, audio = _encoders(options.size, options.device, options.precision, folder)
+    plain = _encoders(options.size, options.device, "float32", folder)
+    if options.compile:
+        compile_network(visual)
+        compile_network(audio)
+    config = ExtractConfig(
+        visual=(visual.name,),
+        audio=(audio.name,),
+        device=options.device,
+        precision=options.precision,
+        compile=options.compile,
+        workers=options.workers,
+        face_source="none",
+    )
+    return Bench(open_dataset(data, "videos"), config, device, visual, audio, plain)
 
-    decode, counts = _decode_only(dataset, config, visual)
+
+def _overlap(bench: Bench, folder: Path) -> Iterator[Row]:
+    from encoder_rate import device_name, encode_only, matrix_rate
+
+    from vaflow.extract.profile import idle_share
+
+    precision = bench.config.precision + ", compiled" * bench.config.compile
+    most = matrix_rate(bench.device, bench.config.precision)
+    yield "matrix product, TFLOP/s", f"{most:.2f}", f"{precision} on {device_name(bench.device)}"
+    decode, counts = _decode_only(bench.dataset, bench.config, bench.visual)
     yield "decode only, seconds", f"{decode:.2f}", ""
-    encode = _encode_only(config, device, visual, audio, counts)
-    yield "encode only, seconds", f"{encode:.2f}", f"{counts['images']} images, {counts['windows']} windows"
-    whole, encoded = _whole(dataset, folder / "cache", config, device, visual, audio)
-    yield "extract, seconds", f"{whole:.2f}", ""
-    yield "extract / max(decode, encode)", f"{whole / max(decode, encode):.3f}", "1.25 at most"
-    rate = encoded / (options.clips * options.seconds)
-    yield "frames encoded per second of video", f"{rate:.2f}", f"{config.frames / config.window:g}"
-    baseline = _per_window(dataset, config, device, visual, audio)
+    images, windows = encode_only(bench.config, bench.device, bench.visual, bench.audio, **counts)
+    encode = images.seconds + windows.seconds
+    yield "encode only, seconds", f"{encode:.2f}", f"{images.rows} images, {windows.rows} windows"
+    yield "images/s", f"{images.per_second:.1f}", f"{images.tera / most:.0%} of the matrix rate; goal on a GPU: 45 %"
+    yield "windows/s", f"{windows.per_second:.1f}", f"{windows.tera / most:.0%} of the matrix rate"
+    whole, summary = _whole(bench, folder / "cache")
+    yield "extract, seconds", f"{whole:.2f}", f"the device idle {idle_share(summary.stages):.0%} of it"
+    yield "extract / max(decode, encode)", f"{whole / max(decode, encode):.3f}", "1.05 at most"
+    rate = summary.encoded[bench.visual.name] / bench.seconds
+    yield "frames encoded per second of video", f"{rate:.2f}", f"{bench.config.frames / bench.config.window:g}"
+    baseline = _per_window(bench, bench.visual, bench.audio)
     yield "per-window pipeline, seconds", f"{baseline:.2f}", "every window by itself: scripts/per_window.py"
     yield "per-window pipeline / extract", f"{baseline / whole:.2f}", "3 at least on long clips"
+    if bench.config.precision != "float32":
+        baseline = _per_window(bench, *bench.plain)
+        yield "per-window in float32 / extract", f"{baseline / whole:.2f}", "3 at least on long clips"
 
 
 def write_clip(path: Path, seconds: float, *, seed: int = 0, size: int = CLIP_SIZE, rate: int = CLIP_RATE) -> None:
@@ -143,47 +204,24 @@ def _decode_only(dataset: Any, config: Any, visual: Any) -> tuple[float, dict[st
     return time.perf_counter() - began, counts
 
 
-def _encode_only(config: Any, device: Any, visual: Any, audio: Any, counts: dict[str, int]) -> float:
-    from vaflow.extract.batching import make_encoders
-
-    def ignore(row: Any) -> None:
-        """Results are not kept."""
-
-    def rows(images: int, stretches: int) -> None:
-        batchers = make_encoders(config, device, [visual], [audio]).batchers
-        for _ in range(images):
-            batchers[visual.name].add(picture, ignore)
-        for _ in range(stretches):
-            batchers[audio.name].add(sound, ignore)
-        for batcher in batchers.values():
-            batcher.flush()
-
-    stretches = audio.stretches(config.window, config.audio_steps)
-    picture = np.zeros((visual.image_size, visual.image_size, 3), np.uint8)
-    sound = np.zeros((stretches.frames, audio.front_end.bins), np.float32)
-    rows(1, 1)  # warm up
-    began = time.perf_counter()
-    rows(counts["images"], counts["windows"] * len(stretches.first))
-    return time.perf_counter() - began
-
-
-def _whole(dataset: Any, out: Path, config: Any, device: Any, visual: Any, audio: Any) -> tuple[float, int]:
+def _whole(bench: Bench, out: Path) -> tuple[float, Any]:
     from vaflow.extract.pipeline import extract_with
 
     began = time.perf_counter()
-    summary = extract_with(dataset, out, config, [visual], [audio], device)
+    summary = extract_with(bench.dataset, out, bench.config, [bench.visual], [bench.audio], bench.device)
     seconds = time.perf_counter() - began
     if summary.failures:
         raise SystemExit(f"extraction failed: {summary.failures[0].message}")
-    return seconds, summary.encoded[visual.name]
+    return seconds, summary
 
 
-def _per_window(dataset: Any, config: Any, device: Any, visual: Any, audio: Any) -> float:
+def _per_window(bench: Bench, visual: Any, audio: Any) -> float:
     from per_window import encode_clip  # beside this file
 
+    grid, steps = bench.config.grid, bench.config.audio_steps
     began = time.perf_counter()
-    for clip in dataset.clips:
-        encode_clip(clip.video, config.grid, visual, audio, steps=config.audio_steps, device=device)
+    for clip in bench.dataset.clips:
+        encode_clip(clip.video, grid, visual, audio, steps=steps, device=bench.device)
     return time.perf_counter() - began
 
 

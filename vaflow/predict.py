@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaflow.cache import Cache, open_cache
+from vaflow.cache.schema import LOGMEL
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, explain
@@ -23,7 +24,7 @@ from vaflow.train.data import load_windows
 from vaflow.train.ensemble import combine, maker_of, members_of
 from vaflow.train.evaluate import Trace, prediction_csv
 from vaflow.train.finetune.backbones import saved_weights
-from vaflow.train.inputs import check_same, sampling
+from vaflow.train.inputs import InputStream, check_same, sampling
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.plots import draw_trace
 from vaflow.train.provenance import write_sources
@@ -141,7 +142,15 @@ def _extraction(members: Mapping[Path, Run], config: PredictConfig) -> ExtractCo
         audio_steps=int(chosen.get("audio_steps", 20)),
         face_source=config.face_source,
         device=config.device,
+        precision=_precision(streams, config.device),
     )
+
+
+def _precision(streams: Sequence[InputStream], device: str) -> str:
+    """That of the run's cache, if its streams have one in common which the device can do; else float32."""
+    found = {stream.identity.get("precision", "auto") for stream in streams if stream.kind != LOGMEL}
+    name = found.pop() if len(found) == 1 else "auto"
+    return "auto" if name == "float16" and choose_device(device).type != "cuda" else name
 
 
 def _check_alike(members: Mapping[Path, Run]) -> None:

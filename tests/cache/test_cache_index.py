@@ -8,9 +8,9 @@ import pytest
 from cache_toys import arrays, small_cache, stream
 
 from vaflow.cache import index as index_module
-from vaflow.cache import open_cache
+from vaflow.cache import open_cache, saving
 from vaflow.cache.commit import load_record
-from vaflow.errors import CorruptError
+from vaflow.errors import CacheError, CorruptError
 
 
 @pytest.fixture
@@ -180,3 +180,36 @@ def test_an_index_does_not_hide_damage(tmp_path, store):
     cache.refresh_index()  # saves what is known, and does not trust the folder
     with pytest.raises(CorruptError):
         open_cache(cache.path).items()
+
+
+def test_a_long_run_saves_it_now_and_then(tmp_path, store, reads, monkeypatch):
+    """So that after a kill only what came since must be read."""
+    monkeypatch.setattr(saving, "EVERY", 0.05)
+    cache = small_cache(tmp_path / "cache", store)
+    with cache.indexed():
+        deadline = time.monotonic() + 30
+        while not cache.layout.index.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        monkeypatch.setattr("vaflow.cache.cache.Index.save", lambda *_: None)  # a kill: nothing is saved any more
+        cache.write("labels", "late", arrays(stream("labels")))
+        del reads[:]
+        assert open_cache(cache.path).items() == ["a/b", "c", "late"]
+        assert reads == ["late.json"]
+
+
+def test_a_disk_that_refuses_costs_one_saving(tmp_path, store, monkeypatch):
+    tries = []
+
+    def refuse(*_: object) -> None:
+        tries.append(1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "EVERY", 0.01)
+    monkeypatch.setattr(saving, "SHARE", 0)
+    cache = small_cache(tmp_path / "cache", store)
+    with monkeypatch.context() as patch, pytest.raises(CacheError), cache.indexed():
+        patch.setattr("vaflow.cache.cache.Index.save", refuse)
+        while len(tries) < 3:
+            time.sleep(0.01)
+    assert open_cache(cache.path).items() == ["a/b", "c"]

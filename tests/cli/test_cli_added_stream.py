@@ -11,6 +11,7 @@ from vaflow.cli import main
 from vaflow.train.ablate.plan import add_command
 
 OTHER_THAN_THE_DEFAULTS = ["--dtype", "float32", "--faces", "none", "--window", "4", "--frames", "8"]
+OTHER_THAN_THE_DEFAULTS += ["--precision", "bfloat16"]
 
 
 @pytest.mark.parametrize("given", [[], OTHER_THAN_THE_DEFAULTS])

@@ -267,6 +267,8 @@ def _reading_options(cache: Cache) -> Iterator[str]:
     picture: Mapping[str, Any] = next((found for info in infos if (found := info.identity.get("picture"))), {})
     faces = picture.get("faces", {}).get("source", FACES)
     backend = picture.get("decoder", {}).get("backend", "")
+    precision = next((found for info in infos if (found := info.identity.get("precision"))), "")
     yield from [f"--dtype {dtype}"] if dtype != STORED else []
     yield from [f"--faces {faces}"] if faces != FACES else []
     yield from ["--decoder nvdec"] if "nvdec" in backend else []
+    yield from [f"--precision {precision}"] if precision else []

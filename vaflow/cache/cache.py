@@ -19,6 +19,7 @@ from vaflow.cache.long import LongArray, Scratch
 from vaflow.cache.messages import cannot_write, corrupt
 from vaflow.cache.names import Layout, escape
 from vaflow.cache.places import look
+from vaflow.cache.saving import now_and_then
 from vaflow.cache.schema import LABELS, SCHEMA_VERSION, Array, Json, Record, Rows, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES
 from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError, explain
@@ -44,7 +45,7 @@ class Cache:
         self.layout = layout
         self._store = STORES[store]
         self._streams: dict[str, StreamInfo] = {}  # by file name; the files never change
-        self._index = Index(self.layout, lambda path: load_record(self.layout, path))
+        self._index = self._new_index()
 
     def __repr__(self) -> str:
         return f"Cache({self.place!r}, store={self.store!r}, writable={self.writable})"
@@ -325,15 +326,24 @@ class Cache:
 
     @contextmanager
     def indexed(self) -> Iterator[None]:
-        """`refresh_index` at the end, whatever happened. What ended the work is not hidden by an index that fails,
-        too: the next run makes it anew."""
+        """Save the index now and then, for the sake of a run that is killed; `refresh_index` at the end, whatever
+        happened. What ended the work is not hidden by an index that fails, too: the next run makes it anew."""
         try:
-            yield
+            with now_and_then(self._save_aside):
+                yield
         except BaseException:
             with suppress(CacheError):
                 self.refresh_index()
             raise
         self.refresh_index()
+
+    def _save_aside(self) -> None:
+        """By an index of its own: this runs in another thread."""
+        if self.writable:
+            self._new_index().save(self.streams())
+
+    def _new_index(self) -> Index:
+        return Index(self.layout, lambda path: load_record(self.layout, path))
 
     def info(self) -> Json:
         """What `vaflow cache info --json` prints."""

@@ -38,8 +38,11 @@ def extract(
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="float16 or float32, of stored embeddings.")] = "float16",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
     precision: Annotated[
-        str, typer.Option(metavar="NAME", help="auto (float32), bfloat16 or float16 (CUDA only).")
+        str, typer.Option(metavar="NAME", help="Of the encoders: auto (float32), bfloat16, or float16 (CUDA only).")
     ] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Have torch compile the encoders: slower to start, then faster.")
+    ] = False,
     faces: Annotated[
         str, typer.Option(metavar="HOW", help="auto (crops if there are any, else detection), centerface, none.")
     ] = "auto",
@@ -110,6 +113,7 @@ def extract(
         prompts=prompts,
         device=device,
         precision=precision,
+        compile=compile,
         image_batch=batch_size("--image-batch", image_batch),
         window_batch=batch_size("--window-batch", window_batch),
         workers=workers,

@@ -176,7 +176,7 @@ def build_encoder(
         weights: local weights to use instead of the hub's: a file (a folder for AST).
         device: "cpu", "cuda" or "cuda:N".
         precision: "auto" is float32 on every device, so that a cache does not depend on where it was made beyond
-            rounding; "bfloat16" and "float16" run the network in autocast on CUDA and become part of the identity.
+            rounding; "bfloat16" and, on CUDA, "float16" run the network in autocast and become part of the identity.
 
     Raises:
         UsageError: the name, the precision or the combination is wrong.
@@ -185,9 +185,9 @@ def build_encoder(
     entry = _entry(name)
     if precision not in PRECISIONS:
         raise UsageError(explain("Unknown precision", got=precision, choices=PRECISIONS))
-    if precision in ("bfloat16", "float16") and not device.startswith("cuda"):
+    if precision == "float16" and not device.startswith("cuda"):
         raise UsageError(
-            explain("Low precision is for CUDA devices", expected="float32", got=f"{precision} on {device}")
+            explain("float16 is for CUDA devices", choices=["float32", "bfloat16"], got=f"{precision} on {device}")
         )
     resolved = "float32" if precision == "auto" else precision
     return entry.build(Request(name, weights, device, resolved))

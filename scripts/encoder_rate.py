@@ -1,0 +1,104 @@
+"""How fast the encoders are by themselves, and beside the fastest matrix product of the same device."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vaflow.encoders.base import AudioEncoder, VisualEncoder
+from vaflow.extract.batching import FixedBatcher, make_encoders
+from vaflow.extract.config import ExtractConfig
+
+MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Rows through one encoder, everything in memory before the clock starts; `flops` of one row."""
+
+    rows: int
+    seconds: float
+    flops: int
+
+    @property
+    def per_second(self) -> float:
+        """Rows per second."""
+        return self.rows / self.seconds
+
+    @property
+    def tera(self) -> float:
+        """10^12 floating-point operations per second."""
+        return self.flops * self.per_second / 1e12
+
+
+def encode_only(
+    config: ExtractConfig, device: torch.device, visual: VisualEncoder, audio: AudioEncoder, images: int, windows: int
+) -> tuple[Rate, Rate]:
+    """The rate of images, then of windows, through the batchers that an extraction uses."""
+    stretches = audio.stretches(config.window, config.audio_steps)
+    picture = np.zeros((visual.image_size, visual.image_size, 3), np.uint8)
+    sound = np.zeros((stretches.frames, audio.front_end.bins), np.float32)
+    batchers = make_encoders(config, device, [visual], [audio]).batchers
+    seen = _seconds(batchers[visual.name], picture, images)
+    heard = _seconds(batchers[audio.name], sound, windows * len(stretches.first))
+
+    def look(rows: Any) -> Any:
+        return visual.features(torch.from_numpy(rows))  # type: ignore[attr-defined]
+
+    def listen(rows: Any) -> Any:
+        return audio.features(  # type: ignore[attr-defined]
+            torch.from_numpy(rows), window=config.window, steps=config.audio_steps
+        )
+
+    each = len(stretches.first) * _flops(listen, sound)
+    return Rate(images, seen, _flops(look, picture)), Rate(windows, heard, each)
+
+
+def _seconds(batcher: FixedBatcher, row: Any, rows: int) -> float:
+    def ignore(result: Any) -> None:
+        """Results are not kept."""
+
+    batcher.add(row, ignore)
+    batcher.flush()  # warm
+    began = time.perf_counter()
+    for _ in range(rows):
+        batcher.add(row, ignore)
+    batcher.flush()
+    return time.perf_counter() - began
+
+
+def _flops(encode: Any, row: Any) -> int:
+    """Of one row; with gradients, because the fused attention for inference is not counted."""
+    with FlopCounterMode(display=False) as counter:
+        encode(row[None])
+    return int(counter.get_total_flops())
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """10^12 floating-point operations per second of the best of some large matrix products."""
+    edge = MATRIX[device.type]
+    one, other = torch.randn(2, edge, edge, device=device, dtype=getattr(torch, precision))
+    best = float("inf")
+    for _ in range(TRIES):
+        _finish(device)
+        began = time.perf_counter()
+        one @ other
+        _finish(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * edge**3 / best / 1e12
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or how many threads a CPU encodes with."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

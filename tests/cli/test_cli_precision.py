@@ -1,0 +1,67 @@
+"""A cache that was made in bfloat16 serves whatever one in float32 does, through the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vaflow.cache import open_cache
+from vaflow.cli import main
+
+TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny"]
+GRID = ["--window", "4", "--stride", "2", "--frames", "4", "--audio-steps", "4", "--workers", "1", "--device", "cpu"]
+SMALL = ["--set", "hidden=8", "--batch-size", "2", "--epochs", "1", "--set", "val_split=train", "--device", "cpu"]
+LEVELS = ("low", "middle", "high")
+
+
+@pytest.fixture(scope="module")
+def data(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("data")
+    (root / "obama.mp4").symlink_to((clips / "obama.mp4").resolve())
+    rows = [f"{k},{k % 40 / 80:.3f},{k % 25 / 50 - 0.3:.3f}" for k in range(105)]
+    (root / "obama.csv").write_text("\n".join(["frame,valence,arousal", *rows]) + "\n")
+    (root / "splits.csv").write_text("name,split\nobama,train\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def cache(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("short") / "cache"
+    assert main(["extract", str(data), "--out", str(out), *TINY, *GRID, "--pixels", "--precision", "bfloat16"]) == 0
+    return out
+
+
+def test_it_is_not_mixed_with_float32(data: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["extract", str(data), "--out", str(cache), *TINY, *GRID, "--pixels"]) == 2
+    assert "precision: cache has 'bfloat16', now nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("finetune", [[], ["--finetune"]])
+def test_train_predict_and_score(
+    finetune: list[str], data: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, exact = tmp_path / "run", tmp_path / "exact"
+    assert main(["train", str(cache), "--out", str(run), *SMALL, *finetune]) == 0
+    kept = ["--cache", str(tmp_path / "kept"), "--device", "cpu"]
+    assert main(["predict", str(run), str(data / "obama.mp4"), "--out", str(tmp_path / "traces"), *kept]) == 0
+    assert len((tmp_path / "traces" / "obama.csv").read_text().splitlines()) == 1 + 105
+    made = open_cache(tmp_path / "kept").streams()["clip-tiny"].identity
+    assert made.get("precision") == (None if finetune else "bfloat16"), "as the run learned it"
+
+    assert main(["extract", str(data), "--out", str(exact), *TINY, *GRID, "--pixels", "-q"]) == 0
+    scores = []
+    for place in (cache, exact):
+        capsys.readouterr()
+        assert main(["evaluate", str(run), "--cache", str(place), "--json", "--device", "cpu"]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["ccc"]["mean"])
+    assert scores[0] == pytest.approx(scores[1], abs=5e-3)
+
+
+def test_prompts_are_added_and_read_with_context(cache: Path, tmp_path: Path) -> None:
+    words = "\n".join(f'v_{v}.a_{a} = "plain {v} {a}"' for v in LEVELS for a in LEVELS)
+    (tmp_path / "plain.toml").write_text(f'[templates]\none = "a {{}} face"\n[descriptions]\n{words}\n')
+    assert main(["cache", "prompts", str(cache), "--prompts", str(tmp_path / "plain.toml")]) == 0
+    context = ["--set", "prompt_context=2", "--set", "prompts=plain"]
+    assert main(["train", str(cache), "--out", str(tmp_path / "run"), *SMALL, *context]) == 0
