@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,7 @@ def _bench(options: argparse.Namespace, data: Path, folder: Path) -> Bench:
 
 
 def _overlap(bench: Bench, folder: Path) -> Iterator[Row]:
+    from crop_folders import with_crops
     from encoder_rate import device_name, encode_only, matrix_rate
 
     from vaflow.extract.profile import idle_share
@@ -124,6 +125,10 @@ def _overlap(bench: Bench, folder: Path) -> Iterator[Row]:
     yield "matrix product, TFLOP/s", f"{most:.2f}", f"{precision} on {device_name(bench.device)}"
     decode, counts = _decode_only(bench.dataset, bench.config, bench.visual)
     yield "decode only, seconds", f"{decode:.2f}", ""
+    crops, _ = _decode_only(
+        with_crops(bench.dataset, folder / "crops"), replace(bench.config, face_source="auto"), bench.visual
+    )
+    yield "decode only, video / crops", f"{decode / crops:.2f}", "1 at least: JPEG folders as fast as video"
     images, windows = encode_only(bench.config, bench.device, bench.visual, bench.audio, **counts)
     encode = images.seconds + windows.seconds
     yield "encode only, seconds", f"{encode:.2f}", f"{images.rows} images, {windows.rows} windows"

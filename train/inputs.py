@@ -243,7 +243,7 @@ def _prototypes(cache: Cache, text: str, prompts: str) -> Tensor:
 def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
     """The streams that a run was trained on are those of this cache: made by the same encoder in the same way.
 
-    Where samples lie, and which decoder read the media, may differ: that is said in the log.
+    Where samples lie, which decoder read the media, and the encoders' precision may differ: that is said in the log.
 
     Raises:
         UsageError: the cache has no such stream.
@@ -267,7 +267,9 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
                     remedy="Extract the clips again with the run's encoder and weights",
                 )
             )
-        log.info("%s: %s differs from the training cache: %s", cache.place, stream.name, "; ".join(fields.values()))
+        level = logging.WARNING if "precision" in fields else logging.INFO  # no other of them is felt
+        differs = "; ".join(fields.values())
+        log.log(level, "%s: %s differs from the training cache: %s", cache.place, stream.name, differs)
 
 
 def _different(stream: InputStream, info: StreamInfo) -> dict[str, str]:

@@ -55,7 +55,9 @@ def test_train_predict_and_score(
     for place in (cache, exact):
         capsys.readouterr()
         assert main(["evaluate", str(run), "--cache", str(place), "--json", "--device", "cpu"]) == 0
-        scores.append(json.loads(capsys.readouterr().out)["ccc"]["mean"])
+        said = capsys.readouterr()
+        scores.append(json.loads(said.out)["ccc"]["mean"])
+        assert ("precision: " in said.err) == (place == exact), "not quite the features that it learned from"
     assert scores[0] == pytest.approx(scores[1], abs=5e-3)
 
 

@@ -120,7 +120,7 @@ def widened(cache: Cache, path: Path) -> Cache:
 
 
 def test_float16_storage_moves_predictions_by_thousandths_at_most(cache: Cache, tmp_path: Path) -> None:
-    """`scripts/float16_effect.py` measures this on the demonstration's clips, with real encoders."""
+    """`scripts/rounding_effect.py` measures this on the demonstration's clips, with real encoders."""
     exact = widened(cache, tmp_path / "wide")
     train_run(exact, replace(CONFIG, epochs=3), tmp_path / "run", tensorboard=False, pictures=False)
     trained = load_run(tmp_path / "run")

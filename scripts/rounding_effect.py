@@ -1,10 +1,11 @@
-"""What storing embeddings in float16 does to predictions: measured on the demonstration's clips.
+"""What rounding does to predictions, measured on the demonstration's clips: float16 storage, bfloat16 encoders.
 
-    python scripts/float16_effect.py --out /tmp/float16        about five minutes on two cores
+    python scripts/rounding_effect.py --out /tmp/rounding        about two minutes on two cores
 
-The same clips are extracted twice, into a float32 and a float16 cache (in which AST reads rounded log-Mel frames, too).
-Then one model, trained on either, predicts the validation clips from both; and models trained on each are compared,
-beside models that differ in nothing but their seed. Folders that are there are reused.
+The same clips are extracted three times: all in float32; stored as float16 (AST then reads rounded log-Mel frames,
+too); and so stored, of encoders that compute in bfloat16. One model, trained on the float32 cache, predicts the
+validation clips from each; and models trained on each are compared, beside models that differ in nothing but their
+seed. Folders that are there are reused.
 """
 
 import argparse
@@ -17,7 +18,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 
-DTYPES = ("float32", "float16")
+EXACT = "float32"
+ROUNDED: dict[str, dict[str, str]] = {
+    "float16 storage": {"dtype": "float16"},
+    "bfloat16 encoders": {"dtype": "float16", "precision": "bfloat16"},
+}
+VARIANTS = {EXACT: {"dtype": "float32"}, **ROUNDED}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Difference:
 
 
 def main() -> None:
-    """Extract, round, train, compare, print."""
+    """Extract, train, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="how many; the demo's")
@@ -46,32 +52,24 @@ def main() -> None:
 
 def report(out: Path, clips: list[int] | None = None, epochs: int | None = None) -> str:
     """The whole measurement as a table."""
-    caches = {dtype: extracted(out, dtype, clips) for dtype in DTYPES}
-    runs = {(dtype, seed): trained(caches[dtype], out, dtype, seed, epochs) for dtype in DTYPES for seed in (0, 1)}
-    said = {key: predictions(run, caches[key[0]]) for key, run in runs.items()}
-    across = {dtype: predictions(runs[dtype, 0], caches[other_of(dtype)]) for dtype in DTYPES}
-    rows = [
-        *(
-            difference(f"one model, trained on {dtype}: other storage", said[dtype, 0], across[dtype])
-            for dtype in DTYPES
-        ),
-        difference("a model trained on each, one seed", said["float32", 0], said["float16", 0]),
-        difference("two seeds, both float32 (for comparison)", said["float32", 0], said["float32", 1]),
-    ]
-    sizes = {dtype: size_of(cache) for dtype, cache in caches.items()}
-    header = f"{'difference between':<58}{'largest':>12}{'mean':>12}{'mean CCC':>12}"
-    shares = f"embeddings: {sizes['float32'] / 1e6:.2f} MB in float32, {sizes['float16'] / 1e6:.2f} MB in float16"
-    ccc = f"mean CCC of the float32 model: {said['float32', 0][1]:.4f}; {len(said['float32', 0][0])} frames"
-    return "\n".join([header, *(row.row() for row in rows), ccc, shares])
+    caches = {variant: extracted(out, variant, clips) for variant in VARIANTS}
+    runs = {variant: trained(caches[variant], out, variant, 0, epochs) for variant in VARIANTS}
+    exact = predictions(runs[EXACT], caches[EXACT])
+    rows = []
+    for variant in ROUNDED:
+        across = predictions(runs[EXACT], caches[variant])
+        rows.append(difference(f"{variant}: one model on both caches", exact, across))
+        rows.append(difference(f"{variant}: a model on each", exact, predictions(runs[variant], caches[variant])))
+    other = trained(caches[EXACT], out, EXACT, 1, epochs)
+    rows.append(difference("another seed, for comparison", exact, predictions(other, caches[EXACT])))
+    header = f"{'difference from float32':<58}{'largest':>12}{'mean':>12}{'mean CCC':>12}"
+    sizes = [f"{size_of(cache) / 1e6:.2f} MB {variant}" for variant, cache in caches.items()]
+    ccc = f"mean CCC of the float32 model: {exact[1]:.4f}; {len(exact[0])} frames"
+    return "\n".join([header, *(row.row() for row in rows), ccc, f"embeddings: {', '.join(sizes)}"])
 
 
-def other_of(dtype: str) -> str:
-    """The other of the two."""
-    return DTYPES[1 - DTYPES.index(dtype)]
-
-
-def extracted(out: Path, dtype: str, clips: list[int] | None) -> Path:
-    """The demonstration's clips, stored as `dtype`."""
+def extracted(out: Path, variant: str, clips: list[int] | None) -> Path:
+    """The demonstration's clips, in a cache of that variant."""
     from vaflow.datasets import open_dataset
     from vaflow.demo.run import AUDIO, VISUAL
     from vaflow.demo.writer import write_demo
@@ -80,22 +78,22 @@ def extracted(out: Path, dtype: str, clips: list[int] | None) -> Path:
 
     sizes: dict[str, Any] = {} if clips is None else {"train": clips[0], "val": clips[1]}
     write_demo(out / "data", seed=0, **sizes)
-    config = ExtractConfig(visual=(VISUAL,), audio=(AUDIO,), device="cpu", dtype=dtype)
-    cache = out / f"cache-{dtype}"
+    config = ExtractConfig(visual=(VISUAL,), audio=(AUDIO,), device="cpu", **VARIANTS[variant])  # type: ignore[arg-type]
+    cache = out / f"cache-{variant.replace(' ', '-')}"
     summary = extract(open_dataset(out / "data", "affwild2"), cache, config)
     if summary.failures:
         raise SystemExit(f"{summary.failures[0].item}: {summary.failures[0].message}")
     return cache
 
 
-def trained(cache: Path, out: Path, dtype: str, seed: int, epochs: int | None) -> Path:
+def trained(cache: Path, out: Path, variant: str, seed: int, epochs: int | None) -> Path:
     """A run with the demonstration's settings."""
     from vaflow.cache import open_cache
     from vaflow.demo.run import AUDIO, TRAINING, VISUAL
     from vaflow.train.config import TrainConfig
     from vaflow.train.training import train_run
 
-    folder = out / f"run-{dtype}-{seed}"
+    folder = out / f"run-{variant.replace(' ', '-')}-{seed}"
     settings: dict[str, Any] = {**TRAINING, **({} if epochs is None else {"epochs": epochs})}
     config = TrainConfig(visual=(VISUAL,), audio=(AUDIO,), seed=seed, device="cpu", **settings)
     train_run(open_cache(cache), config, folder, tensorboard=False, pictures=False)
