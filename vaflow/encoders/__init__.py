@@ -190,7 +190,16 @@ def build_encoder(
             explain("float16 is for CUDA devices", choices=["float32", "bfloat16"], got=f"{precision} on {device}")
         )
     resolved = "float32" if precision == "auto" else precision
+    if resolved == "float32" and device.startswith("cuda"):
+        _forbid_tf32()
     return entry.build(Request(name, weights, device, resolved))
+
+
+def _forbid_tf32() -> None:
+    """By default a GPU's convolutions round what they read to 10 bits: the features would depend on the device."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def encode_text(encoder: VisualEncoder | AudioEncoder, texts: list[str]) -> NDArray[np.float32]:

@@ -1,0 +1,121 @@
+"""Stage one on a GPU: the CPU's numbers to the stated tolerance, the same bits every time, memory that may run out."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vaflow.cache import Cache, open_cache
+from vaflow.cli import main
+from vaflow.extract.batching import FixedBatcher
+from vaflow.extract.profile import ON_DEVICE, idle_share
+from vaflow.extract.stopwatch import Stopwatch
+
+TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--workers", "2"]
+ENCODED = ("clip-tiny", "ast-tiny")
+STEP = 2.0**-10  # of float16, relative
+
+
+def extract(data: Path, out: Path, *options: str) -> Cache:
+    assert main(["extract", str(data), "--out", str(out), *TINY, *options, "-q"]) == 0
+    return open_cache(out)
+
+
+def bits(cache: Cache) -> dict[tuple[str, str], bytes]:
+    return {(s, item): cache.read(s, item).embedding.tobytes() for s in ENCODED for item in cache.items(stream=s)}
+
+
+@pytest.fixture(scope="module")
+def plain(gpu: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return extract(data, tmp_path_factory.mktemp("plain") / "cache", "--device", gpu)
+
+
+def test_float32_is_the_cpus_float32(gpu: str, data: Path, plain: Cache, tmp_path: Path) -> None:
+    """One step of what is stored; of values below a sixteenth of their vector's largest, a step of that."""
+    other = extract(data, tmp_path / "cache", "--device", "cpu")
+    for stream, item in bits(plain):
+        a, b = (cache.read(stream, item).embedding.astype(np.float64) for cache in (plain, other))
+        scale = np.maximum(np.abs(b), np.abs(b).max(axis=-1, keepdims=True) / 16)
+        assert (np.abs(a - b) <= STEP * scale).all(), (stream, item, np.abs(a - b).max())
+    item = plain.items()[0]
+    assert plain.record("clip-tiny", item).meta["device"] == gpu
+
+
+@pytest.mark.parametrize("options", [["--workers", "1"], ["--store", "hdf5"]])
+def test_the_same_bits_whatever_the_workers_and_the_store(
+    options: list[str], gpu: str, data: Path, plain: Cache, tmp_path: Path
+) -> None:
+    assert bits(extract(data, tmp_path / "cache", "--device", gpu, *options)) == bits(plain)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_points_where_float32_points(
+    precision: str, gpu: str, data: Path, plain: Cache, tmp_path: Path
+) -> None:
+    if gpu == "cpu" and precision == "float16":
+        pytest.skip("for GPUs")
+    short = extract(data, tmp_path / "cache", "--device", gpu, "--precision", precision)
+    assert bits(extract(data, tmp_path / "again", "--device", gpu, "--precision", precision)) == bits(short)
+    for stream, item in bits(plain):
+        a, b = (cache.read(stream, item) for cache in (plain, short))
+        x, y = (one.embedding[a.valid].astype(np.float64) for one in (a, b))
+        cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+        assert (cosine > 0.95).all(), "0.9999 with the full size; the seeded CLIP has 0.98 on flat pictures"
+
+
+def test_compiled_encoders(gpu: str, data: Path, plain: Cache, tmp_path: Path) -> None:
+    fused = extract(data, tmp_path / "cache", "--device", gpu, "--compile")
+    for stream, item in bits(plain):
+        a, b = (cache.read(stream, item).embedding.astype(np.float64) for cache in (plain, fused))
+        assert np.abs(a - b).max(initial=0) <= 4 * STEP * np.abs(a).max(initial=0)
+
+
+def test_the_batch_follows_from_the_cards_memory(gpu: str, data: Path, tmp_path: Path) -> None:
+    cache = extract(data, tmp_path / "cache", "--device", gpu, "--image-batch", "auto", "--window-batch", "auto")
+    [size] = cache.record("clip-tiny", cache.items(stream="clip-tiny")[0]).meta["batch"]
+    assert size >= 16 and size & (size - 1) == 0
+
+
+def test_memory_that_runs_out_halves_the_batch(gpu: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Real memory of a real card: each row asks for a sixteenth of it."""
+    device = torch.device(gpu)
+    if device.type != "cuda":
+        pytest.skip("for GPUs")
+    share = torch.cuda.get_device_properties(device).total_memory // 16
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        taken = torch.empty(len(batch) * share, dtype=torch.uint8, device=device)
+        return batch.float() + taken[:1].float() * 0
+
+    batcher = FixedBatcher(encode, 32, device)
+    got: dict[int, np.ndarray] = {}
+    for k in range(40):
+        batcher.add(np.array([k], np.uint8), partial(got.__setitem__, k))
+    batcher.flush()
+    assert {k: float(row[0]) for k, row in got.items()} == {k: float(k) for k in range(40)}
+    assert "Too little memory" in caplog.text
+
+
+def test_the_profile_knows_how_long_the_device_worked(
+    gpu: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["extract", str(data), "--out", str(tmp_path / "cache"), *TINY, "--device", gpu, "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert stages[ON_DEVICE] > 0
+    assert 0 < idle_share(stages) < 1
+
+
+def test_the_stopwatch_waits_for_the_device(gpu: str) -> None:
+    device = torch.device(gpu)
+    one = torch.randn(2048, 2048, device=device)
+    short = Stopwatch(device)
+    _ = one @ one
+    short.stop()
+    long = Stopwatch(device)
+    for _ in range(40):
+        _ = one @ one
+    long.stop()
+    assert long.seconds > 4 * short.seconds > 0
