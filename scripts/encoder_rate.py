@@ -42,20 +42,11 @@ def encode_only(
     stretches = audio.stretches(config.window, config.audio_steps)
     picture = np.zeros((visual.image_size, visual.image_size, 3), np.uint8)
     sound = np.zeros((stretches.frames, audio.front_end.bins), np.float32)
+    look, listen = _flops(visual, picture), _flops(audio, sound, window=config.window, steps=config.audio_steps)
     batchers = make_encoders(config, device, [visual], [audio]).batchers
     seen = _seconds(batchers[visual.name], picture, images)
     heard = _seconds(batchers[audio.name], sound, windows * len(stretches.first))
-
-    def look(rows: Any) -> Any:
-        return visual.features(torch.from_numpy(rows))  # type: ignore[attr-defined]
-
-    def listen(rows: Any) -> Any:
-        return audio.features(  # type: ignore[attr-defined]
-            torch.from_numpy(rows), window=config.window, steps=config.audio_steps
-        )
-
-    each = len(stretches.first) * _flops(listen, sound)
-    return Rate(images, seen, _flops(look, picture)), Rate(windows, heard, each)
+    return Rate(images, seen, look), Rate(windows, heard, listen * len(stretches.first))
 
 
 def _seconds(batcher: FixedBatcher, row: Any, rows: int) -> float:
@@ -71,10 +62,11 @@ def _seconds(batcher: FixedBatcher, row: Any, rows: int) -> float:
     return time.perf_counter() - began
 
 
-def _flops(encode: Any, row: Any) -> int:
+@torch._dynamo.disable
+def _flops(encoder: Any, row: Any, **how: Any) -> int:
     """Of one row; with gradients, because the fused attention for inference is not counted."""
     with FlopCounterMode(display=False) as counter:
-        encode(row[None])
+        encoder.features(torch.from_numpy(row)[None], **how)
     return int(counter.get_total_flops())
 
 
