@@ -125,10 +125,11 @@ def _overlap(bench: Bench, folder: Path) -> Iterator[Row]:
     yield "matrix product, TFLOP/s", f"{most:.2f}", f"{precision} on {device_name(bench.device)}"
     decode, counts = _decode_only(bench.dataset, bench.config, bench.visual)
     yield "decode only, seconds", f"{decode:.2f}", ""
-    crops, _ = _decode_only(
-        with_crops(bench.dataset, folder / "crops"), replace(bench.config, face_source="auto"), bench.visual
-    )
+    dataset = with_crops(bench.dataset, folder / "crops")
+    crops, _ = _decode_only(dataset, replace(bench.config, face_source="auto"), bench.visual)
     yield "decode only, video / crops", f"{decode / crops:.2f}", "1 at least: JPEG folders as fast as video"
+    rate, each = _main_thread(dataset, folder / "free")
+    yield "main thread, pictures/s", f"{rate:.0f}", f"encoders that cost nothing; a worker reads {each:.0f} crops/s"
     images, windows = encode_only(bench.config, bench.device, bench.visual, bench.audio, **counts)
     encode = images.seconds + windows.seconds
     yield "encode only, seconds", f"{encode:.2f}", f"{images.rows} images, {windows.rows} windows"
@@ -207,6 +208,22 @@ def _decode_only(dataset: Any, config: Any, visual: Any) -> tuple[float, dict[st
             if isinstance(message, Clock):
                 counts["windows"] += len(config.grid.starts(message.duration))
     return time.perf_counter() - began, counts
+
+
+def _main_thread(dataset: Any, out: Path) -> tuple[float, float]:
+    """Pictures per second of the main thread's own time, and per second of one worker; ten times the usual frames."""
+    from long_clips import free_encoders
+    from torch import device
+
+    from vaflow.extract.config import ExtractConfig
+    from vaflow.extract.pipeline import extract_with
+
+    visual, audio = free_encoders()
+    config = ExtractConfig(visual=(visual.name,), audio=(audio.name,), device="cpu", workers=1, frames=200)
+    began, worked = time.perf_counter(), time.thread_time()
+    summary = extract_with(dataset, out, config, [visual], [audio], device("cpu"))
+    pictures = summary.encoded[visual.name]
+    return pictures / (time.thread_time() - worked), pictures / (time.perf_counter() - began)
 
 
 def _whole(bench: Bench, out: Path) -> tuple[float, Any]:
