@@ -4,7 +4,6 @@ Every batch has the same size, the last one padded with zeros: half-precision re
 what else is in the batch, so the cache does not depend on the order in which clips arrive.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,12 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.errors import VaflowError, explain, is_out_of_memory
 from vaflow.extract.config import AUTO, ExtractConfig
-from vaflow.extract.memory import CudaMemory, fitting
+from vaflow.extract.memory import CudaMemory, InParts, fitting
 from vaflow.extract.stopwatch import Stopwatch
-
-logger = logging.getLogger(__name__)
 
 BATCH_SIZES = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
 LARGEST = {"visual": 1024, "audio": 256}  # of what is measured: larger batches gain nothing
@@ -49,9 +45,10 @@ class FixedBatcher:
     """
 
     def __init__(self, encode: Encode, size: int | Measure, device: torch.device) -> None:
-        self._encode, self.device = encode, device
+        self.device = device
         self._measure = size if callable(size) else None
-        self._size = self._part = 0 if callable(size) else size
+        self._size = 0 if callable(size) else size
+        self._parts = InParts(encode, device, self._size)
         self._buffers: list[torch.Tensor] = []
         self._turn = 0
         self._waiting: list[Deliver] = []
@@ -64,7 +61,7 @@ class FixedBatcher:
         """Queue one row; `deliver` gets its result, now or at a later `add` or `flush`."""
         if not self._buffers:
             if self._measure is not None:
-                self._size = self._part = self._measure(row)
+                self._size = self._parts.size = self._measure(row)
             self._buffers = [self._new_buffer(row) for _ in range(1 if self.device.type == "cpu" else 2)]
         self._buffers[self._turn][len(self._waiting)] = torch.from_numpy(np.ascontiguousarray(row))
         self._waiting.append(deliver)
@@ -86,42 +83,16 @@ class FixedBatcher:
         buffer[len(self._waiting) :] = 0
         began = time.perf_counter()
         work = Stopwatch(self.device)
-        result = self._encode_parts(buffer.to(self.device, non_blocking=True))
+        result = self._parts(buffer.to(self.device, non_blocking=True))
         work.stop()
         self.rows += len(self._waiting)
-        before, self._in_flight = self._in_flight, _Batch(result, self._waiting, self._part, work)
+        before, self._in_flight = self._in_flight, _Batch(result, self._waiting, self._parts.size, work)
         self._waiting = []
         self._turn = (self._turn + 1) % len(self._buffers)
         self._hand_out(before)
         if self.device.type == "cpu":
             self._collect()
         self.seconds += time.perf_counter() - began
-
-    def _encode_parts(self, batch: torch.Tensor) -> torch.Tensor:
-        """Encode a batch whole, or in parts where it has once been too large for the device's memory.
-
-        Raises:
-            VaflowError: not even a single row fits.
-        """
-        while True:
-            try:
-                parts = [self._encode(part) for part in batch.split(self._part)]
-                return parts[0] if len(parts) == 1 else torch.cat(parts)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self._part == 1:
-                    raise VaflowError(
-                        explain(
-                            "The device has too little memory for a single row",
-                            got=(str(error) or type(error).__name__).splitlines()[0],
-                            remedy="Free the device, or use another with --device; what was committed stays",
-                        )
-                    ) from error
-                self._part = max(1, self._part // 2)
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                logger.warning("Too little memory on %s: going on with batches of %d", self.device, self._part)
 
     def _collect(self) -> None:
         before, self._in_flight = self._in_flight, None

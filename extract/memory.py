@@ -1,11 +1,16 @@
-"""How large a batch may be: measured on two trial batches, from the memory that is free then."""
+"""How large a batch may be: measured on two trial batches, from the memory that is free then; halved if need be."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from vaflow.errors import VaflowError, explain, is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 TRIAL = (4, 16)  # rows
 SHARE = 0.8  # of the free memory: allocators fragment, and others may use the card
@@ -75,3 +80,45 @@ def fitting(
     fixed = max(0.0, low - small * each)
     rows = (memory.free() * SHARE / parts - fixed) / each
     return int(2 ** np.floor(np.log2(min(max(rows, 1), most))))
+
+
+class InParts:
+    """Encodes batches whole, or in parts where one has once been too large for the device's memory.
+
+    Args:
+        encode: [rows, ...] tensor on `device` -> [rows, ...] tensor on the same device.
+        device: where to encode.
+        size: rows of a batch.
+
+    Attributes:
+        size: rows that are encoded at once.
+    """
+
+    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device, size: int) -> None:
+        self._encode, self._device, self.size = encode, device, size
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """Encode a batch.
+
+        Raises:
+            VaflowError: not even a single row fits.
+        """
+        while True:
+            try:
+                parts = [self._encode(part) for part in batch.split(self.size)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.size == 1:
+                    raise VaflowError(
+                        explain(
+                            "The device has too little memory for a single row",
+                            got=(str(error) or type(error).__name__).splitlines()[0],
+                            remedy="Free the device, or use another with --device; what was committed stays",
+                        )
+                    ) from error
+                self.size = max(1, self.size // 2)
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+                logger.warning("Too little memory on %s: going on with batches of %d", self._device, self.size)
