@@ -63,6 +63,21 @@ class Face:
         return np.array([(self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2])
 
 
+@dataclass(frozen=True)
+class Cells:
+    """What the network says of the N cells of one picture in which a face may be centred, row by row.
+
+    Attributes:
+        places: [N, 2] row and column of the cell.
+        values: [15, N]: the probability that a face is centred there; the logarithm of its height and width in cells;
+            y and x of its centre within the cell, from its middle; y and x of five landmarks, from the box's corner,
+            in box heights and widths.
+    """
+
+    places: NDArray[np.int64]
+    values: Grid
+
+
 class CenterFace:
     """Detects faces on one thread (`cv2.setNumThreads(1)`, for the whole process: workers run side by side).
 
@@ -87,13 +102,13 @@ class CenterFace:
         """Faces of a picture [H, W, 3] uint8, the most certain first; empty where there are none."""
         import cv2
 
-        picture, scale = _shrunk(rgb, self.max_size)
+        picture, scale = shrunk(rgb, self.max_size)
         self._net.setInput(cv2.dnn.blobFromImage(picture))
         heat, size, offset, marks = self._net.forward(list(_OUTPUTS))
         return decode_grid(heat[0, 0], size[0], offset[0], marks[0], scale)
 
 
-def _shrunk(rgb: Image, max_size: int) -> tuple[Image, float]:
+def shrunk(rgb: Image, max_size: int) -> tuple[Image, float]:
     """The picture at detection size, padded with black on the right and below to multiples of 32; and its scale."""
     import cv2
 
@@ -118,13 +133,21 @@ def decode_grid(heat: Grid, size: Grid, offset: Grid, marks: Grid, scale: float)
         scale: pixels of the network's input per pixel of the picture.
     """
     rows, columns = np.nonzero(heat > MIN_SCORE)
-    scores = heat[rows, columns].astype(np.float64)
-    high, wide = np.exp(size[:, rows, columns].astype(np.float64)) * _CELL
-    down, right = offset[:, rows, columns].astype(np.float64)
+    values = np.concatenate([maps[:, rows, columns] for maps in (heat[None], size, offset, marks)])
+    return decode_cells(Cells(np.stack([rows, columns], axis=1), values), scale)
+
+
+def decode_cells(cells: Cells, scale: float) -> list[Face]:
+    """The likely cells of a picture -> its faces, in pixels of the picture before it was shrunk by `scale`."""
+    rows, columns = cells.places.T
+    values = cells.values.astype(np.float64)
+    scores = values[0]
+    high, wide = np.exp(values[1:3]) * _CELL
+    down, right = values[3:5]
     top = (rows + down + 0.5) * _CELL - high / 2
     left = (columns + right + 0.5) * _CELL - wide / 2
     boxes = np.stack([left, top, left + wide, top + high], axis=1)
-    relative = marks[:, rows, columns].astype(np.float64).reshape(5, 2, -1)
+    relative = values[5:].reshape(5, 2, -1)
     points = np.stack([left + relative[:, 1] * wide, top + relative[:, 0] * high], axis=-1).transpose(1, 0, 2)
     return [
         Face(tuple((boxes[i] / scale).tolist()), float(scores[i]), points[i] / scale)
