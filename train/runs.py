@@ -53,7 +53,7 @@ class RunRecord:
         targets: what the model says beside valence and arousal.
         tuned: of a fine-tuned run, the streams that its own encoders make; empty until it is done.
         cache: the folder that it was trained on.
-        data: split -> {"clips", "windows", "labelled_frames"}.
+        data: split -> {"clips", "windows", "labelled_frames", "labelled_valence", "labelled_arousal"}.
         version: of vaflow.
     """
 
@@ -70,6 +70,12 @@ class RunRecord:
         """The streams as the run's heads want them: where encoders were trained, what those make."""
         own = {stream.name: stream for stream in self.tuned}
         return tuple(own.get(stream.name, stream) for stream in self.streams)
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """The dimensions that the training split had no label of: what the run says of them means nothing."""
+        seen = self.data.get(self.config.train_split, {})
+        return tuple(name for name in DIMENSIONS if seen.get(f"labelled_{name}") == 0)
 
     def to_toml(self) -> str:
         """TOML with the tables `train` (settings), `data` and one `stream` each, and one `tuned` each."""

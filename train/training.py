@@ -25,6 +25,7 @@ from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, check_same, resolve
 from vaflow.train.loop import Progress, Row, fit, seeded
+from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import run_maker, write_sources
 from vaflow.train.reporting import Board, describe, reporter, warn_of_labels
 from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record, require_record
@@ -213,9 +214,13 @@ def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., Win
 
 
 def counts(config: TrainConfig, data: Data) -> dict[str, dict[str, int]]:
-    """Split -> how many clips, windows and labelled frames it has."""
+    """Split -> how many clips, windows and labelled frames it has, of either dimension and of each."""
     pairs = ((config.train_split, data.train), (config.val_split, data.val))
-    return {split: {"clips": len(w.clips), "windows": len(w), "labelled_frames": w.labelled_rows} for split, w in pairs}
+    return {
+        split: {"clips": len(w.clips), "windows": len(w), "labelled_frames": w.labelled_rows}
+        | {f"labelled_{name}": count for name, count in zip(DIMENSIONS, w.labelled_each, strict=True)}
+        for split, w in pairs
+    }
 
 
 def check_data(folder: RunFolder, old: RunRecord | None, new: RunRecord) -> None:

@@ -116,6 +116,12 @@ class WindowSet:
         """Annotation rows of all clips that are labelled in at least one dimension."""
         return sum(int(clip.valid.any(axis=1).sum()) for clip in self.clips)
 
+    @property
+    def labelled_each(self) -> tuple[int, int]:
+        """The same of valence and of arousal."""
+        valence, arousal = sum((clip.valid.sum(axis=0) for clip in self.clips), np.zeros(2, np.int64)).tolist()
+        return valence, arousal
+
     def clip_of(self, window: int) -> ClipRows:
         """The clip that a window belongs to."""
         firsts = [clip.first for clip in self.clips]
