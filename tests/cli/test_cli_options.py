@@ -73,12 +73,15 @@ def test_a_smoothing_stays_until_it_is_taken_back(run: Path, capsys) -> None:
     command = ["evaluate", str(run), "--device", "cpu"]
     plain = printed([*command, "--json"], capsys)
     assert main([*command, "--smooth", "savgol", "--smooth-seconds", "1.5"]) == 0
-    assert "smoothed: savgol, 1.5 s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "smoothed: savgol, 1.5 s" in said and "flatters" not in said
     smooth = printed([*command, "--json"], capsys)
     assert smooth["smoothing"]["seconds"] == 1.5 and smooth["ccc"] != plain["ccc"]
     auto = printed([*command, "--smooth", "mean", "--json"], capsys)
     assert auto["smoothing"]["chosen_on"] == "val"
     assert auto["ccc"]["mean"] >= plain["ccc"]["mean"] - 1e-9
+    assert main(command) == 0
+    assert "chosen on these very labels" in capsys.readouterr().out
     assert printed([*command, "--smooth", "none", "--json"], capsys) == plain
     for wrong, says in ((["--smooth", "median"], "Choices"), (["--smooth", "mean", "--smooth-seconds", "x"], "auto")):
         assert main([*command, *wrong]) == 2

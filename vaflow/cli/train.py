@@ -246,6 +246,8 @@ def summary(metrics: dict[str, Any]) -> str:
         scope += f"; without {metrics['without']}"
     if "smoothing" in metrics:
         scope += "; smoothed: {kind}, {seconds:g} s".format(**metrics["smoothing"])
+        if metrics["smoothing"]["chosen_on"] == metrics["split"]:
+            scope += ", chosen on these very labels: the score flatters"
     return f"{scope}\n\n{table(rows, ('', *names))}"
 
 
