@@ -26,7 +26,7 @@ PREFERRED = {VISUAL: "clip-vit-b16", AUDIO: "ast"}  # of several streams, the pa
 LOGMEL_INTERVAL = 0.01  # seconds between filter-bank frames
 # What may differ between the cache a run was trained on and one it is used on: it moves samples or changes low bits,
 # but the numbers mean the same.
-_LENIENT = ("sampling", "decoder", "picture.decoder", "precision")
+_LENIENT = ("sampling", "decoder", "picture.decoder", "picture.faces.runtime", "precision")
 
 
 @dataclass(frozen=True)
