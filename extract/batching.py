@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.extract.config import AUTO, ExtractConfig
+from vaflow.extract.detection_torch import TorchDetector
 from vaflow.extract.memory import CudaMemory, InParts, fitting
 from vaflow.extract.stopwatch import Stopwatch
 
@@ -120,10 +121,11 @@ class _Batch:
 
 @dataclass(frozen=True)
 class Encoders:
-    """Every encoder of a run with the batcher that feeds it, by stream name."""
+    """Every encoder of a run with the batcher that feeds it, by stream name; and what finds faces on their device."""
 
     visual: dict[str, tuple[VisualEncoder, FixedBatcher]] = field(default_factory=dict)
     audio: dict[str, tuple[AudioEncoder, FixedBatcher]] = field(default_factory=dict)
+    detector: TorchDetector | None = None
 
     @property
     def batchers(self) -> dict[str, FixedBatcher]:
@@ -156,4 +158,5 @@ def make_encoders(
     return Encoders(
         {e.name: (e, batcher(e.encode, config.image_batch, "visual")) for e in visual},
         {e.name: (e, heard(e)) for e in audio},
+        TorchDetector(device) if config.detector == "torch" and config.face_source != "none" else None,
     )

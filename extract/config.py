@@ -11,6 +11,7 @@ FACE_SOURCES = ("auto", "centerface", "none")
 DTYPES = ("float16", "float32")
 ENGINES = ("local", "ray")
 DECODERS = ("pyav", "nvdec")
+DETECTORS = ("opencv", "torch")
 AUTO = -1  # a batch size found out from free memory
 
 
@@ -26,6 +27,8 @@ class ExtractConfig:
         face_source: one of `FACE_SOURCES`.
         pixels: keep the face crops, for fine-tuning.
         decoder: of pictures: "pyav", on the CPU; "nvdec", on the GPU through torchcodec.
+        detector: what runs the network that finds faces: "opencv", in the decoding processes; "torch", on the encoders'
+            device.
         prompts: TOML file of the prompt set, or None for the built-in one.
         device: "auto", "cpu" or "cuda[:N]".
         precision: of the encoders' arithmetic: "auto" (float32), "bfloat16", or "float16" on CUDA.
@@ -50,6 +53,7 @@ class ExtractConfig:
     face_source: str = "auto"
     pixels: bool = False
     decoder: str = "pyav"
+    detector: str = "opencv"
     prompts: Path | None = None
     device: str = "auto"
     precision: str = "auto"
@@ -63,6 +67,7 @@ class ExtractConfig:
         _choose("dtype", self.dtype, DTYPES)
         _choose("faces", self.face_source, FACE_SOURCES)
         _choose("decoder", self.decoder, DECODERS)
+        _choose("detector", self.detector, DETECTORS)
         for name, least in (("image_batch", AUTO), ("window_batch", AUTO), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UsageError(explain(f"{name} must not be negative", expected="0 or more", got=getattr(self, name)))

@@ -25,6 +25,7 @@ Grid = NDArray[np.floating[Any]]
 DETECTOR = "centerface"
 MIN_SCORE = 0.5  # of a cell, to count as a face
 MAX_OVERLAP = 0.3  # intersection over union of two boxes above which the weaker one goes
+MAX_SIZE = 640  # pixels of a picture's longer edge as the network sees it
 _CELL = 4  # pixels per grid cell
 _MULTIPLE = 32  # the network halves its input five times
 _OUTPUTS = ("537", "538", "539", "540")  # heat map, size, offset, landmarks
@@ -89,7 +90,7 @@ class CenterFace:
         WeightsError: the network's file is not installed.
     """
 
-    def __init__(self, max_size: int = 640) -> None:
+    def __init__(self, max_size: int = MAX_SIZE) -> None:
         if max_size < _MULTIPLE or max_size % _MULTIPLE:
             raise UsageError(explain("max_size does not fit the network", expected="a multiple of 32", got=max_size))
         import cv2
@@ -108,7 +109,7 @@ class CenterFace:
         return decode_grid(heat[0, 0], size[0], offset[0], marks[0], scale)
 
 
-def shrunk(rgb: Image, max_size: int) -> tuple[Image, float]:
+def shrunk(rgb: Image, max_size: int = MAX_SIZE) -> tuple[Image, float]:
     """The picture at detection size, padded with black on the right and below to multiples of 32; and its scale."""
     import cv2
 

@@ -1,5 +1,6 @@
 """Faces of one person for raw video: detect, follow, align. The parts live beside this file; here is the whole."""
 
+from importlib.metadata import version
 from typing import Any
 
 from vaflow.extract.align import (
@@ -11,7 +12,7 @@ from vaflow.extract.align import (
     decode_jpeg,
     encode_jpeg,
 )
-from vaflow.extract.detection import DETECTOR, MAX_OVERLAP, MIN_SCORE, CenterFace, Face, model_digest
+from vaflow.extract.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_SCORE, CenterFace, Face, model_digest
 from vaflow.extract.tracking import TRACKER_VERSION, PersonTracker
 
 __all__ = [
@@ -25,15 +26,21 @@ __all__ = [
 ]
 
 
-def faces_identity(max_size: int = 640) -> dict[str, Any]:
-    """Everything that changes which pixels a crop holds: part of the fingerprint of what is made from crops."""
+def faces_identity(max_size: int = MAX_SIZE, detector: str = "opencv") -> dict[str, Any]:
+    """Everything that changes which pixels a crop holds: part of the fingerprint of what is made from crops.
+
+    Args:
+        max_size: pixels; of the picture that the network sees.
+        detector: what runs the network: "opencv", or "torch", beside which OpenCV shrinks, turns and cuts.
+    """
     import cv2
     from PIL import __version__ as pillow
 
+    opencv = f"opencv {cv2.__version__}"
     return {
         "detector": DETECTOR,
         "model": model_digest(),
-        "runtime": f"opencv {cv2.__version__}",
+        "runtime": f"torch {version('torch').partition('+')[0]}, {opencv}" if detector == "torch" else opencv,
         "max_size": max_size,
         "min_score": MIN_SCORE,
         "max_overlap": MAX_OVERLAP,

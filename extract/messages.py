@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Clip
 from vaflow.encoders.images import Preparation
+from vaflow.extract.detection import Cells
 from vaflow.timeline import Grid
 
 
@@ -22,6 +23,7 @@ class Job:
         preparations: the inputs that the visual encoders expect.
         keep_jpeg: send the stored form of every crop along.
         decode_on: the GPU that decodes pictures; empty for PyAV.
+        ask: pictures in which the pipeline finds faces at once; 0: the worker finds them itself.
     """
 
     number: int
@@ -33,6 +35,7 @@ class Job:
     preparations: tuple[Preparation, ...]
     keep_jpeg: bool
     decode_on: str = ""
+    ask: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,25 @@ class FacesEnd:
 
 
 @dataclass(frozen=True)
+class Detect:
+    """Where are faces in these pictures [N, h, w, 3] uint8, prepared for the network? The worker waits for the answer.
+
+    It reads until then, and the pipeline does not wait for it: so neither stands in `send` for the other.
+    """
+
+    job: int
+    pictures: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """The pipeline's answer: the likely cells of each picture. The only word to a worker besides its next job."""
+
+    job: int
+    cells: tuple[Cells, ...]
+
+
+@dataclass(frozen=True)
 class Done:
     """Everything wanted of the clip has been sent."""
 
@@ -116,4 +138,4 @@ class Alive:
     job: int
 
 
-Message = Clock | Sound | SoundEnd | Face | FacesEnd | Done | Failed
+Message = Clock | Sound | SoundEnd | Face | FacesEnd | Detect | Done | Failed

@@ -6,13 +6,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.messages import Alive, Done, Failed, Job, Message
+from vaflow.extract.messages import Alive, Detect, Detected, Done, Failed, Job, Message
 from vaflow.extract.worker import serve
 
 QUEUED_MESSAGES = 64  # of at most a crop or a second of sound each: what bounds memory between decoding and encoding
@@ -27,7 +28,10 @@ Work = Callable[[Any, Callable[[Any], None]], None]  # what is done with a job, 
 
 
 class _Worker:
-    """One process, its pipe, and the job it is at. `quiet`: seconds for which nothing came although we listened."""
+    """One process, its pipe, and the job it is at. One thread reads the pipe; another one may answer on it.
+
+    `quiet`: seconds for which nothing came although we listened. `asks`: it waits for an answer of ours.
+    """
 
     def __init__(self, work: Work | None) -> None:
         context = multiprocessing.get_context("spawn")  # fork would copy the threads' locks of torch and FFmpeg
@@ -44,17 +48,24 @@ class _Worker:
         theirs.close()
         self.job: Job | None = None
         self.quiet = 0.0
-        self.heard = False
+        self.heard = self.asks = False
+        self._open = threading.Lock()  # held while it is answered: the pipe is not closed, nor its number used again
 
     def give(self, job: Job) -> None:
         self.job, self.quiet = job, 0.0
         self.pipe.send(job)
 
+    def answer(self, answer: Detected) -> None:
+        self.quiet, self.asks = 0.0, False
+        with self._open, suppress(OSError):  # it has died meanwhile: whoever reads its pipe will see
+            self.pipe.send(answer)
+
     def stop(self) -> None:
         if self.process.is_alive():
             self.process.kill()  # it holds nothing that must be tidied up, and does not listen to gentler signals
         self.process.join()
-        self.pipe.close()
+        with self._open:  # whoever stood in `send` was let go when the process ended
+            self.pipe.close()
 
 
 class WorkerPool:
@@ -62,7 +73,7 @@ class WorkerPool:
 
     A worker that says nothing for `item_timeout` seconds is killed and its job has failed. A worker that waits until
     we take what it has to say is not quiet: its pipe can be read. Time in which we do not listen, because nobody takes
-    our messages, does not count either.
+    our messages, does not count either; nor does time in which it waits for `answer`.
 
     Use as a context manager: leaving it stops every process, whatever they are doing.
 
@@ -81,6 +92,7 @@ class WorkerPool:
         self._timeout = item_timeout
         self._work = work
         self._queue: queue.Queue[Message | None] = queue.Queue(QUEUED_MESSAGES)
+        self._asking: dict[int, _Worker] = {}  # by number of the job
         self._stop = threading.Event()
         self._broken: BaseException | None = None
         self._reader = threading.Thread(target=self._read, name="vaflow-reader", daemon=True)
@@ -98,6 +110,12 @@ class WorkerPool:
             yield message
         if self._broken is not None:
             raise self._broken
+
+    def answer(self, answer: Detected) -> None:
+        """Answer a `Detect`. Does not wait for the worker, which reads; one that has died needs none."""
+        worker = self._asking.pop(answer.job, None)
+        if worker is not None:
+            worker.answer(answer)
 
     def _read(self) -> None:
         """Thread: deal out jobs, collect messages; whatever goes wrong here is raised where messages are read."""
@@ -140,11 +158,16 @@ class WorkerPool:
             return
         if isinstance(message, Alive):
             return
+        if isinstance(message, Detect):
+            worker.asks = True
+            self._asking[message.job] = worker
         self._put(message)
         if isinstance(message, Done | Failed):
             self._next(worker, workers)
 
     def _wait_for(self, worker: _Worker, seconds: float, workers: list[_Worker]) -> None:
+        if worker.asks:
+            return
         worker.quiet += seconds
         patience = self._timeout if worker.heard else max(self._timeout, STARTING)
         if self._timeout and worker.quiet >= patience:
@@ -152,6 +175,7 @@ class WorkerPool:
 
     def _lose(self, worker: _Worker, workers: list[_Worker], message: Failed) -> None:
         """A worker that is of no use any more costs its job; if there is another one, a new worker takes its place."""
+        self._asking.pop(message.job, None)
         worker.stop()
         self._put(message)
         job = next(self._jobs, None)

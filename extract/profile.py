@@ -12,10 +12,13 @@ WAITING = "waiting for decoders"
 COMMITTING = "committing (in its own thread)"
 WAITING_FOR_WRITER = "waiting for the writer"
 REST = "filter banks, bookkeeping"
+DETECTING = "detecting faces"
 ON_DEVICE = "encoding, by the device's own clock"
-BESIDE = (COMMITTING, ON_DEVICE)  # not of the main thread
+DETECTING_ON_DEVICE = "detecting, by the device's own clock"  # only where it does
+BESIDE = (COMMITTING, ON_DEVICE, DETECTING_ON_DEVICE)  # not of the main thread
 CURES = {
-    WAITING: "decoding is the bottleneck: more --workers, or --faces auto where crops exist",
+    WAITING: "decoding is the bottleneck: more --workers, --faces auto where crops exist, or --detector torch",
+    DETECTING: "face detection is the bottleneck: --faces auto where crops exist, or another --detector",
     WAITING_FOR_WRITER: "the disk is the bottleneck: a faster one, or --store hdf5 (fewer files)",
     REST: "the main process is the bottleneck: several processes with --shard",
 }
@@ -51,7 +54,8 @@ class Profile:
         """Stage -> seconds of the main thread, which add up to the wall time since the start, then those beside it."""
         total = time.perf_counter() - self._began
         main = _of_main(self.seconds)
-        return {**main, REST: total - sum(main.values()), **{stage: self.seconds[stage] for stage in BESIDE}}
+        beside = {COMMITTING: 0.0, ON_DEVICE: 0.0} | {k: v for k, v in self.seconds.items() if k in BESIDE}
+        return {**main, REST: total - sum(main.values()), **beside}
 
 
 def bottleneck(stages: Mapping[str, float]) -> str:
@@ -65,8 +69,9 @@ def bottleneck(stages: Mapping[str, float]) -> str:
 
 
 def idle_share(stages: Mapping[str, float]) -> float:
-    """The part of a run, 0 to 1, in which the device had nothing to encode."""
-    return max(0.0, 1 - stages.get(ON_DEVICE, 0.0) / max(sum(_of_main(stages).values()), 1e-9))
+    """The part of a run, 0 to 1, in which the device had nothing to do."""
+    busy = stages.get(ON_DEVICE, 0.0) + stages.get(DETECTING_ON_DEVICE, 0.0)
+    return max(0.0, 1 - busy / max(sum(_of_main(stages).values()), 1e-9))
 
 
 def _of_main(stages: Mapping[str, float]) -> dict[str, float]:

@@ -18,11 +18,11 @@ from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.failures import Failure
-from vaflow.extract.messages import Done, Failed, Job
+from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
 from vaflow.extract.nvdec import check_parity
 from vaflow.extract.plan import Task
 from vaflow.extract.pool import WorkerPool
-from vaflow.extract.profile import COMMITTING, ON_DEVICE, WAITING_FOR_WRITER, Profile
+from vaflow.extract.profile import COMMITTING, DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, WAITING_FOR_WRITER, Profile
 from vaflow.extract.streams import provenance, source_of
 from vaflow.extract.summary import Extracted, Outcome
 
@@ -86,6 +86,9 @@ class Run:
                 if isinstance(message, Failed):
                     self._fail(message)
                     continue
+                if isinstance(message, Detect):
+                    pool.answer(self._detect(message))
+                    continue
                 clip = self._assembly(message.job)
                 clip.take(message)
                 if isinstance(message, Done):
@@ -96,6 +99,12 @@ class Run:
             self._commit_complete()
             self._check_commits(wait=True)
         self._tell_progress()
+
+    def _detect(self, question: Detect) -> Detected:
+        if self._encoders.detector is None:
+            raise RuntimeError("A worker asks for faces, but was not told that it may")
+        with self._profile.measure(DETECTING):
+            return Detected(question.job, self._encoders.detector.detect(question.pictures))
 
     def _pool(self, tasks: Iterable[Task]) -> WorkerPool:
         return WorkerPool(self._jobs(tasks), self._workers, item_timeout=self._config.item_timeout)
@@ -110,10 +119,14 @@ class Run:
         """Stage -> seconds, of all runs that the encoders have seen."""
         batchers = self._encoders.batchers
         seconds = {f"encoding {name}": batcher.seconds for name, batcher in batchers.items()}
-        return seconds | {ON_DEVICE: sum(batcher.device_seconds for batcher in batchers.values())}
+        seconds[ON_DEVICE] = sum(batcher.device_seconds for batcher in batchers.values())
+        if self._encoders.detector is not None:
+            seconds[DETECTING_ON_DEVICE] = self._encoders.detector.device_seconds
+        return seconds
 
     def _jobs(self, tasks: Iterable[Task]) -> Iterable[Job]:
         preparations = tuple(dict.fromkeys(encoder.preparation for encoder, _ in self._encoders.visual.values()))
+        ask = self._encoders.detector.batch if self._encoders.detector is not None else 0
         for number, task in enumerate(tasks):
             self._tasks[number] = task
             kinds = {self._infos[name].kind for name in task.streams}
@@ -127,6 +140,7 @@ class Run:
                 preparations=preparations,
                 keep_jpeg=PIXELS in task.streams,
                 decode_on=self._decode_on(task) if kinds & {"visual", "pixels"} else "",
+                ask=ask,
             )
 
     def _decode_on(self, task: Task) -> str:

@@ -93,4 +93,4 @@ def _picture_decoder(config: ExtractConfig) -> dict[str, Any]:
 
 
 def _face_identity(config: ExtractConfig) -> dict[str, Any]:
-    return {"source": config.face_source, **faces_identity()}
+    return {"source": config.face_source, **faces_identity(detector=config.detector)}

@@ -18,20 +18,37 @@ import numpy as np
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.labels import on_clock, read_annotation
 from vaflow.errors import MediaError, VaflowError, explain
+from vaflow.extract.asking import find_faces
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.crops import list_crops, read_crop
+from vaflow.extract.detection import Face as Detection
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
 from vaflow.extract.heartbeat import listening
 from vaflow.extract.limits import limit_memory, too_much_memory
 from vaflow.extract.media import MediaInfo, frame_times, frames_at, probe
-from vaflow.extract.messages import Alive, Clock, Done, Face, FacesEnd, Failed, Job, Message, Sound, SoundEnd
+from vaflow.extract.messages import (
+    Alive,
+    Clock,
+    Detect,
+    Detected,
+    Done,
+    Face,
+    FacesEnd,
+    Failed,
+    Job,
+    Message,
+    Sound,
+    SoundEnd,
+)
 from vaflow.extract.nvdec import frames_on_gpu
 from vaflow.extract.sources import sources_of
 from vaflow.extract.stills import open_stills, stills_at
 from vaflow.timeline import Floats, Ints, median_interval, nearest
 
 Send = Callable[[Message], None]
+Ask = Callable[[Detect], Detected]
 Picture = np.ndarray[Any, Any]
+Frames = Iterator[tuple[int, Picture]]  # number in the clip
 Images = Iterator[tuple[int, bytes, Picture]]  # grid sample, stored JPEG, the picture that it decodes to
 
 
@@ -50,7 +67,14 @@ def serve(pipe: Connection, work: "Callable[[Any, Callable[[Any], None]], None] 
         while (job := pipe.recv()) is not None:
             pipe.send(Alive(job.number))
             with listening(partial(pipe.send, Alive(job.number))):
-                (work or run_job)(job, pipe.send)
+                work(job, pipe.send) if work else run_job(job, pipe.send, partial(_ask, pipe))
+
+
+def _ask(pipe: Connection, question: Detect) -> Detected:
+    """The pipeline's answer. Nothing else can come meanwhile: it gives jobs to idle workers only."""
+    pipe.send(question)
+    answer: Detected = pipe.recv()
+    return answer
 
 
 def _end_with_parent() -> None:
@@ -61,8 +85,18 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def run_job(job: Job, send: Send) -> None:
-    """Send everything wanted of one clip, ending with `Done` or `Failed`. Errors of the clip never escape."""
+def _nobody_to_ask(question: Detect) -> Detected:
+    raise RuntimeError("The pipeline is to find faces, but cannot be asked")
+
+
+def run_job(job: Job, send: Send, ask: Ask = _nobody_to_ask) -> None:
+    """Send everything wanted of one clip, ending with `Done` or `Failed`. Errors of the clip never escape.
+
+    Args:
+        job: which clip, and what of it.
+        send: takes each message.
+        ask: answers where faces are; wanted where the job says that the pipeline finds them.
+    """
     stage = "open"
     try:
         info, times = _open(job.clip)
@@ -74,7 +108,7 @@ def run_job(job: Job, send: Send) -> None:
             _send_sound(job, info, duration, send)
         if job.faces:
             stage = "faces"
-            _send_faces(job, times, duration, send)
+            _send_faces(job, times, duration, send, ask)
     except MemoryError as error:
         send(Failed(job.number, stage, type(error).__name__, too_much_memory()))
     except (VaflowError, OSError) as error:
@@ -150,11 +184,11 @@ def _sound(clip: Clip, info: MediaInfo, duration: float) -> Blocks:
     return (yield from decode_audio(clip.audio, start=probe(clip.audio).start, duration=duration))
 
 
-def _send_faces(job: Job, times: Floats, duration: float, send: Send) -> None:
+def _send_faces(job: Job, times: Floats, duration: float, send: Send, ask: Ask) -> None:
     frame = nearest(times, job.grid.sample_times(duration))
     crops = list_crops(job.clip.crops) if job.clip.crops and job.face_source != "centerface" else None
     counts = {"samples": int(frame.size), "faces": 0, "unreadable_crops": 0}
-    images = _read_crops(crops, frame, counts) if crops is not None else _cut_faces(job, frame, times, counts)
+    images = _read_crops(crops, frame, counts) if crops is not None else _cut_faces(job, frame, times, counts, ask)
     for sample, jpeg, image in images:
         counts["faces"] += 1
         prepared = {preparation: preparation(image) for preparation in job.preparations}
@@ -181,26 +215,38 @@ def _detector() -> CenterFace:
     return CenterFace()
 
 
-def _cut_faces(job: Job, frame: Ints, times: Floats, counts: dict[str, int]) -> Images:
+def _cut_faces(job: Job, frame: Ints, times: Floats, counts: dict[str, int], ask: Ask) -> Images:
     """Detect, follow one person, cut. The picture that is encoded is the one that would be stored."""
     samples_of: dict[int, list[int]] = {}
     for sample, number in enumerate(frame.tolist()):
         samples_of.setdefault(number, []).append(sample)
-    detector = _detector() if job.face_source != "none" else None
-    tracker = PersonTracker()
-    for number, image in _whole_frames(job, np.unique(frame), times, counts):
-        if detector is not None:
-            face = tracker.update(detector.detect(image), float(times[number]))
-            if face is None:
-                continue
-            image = align(image, face)
+    frames = _whole_frames(job, np.unique(frame), times, counts)
+    for number, image in frames if job.face_source == "none" else _aligned(job, frames, times, ask):
         jpeg = encode_jpeg(image)
         stored = decode_jpeg(jpeg)
         for sample in samples_of[number]:
             yield sample, jpeg, stored
 
 
-def _whole_frames(job: Job, wanted: Ints, times: Floats, counts: dict[str, int]) -> Iterator[tuple[int, Picture]]:
+def _aligned(job: Job, frames: Frames, times: Floats, ask: Ask) -> Frames:
+    """One person's face in each of the frames in which it was found."""
+    tracker = PersonTracker()
+    for number, image, faces in _with_faces(job, frames, ask):
+        face = tracker.update(faces, float(times[number]))
+        if face is not None:
+            yield number, align(image, face)
+
+
+def _with_faces(job: Job, frames: Frames, ask: Ask) -> Iterator[tuple[int, Picture, list[Detection]]]:
+    if job.ask:
+        yield from find_faces(frames, lambda pictures: ask(Detect(job.number, pictures)).cells, job.ask)
+        return
+    detector = _detector()
+    for number, image in frames:
+        yield number, image, detector.detect(image)
+
+
+def _whole_frames(job: Job, wanted: Ints, times: Floats, counts: dict[str, int]) -> Frames:
     """The wanted frames of a video or of a folder of pictures; of the latter, those that can be read."""
     clip = job.clip
     if clip.video is not None and job.decode_on:

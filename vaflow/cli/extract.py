@@ -50,6 +50,9 @@ def extract(
     decoder: Annotated[
         str, typer.Option(metavar="NAME", help="Of pictures: pyav, or nvdec (on the GPU, through torchcodec).")
     ] = "pyav",
+    detector: Annotated[
+        str, typer.Option(metavar="NAME", help="Of faces: opencv, or torch (in batches, on the encoders' device).")
+    ] = "opencv",
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="TOML file of prompt templates and descriptions.")
     ] = None,
@@ -110,6 +113,7 @@ def extract(
         face_source=faces,
         pixels=pixels,
         decoder=decoder,
+        detector=detector,
         prompts=prompts,
         device=device,
         precision=precision,

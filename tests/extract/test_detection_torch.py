@@ -1,0 +1,342 @@
+"""`--detector torch`: the same network as OpenCV's, and a worker's question that gets its answer or costs its clip."""
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pipeline import CONFIG, run, same_arrays
+
+from vaflow.cache import Cache, open_cache
+from vaflow.cli import main
+from vaflow.datasets import Clip, open_dataset
+from vaflow.errors import FingerprintError, VaflowError, WeightsError
+from vaflow.extract import detection_torch
+from vaflow.extract.align import align, decode_jpeg
+from vaflow.extract.asking import HELD_BYTES, find_faces
+from vaflow.extract.cluster.member import Member
+from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.extract.detection import Cells, CenterFace, decode_cells, model_path, shrunk
+from vaflow.extract.detection_torch import TorchDetector
+from vaflow.extract.faces import faces_identity
+from vaflow.extract.media import frame_times, frames_at
+from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
+from vaflow.extract.plan import make_plan
+from vaflow.extract.pool import WorkerPool
+from vaflow.extract.profile import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
+from vaflow.extract.worker import run_job
+
+CPU = torch.device("cpu")
+TORCH = replace(CONFIG, detector="torch", pixels=True, window=4.0, stride=2.0, frames=8)
+
+
+@pytest.fixture(scope="module")
+def detector(tiny_pair: tuple) -> TorchDetector:
+    """With few pictures at once, on one thread."""
+    return TorchDetector(CPU, 3)
+
+
+@pytest.fixture(scope="module")
+def pictures(clips: Path) -> list[np.ndarray]:
+    """Of four real clips and a photograph of five people: many sizes."""
+    found = [np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))]
+    for name in ("obama.mp4", "carphone.mp4", "wolfgang.mp4", "park.mp4"):
+        times = frame_times(clips / name)
+        found += [image for _, image in frames_at(clips / name, np.array([0, len(times) // 2]), times)]
+    return found
+
+
+def test_the_maps_are_opencvs(pictures: list[np.ndarray]) -> None:
+    """To 1e-4 of the largest value of each map."""
+    import cv2
+
+    theirs = cv2.dnn.readNetFromONNX(str(model_path()))
+    ours = detection_torch.load_network()
+    for image in pictures:
+        picture, _ = shrunk(image)
+        theirs.setInput(cv2.dnn.blobFromImage(picture))
+        expected = np.concatenate(theirs.forward(["537", "538", "539", "540"]), axis=1)
+        with torch.inference_mode():
+            grid = ours(torch.from_numpy(picture[None])).numpy()
+        assert grid.shape == expected.shape
+        off = np.abs(grid - expected).max(axis=(0, 2, 3)) / np.abs(expected).max(axis=(0, 2, 3))
+        assert off.max() < 1e-4
+
+
+def test_faces_and_crops_are_opencvs(pictures: list[np.ndarray], detector: TorchDetector) -> None:
+    opencv, seen = CenterFace(), 0
+    for image in pictures:
+        expected = opencv.detect(image)
+        ((_, _, faces),) = find_faces([(0, image)], detector.detect, 1)
+        assert len(faces) == len(expected)
+        for face, other in zip(faces, expected, strict=True):
+            np.testing.assert_allclose(face.box, other.box, atol=0.01)
+            np.testing.assert_allclose(face.landmarks, other.landmarks, atol=0.01)
+            assert face.score == pytest.approx(other.score, abs=1e-4)
+            difference = np.abs(align(image, face).astype(int) - align(image, other))
+            assert difference.max() <= 1
+            assert (difference > 0).mean() < 0.01
+        seen += len(faces)
+    assert seen > 10
+
+
+def same(one: Cells, other: Cells) -> bool:
+    return one.places.tobytes() == other.places.tobytes() and one.values.tobytes() == other.values.tobytes()
+
+
+def test_neighbours_change_nothing(pictures: list[np.ndarray], detector: TorchDetector) -> None:
+    """Alone, among faces, among noise, at another place of the batch: the same bits."""
+    picture, _ = shrunk(pictures[1])
+    noise = np.random.default_rng(0).integers(0, 256, picture.shape, np.uint8)
+    (alone,) = detector.detect(picture[None])
+    assert len(alone.places)
+    for batch in ([picture, noise], [noise, picture], [noise, noise, picture], [picture] * 3):
+        found = detector.detect(np.stack(batch))
+        for cells, shown in zip(found, batch, strict=True):
+            assert same(cells, alone) == (shown is picture)
+
+
+def test_too_little_memory_halves_the_batch(pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    picture, _ = shrunk(pictures[3])
+    whole = TorchDetector(CPU, 4)
+    (expected,) = whole.detect(picture[None])
+    forward = detection_torch.Network.forward
+    room = 2
+
+    def fits(self: detection_torch.Network, batch: torch.Tensor) -> torch.Tensor:
+        if len(batch) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
+
+    monkeypatch.setattr(detection_torch.Network, "forward", fits)
+    (cells,) = whole.detect(picture[None])
+    assert cells.places.tolist() == expected.places.tolist()
+    np.testing.assert_allclose(cells.values, expected.values, atol=1e-4)
+    room = 0
+    with pytest.raises(VaflowError, match="too little memory for a single row"):
+        whole.detect(picture[None])
+
+
+def test_another_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = detection_torch._read_weights()
+    for wrong in (weights[:-1], [(*weights[0][:1], np.zeros(7, np.float32)), *weights[1:]]):
+        monkeypatch.setattr(detection_torch, "_read_weights", lambda wrong=wrong: wrong)
+        with pytest.raises(WeightsError, match="another one"):
+            detection_torch.load_network()
+
+
+def nothing(picture: np.ndarray) -> list[Cells]:
+    return [Cells(np.zeros((0, 2), np.int64), np.zeros((15, 0), np.float32))] * len(picture)
+
+
+def test_what_is_asked_at_once_is_bounded_and_of_one_size() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def find(batch: np.ndarray) -> list[Cells]:
+        asked.append(batch.shape[:3])
+        return nothing(batch)
+
+    small, wide = np.zeros((60, 90, 3), np.uint8), np.zeros((60, 130, 3), np.uint8)
+    shown = [small] * 5 + [wide] + [small] * 2
+    found = list(find_faces(enumerate(shown), find, 4))
+    assert [number for number, _, _ in found] == list(range(8))
+    assert all(image is given for (_, image, _), given in zip(found, shown, strict=True))
+    assert asked == [(4, 64, 96), (1, 64, 96), (1, 64, 160), (2, 64, 96)]
+    asked.clear()
+    huge = np.zeros((5000, 4000, 3), np.uint8)
+    list(find_faces(enumerate([huge] * 4), find, 16))
+    assert [count for count, *_ in asked] == [-(-HELD_BYTES // huge.nbytes), 1]
+
+
+def test_cells_without_faces_are_none() -> None:
+    assert decode_cells(nothing(np.zeros(1))[0], 0.5) == []
+
+
+# -- a whole extraction ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def extracted(two_clips: Path, tiny_pair: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cache]:
+    found = {}
+    for name in ("opencv", "torch"):
+        out = tmp_path_factory.mktemp(name) / "cache"
+        summary = run(open_dataset(two_clips, "videos"), out, tiny_pair, replace(TORCH, detector=name))
+        assert (summary.extracted, summary.failures) == (2, [])
+        assert (DETECTING in summary.stages) == (DETECTING_ON_DEVICE in summary.stages) == (name == "torch")
+        found[name] = open_cache(out)
+    return found
+
+
+def test_crops_and_embeddings_are_opencvs(extracted: dict[str, Cache]) -> None:
+    """The same samples; the stored pictures equal but for a grey level here and there, before JPEG."""
+    opencv, ours = extracted["opencv"], extracted["torch"]
+    same_arrays(opencv, ours, ["labels", "logmel", "ast-tiny"])
+    for item in opencv.items():
+        a, b = opencv.read("clip-tiny", item), ours.read("clip-tiny", item)
+        assert a.valid.any()
+        for name in ("valid", "time", "frame"):
+            assert a.arrays[name].tolist() == b.arrays[name].tolist()
+        for one, other in zip(opencv.read("pixels", item).images, ours.read("pixels", item).images, strict=True):
+            assert bool(one) == bool(other)
+            if one:
+                difference = np.abs(decode_jpeg(one).astype(int) - decode_jpeg(other))
+                assert difference.mean() < 0.1
+        scale = np.abs(a.embedding).max()
+        np.testing.assert_allclose(a.embedding.astype(float), b.embedding.astype(float), atol=0.01 * scale)
+    left = ours.read("clip-tiny", "face_noface").valid
+    assert left.any()
+    assert not left.all()
+
+
+def test_the_fingerprint_names_it_where_faces_count(
+    extracted: dict[str, Cache], two_clips: Path, tiny_pair: tuple
+) -> None:
+    import cv2
+
+    opencv, ours = (extracted[name].streams() for name in ("opencv", "torch"))
+    assert {name for name in ours if ours[name].identity != opencv[name].identity} == {"clip-tiny", "pixels"}
+    said, usual = (streams["clip-tiny"].identity["picture"]["faces"] for streams in (ours, opencv))
+    assert usual == {"source": "auto", **faces_identity()}
+    assert usual["runtime"] == f"opencv {cv2.__version__}"
+    assert said == usual | {"runtime": f"torch {torch.__version__.partition('+')[0]}, opencv {cv2.__version__}"}
+    with pytest.raises(FingerprintError, match=r"torch .*opencv"):
+        run(open_dataset(two_clips, "videos"), extracted["torch"].path, tiny_pair, replace(TORCH, detector="opencv"))
+
+
+def test_the_same_bits_for_one_worker_and_a_resumed_run(
+    extracted: dict[str, Cache], two_clips: Path, tiny_pair: tuple, tmp_path: Path
+) -> None:
+    dataset = open_dataset(two_clips, "videos")
+    alone = replace(TORCH, workers=1)
+    assert run(replace(dataset, clips=dataset.clips[1:]), tmp_path / "cache", tiny_pair, alone).extracted == 1
+    assert run(dataset, tmp_path / "cache", tiny_pair, alone).extracted == 1
+    same_arrays(extracted["torch"], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "pixels"])
+
+
+def test_a_member_of_a_cluster_does_the_same(extracted: dict[str, Cache], two_clips: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(two_clips, "videos")
+    member = Member(str(tmp_path / "cache"), "zarr", TORCH, 2)
+    infos = member.prepare().infos
+    assert infos is not None
+    plan = make_plan(open_cache(tmp_path / "cache"), infos, dataset.clips, Shard())
+    report = member.exchange(plan.tasks, last=True)
+    while not report.ended:
+        report = member.exchange((), last=True)
+    assert report.error is None
+    same_arrays(extracted["torch"], open_cache(tmp_path / "cache"), ["labels", "clip-tiny", "pixels"])
+
+
+# -- a worker's question -----------------------------------------------------------------------------------------------
+
+
+def asking(clips: Path, *names: str) -> list[Job]:
+    grid = ExtractConfig(window=4.0, stride=2.0, frames=4).grid
+    paths = [clips / name for name in names]
+    found = [Clip(path.stem, None, path.stem, path) for path in paths]
+    return [Job(n, clip, grid, False, True, "centerface", (), False, ask=4) for n, clip in enumerate(found)]
+
+
+def no_faces(question: Detect) -> Detected:
+    return Detected(question.job, tuple(nothing(question.pictures)))
+
+
+def the_worker() -> multiprocessing.process.BaseProcess:
+    (process,) = multiprocessing.active_children()
+    return process
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_a_worker_killed_while_it_waits_costs_its_clip(clips: Path, seconds: float) -> None:
+    """Whether the answer comes before its death is noticed or after."""
+    ends: list[Done | Failed] = []
+    with WorkerPool(asking(clips, "obama.mp4", "carphone.mp4"), 1) as pool:
+        for message in pool:
+            if isinstance(message, Detect):
+                if message.job == 0:
+                    the_worker().kill()
+                    time.sleep(seconds)
+                pool.answer(no_faces(message))
+            elif isinstance(message, Done | Failed):
+                ends.append(message)
+    failed, done = ends
+    assert isinstance(failed, Failed)
+    assert (failed.job, failed.error) == (0, "WorkerDied")
+    assert done == Done(1)
+
+
+def test_a_worker_that_waits_for_an_answer_is_no_hang(clips: Path) -> None:
+    waited = 0
+    with WorkerPool(asking(clips, "carphone.mp4"), 1, item_timeout=1.0) as pool:
+        for message in pool:
+            if isinstance(message, Detect):
+                time.sleep(0 if waited else 3.0)
+                waited += 1
+                pool.answer(no_faces(message))
+    assert isinstance(message, Done)
+    assert waited > 1
+
+
+def test_one_that_does_not_take_its_answer_is_a_hang(clips: Path) -> None:
+    """Stopped, with an answer under way that is larger than any pipe: its end lets whoever answers go."""
+    large = Cells(np.zeros((10**5, 2), np.int64), np.zeros((15, 10**5), np.float32))
+    with WorkerPool(asking(clips, "carphone.mp4"), 1, item_timeout=1.0) as pool:
+        for message in pool:
+            if isinstance(message, Detect):
+                os.kill(the_worker().pid or 0, signal.SIGSTOP)
+                pool.answer(Detected(message.job, (large,) * len(message.pictures)))
+    assert isinstance(message, Failed)
+    assert message.error == "WorkerHung"
+
+
+def test_a_death_during_a_request_costs_one_clip_of_the_run(
+    two_clips: Path, tiny_pair: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detect = TorchDetector.detect
+    asked: list[int] = []
+
+    def deadly(self: TorchDetector, pictures: np.ndarray) -> tuple[Cells, ...]:
+        if not asked:
+            the_worker().kill()
+        asked.append(len(pictures))
+        return detect(self, pictures)
+
+    monkeypatch.setattr(TorchDetector, "detect", deadly)
+    dataset = open_dataset(two_clips, "videos")
+    summary = run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1))
+    assert [failure.error for failure in summary.failures] == ["WorkerDied"]
+    assert summary.extracted == 1
+    assert max(asked) <= detection_torch.BATCH_SIZES["cpu"]
+    assert run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1)).extracted == 1
+
+
+def test_a_job_that_says_ask_is_never_answered_otherwise(clips: Path) -> None:
+    """OpenCV's faces under torch's fingerprint would be a lie."""
+    (job,) = asking(clips, "carphone.mp4")
+    with pytest.raises(RuntimeError, match="cannot be asked"):
+        run_job(job, lambda message: None)
+
+
+def test_the_profile_says_what_detection_took() -> None:
+    stages = {DETECTING: 8.0, "encoding clip": 2.0, DETECTING_ON_DEVICE: 5.0, ON_DEVICE: 1.0}
+    assert "face detection is the bottleneck" in bottleneck(stages)
+    assert idle_share(stages) == pytest.approx(0.4)
+
+
+def test_at_the_command_line(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "carphone.mp4").symlink_to((clips / "carphone.mp4").resolve())
+    command = ["extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--audio", "none", "--pixels"]
+    command += ["--visual", "none", "--frames", "4", "--device", "cpu"]
+    assert main([*command, "--detector", "cuda"]) == 2
+    assert "opencv, torch" in capsys.readouterr().err
+    assert main([*command, "--detector", "torch", "--profile"]) == 0
+    assert DETECTING in capsys.readouterr().out
+    assert main([*command]) == 2
+    assert "runtime" in capsys.readouterr().err
+    assert open_cache(tmp_path / "cache").read("pixels", "carphone").valid.all()
