@@ -12,9 +12,10 @@ from vaflow.train.ablate.plan import add_command
 
 OTHER_THAN_THE_DEFAULTS = ["--dtype", "float32", "--faces", "none", "--window", "4", "--frames", "8"]
 OTHER_THAN_THE_DEFAULTS += ["--precision", "bfloat16"]
+DETECTED_ELSEWHERE = ["--detector", "torch", "--frames", "4"]
 
 
-@pytest.mark.parametrize("given", [[], OTHER_THAN_THE_DEFAULTS])
+@pytest.mark.parametrize("given", [[], OTHER_THAN_THE_DEFAULTS, DETECTED_ELSEWHERE])
 def test_the_command_adds_what_lacks_and_nothing_else(given: list[str], clips: Path, tmp_path: Path) -> None:
     data, place = tmp_path / "my data", tmp_path / "cache"
     data.mkdir()

@@ -271,4 +271,5 @@ def _reading_options(cache: Cache) -> Iterator[str]:
     yield from [f"--dtype {dtype}"] if dtype != STORED else []
     yield from [f"--faces {faces}"] if faces != FACES else []
     yield from ["--decoder nvdec"] if "nvdec" in backend else []
+    yield from ["--detector torch"] if picture.get("faces", {}).get("runtime", "").startswith("torch ") else []
     yield from [f"--precision {precision}"] if precision else []
