@@ -6,14 +6,12 @@ few whole frames meanwhile: they are cut once it is known where.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
-
 from vaflow.extract.detection import Cells, Face, Image, decode_cells, shrunk
 
 HELD_BYTES = 128 * 2**20  # of whole frames: 5 of 4K, 20 of 1080p
 
 Frame = tuple[int, Image]  # its number in the clip, [H, W, 3] RGB
-Find = Callable[[Image], Sequence[Cells]]  # [N, h, w, 3], each picture prepared for the network -> of each picture
+Find = Callable[[Sequence[Image]], Sequence[Cells]]  # pictures of one size, prepared for the network -> of each
 
 
 def find_faces(frames: Iterable[Frame], find: Find, most: int) -> Iterator[tuple[int, Image, list[Face]]]:
@@ -36,6 +34,6 @@ def find_faces(frames: Iterable[Frame], find: Find, most: int) -> Iterator[tuple
 
 
 def _found(held: list[tuple[int, Image, Image, float]], find: Find) -> Iterator[tuple[int, Image, list[Face]]]:
-    answers = find(np.stack([picture for _, _, picture, _ in held]))
+    answers = find([picture for _, _, picture, _ in held])
     for (number, image, _, scale), cells in zip(held, answers, strict=True):
         yield number, image, decode_cells(cells, scale)

@@ -23,7 +23,7 @@ class Job:
         preparations: the inputs that the visual encoders expect.
         keep_jpeg: send the stored form of every crop along.
         decode_on: the GPU that decodes pictures; empty for PyAV.
-        ask: pictures in which the pipeline finds faces at once; 0: the worker finds them itself.
+        ask: pictures in which the pipeline is asked for faces at once; 0: the worker finds them itself.
     """
 
     number: int
@@ -97,13 +97,15 @@ class FacesEnd:
 
 @dataclass(frozen=True)
 class Detect:
-    """Where are faces in these pictures [N, h, w, 3] uint8, prepared for the network? The worker waits for the answer.
+    """Where are faces in this picture [h, w, 3] uint8, prepared for the network, and in those before it?
 
-    It reads until then, and the pipeline does not wait for it: so neither stands in `send` for the other.
+    One message each: a pipe takes small ones several times as fast. They are of one size. After the `last` one the
+    worker does nothing but read until it has its answer, so that neither side waits in `send` for the other.
     """
 
     job: int
-    pictures: NDArray[np.uint8]
+    picture: NDArray[np.uint8]
+    last: bool
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class WorkerPool:
             raise self._broken
 
     def answer(self, answer: Detected) -> None:
-        """Answer a `Detect`. Does not wait for the worker, which reads; one that has died needs none."""
+        """Answer a worker's `Detect`. Does not wait for the worker, which reads; one that has died needs none."""
         worker = self._asking.pop(answer.job, None)
         if worker is not None:
             worker.answer(answer)
@@ -158,7 +158,7 @@ class WorkerPool:
             return
         if isinstance(message, Alive):
             return
-        if isinstance(message, Detect):
+        if isinstance(message, Detect) and message.last:
             worker.asks = True
             self._asking[message.job] = worker
         self._put(message)

@@ -5,10 +5,14 @@ bounded, so memory does not grow with the data set, and a clip is committed as s
 """
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LOGMEL, PIXELS, StreamInfo
@@ -17,6 +21,7 @@ from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.detection_torch import ASKED
 from vaflow.extract.failures import Failure
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
 from vaflow.extract.nvdec import check_parity
@@ -67,6 +72,7 @@ class Run:
         self._encoders, self._workers, self._ledger = encoders, workers, ledger
         self._tasks: dict[int, Task] = {}
         self._open: dict[int, ClipAssembly] = {}
+        self._asked: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)  # pictures of a question
         self._writer = ThreadPoolExecutor(1, "vaflow-writer")
         self._slots = threading.Semaphore(PENDING_COMMITS)
         self._commits: list[Future[None]] = []
@@ -87,7 +93,7 @@ class Run:
                     self._fail(message)
                     continue
                 if isinstance(message, Detect):
-                    pool.answer(self._detect(message))
+                    self._detect(message, pool)
                     continue
                 clip = self._assembly(message.job)
                 clip.take(message)
@@ -100,11 +106,16 @@ class Run:
             self._check_commits(wait=True)
         self._tell_progress()
 
-    def _detect(self, question: Detect) -> Detected:
+    def _detect(self, question: Detect, pool: WorkerPool) -> None:
+        """Keep a picture, and find the faces of all when the last one has come."""
+        self._asked[question.job].append(question.picture)
+        if not question.last:
+            return
         if self._encoders.detector is None:
-            raise RuntimeError("A worker asks for faces, but was not told that it may")
+            raise RuntimeError("A worker asks for faces, but no job said that it may")
         with self._profile.measure(DETECTING):
-            return Detected(question.job, self._encoders.detector.detect(question.pictures))
+            cells = self._encoders.detector.detect(self._asked.pop(question.job))
+            pool.answer(Detected(question.job, cells))
 
     def _pool(self, tasks: Iterable[Task]) -> WorkerPool:
         return WorkerPool(self._jobs(tasks), self._workers, item_timeout=self._config.item_timeout)
@@ -126,7 +137,7 @@ class Run:
 
     def _jobs(self, tasks: Iterable[Task]) -> Iterable[Job]:
         preparations = tuple(dict.fromkeys(encoder.preparation for encoder, _ in self._encoders.visual.values()))
-        ask = self._encoders.detector.batch if self._encoders.detector is not None else 0
+        ask = ASKED if self._encoders.detector is not None else 0
         for number, task in enumerate(tasks):
             self._tasks[number] = task
             kinds = {self._infos[name].kind for name in task.streams}
@@ -172,6 +183,7 @@ class Run:
         return stored.embedding, stored.valid, heard
 
     def _fail(self, failed: Failed) -> None:
+        self._asked.pop(failed.job, None)
         clip = self._open.pop(failed.job, None)
         task = clip.task if clip is not None else self._tasks.pop(failed.job)
         self._ledger.take(Failure(task.clip.id, failed.stage, failed.error, failed.message, task.clip.split))

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from multiprocessing.connection import Connection
@@ -21,6 +21,7 @@ from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.asking import find_faces
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.crops import list_crops, read_crop
+from vaflow.extract.detection import Cells
 from vaflow.extract.detection import Face as Detection
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
 from vaflow.extract.heartbeat import listening
@@ -45,9 +46,9 @@ from vaflow.extract.sources import sources_of
 from vaflow.extract.stills import open_stills, stills_at
 from vaflow.timeline import Floats, Ints, median_interval, nearest
 
-Send = Callable[[Message], None]
-Ask = Callable[[Detect], Detected]
 Picture = np.ndarray[Any, Any]
+Send = Callable[[Message], None]
+Ask = Callable[[int, Sequence[Picture]], Sequence[Cells]]  # number of the job, prepared pictures -> of each
 Frames = Iterator[tuple[int, Picture]]  # number in the clip
 Images = Iterator[tuple[int, bytes, Picture]]  # grid sample, stored JPEG, the picture that it decodes to
 
@@ -70,11 +71,12 @@ def serve(pipe: Connection, work: "Callable[[Any, Callable[[Any], None]], None] 
                 work(job, pipe.send) if work else run_job(job, pipe.send, partial(_ask, pipe))
 
 
-def _ask(pipe: Connection, question: Detect) -> Detected:
+def _ask(pipe: Connection, job: int, pictures: Sequence[Picture]) -> Sequence[Cells]:
     """The pipeline's answer. Nothing else can come meanwhile: it gives jobs to idle workers only."""
-    pipe.send(question)
+    for number, picture in enumerate(pictures, start=1):
+        pipe.send(Detect(job, picture, number == len(pictures)))
     answer: Detected = pipe.recv()
-    return answer
+    return answer.cells
 
 
 def _end_with_parent() -> None:
@@ -85,7 +87,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _nobody_to_ask(question: Detect) -> Detected:
+def _nobody_to_ask(job: int, pictures: Sequence[Picture]) -> Sequence[Cells]:
     raise RuntimeError("The pipeline is to find faces, but cannot be asked")
 
 
@@ -239,7 +241,7 @@ def _aligned(job: Job, frames: Frames, times: Floats, ask: Ask) -> Frames:
 
 def _with_faces(job: Job, frames: Frames, ask: Ask) -> Iterator[tuple[int, Picture, list[Detection]]]:
     if job.ask:
-        yield from find_faces(frames, lambda pictures: ask(Detect(job.number, pictures)).cells, job.ask)
+        yield from find_faces(frames, partial(ask, job.number), job.ask)
         return
     detector = _detector()
     for number, image in frames:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from vaflow.extract.detection import Cells, CenterFace, decode_cells, model_path
 from vaflow.extract.detection_torch import TorchDetector
 from vaflow.extract.faces import faces_identity
 from vaflow.extract.media import frame_times, frames_at
-from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
+from vaflow.extract.messages import Detect, Detected, Done, Failed, Job, Message
 from vaflow.extract.plan import make_plan
 from vaflow.extract.pool import WorkerPool
 from vaflow.extract.profile import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
@@ -94,10 +95,10 @@ def test_neighbours_change_nothing(pictures: list[np.ndarray], detector: TorchDe
     """Alone, among faces, among noise, at another place of the batch: the same bits."""
     picture, _ = shrunk(pictures[1])
     noise = np.random.default_rng(0).integers(0, 256, picture.shape, np.uint8)
-    (alone,) = detector.detect(picture[None])
+    (alone,) = detector.detect([picture])
     assert len(alone.places)
     for batch in ([picture, noise], [noise, picture], [noise, noise, picture], [picture] * 3):
-        found = detector.detect(np.stack(batch))
+        found = detector.detect(batch)
         for cells, shown in zip(found, batch, strict=True):
             assert same(cells, alone) == (shown is picture)
 
@@ -105,7 +106,7 @@ def test_neighbours_change_nothing(pictures: list[np.ndarray], detector: TorchDe
 def test_too_little_memory_halves_the_batch(pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     picture, _ = shrunk(pictures[3])
     whole = TorchDetector(CPU, 4)
-    (expected,) = whole.detect(picture[None])
+    (expected,) = whole.detect([picture])
     forward = detection_torch.Network.forward
     room = 2
 
@@ -115,12 +116,12 @@ def test_too_little_memory_halves_the_batch(pictures: list[np.ndarray], monkeypa
         return forward(self, batch)
 
     monkeypatch.setattr(detection_torch.Network, "forward", fits)
-    (cells,) = whole.detect(picture[None])
+    (cells,) = whole.detect([picture])
     assert cells.places.tolist() == expected.places.tolist()
     np.testing.assert_allclose(cells.values, expected.values, atol=1e-4)
     room = 0
     with pytest.raises(VaflowError, match="too little memory for a single row"):
-        whole.detect(picture[None])
+        whole.detect([picture])
 
 
 def test_another_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,15 +132,15 @@ def test_another_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             detection_torch.load_network()
 
 
-def nothing(picture: np.ndarray) -> list[Cells]:
-    return [Cells(np.zeros((0, 2), np.int64), np.zeros((15, 0), np.float32))] * len(picture)
+def nothing(pictures: Sequence[object]) -> list[Cells]:
+    return [Cells(np.zeros((0, 2), np.int64), np.zeros((15, 0), np.float32))] * len(pictures)
 
 
 def test_what_is_asked_at_once_is_bounded_and_of_one_size() -> None:
     asked: list[tuple[int, ...]] = []
 
-    def find(batch: np.ndarray) -> list[Cells]:
-        asked.append(batch.shape[:3])
+    def find(batch: Sequence[np.ndarray]) -> list[Cells]:
+        asked.append((len(batch), *batch[0].shape[:2]))
         return nothing(batch)
 
     small, wide = np.zeros((60, 90, 3), np.uint8), np.zeros((60, 130, 3), np.uint8)
@@ -155,7 +156,7 @@ def test_what_is_asked_at_once_is_bounded_and_of_one_size() -> None:
 
 
 def test_cells_without_faces_are_none() -> None:
-    assert decode_cells(nothing(np.zeros(1))[0], 0.5) == []
+    assert decode_cells(nothing([0])[0], 0.5) == []
 
 
 # -- a whole extraction ------------------------------------------------------------------------------------------------
@@ -242,8 +243,18 @@ def asking(clips: Path, *names: str) -> list[Job]:
     return [Job(n, clip, grid, False, True, "centerface", (), False, ask=4) for n, clip in enumerate(found)]
 
 
-def no_faces(question: Detect) -> Detected:
-    return Detected(question.job, tuple(nothing(question.pictures)))
+def questions(pool: WorkerPool) -> Iterator[tuple[Message, int]]:
+    """Every message, and for a question's last picture how many it has."""
+    count = 0
+    for message in pool:
+        count += isinstance(message, Detect)
+        last = isinstance(message, Detect) and message.last
+        yield message, count if last else 0
+        count = 0 if last else count
+
+
+def no_faces(job: int, count: int) -> Detected:
+    return Detected(job, tuple(nothing(range(count))))
 
 
 def the_worker() -> multiprocessing.process.BaseProcess:
@@ -256,12 +267,12 @@ def test_a_worker_killed_while_it_waits_costs_its_clip(clips: Path, seconds: flo
     """Whether the answer comes before its death is noticed or after."""
     ends: list[Done | Failed] = []
     with WorkerPool(asking(clips, "obama.mp4", "carphone.mp4"), 1) as pool:
-        for message in pool:
-            if isinstance(message, Detect):
+        for message, count in questions(pool):
+            if count:
                 if message.job == 0:
                     the_worker().kill()
                     time.sleep(seconds)
-                pool.answer(no_faces(message))
+                pool.answer(no_faces(message.job, count))
             elif isinstance(message, Done | Failed):
                 ends.append(message)
     failed, done = ends
@@ -273,11 +284,11 @@ def test_a_worker_killed_while_it_waits_costs_its_clip(clips: Path, seconds: flo
 def test_a_worker_that_waits_for_an_answer_is_no_hang(clips: Path) -> None:
     waited = 0
     with WorkerPool(asking(clips, "carphone.mp4"), 1, item_timeout=1.0) as pool:
-        for message in pool:
-            if isinstance(message, Detect):
+        for message, count in questions(pool):
+            if count:
                 time.sleep(0 if waited else 3.0)
                 waited += 1
-                pool.answer(no_faces(message))
+                pool.answer(no_faces(message.job, count))
     assert isinstance(message, Done)
     assert waited > 1
 
@@ -286,10 +297,10 @@ def test_one_that_does_not_take_its_answer_is_a_hang(clips: Path) -> None:
     """Stopped, with an answer under way that is larger than any pipe: its end lets whoever answers go."""
     large = Cells(np.zeros((10**5, 2), np.int64), np.zeros((15, 10**5), np.float32))
     with WorkerPool(asking(clips, "carphone.mp4"), 1, item_timeout=1.0) as pool:
-        for message in pool:
-            if isinstance(message, Detect):
+        for message, count in questions(pool):
+            if count:
                 os.kill(the_worker().pid or 0, signal.SIGSTOP)
-                pool.answer(Detected(message.job, (large,) * len(message.pictures)))
+                pool.answer(Detected(message.job, (large,) * count))
     assert isinstance(message, Failed)
     assert message.error == "WorkerHung"
 
@@ -300,7 +311,7 @@ def test_a_death_during_a_request_costs_one_clip_of_the_run(
     detect = TorchDetector.detect
     asked: list[int] = []
 
-    def deadly(self: TorchDetector, pictures: np.ndarray) -> tuple[Cells, ...]:
+    def deadly(self: TorchDetector, pictures: Sequence[np.ndarray]) -> tuple[Cells, ...]:
         if not asked:
             the_worker().kill()
         asked.append(len(pictures))
@@ -311,7 +322,7 @@ def test_a_death_during_a_request_costs_one_clip_of_the_run(
     summary = run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1))
     assert [failure.error for failure in summary.failures] == ["WorkerDied"]
     assert summary.extracted == 1
-    assert max(asked) <= detection_torch.BATCH_SIZES["cpu"]
+    assert max(asked) == detection_torch.ASKED
     assert run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1)).extracted == 1
 
 

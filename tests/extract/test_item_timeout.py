@@ -112,10 +112,10 @@ def test_a_limit_is_a_time(seconds: float) -> None:
 def _serve_and_hang(pipe: Any) -> None:
     run_job = worker.run_job
 
-    def stuck(job: Any, *line: Any) -> None:
+    def stuck(job: Any, send: Send, ask: Any = None) -> None:
         if job.clip.id == "stuck":
             time.sleep(3600)
-        run_job(job, *line)
+        run_job(job, send, ask)
 
     worker.run_job = stuck
     worker.serve(pipe)

@@ -102,10 +102,10 @@ def _serve_and_die_at_clip05(pipe: object) -> None:
     """Module level, so that a spawned process finds it."""
     run_job = worker.run_job
 
-    def deadly(job: object, *line: object) -> None:
+    def deadly(job: object, send: object, ask: object = None) -> None:
         if job.clip.id == "clip05":  # type: ignore[attr-defined]
             os.kill(os.getpid(), signal.SIGKILL)
-        run_job(job, *line)  # type: ignore[arg-type]
+        run_job(job, send, ask)  # type: ignore[arg-type]
 
     worker.run_job = deadly
     worker.serve(pipe)  # type: ignore[arg-type]
