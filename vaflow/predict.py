@@ -15,7 +15,7 @@ from vaflow.cache.schema import LOGMEL
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, explain
-from vaflow.extract.config import ExtractConfig
+from vaflow.extract.config import DETECTORS, ExtractConfig
 from vaflow.extract.failures import Failure, FailureLog
 from vaflow.extract.pipeline import extract
 from vaflow.timeline import Floats
@@ -143,7 +143,14 @@ def _extraction(members: Mapping[Path, Run], config: PredictConfig) -> ExtractCo
         face_source=config.face_source,
         device=config.device,
         precision=_precision(streams, config.device),
+        detector=next((name for stream in streams if (name := _detector(stream))), ExtractConfig.detector),
     )
+
+
+def _detector(stream: InputStream) -> str:
+    """What ran the network that finds faces, as a setting; "" for streams of sound."""
+    runtime = stream.identity.get("picture", {}).get("faces", {}).get("runtime", "")
+    return next((name for name in DETECTORS if runtime.startswith(f"{name} ")), "")
 
 
 def _precision(streams: Sequence[InputStream], device: str) -> str:
