@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vaflow.extract.detection import Cells, Face, Image, decode_cells, shrunk
 
-HELD_BYTES = 128 * 2**20  # of whole frames: 5 of 4K, 20 of 1080p
+HELD_BYTES = 128 * 2**20  # of whole frames: 6 of 4K, more of 1080p than are asked for at once
 
 Frame = tuple[int, Image]  # its number in the clip, [H, W, 3] RGB
 Find = Callable[[Sequence[Image]], Sequence[Cells]]  # pictures of one size, prepared for the network -> of each

@@ -113,7 +113,9 @@ def load_network() -> "Network":
                 parameter.copy_(torch.from_numpy(value))
     except ValueError as error:
         raise WeightsError(
-            explain("The face detector's network is another one than is known", got=error, remedy="--detector opencv")
+            explain(
+                "The face detector's network is another one than is known", got=error, remedy="Use --detector opencv"
+            )
         ) from error
     return network
 
