@@ -3,6 +3,7 @@
 The two stages meet here and in `vaflow.demo` only.
 """
 
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from vaflow.train.plots import draw_trace
 from vaflow.train.provenance import write_sources
 from vaflow.train.runs import Run, RunFolder, load_run
 from vaflow.train.storage import write_whole
+
+log = logging.getLogger(__name__)
 
 IMPORTED = "imported"  # encoder of streams whose features were made elsewhere
 
@@ -93,6 +96,7 @@ def predict_media(
     runs, weights = members_of(run)
     members = {path: load_run(path, device) for path in runs}
     settings = _extraction(members, config)
+    _warn_of_untrained(members)
     clips = _clips(media)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -151,6 +155,12 @@ def _detector(stream: InputStream) -> str:
     """What ran the network that finds faces, as a setting; "" for streams of sound."""
     runtime = stream.identity.get("picture", {}).get("faces", {}).get("runtime", "")
     return next((name for name in DETECTORS if runtime.startswith(f"{name} ")), "")
+
+
+def _warn_of_untrained(members: Mapping[Path, Run]) -> None:
+    for path, run in members.items():
+        for name in run.record.untrained:
+            log.warning("%s learned from no label of %s: what it says of it means nothing", path, name)
 
 
 def _precision(streams: Sequence[InputStream], device: str) -> str:
