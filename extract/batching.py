@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.extract.config import AUTO, ExtractConfig
-from vaflow.extract.detection_torch import TorchDetector
+from vaflow.extract.faces.detection_torch import TorchDetector
 from vaflow.extract.memory import CudaMemory, InParts, fitting
 from vaflow.extract.stopwatch import Stopwatch
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Clip
 from vaflow.encoders.images import Preparation
-from vaflow.extract.detection import Cells
+from vaflow.extract.faces.detection import Cells
 from vaflow.timeline import Grid
 
 

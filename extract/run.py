@@ -21,7 +21,7 @@ from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.detection_torch import ASKED
+from vaflow.extract.faces.detection_torch import ASKED
 from vaflow.extract.failures import Failure
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
 from vaflow.extract.nvdec import check_parity

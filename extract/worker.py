@@ -18,12 +18,12 @@ import numpy as np
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.labels import on_clock, read_annotation
 from vaflow.errors import MediaError, VaflowError, explain
-from vaflow.extract.asking import find_faces
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.crops import list_crops, read_crop
-from vaflow.extract.detection import Cells
-from vaflow.extract.detection import Face as Detection
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
+from vaflow.extract.faces.asking import find_faces
+from vaflow.extract.faces.detection import Cells
+from vaflow.extract.faces.detection import Face as Detection
 from vaflow.extract.heartbeat import listening
 from vaflow.extract.limits import limit_memory, too_much_memory
 from vaflow.extract.media import MediaInfo, frame_times, frames_at, probe

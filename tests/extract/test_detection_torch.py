@@ -18,14 +18,13 @@ from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.errors import FingerprintError, VaflowError, WeightsError
-from vaflow.extract import detection_torch
-from vaflow.extract.align import align, decode_jpeg
-from vaflow.extract.asking import HELD_BYTES, find_faces
 from vaflow.extract.cluster.member import Member
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.detection import Cells, CenterFace, decode_cells, model_path, shrunk
-from vaflow.extract.detection_torch import TorchDetector
-from vaflow.extract.faces import faces_identity
+from vaflow.extract.faces import detection_torch, faces_identity
+from vaflow.extract.faces.align import align, decode_jpeg
+from vaflow.extract.faces.asking import HELD_BYTES, find_faces
+from vaflow.extract.faces.detection import Cells, CenterFace, decode_cells, model_path, shrunk
+from vaflow.extract.faces.detection_torch import TorchDetector
 from vaflow.extract.media import frame_times, frames_at
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job, Message
 from vaflow.extract.plan import make_plan

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vaflow.errors import MediaError
-from vaflow.extract.align import TEMPLATE, align, decode_jpeg, encode_jpeg, similarity
-from vaflow.extract.detection import Face, decode_grid, overlap, suppress
 from vaflow.extract.faces import faces_identity
+from vaflow.extract.faces.align import TEMPLATE, align, decode_jpeg, encode_jpeg, similarity
+from vaflow.extract.faces.detection import Face, decode_grid, overlap, suppress
 
 
 def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from vaflow.errors import UsageError, WeightsError
-from vaflow.extract import detection
-from vaflow.extract.align import TEMPLATE
-from vaflow.extract.faces import CenterFace, Face, PersonTracker, align
+from vaflow.extract.faces import CenterFace, Face, PersonTracker, align, detection
+from vaflow.extract.faces.align import TEMPLATE
 from vaflow.extract.media import frame_times, frames_at
 from vaflow.timeline import nearest
 

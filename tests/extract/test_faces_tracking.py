@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from vaflow.extract.detection import Face
-from vaflow.extract.tracking import PATIENCE, PersonTracker, likeness
+from vaflow.extract.faces.detection import Face
+from vaflow.extract.faces.tracking import PATIENCE, PersonTracker, likeness
 
 STEP = 0.5
 

@@ -119,3 +119,18 @@ def test_the_stopwatch_waits_for_the_device(gpu: str) -> None:
         _ = one @ one
     long.stop()
     assert long.seconds > 4 * short.seconds > 0
+
+
+def test_faces_are_found_where_opencv_finds_them(gpu: str, clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("obama.mp4", "face_noface.mov"):
+        (tmp_path / "data" / name).symlink_to((clips / name).resolve())
+    found = {
+        how: extract(tmp_path / "data", tmp_path / how, "--device", gpu, "--detector", how)
+        for how in ("opencv", "torch")
+    }
+    for item in found["opencv"].items():
+        a, b = (cache.read("clip-tiny", item) for cache in found.values())
+        assert a.valid.tolist() == b.valid.tolist()
+        apart = np.linalg.norm(a.embedding[a.valid].astype(float) - b.embedding[b.valid].astype(float), axis=-1)
+        assert (apart <= 0.02 * np.linalg.norm(a.embedding[a.valid].astype(float), axis=-1)).all()

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vaflow.extract.detection import Face, overlap
+from vaflow.extract.faces.detection import Face, overlap
 
 TRACKER_VERSION = 1
 

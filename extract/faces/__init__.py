@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from typing import Any
 
-from vaflow.extract.align import (
+from vaflow.extract.faces.align import (
     CROP_SIZE,
     JPEG_QUALITY,
     TEMPLATE,
@@ -12,8 +12,8 @@ from vaflow.extract.align import (
     decode_jpeg,
     encode_jpeg,
 )
-from vaflow.extract.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_SCORE, CenterFace, Face, model_digest
-from vaflow.extract.tracking import TRACKER_VERSION, PersonTracker
+from vaflow.extract.faces.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_SCORE, CenterFace, Face, model_digest
+from vaflow.extract.faces.tracking import TRACKER_VERSION, PersonTracker
 
 __all__ = [
     "CenterFace",

@@ -6,7 +6,7 @@ few whole frames meanwhile: they are cut once it is known where.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from vaflow.extract.detection import Cells, Face, Image, decode_cells, shrunk
+from vaflow.extract.faces.detection import Cells, Face, Image, decode_cells, shrunk
 
 HELD_BYTES = 128 * 2**20  # of whole frames: 6 of 4K, more of 1080p than are asked for at once
 

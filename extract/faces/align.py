@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image as Pictures
 
 from vaflow.errors import MediaError, explain
-from vaflow.extract.detection import Face
+from vaflow.extract.faces.detection import Face
 
 Image = NDArray[np.uint8]
 Floats = NDArray[np.float64]

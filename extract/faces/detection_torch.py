@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vaflow.errors import WeightsError, explain
-from vaflow.extract.detection import MIN_SCORE, Cells, model_path
+from vaflow.extract.faces.detection import MIN_SCORE, Cells, model_path
 from vaflow.extract.memory import InParts
 from vaflow.extract.stopwatch import Stopwatch
 
