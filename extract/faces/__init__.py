@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from typing import Any
 
-from vaflow.extract.faces.align import (
+from vaflow.extract.faces.alignment import (
     CROP_SIZE,
     JPEG_QUALITY,
     TEMPLATE,

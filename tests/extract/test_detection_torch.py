@@ -21,7 +21,7 @@ from vaflow.errors import FingerprintError, VaflowError, WeightsError
 from vaflow.extract.cluster.member import Member
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.faces import detection_torch, faces_identity
-from vaflow.extract.faces.align import align, decode_jpeg
+from vaflow.extract.faces.alignment import align, decode_jpeg
 from vaflow.extract.faces.asking import HELD_BYTES, find_faces
 from vaflow.extract.faces.detection import Cells, CenterFace, decode_cells, model_path, shrunk
 from vaflow.extract.faces.detection_torch import TorchDetector

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vaflow.errors import MediaError
 from vaflow.extract.faces import faces_identity
-from vaflow.extract.faces.align import TEMPLATE, align, decode_jpeg, encode_jpeg, similarity
+from vaflow.extract.faces.alignment import TEMPLATE, align, decode_jpeg, encode_jpeg, similarity
 from vaflow.extract.faces.detection import Face, decode_grid, overlap, suppress
 
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-MODULES = ("media", "audio", "crops", "faces", "asking", "identity")
+MODULES = ("media", "audio", "crops", "faces", "faces.asking", "identity")
 HEAVY = ("torch", "cv2", "transformers", "open_clip", "matplotlib", "scipy")
 
 
