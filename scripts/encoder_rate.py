@@ -24,6 +24,9 @@ class Rate:
     seconds: float
     flops: int
 
+    def __add__(self, other: "Rate") -> "Rate":
+        return Rate(self.rows + other.rows, self.seconds + other.seconds, self.flops)
+
     @property
     def per_second(self) -> float:
         """Rows per second."""
