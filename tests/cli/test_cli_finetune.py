@@ -6,24 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
 
 GRID = ["--window", "4", "--stride", "2", "--frames", "4", "--audio-steps", "4", "--workers", "1", "--device", "cpu"]
 SMALL = ["--set", "hidden=8", "--batch-size", "2", "--epochs", "1", "--set", "val_split=train", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def data(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("data")
-    (root / "obama.mp4").symlink_to((clips / "obama.mp4").resolve())
-    rows = [f"{k},{k % 40 / 80:.3f},{k % 25 / 50 - 0.3:.3f}" for k in range(105)]
-    (root / "obama.csv").write_text("\n".join(["frame,valence,arousal", *rows]) + "\n")
-    (root / "splits.csv").write_text("name,split\nobama,train\n")
-    return root
 
 
 def test_from_features_to_tuned_encoders(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
@@ -13,17 +12,6 @@ TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny"]
 GRID = ["--window", "4", "--stride", "2", "--frames", "4", "--audio-steps", "4", "--workers", "1", "--device", "cpu"]
 SMALL = ["--set", "hidden=8", "--batch-size", "2", "--epochs", "1", "--set", "val_split=train", "--device", "cpu"]
 LEVELS = ("low", "middle", "high")
-
-
-@pytest.fixture(scope="module")
-def data(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("data")
-    (root / "obama.mp4").symlink_to((clips / "obama.mp4").resolve())
-    rows = [f"{k},{k % 40 / 80:.3f},{k % 25 / 50 - 0.3:.3f}" for k in range(105)]
-    (root / "obama.csv").write_text("\n".join(["frame,valence,arousal", *rows]) + "\n")
-    (root / "splits.csv").write_text("name,split\nobama,train\n")
-    return root
 
 
 @pytest.fixture(scope="module")
