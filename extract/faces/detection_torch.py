@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vaflow.encoders import forbid_tf32
 from vaflow.errors import WeightsError, explain
 from vaflow.extract.faces.detection import MIN_SCORE, Cells, model_path
 from vaflow.extract.memory import InParts
@@ -49,7 +50,7 @@ class TorchDetector:
 
     def __init__(self, device: torch.device, batch: int = 0) -> None:
         if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # as for the encoders: features would depend on the device
+            forbid_tf32()
         self.device = device
         self._batch = batch or BATCH_SIZES[device.type]
         self._room = torch.zeros(0, dtype=torch.uint8)

@@ -191,12 +191,12 @@ def build_encoder(
         )
     resolved = "float32" if precision == "auto" else precision
     if resolved == "float32" and device.startswith("cuda"):
-        _forbid_tf32()
+        forbid_tf32()
     return entry.build(Request(name, weights, device, resolved))
 
 
-def _forbid_tf32() -> None:
-    """By default a GPU's convolutions round what they read to 10 bits: the features would depend on the device."""
+def forbid_tf32() -> None:
+    """In this process: a GPU's convolutions would round what they read to 10 bits, and depend on the device."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = False
