@@ -24,8 +24,8 @@ from av.error import FFmpegError
 from av.packet import Packet
 from numpy.typing import NDArray
 
+from vaflow.extract.config import MAX_CHANNELS, SOUND_RATES
 from vaflow.extract.container import Opened, opened, read_packets, seconds
-from vaflow.extract.limits import MAX_CHANNELS, SOUND_RATES
 
 RATE = 16000  # samples per second that come out
 SILENT_PEAK = 1e-4  # -80 dBFS: below this everywhere, a track is there but says nothing

@@ -21,9 +21,9 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
-from vaflow.extract.heartbeat import beat
-from vaflow.extract.limits import MAX_PACKETS
-from vaflow.pictures import MAX_PIXELS
+from vaflow.extract.config import MAX_PACKETS
+from vaflow.images import MAX_PIXELS
+from vaflow.process import beat
 
 _MICROSECONDS = 1_000_000  # FFmpeg's container-wide clock
 _PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # texts that name other files

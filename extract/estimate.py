@@ -10,14 +10,13 @@ from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import VaflowError
-from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.each import each
-from vaflow.extract.lengths import header_seconds, side_by_side
-from vaflow.extract.limits import MAX_SECONDS
-from vaflow.extract.media import probe
+from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard
+from vaflow.extract.durations import header_seconds, side_by_side
+from vaflow.extract.image_folders import open_stills
 from vaflow.extract.messages import Failed
 from vaflow.extract.plan import shard_clips
-from vaflow.extract.stills import open_stills
+from vaflow.extract.pool import each
+from vaflow.extract.video import probe
 
 
 def estimate(

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, UsageError, VaflowError, explain
 from vaflow.extract.container import opened
-from vaflow.extract.heartbeat import beat
-from vaflow.extract.media import decoder_identity, frame_times, frames_at
+from vaflow.extract.video import decoder_identity, frame_times, frames_at
+from vaflow.process import beat
 from vaflow.timeline import Floats, Ints
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def nvdec_identity() -> dict[str, Any]:
 
 
 def frames_on_gpu(path: Path, wanted: Ints, times: Floats, device: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """As `vaflow.extract.media.frames_at`, decoded by `device`.
+    """As `vaflow.extract.video.frames_at`, decoded by `device`.
 
     Raises:
         MediaError: the GPU cannot decode this file, or shows another frame than the one that was asked for.

@@ -11,10 +11,9 @@ from vaflow.cache.schema import StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.encoders.compiling import compile_network
 from vaflow.encoders.prompts import load_prompts
 from vaflow.errors import UsageError, VaflowError, explain
-from vaflow.extract.batching import make_encoders
+from vaflow.extract.batching import compile_network, make_encoders
 from vaflow.extract.config import ENGINES, ExtractConfig, Shard, default_workers
 from vaflow.extract.failures import FailureLog
 from vaflow.extract.nvdec import require_nvdec
@@ -41,7 +40,7 @@ def extract(
     """Encode a data set into the cache at `out`; run again to resume. Items that fail do not stop the others.
 
     Args:
-        engine: "local", this machine; "ray", every node of a Ray cluster (`vaflow.extract.cluster.engine`).
+        engine: "local", this machine; "ray", every node of a Ray cluster (`vaflow.extract.ray_engine`).
         ray_address: of the cluster, as `ray.init` takes it.
 
     Raises:
@@ -53,7 +52,7 @@ def extract(
     if engine not in ENGINES:
         raise UsageError(explain("Unknown engine", got=engine, choices=ENGINES))
     if engine == "ray":
-        from vaflow.extract.cluster.engine import extract_on_ray
+        from vaflow.extract.ray_engine import extract_on_ray
 
         return extract_on_ray(
             dataset, out, config, store=store, shard=shard, address=ray_address, show_progress=show_progress

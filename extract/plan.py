@@ -12,11 +12,9 @@ from vaflow.cache.schema import StreamInfo
 from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError
 from vaflow.extract.config import Shard
-from vaflow.extract.crops import crops_identity, list_crops
-from vaflow.extract.identity import file_status, same_file
-from vaflow.extract.lengths import lengths
-from vaflow.extract.sources import sources_of
-from vaflow.extract.stills import stills_identity
+from vaflow.extract.durations import lengths
+from vaflow.extract.image_folders import crops_identity, list_crops, stills_identity
+from vaflow.extract.sources import file_status, same_file, sources_of
 from vaflow.extract.streams import SOURCES, source_of
 
 
@@ -72,7 +70,7 @@ def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:
 
     What is not divided is left as it is, unread.
 
-    Lengths are those of `vaflow.extract.lengths`, to the millisecond. The largest part exceeds the smallest by one
+    Lengths are those of `vaflow.extract.durations`, to the millisecond. The largest part exceeds the smallest by one
     clip at most.
     """
     clips = list(clips)

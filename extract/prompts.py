@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaflow.cache import Cache
-from vaflow.cache.declare import differences
 from vaflow.cache.schema import Json, StreamInfo
+from vaflow.cache.streams import differences
 from vaflow.encoders import ENCODERS, build_encoder, encoder_kind
 from vaflow.encoders.base import VisualEncoder
 from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes

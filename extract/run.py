@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LOGMEL, PIXELS, StreamInfo
-from vaflow.encoders.frontend import KALDI
+from vaflow.encoders.base import KALDI
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders

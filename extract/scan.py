@@ -18,8 +18,8 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
+from vaflow.extract.config import check_span
 from vaflow.extract.container import Opened, decode_packet, opened, promised_size, read_packets, seconds
-from vaflow.extract.limits import check_span
 from vaflow.timeline import median_interval
 
 Floats = NDArray[np.float64]

@@ -4,14 +4,13 @@ from typing import Any
 
 from vaflow import __version__
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, StreamInfo
-from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.encoders.frontend import KALDI
+from vaflow.encoders.base import KALDI, AudioEncoder, VisualEncoder
 from vaflow.encoders.logmel import MEL_BINS
 from vaflow.encoders.logmel import identity as logmel_identity
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces import faces_identity
-from vaflow.extract.media import decoder_identity
 from vaflow.extract.nvdec import nvdec_identity
+from vaflow.extract.video import decoder_identity
 
 # Which parts of a clip's source each kind of stream is made from: a change of any other part leaves it alone.
 SOURCES: dict[str, tuple[str, ...]] = {

@@ -16,17 +16,14 @@ from typing import Any
 import numpy as np
 
 from vaflow.datasets.clip import Clip
-from vaflow.datasets.labels import on_clock, read_annotation
+from vaflow.datasets.formats import on_clock, read_annotation
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
-from vaflow.extract.crops import list_crops, read_crop
+from vaflow.extract.config import limit_memory, too_much_memory
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
-from vaflow.extract.faces.asking import find_faces
-from vaflow.extract.faces.detection import Cells
+from vaflow.extract.faces.detection import Cells, find_faces
 from vaflow.extract.faces.detection import Face as Detection
-from vaflow.extract.heartbeat import listening
-from vaflow.extract.limits import limit_memory, too_much_memory
-from vaflow.extract.media import MediaInfo, frame_times, frames_at, probe
+from vaflow.extract.image_folders import list_crops, open_stills, read_crop, stills_at
 from vaflow.extract.messages import (
     Alive,
     Clock,
@@ -43,7 +40,8 @@ from vaflow.extract.messages import (
 )
 from vaflow.extract.nvdec import frames_on_gpu
 from vaflow.extract.sources import sources_of
-from vaflow.extract.stills import open_stills, stills_at
+from vaflow.extract.video import MediaInfo, frame_times, frames_at, probe
+from vaflow.process import listening
 from vaflow.timeline import Floats, Ints, median_interval, nearest
 
 Picture = np.ndarray[Any, Any]

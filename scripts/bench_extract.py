@@ -86,14 +86,14 @@ class Bench:
     @property
     def seconds(self) -> float:
         """Of video."""
-        from vaflow.extract.lengths import lengths
+        from vaflow.extract.durations import lengths
 
         return sum(lengths(self.dataset.clips).values())
 
 
 def _bench(options: argparse.Namespace, data: Path, folder: Path) -> Bench:
     from vaflow.datasets import open_dataset
-    from vaflow.encoders.compiling import compile_network
+    from vaflow.extract.batching import compile_network
     from vaflow.extract.config import ExtractConfig
     from vaflow.extract.pipeline import resolve_device
 

@@ -133,7 +133,7 @@ def free_encoders() -> tuple[Any, Any]:
     import torch
 
     from vaflow.encoders import build_encoder
-    from vaflow.encoders.frontend import KALDI
+    from vaflow.encoders.base import KALDI
 
     clip: Any = build_encoder("clip-tiny")
     ast: Any = build_encoder("ast-tiny")

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from vaflow.encoders import Request
-from vaflow.encoders.ast import AstEncoder, make_encoder
-from vaflow.encoders.ast_loading import AUDIOSET_MEAN, AUDIOSET_STD
+from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, AstEncoder, make_encoder
 from vaflow.encoders.clip import ClipEncoder, build_named
 
 

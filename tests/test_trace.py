@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vaflow.cache import Cache, create_cache, open_cache
-from vaflow.cache.convert import convert
+from vaflow.cache.copy import convert
 from vaflow.cache.schema import LABELS, Array, StreamInfo
 from vaflow.cli import main
 from vaflow.datasets import Dataset, open_dataset
@@ -18,7 +18,7 @@ from vaflow.extract.pipeline import Summary
 from vaflow.extract.sources import part_of, same_part, sources_of
 from vaflow.extract.streams import SOURCES
 from vaflow.predict import PredictConfig, predict_media
-from vaflow.trace import trace_run
+from vaflow.provenance import trace_run
 from vaflow.train.config import TrainConfig
 from vaflow.train.training import evaluate_run, train_run
 

@@ -18,11 +18,11 @@ from vaflow.errors import DataError, explain
 from vaflow.timeline import Bools, Floats, stitch
 from vaflow.train import metrics
 from vaflow.train.breakdown import Groups, Scored, by_dimension, by_group, by_intensity, plain
-from vaflow.train.extra import extra_scores, probabilities
 from vaflow.train.folds import source_splits
 from vaflow.train.losses import region_centers
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.storage import write_whole
+from vaflow.train.targets import extra_scores, probabilities
 from vaflow.train.windows import ClipRows, WindowSet
 
 log = logging.getLogger(__name__)

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from vaflow.errors import CorruptError, DataError, explain
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
-from vaflow.train.dropout import drop_modality
 from vaflow.train.evaluate import Trace, predict_clips, score
 from vaflow.train.losses import total_loss
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.storage import read_tensors, write_tensors
-from vaflow.train.windows import WindowSet
+from vaflow.train.windows import WindowSet, drop_modality
 
 log = logging.getLogger(__name__)
 

@@ -31,8 +31,7 @@ from vaflow.train.batch import TargetSpec
 from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig, differences, merge
 from vaflow.train.evaluate import Trace, predict_clips
-from vaflow.train.heads.each import EachModel
-from vaflow.train.heads.model import VAModel
+from vaflow.train.heads.model import EachModel, VAModel
 from vaflow.train.inputs import Inputs, InputStream
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import ENSEMBLE_FILE

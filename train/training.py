@@ -16,11 +16,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vaflow.cache import Cache, address
 from vaflow.errors import UsageError, explain
 from vaflow.train.breakdown import Groups
-from vaflow.train.builder import build_model, choose_device
+from vaflow.train.builder import build_model, choose_device, open_tower
 from vaflow.train.config import TrainConfig
-from vaflow.train.context import open_tower
 from vaflow.train.data import load_split
-from vaflow.train.dropout import without_modality
 from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, score_traces, write_predictions
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, check_same, resolve
@@ -30,7 +28,7 @@ from vaflow.train.provenance import run_maker, write_sources
 from vaflow.train.reporting import Board, describe, reporter, warn_of_labels
 from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record, require_record
 from vaflow.train.storage import write_tensors
-from vaflow.train.windows import WindowSet
+from vaflow.train.windows import WindowSet, without_modality
 
 log = logging.getLogger(__name__)
 

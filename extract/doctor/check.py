@@ -2,27 +2,85 @@
 
 Headers, packets, labels and names of crops are read. Pictures are decoded only where a container keeps no times, sound
 up to the first that can be heard, and whole files are compared only where size and samples are alike.
+
+Files of the same content under other names, found without reading a whole data set.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.datasets.clip import Clip
-from vaflow.datasets.dataset import SEVERITIES, Dataset, Note
-from vaflow.datasets.labels import read_annotation
+from vaflow.datasets.clip import SEVERITIES, Clip, Dataset, Note
+from vaflow.datasets.formats import read_annotation
 from vaflow.errors import DataError, MediaError
-from vaflow.extract.doctor.dataset_findings import dataset_findings, duplicate_findings
-from vaflow.extract.doctor.duplicates import same_content
-from vaflow.extract.doctor.facts import CropFacts, MediaFacts, crop_facts, media_facts, still_facts
-from vaflow.extract.doctor.findings import clip_findings, crop_findings, label_findings, media_findings
-from vaflow.extract.doctor.label_facts import LabelFacts, label_facts
+from vaflow.extract.doctor.facts import (
+    CropFacts,
+    LabelFacts,
+    MediaFacts,
+    crop_facts,
+    label_facts,
+    media_facts,
+    still_facts,
+)
+from vaflow.extract.doctor.findings import (
+    clip_findings,
+    crop_findings,
+    dataset_findings,
+    duplicate_findings,
+    label_findings,
+    media_findings,
+)
 from vaflow.extract.doctor.report import Checked, Report
-from vaflow.extract.each import each
 from vaflow.extract.messages import Failed
+from vaflow.extract.pool import each
+from vaflow.extract.sources import content_digest
 from vaflow.timeline import Grid
+
+SAMPLE = 1 << 16  # bytes read at the head, the middle and the tail of files that have the same size
+
+
+def same_content(paths: Iterable[Path]) -> list[tuple[Path, ...]]:
+    """Groups of two or more different paths with equal bytes, each sorted; empty and unreadable files are in none.
+
+    Most files are told apart by their size alone, nearly all others by three samples; only what is still alike is read
+    whole.
+    """
+    groups: list[tuple[Path, ...]] = [tuple(sorted(set(paths)))]
+    for tell in (_size, _sample, content_digest):
+        groups = [part for group in groups for part in _parts(group, tell)]
+    return sorted(groups)
+
+
+def _parts(group: Sequence[Path], tell: Callable[[Path], Hashable]) -> list[tuple[Path, ...]]:
+    found: dict[Hashable, list[Path]] = defaultdict(list)
+    for path in group:
+        try:
+            mark = tell(path)
+        except OSError:  # the clip that it belongs to has a finding of its own
+            continue
+        if mark:
+            found[mark].append(path)
+    return [tuple(part) for part in found.values() if len(part) > 1]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _sample(path: Path) -> str:
+    size = path.stat().st_size
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        for start in (0, max(0, size // 2 - SAMPLE // 2), max(0, size - SAMPLE)):
+            file.seek(start)
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
 
 _NO_TIMES = np.empty(0, np.float64)
 

@@ -10,9 +10,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.extract.doctor.label_facts import CELLS, LabelStats
+from vaflow.extract.doctor.facts import BINS, CELLS, LabelStats
 from vaflow.extract.doctor.report import Checked, occupancy
-from vaflow.extract.doctor.strips import BINS
 
 SIDE, LEFT, BELOW, ABOVE = 360, 46, 40, 8  # pixels of the label map: the square, its margins
 PLOT_WIDTH, PLOT_HEIGHT = 420, 120

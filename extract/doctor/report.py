@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.datasets.clip import SPLITS, Clip
-from vaflow.datasets.dataset import SEVERITIES, Note, Severity
+from vaflow.datasets.clip import SEVERITIES, SPLITS, Clip, Note, Severity
 from vaflow.extract.doctor.costs import cost_of
-from vaflow.extract.doctor.facts import CropFacts, MediaFacts
-from vaflow.extract.doctor.label_facts import LabelFacts, LabelStats, merge_stats
+from vaflow.extract.doctor.facts import CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
 
 NO_SPLIT = "none"
 

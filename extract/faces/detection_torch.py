@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vaflow.device import Stopwatch
 from vaflow.encoders import forbid_tf32
 from vaflow.errors import WeightsError, explain
 from vaflow.extract.faces.detection import MIN_SCORE, Cells, model_path
 from vaflow.extract.memory import InParts
-from vaflow.extract.stopwatch import Stopwatch
 
 ASKED = 16  # pictures of one size in a worker's question, at most
 BATCH_SIZES = {"cpu": 1, "cuda": 16}  # on a CPU each by itself takes less than half as long as eight together

@@ -19,8 +19,7 @@ from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
 from vaflow.datasets.splits import SPLITS_FILE, match_splits, read_splits
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.failures import Failure, FailureLog
-from vaflow.extract.identity import file_identity, same_file
-from vaflow.extract.importing.files import (
+from vaflow.extract.importing.feature_files import (
     TABLE,
     FeatureFile,
     Features,
@@ -31,6 +30,7 @@ from vaflow.extract.importing.files import (
     signature,
 )
 from vaflow.extract.importing.labels import ImportedLabels
+from vaflow.extract.sources import file_identity, same_file
 from vaflow.extract.streams import provenance
 
 KINDS: tuple[Kind, ...] = ("visual", "audio")

@@ -10,10 +10,10 @@ import numpy as np
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Record, StreamInfo
 from vaflow.datasets.files import below
-from vaflow.datasets.labels import on_clock, read_csv
+from vaflow.datasets.formats import on_clock, read_csv
 from vaflow.errors import DataError, UsageError, explain
-from vaflow.extract.identity import file_identity, same_file
-from vaflow.extract.importing.files import TABLE, FeatureFile, Features
+from vaflow.extract.importing.feature_files import TABLE, FeatureFile, Features
+from vaflow.extract.sources import file_identity, same_file
 from vaflow.extract.streams import provenance
 from vaflow.timeline import Floats, median_interval
 

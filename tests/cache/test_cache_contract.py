@@ -14,14 +14,7 @@ from vaflow.cache import create_cache, open_cache, zarr_store
 from vaflow.cache.commit import load_record
 from vaflow.cache.schema import KINDS, STORES, StreamInfo
 from vaflow.cache.verify import leftovers, verify
-from vaflow.errors import (
-    CacheError,
-    CorruptError,
-    DataError,
-    FingerprintError,
-    MissingError,
-    UsageError,
-)
+from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError
 
 KIND_DTYPES = [
     (kind, dtype)

@@ -12,9 +12,8 @@ import pytest
 from cache_toys import arrays, assert_same, small_cache, stream
 
 from vaflow.cache import Cache, create_cache, open_cache
-from vaflow.cache.convert import convert
+from vaflow.cache.copy import COPY_OF, convert
 from vaflow.cache.schema import STORES, Kind
-from vaflow.cache.transfer import COPY_OF
 from vaflow.cache.verify import leftovers, record_files, repair, verify
 from vaflow.cli import main
 from vaflow.errors import CacheError, FingerprintError, SchemaError, UsageError
@@ -104,7 +103,7 @@ def test_what_is_there_is_not_written_again(tmp_path, store, other):
 def test_an_interrupted_conversion_goes_on(tmp_path, store, other, monkeypatch):
     source = full_cache(tmp_path / "source", store)
     real, count = Cache.adopt, 0
-    monkeypatch.setattr("vaflow.cache.transfer.THREADS", 1)
+    monkeypatch.setattr("vaflow.cache.copy.THREADS", 1)
 
     def few(self, *args):
         nonlocal count
@@ -134,7 +133,7 @@ def test_a_killed_conversion_goes_on(tmp_path, store, other):
         "import os, signal, sys\n"
         "from vaflow.cache import Cache, open_cache\n"
         "from vaflow.cache import commit, files\n"
-        "from vaflow.cache.convert import convert\n"
+        "from vaflow.cache.copy import convert\n"
         "real, seen = files.sync_all, []\n"
         "def sync_all(*args):\n"
         "    seen.append(1)\n"

@@ -16,7 +16,7 @@ import zarr
 from cache_toys import arrays, small_cache, stream
 
 from vaflow.cache import Cache, open_cache
-from vaflow.cache.convert import convert
+from vaflow.cache.copy import convert
 from vaflow.cache.documents import crc32c, seal
 from vaflow.cache.merge import merge
 from vaflow.cache.verify import repair, verify

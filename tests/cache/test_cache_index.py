@@ -8,7 +8,8 @@ import pytest
 from cache_toys import arrays, small_cache, stream
 
 from vaflow.cache import index as index_module
-from vaflow.cache import open_cache, saving
+from vaflow.cache import index as saving
+from vaflow.cache import open_cache
 from vaflow.cache.commit import load_record
 from vaflow.errors import CacheError, CorruptError
 

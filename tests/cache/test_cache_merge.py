@@ -87,7 +87,7 @@ def test_an_interrupted_merge_goes_on(tmp_path, store, monkeypatch):
     parts = [make(tmp_path / "1", store, {"a": 1, "b": 1}), make(tmp_path / "2", store, {"c": 1})]
     real = Cache.adopt
     done: list[int] = []
-    monkeypatch.setattr("vaflow.cache.transfer.THREADS", 1)
+    monkeypatch.setattr("vaflow.cache.copy.THREADS", 1)
 
     def few(self, *args):
         if len(done) == 2:

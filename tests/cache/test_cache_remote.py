@@ -25,7 +25,7 @@ from test_cache_contract import (  # noqa: F401 - run here on an object store
 )
 
 from vaflow.cache import create_cache, open_cache
-from vaflow.cache.convert import convert
+from vaflow.cache.copy import convert
 from vaflow.cache.merge import merge
 from vaflow.cache.remote import VARIABLE, url_of
 from vaflow.cache.schema import StoreName

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Annotation, Clip
-from vaflow.datasets.labels import MAX_FRAME, READERS, on_clock, read_annotation
+from vaflow.datasets.formats import MAX_FRAME, READERS, on_clock, read_annotation
 from vaflow.errors import DataError
 
 FRAMES = np.array([0.0, 0.04, 0.08, 0.12, 0.2, 0.24])  # one frame of a 25-fps clip is missing

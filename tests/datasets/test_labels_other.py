@@ -11,8 +11,8 @@ from other_trees import BUILDERS, expected_value
 
 from vaflow.datasets import open_dataset
 from vaflow.datasets.clip import Annotation, Clip
-from vaflow.datasets.labels import DIMENSION_READERS, READERS, on_clock, read_annotation
-from vaflow.datasets.labels.traces import Trace, merge, with_gaps
+from vaflow.datasets.formats import DIMENSION_READERS, READERS, on_clock, read_annotation
+from vaflow.datasets.labels import Trace, merge, with_gaps
 from vaflow.errors import DataError
 
 NEW = ("afew-va", "recola", "sewa", "muse")

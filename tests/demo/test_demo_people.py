@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from vaflow.demo.expression import express
-from vaflow.demo.path import Key, random_mood, smooth_trace, stretches, within
 from vaflow.demo.person import random_person
-from vaflow.demo.plan import DemoConfig, plan_clips
+from vaflow.demo.scenario import DemoConfig, plan_clips
 from vaflow.demo.scene import Scene
+from vaflow.demo.traces import Key, random_mood, smooth_trace, stretches, within
 from vaflow.demo.voice import SAMPLE_RATE, random_speaker, speak
 
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, ASTModel
 
 from vaflow.encoders import Request, build_encoder
-from vaflow.encoders.ast import make_encoder
-from vaflow.encoders.ast_geometry import Geometry, window_frames
+from vaflow.encoders.ast import Geometry, make_encoder, window_frames
 from vaflow.encoders.logmel import RATE, FilterBank, frame_times
 from vaflow.errors import UsageError, WeightsError
 

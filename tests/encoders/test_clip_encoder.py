@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vaflow.encoders import build_encoder
-from vaflow.encoders.clip_loading import activation_of
+from vaflow.encoders.clip import activation_of
 from vaflow.errors import UsageError, WeightsError
 
 OPENAI_REPO = "timm/vit_base_patch16_clip_224.openai"

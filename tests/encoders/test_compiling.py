@@ -15,7 +15,7 @@ from affwild2_tree import write_video
 from vaflow.cache import open_cache
 from vaflow.cli import main
 from vaflow.encoders import build_encoder
-from vaflow.encoders.compiling import compile_network
+from vaflow.extract.batching import compile_network
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vaflow.encoders import build_encoder, encode_text
-from vaflow.encoders.context import ContextTower, context_tower
+from vaflow.encoders.context_vectors import ContextTower, context_tower
 from vaflow.encoders.prompts import load_prompts
 from vaflow.errors import UsageError
 

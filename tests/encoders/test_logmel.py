@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import ASTFeatureExtractor
 
-from vaflow.encoders.ast_loading import AUDIOSET_MEAN, AUDIOSET_STD
+from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD
 from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, FilterBank, frame_count, frame_times
 
 

@@ -126,7 +126,7 @@ def test_an_address_that_does_not_answer_is_told_in_seconds(tmp_path: Path, monk
 
 
 def test_the_published_address_carries_its_checksum() -> None:
-    from vaflow.encoders.checked import checksum_in_name
+    from vaflow.encoders.hub import checksum_in_name
 
     name = resnet.published().rsplit("/", 1)[-1]
     assert name.startswith("resnet50-") and checksum_in_name(name) == name.removeprefix("resnet50-").removesuffix(

@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from scipy import signal
 
 from vaflow.encoders import build_encoder, vggish
-from vaflow.encoders.frontend import KALDI, cut
+from vaflow.encoders.base import KALDI, cut
 from vaflow.encoders.logmel import RATE
-from vaflow.encoders.vggish import VGGish
-from vaflow.encoders.vggish_mel import VGGISH_MEL
+from vaflow.encoders.vggish import VGGISH_MEL, VGGish
 from vaflow.errors import UsageError, WeightsError
 
 SMALL_CHANNELS, SMALL_WIDTHS = ((2,), (3,), (4, 4), (5, 5)), (16, 12, 128)

@@ -18,7 +18,7 @@ import torch
 from make_media import COLUMNS, ROWS, Picture, Sound, drawn, write_media
 from numpy.typing import NDArray
 
-from vaflow.encoders.frontend import KALDI, Stretches
+from vaflow.encoders.base import KALDI, Stretches
 from vaflow.encoders.images import Preparation
 
 Floats = NDArray[np.float64]

@@ -11,7 +11,7 @@ from make_media import Picture, Sound, heard_tone, tones, write_media
 
 from vaflow.errors import MediaError
 from vaflow.extract.audio import RATE, AudioSummary, decode_audio
-from vaflow.extract.media import probe
+from vaflow.extract.video import probe
 
 EVEN = tuple(range(0, 4000, 40))
 

@@ -16,15 +16,14 @@ from make_media import Picture, Sound, tones, write_media
 from PIL import Image
 
 from vaflow.datasets import Clip
-from vaflow.datasets.labels import read_csv
+from vaflow.datasets.formats import read_csv
 from vaflow.encoders.images import Preparation
 from vaflow.errors import DataError, MediaError
-from vaflow.extract.crops import list_crops, read_crop
-from vaflow.extract.each import each
-from vaflow.extract.importing.files import FeatureFile, read_features, signature
+from vaflow.extract.image_folders import list_crops, open_stills, read_crop
+from vaflow.extract.importing.feature_files import FeatureFile, read_features, signature
 from vaflow.extract.importing.targets import read_targets
 from vaflow.extract.messages import Done, Failed, Job, SoundEnd
-from vaflow.extract.stills import open_stills
+from vaflow.extract.pool import each
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 

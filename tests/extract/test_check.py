@@ -17,10 +17,8 @@ from hypothesis import strategies as st
 
 from vaflow.datasets import Clip, Note, open_dataset
 from vaflow.extract.doctor.check import check_dataset
-from vaflow.extract.doctor.facts import drift
-from vaflow.extract.doctor.label_facts import label_stats, merge_stats
+from vaflow.extract.doctor.facts import drift, label_stats, merge_stats, runs
 from vaflow.extract.doctor.report import Checked, Report, describe, document, occupancy
-from vaflow.extract.doctor.strips import runs
 
 RATE = 25
 

@@ -10,14 +10,11 @@ from affwild2_tree import label_path, write_crops, write_labels, write_video
 from make_media import Picture, Sound, tones, write_media
 
 from vaflow.datasets import Note, open_dataset
-from vaflow.extract.doctor.check import check_dataset
+from vaflow.extract.doctor.check import SAMPLE, check_dataset, same_content
 from vaflow.extract.doctor.costs import COSTS, shift_loss
-from vaflow.extract.doctor.dataset_findings import constant_scores
-from vaflow.extract.doctor.duplicates import SAMPLE, same_content
-from vaflow.extract.doctor.facts import crop_facts
-from vaflow.extract.doctor.label_facts import CELLS, label_stats
+from vaflow.extract.doctor.facts import BINS, CELLS, crop_facts, label_stats, strip
+from vaflow.extract.doctor.findings import constant_scores
 from vaflow.extract.doctor.report import Report, document
-from vaflow.extract.doctor.strips import BINS, strip
 
 EVEN = tuple(range(0, 1600, 40))
 

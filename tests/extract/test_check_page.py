@@ -14,11 +14,11 @@ from PIL import Image
 from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.extract.doctor.check import check_dataset
+from vaflow.extract.doctor.facts import BINS
 from vaflow.extract.doctor.figures import strips
 from vaflow.extract.doctor.page import PICTURED, html_page, pictured
-from vaflow.extract.doctor.pictures import SIDE, thumbnails
 from vaflow.extract.doctor.report import Checked, Report
-from vaflow.extract.doctor.strips import BINS
+from vaflow.extract.doctor.thumbnails import SIDE, thumbnails
 
 VOID = {"meta", "img", "br"}
 HOSTILE = '<script>alert(1)</script>"onload="x&amp;'

@@ -18,18 +18,17 @@ from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.errors import FingerprintError, VaflowError, WeightsError
-from vaflow.extract.cluster.member import Member
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.faces import detection_torch, faces_identity
 from vaflow.extract.faces.alignment import align, decode_jpeg
-from vaflow.extract.faces.asking import HELD_BYTES, find_faces
-from vaflow.extract.faces.detection import Cells, CenterFace, decode_cells, model_path, shrunk
+from vaflow.extract.faces.detection import HELD_BYTES, Cells, CenterFace, decode_cells, find_faces, model_path, shrunk
 from vaflow.extract.faces.detection_torch import TorchDetector
-from vaflow.extract.media import frame_times, frames_at
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job, Message
 from vaflow.extract.plan import make_plan
 from vaflow.extract.pool import WorkerPool
 from vaflow.extract.profile import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
+from vaflow.extract.ray_node import Member
+from vaflow.extract.video import frame_times, frames_at
 from vaflow.extract.worker import run_job
 
 CPU = torch.device("cpu")

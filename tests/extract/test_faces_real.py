@@ -10,7 +10,7 @@ from PIL import Image
 from vaflow.errors import UsageError, WeightsError
 from vaflow.extract.faces import CenterFace, Face, PersonTracker, align, detection
 from vaflow.extract.faces.alignment import TEMPLATE
-from vaflow.extract.media import frame_times, frames_at
+from vaflow.extract.video import frame_times, frames_at
 from vaflow.timeline import nearest
 
 

@@ -12,8 +12,8 @@ from vaflow.cache import create_cache, open_cache
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.cache.verify import verify
 from vaflow.errors import DataError, FingerprintError, UsageError
+from vaflow.extract.importing.feature_files import find_features, read_features, signature
 from vaflow.extract.importing.features import ImportConfig, ImportSummary, import_features
-from vaflow.extract.importing.files import find_features, read_features, signature
 
 RNG = np.random.default_rng(0)
 

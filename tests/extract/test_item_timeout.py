@@ -16,10 +16,9 @@ from vaflow.datasets import Clip
 from vaflow.errors import MediaError, UsageError
 from vaflow.extract import worker
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.each import Task, call, each
-from vaflow.extract.heartbeat import SECONDS, beat, listening
 from vaflow.extract.messages import Done, Failed, Sound
-from vaflow.extract.pool import QUEUED_MESSAGES, WorkerPool
+from vaflow.extract.pool import QUEUED_MESSAGES, Task, WorkerPool, call, each
+from vaflow.process import SECONDS, beat, listening
 
 TIMEOUT = 3.0
 Send = Callable[[Any], None]

@@ -13,11 +13,12 @@ import torch
 from make_media import Picture, Sound, tones, write_media
 from test_pipeline import CONFIG, run, same_arrays
 
-from vaflow.cache import Cache, create_cache, long, open_cache, zarr_store
+from vaflow.cache import Cache, create_cache, open_cache, zarr_store
+from vaflow.cache import scratch as long
 from vaflow.cache.schema import STORES, StreamInfo
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.datasets.clip import Clip
-from vaflow.encoders.frontend import KALDI, Stretches
+from vaflow.encoders.base import KALDI, Stretches
 from vaflow.errors import CacheError
 from vaflow.extract.assembly import ClipAssembly
 from vaflow.extract.batching import make_encoders

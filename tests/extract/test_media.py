@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from make_media import Picture, Sound, copy_from_keyframe, read_number, tones, write_media
 
 from vaflow.errors import MediaError
-from vaflow.extract.media import decoder_identity, frame_times, frames_at, probe
-from vaflow.extract.picture import to_rgb
+from vaflow.extract.video import decoder_identity, frame_times, frames_at, probe, to_rgb
 
 # Milliseconds between frames from 20 to 300: no frame rate fits.
 UNEVEN = tuple(np.cumsum(np.random.default_rng(0).choice([20, 33, 40, 120, 300], 40)).tolist())

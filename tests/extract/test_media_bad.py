@@ -10,7 +10,7 @@ from make_media import Picture, Sound, cut, read_number, tones, write_media
 
 from vaflow.errors import MediaError
 from vaflow.extract.container import promised_size
-from vaflow.extract.media import frame_times, frames_at, probe
+from vaflow.extract.video import frame_times, frames_at, probe
 
 EVEN = tuple(range(0, 2000, 40))
 ALL_KEYFRAMES = {"g": "1"}

@@ -13,12 +13,11 @@ from vaflow.cache.documents import source_stamp
 from vaflow.cache.schema import Array, StreamInfo
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import CorruptError
-from vaflow.extract import lengths
+from vaflow.extract import durations as lengths
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.estimate import estimate
-from vaflow.extract.identity import file_status
 from vaflow.extract.plan import Plan, make_plan
-from vaflow.extract.sources import sources_of
+from vaflow.extract.sources import file_status, sources_of
 from vaflow.extract.streams import source_of
 
 STREAMS = {

@@ -34,7 +34,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """A head with two CPUs; nodes can be added and killed."""
     from ray.cluster_utils import Cluster
 
-    from vaflow.extract.cluster.engine import import_ray
+    from vaflow.extract.ray_engine import import_ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     import_ray()  # quiet

@@ -21,11 +21,11 @@ from vaflow.cli import main
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, VaflowError
-from vaflow.extract.cluster.engine import ATTEMPTS, QUIET, Team, places
-from vaflow.extract.cluster.member import Prepared, Report
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.pipeline import carry_out
 from vaflow.extract.plan import Task
+from vaflow.extract.ray_engine import ATTEMPTS, QUIET, Team, places
+from vaflow.extract.ray_node import Prepared, Report
 from vaflow.extract.summary import Extracted, Summary
 
 LABELS = StreamInfo("labels", "labels", 0, "float32", {"encoder": "toy"})
@@ -233,7 +233,7 @@ def test_options_that_cannot_be_meant(
 
 
 def test_a_cache_in_memory_is_refused() -> None:
-    from vaflow.extract.cluster.engine import extract_on_ray
+    from vaflow.extract.ray_engine import extract_on_ray
 
     with pytest.raises(UsageError, match="one process"):
         extract_on_ray(Dataset(Path(), "toy", ()), Path("memory://a/b"), CONFIG)
@@ -243,7 +243,7 @@ def test_what_keeps_ray_quiet_yields_to_the_user(monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'vaflow[ray]'")
     import os
 
-    from vaflow.extract.cluster.engine import import_ray
+    from vaflow.extract.ray_engine import import_ray
 
     for name in QUIET:
         monkeypatch.delenv(name, raising=False)

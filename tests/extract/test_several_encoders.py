@@ -12,7 +12,7 @@ from vaflow.cache import Cache, open_cache
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.encoders.vggish_mel import VGGISH_MEL
+from vaflow.encoders.vggish import VGGISH_MEL
 from vaflow.extract import run as running
 from vaflow.extract.audio import decode_audio
 from vaflow.extract.config import ExtractConfig

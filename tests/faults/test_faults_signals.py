@@ -23,7 +23,7 @@ EXTRACTING = {  # stage -> function, and the how-manieth call of it
     "encoding pictures": ("vaflow.encoders.clip.ClipEncoder.encode", 1),
     "encoding sound": ("vaflow.encoders.ast.AstEncoder.encode", 1),
     "writing": ("vaflow.cache.cache.Cache.write", 3),
-    "between arrays and record": ("vaflow.cache.places.create", 2),
+    "between arrays and record": ("vaflow.cache.storage.create", 2),
     "ending": ("vaflow.cache.cache.Cache.refresh_index", 1),
 }
 TRAINING = {
@@ -87,7 +87,7 @@ def test_training_struck_at_every_stage(lab: Lab, toys: Path, whole_run: Path, t
 def test_conversion_struck_while_copying(lab: Lab, toys: Path, tmp_path: Path, how: str) -> None:
     out = tmp_path / "cache"
     args = ["cache", "convert", toys, "--out", out, "--store", "hdf5"]
-    for stage in (("vaflow.cache.convert.survey", 1), ("vaflow.cache.cache.Cache.adopt", 6)):
+    for stage in (("vaflow.cache.copy.survey", 1), ("vaflow.cache.cache.Cache.adopt", 6)):
         struck(lab, args, how, stage, stage[0])
     assert verify(open_cache(out)) == []
     assert_said(lab.run(args), 0)

@@ -11,7 +11,7 @@ from fuzz_tables import read_file_of_features
 from hypothesis import strategies as st
 
 from vaflow.errors import VaflowError
-from vaflow.extract.importing.files import find_features
+from vaflow.extract.importing.feature_files import find_features
 
 DESCR = st.sampled_from(
     ("<f4", "<f2", ">f8", "|i1", "|b1", "|O", "<U4", "<c8", "<M8[s]", "|V0", "|S0", "<f16", "nonsense", "")

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from vaflow.cache import create_cache, open_cache
-from vaflow.cache.convert import convert
+from vaflow.cache.copy import convert
 from vaflow.cache.documents import seal
 from vaflow.cache.schema import StreamInfo
 from vaflow.cache.verify import open_for_repair, repair, verify
-from vaflow.datasets.labels import on_clock
+from vaflow.datasets.formats import on_clock
 from vaflow.encoders.prompts import load_prompts
 from vaflow.errors import VaflowError
 

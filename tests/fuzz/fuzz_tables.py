@@ -9,10 +9,10 @@ from hypothesis.strategies import SearchStrategy
 
 from vaflow.cache.schema import StreamInfo, array_problems
 from vaflow.datasets import Clip, open_dataset
-from vaflow.datasets.labels import DIMENSION_READERS, on_clock, read_annotation
+from vaflow.datasets.formats import DIMENSION_READERS, on_clock, read_annotation
 from vaflow.errors import VaflowError
 from vaflow.extract.failures import only_failed
-from vaflow.extract.importing.files import FeatureFile, find_features, read_features, signature
+from vaflow.extract.importing.feature_files import FeatureFile, find_features, read_features, signature
 from vaflow.extract.importing.targets import read_targets
 
 LABELS = StreamInfo("labels", "labels", 0, "float32")

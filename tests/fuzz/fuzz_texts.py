@@ -31,7 +31,7 @@ from fuzz_tables import TEXT, tables, try_failures, try_features, try_labels, tr
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from vaflow.datasets.labels import DIMENSION_READERS, READERS
+from vaflow.datasets.formats import DIMENSION_READERS, READERS
 from vaflow.errors import VaflowError
 
 Reader = Callable[[Path, Any], object]
@@ -65,7 +65,7 @@ def families() -> dict[str, Family]:
     from importlib import resources
 
     config = resources.files("vaflow.train").joinpath("presets.toml").read_text("utf-8")
-    rows = resources.files("vaflow.train").joinpath("tables.toml").read_text("utf-8")
+    rows = resources.files("vaflow.train").joinpath("paper_tables.toml").read_text("utf-8")
     prompts = resources.files("vaflow.encoders").joinpath("prompts.toml").read_text("utf-8")
     run_files = st.tuples(st.sampled_from(sorted(RUN_FILES)), CHANGES | st.binary(max_size=60))
     return {

@@ -10,9 +10,9 @@ import torch
 
 from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
+from vaflow.device import Stopwatch
 from vaflow.extract.batching import FixedBatcher
 from vaflow.extract.profile import ON_DEVICE, idle_share
-from vaflow.extract.stopwatch import Stopwatch
 
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--workers", "2"]
 ENCODED = ("clip-tiny", "ast-tiny")

@@ -15,13 +15,12 @@ from ablation_toys import key_of, made_up_plan
 from PIL import ImageFont
 
 from vaflow.train.ablate.grid import Row, load_study
-from vaflow.train.ablate.page import html_page
+from vaflow.train.ablate.page import html_page, plot
 from vaflow.train.ablate.plan import Options, Plan
-from vaflow.train.ablate.plot import plot
+from vaflow.train.ablate.pool import Ended
+from vaflow.train.ablate.report import About, csv_text, digits, markdown
 from vaflow.train.ablate.results import Results, collect
 from vaflow.train.ablate.statistics import read_moments, write_moments
-from vaflow.train.ablate.worker import Ended
-from vaflow.train.ablate.writing import About, csv_text, digits, markdown
 from vaflow.train.config import TrainConfig
 from vaflow.train.runs import RunFolder
 

@@ -16,8 +16,8 @@ from vaflow.errors import UsageError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import Summary
 from vaflow.predict import PredictConfig, predict_media
+from vaflow.provenance import trace_run
 from vaflow.timeline import Grid
-from vaflow.trace import trace_run
 from vaflow.train.config import TrainConfig
 from vaflow.train.ensemble import ensemble_runs
 from vaflow.train.training import train_run

@@ -17,7 +17,6 @@ from vaflow.timeline import Grid, nearest
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig, merge
 from vaflow.train.data import load_split
-from vaflow.train.dropout import drop_modality, without_modality
 from vaflow.train.evaluate import predict_clips, score
 from vaflow.train.inputs import resolve
 from vaflow.train.losses import ccc_loss, masked_mse, total_loss
@@ -26,6 +25,7 @@ from vaflow.train.smoothing import Smoothing, read_smoothing
 from vaflow.train.smoothing_choice import set_smoothing
 from vaflow.train.storage import read_tensors
 from vaflow.train.training import Result, evaluate_run, train_run
+from vaflow.train.windows import drop_modality, without_modality
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=4, device="cpu", kl_weight=0)
 
@@ -270,7 +270,7 @@ def test_more_frames_than_the_cache_has_read_the_nearest_sample_and_keep_its_mas
 
 
 def test_output_of_both_models_is_combined() -> None:
-    from vaflow.train.heads.each import EachModel
+    from vaflow.train.heads.model import EachModel
 
     one, other = toy_model(), toy_model()
     nn.init.normal_(other.regression[0].weight)  # type: ignore[arg-type]

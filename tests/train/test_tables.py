@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vaflow.timeline import Grid, median_interval
-from vaflow.train.tables import (
+from vaflow.train.index_tables import (
     NOTHING,
     SILENCE,
     SoundTimes,

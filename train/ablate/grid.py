@@ -1,6 +1,6 @@
 """Tables as data: the TOML file of `vaflow ablate`, checked as a whole when it is read. No cache is needed.
 
-The built-in file, `vaflow/train/tables.toml`, says in its head how one is written.
+The built-in file, `vaflow/train/paper_tables.toml`, says in its head how one is written.
 """
 
 import tomllib
@@ -93,9 +93,9 @@ def load_study(path: Path | None = None) -> Study:
     Raises:
         UsageError: it cannot be read, is not TOML, or a part of it is not understood; the row is named.
     """
-    name = str(path or "tables.toml")
+    name = str(path or "paper_tables.toml")
     try:
-        text = (path or resources.files("vaflow.train").joinpath("tables.toml")).read_text("utf-8")
+        text = (path or resources.files("vaflow.train").joinpath("paper_tables.toml")).read_text("utf-8")
         document = tomllib.loads(text)
     except OSError as error:
         raise UsageError(explain(f"Cannot read the tables {name}", got=error.strerror)) from error

@@ -1,11 +1,18 @@
-"""`results.html`: one file, nothing fetched, light and dark, fit to print. All text is escaped."""
+"""`results.html`: one file, nothing fetched, light and dark, fit to print. All text is escaped.
 
+A table as a picture: for every row its mean CCC with the interval, its seeds, and the published number; inline SVG.
+
+Colours come from the page's style sheet, so that the picture follows light, dark and print. Shapes differ, too: nothing
+is told by colour alone.
+"""
+
+from collections.abc import Sequence
 from html import escape
 
+import numpy as np
+
 from vaflow.train.ablate.grid import SCORES
-from vaflow.train.ablate.plot import legend, plot
-from vaflow.train.ablate.results import Results, RowResult, TableResult
-from vaflow.train.ablate.writing import (
+from vaflow.train.ablate.report import (
     PAPER_PLACES,
     About,
     digits,
@@ -18,6 +25,114 @@ from vaflow.train.ablate.writing import (
     statements,
     table_note,
 )
+from vaflow.train.ablate.results import Results, RowResult, TableResult
+
+WIDTH, LABELS, RIGHT = 860, 345, 24  # pixels: the whole, the names of rows, the margin
+TOP, ROW, BOTTOM = 30, 28, 34
+NAME_LETTERS = 44  # before a row; more does not fit
+NOT_TRAINED = "not trained: "
+MEAN = -1  # column of the mean
+
+
+def plot(table: TableResult, reference: RowResult) -> str:
+    """An SVG element."""
+    height = TOP + ROW * len(table.rows) + BOTTOM
+    scale = _Scale(*_limits(table.rows, reference))
+    title = escape(f"{heading(table)}: mean CCC of every row with its interval")
+    parts = [
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">',
+        *_axis(scale, height),
+        *_reference(scale, reference, height),
+    ]
+    for i, row in enumerate(table.rows):
+        parts += _row(scale, row, TOP + ROW * (i + 0.5))
+    return "\n".join([*parts, "</svg>"])
+
+
+def legend() -> str:
+    """What the marks mean, as HTML."""
+    marks = (
+        ('<line class="interval" x1="1" y1="8" x2="31" y2="8"/><circle class="mean" cx="16" cy="8" r="4.5"/>',
+         "ours: mean over seeds, 95 % interval over videos"),
+        ('<circle class="seed" cx="16" cy="8" r="3"/>', "one seed"),
+        (_diamond(16, 8), "published"),
+        ('<line class="reference" x1="16" y1="1" x2="16" y2="15"/>', "ours: the full model"),
+    )  # fmt: skip
+    shown = (f'<span><svg viewBox="0 0 32 16" aria-hidden="true">{mark}</svg>{text}</span>' for mark, text in marks)
+    return f'<p class="legend">{"".join(shown)}</p>'
+
+
+class _Scale:
+    """CCC -> pixels."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.step = next(step for step in (0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / step <= 9 or step == 0.5)
+        self.low = np.floor(low / self.step + 1e-9) * self.step
+        self.high = max(np.ceil(high / self.step - 1e-9) * self.step, self.low + self.step)
+
+    def x(self, value: float) -> str:
+        share = (value - self.low) / (self.high - self.low)
+        return f"{LABELS + share * (WIDTH - LABELS - RIGHT):.1f}"
+
+    def ticks(self) -> list[float]:
+        return [self.low + k * self.step for k in range(round((self.high - self.low) / self.step) + 1)]
+
+
+def _limits(rows: Sequence[RowResult], reference: RowResult) -> tuple[float, float]:
+    shown = [reference.mean[MEAN], *(x for row in rows for x in (*row.interval[MEAN], paper_scores(row)[MEAN]))]
+    shown += [score for row in rows for score in row.scores[:, MEAN]]
+    finite = [float(x) for x in shown if np.isfinite(x)]
+    return (min(finite), max(finite)) if finite else (0.0, 1.0)
+
+
+def _axis(scale: _Scale, height: int) -> list[str]:
+    below = height - BOTTOM
+    parts = []
+    for tick in scale.ticks():
+        x, text = scale.x(tick), digits(tick, places=2) if abs(tick) > 1e-9 else "0"
+        parts.append(f'<line class="grid" x1="{x}" y1="{TOP}" x2="{x}" y2="{below}"/>')
+        parts.append(f'<text class="tick" x="{x}" y="{below + 16}" text-anchor="middle">{text}</text>')
+    middle = (LABELS + WIDTH - RIGHT) / 2
+    return [*parts, f'<text class="tick" x="{middle}" y="{below + 31}" text-anchor="middle">mean CCC</text>']
+
+
+def _reference(scale: _Scale, reference: RowResult, height: int) -> list[str]:
+    if not np.isfinite(reference.mean[MEAN]):
+        return []
+    x = scale.x(reference.mean[MEAN])
+    return [
+        f'<line class="reference" x1="{x}" y1="{TOP - 6}" x2="{x}" y2="{height - BOTTOM}"/>',
+        f'<text class="tick" x="{x}" y="{TOP - 12}" text-anchor="middle">full model</text>',
+    ]
+
+
+def _row(scale: _Scale, row: RowResult, y: float) -> list[str]:
+    name = row.entry.row.name
+    room = NAME_LETTERS if row.seeds else NAME_LETTERS - len(NOT_TRAINED)
+    shown = escape(name if len(name) <= room else f"{name[: room - 1].rstrip()}…")
+    if not row.seeds:
+        shown = f'<tspan class="tick">{NOT_TRAINED}</tspan>{shown}'
+    parts = [f'<text class="name" x="{LABELS - 14}" y="{y + 4}" text-anchor="end">{shown}</text>']
+    mean, (low, high), paper = row.mean[MEAN], row.interval[MEAN], paper_scores(row)[MEAN]
+    said = [f"{name}: {digits(mean)}, interval {spread(low, high)}" if row.seeds else f"{name}: not trained"]
+    said += [f"published {digits(paper, places=4)}"] if np.isfinite(paper) else []
+    parts.append(f"<g><title>{escape('; '.join(said))}</title>")
+    parts.append(f'<rect class="touch" x="{LABELS}" y="{y - ROW / 2}" width="{WIDTH - LABELS}" height="{ROW}"/>')
+    if np.isfinite([low, high]).all():
+        parts.append(f'<line class="interval" x1="{scale.x(low)}" y1="{y}" x2="{scale.x(high)}" y2="{y}"/>')
+    if row.seeds > 1:
+        seeds = (score for score in row.scores[:, MEAN] if np.isfinite(score))
+        parts += [f'<circle class="seed" cx="{scale.x(score)}" cy="{y}" r="3"/>' for score in seeds]
+    if np.isfinite(mean):
+        parts.append(f'<circle class="mean" cx="{scale.x(mean)}" cy="{y}" r="4.5"/>')
+    if np.isfinite(paper):
+        parts.append(_diamond(float(scale.x(paper)), y))
+    return [*parts, "</g>"]
+
+
+def _diamond(x: float, y: float, r: float = 5) -> str:
+    return f'<path class="paper" d="M{x:.1f} {y - r:.1f} l{r} {r} l{-r} {r} l{-r} {-r} z"/>'
+
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1b1b1b; --soft: #5c5c5c; --line: #d9d9d9; --stripe: #f6f6f6;
@@ -81,7 +196,7 @@ def html_page(results: Results, about: About) -> str:
 
 
 def _section(table: TableResult, reference: RowResult) -> str:
-    rows = "\n".join(_row(row) for row in table.rows)
+    rows = "\n".join(_table_row(row) for row in table.rows)
     remarks = "".join(
         f"<li{' class=problem' if row.problem else ''}>{escape(row.entry.row.name)}: {escape(text)}</li>"
         for row in table.rows
@@ -108,7 +223,7 @@ def _section(table: TableResult, reference: RowResult) -> str:
 </section>"""
 
 
-def _row(row: RowResult) -> str:
+def _table_row(row: RowResult) -> str:
     versus = row.versus
     cells = [_ours(row, k) for k in range(len(SCORES))]
     cells.append(spread(*row.interval[-1]))

@@ -10,9 +10,8 @@ import numpy as np
 from vaflow.timeline import Floats
 from vaflow.train.ablate.grid import SCORES, Table
 from vaflow.train.ablate.plan import Entry, Plan
-from vaflow.train.ablate.pool import RUNS
+from vaflow.train.ablate.pool import RUNS, Ended
 from vaflow.train.ablate.statistics import Comparison, compare, draw, interval, read_moments, resampled_ccc
-from vaflow.train.ablate.worker import Ended
 from vaflow.train.runs import RunFolder
 
 

@@ -15,11 +15,10 @@ from vaflow.errors import UsageError, explain
 from vaflow.train.ablate.grid import Study
 from vaflow.train.ablate.page import html_page
 from vaflow.train.ablate.plan import Job, Options, Plan, add_command, make_plan
-from vaflow.train.ablate.pool import RUNS, Outcome, run_jobs
+from vaflow.train.ablate.pool import RUNS, Ended, Outcome, run_jobs
+from vaflow.train.ablate.report import About, csv_text, markdown
 from vaflow.train.ablate.results import Results, collect
 from vaflow.train.ablate.statistics import moments_file
-from vaflow.train.ablate.worker import Ended
-from vaflow.train.ablate.writing import About, csv_text, markdown
 from vaflow.train.runs import RunFolder
 from vaflow.train.storage import write_whole
 

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaflow import pictures
+from vaflow import images as pictures
 from vaflow.cache import Cache
 from vaflow.cache.documents import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS
-from vaflow.encoders.frontend import cut
+from vaflow.encoders.base import cut
 from vaflow.encoders.images import Preparation
 from vaflow.encoders.logmel import HOP, RATE
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.train.batch import VISUAL
+from vaflow.train.data import default_budget, make_packs, mapped
 from vaflow.train.finetune.augment import Augment
 from vaflow.train.finetune.backbones import Backbone
 from vaflow.train.inputs import InputStream
-from vaflow.train.packing import default_budget, make_packs, mapped
 from vaflow.train.windows import WindowSet
 
 THREADS = min(8, cpu_count() or 1)  # that decode pictures: Pillow lets go of the interpreter meanwhile

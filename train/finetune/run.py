@@ -2,19 +2,25 @@
 
 Validation encodes the split anew after every epoch, without augmentation, in float32, stored as the cache stores
 features. So its scores are those that heads would get on a cache extracted with the tuned encoders.
+
+Devices, precision and processes, by Lightning Fabric. `torchrun` starts the processes; alone, there is one.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from vaflow.cache import Cache
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.train import training
+from vaflow.train.builder import choose_device
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import check_complete, failed_items, predict_clips
 from vaflow.train.finetune.backbones import (
@@ -28,7 +34,6 @@ from vaflow.train.finetune.backbones import (
 )
 from vaflow.train.finetune.data import Source, check_sources, load_sources
 from vaflow.train.finetune.model import TunedModel, encode_split
-from vaflow.train.finetune.processes import processes
 from vaflow.train.finetune.step import Tuning, make_optimizer, train_epoch
 from vaflow.train.heads.model import VAModel, count_parameters
 from vaflow.train.inputs import Inputs, check_same
@@ -36,6 +41,49 @@ from vaflow.train.loop import Progress, run_epochs
 from vaflow.train.reporting import describe
 from vaflow.train.runs import RunFolder, RunRecord, load_run
 from vaflow.train.windows import WindowSet
+
+PRECISION: Mapping[str, Literal["32-true", "bf16-mixed"]] = {"float32": "32-true", "bfloat16": "bf16-mixed"}
+
+
+@contextmanager
+def processes(config: TrainConfig) -> Iterator[Any]:
+    """A launched Fabric; meanwhile the log of all processes but the first says warnings only.
+
+    Processes stay connected until they end: a second connection would meet what the first one left.
+
+    Raises:
+        UsageError: the device is not there.
+    """
+    from lightning_fabric import Fabric
+
+    device = choose_device(config.device)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    alone = [device.index or 0] if device.type == "cuda" else 1
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=alone if world == 1 else local,
+        num_nodes=1 if world == 1 else world // local,
+        # A batch may have no picture or no sound at all on one process: then that backbone is not used there.
+        strategy="auto" if world == 1 else "ddp_find_unused_parameters_true",
+        precision=PRECISION[_precision(config, device)],
+    )
+    fabric.launch()
+    quiet = logging.getLogger("vaflow")
+    level = quiet.level
+    if not fabric.is_global_zero:
+        quiet.setLevel(logging.WARNING)
+    try:
+        yield fabric
+    finally:
+        quiet.setLevel(level)
+
+
+def _precision(config: TrainConfig, device: torch.device) -> str:
+    if config.precision != "auto":
+        return config.precision
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from vaflow.train.batch import Batch, Output
 from vaflow.train.config import TrainConfig
-from vaflow.train.dropout import drop_modality
 from vaflow.train.finetune.augment import Augment
 from vaflow.train.finetune.data import Source
 from vaflow.train.finetune.model import Raw, TunedModel, gather
 from vaflow.train.loop import CHECK_EVERY, PARTS, Row, check_finite, lr_factor, seed_from, seeded
 from vaflow.train.losses import total_loss
-from vaflow.train.windows import WindowSet
+from vaflow.train.windows import WindowSet, drop_modality
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -3,21 +3,116 @@
 Source: arXiv 2603.13415, section 3. The paper is silent on: what happens to a feature before its projection
 (`normalize`), the shape of the regression head (one hidden layer), dropout (after the projection and in that head),
 several streams of one modality (see `VAModel` and `fusion`), and missing input (a learned vector per stream).
+
+What becomes of one stream before fusion: normalise, project, fill in what is missing, look at the context.
+
+Source: arXiv 2603.13415, section 3 (projection, eq. 1); normalisation and the vector for missing input are ours.
+
+Two sets of weights as one model: valence from the epoch that was best in valence, arousal from its own.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vaflow.errors import UsageError, explain
 from vaflow.train.batch import AUDIO, VISUAL, Batch, Output, StreamSpec, TargetSpec
-from vaflow.train.heads.branches import NORMALIZE, Branch, Standardize
 from vaflow.train.heads.fusion import FUSION, Track, interpolate
 from vaflow.train.heads.prompt import PromptHead
+from vaflow.train.heads.spectrogram import Spectrogram
 from vaflow.train.heads.temporal import TEMPORAL
+
+
+class UnitLength(nn.Module):
+    """[..., D] -> the same direction, length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return functional.normalize(x, dim=-1)
+
+
+class Standardize(nn.Module):
+    """(x - mean) / deviation per dimension, with numbers of the training split; the identity until they are set."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("deviation", torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return (x - self.mean) / self.deviation.clamp(min=1e-6)
+
+
+NORMALIZE: Mapping[str, Callable[[int], nn.Module]] = {
+    "layer": nn.LayerNorm,
+    "l2": lambda dim: UnitLength(),
+    "standard": Standardize,
+    "none": lambda dim: nn.Identity(),
+}
+
+
+class Branch(nn.Module):
+    """One stream: normalise, project to `hidden`, put the learned vector where input is missing, then its context.
+
+    A spectrogram is standardised per band, whatever `normalize` says (a LayerNorm would take the loudness out of every
+    frame, and with it much of what sound says about arousal), and a CNN makes steps of its frames first.
+
+    Args:
+        dim: width of the stream's features.
+        hidden: width of the result.
+        normalize: a key of `NORMALIZE`.
+        temporal: a key of `TEMPORAL`.
+        temporal_options: its keyword arguments.
+        dropout: on what enters the temporal model.
+        frames_per_step: of a spectrogram; 0: features are steps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        normalize: str,
+        temporal: str,
+        temporal_options: Mapping[str, Any],
+        dropout: float,
+        frames_per_step: int = 0,
+    ) -> None:
+        super().__init__()
+        self.normalize = NORMALIZE["standard" if frames_per_step else normalize](dim)
+        self.spectrogram = Spectrogram(dim, frames_per_step) if frames_per_step else None
+        if self.spectrogram is None:
+            self.project: nn.Module = nn.Linear(dim, hidden)
+        else:
+            width = self.spectrogram.width
+            self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
+        self.missing = nn.Parameter(torch.zeros(hidden))
+        self.dropout = nn.Dropout(dropout)
+        self.temporal = TEMPORAL[temporal](hidden, hidden, **temporal_options)
+
+    def forward(self, x: Tensor, valid: Tensor, inside: Tensor) -> Tensor:
+        """x [B, T, dim], valid and inside [B, T] bool -> [B, T, hidden]; features that are not valid are not read."""
+        return self._in_context(self.normalize(torch.where(valid.unsqueeze(-1), x, 0)), valid, inside)
+
+    def track(self, x: Tensor, key: Tensor, inside: Tensor, time: Tensor) -> Track:
+        """An audio stream, x [B, T, dim]; key, inside [B, T] bool; time [B, T] seconds. Frames become steps here."""
+        if self.spectrogram is None:
+            return Track(self(x, key, inside), time, inside, key)
+        steps = self.spectrogram(self.normalize(x), key, inside, time)
+        value = self._in_context(steps.value, steps.valid, steps.inside)
+        return Track(value, steps.time, steps.inside, steps.valid)
+
+    def _in_context(self, x: Tensor, valid: Tensor, inside: Tensor) -> Tensor:
+        projected = torch.where(valid.unsqueeze(-1), self.project(x), self.missing)
+        result: Tensor = self.temporal(self.dropout(projected), inside)
+        return result
 
 
 class VAModel(nn.Module):
@@ -202,3 +297,26 @@ def _check_features(stream: StreamSpec, batch: Batch) -> None:
         got = getattr(batch, what)[name].shape
         if got != shape[:2]:
             raise ValueError(f"stream {name!r}: expected {what} {[*shape[:2]]}; got {[*got]}")
+
+
+class EachModel(nn.Module):
+    """Valence as one model says it, arousal as another does; other logits are the mean of both.
+
+    Args:
+        valence, arousal: models of the same inputs.
+    """
+
+    def __init__(self, valence: nn.Module, arousal: nn.Module) -> None:
+        super().__init__()
+        self.valence = valence
+        self.arousal = arousal
+
+    def forward(self, batch: Batch) -> Output:
+        """A batch -> va [B, F, 2], region logits [B, F, 9] (or None), other logits."""
+        one: Output = self.valence(batch)
+        other: Output = self.arousal(batch)
+        va = torch.stack([one.va[..., 0], other.va[..., 1]], dim=-1)
+        extra = {name: (logits + other.extra[name]) / 2 for name, logits in one.extra.items()}
+        if one.region_logits is None or other.region_logits is None:
+            return Output(va, None, extra)
+        return Output(va, (one.region_logits + other.region_logits) / 2, extra)

@@ -1,7 +1,7 @@
 """The bridge between the stages: arrays made once, committed safely, read fast. `cache_schema.md` is the contract."""
 
 from vaflow.cache.cache import Cache
-from vaflow.cache.item import Item
 from vaflow.cache.opening import address, create_cache, is_cache, open_cache
+from vaflow.cache.schema import Item
 
 __all__ = ["Cache", "Item", "address", "create_cache", "is_cache", "open_cache"]

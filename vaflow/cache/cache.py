@@ -10,18 +10,26 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache.commit import commit, discard, load_record
-from vaflow.cache.declare import declare, load_stream
 from vaflow.cache.documents import fingerprint, now, plain
-from vaflow.cache.fetch import fetch
-from vaflow.cache.index import Index, Row
-from vaflow.cache.item import Item
-from vaflow.cache.long import LongArray, Scratch
-from vaflow.cache.messages import cannot_write, corrupt
-from vaflow.cache.names import Layout, escape
-from vaflow.cache.places import look
-from vaflow.cache.saving import now_and_then
-from vaflow.cache.schema import LABELS, SCHEMA_VERSION, Array, Json, Record, Rows, StoreName, StreamInfo, array_problems
+from vaflow.cache.index import Index, Row, now_and_then
+from vaflow.cache.layout import Layout, cannot_write, corrupt, escape
+from vaflow.cache.reader import fetch
+from vaflow.cache.schema import (
+    LABELS,
+    SCHEMA_VERSION,
+    Array,
+    Item,
+    Json,
+    Record,
+    Rows,
+    StoreName,
+    StreamInfo,
+    array_problems,
+)
+from vaflow.cache.scratch import LongArray, Scratch
+from vaflow.cache.storage import look
 from vaflow.cache.stores import STORES
+from vaflow.cache.streams import declare, load_stream
 from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError, explain
 
 NO_SPLIT = "none"  # what `info` and `items` call the clips whose data set does not say

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 
-from vaflow.cache import files, places
+from vaflow.cache import files
+from vaflow.cache import storage as places
 from vaflow.cache.documents import file_facts, record_document, record_from, seal, unseal
-from vaflow.cache.names import Layout
+from vaflow.cache.layout import Layout
 from vaflow.cache.schema import Record, Rows
 from vaflow.cache.stores import Store
 

@@ -12,7 +12,7 @@ import google_crc32c
 import numpy as np
 
 from vaflow.cache.files import Blob
-from vaflow.cache.names import is_attempt
+from vaflow.cache.layout import is_attempt
 from vaflow.cache.schema import DTYPES, FORMAT, KINDS, SCHEMA_VERSION, Json, Record, StreamInfo
 from vaflow.errors import UsageError, explain
 

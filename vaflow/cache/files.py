@@ -12,7 +12,7 @@ from secrets import token_hex
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.cache.names import TEMPORARY
+from vaflow.cache.layout import TEMPORARY
 
 Blob = NDArray[np.uint8]  # the bytes of one file, writable, so that arrays made of them are too
 

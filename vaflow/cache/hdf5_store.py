@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache.files import Blob
-from vaflow.cache.names import TEMPORARY
+from vaflow.cache.layout import TEMPORARY
 from vaflow.cache.schema import Array, Rows, parts
 
 SUFFIX = ".h5"

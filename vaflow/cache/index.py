@@ -4,21 +4,26 @@ The records are the truth; the index can be deleted at any time. Per stream it i
 has the time of change and the inode that were seen, and that time was already past when the folder was listed (else
 two changes could share it: "racily fresh"). Otherwise the folder is listed again, and only records whose time, size or
 inode changed are read.
+
+Saves the index now and then while a long run adds to a cache: after a kill, only what came later is read again.
 """
 
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vaflow.cache import files
 from vaflow.cache.documents import canonical, crc32c, source_stamp
-from vaflow.cache.names import TEMPORARY, Layout
+from vaflow.cache.layout import TEMPORARY, Layout
 from vaflow.cache.schema import SCHEMA_VERSION, Record
+from vaflow.errors import CacheError
 
 log = logging.getLogger(__name__)
 
@@ -208,3 +213,31 @@ def _margin(mtime_ns: int) -> int:
 
 def _is_past(mtime_ns: int, clock: int) -> bool:
     return mtime_ns < clock - _margin(mtime_ns)
+
+
+EVERY = 300.0  # seconds between two savings
+SHARE = 50  # a pause lasts that many times as long as the last saving took: at most 2 % of a slow disk's time
+
+
+@contextmanager
+def now_and_then(save: Callable[[], None]) -> Iterator[None]:
+    """Call `save` in a thread of its own while the block runs. A disk that refuses costs that saving only."""
+    ended = threading.Event()
+
+    def work() -> None:
+        pause = EVERY
+        while not ended.wait(pause):
+            began = time.monotonic()
+            try:
+                save()
+            except (OSError, CacheError) as error:
+                log.info("the index was not saved: %s", error)
+            pause = max(EVERY, SHARE * (time.monotonic() - began))
+
+    thread = threading.Thread(target=work, name="vaflow-index", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -12,13 +12,11 @@ from itertools import groupby
 from typing import Any
 
 from vaflow.cache.cache import Cache
-from vaflow.cache.convert import declare_streams, refuse_inside
-from vaflow.cache.declare import differences
+from vaflow.cache.copy import Brief, Job, Key, Survey, TransferSummary, declare_streams, refuse_inside, survey, transfer
 from vaflow.cache.documents import canonical
 from vaflow.cache.opening import PathLike, create_cache, is_cache, open_cache
 from vaflow.cache.schema import StreamInfo
-from vaflow.cache.survey import Brief, Key, Survey, survey
-from vaflow.cache.transfer import Job, TransferSummary, transfer
+from vaflow.cache.streams import differences
 from vaflow.cache.verify import load_streams
 from vaflow.errors import CorruptError, FingerprintError, UsageError, explain
 

@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vaflow.cache import files, places
+from vaflow.cache import files
+from vaflow.cache import storage as places
 from vaflow.cache.cache import Cache
 from vaflow.cache.documents import manifest_document, seal, unseal
-from vaflow.cache.messages import corrupt
-from vaflow.cache.names import TEMPORARY, Layout
+from vaflow.cache.layout import TEMPORARY, Layout, corrupt
 from vaflow.cache.remote import Remote, url_of
 from vaflow.cache.schema import FORMAT, SCHEMA_VERSION, STORES, StoreName
 from vaflow.errors import SchemaError, UsageError, explain

@@ -20,7 +20,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from vaflow.cache.names import TEMPORARY, escape, is_attempt
+from vaflow.cache.layout import TEMPORARY, escape, is_attempt
 from vaflow.errors import UsageError, explain
 
 VARIABLE = "VAFLOW_CACHE_DIR"  # where the local folders are kept; without it they go when the program ends

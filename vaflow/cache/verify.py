@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vaflow.cache import files, places
+from vaflow.cache import files
+from vaflow.cache import storage as places
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import discard, load_record
-from vaflow.cache.declare import load_stream
 from vaflow.cache.documents import fingerprint, manifest_document, seal
-from vaflow.cache.fetch import decode, file_problem, size_problem
-from vaflow.cache.messages import cannot_write
-from vaflow.cache.names import TEMPORARY, Layout
+from vaflow.cache.layout import TEMPORARY, Layout, cannot_write
 from vaflow.cache.opening import layout_of, open_cache, read_manifest
+from vaflow.cache.reader import decode, file_problem, size_problem
 from vaflow.cache.schema import Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES
+from vaflow.cache.streams import load_stream
 from vaflow.errors import CacheError, CorruptError, UsageError, visible
 
 GRACE = 3600.0  # seconds after which nobody is still writing an attempt

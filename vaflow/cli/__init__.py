@@ -13,23 +13,14 @@ from types import FrameType
 
 import typer
 
-from vaflow.cli import (
-    ablate,
-    cache,
-    cache_copy,
-    cache_import,
-    cache_prompts,
-    cache_targets,
-    check,
-    demo,
-    ensemble,
-    extract,
-    folds,
-    predict,
-    submit,
-    trace,
-    train,
-)
+from vaflow.cli import ablate, cache, cache_import, check, demo, extract, predict, train
+from vaflow.cli import cache as cache_copy
+from vaflow.cli import cache as cache_prompts
+from vaflow.cli import cache_import as cache_targets
+from vaflow.cli import predict as submit
+from vaflow.cli import provenance as trace
+from vaflow.cli import train as ensemble
+from vaflow.cli import train as folds
 from vaflow.errors import VaflowError, explain, is_out_of_memory
 
 INTERRUPTED, TERMINATED = 130, 143

@@ -143,7 +143,7 @@ class _Reporter:
 
 def summary(result: "StudyResult") -> str:
     """Every table for people, and what it took."""
-    from vaflow.train.ablate.writing import heading, statements
+    from vaflow.train.ablate.report import heading, statements
 
     parts = [f"{heading(found)}\n\n{_table(found)}" for found in result.results.tables]
     about = result.about
@@ -156,7 +156,7 @@ def summary(result: "StudyResult") -> str:
 
 
 def _table(found: "TableResult") -> str:
-    from vaflow.train.ablate.writing import digits, p_text, paper_scores, spread
+    from vaflow.train.ablate.report import digits, p_text, paper_scores, spread
 
     rows = [
         (
@@ -177,7 +177,7 @@ def _table(found: "TableResult") -> str:
 
 def document(result: "StudyResult") -> dict[str, Any]:
     """What --json prints."""
-    from vaflow.train.ablate.writing import record, statements
+    from vaflow.train.ablate.report import record, statements
 
     about = result.about
     return {

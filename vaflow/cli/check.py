@@ -104,7 +104,7 @@ def _write_page(report: "Report", path: Path, show_bar: bool) -> None:
     from tqdm import tqdm
 
     from vaflow.extract.doctor.page import html_page, pictured
-    from vaflow.extract.doctor.pictures import all_thumbnails
+    from vaflow.extract.doctor.thumbnails import all_thumbnails
 
     chosen = [(c.clip, c.media.duration if c.media else None) for c in pictured(report)]
     found = tqdm(all_thumbnails(chosen), total=len(chosen), unit="clip", desc="pictures", disable=not show_bar)

@@ -7,15 +7,227 @@
 
 A trial is one person in one video; `<video>_left` and `<video>_right` share the video, its sound and their group.
 `affwild2_tree.py` finds the files; here trials are put together.
+
+The challenge's annotation files: one row per frame.
+
+Where the parts of an Aff-Wild2 tree stand. Folders of crops are recognised by their first files, never listed.
 """
 
-from collections import defaultdict
+import os
+import re
+from collections import defaultdict, deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaflow.datasets.affwild2_tree import Tree, listed_trials, survey
-from vaflow.datasets.clip import Clip
-from vaflow.datasets.dataset import Note
-from vaflow.datasets.files import examples
+import numpy as np
+
+from vaflow.datasets import text
+from vaflow.datasets.clip import Annotation, Clip, Note
+from vaflow.datasets.files import entries, examples, is_video, printable, size_problem
+from vaflow.datasets.text import TARGETS, Problems
+from vaflow.errors import UsageError, explain
+
+
+def read_affwild2(path: Path) -> Annotation:
+    """A challenge annotation file: header `valence,arousal`, then row k for frame k.
+
+    Raises:
+        DataError: with every problem and its lines.
+    """
+    expected = "the first line 'valence,arousal', then two numbers a line, each in [-1, 1] or -5"
+    problems = Problems()
+    lines = text.read_lines(path, problems)
+    if not lines:
+        raise text.refuse(path, expected, "an empty file")
+    header = [cell.lower() for cell in text.split(lines[0])]
+    if sorted(header) != sorted(TARGETS):
+        if all(text.is_number(cell) for cell in header):
+            raise text.refuse(path, expected, f"no header: line 1 is {lines[0][:60]!r}")
+        raise text.refuse(path, expected, f"line 1 ({lines[0][:60]!r})")
+    value = [[text.value(cell, number, problems) for cell in cells] for number, cells in text.rows(lines, 2, problems)]
+    if problems:
+        raise text.refuse(path, expected, problems)
+    if not value:
+        raise text.refuse(path, expected, "a header without rows")
+    columns = np.array(value, np.float32)[:, [header.index(target) for target in TARGETS]]
+    return Annotation(value=columns, frame=np.arange(len(value), dtype=np.int64))
+
+
+DEPTH = 5  # folders below the root: `<archive>/Annotations/VA_Estimation_Challenge/Train_Set/`
+
+_SPLIT_FOLDERS = {"train_set": "train", "training_set": "train", "validation_set": "val"}
+_VALENCE_AROUSAL = re.compile(r"va([_ -]|$)|valence", re.IGNORECASE)
+_OTHER_TRACKS = re.compile(r"(^|[_ -])(expr|aus?(?=[_ .-])|action|mtl)", re.IGNORECASE)
+_CROP = re.compile(r"\d+\.(jpe?g|png)", re.IGNORECASE)
+_SAMPLE_HEADER = ["image_location", "valence", "arousal"]
+
+
+@dataclass
+class Tree:
+    """What stands below a root, each list in the order of paths.
+
+    Attributes:
+        videos: files below the root.
+        crops: one folder per trial and archive.
+        aligned: the archives' own folders.
+        label_files: (split, folder, names of its .txt files).
+        other_tracks: trials that only another track (expressions, action units) annotates.
+        lists: text files that may list the test trials.
+    """
+
+    root: Path
+    videos: list[Path] = field(default_factory=list)
+    crops: list[Path] = field(default_factory=list)
+    aligned: list[Path] = field(default_factory=list)
+    label_files: list[tuple[str, Path, list[str]]] = field(default_factory=list)
+    other_tracks: set[str] = field(default_factory=set)
+    lists: list[Path] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+
+    @property
+    def labels(self) -> list[tuple[str, Path]]:
+        """(split, folder) of every folder of annotations that is not empty."""
+        return [(split, folder) for split, folder, names in self.label_files if names]
+
+
+def survey(root: Path) -> Tree:
+    """Find videos, crops, annotations and lists; folders may be links, at most `DEPTH` deep."""
+    tree = Tree(root)
+    queue = deque([(root, 0)])
+    visited = set()
+    while queue:
+        folder, depth = queue.popleft()
+        status = folder.stat()
+        if depth > DEPTH or (status.st_dev, status.st_ino) in visited:  # a link may lead in circles
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        take = _take_archive if _is_archive(folder) and folder != root else _take_folder
+        queue.extend((child, depth + 1) for child in take(tree, folder))
+    for paths in (tree.videos, tree.crops, tree.aligned, tree.lists, tree.label_files):
+        paths.sort()
+    tree.other_tracks -= {name.removesuffix(".txt") for _, _, names in tree.label_files for name in names}
+    _prefer_aligned(tree)
+    return tree
+
+
+def listed_trials(lists: Collection[Path], known: Collection[str]) -> tuple[set[str], list[Note]]:
+    """Names from every file that is a list of trials: most of its names are `known`, or it is a sample submission.
+
+    Raises:
+        UsageError: a list cannot be read as text.
+    """
+    trials: set[str] = set()
+    notes = []
+    for path in lists:
+        names, is_sample = _listed(path)
+        fits = sum(name in known for name in names)
+        if is_sample or (names and 2 * fits > len(names)):
+            trials |= names
+        elif names:
+            message = f"{path.name} is not taken as a list of test trials: {fits} of its {len(names)} lines name one"
+            notes.append(Note("note", "not-a-list", "", message))
+    return trials, notes
+
+
+def _listed(path: Path) -> tuple[set[str], bool]:
+    """The trials that a text file names, and whether it is a sample submission of this track."""
+    names = set()
+    if (problem := size_problem(path)) is not None:
+        raise UsageError(explain(f"Cannot read the list of test trials {path}", got=problem))
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            header = next(lines, "").strip()
+            cells = [cell.strip().lower() for cell in header.split(",")]
+            if cells[0] == _SAMPLE_HEADER[0]:
+                if cells != _SAMPLE_HEADER:
+                    return set(), False  # another track's submission
+                return {line.split(",", 1)[0].rpartition("/")[0] for line in lines if line.strip()}, True
+            for line in (header, *lines):
+                name = line.strip().rstrip("/")
+                names.add(name.rpartition(".")[0] if is_video(name) else name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(explain(f"Cannot read the list of test trials {path}", got=error)) from error
+    return names - {""}, False
+
+
+def _is_archive(folder: Path) -> bool:
+    """Whether a folder is one of the crop archives, by its name."""
+    return folder.name.lower().startswith("cropped")
+
+
+def _take_archive(tree: Tree, folder: Path) -> list[Path]:
+    """Note a crop archive's trials; return the folders that hold folders again (an archive unpacked into itself)."""
+    below = []
+    tree.aligned.append(folder)
+    for entry in entries(folder):
+        if entry.is_dir():
+            child = Path(entry.path)
+            if _first_kind(child) == "folders":
+                below.append(child)
+            elif _usable(tree, entry.name):
+                tree.crops.append(child)
+    return below
+
+
+def _take_folder(tree: Tree, folder: Path) -> list[Path]:
+    """Note the videos, annotations and lists of a folder; return its folders."""
+    if (split := _SPLIT_FOLDERS.get(folder.name.lower())) and folder != tree.root:
+        texts = [entry.name for entry in entries(folder) if entry.name.endswith(".txt") and _usable(tree, entry.name)]
+        if _VALENCE_AROUSAL.match(folder.parent.name) or folder.parent == tree.root:
+            tree.label_files.append((split, folder, texts))
+        else:
+            tree.other_tracks |= {name.removesuffix(".txt") for name in texts}
+        return []
+    if _first_kind(folder) == "crops":
+        if folder != tree.root and _usable(tree, folder.name):
+            tree.crops.append(folder)
+        return []
+    below = []
+    for entry in entries(folder):
+        name = entry.name
+        if entry.is_dir():
+            below.append(Path(entry.path))
+        elif is_video(name) and _usable(tree, name):
+            tree.videos.append(Path(entry.path))
+        elif name.lower().endswith(".txt") and "test" in name.lower() and not _OTHER_TRACKS.search(name):
+            tree.lists.append(Path(entry.path))
+    return below
+
+
+def _first_kind(folder: Path) -> str:
+    """What a folder holds first: "crops", "folders", "other" or "nothing". Reads no more of it than that."""
+    kind = "nothing"
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if _CROP.fullmatch(entry.name):
+                    return "crops"
+                if not entry.name.startswith("."):
+                    kind = "folders" if entry.is_dir() else "other"
+                    break
+    except PermissionError:
+        pass
+    return kind
+
+
+def _usable(tree: Tree, name: str) -> bool:
+    if not printable(name):
+        message = f"The name {name!a} is not text; it is left out"
+        tree.notes.append(Note("warning", "unusable-name", "", message, "Rename it"))
+    return printable(name)
+
+
+def _prefer_aligned(tree: Tree) -> None:
+    """Aligned and merely cropped faces are different pictures: where both are there, only the aligned ones count."""
+    others = [folder for folder in tree.aligned if "aligned" not in folder.name.lower()]
+    if not others or len(others) == len(tree.aligned):
+        return
+    tree.crops = [folder for folder in tree.crops if not any(other in folder.parents for other in others)]
+    tree.aligned = [folder for folder in tree.aligned if folder not in others]
+    names = examples([str(folder.relative_to(tree.root)) for folder in others])
+    tree.notes.append(Note("note", "crops-not-aligned", "", f"Crops that are not aligned are left out: {names}"))
+
 
 LOOKS_FOR = "VA_Estimation_Challenge/ or VA_Set/ with Train_Set/ and Validation_Set/, or folders cropped_aligned*/"
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vaflow.datasets import afew_va, affwild2, muse, recola, sewa, videos
-from vaflow.datasets.clip import Clip
-from vaflow.datasets.dataset import Dataset, Note
+from vaflow.datasets.clip import Clip, Dataset, Note
 from vaflow.datasets.files import entries, seen
 from vaflow.errors import UsageError, explain
 

@@ -7,22 +7,62 @@
 `detect` looks, down to four folders below the root, for a folder named `arousal` or `valence` whose first .csv has
 that header. Video and sound may stand in any folder. ROOT/splits.csv (`name,split`) wins over partition.csv. Other
 dimensions (trustworthiness, physio-arousal) are not read.
+
+MuSe's label files: one table per dimension and clip, in stretches ("segments") with unannotated pauses between.
 """
 
 import csv
+from itertools import pairwise
 from pathlib import Path
 
-from vaflow.datasets.clip import Clip
-from vaflow.datasets.dataset import Note
-from vaflow.datasets.files import examples, size_problem
+import numpy as np
+
+from vaflow.datasets import text
+from vaflow.datasets.clip import Clip, Note
+from vaflow.datasets.files import examples, head, size_problem
+from vaflow.datasets.labels import Trace, with_gaps
 from vaflow.datasets.recordings import DIMENSIONS, Found, make_clips, recordings, survey
-from vaflow.datasets.walk import head
+from vaflow.datasets.text import Problems
 from vaflow.errors import UsageError, explain
+
+_EXPECTED = "the header 'timestamp,value,segment_id' (milliseconds, a number in [-1, 1], whole numbers)"
+_COLUMNS = ("timestamp", "value", "segment_id")
+
+
+def read_muse(path: Path) -> Trace:
+    """One dimension of one clip. What lies between two segments is not annotated, nor is a row without a segment.
+
+    Raises:
+        DataError: with every problem and its lines.
+    """
+    problems = Problems()
+    lines = text.read_lines(path, problems)
+    if not lines:
+        raise text.refuse(path, _EXPECTED, "an empty file")
+    header = [cell.lower() for cell in text.split(lines[0])]
+    if len(set(header)) != len(header) or not set(_COLUMNS) <= set(header):
+        raise text.refuse(path, _EXPECTED, f"line 1 ({lines[0][:60]!r})")
+    at = [header.index(name) for name in _COLUMNS]
+    stands, values, segments = [], [], []
+    for number, cells in text.rows(lines, len(header), problems):
+        stamp, value, segment = (cells[i] for i in at)
+        stands.append((number, stamp))
+        segments.append(segment)
+        known = text.value(value, number, problems, text.NOT_A_NUMBER)
+        values.append(known if segment else np.nan)
+    milliseconds = text.times(stands, problems, "milliseconds")
+    if problems:
+        raise text.refuse(path, _EXPECTED, problems)
+    if not values:
+        raise text.refuse(path, _EXPECTED, "a header without rows")
+    breaks = np.array([one != other for one, other in pairwise(segments)], bool)
+    return with_gaps(Trace(milliseconds / 1000, np.array(values, np.float32)), breaks)
+
 
 LOOKS_FOR = "folders arousal/ and valence/ of .csv files with the header timestamp,value,segment_id"
 PARTITION_FILE = "partition.csv"
 
-_COLUMNS = {"timestamp", "value", "segment_id"}
+_LABEL_COLUMNS = {"timestamp", "value", "segment_id"}
 _SPLITS = {"train": "train", "devel": "val", "dev": "val", "val": "val", "test": "test"}
 
 
@@ -55,7 +95,7 @@ def _labels(found: Found) -> list[tuple[str, Path]]:
 
 
 def _is_table(path: Path) -> bool:
-    return {cell.strip().lower() for cell in head(path).partition("\n")[0].split(",")} >= _COLUMNS
+    return {cell.strip().lower() for cell in head(path).partition("\n")[0].split(",")} >= _LABEL_COLUMNS
 
 
 def _partition(found: Found, names: set[str]) -> tuple[dict[str, str | None], list[Note]]:

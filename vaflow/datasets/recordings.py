@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaflow.datasets.clip import Clip
-from vaflow.datasets.dataset import Note
-from vaflow.datasets.files import is_video
+from vaflow.datasets.clip import Clip, Note
+from vaflow.datasets.files import is_video, walk
 from vaflow.datasets.splits import SPLITS_FILE, match_splits, read_splits
-from vaflow.datasets.walk import walk
 
 SOUNDS = (".wav", ".flac", ".m4a", ".mp3")
 TABLES = (".csv", ".arff")

@@ -4,8 +4,7 @@ import csv
 from collections.abc import Collection
 from pathlib import Path
 
-from vaflow.datasets.clip import SPLITS
-from vaflow.datasets.dataset import Note
+from vaflow.datasets.clip import SPLITS, Note
 from vaflow.datasets.files import examples, size_problem
 from vaflow.errors import UsageError, explain
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vaflow.demo.path import Floats, Key, MoodAt, smooth_trace
 from vaflow.demo.person import Person
+from vaflow.demo.traces import Floats, Key, MoodAt, smooth_trace
 from vaflow.demo.voice import CONTROL_RATE
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vaflow.demo.path import Key
-from vaflow.demo.pen import Colour, from_rgb, mix, shade
+from vaflow.demo.drawing import Colour, from_rgb, mix, shade
+from vaflow.demo.traces import Key
 
 SKINS = [from_rgb(c) for c in ("#f6d9c4", "#eec3a0", "#dca97e", "#c58c5e", "#a06a42", "#7b4d30", "#5c3824")]
 HAIRS = [from_rgb(c) for c in ("#2b211d", "#4a3325", "#7a4e2d", "#b58345", "#d9b871", "#8c3b22", "#8f8f93")]

@@ -3,12 +3,12 @@
 import cv2
 import numpy as np
 
+from vaflow.demo.drawing import Colour, Image, Pen, shade
 from vaflow.demo.expression import express
 from vaflow.demo.face import FaceArtist, draw_room
-from vaflow.demo.path import Floats
-from vaflow.demo.pen import Colour, Image, Pen, shade
 from vaflow.demo.person import SHIRTS, random_person
-from vaflow.demo.plan import ClipPlan
+from vaflow.demo.scenario import ClipPlan
+from vaflow.demo.traces import Floats
 
 CROP_SIZE = 112
 CROP_SCALE = 64.0  # half a face's width in the cut-out, in pixels

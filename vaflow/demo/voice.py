@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.demo.path import Floats, Key, MoodAt, smooth_trace, within
+from vaflow.demo.traces import Floats, Key, MoodAt, smooth_trace, within
 
 SAMPLE_RATE = 16_000
 CONTROL_RATE = 100  # pitch, loudness and formants are set this many times a second

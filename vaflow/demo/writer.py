@@ -21,10 +21,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.demo.film import write_film
-from vaflow.demo.pen import Image
-from vaflow.demo.plan import MUTE, SHORT_SOUND, STEREO, ClipPlan, DemoConfig, plan_clips
+from vaflow.demo.drawing import Image
+from vaflow.demo.scenario import MUTE, SHORT_SOUND, STEREO, ClipPlan, DemoConfig, plan_clips
 from vaflow.demo.scene import NoiseScene, Scene
+from vaflow.demo.video_writer import write_film
 from vaflow.demo.voice import SAMPLE_RATE, Voice, noise_sound, speak
 from vaflow.errors import UsageError, explain
 

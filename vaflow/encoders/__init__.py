@@ -83,7 +83,7 @@ def _resnet50(request: Request) -> VisualEncoder:
 
 
 def _resnet_tiny(request: Request) -> VisualEncoder:
-    from vaflow.encoders import tiny_cnn
+    from vaflow.encoders import tiny as tiny_cnn
 
     return tiny_cnn.build_resnet(request)
 
@@ -95,7 +95,7 @@ def _vggish(request: Request) -> AudioEncoder:
 
 
 def _vggish_tiny(request: Request) -> AudioEncoder:
-    from vaflow.encoders import tiny_cnn
+    from vaflow.encoders import tiny as tiny_cnn
 
     return tiny_cnn.build_vggish(request)
 

@@ -2,10 +2,22 @@
 
 The last hidden state holds special tokens and frequency x time patch tokens, frequency-major. The special tokens are
 dropped, frequency is averaged, and the tokens centred in each step are averaged.
+
+Which stretch of sound each token of an Audio Spectrogram Transformer stands for. Exact, and without torch.
+
+Tokens are patches of the [mel, frame] plane, frequency-major. All numbers come from the model's config.
+
+Checkpoints of the Audio Spectrogram Transformer: a folder as save_pretrained writes it, or a hub's model id.
 """
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,10 +25,248 @@ import torch
 from numpy.typing import NDArray
 
 from vaflow.encoders import Request
-from vaflow.encoders.ast_geometry import Geometry, window_frames
-from vaflow.encoders.ast_loading import DEFAULT_MODEL, load_checkpoint, save_checkpoint
-from vaflow.encoders.frontend import KALDI, FrontEnd, Stretches
-from vaflow.encoders.weights import state_digest
+from vaflow.encoders.base import KALDI, FrontEnd, Stretches
+from vaflow.encoders.hub import hub_file
+from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, frame_count
+from vaflow.encoders.weights import BROKEN, check_fit, state_digest
+from vaflow.errors import UsageError, WeightsError, explain
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Patches of `patch` x `patch` every `frequency_stride` bins and `time_stride` frames of [mel_bins, max_length]."""
+
+    patch: int
+    frequency_stride: int
+    time_stride: int
+    mel_bins: int
+    max_length: int
+
+    @property
+    def frequency_tokens(self) -> int:
+        """Patches along frequency."""
+        return (self.mel_bins - self.patch) // self.frequency_stride + 1
+
+    @property
+    def time_tokens(self) -> int:
+        """Patches along time."""
+        return (self.max_length - self.patch) // self.time_stride + 1
+
+    def _centres(self) -> list[Fraction]:
+        """Centre of every time token in seconds: halfway between its first frame's start and its last frame's end."""
+        half = Fraction((self.patch - 1) * HOP + FRAME, 2)
+        return [(token * self.time_stride * HOP + half) / RATE for token in range(self.time_tokens)]
+
+    def token_times(self) -> NDArray[np.float64]:
+        """[time_tokens] seconds after the window's start."""
+        return np.array([float(centre) for centre in self._centres()])
+
+    def members(self, window: float, steps: int) -> list[list[int]]:
+        """For each step k, the time tokens centred in [k, k + 1) * window / steps.
+
+        Raises:
+            UsageError: a step would have no token: more steps than tokens, or a window beyond the model's input.
+        """
+        step = Fraction(str(window)) / steps
+        found: list[list[int]] = [[] for _ in range(steps)]
+        for token, centre in enumerate(self._centres()):
+            if centre < step * steps:
+                found[int(centre / step)].append(token)
+        empty = [k for k, tokens in enumerate(found) if not tokens]
+        if empty:
+            seconds = float(Fraction(self.max_length * HOP, RATE))
+            raise UsageError(
+                explain(
+                    f"Audio step {empty[0]} of {steps} in a window of {window:g} s would have no token of the encoder",
+                    expected=f"windows of at most about {seconds:g} s, the encoder's input, and steps of at least "
+                    f"{self.time_stride * HOP / RATE:g} s, the distance of its tokens",
+                    got=f"{float(step):g} s per step",
+                    remedy="Choose fewer --audio-steps or a shorter --window",
+                )
+            )
+        return found
+
+    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
+        """[steps] seconds after the window's start: the mean centre of each step's tokens."""
+        centres = self._centres()
+        groups = self.members(window, steps)
+        return np.array([float(sum(centres[t] for t in tokens) / len(tokens)) for tokens in groups])
+
+    def pooling(self, window: float, steps: int) -> NDArray[np.float32]:
+        """[steps, time_tokens] float32: the matrix that averages each step's tokens."""
+        matrix = np.zeros((steps, self.time_tokens), np.float32)
+        for step, tokens in enumerate(self.members(window, steps)):
+            matrix[step, tokens] = 1 / len(tokens)
+        return matrix
+
+
+def window_frames(window: float) -> int:
+    """Whole log-Mel frames in a window of that many seconds (998 for 10 s)."""
+    return frame_count(int(Fraction(str(window)) * RATE))
+
+
+DEFAULT_MODEL = "MIT/ast-finetuned-audioset-10-10-0.4593"
+AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974  # of AudioSet's log-Mel values, used when a checkpoint says none
+MODEL_TYPE = "audio-spectrogram-transformer"
+CONFIG, FEATURES = "config.json", "preprocessor_config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model, and the mean and deviation that its input is normalised with: (x - mean) / (2 std)."""
+
+    module: torch.nn.Module
+    mean: float
+    std: float
+
+
+def load_checkpoint(name: str, source: str, *, local: bool) -> Checkpoint:
+    """Load the model of encoder `name` from a folder, or (unless `local`) from the hub's model id `source`.
+
+    Raises:
+        WeightsError: the folder or the hub has no such model, or its weights do not fit.
+        UsageError: the model is of another kind, or reads another kind of log-Mel.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _fetch(name, source, local)
+    config, features = _read_json(folder / CONFIG), _read_json(folder / FEATURES, optional=True)
+    _check_config(folder, config, features)
+    module = _load_module(folder)
+    if features.get("do_normalize") is False:
+        return Checkpoint(module, 0.0, 0.5)  # (x - 0) / (2 * 0.5): the values stay as they are
+    return Checkpoint(module, float(features.get("mean", AUDIOSET_MEAN)), float(features.get("std", AUDIOSET_STD)))
+
+
+def save_checkpoint(module: Any, mean: float, std: float, folder: Path) -> Path:
+    """Write a model as `load_checkpoint` reads it. The folder appears whole, in the place of an older one.
+
+    Raises:
+        WeightsError: the disk refuses.
+    """
+    new = folder.with_name(f".{folder.name}.{token_hex(4)}")
+    features = {"sampling_rate": RATE, "num_mel_bins": MEL_BINS, "do_normalize": True, "mean": mean, "std": std}
+    try:
+        with _quiet():
+            module.save_pretrained(str(new))
+        (new / FEATURES).write_text(json.dumps(features, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.replace(folder)
+    except OSError as error:
+        raise WeightsError(explain(f"Cannot write {folder}", got=error.strerror)) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def _fetch(name: str, source: str, local: bool) -> Path:
+    """The hub cache's folder with the model's files, downloaded if need be."""
+    if local or source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
+        raise WeightsError(
+            explain(
+                f"There is no folder {source}",
+                expected=f"a folder with {CONFIG}, {FEATURES} and {WEIGHT_FILES[0]}, as save_pretrained writes it",
+                remedy=f"Download the model id {DEFAULT_MODEL} and pass --weights {name}=FOLDER",
+            )
+        )
+    needs = f"a folder (PATH) with {CONFIG}, {FEATURES} and {WEIGHT_FILES[0]}"
+    hub_file(source, (CONFIG,), encoder=name, needs=needs)
+    hub_file(source, (FEATURES, CONFIG), encoder=name, needs=needs)  # some checkpoints have no preprocessor's config
+    return hub_file(source, WEIGHT_FILES, encoder=name, needs=needs).parent
+
+
+def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            explain(
+                f"{path} cannot be read",
+                expected="JSON, as save_pretrained writes it",
+                got=error,
+                remedy="Download the model's folder again",
+            )
+        ) from error
+    if not isinstance(document, dict):
+        raise WeightsError(explain(f"{path} holds no settings", expected="a JSON object", got=type(document).__name__))
+    return document
+
+
+def _check_config(folder: Path, config: Mapping[str, Any], features: Mapping[str, Any]) -> None:
+    wrong = []
+    if config.get("model_type") != MODEL_TYPE:
+        wrong.append(f"model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}")
+    if config.get("num_mel_bins", MEL_BINS) != MEL_BINS:
+        wrong.append(f"num_mel_bins is {config['num_mel_bins']}, the log-Mel stream has {MEL_BINS}")
+    if features.get("sampling_rate", RATE) != RATE:
+        wrong.append(f"sampling_rate is {features['sampling_rate']}, the sound is kept at {RATE}")
+    if wrong:
+        raise UsageError(
+            explain(
+                f"The model in {folder} cannot be used as an audio encoder: {'; '.join(wrong)}",
+                remedy=f"Use an Audio Spectrogram Transformer such as {DEFAULT_MODEL}",
+            )
+        )
+
+
+def _load_module(folder: Path) -> torch.nn.Module:
+    from safetensors import SafetensorError
+    from transformers import ASTModel
+
+    try:
+        with _quiet():
+            module, info = ASTModel.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                attn_implementation="sdpa",
+                dtype=torch.float32,
+            )
+    except (*BROKEN, SafetensorError) as error:
+        raise WeightsError(
+            explain(
+                f"The weights in {folder} do not load",
+                expected=f"an Audio Spectrogram Transformer's {' or '.join(WEIGHT_FILES)}",
+                got=(str(error).strip() or type(error).__name__).splitlines()[0],
+                remedy="Download the model's folder again",
+            )
+        ) from error
+    check_fit(
+        str(folder),
+        missing=info["missing_keys"],
+        # A checkpoint for classification has a head, which this encoder does not use.
+        unexpected=[key for key in info["unexpected_keys"] if not key.startswith("classifier.")],
+        misshapen=[_name_shapes(key) for key in info["mismatched_keys"]],
+    )
+    loaded: torch.nn.Module = module
+    return loaded
+
+
+def _name_shapes(mismatch: Any) -> str:
+    key, found, expected = mismatch
+    return f"{key} {tuple(found)} instead of {tuple(expected)}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports keys and progress on standard error; what matters of it becomes an error of ours."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
 
 SPECIAL_TOKENS = 2  # class and distillation
 

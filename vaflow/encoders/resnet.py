@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 
 from vaflow.encoders import Request
-from vaflow.encoders.checked import check_checksum, checked_url
 from vaflow.encoders.clip import Preprocessing
+from vaflow.encoders.hub import check_checksum, checked_url
 from vaflow.encoders.images import Picture, Preparation
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
 

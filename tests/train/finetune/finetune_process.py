@@ -12,7 +12,7 @@ from finetune_ready import SETTINGS, Loaded, tuning
 from torch import Tensor
 
 from vaflow.cache import open_cache
-from vaflow.train.finetune.processes import processes
+from vaflow.train.finetune.run import processes
 from vaflow.train.finetune.step import read_share, train_step
 from vaflow.train.storage import write_tensors
 from vaflow.train.training import train_run

@@ -16,7 +16,7 @@ from finetune_ready import SETTINGS, Loaded, tuning
 from vaflow.cache import Cache, open_cache
 from vaflow.train.config import TrainConfig
 from vaflow.train.finetune.backbones import Backbone
-from vaflow.train.finetune.processes import processes
+from vaflow.train.finetune.run import processes
 from vaflow.train.finetune.step import Tuning, ahead, divide, read_share, train_epoch, train_step
 from vaflow.train.losses import total_loss
 from vaflow.train.storage import read_tensors

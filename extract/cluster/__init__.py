@@ -1,1 +1,0 @@
-"""Stage one on the nodes of a Ray cluster."""

@@ -1,0 +1,377 @@
+"""`--engine ray`: the local pipeline in one Ray actor per GPU (or per few CPUs), on every node of a cluster.
+
+The driver holds the queue, longest item first. A member (`vaflow.extract.ray_node`) gets a task whenever one of
+its decoders is about to be free, so fast nodes do more. Everything a member has is in the cache or in the driver's
+list of tasks that it was given: a member that dies costs these, no other. They are tried again one by one at the end,
+and listed as failures when that does not help.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vaflow.cache import Cache, create_cache
+from vaflow.cache.schema import StreamInfo
+from vaflow.datasets import Dataset
+from vaflow.datasets.clip import Clip
+from vaflow.errors import UsageError, VaflowError, explain
+from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.extract.failures import Failure
+from vaflow.extract.pipeline import carry_out
+from vaflow.extract.plan import Task, make_plan
+from vaflow.extract.ray_node import Member, Prepared, Report
+from vaflow.extract.summary import Books, Extracted, Summary
+
+logger = logging.getLogger(__name__)
+
+CPUS_PER_MEMBER = 4  # without a GPU: half of them decode
+LOOKAHEAD = 1  # tasks that wait at a member, so that its decoders never do
+ATTEMPTS = 3  # of an item whose member died: the first one, and two by itself
+STILLBORN = 3  # members in a row that died before they were ready: then something is wrong with all of them
+LOOK_SECONDS = 10.0  # between looks for nodes that have joined
+HINT_SECONDS = 60.0  # without any member: say what is being waited for
+# No banner, no usage report, and no cluster's log lines on standard output, which is ours. What a user has set stays.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+    "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def extract_on_ray(
+    dataset: Dataset,
+    out: Path,
+    config: ExtractConfig,
+    *,
+    store: str = "zarr",
+    shard: Shard | None = None,
+    address: str | None = None,
+    show_progress: bool = False,
+) -> Summary:
+    """As `vaflow.extract.pipeline.extract`, on every node of a Ray cluster.
+
+    Every node must see the data set, the weights and the cache under the same paths (or the cache under one URL), and
+    have the same versions installed: another decoder is another fingerprint, which is refused.
+
+    Args:
+        address: as `ray.init` takes it: None joins the cluster of RAY_ADDRESS or of this machine, or else starts Ray
+            here; "local" always does that; "auto", "HOST:PORT" and "ray://HOST:PORT" join.
+
+    Raises:
+        UsageError: Ray is not installed or cannot be reached, or an option cannot be meant for many machines.
+        FingerprintError, WeightsError, CacheError: as the local engine.
+    """
+    _check(out, config)
+    ray = import_ray()
+    dataset = replace(dataset, clips=tuple(_absolute(clip) for clip in dataset.clips))
+    weights = {name: path.absolute() for name, path in config.weights.items()}
+    config = replace(config, weights=weights, prompts=config.prompts.absolute() if config.prompts else None)
+    cache = create_cache(out, store=store)
+    with connected(ray, address), Team(ray, cache, config, len(dataset.clips)) as team:
+        infos = team.infos()
+        return carry_out(cache, infos, dataset, shard or Shard(), team.work, show_progress=show_progress)
+
+
+def import_ray() -> Any:
+    """The package, told to be quiet.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError(
+            explain("Ray is not installed", got=error, remedy="Install it with: pip install 'vaflow[ray]'")
+        ) from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    return ray
+
+
+@contextmanager
+def connected(ray: Any, address: str | None) -> Iterator[None]:
+    """Ray for the time of a block; one that the caller has started is used, and left as it is.
+
+    Raises:
+        UsageError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},  # as `vaflow.cli` does for this process
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        remedy = "Start a cluster with `ray start --head` and join it with --ray-address HOST:PORT, or say local"
+        raise UsageError(explain(f"Ray cannot be reached at {where}", got=error, remedy=remedy)) from error
+    if ours:
+        signal.signal(signal.SIGTERM, before)  # Ray has put its own there
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Places:
+    """How many members a cluster has room for, and what each gets."""
+
+    count: int
+    gpus: int
+    cpus: int
+    workers: int
+
+
+def places(nodes: Sequence[Mapping[str, float]], config: ExtractConfig) -> Places:
+    """One member per GPU; where no GPU is there or wanted, one per few CPUs.
+
+    Args:
+        nodes: resources of each node that is alive, as Ray names them.
+
+    Raises:
+        VaflowError: a GPU was asked for and there is none, or no node has a CPU to give.
+    """
+    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if config.device == "cuda" and not with_gpu:
+        raise VaflowError(explain("No node of the Ray cluster has a GPU", expected="a GPU", remedy="Use --device cpu"))
+    if config.device != "cpu" and with_gpu:
+        cpus = min(int(node.get("CPU", 0) // int(node["GPU"])) for node in with_gpu)
+        return Places(sum(int(node["GPU"]) for node in with_gpu), 1, cpus, config.workers or max(1, cpus - 1))
+    sizes = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    if not sizes:
+        raise VaflowError(explain("No node of the Ray cluster has a CPU to give", got=f"{len(nodes)} nodes"))
+    cpus = min(config.workers + 1 if config.workers else CPUS_PER_MEMBER, *sizes)
+    return Places(sum(size // cpus for size in sizes), 0, cpus, config.workers or max(1, cpus // 2))
+
+
+@dataclass
+class _Hired:
+    """A member as the driver knows it. `idle`: no tasks, and none on the way."""
+
+    handle: Any
+    ready: bool = False
+    idle: bool = True
+    tasks: dict[str, Task] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+class Team:
+    """The members, and the queue that they work off. Use as a context manager: leaving it ends every member.
+
+    Args:
+        ray: the package, connected.
+        cache: opened for writing.
+        config: settings, with absolute paths.
+        most: members that can have anything to do.
+    """
+
+    def __init__(self, ray: Any, cache: Cache, config: ExtractConfig, most: int) -> None:
+        self._ray, self._cache, self._config, self._most = ray, cache, config, most
+        self._members: list[_Hired] = []
+        self._asked: dict[Any, _Hired] = {}  # call under way -> who was called
+        self._queue: deque[Task] = deque()
+        self._suspects: deque[Task] = deque()  # were under way when a member died
+        self._attempts: dict[str, int] = {}
+        self._infos: dict[str, StreamInfo] | None = None
+        self._books: Books | None = None
+        self._past: list[_Hired] = []
+        self._stillborn = 0
+        self._began = self._looked = time.monotonic()
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in self._members:
+            self._ray.kill(member.handle)
+
+    def infos(self) -> dict[str, StreamInfo]:
+        """Every stream by name, once a member has declared them."""
+        self._hire()
+        while self._infos is None:
+            self._step()
+        return self._infos
+
+    def work(self, tasks: Sequence[Task], books: Books) -> None:
+        """Work off the tasks."""
+        self._queue, self._books, self._most = deque(tasks), books, min(self._most, len(tasks))
+        self._hire()
+        self._deal_to_idle()
+        while self._queue or self._suspects or any(not member.idle for member in self._members):
+            self._step()
+            self._look_around()
+
+    # -- who works -------------------------------------------------------------------------------------------------
+
+    def _hire(self) -> None:
+        """As many members as the cluster has room for and can have something to do."""
+        there = places([node["Resources"] for node in self._ray.nodes() if node["Alive"]], self._config)
+        self._workers = there.workers
+        self._config = replace(self._config, device="cuda" if there.gpus else "cpu")  # the same whoever joins later
+        actor = self._ray.remote(Member).options(num_cpus=there.cpus, num_gpus=there.gpus, max_restarts=0)
+        out = str(self._cache.path.absolute()) if self._cache.layout.remote is None else str(self._cache.place)
+        for _ in range(min(there.count, self._most) - len(self._members)):
+            member = _Hired(actor.remote(out, self._cache.store, self._config, there.workers))
+            self._members.append(member)
+            self._asked[member.handle.prepare.remote()] = member
+
+    def _look_around(self) -> None:
+        """Nodes may have joined; none may have room."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        if self._queue:
+            self._hire()
+        if not any(member.ready for member in self._members) and now - self._began > HINT_SECONDS:
+            self._began = now
+            logger.warning("No Ray actor is ready yet: see `ray status` for what the cluster has free")
+
+    def _lose(self, member: _Hired, error: Exception) -> None:
+        """A member has died: whatever it had and has not committed is tried again, at the end and by itself."""
+        self._members.remove(member)
+        self._past.append(member)
+        self._ray.kill(member.handle)  # it may only be out of reach
+        self._stillborn = 0 if member.ready else self._stillborn + 1
+        why = str(error).strip().partition("\n")[0]
+        if self._stillborn >= STILLBORN:
+            remedy = "Look into Ray's logs (/tmp/ray/session_latest/logs); too little memory is the usual cause"
+            raise VaflowError(explain("Ray actors die before they are ready", got=why, remedy=remedy)) from error
+        logger.warning("A Ray actor died with %d item(s) under way: %s", len(member.tasks), why)
+        self._try_again(member.tasks.values(), why)
+        self._hire()
+        self._deal_to_idle()
+
+    def _try_again(self, tasks: Iterable[Task], why: str) -> None:
+        for lost in tasks:
+            item = lost.clip.id
+            self._attempts[item] = self._attempts.get(item, 0) + 1
+            self._cache.refresh_index()
+            left = make_plan(self._cache, self._infos or {}, [lost.clip], Shard()).tasks
+            if not left:  # committed, and died before it could say so
+                self._take(Extracted(item, float(self._cache.meta(item)["duration"])))
+            elif self._attempts[item] < ATTEMPTS:
+                self._suspects.append(left[0])
+            else:
+                message = f"The Ray actor that worked on this item died {ATTEMPTS} times ({why}); run again to retry."
+                self._take(Failure(item, "worker", "ActorDied", message, lost.clip.split))
+
+    # -- what they do ----------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """Hear at most one member, and give it what it can take."""
+        answered, _ = self._ray.wait(list(self._asked), num_returns=1, timeout=1.0)
+        for call in answered:
+            member = self._asked.pop(call)
+            try:
+                answer = self._ray.get(call)
+            except self._ray.exceptions.RayTaskError:  # an error of ours, not a death
+                raise
+            except self._ray.exceptions.RayError as error:
+                self._lose(member, error)
+            else:
+                self._hear(member, answer)
+
+    def _hear(self, member: _Hired, answer: Prepared | Report) -> None:
+        if answer.error is not None:
+            raise answer.error
+        if isinstance(answer, Prepared):
+            self._infos, member.ready, self._stillborn = self._infos or answer.infos, True, 0
+            self._deal_to_idle()
+            return
+        for note in answer.notes:
+            logger.warning("%s", note)
+        for outcome in answer.outcomes:
+            member.tasks.pop(outcome.item, None)
+            self._take(outcome)
+        member.rows, member.stages = answer.rows, answer.stages
+        self._count()
+        if answer.ended:
+            member.idle = True
+            self._try_again(member.tasks.values(), "it came to no end")
+            member.tasks.clear()
+            self._deal_to_idle()
+        else:
+            self._give(member, LOOKAHEAD - answer.waiting)
+
+    def _deal_to_idle(self) -> None:
+        """Begin with members that have nothing: from the queue as much as they can begin with, or one suspect."""
+        for member in self._members:
+            if member.ready and member.idle and self._queue:
+                self._give(member, self._workers + LOOKAHEAD)
+            elif member.ready and member.idle and self._suspects:
+                self._ask(member, [self._suspects.popleft()], last=True)
+
+    def _give(self, member: _Hired, count: int) -> None:
+        tasks = [self._queue.popleft() for _ in range(min(max(count, 0), len(self._queue)))]
+        self._ask(member, tasks, last=not self._queue)
+
+    def _ask(self, member: _Hired, tasks: Sequence[Task], *, last: bool) -> None:
+        member.idle = False
+        member.tasks |= {task.clip.id: task for task in tasks}
+        self._asked[member.handle.exchange.remote(tasks, last)] = member
+
+    # -- the books -------------------------------------------------------------------------------------------------
+
+    def _take(self, outcome: Extracted | Failure) -> None:
+        if self._books is not None:
+            self._books.take(outcome)
+
+    def _count(self) -> None:
+        everyone = [*self._members, *self._past]
+        if self._books is not None:
+            ready = sum(member.ready for member in self._members)
+            rows, stages = (_sum(getattr(m, what) for m in everyone) for what in ("rows", "stages"))
+            self._books.count(rows, stages, f"{ready} actors")
+
+
+def _sum(parts: Iterable[Mapping[str, float]]) -> dict[str, Any]:
+    total: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def _check(out: Path, config: ExtractConfig) -> None:
+    if config.device not in ("auto", "cpu", "cuda"):
+        got, remedy = config.device, "Ray deals out the GPUs: leave the number away"
+        raise UsageError(
+            explain("A numbered GPU means nothing to Ray", expected="auto, cpu or cuda", got=got, remedy=remedy)
+        )
+    if str(out).startswith("memory:"):
+        raise UsageError(
+            explain("A cache in memory is seen by one process only", got=out, remedy="Name a folder or a bucket")
+        )
+
+
+def _absolute(clip: Clip) -> Clip:
+    """A clip whose paths mean the same in every process."""
+    return replace(
+        clip,
+        video=clip.video and clip.video.absolute(),
+        audio=clip.audio and clip.audio.absolute(),
+        labels=clip.labels and clip.labels.absolute(),
+        frames=clip.frames and clip.frames.absolute(),
+        crops=tuple(folder.absolute() for folder in clip.crops),
+        dimensions=tuple((target, path.absolute()) for target, path in clip.dimensions),
+    )

@@ -1,0 +1,175 @@
+"""Arrays that may be too long for memory, on their way into a cache: rows in a nameless file on the cache's own disk.
+
+What makes one chunk in the cache stays an ordinary NumPy array; only what is longer goes to the disk (the log-Mel of
+44 minutes, say). The file has no name, so that nothing is left behind, however the process ends.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from vaflow.cache.layout import TEMPORARY, Layout, cannot_write
+from vaflow.cache.schema import Array, Rows
+
+IN_MEMORY = 64 * 2**20  # bytes of one array
+
+
+class LongArray:
+    """As much of a NumPy array as is needed here: rows, read and written by slices with step 1, and other shapes.
+
+    It may be read by another thread once nobody writes any more.
+    """
+
+    def __init__(self, file: "_File", shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._file, self.shape, self.dtype = file, shape, dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Array:
+        start, stop, _ = rows.indices(len(self))
+        found = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        self._file.read(start * self._row_bytes, found)
+        return found
+
+    def __setitem__(self, rows: slice, values: Array) -> None:
+        start, stop, _ = rows.indices(len(self))
+        whole = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        whole[:] = values
+        self._file.write(start * self._row_bytes, whole)
+
+    def reshape(self, *shape: int) -> "LongArray":
+        """The same rows in another shape of the same size."""
+        if prod(shape) != self.size:
+            raise ValueError(f"LongArray.reshape: {self.shape} has no room for {shape}")
+        return LongArray(self._file, shape, self.dtype)
+
+    @property
+    def _row_bytes(self) -> int:
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+
+class Growing:
+    """An array whose rows come block by block, nobody knows how many.
+
+    Args:
+        scratch: where rows go that do not stay in memory.
+        row: the shape of a row; () for single values.
+        dtype: of the array.
+    """
+
+    def __init__(self, scratch: "Scratch", row: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._scratch, self._row, self._dtype = scratch, row, dtype
+        self._blocks: list[Array] = []
+        self._waiting = self._written = 0  # bytes in `_blocks`, bytes in the file
+        self._file: _File | None = None
+
+    def append(self, block: Array) -> None:
+        """The next rows [n, *row]; they are not copied, unless their dtype is another one."""
+        self._blocks.append(np.asarray(block, self._dtype))
+        self._waiting += self._blocks[-1].nbytes
+        if self._file is not None or self._waiting > IN_MEMORY:
+            self._spill()
+
+    def finish(self) -> Rows:
+        """All rows, [N, *row]; nothing is appended after that."""
+        if self._file is None:
+            return np.concatenate(self._blocks) if self._blocks else np.empty((0, *self._row), self._dtype)
+        rows = self._written // (prod(self._row) * self._dtype.itemsize)
+        return LongArray(self._file, (rows, *self._row), self._dtype)
+
+    def _spill(self) -> None:
+        if self._file is None:
+            self._file = self._scratch.file()
+        for block in self._blocks:
+            self._file.write(self._written, np.ascontiguousarray(block))
+            self._written += block.nbytes
+        self._blocks, self._waiting = [], 0
+
+
+class Scratch:
+    """Makes arrays for the items of one cache. What goes to the disk lies where the cache lies; made by `Cache`.
+
+    Writing raises CacheError where the disk refuses, as committing does.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any] | str) -> Array | LongArray:
+        """As `numpy.zeros`, in a file where it is long."""
+        dtype = np.dtype(dtype)
+        nbytes = prod(shape) * dtype.itemsize
+        if nbytes <= IN_MEMORY:
+            return np.zeros(shape, dtype)
+        file = self.file()
+        file.make_room(nbytes)
+        return LongArray(file, shape, dtype)
+
+    def growing(self, row: tuple[int, ...], dtype: np.dtype[Any] | str) -> Growing:
+        """An array to which rows are appended."""
+        return Growing(self, row, np.dtype(dtype))
+
+    def file(self) -> "_File":
+        """A new nameless file."""
+        return _File(self._layout)
+
+
+class _File:
+    """Bytes in a file that no folder names; closed, and so gone, with its last user."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        with self._refusals():
+            # Where the system has no nameless files it has this name for an instant; `repair` knows the prefix.
+            self._raw: Any = tempfile.TemporaryFile(dir=layout.root, prefix=TEMPORARY, buffering=0)  # noqa: SIM115
+
+    def __del__(self) -> None:
+        if hasattr(self, "_raw"):
+            self._raw.close()
+
+    def make_room(self, nbytes: int) -> None:
+        """Zeros, which take no space before they are written over."""
+        with self._refusals():
+            self._raw.truncate(nbytes)
+
+    def write(self, at: int, values: Array) -> None:
+        with self._refusals():
+            self._raw.seek(at)
+            rest = memoryview(values.reshape(-1).view(np.uint8).data)
+            while rest:  # a raw file may take less than it is given
+                rest = rest[self._raw.write(rest) :]
+
+    def read(self, at: int, into: Array) -> None:
+        with self._refusals():
+            self._raw.seek(at)
+            rest = memoryview(into.reshape(-1).view(np.uint8).data)
+            while rest:
+                rest = rest[self._raw.readinto(rest) or _ended() :]
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(self._layout, error) from error
+
+
+def _ended() -> int:
+    raise OSError("a file of rows ends before them")

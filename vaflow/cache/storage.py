@@ -1,0 +1,68 @@
+"""The steps of the commit protocol wherever a cache lies: on a disk, or on an object store and in its local folder.
+
+The object store always comes first, so that the local folder never shows what is not committed.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from vaflow.cache import files
+from vaflow.cache.files import Blob
+from vaflow.cache.layout import Layout
+
+
+def create(layout: Layout, path: Path, data: bytes) -> bool:
+    """Create a file whole, unless there is one: False says that another writer was first."""
+    if layout.remote is None:
+        return files.create(path, data)
+    if not layout.remote.create(path, data):
+        layout.remote.look(path)
+        return False
+    files.make_folder(path.parent)
+    files.replace(path, data)
+    return True
+
+
+def replace(layout: Layout, path: Path, data: bytes) -> None:
+    """Put a file in the place of another, whole, at once."""
+    if layout.remote is not None:
+        layout.remote.replace(path, data)
+    files.replace(path, data)
+
+
+def remove(layout: Layout, path: Path) -> None:
+    """Remove a file or a whole folder; nothing happens where there is none.
+
+    Raises:
+        OSError: it cannot be removed, or lies behind a link: nothing outside of the cache is ever removed.
+    """
+    files.refuse_links(layout.root, path.parent)
+    if layout.remote is not None:
+        layout.remote.remove(path)
+    files.remove(path)
+
+
+def flush(layout: Layout, top: Path, names: Iterable[str]) -> None:
+    """Make new files below `top` last: on the disk, or on the object store."""
+    if layout.remote is None:
+        files.sync_all(top, names)
+    else:
+        layout.remote.put(top / name for name in names)
+
+
+def look(layout: Layout, path: Path) -> None:
+    """See what other writers have made of a small file; on a disk that is always so."""
+    if layout.remote is not None:
+        layout.remote.look(path)
+
+
+def fill(layout: Layout, paths: Iterable[Path], *, again: bool = False) -> None:
+    """Have files of arrays here; `again`: anew, because what is here was found damaged or is to be checked."""
+    if layout.remote is not None:
+        layout.remote.fill(paths, again=again)
+
+
+def read(layout: Layout, path: Path, *, again: bool = False) -> Blob:
+    """All bytes of a file. Raises OSError."""
+    fill(layout, [path], again=again)
+    return files.read(path)

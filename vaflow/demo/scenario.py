@@ -1,0 +1,187 @@
+"""What the synthetic data set consists of: which clips, of whom, with which of Aff-Wild2's quirks. No files here.
+
+Clip k of a split is the same whatever the number of clips, so a larger set contains the smaller one.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaflow.demo.traces import Bools, Floats, Key, Mood, random_mood, smooth_trace, stretches, within
+from vaflow.demo.video_writer import on_clock
+from vaflow.errors import UsageError, explain
+
+PICTURES = ("face", "noise")
+SOUNDS = ("voice", "noise")
+NTSC = 30_000 / 1001
+
+# The quirk of the k-th training and validation trial; trials beyond these have none.
+PAIR, VFR, FILM_RATE, MUTE, SHORT_SOUND, SHORT_CLIP, STEREO = (
+    "pair", "variable-rate", "29.97-fps", "no-audio", "short-audio", "short-clip", "stereo-44.1k"
+)  # fmt: skip
+ROLES: dict[str, tuple[str | None, ...]] = {
+    "train": (None, PAIR, PAIR, VFR, FILM_RATE, MUTE, SHORT_SOUND, SHORT_CLIP, STEREO),
+    "val": (None, VFR, SHORT_SOUND),
+    "test": (None,),
+}
+EXTRA_ROWS = (1, 0, 1, 0, 1, 0, -3, 1, 2, 1, 0, 1)  # annotation rows minus video frames, by clip
+UNLABELLED_EVERY = 4  # every fourth clip has a run of rows that nobody annotated
+SHORT_CLIP_SECONDS = 7.0
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What to write.
+
+    Args:
+        train, val, test: trials in each split; a `_left`/`_right` pair counts as two.
+        seconds: length of a clip.
+        rate: nominal frames per second.
+        width, height: of a video in pixels.
+        seed: another seed is another set of people, paths and labels.
+        picture: "face", or "noise" in its place; nothing else changes.
+        sound: "voice", or "noise" in its place; nothing else changes.
+        shuffle_labels: permute the annotated rows over the whole training split; validation stays as it is.
+
+    Raises:
+        UsageError: a value is out of range or not one of the choices.
+    """
+
+    train: int = 16
+    val: int = 8
+    test: int = 1
+    seconds: float = 40.0
+    rate: float = 15.0
+    width: int = 256
+    height: int = 192
+    seed: int = 0
+    picture: str = "face"
+    sound: str = "voice"
+    shuffle_labels: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"train": 0, "val": 0, "test": 0, "seconds": 1, "rate": 1, "width": 64, "height": 64, "seed": 0}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                value = getattr(self, name)
+                raise UsageError(explain(f"{name} is too small", expected=f"at least {bound}", got=value))
+        if self.width % 2 or self.height % 2:
+            got = f"{self.width} x {self.height}"
+            raise UsageError(explain("H.264 wants even picture sizes", expected="even width and height", got=got))
+        for name, choices in (("picture", PICTURES), ("sound", SOUNDS)):
+            if getattr(self, name) not in choices:
+                raise UsageError(explain(f"Unknown {name}", got=getattr(self, name), choices=choices))
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """One trial: one person in one video.
+
+    Attributes:
+        trial: its name.
+        split: "train", "val" or "test".
+        key: where its random numbers come from.
+        quirk: what is odd about its video, or None.
+        folder: the folder below `raw_videos` that holds its video.
+        times: [N] presentation times of the video's frames in seconds.
+        rows: annotation rows; unlike N in some clips.
+    """
+
+    trial: str
+    split: str
+    key: Key
+    quirk: str | None
+    folder: str
+    times: Floats
+    rows: int
+
+    @property
+    def video(self) -> str:
+        """The video's name without extension: the trial's without `_left` or `_right`."""
+        return self.trial.removesuffix("_left").removesuffix("_right")
+
+    @property
+    def seconds(self) -> float:
+        """How long the video lasts."""
+        return float(self.times[-1] + np.median(np.diff(self.times)))
+
+    @cached_property
+    def mood(self) -> Mood:
+        """The hidden path."""
+        return random_mood(self.key)
+
+    @cached_property
+    def occlusions(self) -> list[tuple[float, float]]:
+        """When something hides the face, in seconds."""
+        return stretches(self.key.rng("occlusions"), self.seconds, share=0.14, shortest=1.5, longest=4.0)
+
+    @cached_property
+    def silences(self) -> list[tuple[float, float]]:
+        """When nobody speaks, in seconds."""
+        return stretches(self.key.rng("silences"), self.seconds, share=0.14, shortest=2.0, longest=4.5)
+
+    @cached_property
+    def cropped(self) -> Bools:
+        """[N] whether there is a face crop: not when it is hidden, nor when the detector failed now and then."""
+        failed = self.key.rng("detector").random(len(self.times)) < 0.01
+        return ~within(self.times, self.occlusions) & ~failed
+
+    def row_times(self) -> Floats:
+        """[rows] when each annotation row is: its frame's time, going on at the usual interval after the last frame."""
+        interval = float(np.median(np.diff(self.times)))
+        beyond = self.times[-1] + interval * np.arange(1, max(self.rows - len(self.times), 0) + 1)
+        return np.concatenate([self.times, beyond])[: self.rows]
+
+    def annotated(self) -> Bools:
+        """[rows] whether somebody annotated the row; runs at the start, in the middle or at the end have nobody."""
+        known = np.ones(self.rows, bool)
+        if self.split == "test" or self.key.index % UNLABELLED_EVERY:
+            return known
+        run = max(1, round(self.rows * self.key.rng("unlabelled").uniform(0.05, 0.12)))
+        where = (self.key.index // UNLABELLED_EVERY) % 3
+        begin = (self.rows // 3, 0, self.rows - run)[where]
+        known[begin : begin + run] = False
+        return known
+
+    def labels(self) -> NDArray[np.float64]:
+        """[rows, 2] valence and arousal, -5 in both where nobody annotated."""
+        return np.where(self.annotated()[:, None], np.round(self.mood(self.row_times()), 4), -5.0)
+
+
+def plan_clips(config: DemoConfig) -> list[ClipPlan]:
+    """Every trial of the data set, in order; the two of a pair follow each other."""
+    counts = (("train", config.train), ("val", config.val), ("test", config.test))
+    return [_plan(config, split, index, count) for split, count in counts for index in range(count)]
+
+
+def _plan(config: DemoConfig, split: str, index: int, count: int) -> ClipPlan:
+    roles = ROLES[split]
+    quirk = roles[index] if index < len(roles) else None
+    pair = [k for k, role in enumerate(roles) if role == PAIR]
+    if quirk == PAIR and count <= pair[1]:
+        quirk = None  # no room for the second person
+    key = Key(config.seed, split, index)
+    name = f"{split}{index + 1:02d}"
+    source = key
+    if quirk == PAIR:  # both people of a pair share one video, hence one clock
+        source = Key(config.seed, split, pair[0])
+        name = f"{split}{pair[0] + 1:02d}" + ("_left" if index == pair[0] else "_right")
+    times = on_clock(_frame_times(config, source, quirk))
+    rows = len(times) + (EXTRA_ROWS[index % len(EXTRA_ROWS)] if split != "test" else 0)
+    return ClipPlan(name, split, key, quirk, f"batch{1 + source.index % 2}", times, max(rows, 1))
+
+
+def _frame_times(config: DemoConfig, key: Key, quirk: str | None) -> Floats:
+    """[N] presentation times in seconds."""
+    seconds = min(SHORT_CLIP_SECONDS, config.seconds) if quirk == SHORT_CLIP else config.seconds
+    rate = NTSC if quirk == FILM_RATE else config.rate
+    if quirk != VFR:
+        return np.arange(max(2, round(seconds * rate))) / rate
+    # A phone in changing light: the rate wanders between two thirds of the nominal one and the nominal one.
+    clock = np.arange(max(2, round(seconds * rate))) / rate
+    slowdown = 1.25 + 0.25 * np.clip(smooth_trace(key.rng("clock"), 20, 3, 0.7)(clock), -1, 1)
+    gaps = slowdown / rate * key.rng("jitter").uniform(0.9, 1.1, len(clock))
+    times = np.concatenate([[0.0], np.cumsum(gaps)])
+    return times[times < seconds]
