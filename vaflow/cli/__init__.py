@@ -13,14 +13,12 @@ from types import FrameType
 
 import typer
 
-from vaflow.cli import ablate, cache, cache_import, check, demo, extract, predict, train
+from vaflow.cli import ablate, cache, cache_import, check, demo, evaluate, extract, predict, train
 from vaflow.cli import cache as cache_copy
 from vaflow.cli import cache as cache_prompts
 from vaflow.cli import cache_import as cache_targets
 from vaflow.cli import predict as submit
 from vaflow.cli import provenance as trace
-from vaflow.cli import train as ensemble
-from vaflow.cli import train as folds
 from vaflow.errors import VaflowError, explain, is_out_of_memory
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -42,9 +40,9 @@ cache.app.command("import")(cache_import.import_)
 cache.app.command("targets")(cache_targets.targets)
 app.add_typer(cache.app, name="cache")
 app.command("train")(train.train)
-app.command("evaluate")(train.evaluate)
-app.command("folds")(folds.folds)
-app.command("ensemble")(ensemble.ensemble)
+app.command("evaluate")(evaluate.evaluate)
+app.command("folds")(evaluate.folds)
+app.command("ensemble")(evaluate.ensemble)
 app.command("predict")(predict.predict)
 app.command("ablate")(ablate.ablate)
 app.command("submit")(submit.submit)

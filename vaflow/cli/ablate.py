@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, table
-from vaflow.cli.train import Cache
+from vaflow.cli.common import Cache, JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, table
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:

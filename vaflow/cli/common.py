@@ -14,6 +14,15 @@ from vaflow.errors import UsageError, explain, visible
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what went wrong.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
+Cache = Annotated[Path, typer.Argument(metavar="CACHE", help="What `vaflow extract` wrote.", show_default=False)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="What `vaflow train --out` wrote.", show_default=False)]
+RunOrEnsemble = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="What `vaflow train` or `vaflow ensemble` wrote to --out.", show_default=False),
+]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="Score a split even if labelled clips have no features.")
+]
 
 
 def set_up(verbose: bool = False, quiet: bool = False) -> None:

@@ -8,8 +8,17 @@ from typing import Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table, weight_pairs
-from vaflow.cli.train import RunOrEnsemble
+from vaflow.cli.common import (
+    JsonFlag,
+    Quiet,
+    RunOrEnsemble,
+    Verbose,
+    print_json,
+    set_up,
+    show_bars,
+    table,
+    weight_pairs,
+)
 
 SOME_FAILED = 3
 

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, table
-from vaflow.cli.train import RunOrEnsemble
+from vaflow.cli.common import JsonFlag, Quiet, RunOrEnsemble, Verbose, print_json, set_up, table
 
 DIGITS = 12  # of digests; --json and -v have them whole
 
