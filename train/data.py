@@ -18,6 +18,7 @@ from tqdm import tqdm
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Item, Json
 from vaflow.errors import DataError, UsageError, explain
+from vaflow.regions import region_table
 from vaflow.timeline import Floats, Grid, median_interval
 from vaflow.train import index_tables as tables
 from vaflow.train.batch import ExtraTargets, TargetSpec
@@ -100,9 +101,6 @@ def available_memory() -> int:
         return 2 * 2**30
     kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 2 * 2**20)
     return kilobytes * 1024
-
-
-LEVELS = ("low", "middle", "high")
 
 
 def load_windows(
@@ -352,10 +350,4 @@ def describe_labels(windows: WindowSet, centers: float) -> str:
     share = region_occupancy(np.where(valid, value, 0), valid, centers)
     if not np.isfinite(share).all():
         return "No frame is annotated in both dimensions, so regions say nothing"
-    lines = ["Labelled frames per region, per cent (valence down, arousal across):"]
-    lines.append("  " + "".join(f"{name:>8}" for name in ("", *LEVELS)))
-    lines += [
-        f"  {name:>8}" + "".join(f"{100 * part:8.1f}" for part in row)
-        for name, row in zip(reversed(LEVELS), share.reshape(3, 3)[::-1], strict=True)
-    ]
-    return "\n".join(lines)
+    return f"Share of labelled frames per region:\n{region_table(share.tolist())}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.evaluate import Trace
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 VALENCE, AROUSAL, MEAN, LABEL = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
 COLOURS = {"valence": VALENCE, "arousal": AROUSAL, "mean": MEAN}
 NO_FACE, NO_SOUND = "#F0C24B", "#7A5AA0"
-# Region 3 * v + a; words for the eye only: what was asked of the text encoder is in the prompt set.
-REGIONS = ("sad, tired", "unhappy", "tense, angry", "sleepy", "neutral", "alert", "calm", "pleased", "excited")
-SIGNS = ("\N{MINUS SIGN}", "0", "+")
 COLUMNS = 1200  # of the region strip: more than a picture shows
 TRACES = 3  # clips drawn after training
 
@@ -121,8 +119,7 @@ def _region_panel(figure: "Figure", axes: "Axes", time: Floats, regions: Floats)
         vmax=1,
         interpolation="nearest",
     )
-    names = [f"{REGIONS[k]}  V{SIGNS[k // 3]} A{SIGNS[k % 3]}" for k in range(9)]
-    axes.set_yticks(range(9), names, fontsize=8)
+    axes.set_yticks(range(9), REGION_NAMES, fontsize=8)
     for edge in (2.5, 5.5):
         axes.axhline(edge, color="#888888", linewidth=0.8)
     axes.set_ylabel("region", fontweight="bold")

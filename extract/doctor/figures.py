@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 
 from vaflow.extract.doctor.facts import BINS, CELLS, LabelStats
 from vaflow.extract.doctor.report import Checked, occupancy
+from vaflow.regions import REGION_NAMES
 
 SIDE, LEFT, BELOW, ABOVE = 360, 46, 40, 8  # pixels of the label map: the square, its margins
 PLOT_WIDTH, PLOT_HEIGHT = 420, 120
 TRACK, GAP = 8, 3  # pixels: the height of a strip's track, and what lies between two
 
 
-def label_map(stats: LabelStats, words: tuple[str, ...], title: str) -> str:
-    """How many frames have which valence and arousal; each of the nine regions says its word and its share.
+def label_map(stats: LabelStats, title: str) -> str:
+    """Density of labelled frames over valence and arousal, with the name and the share of each region.
 
     Args:
         stats: sums over the clips.
-        words: [9] of the regions, 3 * valence level + arousal level.
-        title: said to those who cannot see it.
+        title: text for screen readers.
     """
     width, height = LEFT + SIDE + 12, ABOVE + SIDE + BELOW
     parts = [f'<svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
@@ -33,7 +33,7 @@ def label_map(stats: LabelStats, words: tuple[str, ...], title: str) -> str:
     for k in (1, 2):
         at = k * SIDE / 3
         parts.append(f'<path class="third" d="M{LEFT + at:g} {ABOVE}v{SIDE}M{LEFT} {ABOVE + at:g}h{SIDE}"/>')
-    parts += _region_texts(words, occupancy(stats) or [0.0] * 9)
+    parts += _region_texts(occupancy(stats) or [0.0] * 9)
     for value in (-1, 0, 1):
         x, y = LEFT + (value + 1) * SIDE / 2, ABOVE + (1 - value) * SIDE / 2
         parts.append(f'<text class="tick" x="{x:g}" y="{ABOVE + SIDE + 16}" text-anchor="middle">{value}</text>')
@@ -54,12 +54,13 @@ def _cells(density: NDArray[np.int64]) -> Iterator[str]:
         yield f'<rect class="cell" x="{x:g}" y="{y:g}" width="{edge:g}" height="{edge:g}" fill-opacity="{shown:.2f}"/>'
 
 
-def _region_texts(words: tuple[str, ...], shares: list[float]) -> Iterator[str]:
+def _region_texts(shares: list[float]) -> Iterator[str]:
     third = SIDE / 3
-    for region, (word, share) in enumerate(zip(words, shares, strict=True)):
+    for region, (name, share) in enumerate(zip(REGION_NAMES, shares, strict=True)):
         v, a = divmod(region, 3)
         x, y = LEFT + (v + 0.5) * third, ABOVE + SIDE - (a + 0.5) * third
-        yield f'<text class="word" x="{x:g}" y="{y - 4:g}" text-anchor="middle">{escape(word)}</text>'
+        for line, text in enumerate(name.split(", ")):
+            yield f'<text class="word" x="{x:g}" y="{y - 18 + 14 * line:g}" text-anchor="middle">{text}</text>'
         yield f'<text class="share" x="{x:g}" y="{y + 15:g}" text-anchor="middle">{share:.1%}</text>'
 
 

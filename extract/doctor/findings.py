@@ -17,6 +17,7 @@ from vaflow.datasets.clip import SPLITS, Clip, Note
 from vaflow.datasets.files import examples
 from vaflow.extract.doctor.costs import shift_loss
 from vaflow.extract.doctor.facts import OPENED_CROPS, CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
+from vaflow.regions import REGION_NAMES
 
 USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
 FEW_CROPS = 0.5  # below this share of frames with a crop, a clip is worth looking at
@@ -175,8 +176,6 @@ def clip_findings(clip: Clip, others_have_crops: bool) -> list[Note]:
     return notes
 
 
-LEVELS = ("low", "middle", "high")
-REGIONS = tuple(f"{valence} valence, {arousal} arousal" for valence in LEVELS for arousal in LEVELS)
 RARE = 0.005  # share of annotated frames below which a region's prompt hardly sees an example
 FEW_VIDEOS = 30  # in validation; fewer tell little
 SPREAD = (0.025, 76)  # standard deviation of the mean CCC under a bootstrap over that many videos
@@ -255,13 +254,15 @@ def _region_findings(train: LabelStats, val: LabelStats) -> list[Note]:
     if not train.regions.sum():
         return []
     share = train.regions / train.regions.sum()
-    rare = [f"{REGIONS[k]} ({share[k]:.2%})" for k in range(9) if share[k] < RARE]
+    rare = [f"{REGION_NAMES[k]} ({share[k]:.2%})" for k in range(9) if share[k] < RARE]
     notes = []
     if rare:
         message = f"{len(rare)} of nine regions have under {RARE:.1%} of the frames of 'train': {'; '.join(rare)}"
         remedy = "Their prompts see hardly an example: do not lean on the read-out there"
         notes.append(Note("note", "rare-regions", "", message, remedy))
-    unseen = [f"{REGIONS[k]} ({val.regions[k]} frames)" for k in range(9) if val.regions[k] and not train.regions[k]]
+    unseen = [
+        f"{REGION_NAMES[k]} ({val.regions[k]} frames)" for k in range(9) if val.regions[k] and not train.regions[k]
+    ]
     if unseen:
         message = f"'val' has labels where 'train' has none: {'; '.join(unseen)}"
         remedy = "A model cannot have learnt these; look whether the splits were meant so"

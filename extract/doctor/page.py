@@ -9,7 +9,6 @@ from html import escape
 from itertools import zip_longest
 
 from vaflow.datasets.clip import SEVERITIES, Note
-from vaflow.encoders.prompts import load_prompts
 from vaflow.extract.doctor.figures import distribution, label_map, strips
 from vaflow.extract.doctor.report import Checked, Kind, Report, Summary, describe
 from vaflow.extract.doctor.thumbnails import Thumbnail
@@ -221,10 +220,9 @@ def _labels(splits: Mapping[str, Summary]) -> str:
     stats = {name: summary.stats for name, summary in splits.items() if summary.stats.count.sum()}
     if not stats:
         return ""
-    words = tuple(text.partition(",")[0] for text in load_prompts().descriptions)
     maps = "".join(
         f"<figure><figcaption>{escape(name)}: {int(each.regions.sum()):,} frames with both labels</figcaption>"
-        f"{label_map(each, words, f'Labels of {name} over valence and arousal')}</figure>"
+        f"{label_map(each, f'Labels of {name} over valence and arousal')}</figure>"
         for name, each in stats.items()
         if each.regions.sum()
     )

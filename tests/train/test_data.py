@@ -337,5 +337,7 @@ def test_region_occupancy_is_told(cache: Cache) -> None:
     share = region_occupancy(
         np.concatenate([np.nan_to_num(item.value) for item in labels]), np.concatenate([item.valid for item in labels])
     )
-    numbers = [float(word) for line in describe_labels(windows, 0.66).splitlines()[2:] for word in line.split()[1:]]
+    numbers = [
+        float(word.rstrip("%")) for line in describe_labels(windows, 0.66).splitlines()[2:] for word in line.split()[2:]
+    ]
     np.testing.assert_allclose(numbers, 100 * share.reshape(3, 3)[::-1].ravel(), atol=0.051)

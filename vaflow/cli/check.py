@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from vaflow.extract.doctor.report import Report, Summary
 
 EXAMPLES = 3
-LEVELS = ("low", "middle", "high")
 
 log = logging.getLogger(__name__)
 
@@ -141,15 +140,14 @@ def _summary_row(summary: "Summary") -> tuple[str, ...]:
 
 def _label_tables(name: str, summary: "Summary") -> Iterator[str]:
     from vaflow.extract.doctor.report import describe, occupancy
+    from vaflow.regions import region_table
 
     rows = [(dimension, *(f"{x:.3f}" for x in row.values())) for dimension, row in describe(summary.stats).items()]
     if rows:
         yield f"Labels of {name}:\n" + table(rows, ("dimension", "mean", "std", "min", "max"))
     shares = occupancy(summary.stats)
     if shares:
-        grid = [(f"arousal {LEVELS[a]}", *(f"{shares[3 * v + a]:.1%}" for v in range(3))) for a in reversed(range(3))]
-        header = ("", *(f"valence {level}" for level in LEVELS))
-        yield f"Share of annotated frames of {name}, by thirds of the range:\n" + table(grid, header)
+        yield f"Share of annotated frames of {name}, by thirds of the range:\n{region_table(shares)}"
 
 
 def _findings(report: "Report", verbose: bool, quiet: bool) -> Iterator[str]:

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from vaflow.encoders import encode_text
 from vaflow.errors import UsageError, explain
+from vaflow.regions import REGIONS
 
 if TYPE_CHECKING:
     from vaflow.encoders.base import AudioEncoder, VisualEncoder
 
-LEVELS = ("low", "middle", "high")
-REGIONS = tuple((f"v_{valence}", f"a_{arousal}") for valence in LEVELS for arousal in LEVELS)
 DEFAULT = "default"
 
 Floats = NDArray[np.float32]
