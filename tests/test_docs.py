@@ -88,22 +88,6 @@ def test_ci_installs_and_tests_as_the_readme_says() -> None:
         assert part.replace("pip install -e", "pip install -q -e") in ci, part
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        *("check", "extract", "train", "evaluate", "predict", "demo", "trace", "ablate", "submit", "folds", "ensemble"),
-        *("cache info", "cache verify", "cache repair", "cache convert", "cache merge", "cache prompts"),
-        *("cache import", "cache targets"),
-    ],
-)
-def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*command.split(), "--help"]) == 0
-    text = capsys.readouterr().out
-    assert f"Example: vaflow {command}" in re.sub(r"\s+", " ", text)
-    for option in ("--verbose", "--quiet"):
-        assert option in text
-
-
 def test_top_level_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     import subprocess
     import sys

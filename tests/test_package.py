@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vaflow import __version__
+
 ROOT = Path(__file__).parents[1]
 PLACES = {"vaflow": ROOT / "vaflow", "vaflow/extract": ROOT / "extract", "vaflow/train": ROOT / "train"}
 
@@ -20,7 +22,7 @@ def expected() -> set[str]:
             inner = path.relative_to(folder)
             if target == "vaflow" and inner.parts[0] in ("extract", "train"):
                 continue  # the links
-            if path.suffix in (".py", ".toml"):
+            if path.suffix in (".py", ".toml") or path.name == "py.typed":
                 files.add(f"{target}/{inner.as_posix()}")
     return files
 
@@ -31,12 +33,16 @@ def test_the_wheel_has_every_module_and_data_file(tmp_path: Path) -> None:
     for name in ("vaflow", "extract", "train"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"vaflow-{__version__}.dist-info/METADATA").decode()
+        assert f"vaflow-{__version__}.dist-info/licenses/LICENSE" in archive.namelist()
+    assert "License-Expression: Apache-2.0" in metadata
     names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("vaflow/")}
     assert names == expected()
 

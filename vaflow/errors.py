@@ -98,6 +98,17 @@ def explain(
     return visible(" ".join(parts))
 
 
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: `count(1, "video")` is "1 video", `count(2000, "video")` is "2,000 videos".
+
+    Args:
+        number: how many.
+        noun: singular.
+        plural: where it is not the singular with an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def visible(text: str) -> str:
     """`text` on one line, as it can be shown: names come from files, and what would steer a terminal is spelt out.
 

@@ -1,6 +1,8 @@
-"""Help pages speak to people: options name what they take, not the type of a Python value."""
+"""Help pages: option values have names, commands are grouped, pages fit the terminal."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 from typer.models import CommandInfo
@@ -9,21 +11,99 @@ from vaflow.cli import app, main
 
 
 def commands() -> list[str]:
-    found = [name_of(command) for command in app.registered_commands]
+    """Every command line that has a help page of its own, as `cache info`."""
+    names = [name_of(command) for command in app.registered_commands]
     for group in app.registered_groups:
         assert group.typer_instance is not None
-        found += [f"{group.name} {name_of(command)}" for command in group.typer_instance.registered_commands]
-    return found
+        names += [f"{group.name} {name_of(command)}" for command in group.typer_instance.registered_commands]
+    return names
 
 
 def name_of(command: CommandInfo) -> str:
     return str(command.name or getattr(command.callback, "__name__", ""))
 
 
+def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([*arguments, "--help"]) == 0
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", commands())
-def test_options_name_what_they_take(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*command.split(), "--help"]) == 0
-    told = capsys.readouterr().out.split("Options:\n")[1]
-    options = re.findall(r"^  (?:-\w, )?--[a-z0-9-]+(?: (\S+))?", told, re.M)
+def test_option_values_have_names_instead_of_types(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = re.findall(r"^  (?:-\w, )?--[a-z0-9-]+(?: (\S+))?", help_of(command.split(), capsys), re.M)
     assert options
     assert not [metavar for metavar in options if metavar.startswith("<")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_has_an_example_and_the_common_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(command.split(), capsys)
+    assert f"Example: vaflow {command}" in re.sub(r"\s+", " ", text)
+    assert "--verbose" in text
+    assert "--quiet" in text
+
+
+@pytest.mark.parametrize("command", commands())
+def test_usage_has_no_braces(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "{" not in help_of(command.split(), capsys).partition("\n\n")[0]
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_pages_fit_the_terminal(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for arguments in ([], ["train"], ["cache", "info"]):
+        lines = help_of(arguments, capsys).splitlines()
+        prose = [line for line in lines if len(line.split()) > 1]  # a single long word cannot be wrapped
+        assert max(map(len, prose)) <= int(columns)
+
+
+def test_commands_are_listed_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of([], capsys)
+    titles = ["Data and features:", "The cache:", "Training and scoring:", "Using a trained run:", "More:"]
+    places = [text.index(f"\n{title}\n") for title in titles]
+    assert places == sorted(places)
+    assert text.index("\n  extract ") < places[1] < text.index("\n  cache ") < places[2] < text.index("\n  train ")
+
+
+def test_the_exit_codes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "0 done, 1 failed, 2 bad usage, 3 some items failed" in re.sub(r"\s+", " ", help_of([], capsys))
+
+
+def test_short_help_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "-h"]) == 0
+    assert capsys.readouterr().out.startswith("Usage: vaflow evaluate [OPTIONS] RUN\n")
+
+
+def test_completion_offers_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("_VAFLOW_COMPLETE", "complete_bash"), ("COMP_WORDS", "vaflow e"), ("COMP_CWORD", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().out.split() == ["extract", "evaluate", "ensemble"]
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_no_color_is_honoured(
+    no_color: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert main(["train", "no-cache", "--out", "run"]) == 2
+    error = capsys.readouterr().err
+    assert "vaflow:" in error
+    assert ("\x1b[" in error) == (not no_color)
+
+
+def test_info_names_versions_devices_and_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VAFLOW_CACHE_DIR", str(tmp_path))
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {"vaflow", "Python", "torch", "av"} <= set(facts["Versions"])
+    assert facts["Devices"]["--device auto"] in ("cpu", "cuda")
+    assert facts["Folders"]["copies of remote caches"] == str(tmp_path)
+    assert main(["info"]) == 0
+    assert f"copies of remote caches: {tmp_path}" in capsys.readouterr().out

@@ -1,57 +1,70 @@
-"""The `vaflow` command. Each command parses, calls one library function, and prints; errors are mapped here, once.
+"""The `vaflow` command: registration of the subcommands, exit codes, and the mapping of errors to messages.
 
-Command modules import nothing heavy at the top: `vaflow --help` answers at once.
+Each command parses its options, calls one library function and prints the result. Command modules import nothing heavy
+at the top, so that `vaflow --help` takes a tenth of a second.
 """
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 import typer
 
-from vaflow.cli import ablate, cache, cache_import, check, demo, evaluate, extract, predict, train
+from vaflow.cli import ablate, cache, cache_import, check, demo, evaluate, extract, info, predict, train
 from vaflow.cli import cache as cache_copy
 from vaflow.cli import cache as cache_prompts
 from vaflow.cli import cache_import as cache_targets
 from vaflow.cli import predict as submit
 from vaflow.cli import provenance as trace
+from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error
 from vaflow.errors import VaflowError, explain, is_out_of_memory
 
 INTERRUPTED, TERMINATED = 130, 143
 
 app = typer.Typer(
     name="vaflow",
-    help="Valence and arousal from video with speech: encode once into a cache, train light heads on it.",
+    cls=CommandGroup,
+    help="Estimate valence and arousal from video with speech.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad usage, 3 some items failed, 130 interrupted, 143 terminated. "
+    "First steps: vaflow demo",
     no_args_is_help=True,
-    rich_markup_mode=None,  # rich costs a quarter of a second at every start
-    add_completion=False,
+    rich_markup_mode=None,  # importing rich adds 0.25 s to every start
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command("check")(check.check)
-app.command("extract")(extract.extract)
-cache.app.command("convert")(cache_copy.convert)
-cache.app.command("merge")(cache_copy.merge)
-cache.app.command("prompts")(cache_prompts.prompts)
-cache.app.command("import")(cache_import.import_)
-cache.app.command("targets")(cache_targets.targets)
-app.add_typer(cache.app, name="cache")
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("folds")(evaluate.folds)
-app.command("ensemble")(evaluate.ensemble)
-app.command("predict")(predict.predict)
-app.command("ablate")(ablate.ablate)
-app.command("submit")(submit.submit)
-app.command("trace")(trace.trace)
-app.command("demo")(demo.demo)
+DATA, CACHE, MODEL, RESULT, MORE = PANELS
+
+
+def _add(name: str, function: Callable[..., int], panel: str, group: typer.Typer = app) -> None:
+    group.command(name, cls=Command, rich_help_panel=panel)(function)
+
+
+_add("check", check.check, DATA)
+_add("extract", extract.extract, DATA)
+app.add_typer(cache.app, name="cache", cls=CommandGroup, rich_help_panel=CACHE)
+_add("convert", cache_copy.convert, "Commands", cache.app)
+_add("merge", cache_copy.merge, "Commands", cache.app)
+_add("prompts", cache_prompts.prompts, "Commands", cache.app)
+_add("import", cache_import.import_, "Commands", cache.app)
+_add("targets", cache_targets.targets, "Commands", cache.app)
+_add("train", train.train, MODEL)
+_add("evaluate", evaluate.evaluate, MODEL)
+_add("folds", evaluate.folds, MODEL)
+_add("ensemble", evaluate.ensemble, MODEL)
+_add("ablate", ablate.ablate, MODEL)
+_add("predict", predict.predict, RESULT)
+_add("submit", submit.submit, RESULT)
+_add("trace", trace.trace, RESULT)
+_add("demo", demo.demo, MORE)
+_add("info", info.info, MORE)
 
 
 @app.callback(invoke_without_command=True)
-def root(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     """Options of the program itself."""
     if version:
         from vaflow import __version__
@@ -61,72 +74,73 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line and return the exit code.
 
-    0 done, 1 failed, 2 usage, 3 some items failed, 130 interrupted (Ctrl-C), 143 asked to end (SIGTERM).
+    0 done, 1 failed, 2 bad usage, 3 some items failed, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
     """
-    # OpenMP threads that spin while they wait take the cores from our own decoders: measured 20 times slower.
+    # OpenMP threads that spin while waiting take the cores from the decoding processes: measured 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with _asked_to_end() as asked:
+    with _sigterm_as_interrupt() as received:
         try:
-            result = _run(args)
+            code = _run(args)
         except KeyboardInterrupt:
-            result = INTERRUPTED
-    if result == INTERRUPTED:  # what Typer makes of Ctrl-C, too
-        how = "ended by SIGTERM" if asked else "interrupted"
-        typer.echo(f"vaflow: {how}; run the same command again to go on where it stopped", err=True)
-        return TERMINATED if asked else INTERRUPTED
-    return result
+            code = INTERRUPTED
+    if code == INTERRUPTED:  # Typer also turns Ctrl-C into this code
+        cause = "terminated" if received else "interrupted"
+        typer.echo(f"vaflow: {cause}. Run the same command again to resume.", err=True)
+        return TERMINATED if received else INTERRUPTED
+    return code
 
 
 def _run(args: Sequence[str] | None) -> int:
-    """Run Typer; every error that a person can do something about becomes one paragraph."""
+    """Run Typer; print every expected error as one message and return its exit code."""
     try:
-        return int(app(args=list(args) if args is not None else None, standalone_mode=False) or 0)
+        arguments = list(args) if args is not None else None
+        return int(app(args=arguments, prog_name="vaflow", standalone_mode=False, terminal_width=help_width()) or 0)
     except VaflowError as error:
-        typer.echo(f"vaflow: {error}", err=True)
+        print_error(error)
         return error.exit_code
     except typer.TyperException as error:
-        show = getattr(error, "show", None)  # what Typer raises for bad usage can show itself with the usage line
-        show() if show else typer.echo(f"vaflow: {error}", err=True)
+        show = getattr(error, "show", None)  # usage errors print themselves with the usage line
+        show() if show else print_error(error)
         return int(getattr(error, "exit_code", 1))
-    except BrokenPipeError:  # `vaflow ... | head`: the reader has what it wanted
+    except BrokenPipeError:  # `vaflow ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full or read-only disk, wherever it was met
-        remedy = "Make room or give access, then run the same command again: it goes on where it stopped"
-        typer.echo(f"vaflow: {explain('The system refused', got=error, remedy=remedy)}", err=True)
+    except OSError as error:  # a full or read-only disk, in any command
+        remedy = "Free space or grant access, then run the same command again to resume"
+        print_error(explain("The operating system reported an error", got=error, remedy=remedy))
         return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        remedy = "Free memory, or use smaller batches (--batch-size, --image-batch, --window-batch); run it again"
+        remedy = "Free memory or use smaller batches (--batch-size, --image-batch, --window-batch), then run it again"
         got = (str(error) or type(error).__name__).splitlines()[0]
-        typer.echo(f"vaflow: {explain('Out of memory', got=got, remedy=remedy)}", err=True)
+        print_error(explain("Out of memory", got=got, remedy=remedy))
         return 1
 
 
 @contextmanager
-def _asked_to_end() -> Iterator[list[int]]:
-    """SIGTERM, which schedulers and shutdowns send, ends a command as Ctrl-C does: tidily. Yields what came."""
-    came: list[int] = []
+def _sigterm_as_interrupt() -> Iterator[list[int]]:
+    """Handle SIGTERM, which schedulers send, like Ctrl-C. Yields the list of signals received so far."""
+    received: list[int] = []
 
-    def end(number: int, _: FrameType | None) -> None:
+    def interrupt(number: int, _: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
-        came.append(number)
+        received.append(number)
         raise KeyboardInterrupt
 
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # the program that we are in handles it
-        yield came
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # the host program handles it
+        yield received
         return
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield came
+        yield received
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def entry() -> None:
-    """The installed `vaflow` script."""
+    """Run the installed `vaflow` script."""
     sys.exit(main())

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table, weight_pairs
+from vaflow.cli.common import (
+    Command,
+    JsonFlag,
+    Quiet,
+    Verbose,
+    file_size,
+    print_json,
+    set_up,
+    show_bars,
+    table,
+    weight_pairs,
+)
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:
@@ -24,7 +35,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="The folder of the cache.", show_default=False)]
 
 
-@app.command()
+@app.command(cls=Command)
 def info(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False) -> int:
     """What is in a cache: its clips per split, and its streams with what made them.
 
@@ -56,7 +67,7 @@ def _info_text(facts: dict[str, Any], verbose: bool) -> str:
             stream["dim"],
             stream["dtype"],
             stream["items"],
-            _size(stream["bytes"]),
+            file_size(stream["bytes"]),
             stream["fingerprint"] if verbose else stream["fingerprint"][:8],
             _short(stream["encoder"]),
         )
@@ -68,22 +79,13 @@ def _info_text(facts: dict[str, Any], verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _size(count: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = 0
-    while count >= 1000 and power < len(units) - 1:
-        count, power = count / 1000, power + 1
-    return f"{count:.{1 if power else 0}f} {units[power]}"
-
-
 def _short(encoder: object) -> str:
     if isinstance(encoder, dict):
         encoder = encoder.get("name", encoder)
     return "-" if encoder is None else str(encoder)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False) -> int:
     """Read everything and compare it with its checksums and the schema; exit code 1 when anything is wrong.
 
@@ -115,7 +117,7 @@ def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
     return 0
 
 
-@app.command()
+@app.command(cls=Command)
 def repair(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False) -> int:
     """Drop what is damaged, so that the next `vaflow extract` makes only that again.
 

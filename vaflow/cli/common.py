@@ -1,52 +1,136 @@
-"""What commands share: the common options, where messages go, tables."""
+"""Code shared by the commands: common options, help layout, log level, messages and tables."""
 
 import json
 import logging
+import os
+import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from vaflow.errors import UsageError, explain, visible
 
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what went wrong.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
-Cache = Annotated[Path, typer.Argument(metavar="CACHE", help="What `vaflow extract` wrote.", show_default=False)]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="What `vaflow train --out` wrote.", show_default=False)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print details.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Cache = Annotated[
+    Path, typer.Argument(metavar="CACHE", help="Cache directory, as written by `vaflow extract`.", show_default=False)
+]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run directory, as written by `vaflow train`.", show_default=False)
+]
 RunOrEnsemble = Annotated[
     Path,
-    typer.Argument(metavar="RUN", help="What `vaflow train` or `vaflow ensemble` wrote to --out.", show_default=False),
+    typer.Argument(metavar="RUN", help="Directory of a run or an ensemble.", show_default=False),
 ]
 AllowMissing = Annotated[
     bool, typer.Option("--allow-missing", help="Score a split even if labelled clips have no features.")
 ]
 
 
+def heading(text: str) -> str:
+    """`text` in bold, or unchanged where NO_COLOR is set. Typer removes the codes where the output is no terminal."""
+    return text if os.environ.get("NO_COLOR") else typer.style(text, bold=True)
+
+
+def print_error(message: object) -> None:
+    """Print `vaflow: message` on standard error, the name in red where the terminal has colours."""
+    name = "vaflow:" if os.environ.get("NO_COLOR") else typer.style("vaflow:", fg="red", bold=True)
+    typer.echo(f"{name} {message}", err=True)
+
+
+def help_width() -> int:
+    """Columns of a help page: the terminal's, between 36 and 98. (Typer itself never wraps below 50.)"""
+    return min(max(shutil.get_terminal_size().columns - 2, 36), 98)
+
+
+class Command(TyperCommand):
+    """A command whose help lists its options in groups, by their `rich_help_panel` (without one: "Options")."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Arguments as `CACHE`, not as Typer's `{CACHE}`."""
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then each group of options in the order of its first option."""
+        groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                is_argument = param.param_type_name == "argument"
+                name = record[0].split(" ")[0] if is_argument else record[0]  # `CACHE`, not Typer's `CACHE <path>`
+                title = getattr(param, "rich_help_panel", None) or ("Arguments" if is_argument else "Options")
+                groups[title].append((name, record[1]))
+        general = groups.pop("Options", [])
+        for title, records in (*groups.items(), ("Options", general)):
+            if records:
+                with formatter.section(heading(title)):
+                    formatter.write_dl(records, col_max=30 if formatter.width >= 60 else 4)
+
+
+PANELS = ("Data and features", "The cache", "Training and scoring", "Using a trained run", "More")
+
+
+class CommandGroup(TyperGroup):
+    """A group whose help lists its commands in sections, by their `rich_help_panel`."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write one section per panel, in the order of `PANELS`."""
+        commands = [self.get_command(ctx, name) for name in self.list_commands(ctx)]
+        width = max((len(command.name or "") for command in commands if command), default=0)
+        sections: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for command in commands:
+            if command is not None and not command.hidden:
+                panel = getattr(command, "rich_help_panel", None)
+                title = panel if isinstance(panel, str) else "Commands"
+                text = command.get_short_help_str(limit=200)  # wrapped, not cut
+                sections[title].append(((command.name or "").ljust(width), text))
+        for title, rows in sorted(sections.items(), key=lambda pair: (*PANELS, pair[0]).index(pair[0])):
+            with formatter.section(heading(title)):
+                formatter.write_dl(rows, col_max=30 if formatter.width >= 60 else 4)
+
+
 def set_up(verbose: bool = False, quiet: bool = False) -> None:
-    """Send log lines to standard error at the level asked for."""
+    """Send log lines to standard error at the requested level."""
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("vaflow").setLevel(level)
 
 
 def show_bars(quiet: bool) -> bool:
-    """Progress bars are for people: only on a terminal, and not when asked to be quiet."""
+    """Return whether to draw progress bars: only on a terminal, and not with --quiet."""
     return sys.stderr.isatty() and not quiet
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document on standard output."""
     typer.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
+def file_size(size: float) -> str:
+    """Bytes for a person, in powers of 1000: "0 B", "812 kB" or "12.4 MB"."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = 0
+    while size >= 1000 and power < len(units) - 1:
+        size, power = size / 1000, power + 1
+    return f"{size:.{1 if power > 1 else 0}f} {units[power]}"
+
+
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
-    """Aligned columns; numbers to the right. Plain text, so that it can be piped."""
+    """Aligned columns, numbers on the right, as plain text that can be piped.
+
+    On a terminal narrower than the table each row becomes a block of `name: value` lines.
+    """
     cells = [list(header), *([visible(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(_is_number(row[i]) for row in cells[1:]) and len(cells) > 1 for i in range(len(header))]
+    if sys.stdout.isatty() and sum(widths) + 2 * (len(widths) - 1) > shutil.get_terminal_size().columns:
+        return "\n\n".join(_block(header, row) for row in cells[1:])
     lines = [
         "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
         for row in cells
@@ -54,37 +138,48 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
+def _block(header: Sequence[str], row: Sequence[str]) -> str:
+    """One row of a table for a narrow terminal: the first cell as its title, then a line per further cell."""
+    pairs = [f"  {name}: {cell}" if name else f"  {cell}" for name, cell in zip(header[1:], row[1:], strict=True)]
+    return "\n".join([f"{header[0]} {row[0]}".strip(), *pairs])
+
+
 def _is_number(text: str) -> bool:
     return bool(text) and text.strip("+-%").replace(".", "", 1).replace(",", "").isdigit()
 
 
-def weight_pairs(pairs: Iterable[str]) -> dict[str, Path]:
-    """`--weights NAME=PATH`, repeated -> name -> path.
+def pairs(option: str, values: Iterable[str], expected: str) -> dict[str, str]:
+    """Values of a repeated `--option NAME=VALUE` as a dictionary.
 
     Raises:
-        UsageError: not a pair, or nothing at the path.
+        UsageError: a value lacks the name, the equals sign or the right side.
     """
-    weights = {}
-    for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not (name and equals and path):
-            raise UsageError(explain("--weights is not a pair", expected="NAME=PATH", got=pair))
-        if not Path(path).exists():
-            raise UsageError(explain(f"The weights for {name} are not there", expected="a file or folder", got=path))
-        weights[name] = Path(path)
+    result = {}
+    for value in values:
+        name, equals, other = value.partition("=")
+        if not (name and equals and other):
+            raise UsageError(explain(f"{option} takes a pair", expected=expected, got=value))
+        result[name] = other
+    return result
+
+
+def weight_pairs(values: Iterable[str]) -> dict[str, Path]:
+    """`--weights NAME=PATH`, repeated, as name -> path.
+
+    Raises:
+        UsageError: not a pair, or no file or folder at the path.
+    """
+    weights = {name: Path(path) for name, path in pairs("--weights", values, "NAME=PATH").items()}
+    for name, path in weights.items():
+        if not path.exists():
+            raise UsageError(explain(f"No weights for {name}", expected="a file or folder", got=path))
     return weights
 
 
-def alias_pairs(pairs: Iterable[str]) -> dict[str, str]:
-    """`--alias NAME=OTHER`, repeated -> stream name -> the stream that stands in for it.
+def alias_pairs(values: Iterable[str]) -> dict[str, str]:
+    """`--alias NAME=OTHER`, repeated, as stream name -> the stream that replaces it.
 
     Raises:
         UsageError: not a pair.
     """
-    aliases = {}
-    for pair in pairs:
-        name, equals, other = pair.partition("=")
-        if not (name and equals and other):
-            raise UsageError(explain("--alias is not a pair", expected="NAME=OTHER, as ast=ast-tiny", got=pair))
-        aliases[name] = other
-    return aliases
+    return pairs("--alias", values, "NAME=OTHER, as ast=ast-tiny")

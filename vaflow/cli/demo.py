@@ -9,17 +9,19 @@ from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for data, cache, run and pictures.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the people, their feelings, and the training.")] = 0,
-    clips: Annotated[int, typer.Option(min=3, metavar="N", help="Labelled clips; two thirds of them train.")] = 24,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the data, cache, run and pictures.")] = Path(
+        "demo"
+    ),
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed (synthetic data and training).")] = 0,
+    clips: Annotated[int, typer.Option(min=3, metavar="N", help="Labelled clips; two thirds are for training.")] = 24,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """No data, no download: synthetic clips -> cache -> heads -> scores and pictures, in about two minutes.
+    """Run the whole pipeline on synthetic clips in about two minutes; no data, no download.
 
-    Writes clips in Aff-Wild2's layout (DIR/data), encodes them with tiny seeded encoders (DIR/cache), trains the full
-    model (DIR/run), scores it on people that it has not seen, and draws what it says (DIR/run/pictures).
+    Writes clips in the layout of Aff-Wild2 (DIR/data), encodes them with small random encoders (DIR/cache), trains the
+    full model (DIR/run), scores it on unseen people and draws the predictions (DIR/run/pictures).
 
     Example: vaflow demo --out demo
 
