@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 VISUAL, AUDIO = "visual", "audio"
@@ -103,8 +102,3 @@ class Output:
     va: Tensor
     region_logits: Tensor | None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def lengths(inside: torch.Tensor) -> torch.Tensor:
-    """[B, T] bool with its False entries at the end -> [B] int64 on the CPU, as packed sequences want them."""
-    return inside.sum(dim=1).to("cpu", torch.int64)

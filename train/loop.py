@@ -70,7 +70,7 @@ class Progress:
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over everything that learns."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(learning, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(learning, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -117,8 +117,8 @@ def region_centers(centers: float = CENTERS, *, like: Tensor | None = None) -> T
         UsageError: `centers` is not above 0.
     """
     _positive("centers", centers)
-    kind = {} if like is None else {"dtype": like.dtype, "device": like.device}
-    levels = torch.tensor([-centers, 0.0, centers], **kind)  # type: ignore[arg-type]
+    like = torch.zeros(0) if like is None else like
+    levels = centers * torch.arange(-1, 2, dtype=like.dtype, device=like.device)  # made there: nothing is copied
     return torch.cartesian_prod(levels, levels)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toy_batches import inside_mask
 
 from vaflow.errors import UsageError
-from vaflow.train.heads.fusion import FUSION, Attend, Fusion, Track, interpolate
+from vaflow.train.heads.fusion import FUSION, CrossAttention, Fusion, Track, interpolate
 
 FRAMES, HIDDEN, HEADS = 6, 8, 2
 STEPS = (7, 4, 1, 5)
@@ -157,8 +157,9 @@ def test_steps_without_sound_and_padding_are_never_attended(variant):
 def test_attention_has_neither_residual_nor_norm():
     """With one key, every frame hears the same, whatever it shows."""
     torch.manual_seed(0)
-    attend, (visual, _) = Attend(HIDDEN, HEADS).double(), make_visual()
-    heard = attend(visual, make_track(0))[2]  # window 2 has one step
+    attend, (visual, _) = CrossAttention(HIDDEN, HEADS).double(), make_visual()
+    track = make_track(0)
+    heard = attend(visual, track.value, track)[2]  # window 2 has one step
     torch.testing.assert_close(heard, heard[:1].expand_as(heard))
 
 
@@ -206,5 +207,55 @@ def test_shapes_that_disagree_are_named():
 def test_fusions_that_cannot_be_are_refused():
     with pytest.raises(UsageError, match="at least one audio stream"):
         FUSION["gated"](8, 0)
-    with pytest.raises(UsageError, match="multiple of 3"):
+    with pytest.raises(UsageError, match=r"hidden \(8\) must be divisible by attention_heads \(3\)"):
         FUSION["attention"](8, 1, heads=3)
+
+
+@pytest.mark.parametrize("variant", ["attention", "hierarchical", "attention-concat"])
+def test_positions_are_sinusoids_of_the_true_times_on_queries_and_keys(variant):
+    """Restated in NumPy for one window; values carry no position."""
+    torch.manual_seed(0)
+    fusion: Any = FUSION[variant](HIDDEN, 1, heads=HEADS, positions="time").double()
+    plain = FUSION[variant](HIDDEN, 1, heads=HEADS).double()
+    plain.load_state_dict(fusion.state_dict())  # nothing is added to saved weights
+    (visual, time), track = make_visual(), make_track(0)
+    fused = fusion(visual, time, [track])
+    assert not torch.allclose(fused, plain(visual, time, [track]))
+
+    def position(seconds: np.ndarray) -> np.ndarray:
+        angle = seconds[:, None] / 0.1 / 10_000 ** (np.arange(HIDDEN // 2) / (HIDDEN // 2))
+        return np.concatenate([np.sin(angle), np.cos(angle)], -1)
+
+    row, key = 0, track.key[0].numpy()
+    value = numbers(track.value[row])[key]
+    parts = [
+        np.split(numbers(a), 3)
+        for a in (fusion.attends[0].attention.in_proj_weight, fusion.attends[0].attention.in_proj_bias)
+    ]
+    sources = (
+        numbers(visual[row]) + position(numbers(time[row])),
+        value + position(numbers(track.time[row])[key]),
+        value,
+    )
+    q, k, v = (x @ w.T + b for x, w, b in zip(sources, *parts, strict=True))
+    size = HIDDEN // HEADS
+    cuts = [slice(h * size, (h + 1) * size) for h in range(HEADS)]
+    heads = [softmax(q[:, c] @ k[:, c].T / np.sqrt(size)) @ v[:, c] for c in cuts]
+    out = fusion.attends[0].attention.out_proj
+    attended = np.concatenate(heads, -1) @ numbers(out.weight).T + numbers(out.bias)
+    result = fusion.attends[0](
+        visual + fusion.positions(time).to(visual), track.value + fusion.positions(track.time), track
+    )
+    np.testing.assert_allclose(numbers(result[row]), attended, atol=1e-6)
+
+
+def test_positions_ignore_times_at_padding():
+    (visual, time), track = make_visual(), make_track(0)
+    fusion = FUSION["attention"](HIDDEN, 1, heads=HEADS, positions="time").double()
+    junk = replace(track, time=torch.where(track.inside, track.time, torch.nan))
+    assert torch.equal(fusion(visual, time, [track]), fusion(visual, time, [junk]))
+
+
+def test_unknown_positions_are_refused():
+    with pytest.raises(UsageError, match="attention_positions"):
+        FUSION["attention"](HIDDEN, 1, heads=HEADS, positions="steps")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from toy_batches import inside_mask
 
 from vaflow.errors import UsageError
-from vaflow.train.heads.temporal import TCN, TEMPORAL, Recurrent, Transformer, sinusoids
+from vaflow.train.heads.positions import Sinusoids
+from vaflow.train.heads.temporal import TCN, TEMPORAL, Recurrent, Transformer
 
 LENGTHS = (9, 4, 1, 6)
 WIDTH, HIDDEN = 6, 8
@@ -175,7 +176,7 @@ def test_transformer_layer_restated():
     out = model(x, inside)
     layer: Any = model.encoder[0]
     for row, length in enumerate(LENGTHS):
-        y = model.project(x[row, :length]) + sinusoids(length, HIDDEN)
+        y = model.project(x[row, :length]) + Sinusoids(HIDDEN)(torch.arange(length))
         attention = layer.self_attn
         q, k, v = (layer.norm1(y) @ attention.in_proj_weight.T + attention.in_proj_bias).chunk(3, dim=-1)
         heads = [
@@ -188,7 +189,7 @@ def test_transformer_layer_restated():
 
 
 def test_sinusoids_against_a_loop():
-    table = sinusoids(7, 6)
+    table = Sinusoids(6)(torch.arange(7))
     for step in range(7):
         for i in range(3):
             angle = step / 10_000 ** (i / 3)

@@ -1,9 +1,10 @@
-"""How hearing joins seeing: one visual sequence H_v and any number of audio sequences H_a -> F_fused.
+"""Fusion: combine one visual sequence H_v with the audio sequences H_a into F_fused.
 
-Source: arXiv 2603.13415, eq. 3-5 and table 2; `attention-concat` is arXiv 2503.10523's. With several audio streams:
-where the result has room for one (attention, gated, hierarchical), it is the mean over the streams that have a valid
-step in that window; the concatenating variants keep each stream apart. A stream without any valid step in a window
-says nothing there: with no stream left F_fused = H_v, and its part of a concatenation is zero.
+Several audio streams: `attention`, `gated` and `hierarchical` average the streams that have a valid step in the window;
+the concatenating variants keep each stream apart. A stream without a valid step contributes nothing: F_fused = H_v if
+no stream has one, and its part of a concatenation is zero.
+
+Source: arXiv 2603.13415, eq. 3-5 and table 2; `attention-concat` is arXiv 2503.10523's; `positions` is ours.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.errors import UsageError, explain
+from vaflow.train.heads.positions import Sinusoids
+
+POSITIONS = ("none", "time")
+TIME_UNIT = 0.1  # seconds; the shortest wavelength is 2 pi of these, about the interval of frames in a window
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Track:
         value: [B, S, H], H_a; zeros at padding.
         time: [B, S] seconds after the window's start, ascending.
         inside: [B, S] bool: not padding; False entries at the end.
-        key: [B, S] bool: may be attended: inside, and with sound data under it.
+        key: [B, S] bool: inside and with audio samples, so that it may be attended.
     """
 
     value: Tensor
@@ -34,17 +39,17 @@ class Track:
 
     @property
     def present(self) -> Tensor:
-        """[B] bool: there is a step to attend."""
+        """[B] bool: at least one step may be attended."""
         return self.key.any(dim=1)
 
 
 def interpolate(sequence: Tensor, from_time: Tensor, to_time: Tensor, inside: Tensor) -> Tensor:
-    """Linear in time between steps, held before the first and after the last; `numpy.interp` for every row.
+    """Interpolate linearly in time, held before the first and after the last step, like `numpy.interp` per row.
 
     Args:
         sequence: [B, S, H].
         from_time: [B, S] seconds of its steps, ascending where inside.
-        to_time: [B, F] seconds at which it is wanted.
+        to_time: [B, F] seconds of the output.
         inside: [B, S] bool: steps to use; False entries at the end.
 
     Returns:
@@ -74,51 +79,64 @@ def interpolate(sequence: Tensor, from_time: Tensor, to_time: Tensor, inside: Te
     return torch.where(inside.any(dim=1)[:, None, None], low + share * (high - low), 0)
 
 
-class Attend(nn.Module):
+class CrossAttention(nn.Module):
     """F_attn = Attention(Q = H_v, K = H_a, V = H_a) (eq. 3): several heads, no residual, no norm."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(hidden, heads, batch_first=True)
 
-    def forward(self, visual: Tensor, track: Track) -> Tensor:
-        """visual [B, F, H] asks a track [B, S, H] -> [B, F, H]; zeros for rows without any key."""
+    def forward(self, query: Tensor, keys: Tensor, track: Track) -> Tensor:
+        """Attend a track: query [B, F, H], keys [B, S, H] -> [B, F, H]; zeros for rows without a key."""
         present = track.present
-        # A softmax over no key at all is NaN (some kernels hide it): such rows attend to all and are then dropped.
-        hidden = ~track.key & present.unsqueeze(1)
-        answer, _ = self.attention(visual, track.value, track.value, key_padding_mask=hidden, need_weights=False)
-        return torch.where(present[:, None, None], answer, 0)
+        # A softmax over no keys is NaN (some kernels hide it): such rows attend every step and are zeroed below.
+        ignored = ~track.key & present.unsqueeze(1)
+        result, _ = self.attention(query, keys, track.value, key_padding_mask=ignored, need_weights=False)
+        return torch.where(present[:, None, None], result, 0)
 
 
 class Fusion(nn.Module):
-    """All five variants: how audio comes to the frames (attention or resampling), and how it joins H_v.
+    """Fuse H_v with audio tracks, which come to the frames by attention or interpolation.
 
     Args:
         hidden: width H of every sequence.
-        audio_streams: how many tracks there will be, at least one.
-        attend: bring tracks to the frames by cross-modal attention (eq. 3), else by interpolation in time.
-        join: "replace" (F_fused is what came), "gate" (eq. 4-5) or "concat" (beside H_v).
+        audio_streams: number of tracks, at least one.
+        attend: align tracks with the frames by cross-modal attention (eq. 3), else by interpolation in time.
+        join: "replace" (F_fused is the aligned audio), "gate" (eq. 4-5) or "concat" (beside H_v).
         heads: attention heads.
+        positions: "none" (as published) or "time": add sinusoids of the true times to queries and keys. Values stay
+            as they are. Has no effect without attention.
 
     Attributes:
         width: of F_fused.
 
     Raises:
-        UsageError: `hidden` is not a multiple of `heads`, or there is no audio stream.
+        UsageError: `hidden` is not a multiple of `heads`, there is no audio stream, or `positions` is unknown.
     """
 
-    def __init__(self, hidden: int, audio_streams: int = 1, *, attend: bool, join: str, heads: int = 4) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        audio_streams: int = 1,
+        *,
+        attend: bool,
+        join: str,
+        heads: int = 4,
+        positions: str = "none",
+    ) -> None:
         super().__init__()
         if audio_streams < 1:
             raise UsageError(explain("Fusion needs audio", expected="at least one audio stream", got=audio_streams))
+        if positions not in POSITIONS:
+            raise UsageError(explain("Unknown attention_positions", got=positions, choices=POSITIONS))
         if attend and hidden % heads:
-            raise UsageError(
-                explain("The heads must share the width evenly", expected=f"a multiple of {heads}", got=hidden)
-            )
+            raise UsageError(explain(f"hidden ({hidden}) must be divisible by attention_heads ({heads})"))
         self.join = join
-        self.attends = nn.ModuleList(Attend(hidden, heads) for _ in range(audio_streams)) if attend else None
+        # The attribute keeps its old name: it is part of the names of saved weights.
+        self.attends = nn.ModuleList(CrossAttention(hidden, heads) for _ in range(audio_streams)) if attend else None
         self.audio_streams = audio_streams
         self.gate = nn.Linear(2 * hidden, hidden) if join == "gate" else None
+        self.positions = Sinusoids(hidden, TIME_UNIT) if attend and positions == "time" else None
         self.width = hidden * (1 + audio_streams) if join == "concat" else hidden
 
     def forward(self, visual: Tensor, time: Tensor, audio: Sequence[Track]) -> Tensor:
@@ -136,24 +154,30 @@ class Fusion(nn.Module):
             ValueError: the number of tracks or their shapes disagree.
         """
         if len(audio) != self.audio_streams:
-            raise ValueError(f"this fusion was made for {self.audio_streams} audio streams; got {len(audio)}")
+            raise ValueError(f"fusion: expected {self.audio_streams} audio streams; got {len(audio)}")
         for track in audio:
             check_track(visual, track)
-        heard = self._at_frames(visual, time, audio)
+        aligned = self._align(visual, time, audio)
         if self.join == "concat":
-            return torch.cat([visual, *heard], dim=-1)
+            return torch.cat([visual, *aligned], dim=-1)
         present = torch.stack([track.present for track in audio])
-        mean = torch.stack(heard).sum(dim=0) / present.sum(dim=0).clamp(min=1)[:, None, None]
+        mean = torch.stack(aligned).sum(dim=0) / present.sum(dim=0).clamp(min=1)[:, None, None]
         fused = mean
         if self.gate is not None:
             gate = torch.sigmoid(self.gate(torch.cat([mean, visual], dim=-1)))  # eq. 4
             fused = gate * mean + (1 - gate) * visual  # eq. 5
         return torch.where(present.any(dim=0)[:, None, None], fused, visual)
 
-    def _at_frames(self, visual: Tensor, time: Tensor, audio: Sequence[Track]) -> list[Tensor]:
+    def _align(self, visual: Tensor, time: Tensor, audio: Sequence[Track]) -> list[Tensor]:
+        """Every track at the frame times, [B, F, H]."""
         if self.attends is None:
             return [resample(time, track) for track in audio]
-        return [attend(visual, track) for attend, track in zip(self.attends, audio, strict=True)]
+        query, keys = visual, [track.value for track in audio]
+        if self.positions is not None:
+            query = visual + self.positions(time).to(visual)
+            times = [torch.where(track.inside, track.time, 0) for track in audio]
+            keys = [key + self.positions(t).to(key) for key, t in zip(keys, times, strict=True)]
+        return [attend(query, key, track) for attend, key, track in zip(self.attends, keys, audio, strict=True)]
 
 
 def resample(time: Tensor, track: Track) -> Tensor:

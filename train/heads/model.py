@@ -1,18 +1,13 @@
-"""The whole model of stage two: streams -> projection -> temporal model -> fusion -> valence, arousal and regions.
+"""The model of stage two: streams -> projection -> temporal model -> fusion -> valence, arousal and regions.
 
-Source: arXiv 2603.13415, section 3. The paper is silent on: what happens to a feature before its projection
-(`normalize`), the shape of the regression head (one hidden layer), dropout (after the projection and in that head),
-several streams of one modality (see `VAModel` and `fusion`), and missing input (a learned vector per stream).
-
-What becomes of one stream before fusion: normalise, project, fill in what is missing, look at the context.
-
-Source: arXiv 2603.13415, section 3 (projection, eq. 1); normalisation and the vector for missing input are ours.
-
-Two sets of weights as one model: valence from the epoch that was best in valence, arousal from its own.
+Source: arXiv 2603.13415, section 3. The paper does not specify the normalisation of features before their projection
+(`normalize`), the regression head (one hidden layer here), dropout (here after the projection and in that head),
+several streams of one modality (see `VAModel` and `fusion`) and missing input (here a learned vector per stream).
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,11 +19,11 @@ from vaflow.train.batch import AUDIO, VISUAL, Batch, Output, StreamSpec, TargetS
 from vaflow.train.heads.fusion import FUSION, Track, interpolate
 from vaflow.train.heads.prompt import PromptHead
 from vaflow.train.heads.spectrogram import Spectrogram
-from vaflow.train.heads.temporal import TEMPORAL
+from vaflow.train.heads.temporal import TEMPORAL, Recurrent, run_together
 
 
 class UnitLength(nn.Module):
-    """[..., D] -> the same direction, length 1."""
+    """Scale vectors to length 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -36,7 +31,7 @@ class UnitLength(nn.Module):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / deviation per dimension, with numbers of the training split; the identity until they are set."""
+    """(x - mean) / deviation per dimension, with statistics of the training split; the identity until they are set."""
 
     mean: Tensor
     deviation: Tensor
@@ -60,10 +55,10 @@ NORMALIZE: Mapping[str, Callable[[int], nn.Module]] = {
 
 
 class Branch(nn.Module):
-    """One stream: normalise, project to `hidden`, put the learned vector where input is missing, then its context.
+    """One stream up to fusion: normalise, project, insert the learned vector for missing input, add context.
 
-    A spectrogram is standardised per band, whatever `normalize` says (a LayerNorm would take the loudness out of every
-    frame, and with it much of what sound says about arousal), and a CNN makes steps of its frames first.
+    A spectrogram is standardised per band, whatever `normalize` is: LayerNorm would remove the loudness of each frame,
+    which carries much of the arousal. A CNN then turns its frames into steps.
 
     Args:
         dim: width of the stream's features.
@@ -71,7 +66,7 @@ class Branch(nn.Module):
         normalize: a key of `NORMALIZE`.
         temporal: a key of `TEMPORAL`.
         temporal_options: its keyword arguments.
-        dropout: on what enters the temporal model.
+        dropout: before the temporal model.
         frames_per_step: of a spectrogram; 0: features are steps.
     """
 
@@ -98,32 +93,35 @@ class Branch(nn.Module):
         self.temporal = TEMPORAL[temporal](hidden, hidden, **temporal_options)
 
     def forward(self, x: Tensor, valid: Tensor, inside: Tensor) -> Tensor:
-        """x [B, T, dim], valid and inside [B, T] bool -> [B, T, hidden]; features that are not valid are not read."""
-        return self._in_context(self.normalize(torch.where(valid.unsqueeze(-1), x, 0)), valid, inside)
-
-    def track(self, x: Tensor, key: Tensor, inside: Tensor, time: Tensor) -> Track:
-        """An audio stream, x [B, T, dim]; key, inside [B, T] bool; time [B, T] seconds. Frames become steps here."""
-        if self.spectrogram is None:
-            return Track(self(x, key, inside), time, inside, key)
-        steps = self.spectrogram(self.normalize(x), key, inside, time)
-        value = self._in_context(steps.value, steps.valid, steps.inside)
-        return Track(value, steps.time, steps.inside, steps.valid)
-
-    def _in_context(self, x: Tensor, valid: Tensor, inside: Tensor) -> Tensor:
-        projected = torch.where(valid.unsqueeze(-1), self.project(x), self.missing)
-        result: Tensor = self.temporal(self.dropout(projected), inside)
+        """x [B, T, dim], valid and inside [B, T] bool -> H [B, T, hidden]; features that are not valid are not read."""
+        entering = self.enter(x, valid, inside, torch.zeros(valid.shape, device=x.device))
+        result: Tensor = self.temporal(entering.value, entering.inside)
         return result
+
+    def enter(self, x: Tensor, valid: Tensor, inside: Tensor, time: Tensor) -> Track:
+        """What enters the temporal model: x [B, T, dim], valid and inside [B, T] bool, time [B, T] seconds.
+
+        Returns:
+            The projected steps; frames of a spectrogram become steps here.
+        """
+        if self.spectrogram is None:
+            x = self.normalize(torch.where(valid.unsqueeze(-1), x, 0))
+        else:
+            steps = self.spectrogram(self.normalize(x), valid, inside, time)
+            x, valid, inside, time = steps.value, steps.valid, steps.inside, steps.time
+        projected = torch.where(valid.unsqueeze(-1), self.project(x), self.missing)
+        return Track(self.dropout(projected), time, inside, valid)
 
 
 class VAModel(nn.Module):
-    """Valence and arousal, and region logits, for every frame of every window.
+    """Predict valence, arousal and region logits for every frame of every window.
 
-    With one modality there is nothing to fuse: F_fused is H_v, or H_a at the frame times. Several visual streams (or
-    several audio streams without a visual one) are concatenated frame by frame and projected to `hidden`; several
-    audio streams beside a visual one are the fusion's matter.
+    With one modality nothing is fused: F_fused is H_v, or H_a at the frame times. Several visual streams (or several
+    audio streams without a visual one) are concatenated frame by frame and projected to `hidden`; the fusion combines
+    several audio streams with a visual one.
 
     Args:
-        streams: what the model reads, at least one; visual streams have one vector per output frame. A spectrogram
+        streams: inputs, at least one; visual streams have one vector per output frame. A spectrogram
             (`frames_per_step`) goes through a CNN first.
         prototypes: [9, D] text prototypes of the regions; None: no prompt head.
         hidden: width of every sequence.
@@ -131,13 +129,14 @@ class VAModel(nn.Module):
         temporal_options: its keyword arguments, e.g. {"layers": 2}.
         fusion: a key of `FUSION`.
         attention_heads: of cross-modal attention.
-        dropout: after projections and in the regression head; `temporal_options` may say otherwise for inside.
-        normalize: what is done to features before their projection, a key of `NORMALIZE`. Encoders differ in scale,
-            and CLIP vectors are cached unnormalised. "layer" (default) is a LayerNorm, "l2" makes unit vectors,
-            "standard" needs `set_statistics`, "none" is the paper to the letter.
+        attention_positions: "none" or "time"; see `Fusion`.
+        dropout: after projections and in the regression head; `temporal_options` may override it in temporal models.
+        normalize: normalisation of features before their projection, a key of `NORMALIZE`. Encoders differ in scale,
+            and CLIP vectors are cached unnormalised. "layer" is a LayerNorm, "l2" makes unit vectors, "standard" needs
+            `set_statistics`, "none" follows the paper.
         learnable_prototypes: train the prototypes, too.
-        context: number and width of learned vectors that they are made from; see `PromptHead`.
-        targets: what else is said of every frame; a linear head on F_fused each.
+        context: number and width of learned context vectors; see `PromptHead`.
+        targets: further targets; each has a linear head on F_fused.
 
     Raises:
         UsageError: an unknown name or option, two streams of one name, no streams, or widths that do not divide.
@@ -154,6 +153,7 @@ class VAModel(nn.Module):
         temporal_options: Mapping[str, Any] | None = None,
         fusion: str = "hierarchical",
         attention_heads: int = 4,
+        attention_positions: str = "none",
         dropout: float = 0.1,
         normalize: str = "layer",
         learnable_prototypes: bool = False,
@@ -161,21 +161,32 @@ class VAModel(nn.Module):
         targets: Sequence[TargetSpec] = (),
     ) -> None:
         super().__init__()
-        _choice("temporal model", temporal, TEMPORAL)
-        _choice("fusion", fusion, FUSION)
-        _choice("normalisation", normalize, NORMALIZE)
+        named: tuple[tuple[str, str, Mapping[str, object]], ...] = (
+            ("temporal model", temporal, TEMPORAL),
+            ("fusion", fusion, FUSION),
+            ("normalisation", normalize, NORMALIZE),
+        )
+        for what, name, choices in named:
+            if name not in choices:
+                raise UsageError(explain(f"Unknown {what}", got=name, choices=choices))
         options = {"dropout": dropout, **(temporal_options or {})}
-        _known_options(temporal, options)
-        self.streams = _checked(streams)
+        parameters = inspect.signature(TEMPORAL[temporal]).parameters.values()
+        known = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+        for name in options:
+            if name not in known:
+                raise UsageError(explain(f"temporal model {temporal!r} has no option {name!r}", choices=known))
+        check_streams(streams)
+        self.streams = tuple(streams)
         self.branches = nn.ModuleList(
             Branch(s.dim, hidden, normalize, temporal, options, dropout, s.frames_per_step) for s in self.streams
         )
         self.visual = [i for i, stream in enumerate(self.streams) if stream.kind == VISUAL]
         self.audio = [i for i, stream in enumerate(self.streams) if stream.kind == AUDIO]
-        beside = len(self.visual) or len(self.audio)
-        self.merge = nn.Linear(beside * hidden, hidden) if beside > 1 else nn.Identity()
-        both = bool(self.visual and self.audio)
-        self.fusion = FUSION[fusion](hidden, len(self.audio), heads=attention_heads) if both else None
+        merged = len(self.visual) or len(self.audio)
+        self.merge = nn.Linear(merged * hidden, hidden) if merged > 1 else nn.Identity()
+        self.fusion = None
+        if self.visual and self.audio:
+            self.fusion = FUSION[fusion](hidden, len(self.audio), heads=attention_heads, positions=attention_positions)
         width = hidden if self.fusion is None else self.fusion.width
         self.regression = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 2), nn.Tanh()
@@ -205,26 +216,46 @@ class VAModel(nn.Module):
         Raises:
             ValueError: a stream is not in the batch, or shapes disagree.
         """
-        for stream in self.streams:
-            _check_features(stream, batch)
-        tracks = [self._hear(i, batch) for i in self.audio]
+        entering: list[Track] = []
+        for stream, branch in zip(self.streams, self.branches, strict=True):
+            check_features(stream, batch)
+            name = stream.name
+            inside, valid = batch.feature_inside[name], batch.valid[name] & batch.feature_inside[name]
+            if stream.kind == VISUAL:  # rows are output frames; one beyond the stream's end is missing, not padding
+                inside, valid = batch.inside, valid & batch.inside
+            entering.append(branch.enter(batch.features[name], valid, inside, batch.feature_time[name]))  # type: ignore[operator]
+        tracks = self._in_context(entering)
+        audio = [tracks[i] for i in self.audio]
         if not self.visual:
-            heard = [interpolate(track.value, track.time, batch.time, track.inside) for track in tracks]
-            return self.merge(torch.cat(heard, dim=-1))
-        seen = self.merge(torch.cat([self._see(i, batch) for i in self.visual], dim=-1))
-        return seen if self.fusion is None else self.fusion(seen, batch.time, tracks)
+            aligned = [interpolate(track.value, track.time, batch.time, track.inside) for track in audio]
+            return self.merge(torch.cat(aligned, dim=-1))
+        visual = self.merge(torch.cat([tracks[i].value for i in self.visual], dim=-1))
+        if self.fusion is None:
+            return visual
+        fused: Tensor = self.fusion(visual, torch.where(batch.inside, batch.time, 0), audio)
+        return fused
+
+    def _in_context(self, entering: Sequence[Track]) -> list[Track]:
+        """Every track after its temporal model; recurrent ones run together."""
+        models = [branch.temporal for branch in self.branches]
+        values, insides = [track.value for track in entering], [track.inside for track in entering]
+        if all(isinstance(model, Recurrent) for model in models):
+            values = run_together(models, values, insides)  # type: ignore[arg-type]
+        else:
+            values = [m(x, inside) for m, x, inside in zip(models, values, insides, strict=True)]  # type: ignore[operator]
+        return [replace(track, value=value) for track, value in zip(entering, values, strict=True)]
 
     @property
     def standardized(self) -> tuple[str, ...]:
-        """Names of the streams that `set_statistics` is for: spectrograms, and all with normalize="standard"."""
+        """Names of the streams that need `set_statistics`: spectrograms, and all with normalize="standard"."""
         pairs = zip(self.streams, self.branches, strict=True)
         return tuple(stream.name for stream, branch in pairs if isinstance(branch.normalize, Standardize))
 
     def set_statistics(self, stream: str, mean: Tensor, deviation: Tensor) -> None:
-        """What a stream is shifted by and divided by, [D] each, over the training split's valid rows.
+        """Set a stream's mean and deviation, [D] each, over the valid rows of the training split.
 
         Raises:
-            ValueError: there is no such stream, it is not standardised, or shapes disagree.
+            ValueError: an unknown stream, one that is not standardised, or shapes disagree.
         """
         names = [spec.name for spec in self.streams]
         if stream not in names:
@@ -237,54 +268,26 @@ class VAModel(nn.Module):
         layer.mean.copy_(mean)
         layer.deviation.copy_(deviation)
 
-    def _see(self, i: int, batch: Batch) -> Tensor:
-        """H of visual stream i, [B, F, hidden]. Its rows are output frames: one beyond its own end is missing."""
-        name = self.streams[i].name
-        valid = batch.valid[name] & batch.feature_inside[name]
-        return self.branches[i](batch.features[name], valid & batch.inside, batch.inside)
-
-    def _hear(self, i: int, batch: Batch) -> Track:
-        """H of audio stream i with its times and masks."""
-        name = self.streams[i].name
-        inside = batch.feature_inside[name]
-        branch: Branch = self.branches[i]  # type: ignore[assignment]
-        return branch.track(batch.features[name], batch.valid[name] & inside, inside, batch.feature_time[name])
-
 
 def count_parameters(module: nn.Module, *, trainable: bool = True) -> int:
-    """How many numbers a module learns; all its parameters where `trainable` is False."""
+    """Number of trainable parameters; of all parameters where `trainable` is False."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
 
-def _choice(what: str, name: str, choices: Mapping[str, object]) -> None:
-    if name not in choices:
-        raise UsageError(explain(f"Unknown {what}", got=name, choices=choices))
-
-
-def _known_options(temporal: str, options: Mapping[str, object]) -> None:
-    known = {
-        name
-        for name, parameter in inspect.signature(TEMPORAL[temporal]).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    for name in options:
-        if name not in known:
-            raise UsageError(explain(f"The temporal model {temporal!r} has no such option", got=name, choices=known))
-
-
-def _checked(streams: Sequence[StreamSpec]) -> tuple[StreamSpec, ...]:
+def check_streams(streams: Sequence[StreamSpec]) -> None:
+    """Raise UsageError unless there is a stream, every kind is known and names differ."""
     if not streams:
         raise UsageError(explain("A model needs input", expected="at least one visual or audio stream", got="none"))
-    names = [stream.name for stream in streams]
     for stream in streams:
         if stream.kind not in (VISUAL, AUDIO):
             raise UsageError(explain(f"Stream {stream.name!r}: unknown kind", got=stream.kind, choices=(VISUAL, AUDIO)))
-        if names.count(stream.name) > 1:
-            raise UsageError(explain("Streams need different names", got=", ".join(names)))
-    return tuple(streams)
+    names = [stream.name for stream in streams]
+    if len(set(names)) < len(names):
+        raise UsageError(explain("Streams need different names", got=", ".join(names)))
 
 
-def _check_features(stream: StreamSpec, batch: Batch) -> None:
+def check_features(stream: StreamSpec, batch: Batch) -> None:
+    """Raise ValueError, naming the shapes, unless the batch has the stream's features, masks and times."""
     name = stream.name
     if name not in batch.features:
         raise ValueError(f"the model reads stream {name!r}; the batch has {', '.join(batch.features) or 'none'}")
@@ -300,7 +303,7 @@ def _check_features(stream: StreamSpec, batch: Batch) -> None:
 
 
 class EachModel(nn.Module):
-    """Valence as one model says it, arousal as another does; other logits are the mean of both.
+    """Take valence from one model and arousal from another; other logits are the mean of both.
 
     Args:
         valence, arousal: models of the same inputs.

@@ -1,4 +1,4 @@
-"""The semantic head: how much a frame resembles each region's description (arXiv 2603.13415, section 3)."""
+"""The prompt head: similarity of a frame to each region's description (arXiv 2603.13415, section 3)."""
 
 import math
 from collections.abc import Callable
@@ -9,18 +9,18 @@ from torch.nn import functional
 
 from vaflow.train.losses import REGIONS
 
-FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # as CLIP is trained
-FIRST_DEVIATION = 0.02  # of context vectors, as CoOp draws them
+INITIAL_SCALE, MAX_SCALE = 1 / 0.07, 100.0  # as in CLIP
+CONTEXT_DEVIATION = 0.02  # initial context vectors, as in CoOp
 
 
 class PromptHead(nn.Module):
-    """F_fused -> text space -> scaled cosine to each of the nine prototypes.
+    """Project F_fused to text space; return scaled cosines to the nine prototypes.
 
     Args:
         hidden: width of F_fused.
-        prototypes: [9, D], mean text embedding per region; normalised here, so any length will do.
-        learnable: train the prototypes from there, instead of keeping them.
-        context: number and width of learned vectors; with a text tower (`attach`) the prototypes follow from them.
+        prototypes: [9, D], mean text embedding per region; normalised here.
+        learnable: train the prototypes.
+        context: number and width of learned context vectors; a text tower (`attach`) makes the prototypes from them.
 
     Raises:
         ValueError: there are not nine prototypes.
@@ -36,17 +36,17 @@ class PromptHead(nn.Module):
             raise ValueError(f"prototypes must be [{REGIONS}, D]; got {[*prototypes.shape]}")
         self.hidden = hidden
         self.project = nn.Linear(hidden, prototypes.shape[1])
-        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
         start = prototypes.detach().to(torch.float32).clone()
         if learnable:
             self.prototypes = nn.Parameter(start)
         else:
             self.register_buffer("prototypes", start)
-        self.context = None if context is None else nn.Parameter(FIRST_DEVIATION * torch.randn(context))
+        self.context = None if context is None else nn.Parameter(CONTEXT_DEVIATION * torch.randn(context))
         self._tower: Callable[[Tensor], Tensor] | None = None
 
     def attach(self, tower: Callable[[Tensor], Tensor]) -> None:
-        """Make the prototypes from the context from now on: [count, width] -> [9, D]. The tower is not saved.
+        """Compute the prototypes from the context vectors, [count, width] -> [9, D]. The tower is not saved.
 
         Raises:
             ValueError: the head has no context.
@@ -56,7 +56,7 @@ class PromptHead(nn.Module):
         self._tower = tower
 
     def train(self, mode: bool = True) -> "PromptHead":
-        """As `nn.Module.train`; on leaving training, the prototypes that the context came to are kept."""
+        """As `nn.Module.train`; leaving training mode stores the prototypes of the current context."""
         if self.training and not mode and self._tower is not None:
             with torch.no_grad():
                 self.prototypes.copy_(self._tower(self.context))  # type: ignore[arg-type]
@@ -65,8 +65,8 @@ class PromptHead(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What cosines are multiplied with: a scalar, at most 100."""
-        return self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
+        """Factor of the cosines: a scalar, at most 100."""
+        return self.log_scale.clamp(max=math.log(MAX_SCALE)).exp()
 
     def forward(self, fused: Tensor) -> Tensor:
         """[..., hidden] -> [..., 9] logits within +-`scale`.

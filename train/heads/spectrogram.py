@@ -1,8 +1,8 @@
-"""A small CNN over the cached log-Mel, trained with the heads: the "CNN-based audio" of arXiv 2603.13415, table 1, and
-the log-Mel branch of arXiv 2503.10523. Neither paper says more; this one is as small as the data is.
+"""A small CNN over the cached log-Mel spectrogram, trained with the heads.
 
-Three 3x3 convolutions halve the bands each time, and time at most to a quarter; then the frames under each step are
-averaged, bands kept apart. What is missing or padding is zero before and after every layer, so it never speaks.
+It stands for the "CNN-based audio" of arXiv 2603.13415, table 1, and the log-Mel branch of arXiv 2503.10523, which
+neither paper specifies. Three 3x3 convolutions halve the bands each and shorten time at most to a quarter; the frames
+of each step are then averaged per band. Missing and padded frames are zero before and after every layer.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ CHANNELS = (16, 32, 64)
 
 @dataclass(frozen=True)
 class Steps:
-    """What frames become.
+    """Steps that the frames were pooled into.
 
     Attributes:
-        value: [B, S, width]; zeros where there is no valid frame.
-        valid: [B, S] bool: at least half of the step's frames are.
+        value: [B, S, width]; zeros for steps without a valid frame.
+        valid: [B, S] bool: at least half of the step's frames are valid.
         inside: [B, S] bool: the step begins within the clip.
         time: [B, S] seconds: the mean of the frames' times.
     """
@@ -33,11 +33,11 @@ class Steps:
 
 
 class Spectrogram(nn.Module):
-    """Log-Mel frames -> one vector per step.
+    """Pool log-Mel frames into one vector per step.
 
     Args:
         bands: width of a frame.
-        frames_per_step: how many frames become one step.
+        frames_per_step: number of frames pooled into one step.
         channels: of the three convolutions.
 
     Attributes:
@@ -52,7 +52,7 @@ class Spectrogram(nn.Module):
         if bands < 1 or frames_per_step < 1:
             raise ValueError(f"bands and frames per step must be positive; got {bands} and {frames_per_step}")
         self.bands, self.frames_per_step = bands, frames_per_step
-        # A step keeps a frame of its own at the end: time shrinks no further than a step is long.
+        # Time shrinks no further than a step is long, so that each step keeps a frame.
         self.shrink = [2 if frames_per_step >= 2 ** (layer + 1) and layer < 2 else 1 for layer in range(len(channels))]
         self.layers = nn.ModuleList(
             nn.Conv2d(before, after, 3, stride=(stride, 2), padding=1)
@@ -71,30 +71,28 @@ class Spectrogram(nn.Module):
         Raises:
             ValueError: shapes disagree, or T is not a multiple of `frames_per_step`.
         """
-        count, each = inside.shape[1], self.frames_per_step
-        if tuple(frames.shape) != (*inside.shape, self.bands) or count % each:
+        count, per_step = inside.shape[1], self.frames_per_step
+        if tuple(frames.shape) != (*inside.shape, self.bands) or count % per_step:
             raise ValueError(
-                f"expected frames [B, T, {self.bands}], T a multiple of {each}; "
+                f"expected frames [B, T, {self.bands}], T a multiple of {per_step}; "
                 f"got {[*frames.shape]} with masks {[*inside.shape]}"
             )
-        there = valid & inside
-        maps, mask = self._convolve(frames, there)
-        value, found = self._pool(maps, mask, count // each)
-        by_step = (inside.shape[0], count // each, each)
-        enough = 2 * there.view(by_step).sum(dim=2) >= each
-        return Steps(value, enough & found, inside.view(by_step)[:, :, 0], time.reshape(by_step).mean(dim=2))
+        mask = valid & inside
+        value, pooled = self._pool(*self._convolve(frames, mask), count // per_step)
+        by_step = (inside.shape[0], count // per_step, per_step)
+        enough = 2 * mask.view(by_step).sum(dim=2) >= per_step
+        return Steps(value, enough & pooled, inside.view(by_step)[:, :, 0], time.reshape(by_step).mean(dim=2))
 
-    def _convolve(self, frames: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    def _convolve(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, bands], [B, T] -> [B, T', width] and [B, T'], both of every `shrink`-th frame."""
-        maps = torch.where(there.unsqueeze(-1), frames, 0).unsqueeze(1)
-        mask = there
+        maps = torch.where(mask.unsqueeze(-1), frames, 0).unsqueeze(1)
         for layer, stride in zip(self.layers, self.shrink, strict=True):
-            mask = mask[:, ::stride]  # the frame that a tap's middle lies on
+            mask = mask[:, ::stride]  # of the frame under the middle tap
             maps = torch.relu(layer(maps)) * mask[:, None, :, None]
         return maps.transpose(1, 2).flatten(2), mask
 
     def _pool(self, maps: Tensor, mask: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Mean of the maps under each step where the mask is set, and whether there was one."""
+        """Masked mean of the maps of each step, and whether any entry was unmasked."""
         stride = prod(self.shrink)
         step = torch.arange(mask.shape[1], device=mask.device) * stride // self.frames_per_step
         member = (step == torch.arange(steps, device=mask.device).unsqueeze(1)).to(maps)  # [S, T']

@@ -1,28 +1,29 @@
-"""Temporal models: a sequence per window -> a sequence of the same length that knows its context.
+"""Temporal models: a sequence per window -> a sequence of the same length with context.
 
-All have one face: `forward(x [B, T, input_size], inside [B, T]) -> [B, T, hidden]`, zeros at padding, and nothing at
-padding is ever read. Source: arXiv 2603.13415, eq. 1 (BiGRU) and table 2 (TCN); LSTM and Transformer are ours.
+Every model has one interface: `forward(x [B, T, input_size], inside [B, T]) -> [B, T, hidden]`, with zeros at padding.
+Values at padding are never read. Source: arXiv 2603.13415, eq. 1 (BiGRU) and table 2 (TCN); LSTM and Transformer are
+ours.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from vaflow.errors import UsageError, explain
-from vaflow.train.batch import lengths
+from vaflow.train.heads.positions import Sinusoids
+from vaflow.train.heads.recurrence import Cell, run_recurrent
 
 
 class Recurrent(nn.Module):
-    """Bidirectional GRU or LSTM over packed sequences: the backward direction starts at the last real step.
+    """Bidirectional GRU or LSTM; the backward direction starts at the last real step.
 
     Args:
-        cell: `nn.GRU` or `nn.LSTM`.
+        cell: `nn.GRU` or `nn.LSTM`, which holds the weights; `run_recurrent` computes.
         input_size: width of x.
         hidden: width of the output, both directions together.
         layers: how many are stacked.
@@ -45,12 +46,10 @@ class Recurrent(nn.Module):
     ) -> None:
         super().__init__()
         if per_direction is None and hidden % 2:
-            raise UsageError(
-                explain("A bidirectional model halves its width", expected="an even hidden width", got=hidden)
-            )
+            raise UsageError(explain(f"hidden ({hidden}) must be even: half of it is for each direction"))
         width = hidden // 2 if per_direction is None else per_direction
         self.input_size = input_size
-        self.rnn = cell(
+        self.rnn: Cell = cell(
             input_size,
             width,
             layers,
@@ -66,11 +65,28 @@ class Recurrent(nn.Module):
         Raises:
             ValueError: shapes disagree.
         """
-        check_sequence(x, inside, self.input_size)
-        count = lengths(inside).clamp(min=1)  # a window of padding alone runs over one zero; it is zeroed below
-        packed = pack_padded_sequence(zero_outside(x, inside), count, batch_first=True, enforce_sorted=False)
-        out, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])
-        return zero_outside(self.back(out), inside)
+        return run_together([self], [x], [inside])[0]
+
+
+def run_together(models: Sequence[Recurrent], sequences: Sequence[Tensor], insides: Sequence[Tensor]) -> list[Tensor]:
+    """Run several `Recurrent` models of one shape in one recurrence; the results are those of each alone.
+
+    Args:
+        models: built with the same arguments.
+        sequences: x [B, T, input_size] per model; T may differ.
+        insides: [B, T] bool per model.
+
+    Returns:
+        [B, T, hidden] per model.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    for model, x, inside in zip(models, sequences, insides, strict=True):
+        check_sequence(x, inside, model.input_size)
+    clean = [zero_outside(x, inside) for x, inside in zip(sequences, insides, strict=True)]
+    states = run_recurrent([model.rnn for model in models], clean, insides)
+    return [zero_outside(model.back(y), m) for model, y, m in zip(models, states, insides, strict=True)]
 
 
 class TCN(nn.Module):
@@ -79,13 +95,13 @@ class TCN(nn.Module):
     Args:
         input_size: width of x.
         hidden: width of the output.
-        layers: residual blocks. Three blocks of width 3 see 29 steps: more than a window of 20.
+        layers: residual blocks. Three blocks of width 3 cover 29 steps, more than a window of 20.
         kernel_size: taps of each convolution.
-        causal: look back only (the paper's TCNs), or to both sides.
+        causal: use past steps only (as in the paper), or both sides.
         dropout: after each convolution.
 
     Raises:
-        UsageError: `kernel_size` is even and the model is not causal: there is no middle tap.
+        UsageError: `kernel_size` is even and the model is not causal.
     """
 
     def __init__(
@@ -100,7 +116,7 @@ class TCN(nn.Module):
     ) -> None:
         super().__init__()
         if not causal and kernel_size % 2 == 0:
-            raise UsageError(explain("A non-causal TCN needs a middle tap", expected="an odd width", got=kernel_size))
+            raise UsageError(explain("A non-causal TCN needs an odd kernel_size: a middle tap", got=kernel_size))
         self.input_size = input_size
         self.blocks = nn.ModuleList(
             TCNBlock(before, after, kernel_size=kernel_size, dilation=2**depth, causal=causal, dropout=dropout)
@@ -110,7 +126,7 @@ class TCN(nn.Module):
 
     @property
     def receptive_field(self) -> int:
-        """How many steps of x one step of the output depends on: the last of them, or centred if not causal."""
+        """Number of input steps that an output step depends on, ending at it, or centred on it if not causal."""
         return 1 + self._taps_beyond
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
@@ -145,7 +161,7 @@ class TCNBlock(nn.Module):
         y = x
         for convolution in (self.first, self.second):
             y = self.dropout(torch.relu(convolution(nn.functional.pad(y, self.pad))))
-            y = y * inside  # biases would make padding speak to the next, non-causal, convolution
+            y = y * inside  # biases make padding nonzero, which the next non-causal convolution would read
         return torch.relu(y + self.skip(x)) * inside
 
 
@@ -176,13 +192,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         if hidden % heads or hidden % 2:
-            raise UsageError(
-                explain(
-                    "The width must be even and be shared evenly by the heads",
-                    expected=f"a multiple of {math.lcm(2, heads)}",
-                    got=hidden,
-                )
-            )
+            raise UsageError(explain(f"hidden ({hidden}) must be a multiple of {math.lcm(2, heads)} (heads {heads})"))
         self.input_size = input_size
         self.project = nn.Identity() if input_size == hidden else nn.Linear(input_size, hidden)
         self.encoder = nn.ModuleList(
@@ -198,6 +208,7 @@ class Transformer(nn.Module):
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(hidden)
+        self.positions = Sinusoids(hidden)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         """x [B, T, input_size], inside [B, T] bool -> [B, T, hidden].
@@ -207,20 +218,12 @@ class Transformer(nn.Module):
         """
         check_sequence(x, inside, self.input_size)
         y = self.project(zero_outside(x, inside))
-        y = y + sinusoids(y.shape[1], y.shape[2]).to(y)
-        hidden = ~inside
-        hidden[:, 0] = False  # a softmax over no key at all is NaN; windows of padding alone are zeroed below
+        y = y + self.positions(torch.arange(y.shape[1], device=y.device)).to(y)
+        ignored = ~inside
+        ignored[:, 0] = False  # a softmax over no keys is NaN; windows of padding alone are zeroed below
         for layer in self.encoder:
-            y = layer(y, src_key_padding_mask=hidden)
+            y = layer(y, src_key_padding_mask=ignored)
         return zero_outside(self.norm(y), inside)
-
-
-def sinusoids(steps: int, width: int) -> Tensor:
-    """[steps, width] float32: sines in the first half, cosines in the second, wavelengths 2 pi to 20,000 pi steps."""
-    half = width // 2
-    rate = torch.exp(-math.log(10_000.0) * torch.arange(half) / half)
-    angle = torch.arange(steps).unsqueeze(1) * rate
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def check_sequence(x: Tensor, inside: Tensor, width: int) -> None:
@@ -232,7 +235,7 @@ def check_sequence(x: Tensor, inside: Tensor, width: int) -> None:
 
 
 def zero_outside(x: Tensor, inside: Tensor) -> Tensor:
-    """x [B, T, D] with zeros, and no gradient, where inside [B, T] is False; NaN there does not survive."""
+    """x [B, T, D] with zeros and no gradient where inside [B, T] is False, whatever was there (NaN, too)."""
     return torch.where(inside.unsqueeze(-1), x, 0)
 
 

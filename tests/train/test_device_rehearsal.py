@@ -1,0 +1,144 @@
+"""Every head, fusion, temporal model, loss and gather on a pretended GPU: mixed devices and hidden waits fail.
+
+`FakeTensorMode` propagates shapes and devices without data, so no GPU is needed; only `backward` cannot be rehearsed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy_batches import HEARD, HEARD_TOO, SEEN, SEEN_TOO
+
+from vaflow.train.batch import AUDIO, BINARY, CLASSES, Batch, ExtraTargets, StreamSpec, TargetSpec
+from vaflow.train.heads.fusion import FUSION, POSITIONS
+from vaflow.train.heads.model import NORMALIZE, VAModel
+from vaflow.train.heads.temporal import TEMPORAL
+from vaflow.train.losses import total_loss
+from vaflow.train.windows import StreamTable, WindowSet, drop_modality
+
+B, F, S, WINDOWS = 3, 4, 6, 10
+MEL = StreamSpec("mel", AUDIO, 8, frames_per_step=2)
+TARGETS = (TargetSpec("expression", CLASSES, ("a", "b")), TargetSpec("units", BINARY, ("x", "y", "z")))
+
+
+class NoCopiesBetweenDevices(TorchDispatchMode):
+    """Fail on a copy from one device to another: the host waits for it, or it needs pinned memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            if source.device != result.device and source.ndim:
+                raise AssertionError(f"copy of {[*source.shape]} from {source.device} to {result.device}")
+        return result
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    with FakeTensorMode():
+        yield
+
+
+def windows_of(streams: tuple[StreamSpec, ...], device: str = "cuda") -> WindowSet:
+    """A split on the pretended GPU, as `load_split` lays it out."""
+    tables = {}
+    for stream in streams:
+        steps = F if stream.kind != AUDIO else S
+        rows, index = torch.zeros(20, stream.dim, device=device), torch.zeros(WINDOWS, steps, dtype=torch.int64)
+        inside, time = torch.ones(WINDOWS, steps, dtype=torch.bool), torch.zeros(WINDOWS, steps)
+        masks = (inside.to(device), time.to(device)) if stream.kind == AUDIO else (None, None)
+        tables[stream.name] = StreamTable(rows, index.to(device), *masks)
+    extra = {
+        t.name: ExtraTargets(
+            t.task,
+            torch.zeros(WINDOWS, F, len(t.names), device=device),
+            torch.ones(WINDOWS, F, len(t.names), dtype=torch.bool, device=device),
+        )
+        for t in TARGETS
+    }
+    return WindowSet(
+        streams,
+        tables,
+        (),
+        time=torch.zeros(F, device=device),
+        sample_time=np.zeros((WINDOWS, F)),
+        inside=torch.ones(WINDOWS, F, dtype=torch.bool, device=device),
+        target=torch.zeros(WINDOWS, F, 2, device=device),
+        labelled=torch.ones(WINDOWS, F, 2, dtype=torch.bool, device=device),
+        extra=extra,
+    )
+
+
+def rehearse(streams: tuple[StreamSpec, ...], loss: dict[str, Any] | None = None, **options: Any) -> Tensor:
+    """Gather, drop a modality, run the model and compute the loss; nothing may leave the device."""
+    with pretended_gpu():
+        options = {"hidden": 8, "attention_heads": 2, **options}
+        with torch.device("cuda"):
+            model = VAModel(streams, torch.zeros(9, 6), targets=TARGETS, **options)
+        windows, ids = windows_of(streams), torch.zeros(B, dtype=torch.int64, device="cuda")
+        with NoCopiesBetweenDevices():
+            batch = drop_modality(windows.gather(ids), streams, 0.5)
+            check_device(batch)
+            output = model(batch)
+            total, parts = total_loss(output, batch, mse_weight=0.5, extra_weight=0.5, **(loss or {}))
+    assert output.va.shape == (B, F, 2)
+    assert {part.device.type for part in parts.values()} == {"cuda"}
+    return total
+
+
+def check_device(batch: Batch) -> None:
+    """All tensors of a batch are on the GPU."""
+    for each in fields(batch):
+        value = getattr(batch, each.name)
+        tensors = value.values() if isinstance(value, dict) else [value]
+        for tensor in tensors:
+            tensor = tensor.value if isinstance(tensor, ExtraTargets) else tensor
+            assert tensor.device.type == "cuda", each.name
+
+
+@pytest.mark.parametrize("temporal", TEMPORAL)
+@pytest.mark.parametrize("fusion", FUSION)
+def test_every_temporal_model_and_fusion(temporal, fusion):
+    assert rehearse((SEEN, HEARD), temporal=temporal, fusion=fusion).device.type == "cuda"
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_normalisation_and_position(normalize, positions):
+    rehearse((SEEN, HEARD), normalize=normalize, attention_positions=positions)
+
+
+@pytest.mark.parametrize("streams", [(SEEN,), (HEARD,), (SEEN, SEEN_TOO, HEARD, HEARD_TOO), (SEEN, MEL), (HEARD, MEL)])
+@pytest.mark.parametrize("temporal", TEMPORAL)
+def test_every_mix_of_streams(streams, temporal):
+    rehearse(streams, temporal=temporal)
+
+
+@pytest.mark.parametrize("options", [{"layers": 2}, {"layers": 2, "dropout": 0.3}, {"per_direction": 3}])
+@pytest.mark.parametrize("temporal", ["gru", "lstm"])
+def test_every_recurrent_option(options, temporal):
+    rehearse((SEEN, HEARD), temporal=temporal, temporal_options=options)
+
+
+@pytest.mark.parametrize("loss", [{}, {"hard": True}, {"kl_weight": 0.0}])
+@pytest.mark.parametrize("options", [{"learnable_prototypes": True}, {"context": (2, 3)}])
+def test_every_loss_and_prompt_head(loss, options):
+    rehearse((SEEN, HEARD), loss, **options)
+
+
+def test_the_rehearsal_finds_a_copy_and_a_wait():
+    with pretended_gpu(), NoCopiesBetweenDevices():
+        x = torch.zeros(3, device="cuda")
+        with pytest.raises(AssertionError, match="copy of"):
+            x.cpu()
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            float(x.sum().item())
+        with pytest.raises(RuntimeError, match="device"):
+            x + nn.Parameter(torch.zeros(3))
