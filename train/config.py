@@ -1,7 +1,7 @@
-"""What `vaflow train` can be asked for: one frozen record, checked once, stored beside the run.
+"""Settings of a training run: one frozen dataclass, checked once, stored in the run as `config.toml`.
 
-Values come from four places, each winning over the one before: a preset, a TOML file, options of the command line,
-and `--set KEY=VALUE`. Defaults are the full model of arXiv 2603.13415.
+Values come from four places, each overriding the one before: a preset, a TOML file, command-line options, and
+`--set KEY=VALUE`.
 """
 
 import tomllib
@@ -9,141 +9,280 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
+from vaflow import settings
 from vaflow.errors import UsageError, explain
-from vaflow.timeline import Grid
+from vaflow.settings import NONE, setting
 
-NONE = "none"  # a stream option of this value turns the modality off
-TEXT_SUFFIX = ".text"  # of the stream of prompt prototypes that belongs to a visual stream
+if TYPE_CHECKING:
+    from vaflow.timeline import Grid
+
+TEXT_SUFFIX = ".text"  # stream of prompt prototypes = visual stream + suffix
 TEMPORAL = ("gru", "tcn", "lstm", "transformer")
 FUSION = ("hierarchical", "attention", "gated", "concat", "attention-concat")
 NORMALIZE = ("layer", "l2", "standard", "none")
-REGION_LABELS = ("soft", "hard")
-LABEL_REDUCTIONS = ("nearest", "mean")
-SCHEDULES = ("constant", "cosine")
-BEST = ("mean", "each")
-PRECISIONS = ("auto", "float32", "bfloat16")
 PRESETS = ("p1", "p2")
+P1, P2 = "arXiv 2603.13415", "arXiv 2503.10523"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run.
-
-    Attributes:
-        visual, audio: stream names; empty: the cache's own, ("none",): without that modality.
-        text: the stream of prompt prototypes; empty: the one of the first visual stream.
-        prompts: the prompt set, an item of that stream.
-        window, stride: seconds; frames: samples per window. None: as the cache was extracted.
-        audio_steps: audio steps per window, where windows are not the cache's. None: at the stream's own rate.
-        label_reduction: labels at sampled times: of the "nearest" frame, or the "mean" over one step.
-        hidden, temporal, fusion, attention_heads, dropout, normalize: of the model; see `vaflow.train.heads.model`.
-        layers: of the temporal model; 0: its default. causal: whether the TCN sees only the past.
-        learnable_prompts: train the prototypes, too.
-        prompt_context: learned vectors in front of each description, in the place of the templates; 0: the cached
-            prototypes. The encoder's text tower runs in training. text_weights: a local file for it.
-        centers, sigma: of the nine regions and their soft labels (equation 2).
-        region_labels: "soft" (equation 2) or "hard" (the nearest region alone).
-        kl_weight: lambda of equation 6; 0 leaves the prompt head out. mse_weight: of a squared error beside it.
-        ccc_weight: of the concordance itself, 1 in the paper; 0 needs a mse_weight.
-        extra_targets: streams of further targets that a linear head each learns, as expression classes and action
-            units; extra_weight: of each one's cross-entropy.
-        modality_dropout: share of training windows in which one modality is marked missing, in a model of two.
-        best: the weights that are kept: of the best "mean" CCC, or beside them those of the best of "each" dimension.
-        epochs, batch_size, lr, weight_decay: of AdamW. schedule: of the learning rate, over the whole run.
-        warmup: epochs in which the learning rate rises linearly from 0.
-        clip_norm: largest gradient norm; 0: not clipped.
-        seed: of the weights, the shuffling and dropout. device: "auto", "cpu" or "cuda[:N]".
-        train_split, val_split: names of the splits.
-        folds, fold: train on all but one of so many parts of `fold_splits`, and validate on part `fold`, counted from
-            1; a source video is never divided. 0: the two splits as they are. See `vaflow.train.folds`.
-        finetune: train CLIP and AST, too, from the cached pixels and log-Mel; the settings below are for that.
-        backbone_lr: of their parameters; `lr` is of the heads.
-        finetune_blocks: how many of the last blocks of each train, with what follows them; 0: none, None: everything.
-        accumulate: in how many parts a batch goes through the backbones, to save memory; the result is the same.
-        augment: change pictures and sound in training, as `vaflow.train.finetune.augment` says.
-        checkpointing: compute the blocks' activations again for their gradients, to save memory.
-        precision: of the backbones in training: "float32", "bfloat16", or "auto" (bfloat16 on CUDA).
-        init: folder of a run on the same streams whose heads are the first weights; empty: fresh ones.
+    """Settings of one training run; each field carries its description (see `vaflow.settings`).
 
     Raises:
-        UsageError: a value is of the wrong type, not one of the choices, or out of range.
+        UsageError: a value is not one of the choices, out of range, or does not go with another.
     """
 
-    visual: tuple[str, ...] = ()
-    audio: tuple[str, ...] = ()
-    text: str = ""
-    prompts: str = "default"
-    window: float | None = None
-    stride: float | None = None
-    frames: int | None = None
-    audio_steps: int | None = None
-    label_reduction: str = "nearest"
-    hidden: int = 256
-    temporal: str = "gru"
-    fusion: str = "hierarchical"
-    attention_heads: int = 4
-    dropout: float = 0.1
-    normalize: str = "layer"
-    layers: int = 0
-    causal: bool = True
-    learnable_prompts: bool = False
-    prompt_context: int = 0
-    text_weights: str = ""
-    centers: float = 0.66
-    sigma: float = 0.45
-    region_labels: str = "soft"
-    kl_weight: float = 0.2
-    mse_weight: float = 0.0
-    ccc_weight: float = 1.0
-    extra_targets: tuple[str, ...] = ()
-    extra_weight: float = 0.5
-    modality_dropout: float = 0.0
-    best: str = "mean"
-    epochs: int = 15
-    batch_size: int = 16
-    lr: float = 1e-4
-    weight_decay: float = 1e-4
-    schedule: str = "constant"
-    warmup: float = 0.0
-    clip_norm: float = 0.0
-    seed: int = 0
-    device: str = "auto"
-    train_split: str = "train"
-    val_split: str = "val"
-    folds: int = 0
-    fold: int = 1
-    fold_splits: tuple[str, ...] = ("train", "val")
-    finetune: bool = False
-    backbone_lr: float = 3e-6
-    finetune_blocks: int | None = None
-    accumulate: int = 1
-    augment: bool = True
-    checkpointing: bool = False
-    precision: str = "auto"
-    init: str = ""
+    visual: tuple[str, ...] = setting(
+        (),
+        "Visual streams, or none",
+        group="data",
+        unset="the cache's only one",
+        option="--visual",
+        shown=True,
+    )
+    audio: tuple[str, ...] = setting(
+        (),
+        "Audio streams, or none",
+        group="data",
+        unset="the cache's only one",
+        option="--audio",
+        shown=True,
+    )
+    text: str = setting(
+        "", "Stream of prompt prototypes", group="data", unset="that of the first visual stream", metavar="STREAM"
+    )
+    prompts: str = setting("default", "Prompt set: an item of the stream of prototypes", group="data")
+    window: float | None = setting(
+        None,
+        "Length of a training window",
+        group="data",
+        unit="seconds",
+        above=0,
+        unset="as in the cache",
+        option="--window",
+    )
+    stride: float | None = setting(
+        None,
+        "Time between the starts of two windows",
+        group="data",
+        unit="seconds",
+        above=0,
+        unset="as in the cache",
+        option="--stride",
+    )
+    frames: int | None = setting(
+        None, "Output frames per window", group="data", above=0, unset="as in the cache", option="--frames"
+    )
+    audio_steps: int | None = setting(
+        None, "Audio steps per window", group="data", above=0, unset="at the rate of the stream"
+    )
+    label_reduction: str = setting(
+        "nearest",
+        "Label of a sampled frame: the nearest one, or the mean over a step",
+        group="data",
+        choices=("nearest", "mean"),
+    )
+    hidden: int = setting(
+        256, "Width of the projections, the temporal models and the fusion", group="model", at_least=1, source=P1
+    )
+    temporal: str = setting(
+        "gru", "Temporal model", group="model", choices=TEMPORAL, source=P1, option="--temporal", shown=True
+    )
+    fusion: str = setting(
+        "hierarchical",
+        "Fusion of the modalities",
+        group="model",
+        choices=FUSION,
+        source=f"{P1}, equations 3 to 5",
+        option="--fusion",
+        shown=True,
+    )
+    attention_heads: int = setting(4, "Heads of the cross-modal attention", group="model", at_least=1)
+    dropout: float = setting(0.1, "Dropout probability", group="model", at_least=0, below=1)
+    normalize: str = setting("layer", "Normalization of the input features", group="model", choices=NORMALIZE)
+    layers: int = setting(
+        0,
+        "Layers of the temporal model",
+        group="model",
+        at_least=0,
+        unset="1 for gru and lstm, 3 for tcn, 2 for transformer",
+    )
+    causal: bool = setting(True, "TCN without access to later frames", group="model")
+    learnable_prompts: bool = setting(False, "Train the prompt prototypes", group="model")
+    prompt_context: int = setting(
+        0,
+        "Learned vectors before each region's description, in place of the templates (0: cached prototypes)",
+        group="model",
+        at_least=0,
+    )
+    text_weights: str = setting(
+        "", "Weights file of the text tower, for prompt_context", group="model", unset="from the hub", metavar="FILE"
+    )
+    centers: float = setting(
+        0.66,
+        "Distance of the outer region centers from 0",
+        group="loss",
+        above=0,
+        source=f"{P1}, equation 2",
+        option="--centers",
+    )
+    sigma: float = setting(
+        0.45, "Width of the soft labels", group="loss", above=0, source=f"{P1}, equation 2", option="--sigma"
+    )
+    region_labels: str = setting(
+        "soft", "Region labels: soft, or one-hot of the nearest center", group="loss", choices=("soft", "hard")
+    )
+    kl_weight: float = setting(
+        0.2,
+        "Weight of the prompt loss (0: no prompt head)",
+        group="loss",
+        at_least=0,
+        source=f"{P1}, equation 6",
+        option="--kl-weight",
+    )
+    mse_weight: float = setting(0.0, "Weight of the mean squared error", group="loss", at_least=0)
+    ccc_weight: float = setting(1.0, "Weight of the CCC loss", group="loss", at_least=0, source=f"{P1}, equation 6")
+    extra_targets: tuple[str, ...] = setting(
+        (), "Streams of further targets (expression classes, action units)", group="loss", unset="none"
+    )
+    extra_weight: float = setting(0.5, "Weight of each further target's cross-entropy", group="loss", at_least=0)
+    modality_dropout: float = setting(
+        0.0, "Probability that a training window loses one modality", group="data", at_least=0, below=1
+    )
+    best: str = setting(
+        "mean",
+        "Epochs whose weights are kept: best mean CCC, or also the best of each dimension",
+        group="optimization",
+        choices=("mean", "each"),
+    )
+    epochs: int = setting(
+        15,
+        "Passes over the training windows",
+        group="optimization",
+        at_least=1,
+        source=P1,
+        option="--epochs",
+        shown=True,
+    )
+    batch_size: int = setting(
+        16, "Windows per step", group="optimization", at_least=1, source=P1, option="--batch-size"
+    )
+    lr: float = setting(
+        1e-4, "Learning rate of the heads (AdamW)", group="optimization", above=0, source=P1, option="--lr", shown=True
+    )
+    weight_decay: float = setting(
+        1e-4, "Weight decay (AdamW)", group="optimization", at_least=0, source=P1, option="--weight-decay"
+    )
+    schedule: str = setting(
+        "constant", "Learning rate schedule over the whole run", group="optimization", choices=("constant", "cosine")
+    )
+    warmup: float = setting(
+        0.0, "Epochs in which the learning rate rises linearly from 0", group="optimization", at_least=0
+    )
+    clip_norm: float = setting(0.0, "Largest norm of the gradient (0: no limit)", group="optimization", at_least=0)
+    seed: int = setting(
+        0,
+        "Random seed (initialization, shuffling, dropout)",
+        group="optimization",
+        at_least=0,
+        option="--seed",
+        shown=True,
+    )
+    device: str = setting(
+        "auto",
+        "Device: auto, cpu or cuda[:N]",
+        group="optimization",
+        pattern=r"auto|cpu|cuda(:\d+)?",
+        form="auto, cpu or cuda[:N]",
+        metavar="DEVICE",
+        option="--device",
+        shown=True,
+    )
+    train_split: str = setting("train", "Split to train on", group="data", metavar="SPLIT")
+    val_split: str = setting("val", "Split to validate on", group="data", metavar="SPLIT")
+    folds: int = setting(
+        0,
+        "Folds of a cross-validation, divided by source video (see `vaflow folds`)",
+        group="data",
+        at_least=0,
+        unset="no folds",
+        option="--folds",
+        metavar="K",
+    )
+    fold: int = setting(
+        1, "Fold to validate on, from 1; the others are trained on", group="data", option="--fold", metavar="I"
+    )
+    fold_splits: tuple[str, ...] = setting(
+        ("train", "val"), "Splits that the folds divide", group="data", metavar="SPLITS"
+    )
+    finetune: bool = setting(
+        False,
+        "Train CLIP and AST as well, from the cached pixels and log-Mel",
+        group="optimization",
+        option="--finetune",
+        shown=True,
+    )
+    backbone_lr: float = setting(
+        3e-6, "Learning rate of the encoders", group="fine-tuning", above=0, source=P1, option="--backbone-lr"
+    )
+    finetune_blocks: int | None = setting(
+        None, "Last blocks of each encoder to train (0: none)", group="fine-tuning", at_least=0, unset="all"
+    )
+    accumulate: int = setting(
+        1, "Parts in which a batch passes the encoders; more save memory, same result", group="fine-tuning", at_least=1
+    )
+    augment: bool = setting(True, "Flip, crop, color and SpecAugment in training", group="fine-tuning")
+    checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass (less memory, more time)", group="fine-tuning"
+    )
+    precision: str = setting(
+        "auto",
+        "Precision of the encoders (auto: bfloat16 on CUDA, else float32)",
+        group="fine-tuning",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    init: str = setting(
+        "", "Run whose heads are the initial weights", group="fine-tuning", unset="random weights", metavar="RUN"
+    )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        _check_ranges(self)
-        _check_streams(self)
-        _check_folds(self)
+        settings.check(self)
+        for kind in ("visual", "audio"):
+            _check_streams(kind, getattr(self, kind))
+        if self.visual == self.audio == (NONE,):
+            raise UsageError(explain("--visual none and --audio none leave nothing to train on"))
+        if self.folds:
+            _check_folds(self)
+        if not self.ccc_weight and not self.mse_weight:
+            raise UsageError(explain("ccc_weight and mse_weight are both 0", expected="one of them above 0"))
+        if self.prompt_context and self.learnable_prompts:
+            raise UsageError(explain("prompt_context and learnable_prompts exclude each other", got="both"))
+        if self.prompt_context and not self.kl_weight:
+            raise UsageError(explain("prompt_context requires the prompt loss", expected="--kl-weight above 0", got=0))
+        if self.init and not self.finetune:
+            raise UsageError(explain("init requires --finetune", got=f"init={self.init}"))
+        if self.finetune and self.extra_targets:
+            raise UsageError(explain("extra_targets is not supported with --finetune"))
+        if self.finetune and self.best != "mean":
+            raise UsageError(explain(f"best={self.best} is not supported with --finetune", expected="best=mean"))
         if None not in (self.window, self.stride, self.frames):
             _ = self.grid  # raises on values that do not go together
 
     @property
-    def grid(self) -> Grid:
-        """The training windows, once all three of their settings are known.
+    def grid(self) -> "Grid":
+        """The training windows.
 
         Raises:
-            UsageError: they are not known yet, or do not go together.
+            UsageError: window, stride or frames is not set, or they do not go together.
         """
+        from vaflow.timeline import Grid  # NumPy: the command line builds its options from this class
+
         if self.window is None or self.stride is None or self.frames is None:
-            raise UsageError(explain("Training windows are not known yet", remedy="Set window, stride and frames"))
+            raise UsageError(explain("window, stride and frames must be set to divide clips into windows"))
         return Grid(self.window, self.stride, self.frames)
 
     def as_dict(self) -> dict[str, Any]:
@@ -152,8 +291,33 @@ class TrainConfig:
         return {key: value for key, value in plain.items() if value is not None}
 
 
+def _check_streams(kind: str, names: tuple[str, ...]) -> None:
+    if NONE in names and len(names) > 1:
+        raise UsageError(explain(f"--{kind} none excludes other {kind} streams", got=", ".join(names)))
+    if len(set(names)) < len(names):
+        raise UsageError(explain(f"--{kind} names a stream twice", got=", ".join(names)))
+
+
+def _check_folds(config: TrainConfig) -> None:
+    if config.folds < 2:
+        raise UsageError(explain(f"--folds must be >= 2, or 0 for no folds (got {config.folds})"))
+    if not 1 <= config.fold <= config.folds:
+        raise UsageError(explain(f"--fold must be between 1 and --folds {config.folds} (got {config.fold})"))
+    if not config.fold_splits:
+        raise UsageError(explain("fold_splits must name at least one split"))
+
+
+def coerce(key: str, value: Any) -> Any:
+    """Convert `value` to the type of setting `key`.
+
+    Raises:
+        UsageError: an unknown key, or a value of another type.
+    """
+    return settings.coerce(TrainConfig, key, value)
+
+
 def merge(*layers: Mapping[str, Any]) -> TrainConfig:
-    """Settings of several places, later ones winning; values may be typed (TOML) or text (the command line).
+    """Build a config from settings of several places, later ones first; values may be typed (TOML) or text.
 
     Raises:
         UsageError: an unknown key, or a value that does not fit.
@@ -164,66 +328,13 @@ def merge(*layers: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**merged)
 
 
-def coerce(key: str, value: Any) -> Any:
-    """`value` as the type of setting `key`: text is parsed, whole numbers become floats where those are wanted.
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """Read the values of `--set`: ["lr=3e-4"] -> {"lr": 3e-4}.
 
     Raises:
-        UsageError: there is no such setting, or the value is not of its type.
+        UsageError: a pair is not KEY=VALUE, its key is unknown, or its value is of another type.
     """
-    types = get_type_hints(TrainConfig)
-    if key not in types:
-        raise UsageError(explain("Unknown setting", got=key, choices=types))
-    kind = types[key]
-    if isinstance(kind, UnionType):
-        if value is None or value == NONE:
-            return None
-        kind = next(part for part in get_args(kind) if part is not NoneType)
-    if get_origin(kind) is tuple:
-        names = value.strip("[]").replace('"', "").split(",") if isinstance(value, str) else value
-        if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
-            return tuple(name.strip() for name in names if name.strip())
-        raise _wrong_type(key, "stream names or split names, separated by commas", value)
-    return _scalar(key, kind, value)
-
-
-def _scalar(key: str, kind: type, value: Any) -> Any:
-    if kind is str and isinstance(value, str):
-        return value
-    if kind is bool:
-        words = {"true": True, "false": False}
-        result = words.get(str(value).lower())
-        if result is None:
-            raise _wrong_type(key, "true or false", value)
-        return result
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = kind(value)
-        except (TypeError, ValueError, OverflowError):
-            number = None
-        if number is not None and (isinstance(value, str) or number == value):
-            return number
-    raise _wrong_type(key, {int: "a whole number", float: "a number"}.get(kind, "text"), value)
-
-
-def _wrong_type(key: str, expected: str, value: Any) -> UsageError:
-    return UsageError(explain(f"Setting {key} does not understand its value", expected=expected, got=repr(value)))
-
-
-def parse_settings(settings: Iterable[str]) -> dict[str, str]:
-    """["lr=3e-4", ...] -> {"lr": "3e-4", ...}; dashes in keys are underscores.
-
-    Raises:
-        UsageError: a setting is not KEY=VALUE, or its key is unknown.
-    """
-    result = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals:
-            raise UsageError(explain("--set takes a key and a value", expected="KEY=VALUE, as lr=3e-4", got=setting))
-        coerce(key, value.strip())
-        result[key] = value.strip()
-    return result
+    return settings.parse_pairs(TrainConfig, pairs)
 
 
 def with_aliases(config: TrainConfig, aliases: Mapping[str, str]) -> TrainConfig:
@@ -300,82 +411,3 @@ def differences(one: TrainConfig, other: TrainConfig, ignore: Iterable[str] = ("
     names = [field.name for field in fields(TrainConfig) if field.name not in set(ignore)]
     pairs = ((name, getattr(one, name), getattr(other, name)) for name in names)
     return [f"{name}: {here!r}, not {there!r}" for name, here, there in pairs if here != there]
-
-
-def _check_choices(config: TrainConfig) -> None:
-    for name, choices in (
-        ("temporal", TEMPORAL),
-        ("fusion", FUSION),
-        ("normalize", NORMALIZE),
-        ("region_labels", REGION_LABELS),
-        ("label_reduction", LABEL_REDUCTIONS),
-        ("schedule", SCHEDULES),
-        ("precision", PRECISIONS),
-        ("best", BEST),
-    ):
-        value = getattr(config, name)
-        if value not in choices:
-            raise UsageError(explain(f"Unknown value for {name}", got=value, choices=choices))
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    for name in ("hidden", "attention_heads", "epochs", "batch_size", "accumulate"):
-        _check(name, getattr(config, name) >= 1, "1 or more", getattr(config, name))
-    for name in ("window", "stride", "frames", "audio_steps", "centers", "sigma", "lr", "backbone_lr"):
-        value = getattr(config, name)
-        _check(name, value is None or 0 < value < float("inf"), "a number above 0", value)
-    for name in (
-        *("kl_weight", "mse_weight", "ccc_weight", "weight_decay", "warmup", "clip_norm", "layers", "seed"),
-        *("prompt_context", "folds", "extra_weight"),
-    ):
-        value = getattr(config, name)
-        _check(name, 0 <= value < float("inf"), "a number, 0 or more", value)
-    blocks = config.finetune_blocks
-    _check("finetune_blocks", blocks is None or blocks >= 0, "a number of blocks, 0 or more, or none for all", blocks)
-    _check("init", config.finetune or not config.init, "fine-tuning, for the heads of another run", config.init)
-    for name in ("dropout", "modality_dropout"):
-        value = getattr(config, name)
-        _check(name, 0 <= value < 1, "a share of at least 0 and below 1", value)
-    weights = config.ccc_weight + config.mse_weight
-    _check("extra_targets", not (config.finetune and config.extra_targets), "none, in fine-tuning", "some")
-    _check("best", config.best == "mean" or not config.finetune, "mean, in fine-tuning", config.best)
-    _check("ccc_weight", weights > 0, "a weight above 0, or a mse_weight", config.ccc_weight)
-    _check_prompts(config)
-    kind, _, number = config.device.partition(":")
-    known = config.device in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isdigit())
-    _check("device", known, "auto, cpu or cuda[:N]", config.device)
-
-
-def _check_folds(config: TrainConfig) -> None:
-    if not config.folds:
-        return
-    _check("folds", config.folds >= 2, "at least 2 parts, or 0 for the splits as they are", config.folds)
-    _check("fold", 1 <= config.fold <= config.folds, f"a part from 1 to {config.folds}", config.fold)
-    _check("fold_splits", bool(config.fold_splits), "the names of one split or more", config.fold_splits)
-
-
-def _check_prompts(config: TrainConfig) -> None:
-    if config.prompt_context and config.learnable_prompts:
-        problem = "Either the prototypes are trained, or the context that they are made from"
-        raise UsageError(explain(problem, expected="prompt_context or learnable_prompts", got="both"))
-    if config.prompt_context and not config.kl_weight:
-        problem = "Context vectors learn from the prompt loss alone"
-        raise UsageError(explain(problem, expected="a kl_weight above 0", got=config.kl_weight))
-
-
-def _check(name: str, fits: bool, expected: str, got: object) -> None:
-    if not fits:
-        raise UsageError(explain(f"{name} is out of range", expected=expected, got=got))
-
-
-def _check_streams(config: TrainConfig) -> None:
-    for name in ("visual", "audio"):
-        names = getattr(config, name)
-        if NONE in names and len(names) > 1:
-            raise UsageError(
-                explain(f"--{name} none stands alone", expected=f"either none or {name} streams", got=", ".join(names))
-            )
-        if len(set(names)) < len(names):
-            raise UsageError(explain(f"A {name} stream is named twice", got=", ".join(names)))
-    if config.visual == config.audio == (NONE,):
-        raise UsageError(explain("Without a visual and without an audio stream there is nothing to train on"))

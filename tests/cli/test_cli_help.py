@@ -8,6 +8,8 @@ import pytest
 from typer.models import CommandInfo
 
 from vaflow.cli import app, main
+from vaflow.settings import settings_of
+from vaflow.train.config import TrainConfig
 
 
 def commands() -> list[str]:
@@ -107,3 +109,26 @@ def test_info_names_versions_devices_and_folders(
     assert facts["Folders"]["copies of remote caches"] == str(tmp_path)
     assert main(["info"]) == 0
     assert f"copies of remote caches: {tmp_path}" in capsys.readouterr().out
+
+
+GENERAL = ("--help-all", "--help", "--verbose", "--quiet", "--json")
+
+
+def options_of(page: str) -> list[str]:
+    return [name for name in re.findall(r"^  (?:-\w, )?(--[a-z0-9-]+)", page, re.M) if name not in GENERAL]
+
+
+def test_train_lists_at_most_a_dozen_options_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert len(options_of(page)) <= 12
+    headings = re.findall(r"^(\w+):$", page, re.M)
+    assert headings == ["Arguments", "Data", "Model", "Optimization", "Output", "Options"]
+    assert "--help-all" in page and "docs/settings.md" in page
+
+
+def test_help_all_lists_every_option_and_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help-all"]) == 0
+    page = capsys.readouterr().out
+    for name, described in settings_of(TrainConfig).items():
+        assert f"  {described.option} " in page if described.option else f"  {name}=" in page

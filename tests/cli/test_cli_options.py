@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 from vaflow.cache import Cache
 from vaflow.cli import main
-from vaflow.train.config import TrainConfig, coerce
 from vaflow.train.heads.temporal import TCN
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
@@ -130,14 +128,6 @@ def table_rows(page: str, heading: str) -> list[list[str]]:
     """Cells of the last table below a heading, without its head."""
     part = page.split(f"## {heading}\n")[1].split("\n## ")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"][2:]
-
-
-def test_the_page_has_every_setting_and_its_default() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
-    told = {name.strip("`"): default for name, default, _ in table_rows(page, "Every setting")}
-    assert list(told) == [field.name for field in fields(TrainConfig)]
-    for name, default in told.items():
-        assert coerce(name, default) == getattr(TrainConfig(), name), name
 
 
 def test_the_page_says_how_far_a_tcn_sees() -> None:

@@ -118,14 +118,14 @@ def test_choosing_tables() -> None:
         ("[[table.t.row]]\nlr = 1", "a row has no name"),
         ("[[table.t.row]]\nname = 'a'\n[[table.t.row]]\nname = 'a'", "two rows of one name"),
         ("[[table.t.row]]\nname = 'a'\nfusoin = 'gated'", "row 'a': Unknown setting.*Did you mean 'fusion'"),
-        ("[[table.t.row]]\nname = 'a'\nfusion = 'glue'", "row 'a': Unknown value for fusion"),
-        ("[[table.t.row]]\nname = 'a'\nlr = 'fast'", "row 'a': Setting lr"),
+        ("[[table.t.row]]\nname = 'a'\nfusion = 'glue'", "row 'a': Unknown value of --fusion"),
+        ("[[table.t.row]]\nname = 'a'\nlr = 'fast'", "row 'a': --lr must be a number"),
         ("[[table.t.row]]\nname = 'a'\nseed = 3", "sets a seed"),
         ("[[table.t.row]]\nname = 'a'\npreset = 'p9'", "row 'a': Unknown preset"),
         ("[[table.t.row]]\nname = 'a'\neach = 'seed'", "unknown value for each"),
         ("[[table.t.row]]\nname = 'a'\npaper = { mean = 0.3 }", "paper is not understood"),
         ("[[table.t.row]]\nname = 'a'\npaper = { valence = 30, arousal = 0.1, mean = 0.2 }", "paper is not understood"),
-        ("[base]\nlr = 'fast'\n[[table.t.row]]\nname = 'a'", "Setting lr"),
+        ("[base]\nlr = 'fast'\n[[table.t.row]]\nname = 'a'", "--lr must be a number"),
         ("[bass]\n[[table.t.row]]\nname = 'a'", "unknown key.*Did you mean 'base'"),
     ],
 )
@@ -147,5 +147,5 @@ def test_aliases_replace_streams_and_their_prototypes() -> None:
     other = with_aliases(config, {"a": "x", "c": "none"})
     assert (other.visual, other.audio, other.text) == (("x", "b"), ("none",), "x.text")
     assert with_aliases(config, {}) == config
-    with pytest.raises(UsageError, match="named twice"):
+    with pytest.raises(UsageError, match="names a stream twice"):
         with_aliases(config, {"a": "b"})

@@ -58,13 +58,13 @@ def test_values_become_their_type(key: str, text: object, value: object) -> None
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("epochs", "many", "whole number"),
-        ("epochs", 1.5, "whole number"),
-        ("epochs", True, "whole number"),
+        ("epochs", "many", "an integer"),
+        ("epochs", 1.5, "an integer"),
+        ("epochs", True, "an integer"),
         ("lr", "fast", "a number"),
         ("causal", "perhaps", "true or false"),
-        ("visual", 3, "stream names"),
-        ("fusion", 3, "text"),
+        ("visual", 3, "names, separated by commas"),
+        ("fusion", 3, "must be hierarchical, attention"),
         ("hiden", "3", "Did you mean 'hidden'"),
     ],
 )
@@ -78,17 +78,17 @@ def test_values_of_another_type_are_refused(key: str, value: object, says: str) 
     [
         ({"temporal": "gruu"}, "Did you mean 'gru'"),
         ({"region_labels": "medium"}, "soft"),
-        ({"epochs": 0}, "epochs is out of range"),
-        ({"lr": 0.0}, "lr is out of range"),
-        ({"lr": float("nan")}, "lr is out of range"),
+        ({"epochs": 0}, "--epochs must be an integer >= 1"),
+        ({"lr": 0.0}, r"--lr must be a number > 0 .got 0.0."),
+        ({"lr": float("nan")}, "--lr must be a number > 0"),
         ({"dropout": 1.0}, "dropout"),
-        ({"kl_weight": -1.0}, "kl_weight"),
+        ({"kl_weight": -1.0}, "--kl-weight"),
         ({"sigma": 0.0}, "sigma"),
         ({"device": "gpu"}, "device"),
         ({"window": 2.0, "stride": 3.0, "frames": 4}, "stride is longer"),
         ({"visual": ("none",), "audio": ("none",)}, "nothing to train on"),
-        ({"visual": ("none", "a")}, "stands alone"),
-        ({"audio": ("a", "a")}, "named twice"),
+        ({"visual": ("none", "a")}, "excludes other visual streams"),
+        ({"audio": ("a", "a")}, "names a stream twice"),
     ],
 )
 def test_values_out_of_range_are_refused(settings: dict[str, object], says: str) -> None:
@@ -97,7 +97,7 @@ def test_values_out_of_range_are_refused(settings: dict[str, object], says: str)
 
 
 def test_set_takes_key_and_value() -> None:
-    assert parse_settings(["batch-size=4", "text=a=b"]) == {"batch_size": "4", "text": "a=b"}
+    assert parse_settings(["batch-size=4", "text=a=b"]) == {"batch_size": 4, "text": "a=b"}
     with pytest.raises(UsageError, match="KEY=VALUE"):
         parse_settings(["lr"])
 

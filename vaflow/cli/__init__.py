@@ -21,7 +21,9 @@ from vaflow.cli import cache_import as cache_targets
 from vaflow.cli import predict as submit
 from vaflow.cli import provenance as trace
 from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error
+from vaflow.cli.options import command_class, epilog
 from vaflow.errors import VaflowError, explain, is_out_of_memory
+from vaflow.train.config import TrainConfig
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -51,7 +53,9 @@ _add("merge", cache_copy.merge, "Commands", cache.app)
 _add("prompts", cache_prompts.prompts, "Commands", cache.app)
 _add("import", cache_import.import_, "Commands", cache.app)
 _add("targets", cache_targets.targets, "Commands", cache.app)
-_add("train", train.train, MODEL)
+app.command(
+    "train", cls=command_class(TrainConfig), epilog=epilog(TrainConfig, "docs/settings.md"), rich_help_panel=MODEL
+)(train.train)
 _add("evaluate", evaluate.evaluate, MODEL)
 _add("folds", evaluate.folds, MODEL)
 _add("ensemble", evaluate.ensemble, MODEL)
