@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from vaflow import images as pictures
 from vaflow.datasets.clip import Clip
-from vaflow.datasets.formats import MAX_FRAME
+from vaflow.datasets.files import entries, is_regular
+from vaflow.datasets.text import MAX_FRAME
 from vaflow.errors import MediaError, explain
 from vaflow.extract.config import check_span
 from vaflow.extract.video import MediaInfo, VideoInfo
@@ -37,8 +38,8 @@ def list_crops(folders: Sequence[Path]) -> dict[int, Path]:
     for folder in folders:
         if not Path(folder).is_dir():
             continue
-        with os.scandir(folder) as entries:  # tells files from folders without asking for each
-            names = sorted(entry.name for entry in entries if entry.is_file())
+        with os.scandir(folder) as listing:  # tells files from folders without a call for each
+            names = sorted(entry.name for entry in listing if is_regular(entry))
         for name in names:
             number = _number(name)
             if number is not None:
@@ -85,8 +86,9 @@ def list_stills(folder: Path) -> dict[int, Path]:
         MediaError: the folder is not there or holds no numbered picture, or a number is far too large.
     """
     found: dict[int, Path] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if file.suffix.lower() in PICTURES and file.stem.isascii() and file.stem.isdigit():
+    for entry in entries(folder):
+        file = folder / entry.name
+        if file.suffix.lower() in PICTURES and file.stem.isascii() and file.stem.isdigit() and is_regular(entry):
             found.setdefault(int(file.stem), file)
     if not found:
         raise MediaError(explain(f"{folder} holds no frames", expected=_EXPECTED))

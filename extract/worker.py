@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from vaflow.datasets.clip import Clip
-from vaflow.datasets.formats import on_clock, read_annotation
+from vaflow.datasets.formats import read_annotation
+from vaflow.datasets.labels import on_clock
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.config import limit_memory, too_much_memory

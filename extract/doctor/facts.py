@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Annotation, Clip
-from vaflow.datasets.formats import on_clock
+from vaflow.datasets.labels import on_clock
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop

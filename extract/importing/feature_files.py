@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.files import printable, size_problem
-from vaflow.datasets.formats import MAX_SECONDS
 from vaflow.datasets.splits import SPLITS_FILE
+from vaflow.datasets.text import MAX_SECONDS
 from vaflow.errors import DataError, explain
 
 ARRAY, TIMES, TABLE = ".npy", ".time.npy", ".csv"

@@ -16,7 +16,7 @@ import numpy as np
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
-from vaflow.datasets.splits import SPLITS_FILE, match_splits, read_splits
+from vaflow.datasets.splits import SPLITS_FILE, assign
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.failures import Failure, FailureLog
 from vaflow.extract.importing.feature_files import (
@@ -244,10 +244,10 @@ def _splits(files: Sequence[FeatureFile], labels: Path | None, folder: Path) -> 
     lists = [path / SPLITS_FILE for path in (labels, folder) if path is not None and (path / SPLITS_FILE).is_file()]
     if not lists:
         return None
-    splits, notes = match_splits(read_splits(lists[0]), [(file.item, file.item) for file in files])
-    for note in notes:
+    assigned = assign(lists[0].parent, [(file.item, file.item) for file in files])
+    for note in assigned.notes:
         log.warning("%s. %s", note.message, note.remedy)
-    return splits
+    return assigned.splits
 
 
 def _cache(out: Path, store: str | None) -> Cache:

@@ -10,7 +10,8 @@ import numpy as np
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Record, StreamInfo
 from vaflow.datasets.files import below
-from vaflow.datasets.formats import on_clock, read_csv
+from vaflow.datasets.labels import on_clock
+from vaflow.datasets.videos import read_csv
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.importing.feature_files import TABLE, FeatureFile, Features
 from vaflow.extract.sources import file_identity, same_file

@@ -17,7 +17,7 @@ import numpy as np
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Array, StreamInfo
 from vaflow.datasets.files import below, size_problem
-from vaflow.datasets.formats import MAX_FRAME, MAX_SECONDS
+from vaflow.datasets.text import MAX_FRAME, MAX_SECONDS
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.timeline import Bools, Floats, extend

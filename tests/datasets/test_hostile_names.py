@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vaflow.datasets import open_dataset
 from vaflow.datasets.files import below
-from vaflow.datasets.formats import read_csv
+from vaflow.datasets.videos import read_csv
 from vaflow.errors import DataError, UsageError, explain, visible
 
 ODD = [

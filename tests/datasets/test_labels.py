@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Annotation, Clip
-from vaflow.datasets.formats import MAX_FRAME, READERS, on_clock, read_annotation
+from vaflow.datasets.formats import READERS, read_annotation
+from vaflow.datasets.labels import on_clock
+from vaflow.datasets.text import MAX_FRAME
 from vaflow.errors import DataError
 
 FRAMES = np.array([0.0, 0.04, 0.08, 0.12, 0.2, 0.24])  # one frame of a 25-fps clip is missing
@@ -93,7 +95,7 @@ def test_many_problems_stay_one_paragraph(tmp_path: Path) -> None:
     [
         ("", "an empty file"),
         ("\n\n", "an empty file"),
-        ("valence,arousal\n", "without rows"),
+        ("valence,arousal\n", "no rows"),
         ("0.1,0.2\n0.1,0.2\n", "no header"),
         ("valence,dominance\n0.1,0.2\n", "valence,dominance"),
         (b"valence,arousal\n0.1,\xff\n", "line 2"),
@@ -159,7 +161,7 @@ def test_frames_win_over_times_where_a_table_has_both(tmp_path: Path) -> None:
         ("valence,arousal\n0,0\n", "line 1"),
         ("time,emotion\n0,0\n", "line 1"),
         ("time,time,valence\n0,0,0\n", "line 1"),
-        ("frame;valence\n0;0\n", "frame;valence"),
+        ("frame|valence\n0|0\n", "frame|valence"),
         ("frame,valence\n0,0\n0,0\n", "line 3 ('0')"),
         ("frame,valence\n1.5,0\n-1,0\nx,0\n,0\n", "lines 2-5"),
         (f"frame,valence\n{MAX_FRAME + 1},0\n", "not a frame number"),
@@ -238,3 +240,18 @@ def test_without_frames_time_stamped_rows_keep_their_times() -> None:
     labels = Annotation(f32([[0.1, 0.1], [0.2, 0.2]]), time=np.array([1.0, 2.0]))
     clock = on_clock(labels, np.empty(0))
     assert clock["time"].tolist() == [1.0, 2.0] and clock["valid"].all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "time;valence;arousal\n0,5;0,25;-0,5\n1,0;-5;1\n",
+        "\ufefftime;valence;arousal\r\n0.5;0.25;-.5\r\n1;-5;1,0\r\n",
+        "time\tvalence\tarousal\n0,5\t0,25\t-0,5\n1\t-5\t1\n",
+        '"time","valence","arousal"\n"0.5","0.25","-0.5"\n"1","-5","1"\n',
+    ],
+)
+def test_tables_as_spreadsheets_write_them(tmp_path: Path, text: str) -> None:
+    annotation = read(tmp_path, text, "csv")
+    assert annotation.time is not None and annotation.time.tolist() == [0.5, 1.0]
+    np.testing.assert_array_equal(annotation.value, f32([[0.25, -0.5], [np.nan, 1]]))

@@ -11,8 +11,8 @@ from other_trees import BUILDERS, expected_value
 
 from vaflow.datasets import open_dataset
 from vaflow.datasets.clip import Annotation, Clip
-from vaflow.datasets.formats import DIMENSION_READERS, READERS, on_clock, read_annotation
-from vaflow.datasets.labels import Trace, merge, with_gaps
+from vaflow.datasets.formats import DIMENSION_READERS, READERS, read_annotation
+from vaflow.datasets.labels import DimensionLabels, merge_dimensions, on_clock, with_gaps
 from vaflow.errors import DataError
 
 NEW = ("afew-va", "recola", "sewa", "muse")
@@ -112,7 +112,7 @@ def test_sewa_with_and_without_header_and_name(tmp_path: Path, text: str) -> Non
         ("afew-va", "[]", ["without an object 'frames'"]),
         ("afew-va", '{"frames": {}}', ["no frames"]),
         ("afew-va", '{"frames": {"a": {}, "-1": {}, "99999999": {}}}', ["'a' is not a frame", "'-1'", "'99999999'"]),
-        ("afew-va", '{"frames": {"1": {}, "01": {}, "2": 3}}', ["'01' is there twice", "frame 2 is not an object"]),
+        ("afew-va", '{"frames": {"1": {}, "01": {}, "2": 3}}', ["'01' is listed twice", "frame 2 is not an object"]),
         (
             "afew-va",
             '{"frames": {"1": {"valence": 11, "arousal": "x"}, "2": {"valence": NaN, "arousal": true}}}',
@@ -123,7 +123,7 @@ def test_sewa_with_and_without_header_and_name(tmp_path: Path, text: str) -> Non
         ("recola", "@attribute frameTime numeric\n@attribute GoldStandard numeric\n@data\n", ["no rows"]),
         ("recola", "frameTime;GoldStandard\n0;2\n0;x\n1\n", ["line 2 ('2')", "line 3 ('x')", "line 3 ('0')", "line 4"]),
         ("sewa", "a;b\n", ["line 1 ('a;b')"]),
-        ("sewa", "timestamp;arousal;valence\n", ["without rows"]),
+        ("sewa", "timestamp;arousal;valence\n", ["no rows"]),
         ("sewa", "0.1;0;0\n0.1;0;9\n", ["line 2 ('0.1')", "line 2 ('9')"]),
         ("muse", "timestamp,value\n0,0\n", ["timestamp,value"]),
         ("muse", "timestamp,value,segment_id\n0,7,1\n-1,0,1\n", ["line 2 ('7')", "milliseconds", "line 3 ('-1')"]),
@@ -194,16 +194,16 @@ def test_every_format_has_one_reader() -> None:
 # --- two files, one clock
 
 
-def trace(start: int, rows: int, step: int, seed: int) -> Trace:
+def trace(start: int, rows: int, step: int, seed: int) -> DimensionLabels:
     """Whole ticks of 1/64 s, which binary numbers hold exactly."""
     value = np.random.default_rng(seed).uniform(-1, 1, rows).astype(np.float32)
-    return Trace((start + step * np.arange(rows)) / 64, value)
+    return DimensionLabels((start + step * np.arange(rows)) / 64, value)
 
 
 @given(st.integers(1, 8), st.integers(0, 9))
 def test_dimensions_on_one_clock_are_put_side_by_side(rows: int, seed: int) -> None:
     valence, arousal = trace(0, rows, 16, seed), trace(0, rows, 16, seed + 1)
-    both = merge({"arousal": arousal, "valence": valence})
+    both = merge_dimensions({"arousal": arousal, "valence": valence})
     np.testing.assert_array_equal(both.time, valence.time)
     np.testing.assert_array_equal(both.value, np.stack([valence.value, arousal.value], axis=1))
 
@@ -212,7 +212,7 @@ def test_dimensions_on_one_clock_are_put_side_by_side(rows: int, seed: int) -> N
 def test_dimensions_apart_in_time_keep_all_their_labels(first: int, second: int, shift: int, seed: int) -> None:
     """Each row's value is found again at its own time, as close as half an interval."""
     traces = {"valence": trace(64, first, 16, seed), "arousal": trace(64 + shift, second, 16, seed + 1)}
-    both = merge(traces)
+    both = merge_dimensions(traces)
     assert both.time is not None and (np.diff(both.time) > 0).all()
     for column, target in enumerate(("valence", "arousal")):
         for time, value in zip(traces[target].time, traces[target].value, strict=True):
@@ -223,6 +223,6 @@ def test_dimensions_apart_in_time_keep_all_their_labels(first: int, second: int,
 def test_gaps_leave_what_is_annotated_alone() -> None:
     time = np.array([0.0, 0.25, 0.5, 1.0, 1.25, 3.0])
     breaks = np.array([False, False, True, False, True])
-    gapped = with_gaps(Trace(time, np.arange(6, dtype=np.float32)), breaks)
+    gapped = with_gaps(DimensionLabels(time, np.arange(6, dtype=np.float32)), breaks)
     assert gapped.time.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.75, 3.0]
     assert gapped.value[np.isfinite(gapped.value)].tolist() == [0, 1, 2, 3, 4, 5]

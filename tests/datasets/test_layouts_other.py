@@ -1,5 +1,6 @@
 """AFEW-VA, RECOLA, SEWA and MuSe: found and told apart, and what a clip of each is."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,47 @@ def test_links_in_circles_end(tmp_path: Path) -> None:
     (tmp_path / "labels" / "again").symlink_to(tmp_path)
     touch(tmp_path, "Train_01.mp4")
     assert [clip.id for clip in open_dataset(tmp_path).clips] == ["Train_01"]
+
+
+@pytest.mark.parametrize("layout", [*BUILDERS, "affwild2", "videos"])
+def test_links_that_loop_or_lead_nowhere_become_a_note(layout: str, tmp_path: Path) -> None:
+    if layout == "affwild2":
+        build_affwild2(tmp_path, seconds=0.5)
+    elif layout == "videos":
+        touch(tmp_path, "a.mp4")
+    else:
+        BUILDERS[layout](tmp_path)
+    before = open_dataset(tmp_path)
+    assert before.layout == layout
+    for name in ("zz_loop.mp4", "zz_folder"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    (tmp_path / "zz_gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    after = open_dataset(tmp_path)
+    assert after.layout == layout and by_id(after) == by_id(before)
+    if layout != "afew-va":  # folders of frames: a video file is not looked at
+        assert "unusable-name" in codes(after)
+
+
+@pytest.mark.parametrize("layout", [*BUILDERS, "affwild2", "videos"])
+def test_a_folder_that_cannot_be_listed_becomes_a_note(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if layout == "affwild2":
+        build_affwild2(tmp_path, seconds=0.5)
+    elif layout == "videos":
+        touch(tmp_path, "a.mp4")
+    else:
+        BUILDERS[layout](tmp_path)
+    before = open_dataset(tmp_path)
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str | Path) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    after = open_dataset(tmp_path)
+    assert by_id(after) == by_id(before)
+    assert next(note.message for note in after.notes if note.code == "unreadable-folder").endswith("closed")

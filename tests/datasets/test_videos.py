@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vaflow.datasets import LAYOUTS, Dataset, open_dataset
+from vaflow.datasets import LAYOUTS, Dataset, log_left_out, open_dataset
 from vaflow.datasets.videos import item_ids
 from vaflow.errors import UsageError
 
@@ -29,13 +29,69 @@ def codes(dataset: Dataset) -> list[str]:
 
 
 def test_every_video_is_an_item_named_by_its_path(tmp_path: Path) -> None:
-    touch(tmp_path, "b.mp4", "sub/deep/er/a.MOV", "c.webm", "d.mkv", "e.avi", "notes.txt", ".hidden.mp4", ".git/x.mp4")
+    touch(tmp_path, "b.mp4", "sub/deep/er/a.MOV", "c.webm", "d.mkv", "e.avi", ".hidden.mp4", ".git/x.mp4")
     dataset = open_dataset(tmp_path)
     assert dataset.layout == "videos" and ids(dataset) == ["b", "c", "d", "e", "sub/deep/er/a"]
     for clip in dataset.clips:
         assert clip.group == clip.id and clip.video == clip.audio and clip.split is None and clip.labels is None
     assert dataset.clips[-1].video == tmp_path / "sub/deep/er/a.MOV"
     assert dataset.notes == ()
+
+
+CONTAINERS = [
+    "mpg",
+    "mpeg",
+    "m4v",
+    "wmv",
+    "ts",
+    "flv",
+    "3gp",
+    "mts",
+    "m2ts",
+    "ogv",
+    "mxf",
+    "mp4",
+    "avi",
+    "mov",
+    "mkv",
+    "webm",
+]
+
+
+def test_every_container_that_ffmpeg_opens_is_a_video(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{suffix}.{suffix.upper()}" for suffix in CONTAINERS))
+    dataset = open_dataset(tmp_path)
+    assert ids(dataset) == sorted(CONTAINERS) and all(clip.video is not None for clip in dataset.clips)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "mp3", "flac", "m4a", "ogg", "aac"])
+def test_audio_alone_is_a_clip_without_video(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path, f"a.{suffix}", "a.csv")
+    [clip] = open_dataset(tmp_path).clips
+    assert (clip.id, clip.video, clip.audio) == ("a", None, tmp_path / f"a.{suffix}")
+    assert clip.labels == tmp_path / "a.csv"
+
+
+def test_audio_beside_a_video_of_its_name_is_not_an_item(tmp_path: Path) -> None:
+    dataset = open_dataset(touch(tmp_path, "a.mp4", "a.wav", "b.wav"))
+    assert ids(dataset) == ["a", "b"] and codes(dataset) == ["audio-beside-video"]
+    assert dataset.clips[0].audio == tmp_path / "a.mp4" and "a.wav" in dataset.notes[0].message
+
+
+def test_files_that_are_not_used_are_counted_and_named(tmp_path: Path) -> None:
+    dataset = open_dataset(touch(tmp_path, "a.mp4", "notes.txt", "sub/b.TXT", "c.xyz", "README"))
+    assert codes(dataset) == ["ignored-files"]
+    message = dataset.notes[0].message
+    assert ".txt: 2" in message and "no extension: 1" in message and "c.xyz" in message
+
+
+def test_what_is_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "a.mp4", "b.docx")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    log_left_out(open_dataset(tmp_path))
+    for name in ("b.docx", "linked", "loop.mp4"):
+        assert name in caplog.text
 
 
 def test_items_keep_the_extension_where_two_would_share_an_id(tmp_path: Path) -> None:
@@ -79,6 +135,17 @@ def test_splits_by_id_or_by_path(tmp_path: Path) -> None:
     messages = {note.code: note.message for note in dataset.notes}
     assert set(messages) == {"split-unknown-name", "split-missing"}
     assert "gone" in messages["split-unknown-name"] and "d, e.avi" in messages["split-missing"]
+
+
+def test_the_list_of_splits_may_give_groups(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    (tmp_path / "splits.csv").write_text("name;split;Group;age\na;train;ann;31\nb.mp4;train;ann;\nc;val;;7\n")
+    dataset = open_dataset(tmp_path)
+    assert {clip.id: clip.group for clip in dataset.clips} == {"a": "ann", "b": "ann", "c": "c"}
+    assert codes(dataset) == ["split-unknown-column"] and "age" in dataset.notes[0].message
+    (tmp_path / "splits.csv").write_text("name,group\na,ann\na,bob\n")
+    with pytest.raises(UsageError, match="puts 'a' into bob"):
+        open_dataset(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from make_media import Picture, Sound, tones, write_media
 from PIL import Image
 
 from vaflow.datasets import Clip
-from vaflow.datasets.formats import read_csv
+from vaflow.datasets.videos import read_csv
 from vaflow.encoders.images import Preparation
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop

@@ -18,7 +18,7 @@ from vaflow.cache.copy import convert
 from vaflow.cache.documents import seal
 from vaflow.cache.schema import StreamInfo
 from vaflow.cache.verify import open_for_repair, repair, verify
-from vaflow.datasets.formats import on_clock
+from vaflow.datasets.labels import on_clock
 from vaflow.encoders.prompts import load_prompts
 from vaflow.errors import VaflowError
 

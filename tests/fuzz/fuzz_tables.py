@@ -9,7 +9,8 @@ from hypothesis.strategies import SearchStrategy
 
 from vaflow.cache.schema import StreamInfo, array_problems
 from vaflow.datasets import Clip, open_dataset
-from vaflow.datasets.formats import DIMENSION_READERS, on_clock, read_annotation
+from vaflow.datasets.formats import DIMENSION_READERS, read_annotation
+from vaflow.datasets.labels import on_clock
 from vaflow.errors import VaflowError
 from vaflow.extract.failures import only_failed
 from vaflow.extract.importing.feature_files import FeatureFile, find_features, read_features, signature

@@ -93,7 +93,7 @@ def extract(
     On many machines: the same with --shard 3/8 on the third of eight, or with --engine ray (docs/clusters.md).
     """
     set_up(verbose, quiet)
-    from vaflow.datasets import open_dataset
+    from vaflow.datasets import log_left_out, open_dataset
     from vaflow.extract.config import ENGINES, ExtractConfig, Shard, batch_size
 
     if engine not in ENGINES:
@@ -124,6 +124,7 @@ def extract(
         item_timeout=item_timeout,
     )
     dataset = open_dataset(root, layout)
+    log_left_out(dataset)
     if retry_failed:
         from vaflow.extract.failures import only_failed
 

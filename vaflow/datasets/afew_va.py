@@ -1,14 +1,12 @@
-"""Layout `afew-va`: clips of films as folders of pictures, with one JSON of labels in each.
+"""Layout `afew-va`: clips of films as folders of frames, with one JSON file of labels in each.
 
     [*/]<clip>/00000.png 00001.png ...   whole frames, numbered from 0
-    [*/]<clip>/<clip>.json               frames[number]{landmarks, valence, arousal}, from -10 to 10
+    [*/]<clip>/<clip>.json               frames[number]{landmarks, valence, arousal}, whole numbers from -10 to 10
 
-`detect` looks, down to four folders below the root, for a folder that holds numbered pictures and a JSON that begins
-with an object of "frames". A clip's id is its folder's path below the root. The pictures carry no times: the films run
-at 25 frames per second, so picture n is shown at n / 25 s. There is no sound, and the landmarks are not used: faces
-are found as in a video. There is no official split; ROOT/splits.csv (`name,split`) can give one.
-
-AFEW-VA's annotation files: one JSON object per clip, whole numbers from -10 to 10 per frame.
+`detect` looks, down to four folders below the root, for a folder that holds numbered images and a JSON file that begins
+with an object of "frames". A clip's id is its folder's path below the root. The images carry no times: the films run
+at 25 frames per second, so frame n is shown at n / 25 s. There is no audio, and the landmarks are not used: faces are
+detected as in a video. There is no official split; ROOT/splits.csv (`name,split`) can give one.
 """
 
 import json
@@ -20,58 +18,110 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.datasets import text
 from vaflow.datasets.clip import Annotation, Clip, Note
-from vaflow.datasets.files import head, walk
-from vaflow.datasets.splits import SPLITS_FILE, match_splits, read_splits
-from vaflow.datasets.text import MAX_FRAME, TARGETS
+from vaflow.datasets.files import LeftOut, examples, head, walk
+from vaflow.datasets.splits import assign
+from vaflow.datasets.text import MAX_FRAME, TARGETS, read_bytes, unusable
 from vaflow.errors import DataError
 
+LOOKS_FOR = "folders that hold numbered images and a .json of labels each"
+FRAME_RATE = 25.0  # of films
 SCALE = 10.0  # the largest value a frame can have
 
 _EXPECTED = (
     "a JSON object with 'frames': frame number -> an object with 'valence' and 'arousal', each from -10 to 10 or null"
 )
-_SHOWN = 20
+_IMAGE = re.compile(r"\d+\.(png|jpe?g)", re.IGNORECASE)
+_SHOWN = 10
+
+
+def detect(root: Path) -> str | None:
+    """Why `root` may be of this layout, or None."""
+    for folder, labels, has_images in _clip_folders(root):
+        if labels is not None and has_images and '"frames"' in head(labels):
+            return f"{folder.relative_to(root)}/ holds numbered images and {labels.name}"
+    return None
+
+
+def scan(root: Path) -> tuple[list[Clip], list[Note]]:
+    """Clips and notes; `open_dataset` sorts the clips.
+
+    Raises:
+        UsageError: ROOT/splits.csv has mistakes.
+    """
+    left_out = LeftOut(root)
+    folders = {
+        folder.relative_to(root).as_posix(): (folder, labels) for folder, labels, _ in _clip_folders(root, left_out)
+    }
+    assigned = assign(root, [(item, item) for item in folders])
+    clips = [
+        Clip(
+            id=item,
+            split=assigned.splits.get(item),
+            group=assigned.groups.get(item, item),
+            video=None,
+            labels=labels,
+            label_format="afew-va" if labels else "none",
+            frames=folder,
+            frame_rate=FRAME_RATE,
+        )
+        for item, (folder, labels) in folders.items()
+    ]
+    return clips, [*assigned.notes, *left_out.notes()]
+
+
+def _clip_folders(root: Path, left_out: LeftOut | None = None) -> Iterator[tuple[Path, Path | None, bool]]:
+    """(folder, its labels, whether it has images) of every folder that is a clip; the root itself is none."""
+    for folder, files in walk(root, left_out):
+        labels = _labels(folder, files)
+        has_images = any(_IMAGE.fullmatch(entry.name) for entry in files)
+        if folder != root and (has_images or (labels is not None and labels.stem == folder.name)):
+            yield folder, labels, has_images
+
+
+def _labels(folder: Path, files: Sequence[os.DirEntry[str]]) -> Path | None:
+    """The JSON file named like its folder, or the only one."""
+    names = [entry.name for entry in files if entry.name.lower().endswith(".json")]
+    named = [name for name in names if name[: -len(".json")] == folder.name]
+    chosen = named or (names if len(names) == 1 else [])
+    return folder / chosen[0] if chosen else None
 
 
 def read_afew_va(path: Path) -> Annotation:
-    """`frames[number]{valence, arousal}` -> values divided by 10; frame `number` is the picture of that number.
+    """`frames[number]{valence, arousal}`, divided by 10; `number` is the frame of that number.
 
     Raises:
         DataError: with every problem and its frames.
     """
     problems: list[str] = []
-    found: dict[int, tuple[float, ...]] = {}
+    labels: dict[int, tuple[float, ...]] = {}
     for name, entry in _frames(path).items():
         number = _number(name)
-        if number is None or number in found:
-            problems.append(f"{name!r} is {'not a frame number' if number is None else 'there twice'}")
+        if number is None or number in labels:
+            problems.append(f"{name!r} is {'not a frame number' if number is None else 'listed twice'}")
         elif not isinstance(entry, dict):
             problems.append(f"frame {name} is not an object")
         else:
-            found[number] = tuple(_value(entry, target, name, problems) for target in TARGETS)
+            labels[number] = tuple(_value(entry, target, name, problems) for target in TARGETS)
     if problems:
-        rest = len(problems) - _SHOWN
-        shown = "; ".join(problems[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-        raise text.refuse(path, _EXPECTED, shown)
-    if not found:
-        raise text.refuse(path, _EXPECTED, "no frames")
-    frame = sorted(found)
-    value = np.array([found[number] for number in frame], np.float32)
+        raise unusable(path, _EXPECTED, examples(problems, _SHOWN))
+    if not labels:
+        raise unusable(path, _EXPECTED, "no frames")
+    frame = sorted(labels)
+    value = np.array([labels[number] for number in frame], np.float32)
     return Annotation(value=value, frame=np.array(frame, np.int64))
 
 
 def _frames(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(text.read_bytes(path))
+        document = json.loads(read_bytes(path))
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
-        raise text.refuse(path, _EXPECTED, f"no JSON ({error})") from error
+        raise unusable(path, _EXPECTED, f"no JSON ({error})") from error
     frames = document.get("frames") if isinstance(document, dict) else None
     if not isinstance(frames, dict):
-        raise text.refuse(path, _EXPECTED, "JSON without an object 'frames'")
+        raise unusable(path, _EXPECTED, "JSON without an object 'frames'")
     return frames
 
 
@@ -82,7 +132,7 @@ def _number(name: str) -> int | None:
 
 
 def _value(entry: dict[str, Any], target: str, name: str, problems: list[str]) -> float:
-    """One label as a share of `SCALE`; NaN where there is none or it has a problem."""
+    """One label divided by `SCALE`; NaN if it is missing or has a problem."""
     value = entry.get(target)
     if value is None:
         return np.nan
@@ -94,54 +144,3 @@ def _value(entry: dict[str, Any], target: str, name: str, problems: list[str]) -
     else:
         return value / SCALE
     return np.nan
-
-
-LOOKS_FOR = "folders that hold numbered pictures and a .json of labels each"
-FRAME_RATE = 25.0  # of films
-
-_PICTURE = re.compile(r"\d+\.(png|jpe?g)", re.IGNORECASE)
-
-
-def detect(root: Path) -> str | None:
-    """Why `root` may be of this layout, or None."""
-    for folder, labels, has_pictures in _folders(root):
-        if labels is not None and has_pictures and '"frames"' in head(labels):
-            return f"{folder.relative_to(root)}/ holds numbered pictures and {labels.name}"
-    return None
-
-
-def scan(root: Path) -> tuple[list[Clip], list[Note]]:
-    """Clips and notes; `open_dataset` sorts the clips.
-
-    Raises:
-        UsageError: ROOT/splits.csv has mistakes.
-    """
-    found = {folder.relative_to(root).as_posix(): (folder, labels) for folder, labels, _ in _folders(root)}
-    splits: dict[str, str] = {}
-    notes: list[Note] = []
-    if (root / SPLITS_FILE).is_file():
-        splits, notes = match_splits(read_splits(root / SPLITS_FILE), [(item, item) for item in found])
-    clips = [_clip(item, splits.get(item), folder, labels) for item, (folder, labels) in found.items()]
-    return clips, notes
-
-
-def _clip(item: str, split: str | None, folder: Path, labels: Path | None) -> Clip:
-    label_format = "afew-va" if labels else "none"
-    return Clip(item, split, item, None, labels=labels, label_format=label_format, frames=folder, frame_rate=FRAME_RATE)
-
-
-def _folders(root: Path) -> Iterator[tuple[Path, Path | None, bool]]:
-    """(folder, its labels, whether it has pictures) of every folder that is a clip; the root itself is none."""
-    for folder, files in walk(root):
-        labels = _labels(folder, files)
-        has_pictures = any(_PICTURE.fullmatch(entry.name) for entry in files)
-        if folder != root and (has_pictures or (labels is not None and labels.stem == folder.name)):
-            yield folder, labels, has_pictures
-
-
-def _labels(folder: Path, files: Sequence[os.DirEntry[str]]) -> Path | None:
-    """The JSON named like its folder, or the only one."""
-    names = [entry.name for entry in files if entry.name.lower().endswith(".json")]
-    own = [name for name in names if name[: -len(".json")] == folder.name]
-    chosen = own or (names if len(names) == 1 else [])
-    return folder / chosen[0] if chosen else None

@@ -5,12 +5,8 @@
     [*/]VA_Estimation_Challenge|VA_Set/{Train_Set,Validation_Set}/<trial>.txt
     *test*.txt                                           the test trials: names, or a sample submission
 
-A trial is one person in one video; `<video>_left` and `<video>_right` share the video, its sound and their group.
-`affwild2_tree.py` finds the files; here trials are put together.
-
-The challenge's annotation files: one row per frame.
-
-Where the parts of an Aff-Wild2 tree stand. Folders of crops are recognised by their first files, never listed.
+A trial is one person in one video; `<video>_left` and `<video>_right` share the video, its audio and their group.
+Folders of crops are recognised by their first files and never listed.
 """
 
 import os
@@ -22,38 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vaflow.datasets import text
 from vaflow.datasets.clip import Annotation, Clip, Note
-from vaflow.datasets.files import entries, examples, is_video, printable, size_problem
-from vaflow.datasets.text import TARGETS, Problems
+from vaflow.datasets.files import LeftOut, entries, examples, is_folder, is_regular, is_video, size_problem
+from vaflow.datasets.text import TARGETS, LabelFile, is_number, split_cells
 from vaflow.errors import UsageError, explain
 
-
-def read_affwild2(path: Path) -> Annotation:
-    """A challenge annotation file: header `valence,arousal`, then row k for frame k.
-
-    Raises:
-        DataError: with every problem and its lines.
-    """
-    expected = "the first line 'valence,arousal', then two numbers a line, each in [-1, 1] or -5"
-    problems = Problems()
-    lines = text.read_lines(path, problems)
-    if not lines:
-        raise text.refuse(path, expected, "an empty file")
-    header = [cell.lower() for cell in text.split(lines[0])]
-    if sorted(header) != sorted(TARGETS):
-        if all(text.is_number(cell) for cell in header):
-            raise text.refuse(path, expected, f"no header: line 1 is {lines[0][:60]!r}")
-        raise text.refuse(path, expected, f"line 1 ({lines[0][:60]!r})")
-    value = [[text.value(cell, number, problems) for cell in cells] for number, cells in text.rows(lines, 2, problems)]
-    if problems:
-        raise text.refuse(path, expected, problems)
-    if not value:
-        raise text.refuse(path, expected, "a header without rows")
-    columns = np.array(value, np.float32)[:, [header.index(target) for target in TARGETS]]
-    return Annotation(value=columns, frame=np.arange(len(value), dtype=np.int64))
-
-
+LOOKS_FOR = "VA_Estimation_Challenge/ or VA_Set/ with Train_Set/ and Validation_Set/, or folders cropped_aligned*/"
+SIDES = ("_left", "_right")
 DEPTH = 5  # folders below the root: `<archive>/Annotations/VA_Estimation_Challenge/Train_Set/`
 
 _SPLIT_FOLDERS = {"train_set": "train", "training_set": "train", "validation_set": "val"}
@@ -65,7 +36,7 @@ _SAMPLE_HEADER = ["image_location", "valence", "arousal"]
 
 @dataclass
 class Tree:
-    """What stands below a root, each list in the order of paths.
+    """The parts of a data set below a root, each list in the order of paths.
 
     Attributes:
         videos: files below the root.
@@ -74,6 +45,7 @@ class Tree:
         label_files: (split, folder, names of its .txt files).
         other_tracks: trials that only another track (expressions, action units) annotates.
         lists: text files that may list the test trials.
+        left_out: names that cannot be used.
     """
 
     root: Path
@@ -84,11 +56,116 @@ class Tree:
     other_tracks: set[str] = field(default_factory=set)
     lists: list[Path] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    left_out: LeftOut = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left_out = LeftOut(self.root)
 
     @property
     def labels(self) -> list[tuple[str, Path]]:
         """(split, folder) of every folder of annotations that is not empty."""
         return [(split, folder) for split, folder, names in self.label_files if names]
+
+
+def detect(root: Path) -> str | None:
+    """Why `root` may be of this layout, or None."""
+    tree = survey(root)
+    if tree.labels:
+        return f"{tree.labels[0][1].relative_to(root)}/ holds annotations"
+    if tree.aligned:
+        return f"{tree.aligned[0].relative_to(root)}/ holds face crops"
+    return None
+
+
+def scan(root: Path) -> tuple[list[Clip], list[Note]]:
+    """Clips and notes; `open_dataset` sorts the clips."""
+    tree = survey(root)
+    trials = _Trials(tree)
+    splits = trials.splits()
+    return [trials.clip(name, split) for name, split in splits.items()], trials.notes
+
+
+def strip_side(trial: str) -> str:
+    """The source video of a trial, by its name: without `_left` or `_right`."""
+    for side in SIDES:
+        if trial.endswith(side) and trial != side:
+            return trial.removesuffix(side)
+    return trial
+
+
+class _Trials:
+    """The trials of a tree: their splits, and the files that belong to each."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.notes: list[Note] = [*tree.notes, *tree.left_out.notes()]
+        self.root = tree.root
+        self.crops: dict[str, list[Path]] = defaultdict(list)
+        for folder in tree.crops:
+            self.crops[folder.name].append(folder)
+        self.videos: dict[str, list[Path]] = defaultdict(list)
+        for path in tree.videos:
+            self.videos[path.stem].append(path)
+        self.labels: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+        for split, folder, names in tree.label_files:
+            for name in names:
+                self.labels[name.removesuffix(".txt")].append((split, folder / name))
+        for found in self.labels.values():
+            found.sort(key=lambda entry: (entry[0] != "val", entry[1]))
+        self.elsewhere = tree.other_tracks
+        known = self.labels.keys() | self.crops.keys() | self.videos.keys()
+        self.listed, notes = listed_trials(tree.lists, known)
+        self.notes += notes
+
+    def splits(self) -> dict[str, str | None]:
+        """Trial -> split, for every trial there is."""
+        splits: dict[str, str | None] = {name: self._labelled_split(name) for name in self.labels}
+        unlabelled = (self.listed | self.crops.keys()) - splits.keys()
+        claimed = {self._stem(name) for name in splits.keys() | unlabelled}
+        unlabelled |= self.videos.keys() - claimed
+        splits |= {name: self._unlabelled_split(name) for name in unlabelled}
+        lost = sorted(name for name, split in splits.items() if split is None)
+        if lost:
+            message = f"No annotation, and not among the test trials: {examples(lost)}"
+            remedy = "They are extracted without a split; remove their files if they belong to another track"
+            self.notes.append(Note("note", "no-split", "", message, remedy))
+        return splits
+
+    def clip(self, name: str, split: str | None) -> Clip:
+        """The record of one trial."""
+        stem = self._stem(name)
+        paths = self.videos.get(stem, [])
+        if len(paths) > 1:
+            shown = ", ".join(str(path.relative_to(self.root)) for path in paths)
+            message = f"Several videos are named {stem}: {shown}; the first is used"
+            self.notes.append(Note("warning", "two-videos", name, message, "Keep the one that the labels belong to"))
+        video = paths[0] if paths else None
+        labels = self.labels[name][0][1] if name in self.labels else None
+        crops = tuple(self.crops.get(name, ()))
+        return Clip(name, split, stem, video, video, crops, labels, "affwild2" if labels else "none")
+
+    def _stem(self, trial: str) -> str:
+        return trial if trial in self.videos else strip_side(trial)
+
+    def _labelled_split(self, name: str) -> str:
+        """The split of a trial's annotation; where it has several, one is chosen: validation before training."""
+        found = self.labels[name]
+        if len(found) > 1:
+            paths = ", ".join(str(path.relative_to(self.root)) for _, path in found)
+            across = len({split for split, _ in found}) > 1
+            message = f"Several annotation files: {paths}; the first is used"
+            remedy = "Keep one: a trial in two splits invalidates validation" if across else "Keep one"
+            severity, code = ("error", "two-splits") if across else ("note", "two-annotations")
+            self.notes.append(Note(severity, code, name, message, remedy))  # type: ignore[arg-type]
+        if name in self.listed:
+            message = f"The trial has an annotation ({found[0][0]}) and is in the list of test trials"
+            self.notes.append(Note("warning", "labelled-test", name, message, "It is not used as a test trial"))
+        return found[0][0]
+
+    def _unlabelled_split(self, name: str) -> str | None:
+        """Test, where the list of test trials says so; without a list, all that no other track annotates."""
+        if self.listed:
+            return "test" if name in self.listed else None
+        return None if name in self.elsewhere else "test"
 
 
 def survey(root: Path) -> Tree:
@@ -98,7 +175,10 @@ def survey(root: Path) -> Tree:
     visited = set()
     while queue:
         folder, depth = queue.popleft()
-        status = folder.stat()
+        try:
+            status = folder.stat()
+        except OSError:
+            continue
         if depth > DEPTH or (status.st_dev, status.st_ino) in visited:  # a link may lead in circles
             continue
         visited.add((status.st_dev, status.st_ino))
@@ -157,69 +237,60 @@ def _is_archive(folder: Path) -> bool:
 
 
 def _take_archive(tree: Tree, folder: Path) -> list[Path]:
-    """Note a crop archive's trials; return the folders that hold folders again (an archive unpacked into itself)."""
-    below = []
+    """Record a crop archive's trials; return the folders that hold folders again (an archive unpacked into itself)."""
+    nested: list[Path] = []
     tree.aligned.append(folder)
-    for entry in entries(folder):
-        if entry.is_dir():
+    for entry in entries(folder, tree.left_out):
+        if is_folder(entry):
             child = Path(entry.path)
-            if _first_kind(child) == "folders":
-                below.append(child)
-            elif _usable(tree, entry.name):
-                tree.crops.append(child)
-    return below
+            (nested if _first_kind(child) == "folders" else tree.crops).append(child)
+    return nested
 
 
 def _take_folder(tree: Tree, folder: Path) -> list[Path]:
-    """Note the videos, annotations and lists of a folder; return its folders."""
+    """Record the videos, annotations and lists of a folder; return its folders."""
     if (split := _SPLIT_FOLDERS.get(folder.name.lower())) and folder != tree.root:
-        texts = [entry.name for entry in entries(folder) if entry.name.endswith(".txt") and _usable(tree, entry.name)]
+        texts = [entry.name for entry in entries(folder, tree.left_out) if entry.name.endswith(".txt")]
         if _VALENCE_AROUSAL.match(folder.parent.name) or folder.parent == tree.root:
             tree.label_files.append((split, folder, texts))
         else:
             tree.other_tracks |= {name.removesuffix(".txt") for name in texts}
         return []
     if _first_kind(folder) == "crops":
-        if folder != tree.root and _usable(tree, folder.name):
+        if folder != tree.root:
             tree.crops.append(folder)
         return []
-    below = []
-    for entry in entries(folder):
+    nested: list[Path] = []
+    for entry in entries(folder, tree.left_out):
         name = entry.name
-        if entry.is_dir():
-            below.append(Path(entry.path))
-        elif is_video(name) and _usable(tree, name):
-            tree.videos.append(Path(entry.path))
+        if is_folder(entry):
+            nested.append(Path(entry.path))
+        elif is_video(name):
+            if is_regular(entry):
+                tree.videos.append(Path(entry.path))
+            else:
+                tree.left_out.unusable.append(tree.left_out.name(entry.path))
         elif name.lower().endswith(".txt") and "test" in name.lower() and not _OTHER_TRACKS.search(name):
             tree.lists.append(Path(entry.path))
-    return below
+    return nested
 
 
 def _first_kind(folder: Path) -> str:
     """What a folder holds first: "crops", "folders", "other" or "nothing". Reads no more of it than that."""
-    kind = "nothing"
     try:
-        with os.scandir(folder) as found:
-            for entry in found:
+        with os.scandir(folder) as listing:
+            for entry in listing:
                 if _CROP.fullmatch(entry.name):
                     return "crops"
                 if not entry.name.startswith("."):
-                    kind = "folders" if entry.is_dir() else "other"
-                    break
-    except PermissionError:
+                    return "folders" if is_folder(entry) else "other"
+    except OSError:
         pass
-    return kind
-
-
-def _usable(tree: Tree, name: str) -> bool:
-    if not printable(name):
-        message = f"The name {name!a} is not text; it is left out"
-        tree.notes.append(Note("warning", "unusable-name", "", message, "Rename it"))
-    return printable(name)
+    return "nothing"
 
 
 def _prefer_aligned(tree: Tree) -> None:
-    """Aligned and merely cropped faces are different pictures: where both are there, only the aligned ones count."""
+    """Keep the aligned crops alone if there are cropped ones too: they are different images."""
     others = [folder for folder in tree.aligned if "aligned" not in folder.name.lower()]
     if not others or len(others) == len(tree.aligned):
         return
@@ -229,107 +300,19 @@ def _prefer_aligned(tree: Tree) -> None:
     tree.notes.append(Note("note", "crops-not-aligned", "", f"Crops that are not aligned are left out: {names}"))
 
 
-LOOKS_FOR = "VA_Estimation_Challenge/ or VA_Set/ with Train_Set/ and Validation_Set/, or folders cropped_aligned*/"
+def read_affwild2(path: Path) -> Annotation:
+    """A challenge annotation file: header `valence,arousal`, then row k for frame k.
 
-SIDES = ("_left", "_right")
-
-
-def detect(root: Path) -> str | None:
-    """Why `root` may be of this layout, or None."""
-    tree = survey(root)
-    if tree.labels:
-        return f"{tree.labels[0][1].relative_to(root)}/ holds annotations"
-    if tree.aligned:
-        return f"{tree.aligned[0].relative_to(root)}/ holds face crops"
-    return None
-
-
-def scan(root: Path) -> tuple[list[Clip], list[Note]]:
-    """Clips and notes; `open_dataset` sorts the clips."""
-    tree = survey(root)
-    trials = _Trials(tree)
-    splits = trials.splits()
-    return [trials.clip(name, split) for name, split in splits.items()], trials.notes
-
-
-def strip_side(trial: str) -> str:
-    """The video's stem that a trial's name tells: without `_left` or `_right`."""
-    for side in SIDES:
-        if trial.endswith(side) and trial != side:
-            return trial.removesuffix(side)
-    return trial
-
-
-class _Trials:
-    """Trials of a tree: which there are, in which split, and which files belong to each."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.notes: list[Note] = list(tree.notes)
-        self.root = tree.root
-        self.crops: dict[str, list[Path]] = defaultdict(list)
-        for folder in tree.crops:
-            self.crops[folder.name].append(folder)
-        self.videos: dict[str, list[Path]] = defaultdict(list)
-        for path in tree.videos:
-            self.videos[path.stem].append(path)
-        self.labels: dict[str, list[tuple[str, Path]]] = defaultdict(list)
-        for split, folder, names in tree.label_files:
-            for name in names:
-                self.labels[name.removesuffix(".txt")].append((split, folder / name))
-        for found in self.labels.values():
-            found.sort(key=lambda entry: (entry[0] != "val", entry[1]))
-        self.elsewhere = tree.other_tracks
-        known = self.labels.keys() | self.crops.keys() | self.videos.keys()
-        self.listed, notes = listed_trials(tree.lists, known)
-        self.notes += notes
-
-    def splits(self) -> dict[str, str | None]:
-        """Trial -> split, for every trial there is."""
-        splits: dict[str, str | None] = {name: self._labelled_split(name) for name in self.labels}
-        unlabelled = (self.listed | self.crops.keys()) - splits.keys()
-        claimed = {self._stem(name) for name in splits.keys() | unlabelled}
-        unlabelled |= self.videos.keys() - claimed
-        splits |= {name: self._unlabelled_split(name) for name in unlabelled}
-        lost = sorted(name for name, split in splits.items() if split is None)
-        if lost:
-            message = f"No annotation, and not among the test trials: {examples(lost)}"
-            remedy = "They are extracted without a split; take their files away if they belong to another track"
-            self.notes.append(Note("note", "no-split", "", message, remedy))
-        return splits
-
-    def clip(self, name: str, split: str | None) -> Clip:
-        """The record of one trial."""
-        stem = self._stem(name)
-        paths = self.videos.get(stem, [])
-        if len(paths) > 1:
-            found = ", ".join(str(path.relative_to(self.root)) for path in paths)
-            message = f"Several videos are named {stem}: {found}; the first is used"
-            self.notes.append(Note("warning", "two-videos", name, message, "Keep the one that the labels belong to"))
-        video = paths[0] if paths else None
-        labels = self.labels[name][0][1] if name in self.labels else None
-        crops = tuple(self.crops.get(name, ()))
-        return Clip(name, split, stem, video, video, crops, labels, "affwild2" if labels else "none")
-
-    def _stem(self, trial: str) -> str:
-        return trial if trial in self.videos else strip_side(trial)
-
-    def _labelled_split(self, name: str) -> str:
-        """The split of a trial's annotation; where it has several, one is chosen: validation before training."""
-        found = self.labels[name]
-        if len(found) > 1:
-            paths = ", ".join(str(path.relative_to(self.root)) for _, path in found)
-            across = len({split for split, _ in found}) > 1
-            message = f"Several annotation files: {paths}; the first is used"
-            remedy = "Keep one of them: a trial in two splits makes validation worthless" if across else "Keep one"
-            severity, code = ("error", "two-splits") if across else ("note", "two-annotations")
-            self.notes.append(Note(severity, code, name, message, remedy))  # type: ignore[arg-type]
-        if name in self.listed:
-            message = f"The trial has an annotation ({found[0][0]}) and is in the list of test trials"
-            self.notes.append(Note("warning", "labelled-test", name, message, "It is not used as a test trial"))
-        return found[0][0]
-
-    def _unlabelled_split(self, name: str) -> str | None:
-        """Test, where the list of test trials says so; without a list, all that no other track annotates."""
-        if self.listed:
-            return "test" if name in self.listed else None
-        return None if name in self.elsewhere else "test"
+    Raises:
+        DataError: with every problem and its lines.
+    """
+    text = LabelFile(path, "the first line 'valence,arousal', then two numbers a line, each in [-1, 1] or -5")
+    header = [cell.lower() for cell in split_cells(text.lines[0])]
+    if sorted(header) != sorted(TARGETS):
+        if all(is_number(cell) for cell in header):
+            raise text.error(f"no header: line 1 is {text.lines[0][:60]!r}")
+        raise text.header_error()
+    value = [[text.value(cell, number) for cell in cells] for number, cells in text.rows(2)]
+    text.check(len(value))
+    columns = np.array(value, np.float32)[:, [header.index(target) for target in TARGETS]]
+    return Annotation(value=columns, frame=np.arange(len(value), dtype=np.int64))

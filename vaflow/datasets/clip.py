@@ -1,7 +1,4 @@
-"""What a layout says about one item of a data set, and what its labels say.
-
-What a layout finds below a root: clips, and notes about what it had to decide.
-"""
+"""The records of a data set: clips, their annotations, and notes about what a scan decided or left out."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +12,21 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Clip:
-    """One person to be followed through one video.
+    """One person in one video, or one recording of audio alone.
 
     Attributes:
         id: unique in the data set: the path below its root without extension, or the trial's name.
-        split: "train", "val", "test", or None where the data set does not say.
-        group: the source video's stem; clips of one group never part in k-fold.
-        video: the file whose video stream gives the frame clock (and the faces, where there are no crops).
-        audio: the file whose audio stream is used; usually the video.
+        split: "train", "val", "test", or None if the data set does not say.
+        group: source video or speaker; k-fold keeps the clips of one group together.
+        video: file whose video stream gives the frame clock (and the faces, if there are no crops); None for audio
+            alone and for folders of frames.
+        audio: file whose audio stream is used; usually the video.
         crops: folders of face crops named by 1-based video frame number, merged in order; empty: detect faces.
-        labels: the annotation file, or None.
-        label_format: how to read it: a key of `vaflow.datasets.formats.READERS` or, with `dimensions`, of
-            `DIMENSION_READERS`.
-        dimensions: (target, file), where each dimension has a file of its own; `labels` is then the first of them.
-        frames: in the place of a video, a folder of its frames as pictures named by number (0-based: picture n is
-            frame n), shown at `frame_rate` per second.
-        frame_rate: frames per second of `frames`; None where there is a video, whose own times count.
+        labels: annotation file, or None.
+        label_format: key of `vaflow.datasets.formats.READERS` or, with `dimensions`, of `DIMENSION_READERS`.
+        dimensions: (target, file), if each dimension has its own file; `labels` is then the first of them.
+        frames: folder of frames named by 0-based number, in place of a video, shown at `frame_rate` per second.
+        frame_rate: frames per second of `frames`; None for a video, which has presentation times.
     """
 
     id: str
@@ -48,13 +44,13 @@ class Clip:
 
 @dataclass(frozen=True)
 class Annotation:
-    """Labels of one clip, before they meet the frame clock.
+    """Labels of one clip, before they are put on the frame clock.
 
     Attributes:
-        value: [N, 2] float32, valence and arousal; NaN where a row is not annotated.
-        time: [N] seconds, or None where row k belongs to frame `frame[k]`.
-        frame: [N] 0-based frame numbers, or None where rows have times.
-        targets: which columns of `value` the file has at all.
+        value: [N, 2] float32, valence and arousal; NaN for a row that is not annotated.
+        time: [N] seconds, or None if row k belongs to frame `frame[k]`.
+        frame: [N] 0-based frame numbers, or None if rows have times.
+        targets: the columns of `value` that the file has.
     """
 
     value: NDArray[np.float32]
@@ -69,14 +65,14 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Note:
-    """One thing worth knowing about a data set.
+    """One finding about a data set.
 
     Attributes:
-        severity: "error": an item cannot be used, or results would be wrong; "warning": look at it; "note": normal.
-        code: what kind of thing, e.g. "two-videos"; equal codes are shown together.
-        item: the clip's id, or "" for the data set as a whole.
-        message: what was found.
-        remedy: what can be done, or "".
+        severity: "error": an item cannot be used, or results would be wrong; "warning": needs a look; "note": usual.
+        code: kind of finding, e.g. "two-videos"; equal codes are shown together.
+        item: clip id, or "" for the data set as a whole.
+        message: the finding.
+        remedy: what to do about it, or "".
     """
 
     severity: Severity
@@ -88,7 +84,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The clips below `root`, sorted by id, and what the scan had to decide or leave out."""
+    """The clips below `root`, sorted by id, and notes about what the scan decided or left out."""
 
     root: Path
     layout: str

@@ -1,15 +1,18 @@
-"""The layouts that can be read, and the way from a folder to its clips."""
+"""Open a data set: choose the layout that fits a folder, and list its clips."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vaflow.datasets import afew_va, affwild2, muse, recola, sewa, videos
 from vaflow.datasets.clip import Clip, Dataset, Note
-from vaflow.datasets.files import entries, seen
+from vaflow.datasets.files import entries, listing
 from vaflow.errors import UsageError, explain
 
 AUTO = "auto"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
-    """The clips below `root`. No media file is opened: problems inside files are `vaflow check`'s to find.
+    """The clips below `root`. No media file is opened: `vaflow check` finds problems inside files.
 
     Args:
         root: the data set's folder.
@@ -49,19 +52,31 @@ def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
         UsageError: the root is not a folder or is empty, the layout is unknown or does not fit, or a list in the
             folder (splits, test trials) has mistakes.
     """
-    folder = _folder(Path(root).expanduser().absolute())
-    if layout == AUTO:
-        layout = _first_fit(folder)
-    else:
-        _must_fit(folder, layout)
+    folder = Path(root).expanduser().absolute()
+    _require_files(folder)
+    if layout not in (AUTO, *LAYOUTS):
+        raise UsageError(explain("There is no such layout", got=layout, choices=[AUTO, *LAYOUTS]))
+    if layout == AUTO or not LAYOUTS[layout].detect(folder):
+        fitting = next((name for name in LAYOUTS if LAYOUTS[name].detect(folder)), "")
+        if layout != AUTO or not fitting:
+            raise UsageError(_no_fit(folder, layout, fitting))
+        layout = fitting
     clips, notes = LAYOUTS[layout].scan(folder)
     return Dataset(folder, layout, tuple(sorted(clips, key=lambda clip: clip.id)), tuple(notes))
 
 
-def _folder(root: Path) -> Path:
+def log_left_out(dataset: Dataset) -> None:
+    """Log what the scan left out or had to decide, as `check` lists it: every warning, error and ignored file."""
+    for note in dataset.notes:
+        if note.severity != "note" or note.code == "ignored-files":
+            log.warning("%s%s. %s", f"{note.item}: " if note.item else "", note.message, note.remedy)
+
+
+def _require_files(root: Path) -> None:
+    """Raise a UsageError if the root is not a folder, or nothing in it can be listed."""
     if not root.exists():
         parent = next((folder for folder in root.parents if folder.is_dir()), Path("/"))
-        got = f"{root}, which does not exist; {parent} holds {seen(parent)}"
+        got = f"{root}, which does not exist; {parent} holds {listing(parent)}"
         raise UsageError(explain("There is no such data set", expected="an existing folder", got=got))
     if not root.is_dir():
         remedy = f"Name the folder: {root.parent}"
@@ -71,27 +86,16 @@ def _folder(root: Path) -> Path:
     if not entries(root):
         remedy = "Unpack the data set there, or check that it is mounted and that you may read it"
         raise UsageError(explain(f"{root} is empty", expected=_all_look_for(), got="an empty folder", remedy=remedy))
-    return root
 
 
-def _first_fit(root: Path) -> str:
-    for name, layout in LAYOUTS.items():
-        if layout.detect(root):
-            return name
-    remedy = "Name the data set's own folder, the one that holds these"
-    raise UsageError(explain(f"No layout fits {root}", expected=_all_look_for(), got=seen(root), remedy=remedy))
-
-
-def _must_fit(root: Path, layout: str) -> None:
-    choices = [AUTO, *LAYOUTS]
-    if layout not in LAYOUTS:
-        raise UsageError(explain("There is no such layout", got=layout, choices=choices))
-    if LAYOUTS[layout].detect(root):
-        return
-    fitting = [name for name, other in LAYOUTS.items() if other.detect(root)]
-    remedy = f"The layout {fitting[0]!r} fits: use it, or name another folder" if fitting else None
+def _no_fit(root: Path, layout: str, fitting: str) -> str:
+    """The message for a folder that is not of the named layout, or of none."""
+    remedy: str | None = "Name the data set's own folder, the one that holds these"
+    if layout == AUTO:
+        return explain(f"No layout fits {root}", expected=_all_look_for(), got=listing(root), remedy=remedy)
+    remedy = f"The layout {fitting!r} fits: use --layout {fitting}, or name another folder" if fitting else None
     problem = f"{root} is not of the layout {layout!r}"
-    raise UsageError(explain(problem, expected=LAYOUTS[layout].looks_for, got=seen(root), remedy=remedy))
+    return explain(problem, expected=LAYOUTS[layout].looks_for, got=listing(root), remedy=remedy)
 
 
 def _all_look_for() -> str:

@@ -1,27 +1,23 @@
-"""Layout `recola`: RECOLA as the AVEC 2015 and 2016 challenges gave it out.
+"""Layout `recola`: RECOLA as released for the AVEC 2015 and 2016 challenges.
 
-    [*/]arousal/<name>.arff  [*/]valence/<name>.arff     gold standard, or .csv separated by semicolons
+    [*/]arousal/<name>.arff  [*/]valence/<name>.arff     gold standard every 0.04 s, or .csv separated by semicolons
     recordings_video/<name>.mp4   recordings_audio/<name>.wav
 
-`detect` looks, down to four folders below the root, for a folder named `arousal` or `valence` whose first table names
-the field GoldStandard: features and the ratings of single raters stand in folders of the same names and are not
-labels. Video and sound may stand in any folder. Names that begin with train_, dev_ or test_ say the split; for others
-(P16, P17 ...) ROOT/splits.csv (`name,split`) can.
-
-RECOLA's gold standard: one file per dimension and recording, as ARFF or as a table separated by semicolons.
+`detect` looks, down to four folders below the root, for a folder named `arousal` or `valence` whose first table has
+the field GoldStandard: features and the ratings of single raters are in folders of the same names and are not labels.
+Video and audio may be in any folder. Names that begin with train_, dev_ or test_ give the split; for others (P16, P17
+...) ROOT/splits.csv (`name,split`) can.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from vaflow.datasets import text
 from vaflow.datasets.clip import Clip, Note
 from vaflow.datasets.files import head
-from vaflow.datasets.labels import Trace
-from vaflow.datasets.recordings import DIMENSIONS, Found, make_clips, recordings, split_of, survey
-from vaflow.datasets.text import Problems
+from vaflow.datasets.labels import DimensionLabels
+from vaflow.datasets.recordings import DIMENSIONS, Files, detect_labels, scan_recordings
+from vaflow.datasets.text import NOT_A_NUMBER, LabelFile, split_cells
+
+LOOKS_FOR = "folders arousal/ and valence/ of gold standard files (.arff, or .csv with the field GoldStandard)"
 
 _EXPECTED = (
     "the fields instance name, frameTime (seconds) and GoldStandard (in [-1, 1]), declared by '@attribute' lines "
@@ -30,56 +26,9 @@ _EXPECTED = (
 _TIME, _GOLD = "frametime", "goldstandard"
 
 
-def read_recola(path: Path) -> Trace:
-    """One dimension of one recording, a row every 0.04 s. Fields other than time and gold standard are ignored.
-
-    Raises:
-        DataError: with every problem and its lines.
-    """
-    problems = Problems()
-    lines = text.read_lines(path, problems)
-    if not lines:
-        raise text.refuse(path, _EXPECTED, "an empty file")
-    arff = lines[0].lstrip().startswith(("@", "%"))
-    fields, first, separator = _arff_head(lines) if arff else (text.split(lines[0], ";"), 2, ";")
-    names = ["".join(field.lower().replace("_", " ").split()) for field in fields]
-    if names.count(_TIME) != 1 or names.count(_GOLD) != 1:
-        raise text.refuse(path, _EXPECTED, f"the fields {', '.join(fields)[:80]!r}")
-    stands, values = [], []
-    for number, cells in text.rows(lines, len(names), problems, first=first, separator=separator):
-        stands.append((number, cells[names.index(_TIME)]))
-        values.append(text.value(cells[names.index(_GOLD)], number, problems, text.NOT_A_NUMBER))
-    time = text.times(stands, problems)
-    if problems:
-        raise text.refuse(path, _EXPECTED, problems)
-    if not values:
-        raise text.refuse(path, _EXPECTED, "no rows")
-    return Trace(time, np.array(values, np.float32))
-
-
-def _arff_head(lines: Sequence[str]) -> tuple[list[str], int, str]:
-    """Names of the attributes, the (1-based) line of the first row, and what separates cells."""
-    fields = []
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        keyword = words[0].lower() if words else ""
-        if keyword == "@attribute" and len(words) > 1:
-            fields.append(words[1].strip("'\""))
-        elif keyword == "@data":
-            first = number + 1
-            while first <= len(lines) and not lines[first - 1].strip():
-                first += 1
-            return fields, first, ","
-    return fields, len(lines) + 1, ","
-
-
-LOOKS_FOR = "folders arousal/ and valence/ of gold standard files (.arff, or .csv with the field GoldStandard)"
-
-
 def detect(root: Path) -> str | None:
     """Why `root` may be of this layout, or None."""
-    labels = _labels(survey(root, media=False))
-    return f"{labels[0][1].relative_to(root)} is a gold standard" if labels else None
+    return detect_labels(root, _label_files, "a gold standard")
 
 
 def scan(root: Path) -> tuple[list[Clip], list[Note]]:
@@ -88,19 +37,48 @@ def scan(root: Path) -> tuple[list[Clip], list[Note]]:
     Raises:
         UsageError: ROOT/splits.csv has mistakes.
     """
-    found = survey(root)
-    all_recordings = recordings(found, _labels(found))
-    return make_clips(root, all_recordings, "recola", {one.name: split_of(one.name) for one in all_recordings})
+    return scan_recordings(root, _label_files, "recola")
 
 
-def _labels(found: Found) -> list[tuple[str, Path]]:
+def _label_files(files: Files) -> list[tuple[str, Path]]:
     return [
         (folder.name.lower(), folder / name)
-        for folder, tables in found.tables
-        if folder.name.lower() in DIMENSIONS and _is_gold(folder / tables[0])
+        for folder, tables in files.tables
+        if folder.name.lower() in DIMENSIONS and _GOLD in _plain(head(folder / tables[0]))
         for name in tables
     ]
 
 
-def _is_gold(path: Path) -> bool:
-    return "goldstandard" in "".join(head(path).lower().replace("_", " ").split())
+def read_recola(path: Path) -> DimensionLabels:
+    """One dimension of one recording. Fields other than time and gold standard are ignored.
+
+    Raises:
+        DataError: with every problem and its lines.
+    """
+    text = LabelFile(path, _EXPECTED)
+    if text.lines[0].lstrip().startswith(("@", "%")):
+        fields, first, separator = _arff_fields(text.lines), _arff_first_row(text.lines), ","
+    else:
+        fields, first, separator = split_cells(text.lines[0], ";"), 2, ";"
+    names = [_plain(field) for field in fields]
+    if names.count(_TIME) != 1 or names.count(_GOLD) != 1:
+        raise text.error(f"the fields {', '.join(fields)[:80]!r}")
+    time, value = text.timed_values(names, _TIME, [_GOLD], first=first, separator=separator, missing=NOT_A_NUMBER)
+    return DimensionLabels(time.astype(float), value[:, 0])
+
+
+def _plain(name: str) -> str:
+    """A field's name in lower case, without blanks and underscores."""
+    return "".join(name.lower().replace("_", " ").split())
+
+
+def _arff_fields(lines: list[str]) -> list[str]:
+    words = [line.split() for line in lines[: _arff_first_row(lines) - 1]]
+    return [row[1].strip("'\"") for row in words if len(row) > 1 and row[0].lower() == "@attribute"]
+
+
+def _arff_first_row(lines: list[str]) -> int:
+    """1-based line of the first row: the first line with text after `@data`."""
+    starts = [number for number, line in enumerate(lines, 1) if line.strip().lower().startswith("@data")]
+    rows = (number for number in range(starts[0] + 1, len(lines) + 1) if lines[number - 1].strip()) if starts else ()
+    return next(iter(rows), len(lines) + 1)

@@ -1,7 +1,8 @@
-"""`splits.csv`: which item is for training, validation or test."""
+"""`splits.csv`: the split of each item, and optionally its group (source video, speaker) and further columns."""
 
 import csv
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaflow.datasets.clip import SPLITS, Note
@@ -9,74 +10,123 @@ from vaflow.datasets.files import examples, size_problem
 from vaflow.errors import UsageError, explain
 
 SPLITS_FILE = "splits.csv"
+_OWN_COLUMNS = ("name", "split", "group")
 
 
-def read_splits(path: Path) -> dict[str, str]:
-    """name -> split, from a table with the columns `name` and `split`.
+@dataclass(frozen=True)
+class SplitList:
+    """The columns of a `splits.csv`, each as name -> cell, with the column's name in lower case.
+
+    `split` holds known splits only; `group` and further columns hold the cells that are not empty.
+    """
+
+    columns: Mapping[str, Mapping[str, str]]
+
+    @property
+    def names(self) -> set[str]:
+        """Every name in the list."""
+        return set(self.columns["name"])
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Splits and groups by item id; items without one are left out. `columns`: further columns, by item id."""
+
+    splits: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+
+
+def read_splits(path: Path) -> SplitList:
+    """The columns of a `splits.csv`: `name`, and `split` or `group` or both.
 
     Raises:
-        UsageError: the file is not such a table, names an unknown split, or gives one name two splits; every problem
-            is listed with its line.
+        UsageError: the file is not such a table, names an unknown split, or gives one name two splits or groups;
+            every problem is listed with its line.
     """
     if (problem := size_problem(path)) is not None:
         raise UsageError(explain(f"Cannot read {path}", expected="a list of splits", got=problem))
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(csv.reader(file), 1) if row]
+            lines = file.read().splitlines()
+            separator = ";" if lines and ";" in lines[0] and "," not in lines[0] else ","
+            table = csv.reader(lines, delimiter=separator)
+            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(table, 1) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(explain(f"Cannot read {path}", expected="UTF-8 text", got=error)) from error
     header = [cell.lower() for cell in rows[0][1]] if rows else []
-    if "name" not in header or "split" not in header:
+    if "name" not in header or not {"split", "group"} & set(header) or len(set(header)) != len(header):
         got = f"{','.join(header)!r}" if rows else "an empty file"
         raise UsageError(explain(f"{path} is not a list of splits", expected="the header 'name,split'", got=got))
-    name_at, split_at = header.index("name"), header.index("split")
-    splits: dict[str, str] = {}
+    columns: dict[str, dict[str, str]] = {column: {} for column in header}
     problems = []
     for number, row in rows[1:]:
         if len(row) != len(header):
             problems.append(f"line {number} has {len(row)} columns")
             continue
-        name, split = row[name_at], row[split_at].lower()
-        if split not in SPLITS:
-            problems.append(f"line {number} has the split {row[split_at]!r}")
-        elif splits.setdefault(name, split) != split:
-            problems.append(f"line {number} puts {name!r} into {split}, an earlier line into {splits[name]}")
+        cells = dict(zip(header, row, strict=True))
+        if "split" in cells:
+            cells["split"] = cells["split"].lower()
+            if cells["split"] not in SPLITS:
+                problems.append(f"line {number} has the split {row[header.index('split')]!r}")
+                continue
+        for column, cell in cells.items():
+            if cell and columns[column].setdefault(cells["name"], cell) != cell and column in _OWN_COLUMNS:
+                before = columns[column][cells["name"]]
+                problems.append(f"line {number} puts {cells['name']!r} into {cell}, an earlier line into {before}")
     if problems:
-        got = examples(problems, shown=20)
-        raise UsageError(
-            explain(f"{path} has mistakes", expected=f"{len(header)} columns a line", got=got, choices=SPLITS)
-        )
-    return splits
+        got = examples(problems, shown=10)
+        expected = f"{len(header)} columns a line"
+        raise UsageError(explain(f"{path} has mistakes", expected=expected, got=got, choices=SPLITS))
+    return SplitList(columns)
 
 
-def match_splits(splits: dict[str, str], names: Collection[tuple[str, str]]) -> tuple[dict[str, str], list[Note]]:
-    """Splits by item id, for names written as the id or as the path with its extension.
+def assign(
+    root: Path,
+    names: Collection[tuple[str, str]],
+    defaults: Mapping[str, str] | None = None,
+    *,
+    used: Collection[str] = (),
+) -> Assignment:
+    """Splits and groups of items from `root/splits.csv`, whose names are item ids or paths with their extension.
 
     Args:
-        splits: as `read_splits` gives them.
+        root: folder of the list; without a list, `defaults` alone count.
         names: (item id, path below the root with extension) of every item.
+        defaults: item id -> split, where the list says nothing.
+        used: further columns that the caller uses; other ones are warned about.
 
     Returns:
-        item id -> split, and notes on names that fit no item and items that have no split.
+        The assignment, with notes on names that fit no item, items without a split, and unknown columns.
 
     Raises:
-        UsageError: an item has one split by its id and another by its path.
+        UsageError: the list has mistakes, or gives an item one split by its id and another by its path.
     """
-    by_item: dict[str, str] = {}
-    used = set()
+    splits = dict(defaults or {})
+    if not (root / SPLITS_FILE).is_file():
+        return Assignment(splits)
+    listed = read_splits(root / SPLITS_FILE).columns
+    columns: dict[str, dict[str, str]] = {column: {} for column in listed}
     for item, path in names:
-        for name in {item, path} & splits.keys():
-            used.add(name)
-            if by_item.setdefault(item, splits[name]) != splits[name]:
-                got = f"{item!r} in {splits[item]}, {path!r} in {splits[path]}"
-                raise UsageError(explain(f"{SPLITS_FILE} gives one video two splits", expected="one", got=got))
+        for column, cells in listed.items():
+            values = {name: cells[name] for name in dict.fromkeys((item, path)) if name in cells}
+            if column in ("split", "group") and len(set(values.values())) > 1:
+                got = ", ".join(f"{name!r} in {value}" for name, value in values.items())
+                raise UsageError(explain(f"{SPLITS_FILE} gives one item two {column}s", expected="one", got=got))
+            if values:
+                columns[column][item] = next(iter(values.values()))
+    splits |= columns.get("split", {})
     notes = []
-    unknown = sorted(set(splits) - used)
-    if unknown:
-        message = f"{SPLITS_FILE} names what is not there: {examples(unknown)}"
-        notes.append(Note("warning", "split-unknown-name", "", message, "Correct the names, or add the videos"))
-    missing = sorted(item for item, _ in names if item not in by_item)
-    if missing:
+    known = {name for pair in names for name in pair}
+    if unknown := sorted(listed["name"].keys() - known):
+        message = f"{SPLITS_FILE} names unknown items: {examples(unknown)}"
+        notes.append(Note("warning", "split-unknown-name", "", message, "Correct the names, or add the files"))
+    if "split" in listed and (missing := sorted(item for item, _ in names if item not in splits)):
         message = f"{SPLITS_FILE} gives no split to: {examples(missing)}"
         notes.append(Note("warning", "split-missing", "", message, f"Add them to {SPLITS_FILE}"))
-    return by_item, notes
+    if strange := [column for column in listed if column not in (*_OWN_COLUMNS, *used)]:
+        message = f"Columns of {SPLITS_FILE} that are not used: {examples(strange)}"
+        remedy = "Name the column 'group' if its clips must stay in one fold"
+        notes.append(Note("warning", "split-unknown-column", "", message, remedy))
+    return Assignment(splits, columns.get("group", {}), columns, tuple(notes))

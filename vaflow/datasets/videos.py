@@ -1,82 +1,46 @@
-"""Layout `videos`: any folder of videos, with labels beside them and a list of splits, both optional.
+"""Layout `videos`: any folder of video and audio files, with labels beside them and a list of splits, both optional.
 
-ROOT/**/*.{mp4,avi,mov,mkv,webm}; `<stem>.csv` beside a video; ROOT/splits.csv with `name,split`. Hidden files and
-folders are left out, and folders that are links: they may leave the root or lead in circles.
+    ROOT/**/<stem>.mp4 ...      any container that FFmpeg opens
+    ROOT/**/<stem>.wav ...      audio alone: a clip without a visual stream, unless a video of that name is beside it
+    ROOT/**/<stem>.csv          frame (0-based) or time (seconds); valence and/or arousal
+    ROOT/splits.csv             name, split, and optionally group
 
-Tables of one's own: a column of frames or times, and one or two of labels.
+Hidden files and folders are skipped. Linked folders are not entered: they may leave the root or lead in circles.
+Everything else that is not used becomes a note.
 """
 
-import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from vaflow.datasets import text
 from vaflow.datasets.clip import Annotation, Clip, Note
-from vaflow.datasets.files import entries, examples, is_video, printable
-from vaflow.datasets.splits import SPLITS_FILE, match_splits, read_splits
-from vaflow.datasets.text import TARGETS, Problems
+from vaflow.datasets.files import LeftOut, entries, examples, is_audio, is_folder, is_regular, is_video
+from vaflow.datasets.splits import SPLITS_FILE, assign
+from vaflow.datasets.text import TARGETS, LabelFile, separator_of, split_cells
 
+LOOKS_FOR = "video or audio files (mp4, mov, avi, mkv, webm, mpg, wmv, wav, mp3 ...) in any folder"
 
-def read_csv(path: Path) -> Annotation:
-    """A table with a column `frame` (0-based) or `time` (seconds), and `valence`, `arousal` or one of them.
-
-    Other columns are ignored. Values are in [-1, 1]; -5 or an empty cell is not annotated. Frames and times ascend.
-
-    Raises:
-        DataError: with every problem and its lines.
-    """
-    expected = (
-        "a header with 'frame' or 'time', and 'valence' and/or 'arousal', separated by commas; then one row a line"
-    )
-    problems = Problems()
-    lines = text.read_lines(path, problems)
-    if not lines:
-        raise text.refuse(path, expected, "an empty file")
-    header = [cell.lower() for cell in text.split(lines[0])]
-    clocks = [name for name in ("frame", "time") if name in header]
-    targets = tuple(name for name in TARGETS if name in header)
-    if not clocks or not targets or len(set(header)) != len(header):
-        raise text.refuse(path, expected, f"line 1 ({lines[0][:60]!r})")
-    clock, where = clocks[0], [header.index(name) for name in targets]
-    stands, value = [], []
-    for number, cells in text.rows(lines, len(header), problems):
-        stands.append((number, cells[header.index(clock)]))
-        value.append([text.value(cells[i], number, problems, text.EMPTY) for i in where])
-    frame = text.frames(stands, problems) if clock == "frame" else None
-    time = text.times(stands, problems) if clock == "time" else None
-    if problems:
-        raise text.refuse(path, expected, problems)
-    if not value:
-        raise text.refuse(path, expected, "a header without rows")
-    both = np.full((len(value), 2), np.nan, np.float32)
-    both[:, [TARGETS.index(name) for name in targets]] = value
-    return Annotation(value=both, time=time, frame=frame, targets=targets)
-
-
-LOOKS_FOR = "video files (mp4, avi, mov, mkv, webm) in any folder"
+_EXPECTED = (
+    "a header with 'frame' or 'time', and 'valence' and/or 'arousal', separated by commas, semicolons or tabs; "
+    "then one row a line"
+)
 
 
 @dataclass
-class _Found:
-    """Paths below the root, as text with forward slashes."""
+class _Files:
+    """Paths below the root, as text with forward slashes. `tables`: path without its .csv -> path."""
 
     videos: list[str] = field(default_factory=list)
-    tables: dict[str, str] = field(default_factory=dict)  # path without its .csv -> path
-    linked: list[str] = field(default_factory=list)  # folders that are links
-    broken: list[str] = field(default_factory=list)  # names that are not text, links to nothing
+    audio: list[str] = field(default_factory=list)
+    tables: dict[str, str] = field(default_factory=dict)
 
 
 def detect(root: Path) -> str | None:
-    """Why `root` may be of this layout (its first video), or None."""
-    for files, _ in _folders(root):
-        for path, _ in files:
-            if is_video(path):
-                return f"{path} is a video"
-    return None
+    """Why `root` may be of this layout (its first video or audio file), or None."""
+    files = _survey(root, LeftOut(root), first_only=True)
+    return next((f"{path} is a video or audio file" for path in [*files.videos, *files.audio]), None)
 
 
 def scan(root: Path) -> tuple[list[Clip], list[Note]]:
@@ -85,33 +49,35 @@ def scan(root: Path) -> tuple[list[Clip], list[Note]]:
     Raises:
         UsageError: ROOT/splits.csv has mistakes.
     """
-    found = _survey(root)
-    items = dict(zip(item_ids(found.videos), found.videos, strict=True))
-    splits: dict[str, str] = {}
-    notes = _found_notes(found)
-    if (root / SPLITS_FILE).is_file():
-        splits, more = match_splits(read_splits(root / SPLITS_FILE), list(items.items()))
-        notes += more
-    clips = [_clip(root, item, path, splits.get(item), found.tables.get(_stem(path))) for item, path in items.items()]
-    shared = Counter(clip.labels for clip in clips if clip.labels)
-    for clip in clips:
-        if clip.labels and shared[clip.labels] > 1:
-            message = f"{clip.labels.name} stands beside several videos of that name and is used for each"
-            notes.append(Note("warning", "shared-labels", clip.id, message, "Rename the video that it does not fit"))
-    return clips, notes
+    left_out = LeftOut(root)
+    files = _survey(root, left_out)
+    with_video = {_stem(path) for path in files.videos}
+    beside = [path for path in files.audio if _stem(path) in with_video]
+    media = [*files.videos, *(path for path in files.audio if _stem(path) not in with_video)]
+    items = dict(zip(item_ids(media), media, strict=True))
+    assigned = assign(root, list(items.items()))
+    clips = []
+    for item, path in items.items():
+        labels = root / files.tables[_stem(path)] if _stem(path) in files.tables else None
+        clips.append(
+            Clip(
+                id=item,
+                split=assigned.splits.get(item),
+                group=assigned.groups.get(item, item),
+                video=root / path if is_video(path) else None,
+                audio=root / path,
+                labels=labels,
+                label_format="csv" if labels else "none",
+            )
+        )
+    return clips, [*left_out.notes(), *_table_notes(files, media, clips, beside), *assigned.notes]
 
 
 def item_ids(paths: list[str]) -> list[str]:
-    """The path without its extension; with it, where that would be the id of two files."""
+    """The path without its extension; with it, if it would be the id of two files."""
     short = Counter(_stem(path) for path in paths)
     full = set(paths)
     return [path if short[_stem(path)] > 1 or _stem(path) in full else _stem(path) for path in paths]
-
-
-def _clip(root: Path, item: str, path: str, split: str | None, table: str | None) -> Clip:
-    video = root / path
-    labels = root / table if table else None
-    return Clip(item, split, item, video, video, (), labels, "csv" if labels else "none")
 
 
 def _stem(path: str) -> str:
@@ -119,53 +85,71 @@ def _stem(path: str) -> str:
     return path[: path.rindex(".")]
 
 
-def _survey(root: Path) -> _Found:
-    found = _Found()
-    for files, linked in _folders(root):
-        found.linked += linked
-        for path, entry in files:
-            if not printable(path):
-                found.broken.append(ascii(path))
-            elif is_video(path):
-                if entry.is_file():
-                    found.videos.append(path)
-                else:
-                    found.broken.append(path)
-            elif path.lower().endswith(".csv") and path != SPLITS_FILE:
-                found.tables[_stem(path)] = path
-    return found
-
-
-def _folders(root: Path) -> Iterator[tuple[list[tuple[str, os.DirEntry[str]]], list[str]]]:
-    """(files with their entries, linked folders) of every folder of the tree, as paths below `root`."""
+def _survey(root: Path, left_out: LeftOut, *, first_only: bool = False) -> _Files:
+    """Sort all files below the root by kind; with `first_only`, stop at the first folder that has media."""
+    files = _Files()
     queue = [""]
     while queue:
         folder = queue.pop()
-        files: list[tuple[str, os.DirEntry[str]]] = []
-        linked, below = [], []
-        for entry in entries(root / folder):
+        inside: list[str] = []
+        for entry in entries(root / folder, left_out):
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if not entry.is_dir():
-                files.append((path, entry))
-            elif entry.is_symlink():
-                linked.append(path)
+            if is_folder(entry):
+                (left_out.linked if entry.is_symlink() else inside).append(path)
+            elif path.lower().endswith(".csv"):
+                if path != SPLITS_FILE:
+                    files.tables[_stem(path)] = path
+            elif not is_regular(entry):
+                left_out.unusable.append(path)
+            elif is_video(path):
+                files.videos.append(path)
+            elif is_audio(path):
+                files.audio.append(path)
             else:
-                below.append(path)
-        queue += reversed(below)
-        yield files, linked
+                left_out.ignored.append(path)
+        if first_only and (files.videos or files.audio):
+            break
+        queue += reversed(inside)
+    return files
 
 
-def _found_notes(found: _Found) -> list[Note]:
+def _table_notes(files: _Files, media: list[str], clips: list[Clip], beside: list[str]) -> list[Note]:
+    """Notes on tables without media, tables of several files, and audio files beside a video."""
     notes = []
-    if found.linked:
-        message = f"Linked folders were not entered: {examples(found.linked)}"
-        notes.append(Note("warning", "linked-folder", "", message, "Link or copy the files, or name the real folder"))
-    if found.broken:
-        message = f"Links to nothing, or names that are not text: {examples(found.broken)}"
-        notes.append(Note("warning", "unusable-name", "", message, "Rename them, or mend the links"))
-    orphans = sorted(set(found.tables) - {_stem(path) for path in found.videos})
-    if orphans:
-        message = f"Tables without a video of their name: {examples(orphans)}"
-        remedy = "Put the video beside it, or rename the table: labels count only beside a video of their name"
+    if orphans := sorted(set(files.tables) - {_stem(path) for path in media}):
+        message = f"Tables without a video or audio file of their name: {examples(orphans)}"
+        remedy = "Put the recording beside its table, or rename the table"
         notes.append(Note("note", "table-without-video", "", message, remedy))
+    shared = Counter(clip.labels for clip in clips if clip.labels)
+    for clip in clips:
+        if clip.labels and shared[clip.labels] > 1:
+            message = f"{clip.labels.name} is beside several recordings of that name and is used for each"
+            notes.append(Note("warning", "shared-labels", clip.id, message, "Rename the one that it does not fit"))
+    if beside:
+        message = f"Audio files beside a video of their name are not used: {examples(sorted(beside))}"
+        notes.append(Note("note", "audio-beside-video", "", message, "The video's own audio stream is used"))
     return notes
+
+
+def read_csv(path: Path) -> Annotation:
+    """A table with a column `frame` (0-based) or `time` (seconds), and `valence`, `arousal` or one of them.
+
+    Other columns are ignored. Values are in [-1, 1]; -5 or an empty cell is not annotated. Frames and times ascend.
+    Cells may be separated by semicolons or tabs, and then have decimal commas.
+
+    Raises:
+        DataError: with every problem and its lines.
+    """
+    text = LabelFile(path, _EXPECTED)
+    separator = separator_of(text.lines[0])
+    header = [cell.lower() for cell in split_cells(text.lines[0], separator)]
+    clock = next((name for name in ("frame", "time") if name in header), "")
+    targets = tuple(name for name in TARGETS if name in header)
+    if not clock or not targets or len(set(header)) != len(header):
+        raise text.header_error()
+    at, value = text.timed_values(header, clock, targets, separator=separator)
+    both = np.full((len(value), 2), np.nan, np.float32)
+    both[:, [TARGETS.index(name) for name in targets]] = value
+    if clock == "frame":
+        return Annotation(value=both, frame=at.astype(np.int64), targets=targets)
+    return Annotation(value=both, time=at.astype(np.float64), targets=targets)
