@@ -25,8 +25,8 @@ from vaflow.train.builder import choose_device
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces, write_predictions
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.provenance import ENSEMBLE_FILE, Maker, write_sources
-from vaflow.train.runs import RunFolder, RunRecord, load_run, require_record
+from vaflow.train.provenance import Maker, write_sources
+from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, RunRecord, load_run, require_record
 from vaflow.train.storage import write_whole
 from vaflow.train.training import read_for
 from vaflow.train.windows import ClipRows

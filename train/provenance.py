@@ -1,6 +1,6 @@
-"""What predictions were made from, written beside them: `sources.json` in the folder of the CSVs.
+"""Sources of predictions, written beside them as `sources.json`.
 
-A run's folder and its cache can change later; this file says what they were. `vaflow trace` compares.
+A run's folder and its cache can change later; this file records what they were, and `vaflow provenance` compares.
 """
 
 import json
@@ -8,20 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b, file_digest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vaflow import __version__
 from vaflow.cache import Cache, address
 from vaflow.cache.documents import canonical, fingerprint, now
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.errors import CorruptError, explain
+from vaflow.train.runs import ENSEMBLE_FILE, RunRecord
 from vaflow.train.storage import write_whole
 
-if TYPE_CHECKING:
-    from vaflow.train.runs import RunRecord
-
 SOURCES_FILE = "sources.json"
-ENSEMBLE_FILE = "ensemble.json"  # in the folder of an ensemble: its runs and their weights
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Maker:
     """
 
     path: Path
-    runs: Mapping[Path, "RunRecord"]
+    runs: Mapping[Path, RunRecord]
 
     @property
     def settings(self) -> str:
@@ -109,7 +106,7 @@ class Maker:
         return list(self.runs) != [self.path]
 
 
-def run_maker(path: Path, record: "RunRecord") -> Maker:
+def run_maker(path: Path, record: RunRecord) -> Maker:
     """A run as what makes predictions."""
     return Maker(path, {path: record})
 

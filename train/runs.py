@@ -34,11 +34,11 @@ from vaflow.train.evaluate import Trace, predict_clips
 from vaflow.train.heads.model import EachModel, VAModel
 from vaflow.train.inputs import Inputs, InputStream
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.provenance import ENSEMBLE_FILE
 from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
 from vaflow.train.storage import read_tensors, write_whole
 from vaflow.train.windows import WindowSet
 
+ENSEMBLE_FILE = "ensemble.json"  # in an ensemble directory: its runs and their weights
 PROTOTYPES, CONTEXT = "prompt.prototypes", "prompt.context"  # their names among the model's tensors
 
 

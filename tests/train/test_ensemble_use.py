@@ -16,7 +16,7 @@ from vaflow.errors import UsageError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import Summary
 from vaflow.predict import PredictConfig, predict_media
-from vaflow.provenance import trace_run
+from vaflow.provenance import find_provenance
 from vaflow.timeline import Grid
 from vaflow.train.config import TrainConfig
 from vaflow.train.ensemble import ensemble_runs
@@ -98,10 +98,10 @@ def test_runs_that_one_extraction_cannot_serve(
 
 
 def test_an_ensemble_is_traced_to_its_runs(ensemble: Path, runs: list[Path], cache: Cache, capsys) -> None:
-    found = trace_run(ensemble)
+    found = find_provenance(ensemble)
     weights = json.loads((ensemble / "ensemble.json").read_text())["weights"]
     for k, (said, run) in enumerate(zip(found["run"]["runs"], runs, strict=True)):
-        alone = trace_run(run)["run"]
+        alone = find_provenance(run)["run"]
         assert {key: said[key] for key in alone} == alone
         assert said["weight"] == {name: weights[name][k] for name in weights}
     assert {stream["name"]: stream["state"] for stream in found["streams"]} == {
@@ -113,7 +113,7 @@ def test_an_ensemble_is_traced_to_its_runs(ensemble: Path, runs: list[Path], cac
         ("val0", "val1", "val2"), "same"
     )
     assert set(found["predictions"][0]["records"]) == {VISUAL, AUDIO, "labels"}
-    assert main(["trace", str(ensemble)]) == 0
+    assert main(["provenance", str(ensemble)]) == 0
     printed = capsys.readouterr().out
     assert all(str(run) in printed for run in (ensemble, *runs))
 
@@ -127,7 +127,7 @@ def test_other_weights_of_an_ensemble_are_noticed(ensemble: Path, runs: list[Pat
     else:
         file.write_bytes((runs[1] / changed).read_bytes())
     try:
-        states = {entry["weights_state"] for entry in trace_run(ensemble)["predictions"]}
+        states = {entry["weights_state"] for entry in find_provenance(ensemble)["predictions"]}
     finally:
         file.write_bytes(before)
     assert states == {"changed"}
@@ -141,13 +141,13 @@ def test_a_submission_says_what_it_was_made_from(
     sample, out = tmp_path / "sample.txt", tmp_path / "submission.txt"
     sample.write_text("image_location,valence,arousal\nval1/00007.jpg,0,0\nval0/00001.jpg,0,0\n")
     assert main(["submit", str(run), "--sample", str(sample), "--out", str(out), "--device", "cpu"]) == 0
-    found = {entry["item"]: entry for entry in trace_run(run, predictions=out)["predictions"]}
+    found = {entry["item"]: entry for entry in find_provenance(run, predictions=out)["predictions"]}
     assert set(found) == {"val0", "val1"}
     for item, entry in found.items():
         assert (entry["csv"], entry["state"]) == (str(out), "same")
         assert entry["records"][AUDIO]["attempt"] == cache.record(AUDIO, item).attempt
     out.write_text(out.read_text() + "\n")
-    assert trace_run(run, "val0", predictions=out)["predictions"][0]["csv_state"] == "changed"
+    assert find_provenance(run, "val0", predictions=out)["predictions"][0]["csv_state"] == "changed"
 
 
 def test_a_run_is_asked_for_where_an_ensemble_does_not_do(ensemble: Path, capsys) -> None:

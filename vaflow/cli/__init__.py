@@ -14,12 +14,11 @@ from types import FrameType
 
 import typer
 
-from vaflow.cli import ablate, cache, cache_import, check, demo, evaluate, extract, info, predict, train
+from vaflow.cli import ablate, cache, cache_import, check, demo, evaluate, extract, info, predict, provenance, train
 from vaflow.cli import cache as cache_copy
 from vaflow.cli import cache as cache_prompts
 from vaflow.cli import cache_import as cache_targets
 from vaflow.cli import predict as submit
-from vaflow.cli import provenance as trace
 from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error
 from vaflow.cli.options import command_class, epilog
 from vaflow.errors import VaflowError, explain, is_out_of_memory
@@ -41,8 +40,8 @@ app = typer.Typer(
 DATA, CACHE, MODEL, RESULT, MORE = PANELS
 
 
-def _add(name: str, function: Callable[..., int], panel: str, group: typer.Typer = app) -> None:
-    group.command(name, cls=Command, rich_help_panel=panel)(function)
+def _add(name: str, function: Callable[..., int], panel: str, group: typer.Typer = app, hidden: bool = False) -> None:
+    group.command(name, cls=Command, rich_help_panel=panel, hidden=hidden)(function)
 
 
 _add("check", check.check, DATA)
@@ -62,7 +61,8 @@ _add("ensemble", evaluate.ensemble, MODEL)
 _add("ablate", ablate.ablate, MODEL)
 _add("predict", predict.predict, RESULT)
 _add("submit", submit.submit, RESULT)
-_add("trace", trace.trace, RESULT)
+_add("provenance", provenance.provenance, RESULT)
+_add("trace", provenance.trace, RESULT, hidden=True)
 _add("demo", demo.demo, MORE)
 _add("info", info.info, MORE)
 

@@ -1,4 +1,4 @@
-"""`vaflow trace`: where predictions come from."""
+"""`vaflow provenance`: what predictions were made from."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,24 +8,24 @@ import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, RunOrEnsemble, Verbose, print_json, set_up, table
 
-DIGITS = 12  # of digests; --json and -v have them whole
+DIGITS = 12  # of digests; --json and -v print them whole
 
 
-def trace(
+def provenance(
     run: RunOrEnsemble,
     item: Annotated[str | None, typer.Argument(metavar="[ITEM]", help="One clip.", show_default="all")] = None,
     root: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The data set: read its files again, and compare.", show_default=False),
+        typer.Option(metavar="DIR", help="Data set whose files are read again and compared.", show_default=False),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="Where the cache is now.", show_default="the run's")
+        Path | None, typer.Option(metavar="CACHE", help="Current place of the cache.", show_default="the run's")
     ] = None,
     predictions: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="What `vaflow predict` or `vaflow submit` wrote to --out.",
+            help="Output of `vaflow predict` or `vaflow submit`.",
             show_default="the run's own",
         ),
     ] = None,
@@ -33,64 +33,84 @@ def trace(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Say what a prediction was made from (run, weights, cache, records, source files), and what has changed since.
+    """Print what a prediction was made from (run, weights, cache, records, source files) and what has changed since.
 
-    Example: vaflow trace runs/full trial_12 --root /data/affwild2
+    Example: vaflow provenance runs/full trial_12 --root /data/affwild2
 
-    Example: vaflow trace runs/full test_7 --predictions submission.txt
+    Example: vaflow provenance runs/full test_7 --predictions submission.txt
 
-    Example: vaflow trace runs/full --json
+    Example: vaflow provenance runs/full --json
     """
     set_up(verbose, quiet)
-    from vaflow.provenance import trace_run
+    from vaflow.provenance import find_provenance
 
-    found = trace_run(run, item, cache=cache, root=root, predictions=predictions)
+    document = find_provenance(run, item, cache=cache, root=root, predictions=predictions)
     if json:
-        print_json(found)
+        print_json(document)
     elif not quiet:
-        typer.echo("\n".join(_lines(found, whole=verbose, one=item is not None)))
+        lines = run_lines(document, whole=verbose)
+        typer.echo("\n".join(lines))
+        if item is not None:
+            for entry in document["predictions"]:
+                typer.echo("\n".join(prediction_lines(entry, whole=verbose)))
+        else:
+            typer.echo(f"\n{predictions_table(document['predictions'])}")
     return 0
 
 
-def _lines(found: dict[str, Any], *, whole: bool, one: bool) -> Iterator[str]:
-    yield from _run_lines(found, whole)
-    if one:
-        for entry in found["predictions"]:
-            yield from _prediction_lines(entry, whole)
-        return
-    yield ""
-    rows = [
-        (entry["item"], Path(entry["folder"]).name, entry["state"], _summary(entry["records"].values()))
-        + ((_summary(entry["sources"]),) if entry["sources"] else ("-",))
-        for entry in found["predictions"]
-    ]
-    yield table(rows, ("clip", "predictions", "state", "features", "source files")) if rows else "no predictions"
+def trace(
+    run: RunOrEnsemble,
+    item: Annotated[str | None, typer.Argument(metavar="[ITEM]", help="One clip.", show_default="all")] = None,
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="As for `vaflow provenance`.")] = None,
+    cache: Annotated[Path | None, typer.Option(metavar="CACHE", help="As for `vaflow provenance`.")] = None,
+    predictions: Annotated[Path | None, typer.Option(metavar="PATH", help="As for `vaflow provenance`.")] = None,
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Old name of `vaflow provenance`; works in this version only.
+
+    Example: vaflow trace runs/full
+    """
+    typer.echo("warning: `vaflow trace` is now `vaflow provenance`; the old name will be removed.", err=True)
+    return provenance(run, item, root, cache, predictions, json, verbose, quiet)
 
 
-def _run_lines(found: dict[str, Any], whole: bool) -> Iterator[str]:
-    cache = found["cache"]
-    if "runs" in found["run"]:
-        yield f"ensemble  {found['run']['path']}"
-    for run in found["run"].get("runs", [found["run"]]):
+def run_lines(document: dict[str, Any], *, whole: bool) -> Iterator[str]:
+    """The run or ensemble, its weights, its cache and its streams."""
+    cache = document["cache"]
+    if "runs" in document["run"]:
+        yield f"ensemble  {document['run']['path']}"
+    for run in document["run"].get("runs", [document["run"]]):
         share = "".join(f", {value:.3f} of {name}" for name, value in run.get("weight", {}).items())
         settings = _short(run["settings_digest"], whole)
         yield f"run       {run['path']} (vaflow {run['vaflow']}), settings {settings}{share}"
         for name, digest in run["weights"].items():
             yield f"weights   {name} {_short(digest, whole)}"
     yield f"cache     {cache['path']} ({cache.get('store', cache['state'])})"
-    for stream in found["streams"]:
-        what = f", prompt set {stream['set']!r}" if "set" in stream else ""
-        yield f"stream    {stream['name']}{what}: {_stream(stream, whole)}: {stream['state']}"
+    for stream in document["streams"]:
+        facts = [f"prompt set {stream['set']!r}"] if "set" in stream else []
+        facts += [f"fingerprint {_short(stream['fingerprint'], whole)}"] if "fingerprint" in stream else []
+        weights = stream.get("identity", {}).get("weights")
+        facts += [f"weights {_short(weights, whole)}"] if isinstance(weights, str) else []
+        yield f"stream    {stream['name']}: {', '.join(facts) or '-'}: {stream['state']}"
 
 
-def _stream(stream: dict[str, Any], whole: bool) -> str:
-    identity = stream.get("identity", {})
-    parts = [f"fingerprint {_short(stream['fingerprint'], whole)}"] if "fingerprint" in stream else []
-    parts += [f"weights {_short(identity['weights'], whole)}"] if isinstance(identity.get("weights"), str) else []
-    return ", ".join(parts) or "-"
+def predictions_table(entries: list[dict[str, Any]]) -> str:
+    """A row per prediction, with the states of its records and source files."""
+
+    def states(parts: Any) -> str:
+        return ", ".join(dict.fromkeys(part["state"] for part in parts)) or "-"
+
+    rows = [
+        (e["item"], Path(e["folder"]).name, e["state"], states(e["records"].values()), states(e["sources"]))
+        for e in entries
+    ]
+    return table(rows, ("clip", "predictions", "state", "features", "source files")) if rows else "no predictions"
 
 
-def _prediction_lines(entry: dict[str, Any], whole: bool) -> Iterator[str]:
+def prediction_lines(entry: dict[str, Any], *, whole: bool) -> Iterator[str]:
+    """One prediction: what has changed, its records and its source files."""
     yield ""
     made = f", made {entry['made']} by vaflow {entry['vaflow']}" if "made" in entry else ""
     yield f"{entry['csv']}{made}: {entry['state']}"
@@ -110,7 +130,7 @@ def _prediction_lines(entry: dict[str, Any], whole: bool) -> Iterator[str]:
 
 
 def _identity(identity: Any, whole: bool) -> tuple[str, str]:
-    """A name, and what identifies the content."""
+    """Name and content identity of a source file."""
     if not isinstance(identity, dict):
         return "-", str(identity)
     digest = identity.get("blake2b") or identity.get("listing")
@@ -119,11 +139,6 @@ def _identity(identity: Any, whole: bool) -> tuple[str, str]:
         return str(identity.get("name", "-")), f"{size}, {_short(digest, whole)}"
     names = [str(one.get("name")) for one in identity.values() if isinstance(one, dict)]
     return ", ".join(names) or "-", f"{len(identity)} files"
-
-
-def _summary(parts: Any) -> str:
-    """The states that occur, each once."""
-    return ", ".join(dict.fromkeys(part["state"] for part in parts)) or "-"
 
 
 def _short(digest: str, whole: bool) -> str:

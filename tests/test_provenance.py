@@ -18,7 +18,7 @@ from vaflow.extract.pipeline import Summary
 from vaflow.extract.sources import part_of, same_part, sources_of
 from vaflow.extract.streams import SOURCES
 from vaflow.predict import PredictConfig, predict_media
-from vaflow.provenance import trace_run
+from vaflow.provenance import find_provenance
 from vaflow.train.config import TrainConfig
 from vaflow.train.training import evaluate_run, train_run
 
@@ -84,7 +84,7 @@ def only(trace: dict) -> dict:
 
 
 def test_a_prediction_leads_to_all_that_made_it(run, cache, root):
-    trace = trace_run(run, "sub/c", root=root)
+    trace = find_provenance(run, "sub/c", root=root)
     entry = only(trace)
     assert entry["csv"] == str(run / "predictions" / "val" / "sub/c.csv")
     assert (entry["state"], entry["csv_state"], entry["weights_state"]) == ("same", "same", "same")
@@ -109,7 +109,7 @@ def test_a_prediction_leads_to_all_that_made_it(run, cache, root):
 
 
 def test_everything_is_listed_without_an_item(run):
-    entries = trace_run(run)["predictions"]
+    entries = find_provenance(run)["predictions"]
     assert [entry["item"] for entry in entries] == ["d", "sub/c"]
     assert {one["state"] for entry in entries for one in entry["sources"]} == {"not checked"}
 
@@ -120,61 +120,61 @@ def test_changed_and_missing_source_files_are_noticed(run, root):
     video.write_bytes(b"VIDEO d")  # of the same size, and as old as before
     os.utime(video, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     labels.unlink()
-    states = {one["part"]: one["state"] for one in only(trace_run(run, "d", root=root))["sources"]}
+    states = {one["part"]: one["state"] for one in only(find_provenance(run, "d", root=root))["sources"]}
     assert (states["video"], states["labels"]) == ("changed", "missing")
 
 
 def test_a_touched_or_renamed_root_is_the_same_data(run, root, tmp_path):
     os.utime(root / "d.mp4")
     root.rename(tmp_path / "moved")
-    states = {one["state"] for one in only(trace_run(run, "d", root=tmp_path / "moved"))["sources"]}
+    states = {one["state"] for one in only(find_provenance(run, "d", root=tmp_path / "moved"))["sources"]}
     assert states == {"same"}
 
 
 def test_a_clip_that_the_data_set_lost(run, root):
     (root / "d.mp4").unlink()
     (root / "splits.csv").unlink()
-    assert {one["state"] for one in only(trace_run(run, "d", root=root))["sources"]} == {"missing"}
+    assert {one["state"] for one in only(find_provenance(run, "d", root=root))["sources"]} == {"missing"}
 
 
 def test_edited_predictions_and_other_weights_are_noticed(run):
     csv = run / "predictions" / "val" / "d.csv"
     csv.write_text(csv.read_text().replace("0", "1", 1))
-    entry = only(trace_run(run, "d"))
+    entry = only(find_provenance(run, "d"))
     assert (entry["state"], entry["csv_state"], entry["weights_state"]) == ("changed", "changed", "same")
     weights = run / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
-    assert only(trace_run(run, "sub/c"))["weights_state"] == "changed"
+    assert only(find_provenance(run, "sub/c"))["weights_state"] == "changed"
     config = run / "config.toml"
     config.write_text(config.read_text().replace("epochs = 1", "epochs = 2"))
-    assert only(trace_run(run, "sub/c"))["settings_state"] == "changed"
+    assert only(find_provenance(run, "sub/c"))["settings_state"] == "changed"
     csv.unlink()
-    assert only(trace_run(run, "d"))["csv_state"] == "missing"
+    assert only(find_provenance(run, "d"))["csv_state"] == "missing"
 
 
 def test_items_made_anew_copied_or_dropped_are_noticed(run, cache, root, tmp_path):
     convert(cache, tmp_path / "copy", "hdf5")
-    states = [facts["state"] for facts in only(trace_run(run, "d", cache=tmp_path / "copy"))["records"].values()]
+    states = [facts["state"] for facts in only(find_provenance(run, "d", cache=tmp_path / "copy"))["records"].values()]
     assert states == ["a copy", "a copy"]
     clip = next(clip for clip in open_dataset(root).clips if clip.id == "d")
     (root / "d.mp4").write_bytes(b"another take")
     write(cache, "d", sources_of(clip), seed=1)
     cache.drop("toy", "sub/c")
-    assert [f["state"] for f in only(trace_run(run, "d"))["records"].values()] == ["changed", "changed"]
-    assert [f["state"] for f in only(trace_run(run, "sub/c"))["records"].values()] == ["missing", "same"]
-    assert cache.record("toy", "d").attempt != only(trace_run(run, "d"))["records"]["toy"]["attempt"]
+    assert [f["state"] for f in only(find_provenance(run, "d"))["records"].values()] == ["changed", "changed"]
+    assert [f["state"] for f in only(find_provenance(run, "sub/c"))["records"].values()] == ["missing", "same"]
+    assert cache.record("toy", "d").attempt != only(find_provenance(run, "d"))["records"]["toy"]["attempt"]
 
 
 def test_without_the_cache_what_was_recorded_is_still_told(run, cache, tmp_path):
     attempt = cache.record("toy", "d").attempt
     cache.path.rename(tmp_path / "elsewhere")
-    trace = trace_run(run, "d")
+    trace = find_provenance(run, "d")
     facts = only(trace)["records"]["toy"]
     assert (trace["cache"]["state"], facts["attempt"], facts["state"]) == ("missing", attempt, "not checked")
     assert trace["streams"][0]["state"] == "not checked"
-    assert only(trace_run(run, "d", cache=tmp_path / "elsewhere"))["records"]["toy"]["state"] == "same"
+    assert only(find_provenance(run, "d", cache=tmp_path / "elsewhere"))["records"]["toy"]["state"] == "same"
     with pytest.raises(UsageError):
-        trace_run(run, cache=tmp_path / "nowhere")
+        find_provenance(run, cache=tmp_path / "nowhere")
 
 
 def test_predictions_on_another_cache_name_that_one(run, cache, tmp_path):
@@ -182,7 +182,7 @@ def test_predictions_on_another_cache_name_that_one(run, cache, tmp_path):
     convert(cache, other.path, "hdf5")
     other = open_cache(other.path, writable=True)
     evaluate_run(run, other, "train", device="cpu")
-    entry = next(entry for entry in trace_run(run, "a")["predictions"])
+    entry = next(entry for entry in find_provenance(run, "a")["predictions"])
     assert entry["cache"] == str(other.path)
     assert entry["records"]["toy"]["attempt"] == other.record("toy", "a").attempt
     assert entry["records"]["toy"]["state"] == "same"
@@ -199,36 +199,36 @@ def test_predictions_of_new_clips_are_traced_though_their_features_are_forgotten
     video.write_bytes(b"new")
     monkeypatch.setattr("vaflow.predict.extract", features)
     predict_media(run, [video], out, PredictConfig(device="cpu"))
-    entry = only(trace_run(run, "new", predictions=out))
+    entry = only(find_provenance(run, "new", predictions=out))
     assert (entry["state"], entry["csv_state"], entry["csv"]) == ("same", "same", str(out / "new.csv"))
     assert entry["records"]["toy"]["source"]["video"]["name"] == "new.mp4"
     assert entry["records"]["toy"]["state"] == "not checked"
     assert {one["part"]: one["state"] for one in entry["sources"]}["video"] == "same"
     video.write_bytes(b"NEW")
-    assert {one["part"]: one["state"] for one in only(trace_run(run, "new", predictions=out))["sources"]}["video"] == (
-        "changed"
-    )
+    assert {one["part"]: one["state"] for one in only(find_provenance(run, "new", predictions=out))["sources"]}[
+        "video"
+    ] == ("changed")
 
 
 def test_older_predictions_are_told_from_the_cache_and_marked(run, cache):
     (run / "predictions" / "val" / "sources.json").unlink()
-    entry = only(trace_run(run, "d"))
+    entry = only(find_provenance(run, "d"))
     assert entry["state"] == "not recorded"
     assert entry["records"]["toy"]["attempt"] == cache.record("toy", "d").attempt
     assert entry["records"]["toy"]["state"] == "not recorded"
 
 
 def test_what_is_not_there_is_bad_usage(run, tmp_path, capsys):
-    assert main(["trace", str(run), "e"]) == 2
+    assert main(["provenance", str(run), "e"]) == 2
     assert "Got: e. Choices: d, sub/c" in capsys.readouterr().err
-    assert main(["trace", str(tmp_path / "nowhere")]) == 2
-    assert main(["trace", str(run), "--root", str(tmp_path / "nowhere")]) == 2
+    assert main(["provenance", str(tmp_path / "nowhere")]) == 2
+    assert main(["provenance", str(run), "--root", str(tmp_path / "nowhere")]) == 2
     (run / "predictions" / "val" / "sources.json").write_text("{}")
-    assert main(["trace", str(run)]) == 1
+    assert main(["provenance", str(run)]) == 1
 
 
 def test_the_command(run, root, cache, capsys):
-    assert main(["trace", str(run), "sub/c", "--root", str(root)]) == 0
+    assert main(["provenance", str(run), "sub/c", "--root", str(root)]) == 0
     printed = capsys.readouterr().out
     for part in (
         cache.fingerprint("toy")[:12],
@@ -237,10 +237,10 @@ def test_the_command(run, root, cache, capsys):
         "c.mp4",
     ):
         assert part in printed
-    assert main(["trace", str(run)]) == 0
+    assert main(["provenance", str(run)]) == 0
     assert re.search(r"sub/c +val +same +same +not checked", capsys.readouterr().out)
-    assert main(["trace", str(run), "sub/c", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(trace_run(run, "sub/c")))
+    assert main(["provenance", str(run), "sub/c", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(find_provenance(run, "sub/c")))
 
 
 def test_parts_are_the_same_by_content(root):
@@ -251,3 +251,10 @@ def test_parts_are_the_same_by_content(root):
         assert same_part(whole[part], json.loads(json.dumps(whole[part])))
     assert not same_part(whole["video"], whole["labels"])
     assert same_part(whole["video"], whole["video"] | {"name": "b.mp4", "mtime_ns": 0})
+
+
+def test_the_old_name_works_with_a_warning(run, capsys):
+    assert main(["trace", str(run), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["predictions"]
+    assert "`vaflow trace` is now `vaflow provenance`" in printed.err
