@@ -22,7 +22,7 @@ def expected() -> set[str]:
             inner = path.relative_to(folder)
             if target == "vaflow" and inner.parts[0] in ("extract", "train"):
                 continue  # the links
-            if path.suffix in (".py", ".toml") or path.name == "py.typed":
+            if path.suffix in (".py", ".toml") or path.name == "py.typed" or path.parent.name in ("static", "templates"):
                 files.add(f"{target}/{inner.as_posix()}")
     return files
 

@@ -14,7 +14,20 @@ from types import FrameType
 
 import typer
 
-from vaflow.cli import ablate, cache, cache_import, check, demo, evaluate, extract, info, predict, provenance, train
+from vaflow.cli import (
+    ablate,
+    cache,
+    cache_import,
+    check,
+    demo,
+    evaluate,
+    extract,
+    info,
+    predict,
+    provenance,
+    train,
+    view,
+)
 from vaflow.cli import cache as cache_copy
 from vaflow.cli import cache as cache_prompts
 from vaflow.cli import cache_import as cache_targets
@@ -63,6 +76,7 @@ _add("predict", predict.predict, RESULT)
 _add("submit", submit.submit, RESULT)
 _add("provenance", provenance.provenance, RESULT)
 _add("trace", provenance.trace, RESULT, hidden=True)
+_add("view", view.view, RESULT)
 _add("demo", demo.demo, MORE)
 _add("info", info.info, MORE)
 

@@ -1,0 +1,135 @@
+"""The viewer in Chromium: what is drawn is at the frame that is shown."""
+
+import json
+import random
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from numbered_clip import read_number
+
+from vaflow.viewer.page import ViewConfig, write_viewer
+
+OpenPage = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def page_file(numbered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("view")
+    return write_viewer(numbered / "predictions", out, config=ViewConfig([numbered / "media"])).page
+
+
+def until(page: Any, expression: str) -> None:
+    """Wait until an expression holds: the page's policy forbids `wait_for_function`, which evaluates in the page."""
+    for _ in range(300):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"not within 15 s: {expression}")
+
+
+def ready(page: Any, clip: str) -> None:
+    until(page, f"document.documentElement.dataset.ready === {json.dumps(clip)}")
+    until(page, "document.getElementById('media').readyState >= 2")
+
+
+def row(page: Any) -> int:
+    return int(page.evaluate("document.documentElement.dataset.row"))
+
+
+def settle(page: Any) -> None:
+    until(page, "!document.getElementById('media').seeking")
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+@pytest.mark.parametrize("clip", ["constant", "variable"])
+def test_the_cursor_is_at_the_shown_frame_after_random_seeks(open_page: OpenPage, page_file: Path, clip: str) -> None:
+    page = open_page(page_file, f"#clip={clip}")
+    ready(page, clip)
+    end = page.evaluate("document.getElementById('media').duration")
+    rng = random.Random(5)
+    off = []
+    for _ in range(50):
+        page.evaluate(f"document.getElementById('seek').value = {rng.uniform(0, end)}")
+        page.evaluate("document.getElementById('seek').dispatchEvent(new Event('input'))")
+        settle(page)
+        off.append(abs(row(page) - read_number(page.locator("#media").screenshot())))
+    assert max(off) <= 1
+    assert sum(off) <= 2
+
+
+@pytest.mark.parametrize("clip", ["constant", "variable"])
+def test_the_cursor_follows_the_frames_while_the_clip_plays(open_page: OpenPage, page_file: Path, clip: str) -> None:
+    page = open_page(page_file, f"#clip={clip}")
+    ready(page, clip)
+    page.keyboard.press("Space")
+    until(page, "document.documentElement.dataset.row > 20")
+    page.keyboard.press("Space")
+    settle(page)
+    assert page.inner_text("#play") == "Play"
+    assert row(page) >= 20
+    assert abs(row(page) - read_number(page.locator("#media").screenshot())) <= 1
+
+
+def test_keys_and_clicks_seek(open_page: OpenPage, page_file: Path) -> None:
+    page = open_page(page_file, "#clip=constant")
+    ready(page, "constant")
+    page.keyboard.press("ArrowRight")
+    settle(page)
+    assert row(page) == 25
+    page.keyboard.press("Shift+ArrowRight")
+    settle(page)
+    assert row(page) == 150
+    page.keyboard.press(".")
+    settle(page)
+    assert row(page) == 151
+    page.keyboard.press(",")
+    settle(page)
+    assert row(page) == 150
+    page.keyboard.press("Home")
+    settle(page)
+    assert row(page) == 0
+    lanes = page.locator("#lanes").bounding_box()
+    page.mouse.click(lanes["x"] + 48 + (lanes["width"] - 58) / 2, lanes["y"] + 60)  # the middle of the plots
+    settle(page)
+    assert abs(row(page) - 150) <= 1
+    assert row(page) == read_number(page.locator("#media").screenshot())
+
+
+def test_a_dragged_span_loops(open_page: OpenPage, page_file: Path) -> None:
+    page = open_page(page_file, "#clip=constant")
+    ready(page, "constant")
+    lanes = page.locator("#lanes").bounding_box()
+    left, width, y = lanes["x"] + 48, lanes["width"] - 58, lanes["y"] + 60
+    page.mouse.move(left + 0.5 * width, y)
+    page.mouse.down()
+    page.mouse.move(left + 0.58 * width, y, steps=4)
+    page.mouse.up()
+    page.select_option("#speed", "2")
+    page.keyboard.press("Space") if page.evaluate("document.activeElement.id") != "speed" else page.click("#play")
+    rows = []
+    for _ in range(12):
+        page.wait_for_timeout(100)
+        rows.append(row(page))
+    assert all(145 <= r <= 185 for r in rows)  # 6 s to 7 s, and what is shown before the jump back
+    assert any(b < a for a, b in pairwise(rows))
+    assert page.evaluate("document.getElementById('media').playbackRate") == 2
+
+
+def test_the_list_filters_and_sorts(open_page: OpenPage, page_file: Path) -> None:
+    page = open_page(page_file)
+    ready(page, "constant")
+    clips = lambda: page.eval_on_selector_all("#clips tbody tr", "rows => rows.map(r => r.dataset.clip)")  # noqa: E731
+    assert clips() == ["constant", "variable"]
+    page.click("#clips th[data-key=seconds] button")
+    assert clips() == ["variable", "constant"]
+    assert page.get_attribute("#clips th[data-key=seconds]", "aria-sort") == "descending"
+    page.click("#clips th[data-key=seconds] button")
+    assert clips() == ["constant", "variable"]
+    page.fill("#clips input", "vari")
+    assert clips() == ["variable"]
+    page.click("#clips tbody button")
+    ready(page, "variable")
+    assert page.inner_text("#title") == "variable"

@@ -1,0 +1,155 @@
+"""The data of one clip for its page: traces, masks, face boxes, waveform, and scores."""
+
+import base64
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vaflow.cache import Cache
+from vaflow.errors import CacheError
+from vaflow.timeline import Floats, median_interval
+from vaflow.train.metrics import concordance, rmse
+from vaflow.viewer.media import AudioLevel, runs
+from vaflow.viewer.predictions import DIMENSIONS, Predictions
+
+FACES = "faces"  # name of a stream with one box per sample
+
+
+@dataclass(frozen=True)
+class ClipMasks:
+    """Where a clip lacks something. Spans are [M, 2] seconds; None: unknown.
+
+    Attributes:
+        no_face, no_audio: without a face, without audio samples.
+        boxes: [T, 5]: seconds, then x0, y0, x1, y1 in pixels, NaN without a face; None: the cache holds no boxes.
+    """
+
+    no_face: Floats | None = None
+    no_audio: Floats | None = None
+    boxes: Floats | None = None
+
+
+def masks_of(table: Predictions, cache: Cache | None, item: str, streams: Iterable[str]) -> ClipMasks:
+    """Return what the predictions, or else the cache, say about missing faces and audio."""
+    no_face = None if table.face is None else spans(~table.face, table.time)
+    no_audio = None if table.audio is None else spans(~table.audio, table.time)
+    boxes = None
+    known = {} if cache is None else cache.streams()
+    for name in [*streams, FACES]:
+        if cache is None or name not in known or not cache.has(name, item):
+            continue
+        try:
+            if name == FACES:
+                boxes = _boxes(cache.read(name, item).arrays)
+            elif known[name].kind == "visual" and no_face is None:
+                read = cache.read(name, item, ["time", "valid"])
+                no_face = spans(~read.valid, read.time)
+            elif known[name].kind == "audio" and no_audio is None:
+                read = cache.read(name, item, ["time", "valid"])
+                time, where = np.unique(read.time, return_inverse=True)
+                valid = np.zeros(len(time), bool)
+                np.logical_or.at(valid, where.ravel(), read.valid.ravel())
+                no_audio = spans(~valid, time, table.time[-1])
+        except CacheError:
+            continue  # a damaged item has no masks; its predictions are still shown
+    return ClipMasks(no_face, no_audio, boxes)
+
+
+def _boxes(arrays: Mapping[str, NDArray[Any]]) -> Floats | None:
+    """[T, 5] of a stream with arrays `time` [T], `box` [T, 4] or [T, 1+, 4], and perhaps `valid`."""
+    box = next((np.asarray(arrays[name], np.float64) for name in ("box", "boxes", "value") if name in arrays), None)
+    if box is None or box.shape[-1] != 4 or "time" not in arrays or box.ndim not in (2, 3):
+        return None
+    box = box if box.ndim == 2 else box[:, 0]
+    if "valid" in arrays:
+        valid = np.asarray(arrays["valid"], bool).reshape(len(box), -1)
+        box = np.where(np.all(valid, axis=1, keepdims=True), box, np.nan)
+    return np.column_stack([arrays["time"], box])
+
+
+def spans(flag: ArrayLike, time: Floats, end: float | None = None) -> Floats:
+    """[M, 2] seconds where `flag` holds; each row lasts until the next one. Spans begin at 0 at the earliest."""
+    if not len(time):
+        return np.empty((0, 2))
+    after = np.append(time[1:], time[-1] + median_interval(time))
+    if end is not None:
+        after = np.minimum(after, max(end, time[-1]))
+    found = np.array([(time[a], after[b - 1]) for a, b in runs(np.asarray(flag, bool))], np.float64).reshape(-1, 2)
+    return np.maximum(found, 0)
+
+
+@dataclass(frozen=True)
+class ClipScores:
+    """One row of the list of clips.
+
+    Attributes:
+        seconds, frames: length.
+        ccc, rmse: [2] and their mean, per dimension; empty without labels.
+        missing_face: share of the time without a face; None: unknown.
+        mean: [2] of the prediction.
+    """
+
+    seconds: float
+    frames: int
+    mean: tuple[float, float]
+    ccc: Mapping[str, float] = field(default_factory=dict)
+    rmse: Mapping[str, float] = field(default_factory=dict)
+    missing_face: float | None = None
+
+
+def scores_of(table: Predictions, masks: ClipMasks) -> ClipScores:
+    """Return length, agreement with the labels, and the share of time without a face."""
+    seconds = float(table.time[-1] - min(0.0, table.time[0]) + median_interval(table.time))
+    scores: dict[str, dict[str, float]] = {}
+    if table.label is not None and np.asarray(np.isfinite(table.label), bool).any():
+        valid = np.asarray(np.isfinite(table.label), bool)
+        for name, measured in (("ccc", concordance), ("rmse", rmse)):
+            values = measured(table.va, np.where(valid, table.label, 0), valid)
+            both = {d: float(v) for d, v in zip(DIMENSIONS, values, strict=True) if np.isfinite(v)}
+            scores[name] = {**both, "mean": float(np.mean(list(both.values())))}
+    missing = None
+    if masks.no_face is not None:
+        missing = min(1.0, float(np.diff(masks.no_face, axis=1).sum()) / seconds) if seconds else 0.0
+    mean = table.va.mean(axis=0)
+    return ClipScores(seconds, len(table.time), (float(mean[0]), float(mean[1])), missing_face=missing, **scores)
+
+
+def payload(table: Predictions, masks: ClipMasks, level: AudioLevel | None) -> dict[str, Any]:
+    """Return the JSON that the page's scripts draw from; arrays are base64 of little-endian numbers."""
+    document: dict[str, Any] = {
+        "time": _clock(table.time),
+        "value": [packed(column, "<f4") for column in table.va.T],
+        "noFace": _rounded(masks.no_face),
+        "noAudio": _rounded(masks.no_audio),
+        "boxes": None if masks.boxes is None else packed(masks.boxes, "<f4"),
+    }
+    if table.label is not None and np.asarray(np.isfinite(table.label), bool).any():
+        document["label"] = [packed(column, "<f4") for column in table.label.T]
+        document["unlabelled"] = _rounded(spans(np.isnan(table.label).any(axis=1), table.time))
+    if table.std is not None:
+        document["std"] = [packed(column, "<f4") for column in table.std.T]
+    if level is not None:
+        document["low"], document["high"] = packed(level.low, "i1"), packed(level.high, "i1")
+        document["speech"] = _rounded(level.speech)
+    return document
+
+
+def _clock(time: Floats) -> dict[str, Any]:
+    """Times as a start and a step where that is exact to a microsecond, else as numbers."""
+    if len(time) > 1:
+        step = (time[-1] - time[0]) / (len(time) - 1)
+        if np.abs(time[0] + step * np.arange(len(time)) - time).max() < 1.5e-6:
+            return {"start": float(time[0]), "step": float(step), "count": len(time)}
+    return {"values": packed(time, "<f8")}
+
+
+def packed(values: NDArray[Any], dtype: str) -> str:
+    """Base64 of the array's bytes."""
+    return base64.b64encode(np.ascontiguousarray(values, np.dtype(dtype)).tobytes()).decode("ascii")
+
+
+def _rounded(found: Floats | None) -> list[list[float]] | None:
+    return None if found is None else [[round(a, 4), round(b, 4)] for a, b in found.tolist()]

@@ -1,0 +1,274 @@
+"""Media for a page: where a clip's file is, whether browsers play it, and its audio level over time."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.audio.resampler import AudioResampler
+from numpy.typing import NDArray
+
+from vaflow.datasets.files import walk
+from vaflow.timeline import Floats
+from vaflow.viewer.predictions import PredictedClip
+
+# fmt: off
+EXTENSIONS = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".3gp", ".ogv",
+    ".wav", ".flac", ".m4a", ".mp3", ".ogg", ".opus",
+)
+# fmt: on
+CONTAINERS = frozenset({"mp4", "webm", "wav", "mp3", "ogg", "flac"})  # that Chromium, Firefox and Safari open
+VIDEO_CODECS = frozenset({"h264", "vp8", "vp9", "av1"})
+AUDIO_CODECS = frozenset({"aac", "mp3", "opus", "vorbis", "flac", "pcm_s16le"})
+RATE = 16_000  # samples per second for the waveform
+HOP = 320  # samples per waveform column: 20 ms
+MAX_HEIGHT = 720  # pixels of transcoded clips
+_CLOCK = 90_000  # ticks per second of transcoded clips
+_MIN_RANGE, _QUIET = 10.0, -50.0  # dB: a smaller range has no pauses; a lower level is silence
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a container says. `width` and `height` are 0 without video."""
+
+    container: str
+    video: str
+    audio: str
+    width: int = 0
+    height: int = 0
+    pixels: str = ""
+
+    @property
+    def playable(self) -> bool:
+        """Whether current browsers play the file as it is."""
+        return (
+            not CONTAINERS.isdisjoint(self.container.split(","))
+            and self.container.split(",")[0] != "matroska"
+            and (not self.video or (self.video in VIDEO_CODECS and self.pixels in ("yuv420p", "yuvj420p")))
+            and (not self.audio or self.audio in AUDIO_CODECS)
+        )
+
+
+class MediaIndex:
+    """Media files below some directories, by name. Files are compared by the size that the cache recorded."""
+
+    def __init__(self, roots: Iterable[Path]) -> None:
+        self._by_name: dict[str, list[Path]] = {}
+        for root in roots:
+            for path in [root] if root.is_file() else _media_below(root):
+                self._by_name.setdefault(path.name, []).append(path)
+
+    def find(self, clip: PredictedClip) -> Path | None:
+        """Return the clip's media file, or None.
+
+        In this order: the path that `predict` recorded, a file with the name and size that the cache recorded, a file
+        whose stem is the clip's id.
+        """
+        recorded = clip.source.get("media")
+        if isinstance(recorded, str) and Path(recorded).is_file():
+            return Path(recorded)
+        for source in clip.records():
+            for facts in (source.get("video"), source.get("audio")):
+                if isinstance(facts, Mapping):
+                    for path in self._by_name.get(str(facts.get("name")), ()):
+                        if path.stat().st_size == facts.get("size"):
+                            return path
+        stem = clip.item.rsplit("/", 1)[-1]
+        same = [path for name, paths in self._by_name.items() if stem in (name, Path(name).stem) for path in paths]
+        return same[0] if len(same) == 1 and not any(clip.records()) else None
+
+
+def _media_below(root: Path) -> Iterator[Path]:
+    for folder, files in walk(root):
+        for entry in files:
+            if entry.name.lower().endswith(EXTENSIONS):
+                yield folder / entry.name
+
+
+def probe(path: Path) -> Facts:
+    """Return what the container says.
+
+    Raises:
+        OSError, av.FFmpegError: the file cannot be opened.
+    """
+    with av.open(str(path), metadata_errors="replace") as media:
+        audio = media.streams.audio[0].codec_context.name if media.streams.audio else ""
+        name = media.format.name
+        if "matroska" in name:
+            name = "webm" if path.suffix.lower() == ".webm" else "matroska"
+        if not media.streams.video:
+            return Facts(name, "", audio)
+        context = media.streams.video[0].codec_context
+        pixels = str(context.pix_fmt)
+        return Facts(name, context.name, audio, context.width, context.height, pixels)
+
+
+def transcode(source: Path, target: Path) -> None:
+    """Write a clip as H.264 and AAC in MP4, with the presentation time of every frame kept.
+
+    Raises:
+        OSError, av.FFmpegError: the file cannot be decoded or written.
+    """
+    part = target.with_suffix(".part.mp4")
+    with av.open(str(source), metadata_errors="replace") as media, av.open(str(part), "w", format="mp4") as out:
+        start = (media.start_time or 0) / av.time_base
+        streams: list[Any] = []
+        if media.streams.video:
+            video = media.streams.video[0]
+            video.thread_type = "AUTO"
+            streams.append(video)
+            encoder = _VideoEncoder(out, start)
+        if media.streams.audio:
+            streams.append(media.streams.audio[0])
+            sound = out.add_stream("aac", rate=48_000, layout="stereo")
+            resampler = AudioResampler(format="fltp", layout="stereo", rate=48_000)
+            samples: int | None = None
+        for packet in media.demux(streams):
+            try:
+                frames: list[Any] = list(packet.decode())
+            except av.FFmpegError:
+                continue  # as browsers do: a damaged packet is skipped
+            for frame in frames:
+                if isinstance(frame, av.VideoFrame):
+                    encoder.add(frame, video)
+                elif isinstance(frame, av.AudioFrame) and frame.time is not None:
+                    if samples is None:
+                        samples = max(0, round((frame.time - start) * 48_000))
+                    for piece in resampler.resample(frame):
+                        piece.pts, piece.time_base = samples, Fraction(1, 48_000)
+                        samples += piece.samples
+                        out.mux(sound.encode(piece))
+        if media.streams.video:
+            encoder.finish()
+        if media.streams.audio:
+            out.mux(sound.encode(None))
+    part.replace(target)
+
+
+class _VideoEncoder:
+    """H.264 at the times of the source, without reordering, with a key frame every half second or so."""
+
+    def __init__(self, out: Any, start: float) -> None:
+        self._out, self._start, self._last = out, start, -1
+        self._stream: Any = None
+
+    def add(self, frame: Any, source: Any) -> None:
+        if frame.pts is None:
+            return
+        turned = round(frame.rotation / 90) % 4
+        if self._stream is None:
+            width, height = (frame.height, frame.width) if turned % 2 else (frame.width, frame.height)
+            scale = min(1.0, MAX_HEIGHT / height)
+            self._stream = self._out.add_stream("libx264", rate=source.average_rate or 25)
+            self._stream.width, self._stream.height = (max(2, round(n * scale / 2) * 2) for n in (width, height))
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.codec_context.time_base = Fraction(1, _CLOCK)
+            self._stream.codec_context.options = {"crf": "20", "preset": "veryfast", "bf": "0", "g": "15"}
+        image = np.rot90(frame.to_ndarray(format="rgb24"), turned) if turned else None
+        shown = frame if image is None else av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        shown = shown.reformat(self._stream.width, self._stream.height, "yuv420p")
+        pts = round((float(frame.pts * source.time_base) - self._start) * _CLOCK)
+        self._last = max(pts, self._last + 1)
+        shown.pts, shown.time_base, shown.pict_type = self._last, Fraction(1, _CLOCK), 0
+        self._out.mux(self._stream.encode(shown))
+
+    def finish(self) -> None:
+        if self._stream is not None:
+            self._out.mux(self._stream.encode(None))
+
+
+@dataclass(frozen=True)
+class AudioLevel:
+    """The audio of a clip in columns of 20 ms.
+
+    Attributes:
+        low, high: [N] int8, extreme samples of each column, full scale at 127.
+        speech: [M, 2] seconds: spans whose energy is above the threshold.
+    """
+
+    low: NDArray[np.int8]
+    high: NDArray[np.int8]
+    speech: Floats
+
+
+def audio_level(path: Path) -> AudioLevel | None:
+    """Return waveform extremes and spans of speech-like energy; None without audio.
+
+    Raises:
+        OSError, av.FFmpegError: the file cannot be opened.
+    """
+    low: list[NDArray[np.int16]] = []
+    high: list[NDArray[np.int16]] = []
+    power: list[Floats] = []
+    for block in _blocks(path):
+        columns = block[: len(block) // HOP * HOP].reshape(-1, HOP)
+        low.append(columns.min(axis=1))
+        high.append(columns.max(axis=1))
+        power.append(np.square(columns.astype(np.float64) / 32768).mean(axis=1))
+    if not low:
+        return None
+    lowest, highest = (np.round(np.concatenate(x) / 32768 * 127).astype(np.int8) for x in (low, high))
+    return AudioLevel(lowest, highest, speech_spans(np.concatenate(power), HOP / RATE))
+
+
+def _blocks(path: Path) -> Iterator[NDArray[np.int16]]:
+    """Mono samples from the start of the clip in blocks of whole columns; gaps at the start are zeros."""
+    with av.open(str(path), metadata_errors="replace") as media:
+        if not media.streams.audio:
+            return
+        stream = media.streams.audio[0]
+        resampler = AudioResampler(format="s16", layout="mono", rate=RATE)
+        rest: list[NDArray[np.int16]] = []
+        first = True
+        for packet in media.demux(stream):
+            try:
+                frames: list[Any] = list(packet.decode())
+            except av.FFmpegError:
+                continue
+            for frame in frames:
+                if first and frame.time is not None:
+                    lead = round((frame.time - (media.start_time or 0) / av.time_base) * RATE)
+                    rest.append(np.zeros(min(max(0, lead), 3600 * RATE), np.int16))
+                    first = False
+                rest += [piece.to_ndarray().reshape(-1).astype(np.int16) for piece in resampler.resample(frame)]
+            if sum(map(len, rest)) >= 60 * RATE:
+                block = np.concatenate(rest)
+                whole = len(block) // HOP * HOP
+                yield block[:whole]
+                rest = [block[whole:]]
+        if rest:
+            yield np.concatenate(rest)
+
+
+def speech_spans(power: Floats, step: float) -> Floats:
+    """Spans whose energy is high for this clip, [M, 2] seconds.
+
+    The threshold lies at 40 % between the 10th and the 95th percentile of the level in dB. Pauses under 0.3 s are
+    closed and bursts under 0.1 s dropped. This detects energy, not voices: music counts.
+
+    Args:
+        power: [N] mean square of each column.
+        step: seconds per column.
+    """
+    level = 10 * np.log10(np.maximum(power, 1e-10))
+    floor, top = np.percentile(level, (10, 95)) if level.size else (0.0, 0.0)
+    threshold = floor + 0.4 * (top - floor) if top - floor >= _MIN_RANGE else _QUIET
+    active = level > max(threshold, _QUIET)
+    spans = runs(active)
+    merged: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if merged and (begin - merged[-1][1]) * step < 0.3:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((begin, end))
+    return np.array([(b * step, e * step) for b, e in merged if (e - b) * step >= 0.1], np.float64).reshape(-1, 2)
+
+
+def runs(flag: Sequence[bool] | NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Half-open ranges of indices where `flag` is True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], np.asarray(flag, bool), [False]]).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]

@@ -1,0 +1,188 @@
+"""The viewer: a page for the clips of a run or of a folder of predictions, with their media beside it.
+
+OUT/index.html      list, player and plots; opens from disk
+    clips/0001.js   data of one clip, loaded when it is shown
+    media/          clips that browsers do not play, transcoded; with `copy`, all clips
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import av
+
+from vaflow import __version__
+from vaflow.cache import Cache, open_cache
+from vaflow.errors import UsageError, VaflowError, explain
+from vaflow.pages import UPLOT, render, script_json
+from vaflow.viewer.clip_data import masks_of, payload, scores_of
+from vaflow.viewer.media import AudioLevel, MediaIndex, audio_level, probe, transcode
+from vaflow.viewer.predictions import PredictedClip, PredictionSet, find_predictions, read_predictions
+
+log = logging.getLogger(__name__)
+
+SCRIPTS = (UPLOT, "core.js", "traces.js", "lanes.js", "plane.js", "clock.js", "rating.js", "clip_list.js", "viewer.js")
+UNREADABLE = (OSError, av.FFmpegError)
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How to write the viewer.
+
+    Attributes:
+        media: directories or files with the clips; searched by the name and size that the cache recorded.
+        cache: read masks and face boxes from here; None: the cache that the predictions name.
+        copy: copy every clip beside the page, so that the directory can be moved.
+    """
+
+    media: Sequence[Path] = ()
+    cache: Path | None = None
+    copy: bool = False
+
+
+@dataclass(frozen=True)
+class PageClip:
+    """One clip of a viewer. `media` is its file; `facts` go into the page."""
+
+    item: str
+    media: Path | None
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """A written viewer."""
+
+    page: Path
+    predictions: PredictionSet
+    clips: tuple[PageClip, ...] = field(default=())
+
+    def html(self, *, serve: Mapping[str, str] | None = None) -> str:
+        """Return the page. With `serve`, media come from `media/N` of a server that saves ratings."""
+        found = self.predictions
+        facts = [
+            {**c.facts, "media": f"media/{i}" if serve and c.media else c.facts["media"]}
+            for i, c in enumerate(self.clips, 1)
+        ]
+        data = {"clips": facts, "centers": found.centers, "sigma": found.sigma, "serve": serve}
+        return render(
+            "viewer.html",
+            scripts=SCRIPTS,
+            data=data,
+            folder=True,
+            connect=serve is not None,
+            name=found.path.resolve().name or str(found.path),
+            streams=found.streams,
+            demonstration=found.demonstration,
+            count=len(facts),
+            version=__version__,
+        )
+
+
+def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewConfig | None = None) -> Viewer:
+    """Write the viewer of `path`'s predictions into the directory `out`.
+
+    Args:
+        path: a run directory, a directory of predictions, or a prediction CSV.
+        out: created if missing.
+        clips: ids to show; all when empty.
+        config: media, cache, copies.
+
+    Raises:
+        UsageError: there are no predictions, no such clip, or `out` cannot be written.
+        CorruptError: a prediction file is damaged.
+    """
+    config = config or ViewConfig()
+    found = find_predictions(path, clips)
+    cache = _cache(found, config.cache)
+    index = MediaIndex(config.media)
+    try:
+        (out / "clips").mkdir(parents=True, exist_ok=True)
+        (out / "media").mkdir(exist_ok=True)
+        shown = [_write_clip(out, n, clip, cache, found, index, config) for n, clip in enumerate(found.clips, 1)]
+        viewer = Viewer(out / "index.html", found, tuple(shown))
+        viewer.page.write_text(viewer.html(), "utf-8")
+    except OSError as error:
+        raise UsageError(explain(f"Cannot write the viewer to {out}", got=error.strerror)) from error
+    lost = sum(clip.media is None for clip in shown)
+    if lost:
+        log.warning("%d of %d clips have no media file; add --media DIR to show them", lost, len(shown))
+    return viewer
+
+
+def _cache(found: PredictionSet, named: Path | None) -> Cache | None:
+    place = named or found.cache
+    if place is None:
+        return None
+    try:
+        return open_cache(place)
+    except VaflowError as error:
+        if named is not None:
+            raise
+        log.warning("Masks are not shown: %s", error)
+        return None
+
+
+def _write_clip(
+    out: Path,
+    number: int,
+    clip: PredictedClip,
+    cache: Cache | None,
+    found: PredictionSet,
+    index: MediaIndex,
+    config: ViewConfig,
+) -> PageClip:
+    table = read_predictions(clip.csv)
+    masks = masks_of(table, cache, clip.item, found.streams)
+    media, notes = index.find(clip), []
+    shown, level = None, None
+    if media is None:
+        notes.append("The media file was not found; the traces are shown without it.")
+    else:
+        shown, level, problem = _show_media(media, out / "media" / f"{number:04}.mp4", config.copy)
+        notes += [problem] if problem else []
+    if masks.boxes is None:
+        notes.append("The cache stores no face boxes, so none are drawn.")
+    text = script_json([number, payload(table, masks, level)])
+    (out / "clips" / f"{number:04}.js").write_text(f"vaflow.receive({text})\n", "utf-8")
+    facts = {
+        "number": number,
+        "id": clip.item,
+        "split": clip.split,
+        "media": None if shown is None else quote(os.path.relpath(shown, out).replace(os.sep, "/")),
+        "video": bool(shown and probe(shown).video),
+        "notes": notes,
+        **asdict(scores_of(table, masks)),
+    }
+    return PageClip(clip.item, shown, facts)
+
+
+def _show_media(media: Path, beside: Path, copy: bool) -> tuple[Path | None, AudioLevel | None, str]:
+    """(file that the page plays, its audio level, a note for the page)."""
+    try:
+        facts = probe(media)
+        level = audio_level(media) if facts.audio else None
+        if not facts.playable:
+            if not beside.exists() or beside.stat().st_mtime < media.stat().st_mtime:
+                log.info("Transcoding %s", media.name)
+                transcode(media, beside)
+            codec = " and ".join(filter(None, (facts.video, facts.audio)))
+            return beside, level, f"Browsers do not play this file ({codec}); the page shows a transcoded copy."
+        if copy:
+            beside = beside.with_suffix(media.suffix)
+            beside.write_bytes(media.read_bytes())
+            return beside, level, ""
+        return media.resolve(), level, ""
+    except UNREADABLE as error:
+        log.warning("%s cannot be shown: %s", media, error)
+        return None, None, "The media file cannot be decoded; the traces are shown without it."
+
+
+def page_clips(viewer: Viewer) -> Iterator[tuple[str, str]]:
+    """(clip id, fragment of the viewer's URL that shows it)."""
+    for clip in viewer.clips:
+        yield clip.item, f"#clip={quote(clip.item, safe='')}"

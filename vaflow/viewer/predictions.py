@@ -1,0 +1,212 @@
+"""Prediction files on disk: which clips a run or a folder has, and the table of each."""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaflow.errors import CorruptError, UsageError, explain
+from vaflow.pages import TINY
+from vaflow.timeline import Bools, Floats
+
+DIMENSIONS = ("valence", "arousal")
+REQUIRED = ("frame", "time", *DIMENSIONS)
+SOURCES = "sources.json"
+_EMPTY_CELL = re.compile(rb",(?=[,\r\n]|$)")
+_LIMIT = 4 * 2**30  # bytes of one CSV file
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The table of one clip; N rows.
+
+    Attributes:
+        time: [N] seconds on the clip clock.
+        va: [N, 2] predicted valence and arousal.
+        label: [N, 2], NaN where a row is not labelled; None without label columns.
+        std: [N, 2] standard deviations; None without such columns.
+        face, audio: [N], whether the row has a face or audio; None without such columns.
+    """
+
+    time: Floats
+    va: Floats
+    label: Floats | None = None
+    std: Floats | None = None
+    face: Bools | None = None
+    audio: Bools | None = None
+
+
+@dataclass(frozen=True)
+class PredictedClip:
+    """One prediction file.
+
+    Attributes:
+        item: the clip's id.
+        csv: the file.
+        split: of a run's predictions; "" otherwise.
+        source: what `sources.json` says about the clip; empty without it.
+    """
+
+    item: str
+    csv: Path
+    split: str = ""
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def records(self) -> Iterator[Mapping[str, Any]]:
+        """The source identities of the clip's streams."""
+        for record in _mapping(self.source.get("records")).values():
+            yield _mapping(_mapping(record).get("source"))
+
+
+@dataclass(frozen=True)
+class PredictionSet:
+    """The clips of a run or of a folder of predictions.
+
+    Attributes:
+        path: as the user named it.
+        clips: sorted by split and id.
+        cache: the cache that the features were read from; None if unknown.
+        streams: the encoder streams that were read.
+        centers, sigma: of the run's region prompts; the defaults if unknown.
+    """
+
+    path: Path
+    clips: tuple[PredictedClip, ...]
+    cache: str | None = None
+    streams: tuple[str, ...] = ()
+    centers: float = 0.66
+    sigma: float = 0.45
+
+    @property
+    def demonstration(self) -> list[str]:
+        """The encoders with seeded random weights."""
+        return [name for name in self.streams if name.endswith(TINY)]
+
+
+def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
+    """Return the predictions of a run, of a folder, or of one CSV file.
+
+    Args:
+        path: a run directory, a directory that `vaflow predict` wrote, or a prediction CSV.
+        clips: ids to keep; all when empty.
+
+    Raises:
+        UsageError: there are no predictions, or no clip has one of the ids.
+        CorruptError: `sources.json` or `config.toml` is damaged.
+    """
+    run = _toml(path / "config.toml")
+    folders = sorted(p for p in (path / "predictions").glob("*") if p.is_dir())
+    if path.is_file():
+        found = [PredictedClip(path.stem, path)]
+        documents = [_json(path.parent / SOURCES)]
+    elif folders:
+        documents = [_json(folder / SOURCES) for folder in folders]
+        found = [c for folder, d in zip(folders, documents, strict=True) for c in _in_folder(folder, folder.name, d)]
+    else:
+        documents = [_json(path / SOURCES)]
+        found = list(_in_folder(path, "", documents[0]))
+    if not found:
+        raise UsageError(
+            explain(
+                f"{path} has no predictions",
+                expected="a run directory, a directory written by `vaflow predict`, or a prediction CSV",
+                remedy="Run `vaflow predict RUN MEDIA... --out DIR`, then `vaflow view DIR --out PAGE`",
+            )
+        )
+    unknown = set(clips) - {clip.item for clip in found}
+    if unknown:
+        raise UsageError(
+            explain(f"{path} has no such clip", got=min(unknown), choices=[clip.item for clip in found][:50])
+        )
+    train = _mapping(run.get("train"))
+    streams = [name for d in documents for name in _mapping(d.get("streams")) if name != "labels"]
+    streams += [str(table.get("name")) for table in run.get("stream", ())]
+    return PredictionSet(
+        path,
+        tuple(clip for clip in found if not clips or clip.item in clips),
+        next((str(d["cache"]) for d in [*documents, run] if d.get("cache")), None),
+        tuple(dict.fromkeys(streams)),
+        float(train.get("centers", 0.66)),
+        float(train.get("sigma", 0.45)),
+    )
+
+
+def _in_folder(folder: Path, split: str, sources: Mapping[str, Any]) -> Iterator[PredictedClip]:
+    items = _mapping(sources.get("items"))
+    for csv in sorted(folder.rglob("*.csv")):
+        item = csv.relative_to(folder).as_posix().removesuffix(".csv")
+        if _header(csv)[:4] == list(REQUIRED):
+            yield PredictedClip(item, csv, split, _mapping(items.get(item)))
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Return the table of a prediction CSV.
+
+    Raises:
+        CorruptError: the file is not a prediction CSV.
+    """
+    header = _header(path)
+    label, std = [
+        [f"{prefix}{name}{suffix}" for name in DIMENSIONS] for prefix, suffix in (("label_", ""), ("", "_std"))
+    ]
+    wanted = [c for c in (*REQUIRED[1:], *label, *std, "face", "audio") if c in header]
+    try:
+        if not set(REQUIRED) <= set(header):
+            raise ValueError(f"its columns are {', '.join(header)[:80]!r}")
+        if path.stat().st_size > _LIMIT:
+            raise ValueError(f"it is larger than {_LIMIT} bytes")
+        lines = _EMPTY_CELL.sub(b",nan", path.read_bytes()).decode().splitlines()
+        columns = [header.index(name) for name in wanted]
+        table = np.loadtxt(lines, delimiter=",", skiprows=1, usecols=columns, ndmin=2, comments=None)
+        time = table[:, 0]
+        if not len(time) or not np.isfinite(table[:, :3]).all() or (np.diff(time) < 0).any():
+            raise ValueError("it has no rows, a value that is not finite, or times that do not ascend")
+    except (ValueError, OSError) as error:
+        expected = f"a CSV file with columns {', '.join(REQUIRED)}"
+        raise CorruptError(explain(f"Cannot read the predictions {path}", expected=expected, got=error)) from error
+    column = dict(zip(wanted, table.T, strict=True))
+    both = [
+        np.stack([column[n] for n in names], axis=1) if set(names) <= set(column) else None for names in (label, std)
+    ]
+    flags = [column[name] > 0 if name in column else None for name in ("face", "audio")]
+    return Predictions(time, table[:, 1:3], *both, *flags)
+
+
+def soft_regions(va: Floats, centers: float, sigma: float) -> NDArray[np.float64]:
+    """Weight of each of the nine regions, [N, 9]: a Gaussian of the distance to its centre, normalized."""
+    level = np.array([-centers, 0, centers])
+    corners = np.stack([np.repeat(level, 3), np.tile(level, 3)], axis=1)
+    weight = np.exp(-np.square(va[:, None] - corners).sum(axis=-1) / (2 * sigma**2))
+    return weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-300)
+
+
+def _header(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline(4096).strip().split(",")
+    except OSError as error:
+        raise UsageError(explain(f"Cannot read {path}", got=error.strerror)) from error
+
+
+def _toml(path: Path) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(explain(f"Cannot read {path}", got=error)) from error
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        return _mapping(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(explain(f"Cannot read {path}", got=error)) from error
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
