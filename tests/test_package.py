@@ -22,7 +22,8 @@ def expected() -> set[str]:
             inner = path.relative_to(folder)
             if target == "vaflow" and inner.parts[0] in ("extract", "train"):
                 continue  # the links
-            if path.suffix in (".py", ".toml") or path.name == "py.typed" or path.parent.name in ("static", "templates"):
+            of_pages = path.parent.name in ("static", "templates")
+            if path.suffix in (".py", ".toml") or path.name == "py.typed" or of_pages:
                 files.add(f"{target}/{inner.as_posix()}")
     return files
 
