@@ -16,7 +16,7 @@ from vaflow.encoders.base import KALDI, FrontEnd, cut
 from vaflow.encoders.logmel import frame_times
 from vaflow.extract.batching import Encoders, FixedBatcher
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Message, Sound, SoundEnd
+from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
 from vaflow.extract.plan import Task
 from vaflow.timeline import Floats, Ints
 
@@ -140,9 +140,9 @@ class ClipAssembly:
         match message:
             case Clock():
                 self._start(message)
-            case Sound():
+            case AudioBlock():
                 self._banks.push(message.samples)
-            case SoundEnd():
+            case AudioEnd():
                 self._end_sound(message)
             case Face():
                 self._add_face(message)
@@ -166,7 +166,7 @@ class ClipAssembly:
 
     # -- sound ---------------------------------------------------------------------------------------------------
 
-    def _end_sound(self, end: SoundEnd) -> None:
+    def _end_sound(self, end: AudioEnd) -> None:
         self.facts["audio"] = end.facts
         for front, frames in self._banks.finish().items():
             valid = covered_frames(len(frames), end.covered)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from av.error import FFmpegError
 from av.packet import Packet
 from numpy.typing import NDArray
 
+from vaflow.errors import MediaError, explain
 from vaflow.extract.config import MAX_CHANNELS, SOUND_RATES
 from vaflow.extract.container import Opened, opened, read_packets, seconds
 
@@ -35,6 +37,7 @@ _JITTER_AFTER_DAMAGE = 0.002  # ... where a packet was lost: one AAC frame is 21
 _DRIFT = 0.004  # seconds that timestamps may keep to one side
 _DRIFT_PIECES, _DRIFT_SPAN = 16, 0.5  # pieces, and seconds, that must agree on it
 _STRETCH = 0.05  # share of its length by which a piece is stretched at most
+_BACKWARD = 1.0  # seconds by which the times of a stream may go back
 _SHORT = 0.1  # seconds that may be missing from a clip's sound
 _FEED = 16384  # samples that go into the resampler at a time
 _ZEROS = 10 * RATE  # the longest block of zeros
@@ -132,6 +135,7 @@ class _Source:
     def __init__(self, media: Opened, start: float) -> None:
         self._media, self._start = media, start
         self.rate = self.channels = self.damaged = 0
+        self._last = -np.inf  # seconds, of the piece before
 
     def pieces(self) -> Iterator[_Piece]:
         stream = self._media.audio
@@ -152,8 +156,22 @@ class _Source:
                 time = None
                 if frame.pts is not None and stream.time_base is not None:
                     time = seconds(frame.pts, stream.time_base) - self._start
+                    self._check_order(time)
                 yield _Piece(samples, self.rate, time, _JITTER if self.damaged == known else _JITTER_AFTER_DAMAGE)
                 known = self.damaged
+
+    def _check_order(self, time: float) -> None:
+        if time < self._last - _BACKWARD:
+            path = self._media.path
+            raise MediaError(
+                explain(
+                    f"The audio times of {path} go back: two recordings were joined in one file",
+                    expected="times that ascend",
+                    got=f"{time:.2f} s after {self._last:.2f} s",
+                    remedy=f"Write them anew: ffmpeg -i {quote(str(path))} -c copy NEW.mkv",
+                )
+            )
+        self._last = time
 
     def _decode(self, packet: Packet | None) -> list[AudioFrame]:
         stream = self._media.audio

@@ -1,9 +1,7 @@
-"""Rows from many clips -> batches of one fixed size -> the encoder -> back to where each row came from.
+"""Batching: rows of many clips -> batches of one fixed size -> the encoder -> each result back to its clip.
 
 Every batch has the same size, the last one padded with zeros: half-precision results depend on the batch size, not on
-what else is in the batch, so the cache does not depend on the order in which clips arrive.
-
-Encoders whose networks are compiled: fused by torch's compiler for the device and the batch size that they meet.
+the other rows of the batch, so the cache does not depend on the order in which clips arrive.
 """
 
 import time
@@ -25,7 +23,7 @@ from vaflow.extract.memory import CudaMemory, InParts, fitting
 
 
 def compile_network(encoder: VisualEncoder | AudioEncoder) -> None:
-    """Have an encoder's network compiled when its first batch comes. Its weights, identity and outputs' shapes stay.
+    """Have torch compile an encoder's network at its first batch; weights, identity and output shapes do not change.
 
     Raises:
         VaflowError: this machine cannot compile for the encoder's device.
@@ -35,7 +33,7 @@ def compile_network(encoder: VisualEncoder | AudioEncoder) -> None:
 
 
 def _require_compiler(device: torch.device) -> None:
-    """A trial, because the real thing comes late: at the first full batch."""
+    """Compile a trial function: the networks are compiled only at their first full batch."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
@@ -46,13 +44,13 @@ def _require_compiler(device: torch.device) -> None:
                 f"torch cannot compile for {device} here",
                 expected="a C++ compiler" if device.type == "cpu" else "Triton, which comes with torch for CUDA",
                 got=next((line for line in str(error).splitlines() if line.strip()), type(error).__name__),
-                remedy="Install it, or leave --compile out",
+                remedy="Install it, or run without --compile",
             )
         ) from error
 
 
 BATCH_SIZES = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
-LARGEST = {"visual": 1024, "audio": 256}  # of what is measured: larger batches gain nothing
+LARGEST = {"visual": 1024, "audio": 256}  # limit of measured sizes: larger batches gain nothing
 
 Deliver = Callable[[NDArray[np.float32]], None]
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -62,17 +60,17 @@ Measure = Callable[[NDArray[Any]], int]  # the first row -> rows per batch
 class FixedBatcher:
     """Collects rows until a batch is full, encodes it, delivers each result.
 
-    On a GPU one batch is in flight while the next one is filled: two pinned buffers alternate, and a batch's results
-    are fetched only after its successor has been launched. A batch that does not fit into the device's memory is
-    encoded in halves from then on.
+    On a GPU one batch is in flight while the next one is filled. The copy of its results into pinned memory is queued
+    right behind it, with an event; when the next batch has been launched, the host waits for that event only, so the
+    device does not idle. A batch that does not fit into the device's memory is encoded in halves from then on.
 
     Args:
         encode: [size, ...] tensor on `device` -> [size, ...] float32 tensor on the same device.
-        size: rows per batch, or what finds it out from the first row.
+        size: rows per batch, or a function that computes it from the first row.
         device: where to encode.
 
     Attributes:
-        rows: encoded so far; seconds: of the calling thread; device_seconds: of the device, copies to it included.
+        rows: encoded so far; seconds: of the calling thread; device_seconds: of the device, including copies to it.
         delivering: size of the batch whose results are being delivered: half-precision results depend on it.
     """
 
@@ -81,7 +79,8 @@ class FixedBatcher:
         self._measure = size if callable(size) else None
         self._size = 0 if callable(size) else size
         self._parts = InParts(encode, device, self._size)
-        self._buffers: list[torch.Tensor] = []
+        self._buffers: list[torch.Tensor] = []  # of rows; pinned for a GPU
+        self._results: list[torch.Tensor] = []  # the same of results; none on a CPU
         self._turn = 0
         self._waiting: list[Deliver] = []
         self._in_flight: _Batch | None = None
@@ -94,55 +93,57 @@ class FixedBatcher:
         if not self._buffers:
             if self._measure is not None:
                 self._size = self._parts.size = self._measure(row)
-            self._buffers = [self._new_buffer(row) for _ in range(1 if self.device.type == "cpu" else 2)]
+            like = torch.from_numpy(np.empty(0, row.dtype)).dtype
+            self._buffers = self._host_memory((self._size, *row.shape), like)
         self._buffers[self._turn][len(self._waiting)] = torch.from_numpy(np.ascontiguousarray(row))
         self._waiting.append(deliver)
         if len(self._waiting) == self._size:
             self._launch()
 
     def flush(self) -> None:
-        """Encode what waits, padded to the fixed size, and deliver everything."""
+        """Encode the queued rows, padded to the fixed size, and deliver everything."""
         if self._waiting:
             self._launch()
-        self._collect()
+        self._deliver_batch_in_flight()
 
-    def _new_buffer(self, row: NDArray[Any]) -> torch.Tensor:
-        like = torch.from_numpy(np.empty(0, row.dtype)).dtype
-        return torch.zeros((self._size, *row.shape), dtype=like, pin_memory=self.device.type == "cuda")
+    def _host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+        """One buffer per batch that can be under way: two, pinned, for a GPU."""
+        pinned = self.device.type == "cuda"
+        return [torch.zeros(shape, dtype=dtype, pin_memory=pinned) for _ in range(2 if pinned else 1)]
 
     def _launch(self) -> None:
         buffer = self._buffers[self._turn]
         buffer[len(self._waiting) :] = 0
         began = time.perf_counter()
         work = Stopwatch(self.device)
-        result = self._parts(buffer.to(self.device, non_blocking=True))
-        work.stop()
+        result = self._parts(buffer.to(self.device, non_blocking=True)).float()
+        if self.device.type == "cuda":
+            self._results = self._results or self._host_memory(tuple(result.shape), torch.float32)
+            result = self._results[self._turn].copy_(result, non_blocking=True)
+        work.stop()  # an event behind the copy: the result may be read when it has passed
         self.rows += len(self._waiting)
-        before, self._in_flight = self._in_flight, _Batch(result, self._waiting, self._parts.size, work)
+        launched = _Batch(result, self._waiting, self._parts.size, work)
         self._waiting = []
         self._turn = (self._turn + 1) % len(self._buffers)
-        self._hand_out(before)
+        self._deliver_batch_in_flight()
+        self._in_flight = launched
         if self.device.type == "cpu":
-            self._collect()
+            self._deliver_batch_in_flight()
         self.seconds += time.perf_counter() - began
 
-    def _collect(self) -> None:
-        before, self._in_flight = self._in_flight, None
-        self._hand_out(before)
-
-    def _hand_out(self, batch: "_Batch | None") -> None:
+    def _deliver_batch_in_flight(self) -> None:
+        batch, self._in_flight = self._in_flight, None
         if batch is None:
             return
         self.delivering = batch.size
-        rows = batch.result.float().cpu().numpy()
-        self.device_seconds += batch.work.seconds
-        for row, deliver in zip(rows, batch.receivers, strict=False):
+        self.device_seconds += batch.work.seconds  # waits for the event behind the batch, and for nothing after it
+        for row, deliver in zip(batch.result.numpy(), batch.receivers, strict=False):
             deliver(row)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Results under way to their receivers, how many rows went through the encoder at once, how long it worked."""
+    """A launched batch: its results in host memory, their receivers, rows encoded at once, and the time it takes."""
 
     result: torch.Tensor
     receivers: list[Deliver]
@@ -152,7 +153,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class Encoders:
-    """Every encoder of a run with the batcher that feeds it, by stream name; and what finds faces on their device."""
+    """Encoders by stream name, each with the batcher that feeds it; and the face detector on their device, if used."""
 
     visual: dict[str, tuple[VisualEncoder, FixedBatcher]] = field(default_factory=dict)
     audio: dict[str, tuple[AudioEncoder, FixedBatcher]] = field(default_factory=dict)
@@ -167,20 +168,20 @@ class Encoders:
 def make_encoders(
     config: ExtractConfig, device: torch.device, visual: list[VisualEncoder], audio: list[AudioEncoder]
 ) -> Encoders:
-    """Give each encoder a batcher of the size that the settings or the device ask for.
+    """Give each encoder a batcher of the size given by the settings or the device.
 
-    An audio encoder that reads a window in several stretches gets as many rows as there are images: each is small.
+    An audio encoder that reads a window in several segments uses the batch size of images: each segment is small.
     """
     sizes = BATCH_SIZES[device.type]
     parts = max(1, len(visual) + len(audio))
 
-    def batcher(encode: Encode, asked: int, kind: str) -> FixedBatcher:
-        if asked == AUTO and device.type == "cuda":
+    def batcher(encode: Encode, setting: int, kind: str) -> FixedBatcher:
+        if setting == AUTO and device.type == "cuda":
             measure = partial(fitting, encode, device, CudaMemory(device), parts=parts, most=LARGEST[kind])
             return FixedBatcher(encode, measure, device)
-        return FixedBatcher(encode, sizes[kind] if asked in (0, AUTO) else asked, device)
+        return FixedBatcher(encode, sizes[kind] if setting in (0, AUTO) else setting, device)
 
-    def heard(encoder: AudioEncoder) -> FixedBatcher:
+    def audio_batcher(encoder: AudioEncoder) -> FixedBatcher:
         encode = partial(encoder.encode, window=config.window, steps=config.audio_steps)
         if len(encoder.stretches(config.window, config.audio_steps).first) == 1:
             return batcher(encode, config.window_batch, "audio")
@@ -188,6 +189,6 @@ def make_encoders(
 
     return Encoders(
         {e.name: (e, batcher(e.encode, config.image_batch, "visual")) for e in visual},
-        {e.name: (e, heard(e)) for e in audio},
+        {e.name: (e, audio_batcher(e)) for e in audio},
         TorchDetector(device) if config.detector == "torch" and config.face_source != "none" else None,
     )

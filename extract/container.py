@@ -1,4 +1,4 @@
-"""Opening media files: one place that talks to FFmpeg's demuxers and turns their errors into ours."""
+"""Opening media files: the only module that calls FFmpeg's demuxers and translates their errors."""
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,11 +31,15 @@ _REPEATS, _SPARE = 4, 2**20  # times that a file's bytes may come out (edit list
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
+SQUARE = Fraction(1)  # pixel aspect
+
+
 @dataclass(frozen=True)
 class Opened:
-    """An open file, its best video and audio streams (cover pictures are no video), and its clock.
+    """An open file, its best video and audio streams (cover images are not video), and its clock.
 
     Attributes:
+        pixel_aspect: width / height of a stored pixel of the video, as the container or else the codec says.
         start: seconds, the container's start time; the clip clock counts from here.
         duration: seconds that the container promises for the whole file, or None.
     """
@@ -46,6 +50,7 @@ class Opened:
     audio: AudioStream | None
     start: float
     duration: float | None
+    pixel_aspect: Fraction = SQUARE
 
     def need_video(self) -> VideoStream:
         """The video stream.
@@ -57,7 +62,7 @@ class Opened:
             raise MediaError(
                 explain(
                     f"{self.path} has no video stream",
-                    expected="a file with moving pictures",
+                    expected="a file with a video stream",
                     got=f"streams: {', '.join(s.type for s in self.container.streams) or 'none'}",
                 )
             )
@@ -94,7 +99,7 @@ def opened(path: Path) -> Iterator[Opened]:
     """Open a media file and choose its streams.
 
     Raises:
-        MediaError: the file is missing, empty, unreadable, no media file, or has neither picture nor sound.
+        MediaError: the file is missing, empty, unreadable, no media file, or has neither video nor audio.
     """
     path = Path(path)
     with _open(path) as container:
@@ -104,13 +109,18 @@ def opened(path: Path) -> Iterator[Opened]:
         if video is not None and video.disposition & Disposition.attached_pic:
             video = None
         if isinstance(video, VideoStream) and video.codec_context is not None:
-            _check_size(path, video.codec_context.width, video.codec_context.height)
             video.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change on the way
+        pixel_aspect = SQUARE
+        if isinstance(video, VideoStream):
+            aspect = video.sample_aspect_ratio
+            pixel_aspect = aspect if aspect is not None and aspect > 0 else SQUARE  # 0: unknown
+            if video.codec_context is not None:
+                _check_size(path, *display_size(video.codec_context.width, video.codec_context.height, pixel_aspect))
         audio = container.streams.best("audio")
         if video is None and audio is None:
             kinds = ", ".join(s.type for s in container.streams) or "none"
             raise MediaError(
-                explain(f"{path} holds neither video nor audio", expected="a video file", got=f"streams: {kinds}")
+                explain(f"{path} has neither video nor audio", expected="a video file", got=f"streams: {kinds}")
             )
         yield Opened(
             path=path,
@@ -119,6 +129,7 @@ def opened(path: Path) -> Iterator[Opened]:
             audio=audio if isinstance(audio, AudioStream) else None,
             start=(container.start_time or 0) / _MICROSECONDS,
             duration=container.duration / _MICROSECONDS if container.duration and container.duration > 0 else None,
+            pixel_aspect=pixel_aspect,
         )
 
 
@@ -128,28 +139,35 @@ def _open(path: Path) -> InputContainer:
     if path.stat().st_size == 0:
         raise MediaError(explain(f"{path} is empty", expected="a media file", got="0 bytes"))
     try:
-        # "file:" because FFmpeg would take "12:30.mp4" for a protocol; the whitelist because a text file may be a
-        # playlist that names hosts or other files.
+        # "file:" because FFmpeg reads "12:30.mp4" as a protocol; the whitelist because a text file may be a playlist
+        # that names hosts or other files.
         return av.open(
             f"file:{path}",
             options={"protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)},
             metadata_errors="replace",
         )
-    except (FFmpegError, ValueError, OverflowError) as error:  # the last two are PyAV's own, of absurd headers
+    except (FFmpegError, ValueError, OverflowError) as error:  # PyAV raises the last two for absurd headers
         raise MediaError(
             explain(
                 f"{path} cannot be opened as a media file ({getattr(error, 'strerror', None) or error})",
                 expected="a video file that FFmpeg can read",
                 got=f"{path.stat().st_size} bytes of another kind, or a file cut off before its index",
-                remedy="Copy or download the file again, or check that it is what its name says",
+                remedy="Copy or download the file again, or check that it is a media file",
             )
         ) from error
+
+
+def display_size(width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:
+    """(width, height) in square pixels: the stored size, enlarged in one direction."""
+    if pixel_aspect >= 1:
+        return round(width * pixel_aspect), height
+    return width, round(height / pixel_aspect)
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         got = f"{width} x {height}"
-        problem = f"{path} claims pictures that are too large"
+        problem = f"{path} claims frames that are too large"
         raise MediaError(explain(problem, expected=f"at most {MAX_PIXELS} pixels (8192 x 8192)", got=got))
 
 
@@ -173,10 +191,10 @@ def read_packets(media: Opened, streams: Sequence[Stream]) -> Iterator[Packet]:
         if most < 0 or number >= MAX_PACKETS:
             raise MediaError(
                 explain(
-                    f"{media.path} gives out more than it holds",
+                    f"{media.path} contains more packets than its size allows",
                     expected=f"at most {MAX_PACKETS} packets, of no more bytes than the file has",
-                    got="an index that names the same bytes again and again, or a wrong count",
-                    remedy="The file is damaged or made to harm; leave it out",
+                    got="an index that repeats the same bytes, or a wrong count",
+                    remedy="The file is damaged or malicious; remove it from the data set",
                 )
             )
         if packet.size:
@@ -184,7 +202,7 @@ def read_packets(media: Opened, streams: Sequence[Stream]) -> Iterator[Packet]:
 
 
 def decode(media: Opened, stream: VideoStream) -> Iterator[VideoFrame]:
-    """Every picture that decoding shows, on one thread. A packet that does not decode is left out, as players do."""
+    """Every frame that decoding shows, on one thread. Packets that do not decode are left out, as players do."""
     stream.codec_context.thread_count = 1
     for packet in read_packets(media, [stream]):
         yield from decode_packet(stream, packet)
@@ -192,7 +210,7 @@ def decode(media: Opened, stream: VideoStream) -> Iterator[VideoFrame]:
 
 
 def decode_packet(stream: VideoStream, packet: Packet | None) -> list[VideoFrame]:
-    """The pictures that a packet completes; None flushes the decoder. Empty where the packet is damaged."""
+    """The frames that a packet completes; None flushes the decoder. Empty where the packet is damaged."""
     try:
         return stream.decode(packet)
     except FFmpegError:
@@ -205,7 +223,7 @@ def seconds(timestamp: int, time_base: Fraction) -> float:
 
 
 def promised_size(path: Path) -> int | None:
-    """Bytes that the container's outermost boxes say the file has, or None where they do not say (live recordings).
+    """Size of the file according to the container's outermost boxes, or None where they have no size (live recordings).
 
     MP4 and MOV: the chain of boxes. Matroska and WebM: the segment's size. AVI: the chain of RIFF chunks.
     """

@@ -1,12 +1,12 @@
-"""Folders of face crops that a data set ships, named by 1-based video frame number (Aff-Wild2's `cropped_aligned`).
+"""Folders of numbered images: face crops of a video's frames, and whole frames in place of a video.
 
-A folder of numbered whole frames in the place of a video (AFEW-VA): a clock from the numbers, pictures by number.
-
-Picture n is frame n, shown at n / rate seconds. A number without a picture is a frame without a face: nothing shifts.
+Crops (Aff-Wild2's `cropped_aligned`) are numbered from 1: image n shows frame n - 1. Whole frames (AFEW-VA) are
+numbered from 0: image n is frame n, shown at n / rate seconds. A missing number is a frame without a face.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from vaflow.process import beat
 from vaflow.timeline import Floats, Ints
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png"})
+IMAGES_DIGEST = "images_blake2b"  # member of a record's facts: `ImageDigest` of the images that it was made from
 _DIGEST_BYTES = 16
 
 
@@ -68,7 +69,7 @@ def read_crop(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
 
 
 def crops_identity(crops: Mapping[int, Path]) -> dict[str, Any]:
-    """What tells one set of crops from another: how many, and a digest of their numbers, names and sizes."""
+    """Identity of a set of crops: their count, and a digest of their numbers, names and sizes."""
     digest = blake2b(digest_size=_DIGEST_BYTES)
     for number, path in sorted(crops.items()):
         beat()
@@ -76,7 +77,35 @@ def crops_identity(crops: Mapping[int, Path]) -> dict[str, Any]:
     return {"count": len(crops), "listing": digest.hexdigest()}
 
 
-_EXPECTED = "pictures named by frame number from 0 on, such as 00000.png"
+class ImageDigest:
+    """BLAKE2b of the images of a folder that were read: number and bytes of each, in ascending order."""
+
+    def __init__(self) -> None:
+        self._digest = blake2b(digest_size=_DIGEST_BYTES)
+        self._last = -1
+
+    def add(self, number: int, data: bytes) -> None:
+        """Add an image, unless it is the one that was added last."""
+        if number != self._last:
+            self._last = number
+            self._digest.update(f"{number}\t{len(data)}\n".encode() + data)
+
+    def hexdigest(self) -> str:
+        """In hexadecimal."""
+        return self._digest.hexdigest()
+
+
+def images_digest(clip: Clip, frames: Ints) -> str:
+    """`ImageDigest` of the images at these frame numbers as they are now; unreadable and missing ones are left out."""
+    images = list_crops(clip.crops) if clip.crops else list_stills(clip.frames or Path())
+    digest = ImageDigest()
+    for number in frames.tolist():
+        with suppress(MediaError, KeyError):
+            digest.add(number, read_crop(images[number])[0])
+    return digest.hexdigest()
+
+
+_EXPECTED = "images named by frame number from 0 on, such as 00000.png"
 
 
 def list_stills(folder: Path) -> dict[int, Path]:
@@ -130,13 +159,13 @@ def stills_identity(folder: Path, rate: float | None) -> dict[str, Any]:
     return {**crops_identity(list_stills(folder)), "rate": rate}
 
 
-def stills_at(folder: Path, wanted: Ints) -> Iterator[tuple[int, NDArray[np.uint8] | None]]:
-    """(frame number, RGB picture [H, W, 3]) of every wanted frame that has a file; None where it cannot be read."""
+def stills_at(folder: Path, wanted: Ints) -> Iterator[tuple[int, bytes, NDArray[np.uint8] | None]]:
+    """(frame number, file's bytes, RGB image [H, W, 3]) of every wanted frame with a file; None if it is unreadable."""
     stills = list_stills(folder)
     for number in wanted.tolist():
         if number not in stills:
             continue
         try:
-            yield number, read_crop(stills[number])[1]
+            yield number, *read_crop(stills[number])
         except MediaError:
-            yield number, None
+            yield number, b"", None

@@ -1,4 +1,4 @@
-"""What workers and the pipeline say to each other: plain data, so that a worker needs neither torch nor the cache."""
+"""Messages between decoding processes and the pipeline: plain data, so that workers need neither torch nor a cache."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +14,16 @@ from vaflow.timeline import Grid
 
 @dataclass(frozen=True)
 class Job:
-    """One clip to be read.
+    """One clip to read.
 
     Attributes:
-        number: which job of the run; every message about it carries the number.
-        audio, faces: which parts are wanted; the clock and the labels always are.
+        number: of the job; every message about it carries the number.
+        audio, faces: which parts to read, besides the clock and the labels.
         face_source: "auto" (crops where the clip has them, else detection), "centerface" or "none" (whole frames).
         preparations: the inputs that the visual encoders expect.
-        keep_jpeg: send the stored form of every crop along.
-        decode_on: the GPU that decodes pictures; empty for PyAV.
-        ask: pictures in which the pipeline is asked for faces at once; 0: the worker finds them itself.
+        keep_jpeg: send the JPEG of every crop along.
+        decode_on: the GPU that decodes frames; empty for PyAV.
+        ask: images per question to the parent's face detector; 0: the worker detects faces itself.
     """
 
     number: int
@@ -40,13 +40,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Clock:
-    """First word about a clip: its frame clock with labels on it, and what it is made from.
+    """First message of a clip: its labels on its frame clock, and the identity of its sources.
 
     Attributes:
         labels: arrays of the labels stream (`vaflow.cache.schema.KINDS`).
-        duration: seconds: last frame's presentation time plus the median interval.
+        duration: seconds; last frame's presentation time plus the median interval.
         sources: part -> identity, for "video", "audio", "crops", "labels" where present.
-        facts: what the labels record says besides: frames, rows, rates, sizes.
+        facts: further members of the labels record: frames, rows, rates, sizes.
     """
 
     job: int
@@ -57,16 +57,16 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Sound:
-    """The next block of the clip's sound: [n] float32, 16 kHz mono, without gaps from time 0."""
+class AudioBlock:
+    """The next block of the clip's audio: [n] float32, 16 kHz mono, without gaps from time 0."""
 
     job: int
     samples: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class SoundEnd:
-    """No more sound. `covered` are the (start, stop) seconds that came from the file; the rest are zeros."""
+class AudioEnd:
+    """End of the audio. `covered`: the (start, stop) seconds that came from the file; the rest are zeros."""
 
     job: int
     covered: tuple[tuple[float, float], ...]
@@ -75,9 +75,9 @@ class SoundEnd:
 
 @dataclass(frozen=True)
 class Face:
-    """The crop of one grid sample: preparation -> [size, size, 3] uint8, and its stored form, if kept.
+    """The crop of one grid sample: preparation -> [size, size, 3] uint8, and its JPEG if it is kept.
 
-    A clip's crops come in the order of their samples.
+    Crops of a clip are sent in the order of their samples.
     """
 
     job: int
@@ -88,7 +88,7 @@ class Face:
 
 @dataclass(frozen=True)
 class FacesEnd:
-    """No more crops. `frame` [T] is the 0-based video frame of every grid sample, with or without a face."""
+    """End of the crops. `frame` [T]: the 0-based video frame of every grid sample, with or without a face."""
 
     job: int
     frame: NDArray[np.int64]
@@ -97,20 +97,20 @@ class FacesEnd:
 
 @dataclass(frozen=True)
 class Detect:
-    """Where are faces in this picture [h, w, 3] uint8, prepared for the network, and in those before it?
+    """Question to the parent's face detector: one image [h, w, 3] uint8, prepared for the network.
 
-    One message each: a pipe takes small ones several times as fast. They are of one size. After the `last` one the
-    worker does nothing but read until it has its answer, so that neither side waits in `send` for the other.
+    Images of a question have one size and are sent one by one: a pipe takes small messages several times as fast.
+    After the `last` one the worker only reads until the answer arrives, so that neither side blocks in `send`.
     """
 
     job: int
-    picture: NDArray[np.uint8]
+    image: NDArray[np.uint8]
     last: bool
 
 
 @dataclass(frozen=True)
 class Detected:
-    """The pipeline's answer: the likely cells of each picture. The only word to a worker besides its next job."""
+    """Answer to `Detect`: the likely cells of each image. The only message to a worker besides its next job."""
 
     job: int
     cells: tuple[Cells, ...]
@@ -118,14 +118,14 @@ class Detected:
 
 @dataclass(frozen=True)
 class Done:
-    """Everything wanted of the clip has been sent."""
+    """End of a clip: everything needed of it has been sent."""
 
     job: int
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The clip cannot be used. `stage` is where: open, labels, audio, faces, worker, encode or commit."""
+    """The clip cannot be used. `stage` is one of open, labels, audio, faces, worker, encode or commit."""
 
     job: int
     stage: str
@@ -135,9 +135,9 @@ class Failed:
 
 @dataclass(frozen=True)
 class Alive:
-    """Nothing to tell yet, but the work goes on. The pool keeps it to itself."""
+    """Heartbeat of a worker; the pool does not pass it on."""
 
     job: int
 
 
-Message = Clock | Sound | SoundEnd | Face | FacesEnd | Detect | Done | Failed
+Message = Clock | AudioBlock | AudioEnd | Face | FacesEnd | Detect | Done | Failed

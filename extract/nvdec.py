@@ -75,6 +75,8 @@ def frames_on_gpu(path: Path, wanted: Ints, times: Floats, device: str) -> Itera
         return
     with opened(path) as media:
         start, stream = media.start, media.need_video().index
+        if media.pixel_aspect != 1:
+            raise _cannot(path, f"pixels that are not square ({media.pixel_aspect})")
     try:
         decoder = _open(path, stream, device)
         for begin in range(0, len(wanted), AT_ONCE):

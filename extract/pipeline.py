@@ -33,6 +33,7 @@ def extract(
     *,
     store: str = "zarr",
     shard: Shard | None = None,
+    rehash: bool = False,
     engine: str = "local",
     ray_address: str | None = None,
     show_progress: bool = False,
@@ -40,6 +41,7 @@ def extract(
     """Encode a data set into the cache at `out`; run again to resume. Items that fail do not stop the others.
 
     Args:
+        rehash: compare the contents of source files even where their sizes and times agree with the cache.
         engine: "local", this machine; "ray", every node of a Ray cluster (`vaflow.extract.ray_engine`).
         ray_address: of the cluster, as `ray.init` takes it.
 
@@ -55,14 +57,30 @@ def extract(
         from vaflow.extract.ray_engine import extract_on_ray
 
         return extract_on_ray(
-            dataset, out, config, store=store, shard=shard, address=ray_address, show_progress=show_progress
+            dataset,
+            out,
+            config,
+            store=store,
+            shard=shard,
+            rehash=rehash,
+            address=ray_address,
+            show_progress=show_progress,
         )
     device = resolve_device(config.device)
     if config.decoder == "nvdec":
         require_nvdec(str(device))
     visual, audio = build_encoders(config, device)
     return extract_with(
-        dataset, out, config, visual, audio, device, store=store, shard=shard, show_progress=show_progress
+        dataset,
+        out,
+        config,
+        visual,
+        audio,
+        device,
+        store=store,
+        shard=shard,
+        rehash=rehash,
+        show_progress=show_progress,
     )
 
 
@@ -76,6 +94,7 @@ def extract_with(
     *,
     store: str = "zarr",
     shard: Shard | None = None,
+    rehash: bool = False,
     show_progress: bool = False,
 ) -> Summary:
     """As `extract` on this machine, with encoders that the caller has built."""
@@ -87,7 +106,7 @@ def extract_with(
     def work(tasks: Sequence[Task], books: Books) -> None:
         Run(cache, config, infos, encoders, min(workers, len(tasks)), books).run(tasks)
 
-    return carry_out(cache, infos, dataset, shard or Shard(), work, show_progress=show_progress)
+    return carry_out(cache, infos, dataset, shard or Shard(), work, rehash=rehash, show_progress=show_progress)
 
 
 def prepare(
@@ -112,11 +131,12 @@ def carry_out(
     shard: Shard,
     work: Callable[[Sequence[Task], Books], None],
     *,
+    rehash: bool = False,
     show_progress: bool = False,
 ) -> Summary:
     """Plan, have the tasks worked off, sum up. `work` tells the books what comes of every task."""
     began = time.perf_counter()
-    plan = make_plan(cache, infos, dataset.clips, shard)
+    plan = make_plan(cache, infos, dataset.clips, shard, rehash=rehash)
     log = FailureLog(cache.path / f"failures{shard.suffix}.jsonl")
     summary = Summary(done=plan.done, changed=plan.changed, failures=log.failures)
     summary.failures_file = cache.layout.named(log.path)

@@ -54,6 +54,7 @@ def extract_on_ray(
     *,
     store: str = "zarr",
     shard: Shard | None = None,
+    rehash: bool = False,
     address: str | None = None,
     show_progress: bool = False,
 ) -> Summary:
@@ -78,7 +79,7 @@ def extract_on_ray(
     cache = create_cache(out, store=store)
     with connected(ray, address), Team(ray, cache, config, len(dataset.clips)) as team:
         infos = team.infos()
-        return carry_out(cache, infos, dataset, shard or Shard(), team.work, show_progress=show_progress)
+        return carry_out(cache, infos, dataset, shard or Shard(), team.work, rehash=rehash, show_progress=show_progress)
 
 
 def import_ray() -> Any:

@@ -108,7 +108,7 @@ class Run:
 
     def _detect(self, question: Detect, pool: WorkerPool) -> None:
         """Keep a picture, and find the faces of all when the last one has come."""
-        self._asked[question.job].append(question.picture)
+        self._asked[question.job].append(question.image)
         if not question.last:
             return
         if self._encoders.detector is None:

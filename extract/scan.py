@@ -1,15 +1,16 @@
-"""Reading a file once to its end: when each frame is shown, and whether all is there that the container promises.
+"""Frame times of a media file, by reading it once to its end, and whether it is as long as its container promises.
 
-Two kinds of containers. *Timed* ones (MP4, MOV, Matroska ...) store a presentation time with every packet: reading
-packets is enough where every packet is one picture. Packets that decoding does not show (cut off by an edit list, or
-before the first picture that can be decoded) are left out. *Counted* ones (AVI, raw streams) store none; what
-FFmpeg guesses is a frame late for H.264 and does not even ascend with B-frames. There all is decoded, and the k-th
-picture shown takes the k-th decoding time, which is when the file's writer meant it to be shown.
+There are two kinds of containers. *Timed* ones (MP4, MOV, Matroska ...) store a presentation time with every packet:
+reading packets suffices where every packet is one frame. Packets that decoding does not show (cut off by an edit list,
+or before the first frame that can be decoded) are left out. *Counted* ones (AVI, raw streams) store no times; what
+FFmpeg guesses is a frame late for H.264 and does not ascend with B-frames. There everything is decoded, and the k-th
+frame shown takes the k-th decoding time, which is when the file's writer meant it to be shown.
 """
 
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import NoReturn
 
 import numpy as np
@@ -24,24 +25,27 @@ from vaflow.timeline import median_interval
 
 Floats = NDArray[np.float64]
 
-# Codecs of which every packet is one shown picture. Others have packets that show nothing (VP8's invisible frames,
+# Codecs of which every packet is one shown frame. Others have packets that show nothing (VP8's invisible frames,
 # MPEG-4's empty ones), so they are decoded.
 _PACKET_IS_FRAME = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg"})
 _COUNTED = frozenset({"avi", "h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu"})  # FFmpeg's names of the containers
 _SLACK_FRAMES = 2  # frames that may be missing at the end of a good file
 _SLACK_SECONDS = 0.25  # the same where the container promises only a duration
+_BACKWARD = 0.1  # seconds by which decoding times may go back; ffmpeg calls more than that a discontinuity
+AUDIO_ROWS = 25  # rows per second of the clock of a clip that has no video
 
 
 @dataclass
 class _Scan:
-    """What was seen of a file up to its end: ticks of the video stream, and the end of all streams in clip seconds."""
+    """State of reading a file: ticks of the video stream, and the end of all streams in clip seconds."""
 
     pts: "array[int]" = field(default_factory=lambda: array("q"))  # 64 bits each: hours of frames in a few megabytes
     dts: "array[int]" = field(default_factory=lambda: array("q"))
-    packets: int = 0  # of video, and whole
-    pictures: int = 0  # that were decoded
-    first: int | None = None  # presentation time of the first picture that decodes
-    untimed: bool = False  # some packet that should have a presentation time has none
+    packets: int = 0  # whole packets of video
+    decoded: int = 0  # decoded frames
+    first: int | None = None  # presentation time of the first frame that decodes
+    untimed: bool = False  # a packet that should have a presentation time has none
+    backward: tuple[float, float] | None = None  # seconds, where decoding times first go back: from, to
     end: float = 0.0
 
 
@@ -67,7 +71,7 @@ def scan_times(path: Path) -> Floats:
 
 
 def _read(media: Opened, by_packet: bool) -> _Scan:
-    """Read all packets; decode all video, or with `by_packet` only up to the first picture."""
+    """Read all packets; decode all video, or with `by_packet` only up to the first frame."""
     stream = media.need_video()
     stream.codec_context.thread_count = 1
     scan = _Scan()
@@ -77,10 +81,10 @@ def _read(media: Opened, by_packet: bool) -> _Scan:
             continue
         if by_packet:
             _take_packet(scan, packet)
-        if not by_packet or not scan.pictures:
-            _take_pictures(scan, decode_packet(stream, packet), by_packet)
-    if not by_packet or not scan.pictures:
-        _take_pictures(scan, decode_packet(stream, None), by_packet)
+        if not by_packet or not scan.decoded:
+            _take_frames(scan, decode_packet(stream, packet), by_packet)
+    if not by_packet or not scan.decoded:
+        _take_frames(scan, decode_packet(stream, None), by_packet)
     return scan
 
 
@@ -95,11 +99,14 @@ def _see(scan: _Scan, packet: Packet, media: Opened) -> None:
     if packet.stream_index == media.need_video().index and not packet.is_corrupt:
         scan.packets += 1
         if packet.dts is not None:
+            if scan.dts and scan.backward is None:
+                before, now = media.clip_times([scan.dts[-1], packet.dts], media.need_video())
+                scan.backward = (before, now) if now < before - _BACKWARD else None
             scan.dts.append(packet.dts)
 
 
 def _take_packet(scan: _Scan, packet: Packet) -> None:
-    """One packet is one picture, unless it is discarded or cut short."""
+    """One packet is one frame, unless it is discarded or cut short."""
     if packet.is_discard or packet.is_corrupt:
         return
     if packet.pts is None:
@@ -108,28 +115,38 @@ def _take_packet(scan: _Scan, packet: Packet) -> None:
         scan.pts.append(packet.pts)
 
 
-def _take_pictures(scan: _Scan, frames: list[VideoFrame], by_packet: bool) -> None:
-    """Decoded pictures. The first one tells which earlier ones cannot be decoded (they lean on what was cut off)."""
+def _take_frames(scan: _Scan, frames: list[VideoFrame], by_packet: bool) -> None:
+    """Decoded frames. The first one tells which earlier ones cannot be decoded (they refer to what was cut off)."""
     for frame in frames:
-        scan.pictures += 1
+        scan.decoded += 1
         if frame.pts is None:
             continue
         if not by_packet:
             scan.pts.append(frame.pts)
-        elif scan.pictures == 1:
+        elif scan.decoded == 1:
             scan.first = frame.pts
 
 
 def _checked_times(media: Opened, scan: _Scan) -> Floats:
     stream = media.need_video()
-    if not scan.pictures:
+    if not scan.decoded:
         promised, there = _promised_frames(media, scan)
         raise MediaError(
             explain(
-                f"No picture of {media.path} can be decoded",
+                f"No frame of {media.path} can be decoded",
                 expected=f"{promised or 'some'} frames of {stream.codec_context.name} video",
-                got=f"{there} whole packets, of which none decodes",
+                got=f"{there} whole packets; none of them decodes",
                 remedy="The file is damaged or cut off; copy it again",
+            )
+        )
+    if scan.backward is not None:
+        before, now = scan.backward
+        raise MediaError(
+            explain(
+                f"The times of {media.path} go back: two recordings were joined in one file",
+                expected="times that ascend",
+                got=f"{now:.2f} s after {before:.2f} s",
+                remedy=f"Write them anew: ffmpeg -i {quote(str(media.path))} -c copy NEW.mkv",
             )
         )
     times = _counted_times(media, scan) if is_counted(media) else _stamped_times(media, scan)
@@ -146,16 +163,16 @@ def _stamped_times(media: Opened, scan: _Scan) -> Floats:
 
 
 def _counted_times(media: Opened, scan: _Scan) -> Floats:
-    """The k-th picture at the k-th decoding time; at the frame rate where there are none (raw streams)."""
+    """The k-th frame at the k-th decoding time; at the frame rate where there are none (raw streams)."""
     stream = media.need_video()
-    times = media.clip_times(sorted(scan.dts)[: scan.pictures], stream)
+    times = media.clip_times(sorted(scan.dts)[: scan.decoded], stream)
     step = float(1 / (stream.guessed_rate or stream.average_rate or 25))
     after = times[-1] + step if times.size else 0.0
-    return np.append(times, after + step * np.arange(scan.pictures - times.size))
+    return np.append(times, after + step * np.arange(scan.decoded - times.size))
 
 
 def _check_whole(media: Opened, scan: _Scan, times: Floats) -> None:
-    """Compare what is there with what the container promises: frames by its index, else bytes, else seconds.
+    """Compare the file with what its container promises: frames by its index, else bytes, else seconds.
 
     Raises:
         MediaError: more than two frames (a quarter of a second, without an index) are missing.
@@ -175,11 +192,11 @@ def _check_whole(media: Opened, scan: _Scan, times: Floats) -> None:
     if lost > slack:
         _raise_truncated(media, f"{media.duration:.2f} s", f"{scan.end:.2f} s")
     if bytes_missing and "matroska" not in media.container.format.name:  # fragments promise nothing beyond themselves
-        _raise_truncated(media, f"{whole_size} bytes", f"{size} bytes, pictures up to {times[-1]:.2f} s")
+        _raise_truncated(media, f"{whole_size} bytes", f"{size} bytes, frames up to {times[-1]:.2f} s")
 
 
 def _promised_frames(media: Opened, scan: _Scan) -> tuple[int, int]:
-    """Video packets that the index promises (0: there is no index) and those that are there."""
+    """Video packets that the index promises (0: there is no index), and those in the file."""
     stream = media.need_video()
     if "mov" in media.container.format.name and stream.frames:
         return len(stream.index_entries), scan.packets  # the index, unlike the count, respects edit lists
@@ -197,3 +214,26 @@ def _raise_truncated(media: Opened, promised: str, there: str) -> NoReturn:
             remedy="Copy or download the file again",
         )
     )
+
+
+def audio_clock(path: Path) -> Floats:
+    """Row times [N] seconds of a clip that is audio only, N >= 1: `AUDIO_ROWS` a second, to the end of its audio.
+
+    Raises:
+        MediaError: no audio stream, no data in it, or the file holds less than its container promises.
+    """
+    with opened(path) as media:
+        if media.audio is None:
+            raise MediaError(explain(f"{path} has no audio stream", expected="an audio file"))
+        end = 0.0
+        for packet in read_packets(media, [media.audio]):
+            if packet.pts is not None:
+                end = max(end, seconds(packet.pts + (packet.duration or 0), packet.time_base) - media.start)
+        if end <= 0:
+            raise MediaError(explain(f"{path} holds no audio data", expected="an audio file"))
+        promised = promised_size(path)
+        if promised is not None and promised > path.stat().st_size:
+            _raise_truncated(media, f"{promised} bytes", f"{path.stat().st_size} bytes")
+        times = np.arange(max(1, int(end * AUDIO_ROWS))) / AUDIO_ROWS
+        check_span(path, times)
+        return times

@@ -1,6 +1,6 @@
-"""What a clip was made from, part by part: its files by content, its crops by listing, its place in the data set.
+"""Identity of a clip's sources: its files by content, its crop folders by listing, its place in the data set.
 
-Which file something was made from: a changed source is extracted again, a touched or moved one is not.
+A source that has changed is extracted again; one that was only touched, renamed or moved is not.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.datasets.clip import Clip
+from vaflow.errors import MediaError, explain
 from vaflow.extract.image_folders import crops_identity, list_crops, stills_identity
 from vaflow.process import beat
 
-_DIGEST_BYTES = 16
+DIGEST_BYTES = 16
+PLACES = ("name", "mtime_ns")  # members of a file's identity that differ between copies of it
 _BLOCK = 1 << 20
+
+Identify = Callable[[Path], dict[str, Any]]
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """{"name", "size", "mtime_ns", "blake2b"} of a file: plain JSON. Reads the whole file.
+    """{"name", "size", "mtime_ns", "blake2b"} of a file, as plain JSON. Reads the whole file.
 
     Raises:
         OSError: the file cannot be read.
@@ -26,32 +30,19 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 
 def file_status(path: Path) -> dict[str, Any]:
-    """The part of a file's identity that can be told without reading it.
+    """The members of a file's identity that do not require reading it.
 
     Raises:
-        OSError: there is no such file.
+        OSError: the file does not exist.
     """
     path = Path(path)
     stat = path.stat()
     return {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def same_file(path: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether `path` still is the file of that identity: at once by size and time, otherwise by its content."""
-    path = Path(path)
-    if not path.is_file():
-        return False
-    stat = path.stat()
-    if stat.st_size != identity.get("size"):
-        return False
-    if stat.st_mtime_ns == identity.get("mtime_ns"):
-        return True
-    return content_digest(path) == identity.get("blake2b")
-
-
 def content_digest(path: Path) -> str:
     """BLAKE2b of a file's bytes, in hexadecimal."""
-    digest = blake2b(digest_size=_DIGEST_BYTES)
+    digest = blake2b(digest_size=DIGEST_BYTES)
     with Path(path).open("rb") as file:
         while block := file.read(_BLOCK):
             beat()
@@ -59,48 +50,15 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-PLACES = ("name", "mtime_ns")  # of a file's identity: what differs between copies of it
-
-
-Identify = Callable[[Path], dict[str, Any]]
-
-
-def sources_of(clip: Clip, identify: Identify = file_identity) -> dict[str, Any]:
-    """Part -> plain JSON that identifies it; parts that a clip does not have are left out.
-
-    Args:
-        clip: its files.
-        identify: of one file; `file_identity` reads it whole, `file_status` leaves the digest out.
-
-    Raises:
-        OSError: a file cannot be read.
-        MediaError: a folder of frames holds none.
-    """
-    found: dict[str, Any] = {}
-    for part in PARTS:
-        if part == "audio" and clip.audio is not None and clip.audio == clip.video:
-            found[part] = found["video"]  # read once
-            continue
-        now = PARTS[part](clip, identify)
-        if now is not None or part in ("split", "group"):
-            found[part] = now
-    return found
-
-
-def part_of(clip: Clip, part: str) -> Any:
-    """One part as it is now; None where the clip has none. Raises as `sources_of`."""
-    return PARTS[part](clip, file_identity) if part in PARTS else None
-
-
-def same_part(first: Any, second: Any) -> bool:
-    """Whether two identities of a part mean the same content, wherever and whenever it was written."""
-    return bool(_content(first) == _content(second))
-
-
-def _content(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {key: _content(inner) for key, inner in value.items() if not ("blake2b" in value and key in PLACES)}
+def same_file(path: Path, identity: Mapping[str, Any], digest: Callable[[Path], str] = content_digest) -> bool:
+    """Whether `path` is the file of that identity: equal size and time suffice, else the contents decide."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    stat = path.stat()
+    if stat.st_size != identity.get("size"):
+        return False
+    return stat.st_mtime_ns == identity.get("mtime_ns") or digest(path) == identity.get("blake2b")
 
 
 # fmt: off
@@ -115,3 +73,110 @@ PARTS: Mapping[str, Callable[[Clip, Identify], Any]] = {
     "crops":      lambda clip, of: crops_identity(list_crops(clip.crops)) if clip.crops else None,
 }
 # fmt: on
+
+
+def sources_of(clip: Clip, identify: Identify = file_identity) -> dict[str, Any]:
+    """Part -> its identity as plain JSON; parts that the clip does not have are left out.
+
+    Args:
+        clip: its files.
+        identify: identity of one file; `file_identity` reads it, `file_status` leaves the digest out.
+
+    Raises:
+        OSError: a file cannot be read.
+        MediaError: a folder of frames holds none.
+    """
+    sources: dict[str, Any] = {}
+    for part in PARTS:
+        if part == "audio" and clip.audio is not None and clip.audio == clip.video:
+            sources[part] = sources["video"]  # read once
+            continue
+        identity = PARTS[part](clip, identify)
+        if identity is not None or part in ("split", "group"):
+            sources[part] = identity
+    return sources
+
+
+def part_of(clip: Clip, part: str) -> Any:
+    """Identity of one part now; None where the clip has none. Raises as `sources_of`."""
+    return PARTS[part](clip, file_identity) if part in PARTS else None
+
+
+def same_part(first: Any, second: Any) -> bool:
+    """Whether two identities of a part mean the same content, whatever the names and times of the files."""
+    return bool(_content(first) == _content(second))
+
+
+def _content(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _content(inner) for key, inner in value.items() if not ("blake2b" in value and key in PLACES)}
+
+
+class SourceComparison:
+    """Compares the sources of one clip with recorded identities. Hashes each file at most once.
+
+    Args:
+        clip: its files.
+        rehash: compare contents even where size and time agree.
+    """
+
+    def __init__(self, clip: Clip, *, rehash: bool = False) -> None:
+        self._clip, self._rehash = clip, rehash
+        self._digests: dict[Path, str] = {}
+
+    def same(self, part: str, before: Any) -> bool:
+        """Whether one part of the clip is what its recorded identity (None: no such part) says."""
+        recorded = [one for one in (before, *_values(before)) if isinstance(one, Mapping) and "blake2b" in one]
+
+        def identify(path: Path) -> dict[str, Any]:
+            return next((dict(one) for one in recorded if self._same_file(path, one)), {}) or file_status(path)
+
+        try:
+            return same_part(PARTS[part](self._clip, identify), before)
+        except (OSError, MediaError):  # the source is gone
+            return False
+
+    def _same_file(self, path: Path, identity: Mapping[str, Any]) -> bool:
+        if self._rehash:
+            identity = {**identity, "mtime_ns": None}
+        return same_file(path, identity, self._digest)
+
+    def _digest(self, path: Path) -> str:
+        if path not in self._digests:
+            self._digests[path] = content_digest(path)
+        return self._digests[path]
+
+
+def _values(identity: Any) -> tuple[Any, ...]:
+    return tuple(identity.values()) if isinstance(identity, Mapping) else ()
+
+
+def check_unchanged(clip: Clip, sources: Mapping[str, Any]) -> None:
+    """Compare a clip's files with the identities taken before they were read.
+
+    Label files are compared by content: they are small, and an edit may keep size and time.
+
+    Raises:
+        MediaError: a file has changed meanwhile.
+        OSError: a file is gone.
+    """
+    changed = []
+    for part, before in sources.items():
+        of = file_identity if part in ("labels", "dimensions") else file_status
+        now = PARTS[part](clip, of)
+        if not (same_part(now, before) if of is file_identity else now == _without_digest(before)):
+            changed.append(part)
+    if changed:
+        raise MediaError(
+            explain(
+                f"The {' and '.join(changed)} of {clip.id!r} changed while the clip was read",
+                remedy="Wait until the files are complete, then run the same command again",
+            )
+        )
+
+
+def _without_digest(identity: Any) -> Any:
+    if not isinstance(identity, Mapping):
+        return identity
+    return {key: value for key, value in identity.items() if key != "blake2b"}

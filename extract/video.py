@@ -1,13 +1,12 @@
-"""One decoded frame -> the RGB picture that a viewer would see.
+"""Media files -> numbered, timed RGB frames as a player shows them: rotated, square pixels, 8 bits per channel.
 
-Media files -> numbered, timed frames. Presentation times throughout: never index / fps.
-
-Times are seconds on the *clip clock*: pts * time_base - the container's start time, FFmpeg's own convention. Frame k is
-the k-th picture that decoding shows, in order of presentation.
+Times are presentation times, in seconds on the *clip clock*: pts * time_base - the container's start time, FFmpeg's
+own convention; never index / fps. Frame k is the k-th frame that decoding shows, in order of presentation.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
-from vaflow.extract.container import Opened, decode, opened
+from vaflow.extract.container import SQUARE, Opened, decode, display_size, opened
 from vaflow.extract.scan import is_counted, scan_times
 
 Image = NDArray[np.uint8]
@@ -35,24 +34,41 @@ _QUARTER_TURNS = np.array(
     np.int32,
 )
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# Version of how this package reads times, frames and audio; raised when any of it changes.
+# 2: frames are scaled to square pixels; files whose times go back are refused.
+READING = 2
+_HOLD = 0.2  # seconds for which a neighbouring frame replaces one that cannot be decoded
+_SAME = 2e-6  # seconds: presentation times closer than this are equal (container starts are rounded to microseconds)
+TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics (ITU-T H.273) that need tone mapping, which is not done
+
 # Exact arithmetic: without these flags swscale takes shortcuts that depend on the processor and on odd widths.
 _EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
 
 
-def to_rgb(frame: VideoFrame) -> Image:
-    """[H, W, 3] uint8 of any pixel format, depth, colour matrix and range, turned as the file's matrix says."""
-    rgb = np.asarray(frame.reformat(format="rgb24", interpolation=_EXACT, threads=1).to_ndarray(), np.uint8)
+def to_rgb(frame: VideoFrame, pixel_aspect: Fraction = SQUARE) -> Image:
+    """[H, W, 3] uint8 of any pixel format, depth, colour matrix and range, turned as the file's matrix says.
+
+    Args:
+        frame: as decoded.
+        pixel_aspect: width / height of a stored pixel; frames are enlarged in one direction to square pixels.
+    """
+    width, height = display_size(frame.width, frame.height, pixel_aspect)
+    scaled = frame.reformat(width, height, "rgb24", interpolation=_EXACT, threads=1)
+    rgb = np.asarray(scaled.to_ndarray(), np.uint8)
     matrix = _display_matrix(frame)
     return rgb if matrix is None else np.ascontiguousarray(turned(rgb, matrix))
 
 
 def _display_matrix(frame: VideoFrame) -> NDArray[np.int32] | None:
     try:
-        found = cast(SideDataContainer, frame.side_data).get("DISPLAYMATRIX")
-    except ValueError:  # PyAV gives up on a frame that has any kind of side data it does not know
+        data = cast(SideDataContainer, frame.side_data).get("DISPLAYMATRIX")
+    except ValueError:  # PyAV raises for a frame that has any kind of side data it does not know
         quarter = round(frame.rotation / 90) % 4
         return _QUARTER_TURNS[quarter] if quarter else None
-    return None if found is None else np.frombuffer(bytes(found), np.int32)
+    return None if data is None else np.frombuffer(bytes(data), np.int32)
 
 
 def turned(image: Image, matrix: NDArray[np.int32]) -> Image:
@@ -72,26 +88,20 @@ def turned(image: Image, matrix: NDArray[np.int32]) -> Image:
     return image[::-1] if down < 0 else image
 
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-READING = 1  # of times and sound by us; raised when anything changes in it, so that caches made before are noticed
-_HOLD = 0.2  # seconds that a neighbouring picture stands in for one that cannot be decoded
-_SAME = 2e-6  # seconds: two presentation times that are one (the container's start is rounded to microseconds)
-
-
 @dataclass(frozen=True)
 class VideoInfo:
     """The video stream as the container describes it.
 
     Attributes:
-        width, height: pixels, as displayed (after rotation).
+        width, height: pixels, as displayed (rotated, square pixels).
         codec: FFmpeg's name.
         nominal_rate: frames per second that the stream claims, or None.
         average_rate: frames by duration, or None; unlike the nominal rate where the frame rate varies.
         frames: the container's count, 0 where it has none.
         duration: seconds that the container promises, or None.
-        rotation: degrees counter-clockwise that stored pictures are turned for display. `frames_at` turns them.
+        rotation: degrees counter-clockwise by which stored frames are turned for display. `frames_at` turns them.
+        pixel_aspect: width / height of a stored pixel. `frames_at` scales to square pixels.
+        transfer: "PQ" or "HLG" for high dynamic range video, which is read without tone mapping; else "".
     """
 
     width: int
@@ -102,6 +112,8 @@ class VideoInfo:
     frames: int
     duration: float | None
     rotation: int
+    pixel_aspect: Fraction = SQUARE
+    transfer: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class AudioInfo:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a file holds. `start` is the container's start time in seconds, subtracted from all presentation times."""
+    """Contents of a media file. `start`: the container's start time in seconds; presentation times count from it."""
 
     path: Path
     container: str
@@ -127,7 +139,7 @@ class MediaInfo:
 
 
 def decoder_identity() -> dict[str, Any]:
-    """What decodes: part of the fingerprint of everything made from decoded media."""
+    """Versions of the decoder: part of the fingerprint of everything made from decoded media."""
     return {
         "backend": "pyav",
         "version": av.__version__,
@@ -138,10 +150,10 @@ def decoder_identity() -> dict[str, Any]:
 
 
 def probe(path: Path) -> MediaInfo:
-    """What is in a file, from its headers and its first picture.
+    """The contents of a file, from its headers and its first frame.
 
     Raises:
-        MediaError: the file is missing, empty, no media file, or holds neither picture nor sound.
+        MediaError: the file is missing, empty, no media file, or has neither video nor audio.
     """
     with opened(path) as media:
         return MediaInfo(
@@ -158,7 +170,7 @@ def _video_info(media: Opened) -> VideoInfo:
     context = stream.codec_context
     first = next(decode(media, stream), None)
     rotation = first.rotation if first is not None else 0
-    sides = (context.width, context.height)
+    sides = display_size(context.width, context.height, media.pixel_aspect)
     width, height = sides[::-1] if round(rotation / 90) % 2 else sides
     return VideoInfo(
         width=width,
@@ -169,6 +181,8 @@ def _video_info(media: Opened) -> VideoInfo:
         frames=stream.frames,
         duration=media.stream_duration(stream) or media.duration,
         rotation=rotation,
+        pixel_aspect=media.pixel_aspect,
+        transfer=TRANSFERS.get(int(first.color_trc) if first is not None else 0, ""),
     )
 
 
@@ -188,21 +202,21 @@ def frame_times(path: Path, *, info: MediaInfo | None = None) -> Floats:
 
     Args:
         path: a file with a video stream.
-        info: what `probe` said about it, if it was asked already: a file without video then need not be opened.
+        info: result of `probe`, where it is known: a file without video then is not opened again.
 
     Raises:
         MediaError: no video stream, nothing decodes, or the file holds less than its container promises (truncated).
     """
     if info is not None and info.video is None:
-        raise MediaError(explain(f"{path} has no video stream", expected="a file with moving pictures"))
+        raise MediaError(explain(f"{path} has no video stream", expected="a file with a video stream"))
     return scan_times(Path(path))
 
 
 def frames_at(path: Path, wanted: Ints, times: Floats) -> Iterator[tuple[int, Image]]:
-    """The pictures of the wanted frames, each once, in one forward pass with bounded memory.
+    """The images of the wanted frames, each once, in one forward pass with bounded memory.
 
-    A picture that is damaged and not shown is replaced by the one before it (at the start: after it) if that lies at
-    most 0.2 s away, as a player would show it.
+    A frame that does not decode is replaced by the one before it (at the start: after it) if that lies at most 0.2 s
+    away, as a player would show it.
 
     Args:
         path: a file with a video stream.
@@ -210,7 +224,7 @@ def frames_at(path: Path, wanted: Ints, times: Floats) -> Iterator[tuple[int, Im
         times: [N] seconds, from `frame_times` of the same file.
 
     Yields:
-        (frame number, RGB picture [H, W, 3] uint8 as displayed: rotated, 8 bits per channel).
+        (frame number, RGB image [H, W, 3] uint8 as displayed: rotated, square pixels, 8 bits per channel).
 
     Raises:
         ValueError: `wanted` does not ascend or leaves 0 .. N - 1.
@@ -224,36 +238,36 @@ def frames_at(path: Path, wanted: Ints, times: Floats) -> Iterator[tuple[int, Im
     with opened(path) as media:
         media.need_video()
         queue = wanted.tolist()
-        position, shown = 0, None  # shown: number and frame of the last picture that came out of the decoder
+        position, shown = 0, None  # shown: number and frame that the decoder returned last
         for number, frame in _numbered(media, times):
             while position < len(queue) and queue[position] <= number:
                 stand_in = _stand_in(path, queue[position], (number, frame), shown, times)
-                yield queue[position], to_rgb(stand_in)
+                yield queue[position], to_rgb(stand_in, media.pixel_aspect)
                 position += 1
             if position == len(queue):
                 return
             shown = (number, frame)
         for number in queue[position:]:
-            yield number, to_rgb(_stand_in(path, number, None, shown, times))
+            yield number, to_rgb(_stand_in(path, number, None, shown, times), media.pixel_aspect)
 
 
 _Shown = tuple[int, VideoFrame]
 
 
 def _stand_in(path: Path, number: int, now: _Shown | None, before: _Shown | None, times: Floats) -> VideoFrame:
-    """The frame of that number or, where decoding did not show it, the one before or after it if it is near."""
+    """The frame of that number or, where it did not decode, the one before or after it if it is near."""
     if now is not None and now[0] == number:
         return now[1]
     for candidate in (before, now):
         if candidate is not None and abs(times[candidate[0]] - times[number]) <= _HOLD:
             return candidate[1]
-    last = f"the last picture before it is frame {before[0]} at {times[before[0]]:.2f} s" if before else "nothing"
+    last = f"the last frame before it is number {before[0]} at {times[before[0]]:.2f} s" if before else "nothing"
     raise MediaError(
         explain(
             f"{path} cannot be decoded at frame {number} ({times[number]:.2f} s)",
-            expected=f"{len(times)} pictures up to {times[-1]:.2f} s",
+            expected=f"{len(times)} frames up to {times[-1]:.2f} s",
             got=last,
-            remedy="The file is damaged there; copy it again or leave the clip out",
+            remedy="The file is damaged there; copy it again or remove the clip",
         )
     )
 
@@ -269,7 +283,7 @@ def _numbered(media: Opened, times: Floats) -> Iterator[_Shown]:
         if frame.pts is None:
             continue
         (time,) = media.clip_times([frame.pts], stream)  # not frame.time_base: PyAV forgets it when it flushes
-        repeats = repeats + 1 if time == last else 0  # broken files show two pictures at one time
+        repeats = repeats + 1 if time == last else 0  # broken files show two frames at one time
         last = time
         number = int(np.searchsorted(times, time - _SAME)) + repeats
         if number < len(times) and abs(times[number] - time) <= _SAME:

@@ -1,8 +1,9 @@
-"""A decoding process: reads one clip at a time and sends what it finds. Imports no torch, so it starts fast.
+"""Decoding process: reads one clip at a time and sends its frames, audio and labels. Imports no torch: starts fast.
 
-The pipe to the pipeline is the back-pressure: it holds little, so a worker that is ahead waits in `send`.
+The pipe to the pipeline provides back-pressure: it holds little, so a worker that is ahead waits in `send`.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.datasets.clip import Clip
 from vaflow.datasets.formats import read_annotation
 from vaflow.datasets.labels import on_clock
 from vaflow.errors import MediaError, VaflowError, explain
@@ -23,10 +23,11 @@ from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.config import limit_memory, too_much_memory
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
 from vaflow.extract.faces.detection import Cells, find_faces
-from vaflow.extract.faces.detection import Face as Detection
-from vaflow.extract.image_folders import list_crops, open_stills, read_crop, stills_at
+from vaflow.extract.image_folders import IMAGES_DIGEST, ImageDigest, list_crops, open_stills, read_crop, stills_at
 from vaflow.extract.messages import (
     Alive,
+    AudioBlock,
+    AudioEnd,
     Clock,
     Detect,
     Detected,
@@ -36,227 +37,276 @@ from vaflow.extract.messages import (
     Failed,
     Job,
     Message,
-    Sound,
-    SoundEnd,
 )
 from vaflow.extract.nvdec import frames_on_gpu
-from vaflow.extract.sources import sources_of
+from vaflow.extract.scan import audio_clock
+from vaflow.extract.sources import check_unchanged, sources_of
 from vaflow.extract.video import MediaInfo, frame_times, frames_at, probe
 from vaflow.process import listening
 from vaflow.timeline import Floats, Ints, median_interval, nearest
 
-Picture = np.ndarray[Any, Any]
+logger = logging.getLogger(__name__)
+
+Image = np.ndarray[Any, Any]
 Send = Callable[[Message], None]
-Ask = Callable[[int, Sequence[Picture]], Sequence[Cells]]  # number of the job, prepared pictures -> of each
-Frames = Iterator[tuple[int, Picture]]  # number in the clip
-Images = Iterator[tuple[int, bytes, Picture]]  # grid sample, stored JPEG, the picture that it decodes to
+Ask = Callable[[int, Sequence[Image]], Sequence[Cells]]  # number of the job, prepared images -> cells of each
+Frames = Iterator[tuple[int, Image]]  # frame number, RGB image
+Images = Iterator[tuple[int, bytes, Image]]  # grid sample, JPEG to store, the image that it decodes to
 
 
 def serve(pipe: Connection, work: "Callable[[Any, Callable[[Any], None]], None] | None" = None) -> None:
-    """Read jobs until None comes, or the pipeline is gone; the target of a worker process.
+    """Work off jobs until None arrives or the parent exits; the target of a worker process.
 
     Args:
         pipe: to the pool.
-        work: what is done with a job, sending messages; `run_job` where there is nothing else.
+        work: called with each job and the function that sends its messages; by default `run_job`.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # both go to the whole group: the pipeline's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the parent handles them
         signal.signal(number, signal.SIG_IGN)
     limit_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with suppress(EOFError, ConnectionError):  # the pipeline was killed
+    with suppress(EOFError, ConnectionError):  # the parent was killed
         while (job := pipe.recv()) is not None:
             pipe.send(Alive(job.number))
             with listening(partial(pipe.send, Alive(job.number))):
                 work(job, pipe.send) if work else run_job(job, pipe.send, partial(_ask, pipe))
 
 
-def _ask(pipe: Connection, job: int, pictures: Sequence[Picture]) -> Sequence[Cells]:
-    """The pipeline's answer. Nothing else can come meanwhile: it gives jobs to idle workers only."""
-    for number, picture in enumerate(pictures, start=1):
-        pipe.send(Detect(job, picture, number == len(pictures)))
+def _ask(pipe: Connection, job: int, images: Sequence[Image]) -> Sequence[Cells]:
+    """The parent's answer. Nothing else can arrive meanwhile: the parent gives jobs to idle workers only."""
+    for number, image in enumerate(images, start=1):
+        pipe.send(Detect(job, image, number == len(images)))
     answer: Detected = pipe.recv()
     return answer.cells
 
 
 def _end_with_parent() -> None:
-    """A killed pipeline leaves nobody decoding for no one: a long video without faces sends nothing for hours."""
+    """Exit if the parent dies, so that no orphan keeps decoding: a long video without faces sends nothing for hours."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _nobody_to_ask(job: int, pictures: Sequence[Picture]) -> Sequence[Cells]:
-    raise RuntimeError("The pipeline is to find faces, but cannot be asked")
+def _nobody_to_ask(job: int, images: Sequence[Image]) -> Sequence[Cells]:
+    raise RuntimeError("The job requires a detector in the parent, and run_job was called without `ask`")
 
 
 def run_job(job: Job, send: Send, ask: Ask = _nobody_to_ask) -> None:
-    """Send everything wanted of one clip, ending with `Done` or `Failed`. Errors of the clip never escape.
+    """Send everything that is needed of one clip, ending with `Done` or `Failed`. Errors of the clip never escape.
 
     Args:
-        job: which clip, and what of it.
+        job: the clip, and which parts of it to read.
         send: takes each message.
-        ask: answers where faces are; wanted where the job says that the pipeline finds them.
+        ask: returns the faces of images; required where `job.ask` is set.
     """
-    stage = "open"
+    reader = ClipReader(job, send, ask)
     try:
-        info, times = _open(job.clip)
-        stage = "labels"
-        duration = float(times[-1] + median_interval(times))
-        send(_clock(job, info, times, duration))
-        if job.audio:
-            stage = "audio"
-            _send_sound(job, info, duration, send)
-        if job.faces:
-            stage = "faces"
-            _send_faces(job, times, duration, send, ask)
+        reader.run()
     except MemoryError as error:
-        send(Failed(job.number, stage, type(error).__name__, too_much_memory()))
+        send(Failed(job.number, reader.stage, type(error).__name__, too_much_memory()))
     except (VaflowError, OSError) as error:
-        send(Failed(job.number, stage, type(error).__name__, str(error) or repr(error)))
+        send(Failed(job.number, reader.stage, type(error).__name__, str(error) or repr(error)))
     else:
         send(Done(job.number))
 
 
-def _open(clip: Clip) -> tuple[MediaInfo, Floats]:
-    if clip.frames is not None:
-        return open_stills(clip)
-    if clip.video is None:
-        raise MediaError(
-            explain(
-                f"No video was found for {clip.id!r}, so the times of its frames are unknown",
-                expected=f"a video named {clip.group} in one of the video folders",
-                remedy="Add the video (crops alone carry no clock and no sound), or leave the trial out",
-            )
-        )
-    info = probe(clip.video)
-    if info.video is None:
-        raise MediaError(
-            explain(
-                f"{clip.video.name} has no video stream",
-                expected="a video stream, which gives the frame clock",
-                got="sound only" if info.audio else "neither picture nor sound",
-            )
-        )
-    return info, frame_times(clip.video, info=info)
+class ClipReader:
+    """Reads one clip and sends it as messages.
 
+    Args:
+        job, send, ask: as `run_job`.
 
-def _clock(job: Job, info: MediaInfo, times: Floats, duration: float) -> Clock:
-    clip, video = job.clip, info.video
-    annotation = read_annotation(clip)
-    labels = on_clock(annotation, times)
-    facts: dict[str, Any] = {
-        "split": clip.split,
-        "group": clip.group,
-        "duration": duration,
-        "frames": int(times.size),
-        "rows": 0 if annotation is None else int(annotation.value.shape[0]),
-        "targets": [] if annotation is None else list(annotation.targets),
-    }
-    if video is not None:
-        facts |= {
-            "codec": video.codec,
-            "width": video.width,
-            "height": video.height,
-            "nominal_rate": video.nominal_rate,
-            "average_rate": video.average_rate,
+    Attributes:
+        stage: what is being read: "open", "labels", "audio" or "faces".
+    """
+
+    def __init__(self, job: Job, send: Send, ask: Ask) -> None:
+        self._job, self._clip, self._send, self._ask = job, job.clip, send, ask
+        self.stage = "open"
+
+    def run(self) -> None:
+        """Read the clip.
+
+        Raises:
+            VaflowError: the clip cannot be used, or a file changed while it was read.
+            OSError: a file cannot be read.
+        """
+        # The identity is taken before anything is read, so that a record never names a version that was not read.
+        sources = sources_of(self._clip) if self._is_complete() else {}
+        self._info, self._times = self._open()
+        self._duration = float(self._times[-1] + median_interval(self._times))
+        self.stage = "labels"
+        self._send_clock(sources)
+        if self._job.audio:
+            self.stage = "audio"
+            self._send_audio()
+        if self._job.faces:
+            self.stage = "faces"
+            self._send_faces()
+        check_unchanged(self._clip, sources)
+
+    def _is_complete(self) -> bool:
+        """Whether the file that gives the clock exists; `_open` explains what is missing."""
+        main = self._clip.video or self._clip.audio
+        return self._clip.frames is not None or (main is not None and main.is_file())
+
+    def _open(self) -> tuple[MediaInfo, Floats]:
+        """The headers, and the frame times [N] in seconds."""
+        clip = self._clip
+        if clip.frames is not None:
+            return open_stills(clip)
+        if clip.video is None and clip.audio is not None:
+            return probe(clip.audio), audio_clock(clip.audio)
+        if clip.video is None:
+            raise MediaError(
+                explain(
+                    f"Clip {clip.id!r} has no video, so the times of its frames are unknown",
+                    expected=f"a video named {clip.group} in one of the video folders",
+                    remedy="Add the video (face crops have neither times nor audio), or remove the trial",
+                )
+            )
+        info = probe(clip.video)
+        if info.video is None:
+            raise MediaError(
+                explain(
+                    f"{clip.video.name} has no video stream",
+                    expected="a video stream, which gives the frame times",
+                    got="an audio stream only" if info.audio else "neither video nor audio",
+                )
+            )
+        if info.video.transfer:
+            logger.warning("%s is %s video and is read without tone mapping", clip.video.name, info.video.transfer)
+        return info, frame_times(clip.video, info=info)
+
+    def _send_clock(self, sources: dict[str, Any]) -> None:
+        clip, video = self._clip, self._info.video
+        annotation = read_annotation(clip)
+        facts: dict[str, Any] = {
+            "split": clip.split,
+            "group": clip.group,
+            "duration": self._duration,
+            "frames": int(self._times.size) if video is not None else 0,
+            "rows": 0 if annotation is None else int(annotation.value.shape[0]),
+            "targets": [] if annotation is None else list(annotation.targets),
         }
-    return Clock(job.number, labels, duration, sources_of(clip), facts)
+        if video is not None:
+            names = ("codec", "width", "height", "nominal_rate", "average_rate")
+            facts |= {name: getattr(video, name) for name in names}
+            facts |= {"pixel_aspect": str(video.pixel_aspect)} if video.pixel_aspect != 1 else {}
+            facts |= {"transfer": video.transfer} if video.transfer else {}
+        times = self._times
+        if video is None and annotation is not None:
+            if annotation.time is None:
+                raise MediaError(
+                    explain(
+                        f"The labels of {clip.id!r} are numbered by frame, and the clip is audio only",
+                        expected="labels with a column of times in seconds",
+                    )
+                )
+            times = times[:0]  # labels of an audio file keep their own times
+        labels = on_clock(annotation, times)
+        self._send(Clock(self._job.number, labels, self._duration, sources, facts))
 
+    # -- audio -----------------------------------------------------------------------------------------------------
 
-def _send_sound(job: Job, info: MediaInfo, duration: float, send: Send) -> None:
-    blocks = _sound(job.clip, info, duration)
-    while True:
-        try:
-            send(Sound(job.number, next(blocks)))
-        except StopIteration as end:
-            summary: AudioSummary = end.value
-            break
-    facts = {"audio": summary.status, "audio_peak": summary.peak, "audio_rate": summary.rate}
-    send(SoundEnd(job.number, summary.covered, facts | {"audio_channels": summary.channels}))
+    def _send_audio(self) -> None:
+        blocks = self._audio_blocks()
+        while True:
+            try:
+                self._send(AudioBlock(self._job.number, next(blocks)))
+            except StopIteration as end:
+                summary: AudioSummary = end.value
+                break
+        facts = {"audio": summary.status, "audio_peak": summary.peak, "audio_rate": summary.rate}
+        self._send(AudioEnd(self._job.number, summary.covered, facts | {"audio_channels": summary.channels}))
 
+    def _audio_blocks(self) -> Blocks:
+        """Blocks of samples. An audio file of its own starts when the video does."""
+        clip = self._clip
+        if clip.audio is None and clip.frames is not None:
+            return AudioSummary("absent")
+        if clip.audio is None or clip.audio == clip.video:
+            return (yield from decode_audio(self._info.path, start=self._info.start, duration=self._duration))
+        return (yield from decode_audio(clip.audio, start=probe(clip.audio).start, duration=self._duration))
 
-def _sound(clip: Clip, info: MediaInfo, duration: float) -> Blocks:
-    """Blocks of sound. Where it has a file of its own, that file begins when the picture does."""
-    if clip.audio is None and clip.frames is not None:
-        return AudioSummary("absent")
-    if clip.audio is None or clip.audio == clip.video:
-        return (yield from decode_audio(info.path, start=info.start, duration=duration))
-    return (yield from decode_audio(clip.audio, start=probe(clip.audio).start, duration=duration))
+    # -- faces -----------------------------------------------------------------------------------------------------
 
+    def _send_faces(self) -> None:
+        job = self._job
+        frame = nearest(self._times, job.grid.sample_times(self._duration))
+        self._facts: dict[str, Any] = {"samples": int(frame.size), "faces": 0, "unreadable_crops": 0}
+        if self._clip.crops and job.face_source != "centerface":
+            images = self._read_crops(frame)
+        elif self._clip.video is not None or self._clip.frames is not None:
+            images = self._cut_faces(frame)
+        else:  # audio only
+            images = iter(())
+        for sample, jpeg, image in images:
+            self._facts["faces"] += 1
+            prepared = {preparation: preparation(image) for preparation in job.preparations}
+            self._send(Face(job.number, sample, prepared, jpeg if job.keep_jpeg else None))
+        self._send(FacesEnd(job.number, frame, self._facts))
 
-def _send_faces(job: Job, times: Floats, duration: float, send: Send, ask: Ask) -> None:
-    frame = nearest(times, job.grid.sample_times(duration))
-    crops = list_crops(job.clip.crops) if job.clip.crops and job.face_source != "centerface" else None
-    counts = {"samples": int(frame.size), "faces": 0, "unreadable_crops": 0}
-    images = _read_crops(crops, frame, counts) if crops is not None else _cut_faces(job, frame, times, counts, ask)
-    for sample, jpeg, image in images:
-        counts["faces"] += 1
-        prepared = {preparation: preparation(image) for preparation in job.preparations}
-        send(Face(job.number, sample, prepared, jpeg if job.keep_jpeg else None))
-    send(FacesEnd(job.number, frame, counts))
+    def _read_crops(self, frame: Ints) -> Images:
+        """Crops by frame number, never by position. The sample of a missing or unreadable one stays invalid."""
+        crops, digest = list_crops(self._clip.crops), ImageDigest()
+        for sample, number in enumerate(frame.tolist()):
+            if number not in crops:
+                continue
+            try:
+                jpeg, image = read_crop(crops[number])
+            except MediaError:
+                self._facts["unreadable_crops"] += 1
+                continue
+            digest.add(number, jpeg)
+            yield sample, jpeg, image
+        self._facts[IMAGES_DIGEST] = digest.hexdigest()
 
+    def _cut_faces(self, frame: Ints) -> Images:
+        """Detect faces, follow one person, cut. The image that is encoded is the JPEG that would be stored."""
+        samples_of: dict[int, list[int]] = {}
+        for sample, number in enumerate(frame.tolist()):
+            samples_of.setdefault(number, []).append(sample)
+        frames = self._whole_frames(np.unique(frame))
+        for number, image in frames if self._job.face_source == "none" else self._aligned(frames):
+            jpeg = encode_jpeg(image)
+            stored = decode_jpeg(jpeg)
+            for sample in samples_of[number]:
+                yield sample, jpeg, stored
 
-def _read_crops(crops: dict[int, Any], frame: Ints, counts: dict[str, int]) -> Images:
-    """Crops by frame number, never by position. A missing or unreadable one leaves its sample invalid."""
-    for sample, number in enumerate(frame.tolist()):
-        if number not in crops:
-            continue
-        try:
-            jpeg, image = read_crop(crops[number])
-        except MediaError:
-            counts["unreadable_crops"] += 1
-            continue
-        yield sample, jpeg, image
+    def _aligned(self, frames: Frames) -> Frames:
+        """The face of one person in each frame that shows it."""
+        tracker = PersonTracker()
+        if self._job.ask:
+            detected = find_faces(frames, partial(self._ask, self._job.number), self._job.ask)
+        else:
+            detector = _detector()
+            detected = ((number, image, detector.detect(image)) for number, image in frames)
+        for number, image, faces in detected:
+            face = tracker.update(faces, float(self._times[number]))
+            if face is not None:
+                yield number, align(image, face)
+
+    def _whole_frames(self, wanted: Ints) -> Frames:
+        """The wanted frames of a video or of a folder of images; of the latter, those that are readable."""
+        clip = self._clip
+        if clip.video is not None and self._job.decode_on:
+            yield from frames_on_gpu(clip.video, wanted, self._times, self._job.decode_on)
+        elif clip.video is not None:
+            yield from frames_at(clip.video, wanted, self._times)
+        elif clip.frames is not None:
+            digest = ImageDigest()
+            for number, data, image in stills_at(clip.frames, wanted):
+                if image is None:
+                    self._facts["unreadable_frames"] = self._facts.get("unreadable_frames", 0) + 1
+                else:
+                    digest.add(number, data)
+                    yield number, image
+            self._facts[IMAGES_DIGEST] = digest.hexdigest()
 
 
 @cache
 def _detector() -> CenterFace:
-    """One per process: reading the model costs as much as a frame or two."""
+    """One per process: reading the model costs as much as one or two frames."""
     return CenterFace()
-
-
-def _cut_faces(job: Job, frame: Ints, times: Floats, counts: dict[str, int], ask: Ask) -> Images:
-    """Detect, follow one person, cut. The picture that is encoded is the one that would be stored."""
-    samples_of: dict[int, list[int]] = {}
-    for sample, number in enumerate(frame.tolist()):
-        samples_of.setdefault(number, []).append(sample)
-    frames = _whole_frames(job, np.unique(frame), times, counts)
-    for number, image in frames if job.face_source == "none" else _aligned(job, frames, times, ask):
-        jpeg = encode_jpeg(image)
-        stored = decode_jpeg(jpeg)
-        for sample in samples_of[number]:
-            yield sample, jpeg, stored
-
-
-def _aligned(job: Job, frames: Frames, times: Floats, ask: Ask) -> Frames:
-    """One person's face in each of the frames in which it was found."""
-    tracker = PersonTracker()
-    for number, image, faces in _with_faces(job, frames, ask):
-        face = tracker.update(faces, float(times[number]))
-        if face is not None:
-            yield number, align(image, face)
-
-
-def _with_faces(job: Job, frames: Frames, ask: Ask) -> Iterator[tuple[int, Picture, list[Detection]]]:
-    if job.ask:
-        yield from find_faces(frames, partial(ask, job.number), job.ask)
-        return
-    detector = _detector()
-    for number, image in frames:
-        yield number, image, detector.detect(image)
-
-
-def _whole_frames(job: Job, wanted: Ints, times: Floats, counts: dict[str, int]) -> Frames:
-    """The wanted frames of a video or of a folder of pictures; of the latter, those that can be read."""
-    clip = job.clip
-    if clip.video is not None and job.decode_on:
-        yield from frames_on_gpu(clip.video, wanted, times, job.decode_on)
-    elif clip.video is not None:
-        yield from frames_at(clip.video, wanted, times)
-    elif clip.frames is not None:
-        for number, image in stills_at(clip.frames, wanted):
-            if image is None:
-                counts["unreadable_frames"] = counts.get("unreadable_frames", 0) + 1
-            else:
-                yield number, image

@@ -84,7 +84,7 @@ def _peek(path: Path, duration: float) -> Iterator[Thumbnail]:
                 continue
             seen.add(frame.pts)
             (time,) = media.clip_times([frame.pts], stream)
-            yield Thumbnail(f"frame at {max(time, 0.0):.1f} s", _small(to_rgb(frame)))
+            yield Thumbnail(f"frame at {max(time, 0.0):.1f} s", _small(to_rgb(frame, media.pixel_aspect)))
 
 
 def _small(image: NDArray[np.uint8]) -> bytes:

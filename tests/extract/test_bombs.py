@@ -22,7 +22,7 @@ from vaflow.errors import DataError, MediaError
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop
 from vaflow.extract.importing.feature_files import FeatureFile, read_features, signature
 from vaflow.extract.importing.targets import read_targets
-from vaflow.extract.messages import Done, Failed, Job, SoundEnd
+from vaflow.extract.messages import AudioEnd, Done, Failed, Job
 from vaflow.extract.pool import each
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
@@ -42,7 +42,7 @@ def _last_words(clip: Clip) -> tuple[Any, list[Any], int]:
     run_job(Job(0, clip, Grid(), True, True, "none", (Preparation(32),), False), messages.append)
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    return messages[-1], [m for m in messages if isinstance(m, SoundEnd)], peak
+    return messages[-1], [m for m in messages if isinstance(m, AudioEnd)], peak
 
 
 def refusal(path: Path, audio: Path | None = None) -> str:

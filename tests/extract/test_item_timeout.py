@@ -16,7 +16,7 @@ from vaflow.datasets import Clip
 from vaflow.errors import MediaError, UsageError
 from vaflow.extract import worker
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.messages import Done, Failed, Sound
+from vaflow.extract.messages import AudioBlock, Done, Failed
 from vaflow.extract.pool import QUEUED_MESSAGES, Task, WorkerPool, call, each
 from vaflow.process import SECONDS, beat, listening
 
@@ -41,7 +41,7 @@ def _beat_for_long(seconds: float) -> str:
 def _talk(task: Task, send: Send) -> None:
     """Far more than the pipe and the queue hold."""
     for _ in range(4 * QUEUED_MESSAGES):
-        send(Sound(task.number, np.zeros(20_000, np.float32)))
+        send(AudioBlock(task.number, np.zeros(20_000, np.float32)))
     send(Done(task.number))
 
 

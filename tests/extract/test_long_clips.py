@@ -23,8 +23,8 @@ from vaflow.errors import CacheError
 from vaflow.extract.assembly import ClipAssembly
 from vaflow.extract.batching import make_encoders
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Message, SoundEnd
-from vaflow.extract.messages import Sound as SoundBlock
+from vaflow.extract.messages import AudioBlock as SoundBlock
+from vaflow.extract.messages import AudioEnd, Clock, Done, Face, FacesEnd, Message
 from vaflow.extract.plan import Task
 
 WHOLE = replace(CONFIG, face_source="none", pixels=True)
@@ -173,7 +173,7 @@ def messages(seconds: int) -> Iterator[Message]:
     rng = np.random.default_rng(0)
     for _ in range(seconds):
         yield SoundBlock(0, rng.standard_normal(16000).astype(np.float32))
-    yield SoundEnd(0, ((0.0, float(seconds)),), {})
+    yield AudioEnd(0, ((0.0, float(seconds)),), {})
     samples = len(CONFIG_FREE.grid.sample_times(float(seconds)))
     for sample in range(samples):
         yield Face(0, sample, {None: np.full((16, 16, 3), sample % 256, np.uint8)}, bytes(12_000))  # type: ignore[dict-item]

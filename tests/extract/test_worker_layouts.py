@@ -16,7 +16,7 @@ from vaflow.encoders.images import Preparation
 from vaflow.errors import MediaError
 from vaflow.extract.doctor.check import check_dataset
 from vaflow.extract.image_folders import list_stills, open_stills, stills_at, stills_identity
-from vaflow.extract.messages import Clock, Done, Face, FacesEnd, Failed, Job, Message, Sound, SoundEnd
+from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Failed, Job, Message
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 
@@ -75,8 +75,8 @@ def test_sound_comes_from_its_own_file_where_there_is_one(layout: str, trees: di
     root, tree = trees[layout]
     for clip in open_dataset(root, layout).clips:
         written, sent = tree[clip.id], work(clip)
-        (end,) = only(SoundEnd, sent)
-        heard = sum(message.samples.size for message in only(Sound, sent)) / 16_000
+        (end,) = only(AudioEnd, sent)
+        heard = sum(message.samples.size for message in only(AudioBlock, sent)) / 16_000
         assert end.facts["audio"] == ("ok" if heard else "absent") or heard < float(written.times[-1])
         assert heard == pytest.approx(min(written.sound, float(written.times[-1]) + 0.04), abs=0.07)
         assert ("audio" in only(Clock, sent)[0].sources) == (layout != "afew-va")
@@ -121,7 +121,7 @@ def test_pictures_are_found_by_number_and_never_shift(tmp_path: Path) -> None:
     info, times = open_stills(stills_clip(tmp_path))
     assert info.video is not None and (info.video.width, info.video.height) == (8, 6)
     np.testing.assert_array_equal(times, [k / 25 for k in range(8)])
-    assert [number for number, _ in stills_at(tmp_path, np.arange(8))] == [2, 7]
+    assert [number for number, *_ in stills_at(tmp_path, np.arange(8))] == [2, 7]
 
 
 def test_a_damaged_picture_is_a_missing_face_and_is_counted(tmp_path: Path) -> None:

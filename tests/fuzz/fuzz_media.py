@@ -22,7 +22,7 @@ from vaflow.datasets import Clip
 from vaflow.encoders.images import Preparation
 from vaflow.errors import MediaError
 from vaflow.extract.doctor.check import check_clip
-from vaflow.extract.messages import Clock, Done, Face, Failed, Job, Sound
+from vaflow.extract.messages import AudioBlock, Clock, Done, Face, Failed, Job
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 
@@ -206,7 +206,7 @@ def _assert_sound(messages: list[Any]) -> None:
     problems = array_problems(LABELS, clock.labels)
     assert not problems, problems
     assert 0 < clock.duration <= 25 * 3600
-    samples = np.concatenate([m.samples for m in messages if isinstance(m, Sound)] or [np.zeros(0, np.float32)])
+    samples = np.concatenate([m.samples for m in messages if isinstance(m, AudioBlock)] or [np.zeros(0, np.float32)])
     assert np.isfinite(samples).all()
     assert samples.size <= round(clock.duration * 16000) + 1
     for face in (message for message in messages if isinstance(message, Face)):

@@ -80,6 +80,9 @@ def extract(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Only the items that the last run listed as failed.")
     ] = False,
+    rehash: Annotated[
+        bool, typer.Option("--rehash", help="Compare file contents, not only sizes and times, with the cache.")
+    ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went, and the bottleneck.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     json: JsonFlag = False,
@@ -144,6 +147,7 @@ def extract(
         config,
         store=store,
         shard=part,
+        rehash=rehash,
         engine=engine,
         ray_address=ray_address,
         show_progress=show_bars(quiet),

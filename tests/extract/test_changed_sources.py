@@ -1,0 +1,108 @@
+"""Files that change: while a clip is read, and behind equal sizes and times."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from affwild2_tree import write_video
+from PIL import Image
+from test_pipeline import run
+
+from vaflow.cache import open_cache
+from vaflow.cli import main
+from vaflow.datasets import open_dataset
+from vaflow.datasets.clip import Clip
+from vaflow.extract import worker
+from vaflow.extract.audio import Blocks
+from vaflow.extract.messages import Done, Failed, Job, Message
+from vaflow.extract.worker import run_job
+from vaflow.timeline import Grid
+
+NOTHING = ["--visual", "none", "--audio", "none", "--device", "cpu", "--quiet"]
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Clip:
+    """A video of a second with labels."""
+    root = tmp_path / "data"
+    write_video(root / "a.mp4", np.arange(25) / 25, sound=1.0)
+    (root / "a.csv").write_text("frame,valence,arousal\n0,0.1,0.1\n")
+    return open_dataset(root, "videos").clips[0]
+
+
+def messages(clip: Clip) -> list[Message]:
+    sent: list[Message] = []
+    run_job(Job(0, clip, Grid(), True, True, "none", (), False), sent.append)
+    return sent
+
+
+def test_labels_edited_after_their_identity_was_taken_fail_the_clip(
+    clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The edit keeps size and time: only the contents tell."""
+    real = worker.read_annotation
+
+    def edited(clip: Clip) -> object:
+        assert clip.labels is not None
+        before = clip.labels.stat()
+        clip.labels.write_text(clip.labels.read_text().replace("0.1,0.1", "0.9,0.9"))
+        os.utime(clip.labels, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return real(clip)
+
+    monkeypatch.setattr(worker, "read_annotation", edited)
+    last = messages(clip)[-1]
+    assert isinstance(last, Failed)
+    assert "labels" in last.message
+    assert "changed while" in last.message
+
+
+def test_a_video_replaced_while_it_is_read_fails_the_clip(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = worker.decode_audio
+
+    def replaced(path: Path, **times: float) -> Blocks:
+        result = yield from real(path, **times)
+        path.write_bytes(path.read_bytes() + b"x")
+        return result
+
+    monkeypatch.setattr(worker, "decode_audio", replaced)
+    last = messages(clip)[-1]
+    assert isinstance(last, Failed)
+    assert "video and audio of 'a' changed while" in last.message
+
+
+def test_files_that_stay_are_no_failure(clip: Clip) -> None:
+    assert isinstance(messages(clip)[-1], Done)
+
+
+def test_rehash_notices_labels_edited_with_size_and_time_kept(clip: Clip, tmp_path: Path) -> None:
+    assert clip.labels is not None
+    command = ["extract", str(clip.labels.parent), "--out", str(tmp_path / "cache"), *NOTHING]
+    assert main(command) == 0
+    before = clip.labels.stat()
+    clip.labels.write_text(clip.labels.read_text().replace("0.1,0.1", "0.9,0.9"))
+    os.utime(clip.labels, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert main(command) == 0
+    assert open_cache(tmp_path / "cache").read("labels", "a").value[0, 0] == np.float32(0.1)
+    assert main([*command, "--rehash"]) == 0
+    assert open_cache(tmp_path / "cache").read("labels", "a").value[0, 0] == np.float32(0.9)
+
+
+def test_rehash_notices_crops_replaced_by_others_of_the_same_size(tiny_pair: tuple, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_video(root / "a.mp4", np.arange(25) / 25, sound=0.0)
+    folder = tmp_path / "crops"
+    folder.mkdir()
+    for number in range(1, 26):
+        Image.fromarray(np.full((112, 112, 3), 90, np.uint8)).save(folder / f"{number:05d}.png", compress_level=0)
+    dataset = open_dataset(root, "videos")
+    with_crops = type(dataset)(
+        root, "videos", tuple(Clip(c.id, None, c.id, c.video, c.video, (folder,)) for c in dataset.clips)
+    )
+    out = tmp_path / "cache"
+    assert run(with_crops, out, tiny_pair).extracted == 1
+    for path in folder.iterdir():
+        Image.fromarray(np.zeros((112, 112, 3), np.uint8)).save(path, compress_level=0)
+    assert run(with_crops, out, tiny_pair).done == 1, "names and sizes agree"
+    assert run(with_crops, out, tiny_pair, rehash=True).changed == 1
+    assert run(with_crops, out, tiny_pair, rehash=True).done == 1

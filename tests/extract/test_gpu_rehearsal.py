@@ -1,0 +1,141 @@
+"""Extraction's batchers on a pretended GPU: no hidden wait, no mixed devices, and batches that overlap.
+
+FakeTensorMode runs shapes and devices without a GPU. What makes the host wait for the device (`.item()`, `nonzero`,
+a blocking copy to the host) fails here. The torch face detector is not rehearsed: its caller waits for its answer.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vaflow.encoders import build_encoder
+from vaflow.extract.batching import FixedBatcher, make_encoders
+from vaflow.extract.config import ExtractConfig
+
+CUDA = torch.device("cuda")
+
+
+class NoBlockingCopies(TorchDispatchMode):
+    """Raises where a copy between devices blocks the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default:
+            self.check(args[0].device, result.device, kwargs.get("non_blocking", False))
+        elif func is torch.ops.aten.copy_.default:
+            self.check(args[1].device, args[0].device, args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+        return result
+
+    @staticmethod
+    def check(source: torch.device, target: torch.device, non_blocking: bool) -> None:
+        if source.type != target.type and not non_blocking:
+            raise AssertionError(f"a blocking copy from {source} to {target}")
+
+
+class Event:
+    """A CUDA event that writes down when it is recorded and when it is waited for."""
+
+    log: list[tuple[str, int]]
+    made = 0
+
+    def __init__(self, **_: object) -> None:
+        self.number = Event.made
+        Event.made += 1
+
+    def record(self, stream: object = None) -> None:
+        Event.log.append(("record", self.number))
+
+    def synchronize(self) -> None:
+        Event.log.append(("wait", self.number))
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 1.0
+
+
+def move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """`Module.to` without swapping parameters, which tensors of shapes only do not allow."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                part._parameters[name] = torch.nn.Parameter(value.detach().to(device, dtype), requires_grad=False)
+        for name, value in part._buffers.items():
+            if value is not None:
+                part._buffers[name] = value.to(device)
+    return module
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors of shapes only, on a device named cuda; pinned memory, streams and events are stand-ins."""
+    Event.log, Event.made = [], 0
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    monkeypatch.setattr(FakeTensor, "numpy", lambda self: np.zeros(self.shape, np.float32), raising=False)
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("visual", "audio", "shape", "dtype"),
+    [("clip-tiny", None, (224, 224, 3), np.uint8), (None, "ast-tiny", (998, 128), np.float32)],
+)
+def test_an_encoder_runs_without_a_hidden_wait(
+    pretended_gpu: None, visual: str | None, audio: str | None, shape: tuple[int, ...], dtype: type
+) -> None:
+    built = build_encoder(visual or audio or "", device="cuda")
+    config = ExtractConfig(
+        visual=(visual,) if visual else (), audio=(audio,) if audio else (), image_batch=2, window_batch=2
+    )
+    encoders = make_encoders(config, CUDA, [built] if visual else [], [built] if audio else [])  # type: ignore[list-item]
+    (batcher,) = encoders.batchers.values()
+    results: list[Any] = []
+    with NoBlockingCopies():
+        for _ in range(5):
+            batcher.add(np.zeros(shape, dtype), results.append)
+        batcher.flush()
+    assert len(results) == 5
+
+
+def test_a_batch_is_waited_for_only_after_the_next_one_is_launched(pretended_gpu: None) -> None:
+    batcher = FixedBatcher(lambda batch: batch.float() * 2, 1, CUDA)
+    delivered: list[int] = []
+    for number in range(3):
+        batcher.add(np.zeros(4, np.uint8), lambda _, number=number: delivered.append(number))
+        assert delivered == list(range(number)), "the batch that was just launched is still in flight"
+    batcher.flush()
+    assert delivered == [0, 1, 2]
+    first_end, second_end = 1, 3  # every batch records an event before and one behind its copy
+    waits = [number for kind, number in Event.log if kind == "wait"]
+    assert Event.log.index(("record", second_end)) < Event.log.index(("wait", first_end))
+    assert waits == [first_end, second_end, 5]
+
+
+@pytest.mark.parametrize(
+    ("encode", "error"),
+    [
+        (lambda batch: batch.float() * batch.sum().item(), DataDependentOutputException),
+        (lambda batch: batch.float()[batch.nonzero()[:, 0]], DynamicOutputShapeException),
+        (lambda batch: batch.float() + torch.ones(4), RuntimeError),
+        (lambda batch: batch.cpu().float(), AssertionError),
+        (lambda batch: batch + torch.arange(4).to(CUDA), AssertionError),
+    ],
+    ids=["item", "nonzero", "mixed devices", "copy to the host", "table copied at every call"],
+)
+def test_hidden_waits_and_mixed_devices_are_noticed(pretended_gpu: None, encode: Any, error: type) -> None:
+    batcher = FixedBatcher(partial(encode), 2, CUDA)
+    with pytest.raises(error), NoBlockingCopies():
+        for _ in range(2):
+            batcher.add(np.zeros(4, np.uint8), lambda _: None)

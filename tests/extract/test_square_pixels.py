@@ -1,0 +1,65 @@
+"""Video with pixels that are not square is read in its display shape, so that faces keep theirs."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from vaflow.extract.faces import CenterFace
+from vaflow.extract.video import frame_times, frames_at, probe
+
+FRAMES = 16
+
+
+def squeezed(source: Path, path: Path, aspect: Fraction, in_container: bool) -> Path:
+    """The first frames of a clip, stored `aspect` times narrower and declared to have pixels of that aspect."""
+    with av.open(str(source)) as read, av.open(str(path), "w") as written:
+        stream = written.add_stream("libx264", rate=25, options={"crf": "12"})
+        for number, frame in enumerate(read.decode(video=0)):
+            if number == FRAMES:
+                break
+            width, height = round(frame.width / aspect) // 2 * 2, frame.height
+            if number == 0:
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                stream.codec_context.sample_aspect_ratio = aspect
+                if in_container:
+                    stream.sample_aspect_ratio = aspect
+            small = frame.reformat(width, height, "yuv420p")
+            small.pts, small.time_base = number, Fraction(1, 25)
+            written.mux(stream.encode(small))
+        written.mux(stream.encode(None))
+    return path
+
+
+def face_count(path: Path) -> int:
+    times = frame_times(path)
+    detector = CenterFace()
+    return sum(bool(detector.detect(image)) for _, image in frames_at(path, np.arange(len(times)), times))
+
+
+@pytest.mark.parametrize(("name", "in_container"), [("clip.mp4", True), ("clip.ts", False)])
+@pytest.mark.parametrize("aspect", [Fraction(4, 3), Fraction(2)])
+def test_faces_are_detected_at_any_pixel_aspect(
+    clips: Path, tmp_path: Path, aspect: Fraction, name: str, in_container: bool
+) -> None:
+    path = squeezed(clips / "obama.mp4", tmp_path / name, aspect, in_container)
+    info = probe(path).video
+    original = probe(clips / "obama.mp4").video
+    assert info is not None
+    assert original is not None
+    assert info.pixel_aspect == aspect
+    assert abs(info.width - original.width) <= 2 * aspect
+    assert face_count(path) == FRAMES
+
+
+def test_tall_pixels_are_stretched_in_height(clips: Path, tmp_path: Path) -> None:
+    path = squeezed(clips / "obama.mp4", tmp_path / "tall.mp4", Fraction(1, 2), True)
+    (image,) = (image for _, image in frames_at(path, np.array([0]), frame_times(path)))
+    info = probe(path).video
+    assert info is not None
+    assert image.shape[:2] == (info.height, info.width)
+    original = probe(clips / "obama.mp4").video
+    assert original is not None
+    assert info.height == 2 * original.height
