@@ -1,29 +1,23 @@
-"""Stage one as a whole: plan -> run -> summary, whichever engine runs it."""
+"""Stage one: encode a data set into a cache, with the local engine or on a Ray cluster."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from vaflow.cache import Cache, create_cache
-from vaflow.cache.schema import StreamInfo
+from vaflow.cache import create_cache
 from vaflow.datasets import Dataset
-from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.encoders.prompts import load_prompts
 from vaflow.errors import UsageError, VaflowError, explain
-from vaflow.extract.batching import compile_network, make_encoders
+from vaflow.extract.batching import make_encoders
 from vaflow.extract.config import ENGINES, ExtractConfig, Shard, default_workers
-from vaflow.extract.failures import FailureLog
+from vaflow.extract.engine import build_encoders, carry_out, prepare
 from vaflow.extract.nvdec import require_nvdec
-from vaflow.extract.plan import Task, make_plan
-from vaflow.extract.prompts import write_prompts
+from vaflow.extract.plan import Task
 from vaflow.extract.run import Run
-from vaflow.extract.streams import stream_infos
 from vaflow.extract.summary import Books, Summary
 
-__all__ = ["Summary", "build_encoders", "carry_out", "extract", "extract_with", "prepare", "resolve_device"]
+__all__ = ["Summary", "extract", "extract_with", "resolve_device"]
 
 
 def extract(
@@ -109,45 +103,6 @@ def extract_with(
     return carry_out(cache, infos, dataset, shard or Shard(), work, rehash=rehash, show_progress=show_progress)
 
 
-def prepare(
-    cache: Cache, config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]
-) -> dict[str, StreamInfo]:
-    """Declare every stream, and embed the prompts: what must stand before the first item. Done once or often.
-
-    Raises:
-        FingerprintError: a stream in the cache was made with other settings.
-    """
-    infos = stream_infos(config, visual, audio)
-    for info in infos.values():
-        cache.declare(info)
-    write_prompts(cache, load_prompts(config.prompts), visual)
-    return infos
-
-
-def carry_out(
-    cache: Cache,
-    infos: dict[str, StreamInfo],
-    dataset: Dataset,
-    shard: Shard,
-    work: Callable[[Sequence[Task], Books], None],
-    *,
-    rehash: bool = False,
-    show_progress: bool = False,
-) -> Summary:
-    """Plan, have the tasks worked off, sum up. `work` tells the books what comes of every task."""
-    began = time.perf_counter()
-    plan = make_plan(cache, infos, dataset.clips, shard, rehash=rehash)
-    log = FailureLog(cache.path / f"failures{shard.suffix}.jsonl")
-    summary = Summary(done=plan.done, changed=plan.changed, failures=log.failures)
-    summary.failures_file = cache.layout.named(log.path)
-    with cache.indexed():
-        if plan.tasks:
-            with Books(summary, log, len(plan.tasks), show_progress=show_progress) as books:
-                work(plan.tasks, books)
-    summary.wall_seconds = time.perf_counter() - began
-    return summary
-
-
 def resolve_device(name: str) -> torch.device:
     """ "auto" -> the first GPU if there is one, else the CPU.
 
@@ -160,22 +115,3 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise VaflowError(explain("No GPU is available", expected="a CUDA device", got=name, remedy="Use --device cpu"))
     return device
-
-
-def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[VisualEncoder], list[AudioEncoder]]:
-    """Build every encoder named in the settings, visual ones and audio ones.
-
-    Raises:
-        WeightsError: weights are missing or do not fit.
-        VaflowError: they are to be compiled, and this machine cannot.
-    """
-    built = [
-        build_encoder(name, weights=config.weights.get(name), device=str(device), precision=config.precision)
-        for name in config.encoders
-    ]
-    if config.compile:
-        for encoder in built:
-            compile_network(encoder)
-    visual = [encoder for encoder in built if encoder.kind == "visual"]
-    audio = [encoder for encoder in built if encoder.kind == "audio"]
-    return visual, audio  # type: ignore[return-value]

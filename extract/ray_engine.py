@@ -24,8 +24,8 @@ from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.extract.engine import carry_out
 from vaflow.extract.failures import Failure
-from vaflow.extract.pipeline import carry_out
 from vaflow.extract.plan import Task, make_plan
 from vaflow.extract.ray_node import Member, Prepared, Report
 from vaflow.extract.summary import Books, Extracted, Summary
@@ -38,7 +38,9 @@ ATTEMPTS = 3  # of an item whose member died: the first one, and two by itself
 STILLBORN = 3  # members in a row that died before they were ready: then something is wrong with all of them
 LOOK_SECONDS = 10.0  # between looks for nodes that have joined
 HINT_SECONDS = 60.0  # without any member: say what is being waited for
-# No banner, no usage report, and no cluster's log lines on standard output, which is ours. What a user has set stays.
+# Ray started by this process listens on this machine only: its ports execute code for anyone who can reach them.
+LOOPBACK = {"_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1", "include_dashboard": False}
+# No banner, no usage report, no log lines of the cluster on standard output. Variables that the user has set are kept.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
@@ -112,17 +114,23 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
         return
     ours = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
+    settings: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},  # as `vaflow.cli` does for this process
+    }
     try:
-        ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},  # as `vaflow.cli` does for this process
-        )
+        if address is None and "RAY_ADDRESS" not in os.environ:
+            try:
+                ray.init(address="auto", **settings)
+            except ConnectionError:  # this machine runs no cluster
+                address = "local"
+        if not ray.is_initialized():
+            ray.init(address=address, **settings, **(LOOPBACK if address == "local" else {}))
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-        remedy = "Start a cluster with `ray start --head` and join it with --ray-address HOST:PORT, or say local"
-        raise UsageError(explain(f"Ray cannot be reached at {where}", got=error, remedy=remedy)) from error
+        remedy = "Start a cluster with `ray start --head` and join it with --ray-address HOST:PORT, or use local"
+        raise UsageError(explain(f"Cannot reach Ray at {where}", got=error, remedy=remedy)) from error
     if ours:
         signal.signal(signal.SIGTERM, before)  # Ray has put its own there
     try:

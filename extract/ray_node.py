@@ -12,8 +12,9 @@ from vaflow.cache.schema import StreamInfo
 from vaflow.errors import VaflowError
 from vaflow.extract.batching import Encoders, make_encoders
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.engine import build_encoders, prepare
 from vaflow.extract.nvdec import require_nvdec
-from vaflow.extract.pipeline import build_encoders, prepare, resolve_device
+from vaflow.extract.pipeline import resolve_device
 from vaflow.extract.plan import Task
 from vaflow.extract.run import Run
 from vaflow.extract.summary import Outcome

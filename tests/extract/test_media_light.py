@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-MODULES = ("media", "audio", "crops", "faces", "faces.asking", "identity")
+MODULES = ("video", "audio", "image_folders", "faces", "faces.detection", "sources", "worker")
 HEAVY = ("torch", "cv2", "transformers", "open_clip", "matplotlib", "scipy")
 
 

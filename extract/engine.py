@@ -1,0 +1,78 @@
+"""Steps of an extraction that every engine shares: encoders, streams, plan, summary."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vaflow.cache import Cache
+from vaflow.cache.schema import StreamInfo
+from vaflow.datasets import Dataset
+from vaflow.encoders import build_encoder
+from vaflow.encoders.base import AudioEncoder, VisualEncoder
+from vaflow.encoders.prompts import load_prompts
+from vaflow.extract.batching import compile_network
+from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.extract.failures import FailureLog
+from vaflow.extract.plan import Task, make_plan
+from vaflow.extract.prompts import write_prompts
+from vaflow.extract.streams import stream_infos
+from vaflow.extract.summary import Books, Summary
+
+
+def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[VisualEncoder], list[AudioEncoder]]:
+    """Build every encoder named in the settings: visual ones, audio ones.
+
+    Raises:
+        WeightsError: weights are missing or do not fit.
+        VaflowError: the settings ask for compiled encoders, and this machine cannot compile.
+    """
+    built = [
+        build_encoder(name, weights=config.weights.get(name), device=str(device), precision=config.precision)
+        for name in config.encoders
+    ]
+    if config.compile:
+        for encoder in built:
+            compile_network(encoder)
+    visual = [encoder for encoder in built if encoder.kind == "visual"]
+    audio = [encoder for encoder in built if encoder.kind == "audio"]
+    return visual, audio  # type: ignore[return-value]
+
+
+def prepare(
+    cache: Cache, config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]
+) -> dict[str, StreamInfo]:
+    """Declare every stream and embed the prompts; repeating it changes nothing. Returns the streams by name.
+
+    Raises:
+        FingerprintError: a stream in the cache was made with other settings.
+    """
+    infos = stream_infos(config, visual, audio)
+    for info in infos.values():
+        cache.declare(info)
+    write_prompts(cache, load_prompts(config.prompts), visual)
+    return infos
+
+
+def carry_out(
+    cache: Cache,
+    infos: dict[str, StreamInfo],
+    dataset: Dataset,
+    shard: Shard,
+    work: Callable[[Sequence[Task], Books], None],
+    *,
+    rehash: bool = False,
+    show_progress: bool = False,
+) -> Summary:
+    """Plan the extraction, call `work` with its tasks, sum up. `work` reports each outcome to the books."""
+    began = time.perf_counter()
+    plan = make_plan(cache, infos, dataset.clips, shard, rehash=rehash)
+    log = FailureLog(cache.path / f"failures{shard.suffix}.jsonl")
+    summary = Summary(done=plan.done, changed=plan.changed, failures=log.failures)
+    summary.failures_file = cache.layout.named(log.path)
+    with cache.indexed():
+        if plan.tasks:
+            with Books(summary, log, len(plan.tasks), show_progress=show_progress) as books:
+                work(plan.tasks, books)
+    summary.wall_seconds = time.perf_counter() - began
+    return summary
