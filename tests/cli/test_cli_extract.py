@@ -30,7 +30,7 @@ def test_broken_clips_are_listed_and_the_others_extracted(tmp_path: Path, capsys
 
     found = failures(out)
     assert found["novideo"]["stage"] == "open"
-    assert "No video" in found["novideo"]["message"]
+    assert "has no video" in found["novideo"]["message"]
     for name in ("text", "cut", "cutfront"):
         assert found[name]["error"] == "MediaError"
         assert f"{name}.mp4" in found[name]["message"]

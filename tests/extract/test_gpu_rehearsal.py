@@ -70,9 +70,9 @@ def move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> t
         for name, value in part._parameters.items():
             if value is not None:
                 part._parameters[name] = torch.nn.Parameter(value.detach().to(device, dtype), requires_grad=False)
-        for name, value in part._buffers.items():
-            if value is not None:
-                part._buffers[name] = value.to(device)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to(device)
     return module
 
 
@@ -120,8 +120,12 @@ def test_an_encoder_runs_without_a_hidden_wait(
 def test_a_batch_is_waited_for_only_after_the_next_one_is_launched(pretended_gpu: None) -> None:
     batcher = FixedBatcher(lambda batch: batch.float() * 2, 1, CUDA)
     delivered: list[int] = []
+
+    def record(number: int, _: object) -> None:
+        delivered.append(number)
+
     for number in range(3):
-        batcher.add(np.zeros(4, np.uint8), lambda _, number=number: delivered.append(number))
+        batcher.add(np.zeros(4, np.uint8), partial(record, number))
         assert delivered == list(range(number)), "the batch that was just launched is still in flight"
     batcher.flush()
     assert delivered == [0, 1, 2]
