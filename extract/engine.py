@@ -13,11 +13,11 @@ from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.prompts import load_prompts
 from vaflow.extract.batching import compile_network
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.failures import FailureLog
 from vaflow.extract.plan import Task, make_plan
 from vaflow.extract.prompts import write_prompts
 from vaflow.extract.streams import stream_infos
 from vaflow.extract.summary import Books, Summary
+from vaflow.failures import FailureLog
 
 
 def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[VisualEncoder], list[AudioEncoder]]:

@@ -7,8 +7,9 @@ import torch
 
 from vaflow.cache import create_cache
 from vaflow.datasets import Dataset
+from vaflow.device import choose_device
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.errors import UsageError, VaflowError, explain
+from vaflow.errors import UsageError, explain
 from vaflow.extract.batching import make_encoders
 from vaflow.extract.config import ENGINES, ExtractConfig, Shard, default_workers
 from vaflow.extract.engine import build_encoders, carry_out, prepare
@@ -17,7 +18,7 @@ from vaflow.extract.plan import Task
 from vaflow.extract.run import Run
 from vaflow.extract.summary import Books, Summary
 
-__all__ = ["Summary", "extract", "extract_with", "resolve_device"]
+__all__ = ["Summary", "extract", "extract_with"]
 
 
 def extract(
@@ -60,7 +61,7 @@ def extract(
             address=ray_address,
             show_progress=show_progress,
         )
-    device = resolve_device(config.device)
+    device = choose_device(config.device)
     if config.decoder == "nvdec":
         require_nvdec(str(device))
     visual, audio = build_encoders(config, device)
@@ -101,17 +102,3 @@ def extract_with(
         Run(cache, config, infos, encoders, min(workers, len(tasks)), books).run(tasks)
 
     return carry_out(cache, infos, dataset, shard or Shard(), work, rehash=rehash, show_progress=show_progress)
-
-
-def resolve_device(name: str) -> torch.device:
-    """ "auto" -> the first GPU if there is one, else the CPU.
-
-    Raises:
-        VaflowError: a GPU was named that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise VaflowError(explain("No GPU is available", expected="a CUDA device", got=name, remedy="Use --device cpu"))
-    return device

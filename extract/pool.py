@@ -3,23 +3,20 @@
 A function applied to many things in decoding processes: whatever a file does to one of them costs that one thing.
 """
 
-import multiprocessing
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from vaflow.errors import VaflowError
 from vaflow.extract.config import ExtractConfig, default_workers, too_much_memory
 from vaflow.extract.messages import Alive, Detect, Detected, Done, Failed, Job, Message
 from vaflow.extract.worker import serve
+from vaflow.process import ChildProcess
 
 QUEUED_MESSAGES = 64  # of at most a crop or a second of sound each: what bounds memory between decoding and encoding
 POLL_SECONDS = 0.2
@@ -27,49 +24,41 @@ ITEM_TIMEOUT = ExtractConfig.item_timeout
 STARTING = 60.0  # seconds: the least that a new process is given for its first sign of life
 _LONGEST_TURN = 2.0  # seconds: what is longer was our own waiting, or a program that was stopped and went on
 
-_TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM)  # what a terminal or a scheduler sends to workers, too
-
 Work = Callable[[Any, Callable[[Any], None]], None]  # what is done with a job, sending messages
 
 
 class _Worker:
-    """One process, its pipe, and the job it is at. One thread reads the pipe; another one may answer on it.
+    """A decoding process and the job it works on. One thread reads the pipe; another one may answer on it.
 
-    `quiet`: seconds for which nothing came although we listened. `asks`: it waits for an answer of ours.
+    Attributes:
+        silence: seconds without a message while we listened.
+        heard: whether any message came; waiting: whether it waits for an answer of ours.
     """
 
     def __init__(self, work: Work | None) -> None:
-        context = multiprocessing.get_context("spawn")  # fork would copy the threads' locks of torch and FFmpeg
-        ours, theirs = context.Pipe()
-        self.pipe: Connection = ours
-        args = (theirs,) if work is None else (theirs, work)
-        self.process: BaseProcess = context.Process(target=serve, args=args, daemon=True)
-        resource_tracker.ensure_running()  # where a process starts it, it unblocks what is blocked here
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)  # inherited: ours to handle, from its start on
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
+        self.process = ChildProcess(serve, () if work is None else (work,), name="vaflow-decode")
+        self.pipe = self.process.pipe
         self.job: Job | None = None
-        self.quiet = 0.0
-        self.heard = self.asks = False
-        self._open = threading.Lock()  # held while it is answered: the pipe is not closed, nor its number used again
+        self.silence = 0.0
+        self.heard = self.waiting = False
+        self._open = threading.Lock()  # held while answering: the pipe is not closed, nor its number used again
+
+    @property
+    def number(self) -> int:
+        return self.job.number if self.job else -1
 
     def give(self, job: Job) -> None:
-        self.job, self.quiet = job, 0.0
+        self.job, self.silence = job, 0.0
         self.pipe.send(job)
 
     def answer(self, answer: Detected) -> None:
-        self.quiet, self.asks = 0.0, False
-        with self._open, suppress(OSError):  # it has died meanwhile: whoever reads its pipe will see
+        self.silence, self.waiting = 0.0, False
+        with self._open, suppress(OSError):  # a process that died is noticed where its pipe is read
             self.pipe.send(answer)
 
     def stop(self) -> None:
-        if self.process.is_alive():
-            self.process.kill()  # it holds nothing that must be tidied up, and does not listen to gentler signals
-        self.process.join()
-        with self._open:  # whoever stood in `send` was let go when the process ended
+        self.process.kill()
+        with self._open:  # a thread that stood in `send` returned when the process ended
             self.pipe.close()
 
 
@@ -148,7 +137,7 @@ class WorkerPool:
             turn, before = min(now - before, _LONGEST_TURN), now
             for worker in pipes.values():
                 if worker in ready:
-                    worker.quiet, worker.heard = 0.0, True
+                    worker.silence, worker.heard = 0.0, True
                     self._take(worker, workers)
                 else:
                     self._wait_for(worker, turn, workers)
@@ -164,18 +153,18 @@ class WorkerPool:
         if isinstance(message, Alive):
             return
         if isinstance(message, Detect) and message.last:
-            worker.asks = True
+            worker.waiting = True
             self._asking[message.job] = worker
         self._put(message)
         if isinstance(message, Done | Failed):
             self._next(worker, workers)
 
     def _wait_for(self, worker: _Worker, seconds: float, workers: list[_Worker]) -> None:
-        if worker.asks:
+        if worker.waiting:
             return
-        worker.quiet += seconds
+        worker.silence += seconds
         patience = self._timeout if worker.heard else max(self._timeout, STARTING)
-        if self._timeout and worker.quiet >= patience:
+        if self._timeout and worker.silence >= patience:
             self._lose(worker, workers, _hang(worker))
 
     def _lose(self, worker: _Worker, workers: list[_Worker], message: Failed) -> None:
@@ -208,30 +197,24 @@ class WorkerPool:
 
 
 def _death(worker: _Worker) -> Failed:
-    code = worker.process.exitcode or 0
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return Failed(
-        _number(worker),
+        worker.number,
         "worker",
         "WorkerDied",
-        f"The decoding process died ({how}) while it read this clip; other clips went on. "
+        f"The decoding process died ({worker.process.ending}) while it read this clip; other clips went on. "
         "A crash inside a decoder or too little memory are the usual causes: run again to retry.",
     )
 
 
 def _hang(worker: _Worker) -> Failed:
     return Failed(
-        _number(worker),
+        worker.number,
         "worker",
         "WorkerHung",
-        f"The decoding process gave no sign of life for {worker.quiet:.0f} s while it read this clip, and was ended; "
+        f"The decoding process gave no sign of life for {worker.silence:.0f} s while it read this clip, and was ended; "
         "other clips went on. A damaged file or a disk that does not answer are the usual causes: look at the file, "
         "or run again with a longer --item-timeout.",
     )
-
-
-def _number(worker: _Worker) -> int:
-    return worker.job.number if worker.job else -1
 
 
 Thing = TypeVar("Thing")

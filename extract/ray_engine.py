@@ -25,10 +25,10 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.engine import carry_out
-from vaflow.extract.failures import Failure
 from vaflow.extract.plan import Task, make_plan
 from vaflow.extract.ray_node import Member, Prepared, Report
 from vaflow.extract.summary import Books, Extracted, Summary
+from vaflow.failures import Failure
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +282,7 @@ class Team:
                 self._suspects.append(left[0])
             else:
                 message = f"The Ray actor that worked on this item died {ATTEMPTS} times ({why}); run again to retry."
-                self._take(Failure(item, "worker", "ActorDied", message, lost.clip.split))
+                self._take(Failure(item, "worker", "ActorDied", message, {"split": lost.clip.split}))
 
     # -- what they do ----------------------------------------------------------------------------------------------
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.schema import StreamInfo
+from vaflow.device import choose_device
 from vaflow.errors import VaflowError
 from vaflow.extract.batching import Encoders, make_encoders
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.engine import build_encoders, prepare
 from vaflow.extract.nvdec import require_nvdec
-from vaflow.extract.pipeline import resolve_device
 from vaflow.extract.plan import Task
 from vaflow.extract.run import Run
 from vaflow.extract.summary import Outcome
@@ -75,7 +75,7 @@ class Member:
         """Load the encoders, declare the streams. Takes as long as that does."""
         logging.getLogger("vaflow").addHandler(self._notes)
         try:
-            device = resolve_device(self._config.device)
+            device = choose_device(self._config.device)
             if self._config.decoder == "nvdec":
                 require_nvdec(str(device))
             visual, audio = build_encoders(self._config, device)

@@ -22,7 +22,6 @@ from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces.detection_torch import ASKED
-from vaflow.extract.failures import Failure
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
 from vaflow.extract.nvdec import check_parity
 from vaflow.extract.plan import Task
@@ -30,6 +29,7 @@ from vaflow.extract.pool import WorkerPool
 from vaflow.extract.profile import COMMITTING, DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, WAITING_FOR_WRITER, Profile
 from vaflow.extract.streams import provenance, source_of
 from vaflow.extract.summary import Extracted, Outcome
+from vaflow.failures import Failure
 
 PENDING_COMMITS = 4
 FACTS_OF = {"labels": "labels", "logmel": "audio", "audio": "audio", "visual": "visual", "pixels": "visual"}
@@ -186,7 +186,7 @@ class Run:
         self._asked.pop(failed.job, None)
         clip = self._open.pop(failed.job, None)
         task = clip.task if clip is not None else self._tasks.pop(failed.job)
-        self._ledger.take(Failure(task.clip.id, failed.stage, failed.error, failed.message, task.clip.split))
+        self._ledger.take(Failure(task.clip.id, failed.stage, failed.error, failed.message, {"split": task.clip.split}))
 
     def _commit_complete(self) -> None:
         for number in [n for n, clip in self._open.items() if clip.complete]:
@@ -217,7 +217,8 @@ class Run:
                 with self._profile.measure(COMMITTING):
                     self._cache.write(name, task.clip.id, clip.arrays[name], source=source, meta=meta)
         except DataError as error:  # not finite, say; a cache that cannot be written to ends the run instead
-            self._ledger.take(Failure(task.clip.id, "commit", type(error).__name__, str(error), task.clip.split))
+            split = {"split": task.clip.split}
+            self._ledger.take(Failure(task.clip.id, "commit", type(error).__name__, str(error), split))
         else:
             self._ledger.take(Extracted(task.clip.id, clip.duration))
         finally:

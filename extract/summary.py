@@ -8,7 +8,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from vaflow.extract.failures import Failure, FailureLog
+from vaflow.failures import Failure, FailureLog
 
 
 @dataclass

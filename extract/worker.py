@@ -4,10 +4,6 @@ The pipe to the pipeline provides back-pressure: it holds little, so a worker th
 """
 
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -61,10 +57,7 @@ def serve(pipe: Connection, work: "Callable[[Any, Callable[[Any], None]], None] 
         pipe: to the pool.
         work: called with each job and the function that sends its messages; by default `run_job`.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the parent handles them
-        signal.signal(number, signal.SIG_IGN)
     limit_memory()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):  # the parent was killed
         while (job := pipe.recv()) is not None:
             pipe.send(Alive(job.number))
@@ -78,14 +71,6 @@ def _ask(pipe: Connection, job: int, images: Sequence[Image]) -> Sequence[Cells]
         pipe.send(Detect(job, image, number == len(images)))
     answer: Detected = pipe.recv()
     return answer.cells
-
-
-def _end_with_parent() -> None:
-    """Exit if the parent dies, so that no orphan keeps decoding: a long video without faces sends nothing for hours."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _nobody_to_ask(job: int, images: Sequence[Image]) -> Sequence[Cells]:

@@ -93,11 +93,11 @@ class Bench:
 
 def _bench(options: argparse.Namespace, data: Path, folder: Path) -> Bench:
     from vaflow.datasets import open_dataset
+    from vaflow.device import choose_device
     from vaflow.extract.batching import compile_network
     from vaflow.extract.config import ExtractConfig
-    from vaflow.extract.pipeline import resolve_device
 
-    device = resolve_device(options.device)
+    device = choose_device(options.device)
     visual, audio = _encoders(options.size, options.device, options.precision, folder)
     plain = _encoders(options.size, options.device, "float32", folder)
     if options.compile:

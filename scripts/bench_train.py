@@ -19,8 +19,9 @@ import torch
 
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.schema import LABELS, Array, StreamInfo
+from vaflow.device import choose_device
 from vaflow.timeline import Grid
-from vaflow.train.builder import build_model, choose_device
+from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.inputs import resolve

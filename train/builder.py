@@ -90,18 +90,3 @@ def build_model(
         context=context,
         targets=targets,
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that a setting means; "auto" is the first GPU, where there is one.
-
-    Raises:
-        UsageError: a GPU is asked for and there is none of that number.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(explain("That GPU is not there", expected=f"one of {count} GPUs, or cpu", got=name))
-    return device

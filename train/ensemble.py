@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache import Cache, open_cache
+from vaflow.device import choose_device
 from vaflow.errors import CorruptError, DataError, UsageError, explain
+from vaflow.files import write_file
 from vaflow.timeline import Floats
-from vaflow.train.builder import choose_device
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces, write_predictions
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import Maker, write_sources
 from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, RunRecord, load_run, require_record
-from vaflow.train.storage import write_whole
 from vaflow.train.training import read_for
 from vaflow.train.windows import ClipRows
 
@@ -197,7 +197,7 @@ def ensemble_runs(
     report["ensemble"] = {"runs": len(runs), "weights": how, "weights_split": found_on}
     if found_on == split and how == "search":
         report["warnings"].append("the weights were found on the split that they are scored on")
-    write_whole(folder.path / ENSEMBLE_FILE, (json.dumps(asdict(ensemble), indent=2) + "\n").encode())
+    write_file(folder.path / ENSEMBLE_FILE, (json.dumps(asdict(ensemble), indent=2) + "\n"))
     write_predictions(folder.predictions(split), traces)
     write_sources(folder.predictions(split), maker_of(folder.path), cache, [trace.clip.item for trace in traces])
     folder.write_metrics(report)

@@ -1,6 +1,5 @@
 """Windows -> traces at every annotated frame -> metrics (decision 13: stitched, clipped, concatenated)."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from vaflow.cache import Cache
 from vaflow.datasets.files import below
 from vaflow.errors import DataError, explain
+from vaflow.failures import read_failures
+from vaflow.files import write_file
 from vaflow.timeline import Bools, Floats, stitch
 from vaflow.train import metrics
 from vaflow.train.breakdown import Groups, Scored, by_dimension, by_group, by_intensity, plain
 from vaflow.train.folds import source_splits
 from vaflow.train.losses import region_centers
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.storage import write_whole
 from vaflow.train.targets import extra_scores, probabilities
 from vaflow.train.windows import ClipRows, WindowSet
 
@@ -119,24 +119,10 @@ def failed_items(cache: Cache, split: str, fold_splits: Sequence[str] = ()) -> l
     wanted = source_splits(split, fold_splits)
     known = set(cache.items())
     failed = set()
-    for path in sorted(cache.path.glob("failures*.jsonl")):
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            failure = _failure(line)
-            if failure is None:
-                log.warning("%s has a line that cannot be read; it is passed over", path)
-                continue
-            if failure["item"] not in known and failure.get("split", wanted[0]) in wanted:
-                failed.add(failure["item"])
+    for failure in read_failures(cache.path):
+        if failure.item not in known and failure.details.get("split", wanted[0]) in wanted:
+            failed.add(failure.item)
     return sorted(failed)
-
-
-def _failure(line: str) -> dict[str, Any] | None:
-    """One line of such a list; None for the last one of an extraction that was killed, and for what is no failure."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("item"), str) else None
 
 
 def evaluate_windows(
@@ -319,7 +305,7 @@ def label_warnings(label: Floats, valid: Bools) -> list[str]:
 def write_predictions(folder: Path, traces: Iterable[Trace]) -> None:
     """One CSV per clip, `<item>.csv`: frame (0-based), time (s), valence, arousal, and labels where there are any."""
     for trace in traces:
-        write_whole(below(folder, f"{trace.clip.item}.csv"), prediction_csv(trace).encode())
+        write_file(below(folder, f"{trace.clip.item}.csv"), prediction_csv(trace))
 
 
 def prediction_csv(trace: Trace) -> str:

@@ -15,8 +15,8 @@ from vaflow.cache import Cache, address
 from vaflow.cache.documents import canonical, fingerprint, now
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.errors import CorruptError, explain
+from vaflow.files import write_file
 from vaflow.train.runs import ENSEMBLE_FILE, RunRecord
-from vaflow.train.storage import write_whole
 
 SOURCES_FILE = "sources.json"
 
@@ -168,7 +168,7 @@ def _write(path: Path, maker: Maker, cache: Cache, files: Mapping[str, Path], me
         },
         items={item: _item(digests[file], cache, names, item, media.get(item)) for item, file in files.items()},
     )
-    write_whole(path, (json.dumps(found, default=vars, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(found, default=vars, indent=1) + "\n"))
 
 
 def _item(csv: str, cache: Cache, names: Iterable[str], item: str, media: Path | None) -> ItemSources:

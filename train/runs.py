@@ -27,6 +27,7 @@ from torch import nn
 from vaflow import __version__
 from vaflow.cache import address
 from vaflow.errors import CorruptError, UsageError, explain
+from vaflow.files import write_file
 from vaflow.train.batch import TargetSpec
 from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig, differences, merge
@@ -35,7 +36,7 @@ from vaflow.train.heads.model import EachModel, VAModel
 from vaflow.train.inputs import Inputs, InputStream
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
-from vaflow.train.storage import read_tensors, write_whole
+from vaflow.train.storage import read_tensors
 from vaflow.train.windows import WindowSet
 
 ENSEMBLE_FILE = "ensemble.json"  # in an ensemble directory: its runs and their weights
@@ -204,11 +205,11 @@ class RunFolder:
 
     def write_record(self, record: RunRecord) -> None:
         """Write `config.toml`."""
-        write_whole(self.config_file, record.to_toml().encode())
+        write_file(self.config_file, record.to_toml())
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write `metrics.json`."""
-        write_whole(self.metrics_file, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
+        write_file(self.metrics_file, (json.dumps(metrics, indent=2, allow_nan=False) + "\n"))
 
     def update_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write `metrics.json` of a finished run anew; what training said of itself stays."""
@@ -238,7 +239,7 @@ class RunFolder:
         writer = csv.DictWriter(text, list(rows[0]) if rows else ["epoch"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.history_file, text.getvalue().encode())
+        write_file(self.history_file, text.getvalue())
 
     def read_history(self) -> list[dict[str, float]]:
         """Read `history.csv`; empty where there is none. Empty fields become NaN."""

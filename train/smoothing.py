@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.errors import CorruptError, UsageError, explain
+from vaflow.files import write_file
 from vaflow.timeline import Floats, Ints
 from vaflow.train.evaluate import Trace, score
-from vaflow.train.storage import write_whole
 
 ORDER = 2  # of the polynomial; in the middle of regular frames, 3 gives the same
 WIDTHS = (0.2, 0.4, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)  # seconds that are tried, beside no smoothing
@@ -196,4 +196,4 @@ def write_smoothing(run: Path, smoothing: Smoothing | None) -> None:
     if smoothing is None:
         (run / FILE).unlink(missing_ok=True)
     else:
-        write_whole(run / FILE, (json.dumps(asdict(smoothing), indent=2) + "\n").encode())
+        write_file(run / FILE, (json.dumps(asdict(smoothing), indent=2) + "\n"))

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from vaflow.cache import Cache
+from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
-from vaflow.train.builder import choose_device
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import featureless
 from vaflow.train.runs import load_run

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.cache import Cache
+from vaflow.device import choose_device
 from vaflow.errors import DataError, UsageError, explain
+from vaflow.files import write_file
 from vaflow.timeline import Floats
-from vaflow.train.builder import choose_device
 from vaflow.train.data import load_windows
 from vaflow.train.ensemble import combine, maker_of, members_of
 from vaflow.train.evaluate import featureless
 from vaflow.train.provenance import write_sources_of_file
 from vaflow.train.runs import load_run
-from vaflow.train.storage import write_whole
 from vaflow.train.training import read_for
 
 HEADER = "image_location,valence,arousal"
@@ -136,7 +136,7 @@ def submit_run(
         traces = {t.clip.item: t.va for t in combine(said, weights) if t.clip.item not in empty}
     beyond = [row for row in rows if row.trial in traces and row.number > len(traces[row.trial]) + hold]
     _complain(rows, traces, unknown, empty, beyond)
-    write_whole(out, submission_text(rows, traces).encode())
+    write_file(out, submission_text(rows, traces))
     write_sources_of_file(out, maker_of(run), cache, items)
     held = sum(row.number > len(traces[row.trial]) for row in rows)
     return Submitted(len(rows), len(counts), held)

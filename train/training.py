@@ -14,9 +14,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaflow.cache import Cache, address
+from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
 from vaflow.train.breakdown import Groups
-from vaflow.train.builder import build_model, choose_device, open_tower
+from vaflow.train.builder import build_model, open_tower
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, score_traces, write_predictions

@@ -1,20 +1,64 @@
-"""How long a device works: a GPU runs behind the thread that gives it work, so only its own clock can tell."""
+"""The device that computes: choosing it, its float32 arithmetic, and its clock."""
 
+from __future__ import annotations
+
+import re
 import time
+from typing import TYPE_CHECKING
 
-import torch
+from vaflow.errors import UsageError, explain
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`; "auto" is the first GPU, or the CPU where there is no GPU.
+
+    Raises:
+        UsageError: the name is not "auto", "cpu" or "cuda[:N]", or there is no such GPU.
+    """
+    import torch
+
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name) is None:
+        raise UsageError(explain("Unknown device", got=name, choices=("auto", "cpu", "cuda", "cuda:N")))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        available = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
+        raise UsageError(
+            explain("This machine has no such GPU", expected=available, got=name, remedy="Use --device auto")
+        )
+    return device
+
+
+def forbid_tf32() -> None:
+    """Compute float32 as float32 on every GPU, whatever the process was set to before.
+
+    With TF32, matrix products and convolutions keep 10 bits of each factor: results then differ between GPU models by
+    more than the stated tolerance, and PyTorch allows TF32 in convolutions by default.
+    """
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 class Stopwatch:
-    """Measures what is asked of a device between its making and `stop`.
+    """Measures the seconds a device works between construction and `stop`.
 
-    On a GPU by two events in its current stream, so nothing waits; elsewhere the calling thread works itself.
+    A GPU runs behind the thread that gives it work, so two events in its current stream take the time, and nothing
+    waits. On the CPU the calling thread does the work itself.
 
     Args:
-        device: that works.
+        device: which device.
     """
 
     def __init__(self, device: torch.device) -> None:
+        import torch
+
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.current_stream(device)
@@ -24,14 +68,14 @@ class Stopwatch:
         self._ended = self._began
 
     def stop(self) -> None:
-        """The last piece of work has been asked for."""
+        """End the measurement: all work has been queued."""
         if self._events is not None:
             self._events[1].record(self._stream)
         self._ended = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Waits until the work is done."""
+        """Seconds between construction and `stop`. Waits until the work is done."""
         if self._events is None:
             return self._ended - self._began
         began, ended = self._events

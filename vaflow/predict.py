@@ -15,12 +15,13 @@ from vaflow.cache import Cache, open_cache
 from vaflow.cache.schema import LOGMEL
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.datasets.clip import Clip
+from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
-from vaflow.extract.failures import Failure, FailureLog
 from vaflow.extract.pipeline import extract
+from vaflow.failures import FAILURES, Failure, FailureLog
+from vaflow.files import write_file
 from vaflow.timeline import Floats
-from vaflow.train.builder import choose_device
 from vaflow.train.data import load_windows
 from vaflow.train.ensemble import combine, maker_of, members_of
 from vaflow.train.evaluate import Trace, prediction_csv
@@ -30,7 +31,6 @@ from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.plots import draw_trace
 from vaflow.train.provenance import write_sources
 from vaflow.train.runs import Run, RunFolder, load_run
-from vaflow.train.storage import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def predict_media(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
-    log = FailureLog(out / "failures.jsonl")
+    log = FailureLog(out / FAILURES)
     with _cache_folder(config.cache) as folder:
         summary = extract(Dataset(_root(clips), "videos", clips, ()), folder, settings, show_progress=show_progress)
         for failure in summary.failures:
@@ -253,7 +253,7 @@ def _predict(
     for trace in combine(said, weights):
         item = trace.clip.item
         csv, png = out / f"{item}.csv", out / f"{item}.png"
-        write_whole(csv, prediction_csv(trace).encode())
+        write_file(csv, prediction_csv(trace))
         draw_trace(png, trace, seen)
         predicted.append(Predicted(item, csv, png, len(trace.va), _means(trace)))
     return tuple(predicted)

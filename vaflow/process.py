@@ -1,32 +1,153 @@
-"""Signs of life from deep inside a decoder's loop, so that slow work is told apart from work that hangs.
+"""Processes: child processes of the pools, heartbeats of slow work, and the environment a process starts in.
 
-Whatever goes on step by step (packets, pictures, blocks of a file) calls `beat` at every step. In a decoding process
-somebody listens and passes it on, at most once a second; elsewhere it does nothing.
+A child process ignores the signals that a terminal or a scheduler sends to the whole group (the parent handles them)
+and exits when its parent dies, however that happens.
 """
 
+import getpass
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import parent_process, resource_tracker
+from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any
 
-SECONDS = 1.0  # between two beats that are passed on
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # sent to children, too, by a terminal or a scheduler
+BEAT_SECONDS = 1.0  # least time between two heartbeats that are passed on
 
 _listeners: list[Callable[[], None]] = []
-_last = [0.0]
+_last_beat = [0.0]
 
 
 def beat() -> None:
-    """One step was made."""
-    if _listeners and (now := time.monotonic()) - _last[0] >= SECONDS:
-        _last[0] = now
+    """Report progress from inside a long loop (packets, frames, file blocks), so that slow work is not taken for hung.
+
+    Without a listener this does nothing.
+    """
+    if _listeners and (now := time.monotonic()) - _last_beat[0] >= BEAT_SECONDS:
+        _last_beat[0] = now
         _listeners[-1]()
 
 
 @contextmanager
 def listening(listener: Callable[[], None]) -> Iterator[None]:
-    """Have `listener` called while steps are made."""
+    """Call `listener` for the heartbeats inside, at most once every `BEAT_SECONDS`."""
     _listeners.append(listener)
-    _last[0] = time.monotonic()
+    _last_beat[0] = time.monotonic()
     try:
         yield
     finally:
         _listeners.remove(listener)
+
+
+class ChildProcess:
+    """A spawned process and this side of the pipe to it.
+
+    Args:
+        target: called in the child as `target(pipe, *arguments)`; importable by name.
+        arguments: sent to the child once.
+        name: of the process, as tools list it.
+    """
+
+    def __init__(self, target: Callable[..., None], arguments: Sequence[Any] = (), *, name: str) -> None:
+        context = multiprocessing.get_context("spawn")  # fork would copy the locks of torch's and FFmpeg's threads
+        self.pipe, other = context.Pipe()
+        self._process = context.Process(target=_run_child, args=(target, other, *arguments), name=name, daemon=True)
+        try:
+            with _signals_deferred():
+                self._process.start()
+        except BaseException:
+            if self._process.pid is not None:
+                self._process.kill()
+            self.pipe.close()
+            raise
+        finally:
+            other.close()
+
+    def kill(self) -> None:
+        """End the process at once and wait for its end. The pipe stays open."""
+        if self._process.is_alive():
+            self._process.kill()  # it ignores the gentler signals and holds nothing to tidy up
+        self._process.join()
+
+    def join(self) -> None:
+        """Wait until the process has ended."""
+        self._process.join()
+
+    @property
+    def ending(self) -> str:
+        """How the process ended: "signal SIGKILL", "exit code 1"."""
+        code = self._process.exitcode or 0
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _run_child(target: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
+    for number in GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    target(pipe, *arguments)
+
+
+def _exit_with_parent() -> None:
+    """Exit when the parent dies: an orphan would go on decoding, or write into the folder of the next run."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Handle `GROUP_SIGNALS` after the block; a process that is started inside inherits them blocked.
+
+    A process whose start is interrupted half-way prints a traceback of its own.
+    """
+    received: list[int] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # only there Python runs and changes handlers
+
+        def note(number: int, _: FrameType | None) -> None:
+            received.append(number)
+
+        handlers = {number: signal.signal(number, note) for number in GROUP_SIGNALS}
+    resource_tracker.ensure_running()  # starting it inside `Process.start` would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received[:1]:
+            signal.raise_signal(number)
+
+
+def prepare_environment() -> None:
+    """Set up what libraries expect of a process; call before torch is imported. Child processes inherit it.
+
+    - Closed standard streams are opened on the null device: output is dropped, and no data file gets their numbers.
+    - A user id without a passwd entry (`docker run --user 54321`) gets a name: torch refuses to start without one.
+    - OpenMP threads sleep while they wait: spinning ones slowed our decoders down 20 times.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)
+            os.dup2(handle, number)
+            if handle != number:
+                os.close(handle)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

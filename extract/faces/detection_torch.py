@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vaflow.device import Stopwatch
-from vaflow.encoders import forbid_tf32
+from vaflow.device import Stopwatch, forbid_tf32
 from vaflow.errors import WeightsError, explain
 from vaflow.extract.faces.detection import MIN_SCORE, Cells, model_path
 from vaflow.extract.memory import InParts

@@ -18,7 +18,6 @@ from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
 from vaflow.datasets.splits import SPLITS_FILE, assign
 from vaflow.errors import DataError, UsageError, explain
-from vaflow.extract.failures import Failure, FailureLog
 from vaflow.extract.importing.feature_files import (
     TABLE,
     FeatureFile,
@@ -32,10 +31,10 @@ from vaflow.extract.importing.feature_files import (
 from vaflow.extract.importing.labels import ImportedLabels
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.extract.streams import provenance
+from vaflow.failures import FAILURES, Failure, FailureLog
 
 KINDS: tuple[Kind, ...] = ("visual", "audio")
 ENCODER = "imported"
-FAILURES_FILE = "failures.jsonl"
 
 _RESERVED = (LABELS, LOGMEL, PIXELS)
 _MANIFEST = "manifest.json"
@@ -130,7 +129,7 @@ def import_features(
     cache = _cache(out, store)
     target = ImportedLabels(cache, config.stream, config.rate, labels, splits)
     expected = _declare(cache, config, files)
-    failures = FailureLog(cache.path / FAILURES_FILE)
+    failures = FailureLog(cache.path / FAILURES)
     summary = ImportSummary(failures=failures.failures, failures_file=cache.layout.named(failures.path))
     run = _Import(cache, config, expected, target, summary)
     try:
@@ -177,7 +176,7 @@ class _Import:
                 self._summary.labelled += 1
         except (DataError, OSError, MemoryError) as error:
             split = self._labels.split(file.item)
-            failures.add(Failure(file.item, stage, type(error).__name__, str(error) or repr(error), split))
+            failures.add(Failure(file.item, stage, type(error).__name__, str(error) or repr(error), {"split": split}))
 
     def _needs_features(self, file: FeatureFile) -> bool:
         stream = self._config.stream
@@ -294,4 +293,4 @@ def _unknown_labels(
         item = name.removesuffix(TABLE)
         if name.endswith(TABLE) and name != SPLITS_FILE and item not in known:
             message = explain(f"There are labels for {item!r} and no features", expected=f"{item}.npy or {item}.csv")
-            failures.add(Failure(item, "labels", "DataError", message))
+            failures.add(Failure(item, "labels", "DataError", message, {"split": None}))

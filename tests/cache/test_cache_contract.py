@@ -297,7 +297,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, store, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vaflow.cache.files.sync_all", full)
+    monkeypatch.setattr("vaflow.files.sync_all", full)
     with pytest.raises(CacheError, match=r"No space left on device.*Make room"):
         cache.write("visual", "new", arrays(stream("visual")))
     assert leftovers(cache) == []

@@ -132,7 +132,7 @@ def test_a_killed_conversion_goes_on(tmp_path, store, other):
     code = (
         "import os, signal, sys\n"
         "from vaflow.cache import Cache, open_cache\n"
-        "from vaflow.cache import commit, files\n"
+        "from vaflow import files\n"
         "from vaflow.cache.copy import convert\n"
         "real, seen = files.sync_all, []\n"
         "def sync_all(*args):\n"
@@ -180,7 +180,7 @@ def test_damaged_items_are_listed_and_the_others_go_on(tmp_path, store, other, c
         source.write(name, item, arrays(streams[name]), meta={"split": "val"})
     assert main(args) == 0
     assert_copy(source, open_cache(tmp_path / "other"))
-    assert (tmp_path / "other" / "failures.jsonl").read_text() == ""
+    assert not (tmp_path / "other" / "failures.jsonl").exists()
     assert failed_items(open_cache(tmp_path / "other"), "val") == []
 
 
@@ -188,7 +188,10 @@ def test_items_whose_stream_file_is_lost_are_listed(tmp_path, store, other):
     source = full_cache(tmp_path / "source", store)
     source.layout.stream("visual").unlink()
     done = convert(open_cache(source.path), tmp_path / "other", other)
-    assert {(failure.stream, failure.item) for failure in done.failures} >= {("visual", "a/b"), ("visual", "é")}
+    assert {(failure.details["stream"], failure.item) for failure in done.failures} >= {
+        ("visual", "a/b"),
+        ("visual", "é"),
+    }
     assert len(done.failures) == len(ODD_NAMES)
     assert "streams/visual.json" in done.failures[0].message
     assert "visual" not in open_cache(tmp_path / "other").streams()
@@ -227,7 +230,7 @@ def test_lists_of_failed_clips_go_along(tmp_path, store, other):
     assert [json.loads(line) for line in carried] == [lost]
     source.write("labels", "lost", arrays(stream("labels")), meta={"split": "val"})
     convert(source, tmp_path / "other", other)
-    assert (copy.path / "failures-carried.jsonl").read_text() == ""
+    assert not (copy.path / "failures-carried.jsonl").exists()
 
 
 def test_a_full_disk_ends_the_run_and_says_how_to_go_on(tmp_path, store, other, monkeypatch):
@@ -237,7 +240,7 @@ def test_a_full_disk_ends_the_run_and_says_how_to_go_on(tmp_path, store, other, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(CacheError, match="run the same command again"):
-        patch.setattr("vaflow.cache.files.sync_all", full)
+        patch.setattr("vaflow.files.sync_all", full)
         convert(source, tmp_path / "other", other)
     assert convert(source, tmp_path / "other", other).failures == ()
     assert_copy(source, open_cache(tmp_path / "other"))

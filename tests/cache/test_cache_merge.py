@@ -213,7 +213,7 @@ def test_what_is_damaged_here_is_taken_from_there(tmp_path, store):
     file = sorted(parts[1].record("visual", "b").files)[0]
     (parts[1].layout.item("visual", "b") / file).unlink()
     done = merge(tmp_path / "out", parts)
-    assert [(failure.stream, failure.item) for failure in done.failures] == [("visual", "b")]
+    assert [(failure.details["stream"], failure.item) for failure in done.failures] == [("visual", "b")]
     for part in parts:
         assert str(part.path) in done.failures[0].message
     assert versions(open_cache(tmp_path / "out"), "visual") == {"a": 1, "c": 1}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cache_toys import arrays, assert_same, stream
 
-from vaflow.cache import create_cache, files, open_cache
+from vaflow.cache import create_cache, open_cache
 from vaflow.cache.schema import StoreName
 from vaflow.cache.stores import STORES
 from vaflow.cache.verify import leftovers, verify
@@ -193,32 +193,6 @@ def test_everything_is_flushed_before_the_record_appears(tmp_path, store, monkey
     assert flushed[-1].name.startswith(".tmp-")
     assert flushed[-1].parent == place.parent
     assert ("flush", place.parent) in steps[created:]
-
-
-def test_files_are_never_seen_half(tmp_path):
-    """A reader that looks all the time sees nothing, or everything."""
-    path, data = tmp_path / "record", b"x" * 2_000_000
-    seen: set[int] = set()
-    stop = threading.Event()
-
-    def look() -> None:
-        while not stop.is_set():
-            try:
-                seen.add(len(path.read_bytes()))
-            except FileNotFoundError:
-                continue
-
-    looking = threading.Thread(target=look)
-    looking.start()
-    assert files.create(path, data)
-    assert not files.create(path, b"late")
-    for _ in range(20):
-        files.replace(path, data)
-    stop.set()
-    looking.join()
-    assert seen <= {len(data)}
-    assert path.read_bytes() == data
-    assert [p.name for p in tmp_path.iterdir()] == ["record"]
 
 
 def test_threads_may_share_a_cache(tmp_path, store):

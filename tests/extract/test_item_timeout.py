@@ -18,7 +18,7 @@ from vaflow.extract import worker
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import AudioBlock, Done, Failed
 from vaflow.extract.pool import QUEUED_MESSAGES, Task, WorkerPool, call, each
-from vaflow.process import SECONDS, beat, listening
+from vaflow.process import BEAT_SECONDS, beat, listening
 
 TIMEOUT = 3.0
 Send = Callable[[Any], None]
@@ -89,7 +89,7 @@ def _refuse(_: int) -> None:
 def test_beats_are_passed_on_at_most_once_a_second() -> None:
     heard: list[float] = []
     with listening(lambda: heard.append(time.monotonic())):
-        _beat_for_long(2.5 * SECONDS)
+        _beat_for_long(2.5 * BEAT_SECONDS)
     assert 1 <= len(heard) <= 2
     beat()  # nobody listens any more
     assert len(heard) <= 2

@@ -9,8 +9,9 @@ from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 from torch import nn
 
 from vaflow.cache import Cache
+from vaflow.device import choose_device
 from vaflow.errors import CorruptError, DataError
-from vaflow.train.builder import build_model, choose_device
+from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import predict_clips, score

@@ -10,14 +10,14 @@ import torch
 from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
 from vaflow.cache import Cache
-from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError, VaflowError
+from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError
 from vaflow.train import training
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import Row
 from vaflow.train.runs import PROTOTYPES, RunFolder, RunRecord, load_run, new_record
-from vaflow.train.storage import read_tensors, write_tensors, write_whole
+from vaflow.train.storage import read_tensors, write_tensors
 from vaflow.train.training import evaluate_run, load_data, train_run
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=3, device="cpu")
@@ -233,20 +233,6 @@ def test_damaged_runs_say_so(cache: Cache, tmp_path: Path) -> None:
     folder.config_file.write_text("vaflow = ")
     with pytest.raises(CorruptError, match="cannot be read"):
         load_run(tmp_path)
-
-
-def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "file"
-    write_whole(path, b"old")
-    monkeypatch.setattr(Path, "replace", _full)
-    with pytest.raises(VaflowError, match=r"Cannot write .*No space"):
-        write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["file"]
-
-
-def _full(*args: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 def test_tensors_round_trip(tmp_path: Path) -> None:

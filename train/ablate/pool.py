@@ -5,29 +5,23 @@ One process that trains runs, one after the other, and keeps the data that the n
 
 import json
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from vaflow.cache import Cache, open_cache
+from vaflow.device import choose_device
 from vaflow.errors import VaflowError
+from vaflow.process import ChildProcess
 from vaflow.train.ablate.plan import Job, data_key
 from vaflow.train.ablate.statistics import moments_file, video_moments_of, write_moments
-from vaflow.train.builder import choose_device
 from vaflow.train.config import TrainConfig, from_toml, to_toml
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
@@ -109,8 +103,6 @@ def one_thread(level: int) -> Iterator[None]:
 
 def serve(connection: Connection, cache: Path, level: int, allow_missing: bool) -> None:
     """The process: settings and a folder in, an outcome out, both as one message of text; ends with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     runner = Runner(open_cache(cache), allow_missing=allow_missing)
     with one_thread(level):
@@ -120,14 +112,6 @@ def serve(connection: Connection, cache: Path, level: int, allow_missing: bool) 
             except EOFError:
                 return
             send(connection, asdict(runner.run(from_toml(message["config"]), Path(message["out"]))))
-
-
-def _end_with_parent() -> None:
-    """A killed parent must not leave writers behind: the next start would meet them in the same folders."""
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def send(connection: Connection, message: Mapping[str, Any]) -> None:
@@ -146,7 +130,6 @@ def receive(connection: Connection) -> dict[str, Any]:
 
 
 RUNS = "runs"  # the folder of runs below the study's
-TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM)  # what a terminal or a scheduler sends to workers, too
 
 
 @dataclass(frozen=True)
@@ -206,44 +189,12 @@ def run_jobs(
                 yield outcome
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """What a terminal or a scheduler sends waits until the end, and a process that is started inside never hears it.
-
-    A process whose start is broken off complains that it was not told what to do.
-    """
-    came: list[tuple[int, FrameType | None]] = []
-    ours = threading.current_thread() is threading.main_thread()
-    handlers = {n: signal.signal(n, lambda *what: came.append(what)) for n in TO_THE_GROUP} if ours else {}
-    resource_tracker.ensure_running()  # where a process starts it, it unblocks what is blocked here
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_GROUP)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
-        for number, _ in came[:1]:
-            signal.raise_signal(number)
-
-
 class _Worker:
     """A process of `serve` and the pipe to it."""
 
     def __init__(self, cache: Path, level: int, allow_missing: bool) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self._process: SpawnProcess = context.Process(
-            target=serve, args=(other, cache, level, allow_missing), name="vaflow-ablate", daemon=True
-        )
-        try:
-            with _undisturbed():
-                self._process.start()
-        except BaseException:
-            if self._process.pid is not None:
-                self._process.kill()
-            raise
-        other.close()
+        self._process = ChildProcess(serve, (cache, level, allow_missing), name="vaflow-ablate")
+        self.connection = self._process.pipe
         self.alive = True
 
     def __enter__(self) -> "_Worker":
@@ -252,7 +203,7 @@ class _Worker:
     def __exit__(self, *error: object) -> None:
         self.connection.close()
         if error[0] is not None:
-            self._process.kill()  # nothing is lost but its run's epoch: runs go on from their checkpoints
+            self._process.kill()  # runs resume from their checkpoints: only an epoch is lost
         self._process.join()
 
     def give(self, job: Job, folder: Path) -> None:
@@ -265,11 +216,10 @@ class _Worker:
     def take(self, job: Job) -> Outcome:
         """How the run ended, once there is something to read, be it the end of the process."""
         try:
-            message = receive(self.connection)
+            ended = receive(self.connection)
         except (EOFError, OSError):
             self.alive = False
             self._process.join()
-            code = self._process.exitcode or 0
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            return Outcome(job, Ended(error="ProcessEnded", message=f"The process of this run ended with {how}"))
-        return Outcome(job, Ended(**message))
+            message = f"The process of this run ended with {self._process.ending}"
+            return Outcome(job, Ended(error="ProcessEnded", message=message))
+        return Outcome(job, Ended(**ended))

@@ -14,10 +14,10 @@ import numpy as np
 
 from vaflow.cache import Cache
 from vaflow.errors import CorruptError, explain
+from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.metrics import DIMENSIONS, concordance_of_moments, mean_over_dimensions, video_moments
 from vaflow.train.runs import RunFolder
-from vaflow.train.storage import write_whole
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -63,7 +63,7 @@ def _moments_of_csv(path: Path) -> Floats | None:
 def write_moments(run: Path, moments: Moments) -> None:
     """Keep them beside the run."""
     document = {video: table.tolist() for video, table in moments.items()}
-    write_whole(moments_file(run), (json.dumps(document) + "\n").encode())
+    write_file(moments_file(run), (json.dumps(document) + "\n"))
 
 
 def read_moments(run: Path) -> dict[str, Floats]:

@@ -1,17 +1,17 @@
 """`vaflow ablate` as one function: plan, train what is not there, measure, write."""
 
 import fcntl
-import json
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vaflow.cache import Cache
 from vaflow.errors import UsageError, explain
+from vaflow.failures import FAILURES, Failure, write_failures
+from vaflow.files import write_file
 from vaflow.train.ablate.grid import Study
 from vaflow.train.ablate.page import html_page
 from vaflow.train.ablate.plan import Job, Options, Plan, add_command, make_plan
@@ -20,9 +20,7 @@ from vaflow.train.ablate.report import About, csv_text, markdown
 from vaflow.train.ablate.results import Results, collect
 from vaflow.train.ablate.statistics import moments_file
 from vaflow.train.runs import RunFolder
-from vaflow.train.storage import write_whole
 
-FAILURES = "failures.jsonl"
 LOCK = ".lock"
 
 OnPlan = Callable[[Plan, int], None]
@@ -44,7 +42,7 @@ class StudyResult:
     results: Results
     about: About
     files: Mapping[str, Path]
-    failures: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    failures: Sequence[Failure] = ()
     failures_file: Path | None = None
     to_add: str = ""
 
@@ -141,31 +139,28 @@ def _write(
         "html": ("results.html", html_page(results, about)),
     }
     files = {"tables": out / "tables.toml"}
-    write_whole(files["tables"], study.text.encode())
+    write_file(files["tables"], study.text)
     for kind, (name, text) in texts.items():
         files[kind] = out / name
-        write_whole(files[kind], text.encode())
+        write_file(files[kind], text)
     failures = _failures(plan, failed)
     path = out / FAILURES
-    if failures:
-        write_whole(path, "".join(json.dumps(failure) + "\n" for failure in failures).encode())
-    else:
-        path.unlink(missing_ok=True)
+    write_failures(path, failures)
     missing = [pair for entry in (*plan.entries, plan.reference) for pair in entry.missing]
     to_add = add_command(cache, missing) if missing else ""
     return StudyResult(results, about, files, failures, path if failures else None, to_add)
 
 
-def _failures(plan: Plan, failed: Mapping[str, Ended]) -> list[dict[str, Any]]:
+def _failures(plan: Plan, failed: Mapping[str, Ended]) -> list[Failure]:
     """One object per row that could not be planned, and per run that failed."""
     found = []
     for entry in (*plan.entries, plan.reference):
         place = {"table": entry.row.table, "row": entry.row.name}
         item = " / ".join(part for part in place.values() if part)
         if entry.problem:
-            found.append({"item": item, "stage": "plan", "error": entry.error, "message": entry.problem, **place})
+            found.append(Failure(item, "plan", entry.error, entry.problem, place))
         for seed, key in enumerate(entry.keys, entry.config.seed):
             if key in failed:
-                why = {"error": failed[key].error, "message": failed[key].message}
-                found.append({"item": f"{item} / seed {seed}", "stage": "train", **why, **place, "run": key})
+                run = failed[key]
+                found.append(Failure(f"{item} / seed {seed}", "train", run.error, run.message, place | {"run": key}))
     return found

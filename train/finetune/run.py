@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.cache import Cache
+from vaflow.device import choose_device
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.train import training
-from vaflow.train.builder import choose_device
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import check_complete, failed_items, predict_clips
 from vaflow.train.finetune.backbones import (

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 
-from vaflow.cache import files
+from vaflow import files
 from vaflow.cache import storage as places
 from vaflow.cache.documents import file_facts, record_document, record_from, seal, unseal
 from vaflow.cache.layout import Layout
@@ -98,5 +98,5 @@ def discard(layout: Layout, store: Store, path: Path) -> None:
     files.sync(path.parent)
     if record is not None:
         attempt = store.path(layout.item(record.stream, record.item), record.attempt)
-        if not files.behind_link(layout.root, attempt):
+        if not files.is_behind_link(layout.root, attempt):
             places.remove(layout, attempt)

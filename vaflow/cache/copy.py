@@ -14,15 +14,14 @@ A cache in another store: the same arrays, sources and fingerprints.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
-from vaflow.cache import files
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import load_record
 from vaflow.cache.layout import cannot_write, escape
@@ -30,74 +29,22 @@ from vaflow.cache.opening import PathLike, create_cache, layout_of
 from vaflow.cache.schema import LABELS, Json, Record
 from vaflow.cache.verify import load_streams
 from vaflow.errors import CacheError, CorruptError, DataError, MissingError, UsageError, explain
+from vaflow.failures import FAILURES, Failure, read_failures, write_failures
 
-FAILURES = "failures.jsonl"
 CARRIED = "failures-carried.jsonl"
 
 
-@dataclass(frozen=True)
-class ItemFailure:
-    """One item that could not be copied: where it is, at which stage, the error's class, what to tell a person."""
+def _carry(target: Cache, failures: Iterable[Failure]) -> None:
+    """Keep, in `failures-carried.jsonl`, failures of other caches' lists whose clips are not in the target.
 
-    item: str
-    stream: str
-    stage: str
-    error: str
-    message: str
-
-
-def write_failures(target: Cache, failures: Iterable[ItemFailure], splits: Mapping[str, str | None]) -> Path:
-    """Write `failures.jsonl` anew; returns its path.
-
-    Args:
-        target: the cache that items were copied into.
-        failures: of this run.
-        splits: of the clips that are known. A line without a split counts for every split; a prompt set is of none.
+    Evaluation counts the clips that are listed and not in the cache, so a list must survive the copy.
     """
-    texts = {name for name, info in target.streams().items() if info.kind == "text"}
-    lines = []
-    for failure in failures:
-        line: Json = {name: getattr(failure, name) for name in ("item", "stage", "error", "message", "stream")}
-        if failure.stream in texts or failure.item in splits:
-            line["split"] = None if failure.stream in texts else splits[failure.item]
-        lines.append(line)
-    path = target.path / FAILURES
-    _write_lines(path, lines)
-    return path
-
-
-def listed_failures(target: Cache, sources: Iterable[Cache]) -> list[Json]:
-    """What runs into all these caches listed as failed, without what copying into the target listed itself."""
-    own = [line for line in _lines(target) if "stream" not in line]
-    return own + [line for cache in sources for line in _lines(cache)]
-
-
-def _lines(cache: Cache) -> Iterator[Json]:
-    """Whole lines of the lists in a cache; others are left out."""
-    for path in sorted(cache.path.glob("failures*.jsonl")):
-        for text in path.read_text("utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and isinstance(line.get("item"), str):
-                yield line
-
-
-def carry(target: Cache, lines: Iterable[Json]) -> None:
-    """Keep, in `failures-carried.jsonl`, what lists of other caches say of clips that the target does not have."""
-    path = target.path / CARRIED
     try:
         known = set(target.items())
     except CacheError:  # a damaged record in the target: better too many lines than too few
         known = set()
-    unique = {json.dumps(line, sort_keys=True): line for line in lines if line["item"] not in known}
-    if unique or path.exists():
-        _write_lines(path, unique.values())
-
-
-def _write_lines(path: Path, lines: Iterable[Json]) -> None:
-    files.replace(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    unique = {json.dumps(failure.line(), sort_keys=True): failure for failure in failures if failure.item not in known}
+    write_failures(target.path / CARRIED, unique.values())
 
 
 Key = tuple[str, str]  # stream, item
@@ -117,7 +64,7 @@ class Survey:
     """Every committed item of a cache by stream and item, and what cannot be used."""
 
     briefs: dict[Key, Brief]
-    damaged: list[ItemFailure]
+    damaged: list[Failure]
 
     @property
     def splits(self) -> dict[str, str | None]:
@@ -146,12 +93,13 @@ def survey(cache: Cache, stage: str) -> Survey:
     return found
 
 
-def _failure(cache: Cache, path: Path, stage: str, problem: str) -> ItemFailure:
+def _failure(cache: Cache, path: Path, stage: str, problem: str) -> Failure:
     message = explain(
         f"{cache.layout.shown(path)} of the cache {cache.place} cannot be used: {problem}",
         remedy=f"Run `vaflow cache repair {cache.place}`, and extract again",
     )
-    return ItemFailure(_name_of(path.stem), _name_of(path.parent.name), stage, "CorruptError", message)
+    stream = {"stream": _name_of(path.parent.name)}
+    return Failure(_name_of(path.stem), stage, "CorruptError", message, stream)
 
 
 def _name_of(file_name: str) -> str:
@@ -189,7 +137,7 @@ class TransferSummary:
     copied: int
     replaced: int
     there: int
-    failures: tuple[ItemFailure, ...]
+    failures: tuple[Failure, ...]
     failures_file: Path | str
 
     @property
@@ -202,7 +150,7 @@ def transfer(
     target: Cache,
     sources: Sequence[Cache],
     jobs: Iterable[Job],
-    damaged: Iterable[ItemFailure],
+    damaged: Iterable[Failure],
     splits: Mapping[str, str | None],
     stage: str,
     *,
@@ -226,21 +174,25 @@ def transfer(
 
     ordered = sorted(jobs, key=lambda job: (job.key[0] == LABELS, job.key))
     features = sum(job.key[0] != LABELS for job in ordered)
-    failures, done = list(damaged), Counter[Outcome]()
-    carried = listed_failures(target, sources)
+    texts = {name for name, info in target.streams().items() if info.kind == "text"}
+    path = target.path / FAILURES
+    failures, done = [_with_split(failure, texts, splits) for failure in damaged], Counter[Outcome]()
+    # Failures that an earlier copy into the target listed itself have a stream; they are found anew.
+    carried = [failure for failure in read_failures(target.path) if "stream" not in failure.details]
+    carried += [failure for cache in sources for failure in read_failures(cache.path)]
     try:
         with tqdm(total=len(ordered), desc=stage, unit="item", disable=not show_progress, smoothing=0.1) as bar:
             for part in (ordered[:features], ordered[features:]):
                 for result in _copies(target, part, stage):
-                    if isinstance(result, ItemFailure):
-                        failures.append(result)
+                    if isinstance(result, Failure):
+                        failures.append(_with_split(result, texts, splits))
                     else:
                         done[result] += 1
                     bar.update()
     finally:
         try:
-            path = write_failures(target, failures, splits)
-            carry(target, carried)
+            write_failures(path, failures)
+            _carry(target, carried)
             target.refresh_index()
         except OSError as error:
             raise cannot_write(target.layout, error) from error
@@ -250,7 +202,16 @@ def transfer(
     )
 
 
-def _copies(target: Cache, jobs: Sequence[Job], stage: str) -> Iterable[Outcome | ItemFailure]:
+def _with_split(failure: Failure, texts: set[str], splits: Mapping[str, str | None]) -> Failure:
+    """The failure with its clip's split, if that is known; a prompt set belongs to no split."""
+    if failure.details["stream"] in texts:
+        return replace(failure, details={**failure.details, "split": None})
+    if failure.item in splits:
+        return replace(failure, details={**failure.details, "split": splits[failure.item]})
+    return failure
+
+
+def _copies(target: Cache, jobs: Sequence[Job], stage: str) -> Iterable[Outcome | Failure]:
     """Several at a time; what one of them raises cancels those that have not begun."""
     with (
         ThreadPoolExecutor(THREADS, "vaflow-copy") as pool,
@@ -259,7 +220,7 @@ def _copies(target: Cache, jobs: Sequence[Job], stage: str) -> Iterable[Outcome 
         yield from results
 
 
-def _copy(target: Cache, job: Job, stage: str) -> Outcome | ItemFailure:
+def _copy(target: Cache, job: Job, stage: str) -> Outcome | Failure:
     """Copy one item unless its copy is there; a failure says why none of the origins has it whole."""
     stream, item = job.key
     known = _known(target, stream, item)
@@ -276,7 +237,7 @@ def _copy(target: Cache, job: Job, stage: str) -> Outcome | ItemFailure:
         else:
             return "new" if known is None else "replaced"
     message = " ".join(dict.fromkeys(map(str, reasons)))
-    return ItemFailure(item, stream, stage, type(reasons[0]).__name__, message)
+    return Failure(item, stage, type(reasons[0]).__name__, message, {"stream": stream})
 
 
 def _known(target: Cache, stream: str, item: str) -> Record | None:

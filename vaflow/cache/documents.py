@@ -11,9 +11,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from vaflow.cache.files import Blob
 from vaflow.cache.layout import is_attempt
-from vaflow.cache.schema import DTYPES, FORMAT, KINDS, SCHEMA_VERSION, Json, Record, StreamInfo
+from vaflow.cache.schema import DTYPES, FORMAT, KINDS, SCHEMA_VERSION, Blob, Json, Record, StreamInfo
 from vaflow.errors import UsageError, explain
 
 CHECKSUM = "crc32c"

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.cache.files import Blob
-from vaflow.cache.layout import TEMPORARY
-from vaflow.cache.schema import Array, Rows, parts
+from vaflow.cache.schema import Array, Blob, Rows, parts
+from vaflow.files import TEMPORARY
 
 SUFFIX = ".h5"
 

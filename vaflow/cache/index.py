@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vaflow.cache import files
+from vaflow import files
 from vaflow.cache.documents import canonical, crc32c, source_stamp
-from vaflow.cache.layout import TEMPORARY, Layout
+from vaflow.cache.layout import Layout
 from vaflow.cache.schema import SCHEMA_VERSION, Record
 from vaflow.errors import CacheError
+from vaflow.files import TEMPORARY
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class Index:
             table[stream] = {"stamp": found.stamp, "settled": found.settled, "rows": found.rows}
         body = canonical({"schema_version": SCHEMA_VERSION, "streams": table})
         data = _HEAD + str(crc32c(body)).encode() + _MIDDLE + body + _TAIL
-        files.replace(self._layout.index, data)
+        files.replace_file(self._layout.index, data)
 
     def _settle(self, streams: Iterable[str]) -> int:
         """Wait until no folder's time of change can be given again; returns the file system's clock before listing."""

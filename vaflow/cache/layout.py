@@ -18,7 +18,6 @@ from vaflow.errors import CacheError, CorruptError, UsageError, explain
 if TYPE_CHECKING:
     from vaflow.cache.remote import Remote
 
-TEMPORARY = ".tmp-"  # prefix of everything that is still being written
 _LONGEST = 160  # bytes; leaves room for suffixes below the usual 255
 _KEPT_WHEN_SHORTENED = 100
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")

@@ -65,7 +65,9 @@ def merge(
     for source in sources:
         declare_streams(target, source)
     jobs = [Job(key, tuple(cache for cache, _ in claims)) for key, claims in chosen.items()]
-    damaged = [failure for part in found for failure in part.damaged if (failure.stream, failure.item) not in chosen]
+    damaged = [
+        failure for part in found for failure in part.damaged if (failure.details["stream"], failure.item) not in chosen
+    ]
     splits = {item: split for part in reversed(found) for item, split in part.splits.items()}
     return transfer(target, sources, jobs, damaged, splits, STAGE, show_progress=show_progress)
 

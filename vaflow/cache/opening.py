@@ -5,14 +5,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vaflow.cache import files
+from vaflow import files
 from vaflow.cache import storage as places
 from vaflow.cache.cache import Cache
 from vaflow.cache.documents import manifest_document, seal, unseal
-from vaflow.cache.layout import TEMPORARY, Layout, corrupt
+from vaflow.cache.layout import Layout, corrupt
 from vaflow.cache.remote import Remote, url_of
 from vaflow.cache.schema import FORMAT, SCHEMA_VERSION, STORES, StoreName
 from vaflow.errors import SchemaError, UsageError, explain
+from vaflow.files import TEMPORARY
 
 PathLike = str | os.PathLike[str]
 

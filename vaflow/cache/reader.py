@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vaflow.cache import files
+from vaflow import files
 from vaflow.cache import storage as places
 from vaflow.cache.documents import crc32c
 from vaflow.cache.layout import Layout, corrupt
-from vaflow.cache.schema import Array, Json, Record
+from vaflow.cache.schema import Array, Blob, Json, Record
 from vaflow.cache.stores import Store
 from vaflow.errors import MissingError, explain
 
@@ -48,18 +48,18 @@ def fetch(
     return decode(layout, store, record, blobs, wanted)
 
 
-def _read(layout: Layout, path: Path, record: Record, facts: Json, *, verify: bool) -> files.Blob:
+def _read(layout: Layout, path: Path, record: Record, facts: Json, *, verify: bool) -> Blob:
     """The bytes of one file, which are looked at only if there are as many as were committed."""
     found = size_problem(path, facts)
     if found is None:
-        blob = files.read(path)
+        blob = np.fromfile(path, np.uint8)
         found = file_problem(blob, facts) if verify else None
         if found is None:
             return blob
     return _again(layout, path, found, record, facts)
 
 
-def _again(layout: Layout, path: Path, problem: str, record: Record, facts: Json) -> files.Blob:
+def _again(layout: Layout, path: Path, problem: str, record: Record, facts: Json) -> Blob:
     """The bytes of a file whose local copy is damaged, from the object store.
 
     Raises:
@@ -73,7 +73,7 @@ def _again(layout: Layout, path: Path, problem: str, record: Record, facts: Json
 
 
 def decode(
-    layout: Layout, store: Store, record: Record, blobs: Mapping[str, files.Blob], wanted: Sequence[str]
+    layout: Layout, store: Store, record: Record, blobs: Mapping[str, Blob], wanted: Sequence[str]
 ) -> dict[str, Array]:
     """The arrays `wanted` out of the files that hold them.
 
@@ -94,7 +94,7 @@ def decode(
     return arrays
 
 
-def _check_room(record: Record, blobs: Mapping[str, files.Blob], wanted: Sequence[str]) -> None:
+def _check_room(record: Record, blobs: Mapping[str, Blob], wanted: Sequence[str]) -> None:
     """Arrays are not compressed, so none can be larger than the files that hold them.
 
     Raises:
@@ -121,7 +121,7 @@ def size_problem(path: Path, facts: Json) -> str | None:
     return None
 
 
-def file_problem(blob: files.Blob, facts: Json) -> str | None:
+def file_problem(blob: Blob, facts: Json) -> str | None:
     """How the bytes of a file differ from what its record says, if they do."""
     if blob.size != facts["size"]:
         return f"it has {blob.size} bytes, {facts['size']} were committed"

@@ -20,8 +20,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from vaflow.cache.layout import TEMPORARY, escape, is_attempt
+from vaflow.cache.layout import escape, is_attempt
 from vaflow.errors import UsageError, explain
+from vaflow.failures import LISTS
+from vaflow.files import TEMPORARY
 
 VARIABLE = "VAFLOW_CACHE_DIR"  # where the local folders are kept; without it they go when the program ends
 SCHEMES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "memory": ""}
@@ -86,7 +88,7 @@ class Remote:
             if path.relative_to(self.local).as_posix() not in there:
                 path.unlink(missing_ok=True)
         _write(self.local / PULLED, json.dumps(there).encode())
-        self._lists = {path.name: path.read_bytes() for path in self.local.glob("failures*.jsonl")}
+        self._lists = {path.name: path.read_bytes() for path in self.local.glob(LISTS)}
 
     def _documents(self) -> dict[str, str]:
         """Small file -> what it looks like now."""
@@ -114,7 +116,7 @@ class Remote:
         return None if not name or {"", ".", ".."} & set(name.split("/")) or "\\" in name else name
 
     def _local_documents(self) -> Iterator[Path]:
-        for pattern in ("manifest.json", "failures*.jsonl", "streams/*.json", "records/*/*.json"):
+        for pattern in ("manifest.json", LISTS, "streams/*.json", "records/*/*.json"):
             yield from self.local.glob(pattern)
 
     def _pulled(self) -> dict[str, str]:
@@ -206,8 +208,11 @@ class Remote:
                 return
 
     def push_lists(self) -> None:
-        """Upload lists of failures that were written here. Raises as `pull`."""
-        self.put(path for path in self.local.glob("failures*.jsonl") if path.read_bytes() != self._lists.get(path.name))
+        """Upload failure lists that were written here, and remove those that were removed here. Raises as `pull`."""
+        lists = {path.name: path.read_bytes() for path in self.local.glob(LISTS)}
+        self.put(self.local / name for name, data in lists.items() if data != self._lists.get(name))
+        for name in self._lists.keys() - lists.keys():
+            self.remove(self.local / name)
 
     def _below(self, path: Path) -> str:
         return path.relative_to(self.local).as_posix()

@@ -22,6 +22,7 @@ Kind = Literal["visual", "audio", "logmel", "pixels", "labels", "targets", "text
 StoreName = Literal["zarr", "hdf5"]
 Array = NDArray[Any]
 Json = dict[str, Any]
+Blob = NDArray[np.uint8]  # bytes of one file; writable, so that arrays made of them are writable
 
 LABELS = "labels"  # the one stream that every clip has: its frame clock, split, group and annotation
 LOGMEL = "logmel"

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.cache.layout import TEMPORARY, Layout, cannot_write
+from vaflow.cache.layout import Layout, cannot_write
 from vaflow.cache.schema import Array, Rows
+from vaflow.files import TEMPORARY
 
 IN_MEMORY = 64 * 2**20  # bytes of one array
 

@@ -6,20 +6,22 @@ The object store always comes first, so that the local folder never shows what i
 from collections.abc import Iterable
 from pathlib import Path
 
-from vaflow.cache import files
-from vaflow.cache.files import Blob
+import numpy as np
+
+from vaflow import files
 from vaflow.cache.layout import Layout
+from vaflow.cache.schema import Blob
 
 
 def create(layout: Layout, path: Path, data: bytes) -> bool:
     """Create a file whole, unless there is one: False says that another writer was first."""
     if layout.remote is None:
-        return files.create(path, data)
+        return files.create_file(path, data)
     if not layout.remote.create(path, data):
         layout.remote.look(path)
         return False
     files.make_folder(path.parent)
-    files.replace(path, data)
+    files.replace_file(path, data)
     return True
 
 
@@ -27,7 +29,7 @@ def replace(layout: Layout, path: Path, data: bytes) -> None:
     """Put a file in the place of another, whole, at once."""
     if layout.remote is not None:
         layout.remote.replace(path, data)
-    files.replace(path, data)
+    files.replace_file(path, data)
 
 
 def remove(layout: Layout, path: Path) -> None:
@@ -65,4 +67,4 @@ def fill(layout: Layout, paths: Iterable[Path], *, again: bool = False) -> None:
 def read(layout: Layout, path: Path, *, again: bool = False) -> Blob:
     """All bytes of a file. Raises OSError."""
     fill(layout, [path], again=again)
-    return files.read(path)
+    return np.fromfile(path, np.uint8)

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from vaflow.cache.files import Blob
 from vaflow.cache.hdf5_store import Hdf5Store
-from vaflow.cache.schema import Array, Rows, StoreName
+from vaflow.cache.schema import Array, Blob, Rows, StoreName
 from vaflow.cache.zarr_store import ZarrStore
 
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from vaflow.cache import files
 from vaflow.cache import storage as places
 from vaflow.cache.commit import load_record
 from vaflow.cache.documents import fingerprint, plain, seal, stream_document, stream_from, unseal
 from vaflow.cache.layout import Layout, corrupt, escape
 from vaflow.cache.schema import FLOAT, KINDS, StreamInfo
 from vaflow.errors import FingerprintError, UsageError, explain
+from vaflow.files import make_folder, read_document
 
 _DTYPES = {"labels": ("float32",), "targets": ("float32",), "pixels": ("uint8",), "text": ("float32",)}
 
@@ -23,7 +23,7 @@ def load_stream(layout: Layout, file_name: str) -> StreamInfo:
         FileNotFoundError: there is none.
     """
     path = layout.all_streams / file_name
-    info = stream_from(unseal(files.read_document(layout.root, path)))
+    info = stream_from(unseal(read_document(layout.root, path)))
     if layout.stream(info.name) != path:
         raise ValueError(f"it is of stream {info.name!r}")
     return info
@@ -40,9 +40,9 @@ def declare(layout: Layout, info: StreamInfo) -> None:
     info = checked(info)
     path = layout.stream(info.name)
     if not path.exists():
-        files.make_folder(layout.records(info.name))
-        files.make_folder(layout.attempts(info.name))
-        files.make_folder(layout.all_streams)
+        make_folder(layout.records(info.name))
+        make_folder(layout.attempts(info.name))
+        make_folder(layout.all_streams)
         _refuse_foreign_records(layout, info)
         if places.create(layout, path, seal(stream_document(info))):
             return

@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vaflow.cache import files
+import numpy as np
+
+from vaflow import files
 from vaflow.cache import storage as places
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import discard, load_record
 from vaflow.cache.documents import fingerprint, manifest_document, seal
-from vaflow.cache.layout import TEMPORARY, Layout, cannot_write
+from vaflow.cache.layout import Layout, cannot_write
 from vaflow.cache.opening import layout_of, open_cache, read_manifest
 from vaflow.cache.reader import decode, file_problem, size_problem
 from vaflow.cache.schema import Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES
 from vaflow.cache.streams import load_stream
 from vaflow.errors import CacheError, CorruptError, UsageError, visible
+from vaflow.files import TEMPORARY
 
 GRACE = 3600.0  # seconds after which nobody is still writing an attempt
 _ATTEMPT = re.compile(r"[0-9a-f]{16}(\.h5)?")
@@ -131,7 +134,7 @@ def _attempt_problems(cache: Cache, record: Record, info: StreamInfo | None) -> 
             files.refuse_links(layout.root, folder / name)
             found = size_problem(folder / name, facts)
             if found is None:
-                blobs[name] = files.read(folder / name)
+                blobs[name] = np.fromfile(folder / name, np.uint8)
                 found = file_problem(blobs[name], facts)
         except OSError as error:
             found = f"it cannot be read: {error.strerror}"
@@ -168,7 +171,7 @@ def leftovers(cache: Cache, older_than: float = 0.0) -> list[Path]:
         for folder in sorted(p for p in (layout.root / name).glob("*") if p.is_dir()):
             found += _unrecorded(layout, cache.store, folder)
     newest = time.time() - older_than
-    return sorted(path for path in found if _changed(path) <= newest and not files.behind_link(layout.root, path))
+    return sorted(path for path in found if _changed(path) <= newest and not files.is_behind_link(layout.root, path))
 
 
 def _unrecorded(layout: Layout, store: StoreName, folder: Path) -> list[Path]:
@@ -225,7 +228,7 @@ def _mend(cache: Cache, problem: Problem) -> None:
     path = layout.root / problem.path
     if problem.item is not None and problem.stream is not None:
         path = layout.record(problem.stream, problem.item)
-    if files.behind_link(layout.root, path):
+    if files.is_behind_link(layout.root, path):
         return
     if path == layout.manifest:
         places.replace(layout, path, seal(manifest_document(cache.store)))

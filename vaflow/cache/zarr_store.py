@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.cache.files import Blob
-from vaflow.cache.schema import DTYPES, Array, Rows
+from vaflow.cache.schema import DTYPES, Array, Blob, Rows
 
 LARGEST_CHUNK = 64 * 2**20  # bytes; longer arrays are split along their first axis
 _RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])

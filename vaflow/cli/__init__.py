@@ -35,6 +35,7 @@ from vaflow.cli import predict as submit
 from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error
 from vaflow.cli.options import command_class, epilog
 from vaflow.errors import VaflowError, explain, is_out_of_memory
+from vaflow.process import prepare_environment
 from vaflow.train.config import TrainConfig
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -96,8 +97,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     0 done, 1 failed, 2 bad usage, 3 some items failed, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
     """
-    # OpenMP threads that spin while waiting take the cores from the decoding processes: measured 20 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_environment()
     with _sigterm_as_interrupt() as received:
         try:
             code = _run(args)

@@ -186,5 +186,5 @@ def document(result: "StudyResult") -> dict[str, Any]:
         "runs": {"trained": about.trained, "reused": about.reused, "failed": len(result.failures)},
         "seconds": about.seconds,
         "files": {kind: str(path) for kind, path in result.files.items()},
-        "failures": list(result.failures),
+        "failures": [failure.line() for failure in result.failures],
     }

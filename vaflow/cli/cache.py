@@ -21,6 +21,7 @@ from vaflow.cli.common import (
     print_json,
     set_up,
     show_bars,
+    summary_json,
     table,
     weight_pairs,
 )
@@ -254,9 +255,7 @@ def _items(count: int) -> str:
 
 
 def _document(summary: "TransferSummary") -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(summary) | {"failures_file": str(summary.failures_file)}
+    return summary_json(summary)
 
 
 if TYPE_CHECKING:

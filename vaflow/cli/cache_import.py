@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vaflow.cli.cache import CachePath
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, summary_json
 
 if TYPE_CHECKING:
     from vaflow.extract.importing.features import ImportSummary
@@ -87,9 +87,8 @@ def _describe(stream: str, summary: "ImportSummary") -> str:
 
 
 def _document(stream: str, summary: "ImportSummary") -> dict[str, object]:
-    from dataclasses import asdict
 
-    return {"stream": stream, **asdict(summary), "failures_file": str(summary.failures_file)}
+    return {"stream": stream} | summary_json(summary)
 
 
 def targets(

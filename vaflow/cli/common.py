@@ -121,6 +121,12 @@ def file_size(size: float) -> str:
     return f"{size:.{1 if power > 1 else 0}f} {units[power]}"
 
 
+def summary_json(summary: Any) -> dict[str, Any]:
+    """The members of a summary dataclass that has `failures` and `failures_file`, as plain JSON."""
+    failures = [failure.line() for failure in summary.failures]
+    return {**vars(summary), "failures": failures, "failures_file": str(summary.failures_file)}
+
+
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
     """Aligned columns, numbers on the right, as plain text that can be piped.
 

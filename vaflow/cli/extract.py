@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table, weight_pairs
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, summary_json, table, weight_pairs
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:
@@ -222,9 +222,7 @@ def _stages(stages: dict[str, float]) -> str:
 
 
 def _as_json(summary: "Summary") -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(summary) | {"failures_file": str(summary.failures_file)}
+    return summary_json(summary)
 
 
 def _pairs(values: dict[str, object]) -> str:

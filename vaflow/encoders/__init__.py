@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vaflow.device import forbid_tf32
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:
@@ -193,13 +194,6 @@ def build_encoder(
     if resolved == "float32" and device.startswith("cuda"):
         forbid_tf32()
     return entry.build(Request(name, weights, device, resolved))
-
-
-def forbid_tf32() -> None:
-    """In this process: a GPU's convolutions would round what they read to 10 bits, and depend on the device."""
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def encode_text(encoder: VisualEncoder | AudioEncoder, texts: list[str]) -> NDArray[np.float32]:
