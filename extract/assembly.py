@@ -193,15 +193,15 @@ class ClipAssembly:
             "valid": heard,
             "start": starts,
         }
-        stretches = encoder.stretches(grid.window, steps)
-        each = steps // len(stretches.first)
+        segments = encoder.segments(grid.window, steps)
+        each = steps // len(segments.first)
         readers: dict[int, list[int]] = {}  # first frame -> where its result goes: the first of `each` vectors
         for window, start in enumerate(starts.tolist()):
-            for number, offset in enumerate(stretches.first):
+            for number, offset in enumerate(segments.first):
                 if heard[window, number * each : (number + 1) * each].any():
                     readers.setdefault(round(start / HOP) + offset, []).append(window * steps + number * each)
         for first, targets in readers.items():
-            row = cut(frames, first, stretches.frames, encoder.front_end.padding)
+            row = cut(frames, first, segments.frames, encoder.front_end.padding)
             self._encode(name, batcher, row, targets, each)
 
     # -- picture -------------------------------------------------------------------------------------------------

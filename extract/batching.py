@@ -183,7 +183,7 @@ def make_encoders(
 
     def audio_batcher(encoder: AudioEncoder) -> FixedBatcher:
         encode = partial(encoder.encode, window=config.window, steps=config.audio_steps)
-        if len(encoder.stretches(config.window, config.audio_steps).first) == 1:
+        if len(encoder.segments(config.window, config.audio_steps).first) == 1:
             return batcher(encode, config.window_batch, "audio")
         return batcher(encode, config.image_batch, "visual")
 

@@ -42,14 +42,14 @@ def encode_only(
     config: ExtractConfig, device: torch.device, visual: VisualEncoder, audio: AudioEncoder, images: int, windows: int
 ) -> tuple[Rate, Rate]:
     """The rate of images, then of windows, through the batchers that an extraction uses."""
-    stretches = audio.stretches(config.window, config.audio_steps)
+    segments = audio.segments(config.window, config.audio_steps)
     picture = np.zeros((visual.image_size, visual.image_size, 3), np.uint8)
-    sound = np.zeros((stretches.frames, audio.front_end.bins), np.float32)
+    sound = np.zeros((segments.frames, audio.front_end.bins), np.float32)
     look, listen = _flops(visual, picture), _flops(audio, sound, window=config.window, steps=config.audio_steps)
     batchers = make_encoders(config, device, [visual], [audio]).batchers
     seen = _seconds(batchers[visual.name], picture, images)
-    heard = _seconds(batchers[audio.name], sound, windows * len(stretches.first))
-    return Rate(images, seen, look), Rate(windows, heard, listen * len(stretches.first))
+    heard = _seconds(batchers[audio.name], sound, windows * len(segments.first))
+    return Rate(images, seen, look), Rate(windows, heard, listen * len(segments.first))
 
 
 def _seconds(batcher: FixedBatcher, row: Any, rows: int) -> float:

@@ -149,7 +149,7 @@ def free_encoders() -> tuple[Any, Any]:
     class Audio:
         kind, name, dim, identity = "audio", "free-audio", 768, {"encoder": "none"}
         front_end, module = KALDI, ast.module
-        stretches, step_times = ast.stretches, ast.step_times
+        segments, step_times = ast.segments, ast.step_times
 
         def encode(self, logmel: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
             return logmel[:, :steps].repeat(1, 1, self.dim // KALDI.bins)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from vaflow.encoders import Request
 from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, AstEncoder, make_encoder
-from vaflow.encoders.clip import ClipEncoder, build_named
+from vaflow.encoders.base import Request
+from vaflow.encoders.clip import ClipEncoder, build
 
 
 def random_clip(device: str, precision: str, folder: Path) -> ClipEncoder:
@@ -14,7 +14,8 @@ def random_clip(device: str, precision: str, folder: Path) -> ClipEncoder:
 
     path = folder / "random-clip.safetensors"
     save_file(open_clip.create_model("ViT-B-16-quickgelu", pretrained=None).state_dict(), path)
-    return build_named(Request(f"clip:ViT-B-16-quickgelu/{path}", None, device, precision))
+    source = f"ViT-B-16-quickgelu/{path}"
+    return build(Request(f"clip:{source}", source, None, device, precision))
 
 
 def random_ast(device: str, precision: str) -> AstEncoder:
@@ -22,4 +23,4 @@ def random_ast(device: str, precision: str) -> AstEncoder:
     from transformers import ASTConfig, ASTModel
 
     module = ASTModel(ASTConfig(attn_implementation="sdpa"))
-    return make_encoder(Request("ast", None, device, precision), module, AUDIOSET_MEAN, AUDIOSET_STD)
+    return make_encoder(Request("ast", "", None, device, precision), module, AUDIOSET_MEAN, AUDIOSET_STD)

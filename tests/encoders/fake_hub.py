@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 COMMIT = "0" * 40
 
@@ -21,8 +21,12 @@ def into_cache(cache: Path, repo: str, file: Path) -> None:
 
 
 @contextmanager
-def serve(files: Mapping[str, bytes]) -> Iterator[str]:
-    """A hub with these files ("org/model/resolve/main/name" -> content); yields its address."""
+def serve(files: Mapping[str, bytes], *, stall: bool = False) -> Iterator[str]:
+    """A hub with these files ("org/model/resolve/main/name" -> content); yields its address.
+
+    With `stall` it sends the first half of a body and then nothing, until the context ends.
+    """
+    ended = Event()
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -41,7 +45,11 @@ def serve(files: Mapping[str, bytes]) -> Iterator[str]:
             self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            if body:
+            if body and stall:
+                self.wfile.write(content[: len(content) // 2])
+                self.wfile.flush()
+                ended.wait()
+            elif body:
                 self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
@@ -53,6 +61,7 @@ def serve(files: Mapping[str, bytes]) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
+        ended.set()
         server.shutdown()
         server.server_close()
         thread.join()

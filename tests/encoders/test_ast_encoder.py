@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, ASTModel
 
-from vaflow.encoders import Request, build_encoder
+from vaflow.encoders import build_encoder
 from vaflow.encoders.ast import Geometry, make_encoder, window_frames
+from vaflow.encoders.base import Request
 from vaflow.encoders.logmel import RATE, FilterBank, frame_times
 from vaflow.errors import UsageError, WeightsError
 
@@ -35,36 +36,36 @@ def sound(seconds: float, seed: int = 0) -> np.ndarray:
 def test_token_centres_are_the_mean_of_their_frames_centres() -> None:
     frames = frame_times(1024)
     expected = [frames[10 * j : 10 * j + 16].mean() for j in range(101)]
-    np.testing.assert_allclose(FULL.token_times(), expected, atol=1e-12)
-    assert (FULL.frequency_tokens, FULL.time_tokens) == (12, 101)
+    np.testing.assert_allclose(FULL.tokens.times(), expected, atol=1e-12)
+    assert (FULL.frequency_tokens, FULL.tokens.count) == (12, 101)
 
 
 @pytest.mark.parametrize(("window", "steps"), [(10, 20), (10, 10), (10, 100), (9.6, 24), (3, 7), (10.2, 17)])
 def test_steps_hold_the_tokens_centred_in_them(window: float, steps: int) -> None:
-    step, centres = window / steps, FULL.token_times()
+    step, centres = window / steps, FULL.tokens.times()
     expected = [[j for j, c in enumerate(centres) if k * step <= c < (k + 1) * step] for k in range(steps)]
-    assert FULL.members(window, steps) == expected
-    np.testing.assert_allclose(FULL.step_times(window, steps), [centres[g].mean() for g in expected], atol=1e-12)
-    rows = FULL.pooling(window, steps)
+    assert FULL.tokens.members(window, steps) == expected
+    np.testing.assert_allclose(FULL.tokens.step_times(window, steps), [centres[g].mean() for g in expected], atol=1e-12)
+    rows = FULL.tokens.pooling(window, steps)
     values = np.random.default_rng(0).standard_normal((101, 3))
     np.testing.assert_allclose(rows @ values, [values[g].mean(axis=0) for g in expected], atol=1e-6)
 
 
 def test_twenty_steps_of_ten_seconds_take_five_tokens_each() -> None:
-    assert FULL.members(10, 20) == [list(range(5 * k, 5 * k + 5)) for k in range(20)]
-    np.testing.assert_allclose(FULL.step_times(10, 20), 0.5 * np.arange(20) + 0.2875, atol=1e-12)
+    assert FULL.tokens.members(10, 20) == [list(range(5 * k, 5 * k + 5)) for k in range(20)]
+    np.testing.assert_allclose(FULL.tokens.step_times(10, 20), 0.5 * np.arange(20) + 0.2875, atol=1e-12)
 
 
 def test_a_token_on_the_border_belongs_to_the_later_step() -> None:
     geometry = Geometry(patch=16, frequency_stride=10, time_stride=1, mel_bins=128, max_length=300)
-    groups = geometry.members(0.975, 10)  # centres at 0.0875 + 0.01 j, borders at 0.0975 k: token 1 is on one
+    groups = geometry.tokens.members(0.975, 10)  # centres at 0.0875 + 0.01 j, borders at 0.0975 k: token 1 is on one
     assert (groups[0], groups[1][0]) == ([0], 1)
 
 
 @pytest.mark.parametrize(("window", "steps"), [(10, 200), (12, 20), (30, 60)])
 def test_a_step_without_a_token_is_refused(window: float, steps: int) -> None:
     with pytest.raises(UsageError, match="would have no token"):
-        FULL.step_times(window, steps)
+        FULL.tokens.step_times(window, steps)
 
 
 def test_window_frames_are_those_of_the_filter_bank() -> None:
@@ -81,7 +82,7 @@ def local_encoder() -> Any:
     """A model without layers: each token is a function of its own patch only."""
     torch.manual_seed(0)
     module = ASTModel(ASTConfig(hidden_size=16, num_hidden_layers=0, num_attention_heads=1, intermediate_size=16))
-    return make_encoder(Request("local", None, "cpu", "float32"), module, -4.0, 4.5)
+    return make_encoder(Request("local"), module, -4.0, 4.5)
 
 
 @pytest.mark.parametrize("frame", [0, 7, 40, 63, 498, 505, 751, 990, 997])
@@ -132,7 +133,7 @@ def test_from_sound_to_hidden_states_as_hugging_face(small_ast: Path, seconds: f
     encoder = build(f"ast:{small_ast}")
     mel = torch.from_numpy(FilterBank().push(samples))[None]
     embedding = encoder.encode(mel, window=2.5, steps=5)[0]
-    for step, tokens in enumerate(encoder.geometry.members(2.5, 5)):
+    for step, tokens in enumerate(encoder.geometry.tokens.members(2.5, 5)):
         torch.testing.assert_close(embedding[step], hidden[tokens].mean(dim=0), atol=1e-4, rtol=0)
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from vaflow.encoders import build_encoder, hub
-from vaflow.encoders.hub import hub_file, url_file
+from vaflow.encoders.hub import checked_url, hub_file, url_file
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
 from vaflow.errors import WeightsError
 
@@ -171,3 +171,25 @@ def test_a_download_takes_the_first_name_that_exists(hub_cache: Path, monkeypatc
 def test_an_address_that_is_gone_is_a_clear_message() -> None:
     with pytest.raises(WeightsError, match="clip:ViT-B-16/laion400m_e31=PATH"):
         url_file("http://127.0.0.1:9/vit.pt", encoder="clip:ViT-B-16/laion400m_e31")
+
+
+def test_a_hub_that_answers_and_then_stalls_is_reported(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "STALL", 1.0)
+    with serve({"org/model/resolve/main/a.bin": b"x" * 1000}, stall=True) as address:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        began = time.monotonic()
+        with pytest.raises(WeightsError, match="stopped sending"):
+            hub_file("org/model", ("a.bin",), encoder="ast")
+        assert time.monotonic() - began < 8
+
+
+def test_a_download_that_stalls_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "STALL", 1.0)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with serve({"vggish.pth": b"x" * 1000}, stall=True) as address:
+        began = time.monotonic()
+        with pytest.raises(WeightsError, match="stopped sending"):
+            checked_url(f"{address}/vggish.pth", encoder="vggish")
+        assert time.monotonic() - began < 8

@@ -20,7 +20,7 @@ def encode(encoder: Any, seed: int = 0) -> np.ndarray:
         edge = encoder.image_size
         rows = torch.randint(0, 256, (3, edge, edge, 3), generator=random, dtype=torch.uint8)
         return encoder.encode(rows).numpy()
-    frames, bins = encoder.stretches(10.0, 20).frames, encoder.front_end.bins
+    frames, bins = encoder.segments(10.0, 20).frames, encoder.front_end.bins
     rows = torch.randn(3, frames, bins, generator=random) * 4 - 4
     return encoder.encode(rows, window=10.0, steps=20).flatten(0, 1).numpy()
 

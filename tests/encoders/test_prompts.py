@@ -69,7 +69,7 @@ def test_every_problem_of_a_file_is_named_at_once(tmp_path: Path) -> None:
     text = GOOD.replace('a_low = "one"', 'a_lo = "one"').replace('"looking {}"', '"looking"').replace('"five"', '""')
     with pytest.raises(UsageError) as caught:
         load_prompts(write(tmp_path, text))
-    for part in ("v_low.a_low is missing", "v_low.a_lo is none", "template 2", "v_middle.a_middle"):
+    for part in ("v_low.a_low is missing", "v_low.a_lo is not one", "template 2", "v_middle.a_middle"):
         assert part in str(caught.value)
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from transformers import ASTModel
 
 from vaflow.encoders import build_encoder
+from vaflow.encoders.ast import window_frames
 from vaflow.encoders.logmel import RATE, FilterBank
 from vaflow.encoders.tiny import uniform
 
@@ -55,7 +56,7 @@ def test_they_are_the_genuine_classes_with_the_genuine_inputs() -> None:
     config = ast.module.config
     assert (config.max_length, config.num_mel_bins, config.patch_size) == (1024, 128, 16)
     assert (config.time_stride, config.frequency_stride) == (10, 10)
-    assert (ast.geometry.frequency_tokens, ast.geometry.time_tokens, ast.window_frames(10)) == (12, 101, 998)
+    assert (ast.geometry.frequency_tokens, ast.geometry.tokens.count, window_frames(10)) == (12, 101, 998)
 
 
 def test_other_images_in_the_batch_change_no_bit() -> None:

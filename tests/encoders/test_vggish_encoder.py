@@ -186,7 +186,7 @@ def test_the_published_file_is_downloaded_and_its_checksum_compared(
             build_encoder("vggish")
     (tmp_path / "hub" / "checkpoints" / good).write_bytes(content[:-1])
     monkeypatch.setattr(vggish, "ADDRESS", f"{address}/{good}")
-    with pytest.raises(WeightsError, match="not the file that its name says"):
+    with pytest.raises(WeightsError, match="does not match the checksum in its name"):
         build_encoder("vggish")
 
 
@@ -202,9 +202,9 @@ def test_examples_are_centred_on_the_steps(window: float, steps: int) -> None:
     encoder = build_encoder("vggish-tiny")
     times = encoder.step_times(window, steps)  # type: ignore[union-attr]
     np.testing.assert_allclose(times, (np.arange(steps) + 0.5) * window / steps, rtol=1e-12)
-    stretches = encoder.stretches(window, steps)  # type: ignore[union-attr]
-    middle = 0.01 * np.array(stretches.first) + (95 * 0.01 + 0.025) / 2
-    assert stretches.frames == 96 and np.abs(middle - times).max() <= 0.005 + 1e-9
+    segments = encoder.segments(window, steps)  # type: ignore[union-attr]
+    middle = 0.01 * np.array(segments.first) + (95 * 0.01 + 0.025) / 2
+    assert segments.frames == 96 and np.abs(middle - times).max() <= 0.005 + 1e-9
 
 
 def test_the_tiny_twin_is_the_same_on_every_build_and_hears_loudness() -> None:

@@ -18,7 +18,7 @@ import torch
 from make_media import COLUMNS, ROWS, Picture, Sound, drawn, write_media
 from numpy.typing import NDArray
 
-from vaflow.encoders.base import KALDI, Stretches
+from vaflow.encoders.base import KALDI, Segments
 from vaflow.encoders.images import Preparation
 
 Floats = NDArray[np.float64]
@@ -225,8 +225,8 @@ class ToneReader:
     front_end = KALDI
     module: torch.nn.Module = torch.nn.Identity()
 
-    def stretches(self, window: float, steps: int) -> Stretches:
-        return Stretches((0,), round(100 * window))
+    def segments(self, window: float, steps: int) -> Segments:
+        return Segments((0,), round(100 * window))
 
     def step_times(self, window: float, steps: int) -> Floats:
         return (np.arange(steps) + 0.5) * window / steps

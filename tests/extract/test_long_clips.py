@@ -18,7 +18,7 @@ from vaflow.cache import scratch as long
 from vaflow.cache.schema import STORES, StreamInfo
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.datasets.clip import Clip
-from vaflow.encoders.base import KALDI, Stretches
+from vaflow.encoders.base import KALDI, Segments
 from vaflow.errors import CacheError
 from vaflow.extract.assembly import ClipAssembly
 from vaflow.extract.batching import make_encoders
@@ -138,8 +138,8 @@ class FreeAudio:
     kind, name, dim, front_end = "audio", "free-audio", 768, KALDI
     identity: ClassVar[dict[str, Any]] = {}
 
-    def stretches(self, window: float, steps: int) -> Stretches:
-        return Stretches((0,), 1024)
+    def segments(self, window: float, steps: int) -> Segments:
+        return Segments((0,), 1024)
 
     def step_times(self, window: float, steps: int) -> np.ndarray:
         return (np.arange(steps) + 0.5) * window / steps

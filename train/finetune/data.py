@@ -207,5 +207,5 @@ def _load_sounds(cache: Cache, backbone: Backbone, own: list[tuple[int, str]], s
         edges = np.array([[first], [first + len(mel)]])
         parts.append(np.vstack([np.repeat(edges, len(start), axis=1), np.rint(start * RATE / HOP).astype(np.int64)]))
     first, last, start = torch.from_numpy(np.concatenate(parts, axis=1))
-    stretches = backbone.encoder.stretches(backbone.window, backbone.per_unit)
-    return Sounds(pack.rows, first, last, start, stretches.frames, backbone.encoder.front_end.padding)
+    segments = backbone.encoder.segments(backbone.window, backbone.per_unit)
+    return Sounds(pack.rows, first, last, start, segments.frames, backbone.encoder.front_end.padding)

@@ -1,27 +1,59 @@
-"""What stage one and fine-tuning ask of an encoder. One file per encoder; the package holds the dict of builders.
+"""The contract between encoders and their callers: what stage one and fine-tuning require of each encoder.
 
-From sound to what an audio encoder reads: streaming filter banks, and which stretches of their frames.
-
-All front ends share one geometry: frame i covers samples [160 i, 160 i + 400) at 16 kHz. They differ in what they make
-of a frame. A clip's sound goes through each front end that is wanted once, while it is decoded.
+Audio front ends share one geometry: frame i covers samples [160 i, 160 i + 400) at 16 kHz. They differ in what they
+compute from these samples. Each clip passes each required front end once, while it is decoded.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from vaflow.encoders.images import Preparation
+from vaflow.encoders.images import Image, Preparation
 from vaflow.encoders.logmel import MEL_BINS, FilterBank, kaldi_banks
+from vaflow.errors import UsageError, explain
+
+if TYPE_CHECKING:
+    import torch
 
 Frames = NDArray[np.float32]
 
 
-class KeptFrames(Protocol):
-    """Frames [F, bins] to be cut from: a NumPy array, or one whose rows lie in a file."""
+@dataclass(frozen=True)
+class Request:
+    """Input of every builder.
+
+    Attributes:
+        name: the encoder as typed; also the stream's name.
+        source: what the name refers to within its family, such as MODEL/TAG or a model id.
+        weights: local weights instead of the published ones.
+        device: "cpu", "cuda" or "cuda:N".
+        precision: "float32", "bfloat16" or "float16".
+    """
+
+    name: str
+    source: str = ""
+    weights: Path | None = None
+    device: str = "cpu"
+    precision: str = "float32"
+
+    def refuse_weights(self, why: str) -> None:
+        """Raise a UsageError if local weights were given to an encoder that cannot load them."""
+        if self.weights is not None:
+            raise UsageError(explain(f"{self.name} does not accept --weights: {why}", got=self.weights))
+
+    def finish_identity(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """Return the identity with the precision added where it is not float32."""
+        return identity if self.precision == "float32" else identity | {"precision": self.precision}
+
+
+class FrameArray(Protocol):
+    """Frames [F, bins] to slice: a NumPy array, or one whose rows are in a file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -34,10 +66,10 @@ class FrontEnd:
     """A kind of filter bank.
 
     Attributes:
-        name: as identities and messages say it.
+        name: as written in identities and messages.
         bins: width of a frame.
-        padding: the value of frames beyond the clip's ends.
-        banks: sound of `logmel.GROUP` frames -> [GROUP, bins] float32; see `logmel.FilterBank`.
+        padding: value of frames beyond the clip's ends.
+        banks: audio samples of `logmel.GROUP` frames -> [GROUP, bins] float32; see `logmel.FilterBank`.
     """
 
     name: str
@@ -46,37 +78,34 @@ class FrontEnd:
     banks: Callable[[Frames], Frames]
 
     def open(self) -> FilterBank:
-        """A bank for one clip."""
+        """Return a filter bank for one clip."""
         return FilterBank(self.banks, self.bins)
 
 
-# What the log-Mel stream of every cache holds: encoders that read it can be added without decoding again.
+# The log-Mel stream of every cache: encoders that read it can be added to a cache without decoding.
 KALDI = FrontEnd("logmel", MEL_BINS, 0.0, kaldi_banks)
 
 
 @dataclass(frozen=True)
-class Stretches:
-    """Which frames an audio encoder reads of a window; each stretch is a row of its batches.
+class Segments:
+    """The frames of a window that an audio encoder reads; each segment is one row of its batches.
 
     Attributes:
-        first: first frame of each stretch, counted from the window's start; negative: before it.
-        frames: how many frames each stretch has.
+        first: first frame of each segment, relative to the window's start; negative: before it.
+        frames: length of each segment.
     """
 
     first: tuple[int, ...]
     frames: int
 
 
-def cut(frames: KeptFrames, first: int, count: int, padding: float) -> Frames:
-    """Frames [first, first + count) of [F, bins], `padding` where there is none -> [count, bins] float32."""
+def cut(frames: FrameArray, first: int, count: int, padding: float) -> Frames:
+    """Return frames [first, first + count) of [F, bins] as float32, with `padding` beyond either end."""
     row = np.full((count, frames.shape[1]), padding, np.float32)
     start, stop = max(first, 0), min(first + count, len(frames))
     if start < stop:
         row[start - first : stop - first] = frames[start:stop]
     return row
-
-
-Image = NDArray[np.uint8]
 
 
 class VisualEncoder(Protocol):
@@ -88,7 +117,7 @@ class VisualEncoder(Protocol):
         dim: length of the vector.
         image_size: edge of the square input in pixels.
         preparation: what `prepare` does, as a value that can be sent to a process without torch.
-        identity: plain JSON of everything that changes the numbers (weights digest, preprocessing, activation ...).
+        identity: plain JSON of everything that changes the output (weights digest, preprocessing, activation ...).
         module: the network, for fine-tuning.
     """
 
@@ -110,18 +139,18 @@ class VisualEncoder(Protocol):
 
 
 class AudioEncoder(Protocol):
-    """Filter-bank frames of one window -> a sequence of vectors.
+    """Front-end frames of one window -> a sequence of vectors.
 
-    A window is read in one stretch (AST: all of it) or in several of equal length (VGGish: one around every step). A
-    stretch depends on nothing else, so stretches that windows share are encoded once.
+    A window is read as one segment (AST: all of it) or as several of equal length (VGGish: one around every step). The
+    output of a segment depends on nothing else, so segments that windows share are encoded once.
 
     Attributes:
         kind: "audio".
         name: the stream's name.
         dim: length of each vector.
-        identity: plain JSON of everything that changes the numbers.
-        front_end: what makes frames of sound. Encoders with `frontend.KALDI` read the cached log-Mel, and can be added
-            to a cache without decoding; the others need the sound again.
+        identity: plain JSON of everything that changes the output.
+        front_end: computes frames from audio samples. Encoders with `KALDI` read the cached log-Mel and can be added to
+            a cache without decoding; the others need the audio again.
         module: the network, for fine-tuning.
     """
 
@@ -133,19 +162,19 @@ class AudioEncoder(Protocol):
 
     @property
     def front_end(self) -> FrontEnd:
-        """As above; a class's constant will do."""
+        """As above; may be a class constant."""
         ...
 
-    def stretches(self, window: float, steps: int) -> Stretches:
-        """Which frames are read of a window of that many seconds; their number divides `steps`."""
+    def segments(self, window: float, steps: int) -> Segments:
+        """Return the segments of a window of that many seconds; their number divides `steps`."""
         ...
 
     def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
-        """[steps] seconds after the window's start: what each step is centred on."""
+        """Return [steps] seconds after the window's start: the centre of each step's input."""
         ...
 
-    def encode(self, logmel: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
-        """[B, frames, bins] float32, a stretch each, unnormalised -> [B, steps / stretches, dim] float32.
+    def encode(self, frames: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
+        """[B, frames, bins] float32, one segment each, unnormalised -> [B, steps / segments, dim] float32.
 
         The result is on the encoder's device.
         """

@@ -1,6 +1,6 @@
-"""A frozen text tower that reads learned vectors in front of words: prompts that are trained instead of written.
+"""Learned context vectors in front of the words of a frozen text tower (prompt learning).
 
-Source: Zhou et al. 2022 (CoOp, arXiv 2109.01134), with one context that all descriptions share.
+Source: Zhou et al. 2022 (CoOp, arXiv 2109.01134), with one context shared by all descriptions.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,26 +11,26 @@ import torch
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.errors import UsageError, explain
 
-PLACEHOLDER = "x"  # one token of CLIP's vocabulary: it keeps a place that a vector takes
+PLACEHOLDER = "x"  # one token of CLIP's vocabulary, whose embedding a vector replaces
 
 
 class ContextTower:
-    """[count, width] vectors -> [N, D] text embeddings of length one, with gradients to the vectors alone.
+    """[count, width] vectors -> [N, D] text embeddings of length one, with gradients to the vectors only.
 
-    Not a module: the tower is no part of what is trained or saved.
+    Not a module: the tower is neither trained nor saved.
 
     Args:
         model: an open_clip model.
         tokenizer: texts -> [N, L] tokens.
         texts: N descriptions.
         count: vectors between the start token and the words.
-        device: where the model is.
+        device: the model's.
 
     Attributes:
         width: of a vector.
 
     Raises:
-        UsageError: the tower's words are not embedded in a way that vectors can take part in, or no room is left.
+        UsageError: the tower has no token embedding that vectors can replace, or the context is too long.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class ContextTower:
         self._model = model.eval().requires_grad_(False)
         embedding = getattr(getattr(model, "text", model), "token_embedding", None)
         if not isinstance(embedding, torch.nn.Embedding):
-            raise UsageError(explain("This text tower takes no context vectors", expected="a CLIP-like encoder"))
+            raise UsageError(explain("This text tower does not support context vectors", expected="a CLIP encoder"))
         tokens = tokenizer([f"{PLACEHOLDER} " * count + text for text in texts])
-        places = tokens[:, 1 : 1 + count]
+        slots = tokens[:, 1 : 1 + count]
         longest = int((tokens != 0).sum(dim=1).max())
-        if count < 1 or places.shape[1] < count or not (places == places[0, 0]).all() or longest >= tokens.shape[1]:
+        if count < 1 or slots.shape[1] < count or not (slots == slots[0, 0]).all() or longest >= tokens.shape[1]:
             raise UsageError(
                 explain(
                     "The context vectors and the descriptions do not fit into the text tower",
@@ -82,13 +82,13 @@ class ContextTower:
 
 
 def context_tower(encoder: VisualEncoder | AudioEncoder, texts: Sequence[str], count: int) -> ContextTower:
-    """The text tower of a built encoder; the whole encoder is frozen by that.
+    """Return the text tower of an encoder; the whole encoder is frozen.
 
     Raises:
-        UsageError: the encoder has no text tower, or none that takes vectors.
+        UsageError: the encoder has no text tower, or one that does not support vectors.
     """
     make = getattr(encoder, "context_tower", None)
     if make is None:
-        raise UsageError(explain(f"{encoder.name} has no text tower", expected="a CLIP-like encoder"))
+        raise UsageError(explain(f"{encoder.name} has no text tower", expected="a CLIP encoder"))
     tower: ContextTower = make(texts, count)
     return tower

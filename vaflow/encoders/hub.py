@@ -1,32 +1,40 @@
-"""Weights that are published somewhere: from the local cache, else downloaded, else a clear word within seconds.
+"""Published weights: from the local cache, else downloaded; unreachable or stalled servers are reported in seconds.
 
-Published weights whose file name carries its own checksum, by torch.hub's convention: name-SHA256PREFIX.pth.
+By torch.hub's convention a file name can carry the file's checksum: name-SHA256PREFIX.pth.
 """
 
 import hashlib
+import logging
 import re
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from vaflow.errors import WeightsError, explain
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
 PATIENCE = 6.0  # seconds until an address that does not answer counts as unreachable
+STALL = 45.0  # seconds without a new byte until a download counts as stalled
 
 
 def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = "") -> Path:
-    """The first of `names` that the Hugging Face model `repo` has: from the local hub cache, else downloaded.
+    """Return the first of `names` in the Hugging Face model `repo`: from the local hub cache, else downloaded.
 
-    `needs` says in messages what PATH must hold, where that is more than one of the names.
+    `needs` describes in messages what PATH must contain, where that is more than one of the names.
 
     Raises:
-        WeightsError: in seconds, where the hub cannot be reached or has no such model or file.
+        WeightsError: the hub is unreachable or stalls, or it has no such model or file, or access is restricted.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     needs = needs or " or ".join(names)
@@ -36,10 +44,13 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
             if isinstance(cached, str):
                 return Path(cached)
         _require_hub(repo, needs, encoder)
+        folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
         for name in names:
             try:
-                return Path(hf_hub_download(repo, name, etag_timeout=PATIENCE))
-            except LocalEntryNotFoundError as error:  # derives from EntryNotFoundError, but means: not reached
+                return Path(
+                    watch(lambda name=name: hf_hub_download(repo, name, etag_timeout=PATIENCE), folder, name)  # type: ignore[misc]
+                )
+            except LocalEntryNotFoundError as error:  # derives from EntryNotFoundError, but means: unreachable
                 raise WeightsError(_no_download(repo, needs, encoder, "the connection broke")) from error
             except EntryNotFoundError:
                 continue
@@ -50,61 +61,101 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
 
 
 def _no_download(repo: str, needs: str, encoder: str, reason: str) -> str:
+    return _not_available(encoder, f"{needs} of the Hugging Face model id {repo}", reason)
+
+
+def _not_available(encoder: str, expected: str, reason: str) -> str:
     return explain(
         f"The weights of {encoder} are not on this machine and could not be downloaded",
-        expected=f"{needs} of the Hugging Face model id {repo}",
+        expected=expected,
         got=reason,
         remedy=f"Download it on a machine with a connection and pass --weights {encoder}=PATH",
     )
 
 
 def _require_hub(repo: str, needs: str, encoder: str) -> None:
-    """Ask the hub once whether it is there: its own client retries for half a minute before it gives up."""
+    """Send the hub one request: its own client retries for half a minute before it fails."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(_no_download(repo, needs, encoder, "HF_HUB_OFFLINE is set, and the local cache has none"))
-    problem = within_patience(constants.ENDPOINT)
+    problem = reach(constants.ENDPOINT)
     if problem:
         raise WeightsError(_no_download(repo, needs, encoder, f"the hub cannot be reached: {problem}"))
 
 
-def url_file(address: str, *, encoder: str) -> Path:
-    """A published file that is not on the hub: from open_clip's own cache, else downloaded.
+def watch(download: Callable[[], T], folder: Path, what: str) -> T:
+    """Return the result of `download`, run in a thread, as long as `folder` keeps growing.
 
     Raises:
-        WeightsError: in seconds, where the address cannot be reached.
+        OSError: no byte was added to the folder for `STALL` seconds; or what `download` raises.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(download())
+        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
+            errors.append(error)
+
+    log.info("downloading %s", what)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    size, since = _size(folder), time.monotonic()
+    while thread.is_alive():
+        thread.join(min(1.0, STALL / 4))
+        now = _size(folder)
+        if now != size:
+            size, since = now, time.monotonic()
+        elif thread.is_alive() and time.monotonic() - since > STALL:
+            raise OSError(f"the server stopped sending {what}: no data for {STALL:g} s")
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*") if folder.is_dir() else ():
+        try:
+            total += path.lstat().st_size
+        except OSError:  # a temporary file that was renamed meanwhile
+            continue
+    return total
+
+
+def url_file(address: str, *, encoder: str) -> Path:
+    """Return a published file that is not on the hub: from open_clip's own cache, else downloaded.
+
+    Raises:
+        WeightsError: the address cannot be reached, or stalls.
     """
     from open_clip.pretrained import download_pretrained_from_url
 
-    cached = Path("~/.cache/clip").expanduser() / address.rsplit("/", 1)[-1]
-    problem = "" if cached.is_file() else within_patience(address)
+    folder = Path("~/.cache/clip").expanduser()
+    cached = folder / address.rsplit("/", 1)[-1]
+    problem = "" if cached.is_file() else reach(address)
     if not problem:
         try:
-            return Path(download_pretrained_from_url(address))
+            return Path(watch(lambda: download_pretrained_from_url(address), folder, address))
         except (OSError, RuntimeError) as error:
             problem = str(error)
-    raise WeightsError(
-        explain(
-            f"The weights of {encoder} are not on this machine and could not be downloaded",
-            expected=address,
-            got=problem,
-            remedy=f"Download it on a machine with a connection and pass --weights {encoder}=PATH",
-        )
-    )
+    raise WeightsError(_not_available(encoder, address, problem))
 
 
-def within_patience(address: str) -> str:
-    """`ask`, in a thread of its own: looking up a host name knows no timeout."""
+def reach(address: str) -> str:
+    """Return "" if the address answers within `PATIENCE`, else why not."""
     answers: list[str] = []
-    asking = threading.Thread(target=lambda: answers.append(ask(address)), daemon=True)
-    asking.start()
-    asking.join(PATIENCE + 1)
+    # In a thread of its own: looking up a host name has no timeout.
+    thread = threading.Thread(target=lambda: answers.append(ask(address)), daemon=True)
+    thread.start()
+    thread.join(PATIENCE + 1)
     return answers[0] if answers else f"no answer within {PATIENCE:g} s"
 
 
 def ask(address: str) -> str:
-    """One HEAD request; "" where anything answered, else why not."""
+    """Send one HEAD request; return "" for any answer, else the error."""
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE):
             return ""
@@ -115,13 +166,12 @@ def ask(address: str) -> str:
 
 
 _CHECKSUM = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|bin|safetensors)")
-_BLOCK = 1 << 20
 
 
 def checksum_in_name(name: str) -> str | None:
-    """First hex digits of the file's SHA-256, where its name ends in them."""
-    found = _CHECKSUM.fullmatch(name[name.rfind("-") :]) if "-" in name else None
-    return found.group(1) if found else None
+    """Return the leading hex digits of the file's SHA-256, where its name ends in them."""
+    match = _CHECKSUM.fullmatch(name[name.rfind("-") :]) if "-" in name else None
+    return match.group(1) if match else None
 
 
 def check_checksum(path: Path) -> None:
@@ -133,52 +183,36 @@ def check_checksum(path: Path) -> None:
     expected = checksum_in_name(path.name)
     if expected is None or not path.is_file():
         return
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if not digest.hexdigest().startswith(expected):
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(expected):
         raise WeightsError(
             explain(
-                f"{path} is not the file that its name says",
+                f"{path} does not match the checksum in its name",
                 expected=f"a SHA-256 that begins with {expected}",
-                got=digest.hexdigest(),
-                remedy="Delete it and download it again; if it was changed on purpose, give it another name",
+                got=digest,
+                remedy="Delete it and download it again; if it was changed on purpose, rename it",
             )
         )
 
 
 def checked_url(address: str, *, encoder: str) -> Path:
-    """The file at `address`: from torch.hub's cache, else downloaded into it; its checksum is compared either way.
+    """Return the file at `address`: from torch.hub's cache, else downloaded into it. Its checksum is compared.
 
     Raises:
-        WeightsError: in seconds, where the address cannot be reached; or the checksum differs.
+        WeightsError: the address cannot be reached or stalls, or the checksum differs.
     """
-    name = address.rsplit("/", 1)[-1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    problem = "" if path.is_file() else _download(address, path)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / address.rsplit("/", 1)[-1]
+    problem = "" if path.is_file() else reach(address)
+    if not problem and not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checksum, bar = checksum_in_name(path.name), sys.stderr.isatty()
+            # torch keeps no file whose checksum is wrong.
+            watch(lambda: torch.hub.download_url_to_file(address, str(path), checksum, bar), path.parent, address)
+        except (OSError, RuntimeError) as error:
+            problem = str(error)
     if problem:
-        raise WeightsError(
-            explain(
-                f"The weights of {encoder} are not on this machine and could not be downloaded",
-                expected=address,
-                got=problem,
-                remedy=f"Download it on a machine with a connection and pass --weights {encoder}=PATH",
-            )
-        )
+        raise WeightsError(_not_available(encoder, address, problem))
     check_checksum(path)
     return path
-
-
-def _download(address: str, path: Path) -> str:
-    """ "" when the file is there, else why not. A file whose checksum is wrong is not kept."""
-    problem = within_patience(address)
-    if problem:
-        return problem
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checksum = checksum_in_name(path.name)
-        torch.hub.download_url_to_file(address, str(path), checksum, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError) as error:
-        return str(error)
-    return ""

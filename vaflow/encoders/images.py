@@ -1,39 +1,39 @@
-"""Pictures as CLIP-like encoders expect them. NumPy and Pillow only: decoding workers use it without torch."""
+"""Image geometry of visual encoders. NumPy and Pillow only: decoding workers use it without torch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image as PillowImage
 
-RESIZE = "pillow bicubic, shortest edge, centre crop"
-
-Picture = NDArray[np.uint8]
+Image = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a picture becomes an encoder's square input; can be sent to another process.
+    """How an image becomes an encoder's square input; can be sent to another process.
 
     Attributes:
         size: edge of the square in pixels.
         interpolation: "bicubic" or "bilinear", both antialiased.
-        resize_mode: "shortest" (shortest edge to `size`, then the centre), "longest" (longest edge to `size`, black
-            around it) or "squash" (both edges to `size`).
+        resize_mode: "shortest" (shortest edge to `size`, then centre crop), "longest" (longest edge to `size`, black
+            borders) or "squash" (both edges to `size`).
     """
 
     size: int
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
 
-    def __call__(self, image: Picture) -> Picture:
+    def __call__(self, image: Image) -> Image:
         """RGB [H, W, 3] uint8 of any size -> [size, size, 3] uint8: open_clip's inference transform up to ToTensor."""
         height, width = image.shape[:2]
         target = self._target(width, height)
         if target != (width, height):
-            kernel = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
-            image = np.asarray(Image.fromarray(image).resize(target, kernel))
-        return _centre(image, self.size)
+            bilinear = self.interpolation == "bilinear"
+            kernel = PillowImage.Resampling.BILINEAR if bilinear else PillowImage.Resampling.BICUBIC
+            image = np.asarray(PillowImage.fromarray(image).resize(target, kernel))
+        return centre_crop(image, self.size)
 
     def _target(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after resizing; rounded as torchvision (shortest) and open_clip (longest) do."""
@@ -48,8 +48,28 @@ class Preparation:
         return int(size * width / height), size
 
 
-def _centre(image: Picture, size: int) -> Picture:
-    """The central [size, size] of a picture, black where the picture is smaller."""
+@dataclass(frozen=True)
+class Preprocessing:
+    """From pixels to network input: the geometry, then (x / 255 - mean) / std per channel."""
+
+    preparation: Preparation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """Return every setting as plain JSON."""
+        geometry = self.preparation
+        return {
+            "image_size": geometry.size,
+            "interpolation": f"pillow {geometry.interpolation}",
+            "resize_mode": geometry.resize_mode,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def centre_crop(image: Image, size: int) -> Image:
+    """Return the central [size, size] of an image, with black borders where the image is smaller."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
@@ -57,8 +77,3 @@ def _centre(image: Picture, size: int) -> Picture:
     padded = np.pad(image, ((down // 2, (down + 1) // 2), (right // 2, (right + 1) // 2), (0, 0)))
     top, left = round((padded.shape[0] - size) / 2), round((padded.shape[1] - size) / 2)
     return np.ascontiguousarray(padded[top : top + size, left : left + size])
-
-
-def prepare_image(image: Picture, size: int) -> Picture:
-    """RGB [H, W, 3] uint8 of any size -> [size, size, 3] uint8, as most CLIP models expect (see `Preparation`)."""
-    return Preparation(size)(image)

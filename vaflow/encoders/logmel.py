@@ -1,7 +1,7 @@
-"""Kaldi log-Mel filter banks of a whole clip, computed once while its sound is decoded.
+"""Kaldi log-Mel filter banks of a whole clip, computed once while its audio is decoded.
 
 The parameters are those of Hugging Face's feature extractor for the Audio Spectrogram Transformer. Filter banks are
-framewise, so a slice that starts on the 10-ms hop equals what the extractor computes from the same stretch of sound.
+framewise, so a slice that starts on the 10-ms hop equals the extractor's output for the same samples.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,23 @@ HOP = 160  # samples between two frames: 10 ms
 FRAME = 400  # samples per frame: 25 ms
 MEL_BINS = 128
 
-# Frames are computed in groups of this size, the last one padded: the matrix product inside rounds differently for
-# few rows, and a clip's numbers must not depend on how its sound happened to be cut into blocks.
+# Frames are computed in groups of this size, the last one padded: matrix products round differently for few rows, and
+# the output must not depend on how a clip's audio was split into blocks.
 GROUP = 100
 
 
 def frame_times(count: int) -> NDArray[np.float64]:
-    """[count] seconds: the centre of every frame, 0.01 i + 0.0125."""
+    """Return [count] seconds: the centre of every frame, 0.01 i + 0.0125."""
     return (np.arange(count, dtype=np.float64) * HOP + FRAME / 2) / RATE
 
 
 def frame_count(samples: int) -> int:
-    """How many whole frames lie in that many samples."""
+    """Return the number of whole frames in that many samples."""
     return 0 if samples < FRAME else 1 + (samples - FRAME) // HOP
 
 
 def identity() -> dict[str, object]:
-    """Plain JSON of everything that changes the numbers of the log-Mel stream."""
+    """Return plain JSON of everything that changes the values of the log-Mel stream."""
     return {
         "features": "kaldi fbank",
         "library": "torchaudio.compliance.kaldi",
@@ -44,16 +44,16 @@ def identity() -> dict[str, object]:
     }
 
 
-def kaldi_banks(sound: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sound of `GROUP` frames, [(GROUP - 1) * HOP + FRAME] -> [GROUP, 128] float32."""
+def kaldi_banks(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Samples of `GROUP` frames, [(GROUP - 1) * HOP + FRAME] -> [GROUP, 128] float32."""
     import torch
     from torchaudio.compliance import kaldi
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so little work only waits for threads when decoders keep the cores busy
+    torch.set_num_threads(1)  # more threads only wait while decoders keep the cores busy
     try:
         banks = kaldi.fbank(
-            torch.from_numpy(sound)[None],
+            torch.from_numpy(samples)[None],
             sample_frequency=float(RATE),
             window_type="hanning",
             num_mel_bins=MEL_BINS,
@@ -65,12 +65,12 @@ def kaldi_banks(sound: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 class FilterBank:
-    """Sound in, filter banks out, block by block; the result does not depend on the blocks, to the last bit.
+    """Filter banks of streamed audio; the output does not depend on the blocks, to the last bit.
 
-    Frame i covers samples [160 i, 160 i + 400); only whole frames are given (Kaldi's `snip_edges`).
+    Frame i covers samples [160 i, 160 i + 400); only whole frames are returned (Kaldi's `snip_edges`).
 
     Args:
-        banks: what makes frames of sound, `GROUP` at a time.
+        banks: computes `GROUP` frames at a time.
         bins: width of a frame.
     """
 
@@ -81,26 +81,26 @@ class FilterBank:
         self._rest: NDArray[np.float32] = np.empty(0, np.float32)
 
     def push(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Samples [n] at 16 kHz, in [-1, 1] -> [k, bins] float32, the frames that became complete.
+        """Samples [n] at 16 kHz, in [-1, 1] -> [k, bins] float32, the frames completed by them.
 
         Raises:
             ValueError: samples are not one-dimensional.
         """
         if samples.ndim != 1:
             raise ValueError(f"FilterBank.push: expected mono samples [n], got shape {samples.shape}")
-        sound = np.concatenate([self._rest, samples.astype(np.float32, copy=False)])
-        count = frame_count(sound.size)
-        self._rest = sound[count * HOP :].copy()
-        groups = [self._group(sound, first, min(GROUP, count - first)) for first in range(0, count, GROUP)]
+        pending = np.concatenate([self._rest, samples.astype(np.float32, copy=False)])
+        count = frame_count(pending.size)
+        self._rest = pending[count * HOP :].copy()
+        groups = [self._group(pending, first, min(GROUP, count - first)) for first in range(0, count, GROUP)]
         return np.concatenate(groups) if groups else np.empty((0, self._bins), np.float32)
 
     def finish(self) -> NDArray[np.float32]:
-        """Forget the incomplete last frame; [0, bins]. The bank can then be used for another clip."""
+        """Drop the incomplete last frame and return [0, bins]. The bank can then be used for another clip."""
         self._rest = np.empty(0, np.float32)
         return np.empty((0, self._bins), np.float32)
 
-    def _group(self, sound: NDArray[np.float32], first: int, count: int) -> NDArray[np.float32]:
-        part = sound[first * HOP : first * HOP + (count - 1) * HOP + FRAME]
+    def _group(self, samples: NDArray[np.float32], first: int, count: int) -> NDArray[np.float32]:
+        part = samples[first * HOP : first * HOP + (count - 1) * HOP + FRAME]
         padded = np.zeros((GROUP - 1) * HOP + FRAME, np.float32)
         padded[: part.size] = part
         return self._banks(padded)[:count]

@@ -1,7 +1,7 @@
-"""Prompt sets: the words of the nine valence-arousal regions, and their prototypes in CLIP's text space.
+"""Prompt sets: descriptions of the nine valence-arousal regions, and their prototypes in CLIP's text space.
 
 Region index = 3 * valence level + arousal level, levels low, middle, high. Source: arXiv 2603.13415 (templates, mean
-of normalised text embeddings); the paper shows only some of the descriptions, so they live in a file that can be
+of normalised text embeddings); the paper shows only some of the descriptions, so they are in a file that can be
 edited.
 """
 
@@ -37,19 +37,19 @@ class PromptSet:
     descriptions: tuple[str, ...]
 
     def identity(self) -> dict[str, Any]:
-        """Plain JSON of the words; the name is only a name."""
+        """Return the words as plain JSON, without the name."""
         return {"templates": list(self.templates), "descriptions": list(self.descriptions)}
 
     def texts(self) -> list[list[str]]:
-        """[templates][9] filled templates."""
+        """Return [templates][9] filled templates."""
         return [[template.replace("{}", words) for words in self.descriptions] for template in self.templates]
 
 
 def load_prompts(path: Path | None = None) -> PromptSet:
-    """Read a prompt set; without a path, the one that comes with the program, called "default".
+    """Read a prompt set; without a path, the built-in one, called "default".
 
     Raises:
-        UsageError: there is no such file, it is not TOML, or it is not a prompt set (every problem is named).
+        UsageError: the file is missing, not TOML, or not a prompt set (every problem is listed).
     """
     source = path if path is not None else Path(__file__).with_name("prompts.toml")
     try:
@@ -63,9 +63,9 @@ def load_prompts(path: Path | None = None) -> PromptSet:
         raise UsageError(
             explain(
                 f"The prompt file {source} is not a prompt set: {'; '.join(problems)}",
-                expected="[templates] with texts that hold {} once, and [descriptions] with the nine keys "
+                expected="[templates] with texts that contain {} once, and [descriptions] with the nine keys "
                 "v_low.a_low ... v_high.a_high (levels low, middle, high)",
-                remedy="Start from a copy of the program's own prompts.toml",
+                remedy="Start from a copy of the built-in prompts.toml",
             )
         )
     words = tuple(descriptions[f"{valence}.{arousal}"] for valence, arousal in REGIONS)
@@ -73,18 +73,18 @@ def load_prompts(path: Path | None = None) -> PromptSet:
 
 
 def _templates(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Named templates (a table) or a plain list, by name."""
-    found = document.get("templates", {})
-    if isinstance(found, list):
-        return {str(number): text for number, text in enumerate(found, start=1)}
-    return found if isinstance(found, dict) else {"templates": found}
+    """Return templates by name, from a table or a list."""
+    templates = document.get("templates", {})
+    if isinstance(templates, list):
+        return {str(number): text for number, text in enumerate(templates, start=1)}
+    return templates if isinstance(templates, dict) else {"templates": templates}
 
 
 def _descriptions(document: Mapping[str, Any]) -> dict[str, Any]:
-    """`v_low.a_low` -> words, from the nested tables that TOML makes of dotted keys."""
-    found = document.get("descriptions", {})
+    """Return `v_low.a_low` -> words, from the nested tables of TOML's dotted keys."""
+    table = document.get("descriptions", {})
     flat: dict[str, Any] = {}
-    for valence, row in found.items() if isinstance(found, dict) else []:
+    for valence, row in table.items() if isinstance(table, dict) else []:
         if isinstance(row, dict):
             flat |= {f"{valence}.{arousal}": words for arousal, words in row.items()}
         else:
@@ -96,7 +96,7 @@ def _template_problems(templates: Mapping[str, Any]) -> list[str]:
     if not templates:
         return ["there are no templates"]
     return [
-        f"template {name} must be a text that holds {{}} once"
+        f"template {name} must be a text that contains {{}} once"
         for name, text in templates.items()
         if not isinstance(text, str) or text.count("{}") != 1
     ]
@@ -105,7 +105,7 @@ def _template_problems(templates: Mapping[str, Any]) -> list[str]:
 def _description_problems(descriptions: Mapping[str, Any]) -> list[str]:
     required = [f"{valence}.{arousal}" for valence, arousal in REGIONS]
     problems = [f"description {key} is missing" for key in required if key not in descriptions]
-    problems += [f"description {key} is none of the nine regions" for key in descriptions if key not in required]
+    problems += [f"description {key} is not one of the nine regions" for key in descriptions if key not in required]
     return problems + [
         f"description {key} must be a text that is not empty"
         for key in required
@@ -114,11 +114,11 @@ def _description_problems(descriptions: Mapping[str, Any]) -> list[str]:
 
 
 def prototypes(encoder: VisualEncoder | AudioEncoder, prompt_set: PromptSet) -> tuple[Floats, Floats]:
-    """The nine prototypes of a prompt set.
+    """Return the nine prototypes of a prompt set.
 
     Returns:
         ([9, D], [templates, 9, D]) float32: the mean over templates of the normalised text embeddings (itself not
-        normalised: the head does that), and those embeddings.
+        normalised: the head normalises it), and those embeddings.
 
     Raises:
         UsageError: the encoder has no text tower.

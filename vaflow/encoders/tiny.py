@@ -1,25 +1,23 @@
-"""Tiny encoders of the genuine classes with seeded weights: no download, the same numbers on every machine.
+"""Tiny encoders of the genuine classes with seeded weights: no download, the same features on every machine.
 
 Only width and depth shrink; input sizes, patches, strides and the tokenizer stay. The weights come from raw integers of
 a counter-based generator and correctly rounded arithmetic, so they depend on no library's sampling and no version.
 
-Nothing is trained, so the scales are chosen such that features keep what a light head must read, and vary by about as
-much as they are large. Measured on drawn faces and voices of unseen people: a linear read-out of single frames gives a
-CCC of about .85 for valence (.1 to .3 with common initialisations; .84 from the pixels themselves), one of half-second
-steps of sound .87 for arousal. What matters, most important first:
+The networks are untrained, so the scales are chosen such that a light head can read the features. Measured on drawn
+faces and voices of unseen people: a linear read-out of single frames gives a CCC of about .85 for valence (.1 to .3
+with common initialisations; .84 from the pixels themselves), a linear read-out of half-second audio steps .87 for
+arousal. What matters, most important first:
 
-- Filters for pictures sum to zero in each channel: the colour of skin and wall would drown everything else. Filters for
-  sound lose only most of their mean, for loudness tells much; their bias puts the usual level of sound at zero.
-- Filters are coarse (cells of 8 x 8): fine random ones answer to little but noise.
-- Queries and keys are small: attention is nearly flat, and the class token gathers the whole picture.
-- Positions are as large as contents: with the gated units behind them, each place is read in its own way. For sound
-  only the place along frequency counts, or the same sound would look different at each time.
-- Values are large for pictures, or the class token would mostly be itself.
+- Image filters sum to zero in each channel: otherwise the colour of skin and wall dominates. Audio filters lose only
+  most of their mean, because loudness is informative; their bias maps the usual level of audio to zero.
+- Filters are coarse (cells of 8 x 8): fine random filters respond to noise only.
+- Queries and keys are small: attention is nearly flat, and the class token averages the whole image.
+- Positions are as large as contents: the gated units then read each place differently. For audio only the place along
+  frequency counts; otherwise the same sound would look different at each time.
+- Values are large for images; otherwise the class token would mostly copy itself.
 
-Tiny twins of the convolutional encoders: the genuine classes with seeded weights, no download.
-
-Input sizes and strides stay; depth and widths shrink. Weights are drawn as in `tiny.py`, with
-the deviation that keeps a ReLU network's scale from layer to layer (He et al. 2015).
+The convolutional networks are drawn with the deviation that keeps a ReLU network's scale from layer to layer (He et
+al. 2015).
 """
 
 import hashlib
@@ -32,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaflow.encoders import Request
+from vaflow.encoders import resnet, vggish
 from vaflow.encoders.ast import (
     AUDIOSET_MEAN,
     AUDIOSET_STD,
@@ -42,25 +40,24 @@ from vaflow.encoders.ast import (
     load_checkpoint,
     make_encoder,
 )
-from vaflow.encoders.clip import ClipEncoder, Preprocessing, make_identity, require_quick_gelu
-from vaflow.encoders.images import Preparation
-from vaflow.encoders.resnet import ResNetEncoder, bare_resnet
-from vaflow.encoders.resnet import make_encoder as make_resnet
-from vaflow.encoders.vggish import VGGish, VggishEncoder
-from vaflow.encoders.vggish import make_encoder as make_vggish
+from vaflow.encoders.base import Request
+from vaflow.encoders.clip import ClipEncoder, make_identity, require_quick_gelu
+from vaflow.encoders.image_encoder import ImageEncoder
+from vaflow.encoders.images import Preparation, Preprocessing
 from vaflow.encoders.weights import load_strictly, read_state_dict
+from vaflow.errors import WeightsError, explain
 
 SEED = 0
 WIDTH, LAYERS, HEADS, PATCH = 128, 2, 4, 16
 CELL = 8  # edge of the squares that patch filters are made of
-PLACE, WORD_PLACE, INSTANT = 1.0, 0.1, 0.1  # deviation of position embeddings: in a picture or spectrum, a text, time
-SOUND_MEAN_KEPT = 0.3  # how much of their mean the filters for sound keep
-SOUND_LEVEL = -0.33  # normalised log-Mel of ordinary sound
+PLACE, WORD_PLACE, INSTANT = 1.0, 0.1, 0.1  # deviation of position embeddings: in an image or spectrum, a text, time
+SOUND_MEAN_KEPT = 0.3  # share of their mean that audio filters keep
+SOUND_LEVEL = -0.33  # normalised log-Mel of ordinary audio
 
 
 @dataclass(frozen=True)
 class Gains:
-    """Deviation of a matrix by what it is for, times the root of the number of its inputs."""
+    """Deviation of a matrix by its role, times the root of the number of its inputs."""
 
     patch: float
     query: float
@@ -92,59 +89,68 @@ AST_CONFIG: dict[str, Any] = {
     "patch_size": PATCH,
 }
 
+RESNET_BLOCKS, RESNET_WIDTH, RESNET_EXPANSION = [1, 1, 1, 1], 16, 1
+VGGISH_CHANNELS, VGGISH_WIDTHS = ((16,), (32,), (48, 48), (64, 64)), (256, 256, 128)
+
 Values = NDArray[np.float64]
 Rule = Callable[[str, str, tuple[int, ...]], Values]  # (stream of random numbers, parameter's name, shape) -> values
 
 
-def build_clip(request: Request) -> ClipEncoder:
-    """The tiny CLIP, both towers: seeded, or with the weights of the file `request.weights`.
+def build(request: Request) -> ClipEncoder | AstEncoder | ImageEncoder | vggish.VggishEncoder:
+    """Return the tiny encoder `request.source`: seeded, or (CLIP and AST) with the weights `request.weights`.
 
     Raises:
-        WeightsError: the file's weights do not fit.
+        UsageError: local weights were given to an encoder that cannot load them.
+        WeightsError: the weights do not fit.
     """
+    if request.source == "clip":
+        return _build_clip(request)
+    if request.source == "ast":
+        return _build_ast(request)
+    request.refuse_weights("its weights are seeded")
+    if request.source == "resnet":
+        network = resnet.bare_resnet(RESNET_BLOCKS, width=RESNET_WIDTH, expansion=RESNET_EXPANSION)
+        seed_weights(network, "resnet-tiny")
+        return resnet.make_encoder(request, "resnet-tiny", network)
+    with torch.random.fork_rng():
+        module = vggish.VGGish(VGGISH_CHANNELS, VGGISH_WIDTHS)
+    seed_weights(module, "vggish-tiny")
+    return vggish.make_encoder(request, module)
+
+
+def _build_clip(request: Request) -> ClipEncoder:
     import open_clip
 
-    state = read_state_dict(request.weights) if request.weights else None
     model = open_clip.CLIP(**CLIP_CONFIG)
-    if state is None:
+    if request.weights is None:
         seed_parameters(model, "clip-tiny", _clip_values)
     else:
-        load_strictly(model, state, str(request.weights))
+        load_strictly(model, read_state_dict(request.weights), str(request.weights))
     require_quick_gelu(model, request.name)
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     preprocessing = Preprocessing(Preparation(CLIP_CONFIG["vision_cfg"]["image_size"]), mean, std)
-    identity = make_identity("clip-tiny", model, preprocessing, request.precision)
-    return ClipEncoder(
-        request.name,
-        model,
-        open_clip.SimpleTokenizer,
-        preprocessing,
-        identity,
-        request.device,
-        request.precision,
-    )
+    identity = make_identity(request, "clip-tiny", model, preprocessing)
+    tokenizer = open_clip.SimpleTokenizer
+    return ClipEncoder(request.name, model, tokenizer, preprocessing, identity, request.device, request.precision)
 
 
-def build_ast(request: Request) -> AstEncoder:
-    """The tiny Audio Spectrogram Transformer: seeded, or with the weights of the folder `request.weights`.
-
-    Raises:
-        WeightsError: the folder's weights do not fit.
-    """
+def _build_ast(request: Request) -> AstEncoder:
     from transformers import ASTConfig, ASTModel
 
     module = ASTModel(ASTConfig(**AST_CONFIG, attn_implementation="sdpa"))
-    if request.weights:
-        checkpoint = load_checkpoint(request.name, str(request.weights), local=True)
-        load_strictly(module, checkpoint.module.state_dict(), str(request.weights))
-        return make_encoder(request, module, checkpoint.mean, checkpoint.std)
+    if request.weights is not None:
+        if not request.weights.is_dir():
+            raise WeightsError(explain(f"There is no folder {request.weights}", remedy="Check the path after NAME="))
+        loaded, mean, std = load_checkpoint(request.weights)
+        load_strictly(module, loaded.state_dict(), str(request.weights))
+        return make_encoder(request, module, mean, std)
     geometry = geometry_of(module)
-    seed_parameters(module, "ast-tiny", _ast_values(geometry.frequency_tokens, geometry.time_tokens))
+    seed_parameters(module, "ast-tiny", _ast_values(geometry.frequency_tokens, geometry.tokens.count))
     return make_encoder(request, module, AUDIOSET_MEAN, AUDIOSET_STD)
 
 
 def seed_parameters(module: torch.nn.Module, name: str, rule: Rule) -> None:
-    """Overwrite every parameter by `rule`, each from a stream of its own, so that their order does not matter."""
+    """Overwrite every parameter by `rule`, each from its own random stream: their order does not matter."""
     with torch.no_grad():
         for key, parameter in module.named_parameters():
             values = rule(f"{SEED}/{name}/{key}", key, tuple(parameter.shape))
@@ -188,14 +194,14 @@ def _ast_values(frequencies: int, times: int) -> Rule:
 
 
 def _common_values(stream: str, key: str, shape: tuple[int, ...], gain: float) -> Values:
-    """Biases zero, norms one, matrices of deviation gain / sqrt(inputs)."""
+    """Return zeros for biases, ones for norms, deviation gain / sqrt(inputs) for matrices."""
     if key.endswith("bias"):
         return np.zeros(shape)
     return np.ones(shape) if len(shape) == 1 else uniform(stream, shape, gain / math.sqrt(shape[1]))
 
 
 def _coarse(stream: str, shape: tuple[int, ...], gain: float, mean_kept: float) -> Values:
-    """Patch filters [out, channels, edge, edge], constant in cells; each keeps that part of its mean per channel."""
+    """Return filters [out, channels, edge, edge], constant in cells, with that share of their mean per channel."""
     out, channels, height, width = shape
     deviation = gain / math.sqrt(channels * height * width)
     cells = uniform(stream, (out, channels, height // CELL, width // CELL), deviation)
@@ -204,14 +210,14 @@ def _coarse(stream: str, shape: tuple[int, ...], gain: float, mean_kept: float) 
 
 
 def _cells(filters: Values) -> Values:
-    """One number per cell of what `_coarse` made."""
+    """Return one value per cell of filters from `_coarse`."""
     return filters[:, :, ::CELL, ::CELL]
 
 
 def uniform(stream: str, shape: tuple[int, ...], deviation: float) -> Values:
-    """Uniform numbers of about that standard deviation around zero; the same bits on every machine.
+    """Return uniform numbers of about that standard deviation around zero; the same bits on every machine.
 
-    24 bits of each draw make a symmetric fraction that is exact; one rounded multiplication by a float32 follows.
+    24 bits of each draw give an exact symmetric fraction; one rounded multiplication by a float32 follows.
     """
     key = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "little")
     draws = np.random.Philox(key=key).random_raw(math.prod(shape))
@@ -220,39 +226,10 @@ def uniform(stream: str, shape: tuple[int, ...], deviation: float) -> Values:
     return (fraction * scale).reshape(shape)
 
 
-RESNET_BLOCKS, RESNET_WIDTH, RESNET_EXPANSION = [1, 1, 1, 1], 16, 1
-VGGISH_CHANNELS, VGGISH_WIDTHS = ((16,), (32,), (48, 48), (64, 64)), (256, 256, 128)
-
-
-def build_resnet(request: Request) -> ResNetEncoder:
-    """The tiny ResNet.
-
-    Raises:
-        UsageError: local weights were given.
-    """
-    request.refuse_weights("its weights are seeded")
-    module = bare_resnet(RESNET_BLOCKS, width=RESNET_WIDTH, expansion=RESNET_EXPANSION)
-    seed_weights(module, "resnet-tiny")
-    return make_resnet(request, "resnet-tiny", module)
-
-
-def build_vggish(request: Request) -> VggishEncoder:
-    """The tiny VGGish.
-
-    Raises:
-        UsageError: local weights were given.
-    """
-    request.refuse_weights("its weights are seeded")
-    with torch.random.fork_rng():
-        module = VGGish(VGGISH_CHANNELS, VGGISH_WIDTHS)
-    seed_weights(module, "vggish-tiny")
-    return make_vggish(request, module)
-
-
 def seed_weights(module: torch.nn.Module, name: str) -> None:
     """Overwrite every convolution and dense layer: uniform, deviation sqrt(2 / fan in), biases zero.
 
-    Batch norms stay what they are at first, the identity in evaluation mode.
+    Batch norms keep their initial values, the identity in evaluation mode.
     """
     with torch.no_grad():
         for key, parameter in module.named_parameters():

@@ -1,20 +1,19 @@
-"""VGGish (Hershey et al., arXiv 1609.09430): 0.96 s of sound -> 128 numbers, before PCA and before any activation.
+"""VGGish (Hershey et al., arXiv 1609.09430): 0.96 s of audio -> 128 values, before PCA and before any activation.
 
-No library that is kept up ships it (torchaudio dropped its prototype in 2.9), so the network is written out here. It
-loads the two published conversions of the original weights: torchvggish's (`features.N`, `embeddings.N`) and
-torchaudio's (`features_network.N`, `embedding_network.N`). Both end in a ReLU. The original's embedding is the value
-before it, which keeps what the ReLU would throw away: that is what is cached.
+No maintained library ships it (torchaudio dropped its prototype in 2.9), so the network is written out here. It loads
+the two published conversions of the original weights: torchvggish's (`features.N`, `embeddings.N`) and torchaudio's
+(`features_network.N`, `embedding_network.N`). Both end in a ReLU. The original's embedding is the value before it,
+which keeps the negative values: that is what is cached.
 
 An example is centred on each step. Examples at a clip's ends are padded with the front end's value for digital silence.
 
-VGGish's own log-Mel: magnitudes of a 512-point transform in 64 bands from 125 to 7,500 Hz, log(x + 0.01).
-
-Source: Hershey et al., arXiv 1609.09430, section 3, and the published front end that goes with its weights: periodic
-Hann window of 25 ms, zero-padded at its end, every 10 ms; triangles that are linear in HTK's Mel scale; no power, no
-pre-emphasis, no removal of the mean. Kaldi's filter banks differ in all of these, so the cached log-Mel will not do.
+The front end is VGGish's own log-Mel: magnitudes of a 512-point transform in 64 bands from 125 to 7,500 Hz,
+log(x + 0.01). Source: section 3 of the paper, and the published front end of its weights: periodic Hann window of
+25 ms, zero-padded at its end, every 10 ms; triangles that are linear in HTK's Mel scale; no power, no pre-emphasis, no
+removal of the mean. Kaldi's filter banks differ in all of these, so the cached log-Mel cannot be used.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
@@ -27,9 +26,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import nn
 
-from vaflow.encoders import Request
-from vaflow.encoders.base import FrontEnd, Stretches
+from vaflow.encoders.base import FrontEnd, Request, Segments
 from vaflow.encoders.hub import check_checksum, checked_url
+from vaflow.encoders.image_encoder import autocast
 from vaflow.encoders.logmel import FRAME, HOP, RATE
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
 
@@ -40,28 +39,25 @@ OFFSET = 0.01
 Floats = NDArray[np.float64]
 
 
-def hertz_to_mel(frequency: Floats) -> Floats:
-    """HTK's scale: 1127 ln(1 + f / 700)."""
-    return 1127.0 * np.log1p(frequency / 700.0)
-
-
 @cache
 def mel_weights() -> Floats:
-    """[257, 64]: how much every transform bin counts in every band; the constant term counts nowhere."""
-    mel = hertz_to_mel(np.arange(TRANSFORM // 2 + 1) * RATE / TRANSFORM)[:, None]
-    low, high = hertz_to_mel(np.array([LOWEST, HIGHEST]))
-    edges = np.linspace(low, high, BINS + 2)
+    """Return [257, 64]: the weight of every transform bin in every band; the constant term has none."""
+    bins = np.arange(TRANSFORM // 2 + 1) * RATE / TRANSFORM
+    hertz = np.concatenate([bins, [LOWEST, HIGHEST]])
+    scale = 1127.0 * np.log1p(hertz / 700.0)  # HTK's Mel scale
+    mel = scale[:-2, None]
+    edges = np.linspace(scale[-2], scale[-1], BINS + 2)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     weights = np.maximum(0.0, np.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)))
     weights[0] = 0.0
-    weights.flags.writeable = False  # one array for all callers
+    weights.flags.writeable = False  # shared by all callers
     return weights
 
 
-def vggish_banks(sound: NDArray[np.float32]) -> NDArray[np.float32]:
+def vggish_banks(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Samples [n] at 16 kHz in [-1, 1] -> [1 + (n - 400) // 160, 64] float32, computed in float64."""
     window = 0.5 - 0.5 * np.cos(2 * np.pi / FRAME * np.arange(FRAME))
-    frames = sliding_window_view(sound.astype(np.float64), FRAME)[::HOP]
+    frames = sliding_window_view(samples.astype(np.float64), FRAME)[::HOP]
     magnitude = np.abs(np.fft.rfft(frames * window, TRANSFORM))
     return np.log(magnitude @ mel_weights() + OFFSET).astype(np.float32)
 
@@ -70,7 +66,7 @@ VGGISH_MEL = FrontEnd("vggish log-mel", BINS, float(np.log(OFFSET)), vggish_bank
 
 
 def mel_identity() -> dict[str, object]:
-    """Plain JSON of every setting."""
+    """Return every setting of the front end as plain JSON."""
     return {
         "sample_rate": RATE,
         "hop": HOP,
@@ -89,11 +85,11 @@ EXAMPLE = 96  # frames
 CHANNELS = ((64,), (128,), (256, 256), (512, 512))
 WIDTHS = (4096, 4096, 128)
 LAYOUTS = {"features_network.": "features.", "embedding_network.": "embeddings."}
-POSTPROCESSING = "pproc."  # PCA, kept beside the network in some files
+POSTPROCESSING = "pproc."  # PCA, in some files beside the network
 
 
 class VGGish(nn.Module):
-    """Groups of 3x3 convolutions, each halved in time and frequency by a maximum; then three dense layers.
+    """Groups of 3x3 convolutions, each followed by 2x2 max pooling; then dense layers.
 
     Args:
         channels: of every convolution, group by group.
@@ -102,10 +98,20 @@ class VGGish(nn.Module):
 
     def __init__(self, channels: Sequence[Sequence[int]] = CHANNELS, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
-        self.features = nn.Sequential(*_convolutions(channels))
+        maps: list[nn.Module] = []
+        width = 1
+        for group in channels:
+            for after in group:
+                maps += [nn.Conv2d(width, after, 3, padding=1), nn.ReLU()]
+                width = after
+            maps.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*maps)
         halvings = 2 ** len(channels)
         flat = channels[-1][-1] * (EXAMPLE // halvings) * (BINS // halvings)
-        self.embeddings = nn.Sequential(*_dense([flat, *widths]))
+        dense: list[nn.Module] = []
+        for before, after in pairwise([flat, *widths]):
+            dense += [nn.Linear(before, after), nn.ReLU()]
+        self.embeddings = nn.Sequential(*dense[:-1])
 
     def forward(self, examples: torch.Tensor) -> torch.Tensor:
         """[B, 96, 64] log-Mel (time, band) -> [B, widths[-1]].
@@ -116,26 +122,9 @@ class VGGish(nn.Module):
         if examples.ndim != 3 or tuple(examples.shape[1:]) != (EXAMPLE, BINS):
             raise ValueError(f"VGGish: expected examples [B, {EXAMPLE}, {BINS}], got {[*examples.shape]}")
         maps = self.features(examples.unsqueeze(1))
-        # The original lays its maps out as time, band, channel; the dense weights expect that order.
+        # The original's order is time, band, channel; the dense weights expect it.
         result: torch.Tensor = self.embeddings(maps.permute(0, 2, 3, 1).flatten(1))
         return result
-
-
-def _convolutions(channels: Sequence[Sequence[int]]) -> Iterator[nn.Module]:
-    before = 1
-    for group in channels:
-        for after in group:
-            yield nn.Conv2d(before, after, 3, padding=1)
-            yield nn.ReLU()
-            before = after
-        yield nn.MaxPool2d(2)
-
-
-def _dense(widths: Sequence[int]) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return layers[:-1]
 
 
 class VggishEncoder:
@@ -161,63 +150,58 @@ class VggishEncoder:
         self.module: torch.nn.Module = module.eval().to(self.device, torch.float32)
 
     def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
-        """[steps] seconds after the window's start: (k + 1/2) window / steps."""
+        """Return [steps] seconds after the window's start: (k + 1/2) window / steps."""
         return np.array([float(time) for time in _centres(window, steps)])
 
-    def stretches(self, window: float, steps: int) -> Stretches:
-        """One example per step, of the frames whose middle is nearest to the step's time (at most 5 ms away)."""
+    def segments(self, window: float, steps: int) -> Segments:
+        """Return one example per step, of the frames whose middle is nearest to the step's time (within 5 ms)."""
         half = Fraction((EXAMPLE - 1) * HOP + FRAME, 2 * RATE)  # from an example's start to its middle
         hop = Fraction(HOP, RATE)
         first = tuple(floor((time - half) / hop + Fraction(1, 2)) for time in _centres(window, steps))
-        return Stretches(first, EXAMPLE)
+        return Segments(first, EXAMPLE)
 
     def features(self, logmel: torch.Tensor) -> torch.Tensor:
         """As `encode`, with gradients."""
         examples = logmel.to(self.device, torch.float32)
-        if self.precision == "float32":
-            return self.module(examples).unsqueeze(1)
-        with torch.autocast(self.device.type, dtype=getattr(torch, self.precision)):
-            return self.module(examples).to(torch.float32).unsqueeze(1)
+        with autocast(self.device, self.precision):
+            vectors: torch.Tensor = self.module(examples)
+        return vectors.to(torch.float32).unsqueeze(1)
 
     @torch.no_grad()
-    def encode(self, logmel: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
-        """[B, 96, 64] float32, an example each -> [B, 1, dim] float32; the window and its steps do not matter.
+    def encode(self, frames: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
+        """[B, 96, 64] float32, one example each -> [B, 1, dim] float32, whatever the window and its steps.
 
         Raises:
             ValueError: examples have another shape.
         """
-        return self.features(logmel)
+        return self.features(frames)
 
 
 def _centres(window: float, steps: int) -> list[Fraction]:
     return [Fraction(str(window)) * (2 * k + 1) / (2 * steps) for k in range(steps)]
 
 
-def build_vggish(request: Request) -> VggishEncoder:
-    """VGGish with the published weights, or those of the file `request.weights`.
+def build(request: Request) -> VggishEncoder:
+    """Return VGGish with the published weights, or those of the file `request.weights`.
 
     Raises:
-        WeightsError: the weights cannot be had, are damaged, or do not fit.
+        WeightsError: the weights are unreachable, are damaged, or do not fit.
     """
     path = request.weights if request.weights is not None else checked_url(ADDRESS, encoder=request.name)
     check_checksum(path)
-    with torch.random.fork_rng():  # the weights are replaced: leave the caller's random numbers alone
+    with torch.random.fork_rng():  # the weights are replaced: keep the caller's random state
         module = VGGish()
-    load_strictly(module, canonical(read_state_dict(path)), str(path))
+    state = {}
+    for key, value in read_state_dict(path).items():
+        prefix = next((prefix for prefix in LAYOUTS if key.startswith(prefix)), "")
+        state[LAYOUTS.get(prefix, "") + key.removeprefix(prefix)] = value
+    weights = {key: value for key, value in state.items() if not key.startswith(POSTPROCESSING)}
+    load_strictly(module, weights, str(path))
     return make_encoder(request, module)
 
 
-def canonical(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Either layout's tensors under this network's keys, without postprocessing."""
-    renamed = {}
-    for key, value in state.items():
-        prefix = next((prefix for prefix in LAYOUTS if key.startswith(prefix)), "")
-        renamed[LAYOUTS.get(prefix, "") + key.removeprefix(prefix)] = value
-    return {key: value for key, value in renamed.items() if not key.startswith(POSTPROCESSING)}
-
-
 def make_encoder(request: Request, module: VGGish) -> VggishEncoder:
-    """An encoder around a built network."""
+    """Return an encoder around a network."""
     identity: dict[str, Any] = {
         "encoder": "vggish",
         "weights": state_digest(module.state_dict()),
@@ -226,8 +210,7 @@ def make_encoder(request: Request, module: VGGish) -> VggishEncoder:
         "padding": "log of the offset beyond the clip",
         "output": "128-d before PCA, before activation",
     }
-    if request.precision != "float32":
-        identity["precision"] = request.precision
     last = module.embeddings[-1]
     dim = int(last.out_features)  # type: ignore[arg-type]
+    identity = request.finish_identity(identity)
     return VggishEncoder(request.name, module, dim, identity, request.device, request.precision)

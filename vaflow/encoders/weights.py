@@ -1,6 +1,6 @@
-"""Encoder weights: read from a file, fitted to a model, and named by a digest.
+"""Encoder weights: reading files, fitting them to a model, and their digest.
 
-Nothing here runs code from a file: safetensors, or PyTorch archives read with `weights_only=True`.
+No code from a file is run: files are safetensors, or PyTorch archives read with `weights_only=True`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 
 from vaflow.errors import WeightsError, explain
 
-# What unpacking raises, also with `weights_only=True`, for the many ways in which a file can be broken.
+# The exceptions that broken files raise while they are read, also with `weights_only=True`.
 BROKEN = (
     OSError,
     UnpicklingError,
@@ -32,11 +32,11 @@ BROKEN = (
     struct.error,
     zipfile.BadZipFile,
 )
-NAMED = 10  # keys that a message names before it only counts
+NAMED = 10  # keys that a message lists; the others are counted
 
 
 def state_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """BLAKE2b (32 hex digits) over a state dict in key order: name, dtype, shape, bytes of every tensor.
+    """Return the BLAKE2b digest (32 hex digits) of a state dict: name, dtype, shape, bytes of every tensor.
 
     Independent of the file format, the order of keys and the device.
     """
@@ -49,10 +49,10 @@ def state_digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def write_state_dict(path: Path, state: Mapping[str, torch.Tensor]) -> Path:
-    """Write a `.safetensors` file that `read_state_dict` reads; it appears whole or not at all.
+    """Write a `.safetensors` file for `read_state_dict`, atomically.
 
     Raises:
-        WeightsError: the disk refuses.
+        WeightsError: the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -70,13 +70,13 @@ def write_state_dict(path: Path, state: Mapping[str, torch.Tensor]) -> Path:
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` file or of a PyTorch state dict (`.pt`, `.pth`, `.bin`), on the CPU.
+    """Return the tensors of a `.safetensors` file or a PyTorch state dict (`.pt`, `.pth`, `.bin`), on the CPU.
 
-    A checkpoint of a training run (`{"state_dict": ...}`) is unwrapped, as is the `module.` prefix that distributed
-    training leaves on every key.
+    A training checkpoint (`{"state_dict": ...}`) is unwrapped, and the `module.` prefix of distributed training is
+    removed from every key.
 
     Raises:
-        WeightsError: there is no such file, it is neither of the two, or it is a TorchScript archive.
+        WeightsError: the file is missing, has another format, is compressed, or is a TorchScript archive.
     """
     if not path.is_file():
         raise WeightsError(explain(f"There is no weights file {path}", remedy="Check the path after NAME="))
@@ -85,13 +85,14 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if _is_torchscript(path):
         raise WeightsError(
             explain(
-                f"{path} is a TorchScript archive, which is a program and is not run here",
+                f"{path} is a TorchScript archive, which contains code and is not loaded",
                 expected="a state dict: .safetensors, or .pt/.bin that holds only tensors",
                 got="OpenAI's original distribution format",
-                remedy="Take the same weights as open_clip_model.safetensors from the Hugging Face model id "
+                remedy="Download open_clip_model.safetensors, the same weights, from the Hugging Face model id "
                 "timm/vit_base_patch16_clip_224.openai (or timm/vit_base_patch32_clip_224.openai)",
             )
         )
+    _require_plain_archive(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN as error:
@@ -113,7 +114,7 @@ def _unreadable(path: Path, error: Exception) -> str:
     return explain(
         f"{path} cannot be read as weights",
         expected="a .safetensors file, or a PyTorch state dict that holds only tensors",
-        got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no further word'}",
+        got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
         remedy="Download the file again, or save the model's state_dict() as safetensors",
     )
 
@@ -124,15 +125,37 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
-    except BROKEN:  # torch says what is wrong with it
+    except BROKEN:  # reported by the reader that follows
         return False
+
+
+def _require_plain_archive(path: Path) -> None:
+    """Raise a WeightsError for an archive that unpacks to more than its size: PyTorch stores without compression."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except BROKEN as error:
+        raise WeightsError(_unreadable(path, error)) from error
+    size = path.stat().st_size
+    if unpacked > size:
+        raise WeightsError(
+            explain(
+                f"{path} is a compressed archive, which torch.save never writes",
+                expected=f"at most {size:,} bytes of content in a file of {size:,} bytes",
+                got=f"{unpacked:,} bytes",
+                remedy="Save the model's state_dict() as safetensors",
+            )
+        )
 
 
 def _unwrap(path: Path, checkpoint: object) -> dict[str, torch.Tensor]:
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
     tensors = isinstance(state, Mapping) and all(isinstance(value, torch.Tensor) for value in state.values())
     if not isinstance(state, Mapping) or not tensors or not state:
-        raise WeightsError(_unreadable(path, TypeError("it holds no state dict of tensors")))
+        raise WeightsError(_unreadable(path, TypeError("it contains no state dict of tensors")))
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return dict(state)
@@ -143,41 +166,41 @@ def check_fit(
 ) -> None:
     """Raise a WeightsError that names the keys unless all three lists are empty."""
     lists = {"missing keys": missing, "unexpected keys": unexpected, "keys of another shape": misshapen}
-    found = {what: sorted(keys) for what, keys in lists.items()}
-    if not any(found.values()):
+    problems = {what: sorted(keys) for what, keys in lists.items()}
+    if not any(problems.values()):
         return
-    got = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in found.items() if keys)
+    got = "; ".join(f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys)
     raise WeightsError(
         explain(
             f"The weights in {where} do not fit the model",
-            expected="exactly the model's own keys",
+            expected="exactly the model's keys",
             got=got,
             remedy=remedy or "Check that the file belongs to this model, and not to another size or library",
         )
     )
 
 
-def _some(keys: Collection[str]) -> str:
-    listed = list(keys)
-    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
-    return ", ".join(listed[:NAMED]) + more
+def _listed(keys: Collection[str]) -> str:
+    names = list(keys)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str, remedy: str = "") -> None:
-    """Load `state` into `module`; every key and shape must match, and every value must be finite.
+    """Load `state` into `module`; all keys and shapes must match, all values must be finite.
 
     Raises:
         WeightsError: keys are missing, unexpected or of another shape (it names them), or values are not finite.
     """
-    own = module.state_dict()
+    target = module.state_dict()
     check_fit(
         where,
-        missing=own.keys() - state.keys(),
-        unexpected=state.keys() - own.keys(),
+        missing=target.keys() - state.keys(),
+        unexpected=state.keys() - target.keys(),
         misshapen=[
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if own[key].shape != state[key].shape
+            f"{key} {tuple(state[key].shape)} instead of {tuple(target[key].shape)}"
+            for key in target.keys() & state.keys()
+            if target[key].shape != state[key].shape
         ],
         remedy=remedy,
     )
@@ -185,8 +208,8 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], wh
     if broken:
         raise WeightsError(
             explain(
-                f"The weights in {where} hold NaN or infinity",
-                got=_some(sorted(broken)),
+                f"The weights in {where} contain NaN or infinity",
+                got=_listed(sorted(broken)),
                 remedy="Download the file again",
             )
         )

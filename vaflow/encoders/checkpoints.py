@@ -1,0 +1,206 @@
+"""Checkpoints in the layout of transformers' `save_pretrained`: a folder, or a model id of the hub.
+
+A folder is data. `from_pretrained` on a folder follows what its files say: remote code, quantizers, adapters, kernels,
+other weight files. Here the configuration is read as JSON, only fields of a configuration class chosen by this package
+are used, the tensors are read by `vaflow.encoders.weights`, and transformers gets both in memory.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vaflow.encoders.hub import hub_file
+from vaflow.encoders.weights import BROKEN, check_fit, read_state_dict
+from vaflow.errors import UsageError, WeightsError, explain
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+SAFETENSORS, SHARDS, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+
+
+def open_folder(name: str, source: str, *, local: bool, weight_files: tuple[str, ...], example: str) -> Path:
+    """Return the folder of encoder `name`: `source` itself, or (unless `local`) the hub's model id `source`.
+
+    Args:
+        name: the encoder as typed.
+        source: a path or a model id.
+        local: never ask the hub.
+        weight_files: accepted weight files, the preferred one first.
+        example: a model id for the error message.
+
+    Raises:
+        WeightsError: there is no such folder, or the hub has no such model.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    needs = f"a folder (PATH) with {CONFIG}, {PROCESSOR} and {weight_files[0]}"
+    if local or source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
+        raise WeightsError(
+            explain(
+                f"There is no folder {source}",
+                expected=f"{needs}, as save_pretrained writes it".replace(" (PATH)", ""),
+                remedy=f"Download the model id {example} and pass --weights {name}=FOLDER",
+            )
+        )
+    hub_file(source, (CONFIG,), encoder=name, needs=needs)
+    hub_file(source, (PROCESSOR, CONFIG), encoder=name, needs=needs)  # some checkpoints have no processor's config
+    return hub_file(source, weight_files, encoder=name, needs=needs).parent
+
+
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """Return a JSON object; {} where an optional file is missing.
+
+    Raises:
+        WeightsError: the file cannot be read, or is not a JSON object.
+    """
+    if optional and not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            explain(
+                f"{path} cannot be read",
+                expected="JSON, as save_pretrained writes it",
+                got=error,
+                remedy="Download the model's folder again",
+            )
+        ) from error
+    if not isinstance(document, dict):
+        raise WeightsError(explain(f"{path} has no settings", expected="a JSON object", got=type(document).__name__))
+    return document
+
+
+def make_config(config_class: Any, values: Mapping[str, Any], folder: Path) -> Any:
+    """Return a configuration from the fields that the class itself defines; every other key is ignored.
+
+    Raises:
+        UsageError: the model is quantized.
+        WeightsError: a value has a wrong type or is out of range.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import PreTrainedConfig
+
+    if values.get("quantization_config") is not None:
+        raise UsageError(
+            explain(
+                f"The model in {folder} is quantized, which is not supported",
+                expected=f"{CONFIG} without quantization_config",
+                remedy="Use the model's original weights in float32, float16 or bfloat16",
+            )
+        )
+    general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    known = {field.name for field in dataclasses.fields(config_class) if field.init} - general
+    try:
+        return config_class(**{key: value for key, value in values.items() if key in known})
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise WeightsError(_broken(folder, f"a valid {CONFIG}", error)) from error
+
+
+def load_model(
+    model_class: Any, config: Any, folder: Path, weights: Path, ignored: Callable[[str], bool]
+) -> torch.nn.Module:
+    """Return a model of `model_class` in float32 with the weights of a file in `folder`; every key must match.
+
+    Args:
+        model_class: a class of transformers, chosen by this package.
+        config: as `make_config` returns it.
+        folder: for messages.
+        weights: a weight file, or a safetensors index.
+        ignored: whether an unexpected key is one that the encoder does not use, such as a classifier's.
+
+    Raises:
+        WeightsError: the file cannot be read, or does not fit the configuration.
+    """
+    state = _read_shards(weights) if weights.name == SHARDS else read_state_dict(weights)
+    _require_size(model_class, config, state, folder)
+    try:
+        with quiet_transformers():
+            module, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                attn_implementation="sdpa",
+                dtype=torch.float32,
+            )
+    except BROKEN as error:
+        raise WeightsError(_broken(folder, f"weights of {model_class.__name__}", error)) from error
+    check_fit(
+        str(folder),
+        missing=info["missing_keys"],
+        unexpected=[key for key in info["unexpected_keys"] if not ignored(key)],
+        misshapen=[f"{key} {tuple(got)} instead of {tuple(want)}" for key, got, want in info["mismatched_keys"]],
+    )
+    loaded: torch.nn.Module = module
+    return loaded
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppress transformers' reports on standard error; the relevant ones become errors of this package."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    names = read_json(index).get("weight_map")
+    files = sorted(set(names.values())) if isinstance(names, dict) and all(map(_is_shard, names.values())) else []
+    if not files:
+        raise WeightsError(
+            explain(f"{index} names no shards", expected='"weight_map" with names of .safetensors files')
+        )
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        state |= read_state_dict(index.parent / file)
+    return state
+
+
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name and "\\" not in name
+
+
+def _require_size(model_class: Any, config: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Raise a WeightsError if the configuration describes a much larger model than the weights: it is not allocated."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    stored = sum(tensor.numel() for tensor in state.values())
+    described = -1
+    if isinstance(layers, int) and layers <= len(state):
+        try:
+            with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet_transformers():
+                described = sum(parameter.numel() for parameter in model_class(config).parameters())
+        except BROKEN as error:
+            raise WeightsError(_broken(folder, f"a valid {CONFIG}", error)) from error
+    if described < 0 or described > 2 * stored + 1_000_000:
+        raise WeightsError(
+            explain(
+                f"{CONFIG} in {folder} describes a larger model than the weights beside it",
+                expected=f"about {stored:,} parameters",
+                got=f"{layers} layers" if described < 0 else f"{described:,} parameters",
+                remedy="Download the model's folder again",
+            )
+        )
+
+
+def _broken(folder: Path, expected: str, error: Exception) -> str:
+    return explain(
+        f"The model in {folder} does not load",
+        expected=expected,
+        got=(str(error).strip() or type(error).__name__).splitlines()[0],
+        remedy="Download the model's folder again",
+    )
