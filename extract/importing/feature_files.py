@@ -1,9 +1,10 @@
-"""Features made elsewhere, as files: finding them, and reading one item's rows with their times.
+"""Find and read feature files: one item's rows with their times.
 
     DIR/<item>.npy, [T, D], with DIR/<item>.time.npy, [T] seconds, or a rate for all
     DIR/<item>.csv, a column `time` (seconds; not needed with a rate) and one column per dimension
 
-A row that holds NaN, infinity or an empty cell is marked invalid and zeroed: a mask, not a guess.
+A table may have columns `start` and `end` in place of `time`: a row's time is then the middle of its span. A row that
+holds NaN, infinity or an empty cell is marked invalid and set to 0.
 """
 
 import csv
@@ -18,14 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.datasets.files import printable, size_problem
+from vaflow.datasets.files import head, printable, size_problem
 from vaflow.datasets.splits import SPLITS_FILE
-from vaflow.datasets.text import MAX_SECONDS
+from vaflow.datasets.text import MAX_SECONDS, decimal_point, separator_of
 from vaflow.errors import DataError, explain
+from vaflow.extract.importing.columns import Columns, seconds_of
 
 ARRAY, TIMES, TABLE = ".npy", ".time.npy", ".csv"
-TIME_COLUMN = "time"
-LARGEST = 4 * 2**30  # bytes of one item's numbers in memory: 24 hours of 30 rows a second of 200 dimensions
+LARGEST = 4 * 2**30  # bytes of one item's numbers in memory: 24 hours of 30 rows per second of 200 dimensions
+
+_PLAIN = Columns()
 
 # What NumPy raises for the many ways in which a header, which is a Python literal, can be broken.
 _BROKEN_ARRAY = (
@@ -42,7 +45,7 @@ _BROKEN_ARRAY = (
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """The files of one item. `paths` holds more than one where it is not clear which counts."""
+    """The files of one item. More than one path is an error that `path` raises."""
 
     item: str
     paths: tuple[Path, ...]
@@ -53,7 +56,7 @@ class FeatureFile:
         """The one file of features.
 
         Raises:
-            DataError: there is none, or there are several.
+            DataError: there is no file, or there are several.
         """
         if len(self.paths) == 1:
             return self.paths[0]
@@ -63,7 +66,7 @@ class FeatureFile:
 
 @dataclass(frozen=True)
 class Signature:
-    """What all items of a stream share: dimensions, and for tables a digest of the columns' names in order."""
+    """The shape that all items of a stream share: dimensions, and a digest of a table's column names in order."""
 
     dim: int
     columns: str | None
@@ -91,9 +94,9 @@ def find_features(folder: Path, *, tables: bool = True, leave_out: Collection[Pa
     """Every item below `folder`, sorted; its id is the path without extension, with forward slashes.
 
     Args:
-        folder: hidden files and folders in it are left out.
+        folder: searched with its subfolders; hidden ones are skipped.
         tables: whether .csv files are features.
-        leave_out: folders that hold something else.
+        leave_out: folders that do not hold features.
     """
     paths: dict[str, list[Path]] = defaultdict(list)
     times: dict[str, Path] = {}
@@ -109,7 +112,7 @@ def find_features(folder: Path, *, tables: bool = True, leave_out: Collection[Pa
 
 
 def files_below(folder: Path, leave_out: Collection[Path] = ()) -> Iterator[Path]:
-    """Files in a folder and the folders in it; hidden ones and names that are not text are left out."""
+    """Files in a folder and its subfolders; hidden ones and names that are not UTF-8 are skipped."""
     closed = {other for other in leave_out if folder in other.parents}
     for path in folder.rglob("*"):
         inside = path.relative_to(folder)
@@ -118,24 +121,25 @@ def files_below(folder: Path, leave_out: Collection[Path] = ()) -> Iterator[Path
             yield path
 
 
-def signature(file: FeatureFile) -> Signature:
+def signature(file: FeatureFile, columns: Columns = _PLAIN) -> Signature:
     """The shape of an item, from its header alone.
 
     Raises:
-        DataError: the file is no such array or table.
+        DataError: the file is not such an array or table.
     """
     path = file.path
     if path.suffix == ARRAY:
         return Signature(_open_array(path, axes=2).shape[1], None)
-    columns = [name for name in _header(path) if name.lower() != TIME_COLUMN]
-    if not columns:
+    header = _header(path)
+    names = [header[k] for k in _sort_columns(columns.of(header))[1]]
+    if not names:
         problem = f"{path} has no columns of features"
         raise DataError(explain(problem, expected="a column 'time' and one column per dimension"))
-    return Signature(len(columns), blake2b("\n".join(columns).encode(), digest_size=8).hexdigest())
+    return Signature(len(names), blake2b("\n".join(names).encode(), digest_size=8).hexdigest())
 
 
-def read_features(file: FeatureFile, rate: float | None) -> Features:
-    """One item's rows and times. Its own times win over `rate` (rows per second, the first at 0).
+def read_features(file: FeatureFile, rate: float | None, columns: Columns = _PLAIN) -> Features:
+    """One item's rows and times; times in its files win over `rate` (rows per second, the first at 0).
 
     Raises:
         DataError: a file cannot be read, has no rows, or has no times, or their number or order is wrong.
@@ -145,27 +149,23 @@ def read_features(file: FeatureFile, rate: float | None) -> Features:
         rows = np.array(_open_array(path, axes=2), np.float64)
         time = None if file.times is None else np.array(_open_array(file.times, axes=1), np.float64)
     else:
-        rows, time = _read_table(path)
+        rows, time = _read_table(path, columns)
     if not len(rows):
         raise DataError(explain(f"{path} has no rows", expected="features for at least one instant"))
+    if time is None and rate is not None:
+        time = np.arange(len(rows)) / rate
     if time is None:
-        time = _regular(file, len(rows), rate)
+        raise DataError(
+            explain(
+                f"The features of {file.item!r} have no times",
+                expected=f"{Path(file.item).name}{TIMES} beside the array, or a column 'time' in the table",
+                remedy="Add them, or give --rate HZ if rows follow at a steady rate from the clip's start",
+            )
+        )
     _check_times(file.times or path, time, len(rows))
     valid = np.asarray(np.isfinite(rows).all(axis=1), bool)
     rows[~valid] = 0
     return Features(rows, time, valid)
-
-
-def _regular(file: FeatureFile, count: int, rate: float | None) -> NDArray[np.float64]:
-    if rate is not None:
-        return np.arange(count) / rate
-    raise DataError(
-        explain(
-            f"The features of {file.item!r} have no times",
-            expected=f"{Path(file.item).name}{TIMES} beside the array, or a column 'time' in the table",
-            remedy="Add them, or give --rate HZ if rows follow at a steady rate from the clip's start",
-        )
-    )
 
 
 def _check_times(path: Path, time: NDArray[np.float64], rows: int) -> None:
@@ -186,7 +186,7 @@ def _check_times(path: Path, time: NDArray[np.float64], rows: int) -> None:
 
 
 def _open_array(path: Path, axes: int) -> NDArray[Any]:
-    """The array in a .npy file, mapped: its header says the shape before anything is read."""
+    """The array in a .npy file, mapped, so that its shape is checked before anything is read."""
     shape = "[T, D]" if axes == 2 else "[T]"
     expected = f"a NumPy array {shape} of real numbers"
     try:
@@ -213,28 +213,39 @@ def _header(path: Path) -> list[str]:
     raise DataError(explain(f"{path} is empty", expected="a header, then one row a line"))
 
 
+def _sort_columns(roles: list[str]) -> tuple[list[int], list[int]]:
+    """Positions of the columns whose mean is the time, and of the features."""
+    clocks = [("time",), ("start", "end"), ()]
+    clock = next(names for names in clocks if set(names) <= set(roles))
+    kept = [k for k, role in enumerate(roles) if role not in (*clock, "ignore")]
+    return [roles.index(name) for name in clock], kept
+
+
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of every line that is not empty.
+    """(line number, cells) of every line that is not empty; commas, semicolons or tabs separate cells.
 
     Raises:
-        DataError: the file is no text of that kind.
+        DataError: the file is not such a table.
     """
     if (problem := size_problem(path, LARGEST // 8)) is not None:
         raise DataError(explain(f"{path} cannot be read", expected="a table of one item's features", got=problem))
+    separator = separator_of(head(path).partition("\n")[0])
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
+            reader = csv.reader(file, delimiter=separator)
             for cells in reader:
                 if cells:
-                    yield reader.line_num, [cell.strip() for cell in cells]
+                    cells = [cell.strip() for cell in cells]
+                    yield reader.line_num, cells if separator == "," else [decimal_point(cell) for cell in cells]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(explain(f"{path} cannot be read", expected="a table in UTF-8 text", got=error)) from error
 
 
-def _read_table(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Rows without the time column, NaN for empty cells; and the times, None where there is no such column."""
+def _read_table(path: Path, columns: Columns) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Rows of the feature columns, NaN for empty cells; and the times, or None if the table has none."""
     header = _header(path)
-    rows = []
+    clock, kept = _sort_columns(columns.of(header))
+    rows, times = [], []
     lines = _lines(path)
     next(lines)
     for number, cells in lines:
@@ -242,11 +253,11 @@ def _read_table(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64] | 
             problem = f"{path} has a line of another length"
             raise DataError(explain(problem, expected=f"{len(header)} cells", got=f"{len(cells)} in line {number}"))
         try:
-            rows.append(np.array([cell or "nan" for cell in cells], np.float64))
+            rows.append(np.array([cells[k] or "nan" for k in kept], np.float64))
+            times.append(sum(seconds_of(cells[k]) for k in clock) / max(len(clock), 1))
         except ValueError as error:
-            problem = f"{path} holds what is not a number, in line {number}"
-            raise DataError(explain(problem, expected="numbers", got=error)) from error
-    table = np.array(rows, np.float64).reshape(-1, len(header))
-    clock = [column for column, name in enumerate(header) if name.lower() == TIME_COLUMN]
-    time = table[:, clock[0]] if clock else None
-    return np.delete(table, clock, axis=1), time
+            problem = f"{path} has a cell that is not a number, in line {number}"
+            remedy = "Leave a column of text out: --columns ignore=NAME"
+            raise DataError(explain(problem, expected="numbers", got=error, remedy=remedy)) from error
+    table = np.array(rows, np.float64).reshape(-1, len(kept))
+    return table, np.array(times, np.float64) if clock else None

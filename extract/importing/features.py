@@ -1,13 +1,13 @@
-"""Features made elsewhere -> streams of a cache: `vaflow cache import`. Reads and commits one item at a time.
+"""Import features made elsewhere as a stream of a cache: `vaflow cache import`. Reads and commits one item at a time.
 
 A visual stream keeps one row per time. An audio stream keeps one window, [1, T, D], that begins at 0 and whose steps
-are the rows: stage two then reads, for every step of a training window, the row nearest in time, at whatever rate.
-Labels come from tables, or an item's clock is that of its features and nothing is annotated.
+are the rows: for every step of a training window, stage two reads the row nearest in time, at any rate. Labels come
+from tables; without a table, an item's clock is that of its features and nothing is annotated.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import numpy as np
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
-from vaflow.datasets.splits import SPLITS_FILE, assign
+from vaflow.datasets.affwild2 import strip_side
+from vaflow.datasets.files import examples, head
+from vaflow.datasets.splits import SPLITS_FILE, Assignment, assign
 from vaflow.errors import DataError, UsageError, explain
+from vaflow.extract.importing.columns import Columns
 from vaflow.extract.importing.feature_files import (
-    TABLE,
     FeatureFile,
     Features,
     Signature,
@@ -28,13 +30,15 @@ from vaflow.extract.importing.feature_files import (
     read_features,
     signature,
 )
-from vaflow.extract.importing.labels import ImportedLabels
+from vaflow.extract.importing.labels import SUFFIXES, ImportedLabels, LabelOptions, label_path
+from vaflow.extract.importing.normalization import Moments, Scale, fit
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.extract.streams import provenance
 from vaflow.failures import FAILURES, Failure, FailureLog
 
 KINDS: tuple[Kind, ...] = ("visual", "audio")
 ENCODER = "imported"
+SHOWN = 10  # failures that are logged; the file lists all
 
 _RESERVED = (LABELS, LOGMEL, PIXELS)
 _MANIFEST = "manifest.json"
@@ -44,13 +48,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """What to import, checked.
+    """The settings of an import.
 
     Attributes:
-        stream: its name in the cache.
+        stream: name of the features in the cache.
         kind: "visual" or "audio".
-        rate: rows per second, for items without times of their own.
-        dtype: "float16" or "float32", of what is stored.
+        rate: rows per second, for items without times in their files.
+        dtype: "float16" or "float32", of stored features.
+        columns: roles of the columns of feature and label tables.
+        label_rate: rows per second of labels that count frames; None: they count the rows of the features.
+        normalize_by: column of `splits.csv` ("speaker", say) within whose groups features become z-scores; "item":
+            within each item; None: stored as they are.
 
     Raises:
         UsageError: a value is not one of these, or the name belongs to a stream of another kind.
@@ -60,14 +68,18 @@ class ImportConfig:
     kind: str
     rate: float | None = None
     dtype: str = "float16"
+    columns: Columns = field(default_factory=Columns)
+    label_rate: float | None = None
+    normalize_by: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(explain("Features of this kind cannot be imported", got=self.kind, choices=KINDS))
         if self.dtype not in FLOAT:
             raise UsageError(explain("Unknown value for dtype", got=self.dtype, choices=FLOAT))
-        if self.rate is not None and not (np.isfinite(self.rate) and self.rate > 0):
-            raise UsageError(explain("The rate must be positive", expected="rows per second", got=self.rate))
+        for name, rate in (("--rate", self.rate), ("--label-rate", self.label_rate)):
+            if rate is not None and not (np.isfinite(rate) and rate > 0):
+                raise UsageError(explain(f"{name} must be positive", expected="rows per second", got=rate))
         if self.stream in _RESERVED or self.stream.endswith(".text"):
             remedy = "Choose another name for the features"
             raise UsageError(explain(f"The name {self.stream!r} belongs to a stream of another kind", remedy=remedy))
@@ -75,21 +87,26 @@ class ImportConfig:
 
 @dataclass
 class ImportSummary:
-    """What an import did.
+    """The result of an import.
 
     Attributes:
-        imported: items whose features were committed, `changed` of them in the place of older ones.
-        done: items with nothing to do; labelled: items whose labels or clock were committed.
-        rows: of the imported items; `masked` of them hold NaN or infinity and are marked invalid.
+        items: feature files that were found.
+        imported: items whose features were committed, `changed` of them in place of older ones.
+        done: items that were up to date; labelled: items whose labels or clock were committed.
+        rows: rows of the imported items; `masked` of them hold NaN or infinity and are marked invalid.
+        annotated: items of the import that have labels in the cache, with `label_rows` rows.
         failures: items that failed, with their reasons; `failures_file` lists them.
     """
 
+    items: int = 0
     imported: int = 0
     changed: int = 0
     done: int = 0
     labelled: int = 0
     rows: int = 0
     masked: int = 0
+    annotated: int = 0
+    label_rows: int = 0
     failures: list[Failure] = field(default_factory=list)
     failures_file: Path | str = Path()
 
@@ -105,46 +122,61 @@ def import_features(
 ) -> ImportSummary:
     """Import every item below `folder` into the cache at `out`, made if there is none; run again to resume.
 
-    Items whose files have not changed are passed by; changed ones are replaced. Items that fail do not stop the
-    others. The stream's identity is the encoder "imported" with these settings: other settings need another name.
+    Items whose files have not changed are skipped; changed ones are replaced. Items that fail do not stop the others.
+    The stream's identity is the encoder "imported" with these settings: other settings need another name.
 
     Args:
         out: the cache.
         folder: features, as `feature_files` describes.
         config: the settings.
-        labels: folder of `<item>.csv` with `time` or `frame` (rows of the features), and `valence` and/or `arousal`,
-            and perhaps `splits.csv`, which may also stand in `folder`.
-        store: of a new cache; None: "zarr", or what the cache has.
+        labels: folder of label files, as `labels` describes, and perhaps `splits.csv`, which may also be in `folder`.
+        store: of a new cache; None: "zarr", or the store of the cache.
         progress: called with 1 after every item.
 
     Raises:
-        UsageError: a folder is not there or holds nothing to import, `splits.csv` has mistakes, or the cache's labels
-            come from videos and others are given.
+        UsageError: a folder does not exist or holds nothing to import, no label file fits an item, `splits.csv` has
+            mistakes, numbers are beyond the range of `dtype`, or the cache's labels come from videos and others are
+            given.
         FingerprintError: the stream was made with other settings.
         CacheError: the cache cannot be written to.
     """
     folder, labels = folder.absolute(), labels.absolute() if labels is not None else None
     files = _find(folder, labels)
-    splits = _splits(files, labels, folder)
-    cache = _cache(out, store)
-    target = ImportedLabels(cache, config.stream, config.rate, labels, splits)
+    assigned = _assignment(files, labels, folder, config)
+    existing = (out / _MANIFEST).exists()
+    strangers = _strangers(files, labels, folder, open_cache(out).items() if existing else [])
+    scales = _survey(out, files, config, assigned, folder)
+    cache = open_cache(out, writable=True) if store is None and existing else create_cache(out, store=store or "zarr")
+    options = LabelOptions(labels, config.columns, config.label_rate, assigned)
+    target = ImportedLabels(cache, config.stream, config.rate, options)
     expected = _declare(cache, config, files)
     failures = FailureLog(cache.path / FAILURES)
-    summary = ImportSummary(failures=failures.failures, failures_file=cache.layout.named(failures.path))
-    run = _Import(cache, config, expected, target, summary)
+    summary = ImportSummary(len(files), failures=failures.failures, failures_file=cache.layout.named(failures.path))
+    work = _Import(cache, config, expected, target, scales, summary)
     try:
         for file in files:
-            run.add(file, failures)
+            if (failure := work.add(file)) is not None:
+                failures.add(failure, quiet=len(failures.failures) >= SHOWN)
             if progress is not None:
                 progress(1)
-        _unknown_labels(cache, files, labels, folder, failures)
+        for item in strangers:
+            message = explain(f"There are labels for {item!r} and no features", expected=f"{item}.npy or {item}.csv")
+            failures.add(
+                Failure(item, "labels", "DataError", message, {"split": None}), quiet=len(failures.failures) >= SHOWN
+            )
     finally:
         cache.refresh_index()
+    if (rest := len(failures.failures) - SHOWN) > 0:
+        log.warning("... and %d more failures, listed in %s", rest, failures.path)
+    for file in files:
+        meta = cache.meta(file.item) if cache.has(LABELS, file.item) else {}
+        summary.annotated += bool(meta.get("targets"))
+        summary.label_rows += int(meta.get("rows", 0)) if meta.get("targets") else 0
     return summary
 
 
 class _Import:
-    """One run: compares, reads and commits items."""
+    """Compares, reads and commits the items of one import."""
 
     def __init__(
         self,
@@ -152,19 +184,20 @@ class _Import:
         config: ImportConfig,
         expected: Signature | None,
         labels: ImportedLabels,
+        scales: dict[str, Scale],
         summary: ImportSummary,
     ) -> None:
         self._cache, self._config, self._expected = cache, config, expected
-        self._labels, self._summary = labels, summary
+        self._labels, self._scales, self._summary = labels, scales, summary
 
-    def add(self, file: FeatureFile, failures: FailureLog) -> None:
-        """Import one item, or list why it cannot be."""
+    def add(self, file: FeatureFile) -> Failure | None:
+        """Import one item; the failure if it cannot be."""
         stage = "features"
         try:
             need_features, need_labels = self._needs_features(file), self._labels.needed(file)
             if not need_features and not need_labels:
                 self._summary.done += 1
-                return
+                return None
             features = self._read(file)
             stage = "labels"
             prepared = self._labels.prepare(file, features) if need_labels else None
@@ -176,30 +209,42 @@ class _Import:
                 self._summary.labelled += 1
         except (DataError, OSError, MemoryError) as error:
             split = self._labels.split(file.item)
-            failures.add(Failure(file.item, stage, type(error).__name__, str(error) or repr(error), {"split": split}))
+            return Failure(file.item, stage, type(error).__name__, str(error) or repr(error), {"split": split})
+        return None
 
     def _needs_features(self, file: FeatureFile) -> bool:
         stream = self._config.stream
         if not self._cache.has(stream, file.item):
             return True
-        source = self._cache.record(stream, file.item).source
+        source = dict(self._cache.record(stream, file.item).source)
+        if source.pop("normalization", None) != self._normalization(file):
+            return True
         parts = {"features": file.path} | ({"time": file.times} if file.times else {})
         return source.keys() != parts.keys() or not all(same_file(parts[name], source[name]) for name in parts)
 
+    def _normalization(self, file: FeatureFile) -> str | None:
+        return self._scales[file.item].digest if file.item in self._scales else None
+
     def _read(self, file: FeatureFile) -> Features:
-        found = signature(file)
-        if found != self._expected:
+        shape = signature(file, self._config.columns)
+        if shape != self._expected:
             problem = f"{file.path} does not fit the other items of stream {self._config.stream!r}"
-            raise DataError(explain(problem, expected=self._expected, got=found))
-        return read_features(file, self._config.rate)
+            raise DataError(explain(problem, expected=self._expected, got=shape))
+        features = read_features(file, self._config.rate, self._config.columns)
+        return self._scales[file.item].apply(features) if file.item in self._scales else features
 
     def _commit(self, file: FeatureFile, features: Features) -> None:
-        source = {"features": file_identity(file.path)}
+        source: dict[str, Any] = {"features": file_identity(file.path)}
         if file.times is not None:
             source["time"] = file_identity(file.times)
+        if file.item in self._scales:
+            source["normalization"] = self._normalization(file)
         masked = int((~features.valid).sum())
         changed = self._cache.has(self._config.stream, file.item)
-        arrays = _arrays(file, features, self._config)
+        arrays = {"embedding": features.embedding.astype(self._config.dtype)}
+        arrays |= {"time": features.time, "valid": features.valid}
+        if self._config.kind == "audio":  # all rows are the steps of one window
+            arrays = {name: array[None] for name, array in arrays.items()} | {"start": np.zeros(1)}
         meta = {"rows": len(features.valid), "masked": masked, **provenance()}
         self._cache.write(self._config.stream, file.item, arrays, source=source, meta=meta)
         self._summary.imported += 1
@@ -208,20 +253,8 @@ class _Import:
         self._summary.masked += masked
 
 
-def _arrays(file: FeatureFile, features: Features, config: ImportConfig) -> dict[str, Any]:
-    """The stream's arrays: rows as they are, or for audio all of them as the steps of one window."""
-    largest = float(np.abs(features.embedding).max(initial=0.0))
-    if largest > float(np.finfo(config.dtype).max):
-        problem = f"{file.path} holds {largest:g}, which {config.dtype} cannot"
-        raise DataError(explain(problem, remedy="Import with --dtype float32, or scale the features"))
-    embedding = features.embedding.astype(config.dtype)
-    if config.kind == "visual":
-        return {"embedding": embedding, "time": features.time, "valid": features.valid}
-    start = np.zeros(1)
-    return {"embedding": embedding[None], "time": features.time[None], "valid": features.valid[None], "start": start}
-
-
 def _find(folder: Path, labels: Path | None) -> list[FeatureFile]:
+    """Every item's files; a UsageError if a folder does not exist or holds no features."""
     for name, path in (("features", folder), ("labels", labels)):
         if path is not None and not path.is_dir():
             raise UsageError(explain(f"There is no such folder of {name}", expected="an existing folder", got=path))
@@ -238,59 +271,136 @@ def _find(folder: Path, labels: Path | None) -> list[FeatureFile]:
     return files
 
 
-def _splits(files: Sequence[FeatureFile], labels: Path | None, folder: Path) -> dict[str, str] | None:
-    """Item -> split, from the first list there is; None without one."""
-    lists = [path / SPLITS_FILE for path in (labels, folder) if path is not None and (path / SPLITS_FILE).is_file()]
+def _assignment(
+    files: Sequence[FeatureFile], labels: Path | None, folder: Path, config: ImportConfig
+) -> Assignment | None:
+    """Splits and groups of the items, from the first list of splits; None without one."""
+    lists = [path for path in (labels, folder) if path is not None and (path / SPLITS_FILE).is_file()]
     if not lists:
         return None
-    assigned = assign(lists[0].parent, [(file.item, file.item) for file in files])
+    used = [config.normalize_by] if config.normalize_by else []
+    assigned = assign(lists[0], [(file.item, file.item) for file in files], used=used)
     for note in assigned.notes:
         log.warning("%s. %s", note.message, note.remedy)
-    return assigned.splits
+    return assigned
 
 
-def _cache(out: Path, store: str | None) -> Cache:
-    """The cache that is there, or a new one."""
-    if store is None and (out / _MANIFEST).exists():
-        return open_cache(out, writable=True)
-    return create_cache(out, store=store or "zarr")
+def _strangers(files: Sequence[FeatureFile], labels: Path | None, folder: Path, cached: Collection[str]) -> list[str]:
+    """Items that have a label file and no features, here or in the cache.
+
+    Raises:
+        UsageError: no label file fits any item.
+    """
+    if labels is None:
+        return []
+    known = {file.item for file in files} | set(cached)
+    tables = {}
+    for path in sorted(files_below(labels, [folder])):
+        name = path.relative_to(labels).as_posix()
+        is_text = path.suffix == ".txt" and head(path).lower().startswith(("valence", "arousal"))
+        if name != SPLITS_FILE and (path.suffix == ".csv" or is_text):
+            tables[name.removesuffix(path.suffix)] = path
+    if any(label_path(labels, item) is not None for item in known):
+        return [item for item in tables if item not in known]
+    if not tables and (labels / SPLITS_FILE).is_file():
+        return []
+    raise UsageError(
+        explain(
+            f"No label file in {labels} fits an item",
+            expected=f"files such as {files[0].item}{SUFFIXES[0]} or {files[0].item}{SUFFIXES[1]}",
+            got=examples([path.name for path in tables.values()]) or "no label files",
+            remedy="Name label files as the feature files, or leave --labels out to import without labels",
+        )
+    )
+
+
+def _survey(
+    out: Path, files: Sequence[FeatureFile], config: ImportConfig, assigned: Assignment | None, folder: Path
+) -> dict[str, Scale]:
+    """Item -> scale, if features are normalised; reads all features before anything is written.
+
+    Raises:
+        UsageError: an item has no group, or numbers are beyond the range of the stored type.
+    """
+    groups = _groups(files, assigned, config.normalize_by) if config.normalize_by else {}
+    if not groups and config.dtype == "float32":
+        return {}
+    unchanged: set[str] = set()
+    if not groups and (out / _MANIFEST).exists() and config.stream in open_cache(out).streams():
+        unchanged = set(open_cache(out).items(stream=config.stream))  # stored before, so within the range
+    moments = {}
+    for file in files:
+        if file.item in unchanged:
+            continue
+        try:
+            moments[file.item] = Moments.of(read_features(file, config.rate or 1.0, config.columns))
+        except (DataError, OSError, MemoryError):  # reported when the item is imported
+            continue
+    widths = Counter(len(found.mean) for found in moments.values())
+    usual = widths.most_common(1)[0][0] if widths else 0
+    moments = {item: found for item, found in moments.items() if len(found.mean) == usual}
+    scales = fit(moments, groups) if groups else {}
+    most = float(np.finfo(config.dtype).max)
+    beyond = {}
+    for item, found in moments.items():
+        ends = np.stack([found.low, found.high])
+        if groups:
+            ends = (ends - scales[groups[item]].mean) / scales[groups[item]].std
+        if np.abs(ends).max(initial=0.0) > most:
+            beyond[item] = float(np.abs(ends).max())
+    if beyond:
+        command = f"vaflow cache import {out}-float32 --stream {config.stream} --kind {config.kind} --from {folder}"
+        raise UsageError(
+            explain(
+                f"{config.dtype} cannot hold the features of {examples(list(beyond))}",
+                expected=f"numbers up to {most:g}; nothing was written",
+                got=f"{max(beyond.values()):g}",
+                remedy=f"Make a new cache: {command} --dtype float32",
+            )
+        )
+    return {item: scales[groups[item]] for item in moments} if groups else {}
+
+
+def _groups(files: Sequence[FeatureFile], assigned: Assignment | None, column: str) -> dict[str, str]:
+    """Item -> group of the normalisation; a UsageError if the column is missing or has empty cells."""
+    if column == "item":
+        return {file.item: file.item for file in files}
+    columns = assigned.columns if assigned is not None else {}
+    if column == "group":
+        given = columns.get("group", {})
+        return {file.item: given.get(file.item, strip_side(file.item)) for file in files}
+    if column.lower() not in columns:
+        choices = {"item", "group", *columns} - {"name", "split"}
+        raise UsageError(explain(f"{SPLITS_FILE} has no such column for --normalize-by", got=column, choices=choices))
+    groups = columns[column.lower()]
+    if missing := [file.item for file in files if file.item not in groups]:
+        got = f"none for {examples(missing)}"
+        raise UsageError(explain(f"{SPLITS_FILE} lacks cells of {column!r}", expected="one per item", got=got))
+    return dict(groups)
 
 
 def _declare(cache: Cache, config: ImportConfig, files: Sequence[FeatureFile]) -> Signature | None:
-    """Add the stream, or check that it was made with these settings; what its items look like.
+    """Add the stream, or check that it was made with these settings; returns the shape of its items.
 
-    A new stream takes the shape that most items have. None where no item can be read: there is nothing to declare.
+    A new stream takes the shape that most items have. None if no item can be read: there is nothing to declare.
     """
     known = cache.streams().get(config.stream)
     if known is not None and known.kind == config.kind and known.identity.get("encoder") == ENCODER:
         expected: Signature | None = Signature(known.dim, known.identity.get("columns"))
     else:
-        found: Counter[Signature] = Counter()
+        shapes: Counter[Signature] = Counter()
         for file in files:
             try:
-                found[signature(file)] += 1
-            except (DataError, OSError):  # said when the item's turn comes
+                shapes[signature(file, config.columns)] += 1
+            except (DataError, OSError):  # reported when the item is imported
                 continue
-        expected = found.most_common(1)[0][0] if found else None
+        expected = shapes.most_common(1)[0][0] if shapes else None
     if expected is not None:
         rate = None if config.rate is None else float(config.rate)
         identity: dict[str, Any] = {"encoder": ENCODER, "sampling": {"rate": rate}}
         if expected.columns is not None:
             identity["columns"] = expected.columns
+        if config.normalize_by is not None:
+            identity["normalized_by"] = config.normalize_by
         cache.declare(StreamInfo(config.stream, config.kind, expected.dim, config.dtype, identity))  # type: ignore[arg-type]
     return expected
-
-
-def _unknown_labels(
-    cache: Cache, files: Sequence[FeatureFile], labels: Path | None, folder: Path, failures: FailureLog
-) -> None:
-    """List label files of items that have no features, here or in the cache."""
-    if labels is None:
-        return
-    known = {file.item for file in files} | set(cache.items())
-    for path in sorted(files_below(labels, [folder])):
-        name = path.relative_to(labels).as_posix()
-        item = name.removesuffix(TABLE)
-        if name.endswith(TABLE) and name != SPLITS_FILE and item not in known:
-            message = explain(f"There are labels for {item!r} and no features", expected=f"{item}.npy or {item}.csv")
-            failures.add(Failure(item, "labels", "DataError", message, {"split": None}))

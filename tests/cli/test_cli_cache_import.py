@@ -38,7 +38,7 @@ def labels(data: Path) -> tuple[str, str]:
 def test_import_then_look(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(data, capsys, "--rate", "25", *labels(data))
     assert (code, err) == (0, "")
-    for part in ("Imported 3 item(s) into stream 'mine', 150 rows", "6 row(s) hold NaN", "clocks of 3 item(s)"):
+    for part in ("Imported 3 of 3 items into stream 'mine', 150 rows", "missing: 6.", "Labels: 2 of 3 items, 4 rows."):
         assert part in out
     assert main(["cache", "info", str(data / "cache"), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
@@ -51,9 +51,9 @@ def test_import_then_look(data: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_again_says_that_nothing_was_to_be_done(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(data, capsys, "--rate", "25", *labels(data))
     code, out, _ = run(data, capsys, "--rate", "25", *labels(data))
-    assert code == 0 and "Imported 0 item(s)" in out and "3 item(s) were there already" in out
+    assert code == 0 and "Imported 0 of 3 items" in out and "Up to date: 3." in out
     np.save(data / "f" / "b.npy", np.zeros((9, 4)))
-    assert "1 item(s) were replaced" in run(data, capsys, "--rate", "25", *labels(data))[1]
+    assert "files have changed: 1." in run(data, capsys, "--rate", "25", *labels(data))[1]
 
 
 def test_some_items_that_fail_are_exit_code_3(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +68,7 @@ def test_some_items_that_fail_are_exit_code_3(data: Path, capsys: pytest.Capture
 
 def test_only_failures_are_exit_code_1(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(data, capsys)
-    assert code == 1 and "--rate HZ" in err and "3 item(s) failed" in err
+    assert code == 1 and "--rate HZ" in err and "3 items failed" in err
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,6 @@ def test_the_command(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture
         "rows": 2,
     }
     assert main([*command, str(tmp_path / "expr")]) == 0
-    assert "1 were there already" in capsys.readouterr().out
+    assert "1 up to date" in capsys.readouterr().out
     assert main([*command, str(tmp_path / "none")]) == 2
     assert main(["cache", "verify", str(cache.path)]) == 0

@@ -1,7 +1,4 @@
-"""`vaflow cache import`: features made elsewhere become a stream.
-
-`vaflow cache targets`: expression classes and action units become a stream.
-"""
+"""`vaflow cache import` and `vaflow cache targets`: features and annotation made elsewhere become streams."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,9 +16,7 @@ SOME_FAILED = 3
 
 def import_(
     cache: CachePath,
-    stream: Annotated[
-        str, typer.Option(metavar="NAME", help="What the features are called in the cache.", show_default=False)
-    ],
+    stream: Annotated[str, typer.Option(metavar="NAME", help="Name of the features in the cache.", show_default=False)],
     kind: Annotated[str, typer.Option(metavar="KIND", help="visual or audio.", show_default=False)],
     folder: Annotated[
         Path,
@@ -33,35 +28,51 @@ def import_(
         ),
     ],
     rate: Annotated[
-        float | None, typer.Option(metavar="HZ", help="Rows per second, for items without times of their own.")
+        float | None, typer.Option(metavar="HZ", help="Rows per second, for items without times in their files.")
     ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="<item>.csv with time or frame, and valence and/or arousal; splits.csv with name,split.",
+            help="<item>.csv with time or frame, and valence and/or arousal, or ABAW's <item>.txt; splits.csv.",
         ),
     ] = None,
     store: Annotated[
         str | None, typer.Option(metavar="STORE", help="zarr or hdf5, of a new cache.", show_default="zarr")
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="float16 or float32, of stored features.")] = "float16",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE=NAME",
+            help="Column for time, frame, start, end, valence, arousal, ignore; repeatable.",
+        ),
+    ] = None,
+    label_rate: Annotated[
+        float | None, typer.Option(metavar="HZ", help="Rows per second of labels that count frames.")
+    ] = None,
+    normalize_by: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="z-scores within each group of this column of splits.csv, or each item."),
+    ] = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Bring features made elsewhere into a cache, made if there is none. Run it again to resume or to take changes.
+    """Import features made elsewhere into a cache, made if there is none. Run it again to resume or to update.
 
-    Rows with NaN are marked as missing. With `frame`, labels count the rows of the features from 0.
+    Rows with NaN are marked as missing. With `frame`, labels count the rows of the features from 0. splits.csv has the
+    columns name, split, and optionally group (source video or speaker).
 
     Example: vaflow cache import my.cache --stream egemaps --kind audio --from egemaps/ --rate 10 --labels labels/
     """
     set_up(verbose, quiet)
     from tqdm import tqdm
 
+    from vaflow.extract.importing.columns import Columns
     from vaflow.extract.importing.features import ImportConfig, import_features
 
-    config = ImportConfig(stream, kind, rate, dtype)
+    config = ImportConfig(stream, kind, rate, dtype, Columns.parse(columns or []), label_rate, normalize_by)
     with tqdm(unit="item", desc="import", disable=not show_bars(quiet)) as bar:
         summary = import_features(cache, folder, config, labels=labels, store=store, progress=bar.update)
     if json:
@@ -69,20 +80,22 @@ def import_(
     elif not quiet:
         typer.echo(_describe(config.stream, summary))
     if summary.failures:
-        typer.echo(f"{len(summary.failures)} item(s) failed: {summary.failures_file}", err=True)
+        count = len(summary.failures)
+        typer.echo(f"{count} item{'s' * (count != 1)} failed: {summary.failures_file}", err=True)
         return SOME_FAILED if summary.imported or summary.done or summary.labelled else 1
     return 0
 
 
 def _describe(stream: str, summary: "ImportSummary") -> str:
-    lines = [f"Imported {summary.imported} item(s) into stream {stream!r}, {summary.rows} rows."]
+    items = f"{summary.items} item{'s' * (summary.items != 1)}"
+    lines = [f"Imported {summary.imported} of {items} into stream {stream!r}, {summary.rows} rows."]
     if summary.done:
-        lines.append(f"{summary.done} item(s) were there already.")
+        lines.append(f"Up to date: {summary.done}.")
     if summary.changed:
-        lines.append(f"{summary.changed} item(s) were replaced because their files have changed.")
+        lines.append(f"Replaced, because their files have changed: {summary.changed}.")
     if summary.masked:
-        lines.append(f"{summary.masked} row(s) hold NaN or infinity and are marked as missing.")
-    lines.append(f"Labels or clocks of {summary.labelled} item(s) were written.")
+        lines.append(f"Rows with NaN or infinity, marked as missing: {summary.masked}.")
+    lines.append(f"Labels: {summary.annotated} of {items}, {summary.label_rows} rows.")
     return "\n".join(lines)
 
 
@@ -93,9 +106,7 @@ def _document(stream: str, summary: "ImportSummary") -> dict[str, object]:
 
 def targets(
     cache: CachePath,
-    stream: Annotated[
-        str, typer.Option(metavar="NAME", help="What the targets are called in the cache.", show_default=False)
-    ],
+    stream: Annotated[str, typer.Option(metavar="NAME", help="Name of the targets in the cache.", show_default=False)],
     task: Annotated[
         str, typer.Option(metavar="TASK", help="classes (one of several) or binary (each or not).", show_default=False)
     ],
@@ -115,9 +126,9 @@ def targets(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Bring further annotation of a cache's clips into it; `vaflow train --set extra_targets=NAME` learns it, too.
+    """Import further annotation of a cache's clips; `vaflow train --set extra_targets=NAME` trains on it, too.
 
-    Files as the ABAW challenges have them are read as they are. Run it again to take changes.
+    Reads the ABAW challenges' files as they are. Run it again to update.
 
     Example: vaflow cache targets affwild2.cache --stream expr --task classes --from EXPR_Set/Train_Set
     """
@@ -131,6 +142,6 @@ def targets(
         facts = {"stream": stream, "names": list(done.names), "written": done.written, "done": done.done}
         print_json(facts | {"rows": done.rows})
     elif not quiet:
-        there = f", {done.done} were there already" if done.done else ""
-        typer.echo(f"{done.written} clips written{there}: {done.rows} annotated rows of {', '.join(done.names)}.")
+        same = f", {done.done} up to date" if done.done else ""
+        typer.echo(f"Clips written: {done.written}{same}; {done.rows} annotated rows of {', '.join(done.names)}.")
     return 0

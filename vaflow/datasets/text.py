@@ -221,9 +221,12 @@ def separator_of(header: str) -> str:
 def split_cells(line: str, separator: str = ",") -> list[str]:
     """The cells of a line, without blanks and quotes around them; decimal commas become points."""
     cells = [cell.strip().strip("'\"").strip() for cell in line.split(separator)]
-    if separator != ",":
-        cells = [cell.replace(",", ".") if _DECIMAL_COMMA.fullmatch(cell) else cell for cell in cells]
-    return cells
+    return cells if separator == "," else [decimal_point(cell) for cell in cells]
+
+
+def decimal_point(cell: str) -> str:
+    """A cell with its decimal comma as a point; any other text as it is."""
+    return cell.replace(",", ".") if _DECIMAL_COMMA.fullmatch(cell) else cell
 
 
 def is_number(cell: str) -> bool:

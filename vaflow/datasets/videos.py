@@ -10,6 +10,7 @@ Everything else that is not used becomes a note.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,21 +132,27 @@ def _table_notes(files: _Files, media: list[str], clips: list[Clip], beside: lis
     return notes
 
 
-def read_csv(path: Path) -> Annotation:
+def read_csv(path: Path, names_of: Callable[[list[str]], list[str]] | None = None) -> Annotation:
     """A table with a column `frame` (0-based) or `time` (seconds), and `valence`, `arousal` or one of them.
 
     Other columns are ignored. Values are in [-1, 1]; -5 or an empty cell is not annotated. Frames and times ascend.
     Cells may be separated by semicolons or tabs, and then have decimal commas.
+
+    Args:
+        path: the table.
+        names_of: header -> names of the columns; None: the header in lower case.
 
     Raises:
         DataError: with every problem and its lines.
     """
     text = LabelFile(path, _EXPECTED)
     separator = separator_of(text.lines[0])
-    header = [cell.lower() for cell in split_cells(text.lines[0], separator)]
+    cells = split_cells(text.lines[0], separator)
+    header = names_of(cells) if names_of is not None else [cell.lower() for cell in cells]
     clock = next((name for name in ("frame", "time") if name in header), "")
     targets = tuple(name for name in TARGETS if name in header)
-    if not clock or not targets or len(set(header)) != len(header):
+    roles = [name for name in header if name in (clock, *TARGETS)]
+    if not clock or not targets or len(set(roles)) != len(roles):
         raise text.header_error()
     at, value = text.timed_values(header, clock, targets, separator=separator)
     both = np.full((len(value), 2), np.nan, np.float32)
