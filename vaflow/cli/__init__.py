@@ -78,6 +78,8 @@ _add("submit", submit.submit, RESULT)
 _add("provenance", provenance.provenance, RESULT)
 _add("trace", provenance.trace, RESULT, hidden=True)
 _add("view", view.view, RESULT)
+_add("report", view.report, RESULT)
+_add("runs", view.runs, RESULT)
 _add("demo", demo.demo, MORE)
 _add("info", info.info, MORE)
 

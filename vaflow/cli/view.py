@@ -1,11 +1,11 @@
-"""`vaflow view`: a page with the clips, their traces and the valence-arousal plane."""
+"""`vaflow view`, `vaflow report` and `vaflow runs`: pages and tables about predictions and runs."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, table
 
 MediaOption = Annotated[
     list[Path] | None,
@@ -44,4 +44,62 @@ def view(
         print_json({"page": str(viewer.page), "clips": [clip.facts for clip in viewer.clips]})
     elif not quiet:
         typer.echo(f"{len(viewer.clips)} clip(s): {viewer.page}")
+    return 0
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Finished runs; differences are against the first.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file to write.")] = Path("report.html"),
+    viewer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Link clips to this page, as written by `vaflow view`.")
+    ] = None,
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Write one HTML file about runs: scores with intervals, learning curves, clips, errors in the plane.
+
+    Example: vaflow report runs/full runs/visual --out report.html
+    """
+    set_up(verbose, quiet)
+    from vaflow.viewer.report import paired_differences, write_report
+
+    shown = write_report(runs, out, viewer)
+    if json:
+        scores = [{"run": str(run.path), "ccc": run.metrics["ccc"], "ci95": run.metrics.get("ci95")} for run in shown]
+        print_json({"page": str(out), "runs": scores, "differences": paired_differences(shown)})
+    elif not quiet:
+        typer.echo(f"{len(shown)} run(s): {out}")
+    return 0
+
+
+def runs(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that is searched for runs.")] = Path(),
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """List the runs below a directory with their scores.
+
+    Example: vaflow runs runs
+    """
+    set_up(verbose, quiet)
+    from vaflow.viewer.run_results import list_runs
+
+    lines = list(list_runs(root))
+    if json:
+        print_json([vars(line) for line in lines])
+        return 0
+    rows = []
+    for line in lines:
+        interval = line.ci95.get("mean") or (None, None)
+        scores = [
+            "-" if x is None else f"{x:.3f}" for x in (*map(line.ccc.get, ("valence", "arousal", "mean")), *interval)
+        ]
+        seed = "-" if line.seed is None else line.seed
+        rows.append((line.path, line.status, *scores, line.split, line.temporal, line.fusion, seed, line.streams))
+    heads = ("run", "status", "CCC valence", "arousal", "mean", "low", "high", "split", "temporal", "fusion", "seed")
+    typer.echo(table(rows, (*heads, "streams")) if rows else f"No runs below {root}")
     return 0

@@ -1,0 +1,127 @@
+"""Numbers of the report are those of the runs' files, and of an independent bootstrap."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_runs import ccc, write_run
+
+from vaflow.cli import main
+from vaflow.viewer.report import paired_differences, write_report
+from vaflow.viewer.run_results import read_run, read_runs
+
+
+def cells(page: str, run: str, score: str) -> list[str]:
+    """The numbers of one row of the table of scores."""
+    [row] = re.findall(rf'<tr data-run="{run}" data-score="{score}">(.*?)</tr>', page, re.S)
+    return [unescape(cell).replace("\u2212", "-") for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
+
+
+def test_scores_equal_metrics_json(tmp_path: Path) -> None:
+    metrics = write_run(tmp_path / "full")
+    write_report([tmp_path / "full"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for name in ("valence", "arousal", "mean"):
+        score, (low, high) = metrics["ccc"][name], metrics["ci95"][name]
+        shown = cells(page, "full", name)
+        assert shown[1] == f"{score:.3f}"
+        assert shown[2] == f"{low:.3f} to {high:.3f}"
+        assert f'data-value="{score}"' in page  # all digits, which sorting uses
+    assert "src=" not in page
+    assert "http" not in page.replace("http-equiv", "").replace("https://github.com/leeoniya", "")
+
+
+def test_sums_over_clips_give_the_scores_of_the_run(tmp_path: Path) -> None:
+    metrics = write_run(tmp_path / "full")
+    run = read_run(tmp_path / "full")
+    assert run.plane.region[:, 0].sum() == metrics["n_frames"]
+    assert run.plane.histogram.sum() == 2 * metrics["n_frames"]
+    squared = run.plane.region[:, 1:3].sum(axis=0) / metrics["n_frames"]
+    table = np.loadtxt(tmp_path / "full" / "predictions" / "val" / "clip0.csv", delimiter=",", skiprows=1)
+    [first] = [clip for clip in run.clips if clip.clip.item == "clip0"]
+    assert first.scores.ccc["valence"] == pytest.approx(ccc(table[:, 2], table[:, 4]), abs=1e-12)
+    assert first.scores.rmse["arousal"] == pytest.approx(np.sqrt(np.mean((table[:, 3] - table[:, 5]) ** 2)))
+    assert np.all(squared > 0)
+
+
+def test_differences_equal_a_bootstrap_by_definition(tmp_path: Path) -> None:
+    one, two = write_run(tmp_path / "one", seed=1, noise=0.3), write_run(tmp_path / "two", seed=2, noise=0.05)
+    runs = read_runs([tmp_path / "one", tmp_path / "two"])
+    [found] = paired_differences(runs)
+    difference, low, high, p = found["scores"]["mean"]
+    assert difference == pytest.approx(two["ccc"]["mean"] - one["ccc"]["mean"], abs=1e-6)
+    tables = [
+        [np.loadtxt(p, delimiter=",", skiprows=1) for p in sorted((tmp_path / name / "predictions/val").glob("*.csv"))]
+        for name in ("one", "two")
+    ]
+    rng, drawn = np.random.default_rng(7), []
+    for _ in range(600):
+        chosen = rng.integers(6, size=6)
+        both = [np.concatenate([table[i] for i in chosen]) for table in tables]
+        means = [np.mean([ccc(t[:, 2], t[:, 4]), ccc(t[:, 3], t[:, 5])]) for t in both]
+        drawn.append(means[1] - means[0])
+    assert [low, high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
+    assert 2**-5 <= p <= 1
+
+
+def test_runs_on_other_videos_are_not_compared(tmp_path: Path) -> None:
+    write_run(tmp_path / "one")
+    write_run(tmp_path / "two", clips=["clip0", "other"])
+    [found] = paired_differences(read_runs([tmp_path / "one", tmp_path / "two"]))
+    assert "not scored on the same" in found["problem"]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a/run", "b/run"):
+        write_run(tmp_path / name)
+    assert [run.name for run in read_runs([tmp_path / "a/run", tmp_path / "b/run"])] == ["a/run", "b/run"]
+
+
+def test_tiny_encoders_mark_the_report_as_a_demonstration(tmp_path: Path) -> None:
+    write_run(tmp_path / "real")
+    write_run(tmp_path / "tiny", encoder="clip-tiny")
+    for name, marked in (("real", False), ("tiny", True)):
+        write_report([tmp_path / name], tmp_path / f"{name}.html")
+        assert ("Demonstration." in (tmp_path / f"{name}.html").read_text()) == marked
+
+
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=alert(1)>\"'&"
+    write_run(tmp_path / "run", clips=[hostile, "plain"], encoder="</script><script>alert(2)</script>")
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<img" not in page
+    assert "<script>alert" not in page
+    assert hostile in unescape(page)
+
+
+def test_the_command_writes_the_page_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = write_run(tmp_path / "run")
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["runs"][0]["ccc"] == metrics["ccc"]
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_directory_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 2
+    assert "is not a finished run" in capsys.readouterr().err
+
+
+def test_runs_lists_finished_unfinished_and_damaged_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = write_run(tmp_path / "study" / "full")
+    write_run(tmp_path / "half")
+    (tmp_path / "half" / "metrics.json").unlink()
+    write_run(tmp_path / "bad")
+    (tmp_path / "bad" / "metrics.json").write_text("{")
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    lines = {line["path"]: line for line in json.loads(capsys.readouterr().out)}
+    assert {path: line["status"] for path, line in lines.items()} == {
+        "study/full": "done", "half": "not finished", "bad": "damaged",
+    }  # fmt: skip
+    assert lines["study/full"]["ccc"] == metrics["ccc"]
+    assert main(["runs", str(tmp_path)]) == 0
+    assert f"{metrics['ccc']['mean']:.3f}" in capsys.readouterr().out

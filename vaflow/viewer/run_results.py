@@ -1,0 +1,237 @@
+"""What a finished run says about a split: its files, and sums over its prediction tables."""
+
+import csv
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaflow.cache import Cache, open_cache
+from vaflow.errors import CorruptError, UsageError, VaflowError, explain
+from vaflow.timeline import Floats
+from vaflow.train.metrics import video_moments
+from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
+from vaflow.viewer.predictions import DIMENSIONS, PredictedClip, PredictionSet, find_predictions, read_predictions
+
+BINS = 24  # of a dimension's histogram
+SPARK = 160  # points of a small plot of a clip
+_DEPTH = 4  # directories below the one that `vaflow runs` searches
+
+
+@dataclass(frozen=True)
+class ReportClip:
+    """One labelled clip: its scores, and its traces at `SPARK` points ([4, SPARK]: predictions, then labels)."""
+
+    clip: PredictedClip
+    scores: ClipScores
+    traces: Floats
+
+
+@dataclass
+class PlaneSums:
+    """Sums over labelled frames, from which the plots and tables of the plane follow.
+
+    Attributes:
+        histogram: [2, BINS, BINS], frames by label bin and prediction bin, per dimension.
+        region: [9, 5], by region of the label: frames, squared errors [2], errors [2].
+        predicted: [9] frames by region of the prediction.
+        flow: [5, 5, 5], by bin of the label: frames, sums of labels [2], sums of predictions [2].
+    """
+
+    histogram: Floats = field(default_factory=lambda: np.zeros((2, BINS, BINS)))
+    region: Floats = field(default_factory=lambda: np.zeros((9, 5)))
+    predicted: Floats = field(default_factory=lambda: np.zeros(9))
+    flow: Floats = field(default_factory=lambda: np.zeros((5, 5, 5)))
+
+    def add(self, va: Floats, label: Floats, centers: float) -> None:
+        """Add frames that are labelled in both dimensions, [N, 2] each."""
+        bins = [np.clip(((x + 1) / 2 * BINS).astype(int), 0, BINS - 1) for x in (label, va)]
+        for k in range(2):
+            np.add.at(self.histogram[k], (bins[0][:, k], bins[1][:, k]), 1)
+        error = va - label
+        np.add.at(self.region, region_of(label, centers), np.column_stack([np.ones(len(va)), error**2, error]))
+        self.predicted += np.bincount(region_of(va, centers), minlength=9)
+        cell = np.clip(((label + 1) / 2 * 5).astype(int), 0, 4)
+        np.add.at(self.flow, (cell[:, 0], cell[:, 1]), np.column_stack([np.ones(len(va)), label, va]))
+
+
+def region_of(va: Floats, centers: float) -> Any:
+    """[N, 2] -> [N] index of the region: 3 * valence level + arousal level; borders lie half-way between centres."""
+    level = (va > -centers / 2).astype(int) + (va > centers / 2)
+    return 3 * level[:, 0] + level[:, 1]
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """One finished run.
+
+    Attributes:
+        path: its directory; name: unique among the runs of a report.
+        config: `config.toml`; text: the same as it stands in the file.
+        metrics: `metrics.json`.
+        history: `history.csv`, a row per epoch.
+        found: predictions of the split that the metrics are of.
+        clips: the labelled clips.
+        moments: source video -> [6, 2] of `vaflow.train.metrics.video_moments`; without the clips left out.
+        plane: sums over all labelled frames.
+        frames: of the split: all, without a label, and seconds: all, without a face (NaN: not recorded).
+    """
+
+    path: Path
+    name: str
+    config: Mapping[str, Any]
+    text: str
+    metrics: Mapping[str, Any]
+    history: tuple[Mapping[str, float], ...]
+    found: PredictionSet
+    clips: tuple[ReportClip, ...]
+    moments: Mapping[str, Floats]
+    plane: PlaneSums
+    masked: Mapping[str, float | None]
+
+
+def read_run(path: Path, name: str = "") -> RunResults:
+    """Read a finished run.
+
+    Raises:
+        UsageError: the directory is not a run, or its training has not finished.
+        CorruptError: a file is damaged.
+    """
+    text = _text(path / "config.toml", path)
+    try:
+        config = tomllib.loads(text)
+        metrics = json.loads(_text(path / "metrics.json", path))
+        history = _history(path / "history.csv")
+        split = str(metrics["split"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptError(explain(f"Cannot read the run {path}", got=error)) from error
+    found = find_predictions(path)
+    of_split = [clip for clip in found.clips if clip.split == split]
+    left_out = set(metrics.get("missing", {}).get("clips", ()))
+    cache = _cache(found)
+    clips: list[ReportClip] = []
+    moments: dict[str, Floats] = {}
+    plane, masked = PlaneSums(), {"frames": 0.0, "unlabelled": 0.0, "seconds": 0.0, "no_face": 0.0}
+    for clip in of_split:
+        table = read_predictions(clip.csv)
+        scores = scores_of(table, masks_of(table, cache, clip.item, found.streams))
+        label = np.full_like(table.va, np.nan) if table.label is None else table.label
+        valid = np.asarray(np.isfinite(label), bool)
+        both = valid.all(axis=1)
+        masked["frames"] += len(both)
+        masked["unlabelled"] += int((~both).sum())
+        masked["seconds"] += scores.seconds
+        masked["no_face"] += np.nan if scores.missing_face is None else scores.missing_face * scores.seconds
+        if not valid.any() or clip.item in left_out:
+            continue
+        video = _group(clip)
+        moments[video] = moments.get(video, np.zeros((6, 2))) + video_moments(table.va, label, valid)
+        plane.add(table.va[both], label[both], found.centers)
+        at = np.linspace(0, len(table.time) - 1, min(SPARK, len(table.time))).astype(int)
+        clips.append(ReportClip(clip, scores, np.concatenate([table.va[at].T, label[at].T])))
+    known: dict[str, float | None] = {k: v if np.isfinite(v) else None for k, v in masked.items()}
+    return RunResults(
+        path, name or path.name, config, text, metrics, history, found, tuple(clips), moments, plane, known
+    )
+
+
+def _group(clip: PredictedClip) -> str:
+    """The source video, whose clips are resampled together."""
+    return next((str(s["group"]) for s in clip.records() if s.get("group")), clip.item)
+
+
+def _cache(found: PredictionSet) -> Cache | None:
+    try:
+        return open_cache(found.cache) if found.cache else None
+    except VaflowError:
+        return None
+
+
+def _text(path: Path, run: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise UsageError(
+            explain(
+                f"{run} is not a finished run",
+                expected="a directory written by `vaflow train`",
+                got=f"no {path.name}" if run.is_dir() else "no such directory",
+                remedy=f"List the finished runs: vaflow runs {run.parent}",
+            )
+        ) from error
+
+
+def _history(path: Path) -> tuple[Mapping[str, float], ...]:
+    if not path.is_file():
+        return ()
+    with path.open(encoding="utf-8", newline="") as file:
+        return tuple({k: float(v or "nan") for k, v in row.items() if k} for row in csv.DictReader(file))
+
+
+def read_runs(paths: list[Path]) -> list[RunResults]:
+    """Read runs under names that tell them apart: as much of the end of each path as is needed."""
+    depth = 1
+    parts = [path.resolve().parts for path in paths]
+    while len({p[-depth:] for p in parts}) < len(set(parts)) and depth < max(map(len, parts)):
+        depth += 1
+    return [read_run(path, "/".join(p[-depth:])) for path, p in zip(paths, parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One line of `vaflow runs`: a run and its headline, or why it has none."""
+
+    path: str
+    status: str
+    streams: str = ""
+    temporal: str = ""
+    fusion: str = ""
+    seed: int | None = None
+    split: str = ""
+    epochs: int | None = None
+    ccc: Mapping[str, float | None] = field(default_factory=dict)
+    ci95: Mapping[str, Any] = field(default_factory=dict)
+
+
+def list_runs(root: Path) -> Iterator[RunLine]:
+    """Yield every run below a directory, sorted by path.
+
+    Raises:
+        UsageError: there is no such directory.
+    """
+    if not root.is_dir():
+        raise UsageError(explain(f"{root} is not a directory", expected="a directory with runs"))
+    patterns = ["/".join(["*"] * depth + ["config.toml"]) for depth in range(_DEPTH + 1)]
+    for path in sorted(file for pattern in patterns for file in root.glob(pattern)):
+        line = _line(root, path.parent)
+        if line is not None:
+            yield line
+
+
+def _line(root: Path, run: Path) -> RunLine | None:
+    name = run.relative_to(root).as_posix()
+    try:
+        config = tomllib.loads((run / "config.toml").read_text("utf-8"))
+        if not isinstance(config.get("train"), dict):
+            return None
+        train = config["train"]
+        common: dict[str, Any] = {
+            "streams": ", ".join(str(stream.get("name")) for stream in config.get("stream", ())),
+            "temporal": str(train.get("temporal", "")),
+            "fusion": str(train.get("fusion", "")),
+            "seed": train.get("seed"),
+        }
+        if not (run / "metrics.json").is_file():
+            return RunLine(name, "not finished", **common)
+        metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+        scores = {d: metrics["ccc"].get(d) for d in (*DIMENSIONS, "mean")}
+        return RunLine(
+            name, "done", **common, split=str(metrics["split"]), epochs=metrics.get("epochs"), ccc=scores,
+            ci95=metrics.get("ci95", {}),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return RunLine(name, "damaged")
