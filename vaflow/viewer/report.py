@@ -70,26 +70,27 @@ def write_report(paths: Sequence[Path], out: Path, viewer: Path | None = None) -
 
 def paired_differences(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
     """Each run minus the first on the same videos, with a paired bootstrap interval; `problem` where they differ."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in runs[1:]:
         first = runs[0]
         videos = sorted(set(first.moments) & set(run.moments))
-        count = [np.array([r.moments[v][0] for v in videos]) for r in (first, run)]
-        if len(videos) < 2 or set(first.moments) != set(run.moments) or not np.array_equal(*count):
+        same = all(np.array_equal(first.moments[v][0], run.moments[v][0]) for v in videos)  # labelled frames
+        if len(videos) < 2 or set(first.moments) != set(run.moments) or not same:
             rows.append({"name": run.name, "problem": "the runs are not scored on the same labelled frames"})
             continue
-        tables = [np.stack([r.moments[v] for v in videos])[None] for r in (run, first)]
+        one, other = (np.stack([r.moments[v] for v in videos])[None] for r in (run, first))
         draws = draw(len(videos))
-        observed = _with_mean(concordance_of_moments(tables[0].sum(axis=1)[0]))
-        observed = observed - _with_mean(concordance_of_moments(tables[1].sum(axis=1)[0]))
-        found = compare(*(resampled_ccc(table, draws) for table in tables), observed, len(videos))
+        observed = _with_mean(one) - _with_mean(other)
+        found = compare(resampled_ccc(one, draws), resampled_ccc(other, draws), observed, len(videos))
         values = zip(SCORES, found.difference, found.low, found.high, found.p, strict=True)
         scores = {name: tuple(map(_plain, numbers)) for name, *numbers in values}
         rows.append({"name": run.name, "problem": "", "videos": len(videos), "scores": scores})
     return rows
 
 
-def _with_mean(ccc: Floats) -> Floats:
+def _with_mean(moments: Floats) -> Floats:
+    """[1, V, 6, 2] -> [3]: concordance over all videos, and the mean of both dimensions."""
+    ccc = concordance_of_moments(moments.sum(axis=1)[0])
     return np.append(ccc, mean_over_dimensions(ccc))
 
 
@@ -178,7 +179,9 @@ def _curves(run: RunResults) -> list[dict[str, Any]]:
             if np.isfinite(v)
         ]
         best = run.metrics.get("best_epoch")
-        marked = isinstance(best, int) and 1 <= best <= len(values) and np.isfinite(values[best - 1])
+        dot = None
+        if isinstance(best, int) and 1 <= best <= len(values) and np.isfinite(values[best - 1]):
+            dot = (40 + 250 * (best - 1) / max(1, len(values) - 1), 110 - 100 * (values[best - 1] - low) / span)
         curves.append(
             {
                 "name": title,
@@ -187,9 +190,7 @@ def _curves(run: RunResults) -> list[dict[str, Any]]:
                 "high": high,
                 "last": values[-1],
                 "epochs": len(values),
-                "best": (40 + 250 * (best - 1) / max(1, len(values) - 1), 110 - 100 * (values[best - 1] - low) / span)
-                if marked
-                else None,
+                "best": dot,
             }
         )
     return curves
@@ -254,15 +255,8 @@ def _regions(plane: PlaneSums) -> list[dict[str, Any]]:
         n = count[r] or np.nan
         squared, error = plane.region[r, 1:3] / n, plane.region[r, 3:] / n
         shares = {"labels": count[r] / total, "predictions": plane.predicted[r] / total}
-        rows.append(
-            {
-                "name": name,
-                "frames": int(count[r]),
-                **shares,
-                "rmse": [_plain(x) for x in np.sqrt(squared)],
-                "bias": [_plain(x) for x in error],
-            }
-        )
+        errors = {"rmse": [_plain(x) for x in np.sqrt(squared)], "bias": [_plain(x) for x in error]}
+        rows.append({"name": name, "frames": int(count[r]), **shares, **errors})
     return rows
 
 

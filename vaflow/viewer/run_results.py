@@ -121,7 +121,7 @@ def read_run(path: Path, name: str = "") -> RunResults:
         scores = scores_of(table, masks_of(table, cache, clip.item, found.streams))
         label = np.full_like(table.va, np.nan) if table.label is None else table.label
         valid = np.asarray(np.isfinite(label), bool)
-        both = valid.all(axis=1)
+        both = np.asarray(valid.all(axis=1), bool)
         masked["frames"] += len(both)
         masked["unlabelled"] += int((~both).sum())
         masked["seconds"] += scores.seconds
