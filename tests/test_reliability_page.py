@@ -25,10 +25,10 @@ def test_every_test_that_the_page_names_exists(path: str, name: str) -> None:
     assert name in functions_of(path) if name else any(test.startswith("test_") for test in functions_of(path))
 
 
-def test_every_promise_has_a_test() -> None:
+def test_every_guarantee_has_a_test() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "::" not in line and ".py`" not in line]
     allowed = (
-        "| promise |",
+        "| guarantee |",
         "| fault |",
         "| difference between",
         "| float16 storage",
