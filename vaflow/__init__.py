@@ -1,3 +1,36 @@
-"""vaflow: valence and arousal from video with speech, in two stages with a feature cache between them."""
+"""vaflow: valence and arousal from video with speech, in two stages with a feature cache between them.
+
+    import vaflow
+
+    run = vaflow.load("runs/full")
+    frames = run.predict("clip.mp4")
+
+The functions are those of `vaflow.api`; importing vaflow imports neither torch nor NumPy. `vaflow.extract` and
+`vaflow.train` are packages that can also be called.
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["Run", "Table", "extract", "load", "open_cache", "train"]
+
+if TYPE_CHECKING:
+    from vaflow.api import Run, Table, extract, load, open_cache, train
+else:
+    from vaflow import extract, train  # empty packages: this imports none of their modules
+
+    class _CallablePackage(ModuleType):
+        """A package whose call is the function of the same name in `vaflow.api`."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            api = importlib.import_module("vaflow.api")
+            return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+    extract.__class__ = train.__class__ = _CallablePackage
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            return getattr(importlib.import_module("vaflow.api"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
