@@ -138,7 +138,7 @@ def load(run: PathLike) -> Run:
     """Open the directory of a finished run or of an ensemble.
 
     Raises:
-        UsageError: the directory is neither, or the run is not finished.
+        UsageError: the directory holds neither, or the run is not finished.
     """
     from vaflow.train.ensemble import members_of
     from vaflow.train.runs import RunFolder, require_record
@@ -158,7 +158,7 @@ def open_cache(path: PathLike) -> "Cache":
         path: a directory, or a URL such as s3://bucket/name.cache.
 
     Raises:
-        UsageError: there is no cache at `path`.
+        UsageError: `path` holds no cache.
         SchemaError: the cache has a format that this version does not read.
     """
     from vaflow.cache import open_cache

@@ -92,7 +92,7 @@ def _format(failure: Failure) -> str:
 
 
 class FailureLog:
-    """A list that is written while a run goes on: each line is on the disk when `add` returns.
+    """A list that is written during a run: each line is on the disk when `add` returns.
 
     Attributes:
         path: of the list; the list of an earlier run is removed at once.

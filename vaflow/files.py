@@ -24,7 +24,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 def write_file(path: Path, data: bytes | str) -> None:
-    """Write a file of the user's, and the folders above it; replaces what was there.
+    """Write a user's file and its parent folders, replacing an existing file.
 
     Args:
         path: where to. Names of up to 255 bytes work: the temporary name does not derive from it.
@@ -43,7 +43,7 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file in an existing folder; replaces what was there. Raises OSError."""
+    """Write a file in an existing folder, replacing an existing one. Raises OSError."""
     temporary = _write_temporary(path.parent, data)
     try:
         temporary.replace(path)

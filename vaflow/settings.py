@@ -93,7 +93,7 @@ class Setting:
 
     @property
     def default_text(self) -> str:
-        """The default as a person reads it; `coerce` reads it back unless `unset` says what it stands for."""
+        """The default as a person reads it; `coerce` reads it back except where `unset` describes it."""
         if self.unset and self.default in (None, (), "", 0):
             return self.unset
         return self.text(self.default)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, table
+from vaflow.errors import count
 
 MediaOption = Annotated[
     list[Path] | None,
@@ -43,7 +44,7 @@ def view(
     if json:
         print_json({"page": str(viewer.page), "clips": [clip.facts for clip in viewer.clips]})
     elif not quiet:
-        typer.echo(f"{len(viewer.clips)} clip(s): {viewer.page}")
+        typer.echo(f"{count(len(viewer.clips), 'clip')}: {viewer.page}")
     return 0
 
 

@@ -94,7 +94,7 @@ def assign(
     Args:
         root: folder of the list; without a list, `defaults` alone count.
         names: (item id, path below the root with extension) of every item.
-        defaults: item id -> split, where the list says nothing.
+        defaults: item id -> split, for items that the list omits.
         used: further columns that the caller uses; other ones are warned about.
 
     Returns:

@@ -1,6 +1,6 @@
 """Checkpoints in the layout of transformers' `save_pretrained`: a folder, or a model id of the hub.
 
-A folder is data. `from_pretrained` on a folder follows what its files say: remote code, quantizers, adapters, kernels,
+A folder is data. `from_pretrained` on a folder obeys its files: remote code, quantizers, adapters, kernels,
 other weight files. Here the configuration is read as JSON, only fields of a configuration class chosen by this package
 are used, the tensors are read by `vaflow.encoders.weights`, and transformers gets both in memory.
 """
