@@ -21,7 +21,7 @@ BANNED = {
     ),
     "figurative": (
         r"\b(costs? (itself|one (clip|item)|that)|gives? (a|the|it|one) \w+ up|no sign of life|signs of life|flatters?|"
-        r"flattered|mend(ed|s|ing)?\b|would do\b|made anew|begin anew|for ever|nobody|no one\b|hunger|strangers?\b|"
+        r"flattered|mend(ed|s|ing)?\b|would do\b|made anew|begin anew|for ever\b|nobody|no one\b|hunger|strangers?\b|"
         r"newcomer|passed over|go(es)? on where|goes on\b|in the place of|at hand|took the place)"
     ),
     "relative clause instead of a noun": (

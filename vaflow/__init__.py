@@ -19,7 +19,6 @@ __all__ = ["Run", "Table", "extract", "load", "open_cache", "train"]
 if TYPE_CHECKING:
     from vaflow.api import Run, Table, extract, load, open_cache, train
 else:
-    from vaflow import extract, train  # empty packages: this imports none of their modules
 
     class _CallablePackage(ModuleType):
         """A package whose call is the function of the same name in `vaflow.api`."""
@@ -28,7 +27,8 @@ else:
             api = importlib.import_module("vaflow.api")
             return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
-    extract.__class__ = train.__class__ = _CallablePackage
+    for _name in ("extract", "train"):  # empty packages: this imports none of their modules
+        importlib.import_module(f"vaflow.{_name}").__class__ = _CallablePackage
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
