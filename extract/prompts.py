@@ -1,11 +1,11 @@
-"""Prompt sets of a cache: the words of the nine regions, embedded by the text towers of its visual encoders."""
+"""Prompt sets of a cache: descriptions of the nine regions, embedded by the text towers of its visual encoders."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaflow.cache import Cache
-from vaflow.cache.schema import Json, StreamInfo
+from vaflow.cache.schema import StreamInfo
 from vaflow.cache.streams import differences
 from vaflow.encoders import ENCODERS, build_encoder, encoder_kind
 from vaflow.encoders.base import VisualEncoder
@@ -19,8 +19,8 @@ class ListedSet:
     """One prompt set in a cache.
 
     Attributes:
-        stream: of the prototypes; name: of the set, as `prompts` of a training run names it.
-        templates, descriptions: the words; empty where the record does not say.
+        stream: stream of the prototypes; name: of the set, the value of a training run's `prompts` setting.
+        templates, descriptions: the words; empty where the record has none.
         created: when it was embedded.
     """
 
@@ -33,31 +33,31 @@ class ListedSet:
 
 @dataclass
 class AddedPrompts:
-    """What was done: the set's name, and the streams in which it was new, had other words, or was there already."""
+    """Result: the set's name, and the streams where it is new, replaced other words, or was unchanged."""
 
     name: str
     new: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
-    there: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
 
 
 def list_prompts(cache: Cache) -> list[ListedSet]:
-    """Every prompt set of every stream of prototypes."""
-    found = []
+    """Return every prompt set of every stream of prototypes."""
+    sets = []
     for stream, info in cache.streams().items():
         for name in cache.items(stream=stream) if info.kind == "text" else []:
             record = cache.record(stream, name)
             words = record.source.get("prompts", {})
             templates, descriptions = (tuple(words.get(key, ())) for key in ("templates", "descriptions"))
-            found.append(ListedSet(stream, name, templates, descriptions, record.created))
-    return found
+            sets.append(ListedSet(stream, name, templates, descriptions, record.created))
+    return sets
 
 
 def write_prompts(cache: Cache, prompt_set: PromptSet, visual: Iterable[VisualEncoder]) -> AddedPrompts:
-    """Embed a prompt set in the joint space of every encoder with a text tower, unless it is there already.
+    """Embed a prompt set in the joint space of every encoder with a text tower, unless it is unchanged.
 
     Raises:
-        FingerprintError: the cache's prototypes were made by another encoder.
+        FingerprintError: another encoder made the cache's prototypes.
     """
     done = AddedPrompts(prompt_set.name)
     source = {"prompts": prompt_set.identity()}
@@ -68,7 +68,7 @@ def write_prompts(cache: Cache, prompt_set: PromptSet, visual: Iterable[VisualEn
         cache.declare(info)
         known = cache.has(info.name, prompt_set.name)
         if known and cache.record(info.name, prompt_set.name).source == source:
-            done.there.append(info.name)
+            done.unchanged.append(info.name)
             continue
         embedding, template = prototypes(encoder, prompt_set)
         cache.write(info.name, prompt_set.name, {"embedding": embedding, "template": template}, source=source)
@@ -84,23 +84,26 @@ def add_prompts(
     *,
     device: str = "cpu",
 ) -> AddedPrompts:
-    """Embed the prompt set in a TOML file for the visual encoders of a cache. No clip is touched.
+    """Embed the prompt set in a TOML file for the visual encoders of a cache. No clip is read.
 
     Args:
         cache: opened for writing.
         prompts: the file; its stem names the set.
-        visual: for which encoder; None: for all of the cache that have a text tower.
+        visual: name of the encoder; None: all in the cache that have a text tower.
         weights: encoder name -> local weights, instead of the hub.
         device: "cpu" or "cuda[:N]".
 
     Raises:
-        UsageError: the file is no prompt set, or no encoder of the cache is meant, or it has no text tower.
-        FingerprintError: the encoder is not the one that made the cache's stream; every field that differs is named.
+        UsageError: the file is not a prompt set, or the cache has no such encoder, or it has no text tower.
+        FingerprintError: another encoder made the cache's stream; every field that differs is named.
         WeightsError: weights are missing or do not fit.
     """
     prompt_set = load_prompts(prompts)
     known = cache.streams()
-    names = [visual] if visual is not None else _with_text(known)
+    # By default those with prototypes; where none has any, all that an encoder of this package can have made.
+    made = [name for name, info in known.items() if info.kind == "visual" and _is_encoder(name)]
+    default = [name for name in made if text_stream(name) in known] or made
+    names = default if visual is None else [visual]
     unused = [name for name in weights or {} if name not in names]
     if unused:
         problem = "Weights were given for an encoder that is not used"
@@ -111,17 +114,11 @@ def add_prompts(
         raise UsageError(
             explain(
                 f"No visual encoder of {cache.place} has a text tower",
-                expected="a CLIP encoder, as clip-vit-b16",
-                got=", ".join(names) or "no stream of an encoder that this program knows",
+                expected="a CLIP encoder, such as clip-vit-b16",
+                got=", ".join(names) or "no stream of a known encoder",
             )
         )
     return write_prompts(cache, prompt_set, able)
-
-
-def _with_text(known: Mapping[str, StreamInfo]) -> list[str]:
-    """Visual streams that have prototypes; where none has, all that an encoder of this program can have made."""
-    names = [name for name, info in known.items() if info.kind == "visual" and _is_encoder(name)]
-    return [name for name in names if text_stream(name) in known] or names
 
 
 def _is_encoder(name: str) -> bool:
@@ -134,34 +131,26 @@ def _is_encoder(name: str) -> bool:
 def _build(
     cache: Cache, known: Mapping[str, StreamInfo], name: str, weights: Path | None, device: str
 ) -> VisualEncoder:
-    """The encoder that made a stream.
+    """Return the encoder that made a stream.
 
     Raises:
-        UsageError: there is neither that stream nor prototypes of that name, or no such encoder.
-        FingerprintError: it is not the encoder that made the stream.
+        UsageError: the cache has neither that stream nor its prototypes, or there is no such encoder.
+        FingerprintError: another encoder made the stream.
     """
-    own = [known[stream] for stream in (text_stream(name), name) if stream in known]
-    if not own:
+    infos = [known[stream] for stream in (text_stream(name), name) if stream in known]
+    if not infos:
         visual = [stream for stream, info in known.items() if info.kind == "visual"]
         raise UsageError(explain(f"{cache.place} has no visual stream of that name", got=name, choices=visual))
     if not _is_encoder(name):
         choices = [encoder for encoder in ENCODERS if encoder_kind(encoder) == "visual"]
-        raise UsageError(explain(f"Stream {name!r} was made by no visual encoder", got=name, choices=choices))
+        raise UsageError(explain(f"No visual encoder makes stream {name!r}", got=name, choices=choices))
     encoder = build_encoder(name, weights=weights, device=device)
-    for info in own:
-        _check_same(cache, info, encoder.identity)
+    for info in infos:
+        # A visual stream's identity has more than its encoder's: sampling, faces, precision.
+        recorded = {key: value for key, value in info.identity.items() if key in encoder.identity}
+        fields = "; ".join(differences(recorded, encoder.identity))
+        if fields:
+            problem = f"Another encoder made stream {info.name!r} of {cache.place}: {fields}"
+            remedy = f"Name the weights that the cache was made with: --weights {name}=PATH"
+            raise FingerprintError(explain(problem, remedy=remedy))
     return encoder  # type: ignore[return-value]
-
-
-def _check_same(cache: Cache, info: StreamInfo, identity: Json) -> None:
-    """A visual stream's identity is its encoder's and more (how it was sampled, which faces, the precision)."""
-    said = {key: value for key, value in info.identity.items() if key in identity}
-    fields = "; ".join(differences(said, identity))
-    if fields:
-        name = info.name.removesuffix(text_stream(""))
-        raise FingerprintError(
-            explain(
-                f"The encoder is not the one that made stream {info.name!r} of {cache.place}: {fields}",
-                remedy=f"Name the weights that the cache was made with: --weights {name}=PATH",
-            )
-        )

@@ -1,4 +1,4 @@
-"""Which streams an extraction writes, and what identifies each: names, shapes, fingerprints, sources."""
+"""The streams of an extraction: names, shapes, fingerprints, and the sources that each depends on."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from vaflow.extract.faces import faces_identity
 from vaflow.extract.nvdec import nvdec_identity
 from vaflow.extract.video import decoder_identity
 
-# Which parts of a clip's source each kind of stream is made from: a change of any other part leaves it alone.
+# The parts of a clip's source that each kind of stream depends on: a change of another part does not affect it.
 SOURCES: dict[str, tuple[str, ...]] = {
     "visual": ("video", "frames", "crops"),
     "pixels": ("video", "frames", "crops"),
@@ -23,15 +23,17 @@ SOURCES: dict[str, tuple[str, ...]] = {
 
 
 def text_stream(visual: str) -> str:
-    """Name of the stream of prompt prototypes in a visual encoder's joint space."""
+    """Return the name of the stream of prompt prototypes in a visual encoder's joint space."""
     return f"{visual}.text"
 
 
 def stream_infos(
     config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]
 ) -> dict[str, StreamInfo]:
-    """Every per-clip stream of an extraction by name, in the order in which they are committed."""
-    picture = {"faces": _face_identity(config), "decoder": _picture_decoder(config)}
+    """Return every per-clip stream of an extraction by name, in commit order."""
+    faces = {"source": config.face_source, **faces_identity(detector=config.detector)}
+    frame_decoder = nvdec_identity() if config.decoder == "nvdec" else decoder_identity()
+    picture = {"faces": faces, "decoder": frame_decoder}
     sampling = config.sampling
     infos = [
         StreamInfo(
@@ -56,40 +58,32 @@ def stream_infos(
             "audio",
             e.dim,
             config.dtype,
-            e.identity | {"sampling": sampling, "sound": _sound_read(e, config), "decoder": decoder_identity()},
+            e.identity | {"sampling": sampling, "sound": _audio_input(e, config), "decoder": decoder_identity()},
         )
         for e in audio
     ]
-    # Labels come last: a clip exists once its clock and annotation do.
+    # Labels last: a clip is complete once its clock and annotation are committed.
     infos.append(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS, "decoder": decoder_identity()}))
     return {info.name: info for info in infos}
 
 
-def _sound_read(encoder: AudioEncoder, config: ExtractConfig) -> str:
-    """What an audio encoder reads: the log-Mel as stored, or frames of its own, which are not stored."""
+def _audio_input(encoder: AudioEncoder, config: ExtractConfig) -> str:
+    """Return an audio encoder's input: the log-Mel as stored, or frames of another front end, which are not stored."""
     dtype = config.dtype if encoder.front_end == KALDI else "float32"
     return f"{encoder.front_end.name} {dtype}"
 
 
 def text_info(encoder: VisualEncoder) -> StreamInfo:
-    """The stream of prompt prototypes that belongs to a visual encoder with a text tower, which is always float32."""
+    """Return the stream of prompt prototypes of a visual encoder with a text tower; always float32."""
     identity = {key: value for key, value in encoder.identity.items() if key != "precision"}
     return StreamInfo(text_stream(encoder.name), "text", encoder.dim, "float32", identity)
 
 
 def source_of(kind: str, sources: dict[str, Any]) -> dict[str, Any]:
-    """The part of a clip's sources that a stream of this kind is made from."""
+    """Return the part of a clip's sources that a stream of this kind depends on."""
     return {part: sources[part] for part in SOURCES[kind] if part in sources}
 
 
 def provenance() -> dict[str, str]:
-    """What every record says of its maker."""
+    """Return the program version that every record stores."""
     return {"vaflow": __version__}
-
-
-def _picture_decoder(config: ExtractConfig) -> dict[str, Any]:
-    return nvdec_identity() if config.decoder == "nvdec" else decoder_identity()
-
-
-def _face_identity(config: ExtractConfig) -> dict[str, Any]:
-    return {"source": config.face_source, **faces_identity(detector=config.detector)}

@@ -120,6 +120,30 @@ def test_tokens_are_frequency_major_and_the_two_special_ones_are_dropped(local_e
         torch.testing.assert_close(embedding[:, step], hidden[:, tokens].mean(dim=1), atol=1e-5, rtol=0)
 
 
+def test_pooling_is_float32_in_an_outer_autocast(local_encoder: Any) -> None:
+    """Fine-tuning trains in autocast: a mean over tokens in bfloat16 loses 16 bits."""
+    mel = torch.randn(1, 998, 128, generator=torch.Generator().manual_seed(2)) - 5
+    hidden: list[torch.Tensor] = []
+    hook = local_encoder.module.register_forward_hook(lambda module, inputs, out: hidden.append(out.last_hidden_state))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pooled = local_encoder.encode(mel, window=10, steps=20)
+    hook.remove()
+    assert pooled.dtype == torch.float32
+    tokens = hidden[0][0, 2:].float().reshape(12, 101, -1).mean(dim=0)[:100]
+    torch.testing.assert_close(pooled[0], tokens.reshape(20, 5, -1).mean(dim=1), atol=1e-6, rtol=1e-6)
+
+
+def test_the_pooling_matrix_is_computed_once_per_shape(local_encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vaflow.encoders.token_pooling import TokenGrid
+
+    mel = torch.zeros(1, 998, 128)
+    for steps in (10, 20):
+        local_encoder.encode(mel, window=10, steps=steps)
+    monkeypatch.setattr(TokenGrid, "pooling", lambda *_: pytest.fail("computed again"))
+    for steps in (10, 20):
+        local_encoder.encode(mel, window=10, steps=steps)
+
+
 # --- the input as Hugging Face makes it
 
 

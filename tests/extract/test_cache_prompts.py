@@ -54,7 +54,7 @@ def cache(tmp_path: Path, clip: VisualEncoder) -> Cache:
 def test_another_set_is_embedded_and_nothing_else_changes(cache, clip, tmp_path):
     before = {path: path.read_bytes() for path in record_files(cache)}
     done = add_prompts(cache, prompt_file(tmp_path / "plain.toml"))
-    assert (done.name, done.new, done.replaced, done.there) == ("plain", ["clip-tiny.text"], [], [])
+    assert (done.name, done.new, done.replaced, done.unchanged) == ("plain", ["clip-tiny.text"], [], [])
     assert before == {path: path.read_bytes() for path in record_files(cache) if path in before}
     embedding, template = prototypes(clip, load_prompts(tmp_path / "plain.toml"))
     stored = cache.read("clip-tiny.text", "plain")
@@ -77,7 +77,7 @@ def test_words_are_compared_not_names(cache, tmp_path):
     file = prompt_file(tmp_path / "plain.toml")
     add_prompts(cache, file)
     attempt = cache.record("clip-tiny.text", "plain").attempt
-    assert add_prompts(cache, file).there == ["clip-tiny.text"]
+    assert add_prompts(cache, file).unchanged == ["clip-tiny.text"]
     assert cache.record("clip-tiny.text", "plain").attempt == attempt
     assert add_prompts(cache, prompt_file(file, "other")).replaced == ["clip-tiny.text"]
     assert cache.record("clip-tiny.text", "plain").source["prompts"]["descriptions"][0] == "other low low"
@@ -113,7 +113,7 @@ def test_what_cannot_be_embedded_is_bad_usage(cache, tmp_path, clip):
     with pytest.raises(UsageError, match=r"not used\. Got: ast\. Choices: clip-tiny"):
         add_prompts(cache, file, weights={"ast": file})
     cache.declare(StreamInfo("mine", "visual", 8, "float16", {"encoder": "imported"}))
-    with pytest.raises(UsageError, match="'mine' was made by no visual encoder"):
+    with pytest.raises(UsageError, match="No visual encoder makes stream 'mine'"):
         add_prompts(cache, file, "mine")
     imported = create_cache(tmp_path / "imported")
     imported.declare(StreamInfo("mine", "visual", 8, "float16", {"encoder": "imported"}))

@@ -320,7 +320,7 @@ def _describe(found: "list[ListedSet]", done: "AddedPrompts | None", cache: Path
     if done is not None:
         lines += [f"{done.name!r} embedded: {stream}" for stream in done.new]
         lines += [f"{done.name!r} embedded in the place of other words: {stream}" for stream in done.replaced]
-        lines += [f"{done.name!r} was there already: {stream}" for stream in done.there]
+        lines += [f"{done.name!r} was there already: {stream}" for stream in done.unchanged]
         lines += [f"Train with it: vaflow train {cache} --out RUN --set prompts={done.name}", ""]
     rows = [(one.stream, one.name, len(one.templates), one.created) for one in found]
     lines.append(table(rows, ("stream", "set", "templates", "made")) if rows else "no prompt sets")

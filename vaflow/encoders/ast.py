@@ -134,7 +134,8 @@ class AstEncoder:
         tokens = patches.unflatten(1, (self.geometry.frequency_tokens, self.geometry.tokens.count)).mean(dim=1)
         key = (float(window), steps)
         if key not in self._pooling:
-            self._pooling[key] = torch.from_numpy(self.geometry.tokens.pooling(window, steps)).to(self.device)
+            matrix = torch.from_numpy(self.geometry.tokens.pooling(window, steps))
+            self._pooling[key] = matrix.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, enabled=False):  # also where the caller trains in autocast
             return torch.einsum("st,btd->bsd", self._pooling[key], tokens)
 
