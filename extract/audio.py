@@ -26,7 +26,7 @@ from av.packet import Packet
 from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
-from vaflow.extract.config import MAX_CHANNELS, SOUND_RATES
+from vaflow.extract.config import AUDIO_RATES, MAX_CHANNELS
 from vaflow.extract.container import Opened, opened, read_packets, seconds
 
 RATE = 16000  # samples per second that come out
@@ -148,7 +148,7 @@ class _Source:
                 if frame.format.name not in format_dtypes:  # 64-bit integers: nobody has them, PyAV cannot show them
                     self.damaged += 1
                     continue
-                samples = _mono(frame) if SOUND_RATES[0] <= frame.sample_rate <= SOUND_RATES[1] else None
+                samples = _mono(frame) if AUDIO_RATES[0] <= frame.sample_rate <= AUDIO_RATES[1] else None
                 if samples is None:
                     self.damaged += 1
                     continue

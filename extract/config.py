@@ -1,26 +1,244 @@
-"""What `vaflow extract` can be asked for, checked once.
+"""Settings of an extraction, and the limits that protect it from damaged or malicious files.
 
-What a file may ask of us. Headers can claim anything; what exceeds these is refused before memory goes into it.
+A header can claim anything; files that exceed these limits are refused before memory is allocated for them.
 """
 
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from vaflow import settings
 from vaflow.errors import MediaError, UsageError, explain
-from vaflow.timeline import Floats, Grid
+from vaflow.settings import setting
 
-MAX_SECONDS = 24 * 3600.0  # of one clip
-MAX_GAP = 600.0  # seconds between two frames: grid, windows and sound of the hole between them would be made
-MAX_PACKETS = 20_000_000  # of one file: more than a day of 120 frames and 100 blocks of sound a second
+if TYPE_CHECKING:
+    from vaflow.timeline import Floats, Grid
+
+MAX_SECONDS = 24 * 3600.0  # duration of a clip
+MAX_GAP = 600.0  # seconds between two frames: samples and windows of the hole between them would be made
+MAX_PACKETS = 20_000_000  # of a file: more than a day of 120 frames and 100 audio packets a second
 MAX_CHANNELS = 64
-SOUND_RATES = (1000, 768_000)  # samples per second; beyond them a header is wrong
-WORKER_MEMORY = 4 * 2**30  # bytes that a decoding process may take
+MAX_SAMPLES = 100_000  # per window
+AUDIO_RATES = (1000, 768_000)  # samples per second; headers outside this range are wrong
+WORKER_MEMORY = 4 * 2**30  # bytes that a decoding process may allocate
+
+FACE_SOURCES = ("auto", "centerface", "none")
+DTYPES = ("float16", "float32")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("local", "ray")
+DECODERS = ("pyav", "nvdec")
+DETECTORS = ("opencv", "torch")
+AUTO = -1  # a batch size measured from free memory
+P1 = "arXiv 2603.13415, section 3"
 
 
-def check_span(path: Path, times: Floats) -> None:
-    """Whether frame times [N] seconds, ascending, N >= 1, are those of a recording that can be.
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Settings of one extraction; each field carries its description (see `vaflow.settings`).
+
+    All but the last group are part of the streams' fingerprints. Log-Mel is always kept.
+
+    Raises:
+        UsageError: a value is not one of the choices, out of range, or does not go with another.
+    """
+
+    visual: tuple[str, ...] = setting(
+        ("clip-vit-b16",), "Visual encoders, or none", group="encoders", option="--visual", shown=True
+    )
+    audio: tuple[str, ...] = setting(
+        ("ast",), "Audio encoders, or none", group="encoders", option="--audio", shown=True
+    )
+    weights: dict[str, Path] = field(default_factory=dict)
+    window: float = setting(
+        10.0,
+        "Length of a window",
+        group="sampling",
+        unit="seconds",
+        above=0,
+        below=MAX_SECONDS,
+        source=P1,
+        option="--window",
+        shown=True,
+    )
+    stride: float = setting(
+        3.0,
+        "Time between the starts of two windows",
+        group="sampling",
+        unit="seconds",
+        above=0,
+        below=MAX_SECONDS,
+        source=P1,
+        option="--stride",
+        shown=True,
+    )
+    frames: int = setting(
+        20,
+        "Frames per window",
+        group="sampling",
+        at_least=1,
+        below=MAX_SAMPLES,
+        source=P1,
+        option="--frames",
+        shown=True,
+    )
+    audio_steps: int = setting(
+        20, "Audio steps per window", group="sampling", at_least=1, below=MAX_SAMPLES, option="--audio-steps"
+    )
+    dtype: str = setting(
+        "float16", "Type of the stored embeddings", group="output", choices=DTYPES, option="--dtype", metavar="TYPE"
+    )
+    face_source: str = setting(
+        "auto",
+        "Source of the faces; auto takes the dataset's crops, or detects; none takes whole frames",
+        group="faces",
+        choices=FACE_SOURCES,
+        option="--faces",
+        shown=True,
+    )
+    pixels: bool = setting(
+        False, "Keep the face crops (JPEG) for fine-tuning", group="faces", option="--pixels", shown=True
+    )
+    decoder: str = setting(
+        "pyav",
+        "Video decoder; nvdec decodes on the GPU through torchcodec (experimental: never run on a GPU)",
+        group="decoding",
+        choices=DECODERS,
+        option="--decoder",
+    )
+    detector: str = setting(
+        "opencv",
+        "Runtime of the face detector; torch runs on the encoders' device (experimental: never run on a GPU)",
+        group="faces",
+        choices=DETECTORS,
+        option="--detector",
+    )
+    prompts: Path | None = setting(
+        None,
+        "TOML file of prompt templates and descriptions",
+        group="encoders",
+        unset="the built-in prompt set",
+        option="--prompts",
+    )
+    device: str = setting(
+        "auto",
+        "Device of the encoders",
+        group="hardware",
+        pattern=r"auto|cpu|cuda(:\d+)?",
+        form="auto, cpu or cuda[:N]",
+        option="--device",
+        shown=True,
+        metavar="DEVICE",
+    )
+    precision: str = setting(
+        "auto",
+        "Precision of the encoders; auto is float32, float16 requires CUDA",
+        group="hardware",
+        choices=PRECISIONS,
+        option="--precision",
+    )
+    compile: bool = setting(
+        False,
+        "Compile the encoders with torch: slow start, then faster (experimental: never run on a GPU)",
+        group="hardware",
+        option="--compile",
+    )
+    image_batch: int = setting(
+        0,
+        "Images per batch; auto fits the GPU's free memory (experimental: never run on a GPU)",
+        group="hardware",
+        at_least=0,
+        unset="by device",
+        words={"auto": AUTO},
+        option="--image-batch",
+    )
+    window_batch: int = setting(
+        0,
+        "Audio windows per batch, as --image-batch",
+        group="hardware",
+        at_least=0,
+        unset="by device",
+        words={"auto": AUTO},
+        option="--window-batch",
+    )
+    workers: int = setting(
+        0,
+        "Decoding processes (with ray: per actor)",
+        group="hardware",
+        at_least=0,
+        unset="by number of CPU cores",
+        option="--workers",
+        shown=True,
+    )
+    item_timeout: float = setting(
+        300.0,
+        "Skip a clip if its decoder stalls for this long (0 = no limit)",
+        group="decoding",
+        unit="seconds",
+        at_least=0,
+        option="--item-timeout",
+    )
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+        unused = [name for name in self.weights if name not in self.encoders]
+        if unused:
+            raise UsageError(
+                explain("--weights names an encoder that is not used", got=unused[0], choices=self.encoders)
+            )
+        _ = self.grid  # raises if the stride is longer than the window
+
+    @property
+    def grid(self) -> "Grid":
+        """The sampling grid."""
+        from vaflow.timeline import Grid
+
+        return Grid(self.window, self.stride, self.frames)
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Names of all encoders, visual ones first."""
+        return self.visual + self.audio
+
+    @property
+    def sampling(self) -> dict[str, float | int]:
+        """The part of every stream's identity that gives the places of its samples."""
+        return {
+            "window": self.window,
+            "stride": self.stride,
+            "frames": self.frames,
+            "audio_steps": self.audio_steps,
+        }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Shard `index` of `count`, counted from 1: `--shard I/N`."""
+
+    index: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Read "I/N".
+
+        Raises:
+            UsageError: it is not two integers with 1 <= I <= N.
+        """
+        index, slash, count = text.partition("/")
+        if slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
+            return cls(int(index), int(count))
+        raise UsageError(explain("--shard must be I/N with 1 <= I <= N, such as 2/8", got=text))
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of the shard's file names; empty if there is one shard."""
+        return f"-{self.index}-of-{self.count}" if self.count > 1 else ""
+
+
+def check_span(path: Path, times: "Floats") -> None:
+    """Check that frame times [N] seconds, ascending, N >= 1, can be those of a recording.
 
     Raises:
         MediaError: the last one is before 0 or later than `MAX_SECONDS`, or there is a hole longer than `MAX_GAP`.
@@ -34,14 +252,14 @@ def check_span(path: Path, times: Floats) -> None:
     elif gap > MAX_GAP:
         problem, expected, got = "has a hole", f"a frame every {MAX_GAP:g} s at least", f"none for {gap:g} s"
     if problem is not None:
-        remedy = "Its times are damaged; copy it again, or write it anew (ffmpeg -fflags +genpts -i OLD -c copy NEW)"
+        remedy = "Its times are damaged; copy it again, or write them anew: ffmpeg -fflags +genpts -i OLD -c copy NEW"
         raise MediaError(explain(f"{path} {problem}", expected=expected, got=got, remedy=remedy))
 
 
 def limit_memory(limit: int = WORKER_MEMORY) -> None:
-    """Have this process refused memory beyond `limit` bytes: an error in the file that asked, not a full machine.
+    """Limit this process to `limit` bytes: a file that needs more raises an error instead of filling the machine.
 
-    Where the system knows no such limit, or has a lower one, nothing changes.
+    Nothing changes where the system has no such limit, or a lower one is set.
     """
     try:
         import resource
@@ -54,154 +272,15 @@ def limit_memory(limit: int = WORKER_MEMORY) -> None:
 
 
 def too_much_memory() -> str:
-    """What is said of a clip whose reading was refused memory."""
+    """Error message of a clip that needs more memory than `WORKER_MEMORY`."""
     return explain(
-        "Reading the clip takes more memory than a decoding process may have",
+        "Reading the clip takes more memory than a decoding process may allocate",
         expected=f"at most {WORKER_MEMORY / 2**30:g} GiB",
-        remedy="The file is damaged, or far larger than others; leave it out, or cut it into parts",
+        remedy="The file is damaged, or far larger than others: remove it, or cut it into pieces",
     )
 
 
-FACE_SOURCES = ("auto", "centerface", "none")
-DTYPES = ("float16", "float32")
-ENGINES = ("local", "ray")
-DECODERS = ("pyav", "nvdec")
-DETECTORS = ("opencv", "torch")
-AUTO = -1  # a batch size found out from free memory
-
-
-@dataclass(frozen=True)
-class ExtractConfig:
-    """Settings of one extraction; all but the last group are part of the streams' fingerprints.
-
-    Attributes:
-        visual, audio: encoder names; empty for none. Log-Mel is always kept.
-        weights: encoder name -> local file or folder, instead of the hub.
-        window, stride: seconds; frames, audio_steps: samples per window.
-        dtype: of stored embeddings.
-        face_source: one of `FACE_SOURCES`.
-        pixels: keep the face crops, for fine-tuning.
-        decoder: of pictures: "pyav", on the CPU; "nvdec", on the GPU through torchcodec.
-        detector: what runs the network that finds faces: "opencv", in the decoding processes; "torch", on the encoders'
-            device.
-        prompts: TOML file of the prompt set, or None for the built-in one.
-        device: "auto", "cpu" or "cuda[:N]".
-        precision: of the encoders' arithmetic: "auto" (float32), "bfloat16", or "float16" on CUDA.
-        compile: have torch compile the encoders' networks; results can differ in their last bits.
-        image_batch, window_batch: fixed batch sizes; 0 chooses by device, `AUTO` by a GPU's free memory.
-        workers: processes that decode; 0 chooses by machine.
-        item_timeout: seconds without a sign of life after which a decoding process is ended and its clip has failed;
-            0: however long it takes.
-
-    Raises:
-        UsageError: a value is not one of the choices, or not positive.
-    """
-
-    visual: tuple[str, ...] = ("clip-vit-b16",)
-    audio: tuple[str, ...] = ("ast",)
-    weights: dict[str, Path] = field(default_factory=dict)
-    window: float = 10.0
-    stride: float = 3.0
-    frames: int = 20
-    audio_steps: int = 20
-    dtype: str = "float16"
-    face_source: str = "auto"
-    pixels: bool = False
-    decoder: str = "pyav"
-    detector: str = "opencv"
-    prompts: Path | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    compile: bool = False
-    image_batch: int = 0
-    window_batch: int = 0
-    workers: int = 0
-    item_timeout: float = 300.0
-
-    def __post_init__(self) -> None:
-        _choose("dtype", self.dtype, DTYPES)
-        _choose("faces", self.face_source, FACE_SOURCES)
-        _choose("decoder", self.decoder, DECODERS)
-        _choose("detector", self.detector, DETECTORS)
-        for name, least in (("image_batch", AUTO), ("window_batch", AUTO), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(explain(f"{name} must not be negative", expected="0 or more", got=getattr(self, name)))
-        if not 0 <= self.item_timeout < float("inf"):
-            raise UsageError(explain("item-timeout is no time", expected="seconds, or 0", got=self.item_timeout))
-        if self.audio_steps < 1:
-            raise UsageError(explain("audio-steps must be positive", expected="1 or more", got=self.audio_steps))
-        unused = [name for name in self.weights if name not in self.visual + self.audio]
-        if unused:
-            raise UsageError(
-                explain("Weights were given for an encoder that is not used", got=unused[0], choices=self.encoders)
-            )
-        _ = self.grid  # raises on a bad window, stride or frames
-
-    @property
-    def grid(self) -> Grid:
-        """The sampling grid."""
-        return Grid(self.window, self.stride, self.frames)
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        """Every encoder named, visual ones first."""
-        return self.visual + self.audio
-
-    @property
-    def sampling(self) -> dict[str, float | int]:
-        """The part of every stream's identity that says where samples lie."""
-        return {
-            "window": self.window,
-            "stride": self.stride,
-            "frames": self.frames,
-            "audio_steps": self.audio_steps,
-        }
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Part `index` of `count`, counted from 1: `--shard I/N`."""
-
-    index: int = 1
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """Read "I/N".
-
-        Raises:
-            UsageError: it is not two whole numbers with 1 <= I <= N.
-        """
-        index, slash, count = text.partition("/")
-        if slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
-            return cls(int(index), int(count))
-        raise UsageError(explain("--shard is not a part of a whole", expected="I/N with 1 <= I <= N, as 2/8", got=text))
-
-    @property
-    def suffix(self) -> str:
-        """What file names of this shard carry; empty for the whole."""
-        return f"-{self.index}-of-{self.count}" if self.count > 1 else ""
-
-
-def batch_size(option: str, text: str) -> int:
-    """Read "auto" or a number of rows.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if text == "auto":
-        return AUTO
-    if text.isascii() and text.isdigit():
-        return int(text)
-    raise UsageError(explain(f"{option} is no batch size", expected="a number, or auto; 0 chooses by device", got=text))
-
-
 def default_workers(device: str) -> int:
-    """Decoding processes: on a CPU encoder they share its cores; a GPU wants every core for decoding."""
+    """Number of decoding processes: half of the CPU cores beside an encoder on the CPU, else all but one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(1, cores // 2) if device == "cpu" else max(1, cores - 1)
-
-
-def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(explain(f"Unknown value for {name}", got=value, choices=choices))

@@ -15,7 +15,7 @@ from vaflow.extract.batching import compile_network
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.plan import Task, make_plan
 from vaflow.extract.prompts import write_prompts
-from vaflow.extract.streams import stream_infos
+from vaflow.extract.streams import as_declared, stream_infos
 from vaflow.extract.summary import Books, Summary
 from vaflow.failures import FailureLog
 
@@ -47,7 +47,8 @@ def prepare(
     Raises:
         FingerprintError: a stream in the cache was made with other settings.
     """
-    infos = stream_infos(config, visual, audio)
+    known = cache.streams()
+    infos = {name: as_declared(i, known.get(name)) for name, i in stream_infos(config, visual, audio).items()}
     for info in infos.values():
         cache.declare(info)
     write_prompts(cache, load_prompts(config.prompts), visual)

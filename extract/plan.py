@@ -1,6 +1,7 @@
 """Plan of an extraction: which streams of which clips are missing or out of date."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from heapq import heapreplace
 
@@ -8,12 +9,17 @@ from vaflow.cache import Cache
 from vaflow.cache.documents import source_stamp
 from vaflow.cache.schema import StreamInfo
 from vaflow.datasets.clip import Clip
-from vaflow.errors import MediaError
+from vaflow.errors import MediaError, count
 from vaflow.extract.config import Shard
 from vaflow.extract.durations import lengths
 from vaflow.extract.image_folders import IMAGES_DIGEST, images_digest
+from vaflow.extract.messages import Failed
+from vaflow.extract.pool import each
 from vaflow.extract.sources import SourceComparison, file_status, sources_of
-from vaflow.extract.streams import SOURCES, source_of
+from vaflow.extract.streams import SOURCES, reading_version, source_of
+from vaflow.extract.video import READING, misread_before
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,12 @@ def make_plan(
     """
     mine = shard_clips(clips, shard)
     stamps = {name: _stamps(cache, name, mine) for name in infos}
-    tasks = {clip.id: task for clip in mine if (task := _task(cache, infos, stamps, clip, rehash)).streams}
+    misread = _misread(cache, infos, stamps, mine)
+    tasks = {}
+    for clip in mine:
+        task = _task(cache, infos, stamps, clip, rehash, misread.get(clip.id, ()))
+        if task.streams:
+            tasks[clip.id] = task
     ordered = longest_first([task.clip for task in tasks.values()])
     return Plan(tuple(tasks[clip.id] for clip in ordered), len(mine) - len(tasks))
 
@@ -95,7 +106,12 @@ def _stamps(cache: Cache, stream: str, clips: Iterable[Clip]) -> dict[str, str]:
 
 
 def _task(
-    cache: Cache, infos: dict[str, StreamInfo], stamps: dict[str, dict[str, str]], clip: Clip, rehash: bool
+    cache: Cache,
+    infos: dict[str, StreamInfo],
+    stamps: dict[str, dict[str, str]],
+    clip: Clip,
+    rehash: bool,
+    misread: Collection[str],
 ) -> Task:
     """Streams to make. Records are read only where the stamps of the sources differ, or for `rehash`."""
     missing = {name for name in infos if clip.id not in stamps[name]}
@@ -104,6 +120,9 @@ def _task(
     changed = set()
     for name in infos.keys() - missing:
         kind = infos[name].kind
+        if kind in misread and cache.record(name, clip.id).meta.get("reading", 1) < READING:
+            changed.add(name)
+            continue
         if stamps[name][clip.id] == now.get(kind):
             continue
         recorded = cache.record(name, clip.id)
@@ -114,6 +133,29 @@ def _task(
             if recorded.meta[IMAGES_DIGEST] != images_digest(clip, frames):
                 changed.add(name)
     return Task(clip, tuple(name for name in infos if name in missing | changed), bool(changed))
+
+
+def _misread(
+    cache: Cache, infos: dict[str, StreamInfo], stamps: dict[str, dict[str, str]], clips: Iterable[Clip]
+) -> dict[str, tuple[str, ...]]:
+    """Item -> kinds of streams that an earlier version of this package made wrongly of its video."""
+    older = [name for name, info in infos.items() if reading_version(info) < READING]
+    suspects = [
+        clip
+        for clip in (clips if older else ())
+        if clip.video is not None
+        and any(
+            clip.id in stamps[name] and cache.record(name, clip.id).meta.get("reading", 1) < READING for name in older
+        )
+    ]
+    if suspects:
+        logger.info("Checking %s that an earlier version extracted", count(len(suspects), "clip"))
+    videos = [clip.video for clip in suspects if clip.video is not None]
+    return {
+        suspects[number].id: kinds
+        for number, kinds in each(misread_before, videos)
+        if not isinstance(kinds, Failed) and kinds
+    }
 
 
 def _stamps_now(clip: Clip, kinds: set[str]) -> dict[str, str]:

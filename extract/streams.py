@@ -1,5 +1,6 @@
-"""The streams of an extraction: names, shapes, fingerprints, and the sources that each depends on."""
+"""Streams that an extraction writes: names, shapes, identities, and the sources that each is made from."""
 
+from dataclasses import replace
 from typing import Any
 
 from vaflow import __version__
@@ -10,9 +11,9 @@ from vaflow.encoders.logmel import identity as logmel_identity
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces import faces_identity
 from vaflow.extract.nvdec import nvdec_identity
-from vaflow.extract.video import decoder_identity
+from vaflow.extract.video import READING, decoder_identity
 
-# The parts of a clip's source that each kind of stream depends on: a change of another part does not affect it.
+# Parts of a clip's source that each kind of stream is made from; a change of another part does not affect it.
 SOURCES: dict[str, tuple[str, ...]] = {
     "visual": ("video", "frames", "crops"),
     "pixels": ("video", "frames", "crops"),
@@ -23,17 +24,19 @@ SOURCES: dict[str, tuple[str, ...]] = {
 
 
 def text_stream(visual: str) -> str:
-    """Return the name of the stream of prompt prototypes in a visual encoder's joint space."""
+    """Name of the stream of prompt prototypes in a visual encoder's joint space."""
     return f"{visual}.text"
 
 
 def stream_infos(
     config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]
 ) -> dict[str, StreamInfo]:
-    """Return every per-clip stream of an extraction by name, in commit order."""
-    faces = {"source": config.face_source, **faces_identity(detector=config.detector)}
-    frame_decoder = nvdec_identity() if config.decoder == "nvdec" else decoder_identity()
-    picture = {"faces": faces, "decoder": frame_decoder}
+    """Every per-clip stream of an extraction by name, in the order in which they are committed."""
+    decoder = nvdec_identity() if config.decoder == "nvdec" else decoder_identity()
+    picture = {
+        "faces": {"source": config.face_source, **faces_identity(detector=config.detector)},
+        "decoder": decoder,
+    }
     sampling = config.sampling
     infos = [
         StreamInfo(
@@ -58,32 +61,55 @@ def stream_infos(
             "audio",
             e.dim,
             config.dtype,
-            e.identity | {"sampling": sampling, "sound": _audio_input(e, config), "decoder": decoder_identity()},
+            e.identity
+            | {
+                "sampling": sampling,
+                # The log-Mel as it is stored, or frames of the encoder's own front end, which are not stored.
+                "sound": f"{e.front_end.name} {config.dtype if e.front_end == KALDI else 'float32'}",
+                "decoder": decoder_identity(),
+            },
         )
         for e in audio
     ]
-    # Labels last: a clip is complete once its clock and annotation are committed.
+    # Labels are committed last: a clip exists once its clock and annotation do.
     infos.append(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS, "decoder": decoder_identity()}))
     return {info.name: info for info in infos}
 
 
-def _audio_input(encoder: AudioEncoder, config: ExtractConfig) -> str:
-    """Return an audio encoder's input: the log-Mel as stored, or frames of another front end, which are not stored."""
-    dtype = config.dtype if encoder.front_end == KALDI else "float32"
-    return f"{encoder.front_end.name} {dtype}"
-
-
 def text_info(encoder: VisualEncoder) -> StreamInfo:
-    """Return the stream of prompt prototypes of a visual encoder with a text tower; always float32."""
+    """Stream of prompt prototypes of a visual encoder with a text tower; always float32."""
     identity = {key: value for key, value in encoder.identity.items() if key != "precision"}
     return StreamInfo(text_stream(encoder.name), "text", encoder.dim, "float32", identity)
 
 
 def source_of(kind: str, sources: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a clip's sources that a stream of this kind depends on."""
+    """The parts of a clip's sources that a stream of this kind is made from."""
     return {part: sources[part] for part in SOURCES[kind] if part in sources}
 
 
-def provenance() -> dict[str, str]:
-    """Return the program version that every record stores."""
-    return {"vaflow": __version__}
+def provenance() -> dict[str, Any]:
+    """Members of every record that name its maker."""
+    return {"vaflow": __version__, "reading": READING}
+
+
+def reading_version(info: StreamInfo) -> int:
+    """Version of reading media (`vaflow.extract.video.READING`) that a stream was declared with."""
+    decoder = info.identity.get("decoder") or info.identity.get("picture", {}).get("decoder", {})
+    return int(decoder.get("clock", decoder).get("reading", READING))
+
+
+def as_declared(info: StreamInfo, known: StreamInfo | None) -> StreamInfo:
+    """`info`, or the stream of that name in the cache if the two differ in an older reading version only.
+
+    A cache of an older version can then be added to: the plan makes those of its items anew that were read wrongly.
+    """
+    if known is None or reading_version(known) >= READING:
+        return info
+    older = replace(info, identity=_with_reading(info.identity, reading_version(known)))
+    return known if older.identity == known.identity else info
+
+
+def _with_reading(identity: Any, version: int) -> Any:
+    if not isinstance(identity, dict):
+        return identity
+    return {key: version if key == "reading" else _with_reading(value, version) for key, value in identity.items()}

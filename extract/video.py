@@ -42,6 +42,7 @@ Ints = NDArray[np.int64]
 READING = 2
 _HOLD = 0.2  # seconds for which a neighbouring frame replaces one that cannot be decoded
 _SAME = 2e-6  # seconds: presentation times closer than this are equal (container starts are rounded to microseconds)
+JOINABLE = ("mpegts", "mpeg")  # containers whose files can be joined byte by byte
 TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics (ITU-T H.273) that need tone mapping, which is not done
 
 # Exact arithmetic: without these flags swscale takes shortcuts that depend on the processor and on odd widths.
@@ -288,3 +289,19 @@ def _numbered(media: Opened, times: Floats) -> Iterator[_Shown]:
         number = int(np.searchsorted(times, time - _SAME)) + repeats
         if number < len(times) and abs(times[number] - time) <= _SAME:
             yield number, frame
+
+
+def misread_before(path: Path) -> tuple[str, ...]:
+    """Kinds of streams that reading version 1 made wrongly of this file; () where both versions read the same.
+
+    Raises:
+        MediaError: the file cannot be opened.
+    """
+    with opened(path) as media:
+        square, container = media.pixel_aspect == 1, media.container.format.name
+    if container in JOINABLE:
+        try:
+            scan_times(path)
+        except MediaError:
+            return ("visual", "pixels", "audio", "logmel", "labels")
+    return () if square else ("visual", "pixels")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from vaflow.extract.config import ExtractConfig
 from vaflow.settings import reference
 from vaflow.train.config import TrainConfig
 
@@ -17,11 +18,17 @@ Pass a setting as its option, as `--set KEY=VALUE`, or as `KEY = VALUE` in a TOM
 `config.toml` stores them all as they were resolved. `none` stands for no value.
 
 """
+EXTRACT = """
+## vaflow extract
+
+Pass a setting as its option. All but those of the group Hardware are part of the streams' fingerprints.
+
+"""
 
 
 def page() -> str:
     """The text of the page."""
-    return HEAD + TRAIN + reference(TrainConfig)
+    return HEAD + EXTRACT + reference(ExtractConfig) + TRAIN + reference(TrainConfig)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """`vaflow extract` at the command line: exit codes, messages, files; bad input costs itself and nothing else."""
 
 import json
+import subprocess
+import sys
+import wave
 from pathlib import Path
 
 import av
@@ -144,9 +147,12 @@ def test_summary_says_what_was_there_already(
 ) -> None:
     base = ["extract", str(one_clip), "--out", str(tmp_path / "cache"), "--visual", "none", "--audio", "logmel"]
     assert main(base) == 0
-    assert "Extracted 1 item(s)" in capsys.readouterr().out
+    assert "Extracted 1 clip in" in capsys.readouterr().out
     assert main(base) == 0
-    assert "1 item(s) were there already" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "1 clip already extracted." in again
+    assert "Nothing to do." in again
+    assert "times real time" not in again, "nothing was encoded"
     assert main([*base, "--quiet"]) == 0
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
@@ -163,3 +169,77 @@ def test_retry_failed_does_only_what_failed(one_clip: Path, tmp_path: Path, caps
     assert (summary["extracted"], summary["done"]) == (1, 0)
     assert main([*base, "--retry-failed"]) == 2
     assert "listed as failed" in capsys.readouterr().err
+
+
+def test_clips_that_the_dataset_no_longer_has_are_named(
+    one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cache"
+    base = ["extract", str(one_clip), "--out", str(out), "--visual", "none", "--audio", "none"]
+    assert main(base) == 0
+    (one_clip / "a.mp4").rename(one_clip / "renamed.mp4")
+    capsys.readouterr()
+    assert main(base) == 0
+    error = capsys.readouterr().err
+    assert f"1 clip of {out} is not in {one_clip}: a" in error
+    assert f"vaflow cache drop {out} --absent {one_clip}" in error
+    assert main([*base, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["absent"] == ["a"]
+
+
+def test_a_rerun_that_encodes_nothing_states_no_speed(
+    one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["extract", str(one_clip), "--out", str(tmp_path / "cache"), "--visual", "clip-tiny", "--audio", "none"]
+    assert main([*base, "--faces", "none"]) == 0
+    assert "times real time" in capsys.readouterr().out
+    (one_clip / "a.csv").write_text("frame,valence,arousal\n0,0.1,0.1\n")
+    assert main([*base, "--faces", "none"]) == 0
+    again = capsys.readouterr().out
+    assert "1 clip extracted again" in again
+    assert "nothing to encode" in again
+    assert "times real time" not in again
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--store", "netcdf"],
+        ["--window", "0"],
+        ["--window", "1e308"],
+        ["--device", "gpu"],
+        ["--visual", "clip-vit-b17"],
+        ["--out", "{one}"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_are_refused_before_torch_is_imported(one_clip: Path, arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom vaflow.cli import main\ncode = main(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\nsys.exit(code)"
+    )
+    filled = [argument.format(one=one_clip) for argument in arguments]
+    command = [sys.executable, "-c", program, "extract", str(one_clip), "--out", str(one_clip.parent / "c"), *filled]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_audio_file_is_a_clip_without_faces(tmp_path: Path) -> None:
+    """Labels keep their own times; the visual stream is there and says that no sample is valid."""
+    root, out = tmp_path / "data", tmp_path / "cache"
+    root.mkdir()
+    with wave.open(str(root / "talk.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        tone = np.sin(np.arange(48000) * 0.2) * 8000
+        file.writeframes(tone.astype("<i2").tobytes())
+    (root / "talk.csv").write_text("time,valence,arousal\n0,0.1,0.1\n1.5,0.2,0.2\n2.5,0.3,0.3\n")
+    assert main(["extract", str(root), "--out", str(out), "--pixels", *TINY]) == 0
+    cache = open_cache(out)
+    assert cache.items() == ["talk"]
+    assert not cache.read("clip-tiny", "talk").valid.any()
+    assert cache.read("ast-tiny", "talk").valid.sum() >= 6  # of 20 steps in 10 s
+    assert cache.read("labels", "talk").time.tolist() == [0.0, 1.5, 2.5]
+    assert main(["cache", "verify", str(out)]) == 0

@@ -8,6 +8,7 @@ import pytest
 from typer.models import CommandInfo
 
 from vaflow.cli import app, main
+from vaflow.extract.config import ExtractConfig
 from vaflow.settings import settings_of
 from vaflow.train.config import TrainConfig
 
@@ -125,6 +126,27 @@ def test_train_lists_at_most_a_dozen_options_in_groups(capsys: pytest.CaptureFix
     headings = re.findall(r"^(\w+):$", page, re.M)
     assert headings == ["Arguments", "Data", "Model", "Optimization", "Output", "Options"]
     assert "--help-all" in page and "docs/settings.md" in page
+
+
+def test_extract_lists_at_most_a_dozen_options_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["extract", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert len(options_of(page)) <= 12
+    headings = re.findall(r"^(\w+):$", page, re.M)
+    assert headings == ["Arguments", "Data", "Encoders", "Sampling", "Faces", "Hardware", "Options"]
+    assert "--help-all" in page and "docs/settings.md" in page
+
+
+def test_extract_help_all_lists_every_option_and_names_what_is_experimental(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["extract", "--help-all"]) == 0
+    page = capsys.readouterr().out
+    for described in settings_of(ExtractConfig).values():
+        assert f"  {described.option} " in page or f"  {described.option}\n" in page
+    for option in ("--store", "--weights", "--shard", "--engine", "--ray-address", "--retry-failed", "--rehash"):
+        assert f"  {option}" in page
+    assert page.count("experimental") == 4, "--decoder nvdec, --detector torch, --compile, --image-batch auto"
 
 
 def test_help_all_lists_every_option_and_setting(capsys: pytest.CaptureFixture[str]) -> None:

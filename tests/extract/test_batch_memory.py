@@ -9,8 +9,9 @@ import torch
 from vaflow.cli import main
 from vaflow.errors import UsageError
 from vaflow.extract.batching import BATCH_SIZES, FixedBatcher, make_encoders
-from vaflow.extract.config import AUTO, ExtractConfig, batch_size
+from vaflow.extract.config import AUTO, ExtractConfig
 from vaflow.extract.memory import SHARE, fitting
+from vaflow.settings import coerce
 
 CPU = torch.device("cpu")
 
@@ -94,9 +95,9 @@ def test_on_a_cpu_auto_is_the_fixed_size_because_bits_depend_on_it(tiny_pair: tu
 
 
 def test_the_option_is_a_number_or_auto(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (batch_size("--image-batch", "auto"), batch_size("--image-batch", "32")) == (AUTO, 32)
+    assert (coerce(ExtractConfig, "image_batch", "auto"), coerce(ExtractConfig, "image_batch", "32")) == (AUTO, 32)
     for text in ("-1", "many", "", "1.5"):
         with pytest.raises(UsageError, match="auto"):
-            batch_size("--image-batch", text)
+            ExtractConfig(image_batch=coerce(ExtractConfig, "image_batch", text))
     assert main(["extract", str(tmp_path), "--out", "x", "--image-batch", "lots"]) == 2
     assert "--image-batch" in capsys.readouterr().err

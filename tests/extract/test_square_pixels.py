@@ -6,7 +6,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from test_pipeline import run
 
+from vaflow.cache import open_cache
+from vaflow.datasets import open_dataset
+from vaflow.extract import plan, streams, video
 from vaflow.extract.faces import CenterFace
 from vaflow.extract.video import frame_times, frames_at, probe
 
@@ -63,3 +67,23 @@ def test_tall_pixels_are_stretched_in_height(clips: Path, tmp_path: Path) -> Non
     original = probe(clips / "obama.mp4").video
     assert original is not None
     assert info.height == 2 * original.height
+
+
+def test_a_cache_of_the_version_before_is_added_to_and_its_misread_clips_are_made_anew(
+    clips: Path, tmp_path: Path, tiny_pair: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "cache"
+    root.mkdir()
+    squeezed(clips / "obama.mp4", root / "wide.mp4", Fraction(2), True)
+    squeezed(clips / "obama.mp4", root / "square.mp4", Fraction(1), True)
+    with monkeypatch.context() as earlier:
+        for module in (video, streams, plan):
+            earlier.setattr(module, "READING", 1)
+        assert run(open_dataset(root, "videos"), out, tiny_pair).extracted == 2
+    before = open_cache(out).fingerprint("clip-tiny")
+
+    summary = run(open_dataset(root, "videos"), out, tiny_pair)
+    assert (summary.extracted, summary.changed, summary.done) == (1, 1, 1)
+    assert open_cache(out).fingerprint("clip-tiny") == before
+    assert open_cache(out).record("clip-tiny", "wide").meta["reading"] == 2
+    assert run(open_dataset(root, "videos"), out, tiny_pair).done == 2

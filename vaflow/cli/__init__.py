@@ -35,6 +35,7 @@ from vaflow.cli import predict as submit
 from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error
 from vaflow.cli.options import command_class, epilog
 from vaflow.errors import VaflowError, explain, is_out_of_memory
+from vaflow.extract.config import ExtractConfig
 from vaflow.process import prepare_environment
 from vaflow.train.config import TrainConfig
 
@@ -59,7 +60,9 @@ def _add(name: str, function: Callable[..., int], panel: str, group: typer.Typer
 
 
 _add("check", check.check, DATA)
-_add("extract", extract.extract, DATA)
+app.command(
+    "extract", cls=command_class(ExtractConfig), epilog=epilog(ExtractConfig, "docs/settings.md"), rich_help_panel=DATA
+)(extract.extract)
 app.add_typer(cache.app, name="cache", cls=CommandGroup, rich_help_panel=CACHE)
 _add("convert", cache_copy.convert, "Commands", cache.app)
 _add("merge", cache_copy.merge, "Commands", cache.app)

@@ -1,133 +1,146 @@
 """`vaflow extract`: media -> cache."""
 
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, summary_json, table, weight_pairs
-from vaflow.errors import UsageError, explain
+from vaflow.cli.common import (
+    JsonFlag,
+    Quiet,
+    Verbose,
+    file_size,
+    print_json,
+    set_up,
+    show_bars,
+    summary_json,
+    table,
+    weight_pairs,
+)
+from vaflow.cli.options import HelpAll, with_settings
+from vaflow.errors import UsageError, count, explain
+from vaflow.extract.config import ENGINES, ExtractConfig, Shard
 
 if TYPE_CHECKING:
     from vaflow.cache import Cache
     from vaflow.extract.pipeline import Summary
 
 SOME_FAILED = 3
+LISTED = 10  # clips that a message names
+log = logging.getLogger(__name__)
 
 
+@with_settings(ExtractConfig)
 def extract(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Root of the data set.")],
-    out: Annotated[Path, typer.Option(metavar="CACHE", help="The cache to write; made if it is not there.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Root directory of the dataset.")],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option(metavar="CACHE", help="Cache to write or to add to.", show_default=False, rich_help_panel="Data"),
+    ],
     layout: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, affwild2, afew-va, recola, sewa, muse, videos.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Layout of the dataset: auto, affwild2, afew-va, recola, sewa, muse or videos.",
+            rich_help_panel="Data",
+        ),
     ] = "auto",
-    visual: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Visual encoder, or none. Repeatable. [clip-vit-b16]")
-    ] = None,
-    audio: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Audio encoder, or none. Repeatable. [ast]")
-    ] = None,
-    weights: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="Local weights instead of the hub. Repeatable.")
-    ] = None,
-    window: Annotated[float, typer.Option(metavar="SECONDS", help="Seconds per window.")] = 10.0,
-    stride: Annotated[float, typer.Option(metavar="SECONDS", help="Seconds between window starts.")] = 3.0,
-    frames: Annotated[int, typer.Option(metavar="N", help="Frames per window.")] = 20,
-    audio_steps: Annotated[int, typer.Option(metavar="N", help="Audio steps per window.")] = 20,
-    store: Annotated[str, typer.Option(metavar="STORE", help="zarr or hdf5.")] = "zarr",
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="float16 or float32, of stored embeddings.")] = "float16",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
-    precision: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the encoders: auto (float32), bfloat16, or float16 (CUDA only).")
-    ] = "auto",
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Have torch compile the encoders: slower to start, then faster.")
+    retry_failed: Annotated[
+        bool,
+        typer.Option(
+            "--retry-failed",
+            help="Extract only the clips that the last run listed as failed.",
+            rich_help_panel="Data",
+            hidden=True,
+        ),
     ] = False,
-    faces: Annotated[
-        str, typer.Option(metavar="HOW", help="auto (crops if there are any, else detection), centerface, none.")
-    ] = "auto",
-    pixels: Annotated[bool, typer.Option("--pixels", help="Keep the face crops (JPEG) for fine-tuning.")] = False,
-    decoder: Annotated[
-        str, typer.Option(metavar="NAME", help="Of pictures: pyav, or nvdec (on the GPU, through torchcodec).")
-    ] = "pyav",
-    detector: Annotated[
-        str, typer.Option(metavar="NAME", help="Of faces: opencv, or torch (in batches, on the encoders' device).")
-    ] = "opencv",
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="TOML file of prompt templates and descriptions.")
+    rehash: Annotated[
+        bool,
+        typer.Option(
+            "--rehash",
+            help="Compare the contents of files with the cache, not only sizes and times.",
+            rich_help_panel="Data",
+            hidden=True,
+        ),
+    ] = False,
+    options: dict[str, Any] | None = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Local weights of an encoder, instead of the hub's. Repeatable.",
+            rich_help_panel="Encoders",
+            hidden=True,
+        ),
     ] = None,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Do part I of N of the data set.")] = "1/1",
-    engine: Annotated[str, typer.Option(metavar="NAME", help="local, or ray: all nodes of a Ray cluster.")] = "local",
+    store: Annotated[
+        str,
+        typer.Option(
+            metavar="STORE", help="Store of a new cache: zarr or hdf5.", rich_help_panel="Output", hidden=True
+        ),
+    ] = "zarr",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print clips, hours, size and time; write nothing.", rich_help_panel="Data"),
+    ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Print the time of each stage.", rich_help_panel="Output", hidden=True),
+    ] = False,
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N", help="Extract shard I of N of the dataset.", rich_help_panel="Machines", hidden=True
+        ),
+    ] = "1/1",
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="local, or ray (all nodes of a Ray cluster).",
+            rich_help_panel="Machines",
+            hidden=True,
+        ),
+    ] = "local",
     ray_address: Annotated[
         str | None,
         typer.Option(
-            metavar="ADDRESS", help="Ray cluster to join, as auto or HOST:PORT; else RAY_ADDRESS, else a local Ray."
+            metavar="ADDRESS",
+            help="Ray cluster to join: auto, HOST:PORT or ray://HOST:PORT; local starts one here.",
+            rich_help_panel="Machines",
+            hidden=True,
         ),
     ] = None,
-    workers: Annotated[
-        int, typer.Option(metavar="N", help="Decoding processes (with ray: per actor); 0 chooses by machine.")
-    ] = 0,
-    item_timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS", help="Give a clip up when its decoder shows no sign of life so long; 0: never."
-        ),
-    ] = 300.0,
-    image_batch: Annotated[
-        str, typer.Option(metavar="N", help="Images per batch; 0 chooses by device, auto by a GPU's free memory.")
-    ] = "0",
-    window_batch: Annotated[str, typer.Option(metavar="N", help="Audio windows per batch; as --image-batch.")] = "0",
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Only the items that the last run listed as failed.")
-    ] = False,
-    rehash: Annotated[
-        bool, typer.Option("--rehash", help="Compare file contents, not only sizes and times, with the cache.")
-    ] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Say where the time went, and the bottleneck.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    help_all: HelpAll = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Encode a data set once: per-frame and per-window embeddings in a cache. Run it again to resume.
+    """Encode a dataset once, into a cache of per-frame and per-window embeddings. Run it again to resume.
 
     Example: vaflow extract /data/affwild2 --out affwild2.cache --visual clip-vit-b16 --audio ast
 
-    On many machines: the same with --shard 3/8 on the third of eight, or with --engine ray (docs/clusters.md).
+    Several machines: add --shard 3/8 on the third of eight, or --engine ray (docs/clusters.md).
     """
     set_up(verbose, quiet)
-    from vaflow.datasets import log_left_out, open_dataset
-    from vaflow.extract.config import ENGINES, ExtractConfig, Shard, batch_size
-
-    if engine not in ENGINES:
-        raise UsageError(explain("Unknown engine", got=engine, choices=ENGINES))
-    if ray_address is not None and engine != "ray":
-        raise UsageError(explain("--ray-address is for --engine ray", got=f"--engine {engine}"))
+    # Everything that the user typed is checked before torch is imported, which takes seconds.
+    given = dict(options or {})
+    for kind in ("visual", "audio"):
+        if kind in given:
+            given[kind] = _encoder_names(given[kind], kind)
+    config = ExtractConfig(**given, weights=weight_pairs(weights or []))
     part = Shard.parse(shard)
-    config = ExtractConfig(
-        visual=_names(visual, ("clip-vit-b16",), "visual"),
-        audio=_names(audio, ("ast",), "audio"),
-        weights=weight_pairs(weights or []),
-        window=window,
-        stride=stride,
-        frames=frames,
-        audio_steps=audio_steps,
-        dtype=dtype,
-        face_source=faces,
-        pixels=pixels,
-        decoder=decoder,
-        detector=detector,
-        prompts=prompts,
-        device=device,
-        precision=precision,
-        compile=compile,
-        image_batch=batch_size("--image-batch", image_batch),
-        window_batch=batch_size("--window-batch", window_batch),
-        workers=workers,
-        item_timeout=item_timeout,
-    )
-    dataset = open_dataset(root, layout)
+    if engine not in ENGINES:
+        raise UsageError(explain("Unknown --engine", got=engine, choices=ENGINES))
+    if ray_address is not None and engine != "ray":
+        raise UsageError(explain("--ray-address requires --engine ray", got=f"--engine {engine}"))
+    from vaflow.datasets import log_left_out, open_dataset
+
+    whole = dataset = open_dataset(root, layout)
     log_left_out(dataset)
+    _check_out(out, store)
     if retry_failed:
         from vaflow.extract.failures import only_failed
 
@@ -135,9 +148,10 @@ def extract(
     if dry_run:
         from vaflow.extract.estimate import estimate
 
-        guess = estimate(dataset, out, config, part, show_progress=show_bars(quiet))
-        print_json(guess) if json else typer.echo(_pairs(guess))
+        result = estimate(dataset, out, config, part, show_progress=show_bars(quiet))
+        print_json(result) if json else typer.echo(_pairs(result))
         return 0
+    log.info("Loading %s", ", ".join(config.encoders) or "the dataset")
     from vaflow.cache import open_cache
     from vaflow.extract.pipeline import extract as run
 
@@ -152,65 +166,83 @@ def extract(
         ray_address=ray_address,
         show_progress=show_bars(quiet),
     )
+    cache = open_cache(out)
+    absent = sorted(set(cache.items()) - {clip.id for clip in whole.clips})
+    if absent:
+        names = ", ".join(absent[:LISTED]) + (", ..." if len(absent) > LISTED else "")
+        clips = count(len(absent), "clip")
+        log.warning("%s of %s not in %s: %s", clips, f"{out} {'is' if len(absent) == 1 else 'are'}", root, names)
+        log.warning("To remove what the dataset no longer has: vaflow cache drop %s --absent %s", out, root)
     if json:
-        print_json(_as_json(summary))
+        print_json(summary_json(summary) | {"absent": absent})
     elif not quiet:
-        typer.echo(_describe(summary, open_cache(out)))
+        typer.echo(_describe(summary, cache))
     if profile and summary.stages and not json:
         typer.echo(_stages(summary.stages))
-    return _exit_code(summary)
+    if not summary.failures:
+        return 0
+    typer.echo(f"{count(len(summary.failures), 'clip')} failed: {summary.failures_file}", err=True)
+    return SOME_FAILED if summary.extracted or summary.done else 1
 
 
-def _exit_code(summary: "Summary") -> int:
-    """Whether all, some or no item succeeded; where the failures are listed."""
-    if summary.failures:
-        typer.echo(f"{len(summary.failures)} item(s) failed: {summary.failures_file}", err=True)
-        return SOME_FAILED if summary.extracted or summary.done else 1
-    return 0
+def _check_out(out: Path, store: str) -> None:
+    """Refuse a store that does not exist, and an existing path that cannot be the cache.
+
+    Raises:
+        UsageError, SchemaError: as `vaflow.cache.create_cache`.
+    """
+    from vaflow.cache import create_cache, is_cache
+    from vaflow.cache.stores import STORES
+
+    if store not in STORES:
+        raise UsageError(explain("Unknown --store", got=store, choices=STORES))
+    if out.exists() and (is_cache(out) or not out.is_dir() or any(out.iterdir())):
+        create_cache(out, store=store)
 
 
-def _names(given: list[str] | None, default: tuple[str, ...], kind: str) -> tuple[str, ...]:
-    """Encoder names of one kind; "none" alone means none of it.
+def _encoder_names(given: tuple[str, ...], kind: str) -> tuple[str, ...]:
+    """Encoder names of one kind, each once; "none" alone means none of it.
 
     Raises:
         UsageError: an unknown encoder, or one of the other kind.
     """
     from vaflow.encoders import ENCODERS, encoder_kind
 
-    names = tuple(dict.fromkeys(given or default))
+    names = tuple(dict.fromkeys(given))
     if names == ("none",):
         return ()
     if kind == "audio":
-        names = tuple(name for name in names if name != "logmel")  # always kept, whatever is named
+        names = tuple(name for name in names if name != "logmel")  # always kept
     for name in names:
         if encoder_kind(name) != kind:
-            raise UsageError(
-                explain(
-                    f"--{kind} names an encoder of another kind",
-                    got=name,
-                    choices=[n for n in ENCODERS if encoder_kind(n) == kind],
-                )
-            )
+            choices = [n for n in ENCODERS if encoder_kind(n) == kind]
+            raise UsageError(explain(f"--{kind} names an encoder of another kind", got=name, choices=choices))
     return names
 
 
 def _describe(summary: "Summary", cache: "Cache") -> str:
-    """What a person wants to know at the end: what is there now, what this run did, how fast."""
-    info = cache.info()
+    """The streams of the cache, what this run added, and how fast."""
     rows = [
-        (name, s["kind"], s["items"], f"{s['bytes'] / 1e6:.1f}", summary.encoded.get(name, 0))
-        for name, s in info["streams"].items()
+        (name, stream["kind"], stream["items"], file_size(stream["bytes"]), summary.encoded.get(name, 0))
+        for name, stream in cache.info()["streams"].items()
     ]
-    lines = [table(rows, ("stream", "kind", "items", "MB", "encoded now")), ""]
+    lines = [table(rows, ("stream", "kind", "clips", "size", "encoded now")), ""]
     if summary.done:
-        lines.append(f"{summary.done} item(s) were there already.")
+        lines.append(f"{count(summary.done, 'clip')} already extracted.")
     if summary.changed:
-        lines.append(f"{summary.changed} item(s) were redone because their source has changed.")
-    speed = summary.media_seconds / max(summary.wall_seconds, 1e-9)
-    lines.append(
-        f"Extracted {summary.extracted} item(s), {summary.media_seconds / 60:.1f} min of video, "
-        f"in {summary.wall_seconds:.1f} s ({speed:.1f} times real time)."
-    )
+        lines.append(f"{count(summary.changed, 'clip')} extracted again: source files have changed.")
+    if sum(summary.encoded.values()):
+        speed = summary.media_seconds / max(summary.wall_seconds, 1e-9)
+        lines.append(
+            f"Extracted {count(summary.extracted, 'clip')}, {summary.media_seconds / 60:.1f} min of video, "
+            f"in {summary.wall_seconds:.1f} s ({speed:.1f} times real time)."
+        )
+    elif summary.extracted:
+        lines.append(
+            f"Extracted {count(summary.extracted, 'clip')} in {summary.wall_seconds:.1f} s; nothing to encode."
+        )
+    elif not summary.failures:
+        lines.append("Nothing to do.")
     return "\n".join(lines)
 
 
@@ -221,9 +253,5 @@ def _stages(stages: dict[str, float]) -> str:
     return f"\n{table(rows, ('stage', 'seconds'))}\n{bottleneck(stages)}"
 
 
-def _as_json(summary: "Summary") -> dict[str, object]:
-    return summary_json(summary)
-
-
 def _pairs(values: dict[str, object]) -> str:
-    return table([(key.replace("_", " "), value) for key, value in values.items()], ("would do", ""))
+    return table([(key.replace("_", " "), value) for key, value in values.items()], ("dry run", ""))

@@ -79,8 +79,9 @@ def command_class(config: type) -> type[Command]:
             if not any(getattr(parameter, "hidden", False) for parameter in self.params):
                 settings = settings_of(config).values()
                 rows = [(f"{s.name}={s.placeholder}", s.summary) for s in settings if not s.option]
-                with formatter.section(heading("Settings without an option (--set KEY=VALUE)")):
-                    formatter.write_dl(rows, col_max=30 if formatter.width >= 60 else 4)
+                if rows:
+                    with formatter.section(heading("Settings without an option (--set KEY=VALUE)")):
+                        formatter.write_dl(rows, col_max=30 if formatter.width >= 60 else 4)
 
     return SettingsCommand
 
@@ -90,4 +91,5 @@ def epilog(config: type, page: str) -> str:
     known = settings_of(config).values()
     hidden = sum(bool(setting.option and not setting.shown) for setting in known)
     keys = sum(not setting.option for setting in known)
-    return f"{hidden} more options and {keys} settings (--set KEY=VALUE): --help-all, or {page}."
+    settings = f" and {keys} settings (--set KEY=VALUE)" if keys else ""
+    return f"{hidden} more options{settings}: --help-all, or {page}."
