@@ -117,6 +117,8 @@ class ClipAssembly:
         self._sizes: dict[str, set[int]] = {}
         self._waiting = 0
         self._read = False
+        self._times: Floats = np.zeros(0)
+        self._audio_seconds, self._last_sample = 0.0, -1
 
     @property
     def complete(self) -> bool:
@@ -135,12 +137,20 @@ class ClipAssembly:
         compiled = {"compiled": True} if self._config.compile else {}
         return {"batch": sorted(sizes), "device": batcher.device.type} | compiled
 
+    @property
+    def share_read(self) -> float:
+        """Share of the clip that has been read, 0 to 1; faces, where they are read, take the second half."""
+        audio = min(self._audio_seconds / max(self.duration, 1e-9), 1.0)
+        faces = (self._last_sample + 1) / max(len(self._times), 1)
+        return max((audio + faces) / 2, 1.0 if self._read else 0.0)
+
     def take(self, message: Message) -> None:
         """Take one message of this clip, in order."""
         match message:
             case Clock():
                 self._start(message)
             case AudioBlock():
+                self._audio_seconds += message.samples.size / logmel.RATE
                 self._banks.push(message.samples)
             case AudioEnd():
                 self._end_sound(message)
@@ -213,6 +223,7 @@ class ClipAssembly:
         self.arrays[name] = {"embedding": self._vectors[name], "time": self._times, "valid": self._seen[name]}
 
     def _add_face(self, face: Face) -> None:
+        self._last_sample = face.sample
         if face.jpeg is not None:
             self._jpegs.append(np.frombuffer(face.jpeg, np.uint8))
             self._jpeg_sizes[face.sample] = len(face.jpeg)

@@ -73,7 +73,7 @@ def carry_out(
     summary.failures_file = cache.layout.named(log.path)
     with cache.indexed():
         if plan.tasks:
-            with Books(summary, log, len(plan.tasks), show_progress=show_progress) as books:
+            with Books(summary, log, plan.seconds, show_progress=show_progress) as books:
                 work(plan.tasks, books)
     summary.wall_seconds = time.perf_counter() - began
     return summary

@@ -1,8 +1,8 @@
 """Plan of an extraction: which streams of which clips are missing or out of date."""
 
 import logging
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from heapq import heapreplace
 
 from vaflow.cache import Cache
@@ -38,10 +38,12 @@ class Plan:
     Attributes:
         tasks: clips with streams to make, longest first.
         done: number of clips of this shard that are complete.
+        seconds: item of every task -> duration, estimated from headers.
     """
 
     tasks: tuple[Task, ...]
     done: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def changed(self) -> int:
@@ -65,15 +67,13 @@ def make_plan(
         task = _task(cache, infos, stamps, clip, rehash, misread.get(clip.id, ()))
         if task.streams:
             tasks[clip.id] = task
-    ordered = longest_first([task.clip for task in tasks.values()])
-    return Plan(tuple(tasks[clip.id] for clip in ordered), len(mine) - len(tasks))
+    seconds = lengths([task.clip for task in tasks.values()])
+    return Plan(tuple(longest_first(tasks.values(), seconds)), len(mine) - len(tasks), seconds)
 
 
-def longest_first(clips: Iterable[Clip]) -> list[Clip]:
-    """Clips by descending duration, so that no worker starts the longest clip last."""
-    clips = list(clips)
-    seconds = lengths(clips)
-    return sorted(clips, key=lambda clip: (-_milliseconds(seconds[clip.id]), clip.id))
+def longest_first(tasks: Iterable[Task], seconds: Mapping[str, float]) -> list[Task]:
+    """Tasks by descending duration, so that no worker starts the longest clip last."""
+    return sorted(tasks, key=lambda task: (-_milliseconds(seconds[task.clip.id]), task.clip.id))
 
 
 def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:

@@ -116,6 +116,9 @@ class Member:
         """Of the run: an item has come to its end."""
         self._news.put(outcome)
 
+    def progress(self, item: str, share: float) -> None:
+        """Of the run: not reported; the driver counts whole items."""
+
     def count(self, rows: Mapping[str, int], stages: Mapping[str, float]) -> None:
         """Of the run: where the time went."""
         self._stages = {name: seconds + self._past.get(name, 0.0) for name, seconds in stages.items()}

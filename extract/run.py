@@ -36,10 +36,14 @@ FACTS_OF = {"labels": "labels", "logmel": "audio", "audio": "audio", "visual": "
 
 
 class Ledger(Protocol):
-    """Who wants to know how it goes. Both may be called by any thread."""
+    """Receives the outcomes and the progress of a run. Any thread may call."""
 
     def take(self, outcome: Outcome) -> None:
         """An item has been committed, or has failed."""
+        ...
+
+    def progress(self, item: str, share: float) -> None:
+        """A share (0 to 1) of an item has been read."""
         ...
 
     def count(self, rows: Mapping[str, int], stages: Mapping[str, float]) -> None:
@@ -97,6 +101,7 @@ class Run:
                     continue
                 clip = self._assembly(message.job)
                 clip.take(message)
+                self._ledger.progress(clip.task.clip.id, clip.share_read)
                 if isinstance(message, Done):
                     self._tell_progress()
                 self._commit_complete()

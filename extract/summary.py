@@ -1,4 +1,4 @@
-"""What a run did, and the books that are kept while it goes on: the same for every engine."""
+"""Summary of an extraction, and its record of outcomes while it runs: the same for every engine."""
 
 import threading
 from collections.abc import Mapping
@@ -13,14 +13,15 @@ from vaflow.failures import Failure, FailureLog
 
 @dataclass
 class Summary:
-    """What a run did.
+    """Summary of an extraction.
 
     Attributes:
-        extracted: items committed; done: items that had nothing to do; changed: items redone for a changed source.
+        extracted: items committed; done: items that were complete before; changed: items made anew because their
+            source files have changed.
         failures: items that failed, with their reasons; `failures_file` lists them.
         encoded: encoder name -> rows encoded.
-        media_seconds: video time of the extracted items; wall_seconds: of the run.
-        stages: where the time of the main process went, in seconds; with several processes the sum over them.
+        media_seconds: duration of the extracted items; wall_seconds: of the extraction.
+        stages: stage -> seconds of the main process; with several processes, their sum.
     """
 
     extracted: int = 0
@@ -36,7 +37,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Extracted:
-    """One item that is committed now, and the seconds of its video."""
+    """An item that has been committed, and its duration in seconds."""
 
     item: str
     seconds: float
@@ -46,16 +47,33 @@ Outcome = Extracted | Failure
 
 
 class Books:
-    """Takes the outcome of every item into the summary, the list of failures and the bar. Any thread may call.
+    """Records the outcome of every item in the summary, the failure log and the progress bar. Thread-safe.
 
-    Use as a context manager: leaving it closes the bar.
+    The bar counts seconds of video, so that it moves within long clips. Use as a context manager.
+
+    Args:
+        summary: filled as outcomes arrive.
+        log: of failures.
+        seconds: item -> estimated duration, of all items of the run.
+        show_progress: draw the bar.
     """
 
-    def __init__(self, summary: Summary, log: FailureLog, items: int, *, show_progress: bool) -> None:
+    def __init__(self, summary: Summary, log: FailureLog, seconds: Mapping[str, float], *, show_progress: bool) -> None:
         self.summary = summary
         self._log = log
         self._lock = threading.Lock()
-        self._bar = tqdm(total=items, unit="clip", desc="extract", disable=not show_progress, smoothing=0.1)
+        self._seconds = {item: max(length, 1.0) for item, length in seconds.items()}
+        self._shares: dict[str, float] = {}  # item -> share that the bar has counted
+        self._rates = ""
+        self._ended = 0
+        self._bar = tqdm(
+            total=round(sum(self._seconds.values())),
+            desc="extract",
+            disable=not show_progress,
+            smoothing=0.1,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total} s of video [{elapsed}<{remaining}{postfix}]",
+        )
+        self._show_state()
 
     def __enter__(self) -> "Books":
         return self
@@ -66,19 +84,37 @@ class Books:
         self._bar.close()
 
     def take(self, outcome: Outcome) -> None:
-        """An item has come to its end, whichever."""
+        """Record that an item was committed or failed."""
         with self._lock:
             if isinstance(outcome, Failure):
                 self._log.add(outcome)
             else:
                 self.summary.extracted += 1
                 self.summary.media_seconds += outcome.seconds
-            self._bar.update()
+            self._ended += 1
+            self._advance(outcome.item, 1.0)
+            self._show_state()
+
+    def progress(self, item: str, share: float) -> None:
+        """Record that a share (0 to 1) of an item has been read."""
+        with self._lock:
+            self._advance(item, share)
 
     def count(self, rows: Mapping[str, int], stages: Mapping[str, float], note: str = "") -> None:
-        """What has been encoded so far, by encoder, and where the time went; shown as rates."""
+        """Record rows encoded so far, by encoder, and seconds by stage; the bar shows rates."""
         with self._lock:
             self.summary.encoded, self.summary.stages = dict(rows), dict(stages)
             seconds = max(self._bar.format_dict["elapsed"], 1e-3)
-            rates = [f"{name} {count / seconds:.0f}/s" for name, count in rows.items()]
-            self._bar.set_postfix_str(", ".join([*rates, note] if note else rates), refresh=False)
+            rates = [f"{name} {number / seconds:.0f}/s" for name, number in rows.items()]
+            self._rates = ", ".join([*rates, note] if note else rates)
+            self._show_state()
+
+    def _advance(self, item: str, share: float) -> None:
+        before = self._shares.get(item, 0.0)
+        if share > before:
+            self._shares[item] = share
+            self._bar.update((share - before) * self._seconds.get(item, 1.0))
+
+    def _show_state(self) -> None:
+        clips = f"{self._ended}/{len(self._seconds)} clips"
+        self._bar.set_postfix_str(", ".join(filter(None, [clips, self._rates])), refresh=False)

@@ -143,7 +143,7 @@ class Setting:
         if self.optional and value in (None, NONE):
             return None
         result = self._convert(value)
-        if result is None:
+        if result is None or (result in self.words.values() and not self._within_limits(result)):
             raise UsageError(explain(f"{self.label} must be {self.values} (got {value!r})"))
         return result
 
@@ -175,16 +175,17 @@ class Setting:
             return
         if self.choices and value not in self.choices:
             raise UsageError(explain(f"Unknown value of {self.label}", got=value, choices=self.choices))
-        bounded = any(limit is not None for _, limit in self._limits())
-        fits = not bounded or (
+        if not self._within_limits(value) or (self.pattern and not re.fullmatch(self.pattern, str(value))):
+            unit = f" {self.unit}" if self.unit else ""
+            raise UsageError(explain(f"{self.label} must be {self.values}{unit} (got {value})"))
+
+    def _within_limits(self, value: Any) -> bool:
+        return not any(limit is not None for _, limit in self._limits()) or (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
             and abs(value) < float("inf")
         )
-        if not fits or (self.pattern and not re.fullmatch(self.pattern, str(value))):
-            unit = f" {self.unit}" if self.unit else ""
-            raise UsageError(explain(f"{self.label} must be {self.values}{unit} (got {value})"))
 
     def _limits(self) -> tuple[tuple[str, float | None], ...]:
         return (">=", self.at_least), (">", self.above), ("<", self.below)

@@ -3,6 +3,7 @@
 Another batch size means other bits, within the tolerance that docs/clusters.md states.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,9 +58,10 @@ def test_order_of_items(
     """Other neighbours in every batch; the order of the plan itself is shuffled, not only the data set's."""
     order: list[str] = []
 
-    def shuffled(clips: list) -> list:
-        mixed = [clips[k] for k in np.random.default_rng(seed).permutation(len(clips))]
-        order.extend(clip.id for clip in mixed)
+    def shuffled(tasks: Iterable, seconds: object) -> list:
+        given = list(tasks)
+        mixed = [given[k] for k in np.random.default_rng(seed).permutation(len(given))]
+        order.extend(task.clip.id for task in mixed)
         return mixed
 
     monkeypatch.setattr("vaflow.extract.plan.longest_first", shuffled)
