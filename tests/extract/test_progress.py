@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vaflow.extract.failures import FailureLog
 from vaflow.extract.summary import Books, Extracted, Summary
+from vaflow.failures import FailureLog
 
 
 def test_the_bar_moves_within_a_long_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
