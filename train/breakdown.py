@@ -1,9 +1,11 @@
-"""Where predictions are good and where not: metrics by the intensity of the label, and by groups that a file names.
+"""Metrics by intensity of the label, and by groups from a file.
 
-arXiv 2503.10523 names both, intensity levels and demographic groups, among its limits; neither paper measures them.
+arXiv 2503.10523 lists both among its limitations; neither paper measures them.
 """
 
 import csv
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from vaflow.cache import Cache
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Bools, Floats
 from vaflow.train import metrics
 from vaflow.train.metrics import DIMENSIONS
 
 BINS = 3
-UNKNOWN = "unknown"  # the group of clips that the file does not name
-Groups = Mapping[str, Mapping[str, str]]
+UNKNOWN = "unknown"  # the group of clips without an entry in the file
+Groups = Mapping[str, Mapping[str, str]]  # kind -> item -> group
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,26 +38,37 @@ class Scored:
 
 
 def by_intensity(prediction: Floats, label: Floats, valid: Bools, bins: int = BINS) -> dict[str, list[dict[str, Any]]]:
-    """Concordance and error per dimension in bins of |label| with about as many frames each.
+    """CCC and error per dimension in bins of |label| with about equal numbers of frames.
 
-    Within a bin labels vary less than overall, so its CCC is lower than the whole one: compare bins of one kind with
-    each other, and look at the error first. Equal intensities are never divided, so there may be fewer bins.
+    Labels vary less within a bin than overall, so its CCC is lower than the overall one: compare bins with each other,
+    by their error first. Equal intensities share a bin, so there may be fewer bins.
 
     Args:
         prediction: [N, 2].
         label: [N, 2].
         valid: [N, 2] labelled.
-        bins: how many, where labels allow.
+        bins: largest number of bins.
 
     Returns:
         dimension -> bins from weak to strong: {"from", "to" (|label|, both included), "n_frames", "ccc", "rmse",
-        "bias" (mean of the prediction's intensity towards the label's side, less the label's)}.
+        "bias" (mean of sign(label) * (prediction - label): below 0 where intensity is underestimated)}.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    result: dict[str, list[dict[str, Any]]] = {name: [] for name in DIMENSIONS}
     for k, name in enumerate(DIMENSIONS):
         x, y = prediction[valid[:, k], k], label[valid[:, k], k]
-        found[name] = [_one_bin(x[own], y[own]) for own in intensity_bins(y, bins)]
-    return found
+        for mask in intensity_bins(y, bins):
+            p, t = (np.stack([z[mask], z[mask]], axis=-1) for z in (x, y))
+            result[name].append(
+                {
+                    "from": float(np.abs(y[mask]).min()),
+                    "to": float(np.abs(y[mask]).max()),
+                    "n_frames": int(mask.sum()),
+                    "ccc": plain(metrics.concordance(p, t)[0]),
+                    "rmse": plain(metrics.rmse(p, t)[0]),
+                    "bias": float(np.mean(np.sign(y[mask]) * (x[mask] - y[mask]))),
+                }
+            )
+    return result
 
 
 def intensity_bins(label: Floats, bins: int = BINS) -> list[Bools]:
@@ -65,20 +81,8 @@ def intensity_bins(label: Floats, bins: int = BINS) -> list[Bools]:
     return [level == number for number in range(len(edges) + 1) if (level == number).any()]
 
 
-def _one_bin(x: Floats, y: Floats) -> dict[str, Any]:
-    pair = np.stack([x, x], axis=-1), np.stack([y, y], axis=-1)
-    return {
-        "from": float(np.abs(y).min()),
-        "to": float(np.abs(y).max()),
-        "n_frames": len(y),
-        "ccc": plain(metrics.concordance(*pair)[0]),
-        "rmse": plain(metrics.rmse(*pair)[0]),
-        "bias": float(np.mean(np.sign(y) * (x - y))),
-    }
-
-
 def read_groups(path: Path) -> dict[str, dict[str, str]]:
-    """`groups.csv`: a column `item` (a clip, or a source video) and one column per kind of group.
+    """Read `groups.csv`: a column `item` (a clip or a source video) and one column per kind of group.
 
     Returns:
         kind -> item -> group; empty cells are left out.
@@ -95,58 +99,79 @@ def read_groups(path: Path) -> dict[str, dict[str, str]]:
     kinds = [name for name in columns if name != "item"]
     if "item" not in columns or not kinds:
         expected = "a header such as item,gender,age, and a row per clip"
-        raise UsageError(explain(f"{path} does not name groups", expected=expected, got=",".join(columns) or "no rows"))
+        raise UsageError(explain(f"{path} has no groups", expected=expected, got=",".join(columns) or "no rows"))
     items = [row["item"].strip() for row in rows]
-    twice = sorted({item for item in items if items.count(item) > 1})
-    if twice:
-        raise UsageError(explain(f"{path} names items twice", got=", ".join(twice[:5])))
+    repeated = sorted(item for item, count in Counter(items).items() if count > 1)
+    if repeated:
+        raise UsageError(explain(f"{path} has items with several rows", got=", ".join(repeated[:5])))
     cells = {kind: [(row[kind] or "").strip() for row in rows] for kind in kinds}
     return {kind: {i: c for i, c in zip(items, cells[kind], strict=True) if c} for kind in kinds}
 
 
-def by_group(clips: Sequence[Scored], groups: Groups) -> dict[str, dict[str, dict[str, Any]]]:
-    """Metrics of every group of every kind; clips that the file does not name are the group "unknown".
+def read_column(text: str) -> dict[str, str]:
+    """Read `FILE.csv:COLUMN`, one kind of group: item -> group.
 
     Raises:
-        UsageError: the file names none of the clips, nor their source videos.
+        UsageError: not of that form, or the file cannot be read or lacks the column.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    path, colon, kind = text.rpartition(":")
+    if not (colon and path and kind):
+        raise UsageError(explain("--fold-groups must be FILE:COLUMN, as groups.csv:speaker", got=text))
+    groups = read_groups(Path(path))
+    if kind not in groups:
+        raise UsageError(explain(f"{path} has no column {kind!r}", choices=groups))
+    return groups[kind]
+
+
+def warn_unknown(groups: Groups, cache: Cache) -> None:
+    """Warn of items in a groups file that are neither clips nor source videos of the cache."""
+    unknown = {item for members in groups.values() for item in members} - set(cache.items())
+    if unknown:  # reading the clips' videos takes longer
+        unknown -= {str(cache.meta(item).get("group")) for item in cache.items()}
+    if unknown:
+        shown = ", ".join(sorted(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
+        log.warning("The groups name %d items that %s does not have: %s", len(unknown), cache.place, shown)
+
+
+def by_group(clips: Sequence[Scored], groups: Groups) -> dict[str, dict[str, dict[str, Any]]]:
+    """Metrics of every group of every kind; clips without an entry form the group "unknown".
+
+    Raises:
+        UsageError: the file names none of the clips or their source videos.
+    """
+    result: dict[str, dict[str, dict[str, Any]]] = {}
     for kind, members in groups.items():
-        parts: dict[str, list[Scored]] = {}
+        by_name: dict[str, list[Scored]] = {}
         for clip in clips:
-            group = members.get(clip.item) or members.get(clip.video) or UNKNOWN
-            parts.setdefault(group, []).append(clip)
-        if set(parts) == {UNKNOWN}:
+            by_name.setdefault(members.get(clip.item) or members.get(clip.video) or UNKNOWN, []).append(clip)
+        if set(by_name) == {UNKNOWN}:
             raise UsageError(
                 explain(
-                    f"No clip of this split is in the column {kind!r} of the groups",
+                    f"Column {kind!r} of the groups names no clip of this split",
                     expected="items such as " + ", ".join(clip.item for clip in clips[:3]),
                     got=", ".join(list(members)[:3]) or "empty cells",
                 )
             )
-        found[kind] = {group: _of(parts[group]) for group in sorted(parts)}
-    return found
-
-
-def _of(clips: Sequence[Scored]) -> dict[str, Any]:
-    prediction = np.concatenate([clip.prediction for clip in clips])
-    label = np.concatenate([clip.label for clip in clips])
-    valid = np.concatenate([clip.valid for clip in clips])
-    return {
-        "n_clips": len(clips),
-        "n_frames": int(valid.any(axis=1).sum()),
-        "ccc": by_dimension(metrics.concordance(prediction, label, valid), mean=True),
-        "rmse": by_dimension(metrics.rmse(prediction, label, valid), mean=True),
-    }
+        result[kind] = {}
+        for group in sorted(by_name):
+            arrays = zip(*((c.prediction, c.label, c.valid) for c in by_name[group]), strict=True)
+            prediction, label, valid = (np.concatenate(each) for each in arrays)
+            result[kind][group] = {
+                "n_clips": len(by_name[group]),
+                "n_frames": int(valid.any(axis=1).sum()),
+                "ccc": by_dimension(metrics.concordance(prediction, label, valid), mean=True),
+                "rmse": by_dimension(metrics.rmse(prediction, label, valid), mean=True),
+            }
+    return result
 
 
 def by_dimension(values: Floats, *, mean: bool = False) -> dict[str, Any]:
-    """[2] -> {"valence", "arousal"}, and their mean where wanted; None where a number is not finite."""
+    """[2] -> {"valence", "arousal"} and their mean where wanted; None where a number is not finite."""
     named = {name: plain(value) for name, value in zip(DIMENSIONS, values, strict=True)}
     return named | ({"mean": plain(metrics.mean_over_dimensions(values))} if mean else {})
 
 
 def plain(value: Any) -> float | None:
-    """A number as JSON has it."""
+    """A number for JSON: None where it is not finite."""
     number = float(value)
     return number if np.isfinite(number) else None

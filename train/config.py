@@ -216,6 +216,14 @@ class TrainConfig:
     fold: int = setting(
         1, "Fold to validate on, from 1; the others are trained on", group="data", option="--fold", metavar="I"
     )
+    fold_groups: str = setting(
+        "",
+        "Column of a groups file whose groups stay in one fold, as groups.csv:speaker",
+        group="data",
+        unset="source video",
+        option="--fold-groups",
+        metavar="FILE:COLUMN",
+    )
     fold_splits: tuple[str, ...] = setting(
         ("train", "val"), "Splits that the folds divide", group="data", metavar="SPLITS"
     )

@@ -162,7 +162,7 @@ def load_split(
     if not cache.items():
         remedy = f"Fill it: vaflow extract DATA --out {cache.place}"
         raise UsageError(explain(f"{cache.place} has no clips", expected=f"clips of split {split!r}", remedy=remedy))
-    items = split_items(cache, split, config.fold_splits)
+    items = split_items(cache, split, config.fold_splits, config.fold_groups)
     windows = load_windows(cache, items, streams, config, **options)  # type: ignore[arg-type]
     if not windows.labelled_rows:
         raise UsageError(

@@ -1,4 +1,7 @@
-"""Windows -> traces at every annotated frame -> metrics (decision 13: stitched, clipped, concatenated)."""
+"""Windows -> traces at every annotated frame -> metrics.
+
+Overlapping windows are averaged, values are clipped to [-1, 1], and the frames of all clips are concatenated (ABAW).
+"""
 
 import logging
 from collections import Counter
@@ -16,11 +19,13 @@ from vaflow.datasets.files import below
 from vaflow.errors import DataError, explain
 from vaflow.failures import read_failures
 from vaflow.files import write_file
-from vaflow.timeline import Bools, Floats, stitch
+from vaflow.regions import REGIONS
+from vaflow.timeline import Bools, Floats, Ints, stitch
 from vaflow.train import metrics
+from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.breakdown import Groups, Scored, by_dimension, by_group, by_intensity, plain
 from vaflow.train.folds import source_splits
-from vaflow.train.losses import region_centers
+from vaflow.train.losses import CENTERS, region_centers
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.targets import extra_scores, probabilities
 from vaflow.train.windows import ClipRows, WindowSet
@@ -28,77 +33,107 @@ from vaflow.train.windows import ClipRows, WindowSet
 log = logging.getLogger(__name__)
 
 PREDICT_BATCH = 64
-EXTRA = "extra/"  # before the names of further targets, among what a model says
-NEARLY_CONSTANT = 0.02  # standard deviation below which a prediction says next to nothing
-CONSTANT_LABEL = 0.02  # likewise of labels, which lie in [-1, 1]
+EXTRA = "extra/"  # prefix of further targets among a model's outputs
+NEARLY_CONSTANT = 0.02  # standard deviation of a prediction, below which a warning is given
+CONSTANT_LABEL = 0.02  # the same for labels, which lie in [-1, 1]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What the model says of one clip, at every row of its frame clock.
+    """Predictions for one clip, at every row of its frame clock.
 
     Attributes:
         clip: the clip, with its annotation.
         va: [R, 2] in [-1, 1].
         regions: [R, 9] probabilities, or None without a prompt head.
-        extra: name -> probabilities of further targets at their own times, where the clip has such.
+        extra: name -> probabilities of further targets at their own times, where the clip has them.
+        face, audio: [R] bool: the visual or audio input of the frame was valid; None: the run reads no such stream.
     """
 
     clip: ClipRows
     va: Floats
     regions: Floats | None
     extra: Mapping[str, Floats] = field(default_factory=dict)
+    face: Bools | None = None
+    audio: Bools | None = None
+
+    @property
+    def region(self) -> Ints:
+        """[R] the likeliest region of the prompt head; without one, the region whose centre is nearest."""
+        if self.regions is not None:
+            return self.regions.argmax(axis=1)
+        return nearest_region(self.va, CENTERS)
 
 
 @torch.inference_mode()
 def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int = PREDICT_BATCH) -> dict[str, Floats]:
-    """Everything the model says of every window: "va" [N, F, 2], "regions" [N, F, 9] if it has a prompt head, and the
-    probabilities of further targets that the clips have, each [N, F, K] under "extra/NAME"."""
+    """Predict every window.
+
+    Returns:
+        "va" [N, F, 2], "regions" [N, F, 9] if the model has a prompt head, and the probabilities of further targets
+        that the clips have, each [N, F, K], as "extra/NAME".
+    """
     was_training = model.training
     model.eval()
     parts: dict[str, list[Tensor]] = {}
     for ids in windows.in_order(batch_size):
         output = model(windows.gather(ids))
-        said = {"va": output.va}
+        outputs = {"va": output.va}
         if output.region_logits is not None:
-            said["regions"] = output.region_logits.softmax(dim=-1)
+            outputs["regions"] = output.region_logits.softmax(dim=-1)
         for name, targets in windows.extra.items():
             if name in output.extra:
-                said[f"{EXTRA}{name}"] = probabilities(output.extra[name], targets.task)
-        for name, value in said.items():
+                outputs[f"{EXTRA}{name}"] = probabilities(output.extra[name], targets.task)
+        for name, value in outputs.items():
             parts.setdefault(name, []).append(value.float())
     model.train(was_training)
     return {name: torch.cat(values).cpu().numpy().astype(np.float64) for name, values in parts.items()}
 
 
 def predict_clips(model: nn.Module, windows: WindowSet, batch_size: int = PREDICT_BATCH) -> Iterator[Trace]:
-    """A trace per clip: overlapping windows averaged, linear between samples, held at the ends, within [-1, 1].
+    """Yield a trace per clip: overlapping windows averaged, linear between samples, held at the ends.
 
     Raises:
-        DataError: the model says NaN; the clip is named.
+        DataError: a prediction is NaN; the clip is named.
     """
-    said = predict_windows(model, windows, batch_size)
+    outputs = predict_windows(model, windows, batch_size)
     inside = windows.inside_array
+    kinds = {stream.kind for stream in windows.streams}
     for clip in windows.clips:
-        own = slice(clip.first, clip.last)
+        rows = slice(clip.first, clip.last)
         traces = {}
-        for name, value in said.items():
+        for name, value in outputs.items():
             time = clip.extra[name.removeprefix(EXTRA)].time if name.startswith(EXTRA) else clip.time
-            traces[name] = stitch(windows.sample_time[own], value[own], inside[own], time)
+            traces[name] = stitch(windows.sample_time[rows], value[rows], inside[rows], time)
             if not np.isfinite(traces[name]).all():
                 raise DataError(explain(f"The model's prediction for clip {clip.item!r} is not finite"))
         extra = {name.removeprefix(EXTRA): trace for name, trace in traces.items() if name.startswith(EXTRA)}
-        yield Trace(clip, np.clip(traces["va"], -1, 1), traces.get("regions"), extra)
+        face, audio = (input_at_frames(windows, clip, k) if k in kinds else None for k in (VISUAL, AUDIO))
+        yield Trace(clip, np.clip(traces["va"], -1, 1), traces.get("regions"), extra, face, audio)
+
+
+def input_at_frames(windows: WindowSet, clip: ClipRows, kind: str) -> Bools:
+    """[R] bool: the input of `kind` was valid at each row of the clip's clock.
+
+    A frame takes the visual sample nearest in time, and the audio step that it lies in.
+    """
+    instants, valid = windows.seen(clip, kind)
+    if not len(instants):
+        return np.zeros(len(clip.time), bool)
+    if kind == VISUAL:
+        edges = (instants[1:] + instants[:-1]) / 2
+        return valid[np.searchsorted(edges, clip.time)]
+    return valid[np.clip(np.searchsorted(instants, clip.time + 1e-6, side="right") - 1, 0, len(instants) - 1)]
 
 
 def score(traces: Iterable[Trace]) -> Floats:
-    """Concatenated CCC, [3]: valence, arousal and their mean (over the dimensions that are labelled)."""
-    moments = sum(_moments(trace) for trace in traces)
-    ccc = metrics.concordance_of_moments(np.asarray(moments))
+    """Concatenated CCC, [3]: valence, arousal and their mean (over the labelled dimensions)."""
+    ccc = metrics.concordance_of_moments(np.asarray(sum(trace_moments(trace) for trace in traces)))
     return np.append(ccc, metrics.mean_over_dimensions(ccc))
 
 
-def _moments(trace: Trace) -> Floats:
+def trace_moments(trace: Trace) -> Floats:
+    """`metrics.video_moments` of one clip."""
     return metrics.video_moments(trace.va, _label(trace.clip), trace.clip.valid)
 
 
@@ -107,22 +142,20 @@ def _label(clip: ClipRows) -> Floats:
 
 
 def featureless(windows: WindowSet) -> list[ClipRows]:
-    """Clips of which no stream holds anything: their extraction failed."""
+    """Clips without features in any stream: their extraction failed."""
     return [clip for clip in windows.clips if len(clip.missing) == len(windows.streams)]
 
 
 def failed_items(cache: Cache, split: str, fold_splits: Sequence[str] = ()) -> list[str]:
-    """Clips that the last extraction could not put into the cache at all, as its failure lists say.
+    """Clips that the failure lists of a cache name and that the cache lacks.
 
-    A list that does not say a clip's split counts for every split; one of `fold_splits` counts for each of their parts.
+    An entry without a split counts for every split; one of `fold_splits` counts for each of their folds.
     """
-    wanted = source_splits(split, fold_splits)
+    splits = source_splits(split, fold_splits)
     known = set(cache.items())
-    failed = set()
-    for failure in read_failures(cache.path):
-        if failure.item not in known and failure.details.get("split", wanted[0]) in wanted:
-            failed.add(failure.item)
-    return sorted(failed)
+    failures = read_failures(cache.path)
+    wanted = [failure for failure in failures if failure.details.get("split", splits[0]) in splits]
+    return sorted({failure.item for failure in wanted if failure.item not in known})
 
 
 def evaluate_windows(
@@ -135,19 +168,19 @@ def evaluate_windows(
     failed: Sequence[str] = (),
     resamples: int = 10_000,
 ) -> tuple[dict[str, Any], list[Trace]]:
-    """Predict a labelled split and measure it.
+    """Predict a labelled split and score it.
 
     Args:
-        model: what to evaluate.
+        model: a trained model.
         windows: all clips of the split.
         split: its name, for the report.
-        centers: of the regions, for their read-out.
+        centers: distance of the outer region centres from 0.
         allow_missing: leave out labelled clips without any features, instead of failing.
-        failed: clips of the split that are not in the cache at all.
-        resamples: of the bootstrap over videos.
+        failed: clips of the split that the cache lacks.
+        resamples: bootstrap resamples over videos.
 
     Returns:
-        The metrics, as `metrics.json` has them, and every clip's trace.
+        The metrics, as in `metrics.json`, and every clip's trace.
 
     Raises:
         DataError: labelled frames belong to clips without features, or nothing is labelled.
@@ -167,11 +200,11 @@ def score_traces(
     resamples: int = 10_000,
     groups: Groups | None = None,
 ) -> dict[str, Any]:
-    """The metrics of a whole split, as `metrics.json` has them; `lost` and `failed` clips are left out and listed.
+    """Metrics of a whole split, as in `metrics.json`; `lost` and `failed` clips are left out and listed.
 
     Raises:
         DataError: nothing is labelled.
-        UsageError: `groups` name none of the clips.
+        UsageError: `groups` names none of the clips.
     """
     names = {clip.item for clip in lost}
     used = [trace for trace in traces if trace.clip.valid.any() and trace.clip.item not in names]
@@ -192,10 +225,10 @@ def score_traces(
 
 
 def check_complete(windows: WindowSet, failed: Sequence[str], allow_missing: bool) -> list[ClipRows]:
-    """Every labelled clip of the split can be scored; returns those that cannot, where that is allowed.
+    """Return the labelled clips that cannot be scored.
 
     Raises:
-        DataError: it is not allowed; the frames are counted and the clips named.
+        DataError: there are such clips and `allow_missing` is not set; the frames are counted and the clips named.
     """
     lost = [clip for clip in featureless(windows) if clip.valid.any()]
     if not lost and not failed:
@@ -204,29 +237,35 @@ def check_complete(windows: WindowSet, failed: Sequence[str], allow_missing: boo
     items = [*(clip.item for clip in lost), *failed]
     shown = ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
     problem = f"{frames} labelled frames of {len(lost)} clips have no features" if lost else ""
-    absent = f"{len(failed)} clips failed to be extracted and are not in the cache" if failed else ""
+    absent = f"{len(failed)} clips failed to be extracted" if failed else ""
     message = f"{'; '.join(filter(None, (problem, absent)))}: {shown}"
     if allow_missing:
-        log.warning("%s. They are left out of the metrics, as allowed", message)
+        log.warning("%s. The metrics leave them out (--allow-missing)", message)
         return lost
     raise DataError(
         explain(
-            f"The split cannot be scored whole. {message}",
-            expected="features for every labelled clip, for a metric over part of a split compares with nothing",
+            f"Some labelled clips cannot be scored. {message}",
+            expected="features of every labelled clip: a score of a part of the split is not comparable",
             remedy="Run `vaflow extract` again, or leave them out with --allow-missing",
         )
     )
 
 
 def measure(traces: Sequence[Trace], split: str, *, centers: float = 0.66, resamples: int = 10_000) -> dict[str, Any]:
-    """The metrics of labelled traces, as plain values for JSON; None where a dimension has no labels."""
+    """Metrics of labelled traces, as plain values for JSON; None where a dimension has no labels.
+
+    The interval needs at least two videos; with one it is None.
+    """
     prediction = np.concatenate([trace.va for trace in traces])
     label = np.concatenate([_label(trace.clip) for trace in traces])
     valid = np.concatenate([trace.clip.valid for trace in traces])
     by_video: dict[str, Floats] = {}
     for trace in traces:
-        by_video[trace.clip.group] = by_video.get(trace.clip.group, 0) + _moments(trace)
-    interval = metrics.bootstrap_interval(list(by_video.values()), resamples=resamples)
+        by_video[trace.clip.group] = by_video.get(trace.clip.group, 0) + trace_moments(trace)
+    ci95: dict[str, list[float | None]] = {name: [None, None] for name in (*DIMENSIONS, "mean")}
+    if len(by_video) > 1:  # resampling one video gives that video again: an interval of width 0
+        interval = metrics.bootstrap_interval(list(by_video.values()), resamples=resamples)
+        ci95 = {name: [plain(edge) for edge in getattr(interval, name)] for name in ci95}
     within, excluded = metrics.within_video_ccc((t.va, _label(t.clip), t.clip.valid) for t in traces)
     report = {
         "split": split,
@@ -234,7 +273,7 @@ def measure(traces: Sequence[Trace], split: str, *, centers: float = 0.66, resam
         "n_videos": len(by_video),
         "n_clips": len(traces),
         "ccc": by_dimension(metrics.concordance(prediction, label, valid), mean=True),
-        "ci95": {name: [plain(edge) for edge in getattr(interval, name)] for name in (*DIMENSIONS, "mean")},
+        "ci95": ci95,
         "within_video_ccc": by_dimension(within, mean=True)
         | {"excluded": dict(zip(DIMENSIONS, excluded.tolist(), strict=True))},
         "rmse": by_dimension(metrics.rmse(prediction, label, valid), mean=True),
@@ -244,80 +283,94 @@ def measure(traces: Sequence[Trace], split: str, *, centers: float = 0.66, resam
             "label": by_dimension(_smoothness((t.clip, t.clip.value) for t in traces)),
         },
         "by_intensity": by_intensity(prediction, label, valid),
-        "warnings": _warnings(prediction, label, valid),
+        "warnings": label_warnings(label, valid) + prediction_warnings(prediction, valid),
     }
-    regions = _region_accuracy(traces, centers)
+    regions = region_accuracy(traces, centers)
     return report | ({"regions": regions} if regions else {})
 
 
 def _smoothness(pairs: Iterable[tuple[ClipRows, Floats]]) -> Floats:
-    """Mean over clips of how fast a trace moves per second, over the labelled frames of each dimension, [2]."""
+    """Mean over clips of the mean absolute change per second, over the labelled frames of each dimension, [2]."""
     rates = []
     for clip, value in pairs:
-        own = [clip.valid[:, k] for k in range(2)]
-        rates.append([float(metrics.smoothness(value[m, k : k + 1], clip.time[m])[0]) for k, m in enumerate(own)])
+        masks = [clip.valid[:, k] for k in range(2)]
+        rates.append([float(metrics.smoothness(value[m, k : k + 1], clip.time[m])[0]) for k, m in enumerate(masks)])
     table = np.array(rates)
-    there = np.isfinite(table)
-    total = np.where(there, table, 0).sum(axis=0)
-    return np.where(there.any(axis=0), total / np.maximum(there.sum(axis=0), 1), np.nan)
+    finite = np.isfinite(table)
+    total = np.where(finite, table, 0).sum(axis=0)
+    return np.where(finite.any(axis=0), total / np.maximum(finite.sum(axis=0), 1), np.nan)
 
 
-def _region_accuracy(traces: Sequence[Trace], centers: float) -> dict[str, Any]:
-    """How often the likeliest region is the label's, and how often always naming the commonest would be."""
+def nearest_region(va: Floats, centers: float) -> Ints:
+    """[..., 2] -> [...] index of the nearest region centre."""
     corners = region_centers(centers).double().numpy()
-    right, total, counts = 0, 0, np.zeros(9, np.int64)
+    nearest: Ints = np.square(va[..., None, :] - corners).sum(axis=-1).argmin(axis=-1)
+    return nearest
+
+
+def region_accuracy(traces: Sequence[Trace], centers: float) -> dict[str, Any]:
+    """Share of frames whose likeliest region is the label's, and the share of the commonest region."""
+    right, counts = 0, np.zeros(9, np.int64)
     for trace in traces:
         both = trace.clip.valid.all(axis=1)
         if trace.regions is None or not both.any():
             continue
-        distance = np.square(trace.clip.value[both][:, None] - corners).sum(axis=-1)
-        truth = distance.argmin(axis=-1)
+        truth = nearest_region(trace.clip.value[both], centers)
         right += int((trace.regions[both].argmax(axis=-1) == truth).sum())
-        total += int(both.sum())
         counts += np.bincount(truth, minlength=9)
+    total = int(counts.sum())
     return {"accuracy": right / total, "commonest": int(counts.max()) / total} if total else {}
 
 
-def _warnings(prediction: Floats, label: Floats, valid: Bools) -> list[str]:
-    found = label_warnings(label, valid)
-    for k, name in enumerate(DIMENSIONS):
-        x = prediction[valid[:, k], k]
-        if x.size and x.std() < NEARLY_CONSTANT:
-            found.append(
-                f"predictions of {name} are nearly constant (deviation {x.std():.2g}): "
-                "the model says the same of every frame"
-            )
-    return found
+def prediction_warnings(prediction: Floats, valid: Bools) -> list[str]:
+    """Warnings about the predictions of a split, [N, 2] with their mask."""
+    columns = {name: prediction[valid[:, k], k] for k, name in enumerate(DIMENSIONS)}
+    return [
+        f"predictions of {name} are nearly constant (standard deviation {x.std():.2g})"
+        for name, x in columns.items()
+        if x.size and x.std() < NEARLY_CONSTANT
+    ]
 
 
 def label_warnings(label: Floats, valid: Bools) -> list[str]:
-    """What is wrong with the labels of a split, [N, 2] with their mask, as far as scores and training go."""
-    found = []
+    """Warnings about the labels of a split, [N, 2] with their mask."""
+    warnings = []
     for k, name in enumerate(DIMENSIONS):
         y = label[valid[:, k], k]
         if not y.size:
-            found.append(f"{name} is not labelled in this split")
+            warnings.append(f"{name} is not labelled in this split")
         elif y.std() < CONSTANT_LABEL:
-            found.append(f"labels of {name} are nearly constant (deviation {y.std():.2g}): their CCC says nothing")
-    return found
+            warnings.append(
+                f"labels of {name} are nearly constant (standard deviation {y.std():.2g}): their CCC is meaningless"
+            )
+    return warnings
 
 
 def write_predictions(folder: Path, traces: Iterable[Trace]) -> None:
-    """One CSV per clip, `<item>.csv`: frame (0-based), time (s), valence, arousal, and labels where there are any."""
+    """Write one CSV per clip, `<item>.csv`; see `prediction_csv`."""
     for trace in traces:
         write_file(below(folder, f"{trace.clip.item}.csv"), prediction_csv(trace))
 
 
 def prediction_csv(trace: Trace) -> str:
-    """The text of a prediction CSV; label columns only where the clip is annotated, empty where a row is not."""
+    """Text of a prediction CSV, a row per frame.
+
+    Columns: frame (0-based), time (s), valence, arousal; label_valence, label_arousal where the clip is annotated
+    (empty where a row is not); face, audio (0 or 1) where the run reads such a stream; region.
+    """
     clip = trace.clip
-    header = "frame,time,valence,arousal"
-    rows = [
-        f"{i},{t:.6f},{v:.6f},{a:.6f}" for i, (t, (v, a)) in enumerate(zip(clip.time, trace.va.tolist(), strict=True))
-    ]
+    columns: dict[str, Iterable[str]] = {
+        "frame": map(str, range(len(clip.time))),
+        "time": (f"{t:.6f}" for t in clip.time.tolist()),
+    }
+    columns |= {name: [f"{x:.6f}" for x in trace.va[:, k].tolist()] for k, name in enumerate(DIMENSIONS)}
     if clip.valid.any():
-        header += ",label_valence,label_arousal"
-        labels = zip(clip.value.tolist(), clip.valid.tolist(), strict=True)
-        known = ([f"{x:.6f}" if there else "" for x, there in zip(*pair, strict=True)] for pair in labels)
-        rows = [f"{row},{','.join(pair)}" for row, pair in zip(rows, known, strict=True)]
-    return "\n".join([header, *rows]) + "\n"
+        for k, name in enumerate(DIMENSIONS):
+            pairs = zip(clip.value[:, k].tolist(), clip.valid[:, k].tolist(), strict=True)
+            columns[f"label_{name}"] = [f"{x:.6f}" if valid else "" for x, valid in pairs]
+    for name, mask in (("face", trace.face), ("audio", trace.audio)):
+        if mask is not None:
+            columns[name] = map(str, mask.astype(int).tolist())
+    columns["region"] = ("_".join(REGIONS[k]) for k in trace.region.tolist())
+    rows = (",".join(row) for row in zip(*columns.values(), strict=True))
+    return "\n".join([",".join(columns), *rows]) + "\n"

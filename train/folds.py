@@ -1,17 +1,18 @@
-"""Cross-validation: clips in parts of about as many labelled frames, a source video always whole in one part.
+"""Folds of a cross-validation, with about equal numbers of labelled frames.
 
-The two persons of one video (`_left`, `_right`) share picture and sound, so a part boundary between them would leak.
-A part is a split with a name of its own, "fold2of5"; all other parts together are "rest2of5". Whatever takes the name
-of a split takes these, too. The parts follow from the cache alone: no seed, no file.
+The clips of a source video (`_left` and `_right`) share image and audio, so they stay in one fold; a column of a groups
+file (speaker, site) can take the video's place. A fold is a split named "fold2of5"; all other folds together are
+"rest2of5". Every option that takes a split takes these names. Folds follow from the cache alone: no seed, no file.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS
 from vaflow.errors import UsageError, explain
+from vaflow.train.breakdown import read_column
 from vaflow.train.config import TrainConfig
 
 _NAME = re.compile(r"(?P<which>fold|rest)(?P<fold>\d+)of(?P<folds>\d+)")
@@ -19,41 +20,57 @@ _NAME = re.compile(r"(?P<which>fold|rest)(?P<fold>\d+)of(?P<folds>\d+)")
 
 @dataclass(frozen=True)
 class Fold:
-    """One part: clips, the source videos they come from, and how many of their frames are labelled."""
+    """One fold: its clips, their groups (source videos, by default), and the number of labelled frames."""
 
     items: tuple[str, ...]
     groups: tuple[str, ...]
     labelled: int
 
 
-def make_folds(cache: Cache, splits: Sequence[str], folds: int) -> tuple[Fold, ...]:
-    """Divide the clips of some splits into parts.
-
-    The video with the most labelled frames goes first, each into the part that has the fewest so far.
-
-    Args:
-        cache: what the clips are in.
-        splits: whose clips.
-        folds: how many parts, at least 2.
+def fold_items(cache: Cache, splits: Sequence[str]) -> list[str]:
+    """Clips of the splits that folds divide, sorted.
 
     Raises:
-        UsageError: there is no such split, fewer than two parts are wanted, or fewer videos are labelled than that.
+        UsageError: the cache lacks one of the splits, or both of the default ones.
     """
-    items = [item for split in splits for item in cache.items(split=split)]
+    if tuple(splits) == TrainConfig.fold_splits:  # of the default splits, one may be absent
+        present = {str(row.get("split") or "none") for row in map(cache.meta, cache.items())}
+        splits = [split for split in splits if split in present] or splits
+    return sorted({item for split in splits for item in cache.items(split=split)})
+
+
+def make_folds(
+    cache: Cache, splits: Sequence[str], folds: int, groups: Mapping[str, str] | None = None
+) -> tuple[Fold, ...]:
+    """Divide the clips of some splits into folds.
+
+    The group with the most labelled frames goes first, each into the fold with the fewest labelled frames so far.
+
+    Args:
+        cache: holds the clips.
+        splits: whose clips.
+        folds: number of folds, at least 2.
+        groups: clip or source video -> group that stays in one fold; None: the source video. A clip without an entry
+            keeps its source video.
+
+    Raises:
+        UsageError: none of the splits exists, or `folds` is below 2 or above the number of labelled groups.
+    """
     members: dict[str, list[str]] = {}
     labelled: dict[str, int] = {}
-    for item in sorted(set(items)):
-        group = str(cache.meta(item).get("group") or item)
+    for item in fold_items(cache, splits):
+        video = str(cache.meta(item).get("group") or item)
+        group = video if groups is None else groups.get(item) or groups.get(video) or video
         frames = int(cache.read(LABELS, item, ["valid"]).valid.any(axis=1).sum())
         members.setdefault(group, []).append(item)
         labelled[group] = labelled.get(group, 0) + frames
     useful = sum(count > 0 for count in labelled.values())
     if not 2 <= folds <= useful:
+        noun = "source videos" if groups is None else "groups"
         raise UsageError(
             explain(
-                f"The videos of {', '.join(splits)} cannot be divided so",
-                expected=f"at least 2 parts, and no more than the {useful} source videos that are labelled",
-                got=f"{folds} parts",
+                f"Cannot divide {', '.join(splits)} into {folds} folds",
+                expected=f"2 to {useful} folds: {useful} {noun} are labelled",
             )
         )
     parts: list[list[str]] = [[] for _ in range(folds)]
@@ -69,31 +86,32 @@ def make_folds(cache: Cache, splits: Sequence[str], folds: int) -> tuple[Fold, .
 
 
 def with_folds(config: TrainConfig) -> TrainConfig:
-    """The settings with the names of its parts as its splits, where it asks for cross-validation."""
+    """Settings with the names of its folds as splits, where they ask for cross-validation."""
     if not config.folds:
         return config
     name = f"{config.fold}of{config.folds}"
     return replace(config, train_split=f"rest{name}", val_split=f"fold{name}")
 
 
-def split_items(cache: Cache, split: str, fold_splits: Sequence[str]) -> list[str]:
-    """Clips of a split; where it is the name of a part, those of the parts of `fold_splits`.
+def split_items(cache: Cache, split: str, fold_splits: Sequence[str], fold_groups: str = "") -> list[str]:
+    """Clips of a split or a fold; folds divide the clips of `fold_splits` by video, or by `fold_groups`.
 
     Raises:
-        UsageError: there is no such split or part.
+        UsageError: there is no such split or fold.
     """
-    found = _NAME.fullmatch(split)
-    if found is None:
+    name = _NAME.fullmatch(split)
+    if name is None:
         return cache.items(split=split)
-    parts = make_folds(cache, fold_splits, int(found["folds"]))
-    number = int(found["fold"])
+    groups = read_column(fold_groups) if fold_groups else None
+    parts = make_folds(cache, fold_splits, int(name["folds"]), groups)
+    number = int(name["fold"])
     if not 1 <= number <= len(parts):
-        raise UsageError(explain("There is no such part", expected=f"1 to {len(parts)}", got=number))
-    if found["which"] == "fold":
+        raise UsageError(explain(f"There is no fold {number}", expected=f"1 to {len(parts)}"))
+    if name["which"] == "fold":
         return list(parts[number - 1].items)
     return sorted(item for k, part in enumerate(parts, 1) if k != number for item in part.items)
 
 
 def source_splits(split: str, fold_splits: Sequence[str]) -> tuple[str, ...]:
-    """The splits of the data set that a split's clips come from: itself, or those that are divided into parts."""
+    """Splits of the data set that a split's clips come from: itself, or those that the folds divide."""
     return tuple(fold_splits) if _NAME.fullmatch(split) else (split,)

@@ -1,7 +1,8 @@
-"""Smoothing of a trace in time: a moving average, or a local polynomial (Savitzky-Golay), with its width in seconds.
+"""Smoothing of a trace in time by a moving average or a local polynomial (Savitzky-Golay), with its width in seconds.
 
-Frames need not be regular: both filters look at the frames whose presentation times lie within the width, and the
-polynomial is fitted to those times. On regular frames they are the textbook filters.
+Frames need not be regular: both filters use the frames whose presentation times lie within the width, and the
+polynomial is fitted to those times. On regular frames they equal the textbook filters. The time that both take is
+proportional to the number of frames, whatever the width.
 
 Source: A. Savitzky, M. J. E. Golay, Analytical Chemistry 36 (1964) 1627. Ours: the papers do not smooth.
 """
@@ -9,24 +10,26 @@ Source: A. Savitzky, M. J. E. Golay, Analytical Chemistry 36 (1964) 1627. Ours: 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import comb
 from pathlib import Path
 
 import numpy as np
 
 from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.files import write_file
-from vaflow.timeline import Floats, Ints
+from vaflow.timeline import Floats, Ints, median_interval
 from vaflow.train.evaluate import Trace, score
 
 ORDER = 2  # of the polynomial; in the middle of regular frames, 3 gives the same
-WIDTHS = (0.2, 0.4, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)  # seconds that are tried, beside no smoothing
+MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 20)  # widths that `auto` tries, in sampling intervals
+LEAST_GAIN = 1e-4  # of the mean CCC for a wider filter: smaller differences are rounding
 FILE = "smoothing.json"
 _SLACK = 1e-6  # seconds: two roundings of one instant
-_CELLS = 4_000_000  # of the largest array that is made at once
+_CHUNK = 4  # widths per chunk; powers of the time stay small, so their sums keep their digits
 
 
 def moving_average(time: Floats, value: Floats, seconds: float) -> Floats:
-    """The mean of all frames within `seconds` / 2 of each frame, or as much of that as the clip has.
+    """Mean of the frames within `seconds` / 2 of each frame, as far as the clip has them.
 
     Args:
         time: [N] seconds, ascending.
@@ -34,7 +37,7 @@ def moving_average(time: Floats, value: Floats, seconds: float) -> Floats:
         seconds: width of the window.
 
     Returns:
-        [N, K]. On regular frames: convolution with a box, divided by how much of the box lies in the clip.
+        [N, K]. On regular frames: convolution with a box, divided by the part of the box inside the clip.
 
     Raises:
         ValueError: shapes disagree, or the width is negative.
@@ -42,15 +45,15 @@ def moving_average(time: Floats, value: Floats, seconds: float) -> Floats:
     time, value = _checked(time, value, seconds)
     first, last = _reach(time, time, seconds)
     middle = value.mean(axis=0) if len(value) else 0.0  # sums of small numbers keep their digits
-    sums = np.concatenate([np.zeros((1, value.shape[1])), np.cumsum(value - middle, axis=0)])
+    sums = _prefix(value - middle)
     mean: Floats = (sums[last] - sums[first]) / (last - first)[:, None] + middle
     return np.where((last - first == 1)[:, None], value, mean)
 
 
 def savitzky_golay(time: Floats, value: Floats, seconds: float, order: int = ORDER) -> Floats:
-    """At each frame, the polynomial that fits the frames around it best (least squares), read at its time.
+    """Value at each frame of the least-squares polynomial through the frames around it.
 
-    Near the ends the window stays within the clip, and the frame lies off its middle. A window with few frames takes a
+    Near the ends the window stays within the clip, and the frame lies off its middle. A window with few frames has a
     polynomial of lower order.
 
     Args:
@@ -71,33 +74,55 @@ def savitzky_golay(time: Floats, value: Floats, seconds: float, order: int = ORD
     half = seconds / 2
     middle = (time[0] + time[-1]) / 2
     first, last = _reach(time, np.clip(time, min(time[0] + half, middle), max(time[-1] - half, middle)), seconds)
+    steps = np.concatenate([[0], np.cumsum(np.diff(time) > _SLACK)])
+    terms = 1 + np.minimum(steps[last - 1] - steps[first], order)  # no more than there are different instants
     out = np.empty_like(value)
-    rows = max(1, _CELLS // int((last - first).max()))
-    for begin in range(0, len(time), rows):
-        part = slice(begin, begin + rows)
-        out[part] = _fitted(time, value, first[part], last[part], time[part], half, order)
+    begin = 0
+    while begin < len(time):
+        end = max(begin + 1, int(np.searchsorted(time, time[begin] + _CHUNK * seconds)))
+        rows = slice(begin, end)
+        near = slice(int(first[rows].min()), int(last[rows].max()))
+        offset, origin = near.start, (time[begin] + time[end - 1]) / 2
+        out[rows] = _fit(
+            (time[near] - origin) / half,
+            value[near],
+            first[rows] - offset,
+            last[rows] - offset,
+            (time[rows] - origin) / half,
+            terms[rows],
+            order,
+        )
+        begin = end
     return out
 
 
-def _fitted(time: Floats, value: Floats, first: Ints, last: Ints, at: Floats, half: float, order: int) -> Floats:
-    """Polynomials through frames first .. last - 1 of every row, read at `at`: [R, K]."""
-    near = first[:, None] + np.arange(int((last - first).max()))
-    there = near < last[:, None]
-    near = np.minimum(near, len(time) - 1)
-    u = np.where(there, time[near] - at[:, None], 0.0) / half  # the frame itself is at 0: read there, only the constant
-    powers = u[..., None] ** np.arange(order + 1) * there[..., None]
-    powers *= np.arange(order + 1) < _distinct(u, there)[:, None, None]
-    gram = powers.transpose(0, 2, 1) @ powers
-    weights = np.linalg.pinv(gram, rcond=1e-12, hermitian=True)[:, 0]  # of the powers in the constant
-    kernel = (powers @ weights[..., None])[..., 0]
-    result: Floats = np.einsum("rm,rmk->rk", kernel, value[near])
-    return result
+def _fit(u: Floats, value: Floats, first: Ints, last: Ints, at: Floats, terms: Ints, order: int) -> Floats:
+    """Polynomials of `terms` terms through rows first .. last - 1 of (u, value), read at `at`: [R, K].
+
+    The normal equations follow from sums of powers, which differences of running sums give for every window.
+    """
+    mean = value.mean(axis=0)
+    powers = u[:, None] ** np.arange(2 * order + 1)
+    products = powers[:, : order + 1, None] * (value - mean)[:, None, :]
+    moments, sides = (sums[last] - sums[first] for sums in (_prefix(powers), _prefix(products)))
+    # Powers of u - at, by the binomial theorem: the polynomial's value at `at` is then its constant.
+    size = 2 * order + 1
+    binomial = np.array([[comb(n, k) for k in range(size)] for n in range(size)], np.float64)
+    exponent = np.maximum(np.arange(size)[:, None] - np.arange(size), 0)
+    shift = binomial * (-at[:, None, None]) ** exponent
+    moments = (shift @ moments[..., None])[..., 0]
+    sides = shift[:, : order + 1, : order + 1] @ sides
+    index = np.arange(order + 1)
+    used = index < terms[:, None]
+    gram = moments[:, index[:, None] + index] * (used[:, :, None] & used[:, None, :])
+    gram += np.eye(order + 1) * np.where(used, 1e-13 * moments[:, :1], 1.0)[:, None, :]
+    solution: Floats = np.linalg.solve(gram, sides * used[..., None])[:, 0] + mean
+    return solution
 
 
-def _distinct(u: Floats, there: np.ndarray) -> Ints:
-    """[R] how many different instants each row has: a polynomial may have that many terms."""
-    new = np.diff(u, axis=1) > _SLACK
-    return 1 + (new & there[:, 1:]).sum(axis=1)
+def _prefix(rows: Floats) -> Floats:
+    """Running sums of [N, ...] along the first axis, [N + 1, ...]."""
+    return np.concatenate([np.zeros((1, *rows.shape[1:])), np.cumsum(rows, axis=0)])
 
 
 def _reach(time: Floats, centre: Floats, seconds: float) -> tuple[Ints, Ints]:
@@ -121,13 +146,13 @@ FILTERS: Mapping[str, Callable[[Floats, Floats, float], Floats]] = {"mean": movi
 
 @dataclass(frozen=True)
 class Smoothing:
-    """How a run's traces are smoothed.
+    """Smoothing of a run's traces.
 
     Attributes:
         kind: a key of `FILTERS`.
-        seconds: width; 0: not at all.
-        chosen_on: the split on which the width was chosen; empty: it was given.
-        scores: mean CCC on that split by width, as far as widths were tried.
+        seconds: width; 0: none.
+        chosen_on: split that the width was chosen on; empty: it was given.
+        scores: mean CCC on that split by width.
 
     Raises:
         UsageError: an unknown kind, or a width that is not a number of seconds.
@@ -142,11 +167,11 @@ class Smoothing:
         if self.kind not in FILTERS:
             raise UsageError(explain("Unknown smoothing", got=self.kind, choices=FILTERS))
         if not 0 <= float(self.seconds) < np.inf:
-            raise UsageError(explain("A width must be a number of seconds", expected="0 or more", got=self.seconds))
+            raise UsageError(explain("The smoothing width must be >= 0 seconds", got=self.seconds))
 
     @property
     def summary(self) -> dict[str, str | float]:
-        """What metrics say of it."""
+        """The entry of `metrics.json`."""
         return {"kind": self.kind, "seconds": self.seconds, "chosen_on": self.chosen_on}
 
     def apply(self, trace: Trace) -> Trace:
@@ -163,21 +188,36 @@ def smoothed(traces: Iterable[Trace], smoothing: Smoothing | None) -> Iterator[T
         yield trace if smoothing is None else smoothing.apply(trace)
 
 
-def choose_width(traces: Sequence[Trace], kind: str, split: str, widths: Sequence[float] = WIDTHS) -> Smoothing:
-    """The width, or none, with the best mean CCC on labelled traces; of equal ones, the smaller.
+def candidate_widths(traces: Sequence[Trace], step: float) -> list[float]:
+    """Widths to try, in seconds: multiples of the interval between samples, or between frames if that is longer.
+
+    Args:
+        traces: of a split.
+        step: seconds between samples of the run's windows.
+    """
+    frames = float(np.median([median_interval(trace.clip.time, step) for trace in traces])) if traces else step
+    return [max(step, frames) * multiple for multiple in MULTIPLES]
+
+
+def choose_width(traces: Sequence[Trace], kind: str, split: str, widths: Sequence[float]) -> Smoothing:
+    """The width with the best mean CCC on labelled traces, or none; a wider one must gain at least `LEAST_GAIN`.
 
     Raises:
         UsageError: an unknown kind, or nothing is labelled.
     """
-    scores = {seconds: float(score(smoothed(traces, Smoothing(kind, seconds)))[2]) for seconds in (0.0, *widths)}
+    options = [Smoothing(kind, seconds) for seconds in (0.0, *sorted(widths))]
+    scores = {option.seconds: float(score(smoothed(traces, option))[2]) for option in options}
     if not np.isfinite(list(scores.values())).all():
-        raise UsageError(explain(f"No width can be chosen on split {split!r}", expected="labelled frames"))
-    best = max(scores, key=lambda seconds: (scores[seconds], -seconds))
+        raise UsageError(explain(f"Cannot choose a width: split {split!r} has no labelled frame"))
+    best = 0.0
+    for seconds, value in scores.items():
+        if value > scores[best] + LEAST_GAIN:
+            best = seconds
     return Smoothing(kind, best, split, {f"{seconds:g}": value for seconds, value in scores.items()})
 
 
 def read_smoothing(run: Path) -> Smoothing | None:
-    """The smoothing that is kept beside a run; None where there is none.
+    """The smoothing stored with a run; None where there is none.
 
     Raises:
         CorruptError: the file is damaged.
@@ -192,7 +232,7 @@ def read_smoothing(run: Path) -> Smoothing | None:
 
 
 def write_smoothing(run: Path, smoothing: Smoothing | None) -> None:
-    """Keep the smoothing beside a run, for every later prediction; None: forget what is there."""
+    """Store the smoothing with a run, for every later prediction; None removes it."""
     if smoothing is None:
         (run / FILE).unlink(missing_ok=True)
     else:

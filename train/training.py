@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import run_maker, write_sources
 from vaflow.train.reporting import Board, describe, reporter, warn_of_labels
 from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record, require_record
+from vaflow.train.smoothing import Smoothing
 from vaflow.train.storage import write_tensors
 from vaflow.train.windows import WindowSet, without_modality
 
@@ -144,10 +145,9 @@ def evaluate_run(
     show: bool = False,
     without: str | None = None,
     groups: Groups | None = None,
+    smoothing: Smoothing | Literal["stored"] | None = "stored",
 ) -> dict[str, Any]:
-    """Measure a finished run on a split of a cache, and write the predictions into the run's folder.
-
-    Where a smoothing was chosen for the run, its traces are smoothed.
+    """Score a finished run on a split of a cache, and write the predictions into the run's folder.
 
     Args:
         run: the run's folder.
@@ -159,6 +159,8 @@ def evaluate_run(
         show: progress bars.
         without: "visual" or "audio": mark that modality as missing everywhere.
         groups: kind -> item -> group, for metrics of each group.
+        smoothing: "stored": the one that `vaflow smooth` stored with the run, if any. Another one, or None, applies to
+            this evaluation only: predictions go to a folder of its own, and `metrics.json` stays.
 
     Raises:
         UsageError: the run is not one or unfinished, the split is not there or not annotated, the run does not read
@@ -168,6 +170,9 @@ def evaluate_run(
     """
     target = choose_device(device)
     trained = load_run(run, target)
+    only_now = smoothing != "stored"
+    if smoothing != "stored":
+        trained = replace(trained, smoothing=smoothing)
     config = trained.record.config
     split = config.val_split if split is None else split
     windows = read_for(run, trained.record, cache, partial(load_split, cache, split, device=target, show=show))
@@ -179,10 +184,13 @@ def evaluate_run(
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
     if write:
         folder = RunFolder(Path(run))
-        place = folder.predictions(f"{split}-without-{without}" if without else split)
+        name = f"{split}-without-{without}" if without else split
+        if only_now:
+            name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
+        place = folder.predictions(name)
         write_predictions(place, traces)
         write_sources(place, run_maker(folder.path, trained.record), cache, [trace.clip.item for trace in traces])
-        if not without and split == config.val_split and address(cache.place) == trained.record.cache:
+        if not (without or only_now) and split == config.val_split and address(cache.place) == trained.record.cache:
             folder.update_metrics(report)
     return report
 

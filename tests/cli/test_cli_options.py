@@ -67,23 +67,84 @@ def test_an_ensemble_is_printed_and_written(run: Path, cache: Cache, tmp_path: P
     assert "Choices: ccc, mean, search" in capsys.readouterr().err
 
 
-def test_a_smoothing_stays_until_it_is_taken_back(run: Path, capsys) -> None:
+def test_smooth_stores_a_smoothing_until_it_is_removed(run: Path, capsys) -> None:
+    command = ["evaluate", str(run), "--device", "cpu"]
+    plain = printed([*command, "--json"], capsys)
+    assert main(["smooth", str(run), "--kind", "savgol", "--seconds", "1.5"]) == 0
+    assert "savgol, 1.5 s" in capsys.readouterr().out
+    stored = printed([*command, "--json"], capsys)
+    assert stored["smoothing"]["seconds"] == 1.5 and stored["ccc"] != plain["ccc"]
+    auto = printed(["smooth", str(run), "--kind", "mean", "--json"], capsys)
+    assert auto["chosen_on"] == "val" and auto["scores"]["0"] == pytest.approx(plain["ccc"]["mean"])
+    assert printed([*command, "--json"], capsys)["ccc"]["mean"] >= plain["ccc"]["mean"] - 1e-9
+    assert main(command) == 0
+    assert "tuned on this split; the score is optimistic" in capsys.readouterr().out
+    assert main(["smooth", str(run), "--kind", "none"]) == 0
+    assert "Removed" in capsys.readouterr().out
+    assert printed([*command, "--json"], capsys) == plain
+
+
+def test_evaluate_smooth_affects_that_evaluation_only(run: Path, capsys) -> None:
     command = ["evaluate", str(run), "--device", "cpu"]
     plain = printed([*command, "--json"], capsys)
     assert main([*command, "--smooth", "savgol", "--smooth-seconds", "1.5"]) == 0
-    said = capsys.readouterr().out
-    assert "smoothed: savgol, 1.5 s" in said and "flatters" not in said
-    smooth = printed([*command, "--json"], capsys)
-    assert smooth["smoothing"]["seconds"] == 1.5 and smooth["ccc"] != plain["ccc"]
-    auto = printed([*command, "--smooth", "mean", "--json"], capsys)
-    assert auto["smoothing"]["chosen_on"] == "val"
-    assert auto["ccc"]["mean"] >= plain["ccc"]["mean"] - 1e-9
-    assert main(command) == 0
-    assert "chosen on these very labels" in capsys.readouterr().out
-    assert printed([*command, "--smooth", "none", "--json"], capsys) == plain
-    for wrong, says in ((["--smooth", "median"], "Choices"), (["--smooth", "mean", "--smooth-seconds", "x"], "auto")):
+    out = capsys.readouterr().out
+    assert "smoothed: savgol, 1.5 s" in out and "optimistic" not in out
+    assert printed([*command, "--json"], capsys) == plain
+    for wrong, message in (
+        (["--smooth", "median"], "Choices"),
+        (["--smooth", "mean", "--smooth-seconds", "x"], "auto"),
+    ):
         assert main([*command, *wrong]) == 2
-        assert says in capsys.readouterr().err
+        assert message in capsys.readouterr().err
+
+
+def test_quiet_prints_no_table(run: Path, capsys) -> None:
+    assert main(["evaluate", str(run), "--device", "cpu", "-q"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_one_video_has_no_interval(tmp_path: Path, capsys) -> None:
+    cache = make_cache(tmp_path / "cache", Toy(splits={"train": 3, "val": 1}, seconds=(8, 14)))
+    out = tmp_path / "run"
+    assert main(["train", str(cache.path), "--out", str(out), *SMALL]) == 0
+    assert main(["evaluate", str(out), "--device", "cpu"]) == 0
+    assert "needs at least two source videos" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["ci95"] == {"valence": [None, None], "arousal": [None, None], "mean": [None, None]}
+
+
+def test_unknown_items_of_groups_are_named(run: Path, tmp_path: Path, capsys) -> None:
+    groups = tmp_path / "groups.csv"
+    groups.write_text("item,gender\nval0,f\nval9,m\n")
+    assert main(["evaluate", str(run), "--device", "cpu", "--groups", str(groups)]) == 0
+    err = capsys.readouterr().err
+    assert "val9" in err and "val0" not in err
+
+
+def test_folds_by_a_column(cache: Cache, tmp_path: Path, capsys) -> None:
+    groups = tmp_path / "groups.csv"
+    items = cache.items()
+    rows = [f"{item},s{k % 3}" for k, item in enumerate(items)]
+    groups.write_text("\n".join(["item,speaker", *rows]) + "\n")
+    command = ["folds", str(cache.path), "--folds", "3", "--fold-groups", f"{groups}:speaker"]
+    facts = printed([*command, "--json"], capsys)
+    assert [part["speaker"] for part in facts] != [] and all(len(part["speaker"]) == 1 for part in facts)
+    for part in facts:
+        assert part["clips"] == [item for k, item in enumerate(items) if f"s{k % 3}" == part["speaker"][0]]
+    fold = ["--folds", "3", "--fold", "2", "--fold-groups", f"{groups}:speaker", "--out", str(tmp_path / "run")]
+    assert main(["train", str(cache.path), *fold, *SMALL]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["n_clips"] == len(facts[1]["clips"])
+    for wrong, message in ((f"{groups}:age", "Choices: speaker"), (str(groups), "FILE:COLUMN")):
+        assert main([*command[:-1], wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_folds_of_a_cache_without_a_validation_split(tmp_path: Path, capsys) -> None:
+    cache = make_cache(tmp_path / "cache", Toy(seconds=(8, 14), splits={"train": 4}))
+    assert main(["folds", str(cache.path), "--folds", "2"]) == 0
+    assert "Clips divided: 4 of split train" in capsys.readouterr().out
+    assert main(["folds", str(cache.path), "--folds", "2", "--split", "vla"]) == 2
 
 
 def test_without_a_modality_and_by_group(run: Path, tmp_path: Path, capsys) -> None:

@@ -78,7 +78,7 @@ def test_groups_are_scored_apart_and_may_be_given_by_video(tmp_path: Path) -> No
         ("clip,gender\nc0,f\n", "item,gender,age"),
         ("item\nc0\n", "item,gender,age"),
         ("", "no rows"),
-        ("item,gender\nc0,f\nc0,m\n", "names items twice"),
+        ("item,gender\nc0,f\nc0,m\n", "items with several rows"),
     ],
 )
 def test_files_that_do_not_name_groups(tmp_path: Path, text: str, says: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS
 from vaflow.errors import DataError
+from vaflow.regions import REGIONS
 from vaflow.train.batch import Batch, Output
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
@@ -147,7 +148,7 @@ def test_groups_are_what_the_bootstrap_draws(tmp_path: Path) -> None:
     windows = windows_of(cache)
     report, _ = evaluate_windows(Says(windows, lambda t, b: b.target), windows, "val")
     assert (report["n_videos"], report["n_clips"]) == (1, 2)
-    assert report["ci95"]["mean"] == pytest.approx([report["ccc"]["mean"]] * 2)  # one video has no spread
+    assert report["ci95"]["mean"] == [None, None]  # one video has no spread
 
 
 def test_one_dimension_only(tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_an_unlabelled_clip_has_no_label_columns(tmp_path: Path) -> None:
 
     windows = load_windows(cache, ["test0"], inputs.streams, config)
     (trace,) = predict_clips(Says(windows, wave), windows)
-    assert prediction_csv(trace).splitlines()[0] == "frame,time,valence,arousal"
+    assert prediction_csv(trace).splitlines()[0] == "frame,time,valence,arousal,face,audio,region"
 
 
 def test_smoothness_of_a_straight_line_is_its_slope(windows: WindowSet) -> None:
@@ -266,3 +267,27 @@ def test_a_prediction_that_is_not_finite_names_its_clip(windows: WindowSet) -> N
 
     with pytest.raises(DataError, match="'val4'"):
         list(predict_clips(Says(windows, broken), windows))
+
+
+def test_a_csv_says_where_input_was_valid_and_which_region_is_likeliest(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", Toy(splits={"val": 2}, invalid=0.3))
+    windows = windows_of(cache)
+    for trace in predict_clips(Says(windows, wave), windows):
+        rows = [line.split(",") for line in prediction_csv(trace).splitlines()]
+        names, table = rows[0], np.array(rows[1:])
+        assert names[:4] == ["frame", "time", "valence", "arousal"] and names[-3:] == ["face", "audio", "region"]
+        for name, kind in (("face", "visual"), ("audio", "audio")):
+            instants, valid = windows.seen(trace.clip, kind)
+            flags = table[:, names.index(name)].astype(int)
+            assert flags.mean() < 1 or kind == "audio"
+            for t, flag in zip(trace.clip.time, flags, strict=True):
+                gaps = np.abs(instants - t)
+                if kind == "visual" and np.sort(gaps)[1] > gaps.min() + 1e-6:  # no tie
+                    assert flag == valid[gaps.argmin()]
+                if kind == "audio" and (gaps > 1e-6).all() and t > instants[0]:
+                    assert flag == valid[instants < t][-1]
+        va = table[:, 2:4].astype(float)
+        corners = np.array([(v, a) for v in (-0.66, 0, 0.66) for a in (-0.66, 0, 0.66)])
+        nearest = np.square(va[:, None] - corners).sum(-1).argmin(-1)
+        expected = nearest if trace.regions is None else trace.regions.argmax(-1)
+        assert [*table[:, -1]] == ["_".join(REGIONS[k]) for k in expected]

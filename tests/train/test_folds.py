@@ -80,9 +80,9 @@ def test_parts_have_names_that_stand_for_splits(cache: Cache) -> None:
 def test_what_cannot_be_divided(cache: Cache) -> None:
     with pytest.raises(UsageError, match="9 source videos"):
         make_folds(cache, BOTH, 10)
-    with pytest.raises(UsageError, match="at least 2"):
+    with pytest.raises(UsageError, match="must be >= 2"):
         TrainConfig(folds=1)
-    with pytest.raises(UsageError, match="from 1 to 3"):
+    with pytest.raises(UsageError, match="between 1 and --folds 3"):
         TrainConfig(folds=3, fold=4)
 
 

@@ -21,8 +21,8 @@ from vaflow.train.evaluate import predict_clips, score
 from vaflow.train.inputs import resolve
 from vaflow.train.losses import ccc_loss, masked_mse, total_loss
 from vaflow.train.runs import RunFolder, load_run
-from vaflow.train.smoothing import Smoothing, read_smoothing
-from vaflow.train.smoothing_choice import set_smoothing
+from vaflow.train.smoothing import Smoothing, read_smoothing, write_smoothing
+from vaflow.train.smoothing_choice import choose_smoothing
 from vaflow.train.storage import read_tensors
 from vaflow.train.training import Result, evaluate_run, train_run
 from vaflow.train.windows import drop_modality, without_modality
@@ -196,11 +196,11 @@ def test_mixtures_of_concordance_and_squared_error(ccc_weight: float, mse_weight
 def test_settings_that_cannot_be_meant() -> None:
     with pytest.raises(UsageError, match="ccc_weight"):
         TrainConfig(ccc_weight=0)
-    with pytest.raises(UsageError, match="below 1"):
+    with pytest.raises(UsageError, match="< 1"):
         TrainConfig(modality_dropout=1.0)
     with pytest.raises(UsageError, match="Choices: each, mean"):
         TrainConfig(best="both")
-    with pytest.raises(UsageError, match="fine-tuning"):
+    with pytest.raises(UsageError, match="--finetune"):
         TrainConfig(best="each", finetune=True)
     assert merge({"fold_splits": '["train","val"]'}) == merge({"fold_splits": "train, val"}) == TrainConfig()
 
@@ -208,14 +208,16 @@ def test_settings_that_cannot_be_meant() -> None:
 # --- smoothing of a run ---
 
 
-def test_a_smoothing_that_is_chosen_is_applied_by_whoever_predicts(cache: Cache, tmp_path: Path) -> None:
+def test_a_stored_smoothing_is_applied_by_every_prediction(cache: Cache, tmp_path: Path) -> None:
     run = tmp_path / "run"
     before = quiet_run(cache, CONFIG, run).metrics
-    chosen = set_smoothing(run, cache, "savgol", device="cpu")
-    assert chosen is not None and read_smoothing(run) == chosen and chosen.chosen_on == "val"
+    chosen = choose_smoothing(run, cache, "savgol", device="cpu")
+    assert chosen is not None and chosen.chosen_on == "val"
+    assert read_smoothing(run) is None  # a choice alone stores nothing
     assert chosen.scores["0"] == pytest.approx(before["ccc"]["mean"])
-    given = set_smoothing(run, cache, "mean", 2.0, device="cpu")
+    given = choose_smoothing(run, cache, "mean", 2.0, device="cpu")
     assert given == Smoothing("mean", 2.0)
+    write_smoothing(run, given)
     after = evaluate_run(run, cache, device="cpu")
     assert after["smoothing"] == {"kind": "mean", "seconds": 2.0, "chosen_on": ""}
     assert after["smoothness"]["prediction"]["valence"] < before["smoothness"]["prediction"]["valence"]
@@ -226,11 +228,23 @@ def test_a_smoothing_that_is_chosen_is_applied_by_whoever_predicts(cache: Cache,
     loaded = load_run(run)
     for raw, trace in zip(predict_clips(loaded.model, windows), loaded.traces(windows), strict=True):
         np.testing.assert_array_equal(trace.va, Smoothing("mean", 2.0).apply(raw).va)
-    assert set_smoothing(run, cache, "none", device="cpu") is None
+    assert choose_smoothing(run, cache, "none", device="cpu") is None
+    write_smoothing(run, None)
     assert evaluate_run(run, cache, device="cpu")["ccc"] == before["ccc"]
     assert RunFolder(run).read_metrics() == before
     with pytest.raises(UsageError, match="Choices: mean, none, savgol"):
-        set_smoothing(run, cache, "median", device="cpu")
+        choose_smoothing(run, cache, "median", device="cpu")
+
+
+def test_a_smoothing_for_one_evaluation_leaves_the_run_as_it_is(cache: Cache, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    before = quiet_run(cache, CONFIG, run).metrics
+    predictions = {path: path.read_bytes() for path in run.rglob("val/*.csv")}
+    once = evaluate_run(run, cache, device="cpu", smoothing=Smoothing("mean", 2.0))
+    assert once["smoothing"]["seconds"] == 2.0 and once["ccc"] != before["ccc"]
+    assert RunFolder(run).read_metrics() == before and read_smoothing(run) is None
+    assert {path: path.read_bytes() for path in predictions} == predictions
+    assert list((run / "predictions" / "val-smooth-mean").glob("*.csv"))
 
 
 # --- long windows ---

@@ -1,7 +1,9 @@
 """Filters against NumPy's convolution, SciPy's Savitzky-Golay and a polynomial fitted frame by frame."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from vaflow.train.evaluate import Trace, score
 from vaflow.train.smoothing import (
     FILTERS,
     Smoothing,
+    candidate_widths,
     choose_width,
     moving_average,
     read_smoothing,
@@ -132,3 +135,22 @@ def test_unknown_kinds_and_widths_are_refused() -> None:
         Smoothing("savgoll", 1.0)
     with pytest.raises(UsageError, match="width"):
         Smoothing("mean", float("nan"))
+
+
+def test_widths_are_multiples_of_the_sampling_interval() -> None:
+    some = traces(0.4)
+    assert candidate_widths(some, 0.5)[:3] == [0.5, 1.0, 1.5]
+    slow = [replace(t, clip=replace(t.clip, time=5.0 * np.arange(400, dtype=np.float64))) for t in some]
+    assert candidate_widths(slow, 0.5)[:2] == [5.0, 10.0]  # a label every five seconds
+
+
+def test_a_width_that_gains_only_rounding_is_not_chosen() -> None:
+    constant = [replace(t, va=np.full_like(t.va, 0.25)) for t in traces(0.0)]
+    assert choose_width(constant, "mean", "val", (0.5, 1.0)).seconds == 0
+
+
+def test_a_polynomial_takes_as_long_for_wide_windows_as_for_narrow_ones() -> None:
+    time, value = np.arange(60_000) / 30 + np.tile([0, 1e-4], 30_000), noise(60_000)
+    begun = perf_counter()
+    savitzky_golay(time, value, 20.0)
+    assert perf_counter() - begun < 3  # was 40 s: each frame fitted its 600 neighbours

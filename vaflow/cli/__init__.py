@@ -73,6 +73,7 @@ app.command(
     "train", cls=command_class(TrainConfig), epilog=epilog(TrainConfig, "docs/settings.md"), rich_help_panel=MODEL
 )(train.train)
 _add("evaluate", evaluate.evaluate, MODEL)
+_add("smooth", evaluate.smooth, MODEL)
 _add("folds", evaluate.folds, MODEL)
 _add("ensemble", evaluate.ensemble, MODEL)
 _add("ablate", ablate.ablate, MODEL)

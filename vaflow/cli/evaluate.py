@@ -1,6 +1,6 @@
-"""`vaflow evaluate`, `vaflow folds` and `vaflow ensemble`: score finished runs and show cross-validation folds."""
+"""`vaflow evaluate`, `vaflow smooth`, `vaflow ensemble` and `vaflow folds`: scores of finished runs, and folds."""
 
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,60 +9,69 @@ import typer
 from vaflow.cli.common import AllowMissing, Cache, JsonFlag, Quiet, Run, Verbose, print_json, set_up, show_bars, table
 from vaflow.errors import UsageError, explain
 
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")]
+Width = Annotated[
+    str,
+    typer.Option(metavar="SECONDS", help="Width of the smoothing; auto: the best one on the run's validation split."),
+]
+
 
 def evaluate(
     run: Run,
     cache: Annotated[
         Path | None, typer.Option(metavar="CACHE", help="Another cache than the run was trained on.")
     ] = None,
-    split: Annotated[str | None, typer.Option(metavar="SPLIT", help="Which split; the run's validation split.")] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="SPLIT", help="Split to score.", show_default="the run's validation split")
+    ] = None,
     smooth: Annotated[
         str | None,
         typer.Option(
-            metavar="KIND", help="mean or savgol: smooth this run's predictions from now on; none: no longer do so."
+            metavar="KIND",
+            help="Smoothing for this evaluation only: mean, savgol or none.",
+            show_default="as stored by `vaflow smooth`",
         ),
     ] = None,
-    smooth_seconds: Annotated[
-        str,
-        typer.Option(metavar="SECONDS", help="Width of the smoothing; auto: the best on the run's validation split."),
-    ] = "auto",
+    smooth_seconds: Width = "auto",
     without: Annotated[
-        str | None, typer.Option(metavar="MODALITY", help="visual or audio: mark that modality as missing everywhere.")
+        str | None, typer.Option(metavar="MODALITY", help="Mark a modality as missing everywhere: visual or audio.")
     ] = None,
     groups: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="CSV with item and columns such as gender, age: metrics of each group."),
+        typer.Option(metavar="FILE", help="Also score each group: CSV with item and columns such as gender, age."),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
+    device: Device = "auto",
     allow_missing: AllowMissing = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Score a run on every annotated frame of a split: concordance with its interval, within videos, errors.
+    """Score a run on every annotated frame of a split: CCC with its interval, CCC within videos, errors.
 
-    Predictions are written to RUN/predictions/SPLIT/. A smoothing is kept in RUN/smoothing.json, and `predict` and
-    `submit` apply it, too.
+    Predictions are written to RUN/predictions/SPLIT/.
 
     Example: vaflow evaluate runs/full --split val --json
 
-    Example: vaflow evaluate runs/full --smooth savgol --smooth-seconds auto
+    Example: vaflow evaluate runs/full --smooth savgol --smooth-seconds 1.5
 
     Example: vaflow evaluate runs/full --without audio --groups groups.csv
     """
     set_up(verbose, quiet)
+    width = smoothing_width(smooth_seconds)
     from vaflow.cache import open_cache
-    from vaflow.train.breakdown import read_groups
+    from vaflow.train.breakdown import read_groups, warn_unknown
     from vaflow.train.runs import require_record
+    from vaflow.train.smoothing_choice import choose_smoothing
     from vaflow.train.training import evaluate_run
 
-    path = cache if cache is not None else Path(require_record(run).cache)
-    opened, bars = open_cache(path), show_bars(quiet or json)
+    opened = open_cache(cache if cache is not None else Path(require_record(run).cache))
+    bars = show_bars(quiet or json)
     named = read_groups(groups) if groups else None
+    if named is not None:
+        warn_unknown(named, opened)
+    smoothing: Any = "stored"
     if smooth is not None:
-        from vaflow.train.smoothing_choice import set_smoothing
-
-        set_smoothing(run, opened, smooth, smoothing_width(smooth_seconds), device=device, show=bars)
+        smoothing = choose_smoothing(run, opened, smooth, width, device=device, show=bars)
     metrics = evaluate_run(
         *(run, opened, split),
         device=device,
@@ -70,30 +79,79 @@ def evaluate(
         show=bars,
         without=without,
         groups=named,
+        smoothing=smoothing,
     )
-    if json:
-        print_json(metrics)
-    else:
-        typer.echo(summary(metrics))
-        for kind, parts in metrics.get("by_group", {}).items():
-            typer.echo(f"\n{group_table(kind, parts)}")
-        for warning in metrics["warnings"]:
-            typer.echo(f"warning: {warning}", err=True)
+    print_metrics(metrics, json=json, quiet=quiet)
     return 0
 
 
+def smooth(
+    run: Run,
+    kind: Annotated[str, typer.Option(metavar="KIND", help="mean, savgol, or none to remove the stored one.")] = "mean",
+    seconds: Width = "auto",
+    cache: Annotated[
+        Path | None, typer.Option(metavar="CACHE", help="Current place of the run's cache.", show_default="the run's")
+    ] = None,
+    device: Device = "auto",
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Choose a smoothing for a run and store it: `evaluate`, `predict` and `submit` then apply it.
+
+    Example: vaflow smooth runs/full --kind savgol
+
+    Example: vaflow smooth runs/full --kind none
+    """
+    set_up(verbose, quiet)
+    width = smoothing_width(seconds)
+    from vaflow.cache import open_cache
+    from vaflow.train.runs import require_record
+    from vaflow.train.smoothing import write_smoothing
+    from vaflow.train.smoothing_choice import choose_smoothing
+
+    opened = open_cache(cache if cache is not None else Path(require_record(run).cache))
+    chosen = choose_smoothing(run, opened, kind, width, device=device, show=show_bars(quiet or json))
+    write_smoothing(run, chosen)
+    if json:
+        print_json(None if chosen is None else chosen.summary | {"scores": dict(chosen.scores)})
+    elif not quiet and chosen is None:
+        typer.echo(f"Removed the smoothing of {run}.")
+    elif not quiet and chosen is not None:
+        if chosen.scores:
+            rows = [(f"{float(w):g}", f"{value:.4f}") for w, value in chosen.scores.items()]
+            typer.echo(f"{table(rows, ('seconds', 'mean CCC'))}\n")
+        typer.echo(f"Stored in {run}: {chosen.kind}, {chosen.seconds:g} s.")
+    return 0
+
+
+def print_metrics(metrics: dict[str, Any], *, json: bool, quiet: bool) -> None:
+    """The metrics as JSON or as tables; warnings on standard error."""
+    if json:
+        print_json(metrics)
+        return
+    if not quiet:
+        typer.echo(summary(metrics))
+        for kind, parts in metrics.get("by_group", {}).items():
+            typer.echo(f"\n{group_table(kind, parts)}")
+    for warning in metrics["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+
+
 def summary(metrics: dict[str, Any]) -> str:
-    """The metrics as a table for people."""
+    """The headline metrics as a table."""
     names = ("valence", "arousal", "mean")
-    interval = [_span(metrics["ci95"][name]) for name in names]
-    within = metrics["within_video_ccc"]
+    spans = [metrics["ci95"][name] for name in names]
     rows = [
-        ("CCC", *(_digits(metrics["ccc"][name]) for name in names)),
-        ("95 % interval", *interval),
-        ("CCC within videos", *(_digits(within[name]) for name in names)),
-        ("Pearson", *(_digits(metrics["pearson"][name]) for name in names)),
-        ("RMSE", *(_digits(metrics["rmse"][name]) for name in names)),
+        (label, *(_digits(metrics[key][name]) for name in names))
+        for label, key in (
+            ("CCC", "ccc"),
+            ("CCC within videos", "within_video_ccc"),
+            ("Pearson", "pearson"),
+            ("RMSE", "rmse"),
+        )
     ]
+    rows.insert(1, ("95 % interval", *("-" if None in s else "..".join(map(_digits, s)) for s in spans)))
     scope = f"{metrics['split']}: {metrics['n_frames']} labelled frames of {metrics['n_videos']} videos"
     lost = metrics["missing"]["frames"]
     if lost or metrics["missing"]["clips"]:
@@ -103,12 +161,19 @@ def summary(metrics: dict[str, Any]) -> str:
     if "smoothing" in metrics:
         scope += "; smoothed: {kind}, {seconds:g} s".format(**metrics["smoothing"])
         if metrics["smoothing"]["chosen_on"] == metrics["split"]:
-            scope += ", chosen on these very labels: the score flatters"
-    return f"{scope}\n\n{table(rows, ('', *names))}"
+            scope += ", tuned on this split; the score is optimistic"
+    text = f"{scope}\n\n{table(rows, ('', *names))}"
+    if metrics["n_videos"] < 2:
+        text += "\n\nNo interval: it needs at least two source videos."
+    for name, scores in metrics.get("extra", {}).items():
+        f1 = [(label, _digits(value)) for label, value in scores["f1"].items()]
+        rows = [*f1, ("mean", _digits(scores["macro_f1"]))]
+        text += f"\n\n{name}, {scores['n_frames']} labelled frames\n\n{table(rows, (scores['task'], 'F1'))}"
+    return text
 
 
 def group_table(kind: str, parts: dict[str, Any]) -> str:
-    """One kind of group as a table for people."""
+    """Scores of one kind of group as a table."""
     names = ("valence", "arousal", "mean")
     rows = [
         (group, part["n_clips"], part["n_frames"], *(_digits(part["ccc"][name]) for name in names))
@@ -118,7 +183,7 @@ def group_table(kind: str, parts: dict[str, Any]) -> str:
 
 
 def smoothing_width(text: str) -> float | None:
-    """What --smooth-seconds says; None: auto.
+    """Value of --smooth-seconds; None: auto.
 
     Raises:
         UsageError: neither auto nor a number.
@@ -126,11 +191,7 @@ def smoothing_width(text: str) -> float | None:
     try:
         return None if text == "auto" else float(text)
     except ValueError as error:
-        raise UsageError(explain("--smooth-seconds is not a width", expected="seconds, or auto", got=text)) from error
-
-
-def _span(edges: Sequence[float | None]) -> str:
-    return "-" if None in edges else "..".join(_digits(edge) for edge in edges)
+        raise UsageError(explain(f"The smoothing width must be auto or a number of seconds (got {text})")) from error
 
 
 def _digits(value: float | None) -> str:
@@ -139,62 +200,83 @@ def _digits(value: float | None) -> str:
 
 def folds(
     cache: Cache,
-    count: Annotated[int, typer.Option("--folds", metavar="K", help="How many parts.")] = 5,
+    count: Annotated[int, typer.Option("--folds", metavar="K", help="Number of folds.")] = 5,
     splits: Annotated[
         list[str] | None,
-        typer.Option("--split", metavar="SPLIT", help="Divide the clips of this split. Repeatable. [train, val]"),
+        typer.Option("--split", metavar="SPLIT", help="Split to divide. Repeatable.", show_default="train and val"),
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            "--fold-groups",
+            metavar="FILE:COLUMN",
+            help="Column whose groups stay in one fold, as groups.csv:speaker.",
+            show_default="source video",
+        ),
     ] = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Show the parts of a cross-validation, as `vaflow train --folds K --fold I` takes them.
+    """Show the folds of a cross-validation, as `vaflow train --folds K --fold I` uses them.
 
-    A source video is never divided: its _left and _right stay together. Parts have about as many labelled frames each,
+    The clips of a source video (_left and _right) stay in one fold. Folds have about equal numbers of labelled frames
     and are the same every time.
 
     Example: vaflow folds affwild2.cache --folds 5
+
+    Example: vaflow folds affwild2.cache --folds 5 --fold-groups groups.csv:speaker
     """
     set_up(verbose, quiet)
     from vaflow.cache import open_cache
+    from vaflow.train.breakdown import read_column, warn_unknown
     from vaflow.train.config import TrainConfig
     from vaflow.train.folds import make_folds
 
-    parts = make_folds(open_cache(cache), splits or TrainConfig().fold_splits, count)
+    opened = open_cache(cache)
+    members = read_column(groups) if groups else None
+    if members is not None:
+        warn_unknown({"": members}, opened)
+    parts = make_folds(opened, tuple(splits or TrainConfig.fold_splits), count, members)
+    noun = "videos" if groups is None else groups.rpartition(":")[2]
     facts = [
-        {"fold": k, "videos": list(part.groups), "clips": list(part.items), "labelled_frames": part.labelled}
+        {"fold": k, noun: list(part.groups), "clips": list(part.items), "labelled_frames": part.labelled}
         for k, part in enumerate(parts, 1)
     ]
     if json:
         print_json(facts)
-        return 0
-    rows = [(k, len(part.groups), len(part.items), part.labelled) for k, part in enumerate(parts, 1)]
-    typer.echo(table(rows, ("fold", "videos", "clips", "labelled frames")))
-    if verbose:
-        for k, part in enumerate(parts, 1):
-            typer.echo(f"\nfold {k}: {', '.join(part.items)}")
+    elif not quiet:
+        used = Counter(str(opened.meta(item).get("split") or "none") for part in parts for item in part.items)
+        typer.echo(f"Clips divided: {', '.join(f'{n} of split {name}' for name, n in sorted(used.items()))}\n")
+        rows = [(k, len(part.groups), len(part.items), part.labelled) for k, part in enumerate(parts, 1)]
+        typer.echo(table(rows, ("fold", noun, "clips", "labelled frames")))
+        if verbose:
+            for k, part in enumerate(parts, 1):
+                typer.echo(f"\nfold {k}: {', '.join(part.items)}")
     return 0
 
 
 def ensemble(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Finished runs.", show_default=False)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the ensemble.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Ensemble directory.", show_default=False)],
     weights: Annotated[
         str,
         typer.Option(
             metavar="HOW",
-            help="mean; ccc: in proportion to each run's CCC, per dimension; "
-            "search: those with the best CCC, per dimension.",
+            help="mean; ccc: proportional to each run's CCC; search: maximize the CCC. Per dimension.",
         ),
     ] = "mean",
     cache: Annotated[
         Path | None, typer.Option(metavar="CACHE", help="Another cache than the first run was trained on.")
     ] = None,
-    split: Annotated[str | None, typer.Option(metavar="SPLIT", help="Which split; the runs' validation split.")] = None,
-    weights_split: Annotated[
-        str | None, typer.Option(metavar="SPLIT", help="Where ccc and search look; the runs' validation split.")
+    split: Annotated[
+        str | None, typer.Option(metavar="SPLIT", help="Split to score.", show_default="the runs' validation split")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
+    weights_split: Annotated[
+        str | None,
+        typer.Option(metavar="SPLIT", help="Split that ccc and search use.", show_default="the runs' validation split"),
+    ] = None,
+    device: Device = "auto",
     allow_missing: AllowMissing = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
@@ -202,8 +284,8 @@ def ensemble(
 ) -> int:
     """Average the predictions of several runs, frame by frame; their windows and streams may differ.
 
-    Writes DIR/predictions/SPLIT/, DIR/metrics.json and DIR/ensemble.json (the weights). Weights that are found on the
-    split that is scored flatter the score: name another with --weights-split where there is one.
+    Writes DIR/predictions/SPLIT/, DIR/metrics.json and DIR/ensemble.json (the weights). Weights tuned on the scored
+    split make the score optimistic: use another split for --weights-split if possible.
 
     Example: vaflow ensemble runs/full runs/tcn runs/seed1 --out runs/ensemble --weights ccc
     """
@@ -222,12 +304,8 @@ def ensemble(
         allow_missing=allow_missing,
         show=show_bars(quiet or json),
     )
-    if json:
-        print_json(metrics)
-    elif not quiet:
+    print_metrics(metrics, json=json, quiet=quiet)
+    if not (json or quiet):
         rows = [(run, *(f"{w:.3f}" for w in row)) for run, row in zip(runs, made.table.tolist(), strict=True)]
-        typer.echo(f"{summary(metrics)}\n\n{table(rows, ('weights', 'valence', 'arousal'))}")
-    if not json:
-        for warning in metrics["warnings"]:
-            typer.echo(f"warning: {warning}", err=True)
+        typer.echo(f"\n{table(rows, ('weights', 'valence', 'arousal'))}")
     return 0
