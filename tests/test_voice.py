@@ -43,16 +43,16 @@ NOT_YET_REWRITTEN = """
     train/config.py train/data.py train/ensemble.py train/evaluate.py train/finetune/augment.py
     train/finetune/data.py train/finetune/model.py train/finetune/run.py train/finetune/step.py
     train/heads/fusion.py train/heads/model.py train/inputs.py train/loop.py train/losses.py train/metrics.py
-    train/provenance.py train/reporting.py train/runs.py train/smoothing.py train/storage.py train/submit.py
+    train/provenance.py train/reporting.py train/runs.py train/smoothing.py train/submit.py
     train/targets.py train/training.py train/windows.py vaflow/cache/cache.py vaflow/cache/commit.py
-    vaflow/cache/copy.py vaflow/cache/files.py vaflow/cache/index.py vaflow/cache/layout.py vaflow/cache/merge.py
+    vaflow/cache/copy.py vaflow/cache/index.py vaflow/cache/layout.py vaflow/cache/merge.py
     vaflow/cache/opening.py vaflow/cache/remote.py vaflow/cache/scratch.py vaflow/cache/storage.py
     vaflow/cache/verify.py vaflow/cli/ablate.py vaflow/cli/cache.py vaflow/cli/cache_import.py vaflow/cli/check.py
     vaflow/cli/evaluate.py vaflow/cli/extract.py vaflow/cli/predict.py vaflow/cli/train.py
     vaflow/datasets/affwild2.py vaflow/datasets/clip.py vaflow/datasets/files.py vaflow/datasets/recordings.py
     vaflow/datasets/sewa.py vaflow/datasets/text.py vaflow/datasets/videos.py vaflow/demo/run.py
-    vaflow/demo/scenario.py vaflow/device.py vaflow/encoders/__init__.py vaflow/encoders/ast.py vaflow/errors.py
-    vaflow/predict.py vaflow/process.py vaflow/provenance.py vaflow/timeline.py
+    vaflow/demo/scenario.py vaflow/encoders/__init__.py vaflow/encoders/ast.py vaflow/errors.py
+    vaflow/predict.py vaflow/provenance.py vaflow/timeline.py
 """
 REWRITTEN_COMMANDS = frozenset({"demo", "info"})
 

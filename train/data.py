@@ -31,6 +31,8 @@ from vaflow.train.windows import ClipRows, StreamTable, WindowSet
 
 log = logging.getLogger(__name__)
 
+LONGEST = 24 * 3600.0  # seconds of a clip whose arrays have less than one row per window
+
 
 @dataclass
 class Pack:
@@ -199,7 +201,7 @@ def _read_clip(
     labels = cache.read(LABELS, item)
     _check_labels(labels)
     found = {stream.name: cache.read(stream.name, item) for stream in streams if cache.has(stream.name, item)}
-    duration = _duration(labels, list(found.values()))
+    duration = _duration(labels, list(found.values()), config.grid.window)
     windows = tables.window_times(config.grid, duration)
     reduce = tables.nearest_targets if config.label_reduction == "nearest" else tables.mean_targets
     value = np.where(labels.valid, labels.value, np.nan).astype(np.float64)
@@ -229,13 +231,28 @@ def _read_clip(
     return clip, _ClipTables(windows, targets, steps, offset, nearest)
 
 
-def _duration(labels: Item, found: Iterable[Item]) -> float:
-    """Seconds: the clip's own, or where no one says, until the last time of any of its arrays."""
-    said = _number(labels.meta, "duration")
-    if said is not None:
-        return said
-    flat = [np.sort(data.time, axis=None) for data in (labels, *found) if data.time.size]
-    return max((float(time[-1] + median_interval(time)) for time in flat), default=0.0)
+def _duration(labels: Item, found: Iterable[Item], window: float) -> float:
+    """Seconds of the clip: the record's duration, but at most one window more than its arrays cover.
+
+    A record can claim any duration, and windows are laid over all of it: unbounded, 3 MB of cache took 8 GB of memory.
+
+    Raises:
+        DataError: times of more than `LONGEST` seconds in arrays with less than one row per window.
+    """
+    times = [np.sort(data.time, axis=None) for data in (labels, *found) if data.time.size]
+    covered = max((float(time[-1] + median_interval(time)) for time in times), default=0.0)
+    claimed = _number(labels.meta, "duration")
+    duration = covered if claimed is None else min(claimed, covered + window)
+    rows = max(map(len, times), default=0)
+    if duration > max(LONGEST, rows * window):
+        raise DataError(
+            explain(
+                f"The times of clip {labels.item!r} are not credible",
+                expected=f"at most {LONGEST:.0f} s, or a row in every window of {window:g} s",
+                got=f"{duration:.0f} s with {rows} rows",
+            )
+        )
+    return duration
 
 
 def _number(meta: Json, key: str) -> float | None:

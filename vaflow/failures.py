@@ -30,7 +30,7 @@ class Failure:
         error: class of the error.
         message: what a user reads.
         details: further members of the line: "split" and "stream" of a clip; "table", "row" and "run" of a study.
-            A line without "split" counts for every split.
+            A line without "split" is of every split.
     """
 
     item: str

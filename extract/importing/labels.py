@@ -86,7 +86,8 @@ class ImportedLabels:
                 explain(
                     f"The labels of {cache.place} come from its videos and cannot be mixed with others",
                     got=f"--labels {options.folder}",
-                    remedy="Leave --labels out, or import into a cache of its own",
+                    remedy="Omit --labels, or import into another cache. "
+                    f"To change splits only: vaflow cache splits {cache.place} splits.csv",
                 )
             )
         if not self._extracted:

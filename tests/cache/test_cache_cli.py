@@ -54,18 +54,18 @@ def test_an_empty_cache_has_an_info_too(tmp_path, capsys):
 def test_verify_and_repair(tmp_path, store, capsys):
     path = small_cache(tmp_path / "cache", store).path
     assert main(["cache", "verify", str(path)]) == 0
-    assert "4 items, all as committed" in capsys.readouterr().out
+    assert "4 items match their checksums" in capsys.readouterr().out
     file = damage(path)
     assert main(["cache", "verify", str(path)]) == 1
     printed = capsys.readouterr()
     assert f"{file} (item 'c' of stream 'visual'): it has" in printed.out
-    assert f"1 problem. Mend with: vaflow cache repair {path}" in printed.err
+    assert f"1 problem. Repair with: vaflow cache repair {path}" in printed.err
     assert main(["cache", "verify", str(path), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert [(p["path"], p["stream"], p["item"]) for p in found["problems"]] == [(file, "visual", "c")]
     assert found["items"] == 4
     assert main(["cache", "repair", str(path)]) == 0
-    assert "1 problem mended" in capsys.readouterr().out
+    assert "1 problem repaired" in capsys.readouterr().out
     assert main(["cache", "verify", str(path), "-q"]) == 0
     assert capsys.readouterr().out == ""
     assert not open_cache(path).has("visual", "c")
@@ -86,7 +86,7 @@ def test_leftovers_of_killed_writers_are_no_problem(tmp_path, store, capsys):
     assert main(["cache", "verify", str(path), "-v"]) == 0
     printed = capsys.readouterr()
     assert "visual/c/0123456789abcdef" in printed.err
-    assert "all as committed" in printed.out
+    assert "match their checksums" in printed.out
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "repair"])

@@ -251,6 +251,6 @@ def test_the_command_and_the_example_in_its_help(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "vaflow cache merge whole part1 part2" in printed
     assert main(["cache", "merge", "whole", "part1", "part2"]) == 0
-    assert "8 items written; 0 were there already" in capsys.readouterr().out
+    assert "8 items written; 0 up to date" in capsys.readouterr().out
     assert main(["cache", "merge", "whole", "part1", "part2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["there"] == 8

@@ -341,3 +341,32 @@ def test_region_occupancy_is_told(cache: Cache) -> None:
         float(word.rstrip("%")) for line in describe_labels(windows, 0.66).splitlines()[2:] for word in line.split()[2:]
     ]
     np.testing.assert_allclose(numbers, 100 * share.reshape(3, 3)[::-1].ravel(), atol=0.051)
+
+
+def write_toy_clip(cache: Cache, times: np.ndarray, meta: dict[str, Any]) -> None:
+    """One clip with labels and visual features at `times`."""
+    count = len(times)
+    known = np.ones((count, 2), bool)
+    cache.declare(StreamInfo(VISUAL, "visual", 4, "float16", {}))
+    cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {}))
+    features = {"embedding": np.ones((count, 4), np.float16), "time": times, "valid": np.ones(count, bool)}
+    cache.write(VISUAL, "clip", features)
+    cache.write(LABELS, "clip", {"time": times, "value": known.astype(np.float32), "valid": known}, meta=meta)
+
+
+def test_a_record_cannot_claim_more_time_than_its_arrays_cover(tmp_path: Path) -> None:
+    """Windows are laid over the whole duration: 9.9e6 s took 8 GB."""
+    cache = create_cache(tmp_path / "cache")
+    write_toy_clip(cache, np.arange(40) * 0.5, {"split": "train", "duration": 9.9e6})
+    config = TrainConfig(visual=(VISUAL,), audio=(), window=4.0, stride=1.0, frames=8)
+    windows = load(cache, config)
+    assert windows.clips[0].duration == 20.0 + 4.0
+    assert len(windows) < 30
+
+
+def test_times_without_rows_behind_them_are_refused(tmp_path: Path) -> None:
+    cache = create_cache(tmp_path / "cache")
+    write_toy_clip(cache, np.array([0.0, 0.5, 1e7]), {"split": "train"})
+    config = TrainConfig(visual=(VISUAL,), audio=(), window=4.0, stride=1.0, frames=8)
+    with pytest.raises(DataError, match="not credible"):
+        load(cache, config)

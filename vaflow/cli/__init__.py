@@ -28,9 +28,6 @@ from vaflow.cli import (
     train,
     view,
 )
-from vaflow.cli import cache as cache_copy
-from vaflow.cli import cache as cache_prompts
-from vaflow.cli import cache_import as cache_targets
 from vaflow.cli import predict as submit
 from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error
 from vaflow.cli.options import command_class, epilog
@@ -64,11 +61,8 @@ app.command(
     "extract", cls=command_class(ExtractConfig), epilog=epilog(ExtractConfig, "docs/settings.md"), rich_help_panel=DATA
 )(extract.extract)
 app.add_typer(cache.app, name="cache", cls=CommandGroup, rich_help_panel=CACHE)
-_add("convert", cache_copy.convert, "Commands", cache.app)
-_add("merge", cache_copy.merge, "Commands", cache.app)
-_add("prompts", cache_prompts.prompts, "Commands", cache.app)
 _add("import", cache_import.import_, "Commands", cache.app)
-_add("targets", cache_targets.targets, "Commands", cache.app)
+_add("targets", cache_import.targets, "Commands", cache.app)
 app.command(
     "train", cls=command_class(TrainConfig), epilog=epilog(TrainConfig, "docs/settings.md"), rich_help_panel=MODEL
 )(train.train)

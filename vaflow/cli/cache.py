@@ -1,12 +1,8 @@
-"""`vaflow cache info|verify|repair`; the group's other commands have files of their own.
-
-`vaflow cache convert` and `vaflow cache merge`: caches made of caches.
-
-`vaflow cache prompts`: the words that the prompt head compares faces with.
-"""
+"""`vaflow cache`: show, verify, repair, convert and merge caches; drop clips, change splits, embed prompts."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,20 +21,26 @@ from vaflow.cli.common import (
     table,
     weight_pairs,
 )
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, count, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.cache import Cache
+    from vaflow.cache.copy import TransferSummary
     from vaflow.cache.verify import Problem
+    from vaflow.extract.prompts import AddedPrompts, ListedSet
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a cache; check, mend, copy, join it.")
+SOME_FAILED = 3
+SHOWN = 20  # clips that a command lists without --verbose
 
-CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="The folder of the cache.", show_default=False)]
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show, verify, repair, copy and edit caches.")
+
+CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Cache directory or URL.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the changes without making them.")]
 
 
 @app.command(cls=Command)
 def info(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False) -> int:
-    """What is in a cache: its clips per split, and its streams with what made them.
+    """Print the clips per split and the streams of a cache, with the encoder of each stream.
 
     Example: vaflow cache info cache --json
     """
@@ -56,109 +58,97 @@ def info(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, qui
 def _info_text(facts: dict[str, Any], verbose: bool) -> str:
     splits = ", ".join(f"{name} {count}" for name, count in facts["splits"].items())
     lines = [
-        f"{facts['path']}: {facts['store']}, schema version {facts['schema_version']}",
-        f"{facts['items']} clips" + (f" ({splits})" if splits else ""),
+        visible(f"{facts['path']}: {facts['store']}, schema version {facts['schema_version']}"),
+        count(facts["items"], "clip") + (f" ({splits})" if splits else ""),
         "",
     ]
     header = ("stream", "kind", "dim", "dtype", "items", "bytes", "fingerprint", "encoder")
-    rows = [
-        (
-            name,
-            stream["kind"],
-            stream["dim"],
-            stream["dtype"],
-            stream["items"],
-            file_size(stream["bytes"]),
-            stream["fingerprint"] if verbose else stream["fingerprint"][:8],
-            _short(stream["encoder"]),
+    rows = []
+    for name, stream in facts["streams"].items():
+        fingerprint = stream["fingerprint"] if verbose else stream["fingerprint"][:8]
+        encoder = stream["encoder"].get("name", "-") if isinstance(stream["encoder"], dict) else stream["encoder"]
+        rows.append(
+            (
+                name,
+                stream["kind"],
+                stream["dim"],
+                stream["dtype"],
+                stream["items"],
+                file_size(stream["bytes"]),
+                fingerprint,
+                "-" if encoder is None else encoder,
+            )
         )
-        for name, stream in facts["streams"].items()
-    ]
     lines.append(table(rows, header) if rows else "no streams yet")
-    damaged = {name: stream["damaged"] for name, stream in facts["streams"].items() if stream["damaged"]}
-    lines += [f"{name}: {count} damaged records, see `vaflow cache verify`" for name, count in damaged.items()]
+    for name, stream in facts["streams"].items():
+        if stream["damaged"]:
+            lines.append(visible(f"{name}: {count(stream['damaged'], 'damaged record')}, see `vaflow cache verify`"))
     return "\n".join(lines)
-
-
-def _short(encoder: object) -> str:
-    if isinstance(encoder, dict):
-        encoder = encoder.get("name", encoder)
-    return "-" if encoder is None else str(encoder)
 
 
 @app.command(cls=Command)
 def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False) -> int:
-    """Read everything and compare it with its checksums and the schema; exit code 1 when anything is wrong.
+    """Compare every array with its checksum and the schema; exit code 1 if anything is damaged.
 
     Example: vaflow cache verify cache
     """
     from vaflow.cache import open_cache
     from vaflow.cache.verify import leftovers, record_files
-    from vaflow.cache.verify import verify as check
+    from vaflow.cache.verify import verify as find_problems
 
     set_up(verbose, quiet)
     opened = open_cache(cache)
     with _bar("verify", len(record_files(opened)), quiet) as step:
-        problems = check(opened, step)
+        problems = find_problems(opened, step)
     notes = [opened.layout.shown(path) for path in leftovers(opened)]
     if json:
-        print_json({**_findings(opened, problems), "leftovers": notes})
+        print_json({**_problem_report(opened, problems), "leftovers": notes})
         return 1 if problems else 0
-    _list(problems)
+    for problem in problems:
+        typer.echo(visible(str(problem)))
     if notes and not quiet:
-        typer.echo(f"{_count(len(notes), 'leftover')} of killed or running writers; nobody reads them", err=True)
+        typer.echo(f"{count(len(notes), 'leftover')} of killed or running writers, which readers skip", err=True)
     if verbose:
         for note in notes:
-            typer.echo(f"  {note}", err=True)
+            typer.echo(visible(f"  {note}"), err=True)
     if problems:
-        typer.echo(f"{_count(len(problems), 'problem')}. Mend with: vaflow cache repair {cache}", err=True)
+        typer.echo(visible(f"{count(len(problems), 'problem')}. Repair with: vaflow cache repair {cache}"), err=True)
         return 1
     if not quiet:
-        typer.echo(f"{_count(len(record_files(opened)), 'item')}, all as committed")
+        typer.echo(f"{count(len(record_files(opened)), 'item')} match their checksums")
     return 0
 
 
 @app.command(cls=Command)
 def repair(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False) -> int:
-    """Drop what is damaged, so that the next `vaflow extract` makes only that again.
+    """Remove damaged items, so that the next `vaflow extract` remakes only those.
 
     Example: vaflow cache repair cache
     """
     from vaflow.cache.verify import GRACE, leftovers, open_for_repair, record_files
-    from vaflow.cache.verify import repair as mend
+    from vaflow.cache.verify import repair as remove_damage
 
     set_up(verbose, quiet)
     opened = open_for_repair(cache)
     stale = [opened.layout.shown(path) for path in leftovers(opened, GRACE)]
     with _bar("repair", len(record_files(opened)), quiet) as step:
-        problems = mend(opened, step)
+        problems = remove_damage(opened, step)
     if json:
-        print_json({**_findings(opened, problems), "removed_leftovers": stale})
+        print_json({**_problem_report(opened, problems), "removed_leftovers": stale})
         return 0
-    _list(problems)
+    for problem in problems:
+        typer.echo(visible(str(problem)))
     if not quiet:
-        removed = f"{_count(len(stale), 'leftover')} of killed writers removed"
-        typer.echo(f"{_count(len(problems), 'problem')} mended, {removed}")
+        typer.echo(f"{count(len(problems), 'problem')} repaired, {count(len(stale), 'leftover')} removed")
     if problems:
-        typer.echo("Run `vaflow extract` again: only what was dropped is made anew", err=True)
+        typer.echo("Run `vaflow extract` again: it remakes only the removed items", err=True)
     return 0
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _findings(cache: "Cache", problems: "list[Problem]") -> dict[str, Any]:
-    from dataclasses import asdict
-
+def _problem_report(cache: "Cache", problems: "list[Problem]") -> dict[str, Any]:
     from vaflow.cache.verify import record_files
 
     return {"cache": cache.place, "items": len(record_files(cache)), "problems": [asdict(p) for p in problems]}
-
-
-def _list(problems: "list[Problem]") -> None:
-    for problem in problems:
-        typer.echo(str(problem))
 
 
 @contextmanager
@@ -176,23 +166,107 @@ def _bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[], None] | N
         yield step
 
 
-if TYPE_CHECKING:
-    from vaflow.cache.copy import TransferSummary
-
-SOME_FAILED = 3
-
-
-def convert(
+@app.command(cls=Command)
+def drop(
     cache: CachePath,
-    out: Annotated[Path, typer.Option(metavar="OTHER", help="The cache to write.", show_default=False)],
-    store: Annotated[str, typer.Option(metavar="STORE", help="Its store: zarr or hdf5.", show_default=False)],
+    items: Annotated[list[str] | None, typer.Argument(metavar="ITEM", help="Clips to remove.")] = None,
+    absent: Annotated[
+        Path | None,
+        typer.Option(metavar="ROOT", help="Remove the clips that this data set does not contain.", show_default=False),
+    ] = None,
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="Layout of ROOT, as in `vaflow extract`.")] = "auto",
+    dry_run: DryRun = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Copy a cache into another store, losing nothing. Run it again to go on, or to take what was added since.
+    """Remove clips from every stream of a cache: those named, or those that a data set no longer contains.
 
-    Every byte that is read is checked; damaged items are left out and listed in OTHER/failures.jsonl.
+    Example: vaflow cache drop cache --absent data/ --dry-run
+    """
+    from vaflow.cache import open_cache
+    from vaflow.cache.edit import absent_clips, drop_clips
+
+    set_up(verbose, quiet)
+    if bool(items) == (absent is not None):
+        got = "both" if items else "neither"
+        raise UsageError(explain("Choose the clips to remove", expected="ITEM... or --absent ROOT", got=got))
+    opened = open_cache(cache, writable=not dry_run)
+    clips = list(items or [])
+    if absent is not None:
+        from vaflow.datasets import open_dataset
+
+        clips = absent_clips(opened, {clip.id for clip in open_dataset(absent, layout).clips}, str(absent))
+    dropped = drop_clips(opened, clips, dry_run=dry_run)
+    if json:
+        print_json({"cache": opened.place, "dry_run": dry_run, "dropped": dropped})
+    elif not quiet:
+        _list_clips([f"{item}: {', '.join(streams)}" for item, streams in dropped.items()], verbose)
+        typer.echo(visible(f"{opened.place}: {count(len(dropped), 'clip')} {'to remove' if dry_run else 'removed'}"))
+    return 0
+
+
+@app.command(cls=Command)
+def splits(
+    cache: CachePath,
+    table: Annotated[Path, typer.Argument(metavar="SPLITS", help="CSV file with name,split.", show_default=False)],
+    dry_run: DryRun = False,
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Assign clips of a cache to splits; labels and embeddings stay as they are. Clips not listed keep their split.
+
+    Example: vaflow cache splits cache splits.csv --dry-run
+    """
+    from vaflow.cache import open_cache
+    from vaflow.cache.edit import change_splits
+    from vaflow.datasets.splits import read_splits
+
+    set_up(verbose, quiet)
+    listed = read_splits(table).columns
+    if "split" not in listed:
+        got = ", ".join(listed)
+        raise UsageError(explain(f"{table} has no splits", expected="the columns name and split", got=got))
+    opened = open_cache(cache, writable=not dry_run)
+    with _bar("splits", len(listed["split"]), quiet or json) as step:
+        changes = change_splits(opened, listed["split"], dry_run=dry_run, on_clip=step)
+    if json:
+        print_json({"cache": opened.place, "dry_run": dry_run} | asdict(changes))
+    elif not quiet:
+        _list_clips([f"{item}: {old or 'no split'} -> {new}" for item, (old, new) in changes.changed.items()], verbose)
+        counts = [
+            f"{count(len(changes.changed), 'clip')} {'to change' if dry_run else 'changed'}",
+            f"{changes.unchanged} unchanged",
+            f"{len(changes.unlisted)} not listed",
+        ]
+        typer.echo(visible(f"{opened.place}: {', '.join(counts)}"))
+    if changes.unknown and not quiet:
+        shown = ", ".join(changes.unknown[:5]) + (" ..." if len(changes.unknown) > 5 else "")
+        names = count(len(changes.unknown), "name")
+        typer.echo(visible(f"{table} lists {names} that the cache does not contain: {shown}"), err=True)
+    return 0
+
+
+def _list_clips(lines: list[str], verbose: bool) -> None:
+    for line in lines if verbose else lines[:SHOWN]:
+        typer.echo(visible(line))
+    if len(lines) > SHOWN and not verbose:
+        typer.echo(f"... and {len(lines) - SHOWN} more (-v lists all)")
+
+
+@app.command(cls=Command)
+def convert(
+    cache: CachePath,
+    out: Annotated[Path, typer.Option(metavar="OTHER", help="Cache to write.", show_default=False)],
+    store: Annotated[str, typer.Option(metavar="STORE", help="Store of OTHER: zarr or hdf5.", show_default=False)],
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Copy a cache into another store, without loss. Run again to resume, or to copy items added since.
+
+    Checksums are compared; damaged items are skipped and listed in OTHER/failures.jsonl.
 
     Example: vaflow cache convert cache --out cache.h5 --store hdf5
     """
@@ -204,28 +278,29 @@ def convert(
     return _report(summary, json=json, quiet=quiet)
 
 
+@app.command(cls=Command)
 def merge(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The cache to write.", show_default=False)],
-    caches: Annotated[list[Path], typer.Argument(metavar="CACHE", help="What to join.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Cache to write.", show_default=False)],
+    caches: Annotated[list[Path], typer.Argument(metavar="CACHE", help="Caches to merge.", show_default=False)],
     prefer: Annotated[
         str | None,
         typer.Option(
             metavar="WHICH",
-            help="first or newest: which version of an item counts where sources differ.",
+            help="Version to keep of an item that was made from different sources: first or newest.",
             show_default=False,
         ),
     ] = None,
     store: Annotated[
         str | None,
-        typer.Option(metavar="STORE", help="zarr or hdf5, of a new cache.", show_default="that of the first"),
+        typer.Option(metavar="STORE", help="Store of a new cache: zarr or hdf5.", show_default="that of the first"),
     ] = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Join caches whose parts were extracted on different machines. Run it again to go on.
+    """Merge caches that were extracted on different machines with the same settings. Run again to resume.
 
-    The streams must have been made with the same settings. An item that is in several is kept once.
+    An item in several caches is kept once.
 
     Example: vaflow cache merge whole part1 part2
     """
@@ -240,47 +315,37 @@ def merge(
 
 def _report(summary: "TransferSummary", *, json: bool, quiet: bool) -> int:
     if json:
-        print_json(_document(summary))
+        print_json(summary_json(summary))
     elif not quiet:
-        replaced = f", {summary.replaced} of them in the place of another version" if summary.replaced else ""
-        typer.echo(f"{summary.out}: {_items(summary.copied)} written{replaced}; {summary.there} were there already")
+        replaced = f" ({summary.replaced} replaced)" if summary.replaced else ""
+        typer.echo(f"{summary.out}: {count(summary.copied, 'item')} written{replaced}; {summary.there} up to date")
     if summary.failures:
-        typer.echo(f"{_items(len(summary.failures))} could not be read: {summary.failures_file}", err=True)
+        problem = f"{count(len(summary.failures), 'item')} could not be read"
+        typer.echo(f"{problem}: {summary.failures_file}", err=True)
         return 1 if summary.nothing_done else SOME_FAILED
     return 0
 
 
-def _items(count: int) -> str:
-    return f"{count} item" + ("" if count == 1 else "s")
-
-
-def _document(summary: "TransferSummary") -> dict[str, object]:
-    return summary_json(summary)
-
-
-if TYPE_CHECKING:
-    from vaflow.extract.prompts import AddedPrompts, ListedSet
-
-
+@app.command(cls=Command)
 def prompts(
     cache: CachePath,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="TOML file of a prompt set to embed.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="Prompt set to embed, a TOML file.", show_default=False)
     ] = None,
     visual: Annotated[
-        str | None, typer.Option(metavar="NAME", help="For which encoder.", show_default="all with a text tower")
+        str | None, typer.Option(metavar="NAME", help="Encoder of the prompts.", show_default="all with a text tower")
     ] = None,
     weights: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Local weights instead of the hub. Repeatable.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda[:N].")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "cpu",
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """List the prompt sets of a cache; with --prompts, embed another one. No clip is read.
+    """List the prompt sets of a cache; with --prompts, embed another one. Reads no media.
 
-    The file's stem names the set; `vaflow train CACHE --set prompts=NAME` uses it. -v prints the words.
+    The set is named after the file; `vaflow train CACHE --set prompts=NAME` uses it. -v prints the prompts.
 
     Example: vaflow cache prompts cache --prompts plain.toml
     """
@@ -288,43 +353,33 @@ def prompts(
     from vaflow.cache import open_cache
     from vaflow.extract.prompts import add_prompts, list_prompts
 
-    done = None
+    added = None
     if prompts is not None:
         opened = open_cache(cache, writable=True)
-        done = add_prompts(opened, prompts, visual, weight_pairs(weights or []), device=device)
+        added = add_prompts(opened, prompts, visual, weight_pairs(weights or []), device=device)
         opened.refresh_index()
     elif visual is not None or weights:
-        raise UsageError(explain("Nothing is to be embedded", expected="--prompts FILE", got="--visual or --weights"))
-    found = list_prompts(open_cache(cache))
+        problem = "--visual and --weights are options of embedding"
+        raise UsageError(explain(problem, expected="--prompts FILE beside them", got="no --prompts"))
+    listed = list_prompts(open_cache(cache))
     if json:
-        print_json({"cache": str(cache), "sets": [_prompts_document(one) for one in found]} | _done(done))
+        document: dict[str, Any] = {"cache": str(cache), "sets": [asdict(one) for one in listed]}
+        print_json(document if added is None else document | {"added": asdict(added)})
     elif not quiet:
-        typer.echo(_describe(found, done, cache, verbose))
+        typer.echo(_prompts_text(listed, added, cache, verbose))
     return 0
 
 
-def _prompts_document(one: "ListedSet") -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(one)
-
-
-def _done(done: "AddedPrompts | None") -> dict[str, object]:
-    from dataclasses import asdict
-
-    return {} if done is None else {"added": asdict(done)}
-
-
-def _describe(found: "list[ListedSet]", done: "AddedPrompts | None", cache: Path, verbose: bool) -> str:
+def _prompts_text(listed: "list[ListedSet]", added: "AddedPrompts | None", cache: Path, verbose: bool) -> str:
     lines = []
-    if done is not None:
-        lines += [f"{done.name!r} embedded: {stream}" for stream in done.new]
-        lines += [f"{done.name!r} embedded in the place of other words: {stream}" for stream in done.replaced]
-        lines += [f"{done.name!r} was there already: {stream}" for stream in done.unchanged]
-        lines += [f"Train with it: vaflow train {cache} --out RUN --set prompts={done.name}", ""]
-    rows = [(one.stream, one.name, len(one.templates), one.created) for one in found]
-    lines.append(table(rows, ("stream", "set", "templates", "made")) if rows else "no prompt sets")
+    if added is not None:
+        lines += [f"{added.name!r} embedded: {stream}" for stream in added.new]
+        lines += [f"{added.name!r} embedded, replacing other prompts: {stream}" for stream in added.replaced]
+        lines += [f"{added.name!r} is up to date: {stream}" for stream in added.unchanged]
+        lines += [f"Train with it: vaflow train {cache} --out RUN --set prompts={added.name}", ""]
+    rows = [(one.stream, one.name, len(one.templates), one.created) for one in listed]
+    lines.append(table(rows, ("stream", "set", "templates", "created")) if rows else "no prompt sets")
     if verbose:
-        for one in found:
+        for one in listed:
             lines += ["", f"{one.stream}, {one.name}:", *(f"  {words}" for words in one.templates + one.descriptions)]
-    return "\n".join(lines)
+    return "\n".join(visible(line) for line in lines)
