@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from numbered_clip import read_number
+from until import until
 
 from vaflow.viewer.page import ViewConfig, write_viewer
 
@@ -19,15 +20,6 @@ OpenPage = Callable[..., Any]
 def page_file(numbered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("view")
     return write_viewer(numbered / "predictions", out, config=ViewConfig([numbered / "media"])).page
-
-
-def until(page: Any, expression: str) -> None:
-    """Wait until an expression holds: the page's policy forbids `wait_for_function`, which evaluates in the page."""
-    for _ in range(300):
-        if page.evaluate(expression):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(f"not within 15 s: {expression}")
 
 
 def ready(page: Any, clip: str) -> None:

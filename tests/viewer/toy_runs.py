@@ -60,7 +60,7 @@ def write_run(
     (path / "config.toml").write_text(
         f'vaflow = "0.1.0"\ncache = "/no/such/cache"\n[train]\ntemporal = "gru"\nfusion = "gated"\nseed = {seed}\n'
         f"centers = 0.66\nsigma = 0.45\n[data.val]\nclips = {len(clips)}\n"
-        f'[[stream]]\nname = "{encoder}"\nkind = "visual"\n'
+        f'[[stream]]\nname = {json.dumps(encoder)}\nkind = "visual"\n'
     )
     sources = {"cache": "/no/such/cache", "streams": {encoder: {"kind": "visual"}}, "items": items}
     (path / "predictions" / "val" / "sources.json").write_text(json.dumps(sources))

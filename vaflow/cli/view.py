@@ -29,6 +29,13 @@ def view(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the clips beside the page, so that it can be moved.")
     ] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the page on this machine and save ratings made in it.")
+    ] = False,
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port for --serve (0: any free one).")] = 0,
+    ratings: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory for ratings of --serve (default: DIR/ratings).")
+    ] = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -45,6 +52,15 @@ def view(
         print_json({"page": str(viewer.page), "clips": [clip.facts for clip in viewer.clips]})
     elif not quiet:
         typer.echo(f"{count(len(viewer.clips), 'clip')}: {viewer.page}")
+    if serve:
+        from vaflow.viewer.server import ViewerServer
+
+        with ViewerServer(viewer, ratings or out / "ratings", port) as server:
+            typer.echo(f"Serving {server.address} until Ctrl-C; ratings go to {server.ratings}", err=True)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                typer.echo("Stopped", err=True)
     return 0
 
 

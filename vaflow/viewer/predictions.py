@@ -162,11 +162,13 @@ def read_predictions(path: Path) -> Predictions:
         if path.stat().st_size > _LIMIT:
             raise ValueError(f"it is larger than {_LIMIT} bytes")
         lines = _EMPTY_CELL.sub(b",nan", path.read_bytes()).decode().splitlines()
+        if len(lines) < 2:
+            raise ValueError("it has no rows")
         columns = [header.index(name) for name in wanted]
         table = np.loadtxt(lines, delimiter=",", skiprows=1, usecols=columns, ndmin=2, comments=None)
         time = table[:, 0]
-        if not len(time) or not np.isfinite(table[:, :3]).all() or (np.diff(time) < 0).any():
-            raise ValueError("it has no rows, a value that is not finite, or times that do not ascend")
+        if not np.isfinite(table[:, :3]).all() or (np.diff(time) < 0).any():
+            raise ValueError("it has a value that is not finite, or times that do not ascend")
     except (ValueError, OSError) as error:
         expected = f"a CSV file with columns {', '.join(REQUIRED)}"
         raise CorruptError(explain(f"Cannot read the predictions {path}", expected=expected, got=error)) from error
