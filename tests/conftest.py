@@ -12,6 +12,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported;
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Tests that measure time, use all cores or kill processes by load: they run alone, in one process.
+SERIAL = (
+    "extract/test_ray.py",
+    "extract/test_item_timeout.py",
+    "extract/test_long_clips.py",
+    "faults/test_faults_system.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `SERIAL`."""
+    for item in items:
+        if item.path.as_posix().endswith(SERIAL):
+            item.add_marker(pytest.mark.serial)
+
+
 CLIPS_VARIABLE = "VAFLOW_TEST_CLIPS"
 
 

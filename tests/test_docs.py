@@ -1,7 +1,7 @@
 """The documentation is correct: every `bash` command and `python` block of the pages runs here, in order.
 
 Stand-ins: tiny encoders for those whose weights must be downloaded, a small Aff-Wild2 tree for the real one, and one
-epoch for the usual number. Installation lines are what `.ci/run` runs; options.md and clusters.md have
+epoch for the usual number. The demo and the installation are tested elsewhere; options.md and clusters.md have
 tests of their own.
 """
 
@@ -16,6 +16,7 @@ from affwild2_tree import build_affwild2
 
 import vaflow
 from vaflow.cli import main
+from vaflow.demo.writer import write_demo
 
 ROOT = Path(__file__).parents[1]
 STAND_INS = {
@@ -24,22 +25,18 @@ STAND_INS = {
     "resnet50": "resnet-tiny",
     "ast": "ast-tiny",
     "vggish": "vggish-tiny",
-    "60": "3",  # clips of the demo
-    "24": "3",
-    "large": "tutorial",  # the second demo has the data of the first
-    "large/data": "tutorial/data",
-    "large/cache": "tutorial/cache",
     "finetune_blocks=4": "finetune_blocks=2",  # the tiny encoders have no more
 }
 ALIASES = [word for name, other in STAND_INS.items() if "tiny" in other for word in ("--alias", f"{name}={other}")]
 QUICK = {"train": ["--epochs", "1"], "ablate": ["--set", "epochs=1"]}
+TESTED_ELSEWHERE = ("python3 -m venv", "vaflow demo")  # .ci/run installs; tests/demo runs the demo
 PAGES = (
     "README.md",
     *(
         f"docs/{name}.md"
         for name in ("provenance", "tutorial", "own-data", "encoders", "fine-tuning", "read-elsewhere")
     ),
-    *(f"docs/{name}.md" for name in ("results", "python")),
+    "docs/python.md",
 )
 
 
@@ -49,9 +46,9 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    """Lines of the `bash` blocks, without the installation."""
+    """Lines of the `bash` blocks, without those that have a test of their own."""
     lines = "\n".join(blocks(page, "bash")).splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("python3 -m venv")]
+    return [line for line in lines if line.strip() and not line.startswith(TESTED_ELSEWHERE)]
 
 
 def with_stand_ins(arguments: list[str]) -> list[str]:
@@ -75,6 +72,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
         (folder / "videos" / f"{name}.csv").write_text("\n".join(["time,valence,arousal", *rows]) + "\n")
         with (folder / "videos" / "splits.csv").open("a") as file:
             file.write(("name,split\n" if split == "train" else "") + f"{name},{split}\n")
+    write_demo(folder / "tutorial" / "data", train=2, val=1, test=1, seconds=10, rate=10, width=160, height=120)
     (folder / "interview.mp4").symlink_to((clips / "single_face.mp4").resolve())
     (folder / "sample.txt").write_bytes(tree.sample.read_bytes())
     return folder

@@ -61,7 +61,8 @@ def test_slurm(sandbox: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     for number in reversed(tasks):  # in any order
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
         execute(script, capsys)
-        assert (sandbox / "affwild2.cache" / f"failures-{number}-of-{len(tasks)}.jsonl").is_file()
+        failures = sandbox / "affwild2.cache" / f"failures-{number}-of-{len(tasks)}.jsonl"
+        assert not failures.exists()  # a list is written only where something failed
     said = execute(afterwards.splitlines()[0] + " --json", capsys)
     assert json.loads(said)["items"] == 0
     execute(afterwards, capsys)
@@ -83,9 +84,9 @@ def test_object_stores(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_ray(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'vaflow[ray]'")
+    """The command is accepted; what it does on a cluster is tested in tests/extract/test_ray.py."""
     [block] = section("Ray")
-    assert "Extracted" in execute(block, capsys)
+    assert execute(f"{block.rstrip()} --dry-run", capsys)
 
 
 def test_every_option_that_the_page_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
