@@ -1,9 +1,7 @@
-"""What is in a data set and what is wrong with it, before hours are spent on it.
+"""Check a data set before extraction: measure every clip, and compare clips with each other and with a cache.
 
-Headers, packets, labels and names of crops are read. Pictures are decoded only where a container keeps no times, sound
-up to the first that can be heard, and whole files are compared only where size and samples are alike.
-
-Files of the same content under other names, found without reading a whole data set.
+Headers, packets, labels and names of crops are read. Frames are decoded only if a container has no times, audio up to
+the first audible sample, and whole files are compared only if their sizes and samples are equal.
 """
 
 from collections import defaultdict
@@ -15,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vaflow.cache import Cache
+from vaflow.cache.schema import LABELS
 from vaflow.datasets.clip import SEVERITIES, Clip, Dataset, Note
 from vaflow.datasets.formats import read_annotation
 from vaflow.errors import DataError, MediaError
@@ -22,6 +22,7 @@ from vaflow.extract.doctor.facts import (
     CropFacts,
     LabelFacts,
     MediaFacts,
+    audio_facts,
     crop_facts,
     label_facts,
     media_facts,
@@ -47,25 +48,25 @@ SAMPLE = 1 << 16  # bytes read at the head, the middle and the tail of files tha
 def same_content(paths: Iterable[Path]) -> list[tuple[Path, ...]]:
     """Groups of two or more different paths with equal bytes, each sorted; empty and unreadable files are in none.
 
-    Most files are told apart by their size alone, nearly all others by three samples; only what is still alike is read
-    whole.
+    Sizes differ for most files, and three samples for nearly all others; only the remaining ones are read whole.
     """
     groups: list[tuple[Path, ...]] = [tuple(sorted(set(paths)))]
-    for tell in (_size, _sample, content_digest):
-        groups = [part for group in groups for part in _parts(group, tell)]
+    for key in (_size, _sample, content_digest):
+        groups = [part for group in groups for part in _partition(group, key)]
     return sorted(groups)
 
 
-def _parts(group: Sequence[Path], tell: Callable[[Path], Hashable]) -> list[tuple[Path, ...]]:
-    found: dict[Hashable, list[Path]] = defaultdict(list)
+def _partition(group: Sequence[Path], key: Callable[[Path], Hashable]) -> list[tuple[Path, ...]]:
+    """Parts of two or more files with an equal key; files without a key are left out."""
+    parts: dict[Hashable, list[Path]] = defaultdict(list)
     for path in group:
         try:
-            mark = tell(path)
-        except OSError:  # the clip that it belongs to has a finding of its own
+            value = key(path)
+        except OSError:  # its clip has a finding about it
             continue
-        if mark:
-            found[mark].append(path)
-    return [tuple(part) for part in found.values() if len(part) > 1]
+        if value:
+            parts[value].append(path)
+    return [tuple(part) for part in parts.values() if len(part) > 1]
 
 
 def _size(path: Path) -> int:
@@ -83,6 +84,7 @@ def _sample(path: Path) -> str:
 
 
 _NO_TIMES = np.empty(0, np.float64)
+_LEFT_OUT = "Extraction skips the clip"
 
 
 def check_dataset(
@@ -91,35 +93,36 @@ def check_dataset(
     window: float = Grid.window,
     workers: int = 0,
     progress: Callable[[int], object] | None = None,
+    cache: Cache | None = None,
 ) -> Report:
-    """Look at every clip and at the data set as a whole.
+    """Check every clip, and the data set as a whole.
 
     Args:
-        dataset: what `open_dataset` found.
+        dataset: from `open_dataset`.
         window: seconds; clips shorter than that are noted.
-        workers: processes; 0 chooses by machine.
+        workers: processes; 0: by the machine's cores.
         progress: called with 1 after every clip, such as a bar's `update`.
+        cache: extracted from this data set; items that the data set no longer has are reported.
 
     Returns:
         The report. Broken clips are findings, never exceptions.
     """
     have_crops = any(clip.crops for clip in dataset.clips)
-    look = partial(check_clip, window=window, others_have_crops=have_crops)
-    found: dict[int, Checked] = {}
-    for number, result in each(look, dataset.clips, workers=workers):
-        found[number] = _lost(dataset.clips[number], result) if isinstance(result, Failed) else result
+    measure = partial(check_clip, window=window, others_have_crops=have_crops)
+    results: dict[int, Checked] = {}
+    for number, result in each(measure, dataset.clips, workers=workers):
+        if isinstance(result, Failed):  # FFmpeg crashed or stalled in the process that read the file
+            note = Note("error", "unreadable", dataset.clips[number].id, result.message, _LEFT_OUT)
+            result = Checked(dataset.clips[number], None, None, None, (note,))
+        results[number] = result
         if progress is not None:
             progress(1)
-    checked = [found[number] for number in sorted(found)]
+    checked = [results[number] for number in sorted(results)]
     findings = [*dataset.notes, *_findings_together(dataset.clips, checked), *(n for c in checked for n in c.findings)]
+    if cache is not None:
+        findings += absent_findings(dataset, cache)
     findings.sort(key=lambda note: (SEVERITIES.index(note.severity), note.code, note.item))
     return Report(dataset.root, dataset.layout, tuple(checked), tuple(findings))
-
-
-def _lost(clip: Clip, failed: Failed) -> Checked:
-    """A clip that its process died of, or that hung: FFmpeg, not this program, reads the file."""
-    note = Note("error", "unreadable", clip.id, failed.message, "Extraction will leave the clip out")
-    return Checked(clip, None, None, None, (note,))
 
 
 def _findings_together(clips: Sequence[Clip], checked: Sequence[Checked]) -> list[Note]:
@@ -130,8 +133,28 @@ def _findings_together(clips: Sequence[Clip], checked: Sequence[Checked]) -> lis
     return [*dataset_findings(clips, labels), *duplicate_findings(clips, videos, annotations, varied)]
 
 
+def absent_findings(dataset: Dataset, cache: Cache) -> list[Note]:
+    """Items of a cache that the data set no longer has; a video that was renamed is recognised by its content."""
+    ids = {clip.id for clip in dataset.clips}
+    by_size: dict[int, list[Clip]] = defaultdict(list)
+    for clip in dataset.clips:
+        if clip.video is not None and clip.video.is_file():
+            by_size[_size(clip.video)].append(clip)
+    notes = []
+    for item in (item for item in cache.items() if item not in ids):
+        video = cache.record(LABELS, item).source.get("video") or {}
+        alike = by_size[video.get("size", -1)]
+        twins = [clip.id for clip in alike if clip.video and content_digest(clip.video) == video.get("blake2b")]
+        message = f"In the cache {cache.place}, but no longer in the data set"
+        if twins:
+            message += f"; the same video is now {', '.join(twins)}"
+        remedy = f"Remove it from the cache: vaflow cache drop {cache.place} --absent {dataset.root}"
+        notes.append(Note("warning", "absent-item", item, message, remedy))
+    return notes
+
+
 def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bool = False) -> Checked:
-    """Look at one clip; whatever is wrong with it becomes a finding."""
+    """Measure one clip; its problems become findings."""
     notes = clip_findings(clip, others_have_crops)
     media, times, broken = _read_media(clip, window)
     labels, more = _read_labels(clip, media, times)
@@ -142,27 +165,38 @@ def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bo
 def _read_media(clip: Clip, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
     if clip.frames is not None:
         return _read_stills(clip, window)
+    if clip.video is None and clip.audio is not None:
+        return _read_audio(clip, clip.audio, window)
     if clip.video is None:
-        what = " and ".join(name for name, there in (("labels", clip.labels), ("crops", clip.crops)) if there)
-        message = f"There is no video{f' to the {what}' if what else ''}: nothing tells when frames were shown"
+        parts = " and ".join(name for name, part in (("labels", clip.labels), ("crops", clip.crops)) if part)
+        message = f"No video{f' for the {parts}' if parts else ''}, so the times of its frames are unknown"
         remedy = f"Put the video {clip.group}.mp4 below the root, or leave the trial out"
         return None, _NO_TIMES, [Note("error", "no-video", clip.id, message, remedy)]
     try:
         media, times = media_facts(clip.video, clip.audio if clip.audio != clip.video else None)
     except (MediaError, OSError) as error:
-        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), "Extraction will leave the clip out")]
+        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), _LEFT_OUT)]
     return media, times, media_findings(clip, media, window)
+
+
+def _read_audio(clip: Clip, path: Path, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
+    try:
+        media, times = audio_facts(path)
+    except (MediaError, OSError) as error:
+        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), _LEFT_OUT)]
+    message, remedy = "Audio without video", "Its frames are marked as frames without a face"
+    return media, times, [Note("note", "audio-only", clip.id, message, remedy), *media_findings(clip, media, window)]
 
 
 def _read_stills(clip: Clip, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
     try:
         media, times, missing = still_facts(clip)
     except (MediaError, OSError) as error:
-        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), "Extraction will leave the clip out")]
+        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), _LEFT_OUT)]
     notes = media_findings(clip, media, window)
     if missing:
-        message = f"{missing} of {media.frames} frames ({missing / media.frames:.1%}) have no picture"
-        remedy = "They are marked as frames without a face; pictures are found by their number"
+        message = f"{missing} of {media.frames} frames ({missing / media.frames:.1%}) have no image"
+        remedy = "They are marked as frames without a face; an image's number is its frame"
         notes.append(Note("note", "frames-missing", clip.id, message, remedy))
     return media, times, notes
 
@@ -173,7 +207,7 @@ def _read_labels(
     try:
         annotation = read_annotation(clip)
     except DataError as error:
-        return None, [Note("error", "bad-labels", clip.id, str(error), "Extraction will leave the clip out")]
+        return None, [Note("error", "bad-labels", clip.id, str(error), _LEFT_OUT)]
     if annotation is None:
         return None, []
     facts = label_facts(annotation, times)

@@ -1,9 +1,4 @@
-"""What one clip of a data set is, in numbers: its picture, its sound, its crops. Nothing is judged here.
-
-A clip's whole length in a few bytes: which stretches of it have something and which lack it.
-
-What the labels of one clip are, in numbers, and the sums over several clips. Nothing is judged here.
-"""
+"""Measure one clip: frames, audio, crops and labels, in numbers. `findings` interprets them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +13,20 @@ from vaflow.datasets.labels import on_clock
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop
+from vaflow.extract.scan import audio_clock
 from vaflow.extract.video import MediaInfo, frame_times, probe
 from vaflow.timeline import median_interval
 
-BINS = 240  # of a strip
+BINS = 240  # of a coverage bar
 
 
-def strip(times: NDArray[np.float64], flags: NDArray[np.bool_], duration: float) -> bytes:
-    """[BINS] uint8: the share of true flags in each of `BINS` equal parts of the clip; a flag holds until the next.
+def coverage(times: NDArray[np.float64], flags: NDArray[np.bool_], duration: float) -> bytes:
+    """[BINS] uint8: the share of true flags in each of `BINS` equal parts of a clip; a flag holds until the next.
 
     Args:
         times: [N] seconds, ascending, N >= 1.
         flags: [N].
-        duration: seconds of the whole.
+        duration: seconds of the clip.
     """
     position = np.clip((times * (BINS / duration)).astype(np.int64), 0, BINS - 1)
     count = np.bincount(position, minlength=BINS)
@@ -40,14 +36,14 @@ def strip(times: NDArray[np.float64], flags: NDArray[np.bool_], duration: float)
     return bytes(np.rint(255 * np.where(count > 0, share, held)).astype(np.uint8))
 
 
-def runs(flags: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
-    """(first, last + 1) of every stretch of True."""
+def spans(flags: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+    """(first, last + 1) of every sequence of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
     return tuple((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
 
 
 LEVEL_EDGES = (-1 / 3, 1 / 3)  # thirds of the range [-1, 1]
-CELLS = 24  # of the map of labels, per dimension; a multiple of 3, so that no cell lies in two regions
+CELLS = 24  # of the density of labels, per dimension; a multiple of 3, so that no cell lies in two regions
 
 
 @dataclass(frozen=True)
@@ -74,29 +70,29 @@ class LabelFacts:
         rows: rows of the file.
         clock: "row" (row k is frame k), "frame" or "time".
         end: 1 + the last row's frame number, or its time in seconds.
-        runs: (first, last + 1) rows of every stretch without any annotation.
-        half: rows annotated in one of two dimensions only.
-        constant: dimensions that never change.
-        frames: of the clip's clock: the video's, or rows where there are more.
+        unannotated: (first, last + 1) rows of every sequence without any annotation.
+        half: rows annotated in one of two dimensions.
+        constant: dimensions with one value throughout.
+        frames: frames of the video, or rows if there are more.
         annotated: those of them that have a value in any dimension.
         stats: over these frames.
-        strip: [BINS] uint8, the annotated share of each stretch of the clip, 255 for all of it.
+        coverage: [BINS] uint8, the annotated share of each part of the clip, 255 for all of it.
     """
 
     rows: int
     clock: Literal["row", "frame", "time"]
     end: float
-    runs: tuple[tuple[int, int], ...]
+    unannotated: tuple[tuple[int, int], ...]
     half: int
     constant: tuple[str, ...]
     frames: int
     annotated: int
     stats: LabelStats
-    strip: bytes
+    coverage: bytes
 
 
 def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFacts:
-    """Measure an annotation; `times` [N] are the clip's frame times, none where the video cannot be used."""
+    """Measure an annotation; `times` [N] are the clip's frame times, empty if the video cannot be used."""
     given = np.isfinite(annotation.value)
     value = annotation.value.astype(np.float64)
     constant = [name for name, column in zip(("valence", "arousal"), value.T, strict=True) if _is_constant(column)]
@@ -114,13 +110,13 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
         rows=len(value),
         clock=clock,
         end=end,
-        runs=runs(np.asarray(np.isnan(value).all(1))),
+        unannotated=spans(np.asarray(np.isnan(value).all(1))),
         half=int((given.sum(1) == 1).sum()) if len(annotation.targets) == 2 else 0,
         constant=tuple(name for name in constant if name in annotation.targets),
         frames=len(valid),
         annotated=int(valid.sum()),
         stats=label_stats(on_frames["value"].astype(np.float64)),
-        strip=strip(clock_times, valid, whole) if len(valid) else b"",
+        coverage=coverage(clock_times, valid, whole) if len(valid) else b"",
     )
 
 
@@ -130,7 +126,7 @@ def _is_constant(column: NDArray[np.float64]) -> bool:
 
 
 def label_stats(value: NDArray[np.float64]) -> LabelStats:
-    """Sums of [N, 2] labels, NaN where there is none; a region counts frames that have both dimensions."""
+    """Sums of [N, 2] labels, NaN where not annotated; a region counts frames that have both dimensions."""
     given = np.isfinite(value)
     filled = np.where(given, value, 0.0)
     both = value[given.all(1)]
@@ -161,7 +157,7 @@ def merge_stats(parts: Sequence[LabelStats]) -> LabelStats:
     )
 
 
-AUDIO_SLACK = 0.5  # seconds of the picture that may be without sound before it is called partial
+AUDIO_SLACK = 0.5  # seconds of the video that may lack audio before the audio is called partial
 OPENED_CROPS = 3  # of a clip: the first, the middle, the last
 
 AudioCover = Literal["none", "unreadable", "silent", "partial", "whole"]
@@ -169,18 +165,18 @@ AudioCover = Literal["none", "unreadable", "silent", "partial", "whole"]
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """The video that a clip is taken from.
+    """The media of a clip.
 
     Attributes:
-        frames: pictures that decoding shows.
+        frames: frames that decode; of audio alone, rows of its clock.
         duration: seconds: the last frame's time and one median interval.
         interval: median seconds between frames.
         nominal_rate, average_rate: frames per second, as claimed and as counted.
         drift: seconds by which a frame's time differs at most from its number divided by the average rate.
         gap: seconds between two successive frames at most.
-        audio: "partial" where more than half a second of the picture is before or after the sound; "silent" where no
-            sample reaches -80 dBFS; "unreadable" where nothing decodes.
-        audio_span: (start, end) of the sound in seconds, or None where there is none or the container does not say.
+        audio: "partial" if more than half a second of the video is before or after the audio; "silent" if no sample
+            reaches -80 dBFS; "unreadable" if nothing decodes.
+        audio_span: (start, end) of the audio in seconds; None if it is missing or the container does not say.
     """
 
     frames: int
@@ -199,10 +195,10 @@ class CropFacts:
     """Face crops.
 
     Attributes:
-        found: files; `beyond` of them lie after the video's last frame; `last` is the last one's number.
-        missing: frames of the video without one; `longest` of them in a row.
-        damaged: names of files that cannot be read as pictures, of the few that were opened.
-        strip: [BINS] uint8, the share of frames with a crop in each stretch of the clip, 255 for all of them.
+        found: crop files; `beyond` of them lie after the video's last frame; `last` is the last one's number.
+        missing: frames of the video without a crop; `longest` of them in a row.
+        damaged: names of files that do not decode, of the few that were opened.
+        coverage: [BINS] uint8, the share of frames with a crop in each part of the clip, 255 for all of them.
     """
 
     found: int
@@ -211,11 +207,11 @@ class CropFacts:
     last: int
     longest: int = 0
     damaged: tuple[str, ...] = ()
-    strip: bytes = b""
+    coverage: bytes = b""
 
 
-def media_facts(path: Path, sound: Path | None = None) -> tuple[MediaFacts, NDArray[np.float64]]:
-    """Read the headers and frame times of a video; the times, [N] seconds, come along. `sound`: a file of its own.
+def media_facts(path: Path, audio_path: Path | None = None) -> tuple[MediaFacts, NDArray[np.float64]]:
+    """Facts and frame times [N] in seconds of a video, from its headers and packets. `audio_path`: a separate file.
 
     Raises:
         MediaError: it cannot be used.
@@ -225,14 +221,27 @@ def media_facts(path: Path, sound: Path | None = None) -> tuple[MediaFacts, NDAr
     interval = median_interval(times)
     duration = float(times[-1]) + interval
     average = (times.size - 1) / float(times[-1] - times[0]) if times[-1] > times[0] else None
-    audio, span = _audio_cover(info if sound is None else probe(sound), duration)
+    audio, span = _audio_cover(info if audio_path is None else probe(audio_path), duration)
     nominal = info.video.nominal_rate if info.video else None
-    facts = MediaFacts(times.size, duration, interval, nominal, average, drift(times), widest(times), audio, span)
+    facts = MediaFacts(times.size, duration, interval, nominal, average, drift(times), largest_gap(times), audio, span)
     return facts, times
 
 
+def audio_facts(path: Path) -> tuple[MediaFacts, NDArray[np.float64]]:
+    """As `media_facts`, for a file with audio alone, whose clock has `AUDIO_ROWS` rows per second.
+
+    Raises:
+        MediaError: it cannot be used.
+    """
+    times = audio_clock(path)
+    interval = median_interval(times)
+    duration = float(times[-1]) + interval
+    audio, span = _audio_cover(probe(path), duration)
+    return MediaFacts(times.size, duration, interval, None, None, 0.0, 0.0, audio, span), times
+
+
 def still_facts(clip: Clip) -> tuple[MediaFacts, NDArray[np.float64], int]:
-    """As `media_facts`, of a folder of numbered pictures; and how many frames up to the last one have no picture.
+    """As `media_facts`, for a folder of numbered images; and how many frames up to the last one have no image.
 
     Raises:
         MediaError: it cannot be used.
@@ -240,11 +249,11 @@ def still_facts(clip: Clip) -> tuple[MediaFacts, NDArray[np.float64], int]:
     info, times = open_stills(clip)
     interval = median_interval(times)
     rate = info.video.nominal_rate if info.video else None
-    pictures = info.video.frames if info.video else 0
+    images = info.video.frames if info.video else 0
     duration = float(times[-1]) + interval
     audio, span = ("none", None) if clip.audio is None else _audio_cover(probe(clip.audio), duration)
-    facts = MediaFacts(times.size, duration, interval, rate, rate, drift(times), widest(times), audio, span)
-    return facts, times, times.size - pictures
+    facts = MediaFacts(times.size, duration, interval, rate, rate, drift(times), largest_gap(times), audio, span)
+    return facts, times, times.size - images
 
 
 def drift(times: NDArray[np.float64]) -> float:
@@ -252,7 +261,7 @@ def drift(times: NDArray[np.float64]) -> float:
     return float(np.abs(times - np.linspace(times[0], times[-1], times.size)).max()) if times.size > 1 else 0.0
 
 
-def widest(times: NDArray[np.float64]) -> float:
+def largest_gap(times: NDArray[np.float64]) -> float:
     """Seconds between two successive frames at most; 0 for a single one."""
     return float(np.diff(times).max()) if times.size > 1 else 0.0
 
@@ -271,7 +280,7 @@ def _audio_cover(info: MediaInfo, duration: float) -> tuple[AudioCover, tuple[fl
 
 
 def _heard(info: MediaInfo, duration: float) -> Literal["unreadable", "silent", "whole"]:
-    """Decodes up to the first thing that can be heard: a moment of most files, all of a silent one."""
+    """Decode up to the first audible sample: a moment of most files, all of a silent one."""
     blocks = decode_audio(info.path, start=info.start, duration=duration)
     while True:
         try:
@@ -282,7 +291,7 @@ def _heard(info: MediaInfo, duration: float) -> Literal["unreadable", "silent", 
 
 
 def crop_facts(folders: Sequence[Path], times: NDArray[np.float64]) -> CropFacts:
-    """Count crops against the video's frames, and open a few; `times` [N], none where the video cannot be used.
+    """Count crops against the video's frames, and open a few; `times` [N] are empty if the video cannot be used.
 
     Raises:
         OSError: a folder cannot be read.
@@ -294,10 +303,10 @@ def crop_facts(folders: Sequence[Path], times: NDArray[np.float64]) -> CropFacts
     if not times.size:
         return CropFacts(numbers.size, 0, 0, last, damaged=damaged)
     inside = numbers[numbers < times.size]
-    there = np.zeros(times.size, bool)
-    there[inside] = True
-    longest = max((stop - start for start, stop in runs(~there)), default=0)
-    shown = strip(times, there, float(times[-1]) + median_interval(times))
+    present = np.zeros(times.size, bool)
+    present[inside] = True
+    longest = max((stop - start for start, stop in spans(~present)), default=0)
+    shown = coverage(times, present, float(times[-1]) + median_interval(times))
     beyond = numbers.size - inside.size
     return CropFacts(numbers.size, times.size - inside.size, beyond, last, longest, damaged, shown)
 

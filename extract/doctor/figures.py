@@ -1,6 +1,7 @@
-"""The figures of a check's page, as inline SVG: where labels lie, how they spread, what each clip has along its time.
+"""Figures of the page of a check, as inline SVG: density and distribution of labels, coverage of each clip.
 
-Colours are the page's style sheet's, so that they follow light, dark and print; nothing is told by colour alone.
+The page's style sheet sets the colours, so that they follow light, dark and print. Position and text repeat what
+colour shows.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from vaflow.regions import REGION_NAMES
 
 SIDE, LEFT, BELOW, ABOVE = 360, 46, 40, 8  # pixels of the label map: the square, its margins
 PLOT_WIDTH, PLOT_HEIGHT = 420, 120
-TRACK, GAP = 8, 3  # pixels: the height of a strip's track, and what lies between two
+TRACK, GAP = 8, 3  # pixels: the height of a bar, and the space between two
 
 
 def label_map(stats: LabelStats, title: str) -> str:
@@ -45,7 +46,7 @@ def label_map(stats: LabelStats, title: str) -> str:
 
 
 def _cells(density: NDArray[np.int64]) -> Iterator[str]:
-    """A square for every cell that has frames; its strength goes with the root of their number."""
+    """A square for every cell that has frames; its opacity grows with the root of their number."""
     strength = np.sqrt(density / max(int(density.max()), 1))
     edge = SIDE / CELLS
     for v, a in np.argwhere(density):
@@ -89,12 +90,12 @@ def distribution(stats: Mapping[str, LabelStats], dimension: int, title: str) ->
     return "".join([*parts, "</svg>"])
 
 
-def strips(checked: Checked) -> str:
-    """Labels, crops and sound of one clip along its time; a part that it does not have is a thin line."""
+def coverage_bars(checked: Checked) -> str:
+    """Coverage of labels, crops and audio along a clip; a thin line for a part that it does not have."""
     tracks = (
-        ("labels", checked.labels.strip if checked.labels else b""),
-        ("crops", checked.crops.strip if checked.crops else b""),
-        ("sound", _sound_strip(checked)),
+        ("labels", checked.labels.coverage if checked.labels else b""),
+        ("crops", checked.crops.coverage if checked.crops else b""),
+        ("audio", _audio_coverage(checked)),
     )
     height = len(tracks) * (TRACK + GAP) - GAP
     title = escape("; ".join(f"{name}: {_share(levels)}" for name, levels in tracks))
@@ -105,7 +106,7 @@ def strips(checked: Checked) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _sound_strip(checked: Checked) -> bytes:
+def _audio_coverage(checked: Checked) -> bytes:
     media = checked.media
     if media is None:
         return b""

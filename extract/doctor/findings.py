@@ -1,9 +1,7 @@
-"""What the facts about a clip mean: findings for a person, each with what can be done. Pure functions.
+"""Interpret the facts about clips, one by one and together: findings, each with a remedy. Pure functions.
 
-Normal for Aff-Wild2, hence a note: 3 rows fewer to 2 more than frames, missing crops, stretches of -5, a variable
-frame rate, sound that is missing or short. Errors are what cannot be used or makes results worthless.
-
-What the clips of a data set mean together: leaks, splits, duplicates, where the labels lie. Pure functions.
+Notes are what is usual in Aff-Wild2: 3 rows fewer to 2 more than frames, missing crops, sequences of -5, a variable
+frame rate, missing or short audio. Errors are items that cannot be used, or that invalidate results.
 """
 
 from collections import Counter, defaultdict
@@ -15,75 +13,75 @@ from numpy.typing import NDArray
 
 from vaflow.datasets.clip import SPLITS, Clip, Note
 from vaflow.datasets.files import examples
-from vaflow.extract.doctor.costs import shift_loss
+from vaflow.extract.doctor.ccc_costs import shift_loss
 from vaflow.extract.doctor.facts import OPENED_CROPS, CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
 from vaflow.regions import REGION_NAMES
 
 USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
-FEW_CROPS = 0.5  # below this share of frames with a crop, a clip is worth looking at
+FEW_CROPS = 0.5  # share of frames without a crop from which on it is a warning
 DRIFT_FRAMES = 1.5  # frames that index / rate may be off before the rate is called variable
-LATE_LABELS = 1.0  # seconds that time-stamped labels may go on after the picture
-FASTEST = 240  # frames per second; what claims more is a clock's ticks, no frame rate
-RATE_SLACK = 0.01  # share of its duration by which a claimed frame rate may misjudge a clip
-STILL = 1.0  # seconds for which one picture stands before it is called a gap
+LATE_LABELS = 1.0  # seconds that time-stamped labels may continue after the video
+FASTEST = 240  # frames per second; a higher claim is the tick rate of a clock
+RATE_SLACK = 0.01  # share of the duration by which a nominal frame rate may be off
+STILL = 1.0  # seconds without a new frame before it is called a gap
 
 
 def media_findings(clip: Clip, facts: MediaFacts, window: float) -> list[Note]:
-    """Frame rate, pictures that stand still, sound, clips shorter than a window of `window` seconds."""
-    notes = [*_rate_findings(clip, facts), *_sound_findings(clip, facts)]
+    """Frame rate, gaps between frames, audio, and clips shorter than a window of `window` seconds."""
+    notes = [*_rate_findings(clip, facts), *_audio_findings(clip, facts)]
     if facts.gap > max(STILL, 2 * facts.interval):
-        message = f"For {facts.gap:.2f} s there is no new picture; the usual interval is {facts.interval:.3f} s"
-        remedy = "The last picture is used meanwhile; check the file if it should have more"
+        message = f"No new frame for {facts.gap:.2f} s; the usual interval is {facts.interval:.3f} s"
+        remedy = "The last frame is repeated; check the file if it should have more"
         notes.append(Note("note", "picture-gap", clip.id, message, remedy))
     if facts.duration < window:
-        message = f"{facts.duration:.2f} s long, shorter than a window of {window:g} s"
-        notes.append(Note("note", "short-clip", clip.id, message, "It is one padded window"))
+        message = f"Duration {facts.duration:.2f} s, shorter than a window of {window:g} s"
+        notes.append(Note("note", "short-clip", clip.id, message, "It becomes one padded window"))
     return notes
 
 
 def _rate_findings(clip: Clip, facts: MediaFacts) -> list[Note]:
-    remedy = "Nothing to do here: presentation times are used throughout"
+    remedy = "No action: presentation times are used throughout"
     nominal = facts.nominal_rate if facts.nominal_rate and facts.nominal_rate <= FASTEST else None
     named = (("nominal", nominal), ("average", facts.average_rate))
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in named if rate) + " frames/s"
     if facts.drift > DRIFT_FRAMES * facts.interval:
-        message = f"Variable frame rate: number / rate misses frame times by up to {facts.drift:.2f} s ({rates})"
+        message = f"Variable frame rate: number / rate is off by up to {facts.drift:.2f} s ({rates})"
         return [Note("note", "variable-rate", clip.id, f"{message}; {_loss(facts.drift)}", remedy)]
     if not (nominal and facts.average_rate):
         return []
     off = abs(facts.frames / nominal - facts.frames / facts.average_rate)
     if off <= max(DRIFT_FRAMES * facts.interval, RATE_SLACK * facts.duration):
         return []
-    message = f"The claimed frame rate is wrong: at the end number / rate is {off:.2f} s off ({rates})"
+    message = f"Wrong nominal frame rate: number / rate is {off:.2f} s off at the end ({rates})"
     return [Note("note", "rate-claim", clip.id, f"{message}; {_loss(off)}", remedy)]
 
 
 def _loss(seconds: float) -> str:
     valence, arousal = shift_loss(seconds)
-    return f"that alone would take up to {valence:.2f} (valence) and {arousal:.2f} (arousal) from the CCC"
+    return f"it would lower the CCC by up to {valence:.2f} (valence) and {arousal:.2f} (arousal)"
 
 
-def _sound_findings(clip: Clip, facts: MediaFacts) -> list[Note]:
+def _audio_findings(clip: Clip, facts: MediaFacts) -> list[Note]:
     if facts.audio == "none":
-        remedy = "The clip is used without sound; check the file if there should be some"
+        remedy = "The clip is used without audio; check the file if it should have some"
         return [Note("note", "no-audio", clip.id, "The file has no audio stream", remedy)]
     if facts.audio == "unreadable":
-        remedy = "The clip is used without sound; copy the file again if there should be some"
-        return [Note("warning", "audio-unreadable", clip.id, "There is an audio stream that does not decode", remedy)]
+        remedy = "The clip is used without audio; copy the file again if it should have some"
+        return [Note("warning", "audio-unreadable", clip.id, "The audio stream does not decode", remedy)]
     if facts.audio == "silent":
-        remedy = "Silence counts as sound; check the file if something should be heard"
-        return [Note("note", "audio-silent", clip.id, "The sound is digital silence from start to end", remedy)]
+        remedy = "Silence counts as valid audio; check the file if it should be audible"
+        return [Note("note", "audio-silent", clip.id, "The audio is digital silence from start to end", remedy)]
     if facts.audio == "partial" and facts.audio_span is not None:
         start, end = facts.audio_span
-        message = f"Sound from {start:.2f} to {end:.2f} s, the picture ends at {facts.duration:.2f} s"
-        return [Note("note", "audio-partial", clip.id, message, "The rest is marked as missing sound")]
+        message = f"Audio from {start:.2f} to {end:.2f} s, the video ends at {facts.duration:.2f} s"
+        return [Note("note", "audio-partial", clip.id, message, "The rest is marked as missing audio")]
     return []
 
 
 def label_findings(clip: Clip, facts: LabelFacts, media: MediaFacts | None) -> list[Note]:
-    """Rows against frames, stretches without annotation, one dimension only, constant values."""
+    """Rows against frames, sequences without annotation, one dimension only, constant values."""
     notes = [] if media is None else _length_findings(clip, facts, media)
-    missing = sum(stop - start for start, stop in facts.runs)
+    missing = sum(stop - start for start, stop in facts.unannotated)
     if missing == facts.rows:
         message = f"None of the {facts.rows} rows is annotated"
         notes.append(
@@ -92,15 +90,15 @@ def label_findings(clip: Clip, facts: LabelFacts, media: MediaFacts | None) -> l
     elif missing:
         message = (
             f"{missing} of {facts.rows} rows ({missing / facts.rows:.1%}) are not annotated: "
-            f"{_where(facts.runs, facts.rows)}, the longest stretch {max(b - a for a, b in facts.runs)} rows"
+            f"{_where(facts.unannotated, facts.rows)}, at most {max(b - a for a, b in facts.unannotated)} in a row"
         )
-        notes.append(Note("note", "unannotated", clip.id, message, "They are never trained on nor scored"))
+        notes.append(Note("note", "unannotated", clip.id, message, "They are neither trained on nor scored"))
     if facts.half:
         message = f"{facts.half} rows are annotated in one dimension only"
         notes.append(Note("warning", "half-annotated", clip.id, message, "The other dimension is used"))
     if facts.constant and missing < facts.rows:
-        message = f"{' and '.join(facts.constant)} never changes"
-        remedy = "The clip does not count in the CCC within videos"
+        message = f"{' and '.join(facts.constant)} has one value throughout"
+        remedy = "The clip is left out of the CCC within videos"
         notes.append(Note("note", "constant-labels", clip.id, message, remedy))
     return notes
 
@@ -110,7 +108,7 @@ def _length_findings(clip: Clip, facts: LabelFacts, media: MediaFacts) -> list[N
         late = facts.end - media.duration
         if late <= LATE_LABELS:
             return []
-        message = f"Labels go on until {facts.end:.2f} s, the picture ends at {media.duration:.2f} s"
+        message = f"Labels end at {facts.end:.2f} s, the video at {media.duration:.2f} s"
         return [Note("warning", "labels-outlast", clip.id, message, "Check that the labels belong to this video")]
     frames = media.frames
     difference = int(facts.end) - frames
@@ -119,25 +117,25 @@ def _length_findings(clip: Clip, facts: LabelFacts, media: MediaFacts) -> list[N
     usual = USUAL_ROWS[0] <= difference <= USUAL_ROWS[1]
     message = f"{int(facts.end)} rows for {frames} frames ({difference:+d})"
     remedy = (
-        "Row k stays with frame k; rows beyond the last frame go on at the usual interval"
+        "Row k belongs to frame k; rows beyond the last frame continue at the usual interval"
         if usual
-        else "Check that labels and video belong together, and that the video is whole"
+        else "Check that labels and video belong together, and that the video is complete"
     )
     return [Note("note" if usual else "warning", "row-count", clip.id, message, remedy)]
 
 
-def _where(runs: Sequence[tuple[int, int]], rows: int) -> str:
+def _where(spans: Sequence[tuple[int, int]], rows: int) -> str:
     """ "at the start, in the middle (2)"."""
-    inner = sum(start > 0 and stop < rows for start, stop in runs)
-    places = ["at the start"] * (runs[0][0] == 0) + [f"in the middle ({inner})"] * (inner > 0)
-    return ", ".join(places + ["at the end"] * (runs[-1][1] == rows))
+    inner = sum(start > 0 and stop < rows for start, stop in spans)
+    places = ["at the start"] * (spans[0][0] == 0) + [f"in the middle ({inner})"] * (inner > 0)
+    return ", ".join(places + ["at the end"] * (spans[-1][1] == rows))
 
 
 def crop_findings(clip: Clip, facts: CropFacts, media: MediaFacts | None) -> list[Note]:
     """Crops that cannot be read, frames without a crop, and crops beyond the last frame."""
     notes = []
     if facts.damaged:
-        message = f"Of {min(facts.found, OPENED_CROPS)} crops that were opened, these are no pictures: "
+        message = f"Of {min(facts.found, OPENED_CROPS)} crops that were opened, these do not decode: "
         remedy = "They are marked as frames without a face; unpack the archive again"
         notes.append(Note("warning", "crops-damaged", clip.id, message + examples(facts.damaged), remedy))
     if not facts.found:
@@ -150,81 +148,81 @@ def crop_findings(clip: Clip, facts: CropFacts, media: MediaFacts | None) -> lis
         few = facts.missing > FEW_CROPS * frames
         message = (
             f"{facts.missing} of {frames} frames ({facts.missing / frames:.1%}) have no crop, "
-            f"up to {facts.longest} in a row ({facts.longest * media.interval:.1f} s)"
+            f"at most {facts.longest} in a row ({facts.longest * media.interval:.1f} s)"
         )
-        remedy = "They are marked as frames without a face; crops are found by their number, never by their position"
+        remedy = "They are marked as frames without a face; a crop's number is its frame"
         notes.append(Note("warning" if few else "note", "crops-missing", clip.id, message, remedy))
     if facts.beyond:
         usual = facts.last <= frames + USUAL_ROWS[1]
-        message = f"{facts.beyond} crops lie beyond the last frame: up to number {facts.last}, the video has {frames}"
+        message = f"{facts.beyond} crops are beyond the last frame: numbers up to {facts.last}, {frames} frames"
         remedy = "They are not used" if usual else "Check that crops and video belong together"
         notes.append(Note("note" if usual else "warning", "crops-beyond", clip.id, message, remedy))
     return notes
 
 
 def clip_findings(clip: Clip, others_have_crops: bool) -> list[Note]:
-    """What the record of a clip itself says: labels or crops that are not there."""
+    """Labels or crops that a clip lacks."""
     notes = []
     if clip.labels is None and clip.split in ("train", "val"):
-        message = f"The split is {clip.split!r}, and there are no labels"
+        message = f"No labels in the split {clip.split!r}"
         notes.append(Note("warning", "no-labels", clip.id, message, "The clip is neither trained on nor scored"))
     if not clip.crops and clip.video is not None and others_have_crops:
-        message = "There is no folder of crops; faces will be looked for in the video"
+        message = "No folder of crops: faces are detected in the video"
         if clip.id != clip.group:
-            message += f", where {clip.id} may be taken for the other person of {clip.group}"
+            message += f", where {clip.id} may be confused with the other person of {clip.group}"
         notes.append(Note("warning", "no-crops", clip.id, message, "Unpack all archives of crops below the root"))
     return notes
 
 
-RARE = 0.005  # share of annotated frames below which a region's prompt hardly sees an example
-FEW_VIDEOS = 30  # in validation; fewer tell little
+RARE = 0.005  # share of annotated frames below which a region has hardly an example
+FEW_VIDEOS = 30  # in validation; the score of fewer is imprecise
 SPREAD = (0.025, 76)  # standard deviation of the mean CCC under a bootstrap over that many videos
 
 Same = Sequence[tuple[Path, ...]]  # groups of files with equal bytes
 
 
 def dataset_findings(clips: Sequence[Clip], labels: Mapping[str, LabelFacts]) -> list[Note]:
-    """Videos that cross splits, splits without clips or labels, and how labels lie. `labels`: clip -> what is there."""
+    """Videos that cross splits, splits without clips or labels, the distribution of labels. `labels`: clip -> facts."""
     notes = [*_leaks(clips), *_same_names(clips)]
     if not any(clip.labels for clip in clips):
-        remedy = "The clips can be extracted and predicted on; training needs labels"
+        remedy = "The clips can be extracted and predicted; training requires labels"
         return [*notes, Note("note", "no-labels-at-all", "", "No clip has labels", remedy)]
     lost = [clip.id for clip in clips if clip.labels and clip.split is None]
     if lost:
-        remedy = "Put them into a split: training and evaluation use splits only"
+        remedy = "Add them to a split: training and evaluation use splits only"
         notes.append(Note("warning", "labels-without-split", "", f"Labels, but no split: {examples(lost)}", remedy))
     for split in ("train", "val"):
         notes += _split_findings(split, [clip for clip in clips if clip.split == split], labels)
     return [*notes, *_region_findings(_stats(clips, labels, "train"), _stats(clips, labels, "val"))]
 
 
-def _split_findings(split: str, own: Sequence[Clip], labels: Mapping[str, LabelFacts]) -> list[Note]:
-    if not own:
-        remedy = "Training needs clips in 'train' and in 'val'"
+def _split_findings(split: str, clips: Sequence[Clip], labels: Mapping[str, LabelFacts]) -> list[Note]:
+    if not clips:
+        remedy = "Training requires clips in 'train' and in 'val'"
         return [Note("warning", "split-empty", "", f"No clip is in the split {split!r}", remedy)]
-    annotated = [clip for clip in own if clip.id in labels and labels[clip.id].annotated]
+    annotated = [clip for clip in clips if clip.id in labels and labels[clip.id].annotated]
     if not annotated:
-        message = f"No frame of the split {split!r} has a label that can be used"
-        return [Note("warning", "split-unlabelled", "", message, "Training needs labels in 'train' and 'val'")]
+        message = f"No frame of the split {split!r} has a usable label"
+        return [Note("warning", "split-unlabelled", "", message, "Training requires labels in 'train' and 'val'")]
     return _validation_findings(annotated, labels) if split == "val" else []
 
 
 def _validation_findings(annotated: Sequence[Clip], labels: Mapping[str, LabelFacts]) -> list[Note]:
-    """How far a score on this split can be trusted."""
+    """Precision of a score on this split, and the score of constant predictions."""
     notes = []
     videos = len({clip.group for clip in annotated})
     if videos < FEW_VIDEOS:
         spread = SPREAD[0] * (SPREAD[1] / videos) ** 0.5
         message = (
-            f"Labels of {videos} video{'s' * (videos != 1)} to validate on: expect ± {2 * spread:.2f} on a mean CCC"
+            f"{videos} labelled validation video{'s' * (videos != 1)}: a mean CCC is uncertain by ± {2 * spread:.2f}"
         )
-        remedy = "Compare by the intervals that `vaflow evaluate` gives; k-fold uses all videos"
+        remedy = "Compare intervals, as `vaflow evaluate` prints them, or use k-fold (`vaflow folds`)"
         notes.append(Note("note", "few-videos", "", message, remedy))
     scores = constant_scores([labels[clip.id].stats for clip in annotated])
-    told = [f"{s:.2f} ({name})" for name, s in zip(("valence", "arousal"), scores, strict=True) if np.isfinite(s)]
-    if len(annotated) > 1 and told:
-        message = f"In 'val' the right constant for each clip, and nothing else, scores a CCC of {' and '.join(told)}"
-        remedy = "Read the CCC within videos beside the CCC over all frames"
+    shown = [f"{s:.2f} ({name})" for name, s in zip(("valence", "arousal"), scores, strict=True) if np.isfinite(s)]
+    if len(annotated) > 1 and shown:
+        message = f"In 'val', predicting each clip's mean label scores a CCC of {' and '.join(shown)}"
+        remedy = "Compare the CCC within videos as well"
         notes.append(Note("note", "between-videos", "", message, remedy))
     return notes
 
@@ -250,7 +248,7 @@ def _stats(clips: Iterable[Clip], labels: Mapping[str, LabelFacts], split: str) 
 
 
 def _region_findings(train: LabelStats, val: LabelStats) -> list[Note]:
-    """Regions of the prompt head that training hardly sees, and those that only validation has."""
+    """Regions that are rare in training, and those that only validation has."""
     if not train.regions.sum():
         return []
     share = train.regions / train.regions.sum()
@@ -258,14 +256,14 @@ def _region_findings(train: LabelStats, val: LabelStats) -> list[Note]:
     notes = []
     if rare:
         message = f"{len(rare)} of nine regions have under {RARE:.1%} of the frames of 'train': {'; '.join(rare)}"
-        remedy = "Their prompts see hardly an example: do not lean on the read-out there"
+        remedy = "The prompt head has hardly an example of them: do not rely on its read-out there"
         notes.append(Note("note", "rare-regions", "", message, remedy))
     unseen = [
         f"{REGION_NAMES[k]} ({val.regions[k]} frames)" for k in range(9) if val.regions[k] and not train.regions[k]
     ]
     if unseen:
         message = f"'val' has labels where 'train' has none: {'; '.join(unseen)}"
-        remedy = "A model cannot have learnt these; look whether the splits were meant so"
+        remedy = "A model cannot learn these; check the splits"
         notes.append(Note("note", "unseen-regions", "", message, remedy))
     return notes
 
@@ -281,13 +279,13 @@ def _leaks(clips: Iterable[Clip]) -> list[Note]:
         if len(splits) > 1:
             where = "; ".join(f"{split}: {', '.join(splits[split])}" for split in SPLITS if split in splits)
             message = f"The source video {group} is in several splits ({where})"
-            remedy = "Keep one split of it: results on a video that was trained on say nothing"
+            remedy = "Keep it in one split: a score on training videos is not meaningful"
             notes.append(Note("error", "leak", group, message, remedy))
     return notes
 
 
 def _same_names(clips: Iterable[Clip]) -> list[Note]:
-    """Videos of one name in several splits, where names tell videos apart within each split."""
+    """Videos of one name in several splits, if names are unique within each split."""
     named: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:
         if clip.video is not None and clip.split is not None:
@@ -300,7 +298,7 @@ def _same_names(clips: Iterable[Clip]) -> list[Note]:
             continue
         for clip in found:
             others = ", ".join(f"{other.id} ({other.split})" for other in found if other is not clip)
-            message = f"Another split ({clip.split} is this one's) has a video of the same name: {others}"
+            message = f"The split is {clip.split}, and another one has a video of the same name: {others}"
             remedy = "If it is the same recording, keep it in one split"
             notes.append(Note("warning", "same-name", clip.id, message, remedy))
     return notes
@@ -312,29 +310,29 @@ def duplicate_findings(clips: Sequence[Clip], videos: Same, label_files: Same, v
     Args:
         clips: all of them.
         videos, label_files: files of the same content.
-        varied: clips whose labels say something: those that never change may well be alike.
+        varied: clips whose labels are not constant: constant ones may be equal by chance.
     """
     notes = []
     for clip, twins in _twins({clip: clip.video for clip in clips}, videos):
         splits = {twin.split for twin in twins} - {None}
-        told = ", ".join(f"{twin.id} ({twin.split or 'no split'})" for twin in twins)
-        message = f"The video has the same content as that of {told}"
+        named = ", ".join(f"{twin.id} ({twin.split or 'no split'})" for twin in twins)
+        message = f"The video has the same content as that of {named}"
         if clip.split is not None and splits - {clip.split}:
             message = f"{message}, and this one is in {clip.split!r}"
-            remedy = "Keep one split of it: results on a video that was trained on say nothing"
+            remedy = "Keep it in one split: a score on training videos is not meaningful"
             notes.append(Note("error", "duplicate-across-splits", clip.id, message, remedy))
         else:
             notes.append(Note("warning", "duplicate", clip.id, message, "Keep one of them"))
-    own = {clip: clip.labels for clip in clips if clip.id in varied}
-    for clip, twins in _twins(own, label_files):
-        message = f"The annotation is byte for byte that of {', '.join(twin.id for twin in twins)}"
-        remedy = "Check which of them it belongs to"
+    labels = {clip: clip.labels for clip in clips if clip.id in varied}
+    for clip, twins in _twins(labels, label_files):
+        message = f"The annotation file equals that of {', '.join(twin.id for twin in twins)}"
+        remedy = "Check which clip it belongs to"
         notes.append(Note("warning", "same-labels", clip.id, message, remedy))
     return notes
 
 
 def _twins(files: Mapping[Clip, Path | None], same: Same) -> list[tuple[Clip, list[Clip]]]:
-    """Every clip whose file equals another clip's other file, and those clips."""
+    """Every clip whose file equals a different file of other clips, and those clips."""
     group_of = {path: k for k, group in enumerate(same) for path in group}
     owners: dict[int, list[Clip]] = defaultdict(list)
     for clip, path in files.items():

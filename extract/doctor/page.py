@@ -1,15 +1,13 @@
-"""`vaflow check --html`: what a check found, as one page with pictures. Nothing is fetched; all text is escaped.
+"""The page of `vaflow check --html`: one file with figures and images; nothing is fetched and all text is escaped."""
 
-The style sheet of a check's page: light and dark, fit to print, colours that differ for every kind of eye.
-"""
-
+import html
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
 from itertools import zip_longest
 
 from vaflow.datasets.clip import SEVERITIES, Note
-from vaflow.extract.doctor.figures import distribution, label_map, strips
+from vaflow.errors import visible
+from vaflow.extract.doctor.figures import coverage_bars, distribution, label_map
 from vaflow.extract.doctor.report import Checked, Kind, Report, Summary, describe
 from vaflow.extract.doctor.thumbnails import Thumbnail
 
@@ -76,19 +74,24 @@ article svg.strip { margin: .5rem 0; } article li { font-size: .86rem; margin: .
 """
 
 
-PICTURED = 24  # clips with pictures
+PICTURED = 24  # clips with images
 LISTED = 500  # clips in the table
 NAMED = 200  # findings of a kind
 
 Pictures = Mapping[str, Sequence[Thumbnail]]  # by clip
 
 
+def escape(text: str) -> str:
+    """Text as HTML; characters that would steer a terminal or turn the direction of text are spelt out."""
+    return html.escape(visible(text))
+
+
 def html_page(report: Report, pictures: Pictures) -> str:
     """The whole page.
 
     Args:
-        report: the check's result.
-        pictures: of the clips that `pictured` chose.
+        report: the result of a check.
+        pictures: images of the clips that `pictured` chose.
     """
     splits, total = report.splits(), report.total()
     return f"""<!DOCTYPE html>
@@ -119,7 +122,7 @@ def html_page(report: Report, pictures: Pictures) -> str:
 
 
 def pictured(report: Report, limit: int = PICTURED) -> list[Checked]:
-    """Clips worth a picture: an example of every kind of finding in turn, errors first, then the next of every kind."""
+    """Clips to show: one of every kind of finding in turn, errors first, then the second of every kind, and so on."""
     by_id = {checked.clip.id: checked for checked in report.checked}
     ranks = zip_longest(*([item for item in kind.items if item in by_id] for kind in report.kinds()))
     names = dict.fromkeys(name for rank in ranks for name in rank if name is not None)
@@ -130,7 +133,7 @@ def _tiles(report: Report, total: Summary) -> str:
     covered = total.crop_frames - total.crops_missing
     tiles = [
         *((str(report.count(severity)), f"{severity}s", severity) for severity in SEVERITIES),
-        (f"{total.usable} of {total.clips}", "clips have a usable video", ""),
+        (f"{total.usable} of {total.clips}", "clips are usable", ""),
         (_length(total.seconds), f"{total.frames:,} frames of {total.groups} videos", ""),
         (_percent(total.annotated, total.label_frames), "of labelled clips' frames are annotated", ""),
         (_percent(covered, total.crop_frames), "of their frames have a crop", ""),
@@ -156,7 +159,7 @@ def _kind(kind: Kind) -> str:
     more = len(kind.notes) - NAMED
     rest = f"<li>... and {more} more: see <code>vaflow check --json</code></li>" if more > 0 else ""
     remedies = "".join(f"<p>&rarr; {escape(remedy)}.</p>" for remedy in kind.remedies)
-    cost = f'<p class="cost">What it costs: {escape(kind.cost)}.</p>' if kind.cost else ""
+    cost = f'<p class="cost">Cost: {escape(kind.cost)}.</p>' if kind.cost else ""
     opened = " open" if kind.severity == "error" else ""
     return f"""<details class="kind"{opened}>
 <summary>{_badge(kind.severity, kind.severity)} <b>{escape(kind.code)}</b> <span class="count">{len(kind.notes)}</span>
@@ -228,17 +231,17 @@ def _labels(splits: Mapping[str, Summary]) -> str:
     )
     legend = "".join(f'<span><i class="key {escape(name)}"></i>{escape(name)}</span>' for name in stats)
     plots = "".join(distribution(stats, k, name) for k, name in enumerate(("valence", "arousal")))
-    return f"""<section><h2>Where the labels lie</h2>
-<p class="soft">Labelled frames over the nine regions of the prompt head (thirds of the range); strong colour: many.</p>
+    return f"""<section><h2>Distribution of labels</h2>
+<p class="soft">Labelled frames over the nine regions (thirds of the range); a strong colour means many frames.</p>
 <div class="figures">{maps}</div>
 <h3>Share of frames</h3><p class="legend">{legend}</p>
 <div class="figures">{plots}</div>
 </section>"""
 
 
-_STRIP_LEGEND = """<p class="legend">Three bands along the clip's time: labels, crops, sound.
-<span><i class="key there"></i>there</span><span><i class="key part"></i>in part, or silent</span>
-<span><i class="key missing"></i>missing</span><span><i class="key nothing"></i>the clip has no such part</span></p>"""
+_COVERAGE_LEGEND = """<p class="legend">Three bars along the clip's time: labels, crops, audio.
+<span><i class="key there"></i>present</span><span><i class="key part"></i>in part, or silent</span>
+<span><i class="key missing"></i>missing</span><span><i class="key nothing"></i>not part of the clip</span></p>"""
 
 
 def _looked_at(report: Report, pictures: Pictures) -> str:
@@ -246,11 +249,11 @@ def _looked_at(report: Report, pictures: Pictures) -> str:
     cards = "".join(_card(c, about[c.clip.id], pictures.get(c.clip.id, ())) for c in pictured(report))
     if not cards:
         return ""
-    return f"<section><h2>Clips worth a look</h2>{_STRIP_LEGEND}<div class='cards'>{cards}</div></section>"
+    return f"<section><h2>Clips with findings</h2>{_COVERAGE_LEGEND}<div class='cards'>{cards}</div></section>"
 
 
 def _by_item(report: Report) -> dict[str, list[Note]]:
-    """Every clip's findings, worst first; a leak is about every clip of its source video."""
+    """Findings of every clip, worst first; a leak belongs to every clip of its source video."""
     about: dict[str, list[Note]] = {checked.clip.id: [] for checked in report.checked}
     group: dict[str, list[str]] = {}
     for checked in report.checked:
@@ -265,14 +268,15 @@ def _by_item(report: Report) -> dict[str, list[Note]]:
 def _card(checked: Checked, about: Sequence[Note], pictures: Sequence[Thumbnail]) -> str:
     notes = "".join(f"<li>{_badge(note.severity, note.code)} {escape(note.message)}</li>" for note in about)
     shown = "".join(
-        f'<figure><img alt="" src="data:image/jpeg;base64,{b64encode(each.jpeg).decode("ascii")}">'
+        f'<figure><img alt="{escape(each.caption)}" '
+        f'src="data:image/jpeg;base64,{b64encode(each.jpeg).decode("ascii")}">'
         f"<figcaption>{escape(each.caption)}</figcaption></figure>"
         for each in pictures
     )
     length = f", {checked.media.duration:.1f} s, {checked.media.frames:,} frames" if checked.media else ""
     return f"""<article>
 <h3>{escape(checked.clip.id)} <span class="soft">{escape(checked.clip.split or "no split")}{length}</span></h3>
-{strips(checked)}
+{coverage_bars(checked)}
 <div class="pictures">{shown}</div>
 <ul>{notes}</ul>
 </article>"""
@@ -287,7 +291,7 @@ def _clips(report: Report) -> str:
         "split",
         "length",
         "findings",
-        "labels, crops, sound",
+        "labels, crops, audio",
         "annotated",
         "with crop",
         "valence",
@@ -297,7 +301,8 @@ def _clips(report: Report) -> str:
     note = f"The first {LISTED} of {len(ordered)}; the JSON document has all." if left_out > 0 else ""
     rows = (_clip_cells(checked, about[checked.clip.id]) for checked in ordered[:LISTED])
     return f"""<section class="clips"><h2>Every clip</h2>
-<p class="soft">Valence and arousal: mean ± standard deviation of the clip's annotated frames. {note}</p>{_STRIP_LEGEND}
+<p class="soft">Valence and arousal: mean ± standard deviation of the clip's annotated frames. {note}</p>
+{_COVERAGE_LEGEND}
 {_table(head, rows, raw=lambda k: k in (3, 4))}</section>"""
 
 
@@ -310,7 +315,7 @@ def _clip_cells(checked: Checked, about: Sequence[Note]) -> tuple[str, ...]:
         checked.clip.split or "-",
         f"{media.duration:.1f} s" if media else "unreadable",
         " ".join(_badge(name, f"{count} {name}{'s' * (count != 1)}") for name, count in counts.items() if count),
-        strips(checked),
+        coverage_bars(checked),
         _percent(labels.annotated, labels.frames) if labels else "-",
         _percent(covered, media.frames) if media and crops else "-",
         *_spreads(describe(labels.stats) if labels else {}),

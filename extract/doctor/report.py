@@ -1,4 +1,4 @@
-"""The result of a check: facts and findings, sums per split, and the same as one JSON document."""
+"""The report of a check: facts and findings, sums per split, and the same as one JSON document."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vaflow.datasets.clip import SEVERITIES, SPLITS, Clip, Note, Severity
-from vaflow.extract.doctor.costs import cost_of
+from vaflow.extract.doctor.ccc_costs import cost_of
 from vaflow.extract.doctor.facts import CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
 
 NO_SPLIT = "none"
@@ -17,7 +17,7 @@ NO_SPLIT = "none"
 
 @dataclass(frozen=True)
 class Checked:
-    """One clip: its parts in numbers, None where there is none or it cannot be used, and what was found."""
+    """One clip: facts about its parts, None for a part that is missing or cannot be used; and its findings."""
 
     clip: Clip
     media: MediaFacts | None
@@ -32,9 +32,9 @@ class Kind:
 
     Attributes:
         notes: the findings, by item.
-        items: clips (or source videos) that they are about, each once; none where it is the data set as a whole.
-        remedies: what can be done, each once.
-        cost: what it costs where it is overlooked, or "".
+        items: clips (or source videos) that they are about, each once; empty for the data set as a whole.
+        remedies: what to do, each once.
+        cost: CCC that it costs if it is overlooked, or "".
     """
 
     severity: Severity
@@ -50,7 +50,7 @@ class Summary:
     """Sums over clips.
 
     Attributes:
-        clips: all of them; `usable` have a video that can be used, from which `seconds` and `frames` come.
+        clips: number of clips; `usable` have usable media, from which `seconds` and `frames` come.
         groups: source videos.
         rows: of annotation files that can be used; `annotated` of the `label_frames` of their clips have a label.
         crop_frames: frames of clips that have crops; `crops_missing` of them have none.
@@ -71,7 +71,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found; findings are sorted by severity, code and item."""
+    """The result of a check; findings are sorted by severity, code and item."""
 
     root: Path
     layout: str
@@ -89,8 +89,8 @@ class Report:
 
     def splits(self) -> dict[str, Summary]:
         """Summaries of the splits that occur, "none" for clips without one."""
-        own = {name: [c for c in self.checked if c.clip.split == name] for name in (*SPLITS, None)}
-        return {name or NO_SPLIT: summarise(checked) for name, checked in own.items() if checked}
+        by_split = {name: [c for c in self.checked if c.clip.split == name] for name in (*SPLITS, None)}
+        return {name or NO_SPLIT: summarise(checked) for name, checked in by_split.items() if checked}
 
     def total(self) -> Summary:
         """The summary of all clips."""
@@ -177,7 +177,7 @@ def _item_document(checked: Checked) -> dict[str, Any]:
     if labels is not None:
         names = ("rows", "clock", "end", "half", "constant", "frames", "annotated")
         label_row = {name: getattr(labels, name) for name in names}
-        label_row["unannotated_runs"] = [list(run) for run in labels.runs]
+        label_row["unannotated_runs"] = [list(span) for span in labels.unannotated]
         label_row["share_annotated"] = labels.annotated / labels.frames if labels.frames else 0.0
         label_row["statistics"] = describe(labels.stats)
     return {
@@ -193,5 +193,5 @@ def _item_document(checked: Checked) -> dict[str, Any]:
 def _plain(facts: MediaFacts | CropFacts | None) -> dict[str, Any] | None:
     if facts is None:
         return None
-    plain = {name: value for name, value in asdict(facts).items() if name != "strip"}
+    plain = {name: value for name, value in asdict(facts).items() if name != "coverage"}
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in plain.items()}

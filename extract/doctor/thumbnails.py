@@ -1,4 +1,4 @@
-"""A few small pictures of a clip, for people who look at a check: face crops where it has them, else video frames."""
+"""Small images of a clip for the page of a check: face crops if it has them, else video frames."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,38 +21,38 @@ from vaflow.extract.video import to_rgb
 
 SIDE = 112  # pixels of the longer edge
 QUALITY = 80
-PICTURES = 4  # of a clip
-PLACES = (0.05, 0.35, 0.65, 0.95)  # of the clip's length, where frames of a video are looked at
+IMAGES = 4  # of a clip
+PLACES = (0.05, 0.35, 0.65, 0.95)  # of the duration: times of the frames of a video
 _MICROSECONDS = 1_000_000
 
 
-Seen = tuple[Clip, float | None]  # as the arguments of `thumbnails`
+ClipDuration = tuple[Clip, float | None]  # the arguments of `thumbnails`
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A JPEG file and what it shows."""
+    """A JPEG file and its caption."""
 
     caption: str
     jpeg: bytes
 
 
-def all_thumbnails(chosen: Sequence[Seen]) -> Iterator[tuple[str, tuple[Thumbnail, ...]]]:
-    """(clip id, its pictures) of every clip, made in decoding processes; none of a clip that one of them dies of."""
-    for number, found in each(_thumbnails, chosen):
-        yield chosen[number][0].id, () if isinstance(found, Failed) else found
+def all_thumbnails(chosen: Sequence[ClipDuration]) -> Iterator[tuple[str, tuple[Thumbnail, ...]]]:
+    """(clip id, its images) of every clip, made in decoding processes; no images if FFmpeg crashes."""
+    for number, images in each(_thumbnails, chosen):
+        yield chosen[number][0].id, () if isinstance(images, Failed) else images
 
 
-def _thumbnails(seen: Seen) -> tuple[Thumbnail, ...]:
-    return thumbnails(*seen)
+def _thumbnails(arguments: ClipDuration) -> tuple[Thumbnail, ...]:
+    return thumbnails(*arguments)
 
 
 def thumbnails(clip: Clip, duration: float | None) -> tuple[Thumbnail, ...]:
-    """At most four pictures of a clip; what cannot be read is left out, never an error.
+    """At most four images of a clip; files that cannot be read are skipped.
 
     Args:
         clip: the clip.
-        duration: seconds; None where its video cannot be used, which is then not opened.
+        duration: seconds; None if its video cannot be used, which is then not opened.
     """
     try:
         if clip.crops:
@@ -65,7 +65,7 @@ def thumbnails(clip: Clip, duration: float | None) -> tuple[Thumbnail, ...]:
 
 
 def _files(paths: dict[int, Path], kind: str) -> Iterator[Thumbnail]:
-    for path in some(list(paths.values()), PICTURES):
+    for path in some(list(paths.values()), IMAGES):
         try:
             yield Thumbnail(f"{kind} {path.name}", _small(read_crop(path)[1]))
         except MediaError:
@@ -73,10 +73,10 @@ def _files(paths: dict[int, Path], kind: str) -> Iterator[Thumbnail]:
 
 
 def _peek(path: Path, duration: float) -> Iterator[Thumbnail]:
-    """The keyframes before a few places of the video: no other frame needs to be decoded."""
+    """The keyframes before a few times of the video, so that no other frame is decoded."""
     seen = set()
     for place in PLACES:
-        with opened(path) as media:  # each time anew: a decoder is not to be moved once it runs
+        with opened(path) as media:  # opened again each time: a decoder must not seek once it runs
             stream = media.need_video()
             media.container.seek(round((place * duration + media.start) * _MICROSECONDS))
             frame = next(decode(media, stream), None)
@@ -88,8 +88,8 @@ def _peek(path: Path, duration: float) -> Iterator[Thumbnail]:
 
 
 def _small(image: NDArray[np.uint8]) -> bytes:
-    picture = Image.fromarray(image)
-    picture.thumbnail((SIDE, SIDE))
+    small = Image.fromarray(image)
+    small.thumbnail((SIDE, SIDE))
     target = BytesIO()
-    picture.save(target, "JPEG", quality=QUALITY)
+    small.save(target, "JPEG", quality=QUALITY)
     return target.getvalue()

@@ -64,7 +64,7 @@ def import_targets(cache: Cache, stream: str, task: str, folder: Path, names: Se
         stream: what the targets are called.
         task: "classes" or "binary".
         folder: of the files, `<item>.csv` or `<item>.txt`.
-        names: of the classes; empty: as the files say.
+        names: of the classes; empty: those in the files.
 
     Raises:
         UsageError: an unknown task, no file for any clip, or a name that belongs to another stream.
@@ -144,7 +144,7 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
     if task == "classes" and not single and names and names != columns:
         raise DataError(explain(f"{path} has other columns than the classes", expected=names, got=columns))
     if single and len(named) == 1:
-        problem = f"{path} does not say what the classes are"
+        problem = f"{path} does not name the classes"
         raise DataError(explain(problem, expected="their names in the first line, or --names", got=columns[0]))
     value = np.full((len(rows), len(named)), np.nan)
     at = np.arange(len(rows), dtype=np.float64)

@@ -37,8 +37,8 @@ def test_warnings_and_notes_do_not_fail(good: Tree, capsys: pytest.CaptureFixtur
 def test_errors_fail_and_say_what_to_do(broken: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, broken.root)
     assert code == 1
-    assert "ERROR  unreadable: 3" in out and "  -> Extraction will leave the clip out" in out
-    assert out.rstrip().splitlines()[-1].startswith("15 of 19 clips have a video")
+    assert "ERROR  unreadable: 3" in out and "  -> Extraction skips the clip" in out
+    assert out.rstrip().splitlines()[-1].startswith("15 of 19 clips are usable")
 
 
 def test_quiet_says_only_what_went_wrong(good: Tree, broken: Tree, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +51,7 @@ def test_verbose_lists_every_finding(good: Tree, capsys: pytest.CaptureFixture[s
     _, short, _ = run(capsys, good.root)
     _, long, _ = run(capsys, good.root, "--verbose")
     assert "(-v lists all)" in short and "(-v lists all)" not in long
-    assert all(f"  {name}: 0." in long for name in good.trials), "every clip is shorter than a window"
+    assert all(f"  {name}: Duration 0." in long for name in good.trials), "every clip is shorter than a window"
 
 
 @pytest.mark.parametrize("which", ["good", "broken"])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from vaflow.datasets import Clip, Note, open_dataset
 from vaflow.extract.doctor.check import check_dataset
-from vaflow.extract.doctor.facts import drift, label_stats, merge_stats, runs
+from vaflow.extract.doctor.facts import drift, label_stats, merge_stats, spans
 from vaflow.extract.doctor.report import Checked, Report, describe, document, occupancy
 
 RATE = 25
@@ -239,7 +239,7 @@ def test_labels_that_say_little(tmp_path: Path) -> None:
     }
     for code, item in expected.items():
         assert set(findings(report, code)) == {item}, code
-    assert "valence never" in findings(report, "constant-labels")["flat"].message
+    assert "valence has one value" in findings(report, "constant-labels")["flat"].message
 
 
 def test_sound_without_a_picture_is_an_error(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_runs_against_groupby(flags: list[bool]) -> None:
         if flag:
             expected.append((position, position + length))
         position += length
-    assert list(runs(np.array(flags, bool))) == expected
+    assert list(spans(np.array(flags, bool))) == expected
 
 
 def test_drift_is_what_index_over_rate_would_miss() -> None:

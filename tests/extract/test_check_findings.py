@@ -9,12 +9,15 @@ import pytest
 from affwild2_tree import label_path, write_crops, write_labels, write_video
 from make_media import Picture, Sound, tones, write_media
 
+from vaflow.cache import create_cache
+from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Note, open_dataset
+from vaflow.extract.doctor.ccc_costs import COSTS, shift_loss
 from vaflow.extract.doctor.check import SAMPLE, check_dataset, same_content
-from vaflow.extract.doctor.costs import COSTS, shift_loss
-from vaflow.extract.doctor.facts import BINS, CELLS, crop_facts, label_stats, strip
+from vaflow.extract.doctor.facts import BINS, CELLS, coverage, crop_facts, label_stats
 from vaflow.extract.doctor.findings import constant_scores
 from vaflow.extract.doctor.report import Report, document
+from vaflow.extract.sources import file_identity
 
 EVEN = tuple(range(0, 1600, 40))
 
@@ -118,7 +121,7 @@ def test_coverage_of_crops_against_a_loop(tmp_path: Path) -> None:
         run = 0 if k + 1 in numbers else run + 1
         longest = max(longest, run)
     assert (facts.found, facts.missing, facts.longest) == (46, 4, longest)
-    for k, level in enumerate(facts.strip):
+    for k, level in enumerate(facts.coverage):
         begins = [frame for frame in range(50) if int(frame / 25 * BINS / 2) == k]
         frame = (
             begins[0] if begins else int((k + 0.5) * 50 / BINS)
@@ -129,7 +132,7 @@ def test_coverage_of_crops_against_a_loop(tmp_path: Path) -> None:
 def test_a_strip_of_many_frames_is_the_share_of_each_part() -> None:
     flags = np.random.default_rng(0).random(BINS * 7) < 0.5
     times = (np.arange(flags.size) + 0.5) / 30
-    levels = np.frombuffer(strip(times, flags, flags.size / 30), np.uint8)
+    levels = np.frombuffer(coverage(times, flags, flags.size / 30), np.uint8)
     np.testing.assert_array_equal(levels, np.rint(flags.reshape(BINS, 7).mean(1) * 255))
 
 
@@ -266,7 +269,7 @@ def test_regions_that_training_lacks(tmp_path: Path) -> None:
     )
     assert "7 of nine regions" in found(report, "rare-regions")[""].message
     assert "low valence, low arousal (5 frames)" in found(report, "unseen-regions")[""].message
-    assert "expect ±" in found(report, "few-videos")[""].message
+    assert "uncertain by ±" in found(report, "few-videos")[""].message
 
 
 def test_share_and_statistics_of_every_clip(tmp_path: Path) -> None:
@@ -290,3 +293,37 @@ def test_every_kind_has_severity_count_items_remedy_and_cost(tmp_path: Path) -> 
     leak = kinds["duplicate-across-splits"]
     assert (leak["severity"], leak["count"], leak["items"]) == ("error", 2, ["again", "first"])
     assert leak["remedies"] and leak["cost"] == COSTS["duplicate-across-splits"]
+
+
+# --- audio alone, and a cache of the data set
+
+
+def test_audio_alone_is_usable_and_noted(tmp_path: Path) -> None:
+    write_media(tmp_path / "talk.wav", sound=Sound(tones(1.6, 44100), codec="pcm_s16le"))
+    report = check(tmp_path)
+    media = report.checked[0].media
+    assert media is not None and media.audio == "whole" and media.duration == pytest.approx(1.6, abs=0.1)
+    assert found(report, "audio-only")["talk"].severity == "note" and report.count("error") == 0
+
+
+def test_audio_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "talk.mp3").write_bytes(b"no audio")
+    assert found(check(tmp_path), "unreadable")["talk"].severity == "error"
+
+
+def test_items_that_the_data_set_no_longer_has_are_named(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    for name, red in (("kept", 0), ("moved", 1), ("gone", 2)):
+        write_media(root / f"{name}.mp4", Picture(EVEN[: 20 + red]))
+    cache = create_cache(tmp_path / "cache")
+    cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS}))
+    empty = {"time": np.arange(2.0), "value": np.zeros((2, 2), np.float32), "valid": np.zeros((2, 2), bool)}
+    for clip in open_dataset(root).clips:
+        assert clip.video is not None
+        cache.write(LABELS, clip.id, empty, source={"video": file_identity(clip.video)}, meta={})
+    (root / "moved.mp4").rename(root / "new name.mp4")
+    (root / "gone.mp4").unlink()
+    notes = found(check_dataset(open_dataset(root), cache=cache), "absent-item")
+    assert set(notes) == {"moved", "gone"} and "the same video is now new name" in notes["moved"].message
+    assert f"vaflow cache drop {cache.place} --absent {root}" in notes["gone"].remedy

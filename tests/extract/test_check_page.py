@@ -15,7 +15,7 @@ from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.extract.doctor.check import check_dataset
 from vaflow.extract.doctor.facts import BINS
-from vaflow.extract.doctor.figures import strips
+from vaflow.extract.doctor.figures import coverage_bars
 from vaflow.extract.doctor.page import PICTURED, html_page, pictured
 from vaflow.extract.doctor.report import Checked, Report
 from vaflow.extract.doctor.thumbnails import SIDE, thumbnails
@@ -138,7 +138,7 @@ def test_a_report_of_nothing_has_a_page(report: Report) -> None:
 def drawn(checked: Checked) -> dict[str, np.ndarray]:
     """Which of the bins every class of path covers, by track: read back from the SVG."""
     found = {name: np.zeros((3, BINS), bool) for name in ("there", "part", "missing", "nothing")}
-    for name, path in re.findall(r'<path class="(\w+)" d="([^"]+)"', strips(checked)):
+    for name, path in re.findall(r'<path class="(\w+)" d="([^"]+)"', coverage_bars(checked)):
         for x, y, width in re.findall(r"M(\d+) ([\d.]+)h(\d+)", path):
             found[name][int(float(y) // 11), int(x) : int(x) + int(width)] = True
     return found
@@ -189,3 +189,10 @@ def test_json_stays_one_document_beside_a_page(tree: Tree, tmp_path: Path, capsy
     out, err = capsys.readouterr()
     assert json.loads(out)["layout"] == "affwild2" and "x.html" in err
     Page((tmp_path / "x.html").read_text())
+
+
+def test_characters_that_steer_a_terminal_are_spelt_out(tmp_path: Path) -> None:
+    name = "red\x1b[31m\u202etext"
+    (tmp_path / f"{name}.mp4").write_bytes(b"no video")
+    page = html_page(check_dataset(open_dataset(tmp_path)), {})
+    assert not set("\x1b\u202e") & set(page) and "red\\x1b[31m\\u202etext" in page

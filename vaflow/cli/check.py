@@ -1,4 +1,4 @@
-"""`vaflow check`: what is in a data set, what is wrong with it."""
+"""`vaflow check`: contents and problems of a data set."""
 
 import logging
 import os
@@ -19,20 +19,26 @@ EXAMPLES = 3
 
 log = logging.getLogger(__name__)
 
-Root = Annotated[Path, typer.Argument(metavar="ROOT", help="The data set's folder.", show_default=False)]
+Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Root folder of the data set.", show_default=False)]
 Layout = Annotated[
     str,
     typer.Option(
         "--layout",
         metavar="NAME",
-        help="How the folder is laid out: auto, affwild2, afew-va, recola, sewa, muse, videos.",
+        help="Layout of the data set: auto, affwild2, afew-va, recola, sewa, muse or videos.",
     ),
 ]
 
 
 Page = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", help="Also write a page with pictures; one file, needs no network."),
+    typer.Option("--html", metavar="FILE", help="Write a page with figures and images: one file, no network."),
+]
+
+
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(metavar="CACHE", help="Report items of this cache that the data set no longer has."),
 ]
 
 
@@ -40,14 +46,15 @@ def check(
     root: Root,
     layout: Layout = "auto",
     html: Page = None,
+    cache: CacheOption = None,
     as_json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Say what is in a data set, what is wrong with it, what it costs and what to do. The data set is only read.
+    """Report a data set's contents and problems, their cost in CCC, and what to do. The data set is only read.
 
-    Exits with 1 where something cannot be used; warnings and notes do not count. -v lists every finding, -q errors
-    only. The page of --html shows labels on a map, every clip along its time, and pictures of clips worth a look.
+    Exits with 1 if an item cannot be used; warnings and notes do not count. -v lists every finding, -q errors only. The
+    page of --html shows the distribution of labels, the coverage of every clip, and images of clips with findings.
 
     Example: vaflow check ~/data/affwild2 --layout affwild2 --html check.html
     """
@@ -58,7 +65,7 @@ def check(
     dataset = open_dataset(root, layout)
     if html is not None:
         _must_be_writable(html)
-    report = _run(dataset, show_bars(quiet))
+    report = _run(dataset, cache, show_bars(quiet))
     if html is not None:
         _write_page(report, html, show_bars(quiet))
     if as_json:
@@ -73,21 +80,19 @@ def check(
     return 1 if report.count("error") else 0
 
 
-def _run(dataset: "Dataset", show_bar: bool) -> "Report":
+def _run(dataset: "Dataset", cache: Path | None, show_bar: bool) -> "Report":
     from tqdm import tqdm
 
+    from vaflow.cache import open_cache
     from vaflow.extract.doctor.check import check_dataset
 
+    opened = open_cache(cache) if cache is not None else None
     with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not show_bar) as bar:
-        return check_dataset(dataset, progress=bar.update)
+        return check_dataset(dataset, progress=bar.update, cache=opened)
 
 
 def _must_be_writable(path: Path) -> None:
-    """Before hours of reading: the page can be written.
-
-    Raises:
-        UsageError: it cannot.
-    """
+    """Raise a UsageError if the page cannot be written, before the data set is read."""
     problem = "it is a folder" if path.is_dir() else None
     if problem is None and not path.parent.is_dir():
         problem = f"there is no folder {path.parent}"
@@ -106,14 +111,13 @@ def _write_page(report: "Report", path: Path, show_bar: bool) -> None:
     from vaflow.extract.doctor.thumbnails import all_thumbnails
 
     chosen = [(c.clip, c.media.duration if c.media else None) for c in pictured(report)]
-    found = tqdm(all_thumbnails(chosen), total=len(chosen), unit="clip", desc="pictures", disable=not show_bar)
-    pictures = dict(found)
-    path.write_text(html_page(report, pictures), encoding="utf-8", errors="backslashreplace")
-    log.info("%s: a page with pictures", path)
+    images = tqdm(all_thumbnails(chosen), total=len(chosen), unit="clip", desc="images", disable=not show_bar)
+    path.write_text(html_page(report, dict(images)), encoding="utf-8", errors="backslashreplace")
+    log.info("Wrote %s", path)
 
 
 def _overview(report: "Report") -> Iterator[str]:
-    yield f"{report.root} (layout {report.layout})"
+    yield f"{visible(str(report.root))} (layout {report.layout})"
     splits = report.splits()
     rows = [(name, *_summary_row(summary)) for name, summary in splits.items()]
     if len(rows) > 1:
@@ -151,7 +155,7 @@ def _label_tables(name: str, summary: "Summary") -> Iterator[str]:
 
 
 def _findings(report: "Report", verbose: bool, quiet: bool) -> Iterator[str]:
-    """One block of text for every kind of finding: how many, some of them, what to do, and what it costs."""
+    """One block of text for every kind of finding: count, examples, remedies and cost."""
     for kind in report.kinds():
         if quiet and kind.severity != "error":
             continue
@@ -170,4 +174,4 @@ def _verdict(report: "Report") -> str:
     numbers = {severity: report.count(severity) for severity in ("error", "warning", "note")}
     counts = ", ".join(f"{number} {severity}{'s' * (number != 1)}" for severity, number in numbers.items())
     usable = report.total().usable
-    return f"{usable} of {len(report.checked)} clips have a video that can be used; {counts}."
+    return f"{usable} of {len(report.checked)} clips are usable; {counts}."

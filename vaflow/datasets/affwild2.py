@@ -162,7 +162,7 @@ class _Trials:
         return found[0][0]
 
     def _unlabelled_split(self, name: str) -> str | None:
-        """Test, where the list of test trials says so; without a list, all that no other track annotates."""
+        """Test for trials in the list of test trials; without a list, for all that no other track annotates."""
         if self.listed:
             return "test" if name in self.listed else None
         return None if name in self.elsewhere else "test"

@@ -113,7 +113,7 @@ class LabelFile:
                 yield number, cells
 
     def value(self, cell: str, line: int, missing: Collection[str] = ()) -> float:
-        """One valence or arousal in [-1, 1]; NaN if the cell says unannotated or has a problem."""
+        """One valence or arousal in [-1, 1]; NaN if the cell is not annotated or has a problem."""
         if cell.lower() in missing:
             return np.nan
         if not is_number(cell):
@@ -208,7 +208,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def unusable(path: Path, expected: str, got: object) -> DataError:
-    """The error that says what a label file should be and everything that is wrong with it."""
+    """The error for a label file: its expected form, and all its problems."""
     remedy = "Correct the file, or remove it to use the clip without labels"
     return DataError(explain(f"The labels {path} cannot be used", expected=expected, got=got, remedy=remedy))
 
