@@ -181,6 +181,9 @@ class ExtractConfig:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", {name: Path(path) for name, path in self.weights.items()})
+        if isinstance(self.prompts, str):
+            object.__setattr__(self, "prompts", Path(self.prompts))
         settings.check(self)
         unused = [name for name in self.weights if name not in self.encoders]
         if unused:

@@ -17,6 +17,7 @@ from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import Task
 from vaflow.extract.run import Run
 from vaflow.extract.summary import Books, Summary
+from vaflow.process import exit_if_script_runs_again
 
 __all__ = ["Summary", "extract", "extract_with"]
 
@@ -46,6 +47,7 @@ def extract(
         WeightsError: weights are missing or do not fit.
         CacheError: the cache cannot be written to any more (a full disk, say); what was committed stays.
     """
+    exit_if_script_runs_again()
     if engine not in ENGINES:
         raise UsageError(explain("Unknown engine", got=engine, choices=ENGINES))
     if engine == "ray":

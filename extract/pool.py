@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from vaflow.errors import VaflowError
+from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.extract.config import ExtractConfig, default_workers, too_much_memory
 from vaflow.extract.messages import Alive, Detect, Detected, Done, Failed, Job, Message
 from vaflow.extract.worker import serve
@@ -148,6 +148,13 @@ class WorkerPool:
             message = worker.pipe.recv()
         except (EOFError, OSError):
             worker.process.join()
+            if worker.process.ran_script_again:
+                raise UsageError(
+                    explain(
+                        "The script calls vaflow at its top level, and every decoding process imports the script",
+                        remedy='Put the calls into a function, and call it below `if __name__ == "__main__":`',
+                    )
+                ) from None
             self._lose(worker, workers, _death(worker))
             return
         if isinstance(message, Alive):

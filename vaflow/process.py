@@ -21,6 +21,8 @@ from typing import Any
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # sent to children, too, by a terminal or a scheduler
 BEAT_SECONDS = 1.0  # least time between two heartbeats that are passed on
 
+_UNGUARDED = 97  # exit code of a child process that ran the user's script again
+
 _listeners: list[Callable[[], None]] = []
 _last_beat = [0.0]
 
@@ -56,6 +58,7 @@ class ChildProcess:
     """
 
     def __init__(self, target: Callable[..., None], arguments: Sequence[Any] = (), *, name: str) -> None:
+        exit_if_script_runs_again()
         context = multiprocessing.get_context("spawn")  # fork would copy the locks of torch's and FFmpeg's threads
         self.pipe, other = context.Pipe()
         self._process = context.Process(target=_run_child, args=(target, other, *arguments), name=name, daemon=True)
@@ -81,10 +84,25 @@ class ChildProcess:
         self._process.join()
 
     @property
+    def ran_script_again(self) -> bool:
+        """Whether the process ended because the user's script has no `if __name__ == "__main__":`."""
+        return self._process.exitcode == _UNGUARDED
+
+    @property
     def ending(self) -> str:
         """How the process ended: "signal SIGKILL", "exit code 1"."""
         code = self._process.exitcode or 0
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def exit_if_script_runs_again() -> None:
+    """End this process if it is a child that imports the user's script, and so got here a second time.
+
+    A spawned process imports the main script. Without `if __name__ == "__main__":` that starts the work again, which
+    Python ends with a traceback about `freeze_support`; the parent explains it instead.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_UNGUARDED)
 
 
 def _run_child(target: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
