@@ -38,8 +38,8 @@ ATTEMPTS = 3  # of an item whose member died: the first one, and two by itself
 STILLBORN = 3  # members in a row that died before they were ready: then something is wrong with all of them
 LOOK_SECONDS = 10.0  # between looks for nodes that have joined
 HINT_SECONDS = 60.0  # without any member: say what is being waited for
-# Ray started by this process listens on this machine only: its ports execute code for anyone who can reach them.
-LOOPBACK = {"_node_ip_address": "127.0.0.1", "dashboard_host": "127.0.0.1", "include_dashboard": False}
+# Ray's ports execute code for anyone who can reach them. Ray binds them to 127.0.0.1 where it has no cluster support.
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # No banner, no usage report, no log lines of the cluster on standard output. Variables that the user has set are kept.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -66,15 +66,15 @@ def extract_on_ray(
     have the same versions installed: another decoder is another fingerprint, which is refused.
 
     Args:
-        address: as `ray.init` takes it: None joins the cluster of RAY_ADDRESS or of this machine, or else starts Ray
-            here; "local" always does that; "auto", "HOST:PORT" and "ray://HOST:PORT" join.
+        address: as `ray.init` takes it: None joins the cluster of RAY_ADDRESS, or else starts Ray here, which listens
+            on this machine only; "local" always does that; "auto", "HOST:PORT" and "ray://HOST:PORT" join.
 
     Raises:
         UsageError: Ray is not installed or cannot be reached, or an option cannot be meant for many machines.
         FingerprintError, WeightsError, CacheError: as the local engine.
     """
     _check(out, config)
-    ray = import_ray()
+    ray = import_ray(loopback=starts_here(address))
     dataset = replace(dataset, clips=tuple(_absolute(clip) for clip in dataset.clips))
     weights = {name: path.absolute() for name, path in config.weights.items()}
     config = replace(config, weights=weights, prompts=config.prompts.absolute() if config.prompts else None)
@@ -84,27 +84,39 @@ def extract_on_ray(
         return carry_out(cache, infos, dataset, shard or Shard(), team.work, rehash=rehash, show_progress=show_progress)
 
 
-def import_ray() -> Any:
-    """The package, told to be quiet.
+def starts_here(address: str | None) -> bool:
+    """Whether Ray is started on this machine, for this extraction only, instead of joining a cluster."""
+    return address == "local" or (address is None and not os.environ.get("RAY_ADDRESS"))
+
+
+def import_ray(*, loopback: bool = False) -> Any:
+    """The package, with its messages turned off.
+
+    Args:
+        loopback: have a Ray that is started here listen on this machine only.
 
     Raises:
         UsageError: it is not installed.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if loopback:
+        os.environ[LOOPBACK] = "0"
     try:
         import ray
+        from ray._private import ray_constants
     except ImportError as error:
         raise UsageError(
-            explain("Ray is not installed", got=error, remedy="Install it with: pip install 'vaflow[ray]'")
+            explain("Ray is not installed", got=error, remedy="Install it with: pip install ray, or use --shard")
         ) from error
+    ray_constants.ENABLE_RAY_CLUSTER = not loopback and ray_constants.ENABLE_RAY_CLUSTER  # if it was imported before
     logging.getLogger("ray").setLevel(logging.ERROR)
     return ray
 
 
 @contextmanager
 def connected(ray: Any, address: str | None) -> Iterator[None]:
-    """Ray for the time of a block; one that the caller has started is used, and left as it is.
+    """Connect to Ray for the duration of a block. A Ray that the caller has started is used and left running.
 
     Raises:
         UsageError: there is no cluster at the address.
@@ -119,14 +131,11 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
         "log_to_driver": False,
         "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},  # as `vaflow.cli` does for this process
     }
+    if starts_here(address):
+        address = "local"
+        settings["include_dashboard"] = False
     try:
-        if address is None and "RAY_ADDRESS" not in os.environ:
-            try:
-                ray.init(address="auto", **settings)
-            except ConnectionError:  # this machine runs no cluster
-                address = "local"
-        if not ray.is_initialized():
-            ray.init(address=address, **settings, **(LOOPBACK if address == "local" else {}))
+        ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         remedy = "Start a cluster with `ray start --head` and join it with --ray-address HOST:PORT, or use local"
