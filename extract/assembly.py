@@ -3,6 +3,7 @@
 A clip's sound as frames: every filter bank that is wanted, fed once, and which frames and steps have sound.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
 from vaflow.extract.plan import Task
 from vaflow.timeline import Floats, Ints
+
+logger = logging.getLogger(__name__)
 
 HOP = logmel.HOP / logmel.RATE  # seconds between two filter-bank frames
 FRAME = logmel.FRAME / logmel.RATE  # seconds that one covers
@@ -164,6 +167,8 @@ class ClipAssembly:
     def _start(self, clock: Clock) -> None:
         self.sources, self.duration = clock.sources, clock.duration
         self.facts["labels"] = clock.facts
+        if clock.facts.get("transfer"):
+            logger.warning("%s: %s video is read without tone mapping", self.task.clip.id, clock.facts["transfer"])
         if LABELS in self.task.streams:
             self.arrays[LABELS] = dict(clock.labels)
         self._times = self._config.grid.sample_times(clock.duration)

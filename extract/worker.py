@@ -3,7 +3,6 @@
 The pipe to the pipeline provides back-pressure: it holds little, so a worker that is ahead waits in `send`.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -40,8 +39,6 @@ from vaflow.extract.sources import check_unchanged, sources_of
 from vaflow.extract.video import MediaInfo, frame_times, frames_at, probe
 from vaflow.process import listening
 from vaflow.timeline import Floats, Ints, median_interval, nearest
-
-logger = logging.getLogger(__name__)
 
 Image = np.ndarray[Any, Any]
 Send = Callable[[Message], None]
@@ -160,8 +157,6 @@ class ClipReader:
                     got="an audio stream only" if info.audio else "neither video nor audio",
                 )
             )
-        if info.video.transfer:
-            logger.warning("%s is %s video and is read without tone mapping", clip.video.name, info.video.transfer)
         return info, frame_times(clip.video, info=info)
 
     def _send_clock(self, sources: dict[str, Any]) -> None:

@@ -121,4 +121,5 @@ def visible(text: str) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory has run out, be it Python's, a GPU's, or the CPU's, of which torch has no class of its own."""
     named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or named
+    unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)  # `ulimit -v`
+    return isinstance(error, MemoryError) or named or unmapped

@@ -1,6 +1,7 @@
 """`vaflow extract` at the command line: exit codes, messages, files; bad input costs itself and nothing else."""
 
 import json
+import os
 import subprocess
 import sys
 import wave
@@ -243,3 +244,23 @@ def test_an_audio_file_is_a_clip_without_faces(tmp_path: Path) -> None:
     assert cache.read("ast-tiny", "talk").valid.sum() >= 6  # of 20 steps in 10 s
     assert cache.read("labels", "talk").time.tolist() == [0.0, 1.5, 2.5]
     assert main(["cache", "verify", str(out)]) == 0
+
+
+@pytest.mark.parametrize("limit", [700_000, 3_000_000], ids="{} KiB".format)
+def test_a_limit_of_address_space_is_one_message(one_clip: Path, tmp_path: Path, limit: int) -> None:
+    command = [sys.executable, "-m", "vaflow", "extract", str(one_clip), "--out", str(tmp_path / "c"), *TINY]
+    shell = f'ulimit -v {limit}; exec "$@"'
+    done = subprocess.run(["bash", "-c", shell, "bash", *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "memory" in done.stderr.lower()
+
+
+def test_optimized_python_extracts_and_prints_help(one_clip: Path, tmp_path: Path) -> None:
+    """PYTHONOPTIMIZE=2 removes docstrings and assertions."""
+    environment = os.environ | {"PYTHONOPTIMIZE": "2"}
+    command = [sys.executable, "-m", "vaflow", "extract"]
+    run = [str(one_clip), "--out", str(tmp_path / "c"), "--visual", "none", "--audio", "none"]
+    for arguments in (["--help"], run):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+        assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr

@@ -129,7 +129,7 @@ def _run(args: Sequence[str] | None) -> int:
         remedy = "Free space or grant access, then run the same command again to resume"
         print_error(explain("The operating system reported an error", got=error, remedy=remedy))
         return 1
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
         remedy = "Free memory or use smaller batches (--batch-size, --image-batch, --window-batch), then run it again"
