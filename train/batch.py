@@ -1,8 +1,9 @@
-"""One batch of windows, as the model and the losses see it."""
+"""A batch of windows: inputs, targets and masks, and a model's predictions for it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 VISUAL, AUDIO = "visual", "audio"
@@ -10,13 +11,13 @@ VISUAL, AUDIO = "visual", "audio"
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """A stream that the model reads.
+    """An input stream of a model.
 
     Attributes:
         name: of the stream.
-        kind: `VISUAL` (one vector per frame) or `AUDIO` (per step).
+        kind: `VISUAL` (one vector per output frame) or `AUDIO` (one per audio step).
         dim: width of a vector.
-        frames_per_step: of a spectrogram, how many of its frames a CNN makes one step of; 0: vectors are steps.
+        frames_per_step: spectrogram frames that a CNN turns into one step; 0: each vector is a step.
     """
 
     name: str
@@ -30,12 +31,12 @@ CLASSES, BINARY = "classes", "binary"
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What else a model learns to say of every frame.
+    """A further target of a model, predicted for every frame.
 
     Attributes:
         name: of the stream of targets.
-        task: `CLASSES` (one of several) or `BINARY` (each or not).
-        names: of the classes, or of what is there or not.
+        task: `CLASSES` (one of several) or `BINARY` (any of several).
+        names: of the classes or units.
     """
 
     name: str
@@ -45,7 +46,7 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class ExtraTargets:
-    """Targets of a batch, or of all windows of a split.
+    """Further targets of a batch, or of all windows of a split.
 
     Attributes:
         task: `CLASSES` or `BINARY`.
@@ -62,19 +63,19 @@ class ExtraTargets:
 class Batch:
     """B windows with F frames each; every audio stream has its own number of steps S.
 
-    The three masks are never mixed: `inside` (not padding), `valid` (input present), `labelled` (annotated).
+    Three masks: `inside` (not padding), `valid` (input present), `labelled` (annotated).
 
     Attributes:
         features: stream name -> [B, F, D] (visual) or [B, S, D] (audio), float32.
-        valid: stream name -> [B, F] or [B, S] bool: the input is there. False where padded, too.
+        valid: stream name -> [B, F] or [B, S] bool: input present; False at padding.
         feature_inside: stream name -> [B, F] or [B, S] bool: within the clip. False entries are a suffix.
         feature_time: stream name -> [B, F] or [B, S] float32 seconds after the window's start.
         inside: [B, F] bool: output frames within the clip. False entries are a suffix; the first is always True.
         time: [B, F] float32 seconds after the window's start, of the output frames.
         target: [B, F, 2] float32, 0 where not annotated.
         labelled: [B, F, 2] bool; only ever True inside.
-        window: [B] int64 which window of the split this is.
-        extra: name -> further targets of the frames.
+        window: [B] int64, numbers of the windows in their split.
+        extra: name -> further targets.
     """
 
     features: Mapping[str, Tensor]
@@ -91,7 +92,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """What the model says.
+    """Predictions of a model for a batch.
 
     Attributes:
         va: [B, F, 2] in [-1, 1], valence and arousal.
@@ -102,3 +103,20 @@ class Output:
     va: Tensor
     region_logits: Tensor | None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def packed(self) -> Tensor:
+        """All predictions of a frame side by side, [B, F, K]."""
+        regions = [] if self.region_logits is None else [self.region_logits]
+        return torch.cat([self.va, *regions, *self.extra.values()], dim=-1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, *, regions: int, extra: Mapping[str, int]) -> "Output":
+        """The predictions in `packed`, [B, F, K].
+
+        Args:
+            packed: made by `packed`.
+            regions: number of region logits, 0 without a prompt head.
+            extra: name -> number of logits of each further target, in the model's order.
+        """
+        va, logits, *others = packed.split([2, regions, *extra.values()], dim=-1)
+        return cls(va, logits if regions else None, dict(zip(extra, others, strict=True)))

@@ -84,6 +84,7 @@ def build_model(
         temporal_options=options,
         fusion=config.fusion,
         attention_heads=config.attention_heads,
+        attention_positions=config.attention_positions,
         dropout=config.dropout,
         normalize=config.normalize,
         learnable_prototypes=config.learnable_prompts,

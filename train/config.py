@@ -25,7 +25,10 @@ TEMPORAL = ("gru", "tcn", "lstm", "transformer")
 FUSION = ("hierarchical", "attention", "gated", "concat", "attention-concat")
 NORMALIZE = ("layer", "l2", "standard", "none")
 PRESETS = ("p1", "p2")
-P1, P2 = "arXiv 2603.13415", "arXiv 2503.10523"
+AUTO = -1  # of epochs
+POSITIONS = ("none", "time")
+P1 = "arXiv 2603.13415"
+BEFORE_SETTING = {"attention_positions": "none"}  # values of settings that older runs do not have
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,15 @@ class TrainConfig:
         shown=True,
     )
     attention_heads: int = setting(4, "Heads of the cross-modal attention", group="model", at_least=1)
+    attention_positions: str = setting(
+        "none",
+        "Positions in the cross-modal attention: none, or sinusoids of the true times",
+        group="model",
+        choices=POSITIONS,
+        source=f"{P1}, equation 3, has none",
+    )
     dropout: float = setting(0.1, "Dropout probability", group="model", at_least=0, below=1)
-    normalize: str = setting("layer", "Normalization of the input features", group="model", choices=NORMALIZE)
+    normalize: str = setting("standard", "Normalization of the input features", group="model", choices=NORMALIZE)
     layers: int = setting(
         0,
         "Layers of the temporal model",
@@ -155,18 +165,25 @@ class TrainConfig:
     )
     best: str = setting(
         "mean",
-        "Epochs whose weights are kept: best mean CCC, or also the best of each dimension",
+        "Epoch whose weights are kept: best mean CCC, also the best of each dimension, or best CCC within videos",
         group="optimization",
-        choices=("mean", "each"),
+        choices=("mean", "each", "within"),
     )
     epochs: int = setting(
         15,
-        "Passes over the training windows",
+        "Passes over the training windows; auto: until the validation score stops rising (see patience)",
         group="optimization",
         at_least=1,
+        words={"auto": AUTO},
         source=P1,
         option="--epochs",
         shown=True,
+    )
+    patience: int = setting(
+        400,
+        "With epochs=auto: steps without a better validation score (at least 3 epochs) after which training stops",
+        group="optimization",
+        at_least=1,
     )
     batch_size: int = setting(
         16, "Windows per step", group="optimization", at_least=1, source=P1, option="--batch-size"
@@ -192,6 +209,11 @@ class TrainConfig:
         option="--seed",
         shown=True,
     )
+    deterministic: bool = setting(
+        False,
+        "Use deterministic GPU algorithms only: equal results at every start on one GPU model, slower",
+        group="optimization",
+    )
     device: str = setting(
         "auto",
         "Device: auto, cpu or cuda[:N]",
@@ -204,6 +226,9 @@ class TrainConfig:
     )
     train_split: str = setting("train", "Split to train on", group="data", metavar="SPLIT")
     val_split: str = setting("val", "Split to validate on", group="data", metavar="SPLIT")
+    shared_sources: bool = setting(
+        False, "Allow clips of the same recording in the training and the validation split", group="data"
+    )
     folds: int = setting(
         0,
         "Folds of a cross-validation, divided by source video (see `vaflow folds`)",
@@ -273,10 +298,10 @@ class TrainConfig:
             raise UsageError(explain("prompt_context requires the prompt loss", expected="--kl-weight above 0", got=0))
         if self.init and not self.finetune:
             raise UsageError(explain("init requires --finetune", got=f"init={self.init}"))
-        if self.finetune and self.extra_targets:
-            raise UsageError(explain("extra_targets is not supported with --finetune"))
-        if self.finetune and self.best != "mean":
-            raise UsageError(explain(f"best={self.best} is not supported with --finetune", expected="best=mean"))
+        if self.finetune and self.best == "each":
+            raise UsageError(explain("best=each is not supported with --finetune", expected="best=mean or best=within"))
+        if self.epochs == AUTO and self.schedule != "constant":
+            raise UsageError(explain(f"schedule={self.schedule} requires a number of --epochs", got="--epochs auto"))
         if None not in (self.window, self.stride, self.frames):
             _ = self.grid  # raises on values that do not go together
 
@@ -296,6 +321,7 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for TOML and JSON; settings that are None are left out."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        plain["epochs"] = "auto" if self.epochs == AUTO else self.epochs
         return {key: value for key, value in plain.items() if value is not None}
 
 
@@ -392,6 +418,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UsageError(explain(f"{path} is not TOML", expected="lines such as `lr = 3e-4`", got=error)) from error
     table = document.get("train", document)
     settings = dict(table) if isinstance(table, dict) else document
+    if "vaflow" in document:  # a run's config.toml
+        settings = BEFORE_SETTING | settings
     for key, value in settings.items():
         coerce(key, value)
     return settings

@@ -27,7 +27,7 @@ from vaflow.train.data import load_split
 from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces, write_predictions
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import Maker, write_sources
-from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, RunRecord, load_run, require_record
+from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, RunRecord, cache_of, load_run, require_record
 from vaflow.train.training import read_for
 from vaflow.train.windows import ClipRows
 
@@ -183,7 +183,7 @@ def ensemble_runs(
     if not runs:
         raise UsageError(explain("An ensemble needs runs", expected="at least one", got="none"))
     records = [require_record(run) for run in runs]
-    cache = open_cache(records[0].cache) if cache is None else cache
+    cache = open_cache(cache_of(runs[0])) if cache is None else cache
     split = _common_split(runs, records, "--split") if split is None else split
     folder = _folder(out)
     members = Members(cache, tuple(Path(run) for run in runs), device, allow_missing, show)

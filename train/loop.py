@@ -1,4 +1,7 @@
-"""Epochs: AdamW over shuffled windows, validation after each, the best weights kept, exact resumption."""
+"""The training loop: AdamW over shuffled windows, validation after each epoch, best weights, exact resumption.
+
+Heads and fine-tuning share everything here but the batches that they read and how a gradient comes about.
+"""
 
 import json
 import logging
@@ -8,31 +11,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import cos, pi
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vaflow.errors import CorruptError, DataError, explain
-from vaflow.train.batch import Batch
-from vaflow.train.config import TrainConfig
+from vaflow.train.batch import Batch, Output
+from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.evaluate import Trace, predict_clips, score
 from vaflow.train.losses import total_loss
-from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.metrics import DIMENSIONS, mean_over_dimensions, within_video_ccc
 from vaflow.train.storage import read_tensors, write_tensors
 from vaflow.train.windows import WindowSet, drop_modality
 
 log = logging.getLogger(__name__)
 
-CHECK_EVERY = 50  # steps between looks at the losses; each look waits for the device
+CHECK_EVERY = 50  # steps between two checks of the losses: each check waits for the device
+AUTO_EPOCHS = (3, 1000)  # of epochs=auto: epochs without progress before it stops (at least), epochs in all (at most)
 Row = dict[str, float]
+Source = TypeVar("Source")
 
 
 @contextmanager
 def seeded(*numbers: int, devices: Sequence[int] | None = None) -> Iterator[None]:
-    """Torch's generators start from these numbers inside, and go on as they were outside: those of the CPU and of
-    these GPUs, by default all."""
+    """Seed torch's generators (CPU, and these GPUs; None: all) inside; outside they continue as they were."""
     if devices is None:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(list(devices)):
@@ -41,20 +45,20 @@ def seeded(*numbers: int, devices: Sequence[int] | None = None) -> Iterator[None
 
 
 def seed_from(*numbers: int) -> int:
-    """A seed that follows from all of these numbers, and from their order."""
+    """Combine numbers into one seed; their order matters."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: epochs done, what they gave, the best weights so far.
+    """The state of a training: epochs done, their history, the best weights so far.
 
     Attributes:
-        epoch: how many epochs are done.
+        epoch: number of epochs done.
         history: a row per epoch.
         best: tensors of the best epoch, on the CPU.
-        best_epoch: counted from 1; 0: none yet. best_score: its mean CCC.
-        each: dimension -> tensors of the epoch that was best in it, where asked for; each_epoch, each_score: likewise.
+        best_epoch: counted from 1; 0: none yet. best_score: its mean CCC (with best=within: within videos).
+        each: with best=each: dimension -> tensors of its best epoch; each_epoch, each_score: that epoch, its score.
     """
 
     epoch: int = 0
@@ -67,14 +71,23 @@ class Progress:
     each_score: Mapping[str, float] = field(default_factory=dict)
 
 
+PARTS = ("total", "ccc", "kl", "mse")
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over everything that learns."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(learning, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    """AdamW over all trainable parameters."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return adamw([(trainable, config.lr)], config)
+
+
+def adamw(groups: Iterable[tuple[list[nn.Parameter], float]], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters, each with its learning rate; empty groups are left out."""
+    named = [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
+    return torch.optim.AdamW(named, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """What the learning rate is multiplied with at a step, counted from 0: warm-up, then the schedule, in (0, 1]."""
+    """Factor of the learning rate at a step, counted from 0: warm-up, then the schedule; in (0, 1]."""
     warm = config.warmup * steps_per_epoch
     if step + 1 <= warm:
         return (step + 1) / warm
@@ -84,13 +97,9 @@ def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     return 0.5 * (1 + cos(pi * min(1.0, (step - warm) / total)))
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig) -> Tensor:
-    """One step of the optimiser; returns total, ccc, kl and mse losses and the gradient's norm, [5], on the device.
-
-    Parts that there are not are 0. Nothing here waits for the device.
-    """
-    output = model(batch)
-    loss, parts = total_loss(
+def batch_loss(output: Output, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch as the settings weigh it, and its parts: see `total_loss`."""
+    return total_loss(
         output,
         batch,
         kl_weight=config.kl_weight,
@@ -101,85 +110,98 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch,
         ccc_weight=config.ccc_weight,
         extra_weight=config.extra_weight,
     )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(learning, config.clip_norm) if config.clip_norm else _norm(learning)
+
+
+def update(optimizer: torch.optim.Optimizer, parts: Mapping[str, Tensor], config: TrainConfig) -> Tensor:
+    """Clip the gradients and step; returns the losses in the order of `PARTS`, then the norm, [5], on the device.
+
+    Losses that are not part of the training are 0.
+    """
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if config.clip_norm:
+        norm = nn.utils.clip_grad_norm_(trainable, config.clip_norm)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
     optimizer.step()
     zero = torch.zeros_like(parts["total"])
     return torch.stack([*(parts.get(name, zero) for name in PARTS), norm])
 
 
-PARTS = ("total", "ccc", "kl", "mse")
-
-
-def _norm(parameters: list[Tensor]) -> Tensor:
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig) -> Tensor:
+    """Take one step of the optimizer; returns what `update` does. Nothing here waits for the device."""
+    loss, parts = batch_loss(model(batch), batch, config)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    return update(optimizer, parts, config)
 
 
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, windows: WindowSet, config: TrainConfig, epoch: int
+    optimizer: torch.optim.Optimizer,
+    windows: WindowSet,
+    config: TrainConfig,
+    epoch: int,
+    read: Callable[[tuple[int, Tensor]], Source],
+    learn: Callable[[int, Source], Tensor],
+    order: Callable[[Callable[[tuple[int, Tensor]], Source], Iterable[tuple[int, Tensor]]], Iterable[Source]] = map,
 ) -> Row:
-    """One pass over the trainable windows; `epoch` counts from 0. Returns the mean losses and the last rate.
+    """Pass once over the trainable windows; returns the mean losses and the last learning rate of the heads.
+
+    Args:
+        optimizer: its groups have an `initial_lr`.
+        windows: of the training split.
+        config: resolved settings.
+        epoch: counted from 0.
+        read: step and windows, [B] -> what `learn` takes.
+        learn: step and what was read -> losses and norm, as `update` returns them.
+        order: `map`, or a function like it that reads ahead.
 
     Raises:
         DataError: a loss or gradient is NaN or infinite; the clips of its windows are named.
     """
-    model.train()
     generator = torch.Generator().manual_seed(seed_from(config.seed, epoch, 1))
-    steps = -(-len(windows.trainable) // config.batch_size)
-    seen: list[Tensor] = []
+    batches = list(enumerate(windows.shuffled(config.batch_size, generator)))
     totals: list[Tensor] = []
-    lr = config.lr
-    with seeded(config.seed, epoch):
-        for step, ids in enumerate(windows.shuffled(config.batch_size, generator)):
-            lr = config.lr * lr_factor(config, epoch * steps + step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = drop_modality(windows.gather(ids), windows.streams, config.modality_dropout)
-            totals.append(train_step(model, optimizer, batch, config))
-            seen.append(ids)
-            if len(seen) % CHECK_EVERY == 0 or step + 1 == steps:
-                check_finite(torch.stack(totals[-len(seen) :]), seen, windows)
-                seen.clear()
+    unchecked: list[Tensor] = []
+    factor = 1.0
+    for (step, ids), source in zip(batches, order(read, batches), strict=True):
+        factor = lr_factor(config, epoch * len(batches) + step, len(batches))
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        totals.append(learn(step, source))
+        unchecked.append(ids)
+        if len(unchecked) % CHECK_EVERY == 0 or step + 1 == len(batches):
+            check_finite(torch.stack(totals[-len(unchecked) :]), unchecked, windows)
+            unchecked.clear()
     mean = torch.stack(totals).mean(dim=0).tolist()
-    return {"lr": lr, **{f"loss_{name}": value for name, value in zip(PARTS, mean[:-1], strict=True)}}
+    losses = {f"loss_{name}": value for name, value in zip(PARTS, mean[:-1], strict=True)}
+    return {"lr": config.lr * factor, **losses}
 
 
-def check_finite(numbers: Tensor, seen: list[Tensor], windows: WindowSet) -> None:
-    """Numbers of some steps, [N, 5] as `train_step` gives them, of the windows `seen` in each.
+def check_finite(losses: Tensor, batches: list[Tensor], windows: WindowSet) -> None:
+    """Check the losses and norms of some steps, [N, 5], of the windows in `batches`.
 
     Raises:
         DataError: one is NaN or infinite; the clips of its windows are named.
     """
-    bad = (~torch.isfinite(numbers)).any(dim=1).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(losses)).any(dim=1).nonzero().flatten().tolist()
     if not bad:
         return
-    first = bad[0]
-    clips = sorted({windows.clip_of(int(window)).item for window in seen[first].tolist()})
-    loss, norm = float(numbers[first, 0]), float(numbers[first, -1])
-    place = f"in a batch with windows of {', '.join(clips)}; {_largest_feature(seen[first], windows)}"
+    ids = batches[bad[0]]
+    clips = sorted({windows.clip_of(int(window)).item for window in ids.tolist()})
+    loss, norm = float(losses[bad[0], 0]), float(losses[bad[0], -1])
+    features = windows.gather(ids).features
+    peaks = {name: torch.nan_to_num(x, nan=torch.inf).abs().flatten(1).amax(dim=1) for name, x in features.items()}
+    stream = max(peaks, key=lambda name: float(peaks[name].max()))  # the likeliest cause
+    window = int(peaks[stream].argmax())
+    suspect = windows.clip_of(int(ids[window])).item
     raise DataError(
         explain(
             "Training stopped: the loss or its gradient is not finite",
-            expected="finite numbers",
-            got=f"loss {loss:g}, gradient norm {norm:g} {place}",
-            remedy="Look at these clips' features, that one's first, or try a lower learning rate or --set clip_norm=1",
+            got=f"loss {loss:g}, gradient norm {norm:g} in a batch with windows of {', '.join(clips)}; the largest "
+            f"feature there, {float(peaks[stream][window]):.3g}, is of {suspect} in stream {stream}",
+            remedy="Check the features of these clips, or try a lower --lr or --set clip_norm=1",
         )
     )
-
-
-def _largest_feature(ids: Tensor, windows: WindowSet) -> str:
-    """Which of these windows' clips is the likeliest cause: the one with the largest number in its features."""
-    batch = windows.gather(ids)
-    peaks = {
-        name: torch.nan_to_num(rows.float(), nan=torch.inf).abs().flatten(1).amax(dim=1)
-        for name, rows in batch.features.items()
-    }
-    stream = max(peaks, key=lambda name: float(peaks[name].max()))
-    window = int(peaks[stream].argmax())
-    item = windows.clip_of(int(ids[window])).item
-    return f"the largest feature there, {float(peaks[stream][window]):.3g}, is of {item} in stream {stream}"
 
 
 def fit(
@@ -190,31 +212,46 @@ def fit(
     *,
     checkpoint: Path | None = None,
     on_epoch: Callable[[Row], None] | None = None,
+    excluded: Iterable[str] = (),
 ) -> Progress:
-    """Train to `config.epochs`, or go on from `checkpoint`; the model is left with the last epoch's weights.
+    """Train, or resume from `checkpoint`; the model is left with the last epoch's weights.
 
     Args:
         model: on the device of the windows.
         train, val: the splits.
         config: resolved settings.
-        checkpoint: file that is written after every epoch, and read first if it is there.
+        checkpoint: file that is written after every epoch; if it exists, training resumes from it.
         on_epoch: called with each epoch's row of the history.
+        excluded: validation clips that are not scored.
 
     Returns:
-        The history and the best weights by validation mean CCC.
+        The history and the weights with the best validation score.
 
     Raises:
         DataError: a loss, a gradient or a prediction is not finite.
     """
     optimizer = make_optimizer(model, config)
+
+    def read(batch: tuple[int, Tensor]) -> Batch:
+        return drop_modality(train.gather(batch[1]), train.streams, config.modality_dropout)
+
+    def learn(epoch: int) -> Row:
+        model.train()
+        with seeded(config.seed, epoch):
+            return train_epoch(
+                optimizer, train, config, epoch, read, lambda _, batch: train_step(model, optimizer, batch, config)
+            )
+
     return run_epochs(
         model,
         optimizer,
         config,
-        lambda epoch: train_epoch(model, optimizer, train, config, epoch),
+        learn,
         lambda: predict_clips(model, val),
+        steps_per_epoch=-(-len(train.trainable) // config.batch_size),
         checkpoint=checkpoint,
         on_epoch=on_epoch,
+        excluded=excluded,
     )
 
 
@@ -225,33 +262,42 @@ def run_epochs(
     learn: Callable[[int], Row],
     validate: Callable[[], Iterable[Trace]],
     *,
+    steps_per_epoch: int,
     checkpoint: Path | None = None,
     write: bool = True,
     on_epoch: Callable[[Row], None] | None = None,
+    excluded: Iterable[str] = (),
 ) -> Progress:
-    """The epochs of `fit`, whatever one of them is.
+    """Run the epochs of heads or of fine-tuning, with validation after each, and keep the best weights.
 
     Args:
-        model, optimizer: what learns; their state is what a checkpoint holds.
+        model, optimizer: what is trained; a checkpoint holds their state.
         config: resolved settings.
-        learn: one epoch, counted from 0; returns the mean losses.
-        validate: what the model says of the validation split.
-        checkpoint: read first if it is there, and written after every epoch if `write`.
+        learn: train one epoch, counted from 0; returns the mean losses.
+        validate: predict the validation split.
+        steps_per_epoch: for `epochs=auto`, whose patience counts in steps.
+        checkpoint: read first if it exists, and written after every epoch if `write`.
         write: False for all but one of several processes.
         on_epoch: called with each epoch's row of the history.
+        excluded: validation clips that are not scored.
     """
     progress = Progress()
     if checkpoint is not None and checkpoint.is_file():
         progress = load_checkpoint(checkpoint, model, optimizer)
-        log.info("Going on after epoch %d of %d", progress.epoch, config.epochs)
-    for epoch in range(progress.epoch, config.epochs):
+        log.info("Resuming after epoch %d%s", progress.epoch, "" if config.epochs == AUTO else f" of {config.epochs}")
+    names = frozenset(excluded)
+    while not _finished(progress, config, steps_per_epoch):
         begun = time.perf_counter()
-        row = {"epoch": epoch + 1, **learn(epoch)}
+        row = {"epoch": progress.epoch + 1, **learn(progress.epoch)}
         trained = time.perf_counter()
-        valence, arousal, mean = score(validate()).tolist()
-        row |= {"val_ccc_valence": valence, "val_ccc_arousal": arousal, "val_ccc_mean": mean}
+        traces = [trace for trace in validate() if trace.clip.item not in names]
+        labelled = [(trace.va, np.where(trace.clip.valid, trace.clip.value, 0), trace.clip.valid) for trace in traces]
+        within, _ = within_video_ccc(labelled)
+        scores = [("ccc", score(traces)), ("within", np.append(within, mean_over_dimensions(within)))]
+        for kind, values in scores:
+            row |= dict(zip((f"val_{kind}_{name}" for name in (*DIMENSIONS, "mean")), values.tolist(), strict=True))
         row |= {"train_seconds": trained - begun, "val_seconds": time.perf_counter() - trained}
-        progress = _advance(progress, model, row, each=config.best == "each")
+        progress = _advance(progress, model, row, config.best)
         if checkpoint is not None and write:
             save_checkpoint(checkpoint, progress, model, optimizer)
         if on_epoch is not None:
@@ -259,18 +305,27 @@ def run_epochs(
     return progress
 
 
-def _advance(progress: Progress, model: nn.Module, row: Row, *, each: bool) -> Progress:
+def _finished(progress: Progress, config: TrainConfig, steps_per_epoch: int) -> bool:
+    if config.epochs != AUTO:
+        return progress.epoch >= config.epochs
+    least, most = AUTO_EPOCHS
+    waited = progress.epoch - progress.best_epoch
+    return progress.epoch >= most or (waited >= least and waited * steps_per_epoch >= config.patience)
+
+
+def _advance(progress: Progress, model: nn.Module, row: Row, kept: str) -> Progress:
+    """The progress after one more epoch; `kept` is the setting `best`."""
     progress = replace(progress, epoch=progress.epoch + 1, history=(*progress.history, row))
-    better = not progress.best or row["val_ccc_mean"] > progress.best_score
-    scores = {name: row[f"val_ccc_{name}"] for name in DIMENSIONS} if each else {}
+    mean = row["val_within_mean" if kept == "within" else "val_ccc_mean"]
+    better = not progress.best or mean > progress.best_score
+    scores = {name: row[f"val_ccc_{name}"] for name in DIMENSIONS} if kept == "each" else {}
     risen = [name for name in scores if name not in progress.each or scores[name] > progress.each_score[name]]
-    if better:  # a dimension without labels goes with the mean
+    if better:  # a dimension without labels takes the epoch with the best mean
         risen += [name for name in scores if np.isnan(scores[name]) and name not in risen]
     if not better and not risen:
         return progress
     if better:
-        best = _copy(model)
-        progress = replace(progress, best=best, best_epoch=progress.epoch, best_score=row["val_ccc_mean"])
+        progress = replace(progress, best=_copy(model), best_epoch=progress.epoch, best_score=mean)
     return replace(
         progress,
         each={**progress.each, **{name: _copy(model) for name in risen}},
@@ -284,7 +339,7 @@ def _copy(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_checkpoint(path: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One file that appears whole: weights, best weights, the optimiser's state, and the rest as JSON in its header."""
+    """Write weights, best weights and the optimizer's state to one file, and the rest as JSON into its header."""
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in progress.best.items()}
@@ -302,32 +357,26 @@ def save_checkpoint(path: Path, progress: Progress, model: nn.Module, optimizer:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put model and optimiser where they were, and say where that is.
+    """Restore the model and the optimizer; returns how far the training was.
 
     Raises:
         CorruptError: the file is damaged.
     """
     tensors, note = read_tensors(path)
     try:
-        return _put_back(tensors, note, model, optimizer)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts.setdefault(part, {})[rest] = tensor
+        model.load_state_dict(parts["model"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            number, _, key = name.partition("/")
+            state.setdefault(int(number), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        facts = json.loads(note["progress"])
+        each = {part.removeprefix("each-"): kept for part, kept in parts.items() if part.startswith("each-")}
+        return Progress(**{**facts, "history": tuple(facts["history"]), "best": parts["best"], "each": each})
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        remedy = "Delete it, and the training begins anew"
-        raise CorruptError(explain(f"{path} is no checkpoint of this training", got=error, remedy=remedy)) from error
-
-
-def _put_back(
-    tensors: Mapping[str, Tensor], note: Mapping[str, str], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Progress:
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition("/")
-        parts.setdefault(part, {})[rest] = tensor
-    model.load_state_dict(parts["model"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in parts["optimizer"].items():
-        number, _, key = name.partition("/")
-        state.setdefault(int(number), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    said = json.loads(note["progress"])
-    each = {part.removeprefix("each-"): kept for part, kept in parts.items() if part.startswith("each-")}
-    return Progress(**{**said, "history": tuple(said["history"]), "best": parts["best"], "each": each})
+        remedy = "Delete it to train from the start"
+        raise CorruptError(explain(f"{path} is not a checkpoint of this run", got=error, remedy=remedy)) from error

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vaflow.train.config import TrainConfig
+from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import describe_labels
 from vaflow.train.evaluate import featureless, label_warnings
 from vaflow.train.loop import Row
@@ -60,9 +60,9 @@ def reporter(config: TrainConfig, bar: "tqdm[Any]", board: "Board | None") -> Ca
         bar.set_postfix_str(f"val CCC {row['val_ccc_mean']:.3f}")
         scores = [f"{name} {_score(row[f'val_ccc_{name}'])}" for name in (*DIMENSIONS, "mean")]
         log.info(
-            "epoch %2d/%d  loss %.4f  val CCC  %s  (%.1f s)",
+            "epoch %2d%s  loss %.4f  val CCC  %s  (%.1f s)",
             row["epoch"],
-            config.epochs,
+            "" if config.epochs == AUTO else f"/{config.epochs}",
             row["loss_total"],
             "  ".join(scores),
             row["train_seconds"] + row["val_seconds"],

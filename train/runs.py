@@ -1,22 +1,26 @@
-"""A run's folder: what was resolved, the weights, the history, the metrics; and the way back to a model.
+"""The directory of a training run: its files, and loading its model.
 
-RUN/config.toml          settings, streams, prompt set, data: everything that was resolved
+RUN/config.toml          resolved settings, streams, prompt set, counts of the data
+    clips.json           digest of every clip that the run was trained and validated on
     model.safetensors    weights of the best epoch, prototypes included: prediction needs no cache
-    model-valence.safetensors, model-arousal.safetensors   where asked for: of the epochs best in one dimension
-    smoothing.json       where chosen: how every prediction is smoothed
-    metrics.json         of the validation split; written last: where it is, the run is done
+    model-valence.safetensors, model-arousal.safetensors   with best=each: weights of the best epoch per dimension
+    smoothing.json       smoothing of every prediction, if one was chosen
+    metrics.json         scores of the validation split; a run with this file is finished
     history.csv          a row per epoch
     predictions/SPLIT/CLIP.csv, and sources.json: what they were made from
-    encoders/            of a fine-tuned run, as `vaflow extract --weights NAME=` takes them
-    checkpoint.safetensors   only while training: what a second start goes on from
+    encoders/            of a fine-tuned run: weights for `vaflow extract --weights NAME=`
+    checkpoint.safetensors   state after the last epoch, to resume or to train longer
 """
 
 import csv
 import io
 import json
+import os
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,13 @@ import torch
 from torch import nn
 
 from vaflow import __version__
-from vaflow.cache import address
+from vaflow.cache import Cache, address
 from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.files import write_file
+from vaflow.train import digests
 from vaflow.train.batch import TargetSpec
 from vaflow.train.builder import build_model
-from vaflow.train.config import TrainConfig, differences, merge
+from vaflow.train.config import BEFORE_SETTING, TrainConfig, differences, merge
 from vaflow.train.evaluate import Trace, predict_clips
 from vaflow.train.heads.model import EachModel, VAModel
 from vaflow.train.inputs import Inputs, InputStream
@@ -39,22 +44,27 @@ from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
 from vaflow.train.storage import read_tensors
 from vaflow.train.windows import WindowSet
 
-ENSEMBLE_FILE = "ensemble.json"  # in an ensemble directory: its runs and their weights
-PROTOTYPES, CONTEXT = "prompt.prototypes", "prompt.context"  # their names among the model's tensors
+PROTOTYPES, CONTEXT = "prompt.prototypes", "prompt.context"  # names of the model's tensors
+ENSEMBLE_FILE = "ensemble.json"  # in the directory of an ensemble: its runs and their weights
+WRITTEN = (  # every file and folder that a run writes
+    *("config.toml", "clips.json", "metrics.json", "history.csv", "smoothing.json", "model*.safetensors"),
+    *("checkpoint.safetensors", "predictions", "pictures", "tensorboard", "encoders", "moments.json"),
+)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What `config.toml` says.
+    """The contents of `config.toml`.
 
     Attributes:
         config: resolved settings.
-        streams: what is read.
-        targets: what the model says beside valence and arousal.
-        tuned: of a fine-tuned run, the streams that its own encoders make; empty until it is done.
-        cache: the folder that it was trained on.
+        streams: input streams.
+        targets: further targets, predicted beside valence and arousal.
+        tuned: of a fine-tuned run, the streams that its encoders make; empty until it is finished.
+        cache: address of the cache that it was trained on; cache_relative: the same path from the run's directory.
         data: split -> {"clips", "windows", "labelled_frames", "labelled_valence", "labelled_arousal"}.
         version: of vaflow.
+        environment: device, PyTorch version and float32 arithmetic of the training.
     """
 
     config: TrainConfig
@@ -64,16 +74,18 @@ class RunRecord:
     version: str = __version__
     tuned: tuple[InputStream, ...] = ()
     targets: tuple[TargetSpec, ...] = ()
+    cache_relative: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def wanted(self) -> tuple[InputStream, ...]:
-        """The streams as the run's heads want them: where encoders were trained, what those make."""
+        """The streams that the heads read; of fine-tuned encoders, those that they make."""
         own = {stream.name: stream for stream in self.tuned}
         return tuple(own.get(stream.name, stream) for stream in self.streams)
 
     @property
     def untrained(self) -> tuple[str, ...]:
-        """The dimensions that the training split had no label of: what the run says of them means nothing."""
+        """Dimensions without labels in the training split: their predictions are meaningless."""
         seen = self.data.get(self.config.train_split, {})
         return tuple(name for name in DIMENSIONS if seen.get(f"labelled_{name}") == 0)
 
@@ -82,12 +94,15 @@ class RunRecord:
         document: dict[str, Any] = {
             "vaflow": self.version,
             "cache": self.cache,
+            "cache_relative": self.cache_relative,
             "train": self.config.as_dict(),
             "data": {split: dict(counts) for split, counts in self.data.items()},
             "stream": [_as_table(stream) for stream in self.streams],
         }
         if self.targets:
             document["target"] = [{**asdict(target), "names": list(target.names)} for target in self.targets]
+        if self.environment:
+            document["environment"] = dict(self.environment)
         if self.tuned:
             document["tuned"] = [_as_table(stream) for stream in self.tuned]
         return tomli_w.dumps(document)
@@ -101,18 +116,28 @@ class RunRecord:
         """
         try:
             document = tomllib.loads(text)
-            config = merge(document["train"])
+            config = merge(BEFORE_SETTING, document["train"])
             streams, tuned = (
                 tuple(map(_from_table, tables)) for tables in (document["stream"], document.get("tuned", ()))
             )
             targets = tuple(
                 TargetSpec(said["name"], said["task"], tuple(said["names"])) for said in document.get("target", ())
             )
-            return cls(config, streams, document["cache"], document["data"], document["vaflow"], tuned, targets)
+            return cls(
+                config,
+                streams,
+                document["cache"],
+                document["data"],
+                document["vaflow"],
+                tuned,
+                targets,
+                document.get("cache_relative", ""),
+                document.get("environment", {}),
+            )
         except KeyError as error:
-            raise ValueError(f"it lacks {error}") from error
+            raise ValueError(f"{error} is missing") from error
         except (TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"a part of it is not what a run writes ({error})") from error
+            raise ValueError(f"it has an invalid part ({error})") from error
 
 
 def _as_table(stream: InputStream) -> dict[str, Any]:
@@ -126,7 +151,7 @@ def _from_table(facts: Mapping[str, Any]) -> InputStream:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run, and reading and writing of what lies there. Files appear whole or not at all."""
+    """Paths of a run's files, and reading and writing of them. Files are replaced whole."""
 
     path: Path
 
@@ -139,7 +164,7 @@ class RunFolder:
         return self.path / "model.safetensors"
 
     def each_file(self, dimension: str) -> Path:
-        """Weights of the epoch that was best in one dimension."""
+        """Weights of the best epoch of one dimension."""
         return self.path / f"model-{dimension}.safetensors"
 
     @property
@@ -152,7 +177,7 @@ class RunFolder:
 
     @property
     def encoders(self) -> Path:
-        """The folder of a fine-tuned run's encoders."""
+        """Folder of a fine-tuned run's encoders."""
         return self.path / "encoders"
 
     @property
@@ -161,37 +186,60 @@ class RunFolder:
 
     @property
     def done(self) -> bool:
-        """Whether the run went to its end."""
+        """Whether the run is finished."""
         return self.metrics_file.is_file() and self.weights_file.is_file()
 
     def predictions(self, split: str) -> Path:
-        """The folder of a split's prediction CSVs."""
+        """Folder of a split's prediction CSVs."""
         return self.path / "predictions" / split
 
+    @property
+    def clips_file(self) -> Path:
+        return self.path / "clips.json"
+
     def make(self) -> None:
-        """Make the folder.
+        """Create the directory.
 
         Raises:
-            UsageError: it cannot be made, or holds something that is not a run.
+            UsageError: it cannot be created, or is not empty and not a run directory.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             foreign = not self.config_file.exists() and any(
-                not entry.name.startswith(".") for entry in self.path.iterdir()
+                not entry.name.startswith(".") and entry.name != "clips.json" for entry in self.path.iterdir()
             )
         except OSError as error:
-            raise UsageError(explain(f"Cannot write the run folder {self.path}", got=error.strerror)) from error
+            raise UsageError(explain(f"Cannot write the run directory {self.path}", got=error.strerror)) from error
         if foreign:
             raise UsageError(
                 explain(
-                    f"{self.path} holds files that no run wrote",
-                    expected="a new folder, an empty one, or that of an earlier run",
-                    remedy="Choose another folder for --out",
+                    f"{self.path} is not empty and is not a run directory",
+                    expected="a new or empty directory, or that of an earlier run",
+                    remedy="Choose another --out",
                 )
             )
 
+    def clear(self) -> None:
+        """Delete every file that a run writes; other files stay. Links are removed, not followed."""
+        for pattern in WRITTEN:
+            for path in self.path.glob(pattern):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def read_clips(self) -> dict[str, dict[str, str]] | None:
+        """Read `clips.json`: split -> item -> digest; None if an older version wrote the run.
+
+        Raises:
+            CorruptError: it is damaged.
+        """
+        if not self.clips_file.is_file():
+            return None
+        return digests.from_json(self.clips_file.read_text("utf-8"), str(self.clips_file))
+
     def record(self) -> RunRecord | None:
-        """What was resolved; None where the run has not begun.
+        """Read `config.toml`; None if the run has not started.
 
         Raises:
             CorruptError: `config.toml` is damaged.
@@ -212,7 +260,7 @@ class RunFolder:
         write_file(self.metrics_file, (json.dumps(metrics, indent=2, allow_nan=False) + "\n"))
 
     def update_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Write `metrics.json` of a finished run anew; what training said of itself stays."""
+        """Replace the scores in `metrics.json` of a finished run; the facts about its training stay."""
         if not self.done:
             return
         about = ("best_epoch", "best_epoch_each", "epochs")
@@ -234,15 +282,15 @@ class RunFolder:
         return result
 
     def write_history(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Write `history.csv`: one column per key of the first row."""
+        """Write `history.csv`: one column per key of the last row."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else ["epoch"], lineterminator="\n")
+        writer = csv.DictWriter(text, list(rows[-1]) if rows else ["epoch"], lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         write_file(self.history_file, text.getvalue())
 
     def read_history(self) -> list[dict[str, float]]:
-        """Read `history.csv`; empty where there is none. Empty fields become NaN."""
+        """Read `history.csv`; empty if there is none. Empty fields become NaN."""
         if not self.history_file.is_file():
             return []
         with self.history_file.open(encoding="utf-8", newline="") as file:
@@ -254,10 +302,10 @@ class Run:
     """A finished run, ready to predict.
 
     Attributes:
-        record: what was resolved.
+        record: its `config.toml`.
         model: with the weights of the best epoch.
-        each: valence and arousal from epochs of their own, where the run kept those.
-        smoothing: of its traces, where one was chosen.
+        each: with best=each: the model with the best epoch of each dimension.
+        smoothing: of its traces, if one was chosen.
     """
 
     record: RunRecord
@@ -267,19 +315,19 @@ class Run:
 
     @property
     def predictor(self) -> nn.Module:
-        """What predictions are made with."""
+        """The model that predicts."""
         return self.model if self.each is None else self.each
 
     def traces(self, windows: WindowSet) -> Iterator[Trace]:
-        """What the run says of every clip, smoothed as was chosen for it; raises as `predict_clips`."""
+        """Predict every clip, with the run's smoothing; raises as `predict_clips`."""
         return smoothed(predict_clips(self.predictor, windows), self.smoothing)
 
 
 def require_record(path: Path) -> RunRecord:
-    """What `config.toml` of a run folder says.
+    """Read `config.toml` of a run directory.
 
     Raises:
-        UsageError: the folder is no run.
+        UsageError: it is not a run directory.
         CorruptError: the file is damaged.
     """
     folder = RunFolder(Path(path))
@@ -295,20 +343,20 @@ def require_record(path: Path) -> RunRecord:
     if record is None:
         raise UsageError(
             explain(
-                f"{path} is not a run folder",
-                expected="a folder with config.toml and model.safetensors, as `vaflow train` writes",
-                got="no config.toml" if folder.path.is_dir() else "no such folder",
+                f"{path} is not a run directory",
+                expected="a directory with config.toml and model.safetensors, as written by `vaflow train`",
+                got="no config.toml" if folder.path.is_dir() else "no such directory",
             )
         )
     return record
 
 
 def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
-    """Read a finished run; no cache is needed.
+    """Load a finished run; no cache is needed.
 
     Raises:
-        UsageError: the folder is no run, or its training has not finished.
-        CorruptError: a file of it is damaged, or the weights do not fit the settings.
+        UsageError: it is not a run directory, or its training has not finished.
+        CorruptError: a file is damaged, or the weights do not fit the settings.
     """
     folder, record = RunFolder(Path(path)), require_record(path)
     if not folder.weights_file.is_file():
@@ -316,7 +364,7 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
             explain(
                 f"The run {path} was interrupted before it finished",
                 expected="model.safetensors",
-                remedy=f"Go on with it: vaflow train {record.cache} --out {path} --config {folder.config_file}",
+                remedy=f"Resume it: vaflow train {record.cache} --out {path} --config {folder.config_file}",
             )
         )
     model = _read_model(record, folder.weights_file).to(device).eval()
@@ -328,31 +376,71 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
 
 
 def _read_model(record: RunRecord, path: Path) -> VAModel:
+    """Build the model of `record` with the weights of `path`; both are compared before memory is allocated."""
     if not path.is_file():
-        raise CorruptError(explain(f"{path.parent} lacks a file of its own", expected=path.name))
+        raise CorruptError(explain(f"{path.parent} is incomplete", expected=path.name))
     weights, _ = read_tensors(path)
     context = tuple(weights[CONTEXT].shape) if CONTEXT in weights else None
     specs = [stream.spec for stream in record.streams]
-    model = build_model(record.config, specs, weights.get(PROTOTYPES), context, record.targets)  # type: ignore[arg-type]
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CorruptError(explain(f"{path} does not fit its config.toml", got=error)) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    sizes = {"layers": record.config.layers, "streams": len(specs), "targets": len(record.targets)}
+    for name, size in sizes.items():
+        if size > len(weights):  # a layer has several tensors: do not even count the shapes of that many
+            raise CorruptError(explain(f"{path} does not fit its config.toml", got=f"{size} {name}"))
+    build = partial(build_model, record.config, specs, weights.get(PROTOTYPES), context, record.targets)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        planned = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    wrong = sorted(name for name in {*planned, *shapes} if planned.get(name) != shapes.get(name))
+    if wrong:
+        got = f"{wrong[0]} {shapes.get(wrong[0], 'missing')}"
+        expected = f"{wrong[0]} {planned.get(wrong[0], 'absent')}"
+        raise CorruptError(explain(f"{path} does not fit its config.toml", expected=expected, got=got))
+    model = build()
+    model.load_state_dict(weights)
     return model
 
 
-def new_record(cache: Path | str, config: TrainConfig, inputs: Inputs) -> RunRecord:
-    """What is known before any clip is read."""
-    return RunRecord(config, inputs.streams, address(cache), targets=inputs.targets)
+def cache_of(run: Path) -> str:
+    """The address of the cache that a run was trained on: where it was, or at the same place relative to the run.
+
+    Raises:
+        UsageError: it is not a run, or its cache is at neither place.
+    """
+    record = require_record(run)
+    places = [record.cache]
+    if record.cache_relative:
+        places.append(str((Path(run).resolve() / record.cache_relative).resolve()))
+    for place in places:
+        if "://" in place or Path(place).is_dir():
+            return place
+    raise UsageError(
+        explain(
+            f"The cache that {run} was trained on is not there",
+            expected="a cache at " + " or ".join(dict.fromkeys(places)),
+            remedy="Name it with --cache CACHE",
+        )
+    )
 
 
-def check_unchanged(folder: RunFolder, old: RunRecord, new: RunRecord) -> None:
-    """A run goes on only with the settings and streams that it began with.
+def new_record(cache: Cache | Path | str, config: TrainConfig, inputs: Inputs, run: Path | None = None) -> RunRecord:
+    """The record of a run before any clip is read; `run` is its directory."""
+    place = address(cache.place if isinstance(cache, Cache) else cache)
+    relative = "" if run is None or "://" in place else os.path.relpath(place, Path(run).resolve())
+    return RunRecord(config, inputs.streams, place, targets=inputs.targets, cache_relative=relative)
+
+
+def check_unchanged(folder: RunFolder, old: RunRecord, new: RunRecord, *, ignore: Sequence[str] = ("device",)) -> None:
+    """Check that a run is resumed with the settings and streams that it was started with.
+
+    Args:
+        folder: of the run.
+        old, new: records of the first start and of this one.
+        ignore: settings that may differ.
 
     Raises:
         UsageError: something differs; every difference is named.
     """
-    changed = differences(old.config, new.config)
+    changed = differences(old.config, new.config, ignore)
     prints = {stream.name: stream.fingerprint for stream in old.streams}
     changed += [
         f"stream {stream.name}: made with other settings"
@@ -363,8 +451,7 @@ def check_unchanged(folder: RunFolder, old: RunRecord, new: RunRecord) -> None:
         raise UsageError(
             explain(
                 f"{folder.path} holds a run with other settings",
-                expected="the settings that the run began with",
                 got="; ".join(changed),
-                remedy="Choose another folder for --out, or delete this one",
+                remedy="Choose another --out, or train it anew with --fresh",
             )
         )

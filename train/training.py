@@ -1,78 +1,42 @@
-"""A whole run: resolve, load, fit, evaluate the best epoch, write everything into the run's folder."""
+"""Train a run, evaluate a run, and read clips as a run's heads want them."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 from vaflow.cache import Cache, address
+from vaflow.cache.schema import LOGMEL, PIXELS
 from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
+from vaflow.files import lock_folder, write_file
 from vaflow.train.breakdown import Groups
-from vaflow.train.builder import build_model, open_tower
-from vaflow.train.config import TrainConfig
+from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, score_traces, write_predictions
-from vaflow.train.heads.model import VAModel
-from vaflow.train.inputs import Inputs, check_same, resolve
-from vaflow.train.loop import Progress, Row, fit, seeded
-from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.digests import changes, check_splits_apart, clip_digests, to_json
+from vaflow.train.evaluate import check_complete, failed_items, score_traces, write_predictions
+from vaflow.train.folds import split_items
+from vaflow.train.inputs import check_same, resolve
+from vaflow.train.loop import fit
 from vaflow.train.provenance import run_maker, write_sources
-from vaflow.train.reporting import Board, describe, reporter, warn_of_labels
-from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record, require_record
+from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record
+from vaflow.train.session import Data, Session, load_data, new_model, reproducible
 from vaflow.train.smoothing import Smoothing
-from vaflow.train.storage import write_tensors
 from vaflow.train.windows import WindowSet, without_modality
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Data:
-    """Both splits, loaded for some settings of windows and streams; runs that share those can share it."""
-
-    train: WindowSet
-    val: WindowSet
-
-
-@dataclass(frozen=True)
 class Result:
-    """What a run came to: its metrics, and whether it had been finished before."""
+    """The metrics of a run, and whether it was finished before."""
 
     metrics: dict[str, Any]
     was_done: bool = False
-
-
-def load_data(
-    cache: Cache,
-    config: TrainConfig,
-    inputs: Inputs,
-    *,
-    device: torch.device | str = "cpu",
-    scratch: Path | None = None,
-    show: bool = False,
-) -> Data:
-    """Read both splits of resolved settings.
-
-    Raises:
-        UsageError: a split is not there or has no labels.
-        DataError: features or labels are unusable; the clip is named.
-    """
-    splits = (config.train_split, config.val_split)
-    train, val = (
-        load_split(cache, split, inputs.streams, config, device=device, scratch=scratch, show=show) for split in splits
-    )
-    if not len(train.trainable):
-        raise UsageError(explain(f"No window of split {config.train_split!r} has a labelled frame"))
-    return Data(train, val)
 
 
 def train_run(
@@ -83,55 +47,133 @@ def train_run(
     data: Data | None = None,
     weights: Mapping[str, Path] | None = None,
     allow_missing: bool = False,
+    fresh: bool = False,
     tensorboard: bool = True,
     pictures: bool = True,
+    keep_checkpoint: bool = True,
     show: bool = False,
 ) -> Result:
-    """Train, or go on with, the run in `out`.
+    """Train a run, resume it, or train it longer.
 
     Args:
-        cache: what to train on.
+        cache: of the clips.
         config: settings; what they leave open is resolved from the cache.
-        out: the run's folder.
+        out: directory of the run.
         data: both splits, if they are loaded already, for exactly these streams and windows.
-        weights: of fine-tuning, stream -> local weights of its encoder, instead of the hub's.
-        allow_missing: leave labelled validation clips without features out of the metrics.
-        tensorboard: write event files, too.
+        weights: with finetune: stream -> local weights of its encoder, instead of the hub's.
+        allow_missing: leave labelled validation clips without features out of the scores.
+        fresh: delete the run in `out` first.
+        tensorboard: write event files.
         pictures: draw the training curves and the predictions.
-        show: progress bars.
+        keep_checkpoint: keep the state after the last epoch, so that more epochs can continue from it.
+        show: draw progress bars.
 
     Raises:
-        UsageError: settings, or a folder that holds another run.
-        WeightsError, FingerprintError: of fine-tuning: the cache's encoders cannot be had.
+        UsageError: settings; a directory of another run, or one that another process writes; other clips than at
+            the first start; splits that share recordings.
+        WeightsError, FingerprintError: with finetune: the cache's encoders cannot be loaded.
         DataError: features, labels or losses are unusable; the clips are named.
     """
     if weights and not config.finetune:
-        raise UsageError(explain("Heads are trained on cached features and need no weights", remedy="Add --finetune"))
-    config, inputs = resolve(cache, config)
-    folder = RunFolder(Path(out))
-    folder.make()
-    record = new_record(cache.place, config, inputs)
+        raise UsageError(explain("--weights is only for fine-tuning", remedy="Add --finetune"))
+    with ExitStack() as stack:
+        if os.environ.get("RANK", "0") == "0":  # of several processes of one run, the first one holds the lock
+            folder = RunFolder(Path(out))
+            folder.make()
+            stack.enter_context(lock_folder(folder.path, "vaflow train"))
+            if fresh:
+                folder.clear()
+        config, inputs = resolve(cache, config)
+        folder = RunFolder(Path(out))
+        folder.make()
+        record = new_record(cache, config, inputs, folder.path)
+        session = Session(
+            *(cache, config, inputs, folder, record, allow_missing, tensorboard, pictures, show, keep_checkpoint)
+        )
+        return _train(session, data, weights or {})
+
+
+def _train(session: Session, data: Data | None, weights: Mapping[str, Path]) -> Result:
+    cache, config, inputs, folder = session.cache, session.config, session.inputs, session.folder
+    if _is_finished(session, _check_clips(session)):
+        return Result(folder.read_metrics(), was_done=True)
+    if config.finetune:
+        from vaflow.train.finetune.run import finetune
+
+        return Result(finetune(session, weights))
+    device = choose_device(config.device)
+    with reproducible(session, device) as session:
+        if data is None:
+            data = load_data(cache, config, inputs, device=device, scratch=folder.path, show=session.show)
+        session = session.begin(data)
+        model = new_model(config, inputs, data, device)
+        with session.reporting() as on_epoch:
+            progress = fit(
+                model,
+                data.train,
+                data.val,
+                config,
+                checkpoint=folder.checkpoint_file,
+                on_epoch=on_epoch,
+                excluded=session.unscored(data),
+            )
+        model.load_state_dict(dict(progress.best))
+        return Result(session.finish(model, progress, data))
+
+
+def _check_clips(session: Session) -> RunRecord | None:
+    """Compare the settings and the clips with those of the run's first start; returns its record, None at the first.
+
+    Raises:
+        UsageError: the settings or the clips differ, or the splits share recordings.
+    """
+    cache, config, folder = session.cache, session.config, session.folder
     old = folder.record()
     if old is not None:
-        check_unchanged(folder, old, record)
-        if folder.done:
-            return Result(folder.read_metrics(), was_done=True)
-    if config.finetune:
-        from vaflow.train.finetune import run as tuning
+        longer = _can_continue(folder, old.config, config)
+        check_unchanged(folder, old, session.record, ignore=["device", "patience", *(["epochs"] if longer else [])])
+    streams = [*config.visual, *config.audio, *config.extra_targets, *((PIXELS, LOGMEL) if config.finetune else ())]
+    known = [name for name in streams if name in cache.streams()]
+    splits = {
+        split: clip_digests(cache, known, split_items(cache, split, config.fold_splits))
+        for split in (config.train_split, config.val_split)
+    }
+    before = None if old is None else folder.read_clips()
+    if before is not None:
+        changed = changes(before, splits)
+        if changed:
+            raise UsageError(
+                explain(
+                    f"{cache.place} does not hold the clips that {folder.path} was started with",
+                    got="; ".join(changed),
+                    remedy="Train it anew with --fresh, or choose another --out",
+                )
+            )
+    elif old is not None:
+        log.warning("%s has no clips.json (older version): it is not known whether its clips changed", folder.path)
+    else:
+        if not config.shared_sources and config.train_split != config.val_split:
+            check_splits_apart(splits[config.train_split], splits[config.val_split])
+        if os.environ.get("RANK", "0") == "0":
+            write_file(folder.clips_file, to_json(splits))
+    return old
 
-        job = tuning.Job(cache, config, inputs, folder, record, allow_missing, tensorboard, pictures, show)
-        return Result(tuning.finetune(job, weights or {}))
-    device = choose_device(config.device)
-    if data is None:
-        data = load_data(cache, config, inputs, device=device, scratch=folder.path, show=show)
-    failed = failed_items(cache, config.val_split, config.fold_splits)
-    check_complete(data.val, failed, allow_missing)  # now, not after hours
-    record = replace(record, data=counts(config, data))
-    check_data(folder, old, record)
-    folder.write_record(record)
-    describe(config, data.train, data.val)
-    model, progress = _fit(folder, config, inputs, data, device, tensorboard=tensorboard, show=show)
-    return Result(finish(folder, cache, config, model, progress, data, allow_missing, pictures))
+
+def _can_continue(folder: RunFolder, old: TrainConfig, new: TrainConfig) -> bool:
+    """Whether a run can be trained for more epochs than it was started with."""
+    longer = new.epochs == AUTO or AUTO != old.epochs <= new.epochs
+    return longer and new.schedule == "constant" and folder.checkpoint_file.is_file()
+
+
+def _is_finished(session: Session, old: RunRecord | None) -> bool:
+    """Whether nothing is left to train. A run that is trained longer stops being finished until it is again."""
+    folder = session.folder
+    if old is None or not folder.done:
+        return False
+    if old.config.epochs == session.config.epochs:
+        return True
+    folder.metrics_file.unlink(missing_ok=True)
+    return False
 
 
 def evaluate_run(
@@ -218,112 +260,3 @@ def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., Win
             return tuned_windows(run, record, cache, windows)
     check_same(record.wanted, cache)
     return read(record.wanted, record.config)
-
-
-def counts(config: TrainConfig, data: Data) -> dict[str, dict[str, int]]:
-    """Split -> how many clips, windows and labelled frames it has, of either dimension and of each."""
-    pairs = ((config.train_split, data.train), (config.val_split, data.val))
-    return {
-        split: {"clips": len(w.clips), "windows": len(w), "labelled_frames": w.labelled_rows}
-        | {f"labelled_{name}": count for name, count in zip(DIMENSIONS, w.labelled_each, strict=True)}
-        for split, w in pairs
-    }
-
-
-def check_data(folder: RunFolder, old: RunRecord | None, new: RunRecord) -> None:
-    """An interrupted run goes on with the clips that it began with only."""
-    if old is None or old.data == new.data or not folder.checkpoint_file.exists():
-        return
-    raise UsageError(
-        explain(
-            f"The cache has changed since the interrupted run in {folder.path} began",
-            expected=f"{old.data}",
-            got=f"{new.data}",
-            remedy="Choose another folder for --out, or delete this one to begin anew",
-        )
-    )
-
-
-def new_model(config: TrainConfig, inputs: Inputs, data: Data, device: torch.device) -> VAModel:
-    """Heads with fresh weights, and what they must know of the training split."""
-    tower = open_tower(config, inputs, device)
-    with seeded(config.seed):
-        context = None if tower is None else (config.prompt_context, tower.width)
-        model = build_model(config, inputs.specs, inputs.prototypes, context, inputs.targets)
-    model.to(device)
-    if tower is not None and model.prompt is not None:
-        model.prompt.attach(tower)
-    for name in model.standardized:
-        model.set_statistics(name, *data.train.statistics(name))
-    return model
-
-
-@contextmanager
-def telling(
-    folder: RunFolder, config: TrainConfig, *, tensorboard: bool, show: bool
-) -> Iterator[Callable[[Row], None]]:
-    """What to call after every epoch, with a bar and a board that are open meanwhile."""
-    with ExitStack() as stack:
-        if show:  # log lines above the bar, not through it
-            stack.enter_context(logging_redirect_tqdm())
-        bar = stack.enter_context(tqdm(total=config.epochs, desc="training", unit="epoch", disable=not show))
-        board = stack.enter_context(Board(folder.path / "tensorboard")) if tensorboard else None
-        yield reporter(config, bar, board)
-
-
-def _fit(
-    folder: RunFolder,
-    config: TrainConfig,
-    inputs: Inputs,
-    data: Data,
-    device: torch.device,
-    *,
-    tensorboard: bool,
-    show: bool,
-) -> tuple[VAModel, Progress]:
-    model = new_model(config, inputs, data, device)
-    with telling(folder, config, tensorboard=tensorboard, show=show) as on_epoch:
-        progress = fit(model, data.train, data.val, config, checkpoint=folder.checkpoint_file, on_epoch=on_epoch)
-    model.load_state_dict(dict(progress.best))
-    return model, progress
-
-
-def finish(
-    folder: RunFolder,
-    cache: Cache,
-    config: TrainConfig,
-    model: VAModel,
-    progress: Progress,
-    data: Data,
-    allow_missing: bool,
-    pictures: bool,
-) -> dict[str, Any]:
-    """Evaluate the best epoch and write all files; `metrics.json` is the last one."""
-    split = config.val_split
-    predictor: nn.Module = model
-    folder.write_history(progress.history)
-    write_tensors(folder.weights_file, progress.best)
-    for name, weights in progress.each.items():
-        write_tensors(folder.each_file(name), weights)
-    if progress.each:
-        predictor = load_run(folder.path, next(model.parameters()).device).predictor
-    failed = failed_items(cache, split, config.fold_splits)
-    report, traces = evaluate_windows(
-        predictor, data.val, split, centers=config.centers, allow_missing=allow_missing, failed=failed
-    )
-    write_predictions(folder.predictions(split), traces)
-    record = require_record(folder.path)
-    maker = run_maker(folder.path, record)
-    write_sources(folder.predictions(split), maker, cache, [trace.clip.item for trace in traces])
-    if pictures:
-        from vaflow.train.plots import draw_run
-
-        draw_run(folder.path, progress.history, data.val, traces)
-    report |= {"best_epoch": progress.best_epoch, "epochs": progress.epoch}
-    report |= {"best_epoch_each": dict(progress.each_epoch)} if progress.each else {}
-    for warning in report["warnings"]:
-        log.warning("%s: %s", split, warning)
-    report["warnings"] += warn_of_labels(config, data.train)
-    folder.write_metrics(report)
-    folder.checkpoint_file.unlink(missing_ok=True)
-    return report

@@ -137,40 +137,48 @@ class WindowSet:
 
     def gather(self, ids: Tensor) -> Batch:
         """The windows `ids`, [B] int64 on any device, as a batch on the training device."""
-        here = ids.to(self.device)
-        inside = self.inside.index_select(0, here)
-        time = self.time.expand(inside.shape)
+        batch = self.labels(ids)
         features, valid, feature_inside, feature_time = {}, {}, {}, {}
         for stream in self.streams:
             table = self.tables[stream.name]
-            features[stream.name], valid[stream.name] = self._read(table, here)
+            index = table.index.index_select(0, ids.to(table.index.device))
+            rows = table.rows.index_select(0, index.flatten()).view(*index.shape, -1)
+            features[stream.name], valid[stream.name] = rows.to(self.device, torch.float32), (index > 0).to(self.device)
             if table.inside is None or table.time is None:
-                feature_inside[stream.name], feature_time[stream.name] = inside, time
+                feature_inside[stream.name], feature_time[stream.name] = batch.inside, batch.time
             else:
-                feature_inside[stream.name] = table.inside.index_select(0, here)
-                feature_time[stream.name] = table.time.index_select(0, here)
+                feature_inside[stream.name] = table.inside.index_select(0, batch.window)
+                feature_time[stream.name] = table.time.index_select(0, batch.window)
+        return replace(batch, features=features, valid=valid, feature_inside=feature_inside, feature_time=feature_time)
+
+    def labels(self, ids: Tensor, counted: Tensor | None = None) -> Batch:
+        """The windows `ids`, [B] int64, as a batch without features.
+
+        Args:
+            ids: on any device.
+            counted: [B] bool, False where a window only fills up the batch: its labels do not count.
+        """
+        ids = ids.to(self.device)
+        inside = self.inside.index_select(0, ids)
+        every = torch.ones(len(ids), dtype=torch.bool, device=self.device)
+        mask = (every if counted is None else counted.to(self.device))[:, None, None]
         return Batch(
-            features=features,
-            valid=valid,
-            feature_inside=feature_inside,
-            feature_time=feature_time,
+            features={},
+            valid={},
+            feature_inside={},
+            feature_time={},
             inside=inside,
-            time=time,
-            target=self.target.index_select(0, here),
-            labelled=self.labelled.index_select(0, here),
-            window=here,
-            extra={name: self._extra(targets, here) for name, targets in self.extra.items()},
+            time=self.time.expand(inside.shape),
+            target=self.target.index_select(0, ids),
+            labelled=self.labelled.index_select(0, ids) & mask,
+            window=ids,
+            extra={
+                name: ExtraTargets(
+                    targets.task, targets.value.index_select(0, ids), targets.labelled.index_select(0, ids) & mask
+                )
+                for name, targets in self.extra.items()
+            },
         )
-
-    def _extra(self, targets: ExtraTargets, ids: Tensor) -> ExtraTargets:
-        value, labelled = (tensor.index_select(0, ids) for tensor in (targets.value, targets.labelled))
-        return ExtraTargets(targets.task, value, labelled)
-
-    def _read(self, table: StreamTable, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, S, D] float32 and whether they are there [B, S], on the training device."""
-        index = table.index.index_select(0, ids.to(table.index.device))
-        rows = table.rows.index_select(0, index.flatten()).view(*index.shape, -1)
-        return rows.to(self.device, torch.float32), (index > 0).to(self.device)
 
     def shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """The trainable windows in random order, `batch_size` at a time, the last batch too; on the device."""

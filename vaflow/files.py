@@ -5,19 +5,21 @@ power cut the old content is there or the new, never half of it. A link at the t
 """
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
-from vaflow.errors import VaflowError, explain
+from vaflow.errors import UsageError, VaflowError, explain
 
 TEMPORARY = ".tmp-"  # prefix of files that are being written; readers skip them
 LARGEST_DOCUMENT = 64 * 2**20  # bytes
+LOCK = ".lock"  # file in the folder; the system releases the lock when its process ends, however that happens
 
 # What file systems without hard links (some network file systems, FAT) answer to `link`.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -194,3 +196,26 @@ def read_document(root: Path, path: Path) -> bytes:
     if status.st_size > LARGEST_DOCUMENT:
         raise ValueError(f"it has {status.st_size} bytes; such a file has at most {LARGEST_DOCUMENT}")
     return path.read_bytes()
+
+
+@contextmanager
+def lock_folder(folder: Path, command: str) -> Iterator[None]:
+    """Hold the lock of `folder`, which is made if it does not exist; `command` names the work in errors.
+
+    Raises:
+        UsageError: another process holds the lock, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise UsageError(explain(f"Cannot write to {folder}", expected="a folder", got=error.strerror)) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            problem = f"Another `{command}` is writing to {folder}"
+            raise UsageError(explain(problem, remedy="Wait until it ends, or choose another --out")) from error
+        except OSError:  # a file system without locks
+            pass
+        yield

@@ -143,7 +143,8 @@ class Setting:
         if self.optional and value in (None, NONE):
             return None
         result = self._convert(value)
-        if result is None or (result in self.words.values() and not self._within_limits(result)):
+        special = isinstance(value, str) and result in self.words.values()  # a person writes the word
+        if result is None or (special and not self._within_limits(result)):
             raise UsageError(explain(f"{self.label} must be {self.values} (got {value!r})"))
         return result
 

@@ -197,6 +197,6 @@ def test_places_that_cannot_be_written(
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
-    refused(capsys, 2, train(cache.path, foreign), "no run wrote", "Choose another folder")
+    refused(capsys, 2, train(cache.path, foreign), "is not empty and is not a run directory", "Choose another folder")
     assert file.read_text() == "mine"
     assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]

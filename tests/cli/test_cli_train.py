@@ -33,9 +33,9 @@ def test_train_prints_a_summary_and_then_says_that_it_is_done(cache: Cache, tmp_
     assert main(command) == 0
     first = capsys.readouterr()
     assert "CCC within videos" in first.out and "best epoch" in first.out
-    assert "epoch  2/2" in first.err and "Labelled frames per region" in first.err
+    assert "epoch  2/2" in first.err and "Share of labelled frames per region" in first.err
     assert main(command) == 0
-    assert "done already" in capsys.readouterr().out
+    assert "is finished already" in capsys.readouterr().out
 
 
 def test_settings_come_from_everywhere(cache: Cache, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_other_settings_in_a_finished_run(cache: Cache, run: Path, capsys) -> No
 def test_wrong_folders(cache: Cache, tmp_path: Path, capsys) -> None:
     assert main(["train", str(tmp_path / "absent"), "--out", str(tmp_path / "run")]) == 2
     assert main(["evaluate", str(tmp_path / "absent")]) == 2
-    assert "not a run folder" in capsys.readouterr().err
+    assert "not a run directory" in capsys.readouterr().err
     assert main(["evaluate", str(cache.path)]) == 2
 
 
@@ -119,3 +119,29 @@ def test_failed_extraction_stops_the_evaluation(run: Path, tmp_path: Path, capsy
 def test_help_has_an_example(command: str, capsys) -> None:
     assert main([command, "--help"]) == 0
     assert f"Example: vaflow {command}" in capsys.readouterr().out
+
+
+def test_json_prints_the_metrics_alone(cache: Cache, tmp_path: Path, capsys) -> None:
+    assert main(["train", str(cache.path), "--out", str(tmp_path / "run"), *SMALL, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def test_fresh_starts_again(cache: Cache, tmp_path: Path, capsys) -> None:
+    command = ["train", str(cache.path), "--out", str(tmp_path / "run"), *SMALL]
+    assert main([*command, "-q"]) == 0
+    assert main([*command, "--seed", "3"]) == 2
+    assert "--fresh" in capsys.readouterr().err
+    assert main([*command, "--seed", "3", "--fresh", "-q"]) == 0
+
+
+def test_more_epochs_and_auto(cache: Cache, tmp_path: Path, capsys) -> None:
+    command = ["train", str(cache.path), "--out", str(tmp_path / "run"), *SMALL]
+    assert main([*command, "-q"]) == 0
+    assert main([*command, "--epochs", "3"]) == 0
+    assert "Resuming after epoch 2 of 3" in capsys.readouterr().err
+    assert main([*command, "--epochs", "auto", "--set", "patience=1"]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"] > 3
+    for wrong in ("0", "-1", "some"):
+        assert main([*command, "--epochs", wrong]) == 2
+        assert "--epochs must be an integer >= 1 or auto" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def test_extraction_that_loses_its_permission(lab: Lab, media: Path, whole: Path
 
 
 @pytest.mark.parametrize(
-    "stage", ["train.loop.train_step", "train.loop.write_tensors", "train.training.write_predictions"]
+    "stage", ["train.loop.train_step", "train.loop.write_tensors", "train.session.write_predictions"]
 )
 def test_training_that_loses_its_permission(lab: Lab, toys: Path, whole_run: Path, tmp_path: Path, stage: str) -> None:
     out = tmp_path / "run"

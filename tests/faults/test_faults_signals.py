@@ -27,12 +27,12 @@ EXTRACTING = {  # stage -> function, and the how-manieth call of it
     "ending": ("vaflow.cache.cache.Cache.refresh_index", 1),
 }
 TRAINING = {
-    "loading": ("vaflow.train.training.load_split", 2),
+    "loading": ("vaflow.train.session.load_split", 2),
     "training": ("vaflow.train.loop.train_step", 5),
     "writing the checkpoint": ("vaflow.train.loop.write_tensors", 2),
     "evaluating": ("vaflow.train.loop.predict_clips", 2),
-    "scoring at the end": ("vaflow.train.training.evaluate_windows", 1),
-    "writing predictions": ("vaflow.train.training.write_predictions", 1),
+    "scoring at the end": ("vaflow.train.session.evaluate_windows", 1),
+    "writing predictions": ("vaflow.train.session.write_predictions", 1),
     "writing the metrics": ("vaflow.train.runs.RunFolder.write_metrics", 1),
 }
 

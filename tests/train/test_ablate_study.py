@@ -226,7 +226,7 @@ def test_a_failed_run_does_not_stop_the_others(cache: Cache, tmp_path: Path) -> 
     assert [row.seeds for row in result.results.tables[0].rows] == [1, 0]
     (failure,) = result.failures
     assert (failure.item, failure.stage, failure.details["run"]) == ("one / gated / seed 0", "train", broken)
-    assert "no run wrote" in failure.message
+    assert "is not empty and is not a run directory" in failure.message
     (out / "runs" / broken / "notes.txt").unlink()
     mended = run_study(cache, study, ["one"], out, Options(1))
     assert (mended.about.trained, mended.about.reused, mended.failures) == (1, 1, [])

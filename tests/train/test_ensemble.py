@@ -162,7 +162,7 @@ def test_an_ensemble_is_made_again_in_its_own_folder_and_in_no_other(runs: list[
         ensemble_runs(runs, runs[0], device="cpu")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").touch()
-    with pytest.raises(UsageError, match="no run wrote"):
+    with pytest.raises(UsageError, match="is not empty and is not a run directory"):
         ensemble_runs(runs, tmp_path / "photos", device="cpu")
 
 
@@ -183,7 +183,7 @@ def test_an_ensemble_can_be_submitted(runs: list[Path], cache: Cache, tmp_path: 
 def test_what_cannot_be_an_ensemble(runs: list[Path], cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean 'search'"):
         ensemble_runs(runs, tmp_path / "e", "serch", device="cpu")
-    with pytest.raises(UsageError, match="not a run folder"):
+    with pytest.raises(UsageError, match="not a run directory"):
         ensemble_runs([tmp_path / "absent"], tmp_path / "e", device="cpu")
     fold = replace(CONFIG, folds=3, fold=1, epochs=1)
     train_run(cache, fold, tmp_path / "fold", tensorboard=False, pictures=False)

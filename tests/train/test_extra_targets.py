@@ -183,5 +183,3 @@ def test_a_cache_without_the_targets(cache: Cache, run: Path, tmp_path: Path) ->
         resolve(cache, replace(CONFIG, extra_targets=("expr",)))
     other = make_cache(tmp_path / "other", Toy(seed=3))
     assert "extra" not in evaluate_run(run, other, device="cpu", write=False)
-    with pytest.raises(UsageError, match="fine-tuning"):
-        TrainConfig(extra_targets=("expr",), finetune=True)

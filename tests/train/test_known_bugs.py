@@ -23,7 +23,7 @@ from vaflow.train.folds import make_folds
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import make_optimizer, train_step
 from vaflow.train.losses import ccc_loss, total_loss
-from vaflow.train.training import Data, new_model
+from vaflow.train.session import Data, new_model
 from vaflow.train.windows import WindowSet
 
 

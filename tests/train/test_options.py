@@ -154,7 +154,7 @@ def test_a_dimension_without_labels_goes_with_the_mean(tmp_path: Path) -> None:
 def test_weights_per_dimension_survive_an_interruption(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vaflow.train import training
+    from vaflow.train import session
 
     def stopping(*arguments, **options):
         def stop(row: dict[str, float]) -> None:
@@ -166,7 +166,7 @@ def test_weights_per_dimension_survive_an_interruption(
     config = replace(CONFIG, best="each")
     whole = quiet_run(cache, config, tmp_path / "whole").metrics
     with monkeypatch.context() as patch:
-        patch.setattr(training, "reporter", stopping)
+        patch.setattr(session, "reporter", stopping)
         with pytest.raises(KeyboardInterrupt):
             quiet_run(cache, config, tmp_path / "run")
     assert quiet_run(cache, config, tmp_path / "run").metrics == whole
@@ -196,9 +196,9 @@ def test_mixtures_of_concordance_and_squared_error(ccc_weight: float, mse_weight
 def test_settings_that_cannot_be_meant() -> None:
     with pytest.raises(UsageError, match="ccc_weight"):
         TrainConfig(ccc_weight=0)
-    with pytest.raises(UsageError, match="< 1"):
+    with pytest.raises(UsageError, match="modality_dropout must be a number >= 0 and < 1"):
         TrainConfig(modality_dropout=1.0)
-    with pytest.raises(UsageError, match="Choices: each, mean"):
+    with pytest.raises(UsageError, match="Choices: each, mean, within"):
         TrainConfig(best="both")
     with pytest.raises(UsageError, match="--finetune"):
         TrainConfig(best="each", finetune=True)

@@ -11,14 +11,15 @@ from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
 from vaflow.cache import Cache
 from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError
-from vaflow.train import training
+from vaflow.train import session, training
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import Row
 from vaflow.train.runs import PROTOTYPES, RunFolder, RunRecord, load_run, new_record
+from vaflow.train.session import load_data
 from vaflow.train.storage import read_tensors, write_tensors
-from vaflow.train.training import evaluate_run, load_data, train_run
+from vaflow.train.training import evaluate_run, train_run
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=3, device="cpu")
 
@@ -49,6 +50,9 @@ def test_everything_is_written(cache: Cache, tmp_path: Path) -> None:
     events = {name for name in names if name.startswith("tensorboard/")}
     assert len(events) == 1
     assert names - events == {
+        ".lock",
+        "checkpoint.safetensors",
+        "clips.json",
         "config.toml",
         "model.safetensors",
         "metrics.json",
@@ -110,8 +114,8 @@ def _never(*args: object, **options: object) -> None:
 
 
 def test_other_settings_are_refused_and_named(cache: Cache, run: Path) -> None:
-    with pytest.raises(UsageError, match=r"other settings.*epochs: 3, not 5; seed: 0, not 1"):
-        quiet_run(cache, replace(CONFIG, epochs=5, seed=1), run)
+    with pytest.raises(UsageError, match=r"other settings.*epochs: 3, not 2; seed: 0, not 1"):
+        quiet_run(cache, replace(CONFIG, epochs=2, seed=1), run)
 
 
 def interrupted(cache: Cache, out: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -123,7 +127,7 @@ def interrupted(cache: Cache, out: Path, monkeypatch: pytest.MonkeyPatch, after:
         return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "reporter", stop)
+        patch.setattr(session, "reporter", stop)
         with pytest.raises(KeyboardInterrupt):
             quiet_run(cache, CONFIG, out)
 
@@ -137,21 +141,20 @@ def test_an_interrupted_run_goes_on_to_the_same_end(cache: Cache, run: Path, tmp
     assert result.metrics == RunFolder(run).read_metrics()
     one, other = weights(out), weights(run)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert not (out / "checkpoint.safetensors").exists()
 
 
 def test_an_interrupted_run_is_not_continued_with_other_clips(tmp_path: Path, monkeypatch) -> None:
     cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14)))
     interrupted(cache, tmp_path / "run", monkeypatch, after=1)
     cache.drop("labels", "train0")
-    with pytest.raises(UsageError, match="cache has changed"):
+    with pytest.raises(UsageError, match=r"train: removed train0.*--fresh"):
         quiet_run(cache, CONFIG, tmp_path / "run")
 
 
 def test_loaded_data_can_be_shared(cache: Cache, run: Path, tmp_path: Path, monkeypatch) -> None:
     config, inputs = resolve(cache, CONFIG)
     data = load_data(cache, config, inputs)
-    monkeypatch.setattr(training, "load_split", _never)
+    monkeypatch.setattr(session, "load_split", _never)
     result = quiet_run(cache, CONFIG, tmp_path / "run", data=data)
     assert result.metrics == RunFolder(run).read_metrics()
 
@@ -208,15 +211,15 @@ def test_training_asks_before_it_begins_not_after(tmp_path: Path, monkeypatch: p
 
 
 def test_folders_that_are_no_runs(tmp_path: Path, cache: Cache) -> None:
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError, match="no such directory"):
         load_run(tmp_path / "absent")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("miaow")
     with pytest.raises(UsageError, match=r"no config\.toml"):
         load_run(tmp_path / "photos")
-    with pytest.raises(UsageError, match="no run wrote"):
+    with pytest.raises(UsageError, match="is not empty and is not a run directory"):
         quiet_run(cache, CONFIG, tmp_path / "photos")
-    with pytest.raises(UsageError, match="Cannot write the run folder"):
+    with pytest.raises(UsageError, match="Cannot write the run directory"):
         quiet_run(cache, CONFIG, tmp_path / "photos" / "cat.jpg")
 
 

@@ -17,7 +17,8 @@ from vaflow.train.data import load_split
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import fit
 from vaflow.train.runs import load_run
-from vaflow.train.training import Data, new_model, train_run
+from vaflow.train.session import Data, new_model
+from vaflow.train.training import train_run
 from vaflow.train.windows import StreamTable, WindowSet
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=1, device="cpu")

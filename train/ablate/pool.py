@@ -25,7 +25,8 @@ from vaflow.train.ablate.statistics import moments_file, video_moments_of, write
 from vaflow.train.config import TrainConfig, from_toml, to_toml
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
-from vaflow.train.training import Data, load_data, train_run
+from vaflow.train.session import Data, load_data
+from vaflow.train.training import train_run
 
 # What a run may fail of while the others go on: bad data, a device that refuses, memory, a full disk.
 FAILURES = (VaflowError, RuntimeError, MemoryError, OSError, ValueError)
@@ -69,6 +70,7 @@ class Runner:
                 allow_missing=self._allow_missing,
                 tensorboard=False,
                 pictures=False,
+                keep_checkpoint=False,
             )
             if not moments_file(out).is_file():
                 write_moments(out, video_moments_of(folder, self._cache, config.val_split))

@@ -1,17 +1,15 @@
 """`vaflow ablate` as one function: plan, train what is not there, measure, write."""
 
-import fcntl
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from vaflow.cache import Cache
-from vaflow.errors import UsageError, explain
 from vaflow.failures import FAILURES, Failure, write_failures
-from vaflow.files import write_file
+from vaflow.files import lock_folder, write_file
 from vaflow.train.ablate.grid import Study
 from vaflow.train.ablate.page import html_page
 from vaflow.train.ablate.plan import Job, Options, Plan, add_command, make_plan
@@ -20,8 +18,6 @@ from vaflow.train.ablate.report import About, csv_text, markdown
 from vaflow.train.ablate.results import Results, collect
 from vaflow.train.ablate.statistics import moments_file
 from vaflow.train.runs import RunFolder
-
-LOCK = ".lock"
 
 OnPlan = Callable[[Plan, int], None]
 OnRun = Callable[[Outcome], None]
@@ -79,7 +75,7 @@ def run_study(
     """
     begun = time.perf_counter()
     plan = make_plan(cache, study, names, options)
-    with _alone_in(out):
+    with lock_folder(out, "vaflow ablate"):
         todo = [job for job in plan.jobs if not _done(out, job)]
         if on_plan is not None:
             on_plan(plan, len(todo))
@@ -111,23 +107,6 @@ def _failed(runs: Generator[Outcome, None, None], on_run: OnRun | None) -> dict[
 def _done(out: Path, job: Job) -> bool:
     run = out / RUNS / job.key
     return RunFolder(run).done and moments_file(run).is_file()
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """One study at a time in a folder: two would train into the same runs."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("w")
-    except OSError as error:
-        raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            problem = f"Another `vaflow ablate` works in {out}"
-            raise UsageError(explain(problem, remedy="Wait for it, or choose another --out")) from error
-        yield
 
 
 def _write(

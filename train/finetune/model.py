@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from vaflow.train.batch import VISUAL, Batch
+from vaflow.train.batch import VISUAL, Batch, Output
 from vaflow.train.finetune.augment import Augment
 from vaflow.train.finetune.backbones import Backbone
 from vaflow.train.finetune.data import Source
 from vaflow.train.heads.model import VAModel
+from vaflow.train.losses import REGIONS
 from vaflow.train.windows import StreamTable, WindowSet
 
 # Rows of a batch in which a split is encoded, padded: those of `vaflow extract`, for results depend on it in low bits.
@@ -91,18 +92,22 @@ class TunedModel(nn.Module):
         return self
 
     def forward(self, raw: Raw) -> Tensor:
-        """[B, F, 2], valence and arousal, or [B, F, 11] with the region logits behind; float32.
+        """Predictions side by side, [B, F, K] float32 (see `Output.packed`): one tensor, for several processes.
 
-        The backbones run in whatever precision is on outside; the heads, which are small, in float32.
+        The encoders run in the precision that is active outside; the heads, which are small, in float32.
         """
         features = dict(raw.batch.features)
         for backbone in self.backbones:
             name = backbone.stream.name
             features[name] = _encoded(backbone, raw.units[name], features[name])
         with torch.autocast(raw.batch.inside.device.type, enabled=False):
-            output = self.heads(replace(raw.batch, features=features))
-        said = [output.va] if output.region_logits is None else [output.va, output.region_logits]
-        return torch.cat(said, dim=-1)
+            output: Output = self.heads(replace(raw.batch, features=features))
+            return output.packed()
+
+    def unpack(self, packed: Tensor) -> Output:
+        """The predictions that `forward` packed."""
+        extra = {target.name: len(target.names) for target in self.heads.targets}
+        return Output.unpacked(packed, regions=0 if self.heads.prompt is None else REGIONS, extra=extra)
 
 
 def _encoded(backbone: Backbone, units: Units, cached: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from vaflow.cache import Cache
 from vaflow.device import choose_device
 from vaflow.errors import FingerprintError, UsageError, explain
-from vaflow.train import training
 from vaflow.train.config import TrainConfig
-from vaflow.train.evaluate import check_complete, failed_items, predict_clips
+from vaflow.train.evaluate import predict_clips
 from vaflow.train.finetune.backbones import (
     Backbone,
     build_backbones,
@@ -36,10 +35,10 @@ from vaflow.train.finetune.data import Source, check_sources, load_sources
 from vaflow.train.finetune.model import TunedModel, encode_split
 from vaflow.train.finetune.step import Tuning, make_optimizer, train_epoch
 from vaflow.train.heads.model import VAModel, count_parameters
-from vaflow.train.inputs import Inputs, check_same
+from vaflow.train.inputs import check_same
 from vaflow.train.loop import Progress, run_epochs
-from vaflow.train.reporting import describe
 from vaflow.train.runs import RunFolder, RunRecord, load_run
+from vaflow.train.session import Data, Session, load_data, new_model, reproducible
 from vaflow.train.windows import WindowSet
 
 PRECISION: Mapping[str, Literal["32-true", "bf16-mixed"]] = {"float32": "32-true", "bfloat16": "bf16-mixed"}
@@ -90,136 +89,103 @@ log = logging.getLogger(__name__)
 HEADS = "heads."  # what the names of their tensors in a `TunedModel` begin with
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is trained, on what.
-
-    Attributes:
-        cache, config, inputs: resolved.
-        folder: of the run; record: what it says so far.
-        allow_missing, tensorboard, pictures, show: as of `vaflow.train.training.train_run`.
-    """
-
-    cache: Cache
-    config: TrainConfig
-    inputs: Inputs
-    folder: RunFolder
-    record: RunRecord
-    allow_missing: bool = False
-    tensorboard: bool = True
-    pictures: bool = True
-    show: bool = False
-
-
-def finetune(job: Job, weights: Mapping[str, Path]) -> dict[str, Any]:
-    """Train, or go on with, the run; returns its metrics.
+def finetune(session: Session, weights: Mapping[str, Path]) -> dict[str, Any]:
+    """Train or resume a run with its encoders; returns its metrics.
 
     Args:
-        job: what is trained.
+        session: what is trained.
         weights: stream -> local weights of its encoder, instead of the hub's.
 
     Raises:
-        UsageError: the cache does not hold what the backbones read, or settings do not go together.
-        FingerprintError: the encoders, or the run to begin with, are not those of the cache.
-        WeightsError: an encoder's weights cannot be had.
+        UsageError: the cache does not hold the encoders' inputs, or settings do not go together.
+        FingerprintError: the encoders, or the run of `init`, are not those of the cache.
+        WeightsError: an encoder's weights cannot be loaded.
         DataError: clips, labels or losses are unusable; the clips are named.
     """
-    chosen = tunable(job.inputs.streams)
-    check_sources(job.cache, chosen)
-    with processes(job.config) as fabric:
+    chosen = tunable(session.inputs.streams)
+    cache, config, inputs, folder = session.cache, session.config, session.inputs, session.folder
+    check_sources(cache, chosen)
+    with processes(config) as fabric, reproducible(session, fabric.device) as session:
         main = fabric.is_global_zero
-        job = replace(job, show=job.show and main, tensorboard=job.tensorboard and main)
+        session = replace(session, show=session.show and main, tensorboard=session.tensorboard and main)
+        session = replace(session, keep_checkpoint=False)  # it is as large as the encoders, four times
         backbones = build_backbones(chosen, weights, fabric.device)
-        data = training.load_data(
-            job.cache, job.config, job.inputs, device=fabric.device, scratch=job.folder.path, show=job.show
-        )
-        job = _begin(job, data, write=main)
-        sources = [load_sources(job.cache, part, backbones, job.folder.path) for part in (data.train, data.val)]
-        heads = _first_heads(job, data, fabric.device)
+        data = load_data(cache, config, inputs, device=fabric.device, scratch=folder.path, show=session.show)
+        session = session.begin(data, write=main)
+        sources = [load_sources(cache, part, backbones, folder.path) for part in (data.train, data.val)]
+        heads = _first_heads(session, data, fabric.device)
         model = TunedModel(heads, backbones)
-        progress = _fit(job, fabric, model, data, sources[0], sources[1])
+        progress = _fit(session, fabric, model, data, sources[0], sources[1])
         val = _encode(fabric, data.val, sources[1], backbones)
         if main:
-            _finish(job, heads, backbones, progress, replace(data, val=val))
+            _finish(session, heads, backbones, progress, replace(data, val=val))
         fabric.barrier()
-        return job.folder.read_metrics()
+        return folder.read_metrics()
 
 
-def _begin(job: Job, data: training.Data, *, write: bool) -> Job:
-    """Check what is loaded against the folder, and say in it what is done."""
-    check_complete(data.val, failed_items(job.cache, job.config.val_split, job.config.fold_splits), job.allow_missing)
-    record = replace(job.record, data=training.counts(job.config, data))
-    training.check_data(job.folder, job.folder.record(), record)
-    if write:
-        job.folder.write_record(record)
-    describe(job.config, data.train, data.val)
-    return replace(job, record=record)
-
-
-def _first_heads(job: Job, data: training.Data, device: Any) -> VAModel:
+def _first_heads(session: Session, data: Data, device: Any) -> VAModel:
     """Fresh heads, or those of the run that `init` names."""
-    heads = training.new_model(job.config, job.inputs, data, device)
-    if not job.config.init:
+    heads = new_model(session.config, session.inputs, data, device)
+    if not session.config.init:
         return heads
-    other = load_run(Path(job.config.init), device)
+    other = load_run(Path(session.config.init), device)
     if other.record.tuned:
         raise UsageError(
             explain(
-                f"{job.config.init} was fine-tuned: its heads belong to its own encoders",
+                f"{session.config.init} was fine-tuned: its heads belong to its own encoders",
                 expected="a run of `vaflow train` without --finetune",
             )
         )
-    check_same(other.record.streams, job.cache)
+    check_same(other.record.streams, session.cache)
     try:
         heads.load_state_dict(other.model.state_dict())
     except RuntimeError as error:
         raise UsageError(
             explain(
-                f"The heads of {job.config.init} have another form",
+                f"The heads of {session.config.init} have another form",
                 expected="the same streams and model settings as this run's",
                 got=str(error).splitlines()[-1].strip(),
-                remedy=f"Take its settings: --config {Path(job.config.init) / 'config.toml'}",
+                remedy=f"Take its settings: --config {Path(session.config.init) / 'config.toml'}",
             )
         ) from error
     return heads
 
 
 def _fit(
-    job: Job,
+    session: Session,
     fabric: Any,
     model: TunedModel,
-    data: training.Data,
+    data: Data,
     train_sources: Mapping[str, Source],
     val_sources: Mapping[str, Source],
 ) -> Progress:
+    config = session.config
     trained: list[nn.Parameter] = []
     for backbone in model.backbones:
-        trained += choose_trained(backbone, job.config.finetune_blocks)
-        if job.config.checkpointing:
+        trained += choose_trained(backbone, config.finetune_blocks)
+        if config.checkpointing:
             recompute(backbone)
-    heads = count_parameters(model.heads)
-    log.info("%.1f million parameters learn, %.1f of them in backbones", *(_millions(heads, trained)))
-    optimizer = make_optimizer(model, trained, job.config)
+    in_encoders = sum(parameter.numel() for parameter in trained)
+    total = count_parameters(model.heads) + in_encoders
+    log.info("%.1f million trainable parameters, %.1f of them in encoders", total / 1e6, in_encoders / 1e6)
+    optimizer = make_optimizer(model, trained, config)
     wrapped, _ = fabric.setup(model, optimizer)
-    tuning = Tuning(fabric, model, wrapped, optimizer, data.train, train_sources, job.config)
-    with training.telling(job.folder, job.config, tensorboard=job.tensorboard, show=job.show) as on_epoch:
+    tuning = Tuning(fabric, model, wrapped, optimizer, data.train, train_sources, config)
+    with session.reporting() as on_epoch:
         progress = run_epochs(
             model,
             optimizer,
-            job.config,
+            config,
             lambda epoch: train_epoch(tuning, epoch),
             lambda: predict_clips(model.heads, _encode(fabric, data.val, val_sources, model.backbones)),
-            checkpoint=job.folder.checkpoint_file,
+            steps_per_epoch=-(-len(data.train.trainable) // config.batch_size),
+            checkpoint=session.folder.checkpoint_file,
             write=fabric.is_global_zero,
             on_epoch=on_epoch,
+            excluded=session.unscored(data),
         )
     model.load_state_dict(dict(progress.best))
     return progress
-
-
-def _millions(heads: int, trained: Sequence[nn.Parameter]) -> tuple[float, float]:
-    backbones = sum(parameter.numel() for parameter in trained)
-    return (heads + backbones) / 1e6, backbones / 1e6
 
 
 def _encode(fabric: Any, windows: WindowSet, sources: Mapping[str, Source], backbones: Sequence[Backbone]) -> WindowSet:
@@ -234,21 +200,12 @@ def _encode(fabric: Any, windows: WindowSet, sources: Mapping[str, Source], back
     return encode_split(windows, sources, backbones, rank=fabric.global_rank, ranks=fabric.world_size, combine=combine)
 
 
-def _finish(job: Job, heads: VAModel, backbones: Sequence[Backbone], progress: Progress, data: training.Data) -> None:
-    """Write the encoders, what they make, and then what every run has."""
-    tuned = save_backbones(backbones, job.folder.encoders, job.cache)
-    job.folder.write_record(replace(job.record, tuned=tuned))
-    own = {name.removeprefix(HEADS): tensor for name, tensor in progress.best.items() if name.startswith(HEADS)}
-    training.finish(
-        job.folder,
-        job.cache,
-        job.config,
-        heads,
-        replace(progress, best=own),
-        data,
-        job.allow_missing,
-        job.pictures,
-    )
+def _finish(session: Session, heads: VAModel, backbones: Sequence[Backbone], progress: Progress, data: Data) -> None:
+    """Write the encoders and the streams that they make, then the files of every run."""
+    tuned = save_backbones(backbones, session.folder.encoders, session.cache)
+    session.folder.write_record(replace(session.record, tuned=tuned))
+    best = {name.removeprefix(HEADS): tensor for name, tensor in progress.best.items() if name.startswith(HEADS)}
+    session.finish(heads, replace(progress, best=best), data)
 
 
 def tuned_windows(run: Path, record: RunRecord, cache: Cache, windows: WindowSet) -> WindowSet:

@@ -60,11 +60,11 @@ def evaluate(
     width = smoothing_width(smooth_seconds)
     from vaflow.cache import open_cache
     from vaflow.train.breakdown import read_groups, warn_unknown
-    from vaflow.train.runs import require_record
+    from vaflow.train.runs import cache_of
     from vaflow.train.smoothing_choice import choose_smoothing
     from vaflow.train.training import evaluate_run
 
-    opened = open_cache(cache if cache is not None else Path(require_record(run).cache))
+    opened = open_cache(cache if cache is not None else cache_of(run))
     bars = show_bars(quiet or json)
     named = read_groups(groups) if groups else None
     if named is not None:

@@ -93,10 +93,10 @@ def submit(
     set_up(verbose, quiet)
     from vaflow.cache import open_cache
     from vaflow.train.ensemble import members_of
-    from vaflow.train.runs import require_record
+    from vaflow.train.runs import cache_of
     from vaflow.train.submit import submit_run
 
-    path = cache if cache is not None else Path(require_record(members_of(run)[0][0]).cache)
+    path = cache if cache is not None else cache_of(members_of(run)[0][0])
     done = submit_run(run, open_cache(path), sample, out, hold=hold, device=device, show=show_bars(quiet or json))
     if json:
         print_json({"rows": done.rows, "trials": done.trials, "held": done.held, "file": str(out)})

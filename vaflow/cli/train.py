@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vaflow.cli.common import Cache, Quiet, Verbose, alias_pairs, set_up, show_bars, weight_pairs
+from vaflow.cli.common import Cache, JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, weight_pairs
 from vaflow.cli.evaluate import summary
 from vaflow.cli.options import HelpAll, with_settings
 from vaflow.train import config as configs
@@ -60,10 +60,15 @@ def train(
             hidden=True,
         ),
     ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Delete the run in --out first.", rich_help_panel="Output", hidden=True),
+    ] = False,
     out: Annotated[
         Path, typer.Option(metavar="RUN", help="Directory of the run.", show_default=False, rich_help_panel="Output")
     ],
     help_all: HelpAll = False,
+    json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
@@ -94,13 +99,19 @@ def train(
         out,
         weights=weight_pairs(weights or []),
         allow_missing=allow_missing,
-        show=show_bars(quiet),
+        fresh=fresh,
+        show=show_bars(quiet or json),
     )
-    if quiet or os.environ.get("RANK", "0") != "0":  # of several processes that torchrun started, one speaks
+    if os.environ.get("RANK", "0") != "0":  # of several processes that torchrun started, one prints
         return 0
-    if result.was_done:
-        typer.echo(f"{out} is done already: nothing to train. Another --out, or other settings, begin a new run.")
-    typer.echo(summary(result.metrics))
-    if "best_epoch" in result.metrics:
-        typer.echo(f"\nbest epoch {result.metrics['best_epoch']} of {result.metrics['epochs']}; written to {out}")
+    if json:
+        print_json(result.metrics)
+    elif not quiet:
+        if result.was_done:
+            typer.echo(
+                f"{out} is finished already. Choose another --out for other settings, or --fresh to start again."
+            )
+        typer.echo(summary(result.metrics))
+        if "best_epoch" in result.metrics:
+            typer.echo(f"\nbest epoch {result.metrics['best_epoch']} of {result.metrics['epochs']}; written to {out}")
     return 0

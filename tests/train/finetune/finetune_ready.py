@@ -16,7 +16,7 @@ from vaflow.train.finetune.model import TunedModel
 from vaflow.train.finetune.step import Tuning, make_optimizer
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import seeded
-from vaflow.train.training import Data, load_data
+from vaflow.train.session import Data, load_data
 
 SETTINGS = TrainConfig(
     finetune=True, hidden=16, epochs=2, batch_size=2, lr=1e-3, backbone_lr=1e-4, device="cpu", augment=False

@@ -1,0 +1,259 @@
+"""A run belongs to its clips: changed data, shared recordings, locks, longer training, moved caches, hostile files."""
+
+import json
+import shutil
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
+
+from vaflow.cache import Cache, open_cache
+from vaflow.errors import CorruptError, UsageError
+from vaflow.files import lock_folder
+from vaflow.train import plots, session
+from vaflow.train.config import AUTO, TrainConfig
+from vaflow.train.runs import RunFolder, cache_of, load_run
+from vaflow.train.storage import read_tensors
+from vaflow.train.training import Result, train_run
+
+CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=3e-3, batch_size=8, epochs=2, device="cpu")
+TOY = Toy(splits={"train": 3, "val": 2}, seconds=(8, 12))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return make_cache(tmp_path / "cache", TOY)
+
+
+def quiet_run(cache: Cache, config: TrainConfig, out: Path, **options: Any) -> Result:
+    return train_run(cache, config, out, tensorboard=False, pictures=False, **options)
+
+
+def rewrite(cache: Cache, stream: str, item: str, *, source: dict[str, Any] | None = None, **changed: Any) -> None:
+    """Replace arrays of one item, or its source."""
+    arrays = {name: array.copy() for name, array in cache.read(stream, item).arrays.items()} | changed
+    record = cache.record(stream, item)
+    cache.drop(stream, item)
+    cache.write(stream, item, arrays, meta=dict(record.meta), source=source or dict(record.source))
+
+
+def interrupt(cache: Cache, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(row: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "reporter", lambda *_: stop)
+        with pytest.raises(KeyboardInterrupt):
+            quiet_run(cache, CONFIG, out)
+
+
+def test_changed_labels_stop_an_interrupted_run(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(cache, tmp_path / "run", monkeypatch)
+    rewrite(cache, "labels", "train1", value=-cache.read("labels", "train1").value)
+    with pytest.raises(UsageError, match=r"train: changed train1\..*--fresh"):
+        quiet_run(cache, CONFIG, tmp_path / "run")
+    assert not quiet_run(cache, CONFIG, tmp_path / "run", fresh=True).was_done
+
+
+def test_changed_features_make_a_finished_run_refuse(cache: Cache, tmp_path: Path) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    rewrite(cache, VISUAL, "val0", embedding=cache.read(VISUAL, "val0").embedding + np.float16(1))
+    with pytest.raises(UsageError, match="val: changed val0"):
+        quiet_run(cache, CONFIG, tmp_path / "run")
+
+
+def test_the_same_contents_written_again_are_the_same_data(cache: Cache, tmp_path: Path) -> None:
+    first = quiet_run(cache, CONFIG, tmp_path / "run")
+    rewrite(cache, AUDIO, "train0")
+    again = quiet_run(cache, CONFIG, tmp_path / "run")
+    assert again.was_done and again.metrics == first.metrics
+
+
+def test_another_cache_is_other_data(cache: Cache, tmp_path: Path) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    other = make_cache(tmp_path / "other", replace(TOY, seed=1))
+    with pytest.raises(UsageError, match="does not hold the clips"):
+        quiet_run(other, CONFIG, tmp_path / "run")
+
+
+def test_a_copied_cache_is_the_same_data(cache: Cache, tmp_path: Path) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    copy = open_cache(shutil.copytree(cache.path, tmp_path / "copy"))
+    assert quiet_run(copy, CONFIG, tmp_path / "run").was_done
+
+
+def test_a_run_of_an_older_version_has_no_digests(cache: Cache, tmp_path: Path, caplog) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    (tmp_path / "run" / "clips.json").unlink()
+    assert quiet_run(cache, CONFIG, tmp_path / "run").was_done
+    assert "older version" in caplog.text
+
+
+def test_fresh_deletes_the_run_and_nothing_else(cache: Cache, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    quiet_run(cache, CONFIG, out)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(out / "predictions", elsewhere)
+    (out / "predictions").symlink_to(elsewhere)
+    (out / "notes.txt").write_text("mine")
+    RunFolder(out).clear()
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "notes.txt"]
+    assert list(elsewhere.rglob("*.csv"))
+
+
+def test_two_processes_cannot_train_into_one_folder(cache: Cache, tmp_path: Path) -> None:
+    with (
+        lock_folder(tmp_path / "run", "vaflow train"),
+        pytest.raises(UsageError, match="Another `vaflow train` is writing"),
+    ):
+        quiet_run(cache, CONFIG, tmp_path / "run")
+    quiet_run(cache, CONFIG, tmp_path / "run")
+
+
+def test_splits_that_share_a_recording_are_refused(cache: Cache, tmp_path: Path) -> None:
+    for item, name in (("train0", "a.mp4"), ("val1", "renamed.mp4")):
+        rewrite(cache, VISUAL, item, source={"video": {"blake2b": "ab" * 16, "name": name}})
+    with pytest.raises(UsageError, match=r"share recordings.*train0 and val1.*shared_sources"):
+        quiet_run(cache, CONFIG, tmp_path / "run")
+    quiet_run(cache, replace(CONFIG, shared_sources=True), tmp_path / "run")
+
+
+def test_equal_label_files_are_not_a_shared_recording(cache: Cache, tmp_path: Path) -> None:
+    for item in ("train0", "val1"):
+        rewrite(cache, "labels", item, source={"labels": {"blake2b": "ab" * 16}})
+    quiet_run(cache, CONFIG, tmp_path / "run")
+
+
+def test_more_epochs_continue_to_the_same_end(cache: Cache, tmp_path: Path) -> None:
+    whole = quiet_run(cache, replace(CONFIG, epochs=4), tmp_path / "whole")
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    longer = quiet_run(cache, replace(CONFIG, epochs=4), tmp_path / "run")
+    assert not longer.was_done and longer.metrics == whole.metrics
+    assert [row["epoch"] for row in RunFolder(tmp_path / "run").read_history()] == [1, 2, 3, 4]
+    with pytest.raises(UsageError, match="epochs: 4, not 2"):
+        quiet_run(cache, CONFIG, tmp_path / "run")
+
+
+def test_a_longer_training_that_is_interrupted_is_not_finished(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+
+    def stop(row: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "reporter", lambda *_: stop)
+        with pytest.raises(KeyboardInterrupt):
+            quiet_run(cache, replace(CONFIG, epochs=4), tmp_path / "run")
+    assert not RunFolder(tmp_path / "run").done
+    assert quiet_run(cache, replace(CONFIG, epochs=4), tmp_path / "run").metrics["epochs"] == 4
+
+
+def test_epochs_auto_stops_when_the_score_stops_rising(cache: Cache, tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=AUTO, patience=12)
+    metrics = quiet_run(cache, config, tmp_path / "run").metrics
+    record = RunFolder(tmp_path / "run").record()
+    assert record is not None and record.config.epochs == AUTO
+    windows = record.data["train"]["windows"]
+    waited = metrics["epochs"] - metrics["best_epoch"]
+    steps = -(-windows // config.batch_size)
+    assert waited >= 3 and waited * steps >= 12 and (waited - 1 < 3 or (waited - 1) * steps < 12)
+
+
+def test_best_within_keeps_the_epoch_with_the_best_score_within_videos(cache: Cache, tmp_path: Path) -> None:
+    metrics = quiet_run(cache, replace(CONFIG, best="within", epochs=5), tmp_path / "run").metrics
+    history = RunFolder(tmp_path / "run").read_history()
+    scores = [row["val_within_mean"] for row in history]
+    assert metrics["best_epoch"] == 1 + int(np.argmax(scores))
+    assert metrics["within_video_ccc"]["mean"] == pytest.approx(max(scores))
+
+
+def test_epochs_are_chosen_on_the_clips_that_are_scored(cache: Cache, tmp_path: Path) -> None:
+    cache.drop(VISUAL, "val0")
+    cache.drop(AUDIO, "val0")
+    metrics = quiet_run(cache, CONFIG, tmp_path / "run", allow_missing=True).metrics
+    best = RunFolder(tmp_path / "run").read_history()[metrics["best_epoch"] - 1]
+    assert best["val_ccc_mean"] == pytest.approx(metrics["ccc"]["mean"])
+
+
+def test_pictures_that_fail_do_not_stop_a_run(cache: Cache, tmp_path: Path, monkeypatch, caplog) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("mathtext")
+
+    monkeypatch.setattr(plots, "draw_run", fail)
+    train_run(cache, CONFIG, tmp_path / "run", tensorboard=False)
+    assert RunFolder(tmp_path / "run").done and "could not be drawn" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["US$ 5% of A$", "x" * 244])
+def test_odd_clip_names_train_and_draw(tmp_path: Path, name: str) -> None:
+    cache = make_cache(tmp_path / "cache", TOY)
+    for stream in (VISUAL, AUDIO, "labels"):
+        data = cache.read(stream, "val0")
+        cache.write(stream, name, dict(data.arrays), meta=dict(data.meta))
+        cache.drop(stream, "val0")
+    train_run(cache, replace(CONFIG, epochs=1), tmp_path / "run", tensorboard=False)
+    assert (tmp_path / "run" / "predictions" / "val" / f"{name}.csv").is_file()
+
+
+@pytest.mark.parametrize("changed", [{"hidden": 60_000}, {"layers": 100_000_000}, {"hidden": 10}])
+def test_weights_are_compared_before_memory_is_allocated(cache: Cache, tmp_path: Path, changed: dict[str, int]) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    file = tmp_path / "run" / "config.toml"
+    document = tomllib.loads(file.read_text())
+    document["train"] |= changed
+    file.write_text(tomli_w.dumps(document))
+    with pytest.raises(CorruptError, match=r"does not fit its config\.toml"):
+        load_run(tmp_path / "run")
+
+
+def test_a_run_and_its_cache_that_move_together_stay_together(cache: Cache, tmp_path: Path) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    (tmp_path / "moved").mkdir()
+    for name in ("cache", "run"):
+        shutil.move(tmp_path / name, tmp_path / "moved" / name)
+    assert cache_of(tmp_path / "moved" / "run") == str((tmp_path / "moved" / "cache").resolve())
+    shutil.move(tmp_path / "moved" / "run", tmp_path / "alone")
+    with pytest.raises(UsageError, match=r"--cache CACHE"):
+        cache_of(tmp_path / "alone")
+
+
+def test_the_run_records_its_arithmetic(cache: Cache, tmp_path: Path) -> None:
+    quiet_run(cache, replace(CONFIG, deterministic=True), tmp_path / "run")
+    record = RunFolder(tmp_path / "run").record()
+    assert record is not None
+    assert record.environment["tf32"] is False and record.environment["deterministic"] is True
+    assert record.environment["device"] == "cpu"
+
+
+def test_a_run_of_an_older_version_attends_without_positions(cache: Cache, tmp_path: Path) -> None:
+    quiet_run(cache, replace(CONFIG, attention_positions="none"), tmp_path / "run")
+    file = tmp_path / "run" / "config.toml"
+    document = tomllib.loads(file.read_text())
+    for name in ("attention_positions", "patience", "deterministic", "shared_sources"):
+        del document["train"][name]
+    file.write_text(tomli_w.dumps(document))
+    assert load_run(tmp_path / "run").record.config.attention_positions == "none"
+
+
+def test_a_checkpoint_is_not_kept_where_it_is_not_wanted(cache: Cache, tmp_path: Path) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run", keep_checkpoint=False)
+    assert not RunFolder(tmp_path / "run").checkpoint_file.exists()
+    with pytest.raises(UsageError, match="epochs: 2, not 3"):
+        quiet_run(cache, replace(CONFIG, epochs=3), tmp_path / "run")
+
+
+def test_clips_json_lists_every_clip(cache: Cache, tmp_path: Path) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    clips = json.loads((tmp_path / "run" / "clips.json").read_text())
+    assert {split: sorted(items) for split, items in clips.items()} == {
+        "train": cache.items(split="train"),
+        "val": cache.items(split="val"),
+    }
+    assert read_tensors(tmp_path / "run" / "model.safetensors")[0]

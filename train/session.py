@@ -1,0 +1,201 @@
+"""What the training of heads and fine-tuning share: the data, its checks, fresh heads, progress, the final files."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vaflow.cache import Cache
+from vaflow.device import forbid_tf32
+from vaflow.errors import UsageError, explain
+from vaflow.train.builder import build_model, open_tower
+from vaflow.train.config import AUTO, TrainConfig
+from vaflow.train.data import load_split
+from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, write_predictions
+from vaflow.train.heads.model import VAModel
+from vaflow.train.inputs import Inputs
+from vaflow.train.loop import Progress, Row, seeded
+from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.provenance import run_maker, write_sources
+from vaflow.train.reporting import Board, describe, reporter, warn_of_labels
+from vaflow.train.runs import RunFolder, RunRecord, load_run, require_record
+from vaflow.train.storage import write_tensors
+from vaflow.train.windows import WindowSet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both splits, loaded for certain streams and windows; runs with the same ones can share it."""
+
+    train: WindowSet
+    val: WindowSet
+
+
+def load_data(
+    cache: Cache,
+    config: TrainConfig,
+    inputs: Inputs,
+    *,
+    device: torch.device | str = "cpu",
+    scratch: Path | None = None,
+    show: bool = False,
+) -> Data:
+    """Read both splits of resolved settings.
+
+    Raises:
+        UsageError: a split does not exist or has no labels.
+        DataError: features or labels are unusable; the clip is named.
+    """
+    splits = (config.train_split, config.val_split)
+    train, val = (
+        load_split(cache, split, inputs.streams, config, device=device, scratch=scratch, show=show) for split in splits
+    )
+    if not len(train.trainable):
+        raise UsageError(explain(f"No window of split {config.train_split!r} has a labelled frame"))
+    return Data(train, val)
+
+
+def new_model(config: TrainConfig, inputs: Inputs, data: Data, device: torch.device) -> VAModel:
+    """Heads with fresh weights and the feature statistics of the training split."""
+    tower = open_tower(config, inputs, device)
+    with seeded(config.seed):
+        context = None if tower is None else (config.prompt_context, tower.width)
+        model = build_model(config, inputs.specs, inputs.prototypes, context, inputs.targets)
+    model.to(device)
+    if tower is not None and model.prompt is not None:
+        model.prompt.attach(tower)
+    for name in model.standardized:
+        model.set_statistics(name, *data.train.statistics(name))
+    return model
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of `vaflow train`: the cache, the resolved settings, the run's folder, and what to write.
+
+    Attributes:
+        cache, config, inputs: as resolved.
+        folder: of the run; record: its `config.toml`.
+        allow_missing: leave labelled validation clips without features out of the scores.
+        tensorboard: write event files.
+        pictures: draw the training curves and the predictions.
+        show: draw progress bars.
+        keep_checkpoint: keep the last epoch's state, from which `--epochs` can continue.
+    """
+
+    cache: Cache
+    config: TrainConfig
+    inputs: Inputs
+    folder: RunFolder
+    record: RunRecord
+    allow_missing: bool = False
+    tensorboard: bool = True
+    pictures: bool = True
+    show: bool = False
+    keep_checkpoint: bool = True
+
+    def begin(self, data: Data, *, write: bool = True) -> "Session":
+        """Check the loaded data, write `config.toml` and log the contents; returns the session with both in it.
+
+        Raises:
+            DataError: labelled validation clips lack features.
+        """
+        check_complete(data.val, self._failed(), self.allow_missing)  # now, not after hours
+        pairs = ((self.config.train_split, data.train), (self.config.val_split, data.val))
+        counts = {
+            split: {"clips": len(w.clips), "windows": len(w), "labelled_frames": w.labelled_rows}
+            | {f"labelled_{name}": count for name, count in zip(DIMENSIONS, w.labelled_each, strict=True)}
+            for split, w in pairs
+        }
+        record = replace(self.record, data=counts)
+        if write:
+            self.folder.write_record(record)
+        describe(self.config, data.train, data.val)
+        return replace(self, record=record)
+
+    def unscored(self, data: Data) -> list[str]:
+        """Validation clips that --allow-missing leaves out of the scores."""
+        return [clip.item for clip in check_complete(data.val, self._failed(), self.allow_missing)]
+
+    def _failed(self) -> list[str]:
+        return failed_items(self.cache, self.config.val_split, self.config.fold_splits)
+
+    @contextmanager
+    def reporting(self) -> Iterator[Callable[[Row], None]]:
+        """A function to call after every epoch; inside, a progress bar and TensorBoard are open."""
+        with ExitStack() as stack:
+            if self.show:  # log lines above the bar, not through it
+                stack.enter_context(logging_redirect_tqdm())
+            total = None if self.config.epochs == AUTO else self.config.epochs
+            bar = stack.enter_context(tqdm(total=total, desc="training", unit="epoch", disable=not self.show))
+            board = stack.enter_context(Board(self.folder.path / "tensorboard")) if self.tensorboard else None
+            yield reporter(self.config, bar, board)
+
+    def finish(self, model: VAModel, progress: Progress, data: Data) -> dict[str, Any]:
+        """Evaluate the best epoch, write all files and return the metrics; `metrics.json` is written last."""
+        split = self.config.val_split
+        predictor: nn.Module = model
+        self.folder.write_history(progress.history)
+        write_tensors(self.folder.weights_file, progress.best)
+        for name, weights in progress.each.items():
+            write_tensors(self.folder.each_file(name), weights)
+        if progress.each:
+            predictor = load_run(self.folder.path, next(model.parameters()).device).predictor
+        report, traces = evaluate_windows(
+            predictor,
+            data.val,
+            split,
+            centers=self.config.centers,
+            allow_missing=self.allow_missing,
+            failed=self._failed(),
+        )
+        write_predictions(self.folder.predictions(split), traces)
+        maker = run_maker(self.folder.path, require_record(self.folder.path))
+        write_sources(self.folder.predictions(split), maker, self.cache, [trace.clip.item for trace in traces])
+        report |= {"best_epoch": progress.best_epoch, "epochs": progress.epoch}
+        report |= {"best_epoch_each": dict(progress.each_epoch)} if progress.each else {}
+        for warning in report["warnings"]:
+            log.warning("%s: %s", split, warning)
+        report["warnings"] += warn_of_labels(self.config, data.train)
+        self.folder.write_metrics(report)
+        if not self.keep_checkpoint:
+            self.folder.checkpoint_file.unlink(missing_ok=True)
+        if self.pictures:
+            self._draw(progress, data, traces)
+        return report
+
+    def _draw(self, progress: Progress, data: Data, traces: Any) -> None:
+        """Draw the pictures. They are extras: if they fail, the run is done all the same."""
+        from vaflow.train.plots import draw_run
+
+        try:
+            draw_run(self.folder.path, progress.history, data.val, traces)
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk, an odd name, Matplotlib itself
+            log.warning("The pictures of %s could not be drawn: %s", self.folder.path, error)
+
+
+@contextmanager
+def reproducible(session: Session, device: torch.device) -> Iterator[Session]:
+    """Set the float32 arithmetic and the algorithms of the training inside; yields the session that records them."""
+    forbid_tf32()
+    deterministic = session.config.deterministic
+    before = torch.are_deterministic_algorithms_enabled()
+    if deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    environment = {"device": name, "torch": torch.__version__, "tf32": False, "deterministic": deterministic}
+    torch.use_deterministic_algorithms(deterministic or before)
+    try:
+        yield replace(session, record=replace(session.record, environment=environment))
+    finally:
+        torch.use_deterministic_algorithms(before)
