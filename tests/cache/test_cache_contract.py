@@ -298,7 +298,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vaflow.files.sync_all", full)
-    with pytest.raises(CacheError, match=r"No space left on device.*Make room"):
+    with pytest.raises(CacheError, match=r"No space left on device.*Free disk space"):
         cache.write("visual", "new", arrays(stream("visual")))
     assert leftovers(cache) == []
     assert not cache.has("visual", "new")

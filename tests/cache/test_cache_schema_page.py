@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from vaflow.cache import create_cache
 from vaflow.cache.documents import crc32c, seal, unseal
-from vaflow.cache.layout import escape
+from vaflow.cache.names import escape
 from vaflow.cache.schema import FORMAT, KINDS, SCHEMA_VERSION, STORES, Kind, Record, StreamInfo
 from vaflow.cache.zarr_store import LARGEST_CHUNK
 

@@ -145,7 +145,7 @@ def test_extraction_that_loses_its_permission(lab: Lab, media: Path, whole: Path
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
     fault = f"strike('vaflow.cache.cache.Cache.write', {at}, run, 'chmod -R a-w {out}')"
-    assert_refused(lab.run(args, f"{UNPRIVILEGED}; {fault}"), "Permission denied", "run the same command again")
+    assert_refused(lab.run(args, f"{UNPRIVILEGED}; {fault}"), "Permission denied", "the same command again")
     assert verify(open_cache(out)) == []
     kept = attempts(out)
     subprocess.run(["chmod", "-R", "u+w", out], check=True)

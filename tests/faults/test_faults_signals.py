@@ -13,12 +13,12 @@ from vaflow.cache.verify import verify
 
 HOW = {  # name -> signal, to whom, exit code, what is said
     "ctrl-c": ("signal_group", signal.SIGINT, 130, "interrupted"),
-    "scheduler": ("signal_self", signal.SIGTERM, 143, "SIGTERM"),
-    "shutdown": ("signal_group", signal.SIGTERM, 143, "SIGTERM"),
+    "scheduler": ("signal_self", signal.SIGTERM, 143, "terminated"),
+    "shutdown": ("signal_group", signal.SIGTERM, 143, "terminated"),
 }
 EXTRACTING = {  # stage -> function, and the how-manieth call of it
     "scanning": ("vaflow.datasets.open_dataset", 1),
-    "planning": ("vaflow.extract.pipeline.make_plan", 1),
+    "planning": ("vaflow.extract.engine.make_plan", 1),
     "decoding": ("vaflow.extract.assembly.ClipAssembly.take", 2),
     "encoding pictures": ("vaflow.encoders.clip.ClipEncoder.encode", 1),
     "encoding sound": ("vaflow.encoders.ast.AstEncoder.encode", 1),
@@ -47,7 +47,7 @@ def struck(lab: Lab, args: Sequence[object], how: str, stage: tuple[str, int], n
     process = lab.start(args, strike_with(how, stage))
     ended = process.wait()
     assert ended.code == HOW[how][2], f"struck while {name}: exit code {ended.code}\n{ended.err[-3000:]}"
-    assert_said(ended, HOW[how][2], HOW[how][3], "run the same command again")
+    assert_said(ended, HOW[how][2], HOW[how][3], "the same command again")
     assert process.orphans(2.0) == [], f"struck while {name}"
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from vaflow.cache.commit import commit, discard, load_record
 from vaflow.cache.documents import fingerprint, now, plain
 from vaflow.cache.index import Index, Row, now_and_then
-from vaflow.cache.layout import Layout, cannot_write, corrupt, escape
+from vaflow.cache.layout import Layout
+from vaflow.cache.names import escape
 from vaflow.cache.reader import fetch
 from vaflow.cache.schema import (
     LABELS,
@@ -75,7 +76,7 @@ class Cache:
         try:
             return load_stream(self.layout, file_name)
         except ValueError as error:
-            raise corrupt(self.layout, self.layout.all_streams / file_name, str(error)) from error
+            raise self.layout.corrupt(self.layout.all_streams / file_name, str(error)) from error
 
     def _stream(self, stream: str) -> StreamInfo:
         name = f"{escape(stream)}.json"
@@ -105,7 +106,7 @@ class Cache:
         try:
             declare(self.layout, info)
         except OSError as error:
-            raise cannot_write(self.layout, error) from error
+            raise self.layout.cannot_write(error) from error
 
     # Items
 
@@ -138,7 +139,7 @@ class Cache:
     def _rows(self, stream: str) -> dict[str, Row]:
         folder = self._index.folder(stream)
         for name, problem in folder.damaged.items():
-            raise corrupt(self.layout, self.layout.records(stream) / name, problem)
+            raise self.layout.corrupt(self.layout.records(stream) / name, problem)
         return folder.rows
 
     def has(self, stream: str, item: str) -> bool:
@@ -171,9 +172,9 @@ class Cache:
         except FileNotFoundError:
             raise self._missing(stream, item) from None
         except ValueError as error:
-            raise corrupt(self.layout, path, str(error), stream, item) from error
+            raise self.layout.corrupt(path, str(error), stream, item) from error
         if record.fingerprint != fingerprint(info):
-            raise corrupt(self.layout, path, "it was made with other settings than its stream", stream, item)
+            raise self.layout.corrupt(path, "it was made with other settings than its stream", stream, item)
         return record
 
     def _missing(self, stream: str, item: str) -> MissingError:
@@ -227,7 +228,7 @@ class Cache:
         try:
             look(self.layout, path)
         except OSError as error:
-            raise corrupt(self.layout, path, f"it cannot be read ({error})", stream, item) from error
+            raise self.layout.corrupt(path, f"it cannot be read ({error})", stream, item) from error
 
     def write(
         self,
@@ -297,7 +298,7 @@ class Cache:
         try:
             return commit(self.layout, self._store, replace(draft, arrays=shapes), arrays)
         except OSError as error:
-            raise cannot_write(self.layout, error) from error
+            raise self.layout.cannot_write(error) from error
 
     def drop(self, stream: str, item: str) -> None:
         """Remove an item: its record first, then its arrays. Nothing happens where there is none."""
@@ -305,7 +306,7 @@ class Cache:
         try:
             discard(self.layout, self._store, self.layout.record(stream, item))
         except OSError as error:
-            raise cannot_write(self.layout, error) from error
+            raise self.layout.cannot_write(error) from error
 
     @property
     def scratch(self) -> Scratch:
@@ -330,7 +331,7 @@ class Cache:
             else:
                 self._index.forget()
         except OSError as error:
-            raise cannot_write(self.layout, error) from error
+            raise self.layout.cannot_write(error) from error
 
     @contextmanager
     def indexed(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import load_record
-from vaflow.cache.layout import cannot_write, escape
+from vaflow.cache.names import escape
 from vaflow.cache.opening import PathLike, create_cache, layout_of
 from vaflow.cache.schema import LABELS, Json, Record
 from vaflow.cache.verify import load_streams
@@ -195,7 +195,7 @@ def transfer(
             _carry(target, carried)
             target.refresh_index()
         except OSError as error:
-            raise cannot_write(target.layout, error) from error
+            raise target.layout.cannot_write(error) from error
     written = done["new"] + done["replaced"]
     return TransferSummary(
         target.place, written, done["replaced"], done["there"], tuple(failures), target.layout.named(path)

@@ -11,7 +11,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from vaflow.cache.layout import is_attempt
+from vaflow.cache.names import is_attempt
 from vaflow.cache.schema import DTYPES, FORMAT, KINDS, SCHEMA_VERSION, Blob, Json, Record, StreamInfo
 from vaflow.errors import UsageError, explain
 

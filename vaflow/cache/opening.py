@@ -9,7 +9,7 @@ from vaflow import files
 from vaflow.cache import storage as places
 from vaflow.cache.cache import Cache
 from vaflow.cache.documents import manifest_document, seal, unseal
-from vaflow.cache.layout import Layout, corrupt
+from vaflow.cache.layout import Layout
 from vaflow.cache.remote import Remote, url_of
 from vaflow.cache.schema import FORMAT, SCHEMA_VERSION, STORES, StoreName
 from vaflow.errors import SchemaError, UsageError, explain
@@ -151,12 +151,12 @@ def read_manifest(layout: Layout) -> StoreName:
     try:
         data = files.read_document(layout.root, layout.manifest)
     except ValueError as error:
-        raise corrupt(layout, layout.manifest, str(error)) from error
+        raise layout.corrupt(layout.manifest, str(error)) from error
     _check_version(layout, data)
     try:
         store = unseal(data)["store"]
     except (ValueError, KeyError) as error:
-        raise corrupt(layout, layout.manifest, str(error)) from error
+        raise layout.corrupt(layout.manifest, str(error)) from error
     if store not in STORES:
         raise SchemaError(explain(f"The cache {layout.place} has an unknown store", got=store, choices=STORES))
     name: StoreName = store
@@ -168,7 +168,7 @@ def _check_version(layout: Layout, data: bytes) -> None:
     try:
         document: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise corrupt(layout, layout.manifest, f"it is not JSON ({error})") from error
+        raise layout.corrupt(layout.manifest, f"it is not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise SchemaError(explain(f"{layout.manifest} is not the manifest of a cache", expected=f"format {FORMAT!r}"))
     version = document.get("schema_version")

@@ -10,7 +10,7 @@ import numpy as np
 from vaflow import files
 from vaflow.cache import storage as places
 from vaflow.cache.documents import crc32c
-from vaflow.cache.layout import Layout, corrupt
+from vaflow.cache.layout import Layout
 from vaflow.cache.schema import Array, Blob, Json, Record
 from vaflow.cache.stores import Store
 from vaflow.errors import MissingError, explain
@@ -44,7 +44,7 @@ def fetch(
             path = folder / name
             blobs[name] = _read(layout, path, record, record.files[name], verify=verify)
     except OSError as error:
-        raise corrupt(layout, path, str(error), record.stream, record.item) from error
+        raise layout.corrupt(path, str(error), record.stream, record.item) from error
     return decode(layout, store, record, blobs, wanted)
 
 
@@ -69,7 +69,7 @@ def _again(layout: Layout, path: Path, problem: str, record: Record, facts: Json
         blob = places.read(layout, path, again=True)
         if file_problem(blob, facts) is None:
             return blob
-    raise corrupt(layout, path, problem, record.stream, record.item)
+    raise layout.corrupt(path, problem, record.stream, record.item)
 
 
 def decode(
@@ -86,11 +86,11 @@ def decode(
         arrays = store.read_attempt(record.attempt, blobs, wanted)
     except _BROKEN as error:
         problem = f"its files do not hold the arrays ({error})"
-        raise corrupt(layout, store.path(folder, record.attempt), problem, record.stream, record.item) from error
+        raise layout.corrupt(store.path(folder, record.attempt), problem, record.stream, record.item) from error
     for name, array in arrays.items():
         if {"shape": list(array.shape), "dtype": str(array.dtype)} != record.arrays[name]:
             problem = f"array {name!r} is {array.dtype} {list(array.shape)}, the record says {record.arrays[name]}"
-            raise corrupt(layout, store.path(folder, record.attempt), problem, record.stream, record.item)
+            raise layout.corrupt(store.path(folder, record.attempt), problem, record.stream, record.item)
     return arrays
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from vaflow.cache.layout import escape, is_attempt
+from vaflow.cache.names import escape, is_attempt
 from vaflow.errors import UsageError, explain
 from vaflow.failures import LISTS
 from vaflow.files import TEMPORARY

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.cache.layout import Layout, cannot_write
+from vaflow.cache.layout import Layout
 from vaflow.cache.schema import Array, Rows
 from vaflow.files import TEMPORARY
 
@@ -169,7 +169,7 @@ class _File:
         try:
             yield
         except OSError as error:
-            raise cannot_write(self._layout, error) from error
+            raise self._layout.cannot_write(error) from error
 
 
 def _ended() -> int:

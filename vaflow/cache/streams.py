@@ -7,7 +7,8 @@ from typing import Any
 from vaflow.cache import storage as places
 from vaflow.cache.commit import load_record
 from vaflow.cache.documents import fingerprint, plain, seal, stream_document, stream_from, unseal
-from vaflow.cache.layout import Layout, corrupt, escape
+from vaflow.cache.layout import Layout
+from vaflow.cache.names import escape
 from vaflow.cache.schema import FLOAT, KINDS, StreamInfo
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.files import make_folder, read_document
@@ -49,7 +50,7 @@ def declare(layout: Layout, info: StreamInfo) -> None:
     try:
         known = load_stream(layout, path.name)
     except ValueError as error:
-        raise corrupt(layout, path, str(error)) from error
+        raise layout.corrupt(path, str(error)) from error
     if fingerprint(known) != fingerprint(info):
         fields = "; ".join(differences(asdict(known), asdict(info)))
         raise FingerprintError(

@@ -13,7 +13,7 @@ from vaflow.cache import storage as places
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import discard, load_record
 from vaflow.cache.documents import fingerprint, manifest_document, seal
-from vaflow.cache.layout import Layout, cannot_write
+from vaflow.cache.layout import Layout
 from vaflow.cache.opening import layout_of, open_cache, read_manifest
 from vaflow.cache.reader import decode, file_problem, size_problem
 from vaflow.cache.schema import Record, StoreName, StreamInfo, array_problems
@@ -217,7 +217,7 @@ def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
             places.remove(layout, path)
         layout.index.unlink(missing_ok=True)
     except OSError as error:
-        raise cannot_write(layout, error) from error
+        raise layout.cannot_write(error) from error
     cache.refresh_index()
     return problems
 
