@@ -68,7 +68,7 @@ def test_slurm(sandbox: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     execute(afterwards, capsys)
     (sandbox / "affwild2.cache").rename(sandbox / "by_slurm.cache")
 
-    for block in section("Without a common disk"):
+    for block in section("Without a shared disk"):
         execute(block, capsys)
     assert open_cache(sandbox / "whole.cache").items() == open_cache(sandbox / "by_slurm.cache").items()
 
