@@ -23,6 +23,7 @@ from vaflow.cli import (
     evaluate,
     extract,
     info,
+    labels,
     predict,
     provenance,
     train,
@@ -78,6 +79,8 @@ _add("trace", provenance.trace, RESULT, hidden=True)
 _add("view", view.view, RESULT)
 _add("report", view.report, RESULT)
 _add("runs", view.runs, RESULT)
+app.add_typer(labels.app, name="labels", cls=CommandGroup, rich_help_panel=DATA)
+_add("agree", labels.agree, "Commands", labels.app)
 _add("demo", demo.demo, MORE)
 _add("info", info.info, MORE)
 

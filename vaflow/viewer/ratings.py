@@ -1,0 +1,261 @@
+"""Ratings of several annotators on disk: read, shifted by reaction lag, compared, and fused into labels."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaflow.datasets.formats import read_csv
+from vaflow.errors import UsageError, explain
+from vaflow.timeline import Floats
+from vaflow.viewer.agreement import delay, evaluator_weights, icc, mean_kappa, pairwise_ccc
+from vaflow.viewer.predictions import DIMENSIONS, find_predictions, read_predictions
+from vaflow.viewer.run_results import region_of
+
+FUSIONS = ("mean", "ewe")
+_ROUNDS = 4  # of aligning every annotator to the mean of the others
+
+
+@dataclass(frozen=True)
+class AgreeConfig:
+    """How ratings are compared.
+
+    Attributes:
+        rate: instants per second at which traces are compared and fused.
+        max_lag: seconds of reaction lag that are tried; 0: lags are not estimated.
+        fusion: "mean" or "ewe", the evaluator-weighted estimator.
+        reference: a run or predictions, against which the lag of all annotators is measured.
+        centers: of the nine regions.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    rate: float = 25.0
+    max_lag: float = 0.0
+    fusion: str = "mean"
+    reference: Path | None = None
+    centers: float = 0.66
+
+    def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise UsageError(explain("Unknown --fuse", got=self.fusion, choices=FUSIONS))
+        if not (0.5 <= self.rate <= 1000 and 0 <= self.max_lag <= 60):
+            got = f"--rate {self.rate:g}, --max-lag {self.max_lag:g}"
+            expected = "a rate from 0.5 to 1000 Hz and a lag from 0 to 60 s"
+            raise UsageError(explain("Ratings cannot be compared so", expected=expected, got=got))
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One annotator's trace of one clip: time [N] seconds and value [N, 2]."""
+
+    time: Floats
+    value: Floats
+
+    def at(self, instants: Floats) -> Floats:
+        """[2, M]: linear between samples."""
+        return np.stack([np.interp(instants, self.time, column) for column in self.value.T])
+
+
+Ratings = Mapping[str, Mapping[str, Rating]]  # clip -> annotator -> trace
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far annotators agree.
+
+    Attributes:
+        annotators: sorted names; clips: those that all of them rated; seconds: of them together.
+        ccc: dimension -> [K, K]; icc: dimension -> ICC by name; kappa: of the regions, mean over pairs.
+        lags: annotator -> seconds behind the reference, or behind the fastest annotator.
+        weights: dimension -> annotator -> weight of the evaluator-weighted estimator.
+    """
+
+    annotators: tuple[str, ...]
+    clips: tuple[str, ...]
+    seconds: float
+    ccc: Mapping[str, Floats]
+    icc: Mapping[str, Mapping[str, float]]
+    kappa: float
+    lags: Mapping[str, float]
+    weights: Mapping[str, Mapping[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; None for NaN."""
+        pairs = ~np.eye(len(self.annotators), dtype=bool)
+        return {
+            "annotators": self.annotators,
+            "clips": self.clips,
+            "seconds": self.seconds,
+            "mean_ccc": {name: float(table[pairs].mean()) for name, table in self.ccc.items()},
+            "ccc": {name: table.tolist() for name, table in self.ccc.items()},
+            "icc": {d: {n: v if np.isfinite(v) else None for n, v in found.items()} for d, found in self.icc.items()},
+            "kappa": self.kappa if np.isfinite(self.kappa) else None,
+            "lags": dict(self.lags),
+            "weights": {name: dict(found) for name, found in self.weights.items()},
+        }
+
+
+def read_ratings(root: Path) -> dict[str, dict[str, Rating]]:
+    """Return the ratings below a directory: `<annotator>/<clip>.csv`, or `<clip>.<annotator>.csv`.
+
+    Raises:
+        UsageError: there are none.
+        DataError: a file is not a label CSV with times and both dimensions.
+    """
+    found: dict[str, dict[str, Rating]] = {}
+    for path in sorted(root.rglob("*.csv")) if root.is_dir() else []:
+        parts = path.relative_to(root).as_posix().removesuffix(".csv")
+        annotator, slash, clip = parts.partition("/")
+        if not slash:
+            clip, _, annotator = parts.rpartition(".")
+        rating = _read(path) if clip and annotator else None
+        if rating is not None:
+            found.setdefault(clip, {})[annotator] = rating
+    if not found:
+        raise UsageError(
+            explain(
+                f"{root} has no ratings",
+                expected="ANNOTATOR/CLIP.csv or CLIP.ANNOTATOR.csv with columns time, valence, arousal",
+                remedy="Rate clips in the page of `vaflow view RUN --serve`",
+            )
+        )
+    return found
+
+
+def _read(path: Path) -> Rating | None:
+    """A trace; None where no row is rated in both dimensions."""
+    annotation = read_csv(path)
+    if annotation.time is None or set(annotation.targets) != set(DIMENSIONS):
+        raise UsageError(explain(f"{path} is not a rating", expected="columns time, valence, arousal"))
+    rated = np.asarray(np.isfinite(annotation.value).all(axis=1), bool)
+    return Rating(annotation.time[rated], annotation.value[rated].astype(np.float64)) if rated.any() else None
+
+
+def compare_ratings(ratings: Ratings, config: AgreeConfig) -> Agreement:
+    """Return agreement over the clips that all annotators rated, after removing lags where they are estimated.
+
+    Raises:
+        UsageError: fewer than two annotators, or no clip that all of them rated.
+    """
+    annotators = tuple(sorted({name for found in ratings.values() for name in found}))
+    clips = tuple(sorted(clip for clip, found in ratings.items() if len(found) == len(annotators)))
+    if len(annotators) < 2 or not clips:
+        raise UsageError(
+            explain(
+                "Agreement needs two annotators and a clip that all of them rated",
+                got=f"annotators {', '.join(annotators)}; {len(clips)} clip(s) rated by all",
+            )
+        )
+    lags = reaction_lags({clip: ratings[clip] for clip in clips}, annotators, config)
+    tables = [_table(ratings[clip], annotators, lags, config.rate) for clip in clips]
+    table = np.concatenate(tables, axis=-1)  # [K, 2, N]
+    regions = [region_of(rated.T, config.centers) for rated in table]
+    weights = {d: evaluator_weights(table[:, k]) for k, d in enumerate(DIMENSIONS)}
+    return Agreement(
+        annotators,
+        clips,
+        table.shape[-1] / config.rate,
+        {d: pairwise_ccc(table[:, k]) for k, d in enumerate(DIMENSIONS)},
+        {d: icc(table[:, k]) for k, d in enumerate(DIMENSIONS)},
+        mean_kappa(regions),
+        lags,
+        {d: dict(zip(annotators, map(float, w), strict=True)) for d, w in weights.items()},
+    )
+
+
+def _instants(found: Iterable[tuple[Rating, float]], rate: float) -> Floats:
+    """Instants at which all traces, shifted back by their lags, have values."""
+    edges = [(rating.time[0] - lag, rating.time[-1] - lag) for rating, lag in found]
+    first, last = max(a for a, _ in edges), min(b for _, b in edges)
+    return np.arange(np.ceil(max(0.0, first) * rate - 1e-6), np.floor(last * rate + 1e-6) + 1) / rate
+
+
+def _table(rated: Mapping[str, Rating], names: Iterable[str], lags: Mapping[str, float], rate: float) -> Floats:
+    """[K, 2, N]: the annotators of one clip on one clock, without their lags."""
+    both = [(rated[name], lags.get(name, 0.0)) for name in names]
+    instants = _instants(both, rate)
+    return np.stack([rating.at(instants + lag) for rating, lag in both])
+
+
+def reaction_lags(ratings: Ratings, annotators: Iterable[str], config: AgreeConfig) -> dict[str, float]:
+    """Seconds by which each annotator lags; all 0 where `max_lag` is 0.
+
+    Each annotator is aligned to the mean of the others, repeatedly, by the highest correlation, so lags between
+    annotators follow. With a reference the mean lag of all is measured against it; without one the fastest annotator
+    has lag 0, because ratings alone do not show when the clip moved.
+    """
+    names = list(annotators)
+    lags = dict.fromkeys(names, 0.0)
+    if not config.max_lag:
+        return lags
+    most = round(config.max_lag * config.rate)
+    for _ in range(_ROUNDS):
+        for name in names:
+            others = [other for other in names if other != name]
+            shifts = []
+            for rated in ratings.values():
+                table = _table(rated, [name, *others], {**lags, name: 0.0}, config.rate)
+                if table.shape[-1] > 1:
+                    shifts.append((delay(table[1:].mean(axis=0), table[0], most), table.shape[-1]))
+            if shifts:
+                lags[name] = _weighted_median(shifts) / config.rate
+    late = min(lags.values())
+    if config.reference is not None:
+        late = min(lags.values()) - _lag_of_all(ratings, names, lags, config)
+    return {name: lag - late for name, lag in lags.items()}
+
+
+def _lag_of_all(ratings: Ratings, names: list[str], lags: Mapping[str, float], config: AgreeConfig) -> float:
+    """Seconds by which the fastest annotator lags behind the reference's predictions."""
+    assert config.reference is not None
+    first = min(lags.values())
+    shifts = []
+    for clip in find_predictions(config.reference).clips:
+        if clip.item in ratings:
+            predictions = read_predictions(clip.csv)
+            both = [(ratings[clip.item][name], lags[name] - first) for name in names]
+            instants = _instants([*both, (Rating(predictions.time, predictions.va), 0.0)], config.rate)
+            if len(instants) > 1:
+                mean = np.mean([rating.at(instants + lag) for rating, lag in both], axis=0)
+                reference = Rating(predictions.time, predictions.va).at(instants)
+                shifts.append((delay(reference, mean, round(config.max_lag * config.rate)), len(instants)))
+    if not shifts:
+        raise UsageError(explain(f"{config.reference} predicts none of the rated clips", expected="clips of one name"))
+    return _weighted_median(shifts) / config.rate
+
+
+def _weighted_median(shifts: list[tuple[int, int]]) -> float:
+    ordered = sorted(shifts)
+    total = np.cumsum([weight for _, weight in ordered])
+    return float(ordered[int(np.searchsorted(total, total[-1] / 2))][0])
+
+
+def fuse_ratings(ratings: Ratings, agreement: Agreement, config: AgreeConfig, out: Path) -> list[Path]:
+    """Write one label CSV per clip (time, valence, arousal): the fused trace of all who rated it.
+
+    Raises:
+        UsageError: the directory cannot be written.
+    """
+    written = []
+    for clip, rated in sorted(ratings.items()):
+        names = sorted(rated)
+        table = _table(rated, names, agreement.lags, config.rate)
+        instants = _instants([(rated[name], agreement.lags.get(name, 0.0)) for name in names], config.rate)
+        weights = np.ones((2, len(names)))
+        if config.fusion == "ewe":
+            weights = np.array([[agreement.weights[d][name] for name in names] for d in DIMENSIONS])
+            weights[weights.sum(axis=1) == 0] = 1
+        fused = np.einsum("dk,kdn->nd", weights / weights.sum(axis=1, keepdims=True), table)
+        rows = [f"{t:.6f},{v:.6f},{a:.6f}" for t, (v, a) in zip(instants, fused.tolist(), strict=True)]
+        path = out / f"{clip}.csv"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(["time,valence,arousal", *rows]) + "\n", "utf-8")
+        except OSError as error:
+            raise UsageError(explain(f"Cannot write the labels to {out}", got=error.strerror)) from error
+        written.append(path)
+    return written
