@@ -177,6 +177,8 @@ class MediaFacts:
         audio: "partial" if more than half a second of the video is before or after the audio; "silent" if no sample
             reaches -80 dBFS; "unreadable" if nothing decodes.
         audio_span: (start, end) of the audio in seconds; None if it is missing or the container does not say.
+        transfer: "PQ" or "HLG" for high dynamic range video, which is read without tone mapping.
+        pixel_aspect: width / height of a stored pixel, as "4/3"; "1" for square pixels.
     """
 
     frames: int
@@ -188,6 +190,8 @@ class MediaFacts:
     gap: float
     audio: AudioCover
     audio_span: tuple[float, float] | None
+    transfer: str = ""
+    pixel_aspect: str = "1"
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,19 @@ def media_facts(path: Path, audio_path: Path | None = None) -> tuple[MediaFacts,
     duration = float(times[-1]) + interval
     average = (times.size - 1) / float(times[-1] - times[0]) if times[-1] > times[0] else None
     audio, span = _audio_cover(info if audio_path is None else probe(audio_path), duration)
-    nominal = info.video.nominal_rate if info.video else None
-    facts = MediaFacts(times.size, duration, interval, nominal, average, drift(times), largest_gap(times), audio, span)
+    facts = MediaFacts(
+        frames=times.size,
+        duration=duration,
+        interval=interval,
+        nominal_rate=info.video.nominal_rate if info.video else None,
+        average_rate=average,
+        drift=drift(times),
+        gap=largest_gap(times),
+        audio=audio,
+        audio_span=span,
+        transfer=info.video.transfer if info.video else "",
+        pixel_aspect=str(info.video.pixel_aspect) if info.video else "1",
+    )
     return facts, times
 
 

@@ -33,6 +33,13 @@ def media_findings(clip: Clip, facts: MediaFacts, window: float) -> list[Note]:
         message = f"No new frame for {facts.gap:.2f} s; the usual interval is {facts.interval:.3f} s"
         remedy = "The last frame is repeated; check the file if it should have more"
         notes.append(Note("note", "picture-gap", clip.id, message, remedy))
+    if facts.transfer:
+        message = f"High dynamic range video ({facts.transfer}), read without tone mapping: colours look flat"
+        remedy = "Convert it to BT.709 before extraction if the other clips are not HDR"
+        notes.append(Note("warning", "hdr", clip.id, message, remedy))
+    if facts.pixel_aspect != "1":
+        message = f"Pixels are not square ({facts.pixel_aspect})"
+        notes.append(Note("note", "pixel-aspect", clip.id, message, "No action: frames are scaled to square pixels"))
     if facts.duration < window:
         message = f"Duration {facts.duration:.2f} s, shorter than a window of {window:g} s"
         notes.append(Note("note", "short-clip", clip.id, message, "It becomes one padded window"))

@@ -10,7 +10,10 @@ from test_pipeline import run
 
 from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
+from vaflow.datasets.clip import Clip
 from vaflow.extract import plan, streams, video
+from vaflow.extract.doctor.facts import media_facts
+from vaflow.extract.doctor.findings import media_findings
 from vaflow.extract.faces import CenterFace
 from vaflow.extract.video import frame_times, frames_at, probe
 
@@ -87,3 +90,25 @@ def test_a_cache_of_the_version_before_is_added_to_and_its_misread_clips_are_mad
     assert open_cache(out).fingerprint("clip-tiny") == before
     assert open_cache(out).record("clip-tiny", "wide").meta["reading"] == 2
     assert run(open_dataset(root, "videos"), out, tiny_pair).done == 2
+
+
+@pytest.mark.parametrize(("name", "transfer"), [("PQ", 16), ("HLG", 18)])
+def test_high_dynamic_range_is_recorded_and_reported_by_check(tmp_path: Path, name: str, transfer: int) -> None:
+    path = tmp_path / "hdr.mp4"
+    with av.open(str(path), "w") as written:
+        stream = written.add_stream("libx265", rate=25, options={"x265-params": "log-level=none"})
+        stream.width, stream.height, stream.pix_fmt = 128, 128, "yuv420p10le"
+        stream.codec_context.color_trc = transfer
+        for number in range(3):
+            image = np.full((128, 128, 3), 100, np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuv420p10le")
+            frame.color_trc, frame.pts, frame.time_base = transfer, number, Fraction(1, 25)
+            written.mux(stream.encode(frame))
+        written.mux(stream.encode(None))
+    info = probe(path).video
+    assert info is not None
+    assert info.transfer == name
+    facts, _ = media_facts(path)
+    (note,) = (note for note in media_findings(Clip("hdr", None, "hdr", path), facts, 0.1) if note.code == "hdr")
+    assert note.severity == "warning"
+    assert name in note.message
