@@ -1,7 +1,7 @@
-"""How long clips are, by their containers' headers alone: what shards are balanced by, and who goes first.
+"""Durations of clips, from their containers' headers: used to balance shards and to start with the longest clip.
 
-A guess that is wrong costs balance, nothing else, so nothing is decoded and FFmpeg is not asked: a broken file cannot
-hurt the process that plans, and 100,000 headers are read in seconds.
+A wrong duration costs balance only, so nothing is decoded and FFmpeg is not called: a broken file cannot crash the
+process that plans, and 100,000 headers are read in seconds.
 """
 
 import struct
@@ -13,37 +13,38 @@ from typing import BinaryIO, TypeVar
 
 from vaflow.datasets.clip import Clip
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 READERS = 16  # threads: on a network disk, waiting is what it takes
-_AT_A_TIME = 64  # files for a thread: to be handed one takes longer than to read a header that is in memory
-_BYTES_PER_SECOND = 100_000  # of video, where nothing in the data set says how long it is
-_HEAD = 1 << 16  # bytes in which a Matroska file says how long it is
-_BOXES = 1000  # of an MP4 file: more are none
+_AT_A_TIME = 64  # files per thread: handing over one takes longer than reading a header that is in memory
+_BYTES_PER_SECOND = 100_000  # assumed where no header of the data set has a duration
+_HEAD = 1 << 16  # bytes of a Matroska file in which its duration is searched
+_BOXES = 1000  # stop after this many MP4 boxes
 
 
 def lengths(clips: Iterable[Clip]) -> dict[str, float]:
     """Item id -> seconds.
 
-    A video whose header does not say is taken to be as long as its size suggests, at the rate of the others. Clips
-    without a video count 0, except folders of frames: their pictures at their rate.
+    A file whose header has no duration is taken to be as long as its size suggests, at the rate of the others. Clips
+    without a file count 0; folders of frames count their images at their rate.
     """
     clips = list(clips)
-    videos = list(dict.fromkeys(clip.video for clip in clips if clip.video is not None))
-    of_video = dict(zip(videos, _fill_in(side_by_side(_size_and_seconds, videos)), strict=True))
-    return {clip.id: _still_seconds(clip) if clip.video is None else of_video[clip.video] for clip in clips}
+    media = {clip.id: clip.video or (None if clip.frames else clip.audio) for clip in clips}
+    files = list(dict.fromkeys(path for path in media.values() if path is not None))
+    of_file = dict(zip(files, _fill_in(side_by_side(_size_and_seconds, files)), strict=True))
+    return {clip.id: _still_seconds(clip) if (path := media[clip.id]) is None else of_file[path] for clip in clips}
 
 
-def side_by_side(function: Callable[[Thing], Result], things: Sequence[Thing]) -> list[Result]:
-    """`function` of every thing, in their order, by threads that wait for the disk together, some at a time."""
-    parts = [things[first : first + _AT_A_TIME] for first in range(0, len(things), _AT_A_TIME)]
+def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`function` of each item, in their order, computed by threads: most of the time is waiting for a disk."""
+    parts = [items[first : first + _AT_A_TIME] for first in range(0, len(items), _AT_A_TIME)]
     with ThreadPoolExecutor(READERS, "vaflow-lengths") as pool:
-        return [result for part in pool.map(lambda part: [function(thing) for thing in part], parts) for result in part]
+        return [result for part in pool.map(lambda part: [function(item) for item in part], parts) for result in part]
 
 
 def header_seconds(path: Path) -> float | None:
-    """What a container's header says of its duration; None where it says nothing, or is none.
+    """Duration in a container's header, in seconds; None if it has none, or the file is no container.
 
     MP4 and MOV: the movie header. Matroska and WebM: the segment's information. AVI: the main header.
     """

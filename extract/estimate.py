@@ -1,37 +1,60 @@
-"""What an extraction would do, without doing it: `vaflow extract --dry-run`."""
+"""Estimate of an extraction: `vaflow extract --dry-run`. Writes nothing.
 
+Durations come from container headers. Time and size are measured: some clips are opened to see which streams they
+have, one clip is read, and every encoder runs on a few batches.
+"""
+
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
+from vaflow.encoders.images import Preparation
 from vaflow.errors import VaflowError
-from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard
+from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard, default_workers
 from vaflow.extract.durations import header_seconds, side_by_side
 from vaflow.extract.image_folders import open_stills
-from vaflow.extract.messages import Failed
+from vaflow.extract.messages import AudioEnd, Face, Failed, Job, Message
 from vaflow.extract.plan import shard_clips
 from vaflow.extract.pool import each
 from vaflow.extract.video import probe
+from vaflow.extract.worker import run_job
+from vaflow.process import beat
+
+OPENED = 32  # clips that are opened to see whether they have audio
+READ_SECONDS = 15.0  # for which one clip is read
+BATCHES = 2  # that every encoder runs
+DIMS = {"visual": 512, "audio": 768}  # of the default encoders, where none could be built
+JPEG_BYTES = 12_000
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How fast a clip was read: seconds of work per second of clip, and the share of samples with a face."""
+
+    cost: float
+    faces: float
 
 
 def estimate(
     dataset: Dataset, out: Path, config: ExtractConfig, shard: Shard, *, show_progress: bool = False
 ) -> dict[str, Any]:
-    """Items, hours, frames, windows and bytes that a run would add, from container headers alone.
+    """Items, hours, frames, windows, bytes and minutes that an extraction would add.
 
-    What only decoding tells (sound without a picture, damage) is found by the run, and by `vaflow check`. An item
-    counts as there when the cache has its labels and every encoder named; whether its source has changed is found out
-    by the run itself.
+    An item counts as extracted if the cache has its labels and every encoder named; changed source files are noticed
+    by the extraction itself. "minutes" is None if it cannot be measured, and "time_not_measured" says why.
     """
     mine = shard_clips(dataset.clips, shard)
     cache = open_cache(out) if is_cache(out) else None
-    there = _there(cache, config) if cache is not None else set()
-    clips = [clip for clip in mine if clip.id not in there]
+    extracted = _extracted(cache, config) if cache is not None else set()
+    clips = [clip for clip in mine if clip.id not in extracted]
     grid = config.grid
     seconds, frames, windows, unreadable = 0.0, 0, 0, 0
     for duration in tqdm(_durations(clips), total=len(clips), unit="clip", desc="probe", disable=not show_progress):
@@ -41,18 +64,29 @@ def estimate(
         seconds += duration
         frames += len(grid.sample_ticks(duration))
         windows += len(grid.starts(duration))
-    return {
+    result: dict[str, Any] = {
         "items": len(clips),
         "items_already_there": len(mine) - len(clips),
         "items_unreadable": unreadable,
         "hours": round(seconds / 3600, 3),
         "frames_to_encode": frames * len(config.visual),
         "windows_to_encode": windows * len(config.audio),
-        "megabytes": round(_bytes(config, seconds, frames, windows) / 1e6, 1),
     }
+    some = clips[:: max(1, len(clips) // OPENED)]
+    opened = [found for _, found in each(has_audio, some) if isinstance(found, bool)]
+    with_audio = sum(opened) / len(opened) if opened else 1.0
+    dims, minutes, problem = _measured(config, some, seconds, frames, windows * with_audio)
+    size = 2 if config.dtype == "float16" else 4
+    visual = sum(dims[name] for name in config.visual) * size * frames
+    audio = sum(dims[name] for name in config.audio) * size * config.audio_steps * windows
+    logmel = with_audio * seconds * 100 * (128 * size + 9)
+    labels = seconds * 30 * 18
+    pixels = JPEG_BYTES * frames if config.pixels else 0
+    result["megabytes"] = round((visual + audio + logmel + labels + pixels) / 1e6, 1)
+    return result | {"minutes": minutes} | ({"time_not_measured": problem} if problem else {})
 
 
-def _there(cache: Cache, config: ExtractConfig) -> set[str]:
+def _extracted(cache: Cache, config: ExtractConfig) -> set[str]:
     known = cache.streams()
     wanted = ("labels", *config.encoders)
     if not all(name in known for name in wanted):
@@ -61,35 +95,138 @@ def _there(cache: Cache, config: ExtractConfig) -> set[str]:
 
 
 def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:
-    """Seconds of every clip, in any order; None where it cannot be read. FFmpeg is asked where headers do not say."""
-    silent = []
-    for clip, found in zip(clips, side_by_side(_header, clips), strict=True):
+    """Seconds of every clip, in any order; None if it is unreadable. FFmpeg opens files whose headers do not say."""
+    media = [clip.video or (None if clip.frames else clip.audio) for clip in clips]
+    unknown = []
+    for clip, found in zip(
+        clips, side_by_side(lambda path: header_seconds(path) if path else None, media), strict=True
+    ):
         if found is None or found > MAX_SECONDS:
-            silent.append(clip)
+            unknown.append(clip)
         else:
             yield found
-    for _, duration in each(_duration, silent):
+    for _, duration in each(probed_duration, unknown):
         yield None if isinstance(duration, Failed) else duration
 
 
-def _header(clip: Clip) -> float | None:
-    return header_seconds(clip.video) if clip.video is not None else None
-
-
-def _duration(clip: Clip) -> float | None:
-    if clip.video is None and clip.frames is None:
+def probed_duration(clip: Clip) -> float | None:
+    """Duration of a clip in seconds as FFmpeg says, or None. Runs in a decoding process."""
+    path = clip.video or clip.audio
+    if path is None and clip.frames is None:
         return None
     try:
-        info = probe(clip.video) if clip.video is not None else open_stills(clip)[0]
+        info = open_stills(clip)[0] if clip.frames is not None else probe(path or Path())
     except (VaflowError, OSError):
         return None
-    duration = info.video.duration if info.video is not None else None
+    stream = info.video or info.audio
+    duration = stream.duration if stream is not None else None
     return duration if duration is not None and 0 <= duration <= MAX_SECONDS else None
 
 
-def _bytes(config: ExtractConfig, seconds: float, frames: int, windows: int) -> float:
-    """Rough: widths of the default encoders; log-Mel at 100 frames a second; labels at 30 rows a second."""
-    size = 2 if config.dtype == "float16" else 4
-    visual, audio = 512 * size * frames * len(config.visual), 768 * size * config.audio_steps * windows
-    pixels = 12_000 * frames if config.pixels else 0
-    return visual + audio * len(config.audio) + seconds * (100 * (128 * size + 9) + 30 * 18) + pixels
+def has_audio(clip: Clip) -> bool | None:
+    """Whether a clip has an audio stream; None if it is unreadable. Runs in a decoding process."""
+    if clip.audio is None:
+        return False
+    try:
+        return probe(clip.audio).audio is not None
+    except (VaflowError, OSError):
+        return None
+
+
+def _measured(
+    config: ExtractConfig, clips: Sequence[Clip], seconds: float, frames: int, windows: float
+) -> tuple[dict[str, int], float | None, str]:
+    """Length of each encoder's vectors, minutes of the extraction or None, and why they were not measured."""
+    from vaflow.device import choose_device
+    from vaflow.encoders.base import AudioEncoder
+    from vaflow.extract.batching import BATCH_SIZES, make_encoders
+    from vaflow.extract.engine import build_encoders
+
+    dims = dict.fromkeys(config.visual, DIMS["visual"]) | dict.fromkeys(config.audio, DIMS["audio"])
+    if not clips:
+        return dims, 0.0, ""
+    try:
+        device = choose_device(config.device)
+        visual, audio = build_encoders(config, device)
+    except VaflowError as error:
+        return dims, None, str(error)
+    preparations = tuple(dict.fromkeys(encoder.preparation for encoder in visual))
+    readings = [found for _, found in each(_Reader(config, preparations), clips[:3]) if isinstance(found, Reading)]
+    if not readings:
+        return dims, None, "none of the first clips can be read"
+    cost = float(np.mean([reading.cost for reading in readings]))
+    faces = float(np.mean([reading.faces for reading in readings]))
+    encoding = 0.0
+    for name, (encoder, batcher) in (encoders := make_encoders(config, device, visual, audio)).visual.items():
+        dims[name] = encoder.dim
+        shape = (encoder.preparation.size, encoder.preparation.size, 3)
+        rows = BATCHES * (config.image_batch or BATCH_SIZES[device.type]["visual"])
+        encoding += frames * faces * _seconds_per_row(batcher, np.zeros(shape, np.uint8), max(rows, BATCHES))
+    for name, (listener, batcher) in encoders.audio.items():
+        heard: AudioEncoder = listener
+        dims[name] = heard.dim
+        segments = heard.segments(config.window, config.audio_steps)
+        row = np.zeros((segments.frames, heard.front_end.bins), np.float32)
+        rows = BATCHES * (config.window_batch or BATCH_SIZES[device.type]["audio"])
+        encoding += windows * len(segments.first) * _seconds_per_row(batcher, row, max(rows, BATCHES))
+    workers = config.workers or default_workers(device.type)
+    return dims, round(max(cost * seconds / workers, encoding) / 60, 1), ""
+
+
+def _seconds_per_row(batcher: Any, row: np.ndarray[Any, Any], rows: int) -> float:
+    began = time.perf_counter()
+    for _ in range(rows):
+        batcher.add(row, lambda _: None)
+    batcher.flush()
+    return (time.perf_counter() - began) / rows
+
+
+class _EnoughRead(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a clip for at most `READ_SECONDS`; called in a decoding process."""
+
+    config: ExtractConfig
+    preparations: tuple[Preparation, ...]
+
+    def __call__(self, clip: Clip) -> Reading | None:
+        grid, began = self.config.grid, time.perf_counter()
+        duration, last, faces, audio = 0.0, -1, 0, 0.0
+
+        def take(message: Message) -> None:
+            nonlocal duration, last, faces, audio
+            beat()
+            elapsed = time.perf_counter() - began
+            duration = getattr(message, "duration", duration)
+            if isinstance(message, AudioEnd):
+                audio = elapsed
+            elif isinstance(message, Face):
+                last, faces = message.sample, faces + 1
+                if elapsed > READ_SECONDS:
+                    raise _EnoughRead
+
+        job = Job(
+            0,
+            clip,
+            grid,
+            audio=True,
+            faces=bool(self.preparations),
+            face_source=self.config.face_source,
+            preparations=self.preparations,
+            keep_jpeg=False,
+        )
+        samples = 0
+        try:
+            run_job(job, take)
+            samples = len(grid.sample_ticks(duration))
+        except _EnoughRead:
+            samples = last + 1
+        if not duration:
+            return None
+        elapsed = time.perf_counter() - began
+        share = samples / max(len(grid.sample_ticks(duration)), 1)
+        cost = audio + (elapsed - audio) / max(share, 1e-6)
+        return Reading(cost / duration, faces / max(samples, 1))
