@@ -23,7 +23,7 @@ def expected() -> set[str]:
             if target == "vaflow" and inner.parts[0] in ("extract", "train"):
                 continue  # the links
             of_pages = path.parent.name in ("static", "templates")
-            if path.suffix in (".py", ".toml") or path.name == "py.typed" or of_pages:
+            if path.suffix in (".py", ".toml") or path.name in ("py.typed", "__init__.pyi") or of_pages:
                 files.add(f"{target}/{inner.as_posix()}")
     return files
 
