@@ -114,71 +114,78 @@ def transcode(source: Path, target: Path) -> None:
         OSError, av.FFmpegError: the file cannot be decoded or written.
     """
     part = target.with_suffix(".part.mp4")
+    with av.open(str(source), metadata_errors="replace") as media:
+        first = next(iter(media.decode(video=0)), None) if media.streams.video else None
     with av.open(str(source), metadata_errors="replace") as media, av.open(str(part), "w", format="mp4") as out:
         start = (media.start_time or 0) / av.time_base
-        streams: list[Any] = []
-        if media.streams.video:
-            video = media.streams.video[0]
-            video.thread_type = "AUTO"
-            streams.append(video)
-            encoder = _VideoEncoder(out, start)
+        encoders: dict[Any, _VideoEncoder | _AudioEncoder] = {}  # all streams exist before the first packet is written
+        if first is not None:
+            encoders[media.streams.video[0]] = _VideoEncoder(out, media.streams.video[0], first, start)
         if media.streams.audio:
-            streams.append(media.streams.audio[0])
-            sound = out.add_stream("aac", rate=48_000, layout="stereo")
-            resampler = AudioResampler(format="fltp", layout="stereo", rate=48_000)
-            samples: int | None = None
-        for packet in media.demux(streams):
+            encoders[media.streams.audio[0]] = _AudioEncoder(out, start)
+        for packet in media.demux(list(encoders)):
             try:
                 frames: list[Any] = list(packet.decode())
             except av.FFmpegError:
                 continue  # as browsers do: a damaged packet is skipped
             for frame in frames:
-                if isinstance(frame, av.VideoFrame):
-                    encoder.add(frame, video)
-                elif isinstance(frame, av.AudioFrame) and frame.time is not None:
-                    if samples is None:
-                        samples = max(0, round((frame.time - start) * 48_000))
-                    for piece in resampler.resample(frame):
-                        piece.pts, piece.time_base = samples, Fraction(1, 48_000)
-                        samples += piece.samples
-                        out.mux(sound.encode(piece))
-        if media.streams.video:
+                encoders[packet.stream].add(frame)
+        for encoder in encoders.values():
             encoder.finish()
-        if media.streams.audio:
-            out.mux(sound.encode(None))
     part.replace(target)
 
 
-class _VideoEncoder:
-    """H.264 at the times of the source, without reordering, with a key frame every half second or so."""
+class _AudioEncoder:
+    """AAC in stereo, from the time of the first samples on."""
 
     def __init__(self, out: Any, start: float) -> None:
-        self._out, self._start, self._last = out, start, -1
-        self._stream: Any = None
+        self._out, self._start = out, start
+        self._stream = out.add_stream("aac", rate=48_000, layout="stereo")
+        self._resampler = AudioResampler(format="fltp", layout="stereo", rate=48_000)
+        self._samples: int | None = None
 
-    def add(self, frame: Any, source: Any) -> None:
+    def add(self, frame: Any) -> None:
+        if self._samples is None:
+            self._samples = max(0, round(((frame.time or self._start) - self._start) * 48_000))
+        for piece in self._resampler.resample(frame):
+            piece.pts, piece.time_base = self._samples, Fraction(1, 48_000)
+            self._samples += piece.samples
+            self._out.mux(self._stream.encode(piece))
+
+    def finish(self) -> None:
+        self._out.mux(self._stream.encode(None))
+
+
+class _VideoEncoder:
+    """H.264 at the times of the source, without reordering, with a key frame at least every 15 frames."""
+
+    def __init__(self, out: Any, source: Any, first: Any, start: float) -> None:
+        self._out, self._base, self._start, self._last = out, source.time_base, start, -1
+        sides = (first.width, first.height)
+        width, height = sides[::-1] if round(first.rotation / 90) % 2 else sides
+        scale = min(1.0, MAX_HEIGHT / height)
+        stream = self._stream = out.add_stream("libx264", rate=source.average_rate or 25)
+        stream.width, stream.height = (max(2, round(n * scale / 2) * 2) for n in (width, height))
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, _CLOCK)
+        stream.codec_context.options = {"crf": "20", "preset": "veryfast", "bf": "0", "g": "15"}
+
+    def add(self, frame: Any) -> None:
         if frame.pts is None:
             return
         turned = round(frame.rotation / 90) % 4
-        if self._stream is None:
-            width, height = (frame.height, frame.width) if turned % 2 else (frame.width, frame.height)
-            scale = min(1.0, MAX_HEIGHT / height)
-            self._stream = self._out.add_stream("libx264", rate=source.average_rate or 25)
-            self._stream.width, self._stream.height = (max(2, round(n * scale / 2) * 2) for n in (width, height))
-            self._stream.pix_fmt = "yuv420p"
-            self._stream.codec_context.time_base = Fraction(1, _CLOCK)
-            self._stream.codec_context.options = {"crf": "20", "preset": "veryfast", "bf": "0", "g": "15"}
-        image = np.rot90(frame.to_ndarray(format="rgb24"), turned) if turned else None
-        shown = frame if image is None else av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        if turned:
+            image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turned))
+            shown = av.VideoFrame.from_ndarray(image, format="rgb24")
+        else:
+            shown = frame
         shown = shown.reformat(self._stream.width, self._stream.height, "yuv420p")
-        pts = round((float(frame.pts * source.time_base) - self._start) * _CLOCK)
-        self._last = max(pts, self._last + 1)
+        self._last = max(round((float(frame.pts * self._base) - self._start) * _CLOCK), self._last + 1)
         shown.pts, shown.time_base, shown.pict_type = self._last, Fraction(1, _CLOCK), 0
         self._out.mux(self._stream.encode(shown))
 
     def finish(self) -> None:
-        if self._stream is not None:
-            self._out.mux(self._stream.encode(None))
+        self._out.mux(self._stream.encode(None))
 
 
 @dataclass(frozen=True)
