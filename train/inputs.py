@@ -4,6 +4,7 @@ what is there."""
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ LOGMEL_INTERVAL = 0.01  # seconds between filter-bank frames
 # What may differ between the cache a run was trained on and one it is used on: it moves samples or changes low bits,
 # but the numbers mean the same.
 _LENIENT = ("sampling", "decoder", "picture.decoder", "picture.faces.runtime", "precision")
+SLOW_FRAMES, SLOW_STRIDE = 20, 6  # rows of a window, and between two windows, of features slower than the default
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,18 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
         visual=tuple(info.name for info in visual) or (NONE,),
         audio=tuple(info.name for info in audio) or (NONE,),
     )
-    config = _with_windows(config, [*visual, *audio])
+    config = _with_windows(cache, config, [*visual, *audio])
+    constant = [info.name for info in (*visual, *audio) if info.dim == 1 and info.kind != LOGMEL]
+    if config.normalize == "layer" and constant:
+        raise UsageError(
+            explain(
+                f"normalize=layer makes every value of {constant[0]} equal: the stream has one dimension",
+                remedy="Use --set normalize=standard",
+            )
+        )
     streams = [_visual_input(info, config.grid) for info in visual]
     streams += [_audio_input(cache, info, config) for info in audio]
-    text = _text_stream(known, config) if config.kl_weight else ""
+    text = _text_stream(cache, known, config) if config.kl_weight else ""
     config = replace(config, text=text)
     targets = target_specs(cache, config.extra_targets)
     if not text:
@@ -157,18 +167,25 @@ def _how_to_add(cache: Cache, modality: str, name: str) -> str | None:
     return f"{command} adds it, and encodes nothing else anew" if makes_it else None
 
 
-def _with_windows(config: TrainConfig, infos: Iterable[StreamInfo]) -> TrainConfig:
-    """Window, stride and frames: the settings', else the extraction's, else the defaults of the grid."""
+def _with_windows(cache: Cache, config: TrainConfig, infos: Sequence[StreamInfo]) -> TrainConfig:
+    """Fill in window, stride and frames: from the extraction, the rate of imported features, or the grid's defaults."""
     grid = Grid()
-    found: dict[str, float] = {"window": grid.window, "stride": grid.stride, "frames": grid.frames}
-    for info in reversed(list(infos)):
-        found |= {key: value for key, value in sampling(info.identity).items() if key in found}
-    given = {key: getattr(config, key) for key in found if getattr(config, key) is not None}
+    default: dict[str, float] = {"window": grid.window, "stride": grid.stride, "frames": grid.frames}
+    for info in reversed(infos):
+        default |= {key: value for key, value in sampling(info.identity).items() if key in default}
+    given = {key: getattr(config, key) for key in default if getattr(config, key) is not None}
+    if not any(sampling(info.identity) for info in infos) and "window" not in given:
+        interval = max(_measured_interval(cache, info) for info in infos)
+        if interval > grid.step * 1.01:
+            frames = given.get("frames", SLOW_FRAMES)
+            window = round(frames * interval, 3)
+            default = {"window": window, "stride": round(min(SLOW_STRIDE, frames) * interval, 3), "frames": frames}
+            log.info("Windows of %d rows (%g s): the features have a row every %.3g s", frames, window, interval)
     if "window" in given and "frames" not in given:  # keep the samples where they are cached
-        given["frames"] = max(1, round(found["frames"] * given["window"] / found["window"]))
+        given["frames"] = max(1, round(default["frames"] * given["window"] / default["window"]))
     if "window" in given and "stride" not in given:
-        given["stride"] = min(found["stride"], given["window"])
-    both = {**found, **given}
+        given["stride"] = min(default["stride"], given["window"])
+    both = {**default, **given}
     return replace(config, window=float(both["window"]), stride=float(both["stride"]), frames=int(both["frames"]))
 
 
@@ -202,21 +219,24 @@ def _audio_input(cache: Cache, info: StreamInfo, config: TrainConfig) -> InputSt
         steps = config.audio_steps or int(config.grid.frames)
         each = max(1, round(window / steps / LOGMEL_INTERVAL))
         return InputStream(info.name, info.kind, info.dim, steps * each, fingerprint(info), info.identity, each)
-    interval = interval_of(info.kind, info.identity) or _measured_interval(cache, info.name)
+    interval = interval_of(info.kind, info.identity) or _measured_interval(cache, info)
     steps = config.audio_steps or max(1, round(window / interval))
     return InputStream(info.name, info.kind, info.dim, steps, fingerprint(info), info.identity)
 
 
-def _measured_interval(cache: Cache, stream: str) -> float:
-    """Seconds between steps of a stream whose identity does not say: those of its first clip."""
-    for item in cache.items(stream=stream):
-        time = cache.read(stream, item, ["time"]).time
-        if time.size and time.shape[1] > 1:
-            return median_interval(time[0])
+def _measured_interval(cache: Cache, info: StreamInfo) -> float:
+    """Seconds between the rows of a stream whose identity does not say: those of its first clip with two rows."""
+    if info.kind == LOGMEL:
+        return LOGMEL_INTERVAL
+    for item in cache.items(stream=info.name):
+        time = cache.read(info.name, item, ["time"]).time
+        row = time if info.kind == VISUAL else time[:1].ravel()
+        if row.size > 1:
+            return median_interval(row)
     return Grid().step
 
 
-def _text_stream(known: Mapping[str, StreamInfo], config: TrainConfig) -> str:
+def _text_stream(cache: Cache, known: Mapping[str, StreamInfo], config: TrainConfig) -> str:
     """The stream of prototypes: the one named, the first visual stream's own, or any; "" where there is none."""
     text = {name for name, info in known.items() if info.kind == "text"}
     if config.text:
@@ -226,11 +246,18 @@ def _text_stream(known: Mapping[str, StreamInfo], config: TrainConfig) -> str:
     own = [name for name in (f"{visual}.text" for visual in config.visual) if name in text]
     if own or text:
         return own[0] if own else min(text)
-    log.warning(
-        "The cache has no prompt embeddings: training goes on without the prompt head. "
-        "`vaflow extract` with a CLIP encoder makes them; --kl-weight 0 says that none are wanted."
-    )
+    _warn_of_no_prompts(str(cache.place))
     return ""
+
+
+@lru_cache
+def _warn_of_no_prompts(cache: str) -> None:
+    """Warn once per process: a study resolves its settings for every run."""
+    log.warning(
+        "%s has no prompt embeddings: the prompt head is left out. Add them with `vaflow extract` and a CLIP encoder, "
+        "or pass --kl-weight 0.",
+        cache,
+    )
 
 
 def _prototypes(cache: Cache, text: str, prompts: str) -> Tensor:
@@ -258,6 +285,8 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
             continue
         fields = _different(stream, info)
         hard = [text for key, text in fields.items() if not f"{key}.".startswith(tuple(f"{k}." for k in _LENIENT))]
+        if not fields:
+            fields = {"dtype": f"dtype: {info.dtype}, another one in the run"}
         if hard:
             raise FingerprintError(
                 explain(
@@ -273,9 +302,16 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
 
 
 def _different(stream: InputStream, info: StreamInfo) -> dict[str, str]:
-    """Field -> `field: there, here in the run`; fields of nested settings have dotted names."""
+    """Field -> `field: in the cache, in the run`; fields of nested settings have dotted names.
+
+    Audio features say in which dtype the log-Mel under them is stored; that alone is no other encoder.
+    """
     there = _flat({"kind": info.kind, "dim": info.dim, **info.identity})
     here = _flat({"kind": stream.kind, "dim": stream.dim, **stream.identity})
+    stored = [settings.get("sound") for settings in (there, here)]
+    if all(isinstance(value, str) and value.startswith(f"{LOGMEL} ") for value in stored):
+        there.pop("sound")
+        here.pop("sound")
     pairs = {key: (there.get(key), here.get(key)) for key in sorted({*there, *here})}
     return {key: f"{key}: {a!r}, {b!r} in the run" for key, (a, b) in pairs.items() if a != b}
 

@@ -39,6 +39,12 @@ def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:
         if featureless(windows):
             log.warning("%s: %d clips have no features at all", split, len(featureless(windows)))
     log.info("%s", describe_labels(train, config.centers))
+    if config.text and config.kl_weight and not any(clip.valid.all(axis=1).any() for clip in train.clips):
+        log.warning(
+            "%s: no frame is labelled in both dimensions, so the prompt loss is 0; leave the prompt head out with "
+            "--kl-weight 0",
+            config.train_split,
+        )
     warn_of_labels(config, train)
 
 

@@ -31,7 +31,7 @@ from torch import nn
 from vaflow import __version__
 from vaflow.cache import Cache, address
 from vaflow.errors import CorruptError, UsageError, explain
-from vaflow.files import write_file
+from vaflow.files import refuse_links, write_file
 from vaflow.train import digests
 from vaflow.train.batch import TargetSpec
 from vaflow.train.builder import build_model
@@ -196,6 +196,20 @@ class RunFolder:
     @property
     def clips_file(self) -> Path:
         return self.path / "clips.json"
+
+    def output_folder(self, name: str) -> Path:
+        """Folder of predictions that are about to be written; `name` is a split, or a variant of one.
+
+        Raises:
+            UsageError: a link is in the way: it would lead the files out of the run.
+        """
+        folder = self.predictions(name)
+        try:
+            refuse_links(self.path, folder)
+        except OSError as error:
+            remedy = "Remove the link"
+            raise UsageError(explain(f"Cannot write to {folder}", got=error.strerror, remedy=remedy)) from error
+        return folder
 
     def make(self) -> None:
         """Create the directory.

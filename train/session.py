@@ -159,7 +159,7 @@ class Session:
             allow_missing=self.allow_missing,
             failed=self._failed(),
         )
-        write_predictions(self.folder.predictions(split), traces)
+        write_predictions(self.folder.output_folder(split), traces)
         maker = run_maker(self.folder.path, require_record(self.folder.path))
         write_sources(self.folder.predictions(split), maker, self.cache, [trace.clip.item for trace in traces])
         report |= {"best_epoch": progress.best_epoch, "epochs": progress.epoch}

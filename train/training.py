@@ -229,7 +229,7 @@ def evaluate_run(
         name = f"{split}-without-{without}" if without else split
         if only_now:
             name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
-        place = folder.predictions(name)
+        place = folder.output_folder(name)
         write_predictions(place, traces)
         write_sources(place, run_maker(folder.path, trained.record), cache, [trace.clip.item for trace in traces])
         if not (without or only_now) and split == config.val_split and address(cache.place) == trained.record.cache:

@@ -200,3 +200,19 @@ def test_places_that_cannot_be_written(
     refused(capsys, 2, train(cache.path, foreign), "is not empty and is not a run directory", "Choose another folder")
     assert file.read_text() == "mine"
     assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_a_dataset_in_the_place_of_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.mp4").write_bytes(b"")
+    refused(capsys, 2, ["train", data, "--out", tmp_path / "run"], f"vaflow extract {data} --out {data}.cache")
+
+
+def test_a_run_whose_cache_is_gone(run: Path, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = tmp_path / "moved" / "run"
+    shutil.copytree(run, moved)
+    text = (moved / "config.toml").read_text().replace(str(cache.path.resolve()), "/nowhere/cache")
+    (moved / "config.toml").write_text(text)
+    refused(capsys, 2, ["evaluate", moved], "/nowhere/cache", "--cache CACHE")
+    assert main(["evaluate", str(moved), "--cache", str(cache.path), "-q"]) == 0

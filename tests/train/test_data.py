@@ -283,7 +283,7 @@ def test_streams_are_chosen_or_asked_for(cache: Cache, tmp_path: Path) -> None:
 def test_a_cache_without_prompts_trains_without_the_head(tmp_path: Path, caplog) -> None:
     cache = make_cache(tmp_path / "c", Toy(text=False, splits={}))
     assert resolve(cache, TrainConfig())[1].prototypes is None
-    assert "without the prompt head" in caplog.text
+    assert "the prompt head is left out" in caplog.text
     assert resolve(cache, TrainConfig(kl_weight=0))[1].prototypes is None
 
 

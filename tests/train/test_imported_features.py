@@ -93,3 +93,16 @@ def test_one_modality_and_one_dimension_make_batches(tmp_path: Path) -> None:
     assert set(batch.features) == {"mine"} and batch.labelled[..., 1].any() and not batch.labelled[..., 0].any()
     when = windows.sample_time[batch.labelled[..., 1].numpy()]
     np.testing.assert_allclose(batch.target[..., 1][batch.labelled[..., 1]], np.sin(when), atol=0.021)
+
+
+@pytest.mark.parametrize("kind", ["visual", "audio"])
+def test_slow_features_get_windows_of_twenty_rows(tmp_path: Path, kind: str) -> None:
+    time = np.arange(60) * 5.0
+    _, config = windows_of(imported(tmp_path, kind, time, ()), kind)
+    assert (config.window, config.stride, config.frames) == (100.0, 30.0, 20)
+
+
+def test_a_given_window_is_kept(tmp_path: Path) -> None:
+    cache = imported(tmp_path, "visual", np.arange(60) * 5.0, ())
+    config, _ = resolve(cache, TrainConfig(kl_weight=0.0, window=60.0, frames=12))
+    assert (config.window, config.frames) == (60.0, 12)

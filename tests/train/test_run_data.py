@@ -12,14 +12,15 @@ import pytest
 import tomli_w
 from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
-from vaflow.cache import Cache, open_cache
+from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.errors import CorruptError, UsageError
 from vaflow.files import lock_folder
 from vaflow.train import plots, session
 from vaflow.train.config import AUTO, TrainConfig
+from vaflow.train.inputs import check_same, resolve
 from vaflow.train.runs import RunFolder, cache_of, load_run
 from vaflow.train.storage import read_tensors
-from vaflow.train.training import Result, train_run
+from vaflow.train.training import Result, evaluate_run, train_run
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=3e-3, batch_size=8, epochs=2, device="cpu")
 TOY = Toy(splits={"train": 3, "val": 2}, seconds=(8, 12))
@@ -257,3 +258,63 @@ def test_clips_json_lists_every_clip(cache: Cache, tmp_path: Path) -> None:
         "val": cache.items(split="val"),
     }
     assert read_tensors(tmp_path / "run" / "model.safetensors")[0]
+
+
+def test_a_link_in_the_place_of_predictions_is_refused(cache: Cache, tmp_path: Path) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(tmp_path / "run" / "predictions" / "val")
+    (tmp_path / "run" / "predictions" / "val").symlink_to(elsewhere)
+    with pytest.raises(UsageError, match="link"):
+        evaluate_run(tmp_path / "run", cache, device="cpu")
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_dtype_alone_is_no_other_encoder(cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    other = create_cache(tmp_path / "float32")
+    for name, info in cache.streams().items():
+        wide = info.dtype == "float16"
+        other.declare(replace(info, dtype="float32") if wide else info)
+        for item in cache.items(stream=name) if info.kind == "text" else cache.items():
+            arrays = dict(cache.read(name, item).arrays)
+            if wide:
+                arrays["embedding"] = arrays["embedding"].astype(np.float32)
+            other.write(name, item, arrays, meta=dict(cache.record(name, item).meta))
+    with caplog.at_level("INFO"):
+        report = evaluate_run(tmp_path / "run", other, device="cpu", write=False)
+    assert report["ccc"]["mean"] == pytest.approx(RunFolder(tmp_path / "run").read_metrics()["ccc"]["mean"], abs=1e-6)
+    assert "dtype: float32" in caplog.text
+
+
+def test_the_dtype_under_audio_features_is_no_other_encoder(cache: Cache, tmp_path: Path) -> None:
+    _, inputs = resolve(cache, CONFIG)
+    other = create_cache(tmp_path / "other")
+    for name, info in cache.streams().items():
+        other.declare(replace(info, identity=info.identity | {"sound": "logmel float32"}) if name == AUDIO else info)
+    stored = [replace(s, identity=dict(s.identity) | {"sound": "logmel float16"}) for s in inputs.streams]
+    check_same([stream for stream in stored if stream.name == AUDIO], other)
+
+
+def test_layer_norm_of_one_dimension_is_refused(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", replace(TOY, widths=(12, 1)))
+    with pytest.raises(UsageError, match=f"{AUDIO}.*one dimension.*normalize=standard"):
+        resolve(cache, replace(CONFIG, normalize="layer"))
+    resolve(cache, replace(CONFIG, normalize="standard"))
+
+
+def test_a_prompt_loss_that_is_always_zero_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = make_cache(tmp_path / "cache", replace(TOY, targets=(1,)))
+    quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run")
+    assert "the prompt loss is 0" in caplog.text
+    caplog.clear()
+    quiet_run(cache, replace(CONFIG, epochs=1, kl_weight=0.0), tmp_path / "other")
+    assert "the prompt loss is 0" not in caplog.text
+
+
+def test_a_cache_without_prompts_is_announced_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = make_cache(tmp_path / "cache", replace(TOY, text=False))
+    for _ in range(3):
+        resolve(cache, CONFIG)
+    assert caplog.text.count("has no prompt embeddings") == 1

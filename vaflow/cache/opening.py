@@ -185,11 +185,12 @@ def _check_version(layout: Layout, data: bytes) -> None:
 
 def _no_cache(layout: Layout) -> UsageError:
     gone = layout.remote is None and not layout.root.exists()
+    empty = layout.remote is not None or gone or (layout.root.is_dir() and not any(layout.root.iterdir()))
     what = "There is no such folder" if gone else "It has no manifest.json"
+    command = f"DATA --out {layout.place}" if empty else f"{layout.place} --out {layout.place}.cache"
     return UsageError(
         explain(
-            f"{layout.place} is not a cache. {what}",
-            remedy=f"Make one: vaflow extract DATA --out {layout.place}, or check the path",
+            f"{layout.place} is not a cache. {what}", remedy=f"Make one: vaflow extract {command}, or check the path"
         )
     )
 
