@@ -1,6 +1,6 @@
-"""Decoding processes and the queue behind them. A worker that dies or hangs costs the clip it was at, nothing else.
+"""Pool of decoding processes. If a worker dies or hangs, only its clip fails; a new worker takes the next one.
 
-A function applied to many things in decoding processes: whatever a file does to one of them costs that one thing.
+`each` applies a function to many files in such processes: a crash or a hang fails that file only.
 """
 
 import queue
@@ -65,11 +65,10 @@ class _Worker:
 class WorkerPool:
     """Runs jobs on `count` processes and yields their messages, each job's in order.
 
-    A worker that says nothing for `item_timeout` seconds is killed and its job has failed. A worker that waits until
-    we take what it has to say is not quiet: its pipe can be read. Time in which we do not listen, because nobody takes
-    our messages, does not count either; nor does time in which it waits for `answer`.
+    A worker without a message for `item_timeout` seconds is killed, and its job fails. Three kinds of waiting do not
+    count: for the parent to read the pipe, for the consumer to take messages, and for an `answer`.
 
-    Use as a context manager: leaving it stops every process, whatever they are doing.
+    Use as a context manager: leaving it kills every process.
 
     Args:
         jobs: what to do, each with a `number` of its own; asked for when a worker is free.
@@ -218,7 +217,7 @@ def _hang(worker: _Worker) -> Failed:
         worker.number,
         "worker",
         "WorkerHung",
-        f"The decoding process gave no sign of life for {worker.silence:.0f} s while it read this clip, and was ended; "
+        f"The decoding process sent no message for {worker.silence:.0f} s while it read this clip, and was ended; "
         "other clips went on. A damaged file or a disk that does not answer are the usual causes: look at the file, "
         "or run again with a longer --item-timeout.",
     )

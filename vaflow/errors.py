@@ -1,14 +1,14 @@
-"""Every error vaflow raises on purpose.
+"""Errors that vaflow raises, and how their messages are built.
 
-    VaflowError                  anything a caller may want to catch; the command prints it and exits 1
+    VaflowError                  base class; the command prints the message and exits 1
     ├── UsageError (ValueError)  a value named by the user is wrong: option, path, config key; exits 2
-    ├── DataError (ValueError)   one item of a data set cannot be used: unreadable, truncated, mislabelled
+    ├── DataError (ValueError)   one item of a data set is unreadable, truncated or mislabelled
     │   └── MediaError           ... because of its media file
-    ├── CacheError               the cache cannot do what was asked
+    ├── CacheError               a cache cannot be read, written or extended
     │   ├── SchemaError          its schema version or manifest is not one this version reads; exits 2
     │   ├── FingerprintError     a stream of that name was made with other settings; exits 2
     │   ├── MissingError (LookupError)  no such stream or item
-    │   └── CorruptError         bytes on disk do not match their record
+    │   └── CorruptError         bytes on disk differ from their record
     └── WeightsError             encoder weights are missing, unreachable, or do not fit
 
 Messages are one paragraph, made by `explain`: what was expected, what was got, the choices, the remedy.
@@ -23,7 +23,7 @@ _STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e
 
 
 class VaflowError(Exception):
-    """Base of every error raised on purpose."""
+    """Base class of the errors that vaflow raises."""
 
     exit_code = 1
 
@@ -43,7 +43,7 @@ class MediaError(DataError):
 
 
 class CacheError(VaflowError):
-    """The cache cannot do what was asked of it."""
+    """A cache cannot be read, written or extended."""
 
 
 class SchemaError(CacheError):
@@ -78,9 +78,9 @@ def explain(
     choices: Iterable[str] | None = None,
     remedy: str | None = None,
 ) -> str:
-    """One paragraph for a person: the problem, then what was expected and got, the choices, and what to do.
+    """Build a message: the problem, then what was expected and got, the choices, and a remedy.
 
-    Where `choices` are given and `got` is close to one of them, that one is suggested.
+    If `got` is close to one of `choices`, that one is suggested.
     """
     parts = [problem.rstrip(".") + "."]
     if expected is not None:
@@ -110,16 +110,16 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` on one line, as it can be shown: names come from files, and what would steer a terminal is spelt out.
+    """`text` on one line, safe to print: names come from files and may contain escape sequences for the terminal.
 
-    Line breaks and tabs become spaces; control characters, marks that turn the direction of text, invisible ones and
-    bytes that are no text become `\\xNN` or `\\uNNNN`.
+    Line breaks and tabs become spaces. Control characters, marks that change the direction of text, invisible
+    characters and undecodable bytes become `\\xNN` or `\\uNNNN`.
     """
-    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], _BREAKS.sub(" ", text))
+    return _STEERING.sub(lambda match: ascii(match[0])[1:-1], _BREAKS.sub(" ", text))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, be it Python's, a GPU's, or the CPU's, of which torch has no class of its own."""
+    """Whether an error means that memory ran out: Python's, a GPU's, or torch's on the CPU (which has no class)."""
     named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)  # `ulimit -v`
     return isinstance(error, MemoryError) or named or unmapped

@@ -1,4 +1,4 @@
-"""Stored pictures -> RGB. Nothing is decoded that claims to be larger than a picture of a video can be."""
+"""Decode stored images to RGB. An image larger than any video frame is refused before it is decoded."""
 
 import struct
 import zlib
@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from PIL.Image import Image as Picture
+from PIL.Image import Image as PilImage
 
 from vaflow.errors import MediaError, explain
 
-MAX_PIXELS = 8192 * 8192  # of one picture; 8K video has half as many
-MAX_BYTES = 64 * 2**20  # of one picture's file
+MAX_PIXELS = 8192 * 8192  # of one image; 8K video has half as many
+MAX_BYTES = 64 * 2**20  # of one image file
 FORMATS = ("JPEG", "PNG")  # Pillow reads dozens of others, whatever a file's name says
 
-# What Pillow raises for the many ways in which a file can be broken.
+# Raised by Pillow for damaged files.
 _BROKEN = (
     OSError,
     UnidentifiedImageError,
@@ -37,10 +37,10 @@ _BROKEN = (
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a picture's file.
+    """The bytes of an image file.
 
     Raises:
-        MediaError: it cannot be read, or is far too large.
+        MediaError: it cannot be read, or has more than `MAX_BYTES`.
     """
     with _explained(str(path)):
         size = Path(path).stat().st_size
@@ -50,33 +50,33 @@ def read_file(path: Path) -> bytes:
 
 
 def decode(data: bytes, name: str) -> NDArray[np.uint8]:
-    """RGB [H, W, 3] uint8 of a JPEG or PNG file's bytes; `name` is what messages call it.
+    """Decode the bytes of a JPEG or PNG file to RGB [H, W, 3] uint8; messages call it `name`.
 
     Raises:
-        MediaError: it is no whole picture, or a larger one than `MAX_PIXELS`.
+        MediaError: the image is damaged or has more than `MAX_PIXELS`.
     """
-    with _explained(name), _opened(BytesIO(data), name) as picture:
-        return np.array(picture.convert("RGB"), np.uint8)
+    with _explained(name), _opened(BytesIO(data), name) as image:
+        return np.array(image.convert("RGB"), np.uint8)
 
 
 def measure(path: Path) -> tuple[tuple[int, int], str]:
-    """((width, height), format) by the file's header.
+    """((width, height), format) from the header of an image file.
 
     Raises:
-        MediaError: it is no picture, or too large a one.
+        MediaError: it is not an image, or too large.
     """
     data = read_file(path)
-    with _explained(str(path)), _opened(BytesIO(data), str(path)) as picture:
-        return picture.size, str(picture.format).lower()
+    with _explained(str(path)), _opened(BytesIO(data), str(path)) as image:
+        return image.size, str(image.format).lower()
 
 
 @contextmanager
-def _opened(data: BytesIO, name: str) -> Iterator[Picture]:
-    with Image.open(data, formats=FORMATS) as picture:
-        width, height = picture.size
+def _opened(data: BytesIO, name: str) -> Iterator[PilImage]:
+    with Image.open(data, formats=FORMATS) as image:
+        width, height = image.size
         if width * height > MAX_PIXELS:
             raise MediaError(_unreadable(name, f"{width} x {height} pixels", f"at most {MAX_PIXELS} pixels"))
-        yield picture
+        yield image
 
 
 @contextmanager
@@ -90,4 +90,4 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _unreadable(name: str, got: str, expected: str) -> str:
-    return explain(f"{name} cannot be read as a picture", expected=expected, got=got)
+    return explain(f"{name} cannot be read as an image", expected=expected, got=got)

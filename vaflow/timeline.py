@@ -156,7 +156,7 @@ def stitch(time: Floats, value: Floats, valid: Bools, query: Floats) -> Floats:
 
     Args:
         time: [W, S] seconds of every sample of every window; equal instants must be equal numbers.
-        value: [W, S, K] what the model says at them.
+        value: [W, S, K] predictions at these times.
         valid: [W, S] False for padding, whose value is ignored.
         query: [N] seconds at which the trace is wanted.
 

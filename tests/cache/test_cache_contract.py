@@ -224,7 +224,7 @@ def test_clips_without_a_split_have_a_name_too(tmp_path, store):
 
 def test_a_missing_item_is_named_with_those_close_to_it(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store, ("trial_12", "trial_13"))
-    with pytest.raises(MissingError, match=r"Got: trial_1\. Close to it: trial_1"):
+    with pytest.raises(MissingError, match=r"Got: trial_1\. Similar names: trial_1"):
         cache.read("visual", "trial_1")
     with pytest.raises(MissingError, match="Choices: labels, visual"):
         cache.read("audio", "trial_12")

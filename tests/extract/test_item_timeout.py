@@ -51,7 +51,7 @@ def test_a_hang_costs_one_thing_and_its_process_is_gone() -> None:
     assert found == {number: number * number for number in (0, 1, 3, 4)}
     assert isinstance(failed, Failed)
     assert failed.error == "WorkerHung"
-    assert "no sign of life for 3 s" in failed.message
+    assert "no message for 3 s" in failed.message
     assert "--item-timeout" in failed.message
     assert not multiprocessing.active_children()
 

@@ -1,6 +1,6 @@
-"""Several runs at once: a process each, a new one where one dies, and the rest goes on.
+"""Train the runs of a study, in this process or in several; a process that dies fails its run only.
 
-One process that trains runs, one after the other, and keeps the data that the next one shares.
+Each process trains runs one after the other and keeps the data that the next run shares.
 """
 
 import json
@@ -34,12 +34,12 @@ FAILURES = (VaflowError, RuntimeError, MemoryError, OSError, ValueError)
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended.
+    """Outcome of one run.
 
     Attributes:
-        seconds: that it took.
-        score: its mean concordance; None where it failed, or nothing is labelled.
-        error, message: the kind of error and what it says; empty: all went well.
+        seconds: duration.
+        score: mean CCC; None if the run failed or no clip is labelled.
+        error, message: class and message of the error; empty if the run finished.
     """
 
     seconds: float = 0.0
@@ -89,8 +89,8 @@ class Runner:
 
 @contextmanager
 def one_thread(level: int) -> Iterator[None]:
-    """Torch computes with one thread inside: light heads gain nothing from more, and sums do not depend on how many
-    runs go on at once. The log says what is of `level` or above.
+    """Run torch with one thread: light heads gain nothing from more, and results do not depend on the number of
+    processes. Log messages below `level` are dropped.
     """
     log, threads = logging.getLogger("vaflow"), torch.get_num_threads()
     before = log.level
@@ -151,7 +151,7 @@ def run_jobs(
     allow_missing: bool = False,
     level: int = logging.ERROR,
 ) -> Generator[Outcome, None, None]:
-    """Train every job in `out/runs/<hash>`, and say which have ended as they end.
+    """Train every job in `out/runs/<hash>`, and yield each outcome as its run ends.
 
     Args:
         jobs: what to train, in the order in which they are begun.

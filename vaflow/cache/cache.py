@@ -33,7 +33,7 @@ from vaflow.cache.stores import STORES
 from vaflow.cache.streams import declare, load_stream
 from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError, explain
 
-NO_SPLIT = "none"  # what `info` and `items` call the clips whose data set does not say
+NO_SPLIT = "none"  # name of the clips without a split in `info` and `items`
 
 
 class Cache:
@@ -43,7 +43,7 @@ class Cache:
         path: the folder; of a cache on an object store, the local one that stands for it.
         place: the folder or URL, as `open_cache` takes it.
         store: "zarr" or "hdf5".
-        writable: whether `declare`, `write` and `drop` are allowed.
+        writable: whether items can be written and dropped.
     """
 
     def __init__(self, layout: Layout, store: StoreName, *, writable: bool) -> None:
@@ -87,7 +87,7 @@ class Cache:
         return self._streams[name]
 
     def fingerprint(self, stream: str) -> str:
-        """32 hexadecimal digits of what made the stream.
+        """The stream's fingerprint: 32 hexadecimal digits.
 
         Raises:
             MissingError: there is no such stream.
@@ -98,8 +98,8 @@ class Cache:
         """Add a stream, or check that the one of this name was made with the same settings.
 
         Raises:
-            FingerprintError: it was made with others; every field that differs is named.
-            UsageError: `info` makes no stream, or the cache was opened for reading.
+            FingerprintError: the settings differ; every field that differs is named.
+            UsageError: `info` is not a valid stream, or the cache was opened for reading.
             CacheError: the disk refuses.
         """
         self._must_be_writable()
@@ -113,8 +113,7 @@ class Cache:
     def items(self, split: str | None = None, stream: str | None = None) -> list[str]:
         """Clip ids, sorted: the items of the labels stream, of one split, that `stream` has.
 
-        The split "none" means the clips whose data set does not say. The items of a text stream are prompt sets, not
-        clips; asked for by its name, they are what is returned.
+        The split "none" selects clips without a split. Of a text stream, the prompt sets are returned.
 
         Raises:
             UsageError: no clip is of that split, or there is no such stream.
@@ -148,14 +147,14 @@ class Cache:
         return self.layout.record(stream, item).is_file()
 
     def source_stamps(self, stream: str) -> dict[str, str]:
-        """Item -> `documents.source_stamp` of what it was made from, of every item of the stream that can be read.
+        """Item -> `documents.source_stamp` of its source, for every readable item of the stream.
 
-        Out of the index: 100,000 items are compared with a data set without reading their records.
+        Read from the index: 100,000 items are compared with a data set without reading their records.
         """
         return {row.item: row.source for row in self._index.folder(stream).rows.values()}
 
     def has_damage(self, stream: str) -> bool:
-        """Whether some record of the stream cannot be read: `source_stamps` lacks it, and yet the item may be there."""
+        """Whether a record of the stream is damaged, so that `source_stamps` lacks an item that may be committed."""
         return bool(self._index.folder(stream).damaged)
 
     def record(self, stream: str, item: str) -> Record:
@@ -180,7 +179,7 @@ class Cache:
     def _missing(self, stream: str, item: str) -> MissingError:
         ids = [row.item for row in self._index.folder(stream).rows.values()]
         close = get_close_matches(item, ids, n=3)
-        remedy = f"Close to it: {', '.join(close)}" if close else "Extract it first, or list what is there: Cache.items"
+        remedy = f"Similar names: {', '.join(close)}" if close else "List the items with Cache.items()"
         return MissingError(explain(f"Stream {stream!r} of {self.place} has no such item", got=item, remedy=remedy))
 
     def meta(self, item: str) -> Json:
@@ -200,7 +199,7 @@ class Cache:
 
         Raises:
             MissingError: there is no such stream, item or array.
-            CorruptError: files are missing or not what the record says.
+            CorruptError: files are missing or differ from the record.
         """
         record, arrays = self._fetch(stream, item, names, verify=verify)
         return Item(stream, item, arrays, dict(record.meta))
@@ -239,13 +238,13 @@ class Cache:
         source: Mapping[str, Any] | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> Record:
-        """Commit an item: when this returns, it survives a kill and a power cut. Replaces what was there.
+        """Commit an item: when this returns, it survives a kill and a power cut. Replaces the item if it exists.
 
         Args:
             stream, item: their names.
-            arrays: as the stream's kind in `KINDS` says; those made by `scratch` may be longer than memory.
-            source: identity of what the item was made from.
-            meta: facts about it.
+            arrays: as the stream's kind in `KINDS` says; those made by `scratch` may exceed the memory.
+            source: identity of the files that the item was made from.
+            meta: facts about the item.
 
         Returns:
             The record that holds now: another writer's, where one committed the same new item first.
@@ -271,7 +270,7 @@ class Cache:
         return self._commit(draft, arrays)
 
     def adopt(self, record: Record, arrays: Mapping[str, Rows]) -> Record:
-        """Commit an item of another cache: its source, facts and time of making stay. Otherwise as `write`.
+        """Commit an item of another cache with its source, facts and creation time; otherwise as `write`.
 
         Raises:
             FingerprintError: it was made with other settings than the stream of this cache.
@@ -301,7 +300,7 @@ class Cache:
             raise self.layout.cannot_write(error) from error
 
     def drop(self, stream: str, item: str) -> None:
-        """Remove an item: its record first, then its arrays. Nothing happens where there is none."""
+        """Remove an item: its record first, then its arrays. Does nothing if there is no such item."""
         self._must_be_writable()
         try:
             discard(self.layout, self._store, self.layout.record(stream, item))
@@ -310,7 +309,7 @@ class Cache:
 
     @property
     def scratch(self) -> Scratch:
-        """Makes arrays to be written that are too long for memory."""
+        """Factory of arrays that may exceed the memory."""
         return Scratch(self.layout)
 
     # The whole

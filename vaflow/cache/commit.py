@@ -1,7 +1,7 @@
-"""The commit protocol: arrays first, flushed; the completion record last. Many writers may work on one cache.
+"""Commit protocol: write and flush the arrays, then create the completion record. Many writers may share a cache.
 
-A reader sees an item only through its record, and a record only after everything it names is on the disk. A writer
-that is killed leaves an attempt without a record, which nobody reads.
+A reader finds an item only through its record, and a record exists only after all its files are on the disk. A writer
+that is killed leaves an attempt without a record, which readers skip.
 """
 
 from collections.abc import Mapping

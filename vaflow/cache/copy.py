@@ -1,30 +1,21 @@
-"""Items that could not be copied, listed as extraction lists failures; and such lists of the caches that were read.
+"""Copy items between caches of any store, bit for bit and checked; convert a cache into another store.
 
-Evaluation counts the clips that are listed and not in the cache, so a list must not be lost with the cache's copy.
-
-Everything that is committed in a cache, record by record, and what is damaged.
-
-Items from cache to cache, whichever their stores: bit for bit, checked on the way, going on where a kill stopped it.
-
-An item keeps its source, facts and time of making; only its attempt is new. What cannot be read is listed, and does
-not stop the rest.
-
-A cache in another store: the same arrays, sources and fingerprints.
+A copy keeps its source, facts and creation time; only its attempt is new. Items that cannot be read are listed in
+`failures.jsonl`, and the others are copied. Running a copy again resumes it.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote
 
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import load_record
-from vaflow.cache.names import escape
+from vaflow.cache.names import unescape
 from vaflow.cache.opening import PathLike, create_cache, layout_of
 from vaflow.cache.schema import LABELS, Json, Record
 from vaflow.cache.verify import load_streams
@@ -32,27 +23,17 @@ from vaflow.errors import CacheError, CorruptError, DataError, MissingError, Usa
 from vaflow.failures import FAILURES, Failure, read_failures, write_failures
 
 CARRIED = "failures-carried.jsonl"
-
-
-def _carry(target: Cache, failures: Iterable[Failure]) -> None:
-    """Keep, in `failures-carried.jsonl`, failures of other caches' lists whose clips are not in the target.
-
-    Evaluation counts the clips that are listed and not in the cache, so a list must survive the copy.
-    """
-    try:
-        known = set(target.items())
-    except CacheError:  # a damaged record in the target: better too many lines than too few
-        known = set()
-    unique = {json.dumps(failure.line(), sort_keys=True): failure for failure in failures if failure.item not in known}
-    write_failures(target.path / CARRIED, unique.values())
-
+STAGE = "convert"
+THREADS = 4  # commits wait for the disk to flush
+COPY_OF = ("source", "meta", "created", "arrays", "fingerprint")  # members that an item and its copy share
 
 Key = tuple[str, str]  # stream, item
+Outcome = Literal["current", "new", "replaced"]
 
 
 @dataclass(frozen=True)
 class Brief:
-    """What is remembered of a record while items are chosen: what it was made from, when, and a clip's split."""
+    """The members of a record that decide which version of an item is copied."""
 
     source: Json
     created: str
@@ -61,7 +42,7 @@ class Brief:
 
 @dataclass(frozen=True)
 class Survey:
-    """Every committed item of a cache by stream and item, and what cannot be used."""
+    """Every committed item of a cache, and the items that cannot be used."""
 
     briefs: dict[Key, Brief]
     damaged: list[Failure]
@@ -73,50 +54,34 @@ class Survey:
 
 
 def survey(cache: Cache, stage: str) -> Survey:
-    """Read all records. Those that cannot be read, or whose stream's file is lost, are failures of `stage`."""
+    """Read all records. Unreadable records, and those whose stream file is lost, are failures of `stage`."""
     layout = cache.layout
     streams, _ = load_streams(layout)
-    found = Survey({}, [])
+    result = Survey({}, [])
     for folder in sorted(p for p in layout.all_records.glob("*") if p.is_dir()):
         for path in sorted(p for p in folder.glob("*.json") if not p.name.startswith(".")):
             try:
                 record = load_record(layout, path)
                 if streams.get(f"{folder.name}.json") is None:
-                    raise ValueError(f"streams/{folder.name}.json, which says what made its stream, is lost or damaged")
+                    raise ValueError(f"streams/{folder.name}.json, which describes its stream, is lost or damaged")
             except FileNotFoundError:  # dropped since it was listed
                 continue
             except (OSError, ValueError) as error:
-                found.damaged.append(_failure(cache, path, stage, str(error)))
+                message = explain(
+                    f"{layout.shown(path)} of the cache {cache.place} cannot be used: {error}",
+                    remedy=f"Run `vaflow cache repair {cache.place}`, and extract again",
+                )
+                stream = {"stream": unescape(path.parent.name)}
+                result.damaged.append(Failure(unescape(path.stem), stage, "CorruptError", message, stream))
                 continue
             split = record.meta.get("split") if record.stream == LABELS else None
-            found.briefs[record.stream, record.item] = Brief(record.source, record.created, split)
-    return found
-
-
-def _failure(cache: Cache, path: Path, stage: str, problem: str) -> Failure:
-    message = explain(
-        f"{cache.layout.shown(path)} of the cache {cache.place} cannot be used: {problem}",
-        remedy=f"Run `vaflow cache repair {cache.place}`, and extract again",
-    )
-    stream = {"stream": _name_of(path.parent.name)}
-    return Failure(_name_of(path.stem), stage, "CorruptError", message, stream)
-
-
-def _name_of(file_name: str) -> str:
-    """The name that a file name was made of, where that can be told."""
-    name = unquote(file_name, errors="surrogatepass")
-    return name if name and escape(name) == file_name else file_name
-
-
-THREADS = 4  # commits wait for the disk to flush
-COPY_OF = ("source", "meta", "created", "arrays", "fingerprint")  # members in which an item and its copy agree
-
-Outcome = Literal["there", "new", "replaced"]
+            result.briefs[record.stream, record.item] = Brief(record.source, record.created, split)
+    return result
 
 
 @dataclass(frozen=True)
-class Job:
-    """One item to copy, from the first of these caches that holds it whole."""
+class ItemCopy:
+    """One item to copy, from the first of `origins` that holds it undamaged."""
 
     key: Key
     origins: tuple[Cache, ...]
@@ -124,12 +89,12 @@ class Job:
 
 @dataclass(frozen=True)
 class TransferSummary:
-    """What a run did.
+    """Counts and failures of a conversion or merge.
 
     Attributes:
         out: the cache that items were copied into.
-        copied: items written; replaced: of those, how many took the place of another version.
-        there: items that were there already.
+        copied: items written; replaced: of those, items that replaced another version.
+        there: items that were up to date.
         failures: items that could not be read; `failures_file` lists them.
     """
 
@@ -149,47 +114,56 @@ class TransferSummary:
 def transfer(
     target: Cache,
     sources: Sequence[Cache],
-    jobs: Iterable[Job],
+    copies: Iterable[ItemCopy],
     damaged: Iterable[Failure],
     splits: Mapping[str, str | None],
     stage: str,
     *,
     show_progress: bool = False,
 ) -> TransferSummary:
-    """Do all jobs, labels last: a clip exists once its clock and annotation do. The target lists what failed.
+    """Copy items, labels last: a clip exists once its labels do. The target lists the failures.
 
     Args:
-        target: where to; it has every stream that the jobs name.
-        sources: the caches that are read; what their runs listed as failed is carried over.
-        jobs: what to copy.
-        damaged: what is known not to be readable.
-        splits: of the clips, for the list.
-        stage: what is being done, for the list and the bar.
-        show_progress: a bar.
+        target: has every stream that the copies name.
+        sources: caches that are read; their failure lists are carried over.
+        copies: the items.
+        damaged: items known to be unreadable.
+        splits: clip -> split, for the list.
+        stage: "convert" or "merge", for the list and the progress bar.
+        show_progress: draw a progress bar.
 
     Raises:
-        CacheError: the disk refuses; the same call goes on later.
+        CacheError: the disk refuses; the same call resumes later.
     """
     from tqdm import tqdm
 
-    ordered = sorted(jobs, key=lambda job: (job.key[0] == LABELS, job.key))
-    features = sum(job.key[0] != LABELS for job in ordered)
+    ordered = sorted(copies, key=lambda copy: (copy.key[0] == LABELS, copy.key))
+    features = sum(copy.key[0] != LABELS for copy in ordered)
     texts = {name for name, info in target.streams().items() if info.kind == "text"}
     path = target.path / FAILURES
-    failures, done = [_with_split(failure, texts, splits) for failure in damaged], Counter[Outcome]()
-    # Failures that an earlier copy into the target listed itself have a stream; they are found anew.
+    failures, done = list(damaged), Counter[Outcome]()
+    # Failures with a stream were listed by an earlier copy into the target; this one lists them again if they persist.
     carried = [failure for failure in read_failures(target.path) if "stream" not in failure.details]
     carried += [failure for cache in sources for failure in read_failures(cache.path)]
     try:
         with tqdm(total=len(ordered), desc=stage, unit="item", disable=not show_progress, smoothing=0.1) as bar:
             for part in (ordered[:features], ordered[features:]):
-                for result in _copies(target, part, stage):
-                    if isinstance(result, Failure):
-                        failures.append(_with_split(result, texts, splits))
-                    else:
-                        done[result] += 1
-                    bar.update()
+                with (
+                    ThreadPoolExecutor(THREADS, "vaflow-copy") as pool,  # an error cancels the copies not begun
+                    closing(pool.map(lambda copy: _copy(target, copy, stage), part)) as results,  # type: ignore[type-var]
+                ):
+                    for result in results:
+                        if isinstance(result, Failure):
+                            failures.append(result)
+                        else:
+                            done[result] += 1
+                        bar.update()
     finally:
+        prompt_sets = [f.item for f in failures if f.details["stream"] in texts]  # of no split
+        known: dict[str, str | None] = {**splits, **dict.fromkeys(prompt_sets)}
+        failures = [
+            replace(f, details={**f.details, "split": known[f.item]}) if f.item in known else f for f in failures
+        ]
         try:
             write_failures(path, failures)
             _carry(target, carried)
@@ -198,40 +172,39 @@ def transfer(
             raise target.layout.cannot_write(error) from error
     written = done["new"] + done["replaced"]
     return TransferSummary(
-        target.place, written, done["replaced"], done["there"], tuple(failures), target.layout.named(path)
+        target.place, written, done["replaced"], done["current"], tuple(failures), target.layout.named(path)
     )
 
 
-def _with_split(failure: Failure, texts: set[str], splits: Mapping[str, str | None]) -> Failure:
-    """The failure with its clip's split, if that is known; a prompt set belongs to no split."""
-    if failure.details["stream"] in texts:
-        return replace(failure, details={**failure.details, "split": None})
-    if failure.item in splits:
-        return replace(failure, details={**failure.details, "split": splits[failure.item]})
-    return failure
+def _carry(target: Cache, failures: Iterable[Failure]) -> None:
+    """Keep, in `failures-carried.jsonl`, failures of other caches' lists whose clips are not in the target.
+
+    Evaluation counts the clips that are listed and not in the cache, so a list must survive the copy.
+    """
+    try:
+        known = set(target.items())
+    except CacheError:  # a damaged record in the target: better too many lines than too few
+        known = set()
+    unique = {json.dumps(failure.line(), sort_keys=True): failure for failure in failures if failure.item not in known}
+    write_failures(target.path / CARRIED, unique.values())
 
 
-def _copies(target: Cache, jobs: Sequence[Job], stage: str) -> Iterable[Outcome | Failure]:
-    """Several at a time; what one of them raises cancels those that have not begun."""
-    with (
-        ThreadPoolExecutor(THREADS, "vaflow-copy") as pool,
-        closing(pool.map(lambda job: _copy(target, job, stage), jobs)) as results,  # type: ignore[type-var]
-    ):
-        yield from results
-
-
-def _copy(target: Cache, job: Job, stage: str) -> Outcome | Failure:
-    """Copy one item unless its copy is there; a failure says why none of the origins has it whole."""
-    stream, item = job.key
-    known = _known(target, stream, item)
+def _copy(target: Cache, copy: ItemCopy, stage: str) -> Outcome | Failure:
+    """Copy one item, unless its copy is up to date; a failure lists why each origin cannot provide it."""
+    stream, item = copy.key
+    known: Record | None = None
+    if target.has(stream, item):
+        with suppress(CorruptError, MissingError):  # a damaged copy is replaced
+            known = target.record(stream, item)
     reasons: list[Exception] = []
-    for origin in job.origins:
+    for origin in copy.origins:
         try:
-            if known is not None and _is_copy(known, origin.record(stream, item)):
-                return "there"
+            if known is not None:
+                record = origin.record(stream, item)
+                if all(getattr(known, name) == getattr(record, name) for name in COPY_OF):
+                    return "current"
             record, arrays = origin.committed(stream, item)
-            # What the target's disk refuses is no fault of the item, and is raised.
-            target.adopt(record, arrays)
+            target.adopt(record, arrays)  # an error of the target's disk is raised: the item is not at fault
         except (CorruptError, MissingError, DataError, OSError) as error:
             reasons.append(error)
         else:
@@ -240,47 +213,30 @@ def _copy(target: Cache, job: Job, stage: str) -> Outcome | Failure:
     return Failure(item, stage, type(reasons[0]).__name__, message, {"stream": stream})
 
 
-def _known(target: Cache, stream: str, item: str) -> Record | None:
-    """What the target has; None where there is nothing that can be used."""
-    if not target.has(stream, item):
-        return None
-    try:
-        return target.record(stream, item)
-    except (CorruptError, MissingError):
-        return None
-
-
-def _is_copy(first: Record, second: Record) -> bool:
-    return all(getattr(first, name) == getattr(second, name) for name in COPY_OF)
-
-
-STAGE = "convert"
-
-
 def convert(source: Cache, out: PathLike, store: str, *, show_progress: bool = False) -> TransferSummary:
-    """Copy a cache into one of another store, or go on with that. Damaged items are listed; the others go on.
+    """Copy a cache into another store; resumes a copy that was interrupted. Damaged items are listed and skipped.
 
-    An item that was made anew in `source` since takes the place of its copy; one that was dropped there stays.
+    An item that was replaced in `source` replaces its copy; an item that was dropped there stays in the copy.
 
     Raises:
-        UsageError: there is no such store, or `out` cannot be written, has another store, or lies in `source`.
-        SchemaError: `out` holds something that is no cache.
-        FingerprintError: `out` has a stream of the same name that was made with other settings.
-        CacheError: the disk refuses; the same call goes on later.
+        UsageError: unknown store, or `out` cannot be written, has another store, or is inside `source`.
+        SchemaError: `out` has other contents than a cache.
+        FingerprintError: `out` has a stream of the same name with other settings.
+        CacheError: the disk refuses; the same call resumes later.
     """
     refuse_inside(source, out)
     target = create_cache(out, store=store)
     declare_streams(target, source)
-    found = survey(source, STAGE)
-    jobs = [Job(key, (source,)) for key in found.briefs]
-    return transfer(target, [source], jobs, found.damaged, found.splits, STAGE, show_progress=show_progress)
+    result = survey(source, STAGE)
+    copies = [ItemCopy(key, (source,)) for key in result.briefs]
+    return transfer(target, [source], copies, result.damaged, result.splits, STAGE, show_progress=show_progress)
 
 
 def refuse_inside(source: Cache, out: PathLike) -> None:
-    """Nothing is written into a cache that is being read.
+    """Refuse to write into a cache that is read.
 
     Raises:
-        UsageError: `out` is `source`, or lies in it.
+        UsageError: `out` is `source`, or inside it.
     """
     target = layout_of(out)
     if target.remote is not None:
@@ -289,12 +245,12 @@ def refuse_inside(source: Cache, out: PathLike) -> None:
         place = target.root.resolve()
         inside = source.path.resolve() in (place, *place.parents)
     if inside:
-        problem = f"{out} is the cache that is read, or lies in it"
+        problem = f"{out} is the cache to read, or inside it"
         raise UsageError(explain(problem, expected="another folder", remedy="Choose another folder to write"))
 
 
 def declare_streams(target: Cache, source: Cache) -> None:
-    """Every stream of `source` whose file is whole becomes one of `target`; raises as `Cache.declare`."""
+    """Declare every undamaged stream of `source` in `target`; raises as `Cache.declare`."""
     for info in load_streams(source.layout)[0].values():
         if info is not None:
             target.declare(info)

@@ -49,10 +49,10 @@ class Hdf5Store:
 
 
 class _Steady:
-    """A file whose writes never fail in the eyes of HDF5, which crashes the process when a disk is full as it closes.
+    """A file that reports no write errors to HDF5, which crashes the process if the disk is full while it closes.
 
     Attributes:
-        error: the first refusal; to be raised once HDF5 is done. Nothing is written after it.
+        error: the first error, to be raised after HDF5 has closed the file; nothing is written after it.
     """
 
     def __init__(self, raw: io.FileIO) -> None:

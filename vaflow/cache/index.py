@@ -1,4 +1,4 @@
-"""A derived table of the records, so that opening a large cache does not read each of them.
+"""Index of the records, derived from them, so that opening a large cache does not read each record.
 
 The records are the truth; the index can be deleted at any time. Per stream it is trusted while the records' folder
 has the time of change and the inode that were seen, and that time was already past when the folder was listed (else
@@ -36,7 +36,7 @@ _COARSE = 2_000_000_000  # ns; FAT ticks every 2 s, and clocks of other machines
 
 
 class Row(NamedTuple):
-    """What is known of one record without reading it again."""
+    """Summary of one record, valid while its file is unchanged."""
 
     item: str
     mtime_ns: int
@@ -222,7 +222,7 @@ SHARE = 50  # a pause lasts that many times as long as the last saving took: at 
 
 @contextmanager
 def now_and_then(save: Callable[[], None]) -> Iterator[None]:
-    """Call `save` in a thread of its own while the block runs. A disk that refuses costs that saving only."""
+    """Call `save` in a thread of its own while the block runs. An error of the disk skips that saving only."""
     ended = threading.Event()
 
     def work() -> None:

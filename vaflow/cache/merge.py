@@ -1,7 +1,7 @@
-"""Several caches become one: parts of a data set that were extracted on different machines.
+"""Merge caches: parts of a data set that were extracted on different machines.
 
-A stream must have been made with the same settings everywhere. Of an item that several caches have, one copy is kept;
-where they were made from different sources, the caller says which.
+A stream must have the same settings in all caches. An item in several caches is kept once; where the versions were
+made from different sources, the caller chooses.
 """
 
 import logging
@@ -12,7 +12,17 @@ from itertools import groupby
 from typing import Any
 
 from vaflow.cache.cache import Cache
-from vaflow.cache.copy import Brief, Job, Key, Survey, TransferSummary, declare_streams, refuse_inside, survey, transfer
+from vaflow.cache.copy import (
+    Brief,
+    ItemCopy,
+    Key,
+    Survey,
+    TransferSummary,
+    declare_streams,
+    refuse_inside,
+    survey,
+    transfer,
+)
 from vaflow.cache.documents import canonical
 from vaflow.cache.opening import PathLike, create_cache, is_cache, open_cache
 from vaflow.cache.schema import StreamInfo
@@ -37,20 +47,20 @@ def merge(
     prefer: str | None = None,
     show_progress: bool = False,
 ) -> TransferSummary:
-    """Join caches into `out`, or go on with that. What `out` has already takes part, as the first of them.
+    """Merge caches into `out`; resumes an interrupted merge. Items already in `out` take part, as the first cache.
 
     Args:
         out: a folder that is empty, missing, or a cache.
-        sources: the caches to join; their stores may differ.
+        sources: the caches to merge; their stores may differ.
         store: of `out`; None: its own, or that of the first source.
-        prefer: which version of an item counts where the sources differ: of the first cache that has it, or the
-            newest; the same cache for all such streams of an item. None: that is an error.
+        prefer: version to keep where sources differ: "first" (of the first cache that has the item) or "newest"; the
+            same cache for all such streams of an item. None: raise an error.
 
     Raises:
-        UsageError: items were made from different sources and `prefer` does not choose (nothing was written then), or
-            a name or folder is wrong.
+        UsageError: items were made from different sources and `prefer` is None (nothing is written then), or a name or
+            folder is wrong.
         FingerprintError: a stream was made with different settings; every field that differs is named.
-        CacheError: the disk refuses; the same call goes on later.
+        CacheError: the disk refuses; the same call resumes later.
     """
     if prefer is not None and prefer not in PREFERENCES:
         raise UsageError(explain("Unknown value for prefer", got=prefer, choices=PREFERENCES))
@@ -64,19 +74,19 @@ def merge(
     target = create_cache(out, store=store or caches[0].store)
     for source in sources:
         declare_streams(target, source)
-    jobs = [Job(key, tuple(cache for cache, _ in claims)) for key, claims in chosen.items()]
+    copies = [ItemCopy(key, tuple(cache for cache, _ in claims)) for key, claims in chosen.items()]
     damaged = [
         failure for part in found for failure in part.damaged if (failure.details["stream"], failure.item) not in chosen
     ]
     splits = {item: split for part in reversed(found) for item, split in part.splits.items()}
-    return transfer(target, sources, jobs, damaged, splits, STAGE, show_progress=show_progress)
+    return transfer(target, sources, copies, damaged, splits, STAGE, show_progress=show_progress)
 
 
 def _check_streams(caches: Sequence[Cache]) -> None:
-    """Streams of one name have one fingerprint.
+    """Check that streams of one name have one fingerprint.
 
     Raises:
-        FingerprintError: they do not; all differences of all streams are named.
+        FingerprintError: they differ; all differences of all streams are named.
     """
     known: dict[str, tuple[Cache, StreamInfo]] = {}
     problems = []
@@ -101,7 +111,7 @@ def _choose(caches: Sequence[Cache], found: Sequence[Survey], prefer: str | None
     """Item -> the caches to take it from, best first; all of them were made from the same source.
 
     Raises:
-        UsageError: sources differ, and nothing says which is to be preferred.
+        UsageError: sources differ, and `prefer` is None.
     """
     claims: dict[Key, list[Claim]] = {}
     for cache, part in zip(caches, found, strict=True):
@@ -127,13 +137,13 @@ def _versions(key: Key, own: Sequence[Claim]) -> dict[bytes, list[Claim]]:
 
 
 def _content(key: Key, claim: Claim) -> bytes:
-    """What the item was made from; of items that do not say, what they hold."""
+    """Digest of the item's source; of an item without a source, of its arrays."""
     cache, brief = claim
     if brief.source:
         return canonical(_without_places(brief.source))
     try:
         _, arrays = cache.committed(*key)
-    except CorruptError:  # listed when it is to be copied
+    except CorruptError:  # the copy lists it
         return b""
     digest = blake2b()
     for name, array in sorted(arrays.items()):
@@ -142,7 +152,7 @@ def _content(key: Key, claim: Claim) -> bytes:
 
 
 def _without_places(source: Any) -> Any:
-    """A source without what differs between copies of one file: a file with a digest of its content is that digest."""
+    """A source with each file replaced by its content digest, if it has one: path and time differ between copies."""
     if isinstance(source, Mapping):
         if "blake2b" in source:
             return source["blake2b"]
@@ -151,14 +161,14 @@ def _without_places(source: Any) -> Any:
 
 
 def _winner(claims: Sequence[Claim], caches: Sequence[Cache], prefer: str | None) -> Cache:
-    """The cache that is preferred for an item, of those that have it; of equally new ones the first."""
+    """The preferred cache among those that have an item; of equally new ones the first."""
     if prefer == "newest":
         return max(claims, key=lambda claim: (claim[1].created, -caches.index(claim[0])))[0]
     return min((cache for cache, _ in claims), key=caches.index)
 
 
 def _of_winner(key: Key, own: Sequence[Claim], best: Cache, caches: Sequence[Cache], prefer: str | None) -> list[Claim]:
-    """The claims of the same version as the preferred cache's; where that one lacks the stream, the next best."""
+    """The claims of the same version as the preferred cache's; if that cache lacks the stream, the next best."""
     preferred = best if any(cache is best for cache, _ in own) else _winner(own, caches, prefer)
     return next(v for v in _versions(key, own).values() if any(cache is preferred for cache, _ in v))
 
@@ -167,17 +177,17 @@ def _conflict(conflicts: Mapping[Key, Sequence[Claim]]) -> UsageError:
     lines = list(_conflict_lines(conflicts))
     for line in lines:
         log.debug("made from different sources: %s", line)
-    more = f"; and {len(lines) - SHOWN} more (--verbose names all)" if len(lines) > SHOWN else ""
+    more = f"; and {len(lines) - SHOWN} more (--verbose lists all)" if len(lines) > SHOWN else ""
     return UsageError(
         explain(
             f"Some items were made from different sources ({len(lines)}): {'; '.join(lines[:SHOWN])}{more}",
-            remedy="Say which counts with --prefer first or --prefer newest, or extract them again",
+            remedy="Choose a version with --prefer first or --prefer newest, or extract them again",
         )
     )
 
 
 def _conflict_lines(conflicts: Mapping[Key, Sequence[Claim]]) -> Iterator[str]:
-    """Each item with the first thing in which two of its sources differ."""
+    """Each item with the first difference between its sources."""
     for (stream, item), ((first, a), *others) in sorted(conflicts.items(), key=lambda pair: pair[0]):
         fields = (
             field
@@ -186,4 +196,4 @@ def _conflict_lines(conflicts: Mapping[Key, Sequence[Claim]]) -> Iterator[str]:
                 _without_places(a.source), _without_places(b.source), names=(f"{first.place} has", cache.place)
             )
         )
-        yield f"{item!r} of stream {stream!r} ({next(fields, 'the arrays differ, and no source is told')})"
+        yield f"{item!r} of stream {stream!r} ({next(fields, 'the arrays differ, and the records have no source')})"

@@ -3,6 +3,7 @@
 import json
 import re
 from hashlib import blake2b
+from urllib.parse import unquote
 
 from vaflow.errors import UsageError, explain
 
@@ -39,6 +40,12 @@ def escape(name: str) -> str:
         head = re.sub(r"%.?$", "", name[:_KEPT_WHEN_SHORTENED])
         return f"{head}~{blake2b(raw, digest_size=16).hexdigest()}"
     return name
+
+
+def unescape(file_name: str) -> str:
+    """The name that `escape` made a file name of; the file name itself if it was shortened or is not escaped."""
+    name = unquote(file_name, errors="surrogatepass")
+    return name if name and escape(name) == file_name else file_name
 
 
 def is_attempt(name: str) -> bool:

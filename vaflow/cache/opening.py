@@ -1,4 +1,4 @@
-"""Making and opening caches: the manifest, and what is refused."""
+"""Create and open caches: the manifest and its checks."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def create_cache(path: PathLike, *, store: str = "zarr") -> Cache:
         CorruptError: its manifest is damaged.
     """
     if store not in STORES:
-        raise UsageError(explain("There is no such store", got=store, choices=STORES))
+        raise UsageError(explain("Unknown store", got=store, choices=STORES))
     layout = layout_of(path)
     try:
         _create_manifest(layout, store)
@@ -56,7 +56,7 @@ def open_cache(path: PathLike, *, writable: bool = False) -> Cache:
     """Open an existing cache.
 
     Raises:
-        UsageError: there is no cache, or it is to be written and cannot be.
+        UsageError: not a cache, or it cannot be written.
         SchemaError: it has a schema version that this program does not read.
         CorruptError: its manifest is damaged.
     """

@@ -1,4 +1,4 @@
-"""From a record to arrays: bytes are read once and checked, and only then handed to the store."""
+"""Read the arrays of a record: bytes are read once and checked before the store parses them."""
 
 import stat
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from vaflow.cache.schema import Array, Blob, Json, Record
 from vaflow.cache.stores import Store
 from vaflow.errors import MissingError, explain
 
-# What the stores raise for files that are whole and yet hold something else.
+# Raised by the stores for files that match their checksum and have other contents.
 _BROKEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, OSError)
 
 
@@ -26,7 +26,7 @@ def fetch(
 
     Raises:
         MissingError: the item has no such array.
-        CorruptError: a file is missing or not what the record says.
+        CorruptError: a file is missing or differs from the record.
     """
     wanted = list(record.arrays) if names is None else list(names)
     for name in wanted:

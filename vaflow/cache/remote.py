@@ -184,7 +184,7 @@ class Remote:
                 self._fs.pipe({f"{self._base}/{self._below(path)}": path.read_bytes() for path in some})
 
     def create(self, path: Path, data: bytes) -> bool:
-        """Put an object unless there is one: False says that another writer was first. Raises as `pull`."""
+        """Put an object unless there is one: returns False if another writer was first. Raises as `pull`."""
         key = f"{self._base}/{self._below(path)}"
         try:
             with self._refusals():
@@ -194,7 +194,7 @@ class Remote:
         return True
 
     def replace(self, path: Path, data: bytes) -> None:
-        """Put an object in the place of another. Raises as `pull`."""
+        """Put an object that replaces another. Raises as `pull`."""
         with self._refusals():
             self._fs.pipe_file(f"{self._base}/{self._below(path)}", data)
 

@@ -1,7 +1,7 @@
-"""Arrays that may be too long for memory, on their way into a cache: rows in a nameless file on the cache's own disk.
+"""Arrays to be written that may exceed the memory: their rows lie in an unnamed file on the cache's disk.
 
-What makes one chunk in the cache stays an ordinary NumPy array; only what is longer goes to the disk (the log-Mel of
-44 minutes, say). The file has no name, so that nothing is left behind, however the process ends.
+Arrays of up to one chunk are ordinary NumPy arrays; only longer ones, such as the log-Mel of 44 minutes, use the disk.
+The file has no name, so nothing is left behind, however the process ends.
 """
 
 import tempfile
@@ -20,9 +20,9 @@ IN_MEMORY = 64 * 2**20  # bytes of one array
 
 
 class LongArray:
-    """As much of a NumPy array as is needed here: rows, read and written by slices with step 1, and other shapes.
+    """A part of the NumPy array interface: rows are read and written by slices with step 1.
 
-    It may be read by another thread once nobody writes any more.
+    Another thread may read it once all rows are written.
     """
 
     def __init__(self, file: "_File", shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -67,10 +67,10 @@ class LongArray:
 
 
 class Growing:
-    """An array whose rows come block by block, nobody knows how many.
+    """An array that grows by blocks of rows, of unknown total length.
 
     Args:
-        scratch: where rows go that do not stay in memory.
+        scratch: makes the file for rows beyond `IN_MEMORY`.
         row: the shape of a row; () for single values.
         dtype: of the array.
     """
@@ -138,7 +138,7 @@ class _File:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         with self._refusals():
-            # Where the system has no nameless files it has this name for an instant; `repair` knows the prefix.
+            # Systems without unnamed files give it this name for an instant; `repair` removes files with this prefix.
             self._raw: Any = tempfile.TemporaryFile(dir=layout.root, prefix=TEMPORARY, buffering=0)  # noqa: SIM115
 
     def __del__(self) -> None:

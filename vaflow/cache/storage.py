@@ -1,6 +1,6 @@
-"""The steps of the commit protocol wherever a cache lies: on a disk, or on an object store and in its local folder.
+"""File operations of the commit protocol, on a disk or on an object store with its local copy.
 
-The object store always comes first, so that the local folder never shows what is not committed.
+The object store is changed first, so that the local copy never contains anything uncommitted.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from vaflow.cache.schema import Blob
 
 
 def create(layout: Layout, path: Path, data: bytes) -> bool:
-    """Create a file whole, unless there is one: False says that another writer was first."""
+    """Create a file whole, unless there is one: returns False if another writer was first."""
     if layout.remote is None:
         return files.create_file(path, data)
     if not layout.remote.create(path, data):
@@ -26,17 +26,17 @@ def create(layout: Layout, path: Path, data: bytes) -> bool:
 
 
 def replace(layout: Layout, path: Path, data: bytes) -> None:
-    """Put a file in the place of another, whole, at once."""
+    """Replace a file whole, at once."""
     if layout.remote is not None:
         layout.remote.replace(path, data)
     files.replace_file(path, data)
 
 
 def remove(layout: Layout, path: Path) -> None:
-    """Remove a file or a whole folder; nothing happens where there is none.
+    """Remove a file or a whole folder; does nothing if there is none.
 
     Raises:
-        OSError: it cannot be removed, or lies behind a link: nothing outside of the cache is ever removed.
+        OSError: it cannot be removed, or is behind a link: nothing outside the cache is removed.
     """
     files.refuse_links(layout.root, path.parent)
     if layout.remote is not None:
@@ -53,13 +53,13 @@ def flush(layout: Layout, top: Path, names: Iterable[str]) -> None:
 
 
 def look(layout: Layout, path: Path) -> None:
-    """See what other writers have made of a small file; on a disk that is always so."""
+    """Download a small file again if other writers changed it; on a disk, do nothing."""
     if layout.remote is not None:
         layout.remote.look(path)
 
 
 def fill(layout: Layout, paths: Iterable[Path], *, again: bool = False) -> None:
-    """Have files of arrays here; `again`: anew, because what is here was found damaged or is to be checked."""
+    """Download files of arrays that are not in the local copy; all of them if `again`, to replace or check them."""
     if layout.remote is not None:
         layout.remote.fill(paths, again=again)
 

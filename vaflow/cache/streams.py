@@ -1,4 +1,4 @@
-"""Streams: what made them, written once, checked ever after."""
+"""Stream files: the settings of a stream, written once and compared by every later writer."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -35,7 +35,7 @@ def declare(layout: Layout, info: StreamInfo) -> None:
 
     Raises:
         FingerprintError: the stream was made with other settings.
-        UsageError: `info` makes no stream.
+        UsageError: `info` is not a valid stream.
         CorruptError: the stream's file is damaged.
     """
     info = checked(info)
@@ -65,7 +65,7 @@ def checked(info: StreamInfo) -> StreamInfo:
     """`info` as JSON gives it back.
 
     Raises:
-        UsageError: it makes no stream; every problem is named.
+        UsageError: it is not a valid stream; every problem is named.
     """
     escape(info.name)
     if info.kind not in KINDS:

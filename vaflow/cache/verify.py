@@ -1,4 +1,4 @@
-"""Is everything as it was committed? And making it so that what is not is extracted again."""
+"""Verify a cache against its checksums; repair it by removing what is damaged."""
 
 import re
 import time
@@ -22,18 +22,18 @@ from vaflow.cache.streams import load_stream
 from vaflow.errors import CacheError, CorruptError, UsageError, visible
 from vaflow.files import TEMPORARY
 
-GRACE = 3600.0  # seconds after which nobody is still writing an attempt
+GRACE = 3600.0  # seconds after which no writer is still working on an attempt
 _ATTEMPT = re.compile(r"[0-9a-f]{16}(\.h5)?")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as it was committed.
+    """A file that differs from what was committed.
 
     Attributes:
         path: the file, below the cache.
-        message: what is wrong with it.
-        stream, item: what it belongs to, where that is known.
+        message: how it is damaged.
+        stream, item: its stream and item, if known.
     """
 
     path: str
@@ -52,9 +52,9 @@ def record_files(cache: Cache) -> list[Path]:
 
 
 def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Problem]:
-    """Everything in the cache that is not as it was committed, or does not fit the schema; empty when all is well.
+    """Files that differ from what was committed, or violate the schema; empty for an undamaged cache.
 
-    Reads every file. What a killed writer left behind is no problem: see `leftovers`.
+    Reads every file. Unfinished files of killed writers are not problems: see `leftovers`.
 
     Args:
         cache: what to check.
@@ -84,7 +84,7 @@ def _manifest_problems(cache: Cache) -> list[Problem]:
 
 
 def load_streams(layout: Layout) -> tuple[dict[str, StreamInfo | None], list[Problem]]:
-    """Stream per file name (None where damaged), and what is wrong with the files."""
+    """Stream per file name (None if damaged), and the problems of the files."""
     streams: dict[str, StreamInfo | None] = {}
     problems = []
     for path in sorted(p for p in layout.all_streams.glob("*.json") if not p.name.startswith(".")):
@@ -156,11 +156,11 @@ def _attempt_problems(cache: Cache, record: Record, info: StreamInfo | None) -> 
 
 
 def leftovers(cache: Cache, older_than: float = 0.0) -> list[Path]:
-    """What killed writers left behind, or writers are still at: attempts without a record, and temporary files.
+    """Attempts without a record and temporary files: unfinished work of killed or running writers.
 
     Args:
-        cache: where to look; nothing that a cache does not make is ever listed. On object stores nobody looks.
-        older_than: only what was last changed at least so many seconds ago.
+        cache: files that a cache does not make are never listed. Of a cache on an object store: none.
+        older_than: least seconds since the last change.
     """
     layout = cache.layout
     if layout.remote is not None:
@@ -175,7 +175,7 @@ def leftovers(cache: Cache, older_than: float = 0.0) -> list[Path]:
 
 
 def _unrecorded(layout: Layout, store: StoreName, folder: Path) -> list[Path]:
-    """Attempts in an item's folder that its record does not name; listed first, so that a commit meanwhile counts."""
+    """Attempts in an item's folder that its record does not name. Listed before the record is read: commits go on."""
     attempts = [p for p in folder.iterdir() if _ATTEMPT.fullmatch(p.name)]
     temporary = [p for p in folder.iterdir() if p.name.startswith(TEMPORARY)]
     try:
@@ -194,11 +194,11 @@ def _changed(path: Path) -> float:
 
 
 def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Problem]:
-    """Drop what is damaged, so that the next extraction makes it again; returns what was found.
+    """Remove damaged items, so that the next extraction remakes them; returns the problems.
 
-    Damaged items go, record first. A damaged stream file goes; its items stay, and count again as soon as the stream
-    is declared with the same settings. Leftovers older than an hour go. The index is made anew. Nothing outside of the
-    cache's folder is touched: links are removed, never followed.
+    Items are removed record first. A damaged stream file is removed; its items are readable again once the stream is
+    declared with the same settings. Leftovers older than an hour are removed, and the index is rebuilt. Nothing
+    outside the cache is touched: links are removed, not followed.
 
     Raises:
         UsageError: the cache was opened for reading.
@@ -212,7 +212,7 @@ def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
     problems = verify(cache, on_item)
     try:
         for problem in problems:
-            _mend(cache, problem)
+            _remove(cache, problem)
         for path in leftovers(cache, GRACE):
             places.remove(layout, path)
         layout.index.unlink(missing_ok=True)
@@ -222,8 +222,8 @@ def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
     return problems
 
 
-def _mend(cache: Cache, problem: Problem) -> None:
-    """Remove what is damaged. What links lead to is not in the cache, and stays as it is."""
+def _remove(cache: Cache, problem: Problem) -> None:
+    """Remove the damaged file or item; never through a link."""
     layout, store = cache.layout, STORES[cache.store]
     path = layout.root / problem.path
     if problem.item is not None and problem.stream is not None:
@@ -239,10 +239,10 @@ def _mend(cache: Cache, problem: Problem) -> None:
 
 
 def open_for_repair(path: Path) -> Cache:
-    """`open_cache` for writing that restores a manifest that is damaged or lost, if the records say which store it is.
+    """Open a cache for writing; restores a damaged or lost manifest if the records reveal the store.
 
     Raises:
-        CorruptError, UsageError, SchemaError: as `open_cache`, where that is not so.
+        CorruptError, UsageError, SchemaError: as `open_cache`, if no record can be read.
     """
     try:
         return open_cache(path, writable=True)
