@@ -1,20 +1,20 @@
-"""Pictures of a run: traces with the nine-region read-out, training curves, predictions against labels.
+"""Figures of a run: traces with the region probabilities, training curves, predictions against labels.
 
-matplotlib is imported when something is drawn, never before, and without its global state.
+matplotlib is imported when a figure is drawn, and its global state is not used.
 """
 
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vaflow.errors import visible
 from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Bools, Floats, median_interval
-from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.evaluate import Trace
 from vaflow.train.metrics import DIMENSIONS, concordance
-from vaflow.train.windows import WindowSet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 VALENCE, AROUSAL, MEAN, LABEL = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
 COLOURS = {"valence": VALENCE, "arousal": AROUSAL, "mean": MEAN}
-NO_FACE, NO_SOUND = "#F0C24B", "#7A5AA0"
-COLUMNS = 1200  # of the region strip: more than a picture shows
+NO_FACE, NO_AUDIO = "#F0C24B", "#7A5AA0"
+COLUMNS = 1200  # of the region strip: more than a figure resolves
 TRACES = 3  # clips drawn after training
-
-Seen = tuple[Floats, Bools]  # instants [K], and whether the input was there [K]
+TITLE = 90  # characters
+FILE_NAME = 100  # bytes of a clip's name in a file name
 
 
 def plot_trace(
@@ -36,11 +36,11 @@ def plot_trace(
     *,
     label: Floats | None = None,
     regions: Floats | None = None,
-    face: Seen | None = None,
-    sound: Seen | None = None,
+    face: Bools | None = None,
+    audio: Bools | None = None,
     title: str = "",
 ) -> None:
-    """Valence and arousal of one clip over time, its label where there is one, and the nine regions below.
+    """Plot valence and arousal of one clip over time, its labels, and the probabilities of the nine regions.
 
     Args:
         path: PNG to write.
@@ -48,8 +48,8 @@ def plot_trace(
         va: [R, 2].
         label: [R, 2], NaN where not annotated.
         regions: [R, 9] probabilities.
-        face, sound: when there was a face, and sound; shaded where not. None: not an input, not shaded.
-        title: above the picture.
+        face, audio: [R] the input was valid; shaded where not. None: not an input, not shaded.
+        title: shown as plain text.
     """
     tall = regions is not None
     figure = _figure(11.5, 6.6 if tall else 4.2)
@@ -57,15 +57,28 @@ def plot_trace(
     axes = figure.subplots(len(ratios), 1, sharex=True, gridspec_kw={"height_ratios": ratios})
     for k, name in enumerate(DIMENSIONS):
         _trace_panel(axes[k], name, time, va[:, k], None if label is None else label[:, k])
-        _shade(axes[k], face, NO_FACE, "no face", hatch="")
-        _shade(axes[k], sound, NO_SOUND, "no sound", hatch="///")
+        for valid, colour, missing, hatch in ((face, NO_FACE, "no face", ""), (audio, NO_AUDIO, "no audio", "///")):
+            for begin, end in [] if valid is None else missing_spans(time, valid):
+                axes[k].axvspan(
+                    begin,
+                    end,
+                    facecolor="none" if hatch else colour,
+                    edgecolor=colour,
+                    alpha=0.55 if hatch else 0.32,
+                    hatch=hatch,
+                    linewidth=0,
+                    label=missing,
+                    zorder=1,
+                )
     if regions is not None:
         _region_panel(figure, axes[-1], time, regions)
     axes[-1].set_xlabel("time (s)")
     edge = median_interval(time)
     axes[-1].set_xlim(float(time[0]) if len(time) else 0.0, float(time[-1]) + edge if len(time) else 1.0)
     _legend(figure, axes[:2])
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    text = visible(title)
+    text = text if len(text) <= TITLE else f"{text[: TITLE - 1]}\N{HORIZONTAL ELLIPSIS}"
+    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     _save(figure, path)
 
 
@@ -80,29 +93,16 @@ def _trace_panel(axes: "Axes", name: str, time: Floats, value: Floats, label: Fl
     _tidy(axes)
 
 
-def _shade(axes: "Axes", seen: Seen | None, colour: str, name: str, hatch: str) -> None:
-    """A band over every stretch without input."""
-    if seen is None or not len(seen[0]):
-        return
-    instants, there = seen
-    step = median_interval(instants)
-    edges = np.diff(np.concatenate([[False], ~there, [False]]).astype(int))
-    for first, last in zip(np.flatnonzero(edges > 0), np.flatnonzero(edges < 0), strict=True):
-        axes.axvspan(
-            instants[first] - step / 2,
-            instants[last - 1] + step / 2,
-            facecolor=colour if not hatch else "none",
-            edgecolor=colour,
-            alpha=0.32 if not hatch else 0.55,
-            hatch=hatch,
-            linewidth=0,
-            label=name,
-            zorder=1,
-        )
+def missing_spans(time: Floats, valid: Bools) -> list[tuple[float, float]]:
+    """Begin and end in seconds of every span of frames without input; a frame lasts until the next one."""
+    ends = np.append(time[1:], time[-1:] + median_interval(time))
+    edges = np.diff(np.concatenate([[False], ~valid, [False]]).astype(int))
+    first, last = np.flatnonzero(edges > 0), np.flatnonzero(edges < 0) - 1
+    return [(float(time[a]), float(ends[b])) for a, b in zip(first, last, strict=True)]
 
 
 def _region_panel(figure: "Figure", axes: "Axes", time: Floats, regions: Floats) -> None:
-    """A strip per region: how likely the read-out thinks it, over time."""
+    """A strip per region: its probability over time."""
     if not len(time):
         return
     begin, end = float(time[0]), float(time[-1]) + median_interval(time)
@@ -131,7 +131,7 @@ def _region_panel(figure: "Figure", axes: "Axes", time: Floats, regions: Floats)
 
 
 def plot_training(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Losses and validation CCC per epoch; the best epoch is marked.
+    """Plot losses and validation CCC per epoch; the best epoch is marked.
 
     Args:
         path: PNG to write.
@@ -169,21 +169,21 @@ def _loss_name(name: str) -> str:
 
 
 def plot_agreement(path: Path, prediction: Floats, label: Floats, valid: Bools) -> None:
-    """Predictions against labels, a panel per dimension: how many frames lie where.
+    """Plot the density of frames over labels and predictions, a panel per dimension.
 
     Args:
         path: PNG to write.
-        prediction, label: [N, 2]; valid: [N, 2] what is labelled.
+        prediction, label: [N, 2]; valid: [N, 2] labelled.
     """
     figure = _figure(9.4, 4.5)
     scores = concordance(prediction, np.where(valid, label, 0), valid)
     for k, (axes, name) in enumerate(zip(figure.subplots(1, 2), DIMENSIONS, strict=True)):
-        own = valid[:, k]
+        mask = valid[:, k]
         axes.plot([-1, 1], [-1, 1], color="#999999", linewidth=1, linestyle="--", zorder=3)
-        if own.any():
+        if mask.any():
             mesh = axes.hexbin(
-                label[own, k],
-                prediction[own, k],
+                label[mask, k],
+                prediction[mask, k],
                 gridsize=40,
                 extent=(-1, 1, -1, 1),
                 bins="log",
@@ -197,25 +197,22 @@ def plot_agreement(path: Path, prediction: Floats, label: Floats, valid: Bools) 
     _save(figure, path)
 
 
-def draw_trace(path: Path, trace: Trace, windows: WindowSet, title: str = "") -> None:
-    """The picture of one clip's trace; shaded where its face or its sound is missing."""
-    kinds = {stream.kind for stream in windows.streams}
+def draw_trace(path: Path, trace: Trace) -> None:
+    """Draw one clip's trace, shaded where its face or audio is missing."""
     plot_trace(
         path,
         trace.clip.time,
         trace.va,
         label=np.where(trace.clip.valid, trace.clip.value, np.nan),
         regions=trace.regions,
-        face=windows.seen(trace.clip, VISUAL) if VISUAL in kinds else None,
-        sound=windows.seen(trace.clip, AUDIO) if AUDIO in kinds else None,
-        title=title or trace.clip.item,
+        face=trace.face,
+        audio=trace.audio,
+        title=trace.clip.item,
     )
 
 
-def draw_run(
-    folder: Path, history: Sequence[Mapping[str, float]], windows: WindowSet, traces: Sequence[Trace]
-) -> list[Path]:
-    """Training curves, agreement and the traces of a few labelled clips into `folder/pictures`; returns the files."""
+def draw_run(folder: Path, history: Sequence[Mapping[str, float]], traces: Sequence[Trace]) -> list[Path]:
+    """Draw training curves, agreement and the traces of a few labelled clips; returns the files in `pictures/`."""
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     labelled = [trace for trace in traces if trace.clip.valid.any()]
@@ -229,8 +226,11 @@ def draw_run(
         valid = np.concatenate([trace.clip.valid for trace in labelled])
         plot_agreement(files[-1], np.concatenate([trace.va for trace in labelled]), value, valid)
     for trace in labelled[:TRACES]:
-        files.append(pictures / f"trace-{trace.clip.item.replace('/', '-')}.png")
-        draw_trace(files[-1], trace, windows)
+        name = trace.clip.item.replace("/", "-").encode("utf-8", "replace")
+        if len(name) > FILE_NAME:
+            name = name[:FILE_NAME] + b"-" + blake2b(name, digest_size=4).hexdigest().encode()
+        files.append(pictures / f"trace-{name.decode('utf-8', 'ignore')}.png")
+        draw_trace(files[-1], trace)
     return files
 
 
@@ -247,14 +247,14 @@ def _tidy(axes: "Axes") -> None:
 
 
 def _legend(figure: "Figure", panels: Any) -> None:
-    """One legend above all panels, every name once."""
-    found: dict[str, Any] = {}
+    """One legend above all panels, every name once: predictions, label, missing input."""
+    named: dict[str, Any] = {}
     for axes in panels:
         handles, names = axes.get_legend_handles_labels()
-        found |= {name: handle for name, handle in zip(names, handles, strict=True) if name not in found}
-    order = sorted(found, key=lambda name: (name.startswith("no "), name == "label", list(found).index(name)))
+        named = dict(zip(names, handles, strict=True)) | named
+    order = sorted(named, key=lambda name: (name.startswith("no "), name == "label", name != "predicted valence"))
     figure.legend(
-        [found[name] for name in order], order, loc="outside upper right", ncols=len(order), frameon=False, fontsize=9
+        [named[name] for name in order], order, loc="outside upper right", ncols=len(order), frameon=False, fontsize=9
     )
 
 

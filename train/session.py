@@ -171,15 +171,15 @@ class Session:
         if not self.keep_checkpoint:
             self.folder.checkpoint_file.unlink(missing_ok=True)
         if self.pictures:
-            self._draw(progress, data, traces)
+            self._draw(progress, traces)
         return report
 
-    def _draw(self, progress: Progress, data: Data, traces: Any) -> None:
+    def _draw(self, progress: Progress, traces: Any) -> None:
         """Draw the pictures. They are extras: if they fail, the run is done all the same."""
         from vaflow.train.plots import draw_run
 
         try:
-            draw_run(self.folder.path, progress.history, data.val, traces)
+            draw_run(self.folder.path, progress.history, traces)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk, an odd name, Matplotlib itself
             log.warning("The pictures of %s could not be drawn: %s", self.folder.path, error)
 

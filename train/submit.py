@@ -1,13 +1,13 @@
-"""The file that the ABAW challenge takes: a prediction for every row of its sample, in the order of the sample.
+"""Submission to the ABAW challenge: a prediction for every row of its sample, in the order of the sample.
 
-A row is `TRIAL/00001.jpg,valence,arousal`; the number counts the video's frames from 1, so it is row number - 1 of the
-trial's prediction. Nothing is guessed: whatever has no prediction is counted, and no file is written.
+A row is `TRIAL/00001.jpg,valence,arousal`; frames are counted from 1. Rows shortly after a clip's last frame repeat its
+last prediction. If any other row has no prediction, the rows are counted and no file is written.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from vaflow.train.runs import load_run
 from vaflow.train.training import read_for
 
 HEADER = "image_location,valence,arousal"
-SHOWN = 5  # of what is wrong
+SHOWN = 5  # problems listed in a message
 _LOCATION = re.compile(r"(?P<trial>.+)/(?P<number>[0-9]{1,9})\.(?:jpg|jpeg|png)", re.IGNORECASE)
 
 
@@ -41,11 +41,16 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Submitted:
-    """What was written: rows, of how many trials; held: rows beyond a clip's end that repeat its last prediction."""
+    """Numbers of rows and trials written; held_in: trial -> rows that repeat its last prediction."""
 
     rows: int
     trials: int
-    held: int = 0
+    held_in: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def held(self) -> int:
+        """Rows after a clip's last frame."""
+        return sum(self.held_in.values())
 
 
 def read_sample(path: Path) -> list[SampleRow]:
@@ -72,10 +77,10 @@ def read_sample(path: Path) -> list[SampleRow]:
             rows.append(row)
     if bad:
         expected = "TRIAL/00001.jpg,valence,arousal, frames counted from 1"
-        raise UsageError(explain(f"{path} has {_count(bad, 'malformed line')}", expected=expected, got=_some(bad)))
+        raise UsageError(explain(f"{path} has {_count(len(bad), 'malformed line')}", expected=expected, got=_some(bad)))
     twice = [location for location, count in Counter(row.location for row in rows).items() if count > 1]
     if twice:
-        raise UsageError(explain(f"{path} has {_count(twice, 'row')} more than once", got=_some(twice)))
+        raise UsageError(explain(f"{path} has {_count(len(twice), 'row')} more than once", got=_some(twice)))
     if not rows:
         raise UsageError(explain(f"{path} has no rows", expected="a row for every frame that is to be predicted"))
     return rows
@@ -95,19 +100,19 @@ def submit_run(
     sample: Path,
     out: Path,
     *,
-    hold: int = 0,
+    hold: int = 1,
     device: str = "auto",
     show: bool = False,
 ) -> Submitted:
     """Predict the sample's trials from the cache and write the submission; labels are not needed.
 
     Args:
-        run: a finished run, or an ensemble of some.
-        cache: the trials' features, made as the run's were.
+        run: a finished run, or an ensemble.
+        cache: the trials' features, extracted with the run's settings.
         sample: the challenge's sample submission.
         out: the file to write.
-        hold: how many frames beyond a clip's last one are given its last prediction; annotation of ABAW often has a
-            row more than the video has frames.
+        hold: most rows after a clip's last frame that repeat its last prediction; ABAW annotation often has one row
+            more than the video has frames.
         device: "auto", "cpu" or "cuda[:N]".
         show: progress bar.
 
@@ -126,24 +131,24 @@ def submit_run(
     empty: dict[str, int] = {}
     if items:
         members, weights = members_of(run)
-        said = []
+        predicted = []
         for member in members:
             trained = load_run(member, target)
             read = partial(load_windows, cache, items, device=target, show=show)
             windows = read_for(member, trained.record, cache, read)
             empty |= {clip.item: counts[clip.item] for clip in featureless(windows)}
-            said.append(list(trained.traces(windows)))
-        traces = {t.clip.item: t.va for t in combine(said, weights) if t.clip.item not in empty}
+            predicted.append(list(trained.traces(windows)))
+        traces = {t.clip.item: t.va for t in combine(predicted, weights) if t.clip.item not in empty}
     beyond = [row for row in rows if row.trial in traces and row.number > len(traces[row.trial]) + hold]
-    _complain(rows, traces, unknown, empty, beyond)
+    check_predicted(rows, traces, unknown, empty, beyond)
     write_file(out, submission_text(rows, traces))
     write_sources_of_file(out, maker_of(run), cache, items)
-    held = sum(row.number > len(traces[row.trial]) for row in rows)
-    return Submitted(len(rows), len(counts), held)
+    held = Counter(row.trial for row in rows if row.number > len(traces[row.trial]))
+    return Submitted(len(rows), len(counts), dict(held))
 
 
 def submission_text(rows: Iterable[SampleRow], traces: Mapping[str, Floats]) -> str:
-    """The file: a line per row, in their order; a frame beyond a trace [R, 2] is given its last value."""
+    """Text of the file: a line per row, in their order; a frame after a trace [R, 2] repeats its last value."""
     lines = [HEADER]
     for row in rows:
         trace = traces[row.trial]
@@ -152,49 +157,50 @@ def submission_text(rows: Iterable[SampleRow], traces: Mapping[str, Floats]) -> 
     return "\n".join(lines) + "\n"
 
 
-def _complain(
+def check_predicted(
     rows: Sequence[SampleRow],
     traces: Mapping[str, Floats],
     unknown: Mapping[str, int],
     empty: Mapping[str, int],
     beyond: Sequence[SampleRow],
 ) -> None:
-    """Raise if any row has no prediction."""
+    """Check that every row has a prediction.
+
+    Args:
+        rows: of the sample; traces: trial -> [R, 2].
+        unknown: trial -> rows of trials that the cache lacks; empty: of trials without features.
+        beyond: rows too far after the last frame.
+
+    Raises:
+        DataError: a row has none; every reason is given with its count.
+    """
     problems = []
-    if unknown:
-        trials = f"{_count(unknown, 'trial')} that the cache does not have: {_some(list(unknown))}"
-        problems.append(f"{_rows(sum(unknown.values()))} of {trials}")
-    if empty:
-        trials = f"{_count(empty, 'trial')} without any features: {_some(list(empty))}"
-        problems.append(f"{_rows(sum(empty.values()))} of {trials}")
+    for trials, reason in ((unknown, "not in the cache"), (empty, "without any features")):
+        if trials:
+            problems.append(f"{_count(sum(trials.values()), 'row')} of {_count(len(trials), 'trial')} {reason}: ")
+            problems[-1] += _some(list(trials))
+    remedy = "Extract these trials into the cache"
     if beyond:
         shown = [f"{row.location} ({len(traces[row.trial])} frames)" for row in beyond]
-        problems.append(f"{_rows(len(beyond))} beyond the end of their clips: {_some(shown)}")
-    if not problems:
-        return
-    missing = sum(unknown.values()) + sum(empty.values()) + len(beyond)
-    most = max((row.number - len(traces[row.trial]) for row in beyond), default=0)
-    remedy = f"--hold {most} repeats each clip's last prediction beyond its end" if beyond else None
-    if unknown or empty:
-        remedy = "Extract these trials into the cache"
-    raise DataError(
-        explain(
-            f"{missing} of {len(rows)} rows of the sample have no prediction, so nothing is written",
-            expected="a prediction for every row",
-            got="; ".join(problems),
-            remedy=remedy,
+        problems.append(f"{_count(len(beyond), 'row')} after the end of their clips: {_some(shown)}")
+        if not (unknown or empty):
+            most = max(row.number - len(traces[row.trial]) for row in beyond)
+            remedy = f"--hold {most} repeats each clip's last prediction after its end"
+    if problems:
+        missing = sum(unknown.values()) + sum(empty.values()) + len(beyond)
+        raise DataError(
+            explain(
+                f"{missing} of {len(rows)} rows of the sample have no prediction, so nothing is written",
+                got="; ".join(problems),
+                remedy=remedy,
+            )
         )
-    )
 
 
-def _count(things: Sequence[object] | Mapping[str, object], noun: str) -> str:
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _rows(count: int) -> str:
-    return f"{count} row is" if count == 1 else f"{count} rows are"
-
-
-def _some(things: Sequence[str]) -> str:
-    more = len(things) - SHOWN
-    return ", ".join(things[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

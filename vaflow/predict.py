@@ -1,73 +1,91 @@
-"""New clips -> per-frame valence and arousal: stage one into a cache, then a trained run on it.
+"""Prediction of valence and arousal for every frame of new videos, or of a cache's clips.
 
-The two stages meet here and in `vaflow.demo` only.
+New videos are extracted into a cache first; the two stages meet here and in `vaflow.demo` only.
 """
 
 import logging
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
+
+import numpy as np
 
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.schema import LOGMEL
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.datasets.clip import Clip
+from vaflow.datasets.files import below
 from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
 from vaflow.extract.pipeline import extract
 from vaflow.failures import FAILURES, Failure, FailureLog
 from vaflow.files import write_file
-from vaflow.timeline import Floats
+from vaflow.regions import REGION_NAMES
+from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train.data import load_windows
 from vaflow.train.ensemble import combine, maker_of, members_of
-from vaflow.train.evaluate import Trace, prediction_csv
+from vaflow.train.evaluate import Trace, featureless, prediction_csv
 from vaflow.train.finetune.backbones import saved_weights
-from vaflow.train.inputs import InputStream, check_same, sampling
+from vaflow.train.inputs import sampling
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.plots import draw_trace
 from vaflow.train.provenance import write_sources
 from vaflow.train.runs import Run, RunFolder, load_run
+from vaflow.train.training import read_for
 
 log = logging.getLogger(__name__)
 
-IMPORTED = "imported"  # encoder of streams whose features were made elsewhere
+IMPORTED = "imported"  # encoder of streams whose features were imported
+FEATURES = ".features-"  # in the output directory while videos are extracted; then the digest of the settings
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """How to predict.
+    """Options of a prediction.
 
     Attributes:
         device: "auto", "cpu" or "cuda[:N]".
         weights: encoder name -> local file or folder, instead of the hub.
-        face_source: as for extraction.
-        cache: keep the features here and reuse what it holds; None: forget them.
+        face_source: as for extraction; None: as in the run's cache, which is the only one that fits.
+        cache: keep the features here and reuse them; None: delete them at the end.
     """
 
     device: str = "auto"
     weights: Mapping[str, Path] = field(default_factory=dict)
-    face_source: str = "auto"
+    face_source: str | None = None
     cache: Path | None = None
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """One clip's files: `csv` has a row per video frame, `png` shows both traces; `means` are of the whole clip."""
+    """One clip's files and summary.
+
+    Attributes:
+        csv: a row per frame; png: both traces.
+        means, spreads: dimension -> mean and standard deviation over the clip.
+        regions: name -> share of the frames.
+        without_face, without_audio: seconds; None where the run reads no such stream.
+    """
 
     item: str
     csv: Path
     png: Path
     frames: int
     means: Mapping[str, float]
+    spreads: Mapping[str, float] = field(default_factory=dict)
+    regions: Mapping[str, float] = field(default_factory=dict)
+    without_face: float | None = None
+    without_audio: float | None = None
 
 
 @dataclass(frozen=True)
 class PredictSummary:
-    """What was predicted, and what failed."""
+    """Predicted clips, and failures."""
 
     predicted: tuple[Predicted, ...]
     failures: tuple[Failure, ...]
@@ -77,118 +95,133 @@ class PredictSummary:
 def predict_media(
     run: Path, media: Sequence[Path], out: Path, config: PredictConfig | None = None, *, show_progress: bool = False
 ) -> PredictSummary:
-    """Predict every frame of videos: `out/<stem>.csv` and `out/<stem>.png` each.
+    """Predict every frame of videos, or of a cache's clips: `out/<stem>.csv` and `out/<stem>.png` each.
+
+    An interrupted prediction keeps the features of finished clips in `out` for the next call.
 
     Args:
-        run: folder of a trained run, or of an ensemble; the encoders that it was trained on are run on the videos.
-        media: videos, or folders that are searched for videos.
-        out: made if it is not there. Clips that fail are listed in `out/failures.jsonl`, and do not stop the others.
-        config: how.
-        show_progress: bars.
+        run: folder of a trained run or of an ensemble; its encoders are run on the videos.
+        media: videos, or folders that are searched for videos; empty: all clips of `config.cache`.
+        out: made if missing. Failed clips are listed in `out/failures.jsonl` and do not stop the others.
+        config: options.
+        show_progress: draw progress bars.
 
     Raises:
-        UsageError: the run or a video is not there, the run was trained on features made elsewhere, or the runs of an
-            ensemble cannot share one extraction.
-        FingerprintError: the encoders' weights are not those that the run was trained on.
+        UsageError: the run or a video does not exist, the run reads imported features and `media` is given, or the
+            runs of an ensemble cannot share one extraction.
+        FingerprintError: the weights of an encoder, or the streams of the cache, are not those of the run.
     """
     config = config or PredictConfig()
+    if not media and config.cache is None:
+        raise UsageError(explain("Nothing to predict", expected="videos, or --cache CACHE to predict its clips"))
     device = choose_device(config.device)
     runs, weights = members_of(run)
     members = {path: load_run(path, device) for path in runs}
-    settings = _extraction(members, config)
-    _warn_of_untrained(members)
-    clips = _clips(media)
+    settings = extraction_settings(members, config) if media else None
+    for path, member in members.items():
+        for name in member.record.untrained:
+            log.warning("%s was trained without %s labels; ignore its %s predictions", path, name, name)
+    clips = clips_of(media)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
-    log = FailureLog(out / FAILURES)
-    with _cache_folder(config.cache) as folder:
-        summary = extract(Dataset(_root(clips), "videos", clips, ()), folder, settings, show_progress=show_progress)
+    failures = FailureLog(out / FAILURES)
+    folder = config.cache
+    if settings is not None:
+        folder = folder or out / f"{FEATURES}{blake2b(repr(settings).encode(), digest_size=8).hexdigest()}"
+        root = clips[0].video.parent if clips and clips[0].video is not None else Path()
+        summary = extract(Dataset(root, "videos", clips, ()), folder, settings, show_progress=show_progress)
         for failure in summary.failures:
-            log.add(failure, quiet=True)
-        failed = {failure.item for failure in summary.failures}
-        items = [clip.id for clip in clips if clip.id not in failed]
-        cache = open_cache(folder)
-        predicted = _predict([members[path] for path in runs], weights, cache, items, out, show_progress)
-        videos = {clip.id: clip.video for clip in clips if clip.video is not None}
-        write_sources(out, maker_of(run), cache, items, videos)
-    return PredictSummary(predicted, tuple(log.failures), log.path)
+            failures.add(failure, quiet=True)
+    assert folder is not None  # checked above
+    cache = open_cache(folder)
+    failed = {failure.item for failure in failures.failures}
+    items = [clip.id for clip in clips if clip.id not in failed] if media else cache.items()
+    predicted = write_clips(members, weights, cache, items, out, failures, show_progress=show_progress)
+    videos = {clip.id: clip.video for clip in clips if clip.video is not None}
+    write_sources(out, maker_of(run), cache, [clip.item for clip in predicted], videos)
+    if config.cache is None:
+        for features in out.glob(f"{FEATURES}*"):
+            shutil.rmtree(features, ignore_errors=True)
+    return PredictSummary(tuple(predicted), tuple(failures.failures), failures.path)
 
 
-def _extraction(members: Mapping[Path, Run], config: PredictConfig) -> ExtractConfig:
-    """The extraction that makes every stream which a run, or some run of an ensemble, reads."""
-    records = [run.record for run in members.values()]
-    streams = [stream for record in records for stream in record.wanted]
+def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> ExtractConfig:
+    """The extraction that makes every stream of the runs.
+
+    Raises:
+        UsageError: a stream was imported, the runs need different extractions, or --faces does not fit.
+    """
+    streams = [stream for run in members.values() for stream in run.record.wanted]
     imported = [stream.name for stream in streams if stream.identity.get("encoder") == IMPORTED]
     if imported:
         raise UsageError(
             explain(
-                f"The run reads features that were made elsewhere ({', '.join(dict.fromkeys(imported))}), so none can "
-                "be made here",
+                f"The run reads imported features ({', '.join(dict.fromkeys(imported))}), which no encoder here makes",
                 expected="a run on streams that `vaflow extract` makes",
-                remedy="Import the new clips' features into a cache, and use `vaflow evaluate RUN --cache CACHE`",
+                remedy="Import the features (vaflow cache import), then: vaflow predict RUN --cache CACHE --out DIR",
             )
         )
-    _check_alike(members)
-    own: dict[str, Path] = {}
+    check_alike(members)
+    saved: dict[str, Path] = {}  # encoders of fine-tuned runs
     for path, run in members.items():
-        own |= saved_weights(RunFolder(path).encoders, run.record.tuned)  # of a fine-tuned run
-    sampled = [found for stream in streams if (found := sampling(stream.identity))]
-    chosen = sampled[0] if sampled else {}
+        saved |= saved_weights(RunFolder(path).encoders, run.record.tuned)
+    sampled = next((found for stream in streams if (found := sampling(stream.identity))), {})
+    pictures = [stream.identity.get("picture", {}).get("faces", {}) for stream in streams]
+    runtimes = [faces.get("runtime", "") for faces in pictures]
+    detectors = [name for name in DETECTORS for runtime in runtimes if runtime.startswith(f"{name} ")]
+    precisions = {stream.identity.get("precision", "auto") for stream in streams if stream.kind != LOGMEL}
+    precision = precisions.pop() if len(precisions) == 1 else "auto"
+    if precision == "float16" and choose_device(config.device).type != "cuda":
+        precision = "auto"
+    sources = [faces["source"] for faces in pictures if "source" in faces]
+    trained_on = sources[0] if sources else "auto"
+    if sources and config.face_source not in (None, trained_on):
+        raise UsageError(
+            explain(
+                f"--faces {config.face_source} does not fit the run: its features were extracted with other faces",
+                expected=f"--faces {trained_on}, which is the default",
+            )
+        )
     return ExtractConfig(
         visual=tuple(dict.fromkeys(stream.name for stream in streams if stream.kind == "visual")),
         audio=tuple(dict.fromkeys(stream.name for stream in streams if stream.kind == "audio")),
-        weights={**own, **config.weights},
-        window=chosen.get("window", 10.0),
-        stride=chosen.get("stride", 3.0),
-        frames=int(chosen.get("frames", 20)),
-        audio_steps=int(chosen.get("audio_steps", 20)),
-        face_source=config.face_source,
+        weights={**saved, **config.weights},
+        window=sampled.get("window", 10.0),
+        stride=sampled.get("stride", 3.0),
+        frames=int(sampled.get("frames", 20)),
+        audio_steps=int(sampled.get("audio_steps", 20)),
+        face_source=config.face_source or trained_on,
         device=config.device,
-        precision=_precision(streams, config.device),
-        detector=next((name for stream in streams if (name := _detector(stream))), ExtractConfig.detector),
+        precision=precision,
+        detector=detectors[0] if detectors else ExtractConfig.detector,
     )
 
 
-def _detector(stream: InputStream) -> str:
-    """What ran the network that finds faces, as a setting; "" for streams of sound."""
-    runtime = stream.identity.get("picture", {}).get("faces", {}).get("runtime", "")
-    return next((name for name in DETECTORS if runtime.startswith(f"{name} ")), "")
+def check_alike(members: Mapping[Path, Run]) -> None:
+    """Check that one extraction serves all runs: the same encoder behind a name, and the same sampling.
 
-
-def _warn_of_untrained(members: Mapping[Path, Run]) -> None:
-    for path, run in members.items():
-        for name in run.record.untrained:
-            log.warning("%s learned from no label of %s: what it says of it means nothing", path, name)
-
-
-def _precision(streams: Sequence[InputStream], device: str) -> str:
-    """That of the run's cache, if its streams have one in common which the device can do; else float32."""
-    found = {stream.identity.get("precision", "auto") for stream in streams if stream.kind != LOGMEL}
-    name = found.pop() if len(found) == 1 else "auto"
-    return "auto" if name == "float16" and choose_device(device).type != "cuda" else name
-
-
-def _check_alike(members: Mapping[Path, Run]) -> None:
-    """One extraction serves all runs: they want the same encoder behind a name, and the same sampling everywhere."""
+    Raises:
+        UsageError: two runs differ.
+    """
     first: dict[str, tuple[object, Path]] = {}
     for path, run in members.items():
-        for what, fact in _asked_for(run):
-            other, elsewhere = first.setdefault(what, (fact, path))
-            if other != fact:
+        for name, value in extraction_facts(run):
+            other, elsewhere = first.setdefault(name, (value, path))
+            if other != value:
                 raise UsageError(
                     explain(
-                        f"The runs of this ensemble do not agree in {what}: one extraction cannot serve them all",
-                        expected="runs on one cache, or on caches extracted alike",
+                        f"The runs of this ensemble differ in {name}: one extraction cannot serve them all",
+                        expected="runs on one cache, or on caches extracted with the same settings",
                         got=f"{elsewhere} and {path}",
-                        remedy="Predict with each of the runs, and average their CSV files",
+                        remedy="Predict with each run, and average the CSV files",
                     )
                 )
 
 
-def _asked_for(run: Run) -> Iterator[tuple[str, object]]:
-    """What an extraction must be like, and what that is, to make the streams which a run reads."""
+def extraction_facts(run: Run) -> Iterator[tuple[str, object]]:
+    """Name and value of every fact that an extraction for the run must have."""
     for stream in run.record.wanted:
         if "weights" in stream.identity:
             yield f"the encoder of {stream.name}", stream.identity["weights"]
@@ -196,8 +229,12 @@ def _asked_for(run: Run) -> Iterator[tuple[str, object]]:
             yield f"the sampling ({key})", value
 
 
-def _clips(media: Sequence[Path]) -> tuple[Clip, ...]:
-    """One clip per video. The id, and so the file name, is the stem; with the extension where two share it."""
+def clips_of(media: Sequence[Path]) -> tuple[Clip, ...]:
+    """One clip per video. Its id, and so the file name, is the stem; with the extension where two share it.
+
+    Raises:
+        UsageError: a path does not exist, or two videos have one file name.
+    """
     videos: list[Path] = []
     for path in media:
         if path.is_dir():
@@ -205,59 +242,72 @@ def _clips(media: Sequence[Path]) -> tuple[Clip, ...]:
         elif path.is_file():
             videos.append(path)
         else:
-            raise UsageError(explain("There is no such video", expected="a video or a folder of videos", got=path))
+            raise UsageError(explain(f"{path} does not exist", expected="a video or a folder of videos"))
     videos = list(dict.fromkeys(path.absolute() for path in videos))
     stems = Counter(path.stem for path in videos)
     names = [path.stem if stems[path.stem] == 1 else path.name for path in videos]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
         raise UsageError(
             explain(
                 "Two videos would write the same files",
-                expected="videos with names of their own",
-                got=twice[0],
+                expected="videos with different file names",
+                got=repeated[0],
                 remedy="Predict them in two calls with different --out",
             )
         )
     return tuple(Clip(name, None, name, path, path) for name, path in zip(names, videos, strict=True))
 
 
-def _root(clips: Sequence[Clip]) -> Path:
-    return clips[0].video.parent if clips and clips[0].video is not None else Path()
-
-
-@contextmanager
-def _cache_folder(chosen: Path | None) -> Iterator[Path]:
-    if chosen is not None:
-        yield chosen
-        return
-    with tempfile.TemporaryDirectory(prefix="vaflow-") as folder:
-        yield Path(folder) / "cache"
-
-
-def _predict(
-    members: Sequence[Run], weights: Floats, cache: Cache, items: Sequence[str], out: Path, show_progress: bool
-) -> tuple[Predicted, ...]:
-    """Traces of every run, their weighted mean, and its files; `weights` [N, 2], a row per run."""
+def write_clips(
+    members: Mapping[Path, Run],
+    weights: Floats,
+    cache: Cache,
+    items: Sequence[str],
+    out: Path,
+    failures: FailureLog,
+    *,
+    show_progress: bool,
+) -> list[Predicted]:
+    """Write the files of every clip: the weighted mean of all runs; `weights` is [N, 2], a row per run."""
     if not items:
-        return ()
-    said, read = [], []
-    for run in members:
-        record = run.record
-        check_same(record.wanted, cache)
+        return []
+    traces, empty = [], set(items)
+    for path, run in members.items():
         device = next(run.model.parameters()).device
-        read.append(load_windows(cache, items, record.wanted, record.config, device=device, show=show_progress))
-        said.append(list(run.traces(read[-1])))
-    seen = max(read, key=lambda windows: len({stream.kind for stream in windows.streams}))
+        windows = read_for(
+            path, run.record, cache, partial(load_windows, cache, items, device=device, show=show_progress)
+        )
+        empty &= {clip.item for clip in featureless(windows)}
+        traces.append(list(run.traces(windows)))
+    for item in sorted(empty):
+        failures.add(Failure(item, "predict", "DataError", "The cache has no features of this clip"))
     predicted = []
-    for trace in combine(said, weights):
-        item = trace.clip.item
-        csv, png = out / f"{item}.csv", out / f"{item}.png"
-        write_file(csv, prediction_csv(trace))
-        draw_trace(png, trace, seen)
-        predicted.append(Predicted(item, csv, png, len(trace.va), _means(trace)))
-    return tuple(predicted)
+    for trace in combine(traces, weights):
+        if trace.clip.item not in empty:
+            csv, png = (below(out, f"{trace.clip.item}.{suffix}") for suffix in ("csv", "png"))
+            write_file(csv, prediction_csv(trace))
+            draw_trace(png, trace)
+            predicted.append(summarize(trace, csv, png))
+    return predicted
 
 
-def _means(trace: Trace) -> dict[str, float]:
-    return {name: float(value) for name, value in zip(DIMENSIONS, trace.va.mean(axis=0), strict=True)}
+def summarize(trace: Trace, csv: Path, png: Path) -> Predicted:
+    """Mean, spread, regions and missing input of one clip."""
+    shares = np.bincount(trace.region, minlength=len(REGION_NAMES)) / max(1, len(trace.va))
+    interval = median_interval(trace.clip.time)
+
+    def missing(mask: Bools | None) -> float | None:
+        return None if mask is None else float((~mask).sum() * interval)
+
+    return Predicted(
+        trace.clip.item,
+        csv,
+        png,
+        len(trace.va),
+        means=dict(zip(DIMENSIONS, trace.va.mean(axis=0).tolist(), strict=True)),
+        spreads=dict(zip(DIMENSIONS, trace.va.std(axis=0).tolist(), strict=True)),
+        regions=dict(zip(REGION_NAMES, shares.tolist(), strict=True)),
+        without_face=missing(trace.face),
+        without_audio=missing(trace.audio),
+    )

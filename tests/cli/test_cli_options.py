@@ -62,7 +62,7 @@ def test_an_ensemble_is_printed_and_written(run: Path, cache: Cache, tmp_path: P
     assert metrics == json.loads((tmp_path / "both" / "metrics.json").read_text())
     assert main(command) == 0
     said = capsys.readouterr()
-    assert "weights" in said.out and str(other) in said.out and "warning: the weights were found" in said.err
+    assert "weights" in said.out and str(other) in said.out and "warning: the weights were tuned" in said.err
     assert main([*command[:-1], "best"]) == 2
     assert "Choices: ccc, mean, search" in capsys.readouterr().err
 

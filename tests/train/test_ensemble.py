@@ -142,7 +142,7 @@ def test_an_ensemble_is_the_weighted_mean_of_what_its_runs_wrote(runs: list[Path
             np.testing.assert_allclose(made.table[:, k], scores / scores.sum(), atol=1e-9)
         if how == "search":
             assert metrics["ccc"][name] >= max(one[name] for one in own) - 1e-6
-    assert ("weights were found on the split" in " ".join(metrics["warnings"])) == (how == "search")
+    assert ("weights were tuned on this split" in " ".join(metrics["warnings"])) == (how == "search")
     assert "regions" not in metrics  # one run has no prompt head
 
 
@@ -158,7 +158,7 @@ def test_an_ensemble_is_made_again_in_its_own_folder_and_in_no_other(runs: list[
     ensemble_runs(runs[:2], tmp_path / "e", device="cpu")
     ensemble_runs(runs, tmp_path / "e", device="cpu")
     assert len(json.loads((tmp_path / "e" / "ensemble.json").read_text())["runs"]) == 3
-    with pytest.raises(UsageError, match="is a run's folder"):
+    with pytest.raises(UsageError, match="is a run directory"):
         ensemble_runs(runs, runs[0], device="cpu")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").touch()

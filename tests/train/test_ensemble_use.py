@@ -92,7 +92,7 @@ def test_runs_that_one_extraction_cannot_serve(
     (tmp_path / "e").mkdir()
     weights = {"valence": [0.5, 0.5], "arousal": [0.5, 0.5]}
     (tmp_path / "e" / "ensemble.json").write_text(json.dumps(file | {"weights": weights}))
-    with pytest.raises(UsageError, match=r"do not agree in the sampling \(frames\).*dense"):
+    with pytest.raises(UsageError, match=r"differ in the sampling \(frames\).*dense"):
         predict_media(tmp_path / "e", [video(tmp_path)], tmp_path / "out", PredictConfig(device="cpu"))
     assert not asked
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from vaflow.train import plots
+from vaflow.train.evaluate import Trace
+from vaflow.train.windows import ClipRows
 
 
 def trace(seconds: float, rate: float = 30.0):
@@ -20,10 +21,9 @@ def trace(seconds: float, rate: float = 30.0):
 def test_a_trace_with_everything(tmp_path: Path) -> None:
     time, va, regions = trace(20)
     label = np.where(time[:, None] < 12, va * 0.5, np.nan)
-    instants = np.arange(0, 20, 0.5)
-    seen = (instants, (instants < 5) | (instants > 8))
+    seen = (time < 5) | (time > 8)
     with_all, plain = tmp_path / "all.png", tmp_path / "plain.png"
-    plots.plot_trace(with_all, time, va, label=label, regions=regions, face=seen, sound=seen, title="a clip")
+    plots.plot_trace(with_all, time, va, label=label, regions=regions, face=seen, audio=seen, title="a clip")
     plots.plot_trace(plain, time, va)
     one, other = Image.open(with_all), Image.open(plain)
     assert one.size[0] == other.size[0] and one.size[1] > other.size[1]  # the region strip is added below
@@ -38,21 +38,27 @@ def pixels(image: Image.Image, colour: str) -> int:
     return int((np.asarray(image.convert("RGB")) == wanted).all(axis=-1).sum())
 
 
-def test_every_gap_is_shaded_once() -> None:
-    axes = Figure().subplots()
-    instants = np.arange(0, 10, 0.5)
-    there = np.ones(20, bool)
-    there[[0, 1, 7, 19]] = False
-    plots._shade(axes, (instants, there), plots.NO_FACE, "no face", hatch="")
-    spans = sorted((patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches)  # type: ignore[attr-defined]
-    np.testing.assert_allclose(spans, [(-0.25, 0.75), (3.25, 3.75), (9.25, 9.75)])
+def test_every_gap_is_shaded_from_its_first_frame_until_the_next_valid_one() -> None:
+    time = np.arange(0, 10, 0.5)
+    valid = np.ones(20, bool)
+    valid[[0, 1, 7, 19]] = False
+    np.testing.assert_allclose(plots.missing_spans(time, valid), [(0, 1), (3.5, 4), (9.5, 10)])
+    assert plots.missing_spans(time[:0], valid[:0]) == []
+
+
+@pytest.mark.parametrize("name", ["US$ 5% of A$", "$x_{", "n" * 250, "caf\udce9", "a\x1b[31m"])
+def test_any_name_can_be_drawn(tmp_path: Path, name: str) -> None:
+    time, va, _ = trace(1)
+    clip = ClipRows(name, name, 1.0, time, va, np.ones(va.shape, bool), 0, 1)
+    files = plots.draw_run(tmp_path, [], [Trace(clip, va, None)])
+    assert len(files) == 2 and all(Image.open(path).size[0] > 800 for path in files)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_very_short_clips(tmp_path: Path, rows: int) -> None:
     time, va, regions = (array[:rows] for array in trace(1))
-    seen = (time, np.zeros(rows, bool))
-    plots.plot_trace(tmp_path / "p.png", time, va, regions=regions, label=va * np.nan, face=seen, sound=seen)
+    seen = np.zeros(rows, bool)
+    plots.plot_trace(tmp_path / "p.png", time, va, regions=regions, label=va * np.nan, face=seen, audio=seen)
     assert Image.open(tmp_path / "p.png").size[0] > 800
 
 

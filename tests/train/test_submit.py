@@ -105,7 +105,7 @@ def test_numbers_are_read_as_numbers(tmp_path: Path) -> None:
 
 def test_unknown_trials_are_counted(cache: Cache, run: Path, tmp_path: Path) -> None:
     rows = [f"nobody{i}/{k:05d}.jpg,0,0" for i in range(7) for k in (1, 2)] + ["val0/00001.jpg,0,0"]
-    with pytest.raises(DataError, match=r"14 of 15 rows .* 14 rows are of 7 trials .*nobody4 and 2 more"):
+    with pytest.raises(DataError, match=r"14 of 15 rows .* 14 rows of 7 trials not in the cache: .*nobody4 and 2 more"):
         submit_run(run, cache, sample_file(tmp_path, rows), tmp_path / "out.txt")
     assert not (tmp_path / "out.txt").exists()
 
@@ -131,10 +131,12 @@ def test_frames_beyond_the_end_are_counted_or_held(
     rows = [f"val0/{k:05d}.jpg,0,0" for k in range(last - 1, last + 3)]
     sample, out = sample_file(tmp_path, rows), tmp_path / "out.txt"
     with pytest.raises(DataError, match=rf"2 of 4 rows .*\({last} frames\).*--hold 2 repeats"):
-        submit_run(run, cache, sample, out)
+        submit_run(run, cache, sample, out, hold=0)
     with pytest.raises(DataError, match="1 of 4 rows"):
-        submit_run(run, cache, sample, out, hold=1)
+        submit_run(run, cache, sample, out)  # one row is held by default
     assert submit_run(run, cache, sample, out, hold=2).held == 2
+    assert submit_run(run, cache, sample_file(tmp_path, rows[:3]), out).held_in == {"val0": 1}
+    assert submit_run(run, cache, sample_file(tmp_path, rows), out, hold=2).held_in == {"val0": 2}
     longer = {"val0": predicted["val0"] + predicted["val0"][-1:] * 2}
     check(out, rows, longer)
 

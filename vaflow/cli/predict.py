@@ -1,10 +1,7 @@
-"""`vaflow predict`: a trained run on new clips.
-
-`vaflow submit`.
-"""
+"""`vaflow predict` and `vaflow submit`: a trained run on new clips, and the file of the ABAW challenge."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,48 +17,95 @@ from vaflow.cli.common import (
     weight_pairs,
 )
 
+if TYPE_CHECKING:
+    from vaflow.predict import Predicted
+
 SOME_FAILED = 3
 
 
 def predict(
     run: RunOrEnsemble,
-    media: Annotated[list[Path], typer.Argument(metavar="MEDIA", help="Videos, or folders of videos.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for one CSV and one PNG per video.")],
-    weights: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="Local weights instead of the hub. Repeatable.")
+    media: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[MEDIA]...", help="Videos, or folders of videos; none: the clips of --cache."),
     ] = None,
-    faces: Annotated[str, typer.Option(metavar="HOW", help="auto, centerface or none; as for extract.")] = "auto",
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Output directory: one CSV and one PNG per clip.", show_default=False)
+    ] = ...,  # type: ignore[assignment]
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Local weights of an encoder, instead of the hub's. Repeatable."),
+    ] = None,
+    faces: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="Source of the faces, as for `vaflow extract`.", show_default="as in the run's cache"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
     cache: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="Keep the features in this cache, and reuse what it holds.")
+        Path | None,
+        typer.Option(metavar="CACHE", help="Keep the features in this cache; without MEDIA, predict its clips."),
     ] = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Valence and arousal for every frame of new videos: a CSV and a picture each.
+    """Predict valence and arousal for every frame of new videos, or of the clips of a cache, labelled or not.
 
-    A video without sound, or stretches without a face, are predicted from what there is.
+    Writes DIR/CLIP.csv and DIR/CLIP.png. Frames without a face or audio are predicted from the other modality and from
+    their context.
 
     Example: vaflow predict runs/full interview.mp4 --out predictions
+
+    Example: vaflow predict runs/full --cache new.cache --out predictions
     """
     set_up(verbose, quiet)
     from vaflow.predict import PredictConfig, predict_media
 
     config = PredictConfig(device=device, weights=weight_pairs(weights or []), face_source=faces, cache=cache)
-    summary = predict_media(run, media, out, config, show_progress=show_bars(quiet))
+    summary = predict_media(run, media or [], out, config, show_progress=show_bars(quiet or json))
     if json:
-        print_json([{"item": p.item, "csv": str(p.csv), "png": str(p.png), **p.means} for p in summary.predicted])
-    elif not quiet:
-        rows = [
-            (p.item, p.frames, f"{p.means['valence']:+.2f}", f"{p.means['arousal']:+.2f}", p.csv)
-            for p in summary.predicted
-        ]
-        typer.echo(table(rows, ("clip", "frames", "mean valence", "mean arousal", "written")))
+        print_json([_document(clip) for clip in summary.predicted])
+    elif not quiet and summary.predicted:
+        typer.echo(predictions_table(summary.predicted))
     if summary.failures:
-        typer.echo(f"{len(summary.failures)} clip(s) failed: {summary.failures_file}", err=True)
+        noun = "clip" if len(summary.failures) == 1 else "clips"
+        typer.echo(f"{len(summary.failures)} {noun} failed: {summary.failures_file}", err=True)
         return SOME_FAILED if summary.predicted else 1
     return 0
+
+
+def _document(clip: "Predicted") -> dict[str, Any]:
+    """One clip as `--json` prints it."""
+    return {
+        "item": clip.item,
+        "csv": str(clip.csv),
+        "png": str(clip.png),
+        **clip.means,
+        "frames": clip.frames,
+        "spread": dict(clip.spreads),
+        "regions": dict(clip.regions),
+        "seconds_without_face": clip.without_face,
+        "seconds_without_audio": clip.without_audio,
+    }
+
+
+def predictions_table(clips: "tuple[Predicted, ...]") -> str:
+    """A row per clip: mean and spread of both dimensions, the commonest region, seconds of missing input."""
+
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    rows = []
+    for clip in clips:
+        both = (f"{clip.means[name]:+.2f} ({clip.spreads[name]:.2f})" for name in clip.means)
+        region = max(clip.regions, key=lambda name: clip.regions[name])
+        share = f"{region} {clip.regions[region]:.0%}"
+        rows.append((clip.item, clip.frames, *both, share, seconds(clip.without_face), seconds(clip.without_audio)))
+    names = ("clip", "frames", "valence (spread)", "arousal (spread)", "commonest region")
+    header = (*names, "no face (s)", "no audio (s)")
+    return table(rows, header)
 
 
 def submit(
@@ -75,18 +119,17 @@ def submit(
     ] = None,
     hold: Annotated[
         int,
-        typer.Option(
-            min=0, metavar="N", help="Frames beyond a clip's end that repeat its last prediction, instead of failing."
-        ),
-    ] = 0,
+        typer.Option(min=0, metavar="N", help="Most rows after a clip's last frame that repeat its last prediction."),
+    ] = 1,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Write the file that the ABAW challenge takes: a prediction for every row of its sample, in the sample's order.
+    """Write a submission to the ABAW challenge: a prediction for every row of its sample, in the sample's order.
 
-    Nothing is written when a row of the sample has no prediction. FILE.sources.json says what was made of what.
+    Nothing is written if a row of the sample has no prediction. FILE.sources.json records what the file was made from.
+    Annotation often has one row more than the video has frames: such rows repeat the last prediction (--hold).
 
     Example: vaflow submit runs/full --cache affwild2.cache --sample VA_test_set_sample.txt --out predictions.txt
     """
@@ -101,6 +144,9 @@ def submit(
     if json:
         print_json({"rows": done.rows, "trials": done.trials, "held": done.held, "file": str(out)})
     elif not quiet:
-        held = f"; {done.held} of them beyond the end of their clips, held" if done.held else ""
-        typer.echo(f"{done.rows} rows of {done.trials} trials{held}: {out}")
+        typer.echo(f"Wrote {done.rows} rows of {done.trials} trials: {out}")
+        if done.held:
+            shown = ", ".join(f"{trial} ({count})" for trial, count in list(done.held_in.items())[:5])
+            more = ", ..." if len(done.held_in) > 5 else ""
+            typer.echo(f"Held: {done.held} rows after the last frame repeat its prediction, in {shown}{more}")
     return 0

@@ -1,0 +1,143 @@
+"""`vaflow predict` through the command line: caches, resumption, faces, summaries."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_cache import Toy, make_cache
+
+import vaflow.predict
+from vaflow.cli import main
+
+SMALL = ["--set", "hidden=8", "--lr", "1e-2", "--batch-size", "8", "--epochs", "1", "--device", "cpu", "-q"]
+TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny"]
+
+
+def table_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def imported(tmp_path: Path) -> tuple[Path, Path]:
+    """A run on imported features, and a cache of the same features without labels."""
+    rng = np.random.default_rng(0)
+    for folder, clips in (("known", "abcd"), ("new", "xy")):
+        (tmp_path / folder).mkdir()
+        for clip in clips:
+            np.save(tmp_path / folder / f"{clip}.npy", rng.normal(size=(60, 3)).astype(np.float32))
+    (tmp_path / "labels").mkdir()
+    for k, clip in enumerate("abcd"):
+        rows = "".join(f"{t},{np.sin(t + k):.4f},{np.cos(t):.4f}\n" for t in np.arange(0, 29, 0.5))
+        (tmp_path / "labels" / f"{clip}.csv").write_text("time,valence,arousal\n" + rows)
+    (tmp_path / "labels" / "splits.csv").write_text("name,split\na,train\nb,train\nc,val\nd,val\n")
+    options = ["--stream", "mine", "--kind", "visual", "--rate", "2", "-q"]
+    cache, new = str(tmp_path / "cache"), str(tmp_path / "new.cache")
+    source = ["--from", str(tmp_path / "known"), "--labels", str(tmp_path / "labels")]
+    assert main(["cache", "import", cache, *options, *source]) == 0
+    assert main(["cache", "import", new, *options, "--from", str(tmp_path / "new")]) == 0
+    assert main(["train", cache, "--out", str(tmp_path / "run"), *SMALL, "--kl-weight", "0"]) == 0
+    return tmp_path / "run", tmp_path / "new.cache"
+
+
+def test_a_run_on_imported_features_predicts_a_cache_without_labels(
+    imported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, cache = imported
+    out = tmp_path / "predictions"
+    assert main(["predict", str(run), "--cache", str(cache), "--out", str(out), "--device", "cpu", "--json"]) == 0
+    found = {clip["item"]: clip for clip in json.loads(capsys.readouterr().out)}
+    assert set(found) == {"x", "y"}
+    for clip in found.values():
+        rows = table_of(Path(clip["csv"]))
+        assert Path(clip["png"]).is_file() and len(rows) == clip["frames"]
+        valence = np.array([float(row["valence"]) for row in rows])
+        assert clip["valence"] == pytest.approx(valence.mean(), abs=1e-5)
+        assert clip["spread"]["valence"] == pytest.approx(valence.std(), abs=1e-5)
+        assert sum(clip["regions"].values()) == pytest.approx(1)
+        assert clip["seconds_without_face"] == 0 and clip["seconds_without_audio"] is None
+    assert cache.is_dir()
+    assert main(["predict", str(run), "--cache", str(cache), "--out", str(out), "--device", "cpu"]) == 0
+    assert "commonest region" in capsys.readouterr().out
+
+
+def test_imported_features_cannot_be_made_from_videos(
+    imported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    assert main(["predict", str(imported[0]), str(tmp_path / "clip.mp4"), "--out", str(tmp_path / "out")]) == 2
+    assert "vaflow predict RUN --cache CACHE" in capsys.readouterr().err
+    assert main(["predict", str(imported[0]), "--out", str(tmp_path / "out")]) == 2
+    assert "Nothing to predict" in capsys.readouterr().err
+
+
+def test_clips_without_features_are_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = make_cache(tmp_path / "cache", Toy(seconds=(8, 14)))
+    assert main(["train", str(cache.path), "--out", str(tmp_path / "run"), *SMALL]) == 0
+    for stream in list(cache.streams()):
+        if stream != "labels" and cache.has(stream, "val0"):
+            cache.drop(stream, "val0")
+    out = tmp_path / "out"
+    command = ["predict", str(tmp_path / "run"), "--cache", str(cache.path), "--out", str(out), "--device", "cpu"]
+    assert main(command) == 3
+    assert "1 clip failed" in capsys.readouterr().err and "val0" in (out / "failures.jsonl").read_text()
+    assert len(list(out.glob("*.csv"))) == len(cache.items()) - 1
+
+
+@pytest.fixture(scope="module")
+def video_run(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run on two real clips, extracted with whole frames."""
+    folder = tmp_path_factory.mktemp("predict")
+    data = folder / "data"
+    data.mkdir()
+    for k, name in enumerate(("a", "b")):
+        shutil.copy(clips / "obama.mp4", data / f"{name}.mp4")
+        rows = "".join(f"{i},{np.sin(i / 9 + k):.3f},{np.cos(i / 7):.3f}\n" for i in range(40))
+        (data / f"{name}.csv").write_text("frame,valence,arousal\n" + rows)
+    (data / "splits.csv").write_text("name,split\na,train\nb,val\n")
+    extract = ["extract", str(data), "--out", str(folder / "cache"), *TINY, "--faces", "none", "--device", "cpu", "-q"]
+    assert main(extract) == 0
+    assert main(["train", str(folder / "cache"), "--out", str(folder / "run"), *SMALL]) == 0
+    return folder / "run", data
+
+
+def test_faces_that_do_not_fit_the_run_are_refused_before_encoding(
+    video_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = video_run
+    monkeypatch.setattr(vaflow.predict, "extract", lambda *_, **__: pytest.fail("extracted"))
+    command = ["predict", str(run), str(data / "a.mp4"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*command, "--faces", "centerface"]) == 2
+    assert "--faces none, which is the default" in capsys.readouterr().err
+
+
+def test_an_interrupted_prediction_keeps_the_features_of_finished_clips(
+    video_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = video_run
+    out = tmp_path / "out"
+    command = ["predict", str(run), str(data), "--out", str(out), "--device", "cpu"]
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    extract, summaries = vaflow.predict.extract, []
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        summaries.append(extract(*args, **kwargs))
+        return summaries[-1]
+
+    monkeypatch.setattr(vaflow.predict, "extract", remember)
+    with monkeypatch.context() as patch:
+        patch.setattr(vaflow.predict, "write_clips", interrupt)
+        assert main(command) == 130
+    assert "Run the same command again to resume" in capsys.readouterr().err
+    assert main(command) == 0
+    first, second = summaries
+    assert first.extracted == 2 and second.extracted == 0  # the second call encodes nothing
+    assert sorted(path.name for path in out.glob("*.csv")) == ["a.csv", "b.csv"]
+    assert not list(out.glob(".features-*"))
