@@ -47,6 +47,10 @@ def predict(
         Path | None,
         typer.Option(metavar="CACHE", help="Keep the features in this cache; without MEDIA, predict its clips."),
     ] = None,
+    html: Annotated[bool, typer.Option("--html", help="Write a page of the clips: DIR/view/index.html.")] = False,
+    video: Annotated[
+        bool, typer.Option("--video", help="Write each clip with its traces burnt in: DIR/<stem>.overlay.mp4.")
+    ] = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -69,6 +73,8 @@ def predict(
         print_json([_document(clip) for clip in summary.predicted])
     elif not quiet and summary.predicted:
         typer.echo(predictions_table(summary.predicted))
+    if (html or video) and summary.predicted:
+        _show(out, media or [], cache, html, video, quiet or json)
     if summary.failures:
         noun = "clip" if len(summary.failures) == 1 else "clips"
         typer.echo(f"{len(summary.failures)} {noun} failed: {summary.failures_file}", err=True)
@@ -106,6 +112,23 @@ def predictions_table(clips: "tuple[Predicted, ...]") -> str:
     names = ("clip", "frames", "valence (spread)", "arousal (spread)", "commonest region")
     header = (*names, "no face (s)", "no audio (s)")
     return table(rows, header)
+
+
+def _show(out: Path, media: list[Path], cache: Path | None, html: bool, video: bool, quiet: bool) -> None:
+    """Write the page and the overlays of new predictions."""
+    from vaflow.viewer.overlay import write_overlays
+    from vaflow.viewer.page import ViewConfig, write_viewer
+
+    config = ViewConfig(media, cache)
+    for item, file, problem in write_overlays(out, config) if video else ():
+        if file is None:
+            typer.echo(f"No overlay of {item}: {problem}", err=True)
+        elif not quiet:
+            typer.echo(f"Overlay of {item}: {file}")
+    if html:
+        page = write_viewer(out, out / "view", config=config).page
+        if not quiet:
+            typer.echo(f"Page: {page}")
 
 
 def submit(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import av
 import numpy as np
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from vaflow.datasets.files import walk
 from vaflow.timeline import Floats
 from vaflow.viewer.predictions import PredictedClip
+
+Image = NDArray[np.uint8]
 
 # fmt: off
 EXTENSIONS = (
@@ -96,7 +98,7 @@ def probe(path: Path) -> Facts:
         OSError, av.FFmpegError: the file cannot be opened.
     """
     with av.open(str(path), metadata_errors="replace") as media:
-        audio = media.streams.audio[0].codec_context.name if media.streams.audio else ""
+        audio = media.streams.audio[0].codec_context.codec.canonical_name if media.streams.audio else ""
         name = media.format.name
         if "matroska" in name:
             name = "webm" if path.suffix.lower() == ".webm" else "matroska"
@@ -104,10 +106,20 @@ def probe(path: Path) -> Facts:
             return Facts(name, "", audio)
         context = media.streams.video[0].codec_context
         pixels = str(context.pix_fmt)
-        return Facts(name, context.name, audio, context.width, context.height, pixels)
+        return Facts(name, context.codec.canonical_name, audio, context.width, context.height, pixels)
 
 
-def transcode(source: Path, target: Path) -> None:
+class Composer(Protocol):
+    """What is drawn around or over the frames of a clip."""
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the result for frames of a width and height."""
+
+    def draw(self, image: Image, time: float) -> Image:
+        """[H, W, 3] for one frame [h, w, 3], shown from `time` on (seconds on the clip clock)."""
+
+
+def transcode(source: Path, target: Path, composer: Composer | None = None) -> None:
     """Write a clip as H.264 and AAC in MP4, with the presentation time of every frame kept.
 
     Raises:
@@ -120,7 +132,7 @@ def transcode(source: Path, target: Path) -> None:
         start = (media.start_time or 0) / av.time_base
         encoders: dict[Any, _VideoEncoder | _AudioEncoder] = {}  # all streams exist before the first packet is written
         if first is not None:
-            encoders[media.streams.video[0]] = _VideoEncoder(out, media.streams.video[0], first, start)
+            encoders[media.streams.video[0]] = _VideoEncoder(out, media.streams.video[0], first, start, composer)
         if media.streams.audio:
             encoders[media.streams.audio[0]] = _AudioEncoder(out, start)
         for packet in media.demux(list(encoders)):
@@ -159,13 +171,16 @@ class _AudioEncoder:
 class _VideoEncoder:
     """H.264 at the times of the source, without reordering, with a key frame at least every 15 frames."""
 
-    def __init__(self, out: Any, source: Any, first: Any, start: float) -> None:
+    def __init__(self, out: Any, source: Any, first: Any, start: float, composer: Composer | None) -> None:
         self._out, self._base, self._start, self._last = out, source.time_base, start, -1
+        self._composer = composer
         sides = (first.width, first.height)
         width, height = sides[::-1] if round(first.rotation / 90) % 2 else sides
         scale = min(1.0, MAX_HEIGHT / height)
+        self._inner = max(2, round(width * scale / 2) * 2), max(2, round(height * scale / 2) * 2)
+        outer = self._inner if composer is None else composer.size(*self._inner)
         stream = self._stream = out.add_stream("libx264", rate=source.average_rate or 25)
-        stream.width, stream.height = (max(2, round(n * scale / 2) * 2) for n in (width, height))
+        stream.width, stream.height = outer
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = stream.time_base = Fraction(1, _CLOCK)
         stream.codec_context.options = {"crf": "20", "preset": "veryfast", "bf": "0", "g": "15"}
@@ -173,14 +188,16 @@ class _VideoEncoder:
     def add(self, frame: Any) -> None:
         if frame.pts is None:
             return
+        time = float(frame.pts * self._base) - self._start
         turned = round(frame.rotation / 90) % 4
-        if turned:
-            image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turned))
-            shown = av.VideoFrame.from_ndarray(image, format="rgb24")
-        else:
-            shown = frame
+        shown = frame
+        if turned or self._composer is not None:
+            sides = self._inner[::-1] if turned % 2 else self._inner
+            image = np.rot90(frame.reformat(*sides, "rgb24").to_ndarray(), turned)
+            image = image if self._composer is None else self._composer.draw(image, time)
+            shown = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         shown = shown.reformat(self._stream.width, self._stream.height, "yuv420p")
-        self._last = max(round((float(frame.pts * self._base) - self._start) * _CLOCK), self._last + 1)
+        self._last = max(round(time * _CLOCK), self._last + 1)
         shown.pts, shown.time_base, shown.pict_type = self._last, Fraction(1, _CLOCK), 0
         self._out.mux(self._stream.encode(shown))
 

@@ -7,7 +7,7 @@ OUT/index.html      list, player and plots; opens from disk
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
     """
     config = config or ViewConfig()
     found = find_predictions(path, clips)
-    cache = _cache(found, config.cache)
+    cache = open_named_cache(found, config.cache)
     index = MediaIndex(config.media)
     try:
         (out / "clips").mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,12 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
     return viewer
 
 
-def _cache(found: PredictionSet, named: Path | None) -> Cache | None:
+def open_named_cache(found: PredictionSet, named: Path | None) -> Cache | None:
+    """The cache that the user named, or else the one that the predictions name, if it still exists.
+
+    Raises:
+        VaflowError: the cache that the user named cannot be opened.
+    """
     place = named or found.cache
     if place is None:
         return None
@@ -123,7 +128,7 @@ def _cache(found: PredictionSet, named: Path | None) -> Cache | None:
     except VaflowError as error:
         if named is not None:
             raise
-        log.warning("Masks are not shown: %s", error)
+        log.debug("Masks are read from the predictions only: %s", error)
         return None
 
 
@@ -180,9 +185,3 @@ def _show_media(media: Path, beside: Path, copy: bool) -> tuple[Path | None, Aud
     except UNREADABLE as error:
         log.warning("%s cannot be shown: %s", media, error)
         return None, None, "The media file cannot be decoded; the traces are shown without it."
-
-
-def page_clips(viewer: Viewer) -> Iterator[tuple[str, str]]:
-    """(clip id, fragment of the viewer's URL that shows it)."""
-    for clip in viewer.clips:
-        yield clip.item, f"#clip={quote(clip.item, safe='')}"

@@ -6,15 +6,15 @@
   const MASKS = [["noFace", "no face", "noface", 6], ["noAudio", "no audio", "noaudio", -6], ["unlabelled", "unlabelled", "unlabelled", 0]];
 
   // A translucent span; hatching differs by kind, so that colour is not needed to tell them apart.
-  function shade(context, x, y, width, height, color, slant) {
+  function shade(context, x, y, width, height, color, slant, strength = 1) {
     context.save();
     context.beginPath();
     context.rect(x, y, Math.max(width, 1), height);
     context.clip();
-    context.globalAlpha = 0.22;
+    context.globalAlpha = 0.22 * strength;
     context.fillStyle = color;
     context.fill();
-    context.globalAlpha = 0.75;
+    context.globalAlpha = 0.75 * strength;
     context.strokeStyle = color;
     context.lineWidth = 1;
     context.beginPath();
@@ -173,11 +173,10 @@
       const { ctx, bbox } = plot, ratio = window.devicePixelRatio || 1;
       ctx.save();
       ctx.scale(ratio, ratio);
-      ctx.globalAlpha = 0.5;
       for (const [name, , color, slant] of MASKS) {
         for (const [a, b] of this.clip[name] || []) {
           const [x0, x1] = [a, b].map((t) => vaflow.clamp(this.x(t), LEFT, LEFT + this.width));
-          if (x1 > x0) shade(ctx, x0, bbox.top / ratio, x1 - x0, bbox.height / ratio, vaflow.color(color), slant);
+          if (x1 > x0) shade(ctx, x0, bbox.top / ratio, x1 - x0, bbox.height / ratio, vaflow.color(color), slant, 0.4);
         }
       }
       ctx.restore();
@@ -185,7 +184,7 @@
 
     drawWave() {
       const { context, width, height } = vaflow.fit(this.canvas.wave, WAVE + SPEECH + 4);
-      const { low, high, speech } = this.clip;
+      const { low, high, speech, peak } = this.clip; // the loudest sample fills the lane
       context.font = "11px system-ui, sans-serif";
       context.fillStyle = vaflow.color("soft");
       if (!low) {
@@ -202,7 +201,7 @@
           if (low[i] < min) min = low[i];
           if (high[i] > max) max = high[i];
         }
-        context.fillRect(LEFT + x, middle - (max / 127) * middle, 1, Math.max(1, ((max - min) / 127) * middle));
+        context.fillRect(LEFT + x, middle - (max / peak) * middle, 1, Math.max(1, ((max - min) / peak) * middle));
       }
       context.fillStyle = vaflow.color("speech");
       for (const [a, b] of speech || []) {

@@ -15,8 +15,12 @@
     const columns = (name) => (document[name] ? document[name].map((text) => array(text, Float32Array)) : null);
     const time = clock(document.time);
     const boxes = document.boxes ? array(document.boxes, Float32Array) : null;
+    const low = document.low ? array(document.low, Int8Array) : null;
+    const high = document.high ? array(document.high, Int8Array) : null;
+    const loudest = (peak, [min, max]) => Math.max(peak, -min, max);
     return {
       time,
+      peak: low ? low.reduce((peak, min, i) => loudest(peak, [min, high[i]]), 4) : 0,
       end: time[time.length - 1] + (time.length > 1 ? (time[time.length - 1] - time[0]) / (time.length - 1) : 0.04),
       value: columns("value"),
       label: columns("label"),
@@ -26,8 +30,8 @@
       unlabelled: document.unlabelled || null,
       boxes,
       boxTime: boxes ? Float64Array.from({ length: boxes.length / 5 }, (_, i) => boxes[5 * i]) : null,
-      low: document.low ? array(document.low, Int8Array) : null,
-      high: document.high ? array(document.high, Int8Array) : null,
+      low,
+      high,
       speech: document.speech || null,
     };
   };

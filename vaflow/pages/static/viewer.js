@@ -42,6 +42,7 @@
     plane.clip = clip;
     media.hidden = !facts.media;
     get("no-media").hidden = Boolean(facts.media);
+    document.querySelectorAll("[data-when]").forEach((node) => (node.hidden = !clip[node.dataset.when]));
     seekBar.max = clip.end.toFixed(3);
     setLoop(null);
     lanes.show(clip);

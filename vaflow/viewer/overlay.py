@@ -1,0 +1,176 @@
+"""The overlay video: a clip with its face box, both traces and the valence-arousal plane burnt in, audio kept."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image as Pictures
+from PIL import ImageDraw, ImageFont
+
+from vaflow.errors import MediaError, explain
+from vaflow.timeline import Floats, nearest
+from vaflow.viewer.clip_data import masks_of
+from vaflow.viewer.media import Image, MediaIndex, transcode
+from vaflow.viewer.page import ViewConfig, open_named_cache
+from vaflow.viewer.predictions import DIMENSIONS, Predictions, find_predictions, read_predictions
+
+PANEL = 260  # pixels of the plane's side
+TRACE = 80  # pixels of a trace's height
+MARGIN = 64  # pixels left of the traces
+TAIL = 3.0  # seconds
+BACK, GRID, TEXT = (20, 22, 24), (60, 65, 70), (233, 234, 236)
+PREDICTION, LABEL, BOX = (107, 184, 242), (255, 160, 92), (255, 212, 0)
+
+
+def write_overlay(
+    media: Path,
+    table: Predictions,
+    out: Path,
+    *,
+    boxes: Floats | None = None,
+    centers: float = 0.66,
+    demonstration: bool = False,
+) -> None:
+    """Write the overlay of one clip as MP4.
+
+    Args:
+        media: the clip.
+        table: its predictions.
+        out: the file.
+        boxes: [T, 5] seconds and x0, y0, x1, y1 in pixels of the clip; None: no box is drawn.
+        centers: of the nine regions, whose borders the plane shows.
+        demonstration: mark the video, because its encoders have random weights.
+
+    Raises:
+        MediaError: the clip has no video, or cannot be decoded.
+        OSError: the disk refuses.
+    """
+    try:
+        with av.open(str(media), metadata_errors="replace") as opened:
+            if not opened.streams.video:
+                raise MediaError(explain(f"{media} has no video", expected="a video stream for --video"))
+            context = opened.streams.video[0].codec_context
+            source = (context.width, context.height)
+        transcode(media, out, _Overlay(table, boxes, centers, demonstration, source))
+    except av.FFmpegError as error:
+        raise MediaError(explain(f"Cannot write the overlay of {media}", got=error)) from error
+
+
+def write_overlays(predictions: Path, config: ViewConfig) -> Iterator[tuple[str, Path | None, str]]:
+    """Write `<clip>.overlay.mp4` beside each prediction CSV; yields (clip, file or None, what failed).
+
+    Raises:
+        UsageError: there are no predictions.
+        CorruptError: a prediction file is damaged.
+    """
+    found = find_predictions(predictions)
+    cache = open_named_cache(found, config.cache)
+    index = MediaIndex(config.media)
+    for clip in found.clips:
+        media, table = index.find(clip), read_predictions(clip.csv)
+        out = clip.csv.with_name(f"{clip.csv.name.removesuffix('.csv')}.overlay.mp4")
+        if media is None:
+            yield clip.item, None, "its media file was not found"
+            continue
+        boxes = masks_of(table, cache, clip.item, found.streams).boxes
+        try:
+            marked = bool(found.demonstration)
+            write_overlay(media, table, out, boxes=boxes, centers=found.centers, demonstration=marked)
+            yield clip.item, out, ""
+        except (MediaError, OSError) as error:
+            yield clip.item, None, str(error)
+
+
+class _Overlay:
+    """Draws on a canvas whose still parts are made once."""
+
+    def __init__(
+        self, table: Predictions, boxes: Floats | None, centers: float, demonstration: bool, source: tuple[int, int]
+    ) -> None:
+        self._table, self._boxes, self._centers = table, boxes, centers
+        self._demonstration, self._source = demonstration, source
+        self._end = max(float(table.time[-1]), 1e-3)
+        self._still = Pictures.new("RGB", (2, 2))
+        self._inner = (2, 2)
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """The frame, the plane at its right, the traces below both."""
+        self._inner = (width, height)
+        tall = max(height, PANEL) + 2 * TRACE + 24
+        self._still = Pictures.new("RGB", (width + PANEL, tall + tall % 2), BACK)
+        self._draw_still(ImageDraw.Draw(self._still))
+        return self._still.size
+
+    def draw(self, image: Image, time: float) -> Image:
+        """The canvas at an instant."""
+        canvas = self._still.copy()
+        canvas.paste(Pictures.fromarray(np.ascontiguousarray(image)), (0, 0))
+        pen = ImageDraw.Draw(canvas)
+        row = int(nearest(self._table.time, np.array([time]))[0])
+        self._draw_box(pen, time)
+        self._draw_points(pen, row)
+        x = self._x(time)
+        pen.line([(x, self._top(0)), (x, self._top(1) + TRACE)], TEXT, 2)
+        values = ", ".join(f"{d} {x:+.2f}" for d, x in zip(DIMENSIONS, self._table.va[row], strict=True))
+        pen.text((8, self._top(1) + TRACE + 4), f"{time:7.2f} s   {values}", TEXT, ImageFont.load_default(14))
+        return np.asarray(canvas)
+
+    def _top(self, k: int) -> int:
+        return max(self._inner[1], PANEL) + k * TRACE
+
+    def _x(self, time: float) -> float:
+        return MARGIN + (self._still.width - MARGIN - 8) * min(max(time / self._end, 0), 1)
+
+    def _y(self, k: int, value: float) -> float:
+        return self._top(k) + TRACE / 2 - (TRACE / 2 - 6) * min(max(value, -1), 1)
+
+    def _point(self, va: Floats) -> tuple[float, float]:
+        side = PANEL - 44
+        return self._inner[0] + 28 + (va[0] + 1) / 2 * side, 16 + (1 - va[1]) / 2 * side
+
+    def _draw_still(self, pen: ImageDraw.ImageDraw) -> None:
+        font = ImageFont.load_default(13)
+        table = self._table
+        rows = np.unique(np.linspace(0, len(table.time) - 1, 2000).astype(int))
+        for k, name in enumerate(DIMENSIONS):
+            for value in (-1, 0, 1):
+                y = self._y(k, value)
+                pen.line([(MARGIN, y), (self._still.width - 8, y)], GRID)
+            pen.text((4, self._y(k, 0) - 8), name, TEXT, font)
+            if table.label is not None:
+                label = table.label[rows, k]
+                for at, value in zip(rows[::6], label[::6], strict=True):  # dots, so that colour is not needed
+                    if np.isfinite(value):
+                        x, y = self._x(table.time[at]), self._y(k, value)
+                        pen.ellipse([x - 1.5, y - 1.5, x + 1.5, y + 1.5], LABEL)
+            pen.line([(self._x(table.time[i]), self._y(k, table.va[i, k])) for i in rows], PREDICTION, 2)
+        for edge in (-1, -self._centers / 2, self._centers / 2, 1):
+            pen.line([self._point(np.array([edge, -1])), self._point(np.array([edge, 1]))], GRID)
+            pen.line([self._point(np.array([-1, edge])), self._point(np.array([1, edge]))], GRID)
+        pen.text((self._inner[0] + PANEL // 2 - 20, PANEL - 24), "valence", TEXT, font)
+        pen.text((self._inner[0] + 30, 0), "arousal (up)", TEXT, font)
+        if self._demonstration:
+            pen.text((self._still.width - 250, self._top(1) + TRACE + 4), "demonstration: random encoders", LABEL, font)
+
+    def _draw_points(self, pen: ImageDraw.ImageDraw, row: int) -> None:
+        table = self._table
+        first = int(np.searchsorted(table.time, table.time[row] - TAIL))
+        tail = [self._point(table.va[i]) for i in range(first, row + 1, max(1, (row - first) // 60))]
+        for i in range(len(tail) - 1):
+            share = 0.15 + 0.7 * i / len(tail)
+            color = tuple(round(b + share * (p - b)) for b, p in zip(BACK, PREDICTION, strict=True))
+            pen.line(tail[i : i + 2], color, 3)
+        if table.label is not None and np.isfinite(table.label[row]).all():
+            x, y = self._point(table.label[row])
+            pen.ellipse([x - 7, y - 7, x + 7, y + 7], outline=LABEL, width=2)
+        x, y = self._point(table.va[row])
+        pen.ellipse([x - 5, y - 5, x + 5, y + 5], PREDICTION)
+
+    def _draw_box(self, pen: ImageDraw.ImageDraw, time: float) -> None:
+        if self._boxes is None or not len(self._boxes):
+            return
+        at, *box = self._boxes[int(nearest(self._boxes[:, 0], np.array([time]))[0])]
+        if abs(at - time) <= 1 and np.isfinite(box).all():
+            scale = [self._inner[0] / self._source[0], self._inner[1] / self._source[1]] * 2
+            pen.rectangle([side * s for side, s in zip(box, scale, strict=True)], outline=BOX, width=2)
