@@ -43,6 +43,120 @@ from vaflow.extract.sources import content_digest
 from vaflow.timeline import Grid
 
 SAMPLE = 1 << 16  # bytes read at the head, the middle and the tail of files that have the same size
+_NO_TIMES = np.empty(0, np.float64)
+_LEFT_OUT = "Extraction skips the clip"
+
+
+def check_dataset(
+    dataset: Dataset,
+    *,
+    window: float = Grid.window,
+    workers: int = 0,
+    progress: Callable[[int], object] | None = None,
+    cache: Cache | None = None,
+) -> Report:
+    """Check every clip, and the data set as a whole.
+
+    Args:
+        dataset: from `open_dataset`.
+        window: seconds; clips shorter than that are noted.
+        workers: processes; 0: by the machine's cores.
+        progress: called with 1 after every clip, such as a bar's `update`.
+        cache: extracted from this data set; items that the data set no longer has are reported.
+
+    Returns:
+        The report. Broken clips are findings, never exceptions.
+    """
+    have_crops = any(clip.crops for clip in dataset.clips)
+    measure = partial(check_clip, window=window, others_have_crops=have_crops)
+    results: dict[int, Checked] = {}
+    for number, result in each(measure, dataset.clips, workers=workers):
+        if isinstance(result, Failed):  # FFmpeg crashed or stalled in the process that read the file
+            note = Note("error", "unreadable", dataset.clips[number].id, result.message, _LEFT_OUT)
+            result = Checked(dataset.clips[number], None, None, None, (note,))
+        results[number] = result
+        if progress is not None:
+            progress(1)
+    checked = [results[number] for number in sorted(results)]
+    clips, labels = dataset.clips, {c.clip.id: c.labels for c in checked if c.labels is not None}
+    varied = {name for name, facts in labels.items() if facts.annotated and not facts.constant}
+    videos = same_content(clip.video for clip in clips if clip.video is not None)
+    label_files = same_content(clip.labels for clip in clips if clip.labels is not None)
+    findings = [*dataset.notes, *(note for c in checked for note in c.findings)]
+    findings += dataset_findings(clips, labels) + duplicate_findings(clips, videos, label_files, varied)
+    if cache is not None:
+        findings += absent_findings(dataset, cache)
+    findings.sort(key=lambda note: (SEVERITIES.index(note.severity), note.code, note.item))
+    return Report(dataset.root, dataset.layout, tuple(checked), tuple(findings))
+
+
+def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bool = False) -> Checked:
+    """Measure one clip; its problems become findings."""
+    notes = clip_findings(clip, others_have_crops)
+    media, times, media_notes = _read_media(clip, window)
+    notes += media_notes
+    labels: LabelFacts | None = None
+    crops: CropFacts | None = None
+    try:
+        if (annotation := read_annotation(clip)) is not None:
+            labels = label_facts(annotation, times)
+            notes += label_findings(clip, labels, media)
+    except DataError as error:
+        notes.append(Note("error", "bad-labels", clip.id, str(error), _LEFT_OUT))
+    try:
+        if clip.crops:
+            crops = crop_facts(clip.crops, times)
+            notes += crop_findings(clip, crops, media)
+    except OSError as error:
+        remedy = "Check that you may read the folder"
+        notes.append(Note("error", "unreadable-crops", clip.id, str(error), remedy))
+    return Checked(clip, media, labels, crops, tuple(notes))
+
+
+def _read_media(clip: Clip, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
+    """Facts, frame times [N] in seconds and findings of a video, a folder of frames, or audio alone."""
+    notes, missing = [], 0
+    try:
+        if clip.frames is not None:
+            media, times, missing = still_facts(clip)
+        elif clip.video is not None:
+            media, times = media_facts(clip.video, clip.audio if clip.audio != clip.video else None)
+        elif clip.audio is not None:
+            media, times = audio_facts(clip.audio)
+            remedy = "Its frames are marked as frames without a face"
+            notes.append(Note("note", "audio-only", clip.id, "Audio without video", remedy))
+        else:
+            parts = " and ".join(name for name, part in (("labels", clip.labels), ("crops", clip.crops)) if part)
+            message = f"No video{f' for the {parts}' if parts else ''}, so the times of its frames are unknown"
+            remedy = f"Put the video {clip.group}.mp4 below the root, or remove the trial"
+            return None, _NO_TIMES, [Note("error", "no-video", clip.id, message, remedy)]
+    except (MediaError, OSError) as error:
+        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), _LEFT_OUT)]
+    if missing:
+        message = f"{missing} of {media.frames} frames ({missing / media.frames:.1%}) have no image"
+        remedy = "They are marked as frames without a face; an image's number is its frame"
+        notes.append(Note("note", "frames-missing", clip.id, message, remedy))
+    return media, times, [*media_findings(clip, media, window), *notes]
+
+
+def absent_findings(dataset: Dataset, cache: Cache) -> list[Note]:
+    """Items of a cache that the data set no longer has; a video that was renamed is recognised by its content."""
+    ids = {clip.id for clip in dataset.clips}
+    by_size: dict[int, list[Clip]] = defaultdict(list)
+    for clip in dataset.clips:
+        if clip.video is not None and clip.video.is_file():
+            by_size[_size(clip.video)].append(clip)
+    notes = []
+    for item in (item for item in cache.items() if item not in ids):
+        video = cache.record(LABELS, item).source.get("video") or {}
+        alike = by_size[video.get("size", -1)]
+        twins = [clip.id for clip in alike if clip.video and content_digest(clip.video) == video.get("blake2b")]
+        message = f"In the cache {cache.place}, but no longer in the data set"
+        if twins:
+            message += f"; the same video is now {', '.join(twins)}"
+        remedy = f"Remove it from the cache: vaflow cache drop {cache.place} --absent {dataset.root}"
+        notes.append(Note("warning", "absent-item", item, message, remedy))
+    return notes
 
 
 def same_content(paths: Iterable[Path]) -> list[tuple[Path, ...]]:
@@ -81,146 +195,3 @@ def _sample(path: Path) -> str:
             file.seek(start)
             digest.update(file.read(SAMPLE))
     return digest.hexdigest()
-
-
-_NO_TIMES = np.empty(0, np.float64)
-_LEFT_OUT = "Extraction skips the clip"
-
-
-def check_dataset(
-    dataset: Dataset,
-    *,
-    window: float = Grid.window,
-    workers: int = 0,
-    progress: Callable[[int], object] | None = None,
-    cache: Cache | None = None,
-) -> Report:
-    """Check every clip, and the data set as a whole.
-
-    Args:
-        dataset: from `open_dataset`.
-        window: seconds; clips shorter than that are noted.
-        workers: processes; 0: by the machine's cores.
-        progress: called with 1 after every clip, such as a bar's `update`.
-        cache: extracted from this data set; items that the data set no longer has are reported.
-
-    Returns:
-        The report. Broken clips are findings, never exceptions.
-    """
-    have_crops = any(clip.crops for clip in dataset.clips)
-    measure = partial(check_clip, window=window, others_have_crops=have_crops)
-    results: dict[int, Checked] = {}
-    for number, result in each(measure, dataset.clips, workers=workers):
-        if isinstance(result, Failed):  # FFmpeg crashed or stalled in the process that read the file
-            note = Note("error", "unreadable", dataset.clips[number].id, result.message, _LEFT_OUT)
-            result = Checked(dataset.clips[number], None, None, None, (note,))
-        results[number] = result
-        if progress is not None:
-            progress(1)
-    checked = [results[number] for number in sorted(results)]
-    findings = [*dataset.notes, *_findings_together(dataset.clips, checked), *(n for c in checked for n in c.findings)]
-    if cache is not None:
-        findings += absent_findings(dataset, cache)
-    findings.sort(key=lambda note: (SEVERITIES.index(note.severity), note.code, note.item))
-    return Report(dataset.root, dataset.layout, tuple(checked), tuple(findings))
-
-
-def _findings_together(clips: Sequence[Clip], checked: Sequence[Checked]) -> list[Note]:
-    labels = {c.clip.id: c.labels for c in checked if c.labels is not None}
-    videos = same_content(clip.video for clip in clips if clip.video is not None)
-    annotations = same_content(clip.labels for clip in clips if clip.labels is not None)
-    varied = {name for name, facts in labels.items() if facts.annotated and not facts.constant}
-    return [*dataset_findings(clips, labels), *duplicate_findings(clips, videos, annotations, varied)]
-
-
-def absent_findings(dataset: Dataset, cache: Cache) -> list[Note]:
-    """Items of a cache that the data set no longer has; a video that was renamed is recognised by its content."""
-    ids = {clip.id for clip in dataset.clips}
-    by_size: dict[int, list[Clip]] = defaultdict(list)
-    for clip in dataset.clips:
-        if clip.video is not None and clip.video.is_file():
-            by_size[_size(clip.video)].append(clip)
-    notes = []
-    for item in (item for item in cache.items() if item not in ids):
-        video = cache.record(LABELS, item).source.get("video") or {}
-        alike = by_size[video.get("size", -1)]
-        twins = [clip.id for clip in alike if clip.video and content_digest(clip.video) == video.get("blake2b")]
-        message = f"In the cache {cache.place}, but no longer in the data set"
-        if twins:
-            message += f"; the same video is now {', '.join(twins)}"
-        remedy = f"Remove it from the cache: vaflow cache drop {cache.place} --absent {dataset.root}"
-        notes.append(Note("warning", "absent-item", item, message, remedy))
-    return notes
-
-
-def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bool = False) -> Checked:
-    """Measure one clip; its problems become findings."""
-    notes = clip_findings(clip, others_have_crops)
-    media, times, broken = _read_media(clip, window)
-    labels, more = _read_labels(clip, media, times)
-    crops, most = _read_crops(clip, media, times)
-    return Checked(clip, media, labels, crops, (*notes, *broken, *more, *most))
-
-
-def _read_media(clip: Clip, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
-    if clip.frames is not None:
-        return _read_stills(clip, window)
-    if clip.video is None and clip.audio is not None:
-        return _read_audio(clip, clip.audio, window)
-    if clip.video is None:
-        parts = " and ".join(name for name, part in (("labels", clip.labels), ("crops", clip.crops)) if part)
-        message = f"No video{f' for the {parts}' if parts else ''}, so the times of its frames are unknown"
-        remedy = f"Put the video {clip.group}.mp4 below the root, or leave the trial out"
-        return None, _NO_TIMES, [Note("error", "no-video", clip.id, message, remedy)]
-    try:
-        media, times = media_facts(clip.video, clip.audio if clip.audio != clip.video else None)
-    except (MediaError, OSError) as error:
-        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), _LEFT_OUT)]
-    return media, times, media_findings(clip, media, window)
-
-
-def _read_audio(clip: Clip, path: Path, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
-    try:
-        media, times = audio_facts(path)
-    except (MediaError, OSError) as error:
-        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), _LEFT_OUT)]
-    message, remedy = "Audio without video", "Its frames are marked as frames without a face"
-    return media, times, [Note("note", "audio-only", clip.id, message, remedy), *media_findings(clip, media, window)]
-
-
-def _read_stills(clip: Clip, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
-    try:
-        media, times, missing = still_facts(clip)
-    except (MediaError, OSError) as error:
-        return None, _NO_TIMES, [Note("error", "unreadable", clip.id, str(error), _LEFT_OUT)]
-    notes = media_findings(clip, media, window)
-    if missing:
-        message = f"{missing} of {media.frames} frames ({missing / media.frames:.1%}) have no image"
-        remedy = "They are marked as frames without a face; an image's number is its frame"
-        notes.append(Note("note", "frames-missing", clip.id, message, remedy))
-    return media, times, notes
-
-
-def _read_labels(
-    clip: Clip, media: MediaFacts | None, times: NDArray[np.float64]
-) -> tuple[LabelFacts | None, list[Note]]:
-    try:
-        annotation = read_annotation(clip)
-    except DataError as error:
-        return None, [Note("error", "bad-labels", clip.id, str(error), _LEFT_OUT)]
-    if annotation is None:
-        return None, []
-    facts = label_facts(annotation, times)
-    return facts, label_findings(clip, facts, media)
-
-
-def _read_crops(
-    clip: Clip, media: MediaFacts | None, times: NDArray[np.float64]
-) -> tuple[CropFacts | None, list[Note]]:
-    if not clip.crops:
-        return None, []
-    try:
-        facts = crop_facts(clip.crops, times)
-    except OSError as error:
-        return None, [Note("error", "unreadable-crops", clip.id, str(error), "Check that you may read the folder")]
-    return facts, crop_findings(clip, facts, media)

@@ -95,7 +95,8 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
     """Measure an annotation; `times` [N] are the clip's frame times, empty if the video cannot be used."""
     given = np.isfinite(annotation.value)
     value = annotation.value.astype(np.float64)
-    constant = [name for name, column in zip(("valence", "arousal"), value.T, strict=True) if _is_constant(column)]
+    columns = zip(("valence", "arousal"), (column[np.isfinite(column)] for column in value.T), strict=True)
+    constant = [name for name, known in columns if known.size > 1 and (known == known[0]).all()]
     clock: Literal["row", "frame", "time"] = "row"
     end = float(len(value))
     if annotation.time is not None:
@@ -118,11 +119,6 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
         stats=label_stats(on_frames["value"].astype(np.float64)),
         coverage=coverage(clock_times, valid, whole) if len(valid) else b"",
     )
-
-
-def _is_constant(column: NDArray[np.float64]) -> bool:
-    known = column[np.isfinite(column)]
-    return known.size > 1 and bool((known == known[0]).all())
 
 
 def label_stats(value: NDArray[np.float64]) -> LabelStats:

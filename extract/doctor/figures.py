@@ -9,7 +9,6 @@ from html import escape
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vaflow.extract.doctor.facts import BINS, CELLS, LabelStats
 from vaflow.extract.doctor.report import Checked, occupancy
@@ -30,11 +29,20 @@ def label_map(stats: LabelStats, title: str) -> str:
     width, height = LEFT + SIDE + 12, ABOVE + SIDE + BELOW
     parts = [f'<svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     parts.append(f'<rect class="frame" x="{LEFT}" y="{ABOVE}" width="{SIDE}" height="{SIDE}"/>')
-    parts += _cells(stats.density)
+    opacity = np.sqrt(stats.density / max(int(stats.density.max()), 1))
+    edge, third = SIDE / CELLS, SIDE / 3
+    for v, a in np.argwhere(stats.density):
+        x, y, shown = LEFT + v * edge, ABOVE + SIDE - (a + 1) * edge, max(0.06, float(opacity[v, a]))
+        square = f'x="{x:g}" y="{y:g}" width="{edge:g}" height="{edge:g}"'
+        parts.append(f'<rect class="cell" {square} fill-opacity="{shown:.2f}"/>')
     for k in (1, 2):
-        at = k * SIDE / 3
+        at = k * third
         parts.append(f'<path class="third" d="M{LEFT + at:g} {ABOVE}v{SIDE}M{LEFT} {ABOVE + at:g}h{SIDE}"/>')
-    parts += _region_texts(occupancy(stats) or [0.0] * 9)
+    for region, (name, share) in enumerate(zip(REGION_NAMES, occupancy(stats) or [0.0] * 9, strict=True)):
+        x, y = LEFT + (region // 3 + 0.5) * third, ABOVE + SIDE - (region % 3 + 0.5) * third
+        for line, text in enumerate(name.split(", ")):
+            parts.append(f'<text class="word" x="{x:g}" y="{y - 18 + 14 * line:g}" text-anchor="middle">{text}</text>')
+        parts.append(f'<text class="share" x="{x:g}" y="{y + 15:g}" text-anchor="middle">{share:.1%}</text>')
     for value in (-1, 0, 1):
         x, y = LEFT + (value + 1) * SIDE / 2, ABOVE + (1 - value) * SIDE / 2
         parts.append(f'<text class="tick" x="{x:g}" y="{ABOVE + SIDE + 16}" text-anchor="middle">{value}</text>')
@@ -43,26 +51,6 @@ def label_map(stats: LabelStats, title: str) -> str:
     parts.append(f'<text class="tick" x="{middle}" y="{height - 6}" text-anchor="middle">valence</text>')
     parts.append(f'<text class="tick" transform="translate(13 {left}) rotate(-90)" text-anchor="middle">arousal</text>')
     return "".join([*parts, "</svg>"])
-
-
-def _cells(density: NDArray[np.int64]) -> Iterator[str]:
-    """A square for every cell that has frames; its opacity grows with the root of their number."""
-    strength = np.sqrt(density / max(int(density.max()), 1))
-    edge = SIDE / CELLS
-    for v, a in np.argwhere(density):
-        x, y = LEFT + v * edge, ABOVE + SIDE - (a + 1) * edge
-        shown = max(0.06, float(strength[v, a]))
-        yield f'<rect class="cell" x="{x:g}" y="{y:g}" width="{edge:g}" height="{edge:g}" fill-opacity="{shown:.2f}"/>'
-
-
-def _region_texts(shares: list[float]) -> Iterator[str]:
-    third = SIDE / 3
-    for region, (name, share) in enumerate(zip(REGION_NAMES, shares, strict=True)):
-        v, a = divmod(region, 3)
-        x, y = LEFT + (v + 0.5) * third, ABOVE + SIDE - (a + 0.5) * third
-        for line, text in enumerate(name.split(", ")):
-            yield f'<text class="word" x="{x:g}" y="{y - 18 + 14 * line:g}" text-anchor="middle">{text}</text>'
-        yield f'<text class="share" x="{x:g}" y="{y + 15:g}" text-anchor="middle">{share:.1%}</text>'
 
 
 def distribution(stats: Mapping[str, LabelStats], dimension: int, title: str) -> str:

@@ -95,9 +95,12 @@ def label_findings(clip: Clip, facts: LabelFacts, media: MediaFacts | None) -> l
             Note("warning", "nothing-annotated", clip.id, message, "The clip is neither trained on nor scored")
         )
     elif missing:
+        inner = sum(start > 0 and stop < facts.rows for start, stop in facts.unannotated)
+        places = ["at the start"] * (facts.unannotated[0][0] == 0) + [f"in the middle ({inner})"] * (inner > 0)
+        places += ["at the end"] * (facts.unannotated[-1][1] == facts.rows)
         message = (
             f"{missing} of {facts.rows} rows ({missing / facts.rows:.1%}) are not annotated: "
-            f"{_where(facts.unannotated, facts.rows)}, at most {max(b - a for a, b in facts.unannotated)} in a row"
+            f"{', '.join(places)}, at most {max(b - a for a, b in facts.unannotated)} in a row"
         )
         notes.append(Note("note", "unannotated", clip.id, message, "They are neither trained on nor scored"))
     if facts.half:
@@ -129,13 +132,6 @@ def _length_findings(clip: Clip, facts: LabelFacts, media: MediaFacts) -> list[N
         else "Check that labels and video belong together, and that the video is complete"
     )
     return [Note("note" if usual else "warning", "row-count", clip.id, message, remedy)]
-
-
-def _where(spans: Sequence[tuple[int, int]], rows: int) -> str:
-    """ "at the start, in the middle (2)"."""
-    inner = sum(start > 0 and stop < rows for start, stop in spans)
-    places = ["at the start"] * (spans[0][0] == 0) + [f"in the middle ({inner})"] * (inner > 0)
-    return ", ".join(places + ["at the end"] * (spans[-1][1] == rows))
 
 
 def crop_findings(clip: Clip, facts: CropFacts, media: MediaFacts | None) -> list[Note]:
@@ -199,19 +195,18 @@ def dataset_findings(clips: Sequence[Clip], labels: Mapping[str, LabelFacts]) ->
         remedy = "Add them to a split: training and evaluation use splits only"
         notes.append(Note("warning", "labels-without-split", "", f"Labels, but no split: {examples(lost)}", remedy))
     for split in ("train", "val"):
-        notes += _split_findings(split, [clip for clip in clips if clip.split == split], labels)
+        members = [clip for clip in clips if clip.split == split]
+        annotated = [clip for clip in members if clip.id in labels and labels[clip.id].annotated]
+        if not members:
+            remedy = "Training requires clips in 'train' and in 'val'"
+            notes.append(Note("warning", "split-empty", "", f"No clip is in the split {split!r}", remedy))
+        elif not annotated:
+            message = f"No frame of the split {split!r} has a usable label"
+            remedy = "Training requires labels in 'train' and 'val'"
+            notes.append(Note("warning", "split-unlabelled", "", message, remedy))
+        elif split == "val":
+            notes += _validation_findings(annotated, labels)
     return [*notes, *_region_findings(_stats(clips, labels, "train"), _stats(clips, labels, "val"))]
-
-
-def _split_findings(split: str, clips: Sequence[Clip], labels: Mapping[str, LabelFacts]) -> list[Note]:
-    if not clips:
-        remedy = "Training requires clips in 'train' and in 'val'"
-        return [Note("warning", "split-empty", "", f"No clip is in the split {split!r}", remedy)]
-    annotated = [clip for clip in clips if clip.id in labels and labels[clip.id].annotated]
-    if not annotated:
-        message = f"No frame of the split {split!r} has a usable label"
-        return [Note("warning", "split-unlabelled", "", message, "Training requires labels in 'train' and 'val'")]
-    return _validation_findings(annotated, labels) if split == "val" else []
 
 
 def _validation_findings(annotated: Sequence[Clip], labels: Mapping[str, LabelFacts]) -> list[Note]:

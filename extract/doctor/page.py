@@ -134,16 +134,12 @@ def _tiles(report: Report, total: Summary) -> str:
     tiles = [
         *((str(report.count(severity)), f"{severity}s", severity) for severity in SEVERITIES),
         (f"{total.usable} of {total.clips}", "clips are usable", ""),
-        (_length(total.seconds), f"{total.frames:,} frames of {total.groups} videos", ""),
+        (f"{total.seconds / 3600:.2f} h", f"{total.frames:,} frames of {total.groups} videos", ""),
         (_percent(total.annotated, total.label_frames), "of labelled clips' frames are annotated", ""),
         (_percent(covered, total.crop_frames), "of their frames have a crop", ""),
     ]
     shown = (f'<div class="tile {name}"><b>{escape(big)}</b><span>{small}</span></div>' for big, small, name in tiles)
     return f'<div class="tiles">{"".join(shown)}</div>'
-
-
-def _length(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def _percent(part: float, whole: float) -> str:
@@ -155,7 +151,9 @@ def _badge(severity: str, text: str) -> str:
 
 
 def _kind(kind: Kind) -> str:
-    notes = "".join(f"<li>{_about(note)}</li>" for note in kind.notes[:NAMED])
+    named = ((f"<b>{escape(note.item)}</b>: " if note.item else "", note.message) for note in kind.notes[:NAMED])
+    notes = "".join(f"<li>{item}{escape(message)}</li>" for item, message in named)
+    items = ", ".join(kind.items[:4]) + (" ..." if len(kind.items) > 4 else "")
     more = len(kind.notes) - NAMED
     rest = f"<li>... and {more} more: see <code>vaflow check --json</code></li>" if more > 0 else ""
     remedies = "".join(f"<p>&rarr; {escape(remedy)}.</p>" for remedy in kind.remedies)
@@ -163,50 +161,35 @@ def _kind(kind: Kind) -> str:
     opened = " open" if kind.severity == "error" else ""
     return f"""<details class="kind"{opened}>
 <summary>{_badge(kind.severity, kind.severity)} <b>{escape(kind.code)}</b> <span class="count">{len(kind.notes)}</span>
-<span class="soft">{escape(_first_words(kind))}</span></summary>
+<span class="soft">{escape(items or kind.notes[0].message)}</span></summary>
 {remedies}{cost}<ul>{notes}{rest}</ul>
 </details>
 """
 
 
-def _first_words(kind: Kind) -> str:
-    if not kind.items:
-        return kind.notes[0].message
-    return ", ".join(kind.items[:4]) + (" ..." if len(kind.items) > 4 else "")
-
-
-def _about(note: Note) -> str:
-    return f"<b>{escape(note.item)}</b>: {escape(note.message)}" if note.item else escape(note.message)
-
-
 def _splits(splits: Mapping[str, Summary], total: Summary) -> str:
     head = ("split", "clips", "usable", "videos", "hours", "frames", "annotated", "with crop", "valence", "arousal")
-    rows = [*splits.items(), *([("all", total)] if len(splits) > 1 else [])]
-    return _table(head, ((name, *_split_cells(summary)) for name, summary in rows))
+    rows = [
+        (
+            name,
+            str(summary.clips),
+            str(summary.usable),
+            str(summary.groups),
+            f"{summary.seconds / 3600:.2f}",
+            f"{summary.frames:,}",
+            _percent(summary.annotated, summary.label_frames),
+            _percent(summary.crop_frames - summary.crops_missing, summary.crop_frames),
+            *_spreads(describe(summary.stats)),
+        )
+        for name, summary in [*splits.items(), *([("all", total)] if len(splits) > 1 else [])]
+    ]
+    return _table(head, rows)
 
 
-def _split_cells(summary: Summary) -> tuple[str, ...]:
-    covered = summary.crop_frames - summary.crops_missing
-    return (
-        str(summary.clips),
-        str(summary.usable),
-        str(summary.groups),
-        f"{summary.seconds / 3600:.2f}",
-        f"{summary.frames:,}",
-        _percent(summary.annotated, summary.label_frames),
-        _percent(covered, summary.crop_frames),
-        *_spreads(describe(summary.stats)),
-    )
-
-
-def _spreads(described: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
+def _spreads(described: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Mean and standard deviation of valence and of arousal."""
-    valence, arousal = (described.get(name) for name in ("valence", "arousal"))
-    return _spread(valence), _spread(arousal)
-
-
-def _spread(row: Mapping[str, float] | None) -> str:
-    return f"{row['mean']:.2f} ± {row['std']:.2f}" if row else "-"
+    rows = [described.get(name) for name in ("valence", "arousal")]
+    return [f"{row['mean']:.2f} ± {row['std']:.2f}" if row else "-" for row in rows]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: Callable[[int], bool] = lambda _: False) -> str:

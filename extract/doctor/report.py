@@ -84,8 +84,13 @@ class Report:
 
     def kinds(self) -> list[Kind]:
         """The findings by severity and code, in that order."""
-        grouped = groupby(self.findings, key=lambda note: (note.severity, note.code))
-        return [_kind(severity, code, tuple(notes)) for (severity, code), notes in grouped]
+        kinds = []
+        for (severity, code), group in groupby(self.findings, key=lambda note: (note.severity, note.code)):
+            notes = tuple(group)
+            items = tuple(dict.fromkeys(note.item for note in notes if note.item))
+            remedies = tuple(dict.fromkeys(note.remedy for note in notes if note.remedy))
+            kinds.append(Kind(severity, code, notes, items, remedies, cost_of(code)))
+        return kinds
 
     def splits(self) -> dict[str, Summary]:
         """Summaries of the splits that occur, "none" for clips without one."""
@@ -95,12 +100,6 @@ class Report:
     def total(self) -> Summary:
         """The summary of all clips."""
         return summarise(self.checked)
-
-
-def _kind(severity: Severity, code: str, notes: tuple[Note, ...]) -> Kind:
-    items = tuple(dict.fromkeys(note.item for note in notes if note.item))
-    remedies = tuple(dict.fromkeys(note.remedy for note in notes if note.remedy))
-    return Kind(severity, code, notes, items, remedies, cost_of(code))
 
 
 def summarise(checked: Sequence[Checked]) -> Summary:
@@ -149,20 +148,19 @@ def document(report: Report) -> dict[str, Any]:
         "counts": {severity: report.count(severity) for severity in SEVERITIES},
         "splits": {name: _summary_document(summary) for name, summary in report.splits().items()},
         "total": _summary_document(report.total()),
-        "kinds": [_kind_document(kind) for kind in report.kinds()],
+        "kinds": [
+            {
+                "severity": kind.severity,
+                "code": kind.code,
+                "count": len(kind.notes),
+                "items": list(kind.items),
+                "remedies": list(kind.remedies),
+                "cost": kind.cost,
+            }
+            for kind in report.kinds()
+        ],
         "findings": [asdict(note) for note in report.findings],
         "items": {c.clip.id: _item_document(c) for c in report.checked},
-    }
-
-
-def _kind_document(kind: Kind) -> dict[str, Any]:
-    return {
-        "severity": kind.severity,
-        "code": kind.code,
-        "count": len(kind.notes),
-        "items": list(kind.items),
-        "remedies": list(kind.remedies),
-        "cost": kind.cost,
     }
 
 
