@@ -1,4 +1,4 @@
-"""Further annotation -> a stream of targets: `vaflow cache targets`. Expression classes, action units.
+"""Import further annotation as a stream of targets: expression classes, action units (`vaflow cache targets`).
 
     DIR/<item>.csv or .txt, with a column `time` (seconds) or `frame` (0-based); without, row k is the clip's frame k
 

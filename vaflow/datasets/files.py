@@ -73,7 +73,7 @@ class LeftOut:
             kinds = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in self.ignored)  # noqa: PTH122
             counts = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common(10))
             message = f"Files that are not used ({counts}): {examples(sorted(self.ignored))}"
-            notes.append(Note("note", "ignored-files", "", message, "Convert recordings to a format that FFmpeg reads"))
+            notes.append(Note("note", "ignored-files", "", message, "Convert them if they are recordings"))
         return notes
 
 
