@@ -16,16 +16,16 @@ import numpy as np
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Array, StreamInfo
-from vaflow.datasets.files import below, size_problem
-from vaflow.datasets.text import MAX_FRAME, MAX_SECONDS
+from vaflow.datasets.files import head, size_problem
+from vaflow.datasets.text import MAX_FRAME, MAX_SECONDS, decimal_point, separator_of
 from vaflow.errors import DataError, UsageError, explain
+from vaflow.extract.importing.labels import label_path
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.timeline import Bools, Floats, extend
 
 TASKS = ("classes", "binary")
-SUFFIXES = (".csv", ".txt")
 CLOCKS = ("time", "frame")
-SHOWN = 5  # of what is wrong
+SHOWN = 5  # problems in a message
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TargetTable:
 
 @dataclass(frozen=True)
 class TargetSummary:
-    """What an import did: clips written, clips that were there, annotated rows, and the names of the targets."""
+    """The result of an import: clips written, clips up to date, annotated rows, and the names of the targets."""
 
     written: int
     done: int
@@ -61,22 +61,22 @@ def import_targets(cache: Cache, stream: str, task: str, folder: Path, names: Se
 
     Args:
         cache: writable; its clips' frames are the clock of files that count frames.
-        stream: what the targets are called.
+        stream: name of the targets.
         task: "classes" or "binary".
-        folder: of the files, `<item>.csv` or `<item>.txt`.
+        folder: of `<item>.csv` or `<item>.txt`.
         names: of the classes; empty: those in the files.
 
     Raises:
         UsageError: an unknown task, no file for any clip, or a name that belongs to another stream.
-        DataError: files cannot be used; they are named with what is wrong.
-        FingerprintError: the stream is there with another task or other names.
+        DataError: files cannot be used; the message names them and their problems.
+        FingerprintError: the stream exists with another task or other names.
     """
     if task not in TASKS:
         raise UsageError(explain("Unknown task", got=task, choices=TASKS))
     known = cache.streams().get(stream)
     if known is not None and known.kind != "targets":
         raise UsageError(explain(f"The name {stream!r} belongs to a stream of kind {known.kind}"))
-    files = {item: path for item in cache.items() if (path := _file(folder, item)) is not None}
+    files = {item: path for item in cache.items() if (path := label_path(folder, item)) is not None}
     if not files:
         expected = f"files such as {folder / (cache.items() or ['CLIP'])[0]}.csv"
         raise UsageError(explain("No clip of the cache has a file of targets", expected=expected, got=folder))
@@ -87,7 +87,10 @@ def import_targets(cache: Cache, stream: str, task: str, folder: Path, names: Se
     for item, table in tables.items():
         if cache.has(stream, item) and same_file(files[item], cache.record(stream, item).source["targets"]):
             continue
-        time = _times(table, cache.read(LABELS, item, ["time"]).time)
+        time = table.at
+        if table.clock != "time":  # rows beyond the clip's frames continue at their median interval
+            number = time.astype(np.int64)
+            time = extend(cache.read(LABELS, item, ["time"]).time, int(number.max()) + 1)[number]
         order = np.argsort(time, kind="stable")
         value, valid = table.value[order].astype(np.float32), table.valid[order]
         arrays: dict[str, Array] = {"time": time[order], "value": value, "valid": valid}
@@ -95,11 +98,6 @@ def import_targets(cache: Cache, stream: str, task: str, folder: Path, names: Se
         written += 1
     rows = sum(int(table.valid.any(axis=1).sum()) for table in tables.values())
     return TargetSummary(written, len(tables) - written, rows, first.names)
-
-
-def _file(folder: Path, item: str) -> Path | None:
-    paths = [below(folder, f"{item}{suffix}") for suffix in SUFFIXES]
-    return next((path for path in paths if path.is_file()), None)
 
 
 def _read_all(files: dict[str, Path], task: str, names: tuple[str, ...]) -> dict[str, TargetTable]:
@@ -122,16 +120,17 @@ def _read_all(files: dict[str, Path], task: str, names: tuple[str, ...]) -> dict
 
 
 def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTable:
-    """One file; see the head of this module for its forms.
+    """One file in any of the forms above; commas, semicolons or tabs separate cells.
 
     Raises:
-        DataError: it cannot be read, or holds what is none of these; the line is named.
+        DataError: it cannot be read, or a line has none of these forms.
     """
     if (problem := size_problem(path)) is not None:
         raise DataError(explain(f"{path} cannot be read", expected="a table of targets", got=problem))
+    separator = separator_of(head(path).partition("\n")[0])
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+            lines = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=separator) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(explain(f"{path} cannot be read", expected="a table in UTF-8 text", got=error)) from error
     header, rows = (lines[0], lines[1:]) if lines else ([], [])
@@ -149,6 +148,7 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
     value = np.full((len(rows), len(named)), np.nan)
     at = np.arange(len(rows), dtype=np.float64)
     for k, row in enumerate(rows):
+        row = row if separator == "," else [decimal_point(cell) for cell in row]
         cells = [cell for j, cell in enumerate(row) if j not in clocks]
         try:
             at[k] = float(row[clocks[0]]) if clocks else k
@@ -158,14 +158,12 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
     clock = header[clocks[0]].lower() if clocks else ""
     most = MAX_SECONDS if clock == "time" else MAX_FRAME
     if not ((at >= 0) & (at <= most)).all():  # NaN fails this comparison too
-        raise DataError(
-            explain(f"{path} has times or frames that cannot be", expected=f"numbers from 0 on, to {most:.0f}")
-        )
+        raise DataError(explain(f"{path} has impossible times or frames", expected=f"numbers from 0 to {most:.0f}"))
     return TargetTable(named, clock, at, value, np.isfinite(value))
 
 
 def _one_class(cell: str, names: tuple[str, ...]) -> Floats:
-    """1 for the class, by name or number, and 0 for the others; NaN where not annotated."""
+    """[K] 1 for the class, by name or number, and 0 for the others; NaN if not annotated."""
     if cell in names:
         return np.eye(len(names))[names.index(cell)]
     if not cell or float(cell) == -1:
@@ -177,6 +175,7 @@ def _one_class(cell: str, names: tuple[str, ...]) -> Floats:
 
 
 def _shares(cells: Sequence[str], names: tuple[str, ...], task: str) -> Floats:
+    """[K] the cells as numbers in [0, 1]; NaN if not annotated."""
     if len(cells) != len(names):
         raise ValueError(f"{len(cells)} cells for {len(names)} targets")
     value = np.array([float(cell or "nan") for cell in cells])
@@ -187,11 +186,3 @@ def _shares(cells: Sequence[str], names: tuple[str, ...], task: str) -> Floats:
     if wrong.any() or (task == "classes" and abs(value.sum() - 1) > 1e-3):
         raise ValueError("values that are not within [0, 1]" if wrong.any() else "shares that do not sum to 1")
     return value
-
-
-def _times(table: TargetTable, frames: Floats) -> Floats:
-    """[R] seconds of a table's rows; rows beyond the clip's frames go on at their median interval."""
-    if table.clock == "time":
-        return table.at
-    number = table.at.astype(np.int64)
-    return extend(frames, int(number.max()) + 1)[number]

@@ -108,7 +108,7 @@ def test_again_it_takes_changes_and_nothing_else(cache: Cache, tmp_path: Path) -
         ("binary", "a,b\n0,2\n", "within"),
         ("binary", "a,b\n0\n", "1 cells for 2"),
         ("binary", "time,a\nx,1\n", "line 2"),
-        ("binary", "time,a\n-3,1\n", "from 0 on"),
+        ("binary", "time,a\n-3,1\n", "numbers from 0 to 1000000"),
         ("binary", "time\n1\n", "no targets"),
         ("binary", "", "no targets"),
     ],
