@@ -37,7 +37,7 @@ def import_torchcodec() -> Any:
     Raises:
         UsageError: it is not installed, or does not find its libraries.
     """
-    remedy = "pip install 'vaflow[nvdec]', and FFmpeg's shared libraries from the system; or use --decoder pyav"
+    remedy = "pip install -e '.[nvdec]' (in the clone) and FFmpeg's shared libraries, or use --decoder pyav"
     try:
         import torchcodec.decoders
     except (ImportError, RuntimeError, OSError) as error:

@@ -16,7 +16,7 @@ DURATIONS = [0.0, 0.2, 0.5, 3.0, 9.5, 9.99, 10.0, 10.001, 10.5, 13.0, 13.2, 61.7
 
 
 def brute_force_starts(grid: Grid, duration: float) -> list[Fraction]:
-    """Decision 1 of the method, as a loop: multiples of the stride below the last start, then the last start."""
+    """The sampling grid as a loop: multiples of the stride below the last start, then the last start."""
     window, stride = Fraction(str(grid.window)), Fraction(str(grid.stride))
     step = window / grid.frames
     last = max(Fraction(0), ceil((Fraction(duration) - window) / step - Fraction(1, 10**6)) * step)

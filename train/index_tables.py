@@ -1,7 +1,8 @@
 """Which cached row every sample of every training window reads: pure functions on the times of one clip.
 
 A table holds row numbers of a stream's embedding; `NOTHING` stands where there is none to read: the clip has ended,
-the input is missing, or the stream has no sample near enough. Source: decisions 1, 4 and 12 of the method's readings.
+the input is missing, or the stream has no sample near enough. Source: docs/choices.md, "Sampling grid",
+"Labels at sampled times" and "Nearest sample".
 """
 
 from dataclasses import dataclass

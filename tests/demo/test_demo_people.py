@@ -5,11 +5,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from vaflow.demo.curves import Key, random_intervals, random_mood, smooth_curve, within
 from vaflow.demo.expression import express
 from vaflow.demo.person import random_person
 from vaflow.demo.scenario import DemoConfig, plan_clips
 from vaflow.demo.scene import Scene
-from vaflow.demo.traces import Key, random_mood, smooth_trace, stretches, within
 from vaflow.demo.voice import SAMPLE_RATE, random_speaker, speak
 
 
@@ -38,7 +38,7 @@ def test_the_path_is_smooth_and_stays_inside_the_square():
 
 
 def test_a_trace_is_the_same_whenever_it_is_asked():
-    trace = smooth_trace(np.random.default_rng(0), slowest=20, fastest=2)
+    trace = smooth_curve(np.random.default_rng(0), slowest=20, fastest=2)
     time = np.array([0.0, 1.5, 7.25])
     expected = [
         sum(
@@ -53,7 +53,7 @@ def test_a_trace_is_the_same_whenever_it_is_asked():
 
 def test_stretches_are_apart_and_inside():
     for seed in range(20):
-        found = stretches(np.random.default_rng(seed), duration=40, share=0.15, shortest=2, longest=4)
+        found = random_intervals(np.random.default_rng(seed), duration=40, share=0.15, shortest=2, longest=4)
         assert found and found[0][0] >= 0 and found[-1][1] <= 40
         assert all(after[0] > before[1] for before, after in pairwise(found))
         time = np.arange(0, 40, 0.01)

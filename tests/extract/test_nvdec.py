@@ -173,7 +173,7 @@ def test_without_a_gpu_or_the_package_or_ffmpeg_it_says_so(
 
 def test_at_the_command_line(tmp_path: Path, numbered: Path) -> None:
     program = "import sys; sys.modules['torchcodec'] = None; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
-    for choice, word in (("nvdec", "vaflow[nvdec]"), ("cuvid", "nvdec, pyav")):
+    for choice, word in (("nvdec", ".[nvdec]"), ("cuvid", "nvdec, pyav")):
         arguments = ["extract", str(tmp_path), "--out", str(tmp_path / "cache"), "--decoder", choice]
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
         assert done.returncode == 2, done.stderr

@@ -23,7 +23,7 @@ from vaflow.cache import open_cache
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.extract.pipeline import extract
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'vaflow[ray]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
 __all__ = ["dataset", "reference"]  # fixtures
 CONFIG = replace(WHOLE, workers=1)  # two CPUs per member: one member on each node

@@ -211,7 +211,7 @@ def test_without_ray_the_remedy_is_named(tmp_path: Path) -> None:
     arguments = ["extract", str(tmp_path), "--out", str(tmp_path / "c"), "--engine", "ray"]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install 'vaflow[ray]'" in done.stderr
+    assert "pip install -e '.[ray]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "c").exists()
 
@@ -240,7 +240,7 @@ def test_a_cache_in_memory_is_refused() -> None:
 
 
 def test_what_keeps_ray_quiet_yields_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'vaflow[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     import os
 
     from vaflow.extract.ray_engine import import_ray

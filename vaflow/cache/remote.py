@@ -233,9 +233,9 @@ def _file_system(url: str) -> tuple[Any, str]:
         fs, base = fsspec.core.url_to_fs(url)
     except ImportError as error:
         library = SCHEMES[url.partition(":")[0]]
-        package = f"vaflow[{EXTRAS[library]}]" if library in EXTRAS else library
+        package = f"-e '.[{EXTRAS[library]}]'  (in the clone)" if library in EXTRAS else library
         problem = f"{url} cannot be opened: {error}"
-        raise UsageError(explain(problem, remedy=f"Install it: pip install '{package}'")) from error
+        raise UsageError(explain(problem, remedy=f"Install it: pip install {package}")) from error
     return fs, str(base).rstrip("/")
 
 

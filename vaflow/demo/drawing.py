@@ -1,4 +1,4 @@
-"""Anti-aliased drawing in a coordinate system of one's own."""
+"""Anti-aliased drawing in a local coordinate system."""
 
 from collections.abc import Sequence
 

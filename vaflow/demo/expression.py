@@ -1,21 +1,21 @@
-"""What a face does over time: a handful of numbers per frame that follow valence and arousal, and drift on their own.
+"""Facial expression over time: a few parameters per frame that follow valence and arousal and drift at random.
 
-The picture tells valence well (mouth, cheeks, inner brows) and arousal in part (eyes, brows): the eyes and brows also
-follow a drift that has nothing to do with arousal, the mouth opens with speech, and each face rests in its own way.
+The image shows valence well (mouth, cheeks, inner brows) and arousal in part (eyes, brows): eyes and brows also drift
+independently of arousal, the mouth opens with speech, and each face has its own neutral expression.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from vaflow.demo.curves import Floats, Key, MoodAt, smooth_curve
 from vaflow.demo.person import Person
-from vaflow.demo.traces import Floats, Key, MoodAt, smooth_trace
 from vaflow.demo.voice import CONTROL_RATE
 
 
 @dataclass(frozen=True)
 class Expression:
-    """[N] numbers per frame, each about -1 to 1 unless said otherwise.
+    """[N] parameters per frame, each about -1 to 1 unless stated otherwise.
 
     Attributes:
         smile: corners of the mouth up (1) or down (-1).
@@ -25,7 +25,7 @@ class Expression:
         slant: inner ends of the brows up (grief, 1) or down (anger, -1).
         gaze: where the eyes look, left or right.
         x, y, turn: where the head is, in half face widths, and its tilt in radians.
-        slip: [N, 3] how far the cut-out is off: x, y in half face widths, and scale.
+        slip: [N, 3] error of the crop: x, y in half face widths, and scale.
     """
 
     smile: Floats
@@ -48,7 +48,7 @@ def express(key: Key, person: Person, mood: MoodAt, mouth: Floats, time: Floats)
     valence, arousal = mood(time).T
 
     def drift(name: str, scale: float, slowest: float = 14.0, fastest: float = 1.5) -> Floats:
-        return smooth_trace(key.rng(f"face {name}"), slowest, fastest, scale)(time)
+        return smooth_curve(key.rng(f"face {name}"), slowest, fastest, scale)(time)
 
     speech = np.interp(time, np.arange(len(mouth)) / CONTROL_RATE, mouth)
     blink = _blinks(key.rng("blinks"), time)

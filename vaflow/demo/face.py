@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from vaflow.demo.curves import Key
 from vaflow.demo.drawing import CIRCLE, Colour, Image, Pen, Points, curve, mix, shade
 from vaflow.demo.expression import Expression
 from vaflow.demo.person import Person
-from vaflow.demo.traces import Key
 
 WHITE: Colour = (238, 240, 242)
 DARK: Colour = (24, 22, 26)

@@ -1,11 +1,11 @@
-"""What makes one drawn person differ from the next: colours, proportions, hair, habit of face, room."""
+"""Random appearance of the drawn people: colours, proportions, hair, neutral expression, room."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from vaflow.demo.curves import Key
 from vaflow.demo.drawing import Colour, from_rgb, mix, shade
-from vaflow.demo.traces import Key
 
 SKINS = [from_rgb(c) for c in ("#f6d9c4", "#eec3a0", "#dca97e", "#c58c5e", "#a06a42", "#7b4d30", "#5c3824")]
 HAIRS = [from_rgb(c) for c in ("#2b211d", "#4a3325", "#7a4e2d", "#b58345", "#d9b871", "#8c3b22", "#8f8f93")]
@@ -18,7 +18,7 @@ BEARDS = ("none", "none", "none", "none", "none", "none", "moustache", "stubble"
 
 @dataclass(frozen=True)
 class Person:
-    """A face at rest. Lengths are in half face widths; `rest_*` is where expressions start from."""
+    """A neutral face. Lengths are in half face widths; `rest_*` are offsets of the expression."""
 
     skin: Colour
     hair: Colour
@@ -46,7 +46,7 @@ class Person:
 
 
 def random_person(key: Key) -> Person:
-    """The person of one clip. Everything is drawn from a range, so no two are alike."""
+    """The person of one clip, with all attributes drawn at random."""
     rng = key.rng("person")
     skin = _between(rng, SKINS)
     hair = HAIRS[rng.integers(len(HAIRS))] if rng.random() > 0.3 else HAIRS[0]

@@ -1,4 +1,4 @@
-"""The demonstration as a whole: synthetic clips -> cache -> heads -> scores on unseen people -> pictures."""
+"""The demo: synthetic clips -> cache -> trained heads -> scores on unseen people -> figures."""
 
 import logging
 import time
@@ -20,20 +20,20 @@ from vaflow.train.training import train_run
 log = logging.getLogger(__name__)
 
 VISUAL, AUDIO = "clip-tiny", "ast-tiny"
-CLIPS = 24  # of all labelled ones
-# Published settings but for this: features of random encoders are mostly one constant offset, which it removes.
+CLIPS = 24  # labelled clips, training and validation
+# The only deviation from the published settings: it removes the large constant offset in features of random encoders.
 TRAINING: dict[str, Any] = {"normalize": "standard"}
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demonstration came to.
+    """Result of a demo.
 
     Attributes:
-        out: holds data, cache and run.
-        metrics: of the full model on the held-out people; as `metrics.json`.
-        seconds: per stage.
-        pictures: what was drawn.
+        out: folder of data, cache and run.
+        metrics: scores of the full model on the held-out people, as in `metrics.json`.
+        seconds: duration of each stage.
+        pictures: the figures.
     """
 
     out: Path
@@ -43,17 +43,17 @@ class DemoResult:
 
 
 def run_demo(out: Path, *, seed: int = 0, clips: int = CLIPS, show_progress: bool = False) -> DemoResult:
-    """Write, extract, train, evaluate, draw; what is there already is reused.
+    """Write clips, extract, train, evaluate and draw; finished steps are reused.
 
     Args:
         out: folder for data, cache and run.
-        seed: of the people, their feelings, and the training.
-        clips: labelled clips, two thirds of them to train.
-        show_progress: draw bars.
+        seed: random seed (synthetic data and training).
+        clips: labelled clips; two thirds are for training.
+        show_progress: draw progress bars.
 
     Raises:
-        UsageError: `out` cannot be written, or holds something else; too few clips.
-        VaflowError: a synthetic clip failed to be extracted.
+        UsageError: `out` is not writable or holds other files; too few clips.
+        VaflowError: a synthetic clip could not be extracted.
     """
     seconds: dict[str, float] = {}
     with _timed("write clips", seconds):
@@ -62,7 +62,7 @@ def run_demo(out: Path, *, seed: int = 0, clips: int = CLIPS, show_progress: boo
         config = ExtractConfig(visual=(VISUAL,), audio=(AUDIO,), device="cpu")
         summary = extract(open_dataset(out / "data", "affwild2"), out / "cache", config, show_progress=show_progress)
     if summary.failures:
-        raise VaflowError(explain("The demo's own clips failed to be extracted", got=summary.failures[0].message))
+        raise VaflowError(explain("The synthetic clips could not be extracted", got=summary.failures[0].message))
     with _timed("train and evaluate", seconds):
         settings = TrainConfig(visual=(VISUAL,), audio=(AUDIO,), seed=seed, device="cpu", **TRAINING)
         result = train_run(open_cache(out / "cache"), settings, out / "run", show=show_progress)
@@ -71,7 +71,7 @@ def run_demo(out: Path, *, seed: int = 0, clips: int = CLIPS, show_progress: boo
 
 
 def describe(result: DemoResult) -> str:
-    """The result for a person: scores with intervals, time, and where to look."""
+    """The result as text: scores with intervals, durations and the paths of the figures."""
     ccc, interval = result.metrics["ccc"], result.metrics["ci95"]
     lines = ["", "Held-out people, concatenated CCC (95 % interval from a bootstrap over videos):"]
     lines += [
@@ -79,7 +79,7 @@ def describe(result: DemoResult) -> str:
         for name in ("valence", "arousal", "mean")
     ]
     lines += ["", "Time: " + ", ".join(f"{stage} {value:.0f} s" for stage, value in result.seconds.items())]
-    lines += ["Pictures:", *(f"  {path}" for path in result.pictures)]
+    lines += ["Figures:", *(f"  {path}" for path in result.pictures)]
     lines += ["", f"Next: vaflow predict {result.out / 'run'} YOUR_VIDEO.mp4 --out {result.out / 'predictions'}"]
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
-"""What the synthetic data set consists of: which clips, of whom, with which of Aff-Wild2's quirks. No files here.
+"""Plan of the synthetic data set: its clips, people and irregularities of Aff-Wild2. Writes no files.
 
-Clip k of a split is the same whatever the number of clips, so a larger set contains the smaller one.
+Clip k of a split does not depend on the number of clips, so a larger data set contains the smaller one.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.demo.traces import Bools, Floats, Key, Mood, random_mood, smooth_trace, stretches, within
+from vaflow.demo.curves import Bools, Floats, Key, Mood, random_intervals, random_mood, smooth_curve, within
 from vaflow.demo.video_writer import on_clock
 from vaflow.errors import UsageError, explain
 
@@ -17,7 +17,7 @@ PICTURES = ("face", "noise")
 SOUNDS = ("voice", "noise")
 NTSC = 30_000 / 1001
 
-# The quirk of the k-th training and validation trial; trials beyond these have none.
+# Irregularity of the k-th trial of each split; later trials have none.
 PAIR, VFR, FILM_RATE, MUTE, SHORT_SOUND, SHORT_CLIP, STEREO = (
     "pair", "variable-rate", "29.97-fps", "no-audio", "short-audio", "short-clip", "stereo-44.1k"
 )  # fmt: skip
@@ -27,23 +27,23 @@ ROLES: dict[str, tuple[str | None, ...]] = {
     "test": (None,),
 }
 EXTRA_ROWS = (1, 0, 1, 0, 1, 0, -3, 1, 2, 1, 0, 1)  # annotation rows minus video frames, by clip
-UNLABELLED_EVERY = 4  # every fourth clip has a run of rows that nobody annotated
+UNLABELLED_EVERY = 4  # every fourth clip has a run of unannotated rows
 SHORT_CLIP_SECONDS = 7.0
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What to write.
+    """Settings of the data set.
 
     Args:
         train, val, test: trials in each split; a `_left`/`_right` pair counts as two.
         seconds: length of a clip.
         rate: nominal frames per second.
         width, height: of a video in pixels.
-        seed: another seed is another set of people, paths and labels.
-        picture: "face", or "noise" in its place; nothing else changes.
-        sound: "voice", or "noise" in its place; nothing else changes.
-        shuffle_labels: permute the annotated rows over the whole training split; validation stays as it is.
+        seed: random seed of people, trajectories and labels.
+        picture: "face" or "noise"; audio and labels do not depend on it.
+        sound: "voice" or "noise"; video and labels do not depend on it.
+        shuffle_labels: permute the annotated rows of the whole training split.
 
     Raises:
         UsageError: a value is out of range or not one of the choices.
@@ -69,7 +69,7 @@ class DemoConfig:
                 raise UsageError(explain(f"{name} is too small", expected=f"at least {bound}", got=value))
         if self.width % 2 or self.height % 2:
             got = f"{self.width} x {self.height}"
-            raise UsageError(explain("H.264 wants even picture sizes", expected="even width and height", got=got))
+            raise UsageError(explain("H.264 requires an even width and height", got=got))
         for name, choices in (("picture", PICTURES), ("sound", SOUNDS)):
             if getattr(self, name) not in choices:
                 raise UsageError(explain(f"Unknown {name}", got=getattr(self, name), choices=choices))
@@ -82,8 +82,8 @@ class ClipPlan:
     Attributes:
         trial: its name.
         split: "train", "val" or "test".
-        key: where its random numbers come from.
-        quirk: what is odd about its video, or None.
+        key: source of its random numbers.
+        quirk: irregularity of its video, or None.
         folder: the folder below `raw_videos` that holds its video.
         times: [N] presentation times of the video's frames in seconds.
         rows: annotation rows; unlike N in some clips.
@@ -104,38 +104,38 @@ class ClipPlan:
 
     @property
     def seconds(self) -> float:
-        """How long the video lasts."""
+        """Duration of the video."""
         return float(self.times[-1] + np.median(np.diff(self.times)))
 
     @cached_property
     def mood(self) -> Mood:
-        """The hidden path."""
+        """Valence and arousal over time."""
         return random_mood(self.key)
 
     @cached_property
     def occlusions(self) -> list[tuple[float, float]]:
-        """When something hides the face, in seconds."""
-        return stretches(self.key.rng("occlusions"), self.seconds, share=0.14, shortest=1.5, longest=4.0)
+        """Intervals in which the face is covered, in seconds."""
+        return random_intervals(self.key.rng("occlusions"), self.seconds, share=0.14, shortest=1.5, longest=4.0)
 
     @cached_property
     def silences(self) -> list[tuple[float, float]]:
-        """When nobody speaks, in seconds."""
-        return stretches(self.key.rng("silences"), self.seconds, share=0.14, shortest=2.0, longest=4.5)
+        """Intervals without speech, in seconds."""
+        return random_intervals(self.key.rng("silences"), self.seconds, share=0.14, shortest=2.0, longest=4.5)
 
     @cached_property
     def cropped(self) -> Bools:
-        """[N] whether there is a face crop: not when it is hidden, nor when the detector failed now and then."""
+        """[N] whether the frame has a face crop: not if the face is covered, nor at random detector failures."""
         failed = self.key.rng("detector").random(len(self.times)) < 0.01
         return ~within(self.times, self.occlusions) & ~failed
 
     def row_times(self) -> Floats:
-        """[rows] when each annotation row is: its frame's time, going on at the usual interval after the last frame."""
+        """[rows] time of each annotation row: its frame's; after the last frame, at the median interval."""
         interval = float(np.median(np.diff(self.times)))
         beyond = self.times[-1] + interval * np.arange(1, max(self.rows - len(self.times), 0) + 1)
         return np.concatenate([self.times, beyond])[: self.rows]
 
     def annotated(self) -> Bools:
-        """[rows] whether somebody annotated the row; runs at the start, in the middle or at the end have nobody."""
+        """[rows] whether the row is annotated; some clips have an unannotated run at the start, middle or end."""
         known = np.ones(self.rows, bool)
         if self.split == "test" or self.key.index % UNLABELLED_EVERY:
             return known
@@ -146,7 +146,7 @@ class ClipPlan:
         return known
 
     def labels(self) -> NDArray[np.float64]:
-        """[rows, 2] valence and arousal, -5 in both where nobody annotated."""
+        """[rows, 2] valence and arousal; -5 in both if the row is not annotated."""
         return np.where(self.annotated()[:, None], np.round(self.mood(self.row_times()), 4), -5.0)
 
 
@@ -161,7 +161,7 @@ def _plan(config: DemoConfig, split: str, index: int, count: int) -> ClipPlan:
     quirk = roles[index] if index < len(roles) else None
     pair = [k for k, role in enumerate(roles) if role == PAIR]
     if quirk == PAIR and count <= pair[1]:
-        quirk = None  # no room for the second person
+        quirk = None  # the split has no second trial for the pair
     key = Key(config.seed, split, index)
     name = f"{split}{index + 1:02d}"
     source = key
@@ -179,9 +179,9 @@ def _frame_times(config: DemoConfig, key: Key, quirk: str | None) -> Floats:
     rate = NTSC if quirk == FILM_RATE else config.rate
     if quirk != VFR:
         return np.arange(max(2, round(seconds * rate))) / rate
-    # A phone in changing light: the rate wanders between two thirds of the nominal one and the nominal one.
+    # Like a phone in changing light: the frame rate varies between two thirds and all of the nominal rate.
     clock = np.arange(max(2, round(seconds * rate))) / rate
-    slowdown = 1.25 + 0.25 * np.clip(smooth_trace(key.rng("clock"), 20, 3, 0.7)(clock), -1, 1)
+    slowdown = 1.25 + 0.25 * np.clip(smooth_curve(key.rng("clock"), 20, 3, 0.7)(clock), -1, 1)
     gaps = slowdown / rate * key.rng("jitter").uniform(0.9, 1.1, len(clock))
     times = np.concatenate([[0.0], np.cumsum(gaps)])
     return times[times < seconds]

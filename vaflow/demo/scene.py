@@ -1,24 +1,24 @@
-"""One person through one clip: frames with or without something in front of the face, and the cut-outs of the face."""
+"""Frames and face crops of one person in one clip, with occlusions."""
 
 import cv2
 import numpy as np
 
+from vaflow.demo.curves import Floats
 from vaflow.demo.drawing import Colour, Image, Pen, shade
 from vaflow.demo.expression import express
 from vaflow.demo.face import FaceArtist, draw_room
 from vaflow.demo.person import SHIRTS, random_person
 from vaflow.demo.scenario import ClipPlan
-from vaflow.demo.traces import Floats
 
 CROP_SIZE = 112
-CROP_SCALE = 64.0  # half a face's width in the cut-out, in pixels
-CROP_CENTRE = 0.08  # the cut-out's middle, in half face widths below the head's
-EASE = 0.25  # seconds that something takes to move in front of the face
-NOISE_CELL = 8  # pixels of one square of noise
+CROP_SCALE = 64.0  # half a face width in the crop, in pixels
+CROP_CENTRE = 0.08  # centre of the crop, in half face widths below that of the head
+EASE = 0.25  # seconds until an occlusion covers the face
+NOISE_CELL = 8  # size of a noise square in pixels
 
 
 class Scene:
-    """The pictures of one trial.
+    """The frames of one trial.
 
     Args:
         plan: whose.
@@ -43,7 +43,7 @@ class Scene:
         return image
 
     def crop(self, i: int, frame: Image) -> Image:
-        """The face cut out of frame i and aligned, [112, 112, 3] BGR; a little off, as a landmark detector is."""
+        """The aligned face crop of frame i, [112, 112, 3] BGR, with the small error of a landmark detector."""
         x, y, turn = self.artist.place(i)
         slip_x, slip_y, slip_scale = self.expression.slip[i]
         unit = self.artist.scale
@@ -55,7 +55,7 @@ class Scene:
         )
 
     def _hide(self, pen: Pen, progress: float) -> None:
-        """A book in front of the face; it comes from below."""
+        """Draw a book that covers the face from below."""
         y = 3.6 + (0.1 - 3.6) * progress
         w, h = 1.25, 1.65
         book = np.array([[-w, y - h], [w, y - h], [w, y + h], [-w, y + h]])
@@ -67,18 +67,18 @@ class Scene:
 
 
 class NoiseScene:
-    """Pictures that tell nothing, of the same size and at the same times as those of `plan`."""
+    """Noise frames without information, of the same size and times as those of `plan`."""
 
     def __init__(self, plan: ClipPlan, width: int, height: int) -> None:
         self.rng = plan.key.rng("noise picture")
         self.width, self.height = width, height
 
     def frame(self, i: int) -> Image:
-        """A frame of coloured squares, unlike every other."""
+        """A frame of random coloured squares."""
         return self._squares(self.width, self.height)
 
     def crop(self, i: int, frame: Image) -> Image:
-        """The middle of the frame."""
+        """The centre of the frame."""
         left, top = (self.width - CROP_SIZE) // 2, (self.height - CROP_SIZE) // 2
         return np.ascontiguousarray(frame[max(top, 0) :, max(left, 0) :][:CROP_SIZE, :CROP_SIZE])
 
@@ -89,7 +89,7 @@ class NoiseScene:
 
 
 def _covered(plan: ClipPlan) -> Floats:
-    """[N] how far the cover is up, 0 to 1."""
+    """[N] covered part of the face, 0 to 1."""
     covered = np.zeros(len(plan.times))
     for begin, end in plan.occlusions:
         rise = np.minimum(plan.times - begin, end - plan.times) / EASE

@@ -10,8 +10,8 @@ from av.audio.stream import AudioStream
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from vaflow.demo.curves import Floats
 from vaflow.demo.drawing import Image
-from vaflow.demo.traces import Floats
 
 CLOCK = Fraction(1, 30_000)  # divides 15, 25, 30 and 30000/1001 frames per second exactly
 QUALITY = "23"
@@ -23,7 +23,7 @@ def on_clock(times: Floats) -> Floats:
     return np.rint(np.asarray(times) / float(CLOCK)) * float(CLOCK)
 
 
-def write_film(
+def write_video(
     path: Path, frames: Iterable[Image], times: Floats, sound: NDArray[np.float32] | None, sample_rate: int
 ) -> None:
     """Encode one file.

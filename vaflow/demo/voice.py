@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.demo.traces import Floats, Key, MoodAt, smooth_trace, within
+from vaflow.demo.curves import Floats, Key, MoodAt, smooth_curve, within
 
 SAMPLE_RATE = 16_000
 CONTROL_RATE = 100  # pitch, loudness and formants are set this many times a second
@@ -26,7 +26,7 @@ BANDWIDTH = np.array([90.0, 110.0, 160.0])
 
 @dataclass(frozen=True)
 class Speaker:
-    """What stays the same about a voice: pitch in Hz, vocal tract, recording level and room noise in decibels."""
+    """Constants of a voice: pitch in Hz, vocal tract, recording level and room noise in decibels."""
 
     pitch: float
     tract: float
@@ -38,11 +38,11 @@ class Speaker:
 
 @dataclass(frozen=True)
 class Voice:
-    """Sound and what the face must know of it.
+    """Audio and the mouth opening that belongs to it.
 
     Attributes:
         sound: [N] float32 in (-1, 1) at `SAMPLE_RATE`.
-        mouth: [C] how open the mouth is, 0 to 1, at `CONTROL_RATE`; it says when there is a syllable, not how loud.
+        mouth: [C] how open the mouth is, 0 to 1, at `CONTROL_RATE`; it follows the syllables, not the loudness.
     """
 
     sound: NDArray[np.float32]
@@ -64,12 +64,12 @@ def random_speaker(key: Key) -> Speaker:
 
 
 def speak(key: Key, mood: MoodAt, seconds: float, silences: list[tuple[float, float]]) -> Voice:
-    """What the person of `key` says while feeling `mood`, with nothing but the room in `silences`."""
+    """The speech of the person `key` for a trajectory `mood`, with room noise only in `silences`."""
     speaker = random_speaker(key)
     time = np.arange(int(np.ceil(seconds * CONTROL_RATE)) + 1) / CONTROL_RATE
     valence, arousal = mood(time).T
     drift = {
-        name: smooth_trace(key.rng(f"voice {name}"), slowest=25, fastest=2, scale=scale)(time)
+        name: smooth_curve(key.rng(f"voice {name}"), slowest=25, fastest=2, scale=scale)(time)
         for name, scale in (("pitch", 0.12), ("level", 4.0), ("tract", 0.035), ("tilt", 1.0))
     }
     syllable, formants = _syllables(key.rng("syllables"), time, arousal)
@@ -111,7 +111,7 @@ def _syllables(rng: np.random.Generator, time: Floats, arousal: Floats) -> tuple
 
 
 def _fade(active: NDArray[np.bool_], seconds: float = 0.12) -> Floats:
-    """A switch without clicks."""
+    """A mask [C] with smooth transitions, to avoid clicks."""
     width = max(1, int(seconds * CONTROL_RATE))
     kernel = np.hanning(width + 2)[1:-1]
     padded = np.pad(active.astype(np.float64), width, mode="edge")
@@ -147,5 +147,5 @@ def _per_sample(control: Floats, dtype: type = np.float32) -> NDArray[np.floatin
 
 
 def noise_sound(key: Key, seconds: float) -> NDArray[np.float32]:
-    """[N] steady noise that tells nothing, as loud as a voice."""
+    """[N] steady noise without information, as loud as a voice."""
     return (0.05 * key.rng("noise sound").standard_normal(round(seconds * SAMPLE_RATE))).astype(np.float32)

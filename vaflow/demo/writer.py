@@ -1,10 +1,10 @@
-"""Writes a small synthetic data set in the layout of Aff-Wild2, quirks included.
+"""Writes a small synthetic data set in the layout of Aff-Wild2, including its irregularities.
 
 raw_videos/batch1/<video>.mp4                  H.264 + AAC
 cropped_aligned/<trial>/00001.jpg              112 x 112, numbered by video frame from 1, some missing
 VA_Estimation_Challenge/{Train_Set,Validation_Set}/<trial>.txt
 Valence_Arousal_Estimation_Challenge_test_set_release.txt, VA_test_set_sample.txt
-demo.json                                      what it was written with; written last
+demo.json                                      the settings; written last
 """
 
 import json
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from vaflow.demo.drawing import Image
 from vaflow.demo.scenario import MUTE, SHORT_SOUND, STEREO, ClipPlan, DemoConfig, plan_clips
 from vaflow.demo.scene import NoiseScene, Scene
-from vaflow.demo.video_writer import write_film
+from vaflow.demo.video_writer import write_video
 from vaflow.demo.voice import SAMPLE_RATE, Voice, noise_sound, speak
 from vaflow.errors import UsageError, explain
 
@@ -40,15 +40,15 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class DemoSummary:
-    """What was written.
+    """Contents of the data set.
 
     Attributes:
-        root: the data set's folder.
+        root: folder of the data set.
         clips: trials per split.
-        seconds: of video altogether.
-        frames, crops, rows, unannotated: video frames, face crops, annotation rows, and those of -5.
-        quirks: how many trials have which of Aff-Wild2's quirks.
-        reused: it was already there.
+        seconds: total duration of the videos.
+        frames, crops, rows, unannotated: video frames, face crops, annotation rows, and rows of -5.
+        quirks: number of trials per irregularity of Aff-Wild2.
+        reused: whether the data set existed already.
     """
 
     root: Path
@@ -63,16 +63,16 @@ class DemoSummary:
 
 
 def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -> DemoSummary:
-    """Write the data set below `out`, or find that it is there already.
+    """Write the data set to `out`, or reuse it if it exists.
 
     Args:
-        out: a folder that is new, empty, or holds the same demo data.
-        progress: called with (videos done, videos in all, name) after each video.
+        out: a folder that does not exist, is empty, or holds demo data of the same settings.
+        progress: called with (finished videos, all videos, name) after each video.
         options: the fields of `DemoConfig`: train, val, test, seconds, rate, width, height, seed, picture, sound,
-            shuffle_labels. The same seed gives the same people, paths and labels whatever picture and sound are.
+            shuffle_labels. The same seed gives the same people and labels for every value of picture and sound.
 
     Raises:
-        UsageError: an option is wrong, or `out` holds something else.
+        UsageError: an option is wrong, or `out` holds other files.
     """
     config = _config(options)
     out = Path(out)
@@ -81,7 +81,7 @@ def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -
         return _summary(out, plans, reused=True)
     _prepare(out, config)
     videos = [list(group) for _, group in groupby(plans, key=lambda plan: plan.video)]
-    # Drawing and encoding release the interpreter, so threads share the work well enough.
+    # Drawing and encoding release the interpreter lock, so threads run in parallel.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = {pool.submit(_write_video, out, config, group): group[0].video for group in videos}
         for done, job in enumerate(as_completed(jobs), start=1):
@@ -107,21 +107,19 @@ def _write_marker(out: Path, config: DemoConfig, complete: bool) -> None:
 
 
 def _is_written(out: Path, config: DemoConfig) -> bool:
-    """Whether `out` holds exactly this data set, complete.
+    """Return whether `out` holds exactly this data set, complete.
 
     Raises:
-        UsageError: it holds anything else.
+        UsageError: `out` holds other files.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(
-            explain("The demo data needs a folder", expected="a new or empty folder", got=f"a file: {out}")
-        )
+        raise UsageError(explain(f"{out} is a file", expected="a new or empty folder"))
     if not out.is_dir() or not any(out.iterdir()):
         return False
-    remedy = "Name another folder, or delete this one"
+    remedy = "Choose another folder with --out, or delete this one"
     marker = out / MARKER
     if not marker.is_file():
-        raise UsageError(explain(f"{out} is not empty and holds no demo data", expected="a new folder", remedy=remedy))
+        raise UsageError(explain(f"{out} is not empty and does not contain demo data", remedy=remedy))
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
         settings, complete = found["settings"], found["complete"]
@@ -130,34 +128,36 @@ def _is_written(out: Path, config: DemoConfig) -> bool:
     if settings != asdict(config):
         wanted = asdict(config)
         differ = ", ".join(f"{k}={settings.get(k)!r} (now {v!r})" for k, v in wanted.items() if settings.get(k) != v)
-        raise UsageError(explain(f"{out} holds demo data of other settings", got=differ or settings, remedy=remedy))
+        raise UsageError(
+            explain(f"{out} contains demo data with other settings", got=differ or settings, remedy=remedy)
+        )
     return bool(complete)
 
 
 def _prepare(out: Path, config: DemoConfig) -> None:
-    """Make the folders, and the marker that says it is unfinished."""
+    """Create the folders and the marker of an unfinished data set."""
     try:
         for folder in (VIDEOS, CROPS, *(f"{LABELS}/{name}" for name in LABEL_FOLDERS.values())):
             (out / folder).mkdir(parents=True, exist_ok=True)
         _write_marker(out, config, complete=False)
     except OSError as error:
         raise UsageError(
-            explain(f"Cannot write into {out}", got=error, remedy="Name a folder you may write")
+            explain(f"Cannot write into {out}", got=error, remedy="Choose a writable folder with --out")
         ) from error
 
 
 def _write_video(out: Path, config: DemoConfig, people: Sequence[ClipPlan]) -> None:
-    """One video, its sound, and the crops of everyone in it."""
+    """Write one video with its audio, and the face crops of its people."""
     first = people[0]
     voices = [speak(plan.key, plan.mood, plan.seconds, plan.silences) for plan in people]
     sound, sample_rate = _sound(config, people, voices)
     path = out / VIDEOS / first.folder / f"{first.video}.mp4"
     path.parent.mkdir(exist_ok=True)
-    write_film(path, _frames(out, config, people, voices), first.times, sound, sample_rate)
+    write_video(path, _frames(out, config, people, voices), first.times, sound, sample_rate)
 
 
 def _frames(out: Path, config: DemoConfig, people: Sequence[ClipPlan], voices: Sequence[Voice]) -> Iterator[Image]:
-    """The video's frames, [H, W * people, 3] BGR; every crop is written as its frame goes by."""
+    """Yield the frames, [H, W * people, 3] BGR, and write the crops of each frame."""
     size = config.width, config.height
     scenes: list[Scene | NoiseScene] = [
         NoiseScene(plan, *size) if config.picture == "noise" else Scene(plan, voice.mouth, *size)
@@ -178,7 +178,7 @@ def _frames(out: Path, config: DemoConfig, people: Sequence[ClipPlan], voices: S
 def _sound(
     config: DemoConfig, people: Sequence[ClipPlan], voices: Sequence[Voice]
 ) -> tuple[NDArray[np.float32] | None, int]:
-    """What the video sounds like, with its sample rate; None for a video without sound."""
+    """The audio samples and their sample rate; None for a video without an audio stream."""
     plan = people[0]
     if plan.quirk == MUTE:
         return None, SAMPLE_RATE
@@ -201,7 +201,7 @@ def _as_cd(sound: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _write_labels(out: Path, config: DemoConfig, plans: Sequence[ClipPlan]) -> None:
-    """Annotations of train and validation, the names of the test trials and a sample submission."""
+    """Write the annotations, the list of test trials and a sample submission."""
     values = {plan.trial: plan.labels() for plan in plans}
     if config.shuffle_labels:
         _shuffle([values[plan.trial] for plan in plans if plan.split == "train"], config.seed)

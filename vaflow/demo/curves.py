@@ -1,7 +1,7 @@
-"""Smooth random traces: what the demo's people feel, and everything else about them that drifts with time.
+"""Smooth random curves: valence and arousal of the synthetic people, and everything else that drifts with time.
 
-A trace is a sum of sinusoids with random periods and phases, so it can be asked for at any instant: the picture asks at
-frame times, the sound at its control rate, the labels at annotation rows, and all three see the same trace.
+A curve is a sum of sinusoids with random periods and phases. It is defined at every instant: video samples it at frame
+times, audio at its control rate, labels at annotation rows.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,19 @@ SPLIT_NUMBER = {"train": 0, "val": 1, "test": 2}
 
 @dataclass(frozen=True)
 class Key:
-    """Who a random number belongs to: the same key gives the same numbers, whatever else the data set holds."""
+    """Identifies a clip: the same key gives the same random numbers, independently of the other clips."""
 
     seed: int
     split: str
     index: int
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """A generator for one purpose of one clip; purposes do not disturb each other."""
+        """A generator for one purpose of one clip; purposes are independent of each other."""
         return np.random.default_rng([self.seed, SPLIT_NUMBER[self.split], self.index, crc32(purpose.encode())])
 
 
 @dataclass(frozen=True)
-class Trace:
+class Curve:
     """`scale * sum_k amplitude_k sin(2 pi t / period_k + phase_k)`, about unit variance before `scale`."""
 
     period: Floats
@@ -46,22 +46,22 @@ class Trace:
         return self.scale * (np.sin(angle) @ self.amplitude)
 
 
-def smooth_trace(rng: np.random.Generator, slowest: float, fastest: float, scale: float = 1.0, waves: int = 7) -> Trace:
+def smooth_curve(rng: np.random.Generator, slowest: float, fastest: float, scale: float = 1.0, waves: int = 7) -> Curve:
     """A trace with periods between `fastest` and `slowest` seconds, slow waves being the larger ones."""
     # One period from each of `waves` equal slices of the logarithmic range: no clip is only slow or only fast.
     slices = (np.arange(waves) + rng.uniform(0, 1, waves)) / waves
     period = fastest * (slowest / fastest) ** slices
     amplitude = np.sqrt(period)
     amplitude *= np.sqrt(2 / np.sum(amplitude**2))
-    return Trace(period, rng.uniform(0, 2 * np.pi, waves), amplitude, scale)
+    return Curve(period, rng.uniform(0, 2 * np.pi, waves), amplitude, scale)
 
 
 @dataclass(frozen=True)
 class Mood:
-    """The hidden path that picture, sound and labels of one person share."""
+    """Valence and arousal over time, shared by video, audio and labels of one person."""
 
-    valence: Trace
-    arousal: Trace
+    valence: Curve
+    arousal: Curve
 
     def __call__(self, time: Floats) -> Floats:
         """[N] seconds -> [N, 2] valence and arousal within (-1, 1)."""
@@ -70,14 +70,14 @@ class Mood:
 
 
 def random_mood(key: Key) -> Mood:
-    """The path of one person; valence and arousal are independent, and arousal is the slower one."""
+    """The trajectory of one person; valence and arousal are independent, and arousal is slower."""
     return Mood(
-        smooth_trace(key.rng("valence"), slowest=45, fastest=8, scale=0.6),
-        smooth_trace(key.rng("arousal"), slowest=60, fastest=14, scale=0.6),
+        smooth_curve(key.rng("valence"), slowest=45, fastest=8, scale=0.6),
+        smooth_curve(key.rng("arousal"), slowest=60, fastest=14, scale=0.6),
     )
 
 
-def stretches(
+def random_intervals(
     rng: np.random.Generator, duration: float, share: float, shortest: float, longest: float
 ) -> list[tuple[float, float]]:
     """Disjoint intervals (begin, end) in seconds that cover about `share` of a clip, in order."""
