@@ -16,9 +16,9 @@ import numpy as np
 
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.schema import LOGMEL
-from vaflow.datasets import Dataset, open_dataset
+from vaflow.datasets import Dataset, log_left_out, open_dataset
 from vaflow.datasets.clip import Clip
-from vaflow.datasets.files import below
+from vaflow.datasets.files import below, is_audio
 from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
@@ -130,7 +130,7 @@ def predict_media(
     folder = config.cache
     if settings is not None:
         folder = folder or out / f"{FEATURES}{blake2b(repr(settings).encode(), digest_size=8).hexdigest()}"
-        root = clips[0].video.parent if clips and clips[0].video is not None else Path()
+        root = clips[0].audio.parent if clips and clips[0].audio is not None else Path()
         summary = extract(Dataset(root, "videos", clips, ()), folder, settings, show_progress=show_progress)
         for failure in summary.failures:
             failures.add(failure, quiet=True)
@@ -139,7 +139,7 @@ def predict_media(
     failed = {failure.item for failure in failures.failures}
     items = [clip.id for clip in clips if clip.id not in failed] if media else cache.items()
     predicted = write_clips(members, weights, cache, items, out, failures, show_progress=show_progress)
-    videos = {clip.id: clip.video for clip in clips if clip.video is not None}
+    videos = {clip.id: clip.audio for clip in clips if clip.audio is not None}
     write_sources(out, maker_of(run), cache, [clip.item for clip in predicted], videos)
     if config.cache is None:
         for features in out.glob(f"{FEATURES}*"):
@@ -230,19 +230,21 @@ def extraction_facts(run: Run) -> Iterator[tuple[str, object]]:
 
 
 def clips_of(media: Sequence[Path]) -> tuple[Clip, ...]:
-    """One clip per video. Its id, and so the file name, is the stem; with the extension where two share it.
+    """One clip per video or audio file. Its id, and so the file name, is the stem; with the extension if two share it.
 
     Raises:
-        UsageError: a path does not exist, or two videos have one file name.
+        UsageError: a path does not exist, or two files have one name.
     """
     videos: list[Path] = []
     for path in media:
         if path.is_dir():
-            videos += [clip.video for clip in open_dataset(path, "videos").clips if clip.video is not None]
+            dataset = open_dataset(path, "videos")
+            log_left_out(dataset)
+            videos += [clip.audio for clip in dataset.clips if clip.audio is not None]
         elif path.is_file():
             videos.append(path)
         else:
-            raise UsageError(explain(f"{path} does not exist", expected="a video or a folder of videos"))
+            raise UsageError(explain(f"{path} does not exist", expected="a video or audio file, or a folder of them"))
     videos = list(dict.fromkeys(path.absolute() for path in videos))
     stems = Counter(path.stem for path in videos)
     names = [path.stem if stems[path.stem] == 1 else path.name for path in videos]
@@ -256,7 +258,8 @@ def clips_of(media: Sequence[Path]) -> tuple[Clip, ...]:
                 remedy="Predict them in two calls with different --out",
             )
         )
-    return tuple(Clip(name, None, name, path, path) for name, path in zip(names, videos, strict=True))
+    pairs = zip(names, videos, strict=True)
+    return tuple(Clip(name, None, name, None if is_audio(path.name) else path, path) for name, path in pairs)
 
 
 def write_clips(

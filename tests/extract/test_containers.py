@@ -66,7 +66,12 @@ def test_audio_alone_has_features_and_labels_and_no_valid_frame(cache: Path) -> 
         assert not opened.read("clip-tiny", item).valid.any()
 
 
-def test_audio_alone_trains(cache: Path, tmp_path: Path) -> None:
-    command = ["train", str(cache), "--out", str(tmp_path / "run"), "--visual", "none", "--epochs", "1"]
+def test_audio_alone_trains_and_is_predicted(root: Path, cache: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    command = ["train", str(cache), "--out", str(run), "--visual", "none", "--epochs", "1"]
     assert main([*command, "--set", "hidden=8", "--device", "cpu"]) == 0
-    assert (tmp_path / "run" / "predictions" / "val" / "mp3.csv").is_file()
+    assert (run / "predictions" / "val" / "mp3.csv").is_file()
+    assert main(["predict", str(run), str(root / "wav.wav"), "--out", str(out)]) == 0
+    assert len((out / "wav.csv").read_text().splitlines()) > 50
+    assert main(["predict", str(run), str(root), "--out", str(tmp_path / "all")]) == 0
+    assert {path.stem for path in (tmp_path / "all").glob("*.csv")} == {*CODECS, *AUDIO}
