@@ -42,6 +42,7 @@ def test_the_overlay_shows_the_prediction_of_every_frame(numbered: Path, tmp_pat
 def test_a_box_is_drawn_where_it_is(numbered: Path, tmp_path: Path) -> None:
     table = read_predictions(numbered / "predictions" / "constant.csv")
     boxes = np.array([[0.0, 100, 90, 200, 150], [4.0, np.nan, np.nan, np.nan, np.nan]])
+    boxes[:, 1:] /= [WIDTH, HEIGHT, WIDTH, HEIGHT]
     write_overlay(numbered / "media" / "constant.mp4", table, tmp_path / "out.mp4", boxes=boxes)
     with av.open(str(tmp_path / "out.mp4")) as media:
         frames = [frame.to_ndarray(format="rgb24") for frame in media.decode(video=0)]

@@ -11,6 +11,7 @@ import pytest
 from numbered_clip import read_number, write_clip, write_predictions
 from until import until
 
+from vaflow.viewer.boxes import detect_boxes
 from vaflow.viewer.media import HOP, RATE, MediaIndex, audio_level, probe, speech_spans, transcode
 from vaflow.viewer.page import ViewConfig, write_viewer
 from vaflow.viewer.predictions import PredictedClip
@@ -124,3 +125,20 @@ def test_copies_lie_beside_the_page(numbered: Path, tmp_path: Path) -> None:
     config = ViewConfig([numbered / "media"], copy=True)
     viewer = write_viewer(numbered / "predictions", tmp_path, config=config)
     assert sorted(clip.facts["media"] for clip in viewer.clips) == ["media/0001.mp4", "media/0002.mp4"]
+
+
+def test_boxes_of_a_stream_or_of_the_detector_lie_on_the_face(open_page: OpenPage, clips: Path, tmp_path: Path) -> None:
+    times = frame_times(clips / "obama.mp4")
+    write_predictions(tmp_path / "predictions" / "obama.csv", times)
+    plain = write_viewer(tmp_path / "predictions", tmp_path / "plain", config=ViewConfig([clips / "obama.mp4"]))
+    assert any("No face boxes" in note for note in plain.clips[0].facts["notes"])
+    config = ViewConfig([clips / "obama.mp4"], boxes=True)
+    page = open_page(write_viewer(tmp_path / "predictions", tmp_path / "boxes", config=config).page)
+    until(page, "document.getElementById('box').getAttribute('visibility') === 'visible'")
+    screen, box = page.locator("#media").bounding_box(), page.locator("#box").bounding_box()
+    scale = min(screen["width"] / 320, screen["height"] / 240)  # the clip has 320 by 240 pixels
+    left = (box["x"] - screen["x"] - (screen["width"] - 320 * scale) / 2) / scale
+    top = (box["y"] - screen["y"] - (screen["height"] - 240 * scale) / 2) / scale
+    [face] = [row[1:] for row in detect_boxes(clips / "obama.mp4")[:1]]
+    assert [left, top] == pytest.approx(face[:2] * [320, 240], abs=3)
+    assert box["height"] / scale == pytest.approx((face[3] - face[1]) * 240, abs=4)

@@ -119,7 +119,7 @@ def _show(out: Path, media: list[Path], cache: Path | None, html: bool, video: b
     from vaflow.viewer.overlay import write_overlays
     from vaflow.viewer.page import ViewConfig, write_viewer
 
-    config = ViewConfig(media, cache)
+    config = ViewConfig(media, cache, boxes=True)
     for item, file, problem in write_overlays(out, config) if video else ():
         if file is None:
             typer.echo(f"No overlay of {item}: {problem}", err=True)

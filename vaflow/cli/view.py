@@ -29,6 +29,7 @@ def view(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the clips beside the page, so that it can be moved.")
     ] = False,
+    boxes: Annotated[bool, typer.Option("--boxes", help="Detect faces and draw a box around the person.")] = False,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve the page on this machine and save ratings made in it.")
     ] = False,
@@ -47,7 +48,7 @@ def view(
     set_up(verbose, quiet)
     from vaflow.viewer.page import ViewConfig, write_viewer
 
-    viewer = write_viewer(path, out, clips or (), ViewConfig(tuple(media or ()), cache, copy))
+    viewer = write_viewer(path, out, clips or (), ViewConfig(tuple(media or ()), cache, copy, boxes))
     if json:
         print_json({"page": str(viewer.page), "clips": [clip.facts for clip in viewer.clips]})
     elif not quiet:

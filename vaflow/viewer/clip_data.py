@@ -24,7 +24,8 @@ class ClipMasks:
 
     Attributes:
         no_face, no_audio: without a face, without audio samples.
-        boxes: [T, 5]: seconds, then x0, y0, x1, y1 in pixels, NaN without a face; None: the cache holds no boxes.
+        boxes: [T, 5]: seconds, then x0, y0, x1, y1 in shares of the frame, NaN without a face; None: the cache has
+            no boxes.
     """
 
     no_face: Floats | None = None
@@ -43,7 +44,7 @@ def masks_of(table: Predictions, cache: Cache | None, item: str, streams: Iterab
             continue
         try:
             if name == FACES:
-                boxes = _boxes(cache.read(name, item).arrays)
+                boxes = _boxes(cache.read(name, item).arrays, cache.meta(item))
             elif known[name].kind == "visual" and no_face is None:
                 read = cache.read(name, item, ["time", "valid"])
                 no_face = spans(~read.valid, read.time)
@@ -58,16 +59,17 @@ def masks_of(table: Predictions, cache: Cache | None, item: str, streams: Iterab
     return ClipMasks(no_face, no_audio, boxes)
 
 
-def _boxes(arrays: Mapping[str, NDArray[Any]]) -> Floats | None:
-    """[T, 5] of a stream with arrays `time` [T], `box` [T, 4] or [T, 1+, 4], and perhaps `valid`."""
+def _boxes(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> Floats | None:
+    """[T, 5] of a stream with `time` [T], `box` [T, 4] or [T, 1+, 4] in pixels of the clip, and perhaps `valid`."""
     box = next((np.asarray(arrays[name], np.float64) for name in ("box", "boxes", "value") if name in arrays), None)
-    if box is None or box.shape[-1] != 4 or "time" not in arrays or box.ndim not in (2, 3):
+    sides = [float(meta.get(name) or 0) for name in ("width", "height")]
+    if box is None or not all(sides) or box.shape[-1] != 4 or "time" not in arrays or box.ndim not in (2, 3):
         return None
     box = box if box.ndim == 2 else box[:, 0]
     if "valid" in arrays:
         valid = np.asarray(arrays["valid"], bool).reshape(len(box), -1)
         box = np.where(np.all(valid, axis=1, keepdims=True), box, np.nan)
-    return np.column_stack([arrays["time"], box])
+    return np.column_stack([arrays["time"], box / (sides * 2)])
 
 
 def spans(flag: ArrayLike, time: Floats, end: float | None = None) -> Floats:

@@ -12,7 +12,7 @@ from vaflow.errors import MediaError, explain
 from vaflow.timeline import Floats, nearest
 from vaflow.viewer.clip_data import masks_of
 from vaflow.viewer.media import Image, MediaIndex, transcode
-from vaflow.viewer.page import ViewConfig, open_named_cache
+from vaflow.viewer.page import ViewConfig, open_named_cache, with_boxes
 from vaflow.viewer.predictions import DIMENSIONS, Predictions, find_predictions, read_predictions
 
 PANEL = 260  # pixels of the plane's side
@@ -38,7 +38,7 @@ def write_overlay(
         media: the clip.
         table: its predictions.
         out: the file.
-        boxes: [T, 5] seconds and x0, y0, x1, y1 in pixels of the clip; None: no box is drawn.
+        boxes: [T, 5] seconds and x0, y0, x1, y1 in shares of the frame; None: no box is drawn.
         centers: of the nine regions, whose borders the plane shows.
         demonstration: mark the video, because its encoders have random weights.
 
@@ -50,9 +50,7 @@ def write_overlay(
         with av.open(str(media), metadata_errors="replace") as opened:
             if not opened.streams.video:
                 raise MediaError(explain(f"{media} has no video", expected="a video stream for --video"))
-            context = opened.streams.video[0].codec_context
-            source = (context.width, context.height)
-        transcode(media, out, _Overlay(table, boxes, centers, demonstration, source))
+        transcode(media, out, _Overlay(table, boxes, centers, demonstration))
     except av.FFmpegError as error:
         raise MediaError(explain(f"Cannot write the overlay of {media}", got=error)) from error
 
@@ -73,7 +71,8 @@ def write_overlays(predictions: Path, config: ViewConfig) -> Iterator[tuple[str,
         if media is None:
             yield clip.item, None, "its media file was not found"
             continue
-        boxes = masks_of(table, cache, clip.item, found.streams).boxes
+        masks = masks_of(table, cache, clip.item, found.streams)
+        boxes = with_boxes(masks, media, config.boxes)[0].boxes
         try:
             marked = bool(found.demonstration)
             write_overlay(media, table, out, boxes=boxes, centers=found.centers, demonstration=marked)
@@ -85,11 +84,8 @@ def write_overlays(predictions: Path, config: ViewConfig) -> Iterator[tuple[str,
 class _Overlay:
     """Draws on a canvas whose still parts are made once."""
 
-    def __init__(
-        self, table: Predictions, boxes: Floats | None, centers: float, demonstration: bool, source: tuple[int, int]
-    ) -> None:
-        self._table, self._boxes, self._centers = table, boxes, centers
-        self._demonstration, self._source = demonstration, source
+    def __init__(self, table: Predictions, boxes: Floats | None, centers: float, demonstration: bool) -> None:
+        self._table, self._boxes, self._centers, self._demonstration = table, boxes, centers, demonstration
         self._end = max(float(table.time[-1]), 1e-3)
         self._still = Pictures.new("RGB", (2, 2))
         self._inner = (2, 2)
@@ -172,5 +168,4 @@ class _Overlay:
             return
         at, *box = self._boxes[int(nearest(self._boxes[:, 0], np.array([time]))[0])]
         if abs(at - time) <= 1 and np.isfinite(box).all():
-            scale = [self._inner[0] / self._source[0], self._inner[1] / self._source[1]] * 2
-            pen.rectangle([side * s for side, s in zip(box, scale, strict=True)], outline=BOX, width=2)
+            pen.rectangle([side * s for side, s in zip(box, self._inner * 2, strict=True)], outline=BOX, width=2)

@@ -8,7 +8,7 @@ OUT/index.html      list, player and plots; opens from disk
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +19,8 @@ from vaflow import __version__
 from vaflow.cache import Cache, open_cache
 from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.pages import UPLOT, render, script_json
-from vaflow.viewer.clip_data import masks_of, payload, scores_of
+from vaflow.viewer.boxes import STEP, detect_boxes
+from vaflow.viewer.clip_data import ClipMasks, masks_of, payload, scores_of
 from vaflow.viewer.media import AudioLevel, MediaIndex, audio_level, probe, transcode
 from vaflow.viewer.predictions import PredictedClip, PredictionSet, find_predictions, read_predictions
 
@@ -37,11 +38,13 @@ class ViewConfig:
         media: directories or files with the clips; searched by the name and size that the cache recorded.
         cache: read masks and face boxes from here; None: the cache that the predictions name.
         copy: copy every clip beside the page, so that the directory can be moved.
+        boxes: detect faces for the boxes, where the cache stores none.
     """
 
     media: Sequence[Path] = ()
     cache: Path | None = None
     copy: bool = False
+    boxes: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,8 @@ def _write_clip(
     else:
         shown, level, problem = _show_media(media, out / "media" / f"{number:04}.mp4", config.copy)
         notes += [problem] if problem else []
-    if masks.boxes is None:
-        notes.append("The cache stores no face boxes, so none are drawn.")
+    masks, note = with_boxes(masks, shown and media, config.boxes)
+    notes += [note] if note else []
     text = script_json([number, payload(table, masks, level)])
     (out / "clips" / f"{number:04}.js").write_text(f"vaflow.receive({text})\n", "utf-8")
     facts = {
@@ -164,6 +167,21 @@ def _write_clip(
         **asdict(scores_of(table, masks)),
     }
     return PageClip(clip.item, shown, facts)
+
+
+def with_boxes(masks: ClipMasks, media: Path | None, detect: bool) -> tuple[ClipMasks, str]:
+    """The masks with face boxes, detected where `detect` is set and the cache has none; and a note about them."""
+    if masks.boxes is not None:
+        return masks, ""
+    if not detect or media is None:
+        return masks, "No face boxes are drawn: the cache stores none. `vaflow view --boxes` detects them."
+    try:
+        found = detect_boxes(media)
+    except UNREADABLE as error:
+        log.warning("No face boxes of %s: %s", media, error)
+        return masks, "Face boxes could not be detected."
+    note = f"Face boxes were detected for this page, every {STEP:g} s, with the detector of `vaflow extract`."
+    return replace(masks, boxes=found), note
 
 
 def _show_media(media: Path, beside: Path, copy: bool) -> tuple[Path | None, AudioLevel | None, str]:

@@ -78,8 +78,11 @@
     const i = vaflow.nearest(clip.boxTime, t) * 5;
     const [time, x0, y0, x1, y1] = clip.boxes.subarray(i, i + 5);
     if (Number.isNaN(x0) || Math.abs(time - t) > 1) return;
-    svg.setAttribute("viewBox", `0 0 ${facts.size ? facts.size[0] : media.videoWidth} ${facts.size ? facts.size[1] : media.videoHeight}`);
-    for (const [name, value] of Object.entries({ x: x0, y: y0, width: x1 - x0, height: y1 - y0, visibility: "visible" })) box.setAttribute(name, value);
+    const [width, height] = [media.videoWidth, media.videoHeight];
+    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    const place = { x: x0 * width, y: y0 * height, width: (x1 - x0) * width, height: (y1 - y0) * height };
+    for (const [name, value] of Object.entries(place)) box.setAttribute(name, value);
+    box.setAttribute("visibility", "visible");
   }
 
   function onState(problem) {
