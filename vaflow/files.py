@@ -44,14 +44,18 @@ def write_file(path: Path, data: bytes | str) -> None:
         raise VaflowError(explain(f"Cannot write {path}", got=error.strerror or error, remedy=remedy)) from error
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file in an existing folder, replacing an existing one. Raises OSError."""
-    temporary = _write_temporary(path.parent, data)
+def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a file in an existing folder, replacing an existing one. Raises OSError.
+
+    Not `durable`: whole for other readers, but not flushed, for files that can be downloaded again.
+    """
+    temporary = _write_temporary(path.parent, data, durable=durable)
     try:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
 def create_file(path: Path, data: bytes) -> bool:
@@ -75,10 +79,10 @@ def create_file(path: Path, data: bytes) -> bool:
     return True
 
 
-def _write_temporary(folder: Path, data: bytes) -> Path:
+def _write_temporary(folder: Path, data: bytes, *, durable: bool = True) -> Path:
     temporary = folder / f"{TEMPORARY}{token_hex(8)}"
     try:
-        _write_new(temporary, data)
+        _write_new(temporary, data, durable=durable)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -86,11 +90,12 @@ def _write_temporary(folder: Path, data: bytes) -> Path:
     return temporary
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_new(path: Path, data: bytes, *, durable: bool = True) -> None:
     with path.open("xb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def append_line(path: Path, line: str) -> None:

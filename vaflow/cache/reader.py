@@ -49,27 +49,18 @@ def fetch(
 
 
 def _read(layout: Layout, path: Path, record: Record, facts: Json, *, verify: bool) -> Blob:
-    """The bytes of one file, which are looked at only if there are as many as were committed."""
+    """The bytes of one file; a file of another size is not read. Raises CorruptError."""
     found = size_problem(path, facts)
     if found is None:
         blob = np.fromfile(path, np.uint8)
         found = file_problem(blob, facts) if verify else None
         if found is None:
             return blob
-    return _again(layout, path, found, record, facts)
-
-
-def _again(layout: Layout, path: Path, problem: str, record: Record, facts: Json) -> Blob:
-    """The bytes of a file whose local copy is damaged, from the object store.
-
-    Raises:
-        CorruptError: they are damaged there, too, or the local file is all there is.
-    """
-    if layout.remote is not None:
+    if layout.remote is not None:  # the local copy is damaged: download it again
         blob = places.read(layout, path, again=True)
         if file_problem(blob, facts) is None:
             return blob
-    raise layout.corrupt(path, problem, record.stream, record.item)
+    raise layout.corrupt(path, found, record.stream, record.item)
 
 
 def decode(

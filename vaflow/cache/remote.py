@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 from vaflow.cache.names import escape, is_attempt
 from vaflow.errors import UsageError, explain
 from vaflow.failures import LISTS
-from vaflow.files import TEMPORARY
+from vaflow.files import replace_file
 
 VARIABLE = "VAFLOW_CACHE_DIR"  # where the local folders are kept; without it they go when the program ends
 SCHEMES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "memory": ""}
@@ -87,7 +86,7 @@ class Remote:
         for path in self._local_documents():
             if path.relative_to(self.local).as_posix() not in there:
                 path.unlink(missing_ok=True)
-        _write(self.local / PULLED, json.dumps(there).encode())
+        replace_file(self.local / PULLED, json.dumps(there).encode(), durable=False)
         self._lists = {path.name: path.read_bytes() for path in self.local.glob(LISTS)}
 
     def _documents(self) -> dict[str, str]:
@@ -162,7 +161,7 @@ class Remote:
         if name.startswith("records/"):
             self._forget_attempt(path, data)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, data)
+        replace_file(path, data, durable=False)
 
     def _forget_attempt(self, path: Path, data: bytes) -> None:
         """The arrays of a record that another one takes the place of are of no use here any more."""
@@ -248,15 +247,5 @@ def _library_errors(url: str) -> tuple[type[Exception], ...]:
 
 
 def _mark(info: Mapping[str, Any]) -> str:
-    """What tells one version of an object from the next, as far as a listing says."""
+    """The members of a listing that change with an object."""
     return " ".join(str(info.get(key)) for key in ("size", "ETag", "etag", "created", "LastModified", "mtime"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole, for other readers of the folder; not flushed, for it can be pulled again."""
-    temporary = path.with_name(f"{TEMPORARY}{token_hex(8)}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
 from vaflow.errors import UsageError, explain, visible
+from vaflow.files import write_file
 
 if TYPE_CHECKING:
     from vaflow.datasets import Dataset
@@ -112,7 +113,7 @@ def _write_page(report: "Report", path: Path, show_bar: bool) -> None:
 
     chosen = [(c.clip, c.media.duration if c.media else None) for c in pictured(report)]
     images = tqdm(all_thumbnails(chosen), total=len(chosen), unit="clip", desc="images", disable=not show_bar)
-    path.write_text(html_page(report, dict(images)), encoding="utf-8", errors="backslashreplace")
+    write_file(path, html_page(report, dict(images)))
     log.info("Wrote %s", path)
 
 

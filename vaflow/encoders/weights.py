@@ -7,14 +7,13 @@ import hashlib
 import struct
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from secrets import token_hex
 
 import torch
 
 from vaflow.errors import WeightsError, explain
+from vaflow.files import make_folder, replace_file
 
 # The exceptions that broken files raise while they are read, also with `weights_only=True`.
 BROKEN = (
@@ -56,16 +55,11 @@ def write_state_dict(path: Path, state: Mapping[str, torch.Tensor]) -> Path:
     """
     from safetensors.torch import save
 
-    new = path.with_name(f".{path.name}.{token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(save({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}))
-        new.replace(path)
+        make_folder(path.parent)
+        replace_file(path, save({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}))
     except OSError as error:
         raise WeightsError(explain(f"Cannot write {path}", got=error.strerror)) from error
-    finally:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
     return path
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from vaflow.datasets.formats import read_csv
 from vaflow.errors import UsageError, explain
+from vaflow.files import make_folder, replace_file
 from vaflow.timeline import Floats
 from vaflow.viewer.agreement import delay, evaluator_weights, icc, mean_kappa, pairwise_ccc
 from vaflow.viewer.predictions import DIMENSIONS, find_predictions, read_predictions
@@ -253,8 +254,8 @@ def fuse_ratings(ratings: Ratings, agreement: Agreement, config: AgreeConfig, ou
         rows = [f"{t:.6f},{v:.6f},{a:.6f}" for t, (v, a) in zip(instants, fused.tolist(), strict=True)]
         path = out / f"{clip}.csv"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(["time,valence,arousal", *rows]) + "\n", "utf-8")
+            make_folder(path.parent)
+            replace_file(path, ("\n".join(["time,valence,arousal", *rows]) + "\n").encode())
         except OSError as error:
             raise UsageError(explain(f"Cannot write the labels to {out}", got=error.strerror)) from error
         written.append(path)

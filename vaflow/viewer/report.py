@@ -10,6 +10,7 @@ import numpy as np
 
 from vaflow import __version__
 from vaflow.errors import UsageError, explain
+from vaflow.files import make_folder, replace_file
 from vaflow.pages import render
 from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Floats
@@ -61,8 +62,8 @@ def write_report(paths: Sequence[Path], out: Path, viewer: Path | None = None) -
         version=__version__,
     )
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, "utf-8")
+        make_folder(out.parent)
+        replace_file(out, page.encode())
     except OSError as error:
         raise UsageError(explain(f"Cannot write the report {out}", got=error.strerror)) from error
     return runs

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.errors import DataError, UsageError, explain
+from vaflow.files import write_file
 from vaflow.viewer.page import Viewer
 
 HOST = "127.0.0.1"
@@ -176,9 +177,6 @@ def save_rating(folder: Path, clips: set[str], clip: str, annotator: str, text: 
     if lines[0] != HEADER or not numbers or len(numbers) != len(rows) or not ascending or not inside:
         raise DataError(explain("The text is not a rating", expected=f"columns {HEADER}; times that ascend"))
     path = folder / annotator / f"{clip}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
     body = "".join(f"{t:.6f},{v:.4f},{a:.4f},{annotator}\n" for t, v, a in numbers)
-    part.write_text(f"{HEADER}\n{body}", "utf-8")
-    part.replace(path)
+    write_file(path, f"{HEADER}\n{body}")
     return path
