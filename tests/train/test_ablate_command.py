@@ -40,7 +40,7 @@ def test_built_in_tables_on_other_encoders(cache: Path, built_in: Path, capsys: 
     assert len(list((built_in / "runs").iterdir())) == len(runs)
     for row in rows:
         assert row["row"] in said.out
-    assert f"{len(runs)} runs trained, 0 taken from before" in said.out
+    assert f"{len(runs)} runs trained, 0 reused" in said.out
     *_, to_add, last = said.err.strip().splitlines()
     for part in ("--visual clip-vit-b32", "--visual resnet50", "--audio vggish"):
         assert part in to_add
@@ -85,7 +85,7 @@ def test_all_rows_failing_is_a_failure(cache: Path, tmp_path: Path, capsys: pyte
     [
         (["--table", "4"], "There is no such table"),
         (["--seeds", "0"], "--seeds 1 or more"),
-        (["--jobs", "0"], "--jobs 1 or more"),
+        (["--jobs", "0"], "--jobs must be >= 1"),
         (["--alias", "ast"], "NAME=OTHER"),
         (["--alias", f"asd={AUDIO}"], "Did you mean 'ast'"),
         (["--set", "hiden=4"], "Did you mean 'hidden'"),

@@ -155,7 +155,7 @@ def test_tuned_encoders_are_said(results: Results) -> None:
     rows = list(csv.DictReader(io.StringIO(csv_text(mixed))))
     assert [row["ours"] for row in rows] == ["fine-tuned", "frozen cache", "frozen cache"]
     assert "Ours: frozen cache and fine-tuned" in markdown(mixed, ABOUT)
-    assert "trained, too, in: full." in Page(html_page(mixed, ABOUT)).text
+    assert "trained as well in: full." in Page(html_page(mixed, ABOUT)).text
 
 
 class Page(HTMLParser):
@@ -249,3 +249,26 @@ def test_numbers_for_people(number: float, shown: str) -> None:
 
 def test_signed_numbers_for_people() -> None:
     assert [digits(x, sign=True) for x in (0.05, -0.05, 0.0)] == ["+.050", f"{MINUS}.050", ".000"]
+
+
+def test_the_full_model_is_in_the_csv_where_no_table_has_it(tmp_path: Path) -> None:
+    plan = made_up_plan(tmp_path, {"mine": [Row("mine", "other")]}, {"full": 0.3, "other": 0.5})
+    rows = list(csv.DictReader(io.StringIO(csv_text(collect(plan, tmp_path, {})))))
+    assert [row["table"] for row in rows] == ["mine", "base"]
+    assert float(rows[1]["ccc_mean"]) > float(rows[0]["ccc_mean"]) and rows[1]["within_mean"]
+
+
+def test_names_are_neither_formulas_nor_control_sequences(tmp_path: Path) -> None:
+    names = ("=cmd|' /C calc'!A0", "+1", "-1", "@SUM(1)", "\x1b[31mred")
+    plan = made_up_plan(tmp_path, {"1": [Row("1", "full"), *(Row("1", name) for name in names)]}, {"full": 0.3})
+    results = collect(plan, tmp_path, {})
+    rows = list(csv.DictReader(io.StringIO(csv_text(results))))
+    assert [row["row"] for row in rows[1:5]] == [f"'{name}" for name in names[:4]]
+    assert rows[5]["row"] == "\\x1b[31mred"
+    for text in (markdown(results, ABOUT), html_page(results, ABOUT)):
+        assert "\x1b" not in text and "x1b" in text
+
+
+def test_the_score_within_videos_is_shown(results: Results) -> None:
+    shown = digits(results.tables[0].rows[0].within_mean)
+    assert shown in markdown(results, ABOUT) and shown in Page(html_page(results, ABOUT)).text

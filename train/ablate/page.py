@@ -1,16 +1,15 @@
-"""`results.html`: one file, nothing fetched, light and dark, fit to print. All text is escaped.
+"""`results.html`: tables with a plot each, in one file without external resources.
 
-A table as a picture: for every row its mean CCC with the interval, its seeds, and the published number; inline SVG.
-
-Colours come from the page's style sheet, so that the picture follows light, dark and print. Shapes differ, too: nothing
-is told by colour alone.
+Plots are inline SVG: for every row its mean CCC with the interval, its seeds, and the published number. Colours come
+from the page's style sheet and follow light, dark and print; shapes differ as well, so colour is not the only cue.
 """
 
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
 
 import numpy as np
 
+from vaflow.errors import visible
 from vaflow.train.ablate.grid import SCORES
 from vaflow.train.ablate.report import (
     PAPER_PLACES,
@@ -27,15 +26,20 @@ from vaflow.train.ablate.report import (
 )
 from vaflow.train.ablate.results import Results, RowResult, TableResult
 
-WIDTH, LABELS, RIGHT = 860, 345, 24  # pixels: the whole, the names of rows, the margin
+WIDTH, LABELS, RIGHT = 860, 345, 24  # pixels: figure, names of rows, margin
 TOP, ROW, BOTTOM = 30, 28, 34
-NAME_LETTERS = 44  # before a row; more does not fit
+NAME_LETTERS = 44  # of a row's name; more does not fit
 NOT_TRAINED = "not trained: "
 MEAN = -1  # column of the mean
 
 
+def escape(text: str) -> str:
+    """Text that HTML shows literally; control characters are made visible."""
+    return escape_html(visible(text))
+
+
 def plot(table: TableResult, reference: RowResult) -> str:
-    """An SVG element."""
+    """The plot of a table as an SVG element."""
     height = TOP + ROW * len(table.rows) + BOTTOM
     scale = _Scale(*_limits(table.rows, reference))
     title = escape(f"{heading(table)}: mean CCC of every row with its interval")
@@ -50,7 +54,7 @@ def plot(table: TableResult, reference: RowResult) -> str:
 
 
 def legend() -> str:
-    """What the marks mean, as HTML."""
+    """Legend of the marks, as HTML."""
     marks = (
         ('<line class="interval" x1="1" y1="8" x2="31" y2="8"/><circle class="mean" cx="16" cy="8" r="4.5"/>',
          "ours: mean over seeds, 95 % interval over videos"),
@@ -173,7 +177,7 @@ def html_page(results: Results, about: About) -> str:
     """The whole page."""
     notes = "\n".join(f"<li>{escape(line)}</li>" for line in statements(results, about))
     sections = "\n".join(_section(table, results.reference) for table in results.tables)
-    runs = f"{about.trained} runs trained, {about.reused} taken from before, in {about.seconds:.0f} s."
+    runs = f"{about.trained} runs trained, {about.reused} reused, in {about.seconds:.0f} s."
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -208,10 +212,11 @@ def _section(table: TableResult, reference: RowResult) -> str:
 <div class="wide">{plot(table, reference)}</div>
 <div class="wide"><table>
 <thead>
-<tr><th></th><th class="group" colspan="4">ours: {ours(table.rows)}</th><th class="group" colspan="3">published</th>
+<tr><th></th><th class="group" colspan="5">ours: {ours(table.rows)}</th><th class="group" colspan="3">published</th>
 <th class="group" colspan="3">mean against the full model</th></tr>
 <tr><th scope="col">configuration</th><th class="first" scope="col">valence</th><th scope="col">arousal</th>
-<th scope="col">mean</th><th scope="col">95 % interval</th><th class="first" scope="col">valence</th>
+<th scope="col">mean</th><th scope="col">95 % interval</th><th scope="col">within</th>
+<th class="first" scope="col">valence</th>
 <th scope="col">arousal</th><th scope="col">mean</th><th class="first" scope="col">difference</th>
 <th scope="col">95 % interval</th><th scope="col">p</th></tr>
 </thead>
@@ -226,14 +231,14 @@ def _section(table: TableResult, reference: RowResult) -> str:
 def _table_row(row: RowResult) -> str:
     versus = row.versus
     cells = [_ours(row, k) for k in range(len(SCORES))]
-    cells.append(spread(*row.interval[-1]))
+    cells += [spread(*row.interval[-1]), digits(row.within_mean)]
     cells += [digits(score, places=PAPER_PLACES) for score in paper_scores(row)]
     if versus is None:
         cells += ["-"] * 3
     else:
         cells += [digits(versus.difference[-1], sign=True), spread(versus.low[-1], versus.high[-1])]
         cells.append(escape(p_text(versus.p[-1])))
-    firsts = (0, len(SCORES) + 1, 2 * len(SCORES) + 1)  # where a group of columns begins
+    firsts = (0, len(SCORES) + 2, 2 * len(SCORES) + 2)  # first column of each group
     shown = "".join(f"<td{' class=first' if i in firsts else ''}>{cell}</td>" for i, cell in enumerate(cells))
     return f'<tr><th scope="row">{escape(row.entry.row.name)}</th>{shown}</tr>'
 

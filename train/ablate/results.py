@@ -1,4 +1,4 @@
-"""Finished runs -> what the tables say: means over seeds, intervals over videos, differences, and what is best."""
+"""Results of a study from its finished runs: means over seeds, intervals over videos, differences, best rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,16 +17,16 @@ from vaflow.train.runs import RunFolder
 
 @dataclass(frozen=True)
 class RowResult:
-    """What a row came to.
+    """Results of a row.
 
     Attributes:
         entry: the row, its settings and runs.
-        scores: [S, 3] concordance of every finished seed: valence, arousal, mean; NaN where nothing is labelled.
-        within: [S] mean concordance within videos.
+        scores: [S, 3] CCC of every finished seed: valence, arousal, mean; NaN where nothing is labelled.
+        within: [S] mean CCC within videos.
         interval: [3, 2] over videos, of the mean over seeds.
-        versus: against the full model; None for itself, or where one of them has no run.
-        best: [3] the highest of its table, by more than chance allows.
-        problem: why runs of it are missing; empty: none is.
+        versus: comparison with the full model; None for itself, or where one of them has no run.
+        best: [3] significantly the highest of its table.
+        problem: why runs are missing; empty: none is.
     """
 
     entry: Entry
@@ -39,13 +39,18 @@ class RowResult:
 
     @property
     def seeds(self) -> int:
-        """How many runs are finished."""
+        """Number of finished runs."""
         return len(self.scores)
 
     @property
     def mean(self) -> Floats:
         """[3] over seeds; NaN without any."""
         return self.scores.mean(axis=0) if self.seeds else np.full(len(SCORES), np.nan)
+
+    @property
+    def within_mean(self) -> float:
+        """Mean over seeds of the CCC within videos; NaN without any."""
+        return float(self.within.mean()) if self.seeds else float("nan")
 
     @property
     def std(self) -> Floats:
@@ -68,10 +73,10 @@ class Results:
     Attributes:
         tables: as chosen.
         reference: the full model.
-        videos: how many every interval is drawn from.
+        videos: number of videos that intervals are drawn from.
         frames: labelled frames of the split.
-        split: which was measured.
-        uneven: some runs could be measured on other videos, too; intervals and tests use those that all have.
+        split: the split that was scored.
+        uneven: some runs have scores on further videos; intervals and tests use the videos that all have.
     """
 
     tables: tuple[TableResult, ...]
@@ -91,17 +96,18 @@ class _Finished:
 
 
 def collect(plan: Plan, out: Path, failures: Mapping[str, Ended]) -> Results:
-    """Read the finished runs and measure every row.
+    """Read the finished runs and score every row.
 
     Args:
-        plan: what was to be trained.
+        plan: rows and runs.
         out: the study's folder.
-        failures: by hash, of runs that have none.
+        failures: hash -> end of each failed run.
 
     Raises:
         CorruptError: a finished run's files are damaged.
     """
-    runs = {job.key: _read(out / RUNS / job.key) for job in plan.jobs if job.key not in failures}
+    folders = {job.key: out / RUNS / job.key for job in plan.jobs if job.key not in failures}
+    runs = {key: _Finished(RunFolder(run).read_metrics(), read_moments(run)) for key, run in folders.items()}
     sets = [set(run.moments) for run in runs.values()]
     videos = sorted(set.intersection(*sets)) if sets else []
     measure = _Measure(runs, videos, failures)
@@ -112,16 +118,12 @@ def collect(plan: Plan, out: Path, failures: Mapping[str, Ended]) -> Results:
         tables.append(TableResult(table, tuple(measure.with_best(rows))))
     first = next(iter(runs.values())).metrics if runs else {}
     split = str(first.get("split", plan.reference.config.val_split))
-    uneven = any(found != set(videos) for found in sets)
+    uneven = any(names != set(videos) for names in sets)
     return Results(tuple(tables), reference, len(videos), int(first.get("n_frames", 0)), split, uneven)
 
 
-def _read(run: Path) -> _Finished:
-    return _Finished(RunFolder(run).read_metrics(), read_moments(run))
-
-
 class _Measure:
-    """Rows from runs; every configuration is resampled once, with the draws that all share."""
+    """Scores rows; every configuration is resampled once, with draws that all share."""
 
     def __init__(self, runs: Mapping[str, _Finished], videos: Sequence[str], failures: Mapping[str, Ended]) -> None:
         self._runs, self._videos, self._failures = runs, videos, failures
@@ -129,7 +131,7 @@ class _Measure:
         self._resampled: dict[tuple[str, ...], Floats] = {}
 
     def row(self, entry: Entry) -> RowResult:
-        """The row alone."""
+        """Results of a row without comparisons."""
         finished = [self._runs[key] for key in entry.keys if key in self._runs]
         scores = np.array([[_number(run.metrics["ccc"][name]) for name in SCORES] for run in finished])
         within = np.array([_number(run.metrics["within_video_ccc"]["mean"]) for run in finished])
@@ -137,13 +139,13 @@ class _Measure:
         return RowResult(entry, scores.reshape(-1, len(SCORES)), within, edges, problem=self._problem(entry))
 
     def against(self, row: RowResult, reference: RowResult) -> RowResult:
-        """The row with its comparison with the full model."""
+        """The row with its comparison to the full model."""
         if row.entry.keys == reference.entry.keys:
             return row
         return replace(row, versus=self._compare(row, reference))
 
     def with_best(self, rows: Sequence[RowResult]) -> list[RowResult]:
-        """The rows of a table, with the best of each column marked where it beats the runner-up by more than chance."""
+        """The rows of a table; the best of each column is marked where it significantly beats the runner-up."""
         marked = list(rows)
         for k in range(len(SCORES)):
             ranked = sorted((r for r in rows if np.isfinite(r.mean[k])), key=lambda r: -r.mean[k])

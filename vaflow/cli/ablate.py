@@ -1,4 +1,4 @@
-"""`vaflow ablate`."""
+"""`vaflow ablate`: the tables of the papers, or other tables, on a cache."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaflow.cli.common import Cache, JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, table
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.train.ablate.plan import Plan
@@ -21,7 +21,7 @@ FAILED, SOME_FAILED = 1, 3
 
 def ablate(
     cache: Cache,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of runs and results.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of runs and results.", show_default=False)],
     tables: Annotated[
         list[str] | None,
         typer.Option("--table", metavar="NAME", help="1, 2, 3, p2, extra, or all; a name of --grid. Repeatable. [all]"),
@@ -29,25 +29,25 @@ def ablate(
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs per configuration.")] = 3,
     aliases: Annotated[
         list[str] | None,
-        typer.Option("--alias", metavar="NAME=OTHER", help="Stream OTHER stands in for NAME. Repeatable."),
+        typer.Option("--alias", metavar="NAME=OTHER", help="Use stream OTHER where a table names NAME. Repeatable."),
     ] = None,
-    jobs: Annotated[int, typer.Option(metavar="N", help="Runs at once, a process each.")] = 1,
+    jobs: Annotated[int, typer.Option(metavar="N", help="Number of runs in parallel, one process each.")] = 1,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of every row that does not set it. Repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Setting of every row without its own value. Repeatable."),
     ] = None,
     grid: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="TOML file of tables of your own: an edited copy of DIR/tables.toml."),
+        typer.Option(metavar="FILE", help="TOML file of other tables, such as an edited copy of DIR/tables.toml."),
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Score the split although labelled clips have no features.")
+        bool, typer.Option("--allow-missing", help="Score the split even if labelled clips have no features.")
     ] = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Train every row of the published tables with several seeds, and set the results beside the published numbers.
+    """Train every row of the published tables with several seeds, and compare with the published numbers.
 
     Writes results.csv, results.md and results.html. Finished runs are reused: run it again to resume, or with more
     tables or seeds to add to them.
@@ -58,7 +58,7 @@ def ablate(
     """
     set_up(verbose, quiet)
     if jobs < 1:
-        raise UsageError(explain("Without a process nothing is trained", expected="--jobs 1 or more", got=jobs))
+        raise UsageError(explain(f"--jobs must be >= 1 (got {jobs})"))
     from vaflow.cache import open_cache
     from vaflow.train.ablate import run_study
     from vaflow.train.ablate.grid import load_study
@@ -83,7 +83,7 @@ def ablate(
 
 
 def _report(result: "StudyResult", json: bool, quiet: bool) -> int:
-    """Print what came of it; returns the exit code."""
+    """Print the results and return the exit code."""
     if json:
         print_json(document(result))
     elif not quiet:
@@ -91,13 +91,14 @@ def _report(result: "StudyResult", json: bool, quiet: bool) -> int:
     if not result.failures:
         return 0
     if result.to_add and not quiet:
-        typer.echo(f"To add what the cache lacks: {result.to_add}", err=True)
-    typer.echo(f"{len(result.failures)} item(s) failed: {result.failures_file}", err=True)
+        typer.echo(f"To add the missing streams: {result.to_add}", err=True)
+    noun = "row or run" if len(result.failures) == 1 else "rows or runs"
+    typer.echo(f"{len(result.failures)} {noun} failed: {result.failures_file}", err=True)
     return SOME_FAILED if any(row.seeds for t in result.results.tables for row in t.rows) else FAILED
 
 
 class _Reporter:
-    """What people see meanwhile: a bar over runs on a terminal, a line per run elsewhere."""
+    """Progress: a bar over runs on a terminal, a line per run elsewhere."""
 
     def __init__(self, bar: bool, quiet: bool) -> None:
         self._with_bar, self._quiet = bar, quiet
@@ -120,10 +121,10 @@ class _Reporter:
         if not self._quiet:
             for entry in (*plan.entries, plan.reference):
                 if entry.problem:
-                    lacking = ", ".join(name for _, name in entry.missing)
-                    why = f"the cache has no {lacking}" if lacking else entry.problem
-                    self._say(f"left out: {entry.row.name}: {why}")
-            self._say(f"{self._total} runs, {self._done} of them finished before")
+                    missing = ", ".join(name for _, name in entry.missing)
+                    reason = f"the cache has no stream {missing}" if missing else entry.problem
+                    self._write(f"skipped: {entry.row.name}: {reason}")
+            self._write(f"{self._total} runs, {self._done} of them already finished")
 
     def run(self, outcome: "Outcome") -> None:
         """Called for every run that ends."""
@@ -131,25 +132,24 @@ class _Reporter:
         self._done += 1
         self._bar.update()
         if ended.error:
-            self._say(f"failed: {outcome.job.name}: {ended.message}")
+            self._write(f"failed: {outcome.job.name}: {ended.message}")
         elif not self._quiet and not self._with_bar:
             score = "-" if ended.score is None else f"{ended.score:.3f}"
-            self._say(f"{self._done}/{self._total}  {outcome.job.name}: mean CCC {score} ({ended.seconds:.0f} s)")
+            self._write(f"{self._done}/{self._total}  {outcome.job.name}: mean CCC {score} ({ended.seconds:.0f} s)")
 
-    def _say(self, line: str) -> None:
-        self._bar.write(line, file=sys.stderr)
+    def _write(self, line: str) -> None:
+        self._bar.write(visible(line), file=sys.stderr)
 
 
 def summary(result: "StudyResult") -> str:
-    """Every table for people, and what it took."""
+    """Every table with rows as text, the first statement, and the number of runs."""
     from vaflow.train.ablate.report import heading, statements
 
-    parts = [f"{heading(found)}\n\n{_table(found)}" for found in result.results.tables]
+    parts = [f"{heading(found)}\n\n{_table(found)}" for found in result.results.tables if found.rows]
     about = result.about
     parts.append("\n".join(statements(result.results, about)[:1]))
     parts.append(
-        f"{about.trained} runs trained, {about.reused} taken from before, in {about.seconds:.0f} s; "
-        f"see {result.files['html']}"
+        f"{about.trained} runs trained, {about.reused} reused, in {about.seconds:.0f} s; see {result.files['html']}"
     )
     return "\n\n".join(parts)
 
@@ -163,6 +163,7 @@ def _table(found: "TableResult") -> str:
             *(digits(score) for score in row.mean),
             digits(row.std[-1]),
             spread(*row.interval[-1]),
+            digits(row.within_mean),
             digits(paper_scores(row)[-1]),
             digits(row.versus.difference[-1], sign=True) if row.versus else "-",
             p_text(row.versus.p[-1]) if row.versus else "-",
@@ -171,11 +172,13 @@ def _table(found: "TableResult") -> str:
     ]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     aligned = [(name, *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))) for name, *cells in rows]
-    return table(aligned, ("", "valence", "arousal", "mean", "std", "95 % interval", "paper", "difference", "p"))
+    return table(
+        aligned, ("", "valence", "arousal", "mean", "std", "95 % interval", "within", "paper", "difference", "p")
+    )
 
 
 def document(result: "StudyResult") -> dict[str, Any]:
-    """What --json prints."""
+    """The document of --json."""
     from vaflow.train.ablate.report import record, statements
 
     about = result.about
