@@ -366,5 +366,5 @@ def describe_labels(windows: WindowSet, centers: float) -> str:
     valid = np.concatenate([clip.valid for clip in windows.clips])
     share = region_occupancy(np.where(valid, value, 0), valid, centers)
     if not np.isfinite(share).all():
-        return "No frame is annotated in both dimensions, so regions say nothing"
+        return "No frame is annotated in both dimensions, so there are no regions"
     return f"Share of labelled frames per region:\n{region_table(share.tolist())}"

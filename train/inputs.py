@@ -1,5 +1,4 @@
-"""What a run reads from a cache: its streams and prototypes, chosen by the settings or, where those are silent, by
-what is there."""
+"""Inputs of a run: streams and prototypes of the cache, chosen by the settings or, by default, from the cache."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,13 +58,13 @@ class InputStream:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a run reads.
+    """The inputs of a run.
 
     Attributes:
         streams: of features.
         text: the stream of prototypes, "" for none; prototypes: the embeddings [9, D].
-        descriptions: the words of the nine regions, where the cache knows them; text_identity: of the text tower.
-        targets: what else the model learns to say.
+        descriptions: the words of the nine regions, if the cache has them; text_identity: of the text tower.
+        targets: further targets of the model.
     """
 
     streams: tuple[InputStream, ...]

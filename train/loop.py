@@ -152,7 +152,7 @@ def train_epoch(
         config: resolved settings.
         epoch: counted from 0.
         read: step and windows, [B] -> what `learn` takes.
-        learn: step and what was read -> losses and norm, as `update` returns them.
+        learn: step and batch -> losses and norm, as `update` returns them.
         order: `map`, or a function like it that reads ahead.
 
     Raises:

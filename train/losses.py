@@ -225,10 +225,10 @@ def total_loss(
     ccc_weight: float = 1.0,
     extra_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = ccc_weight * L_CCC + kl_weight * L_KL (eq. 6), plus mse_weight * MSE where asked for.
+    """L = ccc_weight * L_CCC + kl_weight * L_KL (eq. 6), plus mse_weight * MSE.
 
     Args:
-        output: what the model says; without region logits there is no KL part.
+        output: output of the model; without region logits there is no KL term.
         batch: targets and their mask.
         kl_weight: lambda of eq. 6.
         centers: distance of the outer region centres from 0.

@@ -124,7 +124,7 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile interval of the concordance under resampling whole videos with replacement.
 
-    Frames of a video are far from independent, so videos are what is drawn. Exact: moments add up.
+    Frames of a video are not independent, so videos are resampled. Exact, because moments are additive.
 
     Args:
         moments: [V, 6, 2], `video_moments` of every video.

@@ -23,12 +23,12 @@ SOURCES_FILE = "sources.json"
 
 @dataclass(frozen=True)
 class ItemSources:
-    """What one prediction was made from.
+    """Origin of one prediction.
 
     Attributes:
         csv: digest of the prediction's CSV.
-        records: stream -> {"attempt", "created", "vaflow", "source"} of what was read of the clip.
-        media: where the clip's video was, where the command was given one.
+        records: stream -> {"attempt", "created", "vaflow", "source"} of the clip's records.
+        media: path of the clip's video, if the command had one.
     """
 
     csv: str
@@ -177,7 +177,7 @@ def _item(csv: str, cache: Cache, names: Iterable[str], item: str, media: Path |
 
 
 def facts_of(record: Record) -> dict[str, Any]:
-    """The part of a record that says what an item was made from, when and by which version."""
+    """Origin of an item from its record: source, time and version."""
     return {
         "attempt": record.attempt,
         "created": record.created,

@@ -49,7 +49,7 @@ def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:
 
 
 def warn_of_labels(config: TrainConfig, train: WindowSet) -> list[str]:
-    """Say before training and after it that there is little to learn; returns what was said."""
+    """Warn of nearly constant labels; returns the warnings."""
     label = np.concatenate([clip.value for clip in train.clips])
     valid = np.concatenate([clip.valid for clip in train.clips])
     found = [f"{config.train_split}: {warning}" for warning in label_warnings(label, valid)]

@@ -29,7 +29,7 @@ def target_specs(cache: Cache, names: Sequence[str]) -> tuple[TargetSpec, ...]:
     """The streams of targets of those names.
 
     Raises:
-        UsageError: the cache has no such stream of targets, or it does not say what its columns are.
+        UsageError: the cache has no such stream of targets, or its metadata lacks the columns.
     """
     known = {name: info for name, info in cache.streams().items() if info.kind == "targets"}
     found = []
@@ -39,7 +39,7 @@ def target_specs(cache: Cache, names: Sequence[str]) -> tuple[TargetSpec, ...]:
             raise UsageError(explain("The cache has no such targets", got=name, choices=known, remedy=remedy))
         said = known[name].identity
         if said.get("task") not in (CLASSES, BINARY) or not said.get("names"):
-            raise UsageError(explain(f"Stream {name!r} does not say what its targets are", got=said))
+            raise UsageError(explain(f"Stream {name!r} has no description of its targets", got=said))
         found.append(TargetSpec(name, str(said["task"]), tuple(map(str, said["names"]))))
     return tuple(found)
 

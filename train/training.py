@@ -1,4 +1,4 @@
-"""Train a run, evaluate a run, and read clips as a run's heads want them."""
+"""Training and evaluation of a run, and reading of clips for it."""
 
 import logging
 import os
@@ -238,11 +238,11 @@ def evaluate_run(
 
 
 def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., WindowSet]) -> WindowSet:
-    """Clips of a cache, as a run's heads want them; those of a fine-tuned run with what its own encoders make.
+    """Clips of a cache as inputs of a run; a fine-tuned run encodes them with its own encoders.
 
     Args:
         run: its folder.
-        record: what it says.
+        record: its record.
         cache: where the clips are; extracted with the run's own encoders, its features are used as they are.
         read: streams, settings -> the clips.
 

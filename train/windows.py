@@ -67,7 +67,7 @@ class WindowSet:
     """The windows of some clips, ready to be gathered.
 
     Args:
-        streams: what is read, as the model sees it.
+        streams: the streams of features, as the model names them.
         tables: stream name -> its packed rows and index.
         clips: in the order of their windows.
         time: [F] float32 seconds of the output frames after the window's start.
@@ -190,7 +190,7 @@ class WindowSet:
         yield from torch.arange(len(self), device=self.device).split(batch_size)
 
     def without(self, hidden: frozenset[str]) -> "WindowSet":
-        """The same windows with some streams masked as missing: what does the model know without them?"""
+        """The same windows with some streams masked as missing."""
         return self.with_tables(
             {
                 name: StreamTable(t.rows, torch.zeros_like(t.index), t.inside, t.time) if name in hidden else t
@@ -267,13 +267,13 @@ def drop_modality(batch: Batch, streams: Sequence[StreamSpec], share: float) -> 
 
 
 def without_modality(windows: WindowSet, modality: str) -> WindowSet:
-    """The same windows with every stream of a modality marked as missing: what does the model know without it?
+    """The same windows with every stream of a modality marked as missing.
 
     Raises:
-        UsageError: it is no modality, the windows have no stream of it, or no other stream.
+        UsageError: not a modality, the windows have no stream of it, or no other stream.
     """
     if modality not in (VISUAL, AUDIO):
-        raise UsageError(explain("There is no such modality", got=modality, choices=(VISUAL, AUDIO)))
+        raise UsageError(explain("Unknown modality", got=modality, choices=(VISUAL, AUDIO)))
     names = {stream.name for stream in windows.streams if stream.kind == modality}
     if not names or len(names) == len(windows.streams):
         raise UsageError(

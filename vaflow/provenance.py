@@ -1,6 +1,6 @@
 """Provenance of predictions: run, settings, weights, cache, streams, records and source files, and what has changed.
 
-`sources.json` beside the predictions says what they were made from; this module compares it with the present state.
+`sources.json` beside the predictions stores their origin; this module compares it with the present state.
 Nothing is written.
 """
 

@@ -57,7 +57,7 @@ def run_study(
 ) -> StudyResult:
     """Train every configuration of the chosen tables with every seed, and write `results.csv`, `.md` and `.html`.
 
-    Runs lie in `out/runs/<hash>`; those that are finished are taken as they are, an interrupted one goes on.
+    Runs are stored in `out/runs/<hash>`; finished runs are reused, interrupted ones resume.
 
     Args:
         cache: what to train on.

@@ -47,11 +47,11 @@ class Augment:
 
 
 def change_pictures(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The same flip, crop and colours for all pictures of a clip.
+    """Apply the same flip, crop and colours to all images of a clip.
 
     Args:
         images: [U, S, S, 3] uint8.
-        generator: of what is drawn.
+        generator: source of the random numbers.
 
     Returns:
         [U, S, S, 3] uint8.
@@ -77,7 +77,7 @@ def change_sound(logmel: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         logmel: [frames, bands].
-        generator: of what is drawn.
+        generator: source of the random numbers.
 
     Returns:
         [frames, bands].

@@ -131,7 +131,7 @@ def _other_origin(stream: InputStream, source: Mapping[str, Any], dtype: str) ->
 
 
 def _times(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the sampling says where pictures lie."""
+    """The part of the sampling that determines the times of images."""
     return {key: value for key, value in identity.get("sampling", {}).items() if key != "audio_steps"}
 
 

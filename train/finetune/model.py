@@ -111,7 +111,7 @@ class TunedModel(nn.Module):
 
 
 def _encoded(backbone: Backbone, units: Units, cached: Tensor) -> Tensor:
-    """[B, S, D]: the backbone's vectors in the place of the cached ones, zeros where there are none."""
+    """[B, S, D]: the backbone's vectors instead of the cached ones, zeros where missing."""
     if units.inputs is None:
         return torch.zeros_like(cached)
     rows = backbone.features(units.inputs.to(cached.device))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, table
+from vaflow.errors import count
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare and fuse labels of several annotators.")
 
@@ -46,12 +47,14 @@ def agree(
         return 0
     names = list(found.icc["valence"])
     rows = [(d, f"{document['mean_ccc'][d]:.3f}", *(f"{found.icc[d][name]:.3f}" for name in names)) for d in found.icc]
-    typer.echo(f"{len(found.clips)} clip(s), {found.seconds:.0f} s, rated by all {len(found.annotators)} annotators")
+    typer.echo(
+        f"{count(len(found.clips), 'clip')}, {found.seconds:.0f} s, rated by all {len(found.annotators)} annotators"
+    )
     typer.echo(table(rows, ("dimension", "mean CCC", *names)))
     typer.echo(f"Cohen's kappa of the nine regions, mean over pairs: {found.kappa:.3f}")
     weights = [[f"{found.weights[d][name]:.3f}" for d in found.weights] for name in found.annotators]
     lines = [(n, f"{found.lags[n]:.2f}", *w) for n, w in zip(found.annotators, weights, strict=True)]
     typer.echo(table(lines, ("annotator", "lag (s)", "weight valence", "weight arousal")))
     if out is not None:
-        typer.echo(f"{len(written)} fused label file(s): {out}")
+        typer.echo(f"{count(len(written), 'fused label file')}: {out}")
     return 0

@@ -148,7 +148,7 @@ def compare_ratings(ratings: Ratings, config: AgreeConfig) -> Agreement:
         raise UsageError(
             explain(
                 "Agreement needs two annotators and a clip that all of them rated",
-                got=f"annotators {', '.join(annotators)}; {len(clips)} clip(s) rated by all",
+                got=f"annotators {', '.join(annotators)}; {count(len(clips), 'clip')} rated by all",
             )
         )
     lags = reaction_lags({clip: ratings[clip] for clip in clips}, annotators, config)

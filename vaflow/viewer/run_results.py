@@ -1,4 +1,4 @@
-"""What a finished run says about a split: its files, and sums over its prediction tables."""
+"""Results of a finished run on a split: its files, and sums over its prediction tables."""
 
 import csv
 import json
