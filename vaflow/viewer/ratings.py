@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vaflow.datasets.formats import read_csv
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, count, explain
 from vaflow.files import make_folder, replace_file
 from vaflow.timeline import Floats
 from vaflow.viewer.agreement import delay, evaluator_weights, icc, mean_kappa, pairwise_ccc
@@ -147,7 +147,7 @@ def compare_ratings(ratings: Ratings, config: AgreeConfig) -> Agreement:
     if len(annotators) < 2 or not clips:
         raise UsageError(
             explain(
-                "Agreement needs two annotators and a clip that all of them rated",
+                "Agreement requires two annotators and a clip rated by all of them",
                 got=f"annotators {', '.join(annotators)}; {count(len(clips), 'clip')} rated by all",
             )
         )
