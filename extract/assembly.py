@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Rows, StreamInfo
+from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Rows, StreamInfo, stored_layers
 from vaflow.cache.scratch import LongArray, Scratch
 from vaflow.encoders import logmel
 from vaflow.encoders.base import KALDI, FrontEnd, cut
@@ -72,6 +72,12 @@ def step_valid(valid: NDArray[np.bool_], starts: Floats, window: float, steps: i
     counts = np.diff(sums[np.clip(index, 0, len(valid))], axis=1)
     result: NDArray[np.bool_] = counts * 2 >= np.maximum(np.diff(index, axis=1), 1)
     return result
+
+
+def vector_shape(info: StreamInfo) -> tuple[int, ...]:
+    """Return [dim], or [layers, dim] where several layers of the encoder are stored."""
+    layers = stored_layers(info)
+    return (layers, info.dim) if layers else (info.dim,)
 
 
 Arrays = dict[str, Rows]
@@ -201,9 +207,10 @@ class ClipAssembly:
         grid, steps = self._config.grid, self._config.audio_steps
         starts = grid.seconds(grid.starts(self.duration))
         heard = step_valid(valid, starts, grid.window, steps)
-        vectors = self._vectors[name] = self._scratch.zeros((len(starts) * steps, encoder.dim), self._config.dtype)
+        shape = vector_shape(self._infos[name])
+        vectors = self._vectors[name] = self._scratch.zeros((len(starts) * steps, *shape), self._config.dtype)
         self.arrays[name] = {
-            "embedding": vectors.reshape(len(starts), steps, encoder.dim),
+            "embedding": vectors.reshape(len(starts), steps, *shape),
             "time": starts[:, None] + encoder.step_times(grid.window, steps),
             "valid": heard,
             "start": starts,
@@ -223,7 +230,7 @@ class ClipAssembly:
 
     def _start_visual(self, name: str) -> None:
         count = len(self._times)
-        self._vectors[name] = self._scratch.zeros((count, self._infos[name].dim), self._config.dtype)
+        self._vectors[name] = self._scratch.zeros((count, *vector_shape(self._infos[name])), self._config.dtype)
         self._seen[name] = np.zeros(count, bool)
         self.arrays[name] = {"embedding": self._vectors[name], "time": self._times, "valid": self._seen[name]}
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -27,10 +28,9 @@ def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[Vi
         WeightsError: weights are missing or do not fit.
         VaflowError: the settings ask for compiled encoders, and this machine cannot compile.
     """
-    built = [
-        build_encoder(name, weights=config.weights.get(name), device=str(device), precision=config.precision)
-        for name in config.encoders
-    ]
+    named = [(name, "visual") for name in config.visual] + [(name, "audio") for name in config.audio]
+    options: dict[str, Any] = {"device": str(device), "precision": config.precision}
+    built = [build_encoder(name, weights=config.weights.get(name), kind=kind, **options) for name, kind in named]
     if config.compile:
         for encoder in built:
             compile_network(encoder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from vaflow.cache import Cache
 from vaflow.cache.schema import StreamInfo
 from vaflow.cache.streams import differences
-from vaflow.encoders import ENCODERS, build_encoder, encoder_kind
+from vaflow.encoders import ENCODERS, build_encoder, encoder_kind, is_encoder
 from vaflow.encoders.base import VisualEncoder
 from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes
 from vaflow.errors import FingerprintError, UsageError, explain
@@ -101,7 +101,7 @@ def add_prompts(
     prompt_set = load_prompts(prompts)
     known = cache.streams()
     # By default those with prototypes; where none has any, all that an encoder of this package can have made.
-    made = [name for name, info in known.items() if info.kind == "visual" and _is_encoder(name)]
+    made = [name for name, info in known.items() if info.kind == "visual" and is_encoder(name, "visual")]
     default = [name for name in made if text_stream(name) in known] or made
     names = default if visual is None else [visual]
     unused = [name for name in weights or {} if name not in names]
@@ -121,13 +121,6 @@ def add_prompts(
     return write_prompts(cache, prompt_set, able)
 
 
-def _is_encoder(name: str) -> bool:
-    try:
-        return encoder_kind(name) == "visual"
-    except UsageError:
-        return False
-
-
 def _build(
     cache: Cache, known: Mapping[str, StreamInfo], name: str, weights: Path | None, device: str
 ) -> VisualEncoder:
@@ -141,7 +134,7 @@ def _build(
     if not infos:
         visual = [stream for stream, info in known.items() if info.kind == "visual"]
         raise UsageError(explain(f"{cache.place} has no visual stream of that name", got=name, choices=visual))
-    if not _is_encoder(name):
+    if not is_encoder(name, "visual"):
         choices = [encoder for encoder in ENCODERS if encoder_kind(encoder) == "visual"]
         raise UsageError(explain(f"No visual encoder makes stream {name!r}", got=name, choices=choices))
     encoder = build_encoder(name, weights=weights, device=device)

@@ -16,14 +16,16 @@ class StreamSpec:
     Attributes:
         name: of the stream.
         kind: `VISUAL` (one vector per output frame) or `AUDIO` (one per audio step).
-        dim: width of a vector.
+        dim: width of a vector, over all its layers.
         frames_per_step: spectrogram frames that a CNN turns into one step; 0: each vector is a step.
+        layers: encoder layers in a vector, end to end; the model learns their mixture.
     """
 
     name: str
     kind: str
     dim: int
     frames_per_step: int = 0
+    layers: int = 1
 
 
 CLASSES, BINARY = "classes", "binary"

@@ -62,7 +62,7 @@ def make_packs(
     packs = {}
     for stream in streams:
         dtype = getattr(torch, cache.streams()[stream.name].dtype)
-        shape = (1 + sum(_row_count(cache, stream.name, item) for item in items), stream.dim)
+        shape = (1 + sum(_row_count(cache, stream, item) for item in items), stream.dim)
         size = prod(shape) * dtype.itemsize
         if size <= left:
             left -= size
@@ -73,11 +73,11 @@ def make_packs(
     return packs
 
 
-def _row_count(cache: Cache, stream: str, item: str) -> int:
-    if not cache.has(stream, item):
+def _row_count(cache: Cache, stream: InputStream, item: str) -> int:
+    if not cache.has(stream.name, item):
         return 0
-    shape = cache.record(stream, item).arrays["embedding"]["shape"]
-    return int(prod(shape[:-1]))
+    shape = cache.record(stream.name, item).arrays["embedding"]["shape"]
+    return int(prod(shape[:-1])) // stream.layers
 
 
 def mapped(shape: tuple[int, int], dtype: torch.dtype, scratch: Path | None) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vaflow.cache import Cache
 from vaflow.cache.documents import fingerprint
-from vaflow.cache.schema import LOGMEL, StreamInfo
-from vaflow.encoders import encoder_kind
+from vaflow.cache.schema import LOGMEL, StreamInfo, stored_layers
+from vaflow.encoders import is_encoder
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.timeline import Grid, median_interval
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec, TargetSpec
@@ -35,7 +35,7 @@ class InputStream:
     """A stream that a run reads.
 
     Attributes:
-        name, dim: of the stream.
+        name: of the stream; dim: width of a row, over all layers where several are stored.
         kind: of the cache: "visual", "audio" or "logmel".
         steps: vectors per training window; for visual streams, the frames.
         frames_per_step: of log-Mel, how many of them a CNN makes one audio step of; 0: vectors are steps.
@@ -51,9 +51,15 @@ class InputStream:
     frames_per_step: int = 0
 
     @property
+    def layers(self) -> int:
+        """Number of the encoder's layers in a row; 1: one vector."""
+        return max(1, len(self.identity.get("layers", ())))
+
+    @property
     def spec(self) -> StreamSpec:
         """As the model sees it: log-Mel is an audio stream that needs a CNN first."""
-        return StreamSpec(self.name, VISUAL if self.kind == "visual" else AUDIO, self.dim, self.frames_per_step)
+        kind = VISUAL if self.kind == "visual" else AUDIO
+        return StreamSpec(self.name, kind, self.dim, self.frames_per_step, self.layers)
 
 
 @dataclass(frozen=True)
@@ -157,13 +163,9 @@ def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names:
 
 def _how_to_add(cache: Cache, modality: str, name: str) -> str | None:
     """The command that adds a stream of that name; None where no encoder of the modality makes it."""
-    try:
-        makes_it = encoder_kind(name) in (modality, LOGMEL)
-    except UsageError:
-        return None
     other = AUDIO if modality == VISUAL else VISUAL
     command = f"`vaflow extract ROOT --out {cache.place} --{modality} {name} --{other} none`"
-    return f"{command} adds it, and encodes nothing else anew" if makes_it else None
+    return f"{command} adds it, and encodes nothing else anew" if is_encoder(name, modality) or name == LOGMEL else None
 
 
 def _with_windows(cache: Cache, config: TrainConfig, infos: Sequence[StreamInfo]) -> TrainConfig:
@@ -209,7 +211,7 @@ def _visual_input(info: StreamInfo, grid: Grid) -> InputStream:
     cached = interval_of(info.kind, info.identity)
     if cached and grid.step < cached / 2:
         log.info("%s: a sample every %.3g s for a frame every %.3g s: neighbours share", info.name, cached, grid.step)
-    return InputStream(info.name, info.kind, info.dim, int(grid.frames), fingerprint(info), info.identity)
+    return InputStream(info.name, info.kind, _width(info), int(grid.frames), fingerprint(info), info.identity)
 
 
 def _audio_input(cache: Cache, info: StreamInfo, config: TrainConfig) -> InputStream:
@@ -220,7 +222,12 @@ def _audio_input(cache: Cache, info: StreamInfo, config: TrainConfig) -> InputSt
         return InputStream(info.name, info.kind, info.dim, steps * each, fingerprint(info), info.identity, each)
     interval = interval_of(info.kind, info.identity) or _measured_interval(cache, info)
     steps = config.audio_steps or max(1, round(window / interval))
-    return InputStream(info.name, info.kind, info.dim, steps, fingerprint(info), info.identity)
+    return InputStream(info.name, info.kind, _width(info), steps, fingerprint(info), info.identity)
+
+
+def _width(info: StreamInfo) -> int:
+    """Return the width of a row: all stored layers laid end to end."""
+    return info.dim * max(1, stored_layers(info))
 
 
 def _measured_interval(cache: Cache, info: StreamInfo) -> float:
@@ -305,7 +312,7 @@ def _different(stream: InputStream, info: StreamInfo) -> dict[str, str]:
 
     Audio features say in which dtype the log-Mel under them is stored; that alone is no other encoder.
     """
-    there = _flat({"kind": info.kind, "dim": info.dim, **info.identity})
+    there = _flat({"kind": info.kind, "dim": _width(info), **info.identity})
     here = _flat({"kind": stream.kind, "dim": stream.dim, **stream.identity})
     stored = [settings.get("sound") for settings in (there, here)]
     if all(isinstance(value, str) and value.startswith(f"{LOGMEL} ") for value in stored):

@@ -164,6 +164,7 @@ class Session:
         write_sources(self.folder.predictions(split), maker, self.cache, [trace.clip.item for trace in traces])
         report |= {"best_epoch": progress.best_epoch, "epochs": progress.epoch}
         report |= {"best_epoch_each": dict(progress.each_epoch)} if progress.each else {}
+        report |= {"layer_shares": model.layer_shares} if model.layer_shares else {}
         for warning in report["warnings"]:
             log.warning("%s: %s", split, warning)
         report["warnings"] += warn_of_labels(self.config, data.train)

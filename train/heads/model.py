@@ -17,6 +17,7 @@ from torch.nn import functional
 from vaflow.errors import UsageError, explain
 from vaflow.train.batch import AUDIO, VISUAL, Batch, Output, StreamSpec, TargetSpec
 from vaflow.train.heads.fusion import FUSION, Track, interpolate
+from vaflow.train.heads.layer_mixture import LayerMixture
 from vaflow.train.heads.prompt import PromptHead
 from vaflow.train.heads.spectrogram import Spectrogram
 from vaflow.train.heads.temporal import TEMPORAL, Recurrent, run_together
@@ -68,6 +69,7 @@ class Branch(nn.Module):
         temporal_options: its keyword arguments.
         dropout: before the temporal model.
         frames_per_step: of a spectrogram; 0: features are steps.
+        layers: of the encoder in a feature vector; several are mixed after their normalisation.
     """
 
     def __init__(
@@ -79,9 +81,14 @@ class Branch(nn.Module):
         temporal_options: Mapping[str, Any],
         dropout: float,
         frames_per_step: int = 0,
+        layers: int = 1,
     ) -> None:
         super().__init__()
-        self.normalize = NORMALIZE["standard" if frames_per_step else normalize](dim)
+        self.layer_mixture = LayerMixture(layers) if layers > 1 else None
+        # Standardisation has statistics of every layer; the other norms treat each layer's vector alike.
+        whole = normalize == "standard" or bool(frames_per_step)
+        self.normalize = NORMALIZE["standard" if frames_per_step else normalize](dim if whole else dim // layers)
+        dim //= layers
         self.spectrogram = Spectrogram(dim, frames_per_step) if frames_per_step else None
         if self.spectrogram is None:
             self.project: nn.Module = nn.Linear(dim, hidden)
@@ -105,7 +112,13 @@ class Branch(nn.Module):
             The projected steps; frames of a spectrogram become steps here.
         """
         if self.spectrogram is None:
-            x = self.normalize(torch.where(valid.unsqueeze(-1), x, 0))
+            x = torch.where(valid.unsqueeze(-1), x, 0)
+            if self.layer_mixture is None:
+                x = self.normalize(x)
+            elif isinstance(self.normalize, Standardize):
+                x = self.layer_mixture(self.normalize(x).unflatten(-1, (self.layer_mixture.layers, -1)))
+            else:
+                x = self.layer_mixture(self.normalize(x.unflatten(-1, (self.layer_mixture.layers, -1))))
         else:
             steps = self.spectrogram(self.normalize(x), valid, inside, time)
             x, valid, inside, time = steps.value, steps.valid, steps.inside, steps.time
@@ -178,7 +191,8 @@ class VAModel(nn.Module):
         check_streams(streams)
         self.streams = tuple(streams)
         self.branches = nn.ModuleList(
-            Branch(s.dim, hidden, normalize, temporal, options, dropout, s.frames_per_step) for s in self.streams
+            Branch(s.dim, hidden, normalize, temporal, options, dropout, s.frames_per_step, s.layers)
+            for s in self.streams
         )
         self.visual = [i for i, stream in enumerate(self.streams) if stream.kind == VISUAL]
         self.audio = [i for i, stream in enumerate(self.streams) if stream.kind == AUDIO]
@@ -244,6 +258,12 @@ class VAModel(nn.Module):
         else:
             values = [m(x, inside) for m, x, inside in zip(models, values, insides, strict=True)]  # type: ignore[operator]
         return [replace(track, value=value) for track, value in zip(entering, values, strict=True)]
+
+    @property
+    def layer_shares(self) -> dict[str, list[float]]:
+        """Stream -> the learned share of each of its layers, for streams that store several."""
+        pairs = zip(self.streams, self.branches, strict=True)
+        return {s.name: b.layer_mixture.shares.tolist() for s, b in pairs if isinstance(b.layer_mixture, LayerMixture)}
 
     @property
     def standardized(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ What reading an item gives.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
@@ -163,12 +163,22 @@ def parts(array: Rows, nbytes: int = _PART) -> Iterator[slice]:
         yield slice(start, min(start + step, len(array)))
 
 
+def stored_layers(info: StreamInfo) -> int:
+    """Return how many layers of the encoder each sample has a vector of; 0: one vector, and no layer axis."""
+    layers = info.identity.get("layers") if info.kind in ("visual", "audio") else None
+    return len(layers) if isinstance(layers, list) else 0
+
+
 def array_problems(info: StreamInfo, arrays: Mapping[str, Rows]) -> list[str]:
     """Everything that keeps `arrays` from being an item of the stream `info`; empty when all is well."""
-    specs = KINDS[info.kind]
+    specs = dict(KINDS[info.kind])
+    layers = stored_layers(info)
+    if layers:  # one vector per layer of the encoder: an axis before the last
+        spec = specs["embedding"]
+        specs["embedding"] = replace(spec, axes=(*spec.axes[:-1], "layer", spec.axes[-1]))
     problems = [f"array {name!r} is missing" for name, spec in specs.items() if spec.required and name not in arrays]
     problems += [f"array {name!r} is not part of a {info.kind} stream" for name in arrays if name not in specs]
-    lengths: dict[str, int] = {}
+    lengths = {"layer": layers} if layers else {}
     for name in specs:
         if name in arrays:
             problems += _one_array_problems(name, specs[name], arrays[name], lengths)

@@ -75,6 +75,15 @@ def extract(
             hidden=True,
         ),
     ] = None,
+    layers: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYERS",
+            help="Layers of every hf: encoder: N, N-M, last, mean or all. Several are mixed in training.",
+            rich_help_panel="Encoders",
+            hidden=True,
+        ),
+    ] = "",
     store: Annotated[
         str,
         typer.Option(
@@ -129,7 +138,7 @@ def extract(
     given = dict(options or {})
     for kind in ("visual", "audio"):
         if kind in given:
-            given[kind] = _encoder_names(given[kind], kind)
+            given[kind] = _encoder_names(given[kind], kind, layers)
     config = ExtractConfig(**given, weights=weight_pairs(weights or []))
     part = Shard.parse(shard)
     if engine not in ENGINES:
@@ -200,21 +209,24 @@ def _check_out(out: Path, store: str) -> None:
         create_cache(out, store=store)
 
 
-def _encoder_names(given: tuple[str, ...], kind: str) -> tuple[str, ...]:
+def _encoder_names(given: tuple[str, ...], kind: str, layers: str = "") -> tuple[str, ...]:
     """Encoder names of one kind, each once; "none" alone means none of it.
 
     Raises:
         UsageError: an unknown encoder, or one of the other kind.
     """
     from vaflow.encoders import ENCODERS, encoder_kind
+    from vaflow.encoders.layers import with_layers
 
     names = tuple(dict.fromkeys(given))
     if names == ("none",):
         return ()
+    if layers:
+        names = tuple(with_layers(name, layers) for name in names)
     if kind == "audio":
         names = tuple(name for name in names if name != "logmel")  # always kept
     for name in names:
-        if encoder_kind(name) != kind:
+        if encoder_kind(name) not in (kind, "any"):
             choices = [n for n in ENCODERS if encoder_kind(n) == kind]
             raise UsageError(explain(f"--{kind} names an encoder of another kind", got=name, choices=choices))
     return names

@@ -112,6 +112,8 @@ def train(
                 f"{out} is finished already. Choose another --out for other settings, or --fresh to start again."
             )
         typer.echo(summary(result.metrics))
+        for stream, shares in result.metrics.get("layer_shares", {}).items():
+            typer.echo(f"\nlayers of {stream}: " + ", ".join(f"{share:.2f}" for share in shares))
         if "best_epoch" in result.metrics:
             typer.echo(f"\nbest epoch {result.metrics['best_epoch']} of {result.metrics['epochs']}; written to {out}")
     return 0

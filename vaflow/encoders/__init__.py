@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vaflow.encoders.base import AudioEncoder, VisualEncoder
 
-EncoderKind = Literal["visual", "audio", "logmel"]
+EncoderKind = Literal["visual", "audio", "logmel", "any"]  # any: the model decides
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -51,12 +51,13 @@ ENCODERS: Mapping[str, Entry] = {
 FORMS: Mapping[str, tuple[EncoderKind, str]] = {
     "clip": ("visual", "clip:MODEL/TAG_OR_FILE"),
     "ast":  ("audio", "ast:PATH_OR_HUB_ID"),
+    "hf":   ("any", "hf:REPO_OR_PATH[@LAYER]"),
 }
 # fmt: on
 
 
 def encoder_kind(name: str) -> EncoderKind:
-    """Return an encoder's input: "visual", "audio" or "logmel". Imports nothing heavy.
+    """Return an encoder's input: "visual", "audio" or "logmel"; "any" if the model decides. Imports nothing heavy.
 
     Raises:
         UsageError: no encoder has that name; the choices are listed.
@@ -64,8 +65,16 @@ def encoder_kind(name: str) -> EncoderKind:
     return _entry(name).kind
 
 
+def is_encoder(name: str, kind: str) -> bool:
+    """Return whether a name can be an encoder of a kind. Imports nothing heavy."""
+    try:
+        return encoder_kind(name) in (kind, "any")
+    except UsageError:
+        return False
+
+
 def build_encoder(
-    name: str, *, weights: Path | None = None, device: str = "cpu", precision: str = "auto"
+    name: str, *, weights: Path | None = None, device: str = "cpu", precision: str = "auto", kind: str = ""
 ) -> VisualEncoder | AudioEncoder:
     """Return an encoder in evaluation mode.
 
@@ -75,6 +84,7 @@ def build_encoder(
         device: "cpu", "cuda" or "cuda:N".
         precision: "auto" is float32 on every device, so that a cache depends on the device by rounding only;
             "bfloat16" and, on CUDA, "float16" run the network in autocast and become part of the identity.
+        kind: "visual" or "audio": refuse a model of the other kind, for names whose model decides.
 
     Raises:
         UsageError: the name, the precision or the combination is wrong.
@@ -91,7 +101,7 @@ def build_encoder(
     if resolved == "float32" and device.startswith("cuda"):
         forbid_tf32()
     module: Any = _family(entry.family)
-    encoder: VisualEncoder | AudioEncoder = module.build(Request(name, entry.source, weights, device, resolved))
+    encoder: VisualEncoder | AudioEncoder = module.build(Request(name, entry.source, weights, device, resolved, kind))
     return encoder
 
 
@@ -118,7 +128,7 @@ def _entry(name: str) -> Entry:
         )
     kind, form = FORMS[family]
     model, _, rest = source.partition("/")
-    if not source or ("/" in form and not (model and rest)):
+    if not source or (family == "clip" and not (model and rest)):
         raise UsageError(explain("The encoder's name is incomplete", expected=form, got=name))
     return Entry(kind, family, source)
 
@@ -134,6 +144,10 @@ def _family(name: str) -> Any:
             from vaflow.encoders import ast
 
             return ast
+        case "hf":
+            from vaflow.encoders import huggingface
+
+            return huggingface
         case "resnet":
             from vaflow.encoders import resnet
 

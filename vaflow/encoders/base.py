@@ -1,7 +1,7 @@
 """The contract between encoders and their callers: what stage one and fine-tuning require of each encoder.
 
-Audio front ends share one geometry: frame i covers samples [160 i, 160 i + 400) at 16 kHz. They differ in what they
-compute from these samples. Each clip passes each required front end once, while it is decoded.
+Audio front ends share one geometry: frame i starts at sample 160 i, at 16 kHz. They differ in how many samples a frame
+covers and in what they compute from them. Each clip passes each required front end once, while it is decoded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.encoders.images import Image, Preparation
-from vaflow.encoders.logmel import MEL_BINS, FilterBank, kaldi_banks
+from vaflow.encoders.logmel import FRAME, MEL_BINS, FilterBank, kaldi_banks
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Request:
     Attributes:
         name: the encoder as typed; also the stream's name.
         source: what the name refers to within its family, such as MODEL/TAG or a model id.
+        kind: "visual" or "audio": the option that named it; "" where only one is possible.
         weights: local weights instead of the published ones.
         device: "cpu", "cuda" or "cuda:N".
         precision: "float32", "bfloat16" or "float16".
@@ -41,6 +42,7 @@ class Request:
     weights: Path | None = None
     device: str = "cpu"
     precision: str = "float32"
+    kind: str = ""
 
     def refuse_weights(self, why: str) -> None:
         """Raise a UsageError if local weights were given to an encoder that cannot load them."""
@@ -63,23 +65,25 @@ class FrameArray(Protocol):
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """A kind of filter bank.
+    """A kind of filter bank, or the waveform itself.
 
     Attributes:
         name: as written in identities and messages.
         bins: width of a frame.
         padding: value of frames beyond the clip's ends.
         banks: audio samples of `logmel.GROUP` frames -> [GROUP, bins] float32; see `logmel.FilterBank`.
+        frame: samples that a frame covers.
     """
 
     name: str
     bins: int
     padding: float
     banks: Callable[[Frames], Frames]
+    frame: int = FRAME
 
     def open(self) -> FilterBank:
         """Return a filter bank for one clip."""
-        return FilterBank(self.banks, self.bins)
+        return FilterBank(self.banks, self.bins, self.frame)
 
 
 # The log-Mel stream of every cache: encoders that read it can be added to a cache without decoding.
@@ -115,6 +119,7 @@ class VisualEncoder(Protocol):
         kind: "visual".
         name: the stream's name.
         dim: length of the vector.
+        layers: optional attribute: numbers of the layers, where each image has a vector of each; identity["layers"].
         image_size: edge of the square input in pixels.
         preparation: what `prepare` does, as a value that can be sent to a process without torch.
         identity: plain JSON of everything that changes the output (weights digest, preprocessing, activation ...).
@@ -148,6 +153,7 @@ class AudioEncoder(Protocol):
         kind: "audio".
         name: the stream's name.
         dim: length of each vector.
+        layers: optional attribute, as for images: the result is [B, steps / segments, layers, dim].
         identity: plain JSON of everything that changes the output.
         front_end: computes frames from audio samples. Encoders with `KALDI` read the cached log-Mel and can be added to
             a cache without decoding; the others need the audio again.

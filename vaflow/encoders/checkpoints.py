@@ -103,7 +103,13 @@ def make_config(config_class: Any, values: Mapping[str, Any], folder: Path) -> A
 
 
 def load_model(
-    model_class: Any, config: Any, folder: Path, weights: Path, ignored: Callable[[str], bool]
+    model_class: Any,
+    config: Any,
+    folder: Path,
+    weights: Path,
+    ignored: Callable[[str], bool],
+    prefixes: tuple[str, ...] = (),
+    **options: Any,
 ) -> torch.nn.Module:
     """Return a model of `model_class` in float32 with the weights of a file in `folder`; every key must match.
 
@@ -113,12 +119,18 @@ def load_model(
         folder: for messages.
         weights: a weight file, or a safetensors index.
         ignored: whether an unexpected key is one that the encoder does not use, such as a classifier's.
+        prefixes: of the encoder's keys in files of larger models; the first one that occurs is removed.
+        options: keyword arguments of the class.
 
     Raises:
         WeightsError: the file cannot be read, or does not fit the configuration.
     """
-    state = _read_shards(weights) if weights.name == SHARDS else read_state_dict(weights)
+    files = [weights.parent / name for name in shard_names(weights)] if weights.name == SHARDS else [weights]
+    state = {key: tensor for file in files for key, tensor in read_state_dict(file).items()}
+    prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in state)), "")
+    state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     _require_size(model_class, config, state, folder)
+    attention = "sdpa" if model_class._supports_sdpa else "eager"
     try:
         with quiet_transformers():
             module, info = model_class.from_pretrained(
@@ -127,8 +139,9 @@ def load_model(
                 state_dict=state,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, by name
-                attn_implementation="sdpa",
+                attn_implementation=attention,
                 dtype=torch.float32,
+                **options,
             )
     except BROKEN as error:
         raise WeightsError(_broken(folder, f"weights of {model_class.__name__}", error)) from error
@@ -158,17 +171,19 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the files that a safetensors index lists.
+
+    Raises:
+        WeightsError: the index lists none, or files outside its folder.
+    """
     names = read_json(index).get("weight_map")
     files = sorted(set(names.values())) if isinstance(names, dict) and all(map(_is_shard, names.values())) else []
     if not files:
         raise WeightsError(
             explain(f"{index} names no shards", expected='"weight_map" with names of .safetensors files')
         )
-    state: dict[str, torch.Tensor] = {}
-    for file in files:
-        state |= read_state_dict(index.parent / file)
-    return state
+    return files
 
 
 def _is_shard(name: object) -> bool:

@@ -21,7 +21,7 @@ class ImageEncoder:
 
     Args:
         name: of the stream.
-        module: [B, 3, S, S] normalised -> [B, dim].
+        module: [B, 3, S, S] normalised -> [B, dim], or [B, layers, dim] where `layers` is set.
         dim: length of the vector.
         preprocessing: from pixels to the network's input.
         identity: plain JSON of everything that changes the output.
@@ -42,6 +42,7 @@ class ImageEncoder:
     ) -> None:
         self.name = name
         self.dim = dim
+        self.layers: tuple[int, ...] = ()
         self.precision = precision
         self.preparation = preprocessing.preparation
         self.image_size = self.preparation.size
@@ -72,5 +73,5 @@ class ImageEncoder:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, S, S, 3] uint8, prepared, on any device -> [B, dim] float32 on the encoder's device."""
+        """[B, S, S, 3] uint8, prepared, on any device -> [B, dim] or [B, layers, dim] float32 on the device."""
         return self.features(images)

@@ -24,9 +24,9 @@ def frame_times(count: int) -> NDArray[np.float64]:
     return (np.arange(count, dtype=np.float64) * HOP + FRAME / 2) / RATE
 
 
-def frame_count(samples: int) -> int:
+def frame_count(samples: int, frame: int = FRAME) -> int:
     """Return the number of whole frames in that many samples."""
-    return 0 if samples < FRAME else 1 + (samples - FRAME) // HOP
+    return 0 if samples < frame else 1 + (samples - frame) // HOP
 
 
 def identity() -> dict[str, object]:
@@ -67,17 +67,21 @@ def kaldi_banks(samples: NDArray[np.float32]) -> NDArray[np.float32]:
 class FilterBank:
     """Filter banks of streamed audio; the output does not depend on the blocks, to the last bit.
 
-    Frame i covers samples [160 i, 160 i + 400); only whole frames are returned (Kaldi's `snip_edges`).
+    Frame i covers samples [160 i, 160 i + frame); only whole frames are returned (Kaldi's `snip_edges`).
 
     Args:
         banks: computes `GROUP` frames at a time.
         bins: width of a frame.
+        frame: samples that a frame covers.
     """
 
     def __init__(
-        self, banks: Callable[[NDArray[np.float32]], NDArray[np.float32]] = kaldi_banks, bins: int = MEL_BINS
+        self,
+        banks: Callable[[NDArray[np.float32]], NDArray[np.float32]] = kaldi_banks,
+        bins: int = MEL_BINS,
+        frame: int = FRAME,
     ) -> None:
-        self._banks, self._bins = banks, bins
+        self._banks, self._bins, self._frame = banks, bins, frame
         self._rest: NDArray[np.float32] = np.empty(0, np.float32)
 
     def push(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -89,7 +93,7 @@ class FilterBank:
         if samples.ndim != 1:
             raise ValueError(f"FilterBank.push: expected mono samples [n], got shape {samples.shape}")
         pending = np.concatenate([self._rest, samples.astype(np.float32, copy=False)])
-        count = frame_count(pending.size)
+        count = frame_count(pending.size, self._frame)
         self._rest = pending[count * HOP :].copy()
         groups = [self._group(pending, first, min(GROUP, count - first)) for first in range(0, count, GROUP)]
         return np.concatenate(groups) if groups else np.empty((0, self._bins), np.float32)
@@ -100,7 +104,7 @@ class FilterBank:
         return np.empty((0, self._bins), np.float32)
 
     def _group(self, samples: NDArray[np.float32], first: int, count: int) -> NDArray[np.float32]:
-        part = samples[first * HOP : first * HOP + (count - 1) * HOP + FRAME]
-        padded = np.zeros((GROUP - 1) * HOP + FRAME, np.float32)
+        part = samples[first * HOP : first * HOP + (count - 1) * HOP + self._frame]
+        padded = np.zeros((GROUP - 1) * HOP + self._frame, np.float32)
         padded[: part.size] = part
         return self._banks(padded)[:count]

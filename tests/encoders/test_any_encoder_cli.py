@@ -1,0 +1,91 @@
+"""Encoders by name through every command, on real clips: extract, verify, train, evaluate, predict."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_checkpoints import IMAGES, SOUNDS, write_checkpoint
+
+from vaflow.cache import open_cache
+from vaflow.cache.verify import verify
+from vaflow.cli import main
+
+GRID = ["--window", "2", "--stride", "1", "--frames", "4", "--audio-steps", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def data(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two labelled clips with audio, one in each split."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("data")
+    for name in ("single_face.mp4", "no_face.mp4"):
+        (root / name).symlink_to((clips / name).resolve())
+        rows = [f"{0.1 * k:.1f},{k % 40 / 80:.3f},{k % 25 / 50 - 0.3:.3f}" for k in range(20)]
+        (root / f"{Path(name).stem}.csv").write_text("\n".join(["time,valence,arousal", *rows]) + "\n")
+    (root / "splits.csv").write_text("name,split\nsingle_face,train\nno_face,val\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
+    """Every family of transformers, some with several layers."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    layers = {"dinov2": "@1-3", "wav2vec2": "@all", "vit": "@2"}
+    visual, audio = (
+        [f"hf:{write_checkpoint(name, folder / name)}{layers.get(name, '')}" for name in family]
+        for family in (IMAGES, SOUNDS)
+    )
+    return visual, audio
+
+
+def test_every_family_goes_through_every_command(
+    data: Path, names: tuple[list[str], list[str]], clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    visual, audio = names
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    chosen = [option for name in visual for option in ("--visual", name)]
+    chosen += [option for name in audio for option in ("--audio", name)]
+    options = [*chosen, *GRID, "--faces", "none"]
+    assert main(["check", str(data)]) == 0
+    assert main(["extract", str(data), "--out", str(cache), *options]) == 0
+    assert verify(open_cache(cache)) == []
+    stored = {name: open_cache(cache).read(name, "single_face").embedding.shape for name in (*visual, *audio)}
+    assert {len(shape) for name, shape in stored.items() if "@1-3" in name} == {3}
+    assert {shape[2] for name, shape in stored.items() if "@all" in name} == {4}
+    few = [visual[0], audio[0], audio[-1]]
+    trained = ["--visual", few[0], "--audio", few[1], "--audio", few[2], "--epochs", "2", "--device", "cpu"]
+    capsys.readouterr()
+    assert main(["train", str(cache), "--out", str(run), *trained, "--set", "kl_weight=0", "--set", "hidden=16"]) == 0
+    assert capsys.readouterr().out.count("layers of hf:") == 2
+    shares = json.loads((run / "metrics.json").read_text())["layer_shares"]
+    assert {len(values) for values in shares.values()} == {3, 4}
+    assert all(sum(values) == pytest.approx(1) for values in shares.values())
+    assert main(["evaluate", str(run), "--cache", str(cache), "--device", "cpu"]) == 0
+    out = tmp_path / "predictions"
+    media = [str(clips / "single_face.mp4"), "--out", str(out), "--device", "cpu", "--faces", "none"]
+    assert main(["predict", str(run), *media]) == 0
+    assert (out / "single_face.csv").read_text().count("\n") > 20
+
+
+def test_layers_of_all_hf_encoders_are_one_option(data: Path, names: tuple, tmp_path: Path) -> None:
+    visual = names[0][3].partition("@")[0]
+    options = ["--visual", visual, "--visual", "resnet-tiny", "--audio", "none", *GRID, "--faces", "none"]
+    assert main(["extract", str(data), "--out", str(tmp_path / "cache"), *options, "--layers", "1-2"]) == 0
+    cache = open_cache(tmp_path / "cache")
+    assert cache.read(f"{visual}@1-2", "no_face").embedding.shape[1:] == (2, 32)
+    assert cache.read("resnet-tiny", "no_face").embedding.ndim == 2
+
+
+def test_order_of_clips_changes_no_bit(data: Path, names: tuple, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for file in data.glob("no_face*"):
+        (alone / file.name).symlink_to(file.resolve())
+    options = ["--visual", names[0][0], "--audio", names[1][0], *GRID, "--faces", "none"]
+    for root, out in ((data, "both"), (alone, "one")):
+        assert main(["extract", str(root), "--out", str(tmp_path / out), *options]) == 0
+    for name in (names[0][0], names[1][0]):
+        one, both = (open_cache(tmp_path / out).read(name, "no_face").embedding for out in ("one", "both"))
+        np.testing.assert_array_equal(one, both)

@@ -1,0 +1,276 @@
+"""`hf:` encoders against transformers' own processors and models, on tiny checkpoints in genuine layout."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_checkpoints import IMAGES, SOUNDS, write_checkpoint
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, WhisperFeatureExtractor
+
+from vaflow.encoders import build_encoder
+from vaflow.encoders.huggingface import image_preprocessing
+from vaflow.encoders.speech import whisper_features
+from vaflow.encoders.waveform import WAVEFORM
+from vaflow.errors import UsageError, VaflowError, WeightsError
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: write_checkpoint(name, folder / name) for name in (*IMAGES, *SOUNDS)}
+
+
+def build(folder: Path, suffix: str = "", kind: str = "") -> Any:
+    return build_encoder(f"hf:{folder}{suffix}", kind=kind)
+
+
+def images(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Smooth images of many sizes, as crops of video are."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        height, width = rng.integers(60, 420, 2).tolist()
+        coarse = rng.integers(0, 256, (height // 12 + 2, width // 12 + 2, 3), np.uint8)
+        made.append(np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)))
+    return made
+
+
+def prepared(encoder: Any, pictures: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([encoder.prepare(picture) for picture in pictures]))
+
+
+def waves(count: int, seconds: float) -> np.ndarray:
+    """[count, n] float32 at 16 kHz."""
+    rng = np.random.default_rng(1)
+    time = np.arange(round(16000 * seconds)) / 16000
+    tones = [np.sin(2 * np.pi * rng.uniform(100, 900) * time**1.1) * rng.uniform(0.05, 0.5) for _ in range(count)]
+    return (np.stack(tones) + rng.normal(scale=0.01, size=(count, time.size))).astype(np.float32)
+
+
+def rows(samples: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(samples.reshape(len(samples), -1, WAVEFORM.bins))
+
+
+# --- images
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_preprocessing_is_the_processors_on_100_images(checkpoints: dict[str, Path], name: str) -> None:
+    """Pillow's resampling, as the processor's own Pillow version; the tensor version rounds differently."""
+    encoder = build(checkpoints[name])
+    settings = json.loads((checkpoints[name] / "preprocessor_config.json").read_text())
+    preprocessing = image_preprocessing("x", settings, "")
+    own = AutoImageProcessor.from_pretrained(checkpoints[name], backend="pil")
+    on_tensors = AutoImageProcessor.from_pretrained(checkpoints[name], backend="torchvision")
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    for picture in images(100):
+        pixels = encoder.prepare(picture).transpose(2, 0, 1).astype(np.float32) / 255
+        tensor = on_tensors(Image.fromarray(picture), return_tensors="np")["pixel_values"][0]
+        if own.backend == "pil":
+            expected = own(Image.fromarray(picture), return_tensors="np")["pixel_values"][0]
+            np.testing.assert_allclose((pixels - mean) / std, expected, atol=2e-6)
+        levels = np.abs((pixels - mean) / std - tensor) * std * 255
+        assert levels.mean() < 0.6 and levels.max() < 4
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_features_are_the_models(checkpoints: dict[str, Path], name: str) -> None:
+    """The oracle is `AutoModel` on the processor's pixels, pooled by hand."""
+    model: Any = AutoModel.from_pretrained(checkpoints[name]).eval()
+    model = getattr(model, "vision_model", model)
+    encoder = build(checkpoints[name])
+    pictures = prepared(encoder, images(3))
+    pixels = (pictures.permute(0, 3, 1, 2) / 255 - encoder._mean) / encoder._std
+    options = {"noise": torch.arange(49.0).expand(3, -1)} if name == "vit-mae" else {}
+    if name == "vit-mae":
+        model.config.mask_ratio = 0.0
+    with torch.no_grad():
+        output = model(pixel_values=pixels, output_hidden_states=True, **options)
+    hidden = output.last_hidden_state
+    expected = {
+        "vit-mae": lambda: hidden[:, 1:].mean(dim=1),
+        "clip": lambda: output.pooler_output,
+        "clip-vision": lambda: output.pooler_output,
+        "siglip": lambda: output.pooler_output,
+        "convnextv2": lambda: output.pooler_output,
+    }.get(name, lambda: hidden[:, 0])()
+    torch.testing.assert_close(encoder.encode(pictures), expected, atol=2e-5, rtol=1e-4)
+    assert encoder.dim == expected.shape[1] and not encoder.layers
+    middle = build(checkpoints[name], "@2,pool=mean").encode(pictures)
+    state = output.hidden_states[2]
+    special = {"siglip": 0, "dinov2-registers": 5, "dinov3": 5}.get(name, 1)
+    by_hand = state.mean(dim=(2, 3)) if state.ndim == 4 else state[:, special:].mean(dim=1)
+    torch.testing.assert_close(middle, by_hand, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGES if name != "convnextv2"])
+def test_several_layers_are_stored_in_order(checkpoints: dict[str, Path], name: str) -> None:
+    encoder = build(checkpoints[name], "@1-3")
+    pictures = prepared(encoder, images(2))
+    together = encoder.encode(pictures)
+    assert together.shape == (2, 3, encoder.dim) and encoder.layers == (1, 2, 3)
+    assert encoder.identity["layers"] == [1, 2, 3]
+    for place, layer in enumerate((1, 2, 3)):
+        assert torch.equal(together[:, place], build(checkpoints[name], f"@{layer}").encode(pictures))
+    every = build(checkpoints[name], "@all").encode(pictures)
+    torch.testing.assert_close(build(checkpoints[name], "@mean").encode(pictures), every.mean(dim=1))
+
+
+def test_masked_patches_are_none_and_in_order(checkpoints: dict[str, Path]) -> None:
+    """ViT-MAE draws which patches it masks: two calls must not differ."""
+    encoder = build(checkpoints["vit-mae"])
+    pictures = prepared(encoder, images(2))
+    assert torch.equal(encoder.encode(pictures), encoder.encode(pictures))
+    assert encoder.module.model(pixel_values=torch.zeros(1, 3, 224, 224)).last_hidden_state.shape[1] == 1 + 49
+
+
+# --- audio
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_steps_are_the_models_tokens_averaged(checkpoints: dict[str, Path], name: str) -> None:
+    """The oracle: the feature extractor on each window, `AutoModel`, and the tokens in each step by hand."""
+    extractor = AutoFeatureExtractor.from_pretrained(checkpoints[name])
+    model: Any = AutoModel.from_pretrained(checkpoints[name]).eval()
+    model = model.encoder if name == "whisper" else model
+    encoder, samples = build(checkpoints[name]), waves(2, 4.0)
+    for number, wave in enumerate(samples):
+        inputs = extractor(wave, sampling_rate=16000, return_tensors="pt")
+        with torch.no_grad():
+            hidden = model(inputs["input_features" if name == "whisper" else "input_values"]).last_hidden_state[0]
+        first = 0.0 if name == "whisper" else 0.0125
+        centres = first + 0.02 * np.arange(len(hidden))
+        encoded = encoder.encode(rows(samples[number : number + 1]), window=4, steps=8)[0]
+        times = encoder.step_times(4, 8)
+        for step in range(8):
+            inside = np.flatnonzero((centres >= 0.5 * step - 1e-9) & (centres < 0.5 * (step + 1) - 1e-9))
+            torch.testing.assert_close(encoded[step], hidden[inside].mean(dim=0), atol=3e-4, rtol=1e-3)
+            assert times[step] == pytest.approx(centres[inside].mean())
+
+
+@pytest.mark.parametrize("instant", [0.31, 1.5125, 2.77, 3.6])
+def test_an_impulse_reaches_the_token_that_is_centred_on_it(checkpoints: dict[str, Path], instant: float) -> None:
+    encoder = build(checkpoints["hubert"])
+    quiet = torch.zeros(1, 4 * 16000)
+    loud = quiet.clone()
+    loud[0, round(instant * 16000)] = 1.0
+    with torch.no_grad():
+        difference = encoder.module.feature_extractor.conv_layers
+        before, after = quiet[:, None], loud[:, None]
+        for layer in difference:  # without their normalisation over time, which mixes all tokens
+            before, after = layer.conv(before), layer.conv(after)
+    strength = (after - before)[0].abs().amax(dim=0).numpy()
+    reached = np.flatnonzero(strength > 0)
+    centres = encoder.tokens(4).times()
+    assert len(strength) == len(centres) == encoder.tokens(4).count
+    covering = np.flatnonzero((centres - 0.0125 - 1e-9 <= instant) & (instant < centres + 0.0125 - 1e-9))
+    assert reached.tolist() == covering.tolist()
+
+
+def test_whisper_features_are_the_extractors() -> None:
+    extractor = WhisperFeatureExtractor()
+    filters = torch.from_numpy(extractor.mel_filters).float()
+    samples = waves(2, 3.5)
+    expected = extractor(list(samples), sampling_rate=16000, return_tensors="pt")["input_features"]
+    together = whisper_features(torch.from_numpy(samples), filters)
+    torch.testing.assert_close(together, expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(whisper_features(torch.from_numpy(samples[1:]), filters)[0], together[1])
+
+
+def test_windows_and_steps_that_do_not_fit_are_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="at most about 30 s"):
+        build(checkpoints["whisper"]).step_times(40, 20)
+    with pytest.raises(UsageError, match="would have no token"):
+        build(checkpoints["hubert"]).step_times(1, 60)
+    with pytest.raises(UsageError, match=r"multiple of 0\.01 s"):
+        build(checkpoints["hubert"]).segments(1.005, 4)
+    with pytest.raises(ValueError, match=r"expected a waveform \[B, 400, 160\]"):
+        build(checkpoints["hubert"]).encode(torch.zeros(1, 399, 160), window=4, steps=8)
+
+
+# --- batches
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *SOUNDS])
+def test_a_row_does_not_depend_on_its_batch(checkpoints: dict[str, Path], name: str) -> None:
+    encoder = build(checkpoints[name])
+    if name in IMAGES:
+        batch, encode = prepared(encoder, images(4)), encoder.encode
+    else:
+        batch = rows(waves(4, 2.0))
+
+        def encode(batch: torch.Tensor) -> torch.Tensor:
+            return encoder.encode(batch, window=2, steps=4)
+
+    order = [2, 0, 3, 1]
+    assert torch.equal(encode(batch)[order], encode(batch[order]))
+    others = batch.clone()
+    others[1:] = batch.flip(0)[:3]
+    assert torch.equal(encode(batch)[0], encode(others)[0])
+
+
+# --- what is refused
+
+
+def test_a_layer_that_the_model_lacks(checkpoints: dict[str, Path]) -> None:
+    for name in ("vit", "wav2vec2", "whisper"):
+        with pytest.raises(UsageError, match=r"no such layer.*0 \(embeddings\) to 3"):
+            build(checkpoints[name], "@4")
+    with pytest.raises(UsageError, match="different widths"):
+        build(checkpoints["convnextv2"], "@1-2")
+    with pytest.raises(UsageError, match=r"unknown pooling.*Choices: cls, mean, pooler"):
+        build(checkpoints["vit"], "@2,pool=max")
+    with pytest.raises(UsageError, match="no such pooling"):
+        build(checkpoints["siglip"], "@pool=cls")
+
+
+def test_a_model_of_another_kind(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UsageError, match=r"cannot be used as a visual encoder.*bert.*dinov2"):
+        build(tmp_path / "bert", kind="visual")
+    with pytest.raises(UsageError, match=r"is an audio model \(wav2vec2\)\. Pass it with --audio"):
+        build(checkpoints["wav2vec2"], kind="visual")
+    with pytest.raises(UsageError, match=r"is an image model \(vit\)\. Pass it with --visual"):
+        build(checkpoints["vit"], kind="audio")
+
+
+def test_weights_that_are_only_pickled(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for file in checkpoints["vit"].iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"no safetensors weights.*only pytorch_model\.bin.*save_pretrained"):
+        build(tmp_path)
+
+
+def test_a_repository_that_is_missing_or_restricted(hub_cache: Path) -> None:
+    with pytest.raises(WeightsError, match=r"--weights hf:someone/model=PATH"):
+        build_encoder("hf:someone/model")
+    with pytest.raises(WeightsError, match="There is no folder"):
+        build_encoder("hf:/nowhere/at/all")
+
+
+def test_planted_code_does_not_run(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Every family, with modules and mappings planted beside genuine weights."""
+    for name, folder in checkpoints.items():
+        copy = tmp_path / name
+        copy.mkdir()
+        for file in folder.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+        (copy / "evil.py").write_text(f"import os\nos.makedirs({str(tmp_path / 'ran')!r}, exist_ok=True)\n")
+        for document in ("config.json", "preprocessor_config.json"):
+            values = json.loads((copy / document).read_text())
+            hostile = {"AutoModel": "evil.E", "AutoConfig": "evil.E", "AutoImageProcessor": "evil.E"}
+            values |= {"auto_map": hostile, "trust_remote_code": True, "use_kernels": True}
+            (copy / document).write_text(json.dumps(values))
+        assert build(copy).identity["weights"] == build(folder).identity["weights"]
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
+        with pytest.raises(VaflowError):
+            build(copy)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,166 @@
+"""Speech models of transformers as encoders: wav2vec 2.0, HuBERT, WavLM, data2vec and Whisper's encoder.
+
+A window's samples go through the network; tokens of 20 ms come out. The centre of a token follows from the geometry of
+the convolutions in front of the transformer: token j of wav2vec 2.0 covers samples [320 j, 320 j + 400). The tokens
+centred in each audio step are averaged.
+
+Samples beyond a clip's end are zeros. A model whose processor normalises (mean 0, variance 1) gets windows normalised
+one by one, as the processor does with each of its inputs.
+"""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vaflow.encoders.base import FrontEnd, Request, Segments
+from vaflow.encoders.image_encoder import autocast
+from vaflow.encoders.logmel import RATE
+from vaflow.encoders.model_families import LoadedModel
+from vaflow.encoders.token_pooling import TokenGrid
+from vaflow.encoders.waveform import WAVEFORM, samples_of, standardised, whole_window
+from vaflow.errors import UsageError, explain
+
+WHISPER_SECONDS, WHISPER_TOKEN = 30, Fraction(1, 50)
+WHISPER_FFT, WHISPER_HOP = 400, 160
+
+
+class SpeechEncoder:
+    """An audio encoder; see `vaflow.encoders.base.AudioEncoder`.
+
+    Args:
+        name: of the stream.
+        loaded: the model.
+        numbers: of the layers; () for the network's output.
+        normalise: whether windows are normalised to mean 0 and variance 1.
+        identity: plain JSON of everything that changes the output.
+        device, precision: where and how precisely to compute.
+    """
+
+    kind: ClassVar[str] = "audio"
+    front_end: ClassVar[FrontEnd] = WAVEFORM
+
+    def __init__(
+        self,
+        name: str,
+        loaded: LoadedModel,
+        numbers: tuple[int, ...],
+        normalise: bool,
+        identity: Mapping[str, Any],
+        device: str = "cpu",
+        precision: str = "float32",
+    ) -> None:
+        self.name = name
+        self.identity = dict(identity)
+        self.precision = precision
+        self.device = torch.device(device)
+        self.module: torch.nn.Module = loaded.module.eval().to(self.device, torch.float32)
+        self.layers = numbers if len(numbers) > 1 and loaded.choice.layers != "mean" else ()
+        self._config: Any = loaded.module.config
+        self.dim = int(self._config.d_model if self._is_whisper else self._config.hidden_size)
+        self._numbers, self._normalise, self._choice = numbers, normalise, loaded.choice
+        self._pooling: dict[tuple[float, int], torch.Tensor] = {}  # on the device, one per shape
+        self._filters = _whisper_filters(self._config.num_mel_bins, self.device) if self._is_whisper else None
+
+    @property
+    def _is_whisper(self) -> bool:
+        return bool(self._config.model_type == "whisper")
+
+    def tokens(self, window: float) -> TokenGrid:
+        """Return where the tokens of a window are."""
+        if self._is_whisper:
+            return TokenGrid(Fraction(0), WHISPER_TOKEN, WHISPER_SECONDS * 50, Fraction(WHISPER_SECONDS))
+        field, jump, count = 1, 1, whole_window(window).frames * WAVEFORM.bins
+        for kernel, stride in zip(self._config.conv_kernel, self._config.conv_stride, strict=True):
+            field += (kernel - 1) * jump
+            jump *= stride
+            count = max(0, (count - kernel) // stride + 1)
+        return TokenGrid(Fraction(field, 2 * RATE), Fraction(jump, RATE), count, Fraction(str(window)))
+
+    def segments(self, window: float, steps: int) -> Segments:
+        """Return one segment with all samples of the window."""
+        return whole_window(window)
+
+    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
+        """Return [steps] seconds after the window's start: the mean centre of each step's tokens.
+
+        Raises:
+            UsageError: a step would have no token.
+        """
+        return self.tokens(window).step_times(window, steps)
+
+    @torch.no_grad()
+    def encode(self, frames: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
+        """Waveform rows [B, F, 160] -> [B, steps, dim] or [B, steps, layers, dim] float32 on the encoder's device.
+
+        Raises:
+            ValueError: the rows have another shape.
+            UsageError: a step would have no token.
+        """
+        samples = samples_of(self.name, frames, window).to(self.device)
+        if self._filters is not None:
+            inputs = whisper_features(samples, self._filters)
+        else:
+            inputs = standardised(samples) if self._normalise else samples
+        options: dict[str, Any] = {"output_hidden_states": True} if self._numbers else {}
+        with autocast(self.device, self.precision):
+            output = self.module(inputs, **options)
+        states = [output.hidden_states[n] for n in self._numbers] if self._numbers else [output.last_hidden_state]
+        tokens = torch.stack(states, dim=2).to(torch.float32)  # [B, T, layers, dim]
+        if self._choice.layers == "mean":
+            tokens = tokens.mean(dim=2, keepdim=True)
+        key = (float(window), steps)
+        if key not in self._pooling:
+            matrix = torch.from_numpy(self.tokens(window).pooling(window, steps))
+            self._pooling[key] = matrix.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, enabled=False):
+            pooled = torch.einsum("st,btld->bsld", self._pooling[key], tokens)
+        return pooled if self.layers else pooled[:, :, 0]
+
+
+def make_encoder(request: Request, loaded: LoadedModel) -> SpeechEncoder:
+    """Return an audio encoder around a loaded model.
+
+    Raises:
+        UsageError: the model has no such layer, or its processor another sampling rate.
+    """
+    config, processor, choice = loaded.module.config, loaded.processor, loaded.choice
+    rate = processor.get("sampling_rate", RATE)
+    if rate != RATE:
+        raise UsageError(explain(f"{request.name} requires another sampling rate", expected=f"{RATE} Hz", got=rate))
+    if choice.pooling not in ("", "mean"):
+        problem = f"{request.name} is an audio model: its tokens are averaged in each step"
+        raise UsageError(explain(problem, expected="pool=mean", got=f"pool={choice.pooling}"))
+    whisper = loaded.model_type == "whisper"
+    numbers = choice.numbers(request.name, config.encoder_layers if whisper else config.num_hidden_layers)
+    normalise = not whisper and processor.get("do_normalize", True) is True
+    front = "whisper log-mel of 30 s, padded with zeros" if whisper else f"waveform, normalised: {normalise}"
+    identity = loaded.identity(request, pooling="mean over the tokens centred in a step", input=front)
+    if len(numbers) > 1 and choice.layers != "mean":
+        identity |= {"layers": list(numbers)}
+    return SpeechEncoder(request.name, loaded, numbers, normalise, identity, request.device, request.precision)
+
+
+def _whisper_filters(bins: int, device: torch.device) -> torch.Tensor:
+    from transformers import WhisperFeatureExtractor
+
+    return torch.from_numpy(WhisperFeatureExtractor(feature_size=bins).mel_filters).to(device, torch.float32)
+
+
+def whisper_features(samples: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+    """Samples [B, n] of at most 30 s -> [B, bins, 3000], as WhisperFeatureExtractor computes it.
+
+    Args:
+        samples: at 16 kHz.
+        filters: [1 + n_fft / 2, bins].
+    """
+    padded = torch.nn.functional.pad(samples, (0, WHISPER_SECONDS * RATE - samples.shape[1]))
+    window = torch.hann_window(WHISPER_FFT, device=samples.device)
+    spectrum = torch.stft(padded, WHISPER_FFT, WHISPER_HOP, window=window, return_complex=True)
+    power = spectrum[..., :-1].abs() ** 2
+    mel = torch.clamp(filters.T @ power, min=1e-10).log10()
+    mel = torch.maximum(mel, mel.amax(dim=(1, 2), keepdim=True) - 8.0)
+    return (mel + 4.0) / 4.0
