@@ -120,7 +120,7 @@ def _avi(file: BinaryIO) -> float | None:
 
 
 def _matroska(file: BinaryIO) -> float | None:
-    """Segment / Info: nanoseconds per tick (a million unless it says so), ticks as a float."""
+    """Segment / Info: nanoseconds per tick (default: one million), ticks as a float."""
     file.seek(0)
     head = file.read(_HEAD)
     begin = head.find(b"\x15\x49\xa9\x66")

@@ -16,7 +16,7 @@ class Summary:
     """Summary of an extraction.
 
     Attributes:
-        extracted: items committed; done: items that were complete before; changed: items made anew because their
+        extracted: items committed; done: items that were complete before; changed: items extracted again because their
             source files have changed.
         failures: items that failed, with their reasons; `failures_file` lists them.
         encoded: encoder name -> rows encoded.

@@ -89,7 +89,7 @@ def report(
         scores = [{"run": str(run.path), "ccc": run.metrics["ccc"], "ci95": run.metrics.get("ci95")} for run in shown]
         print_json({"page": str(out), "runs": scores, "differences": paired_differences(shown)})
     elif not quiet:
-        typer.echo(f"{len(shown)} run(s): {out}")
+        typer.echo(f"{count(len(shown), 'run')}: {out}")
     return 0
 
 
