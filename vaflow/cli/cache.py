@@ -224,7 +224,7 @@ def splits(
     from vaflow.datasets.splits import read_splits
 
     set_up(verbose, quiet)
-    listed = read_splits(table).columns
+    listed = read_splits(table)
     if "split" not in listed:
         got = ", ".join(listed)
         raise UsageError(explain(f"{table} has no splits", expected="the columns name and split", got=got))

@@ -10,9 +10,8 @@ detected as in a video. There is no official split; ROOT/splits.csv (`name,split
 """
 
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +72,13 @@ def scan(root: Path) -> tuple[list[Clip], list[Note]]:
 def _clip_folders(root: Path, left_out: LeftOut | None = None) -> Iterator[tuple[Path, Path | None, bool]]:
     """(folder, its labels, whether it has images) of every folder that is a clip; the root itself is none."""
     for folder, files in walk(root, left_out):
-        labels = _labels(folder, files)
+        names = [entry.name for entry in files if entry.name.lower().endswith(".json")]
+        named = [name for name in names if name[: -len(".json")] == folder.name]
+        chosen = named or (names if len(names) == 1 else [])  # the JSON file named like its folder, or the only one
+        labels = folder / chosen[0] if chosen else None
         has_images = any(_IMAGE.fullmatch(entry.name) for entry in files)
         if folder != root and (has_images or (labels is not None and labels.stem == folder.name)):
             yield folder, labels, has_images
-
-
-def _labels(folder: Path, files: Sequence[os.DirEntry[str]]) -> Path | None:
-    """The JSON file named like its folder, or the only one."""
-    names = [entry.name for entry in files if entry.name.lower().endswith(".json")]
-    named = [name for name in names if name[: -len(".json")] == folder.name]
-    chosen = named or (names if len(names) == 1 else [])
-    return folder / chosen[0] if chosen else None
 
 
 def read_afew_va(path: Path) -> Annotation:
@@ -93,12 +87,22 @@ def read_afew_va(path: Path) -> Annotation:
     Raises:
         DataError: with every problem and its frames.
     """
+    try:
+        document = json.loads(read_bytes(path))
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise unusable(path, _EXPECTED, f"no JSON ({error})") from error
+    frames = document.get("frames") if isinstance(document, dict) else None
+    if not isinstance(frames, dict):
+        raise unusable(path, _EXPECTED, "JSON without an object 'frames'")
     problems: list[str] = []
     labels: dict[int, tuple[float, ...]] = {}
-    for name, entry in _frames(path).items():
-        number = _number(name)
-        if number is None or number in labels:
-            problems.append(f"{name!r} is {'not a frame number' if number is None else 'listed twice'}")
+    for name, entry in frames.items():
+        known = name.isascii() and name.isdigit() and len(name) < 10 and int(name) <= MAX_FRAME
+        number = int(name) if known else -1
+        if not known or number in labels:
+            problems.append(f"{name!r} is {'listed twice' if known else 'not a frame number'}")
         elif not isinstance(entry, dict):
             problems.append(f"frame {name} is not an object")
         else:
@@ -110,25 +114,6 @@ def read_afew_va(path: Path) -> Annotation:
     frame = sorted(labels)
     value = np.array([labels[number] for number in frame], np.float32)
     return Annotation(value=value, frame=np.array(frame, np.int64))
-
-
-def _frames(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(read_bytes(path))
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise unusable(path, _EXPECTED, f"no JSON ({error})") from error
-    frames = document.get("frames") if isinstance(document, dict) else None
-    if not isinstance(frames, dict):
-        raise unusable(path, _EXPECTED, "JSON without an object 'frames'")
-    return frames
-
-
-def _number(name: str) -> int | None:
-    if not (name.isascii() and name.isdigit() and len(name) < 10):
-        return None
-    return int(name) if int(name) <= MAX_FRAME else None
 
 
 def _value(entry: dict[str, Any], target: str, name: str, problems: list[str]) -> float:

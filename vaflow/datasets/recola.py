@@ -57,7 +57,9 @@ def read_recola(path: Path) -> DimensionLabels:
     """
     text = LabelFile(path, _EXPECTED)
     if text.lines[0].lstrip().startswith(("@", "%")):
-        fields, first, separator = _arff_fields(text.lines), _arff_first_row(text.lines), ","
+        first, separator = _arff_first_row(text.lines), ","
+        words = [line.split() for line in text.lines[: first - 1]]
+        fields = [row[1].strip("'\"") for row in words if len(row) > 1 and row[0].lower() == "@attribute"]
     else:
         fields, first, separator = split_cells(text.lines[0], ";"), 2, ";"
     names = [_plain(field) for field in fields]
@@ -70,11 +72,6 @@ def read_recola(path: Path) -> DimensionLabels:
 def _plain(name: str) -> str:
     """A field's name in lower case, without blanks and underscores."""
     return "".join(name.lower().replace("_", " ").split())
-
-
-def _arff_fields(lines: list[str]) -> list[str]:
-    words = [line.split() for line in lines[: _arff_first_row(lines) - 1]]
-    return [row[1].strip("'\"") for row in words if len(row) > 1 and row[0].lower() == "@attribute"]
 
 
 def _arff_first_row(lines: list[str]) -> int:

@@ -14,21 +14,6 @@ _OWN_COLUMNS = ("name", "split", "group")
 
 
 @dataclass(frozen=True)
-class SplitList:
-    """The columns of a `splits.csv`, each as name -> cell, with the column's name in lower case.
-
-    `split` holds known splits only; `group` and further columns hold the cells that are not empty.
-    """
-
-    columns: Mapping[str, Mapping[str, str]]
-
-    @property
-    def names(self) -> set[str]:
-        """Every name in the list."""
-        return set(self.columns["name"])
-
-
-@dataclass(frozen=True)
 class Assignment:
     """Splits and groups by item id; items without one are left out. `columns`: further columns, by item id."""
 
@@ -38,8 +23,10 @@ class Assignment:
     notes: tuple[Note, ...] = ()
 
 
-def read_splits(path: Path) -> SplitList:
-    """The columns of a `splits.csv`: `name`, and `split` or `group` or both.
+def read_splits(path: Path) -> dict[str, dict[str, str]]:
+    """The columns of a `splits.csv`, in lower case, each as name -> cell; empty cells are left out.
+
+    It has the column `name`, and `split` or `group` or both.
 
     Raises:
         UsageError: the file is not such a table, names an unknown split, or gives one name two splits or groups;
@@ -79,7 +66,7 @@ def read_splits(path: Path) -> SplitList:
         got = examples(problems, shown=10)
         expected = f"{len(header)} columns a line"
         raise UsageError(explain(f"{path} has mistakes", expected=expected, got=got, choices=SPLITS))
-    return SplitList(columns)
+    return columns
 
 
 def assign(
@@ -106,7 +93,7 @@ def assign(
     splits = dict(defaults or {})
     if not (root / SPLITS_FILE).is_file():
         return Assignment(splits)
-    listed = read_splits(root / SPLITS_FILE).columns
+    listed = read_splits(root / SPLITS_FILE)
     columns: dict[str, dict[str, str]] = {column: {} for column in listed}
     for item, path in names:
         for column, cells in listed.items():
