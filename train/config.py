@@ -106,11 +106,11 @@ class TrainConfig:
     )
     attention_heads: int = setting(4, "Heads of the cross-modal attention", group="model", at_least=1)
     attention_positions: str = setting(
-        "none",
-        "Positions in the cross-modal attention: none, or sinusoids of the true times",
+        "time",
+        "Positions in the cross-modal attention: none as published, or sinusoids of the true times",
         group="model",
         choices=POSITIONS,
-        source=f"{P1}, equation 3, has none",
+        source="Choices where the papers are silent",
     )
     dropout: float = setting(0.1, "Dropout probability", group="model", at_least=0, below=1)
     normalize: str = setting("standard", "Normalization of the input features", group="model", choices=NORMALIZE)

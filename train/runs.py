@@ -30,6 +30,7 @@ from torch import nn
 
 from vaflow import __version__
 from vaflow.cache import Cache, address
+from vaflow.device import forbid_tf32
 from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.files import refuse_links, write_file
 from vaflow.train import digests
@@ -373,6 +374,7 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
         CorruptError: a file is damaged, or the weights do not fit the settings.
     """
     folder, record = RunFolder(Path(path)), require_record(path)
+    forbid_tf32()  # as in training
     if not folder.weights_file.is_file():
         raise UsageError(
             explain(

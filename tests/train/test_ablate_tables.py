@@ -53,10 +53,11 @@ def test_every_mean_is_that_of_its_two_numbers() -> None:
         assert mean == pytest.approx((valence + arousal) / 2, abs=6e-5), row.name
 
 
-def test_base_is_the_full_model_and_the_defaults_of_train() -> None:
+def test_base_is_the_published_model() -> None:
     study = load_study()
-    assert study.config(None, {}) == merge(preset("p1"))
-    assert study.config(None, {}) == merge({"visual": "clip-vit-b16", "audio": "ast"}) == merge(study.base)
+    published = {"visual": "clip-vit-b16", "audio": "ast", "attention_positions": "none"}
+    assert study.config(None, {}) == merge(preset("p1")) == merge(study.base)
+    assert study.config(None, {}) == merge(published)  # the defaults of train, but for the positions
 
 
 def test_baseline_row_is_its_preset() -> None:

@@ -19,7 +19,8 @@ def test_choices_are_those_of_the_model() -> None:
 
 
 def test_preset_p1_states_nothing_but_the_defaults_and_its_streams() -> None:
-    assert merge(preset("p1")) == TrainConfig(visual=("clip-vit-b16",), audio=("ast",))
+    published = TrainConfig(visual=("clip-vit-b16",), audio=("ast",), attention_positions="none")
+    assert merge(preset("p1")) == published
 
 
 def test_later_layers_win() -> None:

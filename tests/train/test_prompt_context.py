@@ -76,7 +76,7 @@ def test_prompts_without_their_words_are_refused(tmp_path: Path) -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(UsageError, match="prompt loss alone"):
+    with pytest.raises(UsageError, match="requires the prompt loss"):
         TrainConfig(prompt_context=4, kl_weight=0)
     with pytest.raises(UsageError, match="both"):
         TrainConfig(prompt_context=4, learnable_prompts=True)

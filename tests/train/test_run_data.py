@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
+import torch
 from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
 from vaflow.cache import Cache, create_cache, open_cache
@@ -318,3 +319,12 @@ def test_a_cache_without_prompts_is_announced_once(tmp_path: Path, caplog: pytes
     for _ in range(3):
         resolve(cache, CONFIG)
     assert caplog.text.count("has no prompt embeddings") == 1
+
+
+def test_training_and_prediction_compute_in_full_float32(cache: Cache, tmp_path: Path) -> None:
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for use in (lambda: quiet_run(cache, CONFIG, tmp_path / "run"), lambda: load_run(tmp_path / "run")):
+        for switch in switches:
+            switch.allow_tf32 = True
+        use()
+        assert not any(switch.allow_tf32 for switch in switches)
