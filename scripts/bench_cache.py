@@ -1,4 +1,4 @@
-"""How fast a cache opens, writes and reads, as ratios to plain NumPy files in the same run.
+"""Speed of opening, writing and reading a cache, as ratios to plain NumPy files in the same run.
 
     python scripts/bench_cache.py [--items 10000] [--clips 100] [--folder DIR]
 
@@ -131,9 +131,9 @@ def bench_files(folder: Path, clips: int) -> None:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=10_000, help="clips of the cache that is opened")
-    parser.add_argument("--clips", type=int, default=100, help="clips that are written and read")
-    parser.add_argument("--folder", type=Path, default=None, help="where; a temporary folder by default")
+    parser.add_argument("--items", type=int, default=10_000, help="clips in the cache to open")
+    parser.add_argument("--clips", type=int, default=100, help="clips to write and read")
+    parser.add_argument("--folder", type=Path, default=None, help="working folder (default: temporary)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         bench_open(Path(folder), options.items)

@@ -1,4 +1,4 @@
-"""Measures stage one on this machine and prints ratios from one run.
+"""Benchmark of extraction on this machine: ratios from one run.
 
     python scripts/bench_extract.py                 encoders of real size
     python scripts/bench_extract.py --size tiny     the demo's encoders
@@ -35,13 +35,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--precision", default="float32", help="float32; bfloat16 or float16 on CUDA")
-    parser.add_argument("--compile", action="store_true", help="have torch compile the encoders")
-    parser.add_argument("--shards", action="store_true", help="also two processes beside one, a core each")
+    parser.add_argument("--compile", action="store_true", help="compile the encoders with torch")
+    parser.add_argument("--shards", action="store_true", help="also compare two processes with one, a core each")
     parser.add_argument(
-        "--public", type=Path, metavar="PYTHON", help="also a public tool: scripts/public_extractor.py says how"
+        "--public", type=Path, metavar="PYTHON", help="also a public tool (see scripts/public_extractor.py)"
     )
     parser.add_argument(
-        "--memory", type=int, nargs="*", metavar="MINUTES", help="also peak memory for clips so long; 1 30 by default"
+        "--memory", type=int, nargs="*", metavar="MINUTES", help="also peak memory for clips of these lengths (1 30)"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

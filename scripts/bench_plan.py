@@ -1,4 +1,4 @@
-"""How long a large data set takes to be looked through and planned, as ratios to a bare walk of the same files.
+"""Time to scan and plan a large data set, as ratios to a bare walk of the same files.
 
     python scripts/bench_plan.py [--clips 100000] [--layout videos|affwild2] [--folder DIR] [--profile]
 
@@ -163,8 +163,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=100_000)
     parser.add_argument("--layout", choices=tuple(MAKERS), default="videos")
-    parser.add_argument("--folder", type=Path, default=None, help="where; a temporary folder by default")
-    parser.add_argument("--profile", action="store_true", help="also say where the time went")
+    parser.add_argument("--folder", type=Path, default=None, help="working folder (default: temporary)")
+    parser.add_argument("--profile", action="store_true", help="also print a profile")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         root = Path(folder) / "data"

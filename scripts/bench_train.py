@@ -1,4 +1,4 @@
-"""What loading costs during training: an epoch over a cache against the same steps on one batch held in memory.
+"""Overhead of loading during training: an epoch over a cache against the same steps on one batch in memory.
 
     python scripts/bench_train.py
     python scripts/bench_train.py --windows 20000 --device cuda

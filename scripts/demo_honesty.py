@@ -1,9 +1,9 @@
-"""Is the demonstration honest? Trains on its data in ways that must score better or worse than the full model.
+"""Controls for the demo: trains on its data in ways that must score better or worse than the full model.
 
     python scripts/demo_honesty.py --seeds 3 --out /tmp/honesty        about ten minutes a seed on two cores
 
-Per seed: the full model; each modality alone; training labels shuffled; pictures, then sounds, replaced by
-noise. Held-out mean CCC each. Folders that are there are reused.
+Per seed: the full model, each modality alone, shuffled training labels, video replaced by noise, audio replaced by noise.
+Prints the mean CCC on held-out people. Existing folders are reused.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-FULL, PICTURE, SOUND = "both", "picture only", "sound only"
-SHUFFLED, NO_PICTURE, NO_SOUND = "shuffled labels", "noise for picture", "noise for sound"
+FULL, PICTURE, SOUND = "both", "video only", "audio only"
+SHUFFLED, NO_PICTURE, NO_SOUND = "shuffled labels", "noise for video", "noise for audio"
 MARGIN, WRONG, SAME = 0.03, 0.1, 0.08
 
 
 def main() -> None:
-    """Run, print one table and the verdicts; exit 1 if one does not hold."""
+    """Run all variants, print a table and the failed checks; exit with 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
@@ -29,7 +29,7 @@ def main() -> None:
     scores = [measure(options.out / f"seed{seed}", seed) for seed in range(options.seeds)]
     print(table(scores))
     wrong = broken(scores)
-    print("\n".join(wrong) if wrong else "Every promise holds.")
+    print("\n".join(wrong) if wrong else "All checks passed.")
     raise SystemExit(bool(wrong))
 
 

@@ -1,4 +1,4 @@
-"""The long campaign of faults: what the tests do a few times, done many times, with one table at the end.
+"""Long fault campaign: repeats the fault tests many times and prints one table.
 
     python scripts/faults.py kills --kills 30       about a quarter of an hour on two cores
     python scripts/faults.py flips                  every bit of every file of a small cache, in both stores
@@ -22,13 +22,13 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kills", "flips"))
-    parser.add_argument("--kills", type=int, default=30, help="of each command")
+    parser.add_argument("--kills", type=int, default=30, help="kills per command (30)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vaflow-faults-") as folder:
         clean = kills(Path(folder), options.kills, options.seed) if options.what == "kills" else flips(Path(folder))
-    print(f"\n{time.monotonic() - began:.0f} s. " + ("Nothing was lost." if clean else "SOMETHING WAS LOST."))
+    print(f"\n{time.monotonic() - began:.0f} s. " + ("lost: 0" if clean else "LOST ITEMS: see above"))
     raise SystemExit(not clean)
 
 

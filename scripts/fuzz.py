@@ -1,4 +1,4 @@
-"""Damaged media files and hostile texts, thousands of them, and what came of each.
+"""Read thousands of damaged media files and malicious text files, and count the outcomes.
 
 python scripts/fuzz.py --count 2000 --seed 0
 python scripts/fuzz.py --texts --count 2000      texts, documents and arrays, so many of each family
@@ -53,10 +53,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--texts", action="store_true", help="texts in the place of media")
+    parser.add_argument("--texts", action="store_true", help="text files instead of media")
     parser.add_argument("--workers", type=int, default=WORKERS)
-    parser.add_argument("--item-timeout", type=float, default=20.0, help="seconds without a sign of life")
-    parser.add_argument("--only", type=int, help="one case")
+    parser.add_argument("--item-timeout", type=float, default=20.0, help="limit without progress in seconds (20)")
+    parser.add_argument("--only", type=int, help="run only this case")
     parser.add_argument("--keep", type=Path, help="folder for the damaged files")
     return parser.parse_args()
 

@@ -113,7 +113,7 @@ def extract_one(root: Path, out: Path) -> dict[str, float]:
 
 
 def _watch_workers(over: threading.Event) -> float:
-    """MB of the decoding process at its largest, as the system last said before it ended.
+    """Peak memory of the decoding process in MB, from the system's last value before it ended.
 
     What the system adds up for children that have ended counts what they were forked from, too.
     """

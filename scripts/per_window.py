@@ -1,4 +1,4 @@
-"""The straightforward way to features, as the baseline that stage one is measured against.
+"""Per-window feature extraction: the baseline of the benchmark of extraction.
 
 For every window: seek, decode its stretch of video, encode the frames nearest to its sample times, compute the filter
 banks of its stretch of sound, encode them. Windows overlap, so a frame is decoded and encoded once for each window that

@@ -1,6 +1,6 @@
-"""`vaflow extract` beside clip-video-encode (PyPI), a public tool that writes CLIP embeddings of a video's frames.
+"""Benchmark of `vaflow extract` against clip-video-encode (PyPI), which writes CLIP embeddings of frames.
 
-It pins versions of long ago, so it wants an environment of its own; `bench_extract.py --public` takes its interpreter:
+It pins old versions and therefore requires a separate environment; `bench_extract.py --public` takes its interpreter:
 
     python -m venv --system-site-packages cve
     cve/bin/pip install --no-deps clip-video-encode video2numpy webdataset fire pyarrow pandas youtube-dl
@@ -35,7 +35,7 @@ clip_video_encode(
 
 
 def versus(python: Path, clips: list[Path], frame_rate: int, folder: Path) -> tuple[float, float]:
-    """Images per second: ours, theirs.
+    """Images per second of vaflow and of clip-video-encode.
 
     Raises:
         VaflowError: one of the commands failed.

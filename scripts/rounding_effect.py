@@ -1,4 +1,4 @@
-"""What rounding does to predictions, measured on the demonstration's clips: float16 storage, bfloat16 encoders.
+"""Effect of rounding on predictions, measured on the demo's clips: float16 storage, bfloat16 encoders.
 
     python scripts/rounding_effect.py --out /tmp/rounding        about two minutes on two cores
 
@@ -44,8 +44,8 @@ def main() -> None:
     """Extract, train, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clips", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="how many; the demo's")
-    parser.add_argument("--epochs", type=int, help="the demo's")
+    parser.add_argument("--clips", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="clips (default: as in the demo)")
+    parser.add_argument("--epochs", type=int, help="epochs (default: as in the demo)")
     options = parser.parse_args()
     print(report(options.out, options.clips, options.epochs))
 

@@ -1,4 +1,4 @@
-"""Two parts of a data set side by side against the whole in one process, each process on a core of its own.
+"""Speed of two processes with --shard against one process, each on its own core.
 
 `--shard` has nothing that processes share but the folder of the cache. So one process on one core is compared with two
 on two: twice as fast is all there is to gain.
@@ -14,7 +14,7 @@ from vaflow.errors import VaflowError
 
 
 def scaling(data: Path, folder: Path) -> float:
-    """How many times faster two processes are than one.
+    """Speed-up of two processes over one.
 
     Raises:
         VaflowError: there are not two cores to be had, or a process failed.
