@@ -2,7 +2,7 @@
 
     python scripts/demo_honesty.py --seeds 3 --out /tmp/honesty        about ten minutes a seed on two cores
 
-Per seed: the full model, each modality alone, shuffled training labels, video replaced by noise, audio replaced by noise.
+Per seed: the full model, each modality alone, shuffled training labels, noise instead of video, noise instead of audio.
 Prints the mean CCC on held-out people. Existing folders are reused.
 """
 
