@@ -191,3 +191,16 @@ def test_saved_ratings_are_labels_that_import(server: ViewerServer, tmp_path: Pa
     assert main([*command, "--from", str(tmp_path / "features"), "--labels", str(server.ratings / "ann"), "-q"]) == 0
     read = open_cache(tmp_path / "cache").read(LABELS, "constant")
     assert sorted(set(read.value[read.valid].tolist())) == pytest.approx([-0.5, -0.4, 0.5, 0.6])
+
+
+def test_videos_without_predictions_can_be_rated(open_page: OpenPage, numbered: Path, tmp_path: Path) -> None:
+    viewer = write_viewer(numbered / "media", tmp_path / "out")
+    assert [(clip.item, clip.facts["frames"]) for clip in viewer.clips] == [("constant", 300), ("variable", 251)]
+    page = open_page(viewer.page, "#clip=constant")
+    until(page, "document.documentElement.dataset.ready === 'constant'")
+    assert "No prediction" in page.inner_text("#readout")
+    sent = rate(page, POINTS)
+    with page.expect_download() as download:
+        page.click("[data-rating=save]")
+    download.value.save_as(tmp_path / "constant.csv")
+    check_trace(tmp_path / "constant.csv", sent)

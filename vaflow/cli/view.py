@@ -18,7 +18,7 @@ MediaOption = Annotated[
 
 def view(
     path: Annotated[
-        Path, typer.Argument(metavar="RUN|PREDICTIONS", help="Run directory, directory of predictions, or one CSV.")
+        Path, typer.Argument(metavar="RUN|PREDICTIONS", help="Run, predictions (directory or CSV), or videos to rate.")
     ],
     clips: Annotated[list[str] | None, typer.Argument(metavar="CLIP", help="Clip ids to show (default: all).")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the page and its data.")] = Path("view"),

@@ -91,12 +91,12 @@ class ClipScores:
         seconds, frames: length.
         ccc, rmse: [2] and their mean, per dimension; empty without labels.
         missing_face: share of the time without a face; None: unknown.
-        mean: [2] of the prediction.
+        mean: [2] of the prediction; None without one.
     """
 
     seconds: float
     frames: int
-    mean: tuple[float, float]
+    mean: tuple[float, float] | None
     ccc: Mapping[str, float] = field(default_factory=dict)
     rmse: Mapping[str, float] = field(default_factory=dict)
     missing_face: float | None = None
@@ -116,7 +116,8 @@ def scores_of(table: Predictions, masks: ClipMasks) -> ClipScores:
     if masks.no_face is not None:
         missing = min(1.0, float(np.diff(masks.no_face, axis=1).sum()) / seconds) if seconds else 0.0
     mean = table.va.mean(axis=0)
-    return ClipScores(seconds, len(table.time), (float(mean[0]), float(mean[1])), missing_face=missing, **scores)
+    point = (float(mean[0]), float(mean[1])) if np.isfinite(mean).all() else None
+    return ClipScores(seconds, len(table.time), point, missing_face=missing, **scores)
 
 
 def payload(table: Predictions, masks: ClipMasks, level: AudioLevel | None) -> dict[str, Any]:

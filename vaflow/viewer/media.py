@@ -35,14 +35,13 @@ _MIN_RANGE, _QUIET = 10.0, -50.0  # dB: a smaller range has no pauses; a lower l
 
 @dataclass(frozen=True)
 class Facts:
-    """What a container says. `width` and `height` are 0 without video."""
+    """What a container says: codecs ("" where there is no stream), pixel format, duration."""
 
     container: str
     video: str
     audio: str
-    width: int = 0
-    height: int = 0
-    pixels: str = ""
+    pixels: str
+    seconds: float
 
     @property
     def playable(self) -> bool:
@@ -63,6 +62,11 @@ class MediaIndex:
         for root in roots:
             for path in [root] if root.is_file() else _media_below(root):
                 self._by_name.setdefault(path.name, []).append(path)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files, sorted."""
+        return sorted(path for paths in self._by_name.values() for path in paths)
 
     def find(self, clip: PredictedClip) -> Path | None:
         """Return the clip's media file, or None.
@@ -102,11 +106,9 @@ def probe(path: Path) -> Facts:
         name = media.format.name
         if "matroska" in name:
             name = "webm" if path.suffix.lower() == ".webm" else "matroska"
-        if not media.streams.video:
-            return Facts(name, "", audio)
-        context = media.streams.video[0].codec_context
-        pixels = str(context.pix_fmt)
-        return Facts(name, context.codec.canonical_name, audio, context.width, context.height, pixels)
+        context = media.streams.video[0].codec_context if media.streams.video else None
+        video, pixels = ("", "") if context is None else (context.codec.canonical_name, str(context.pix_fmt))
+        return Facts(name, video, audio, pixels, (media.duration or 0) / av.time_base)
 
 
 class Composer(Protocol):

@@ -14,15 +14,23 @@ from typing import Any
 from urllib.parse import quote
 
 import av
+import numpy as np
 
 from vaflow import __version__
 from vaflow.cache import Cache, open_cache
-from vaflow.errors import UsageError, VaflowError, explain
+from vaflow.errors import DataError, UsageError, VaflowError, explain
+from vaflow.extract.video import frame_times
 from vaflow.pages import UPLOT, render, script_json
 from vaflow.viewer.boxes import STEP, detect_boxes
 from vaflow.viewer.clip_data import ClipMasks, masks_of, payload, scores_of
 from vaflow.viewer.media import AudioLevel, MediaIndex, audio_level, probe, transcode
-from vaflow.viewer.predictions import PredictedClip, PredictionSet, find_predictions, read_predictions
+from vaflow.viewer.predictions import (
+    PredictedClip,
+    Predictions,
+    PredictionSet,
+    find_predictions,
+    read_predictions,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +98,7 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
     """Write the viewer of `path`'s predictions into the directory `out`.
 
     Args:
-        path: a run directory, a directory of predictions, or a prediction CSV.
+        path: a run directory, a directory of predictions, a prediction CSV, or videos without predictions, to rate.
         out: created if missing.
         clips: ids to show; all when empty.
         config: media, cache, copies.
@@ -100,7 +108,7 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
         CorruptError: a prediction file is damaged.
     """
     config = config or ViewConfig()
-    found = find_predictions(path, clips)
+    found = find_predictions(path, clips) if has_predictions(path) else media_without_predictions(path, clips)
     cache = open_named_cache(found, config.cache)
     index = MediaIndex(config.media)
     try:
@@ -115,6 +123,37 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
     if lost:
         log.warning("%d of %d clips have no media file; add --media DIR to show them", lost, len(shown))
     return viewer
+
+
+def has_predictions(path: Path) -> bool:
+    """Whether a path holds prediction tables rather than media: any CSV, or a run directory."""
+    return path.suffix == ".csv" or (path / "config.toml").is_file() or next(path.rglob("*.csv"), None) is not None
+
+
+def media_without_predictions(path: Path, clips: Sequence[str]) -> PredictionSet:
+    """The media files of a path as clips to rate. Raises UsageError if there are none."""
+    files = MediaIndex([path] if path.exists() else []).files
+    root = path if path.is_dir() else path.parent
+    names = [file.relative_to(root).with_suffix("").as_posix() for file in files]
+    twice = {name for name in names if names.count(name) > 1}
+    found = []
+    for file, name in zip(files, names, strict=True):
+        item = file.relative_to(root).as_posix() if name in twice else name
+        if not clips or item in clips:
+            found.append(PredictedClip(item, file, source={"media": str(file)}))
+    if not found:
+        return find_predictions(path, clips)  # whose error says what is expected
+    return PredictionSet(path, tuple(sorted(found, key=lambda clip: clip.item)))
+
+
+def unpredicted(media: Path) -> Predictions:
+    """A table without values at the frames of a clip; of audio, 25 rows per second."""
+    try:
+        facts = probe(media)
+        time = frame_times(media) if facts.video else np.arange(0, max(facts.seconds, 0.04), 0.04)
+    except (DataError, *UNREADABLE):
+        time = np.zeros(1)
+    return Predictions(time, np.full((len(time), 2), np.nan))
 
 
 def open_named_cache(found: PredictionSet, named: Path | None) -> Cache | None:
@@ -144,7 +183,7 @@ def _write_clip(
     index: MediaIndex,
     config: ViewConfig,
 ) -> PageClip:
-    table = read_predictions(clip.csv)
+    table = read_predictions(clip.csv) if clip.csv.suffix == ".csv" else unpredicted(clip.csv)
     masks = masks_of(table, cache, clip.item, found.streams)
     media, notes = index.find(clip), []
     shown, level = None, None

@@ -236,6 +236,7 @@
       const heat = vaflow.color("heat"), step = 2;
       for (let x = 0; x < this.width; x += step) {
         const i = vaflow.nearest(time, this.range[0] + ((x + step / 2) / this.width) * (this.range[1] - this.range[0]));
+        if (Number.isNaN(value[0][i])) continue;
         vaflow.regions(value[0][i], value[1][i], centers, sigma).forEach((weight, r) => {
           context.fillStyle = `rgba(${heat}, ${Math.min(1, weight * 1.6).toFixed(3)})`;
           context.fillRect(LEFT + x, (8 - r) * REGION, step, REGION - 1);

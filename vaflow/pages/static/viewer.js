@@ -66,9 +66,10 @@
     const [v, a] = clip.value.map((column) => column[row]);
     const spread = clip.std ? clip.std.map((column) => ` ± ${number(column[row])}`) : ["", ""];
     const label = clip.label && clip.label.map((column) => (Number.isNaN(column[row]) ? "–" : signed(column[row])));
+    const region = vaflow.regionName(vaflow.regionOf(v, a, vaflow.data.centers));
+    const said = Number.isNaN(v) ? "No prediction." : `Valence ${signed(v)}${spread[0]}, arousal ${signed(a)}${spread[1]} (${region}).`;
     readout.textContent =
-      `${vaflow.seconds(at)} of ${vaflow.seconds(clip.end)}, frame ${row}. Valence ${signed(v)}${spread[0]}, arousal ${signed(a)}${spread[1]}` +
-      ` (${vaflow.regionName(vaflow.regionOf(v, a, vaflow.data.centers))}).` +
+      `${vaflow.seconds(at)} of ${vaflow.seconds(clip.end)}, frame ${row}. ${said}` +
       (label ? ` Label: valence ${label[0]}, arousal ${label[1]}.` : "");
   }
 
