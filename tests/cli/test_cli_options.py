@@ -167,22 +167,31 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     assert f"Example: vaflow {command}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
-    cache = make_cache(tmp_path / "affwild2.cache", Toy(splits={"train": 5, "val": 3}, seconds=(6, 9)))
-    (tmp_path / "groups.csv").write_text("item,gender\nval0,f\nval1,m\n")
-    (tmp_path / "EXPR_Set").mkdir()
+PAGE = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"^```bash\n(.*?)^```", PAGE, flags=re.M | re.S) for line in block.splitlines()
+]
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the inputs that the page names."""
+    folder = tmp_path_factory.mktemp("page")
+    cache = make_cache(folder / "affwild2.cache", Toy(splits={"train": 5, "val": 3}, seconds=(6, 9)))
+    (folder / "groups.csv").write_text("item,gender\nval0,f\nval1,m\n")
+    (folder / "EXPR_Set").mkdir()
     for item in cache.items():
-        (tmp_path / "EXPR_Set" / f"{item}.txt").write_text("Neutral,Happy\n" + "0\n1\n-1\n1\n" * 5)
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```bash\n(.*?)^```", page, flags=re.M | re.S)
-    lines = [line for block in blocks for line in block.splitlines()]
-    assert len(lines) > 12
-    for line in lines:
-        program, *arguments = shlex.split(line)
-        assert program == "vaflow", line
-        quick = ["--set", "hidden=8", "--epochs", "1", "--device", "cpu"] if arguments[0] == "train" else []
-        assert main([*arguments, *quick]) == 0, f"{line}\n{capsys.readouterr().err}"
+        (folder / "EXPR_Set" / f"{item}.txt").write_text("Neutral,Happy\n" + "0\n1\n-1\n1\n" * 5)
+    return folder
+
+
+@pytest.mark.parametrize("line", COMMANDS)  # in the order of the page: later ones use the runs of earlier ones
+def test_command_of_the_page_runs(line: str, sandbox: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(sandbox)
+    program, *arguments = shlex.split(line)
+    assert program == "vaflow"
+    quick = ["--set", "hidden=8", "--epochs", "1", "--device", "cpu"] if arguments[0] == "train" else []
+    assert main([*arguments, *quick]) == 0, capsys.readouterr().err
 
 
 def table_rows(page: str, heading: str) -> list[list[str]]:
@@ -192,9 +201,8 @@ def table_rows(page: str, heading: str) -> list[list[str]]:
 
 
 def test_the_page_says_how_far_a_tcn_sees() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
-    head = re.search(r"^\| `layers` \|(.*)\|$", page, re.M)
-    steps = next(row[1:] for row in table_rows(page, "Temporal models") if row[0] == "steps")
+    head = re.search(r"^\| `layers` \|(.*)\|$", PAGE, re.M)
+    steps = next(row[1:] for row in table_rows(PAGE, "Temporal models") if row[0] == "steps")
     assert head is not None
     layers = [int(cell.split()[0]) for cell in head[1].split("|")]
     assert [int(cell) for cell in steps] == [TCN(4, 4, layers=count).receptive_field for count in layers]
