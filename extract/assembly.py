@@ -1,6 +1,6 @@
-"""One clip on its way into the cache: takes the workers' messages, sends rows to the encoders, gathers the results.
+"""Assembly of one clip: takes the worker's messages, queues rows for the encoders, collects the results.
 
-A clip's sound as frames: every filter bank that is wanted, fed once, and which frames and steps have sound.
+Audio becomes frames of every filter bank that an encoder reads, each fed once, with masks of frames and steps.
 """
 
 import logging
@@ -32,8 +32,8 @@ class Banks:
 
     Args:
         wanted: the front ends.
-        dtypes: what their frames are kept in, where that is not float32.
-        scratch: where they are kept.
+        dtypes: types of their frames, where not float32.
+        scratch: stores the frames.
     """
 
     def __init__(self, wanted: Iterable[FrontEnd], dtypes: Mapping[FrontEnd, np.dtype[Any]], scratch: Scratch) -> None:
@@ -48,7 +48,7 @@ class Banks:
             self._kept[front].append(bank.push(samples))
 
     def finish(self) -> dict[FrontEnd, Rows]:
-        """No more sound: all frames [F, bins] of every front end; the banks forget them."""
+        """End of the audio: all frames [F, bins] of every front end. The banks are empty afterwards."""
         for front, bank in self._open.items():
             self._kept[front].append(bank.finish())
         return {front: self._kept.pop(front).finish() for front in self._open}
@@ -58,7 +58,7 @@ def covered_frames(frames: int, covered: tuple[tuple[float, float], ...]) -> NDA
     """[F] True where all samples of a filter-bank frame came from the file."""
     first = np.arange(frames) * HOP
     valid = np.zeros(frames, bool)
-    slack = HOP / 2  # resampling rounds the ends of the sound by a fraction of a sample
+    slack = HOP / 2  # resampling rounds the ends of the audio by a fraction of a sample
     for start, stop in covered:
         valid |= (first >= start - slack) & (first + FRAME <= stop + slack)
     return valid
@@ -82,19 +82,19 @@ def vector_shape(info: StreamInfo) -> tuple[int, ...]:
 
 Arrays = dict[str, Rows]
 Vectors = NDArray[Any] | LongArray  # [N, dim], written to by rows
-LogMel = tuple[Rows, NDArray[np.bool_], dict[str, Any]]  # [F, mel] as stored, [F] valid, facts of the sound
+LogMel = tuple[Rows, NDArray[np.bool_], dict[str, Any]]  # [F, mel] as stored, [F] valid, facts of the audio
 
 
 class ClipAssembly:
-    """Everything known of one clip so far.
+    """State of one clip.
 
     Args:
-        task: the clip and the streams that it lacks.
+        task: the clip and the streams to make.
         config: settings of the run.
         infos: every stream by name.
         encoders: every encoder of the run with its batcher.
-        cached_logmel: reads the clip's committed log-Mel, where only audio streams are added to it.
-        scratch: makes what is to be committed: a clip of any length is held in bounded memory.
+        cached_logmel: reads the clip's committed log-Mel, if only audio streams are added.
+        scratch: allocates the arrays, so that a clip of any length takes bounded memory.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ClipAssembly:
         wanted = {encoder.front_end for encoder, _ in self._audio.values()} - {KALDI}
         if LOGMEL in task.streams:
             wanted.add(KALDI)
-        # The log-Mel is kept, and read, as it is stored; other frames are forgotten once they are encoded.
+        # The log-Mel is encoded from its stored form; frames of other front ends are dropped once they are encoded.
         self._banks = Banks(wanted, {KALDI: np.dtype(config.dtype)}, scratch)
         self._jpegs = scratch.growing((), "uint8")
         self._jpeg_sizes: dict[int, int] = {}
@@ -131,13 +131,13 @@ class ClipAssembly:
 
     @property
     def complete(self) -> bool:
-        """Everything has been read, and every row has come back from its encoder."""
+        """Whether everything has been read and every row is encoded."""
         return self._read and self._waiting == 0
 
     def made_in(self, stream: str) -> dict[str, Any]:
-        """What an embedding's last bits depend on besides its fingerprint: sizes of batches, device, compiled or not.
+        """Batch sizes, device and compilation: what an embedding's last bits depend on besides its fingerprint.
 
-        Empty for streams that nothing was encoded for.
+        Empty for streams without encoded rows.
         """
         sizes = self._sizes.get(stream)
         if not sizes:
@@ -162,7 +162,7 @@ class ClipAssembly:
                 self._audio_seconds += message.samples.size / logmel.RATE
                 self._banks.push(message.samples)
             case AudioEnd():
-                self._end_sound(message)
+                self._end_audio(message)
             case Face():
                 self._add_face(message)
             case FacesEnd():
@@ -183,50 +183,50 @@ class ClipAssembly:
         reads_logmel = any(encoder.front_end == KALDI for encoder, _ in self._audio.values())
         if reads_logmel and LOGMEL not in self.task.streams:
             frames, valid, self.facts["audio"] = self._cached_logmel(self.task.clip.id)
-            self._encode_sound(KALDI, frames, valid)
+            self._encode_audio(KALDI, frames, valid)
 
-    # -- sound ---------------------------------------------------------------------------------------------------
+    # -- audio ---------------------------------------------------------------------------------------------------
 
-    def _end_sound(self, end: AudioEnd) -> None:
+    def _end_audio(self, end: AudioEnd) -> None:
         self.facts["audio"] = end.facts
         for front, frames in self._banks.finish().items():
             valid = covered_frames(len(frames), end.covered)
             if front == KALDI:
                 self.arrays[LOGMEL] = {"embedding": frames, "time": frame_times(len(frames)), "valid": valid}
-            self._encode_sound(front, frames, valid)
+            self._encode_audio(front, frames, valid)
 
-    def _encode_sound(self, front: FrontEnd, frames: Rows, valid: NDArray[np.bool_]) -> None:
+    def _encode_audio(self, front: FrontEnd, frames: Rows, valid: NDArray[np.bool_]) -> None:
         """Encode the frames of one front end with every encoder that reads it."""
         for name, (encoder, _) in self._audio.items():
             if encoder.front_end == front:
                 self._encode_windows(name, frames, valid)
 
     def _encode_windows(self, name: str, frames: Rows, valid: NDArray[np.bool_]) -> None:
-        """Queue every stretch that some window reads, once; without sound under any of its steps it is left out."""
+        """Queue every segment that a window reads, once; segments without audio under any step are left out."""
         encoder, batcher = self._audio[name]
         grid, steps = self._config.grid, self._config.audio_steps
         starts = grid.seconds(grid.starts(self.duration))
-        heard = step_valid(valid, starts, grid.window, steps)
+        has_audio = step_valid(valid, starts, grid.window, steps)
         shape = vector_shape(self._infos[name])
         vectors = self._vectors[name] = self._scratch.zeros((len(starts) * steps, *shape), self._config.dtype)
         self.arrays[name] = {
             "embedding": vectors.reshape(len(starts), steps, *shape),
             "time": starts[:, None] + encoder.step_times(grid.window, steps),
-            "valid": heard,
+            "valid": has_audio,
             "start": starts,
         }
         segments = encoder.segments(grid.window, steps)
         each = steps // len(segments.first)
-        readers: dict[int, list[int]] = {}  # first frame -> where its result goes: the first of `each` vectors
+        readers: dict[int, list[int]] = {}  # first frame -> places of its result: the first of `each` vectors
         for window, start in enumerate(starts.tolist()):
             for number, offset in enumerate(segments.first):
-                if heard[window, number * each : (number + 1) * each].any():
+                if has_audio[window, number * each : (number + 1) * each].any():
                     readers.setdefault(round(start / HOP) + offset, []).append(window * steps + number * each)
         for first, targets in readers.items():
             row = cut(frames, first, segments.frames, encoder.front_end.padding)
             self._encode(name, batcher, row, targets, each)
 
-    # -- picture -------------------------------------------------------------------------------------------------
+    # -- faces ---------------------------------------------------------------------------------------------------
 
     def _start_visual(self, name: str) -> None:
         count = len(self._times)

@@ -1,9 +1,9 @@
-"""Sound of any file -> mono 16 kHz on the clip clock, in bounded memory, and an account of what is really there.
+"""Audio of any file -> mono 16 kHz on the clip clock, in bounded memory, and a summary of what the file contains.
 
-Sample n of the stream of blocks lies at n / 16000 s of the clip, from 0 on. Where the file has no sound (it starts
-late, has a gap, lost a packet) zeros stand in, and the summary's intervals leave them out. Timestamps that jitter by
-less than 25 ms are not followed: chopping a steady signal does more harm. Where they keep to one side, the recorder's
-sound clock was off: the sound is stretched a little, so that it stays with its times (`_Drift`).
+Sample n of the stream of blocks lies at n / 16000 s of the clip, from 0 on. Where the file has no audio (it starts
+late, has a gap, lost a packet) zeros are inserted, and the summary's intervals leave them out. Timestamps that jitter
+by less than 25 ms are not followed: chopping a steady signal does more harm. Where they stay on one side, the
+recorder's audio clock was off: the audio is resampled a little, so that it stays with its times (`_Drift`).
 
 Mono is the mean of the channels, taken before resampling. libswresample's own downmix is not used: for float samples
 it scales stereo by 0.707 instead of 0.5, so that level would depend on the number of channels and clip.
@@ -30,15 +30,15 @@ from vaflow.extract.config import AUDIO_RATES, MAX_CHANNELS
 from vaflow.extract.container import Opened, opened, read_packets, seconds
 
 RATE = 16000  # samples per second that come out
-SILENT_PEAK = 1e-4  # -80 dBFS: below this everywhere, a track is there but says nothing
+SILENT_PEAK = 1e-4  # -80 dBFS: an audio stream that never exceeds this is silent
 
 _JITTER = 0.025  # seconds that a timestamp may be off
 _JITTER_AFTER_DAMAGE = 0.002  # ... where a packet was lost: one AAC frame is 21 to 23 ms, which must leave a gap
 _DRIFT = 0.004  # seconds that timestamps may keep to one side
 _DRIFT_PIECES, _DRIFT_SPAN = 16, 0.5  # pieces, and seconds, that must agree on it
-_STRETCH = 0.05  # share of its length by which a piece is stretched at most
+_MAX_CHANGE = 0.05  # largest share by which a piece is lengthened or shortened
 _BACKWARD = 1.0  # seconds by which the times of a stream may go back
-_SHORT = 0.1  # seconds that may be missing from a clip's sound
+_SHORT = 0.1  # seconds that may be missing from a clip's audio
 _FEED = 16384  # samples that go into the resampler at a time
 _ZEROS = 10 * RATE  # the longest block of zeros
 
@@ -49,11 +49,11 @@ Status = Literal["ok", "absent", "silent", "short", "unreadable"]
 
 @dataclass(frozen=True)
 class AudioSummary:
-    """What a clip's sound is like. None of these is an error.
+    """Summary of a clip's audio. No status is an error.
 
     Attributes:
         status: "absent" (no audio stream), "unreadable" (nothing decodes), "silent" (peak below -80 dBFS), "short"
-            (more than 0.1 s of the clip has no sound data), "ok".
+            (more than 0.1 s of the clip has no audio data), "ok".
         samples: how many came out, at 16 kHz.
         covered: (start, stop) in clip seconds of what came from the file, ascending, apart from each other.
         peak: largest absolute sample of the mono signal; 1 is full scale.
@@ -77,10 +77,10 @@ def decode_audio(path: Path, *, start: float, duration: float) -> Blocks:
     Args:
         path: a media file; it may have no audio.
         start: seconds, `MediaInfo.start` of the file that gives the clip clock.
-        duration: seconds, the clip's length; sound beyond it is cut.
+        duration: seconds, the clip's duration; audio beyond it is cut.
 
     Yields:
-        [n] float32 at 16 kHz, gapless from clip time 0 to the end of the sound or of the clip.
+        [n] float32 at 16 kHz, gapless from clip time 0 to the end of the audio or of the clip.
 
     Returns:
         AudioSummary (the generator's return value).
@@ -121,7 +121,7 @@ def _status(line: "_Line", source: "_Source", duration: float) -> Status:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Decoded mono samples: where they begin on the clip clock (None: right after the last ones), and how exactly."""
+    """Decoded mono samples, their start on the clip clock (None: right after the previous ones), and its jitter."""
 
     samples: Block
     rate: int
@@ -130,7 +130,7 @@ class _Piece:
 
 
 class _Source:
-    """Decodes an audio stream packet by packet; damaged packets are counted and left out."""
+    """Decodes an audio stream packet by packet; damaged packets are counted and skipped."""
 
     def __init__(self, media: Opened, start: float) -> None:
         self._media, self._start = media, start
@@ -142,10 +142,10 @@ class _Source:
         if stream is None:
             return
         stream.codec_context.thread_count = 1
-        known = 0  # damaged packets when the last piece came
+        known = 0  # damaged packets before the last piece
         for packet in chain(read_packets(self._media, [stream]), [None]):
             for frame in self._decode(packet):
-                if frame.format.name not in format_dtypes:  # 64-bit integers: nobody has them, PyAV cannot show them
+                if frame.format.name not in format_dtypes:  # 64-bit integers, which PyAV cannot convert
                     self.damaged += 1
                     continue
                 samples = _mono(frame) if AUDIO_RATES[0] <= frame.sample_rate <= AUDIO_RATES[1] else None
@@ -187,7 +187,7 @@ _FULL_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31}
 
 
 def _mono(frame: AudioFrame) -> Block | None:
-    """The mean of the channels, [n] float32, full scale 1; None where there are more than anybody has."""
+    """The mean of the channels, [n] float32, full scale 1; None if there are more than `MAX_CHANNELS`."""
     if frame.format.is_planar and frame.layout.nb_channels >= _PLANES:
         packed = _packed(frame)
         if packed is None:
@@ -204,7 +204,7 @@ def _mono(frame: AudioFrame) -> Block | None:
 
 
 def _packed(frame: AudioFrame) -> AudioFrame | None:
-    """The frame with its channels interleaved: of eight planes or more PyAV reads beyond the last, and may crash."""
+    """The frame with its channels interleaved: PyAV reads beyond the last of eight or more planes, and may crash."""
     if frame.layout.nb_channels > MAX_CHANNELS:
         return None
     try:
@@ -217,19 +217,19 @@ def _packed(frame: AudioFrame) -> AudioFrame | None:
 
 @dataclass
 class _Line:
-    """The 16 kHz time line that comes out. Sound lies on it in runs; each run has a resampler of its own.
+    """The 16 kHz output. Audio lies on it in segments without a gap; each segment has its own resampler.
 
     Attributes:
-        limit: samples after which nothing more comes out.
-        emitted: samples that came out.
-        covered: (start, stop) in samples of what was sound and not stand-in zeros.
+        limit: samples at which the output ends.
+        emitted: samples of output so far.
+        covered: (start, stop) in samples of audio from the file, without inserted zeros.
     """
 
     limit: int
     emitted: int = 0
     peak: float = 0.0
     covered: list[tuple[int, int]] = field(default_factory=list)
-    _run: "_Run | None" = None
+    _segment: "_Segment | None" = None
     _drift: "_Drift" = field(default_factory=lambda: _Drift())
 
     @property
@@ -237,31 +237,31 @@ class _Line:
         return self.emitted >= self.limit
 
     def add(self, piece: _Piece) -> Iterator[Block]:
-        """Put a piece where it belongs: onto the running run, or after zeros into a new one."""
-        end = self.emitted / RATE if self._run is None else self._run.end
+        """Append a piece to the current segment, or start a new one behind zeros."""
+        end = self.emitted / RATE if self._segment is None else self._segment.end
         time = end if piece.time is None else piece.time
         late = time - end
-        steady = self._run is not None and abs(late) <= piece.jitter
+        steady = self._segment is not None and abs(late) <= piece.jitter
         samples = piece.samples
-        if late < 0 and not steady:  # before the clip, or repeats what was there
+        if late < 0 and not steady:  # before the clip, or a repetition
             samples = samples[round(-late * piece.rate) :]
             time = end
         if not samples.size:
             return
         if steady and piece.time is not None:
             samples = self._drift.follow(samples, piece.rate, piece.time, late)
-        if self._run is None or self._run.rate != piece.rate or (late > 0 and not steady):
+        if self._segment is None or self._segment.rate != piece.rate or (late > 0 and not steady):
             self._drift = _Drift()
             yield from self.close()
             yield from self._zeros(round(time * RATE) - self.emitted)
-            self._run = _Run(self.emitted / RATE, piece.rate)
-        yield from self._out(self._run.push(samples))
+            self._segment = _Segment(self.emitted / RATE, piece.rate)
+        yield from self._out(self._segment.push(samples))
 
     def close(self) -> Iterator[Block]:
-        """End the running run: what its resampler still holds comes out."""
-        if self._run is not None:
-            yield from self._out(self._run.flush())
-            self._run = None
+        """End the current segment: flush its resampler."""
+        if self._segment is not None:
+            yield from self._out(self._segment.flush())
+            self._segment = None
 
     def _zeros(self, count: int) -> Iterator[Block]:
         count = min(count, self.limit - self.emitted)
@@ -285,21 +285,21 @@ class _Line:
 
 
 class _Drift:
-    """Keeps sound with its timestamps where these run away from the count of samples, little by little.
+    """Keeps audio with its timestamps where these drift away from the count of samples.
 
-    A sound clock that is off by a tenth of a percent is a second late after a quarter of an hour. Jitter goes both
-    ways; only when many pieces in a row are late, or many early, the line through their lateness is made up for.
+    An audio clock that is off by 0.1 % is a second late after a quarter of an hour. Jitter goes both ways; only when
+    many pieces in a row are late, or many early, the line through their lateness is corrected.
     """
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, float]] = deque()
-        self._owed = 0.0  # seconds to be put in; negative: to be taken out
+        self._owed = 0.0  # seconds to insert; negative: to remove
 
     def follow(self, samples: Block, rate: int, time: float, late: float) -> Block:
-        """The piece as it is or stretched, [n'] float32; `late`: seconds from the end of what came to its time."""
+        """The piece, possibly resampled, [n'] float32; `late`: seconds from the end of the last piece to its time."""
         if not self._owed:
             self._watch(time, late)
-        most = _STRETCH * samples.size
+        most = _MAX_CHANGE * samples.size
         change = round(min(max(self._owed * rate, -most), most))
         if not change:
             self._owed = 0.0
@@ -322,8 +322,8 @@ class _Drift:
                 self._seen.clear()
 
 
-class _Run:
-    """Gapless samples of one rate, resampled by one libswresample; n samples in give round(n * 16000 / rate) out."""
+class _Segment:
+    """Gapless samples of one rate and their resampler; n input samples give round(n * 16000 / rate) output samples."""
 
     def __init__(self, start: float, rate: int) -> None:
         self.start, self.rate = start, rate
@@ -333,7 +333,7 @@ class _Run:
 
     @property
     def end(self) -> float:
-        """Clip seconds right after the last sample that came in."""
+        """Clip seconds right after the last input sample."""
         return self.start + self._in / self.rate
 
     def push(self, samples: Block) -> Iterator[Block]:

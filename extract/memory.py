@@ -1,4 +1,4 @@
-"""How large a batch may be: measured on two trial batches, from the memory that is free then; halved if need be."""
+"""Batch sizes from free memory: measured on two trial batches, and halved when a batch does not fit."""
 
 import logging
 from collections.abc import Callable
@@ -13,34 +13,34 @@ from vaflow.errors import VaflowError, explain, is_out_of_memory
 logger = logging.getLogger(__name__)
 
 TRIAL = (4, 16)  # rows
-SHARE = 0.8  # of the free memory: allocators fragment, and others may use the card
+SHARE = 0.8  # of the free memory: allocators fragment, and other processes may use the GPU
 
 
 class Memory(Protocol):
     """A device's memory, in bytes."""
 
     def free(self) -> int:
-        """What new tensors may take."""
+        """Bytes available to new tensors."""
         ...
 
     def peak(self, work: Callable[[], object]) -> int:
-        """The most that `work` takes at once, beyond what was taken before it."""
+        """Peak memory of `work`, beyond what was allocated before it."""
         ...
 
 
 class CudaMemory:
-    """A GPU's memory, as the driver and torch's allocator tell it."""
+    """A GPU's memory, from the driver and torch's allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def free(self) -> int:
-        """Free on the card, and what torch holds without using it."""
-        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return int(torch.cuda.mem_get_info(self._device)[0]) + kept
+        """Memory free on the GPU, plus what torch has reserved without using it."""
+        reserved = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return int(torch.cuda.mem_get_info(self._device)[0]) + reserved
 
     def peak(self, work: Callable[[], object]) -> int:
-        """By torch's own count."""
+        """From torch's statistics."""
         torch.cuda.synchronize(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
@@ -58,13 +58,12 @@ def fitting(
     parts: int,
     most: int,
 ) -> int:
-    """The largest batch, a power of two, that fits into a part of the free memory: small changes of what is free
-    rarely change it.
+    """The largest power-of-two batch that fits into a share of the free memory. Small changes of it rarely matter.
 
     Args:
-        row: one row, which says shape and type.
-        parts: into how many the free memory is divided (one for each encoder).
-        most: rows at most.
+        row: one row, for its shape and type.
+        parts: number of shares of the free memory, one for each encoder.
+        most: largest number of rows.
     """
 
     def trial(rows: int) -> object:
@@ -72,7 +71,7 @@ def fitting(
 
     small, large = TRIAL
     try:
-        trial(small)  # libraries take their workspaces on the first call
+        trial(small)  # libraries allocate their workspaces on the first call
         low, high = memory.peak(lambda: trial(small)), memory.peak(lambda: trial(large))
     except torch.OutOfMemoryError:
         return small
@@ -83,7 +82,7 @@ def fitting(
 
 
 class InParts:
-    """Encodes batches whole, or in parts where one has once been too large for the device's memory.
+    """Encodes batches whole, or in parts once a batch did not fit into the device's memory.
 
     Args:
         encode: [rows, ...] tensor on `device` -> [rows, ...] tensor on the same device.
@@ -91,7 +90,7 @@ class InParts:
         size: rows of a batch.
 
     Attributes:
-        size: rows that are encoded at once.
+        size: rows encoded at once.
     """
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], device: torch.device, size: int) -> None:
@@ -101,7 +100,7 @@ class InParts:
         """Encode a batch.
 
         Raises:
-            VaflowError: not even a single row fits.
+            VaflowError: a single row does not fit.
         """
         while True:
             try:
@@ -113,12 +112,12 @@ class InParts:
                 if self.size == 1:
                     raise VaflowError(
                         explain(
-                            "The device has too little memory for a single row",
+                            "The device has too little memory for a batch of one row",
                             got=(str(error) or type(error).__name__).splitlines()[0],
-                            remedy="Free the device, or use another with --device; what was committed stays",
+                            remedy="Free the device or use another --device, then run the same command again to resume",
                         )
                     ) from error
                 self.size = max(1, self.size // 2)
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
-                logger.warning("Too little memory on %s: going on with batches of %d", self._device, self.size)
+                logger.warning("Too little memory on %s: using batches of %d", self._device, self.size)

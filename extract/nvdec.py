@@ -1,8 +1,8 @@
-"""Pictures by a GPU's video decoder (NVDEC), through torchcodec: `--decoder nvdec`.
+"""Decoding on a GPU (NVDEC) through torchcodec: `--decoder nvdec`. Experimental: never run on a GPU.
 
-Only pictures: frame times, and so the choice of frames, stay PyAV's, and every picture must come with the presentation
-time it was asked for. Colours are converted by other code than FFmpeg's, so pixels differ by a little: another
-fingerprint, and a comparison before the first clip.
+Frame times, and so the choice of frames, come from PyAV, and every frame must have the presentation time that it was
+requested for. Colours are converted by other code than FFmpeg's, so pixels differ a little: streams have another
+fingerprint, and the first clip is compared with PyAV.
 """
 
 import logging
@@ -21,21 +21,21 @@ from vaflow.timeline import Floats, Ints
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 8  # pictures: what a process holds besides the one it works on
-COMPARED = 8  # first frames of a clip
+AT_ONCE = 8  # frames decoded at once
+COMPARED = 8  # frames that are compared with PyAV: the first of a clip
 # Grey levels of 255, on average over all pixels and channels. On three real clips two settings of FFmpeg's own
 # conversion differ by 1.3 to 1.7, a wrong colour matrix by 1.6 to 2.2 (so it is not told apart), a wrong range by 7.6
-# and more. What NVDEC differs by has not been measured.
+# and more. The difference of NVDEC has not been measured.
 TOLERANCE = 3.0
-_LATE = 1e-5  # seconds after a frame's time that it is asked for, so that rounding does not give the one before
-_SAME = 1e-4  # seconds between the time asked for and the time got
+_LATE = 1e-5  # seconds added to a frame's time, so that rounding does not select the one before
+_SAME = 1e-4  # seconds by which requested and returned times may differ
 
 
 def import_torchcodec() -> Any:
-    """The package with its decoders.
+    """Import torchcodec with its decoders.
 
     Raises:
-        UsageError: it is not installed, or does not find its libraries.
+        UsageError: it is not installed, or does not find FFmpeg's libraries.
     """
     remedy = "pip install -e '.[nvdec]' (in the clone) and FFmpeg's shared libraries, or use --decoder pyav"
     try:
@@ -43,16 +43,16 @@ def import_torchcodec() -> Any:
     except (ImportError, RuntimeError, OSError) as error:
         got = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(explain("--decoder nvdec needs torchcodec", got=got, remedy=remedy)) from error
-    if torchcodec.ffmpeg_major_version is None:  # it can be imported without, for pictures only
+    if torchcodec.ffmpeg_major_version is None:  # it can be imported without them, for images only
         raise UsageError(explain("torchcodec does not find FFmpeg's shared libraries", remedy=remedy))
     return torchcodec
 
 
 def require_nvdec(device: str) -> None:
-    """Raise now what would fail at the first clip.
+    """Check that NVDEC can be used, before the first clip.
 
     Raises:
-        UsageError: torchcodec is missing, or `device` is no GPU.
+        UsageError: torchcodec is missing, or `device` is not a GPU.
     """
     import_torchcodec()
     if not device.startswith("cuda"):
@@ -61,7 +61,7 @@ def require_nvdec(device: str) -> None:
 
 
 def nvdec_identity() -> dict[str, Any]:
-    """What decodes pictures, for the fingerprint; the clock stays PyAV's."""
+    """Identity of the frame decoder, for the fingerprint; the clock is PyAV's."""
     return {"backend": "torchcodec nvdec", "version": import_torchcodec().__version__, "clock": decoder_identity()}
 
 
@@ -69,7 +69,7 @@ def frames_on_gpu(path: Path, wanted: Ints, times: Floats, device: str) -> Itera
     """As `vaflow.extract.video.frames_at`, decoded by `device`.
 
     Raises:
-        MediaError: the GPU cannot decode this file, or shows another frame than the one that was asked for.
+        MediaError: the GPU cannot decode this file, or returns another frame than the requested one.
     """
     if not len(wanted):
         return
@@ -81,9 +81,9 @@ def frames_on_gpu(path: Path, wanted: Ints, times: Floats, device: str) -> Itera
         decoder = _open(path, stream, device)
         for begin in range(0, len(wanted), AT_ONCE):
             numbers = np.asarray(wanted[begin : begin + AT_ONCE], np.int64)
-            asked = times[numbers]
-            batch = decoder.get_frames_played_at(seconds=(asked + start + _LATE).tolist())
-            _check_times(path, asked, batch.pts_seconds.cpu().numpy() - start)
+            requested = times[numbers]
+            batch = decoder.get_frames_played_at(seconds=(requested + start + _LATE).tolist())
+            _check_times(path, requested, batch.pts_seconds.cpu().numpy() - start)
             yield from zip(numbers.tolist(), batch.data.cpu().numpy(), strict=True)
             beat()
     except (RuntimeError, ValueError, IndexError) as error:
@@ -94,28 +94,28 @@ def _open(path: Path, stream: int, device: str) -> Any:
     decoders = import_torchcodec().decoders
     with decoders.set_cuda_backend("beta"):  # NVDEC itself; later versions take the name for their default
         decoder = decoders.VideoDecoder(str(path), stream_index=stream, dimension_order="NHWC", device=device)
-    if decoder.cpu_fallback:  # would be decoded, by code that the fingerprint does not name
+    if decoder.cpu_fallback:  # decoded on the CPU by code that the fingerprint does not name
         raise _cannot(path, str(decoder.cpu_fallback))
     return decoder
 
 
 def _cannot(path: Path, got: str) -> MediaError:
-    remedy = "Extract it with --decoder pyav, into a cache made so from the start"
+    remedy = "Use --decoder pyav and a new cache: the fingerprint names the decoder"
     return MediaError(explain(f"{path} cannot be decoded by the GPU", got=got, remedy=remedy))
 
 
-def _check_times(path: Path, asked: Floats, got: Floats) -> None:
-    off = np.abs(got - asked)
+def _check_times(path: Path, requested: Floats, got: Floats) -> None:
+    off = np.abs(got - requested)
     if (off > _SAME).any():
         worst = int(off.argmax())
-        raise _cannot(path, f"a picture of {got[worst]:.4f} s in the place of that of {asked[worst]:.4f} s")
+        raise _cannot(path, f"the frame at {got[worst]:.4f} s instead of the one at {requested[worst]:.4f} s")
 
 
 def check_parity(path: Path, device: str) -> float:
-    """Mean difference, in grey levels, between NVDEC's and PyAV's first pictures of a file; a log line says it.
+    """Mean difference, in grey levels, between NVDEC's and PyAV's first frames of a file; it is logged.
 
     Raises:
-        VaflowError: it is above `TOLERANCE`: these are other pictures, or other colours.
+        VaflowError: it is above `TOLERANCE`: other frames, or other colours.
         MediaError: the file cannot be decoded.
     """
     times = frame_times(path)
@@ -126,7 +126,7 @@ def check_parity(path: Path, device: str) -> float:
     if not mean <= TOLERANCE:
         raise VaflowError(
             explain(
-                f"NVDEC shows other pictures of {path} than PyAV",
+                f"NVDEC and PyAV decode different frames of {path}",
                 expected=f"a mean difference of at most {TOLERANCE:g} grey levels over {len(wanted)} frames",
                 got=f"{mean:.2f}",
                 remedy="Use --decoder pyav",

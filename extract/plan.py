@@ -2,14 +2,16 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapreplace
+from pathlib import Path
 
-from vaflow.cache import Cache
+from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.documents import source_stamp
 from vaflow.cache.schema import StreamInfo
+from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
-from vaflow.errors import MediaError, count
+from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.config import Shard
 from vaflow.extract.durations import lengths
 from vaflow.extract.image_folders import IMAGES_DIGEST, images_digest
@@ -18,6 +20,7 @@ from vaflow.extract.pool import each
 from vaflow.extract.sources import SourceComparison, file_status, sources_of
 from vaflow.extract.streams import SOURCES, reading_version, source_of
 from vaflow.extract.video import READING, misread_before
+from vaflow.failures import LISTS, read_failures
 
 logger = logging.getLogger(__name__)
 
@@ -170,3 +173,23 @@ def _stamps_now(clip: Clip, kinds: set[str]) -> dict[str, str]:
 def _milliseconds(seconds: float) -> int:
     """Whole milliseconds, so that sums do not depend on their order; clips of unknown length count 1."""
     return max(1, round(seconds * 1000))
+
+
+def only_failed(dataset: Dataset, cache: Path) -> Dataset:
+    """The data set with only those clips that the failure lists of `cache` name.
+
+    Raises:
+        UsageError: the lists name no clip of this data set.
+    """
+    folder = open_cache(cache).path if is_cache(cache) else cache
+    failed = {failure.item for failure in read_failures(folder)}
+    clips = tuple(clip for clip in dataset.clips if clip.id in failed)
+    if not clips:
+        raise UsageError(
+            explain(
+                f"No clip of {dataset.root} is listed as failed in {cache}",
+                expected=f"{LISTS} that names clips of this data set",
+                got=f"{len(failed)} failed items of other data" if failed else "no failed items",
+            )
+        )
+    return replace(dataset, clips=clips)

@@ -1,4 +1,4 @@
-"""Where the time of an extraction goes: `vaflow extract --profile`."""
+"""Time per stage of an extraction: `vaflow extract --profile`."""
 
 import time
 from collections import defaultdict
@@ -13,14 +13,14 @@ COMMITTING = "committing (in its own thread)"
 WAITING_FOR_WRITER = "waiting for the writer"
 REST = "filter banks, bookkeeping"
 DETECTING = "detecting faces"
-ON_DEVICE = "encoding, by the device's own clock"
-DETECTING_ON_DEVICE = "detecting, by the device's own clock"  # only where it does
-BESIDE = (COMMITTING, ON_DEVICE, DETECTING_ON_DEVICE)  # not of the main thread
-CURES = {
-    WAITING: "decoding is the bottleneck: more --workers, --faces auto where crops exist, or --detector torch",
-    DETECTING: "face detection is the bottleneck: --faces auto where crops exist, or another --detector",
-    WAITING_FOR_WRITER: "the disk is the bottleneck: a faster one, or --store hdf5 (fewer files)",
-    REST: "the main process is the bottleneck: several processes with --shard",
+ON_DEVICE = "encoding (device clock)"
+DETECTING_ON_DEVICE = "detecting (device clock)"  # only with --detector torch
+BESIDE = (COMMITTING, ON_DEVICE, DETECTING_ON_DEVICE)  # beside the main thread
+REMEDIES = {
+    WAITING: "decoding is the bottleneck: use more --workers, --faces auto if there are crops, or --detector torch",
+    DETECTING: "face detection is the bottleneck: use --faces auto if there are crops, or another --detector",
+    WAITING_FOR_WRITER: "the disk is the bottleneck: use a faster one, or --store hdf5 (fewer files)",
+    REST: "the main process is the bottleneck: run several processes with --shard",
 }
 
 
@@ -41,7 +41,7 @@ class Profile:
             self.seconds[stage] += time.perf_counter() - began
 
     def waiting(self, source: Iterable[T]) -> Iterator[T]:
-        """Pass items on, adding the time until each comes to `WAITING`."""
+        """Yield the items of `source`, adding the time until each arrives to `WAITING`."""
         iterator = iter(source)
         while True:
             with self.measure(WAITING):
@@ -51,7 +51,7 @@ class Profile:
             yield item
 
     def stages(self) -> dict[str, float]:
-        """Stage -> seconds of the main thread, which add up to the wall time since the start, then those beside it."""
+        """Stage -> seconds: those of the main thread, which add up to the wall time, then those beside it."""
         total = time.perf_counter() - self._began
         main = _of_main(self.seconds)
         beside = {COMMITTING: 0.0, ON_DEVICE: 0.0} | {k: v for k, v in self.seconds.items() if k in BESIDE}
@@ -59,17 +59,17 @@ class Profile:
 
 
 def bottleneck(stages: Mapping[str, float]) -> str:
-    """What takes most of the main thread's time, the cure where there is one, and how long the device was idle."""
+    """The stage that takes most of the main thread's time, its remedy, and the idle share of the device."""
     main = _of_main(stages)
     worst = max(main, key=lambda stage: main[stage])
     total = max(sum(main.values()), 1e-9)
-    cure = CURES.get(worst, "the encoder is the bottleneck, as it should be")
-    line = f"{worst}: {main[worst] / total:.0%} of the time; {cure}"
-    return f"{line}. The encoders' device was idle {idle_share(stages):.0%} of it."
+    remedy = REMEDIES.get(worst, "the encoder is the bottleneck, which is the best case")
+    line = f"{worst}: {main[worst] / total:.0%} of the time; {remedy}"
+    return f"{line}. The encoders' device was idle for {idle_share(stages):.0%} of it."
 
 
 def idle_share(stages: Mapping[str, float]) -> float:
-    """The part of a run, 0 to 1, in which the device had nothing to do."""
+    """Share of the run, 0 to 1, in which the device was idle."""
     busy = stages.get(ON_DEVICE, 0.0) + stages.get(DETECTING_ON_DEVICE, 0.0)
     return max(0.0, 1 - busy / max(sum(_of_main(stages).values()), 1e-9))
 

@@ -1,9 +1,8 @@
-"""`--engine ray`: the local pipeline in one Ray actor per GPU (or per few CPUs), on every node of a cluster.
+"""`--engine ray`: the local extraction loop in one Ray actor per GPU (or per few CPUs), on every node of a cluster.
 
-The driver holds the queue, longest item first. A member (`vaflow.extract.ray_node`) gets a task whenever one of
-its decoders is about to be free, so fast nodes do more. Everything a member has is in the cache or in the driver's
-list of tasks that it was given: a member that dies costs these, no other. They are tried again one by one at the end,
-and listed as failures when that does not help.
+The driver holds the queue, longest item first. A member (`vaflow.extract.ray_node`) gets a task whenever one of its
+decoders is about to be free, so fast nodes do more. If a member dies, only the tasks that it was given and has not
+committed are lost. They are tried again one by one at the end, and listed as failures if that does not help.
 """
 
 import logging
@@ -33,11 +32,11 @@ from vaflow.failures import Failure
 logger = logging.getLogger(__name__)
 
 CPUS_PER_MEMBER = 4  # without a GPU: half of them decode
-LOOKAHEAD = 1  # tasks that wait at a member, so that its decoders never do
-ATTEMPTS = 3  # of an item whose member died: the first one, and two by itself
-STILLBORN = 3  # members in a row that died before they were ready: then something is wrong with all of them
-LOOK_SECONDS = 10.0  # between looks for nodes that have joined
-HINT_SECONDS = 60.0  # without any member: say what is being waited for
+LOOKAHEAD = 1  # tasks queued at a member, so that its decoders do not wait
+ATTEMPTS = 3  # per item whose member died: the first one, and two alone
+STILLBORN = 3  # members in a row that may die before they are ready; then the extraction ends
+LOOK_SECONDS = 10.0  # between checks for nodes that have joined
+HINT_SECONDS = 60.0  # without a ready member; then a hint is logged
 # Ray's ports execute code for anyone who can reach them. Ray binds them to 127.0.0.1 where it has no cluster support.
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # No banner, no usage report, no log lines of the cluster on standard output. Variables that the user has set are kept.
@@ -150,7 +149,7 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Places:
-    """How many members a cluster has room for, and what each gets."""
+    """Number of members that fit into a cluster, and the resources of each."""
 
     count: int
     gpus: int
@@ -159,13 +158,13 @@ class Places:
 
 
 def places(nodes: Sequence[Mapping[str, float]], config: ExtractConfig) -> Places:
-    """One member per GPU; where no GPU is there or wanted, one per few CPUs.
+    """One member per GPU; without GPUs, one per few CPUs.
 
     Args:
         nodes: resources of each node that is alive, as Ray names them.
 
     Raises:
-        VaflowError: a GPU was asked for and there is none, or no node has a CPU to give.
+        VaflowError: --device cuda and there is no GPU, or no node has a CPU.
     """
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
     if config.device == "cuda" and not with_gpu:
@@ -175,14 +174,14 @@ def places(nodes: Sequence[Mapping[str, float]], config: ExtractConfig) -> Place
         return Places(sum(int(node["GPU"]) for node in with_gpu), 1, cpus, config.workers or max(1, cpus - 1))
     sizes = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not sizes:
-        raise VaflowError(explain("No node of the Ray cluster has a CPU to give", got=f"{len(nodes)} nodes"))
+        raise VaflowError(explain("No node of the Ray cluster has a CPU", got=f"{len(nodes)} nodes"))
     cpus = min(config.workers + 1 if config.workers else CPUS_PER_MEMBER, *sizes)
     return Places(sum(size // cpus for size in sizes), 0, cpus, config.workers or max(1, cpus // 2))
 
 
 @dataclass
 class _Hired:
-    """A member as the driver knows it. `idle`: no tasks, and none on the way."""
+    """The driver's state of a member. `idle`: no tasks, and none being sent."""
 
     handle: Any
     ready: bool = False
@@ -193,21 +192,21 @@ class _Hired:
 
 
 class Team:
-    """The members, and the queue that they work off. Use as a context manager: leaving it ends every member.
+    """The members and the queue of tasks. Use as a context manager: leaving it ends every member.
 
     Args:
         ray: the package, connected.
         cache: opened for writing.
         config: settings, with absolute paths.
-        most: members that can have anything to do.
+        most: largest useful number of members.
     """
 
     def __init__(self, ray: Any, cache: Cache, config: ExtractConfig, most: int) -> None:
         self._ray, self._cache, self._config, self._most = ray, cache, config, most
         self._members: list[_Hired] = []
-        self._asked: dict[Any, _Hired] = {}  # call under way -> who was called
+        self._asked: dict[Any, _Hired] = {}  # pending call -> its member
         self._queue: deque[Task] = deque()
-        self._suspects: deque[Task] = deque()  # were under way when a member died
+        self._suspects: deque[Task] = deque()  # were in progress when a member died
         self._attempts: dict[str, int] = {}
         self._infos: dict[str, StreamInfo] | None = None
         self._books: Books | None = None
@@ -230,7 +229,7 @@ class Team:
         return self._infos
 
     def work(self, tasks: Sequence[Task], books: Books) -> None:
-        """Work off the tasks."""
+        """Process the tasks."""
         self._queue, self._books, self._most = deque(tasks), books, min(self._most, len(tasks))
         self._hire()
         self._deal_to_idle()
@@ -242,18 +241,18 @@ class Team:
 
     def _hire(self) -> None:
         """As many members as the cluster has room for and can have something to do."""
-        there = places([node["Resources"] for node in self._ray.nodes() if node["Alive"]], self._config)
-        self._workers = there.workers
-        self._config = replace(self._config, device="cuda" if there.gpus else "cpu")  # the same whoever joins later
-        actor = self._ray.remote(Member).options(num_cpus=there.cpus, num_gpus=there.gpus, max_restarts=0)
+        room = places([node["Resources"] for node in self._ray.nodes() if node["Alive"]], self._config)
+        self._workers = room.workers
+        self._config = replace(self._config, device="cuda" if room.gpus else "cpu")  # the same whoever joins later
+        actor = self._ray.remote(Member).options(num_cpus=room.cpus, num_gpus=room.gpus, max_restarts=0)
         out = str(self._cache.path.absolute()) if self._cache.layout.remote is None else str(self._cache.place)
-        for _ in range(min(there.count, self._most) - len(self._members)):
-            member = _Hired(actor.remote(out, self._cache.store, self._config, there.workers))
+        for _ in range(min(room.count, self._most) - len(self._members)):
+            member = _Hired(actor.remote(out, self._cache.store, self._config, room.workers))
             self._members.append(member)
             self._asked[member.handle.prepare.remote()] = member
 
     def _look_around(self) -> None:
-        """Nodes may have joined; none may have room."""
+        """Hire members on nodes that have joined; log a hint if none is ready."""
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
             return
@@ -262,19 +261,19 @@ class Team:
             self._hire()
         if not any(member.ready for member in self._members) and now - self._began > HINT_SECONDS:
             self._began = now
-            logger.warning("No Ray actor is ready yet: see `ray status` for what the cluster has free")
+            logger.warning("No Ray actor is ready yet; `ray status` lists the free resources of the cluster")
 
     def _lose(self, member: _Hired, error: Exception) -> None:
-        """A member has died: whatever it had and has not committed is tried again, at the end and by itself."""
+        """Handle a member that died: tasks that it has not committed are tried again at the end, one by one."""
         self._members.remove(member)
         self._past.append(member)
-        self._ray.kill(member.handle)  # it may only be out of reach
+        self._ray.kill(member.handle)  # it may still run, out of reach
         self._stillborn = 0 if member.ready else self._stillborn + 1
         why = str(error).strip().partition("\n")[0]
         if self._stillborn >= STILLBORN:
-            remedy = "Look into Ray's logs (/tmp/ray/session_latest/logs); too little memory is the usual cause"
-            raise VaflowError(explain("Ray actors die before they are ready", got=why, remedy=remedy)) from error
-        logger.warning("A Ray actor died with %d item(s) under way: %s", len(member.tasks), why)
+            remedy = "See Ray's logs in /tmp/ray/session_latest/logs; too little memory is the usual cause"
+            raise VaflowError(explain("Ray actors died before they were ready", got=why, remedy=remedy)) from error
+        logger.warning("A Ray actor died with %d items in progress: %s", len(member.tasks), why)
         self._try_again(member.tasks.values(), why)
         self._hire()
         self._deal_to_idle()
@@ -285,31 +284,31 @@ class Team:
             self._attempts[item] = self._attempts.get(item, 0) + 1
             self._cache.refresh_index()
             left = make_plan(self._cache, self._infos or {}, [lost.clip], Shard()).tasks
-            if not left:  # committed, and died before it could say so
+            if not left:  # committed before the member died
                 self._take(Extracted(item, float(self._cache.meta(item)["duration"])))
             elif self._attempts[item] < ATTEMPTS:
                 self._suspects.append(left[0])
             else:
-                message = f"The Ray actor that worked on this item died {ATTEMPTS} times ({why}); run again to retry."
+                message = f"The Ray actor that processed this item died {ATTEMPTS} times ({why}). Run again to retry."
                 self._take(Failure(item, "worker", "ActorDied", message, {"split": lost.clip.split}))
 
-    # -- what they do ----------------------------------------------------------------------------------------------
+    # -- calls -----------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """Hear at most one member, and give it what it can take."""
+        """Handle the answer of at most one member, and give it further tasks."""
         answered, _ = self._ray.wait(list(self._asked), num_returns=1, timeout=1.0)
         for call in answered:
             member = self._asked.pop(call)
             try:
                 answer = self._ray.get(call)
-            except self._ray.exceptions.RayTaskError:  # an error of ours, not a death
+            except self._ray.exceptions.RayTaskError:  # an error in this package, not a death
                 raise
             except self._ray.exceptions.RayError as error:
                 self._lose(member, error)
             else:
-                self._hear(member, answer)
+                self._handle(member, answer)
 
-    def _hear(self, member: _Hired, answer: Prepared | Report) -> None:
+    def _handle(self, member: _Hired, answer: Prepared | Report) -> None:
         if answer.error is not None:
             raise answer.error
         if isinstance(answer, Prepared):
@@ -325,14 +324,14 @@ class Team:
         self._count()
         if answer.ended:
             member.idle = True
-            self._try_again(member.tasks.values(), "it came to no end")
+            self._try_again(member.tasks.values(), "it did not finish")
             member.tasks.clear()
             self._deal_to_idle()
         else:
             self._give(member, LOOKAHEAD - answer.waiting)
 
     def _deal_to_idle(self) -> None:
-        """Begin with members that have nothing: from the queue as much as they can begin with, or one suspect."""
+        """Give tasks to idle members: from the queue as many as they can start, or one suspect."""
         for member in self._members:
             if member.ready and member.idle and self._queue:
                 self._give(member, self._workers + LOOKAHEAD)
@@ -348,7 +347,7 @@ class Team:
         member.tasks |= {task.clip.id: task for task in tasks}
         self._asked[member.handle.exchange.remote(tasks, last)] = member
 
-    # -- the books -------------------------------------------------------------------------------------------------
+    # -- outcomes --------------------------------------------------------------------------------------------------
 
     def _take(self, outcome: Extracted | Failure) -> None:
         if self._books is not None:
@@ -372,18 +371,16 @@ def _sum(parts: Iterable[Mapping[str, float]]) -> dict[str, Any]:
 
 def _check(out: Path, config: ExtractConfig) -> None:
     if config.device not in ("auto", "cpu", "cuda"):
-        got, remedy = config.device, "Ray deals out the GPUs: leave the number away"
-        raise UsageError(
-            explain("A numbered GPU means nothing to Ray", expected="auto, cpu or cuda", got=got, remedy=remedy)
-        )
+        got, remedy = config.device, "Ray assigns the GPUs: remove the number"
+        raise UsageError(explain("--engine ray takes --device auto, cpu or cuda", got=got, remedy=remedy))
     if str(out).startswith("memory:"):
         raise UsageError(
-            explain("A cache in memory is seen by one process only", got=out, remedy="Name a folder or a bucket")
+            explain("A cache in memory belongs to one process", got=out, remedy="Use a folder or a bucket")
         )
 
 
 def _absolute(clip: Clip) -> Clip:
-    """A clip whose paths mean the same in every process."""
+    """The clip with absolute paths, which are valid in every process."""
     return replace(
         clip,
         video=clip.video and clip.video.absolute(),

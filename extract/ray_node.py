@@ -1,4 +1,4 @@
-"""What one Ray actor does: the local pipeline, on tasks that arrive while it runs. Knows nothing of Ray itself."""
+"""Code of one Ray actor: the local extraction loop, on tasks that arrive while it runs. Does not import Ray."""
 
 import logging
 import queue
@@ -19,12 +19,12 @@ from vaflow.extract.plan import Task
 from vaflow.extract.run import Run
 from vaflow.extract.summary import Outcome
 
-ANSWER_SECONDS = 1.0  # after which a report is made even if nothing has happened
+ANSWER_SECONDS = 1.0  # after which a report is returned even if nothing has happened
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A member is ready for work and says which streams it makes, or why it cannot."""
+    """A member is ready, with the streams that it makes; or the error that prevents it."""
 
     infos: dict[str, StreamInfo] | None
     error: Exception | None = None
@@ -32,15 +32,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Report:
-    """What has happened since the last one.
+    """Changes since the last report.
 
     Attributes:
-        outcomes: of tasks that have come to their end.
-        waiting: tasks that were handed over and have not been begun.
-        ended: every task handed over has come to its end, and `last` had been said.
-        rows, stages: of the member's whole life, as `Summary.encoded` and `Summary.stages`.
-        notes: warnings, for whoever looks at the run.
-        error: what ended the work for good.
+        outcomes: of tasks that have ended.
+        waiting: tasks that were received and not started.
+        ended: every task received has ended, and `last` was set.
+        rows, stages: since the member was created, as `Summary.encoded` and `Summary.stages`.
+        notes: warnings for the driver's log.
+        error: what ended the member's work.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -53,26 +53,26 @@ class Report:
 
 
 class Member:
-    """Encodes tasks for a cache that other members write to as well.
+    """Encodes tasks into a cache to which other members write as well.
 
     Args:
         out: the cache's absolute path, or its URL.
         store: of the cache.
-        config: settings of the run; device "auto" is the GPU that Ray has given, if any.
+        config: settings of the run; device "auto" is the GPU that Ray assigned, if any.
         workers: decoding processes.
     """
 
     def __init__(self, out: str, store: str, config: ExtractConfig, workers: int) -> None:
         self._out, self._store, self._config, self._workers = out, store, config, workers
-        self._news: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()  # None: look at the rest of the state
-        self._feed: _Feed | None = None  # of the run that is under way
+        self._news: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()  # None: another part of the state changed
+        self._feed: _Feed | None = None  # of the current run
         self._error: BaseException | None = None
         self._stages: dict[str, float] = {}
-        self._past: dict[str, float] = {}  # stages of the runs before this one
+        self._past: dict[str, float] = {}  # stages of earlier runs
         self._notes = _Notes()
 
     def prepare(self) -> Prepared:
-        """Load the encoders, declare the streams. Takes as long as that does."""
+        """Load the encoders and declare the streams."""
         logging.getLogger("vaflow").addHandler(self._notes)
         try:
             device = choose_device(self._config.device)
@@ -87,7 +87,7 @@ class Member:
         return Prepared(self._infos)
 
     def exchange(self, tasks: Sequence[Task], last: bool) -> Report:
-        """Take tasks, wait until there is something to tell, tell it. `last`: no more of them before it has ended."""
+        """Take tasks, wait for news, report them. `last`: no further tasks until these have ended."""
         feed = self._feed or self._begin()
         for task in tasks:
             feed.put(task)
@@ -95,7 +95,7 @@ class Member:
             feed.close()
         return self._report(feed)
 
-    # -- the pipeline, in a thread of its own ----------------------------------------------------------------------
+    # -- the extraction loop, in its own thread --------------------------------------------------------------------
 
     def _begin(self) -> "_Feed":
         self._feed = feed = _Feed(self._news)
@@ -113,23 +113,23 @@ class Member:
             self._news.put(None)
 
     def take(self, outcome: Outcome) -> None:
-        """Of the run: an item has come to its end."""
+        """Outcome of an item, from the run."""
         self._news.put(outcome)
 
     def progress(self, item: str, share: float) -> None:
-        """Of the run: not reported; the driver counts whole items."""
+        """Not reported: the driver counts whole items."""
 
     def count(self, rows: Mapping[str, int], stages: Mapping[str, float]) -> None:
-        """Of the run: where the time went."""
+        """Seconds per stage, from the run."""
         self._stages = {name: seconds + self._past.get(name, 0.0) for name, seconds in stages.items()}
 
     # -- reports ---------------------------------------------------------------------------------------------------
 
     def _report(self, feed: "_Feed") -> Report:
-        """Wait for news, and tell them all. An error that is nobody's but ours is raised with its own trace."""
+        """Wait for news and report them. Unexpected errors are raised, with their traceback."""
         outcomes = self._read_news(ANSWER_SECONDS)
         if ended := feed.ended:
-            outcomes += self._read_news(0)  # what came between the last look and the end
+            outcomes += self._read_news(0)  # what arrived before the end
             self._feed = None
         if self._error is not None and not isinstance(self._error, VaflowError | OSError):
             raise self._error
@@ -138,19 +138,19 @@ class Member:
         return Report(tuple(outcomes), feed.waiting, ended, rows, dict(self._stages), notes, self._error)
 
     def _read_news(self, seconds: float) -> list[Outcome]:
-        """All there are; the first is waited for."""
-        found: list[Outcome] = []
+        """All outcomes so far; waits for the first."""
+        outcomes: list[Outcome] = []
         try:
             news = self._news.get(timeout=seconds) if seconds else self._news.get_nowait()
             while True:
-                found += [news] if news is not None else []
+                outcomes += [news] if news is not None else []
                 news = self._news.get_nowait()
         except queue.Empty:
-            return found
+            return outcomes
 
 
 class _Feed:
-    """Tasks that come one after the other: an iterator that waits for the next, until the feed is closed."""
+    """Iterator over tasks that arrive one by one; it waits for the next until the feed is closed."""
 
     def __init__(self, news: "queue.SimpleQueue[Outcome | None]") -> None:
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
@@ -162,24 +162,24 @@ class _Feed:
         self._queue.put(task)
 
     def close(self) -> None:
-        """No more tasks; once is enough, more does no harm."""
+        """End the iteration after the tasks received so far. May be repeated."""
         if not self._closed:
             self._closed = True
             self._queue.put(None)
 
     @property
     def waiting(self) -> int:
-        """Tasks that nobody has taken."""
+        """Number of tasks that were not started."""
         return self._queue.qsize()
 
     def __iter__(self) -> Iterator[Task]:
         while (task := self._queue.get()) is not None:
-            self._news.put(None)  # there is room for another
+            self._news.put(None)  # there is room for another task
             yield task
 
 
 class _Notes(logging.Handler):
-    """Keeps warnings for the next report."""
+    """Collects warnings for the next report."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -189,5 +189,5 @@ class _Notes(logging.Handler):
         self._lines.put(record.getMessage())
 
     def collect(self) -> tuple[str, ...]:
-        """The warnings since the last time."""
+        """The warnings since the last call."""
         return tuple(self._lines.get() for _ in range(self._lines.qsize()))

@@ -1,7 +1,7 @@
-"""decode -> batch -> encode -> commit, overlapped and bounded. Only this file knows the order.
+"""Extraction loop: decode -> batch -> encode -> commit, overlapped and in bounded memory.
 
-Worker processes decode; the main thread fills batches and encodes; one writer thread commits. Each hand-over is
-bounded, so memory does not grow with the data set, and a clip is committed as soon as its last row is encoded.
+Worker processes decode; the main thread fills batches and encodes; one writer thread commits. Every queue is bounded,
+so memory does not grow with the data set, and a clip is committed as soon as its last row is encoded.
 """
 
 import threading
@@ -21,7 +21,7 @@ from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.faces.detection_torch import ASKED
+from vaflow.extract.faces.detection_torch import QUESTION
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
 from vaflow.extract.nvdec import check_parity
 from vaflow.extract.plan import Task
@@ -52,7 +52,7 @@ class Ledger(Protocol):
 
 
 class Run:
-    """The state of one run: which clips are under way, what is being committed.
+    """One extraction: the clips in progress and the commits that wait.
 
     Args:
         cache: opened for writing, every stream of `infos` declared.
@@ -60,7 +60,7 @@ class Run:
         infos: every stream by name.
         encoders: every encoder with its batcher.
         workers: decoding processes.
-        ledger: is told what comes of every task.
+        ledger: receives the outcome of every task.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Run:
         self._encoders, self._workers, self._ledger = encoders, workers, ledger
         self._tasks: dict[int, Task] = {}
         self._open: dict[int, ClipAssembly] = {}
-        self._asked: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)  # pictures of a question
+        self._questions: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)  # job -> images for the face detector
         self._writer = ThreadPoolExecutor(1, "vaflow-writer")
         self._slots = threading.Semaphore(PENDING_COMMITS)
         self._commits: list[Future[None]] = []
@@ -86,10 +86,10 @@ class Run:
         self._before = self._encoding()
 
     def run(self, tasks: Iterable[Task]) -> None:
-        """Work off the tasks, which may still be arriving: each is asked for when a worker is free for it.
+        """Process the tasks; the iterable is advanced when a worker is free, so tasks may still be arriving.
 
         Raises:
-            CacheError: the cache cannot be written to any more (a full disk, say); what was committed stays.
+            CacheError: the cache cannot be written (a full disk); committed items stay.
         """
         with self._writer, self._pool(tasks) as pool:
             for message in self._profile.waiting(pool):
@@ -103,36 +103,36 @@ class Run:
                 clip.take(message)
                 self._ledger.progress(clip.task.clip.id, clip.share_read)
                 if isinstance(message, Done):
-                    self._tell_progress()
+                    self._report()
                 self._commit_complete()
             for batcher in self._encoders.batchers.values():
                 batcher.flush()
             self._commit_complete()
             self._check_commits(wait=True)
-        self._tell_progress()
+        self._report()
 
     def _detect(self, question: Detect, pool: WorkerPool) -> None:
-        """Keep a picture, and find the faces of all when the last one has come."""
-        self._asked[question.job].append(question.image)
+        """Collect the images of a question and answer it when the last one has arrived."""
+        self._questions[question.job].append(question.image)
         if not question.last:
             return
         if self._encoders.detector is None:
-            raise RuntimeError("A worker asks for faces, but no job said that it may")
+            raise RuntimeError("A worker sent images for a face detector that this run does not have")
         with self._profile.measure(DETECTING):
-            cells = self._encoders.detector.detect(self._asked.pop(question.job))
+            cells = self._encoders.detector.detect(self._questions.pop(question.job))
             pool.answer(Detected(question.job, cells))
 
     def _pool(self, tasks: Iterable[Task]) -> WorkerPool:
         return WorkerPool(self._jobs(tasks), self._workers, item_timeout=self._config.item_timeout)
 
-    def _tell_progress(self) -> None:
+    def _report(self) -> None:
         now = self._encoding()
         self._profile.seconds |= {stage: seconds - self._before[stage] for stage, seconds in now.items()}
         rows = {name: batcher.rows for name, batcher in self._encoders.batchers.items()}
         self._ledger.count(rows, self._profile.stages())
 
     def _encoding(self) -> dict[str, float]:
-        """Stage -> seconds, of all runs that the encoders have seen."""
+        """Stage -> seconds, summed over all runs of these encoders."""
         batchers = self._encoders.batchers
         seconds = {f"encoding {name}": batcher.seconds for name, batcher in batchers.items()}
         seconds[ON_DEVICE] = sum(batcher.device_seconds for batcher in batchers.values())
@@ -142,7 +142,7 @@ class Run:
 
     def _jobs(self, tasks: Iterable[Task]) -> Iterable[Job]:
         preparations = tuple(dict.fromkeys(encoder.preparation for encoder, _ in self._encoders.visual.values()))
-        ask = ASKED if self._encoders.detector is not None else 0
+        ask = QUESTION if self._encoders.detector is not None else 0
         for number, task in enumerate(tasks):
             self._tasks[number] = task
             kinds = {self._infos[name].kind for name in task.streams}
@@ -150,7 +150,7 @@ class Run:
                 number=number,
                 clip=task.clip,
                 grid=self._config.grid,
-                audio="logmel" in kinds or self._needs_sound(task),
+                audio="logmel" in kinds or self._needs_audio(task),
                 faces=bool(kinds & {"visual", "pixels"}),
                 face_source=self._config.face_source,
                 preparations=preparations,
@@ -160,17 +160,17 @@ class Run:
             )
 
     def _decode_on(self, task: Task) -> str:
-        """The GPU that decodes pictures, if one does; compared with PyAV on the first clip that it decodes."""
+        """The GPU that decodes frames, or ""; compared with PyAV on the first clip that it decodes."""
         if self._config.decoder != "nvdec":
             return ""
         if not self._compared and task.clip.video is not None:
-            with suppress(MediaError):  # the clip's own fault: its decoding process says so; the next one is compared
+            with suppress(MediaError):  # its decoding process reports the clip as failed; the next one is compared
                 check_parity(task.clip.video, self._gpu)
                 self._compared = True
         return self._gpu
 
-    def _needs_sound(self, task: Task) -> bool:
-        """Whether a stream is made from anything but the log-Mel, which the cache has."""
+    def _needs_audio(self, task: Task) -> bool:
+        """Whether a stream is made from anything but the cached log-Mel."""
         audio = self._encoders.audio
         return any(audio[name][0].front_end != KALDI for name in task.streams if name in audio)
 
@@ -184,11 +184,11 @@ class Run:
 
     def _cached_logmel(self, item: str) -> LogMel:
         stored = self._cache.read(LOGMEL, item)
-        heard = {name: fact for name, fact in stored.meta.items() if name.startswith("audio")}
-        return stored.embedding, stored.valid, heard
+        facts = {name: fact for name, fact in stored.meta.items() if name.startswith("audio")}
+        return stored.embedding, stored.valid, facts
 
     def _fail(self, failed: Failed) -> None:
-        self._asked.pop(failed.job, None)
+        self._questions.pop(failed.job, None)
         clip = self._open.pop(failed.job, None)
         task = clip.task if clip is not None else self._tasks.pop(failed.job)
         self._ledger.take(Failure(task.clip.id, failed.stage, failed.error, failed.message, {"split": task.clip.split}))
@@ -202,7 +202,7 @@ class Run:
         self._check_commits(wait=False)
 
     def _check_commits(self, *, wait: bool) -> None:
-        """Raise what a commit raised: a cache that cannot be written to ends the run."""
+        """Raise the error of a commit: a cache that cannot be written ends the run."""
         pending = []
         for commit in self._commits:
             if wait or commit.done():
@@ -212,7 +212,7 @@ class Run:
         self._commits = pending
 
     def _commit(self, clip: ClipAssembly) -> None:
-        """Writer thread: every stream of one clip, labels last."""
+        """Commit every stream of one clip, labels last. Runs in the writer thread."""
         task = clip.task
         try:
             for name in task.streams:
@@ -221,7 +221,7 @@ class Run:
                 source = source_of(info.kind, clip.sources)
                 with self._profile.measure(COMMITTING):
                     self._cache.write(name, task.clip.id, clip.arrays[name], source=source, meta=meta)
-        except DataError as error:  # not finite, say; a cache that cannot be written to ends the run instead
+        except DataError as error:  # such as values that are not finite; a cache that cannot be written ends the run
             split = {"split": task.clip.split}
             self._ledger.take(Failure(task.clip.id, "commit", type(error).__name__, str(error), split))
         else:

@@ -1,4 +1,4 @@
-"""Faces of one person for raw video: detect, follow, align. The parts live beside this file; here is the whole."""
+"""Face crops of one person in raw video: detection, tracking, alignment."""
 
 from importlib.metadata import version
 from typing import Any
@@ -27,11 +27,11 @@ __all__ = [
 
 
 def faces_identity(max_size: int = MAX_SIZE, detector: str = "opencv") -> dict[str, Any]:
-    """Everything that changes which pixels a crop holds: part of the fingerprint of what is made from crops.
+    """Everything that changes the pixels of a crop: part of the fingerprint of streams made from crops.
 
     Args:
-        max_size: pixels; of the picture that the network sees.
-        detector: what runs the network: "opencv", or "torch", beside which OpenCV shrinks, turns and cuts.
+        max_size: longer edge in pixels of the image that the network reads.
+        detector: runtime of the network: "opencv", or "torch" (OpenCV then scales, rotates and crops).
     """
     import cv2
     from PIL import __version__ as pillow

@@ -1,7 +1,7 @@
-"""Face -> upright square crop, and its JPEG.
+"""Alignment: a face -> an upright square crop, and its JPEG.
 
 The template is the mean frontal layout of five points that face recognition aligns to (eyes 0.315 of the edge apart,
-mouth 0.363 below them), made symmetric, shrunk to nine tenths, with the eyes at two fifths of the height: the whole
+mouth 0.363 below them), made symmetric, scaled to 90 %, with the eyes at 40 % of the height: the whole
 face from hairline to chin, as in Aff-Wild2's aligned crops.
 """
 
@@ -9,7 +9,7 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as Pictures
+from PIL import Image as Pillow
 
 from vaflow.errors import MediaError, explain
 from vaflow.extract.faces.detection import Face
@@ -23,20 +23,20 @@ TEMPLATE: Floats = np.array([[0.358, 0.400], [0.642, 0.400], [0.500, 0.561], [0.
 CROP_SIZE = 224
 JPEG_QUALITY = 95
 
-_FLAT = 1e-3  # landmarks whose spread is below this share of the box say nothing about the face's pose
+_FLAT = 1e-3  # landmarks whose spread is below this share of the box do not give the pose
 _MAX_OVERSAMPLING = 8
 
 
 def align(rgb: Image, face: Face, size: int = CROP_SIZE) -> Image:
-    """Turn, scale and shift the picture so that the face's five points meet the template's.
+    """Rotate, scale and shift the image so that the face's five landmarks match the template.
 
     Args:
         rgb: [H, W, 3] uint8.
-        face: where the face is.
+        face: its landmarks and box.
         size: edge of the crop in pixels.
 
     Returns:
-        [size, size, 3] uint8; black where the picture ends.
+        [size, size, 3] uint8; black outside the image.
     """
     import cv2
 
@@ -53,7 +53,7 @@ def align(rgb: Image, face: Face, size: int = CROP_SIZE) -> Image:
 
 
 def _points(face: Face) -> Floats:
-    """The landmarks or, where they fall together, the template laid into the box."""
+    """The landmarks or, where they coincide, the template placed in the box."""
     spread = float(np.abs(face.landmarks - face.landmarks.mean(axis=0)).max())
     if np.isfinite(spread) and spread > _FLAT * max(face.size, 1.0):
         return face.landmarks
@@ -74,9 +74,9 @@ def similarity(source: Floats, target: Floats) -> Floats:
 
 
 def encode_jpeg(rgb: Image, quality: int = JPEG_QUALITY) -> bytes:
-    """[H, W, 3] uint8 -> a JPEG file with full colour resolution. The same picture gives the same bytes."""
+    """[H, W, 3] uint8 -> a JPEG file with full colour resolution. The same image gives the same bytes."""
     buffer = BytesIO()
-    Pictures.fromarray(rgb).save(buffer, "JPEG", quality=quality, subsampling=0)
+    Pillow.fromarray(rgb).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
@@ -84,10 +84,10 @@ def decode_jpeg(data: bytes) -> Image:
     """A JPEG (or PNG) file's bytes -> RGB [H, W, 3] uint8.
 
     Raises:
-        MediaError: the bytes are no whole picture.
+        MediaError: the bytes are not a complete image.
     """
     try:
-        with Pictures.open(BytesIO(data)) as picture:
-            return np.array(picture.convert("RGB"), np.uint8)
-    except (OSError, SyntaxError, ValueError, Pictures.DecompressionBombError) as error:
-        raise MediaError(explain(f"A stored picture cannot be read ({error})", got=f"{len(data)} bytes")) from error
+        with Pillow.open(BytesIO(data)) as image:
+            return np.array(image.convert("RGB"), np.uint8)
+    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
+        raise MediaError(explain(f"A stored image cannot be decoded ({error})", got=f"{len(data)} bytes")) from error

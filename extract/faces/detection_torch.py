@@ -1,7 +1,8 @@
-"""CenterFace in torch: the network of `detection.py` with the same weights, for many pictures at once on any device.
+"""CenterFace in torch: the network of `detection.py` with the same weights, for batches of images on any device.
+Experimental: never run on a GPU.
 
-MobileNetV2 without its classifier, a pyramid that adds up its last maps of each size from the coarsest to the finest,
-and four heads on a grid of 4 x 4 pixels.
+MobileNetV2 without its classifier, a pyramid that adds its last maps of each size from the coarsest to the finest, and
+four heads on a grid of 4 x 4 pixels.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,15 @@ from vaflow.errors import WeightsError, explain
 from vaflow.extract.faces.detection import MIN_SCORE, Cells, model_path
 from vaflow.extract.memory import InParts
 
-ASKED = 16  # pictures of one size in a worker's question, at most
-BATCH_SIZES = {"cpu": 1, "cuda": 16}  # on a CPU each by itself takes less than half as long as eight together
+QUESTION = 16  # images of one size that a worker sends at once, at most
+BATCH_SIZES = {
+    "cpu": 1,
+    "cuda": 16,
+}  # on a CPU, single images take less than half the time per image of batches of eight
 
 _FIRST = (32, 16)  # channels before the stages
 _STAGES = ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))  # channels, blocks, stride
-_WIDENING = 6  # times that a block widens its input
+_WIDENING = 6  # factor by which a block widens its input
 _LAST_OF_SIZE = (0, 1, 3)  # stages whose maps the pyramid adds, besides the last stage's
 _PYRAMID = 24  # channels
 _HEADS = (1, 2, 2, 10)  # channels: heat map, size, offset, landmarks
@@ -32,19 +36,19 @@ _EPSILON = 1e-3  # of batch normalisation, as the file has it
 
 
 class TorchDetector:
-    """Finds the cells in which faces are centred. Every batch has the same size, the last one filled up with black.
+    """Detects the cells in which faces are centred. Every batch has the same size, the last one padded with black.
 
-    On a GPU it has a stream of its own, of high priority: it does not wait behind a large batch of an encoder.
+    On a GPU it uses its own stream of high priority, so that it does not wait behind a large batch of an encoder.
 
     Args:
         device: where to compute.
-        batch: pictures at once; 0 chooses by device.
+        batch: images per batch; 0 chooses by device.
 
     Attributes:
-        device_seconds: that the device has worked.
+        device_seconds: seconds of work of the device.
 
     Raises:
-        WeightsError: the network's file is not installed, or is another network's.
+        WeightsError: the network's file is not installed, or contains another network.
     """
 
     def __init__(self, device: torch.device, batch: int = 0) -> None:
@@ -57,41 +61,41 @@ class TorchDetector:
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._grid = InParts(load_network().to(device), device, self._batch)
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(device))  # until the weights are there
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # until the weights are copied
 
     @torch.inference_mode()
-    def detect(self, pictures: Sequence[NDArray[np.uint8]]) -> tuple[Cells, ...]:
-        """The likely cells of each picture [H, W, 3] RGB; all are of one size, whose edges are multiples of 32.
+    def detect(self, images: Sequence[NDArray[np.uint8]]) -> tuple[Cells, ...]:
+        """The likely cells of each image [H, W, 3] RGB; all have one size, whose edges are multiples of 32.
 
         Raises:
-            VaflowError: the device's memory does not suffice for a single picture.
+            VaflowError: a single image does not fit into the device's memory.
         """
-        batch = self._filled(pictures)
+        batch = self._filled(images)
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             work = Stopwatch(self.device)
-            grid = self._grid(batch.to(self.device, non_blocking=True))[: len(pictures)]
+            grid = self._grid(batch.to(self.device, non_blocking=True))[: len(images)]
             likely = grid[:, 0] > MIN_SCORE
-            places, values = likely.nonzero(), grid.permute(0, 2, 3, 1)[likely]  # both in order of picture, row, column
+            places, values = likely.nonzero(), grid.permute(0, 2, 3, 1)[likely]  # both ordered by image, row, column
             work.stop()
-            found = places.cpu().numpy(), values.cpu().numpy()
+            cells = places.cpu().numpy(), values.cpu().numpy()
         self.device_seconds += work.seconds
-        return _by_picture(*found, len(pictures))
+        return _by_image(*cells, len(images))
 
-    def _filled(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """[N, H, W, 3], N a multiple of the batch. In memory that is kept: its first use costs more than the copy."""
-        count = -(-len(pictures) // self._batch) * self._batch
-        size = count * pictures[0].size
+    def _filled(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """[N, H, W, 3], N a multiple of the batch. The memory is reused: its first use costs more than the copy."""
+        count = -(-len(images) // self._batch) * self._batch
+        size = count * images[0].size
         if len(self._room) < size:
             self._room = torch.zeros(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        batch = self._room[:size].view(count, *pictures[0].shape)
-        for place, picture in zip(batch, pictures, strict=False):
-            place.copy_(torch.from_numpy(picture))
-        batch[len(pictures) :] = 0
+        batch = self._room[:size].view(count, *images[0].shape)
+        for place, image in zip(batch, images, strict=False):
+            place.copy_(torch.from_numpy(image))
+        batch[len(images) :] = 0
         return batch
 
 
-def _by_picture(places: NDArray[np.int64], values: NDArray[np.float32], count: int) -> tuple[Cells, ...]:
-    """Cells of a batch, [N, 3] picture, row, column and [N, 15], which are in order of pictures."""
+def _by_image(places: NDArray[np.int64], values: NDArray[np.float32], count: int) -> tuple[Cells, ...]:
+    """Cells of a batch per image; [N, 3] image, row, column and [N, 15], ordered by image."""
     ends = np.searchsorted(places[:, 0], np.arange(count + 1))
     return tuple(Cells(places[a:b, 1:].copy(), np.ascontiguousarray(values[a:b].T)) for a, b in pairwise(ends))
 
@@ -100,45 +104,45 @@ def load_network() -> "Network":
     """The network with its weights, on the CPU.
 
     Raises:
-        WeightsError: the file is not installed, or is another network's.
+        WeightsError: the file is not installed, or contains another network.
     """
     network = Network().eval().requires_grad_(False)
     ours = [module for module in network.modules() if hasattr(module, "weight")]
-    theirs = _read_weights()
+    stored = _read_weights()
     try:
-        for module, values in zip(ours, theirs, strict=True):
+        for module, values in zip(ours, stored, strict=True):
             for parameter, value in zip(_parameters(module), values, strict=True):
                 if parameter.shape != value.shape:
                     raise ValueError(f"{value.shape} for {tuple(parameter.shape)}")
                 parameter.copy_(torch.from_numpy(value))
     except ValueError as error:
         raise WeightsError(
-            explain(
-                "The face detector's network is another one than is known", got=error, remedy="Use --detector opencv"
-            )
+            explain("The face detector's file contains another network", got=error, remedy="Use --detector opencv")
         ) from error
     return network
 
 
 def _read_weights() -> list[tuple[NDArray[np.float32], ...]]:
-    """Of every layer that has any, in the order in which they are computed. OpenCV reads the file."""
+    """Weights of every layer that has any, in the order of computation. OpenCV reads the file."""
     import cv2
 
-    classic = getattr(cv2.dnn, "ENGINE_CLASSIC", None)  # OpenCV 5's own engine does not show them; before, no choice
+    classic = getattr(
+        cv2.dnn, "ENGINE_CLASSIC", None
+    )  # OpenCV 5's new engine does not expose them; earlier versions have one engine
     net = cv2.dnn.readNetFromONNX(str(model_path()), **({} if classic is None else {"engine": classic}))
     layers = [net.getLayer(name).blobs for name in net.getLayerNames()]
     return [tuple(blobs) for blobs in layers if blobs]
 
 
 def _parameters(module: Any) -> list[Tensor]:
-    """In the order in which OpenCV gives them."""
+    """Parameters of a module, in the order in which OpenCV returns them."""
     if isinstance(module, nn.BatchNorm2d):
         return [module.running_mean, module.running_var, module.weight, module.bias]  # type: ignore[list-item]
     return [module.weight] if module.bias is None else [module.weight, module.bias]
 
 
 class Network(nn.Module):
-    """The modules are listed in the order in which the file computes them: so its weights are read."""
+    """CenterFace. Modules are defined, and their weights read, in the order in which the file computes them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,9 +159,9 @@ class Network(nn.Module):
         self.neck = nn.Sequential(*_conv(_PYRAMID, _PYRAMID, 3))
         self.heads = nn.ModuleList(nn.Conv2d(_PYRAMID, channels, 1) for channels in _HEADS)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 RGB -> [B, 15, H / 4, W / 4]: heat map, size, offset and landmarks of every cell."""
-        x = self.stem(pictures.permute(0, 3, 1, 2).float())
+        x = self.stem(images.permute(0, 3, 1, 2).float())
         sides = []
         for number, stage in enumerate(self.stages):
             x = stage(x)

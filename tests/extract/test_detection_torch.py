@@ -320,7 +320,7 @@ def test_a_death_during_a_request_costs_one_clip_of_the_run(
     summary = run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1))
     assert [failure.error for failure in summary.failures] == ["WorkerDied"]
     assert summary.extracted == 1
-    assert max(asked) == detection_torch.ASKED
+    assert max(asked) == detection_torch.QUESTION
     assert run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1)).extracted == 1
 
 

@@ -38,4 +38,4 @@ def test_waiting_counts_only_the_time_until_an_item_comes() -> None:
 
 def test_the_bottleneck_is_named_with_its_cure() -> None:
     assert "--workers" in bottleneck({WAITING: 8.0, "encoding clip": 1.0, REST: 1.0, COMMITTING: 50.0})
-    assert "as it should be" in bottleneck({WAITING: 1.0, "encoding clip": 8.0, REST: 1.0, COMMITTING: 0.0})
+    assert "which is the best case" in bottleneck({WAITING: 1.0, "encoding clip": 8.0, REST: 1.0, COMMITTING: 0.0})

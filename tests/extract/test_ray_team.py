@@ -166,7 +166,7 @@ def test_what_was_committed_before_the_death_is_not_done_again(toy: ToyRay) -> N
 
 def test_members_that_die_before_they_are_ready_end_the_run(toy: ToyRay) -> None:
     toy.stillborn = True
-    with pytest.raises(VaflowError, match=r"before they are ready.*no memory"):
+    with pytest.raises(VaflowError, match=r"before they were ready.*no memory"):
         run(toy)
 
 
@@ -221,7 +221,7 @@ def test_without_ray_the_remedy_is_named(tmp_path: Path) -> None:
     [
         (["--engine", "spark"], "local, ray"),
         (["--ray-address", "auto"], "--engine ray"),
-        (["--engine", "ray", "--device", "cuda:1"], "leave the number away"),
+        (["--engine", "ray", "--device", "cuda:1"], "remove the number"),
     ],
 )
 def test_options_that_cannot_be_meant(

@@ -116,7 +116,7 @@ def test_an_encoder_whose_batch_does_not_fit_once(lab: Lab, media: Path, tmp_pat
     out = tmp_path / "cache"
     fault = f"strike('vaflow.encoders.clip.ClipEncoder.encode', 2, {OUT_OF_MEMORY[kind]})"
     ended = lab.run(["extract", media, "--out", out, *EXTRACT], f"import torch\nfrom strikes import *\n{fault}")
-    assert_said(ended, 0, "going on with batches of 2")
+    assert_said(ended, 0, "using batches of 2")
     assert verify(open_cache(out)) == []
 
 

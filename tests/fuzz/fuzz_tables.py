@@ -12,9 +12,9 @@ from vaflow.datasets import Clip, open_dataset
 from vaflow.datasets.formats import DIMENSION_READERS, read_annotation
 from vaflow.datasets.labels import on_clock
 from vaflow.errors import VaflowError
-from vaflow.extract.failures import only_failed
 from vaflow.extract.importing.feature_files import FeatureFile, find_features, read_features, signature
 from vaflow.extract.importing.targets import read_targets
+from vaflow.extract.plan import only_failed
 
 LABELS = StreamInfo("labels", "labels", 0, "float32")
 FRAMES = np.arange(50) / 25

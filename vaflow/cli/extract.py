@@ -151,7 +151,7 @@ def extract(
     log_left_out(dataset)
     _check_out(out, store)
     if retry_failed:
-        from vaflow.extract.failures import only_failed
+        from vaflow.extract.plan import only_failed
 
         dataset = only_failed(dataset, out)
     if dry_run:
