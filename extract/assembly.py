@@ -18,7 +18,7 @@ from vaflow.encoders.logmel import frame_times
 from vaflow.extract.batching import Encoders, FixedBatcher
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
-from vaflow.extract.plan import Task
+from vaflow.extract.plan import PendingClip
 from vaflow.timeline import Floats, Ints
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class ClipAssembly:
 
     def __init__(
         self,
-        task: Task,
+        task: PendingClip,
         config: ExtractConfig,
         infos: Mapping[str, StreamInfo],
         encoders: Encoders,

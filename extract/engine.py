@@ -14,7 +14,7 @@ from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.prompts import load_prompts
 from vaflow.extract.batching import compile_network
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.plan import Task, make_plan
+from vaflow.extract.plan import PendingClip, make_plan
 from vaflow.extract.prompts import write_prompts
 from vaflow.extract.streams import as_declared, stream_infos
 from vaflow.extract.summary import Books, Summary
@@ -60,7 +60,7 @@ def carry_out(
     infos: dict[str, StreamInfo],
     dataset: Dataset,
     shard: Shard,
-    work: Callable[[Sequence[Task], Books], None],
+    work: Callable[[Sequence[PendingClip], Books], None],
     *,
     rehash: bool = False,
     show_progress: bool = False,

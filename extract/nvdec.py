@@ -86,6 +86,8 @@ def frames_on_gpu(path: Path, wanted: Ints, times: Floats, device: str) -> Itera
             _check_times(path, requested, batch.pts_seconds.cpu().numpy() - start)
             yield from zip(numbers.tolist(), batch.data.cpu().numpy(), strict=True)
             beat()
+    except MediaError:
+        raise
     except (RuntimeError, ValueError, IndexError) as error:
         raise _cannot(path, str(error).strip().partition("\n")[0]) from error
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Task:
+class PendingClip:
     """A clip and the streams to make of it; `changed`: the cache holds streams of an earlier version of its files."""
 
     clip: Clip
@@ -44,7 +44,7 @@ class Plan:
         seconds: item of every task -> duration, estimated from headers.
     """
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[PendingClip, ...]
     done: int
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -74,7 +74,7 @@ def make_plan(
     return Plan(tuple(longest_first(tasks.values(), seconds)), len(mine) - len(tasks), seconds)
 
 
-def longest_first(tasks: Iterable[Task], seconds: Mapping[str, float]) -> list[Task]:
+def longest_first(tasks: Iterable[PendingClip], seconds: Mapping[str, float]) -> list[PendingClip]:
     """Tasks by descending duration, so that no worker starts the longest clip last."""
     return sorted(tasks, key=lambda task: (-_milliseconds(seconds[task.clip.id]), task.clip.id))
 
@@ -115,7 +115,7 @@ def _task(
     clip: Clip,
     rehash: bool,
     misread: Collection[str],
-) -> Task:
+) -> PendingClip:
     """Streams to make. Records are read only where the stamps of the sources differ, or for `rehash`."""
     missing = {name for name in infos if clip.id not in stamps[name]}
     now = {} if rehash else _stamps_now(clip, {info.kind for name, info in infos.items() if name not in missing})
@@ -135,7 +135,7 @@ def _task(
             frames = cache.read(name, clip.id).frame
             if recorded.meta[IMAGES_DIGEST] != images_digest(clip, frames):
                 changed.add(name)
-    return Task(clip, tuple(name for name in infos if name in missing | changed), bool(changed))
+    return PendingClip(clip, tuple(name for name in infos if name in missing | changed), bool(changed))
 
 
 def _misread(

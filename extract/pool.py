@@ -18,13 +18,13 @@ from vaflow.extract.messages import Alive, Detect, Detected, Done, Failed, Job, 
 from vaflow.extract.worker import serve
 from vaflow.process import ChildProcess
 
-QUEUED_MESSAGES = 64  # of at most a crop or a second of sound each: what bounds memory between decoding and encoding
+QUEUED_MESSAGES = 64  # each at most a crop or a second of audio: bounds the memory between decoding and encoding
 POLL_SECONDS = 0.2
 ITEM_TIMEOUT = ExtractConfig.item_timeout
-STARTING = 60.0  # seconds: the least that a new process is given for its first sign of life
-_LONGEST_TURN = 2.0  # seconds: what is longer was our own waiting, or a program that was stopped and went on
+STARTING = 60.0  # seconds: least time until the first message of a new process
+_LONGEST_TURN = 2.0  # seconds: longer turns are due to this process, or to a program that was stopped
 
-Work = Callable[[Any, Callable[[Any], None]], None]  # what is done with a job, sending messages
+Work = Callable[[Any, Callable[[Any], None]], None]  # processes a job, sending messages
 
 
 class _Worker:
@@ -207,8 +207,8 @@ def _death(worker: _Worker) -> Failed:
         worker.number,
         "worker",
         "WorkerDied",
-        f"The decoding process died ({worker.process.ending}) while it read this clip; other clips went on. "
-        "A crash inside a decoder or too little memory are the usual causes: run again to retry.",
+        f"The decoding process died ({worker.process.ending}) while it read this clip; other clips are not affected. "
+        "Usual causes are a crash of the decoder and too little memory. Run again to retry.",
     )
 
 
@@ -218,17 +218,17 @@ def _hang(worker: _Worker) -> Failed:
         "worker",
         "WorkerHung",
         f"The decoding process sent no message for {worker.silence:.0f} s while it read this clip, and was ended; "
-        "other clips went on. A damaged file or a disk that does not answer are the usual causes: look at the file, "
+        "other clips are not affected. Usual causes are a damaged file and a stalled disk: check the file, "
         "or run again with a longer --item-timeout.",
     )
 
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Task:
+class Call:
     """One call: `function(argument)`."""
 
     number: int
@@ -238,33 +238,33 @@ class Task:
 
 @dataclass(frozen=True)
 class Returned:
-    """What a call returned."""
+    """Result of a call."""
 
     job: int
     result: Any
 
 
 def each(
-    function: Callable[[Thing], Result],
-    things: Sequence[Thing],
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
     *,
     workers: int = 0,
     item_timeout: float = ITEM_TIMEOUT,
 ) -> Iterator[tuple[int, Result | Failed]]:
-    """(which thing, what the function returned or why it failed), as results come.
+    """(index of the item, result of the function or its failure), as results arrive.
 
     Args:
-        function: importable by name or a `partial` of such; its errors of this package, of the system and of memory
-            are failures of the thing, as are crashes and hangs. What it returns is sent between processes.
-        things: what it is called with.
+        function: importable by name, or a `partial` of such. Errors of this package, of the system and of memory are
+            failures of the item, as are crashes and hangs. Its result is sent between processes.
+        items: its arguments.
         workers: processes; 0 chooses by machine.
-        item_timeout: seconds without a sign of life after which a thing has failed; 0: none.
+        item_timeout: seconds without a message after which an item has failed; 0: no limit.
     """
-    if not things:
+    if not items:
         return
-    tasks = (Task(number, function, thing) for number, thing in enumerate(things))
-    count = min(workers or default_workers("cuda"), len(things))
-    with WorkerPool(tasks, count, item_timeout=item_timeout, work=call) as pool:
+    calls = (Call(number, function, item) for number, item in enumerate(items))
+    count = min(workers or default_workers("cuda"), len(items))
+    with WorkerPool(calls, count, item_timeout=item_timeout, work=call) as pool:
         for message in pool:
             if isinstance(message, Failed):
                 yield message.job, message
@@ -272,13 +272,13 @@ def each(
                 yield message.job, message.result
 
 
-def call(task: Task, send: Callable[[Any], None]) -> None:
-    """In a decoding process: make the call."""
+def call(job: Call, send: Callable[[Any], None]) -> None:
+    """Make the call; runs in a decoding process."""
     try:
-        send(Returned(task.number, task.function(task.argument)))
+        send(Returned(job.number, job.function(job.argument)))
     except MemoryError as error:
-        send(Failed(task.number, "worker", type(error).__name__, too_much_memory()))
+        send(Failed(job.number, "worker", type(error).__name__, too_much_memory()))
     except (VaflowError, OSError) as error:
-        send(Failed(task.number, "worker", type(error).__name__, str(error) or repr(error)))
+        send(Failed(job.number, "worker", type(error).__name__, str(error) or repr(error)))
     else:
-        send(Done(task.number))
+        send(Done(job.number))

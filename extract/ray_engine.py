@@ -24,7 +24,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.engine import carry_out
-from vaflow.extract.plan import Task, make_plan
+from vaflow.extract.plan import PendingClip, make_plan
 from vaflow.extract.ray_node import Member, Prepared, Report
 from vaflow.extract.summary import Books, Extracted, Summary
 from vaflow.failures import Failure
@@ -106,7 +106,7 @@ def import_ray(*, loopback: bool = False) -> Any:
         from ray._private import ray_constants
     except ImportError as error:
         raise UsageError(
-            explain("Ray is not installed", got=error, remedy="Install it with: pip install ray, or use --shard")
+            explain("Ray is not installed", got=error, remedy="Install it in the clone: pip install -e '.[ray]'")
         ) from error
     ray_constants.ENABLE_RAY_CLUSTER = not loopback and ray_constants.ENABLE_RAY_CLUSTER  # if it was imported before
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -186,7 +186,7 @@ class _Hired:
     handle: Any
     ready: bool = False
     idle: bool = True
-    tasks: dict[str, Task] = field(default_factory=dict)
+    tasks: dict[str, PendingClip] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
 
@@ -205,8 +205,8 @@ class Team:
         self._ray, self._cache, self._config, self._most = ray, cache, config, most
         self._members: list[_Hired] = []
         self._asked: dict[Any, _Hired] = {}  # pending call -> its member
-        self._queue: deque[Task] = deque()
-        self._suspects: deque[Task] = deque()  # were in progress when a member died
+        self._queue: deque[PendingClip] = deque()
+        self._suspects: deque[PendingClip] = deque()  # were in progress when a member died
         self._attempts: dict[str, int] = {}
         self._infos: dict[str, StreamInfo] | None = None
         self._books: Books | None = None
@@ -228,7 +228,7 @@ class Team:
             self._step()
         return self._infos
 
-    def work(self, tasks: Sequence[Task], books: Books) -> None:
+    def work(self, tasks: Sequence[PendingClip], books: Books) -> None:
         """Process the tasks."""
         self._queue, self._books, self._most = deque(tasks), books, min(self._most, len(tasks))
         self._hire()
@@ -278,7 +278,7 @@ class Team:
         self._hire()
         self._deal_to_idle()
 
-    def _try_again(self, tasks: Iterable[Task], why: str) -> None:
+    def _try_again(self, tasks: Iterable[PendingClip], why: str) -> None:
         for lost in tasks:
             item = lost.clip.id
             self._attempts[item] = self._attempts.get(item, 0) + 1
@@ -342,7 +342,7 @@ class Team:
         tasks = [self._queue.popleft() for _ in range(min(max(count, 0), len(self._queue)))]
         self._ask(member, tasks, last=not self._queue)
 
-    def _ask(self, member: _Hired, tasks: Sequence[Task], *, last: bool) -> None:
+    def _ask(self, member: _Hired, tasks: Sequence[PendingClip], *, last: bool) -> None:
         member.idle = False
         member.tasks |= {task.clip.id: task for task in tasks}
         self._asked[member.handle.exchange.remote(tasks, last)] = member

@@ -15,7 +15,7 @@ from vaflow.extract.batching import Encoders, make_encoders
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.engine import build_encoders, prepare
 from vaflow.extract.nvdec import require_nvdec
-from vaflow.extract.plan import Task
+from vaflow.extract.plan import PendingClip
 from vaflow.extract.run import Run
 from vaflow.extract.summary import Outcome
 
@@ -86,7 +86,7 @@ class Member:
         self._encoders: Encoders = make_encoders(self._config, device, visual, audio)
         return Prepared(self._infos)
 
-    def exchange(self, tasks: Sequence[Task], last: bool) -> Report:
+    def exchange(self, tasks: Sequence[PendingClip], last: bool) -> Report:
         """Take tasks, wait for news, report them. `last`: no further tasks until these have ended."""
         feed = self._feed or self._begin()
         for task in tasks:
@@ -153,12 +153,12 @@ class _Feed:
     """Iterator over tasks that arrive one by one; it waits for the next until the feed is closed."""
 
     def __init__(self, news: "queue.SimpleQueue[Outcome | None]") -> None:
-        self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[PendingClip | None] = queue.SimpleQueue()
         self._news = news
         self._closed = False
         self.ended = False
 
-    def put(self, task: Task) -> None:
+    def put(self, task: PendingClip) -> None:
         self._queue.put(task)
 
     def close(self) -> None:
@@ -172,7 +172,7 @@ class _Feed:
         """Number of tasks that were not started."""
         return self._queue.qsize()
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[PendingClip]:
         while (task := self._queue.get()) is not None:
             self._news.put(None)  # there is room for another task
             yield task

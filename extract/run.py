@@ -24,7 +24,7 @@ from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces.detection_torch import QUESTION
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
 from vaflow.extract.nvdec import check_parity
-from vaflow.extract.plan import Task
+from vaflow.extract.plan import PendingClip
 from vaflow.extract.pool import WorkerPool
 from vaflow.extract.profile import COMMITTING, DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, WAITING_FOR_WRITER, Profile
 from vaflow.extract.streams import provenance, source_of
@@ -74,7 +74,7 @@ class Run:
     ) -> None:
         self._cache, self._config, self._infos = cache, config, infos
         self._encoders, self._workers, self._ledger = encoders, workers, ledger
-        self._tasks: dict[int, Task] = {}
+        self._tasks: dict[int, PendingClip] = {}
         self._open: dict[int, ClipAssembly] = {}
         self._questions: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)  # job -> images for the face detector
         self._writer = ThreadPoolExecutor(1, "vaflow-writer")
@@ -85,7 +85,7 @@ class Run:
         self._compared = False
         self._before = self._encoding()
 
-    def run(self, tasks: Iterable[Task]) -> None:
+    def run(self, tasks: Iterable[PendingClip]) -> None:
         """Process the tasks; the iterable is advanced when a worker is free, so tasks may still be arriving.
 
         Raises:
@@ -122,7 +122,7 @@ class Run:
             cells = self._encoders.detector.detect(self._questions.pop(question.job))
             pool.answer(Detected(question.job, cells))
 
-    def _pool(self, tasks: Iterable[Task]) -> WorkerPool:
+    def _pool(self, tasks: Iterable[PendingClip]) -> WorkerPool:
         return WorkerPool(self._jobs(tasks), self._workers, item_timeout=self._config.item_timeout)
 
     def _report(self) -> None:
@@ -140,7 +140,7 @@ class Run:
             seconds[DETECTING_ON_DEVICE] = self._encoders.detector.device_seconds
         return seconds
 
-    def _jobs(self, tasks: Iterable[Task]) -> Iterable[Job]:
+    def _jobs(self, tasks: Iterable[PendingClip]) -> Iterable[Job]:
         preparations = tuple(dict.fromkeys(encoder.preparation for encoder, _ in self._encoders.visual.values()))
         ask = QUESTION if self._encoders.detector is not None else 0
         for number, task in enumerate(tasks):
@@ -159,7 +159,7 @@ class Run:
                 ask=ask,
             )
 
-    def _decode_on(self, task: Task) -> str:
+    def _decode_on(self, task: PendingClip) -> str:
         """The GPU that decodes frames, or ""; compared with PyAV on the first clip that it decodes."""
         if self._config.decoder != "nvdec":
             return ""
@@ -169,7 +169,7 @@ class Run:
                 self._compared = True
         return self._gpu
 
-    def _needs_audio(self, task: Task) -> bool:
+    def _needs_audio(self, task: PendingClip) -> bool:
         """Whether a stream is made from anything but the cached log-Mel."""
         audio = self._encoders.audio
         return any(audio[name][0].front_end != KALDI for name in task.streams if name in audio)

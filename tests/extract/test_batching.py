@@ -77,5 +77,5 @@ def test_a_row_too_large_for_memory_ends_with_a_clear_error() -> None:
 
     batcher = FixedBatcher(encode, 2, CPU)
     batcher.add(np.array([1], np.float32), lambda _: None)
-    with pytest.raises(VaflowError, match="single row"):
+    with pytest.raises(VaflowError, match="batch of one row"):
         batcher.flush()

@@ -133,7 +133,7 @@ def test_jpeg_is_the_same_every_time_and_keeps_colour() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"no picture"])
 def test_a_stored_picture_that_is_none_is_an_error(data: bytes) -> None:
-    with pytest.raises(MediaError, match="stored picture"):
+    with pytest.raises(MediaError, match="stored image"):
         decode_jpeg(data)
 
 

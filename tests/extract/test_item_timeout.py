@@ -17,7 +17,7 @@ from vaflow.errors import MediaError, UsageError
 from vaflow.extract import worker
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import AudioBlock, Done, Failed
-from vaflow.extract.pool import QUEUED_MESSAGES, Task, WorkerPool, call, each
+from vaflow.extract.pool import QUEUED_MESSAGES, Call, WorkerPool, call, each
 from vaflow.process import BEAT_SECONDS, beat, listening
 
 TIMEOUT = 3.0
@@ -38,7 +38,7 @@ def _beat_for_long(seconds: float) -> str:
     return "done"
 
 
-def _talk(task: Task, send: Send) -> None:
+def _talk(task: Call, send: Send) -> None:
     """Far more than the pipe and the queue hold."""
     for _ in range(4 * QUEUED_MESSAGES):
         send(AudioBlock(task.number, np.zeros(20_000, np.float32)))
@@ -62,7 +62,7 @@ def test_slow_work_that_beats_is_no_hang() -> None:
 
 def test_a_worker_that_waits_for_us_is_no_hang() -> None:
     """The queue is full, the worker stands in `send`, and nobody takes anything for longer than the limit."""
-    with WorkerPool([Task(0, len, ())], 1, item_timeout=TIMEOUT, work=_talk) as pool:
+    with WorkerPool([Call(0, len, ())], 1, item_timeout=TIMEOUT, work=_talk) as pool:
         messages = iter(pool)
         next(messages)
         time.sleep(2.5 * TIMEOUT)
@@ -97,7 +97,7 @@ def test_beats_are_passed_on_at_most_once_a_second() -> None:
 
 def test_call_ends_with_done() -> None:
     sent: list[Any] = []
-    call(Task(7, len, "abc"), sent.append)
+    call(Call(7, len, "abc"), sent.append)
     assert sent[0].result == 3
     assert isinstance(sent[1], Done)
 

@@ -25,7 +25,7 @@ from vaflow.extract.batching import make_encoders
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import AudioBlock as SoundBlock
 from vaflow.extract.messages import AudioEnd, Clock, Done, Face, FacesEnd, Message
-from vaflow.extract.plan import Task
+from vaflow.extract.plan import PendingClip
 
 WHOLE = replace(CONFIG, face_source="none", pixels=True)
 
@@ -184,7 +184,7 @@ def messages(seconds: int) -> Iterator[Message]:
 def peak_and_stored(cache: Cache, item: str, seconds: int) -> tuple[int, int]:
     """Bytes of Python and NumPy at their most while a clip is assembled and committed, and bytes that it has stored."""
     encoders = make_encoders(CONFIG_FREE, torch.device("cpu"), [FreeVisual()], [FreeAudio()])  # type: ignore[list-item]
-    task = Task(Clip(item, None, item, None), tuple(INFOS), False)
+    task = PendingClip(Clip(item, None, item, None), tuple(INFOS), False)
     tracemalloc.start()
     try:
         clip = ClipAssembly(task, CONFIG_FREE, INFOS, encoders, lambda _: None, cache.scratch)  # type: ignore[arg-type, return-value]

@@ -23,7 +23,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, VaflowError
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.pipeline import carry_out
-from vaflow.extract.plan import Task
+from vaflow.extract.plan import PendingClip
 from vaflow.extract.ray_engine import ATTEMPTS, QUIET, Team, places
 from vaflow.extract.ray_node import Prepared, Report
 from vaflow.extract.summary import Extracted, Summary
@@ -47,7 +47,7 @@ class ToyMember:
             raise DiedError("no memory")
         return Prepared({"labels": LABELS})
 
-    def exchange(self, tasks: Sequence[Task], last: bool) -> Report:
+    def exchange(self, tasks: Sequence[PendingClip], last: bool) -> Report:
         self.ray.given.append([task.clip.id for task in tasks])
         self.tasks += tasks
         self.closed |= last
@@ -171,7 +171,7 @@ def test_members_that_die_before_they_are_ready_end_the_run(toy: ToyRay) -> None
 
 
 def test_an_error_of_the_cache_ends_the_run(toy: ToyRay, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: ToyMember, tasks: Sequence[Task], last: bool) -> Report:
+    def full(self: ToyMember, tasks: Sequence[PendingClip], last: bool) -> Report:
         return Report((), 0, True, {}, {}, (), OSError(28, "No space left on device"))
 
     monkeypatch.setattr(ToyMember, "exchange", full)
