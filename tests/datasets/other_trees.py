@@ -8,6 +8,7 @@ import wave
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from affwild2_tree import SIDE, coded_picture, label_path, write_video
@@ -42,9 +43,10 @@ Tree = dict[str, Written]
 
 
 def write_wave(path: Path, seconds: float) -> None:
-    """A tone, 16 kHz mono."""
+    """A tone, 16 kHz mono; its pitch depends on the file name, so that no two recordings are equal."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tone = (np.sin(np.arange(round(seconds * SOUND_RATE)) * 0.1) * 8000).astype("<i2")
+    pitch = 0.1 + crc32(path.name.encode()) % 1000 / 10_000
+    tone = (np.sin(np.arange(round(seconds * SOUND_RATE)) * pitch) * 8000).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
