@@ -1,6 +1,6 @@
-"""A cache's split -> one `WindowSet`: every array is read once, whole, and packed where batches are made.
+"""Load a split: clip by clip, arrays -> index tables -> packed tensors of one `WindowSet`.
 
-Where embeddings lie during training: packed tensors on the device, or a memory-mapped scratch file.
+Each array is read once. Embeddings stay on the training device, or in a memory-mapped scratch file.
 """
 
 import logging
@@ -36,13 +36,13 @@ LONGEST = 24 * 3600.0  # seconds of a clip whose arrays have less than one row p
 
 @dataclass
 class Pack:
-    """The growing packed tensor of one stream; row 0 stays zeros."""
+    """Packed embeddings of one stream, filled clip by clip; row 0 stays zero."""
 
     rows: Tensor
     filled: int = 1
 
     def append(self, embedding: np.ndarray) -> int:
-        """Add [T, D] rows; returns the number of the first."""
+        """Add [T, D] rows; returns the number of the first one."""
         first = self.filled
         self.filled += len(embedding)
         self.rows[first : self.filled].copy_(torch.from_numpy(embedding))
@@ -57,7 +57,7 @@ def make_packs(
     budget: int | None,
     scratch: Path | None,
 ) -> dict[str, Pack]:
-    """Room for every stream: on the device while the budget lasts, then in a scratch file."""
+    """Allocate a pack per stream: on the device up to the budget, then in a scratch file."""
     left = default_budget(device) if budget is None else budget
     packs = {}
     for stream in streams:
@@ -81,7 +81,7 @@ def _row_count(cache: Cache, stream: InputStream, item: str) -> int:
 
 
 def mapped(shape: tuple[int, int], dtype: torch.dtype, scratch: Path | None) -> Tensor:
-    """Zeros in a file that has no name, so that nothing is left behind however the program ends."""
+    """Zeros in an unnamed file: the system deletes it however the program ends."""
     with tempfile.TemporaryFile(dir=scratch, prefix="vaflow-") as file:
         file.truncate(prod(shape) * dtype.itemsize)
         array = np.memmap(file, np.uint8, "r+", shape=(prod(shape) * dtype.itemsize,))
@@ -89,14 +89,14 @@ def mapped(shape: tuple[int, int], dtype: torch.dtype, scratch: Path | None) -> 
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes of embeddings that may lie on a device: half of what is free."""
+    """Bytes of embeddings to keep on a device: half of its free memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2
     return available_memory() // 2
 
 
 def available_memory() -> int:
-    """Bytes of memory that the machine could give without swapping; a guess of 2 GiB where it does not say."""
+    """Bytes of memory available without swapping; 2 GiB if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
     except OSError:
@@ -116,17 +116,17 @@ def load_windows(
     scratch: Path | None = None,
     show: bool = False,
 ) -> WindowSet:
-    """Read the streams of some clips and lay the training windows over them.
+    """Read the streams of some clips and divide them into training windows.
 
     Args:
-        cache: where they are.
+        cache: of the clips.
         items: clip ids.
         streams: what to read, from `resolve`.
         config: resolved settings (windows, label reduction).
-        device: where batches are made.
-        budget: bytes of embeddings kept on the device; beyond it they are memory-mapped from a scratch file. None:
-            a share of what is free.
-        scratch: folder of that file; None: the system's own.
+        device: of the batches.
+        budget: bytes of embeddings kept on the device; the rest is memory-mapped from a scratch file. None: half of
+            the free memory.
+        scratch: folder of that file; None: the system's temporary folder.
         show: progress bar.
 
     Raises:
@@ -155,7 +155,7 @@ def load_windows(
 def load_split(
     cache: Cache, split: str, streams: Sequence[InputStream], config: TrainConfig, **options: object
 ) -> WindowSet:
-    """`load_windows` for the clips of one split, or part of one; `options` are passed on.
+    """Load the clips of one split or fold; `options` are those of `load_windows`.
 
     Raises:
         UsageError: the split has no clips, or none of them is annotated.
@@ -180,7 +180,7 @@ def load_split(
 
 @dataclass(frozen=True)
 class _ClipTables:
-    """Index tables of one clip's windows; `offset`: where its rows begin in each pack."""
+    """Index tables of one clip's windows; `offset`: its first row in each pack."""
 
     windows: tables.WindowTimes
     targets: tables.Targets
@@ -273,7 +273,7 @@ def _check_labels(labels: Item) -> None:
 
 
 def _checked_rows(data: Item, stream: InputStream) -> np.ndarray:
-    """The embedding as [T, D], finite wherever it will be read."""
+    """The embedding as [T, D]; refuses valid rows that are not finite."""
     embedding: np.ndarray = data.embedding.reshape(-1, stream.dim)
     bad = data.valid.ravel() & ~np.isfinite(embedding).all(axis=1)
     if bad.any():
@@ -292,7 +292,7 @@ def _checked_rows(data: Item, stream: InputStream) -> np.ndarray:
 def _table(
     windows: tables.WindowTimes, duration: float, stream: InputStream, grid: Grid, data: Item | None
 ) -> tables.StepTable:
-    """What the clip's windows read of one stream; `data` None: it has nothing of this clip."""
+    """Index table of one stream for the clip's windows; `data` is None if the stream lacks the clip."""
     interval = interval_of(stream.kind, stream.identity)
     if stream.kind == "visual":
         time, valid = (np.zeros(0), np.zeros(0, bool)) if data is None else (data.time, data.valid)

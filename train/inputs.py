@@ -22,10 +22,9 @@ from vaflow.train.targets import target_specs
 
 log = logging.getLogger(__name__)
 
-PREFERRED = {VISUAL: "clip-vit-b16", AUDIO: "ast"}  # of several streams, the paper's
+PREFERRED = {VISUAL: "clip-vit-b16", AUDIO: "ast"}  # if a cache has several: the paper's streams
 LOGMEL_INTERVAL = 0.01  # seconds between filter-bank frames
-# What may differ between the cache a run was trained on and one it is used on: it moves samples or changes low bits,
-# but the numbers mean the same.
+# Settings that may differ between the cache of the training and one to predict: they move samples or change low bits.
 _LENIENT = ("sampling", "decoder", "picture.decoder", "picture.faces.runtime", "precision")
 SLOW_FRAMES, SLOW_STRIDE = 20, 6  # rows of a window, and between two windows, of features slower than the default
 
@@ -57,7 +56,7 @@ class InputStream:
 
     @property
     def spec(self) -> StreamSpec:
-        """As the model sees it: log-Mel is an audio stream that needs a CNN first."""
+        """The stream as a model's input; log-Mel is an audio stream."""
         kind = VISUAL if self.kind == "visual" else AUDIO
         return StreamSpec(self.name, kind, self.dim, self.frames_per_step, self.layers)
 
@@ -82,15 +81,15 @@ class Inputs:
 
     @property
     def specs(self) -> tuple[StreamSpec, ...]:
-        """The streams as the model sees them."""
+        """The streams as a model's inputs."""
         return tuple(stream.spec for stream in self.streams)
 
 
 def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
-    """Fill in what the settings leave open (streams, windows, prototypes) from the cache.
+    """Fill in unset settings (streams, windows, prototypes) from the cache.
 
     Raises:
-        UsageError: a stream or prompt set is not there, is of another kind, or the choice is not clear.
+        UsageError: a stream or prompt set does not exist, is of another kind, or is ambiguous.
     """
     known = cache.streams()
     visual = _choose(cache, known, VISUAL, config.visual)
@@ -162,7 +161,7 @@ def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names:
 
 
 def _how_to_add(cache: Cache, modality: str, name: str) -> str | None:
-    """The command that adds a stream of that name; None where no encoder of the modality makes it."""
+    """The command that adds a stream of that name; None if no encoder of the modality makes it."""
     other = AUDIO if modality == VISUAL else VISUAL
     command = f"`vaflow extract ROOT --out {cache.place} --{modality} {name} --{other} none`"
     return f"{command} adds it, and encodes nothing else anew" if is_encoder(name, modality) or name == LOGMEL else None
@@ -191,7 +190,7 @@ def _with_windows(cache: Cache, config: TrainConfig, infos: Sequence[StreamInfo]
 
 
 def sampling(identity: Mapping[str, Any]) -> dict[str, float]:
-    """How a stream was sampled (`window`, `stride`, `frames`, `audio_steps`), as far as its identity says."""
+    """Sampling of a stream (`window`, `stride`, `frames`, `audio_steps`), as far as its identity states it."""
     said = identity.get("sampling")
     if not isinstance(said, Mapping):
         return {}
@@ -199,7 +198,7 @@ def sampling(identity: Mapping[str, Any]) -> dict[str, float]:
 
 
 def interval_of(kind: str, identity: Mapping[str, Any]) -> float | None:
-    """Seconds between two samples of a stream, where its identity says."""
+    """Seconds between two samples of a stream; None if its identity does not state it."""
     if kind == LOGMEL:
         return LOGMEL_INTERVAL
     said = sampling(identity)
@@ -231,7 +230,7 @@ def _width(info: StreamInfo) -> int:
 
 
 def _measured_interval(cache: Cache, info: StreamInfo) -> float:
-    """Seconds between the rows of a stream whose identity does not say: those of its first clip with two rows."""
+    """Seconds between the rows of a stream without stated sampling, from its first clip with two rows."""
     if info.kind == LOGMEL:
         return LOGMEL_INTERVAL
     for item in cache.items(stream=info.name):
@@ -243,7 +242,7 @@ def _measured_interval(cache: Cache, info: StreamInfo) -> float:
 
 
 def _text_stream(cache: Cache, known: Mapping[str, StreamInfo], config: TrainConfig) -> str:
-    """The stream of prototypes: the one named, the first visual stream's own, or any; "" where there is none."""
+    """The stream of prototypes: the named one, that of the first visual stream, or any; "" if there is none."""
     text = {name for name, info in known.items() if info.kind == "text"}
     if config.text:
         if config.text not in text:
@@ -274,13 +273,13 @@ def _prototypes(cache: Cache, text: str, prompts: str) -> Tensor:
 
 
 def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
-    """The streams that a run was trained on are those of this cache: made by the same encoder in the same way.
+    """Check that a run's streams are those of this cache: made by the same encoder with the same settings.
 
-    Where samples lie, which decoder read the media, and the encoders' precision may differ: that is said in the log.
+    The sampling, the decoder, the stored dtype and the encoders' precision may differ; the log names them.
 
     Raises:
         UsageError: the cache has no such stream.
-        FingerprintError: it was made with other settings; every field that differs is named.
+        FingerprintError: it was made with other settings; every differing field is named.
     """
     known = cache.streams()
     for stream in streams:
@@ -302,7 +301,7 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
                     remedy="Extract the clips again with the run's encoder and weights",
                 )
             )
-        level = logging.WARNING if "precision" in fields else logging.INFO  # no other of them is felt
+        level = logging.WARNING if "precision" in fields else logging.INFO  # the others have no visible effect
         differs = "; ".join(fields.values())
         log.log(level, "%s: %s differs from the training cache: %s", cache.place, stream.name, differs)
 

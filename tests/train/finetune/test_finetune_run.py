@@ -10,11 +10,13 @@ import torch
 from finetune_ready import SETTINGS, copied
 
 from vaflow.cache import Cache, open_cache
+from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import open_dataset
 from vaflow.errors import FingerprintError, UsageError, VaflowError, WeightsError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract
 from vaflow.predict import predict_media
+from vaflow.train.batch import CLASSES
 from vaflow.train.config import TrainConfig
 from vaflow.train.finetune import run as tuning_run
 from vaflow.train.finetune.backbones import saved_weights
@@ -166,3 +168,20 @@ def test_missing_encoders_and_needless_weights_are_told(run: Path, pixels_cache:
         train_run(pixels_cache, heads, tmp_path / "run", weights={"clip-tiny": tmp_path})
     with pytest.raises(VaflowError, match="None of the run's streams"):
         train_run(pixels_cache, replace(CONFIG, visual=("none",), audio=("logmel",)), tmp_path / "none", **QUIET)
+
+
+def test_further_targets_are_trained_with_the_encoders(pixels_cache: Cache, tmp_path: Path) -> None:
+    cache = copied(pixels_cache, tmp_path / "cache")
+    cache.declare(StreamInfo("expr", "targets", 0, "float32", {"task": CLASSES, "names": ["low", "high"]}))
+    for item in cache.items():
+        labels = cache.read(LABELS, item)
+        value = np.eye(2, dtype=np.float32)[(labels.value[:, 0] > 0).astype(int)]
+        cache.write("expr", item, {"time": labels.time, "value": value, "valid": np.ones(value.shape, bool)})
+    config = replace(CONFIG, extra_targets=("expr",), epochs=1, accumulate=2)
+    metrics = train_run(cache, config, tmp_path / "run", **QUIET).metrics
+    assert 0 <= metrics["extra"]["expr"]["macro_f1"] <= 1
+    fresh = train_run(cache, replace(config, extra_weight=0.0), tmp_path / "unweighted", **QUIET)
+    assert fresh.metrics["extra"]["expr"] is not None
+    names = ("extra.0.weight",)
+    one, other = (read_tensors(tmp_path / run / "model.safetensors")[0] for run in ("run", "unweighted"))
+    assert any(not torch.equal(one[name], other[name]) for name in names)  # the loss reaches the head
