@@ -26,7 +26,8 @@ from vaflow.train.data import load_split
 from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces, write_predictions
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import Maker, write_sources
-from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, RunRecord, cache_of, load_run, require_record
+from vaflow.train.record import RunRecord
+from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
 from vaflow.train.training import read_for
 from vaflow.train.windows import ClipRows
 

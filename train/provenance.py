@@ -16,7 +16,8 @@ from vaflow.cache.documents import canonical, fingerprint, now
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.errors import CorruptError, explain
 from vaflow.files import write_file
-from vaflow.train.runs import ENSEMBLE_FILE, RunRecord
+from vaflow.train.record import RunRecord
+from vaflow.train.runs import ENSEMBLE_FILE
 
 SOURCES_FILE = "sources.json"
 

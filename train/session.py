@@ -25,8 +25,9 @@ from vaflow.train.inputs import Inputs
 from vaflow.train.loop import Progress, Row, seeded
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import run_maker, write_sources
+from vaflow.train.record import RunRecord
 from vaflow.train.reporting import Board, describe, reporter, warn_of_labels
-from vaflow.train.runs import RunFolder, RunRecord, load_run, require_record
+from vaflow.train.runs import RunFolder, load_run, require_record
 from vaflow.train.storage import write_tensors
 from vaflow.train.windows import WindowSet
 

@@ -23,7 +23,8 @@ from vaflow.train.folds import split_items
 from vaflow.train.inputs import check_same, resolve
 from vaflow.train.loop import fit
 from vaflow.train.provenance import run_maker, write_sources
-from vaflow.train.runs import RunFolder, RunRecord, check_unchanged, load_run, new_record
+from vaflow.train.record import RunRecord, new_record
+from vaflow.train.runs import RunFolder, check_unchanged, load_run
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible
 from vaflow.train.smoothing import Smoothing
 from vaflow.train.windows import WindowSet, without_modality

@@ -28,7 +28,8 @@ from vaflow.train.provenance import (
     read_sources,
     run_maker,
 )
-from vaflow.train.runs import RunFolder, RunRecord
+from vaflow.train.record import RunRecord
+from vaflow.train.runs import RunFolder
 
 Json = dict[str, Any]
 

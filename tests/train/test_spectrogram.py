@@ -19,7 +19,8 @@ from vaflow.train.config import merge as merge_settings
 from vaflow.train.data import load_split
 from vaflow.train.heads.spectrogram import Spectrogram
 from vaflow.train.inputs import resolve
-from vaflow.train.runs import RunRecord, load_run, new_record
+from vaflow.train.record import RunRecord, new_record
+from vaflow.train.runs import load_run
 from vaflow.train.training import evaluate_run, train_run
 
 BANDS = 5

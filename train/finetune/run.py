@@ -37,7 +37,8 @@ from vaflow.train.finetune.step import Tuning, make_optimizer, train_epoch
 from vaflow.train.heads.model import VAModel, count_parameters
 from vaflow.train.inputs import check_same
 from vaflow.train.loop import Progress, run_epochs
-from vaflow.train.runs import RunFolder, RunRecord, load_run
+from vaflow.train.record import RunRecord
+from vaflow.train.runs import RunFolder, load_run
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible
 from vaflow.train.windows import WindowSet
 

@@ -1,0 +1,122 @@
+"""The record of a run, its `config.toml`: resolved settings, streams, cache, counts, environment."""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from vaflow import __version__
+from vaflow.cache import Cache, address
+from vaflow.train.batch import TargetSpec
+from vaflow.train.config import BEFORE_SETTING, TrainConfig, merge
+from vaflow.train.inputs import Inputs, InputStream
+from vaflow.train.metrics import DIMENSIONS
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The contents of `config.toml`.
+
+    Attributes:
+        config: resolved settings.
+        streams: input streams.
+        targets: further targets, predicted beside valence and arousal.
+        tuned: of a fine-tuned run, the streams that its encoders make; empty until it is finished.
+        cache: address of the cache that it was trained on; cache_relative: the same path from the run's directory.
+        data: split -> {"clips", "windows", "labelled_frames", "labelled_valence", "labelled_arousal"}.
+        version: of vaflow.
+        environment: device, PyTorch version and float32 arithmetic of the training.
+    """
+
+    config: TrainConfig
+    streams: tuple[InputStream, ...]
+    cache: str
+    data: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    version: str = __version__
+    tuned: tuple[InputStream, ...] = ()
+    targets: tuple[TargetSpec, ...] = ()
+    cache_relative: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> tuple[InputStream, ...]:
+        """The streams that the heads read; of fine-tuned encoders, those that they make."""
+        own = {stream.name: stream for stream in self.tuned}
+        return tuple(own.get(stream.name, stream) for stream in self.streams)
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Dimensions without labels in the training split: their predictions are meaningless."""
+        seen = self.data.get(self.config.train_split, {})
+        return tuple(name for name in DIMENSIONS if seen.get(f"labelled_{name}") == 0)
+
+    def to_toml(self) -> str:
+        """TOML with the tables `train` (settings), `data` and one `stream` each, and one `tuned` each."""
+        document: dict[str, Any] = {
+            "vaflow": self.version,
+            "cache": self.cache,
+            "cache_relative": self.cache_relative,
+            "train": self.config.as_dict(),
+            "data": {split: dict(counts) for split, counts in self.data.items()},
+            "stream": [_as_table(stream) for stream in self.streams],
+        }
+        if self.targets:
+            document["target"] = [{**asdict(target), "names": list(target.names)} for target in self.targets]
+        if self.environment:
+            document["environment"] = dict(self.environment)
+        if self.tuned:
+            document["tuned"] = [_as_table(stream) for stream in self.tuned]
+        return tomli_w.dumps(document)
+
+    @classmethod
+    def from_toml(cls, text: str) -> "RunRecord":
+        """Read what `to_toml` wrote.
+
+        Raises:
+            ValueError: it is not TOML, or lacks a part.
+        """
+        try:
+            document = tomllib.loads(text)
+            config = merge(BEFORE_SETTING, document["train"])
+            streams, tuned = (
+                tuple(map(_from_table, tables)) for tables in (document["stream"], document.get("tuned", ()))
+            )
+            targets = tuple(
+                TargetSpec(said["name"], said["task"], tuple(said["names"])) for said in document.get("target", ())
+            )
+            return cls(
+                config,
+                streams,
+                document["cache"],
+                document["data"],
+                document["vaflow"],
+                tuned,
+                targets,
+                document.get("cache_relative", ""),
+                document.get("environment", {}),
+            )
+        except KeyError as error:
+            raise ValueError(f"{error} is missing") from error
+        except (TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"it has an invalid part ({error})") from error
+
+
+def _as_table(stream: InputStream) -> dict[str, Any]:
+    facts = asdict(stream)
+    return facts | {"identity": json.dumps(facts["identity"], sort_keys=True)}  # JSON: TOML has no null
+
+
+def _from_table(facts: Mapping[str, Any]) -> InputStream:
+    return InputStream(**{**facts, "identity": json.loads(facts["identity"])})
+
+
+def new_record(cache: Cache | Path | str, config: TrainConfig, inputs: Inputs, run: Path | None = None) -> RunRecord:
+    """The record of a run before any clip is read; `run` is its directory."""
+    place = address(cache.place if isinstance(cache, Cache) else cache)
+    relative = "" if run is None or "://" in place else os.path.relpath(place, Path(run).resolve())
+    return RunRecord(config, inputs.streams, place, targets=inputs.targets, cache_relative=relative)
