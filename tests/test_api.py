@@ -41,9 +41,9 @@ def run(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> vaflow.Run:
     folder = tmp_path_factory.mktemp("api")
     root = folder / "videos"
     root.mkdir()
-    for name, split in (("one", "train"), ("two", "val")):
-        (root / f"{name}.mp4").symlink_to((clips / "obama.mp4").resolve())
-        rows = [f"{k},{k % 40 / 80:.3f},{k % 25 / 50 - 0.3:.3f}" for k in range(105)]
+    for name, split in (("single_face", "train"), ("carphone", "val")):
+        (root / f"{name}.mp4").symlink_to((clips / f"{name}.mp4").resolve())
+        rows = [f"{k},{k % 40 / 80:.3f},{k % 25 / 50 - 0.3:.3f}" for k in range(60)]
         (root / f"{name}.csv").write_text("\n".join(["frame,valence,arousal", *rows]) + "\n")
         with (root / "splits.csv").open("a") as file:
             file.write(("name,split\n" if split == "train" else "") + f"{name},{split}\n")

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from vaflow.cache import Cache
 from vaflow.cache.documents import canonical
 from vaflow.cache.schema import LABELS, Record
-from vaflow.errors import CorruptError, UsageError, explain
+from vaflow.errors import CorruptError, UsageError, count, explain
 
 NO_MEDIA = ("labels", "targets")  # parts of a record's source that are not recordings
 LISTED = 5  # clips that a message names
@@ -64,7 +64,7 @@ def check_splits_apart(train: Mapping[str, ClipDigest], val: Mapping[str, ClipDi
         raise UsageError(
             explain(
                 "The training and the validation split share recordings",
-                got=f"{len(pairs)} pairs of clips made from the same file: {names}",
+                got=f"{count(len(pairs), 'pair')} of clips made from the same file: {names}",
                 remedy="Remove one clip of each pair from the cache, or allow it with --set shared_sources=true",
             )
         )

@@ -91,7 +91,7 @@ def test_ray(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_option_that_the_page_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
     named = set(re.findall(r"(?<=`)--[a-z-]+|--engine|--ray-address", PAGE))
-    assert main(["extract", "--help"]) == 0
+    assert main(["extract", "--help-all"]) == 0
     help_text = capsys.readouterr().out
     assert {"--shard", "--engine", "--ray-address", "--image-batch"} <= named
     assert [option for option in named if option not in help_text] == []
