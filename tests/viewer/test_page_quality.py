@@ -11,6 +11,7 @@ from numbered_clip import write_predictions
 from toy_runs import write_run
 from until import until
 
+from vaflow.cli import main
 from vaflow.viewer.page import ViewConfig, write_viewer
 from vaflow.viewer.report import write_report
 
@@ -26,11 +27,17 @@ def pages(numbered: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         write_run(run, seed=seed, encoder="clip-tiny")
     write_report(runs, root / "report.html")
     viewer = write_viewer(numbered / "predictions", root / "view", config=ViewConfig([numbered / "media"]))
-    return {"report": root / "report.html", "viewer": viewer.page}
+    for k, name in enumerate(("constant", "variable")):
+        (root / "data").mkdir(exist_ok=True)
+        (root / "data" / f"{name}.mp4").symlink_to(numbered / "media" / f"{name}.mp4")
+        rows = [f"{i},{i % 40 / 40},{-k * i % 30 / 30}" for i in range(100)]
+        (root / "data" / f"{name}.csv").write_text("\n".join(["frame,valence,arousal", *rows]) + "\n")
+    main(["check", str(root / "data"), "--html", str(root / "check.html"), "-q"])
+    return {"check": root / "check.html", "report": root / "report.html", "viewer": viewer.page}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["viewer", "report"])
+@pytest.mark.parametrize("name", ["viewer", "report", "check"])
 def test_axe_finds_no_violation(open_page: OpenPage, pages: dict[str, Path], name: str, scheme: str) -> None:
     axe = os.environ.get("VAFLOW_TEST_AXE")
     if not axe:
@@ -46,14 +53,14 @@ def test_axe_finds_no_violation(open_page: OpenPage, pages: dict[str, Path], nam
     assert len(found["passes"]) > 10
 
 
-@pytest.mark.parametrize("name", ["viewer", "report"])
+@pytest.mark.parametrize("name", ["viewer", "report", "check"])
 def test_nothing_is_wider_than_400_pixels(open_page: OpenPage, pages: dict[str, Path], name: str) -> None:
     page = open_page(pages[name], viewport={"width": 400, "height": 800})
     page.wait_for_timeout(500)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
-@pytest.mark.parametrize("name", ["viewer", "report"])
+@pytest.mark.parametrize("name", ["viewer", "report", "check"])
 def test_dark_mode_is_dark(open_page: OpenPage, pages: dict[str, Path], name: str) -> None:
     page = open_page(pages[name], color_scheme="dark")
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -15,6 +15,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from vaflow.errors import visible
+
 _HERE = Path(__file__).parent
 UPLOT = "uplot.min.js"  # version 1.6.32, MIT: uplot.LICENSE.txt
 TINY = "-tiny"  # ends the names of encoders with seeded random weights
@@ -28,10 +30,16 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters["number"] = number
     environment.filters["signed"] = lambda value, places=3: number(value, places, sign=True)
     return environment
+
+
+def _shown(value: Any) -> Any:
+    """Text on one line, without characters that turn its direction or that a terminal would obey."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def number(value: float | None, places: int = 3, *, sign: bool = False) -> str:
@@ -48,6 +56,7 @@ def render(
     data: Mapping[str, Any] | None = None,
     folder: bool = False,
     connect: bool = False,
+    demonstration: Sequence[str] = (),
     **values: Any,
 ) -> str:
     """Return a page.
@@ -57,6 +66,7 @@ def render(
         scripts: file names below `static`, inlined in this order.
         data: JSON for the scripts, as `JSON.parse(document.getElementById("data").textContent)`.
         folder: the page loads scripts and media from files below or beside its own folder.
+        demonstration: encoders with random weights, which the page names.
         connect: the page may send requests to the server it came from.
         values: for the template.
 
@@ -80,9 +90,10 @@ def render(
         _environment()
         .get_template(template)
         .render(
-            policy="; ".join(f"{name} {value}" for name, value in policy.items()),
+            policy=Markup("; ".join(f"{name} {value}" for name, value in policy.items())),
             style=Markup(_static("style.css") + (_static("uplot.min.css") if UPLOT in scripts else "")),
             scripts=[Markup(source) for source in sources],
+            demonstration=demonstration,
             data=None if data is None else Markup(script_json(data)),
             **values,
         )
