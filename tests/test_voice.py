@@ -31,10 +31,6 @@ BANNED = {
     "vague noun": r"\b(no such thing|how (it|this|that) came)\b",
     "plural in brackets": r"\w\((s|es)\)",
 }
-# Files that still contain some of these. Only remove entries.
-NOT_YET_REWRITTEN = """
-    extract/nvdec.py extract/ray_engine.py extract/ray_node.py extract/run.py train/config.py
-"""
 
 
 def product_files() -> list[Path]:
@@ -78,10 +74,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("path", product_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_string_literals_use_plain_words(path: Path) -> None:
-    problems = problems_of(path)
-    if str(path.relative_to(ROOT)) in NOT_YET_REWRITTEN.split():
-        pytest.skip(f"not yet rewritten, {len(problems)} left")
-    assert problems == []
+    assert problems_of(path) == []
 
 
 @pytest.mark.parametrize("command", commands())

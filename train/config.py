@@ -372,7 +372,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def with_aliases(config: TrainConfig, aliases: Mapping[str, str]) -> TrainConfig:
-    """The same settings with other streams, and their prototypes, in the place of those named; "none" leaves one out.
+    """The same settings with streams and their prototypes replaced as in `aliases`; "none" removes a stream.
 
     Raises:
         UsageError: a stream would be there twice, or none would be left.

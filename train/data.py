@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Item, Json
-from vaflow.errors import DataError, UsageError, explain
+from vaflow.errors import DataError, UsageError, count, explain
 from vaflow.regions import region_table
 from vaflow.timeline import Floats, Grid, median_interval
 from vaflow.train import index_tables as tables
@@ -171,7 +171,7 @@ def load_split(
             explain(
                 f"No clip of split {split!r} in {cache.place} is annotated",
                 expected="valence or arousal for at least one frame",
-                got=f"{len(windows.clips)} clips without labels",
+                got=f"{count(len(windows.clips), 'clip')} without labels",
                 remedy="Choose another split, or extract again with the annotation beside the media",
             )
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vaflow.cache import Cache
 from vaflow.datasets.files import below
-from vaflow.errors import DataError, explain
+from vaflow.errors import DataError, count, explain
 from vaflow.failures import read_failures
 from vaflow.files import write_file
 from vaflow.regions import REGIONS
@@ -236,8 +236,8 @@ def check_complete(windows: WindowSet, failed: Sequence[str], allow_missing: boo
     frames = sum(int(clip.valid.any(axis=1).sum()) for clip in lost)
     items = [*(clip.item for clip in lost), *failed]
     shown = ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
-    problem = f"{frames} labelled frames of {len(lost)} clips have no features" if lost else ""
-    absent = f"{len(failed)} clips failed to be extracted" if failed else ""
+    problem = f"{frames} labelled frames of {count(len(lost), 'clip')} have no features" if lost else ""
+    absent = f"{count(len(failed), 'clip')} could not be extracted" if failed else ""
     message = f"{'; '.join(filter(None, (problem, absent)))}: {shown}"
     if allow_missing:
         log.warning("%s. The metrics leave them out (--allow-missing)", message)

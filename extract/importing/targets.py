@@ -18,7 +18,7 @@ from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Array, StreamInfo
 from vaflow.datasets.files import head, size_problem
 from vaflow.datasets.text import MAX_FRAME, MAX_SECONDS, decimal_point, separator_of
-from vaflow.errors import DataError, UsageError, explain
+from vaflow.errors import DataError, UsageError, count, explain
 from vaflow.extract.importing.labels import label_path
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.timeline import Bools, Floats, extend
@@ -115,7 +115,7 @@ def _read_all(files: dict[str, Path], task: str, names: tuple[str, ...]) -> dict
     ]
     if problems:
         got = " ".join(problems[:SHOWN]) + (f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
-        raise DataError(explain(f"{len(problems)} files of targets cannot be used", got=got))
+        raise DataError(explain(f"{count(len(problems), 'file')} of targets cannot be used", got=got))
     return tables
 
 

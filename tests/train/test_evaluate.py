@@ -184,7 +184,7 @@ def test_labelled_clips_without_features_are_not_passed_over(tmp_path: Path) -> 
     windows = windows_of(cache)
     model = Says(windows, lambda t, b: b.target)
     frames = int(cache.read(LABELS, "val1").valid.any(axis=1).sum())
-    with pytest.raises(DataError, match=rf"{frames} labelled frames of 1 clips have no features: val1"):
+    with pytest.raises(DataError, match=rf"{frames} labelled frames of 1 clip have no features: val1"):
         evaluate_windows(model, windows, "val")
     report, _ = evaluate_windows(model, windows, "val", allow_missing=True)
     assert report["missing"] == {"clips": ["val1"], "frames": frames, "streams": {AUDIO: 1}}
@@ -203,7 +203,7 @@ def test_clips_that_never_reached_the_cache_count_too(tmp_path: Path) -> None:
     assert failed_items(cache, "val") == ["lost"]
     windows = windows_of(cache)
     model = Says(windows, lambda t, b: b.target)
-    with pytest.raises(DataError, match=r"1 clips failed to be extracted.*lost"):
+    with pytest.raises(DataError, match=r"1 clip could not be extracted.*lost"):
         evaluate_windows(model, windows, "val", failed=["lost"])
     report, _ = evaluate_windows(model, windows, "val", failed=["lost"], allow_missing=True, resamples=10)
     assert report["missing"]["clips"] == ["lost"]
