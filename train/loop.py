@@ -83,7 +83,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 def adamw(groups: Iterable[tuple[list[nn.Parameter], float]], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over groups of parameters, each with its learning rate; empty groups are left out."""
     named = [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
-    return torch.optim.AdamW(named, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(named, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -1,4 +1,4 @@
-"""How well predictions agree with labels: NumPy, float64, nothing but arrays in and numbers out.
+"""Agreement of predictions with labels, in NumPy and float64.
 
 Everywhere `prediction` and `target` are [..., 2] (valence, arousal) and `mask` is [...] or [..., 2] bool, True where
 labelled; None means everywhere. Masked values may be anything, NaN too. Results are per dimension, [2], and NaN where
@@ -24,7 +24,7 @@ MOMENTS = 6  # count, sum x, sum y, sum xx, sum yy, sum xy
 def concordance(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None) -> Floats:
     """Concordance correlation with population variance over all labelled entries together (the ABAW metric), [2].
 
-    0 where prediction and target are both constant, even if they agree: there is nothing to agree on.
+    0 where prediction and target are both constant, even if they agree: the CCC is undefined there.
 
     Raises:
         ValueError: shapes disagree.
@@ -52,7 +52,7 @@ def rmse(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None
 
 
 def mean_over_dimensions(values: ArrayLike) -> Floats:
-    """[..., 2] -> [...]: the mean over the dimensions that are there (not NaN); NaN where none is."""
+    """[..., 2] -> [...]: the mean over the finite dimensions; NaN where none is."""
     values = np.asarray(values, np.float64)
     there = np.isfinite(values)
     count = there.sum(axis=-1)

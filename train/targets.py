@@ -1,4 +1,4 @@
-"""Further targets of a run, as expression classes and action units: from a cache to frames, losses and scores."""
+"""Further targets of a run, such as expression classes and action units: reading, losses and scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,12 +70,12 @@ def extra_loss(logits: Tensor, targets: ExtraTargets) -> Tensor:
         raise ValueError(f"extra_loss: logits {[*logits.shape]} for targets {[*targets.value.shape]}")
     logits = torch.where(targets.labelled, logits, 0)
     if targets.task == CLASSES:
-        there = targets.labelled.all(dim=-1)
+        mask = targets.labelled.all(dim=-1)
         parts = -(targets.value * functional.log_softmax(logits, dim=-1)).sum(dim=-1)
     else:
-        there = targets.labelled
+        mask = targets.labelled
         parts = functional.binary_cross_entropy_with_logits(logits, targets.value, reduction="none")
-    return torch.where(there, parts, 0).sum() / there.sum().clamp(min=1)
+    return torch.where(mask, parts, 0).sum() / mask.sum().clamp(min=1)
 
 
 def probabilities(logits: Tensor, task: str) -> Tensor:

@@ -48,7 +48,7 @@ class Present:
 
     Attributes:
         maker: the run or ensemble; settings: digest of its settings; weights: file -> digest.
-        cache: None where it cannot be opened; cache_problem says why.
+        cache: None where it cannot be opened; cache_problem is the reason.
         cache_given: the caller named the cache.
         clips: of the data set, where its root was given.
     """

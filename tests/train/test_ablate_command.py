@@ -84,7 +84,7 @@ def test_all_rows_failing_is_a_failure(cache: Path, tmp_path: Path, capsys: pyte
     ("options", "said"),
     [
         (["--table", "4"], "There is no such table"),
-        (["--seeds", "0"], "--seeds 1 or more"),
+        (["--seeds", "0"], "--seeds must be >= 1"),
         (["--jobs", "0"], "--jobs must be >= 1"),
         (["--alias", "ast"], "NAME=OTHER"),
         (["--alias", f"asd={AUDIO}"], "Did you mean 'ast'"),

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from toy_batches import inside_mask
 
+from vaflow.train.config import TrainConfig
 from vaflow.train.heads.recurrence import run_recurrent
 from vaflow.train.heads.temporal import Recurrent, run_together
+from vaflow.train.loop import make_optimizer
 
 WIDTH, HIDDEN = 6, 5
 MASKS = ((4, 4, 4), (4, 1, 2), (1, 1, 1), (3, 4, 0))
@@ -78,3 +80,8 @@ def test_dropout_between_layers_is_only_for_training(cell):
     network.eval()
     one, other = (run_recurrent([network], [x], [inside])[0] for _ in range(2))
     assert torch.equal(one, other)
+
+
+def test_the_optimizer_is_one_fused_kernel():
+    model = Recurrent(nn.GRU, WIDTH, 2 * HIDDEN)
+    assert make_optimizer(model, TrainConfig()).defaults["fused"]

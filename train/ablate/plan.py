@@ -1,4 +1,4 @@
-"""From tables to runs: which configurations must be trained, under which hash, and what keeps a row from being so."""
+"""Plan of a study: the configurations to train, their hashes, and the rows that cannot be trained."""
 
 import json
 import shlex
@@ -20,19 +20,19 @@ from vaflow.train.inputs import Inputs, resolve, sampling
 
 HASH_BYTES = 8
 REFERENCE = "full model"  # name of the row that others are compared with, where no table has it
-IMPORTED = "imported"  # encoder of streams whose features were made elsewhere
-STORED, FACES = "float16", "auto"  # what `vaflow extract` does where it is not told
+IMPORTED = "imported"  # encoder of imported streams
+STORED, FACES = "float16", "auto"  # defaults of `vaflow extract`
 NO_PROMPTS = "without the prompt head: the cache has no prompt embeddings"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for beside the tables.
+    """Options of a study beside its tables.
 
     Attributes:
-        seeds: how many; they count up from the settings' own seed.
-        overrides: settings for every row; what a row itself sets wins.
-        aliases: stream of the tables -> the one that stands in for it.
+        seeds: number of seeds, counted up from that of the settings.
+        overrides: settings for every row; a row's own settings win.
+        aliases: stream of the tables -> the stream used instead.
         allow_missing: leave labelled clips without features out of the metrics.
     """
 
@@ -43,12 +43,12 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
-            raise UsageError(explain("Without a seed nothing is trained", expected="--seeds 1 or more", got=self.seeds))
+            raise UsageError(explain(f"--seeds must be >= 1 (got {self.seeds})"))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its hash, its resolved settings, and what people call it."""
+    """One run: its hash, its resolved settings, and its name in messages."""
 
     key: str
     config: TrainConfig
@@ -57,15 +57,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row with what was made of it.
+    """A row with its settings and runs.
 
     Attributes:
-        row: of the table; for the full model as reference, a row of no table.
-        config: its settings; resolved, where nothing is missing.
-        keys: hash of the run of every seed; empty where there is a problem.
-        stands_in: (asked for, used instead) for every stream of it that has an alias.
-        problem, error: why it cannot be trained, and of what kind that is; empty: it can.
-        note: what a reader of its numbers must know; empty: nothing.
+        row: of the table; the reference is a row without a table.
+        config: its settings, resolved if no stream is missing.
+        keys: hash of the run of every seed; empty if there is a problem.
+        stands_in: (named, used instead) for every stream with an alias.
+        problem, error: why it cannot be trained, and the class of that error; empty: it can.
+        note: remark on its numbers; empty: none.
         missing: (kind, stream) that the cache lacks.
     """
 
@@ -81,7 +81,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """All rows of the chosen tables, the full model, and every run once, in the order in which they are best done."""
+    """Rows of the chosen tables, the full model, and every run once, in the order of training."""
 
     tables: tuple[tuple[Table, tuple[Entry, ...]], ...]
     reference: Entry
@@ -112,17 +112,13 @@ def _check_aliases(cache: Cache, study: Study, aliases: Mapping[str, str]) -> No
     used, known = study.streams() - {NONE}, cache.streams()
     for name, other in aliases.items():
         if name not in used:
-            raise UsageError(
-                explain("No row names this stream, so nothing can stand in for it", got=name, choices=used)
-            )
+            raise UsageError(explain("No row names the stream of --alias", got=name, choices=used))
         if other != NONE and other not in known:
-            raise UsageError(
-                explain(f"{cache.place} has no such stream to stand in for {name}", got=other, choices=known)
-            )
+            raise UsageError(explain(f"{cache.place} lacks the stream to use for {name}", got=other, choices=known))
 
 
 class _Planner:
-    """Collects jobs while rows are resolved; equal settings on equal streams are one job."""
+    """Collects jobs while rows are resolved; rows with equal settings and streams share a job."""
 
     def __init__(self, cache: Cache, study: Study, options: Options) -> None:
         self._cache, self._study, self._options = cache, study, options
@@ -132,7 +128,7 @@ class _Planner:
         self._jobs: dict[str, Job] = {}
 
     def entry(self, row: Row | None) -> Entry:
-        """What the row comes to; None: the full model."""
+        """Resolve a row; None: the full model."""
         shown = row or Row("", REFERENCE)
         asked = self._study.config(row, self._options.overrides)
         stands_in = tuple((name, other) for name, other in self._options.aliases.items() if name in _named(asked))
@@ -146,7 +142,7 @@ class _Planner:
         if missing:
             problem = explain(
                 f"The cache has no stream {' and no stream '.join(name for _, name in missing)}",
-                remedy=f"Add it, nothing else is encoded again: {add_command(self._cache, missing)}",
+                remedy=f"Add it (nothing else is encoded again): {add_command(self._cache, missing)}",
             )
             return Entry(shown, config, (), stands_in, problem, "MissingError", missing=missing)
         try:
@@ -158,7 +154,7 @@ class _Planner:
         return Entry(shown, config, keys, stands_in, note=note)
 
     def ordered(self) -> tuple[Job, ...]:
-        """Runs that share loaded data stand together; within that, as the tables have them."""
+        """Jobs in the order of the tables, grouped by the data that they share."""
         groups: dict[tuple[object, ...], list[Job]] = {}
         for job in self._jobs.values():
             groups.setdefault(data_key(job.config), []).append(job)
@@ -172,7 +168,7 @@ class _Planner:
         return key
 
     def _hash(self, config: TrainConfig, inputs: Inputs) -> str:
-        """Everything that decides what a run comes to: settings, streams, prompts, clips. Not the device."""
+        """Digest of everything that determines a run: settings, streams, prompts, clips; not the device."""
         settings = {key: value for key, value in config.as_dict().items() if key != "device"}
         names = [LABELS, *(stream.name for stream in inputs.streams), *config.extra_targets]
         names += (PIXELS, LOGMEL) if config.finetune else ()
@@ -181,7 +177,7 @@ class _Planner:
             "streams": {stream.name: stream.fingerprint for stream in inputs.streams},
             "prompts": self._prompts(inputs.text, config.prompts) if inputs.text else None,
             "clips": {
-                split: [self._clips(split, config.fold_splits, name) for name in names]
+                split: [self._clips(split, config.fold_splits, config.fold_groups, name) for name in names]
                 for split in (config.train_split, config.val_split)
             },
         }
@@ -192,11 +188,11 @@ class _Planner:
     def _prompts(self, stream: str, prompts: str) -> list[object]:
         return [self._cache.fingerprint(stream), prompts, self._cache.record(stream, prompts).source]
 
-    def _clips(self, split: str, fold_splits: tuple[str, ...], stream: str) -> str:
-        """Digest of which clips of a split a stream has, and what they were made from."""
-        key = (split, fold_splits, stream)
+    def _clips(self, split: str, fold_splits: tuple[str, ...], fold_groups: str, stream: str) -> str:
+        """Digest of the clips of a split in a stream, and of their sources."""
+        key = (split, fold_splits, fold_groups, stream)
         if key not in self._digests:
-            items = split_items(self._cache, split, fold_splits)
+            items = split_items(self._cache, split, fold_splits, fold_groups)
             records = [self._cache.record(stream, item) for item in items if self._cache.has(stream, item)]
             facts = json.dumps([[r.item, r.source, r.arrays] for r in records], sort_keys=True)
             self._digests[key] = blake2b(facts.encode(), digest_size=HASH_BYTES).hexdigest()
@@ -204,10 +200,10 @@ class _Planner:
 
 
 def data_key(config: TrainConfig) -> tuple[object, ...]:
-    """Runs that agree in this read the same windows of the same streams."""
+    """Key that is equal for runs that read the same windows of the same streams."""
     streams = (config.visual, config.audio)
     windows = (config.window, config.stride, config.frames, config.audio_steps, config.label_reduction)
-    clips = (config.train_split, config.val_split, config.fold_splits, config.extra_targets)
+    clips = (config.train_split, config.val_split, config.fold_splits, config.fold_groups, config.extra_targets)
     return (*streams, *windows, *clips, config.device)
 
 
@@ -223,9 +219,9 @@ def _streams(config: TrainConfig) -> Iterable[tuple[str, str]]:
 
 
 def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:
-    """The `vaflow extract` that adds these (kind, stream) to the cache, made as the cache was, and nothing else.
+    """The `vaflow extract` command that adds these (kind, stream) to the cache with the cache's settings.
 
-    For streams that no encoder makes, the `vaflow cache import` that brings them in.
+    For streams without an encoder, the `vaflow cache import` command.
     """
     missing = list(dict.fromkeys(missing))
     known = [(kind, name) for kind, name in missing if _has_encoder(name)]
@@ -253,7 +249,7 @@ def _has_encoder(name: str) -> bool:
 
 
 def _sampling_options(cache: Cache) -> list[str]:
-    """Options that the cache's streams were extracted with, where they are not the defaults."""
+    """Sampling options of the cache's streams that differ from the defaults."""
     said = next((found for info in cache.streams().values() if (found := sampling(info.identity))), {})
     grid = Grid()
     usual = {"window": grid.window, "stride": grid.stride, "frames": grid.frames, "audio_steps": grid.frames}
@@ -261,7 +257,7 @@ def _sampling_options(cache: Cache) -> list[str]:
 
 
 def _reading_options(cache: Cache) -> Iterator[str]:
-    """Options of how pictures are had and features are stored, where they are not the defaults."""
+    """Options of faces, decoding and storage of the cache's streams that differ from the defaults."""
     infos = [info for info in cache.streams().values() if info.kind in ("visual", "audio", "logmel")]
     dtype = next((info.dtype for info in infos if info.identity.get("encoder") != IMPORTED), STORED)
     picture: Mapping[str, Any] = next((found for info in infos if (found := info.identity.get("picture"))), {})

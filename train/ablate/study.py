@@ -1,4 +1,4 @@
-"""`vaflow ablate` as one function: plan, train what is not there, measure, write."""
+"""`vaflow ablate` as one function: plan, train the missing runs, score, write."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ from vaflow.failures import FAILURES, Failure, write_failures
 from vaflow.files import lock_folder, write_file
 from vaflow.train.ablate.grid import Study
 from vaflow.train.ablate.page import html_page
-from vaflow.train.ablate.plan import Job, Options, Plan, add_command, make_plan
+from vaflow.train.ablate.plan import Options, Plan, add_command, make_plan
 from vaflow.train.ablate.pool import RUNS, Ended, Outcome, run_jobs
 from vaflow.train.ablate.report import About, csv_text, markdown
 from vaflow.train.ablate.results import Results, collect
@@ -25,14 +25,14 @@ OnRun = Callable[[Outcome], None]
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a call of `run_study` came to.
+    """Result of `run_study`.
 
     Attributes:
         results: every table.
-        about: how it was made.
+        about: how they were made.
         files: "csv", "markdown", "html", and "tables" (a copy of the tables, to edit) -> path.
-        failures: what did not work, as in `failures_file`.
-        to_add: the command that adds every stream that rows lack; empty: none is lacking.
+        failures: rows and runs that failed, as in `failures_file`.
+        to_add: the command that adds the streams that rows need and the cache lacks; empty: none.
     """
 
     results: Results
@@ -62,21 +62,23 @@ def run_study(
     Args:
         cache: what to train on.
         study: the tables and the full model.
-        names: which tables; none or "all": every one.
+        names: of tables; none or "all": every one.
         out: the study's folder.
         options: seeds, overrides, aliases.
-        processes: runs at once.
-        level: of log lines that are shown while runs go on.
-        on_plan: told the plan and how many runs of it are to be done; on_run: told of every run that ends.
+        processes: number of runs in parallel.
+        level: of the log lines of runs that are shown.
+        on_plan: called with the plan and the number of runs to train; on_run: called after every run.
 
     Raises:
-        UsageError: tables, aliases or settings that do not fit, or another process works in this folder.
+        UsageError: tables, aliases or settings are invalid, or another process uses the folder.
         CorruptError: a finished run is damaged.
     """
     begun = time.perf_counter()
     plan = make_plan(cache, study, names, options)
     with lock_folder(out, "vaflow ablate"):
-        todo = [job for job in plan.jobs if not _done(out, job)]
+        folders = {job.key: out / RUNS / job.key for job in plan.jobs}
+        finished = {key for key, run in folders.items() if RunFolder(run).done and moments_file(run).is_file()}
+        todo = [job for job in plan.jobs if job.key not in finished]
         if on_plan is not None:
             on_plan(plan, len(todo))
         runs = run_jobs(todo, cache, out, processes=processes, allow_missing=options.allow_missing, level=level)
@@ -93,7 +95,7 @@ def run_study(
 
 
 def _failed(runs: Generator[Outcome, None, None], on_run: OnRun | None) -> dict[str, Ended]:
-    """Let all runs go to their ends; by hash, those that failed."""
+    """Run all to their ends; hash -> end of each failed run."""
     failures = {}
     with closing(runs):
         for outcome in runs:
@@ -102,11 +104,6 @@ def _failed(runs: Generator[Outcome, None, None], on_run: OnRun | None) -> dict[
             if on_run is not None:
                 on_run(outcome)
     return failures
-
-
-def _done(out: Path, job: Job) -> bool:
-    run = out / RUNS / job.key
-    return RunFolder(run).done and moments_file(run).is_file()
 
 
 def _write(
@@ -131,7 +128,7 @@ def _write(
 
 
 def _failures(plan: Plan, failed: Mapping[str, Ended]) -> list[Failure]:
-    """One object per row that could not be planned, and per run that failed."""
+    """One failure per row that cannot be trained and per failed run."""
     found = []
     for entry in (*plan.entries, plan.reference):
         place = {"table": entry.row.table, "row": entry.row.name}
