@@ -152,6 +152,17 @@ def load_windows(
     return _assemble(streams, specs, config.grid, packs, clips, parts, device)
 
 
+def check_has_clips(cache: Cache) -> None:
+    """Refuse an empty cache: its splits cannot be named.
+
+    Raises:
+        UsageError: the cache has no clips.
+    """
+    if not cache.items():
+        remedy = f"Fill it: vaflow extract DATA --out {cache.place}"
+        raise UsageError(explain(f"{cache.place} has no clips", remedy=remedy))
+
+
 def load_split(
     cache: Cache, split: str, streams: Sequence[InputStream], config: TrainConfig, **options: object
 ) -> WindowSet:
@@ -161,9 +172,7 @@ def load_split(
         UsageError: the split has no clips, or none of them is annotated.
         DataError, CacheError: as `load_windows`.
     """
-    if not cache.items():
-        remedy = f"Fill it: vaflow extract DATA --out {cache.place}"
-        raise UsageError(explain(f"{cache.place} has no clips", expected=f"clips of split {split!r}", remedy=remedy))
+    check_has_clips(cache)
     items = split_items(cache, split, config.fold_splits, config.fold_groups)
     windows = load_windows(cache, items, streams, config, **options)  # type: ignore[arg-type]
     if not windows.labelled_rows:

@@ -16,7 +16,7 @@ from vaflow.errors import UsageError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.train.breakdown import Groups
 from vaflow.train.config import AUTO, TrainConfig
-from vaflow.train.data import load_split
+from vaflow.train.data import check_has_clips, load_split
 from vaflow.train.digests import changes, check_splits_apart, clip_digests, to_json
 from vaflow.train.evaluate import check_complete, failed_items, score_traces, write_predictions
 from vaflow.train.folds import split_items
@@ -133,6 +133,7 @@ def _check_clips(session: Session) -> RunRecord | None:
     if old is not None:
         longer = _can_continue(folder, old.config, config)
         check_unchanged(folder, old, session.record, ignore=["device", "patience", *(["epochs"] if longer else [])])
+    check_has_clips(cache)
     streams = [*config.visual, *config.audio, *config.extra_targets, *((PIXELS, LOGMEL) if config.finetune else ())]
     known = [name for name in streams if name in cache.streams()]
     splits = {
