@@ -28,7 +28,10 @@ def compile_network(encoder: VisualEncoder | AudioEncoder) -> None:
     Raises:
         VaflowError: this machine cannot compile for the encoder's device.
     """
-    _require_compiler(next(encoder.module.parameters()).device)
+    parameters = next(encoder.module.parameters(), None)
+    if parameters is None:  # an ONNX graph, or openSMILE
+        return
+    _require_compiler(parameters.device)
     encoder.module.compile(dynamic=False)
 
 

@@ -40,6 +40,10 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Also score each group: CSV with item and columns such as gender, age."),
     ] = None,
+    va: Annotated[
+        str | None,
+        typer.Option(metavar="V,A", help="Outputs that are valence and arousal, where RUN is a model (onnx:FILE)."),
+    ] = None,
     device: Device = "auto",
     allow_missing: AllowMissing = False,
     json: JsonFlag = False,
@@ -55,9 +59,15 @@ def evaluate(
     Example: vaflow evaluate runs/full --smooth savgol --smooth-seconds 1.5
 
     Example: vaflow evaluate runs/full --without audio --groups groups.csv
+
+    Example: vaflow evaluate onnx:hsemotion.onnx --va 8,9 --cache affwild2.cache
     """
     set_up(verbose, quiet)
     width = smoothing_width(smooth_seconds)
+    if str(run).startswith("onnx:"):
+        metrics = _evaluate_model(str(run), cache, split or "val", va, smooth, width, allow_missing)
+        print_metrics(metrics, json=json, quiet=quiet)
+        return 0
     from vaflow.cache import open_cache
     from vaflow.train.breakdown import read_groups, warn_unknown
     from vaflow.train.runs import cache_of
@@ -83,6 +93,31 @@ def evaluate(
     )
     print_metrics(metrics, json=json, quiet=quiet)
     return 0
+
+
+def _evaluate_model(
+    name: str,
+    cache: Path | None,
+    split: str,
+    va: str | None,
+    smooth: str | None,
+    width: float | None,
+    allow_missing: bool,
+) -> dict[str, Any]:
+    """The metrics of a pretrained model, which has no run directory and no training."""
+    from vaflow.cache import open_cache
+    from vaflow.pretrained import Columns, evaluate_model
+    from vaflow.train.smoothing import Smoothing
+
+    columns = Columns.parse(va, name)
+    if cache is None:
+        raise UsageError(explain(f"{name} has no cache of its own", expected="--cache CACHE"))
+    smoothing = None
+    if smooth not in (None, "none"):
+        if width is None:
+            raise UsageError(explain("--smooth-seconds auto requires a run", expected="--smooth-seconds SECONDS"))
+        smoothing = Smoothing(str(smooth), width)
+    return evaluate_model(name, columns, open_cache(cache), split, smoothing=smoothing, allow_missing=allow_missing)
 
 
 def smooth(

@@ -47,6 +47,10 @@ def predict(
         Path | None,
         typer.Option(metavar="CACHE", help="Keep the features in this cache; without MEDIA, predict its clips."),
     ] = None,
+    va: Annotated[
+        str | None,
+        typer.Option(metavar="V,A", help="Outputs that are valence and arousal, where RUN is a model (onnx:FILE)."),
+    ] = None,
     html: Annotated[bool, typer.Option("--html", help="Write a page of the clips: DIR/view/index.html.")] = False,
     video: Annotated[
         bool, typer.Option("--video", help="Write each clip with its traces burnt in: DIR/<stem>.overlay.mp4.")
@@ -63,12 +67,21 @@ def predict(
     Example: vaflow predict runs/full interview.mp4 --out predictions
 
     Example: vaflow predict runs/full --cache new.cache --out predictions
+
+    Example: vaflow predict onnx:hsemotion.onnx --va 8,9 interview.mp4 --out predictions
     """
     set_up(verbose, quiet)
     from vaflow.predict import PredictConfig, predict_media
 
     config = PredictConfig(device=device, weights=weight_pairs(weights or []), face_source=faces, cache=cache)
-    summary = predict_media(run, media or [], out, config, show_progress=show_bars(quiet or json))
+    bars = show_bars(quiet or json)
+    if str(run).startswith("onnx:"):
+        from vaflow.pretrained import Columns, predict_model
+
+        columns = Columns.parse(va, str(run))
+        summary = predict_model(str(run), columns, media or [], out, config, show_progress=bars)
+    else:
+        summary = predict_media(run, media or [], out, config, show_progress=bars)
     if json:
         print_json([_document(clip) for clip in summary.predicted])
     elif not quiet and summary.predicted:

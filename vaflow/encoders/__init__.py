@@ -52,6 +52,9 @@ FORMS: Mapping[str, tuple[EncoderKind, str]] = {
     "clip": ("visual", "clip:MODEL/TAG_OR_FILE"),
     "ast":  ("audio", "ast:PATH_OR_HUB_ID"),
     "hf":   ("any", "hf:REPO_OR_PATH[@LAYER]"),
+    "timm": ("visual", "timm:MODEL[/FILE]"),
+    "onnx": ("any", "onnx:FILE"),
+    "opensmile": ("audio", "opensmile:eGeMAPSv02[/functionals]"),
 }
 # fmt: on
 
@@ -148,6 +151,18 @@ def _family(name: str) -> Any:
             from vaflow.encoders import huggingface
 
             return huggingface
+        case "timm":
+            from vaflow.encoders import timm_models
+
+            return timm_models
+        case "onnx":
+            from vaflow.encoders import onnx_models
+
+            return onnx_models
+        case "opensmile":
+            from vaflow.encoders import opensmile_features
+
+            return opensmile_features
         case "resnet":
             from vaflow.encoders import resnet
 

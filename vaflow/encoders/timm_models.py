@@ -1,0 +1,101 @@
+"""Image models of timm as encoders, `timm:MODEL[/FILE]`: pooled features before the classifier.
+
+Only names in timm's own list are built; `hf-hub:` and `local-dir:` names are refused. Without FILE the published
+weights are read from safetensors. Size, crop, interpolation and normalisation are those of timm's data configuration.
+"""
+
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vaflow.encoders.base import Request
+from vaflow.encoders.hub import hub_file
+from vaflow.encoders.image_encoder import ImageEncoder
+from vaflow.encoders.images import KERNELS, Preparation, Preprocessing
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+from vaflow.errors import UsageError, WeightsError, explain
+
+COUNTER = "num_batches_tracked"  # training length; no output depends on it
+
+
+def build(request: Request) -> ImageEncoder:
+    """Return the model with its published weights, those of FILE, or `request.weights`.
+
+    Raises:
+        UsageError: timm has no such model, or its preprocessing is not supported.
+        WeightsError: the weights are unreachable, are damaged, or do not fit.
+    """
+    import timm
+
+    model_name, _, file = request.source.partition("/")
+    architecture, _, tag = model_name.partition(".")
+    if not timm.is_model(architecture):
+        close = timm.list_models(f"*{architecture[:6]}*")[:5] if architecture.isascii() else []
+        raise UsageError(explain("timm has no such model", got=model_name, choices=close or None))
+    tagged = not tag or model_name in timm.list_pretrained(f"{architecture}.*")
+    settings = timm.get_pretrained_cfg(model_name) if tagged else None
+    if settings is None:
+        tags = timm.list_pretrained(f"{architecture}.*")
+        raise UsageError(explain(f"timm has no such weights of {architecture}", got=tag, choices=tags))
+    path = request.weights or (Path(file).expanduser() if file else _download(request, settings))
+    state = read_state_dict(path)
+    with torch.random.fork_rng():  # the weights are replaced: keep the caller's random state
+        module = timm.create_model(architecture, pretrained=False, num_classes=0)
+    heads = settings.classifier or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    target = module.state_dict()
+    weights = {k: v for k, v in state.items() if k in target or not k.startswith(tuple(f"{head}." for head in heads))}
+    counters = {key: value for key, value in target.items() if key.endswith(COUNTER)}
+    load_strictly(module, counters | weights, str(path))
+    preprocessing = data_config(request.name, module, settings.to_dict())
+    digest = state_digest({key: value for key, value in module.state_dict().items() if not key.endswith(COUNTER)})
+    identity: dict[str, Any] = {
+        "encoder": "timm",
+        "model": architecture,
+        "weights": digest,
+        "output": "pooled, before the classifier",
+        "preprocessing": preprocessing.identity(),
+        "library": f"timm {timm.__version__.split('.')[0]}",
+    }
+    identity = request.finish_identity(identity)
+    size = preprocessing.preparation.size
+    with torch.no_grad():
+        dim = int(module.eval()(torch.zeros(1, 3, size, size)).shape[-1])
+    return ImageEncoder(request.name, module, dim, preprocessing, identity, request.device, request.precision)
+
+
+def _download(request: Request, settings: Any) -> Path:
+    if not settings.hf_hub_id:
+        raise WeightsError(
+            explain(
+                f"timm publishes no weights of {request.name} on the hub",
+                remedy="Use timm:MODEL.TAG (timm.list_pretrained() lists them) or timm:MODEL/FILE",
+            )
+        )
+    return hub_file(settings.hf_hub_id, ("model.safetensors",), encoder=request.name)
+
+
+def data_config(name: str, module: torch.nn.Module, settings: dict[str, Any]) -> Preprocessing:
+    """Return the geometry and normalisation of timm's evaluation transform.
+
+    Raises:
+        UsageError: the transform cannot be reproduced: not square, or with borders.
+    """
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config({}, pretrained_cfg=settings, model=module)
+    (channels, height, width), mode = config["input_size"], config["crop_mode"]
+    if height != width or channels != 3 or mode not in ("center", "squash") or config["interpolation"] not in KERNELS:
+        raise UsageError(
+            explain(
+                f"The preprocessing of {name} is not supported",
+                expected="square RGB input, crop mode center or squash",
+                got=f"{config['input_size']}, {mode}, {config['interpolation']}",
+            )
+        )
+    edge = floor(height / config["crop_pct"])
+    resize = "shortest" if mode == "center" else "squash"
+    preparation = Preparation(height, config["interpolation"], resize, edge if edge != height else 0)
+    return Preprocessing(preparation, tuple(config["mean"]), tuple(config["std"]))

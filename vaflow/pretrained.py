@@ -1,0 +1,198 @@
+"""Pretrained models that output valence and arousal, used without training: baselines for prediction and evaluation.
+
+The two outputs of an `onnx:` encoder are read at every grid sample where its input is valid, interpolated linearly to
+the clip's frames, held at the ends, and clipped to [-1, 1].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaflow.cache import Cache, open_cache
+from vaflow.datasets import Dataset
+from vaflow.datasets.files import below
+from vaflow.encoders import build_encoder
+from vaflow.errors import UsageError, explain
+from vaflow.extract.config import ExtractConfig
+from vaflow.extract.pipeline import extract
+from vaflow.failures import FAILURES, Failure, FailureLog
+from vaflow.files import write_file
+from vaflow.predict import FEATURES, PredictConfig, Predicted, PredictSummary, clips_of, summarize
+from vaflow.train.batch import AUDIO, VISUAL
+from vaflow.train.config import TrainConfig
+from vaflow.train.data import load_windows
+from vaflow.train.evaluate import (
+    Trace,
+    check_complete,
+    failed_items,
+    featureless,
+    input_at_frames,
+    prediction_csv,
+    score_traces,
+)
+from vaflow.train.inputs import resolve
+from vaflow.train.plots import draw_trace
+from vaflow.train.smoothing import Smoothing, smoothed
+from vaflow.train.windows import ClipRows
+
+PREFIX = "onnx:"
+
+
+def is_pretrained(run: Path) -> bool:
+    """Return whether the RUN of a command names a model instead of a directory."""
+    return str(run).startswith(PREFIX)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Positions of valence and arousal among a model's outputs, counted from 0."""
+
+    valence: int
+    arousal: int
+
+    @classmethod
+    def parse(cls, text: str | None, name: str) -> "Columns":
+        """Read "V,A".
+
+        Raises:
+            UsageError: it is missing, or not two different whole numbers.
+        """
+        first, _, second = (text or "").partition(",")
+        if not (first.isdigit() and second.isdigit()) or int(first) == int(second):
+            raise UsageError(
+                explain(
+                    f"--va names the outputs of {name} that are valence and arousal",
+                    expected="two columns counted from 0, such as --va 8,9",
+                    got=text or "no --va",
+                )
+            )
+        return cls(int(first), int(second))
+
+    def check(self, name: str, dim: int) -> None:
+        """Raise a UsageError if the model has fewer outputs."""
+        if max(self.valence, self.arousal) >= dim:
+            got = f"--va {self.valence},{self.arousal}"
+            raise UsageError(explain(f"{name} has too few outputs", expected=f"columns 0 to {dim - 1}", got=got))
+
+
+def model_traces(
+    cache: Cache, name: str, columns: Columns, items: Sequence[str], *, show: bool = False
+) -> tuple[list[Trace], Any]:
+    """Return the trace of every clip, and the windows that its clips were read with.
+
+    Raises:
+        UsageError: the cache has no such stream, or the stream too few columns.
+    """
+    known = cache.streams()
+    if name not in known:
+        remedy = f"Extract it: vaflow extract ROOT --out {cache.place} --visual {name}"
+        raise UsageError(explain(f"{cache.place} has no stream of this model", got=name, choices=known, remedy=remedy))
+    info = known[name]
+    columns.check(name, info.dim)
+    chosen = {"visual": (name,), "audio": ()} if info.kind == VISUAL else {"visual": (), "audio": (name,)}
+    config, inputs = resolve(cache, TrainConfig(**chosen, kl_weight=0.0))  # type: ignore[arg-type]
+    windows = load_windows(cache, items, inputs.streams, config, show=show)
+    empty = {clip.item for clip in featureless(windows)}
+    traces = []
+    for clip in windows.clips:
+        masks: dict[str, Any] = {info.kind: input_at_frames(windows, clip, info.kind)}
+        va = np.zeros((len(clip.time), 2)) if clip.item in empty else _at_frames(cache, name, columns, clip)
+        traces.append(Trace(clip, va, None, face=masks.get(VISUAL), audio=masks.get(AUDIO)))
+    return traces, windows
+
+
+def _at_frames(cache: Cache, name: str, columns: Columns, clip: ClipRows) -> np.ndarray:
+    stored = cache.read(name, clip.item, ["embedding", "time", "valid"])
+    valid = stored.valid.ravel()
+    time = stored.time.ravel()[valid]
+    order = np.argsort(time, kind="stable")  # windows of audio overlap
+    if not len(time):
+        return np.zeros((len(clip.time), 2))
+    values = stored.embedding.reshape(len(valid), -1)[valid][:, [columns.valence, columns.arousal]].astype(np.float64)
+    va = [np.interp(clip.time, time[order], values[order, k]) for k in range(2)]
+    return np.clip(np.stack(va, axis=1), -1, 1)
+
+
+def evaluate_model(
+    name: str,
+    columns: Columns,
+    cache: Cache,
+    split: str = "val",
+    *,
+    smoothing: Smoothing | None = None,
+    allow_missing: bool = False,
+    show: bool = False,
+) -> dict[str, Any]:
+    """Score a model on the labelled frames of a split: the metrics of `vaflow evaluate`.
+
+    Raises:
+        UsageError: the cache has no stream of the model, or no such split.
+        DataError: labelled clips have no features, or nothing is labelled.
+    """
+    items = cache.items(split=split)
+    if not items:
+        raise UsageError(explain(f"{cache.place} has no clips in this split", got=split))
+    traces, windows = model_traces(cache, name, columns, items, show=show)
+    failed = failed_items(cache, split)
+    lost = check_complete(windows, failed, allow_missing)
+    return score_traces(list(smoothed(traces, smoothing)), split, lost, failed)
+
+
+def predict_model(
+    name: str,
+    columns: Columns,
+    media: Sequence[Path],
+    out: Path,
+    config: PredictConfig | None = None,
+    *,
+    smoothing: Smoothing | None = None,
+    show_progress: bool = False,
+) -> PredictSummary:
+    """Predict every frame of videos, or of a cache's clips, with a model: the files of `vaflow predict`.
+
+    Raises:
+        UsageError: the model or a video does not exist, or the model has too few outputs.
+    """
+    config = config or PredictConfig()
+    if not media and config.cache is None:
+        raise UsageError(explain("Nothing to predict", expected="videos, or --cache CACHE to predict its clips"))
+    out.mkdir(parents=True, exist_ok=True)
+    failures, clips, folder = FailureLog(out / FAILURES), clips_of(media), config.cache
+    if media:
+        encoder = build_encoder(name, weights=config.weights.get(name))
+        columns.check(name, encoder.dim)
+        visual = encoder.kind == VISUAL
+        settings = ExtractConfig(
+            visual=(name,) if visual else (),
+            audio=() if visual else (name,),
+            weights=dict(config.weights),
+            dtype="float32",
+            face_source=config.face_source or "auto",
+            device=config.device,
+        )
+        folder = folder or out / f"{FEATURES}{blake2b(repr(settings).encode(), digest_size=8).hexdigest()}"
+        root = clips[0].audio.parent if clips and clips[0].audio is not None else Path()
+        for failure in extract(
+            Dataset(root, "videos", clips, ()), folder, settings, show_progress=show_progress
+        ).failures:
+            failures.add(failure, quiet=True)
+    assert folder is not None  # checked above
+    cache = open_cache(folder)
+    failed = {failure.item for failure in failures.failures}
+    items = [clip.id for clip in clips if clip.id not in failed] if media else cache.items()
+    predicted: list[Predicted] = []
+    traces, windows = model_traces(cache, name, columns, items, show=show_progress) if items else ([], None)
+    empty = {clip.item for clip in featureless(windows)} if windows is not None else set()
+    for trace in smoothed(traces, smoothing):
+        if trace.clip.item in empty:
+            failures.add(Failure(trace.clip.item, "predict", "DataError", "The cache has no features of this clip"))
+            continue
+        csv, png = (below(out, f"{trace.clip.item}.{suffix}") for suffix in ("csv", "png"))
+        write_file(csv, prediction_csv(trace))
+        draw_trace(png, trace)
+        predicted.append(summarize(trace, csv, png))
+    return PredictSummary(tuple(predicted), tuple(failures.failures), failures.path)
