@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ablation_toys import made_up_plan
 from numbered_clip import write_predictions
 from toy_runs import write_run
 from until import until
 
 from vaflow.cli import main
+from vaflow.train.ablate.grid import Row
+from vaflow.train.ablate.page import html_page
+from vaflow.train.ablate.plan import Options
+from vaflow.train.ablate.report import About
+from vaflow.train.ablate.results import collect
 from vaflow.viewer.page import ViewConfig, write_viewer
 from vaflow.viewer.report import write_report
 
@@ -33,11 +39,19 @@ def pages(numbered: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         rows = [f"{i},{i % 40 / 40},{-k * i % 30 / 30}" for i in range(100)]
         (root / "data" / f"{name}.csv").write_text("\n".join(["frame,valence,arousal", *rows]) + "\n")
     main(["check", str(root / "data"), "--html", str(root / "check.html"), "-q"])
-    return {"check": root / "check.html", "report": root / "report.html", "viewer": viewer.page}
+    plan = made_up_plan(root, {"1": [Row("1", name) for name in ("full", "other")]}, {"full": 0.5, "other": 0.3})
+    about = About("a.cache", Options(seeds=2, aliases={"ast": "ast-tiny"}), 4, 2, 61.0)
+    (root / "ablation.html").write_text(html_page(collect(plan, root, {}), about))
+    return {
+        "ablation": root / "ablation.html",
+        "check": root / "check.html",
+        "report": root / "report.html",
+        "viewer": viewer.page,
+    }
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["viewer", "report", "check"])
+@pytest.mark.parametrize("name", ["viewer", "report", "check", "ablation"])
 def test_axe_finds_no_violation(open_page: OpenPage, pages: dict[str, Path], name: str, scheme: str) -> None:
     axe = os.environ.get("VAFLOW_TEST_AXE")
     if not axe:
@@ -53,14 +67,14 @@ def test_axe_finds_no_violation(open_page: OpenPage, pages: dict[str, Path], nam
     assert len(found["passes"]) > 10
 
 
-@pytest.mark.parametrize("name", ["viewer", "report", "check"])
+@pytest.mark.parametrize("name", ["viewer", "report", "check", "ablation"])
 def test_nothing_is_wider_than_400_pixels(open_page: OpenPage, pages: dict[str, Path], name: str) -> None:
     page = open_page(pages[name], viewport={"width": 400, "height": 800})
     page.wait_for_timeout(500)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
-@pytest.mark.parametrize("name", ["viewer", "report", "check"])
+@pytest.mark.parametrize("name", ["viewer", "report", "check", "ablation"])
 def test_dark_mode_is_dark(open_page: OpenPage, pages: dict[str, Path], name: str) -> None:
     page = open_page(pages[name], color_scheme="dark")
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -6,11 +6,13 @@ from the page's style sheet and follow light, dark and print; shapes differ as w
 
 from collections.abc import Sequence
 from html import escape as escape_html
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from vaflow.errors import visible
-from vaflow.train.ablate.grid import SCORES
+from vaflow.pages import TINY, render
 from vaflow.train.ablate.report import (
     PAPER_PLACES,
     About,
@@ -138,113 +140,42 @@ def _diamond(x: float, y: float, r: float = 5) -> str:
     return f'<path class="paper" d="M{x:.1f} {y - r:.1f} l{r} {r} l{-r} {r} l{-r} {-r} z"/>'
 
 
-STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1b1b1b; --soft: #5c5c5c; --line: #d9d9d9; --stripe: #f6f6f6;
-  --ours: #0072b2; --paper: #c04f00; --reference: #6b6b6b; --warn: #8a4b00; }
-@media screen and (prefers-color-scheme: dark) { :root { --back: #16181b; --text: #e8e8e8; --soft: #a9a9a9;
-  --line: #3a3d41; --stripe: #1e2125; --ours: #5bb4e5; --paper: #f0a05a; --reference: #9a9a9a; --warn: #f0c24b; } }
-@page { size: landscape; margin: 12mm; }
-@media print { :root { color-scheme: light; } section { break-inside: avoid; } body { max-width: none; margin: 0; }
-  .wide { overflow: visible; } svg.plot { max-width: 22cm; } }
-* { box-sizing: border-box; }
-body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; max-width: 1120px;
-  margin: 2rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .6rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .4rem; }
-ul { padding-left: 1.2rem; margin: .4rem 0; } li { margin: .15rem 0; }
-.soft, footer { color: var(--soft); } p.soft { margin: 0 0 .4rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .86rem; }
-th, td { padding: .28rem .4rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } thead th { color: var(--soft); } thead tr:first-child th { border-bottom: 0; }
-th:first-child { text-align: left; white-space: normal; min-width: 12rem; font-weight: 400; }
-tbody tr:nth-child(even) { background: var(--stripe); }
-.group { text-align: center; border-left: 1px solid var(--line); }
-.first { border-left: 1px solid var(--line); } .std { color: var(--soft); font-size: .85em; }
-td b { color: var(--ours); } .problem { color: var(--warn); }
-.remarks { font-size: .88rem; color: var(--soft); }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; font-size: .88rem; color: var(--soft); margin: 1rem 0 0; }
-.legend svg { width: 32px; height: 16px; vertical-align: -3px; margin-right: .35rem; }
-svg.plot { width: 100%; min-width: 620px; height: auto; font: 13px system-ui, sans-serif; }
-.name { fill: var(--text); } .tick { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--line); }
-.touch { fill: transparent; } .reference { stroke: var(--reference); stroke-dasharray: 4 3; stroke-width: 1.5; }
-.interval { stroke: var(--ours); stroke-width: 2.5; stroke-linecap: round; } .mean { fill: var(--ours); }
-.seed { fill: var(--back); fill-opacity: .6; stroke: var(--ours); stroke-opacity: .7; }
-.paper { fill: var(--back); stroke: var(--paper); stroke-width: 2; }
-"""
-
-
 def html_page(results: Results, about: About) -> str:
     """The whole page."""
-    notes = "\n".join(f"<li>{escape(line)}</li>" for line in statements(results, about))
-    sections = "\n".join(_section(table, results.reference) for table in results.tables)
-    runs = f"{about.trained} runs trained, {about.reused} reused, in {about.seconds:.0f} s."
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Ablations</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>Ablations</h1>
-<ul>
-{notes}
-</ul>
-{legend()}
-{sections}
-<footer><p>Cache: {escape(about.cache)}. {runs}</p></footer>
-</body>
-</html>
-"""
-
-
-def _section(table: TableResult, reference: RowResult) -> str:
-    rows = "\n".join(_table_row(row) for row in table.rows)
-    remarks = "".join(
-        f"<li{' class=problem' if row.problem else ''}>{escape(row.entry.row.name)}: {escape(text)}</li>"
-        for row in table.rows
-        if (text := remark(row))
+    return render(
+        "ablation.html",
+        statements=statements(results, about),
+        legend=Markup(legend()),
+        tables=[_section(table, results.reference) for table in results.tables],
+        about=about,
+        demonstration=[name for name in about.options.aliases.values() if name.endswith(TINY)],
     )
-    return f"""<section>
-<h2>{escape(heading(table))}</h2>
-{f'<p class="soft">{escape(note)}</p>' if (note := table_note(table)) else ""}
-<div class="wide">{plot(table, reference)}</div>
-<div class="wide"><table>
-<thead>
-<tr><th></th><th class="group" colspan="5">ours: {ours(table.rows)}</th><th class="group" colspan="3">published</th>
-<th class="group" colspan="3">mean against the full model</th></tr>
-<tr><th scope="col">configuration</th><th class="first" scope="col">valence</th><th scope="col">arousal</th>
-<th scope="col">mean</th><th scope="col">95 % interval</th><th scope="col">within</th>
-<th class="first" scope="col">valence</th>
-<th scope="col">arousal</th><th scope="col">mean</th><th class="first" scope="col">difference</th>
-<th scope="col">95 % interval</th><th scope="col">p</th></tr>
-</thead>
-<tbody>
-{rows}
-</tbody>
-</table></div>
-{f'<ul class="remarks">{remarks}</ul>' if remarks else ""}
-</section>"""
 
 
-def _table_row(row: RowResult) -> str:
+def _section(table: TableResult, reference: RowResult) -> dict[str, Any]:
+    remarks = [(row.entry.row.name, text, bool(row.problem)) for row in table.rows if (text := remark(row))]
+    return {
+        "heading": heading(table),
+        "note": table_note(table),
+        "plot": Markup(plot(table, reference)),
+        "ours": ours(table.rows),
+        "rows": [_table_row(row) for row in table.rows],
+        "remarks": remarks,
+    }
+
+
+def _table_row(row: RowResult) -> dict[str, Any]:
     versus = row.versus
-    cells = [_ours(row, k) for k in range(len(SCORES))]
-    cells += [spread(*row.interval[-1]), digits(row.within_mean)]
-    cells += [digits(score, places=PAPER_PLACES) for score in paper_scores(row)]
-    if versus is None:
-        cells += ["-"] * 3
-    else:
-        cells += [digits(versus.difference[-1], sign=True), spread(versus.low[-1], versus.high[-1])]
-        cells.append(escape(p_text(versus.p[-1])))
-    firsts = (0, len(SCORES) + 2, 2 * len(SCORES) + 2)  # first column of each group
-    shown = "".join(f"<td{' class=first' if i in firsts else ''}>{cell}</td>" for i, cell in enumerate(cells))
-    return f'<tr><th scope="row">{escape(row.entry.row.name)}</th>{shown}</tr>'
-
-
-def _ours(row: RowResult, k: int) -> str:
-    """Mean and standard deviation of one score."""
-    mean, std = digits(row.mean[k]), digits(row.std[k])
-    strong = f"<b>{mean}</b>" if row.best[k] else mean
-    return f'{strong} <span class="std">± {std}</span>' if row.seeds > 1 else strong
+    scores = [(digits(row.mean[k]), digits(row.std[k]) if row.seeds > 1 else "", row.best[k]) for k in range(3)]
+    difference = ["-"] * 3
+    if versus is not None:
+        difference = [digits(versus.difference[-1], sign=True), spread(versus.low[-1], versus.high[-1])]
+        difference.append(p_text(versus.p[-1]))
+    return {
+        "name": row.entry.row.name,
+        "scores": scores,
+        "interval": spread(*row.interval[-1]),
+        "within": digits(row.within_mean),
+        "published": [digits(score, places=PAPER_PLACES) for score in paper_scores(row)],
+        "difference": difference,
+    }
