@@ -32,7 +32,7 @@ from vaflow.train.windows import ClipRows, WindowSet
 
 log = logging.getLogger(__name__)
 
-PREDICT_BATCH = 64
+PREDICT_BATCH = {"cpu": 64, "cuda": 1024}  # windows; a GPU waits for kernel launches with fewer
 EXTRA = "extra/"  # prefix of further targets among a model's outputs
 NEARLY_CONSTANT = 0.02  # standard deviation of a prediction, below which a warning is given
 CONSTANT_LABEL = 0.02  # the same for labels, which lie in [-1, 1]
@@ -66,8 +66,13 @@ class Trace:
 
 
 @torch.inference_mode()
-def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int = PREDICT_BATCH) -> dict[str, Floats]:
+def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int | None = None) -> dict[str, Floats]:
     """Predict every window.
+
+    Args:
+        model: what predicts.
+        windows: what it predicts.
+        batch_size: windows at a time; None: `PREDICT_BATCH` of the device.
 
     Returns:
         "va" [N, F, 2], "regions" [N, F, 9] if the model has a prompt head, and the probabilities of further targets
@@ -76,7 +81,7 @@ def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int = PRED
     was_training = model.training
     model.eval()
     parts: dict[str, list[Tensor]] = {}
-    for ids in windows.in_order(batch_size):
+    for ids in windows.in_order(batch_size or PREDICT_BATCH.get(windows.device.type, PREDICT_BATCH["cpu"])):
         output = model(windows.gather(ids))
         outputs = {"va": output.va}
         if output.region_logits is not None:
@@ -90,8 +95,10 @@ def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int = PRED
     return {name: torch.cat(values).cpu().numpy().astype(np.float64) for name, values in parts.items()}
 
 
-def predict_clips(model: nn.Module, windows: WindowSet, batch_size: int = PREDICT_BATCH) -> Iterator[Trace]:
+def predict_clips(model: nn.Module, windows: WindowSet, batch_size: int | None = None) -> Iterator[Trace]:
     """Yield a trace per clip: overlapping windows averaged, linear between samples, held at the ends.
+
+    `batch_size` is that of `predict_windows`.
 
     Raises:
         DataError: a prediction is NaN; the clip is named.

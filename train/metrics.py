@@ -94,7 +94,11 @@ def video_moments(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | No
     Raises:
         ValueError: shapes disagree.
     """
-    columns = [[x.size, x.sum(), y.sum(), x @ x, y @ y, x @ y] for x, y in _columns(prediction, target, mask)]
+    # Not `x @ y`: BLAS starts threads for long vectors, and they wait for each other on a busy machine.
+    columns = [
+        [x.size, x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
+        for x, y in _columns(prediction, target, mask)
+    ]
     return np.array(columns, np.float64).T
 
 
