@@ -12,7 +12,7 @@ from vaflow.errors import MediaError, explain
 from vaflow.timeline import Floats, nearest
 from vaflow.viewer.clip_data import masks_of
 from vaflow.viewer.media import Image, MediaIndex, transcode
-from vaflow.viewer.page import ViewConfig, open_named_cache, with_boxes
+from vaflow.viewer.page import ViewConfig, with_boxes
 from vaflow.viewer.predictions import DIMENSIONS, Predictions, find_predictions, read_predictions
 
 PANEL = 260  # pixels of the plane's side
@@ -63,7 +63,7 @@ def write_overlays(predictions: Path, config: ViewConfig) -> Iterator[tuple[str,
         CorruptError: a prediction file is damaged.
     """
     found = find_predictions(predictions)
-    cache = open_named_cache(found, config.cache)
+    cache = found.open_cache(config.cache)
     index = MediaIndex(config.media)
     for clip in found.clips:
         media, table = index.find(clip), read_predictions(clip.csv)

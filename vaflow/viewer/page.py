@@ -17,8 +17,8 @@ import av
 import numpy as np
 
 from vaflow import __version__
-from vaflow.cache import Cache, open_cache
-from vaflow.errors import DataError, UsageError, VaflowError, explain
+from vaflow.cache import Cache
+from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.video import frame_times
 from vaflow.pages import UPLOT, render, script_json
 from vaflow.viewer.boxes import STEP, detect_boxes
@@ -109,7 +109,7 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
     """
     config = config or ViewConfig()
     found = find_predictions(path, clips) if has_predictions(path) else media_without_predictions(path, clips)
-    cache = open_named_cache(found, config.cache)
+    cache = found.open_cache(config.cache)
     index = MediaIndex(config.media)
     try:
         (out / "clips").mkdir(parents=True, exist_ok=True)
@@ -154,24 +154,6 @@ def unpredicted(media: Path) -> Predictions:
     except (DataError, *UNREADABLE):
         time = np.zeros(1)
     return Predictions(time, np.full((len(time), 2), np.nan))
-
-
-def open_named_cache(found: PredictionSet, named: Path | None) -> Cache | None:
-    """The cache that the user named, or else the one that the predictions name, if it still exists.
-
-    Raises:
-        VaflowError: the cache that the user named cannot be opened.
-    """
-    place = named or found.cache
-    if place is None:
-        return None
-    try:
-        return open_cache(place)
-    except VaflowError as error:
-        if named is not None:
-            raise
-        log.debug("Masks are read from the predictions only: %s", error)
-        return None
 
 
 def _write_clip(

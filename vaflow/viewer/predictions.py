@@ -1,6 +1,7 @@
 """Prediction files on disk: which clips a run or a folder has, and the table of each."""
 
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.errors import CorruptError, UsageError, explain
+from vaflow.cache import Cache, open_cache
+from vaflow.errors import CorruptError, UsageError, VaflowError, explain
 from vaflow.pages import TINY
 from vaflow.timeline import Bools, Floats
+
+log = logging.getLogger(__name__)
 
 DIMENSIONS = ("valence", "arousal")
 REQUIRED = ("frame", "time", *DIMENSIONS)
@@ -82,6 +86,22 @@ class PredictionSet:
     streams: tuple[str, ...] = ()
     centers: float = 0.66
     sigma: float = 0.45
+
+    def open_cache(self, named: Path | None = None) -> Cache | None:
+        """The cache that the user named, or else the one that the predictions name, if it still exists.
+
+        Raises:
+            VaflowError: the cache that the user named cannot be opened.
+        """
+        if named is None and self.cache is None:
+            return None
+        try:
+            return open_cache(named or self.cache or "")
+        except VaflowError as error:
+            if named is not None:
+                raise
+            log.debug("Masks are read from the predictions only: %s", error)
+            return None
 
     @property
     def demonstration(self) -> list[str]:

@@ -1,7 +1,7 @@
 """The report of one or several runs: scores with intervals, learning curves, clips, the plane, configuration."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,17 +16,19 @@ from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Floats
 from vaflow.train.ablate.statistics import compare, draw, resampled_ccc
 from vaflow.train.metrics import concordance_of_moments, mean_over_dimensions
-from vaflow.viewer.predictions import DIMENSIONS
-from vaflow.viewer.run_results import BINS, PlaneSums, ReportClip, RunResults, read_runs
+from vaflow.viewer.charts import (
+    SCORES,
+    calibration,
+    learning_curves,
+    plain,
+    region_errors,
+    score_axis,
+    shifts,
+    sparklines,
+)
+from vaflow.viewer.run_results import ReportClip, RunResults, read_runs
 
-SCORES = (*DIMENSIONS, "mean")
 SHOWN = 3  # best and worst clips
-CURVES = {
-    "loss_total": "Training loss",
-    "val_ccc_valence": "Validation CCC of valence",
-    "val_ccc_arousal": "Validation CCC of arousal",
-    "val_ccc_mean": "Mean validation CCC",
-}
 
 
 def write_report(paths: Sequence[Path], out: Path, viewer: Path | None = None) -> list[RunResults]:
@@ -57,7 +59,7 @@ def write_report(paths: Sequence[Path], out: Path, viewer: Path | None = None) -
         settings=differing_settings(runs),
         clip_rows=_clips_side_by_side(runs) if len(runs) > 1 else [],
         demonstration=list(dict.fromkeys(name for run in runs for name in run.found.demonstration)),
-        axis=_interval_axis(runs),
+        axis=score_axis(runs),
         regions=REGION_NAMES,
         version=__version__,
     )
@@ -84,7 +86,7 @@ def paired_differences(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
         observed = _with_mean(one) - _with_mean(other)
         found = compare(resampled_ccc(one, draws), resampled_ccc(other, draws), observed, len(videos))
         values = zip(SCORES, found.difference, found.low, found.high, found.p, strict=True)
-        scores = {name: tuple(map(_plain, numbers)) for name, *numbers in values}
+        scores = {name: tuple(map(plain, numbers)) for name, *numbers in values}
         rows.append({"name": run.name, "problem": "", "videos": len(videos), "scores": scores})
     return rows
 
@@ -132,13 +134,13 @@ def run_section(run: RunResults, viewer: str | None) -> dict[str, Any]:
             }
             for name in SCORES
         ],
-        "curves": _curves(run),
+        "curves": learning_curves(run),
         "clips": rows,
-        "best": [_spark(clip, viewer) for clip in ranked[:SHOWN]],
-        "worst": [_spark(clip, viewer) for clip in ranked[: -SHOWN - 1 : -1]] if len(ranked) > SHOWN else [],
-        "histograms": [_histogram(run.plane, k) for k in range(2)],
-        "flow": _flow(run.plane),
-        "regions": _regions(run.plane),
+        "best": [_sketch(clip, viewer) for clip in ranked[:SHOWN]],
+        "worst": [_sketch(clip, viewer) for clip in ranked[: -SHOWN - 1 : -1]] if len(ranked) > SHOWN else [],
+        "histograms": [calibration(run.plane, k) for k in range(2)],
+        "flow": shifts(run.plane),
+        "regions": region_errors(run.plane),
         "masked": {
             "frames": int(frames),
             "unlabelled": (run.masked["unlabelled"] or 0) / frames if frames else None,
@@ -155,6 +157,10 @@ def _clip_row(clip: ReportClip, viewer: str | None) -> dict[str, Any]:
     return {"item": clip.clip.item, "link": link, **vars(clip.scores)}
 
 
+def _sketch(clip: ReportClip, viewer: str | None) -> dict[str, Any]:
+    return {**_clip_row(clip, viewer), "paths": sparklines(clip)}
+
+
 def _clips_side_by_side(runs: Sequence[RunResults]) -> list[tuple[str, list[float | None]]]:
     """(clip, mean CCC in each run), the clips that differ most between runs first."""
     tables = [{clip.clip.item: clip.scores.ccc["mean"] for clip in run.clips} for run in runs]
@@ -162,118 +168,6 @@ def _clips_side_by_side(runs: Sequence[RunResults]) -> list[tuple[str, list[floa
     known = [[x for x in values if x is not None] for _, values in rows]
     order = sorted(range(len(rows)), key=lambda i: min(known[i]) - max(known[i]))
     return [rows[i] for i in order]
-
-
-def _curves(run: RunResults) -> list[dict[str, Any]]:
-    """One small plot per column of the history, as points in a box of 300 by 120."""
-    curves = []
-    for name, title in CURVES.items():
-        values = [row.get(name, float("nan")) for row in run.history]
-        finite = [v for v in values if np.isfinite(v)]
-        if not finite:
-            continue
-        low, high = min(finite), max(finite)
-        span = (high - low) or 1.0
-        points = [
-            f"{40 + 250 * i / max(1, len(values) - 1):.1f},{110 - 100 * (v - low) / span:.1f}"
-            for i, v in enumerate(values)
-            if np.isfinite(v)
-        ]
-        best = run.metrics.get("best_epoch")
-        dot = None
-        if isinstance(best, int) and 1 <= best <= len(values) and np.isfinite(values[best - 1]):
-            dot = (40 + 250 * (best - 1) / max(1, len(values) - 1), 110 - 100 * (values[best - 1] - low) / span)
-        curves.append(
-            {
-                "name": title,
-                "points": " ".join(points),
-                "low": low,
-                "high": high,
-                "last": values[-1],
-                "epochs": len(values),
-                "best": dot,
-            }
-        )
-    return curves
-
-
-def _spark(clip: ReportClip, viewer: str | None) -> dict[str, Any]:
-    """A clip's two traces as paths in boxes of 300 by 50."""
-    paths = [[_path(clip.traces[source + k]) for source in (0, 2)] for k in range(2)]
-    return {**_clip_row(clip, viewer), "paths": paths}
-
-
-def _path(values: Floats) -> str:
-    """An SVG path of values in [-1, 1]; it is interrupted where there are none."""
-    parts, pen = [], "M"
-    for i, value in enumerate(values):
-        if not np.isfinite(value):
-            pen = "M"
-            continue
-        parts.append(f"{pen}{300 * i / max(1, len(values) - 1):.1f} {25 - 24 * min(1, max(-1, value)):.1f}")
-        pen = "L"
-    return "".join(parts)
-
-
-def _histogram(plane: PlaneSums, k: int) -> dict[str, Any]:
-    """Label against prediction: cells of a box of 240, and the mean label of each bin of predictions."""
-    table = plane.histogram[k]
-    top = table.max() or 1.0
-    size = 240 / BINS
-    cells = [
-        {"x": i * size, "y": 240 - (j + 1) * size, "size": size, "share": float(np.sqrt(table[i, j] / top))}
-        for i, j in zip(*np.nonzero(table), strict=True)
-    ]
-    middle = (np.arange(BINS) + 0.5) / BINS * 2 - 1
-    count = table.sum(axis=0)
-    mean = (table * middle[:, None]).sum(axis=0) / np.maximum(count, 1)
-    enough = count >= max(10, 0.002 * count.sum())
-    line = [
-        f"{(m + 1) / 2 * 240:.1f},{240 - (p + 1) / 2 * 240:.1f}"
-        for m, p, e in zip(mean, middle, enough, strict=True)
-        if e
-    ]
-    return {"name": DIMENSIONS[k], "cells": cells, "line": " ".join(line), "size": size}
-
-
-def _flow(plane: PlaneSums) -> list[dict[str, float]]:
-    """Arrows in a box of 240 from the mean label to the mean prediction, per cell of the plane."""
-    arrows = []
-    for v, a in np.ndindex(5, 5):
-        count, *sums = plane.flow[v, a]
-        if count:
-            x0, y0, x1, y1 = (float(s / count) for s in sums)
-            place = {"x0": x0, "y0": -y0, "x1": x1, "y1": -y1}
-            arrows.append({k: (value + 1) / 2 * 240 for k, value in place.items()} | {"frames": int(count)})
-    return arrows
-
-
-def _regions(plane: PlaneSums) -> list[dict[str, Any]]:
-    """Per region of the label: share of the frames, share of the predictions, RMSE and bias of both dimensions."""
-    count, total = plane.region[:, 0], max(1.0, plane.region[:, 0].sum())
-    rows = []
-    for r, name in enumerate(REGION_NAMES):
-        n = count[r] or np.nan
-        squared, error = plane.region[r, 1:3] / n, plane.region[r, 3:] / n
-        shares = {"labels": count[r] / total, "predictions": plane.predicted[r] / total}
-        errors = {"rmse": [_plain(x) for x in np.sqrt(squared)], "bias": [_plain(x) for x in error]}
-        rows.append({"name": name, "frames": int(count[r]), **shares, **errors})
-    return rows
-
-
-def _interval_axis(runs: Sequence[RunResults]) -> dict[str, Any]:
-    """Limits and ticks of the plot of scores: all intervals, widened to tenths."""
-    edges: list[float] = []
-    for run in runs:
-        for name in SCORES:
-            values: Iterable[float | None] = (run.metrics["ccc"].get(name), *run.metrics.get("ci95", {}).get(name, ()))
-            edges += [value for value in values if value is not None]
-    low, high = (min(edges), max(edges)) if edges else (0.0, 1.0)
-    low, high = float(np.floor(low * 10) / 10), float(np.ceil(high * 10) / 10)
-    high = max(high, low + 0.1)
-    ticks = round((high - low) * 10)
-    step = max(1, -(-ticks // 8))
-    return {"low": low, "high": high, "ticks": [low + k / 10 for k in range(0, ticks + 1, step)]}
 
 
 def _provenance(run: RunResults) -> list[tuple[str, str]]:
@@ -287,7 +181,3 @@ def _provenance(run: RunResults) -> list[tuple[str, str]]:
     ]
     rows += [(f"stream {s.get('name')}", str(s.get("fingerprint", ""))) for s in run.config.get("stream", ())]
     return rows + [(f"split {name}", ", ".join(f"{v} {k}" for k, v in facts.items())) for name, facts in data.items()]
-
-
-def _plain(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.cache import Cache, open_cache
-from vaflow.errors import CorruptError, UsageError, VaflowError, explain
+from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.timeline import Floats
 from vaflow.train.metrics import video_moments
 from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
@@ -112,7 +111,7 @@ def read_run(path: Path, name: str = "") -> RunResults:
     found = find_predictions(path)
     of_split = [clip for clip in found.clips if clip.split == split]
     left_out = set(metrics.get("missing", {}).get("clips", ()))
-    cache = _cache(found)
+    cache = found.open_cache()
     clips: list[ReportClip] = []
     moments: dict[str, Floats] = {}
     plane, masked = PlaneSums(), {"frames": 0.0, "unlabelled": 0.0, "seconds": 0.0, "no_face": 0.0}
@@ -128,7 +127,7 @@ def read_run(path: Path, name: str = "") -> RunResults:
         masked["no_face"] += np.nan if scores.missing_face is None else scores.missing_face * scores.seconds
         if not valid.any() or clip.item in left_out:
             continue
-        video = _group(clip)
+        video = next((str(s["group"]) for s in clip.records() if s.get("group")), clip.item)  # resampled as one
         moments[video] = moments.get(video, np.zeros((6, 2))) + video_moments(table.va, label, valid)
         plane.add(table.va[both], label[both], found.centers)
         at = np.linspace(0, len(table.time) - 1, min(SPARK, len(table.time))).astype(int)
@@ -137,18 +136,6 @@ def read_run(path: Path, name: str = "") -> RunResults:
     return RunResults(
         path, name or path.name, config, text, metrics, history, found, tuple(clips), moments, plane, known
     )
-
-
-def _group(clip: PredictedClip) -> str:
-    """The source video, whose clips are resampled together."""
-    return next((str(s["group"]) for s in clip.records() if s.get("group")), clip.item)
-
-
-def _cache(found: PredictionSet) -> Cache | None:
-    try:
-        return open_cache(found.cache) if found.cache else None
-    except VaflowError:
-        return None
 
 
 def _text(path: Path, run: Path) -> str:
