@@ -28,7 +28,15 @@ PRESETS = ("p1", "p2")
 AUTO = -1  # of epochs
 POSITIONS = ("none", "time")
 P1 = "arXiv 2603.13415"
-BEFORE_SETTING = {"attention_positions": "none"}  # values of settings that older runs do not have
+# Settings added since the first version, with the value that trains as that version did. Runs without them are read
+# with these values, and `ablate` hashes them only where they differ, so that runs of older studies are reused.
+BEFORE_SETTING: Mapping[str, Any] = {
+    "attention_positions": "none",
+    "deterministic": False,
+    "fold_groups": "",
+    "patience": 400,
+    "shared_sources": False,
+}
 
 
 @dataclass(frozen=True)
@@ -419,7 +427,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     table = document.get("train", document)
     settings = dict(table) if isinstance(table, dict) else document
     if "vaflow" in document:  # a run's config.toml
-        settings = BEFORE_SETTING | settings
+        settings = {**BEFORE_SETTING, **settings}
     for key, value in settings.items():
         coerce(key, value)
     return settings

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from vaflow.errors import UsageError
 from vaflow.train.ablate import StudyResult, run_study
 from vaflow.train.ablate.plan import Options, add_command, make_plan
 from vaflow.train.ablate.pool import Outcome, run_jobs
+from vaflow.train.config import BEFORE_SETTING, TrainConfig
 from vaflow.train.folds import split_items
 from vaflow.train.losses import ccc
 from vaflow.train.runs import RunFolder, load_run, require_record
@@ -124,6 +125,33 @@ def test_hash_follows_what_decides_a_run(cache: Cache, tmp_path: Path) -> None:
     assert key(other=copy) != first, "another clip is other data"
     other = make_cache(tmp_path / "other", Toy(widths=(13, 10)))
     assert key(other=other) != first, "another stream"
+
+
+FIRST_SETTINGS = (
+    "visual audio text prompts window stride frames audio_steps label_reduction hidden temporal fusion "
+    "attention_heads dropout normalize layers causal learnable_prompts prompt_context text_weights centers sigma "
+    "region_labels kl_weight mse_weight ccc_weight extra_targets extra_weight modality_dropout best epochs "
+    "batch_size lr weight_decay schedule warmup clip_norm seed device train_split val_split folds fold "
+    "fold_splits finetune backbone_lr finetune_blocks accumulate augment checkpointing precision init"
+)
+
+
+def test_a_setting_added_later_keeps_the_runs_of_older_studies(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(**settings: str) -> str:
+        options = Options(1, {"attention_positions": "none", **settings})
+        return make_plan(cache, toy_study(tmp_path), ["one"], options).entries[0].keys[0]
+
+    first = set(FIRST_SETTINGS.split())
+    added = {field.name for field in fields(TrainConfig)} - first
+    assert added == set(BEFORE_SETTING), "BEFORE_SETTING needs the value that trains as the first version did"
+    unchanged = key()
+    assert key(deterministic="true") != unchanged
+    assert key(attention_positions="time") != unchanged
+    as_dict = TrainConfig.as_dict
+    monkeypatch.setattr(TrainConfig, "as_dict", lambda self: {k: v for k, v in as_dict(self).items() if k in first})
+    assert key() == unchanged, "the hash of the version without these settings"
 
 
 def test_an_interrupted_study_goes_on(cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path) -> None:
@@ -326,7 +354,7 @@ def test_jobs_of_one_data_set_stand_together(cache: Cache, tmp_path: Path) -> No
 
 
 def test_a_study_needs_a_seed() -> None:
-    with pytest.raises(UsageError, match="--seeds 1 or more"):
+    with pytest.raises(UsageError, match="--seeds must be >= 1"):
         Options(seeds=0)
 
 

@@ -14,7 +14,7 @@ from vaflow.encoders import encoder_kind
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Grid
 from vaflow.train.ablate.grid import Row, Settings, Study, Table, expand
-from vaflow.train.config import NONE, TrainConfig, with_aliases
+from vaflow.train.config import BEFORE_SETTING, NONE, TrainConfig, with_aliases
 from vaflow.train.folds import split_items
 from vaflow.train.inputs import Inputs, resolve, sampling
 
@@ -168,8 +168,12 @@ class _Planner:
         return key
 
     def _hash(self, config: TrainConfig, inputs: Inputs) -> str:
-        """Digest of everything that determines a run: settings, streams, prompts, clips; not the device."""
-        settings = {key: value for key, value in config.as_dict().items() if key != "device"}
+        """Digest of everything that determines a run: settings, streams, prompts, clips; not the device.
+
+        A later setting counts only where it changes what is trained: adding a setting keeps the runs of older studies.
+        """
+        older = {"device": config.device, **BEFORE_SETTING}
+        settings = {key: value for key, value in config.as_dict().items() if key not in older or value != older[key]}
         names = [LABELS, *(stream.name for stream in inputs.streams), *config.extra_targets]
         names += (PIXELS, LOGMEL) if config.finetune else ()
         document: dict[str, object] = {
