@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,8 +125,10 @@ def encode_text(encoder: VisualEncoder | AudioEncoder, texts: list[str]) -> NDAr
 def _entry(name: str) -> Entry:
     if name in ENCODERS:
         return ENCODERS[name]
-    family, _, source = name.partition(":")
-    if family not in FORMS or ":" not in name:
+    family, colon, source = name.partition(":")
+    if colon and source and family not in FORMS and family in {point.name for point in _plugins()}:
+        return Entry("any", family, source)
+    if family not in FORMS or not colon:
         raise UsageError(
             explain("Unknown encoder", got=name, choices=[*ENCODERS, *(form for _, form in FORMS.values())])
         )
@@ -134,6 +137,11 @@ def _entry(name: str) -> Entry:
     if not source or (family == "clip" and not (model and rest)):
         raise UsageError(explain("The encoder's name is incomplete", expected=form, got=name))
     return Entry(kind, family, source)
+
+
+def _plugins() -> EntryPoints:
+    """Return the families of other packages: entry points whose object has `build(request)`."""
+    return entry_points(group="vaflow.encoders")
 
 
 def _family(name: str) -> Any:
@@ -175,6 +183,9 @@ def _family(name: str) -> Any:
             from vaflow.encoders import tiny
 
             return tiny
+    for point in _plugins():  # installed by the user: a name selects one, it installs and imports nothing else
+        if point.name == name:
+            return point.load()
     raise UsageError(
         explain(
             "logmel has no network to build: its filter banks are stored for every clip with audio",

@@ -1,0 +1,73 @@
+"""Every encoder that needs no download passes the contract for outside packages; an outside family is found."""
+
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_checkpoints import write_checkpoint
+
+from vaflow import encoders
+from vaflow.encoders import build_encoder, encoder_kind
+from vaflow.encoders.base import Request
+from vaflow.encoders.tiny import build as build_tiny
+from vaflow.errors import UsageError
+from vaflow.testing import EncoderContract
+
+
+class TestClip(EncoderContract):
+    name = "clip-tiny"
+
+    def changed(self) -> Any:
+        return build_encoder("resnet-tiny")
+
+
+class TestAst(EncoderContract):
+    name = "ast-tiny"
+
+
+class TestVggish(EncoderContract):
+    name = "vggish-tiny"
+
+
+class TestLayersOfImages(EncoderContract):
+    @pytest.fixture(autouse=True)
+    def checkpoint(self, tmp_path: Path) -> None:
+        self.folder = write_checkpoint("dinov2", tmp_path / "model")
+        self.name = f"hf:{self.folder}@1-2"
+
+    def changed(self) -> Any:
+        return build_encoder(f"hf:{self.folder}@2-3")
+
+
+class TestLayersOfSpeech(EncoderContract):
+    @pytest.fixture(autouse=True)
+    def checkpoint(self, tmp_path: Path) -> None:
+        self.name = f"hf:{write_checkpoint('wavlm', tmp_path / 'model')}@all"
+
+
+def build_outside(request: Request) -> Any:
+    """What another package would ship: here the tiny CLIP under another name."""
+    return build_tiny(Request(request.name, "clip", None, request.device, request.precision))
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("outside", f"{__name__}:outside", "vaflow.encoders")
+    monkeypatch.setattr(encoders, "entry_points", lambda group: EntryPoints([point]))
+
+
+outside = SimpleNamespace(build=build_outside)
+
+
+def test_a_family_of_another_package_is_found(installed: None) -> None:
+    assert encoder_kind("outside:small") == "any"
+    encoder = build_encoder("outside:small")
+    assert (encoder.name, encoder.kind) == ("outside:small", "visual")
+    assert encoder.identity == build_encoder("clip-tiny").identity
+
+
+def test_without_the_package_the_name_is_unknown() -> None:
+    with pytest.raises(UsageError, match="Unknown encoder"):
+        encoder_kind("outside:small")
