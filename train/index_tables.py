@@ -1,8 +1,7 @@
-"""Which cached row every sample of every training window reads: pure functions on the times of one clip.
+"""Which cached row each sample of each training window reads: pure functions on the times of one clip.
 
-A table holds row numbers of a stream's embedding; `NOTHING` stands where there is none to read: the clip has ended,
-the input is missing, or the stream has no sample near enough. Source: docs/choices.md, "Sampling grid",
-"Labels at sampled times" and "Nearest sample".
+A table holds row numbers of a stream's embedding, or `NO_ROW`: the clip has ended, the input is missing, or the stream
+has no sample close enough. Source: docs/choices.md, "Sampling grid", "Labels at sampled times" and "Nearest sample".
 """
 
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import numpy as np
 
 from vaflow.timeline import Bools, Floats, Grid, Ints, median_interval, nearest
 
-NOTHING = -1
+NO_ROW = -1
 _SLACK = 1e-6  # seconds: two writers' roundings of one instant
 
 
@@ -20,11 +19,14 @@ class WindowTimes:
     """The windows of one clip.
 
     Attributes:
+        grid, duration: that the windows were laid out with.
         start: [W] seconds.
         sample: [W, F] seconds of every output frame; equal instants are equal numbers.
         inside: [W, F] False beyond the clip's end; the first of each window is always True.
     """
 
+    grid: Grid
+    duration: float
     start: Floats
     sample: Floats
     inside: Bools
@@ -36,51 +38,36 @@ def window_times(grid: Grid, duration: float) -> WindowTimes:
     Raises:
         UsageError: the duration is negative or not finite.
     """
-    start = grid.seconds(grid.starts(duration))
     sample = grid.seconds(grid.window_ticks(duration))
     inside = sample < duration
     inside[:, 0] = True
-    return WindowTimes(start, sample, inside)
+    return WindowTimes(grid, duration, grid.seconds(grid.starts(duration)), sample, inside)
 
 
 @dataclass(frozen=True)
-class StepTable:
-    """What the windows of one clip read of one stream.
+class FrameTimes:
+    """Times of one clip's visual rows.
 
     Attributes:
-        row: [W, S] row of the stream's embedding, its leading axes flattened; `NOTHING` where missing or outside.
-        inside: [W, S] within the clip.
-        time: [W, S] seconds after the window's start; where nothing is read, when it would have been.
+        time: [T] seconds.
+        valid: [T] a face is visible.
+        interval: seconds between two rows; None: their median.
     """
 
-    row: Ints
-    inside: Bools
     time: Floats
-
-
-def frame_table(windows: WindowTimes, time: Floats, valid: Bools, interval: float) -> StepTable:
-    """Visual streams: the sample nearest to every output frame, if it is within half an interval.
-
-    Args:
-        windows: of the clip.
-        time: [T] seconds of the stream's samples.
-        valid: [T] the input is there.
-        interval: seconds between its samples.
-    """
-    row = _nearest_row(time, valid, windows.sample, interval)
-    after = np.broadcast_to(windows.sample - windows.start[:, None], row.shape)
-    return StepTable(np.where(windows.inside, row, NOTHING), windows.inside, after)
+    valid: Bools
+    interval: float | None = None
 
 
 @dataclass(frozen=True)
-class SoundTimes:
-    """Where the rows of one clip's audio stream lie.
+class AudioTimes:
+    """Times of one clip's audio rows.
 
     Attributes:
-        start: [V] seconds at which its windows begin.
+        start: [V] seconds at which the stream's windows begin.
         time: [V, S] seconds of every step.
-        valid: [V, S] there was sound under the step.
-        length: seconds of a window, or None where the stream does not say.
+        valid: [V, S] the step has audio samples.
+        length: seconds of a window; None: not stated by the stream.
         interval: seconds between two steps.
     """
 
@@ -90,100 +77,112 @@ class SoundTimes:
     length: float | None
     interval: float
 
-    @property
-    def centre(self) -> Floats:
-        """[V] seconds: the middle of every window."""
-        return self.start + self.length / 2 if self.length else self.time.mean(axis=1)
+
+NO_FRAMES = FrameTimes(np.zeros(0), np.zeros(0, bool))  # of a stream without this clip
+NO_AUDIO = AudioTimes(np.zeros(0), np.zeros((0, 1)), np.zeros((0, 1), bool), None, 1.0)  # likewise
 
 
-SILENCE = SoundTimes(np.zeros(0), np.zeros((0, 1)), np.zeros((0, 1), bool), None, 1.0)  # a stream without this clip
+@dataclass(frozen=True)
+class StepTable:
+    """What the windows of one clip read of one stream.
 
-
-def step_table(windows: WindowTimes, duration: float, window: float, steps: int, sound: SoundTimes) -> StepTable:
-    """Audio streams: step k of a window stands for its k-th part of `window / steps` seconds.
-
-    A window that the stream has exactly is read as it is. Otherwise, at time t, the stream's window whose centre is
-    nearest is read, at its step nearest to t, if that is within half an interval.
+    Attributes:
+        row: [W, S] row of the stream's embedding, its leading axes flattened; `NO_ROW` where missing or outside.
+        inside: [W, S] within the clip.
+        time: [W, S] seconds after the window's start, of the row, or of the step itself where no row is read.
     """
-    part = window / steps
-    begin = windows.start[:, None] + np.arange(steps) * part
-    inside = begin < duration
+
+    row: Ints
+    inside: Bools
+    time: Floats
+
+
+def frame_table(windows: WindowTimes, frames: FrameTimes) -> StepTable:
+    """Visual streams: each output frame reads the nearest row within half an interval."""
+    interval = frames.interval or median_interval(frames.time, windows.grid.step)
+    row = _nearest_row(frames.time, frames.valid, windows.sample, interval)
+    after = np.broadcast_to(windows.sample - windows.start[:, None], row.shape)
+    return StepTable(np.where(windows.inside, row, NO_ROW), windows.inside, after)
+
+
+def step_table(windows: WindowTimes, steps: int, audio: AudioTimes) -> StepTable:
+    """Audio streams: each of a window's `steps` equal parts reads one row.
+
+    A window that the stream has exactly is read step by step. Otherwise a part reads from the stream's window whose
+    centre is nearest to the middle of the part, at the step nearest to that middle and within half an interval.
+    """
+    window = windows.grid.window
+    begin = windows.start[:, None] + np.arange(steps) * (window / steps)
+    inside = begin < windows.duration
     inside[:, 0] = True
-    middle = begin + part / 2
-    row, time = _steps_by_centre(sound, middle)
-    same = _same_window(sound, windows.start, window, steps)
-    exact = np.flatnonzero(same >= 0)
-    if exact.size:
-        row[exact] = same[exact, None] * steps + np.arange(steps)
-        time[exact] = sound.time[same[exact]]
-        row[exact] = np.where(sound.valid[same[exact]], row[exact], NOTHING)
-    return StepTable(np.where(inside, row, NOTHING), inside, time - windows.start[:, None])
+    row, time = _steps_by_centre(audio, begin + window / steps / 2)
+    same_layout = audio.length is not None and abs(audio.length - window) <= _SLACK and audio.time.shape[1] == steps
+    if same_layout and audio.start.size:
+        same = nearest(audio.start, windows.start)
+        exact = np.flatnonzero(np.abs(audio.start[same] - windows.start) <= _SLACK)
+        same = same[exact]
+        row[exact] = np.where(audio.valid[same], same[:, None] * steps + np.arange(steps), NO_ROW)
+        time[exact] = audio.time[same]
+    return StepTable(np.where(inside, row, NO_ROW), inside, time - windows.start[:, None])
 
 
-def _same_window(sound: SoundTimes, start: Floats, window: float, steps: int) -> Ints:
-    """[W] the stream's window that is exactly this training window; `NOTHING` where it has none."""
-    other = sound.length is None or abs(sound.length - window) > _SLACK or sound.time.shape[1] != steps
-    if other or not sound.start.size:
-        return np.full(start.shape, NOTHING, np.int64)
-    found = nearest(sound.start, start)
-    return np.where(np.abs(sound.start[found] - start) <= _SLACK, found, NOTHING)
-
-
-def _steps_by_centre(sound: SoundTimes, query: Floats) -> tuple[Ints, Floats]:
+def _steps_by_centre(audio: AudioTimes, query: Floats) -> tuple[Ints, Floats]:
     """Row and time of the step to read at each `query` second, [W, S] each."""
-    if sound.time.size == 0:
-        return np.full(query.shape, NOTHING, np.int64), query.copy()
-    chosen = nearest(sound.centre, query)
-    # One search for all: every window's times are moved into a range of their own, far from the others'.
-    apart = 10 * (float(max(np.abs(sound.time).max(), np.abs(query).max())) + 1)
-    count, steps = sound.time.shape
-    line = (sound.time + apart * np.arange(count)[:, None]).ravel()
-    row = _nearest_row(line, sound.valid.ravel(), query + apart * chosen, sound.interval)
+    if audio.time.size == 0:
+        return np.full(query.shape, NO_ROW, np.int64), query.copy()
+    centre = audio.start + audio.length / 2 if audio.length else audio.time.mean(axis=1)
+    chosen = nearest(centre, query)
+    # One search for all: the times of each window are shifted into a separate range, far from the others.
+    apart = 10 * (float(max(np.abs(audio.time).max(), np.abs(query).max())) + 1)
+    count, steps = audio.time.shape
+    line = (audio.time + apart * np.arange(count)[:, None]).ravel()
+    row = _nearest_row(line, audio.valid.ravel(), query + apart * chosen, audio.interval)
     read = np.clip(row, 0, count * steps - 1)
-    return row, np.where(row == NOTHING, query, sound.time.ravel()[read])
+    return row, np.where(row == NO_ROW, query, audio.time.ravel()[read])
 
 
 def _nearest_row(time: Floats, valid: Bools, query: Floats, interval: float) -> Ints:
-    """The row nearest in time to each query; `NOTHING` beyond half an interval or where the input is missing."""
+    """The row nearest in time to each query; `NO_ROW` beyond half an interval or where the input is missing."""
     if time.size == 0:
-        return np.full(query.shape, NOTHING, np.int64)
+        return np.full(query.shape, NO_ROW, np.int64)
     # A step's middle often lies exactly between two rows: rounding must not choose now one, now the other.
     row = nearest(time, query - _SLACK)
     near = np.abs(time[row] - query) <= interval / 2 + _SLACK
-    return np.where(near & valid[row], row, NOTHING)
+    return np.where(near & valid[row], row, NO_ROW)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Labels at the output frames of one clip's windows: value [W, F, 2] (0 where there is none), labelled likewise."""
+    """Labels at the output frames of one clip's windows: value [W, F, K] (0 if not annotated), labelled likewise."""
 
     value: Floats
     labelled: Bools
 
 
-def nearest_targets(windows: WindowTimes, time: Floats, value: Floats, valid: Bools, step: float) -> Targets:
-    """The annotation of the frame nearest by presentation time, if there is one about as near as samples are apart.
+def nearest_targets(windows: WindowTimes, time: Floats, value: Floats, valid: Bools) -> Targets:
+    """The annotation nearest to each output frame, within half a step or half an annotation interval.
 
     Args:
         windows: of the clip.
         time: [R] seconds of the annotation rows.
-        value: [R, K]; valid: [R, K] which of it is annotated; K is 2, or the width of further targets.
-        step: seconds between output frames.
+        value: [R, K]; valid: [R, K] which values are annotated; K is 2, or the width of further targets.
     """
     if time.size == 0:
         return _no_targets(windows, value.shape[1])
     row = nearest(time, windows.sample)
-    near = np.abs(time[row] - windows.sample) <= max(median_interval(time), step) / 2 + _SLACK
+    reach = max(median_interval(time), windows.grid.step) / 2 + _SLACK
+    near = np.abs(time[row] - windows.sample) <= reach
     labelled = valid[row] & (near & windows.inside)[..., None]
     return Targets(np.where(labelled, value[row], 0.0), labelled)
 
 
-def mean_targets(windows: WindowTimes, time: Floats, value: Floats, valid: Bools, step: float) -> Targets:
-    """The mean of all annotations within half a step of the output frame; arguments as of `nearest_targets`."""
+def mean_targets(windows: WindowTimes, time: Floats, value: Floats, valid: Bools) -> Targets:
+    """The mean of all annotations within half a step of each output frame; arguments as of `nearest_targets`."""
     if time.size == 0:
         return _no_targets(windows, value.shape[1])
-    first = np.searchsorted(time, windows.sample - step / 2 - _SLACK)
-    last = np.searchsorted(time, windows.sample + step / 2 - _SLACK)
+    half = windows.grid.step / 2
+    first = np.searchsorted(time, windows.sample - half - _SLACK)
+    last = np.searchsorted(time, windows.sample + half - _SLACK)
     zero = np.zeros((1, 2))
     sums = np.concatenate([zero, np.cumsum(np.where(valid, value, 0.0), axis=0)])
     counts = np.concatenate([zero, np.cumsum(valid, axis=0)])

@@ -1,4 +1,4 @@
-"""What a training run tells people while it runs: log lines, a bar, TensorBoard."""
+"""Report the progress of a training run: log lines, a progress bar, TensorBoard."""
 
 import logging
 import threading
@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from vaflow.regions import region_table
 from vaflow.train.config import AUTO, TrainConfig
-from vaflow.train.data import describe_labels
 from vaflow.train.evaluate import featureless, label_warnings
 from vaflow.train.loop import Row
-from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.metrics import DIMENSIONS, region_occupancy
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)
 
 
 def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:
-    """Say in the log what was loaded, what is left out or missing, and how the labels lie over the regions."""
+    """Log the sizes of both splits, missing features, unused windows and the distribution of the labels."""
     for split, windows in ((config.train_split, train), (config.val_split, val)):
         left_out = len(windows) - len(windows.trainable)
         log.info(
@@ -48,23 +48,36 @@ def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:
     warn_of_labels(config, train)
 
 
+def describe_labels(windows: WindowSet, centers: float) -> str:
+    """Percentages of labelled frames per region, as a table: valence in rows, arousal in columns."""
+    value = np.concatenate([clip.value for clip in windows.clips])
+    valid = np.concatenate([clip.valid for clip in windows.clips])
+    share = region_occupancy(np.where(valid, value, 0), valid, centers)
+    if not np.isfinite(share).all():
+        return "No frame is labelled in both dimensions: the labels have no regions"
+    return f"Share of labelled frames per region:\n{region_table(share.tolist())}"
+
+
 def warn_of_labels(config: TrainConfig, train: WindowSet) -> list[str]:
-    """Warn of nearly constant labels; returns the warnings."""
+    """Log warnings about nearly constant labels and return them."""
     label = np.concatenate([clip.value for clip in train.clips])
     valid = np.concatenate([clip.valid for clip in train.clips])
-    found = [f"{config.train_split}: {warning}" for warning in label_warnings(label, valid)]
-    for warning in found:
+    warnings = [f"{config.train_split}: {warning}" for warning in label_warnings(label, valid)]
+    for warning in warnings:
         log.warning("%s", warning)
-    return found
+    return warnings
 
 
 def reporter(config: TrainConfig, bar: "tqdm[Any]", board: "Board | None") -> Callable[[Row], None]:
-    """What to do after each epoch: move the bar, a line in the log, a point on the board."""
+    """A function that reports an epoch to the progress bar, the log and TensorBoard."""
+
+    def score(value: float) -> str:
+        return "-" if np.isnan(value) else f"{value:.4f}"  # a dimension can lack labels
 
     def report(row: Row) -> None:
         bar.n = int(row["epoch"])
         bar.set_postfix_str(f"val CCC {row['val_ccc_mean']:.3f}")
-        scores = [f"{name} {_score(row[f'val_ccc_{name}'])}" for name in (*DIMENSIONS, "mean")]
+        scores = [f"{name} {score(row[f'val_ccc_{name}'])}" for name in (*DIMENSIONS, "mean")]
         log.info(
             "epoch %2d%s  loss %.4f  val CCC  %s  (%.1f s)",
             row["epoch"],
@@ -79,12 +92,8 @@ def reporter(config: TrainConfig, bar: "tqdm[Any]", board: "Board | None") -> Ca
     return report
 
 
-def _score(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.4f}"  # a dimension may be without labels
-
-
 class Board:
-    """TensorBoard event files; nothing of it is imported before it is used."""
+    """Writer of TensorBoard event files; imports TensorBoard when it is entered."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,13 +112,13 @@ class Board:
         finally:
             threading.excepthook = self._hook
 
-    def _failed(self, said: threading.ExceptHookArgs) -> None:
-        """A full disk ends the thread that writes events, and is raised again at the next epoch: once is enough."""
-        if said.exc_type is None or not issubclass(said.exc_type, OSError):
-            self._hook(said)
+    def _failed(self, arguments: threading.ExceptHookArgs) -> None:
+        """Silence a write error of the event thread: the next epoch raises it again."""
+        if arguments.exc_type is None or not issubclass(arguments.exc_type, OSError):
+            self._hook(arguments)
 
     def add(self, row: Row) -> None:
-        """One epoch's numbers."""
+        """Write the values of one epoch."""
         for name, value in row.items():
             if name != "epoch":
                 self._writer.add_scalar(name.replace("_", "/", 1), value, int(row["epoch"]))

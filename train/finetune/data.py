@@ -21,7 +21,7 @@ from vaflow.encoders.images import Preparation
 from vaflow.encoders.logmel import HOP, RATE
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.train.batch import VISUAL
-from vaflow.train.data import default_budget, make_packs, mapped
+from vaflow.train.data import default_budget, make_packs, mapped_zeros
 from vaflow.train.finetune.augment import Augment
 from vaflow.train.finetune.backbones import Backbone
 from vaflow.train.inputs import InputStream
@@ -169,7 +169,7 @@ def _source_of(stream: InputStream) -> str:
 def _load_pictures(cache: Cache, backbone: Backbone, own: list[tuple[int, str]], scratch: Path | None) -> Pictures:
     size = sum(int(cache.record(PIXELS, item).arrays["data"]["shape"][0]) for _, item in own)
     fits = size <= default_budget(torch.device("cpu"))
-    data = torch.zeros(size, dtype=torch.uint8) if fits else mapped((size, 1), torch.uint8, scratch).view(size)
+    data = torch.zeros(size, dtype=torch.uint8) if fits else mapped_zeros((size, 1), torch.uint8, scratch).view(size)
     offsets, clips, filled = [np.zeros(1, np.int64)], [np.zeros(0, np.int64)], 0
     for number, item in own:
         pixels = cache.read(PIXELS, item)
