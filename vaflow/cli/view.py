@@ -73,6 +73,9 @@ def report(
     viewer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Link clips to this page, as written by `vaflow view`.")
     ] = None,
+    gates: Annotated[
+        bool, typer.Option("--gates", help="Show when the fusion gate lets audio in (runs the models once more).")
+    ] = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -84,7 +87,7 @@ def report(
     set_up(verbose, quiet)
     from vaflow.viewer.report import paired_differences, write_report
 
-    shown = write_report(runs, out, viewer)
+    shown = write_report(runs, out, viewer, gates=gates)
     if json:
         scores = [{"run": str(run.path), "ccc": run.metrics["ccc"], "ci95": run.metrics.get("ci95")} for run in shown]
         print_json({"page": str(out), "runs": scores, "differences": paired_differences(shown)})

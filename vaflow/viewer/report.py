@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -28,16 +28,22 @@ from vaflow.viewer.charts import (
 )
 from vaflow.viewer.run_results import ReportClip, RunResults, read_runs
 
+if TYPE_CHECKING:
+    from vaflow.viewer.gates import GateShare
+
 SHOWN = 3  # best and worst clips
 
 
-def write_report(paths: Sequence[Path], out: Path, viewer: Path | None = None) -> list[RunResults]:
+def write_report(
+    paths: Sequence[Path], out: Path, viewer: Path | None = None, *, gates: bool = False
+) -> list[RunResults]:
     """Write one HTML file about finished runs; returns what it shows.
 
     Args:
         paths: run directories; differences are against the first.
         out: the file.
         viewer: directory of a written viewer (`vaflow view`) that clips link to.
+        gates: run the models once more on their caches for the statistics of the fusion gate.
 
     Raises:
         UsageError: a directory is not a finished run, or `out` cannot be written.
@@ -53,7 +59,7 @@ def write_report(paths: Sequence[Path], out: Path, viewer: Path | None = None) -
     page = render(
         "report.html",
         scripts=("tables.js",),
-        runs=[run_section(run, link) for run in runs],
+        runs=[run_section(run, link, gates) for run in runs],
         names=[run.name for run in runs],
         paired=paired_differences(runs),
         settings=differing_settings(runs),
@@ -112,7 +118,7 @@ def _setting(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def run_section(run: RunResults, viewer: str | None) -> dict[str, Any]:
+def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, Any]:
     """Everything that the template shows of one run."""
     metrics = run.metrics
     ranked = sorted(run.clips, key=lambda clip: -clip.scores.ccc["mean"])
@@ -141,6 +147,7 @@ def run_section(run: RunResults, viewer: str | None) -> dict[str, Any]:
         "histograms": [calibration(run.plane, k) for k in range(2)],
         "flow": shifts(run.plane),
         "regions": region_errors(run.plane),
+        "gates": _gates(run) if gates else None,
         "masked": {
             "frames": int(frames),
             "unlabelled": (run.masked["unlabelled"] or 0) / frames if frames else None,
@@ -150,6 +157,14 @@ def run_section(run: RunResults, viewer: str | None) -> dict[str, Any]:
         "provenance": _provenance(run),
         "config": run.text,
     }
+
+
+def _gates(run: RunResults) -> "list[GateShare]":
+    """Statistics of the fusion gate; empty where the run has none or its cache is gone."""
+    from vaflow.viewer.gates import gate_shares  # imports torch
+
+    cache = run.found.open_cache()
+    return gate_shares(run.path, cache, str(run.metrics["split"]), run.found.centers) if cache is not None else []
 
 
 def _clip_row(clip: ReportClip, viewer: str | None) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""How far a run's fusion gate lets audio in: the share of audio in the fused features, by condition."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vaflow.cache import Cache
+from vaflow.regions import REGION_NAMES
+from vaflow.timeline import Bools, Floats, stitch
+from vaflow.train.data import load_windows
+from vaflow.train.evaluate import input_at_frames, predict_windows
+from vaflow.train.heads.fusion import Fusion
+from vaflow.train.runs import load_run
+from vaflow.viewer.run_results import region_of
+
+
+@dataclass(frozen=True)
+class GateShare:
+    """Mean and 10th to 90th percentile of the gate over the frames of one condition."""
+
+    condition: str
+    frames: int
+    mean: float
+    low: float
+    high: float
+
+
+def gate_shares(run: Path, cache: Cache, split: str, centers: float) -> list[GateShare]:
+    """Return the gate's mean over the features, at every frame with audio, summarized by condition.
+
+    1 means that the fused features are the audio's, 0 the visual ones. Empty for runs without a gate, without audio, or
+    with encoders of their own.
+
+    Raises:
+        VaflowError: the run or the cache cannot be read.
+    """
+    loaded = load_run(run)
+    gates = [m.gate for m in loaded.model.modules() if isinstance(m, Fusion) and m.gate is not None]
+    kinds = {stream.kind for stream in loaded.record.wanted}
+    if len(gates) != 1 or loaded.record.tuned or not {"visual", "audio"} <= kinds:
+        return []
+    items = cache.items(split)
+    windows = load_windows(cache, items, loaded.record.wanted, loaded.record.config)
+    outputs: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        outputs.append(torch.sigmoid(output).mean(dim=-1, keepdim=True))
+
+    hook = gates[0].register_forward_hook(keep)
+    try:
+        with torch.inference_mode():
+            predict_windows(loaded.model, windows)
+    finally:
+        hook.remove()
+    gate = torch.cat(outputs).numpy().astype(np.float64)
+    values, faces, regions = [], [], []
+    for clip in windows.clips:
+        rows = slice(clip.first, clip.last)
+        inside = windows.inside_array[rows]
+        heard = input_at_frames(windows, clip, "audio")
+        if not inside.any() or not heard.any():
+            continue
+        values.append(stitch(windows.sample_time[rows], gate[rows], inside, clip.time)[heard, 0])
+        faces.append(input_at_frames(windows, clip, "visual")[heard])
+        labelled = clip.valid.all(axis=1)
+        regions.append(np.where(labelled, region_of(np.nan_to_num(clip.value), centers), -1)[heard])
+    if not values:
+        return []
+    value, face, region = (np.concatenate(x) for x in (values, faces, regions))
+    conditions: list[tuple[str, Bools]] = [("all frames with audio", np.ones(len(value), bool))]
+    conditions += [("with a face", face), ("without a face", ~face)]
+    conditions += [(f"label: {name}", region == r) for r, name in enumerate(REGION_NAMES)]
+    return [_summary(name, value[mask]) for name, mask in conditions if mask.any()]
+
+
+def _summary(condition: str, value: Floats) -> GateShare:
+    low, high = np.quantile(value, (0.1, 0.9))
+    return GateShare(condition, len(value), float(value.mean()), float(low), float(high))
