@@ -96,9 +96,21 @@ def load_study(path: Path | None = None) -> Study:
     name = str(path or "paper_tables.toml")
     try:
         text = (path or resources.files("vaflow.train").joinpath("paper_tables.toml")).read_text("utf-8")
-        document = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise UsageError(explain(f"{name} is not TOML", expected="UTF-8", got=error)) from error
     except OSError as error:
         raise UsageError(explain(f"Cannot read the tables {name}", got=error.strerror)) from error
+    return parse_study(text, name)
+
+
+def parse_study(text: str, name: str) -> Study:
+    """Parse the text of a file of tables; `name` stands in messages.
+
+    Raises:
+        UsageError: it is not TOML, or a part of it is not understood; the row is named.
+    """
+    try:
+        document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, brackets without end
         raise UsageError(
             explain(f"{name} is not TOML", expected="tables as in the built-in file", got=error)

@@ -24,7 +24,9 @@ def ablate(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of runs and results.", show_default=False)],
     tables: Annotated[
         list[str] | None,
-        typer.Option("--table", metavar="NAME", help="1, 2, 3, p2, extra, or all; a name of --grid. Repeatable. [all]"),
+        typer.Option(
+            "--table", metavar="NAME", help="1, 2, 3, p2, extra, all, or encoders; a name of --grid. Repeatable. [all]"
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs per configuration.")] = 3,
     aliases: Annotated[
@@ -61,15 +63,23 @@ def ablate(
         raise UsageError(explain(f"--jobs must be >= 1 (got {jobs})"))
     from vaflow.cache import open_cache
     from vaflow.train.ablate import run_study
+    from vaflow.train.ablate.encoders import NAME as ENCODERS
+    from vaflow.train.ablate.encoders import encoder_study, write_matrix
     from vaflow.train.ablate.grid import load_study
     from vaflow.train.ablate.plan import Options
     from vaflow.train.config import parse_settings
 
     options = Options(seeds, parse_settings(settings or []), alias_pairs(aliases or []), allow_missing)
-    study = load_study(grid)
+    opened = open_cache(cache)
+    compared = ENCODERS in (tables or [])
+    if compared and (grid is not None or len(tables or []) > 1):
+        raise UsageError(
+            explain(f"--table {ENCODERS} is a study of its own", expected="no other --table and no --grid")
+        )
+    study = encoder_study(opened) if compared else load_study(grid)
     with _Reporter(show_bars(quiet), quiet) as reporter:
         result = run_study(
-            open_cache(cache),
+            opened,
             study,
             tables or [],
             out,
@@ -79,6 +89,10 @@ def ablate(
             on_plan=reporter.plan,
             on_run=reporter.run,
         )
+    if compared:
+        path = write_matrix(opened, result.results, out / "encoders.md")
+        if not (json or quiet):
+            typer.echo(path.read_text("utf-8"))
     return _report(result, json, quiet)
 
 

@@ -1,0 +1,42 @@
+"""Table `encoders`: every stream, every pair and all visual streams of a cache, with a matrix."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
+
+from vaflow.cache import Cache
+from vaflow.cli import main
+from vaflow.train.ablate.encoders import encoder_study
+
+
+def two_eyes(path: Path) -> Cache:
+    """The synthetic cache with a second visual stream, of noise."""
+    cache = make_cache(path, Toy(splits={"train": 3, "val": 2}, seconds=(8, 10), text=False))
+    cache.declare(replace(cache.streams()[VISUAL], name="noise"))
+    rng = np.random.default_rng(0)
+    for item in cache.items():
+        stored = cache.read(VISUAL, item)
+        embedding = rng.normal(size=stored.embedding.shape).astype(np.float16)
+        cache.write("noise", item, {"embedding": embedding, "time": stored.time, "valid": stored.valid})
+    return cache
+
+
+def test_the_rows_are_all_streams_and_pairs(tmp_path: Path) -> None:
+    (table,) = encoder_study(two_eyes(tmp_path / "cache")).tables
+    names = {row.name for row in table.rows}
+    assert names == {VISUAL, "noise", AUDIO, f"{VISUAL} + {AUDIO}", f"noise + {AUDIO}", "all visual"}
+    (both,) = [row for row in table.rows if row.name == "all visual"]
+    assert set(both.settings["visual"]) == {VISUAL, "noise"} and both.settings["audio"] == ["none"]
+
+
+def test_the_command_writes_a_matrix(tmp_path: Path) -> None:
+    cache, out = two_eyes(tmp_path / "cache"), tmp_path / "out"
+    options = ["--seeds", "1", "--set", "epochs=1", "--set", "hidden=8", "--set", "kl_weight=0"]
+    assert main(["ablate", str(cache.path), "--table", "encoders", "--out", str(out), *options]) == 0
+    page = (out / "encoders.md").read_text()
+    assert page.count("| - |") == 1, "every pair but none and none has a score"
+    assert f"| noise | {cache.streams()['noise'].dim} | 1 |" in page
+    assert "[table.encoders]" in (out / "tables.toml").read_text()
+    assert main(["ablate", str(cache.path), "--table", "encoders", "--table", "1", "--out", str(out)]) == 2
