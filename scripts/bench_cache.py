@@ -18,8 +18,7 @@ import numpy as np
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.documents import record_document, seal
-from vaflow.cache.names import escape
-from vaflow.cache.schema import LABELS, STORES, Array, Record, StreamInfo
+from vaflow.cache.schema import LABELS, STORES, Array, Record, StreamInfo, escape
 
 VISUAL = StreamInfo("visual", "visual", 512, "float16", {"encoder": "bench"})
 TARGETS = StreamInfo(LABELS, "labels", 0, "float32", {})

@@ -10,7 +10,7 @@ import pytest
 import zarr
 from cache_toys import arrays, assert_same, small_cache, stream
 
-from vaflow.cache import create_cache, open_cache, zarr_store
+from vaflow.cache import create_cache, open_cache, stores
 from vaflow.cache.commit import load_record
 from vaflow.cache.schema import KINDS, STORES, StreamInfo
 from vaflow.cache.verify import leftovers, verify
@@ -45,7 +45,7 @@ def test_optional_arrays_may_be_absent(tmp_path, store):
     del expected["frame"]
     cache.write("visual", "clip", expected)
     assert_same(dict(cache.read("visual", "clip").arrays), expected)
-    with pytest.raises(AttributeError, match=r"no array 'frame'.*'embedding', 'time', 'valid'"):
+    with pytest.raises(AttributeError, match=r"array 'frame'.*is not loaded.*'embedding', 'time', 'valid'"):
         _ = cache.read("visual", "clip").frame
     with pytest.raises(MissingError, match=r"Got: frame\. Choices: embedding, time, valid"):
         cache.read("visual", "clip", ["frame"])
@@ -97,7 +97,7 @@ def test_both_stores_hold_the_same_arrays(tmp_path):
 
 
 def test_large_arrays_are_split_along_their_first_axis(tmp_path, monkeypatch):
-    monkeypatch.setattr(zarr_store, "LARGEST_CHUNK", 100)
+    monkeypatch.setattr(stores, "LARGEST_CHUNK", 100)
     info = stream("visual", "float32")
     cache = create_cache(tmp_path / "cache", store="zarr")
     cache.declare(info)

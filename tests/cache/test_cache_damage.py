@@ -164,7 +164,7 @@ def test_repair_keeps_items_whose_stream_file_was_lost(path):
     cache = open_cache(path, writable=True)
     assert [problem.path for problem in repair(cache)] == ["streams/visual.json"]
     assert [problem.path for problem in verify(cache)] == ["streams/visual.json"]
-    with pytest.raises(FingerprintError, match="is lost"):
+    with pytest.raises(FingerprintError, match="is missing"):
         cache.declare(stream("visual", "float32"))
     cache.declare(stream("visual"))
     assert verify(cache) == []

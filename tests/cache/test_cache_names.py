@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vaflow.cache import create_cache, open_cache
 from vaflow.cache.layout import Layout
-from vaflow.cache.names import escape
+from vaflow.cache.schema import escape
 from vaflow.cache.verify import verify
 from vaflow.errors import UsageError
 

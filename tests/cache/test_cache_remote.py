@@ -304,7 +304,7 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
-    with pytest.raises(UsageError, match=r"pip install 'vaflow\[s3\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[s3\]'"):
         open_cache("s3://bucket/cache")
 
 

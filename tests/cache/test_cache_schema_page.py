@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from vaflow.cache import create_cache
 from vaflow.cache.documents import crc32c, seal, unseal
-from vaflow.cache.names import escape
-from vaflow.cache.schema import FORMAT, KINDS, SCHEMA_VERSION, STORES, Kind, Record, StreamInfo
-from vaflow.cache.zarr_store import LARGEST_CHUNK
+from vaflow.cache.schema import FORMAT, KINDS, SCHEMA_VERSION, STORES, Kind, Record, StreamInfo, escape
+from vaflow.cache.stores import LARGEST_CHUNK
 
 PAGE = (Path(__file__).parents[2] / "cache_schema.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^#+ ([^\n]+)\n(.*?)(?=^#|\Z)", PAGE, flags=re.M | re.S))

@@ -13,7 +13,7 @@ import torch
 from make_media import Picture, Sound, tones, write_media
 from test_pipeline import CONFIG, run, same_arrays
 
-from vaflow.cache import Cache, create_cache, open_cache, zarr_store
+from vaflow.cache import Cache, create_cache, open_cache, stores
 from vaflow.cache import scratch as long
 from vaflow.cache.schema import STORES, StreamInfo
 from vaflow.datasets import Dataset, open_dataset
@@ -114,7 +114,7 @@ def test_the_same_bits_by_way_of_the_disk(
     store: str, dataset: Dataset, reference: Cache, tiny_pair: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long, "IN_MEMORY", 500)
-    monkeypatch.setattr(zarr_store, "LARGEST_CHUNK", 4096)
+    monkeypatch.setattr(stores, "LARGEST_CHUNK", 4096)
     assert run(dataset, tmp_path / "cache", tiny_pair, WHOLE, store=store).extracted == 2
     same_arrays(reference, open_cache(tmp_path / "cache"), ["labels", "logmel", "pixels", "clip-tiny", "ast-tiny"])
 
@@ -203,7 +203,7 @@ def peak_and_stored(cache: Cache, item: str, seconds: int) -> tuple[int, int]:
 def test_memory_grows_far_less_than_what_is_stored(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only times and masks stay in memory: per 10 ms of sound 9 bytes of 265, and what is made on the way to them."""
     monkeypatch.setattr(long, "IN_MEMORY", 2**18)
-    monkeypatch.setattr(zarr_store, "LARGEST_CHUNK", 2**18)
+    monkeypatch.setattr(stores, "LARGEST_CHUNK", 2**18)
     cache = create_cache(tmp_path / "cache", store=store)
     for info in INFOS.values():
         cache.declare(info)

@@ -137,7 +137,7 @@ def test_ctrl_c_says_130_leaves_a_cache_and_no_process(clips: Path, tmp_path: Pa
     os.killpg(process.pid, signal.SIGINT)
     printed, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.strip() == "vaflow: interrupted; run the same command again to go on where it stopped"
+    assert said.strip() == "vaflow: interrupted. Run the same command again to resume."
     assert printed == ""
     assert 2 <= len(open_cache(out).items()) < 12
     deadline = time.monotonic() + 30

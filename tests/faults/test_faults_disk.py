@@ -12,8 +12,8 @@ from kills import SMALL, assert_same_run, split_cache
 from lab import EXTRACT, Ended, Lab, assert_said, assert_same_cache, attempts
 
 from vaflow.cache import is_cache, open_cache
-from vaflow.cache.hdf5_store import Hdf5Store
 from vaflow.cache.schema import Rows
+from vaflow.cache.stores import Hdf5Store
 from vaflow.cache.verify import verify
 
 UNPRIVILEGED = "from strikes import *; no_privilege()"  # root would pass over permissions

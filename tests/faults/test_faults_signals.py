@@ -23,7 +23,7 @@ EXTRACTING = {  # stage -> function, and the how-manieth call of it
     "encoding pictures": ("vaflow.encoders.clip.ClipEncoder.encode", 1),
     "encoding sound": ("vaflow.encoders.ast.AstEncoder.encode", 1),
     "writing": ("vaflow.cache.cache.Cache.write", 3),
-    "between arrays and record": ("vaflow.cache.storage.create", 2),
+    "between arrays and record": ("vaflow.cache.layout.Layout.create", 2),
     "ending": ("vaflow.cache.cache.Cache.refresh_index", 1),
 }
 TRAINING = {

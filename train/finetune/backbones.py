@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vaflow.cache import Cache
 from vaflow.cache.documents import fingerprint
-from vaflow.cache.names import escape
+from vaflow.cache.schema import escape
 from vaflow.encoders import build_encoder
 from vaflow.errors import FingerprintError, UsageError, WeightsError, explain
 from vaflow.train.batch import VISUAL

@@ -1,4 +1,4 @@
-"""The cache as the stages use it: streams, items, reading, writing."""
+"""The cache: declare streams; read, write and drop items."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +11,8 @@ import numpy as np
 
 from vaflow.cache.commit import commit, discard, load_record
 from vaflow.cache.documents import fingerprint, now, plain
-from vaflow.cache.index import Index, Row, now_and_then
+from vaflow.cache.index import Index, Row, saved_at_intervals
 from vaflow.cache.layout import Layout
-from vaflow.cache.names import escape
 from vaflow.cache.reader import fetch
 from vaflow.cache.schema import (
     LABELS,
@@ -26,24 +25,24 @@ from vaflow.cache.schema import (
     StoreName,
     StreamInfo,
     array_problems,
+    escape,
 )
 from vaflow.cache.scratch import LongArray, Scratch
-from vaflow.cache.storage import look
 from vaflow.cache.stores import STORES
 from vaflow.cache.streams import declare, load_stream
 from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError, explain
 
-NO_SPLIT = "none"  # name of the clips without a split in `info` and `items`
+NO_SPLIT = "none"  # split name of clips without a split, in `info` and `items`
 
 
 class Cache:
-    """A folder of streams over clips. Made by `open_cache` and `create_cache`.
+    """A directory of streams over clips. Returned by `open_cache` and `create_cache`.
 
     Attributes:
-        path: the folder; of a cache on an object store, the local one that stands for it.
-        place: the folder or URL, as `open_cache` takes it.
+        path: the directory; of a cache on an object store, its local copy.
+        place: the directory or URL, as `open_cache` accepts it.
         store: "zarr" or "hdf5".
-        writable: whether items can be written and dropped.
+        writable: whether items may be written and dropped.
     """
 
     def __init__(self, layout: Layout, store: StoreName, *, writable: bool) -> None:
@@ -62,7 +61,7 @@ class Cache:
     # Streams
 
     def streams(self) -> dict[str, StreamInfo]:
-        """Every stream by name, sorted.
+        """Return every stream by name, sorted.
 
         Raises:
             CorruptError: a stream's file is damaged.
@@ -95,12 +94,12 @@ class Cache:
         return fingerprint(self._stream(stream))
 
     def declare(self, info: StreamInfo) -> None:
-        """Add a stream, or check that the one of this name was made with the same settings.
+        """Add a stream, or check that the existing stream of this name has the same settings.
 
         Raises:
             FingerprintError: the settings differ; every field that differs is named.
             UsageError: `info` is not a valid stream, or the cache was opened for reading.
-            CacheError: the disk refuses.
+            CacheError: writing fails.
         """
         self._must_be_writable()
         try:
@@ -111,12 +110,12 @@ class Cache:
     # Items
 
     def items(self, split: str | None = None, stream: str | None = None) -> list[str]:
-        """Clip ids, sorted: the items of the labels stream, of one split, that `stream` has.
+        """Return sorted clip ids: the items of the labels stream, optionally of one split and present in `stream`.
 
         The split "none" selects clips without a split. Of a text stream, the prompt sets are returned.
 
         Raises:
-            UsageError: no clip is of that split, or there is no such stream.
+            UsageError: no clip has that split, or the stream does not exist.
             CorruptError: a record is damaged.
         """
         known = self.streams()
@@ -128,7 +127,7 @@ class Cache:
         if split is not None:
             splits = {row.split or NO_SPLIT for row in rows}
             if split not in splits:
-                raise UsageError(explain(f"No clip of {self.place} is of that split", got=split, choices=splits))
+                raise UsageError(explain(f"No clip of {self.place} has this split", got=split, choices=splits))
             rows = [row for row in rows if (row.split or NO_SPLIT) == split]  # type: ignore[assignment]
         if stream is not None and stream != LABELS:
             here = {row.item for row in self._rows(stream).values()}
@@ -142,23 +141,25 @@ class Cache:
         return folder.rows
 
     def has(self, stream: str, item: str) -> bool:
-        """Whether the item is committed. One look at the disk: other writers' commits count at once; those on an
-        object store when the cache is opened, or its index refreshed."""
+        """Return whether the item is committed, from the file system.
+
+        Commits of other writers count at once; on an object store, after the cache is opened or its index refreshed.
+        """
         return self.layout.record(stream, item).is_file()
 
     def source_stamps(self, stream: str) -> dict[str, str]:
         """Item -> `documents.source_stamp` of its source, for every readable item of the stream.
 
-        Read from the index: 100,000 items are compared with a data set without reading their records.
+        Read from the index, so that 100,000 items are compared with a data set without reading their records.
         """
         return {row.item: row.source for row in self._index.folder(stream).rows.values()}
 
     def has_damage(self, stream: str) -> bool:
-        """Whether a record of the stream is damaged, so that `source_stamps` lacks an item that may be committed."""
+        """Return whether a record of the stream is damaged: `source_stamps` lacks such items."""
         return bool(self._index.folder(stream).damaged)
 
     def record(self, stream: str, item: str) -> Record:
-        """The item's completion record, from the disk.
+        """Return the item's completion record, read from the disk.
 
         Raises:
             MissingError: there is no such stream or item.
@@ -173,7 +174,7 @@ class Cache:
         except ValueError as error:
             raise self.layout.corrupt(path, str(error), stream, item) from error
         if record.fingerprint != fingerprint(info):
-            raise self.layout.corrupt(path, "it was made with other settings than its stream", stream, item)
+            raise self.layout.corrupt(path, "its settings differ from those of its stream", stream, item)
         return record
 
     def _missing(self, stream: str, item: str) -> MissingError:
@@ -183,13 +184,13 @@ class Cache:
         return MissingError(explain(f"Stream {stream!r} of {self.place} has no such item", got=item, remedy=remedy))
 
     def meta(self, item: str) -> Json:
-        """Facts about a clip from its labels record: "split", "group", "duration" ... Raises as `record` does."""
+        """Return the facts in a clip's labels record: "split", "group", "duration" ... Raises as `record`."""
         return self.record(LABELS, item).meta
 
     # Arrays
 
     def read(self, stream: str, item: str, names: Sequence[str] | None = None, *, verify: bool = True) -> Item:
-        """The item's arrays, or those in `names`. Bytes are checked before zarr or libhdf5 sees them.
+        """Return the item's arrays, or those in `names`. Bytes are checked before zarr or libhdf5 parses them.
 
         Args:
             stream: which stream.
@@ -205,7 +206,7 @@ class Cache:
         return Item(stream, item, arrays, dict(record.meta))
 
     def committed(self, stream: str, item: str) -> tuple[Record, dict[str, Array]]:
-        """The item's record and all its arrays, which belong together; checked, and raises, as `read`."""
+        """Return the item's record and all arrays of the same attempt; checks and raises as `read`."""
         return self._fetch(stream, item, None, verify=True)
 
     def _fetch(
@@ -217,15 +218,15 @@ class Cache:
                 return record, fetch(self.layout, self._store, record, names, verify=verify)
             except CorruptError:
                 self._look_again(stream, item)
-                again = self.record(stream, item)
-                if again.attempt == record.attempt:
+                current = self.record(stream, item)
+                if current.attempt == record.attempt:
                     raise
-                record = again  # re-extracted while we were reading
+                record = current  # the item was re-extracted in the meantime
 
     def _look_again(self, stream: str, item: str) -> None:
         path = self.layout.record(stream, item)
         try:
-            look(self.layout, path)
+            self.layout.look(path)
         except OSError as error:
             raise self.layout.corrupt(path, f"it cannot be read ({error})", stream, item) from error
 
@@ -238,22 +239,22 @@ class Cache:
         source: Mapping[str, Any] | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> Record:
-        """Commit an item: when this returns, it survives a kill and a power cut. Replaces the item if it exists.
+        """Commit an item durably (it survives a kill and a power cut). Replaces the item if it exists.
 
         Args:
             stream, item: their names.
-            arrays: as the stream's kind in `KINDS` says; those made by `scratch` may exceed the memory.
+            arrays: as the stream's kind in `KINDS` says; those made by `scratch` may exceed memory.
             source: identity of the files that the item was made from.
             meta: facts about the item.
 
         Returns:
-            The record that holds now: another writer's, where one committed the same new item first.
+            The committed record: another writer's, if it committed the same new item first.
 
         Raises:
             DataError: the arrays do not fit the stream; every problem is named.
             MissingError: the stream is not declared.
             UsageError: `source` or `meta` is not plain JSON, or the cache was opened for reading.
-            CacheError: the disk refuses.
+            CacheError: writing fails.
         """
         self._must_be_writable()
         draft = Record(
@@ -270,16 +271,16 @@ class Cache:
         return self._commit(draft, arrays)
 
     def adopt(self, record: Record, arrays: Mapping[str, Rows]) -> Record:
-        """Commit an item of another cache with its source, facts and creation time; otherwise as `write`.
+        """Commit an item of another cache with its source, facts and creation time; otherwise like `write`.
 
         Raises:
-            FingerprintError: it was made with other settings than the stream of this cache.
+            FingerprintError: its settings differ from those of the stream in this cache.
         """
         self._must_be_writable()
         if record.fingerprint != self.fingerprint(record.stream):
             raise FingerprintError(
                 explain(
-                    f"{record.item!r} of stream {record.stream!r} was made with other settings than {self.place}",
+                    f"Item {record.item!r} of stream {record.stream!r} has other settings than {self.place}",
                     expected=f"fingerprint {self.fingerprint(record.stream)}",
                     got=record.fingerprint,
                 )
@@ -288,11 +289,14 @@ class Cache:
 
     def _commit(self, draft: Record, arrays: Mapping[str, Rows]) -> Record:
         info = self._stream(draft.stream)
-        # In one order, so that equal arrays make equal HDF5 files.
-        arrays = {name: _in_c_order(arrays[name]) for name in sorted(arrays)}
+        # Sorted, so that equal arrays make equal HDF5 files.
+        arrays = {
+            name: array if isinstance(array := arrays[name], LongArray) else np.asarray(array, order="C")
+            for name in sorted(arrays)
+        }
         problems = array_problems(info, arrays)
         if problems:
-            raise DataError(explain(f"{draft.item!r} does not fit stream {draft.stream!r}: {'; '.join(problems)}"))
+            raise DataError(explain(f"Item {draft.item!r} does not fit stream {draft.stream!r}: {'; '.join(problems)}"))
         shapes = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()}
         try:
             return commit(self.layout, self._store, replace(draft, arrays=shapes), arrays)
@@ -309,16 +313,16 @@ class Cache:
 
     @property
     def scratch(self) -> Scratch:
-        """Factory of arrays that may exceed the memory."""
+        """Return a factory of arrays that may exceed memory."""
         return Scratch(self.layout)
 
-    # The whole
+    # Index and summary
 
     def refresh_index(self) -> None:
-        """Save the index, so that the next reader opens fast; a cache opened for reading only looks again.
+        """Save the index, so that the next reader opens fast; a read-only cache reloads it.
 
         Raises:
-            CacheError: the disk or the object store refuses.
+            CacheError: writing to the disk or the object store fails.
         """
         try:
             if self.layout.remote is not None:
@@ -326,7 +330,7 @@ class Cache:
                     self.layout.remote.push_lists()
                 self.layout.remote.pull()
             if self.writable:
-                self._index.save(self.streams())  # lists every folder; what has been read need not be read again
+                self._index.save(self.streams())  # lists every folder; reads only new and changed records
             else:
                 self._index.forget()
         except OSError as error:
@@ -334,10 +338,12 @@ class Cache:
 
     @contextmanager
     def indexed(self) -> Iterator[None]:
-        """Save the index now and then, for the sake of a run that is killed; `refresh_index` at the end, whatever
-        happened. What ended the work is not hidden by an index that fails, too: the next run makes it anew."""
+        """Save the index at intervals while the block runs, so that a killed run loses little; refresh it at the end.
+
+        If the block fails, its error is raised even if saving the index fails too: the next run rebuilds the index.
+        """
         try:
-            with now_and_then(self._save_aside):
+            with saved_at_intervals(self._save_aside):
                 yield
         except BaseException:
             with suppress(CacheError):
@@ -346,7 +352,7 @@ class Cache:
         self.refresh_index()
 
     def _save_aside(self) -> None:
-        """By an index of its own: this runs in another thread."""
+        """Save through a separate `Index`, because this runs in another thread."""
         if self.writable:
             self._new_index().save(self.streams())
 
@@ -354,7 +360,7 @@ class Cache:
         return Index(self.layout, lambda path: load_record(self.layout, path))
 
     def info(self) -> Json:
-        """What `vaflow cache info --json` prints."""
+        """Return the object that `vaflow cache info --json` prints."""
         clips = self._index.folder(LABELS).rows.values()
         return {
             "path": self.place,
@@ -388,7 +394,3 @@ class Cache:
                     remedy="Open it with open_cache(path, writable=True)",
                 )
             )
-
-
-def _in_c_order(array: Rows) -> Rows:
-    return array if isinstance(array, LongArray) else np.asarray(array, order="C")

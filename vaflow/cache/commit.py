@@ -1,6 +1,6 @@
 """Commit protocol: write and flush the arrays, then create the completion record. Many writers may share a cache.
 
-A reader finds an item only through its record, and a record exists only after all its files are on the disk. A writer
+A reader reaches an item only through its record, and a record exists only after all its files are on the disk. A writer
 that is killed leaves an attempt without a record, which readers skip.
 """
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from secrets import token_hex
 
 from vaflow import files
-from vaflow.cache import storage as places
 from vaflow.cache.documents import file_facts, record_document, record_from, seal, unseal
 from vaflow.cache.layout import Layout
 from vaflow.cache.schema import Record, Rows
@@ -18,85 +17,73 @@ from vaflow.cache.stores import Store
 
 
 def load_record(layout: Layout, path: Path) -> Record:
-    """The record in a file below `records/`.
+    """Load the record in a file below `records/`.
 
     Raises:
-        ValueError: the file is damaged, or is not the record of that place.
-        FileNotFoundError: there is none.
+        ValueError: the file is damaged, or holds the record of another item.
+        FileNotFoundError: the file does not exist.
     """
     record = record_from(unseal(files.read_document(layout.root, path)))
     if layout.record(record.stream, record.item) != path:
-        raise ValueError(f"it is the record of {record.item!r} of stream {record.stream!r}")
+        raise ValueError(f"it holds the record of item {record.item!r} of stream {record.stream!r}")
     return record
 
 
 def commit(layout: Layout, store: Store, draft: Record, arrays: Mapping[str, Rows]) -> Record:
-    """Write `arrays` as a new attempt and make `draft` its record; returns the record that holds now.
+    """Write `arrays` as a new attempt and commit it with the record `draft`; returns the committed record.
 
-    Where there was no record, of several writers the first wins and the others' attempts are deleted. Where there was
-    one, it is replaced at once and its attempt deleted.
+    A new item: the first of several writers commits it, and the attempts of the others are deleted. An existing item:
+    its record is replaced atomically, then its old attempt is deleted.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written.
+        OSError: the disk is full, or the directory is not writable.
     """
     folder = layout.item(draft.stream, draft.item)
-    replacing = layout.record(draft.stream, draft.item).exists()  # decided before others can commit meanwhile
+    path = layout.record(draft.stream, draft.item)
+    replacing = path.exists()  # checked before the arrays are written: other writers may commit meanwhile
     files.refuse_links(layout.root, folder)
     files.make_folder(folder)
     attempt = token_hex(8)
     try:
         names = store.write_attempt(folder, attempt, arrays)
-        places.flush(layout, layout.attempts(draft.stream), [f"{folder.name}/{name}" for name in names])
+        layout.flush(layout.attempts(draft.stream), [f"{folder.name}/{name}" for name in names])
         record = replace(draft, attempt=attempt, files={name: file_facts(folder / name) for name in names})
-        return _replace(layout, store, record) if replacing else _create(layout, store, record)
+        if not replacing and layout.create(path, seal(record_document(record))):
+            return record
+        previous = _readable_record(layout, path)
+        if previous is not None and not replacing:
+            return previous
+        layout.replace(path, seal(record_document(record)))  # also if the record is damaged, or was dropped meanwhile
+        if previous is not None:
+            layout.remove(store.path(folder, previous.attempt))
+        return record
     finally:
-        # Ask the disk: an interrupt may have come after the record was made.
-        if _recorded_attempt(layout, draft) != attempt:
-            places.remove(layout, store.path(folder, attempt))
+        # Read the record again: an interrupt may have come after it was created.
+        layout.look(path)
+        committed = _readable_record(layout, path)
+        if committed is None or committed.attempt != attempt:
+            layout.remove(store.path(folder, attempt))
 
 
-def _recorded_attempt(layout: Layout, draft: Record) -> str | None:
-    path = layout.record(draft.stream, draft.item)
+def _readable_record(layout: Layout, path: Path) -> Record | None:
+    """Load a record; None if it is missing or damaged."""
     try:
-        places.look(layout, path)
-        return load_record(layout, path).attempt
+        return load_record(layout, path)
     except (FileNotFoundError, ValueError):
         return None
 
 
-def _create(layout: Layout, store: Store, record: Record) -> Record:
-    path = layout.record(record.stream, record.item)
-    if places.create(layout, path, seal(record_document(record))):
-        return record
-    try:
-        return load_record(layout, path)
-    except (FileNotFoundError, ValueError):  # dropped again, or half a file: ours takes its place
-        return _replace(layout, store, record)
-
-
-def _replace(layout: Layout, store: Store, record: Record) -> Record:
-    path = layout.record(record.stream, record.item)
-    try:
-        old = load_record(layout, path)
-    except (FileNotFoundError, ValueError):
-        old = None
-    places.replace(layout, path, seal(record_document(record)))
-    if old is not None:
-        places.remove(layout, store.path(layout.item(old.stream, old.item), old.attempt))
-    return record
-
-
 def discard(layout: Layout, store: Store, path: Path) -> None:
-    """Remove the record in the file `path`, then its attempt, which is known unless the record is damaged."""
+    """Remove the record in the file `path`, then its attempt if the record is readable."""
     try:
         record = load_record(layout, path)
     except FileNotFoundError:
         return
     except ValueError:
         record = None
-    places.remove(layout, path)
+    layout.remove(path)
     files.sync(path.parent)
     if record is not None:
         attempt = store.path(layout.item(record.stream, record.item), record.attempt)
         if not files.is_behind_link(layout.root, attempt):
-            places.remove(layout, attempt)
+            layout.remove(attempt)

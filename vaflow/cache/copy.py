@@ -1,7 +1,7 @@
-"""Copy items between caches of any store, bit for bit and checked; convert a cache into another store.
+"""Copy items between caches of any store, verified and bit for bit; convert a cache to another store.
 
-A copy keeps its source, facts and creation time; only its attempt is new. Items that cannot be read are listed in
-`failures.jsonl`, and the others are copied. Running a copy again resumes it.
+A copy keeps source, facts and creation time; only its attempt is new. Unreadable items are listed in `failures.jsonl`
+and skipped. Running the copy again resumes it.
 """
 
 import json
@@ -15,9 +15,8 @@ from typing import Literal
 
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import load_record
-from vaflow.cache.names import unescape
 from vaflow.cache.opening import PathLike, create_cache, layout_of
-from vaflow.cache.schema import LABELS, Json, Record
+from vaflow.cache.schema import LABELS, Json, Record, unescape
 from vaflow.cache.verify import load_streams
 from vaflow.errors import CacheError, CorruptError, DataError, MissingError, UsageError, explain
 from vaflow.failures import FAILURES, Failure, read_failures, write_failures
@@ -63,13 +62,13 @@ def survey(cache: Cache, stage: str) -> Survey:
             try:
                 record = load_record(layout, path)
                 if streams.get(f"{folder.name}.json") is None:
-                    raise ValueError(f"streams/{folder.name}.json, which describes its stream, is lost or damaged")
+                    raise ValueError(f"streams/{folder.name}.json, which describes its stream, is missing or damaged")
             except FileNotFoundError:  # dropped since it was listed
                 continue
             except (OSError, ValueError) as error:
                 message = explain(
                     f"{layout.shown(path)} of the cache {cache.place} cannot be used: {error}",
-                    remedy=f"Run `vaflow cache repair {cache.place}`, and extract again",
+                    remedy=f"Run `vaflow cache repair {cache.place}`, then extract again",
                 )
                 stream = {"stream": unescape(path.parent.name)}
                 result.damaged.append(Failure(unescape(path.stem), stage, "CorruptError", message, stream))
@@ -133,7 +132,7 @@ def transfer(
         show_progress: draw a progress bar.
 
     Raises:
-        CacheError: the disk refuses; the same call resumes later.
+        CacheError: writing fails; the same call resumes later.
     """
     from tqdm import tqdm
 
@@ -149,7 +148,7 @@ def transfer(
         with tqdm(total=len(ordered), desc=stage, unit="item", disable=not show_progress, smoothing=0.1) as bar:
             for part in (ordered[:features], ordered[features:]):
                 with (
-                    ThreadPoolExecutor(THREADS, "vaflow-copy") as pool,  # an error cancels the copies not begun
+                    ThreadPoolExecutor(THREADS, "vaflow-copy") as pool,  # an error cancels copies that have not started
                     closing(pool.map(lambda copy: _copy(target, copy, stage), part)) as results,  # type: ignore[type-var]
                 ):
                     for result in results:
@@ -159,7 +158,7 @@ def transfer(
                             done[result] += 1
                         bar.update()
     finally:
-        prompt_sets = [f.item for f in failures if f.details["stream"] in texts]  # of no split
+        prompt_sets = [f.item for f in failures if f.details["stream"] in texts]  # they have no split
         known: dict[str, str | None] = {**splits, **dict.fromkeys(prompt_sets)}
         failures = [
             replace(f, details={**f.details, "split": known[f.item]}) if f.item in known else f for f in failures
@@ -183,7 +182,7 @@ def _carry(target: Cache, failures: Iterable[Failure]) -> None:
     """
     try:
         known = set(target.items())
-    except CacheError:  # a damaged record in the target: better too many lines than too few
+    except CacheError:  # a damaged record in the target: keep every line
         known = set()
     unique = {json.dumps(failure.line(), sort_keys=True): failure for failure in failures if failure.item not in known}
     write_failures(target.path / CARRIED, unique.values())
@@ -204,7 +203,7 @@ def _copy(target: Cache, copy: ItemCopy, stage: str) -> Outcome | Failure:
                 if all(getattr(known, name) == getattr(record, name) for name in COPY_OF):
                     return "current"
             record, arrays = origin.committed(stream, item)
-            target.adopt(record, arrays)  # an error of the target's disk is raised: the item is not at fault
+            target.adopt(record, arrays)  # write errors of the target are raised: the item is not damaged
         except (CorruptError, MissingError, DataError, OSError) as error:
             reasons.append(error)
         else:
@@ -222,7 +221,7 @@ def convert(source: Cache, out: PathLike, store: str, *, show_progress: bool = F
         UsageError: unknown store, or `out` cannot be written, has another store, or is inside `source`.
         SchemaError: `out` has other contents than a cache.
         FingerprintError: `out` has a stream of the same name with other settings.
-        CacheError: the disk refuses; the same call resumes later.
+        CacheError: writing fails; the same call resumes later.
     """
     refuse_inside(source, out)
     target = create_cache(out, store=store)

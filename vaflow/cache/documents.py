@@ -1,4 +1,4 @@
-"""The JSON files of a cache: canonical form, own checksum, fingerprint, and the way to and from the types."""
+"""The JSON files of a cache: canonical form, checksum, fingerprint, and conversion to and from the types."""
 
 import json
 from collections.abc import Mapping
@@ -11,26 +11,25 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from vaflow.cache.names import is_attempt
-from vaflow.cache.schema import DTYPES, FORMAT, KINDS, SCHEMA_VERSION, Blob, Json, Record, StreamInfo
+from vaflow.cache.schema import DTYPES, FORMAT, KINDS, SCHEMA_VERSION, Blob, Json, Record, StreamInfo, is_attempt
 from vaflow.errors import UsageError, explain
 
 CHECKSUM = "crc32c"
 _BLOCK = 2**20  # bytes
-MAX_DURATION = 1e7  # seconds of a clip: no recording has four months
+MAX_DURATION = 1e7  # seconds of a clip: about four months
 
 
 def canonical(value: Any) -> bytes:
-    """JSON in one form only: keys sorted, no spaces, ASCII, no NaN. Fingerprints and checksums are taken of it."""
+    """Return canonical JSON: keys sorted, no spaces, ASCII, no NaN. Input of fingerprints and checksums."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.encode("ascii")
 
 
 def plain(value: Mapping[str, Any], what: str) -> Json:
-    """`value` as JSON gives it back: tuples are lists, keys are text.
+    """Return `value` after a round trip through JSON: tuples become lists, keys become text.
 
     Raises:
-        UsageError: it holds something that JSON does not have (NaN, arrays, NumPy scalars ...).
+        UsageError: JSON cannot represent it (NaN, arrays, NumPy scalars ...).
     """
     try:
         result = json.loads(canonical(value))
@@ -44,15 +43,15 @@ def plain(value: Mapping[str, Any], what: str) -> Json:
 
 
 def crc32c(data: bytes | Blob) -> int:
-    """CRC-32C (Castagnoli) as an unsigned number."""
+    """Return the CRC-32C (Castagnoli) as an unsigned number."""
     return int(google_crc32c.value(data if isinstance(data, bytes) else np.ascontiguousarray(data)))
 
 
 def file_facts(path: Path) -> Json:
-    """Size and CRC-32C of a file, as its record says them, read block by block.
+    """Return size and CRC-32C of a file, as stored in its record; reads block by block.
 
     Raises:
-        OSError: it is not there or cannot be read.
+        OSError: the file is missing or unreadable.
     """
     size = crc = 0
     with path.open("rb", buffering=0) as file:
@@ -62,30 +61,30 @@ def file_facts(path: Path) -> Json:
 
 
 def source_stamp(source: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of a source as far as it can be told without reading files.
+    """Return 16 hexadecimal digits that identify a source without reading its files.
 
-    Digests of their contents (`blake2b`) are left out; names, sizes and times of change are not.
+    They cover names, sizes and modification times, and leave out content digests (`blake2b`).
     """
     return blake2b(canonical(_undigested(source, 3)), digest_size=8).hexdigest()
 
 
 def _undigested(value: Any, depth: int) -> Any:
-    """Parts, and files within parts, are not nested deeper."""
+    """Remove content digests; `depth` 3 covers a source, its parts and their files."""
     if not depth or not isinstance(value, dict):
         return value
     return {key: _undigested(inner, depth - 1) for key, inner in value.items() if key != "blake2b"}
 
 
 def seal(document: Json) -> bytes:
-    """The file of a document: canonical JSON with the member `crc32c` (of the JSON without it), and a newline."""
+    """Return the file of a document: canonical JSON with the member `crc32c` (of the rest), and a newline."""
     return canonical({**document, CHECKSUM: crc32c(canonical(document))}) + b"\n"
 
 
 def unseal(data: bytes) -> Json:
-    """The document of a file made by `seal`, without its checksum.
+    """Return the document of a file made by `seal`, without its checksum.
 
     Raises:
-        ValueError: the bytes are not exactly what `seal` makes of the document they hold.
+        ValueError: the bytes differ from what `seal` makes of their document.
     """
     try:
         document = json.loads(data)
@@ -97,37 +96,37 @@ def unseal(data: bytes) -> Json:
     try:
         sealed = seal(document)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not what a writer makes ({error})") from error
+        raise ValueError(f"it is not canonical JSON ({error})") from error
     if sealed != data:
         raise ValueError("it does not match its own checksum")
     return document
 
 
 def now() -> str:
-    """This instant in UTC, ISO 8601, seconds."""
+    """Return the current time: UTC, ISO 8601, seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def manifest_document(store: str) -> Json:
-    """What `manifest.json` says."""
+    """Return the document of `manifest.json`."""
     return {"format": FORMAT, "schema_version": SCHEMA_VERSION, "store": store, "created": now()}
 
 
 def fingerprint(info: StreamInfo) -> str:
-    """32 hexadecimal digits: blake2b-128 of the canonical JSON of the stream's name, kind, dim, dtype and identity."""
+    """Return 32 hexadecimal digits: blake2b-128 of the canonical JSON of all members of `info`."""
     return blake2b(canonical(asdict(info)), digest_size=16).hexdigest()
 
 
 def stream_document(info: StreamInfo) -> Json:
-    """What `streams/<stream>.json` says."""
+    """Return the document of `streams/<stream>.json`."""
     return {**asdict(info), "fingerprint": fingerprint(info), "schema_version": SCHEMA_VERSION}
 
 
 def stream_from(document: Json) -> StreamInfo:
-    """The way back.
+    """Invert `stream_document`.
 
     Raises:
-        ValueError: members are missing, of another type or version, or the fingerprint is not theirs.
+        ValueError: members are missing or have another type or version, or the fingerprint does not match them.
     """
     _check_version(document)
     try:
@@ -136,24 +135,24 @@ def stream_from(document: Json) -> StreamInfo:
         raise ValueError(f"it lacks {error}") from error
     known = isinstance(info.kind, str) and info.kind in KINDS
     if not (known and isinstance(info.name, str) and isinstance(info.dtype, str) and isinstance(info.identity, dict)):
-        raise ValueError("it has members of another type, or a kind that is not known")
+        raise ValueError("it has members of a wrong type, or an unknown kind")
     if not _is_count(info.dim):
         raise ValueError(f"its dim is {info.dim!r}, not a whole number of at least 0")
     if fingerprint(info) != document.get("fingerprint"):
-        raise ValueError("its fingerprint is not that of its settings")
+        raise ValueError("its fingerprint does not match its settings")
     return info
 
 
 def record_document(record: Record) -> Json:
-    """What `records/<stream>/<item>.json` says."""
+    """Return the document of `records/<stream>/<item>.json`."""
     return {f.name: getattr(record, f.name) for f in fields(Record)}
 
 
 def record_from(document: Json) -> Record:
-    """The way back.
+    """Invert `record_document`.
 
     Raises:
-        ValueError: members are missing, of another type or version, or name files outside their attempt.
+        ValueError: members are missing or have another type or version, or name files outside their attempt.
     """
     _check_version(document)
     try:
@@ -168,37 +167,23 @@ def record_from(document: Json) -> Record:
     if not is_attempt(record.attempt):
         raise ValueError(f"its attempt {record.attempt!r} is not a plain file name")
     for name, facts in record.files.items():
-        _check_file(record.attempt, name, facts)
-    for name, facts in record.arrays.items():
-        _check_array(name, facts)
-    _check_meta(record.meta)
-    return record
-
-
-def _check_file(attempt: str, name: str, facts: Any) -> None:
-    first, *rest = name.split("/")
-    if first not in (attempt, f"{attempt}.h5") or not all(is_attempt(part) for part in rest):
-        raise ValueError(f"it names a file outside its attempt: {name!r}")
-    if not isinstance(facts, dict) or not all(_is_count(facts.get(key)) for key in ("size", CHECKSUM)):
-        raise ValueError(f"it does not say size and checksum of {name!r}")
-
-
-def _check_array(name: str, facts: Any) -> None:
-    """Shape and dtype are such that a program can add them up; whether the files hold them is found out when read."""
-    shape, dtype = (facts.get("shape"), facts.get("dtype")) if isinstance(facts, dict) else (None, None)
-    if not isinstance(shape, list) or not all(_is_count(length) for length in shape) or not isinstance(dtype, str):
-        raise ValueError(f"it does not say shape and dtype of {name!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"array {name!r} is of {dtype!r}, which no stream has")
-
-
-def _check_meta(meta: Json) -> None:
-    """Facts that programs rely on, where there are any."""
-    if not all(isinstance(meta.get(key), str | None) for key in ("split", "group")):
+        first, *rest = name.split("/")
+        if first not in (record.attempt, f"{record.attempt}.h5") or not all(is_attempt(part) for part in rest):
+            raise ValueError(f"it names a file outside its attempt: {name!r}")
+        if not isinstance(facts, dict) or not all(_is_count(facts.get(key)) for key in ("size", CHECKSUM)):
+            raise ValueError(f"it lacks size or checksum of {name!r}")
+    for name, facts in record.arrays.items():  # readers compute with shapes and dtypes before they read the files
+        shape, dtype = (facts.get("shape"), facts.get("dtype")) if isinstance(facts, dict) else (None, None)
+        if not isinstance(shape, list) or not all(_is_count(length) for length in shape) or not isinstance(dtype, str):
+            raise ValueError(f"it lacks shape or dtype of {name!r}")
+        if dtype not in DTYPES:
+            raise ValueError(f"array {name!r} has the dtype {dtype!r}, which no stream has")
+    if not all(isinstance(record.meta.get(key), str | None) for key in ("split", "group")):
         raise ValueError("its split or group is not text")
-    duration = meta.get("duration", 0.0)
+    duration = record.meta.get("duration", 0.0)
     if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 <= duration < MAX_DURATION:
         raise ValueError(f"its duration is {duration!r}, not seconds")
+    return record
 
 
 def _is_count(value: Any) -> bool:

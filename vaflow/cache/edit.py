@@ -10,7 +10,7 @@ from vaflow.cache.cache import Cache
 from vaflow.cache.schema import LABELS
 from vaflow.errors import UsageError, explain
 
-THREADS = 4  # commits wait for the disk
+THREADS = 4  # commits wait for disk flushes
 SHOWN = 5  # names in a message
 
 
@@ -22,7 +22,7 @@ class SplitChanges:
         changed: as above.
         unchanged: number of listed clips that have the listed split already.
         unlisted: clips of the cache that the list does not name; they keep their split.
-        unknown: names in the list that are no clips of the cache.
+        unknown: listed names that are not clips of the cache.
     """
 
     changed: dict[str, tuple[str | None, str]]
@@ -68,20 +68,20 @@ def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -
     Args:
         cache: writable.
         items: clip ids; nothing is removed if one of them is unknown.
-        dry_run: only look.
+        dry_run: change nothing.
 
     Returns:
-        Clip -> the streams that it is removed from.
+        Clip -> the streams that contained it.
 
     Raises:
-        UsageError: the cache has no such clip.
-        CacheError: the disk refuses.
+        UsageError: a clip is not in the cache.
+        CacheError: writing fails.
     """
     known = clip_streams(cache)
     unknown = [item for item in dict.fromkeys(items) if item not in known]
     if unknown:
         close = get_close_matches(unknown[0], known, n=3)
-        remedy = f"Similar names: {', '.join(close)}" if close else "Name clips as `Cache.items()` does"
+        remedy = f"Similar names: {', '.join(close)}" if close else "`Cache.items()` lists the clips"
         raise UsageError(explain(f"{cache.place} has no such clip", got=_some(unknown), remedy=remedy))
     dropped = {item: known[item] for item in dict.fromkeys(items)}
     if dry_run or not dropped:
@@ -89,7 +89,7 @@ def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -
     for item, streams in dropped.items():
         for stream in streams:
             cache.drop(stream, item)
-            with suppress(OSError):  # not empty: another writer's attempt
+            with suppress(OSError):  # the directory is not empty: another writer's attempt
                 cache.layout.item(stream, item).rmdir()
     cache.refresh_index()
     return dropped
@@ -107,13 +107,13 @@ def change_splits(
     Args:
         cache: writable.
         listed: clip -> split.
-        dry_run: only look.
+        dry_run: change nothing.
         on_clip: called after each clip that is changed.
 
     Raises:
         UsageError: no name in the list is a clip of the cache.
         CorruptError: the labels of a clip are damaged.
-        CacheError: the disk refuses.
+        CacheError: writing fails.
     """
     clips = cache.items()
     unknown = tuple(sorted(listed.keys() - set(clips)))
@@ -136,7 +136,7 @@ def change_splits(
 
     if changed and not dry_run:
         with ThreadPoolExecutor(THREADS, "vaflow-splits") as pool:
-            for _ in pool.map(commit, changed):  # raises what a thread raised
+            for _ in pool.map(commit, changed):  # raises the first error of a thread
                 pass
         cache.refresh_index()
     unlisted = tuple(item for item in clips if item not in listed)

@@ -1,11 +1,9 @@
-"""Index of the records, derived from them, so that opening a large cache does not read each record.
+"""Index of the records, so that opening a large cache does not read each record.
 
-The records are the truth; the index can be deleted at any time. Per stream it is trusted while the records' folder
-has the time of change and the inode that were seen, and that time was already past when the folder was listed (else
-two changes could share it: "racily fresh"). Otherwise the folder is listed again, and only records whose time, size or
-inode changed are read.
-
-Saves the index now and then while a long run adds to a cache: after a kill, only what came later is read again.
+The index is derived from the records and can be deleted at any time. The entry of a stream is valid while the directory
+of its records has the same modification time and inode as when it was listed, provided that this time was already past
+then: two changes within one clock tick have the same time. Otherwise the directory is listed again, and only records
+whose modification time, size or inode differ are read.
 """
 
 import json
@@ -17,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vaflow import files
 from vaflow.cache.documents import canonical, crc32c, source_stamp
@@ -43,22 +41,22 @@ class Row(NamedTuple):
     size: int
     inode: int
     nbytes: int  # of the attempt's files
-    split: str | None  # of labels records
-    source: str  # `source_stamp` of what the item was made from
+    split: str | None  # labels records only
+    source: str  # `source_stamp` of the item's source
 
 
 @dataclass
 class Folder:
-    """The records of one stream as they were when the folder had `stamp`."""
+    """The records of one stream at the time when their directory had `stamp`."""
 
     stamp: Stamp
     settled: bool
     rows: dict[str, Row]
-    damaged: dict[str, str] = field(default_factory=dict)  # file name -> what is wrong with it
+    damaged: dict[str, str] = field(default_factory=dict)  # file name -> problem
 
 
 def row_of(record: Record, stat: os.stat_result) -> Row:
-    """The row of a record whose file has `stat`."""
+    """Return the row of a record whose file has `stat`."""
     nbytes = sum(int(facts["size"]) for facts in record.files.values())
     split, source = record.meta.get("split"), source_stamp(record.source)
     return Row(record.item, stat.st_mtime_ns, stat.st_size, stat.st_ino, nbytes, split, source)
@@ -69,7 +67,7 @@ class Index:
 
     Args:
         layout: of the cache.
-        load: record's file -> record; raises ValueError where it is damaged, FileNotFoundError where it is gone.
+        load: path of a record -> record; raises ValueError if damaged, FileNotFoundError if missing.
     """
 
     def __init__(self, layout: Layout, load: Callable[[Path], Record]) -> None:
@@ -78,7 +76,7 @@ class Index:
         self._folders: dict[str, Folder] | None = None
 
     def folder(self, stream: str) -> Folder:
-        """The stream's records as they are now."""
+        """Return the stream's current records."""
         known = self._known().get(stream)
         clock = time.time_ns()
         stamp = self._stamp(stream)
@@ -89,7 +87,7 @@ class Index:
         return known
 
     def forget(self) -> None:
-        """Look at the saved table and the disk again."""
+        """Discard the loaded index; the next access reads the file and the disk again."""
         self._folders = None
 
     def _stamp(self, stream: str) -> Stamp:
@@ -100,46 +98,42 @@ class Index:
         return (stat.st_mtime_ns, stat.st_ino)
 
     def _list(self, stream: str, stamp: Stamp, known: Folder | None) -> Folder:
-        """List the folder; it was stamped before, so that a change meanwhile is seen the next time."""
+        """List the directory. `stamp` was taken before, so that the next access detects a change during the listing."""
         old = known.rows if known else {}
-        found = Folder(stamp, False, {})
+        folder = Folder(stamp, False, {})
         if stamp == (0, 0):
-            return found
+            return folder
         with os.scandir(self._layout.records(stream)) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or not entry.name.endswith(".json"):
                     continue
                 try:
-                    self._add(entry, old.get(entry.name), found)
+                    stat, row = entry.stat(), old.get(entry.name)
+                    state = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+                    if row is None or (row.mtime_ns, row.size, row.inode) != state:
+                        row = row_of(self._load(Path(entry.path)), stat)
+                    folder.rows[entry.name] = row
                 except FileNotFoundError:  # dropped since it was listed
                     continue
-        return found
-
-    def _add(self, entry: os.DirEntry[str], old: Row | None, found: Folder) -> None:
-        stat = entry.stat()
-        if old is not None and (old.mtime_ns, old.size, old.inode) == (stat.st_mtime_ns, stat.st_size, stat.st_ino):
-            found.rows[entry.name] = old
-            return
-        try:
-            found.rows[entry.name] = row_of(self._load(Path(entry.path)), stat)
-        except ValueError as error:
-            found.damaged[entry.name] = str(error)
+                except ValueError as error:
+                    folder.damaged[entry.name] = str(error)
+        return folder
 
     def save(self, streams: Iterable[str]) -> None:
-        """Bring every stream up to date and write the table; waits up to 2 s so that readers can trust it."""
+        """Update every stream and write the index; waits up to 2 s so that its entries are valid for readers."""
         clock = self._settle(streams)
         table = {}
         for stream in streams:
-            found = self._list(stream, self._stamp(stream), self._known().get(stream))
-            found.settled = not found.damaged and _is_past(found.stamp[0], clock)
-            self._known()[stream] = found
-            table[stream] = {"stamp": found.stamp, "settled": found.settled, "rows": found.rows}
+            folder = self._list(stream, self._stamp(stream), self._known().get(stream))
+            folder.settled = not folder.damaged and _is_past(folder.stamp[0], clock)
+            self._known()[stream] = folder
+            table[stream] = {"stamp": folder.stamp, "settled": folder.settled, "rows": folder.rows}
         body = canonical({"schema_version": SCHEMA_VERSION, "streams": table})
         data = _HEAD + str(crc32c(body)).encode() + _MIDDLE + body + _TAIL
         files.replace_file(self._layout.index, data)
 
     def _settle(self, streams: Iterable[str]) -> int:
-        """Wait until no folder's time of change can be given again; returns the file system's clock before listing."""
+        """Wait until no further change can get a directory's modification time; returns the file system's clock."""
         times = [path.stat().st_mtime_ns for path in map(self._layout.records, streams) if path.is_dir()]
         clock = self._clock()
         for _ in range(2):
@@ -151,7 +145,7 @@ class Index:
         return clock
 
     def _clock(self) -> int:
-        """The time that the file system would give to a change now."""
+        """Return the modification time that the file system gives to a change now."""
         probe = self._layout.root / f"{TEMPORARY}clock-{os.getpid()}-{time.monotonic_ns()}"
         probe.touch()
         try:
@@ -165,7 +159,7 @@ class Index:
         return self._folders
 
     def _read(self) -> dict[str, Folder]:
-        """The saved table; nothing where there is none, or it is damaged or of another version."""
+        """Load the saved index; empty if it is missing, damaged or of another version."""
         try:
             data = self._layout.index.read_bytes()
         except OSError:
@@ -173,7 +167,7 @@ class Index:
         try:
             return _parse(data)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            log.info("ignoring %s, which is made again from the records: %s", self._layout.index, error)
+            log.info("Rebuilding %s from the records: %s", self._layout.index, error)
             return {}
 
 
@@ -184,31 +178,20 @@ def _parse(data: bytes) -> dict[str, Folder]:
         raise ValueError("it does not match its own checksum")
     document = json.loads(body)
     if document["schema_version"] != SCHEMA_VERSION:
-        raise ValueError("it is of another schema version")
-    return {
-        stream: Folder(
-            (table["stamp"][0], table["stamp"][1]),
-            table["settled"],
-            {name: _row(row) for name, row in table["rows"].items()},
-        )
-        for stream, table in document["streams"].items()
-    }
-
-
-def _row(values: list[Any]) -> Row:
-    row = Row(*values)
-    numbers = (row.mtime_ns, row.size, row.inode, row.nbytes)
-    if (
-        not (isinstance(row.item, str) and isinstance(row.source, str))
-        or not isinstance(row.split, str | None)
-        or any(type(n) is not int for n in numbers)
-    ):
-        raise ValueError("it has rows of another type")
-    return row
+        raise ValueError("it has another schema version")
+    folders = {}
+    for stream, table in document["streams"].items():
+        rows = {name: Row(*values) for name, values in table["rows"].items()}
+        for row in rows.values():
+            texts = isinstance(row.item, str) and isinstance(row.source, str) and isinstance(row.split, str | None)
+            if not texts or any(type(n) is not int for n in (row.mtime_ns, row.size, row.inode, row.nbytes)):
+                raise ValueError("it has rows of another type")
+        folders[stream] = Folder((table["stamp"][0], table["stamp"][1]), table["settled"], rows)
+    return folders
 
 
 def _margin(mtime_ns: int) -> int:
-    """How long after a change the same time could be given to another one; whole seconds mean a coarse clock."""
+    """Return for how long another change may get the same time; whole seconds indicate a coarse clock."""
     return _COARSE if mtime_ns % 1_000_000_000 == 0 else _FINE
 
 
@@ -216,13 +199,13 @@ def _is_past(mtime_ns: int, clock: int) -> bool:
     return mtime_ns < clock - _margin(mtime_ns)
 
 
-EVERY = 300.0  # seconds between two savings
-SHARE = 50  # a pause lasts that many times as long as the last saving took: at most 2 % of a slow disk's time
+EVERY = 300.0  # seconds between two saves
+SHARE = 50  # least ratio of pause to duration of the last save: saving takes at most 2 % of a slow disk's time
 
 
 @contextmanager
-def now_and_then(save: Callable[[], None]) -> Iterator[None]:
-    """Call `save` in a thread of its own while the block runs. An error of the disk skips that saving only."""
+def saved_at_intervals(save: Callable[[], None]) -> Iterator[None]:
+    """Call `save` at intervals in a separate thread while the block runs. A write error skips one save."""
     ended = threading.Event()
 
     def work() -> None:
@@ -232,7 +215,7 @@ def now_and_then(save: Callable[[], None]) -> Iterator[None]:
             try:
                 save()
             except (OSError, CacheError) as error:
-                log.info("the index was not saved: %s", error)
+                log.info("Cannot save the index: %s", error)
             pause = max(EVERY, SHARE * (time.monotonic() - began))
 
     thread = threading.Thread(target=work, name="vaflow-index", daemon=True)

@@ -1,16 +1,22 @@
-"""Paths inside a cache: where streams, records and attempts lie."""
+"""Paths inside a cache, and the file operations of the commit protocol.
 
+A cache on an object store has a local copy. The object store is changed first, so that the local copy never contains
+anything uncommitted.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaflow.cache.names import escape
+from vaflow import files
 from vaflow.cache.remote import Remote
+from vaflow.cache.schema import escape
 from vaflow.errors import CacheError, CorruptError, explain
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of one cache, and the errors that name them.
+    """Paths of one cache, operations on its files, and the errors that name them.
 
     Attributes:
         root: the cache directory; of a cache on an object store, its local copy.
@@ -22,7 +28,7 @@ class Layout:
 
     @property
     def place(self) -> str:
-        """Path or URL of the cache, as messages and runs name it."""
+        """Path or URL of the cache, for messages and runs."""
         return str(self.root) if self.remote is None else self.remote.url
 
     @property
@@ -70,20 +76,65 @@ class Layout:
         return path.relative_to(self.root).as_posix()
 
     def corrupt(self, path: Path, problem: str, stream: str | None = None, item: str | None = None) -> CorruptError:
-        """The error for a damaged file."""
+        """Return the error for a damaged file."""
         where = f", item {item!r} of stream {stream!r}" if item is not None else ""
         return CorruptError(
             explain(
                 f"{self.shown(path)} of the cache {self.place} is damaged{where}: {problem}",
-                remedy=f"Run `vaflow cache repair {self.place}`, then extract again: it remakes only the damaged items",
+                remedy=f"Run `vaflow cache repair {self.place}`, then extract again; only damaged items are extracted",
             )
         )
 
     def cannot_write(self, error: OSError) -> CacheError:
-        """The error for a disk or an object store that refuses to write."""
+        """Return the error for a failed write to the disk or the object store."""
         return CacheError(
             explain(
                 f"Cannot write into the cache {self.place}: {error}",
                 remedy="Free disk space or grant write access, then run the same command again: it resumes",
             )
         )
+
+    def create(self, path: Path, data: bytes) -> bool:
+        """Create a whole file if it does not exist; returns False if another writer was first."""
+        if self.remote is None:
+            return files.create_file(path, data)
+        if not self.remote.create(path, data):
+            self.remote.look(path)
+            return False
+        files.make_folder(path.parent)
+        files.replace_file(path, data)
+        return True
+
+    def replace(self, path: Path, data: bytes) -> None:
+        """Replace a whole file atomically."""
+        if self.remote is not None:
+            self.remote.replace(path, data)
+        files.replace_file(path, data)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or a folder with its contents; do nothing if it does not exist.
+
+        Raises:
+            OSError: it cannot be removed, or is behind a link: nothing outside the cache is removed.
+        """
+        files.refuse_links(self.root, path.parent)
+        if self.remote is not None:
+            self.remote.remove(path)
+        files.remove(path)
+
+    def flush(self, top: Path, names: Iterable[str]) -> None:
+        """Make new files below `top` durable: sync them to the disk, or upload them."""
+        if self.remote is None:
+            files.sync_all(top, names)
+        else:
+            self.remote.put(top / name for name in names)
+
+    def look(self, path: Path) -> None:
+        """Download a small file again if other writers changed it; on a disk, do nothing."""
+        if self.remote is not None:
+            self.remote.look(path)
+
+    def fill(self, paths: Iterable[Path], *, again: bool = False) -> None:
+        """Download files of arrays that are missing in the local copy; with `again`, all of them."""
+        if self.remote is not None:
+            self.remote.fill(paths, again=again)

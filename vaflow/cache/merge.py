@@ -1,11 +1,11 @@
 """Merge caches: parts of a data set that were extracted on different machines.
 
-A stream must have the same settings in all caches. An item in several caches is kept once; where the versions were
-made from different sources, the caller chooses.
+A stream must have the same settings in all caches. An item in several caches is kept once; if its versions have
+different sources, the caller chooses one.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from itertools import groupby
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 STAGE = "merge"
 PREFERENCES = ("first", "newest")
-SHOWN = 10  # conflicts that a message names; the log has all
+SHOWN = 10  # conflicts in an error message; the log lists all
 
-Claim = tuple[Cache, Brief]  # a cache that has an item, and what its record says
+Claim = tuple[Cache, Brief]  # a cache that has an item, and facts of its record
 
 
 def merge(
@@ -57,10 +57,10 @@ def merge(
             same cache for all such streams of an item. None: raise an error.
 
     Raises:
-        UsageError: items were made from different sources and `prefer` is None (nothing is written then), or a name or
-            folder is wrong.
-        FingerprintError: a stream was made with different settings; every field that differs is named.
-        CacheError: the disk refuses; the same call resumes later.
+        UsageError: items have different sources and `prefer` is None (nothing is written), or a name or directory is
+            wrong.
+        FingerprintError: a stream has different settings; every field that differs is named.
+        CacheError: writing fails; the same call resumes later.
     """
     if prefer is not None and prefer not in PREFERENCES:
         raise UsageError(explain("Unknown value for prefer", got=prefer, choices=PREFERENCES))
@@ -69,16 +69,19 @@ def merge(
     before = [open_cache(out)] if is_cache(out) else []
     caches = [*before, *sources]
     _check_streams(caches)
-    found = [survey(cache, STAGE) for cache in caches]
-    chosen = _choose(caches, found, prefer)
+    surveys = [survey(cache, STAGE) for cache in caches]
+    chosen = _choose(caches, surveys, prefer)
     target = create_cache(out, store=store or caches[0].store)
     for source in sources:
         declare_streams(target, source)
     copies = [ItemCopy(key, tuple(cache for cache, _ in claims)) for key, claims in chosen.items()]
     damaged = [
-        failure for part in found for failure in part.damaged if (failure.details["stream"], failure.item) not in chosen
+        failure
+        for part in surveys
+        for failure in part.damaged
+        if (failure.details["stream"], failure.item) not in chosen
     ]
-    splits = {item: split for part in reversed(found) for item, split in part.splits.items()}
+    splits = {item: split for part in reversed(surveys) for item, split in part.splits.items()}
     return transfer(target, sources, copies, damaged, splits, STAGE, show_progress=show_progress)
 
 
@@ -101,49 +104,53 @@ def _check_streams(caches: Sequence[Cache]) -> None:
     if problems:
         raise FingerprintError(
             explain(
-                f"The caches were made with different settings. {'. '.join(problems)}",
+                f"The caches have different settings. {'. '.join(problems)}",
                 remedy="Extract the parts with the same settings, or keep the caches apart",
             )
         )
 
 
-def _choose(caches: Sequence[Cache], found: Sequence[Survey], prefer: str | None) -> dict[Key, list[Claim]]:
-    """Item -> the caches to take it from, best first; all of them were made from the same source.
+def _choose(caches: Sequence[Cache], surveys: Sequence[Survey], prefer: str | None) -> dict[Key, list[Claim]]:
+    """Return item -> the caches to copy it from, best first, all with the same source.
 
     Raises:
         UsageError: sources differ, and `prefer` is None.
     """
     claims: dict[Key, list[Claim]] = {}
-    for cache, part in zip(caches, found, strict=True):
+    for cache, part in zip(caches, surveys, strict=True):
         for key, brief in part.briefs.items():
             claims.setdefault(key, []).append((cache, brief))
-    conflicts = {key: own for key, own in claims.items() if len(own) > 1 and len(_versions(key, own)) > 1}
+    conflicts = {key: held for key, held in claims.items() if len(held) > 1 and len(_versions(key, held)) > 1}
     if conflicts and prefer is None:
         raise _conflict(conflicts)
     for _, group in groupby(sorted(conflicts, key=lambda key: (key[1], key[0])), key=lambda key: key[1]):
         keys = list(group)
         best = _winner([claim for key in keys for claim in conflicts[key]], caches, prefer)
         for key in keys:
-            claims[key] = _of_winner(key, conflicts[key], best, caches, prefer)
+            held = conflicts[key]
+            # The claims of the same version as in the preferred cache; if that cache lacks the stream, the next best.
+            preferred = best if any(cache is best for cache, _ in held) else _winner(held, caches, prefer)
+            versions = _versions(key, held).values()
+            claims[key] = next(version for version in versions if any(cache is preferred for cache, _ in version))
     return claims
 
 
-def _versions(key: Key, own: Sequence[Claim]) -> dict[bytes, list[Claim]]:
-    """The claims to one item by what it was made from, in order."""
+def _versions(key: Key, claims: Sequence[Claim]) -> dict[bytes, list[Claim]]:
+    """Group the claims to one item by the content of its source, in order."""
     versions: dict[bytes, list[Claim]] = {}
-    for claim in own:
+    for claim in claims:
         versions.setdefault(_content(key, claim), []).append(claim)
     return versions
 
 
 def _content(key: Key, claim: Claim) -> bytes:
-    """Digest of the item's source; of an item without a source, of its arrays."""
+    """Return a digest of the item's source, or of its arrays if it has no source."""
     cache, brief = claim
     if brief.source:
         return canonical(_without_places(brief.source))
     try:
         _, arrays = cache.committed(*key)
-    except CorruptError:  # the copy lists it
+    except CorruptError:  # the copy reports it
         return b""
     digest = blake2b()
     for name, array in sorted(arrays.items()):
@@ -152,7 +159,7 @@ def _content(key: Key, claim: Claim) -> bytes:
 
 
 def _without_places(source: Any) -> Any:
-    """A source with each file replaced by its content digest, if it has one: path and time differ between copies."""
+    """Replace each file of a source by its content digest, if it has one: paths and times differ between copies."""
     if isinstance(source, Mapping):
         if "blake2b" in source:
             return source["blake2b"]
@@ -161,33 +168,15 @@ def _without_places(source: Any) -> Any:
 
 
 def _winner(claims: Sequence[Claim], caches: Sequence[Cache], prefer: str | None) -> Cache:
-    """The preferred cache among those that have an item; of equally new ones the first."""
+    """Return the preferred cache among those that have an item; of equally new ones the first."""
     if prefer == "newest":
         return max(claims, key=lambda claim: (claim[1].created, -caches.index(claim[0])))[0]
     return min((cache for cache, _ in claims), key=caches.index)
 
 
-def _of_winner(key: Key, own: Sequence[Claim], best: Cache, caches: Sequence[Cache], prefer: str | None) -> list[Claim]:
-    """The claims of the same version as the preferred cache's; if that cache lacks the stream, the next best."""
-    preferred = best if any(cache is best for cache, _ in own) else _winner(own, caches, prefer)
-    return next(v for v in _versions(key, own).values() if any(cache is preferred for cache, _ in v))
-
-
 def _conflict(conflicts: Mapping[Key, Sequence[Claim]]) -> UsageError:
-    lines = list(_conflict_lines(conflicts))
-    for line in lines:
-        log.debug("made from different sources: %s", line)
-    more = f"; and {len(lines) - SHOWN} more (--verbose lists all)" if len(lines) > SHOWN else ""
-    return UsageError(
-        explain(
-            f"Some items were made from different sources ({len(lines)}): {'; '.join(lines[:SHOWN])}{more}",
-            remedy="Choose a version with --prefer first or --prefer newest, or extract them again",
-        )
-    )
-
-
-def _conflict_lines(conflicts: Mapping[Key, Sequence[Claim]]) -> Iterator[str]:
-    """Each item with the first difference between its sources."""
+    """Return the error that names each item with the first difference between its sources."""
+    lines = []
     for (stream, item), ((first, a), *others) in sorted(conflicts.items(), key=lambda pair: pair[0]):
         fields = (
             field
@@ -196,4 +185,13 @@ def _conflict_lines(conflicts: Mapping[Key, Sequence[Claim]]) -> Iterator[str]:
                 _without_places(a.source), _without_places(b.source), names=(f"{first.place} has", cache.place)
             )
         )
-        yield f"{item!r} of stream {stream!r} ({next(fields, 'the arrays differ, and the records have no source')})"
+        difference = next(fields, "the arrays differ, and the records have no source")
+        lines.append(f"{item!r} of stream {stream!r} ({difference})")
+        log.debug("Different sources: %s", lines[-1])
+    more = f"; and {len(lines) - SHOWN} more (--verbose lists all)" if len(lines) > SHOWN else ""
+    return UsageError(
+        explain(
+            f"Some items have different sources in the caches ({len(lines)}): {'; '.join(lines[:SHOWN])}{more}",
+            remedy="Choose a version with --prefer first or --prefer newest, or extract them again",
+        )
+    )

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from vaflow import files
-from vaflow.cache import storage as places
 from vaflow.cache.cache import Cache
 from vaflow.cache.documents import manifest_document, seal, unseal
 from vaflow.cache.layout import Layout
@@ -19,15 +18,15 @@ PathLike = str | os.PathLike[str]
 
 
 def create_cache(path: PathLike, *, store: str = "zarr") -> Cache:
-    """Make a cache, or open an existing one for writing.
+    """Create a cache, or open an existing one for writing.
 
     Args:
         path: a folder that is empty, missing, or a cache.
         store: "zarr" or "hdf5".
 
     Raises:
-        UsageError: there is no such store, the cache has the other one, or the folder cannot be written.
-        SchemaError: the folder holds something else, or a cache of another schema version.
+        UsageError: unknown store, the cache has another store, or the directory is not writable.
+        SchemaError: the directory has other contents, or a cache of another schema version.
         CorruptError: its manifest is damaged.
     """
     if store not in STORES:
@@ -56,17 +55,22 @@ def open_cache(path: PathLike, *, writable: bool = False) -> Cache:
     """Open an existing cache.
 
     Raises:
-        UsageError: not a cache, or it cannot be written.
-        SchemaError: it has a schema version that this program does not read.
+        UsageError: not a cache, or not writable.
+        SchemaError: its schema version is not supported.
         CorruptError: its manifest is damaged.
     """
+    return _open(_pulled_layout(path), writable=writable)
+
+
+def _pulled_layout(path: PathLike) -> Layout:
+    """Return the layout of a cache; on an object store, with an updated local copy."""
     layout = layout_of(path)
     try:
         if layout.remote is not None:
             layout.remote.pull()
     except OSError as error:
         raise _unreadable(layout, error) from error
-    return _open(layout, writable=writable)
+    return layout
 
 
 def _open(layout: Layout, *, writable: bool) -> Cache:
@@ -82,40 +86,30 @@ def _open(layout: Layout, *, writable: bool) -> Cache:
 
 
 def is_cache(path: PathLike) -> bool:
-    """Whether there is a cache, of any version, to be opened.
+    """Return whether `path` is a cache, of any schema version.
 
     Raises:
         UsageError: an object store cannot be reached.
     """
-    layout = layout_of(path)
-    try:
-        if layout.remote is not None:
-            layout.remote.pull()
-    except OSError as error:
-        raise _unreadable(layout, error) from error
-    return layout.manifest.exists()
+    return _pulled_layout(path).manifest.exists()
 
 
 def address(path: PathLike) -> str:
-    """A cache's lasting name: its URL, or its folder with all links resolved."""
+    """Return the canonical name of a cache: its URL, or its directory with links resolved."""
     return url_of(path) or str(Path(path).resolve())
 
 
 def layout_of(path: PathLike) -> Layout:
-    """Where a cache is: a folder, or a URL of an object store (`s3://bucket/path`).
+    """Return the layout of a cache: a directory, or a URL of an object store (`s3://bucket/path`).
 
     Raises:
         UsageError: the library for this kind of store is not installed.
     """
     url = url_of(path)
     if url is None:
-        return Layout(_absolute(path))
+        return Layout(Path(os.path.abspath(os.path.expanduser(path))))  # noqa: PTH100, PTH111 - does not resolve links
     remote = Remote(url)
     return Layout(remote.local, remote)
-
-
-def _absolute(path: PathLike) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111 - links stay as the user wrote them
 
 
 def _create_manifest(layout: Layout, store: str) -> None:
@@ -124,8 +118,9 @@ def _create_manifest(layout: Layout, store: str) -> None:
         layout.remote.pull()
     if layout.manifest.exists():
         return
-    others = sorted(name for name in _names(layout) if not name.startswith(TEMPORARY))
-    if others and not layout.manifest.exists():  # another writer may have made it since
+    names = [p.name for p in layout.root.iterdir()] if layout.remote is None else layout.remote.names()
+    others = sorted(name for name in names if not name.startswith(TEMPORARY))
+    if others and not layout.manifest.exists():  # another writer may have created it meanwhile
         raise SchemaError(
             explain(
                 f"{layout.place} is neither empty nor a cache",
@@ -134,25 +129,36 @@ def _create_manifest(layout: Layout, store: str) -> None:
                 remedy="Choose another folder",
             )
         )
-    places.create(layout, layout.manifest, seal(manifest_document(store)))
-
-
-def _names(layout: Layout) -> list[str]:
-    return [p.name for p in layout.root.iterdir()] if layout.remote is None else layout.remote.names()
+    layout.create(layout.manifest, seal(manifest_document(store)))
 
 
 def read_manifest(layout: Layout) -> StoreName:
-    """The cache's store, after the version was found readable and the checksum right.
+    """Return the cache's store, after checking schema version and checksum.
 
     Raises:
-        OSError: there is no manifest, or it cannot be read.
+        OSError: the manifest is missing or unreadable.
         SchemaError, CorruptError: see `open_cache`.
     """
     try:
         data = files.read_document(layout.root, layout.manifest)
     except ValueError as error:
         raise layout.corrupt(layout.manifest, str(error)) from error
-    _check_version(layout, data)
+    try:
+        document: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise layout.corrupt(layout.manifest, f"it is not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise SchemaError(explain(f"{layout.manifest} is not the manifest of a cache", expected=f"format {FORMAT!r}"))
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:  # compared before the checksum, which other versions may compute differently
+        raise SchemaError(
+            explain(
+                f"The cache {layout.place} has an unsupported schema version",
+                expected=SCHEMA_VERSION,
+                got=repr(version),
+                remedy="Use the release of vaflow that wrote it, or extract into a new folder",
+            )
+        )
     try:
         store = unseal(data)["store"]
     except (ValueError, KeyError) as error:
@@ -161,26 +167,6 @@ def read_manifest(layout: Layout) -> StoreName:
         raise SchemaError(explain(f"The cache {layout.place} has an unknown store", got=store, choices=STORES))
     name: StoreName = store
     return name
-
-
-def _check_version(layout: Layout, data: bytes) -> None:
-    """Before the checksum: another version may define it otherwise."""
-    try:
-        document: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise layout.corrupt(layout.manifest, f"it is not JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise SchemaError(explain(f"{layout.manifest} is not the manifest of a cache", expected=f"format {FORMAT!r}"))
-    version = document.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise SchemaError(
-            explain(
-                f"The cache {layout.place} has a schema version that this program does not read",
-                expected=SCHEMA_VERSION,
-                got=repr(version),
-                remedy="Use the release of vaflow that made it, or extract into a new folder",
-            )
-        )
 
 
 def _no_cache(layout: Layout) -> UsageError:

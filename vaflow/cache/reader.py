@@ -1,4 +1,4 @@
-"""Read the arrays of a record: bytes are read once and checked before the store parses them."""
+"""Read the arrays of a record. Bytes are read once and checked before the store parses them."""
 
 import stat
 from collections.abc import Mapping, Sequence
@@ -8,21 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from vaflow import files
-from vaflow.cache import storage as places
 from vaflow.cache.documents import crc32c
 from vaflow.cache.layout import Layout
 from vaflow.cache.schema import Array, Blob, Json, Record
 from vaflow.cache.stores import Store
 from vaflow.errors import MissingError, explain
 
-# Raised by the stores for files that match their checksum and have other contents.
+# Errors of the stores for files that match their checksum but are not valid.
 _BROKEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, OSError)
 
 
 def fetch(
     layout: Layout, store: Store, record: Record, names: Sequence[str] | None, *, verify: bool = True
 ) -> dict[str, Array]:
-    """The arrays `names` (all when None) of a committed item.
+    """Return the arrays `names` (None: all) of a committed item.
 
     Raises:
         MissingError: the item has no such array.
@@ -37,8 +36,8 @@ def fetch(
     needed = store.files_for(record.attempt, record.files, wanted)
     blobs, path = {}, folder
     try:
-        places.fill(layout, [folder / name for name in needed])
-        # Down to the attempt: deeper down `verify` looks. Whatever is read must match size and checksum anyway.
+        layout.fill([folder / name for name in needed])
+        # Links below the attempt are left to `verify`: whatever is read must match size and checksum.
         files.refuse_links(layout.root, store.path(folder, record.attempt))
         for name in needed:
             path = folder / name
@@ -49,71 +48,64 @@ def fetch(
 
 
 def _read(layout: Layout, path: Path, record: Record, facts: Json, *, verify: bool) -> Blob:
-    """The bytes of one file; a file of another size is not read. Raises CorruptError."""
-    found = size_problem(path, facts)
-    if found is None:
+    """Return the bytes of one file, checked by size before it is read. Raises CorruptError."""
+    problem = size_problem(path, facts)
+    if problem is None:
         blob = np.fromfile(path, np.uint8)
-        found = file_problem(blob, facts) if verify else None
-        if found is None:
+        problem = file_problem(blob, facts) if verify else None
+        if problem is None:
             return blob
     if layout.remote is not None:  # the local copy is damaged: download it again
-        blob = places.read(layout, path, again=True)
+        layout.fill([path], again=True)
+        blob = np.fromfile(path, np.uint8)
         if file_problem(blob, facts) is None:
             return blob
-    raise layout.corrupt(path, found, record.stream, record.item)
+    raise layout.corrupt(path, problem, record.stream, record.item)
 
 
 def decode(
     layout: Layout, store: Store, record: Record, blobs: Mapping[str, Blob], wanted: Sequence[str]
 ) -> dict[str, Array]:
-    """The arrays `wanted` out of the files that hold them.
+    """Return the arrays `wanted` from the bytes of their files.
 
     Raises:
-        CorruptError: the files do not hold them, or not in the shape and dtype that the record says.
+        CorruptError: the files do not hold them, or in another shape or dtype than in the record.
     """
     folder = layout.item(record.stream, record.item)
     try:
-        _check_room(record, blobs, wanted)
+        # Arrays are not compressed, so none can be larger than the files that hold them.
+        facts = [record.arrays[name] for name in wanted]
+        claimed = sum(int(prod(array["shape"])) * np.dtype(array["dtype"]).itemsize for array in facts)
+        size = sum(blob.size for blob in blobs.values())
+        if claimed > size:
+            raise ValueError(f"the record claims {claimed} bytes of arrays, the files have {size}")
         arrays = store.read_attempt(record.attempt, blobs, wanted)
     except _BROKEN as error:
         problem = f"its files do not hold the arrays ({error})"
         raise layout.corrupt(store.path(folder, record.attempt), problem, record.stream, record.item) from error
     for name, array in arrays.items():
         if {"shape": list(array.shape), "dtype": str(array.dtype)} != record.arrays[name]:
-            problem = f"array {name!r} is {array.dtype} {list(array.shape)}, the record says {record.arrays[name]}"
+            problem = f"array {name!r} is {array.dtype} {list(array.shape)}, the record has {record.arrays[name]}"
             raise layout.corrupt(store.path(folder, record.attempt), problem, record.stream, record.item)
     return arrays
 
 
-def _check_room(record: Record, blobs: Mapping[str, Blob], wanted: Sequence[str]) -> None:
-    """Arrays are not compressed, so none can be larger than the files that hold them.
-
-    Raises:
-        ValueError: the record claims more.
-    """
-    said = [record.arrays[name] for name in wanted]
-    claimed = sum(int(prod(facts["shape"])) * np.dtype(facts["dtype"]).itemsize for facts in said)
-    held = sum(blob.size for blob in blobs.values())
-    if claimed > held:
-        raise ValueError(f"the record claims {claimed} bytes of arrays, the files have {held}")
-
-
 def size_problem(path: Path, facts: Json) -> str | None:
-    """How a file differs from what its record says, as far as can be told without reading it.
+    """Return how a file differs in type or size from its record; None if it does not.
 
     Raises:
-        OSError: it is not there.
+        OSError: the file is missing.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        return "it is no file"
+        return "it is not a regular file"
     if status.st_size != facts["size"]:
         return f"it has {status.st_size} bytes, {facts['size']} were committed"
     return None
 
 
 def file_problem(blob: Blob, facts: Json) -> str | None:
-    """How the bytes of a file differ from what its record says, if they do."""
+    """Return how the bytes of a file differ from its record; None if they do not."""
     if blob.size != facts["size"]:
         return f"it has {blob.size} bytes, {facts['size']} were committed"
     if crc32c(blob) != facts["crc32c"]:

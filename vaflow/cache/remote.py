@@ -1,9 +1,9 @@
-"""Caches on object stores: a local folder that fills as items are read, and puts in the order of the commit protocol.
+"""Caches on object stores: a local copy that is filled as items are read, and uploads in commit order.
 
-All other modules work on the local folder. It holds every record and stream of the cache, as they were when it was
-opened or the index was refreshed, and the arrays that were read or written here. Objects appear whole, so a record that
-is put last commits an item; where the store can create exclusively (S3 can), the first of several writers wins, and
-elsewhere the last one does. Credentials come from the environment, as the store's own library finds them.
+All other modules work on the local copy. It holds every record and stream of the cache, as of the time when the cache
+was opened or its index refreshed, and the arrays read or written on this machine. Uploads are atomic, so uploading the
+record last commits an item. If the store supports exclusive creation (S3 does), the first of several writers wins,
+otherwise the last. Credentials come from the environment, as the library of the store reads them.
 """
 
 import atexit
@@ -19,21 +19,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vaflow.cache.names import escape, is_attempt
+from vaflow.cache.schema import escape, is_attempt
 from vaflow.errors import UsageError, explain
 from vaflow.failures import LISTS
 from vaflow.files import replace_file
 
-VARIABLE = "VAFLOW_CACHE_DIR"  # where the local folders are kept; without it they go when the program ends
+VARIABLE = "VAFLOW_CACHE_DIR"  # directory of the local copies; without it they are deleted when the program ends
 SCHEMES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "memory": ""}
 EXTRAS = {"s3fs": "s3"}  # of this package
-PULLED = ".pulled.json"  # object -> what it looked like when it was copied
-BATCH = 256  # objects asked for at once
+PULLED = ".pulled.json"  # object -> its mark (see `_mark`) when it was downloaded
+BATCH = 256  # objects per request
 _URL = re.compile(r"([a-z0-9]+):/+(.+)", re.DOTALL)
 
 
 def url_of(path: str | os.PathLike[str]) -> str | None:
-    """`s3://bucket/path`, also where `Path` has made one slash of two; None for what is a path."""
+    """Return the URL `s3://bucket/path`, also if `Path` merged its two slashes; None for a local path."""
     match = _URL.fullmatch(os.fspath(path))
     if match is None or match[1] not in SCHEMES:
         return None
@@ -48,14 +48,14 @@ def _temporary() -> Path:
 
 
 def batched(names: Iterable[Any], size: int = BATCH) -> Iterator[list[Any]]:
-    """In lists of at most `size`."""
+    """Yield lists of at most `size` names."""
     rest = iter(names)
-    while some := list(islice(rest, size)):
-        yield some
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 class Remote:
-    """The objects below one URL, and the local folder that stands for them.
+    """The objects below one URL, and their local copy.
 
     Raises:
         UsageError: the library for this kind of store is not installed.
@@ -66,67 +66,61 @@ class Remote:
         kept = os.environ.get(VARIABLE)
         self.local = (Path(kept).expanduser().absolute() if kept else _temporary()) / escape(url)
         self._fs, self._base = _file_system(url)
-        self._lists: dict[str, bytes] = {}  # of failures, as they were pulled
+        self._lists: dict[str, bytes] = {}  # failure lists as downloaded
 
-    # What is there
+    # Reading
 
     def pull(self) -> None:
-        """Bring the manifest, streams, records and lists of failures up to date.
+        """Update the local manifest, streams, records and failure lists.
 
         Raises:
-            OSError: the store cannot be reached, or refuses.
+            OSError: the store cannot be reached, or denies access.
         """
         self.local.mkdir(parents=True, exist_ok=True)
-        there = self._documents()
-        known = self._pulled()
-        stale = [name for name, mark in there.items() if known.get(name) != mark or not (self.local / name).is_file()]
-        for names in batched(stale):
-            for name, data in self._get(names).items():
-                self._keep(name, data)
-        for path in self._local_documents():
-            if path.relative_to(self.local).as_posix() not in there:
-                path.unlink(missing_ok=True)
-        replace_file(self.local / PULLED, json.dumps(there).encode(), durable=False)
-        self._lists = {path.name: path.read_bytes() for path in self.local.glob(LISTS)}
-
-    def _documents(self) -> dict[str, str]:
-        """Small file -> what it looks like now."""
-        with self._refusals():
-            self._fs.invalidate_cache()
-            found = self._fs.find(self._base, maxdepth=1, detail=True)
-            for folder in ("streams", "records"):
-                found |= self._fs.find(f"{self._base}/{folder}", detail=True)
-        names = {self._name(key): _mark(info) for key, info in found.items() if info.get("type") != "directory"}
-        return {name: mark for name, mark in names.items() if name is not None and name.endswith((".json", ".jsonl"))}
-
-    def names(self) -> list[str]:
-        """Of everything directly below the URL. Raises as `pull`."""
-        with self._refusals():
-            self._fs.invalidate_cache()
-            try:
-                found = self._fs.ls(self._base, detail=False)
-            except FileNotFoundError:
-                return []
-        return [name for key in found if (name := self._name(key)) is not None]
-
-    def _name(self, key: str) -> str | None:
-        """The name below the cache; None for what no cache has, and would lead elsewhere."""
-        name = key.lstrip("/").removeprefix(self._base.lstrip("/")).lstrip("/")
-        return None if not name or {"", ".", ".."} & set(name.split("/")) or "\\" in name else name
-
-    def _local_documents(self) -> Iterator[Path]:
-        for pattern in ("manifest.json", LISTS, "streams/*.json", "records/*/*.json"):
-            yield from self.local.glob(pattern)
-
-    def _pulled(self) -> dict[str, str]:
+        marks = self._documents()
         try:
             known = json.loads((self.local / PULLED).read_bytes())
         except (OSError, ValueError):
-            return {}
-        return known if isinstance(known, dict) else {}
+            known = {}
+        known = known if isinstance(known, dict) else {}
+        stale = [name for name, mark in marks.items() if known.get(name) != mark or not (self.local / name).is_file()]
+        for names in batched(stale):
+            for name, data in self._get(names).items():
+                self._keep(name, data)
+        for pattern in ("manifest.json", LISTS, "streams/*.json", "records/*/*.json"):
+            for path in self.local.glob(pattern):
+                if self._below(path) not in marks:
+                    path.unlink(missing_ok=True)
+        replace_file(self.local / PULLED, json.dumps(marks).encode(), durable=False)
+        self._lists = {path.name: path.read_bytes() for path in self.local.glob(LISTS)}
+
+    def _documents(self) -> dict[str, str]:
+        """Return small file -> its current mark."""
+        with self._errors():
+            self._fs.invalidate_cache()
+            listing = self._fs.find(self._base, maxdepth=1, detail=True)
+            for folder in ("streams", "records"):
+                listing |= self._fs.find(f"{self._base}/{folder}", detail=True)
+        names = {self._name(key): _mark(info) for key, info in listing.items() if info.get("type") != "directory"}
+        return {name: mark for name, mark in names.items() if name is not None and name.endswith((".json", ".jsonl"))}
+
+    def names(self) -> list[str]:
+        """Return the names of everything directly below the URL. Raises as `pull`."""
+        with self._errors():
+            self._fs.invalidate_cache()
+            try:
+                keys = self._fs.ls(self._base, detail=False)
+            except FileNotFoundError:
+                return []
+        return [name for key in keys if (name := self._name(key)) is not None]
+
+    def _name(self, key: str) -> str | None:
+        """Return the name below the cache; None if it would lead outside the cache."""
+        name = key.lstrip("/").removeprefix(self._base.lstrip("/")).lstrip("/")
+        return None if not name or {"", ".", ".."} & set(name.split("/")) or "\\" in name else name
 
     def look(self, path: Path) -> None:
-        """Bring one small file up to date. Raises as `pull`."""
+        """Update one small file of the local copy. Raises as `pull`."""
         name = self._below(path)
         data = self._get([name]).get(name)
         if data is None:
@@ -135,21 +129,21 @@ class Remote:
             self._keep(name, data)
 
     def fill(self, paths: Iterable[Path], *, again: bool = False) -> None:
-        """Download those that are not here yet, or all of them `again`. What is not there is left out."""
+        """Download missing files, or with `again` all of them. Missing objects are skipped."""
         names = [self._below(path) for path in paths if again or not path.is_file()]
-        for some in batched(names):
-            for name, data in self._get(some).items():
+        for batch in batched(names):
+            for name, data in self._get(batch).items():
                 self._keep(name, data)
 
     def _get(self, names: Iterable[str]) -> dict[str, bytes]:
         keys = {f"{self._base}/{name}": name for name in names}
         if not keys:
             return {}
-        with self._refusals():
-            found = self._fs.cat(list(keys), on_error="return")
+        with self._errors():
+            contents = self._fs.cat(list(keys), on_error="return")
         got = {}
         for key, name in keys.items():
-            data = found.get(key, found.get(key.lstrip("/")))
+            data = contents.get(key, contents.get(key.lstrip("/")))
             if isinstance(data, bytes):
                 got[name] = data
             elif isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
@@ -164,7 +158,7 @@ class Remote:
         replace_file(path, data, durable=False)
 
     def _forget_attempt(self, path: Path, data: bytes) -> None:
-        """The arrays of a record that another one takes the place of are of no use here any more."""
+        """Delete the local arrays of the record at `path` if the record `data` that replaces it has another attempt."""
         try:
             old, new = (json.loads(text)["attempt"] for text in (path.read_bytes(), data))
         except (OSError, ValueError, KeyError, TypeError):
@@ -177,29 +171,29 @@ class Remote:
     # Writing
 
     def put(self, paths: Iterable[Path]) -> None:
-        """Upload local files, each whole. Raises as `pull`."""
-        for some in batched(paths):
-            with self._refusals():
-                self._fs.pipe({f"{self._base}/{self._below(path)}": path.read_bytes() for path in some})
+        """Upload local files, each atomically. Raises as `pull`."""
+        for batch in batched(paths):
+            with self._errors():
+                self._fs.pipe({f"{self._base}/{self._below(path)}": path.read_bytes() for path in batch})
 
     def create(self, path: Path, data: bytes) -> bool:
-        """Put an object unless there is one: returns False if another writer was first. Raises as `pull`."""
+        """Create an object if it does not exist; returns False if another writer was first. Raises as `pull`."""
         key = f"{self._base}/{self._below(path)}"
         try:
-            with self._refusals():
+            with self._errors():
                 self._fs.pipe_file(key, data, mode="create")
         except FileExistsError:
             return False
         return True
 
     def replace(self, path: Path, data: bytes) -> None:
-        """Put an object that replaces another. Raises as `pull`."""
-        with self._refusals():
+        """Create or replace an object. Raises as `pull`."""
+        with self._errors():
             self._fs.pipe_file(f"{self._base}/{self._below(path)}", data)
 
     def remove(self, path: Path) -> None:
-        """Remove an object, or all below it; nothing happens where there is none. Raises as `pull`."""
-        with self._refusals():
+        """Remove an object and all objects below it, if any exist. Raises as `pull`."""
+        with self._errors():
             self._fs.invalidate_cache()
             try:
                 self._fs.rm(f"{self._base}/{self._below(path)}", recursive=True)
@@ -207,7 +201,7 @@ class Remote:
                 return
 
     def push_lists(self) -> None:
-        """Upload failure lists that were written here, and remove those that were removed here. Raises as `pull`."""
+        """Upload failure lists that were written locally; remove those that were removed locally. Raises as `pull`."""
         lists = {path.name: path.read_bytes() for path in self.local.glob(LISTS)}
         self.put(self.local / name for name, data in lists.items() if data != self._lists.get(name))
         for name in self._lists.keys() - lists.keys():
@@ -217,11 +211,16 @@ class Remote:
         return path.relative_to(self.local).as_posix()
 
     @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        """What a store's library raises that is no OSError becomes one."""
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of the store's library that are not OSErrors into OSErrors."""
+        errors: tuple[type[Exception], ...] = ()
+        if self.url.startswith("s3"):
+            from botocore.exceptions import BotoCoreError
+
+            errors = (BotoCoreError,)
         try:
             yield
-        except _library_errors(self.url) as error:
+        except errors as error:
             raise OSError(f"{self.url}: {error}") from error
 
 
@@ -232,20 +231,13 @@ def _file_system(url: str) -> tuple[Any, str]:
         fs, base = fsspec.core.url_to_fs(url)
     except ImportError as error:
         library = SCHEMES[url.partition(":")[0]]
-        package = f"-e '.[{EXTRAS[library]}]'  (in the clone)" if library in EXTRAS else library
+        package = f"-e '.[{EXTRAS[library]}]'" if library in EXTRAS else library
+        where = " in the clone" if library in EXTRAS else ""
         problem = f"{url} cannot be opened: {error}"
-        raise UsageError(explain(problem, remedy=f"Install it: pip install {package}")) from error
+        raise UsageError(explain(problem, remedy=f"Install the library{where}: pip install {package}")) from error
     return fs, str(base).rstrip("/")
 
 
-def _library_errors(url: str) -> tuple[type[Exception], ...]:
-    if not url.startswith("s3"):
-        return ()
-    from botocore.exceptions import BotoCoreError
-
-    return (BotoCoreError,)
-
-
 def _mark(info: Mapping[str, Any]) -> str:
-    """The members of a listing that change with an object."""
+    """Return the members of a listing entry that change when the object changes."""
     return " ".join(str(info.get(key)) for key in ("size", "ETag", "etag", "created", "LastModified", "mtime"))

@@ -1,18 +1,22 @@
-"""The cache contract as types and constants: what `cache_schema.md` says, for programs. No I/O here.
+"""Types, constants and file names of the cache format, as specified in `cache_schema.md`. No I/O.
 
 A cache is a folder of named *streams*; a stream holds arrays for *items* (clips, or prompt sets); an item of a stream
-is committed by a *record*. Validators return every problem as text; one caller raises.
-
-What reading an item gives.
+is committed by a *record*. Validators return every problem as text; the caller raises one error.
 """
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, Literal, Protocol
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vaflow.errors import UsageError, explain
 
 SCHEMA_VERSION = 1
 FORMAT = "vaflow-cache"
@@ -24,7 +28,7 @@ Array = NDArray[Any]
 Json = dict[str, Any]
 Blob = NDArray[np.uint8]  # bytes of one file; writable, so that arrays made of them are writable
 
-LABELS = "labels"  # the one stream that every clip has: its frame clock, split, group and annotation
+LABELS = "labels"  # the stream that every clip has: its frame clock, split, group and annotation
 LOGMEL = "logmel"
 PIXELS = "pixels"
 
@@ -34,7 +38,7 @@ _PART = 2**20  # bytes
 
 
 class Rows(Protocol):
-    """What checks and stores need of an array: a NumPy array, or one whose rows lie in a file (`long.LongArray`)."""
+    """The part of the array interface that checks and stores use: NumPy arrays and `scratch.LongArray` have it."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -65,14 +69,14 @@ KINDS: Mapping[str, Mapping[str, ArraySpec]] = {
     "visual": {
         "embedding": ArraySpec(("sample", "dim"), FLOAT),
         "time":      ArraySpec(("sample",), ("float64",)),         # seconds: the grid instant
-        "valid":     ArraySpec(("sample",), ("bool",)),            # a face was there
+        "valid":     ArraySpec(("sample",), ("bool",)),            # a face was detected
         "frame":     ArraySpec(("sample",), ("int64",), False),    # 0-based number of the video frame used
     },
     # a sequence of embeddings per window of the clip
     "audio": {
         "embedding": ArraySpec(("window", "step", "dim"), FLOAT),
         "time":      ArraySpec(("window", "step"), ("float64",)),  # seconds: mean centre of the step's tokens
-        "valid":     ArraySpec(("window", "step"), ("bool",)),     # there was sound data under the step
+        "valid":     ArraySpec(("window", "step"), ("bool",)),     # the step has audio samples
         "start":     ArraySpec(("window",), ("float64",)),         # seconds: where the window begins
     },
     # Kaldi filter banks of the whole clip, unnormalised, frame i covering [0.01 i, 0.01 i + 0.025) s
@@ -98,7 +102,7 @@ KINDS: Mapping[str, Mapping[str, ArraySpec]] = {
     # further annotation, as expression classes or action units; identity: "task" ("classes" or "binary") and "names"
     "targets": {
         "time":  ArraySpec(("row",), ("float64",)),                # seconds: presentation time
-        "value": ArraySpec(("row", "name"), ("float32",)),         # share of each class, or whether a unit is there
+        "value": ArraySpec(("row", "name"), ("float32",)),         # share of each class, or 1 if a unit is active
         "valid": ArraySpec(("row", "name"), ("bool",)),
     },
     # prompt prototypes; items are prompt sets, not clips
@@ -115,15 +119,15 @@ DTYPES = frozenset(dtype for specs in KINDS.values() for spec in specs.values() 
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """What made a stream. Two streams of one name with different fingerprints never mix.
+    """Settings of a stream. Items made with different settings never share a stream.
 
     Attributes:
         name: as used on the command line and on disk, e.g. "clip-vit-b16".
         kind: a key of `KINDS`.
         dim: the last axis of `embedding` (0 for pixels, labels and targets).
         dtype: of `embedding` ("uint8" for pixels, "float32" for labels and targets).
-        identity: plain JSON: encoder, weights digest, preprocessing, sampling, output layer, decoder backend and
-            version ... : everything that changes the numbers. The fingerprint is its digest.
+        identity: plain JSON of every setting that changes the values: encoder, weights digest, preprocessing, sampling,
+            output layer, decoder backend and version. The fingerprint is a digest of it.
     """
 
     name: str
@@ -140,8 +144,8 @@ class Record:
     Attributes:
         arrays: name -> {"shape": [...], "dtype": "..."}.
         files: path below `<stream>/<item>/` -> {"size": bytes, "crc32c": unsigned}; every file of the attempt.
-        source: identity of what it was made from; a changed source is re-extracted.
-        meta: facts about the item (split, group, duration, audio status, face share ...). Never needed to read arrays.
+        source: identity of the source files; a changed source is re-extracted.
+        meta: facts about the item (split, group, duration, audio status, face share ...). Not needed to read arrays.
     """
 
     stream: str
@@ -156,21 +160,67 @@ class Record:
     fingerprint: str = ""  # of the stream when it was made
 
 
+_LONGEST = 160  # bytes; leaves room for suffixes below the usual limit of 255 bytes
+_KEPT_WHEN_SHORTENED = 100
+_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_ODD = re.compile(rb"[^A-Za-z0-9._-]")
+_FOLDERS = ("streams", "records")
+
+
+def escape(name: str) -> str:
+    """Return the file name of a stream or item; different names have different file names.
+
+    Bytes (UTF-8) outside [A-Za-z0-9._-] become %XX; so does a leading dot, and the first character of names that
+    end in `.json` or `.jsonl` or are `streams` or `records`, which are reserved in a cache. A result of more
+    than 160 characters is cut to its first 100, followed by `~` and the blake2b-128 digest of the whole name.
+
+    Raises:
+        UsageError: the name is empty, or has characters that JSON cannot represent.
+    """
+    if not name:
+        raise UsageError(explain("A stream or item needs a name", expected="at least one character", got=repr(name)))
+    raw = name.encode("utf-8", "surrogatepass")
+    if _PLAIN.fullmatch(name) is None:
+        if not name.isascii() and json.loads(json.dumps(name)) != name:
+            raise UsageError(
+                explain("A stream or item has a name that JSON cannot hold", expected="proper Unicode", got=ascii(name))
+            )
+        name = _ODD.sub(lambda match: b"%%%02X" % match[0][0], raw).decode("ascii")
+    reserved = name.startswith(".") or name in _FOLDERS or name.endswith((".json", ".jsonl"))
+    if reserved and not name.startswith("%"):
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    if len(name) > _LONGEST:
+        head = re.sub(r"%.?$", "", name[:_KEPT_WHEN_SHORTENED])
+        return f"{head}~{blake2b(raw, digest_size=16).hexdigest()}"
+    return name
+
+
+def unescape(file_name: str) -> str:
+    """Invert `escape`; returns the file name itself if it was shortened or is not escaped."""
+    name = unquote(file_name, errors="surrogatepass")
+    return name if name and escape(name) == file_name else file_name
+
+
+def is_attempt(name: str) -> bool:
+    """Return whether `name` can name an attempt: a plain file name without a path."""
+    return _PLAIN.fullmatch(name) is not None
+
+
 def parts(array: Rows, nbytes: int = _PART) -> Iterator[slice]:
-    """Rows of at most that many bytes together, and one at least: all of the array, in order."""
+    """Yield slices that cover the array in order, each of at least one row and of at most `nbytes` if possible."""
     step = max(1, nbytes * len(array) // max(1, array.nbytes))
     for start in range(0, len(array), step):
         yield slice(start, min(start + step, len(array)))
 
 
 def stored_layers(info: StreamInfo) -> int:
-    """Return how many layers of the encoder each sample has a vector of; 0: one vector, and no layer axis."""
+    """Return the number of encoder layers stored per sample; 0 if the stream has no layer axis."""
     layers = info.identity.get("layers") if info.kind in ("visual", "audio") else None
     return len(layers) if isinstance(layers, list) else 0
 
 
 def array_problems(info: StreamInfo, arrays: Mapping[str, Rows]) -> list[str]:
-    """Everything that keeps `arrays` from being an item of the stream `info`; empty when all is well."""
+    """Return every reason why `arrays` are not a valid item of the stream `info`; empty if they are."""
     specs = dict(KINDS[info.kind])
     layers = stored_layers(info)
     if layers:  # one vector per layer of the encoder: an axis before the last
@@ -234,8 +284,8 @@ class Item:
     """The arrays of one item of one stream; each is also an attribute: `item.embedding`, `item.time`, `item.valid`.
 
     Attributes:
-        stream: where it comes from.
-        item: its id.
+        stream: name of the stream.
+        item: id of the item.
         arrays: name -> array, as the stream's kind in `KINDS` says.
         meta: facts about the item, from its record.
     """
@@ -246,15 +296,13 @@ class Item:
     meta: Json
 
     def __getattr__(self, name: str) -> Array:
-        arrays = self.__dict__.get("arrays", {})  # not yet there while a copy is being made
+        arrays: Mapping[str, Array] = self.__dict__.get("arrays", {})  # not yet set while a copy is being made
         if name in arrays:
-            found: Array = arrays[name]
-            return found
-        raise AttributeError(f"no array {name!r} was read of {self.__dict__.get('item')!r}; there are {sorted(arrays)}")
+            return arrays[name]
+        raise AttributeError(f"array {name!r} of {self.__dict__.get('item')!r} is not loaded; loaded: {sorted(arrays)}")
 
     @property
     def images(self) -> list[bytes]:
-        """Pixels: one JPEG file per sample, empty where there was no face."""
-        edges = self.offset.tolist()
+        """Pixels: one JPEG file per sample, empty where no face was detected."""
         data = self.data
-        return [data[start:end].tobytes() for start, end in pairwise(edges)]
+        return [data[start:end].tobytes() for start, end in pairwise(self.offset.tolist())]

@@ -1,4 +1,4 @@
-"""Arrays to be written that may exceed the memory: their rows lie in an unnamed file on the cache's disk.
+"""Arrays that may exceed memory: their rows are kept in an unnamed file on the cache's disk.
 
 Arrays of up to one chunk are ordinary NumPy arrays; only longer ones, such as the log-Mel of 44 minutes, use the disk.
 The file has no name, so nothing is left behind, however the process ends.
@@ -20,7 +20,7 @@ IN_MEMORY = 64 * 2**20  # bytes of one array
 
 
 class LongArray:
-    """A part of the NumPy array interface: rows are read and written by slices with step 1.
+    """An array in a file, with part of the NumPy interface: slices of rows with step 1 are read and written.
 
     Another thread may read it once all rows are written.
     """
@@ -45,9 +45,9 @@ class LongArray:
 
     def __getitem__(self, rows: slice) -> Array:
         start, stop, _ = rows.indices(len(self))
-        found = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
-        self._file.read(start * self._row_bytes, found)
-        return found
+        values = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        self._file.read(start * self._row_bytes, values)
+        return values
 
     def __setitem__(self, rows: slice, values: Array) -> None:
         start, stop, _ = rows.indices(len(self))
@@ -58,7 +58,7 @@ class LongArray:
     def reshape(self, *shape: int) -> "LongArray":
         """The same rows in another shape of the same size."""
         if prod(shape) != self.size:
-            raise ValueError(f"LongArray.reshape: {self.shape} has no room for {shape}")
+            raise ValueError(f"LongArray.reshape: {self.shape} does not fit {shape}")
         return LongArray(self._file, shape, self.dtype)
 
     @property
@@ -67,7 +67,7 @@ class LongArray:
 
 
 class Growing:
-    """An array that grows by blocks of rows, of unknown total length.
+    """An array of unknown final length, to which blocks of rows are appended.
 
     Args:
         scratch: makes the file for rows beyond `IN_MEMORY`.
@@ -82,14 +82,14 @@ class Growing:
         self._file: _File | None = None
 
     def append(self, block: Array) -> None:
-        """The next rows [n, *row]; they are not copied, unless their dtype is another one."""
+        """Append the rows [n, *row]; they are copied only if their dtype differs."""
         self._blocks.append(np.asarray(block, self._dtype))
         self._waiting += self._blocks[-1].nbytes
         if self._file is not None or self._waiting > IN_MEMORY:
             self._spill()
 
     def finish(self) -> Rows:
-        """All rows, [N, *row]; nothing is appended after that."""
+        """Return all rows, [N, *row]. Call it once, after the last `append`."""
         if self._file is None:
             return np.concatenate(self._blocks) if self._blocks else np.empty((0, *self._row), self._dtype)
         rows = self._written // (prod(self._row) * self._dtype.itemsize)
@@ -105,16 +105,16 @@ class Growing:
 
 
 class Scratch:
-    """Makes arrays for the items of one cache. What goes to the disk lies where the cache lies; made by `Cache`.
+    """Factory of arrays for the items of one cache, with files on the disk of the cache. Returned by `Cache.scratch`.
 
-    Writing raises CacheError where the disk refuses, as committing does.
+    Writing raises CacheError if the disk is full or not writable.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any] | str) -> Array | LongArray:
-        """As `numpy.zeros`, in a file where it is long."""
+        """Return an array of zeros; longer than `IN_MEMORY` bytes, it is in a file."""
         dtype = np.dtype(dtype)
         nbytes = prod(shape) * dtype.itemsize
         if nbytes <= IN_MEMORY:
@@ -128,17 +128,17 @@ class Scratch:
         return Growing(self, row, np.dtype(dtype))
 
     def file(self) -> "_File":
-        """A new nameless file."""
+        """Return a new unnamed file."""
         return _File(self._layout)
 
 
 class _File:
-    """Bytes in a file that no folder names; closed, and so gone, with its last user."""
+    """Bytes in an unnamed file, which is deleted with the last reference to it."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         with self._refusals():
-            # Systems without unnamed files give it this name for an instant; `repair` removes files with this prefix.
+            # On systems without unnamed files it briefly has this name; `repair` removes files with this prefix.
             self._raw: Any = tempfile.TemporaryFile(dir=layout.root, prefix=TEMPORARY, buffering=0)  # noqa: SIM115
 
     def __del__(self) -> None:
@@ -146,7 +146,7 @@ class _File:
             self._raw.close()
 
     def make_room(self, nbytes: int) -> None:
-        """Zeros, which take no space before they are written over."""
+        """Extend the file with zeros, which occupy no disk space until they are overwritten."""
         with self._refusals():
             self._raw.truncate(nbytes)
 
@@ -154,7 +154,7 @@ class _File:
         with self._refusals():
             self._raw.seek(at)
             rest = memoryview(values.reshape(-1).view(np.uint8).data)
-            while rest:  # a raw file may take less than it is given
+            while rest:  # an unbuffered write may be partial
                 rest = rest[self._raw.write(rest) :]
 
     def read(self, at: int, into: Array) -> None:
@@ -162,7 +162,10 @@ class _File:
             self._raw.seek(at)
             rest = memoryview(into.reshape(-1).view(np.uint8).data)
             while rest:
-                rest = rest[self._raw.readinto(rest) or _ended() :]
+                size = self._raw.readinto(rest)
+                if not size:
+                    raise OSError("a temporary file of the cache is shorter than expected")
+                rest = rest[size:]
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -170,7 +173,3 @@ class _File:
             yield
         except OSError as error:
             raise self._layout.cannot_write(error) from error
-
-
-def _ended() -> int:
-    raise OSError("a file of rows ends before them")

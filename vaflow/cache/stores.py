@@ -1,31 +1,39 @@
-"""What a store must do, and the stores there are. A store turns arrays into files and bytes into arrays, no more.
+"""The stores of a cache, Zarr and HDF5: arrays of one attempt to files, and bytes of files to arrays.
 
-When files are flushed, checked, committed or deleted is decided elsewhere (`commit.py`, `cache.py`). A new store is one
-file with these four functions and one line in `STORES`.
+`layout.py`, `commit.py` and `cache.py` decide when files are flushed, checked, committed or deleted. A new store is one
+class with these four methods and one entry in `STORES`.
 """
 
+import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from vaflow.cache.hdf5_store import Hdf5Store
-from vaflow.cache.schema import Array, Blob, Rows, StoreName
-from vaflow.cache.zarr_store import ZarrStore
+import numpy as np
+
+from vaflow.cache.schema import DTYPES, Array, Blob, Rows, StoreName, parts
+from vaflow.files import TEMPORARY
+
+LARGEST_CHUNK = 64 * 2**20  # bytes; longer arrays are split along their first axis
+_RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])
+_HDF5 = ".h5"
 
 
 class Store(Protocol):
-    """Arrays of one attempt <-> files. Names of files are below the item's folder, with `/`."""
+    """Converts between arrays and files of one attempt. File names are relative to the item's folder, with `/`."""
 
     def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Rows]) -> list[str]:
-        """Write `arrays` into the existing `folder` under the new name `attempt`; returns every file made."""
+        """Write `arrays` into the existing `folder` under the new name `attempt`; returns the names of all files."""
         ...
 
     def files_for(self, attempt: str, files: Iterable[str], names: Sequence[str]) -> list[str]:
-        """Which of the attempt's `files` are needed to read the arrays `names`."""
+        """Return those of the attempt's `files` that hold the arrays `names`."""
         ...
 
     def read_attempt(self, attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
-        """The arrays `names` out of the bytes of the files that `files_for` asked for; they can be written to.
+        """Return the arrays `names`, writable, from the bytes of the files that `files_for` names.
 
         Raises:
             ValueError, KeyError, OSError: the bytes do not hold them.
@@ -33,8 +41,218 @@ class Store(Protocol):
         ...
 
     def path(self, folder: Path, attempt: str) -> Path:
-        """What to delete when the attempt is to go."""
+        """Return the file or folder to delete with the attempt."""
         ...
+
+
+class ZarrStore:
+    """Zarr v3: an attempt is a group `<attempt>/` whose members are the arrays.
+
+    Uncompressed, one chunk per array up to 64 MiB. All-zero chunks are written too: Zarr reads a missing one as zeros.
+    """
+
+    def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Rows]) -> list[str]:
+        import zarr
+
+        top = folder / attempt
+        top.mkdir()
+        # Without `overwrite`, zarr creates groups and their members through hard links, which some file systems lack.
+        # The folder is new and empty, so nothing is overwritten; each array is opened by its own path, not as a member.
+        zarr.create_group(store=top, zarr_format=3, overwrite=True)
+        for name, array in arrays.items():
+            chunks = chunk_shape(array)
+            made = zarr.create_array(
+                store=top / name,
+                shape=array.shape,
+                dtype=array.dtype,
+                zarr_format=3,
+                overwrite=True,
+                chunks=chunks,
+                filters=None,
+                compressors=None,
+                config={"write_empty_chunks": True},
+            )
+            for start in range(0, len(array), chunks[0]):  # a long array never fits in memory whole
+                made[start : start + chunks[0]] = array[start : start + chunks[0]]
+        return sorted(path.relative_to(folder).as_posix() for path in top.rglob("*") if path.is_file())
+
+    def files_for(self, attempt: str, files: Iterable[str], names: Sequence[str]) -> list[str]:
+        wanted = tuple(f"{attempt}/{name}/" for name in names)
+        return [file for file in files if file.startswith(wanted) or file == f"{attempt}/zarr.json"]
+
+    def read_attempt(self, attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
+        arrays = {name: _read_raw(attempt, blobs, name) for name in names}
+        rest = [name for name, array in arrays.items() if array is None]
+        return arrays | (_read_by_zarr(attempt, blobs, rest) if rest else {})  # type: ignore[return-value]
+
+    def path(self, folder: Path, attempt: str) -> Path:
+        return folder / attempt
+
+
+def chunk_shape(array: Rows) -> tuple[int, ...]:
+    """Return the shape of a chunk: the whole array, or rows of at most `LARGEST_CHUNK` bytes. Zarr forbids 0."""
+    shape = tuple(max(1, length) for length in array.shape)
+    if array.nbytes <= LARGEST_CHUNK:
+        return shape
+    row = array.nbytes // array.shape[0]
+    return (max(1, LARGEST_CHUNK // row), *shape[1:])
+
+
+def _read_raw(attempt: str, blobs: Mapping[str, Blob], name: str) -> Array | None:
+    """Return an array stored in raw chunks of whole rows, 30 times faster than through zarr; None for other arrays."""
+    metadata: dict[str, Any] = json.loads(blobs[f"{attempt}/{name}/zarr.json"].tobytes())
+    shape = tuple(metadata["shape"])
+    grid, keys = metadata["chunk_grid"], metadata["chunk_key_encoding"]
+    rows = _rows_per_chunk(grid, shape)
+    if (
+        rows is None
+        or keys != {"name": "default", "configuration": {"separator": "/"}}
+        or metadata["codecs"] not in _RAW_CODECS
+    ):
+        return None
+    dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
+    prefix, rest = f"{attempt}/{name}/c/", "/0" * (len(shape) - 1)
+    chunks = [blobs[f"{prefix}{number}{rest}"] for number in range(-(-shape[0] // rows))]
+    if len(chunks) != sum(key.startswith(prefix) for key in blobs):
+        raise ValueError(f"array {name!r} has chunks beyond its shape")
+    whole = [chunk.view(dtype).reshape(rows, *shape[1:]) for chunk in chunks]
+    if len(whole) == 1:
+        return whole[0]
+    whole[-1] = whole[-1][: shape[0] - rows * (len(whole) - 1)]  # the last chunk is padded
+    return np.concatenate(whole)
+
+
+def _rows_per_chunk(grid: Any, shape: tuple[int, ...]) -> int | None:
+    """Return the number of rows per chunk; None if chunks are not whole rows."""
+    if not shape or 0 in shape:
+        return None
+    chunks: list[Any] = list(grid["configuration"]["chunk_shape"]) if grid.get("name") == "regular" else []
+    if len(chunks) != len(shape) or tuple(chunks[1:]) != shape[1:]:
+        return None
+    return chunks[0] if type(chunks[0]) is int and 0 < chunks[0] <= shape[0] else None
+
+
+def _read_by_zarr(attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
+    """Read arrays through zarr, if they have only raw codecs and all of their chunks.
+
+    Raises:
+        ValueError: an array violates the format; zarr would fill missing chunks with zeros, for example.
+    """
+    import zarr
+    from zarr.core.buffer import default_buffer_prototype
+
+    for name in names:
+        metadata: dict[str, Any] = json.loads(blobs[f"{attempt}/{name}/zarr.json"].tobytes())
+        shape, chunks = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        if metadata["codecs"] not in _RAW_CODECS or metadata["data_type"] not in DTYPES:
+            raise ValueError(f"array {name!r} is not stored as raw bytes of a known type")
+        if len(chunks) != len(shape) or not all(type(length) is int and length >= 0 for length in [*shape, *chunks]):
+            raise ValueError(f"array {name!r} has an invalid shape")
+        expected = prod(-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True))
+        stored = sum(key.startswith(f"{attempt}/{name}/c/") for key in blobs)
+        if expected != stored:
+            raise ValueError(f"array {name!r} has {stored} of {expected} chunks")
+    make = default_buffer_prototype().buffer.from_bytes
+    prefix = f"{attempt}/"
+    store = zarr.storage.MemoryStore({key.removeprefix(prefix): make(blob.tobytes()) for key, blob in blobs.items()})
+    group = zarr.open_group(store=store, mode="r", zarr_format=3)
+    return {name: np.array(group[name][...]) for name in names}  # type: ignore[index]
+
+
+class Hdf5Store:
+    """HDF5: an attempt is one file `<attempt>.h5` whose root holds the arrays as contiguous datasets.
+
+    Uncompressed and without modification times, so that equal arrays make equal files.
+    """
+
+    def write_attempt(self, folder: Path, attempt: str, arrays: Mapping[str, Rows]) -> list[str]:
+        import h5py
+
+        temporary = folder / f"{TEMPORARY}{attempt}{_HDF5}"
+        try:
+            with temporary.open("x+b", buffering=0) as raw:
+                checked = _CheckedFile(raw)
+                with h5py.File(checked, "w") as file:
+                    for name, array in arrays.items():
+                        made = file.create_dataset(name, array.shape, array.dtype, track_times=False)
+                        for rows in parts(array):
+                            made[rows] = array[rows]
+                if checked.error is not None:
+                    raise checked.error
+            temporary.replace(self.path(folder, attempt))
+        finally:
+            temporary.unlink(missing_ok=True)
+        return [attempt + _HDF5]
+
+    def files_for(self, attempt: str, files: Iterable[str], names: Sequence[str]) -> list[str]:
+        return [file for file in files if file == attempt + _HDF5]
+
+    def read_attempt(self, attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
+        import h5py
+
+        blob, arrays = blobs[attempt + _HDF5], {}
+        with h5py.File(io.BytesIO(blob.data), "r") as file:
+            for name in names:  # links, virtual and compressed datasets could read other files or expand to any size
+                dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+                if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external or dataset.chunks:
+                    raise ValueError(f"{name!r} is not a contiguous dataset of this file")
+                if dataset.dtype.hasobject or dataset.nbytes > blob.size:
+                    problem = f"claims {dataset.nbytes} bytes of {dataset.dtype}, the file has {blob.size}"
+                    raise ValueError(f"{name!r} {problem}")
+                arrays[name] = np.asarray(dataset[()])
+        return arrays
+
+    def path(self, folder: Path, attempt: str) -> Path:
+        return folder / f"{attempt}{_HDF5}"
+
+
+class _CheckedFile:
+    """A file that hides write errors from HDF5, which crashes the process if the disk is full while it closes a file.
+
+    Attributes:
+        error: the first error, for the caller to raise after HDF5 has closed the file; later writes are ignored.
+    """
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while self.error is None and left:
+                left = left[self._raw.write(left) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size: int) -> int:
+        try:
+            return self._raw.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
+
+    def readinto(self, buffer: Any) -> int:
+        left = memoryview(buffer).cast("B")
+        size = len(left)
+        while left and (count := self._raw.readinto(left)):
+            left = left[count:]
+        left[:] = bytes(len(left))  # bytes that were never written
+        return size
+
+    def read(self, size: int = -1) -> bytes | None:
+        return self._raw.read(size)  # h5py recognizes a file object by this method
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        return self._raw.seek(position, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def flush(self) -> None:
+        """Do nothing: the file is unbuffered, and the commit syncs it."""
 
 
 STORES: Mapping[StoreName, Store] = {"zarr": ZarrStore(), "hdf5": Hdf5Store()}

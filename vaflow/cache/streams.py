@@ -1,15 +1,13 @@
-"""Stream files: the settings of a stream, written once and compared by every later writer."""
+"""Stream files: the settings of a stream, written once and compared by later writers."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from vaflow.cache import storage as places
 from vaflow.cache.commit import load_record
 from vaflow.cache.documents import fingerprint, plain, seal, stream_document, stream_from, unseal
 from vaflow.cache.layout import Layout
-from vaflow.cache.names import escape
-from vaflow.cache.schema import FLOAT, KINDS, StreamInfo
+from vaflow.cache.schema import FLOAT, KINDS, StreamInfo, escape
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.files import make_folder, read_document
 
@@ -17,24 +15,24 @@ _DTYPES = {"labels": ("float32",), "targets": ("float32",), "pixels": ("uint8",)
 
 
 def load_stream(layout: Layout, file_name: str) -> StreamInfo:
-    """The stream of a file below `streams/`.
+    """Load a stream from its file below `streams/`.
 
     Raises:
-        ValueError: the file is damaged, or is not the stream of that place.
-        FileNotFoundError: there is none.
+        ValueError: the file is damaged, or holds another stream.
+        FileNotFoundError: the file does not exist.
     """
     path = layout.all_streams / file_name
     info = stream_from(unseal(read_document(layout.root, path)))
     if layout.stream(info.name) != path:
-        raise ValueError(f"it is of stream {info.name!r}")
+        raise ValueError(f"it describes stream {info.name!r}")
     return info
 
 
 def declare(layout: Layout, info: StreamInfo) -> None:
-    """Create the stream's file, or compare with what it says; of several writers the first creates it.
+    """Create the stream's file, or compare the settings with it. Of several writers, the first creates it.
 
     Raises:
-        FingerprintError: the stream was made with other settings.
+        FingerprintError: the stream exists with other settings.
         UsageError: `info` is not a valid stream.
         CorruptError: the stream's file is damaged.
     """
@@ -45,7 +43,7 @@ def declare(layout: Layout, info: StreamInfo) -> None:
         make_folder(layout.attempts(info.name))
         make_folder(layout.all_streams)
         _refuse_foreign_records(layout, info)
-        if places.create(layout, path, seal(stream_document(info))):
+        if layout.create(path, seal(stream_document(info))):
             return
     try:
         known = load_stream(layout, path.name)
@@ -55,21 +53,21 @@ def declare(layout: Layout, info: StreamInfo) -> None:
         fields = "; ".join(differences(asdict(known), asdict(info)))
         raise FingerprintError(
             explain(
-                f"Stream {info.name!r} of {layout.place} was made with other settings: {fields}",
-                remedy="Use the settings that the cache was made with, or extract into another cache",
+                f"Stream {info.name!r} of {layout.place} has other settings: {fields}",
+                remedy="Use the settings of the cache, or extract into another cache",
             )
         )
 
 
 def checked(info: StreamInfo) -> StreamInfo:
-    """`info` as JSON gives it back.
+    """Return `info` with its identity after a round trip through JSON.
 
     Raises:
         UsageError: it is not a valid stream; every problem is named.
     """
     escape(info.name)
     if info.kind not in KINDS:
-        raise UsageError(explain(f"Stream {info.name!r} is of no known kind", got=info.kind, choices=KINDS))
+        raise UsageError(explain(f"Stream {info.name!r} has an unknown kind", got=info.kind, choices=KINDS))
     problems = []
     if type(info.dim) is not int or info.dim < 0:
         problems.append(f"dim is {info.dim!r}, not a whole number of at least 0")
@@ -82,20 +80,20 @@ def checked(info: StreamInfo) -> StreamInfo:
 
 
 def _refuse_foreign_records(layout: Layout, info: StreamInfo) -> None:
-    """Records whose stream file was lost belong to the new one only if they were made with its settings."""
+    """Raise FingerprintError if records exist, their stream file is missing, and their settings differ from `info`."""
     for path in sorted(layout.records(info.name).glob("*.json")):
         try:
             record = load_record(layout, path)
-        except (ValueError, FileNotFoundError):  # damaged: reading and `verify` say so
+        except (ValueError, FileNotFoundError):  # reading and `verify` report the damage
             continue
         if record.fingerprint != fingerprint(info):
             raise FingerprintError(
                 explain(
-                    f"{layout.place} holds items of stream {info.name!r} that were made with other settings, "
-                    "and the file that says with which is lost",
+                    f"{layout.place} holds items of stream {info.name!r} with other settings, "
+                    f"and {layout.shown(layout.stream(info.name))} is missing",
                     expected=f"fingerprint {fingerprint(info)}",
                     got=record.fingerprint,
-                    remedy="Use the settings that the cache was made with, or extract into another cache",
+                    remedy="Use the settings of the cache, or extract into another cache",
                 )
             )
 
@@ -103,7 +101,7 @@ def _refuse_foreign_records(layout: Layout, info: StreamInfo) -> None:
 def differences(
     first: Any, second: Any, path: str = "", names: tuple[str, str] = ("cache has", "now")
 ) -> Iterator[str]:
-    """Every leaf in which two JSON values differ, as `dotted.path: cache has X, now Y`; `names` says whose they are."""
+    """Yield every leaf in which two JSON values differ, as `dotted.path: cache has X, now Y`; `names` label them."""
     if isinstance(first, dict) and isinstance(second, dict):
         for key in sorted(first.keys() | second.keys()):
             name = f"{path}.{key}" if path else key

@@ -3,13 +3,13 @@
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from vaflow import files
-from vaflow.cache import storage as places
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import discard, load_record
 from vaflow.cache.documents import fingerprint, manifest_document, seal
@@ -32,7 +32,7 @@ class Problem:
 
     Attributes:
         path: the file, below the cache.
-        message: how it is damaged.
+        message: the damage.
         stream, item: its stream and item, if known.
     """
 
@@ -47,12 +47,12 @@ class Problem:
 
 
 def record_files(cache: Cache) -> list[Path]:
-    """The file of every committed item, sorted."""
+    """Return the record file of every committed item, sorted."""
     return sorted(p for p in cache.layout.all_records.glob("*/*.json") if not p.name.startswith("."))
 
 
 def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Problem]:
-    """Files that differ from what was committed, or violate the schema; empty for an undamaged cache.
+    """Return the files that differ from what was committed or violate the schema; empty for an undamaged cache.
 
     Reads every file. Unfinished files of killed writers are not problems: see `leftovers`.
 
@@ -60,8 +60,12 @@ def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
         cache: what to check.
         on_item: called after each item, for a progress bar.
     """
-    problems = _manifest_problems(cache)
-    streams, stream_problems = load_streams(cache.layout)
+    layout, problems = cache.layout, []
+    try:
+        read_manifest(layout)
+    except (OSError, CacheError) as error:
+        problems.append(Problem(layout.shown(layout.manifest), str(error)))
+    streams, stream_problems = load_streams(layout)
     problems += stream_problems
     lost: set[str] = set()
     for path in record_files(cache):
@@ -75,16 +79,8 @@ def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
     return problems
 
 
-def _manifest_problems(cache: Cache) -> list[Problem]:
-    try:
-        read_manifest(cache.layout)
-    except (OSError, CacheError) as error:
-        return [Problem(cache.layout.shown(cache.layout.manifest), str(error))]
-    return []
-
-
 def load_streams(layout: Layout) -> tuple[dict[str, StreamInfo | None], list[Problem]]:
-    """Stream per file name (None if damaged), and the problems of the files."""
+    """Return the stream of each file name (None if damaged), and the problems of the files."""
     streams: dict[str, StreamInfo | None] = {}
     problems = []
     for path in sorted(p for p in layout.all_streams.glob("*.json") if not p.name.startswith(".")):
@@ -107,20 +103,17 @@ def _item_problems(cache: Cache, path: Path, info: StreamInfo | None) -> list[Pr
     problems = [
         Problem(shown, message, record.stream, record.item) for shown, message in _attempt_problems(cache, record, info)
     ]
-    if problems and _was_replaced(layout, path, record):
-        return _item_problems(cache, path, info)
+    if problems:
+        try:
+            layout.look(path)
+            replaced = load_record(layout, path).attempt != record.attempt
+        except FileNotFoundError:
+            replaced = True
+        except ValueError:
+            replaced = False
+        if replaced:  # the item was extracted again, or dropped, meanwhile
+            return _item_problems(cache, path, info)
     return problems
-
-
-def _was_replaced(layout: Layout, path: Path, record: Record) -> bool:
-    """Whether the item was extracted again, or dropped, while we were reading."""
-    try:
-        places.look(layout, path)
-        return load_record(layout, path).attempt != record.attempt
-    except FileNotFoundError:
-        return True
-    except ValueError:
-        return False
 
 
 def _attempt_problems(cache: Cache, record: Record, info: StreamInfo | None) -> Iterator[tuple[str, str]]:
@@ -130,17 +123,17 @@ def _attempt_problems(cache: Cache, record: Record, info: StreamInfo | None) -> 
     damaged = False
     for name, facts in record.files.items():
         try:
-            places.fill(layout, [folder / name], again=True)
+            layout.fill([folder / name], again=True)
             files.refuse_links(layout.root, folder / name)
-            found = size_problem(folder / name, facts)
-            if found is None:
+            problem = size_problem(folder / name, facts)
+            if problem is None:
                 blobs[name] = np.fromfile(folder / name, np.uint8)
-                found = file_problem(blobs[name], facts)
+                problem = file_problem(blobs[name], facts)
         except OSError as error:
-            found = f"it cannot be read: {error.strerror}"
-        if found:
+            problem = f"it cannot be read: {error.strerror}"
+        if problem:
             damaged = True
-            yield layout.shown(folder / name), found
+            yield layout.shown(folder / name), problem
     if damaged:
         return
     try:
@@ -152,30 +145,37 @@ def _attempt_problems(cache: Cache, record: Record, info: StreamInfo | None) -> 
     if info is not None:
         yield from ((shown, message) for message in array_problems(info, arrays))
         if record.fingerprint != fingerprint(info):
-            yield shown, "it was made with other settings than its stream"
+            yield shown, "its settings differ from those of its stream"
 
 
 def leftovers(cache: Cache, older_than: float = 0.0) -> list[Path]:
-    """Attempts without a record and temporary files: unfinished work of killed or running writers.
+    """Return attempts without a record and temporary files: unfinished work of killed or running writers.
 
     Args:
-        cache: files that a cache does not make are never listed. Of a cache on an object store: none.
-        older_than: least seconds since the last change.
+        cache: files of other programs are never listed. Empty for a cache on an object store.
+        older_than: minimum seconds since the last change.
     """
     layout = cache.layout
     if layout.remote is not None:
         return []
     names = {p.name for p in layout.all_records.glob("*")} | {p.stem for p in layout.all_streams.glob("*.json")}
-    found = [p for pattern in ("", "streams/", "records/*/") for p in layout.root.glob(f"{pattern}{TEMPORARY}*")]
+    paths = [p for pattern in ("", "streams/", "records/*/") for p in layout.root.glob(f"{pattern}{TEMPORARY}*")]
     for name in sorted(names):
         for folder in sorted(p for p in (layout.root / name).glob("*") if p.is_dir()):
-            found += _unrecorded(layout, cache.store, folder)
-    newest = time.time() - older_than
-    return sorted(path for path in found if _changed(path) <= newest and not files.is_behind_link(layout.root, path))
+            paths += _unrecorded(layout, cache.store, folder)
+    newest, old = time.time() - older_than, []
+    for path in paths:
+        with suppress(FileNotFoundError):  # its writer has finished
+            if path.stat().st_mtime <= newest and not files.is_behind_link(layout.root, path):
+                old.append(path)
+    return sorted(old)
 
 
 def _unrecorded(layout: Layout, store: StoreName, folder: Path) -> list[Path]:
-    """Attempts in an item's folder that its record does not name. Listed before the record is read: commits go on."""
+    """Return the attempts in an item's directory that its record does not name.
+
+    They are listed before the record is read, because other writers may commit meanwhile.
+    """
     attempts = [p for p in folder.iterdir() if _ATTEMPT.fullmatch(p.name)]
     temporary = [p for p in folder.iterdir() if p.name.startswith(TEMPORARY)]
     try:
@@ -186,15 +186,8 @@ def _unrecorded(layout: Layout, store: StoreName, folder: Path) -> list[Path]:
     return [p for p in attempts if p != kept] + temporary
 
 
-def _changed(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # its writer finished
-        return float("inf")
-
-
 def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Problem]:
-    """Remove damaged items, so that the next extraction remakes them; returns the problems.
+    """Remove damaged items, so that the next extraction recreates them; returns the problems.
 
     Items are removed record first. A damaged stream file is removed; its items are readable again once the stream is
     declared with the same settings. Leftovers older than an hour are removed, and the index is rebuilt. Nothing
@@ -202,7 +195,7 @@ def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
 
     Raises:
         UsageError: the cache was opened for reading.
-        CacheError: the disk refuses.
+        CacheError: writing fails.
     """
     if not cache.writable:
         raise UsageError(
@@ -212,30 +205,24 @@ def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
     problems = verify(cache, on_item)
     try:
         for problem in problems:
-            _remove(cache, problem)
+            path = layout.root / problem.path
+            if problem.item is not None and problem.stream is not None:
+                path = layout.record(problem.stream, problem.item)
+            if files.is_behind_link(layout.root, path):
+                continue
+            if path == layout.manifest:
+                layout.replace(path, seal(manifest_document(cache.store)))
+            elif path.parent == layout.all_streams:
+                layout.remove(path)
+            else:
+                discard(layout, STORES[cache.store], path)
         for path in leftovers(cache, GRACE):
-            places.remove(layout, path)
+            layout.remove(path)
         layout.index.unlink(missing_ok=True)
     except OSError as error:
         raise layout.cannot_write(error) from error
     cache.refresh_index()
     return problems
-
-
-def _remove(cache: Cache, problem: Problem) -> None:
-    """Remove the damaged file or item; never through a link."""
-    layout, store = cache.layout, STORES[cache.store]
-    path = layout.root / problem.path
-    if problem.item is not None and problem.stream is not None:
-        path = layout.record(problem.stream, problem.item)
-    if files.is_behind_link(layout.root, path):
-        return
-    if path == layout.manifest:
-        places.replace(layout, path, seal(manifest_document(cache.store)))
-    elif path.parent == layout.all_streams:
-        places.remove(layout, path)
-    else:
-        discard(layout, store, path)
 
 
 def open_for_repair(path: Path) -> Cache:
@@ -248,18 +235,12 @@ def open_for_repair(path: Path) -> Cache:
         return open_cache(path, writable=True)
     except (CorruptError, UsageError):
         layout = layout_of(path)
-        store = _store_of_records(layout)
-        if store is None:
+        for record_path in sorted(layout.all_records.glob("*/*.json")):
+            with suppress(OSError, ValueError):
+                record = load_record(layout, record_path)
+                break
+        else:
             raise
-        places.replace(layout, layout.manifest, seal(manifest_document(store)))
+        store = "hdf5" if f"{record.attempt}.h5" in record.files else "zarr"
+        layout.replace(layout.manifest, seal(manifest_document(store)))
         return open_cache(path, writable=True)
-
-
-def _store_of_records(layout: Layout) -> StoreName | None:
-    for path in sorted(layout.all_records.glob("*/*.json")):
-        try:
-            record = load_record(layout, path)
-        except (OSError, ValueError):
-            continue
-        return "hdf5" if f"{record.attempt}.h5" in record.files else "zarr"
-    return None
