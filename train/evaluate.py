@@ -48,6 +48,7 @@ class Trace:
         regions: [R, 9] probabilities, or None without a prompt head.
         extra: name -> probabilities of further targets at their own times, where the clip has them.
         face, audio: [R] bool: the visual or audio input of the frame was valid; None: the run reads no such stream.
+        centers: distance of the outer region centers from 0.
     """
 
     clip: ClipRows
@@ -56,13 +57,14 @@ class Trace:
     extra: Mapping[str, Floats] = field(default_factory=dict)
     face: Bools | None = None
     audio: Bools | None = None
+    centers: float = CENTERS
 
     @property
     def region(self) -> Ints:
-        """[R] the likeliest region of the prompt head; without one, the region whose centre is nearest."""
+        """[R] the likeliest region of the prompt head; without one, the region whose center is nearest."""
         if self.regions is not None:
             return self.regions.argmax(axis=1)
-        return nearest_region(self.va, CENTERS)
+        return nearest_region(self.va, self.centers)
 
 
 @torch.inference_mode()
@@ -95,10 +97,12 @@ def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int | None
     return {name: torch.cat(values).cpu().numpy().astype(np.float64) for name, values in parts.items()}
 
 
-def predict_clips(model: nn.Module, windows: WindowSet, batch_size: int | None = None) -> Iterator[Trace]:
+def predict_clips(
+    model: nn.Module, windows: WindowSet, batch_size: int | None = None, *, centers: float = CENTERS
+) -> Iterator[Trace]:
     """Yield a trace per clip: overlapping windows averaged, linear between samples, held at the ends.
 
-    `batch_size` is that of `predict_windows`.
+    `batch_size` is that of `predict_windows`, `centers` that of `Trace`.
 
     Raises:
         DataError: a prediction is NaN; the clip is named.
@@ -116,7 +120,7 @@ def predict_clips(model: nn.Module, windows: WindowSet, batch_size: int | None =
                 raise DataError(explain(f"The model's prediction for clip {clip.item!r} is not finite"))
         extra = {name.removeprefix(EXTRA): trace for name, trace in traces.items() if name.startswith(EXTRA)}
         face, audio = (input_at_frames(windows, clip, k) if k in kinds else None for k in (VISUAL, AUDIO))
-        yield Trace(clip, np.clip(traces["va"], -1, 1), traces.get("regions"), extra, face, audio)
+        yield Trace(clip, np.clip(traces["va"], -1, 1), traces.get("regions"), extra, face, audio, centers)
 
 
 def input_at_frames(windows: WindowSet, clip: ClipRows, kind: str) -> Bools:
@@ -181,7 +185,7 @@ def evaluate_windows(
         model: a trained model.
         windows: all clips of the split.
         split: its name, for the report.
-        centers: distance of the outer region centres from 0.
+        centers: distance of the outer region centers from 0.
         allow_missing: leave out labelled clips without any features, instead of failing.
         failed: clips of the split that the cache lacks.
         resamples: bootstrap resamples over videos.
@@ -193,7 +197,7 @@ def evaluate_windows(
         DataError: labelled frames belong to clips without features, or nothing is labelled.
     """
     lost = check_complete(windows, failed, allow_missing)
-    traces = list(predict_clips(model, windows))
+    traces = list(predict_clips(model, windows, centers=centers))
     return score_traces(traces, split, lost, failed, centers=centers, resamples=resamples), traces
 
 

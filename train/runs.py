@@ -232,7 +232,8 @@ class Run:
 
     def traces(self, windows: WindowSet) -> Iterator[Trace]:
         """Predict every clip, with the run's smoothing; raises as `predict_clips`."""
-        return smoothed(predict_clips(self.predictor, windows), self.smoothing)
+        traces = predict_clips(self.predictor, windows, centers=self.record.config.centers)
+        return smoothed(traces, self.smoothing)
 
 
 def require_record(path: Path) -> RunRecord:

@@ -13,6 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.schema import LOGMEL
@@ -41,6 +42,7 @@ from vaflow.train.training import read_for
 log = logging.getLogger(__name__)
 
 IMPORTED = "imported"  # encoder of streams whose features were imported
+CLIPS_AT_A_TIME = 32
 FEATURES = ".features-"  # in the output directory while videos are extracted; then the digest of the settings
 
 
@@ -97,7 +99,8 @@ def predict_media(
 ) -> PredictSummary:
     """Predict every frame of videos, or of a cache's clips: `out/<stem>.csv` and `out/<stem>.png` each.
 
-    An interrupted prediction keeps the features of finished clips in `out` for the next call.
+    After an interruption, the same call resumes: `out` keeps the features of the clips that were extracted and
+    the files of those that were predicted.
 
     Args:
         run: folder of a trained run or of an ensemble; its encoders are run on the videos.
@@ -127,15 +130,7 @@ def predict_media(
     except OSError as error:
         raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
     failures = FailureLog(out / FAILURES)
-    folder = config.cache
-    if settings is not None:
-        folder = folder or out / f"{FEATURES}{blake2b(repr(settings).encode(), digest_size=8).hexdigest()}"
-        root = clips[0].audio.parent if clips and clips[0].audio is not None else Path()
-        summary = extract(Dataset(root, "videos", clips, ()), folder, settings, show_progress=show_progress)
-        for failure in summary.failures:
-            failures.add(failure, quiet=True)
-    assert folder is not None  # checked above
-    cache = open_cache(folder)
+    cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
     failed = {failure.item for failure in failures.failures}
     items = [clip.id for clip in clips if clip.id not in failed] if media else cache.items()
     predicted = write_clips(members, weights, cache, items, out, failures, show_progress=show_progress)
@@ -145,6 +140,30 @@ def predict_media(
         for features in out.glob(f"{FEATURES}*"):
             shutil.rmtree(features, ignore_errors=True)
     return PredictSummary(tuple(predicted), tuple(failures.failures), failures.path)
+
+
+def cache_to_predict(
+    clips: Sequence[Clip],
+    settings: ExtractConfig | None,
+    folder: Path | None,
+    out: Path,
+    failures: FailureLog,
+    *,
+    show_progress: bool = False,
+) -> Cache:
+    """Open the cache of the clips' features; with `settings`, extract them first.
+
+    `folder` is the cache; None: a hidden folder in `out`, one per settings, which an interrupted prediction leaves for
+    the next call. Clips that cannot be extracted are added to `failures`.
+    """
+    if settings is not None:
+        folder = folder or out / f"{FEATURES}{blake2b(repr(settings).encode(), digest_size=8).hexdigest()}"
+        root = clips[0].audio.parent if clips and clips[0].audio is not None else Path()
+        dataset = Dataset(root, "videos", tuple(clips), ())
+        for failure in extract(dataset, folder, settings, show_progress=show_progress).failures:
+            failures.add(failure, quiet=True)
+    assert folder is not None, "videos or a cache"
+    return open_cache(folder)
 
 
 def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> ExtractConfig:
@@ -272,27 +291,31 @@ def write_clips(
     *,
     show_progress: bool,
 ) -> list[Predicted]:
-    """Write the files of every clip: the weighted mean of all runs; `weights` is [N, 2], a row per run."""
-    if not items:
-        return []
-    traces, empty = [], set(items)
-    for path, run in members.items():
-        device = next(run.model.parameters()).device
-        windows = read_for(
-            path, run.record, cache, partial(load_windows, cache, items, device=device, show=show_progress)
-        )
-        empty &= {clip.item for clip in featureless(windows)}
-        traces.append(list(run.traces(windows)))
-    for item in sorted(empty):
-        failures.add(Failure(item, "predict", "DataError", "The cache has no features of this clip"))
+    """Write the files of every clip: the weighted mean of all runs; `weights` is [N, 2], a row per run.
+
+    Clips are predicted in batches: an interruption keeps the files of the batches before it.
+    """
     predicted = []
-    for trace in combine(traces, weights):
-        if trace.clip.item not in empty:
-            csv, png = (below(out, f"{trace.clip.item}.{suffix}") for suffix in ("csv", "png"))
-            write_file(csv, prediction_csv(trace))
-            draw_trace(png, trace)
-            predicted.append(summarize(trace, csv, png))
+    batches = [items[first : first + CLIPS_AT_A_TIME] for first in range(0, len(items), CLIPS_AT_A_TIME)]
+    for batch in tqdm(batches, desc="predicting", unit="batch", disable=not show_progress, leave=False):
+        traces, empty = [], set(batch)
+        for path, run in members.items():
+            device = next(run.model.parameters()).device
+            windows = read_for(path, run.record, cache, partial(load_windows, cache, batch, device=device))
+            empty &= {clip.item for clip in featureless(windows)}
+            traces.append(list(run.traces(windows)))
+        for item in sorted(empty):
+            failures.add(Failure(item, "predict", "DataError", "The cache has no features of this clip"))
+        predicted += [write_clip(out, trace) for trace in combine(traces, weights) if trace.clip.item not in empty]
     return predicted
+
+
+def write_clip(out: Path, trace: Trace) -> Predicted:
+    """Write `out/<item>.csv` and `out/<item>.png`, and return the clip's summary."""
+    csv, png = (below(out, f"{trace.clip.item}.{suffix}") for suffix in ("csv", "png"))
+    write_file(csv, prediction_csv(trace))
+    draw_trace(png, trace)
+    return summarize(trace, csv, png)
 
 
 def summarize(trace: Trace, csv: Path, png: Path) -> Predicted:

@@ -6,22 +6,17 @@ the clip's frames, held at the ends, and clipped to [-1, 1].
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vaflow.cache import Cache, open_cache
-from vaflow.datasets import Dataset
-from vaflow.datasets.files import below
+from vaflow.cache import Cache
 from vaflow.encoders import build_encoder
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.pipeline import extract
 from vaflow.failures import FAILURES, Failure, FailureLog
-from vaflow.files import write_file
-from vaflow.predict import FEATURES, PredictConfig, Predicted, PredictSummary, clips_of, summarize
+from vaflow.predict import PredictConfig, Predicted, PredictSummary, cache_to_predict, clips_of, write_clip
 from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
@@ -31,11 +26,9 @@ from vaflow.train.evaluate import (
     failed_items,
     featureless,
     input_at_frames,
-    prediction_csv,
     score_traces,
 )
 from vaflow.train.inputs import resolve
-from vaflow.train.plots import draw_trace
 from vaflow.train.smoothing import Smoothing, smoothed
 from vaflow.train.windows import ClipRows
 
@@ -161,7 +154,7 @@ def predict_model(
     if not media and config.cache is None:
         raise UsageError(explain("Nothing to predict", expected="videos, or --cache CACHE to predict its clips"))
     out.mkdir(parents=True, exist_ok=True)
-    failures, clips, folder = FailureLog(out / FAILURES), clips_of(media), config.cache
+    failures, clips, settings = FailureLog(out / FAILURES), clips_of(media), None
     if media:
         encoder = build_encoder(name, weights=config.weights.get(name))
         columns.check(name, encoder.dim)
@@ -174,14 +167,7 @@ def predict_model(
             face_source=config.face_source or "auto",
             device=config.device,
         )
-        folder = folder or out / f"{FEATURES}{blake2b(repr(settings).encode(), digest_size=8).hexdigest()}"
-        root = clips[0].audio.parent if clips and clips[0].audio is not None else Path()
-        for failure in extract(
-            Dataset(root, "videos", clips, ()), folder, settings, show_progress=show_progress
-        ).failures:
-            failures.add(failure, quiet=True)
-    assert folder is not None  # checked above
-    cache = open_cache(folder)
+    cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
     failed = {failure.item for failure in failures.failures}
     items = [clip.id for clip in clips if clip.id not in failed] if media else cache.items()
     predicted: list[Predicted] = []
@@ -191,8 +177,5 @@ def predict_model(
         if trace.clip.item in empty:
             failures.add(Failure(trace.clip.item, "predict", "DataError", "The cache has no features of this clip"))
             continue
-        csv, png = (below(out, f"{trace.clip.item}.{suffix}") for suffix in ("csv", "png"))
-        write_file(csv, prediction_csv(trace))
-        draw_trace(png, trace)
-        predicted.append(summarize(trace, csv, png))
+        predicted.append(write_clip(out, trace))
     return PredictSummary(tuple(predicted), tuple(failures.failures), failures.path)

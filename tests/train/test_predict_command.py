@@ -143,3 +143,37 @@ def test_an_interrupted_prediction_keeps_the_features_of_finished_clips(
     assert first.extracted == 2 and second.extracted == 0  # the second call encodes nothing
     assert sorted(path.name for path in out.glob("*.csv")) == ["a.csv", "b.csv"]
     assert not list(out.glob(".features-*"))
+
+
+def test_an_interrupted_prediction_keeps_the_files_of_predicted_clips(
+    video_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = video_run
+    combine, calls = vaflow.predict.combine, []
+
+    def interrupt_second(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return combine(*args)
+
+    monkeypatch.setattr(vaflow.predict, "CLIPS_AT_A_TIME", 1)
+    monkeypatch.setattr(vaflow.predict, "combine", interrupt_second)
+    assert main(["predict", str(run), str(data), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
+    assert [path.name for path in (tmp_path / "out").glob("*.csv")] == ["a.csv"]
+
+
+def test_regions_without_a_prompt_head_are_those_of_the_run(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", Toy(splits={"train": 2, "val": 2}))
+    wide, narrow = (regions_of(cache.path, tmp_path / centers, centers) for centers in ("1.9", "0.001"))
+    assert wide == {"v_middle_a_middle"}, "every prediction lies nearer to 0 than to the outer centers"
+    assert "v_middle_a_middle" not in narrow
+
+
+def regions_of(cache: Path, out: Path, centers: str) -> set[str]:
+    """Regions in the prediction files of a run without a prompt head."""
+    train = ["train", str(cache), "--out", str(out / "run"), "--kl-weight", "0", "--centers", centers, *SMALL]
+    assert main(train) == 0
+    assert main(["predict", str(out / "run"), "--cache", str(cache), "--out", str(out / "csv"), "--device", "cpu"]) == 0
+    rows = [row for path in (out / "csv").glob("*.csv") for row in table_of(path)]
+    return {row["region"] for row in rows}

@@ -62,7 +62,7 @@ def predict(
     """Predict valence and arousal for every frame of new videos, or of the clips of a cache, labelled or not.
 
     Writes DIR/CLIP.csv and DIR/CLIP.png. Frames without a face or audio are predicted from the other modality and from
-    their context.
+    their context. After an interruption, the same command resumes: files and features of finished clips are kept.
 
     Example: vaflow predict runs/full interview.mp4 --out predictions
 
