@@ -1,0 +1,127 @@
+"""Every command under environments that break assumptions: it works, or ends with a message; never with a traceback."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from media import write_media
+
+TINY = ["--visual", "none", "--audio", "ast-tiny", "--device", "cpu", "--workers", "1"]
+SHORT = ["--window", "2", "--stride", "1", "--frames", "4", "--audio-steps", "4"]
+SMALL = ["--kl-weight", "0", "--set", "hidden=8", "--epochs", "1", "--device", "cpu"]
+AS_ROOT = os.geteuid() == 0
+
+
+@dataclass(frozen=True)
+class Environment:
+    """How a command is started.
+
+    Attributes:
+        prefix: what runs it.
+        variables: set in its environment; None removes one.
+        script: shell text in the place of `"$@"`.
+        needs_root: it cannot be made by other users.
+        codes: exit codes that are an answer here, besides 0.
+    """
+
+    prefix: Sequence[str] = ()
+    variables: Mapping[str, str | None] = field(default_factory=dict)
+    script: str = '"$@"'
+    needs_root: bool = False
+    codes: tuple[int, ...] = ()
+
+
+ENVIRONMENTS = {
+    "no passwd entry": Environment(  # as in a container that runs with --user 54321
+        ["unshare", "--mount"],
+        variables={"USER": None, "LOGNAME": None, "LNAME": None, "USERNAME": None},
+        script='mount --bind /dev/null /etc/passwd; "$@"',
+        needs_root=True,
+    ),
+    "no HOME": Environment(variables={"HOME": None, "XDG_CACHE_HOME": None}),
+    "HOME that is not there": Environment(variables={"HOME": "/nonexistent", "XDG_CACHE_HOME": None}),
+    "C locale": Environment(variables={"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+    "no standard error": Environment(script='"$@" 2>&-'),
+    "no standard input": Environment(script='"$@" <&-'),
+    "few file handles": Environment(script='ulimit -n 128; "$@"', codes=(1,)),
+    "little memory": Environment(script='ulimit -v 3000000; "$@"', codes=(1,)),
+    "optimised twice": Environment(variables={"PYTHONOPTIMIZE": "2"}),
+    "tiny shared memory": Environment(
+        ["unshare", "--mount"], script='mount -t tmpfs -o size=64k tmpfs /dev/shm; "$@"', needs_root=True
+    ),
+    "read-only everything": Environment(
+        ["unshare", "--mount"],
+        script='mount --bind "$ROOT" "$ROOT"; mount -o remount,ro,bind "$ROOT"; "$@"',
+        needs_root=True,
+        codes=(1, 2),
+    ),
+}
+
+COMMANDS: dict[str, Callable[[Path], list[object]]] = {
+    "check": lambda root: ["check", root / "data"],
+    "extract": lambda root: ["extract", root / "data", "--out", root / "cache2", *TINY, *SHORT],
+    "info": lambda root: ["cache", "info", root / "cache"],
+    "verify": lambda root: ["cache", "verify", root / "cache"],
+    "train": lambda root: ["train", root / "cache", "--out", root / "run2", *SMALL],
+    "evaluate": lambda root: ["evaluate", root / "run", "--device", "cpu"],
+    "predict": lambda root: ["predict", root / "run", root / "data" / "clip0.mp4", "--out", root / "predictions"],
+}
+# Each environment with the commands that start worker processes and load torch, and one light one; the rest is slow.
+OFTEN = {"extract", "train", "info"}
+CASES = [
+    pytest.param(name, command, id=f"{name}-{command}", marks=() if command in OFTEN else pytest.mark.slow)
+    for name in ENVIRONMENTS
+    for command in COMMANDS
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a data set, a cache and a run."""
+    root = tmp_path_factory.mktemp("environments")
+    write_media(root / "data", 3)
+    for args in (
+        ["extract", root / "data", "--out", root / "cache", *TINY, *SHORT],
+        ["train", root / "cache", "--out", root / "run", *SMALL],
+    ):
+        ended = start(Environment(), args, root)
+        assert ended.returncode == 0, ended.stderr
+    return root
+
+
+def start(environment: Environment, args: Sequence[object], root: Path) -> subprocess.CompletedProcess[str]:
+    """Run `vaflow ARGS` in an environment."""
+    variables = {**os.environ, "ROOT": str(root), "OMP_NUM_THREADS": "1", **environment.variables}
+    return subprocess.run(
+        [*environment.prefix, "sh", "-c", environment.script, "sh", sys.executable, "-m", "vaflow", *map(str, args)],
+        env={name: value for name, value in variables.items() if value is not None},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("name", "command"), CASES)
+def test_a_command_works_or_says_why_not(workplace: Path, name: str, command: str) -> None:
+    environment = ENVIRONMENTS[name]
+    if environment.needs_root and not AS_ROOT:
+        pytest.skip("only root can make this environment")
+    if environment.prefix and shutil.which(environment.prefix[0]) is None:
+        pytest.skip(f"{environment.prefix[0]} is not installed")
+    for made in ("cache2", "run2", "predictions"):
+        shutil.rmtree(workplace / made, ignore_errors=True)
+    ended = start(environment, COMMANDS[command](workplace), workplace)
+    said = ended.stdout + ended.stderr
+    assert "Traceback" not in said, said[-3000:]
+    assert "Exception ignored" not in said, said[-3000:]
+    assert ended.returncode in (0, *environment.codes), f"exit code {ended.returncode}: {said[-3000:]}"
+    if ended.returncode:
+        assert "vaflow: " in said, said[-3000:]

@@ -1,0 +1,25 @@
+"""No history of edits and commands ends in a number that is not of the data at hand."""
+
+from pathlib import Path
+
+import pytest
+from histories import Workshop, machine
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from lab import Lab
+
+HISTORIES = 12  # here; `scripts/histories.py` runs 2,000
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_a_printed_number_is_of_the_data_at_hand(lab: Lab, tmp_path: Path, seed: int) -> None:
+    chosen = settings(
+        max_examples=HISTORIES,
+        stateful_step_count=10,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(machine(Workshop(lab, tmp_path)), settings=chosen)
