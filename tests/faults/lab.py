@@ -100,7 +100,7 @@ class Lab:
     """Starts commands from a process that has imported everything (see `zygote.py`)."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._count = folder, 0
+        self.folder, self.started = folder, 0  # commands started
         env = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -131,8 +131,8 @@ class Lab:
 
     def start(self, args: Sequence[object], before: str = "") -> Process:
         """Start `vaflow ARGS`, after the Python code `before` ran in its process."""
-        self._count += 1
-        out, err = (self.folder / f"{self._count}.{name}" for name in ("out", "err"))
+        self.started += 1
+        out, err = (self.folder / f"{self.started}.{name}" for name in ("out", "err"))
         for path in (out, err):
             path.touch()
         job = {"args": [str(arg) for arg in args], "before": before, "out": str(out), "err": str(err)}
