@@ -9,7 +9,7 @@ import pytest
 for name in ("faults", "train", "datasets"):
     sys.path.insert(0, str(Path(__file__).parents[1] / name))
 
-from lab import Lab, lab_in
+from lab import Lab, lab_in  # noqa: E402
 
 
 @pytest.fixture(scope="session")
