@@ -50,7 +50,7 @@ ENVIRONMENTS = {
     "no standard input": Environment(script='"$@" <&-'),
     "few file handles": Environment(script='ulimit -n 128; "$@"', codes=(1,)),
     "little memory": Environment(script='ulimit -v 3000000; "$@"', codes=(1,)),
-    "optimised twice": Environment(variables={"PYTHONOPTIMIZE": "2"}),
+    "optimised twice": Environment(variables={"PYTHONOPTIMIZE": "2"}, codes=(2,)),
     "tiny shared memory": Environment(
         ["unshare", "--mount"], script='mount -t tmpfs -o size=64k tmpfs /dev/shm; "$@"', needs_root=True
     ),

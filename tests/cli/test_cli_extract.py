@@ -1,7 +1,6 @@
 """`vaflow extract` at the command line: exit codes, messages, files; bad input costs itself and nothing else."""
 
 import json
-import os
 import subprocess
 import sys
 import wave
@@ -256,11 +255,12 @@ def test_a_limit_of_address_space_is_one_message(one_clip: Path, tmp_path: Path,
     assert "memory" in done.stderr.lower()
 
 
-def test_optimized_python_extracts_and_prints_help(one_clip: Path, tmp_path: Path) -> None:
-    """PYTHONOPTIMIZE=2 removes docstrings and assertions."""
-    environment = os.environ | {"PYTHONOPTIMIZE": "2"}
-    command = [sys.executable, "-m", "vaflow", "extract"]
-    run = [str(one_clip), "--out", str(tmp_path / "c"), "--visual", "none", "--audio", "none"]
-    for arguments in (["--help"], run):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
-        assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
+@pytest.mark.parametrize(("level", "code"), [("1", 0), ("2", 2)])
+def test_optimized_python_works_or_is_refused(level: str, code: int) -> None:
+    """PYTHONOPTIMIZE=1 removes assertions; 2 removes docstrings, too, and transformers needs its own."""
+    command = [sys.executable, "-m", "vaflow", "extract", "--help"]
+    environment = os.environ | {"PYTHONOPTIMIZE": level}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert ("PYTHONOPTIMIZE=1" in done.stderr) == (code == 2)

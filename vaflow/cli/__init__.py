@@ -32,7 +32,7 @@ from vaflow.cli import (
 from vaflow.cli import predict as submit
 from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error
 from vaflow.cli.options import command_class, epilog
-from vaflow.errors import VaflowError, explain, is_out_of_memory
+from vaflow.errors import UsageError, VaflowError, explain, is_out_of_memory
 from vaflow.extract.config import ExtractConfig
 from vaflow.process import prepare_environment
 from vaflow.train.config import TrainConfig
@@ -116,6 +116,9 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(args: Sequence[str] | None) -> int:
     """Run Typer; print every expected error as one message and return its exit code."""
     try:
+        if sys.flags.optimize > 1:  # transformers parses its own docstrings on import and fails without them
+            problem = "PYTHONOPTIMIZE=2 (python -OO) removes docstrings that transformers requires"
+            raise UsageError(explain(problem, remedy="Use PYTHONOPTIMIZE=1 or unset it"))
         arguments = list(args) if args is not None else None
         return int(app(args=arguments, prog_name="vaflow", standalone_mode=False, terminal_width=help_width()) or 0)
     except VaflowError as error:
