@@ -1,6 +1,7 @@
 """`vaflow extract` at the command line: exit codes, messages, files; bad input costs itself and nothing else."""
 
 import json
+import os
 import subprocess
 import sys
 import wave
