@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from lab import Lab
 
-HISTORIES = 12  # here; `scripts/histories.py` runs 2,000
+HISTORIES = 12  # here; `scripts/random_histories.py` runs 2,000
 
 
 @pytest.mark.parametrize("seed", [0])

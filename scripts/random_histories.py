@@ -1,6 +1,6 @@
 """Random histories of edits and commands: is every printed number of the data that is there?
 
-    python scripts/histories.py --count 2000 --jobs 2       some hours on two cores
+    python scripts/random_histories.py --count 2000 --jobs 2       some hours on two cores
 
 Each history is up to ten steps: edit labels, replace, rename or delete a clip, extract, drop, train, kill a training
 run, evaluate. Exit code 1 at the first history that ends in a stale number; it is printed step by step.
