@@ -182,7 +182,7 @@ def machine(workshop: Workshop) -> type[RuleBasedStateMachine]:
             self.check_cache()
 
         @rule()
-        @precondition(lambda self: set(self.cached) - set(self.clips))
+        @precondition(lambda self: bool(set(self.cached) - set(self.clips)))
         def drop_absent(self) -> None:
             """`cache drop --absent` removes what the data set no longer has, and nothing else."""
             assert_said(self.vaflow("cache", "drop", self.cache, "--absent", self.data), 0)
