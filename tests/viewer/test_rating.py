@@ -194,7 +194,12 @@ def test_saved_ratings_are_labels_that_import(server: ViewerServer, tmp_path: Pa
 
 
 def test_videos_without_predictions_can_be_rated(open_page: OpenPage, numbered: Path, tmp_path: Path) -> None:
-    viewer = write_viewer(numbered / "media", tmp_path / "out")
+    media = tmp_path / "media"
+    media.mkdir()
+    for name in ("constant", "variable"):
+        (media / f"{name}.mp4").symlink_to(numbered / "media" / f"{name}.mp4")
+    (media / "constant.csv").write_text("time,valence,arousal\n0.1,0.5,0.5\n")  # labels, not predictions
+    viewer = write_viewer(media, tmp_path / "out")
     assert [(clip.item, clip.facts["frames"]) for clip in viewer.clips] == [("constant", 300), ("variable", 251)]
     page = open_page(viewer.page, "#clip=constant")
     until(page, "document.documentElement.dataset.ready === 'constant'")

@@ -38,7 +38,7 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Text on one line, without characters that turn its direction or that a terminal would obey."""
+    """Return text on one line, with control and bidirectional characters spelled out; other values unchanged."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 

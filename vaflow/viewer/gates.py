@@ -61,13 +61,13 @@ def gate_shares(run: Path, cache: Cache, split: str, centers: float) -> list[Gat
     for clip in windows.clips:
         rows = slice(clip.first, clip.last)
         inside = windows.inside_array[rows]
-        heard = input_at_frames(windows, clip, "audio")
-        if not inside.any() or not heard.any():
+        has_audio = input_at_frames(windows, clip, "audio")
+        if not inside.any() or not has_audio.any():
             continue
-        values.append(stitch(windows.sample_time[rows], gate[rows], inside, clip.time)[heard, 0])
-        faces.append(input_at_frames(windows, clip, "visual")[heard])
+        values.append(stitch(windows.sample_time[rows], gate[rows], inside, clip.time)[has_audio, 0])
+        faces.append(input_at_frames(windows, clip, "visual")[has_audio])
         labelled = clip.valid.all(axis=1)
-        regions.append(np.where(labelled, region_of(np.nan_to_num(clip.value), centers), -1)[heard])
+        regions.append(np.where(labelled, region_of(np.nan_to_num(clip.value), centers), -1)[has_audio])
     if not values:
         return []
     value, face, region = (np.concatenate(x) for x in (values, faces, regions))

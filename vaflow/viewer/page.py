@@ -29,6 +29,7 @@ from vaflow.viewer.predictions import (
     Predictions,
     PredictionSet,
     find_predictions,
+    is_prediction_table,
     read_predictions,
 )
 
@@ -126,8 +127,10 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
 
 
 def has_predictions(path: Path) -> bool:
-    """Whether a path holds prediction tables rather than media: any CSV, or a run directory."""
-    return path.suffix == ".csv" or (path / "config.toml").is_file() or next(path.rglob("*.csv"), None) is not None
+    """Whether a path is a run, a prediction table or a directory with one, rather than media."""
+    if path.suffix == ".csv" or (path / "config.toml").is_file():
+        return True
+    return any(is_prediction_table(csv) for csv in path.rglob("*.csv"))
 
 
 def media_without_predictions(path: Path, clips: Sequence[str]) -> PredictionSet:

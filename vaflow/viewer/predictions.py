@@ -161,8 +161,13 @@ def _in_folder(folder: Path, split: str, sources: Mapping[str, Any]) -> Iterator
     items = _mapping(sources.get("items"))
     for csv in sorted(folder.rglob("*.csv")):
         item = csv.relative_to(folder).as_posix().removesuffix(".csv")
-        if _header(csv)[:4] == list(REQUIRED):
+        if is_prediction_table(csv):
             yield PredictedClip(item, csv, split, _mapping(items.get(item)))
+
+
+def is_prediction_table(path: Path) -> bool:
+    """Whether a CSV file begins with the columns of predictions; label files do not."""
+    return _header(path)[: len(REQUIRED)] == list(REQUIRED)
 
 
 def read_predictions(path: Path) -> Predictions:

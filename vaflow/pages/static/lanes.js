@@ -125,9 +125,8 @@
 
     drawTrace(k, anew) {
       const { clip, range } = this;
-      const value = clip.value[k], std = clip.std && clip.std[k];
-      const series = [value, clip.label ? clip.label[k] : null];
-      if (std) series.push(value.map((v, i) => v + 1.96 * std[i]), value.map((v, i) => v - 1.96 * std[i]));
+      const series = [clip.value[k], clip.label ? clip.label[k] : null];
+      if (clip.std) series.push(clip.upper[k], clip.lower[k]);
       const data = vaflow.reduce(clip.time, series, ...range, Math.ceil(this.width));
       const empty = data[0].map(() => null);
       const filled = data.map((column) => column || empty);
@@ -139,10 +138,10 @@
         return;
       }
       if (plot) plot.destroy();
-      this.plots[k] = new uPlot(this.options(k, Boolean(std)), filled, this.hosts[k]);
+      this.plots[k] = new uPlot(this.options(Boolean(clip.std)), filled, this.hosts[k]);
     }
 
-    options(k, band) {
+    options(band) {
       const [soft, grid] = [vaflow.color("soft"), vaflow.color("grid")];
       const axis = { stroke: soft, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 }, font: "11px system-ui, sans-serif" };
       const edge = { stroke: "transparent", points: { show: false } };

@@ -18,13 +18,17 @@
     const low = document.low ? array(document.low, Int8Array) : null;
     const high = document.high ? array(document.high, Int8Array) : null;
     const loudest = (peak, [min, max]) => Math.max(peak, -min, max);
+    const value = columns("value"), std = columns("std");
+    const edges = (sign) => std && value.map((column, k) => column.map((v, i) => v + sign * 1.96 * std[k][i]));
     return {
       time,
+      upper: edges(1),
+      lower: edges(-1),
       peak: low ? low.reduce((peak, min, i) => loudest(peak, [min, high[i]]), 4) : 0,
       end: time[time.length - 1] + (time.length > 1 ? (time[time.length - 1] - time[0]) / (time.length - 1) : 0.04),
-      value: columns("value"),
+      value,
       label: columns("label"),
-      std: columns("std"),
+      std,
       noFace: document.noFace,
       noAudio: document.noAudio,
       unlabelled: document.unlabelled || null,

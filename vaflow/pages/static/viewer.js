@@ -67,9 +67,9 @@
     const spread = clip.std ? clip.std.map((column) => ` ± ${number(column[row])}`) : ["", ""];
     const label = clip.label && clip.label.map((column) => (Number.isNaN(column[row]) ? "–" : signed(column[row])));
     const region = vaflow.regionName(vaflow.regionOf(v, a, vaflow.data.centers));
-    const said = Number.isNaN(v) ? "No prediction." : `Valence ${signed(v)}${spread[0]}, arousal ${signed(a)}${spread[1]} (${region}).`;
+    const prediction = Number.isNaN(v) ? "No prediction." : `Valence ${signed(v)}${spread[0]}, arousal ${signed(a)}${spread[1]} (${region}).`;
     readout.textContent =
-      `${vaflow.seconds(at)} of ${vaflow.seconds(clip.end)}, frame ${row}. ${said}` +
+      `${vaflow.seconds(at)} of ${vaflow.seconds(clip.end)}, frame ${row}. ${prediction}` +
       (label ? ` Label: valence ${label[0]}, arousal ${label[1]}.` : "");
   }
 
