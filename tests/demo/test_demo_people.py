@@ -99,7 +99,7 @@ def test_the_mouth_follows_valence_and_the_eyes_follow_arousal():
 
 
 def voice_of(index: int, valence: float, arousal: float) -> np.ndarray:
-    return speak(Key(0, "val", index), Fixed(valence, arousal), 8.0, []).sound
+    return speak(Key(0, "val", index), Fixed(valence, arousal), 8.0, []).samples
 
 
 def loudness(sound: np.ndarray) -> float:
@@ -139,15 +139,15 @@ def test_the_voice_is_brighter_with_valence_but_hardly_louder():
 def test_silence_leaves_the_room_alone():
     key = Key(0, "train", 0)
     voice = speak(key, Fixed(0, 0.3), 10.0, [(4.0, 7.0)])
-    quiet = voice.sound[int(4.3 * SAMPLE_RATE) : int(6.7 * SAMPLE_RATE)]
+    quiet = voice.samples[int(4.3 * SAMPLE_RATE) : int(6.7 * SAMPLE_RATE)]
     assert loudness(quiet) == pytest.approx(random_speaker(key).room, abs=0.5)
-    assert loudness(voice.sound[: 4 * SAMPLE_RATE]) > loudness(quiet) + 15
+    assert loudness(voice.samples[: 4 * SAMPLE_RATE]) > loudness(quiet) + 15
     assert (voice.mouth[430:670] == 0).all() and voice.mouth[:400].max() > 0.5
 
 
 def test_sound_is_as_long_as_asked_and_never_clips():
     for seconds in (1.0, 7.123):
-        sound = speak(Key(0, "train", 1), Fixed(0, 0.9), seconds, []).sound
+        sound = speak(Key(0, "train", 1), Fixed(0, 0.9), seconds, []).samples
         assert len(sound) == round(seconds * SAMPLE_RATE) and np.abs(sound).max() < 1
 
 

@@ -18,12 +18,12 @@ SOUNDS = ("voice", "noise")
 NTSC = 30_000 / 1001
 
 # Irregularity of the k-th trial of each split; later trials have none.
-PAIR, VFR, FILM_RATE, MUTE, SHORT_SOUND, SHORT_CLIP, STEREO = (
+PAIR, VFR, FILM_RATE, MUTE, SHORT_AUDIO, SHORT_CLIP, STEREO = (
     "pair", "variable-rate", "29.97-fps", "no-audio", "short-audio", "short-clip", "stereo-44.1k"
 )  # fmt: skip
 ROLES: dict[str, tuple[str | None, ...]] = {
-    "train": (None, PAIR, PAIR, VFR, FILM_RATE, MUTE, SHORT_SOUND, SHORT_CLIP, STEREO),
-    "val": (None, VFR, SHORT_SOUND),
+    "train": (None, PAIR, PAIR, VFR, FILM_RATE, MUTE, SHORT_AUDIO, SHORT_CLIP, STEREO),
+    "val": (None, VFR, SHORT_AUDIO),
     "test": (None,),
 }
 EXTRA_ROWS = (1, 0, 1, 0, 1, 0, -3, 1, 2, 1, 0, 1)  # annotation rows minus video frames, by clip
@@ -157,6 +157,7 @@ def plan_clips(config: DemoConfig) -> list[ClipPlan]:
 
 
 def _plan(config: DemoConfig, split: str, index: int, count: int) -> ClipPlan:
+    """Trial `index` of a split with `count` trials."""
     roles = ROLES[split]
     quirk = roles[index] if index < len(roles) else None
     pair = [k for k, role in enumerate(roles) if role == PAIR]

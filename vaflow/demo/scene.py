@@ -32,7 +32,11 @@ class Scene:
         self.expression = express(plan.key, person, plan.mood, mouth, plan.times)
         self.artist = FaceArtist(person, self.expression, draw_room(person, plan.key, width, height))
         self.cover: Colour = SHIRTS[plan.key.rng("cover").integers(len(SHIRTS))]
-        self.covered = _covered(plan)
+        covered = np.zeros(len(plan.times))
+        for begin, end in plan.occlusions:
+            rise = np.minimum(plan.times - begin, end - plan.times) / EASE
+            covered = np.maximum(covered, np.clip(rise, 0, 1))
+        self.covered = covered * covered * (3 - 2 * covered)  # [N] covered part of the face, 0 to 1
 
     def frame(self, i: int) -> Image:
         """Frame i, [H, W, 3] BGR."""
@@ -75,23 +79,11 @@ class NoiseScene:
 
     def frame(self, i: int) -> Image:
         """A frame of random coloured squares."""
-        return self._squares(self.width, self.height)
+        cells = self.rng.integers(0, 256, (-(-self.height // NOISE_CELL), -(-self.width // NOISE_CELL), 3), np.uint8)
+        large = cv2.resize(cells, None, fx=NOISE_CELL, fy=NOISE_CELL, interpolation=cv2.INTER_NEAREST)
+        return np.ascontiguousarray(large[: self.height, : self.width])
 
     def crop(self, i: int, frame: Image) -> Image:
         """The centre of the frame."""
         left, top = (self.width - CROP_SIZE) // 2, (self.height - CROP_SIZE) // 2
         return np.ascontiguousarray(frame[max(top, 0) :, max(left, 0) :][:CROP_SIZE, :CROP_SIZE])
-
-    def _squares(self, width: int, height: int) -> Image:
-        cells = self.rng.integers(0, 256, (-(-height // NOISE_CELL), -(-width // NOISE_CELL), 3), np.uint8)
-        large = cv2.resize(cells, None, fx=NOISE_CELL, fy=NOISE_CELL, interpolation=cv2.INTER_NEAREST)
-        return np.ascontiguousarray(large[:height, :width])
-
-
-def _covered(plan: ClipPlan) -> Floats:
-    """[N] covered part of the face, 0 to 1."""
-    covered = np.zeros(len(plan.times))
-    for begin, end in plan.occlusions:
-        rise = np.minimum(plan.times - begin, end - plan.times) / EASE
-        covered = np.maximum(covered, np.clip(rise, 0, 1))
-    return covered * covered * (3 - 2 * covered)

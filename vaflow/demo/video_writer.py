@@ -1,4 +1,4 @@
-"""Writes H.264 video with AAC sound, every frame at its own presentation time."""
+"""Writes H.264 video with AAC audio, every frame at its own presentation time."""
 
 from collections.abc import Iterable
 from fractions import Fraction
@@ -24,29 +24,34 @@ def on_clock(times: Floats) -> Floats:
 
 
 def write_video(
-    path: Path, frames: Iterable[Image], times: Floats, sound: NDArray[np.float32] | None, sample_rate: int
+    path: Path, frames: Iterable[Image], times: Floats, samples: NDArray[np.float32] | None, sample_rate: int
 ) -> None:
     """Encode one file.
 
     Args:
         path: an .mp4 file to write.
-        frames: N pictures [H, W, 3], BGR uint8, H and W even and the same for all.
+        frames: N images [H, W, 3], BGR uint8, H and W even and the same for all.
         times: [N] presentation times in seconds, ascending.
-        sound: [S] mono or [S, 2] stereo in [-1, 1], or None for a file without an audio stream.
-        sample_rate: of the sound, in Hz.
+        samples: [S] mono or [S, 2] stereo in [-1, 1], or None for a file without an audio stream.
+        sample_rate: of the samples, in Hz.
     """
     with av.open(str(path), "w") as container:
         video: VideoStream | None = None
-        audio = None if sound is None else _audio_stream(container, sound, sample_rate)
-        blocks = [] if sound is None else _blocks(sound, sample_rate)
+        audio: AudioStream | None = None
+        blocks: list[tuple[float, av.AudioFrame]] = []
+        if samples is not None:
+            layout = "mono" if samples.ndim == 1 else "stereo"
+            audio = container.add_stream("aac", rate=sample_rate, layout=layout)
+            audio.bit_rate = 48_000 * (1 if samples.ndim == 1 else 2)
+            blocks = _audio_blocks(samples, sample_rate, layout)
         for frame, time in zip(frames, times, strict=True):
             if video is None:
                 video = _video_stream(container, frame, times)
             while audio is not None and blocks and blocks[0][0] <= time:
                 container.mux(audio.encode(blocks.pop(0)[1]))
-            picture = av.VideoFrame.from_ndarray(frame, format="bgr24")
-            picture.pts, picture.time_base = round(time / float(CLOCK)), CLOCK
-            container.mux(video.encode(picture))
+            image = av.VideoFrame.from_ndarray(frame, format="bgr24")
+            image.pts, image.time_base = round(time / float(CLOCK)), CLOCK
+            container.mux(video.encode(image))
         for _, block in blocks:
             container.mux(audio.encode(block) if audio is not None else [])
         for stream in (video, audio):
@@ -66,20 +71,13 @@ def _video_stream(container: av.container.OutputContainer, frame: Image, times: 
     return stream
 
 
-def _audio_stream(container: av.container.OutputContainer, sound: NDArray[np.float32], rate: int) -> AudioStream:
-    layout = "mono" if sound.ndim == 1 else "stereo"
-    stream = container.add_stream("aac", rate=rate, layout=layout)
-    stream.bit_rate = 48_000 * (1 if sound.ndim == 1 else 2)
-    return stream
-
-
-def _blocks(sound: NDArray[np.float32], rate: int) -> list[tuple[float, av.AudioFrame]]:
-    """The sound in AAC frames, each with its time in seconds; the last one may be shorter."""
-    planes = np.atleast_2d(np.ascontiguousarray(sound.T, dtype=np.float32))
+def _audio_blocks(samples: NDArray[np.float32], rate: int, layout: str) -> list[tuple[float, av.AudioFrame]]:
+    """The samples in AAC frames, each with its time in seconds; the last one may be shorter."""
+    planes = np.atleast_2d(np.ascontiguousarray(samples.T, dtype=np.float32))
     blocks: list[tuple[float, av.AudioFrame]] = []
     for begin in range(0, planes.shape[1], BLOCK):
         part = np.ascontiguousarray(planes[:, begin : begin + BLOCK])
-        block = av.AudioFrame.from_ndarray(part, format="fltp", layout="mono" if len(planes) == 1 else "stereo")
+        block = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
         block.sample_rate, block.pts, block.time_base = rate, begin, Fraction(1, rate)
         blocks.append((begin / rate, block))
     return blocks

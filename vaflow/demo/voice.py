@@ -1,7 +1,7 @@
-"""A voice-like sound: a glottal pulse train through moving formants, in syllables and phrases.
+"""Voice-like audio: a glottal pulse train through moving formants, in syllables and phrases.
 
 Pitch, loudness, speaking rate and brightness follow arousal; formants (a smile shortens the vocal tract) follow valence
-weakly. Each also drifts on its own, so that sound alone tells arousal well but not perfectly, and valence a little.
+weakly. Each also drifts on its own, so that audio alone tells arousal well but not perfectly, and valence a little.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ SAMPLE_RATE = 16_000
 CONTROL_RATE = 100  # pitch, loudness and formants are set this many times a second
 HOP = SAMPLE_RATE // CONTROL_RATE
 HARMONICS = 36
+FADE = 0.12  # seconds from speech to silence, to avoid clicks
 
 # F1, F2, F3 in Hz of the vowels that syllables draw from
 VOWELS = np.array(
@@ -41,11 +42,11 @@ class Voice:
     """Audio and the mouth opening that belongs to it.
 
     Attributes:
-        sound: [N] float32 in (-1, 1) at `SAMPLE_RATE`.
+        samples: [N] float32 in (-1, 1) at `SAMPLE_RATE`.
         mouth: [C] how open the mouth is, 0 to 1, at `CONTROL_RATE`; it follows the syllables, not the loudness.
     """
 
-    sound: NDArray[np.float32]
+    samples: NDArray[np.float32]
     mouth: Floats
 
 
@@ -73,8 +74,10 @@ def speak(key: Key, mood: MoodAt, seconds: float, silences: list[tuple[float, fl
         for name, scale in (("pitch", 0.12), ("level", 4.0), ("tract", 0.035), ("tilt", 1.0))
     }
     syllable, formants = _syllables(key.rng("syllables"), time, arousal)
-    talking = _fade(~within(time, silences))
-    mouth = syllable * talking
+    width = int(FADE * CONTROL_RATE)
+    kernel = np.hanning(width + 2)[1:-1]
+    talking = np.pad((~within(time, silences)).astype(np.float64), width, mode="edge")
+    mouth = syllable * np.convolve(talking, kernel / kernel.sum(), mode="same")[width:-width]
 
     pitch = speaker.pitch * 2 ** (0.35 * arousal + drift["pitch"])
     pitch *= 1 + speaker.vibrato * np.sin(2 * np.pi * 5.2 * time)
@@ -83,14 +86,14 @@ def speak(key: Key, mood: MoodAt, seconds: float, silences: list[tuple[float, fl
     tilt = 13 - 4 * arousal + drift["tilt"]  # decibels lost per octave of frequency above 500 Hz
 
     noise = key.rng("room").standard_normal((2, len(time) * HOP)).astype(np.float32)
-    sound = _harmonics(pitch, formants * tract[:, None], tilt, loudness)
-    sound += noise[0] * _per_sample(loudness * speaker.breath) + noise[1] * np.float32(10 ** (speaker.room / 20))
-    sound = sound[: round(seconds * SAMPLE_RATE)]
-    return Voice(np.tanh(sound).astype(np.float32), mouth)
+    audio = _harmonics(pitch, formants * tract[:, None], tilt, loudness)
+    audio += noise[0] * _per_sample(loudness * speaker.breath) + noise[1] * np.float32(10 ** (speaker.room / 20))
+    audio = audio[: round(seconds * SAMPLE_RATE)]
+    return Voice(np.tanh(audio).astype(np.float32), mouth)
 
 
 def _syllables(rng: np.random.Generator, time: Floats, arousal: Floats) -> tuple[Floats, Floats]:
-    """When the mouth sounds ([C], 0 to 1) and the vowel it forms ([C, 3] formants in Hz)."""
+    """Loudness of the syllables ([C], 0 to 1) and the vowel it forms ([C, 3] formants in Hz)."""
     rate = 3.4 + 1.3 * arousal  # syllables per second
     beat = np.cumsum(rate) / CONTROL_RATE
     number = np.floor(beat).astype(int)
@@ -110,14 +113,6 @@ def _syllables(rng: np.random.Generator, time: Floats, arousal: Floats) -> tuple
     return envelope, before + (vowel[number] - before) * blend
 
 
-def _fade(active: NDArray[np.bool_], seconds: float = 0.12) -> Floats:
-    """A mask [C] with smooth transitions, to avoid clicks."""
-    width = max(1, int(seconds * CONTROL_RATE))
-    kernel = np.hanning(width + 2)[1:-1]
-    padded = np.pad(active.astype(np.float64), width, mode="edge")
-    return np.convolve(padded, kernel / kernel.sum(), mode="same")[width:-width]
-
-
 def _harmonics(pitch: Floats, formants: Floats, tilt: Floats, loudness: Floats) -> NDArray[np.float32]:
     """Sum of harmonics of `pitch` [C] Hz, weighted by `formants` [C, 3] Hz and `tilt` [C] dB/octave -> [C * HOP]."""
     phase = 2 * np.pi * np.cumsum(_per_sample(pitch, np.float64)) / SAMPLE_RATE
@@ -125,17 +120,14 @@ def _harmonics(pitch: Floats, formants: Floats, tilt: Floats, loudness: Floats) 
     twice_cos, before, now = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
     total = np.zeros(len(phase), np.float32)
     for k in range(1, HARMONICS + 1):
-        total += _per_sample(loudness * _gain(k * pitch, formants, tilt)) * now.astype(np.float32)
+        frequency = k * pitch
+        # Three resonances over a falling glottal spectrum, without aliasing above half the sample rate.
+        gain = (1 / (1 + ((frequency[:, None] - formants) / BANDWIDTH) ** 2)) @ np.array([1.0, 0.7, 0.45]) + 0.04
+        octaves = np.log2(np.maximum(frequency, 50) / 500)
+        gain *= 10 ** (-tilt * np.maximum(octaves, -1) / 20) * np.clip((0.47 * SAMPLE_RATE - frequency) / 500, 0, 1)
+        total += _per_sample(loudness * gain) * now.astype(np.float32)
         before, now = now, twice_cos * now - before
     return total
-
-
-def _gain(frequency: Floats, formants: Floats, tilt: Floats) -> Floats:
-    """How loud a harmonic at `frequency` [C] Hz is: three resonances over a falling glottal spectrum."""
-    resonance = (1 / (1 + ((frequency[:, None] - formants) / BANDWIDTH) ** 2)) @ np.array([1.0, 0.7, 0.45]) + 0.04
-    octaves = np.log2(np.maximum(frequency, 50) / 500)
-    fade_out = np.clip((0.47 * SAMPLE_RATE - frequency) / 500, 0, 1)  # nothing may fold over at half the rate
-    return resonance * 10 ** (-tilt * np.maximum(octaves, -1) / 20) * fade_out
 
 
 def _per_sample(control: Floats, dtype: type = np.float32) -> NDArray[np.floating]:
@@ -146,6 +138,6 @@ def _per_sample(control: Floats, dtype: type = np.float32) -> NDArray[np.floatin
     return (control[:, None] + step[:, None] * ramp).reshape(-1)
 
 
-def noise_sound(key: Key, seconds: float) -> NDArray[np.float32]:
+def noise_audio(key: Key, seconds: float) -> NDArray[np.float32]:
     """[N] steady noise without information, as loud as a voice."""
     return (0.05 * key.rng("noise sound").standard_normal(round(seconds * SAMPLE_RATE))).astype(np.float32)

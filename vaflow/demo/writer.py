@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.demo.drawing import Image
-from vaflow.demo.scenario import MUTE, SHORT_SOUND, STEREO, ClipPlan, DemoConfig, plan_clips
+from vaflow.demo.scenario import MUTE, SHORT_AUDIO, STEREO, ClipPlan, DemoConfig, plan_clips
 from vaflow.demo.scene import NoiseScene, Scene
 from vaflow.demo.video_writer import write_video
-from vaflow.demo.voice import SAMPLE_RATE, Voice, noise_sound, speak
+from vaflow.demo.voice import SAMPLE_RATE, Voice, noise_audio, speak
 from vaflow.errors import UsageError, explain
 
 VIDEOS, CROPS, LABELS = "raw_videos", "cropped_aligned", "VA_Estimation_Challenge"
@@ -34,6 +34,7 @@ TEST_LIST = "Valence_Arousal_Estimation_Challenge_test_set_release.txt"
 TEST_SAMPLE = "VA_test_set_sample.txt"
 MARKER = "demo.json"
 JPEG_QUALITY = 92
+CD_RATE = 44_100
 
 Progress = Callable[[int, int, str], None]
 
@@ -74,12 +75,23 @@ def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -
     Raises:
         UsageError: an option is wrong, or `out` holds other files.
     """
-    config = _config(options)
+    names = [field.name for field in fields(DemoConfig)]
+    for name in options:
+        if name not in names:
+            raise UsageError(explain("Unknown option of the demo data", got=name, choices=names))
+    config = DemoConfig(**options)
     out = Path(out)
     plans = plan_clips(config)
     if _is_written(out, config):
         return _summary(out, plans, reused=True)
-    _prepare(out, config)
+    try:
+        for folder in (VIDEOS, CROPS, *(f"{LABELS}/{name}" for name in LABEL_FOLDERS.values())):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        _write_marker(out, config, complete=False)
+    except OSError as error:
+        raise UsageError(
+            explain(f"Cannot write into {out}", got=error, remedy="Choose a writable folder with --out")
+        ) from error
     videos = [list(group) for _, group in groupby(plans, key=lambda plan: plan.video)]
     # Drawing and encoding release the interpreter lock, so threads run in parallel.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -91,14 +103,6 @@ def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -
     _write_labels(out, config, plans)
     _write_marker(out, config, complete=True)
     return _summary(out, plans)
-
-
-def _config(options: dict[str, Any]) -> DemoConfig:
-    names = [field.name for field in fields(DemoConfig)]
-    for name in options:
-        if name not in names:
-            raise UsageError(explain("Unknown option of the demo data", got=name, choices=names))
-    return DemoConfig(**options)
 
 
 def _write_marker(out: Path, config: DemoConfig, complete: bool) -> None:
@@ -121,8 +125,8 @@ def _is_written(out: Path, config: DemoConfig) -> bool:
     if not marker.is_file():
         raise UsageError(explain(f"{out} is not empty and does not contain demo data", remedy=remedy))
     try:
-        found = json.loads(marker.read_text(encoding="utf-8"))
-        settings, complete = found["settings"], found["complete"]
+        document = json.loads(marker.read_text(encoding="utf-8"))
+        settings, complete = document["settings"], document["complete"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(explain(f"{marker} cannot be read", got=repr(error), remedy=remedy)) from error
     if settings != asdict(config):
@@ -134,26 +138,13 @@ def _is_written(out: Path, config: DemoConfig) -> bool:
     return bool(complete)
 
 
-def _prepare(out: Path, config: DemoConfig) -> None:
-    """Create the folders and the marker of an unfinished data set."""
-    try:
-        for folder in (VIDEOS, CROPS, *(f"{LABELS}/{name}" for name in LABEL_FOLDERS.values())):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        _write_marker(out, config, complete=False)
-    except OSError as error:
-        raise UsageError(
-            explain(f"Cannot write into {out}", got=error, remedy="Choose a writable folder with --out")
-        ) from error
-
-
 def _write_video(out: Path, config: DemoConfig, people: Sequence[ClipPlan]) -> None:
     """Write one video with its audio, and the face crops of its people."""
     first = people[0]
     voices = [speak(plan.key, plan.mood, plan.seconds, plan.silences) for plan in people]
-    sound, sample_rate = _sound(config, people, voices)
     path = out / VIDEOS / first.folder / f"{first.video}.mp4"
     path.parent.mkdir(exist_ok=True)
-    write_video(path, _frames(out, config, people, voices), first.times, sound, sample_rate)
+    write_video(path, _frames(out, config, people, voices), first.times, *_audio(config, first, voices))
 
 
 def _frames(out: Path, config: DemoConfig, people: Sequence[ClipPlan], voices: Sequence[Voice]) -> Iterator[Image]:
@@ -175,36 +166,35 @@ def _frames(out: Path, config: DemoConfig, people: Sequence[ClipPlan], voices: S
         yield frames[0] if len(frames) == 1 else np.concatenate(frames, axis=1)
 
 
-def _sound(
-    config: DemoConfig, people: Sequence[ClipPlan], voices: Sequence[Voice]
-) -> tuple[NDArray[np.float32] | None, int]:
+def _audio(config: DemoConfig, plan: ClipPlan, voices: Sequence[Voice]) -> tuple[NDArray[np.float32] | None, int]:
     """The audio samples and their sample rate; None for a video without an audio stream."""
-    plan = people[0]
     if plan.quirk == MUTE:
         return None, SAMPLE_RATE
     if config.sound == "noise":
-        sound = noise_sound(plan.key, plan.seconds)
+        mono = noise_audio(plan.key, plan.seconds)
     else:
-        sound = np.sum([voice.sound for voice in voices], axis=0, dtype=np.float32)
-    if plan.quirk == SHORT_SOUND:
-        sound = sound[: round(0.8 * len(sound))]
-    if plan.quirk == STEREO:
-        return _as_cd(sound), 44_100
-    return np.clip(sound, -1, 1), SAMPLE_RATE
-
-
-def _as_cd(sound: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[S] at `SAMPLE_RATE` -> [S', 2] at 44.1 kHz, the right channel a little softer."""
-    time = np.arange(int(len(sound) / SAMPLE_RATE * 44_100)) / 44_100
-    left = np.interp(time, np.arange(len(sound)) / SAMPLE_RATE, np.clip(sound, -1, 1))
-    return np.stack([left, 0.8 * left], axis=-1).astype(np.float32)
+        mono = np.sum([voice.samples for voice in voices], axis=0, dtype=np.float32)
+    if plan.quirk == SHORT_AUDIO:
+        mono = mono[: round(0.8 * len(mono))]
+    mono = np.clip(mono, -1, 1)
+    if plan.quirk != STEREO:
+        return mono, SAMPLE_RATE
+    time = np.arange(int(len(mono) / SAMPLE_RATE * CD_RATE)) / CD_RATE
+    left = np.interp(time, np.arange(len(mono)) / SAMPLE_RATE, mono)
+    return np.stack([left, 0.8 * left], axis=-1).astype(np.float32), CD_RATE
 
 
 def _write_labels(out: Path, config: DemoConfig, plans: Sequence[ClipPlan]) -> None:
     """Write the annotations, the list of test trials and a sample submission."""
     values = {plan.trial: plan.labels() for plan in plans}
-    if config.shuffle_labels:
-        _shuffle([values[plan.trial] for plan in plans if plan.split == "train"], config.seed)
+    if config.shuffle_labels:  # over all training trials; rows of -5 stay where they are
+        train = [values[plan.trial] for plan in plans if plan.split == "train"]
+        known = [value[:, 0] != -5 for value in train]
+        shuffled = np.concatenate([value[mask] for value, mask in zip(train, known, strict=True)])
+        shuffled = np.random.default_rng([config.seed, 99]).permutation(shuffled)
+        ends = np.cumsum([mask.sum() for mask in known])
+        for value, mask, part in zip(train, known, np.split(shuffled, ends[:-1]), strict=True):
+            value[mask] = part
     for plan in plans:
         if plan.split in LABEL_FOLDERS:
             rows = [f"{v:g},{a:g}" for v, a in values[plan.trial]]
@@ -216,16 +206,6 @@ def _write_labels(out: Path, config: DemoConfig, plans: Sequence[ClipPlan]) -> N
         rows = [f"{plan.trial}/{k + 1:05d}.jpg,0,0" for plan in test for k in range(plan.rows)]
         text = "\n".join(["image_location,valence,arousal", *rows]) + "\n"
         (out / TEST_SAMPLE).write_text(text, encoding="ascii")
-
-
-def _shuffle(values: Sequence[NDArray[np.float64]], seed: int) -> None:
-    """Permute the annotated rows over all of `values`, in place; rows of -5 stay where they are."""
-    known = [value[:, 0] != -5 for value in values]
-    rows = np.concatenate([value[mask] for value, mask in zip(values, known, strict=True)])
-    rows = np.random.default_rng([seed, 99]).permutation(rows)
-    ends = np.cumsum([mask.sum() for mask in known])
-    for value, mask, part in zip(values, known, np.split(rows, ends[:-1]), strict=True):
-        value[mask] = part
 
 
 def _summary(out: Path, plans: Sequence[ClipPlan], reused: bool = False) -> DemoSummary:
