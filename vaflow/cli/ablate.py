@@ -93,11 +93,6 @@ def ablate(
         path = write_matrix(opened, result.results, out / "encoders.md")
         if not (json or quiet):
             typer.echo(path.read_text("utf-8"))
-    return _report(result, json, quiet)
-
-
-def _report(result: "StudyResult", json: bool, quiet: bool) -> int:
-    """Print the results and return the exit code."""
     if json:
         print_json(document(result))
     elif not quiet:
@@ -159,7 +154,7 @@ def summary(result: "StudyResult") -> str:
     """Every table with rows as text, the first statement, and the number of runs."""
     from vaflow.train.ablate.report import heading, statements
 
-    parts = [f"{heading(found)}\n\n{_table(found)}" for found in result.results.tables if found.rows]
+    parts = [f"{heading(one)}\n\n{_table_text(one)}" for one in result.results.tables if one.rows]
     about = result.about
     parts.append("\n".join(statements(result.results, about)[:1]))
     parts.append(
@@ -168,7 +163,7 @@ def summary(result: "StudyResult") -> str:
     return "\n\n".join(parts)
 
 
-def _table(found: "TableResult") -> str:
+def _table_text(scored: "TableResult") -> str:
     from vaflow.train.ablate.report import digits, p_text, paper_scores, spread
 
     rows = [
@@ -182,7 +177,7 @@ def _table(found: "TableResult") -> str:
             digits(row.versus.difference[-1], sign=True) if row.versus else "-",
             p_text(row.versus.p[-1]) if row.versus else "-",
         )
-        for row in found.rows
+        for row in scored.rows
     ]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     aligned = [(name, *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))) for name, *cells in rows]

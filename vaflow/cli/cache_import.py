@@ -1,15 +1,13 @@
 """`vaflow cache import` and `vaflow cache targets`: features and annotation made elsewhere become streams."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from vaflow.cli.cache import CachePath
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, summary_json
-
-if TYPE_CHECKING:
-    from vaflow.extract.importing.features import ImportSummary
+from vaflow.errors import count
 
 SOME_FAILED = 3
 
@@ -76,32 +74,21 @@ def import_(
     with tqdm(unit="item", desc="import", disable=not show_bars(quiet)) as bar:
         summary = import_features(cache, folder, config, labels=labels, store=store, progress=bar.update)
     if json:
-        print_json(_document(config.stream, summary))
+        print_json({"stream": stream} | summary_json(summary))
     elif not quiet:
-        typer.echo(_describe(config.stream, summary))
+        items = count(summary.items, "item")
+        lines = (
+            (True, f"Imported {summary.imported} of {items} into stream {stream!r}, {summary.rows} rows."),
+            (summary.done, f"Up to date: {summary.done}."),
+            (summary.changed, f"Replaced, because their files have changed: {summary.changed}."),
+            (summary.masked, f"Rows with NaN or infinity, marked as missing: {summary.masked}."),
+            (True, f"Labels: {summary.annotated} of {items}, {summary.label_rows} rows."),
+        )
+        typer.echo("\n".join(line for shown, line in lines if shown))
     if summary.failures:
-        count = len(summary.failures)
-        typer.echo(f"{count} item{'s' * (count != 1)} failed: {summary.failures_file}", err=True)
+        typer.echo(f"{count(len(summary.failures), 'item')} failed: {summary.failures_file}", err=True)
         return SOME_FAILED if summary.imported or summary.done or summary.labelled else 1
     return 0
-
-
-def _describe(stream: str, summary: "ImportSummary") -> str:
-    items = f"{summary.items} item{'s' * (summary.items != 1)}"
-    lines = [f"Imported {summary.imported} of {items} into stream {stream!r}, {summary.rows} rows."]
-    if summary.done:
-        lines.append(f"Up to date: {summary.done}.")
-    if summary.changed:
-        lines.append(f"Replaced, because their files have changed: {summary.changed}.")
-    if summary.masked:
-        lines.append(f"Rows with NaN or infinity, marked as missing: {summary.masked}.")
-    lines.append(f"Labels: {summary.annotated} of {items}, {summary.label_rows} rows.")
-    return "\n".join(lines)
-
-
-def _document(stream: str, summary: "ImportSummary") -> dict[str, object]:
-
-    return {"stream": stream} | summary_json(summary)
 
 
 def targets(

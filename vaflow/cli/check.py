@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
-from vaflow.errors import UsageError, explain, visible
+from vaflow.errors import UsageError, count, explain, visible
 from vaflow.files import write_file
 
 if TYPE_CHECKING:
-    from vaflow.datasets import Dataset
     from vaflow.extract.doctor.report import Report, Summary
 
 EXAMPLES = 3
@@ -35,8 +34,6 @@ Page = Annotated[
     Path | None,
     typer.Option("--html", metavar="FILE", help="Write a page with figures and images: one file, no network."),
 ]
-
-
 CacheOption = Annotated[
     Path | None,
     typer.Option(metavar="CACHE", help="Report items of this cache that the data set no longer has."),
@@ -60,15 +57,27 @@ def check(
     Example: vaflow check ~/data/affwild2 --layout affwild2 --html check.html
     """
     set_up(verbose, quiet)
+    from tqdm import tqdm
+
+    from vaflow.cache import open_cache
     from vaflow.datasets import open_dataset
+    from vaflow.extract.doctor.check import check_dataset
     from vaflow.extract.doctor.report import document
 
     dataset = open_dataset(root, layout)
     if html is not None:
         _must_be_writable(html)
-    report = _run(dataset, cache, show_bars(quiet))
+    opened = open_cache(cache) if cache is not None else None
+    with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not show_bars(quiet)) as bar:
+        report = check_dataset(dataset, progress=bar.update, cache=opened)
     if html is not None:
-        _write_page(report, html, show_bars(quiet))
+        from vaflow.extract.doctor.page import html_page, pictured
+        from vaflow.extract.doctor.thumbnails import all_thumbnails
+
+        clips = [(c.clip, c.media.duration if c.media else None) for c in pictured(report)]
+        images = tqdm(all_thumbnails(clips), total=len(clips), unit="clip", desc="images", disable=not show_bars(quiet))
+        write_file(html, html_page(report, dict(images)))
+        log.info("Wrote %s", html)
     if as_json:
         print_json(document(report))
     else:
@@ -77,19 +86,9 @@ def check(
         for block in _findings(report, verbose, quiet):
             typer.echo(block)
         if not quiet or report.count("error"):
-            typer.echo("\n" + _verdict(report))
+            counts = ", ".join(count(report.count(severity), severity) for severity in ("error", "warning", "note"))
+            typer.echo(f"\n{report.total().usable} of {len(report.checked)} clips are usable; {counts}.")
     return 1 if report.count("error") else 0
-
-
-def _run(dataset: "Dataset", cache: Path | None, show_bar: bool) -> "Report":
-    from tqdm import tqdm
-
-    from vaflow.cache import open_cache
-    from vaflow.extract.doctor.check import check_dataset
-
-    opened = open_cache(cache) if cache is not None else None
-    with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not show_bar) as bar:
-        return check_dataset(dataset, progress=bar.update, cache=opened)
 
 
 def _must_be_writable(path: Path) -> None:
@@ -105,19 +104,11 @@ def _must_be_writable(path: Path) -> None:
         )
 
 
-def _write_page(report: "Report", path: Path, show_bar: bool) -> None:
-    from tqdm import tqdm
-
-    from vaflow.extract.doctor.page import html_page, pictured
-    from vaflow.extract.doctor.thumbnails import all_thumbnails
-
-    chosen = [(c.clip, c.media.duration if c.media else None) for c in pictured(report)]
-    images = tqdm(all_thumbnails(chosen), total=len(chosen), unit="clip", desc="images", disable=not show_bar)
-    write_file(path, html_page(report, dict(images)))
-    log.info("Wrote %s", path)
-
-
 def _overview(report: "Report") -> Iterator[str]:
+    """Blocks of text: clips per split, then the labels of the training split (or of all clips) and their regions."""
+    from vaflow.extract.doctor.report import describe, occupancy
+    from vaflow.regions import region_table
+
     yield f"{visible(str(report.root))} (layout {report.layout})"
     splits = report.splits()
     rows = [(name, *_summary_row(summary)) for name, summary in splits.items()]
@@ -126,7 +117,12 @@ def _overview(report: "Report") -> Iterator[str]:
     header = ("split", "clips", "usable", "sources", "hours", "frames", "label rows", "annotated", "with crop")
     yield table(rows, header)
     name, summary = ("train", splits["train"]) if "train" in splits else ("all clips", report.total())
-    yield from _label_tables(name, summary)
+    labels = [(dimension, *(f"{x:.3f}" for x in row.values())) for dimension, row in describe(summary.stats).items()]
+    if labels:
+        yield f"Labels of {name}:\n" + table(labels, ("dimension", "mean", "std", "min", "max"))
+    shares = occupancy(summary.stats)
+    if shares:
+        yield f"Share of annotated frames of {name}, by thirds of the range:\n{region_table(shares)}"
 
 
 def _summary_row(summary: "Summary") -> tuple[str, ...]:
@@ -143,18 +139,6 @@ def _summary_row(summary: "Summary") -> tuple[str, ...]:
     )
 
 
-def _label_tables(name: str, summary: "Summary") -> Iterator[str]:
-    from vaflow.extract.doctor.report import describe, occupancy
-    from vaflow.regions import region_table
-
-    rows = [(dimension, *(f"{x:.3f}" for x in row.values())) for dimension, row in describe(summary.stats).items()]
-    if rows:
-        yield f"Labels of {name}:\n" + table(rows, ("dimension", "mean", "std", "min", "max"))
-    shares = occupancy(summary.stats)
-    if shares:
-        yield f"Share of annotated frames of {name}, by thirds of the range:\n{region_table(shares)}"
-
-
 def _findings(report: "Report", verbose: bool, quiet: bool) -> Iterator[str]:
     """One block of text for every kind of finding: count, examples, remedies and cost."""
     for kind in report.kinds():
@@ -169,10 +153,3 @@ def _findings(report: "Report", verbose: bool, quiet: bool) -> Iterator[str]:
         if kind.cost:
             lines.append(f"  cost: {kind.cost}")
         yield "\n".join(lines)
-
-
-def _verdict(report: "Report") -> str:
-    numbers = {severity: report.count(severity) for severity in ("error", "warning", "note")}
-    counts = ", ".join(f"{number} {severity}{'s' * (number != 1)}" for severity, number in numbers.items())
-    usable = report.total().usable
-    return f"{usable} of {len(report.checked)} clips are usable; {counts}."

@@ -39,7 +39,7 @@ def heading(text: str) -> str:
 
 
 def print_error(message: object) -> None:
-    """Print `vaflow: message` on standard error, the name in red where the terminal has colours."""
+    """Print `vaflow: message` on standard error, the name in red where the terminal has colors."""
     name = "vaflow:" if os.environ.get("NO_COLOR") else typer.style("vaflow:", fg="red", bold=True)
     typer.echo(f"{name} {message}", err=True)
 
@@ -136,18 +136,18 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(_is_number(row[i]) for row in cells[1:]) and len(cells) > 1 for i in range(len(header))]
     if sys.stdout.isatty() and sum(widths) + 2 * (len(widths) - 1) > shutil.get_terminal_size().columns:
-        return "\n\n".join(_block(header, row) for row in cells[1:])
+        blocks = []
+        for title, *values in cells[1:]:
+            pairs = zip(header[1:], values, strict=True)
+            blocks.append(
+                "\n".join([f"{header[0]} {title}".strip(), *(f"  {k}: {v}" if k else f"  {v}" for k, v in pairs)])
+            )
+        return "\n\n".join(blocks)
     lines = [
         "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
         for row in cells
     ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
-
-
-def _block(header: Sequence[str], row: Sequence[str]) -> str:
-    """One row of a table for a narrow terminal: the first cell as its title, then a line per further cell."""
-    pairs = [f"  {name}: {cell}" if name else f"  {cell}" for name, cell in zip(header[1:], row[1:], strict=True)]
-    return "\n".join([f"{header[0]} {row[0]}".strip(), *pairs])
 
 
 def _is_number(text: str) -> bool:

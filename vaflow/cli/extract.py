@@ -158,7 +158,9 @@ def extract(
         from vaflow.extract.estimate import estimate
 
         result = estimate(dataset, out, config, part, show_progress=show_bars(quiet))
-        print_json(result) if json else typer.echo(_pairs(result))
+        print_json(result) if json else typer.echo(
+            table([(key.replace("_", " "), value) for key, value in result.items()], ("dry run", ""))
+        )
         return 0
     log.info("Loading %s", ", ".join(config.encoders) or "the dataset")
     from vaflow.cache import open_cache
@@ -187,7 +189,10 @@ def extract(
     elif not quiet:
         typer.echo(_describe(summary, cache))
     if profile and summary.stages and not json:
-        typer.echo(_stages(summary.stages))
+        from vaflow.extract.profile import bottleneck
+
+        rows = [(stage, f"{seconds:.1f}") for stage, seconds in summary.stages.items()]
+        typer.echo(f"\n{table(rows, ('stage', 'seconds'))}\n{bottleneck(summary.stages)}")
     if not summary.failures:
         return 0
     typer.echo(f"{count(len(summary.failures), 'clip')} failed: {summary.failures_file}", err=True)
@@ -256,14 +261,3 @@ def _describe(summary: "Summary", cache: "Cache") -> str:
     elif not summary.failures:
         lines.append("Nothing to do.")
     return "\n".join(lines)
-
-
-def _stages(stages: dict[str, float]) -> str:
-    from vaflow.extract.profile import bottleneck
-
-    rows = [(stage, f"{seconds:.1f}") for stage, seconds in stages.items()]
-    return f"\n{table(rows, ('stage', 'seconds'))}\n{bottleneck(stages)}"
-
-
-def _pairs(values: dict[str, object]) -> str:
-    return table([(key.replace("_", " "), value) for key, value in values.items()], ("dry run", ""))
