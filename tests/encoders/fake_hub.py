@@ -21,10 +21,11 @@ def into_cache(cache: Path, repo: str, file: Path) -> None:
 
 
 @contextmanager
-def serve(files: Mapping[str, bytes], *, stall: bool = False) -> Iterator[str]:
+def serve(files: Mapping[str, bytes], *, stall: bool = False, error: str = "EntryNotFound") -> Iterator[str]:
     """A hub with these files ("org/model/resolve/main/name" -> content); yields its address.
 
-    With `stall` it sends the first half of a body and then nothing, until the context ends.
+    With `stall` it sends the first half of a body and then nothing, until the context ends. `error` is the code that
+    it answers for other files: "EntryNotFound", "GatedRepo" or "RepoNotFound".
     """
     ended = Event()
 
@@ -37,10 +38,10 @@ def serve(files: Mapping[str, bytes], *, stall: bool = False) -> Iterator[str]:
 
         def _answer(self, body: bool) -> None:
             content = files.get(self.path.strip("/").replace(COMMIT, "main"))
-            self.send_response(200 if content is not None else 404)
+            self.send_response(200 if content is not None else 403 if error == "GatedRepo" else 404)
             self.send_header("X-Repo-Commit", COMMIT)
             if content is None:
-                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("X-Error-Code", error)
                 content = b""
             self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
             self.send_header("Content-Length", str(len(content)))

@@ -89,3 +89,34 @@ def test_order_of_clips_changes_no_bit(data: Path, names: tuple, tmp_path: Path)
     for name in (names[0][0], names[1][0]):
         one, both = (open_cache(tmp_path / out).read(name, "no_face").embedding for out in ("one", "both"))
         np.testing.assert_array_equal(one, both)
+
+
+def test_timm_onnx_and_opensmile_go_through_every_command(data: Path, clips: Path, tmp_path: Path) -> None:
+    import timm
+    from onnx_toys import face_model, voice_model
+    from safetensors.torch import save_file
+
+    visual = []
+    for name in ("resnet10t", "convnextv2_atto", "vit_tiny_patch16_224"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            save_file(timm.create_model(name, pretrained=False).state_dict(), tmp_path / f"{name}.safetensors")
+        visual.append(f"timm:{name}/{tmp_path / name}.safetensors")
+    (tmp_path / "face.toml").write_text('kind = "visual"\ncolumns = [0, 8]\n')
+    (tmp_path / "voice.toml").write_text('kind = "audio"\nlength = 8000\n')
+    visual.append(f"onnx:{face_model(tmp_path)[1]}")
+    audio = [f"onnx:{voice_model(tmp_path)[1]}", "opensmile:eGeMAPSv02", "opensmile:eGeMAPSv02/functionals"]
+    chosen = [option for name in visual for option in ("--visual", name)]
+    chosen += [option for name in audio for option in ("--audio", name)]
+    cache, run, out = tmp_path / "cache", tmp_path / "run", tmp_path / "predictions"
+    options = [*GRID, "--faces", "none", "--dtype", "float32"]
+    assert main(["extract", str(data), "--out", str(cache), *chosen, *options]) == 0
+    assert verify(open_cache(cache)) == []
+    dims = {name: open_cache(cache).streams()[name].dim for name in (*visual[3:], *audio)}
+    assert list(dims.values()) == [8, 6, 25, 88]
+    trained = [*chosen, "--epochs", "1", "--device", "cpu", "--set", "kl_weight=0", "--set", "hidden=16"]
+    assert main(["train", str(cache), "--out", str(run), *trained]) == 0
+    assert main(["evaluate", str(run), "--cache", str(cache), "--device", "cpu"]) == 0
+    media = [str(clips / "single_face.mp4"), "--out", str(out), "--device", "cpu"]
+    assert main(["predict", str(run), *media]) == 0
+    assert (out / "single_face.csv").read_text().count("\n") > 20

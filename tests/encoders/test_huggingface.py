@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_hub import serve
+from huggingface_hub import constants
 from PIL import Image
 from tiny_checkpoints import IMAGES, SOUNDS, write_checkpoint
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, WhisperFeatureExtractor
@@ -253,6 +255,18 @@ def test_a_repository_that_is_missing_or_restricted(hub_cache: Path) -> None:
         build_encoder("hf:someone/model")
     with pytest.raises(WeightsError, match="There is no folder"):
         build_encoder("hf:/nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [("GatedRepo", "licence must be accepted.*HF_TOKEN"), ("RepoNotFound", "no such model id")]
+)
+def test_what_the_hub_refuses(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, error: str, message: str) -> None:
+    with serve({}, error=error) as address:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        with pytest.raises(WeightsError, match=message):
+            build_encoder("hf:someone/model")
 
 
 def test_planted_code_does_not_run(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -35,7 +35,14 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
         WeightsError: the hub is unreachable or stalls, or it has no such model or file, or access is restricted.
     """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     needs = needs or " or ".join(names)
     try:
@@ -54,22 +61,29 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
                 raise WeightsError(_no_download(repo, needs, encoder, "the connection broke")) from error
             except EntryNotFoundError:
                 continue
+    except GatedRepoError as error:
+        reason = "its licence must be accepted first"
+        page = f"Accept it at {constants.ENDPOINT}/{repo} and set HF_TOKEN"
+        raise WeightsError(_no_download(repo, needs, encoder, reason, page)) from error
+    except RepositoryNotFoundError as error:
+        reason = "no such model id, or it is private"
+        raise WeightsError(_no_download(repo, needs, encoder, reason, "Check the id, or set HF_TOKEN")) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(_no_download(repo, needs, encoder, reason)) from error
     raise WeightsError(_no_download(repo, needs, encoder, "the model has none of these files"))
 
 
-def _no_download(repo: str, needs: str, encoder: str, reason: str) -> str:
-    return _not_available(encoder, f"{needs} of the Hugging Face model id {repo}", reason)
+def _no_download(repo: str, needs: str, encoder: str, reason: str, remedy: str = "") -> str:
+    return _not_available(encoder, f"{needs} of the Hugging Face model id {repo}", reason, remedy)
 
 
-def _not_available(encoder: str, expected: str, reason: str) -> str:
+def _not_available(encoder: str, expected: str, reason: str, remedy: str = "") -> str:
     return explain(
         f"The weights of {encoder} are not on this machine and could not be downloaded",
         expected=expected,
         got=reason,
-        remedy=f"Download it on a machine with a connection and pass --weights {encoder}=PATH",
+        remedy=remedy or f"Download it on a machine with a connection and pass --weights {encoder}=PATH",
     )
 
 
