@@ -142,3 +142,9 @@ def test_boxes_of_a_stream_or_of_the_detector_lie_on_the_face(open_page: OpenPag
     [face] = [row[1:] for row in detect_boxes(clips / "obama.mp4")[:1]]
     assert [left, top] == pytest.approx(face[:2] * [320, 240], abs=3)
     assert box["height"] / scale == pytest.approx((face[3] - face[1]) * 240, abs=4)
+
+
+def test_a_clip_without_a_face_says_so(numbered: Path, tmp_path: Path) -> None:
+    config = ViewConfig([numbered / "media"], boxes=True)
+    viewer = write_viewer(numbered / "predictions", tmp_path, ["constant"], config)
+    assert any("found no face" in note for note in viewer.clips[0].facts["notes"])

@@ -198,13 +198,15 @@ def with_boxes(masks: ClipMasks, media: Path | None, detect: bool) -> tuple[Clip
     if masks.boxes is not None:
         return masks, ""
     if not detect or media is None:
-        return masks, "No face boxes are drawn: the cache stores none. `vaflow view --boxes` detects them."
+        return masks, "No face boxes are drawn: the cache stores none. vaflow view --boxes detects them."
     try:
         found = detect_boxes(media)
     except UNREADABLE as error:
         log.warning("No face boxes of %s: %s", media, error)
         return masks, "Face boxes could not be detected."
-    note = f"Face boxes were detected for this page, every {STEP:g} s, with the detector of `vaflow extract`."
+    note = f"Face boxes were detected for this page, every {STEP:g} s, with the detector of vaflow extract."
+    if not np.isfinite(found[:, 1:]).any():
+        note = "No face box is drawn: the detector of vaflow extract found no face in this clip."
     return replace(masks, boxes=found), note
 
 
