@@ -1,7 +1,9 @@
 """Fixtures that every part of the suite may use."""
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.as_posix().endswith(SERIAL):
             item.add_marker(pytest.mark.serial)
+
+
+@pytest.fixture(autouse=True)
+def restored_log_level() -> Iterator[None]:
+    """Restore the log level, which every command sets: `caplog` of later tests depends on it."""
+    logger = logging.getLogger("vaflow")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 CLIPS_VARIABLE = "VAFLOW_TEST_CLIPS"

@@ -1,4 +1,4 @@
-"""Inputs of a run: streams and prototypes of the cache, chosen by the settings or, by default, from the cache."""
+"""Inputs of a run: the streams and prototypes that its settings, or the defaults, select in a cache."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 PREFERRED = {VISUAL: "clip-vit-b16", AUDIO: "ast"}  # if a cache has several: the paper's streams
 LOGMEL_INTERVAL = 0.01  # seconds between filter-bank frames
-# Settings that may differ between the cache of the training and one to predict: they move samples or change low bits.
+# Fields that can differ between the training cache and one to predict: they move samples or change low bits.
 _LENIENT = ("sampling", "decoder", "picture.decoder", "picture.faces.runtime", "precision")
 SLOW_FRAMES, SLOW_STRIDE = 20, 6  # rows of a window, and between two windows, of features slower than the default
 
@@ -34,11 +34,13 @@ class InputStream:
     """A stream that a run reads.
 
     Attributes:
-        name: of the stream; dim: width of a row, over all layers where several are stored.
-        kind: of the cache: "visual", "audio" or "logmel".
+        name: name of the stream.
+        kind: kind in the cache: "visual", "audio" or "logmel".
+        dim: width of a row, over all stored layers.
         steps: vectors per training window; for visual streams, the frames.
-        frames_per_step: of log-Mel, how many of them a CNN makes one audio step of; 0: vectors are steps.
-        identity: what made it; fingerprint: its digest.
+        fingerprint: digest of the stream's identity.
+        identity: encoder, weights, preprocessing and sampling.
+        frames_per_step: log-Mel frames that a CNN turns into one audio step; 0: each vector is a step.
     """
 
     name: str
@@ -51,12 +53,12 @@ class InputStream:
 
     @property
     def layers(self) -> int:
-        """Number of the encoder's layers in a row; 1: one vector."""
+        """Number of encoder layers stored in a row."""
         return max(1, len(self.identity.get("layers", ())))
 
     @property
     def spec(self) -> StreamSpec:
-        """The stream as a model's input; log-Mel is an audio stream."""
+        """The stream as an input of the model; log-Mel is an audio stream."""
         kind = VISUAL if self.kind == "visual" else AUDIO
         return StreamSpec(self.name, kind, self.dim, self.frames_per_step, self.layers)
 
@@ -66,9 +68,9 @@ class Inputs:
     """The inputs of a run.
 
     Attributes:
-        streams: of features.
-        text: the stream of prototypes, "" for none; prototypes: the embeddings [9, D].
-        descriptions: the words of the nine regions, if the cache has them; text_identity: of the text tower.
+        streams: streams of features.
+        text: stream of prototypes, "" for none; prototypes: the embeddings [9, D].
+        descriptions: descriptions of the nine regions, if the cache has them; text_identity: of the text tower.
         targets: further targets of the model.
     """
 
@@ -81,7 +83,7 @@ class Inputs:
 
     @property
     def specs(self) -> tuple[StreamSpec, ...]:
-        """The streams as a model's inputs."""
+        """The input streams of the model."""
         return tuple(stream.spec for stream in self.streams)
 
 
@@ -114,61 +116,56 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
                 remedy="Use --set normalize=standard",
             )
         )
-    streams = [_visual_input(info, config.grid) for info in visual]
-    streams += [_audio_input(cache, info, config) for info in audio]
+    streams = tuple(_input_stream(cache, info, config) for info in (*visual, *audio))
     text = _text_stream(cache, known, config) if config.kl_weight else ""
     config = replace(config, text=text)
     targets = target_specs(cache, config.extra_targets)
     if not text:
-        return config, Inputs(tuple(streams), targets=targets)
-    prototypes = _prototypes(cache, text, config.prompts)
-    words = cache.record(text, config.prompts).source.get("prompts", {}).get("descriptions", ())
-    return config, Inputs(tuple(streams), text, prototypes, tuple(words), known[text].identity, targets)
+        return config, Inputs(streams, targets=targets)
+    sets = cache.items(stream=text)
+    if config.prompts not in sets:
+        problem = f"Stream {text!r} of {cache.place} has no prompt set {config.prompts!r}"
+        raise UsageError(explain(problem, got=config.prompts, choices=sets))
+    prototypes = torch.from_numpy(cache.read(text, config.prompts, ["embedding"]).embedding.copy()).float()
+    descriptions = cache.record(text, config.prompts).source.get("prompts", {}).get("descriptions", ())
+    return config, Inputs(streams, text, prototypes, tuple(descriptions), known[text].identity, targets)
 
 
 def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names: Sequence[str]) -> list[StreamInfo]:
+    """The streams of a modality that `names` selects; by default, the only one or the paper's."""
     if tuple(names) == (NONE,):
         return []
     kinds = (modality, LOGMEL) if modality == AUDIO else (modality,)
-    fitting = {name: info for name, info in known.items() if info.kind in kinds}
+    choices = {name: info for name, info in known.items() if info.kind in kinds}
     for name in names:
-        if name not in fitting:
+        if name not in choices:
+            remedy = None
+            if is_encoder(name, modality) or name == LOGMEL:
+                other = AUDIO if modality == VISUAL else VISUAL
+                command = f"vaflow extract ROOT --out {cache.place} --{modality} {name} --{other} none"
+                remedy = f"Add it to the cache: {command}"
             kind = f"; it is a {known[name].kind} stream" if name in known else ""
-            raise UsageError(
-                explain(
-                    f"{cache.place} has no {modality} stream {name!r}{kind}",
-                    got=name,
-                    choices=fitting,
-                    remedy=_how_to_add(cache, modality, name),
-                )
-            )
+            problem = f"{cache.place} has no {modality} stream {name!r}{kind}"
+            raise UsageError(explain(problem, got=name, choices=choices, remedy=remedy))
     if names:
-        return [fitting[name] for name in names]
-    own = [info for info in fitting.values() if info.kind == modality]
-    if len(own) > 1 and PREFERRED[modality] in fitting:
-        log.info("Of several %s streams, %s is used; --%s chooses another", modality, PREFERRED[modality], modality)
-        return [fitting[PREFERRED[modality]]]
-    if len(own) > 1:
+        return [choices[name] for name in names]
+    defaults = [info for info in choices.values() if info.kind == modality]
+    if len(defaults) > 1 and PREFERRED[modality] in choices:
+        log.info("Using %s of several %s streams; --%s selects another", PREFERRED[modality], modality, modality)
+        return [choices[PREFERRED[modality]]]
+    if len(defaults) > 1:
         raise UsageError(
             explain(
                 f"{cache.place} has several {modality} streams",
-                expected=f"--{modality} NAME",
-                got="no choice",
-                choices=[info.name for info in own],
+                choices=[info.name for info in defaults],
+                remedy=f"Select one with --{modality} NAME",
             )
         )
-    return own
-
-
-def _how_to_add(cache: Cache, modality: str, name: str) -> str | None:
-    """The command that adds a stream of that name; None if no encoder of the modality makes it."""
-    other = AUDIO if modality == VISUAL else VISUAL
-    command = f"`vaflow extract ROOT --out {cache.place} --{modality} {name} --{other} none`"
-    return f"{command} adds it, and encodes nothing else anew" if is_encoder(name, modality) or name == LOGMEL else None
+    return defaults
 
 
 def _with_windows(cache: Cache, config: TrainConfig, infos: Sequence[StreamInfo]) -> TrainConfig:
-    """Fill in window, stride and frames: from the extraction, the rate of imported features, or the grid's defaults."""
+    """Fill in window, stride and frames from the extraction, the rate of imported features, or the defaults."""
     grid = Grid()
     default: dict[str, float] = {"window": grid.window, "stride": grid.stride, "frames": grid.frames}
     for info in reversed(infos):
@@ -191,46 +188,43 @@ def _with_windows(cache: Cache, config: TrainConfig, infos: Sequence[StreamInfo]
 
 def sampling(identity: Mapping[str, Any]) -> dict[str, float]:
     """Sampling of a stream (`window`, `stride`, `frames`, `audio_steps`), as far as its identity states it."""
-    said = identity.get("sampling")
-    if not isinstance(said, Mapping):
+    stated = identity.get("sampling")
+    if not isinstance(stated, Mapping):
         return {}
-    return {key: value for key, value in said.items() if isinstance(value, int | float) and value > 0}
+    return {key: value for key, value in stated.items() if isinstance(value, int | float) and value > 0}
 
 
 def interval_of(kind: str, identity: Mapping[str, Any]) -> float | None:
     """Seconds between two samples of a stream; None if its identity does not state it."""
     if kind == LOGMEL:
         return LOGMEL_INTERVAL
-    said = sampling(identity)
-    count = said.get("frames" if kind == VISUAL else "audio_steps")
-    return said["window"] / count if count and "window" in said else None
+    stated = sampling(identity)
+    count = stated.get("frames" if kind == VISUAL else "audio_steps")
+    return stated["window"] / count if count and "window" in stated else None
 
 
-def _visual_input(info: StreamInfo, grid: Grid) -> InputStream:
-    cached = interval_of(info.kind, info.identity)
-    if cached and grid.step < cached / 2:
-        log.info("%s: a sample every %.3g s for a frame every %.3g s: neighbours share", info.name, cached, grid.step)
-    return InputStream(info.name, info.kind, _width(info), int(grid.frames), fingerprint(info), info.identity)
-
-
-def _audio_input(cache: Cache, info: StreamInfo, config: TrainConfig) -> InputStream:
-    window = config.grid.window
+def _input_stream(cache: Cache, info: StreamInfo, config: TrainConfig) -> InputStream:
+    """A stream with its vectors per window: the frames of a visual stream, the steps of an audio stream."""
+    grid, interval = config.grid, interval_of(info.kind, info.identity)
+    frames_per_step, steps = 0, int(grid.frames)
+    if info.kind == VISUAL and interval and grid.step < interval / 2:
+        log.info("%s: a sample every %.3g s for a frame every %.3g s: neighbours share", info.name, interval, grid.step)
     if info.kind == LOGMEL:
-        steps = config.audio_steps or int(config.grid.frames)
-        each = max(1, round(window / steps / LOGMEL_INTERVAL))
-        return InputStream(info.name, info.kind, info.dim, steps * each, fingerprint(info), info.identity, each)
-    interval = interval_of(info.kind, info.identity) or _measured_interval(cache, info)
-    steps = config.audio_steps or max(1, round(window / interval))
-    return InputStream(info.name, info.kind, _width(info), steps, fingerprint(info), info.identity)
+        frames_per_step = max(1, round(grid.window / (config.audio_steps or steps) / LOGMEL_INTERVAL))
+        steps = (config.audio_steps or steps) * frames_per_step
+    elif info.kind != VISUAL:
+        interval = interval or _measured_interval(cache, info)
+        steps = config.audio_steps or max(1, round(grid.window / interval))
+    return InputStream(info.name, info.kind, _width(info), steps, fingerprint(info), info.identity, frames_per_step)
 
 
 def _width(info: StreamInfo) -> int:
-    """Return the width of a row: all stored layers laid end to end."""
+    """Width of a row: all stored layers end to end."""
     return info.dim * max(1, stored_layers(info))
 
 
 def _measured_interval(cache: Cache, info: StreamInfo) -> float:
-    """Seconds between the rows of a stream without stated sampling, from its first clip with two rows."""
+    """Seconds between the rows of a stream that states no sampling, from its first clip with two rows."""
     if info.kind == LOGMEL:
         return LOGMEL_INTERVAL
     for item in cache.items(stream=info.name):
@@ -242,15 +236,14 @@ def _measured_interval(cache: Cache, info: StreamInfo) -> float:
 
 
 def _text_stream(cache: Cache, known: Mapping[str, StreamInfo], config: TrainConfig) -> str:
-    """The stream of prototypes: the named one, that of the first visual stream, or any; "" if there is none."""
+    """The stream of prototypes: the named one, the one of the first visual stream, or any; "" without prototypes."""
     text = {name for name, info in known.items() if info.kind == "text"}
     if config.text:
         if config.text not in text:
-            raise UsageError(explain("The cache has no such stream of prototypes", got=config.text, choices=text))
+            raise UsageError(explain(f"{cache.place} has no such stream of prototypes", got=config.text, choices=text))
         return config.text
-    own = [name for name in (f"{visual}.text" for visual in config.visual) if name in text]
-    if own or text:
-        return own[0] if own else min(text)
+    if text:
+        return next((name for name in (f"{visual}.text" for visual in config.visual) if name in text), min(text))
     _warn_of_no_prompts(str(cache.place))
     return ""
 
@@ -259,39 +252,33 @@ def _text_stream(cache: Cache, known: Mapping[str, StreamInfo], config: TrainCon
 def _warn_of_no_prompts(cache: str) -> None:
     """Warn once per process: a study resolves its settings for every run."""
     log.warning(
-        "%s has no prompt embeddings: the prompt head is left out. Add them with `vaflow extract` and a CLIP encoder, "
-        "or pass --kl-weight 0.",
+        "%s has no prompt embeddings: the prompt head is left out. To add them, run `vaflow extract` with a CLIP "
+        "encoder; to train without a prompt head, pass --kl-weight 0.",
         cache,
     )
 
 
-def _prototypes(cache: Cache, text: str, prompts: str) -> Tensor:
-    sets = cache.items(stream=text)
-    if prompts not in sets:
-        raise UsageError(explain(f"Stream {text!r} of {cache.place} has no such prompt set", got=prompts, choices=sets))
-    return torch.from_numpy(cache.read(text, prompts, ["embedding"]).embedding.copy()).float()
-
-
 def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
-    """Check that a run's streams are those of this cache: made by the same encoder with the same settings.
+    """Check that a run's streams in this cache come from the same encoder with the same settings.
 
-    The sampling, the decoder, the stored dtype and the encoders' precision may differ; the log names them.
+    The sampling, the decoder, the stored dtype and the encoders' precision can differ; differences are logged.
 
     Raises:
         UsageError: the cache has no such stream.
-        FingerprintError: it was made with other settings; every differing field is named.
+        FingerprintError: a stream was made with other settings; every differing field is named.
     """
     known = cache.streams()
     for stream in streams:
         if stream.name not in known:
-            raise UsageError(explain(f"{cache.place} lacks a stream of this run", got=stream.name, choices=known))
+            problem = f"{cache.place} has no stream {stream.name!r}, which the run reads"
+            raise UsageError(explain(problem, got=stream.name, choices=known))
         info = known[stream.name]
         if fingerprint(info) == stream.fingerprint:
             continue
-        fields = _different(stream, info)
+        fields = _differing_fields(stream, info)
         hard = [text for key, text in fields.items() if not f"{key}.".startswith(tuple(f"{k}." for k in _LENIENT))]
         if not fields:
-            fields = {"dtype": f"dtype: {info.dtype}, another one in the run"}
+            fields = {"dtype": f"dtype: {info.dtype}, another dtype in the run"}
         if hard:
             raise FingerprintError(
                 explain(
@@ -306,18 +293,16 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
         log.log(level, "%s: %s differs from the training cache: %s", cache.place, stream.name, differs)
 
 
-def _different(stream: InputStream, info: StreamInfo) -> dict[str, str]:
-    """Field -> `field: in the cache, in the run`; fields of nested settings have dotted names.
-
-    Audio features say in which dtype the log-Mel under them is stored; that alone is no other encoder.
-    """
-    there = _flat({"kind": info.kind, "dim": _width(info), **info.identity})
-    here = _flat({"kind": stream.kind, "dim": stream.dim, **stream.identity})
-    stored = [settings.get("sound") for settings in (there, here)]
-    if all(isinstance(value, str) and value.startswith(f"{LOGMEL} ") for value in stored):
-        there.pop("sound")
-        here.pop("sound")
-    pairs = {key: (there.get(key), here.get(key)) for key in sorted({*there, *here})}
+def _differing_fields(stream: InputStream, info: StreamInfo) -> dict[str, str]:
+    """Field -> `field: in the cache, in the run`; fields of nested settings have dotted names."""
+    cached = _flat({"kind": info.kind, "dim": _width(info), **info.identity})
+    trained = _flat({"kind": stream.kind, "dim": stream.dim, **stream.identity})
+    # Audio features record the dtype of the log-Mel that they were made from; the dtype alone is no other encoder.
+    logmels = [settings.get("sound") for settings in (cached, trained)]
+    if all(isinstance(value, str) and value.startswith(f"{LOGMEL} ") for value in logmels):
+        cached.pop("sound")
+        trained.pop("sound")
+    pairs = {key: (cached.get(key), trained.get(key)) for key in sorted({*cached, *trained})}
     return {key: f"{key}: {a!r}, {b!r} in the run" for key, (a, b) in pairs.items() if a != b}
 
 

@@ -137,7 +137,7 @@ def test_a_cache_made_with_other_settings(run: Path, tmp_path: Path, capsys: pyt
     words = ("'toy-eyes'", "dim: 13, 12 in the run", "Extract the clips again")
     refused(capsys, 2, ["evaluate", run, "--cache", other.path], *words)
     refused(capsys, 2, ["ensemble", run, run, "--cache", other.path, "--out", tmp_path / "e"], *words)
-    refused(capsys, 2, train(other.path, run), "other settings", "toy-eyes", "another folder")
+    refused(capsys, 2, train(other.path, run), "other settings", "toy-eyes", "another --out")
 
 
 def on_runs(run: Path, out: Path, cache: Cache) -> list[list[object]]:
@@ -197,7 +197,7 @@ def test_places_that_cannot_be_written(
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
-    refused(capsys, 2, train(cache.path, foreign), "is not empty and is not a run directory", "Choose another folder")
+    refused(capsys, 2, train(cache.path, foreign), "is not empty and is not a run directory", "Choose another --out")
     assert file.read_text() == "mine"
     assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]
 

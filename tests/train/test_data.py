@@ -304,7 +304,7 @@ def test_another_cache_must_come_from_the_same_encoders(cache: Cache, tmp_path: 
     other = replace(inputs.streams[0], identity={**inputs.streams[0].identity, "weights": "x"}, fingerprint="")
     with pytest.raises(FingerprintError, match=r"weights: None, 'x' in the run"):
         check_same([other], cache)
-    with pytest.raises(UsageError, match="lacks a stream"):
+    with pytest.raises(UsageError, match="has no stream 'absent'"):
         check_same([replace(other, name="absent")], cache)
 
 

@@ -1,8 +1,8 @@
-"""Changes of pictures and sound in training that leave a face a face and its expression what it is.
+"""Augmentation of face images and log-Mel that keeps the expression.
 
-All pictures of one clip in one batch get the same change, so every window is consistent in itself, and frames that
-windows share are still encoded once. What is drawn follows from the step and the clip alone: not from the order in
-which clips are read, nor from how a batch is divided among processes.
+All images of one clip in one batch get the same change: each window stays consistent, and frames that windows share are
+still encoded once. The random numbers depend on the step and the clip only, not on the reading order or on the number
+of processes.
 """
 
 from dataclasses import dataclass
@@ -13,40 +13,40 @@ from torch import Tensor
 from vaflow.train.loop import seed_from
 
 FLIPPED = 0.5  # share of clips
-SMALLEST_CROP = 0.9  # share of the edge: crops are tight around the face already
-COLOUR = 0.2  # brightness, contrast and saturation are multiplied with 1 - COLOUR .. 1 + COLOUR
-BANDS, FRAMES = 24, 100  # of log-Mel: the widest strips that are blanked, of 128 bands and of time (100: 1 s)
+SMALLEST_CROP = 0.9  # fraction of the edge; the crops are already tight around the face
+COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 - COLOUR .. 1 + COLOUR
+BANDS, FRAMES = 24, 100  # widest log-Mel strips that are masked: of 128 bands, of time (100 frames: 1 s)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """The changes of one training step.
+    """Augmentation of one training step.
 
     Attributes:
-        numbers: what randomness follows from: seed, epoch, step.
+        numbers: seed, epoch and step, which seed the random numbers.
     """
 
     numbers: tuple[int, ...]
 
-    def pictures(self, images: Tensor, clips: Tensor) -> Tensor:
-        """[U, S, S, 3] uint8 and [U] the clip of each -> [U, S, S, 3] uint8."""
+    def images(self, images: Tensor, clips: Tensor) -> Tensor:
+        """Augment images [U, S, S, 3] uint8 of the clips [U]; same shape."""
         changed = torch.empty_like(images)
         for clip in torch.unique(clips).tolist():
-            own = clips == clip
-            changed[own] = change_pictures(images[own], self._generator(0, clip))
+            of_clip = clips == clip
+            changed[of_clip] = augment_images(images[of_clip], self._generator(0, clip))
         return changed
 
-    def sounds(self, logmel: Tensor, units: Tensor) -> Tensor:
-        """[U, frames, bands] and [U] which window each is -> the same, each with a strip of bands and of time blank."""
+    def logmel(self, logmel: Tensor, units: Tensor) -> Tensor:
+        """Mask a strip of bands and a strip of time in each window [U, frames, bands] of the units [U]; same shape."""
         return torch.stack(
-            [change_sound(mel, self._generator(1, unit)) for mel, unit in zip(logmel, units.tolist(), strict=True)]
+            [augment_logmel(mel, self._generator(1, unit)) for mel, unit in zip(logmel, units.tolist(), strict=True)]
         )
 
     def _generator(self, *more: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed_from(*self.numbers, *more))
 
 
-def change_pictures(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment_images(images: Tensor, generator: torch.Generator) -> Tensor:
     """Apply the same flip, crop and colours to all images of a clip.
 
     Args:
@@ -72,8 +72,8 @@ def change_pictures(images: Tensor, generator: torch.Generator) -> Tensor:
     return channels.permute(0, 2, 3, 1)
 
 
-def change_sound(logmel: Tensor, generator: torch.Generator) -> Tensor:
-    """SpecAugment (Park et al. 2019, arXiv 1904.08779) without its warping; strips take the window's mean.
+def augment_logmel(logmel: Tensor, generator: torch.Generator) -> Tensor:
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779) without time warping; masked strips take the window's mean.
 
     Args:
         logmel: [frames, bands].

@@ -1,7 +1,7 @@
-"""The encoders that made a cache's streams, opened for training: which can be, from which weights, how much of each.
+"""Load the encoders of a cache's streams for fine-tuning, freeze parts of them, and save them.
 
-Source: arXiv 2603.13415 gives backbones a learning rate of their own, 3e-6, and says no more. Encoders stay in
-evaluation mode (neither family has dropout in it), so that what trains is what `vaflow extract` runs.
+Source: arXiv 2603.13415 trains the backbones with a learning rate of 3e-6 and gives no further details. The encoders
+stay in evaluation mode (neither family uses dropout), so that training and `vaflow extract` compute the same features.
 """
 
 import logging
@@ -25,7 +25,7 @@ from vaflow.train.inputs import InputStream, sampling
 
 log = logging.getLogger(__name__)
 
-# Family -> where its blocks are, and what comes before them.
+# Encoder family -> attribute path of its blocks, and the modules and parameters before them.
 LAYOUTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "clip": ("transformer.resblocks", ("conv1", "class_embedding", "positional_embedding", "ln_pre")),
     "ast": ("layers", ("embeddings",)),
@@ -34,12 +34,13 @@ LAYOUTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Backbone:
-    """An encoder, and what it makes one vector, or one window's vectors, of.
+    """A trainable encoder of a stream.
 
     Attributes:
-        stream: that it makes.
-        encoder: with `features`, `encode` and `save`; its network is `module`.
-        window: seconds of an audio window; per_unit: vectors of one picture (1) or one audio window (its steps).
+        stream: the stream of its features.
+        encoder: has `features`, `encode` and `save`; its network is `module`.
+        window: seconds of an audio window.
+        per_unit: vectors per image (1) or per audio window (its steps).
     """
 
     stream: InputStream
@@ -54,7 +55,7 @@ class Backbone:
         return module
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Pictures [U, S, S, 3] uint8 or log-Mel [U, frames, bins] -> [U * per_unit, D] float32, with gradients."""
+        """Images [U, S, S, 3] uint8 or log-Mel [U, frames, bins] -> [U * per_unit, D] float32, with gradients."""
         if self.stream.kind == VISUAL:
             rows: Tensor = self.encoder.features(inputs)
             return rows.float()
@@ -63,14 +64,14 @@ class Backbone:
 
 
 def tunable(streams: Iterable[InputStream]) -> tuple[InputStream, ...]:
-    """The streams whose encoders can be trained; the others are read from the cache as they are.
+    """The streams whose encoders can be fine-tuned; the cached features of the others are used unchanged.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no stream can be fine-tuned.
     """
     streams = tuple(streams)
-    found = tuple(stream for stream in streams if stream.identity.get("encoder") in LAYOUTS)
-    if not found:
+    trainable = tuple(stream for stream in streams if stream.identity.get("encoder") in LAYOUTS)
+    if not trainable:
         raise UsageError(
             explain(
                 "None of the run's streams can be fine-tuned",
@@ -79,60 +80,57 @@ def tunable(streams: Iterable[InputStream]) -> tuple[InputStream, ...]:
             )
         )
     for stream in streams:
-        if stream not in found:
-            log.info("%s is not fine-tuned: it is read from the cache as it is", stream.name)
-    return found
+        if stream not in trainable:
+            log.info("%s is not fine-tuned: its cached features are used", stream.name)
+    return trainable
 
 
 def build_backbones(
     streams: Sequence[InputStream], weights: Mapping[str, Path], device: torch.device
 ) -> tuple[Backbone, ...]:
-    """The encoders that made these streams, built anew.
+    """Build the encoders of these streams.
 
     Args:
-        streams: as `tunable` gives them.
-        weights: stream -> local file or folder, instead of the hub.
-        device: where.
+        streams: streams from `tunable`.
+        weights: stream name -> local file or folder, instead of the hub.
+        device: device of the encoders.
 
     Raises:
         UsageError: weights are given for a stream that is not trained.
-        FingerprintError: the encoder is not the one that made the cache's stream.
-        WeightsError: weights cannot be had or do not fit.
+        FingerprintError: an encoder differs from the one that made the cache's stream.
+        WeightsError: weights cannot be loaded.
     """
     names = [stream.name for stream in streams]
     for name in weights:
         if name not in names:
-            raise UsageError(explain("Weights were given for a stream that is not trained", got=name, choices=names))
-    return tuple(_build(stream, weights.get(stream.name), device) for stream in streams)
-
-
-def _build(stream: InputStream, weights: Path | None, device: torch.device) -> Backbone:
-    encoder = build_encoder(stream.name, weights=weights, device=str(device))
-    made = encoder.identity
-    wrong = [key for key, value in made.items() if stream.identity.get(key) != value]
-    if wrong:
-        raise FingerprintError(
-            explain(
-                f"{stream.name} is not the encoder that made the cache's stream",
-                expected="; ".join(f"{key} {stream.identity.get(key)}" for key in wrong),
-                got="; ".join(f"{key} {made[key]}" for key in wrong),
-                remedy=f"Name the weights that it was extracted with: --weights {stream.name}=PATH",
+            raise UsageError(explain(f"--weights {name}=...: the stream is not fine-tuned", got=name, choices=names))
+    backbones = []
+    for stream in streams:
+        encoder = build_encoder(stream.name, weights=weights.get(stream.name), device=str(device))
+        identity = encoder.identity
+        differing = [key for key, value in identity.items() if stream.identity.get(key) != value]
+        if differing:
+            raise FingerprintError(
+                explain(
+                    f"{stream.name} is not the encoder that made the cache's stream",
+                    expected="; ".join(f"{key} {stream.identity.get(key)}" for key in differing),
+                    got="; ".join(f"{key} {identity[key]}" for key in differing),
+                    remedy=f"Pass the weights of the extraction: --weights {stream.name}=PATH",
+                )
             )
-        )
-    return _backbone(stream, encoder)
-
-
-def _backbone(stream: InputStream, encoder: Any) -> Backbone:
-    said = sampling(stream.identity)
-    steps = 1 if stream.kind == VISUAL else int(said["audio_steps"])
-    return Backbone(stream, encoder, said["window"], steps)
+        layout = sampling(stream.identity)
+        steps = 1 if stream.kind == VISUAL else int(layout["audio_steps"])
+        backbones.append(Backbone(stream, encoder, layout["window"], steps))
+    return tuple(backbones)
 
 
 def choose_trained(backbone: Backbone, blocks: int | None) -> list[nn.Parameter]:
-    """Let the last `blocks` blocks learn with all that follows them, freeze the rest; None: all learns, 0: nothing.
+    """Freeze all but the last `blocks` blocks and the layers after them; returns the trainable parameters.
+
+    `blocks` None trains the whole network, 0 nothing.
 
     Raises:
-        UsageError: the network has no such blocks, or fewer.
+        UsageError: the network has no transformer blocks, or fewer.
     """
     module = backbone.module
     module.requires_grad_(blocks is None)
@@ -140,7 +138,9 @@ def choose_trained(backbone: Backbone, blocks: int | None) -> list[nn.Parameter]
         stack, before = _blocks(backbone), LAYOUTS[backbone.stream.identity["encoder"]][1]
         if blocks > len(stack):
             raise UsageError(
-                explain(f"{backbone.stream.name} has fewer blocks", expected=f"at most {len(stack)}", got=blocks)
+                explain(
+                    f"finetune_blocks={blocks}: {backbone.stream.name} has fewer blocks", expected=f"<= {len(stack)}"
+                )
             )
         frozen = {id(p) for block in stack[: len(stack) - blocks] for p in block.parameters()}
         for name, parameter in module.named_parameters():
@@ -149,20 +149,20 @@ def choose_trained(backbone: Backbone, blocks: int | None) -> list[nn.Parameter]
 
 
 def recompute(backbone: Backbone) -> None:
-    """Keep no activations inside the blocks: they are computed again for the gradients.
+    """Recompute the activations inside the blocks in the backward pass instead of storing them.
 
     Raises:
-        UsageError: the network has no blocks.
+        UsageError: the network has no transformer blocks.
     """
     for block in _blocks(backbone):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _blocks(backbone: Backbone) -> nn.ModuleList:
-    found: Any = backbone.module
+    module: Any = backbone.module
     for name in LAYOUTS[backbone.stream.identity["encoder"]][0].split("."):
-        found = getattr(found, name, None)
-    if not isinstance(found, nn.ModuleList):
+        module = getattr(module, name, None)
+    if not isinstance(module, nn.ModuleList):
         raise UsageError(
             explain(
                 f"The network of {backbone.stream.name} is not a stack of transformer blocks",
@@ -170,48 +170,48 @@ def _blocks(backbone: Backbone) -> nn.ModuleList:
                 got=type(backbone.module).__name__,
             )
         )
-    return found
+    return module
 
 
 def save_backbones(backbones: Iterable[Backbone], folder: Path, cache: Cache) -> tuple[InputStream, ...]:
-    """Write each encoder as `vaflow extract --weights` takes it; returns the streams that they make.
+    """Write each encoder in the form that `vaflow extract --weights` reads; returns the streams of their features.
 
-    Each is built again from what was written, which is what its new identity is read from.
+    Each encoder is loaded again from its file: the new identity is that of the file.
 
     Raises:
-        WeightsError: the disk refuses.
+        WeightsError: a file cannot be written.
     """
-    known, made = cache.streams(), []
+    known, streams = cache.streams(), []
     for backbone in backbones:
         stream = backbone.stream
         path = backbone.encoder.save(folder, escape(stream.name))
         identity = {key: value for key, value in stream.identity.items() if key != "precision"}
         identity |= build_encoder(stream.name, weights=path).identity
         info = replace(known[stream.name], identity=identity)
-        made.append(replace(stream, identity=identity, fingerprint=fingerprint(info)))
-    return tuple(made)
+        streams.append(replace(stream, identity=identity, fingerprint=fingerprint(info)))
+    return tuple(streams)
 
 
 def saved_weights(folder: Path, streams: Iterable[InputStream]) -> dict[str, Path]:
-    """Stream -> the file or folder that `save_backbones` wrote.
+    """Stream name -> the file or folder that `save_backbones` wrote.
 
     Raises:
         WeightsError: one is missing.
     """
-    found = {}
+    weights = {}
     for stream in streams:
         stem = escape(stream.name)
         paths = [path for path in (folder / f"{stem}.safetensors", folder / stem) if path.exists()]
         if not paths:
             raise WeightsError(explain(f"The run's encoder for {stream.name} is missing", expected=folder / stem))
-        found[stream.name] = paths[0]
-    return found
+        weights[stream.name] = paths[0]
+    return weights
 
 
 def load_tuned(folder: Path, streams: Sequence[InputStream], device: torch.device) -> tuple[Backbone, ...]:
-    """A run's own encoders, for the streams that they make.
+    """Load the fine-tuned encoders of a run.
 
     Raises:
-        WeightsError, FingerprintError: they are missing, damaged, or not those that the run wrote.
+        WeightsError, FingerprintError: an encoder is missing, damaged, or not the one that the run wrote.
     """
     return build_backbones(streams, saved_weights(folder, streams), device)

@@ -1,5 +1,8 @@
-"""What backbones read, laid beside the windows of a split: row r of a stream's packed tensor was made of unit
-(r - 1) // per_unit: a picture, or a window of sound. So the index tables of a `WindowSet` serve here unchanged."""
+"""Inputs of the backbones: the stored images and log-Mel of a split.
+
+Row r of a stream's packed tensor was encoded from unit (r - 1) // per_unit: an image, or a window of log-Mel. The index
+tables of a `WindowSet` therefore also select the inputs.
+"""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaflow import images as pictures
 from vaflow.cache import Cache
 from vaflow.cache.documents import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS
@@ -20,6 +22,7 @@ from vaflow.encoders.base import cut
 from vaflow.encoders.images import Preparation
 from vaflow.encoders.logmel import HOP, RATE
 from vaflow.errors import DataError, UsageError, explain
+from vaflow.images import decode
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import default_budget, make_packs, mapped_zeros
 from vaflow.train.finetune.augment import Augment
@@ -27,17 +30,17 @@ from vaflow.train.finetune.backbones import Backbone
 from vaflow.train.inputs import InputStream
 from vaflow.train.windows import WindowSet
 
-THREADS = min(8, cpu_count() or 1)  # that decode pictures: Pillow lets go of the interpreter meanwhile
+THREADS = min(8, cpu_count() or 1)  # that decode images: Pillow releases the interpreter lock
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The stored pictures of a stream; unit u is sample u of all clips laid end to end.
+class StoredImages:
+    """The stored images of a stream; unit u is sample u of all clips end to end.
 
     Attributes:
         data: [bytes] uint8, the files; offset: [U + 1] int64, file u is data[offset[u]:offset[u + 1]].
-        clip: [U] int64 which clip of the split.
-        preparation: from a picture to the encoder's input.
+        clip: [U] int64 number of the clip in the split.
+        preparation: turns an image into the encoder's input.
     """
 
     data: Tensor
@@ -46,26 +49,27 @@ class Pictures:
     preparation: Preparation
 
     def read(self, units: Tensor, augment: Augment | None = None) -> Tensor:
-        """[k] units -> [k, S, S, 3] uint8, as the encoder saw them when the cache was made."""
+        """Images of [k] units, [k, S, S, 3] uint8, as the encoder read them in the extraction."""
         with ThreadPoolExecutor(THREADS) as pool:
-            images = list(pool.map(self._decode, units.tolist()))
-        pictures = torch.from_numpy(np.stack(images))
-        return pictures if augment is None else augment.pictures(pictures, self.clip[units])
+            arrays = list(pool.map(self.decode, units.tolist()))
+        images = torch.from_numpy(np.stack(arrays))
+        return images if augment is None else augment.images(images, self.clip[units])
 
-    def _decode(self, unit: int) -> np.ndarray:
+    def decode(self, unit: int) -> np.ndarray:
+        """One image, [S, S, 3] uint8."""
         first, last = self.offset[unit : unit + 2].tolist()
-        return self.preparation(pictures.decode(self.data[first:last].numpy().tobytes(), "A picture of the cache"))
+        return self.preparation(decode(self.data[first:last].numpy().tobytes(), "An image of the cache"))
 
 
 @dataclass(frozen=True)
-class Sounds:
-    """The log-Mel under every window of an audio stream; unit u is window u of all clips laid end to end.
+class StoredLogmel:
+    """The log-Mel of every window of an audio stream; unit u is window u of all clips end to end.
 
     Attributes:
-        frames: [F, bands], of all clips laid end to end, as stored.
-        first, last: [U] int64 where the clip of each window begins and ends in `frames`.
+        frames: [F, bands], of all clips end to end, as stored.
+        first, last: [U] int64 rows of `frames` that hold the clip of each window: first .. last - 1.
         start: [U] int64 frames from the clip's start to the window's.
-        count: frames of a window; padding: what stands beyond a clip's end.
+        count: frames of a window; padding: value beyond a clip's end.
     """
 
     frames: Tensor
@@ -76,89 +80,85 @@ class Sounds:
     padding: float
 
     def read(self, units: Tensor, augment: Augment | None = None) -> Tensor:
-        """[k] units -> [k, count, bands] float32, unnormalised."""
-        cuts = [self._cut(unit) for unit in units.tolist()]
-        sounds = torch.from_numpy(np.stack(cuts))
-        return sounds if augment is None else augment.sounds(sounds, units)
+        """Log-Mel of [k] units, [k, count, bands] float32, not normalized."""
+        segments = []
+        for unit in units.tolist():
+            clip = self.frames[int(self.first[unit]) : int(self.last[unit])].numpy()
+            segments.append(cut(clip, int(self.start[unit]), self.count, self.padding))
+        logmel = torch.from_numpy(np.stack(segments))
+        return logmel if augment is None else augment.logmel(logmel, units)
 
-    def _cut(self, unit: int) -> np.ndarray:
-        own = self.frames[int(self.first[unit]) : int(self.last[unit])].numpy()
-        return cut(own, int(self.start[unit]), self.count, self.padding)
 
-
-Source = Pictures | Sounds
+Source = StoredImages | StoredLogmel
 
 
 def check_sources(cache: Cache, streams: Sequence[InputStream]) -> None:
-    """The cache holds what these streams were made of: pixels of the same samples and faces, log-Mel as it was read.
+    """Check that the cache holds the inputs of these streams: pixels of the same samples and faces, same log-Mel.
 
     Raises:
-        UsageError: it does not; the command that changes that is named.
+        UsageError: an input is missing or differs; the message contains the command that extracts it.
     """
     known = cache.streams()
     names = " ".join(f"--{stream.kind} {stream.name}" for stream in streams)
-    command = f"`vaflow extract ROOT {names} --pixels --out"
+    command = f"vaflow extract ROOT {names} --pixels --out"
     for stream in streams:
         source = _source_of(stream)
         if source not in known:
             raise UsageError(
                 explain(
-                    f"{cache.place} has no {source}, which fine-tuning of {stream.name} reads",
+                    f"{cache.place} has no {source}, which fine-tuning of {stream.name} requires",
                     expected=f"a cache that was extracted with --{PIXELS}",
                     got=", ".join(known),
-                    remedy=f"{command} {cache.place}` and the other options as before adds them, nothing else",
+                    remedy=f"Add them with `{command} {cache.place}` and the other options of the extraction",
                 )
             )
-        other = _other_origin(stream, known[source].identity, known[source].dtype)
-        if other:
+        if stream.kind == VISUAL:
+            stored_origin, used_origin = _origin(known[source].identity), _origin(stream.identity)
+            pairs = {key: (stored_origin[key], used_origin[key]) for key in used_origin}
+        else:
+            pairs = {"audio": (f"{LOGMEL} {known[source].dtype}", stream.identity.get("sound"))}
+        differences = [f"{key} {stored}, not {used}" for key, (stored, used) in pairs.items() if stored != used]
+        if differences:
             raise UsageError(
                 explain(
-                    f"The {source} in {cache.place} are not what {stream.name} was made of",
+                    f"The {source} in {cache.place} are not the inputs that {stream.name} was encoded from",
                     expected="the same samples, faces and precision",
-                    got=other,
-                    remedy=f"{command} NEW_CACHE` makes both alike",
+                    got="; ".join(differences),
+                    remedy=f"Extract both into a new cache: {command} NEW_CACHE",
                 )
             )
 
 
-def _other_origin(stream: InputStream, source: Mapping[str, Any], dtype: str) -> str:
-    if stream.kind == VISUAL:
-        mine = {"sampling": _times(stream.identity), "faces": stream.identity.get("picture", {}).get("faces")}
-        theirs = {"sampling": _times(source), "faces": source.get("picture", {}).get("faces")}
-    else:
-        mine, theirs = {"sound": stream.identity.get("sound")}, {"sound": f"{LOGMEL} {dtype}"}
-    return "; ".join(f"{key} {theirs[key]}, not {mine[key]}" for key in mine if mine[key] != theirs[key])
-
-
-def _times(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of the sampling that determines the times of images."""
-    return {key: value for key, value in identity.get("sampling", {}).items() if key != "audio_steps"}
+def _origin(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a visual stream's identity that determines its images: times and faces."""
+    times = {key: value for key, value in identity.get("sampling", {}).items() if key != "audio_steps"}
+    return {"sampling": times, "faces": identity.get("picture", {}).get("faces")}
 
 
 def load_sources(
     cache: Cache, windows: WindowSet, backbones: Sequence[Backbone], scratch: Path | None = None
 ) -> dict[str, Source]:
-    """Stream -> what its backbone reads of the clips of a split, whole, in memory or in a scratch file.
+    """Load the inputs of each backbone, in memory or in a scratch file; returns stream name -> inputs.
 
     Raises:
-        DataError: a clip has embeddings but not the pixels or the log-Mel that they were made of.
+        DataError: a clip has embeddings but lacks the pixels or the log-Mel that they were encoded from.
         CacheError: an array cannot be read.
     """
     loaded: dict[str, Source] = {}
     for backbone in backbones:
         stream = backbone.stream
-        own = [(k, clip.item) for k, clip in enumerate(windows.clips) if stream.name not in clip.missing]
-        lacking = [item for _, item in own if not cache.has(_source_of(stream), item)]
+        clips = {clip.item: k for k, clip in enumerate(windows.clips) if stream.name not in clip.missing}
+        lacking = [item for item in clips if not cache.has(_source_of(stream), item)]
         if lacking:
             raise DataError(
                 explain(
                     f"{len(lacking)} clips have {stream.name} but no {_source_of(stream)}: {', '.join(lacking[:5])}",
-                    expected="what every embedding was made of",
-                    remedy=f"Run `vaflow extract ROOT --out {cache.place} --pixels` to its end",
+                    expected="the input of every embedding",
+                    remedy=f"Complete the extraction: vaflow extract ROOT --out {cache.place} --pixels",
                 )
             )
-        load = _load_pictures if stream.kind == VISUAL else _load_sounds
-        loaded[stream.name] = load(cache, backbone, own, scratch)
+        load = _load_images if stream.kind == VISUAL else _load_logmel
+        loaded[stream.name] = load(cache, backbone, clips, scratch)
     return loaded
 
 
@@ -166,46 +166,44 @@ def _source_of(stream: InputStream) -> str:
     return PIXELS if stream.kind == VISUAL else LOGMEL
 
 
-def _load_pictures(cache: Cache, backbone: Backbone, own: list[tuple[int, str]], scratch: Path | None) -> Pictures:
-    size = sum(int(cache.record(PIXELS, item).arrays["data"]["shape"][0]) for _, item in own)
+def _load_images(cache: Cache, backbone: Backbone, clips: Mapping[str, int], scratch: Path | None) -> StoredImages:
+    """Images of `clips` (clip id -> its number in the split)."""
+    stream = backbone.stream.name
+    size = sum(int(cache.record(PIXELS, item).arrays["data"]["shape"][0]) for item in clips)
     fits = size <= default_budget(torch.device("cpu"))
     data = torch.zeros(size, dtype=torch.uint8) if fits else mapped_zeros((size, 1), torch.uint8, scratch).view(size)
-    offsets, clips, filled = [np.zeros(1, np.int64)], [np.zeros(0, np.int64)], 0
-    for number, item in own:
-        pixels = cache.read(PIXELS, item)
-        _check_samples(cache, backbone.stream, item, pixels.time, pixels.valid)
+    offsets, numbers, filled = [np.zeros(1, np.int64)], [np.zeros(0, np.int64)], 0
+    for item, number in clips.items():
+        pixels, features = cache.read(PIXELS, item), cache.read(stream, item, ["time", "valid"])
+        if not np.array_equal(features.time, pixels.time) or (features.valid & ~pixels.valid).any():
+            raise DataError(
+                explain(
+                    f"The pixels of clip {item!r} are not the images that {stream} was encoded from",
+                    expected=f"{len(features.time)} samples, {int(features.valid.sum())} with a face",
+                    got=f"{len(pixels.time)} samples, {int(pixels.valid.sum())} with a face",
+                    remedy="Extract the clip again with --pixels",
+                )
+            )
         data[filled : filled + len(pixels.data)] = torch.from_numpy(pixels.data.copy())
         offsets.append(filled + pixels.offset[1:])
-        clips.append(np.full(len(pixels.time), number))
+        numbers.append(np.full(len(pixels.time), number))
         filled += len(pixels.data)
-    offset, clip = torch.from_numpy(np.concatenate(offsets)), torch.from_numpy(np.concatenate(clips))
-    return Pictures(data, offset, clip, backbone.encoder.preparation)
+    offset, clip = torch.from_numpy(np.concatenate(offsets)), torch.from_numpy(np.concatenate(numbers))
+    return StoredImages(data, offset, clip, backbone.encoder.preparation)
 
 
-def _check_samples(cache: Cache, stream: InputStream, item: str, time: np.ndarray, valid: np.ndarray) -> None:
-    made = cache.read(stream.name, item, ["time", "valid"])
-    if not np.array_equal(made.time, time) or (made.valid & ~valid).any():
-        raise DataError(
-            explain(
-                f"The pixels of clip {item!r} are not those that {stream.name} was made of",
-                expected=f"{len(made.time)} samples, {int(made.valid.sum())} with a face",
-                got=f"{len(time)} samples, {int(valid.sum())} with a face",
-                remedy="Extract the clip again with --pixels",
-            )
-        )
-
-
-def _load_sounds(cache: Cache, backbone: Backbone, own: list[tuple[int, str]], scratch: Path | None) -> Sounds:
+def _load_logmel(cache: Cache, backbone: Backbone, clips: Mapping[str, int], scratch: Path | None) -> StoredLogmel:
+    """Log-Mel of `clips` (clip id -> its number in the split)."""
     info = cache.streams()[LOGMEL]
     stream = InputStream(LOGMEL, info.kind, info.dim, 1, fingerprint(info), info.identity)
-    pack = make_packs(cache, [item for _, item in own], [stream], torch.device("cpu"), None, scratch)[LOGMEL]
+    pack = make_packs(cache, list(clips), [stream], torch.device("cpu"), None, scratch)[LOGMEL]
     parts = [np.zeros((3, 0), np.int64)]
-    for _, item in own:
-        mel = cache.read(LOGMEL, item, ["embedding"]).embedding
+    for item in clips:
+        logmel = cache.read(LOGMEL, item, ["embedding"]).embedding
         start = cache.read(backbone.stream.name, item, ["start"]).start
-        first = pack.append(mel)
-        edges = np.array([[first], [first + len(mel)]])
+        first = pack.append(logmel)
+        edges = np.array([[first], [first + len(logmel)]])
         parts.append(np.vstack([np.repeat(edges, len(start), axis=1), np.rint(start * RATE / HOP).astype(np.int64)]))
     first, last, start = torch.from_numpy(np.concatenate(parts, axis=1))
     segments = backbone.encoder.segments(backbone.window, backbone.per_unit)
-    return Sounds(pack.rows, first, last, start, segments.frames, backbone.encoder.front_end.padding)
+    return StoredLogmel(pack.rows, first, last, start, segments.frames, backbone.encoder.front_end.padding)

@@ -1,4 +1,4 @@
-"""Backbones and heads as one module, the batches that they read, and a whole split encoded anew."""
+"""Backbones and heads as one module, its batches, and the encoding of a whole split."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,17 +14,17 @@ from vaflow.train.heads.model import VAModel
 from vaflow.train.losses import REGIONS
 from vaflow.train.windows import StreamTable, WindowSet
 
-# Rows of a batch in which a split is encoded, padded: those of `vaflow extract`, for results depend on it in low bits.
+# Padded batch sizes of `encode_split`: those of `vaflow extract`, because the low bits depend on the batch size.
 ENCODE_BATCH = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
 
 
 @dataclass(frozen=True)
 class Units:
-    """What one backbone reads for a batch.
+    """Inputs of one backbone for a batch.
 
     Attributes:
-        inputs: [U, ...] pictures or log-Mel, each once however many windows share it; None: there is none to read.
-        place: [B, S] int64 row of the backbone's result, counted from 1; 0: nothing there.
+        inputs: [U, ...] images or log-Mel, each once, even if several windows share it; None: no inputs.
+        place: [B, S] int64 row of the backbone's output, counted from 1; 0: missing.
     """
 
     inputs: Tensor | None
@@ -32,11 +32,13 @@ class Units:
 
 
 class Raw:
-    """A batch before its encoders. No dataclass and no dict: precision plugins look into those, and would round times.
+    """A batch with the inputs of its backbones.
+
+    A plain class: the precision plugins of Fabric convert dataclasses and dicts, and would round the times.
 
     Attributes:
-        batch: with the cached features of all streams.
-        units: stream -> what its backbone reads.
+        batch: the batch, with the cached features of all streams.
+        units: stream name -> inputs of its backbone.
     """
 
     def __init__(self, batch: Batch, units: Mapping[str, Units]) -> None:
@@ -51,7 +53,7 @@ def gather(
     ids: Tensor,
     augment: Augment | None = None,
 ) -> Raw:
-    """The windows `ids`, [B] int64, as a batch, and every picture and sound that they read, once."""
+    """The windows `ids`, [B] int64, as a batch, with each of their images and log-Mel windows once."""
     units = {}
     for backbone in backbones:
         table = windows.tables[backbone.stream.name]
@@ -63,20 +65,20 @@ def gather(
 
 
 def share_units(index: Tensor, per_unit: int) -> tuple[Tensor, Tensor]:
-    """Packed rows [B, S], 0 for nothing -> the units that hold them, [U] ascending, and each row's place, [B, S]."""
-    there = index > 0
+    """Packed rows [B, S] (0: missing) -> their units, [U] ascending, and each row's place in them, [B, S]."""
+    present = index > 0
     unit = (index - 1) // per_unit
-    wanted = torch.unique(unit[there])
+    wanted = torch.unique(unit[present])
     place = 1 + torch.searchsorted(wanted, unit) * per_unit + (index - 1) % per_unit
-    return wanted, torch.where(there, place, 0)
+    return wanted, torch.where(present, place, 0)
 
 
 class TunedModel(nn.Module):
-    """Pictures and sound -> features -> heads.
+    """Images and log-Mel -> features -> heads.
 
     Args:
-        heads: on the features.
-        backbones: what makes them; their networks stay in evaluation mode. Streams without one are read as cached.
+        heads: model on the features.
+        backbones: encoders, whose networks stay in evaluation mode. Streams without one use the cached features.
     """
 
     def __init__(self, heads: VAModel, backbones: Sequence[Backbone]) -> None:
@@ -86,15 +88,15 @@ class TunedModel(nn.Module):
         self.backbones = tuple(backbones)
 
     def train(self, mode: bool = True) -> "TunedModel":
-        """As `nn.Module.train`, but for the backbones."""
+        """As `nn.Module.train`, except for the backbones, which stay in evaluation mode."""
         super().train(mode)
         self.networks.eval()
         return self
 
     def forward(self, raw: Raw) -> Tensor:
-        """Predictions side by side, [B, F, K] float32 (see `Output.packed`): one tensor, for several processes.
+        """Predictions side by side, [B, F, K] float32 (see `Output.packed`).
 
-        The encoders run in the precision that is active outside; the heads, which are small, in float32.
+        The encoders run in the precision of the caller; the heads, which are small, in float32.
         """
         features = dict(raw.batch.features)
         for backbone in self.backbones:
@@ -129,11 +131,13 @@ def encode_split(
     ranks: int = 1,
     combine: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> WindowSet:
-    """The same windows with features that the backbones make now, stored as the cache stores them.
+    """The same windows with the current features of the backbones, in the stored dtype.
 
     Args:
-        windows: of a split; sources: what its features were made of; backbones: what makes them.
-        rank, ranks: which of how many processes this is; each encodes its part.
+        windows: windows of a split.
+        sources: stream name -> inputs of its backbone.
+        backbones: encoders.
+        rank, ranks: number of this process, and of all; each encodes its share.
         combine: sums a tensor over all processes.
     """
     tables = dict(windows.tables)
@@ -146,21 +150,21 @@ def encode_split(
 
 @torch.no_grad()
 def _encode_rows(table: StreamTable, source: Source, backbone: Backbone, rank: int, ranks: int) -> Tensor:
-    """[1 + T, D] like the table's rows; rows that no window reads, or that another process makes, are zeros."""
+    """[1 + T, D] like the table's rows; rows that no window reads, or that another process encodes, are zeros."""
     rows = torch.zeros_like(table.rows)
     read = torch.unique(table.index).cpu().long()
     read = read[read > 0]
     wanted = torch.unique((read - 1) // backbone.per_unit)
     read_units = (read - 1) // backbone.per_unit
     size = ENCODE_BATCH[backbone.encoder.device.type]["visual" if backbone.stream.kind == VISUAL else "audio"]
-    batches = wanted.split(size) if len(wanted) else ()  # of nothing, PyTorch makes one empty part
+    batches = wanted.split(size) if len(wanted) else ()  # `split` returns one empty batch for an empty tensor
     for units in batches[rank::ranks]:
         inputs = source.read(units)
         padded = inputs.new_zeros(size, *inputs.shape[1:])
         padded[: len(inputs)] = inputs
         made = backbone.features(padded.to(backbone.encoder.device)).to(rows.dtype)
-        own = read[torch.isin(read_units, units)]
-        place = torch.searchsorted(units, (own - 1) // backbone.per_unit) * backbone.per_unit
-        place += (own - 1) % backbone.per_unit
-        rows[own.to(rows.device)] = made[place.to(made.device)].to(rows.device)
+        encoded = read[torch.isin(read_units, units)]
+        place = torch.searchsorted(units, (encoded - 1) // backbone.per_unit) * backbone.per_unit
+        place += (encoded - 1) % backbone.per_unit
+        rows[encoded.to(rows.device)] = made[place.to(made.device)].to(rows.device)
     return rows

@@ -32,7 +32,7 @@ class Tuning:
 
     Attributes:
         fabric: Lightning Fabric: device, precision, processes.
-        model: what is trained; wrapped: the same, as Fabric wraps it.
+        model: the model; wrapped: the model as wrapped by Fabric.
         optimizer: one group for the heads and one for the encoders, each with its `initial_lr`.
         windows: of the training split; sources: the inputs that its features are made from.
         config: resolved settings.
@@ -82,8 +82,8 @@ def read_share(tuning: Tuning, ids: Tensor, numbers: tuple[int, ...]) -> Share:
     config, fabric = tuning.config, tuning.fabric
     divided, real = divide(ids.cpu(), fabric.world_size, config.accumulate)
     augment = Augment(numbers) if config.augment else None
-    own = divided[fabric.global_rank]
-    parts = tuple(gather(tuning.windows, tuning.sources, tuning.model.backbones, part, augment) for part in own)
+    mine = divided[fabric.global_rank]
+    parts = tuple(gather(tuning.windows, tuning.sources, tuning.model.backbones, part, augment) for part in mine)
     return Share(divided.flatten(), real.flatten(), parts)
 
 
@@ -91,8 +91,8 @@ def train_step(tuning: Tuning, share: Share, numbers: tuple[int, ...]) -> Tensor
     """Take one step of the optimizer; returns the losses and the norm of the whole batch: see `loop.update`.
 
     Args:
-        tuning: what is trained.
-        share: what this process reads.
+        tuning: objects of the step.
+        share: inputs of this process.
         numbers: seed of the step's randomness (dropout).
     """
     fabric, once = tuning.fabric, len(share.parts) == 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vaflow.train.finetune import augment
-from vaflow.train.finetune.augment import BANDS, COLOUR, FRAMES, SMALLEST_CROP, Augment, change_pictures, change_sound
+from vaflow.train.finetune.augment import BANDS, COLOUR, FRAMES, SMALLEST_CROP, Augment, augment_images, augment_logmel
 
 EDGE = 32
 
@@ -16,7 +16,7 @@ def pictures(count: int) -> torch.Tensor:
 
 def test_all_pictures_of_a_clip_change_alike_and_clips_do_not() -> None:
     images = pictures(1).expand(6, -1, -1, -1)
-    changed = Augment((0, 0, 0)).pictures(images, torch.tensor([4, 4, 9, 4, 9, 7]))
+    changed = Augment((0, 0, 0)).images(images, torch.tensor([4, 4, 9, 4, 9, 7]))
     assert changed.shape == images.shape
     assert changed.dtype == torch.uint8
     assert torch.equal(changed[0], changed[1])
@@ -28,10 +28,10 @@ def test_all_pictures_of_a_clip_change_alike_and_clips_do_not() -> None:
 def test_changes_follow_from_the_step_and_the_clip_alone() -> None:
     images = pictures(4)
     clips = torch.tensor([0, 1, 2, 3])
-    whole = Augment((0, 1, 2)).pictures(images, clips)
+    whole = Augment((0, 1, 2)).images(images, clips)
     order = torch.tensor([2, 0, 3])
-    assert torch.equal(Augment((0, 1, 2)).pictures(images[order], clips[order]), whole[order])
-    assert not torch.equal(Augment((0, 1, 3)).pictures(images, clips), whole)
+    assert torch.equal(Augment((0, 1, 2)).images(images[order], clips[order]), whole[order])
+    assert not torch.equal(Augment((0, 1, 3)).images(images, clips), whole)
 
 
 def test_without_colour_a_change_is_a_flip_of_a_crop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +42,7 @@ def test_without_colour_a_change_is_a_flip_of_a_crop(monkeypatch: pytest.MonkeyP
     image = torch.stack([across, down, torch.zeros(EDGE, EDGE)], dim=-1).round().to(torch.uint8)[None]
     flips = 0
     for seed in range(60):
-        changed = change_pictures(image, torch.Generator().manual_seed(seed))[0].double().numpy()
+        changed = augment_images(image, torch.Generator().manual_seed(seed))[0].double().numpy()
         x, y = changed[..., 0].mean(axis=0), changed[..., 1].mean(axis=1)
         flipped = x[-1] < x[0]
         flips += flipped
@@ -56,7 +56,7 @@ def test_without_colour_a_change_is_a_flip_of_a_crop(monkeypatch: pytest.MonkeyP
 
 def test_colours_change_by_no_more_than_is_said() -> None:
     grey = torch.full((1, EDGE, EDGE, 3), 100, dtype=torch.uint8)
-    seen = [float(change_pictures(grey, torch.Generator().manual_seed(k)).double().mean()) for k in range(40)]
+    seen = [float(augment_images(grey, torch.Generator().manual_seed(k)).double().mean()) for k in range(40)]
     assert min(seen) >= 100 * (1 - COLOUR) - 1
     assert max(seen) <= 100 * (1 + COLOUR) + 1
     assert max(seen) - min(seen) > 20
@@ -67,7 +67,7 @@ def test_sound_loses_one_strip_of_bands_and_one_of_time() -> None:
     mel = torch.randn(398, 128, generator=generator)
     widths, lengths = [], []
     for _ in range(50):
-        changed = change_sound(mel, generator)
+        changed = augment_logmel(mel, generator)
         blank = changed != mel
         bands, frames = blank.all(dim=0), blank.all(dim=1)
         assert torch.equal(blank, bands[None, :] | frames[:, None])
@@ -85,6 +85,6 @@ def test_sound_loses_one_strip_of_bands_and_one_of_time() -> None:
 
 def test_every_window_of_sound_has_strips_of_its_own() -> None:
     mel = torch.randn(1, 398, 128, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1)
-    changed = Augment((0, 0, 0)).sounds(mel, torch.tensor([3, 5]))
+    changed = Augment((0, 0, 0)).logmel(mel, torch.tensor([3, 5]))
     assert not torch.equal(changed[0], changed[1])
-    assert torch.equal(changed[1], Augment((0, 0, 0)).sounds(mel[:1], torch.tensor([5]))[0])
+    assert torch.equal(changed[1], Augment((0, 0, 0)).logmel(mel[:1], torch.tensor([5]))[0])

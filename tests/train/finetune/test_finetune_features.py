@@ -18,7 +18,7 @@ from vaflow.errors import DataError, FingerprintError, UsageError
 from vaflow.train.builder import build_model
 from vaflow.train.finetune.augment import Augment
 from vaflow.train.finetune.backbones import build_backbones, choose_trained, recompute, tunable
-from vaflow.train.finetune.data import Pictures, check_sources, load_sources
+from vaflow.train.finetune.data import StoredImages, check_sources, load_sources
 from vaflow.train.finetune.model import TunedModel, encode_split, gather, share_units
 
 HALF = 2.0**-10  # relative distance of two neighbours in float16, at most
@@ -64,7 +64,7 @@ def test_a_split_without_sound_is_encoded(loaded: Loaded) -> None:
 
 def test_pictures_are_the_stored_files(loaded: Loaded) -> None:
     source, train = loaded.sources["clip-tiny"], loaded.data.train
-    assert isinstance(source, Pictures)
+    assert isinstance(source, StoredImages)
     images = [image for clip in train.clips for image in loaded.cache.read(PIXELS, clip.item).images]
     units = [k for k, image in enumerate(images) if image]
     decoded = [np.array(Image.open(BytesIO(images[k])).convert("RGB")) for k in units]
@@ -97,14 +97,14 @@ def test_every_unit_is_read_once_and_every_row_found(rows: list[list[int]], per:
 
 
 def test_windows_share_what_they_read(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, decode = loaded.data.train, Pictures._decode
+    train, decode = loaded.data.train, StoredImages.decode
     seen: list[int] = []
 
-    def count(pictures: Pictures, unit: int) -> np.ndarray:
+    def count(pictures: StoredImages, unit: int) -> np.ndarray:
         seen.append(unit)
         return decode(pictures, unit)
 
-    monkeypatch.setattr(Pictures, "_decode", count)
+    monkeypatch.setattr(StoredImages, "decode", count)
     gather(train, loaded.sources, loaded.backbones, torch.arange(len(train)), Augment((0,)))
     read = train.tables["clip-tiny"].index
     assert len(seen) == len(set(seen)) == len(torch.unique(read[read > 0])) < int((read > 0).sum())
@@ -115,7 +115,7 @@ def test_a_cache_without_what_was_encoded_says_how_to_get_it(pixels_cache: Cache
     with pytest.raises(UsageError, match=r"has no pixels.*--visual clip-tiny --audio ast-tiny --pixels"):
         check_sources(copied(pixels_cache, tmp_path / "a", pixels=None), streams)
     sampling = {"window": 8.0, "stride": 1.5, "frames": 8, "audio_steps": 8}
-    with pytest.raises(UsageError, match=r"not what clip-tiny was made of.*8\.0.*--pixels"):
+    with pytest.raises(UsageError, match=r"not the inputs that clip-tiny was encoded from.*8\.0.*--pixels"):
         check_sources(copied(pixels_cache, tmp_path / "b", pixels={"sampling": sampling}), streams)
 
 
@@ -134,7 +134,7 @@ def test_encoders_must_be_those_of_the_cache(loaded: Loaded, tmp_path: Path) -> 
     path = clip.save(tmp_path, "other")
     with pytest.raises(FingerprintError, match=r"--weights clip-tiny=PATH"):
         build_backbones(streams, {"clip-tiny": path}, torch.device("cpu"))
-    with pytest.raises(UsageError, match="not trained"):
+    with pytest.raises(UsageError, match="not fine-tuned"):
         build_backbones(streams, {"clip-vit-b16": path}, torch.device("cpu"))
 
 
@@ -147,7 +147,7 @@ def test_the_last_blocks_learn_with_what_follows_them(loaded: Loaded) -> None:
         heads = expected[backbone.stream.name]
         assert learning == {n for n in names if any(n == head or n.startswith(f"{head}.") for head in heads)}
         assert len(choose_trained(backbone, None)) == len(names)
-        with pytest.raises(UsageError, match="at most 2"):
+        with pytest.raises(UsageError, match="<= 2"):
             choose_trained(backbone, 3)
 
 
