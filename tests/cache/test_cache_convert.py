@@ -14,7 +14,7 @@ from cache_toys import arrays, assert_same, small_cache, stream
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.copy import COPY_OF, convert
 from vaflow.cache.schema import STORES, Kind
-from vaflow.cache.verify import leftovers, record_files, repair, verify
+from vaflow.cache.verify import leftovers, repair, verify
 from vaflow.cli import main
 from vaflow.errors import CacheError, FingerprintError, SchemaError, UsageError
 from vaflow.train.evaluate import failed_items
@@ -44,7 +44,7 @@ def full_cache(path: Path, store: str) -> Cache:
 def assert_copy(source: Cache, copy: Cache) -> None:
     """Every item of every stream is in both, bit for bit, with the same source, facts and time of making."""
     assert copy.streams() == source.streams()
-    assert len(record_files(copy)) == len(record_files(source)) > 0
+    assert len(copy.record_files()) == len(source.record_files()) > 0
     for name in source.streams():
         assert copy.fingerprint(name) == source.fingerprint(name)
         for path in sorted(source.layout.records(name).glob("*.json")):
@@ -56,7 +56,7 @@ def assert_copy(source: Cache, copy: Cache) -> None:
 
 
 def attempts(cache: Cache) -> dict[str, str]:
-    return {path.name + path.parent.name: json.loads(path.read_bytes())["attempt"] for path in record_files(cache)}
+    return {path.name + path.parent.name: json.loads(path.read_bytes())["attempt"] for path in cache.record_files()}
 
 
 def damage(cache: Cache, name: str, item: str) -> None:
@@ -71,7 +71,7 @@ def damage(cache: Cache, name: str, item: str) -> None:
 def test_there_and_back_again_is_the_same_cache(tmp_path, store, other):
     source = full_cache(tmp_path / "source", store)
     done = convert(source, tmp_path / "other", other)
-    assert (done.copied, done.there, done.replaced, done.failures) == (len(record_files(source)), 0, 0, ())
+    assert (done.copied, done.there, done.replaced, done.failures) == (len(source.record_files()), 0, 0, ())
     copy = open_cache(tmp_path / "other")
     assert copy.store == other
     assert_copy(source, copy)
@@ -120,7 +120,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, store, other, monkeypatch):
     assert len(before) == 7
     assert half.items() == []  # labels come last: no clip looks complete that is not
     done = convert(source, tmp_path / "other", other)
-    assert (done.there, done.copied) == (7, len(record_files(source)) - 7)
+    assert (done.there, done.copied) == (7, len(source.record_files()) - 7)
     copy = open_cache(tmp_path / "other")
     assert_copy(source, copy)
     assert before.items() <= attempts(copy).items()
@@ -171,7 +171,7 @@ def test_damaged_items_are_listed_and_the_others_go_on(tmp_path, store, other, c
         ("é", "labels", "convert", "CorruptError", "unknown"),
     }
     copy = open_cache(tmp_path / "other")
-    assert len(record_files(copy)) == len(record_files(source)) - 2
+    assert len(copy.record_files()) == len(source.record_files()) - 2
     assert verify(copy) == []
     assert failed_items(copy, "val") == ["é"]  # evaluation knows that a clip is lost
     repair(open_cache(source.path, writable=True))
@@ -199,7 +199,7 @@ def test_items_whose_stream_file_is_lost_are_listed(tmp_path, store, other):
 
 def test_when_everything_is_damaged_the_command_fails(tmp_path, store, other):
     source = small_cache(tmp_path / "source", store)
-    for path in record_files(source):
+    for path in source.record_files():
         path.write_bytes(b"")
     args = ["cache", "convert", str(source.path), "--out", str(tmp_path / "other"), "--store", other]
     assert main(args) == 1

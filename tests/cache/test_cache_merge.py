@@ -12,7 +12,7 @@ from cache_toys import arrays, assert_same, small_cache, stream
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.merge import merge
 from vaflow.cache.schema import STORES, StreamInfo
-from vaflow.cache.verify import leftovers, record_files, verify
+from vaflow.cache.verify import leftovers, verify
 from vaflow.cli import main
 from vaflow.errors import FingerprintError, UsageError
 from vaflow.train.evaluate import failed_items
@@ -75,10 +75,10 @@ def test_parts_become_a_whole(tmp_path, stores):
 def test_what_is_merged_already_is_not_written_again(tmp_path, store):
     parts = [make(tmp_path / "1", store, {"a": 1, "b": 1}), make(tmp_path / "2", store, {"c": 1})]
     merge(tmp_path / "out", parts[:1])
-    before = {path.name: path.read_bytes() for path in record_files(open_cache(tmp_path / "out"))}
+    before = {path.name: path.read_bytes() for path in open_cache(tmp_path / "out").record_files()}
     done = merge(tmp_path / "out", parts)
     assert (done.copied, done.there) == (2, 4)
-    after = {path.name: path.read_bytes() for path in record_files(open_cache(tmp_path / "out"))}
+    after = {path.name: path.read_bytes() for path in open_cache(tmp_path / "out").record_files()}
     assert before.items() <= after.items()
     assert merge(tmp_path / "out", parts).copied == 0
 

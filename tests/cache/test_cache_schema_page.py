@@ -92,7 +92,7 @@ def test_the_readers_of_the_page_read_every_kind(tmp_path, store):
         cache.write(kind, "a/b", arrays(stream(kind), seed=1), meta={"split": "val"})
         cache.write(kind, "empty", arrays(stream(kind), 0))
     (cache.layout.records("visual") / ".tmp-1.json").write_text("half")
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+    blocks = re.findall(r"```python\n(.*?)```", SECTIONS["Reading it"], flags=re.S)
     reader = {name: code for code in blocks for name in ("zarr", "h5py") if f"import {name}" in code}
     assert all(len(code.strip().splitlines()) <= 11 for code in reader.values())
     space: dict[str, Any] = {}

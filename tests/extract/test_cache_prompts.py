@@ -9,7 +9,7 @@ import pytest
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.schema import StreamInfo
-from vaflow.cache.verify import record_files, verify
+from vaflow.cache.verify import verify
 from vaflow.cli import main
 from vaflow.encoders.base import VisualEncoder
 from vaflow.encoders.prompts import load_prompts, prototypes
@@ -52,10 +52,10 @@ def cache(tmp_path: Path, clip: VisualEncoder) -> Cache:
 
 
 def test_another_set_is_embedded_and_nothing_else_changes(cache, clip, tmp_path):
-    before = {path: path.read_bytes() for path in record_files(cache)}
+    before = {path: path.read_bytes() for path in cache.record_files()}
     done = add_prompts(cache, prompt_file(tmp_path / "plain.toml"))
     assert (done.name, done.new, done.replaced, done.unchanged) == ("plain", ["clip-tiny.text"], [], [])
-    assert before == {path: path.read_bytes() for path in record_files(cache) if path in before}
+    assert before == {path: path.read_bytes() for path in cache.record_files() if path in before}
     embedding, template = prototypes(clip, load_prompts(tmp_path / "plain.toml"))
     stored = cache.read("clip-tiny.text", "plain")
     np.testing.assert_array_equal(stored.embedding, embedding)
@@ -102,7 +102,7 @@ def test_another_encoder_of_that_name_is_refused(tmp_path, clip, with_text):
         cache.declare(visual(clip, weights="ffff"))
     with pytest.raises(FingerprintError, match=r"weights: cache has 'ffff', now .*--weights clip-tiny=PATH"):
         add_prompts(cache, prompt_file(tmp_path / "plain.toml"))
-    assert [path.parent.name for path in record_files(cache)] == []
+    assert [path.parent.name for path in cache.record_files()] == []
     assert with_text == ("clip-tiny.text" in cache.streams())
 
 

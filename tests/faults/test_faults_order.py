@@ -12,7 +12,7 @@ from lab import EXTRACT, Lab, assert_said, assert_same_cache, attempts
 from syscalls import Call, parse, trace
 
 from vaflow.cache import open_cache
-from vaflow.cache.verify import record_files, verify
+from vaflow.cache.verify import verify
 from vaflow.errors import CorruptError
 from vaflow.train.config import TrainConfig
 from vaflow.train.training import train_run
@@ -32,7 +32,7 @@ def test_a_record_is_named_after_all_that_it_names_is_on_the_disk(toys: Path, tm
     out = tmp_path / "cache"
     calls = trace(["cache", "convert", toys, "--out", out, "--store", store], tmp_path / "log")
     cache = open_cache(out)
-    for record_file in record_files(cache):
+    for record_file in cache.record_files():
         stream, item = record_file.parent.name, record_file.stem
         record = cache.record(stream, item)
         named = next(c for c in calls if c.name in NAMINGS and c.path == record_file)

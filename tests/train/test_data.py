@@ -10,12 +10,14 @@ import pytest
 import torch
 from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
-from vaflow.cache import Cache, create_cache
+from vaflow.cache import Cache, create_cache, open_cache
+from vaflow.cache.pack import pack
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.errors import DataError, FingerprintError, UsageError
 from vaflow.timeline import Grid
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split, load_windows
+from vaflow.train.digests import clip_digests
 from vaflow.train.inputs import check_same, resolve
 from vaflow.train.metrics import region_occupancy
 from vaflow.train.reporting import describe_labels
@@ -371,3 +373,20 @@ def test_times_without_rows_behind_them_are_refused(tmp_path: Path) -> None:
     config = TrainConfig(visual=(VISUAL,), audio=(), window=4.0, stride=1.0, frames=8)
     with pytest.raises(DataError, match="not credible"):
         load(cache, config)
+
+
+def test_a_packed_cache_gives_the_same_windows(cache, tmp_path):
+    pack(cache, tmp_path / "packed")
+    packed = open_cache(tmp_path / "packed")
+    one, other = load(cache), load(packed)
+    ids = torch.arange(len(one))
+    for name, value in vars(one.gather(ids)).items():
+        expected = value if isinstance(value, dict) else {name: value}
+        got = getattr(other.gather(ids), name)
+        for key, tensor in expected.items():
+            if isinstance(tensor, torch.Tensor):
+                torch.testing.assert_close(
+                    (got if isinstance(value, dict) else {name: got})[key], tensor, rtol=0, atol=0
+                )
+    items = cache.items()
+    assert clip_digests(packed, [VISUAL, AUDIO], items) == clip_digests(cache, [VISUAL, AUDIO], items)

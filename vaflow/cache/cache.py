@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Cache:
     Attributes:
         path: the directory; of a cache on an object store, its local copy.
         place: the directory or URL, as `open_cache` accepts it.
-        store: "zarr" or "hdf5".
+        store: "zarr", "hdf5" or "packed".
         writable: whether items may be written and dropped.
     """
 
@@ -182,6 +183,19 @@ class Cache:
         close = get_close_matches(item, ids, n=3)
         remedy = f"Similar names: {', '.join(close)}" if close else "List the items with Cache.items()"
         return MissingError(explain(f"Stream {stream!r} of {self.place} has no such item", got=item, remedy=remedy))
+
+    def record_files(self) -> list[Path]:
+        """The file of every committed item of every stream, sorted; a record in it may be damaged."""
+        return sorted(path for path in self.layout.all_records.glob("*/*.json") if not path.name.startswith("."))
+
+    def record_at(self, path: Path) -> Record:
+        """The record in one of `record_files`.
+
+        Raises:
+            ValueError: it is damaged.
+            FileNotFoundError: it was dropped since it was listed.
+        """
+        return load_record(self.layout, path)
 
     def meta(self, item: str) -> Json:
         """Return the facts in a clip's labels record: "split", "group", "duration" ... Raises as `record`."""

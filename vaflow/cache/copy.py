@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from vaflow.cache.cache import Cache
-from vaflow.cache.commit import load_record
 from vaflow.cache.opening import PathLike, create_cache, layout_of
 from vaflow.cache.schema import LABELS, Json, Record, unescape
 from vaflow.cache.verify import load_streams
@@ -57,24 +56,23 @@ def survey(cache: Cache, stage: str) -> Survey:
     layout = cache.layout
     streams, _ = load_streams(layout)
     result = Survey({}, [])
-    for folder in sorted(p for p in layout.all_records.glob("*") if p.is_dir()):
-        for path in sorted(p for p in folder.glob("*.json") if not p.name.startswith(".")):
-            try:
-                record = load_record(layout, path)
-                if streams.get(f"{folder.name}.json") is None:
-                    raise ValueError(f"streams/{folder.name}.json, which describes its stream, is missing or damaged")
-            except FileNotFoundError:  # dropped since it was listed
-                continue
-            except (OSError, ValueError) as error:
-                message = explain(
-                    f"{layout.shown(path)} of the cache {cache.place} cannot be used: {error}",
-                    remedy=f"Run `vaflow cache repair {cache.place}`, then extract again",
-                )
-                stream = {"stream": unescape(path.parent.name)}
-                result.damaged.append(Failure(unescape(path.stem), stage, "CorruptError", message, stream))
-                continue
-            split = record.meta.get("split") if record.stream == LABELS else None
-            result.briefs[record.stream, record.item] = Brief(record.source, record.created, split)
+    for path in cache.record_files():
+        try:
+            record = cache.record_at(path)
+            if streams.get(f"{path.parent.name}.json") is None:
+                raise ValueError(f"streams/{path.parent.name}.json, which describes its stream, is missing or damaged")
+        except FileNotFoundError:  # dropped since it was listed
+            continue
+        except (OSError, ValueError) as error:
+            message = explain(
+                f"{layout.shown(path)} of the cache {cache.place} cannot be used: {error}",
+                remedy=f"Run `vaflow cache repair {cache.place}`, then extract again",
+            )
+            stream = {"stream": unescape(path.parent.name)}
+            result.damaged.append(Failure(unescape(path.stem), stage, "CorruptError", message, stream))
+            continue
+        split = record.meta.get("split") if record.stream == LABELS else None
+        result.briefs[record.stream, record.item] = Brief(record.source, record.created, split)
     return result
 
 

@@ -9,8 +9,9 @@ from vaflow import files
 from vaflow.cache.cache import Cache
 from vaflow.cache.documents import manifest_document, seal, unseal
 from vaflow.cache.layout import Layout
+from vaflow.cache.packed import PackedCache, refuse_writing
 from vaflow.cache.remote import Remote, url_of
-from vaflow.cache.schema import FORMAT, SCHEMA_VERSION, STORES, StoreName
+from vaflow.cache.schema import FORMAT, PACKED, SCHEMA_VERSION, STORES, StoreName
 from vaflow.errors import SchemaError, UsageError, explain
 from vaflow.files import TEMPORARY
 
@@ -80,6 +81,10 @@ def _open(layout: Layout, *, writable: bool) -> Cache:
         raise _no_cache(layout) from None
     except OSError as error:
         raise _unreadable(layout, error) from error
+    if store == PACKED:
+        if writable:
+            raise refuse_writing(layout)
+        return PackedCache(layout)
     if writable and not os.access(layout.root, os.W_OK | os.X_OK):
         raise _unwritable(layout, "no write access")
     return Cache(layout, store, writable=writable)
@@ -163,8 +168,9 @@ def read_manifest(layout: Layout) -> StoreName:
         store = unseal(data)["store"]
     except (ValueError, KeyError) as error:
         raise layout.corrupt(layout.manifest, str(error)) from error
-    if store not in STORES:
-        raise SchemaError(explain(f"The cache {layout.place} has an unknown store", got=store, choices=STORES))
+    if store not in (*STORES, PACKED):
+        choices = (*STORES, PACKED)
+        raise SchemaError(explain(f"The cache {layout.place} has an unknown store", got=store, choices=choices))
     name: StoreName = store
     return name
 

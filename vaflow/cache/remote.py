@@ -135,6 +135,11 @@ class Remote:
             for name, data in self._get(batch).items():
                 self._keep(name, data)
 
+    def read_range(self, path: Path, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of an object, in one request; nothing is kept. Raises as `pull`."""
+        with self._errors():
+            return bytes(self._fs.cat_file(f"{self._base}/{self._below(path)}", start=start, end=stop))
+
     def _get(self, names: Iterable[str]) -> dict[str, bytes]:
         keys = {f"{self._base}/{name}": name for name in names}
         if not keys:

@@ -20,10 +20,10 @@ from vaflow.errors import UsageError, explain
 
 SCHEMA_VERSION = 1
 FORMAT = "vaflow-cache"
-STORES = ("zarr", "hdf5")
+STORES = ("zarr", "hdf5")  # that can be written item by item
 
 Kind = Literal["visual", "audio", "logmel", "pixels", "labels", "targets", "text"]
-StoreName = Literal["zarr", "hdf5"]
+StoreName = Literal["zarr", "hdf5", "packed"]
 Array = NDArray[Any]
 Json = dict[str, Any]
 Blob = NDArray[np.uint8]  # bytes of one file; writable, so that arrays made of them are writable
@@ -31,6 +31,7 @@ Blob = NDArray[np.uint8]  # bytes of one file; writable, so that arrays made of 
 LABELS = "labels"  # the stream that every clip has: its frame clock, split, group and annotation
 LOGMEL = "logmel"
 PIXELS = "pixels"
+PACKED: StoreName = "packed"  # read-only: the rows of all clips in a few large arrays
 
 FLOAT = ("float16", "float32")
 

@@ -15,6 +15,7 @@ from vaflow.cache.commit import discard, load_record
 from vaflow.cache.documents import fingerprint, manifest_document, seal
 from vaflow.cache.layout import Layout
 from vaflow.cache.opening import layout_of, open_cache, read_manifest
+from vaflow.cache.packed import PackedCache
 from vaflow.cache.reader import decode, file_problem, size_problem
 from vaflow.cache.schema import Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES
@@ -46,11 +47,6 @@ class Problem:
         return visible(f"{self.path}{owner}: {self.message}")
 
 
-def record_files(cache: Cache) -> list[Path]:
-    """Return the record file of every committed item, sorted."""
-    return sorted(p for p in cache.layout.all_records.glob("*/*.json") if not p.name.startswith("."))
-
-
 def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Problem]:
     """Return the files that differ from what was committed or violate the schema; empty for an undamaged cache.
 
@@ -67,8 +63,11 @@ def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
         problems.append(Problem(layout.shown(layout.manifest), str(error)))
     streams, stream_problems = load_streams(layout)
     problems += stream_problems
+    if isinstance(cache, PackedCache):
+        found = cache.problems([info.name for info in streams.values() if info is not None], on_item)
+        return problems + [Problem(cache.layout.shown(path), text, *where) for path, text, *where in found]
     lost: set[str] = set()
-    for path in record_files(cache):
+    for path in cache.record_files():
         name = path.parent.name
         if f"{name}.json" not in streams and name not in lost:
             lost.add(name)

@@ -1,7 +1,7 @@
-"""`vaflow cache`: show, verify, repair, convert and merge caches; drop clips, change splits, embed prompts."""
+"""`vaflow cache`: show, verify, repair, convert, pack and merge caches; drop clips, change splits, embed prompts."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,7 @@ from vaflow.cli.common import (
     table,
     weight_pairs,
 )
-from vaflow.errors import UsageError, count, explain, visible
+from vaflow.errors import CorruptError, UsageError, count, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.cache import Cache
@@ -93,12 +93,12 @@ def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
     Example: vaflow cache verify cache
     """
     from vaflow.cache import open_cache
-    from vaflow.cache.verify import leftovers, record_files
+    from vaflow.cache.verify import leftovers
     from vaflow.cache.verify import verify as find_problems
 
     set_up(verbose, quiet)
     opened = open_cache(cache)
-    with _bar("verify", len(record_files(opened)), quiet) as step:
+    with _bar("verify", _count_items(opened), quiet) as step:
         problems = find_problems(opened, step)
     notes = [opened.layout.shown(path) for path in leftovers(opened)]
     if json:
@@ -112,10 +112,14 @@ def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
         for note in notes:
             typer.echo(visible(f"  {note}"), err=True)
     if problems:
-        typer.echo(visible(f"{count(len(problems), 'problem')}. Repair with: vaflow cache repair {cache}"), err=True)
+        packed = opened.store == "packed"
+        remedy = (
+            f"Pack again: vaflow cache pack CACHE {cache}" if packed else f"Repair with: vaflow cache repair {cache}"
+        )
+        typer.echo(visible(f"{count(len(problems), 'problem')}. {remedy}"), err=True)
         return 1
     if not quiet:
-        typer.echo(f"{count(len(record_files(opened)), 'item')} match their checksums")
+        typer.echo(f"{count(_count_items(opened), 'item')} match their checksums")
     return 0
 
 
@@ -125,13 +129,13 @@ def repair(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
 
     Example: vaflow cache repair cache
     """
-    from vaflow.cache.verify import GRACE, leftovers, open_for_repair, record_files
+    from vaflow.cache.verify import GRACE, leftovers, open_for_repair
     from vaflow.cache.verify import repair as remove_damage
 
     set_up(verbose, quiet)
     opened = open_for_repair(cache)
     stale = [opened.layout.shown(path) for path in leftovers(opened, GRACE)]
-    with _bar("repair", len(record_files(opened)), quiet) as step:
+    with _bar("repair", _count_items(opened), quiet) as step:
         problems = remove_damage(opened, step)
     if json:
         print_json({**_problem_report(opened, problems), "removed_leftovers": stale})
@@ -146,9 +150,14 @@ def repair(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
 
 
 def _problem_report(cache: "Cache", problems: "list[Problem]") -> dict[str, Any]:
-    from vaflow.cache.verify import record_files
+    return {"cache": cache.place, "items": _count_items(cache), "problems": [asdict(p) for p in problems]}
 
-    return {"cache": cache.place, "items": len(record_files(cache)), "problems": [asdict(p) for p in problems]}
+
+def _count_items(cache: "Cache") -> int:
+    """Committed items of a cache; 0 of a packed cache whose list of records is damaged."""
+    with suppress(CorruptError):
+        return len(cache.record_files())
+    return 0
 
 
 @contextmanager
@@ -276,6 +285,35 @@ def convert(
     set_up(verbose, quiet)
     summary = run(open_cache(cache), out, store, show_progress=show_bars(quiet or json))
     return _report(summary, json=json, quiet=quiet)
+
+
+@app.command(cls=Command)
+def pack(
+    cache: CachePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Packed cache to write.", show_default=False)],
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Copy a cache into few large files, for sharing and for object stores. The copy is read-only.
+
+    train, evaluate, predict and `cache info|verify` accept it as any cache; `cache convert` unpacks it.
+
+    Example: vaflow cache pack cache cache.packed
+    """
+    from vaflow.cache import open_cache
+    from vaflow.cache.pack import pack as run
+
+    set_up(verbose, quiet)
+    opened = open_cache(cache)
+    with _bar("pack", len(opened.record_files()), quiet or json) as step:
+        summary = run(opened, out, on_item=step)
+    if json:
+        print_json(asdict(summary))
+    elif not quiet:
+        written = f"{count(summary.items, 'item')} in {count(summary.files, 'file')}, {file_size(summary.bytes)}"
+        typer.echo(visible(f"{summary.out}: {written}"))
+    return 0
 
 
 @app.command(cls=Command)

@@ -1,0 +1,355 @@
+"""Packed caches: the rows of all clips of a stream in a few large sharded Zarr v3 arrays. They are read-only.
+
+`cache_schema.md`, section "Packed caches", defines the files; `vaflow.cache.pack` writes them.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaflow import files
+from vaflow.cache.cache import Cache
+from vaflow.cache.documents import crc32c, file_facts, fingerprint, record_from, source_stamp, unseal
+from vaflow.cache.index import Folder, Index, Row
+from vaflow.cache.layout import Layout
+from vaflow.cache.schema import DTYPES, PACKED, Array, Blob, Json, Record, StreamInfo, array_problems, escape
+from vaflow.cache.streams import load_stream
+from vaflow.errors import CorruptError, MissingError, UsageError, explain
+
+RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])  # of a chunk
+
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
+
+
+@dataclass(frozen=True)
+class PackedArray:
+    """Geometry of one sharded array: rows follow each other within a shard, chunk by chunk.
+
+    Attributes:
+        path: its folder.
+        shape: of all rows of all items.
+        dtype: little-endian.
+        chunk_rows: rows of a chunk, the unit that zarr reads.
+        shard_rows: rows of a shard, which is one file.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk_rows: int
+    shard_rows: int
+
+    @classmethod
+    def from_metadata(cls, path: Path, metadata: Mapping[str, Any]) -> "PackedArray":
+        """The array that a `zarr.json` describes.
+
+        Raises:
+            ValueError: it is not stored as packed caches store arrays.
+        """
+        try:
+            shape, grid = tuple(metadata["shape"]), tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
+            (sharding,) = metadata["codecs"]
+            chunk = tuple(sharding["configuration"]["chunk_shape"])
+            codecs, dtype = sharding["configuration"]["codecs"], metadata["data_type"]
+        except _MALFORMED as error:
+            raise ValueError(f"it does not describe a sharded array ({error!r})") from error
+        lengths_fit = all(type(n) is int and n >= 0 for n in (*shape, *grid, *chunk)) and 0 < len(shape) == len(grid)
+        whole_rows = lengths_fit and grid[1:] == chunk[1:] == tuple(max(1, n) for n in shape[1:])
+        if not whole_rows or not 0 < chunk[0] <= grid[0] or grid[0] % chunk[0]:
+            raise ValueError("its chunks are not whole rows")
+        if sharding["name"] != "sharding_indexed" or codecs not in RAW_CODECS or dtype not in DTYPES:
+            raise ValueError("its chunks are not raw bytes of a known type")
+        return cls(path, shape, np.dtype(dtype).newbyteorder("<"), chunk[0], grid[0])
+
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+    def shard(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.path / "c" / "/".join([str(number), *["0"] * (len(self.shape) - 1)])
+
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[Path, int, int]]:
+        """Where the rows [start, stop) are: shard file, first byte, number of bytes."""
+        while start < stop and self.row_bytes:
+            number, first = divmod(start, self.shard_rows)
+            rows = min(stop - start, self.shard_rows - first)
+            yield self.shard(number), first * self.row_bytes, rows * self.row_bytes
+            start += rows
+
+
+class PackedIndex(Index):
+    """The records of a packed cache, read whole per stream; they never change.
+
+    Args:
+        layout: of the cache.
+        facts: path below the cache -> size and CRC32C, from the manifest.
+        corrupt: (path, problem) -> the error.
+    """
+
+    def __init__(self, layout: Layout, facts: Mapping[str, Json], corrupt: Callable[[Path, str], CorruptError]) -> None:
+        super().__init__(layout, self._refuse)
+        self._facts = facts
+        self._corrupt = corrupt
+        self._streams: dict[str, tuple[Folder, dict[str, bytes]]] = {}
+
+    @staticmethod
+    def _refuse(path: Path) -> Record:
+        raise ValueError(f"{path} is not a file of a packed cache")
+
+    def path(self, stream: str) -> Path:
+        """The file of a stream's records."""
+        return self._layout.all_records / f"{escape(stream)}.jsonl"
+
+    def folder(self, stream: str) -> Folder:
+        return self._stream(stream)[0]
+
+    def line(self, stream: str, file_name: str) -> bytes | None:
+        """The record of an item as JSON; None if the stream does not have it."""
+        return self._stream(stream)[1].get(file_name)
+
+    def forget(self) -> None:
+        self._streams = {}
+
+    def _stream(self, stream: str) -> tuple[Folder, dict[str, bytes]]:
+        if stream not in self._streams:
+            self._streams[stream] = self._read(self.path(stream))
+        return self._streams[stream]
+
+    def _read(self, path: Path) -> tuple[Folder, dict[str, bytes]]:  # type: ignore[override]
+        facts = self._facts.get(self._layout.shown(path))
+        rows, lines = {}, {}
+        if facts is not None:
+            data = read_whole(self._layout, path, facts, self._corrupt)
+            try:
+                for line in data.splitlines():
+                    record = json.loads(line)
+                    name = f"{escape(record['item'])}.json"
+                    nbytes = sum(file["size"] for file in record["files"].values())
+                    split, source = record["meta"].get("split"), source_stamp(record["source"])
+                    rows[name] = Row(record["item"], 0, 0, 0, nbytes, split, source)
+                    lines[name] = line
+            except (*_MALFORMED, UsageError) as error:
+                raise self._corrupt(path, f"line {len(rows) + 1} is not a record ({error})") from error
+        return Folder((0, 0), True, rows), lines
+
+
+def read_whole(
+    layout: Layout, path: Path, facts: Json, corrupt: Callable[[Path, str], CorruptError], *, again: bool = False
+) -> bytes:
+    """All bytes of a file, checked against the manifest. Raises what `corrupt` makes."""
+    try:
+        layout.fill([path], again=again)
+        files.refuse_links(layout.root, path)
+        size = path.stat().st_size
+        if size != facts["size"]:
+            raise corrupt(path, f"it has {size} bytes, {facts['size']} were committed")
+        data = path.read_bytes()
+    except OSError as error:
+        raise corrupt(path, str(error)) from error
+    if crc32c(data) != facts["crc32c"]:
+        raise corrupt(path, "its bytes do not match their checksum")
+    return data
+
+
+class PackedCache(Cache):
+    """A packed cache, read as any other. Nothing can be written into it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._files = manifest_files(layout)
+        self._arrays: dict[Path, PackedArray] = {}
+        super().__init__(layout, "zarr", writable=False)
+        self.store = PACKED
+
+    def _new_index(self) -> PackedIndex:
+        return PackedIndex(self.layout, self._files, self._corrupt)
+
+    @property
+    def _packed_index(self) -> PackedIndex:
+        assert isinstance(self._index, PackedIndex)
+        return self._index
+
+    def _corrupt(self, path: Path, problem: str, item: str | None = None) -> CorruptError:
+        where = f", item {item!r}" if item is not None else ""
+        return CorruptError(
+            explain(
+                f"{self.layout.shown(path)} of the packed cache {self.place} is damaged{where}: {problem}",
+                remedy=f"Copy it again, or pack again: vaflow cache pack CACHE {self.place}",
+            )
+        )
+
+    def _load_stream(self, file_name: str) -> StreamInfo:
+        try:
+            return load_stream(self.layout, file_name)
+        except (OSError, ValueError) as error:
+            raise self._corrupt(self.layout.all_streams / file_name, str(error)) from error
+
+    def has(self, stream: str, item: str) -> bool:
+        return f"{escape(item)}.json" in self._index.folder(stream).rows
+
+    def record_files(self) -> list[Path]:
+        """As of any cache; the paths are names only, a record is a line of a file."""
+        return sorted(
+            self.layout.records(stream) / name for stream in self.streams() for name in self._index.folder(stream).rows
+        )
+
+    def record_at(self, path: Path) -> Record:
+        stream = next(name for name in self.streams() if escape(name) == path.parent.name)
+        return self._record(stream, path.name)[0]
+
+    def record(self, stream: str, item: str) -> Record:
+        return self._item(stream, item)[0]
+
+    def _item(self, stream: str, item: str) -> tuple[Record, Json]:
+        self._stream(stream)
+        if not self.has(stream, item):
+            raise self._missing(stream, item)
+        return self._record(stream, f"{escape(item)}.json")
+
+    def _record(self, stream: str, file_name: str) -> tuple[Record, Json]:
+        """The record, and the rows of its arrays: name -> start, stop and CRC32C."""
+        line = self._packed_index.line(stream, file_name)
+        path = self._packed_index.path(stream)
+        try:
+            document = json.loads(line or b"")
+            record, rows = record_from(document), document["rows"]
+            spans = [(rows[name]["start"], rows[name]["stop"], rows[name]["crc32c"]) for name in record.arrays]
+            if not all(type(n) is int for span in spans for n in span) or not all(0 <= a <= b for a, b, _ in spans):
+                raise ValueError("its rows are not numbers")
+        except _MALFORMED as error:
+            raise self._corrupt(path, f"it has a record that cannot be used ({error!r})") from error
+        if record.stream != stream or record.fingerprint != fingerprint(self._stream(stream)):
+            raise self._corrupt(path, "it was made with other settings than its stream", record.item)
+        return record, rows
+
+    def _fetch(
+        self, stream: str, item: str, names: Sequence[str] | None, *, verify: bool
+    ) -> tuple[Record, dict[str, Array]]:
+        record, rows = self._item(stream, item)
+        wanted = list(record.arrays) if names is None else list(names)
+        for name in wanted:
+            if name not in record.arrays:
+                problem = f"Item {item!r} of stream {stream!r} has no such array"
+                raise MissingError(explain(problem, got=name, choices=record.arrays))
+        return record, {name: self._rows_of(record, name, rows[name], verify=verify) for name in wanted}
+
+    def _rows_of(self, record: Record, name: str, rows: Json, *, verify: bool) -> Array:
+        """An item's rows of a packed array, copied, in the item's shape."""
+        packed = self.packed_array(record.stream, name)
+        shape, start, stop = tuple(record.arrays[name]["shape"]), rows["start"], rows["stop"]
+        size = prod(shape) * packed.dtype.itemsize
+        if (
+            stop > packed.shape[0]
+            or (stop - start) * packed.row_bytes != size
+            or record.arrays[name]["dtype"] != packed.dtype.name
+        ):
+            raise self._corrupt(packed.path, "it does not hold the rows of the record", record.item)
+        blobs = [self._bytes(*where, record.item) for where in packed.ranges(start, stop)]
+        data = blobs[0] if len(blobs) == 1 else np.concatenate([*blobs, np.zeros(0, np.uint8)])
+        if verify and crc32c(data) != rows["crc32c"]:
+            raise self._corrupt(packed.path, "the bytes of its rows do not match their checksum", record.item)
+        return data.view(packed.dtype).reshape(shape)
+
+    def _bytes(self, path: Path, start: int, size: int, item: str) -> Blob:
+        """Bytes of a shard; of one on an object store, by a range request."""
+        try:
+            if self.layout.remote is not None and not path.is_file():
+                data = bytearray(self.layout.remote.read_range(path, start, start + size))
+                blob = np.frombuffer(data, np.uint8)
+            else:
+                files.refuse_links(self.layout.root, path)
+                if path.stat().st_size < start + size:
+                    raise self._corrupt(path, "it is too short", item)
+                # Not a memory map: a file that is truncated meanwhile would end the program.
+                blob = np.fromfile(path, np.uint8, count=size, offset=start)
+        except OSError as error:
+            raise self._corrupt(path, str(error), item) from error
+        if blob.size != size:
+            raise self._corrupt(path, "it is too short", item)
+        return blob
+
+    def packed_array(self, stream: str, name: str) -> PackedArray:
+        """The array that holds the rows of all items.
+
+        Raises:
+            CorruptError: its metadata are missing or damaged.
+        """
+        path = self.layout.attempts(stream) / name
+        if path not in self._arrays:
+            metadata = path / "zarr.json"
+            facts = self._files.get(self.layout.shown(metadata))
+            if facts is None:
+                raise self._corrupt(metadata, "the manifest does not name it")
+            data = read_whole(self.layout, metadata, facts, self._corrupt)
+            try:
+                self._arrays[path] = PackedArray.from_metadata(path, json.loads(data))
+            except ValueError as error:
+                raise self._corrupt(metadata, str(error)) from error
+        return self._arrays[path]
+
+    def problems(
+        self, streams: Iterable[str], on_item: Callable[[], None] | None = None
+    ) -> Iterator[tuple[Path, str, str | None, str | None]]:
+        """Everything damaged: the file, what is wrong, and the stream and item if it is one item's.
+
+        Reads every file, then every item of `streams`.
+        """
+        for name, facts in self._files.items():
+            path = self.layout.root / name
+            try:
+                self.layout.fill([path], again=True)
+                files.refuse_links(self.layout.root, path)
+                if file_facts(path) != facts:
+                    yield path, "its bytes do not match their checksum", None, None
+            except OSError as error:
+                yield path, str(error), None, None
+        for stream in streams:
+            try:
+                rows = self._index.folder(stream).rows
+            except CorruptError as error:
+                yield self._packed_index.path(stream), str(error), stream, None
+                continue
+            for row in rows.values():
+                for message in self._item_problems(stream, row.item):
+                    yield self._packed_index.path(stream), message, stream, row.item
+                if on_item is not None:
+                    on_item()
+
+    def _item_problems(self, stream: str, item: str) -> list[str]:
+        try:
+            _, arrays = self._fetch(stream, item, None, verify=True)
+        except CorruptError as error:
+            return [str(error)]
+        return array_problems(self._stream(stream), arrays)
+
+
+def manifest_files(layout: Layout) -> dict[str, Json]:
+    """Path below the cache -> size and CRC32C, from the manifest of a packed cache.
+
+    Raises:
+        CorruptError: the manifest does not name them.
+    """
+    try:
+        named = unseal(files.read_document(layout.root, layout.manifest))["files"]
+        for name, facts in named.items():
+            parts = name.split("/")
+            if {"", ".", ".."} & set(parts) or not all(type(facts[key]) is int for key in ("size", "crc32c")):
+                raise ValueError(f"it names {name!r}")
+    except _MALFORMED as error:
+        raise layout.corrupt(layout.manifest, f"it does not name the files ({error!r})") from error
+    return dict(named)
+
+
+def refuse_writing(layout: Layout) -> UsageError:
+    """The error for a command that writes into a packed cache."""
+    return UsageError(
+        explain(
+            f"The cache {layout.place} is packed, and packed caches are read-only",
+            remedy=f"Unpack it first: vaflow cache convert {layout.place} --out {layout.place}.cache --store zarr",
+        )
+    )
