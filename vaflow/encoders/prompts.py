@@ -57,7 +57,20 @@ def load_prompts(path: Path | None = None) -> PromptSet:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(explain(f"The prompt file {source} cannot be read", got=error, expected="TOML")) from error
     templates, descriptions = _templates(document), _descriptions(document)
-    problems = _template_problems(templates) + _description_problems(descriptions)
+    required = [f"{valence}.{arousal}" for valence, arousal in REGIONS]
+    problems = [] if templates else ["there are no templates"]
+    problems += [
+        f"template {name} must be a text that contains {{}} once"
+        for name, text in templates.items()
+        if not isinstance(text, str) or text.count("{}") != 1
+    ]
+    problems += [f"description {key} is missing" for key in required if key not in descriptions]
+    problems += [f"description {key} is not one of the nine regions" for key in descriptions if key not in required]
+    problems += [
+        f"description {key} must be a text that is not empty"
+        for key, text in descriptions.items()
+        if key in required and not (isinstance(text, str) and text.strip())
+    ]
     problems += [f"{key} is not a table of prompt sets" for key in document if key not in ("templates", "descriptions")]
     if problems:
         raise UsageError(
@@ -90,27 +103,6 @@ def _descriptions(document: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[valence] = row
     return flat
-
-
-def _template_problems(templates: Mapping[str, Any]) -> list[str]:
-    if not templates:
-        return ["there are no templates"]
-    return [
-        f"template {name} must be a text that contains {{}} once"
-        for name, text in templates.items()
-        if not isinstance(text, str) or text.count("{}") != 1
-    ]
-
-
-def _description_problems(descriptions: Mapping[str, Any]) -> list[str]:
-    required = [f"{valence}.{arousal}" for valence, arousal in REGIONS]
-    problems = [f"description {key} is missing" for key in required if key not in descriptions]
-    problems += [f"description {key} is not one of the nine regions" for key in descriptions if key not in required]
-    return problems + [
-        f"description {key} must be a text that is not empty"
-        for key in required
-        if key in descriptions and not (isinstance(descriptions[key], str) and descriptions[key].strip())
-    ]
 
 
 def prototypes(encoder: VisualEncoder | AudioEncoder, prompt_set: PromptSet) -> tuple[Floats, Floats]:
