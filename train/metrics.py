@@ -38,7 +38,16 @@ def pearson(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = N
     Raises:
         ValueError: shapes disagree.
     """
-    return np.array([_pearson(x, y) for x, y in _columns(prediction, target, mask)])
+    correlations = []
+    for x, y in _columns(prediction, target, mask):
+        if not x.size:
+            correlations.append(np.nan)
+            continue
+        dx, dy = x - x[0], y - y[0]  # measured from an entry, constants are exactly constant
+        dx, dy = dx - dx.mean(), dy - dy.mean()
+        spread = np.sqrt((dx @ dx) * (dy @ dy))
+        correlations.append(float(dx @ dy / spread) if spread > 0 else 0.0)
+    return np.array(correlations)
 
 
 def rmse(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None) -> Floats:
@@ -54,9 +63,9 @@ def rmse(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None
 def mean_over_dimensions(values: ArrayLike) -> Floats:
     """[..., 2] -> [...]: the mean over the finite dimensions; NaN where none is."""
     values = np.asarray(values, np.float64)
-    there = np.isfinite(values)
-    count = there.sum(axis=-1)
-    return np.where(count > 0, np.where(there, values, 0.0).sum(axis=-1) / np.maximum(count, 1), np.nan)
+    finite = np.isfinite(values)
+    count = finite.sum(axis=-1)
+    return np.where(count > 0, np.where(finite, values, 0.0).sum(axis=-1) / np.maximum(count, 1), np.nan)
 
 
 Group = tuple[ArrayLike, ArrayLike, ArrayLike | None]
@@ -87,7 +96,7 @@ def within_video_ccc(groups: Iterable[Group]) -> tuple[Floats, Ints]:
 
 
 def video_moments(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None) -> Floats:
-    """All that the concordance needs to know of one video, [6, 2]: count and sums of x, y, xx, yy, xy.
+    """Sufficient statistics of one video's concordance, [6, 2]: count and sums of x, y, xx, yy, xy.
 
     Moments of videos add up: the concordance of any set of videos is that of their summed moments.
 
@@ -108,7 +117,7 @@ def concordance_of_moments(moments: Floats) -> Floats:
     n = np.maximum(count, 1)
     mean_x, mean_y = x / n, y / n
     spread = (xx + yy) / n - mean_x**2 - mean_y**2 + (mean_x - mean_y) ** 2
-    # What is left of a spread of 0 after rounding is not a spread.
+    # A spread within the rounding error counts as 0.
     some = spread > 64 * np.finfo(np.float64).eps * np.maximum((xx + yy) / n, np.finfo(np.float64).tiny)
     value = np.where(some, 2 * (xy / n - mean_x * mean_y) / np.where(some, spread, 1), 0.0)
     return np.where(count > 0, value, np.nan)
@@ -155,35 +164,37 @@ def bootstrap_interval(
     if table.shape[1:] != (MOMENTS, 2):
         raise ValueError(f"moments must be [V, {MOMENTS}, 2]; got {[*table.shape]}")
     ccc = concordance_of_moments(_resampled(table, resamples, np.random.default_rng(seed)))
-    columns = [*ccc.T, mean_over_dimensions(ccc)]
-    edges = [(1 - level) / 2, (1 + level) / 2]
-    return Interval(*(_quantiles(column, edges) for column in columns))
+    edges = percentile_interval(np.column_stack([ccc, mean_over_dimensions(ccc)]), level)
+    return Interval(*((float(low), float(high)) for low, high in edges))
+
+
+def percentile_interval(values: Floats, level: float = 0.95) -> Floats:
+    """[R, K] -> [K, 2]: the percentile interval of each column; NaN where a column has no number."""
+    edges = ((1 - level) / 2, (1 + level) / 2)
+    finite = [column[np.isfinite(column)] for column in values.T]
+    return np.array([np.quantile(c, edges) if c.size else (np.nan, np.nan) for c in finite])
+
+
+def draw_videos(videos: int, resamples: int, rng: np.random.Generator) -> Floats:
+    """[R, V]: how often each resample of V videos, drawn with replacement, holds each of them."""
+    drawn = rng.integers(videos, size=(resamples, videos)) + videos * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=resamples * videos).reshape(resamples, videos).astype(np.float64)
 
 
 def _resampled(moments: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """Summed moments of each resample, [R, 6, 2]; in chunks, so that memory stays small."""
+    """Summed moments of each resample, [R, 6, 2], computed in chunks to bound memory."""
     videos = len(moments)
     flat = moments.reshape(videos, -1)
     out = np.empty((resamples, flat.shape[1]))
     chunk = max(1, 1_000_000 // videos)
     for first in range(0, resamples, chunk):
         rows = min(chunk, resamples - first)
-        drawn = rng.integers(videos, size=(rows, videos)) + videos * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * videos).reshape(rows, videos)
-        out[first : first + rows] = times @ flat
+        out[first : first + rows] = draw_videos(videos, rows, rng) @ flat
     return out.reshape(resamples, MOMENTS, 2)
 
 
-def _quantiles(values: Floats, edges: list[float]) -> tuple[float, float]:
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return (np.nan, np.nan)
-    low, high = np.quantile(values, edges)
-    return float(low), float(high)
-
-
 def smoothness(value: ArrayLike, time: ArrayLike) -> Floats:
-    """How fast a trace moves: mean absolute change per second, [K]. Lower is smoother.
+    """Mean absolute change of a trace per second, [K]. Lower is smoother.
 
     Args:
         value: [N, K].
@@ -205,7 +216,7 @@ def smoothness(value: ArrayLike, time: ArrayLike) -> Floats:
 
 
 def region_occupancy(target: ArrayLike, mask: ArrayLike | None = None, centers: float = 0.66) -> Floats:
-    """Share of the frames labelled in both dimensions that lie nearest to each region's centre, [9], sums to 1.
+    """Share of the frames labelled in both dimensions that lie nearest to each region's center, [9], sums to 1.
 
     Region 3 * v + a with v, a in (low, middle, high). NaN where no frame is labelled in both.
 
@@ -230,15 +241,6 @@ def _concordance(x: Floats, y: Floats) -> float:
     dx, dy = x - x.mean(), y - y.mean()
     spread = np.mean(dx * dx) + np.mean(dy * dy) + (x.mean() - y.mean()) ** 2
     return float(2 * np.mean(dx * dy) / spread) if spread > 0 else 0.0
-
-
-def _pearson(x: Floats, y: Floats) -> float:
-    if not x.size:
-        return float("nan")
-    dx, dy = x - x[0], y - y[0]
-    dx, dy = dx - dx.mean(), dy - dy.mean()
-    spread = np.sqrt((dx @ dx) * (dy @ dy))
-    return float(dx @ dy / spread) if spread > 0 else 0.0
 
 
 def _columns(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None) -> list[tuple[Floats, Floats]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VALENCE, AROUSAL, MEAN, LABEL = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
-COLOURS = {"valence": VALENCE, "arousal": AROUSAL, "mean": MEAN}
+COLORS = {"valence": VALENCE, "arousal": AROUSAL, "mean": MEAN}
 NO_FACE, NO_AUDIO = "#F0C24B", "#7A5AA0"
 COLUMNS = 1200  # of the region strip: more than a figure resolves
 TRACES = 3  # clips drawn after training
@@ -56,14 +56,20 @@ def plot_trace(
     ratios = [1, 1, 1.35] if tall else [1, 1]
     axes = figure.subplots(len(ratios), 1, sharex=True, gridspec_kw={"height_ratios": ratios})
     for k, name in enumerate(DIMENSIONS):
-        _trace_panel(axes[k], name, time, va[:, k], None if label is None else label[:, k])
-        for valid, colour, missing, hatch in ((face, NO_FACE, "no face", ""), (audio, NO_AUDIO, "no audio", "///")):
+        axes[k].axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
+        if label is not None and np.isfinite(label[:, k]).any():
+            axes[k].plot(time, label[:, k], color=LABEL, linewidth=1.6, label="label", zorder=2)
+        axes[k].plot(time, va[:, k], color=COLORS[name], linewidth=1.7, label=f"predicted {name}", zorder=3)
+        axes[k].set(ylim=(-1.05, 1.05), yticks=[-1, -0.5, 0, 0.5, 1])
+        axes[k].set_ylabel(name, color=COLORS[name], fontweight="bold")
+        _tidy(axes[k])
+        for valid, color, missing, hatch in ((face, NO_FACE, "no face", ""), (audio, NO_AUDIO, "no audio", "///")):
             for begin, end in [] if valid is None else missing_spans(time, valid):
                 axes[k].axvspan(
                     begin,
                     end,
-                    facecolor="none" if hatch else colour,
-                    edgecolor=colour,
+                    facecolor="none" if hatch else color,
+                    edgecolor=color,
                     alpha=0.55 if hatch else 0.32,
                     hatch=hatch,
                     linewidth=0,
@@ -82,17 +88,6 @@ def plot_trace(
     _save(figure, path)
 
 
-def _trace_panel(axes: "Axes", name: str, time: Floats, value: Floats, label: Floats | None) -> None:
-    axes.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
-    if label is not None and np.isfinite(label).any():
-        axes.plot(time, label, color=LABEL, linewidth=1.6, label="label", zorder=2)
-    axes.plot(time, value, color=COLOURS[name], linewidth=1.7, label=f"predicted {name}", zorder=3)
-    axes.set_ylim(-1.05, 1.05)
-    axes.set_yticks([-1, -0.5, 0, 0.5, 1])
-    axes.set_ylabel(name, color=COLOURS[name], fontweight="bold")
-    _tidy(axes)
-
-
 def missing_spans(time: Floats, valid: Bools) -> list[tuple[float, float]]:
     """Begin and end in seconds of every span of frames without input; a frame lasts until the next one."""
     ends = np.append(time[1:], time[-1:] + median_interval(time))
@@ -102,7 +97,7 @@ def missing_spans(time: Floats, valid: Bools) -> list[tuple[float, float]]:
 
 
 def _region_panel(figure: "Figure", axes: "Axes", time: Floats, regions: Floats) -> None:
-    """A strip per region: its probability over time."""
+    """Draw a strip per region: its probability over time."""
     if not len(time):
         return
     begin, end = float(time[0]), float(time[-1]) + median_interval(time)
@@ -140,15 +135,20 @@ def plot_training(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     figure = _figure(10.5, 3.8)
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    for name, colour in (("total", MEAN), ("ccc", "#009E73"), ("kl", "#CC79A7")):
+    losses = (
+        ("total", MEAN, "total"),
+        ("ccc", "#009E73", "1 \N{MINUS SIGN} CCC"),
+        ("kl", "#CC79A7", "KL (unweighted)"),
+    )
+    for name, color, label in losses:
         values = [row.get(f"loss_{name}", 0.0) for row in history]
         if any(values):
-            left.plot(epochs, values, color=colour, marker="o", markersize=3, label=_loss_name(name))
+            left.plot(epochs, values, color=color, marker="o", markersize=3, label=label)
     left.set_title("training loss", loc="left", fontweight="bold")
     left.set_ylim(bottom=0)
-    for name, colour in COLOURS.items():
+    for name, color in COLORS.items():
         values = [row[f"val_ccc_{name}"] for row in history]
-        right.plot(epochs, values, color=colour, marker="o", markersize=3, label=name)
+        right.plot(epochs, values, color=color, marker="o", markersize=3, label=name)
     means = np.array([row["val_ccc_mean"] for row in history])
     title = "validation CCC"
     if np.isfinite(means).any():
@@ -162,10 +162,6 @@ def plot_training(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         _tidy(axes)
     _save(figure, path)
-
-
-def _loss_name(name: str) -> str:
-    return {"total": "total", "ccc": "1 \N{MINUS SIGN} CCC", "kl": "KL (unweighted)"}[name]
 
 
 def plot_agreement(path: Path, prediction: Floats, label: Floats, valid: Bools) -> None:
@@ -192,7 +188,7 @@ def plot_agreement(path: Path, prediction: Floats, label: Floats, valid: Bools) 
             )
             figure.colorbar(mesh, ax=axes, shrink=0.8).set_label("frames", fontsize=8)
         axes.set(xlim=(-1, 1), ylim=(-1, 1), xlabel=f"label {name}", ylabel=f"predicted {name}", aspect="equal")
-        axes.set_title(f"{name}: CCC {scores[k]:.3f}", loc="left", color=COLOURS[name], fontweight="bold")
+        axes.set_title(f"{name}: CCC {scores[k]:.3f}", loc="left", color=COLORS[name], fontweight="bold")
         _tidy(axes)
     _save(figure, path)
 
@@ -247,7 +243,7 @@ def _tidy(axes: "Axes") -> None:
 
 
 def _legend(figure: "Figure", panels: Any) -> None:
-    """One legend above all panels, every name once: predictions, label, missing input."""
+    """Draw one legend above all panels, every name once: predictions, label, missing input."""
     named: dict[str, Any] = {}
     for axes in panels:
         handles, names = axes.get_legend_handles_labels()

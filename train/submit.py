@@ -15,7 +15,7 @@ import numpy as np
 
 from vaflow.cache import Cache
 from vaflow.device import choose_device
-from vaflow.errors import DataError, UsageError, explain
+from vaflow.errors import DataError, UsageError, count, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_windows
@@ -54,10 +54,10 @@ class Submitted:
 
 
 def read_sample(path: Path) -> list[SampleRow]:
-    """Rows of a sample submission, in order; what it says of valence and arousal is not looked at.
+    """Rows of a sample submission, in order; its valence and arousal are ignored.
 
     Raises:
-        UsageError: it cannot be read, has another header or no rows, or rows are malformed or there twice: counted.
+        UsageError: it cannot be read, has another header or no rows, or has malformed or repeated rows.
     """
     try:
         lines = path.read_text("utf-8-sig").splitlines()
@@ -70,28 +70,21 @@ def read_sample(path: Path) -> list[SampleRow]:
         raise UsageError(explain(f"{path} is not a sample submission", expected=f"the header {HEADER}", got=header))
     rows, bad = [], []
     for number, line in enumerate(lines[1:], 2):
-        row = _row(line)
-        if row is None:
+        parts = line.split(",")
+        location = _LOCATION.fullmatch(parts[0].strip())
+        if len(parts) != 3 or location is None or int(location["number"]) < 1:
             bad.append(f"line {number}: {line[:60]!r}")
         else:
-            rows.append(row)
+            rows.append(SampleRow(parts[0].strip(), location["trial"], int(location["number"])))
     if bad:
         expected = "TRIAL/00001.jpg,valence,arousal, frames counted from 1"
-        raise UsageError(explain(f"{path} has {_count(len(bad), 'malformed line')}", expected=expected, got=_some(bad)))
-    twice = [location for location, count in Counter(row.location for row in rows).items() if count > 1]
+        raise UsageError(explain(f"{path} has {count(len(bad), 'malformed line')}", expected=expected, got=_some(bad)))
+    twice = [location for location, number in Counter(row.location for row in rows).items() if number > 1]
     if twice:
-        raise UsageError(explain(f"{path} has {_count(len(twice), 'row')} more than once", got=_some(twice)))
+        raise UsageError(explain(f"{path} has {count(len(twice), 'row')} more than once", got=_some(twice)))
     if not rows:
         raise UsageError(explain(f"{path} has no rows", expected="a row for every frame that is to be predicted"))
     return rows
-
-
-def _row(line: str) -> SampleRow | None:
-    parts = line.split(",")
-    found = _LOCATION.fullmatch(parts[0].strip())
-    if len(parts) != 3 or found is None or int(found["number"]) < 1:
-        return None
-    return SampleRow(parts[0].strip(), found["trial"], int(found["number"]))
 
 
 def submit_run(
@@ -126,7 +119,7 @@ def submit_run(
     counts = Counter(row.trial for row in rows)
     known = set(cache.items())
     items = [trial for trial in counts if trial in known]
-    unknown = {trial: count for trial, count in counts.items() if trial not in known}
+    unknown = {trial: number for trial, number in counts.items() if trial not in known}
     traces: dict[str, Floats] = {}
     empty: dict[str, int] = {}
     if items:
@@ -177,12 +170,12 @@ def check_predicted(
     problems = []
     for trials, reason in ((unknown, "not in the cache"), (empty, "without any features")):
         if trials:
-            problems.append(f"{_count(sum(trials.values()), 'row')} of {_count(len(trials), 'trial')} {reason}: ")
+            problems.append(f"{count(sum(trials.values()), 'row')} of {count(len(trials), 'trial')} {reason}: ")
             problems[-1] += _some(list(trials))
     remedy = "Extract these trials into the cache"
     if beyond:
         shown = [f"{row.location} ({len(traces[row.trial])} frames)" for row in beyond]
-        problems.append(f"{_count(len(beyond), 'row')} after the end of their clips: {_some(shown)}")
+        problems.append(f"{count(len(beyond), 'row')} after the end of their clips: {_some(shown)}")
         if not (unknown or empty):
             most = max(row.number - len(traces[row.trial]) for row in beyond)
             remedy = f"--hold {most} repeats each clip's last prediction after its end"
@@ -195,10 +188,6 @@ def check_predicted(
                 remedy=remedy,
             )
         )
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from vaflow.train.batch import BINARY, CLASSES, ExtraTargets, TargetSpec
 
 @dataclass(frozen=True)
 class ExtraRows:
-    """A clip's further targets on a clock of their own: time [R] seconds, value [R, K] in [0, 1], valid [R, K]."""
+    """A clip's further targets with their own times: time [R] seconds, value [R, K] in [0, 1], valid [R, K]."""
 
     spec: TargetSpec
     time: Floats
@@ -32,16 +32,16 @@ def target_specs(cache: Cache, names: Sequence[str]) -> tuple[TargetSpec, ...]:
         UsageError: the cache has no such stream of targets, or its metadata lacks the columns.
     """
     known = {name: info for name, info in cache.streams().items() if info.kind == "targets"}
-    found = []
+    specs = []
     for name in names:
         if name not in known:
             remedy = f"`vaflow cache targets CACHE --stream {name} --task classes --from DIR` makes one"
             raise UsageError(explain("The cache has no such targets", got=name, choices=known, remedy=remedy))
-        said = known[name].identity
-        if said.get("task") not in (CLASSES, BINARY) or not said.get("names"):
-            raise UsageError(explain(f"Stream {name!r} has no description of its targets", got=said))
-        found.append(TargetSpec(name, str(said["task"]), tuple(map(str, said["names"]))))
-    return tuple(found)
+        identity = known[name].identity
+        if identity.get("task") not in (CLASSES, BINARY) or not identity.get("names"):
+            raise UsageError(explain(f"Stream {name!r} has no description of its targets", got=identity))
+        specs.append(TargetSpec(name, str(identity["task"]), tuple(map(str, identity["names"]))))
+    return tuple(specs)
 
 
 def read_rows(cache: Cache, spec: TargetSpec, item: str) -> ExtraRows:
@@ -84,42 +84,40 @@ def probabilities(logits: Tensor, task: str) -> Tensor:
 
 
 def extra_scores(pairs: Mapping[str, Sequence[tuple[ExtraRows, Floats]]]) -> dict[str, Any]:
-    """Metrics of further targets, as the ABAW challenges have them.
+    """Metrics of further targets, as defined by the ABAW challenges.
 
     Args:
         pairs: name -> per clip its targets and the probabilities [R, K] that the model gives at their times.
 
     Returns:
-        name -> {"task", "n_frames", "f1" (per class or unit; None where it is never annotated as there), "macro_f1"
-        (their mean), "accuracy" (of classes: the likeliest is the annotated one; of units: of all annotated cells)}.
+        name -> {"task", "n_frames", "f1" (per class or unit; None where it never occurs), "macro_f1" (their mean),
+        "accuracy" (classes: the likeliest is the annotated one; units: over all annotated cells)}.
     """
-    found = {}
+    scores = {}
     for name, clips in pairs.items():
         spec = clips[0][0].spec
-        said = np.concatenate([chances for _, chances in clips])
+        probability = np.concatenate([values for _, values in clips])
         truth = np.concatenate([rows.value for rows, _ in clips])
         valid = np.concatenate([rows.valid for rows, _ in clips])
-        found[name] = {"task": spec.task} | _scores(spec, said, truth, valid)
-    return found
-
-
-def _scores(spec: TargetSpec, said: Floats, truth: Floats, valid: Bools) -> dict[str, Any]:
-    if spec.task == CLASSES:
-        there = valid.all(axis=1)
-        chosen, label = said[there].argmax(axis=1), truth[there].argmax(axis=1)
-        columns = np.arange(len(spec.names))
-        says, is_so = chosen[:, None] == columns, label[:, None] == columns
-        frames, right = len(label), chosen == label
-    else:
-        says, is_so = (said >= 0.5) & valid, (truth >= 0.5) & valid
-        frames, right = int(valid.any(axis=1).sum()), (says == is_so)[valid]
-    hits, times = (says & is_so).sum(axis=0), says.sum(axis=0) + is_so.sum(axis=0)
-    present = is_so.any(axis=0)
-    f1 = [2 * int(h) / int(n) if there else None for h, n, there in zip(hits, times, present, strict=True)]
-    known = [value for value in f1 if value is not None]
-    return {
-        "n_frames": frames,
-        "f1": dict(zip(spec.names, f1, strict=True)),
-        "macro_f1": float(np.mean(known)) if known else None,
-        "accuracy": float(right.mean()) if right.size else None,
-    }
+        if spec.task == CLASSES:
+            annotated = valid.all(axis=1)
+            chosen, label = probability[annotated].argmax(axis=1), truth[annotated].argmax(axis=1)
+            columns = np.arange(len(spec.names))
+            predicted, actual = chosen[:, None] == columns, label[:, None] == columns
+            frames, right = len(label), chosen == label
+        else:
+            predicted, actual = (probability >= 0.5) & valid, (truth >= 0.5) & valid
+            frames, right = int(valid.any(axis=1).sum()), (predicted == actual)[valid]
+        hits = (predicted & actual).sum(axis=0).tolist()
+        totals = (predicted.sum(axis=0) + actual.sum(axis=0)).tolist()
+        present = actual.any(axis=0).tolist()
+        f1 = [2 * hit / total if occurs else None for hit, total, occurs in zip(hits, totals, present, strict=True)]
+        known = [value for value in f1 if value is not None]
+        scores[name] = {
+            "task": spec.task,
+            "n_frames": frames,
+            "f1": dict(zip(spec.names, f1, strict=True)),
+            "macro_f1": float(np.mean(known)) if known else None,
+            "accuracy": float(right.mean()) if right.size else None,
+        }
+    return scores

@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from vaflow.errors import CorruptError
-from vaflow.train.ablate.statistics import compare, draw, interval, read_moments, resampled_ccc, write_moments
-from vaflow.train.metrics import bootstrap_interval, video_moments
+from vaflow.train.ablate.statistics import compare, draw, read_moments, resampled_ccc, write_moments
+from vaflow.train.metrics import bootstrap_interval, percentile_interval, video_moments
 
 Floats = NDArray[np.float64]
 SEEDS, VIDEOS, RESAMPLES = 3, 7, 200
@@ -81,7 +81,7 @@ def test_pairing_is_what_makes_a_small_constant_gain_visible(labels: list[Floats
     here, there = (resampled_ccc(moments(p, labels), draws) for p in (better, said))
     paired = compare(here, there, np.zeros(3), VIDEOS)
     assert (paired.low > 0).all()
-    assert interval(here)[-1, 0] < interval(there)[-1, 1], "the two intervals overlap, and yet the difference is clear"
+    assert percentile_interval(here)[-1, 0] < percentile_interval(there)[-1, 1], "the two intervals overlap"
 
 
 def test_equal_runs_differ_by_nothing(labels: list[Floats]) -> None:
@@ -104,7 +104,7 @@ def test_few_videos_never_give_a_small_p(labels: list[Floats]) -> None:
 def test_one_seed_has_the_interval_of_evaluate(labels: list[Floats]) -> None:
     table = moments(predictions(labels, 0.4, 1), labels)[:1]
     peer = bootstrap_interval(table[0], resamples=4000, seed=5)
-    found = interval(resampled_ccc(table, draw(VIDEOS, 4000, seed=9)))
+    found = percentile_interval(resampled_ccc(table, draw(VIDEOS, 4000, seed=9)))
     expected = np.array([peer.valence, peer.arousal, peer.mean])
     np.testing.assert_allclose(found, expected, atol=0.15 * float((expected[:, 1] - expected[:, 0]).min()))
 
@@ -115,7 +115,7 @@ def test_a_dimension_without_labels_has_no_interval(labels: list[Floats]) -> Non
     resampled = resampled_ccc(table, draw(VIDEOS, 100))
     assert np.isnan(resampled[:, 1]).all()
     np.testing.assert_array_equal(resampled[:, 2], resampled[:, 0])
-    edges = interval(resampled)
+    edges = percentile_interval(resampled)
     assert np.isfinite(edges[[0, 2]]).all()
     assert np.isnan(edges[1]).all()
     assert np.isnan(compare(resampled, resampled, np.zeros(3), VIDEOS).p[1])

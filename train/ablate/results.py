@@ -11,7 +11,8 @@ from vaflow.timeline import Floats
 from vaflow.train.ablate.grid import SCORES, Table
 from vaflow.train.ablate.plan import Entry, Plan
 from vaflow.train.ablate.pool import RUNS, Ended
-from vaflow.train.ablate.statistics import Comparison, compare, draw, interval, read_moments, resampled_ccc
+from vaflow.train.ablate.statistics import Comparison, compare, draw, read_moments, resampled_ccc
+from vaflow.train.metrics import percentile_interval
 from vaflow.train.runs import RunFolder
 
 
@@ -135,7 +136,9 @@ class _Measure:
         finished = [self._runs[key] for key in entry.keys if key in self._runs]
         scores = np.array([[_number(run.metrics["ccc"][name]) for name in SCORES] for run in finished])
         within = np.array([_number(run.metrics["within_video_ccc"]["mean"]) for run in finished])
-        edges = interval(self._resamples(entry)) if finished and self._videos else np.full((len(SCORES), 2), np.nan)
+        edges = np.full((len(SCORES), 2), np.nan)
+        if finished and self._videos:
+            edges = percentile_interval(self._resamples(entry))
         return RowResult(entry, scores.reshape(-1, len(SCORES)), within, edges, problem=self._problem(entry))
 
     def against(self, row: RowResult, reference: RowResult) -> RowResult:

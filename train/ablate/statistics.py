@@ -1,7 +1,7 @@
-"""What seeds and videos say about a difference: bootstrap over videos, the same resamples for every configuration.
+"""Significance of differences between configurations: bootstrap over videos, with the same resamples for all.
 
-Concordance of any set of videos follows from sums per video (`vaflow.train.metrics.video_moments`), so a resample costs
-one product of matrices, and a run is kept as a small table.
+The concordance of any set of videos follows from sums per video (`vaflow.train.metrics.video_moments`), so a resample
+costs one matrix product, and a run is stored as a small table.
 """
 
 import csv
@@ -16,17 +16,23 @@ from vaflow.cache import Cache
 from vaflow.errors import CorruptError, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
-from vaflow.train.metrics import DIMENSIONS, concordance_of_moments, mean_over_dimensions, video_moments
+from vaflow.train.metrics import (
+    DIMENSIONS,
+    concordance_of_moments,
+    draw_videos,
+    mean_over_dimensions,
+    percentile_interval,
+    video_moments,
+)
 from vaflow.train.runs import RunFolder
 
 RESAMPLES = 10_000
-LEVEL = 0.95
 
 Moments = Mapping[str, Floats]  # video -> [6, 2]
 
 
 def moments_file(run: Path) -> Path:
-    """Where a run's moments are kept."""
+    """File of a run's moments."""
     return run / "moments.json"
 
 
@@ -36,15 +42,15 @@ def video_moments_of(folder: RunFolder, cache: Cache, split: str) -> dict[str, F
     Clips that the run's metrics leave out are left out.
     """
     left_out = set(folder.read_metrics()["missing"]["clips"])
-    found: dict[str, Floats] = {}
+    moments: dict[str, Floats] = {}
     files = folder.predictions(split)
     for path in sorted(files.rglob("*.csv")):
         item = path.relative_to(files).as_posix().removesuffix(".csv")
-        moments = None if item in left_out else _moments_of_csv(path)
-        if moments is not None:
+        of_clip = None if item in left_out else _moments_of_csv(path)
+        if of_clip is not None:
             video = str(cache.meta(item).get("group") or item)
-            found[video] = found.get(video, 0) + moments
-    return found
+            moments[video] = moments.get(video, 0) + of_clip
+    return moments
 
 
 def _moments_of_csv(path: Path) -> Floats | None:
@@ -61,13 +67,13 @@ def _moments_of_csv(path: Path) -> Floats | None:
 
 
 def write_moments(run: Path, moments: Moments) -> None:
-    """Keep them beside the run."""
+    """Store moments with a run."""
     document = {video: table.tolist() for video, table in moments.items()}
     write_file(moments_file(run), (json.dumps(document) + "\n"))
 
 
 def read_moments(run: Path) -> dict[str, Floats]:
-    """What `write_moments` wrote.
+    """Read what `write_moments` wrote.
 
     Raises:
         CorruptError: the file is damaged.
@@ -80,10 +86,8 @@ def read_moments(run: Path) -> dict[str, Floats]:
 
 
 def draw(videos: int, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """[R, V]: how often each resample of V videos, drawn with replacement, holds each of them."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(videos, size=(resamples, videos)) + videos * np.arange(resamples)[:, None]
-    return np.bincount(drawn.ravel(), minlength=resamples * videos).reshape(resamples, videos).astype(np.float64)
+    """[R, V]: the resamples that all configurations share, as of `draw_videos`."""
+    return draw_videos(videos, resamples, np.random.default_rng(seed))
 
 
 def resampled_ccc(moments: Floats, draws: Floats) -> Floats:
@@ -102,21 +106,14 @@ def resampled_ccc(moments: Floats, draws: Floats) -> Floats:
     return np.concatenate([ccc, mean_over_dimensions(ccc)[:, None]], axis=1)
 
 
-def interval(values: Floats, level: float = LEVEL) -> Floats:
-    """[R, K] -> [K, 2]: the percentile interval of each column; NaN where a column has no number."""
-    edges = ((1 - level) / 2, (1 + level) / 2)
-    finite = [column[np.isfinite(column)] for column in values.T]
-    return np.array([np.quantile(c, edges) if c.size else (np.nan, np.nan) for c in finite])
-
-
 @dataclass(frozen=True)
 class Comparison:
     """One configuration minus another on the same videos: [3] each, valence, arousal and mean.
 
     Attributes:
         difference: as observed. low, high: its 95 % interval.
-        p: of two sides: twice the share of resamples in which the difference has the other sign, but not less than a
-            test of signs over these videos could give.
+        p: two-sided: twice the share of resamples in which the difference has the other sign, at least the smallest p
+            of a sign test over these videos.
     """
 
     difference: Floats
@@ -126,24 +123,20 @@ class Comparison:
 
 
 def compare(one: Floats, other: Floats, observed: Floats, videos: int) -> Comparison:
-    """Paired bootstrap.
+    """Compare two configurations by a paired bootstrap.
 
     Args:
         one, other: [R, 3] from `resampled_ccc` with the same draws.
         observed: [3] difference on the videos as they are.
-        videos: how many there are.
+        videos: number of videos.
     """
     difference = one - other
-    edges = interval(difference)
-    least = 2.0 ** (1 - videos)  # that all of them agree by chance: a bootstrap of three videos would say p < .001
-    p = np.array([np.maximum(least, _p_value(column)) for column in difference.T])
+    edges = percentile_interval(difference)
+    least = 2.0 ** (1 - videos)  # all videos agree by chance; a bootstrap of three videos alone would give p < .001
+    p = np.full(difference.shape[1], np.nan)
+    for k, column in enumerate(difference.T):
+        finite = column[np.isfinite(column)]
+        if finite.size:
+            tail = min(np.count_nonzero(finite <= 0), np.count_nonzero(finite >= 0))
+            p[k] = max(least, min(1.0, 2 * (tail + 1) / (finite.size + 1)))  # + 1: resamples are finite, no p is 0
     return Comparison(observed, edges[:, 0], edges[:, 1], p)
-
-
-def _p_value(differences: Floats) -> float:
-    """Two-sided; one is added to both counts, so that no p is 0 because resamples are finite."""
-    finite = differences[np.isfinite(differences)]
-    if not finite.size:
-        return float("nan")
-    tail = min(np.count_nonzero(finite <= 0), np.count_nonzero(finite >= 0))
-    return min(1.0, 2 * (tail + 1) / (finite.size + 1))
