@@ -130,6 +130,16 @@ def test_masked_patches_are_none_and_in_order(checkpoints: dict[str, Path]) -> N
     assert encoder.module.model(pixel_values=torch.zeros(1, 3, 224, 224)).last_hidden_state.shape[1] == 1 + 49
 
 
+def test_sizes_of_older_processors_are_numbers() -> None:
+    old = {"size": 224, "crop_size": 224, "feature_extractor_type": "CLIPFeatureExtractor"}
+    geometry = image_preprocessing("x", old, "CLIPImageProcessor").preparation
+    assert (geometry.size, geometry.edge, geometry.resize_mode) == (224, 0, "shortest")
+    with pytest.raises(UsageError, match="invalid settings"):
+        image_preprocessing("x", {"size": "many"}, "ViTImageProcessor")
+    with pytest.raises(UsageError, match="not supported"):
+        image_preprocessing("x", {"image_processor_type": "EvilProcessor"}, "ViTImageProcessor")
+
+
 # --- audio
 
 

@@ -47,7 +47,10 @@ def bit() -> Any:
 
 IMAGES: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "dinov2": lambda: (hf.Dinov2Model(hf.Dinov2Config(**DINO)), bit()),
-    "dinov2-registers": lambda: (hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**DINO)), bit()),
+    "dinov2-registers": lambda: (
+        hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**DINO | {"image_size": 448})),
+        bit(),
+    ),
     "dinov3": lambda: (
         hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VIT, num_register_tokens=4)),
         hf.DINOv3ViTImageProcessor(),

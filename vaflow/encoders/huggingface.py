@@ -93,7 +93,7 @@ def make_encoder(request: Request, loaded: LoadedModel) -> ImageEncoder:
         )
     preprocessing = image_preprocessing(request.name, loaded.processor, family.processor)
     size, expected = preprocessing.preparation.size, getattr(config, "image_size", None)
-    if isinstance(expected, int) and expected != size and loaded.model_type not in ("dinov2", "dinov3_vit"):
+    if isinstance(expected, int) and expected != size and not loaded.model_type.startswith("dino"):
         problem = f"The image processor and the network of {request.name} disagree on the image size"
         raise UsageError(explain(problem, expected=f"{expected} pixels", got=f"{size} pixels"))
     network = ImageNetwork(loaded.module, loaded.model_type, choice, numbers, pooling)
