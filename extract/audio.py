@@ -98,8 +98,14 @@ def decode_audio(path: Path, *, start: float, duration: float) -> Blocks:
             if line.full:
                 break
         yield from line.close()
+        covered = sum(stop - start for start, stop in line.covered) / RATE
+        status: Status = "short" if covered < duration - _SHORT else "ok"
+        if not source.rate:
+            status = "unreadable"
+        elif line.covered and line.peak < SILENT_PEAK:
+            status = "silent"
         return AudioSummary(
-            status=_status(line, source, duration),
+            status=status,
             samples=line.emitted,
             covered=tuple((a / RATE, b / RATE) for a, b in line.covered),
             peak=line.peak,
@@ -108,15 +114,6 @@ def decode_audio(path: Path, *, start: float, duration: float) -> Blocks:
             codec=context.name,
             damaged=source.damaged,
         )
-
-
-def _status(line: "_Line", source: "_Source", duration: float) -> Status:
-    if not source.rate:
-        return "unreadable"
-    if line.covered and line.peak < SILENT_PEAK:
-        return "silent"
-    covered = sum(stop - start for start, stop in line.covered) / RATE
-    return "short" if covered < duration - _SHORT else "ok"
 
 
 @dataclass(frozen=True)
@@ -165,10 +162,10 @@ class _Source:
             path = self._media.path
             raise MediaError(
                 explain(
-                    f"The audio times of {path} go back: two recordings were joined in one file",
+                    f"The audio times of {path} go back: the file consists of several recordings",
                     expected="times that ascend",
                     got=f"{time:.2f} s after {self._last:.2f} s",
-                    remedy=f"Write them anew: ffmpeg -i {quote(str(path))} -c copy NEW.mkv",
+                    remedy=f"Rewrite the times: ffmpeg -i {quote(str(path))} -c copy NEW.mkv",
                 )
             )
         self._last = time

@@ -1,13 +1,11 @@
-"""Opening media files: the only module that calls FFmpeg's demuxers and translates their errors."""
+"""Open and demux media files with FFmpeg; its errors become MediaError."""
 
-import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
 
 import av
 import numpy as np
@@ -26,22 +24,19 @@ from vaflow.images import MAX_PIXELS
 from vaflow.process import beat
 
 _MICROSECONDS = 1_000_000  # FFmpeg's container-wide clock
-_PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # texts that name other files
-_REPEATS, _SPARE = 4, 2**20  # times that a file's bytes may come out (edit lists repeat some), and bytes beyond
-_EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-
-
+_PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # text files that name other files
+_REPEATS, _SPARE = 4, 2**20  # the packets of a file may have this many times its size (edit lists), plus these bytes
 SQUARE = Fraction(1)  # pixel aspect
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An open file, its best video and audio streams (cover images are not video), and its clock.
+    """An open file, its best video and audio streams (cover images do not count as video), and its clock.
 
     Attributes:
-        pixel_aspect: width / height of a stored pixel of the video, as the container or else the codec says.
+        pixel_aspect: width / height of a stored pixel of the video, from the container, else from the codec.
         start: seconds, the container's start time; the clip clock counts from here.
-        duration: seconds that the container promises for the whole file, or None.
+        duration: seconds of the whole file according to the container, or None.
     """
 
     path: Path
@@ -53,10 +48,10 @@ class Opened:
     pixel_aspect: Fraction = SQUARE
 
     def need_video(self) -> VideoStream:
-        """The video stream.
+        """Return the video stream.
 
         Raises:
-            MediaError: there is none, or no decoder for it.
+            MediaError: the file has none, or FFmpeg has no decoder for it.
         """
         if self.video is None:
             raise MediaError(
@@ -67,31 +62,26 @@ class Opened:
                 )
             )
         if self.video.codec_context is None:
-            raise MediaError(explain(f"{self.path} has a video stream that this FFmpeg has no decoder for"))
+            raise MediaError(explain(f"{self.path} has a video stream that this FFmpeg cannot decode"))
         return self.video
 
     def clip_times(self, ticks: Iterable[int], stream: Stream) -> NDArray[np.float64]:
-        """Ticks of a stream -> [N] seconds on the clip clock."""
+        """Convert ticks of a stream to [N] seconds on the clip clock."""
         base = stream.time_base or Fraction(1, _MICROSECONDS)
         return np.fromiter((seconds(tick, base) for tick in ticks), np.float64) - self.start
 
     def stream_duration(self, stream: Stream) -> float | None:
-        """Seconds that the container promises for one stream, or None. Matroska keeps them in a tag."""
+        """Return the seconds of one stream according to the container, or None."""
         if stream.duration is not None and stream.time_base is not None:
             return float(stream.duration * stream.time_base)
-        return _tag_seconds(stream.metadata.get("DURATION", ""))
-
-
-def _tag_seconds(text: str) -> float | None:
-    """ "00:01:02.500000000" -> 62.5; None for anything else."""
-    parts = text.split(":")
-    if len(parts) != 3:
-        return None
-    try:
-        hours, minutes, rest = (float(part) for part in parts)
-    except ValueError:
-        return None
-    return hours * 3600 + minutes * 60 + rest
+        parts = stream.metadata.get("DURATION", "").split(":")  # the tag of Matroska: "00:01:02.500000000"
+        if len(parts) != 3:
+            return None
+        try:
+            hours, minutes, rest = (float(part) for part in parts)
+        except ValueError:
+            return None
+        return hours * 3600 + minutes * 60 + rest
 
 
 @contextmanager
@@ -109,13 +99,16 @@ def opened(path: Path) -> Iterator[Opened]:
         if video is not None and video.disposition & Disposition.attached_pic:
             video = None
         if isinstance(video, VideoStream) and video.codec_context is not None:
-            video.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change on the way
+            video.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the frame size may change within the file
         pixel_aspect = SQUARE
         if isinstance(video, VideoStream):
             aspect = video.sample_aspect_ratio
             pixel_aspect = aspect if aspect is not None and aspect > 0 else SQUARE  # 0: unknown
             if video.codec_context is not None:
-                _check_size(path, *display_size(video.codec_context.width, video.codec_context.height, pixel_aspect))
+                width, height = display_size(video.codec_context.width, video.codec_context.height, pixel_aspect)
+                if width * height > MAX_PIXELS:
+                    problem, expected = f"{path} claims frames that are too large", f"at most {MAX_PIXELS} pixels"
+                    raise MediaError(explain(problem, expected=f"{expected} (8192 x 8192)", got=f"{width} x {height}"))
         audio = container.streams.best("audio")
         if video is None and audio is None:
             kinds = ", ".join(s.type for s in container.streams) or "none"
@@ -139,46 +132,39 @@ def _open(path: Path) -> InputContainer:
     if path.stat().st_size == 0:
         raise MediaError(explain(f"{path} is empty", expected="a media file", got="0 bytes"))
     try:
-        # "file:" because FFmpeg reads "12:30.mp4" as a protocol; the whitelist because a text file may be a playlist
-        # that names hosts or other files.
+        # "file:", because FFmpeg reads "12:30.mp4" as a protocol; the whitelist, because a text file may be a playlist
+        # of URLs or other files.
         return av.open(
             f"file:{path}",
             options={"protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)},
             metadata_errors="replace",
         )
-    except (FFmpegError, ValueError, OverflowError) as error:  # PyAV raises the last two for absurd headers
+    except (FFmpegError, ValueError, OverflowError) as error:  # PyAV raises the last two for invalid headers
         raise MediaError(
             explain(
                 f"{path} cannot be opened as a media file ({getattr(error, 'strerror', None) or error})",
                 expected="a video file that FFmpeg can read",
-                got=f"{path.stat().st_size} bytes of another kind, or a file cut off before its index",
+                got=f"{path.stat().st_size} bytes of another format, or a file truncated before its index",
                 remedy="Copy or download the file again, or check that it is a media file",
             )
         ) from error
 
 
 def display_size(width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:
-    """(width, height) in square pixels: the stored size, enlarged in one direction."""
+    """Return (width, height) in square pixels: the stored size, enlarged in one direction."""
     if pixel_aspect >= 1:
         return round(width * pixel_aspect), height
     return width, round(height / pixel_aspect)
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        got = f"{width} x {height}"
-        problem = f"{path} claims frames that are too large"
-        raise MediaError(explain(problem, expected=f"at most {MAX_PIXELS} pixels (8192 x 8192)", got=got))
-
-
 def read_packets(media: Opened, streams: Sequence[Stream]) -> Iterator[Packet]:
-    """Packets in file order, up to the end or the first place where the file cannot be read any further.
+    """Yield packets in file order, up to the end or the first unreadable position.
 
     Raises:
-        MediaError: there are more of them than a file of this size can hold.
+        MediaError: there are more packets than a file of this size can hold.
     """
     packets = media.container.demux(*streams)
-    most = _REPEATS * media.path.stat().st_size + _SPARE
+    remaining = _REPEATS * media.path.stat().st_size + _SPARE
     for number in count():
         beat()
         try:
@@ -187,13 +173,13 @@ def read_packets(media: Opened, streams: Sequence[Stream]) -> Iterator[Packet]:
             return
         if packet is None or (packet.size == 0 and packet.dts is None):  # PyAV ends with an empty, flushing packet
             return
-        most -= packet.size
-        if most < 0 or number >= MAX_PACKETS:
+        remaining -= packet.size
+        if remaining < 0 or number >= MAX_PACKETS:
             raise MediaError(
                 explain(
                     f"{media.path} contains more packets than its size allows",
                     expected=f"at most {MAX_PACKETS} packets, of no more bytes than the file has",
-                    got="an index that repeats the same bytes, or a wrong count",
+                    got="an index that repeats bytes, or a wrong count",
                     remedy="The file is damaged or malicious; remove it from the data set",
                 )
             )
@@ -202,7 +188,7 @@ def read_packets(media: Opened, streams: Sequence[Stream]) -> Iterator[Packet]:
 
 
 def decode(media: Opened, stream: VideoStream) -> Iterator[VideoFrame]:
-    """Every frame that decoding shows, on one thread. Packets that do not decode are left out, as players do."""
+    """Yield every decoded frame, on one thread. Packets that do not decode are skipped, as in players."""
     stream.codec_context.thread_count = 1
     for packet in read_packets(media, [stream]):
         yield from decode_packet(stream, packet)
@@ -210,7 +196,7 @@ def decode(media: Opened, stream: VideoStream) -> Iterator[VideoFrame]:
 
 
 def decode_packet(stream: VideoStream, packet: Packet | None) -> list[VideoFrame]:
-    """The frames that a packet completes; None flushes the decoder. Empty where the packet is damaged."""
+    """Return the frames that a packet completes; None flushes the decoder. Empty if the packet is damaged."""
     try:
         return stream.decode(packet)
     except FFmpegError:
@@ -218,71 +204,5 @@ def decode_packet(stream: VideoStream, packet: Packet | None) -> list[VideoFrame
 
 
 def seconds(timestamp: int, time_base: Fraction) -> float:
-    """Ticks -> seconds, rounded once, so that equal ticks give equal numbers everywhere."""
+    """Convert ticks to seconds, rounded once, so that equal ticks always give equal numbers."""
     return timestamp * time_base.numerator / time_base.denominator
-
-
-def promised_size(path: Path) -> int | None:
-    """Size of the file according to the container's outermost boxes, or None where they have no size (live recordings).
-
-    MP4 and MOV: the chain of boxes. Matroska and WebM: the segment's size. AVI: the chain of RIFF chunks.
-    """
-    with path.open("rb") as file:
-        head = file.read(12)
-        size = path.stat().st_size
-        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp"):
-            return _chain(file, size, _mp4_box)
-        if head[:4] == b"RIFF":
-            return _chain(file, size, _riff_chunk)
-        if head[:4] == _EBML:
-            return _matroska_end(file)
-    return None
-
-
-def _chain(file: BinaryIO, size: int, length_of: Callable[[bytes], int | None]) -> int | None:
-    position = 0
-    while position < size:
-        file.seek(position)
-        length = length_of(file.read(16))
-        if length is None:
-            return None if position == 0 else position
-        position += length
-    return position
-
-
-def _mp4_box(head: bytes) -> int | None:
-    if len(head) < 8:
-        return None
-    (length,) = struct.unpack(">I", head[:4])
-    if length == 1 and len(head) == 16:
-        (length,) = struct.unpack(">Q", head[8:16])
-    return length if length >= 8 else None  # 0: up to the end of the file
-
-
-def _riff_chunk(head: bytes) -> int | None:
-    if len(head) < 8 or head[:4] != b"RIFF":
-        return None
-    (length,) = struct.unpack("<I", head[4:8])
-    return 8 + length + length % 2
-
-
-def _matroska_end(file: BinaryIO) -> int | None:
-    file.seek(4)
-    header = _ebml_size(file)
-    if header is None:
-        return None
-    file.seek(header, 1)
-    if file.read(4) != _SEGMENT:
-        return None
-    length = _ebml_size(file)
-    return None if length is None else file.tell() + length
-
-
-def _ebml_size(file: BinaryIO) -> int | None:
-    """Matroska's variable-length integer: leading zero bits of the first byte count the bytes that follow."""
-    first = file.read(1)
-    if not first or not first[0]:
-        return None
-    more = 8 - first[0].bit_length()
-    value = int.from_bytes(bytes([first[0] & (0x7F >> more)]) + file.read(more))
-    return None if value == (1 << 7 * (more + 1)) - 1 else value  # all ones: unknown

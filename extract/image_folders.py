@@ -1,4 +1,4 @@
-"""Folders of numbered images: face crops of a video's frames, and whole frames in place of a video.
+"""Directories of numbered images: face crops of a video's frames, and whole frames instead of a video.
 
 Crops (Aff-Wild2's `cropped_aligned`) are numbered from 1: image n shows frame n - 1. Whole frames (AFEW-VA) are
 numbered from 0: image n is frame n, shown at n / rate seconds. A missing number is a frame without a face.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow import images as pictures
+from vaflow import images
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.files import entries, is_regular
 from vaflow.datasets.text import MAX_FRAME
@@ -24,52 +24,46 @@ from vaflow.extract.video import MediaInfo, VideoInfo
 from vaflow.process import beat
 from vaflow.timeline import Floats, Ints
 
-PICTURES = frozenset({".jpg", ".jpeg", ".png"})
-IMAGES_DIGEST = "images_blake2b"  # member of a record's facts: `ImageDigest` of the images that it was made from
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+IMAGES_DIGEST = "images_blake2b"  # member of a record's facts: `ImageDigest` of its source images
 _DIGEST_BYTES = 16
 
 
 def list_crops(folders: Sequence[Path]) -> dict[int, Path]:
-    """0-based frame number -> crop file, ascending, of several folders merged; the first folder that has a number wins.
+    """Return 0-based frame number -> crop file, ascending, of several directories; the first with a number wins.
 
-    A file's number is the video frame it shows, whatever other files there are: never shift. Files whose names are
-    not digits from 1 to ten million with a picture's extension are left alone; a folder that is not there holds none.
+    A file's number is the video frame that it shows, independent of other files. Files whose names are not digits from
+    1 to ten million with the extension of an image are ignored, and so are directories that do not exist.
     """
-    found: dict[int, Path] = {}
+    crops: dict[int, Path] = {}
     for folder in folders:
         if not Path(folder).is_dir():
             continue
-        with os.scandir(folder) as listing:  # tells files from folders without a call for each
+        with os.scandir(folder) as listing:  # distinguishes files from directories without a call for each
             names = sorted(entry.name for entry in listing if is_regular(entry))
         for name in names:
-            number = _number(name)
-            if number is not None:
-                found.setdefault(number, Path(folder) / name)
-    return dict(sorted(found.items()))
-
-
-def _number(name: str) -> int | None:
-    stem, extension = os.path.splitext(name)  # noqa: PTH122 - half a million times: Path is slow
-    if extension.lower() not in PICTURES or not (stem.isascii() and stem.isdigit()):
-        return None
-    number = int(stem)
-    return number - 1 if 1 <= number <= MAX_FRAME else None
+            stem, extension = os.path.splitext(name)  # noqa: PTH122 - half a million calls: Path is slow
+            if extension.lower() not in IMAGE_SUFFIXES or not (stem.isascii() and stem.isdigit()):
+                continue
+            if 1 <= int(stem) <= MAX_FRAME:
+                crops.setdefault(int(stem) - 1, Path(folder) / name)
+    return dict(sorted(crops.items()))
 
 
 def read_crop(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
-    """The file's bytes as they are, and its picture, RGB [H, W, 3] uint8.
+    """Return the file's bytes, and its image, RGB [H, W, 3] uint8.
 
     Raises:
-        MediaError: the file cannot be read, or is no whole picture of a possible size; the caller marks the sample as
-            invalid.
+        MediaError: the file is unreadable, or not a complete image within the size limit; the caller marks the sample
+            as invalid.
     """
     beat()
-    data = pictures.read_file(path)
-    return data, pictures.decode(data, str(path))
+    data = images.read_file(path)
+    return data, images.decode(data, str(path))
 
 
 def crops_identity(crops: Mapping[int, Path]) -> dict[str, Any]:
-    """Identity of a set of crops: their count, and a digest of their numbers, names and sizes."""
+    """Return the identity of a set of crops: their count, and a digest of their numbers, names and sizes."""
     digest = blake2b(digest_size=_DIGEST_BYTES)
     for number, path in sorted(crops.items()):
         beat()
@@ -85,65 +79,65 @@ class ImageDigest:
         self._last = -1
 
     def add(self, number: int, data: bytes) -> None:
-        """Add an image, unless it is the one that was added last."""
+        """Add an image, unless it was the last one added."""
         if number != self._last:
             self._last = number
             self._digest.update(f"{number}\t{len(data)}\n".encode() + data)
 
     def hexdigest(self) -> str:
-        """In hexadecimal."""
+        """Return the digest in hexadecimal."""
         return self._digest.hexdigest()
 
 
 def images_digest(clip: Clip, frames: Ints) -> str:
-    """`ImageDigest` of the images at these frame numbers as they are now; unreadable and missing ones are left out."""
-    images = list_crops(clip.crops) if clip.crops else list_stills(clip.frames or Path())
+    """Return the current `ImageDigest` of the images at these frame numbers; skips unreadable and missing ones."""
+    paths = list_crops(clip.crops) if clip.crops else list_stills(clip.frames or Path())
     digest = ImageDigest()
     for number in frames.tolist():
         with suppress(MediaError, KeyError):
-            digest.add(number, read_crop(images[number])[0])
+            digest.add(number, read_crop(paths[number])[0])
     return digest.hexdigest()
 
 
-_EXPECTED = "images named by frame number from 0 on, such as 00000.png"
+_EXPECTED = "images named by frame number, from 0, such as 00000.png"
 
 
 def list_stills(folder: Path) -> dict[int, Path]:
-    """Frame number -> picture, ascending. Of one number's several files (.jpg, .png) the first by name counts.
+    """Return frame number -> image file, ascending. If several files have a number, the first by name is used.
 
     Raises:
-        MediaError: the folder is not there or holds no numbered picture, or a number is far too large.
+        MediaError: the directory is missing or has no numbered image, or a number is too large.
     """
-    found: dict[int, Path] = {}
+    stills: dict[int, Path] = {}
     for entry in entries(folder):
         file = folder / entry.name
-        if file.suffix.lower() in PICTURES and file.stem.isascii() and file.stem.isdigit() and is_regular(entry):
-            found.setdefault(int(file.stem), file)
-    if not found:
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.stem.isascii() and file.stem.isdigit() and is_regular(entry):
+            stills.setdefault(int(file.stem), file)
+    if not stills:
         raise MediaError(explain(f"{folder} holds no frames", expected=_EXPECTED))
-    if max(found) > MAX_FRAME:
-        got = found[max(found)].name
-        raise MediaError(explain(f"{folder} has a frame number that is none", expected=_EXPECTED, got=got))
-    return dict(sorted(found.items()))
+    if max(stills) > MAX_FRAME:
+        got = stills[max(stills)].name
+        raise MediaError(explain(f"{folder} has a frame number above {MAX_FRAME}", expected=_EXPECTED, got=got))
+    return dict(sorted(stills.items()))
 
 
 def still_times(stills: Mapping[int, Path], rate: float) -> Floats:
-    """[N] seconds of all frames from 0 to the last one that has a picture."""
+    """Return the times [N] in seconds of all frames from 0 to the last one with an image."""
     return np.arange(max(stills) + 1) / rate
 
 
 def open_stills(clip: Clip) -> tuple[MediaInfo, Floats]:
-    """What a clip of pictures holds, in the terms of a video, and its frame times [N].
+    """Return the properties of a clip of images, as of a video, and its frame times [N].
 
     Raises:
-        MediaError: there are no pictures, the first one cannot be read, nothing says how fast they follow,
-            or they span more time than a recording can.
+        MediaError: there are no images, the first one is unreadable, the frame rate is unknown, or the clip is longer
+            than the limit.
     """
     if clip.frames is None or not clip.frame_rate or clip.frame_rate <= 0:
         raise MediaError(explain(f"{clip.id!r} has no frame rate", expected="frames per second above 0"))
     stills = list_stills(clip.frames)
     first = next(iter(stills.values()))
-    (width, height), codec = pictures.measure(first)
+    (width, height), codec = images.measure(first)
     times, rate = still_times(stills, clip.frame_rate), clip.frame_rate
     check_span(clip.frames, times)
     video = VideoInfo(width, height, codec, rate, rate, len(stills), len(times) / rate, 0)
@@ -151,7 +145,7 @@ def open_stills(clip: Clip) -> tuple[MediaInfo, Floats]:
 
 
 def stills_identity(folder: Path, rate: float | None) -> dict[str, Any]:
-    """What tells one folder of frames from another: its listing, and how fast the frames follow.
+    """Return the identity of a directory of frames: its listing, and the frame rate.
 
     Raises:
         MediaError: as `list_stills`.
@@ -160,7 +154,7 @@ def stills_identity(folder: Path, rate: float | None) -> dict[str, Any]:
 
 
 def stills_at(folder: Path, wanted: Ints) -> Iterator[tuple[int, bytes, NDArray[np.uint8] | None]]:
-    """(frame number, file's bytes, RGB image [H, W, 3]) of every wanted frame with a file; None if it is unreadable."""
+    """Yield (frame number, bytes, RGB image [H, W, 3]) of every wanted frame with a file; None if it is unreadable."""
     stills = list_stills(folder)
     for number in wanted.tolist():
         if number not in stills:

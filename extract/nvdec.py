@@ -37,7 +37,7 @@ def import_torchcodec() -> Any:
     Raises:
         UsageError: it is not installed, or does not find FFmpeg's libraries.
     """
-    remedy = "pip install -e '.[nvdec]' (in the clone) and FFmpeg's shared libraries, or use --decoder pyav"
+    remedy = "Use --decoder pyav, or install FFmpeg's shared libraries and, in the clone: pip install -e '.[nvdec]'"
     try:
         import torchcodec.decoders
     except (ImportError, RuntimeError, OSError) as error:
@@ -83,7 +83,12 @@ def frames_on_gpu(path: Path, wanted: Ints, times: Floats, device: str) -> Itera
             numbers = np.asarray(wanted[begin : begin + AT_ONCE], np.int64)
             requested = times[numbers]
             batch = decoder.get_frames_played_at(seconds=(requested + start + _LATE).tolist())
-            _check_times(path, requested, batch.pts_seconds.cpu().numpy() - start)
+            returned = batch.pts_seconds.cpu().numpy() - start
+            off = np.abs(returned - requested)
+            if (off > _SAME).any():
+                worst = int(off.argmax())
+                problem = f"the frame at {returned[worst]:.4f} s instead of the one at {requested[worst]:.4f} s"
+                raise _cannot(path, problem)
             yield from zip(numbers.tolist(), batch.data.cpu().numpy(), strict=True)
             beat()
     except MediaError:
@@ -106,13 +111,6 @@ def _cannot(path: Path, got: str) -> MediaError:
     return MediaError(explain(f"{path} cannot be decoded by the GPU", got=got, remedy=remedy))
 
 
-def _check_times(path: Path, requested: Floats, got: Floats) -> None:
-    off = np.abs(got - requested)
-    if (off > _SAME).any():
-        worst = int(off.argmax())
-        raise _cannot(path, f"the frame at {got[worst]:.4f} s instead of the one at {requested[worst]:.4f} s")
-
-
 def check_parity(path: Path, device: str) -> float:
     """Mean difference, in grey levels, between NVDEC's and PyAV's first frames of a file; it is logged.
 
@@ -123,7 +121,10 @@ def check_parity(path: Path, device: str) -> float:
     times = frame_times(path)
     wanted = np.arange(min(COMPARED, len(times)))
     pairs = zip(frames_at(path, wanted, times), frames_on_gpu(path, wanted, times, device), strict=True)
-    differences = [_difference(one, other) for (_, one), (_, other) in pairs]
+    differences = [
+        float(np.abs(one.astype(np.int16) - other).mean()) if one.shape == other.shape else float("inf")
+        for (_, one), (_, other) in pairs
+    ]
     mean = float(np.mean(differences))
     if not mean <= TOLERANCE:
         raise VaflowError(
@@ -136,9 +137,3 @@ def check_parity(path: Path, device: str) -> float:
         )
     logger.info("NVDEC and PyAV differ by %.2f grey levels on average (%d frames of %s)", mean, len(wanted), path.name)
     return mean
-
-
-def _difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    if one.shape != other.shape:
-        return float("inf")
-    return float(np.abs(one.astype(np.int16) - other).mean())

@@ -13,7 +13,7 @@ from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.config import Shard
-from vaflow.extract.durations import lengths
+from vaflow.extract.headers import lengths
 from vaflow.extract.image_folders import IMAGES_DIGEST, images_digest
 from vaflow.extract.messages import Failed
 from vaflow.extract.pool import each
@@ -82,7 +82,7 @@ def longest_first(tasks: Iterable[PendingClip], seconds: Mapping[str, float]) ->
 def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:
     """Clips of one shard. Deals clips longest first, each to the shard with the least total: equal on every machine.
 
-    Durations come from `vaflow.extract.durations`, to the millisecond; with one shard, no file is read. The largest
+    Durations come from `vaflow.extract.headers`, to the millisecond; with one shard, no file is read. The largest
     shard exceeds the smallest by at most one clip.
     """
     clips = list(clips)

@@ -1,10 +1,10 @@
-"""Frame times of a media file, by reading it once to its end, and whether it is as long as its container promises.
+"""Frame times of a media file, from one pass over its packets, and a check that the file is complete.
 
 There are two kinds of containers. *Timed* ones (MP4, MOV, Matroska ...) store a presentation time with every packet:
-reading packets suffices where every packet is one frame. Packets that decoding does not show (cut off by an edit list,
-or before the first frame that can be decoded) are left out. *Counted* ones (AVI, raw streams) store no times; what
-FFmpeg guesses is a frame late for H.264 and does not ascend with B-frames. There everything is decoded, and the k-th
-frame shown takes the k-th decoding time, which is when the file's writer meant it to be shown.
+reading packets suffices if every packet is one frame. Packets that decoding does not show (cut off by an edit list, or
+before the first frame that decodes) are skipped. *Counted* ones (AVI, raw streams) store no times, and FFmpeg's guesses
+are one frame late for H.264 and do not ascend with B-frames. There all frames are decoded, and the k-th decoded frame
+has the k-th decoding time, which is the time intended by the program that wrote the file.
 """
 
 from array import array
@@ -20,26 +20,27 @@ from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
 from vaflow.extract.config import check_span
-from vaflow.extract.container import Opened, decode_packet, opened, promised_size, read_packets, seconds
+from vaflow.extract.container import Opened, decode_packet, opened, read_packets, seconds
+from vaflow.extract.headers import promised_size
 from vaflow.timeline import median_interval
 
 Floats = NDArray[np.float64]
 
-# Codecs of which every packet is one shown frame. Others have packets that show nothing (VP8's invisible frames,
-# MPEG-4's empty ones), so they are decoded.
+# Codecs in which every packet is one displayed frame. Others have packets without one (invisible frames of VP8,
+# empty frames of MPEG-4), so they are decoded.
 _PACKET_IS_FRAME = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg"})
-_COUNTED = frozenset({"avi", "h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu"})  # FFmpeg's names of the containers
-_SLACK_FRAMES = 2  # frames that may be missing at the end of a good file
-_SLACK_SECONDS = 0.25  # the same where the container promises only a duration
+_COUNTED = frozenset({"avi", "h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu"})  # container names of FFmpeg
+_SLACK_FRAMES = 2  # frames that may be missing at the end of an intact file
+_SLACK_SECONDS = 0.25  # the same if the container states only a duration
 _BACKWARD = 0.1  # seconds by which decoding times may go back; ffmpeg calls more than that a discontinuity
 AUDIO_ROWS = 25  # rows per second of the clock of a clip that has no video
 
 
 @dataclass
 class _Scan:
-    """State of reading a file: ticks of the video stream, and the end of all streams in clip seconds."""
+    """State of one pass over a file: ticks of the video stream, and the end of all streams in clip seconds."""
 
-    pts: "array[int]" = field(default_factory=lambda: array("q"))  # 64 bits each: hours of frames in a few megabytes
+    pts: "array[int]" = field(default_factory=lambda: array("q"))  # 64 bits each: a few megabytes for hours of frames
     dts: "array[int]" = field(default_factory=lambda: array("q"))
     packets: int = 0  # whole packets of video
     decoded: int = 0  # decoded frames
@@ -48,17 +49,49 @@ class _Scan:
     backward: tuple[float, float] | None = None  # seconds, where decoding times first go back: from, to
     end: float = 0.0
 
+    def add_end(self, packet: Packet, media: Opened) -> None:
+        """Take the end time of a packet of any stream, and count and time whole packets of the video."""
+        if packet.pts is not None:
+            self.end = max(self.end, seconds(packet.pts + (packet.duration or 0), packet.time_base) - media.start)
+        if packet.stream_index == media.need_video().index and not packet.is_corrupt:
+            self.packets += 1
+            if packet.dts is not None:
+                if self.dts and self.backward is None:
+                    before, now = media.clip_times([self.dts[-1], packet.dts], media.need_video())
+                    self.backward = (before, now) if now < before - _BACKWARD else None
+                self.dts.append(packet.dts)
+
+    def add_packet(self, packet: Packet) -> None:
+        """Take one packet as one frame, unless it is discarded or truncated."""
+        if packet.is_discard or packet.is_corrupt:
+            return
+        if packet.pts is None:
+            self.untimed = True
+        else:
+            self.pts.append(packet.pts)
+
+    def add_frames(self, frames: list[VideoFrame], by_packet: bool) -> None:
+        """Take decoded frames. With `by_packet`, only the first one counts: packets before it cannot be decoded."""
+        for frame in frames:
+            self.decoded += 1
+            if frame.pts is None:
+                continue
+            if not by_packet:
+                self.pts.append(frame.pts)
+            elif self.decoded == 1:
+                self.first = frame.pts
+
 
 def is_counted(media: Opened) -> bool:
-    """Whether frames are numbered by counting, because the container has no presentation times."""
+    """Return whether frames are numbered by counting, because the container has no presentation times."""
     return media.container.format.name in _COUNTED
 
 
 def scan_times(path: Path) -> Floats:
-    """Presentation time of every frame that decoding shows, [N] seconds on the clip clock, ascending, N >= 1.
+    """Return the presentation time of every decoded frame, [N] seconds on the clip clock, ascending, N >= 1.
 
     Raises:
-        MediaError: no video stream, nothing decodes, or the file holds less than its container promises.
+        MediaError: no video stream, nothing decodes, or the file is truncated.
     """
     with opened(path) as media:
         stream = media.need_video()
@@ -75,67 +108,30 @@ def _read(media: Opened, by_packet: bool) -> _Scan:
     stream = media.need_video()
     stream.codec_context.thread_count = 1
     scan = _Scan()
-    for packet in read_packets(media, [media.container.streams[i] for i in _timed_streams(media)]):
-        _see(scan, packet, media)
+    # The streams that can extend to the container's end.
+    streams = [s for s in media.container.streams if s.type in ("video", "audio", "subtitle")]
+    for packet in read_packets(media, streams):
+        scan.add_end(packet, media)
         if packet.stream_index != stream.index:
             continue
         if by_packet:
-            _take_packet(scan, packet)
+            scan.add_packet(packet)
         if not by_packet or not scan.decoded:
-            _take_frames(scan, decode_packet(stream, packet), by_packet)
+            scan.add_frames(decode_packet(stream, packet), by_packet)
     if not by_packet or not scan.decoded:
-        _take_frames(scan, decode_packet(stream, None), by_packet)
+        scan.add_frames(decode_packet(stream, None), by_packet)
     return scan
-
-
-def _timed_streams(media: Opened) -> list[int]:
-    """Streams that can reach up to the container's end."""
-    return [s.index for s in media.container.streams if s.type in ("video", "audio", "subtitle")]
-
-
-def _see(scan: _Scan, packet: Packet, media: Opened) -> None:
-    if packet.pts is not None:
-        scan.end = max(scan.end, seconds(packet.pts + (packet.duration or 0), packet.time_base) - media.start)
-    if packet.stream_index == media.need_video().index and not packet.is_corrupt:
-        scan.packets += 1
-        if packet.dts is not None:
-            if scan.dts and scan.backward is None:
-                before, now = media.clip_times([scan.dts[-1], packet.dts], media.need_video())
-                scan.backward = (before, now) if now < before - _BACKWARD else None
-            scan.dts.append(packet.dts)
-
-
-def _take_packet(scan: _Scan, packet: Packet) -> None:
-    """One packet is one frame, unless it is discarded or cut short."""
-    if packet.is_discard or packet.is_corrupt:
-        return
-    if packet.pts is None:
-        scan.untimed = True
-    else:
-        scan.pts.append(packet.pts)
-
-
-def _take_frames(scan: _Scan, frames: list[VideoFrame], by_packet: bool) -> None:
-    """Decoded frames. The first one tells which earlier ones cannot be decoded (they refer to what was cut off)."""
-    for frame in frames:
-        scan.decoded += 1
-        if frame.pts is None:
-            continue
-        if not by_packet:
-            scan.pts.append(frame.pts)
-        elif scan.decoded == 1:
-            scan.first = frame.pts
 
 
 def _checked_times(media: Opened, scan: _Scan) -> Floats:
     stream = media.need_video()
     if not scan.decoded:
-        promised, there = _promised_frames(media, scan)
+        promised, present = _promised_frames(media, scan)
         raise MediaError(
             explain(
                 f"No frame of {media.path} can be decoded",
                 expected=f"{promised or 'some'} frames of {stream.codec_context.name} video",
-                got=f"{there} whole packets; none of them decodes",
+                got=f"{present} whole packets; none of them decodes",
                 remedy="The file is damaged or cut off; copy it again",
             )
         )
@@ -143,13 +139,17 @@ def _checked_times(media: Opened, scan: _Scan) -> Floats:
         before, now = scan.backward
         raise MediaError(
             explain(
-                f"The times of {media.path} go back: two recordings were joined in one file",
+                f"The times of {media.path} go back: the file consists of several recordings",
                 expected="times that ascend",
                 got=f"{now:.2f} s after {before:.2f} s",
-                remedy=f"Write them anew: ffmpeg -i {quote(str(media.path))} -c copy NEW.mkv",
+                remedy=f"Rewrite the times: ffmpeg -i {quote(str(media.path))} -c copy NEW.mkv",
             )
         )
-    times = _counted_times(media, scan) if is_counted(media) else _stamped_times(media, scan)
+    if is_counted(media):
+        times = _counted_times(media, scan)
+    else:
+        shown = sorted(tick for tick in scan.pts if scan.first is None or tick >= scan.first)
+        times = media.clip_times(shown, stream)
     # The container's start is rounded to microseconds: the first frame may seem to lie a fraction of one away from it.
     times = np.where(np.abs(times) < 1e-6, 0.0, times)
     check_span(media.path, times)
@@ -157,13 +157,8 @@ def _checked_times(media: Opened, scan: _Scan) -> Floats:
     return times
 
 
-def _stamped_times(media: Opened, scan: _Scan) -> Floats:
-    shown = sorted(tick for tick in scan.pts if scan.first is None or tick >= scan.first)
-    return media.clip_times(shown, media.need_video())
-
-
 def _counted_times(media: Opened, scan: _Scan) -> Floats:
-    """The k-th frame at the k-th decoding time; at the frame rate where there are none (raw streams)."""
+    """Return the k-th decoding time for the k-th frame; times at the frame rate if there are none (raw streams)."""
     stream = media.need_video()
     times = media.clip_times(sorted(scan.dts)[: scan.decoded], stream)
     step = float(1 / (stream.guessed_rate or stream.average_rate or 25))
@@ -172,17 +167,17 @@ def _counted_times(media: Opened, scan: _Scan) -> Floats:
 
 
 def _check_whole(media: Opened, scan: _Scan, times: Floats) -> None:
-    """Compare the file with what its container promises: frames by its index, else bytes, else seconds.
+    """Compare the file with its container's index of frames, else with the stated size, else with the duration.
 
     Raises:
         MediaError: more than two frames (a quarter of a second, without an index) are missing.
     """
-    promised, there = _promised_frames(media, scan)
+    promised, present = _promised_frames(media, scan)
     size, whole_size = media.path.stat().st_size, promised_size(media.path)
     bytes_missing = whole_size is not None and whole_size > size
     if promised:
-        if promised - there > _SLACK_FRAMES:
-            _raise_truncated(media, f"{promised} frames", f"{there} frames, up to {times[-1]:.2f} s")
+        if promised - present > _SLACK_FRAMES:
+            _raise_truncated(media, f"{promised} frames", f"{present} frames, up to {times[-1]:.2f} s")
         return
     if whole_size is not None and not bytes_missing:
         return
@@ -191,36 +186,36 @@ def _check_whole(media: Opened, scan: _Scan, times: Floats) -> None:
     lost = (media.duration or 0.0) - scan.end
     if lost > slack:
         _raise_truncated(media, f"{media.duration:.2f} s", f"{scan.end:.2f} s")
-    if bytes_missing and "matroska" not in media.container.format.name:  # fragments promise nothing beyond themselves
+    if bytes_missing and "matroska" not in media.container.format.name:  # a fragment states only its own size
         _raise_truncated(media, f"{whole_size} bytes", f"{size} bytes, frames up to {times[-1]:.2f} s")
 
 
 def _promised_frames(media: Opened, scan: _Scan) -> tuple[int, int]:
-    """Video packets that the index promises (0: there is no index), and those in the file."""
+    """Return the number of video packets in the index (0: no index) and in the file."""
     stream = media.need_video()
     if "mov" in media.container.format.name and stream.frames:
-        return len(stream.index_entries), scan.packets  # the index, unlike the count, respects edit lists
+        return len(stream.index_entries), scan.packets  # unlike `stream.frames`, the index respects edit lists
     if media.container.format.name == "avi":
         return stream.frames, max(scan.dts, default=-1) + 1  # one tick per frame; dropped frames have no packet
     return 0, scan.packets
 
 
-def _raise_truncated(media: Opened, promised: str, there: str) -> NoReturn:
+def _raise_truncated(media: Opened, promised: str, present: str) -> NoReturn:
     raise MediaError(
         explain(
-            f"{media.path} is truncated: it holds less than its container promises",
+            f"{media.path} is truncated: it holds less than its container states",
             expected=promised,
-            got=there,
+            got=present,
             remedy="Copy or download the file again",
         )
     )
 
 
 def audio_clock(path: Path) -> Floats:
-    """Row times [N] seconds of a clip that is audio only, N >= 1: `AUDIO_ROWS` a second, to the end of its audio.
+    """Return row times [N] seconds of a clip without video, N >= 1: `AUDIO_ROWS` per second of audio.
 
     Raises:
-        MediaError: no audio stream, no data in it, or the file holds less than its container promises.
+        MediaError: no audio stream, no data in it, or the file is truncated.
     """
     with opened(path) as media:
         if media.audio is None:

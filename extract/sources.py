@@ -1,6 +1,6 @@
-"""Identity of a clip's sources: its files by content, its crop folders by listing, its place in the data set.
+"""Identity of a clip's sources: files by content, crop directories by listing, split and group.
 
-A source that has changed is extracted again; one that was only touched, renamed or moved is not.
+A changed source is extracted again; a touched, renamed or moved one is not.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ def content_digest(path: Path) -> str:
 
 
 def same_file(path: Path, identity: Mapping[str, Any], digest: Callable[[Path], str] = content_digest) -> bool:
-    """Whether `path` is the file of that identity: equal size and time suffice, else the contents decide."""
+    """Return whether `path` has that identity: equal size and time, else equal contents."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -76,7 +76,7 @@ PARTS: Mapping[str, Callable[[Clip, Identify], Any]] = {
 
 
 def sources_of(clip: Clip, identify: Identify = file_identity) -> dict[str, Any]:
-    """Part -> its identity as plain JSON; parts that the clip does not have are left out.
+    """Return part -> identity as plain JSON, without the parts that the clip lacks.
 
     Args:
         clip: its files.
@@ -98,12 +98,12 @@ def sources_of(clip: Clip, identify: Identify = file_identity) -> dict[str, Any]
 
 
 def part_of(clip: Clip, part: str) -> Any:
-    """Identity of one part now; None where the clip has none. Raises as `sources_of`."""
+    """Return the current identity of one part; None if the clip lacks it. Raises as `sources_of`."""
     return PARTS[part](clip, file_identity) if part in PARTS else None
 
 
 def same_part(first: Any, second: Any) -> bool:
-    """Whether two identities of a part mean the same content, whatever the names and times of the files."""
+    """Return whether two identities of a part have equal contents; file names and times are ignored."""
     return bool(_content(first) == _content(second))
 
 
@@ -126,15 +126,16 @@ class SourceComparison:
         self._digests: dict[Path, str] = {}
 
     def same(self, part: str, before: Any) -> bool:
-        """Whether one part of the clip is what its recorded identity (None: no such part) says."""
-        recorded = [one for one in (before, *_values(before)) if isinstance(one, Mapping) and "blake2b" in one]
+        """Return whether one part of the clip equals its recorded identity (None: no such part)."""
+        nested = before.values() if isinstance(before, Mapping) else ()
+        recorded = [one for one in (before, *nested) if isinstance(one, Mapping) and "blake2b" in one]
 
         def identify(path: Path) -> dict[str, Any]:
             return next((dict(one) for one in recorded if self._same_file(path, one)), {}) or file_status(path)
 
         try:
             return same_part(PARTS[part](self._clip, identify), before)
-        except (OSError, MediaError):  # the source is gone
+        except (OSError, MediaError):  # the source is missing
             return False
 
     def _same_file(self, path: Path, identity: Mapping[str, Any]) -> bool:
@@ -148,24 +149,22 @@ class SourceComparison:
         return self._digests[path]
 
 
-def _values(identity: Any) -> tuple[Any, ...]:
-    return tuple(identity.values()) if isinstance(identity, Mapping) else ()
-
-
 def check_unchanged(clip: Clip, sources: Mapping[str, Any]) -> None:
-    """Compare a clip's files with the identities taken before they were read.
+    """Compare a clip's files with their identities from before they were read.
 
     Label files are compared by content: they are small, and an edit may keep size and time.
 
     Raises:
-        MediaError: a file has changed meanwhile.
-        OSError: a file is gone.
+        MediaError: a file has changed.
+        OSError: a file is missing.
     """
     changed = []
     for part, before in sources.items():
         of = file_identity if part in ("labels", "dimensions") else file_status
         now = PARTS[part](clip, of)
-        if not (same_part(now, before) if of is file_identity else now == _without_digest(before)):
+        if of is file_status and isinstance(before, Mapping):
+            before = {key: value for key, value in before.items() if key != "blake2b"}
+        if not (same_part(now, before) if of is file_identity else now == before):
             changed.append(part)
     if changed:
         raise MediaError(
@@ -174,9 +173,3 @@ def check_unchanged(clip: Clip, sources: Mapping[str, Any]) -> None:
                 remedy="Wait until the files are complete, then run the same command again",
             )
         )
-
-
-def _without_digest(identity: Any) -> Any:
-    if not isinstance(identity, Mapping):
-        return identity
-    return {key: value for key, value in identity.items() if key != "blake2b"}

@@ -84,7 +84,7 @@ def test_nearest_equals_argmin(times: list[float], queries: list[float]) -> None
 
 
 def test_nearest_of_no_times_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no times"):
+    with pytest.raises(ValueError, match="times is empty"):
         nearest(np.array([]), np.array([1.0]))
 
 

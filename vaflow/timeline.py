@@ -1,8 +1,8 @@
-"""Where samples lie in time: the sampling grid, its windows, and the way back from windows to every frame.
+"""The sampling grid of a clip: times of windows and samples, and stitching of window predictions into a trace.
 
-Pure functions on seconds, counted from the start of a clip. Window and grid positions are whole numbers of *ticks*
-(the greatest common divisor of stride and step), so that two windows that share an instant share exactly the same
-number and every frame is encoded once. Source: arXiv 2603.13415, section 3 (10-s windows, stride 3 s, 20 frames).
+Pure functions on seconds from the start of a clip. Window and grid positions are whole numbers of *ticks* (the greatest
+common divisor of stride and step), so that a time that two windows share has exactly one value and every frame is
+encoded once. Source: arXiv 2603.13415, section 3 (10-s windows, stride 3 s, 20 frames).
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Grid:
     than one window is one padded window.
 
     Raises:
-        UsageError: a value is not positive, or the stride is longer than the window (frames would never be seen).
+        UsageError: a value is not positive, or the stride exceeds the window (some frames would be in no window).
     """
 
     window: float = 10.0
@@ -46,7 +46,7 @@ class Grid:
         if self.stride > self.window:
             raise UsageError(
                 explain(
-                    "The stride is longer than the window, so parts of every clip would be in no window",
+                    "The stride is longer than the window, so some frames would be in no window",
                     expected=f"a stride of at most {self.window:g} s",
                     got=f"{self.stride:g} s",
                 )
@@ -54,7 +54,7 @@ class Grid:
 
     @cached_property
     def _exact(self) -> tuple[Fraction, Fraction, Fraction]:
-        """(window, stride, step) as the exact decimals that the user wrote."""
+        """(window, stride, step) as exact decimals, as given by the user."""
         window = Fraction(str(self.window))
         return window, Fraction(str(self.stride)), window / int(self.frames)
 
@@ -78,11 +78,11 @@ class Grid:
         return int(self._exact[2] / self.tick)
 
     def seconds(self, ticks: Ints) -> Floats:
-        """Ticks -> seconds, correctly rounded (one division, no accumulated error)."""
+        """Convert ticks to seconds, correctly rounded (one division, no accumulated error)."""
         return np.asarray(ticks, np.float64) * self.tick.numerator / self.tick.denominator
 
     def starts(self, duration: float) -> Ints:
-        """Window starts in ticks, [W], ascending, for a clip of `duration` seconds.
+        """Return window starts in ticks, [W], ascending, for a clip of `duration` seconds.
 
         Raises:
             UsageError: the duration is negative or not finite.
@@ -90,19 +90,19 @@ class Grid:
         if not (np.isfinite(duration) and duration >= 0):
             raise UsageError(explain("A clip's duration must be finite", expected="seconds >= 0", got=duration))
         window, stride, step = self._exact
-        # A duration of 9.999999999 s is 10 s that went through floats: do not open another window for it.
+        # A duration of 9.999999999 s is 10 s with rounding error: it does not add a window.
         last = max(Fraction(0), ceil((Fraction(duration) - window) / step - Fraction(1, 10**6)) * step)
         last_tick, stride_ticks = int(last / self.tick), int(stride / self.tick)
         regular = np.arange(0, last_tick, stride_ticks, dtype=np.int64)
         return np.append(regular, last_tick).astype(np.int64)
 
     def window_ticks(self, duration: float) -> Ints:
-        """Sample positions of every window in ticks, [W, frames]; those at or after `duration` are padding."""
+        """Return sample positions of every window in ticks, [W, frames]; those at or after `duration` are padding."""
         offsets = np.arange(int(self.frames), dtype=np.int64) * self.step_ticks
         return self.starts(duration)[:, None] + offsets
 
     def sample_ticks(self, duration: float) -> Ints:
-        """Every tick that some window samples within the clip, [T], ascending and unique: what must be encoded."""
+        """Return the ticks of all samples within the clip, [T], ascending and unique: the frames to encode."""
         ticks = np.unique(self.window_ticks(duration))
         inside = self.seconds(ticks) < max(duration, np.finfo(np.float64).tiny)
         return ticks[inside]
@@ -113,7 +113,7 @@ class Grid:
 
 
 def nearest(times: Floats, queries: Floats) -> Ints:
-    """Index of the time nearest to each query; of two equally near, the earlier one.
+    """Return the index of the time nearest to each query; of two equally near ones, the earlier.
 
     Args:
         times: [N] seconds, ascending, N >= 1.
@@ -128,21 +128,21 @@ def nearest(times: Floats, queries: Floats) -> Ints:
     times = np.asarray(times, np.float64)
     queries = np.asarray(queries, np.float64)
     if times.size == 0:
-        raise ValueError("nearest: no times to choose from")
+        raise ValueError("nearest: times is empty")
     after = np.clip(np.searchsorted(times, queries), 0, times.size - 1)
     before = np.clip(after - 1, 0, None)
     return np.where(queries - times[before] <= times[after] - queries, before, after)
 
 
 def median_interval(times: Floats, default: float = 1 / 30) -> float:
-    """Median seconds between successive times; `default` where there are fewer than two."""
+    """Return the median seconds between successive times; `default` if there are fewer than two."""
     gaps = np.diff(np.asarray(times, np.float64))
     gaps = gaps[gaps > 0]
     return float(np.median(gaps)) if gaps.size else default
 
 
 def extend(times: Floats, count: int) -> Floats:
-    """`times` [N], continued at the median interval to `count` entries where `count` > N (annotation rows beyond)."""
+    """Continue `times` [N] at the median interval to `count` entries, for annotation rows beyond the last frame."""
     times = np.asarray(times, np.float64)
     extra = count - times.size
     if extra <= 0:
@@ -152,13 +152,15 @@ def extend(times: Floats, count: int) -> Floats:
 
 
 def stitch(time: Floats, value: Floats, valid: Bools, query: Floats) -> Floats:
-    """Overlapping windows -> one trace: mean per instant, linear between instants, held before and after.
+    """Merge the predictions of overlapping windows into a trace, linear between sample times, constant beyond them.
+
+    Predictions of several windows for one time are averaged.
 
     Args:
-        time: [W, S] seconds of every sample of every window; equal instants must be equal numbers.
+        time: [W, S] seconds of every sample of every window; equal times must be equal numbers.
         value: [W, S, K] predictions at these times.
         valid: [W, S] False for padding, whose value is ignored.
-        query: [N] seconds at which the trace is wanted.
+        query: [N] seconds at which the trace is evaluated.
 
     Returns:
         [N, K], float64.
@@ -171,9 +173,9 @@ def stitch(time: Floats, value: Floats, valid: Bools, query: Floats) -> Floats:
         raise ValueError(f"stitch: shapes disagree: time {time.shape}, value {value.shape}, valid {valid.shape}")
     if not valid.any():
         raise ValueError("stitch: no valid sample")
-    instants, where = np.unique(time[valid], return_inverse=True)
+    instants, index = np.unique(time[valid], return_inverse=True)
     samples = value[valid]
     total = np.zeros((instants.size, samples.shape[-1]))
-    np.add.at(total, where, samples)
-    mean = total / np.bincount(where, minlength=instants.size)[:, None]
+    np.add.at(total, index, samples)
+    mean = total / np.bincount(index, minlength=instants.size)[:, None]
     return np.stack([np.interp(query, instants, column) for column in mean.T], axis=-1)

@@ -5,7 +5,8 @@ the first audible sample, and whole files are compared only if their sizes and s
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.cache import Cache
-from vaflow.cache.schema import LABELS
+from vaflow.cache.edit import absent_clips
 from vaflow.datasets.clip import SEVERITIES, Clip, Dataset, Note
 from vaflow.datasets.formats import read_annotation
 from vaflow.errors import DataError, MediaError
@@ -140,18 +141,17 @@ def _read_media(clip: Clip, window: float) -> tuple[MediaFacts | None, NDArray[n
 
 
 def absent_findings(dataset: Dataset, cache: Cache) -> list[Note]:
-    """Items of a cache that the data set no longer has; a video that was renamed is recognised by its content."""
-    ids = {clip.id for clip in dataset.clips}
+    """Clips of a cache that the data set does not contain; a renamed video is recognized by its content."""
     by_size: dict[int, list[Clip]] = defaultdict(list)
     for clip in dataset.clips:
         if clip.video is not None and clip.video.is_file():
             by_size[_size(clip.video)].append(clip)
     notes = []
-    for item in (item for item in cache.items() if item not in ids):
-        video = cache.record(LABELS, item).source.get("video") or {}
+    for item, streams in absent_clips(cache, {clip.id for clip in dataset.clips}).items():
+        video = cache.record(streams[0], item).source.get("video") or {}
         alike = by_size[video.get("size", -1)]
         twins = [clip.id for clip in alike if clip.video and content_digest(clip.video) == video.get("blake2b")]
-        message = f"In the cache {cache.place}, but no longer in the data set"
+        message = f"In the cache {cache.place}, but not in the data set"
         if twins:
             message += f"; the same video is now {', '.join(twins)}"
         remedy = f"Remove it from the cache: vaflow cache drop {cache.place} --absent {dataset.root}"
@@ -160,27 +160,21 @@ def absent_findings(dataset: Dataset, cache: Cache) -> list[Note]:
 
 
 def same_content(paths: Iterable[Path]) -> list[tuple[Path, ...]]:
-    """Groups of two or more different paths with equal bytes, each sorted; empty and unreadable files are in none.
+    """Return groups of two or more paths with equal contents, each sorted; without empty and unreadable files.
 
-    Sizes differ for most files, and three samples for nearly all others; only the remaining ones are read whole.
+    Most files differ in size, and nearly all others in three samples; only the rest is read completely.
     """
     groups: list[tuple[Path, ...]] = [tuple(sorted(set(paths)))]
-    for key in (_size, _sample, content_digest):
-        groups = [part for group in groups for part in _partition(group, key)]
+    keys: tuple[Callable[[Path], Hashable], ...] = (_size, _sample, content_digest)
+    for key in keys:
+        parts: dict[Hashable, list[Path]] = defaultdict(list)
+        for number, group in enumerate(groups):
+            for path in group:
+                with suppress(OSError):  # its clip has a finding about it
+                    if value := key(path):
+                        parts[number, value].append(path)
+        groups = [tuple(part) for part in parts.values() if len(part) > 1]
     return sorted(groups)
-
-
-def _partition(group: Sequence[Path], key: Callable[[Path], Hashable]) -> list[tuple[Path, ...]]:
-    """Parts of two or more files with an equal key; files without a key are left out."""
-    parts: dict[Hashable, list[Path]] = defaultdict(list)
-    for path in group:
-        try:
-            value = key(path)
-        except OSError:  # its clip has a finding about it
-            continue
-        if value:
-            parts[value].append(path)
-    return [tuple(part) for part in parts.values() if len(part) > 1]
 
 
 def _size(path: Path) -> int:

@@ -86,7 +86,8 @@ def coverage_bars(checked: Checked) -> str:
         ("audio", _audio_coverage(checked)),
     )
     height = len(tracks) * (TRACK + GAP) - GAP
-    title = escape("; ".join(f"{name}: {_share(levels)}" for name, levels in tracks))
+    shares = [f"{sum(levels) / (255 * len(levels)):.0%}" if levels else "none" for _, levels in tracks]
+    title = escape("; ".join(f"{name}: {share}" for (name, _), share in zip(tracks, shares, strict=True)))
     parts = [f'<svg class="strip" viewBox="0 0 {BINS} {height}" preserveAspectRatio="none" role="img">']
     parts.append(f"<title>{title}</title>")
     for k, (_, levels) in enumerate(tracks):
@@ -106,12 +107,8 @@ def _audio_coverage(checked: Checked) -> bytes:
     return bytes(np.where((middles >= start) & (middles < end), level, 0).astype(np.uint8))
 
 
-def _share(levels: bytes) -> str:
-    return f"{sum(levels) / (255 * len(levels)):.0%}" if levels else "not there"
-
-
 def _track(levels: bytes, top: int) -> Iterator[str]:
-    """Runs of equal kind: all there, in part, missing. Missing parts stand lower, so that shape tells them, too."""
+    """Yield paths of complete, partial and missing intervals; missing ones are lower, to be told without colour."""
     if not levels:
         yield f'<path class="nothing" d="M0 {top + TRACK / 2:g}h{BINS}"/>'
         return

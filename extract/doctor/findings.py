@@ -4,7 +4,7 @@ Notes are what is usual in Aff-Wild2: 3 rows fewer to 2 more than frames, missin
 frame rate, missing or short audio. Errors are items that cannot be used, or that invalidate results.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -186,7 +186,7 @@ Same = Sequence[tuple[Path, ...]]  # groups of files with equal bytes
 
 def dataset_findings(clips: Sequence[Clip], labels: Mapping[str, LabelFacts]) -> list[Note]:
     """Videos that cross splits, splits without clips or labels, the distribution of labels. `labels`: clip -> facts."""
-    notes = [*_leaks(clips), *_same_names(clips)]
+    notes = _shared_source_findings(clips)
     if not any(clip.labels for clip in clips):
         remedy = "The clips can be extracted and predicted; training requires labels"
         return [*notes, Note("note", "no-labels-at-all", "", "No clip has labels", remedy)]
@@ -270,8 +270,8 @@ def _region_findings(train: LabelStats, val: LabelStats) -> list[Note]:
     return notes
 
 
-def _leaks(clips: Iterable[Clip]) -> list[Note]:
-    """Groups (source videos) whose clips are in more than one split."""
+def _shared_source_findings(clips: Iterable[Clip]) -> list[Note]:
+    """Source videos in several splits, and videos of one name in several splits if names are unique within each."""
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for clip in clips:
         if clip.split is not None:
@@ -283,23 +283,16 @@ def _leaks(clips: Iterable[Clip]) -> list[Note]:
             message = f"The source video {group} is in several splits ({where})"
             remedy = "Keep it in one split: a score on training videos is not meaningful"
             notes.append(Note("error", "leak", group, message, remedy))
-    return notes
-
-
-def _same_names(clips: Iterable[Clip]) -> list[Note]:
-    """Videos of one name in several splits, if names are unique within each split."""
     named: dict[str, list[Clip]] = defaultdict(list)
     for clip in clips:
         if clip.video is not None and clip.split is not None:
             named[clip.video.stem.lower()].append(clip)
-    notes = []
-    for found in named.values():
-        per_split = Counter(clip.split for clip in found)
-        groups = {clip.group for clip in found}
-        if len(per_split) < 2 or len(groups) < 2 or len(found) > len(per_split):
+    for namesakes in named.values():
+        per_split = {clip.split for clip in namesakes}
+        if len(per_split) < 2 or len({clip.group for clip in namesakes}) < 2 or len(namesakes) > len(per_split):
             continue
-        for clip in found:
-            others = ", ".join(f"{other.id} ({other.split})" for other in found if other is not clip)
+        for clip in namesakes:
+            others = ", ".join(f"{other.id} ({other.split})" for other in namesakes if other is not clip)
             message = f"The split is {clip.split}, and another one has a video of the same name: {others}"
             remedy = "If it is the same recording, keep it in one split"
             notes.append(Note("warning", "same-name", clip.id, message, remedy))
@@ -340,10 +333,9 @@ def _twins(files: Mapping[Clip, Path | None], same: Same) -> list[tuple[Clip, li
     for clip, path in files.items():
         if path in group_of:
             owners[group_of[path]].append(clip)
-    found = []
-    for clips in owners.values():
-        for clip in clips:
-            twins = [other for other in clips if files[other] != files[clip]]
-            if twins:
-                found.append((clip, twins))
-    return found
+    return [
+        (clip, twins)
+        for clips in owners.values()
+        for clip in clips
+        if (twins := [other for other in clips if files[other] != files[clip]])
+    ]

@@ -16,7 +16,6 @@ import numpy as np
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
-from vaflow.datasets.affwild2 import strip_side
 from vaflow.datasets.files import examples, head
 from vaflow.datasets.splits import SPLITS_FILE, Assignment, assign
 from vaflow.errors import DataError, UsageError, explain
@@ -31,7 +30,7 @@ from vaflow.extract.importing.feature_files import (
     signature,
 )
 from vaflow.extract.importing.labels import SUFFIXES, ImportedLabels, LabelOptions, label_path
-from vaflow.extract.importing.normalization import Moments, Scale, fit
+from vaflow.extract.importing.normalization import Moments, Scale, fit, item_groups
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.extract.streams import provenance
 from vaflow.failures import FAILURES, Failure, FailureLog
@@ -322,7 +321,8 @@ def _survey(
     Raises:
         UsageError: an item has no group, or numbers are beyond the range of the stored type.
     """
-    groups = _groups(files, assigned, config.normalize_by) if config.normalize_by else {}
+    items = [file.item for file in files]
+    groups = item_groups(items, assigned, config.normalize_by) if config.normalize_by else {}
     if not groups and config.dtype == "float32":
         return {}
     unchanged: set[str] = set()
@@ -359,24 +359,6 @@ def _survey(
             )
         )
     return {item: scales[groups[item]] for item in moments} if groups else {}
-
-
-def _groups(files: Sequence[FeatureFile], assigned: Assignment | None, column: str) -> dict[str, str]:
-    """Item -> group of the normalisation; a UsageError if the column is missing or has empty cells."""
-    if column == "item":
-        return {file.item: file.item for file in files}
-    columns = assigned.columns if assigned is not None else {}
-    if column == "group":
-        given = columns.get("group", {})
-        return {file.item: given.get(file.item, strip_side(file.item)) for file in files}
-    if column.lower() not in columns:
-        choices = {"item", "group", *columns} - {"name", "split"}
-        raise UsageError(explain(f"{SPLITS_FILE} has no such column for --normalize-by", got=column, choices=choices))
-    groups = columns[column.lower()]
-    if missing := [file.item for file in files if file.item not in groups]:
-        got = f"none for {examples(missing)}"
-        raise UsageError(explain(f"{SPLITS_FILE} lacks cells of {column!r}", expected="one per item", got=got))
-    return dict(groups)
 
 
 def _declare(cache: Cache, config: ImportConfig, files: Sequence[FeatureFile]) -> Signature | None:

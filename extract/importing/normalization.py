@@ -10,6 +10,10 @@ from hashlib import blake2b
 
 import numpy as np
 
+from vaflow.datasets.affwild2 import strip_side
+from vaflow.datasets.files import examples
+from vaflow.datasets.splits import SPLITS_FILE, Assignment
+from vaflow.errors import UsageError, explain
 from vaflow.extract.importing.feature_files import Features
 from vaflow.timeline import Floats
 
@@ -69,6 +73,28 @@ class Scale:
         return Features(scaled, features.time, features.valid)
 
 
+def item_groups(items: Sequence[str], assigned: Assignment | None, column: str) -> dict[str, str]:
+    """Return item -> group of the normalization, from a column of `splits.csv`.
+
+    Raises:
+        UsageError: the column is missing or has empty cells.
+    """
+    if column == "item":
+        return {item: item for item in items}
+    columns = assigned.columns if assigned is not None else {}
+    if column == "group":
+        given = columns.get("group", {})
+        return {item: given.get(item, strip_side(item)) for item in items}
+    if column.lower() not in columns:
+        choices = {"item", "group", *columns} - {"name", "split"}
+        raise UsageError(explain(f"{SPLITS_FILE} has no such column for --normalize-by", got=column, choices=choices))
+    groups = columns[column.lower()]
+    if missing := [item for item in items if item not in groups]:
+        got = f"none for {examples(missing)}"
+        raise UsageError(explain(f"{SPLITS_FILE} lacks cells of {column!r}", expected="one per item", got=got))
+    return dict(groups)
+
+
 def fit(moments: Mapping[str, Moments], groups: Mapping[str, str]) -> dict[str, Scale]:
     """Group -> scale, from the statistics of its items.
 
@@ -79,10 +105,9 @@ def fit(moments: Mapping[str, Moments], groups: Mapping[str, str]) -> dict[str, 
     members: dict[str, list[Moments]] = {}
     for item in sorted(moments):
         members.setdefault(groups[item], []).append(moments[item])
-    return {group: _scale(parts) for group, parts in members.items()}
-
-
-def _scale(parts: Sequence[Moments]) -> Scale:
-    whole = reduce(Moments.__add__, parts)
-    std = np.sqrt(whole.squares / max(whole.count, 1))
-    return Scale(whole.mean, np.where(std > _CONSTANT, std, 1.0))
+    scales = {}
+    for group, parts in members.items():
+        total = reduce(Moments.__add__, parts)
+        std = np.sqrt(total.squares / max(total.count, 1))
+        scales[group] = Scale(total.mean, np.where(std > _CONSTANT, std, 1.0))
+    return scales

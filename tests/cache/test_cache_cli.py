@@ -51,6 +51,15 @@ def test_an_empty_cache_has_an_info_too(tmp_path, capsys):
     assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
 
 
+def test_verify_agrees_with_a_single_item(tmp_path, store, capsys):
+    cache = small_cache(tmp_path / "cache", store)
+    committed = [(stream, item) for stream in cache.streams() for item in cache.source_stamps(stream)]
+    for name, clip in committed[1:]:
+        cache.drop(name, clip)
+    assert main(["cache", "verify", str(cache.path)]) == 0
+    assert "1 item matches its checksums" in capsys.readouterr().out
+
+
 def test_verify_and_repair(tmp_path, store, capsys):
     path = small_cache(tmp_path / "cache", store).path
     assert main(["cache", "verify", str(path)]) == 0

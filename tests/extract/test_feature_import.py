@@ -221,7 +221,7 @@ def test_features_may_join_a_cache_that_was_extracted_from_videos(tmp_path: Path
     assert summary.imported == 1 and "none of them" in failed(summary)["b"]
     assert open_cache(tmp_path / "cache").record(LABELS, "a") == record
     text(tmp_path / "labels" / "a.csv", "time,valence", "0,0.5")
-    with pytest.raises(UsageError, match="Leave --labels out"):
+    with pytest.raises(UsageError, match="Omit --labels"):
         bring(tmp_path, rate=2)
 
 

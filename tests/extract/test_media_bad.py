@@ -9,7 +9,7 @@ import pytest
 from make_media import Picture, Sound, cut, read_number, tones, write_media
 
 from vaflow.errors import MediaError
-from vaflow.extract.container import promised_size
+from vaflow.extract.headers import promised_size
 from vaflow.extract.video import frame_times, frames_at, probe
 
 EVEN = tuple(range(0, 2000, 40))
@@ -54,7 +54,7 @@ def test_a_cut_file_names_frames_there_and_promised(tmp_path: Path) -> None:
 
 def test_a_file_cut_before_its_index_cannot_be_opened(tmp_path: Path) -> None:
     whole = write_media(tmp_path / "whole.mp4", Picture(EVEN))
-    with pytest.raises(MediaError, match="cut off before its index"):
+    with pytest.raises(MediaError, match="truncated before its index"):
         probe(cut(whole, tmp_path / "cut.mp4", 0.7))
 
 

@@ -13,7 +13,7 @@ from vaflow.cache.documents import source_stamp
 from vaflow.cache.schema import Array, StreamInfo
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import CorruptError
-from vaflow.extract import durations as lengths
+from vaflow.extract import headers
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.estimate import estimate
 from vaflow.extract.plan import Plan, make_plan
@@ -84,7 +84,7 @@ def test_nothing_to_do_reads_no_header_and_no_record_but_by_the_index(
 ) -> None:
     if indexed:
         cache.refresh_index()
-    monkeypatch.setattr(lengths, "header_seconds", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(headers, "header_seconds", lambda path: pytest.fail(f"{path} was opened"))
     found = plan(cache, dataset)
     assert (found.tasks, found.done) == ((), 5)
     assert read == []

@@ -41,14 +41,18 @@ def clip_streams(cache: Cache) -> dict[str, tuple[str, ...]]:
     return dict(sorted(clips.items()))
 
 
-def absent_clips(cache: Cache, present: Collection[str], origin: str) -> list[str]:
-    """Clips of the cache that are not in `present`, the clip ids of the data set `origin`; sorted.
+def absent_clips(cache: Cache, present: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the clips of the cache whose ids are not in `present`, sorted, with their streams as `clip_streams`."""
+    return {item: streams for item, streams in clip_streams(cache).items() if item not in present}
+
+
+def clips_to_drop(cache: Cache, present: Collection[str], origin: str) -> list[str]:
+    """Return the ids of `absent_clips`, if at least one clip of the cache is in the data set `origin`.
 
     Raises:
         UsageError: the cache and the data set share no clip: it is not the data set of this cache.
     """
-    known = clip_streams(cache)
-    absent = [item for item in known if item not in present]
+    known, absent = clip_streams(cache), list(absent_clips(cache, present))
     if known and len(absent) == len(known):
         raise UsageError(
             explain(

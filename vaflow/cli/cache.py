@@ -119,7 +119,8 @@ def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
         typer.echo(visible(f"{count(len(problems), 'problem')}. {remedy}"), err=True)
         return 1
     if not quiet:
-        typer.echo(f"{count(_count_items(opened), 'item')} match their checksums")
+        number = _count_items(opened)
+        typer.echo("1 item matches its checksums" if number == 1 else f"{number} items match their checksums")
     return 0
 
 
@@ -194,7 +195,7 @@ def drop(
     Example: vaflow cache drop cache --absent data/ --dry-run
     """
     from vaflow.cache import open_cache
-    from vaflow.cache.edit import absent_clips, drop_clips
+    from vaflow.cache.edit import clips_to_drop, drop_clips
 
     set_up(verbose, quiet)
     if bool(items) == (absent is not None):
@@ -205,7 +206,7 @@ def drop(
     if absent is not None:
         from vaflow.datasets import open_dataset
 
-        clips = absent_clips(opened, {clip.id for clip in open_dataset(absent, layout).clips}, str(absent))
+        clips = clips_to_drop(opened, {clip.id for clip in open_dataset(absent, layout).clips}, str(absent))
     dropped = drop_clips(opened, clips, dry_run=dry_run)
     if json:
         print_json({"cache": opened.place, "dry_run": dry_run, "dropped": dropped})

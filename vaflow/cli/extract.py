@@ -164,6 +164,7 @@ def extract(
         return 0
     log.info("Loading %s", ", ".join(config.encoders) or "the dataset")
     from vaflow.cache import open_cache
+    from vaflow.cache.edit import absent_clips
     from vaflow.extract.pipeline import extract as run
 
     summary = run(
@@ -178,12 +179,12 @@ def extract(
         show_progress=show_bars(quiet),
     )
     cache = open_cache(out)
-    absent = sorted(set(cache.items()) - {clip.id for clip in whole.clips})
+    absent = list(absent_clips(cache, {clip.id for clip in whole.clips}))
     if absent:
         names = ", ".join(absent[:LISTED]) + (", ..." if len(absent) > LISTED else "")
         clips = count(len(absent), "clip")
         log.warning("%s of %s not in %s: %s", clips, f"{out} {'is' if len(absent) == 1 else 'are'}", root, names)
-        log.warning("To remove what the dataset no longer has: vaflow cache drop %s --absent %s", out, root)
+        log.warning("To remove clips that are not in the data set: vaflow cache drop %s --absent %s", out, root)
     if json:
         print_json(summary_json(summary) | {"absent": absent})
     elif not quiet:

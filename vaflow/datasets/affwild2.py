@@ -117,7 +117,7 @@ class _Trials:
         self.notes += notes
 
     def splits(self) -> dict[str, str | None]:
-        """Trial -> split, for every trial there is."""
+        """Return trial -> split, for every trial."""
         splits: dict[str, str | None] = {name: self._labelled_split(name) for name in self.labels}
         unlabelled = (self.listed | self.crops.keys()) - splits.keys()
         claimed = {self._stem(name) for name in splits.keys() | unlabelled}
@@ -125,7 +125,7 @@ class _Trials:
         splits |= {name: self._unlabelled_split(name) for name in unlabelled}
         lost = sorted(name for name, split in splits.items() if split is None)
         if lost:
-            message = f"No annotation, and not among the test trials: {examples(lost)}"
+            message = f"No annotation, and not in the list of test trials: {examples(lost)}"
             remedy = "They are extracted without a split; remove their files if they belong to another track"
             self.notes.append(Note("note", "no-split", "", message, remedy))
         return splits
@@ -179,15 +179,22 @@ def survey(root: Path) -> Tree:
             status = folder.stat()
         except OSError:
             continue
-        if depth > DEPTH or (status.st_dev, status.st_ino) in visited:  # a link may lead in circles
+        if depth > DEPTH or (status.st_dev, status.st_ino) in visited:  # a link may point to a parent
             continue
         visited.add((status.st_dev, status.st_ino))
-        take = _take_archive if _is_archive(folder) and folder != root else _take_folder
+        is_archive = folder.name.lower().startswith("cropped") and folder != root
+        take = _take_archive if is_archive else _take_folder
         queue.extend((child, depth + 1) for child in take(tree, folder))
     for paths in (tree.videos, tree.crops, tree.aligned, tree.lists, tree.label_files):
         paths.sort()
     tree.other_tracks -= {name.removesuffix(".txt") for _, _, names in tree.label_files for name in names}
-    _prefer_aligned(tree)
+    others = [folder for folder in tree.aligned if "aligned" not in folder.name.lower()]
+    if others and len(others) < len(tree.aligned):  # aligned crops are different images from the other ones
+        tree.crops = [folder for folder in tree.crops if not any(other in folder.parents for other in others)]
+        tree.aligned = [folder for folder in tree.aligned if folder not in others]
+        names = examples([str(folder.relative_to(tree.root)) for folder in others])
+        message = f"Crops that are not aligned are ignored, because there are aligned ones: {names}"
+        tree.notes.append(Note("note", "crops-not-aligned", "", message))
     return tree
 
 
@@ -205,7 +212,7 @@ def listed_trials(lists: Collection[Path], known: Collection[str]) -> tuple[set[
         if is_sample or (names and 2 * fits > len(names)):
             trials |= names
         elif names:
-            message = f"{path.name} is not taken as a list of test trials: {fits} of its {len(names)} lines name one"
+            message = f"{path.name} is not used as a list of test trials: {fits} of its {len(names)} lines name a trial"
             notes.append(Note("note", "not-a-list", "", message))
     return trials, notes
 
@@ -229,11 +236,6 @@ def _listed(path: Path) -> tuple[set[str], bool]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(explain(f"Cannot read the list of test trials {path}", got=error)) from error
     return names - {""}, False
-
-
-def _is_archive(folder: Path) -> bool:
-    """Whether a folder is one of the crop archives, by its name."""
-    return folder.name.lower().startswith("cropped")
 
 
 def _take_archive(tree: Tree, folder: Path) -> list[Path]:
@@ -276,7 +278,7 @@ def _take_folder(tree: Tree, folder: Path) -> list[Path]:
 
 
 def _first_kind(folder: Path) -> str:
-    """What a folder holds first: "crops", "folders", "other" or "nothing". Reads no more of it than that."""
+    """Return the kind of a folder's first entry: "crops", "folders", "other" or "nothing"."""
     try:
         with os.scandir(folder) as listing:
             for entry in listing:
@@ -287,17 +289,6 @@ def _first_kind(folder: Path) -> str:
     except OSError:
         pass
     return "nothing"
-
-
-def _prefer_aligned(tree: Tree) -> None:
-    """Keep the aligned crops alone if there are cropped ones too: they are different images."""
-    others = [folder for folder in tree.aligned if "aligned" not in folder.name.lower()]
-    if not others or len(others) == len(tree.aligned):
-        return
-    tree.crops = [folder for folder in tree.crops if not any(other in folder.parents for other in others)]
-    tree.aligned = [folder for folder in tree.aligned if folder not in others]
-    names = examples([str(folder.relative_to(tree.root)) for folder in others])
-    tree.notes.append(Note("note", "crops-not-aligned", "", f"Crops that are not aligned are left out: {names}"))
 
 
 def read_affwild2(path: Path) -> Annotation:

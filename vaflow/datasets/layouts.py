@@ -59,7 +59,14 @@ def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
     if layout == AUTO or not LAYOUTS[layout].detect(folder):
         fitting = next((name for name in LAYOUTS if LAYOUTS[name].detect(folder)), "")
         if layout != AUTO or not fitting:
-            raise UsageError(_no_fit(folder, layout, fitting))
+            if layout == AUTO:
+                problem, expected = f"No layout fits {folder}", _all_look_for()
+                remedy: str | None = "Name the data set's own folder, the one that holds these"
+            else:
+                problem, expected = f"{folder} is not of the layout {layout!r}", LAYOUTS[layout].looks_for
+                other = f"The layout {fitting!r} fits: use --layout {fitting}, or name another folder"
+                remedy = other if fitting else None
+            raise UsageError(explain(problem, expected=expected, got=listing(folder), remedy=remedy))
         layout = fitting
     clips, notes = LAYOUTS[layout].scan(folder)
     return Dataset(folder, layout, tuple(sorted(clips, key=lambda clip: clip.id)), tuple(notes))
@@ -86,16 +93,6 @@ def _require_files(root: Path) -> None:
     if not entries(root):
         remedy = "Unpack the data set there, or check that it is mounted and that you may read it"
         raise UsageError(explain(f"{root} is empty", expected=_all_look_for(), got="an empty folder", remedy=remedy))
-
-
-def _no_fit(root: Path, layout: str, fitting: str) -> str:
-    """The message for a folder that is not of the named layout, or of none."""
-    remedy: str | None = "Name the data set's own folder, the one that holds these"
-    if layout == AUTO:
-        return explain(f"No layout fits {root}", expected=_all_look_for(), got=listing(root), remedy=remedy)
-    remedy = f"The layout {fitting!r} fits: use --layout {fitting}, or name another folder" if fitting else None
-    problem = f"{root} is not of the layout {layout!r}"
-    return explain(problem, expected=LAYOUTS[layout].looks_for, got=listing(root), remedy=remedy)
 
 
 def _all_look_for() -> str:

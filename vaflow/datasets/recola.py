@@ -57,7 +57,10 @@ def read_recola(path: Path) -> DimensionLabels:
     """
     text = LabelFile(path, _EXPECTED)
     if text.lines[0].lstrip().startswith(("@", "%")):
-        first, separator = _arff_first_row(text.lines), ","
+        lines = list(enumerate(text.lines, 1))
+        data = next((number for number, line in lines if line.strip().lower().startswith("@data")), len(lines))
+        first = next((number for number, line in lines[data:] if line.strip()), len(lines) + 1)
+        separator = ","
         words = [line.split() for line in text.lines[: first - 1]]
         fields = [row[1].strip("'\"") for row in words if len(row) > 1 and row[0].lower() == "@attribute"]
     else:
@@ -72,10 +75,3 @@ def read_recola(path: Path) -> DimensionLabels:
 def _plain(name: str) -> str:
     """A field's name in lower case, without blanks and underscores."""
     return "".join(name.lower().replace("_", " ").split())
-
-
-def _arff_first_row(lines: list[str]) -> int:
-    """1-based line of the first row: the first line with text after `@data`."""
-    starts = [number for number, line in enumerate(lines, 1) if line.strip().lower().startswith("@data")]
-    rows = (number for number in range(starts[0] + 1, len(lines) + 1) if lines[number - 1].strip()) if starts else ()
-    return next(iter(rows), len(lines) + 1)

@@ -85,7 +85,9 @@ def scan_recordings(
     recordings = _match(files, label_files(files), left_out)
     names = [recording.name for recording in recordings]
     if official_splits is None:
-        official: Mapping[str, str] = {name: split for name in names if (split := _split_of(name)) is not None}
+        official: Mapping[str, str] = {
+            name: _SPLITS[match[1].lower()] for name in names if (match := _PREFIX.match(name)) is not None
+        }
         notes: list[Note] = []
     else:
         official, notes = official_splits(files, names)
@@ -130,12 +132,6 @@ def _match(files: Files, labels: list[tuple[str, Path]], left_out: LeftOut) -> l
         else:
             left_out.ignored.append(left_out.name(path))
     return list(known.values())
-
-
-def _split_of(name: str) -> str | None:
-    """The split that a name begins with: train_, dev_ or devel_, test_, in any case."""
-    match = _PREFIX.match(name)
-    return _SPLITS[match[1].lower()] if match else None
 
 
 def _file_notes(root: Path, recording: Recording) -> list[Note]:
