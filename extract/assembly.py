@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Rows, StreamInfo, stored_layers
+from vaflow.cache.schema import FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo, stored_layers
 from vaflow.cache.scratch import LongArray, Scratch
 from vaflow.encoders import logmel
 from vaflow.encoders.base import KALDI, FrontEnd, cut
 from vaflow.encoders.logmel import frame_times
 from vaflow.extract.batching import Encoders, FixedBatcher
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.faces.people import no_faces
 from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
 from vaflow.extract.plan import PendingClip
 from vaflow.timeline import Floats, Ints
@@ -111,7 +112,7 @@ class ClipAssembly:
         self._audio = {name: pair for name, pair in encoders.audio.items() if name in task.streams}
         self._cached_logmel, self._scratch = cached_logmel, scratch
         self.sources: dict[str, Any] = {}
-        self.facts: dict[str, dict[str, Any]] = {"labels": {}, "audio": {}, "visual": {}}
+        self.facts: dict[str, dict[str, Any]] = {"labels": {}, "audio": {}, "visual": {}, "faces": {}}
         self.arrays: dict[str, Arrays] = {}
         self.duration = 0.0
         wanted = {encoder.front_end for encoder, _ in self._audio.values()} - {KALDI}
@@ -245,6 +246,9 @@ class ClipAssembly:
 
     def _end_faces(self, end: FacesEnd) -> None:
         self.facts["visual"] = end.facts
+        self.facts["faces"] = {name: end.facts[name] for name in ("people", "seconds", "cuts") if name in end.facts}
+        if FACES in self.task.streams:
+            self.arrays[FACES] = dict(no_faces() if end.everyone is None else end.everyone)
         for name in self._visual:
             self.arrays[name]["frame"] = end.frame
         if PIXELS in self.task.streams:

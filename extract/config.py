@@ -100,6 +100,24 @@ class ExtractConfig:
     pixels: bool = setting(
         False, "Keep the face crops (JPEG) for fine-tuning", group="faces", option="--pixels", shown=True
     )
+    person: str = setting(
+        "main",
+        "Person to estimate: main (most seconds of clear face), left, right, id:K, speaking, or largest face",
+        group="faces",
+        pattern=r"main|left|right|speaking|largest|id:[1-9]\d*",
+        form="main, left, right, id:K, speaking or largest",
+        option="--person",
+        metavar="WHO",
+    )
+    identity: str = setting(
+        "auto",
+        "Network that joins tracks to people: dlib, onnx:FILE or none; auto is dlib if it is installed",
+        group="faces",
+        pattern=r"auto|none|dlib|onnx:.+",
+        form="auto, none, dlib or onnx:FILE",
+        option="--identity",
+        metavar="NAME",
+    )
     decoder: str = setting(
         "pyav",
         "Video decoder; nvdec decodes on the GPU through torchcodec (experimental: never run on a GPU)",

@@ -19,6 +19,7 @@ class Job:
     Attributes:
         number: of the job; every message about it carries the number.
         audio, faces: which parts to read, besides the clock and the labels.
+        person, identity: who is estimated, and the network that tells people apart, as in the settings.
         face_source: "auto" (crops where the clip has them, else detection), "centerface" or "none" (whole frames).
         preparations: the inputs that the visual encoders expect.
         keep_jpeg: send the JPEG of every crop along.
@@ -36,6 +37,8 @@ class Job:
     keep_jpeg: bool
     decode_on: str = ""
     ask: int = 0
+    person: str = "largest"
+    identity: str = "none"
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,17 @@ class Face:
 
 @dataclass(frozen=True)
 class FacesEnd:
-    """End of the crops. `frame` [T]: the 0-based video frame of every grid sample, with or without a face."""
+    """End of the crops.
+
+    Attributes:
+        frame: [T] 0-based video frame of every grid sample, with or without a face.
+        everyone: arrays of the faces stream; None if the faces were not detected.
+    """
 
     job: int
     frame: NDArray[np.int64]
     facts: dict[str, Any]
+    everyone: dict[str, NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True)

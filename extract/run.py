@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.cache import Cache
-from vaflow.cache.schema import LOGMEL, PIXELS, StreamInfo
+from vaflow.cache.schema import FACES, LOGMEL, PIXELS, StreamInfo
 from vaflow.encoders.base import KALDI
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces.detection_torch import QUESTION
+from vaflow.extract.faces.identity import resolve
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
 from vaflow.extract.nvdec import check_parity
 from vaflow.extract.plan import PendingClip
@@ -32,7 +33,9 @@ from vaflow.extract.summary import Extracted, Outcome
 from vaflow.failures import Failure
 
 PENDING_COMMITS = 4
-FACTS_OF = {"labels": "labels", "logmel": "audio", "audio": "audio", "visual": "visual", "pixels": "visual"}
+FACTS_OF = {"labels": "labels", "logmel": "audio", "audio": "audio", "faces": "faces"} | dict.fromkeys(
+    ("visual", "pixels"), "visual"
+)
 
 
 class Ledger(Protocol):
@@ -151,11 +154,13 @@ class Run:
                 clip=task.clip,
                 grid=self._config.grid,
                 audio="logmel" in kinds or self._needs_audio(task),
-                faces=bool(kinds & {"visual", "pixels"}),
+                faces=bool(kinds & {"visual", "pixels", FACES}),
+                person=self._config.person,
+                identity=resolve(self._config.identity),
                 face_source=self._config.face_source,
                 preparations=preparations,
                 keep_jpeg=PIXELS in task.streams,
-                decode_on=self._decode_on(task) if kinds & {"visual", "pixels"} else "",
+                decode_on=self._decode_on(task) if kinds & {"visual", "pixels", FACES} else "",
                 ask=ask,
             )
 

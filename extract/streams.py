@@ -4,12 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 from vaflow import __version__
-from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, StreamInfo
+from vaflow.cache.schema import FACES, LABELS, LOGMEL, PIXELS, StreamInfo
 from vaflow.encoders.base import KALDI, AudioEncoder, VisualEncoder
 from vaflow.encoders.logmel import MEL_BINS
 from vaflow.encoders.logmel import identity as logmel_identity
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.faces import faces_identity
+from vaflow.extract.faces import faces_identity, tracker_identity
+from vaflow.extract.faces.people import LARGEST
 from vaflow.extract.nvdec import nvdec_identity
 from vaflow.extract.video import READING, decoder_identity
 
@@ -17,6 +18,7 @@ from vaflow.extract.video import READING, decoder_identity
 SOURCES: dict[str, tuple[str, ...]] = {
     "visual": ("video", "frames", "crops"),
     "pixels": ("video", "frames", "crops"),
+    "faces": ("video", "frames", "crops"),
     "audio": ("video", "frames", "audio"),
     "logmel": ("video", "frames", "audio"),
     "labels": ("video", "frames", "labels", "dimensions", "split", "group"),
@@ -33,8 +35,9 @@ def stream_infos(
 ) -> dict[str, StreamInfo]:
     """Every per-clip stream of an extraction by name, in the order in which they are committed."""
     decoder = nvdec_identity() if config.decoder == "nvdec" else decoder_identity()
+    tracker = tracker_identity(config.person, config.identity)
     picture = {
-        "faces": {"source": config.face_source, **faces_identity(detector=config.detector)},
+        "faces": {"source": config.face_source, **faces_identity(detector=config.detector, tracker=tracker)},
         "decoder": decoder,
     }
     sampling = config.sampling
@@ -47,6 +50,19 @@ def stream_infos(
             {"encoder": LOGMEL, **logmel_identity(), "decoder": decoder_identity()},
         )
     ]
+    if config.face_source != "none" and config.person != LARGEST and (visual or config.pixels):
+        # The choice of a person does not change which faces there are.
+        everyone = {key: value for key, value in tracker.items() if key != "person"}
+        faces = {"source": config.face_source, **faces_identity(detector=config.detector, tracker=everyone)}
+        infos.append(
+            StreamInfo(
+                FACES,
+                "faces",
+                0,
+                "float32",
+                {"encoder": FACES, "sampling": sampling, "picture": {"faces": faces, "decoder": decoder}},
+            )
+        )
     if config.pixels:
         infos.append(
             StreamInfo(PIXELS, "pixels", 0, "uint8", {"encoder": "jpeg", "sampling": sampling, "picture": picture})

@@ -18,6 +18,9 @@ from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.config import limit_memory, too_much_memory
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
 from vaflow.extract.faces.detection import Cells, find_faces
+from vaflow.extract.faces.detection import Face as DetectedFace
+from vaflow.extract.faces.identity import open_network
+from vaflow.extract.faces.people import LARGEST, SPEAKING, ClipFaces
 from vaflow.extract.image_folders import IMAGES_DIGEST, ImageDigest, list_crops, open_stills, read_crop, stills_at
 from vaflow.extract.messages import (
     Alive,
@@ -36,8 +39,9 @@ from vaflow.extract.messages import (
 from vaflow.extract.nvdec import frames_on_gpu
 from vaflow.extract.scan import audio_clock
 from vaflow.extract.sources import check_unchanged, sources_of
+from vaflow.extract.speech import HOP, SpeechMeter
 from vaflow.extract.video import MediaInfo, frame_times, frames_at, probe
-from vaflow.process import listening
+from vaflow.process import beat, listening
 from vaflow.timeline import Floats, Ints, median_interval, nearest
 
 Image = np.ndarray[Any, Any]
@@ -215,18 +219,19 @@ class ClipReader:
     def _send_faces(self) -> None:
         job = self._job
         frame = nearest(self._times, job.grid.sample_times(self._duration))
+        self._everyone: dict[str, np.ndarray[Any, Any]] | None = None
         self._facts: dict[str, Any] = {"samples": int(frame.size), "faces": 0, "unreadable_crops": 0}
         if self._clip.crops and job.face_source != "centerface":
             images = self._read_crops(frame)
         elif self._clip.video is not None or self._clip.frames is not None:
-            images = self._cut_faces(frame)
+            images = self._detect_faces(frame)
         else:  # audio only
             images = iter(())
         for sample, jpeg, image in images:
             self._facts["faces"] += 1
             prepared = {preparation: preparation(image) for preparation in job.preparations}
             self._send(Face(job.number, sample, prepared, jpeg if job.keep_jpeg else None))
-        self._send(FacesEnd(job.number, frame, self._facts))
+        self._send(FacesEnd(job.number, frame, self._facts, self._everyone))
 
     def _read_crops(self, frame: Ints) -> Images:
         """Crops by frame number, never by position. The sample of a missing or unreadable one stays invalid."""
@@ -243,30 +248,68 @@ class ClipReader:
             yield sample, jpeg, image
         self._facts[IMAGES_DIGEST] = digest.hexdigest()
 
-    def _cut_faces(self, frame: Ints) -> Images:
-        """Detect faces, follow one person, cut. The image that is encoded is the JPEG that would be stored."""
+    def _detect_faces(self, frame: Ints) -> Images:
+        """The face of one person. The image that is encoded is the JPEG that would be stored."""
         samples_of: dict[int, list[int]] = {}
         for sample, number in enumerate(frame.tolist()):
             samples_of.setdefault(number, []).append(sample)
         frames = self._whole_frames(np.unique(frame))
-        for number, image in frames if self._job.face_source == "none" else self._aligned(frames):
-            jpeg = encode_jpeg(image)
+        jpegs: Iterator[tuple[int, bytes]]
+        if self._job.face_source == "none":
+            jpegs = ((number, encode_jpeg(image)) for number, image in frames)
+        elif self._job.person == LARGEST and not self._clip.side:
+            jpegs = self._largest_face(frames)
+        else:
+            jpegs = self._one_of_all(frames)
+        for number, jpeg in jpegs:
             stored = decode_jpeg(jpeg)
             for sample in samples_of[number]:
                 yield sample, jpeg, stored
 
-    def _aligned(self, frames: Frames) -> Frames:
-        """The face of one person in each frame that shows it."""
+    def _largest_face(self, frames: Frames) -> Iterator[tuple[int, bytes]]:
+        """Frame and crop of the largest face, followed by place alone."""
         tracker = PersonTracker()
-        if self._job.ask:
-            detected = find_faces(frames, partial(self._ask, self._job.number), self._job.ask)
-        else:
-            detector = _detector()
-            detected = ((number, image, detector.detect(image)) for number, image in frames)
-        for number, image, faces in detected:
+        for number, image, faces in self._detected(frames):
             face = tracker.update(faces, float(self._times[number]))
             if face is not None:
-                yield number, align(image, face)
+                yield number, encode_jpeg(align(image, face))
+
+    def _one_of_all(self, frames: Frames) -> Iterator[tuple[int, bytes]]:
+        """Frame and crop of the person that the settings choose, once all faces of the clip are known."""
+        rule = self._clip.side or self._job.person
+        with ClipFaces(open_network(self._job.identity)) as faces:
+            for number, image, found in self._detected(frames):
+                beat()
+                faces.add(number, float(self._times[number]), image, found)
+            people = faces.people()
+            person = people.choose(rule, self._speech() if rule == SPEAKING else None)
+            self._everyone = people.arrays()
+            self._facts |= {"person": person, "people": len(people.sightings), "cuts": len(people.cuts)}
+            self._facts["seconds"] = [round(seconds, 2) for seconds in people.seconds]
+            for sighting in people.sightings[person - 1] if person else []:
+                yield sighting.frame, people.jpeg(sighting)
+
+    def _speech(self) -> Callable[[float], bool] | None:
+        """Whether there is speech at a time in seconds; None for a clip without audio."""
+        meter, blocks = SpeechMeter(), self._audio_blocks()
+        while True:
+            try:
+                meter.push(next(blocks))
+            except StopIteration as end:
+                if end.value.status in ("absent", "unreadable"):
+                    return None
+                break
+        frames = meter.finish()
+        return lambda time: bool(frames[int(time / HOP) : int(time / HOP) + 1].any())
+
+    def _detected(self, frames: Frames) -> Iterator[tuple[int, Image, list[DetectedFace]]]:
+        """The frames with the faces that the detector finds."""
+        if self._job.ask:
+            yield from find_faces(frames, partial(self._ask, self._job.number), self._job.ask)
+            return
+        detector = _detector()
+        for number, image in frames:
+            yield number, image, detector.detect(image)
 
     def _whole_frames(self, wanted: Ints) -> Frames:
         """The wanted frames of a video or of a folder of images; of the latter, those that are readable."""

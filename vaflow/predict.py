@@ -23,6 +23,8 @@ from vaflow.datasets.files import below, is_audio
 from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
+from vaflow.extract.faces.identity import AUTO, network_setting
+from vaflow.extract.faces.people import LARGEST
 from vaflow.extract.pipeline import extract
 from vaflow.failures import FAILURES, Failure, FailureLog
 from vaflow.files import write_file
@@ -214,6 +216,8 @@ def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> E
         face_source=config.face_source or trained_on,
         device=config.device,
         precision=precision,
+        person=next((faces.get("person", LARGEST) for faces in pictures if faces), LARGEST),
+        identity=next((network_setting(faces) for faces in pictures if faces), AUTO),
         detector=detectors[0] if detectors else ExtractConfig.detector,
     )
 

@@ -171,8 +171,8 @@ def clip_findings(clip: Clip, others_have_crops: bool) -> list[Note]:
         notes.append(Note("warning", "no-labels", clip.id, message, "The clip is neither trained on nor scored"))
     if not clip.crops and clip.video is not None and others_have_crops:
         message = "No folder of crops: faces are detected in the video"
-        if clip.id != clip.group:
-            message += f", where {clip.id} may be confused with the other person of {clip.group}"
+        if clip.side:
+            message += f"; {clip.id} is the person on the {clip.side}, and fails where the sides cannot be told apart"
         notes.append(Note("warning", "no-crops", clip.id, message, "Unpack all archives of crops below the root"))
     return notes
 
@@ -186,7 +186,7 @@ Same = Sequence[tuple[Path, ...]]  # groups of files with equal bytes
 
 def dataset_findings(clips: Sequence[Clip], labels: Mapping[str, LabelFacts]) -> list[Note]:
     """Videos that cross splits, splits without clips or labels, the distribution of labels. `labels`: clip -> facts."""
-    notes = _shared_source_findings(clips)
+    notes = [*_shared_source_findings(clips), *_same_features(clips)]
     if not any(clip.labels for clip in clips):
         remedy = "The clips can be extracted and predicted; training requires labels"
         return [*notes, Note("note", "no-labels-at-all", "", "No clip has labels", remedy)]
@@ -296,6 +296,28 @@ def _shared_source_findings(clips: Iterable[Clip]) -> list[Note]:
             message = f"The split is {clip.split}, and another one has a video of the same name: {others}"
             remedy = "If it is the same recording, keep it in one split"
             notes.append(Note("warning", "same-name", clip.id, message, remedy))
+    return notes
+
+
+def _same_features(clips: Iterable[Clip]) -> list[Note]:
+    """Clips that would get the same faces and the same audio, or might: one video, no crops, no other side."""
+    together: dict[tuple[Path | None, Path | None], list[Clip]] = defaultdict(list)
+    for clip in clips:
+        if not clip.crops and (clip.video or clip.frames) is not None:
+            together[clip.video, clip.frames].append(clip)
+    notes = []
+    for sharing in together.values():
+        for clip in sharing:
+            others = [other for other in sharing if other is not clip and other.audio == clip.audio]
+            same = [other.id for other in others if other.side == clip.side]
+            if same:
+                message = f"The features would be the same as those of {', '.join(same)}: one video, and no crops"
+                remedy = "Add the face crops of these trials, or remove all but one"
+                notes.append(Note("error", "same-features", clip.id, message, remedy))
+            elif others and not clip.side:
+                message = f"The main person of the video may be that of {', '.join(other.id for other in others)}"
+                remedy = "Add the face crops of these trials"
+                notes.append(Note("warning", "same-person", clip.id, message, remedy))
     return notes
 
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from vaflow.extract.faces.detection import Face, overlap
 
-TRACKER_VERSION = 1
+TRACKER_VERSION = 1  # of `PersonTracker`
+ALL_FACES_VERSION = 2  # of `FaceTracker`
 
 START_SCORE = 0.6
 MAX_SIZE_CHANGE = 1.8
@@ -53,6 +54,46 @@ class PersonTracker:
         reach = min(REACH + REACH_PER_SECOND * max(time - self._seen, 0.0), MAX_REACH)
         candidates = [f for f in faces if distance(last, f) <= reach and size_change(last, f) <= MAX_SIZE_CHANGE]
         return max(candidates, key=lambda face: likeness(last, face), default=None)
+
+
+class FaceTracker:
+    """Follows every face: continues tracks by place and size, and ends all of them at a cut.
+
+    Feed it the faces of each sampled frame in order of time. A track that shows no face for `PATIENCE` seconds ends.
+    """
+
+    def __init__(self) -> None:
+        self._active: dict[int, tuple[Face, float]] = {}  # track -> last face and its time
+        self._count = 0
+
+    def update(self, faces: Sequence[Face], time: float, *, cut: bool = False) -> list[int | None]:
+        """The track of each face found at `time` (seconds); None for one too uncertain to begin a track.
+
+        Args:
+            faces: those of one frame.
+            time: in seconds.
+            cut: a shot boundary lies before this frame.
+        """
+        if cut:
+            self._active.clear()
+        self._active = {track: seen for track, seen in self._active.items() if time - seen[1] <= PATIENCE}
+        pairs = [
+            (likeness(last, face), track, index)
+            for track, (last, seen) in self._active.items()
+            for index, face in enumerate(faces)
+            if distance(last, face) <= min(REACH + REACH_PER_SECOND * max(time - seen, 0.0), MAX_REACH)
+            and size_change(last, face) <= MAX_SIZE_CHANGE
+        ]
+        tracks: list[int | None] = [None] * len(faces)
+        for _, track, index in sorted(pairs, reverse=True):
+            if tracks[index] is None and track not in tracks:
+                tracks[index] = track
+        for index, face in enumerate(faces):
+            if tracks[index] is None and face.score >= START_SCORE:
+                tracks[index], self._count = self._count, self._count + 1
+            if (track_id := tracks[index]) is not None:
+                self._active[track_id] = (face, time)
+        return tracks
 
 
 def distance(one: Face, other: Face) -> float:

@@ -12,8 +12,8 @@ DIM = 6
 
 def stream(kind: Kind, dtype: str | None = None, name: str | None = None) -> StreamInfo:
     """A stream of `kind`, named after it."""
-    dims = {"pixels": 0, "labels": 0, "targets": 0}
-    dtypes = {"pixels": "uint8", "labels": "float32", "targets": "float32", "text": "float32"}
+    dims = {"pixels": 0, "faces": 0, "labels": 0, "targets": 0}
+    dtypes = {"pixels": "uint8", "faces": "float32", "labels": "float32", "targets": "float32", "text": "float32"}
     return StreamInfo(
         name=name or kind,
         kind=kind,
@@ -27,6 +27,7 @@ def arrays(info: StreamInfo, length: int = 5, seed: int = 0, *, zeros: bool = Fa
     """Arrays that fit `info`, `length` along the first axis: random, or all zero."""
     rng = np.random.default_rng(seed)
     sizes = {"dim": info.dim, "mel": info.dim, "step": 4, "target": 2, "name": 4, "template": 3, "region": 9}
+    sizes |= {"edge": 4, "point": 5, "axis": 2}
     made: dict[str, Array] = {}
     for name, spec in KINDS[info.kind].items():
         shape = tuple(sizes.get(axis, length) for axis in spec.axes)

@@ -19,7 +19,7 @@ from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.errors import FingerprintError, VaflowError, WeightsError
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.faces import detection_torch, faces_identity
+from vaflow.extract.faces import detection_torch, faces_identity, tracker_identity
 from vaflow.extract.faces.alignment import align, decode_jpeg
 from vaflow.extract.faces.detection import HELD_BYTES, Cells, CenterFace, decode_cells, find_faces, model_path, shrunk
 from vaflow.extract.faces.detection_torch import TorchDetector
@@ -199,9 +199,10 @@ def test_the_fingerprint_names_it_where_faces_count(
     import cv2
 
     opencv, ours = (extracted[name].streams() for name in ("opencv", "torch"))
-    assert {name for name in ours if ours[name].identity != opencv[name].identity} == {"clip-tiny", "pixels"}
+    assert {name for name in ours if ours[name].identity != opencv[name].identity} == {"clip-tiny", "faces", "pixels"}
     said, usual = (streams["clip-tiny"].identity["picture"]["faces"] for streams in (ours, opencv))
-    assert usual == {"source": "auto", **faces_identity()}
+    tracker = tracker_identity("main", "auto")
+    assert usual == {"source": "auto", **faces_identity(tracker=tracker)}
     assert usual["runtime"] == f"opencv {cv2.__version__}"
     assert said == usual | {"runtime": f"torch {torch.__version__.partition('+')[0]}, opencv {cv2.__version__}"}
     with pytest.raises(FingerprintError, match=r"torch .*opencv"):

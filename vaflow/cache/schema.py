@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 FORMAT = "vaflow-cache"
 STORES = ("zarr", "hdf5")  # that can be written item by item
 
-Kind = Literal["visual", "audio", "logmel", "pixels", "labels", "targets", "text"]
+Kind = Literal["visual", "audio", "logmel", "pixels", "faces", "labels", "targets", "text"]
 StoreName = Literal["zarr", "hdf5", "packed"]
 Array = NDArray[Any]
 Json = dict[str, Any]
@@ -31,6 +31,7 @@ Blob = NDArray[np.uint8]  # bytes of one file; writable, so that arrays made of 
 LABELS = "labels"  # the stream that every clip has: its frame clock, split, group and annotation
 LOGMEL = "logmel"
 PIXELS = "pixels"
+FACES = "faces"
 PACKED: StoreName = "packed"  # read-only: the rows of all clips in a few large arrays
 
 FLOAT = ("float16", "float32")
@@ -94,6 +95,21 @@ KINDS: Mapping[str, Mapping[str, ArraySpec]] = {
         "valid":     ArraySpec(("sample",), ("bool",)),
         "frame":     ArraySpec(("sample",), ("int64",), False),
     },
+    # every face found in the sampled frames, in order of time, and the shot boundaries between them
+    "faces": {
+        "time":      ArraySpec(("face",), ("float64",)),           # seconds: presentation time of the frame
+        "frame":     ArraySpec(("face",), ("int64",)),             # 0-based number of the video frame
+        "box":       ArraySpec(("face", "edge"), ("float32",)),    # x0, y0, x1, y1 in pixels of the frame
+        "landmarks": ArraySpec(("face", "point", "axis"), ("float32",)),  # x, y of eyes, nose tip, mouth corners
+        "score":     ArraySpec(("face",), ("float32",)),           # of the detector, 0 to 1
+        "size":      ArraySpec(("face",), ("float32",)),           # pixels: edge of a square as large as the box
+        "sharpness": ArraySpec(("face",), ("float32",)),           # gray levels
+        "yaw":       ArraySpec(("face",), ("float32",)),           # degrees; positive: to the viewer's right
+        "mouth":     ArraySpec(("face",), ("float32",)),           # gray levels: motion of the mouth
+        "track":     ArraySpec(("face",), ("int64",)),             # number of the track, from 0
+        "person":    ArraySpec(("face",), ("int64",)),             # number of the person, from 1
+        "cut":       ArraySpec(("cut",), ("float64",)),            # seconds: first sampled frame after a cut
+    },
     # the frame clock and its annotation: one row per video frame or annotation row, whichever is more
     "labels": {
         "time":      ArraySpec(("row",), ("float64",)),            # seconds: presentation time
@@ -125,8 +141,8 @@ class StreamInfo:
     Attributes:
         name: as used on the command line and on disk, e.g. "clip-vit-b16".
         kind: a key of `KINDS`.
-        dim: the last axis of `embedding` (0 for pixels, labels and targets).
-        dtype: of `embedding` ("uint8" for pixels, "float32" for labels and targets).
+        dim: the last axis of `embedding` (0 for pixels, faces, labels and targets).
+        dtype: of `embedding` ("uint8" for pixels, "float32" for faces, labels and targets).
         identity: plain JSON of every setting that changes the values: encoder, weights digest, preprocessing, sampling,
             output layer, decoder backend and version. The fingerprint is a digest of it.
     """

@@ -11,7 +11,13 @@ from vaflow.cache.schema import FLOAT, KINDS, StreamInfo, escape
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.files import make_folder, read_document
 
-_DTYPES = {"labels": ("float32",), "targets": ("float32",), "pixels": ("uint8",), "text": ("float32",)}
+_DTYPES = {
+    "labels": ("float32",),
+    "targets": ("float32",),
+    "pixels": ("uint8",),
+    "text": ("float32",),
+    "faces": ("float32",),
+}
 
 
 def load_stream(layout: Layout, file_name: str) -> StreamInfo:

@@ -141,7 +141,8 @@ class _Trials:
         video = paths[0] if paths else None
         labels = self.labels[name][0][1] if name in self.labels else None
         crops = tuple(self.crops.get(name, ()))
-        return Clip(name, split, stem, video, video, crops, labels, "affwild2" if labels else "none")
+        side = name.removeprefix(stem).removeprefix("_")
+        return Clip(name, split, stem, video, video, crops, labels, "affwild2" if labels else "none", side=side)
 
     def _stem(self, trial: str) -> str:
         return trial if trial in self.videos else strip_side(trial)

@@ -1,0 +1,319 @@
+"""The people of a clip: every face of every sampled frame, joined to tracks and to people; and the one to estimate.
+
+Crops of all faces are kept, as the JPEG files that are encoded and stored, until the end of the clip shows who is who:
+in memory up to `MEMORY_BYTES`, beyond that in a temporary file. So the video is decoded once.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from tempfile import SpooledTemporaryFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaflow.errors import MediaError, explain
+from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg
+from vaflow.extract.faces.cuts import SUSPICIOUS, CutDetector
+from vaflow.extract.faces.detection import Face
+from vaflow.extract.faces.identity import FaceNetwork, Vectors, link
+from vaflow.extract.faces.quality import Quality, face_quality, mouth_motion
+from vaflow.extract.faces.tracking import FaceTracker
+
+Image = NDArray[np.uint8]
+
+LARGEST, MAIN, LEFT, RIGHT, SPEAKING, ID = "largest", "main", "left", "right", "speaking", "id:"
+PERSON_PATTERN = r"main|left|right|speaking|largest|id:[1-9]\d*"
+
+MEMORY_BYTES = 64 * 2**20
+MAX_FACES = 16  # of one frame: the largest
+CHECK_SECONDS = 10.0  # time between two comparisons of a track's appearance
+NEARLY_EQUAL = 0.9  # share of the most seconds with which a larger face is the main person
+SIDE_SHARE = 0.9  # of the frames that show both people, in which the left one must be on the left
+MIN_FRAMES_TOGETHER = 2
+SPLIT_FACTOR = 1.15  # a track is divided at a distance this much above the limit that joins tracks
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """One face in one sampled frame.
+
+    Attributes:
+        frame: 0-based number of the video frame; time: its presentation time in seconds.
+        track: number of its track, from 0; person: number of its person, from 1; 0 before people are known.
+        mouth: motion of the mouth since the track's sighting before, in gray levels; 0 for the first.
+        place: where its JPEG lies: offset and size.
+    """
+
+    frame: int
+    time: float
+    face: Face
+    quality: Quality
+    track: int
+    mouth: float
+    place: tuple[int, int]
+    person: int = 0
+
+
+class ClipFaces:
+    """Collects the faces of a clip, frame by frame. Use as a context manager.
+
+    Args:
+        network: tells people apart; None: tracks are never joined.
+    """
+
+    def __init__(self, network: FaceNetwork | None) -> None:
+        self._network = network
+        self._cut_detector, self._tracker = CutDetector(), FaceTracker()
+        self._file = SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115 - closed by __exit__
+        self._end = 0
+        self._tracks: list[list[Sighting]] = []
+        self._times: list[float] = []
+        self._suspicious: set[int] = set()  # frames
+        self._mouths: dict[int, Image] = {}  # track -> luminance of its last crop
+        self._cuts: list[float] = []
+
+    def __enter__(self) -> "ClipFaces":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, frame: int, time: float, image: Image, faces: Sequence[Face]) -> None:
+        """The next sampled frame [H, W, 3] with its faces."""
+        import cv2
+
+        cut = self._cut_detector.update(image)
+        if cut >= 1:
+            self._cuts.append(time)
+        if cut >= SUSPICIOUS:
+            self._suspicious.add(frame)
+        self._times.append(time)
+        faces = sorted(faces, key=lambda face: -face.size)[:MAX_FACES]
+        for face, track in zip(faces, self._tracker.update(faces, time, cut=cut >= 1), strict=True):
+            if track is None:
+                continue
+            crop = align(image, face)
+            gray = np.asarray(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), np.uint8)
+            jpeg = encode_jpeg(crop)
+            self._file.seek(self._end)
+            self._file.write(jpeg)
+            before = self._mouths.get(track)
+            motion = 0.0 if before is None else mouth_motion(gray, before)
+            self._mouths[track] = gray
+            if track == len(self._tracks):
+                self._tracks.append([])
+            place = (self._end, len(jpeg))
+            self._tracks[track].append(Sighting(frame, time, face, face_quality(face, gray), track, motion, place))
+            self._end += len(jpeg)
+
+    def people(self) -> "People":
+        """Everyone in the clip. Call once, after the last frame."""
+        tracks, vectors = self._compared() if self._network else (self._tracks, [])
+        persons = list(range(len(tracks)))
+        if self._network:
+            frames = [{s.frame for s in track} for track in tracks]
+            apart = np.array([[bool(a & b) for b in frames] for a in frames], bool).reshape(len(tracks), len(tracks))
+            persons = link(vectors, apart, self._network.limit)
+        step = float(np.median(np.diff(self._times))) if len(self._times) > 1 else 0.0
+        merged: dict[int, list[Sighting]] = {}
+        for number, (track, person) in enumerate(zip(tracks, persons, strict=True)):
+            merged.setdefault(person, []).extend(replace(sighting, track=number) for sighting in track)
+        return People(
+            [
+                [replace(s, person=number) for s in sorted(sightings, key=lambda s: s.frame)]
+                for number, sightings in enumerate(_by_presence(merged.values()), start=1)
+            ],
+            tuple(self._cuts),
+            step,
+            self._jpeg,
+        )
+
+    def _jpeg(self, sighting: Sighting) -> bytes:
+        start, size = sighting.place
+        self._file.seek(start)
+        return self._file.read(size)
+
+    # -- appearance ------------------------------------------------------------------------------------------------
+
+    def _compared(self) -> tuple[list[list[Sighting]], list[Vectors]]:
+        """The tracks, each divided where its appearance changes, and the vectors of each.
+
+        One short track without a suspicious frame is not compared with anything: that is the usual clip.
+        """
+        assert self._network is not None
+        checkpoints = [self._checkpoints(track) for track in self._tracks]
+        if len(self._tracks) == 1 and len(checkpoints[0]) < 3:
+            return self._tracks, [np.zeros((0, self._network.dim), np.float32)]
+        tracks, vectors = [], []
+        for track, places in zip(self._tracks, checkpoints, strict=True):
+            known = {place: self._vector(track[place]) for place in places}
+            ends = [0, *self._divisions(track, known), len(track)]
+            for start, end in pairwise(ends):
+                tracks.append(track[start:end])
+                own = [vector for place, vector in known.items() if start <= place < end]
+                vectors.append(np.stack(own) if own else np.zeros((0, self._network.dim), np.float32))
+        return tracks, vectors
+
+    def _checkpoints(self, track: list[Sighting]) -> list[int]:
+        """Places in a track, among its clear sightings, at which its appearance is taken."""
+        clear = [place for place, sighting in enumerate(track) if sighting.quality.is_clear]
+        if not clear:
+            return []
+        chosen, last = {clear[0], max(clear, key=lambda place: track[place].quality.sharpness)}, track[clear[0]].time
+        step = min((b - a for a, b in pairwise(self._times) if b > a), default=0.0)
+        for before, after in pairwise(clear):
+            time = track[after].time
+            passed = track[before + 1 : after + 1]
+            if any(s.frame in self._suspicious for s in passed) or time - track[before].time > 2.5 * step:
+                chosen |= {before, after}
+                last = time
+            elif time - last >= CHECK_SECONDS:
+                chosen.add(after)
+                last = time
+        return sorted(chosen)
+
+    def _divisions(self, track: list[Sighting], known: dict[int, Vectors]) -> list[int]:
+        """Places at which another person begins; `known` (place -> vector) gains what is looked at on the way."""
+        assert self._network is not None
+        limit = SPLIT_FACTOR * self._network.limit
+        divisions = []
+        for before, after in pairwise(sorted(known)):
+            low, high = before, after
+            if np.linalg.norm(known[low] - known[high]) <= limit:
+                continue
+            while high - low > 1:
+                middle = (low + high) // 2
+                vector = self._vector(track[middle])
+                nearer_low = np.linalg.norm(vector - known[before]) < np.linalg.norm(vector - known[after])
+                low, high = (middle, high) if nearer_low else (low, middle)
+            divisions.append(high)
+        return divisions
+
+    def _vector(self, sighting: Sighting) -> Vectors:
+        assert self._network is not None
+        return self._network.embed([decode_jpeg(self._jpeg(sighting))])[0]
+
+
+def _by_presence(people: Iterable[list[Sighting]]) -> list[list[Sighting]]:
+    """People by their number of clear sightings; the first of those with nearly the most has the largest face."""
+
+    def clear(sightings: list[Sighting]) -> int:
+        return sum(sighting.quality.is_clear for sighting in sightings)
+
+    ordered = sorted(people, key=lambda s: (-clear(s), -len(s), s[0].frame))
+    if not ordered:
+        return []
+    most = (clear(ordered[0]), len(ordered[0]))
+    rivals = [
+        s for s in ordered if clear(s) >= NEARLY_EQUAL * most[0] and (most[0] or len(s) >= NEARLY_EQUAL * most[1])
+    ]
+    main = max(rivals, key=lambda s: float(np.median([sighting.face.size for sighting in s])))
+    return [main, *(s for s in ordered if s is not main)]
+
+
+@dataclass(frozen=True)
+class People:
+    """Everyone in a clip.
+
+    Attributes:
+        sightings: of each person, in order of time; person 1 has the most seconds of clear face.
+        cuts: times of the shot boundaries, in seconds.
+        step: seconds between two sampled frames.
+        jpeg: the crop of a sighting.
+    """
+
+    sightings: list[list[Sighting]]
+    cuts: tuple[float, ...]
+    step: float
+    jpeg: Callable[[Sighting], bytes]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds that each person is in the picture."""
+        return [len(sightings) * self.step for sightings in self.sightings]
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays of a `faces` stream: one row per face, in order of time."""
+        rows = sorted((s for person in self.sightings for s in person), key=lambda s: (s.frame, s.person))
+        columns = {
+            "size": [s.quality.size for s in rows],
+            "sharpness": [s.quality.sharpness for s in rows],
+            "yaw": [s.quality.yaw for s in rows],
+            "score": [s.quality.score for s in rows],
+            "mouth": [s.mouth for s in rows],
+        }
+        return {
+            "time": np.array([s.time for s in rows], np.float64),
+            "frame": np.array([s.frame for s in rows], np.int64),
+            "box": np.array([s.face.box for s in rows], np.float32).reshape(-1, 4),
+            "landmarks": np.array([s.face.landmarks for s in rows], np.float32).reshape(-1, 5, 2),
+            "track": np.array([s.track for s in rows], np.int64),
+            "person": np.array([s.person for s in rows], np.int64),
+            **{name: np.array(values, np.float32) for name, values in columns.items()},
+            "cut": np.array(self.cuts, np.float64),
+        }
+
+    def choose(self, rule: str, speech: Callable[[float], bool] | None = None) -> int:
+        """Number of the person to estimate; 0 if the clip shows nobody.
+
+        Args:
+            rule: main, left, right, id:K or speaking.
+            speech: whether there is speech at a time in seconds; required by "speaking".
+
+        Raises:
+            MediaError: the rule does not name one person of this clip.
+        """
+        if rule in (LEFT, RIGHT):
+            return self._on_side(rule)
+        if rule.startswith(ID):
+            number = int(rule.removeprefix(ID))
+            if number > len(self.sightings):
+                raise MediaError(
+                    explain(f"--person {rule} names nobody in this clip", expected=f"1 to {len(self.sightings)}")
+                )
+            return number
+        if rule == SPEAKING and self.sightings:
+            if speech is None:
+                raise MediaError(explain("--person speaking requires audio, and the clip has none"))
+            return 1 + max(range(len(self.sightings)), key=lambda k: speaking_score(self.sightings[k], speech))
+        return min(1, len(self.sightings))
+
+    def _on_side(self, side: str) -> int:
+        """The left or right one of the two people who are together for the longest time."""
+        people = [{s.frame: s.face.centre[0] for s in person} for person in self.sightings]
+        pairs = [(len(a.keys() & b.keys()), i, j) for j, b in enumerate(people) for i, a in enumerate(people[:j])]
+        together, i, j = max(pairs, key=lambda pair: (pair[0], -pair[1], -pair[2]), default=(0, 0, 0))
+        if together < MIN_FRAMES_TOGETHER:
+            raise MediaError(
+                explain(
+                    f"The person on the {side} cannot be told apart: the clip never shows two people side by side",
+                    expected=f"two faces in at least {MIN_FRAMES_TOGETHER} of the sampled frames",
+                    remedy="Add the dataset's face crops of this trial",
+                )
+            )
+        common = people[i].keys() & people[j].keys()
+        first_is_left = sum(people[i][frame] < people[j][frame] for frame in common) / len(common)
+        if 1 - SIDE_SHARE < first_is_left < SIDE_SHARE:
+            raise MediaError(
+                explain(
+                    f"The person on the {side} cannot be told apart: the two people change sides",
+                    expected=f"one person on the left in {SIDE_SHARE:.0%} of the frames that show both",
+                    got=f"{max(first_is_left, 1 - first_is_left):.0%}",
+                    remedy="Add the dataset's face crops of this trial",
+                )
+            )
+        left, right = (i, j) if first_is_left >= SIDE_SHARE else (j, i)
+        return 1 + (left if side == LEFT else right)
+
+
+def speaking_score(sightings: Sequence[Sighting], speech: Callable[[float], bool]) -> float:
+    """Mean motion of a mouth during speech, less that without speech, in gray levels."""
+    during = [s.mouth for s in sightings if speech(s.time)]
+    without = [s.mouth for s in sightings if not speech(s.time)]
+    return (float(np.mean(during)) if during else 0.0) - (float(np.mean(without)) if without else 0.0)
+
+
+def no_faces() -> dict[str, NDArray[np.generic]]:
+    """The arrays of a `faces` stream of a clip in which nothing was detected."""
+    return People([], (), 0.0, lambda _: b"").arrays()

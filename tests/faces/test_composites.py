@@ -1,0 +1,84 @@
+"""People in composites of real clips, counted against the known composition."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from composites import (
+    Drawn,
+    count,
+    in_a_row,
+    inset,
+    mirrored,
+    one_after_another,
+    people_of,
+    wipe,
+    write,
+)
+
+from vaflow.extract.faces.identity import resolve
+
+Composite = tuple[Callable[[float], Drawn], float]
+
+
+def composites(clips: Path) -> dict[str, Composite]:
+    """Name -> how it is drawn, and its seconds."""
+    interview = one_after_another(clips, ("wolfgang", 5), ("obama", 4), ("wolfgang", 5))
+    return {
+        "two side by side": (in_a_row(clips, "wolfgang", "obama"), 12),
+        "three side by side": (in_a_row(clips, "wolfgang", "carphone", "single"), 12),
+        "cut to another and back": (interview, 14),
+        "one leaves and returns": (one_after_another(clips, ("wolfgang", 4), ("nobody", 5), ("wolfgang", 4)), 13),
+        "picture in picture": (inset(clips, "wolfgang", "carphone"), 12),
+        "split-screen transition": (wipe(clips, "wolfgang", "obama", 5, 7), 12),
+        "10 s of no face": (one_after_another(clips, ("single", 4), ("nobody", 10), ("single", 4)), 18),
+        "mirrored": (mirrored(interview), 14),
+    }
+
+
+@pytest.fixture
+def network() -> str:
+    name = resolve("auto")
+    if name == "none":
+        pytest.skip("no face-recognition network is installed: pip install 'vaflow[identity]'")
+    return name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "two side by side",
+        "three side by side",
+        "cut to another and back",
+        "one leaves and returns",
+        "picture in picture",
+        "split-screen transition",
+        "10 s of no face",
+        "mirrored",
+    ],
+)
+def test_every_second_is_the_right_persons(name: str, clips: Path, tmp_path: Path, network: str) -> None:
+    draw, seconds = composites(clips)[name]
+    counts = count(people_of(write(tmp_path / "clip.mp4", draw, seconds), network), draw, seconds)
+    assert counts.switches == 0
+    assert counts.people == counts.expected
+    assert counts.right == counts.total
+    assert counts.missed == 0
+
+
+def test_rotation_by_metadata_changes_nothing(clips: Path, tmp_path: Path, network: str) -> None:
+    draw, seconds = composites(clips)["two side by side"]
+    path = write(tmp_path / "turned.mp4", draw, seconds, turned=True)
+    counts = count(people_of(path, network), draw, seconds)
+    assert (counts.people, counts.switches, counts.missed) == (2, 0, 0)
+    assert counts.right == counts.total
+
+
+def test_without_a_network_no_tracks_are_joined_across_a_cut(clips: Path, tmp_path: Path) -> None:
+    draw, seconds = composites(clips)["cut to another and back"]
+    people = people_of(write(tmp_path / "clip.mp4", draw, seconds), "none")
+    counts = count(people, draw, seconds)
+    assert counts.people == 3, "one for each shot"
+    assert counts.switches == 0
+    np.testing.assert_allclose(people.cuts, [5.0, 9.0], atol=0.5)

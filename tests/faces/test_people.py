@@ -1,0 +1,212 @@
+"""Who is estimated: rules on drawn faces with known owners, and the joining of tracks."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import pytest
+
+from vaflow.errors import MediaError, UsageError
+from vaflow.extract.config import ExtractConfig
+from vaflow.extract.faces import faces_identity, tracker_identity
+from vaflow.extract.faces.alignment import TEMPLATE
+from vaflow.extract.faces.cuts import CutDetector
+from vaflow.extract.faces.detection import Face
+from vaflow.extract.faces.identity import FaceNetwork, link
+from vaflow.extract.faces.people import ClipFaces, People
+from vaflow.extract.faces.quality import yaw
+from vaflow.extract.faces.tracking import PATIENCE, FaceTracker
+
+STEP = 0.5
+
+
+def face(x: float, y: float = 200.0, size: float = 100.0, score: float = 0.9) -> Face:
+    half = size / 2
+    return Face((x - half, y - half, x + half, y + half), score, TEMPLATE * size + (x - half, y - half))
+
+
+class Blind:
+    """A network to which everyone looks the same."""
+
+    dim, limit = 2, 0.5
+
+    def embed(self, crops: Sequence[np.ndarray]) -> np.ndarray:
+        return np.zeros((len(crops), 2), np.float32)
+
+
+def clip(
+    samples: Sequence[Sequence[Face]], open_mouths: Sequence[set[float]] = (), network: FaceNetwork | None = None
+) -> People:
+    """People of frames in which each face is drawn in noise; the mouths at the given places are drawn black."""
+    noise = np.random.default_rng(0).integers(60, 200, (400, 800, 3)).astype(np.uint8)
+    with ClipFaces(network) as faces:
+        for number, found in enumerate(samples):
+            image = noise.copy()
+            for one in found:
+                if number < len(open_mouths) and one.centre[0] in open_mouths[number]:
+                    left, right = one.landmarks[3:].astype(int)
+                    cv2.rectangle(image, tuple((left - 12).tolist()), tuple((right + 12).tolist()), (0, 0, 0), -1)
+            faces.add(number, number * STEP, image, found)
+        return faces.people()
+
+
+def chosen_place(people: People, rule: str) -> float:
+    """Mean x of the chosen person's faces."""
+    return float(np.mean([s.face.centre[0] for s in people.sightings[people.choose(rule) - 1]]))
+
+
+def test_main_is_who_is_seen_longest_not_who_is_largest() -> None:
+    passer_by = face(600, size=180)
+    people = clip([[face(150), passer_by] if 4 <= k < 8 else [face(150)] for k in range(20)])
+    assert chosen_place(people, "main") == 150
+
+
+def test_of_people_seen_equally_long_the_larger_one_is_main() -> None:
+    assert chosen_place(clip([[face(150, size=90), face(600, size=130)]] * 10), "main") == 600
+
+
+def test_sides_are_those_of_the_two_people_together_longest() -> None:
+    people = clip([[face(150), face(600)]] * 10)
+    assert chosen_place(people, "left") == 150
+    assert chosen_place(people, "right") == 600
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_person_has_no_side(side: str) -> None:
+    with pytest.raises(MediaError, match=f"on the {side} cannot be told apart: the clip never shows two"):
+        clip([[face(150)]] * 10).choose(side)
+
+
+def test_a_clip_without_faces_has_no_side() -> None:
+    with pytest.raises(MediaError, match="never shows two people"):
+        clip([[]] * 10).choose("left")
+
+
+def test_people_who_change_sides_have_none() -> None:
+    steps = np.linspace(150, 600, 12)
+    people = clip([[face(float(x), y=100), face(float(750 - x), y=300)] for x in steps])
+    assert len(people.sightings) == 2
+    with pytest.raises(MediaError, match="change sides"):
+        people.choose("right")
+
+
+def test_a_person_is_named_by_number() -> None:
+    people = clip([[face(150, size=90), face(600, size=130)]] * 10)
+    assert chosen_place(people, "id:2") == 150
+    with pytest.raises(MediaError, match="names nobody in this clip"):
+        people.choose("id:3")
+
+
+@pytest.mark.parametrize("network", [None, Blind()])
+def test_nobody_is_chosen_where_there_is_nobody(network: FaceNetwork | None) -> None:
+    assert clip([[]] * 4, network=network).choose("main") == 0
+
+
+def test_people_of_one_frame_stay_two_however_alike_they_look() -> None:
+    away = [[face(150), face(600)]] * 4 + [[]] * 10 + [[face(150), face(600)]] * 4
+    people = clip(away, network=Blind())
+    assert len(people.sightings) == 2
+    assert all(len({s.face.centre[0] for s in person if s.time < 2}) == 1 for person in people.sightings)
+
+
+def test_the_speaker_is_whose_mouth_moves_during_speech() -> None:
+    """The left mouth moves in the first half, which is silent; the right one in the second half."""
+    mouths = [({150.0} if k < 10 else {600.0}) if k % 2 else set() for k in range(20)]
+    people = clip([[face(150, size=130), face(600, size=130)]] * 20, mouths)
+    person = people.choose("speaking", lambda time: time >= 5)
+    assert people.sightings[person - 1][0].face.centre[0] == 600
+
+
+def test_speaking_requires_audio() -> None:
+    with pytest.raises(MediaError, match="requires audio"):
+        clip([[face(150)]] * 4).choose("speaking", None)
+
+
+def test_every_face_is_stored_with_its_person() -> None:
+    arrays = clip([[face(150), face(600, size=130)]] * 6).arrays()
+    assert arrays["time"].tolist() == np.repeat(np.arange(6) * STEP, 2).tolist()
+    assert sorted(arrays["person"].tolist()) == [1] * 6 + [2] * 6
+    assert arrays["box"].shape == (12, 4)
+    assert arrays["landmarks"].shape == (12, 5, 2)
+
+
+# --- tracks
+
+
+def test_a_track_ends_at_a_cut() -> None:
+    tracker = FaceTracker()
+    assert tracker.update([face(200)], 0.0) == [0]
+    assert tracker.update([face(200)], 0.5) == [0]
+    assert tracker.update([face(200)], 1.0, cut=True) == [1]
+
+
+def test_a_track_ends_after_an_absence() -> None:
+    tracker = FaceTracker()
+    tracker.update([face(200)], 0.0)
+    assert tracker.update([face(200)], PATIENCE + 0.1) == [1]
+
+
+def test_two_faces_keep_their_tracks() -> None:
+    tracker = FaceTracker()
+    assert tracker.update([face(200), face(500)], 0.0) == [0, 1]
+    assert tracker.update([face(505), face(205)], 0.5) == [1, 0]
+    assert tracker.update([face(208), face(800, score=0.55)], 1.0) == [0, None], "too uncertain to begin a track"
+
+
+def test_a_cut_changes_picture_and_colors() -> None:
+    rng = np.random.default_rng(1)
+    colors = rng.integers(0, 150, (9, 16, 3)), rng.integers(100, 255, (9, 16, 3))
+    first, second = (np.kron(color, np.ones((20, 20, 1))).astype(np.uint8) for color in colors)
+    cuts = CutDetector()
+    assert cuts.update(first) == 0
+    assert cuts.update(np.roll(first, 3, axis=1)) < 1, "a pan is no cut"
+    assert cuts.update((first * 0.8).astype(np.uint8)) < 1, "dimmed light is no cut"
+    cuts.update(first)
+    assert cuts.update(second) >= 1
+
+
+# --- joining
+
+
+def at(place: float, count: int = 3) -> np.ndarray:
+    return np.full((count, 2), place, np.float32) + np.arange(count, dtype=np.float32)[:, None] / 100
+
+
+def test_tracks_that_look_alike_are_one_person() -> None:
+    apart = np.eye(4, dtype=bool)
+    people = link([at(0), at(1), at(0.02), at(1.02)], apart, 0.5)
+    assert people[0] == people[2] != people[1] == people[3]
+
+
+def test_tracks_of_one_frame_are_never_one_person() -> None:
+    apart = np.eye(3, dtype=bool)
+    apart[0, 1] = apart[1, 0] = True
+    people = link([at(0), at(0.01), at(0.02)], apart, 0.5)
+    assert people[0] != people[1]
+    assert people[2] in people[:2]
+
+
+def test_a_track_without_vectors_joins_nobody() -> None:
+    assert len(set(link([at(0), at(0, 0), at(0)], np.eye(3, dtype=bool), 0.5))) == 2
+
+
+# --- quality, settings
+
+
+def test_yaw_follows_the_nose() -> None:
+    frontal = face(200)
+    turned = Face(frontal.box, 0.9, frontal.landmarks + np.array([[0, 0], [0, 0], [8, 0], [0, 0], [0, 0]]))
+    assert abs(yaw(frontal)) < 1
+    assert 20 < yaw(turned) < 60
+
+
+def test_largest_has_the_identity_of_streams_made_before() -> None:
+    assert faces_identity()["tracker"] == 1
+    assert "person" not in faces_identity()
+    assert tracker_identity("main", "none")["person"] == "main"
+
+
+@pytest.mark.parametrize("person", ["everyone", "id:0", "id:", "Left"])
+def test_a_person_that_does_not_exist_is_refused(person: str) -> None:
+    with pytest.raises(UsageError, match="--person must be"):
+        ExtractConfig(person=person)
