@@ -128,7 +128,7 @@ def test_files_are_what_plain_libraries_expect(tmp_path, store):
     assert_same(got, expected)
 
 
-def test_everything_wrong_with_arrays_is_said_at_once(tmp_path, store):
+def test_all_problems_of_arrays_are_reported_together(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store)
     wrong = arrays(stream("visual"))
     wrong["embedding"] = wrong["embedding"].astype("float64")[:, :4]

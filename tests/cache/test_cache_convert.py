@@ -68,7 +68,7 @@ def damage(cache: Cache, name: str, item: str) -> None:
     file.write_bytes(data)
 
 
-def test_there_and_back_again_is_the_same_cache(tmp_path, store, other):
+def test_a_round_trip_between_stores_gives_the_same_cache(tmp_path, store, other):
     source = full_cache(tmp_path / "source", store)
     done = convert(source, tmp_path / "other", other)
     assert (done.copied, done.there, done.replaced, done.failures) == (len(source.record_files()), 0, 0, ())
@@ -85,7 +85,7 @@ def test_there_and_back_again_is_the_same_cache(tmp_path, store, other):
             assert plain[0] == plain[1]
 
 
-def test_what_is_there_is_not_written_again(tmp_path, store, other):
+def test_current_copies_are_not_written_again(tmp_path, store, other):
     source = full_cache(tmp_path / "source", store)
     convert(source, tmp_path / "other", other)
     before = attempts(open_cache(tmp_path / "other"))

@@ -204,7 +204,7 @@ def test_items_without_a_source_are_the_same_if_their_arrays_are(tmp_path):
     assert_same(dict(got.arrays), arrays(stream("labels"), seed=0))
 
 
-def test_what_is_damaged_here_is_taken_from_there(tmp_path, store):
+def test_damaged_items_are_copied_from_another_cache(tmp_path, store):
     parts = [make(tmp_path / str(number), store, {"a": 1, "b": 1, "c": 1}) for number in (1, 2)]
     for item in ("a", "b"):
         file = sorted(parts[0].record("visual", item).files)[0]

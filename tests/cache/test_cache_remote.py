@@ -13,9 +13,9 @@ import zarr
 from cache_toys import arrays, assert_same, small_cache, stream
 from test_cache_contract import (  # noqa: F401 - run here on an object store
     test_a_missing_item_is_named_with_those_close_to_it,
+    test_all_problems_of_arrays_are_reported_together,
     test_arrays_come_back_as_written,
     test_dropping_leaves_nothing_behind,
-    test_everything_wrong_with_arrays_is_said_at_once,
     test_images_are_the_files_that_were_put_in,
     test_items_are_the_clips_of_the_labels_stream,
     test_large_arrays_are_split_along_their_first_axis,
@@ -210,7 +210,7 @@ def test_a_damaged_local_copy_is_downloaded_again(tmp_path, store):
     assert_same(dict(cache.read("visual", "c").arrays), arrays(stream("visual"), seed=1))
 
 
-def test_damage_on_the_store_is_found_and_mended(tmp_path, store):
+def test_damage_on_the_object_store_is_detected_and_repaired(tmp_path, store):
     small_cache(tmp_path / "cache", store)
     cache = open_cache(tmp_path / "cache", writable=True)
     cache.read("visual", "c")

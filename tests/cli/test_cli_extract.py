@@ -47,7 +47,7 @@ def test_broken_clips_are_listed_and_the_others_extracted(tmp_path: Path, capsys
     assert not extracted & set(found)
 
 
-def test_a_file_with_sound_only_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_with_audio_only_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "data"
     root.mkdir()
     with av.open(str(root / "song.mp4"), "w") as container:
@@ -143,7 +143,7 @@ def test_json_and_dry_run_are_one_document(one_clip: Path, tmp_path: Path, capsy
     assert json.loads(capsys.readouterr().out)["items_already_there"] == 1
 
 
-def test_summary_says_what_was_there_already(
+def test_the_summary_counts_items_extracted_before(
     one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ["extract", str(one_clip), "--out", str(tmp_path / "cache"), "--visual", "none", "--audio", "logmel"]

@@ -114,7 +114,7 @@ def test_lists_that_are_none_are_left_alone(tmp_path: Path) -> None:
     assert codes(dataset) == ["not-a-list"]
 
 
-def test_a_list_may_name_files_and_trials_that_are_not_there(tmp_path: Path) -> None:
+def test_a_list_may_name_missing_files_and_trials(tmp_path: Path) -> None:
     touch(tmp_path, f"{TRAIN}/a.txt", "raw_videos/a.mp4", "raw_videos/b.mp4", "raw_videos/c.mp4")
     (tmp_path / "test_set.txt").write_text("b.mp4\nc\n\ngone\n")
     clips = clips_of(tmp_path)
@@ -143,7 +143,7 @@ def test_a_trial_in_both_splits_is_an_error_and_never_trained_on(tmp_path: Path)
     assert [(note.severity, note.code) for note in dataset.notes] == [("error", "two-splits")]
 
 
-def test_broken_trials_are_there_too(tmp_path: Path) -> None:
+def test_broken_trials_are_listed(tmp_path: Path) -> None:
     tree = build_affwild2(tmp_path, seconds=0.5)
     wrong = spoil_affwild2(tree)
     clips = clips_of(tmp_path)

@@ -177,7 +177,7 @@ def test_tables_that_cannot_be_used(tmp_path: Path, text: str, part: str) -> Non
 # --- the clock
 
 
-def test_without_labels_every_frame_is_there_and_none_is_valid() -> None:
+def test_without_labels_every_frame_has_a_row_and_none_is_valid() -> None:
     clock = on_clock(None, FRAMES)
     np.testing.assert_array_equal(clock["time"], FRAMES)
     assert clock["value"].shape == (6, 2) and np.isnan(clock["value"]).all() and not clock["valid"].any()

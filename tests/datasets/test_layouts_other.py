@@ -76,7 +76,7 @@ def test_one_file_per_dimension_and_neither_features_nor_raters(trees: dict[str,
     assert [(note.code, note.item) for note in dataset.notes] == [("one-dimension", "P16")]
 
 
-def test_the_partition_list_may_name_clips_that_are_not_there(trees: dict[str, tuple[Path, Tree]]) -> None:
+def test_the_partition_list_may_name_missing_clips(trees: dict[str, tuple[Path, Tree]]) -> None:
     dataset = open_dataset(trees["muse"][0])
     assert codes(dataset) == ["split-unknown-name"] and "11" in dataset.notes[0].message
 

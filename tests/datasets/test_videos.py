@@ -200,7 +200,7 @@ def refusal(root: Path, layout: str = "auto") -> str:
     return message
 
 
-def test_a_root_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_root_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "data/a.mp4")
     message = refusal(tmp_path / "date" / "deeper")
     assert "does not exist" in message and "data/" in message

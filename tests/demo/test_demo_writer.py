@@ -248,7 +248,7 @@ def test_a_larger_set_holds_the_smaller_one(tmp_path):
     assert files(tmp_path / "small", "cropped_aligned/*/*").items() < large.items()
 
 
-def test_what_is_there_is_not_written_again(tmp_path):
+def test_current_copies_are_not_written_again(tmp_path):
     first = write_demo(tmp_path, **TINY)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = write_demo(tmp_path, **TINY)

@@ -164,7 +164,7 @@ def test_labels_go_by_the_same_clock(aligned: Cache, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.sound], ids=[c.name for c in CASES if c.sound])
-def test_the_right_sound_at_the_start_in_the_middle_and_at_the_end(aligned: Cache, case: Case) -> None:
+def test_the_right_audio_at_the_start_in_the_middle_and_at_the_end(aligned: Cache, case: Case) -> None:
     logmel = aligned.read("logmel", stem(case))
     valid = np.flatnonzero(logmel.valid)
     assert case.sound is not None and valid.size > 280

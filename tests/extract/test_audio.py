@@ -106,7 +106,7 @@ def test_resampling_keeps_the_wave(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "mov"])
-def test_each_half_second_sounds_as_written(tmp_path: Path, container: str) -> None:
+def test_each_half_second_has_the_written_audio(tmp_path: Path, container: str) -> None:
     path = write_media(tmp_path / f"c.{container}", Picture(EVEN), Sound(tones(4.0, 44100)))
     samples, summary = heard(path, 4.0)
     assert summary.status == "ok"
@@ -115,7 +115,7 @@ def test_each_half_second_sounds_as_written(tmp_path: Path, container: str) -> N
 
 
 @pytest.mark.parametrize("start", [0.7, 1.25])
-def test_sound_that_starts_late_is_preceded_by_zeros(tmp_path: Path, start: float) -> None:
+def test_audio_that_starts_late_is_preceded_by_zeros(tmp_path: Path, start: float) -> None:
     sound = Sound(tones(2.0, 48000), rate=48000, codec="pcm_s16le", start=start)
     path = write_media(tmp_path / "c.mkv", Picture(EVEN), sound)
     samples, summary = heard(path, 4.0)
@@ -129,7 +129,7 @@ def test_sound_that_starts_late_is_preceded_by_zeros(tmp_path: Path, start: floa
     )
 
 
-def test_sound_before_the_pictures_start_is_dropped(tmp_path: Path) -> None:
+def test_audio_before_the_video_is_dropped(tmp_path: Path) -> None:
     """Asked to count from 0.5 s of the file, the first half second of sound lies before time 0."""
     path = write_media(tmp_path / "c.wav", None, Sound(tones(3.0, 44100), codec="pcm_s16le"))
     samples, summary = heard(path, 2.5, start=0.5)
@@ -160,7 +160,7 @@ def test_a_gap_is_filled_with_zeros_and_not_called_covered(tmp_path: Path) -> No
     assert heard_tone(samples[24500:31500], RATE) == 3
 
 
-def test_jitter_does_not_chop_the_sound(tmp_path: Path) -> None:
+def test_jitter_does_not_chop_the_audio(tmp_path: Path) -> None:
     rate = 16000
     wave = tones(3.0, rate)[0]
     jitter = np.random.default_rng(0).uniform(-0.012, 0.012, 30)
@@ -172,7 +172,7 @@ def test_jitter_does_not_chop_the_sound(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("percent", [0.3, -0.3])
-def test_a_sound_clock_that_is_off_is_followed(tmp_path: Path, percent: float) -> None:
+def test_drift_of_the_audio_clock_is_followed(tmp_path: Path, percent: float) -> None:
     """Twenty seconds of samples that come too fast or too slow: uncorrected they would be 60 ms off at the end."""
     rate = 16000
     fast = rate * (1 + percent / 100)
@@ -185,7 +185,7 @@ def test_a_sound_clock_that_is_off_is_followed(tmp_path: Path, percent: float) -
         assert abs(lateness(banks(part), second * 100, 0.0)) <= 0.01, second
 
 
-def test_repeated_sound_is_heard_once(tmp_path: Path) -> None:
+def test_repeated_audio_is_used_once(tmp_path: Path) -> None:
     rate = 16000
     wave = tones(2.0, rate)[0]
     pieces = [(0.0, wave[:16000]), (0.8, wave[12800:])]
@@ -195,7 +195,7 @@ def test_repeated_sound_is_heard_once(tmp_path: Path) -> None:
     assert summary.status == "ok"
 
 
-def test_sound_is_cut_at_the_clips_end(tmp_path: Path) -> None:
+def test_audio_is_cut_at_the_clips_end(tmp_path: Path) -> None:
     path = write_media(tmp_path / "c.wav", None, Sound(tones(3.0, 44100), codec="pcm_s16le"))
     samples, summary = heard(path, 1.23)
     assert samples.size == round(1.23 * RATE)
@@ -203,7 +203,7 @@ def test_sound_is_cut_at_the_clips_end(tmp_path: Path) -> None:
     assert summary.status == "ok"
 
 
-def test_no_sound_is_a_status(tmp_path: Path) -> None:
+def test_absent_audio_is_a_status(tmp_path: Path) -> None:
     samples, summary = heard(write_media(tmp_path / "c.mp4", Picture(EVEN)), 4.0)
     assert samples.size == 0
     assert summary == AudioSummary("absent")
@@ -219,7 +219,7 @@ def test_digital_silence_is_a_status(tmp_path: Path, level: float, status: str) 
 
 
 @pytest.mark.parametrize(("length", "status"), [(3.95, "ok"), (3.8, "short")])
-def test_sound_shorter_than_the_clip_is_a_status(tmp_path: Path, length: float, status: str) -> None:
+def test_audio_shorter_than_the_clip_is_a_status(tmp_path: Path, length: float, status: str) -> None:
     sound = Sound(tones(length, 44100), codec="pcm_s16le")
     samples, summary = heard(write_media(tmp_path / "c.mkv", Picture(EVEN), sound), 4.0)
     assert summary.status == status
@@ -244,7 +244,7 @@ def test_damage_in_the_middle_moves_nothing_after_it(tmp_path: Path) -> None:
     np.testing.assert_allclose(samples[:RATE], clean[:RATE], atol=1e-6)
 
 
-def test_sound_that_does_not_decode_at_all_is_a_status(tmp_path: Path) -> None:
+def test_audio_that_does_not_decode_at_all_is_a_status(tmp_path: Path) -> None:
     """A track of FLAC packets that hold noise."""
     path = tmp_path / "c.mkv"
     with av.open(str(path), "w") as container:

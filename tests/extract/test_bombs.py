@@ -81,7 +81,7 @@ def jpeg(path: Path, width: int, height: int) -> Path:
 
 @pytest.mark.parametrize("make", [png, jpeg])
 @pytest.mark.parametrize("side", [9000, 50_000])
-def test_a_picture_of_absurd_size_is_refused_by_its_header(
+def test_an_image_of_absurd_size_is_refused_by_its_header(
     tmp_path: Path, make: Callable[[Path, int, int], Path], side: int
 ) -> None:
     path = make(tmp_path / "00001.jpg", side, side)
@@ -92,14 +92,14 @@ def test_a_picture_of_absurd_size_is_refused_by_its_header(
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_picture_that_unpacks_to_a_thousand_times_its_size_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_unpacks_to_a_thousand_times_its_size_is_refused(tmp_path: Path) -> None:
     Image.new("L", (12_000, 12_000)).save(tmp_path / "1.png")
     assert (tmp_path / "1.png").stat().st_size < 200_000
     with pytest.raises(MediaError, match="at most 67108864 pixels"):
         read_crop(tmp_path / "1.png")
 
 
-def test_a_picture_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+def test_an_image_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").touch()
     os.truncate(tmp_path / "1.jpg", 2**40)
     with pytest.raises(MediaError, match="1099511627776 bytes"):
@@ -107,7 +107,7 @@ def test_a_picture_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "BMP", "GIF", "PPM", "WEBP"])
-def test_a_picture_of_another_kind_is_refused_whatever_its_name(tmp_path: Path, kind: str) -> None:
+def test_an_image_of_another_kind_is_refused_whatever_its_name(tmp_path: Path, kind: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg", kind)
     with pytest.raises(MediaError, match="whole JPEG or PNG"):
         read_crop(tmp_path / "1.jpg")
@@ -129,7 +129,7 @@ def test_stills_a_day_apart_are_no_clip(tmp_path: Path) -> None:
 # --- videos
 
 
-def test_a_container_that_claims_an_absurd_size_of_small_pictures_costs_nothing(tmp_path: Path) -> None:
+def test_a_container_with_an_absurd_size_of_small_frames_costs_nothing(tmp_path: Path) -> None:
     """MPEG-4 says the size in the pictures themselves; the container's word does not count."""
     path = write_media(tmp_path / "a.avi", Picture(codec="mpeg4", rate=25))
     data = bytearray(path.read_bytes())
@@ -141,7 +141,7 @@ def test_a_container_that_claims_an_absurd_size_of_small_pictures_costs_nothing(
     assert peak < ROOM
 
 
-def test_a_picture_inside_a_video_of_absurd_size_is_not_decoded(tmp_path: Path) -> None:
+def test_a_video_frame_of_absurd_size_is_not_decoded(tmp_path: Path) -> None:
     """Every frame of Motion JPEG is a JPEG with a header of its own."""
     path = write_media(tmp_path / "a.avi", Picture(codec="mjpeg", pixel_format="yuvj420p", rate=25))
     data = bytearray(path.read_bytes())
@@ -227,7 +227,7 @@ def wav(path: Path, rate: int = 16_000, channels: int = 1, claimed: int | None =
     return path
 
 
-def test_sound_that_claims_four_gigabytes_is_as_long_as_it_is(tmp_path: Path) -> None:
+def test_audio_that_claims_four_gigabytes_is_as_long_as_it_is(tmp_path: Path) -> None:
     film = write_media(tmp_path / "a.mp4", Picture())
     last, ends, peak = last_words(Clip("c", None, "c", film, wav(tmp_path / "a.wav", claimed=2**32 - 1)))
     assert isinstance(last, Done)
@@ -236,7 +236,7 @@ def test_sound_that_claims_four_gigabytes_is_as_long_as_it_is(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("rate", [0, 1, 999, 800_000, 2**31 - 1, 2**32 - 1])
-def test_sound_of_an_absurd_rate_is_unreadable_and_takes_no_memory(tmp_path: Path, rate: int) -> None:
+def test_audio_of_an_absurd_rate_is_unreadable_and_takes_no_memory(tmp_path: Path, rate: int) -> None:
     """One second at 1 Hz would become 16,000 samples for each of a file's."""
     film = write_media(tmp_path / "a.mp4", Picture())
     last, ends, peak = last_words(Clip("c", None, "c", film, wav(tmp_path / "a.wav", rate=rate)))
@@ -248,7 +248,7 @@ def test_sound_of_an_absurd_rate_is_unreadable_and_takes_no_memory(tmp_path: Pat
 
 
 @pytest.mark.parametrize("channels", [0, 300, 65_535])
-def test_sound_of_absurd_many_channels_is_unreadable(tmp_path: Path, channels: int) -> None:
+def test_audio_of_absurd_many_channels_is_unreadable(tmp_path: Path, channels: int) -> None:
     film = write_media(tmp_path / "a.mp4", Picture(), Sound(tones(1.6, 44100)))
     last, _, peak = last_words(Clip("c", None, "c", film, wav(tmp_path / "a.wav", channels=channels)))
     assert isinstance(last, Done) or last.error == "MediaError"

@@ -118,7 +118,7 @@ def test_a_variable_frame_rate_is_noted_and_a_constant_one_is_not(tree: Tree, re
     assert f"{worst:.2f} s" in findings(report, "variable-rate")["8-30-64x64"].message
 
 
-def test_sound_that_is_absent_or_shorter(tree: Tree, report: Report) -> None:
+def test_audio_that_is_absent_or_shorter(tree: Tree, report: Report) -> None:
     assert set(findings(report, "no-audio")) == {name for name, trial in tree.trials.items() if trial.sound == 0}
     assert set(findings(report, "audio-partial")) == {"8-30-64x64"}
 
@@ -242,7 +242,7 @@ def test_labels_that_say_little(tmp_path: Path) -> None:
     assert "valence has one value" in findings(report, "constant-labels")["flat"].message
 
 
-def test_sound_without_a_picture_is_an_error(tmp_path: Path) -> None:
+def test_audio_without_video_is_an_error(tmp_path: Path) -> None:
     videos(tmp_path, "good")
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")

@@ -48,20 +48,20 @@ def one(root: Path, name: str = "clip.mp4", **parts: object) -> Report:
         (Sound(tones(1.6, 44100)), None, "whole"),
     ],
 )
-def test_status_of_sound(tmp_path: Path, sound: Sound | None, code: str | None, status: str) -> None:
+def test_status_of_audio(tmp_path: Path, sound: Sound | None, code: str | None, status: str) -> None:
     report = one(tmp_path, sound=sound)
     codes = {note.code for note in report.findings if "audio" in note.code}
     media = report.checked[0].media
     assert codes == ({code} if code else set()) and media is not None and media.audio == status
 
 
-def test_sound_that_begins_after_a_long_silence_is_whole(tmp_path: Path) -> None:
+def test_audio_that_begins_after_a_long_silence_is_whole(tmp_path: Path) -> None:
     samples = np.concatenate([np.zeros((1, 60000)), tones(0.24, 44100)], axis=1)
     media = one(tmp_path, sound=Sound(samples)).checked[0].media
     assert media is not None and media.audio == "whole"
 
 
-def test_sound_that_does_not_decode_is_a_warning(tmp_path: Path) -> None:
+def test_audio_that_does_not_decode_is_a_warning(tmp_path: Path) -> None:
     path = write_media(tmp_path / "clip.mkv", Picture(EVEN), Sound(tones(1.6, 44100), codec="flac"))
     data = path.read_bytes().replace(b"\xff\xf8", b"\x01\x01")  # what every FLAC frame begins with
     path.write_bytes(data)
@@ -70,7 +70,7 @@ def test_sound_that_does_not_decode_is_a_warning(tmp_path: Path) -> None:
     assert report.count("error") == 0
 
 
-def test_a_picture_that_stands_still_is_noted(tmp_path: Path) -> None:
+def test_a_frozen_video_is_noted(tmp_path: Path) -> None:
     times = (*EVEN[:20], *(time + 1500 for time in EVEN[20:]))
     note = found(one(tmp_path, picture=Picture(times)), "picture-gap")["clip"]
     assert f"{(times[20] - times[19]) / 1000:.2f} s" in note.message
@@ -103,7 +103,7 @@ def test_the_cost_of_a_shift_is_the_measured_one() -> None:
 # --- crops
 
 
-def test_crops_that_are_no_pictures_are_a_warning(tmp_path: Path) -> None:
+def test_crops_that_are_not_images_are_a_warning(tmp_path: Path) -> None:
     folder = tmp_path / "crops"
     write_crops(folder, tuple(range(1, 21)))
     assert crop_facts([folder], np.arange(20) / 25).damaged == ()

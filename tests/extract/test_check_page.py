@@ -94,13 +94,13 @@ def test_the_page_names_every_finding_clip_and_cost(page: str, report: Report) -
         assert kind.cost in text and all(remedy in text for remedy in kind.remedies)
 
 
-def test_pictures_are_small_jpegs(page: str) -> None:
+def test_images_are_small_jpegs(page: str) -> None:
     for source in Page(page).sources:
         with Image.open(BytesIO(b64decode(source.partition(",")[2], validate=True))) as picture:
             assert picture.format == "JPEG" and max(picture.size) <= SIDE
 
 
-def test_every_kind_of_finding_has_a_clip_among_the_pictured(report: Report) -> None:
+def test_every_kind_of_finding_has_a_clip_with_images(report: Report) -> None:
     names = {checked.clip.id for checked in pictured(report)}
     ids = {checked.clip.id for checked in report.checked}
     assert len(names) <= PICTURED
@@ -144,7 +144,7 @@ def drawn(checked: Checked) -> dict[str, np.ndarray]:
     return found
 
 
-def test_strips_show_labels_crops_and_sound_where_they_are(report: Report, tree: Tree) -> None:
+def test_strips_show_labels_crops_and_audio_where_they_are(report: Report, tree: Tree) -> None:
     by_id = {checked.clip.id: checked for checked in report.checked}
     checked, trial = by_id["video5_left"], tree.trials["video5_left"]
     assert trial.labels is not None
@@ -165,7 +165,7 @@ def test_strips_show_labels_crops_and_sound_where_they_are(report: Report, tree:
             assert name == other or not (shown[name] & shown[other]).any()
 
 
-def test_frames_of_a_video_are_pictures_where_there_are_no_crops(tmp_path: Path) -> None:
+def test_frames_of_a_video_are_images_where_there_are_no_crops(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, np.arange(20) / 25, 0.8)
     clip = Clip("clip", None, "clip", path, path)

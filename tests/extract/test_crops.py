@@ -58,7 +58,7 @@ def test_folders_are_merged_and_the_first_wins(tmp_path: Path) -> None:
     assert list_crops([second, first])[1] == second / "00002.jpg"
 
 
-def test_reading_gives_the_files_own_bytes_and_its_picture(tmp_path: Path) -> None:
+def test_reading_gives_the_bytes_and_the_image_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "00001.png"
     picture = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
     Image.fromarray(picture).save(path)
@@ -77,7 +77,7 @@ def test_any_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     np.testing.assert_allclose(picture.astype(int), 153, atol=3)
 
 
-def test_unreadable_pictures_name_their_file(tmp_path: Path) -> None:
+def test_unreadable_images_name_their_file(tmp_path: Path) -> None:
     whole = draw(tmp_path / "whole.jpg", size=64).read_bytes()
     cases = {
         "00001.jpg": b"",

@@ -134,7 +134,7 @@ def nothing(pictures: Sequence[object]) -> list[Cells]:
     return [Cells(np.zeros((0, 2), np.int64), np.zeros((15, 0), np.float32))] * len(pictures)
 
 
-def test_what_is_asked_at_once_is_bounded_and_of_one_size() -> None:
+def test_detection_batches_are_bounded_and_of_one_size() -> None:
     asked: list[tuple[int, ...]] = []
 
     def find(batch: Sequence[np.ndarray]) -> list[Cells]:

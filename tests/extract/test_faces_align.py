@@ -30,7 +30,7 @@ def test_similarity_is_umeyamas(seed: int) -> None:
     assert np.linalg.det(ours[:, :2]) > 0
 
 
-def test_mirrored_points_do_not_mirror_the_picture() -> None:
+def test_mirrored_points_do_not_mirror_the_image() -> None:
     mirrored = TEMPLATE * [-1, 1]
     assert np.linalg.det(similarity(mirrored, TEMPLATE)[:, :2]) >= 0
 
@@ -69,7 +69,7 @@ def test_a_large_face_is_averaged_not_sampled() -> None:
     assert crop.mean() == pytest.approx(127.5, abs=3)
 
 
-def test_beyond_the_picture_is_black() -> None:
+def test_beyond_the_image_is_black() -> None:
     picture = np.full((300, 300, 3), 200, np.uint8)
     crop = align(picture, face_at(TEMPLATE * 200 - 100), 112)
     assert crop.shape == (112, 112, 3)
@@ -132,7 +132,7 @@ def test_jpeg_is_the_same_every_time_and_keeps_colour() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture"])
-def test_a_stored_picture_that_is_none_is_an_error(data: bytes) -> None:
+def test_stored_bytes_that_are_not_an_image_are_an_error(data: bytes) -> None:
     with pytest.raises(MediaError, match="stored image"):
         decode_jpeg(data)
 

@@ -115,7 +115,7 @@ def test_detection_is_the_same_every_time(clips: Path, detector: CenterFace) -> 
         assert a.score == b.score == c.score
 
 
-def test_blank_and_tiny_pictures_have_no_face(detector: CenterFace) -> None:
+def test_blank_and_tiny_images_have_no_face(detector: CenterFace) -> None:
     for shape in ((240, 320), (1, 1), (7, 2000)):
         assert detector.detect(np.full((*shape, 3), 128, np.uint8)) == []
 

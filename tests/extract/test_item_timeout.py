@@ -45,7 +45,7 @@ def _talk(task: Call, send: Send) -> None:
     send(Done(task.number))
 
 
-def test_a_hang_costs_one_thing_and_its_process_is_gone() -> None:
+def test_a_stalled_worker_fails_one_item_and_is_killed() -> None:
     found = dict(each(_hang_at_two, range(5), workers=2, item_timeout=TIMEOUT))
     failed = found.pop(2)
     assert found == {number: number * number for number in (0, 1, 3, 4)}
@@ -71,12 +71,12 @@ def test_a_worker_that_waits_for_us_is_no_hang() -> None:
     assert len(rest) == 4 * QUEUED_MESSAGES
 
 
-def test_without_a_limit_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_time_limit_no_item_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vaflow.extract.pool.STARTING", 0.0)
     assert dict(each(_beat_for_long, [1.0], item_timeout=0)) == {0: "done"}
 
 
-def test_errors_of_a_thing_are_its_failure() -> None:
+def test_an_error_fails_its_item_only() -> None:
     (failed,) = dict(each(_refuse, [0])).values()
     assert isinstance(failed, Failed)
     assert (failed.error, failed.message) == ("MediaError", "no")

@@ -53,7 +53,7 @@ def test_times_are_those_of_a_full_decode_and_those_written(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_number_gives_its_own_picture(tmp_path: Path, name: str) -> None:
+def test_every_number_gives_its_frame(tmp_path: Path, name: str) -> None:
     path = write_media(tmp_path / name, FILES[name])
     times = frame_times(path)
     every = list(frames_at(path, np.arange(len(times)), times))
@@ -120,7 +120,7 @@ def test_packets_that_are_never_shown_are_not_frames(tmp_path: Path) -> None:
         assert numbers == list(range(40 - len(numbers), 40))
 
 
-def test_the_clock_starts_with_the_file_not_with_the_picture(tmp_path: Path) -> None:
+def test_the_clock_starts_with_the_file_not_with_the_video(tmp_path: Path) -> None:
     """Sound from 0 s, pictures from 0.6 s: the first picture lies at 0.6 s of the clip."""
     picture = Picture(tuple(time + 600 for time in EVEN))
     path = write_media(tmp_path / "late.mkv", picture, Sound(tones(2.2, 44100)))
@@ -144,7 +144,7 @@ def test_probe_describes_both_streams(tmp_path: Path) -> None:
     assert info.audio.duration == pytest.approx(2.0, abs=0.05)
 
 
-def test_sound_alone_has_no_frames(tmp_path: Path) -> None:
+def test_audio_alone_has_no_frames(tmp_path: Path) -> None:
     path = write_media(tmp_path / "sound.mp4", None, Sound(tones(1.0, 44100)))
     info = probe(path)
     assert info.video is None
@@ -153,7 +153,7 @@ def test_sound_alone_has_no_frames(tmp_path: Path) -> None:
             frame_times(path, info=known)
 
 
-def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
+def test_a_cover_image_is_not_video(tmp_path: Path) -> None:
     path = tmp_path / "cover.mp4"
     with av.open(str(path), "w") as container:
         sound = container.add_stream("aac", rate=44100, layout="mono")

@@ -35,7 +35,7 @@ WHOLE = {
 @pytest.mark.parametrize("share", [0.5, 0.9])
 @pytest.mark.parametrize("with_sound", [False, True])
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_cut_file_says_how_much_is_there(tmp_path: Path, name: str, with_sound: bool, share: float) -> None:
+def test_a_truncated_file_reports_its_length(tmp_path: Path, name: str, with_sound: bool, share: float) -> None:
     picture, options = WHOLE[name]
     codec = {"webm": "libopus", ".avi": "libmp3lame"}.get(name[-4:], "aac")
     sound = Sound(tones(2.0, 48000), rate=48000, codec=codec) if with_sound else None
@@ -46,7 +46,7 @@ def test_a_cut_file_says_how_much_is_there(tmp_path: Path, name: str, with_sound
     assert "\n" not in str(error.value)
 
 
-def test_a_cut_file_names_frames_there_and_promised(tmp_path: Path) -> None:
+def test_a_truncated_file_reports_present_and_expected_frames(tmp_path: Path) -> None:
     whole = write_media(tmp_path / "whole.mp4", WHOLE["front.mp4"][0], None, {"movflags": "faststart"})
     with pytest.raises(MediaError, match=r"truncated.*Expected: 50 frames\. Got: \d+ frames, up to \d\.\d+ s"):
         frame_times(cut(whole, tmp_path / "cut.mp4", 0.7))
@@ -126,7 +126,7 @@ def test_decoding_that_ends_early_is_an_error(tmp_path: Path) -> None:
     assert seen == [(0, 0), (5, 5)]
 
 
-def test_a_damaged_picture_is_replaced_by_its_neighbour_and_no_other_moves(tmp_path: Path) -> None:
+def test_a_damaged_frame_is_replaced_by_its_neighbour_and_no_other_moves(tmp_path: Path) -> None:
     picture = heavy(codec="libx265", options={"g": "1", "x265-params": "log-level=none:keyint=1"})
     whole = write_media(tmp_path / "whole.mp4", picture, None, {"movflags": "faststart"})
     path = zero_out(whole, tmp_path / "holes.mp4", 0.50, 0.54)

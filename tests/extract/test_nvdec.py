@@ -86,7 +86,7 @@ def numbered(tmp_path: Path) -> Path:
     return write_media(tmp_path / "numbered.mp4", Picture(tuple(times.tolist())))
 
 
-def test_every_picture_is_the_one_of_its_presentation_time(stand_in: type[StandIn], numbered: Path) -> None:
+def test_every_frame_is_the_one_of_its_presentation_time(stand_in: type[StandIn], numbered: Path) -> None:
     times = frame_times(numbered)
     wanted = np.array([0, 1, 5, 6, 7, 12, 20, 21, 22, 23, 30, 39])
     shown = list(frames_on_gpu(numbered, wanted, times, CUDA))
@@ -96,7 +96,7 @@ def test_every_picture_is_the_one_of_its_presentation_time(stand_in: type[StandI
     assert list(frames_on_gpu(numbered, wanted[:0], times, CUDA)) == []
 
 
-def test_a_picture_of_another_time_is_refused(stand_in: type[StandIn], numbered: Path) -> None:
+def test_a_frame_of_another_time_is_refused(stand_in: type[StandIn], numbered: Path) -> None:
     stand_in.late = 0.04
     with pytest.raises(MediaError, match=r"instead of.*--decoder pyav"):
         list(frames_on_gpu(numbered, np.arange(4), frame_times(numbered), CUDA))
@@ -132,7 +132,7 @@ def test_the_comparison_states_the_difference(
             check_parity(numbered, CUDA)
 
 
-def test_a_decoding_process_uses_it_for_pictures_only(stand_in: type[StandIn], numbered: Path) -> None:
+def test_a_decoding_process_uses_it_for_frames_only(stand_in: type[StandIn], numbered: Path) -> None:
     grid = ExtractConfig(window=1.0, stride=0.5, frames=4).grid
     clip = Clip("numbered", None, "numbered", numbered)
     said: list[Any] = []
@@ -144,7 +144,7 @@ def test_a_decoding_process_uses_it_for_pictures_only(stand_in: type[StandIn], n
     assert sum(stand_in.asked) > 0
 
 
-def test_the_fingerprint_names_it_where_pictures_count(stand_in: type[StandIn], tiny_pair: tuple) -> None:
+def test_the_fingerprint_names_it_in_streams_of_frames(stand_in: type[StandIn], tiny_pair: tuple) -> None:
     visual, audio = tiny_pair
     names = {"visual": ("clip-tiny",), "audio": ("ast-tiny",), "pixels": True}
     ours, theirs = (

@@ -93,7 +93,7 @@ def test_every_needed_frame_is_encoded_exactly_once(extracted: tuple[Cache, Summ
     assert summary.encoded == {"clip-tiny": faces, "ast-tiny": windows}
 
 
-def test_embeddings_are_those_of_the_stored_pictures(extracted: tuple[Cache, Summary], tiny_pair: tuple) -> None:
+def test_embeddings_are_those_of_the_stored_images(extracted: tuple[Cache, Summary], tiny_pair: tuple) -> None:
     """One by one through the encoder, without the pipeline; the batch size differs, so to float16 rounding."""
     cache, _ = extracted
     visual, pixels = cache.read("clip-tiny", "video7"), cache.read("pixels", "video7")
@@ -119,7 +119,7 @@ def test_labels_follow_the_frame_clock(extracted: tuple[Cache, Summary], tree: T
         assert np.isnan(labels.value[~labels.valid]).all()
 
 
-def test_left_and_right_share_video_and_sound(extracted: tuple[Cache, Summary]) -> None:
+def test_left_and_right_share_video_and_audio(extracted: tuple[Cache, Summary]) -> None:
     cache, _ = extracted
     assert cache.meta("video5_left")["group"] == cache.meta("video5_right")["group"] == "video5"
     left, right = cache.read("logmel", "video5_left"), cache.read("logmel", "video5_right")

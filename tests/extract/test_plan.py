@@ -122,7 +122,7 @@ def test_a_video_that_is_gone_is_a_change_not_a_crash(cache: Cache, dataset: Dat
     assert [task.clip.id for task in plan(cache, dataset).tasks] == ["clip0"]
 
 
-def test_a_damaged_record_is_said_where_it_is_needed(cache: Cache, dataset: Dataset) -> None:
+def test_a_damaged_record_raises_when_it_is_read(cache: Cache, dataset: Dataset) -> None:
     path = cache.layout.record("clip-tiny", "clip2")
     path.write_bytes(path.read_bytes().replace(b'"clip-tiny"', b'"clip-tinY"'))
     with pytest.raises(CorruptError, match="repair"):
@@ -155,7 +155,7 @@ def test_the_estimate_asks_ffmpeg_only_where_the_header_is_silent(dataset: Datas
     assert guess["frames_to_encode"] == len(CONFIG.grid.sample_ticks(40.0))
 
 
-def test_the_estimate_counts_what_is_there(cache: Cache, dataset: Dataset) -> None:
+def test_the_estimate_counts_extracted_items(cache: Cache, dataset: Dataset) -> None:
     cache.drop("clip-tiny", "clip1")
     guess = estimate(dataset, cache.path, CONFIG, Shard())
     assert (guess["items"], guess["items_already_there"]) == (1, 4)

@@ -118,7 +118,7 @@ def _ancestor(pid: int) -> bool:
     return False
 
 
-def test_ctrl_c_says_130_leaves_a_cache_and_no_process(clips: Path, tmp_path: Path) -> None:
+def test_ctrl_c_exits_130_and_leaves_no_process(clips: Path, tmp_path: Path) -> None:
     for k in range(12):
         (tmp_path / f"clip{k:02d}.mp4").write_bytes((clips / "single_face.mp4").read_bytes())
     out, mark = tmp_path / "cache", token_hex(8)

@@ -67,7 +67,7 @@ def test_a_kill_in_the_middle_costs_only_what_was_under_way(many: Path, tiny_pai
     same_arrays(open_cache(out), open_cache(tmp_path / "whole"), STREAMS)
 
 
-def test_ctrl_c_leaves_everything_resumable_and_says_130(many: Path, tmp_path: Path) -> None:
+def test_ctrl_c_exits_130_and_leaves_a_resumable_cache(many: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     process = subprocess.Popen(command(many, out), start_new_session=True, stderr=subprocess.PIPE, text=True)
     while len(list(out.glob("records/labels/*.json"))) < 2:

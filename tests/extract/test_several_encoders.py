@@ -80,7 +80,7 @@ def test_every_step_is_the_example_centred_on_it(
         assert (stored.embedding[~stored.valid] == 0).all()
 
 
-def test_a_step_needs_sound_under_half_of_it_whichever_encoder_reads_it(whole: tuple[Cache, Summary]) -> None:
+def test_a_step_needs_audio_under_half_of_it_whichever_encoder_reads_it(whole: tuple[Cache, Summary]) -> None:
     cache = whole[0]
     for item, end in (("whole", 3.6), ("part", 1.3), ("mute", 0.0)):
         found = cache.read("vggish-tiny", item)

@@ -47,7 +47,7 @@ def _best(seconds: list[float], count: int) -> float:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_longest_first_against_every_deal_there_is(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_longest_first_against_every_possible_deal(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = np.random.default_rng(seed).uniform(1, 100, 8).round(3).tolist()
     clips, known = clips_of(seconds)
     monkeypatch.setattr(plan, "lengths", lambda _: known)

@@ -71,7 +71,7 @@ def test_every_sample_shows_its_own_frame(layout: str, trees: dict[str, tuple[Pa
 
 
 @pytest.mark.parametrize("layout", BUILDERS)
-def test_sound_comes_from_its_own_file_where_there_is_one(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
+def test_audio_comes_from_its_own_file_where_there_is_one(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
     root, tree = trees[layout]
     for clip in open_dataset(root, layout).clips:
         written, sent = tree[clip.id], work(clip)
@@ -98,7 +98,7 @@ def test_the_check_counts_what_was_written(
             assert item["labels"]["rows"] == len(rows)
 
 
-def test_a_separate_sound_that_cannot_be_read_fails_its_clip_only(tmp_path: Path) -> None:
+def test_a_separate_audio_that_cannot_be_read_fails_its_clip_only(tmp_path: Path) -> None:
     BUILDERS["sewa"](tmp_path)
     (tmp_path / "audio" / "Train_01.WAV").write_text("no sound")
     outcomes = {clip.id: work(clip)[-1] for clip in open_dataset(tmp_path).clips}
@@ -114,7 +114,7 @@ def stills_clip(folder: Path) -> Clip:
     return Clip("a", None, "a", None, frames=folder, frame_rate=25.0)
 
 
-def test_pictures_are_found_by_number_and_never_shift(tmp_path: Path) -> None:
+def test_images_are_found_by_number_and_never_shift(tmp_path: Path) -> None:
     for name in ("00002.png", "7.jpg", "00007.png", "x3.png", "3.txt", "-1.png"):
         Image.new("RGB", (8, 6), (9, 9, 9)).save(tmp_path / name, "png")
     assert {number: path.name for number, path in list_stills(tmp_path).items()} == {2: "00002.png", 7: "00007.png"}
@@ -124,7 +124,7 @@ def test_pictures_are_found_by_number_and_never_shift(tmp_path: Path) -> None:
     assert [number for number, *_ in stills_at(tmp_path, np.arange(8))] == [2, 7]
 
 
-def test_a_damaged_picture_is_a_missing_face_and_is_counted(tmp_path: Path) -> None:
+def test_a_damaged_image_is_a_missing_face_and_is_counted(tmp_path: Path) -> None:
     for number in range(20):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
     (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:30])
@@ -135,7 +135,7 @@ def test_a_damaged_picture_is_a_missing_face_and_is_counted(tmp_path: Path) -> N
     assert seen == {k for k, frame in enumerate(end.frame.tolist()) if frame != 5} and 5 in end.frame
 
 
-def test_faces_are_looked_for_in_pictures_as_in_video(tmp_path: Path) -> None:
+def test_faces_are_looked_for_in_images_as_in_video(tmp_path: Path) -> None:
     for number in range(5):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
     sent = work(stills_clip(tmp_path), faces="auto")
@@ -157,7 +157,7 @@ def check_dataset_of(clip: Clip) -> bool:
     return [note.code for note in check_clip(clip).findings if note.severity == "error"] == ["unreadable"]
 
 
-def test_a_folder_is_another_one_when_its_pictures_or_rate_change(tmp_path: Path) -> None:
+def test_a_folder_is_another_one_when_its_images_or_rate_change(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     before = stills_identity(tmp_path, 25.0)
     assert stills_identity(tmp_path, 25.0) == before != stills_identity(tmp_path, 30.0)
@@ -167,7 +167,7 @@ def test_a_folder_is_another_one_when_its_pictures_or_rate_change(tmp_path: Path
         stills_identity(tmp_path / "gone", 25.0)
 
 
-def test_missing_pictures_are_noted(trees: dict[str, tuple[Path, Tree]]) -> None:
+def test_missing_images_are_noted(trees: dict[str, tuple[Path, Tree]]) -> None:
     root, tree = trees["afew-va"]
     report = check_dataset(open_dataset(root))
     notes = {note.item: note.message for note in report.findings if note.code == "frames-missing"}

@@ -21,5 +21,5 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, store: str) -> No
 
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
-def test_a_whole_cache_is_not_said_to_be_damaged(tmp_path: Path, store: str) -> None:
+def test_an_intact_cache_has_no_problems(tmp_path: Path, store: str) -> None:
     assert not is_found(tiny_cache(tmp_path / "cache", store))

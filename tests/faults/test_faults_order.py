@@ -157,7 +157,7 @@ def test_a_record_that_is_seen_before_its_arrays_never_gives_wrong_data(
     assert verify(open_cache(out)) == []
 
 
-def test_training_stops_at_a_clip_whose_arrays_are_not_there(lab: Lab, toys: Path, tmp_path: Path) -> None:
+def test_training_stops_at_a_clip_with_missing_arrays(lab: Lab, toys: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-a", toys, tmp_path / "cache"], check=True)
     cache = open_cache(tmp_path / "cache")
     item = cache.items(split="train")[0]
@@ -166,7 +166,7 @@ def test_training_stops_at_a_clip_whose_arrays_are_not_there(lab: Lab, toys: Pat
     assert_said(ended, 1, item, "repair")
 
 
-def test_what_is_damaged_is_made_anew_and_nothing_else(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+def test_only_damaged_items_are_extracted_again(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
     """verify finds one flipped bit, repair drops that item, extract makes that item: the cache is what it was."""
     out = tmp_path / "cache"
     subprocess.run(["cp", "-a", whole, out], check=True)

@@ -70,7 +70,7 @@ def test_two_extractions_into_one_cache_at_once(lab: Lab, media: Path, whole: Pa
     assert leftovers(open_cache(out)) == []
 
 
-def test_workers_killed_by_the_system_cost_their_clips(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+def test_clips_of_killed_workers_fail(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
     process = lab.start(args)
@@ -98,10 +98,11 @@ OUT_OF_MEMORY = {
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
 def test_an_encoder_that_runs_out_of_memory(lab: Lab, media: Path, tmp_path: Path, kind: str) -> None:
-    """At every call: nothing can be encoded any more."""
+    """Every batch fails: no clip can be encoded."""
     out = tmp_path / "cache"
     always = "\n".join(
-        f"strike('vaflow.encoders.clip.ClipEncoder.encode', {n}, {OUT_OF_MEMORY[kind]})" for n in range(1, 40)
+        f"strike('vaflow.encoders.clip.ClipEncoder.encode', {n}, {OUT_OF_MEMORY[kind]})"
+        for n in range(2, 40)  # the constructor encodes once
     )
     process = lab.start(["extract", media, "--out", out, *EXTRACT], f"import torch\nfrom strikes import *\n{always}")
     assert_said(process.wait(), 1, "memory")
