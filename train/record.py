@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote_to_bytes
 
 import tomli_w
 
@@ -16,6 +17,8 @@ from vaflow.train.batch import TargetSpec
 from vaflow.train.config import BEFORE_SETTING, TrainConfig, merge
 from vaflow.train.inputs import Inputs, InputStream
 from vaflow.train.metrics import DIMENSIONS
+
+_BYTES = "bytes:"
 
 
 @dataclass(frozen=True)
@@ -45,22 +48,22 @@ class RunRecord:
 
     @property
     def wanted(self) -> tuple[InputStream, ...]:
-        """The streams that the heads read; of fine-tuned encoders, those that they make."""
-        own = {stream.name: stream for stream in self.tuned}
-        return tuple(own.get(stream.name, stream) for stream in self.streams)
+        """The streams that the heads read: of fine-tuned encoders, their streams."""
+        tuned = {stream.name: stream for stream in self.tuned}
+        return tuple(tuned.get(stream.name, stream) for stream in self.streams)
 
     @property
     def untrained(self) -> tuple[str, ...]:
         """Dimensions without labels in the training split: their predictions are meaningless."""
-        seen = self.data.get(self.config.train_split, {})
-        return tuple(name for name in DIMENSIONS if seen.get(f"labelled_{name}") == 0)
+        counts = self.data.get(self.config.train_split, {})
+        return tuple(name for name in DIMENSIONS if counts.get(f"labelled_{name}") == 0)
 
     def to_toml(self) -> str:
         """TOML with the tables `train` (settings), `data` and one `stream` each, and one `tuned` each."""
         document: dict[str, Any] = {
             "vaflow": self.version,
-            "cache": self.cache,
-            "cache_relative": self.cache_relative,
+            "cache": _path_to_text(self.cache),
+            "cache_relative": _path_to_text(self.cache_relative),
             "train": self.config.as_dict(),
             "data": {split: dict(counts) for split, counts in self.data.items()},
             "stream": [_as_table(stream) for stream in self.streams],
@@ -78,7 +81,7 @@ class RunRecord:
         """Read what `to_toml` wrote.
 
         Raises:
-            ValueError: it is not TOML, or lacks a part.
+            ValueError: it is not TOML, or a field is missing or invalid.
         """
         try:
             document = tomllib.loads(text)
@@ -87,23 +90,23 @@ class RunRecord:
                 tuple(map(_from_table, tables)) for tables in (document["stream"], document.get("tuned", ()))
             )
             targets = tuple(
-                TargetSpec(said["name"], said["task"], tuple(said["names"])) for said in document.get("target", ())
+                TargetSpec(table["name"], table["task"], tuple(table["names"])) for table in document.get("target", ())
             )
             return cls(
                 config,
                 streams,
-                document["cache"],
+                _path_from_text(document["cache"]),
                 document["data"],
                 document["vaflow"],
                 tuned,
                 targets,
-                document.get("cache_relative", ""),
+                _path_from_text(document.get("cache_relative", "")),
                 document.get("environment", {}),
             )
         except KeyError as error:
             raise ValueError(f"{error} is missing") from error
         except (TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"it has an invalid part ({error})") from error
+            raise ValueError(f"a field is invalid ({error})") from error
 
 
 def _as_table(stream: InputStream) -> dict[str, Any]:
@@ -113,6 +116,19 @@ def _as_table(stream: InputStream) -> dict[str, Any]:
 
 def _from_table(facts: Mapping[str, Any]) -> InputStream:
     return InputStream(**{**facts, "identity": json.loads(facts["identity"])})
+
+
+def _path_to_text(path: str) -> str:
+    """The path, or `bytes:` and its percent-encoded bytes if it is not UTF-8, which TOML requires."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return _BYTES + quote(os.fsencode(path))
+    return path
+
+
+def _path_from_text(text: str) -> str:
+    return os.fsdecode(unquote_to_bytes(text.removeprefix(_BYTES))) if text.startswith(_BYTES) else text
 
 
 def new_record(cache: Cache | Path | str, config: TrainConfig, inputs: Inputs, run: Path | None = None) -> RunRecord:

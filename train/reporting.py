@@ -98,6 +98,16 @@ class Board:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @staticmethod
+    def supports(folder: Path) -> bool:
+        """Whether TensorBoard can write below `folder`: it requires names in UTF-8."""
+        try:
+            str(folder).encode("utf-8")
+        except UnicodeEncodeError:
+            log.warning("No TensorBoard files are written: TensorBoard requires folder names in UTF-8")
+            return False
+        return True
+
     def __enter__(self) -> "Board":
         from torch.utils.tensorboard import SummaryWriter
 

@@ -139,7 +139,9 @@ class Session:
                 stack.enter_context(logging_redirect_tqdm())
             total = None if self.config.epochs == AUTO else self.config.epochs
             bar = stack.enter_context(tqdm(total=total, desc="training", unit="epoch", disable=not self.show))
-            board = stack.enter_context(Board(self.folder.path / "tensorboard")) if self.tensorboard else None
+            board = None
+            if self.tensorboard and Board.supports(self.folder.path):
+                board = stack.enter_context(Board(self.folder.path / "tensorboard"))
             yield reporter(self.config, bar, board)
 
     def finish(self, model: VAModel, progress: Progress, data: Data) -> dict[str, Any]:

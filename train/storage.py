@@ -15,7 +15,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, 
     """Write tensors and `note`, text in the header, to a safetensors file.
 
     Raises:
-        VaflowError: the disk refuses.
+        VaflowError: the file cannot be written.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_file(path, save(plain, dict(note or {})))
@@ -28,7 +28,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CorruptError: the file is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        # By its number: safetensors refuses paths that are not UTF-8.
+        with path.open("rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise CorruptError(explain(f"{path} is damaged", got=error)) from error

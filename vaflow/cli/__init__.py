@@ -4,6 +4,7 @@ Each command parses its options, calls one library function and prints the resul
 at the top, so that `vaflow --help` takes a tenth of a second.
 """
 
+import io
 import os
 import signal
 import sys
@@ -101,6 +102,8 @@ def main(args: Sequence[str] | None = None) -> int:
     0 done, 1 failed, 2 bad usage, 3 some items failed, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
     """
     prepare_environment()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for file names that are not UTF-8; standard error does so by default
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _sigterm_as_interrupt() as received:
         try:
             code = _run(args)

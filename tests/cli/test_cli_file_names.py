@@ -1,0 +1,42 @@
+"""Caches and runs in folders whose names are not UTF-8 are trained on, evaluated and predicted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic_cache import Toy, make_cache
+
+from vaflow.cache import open_cache
+from vaflow.train.runs import load_run
+
+NAME = "caf\udce9"  # the byte E9 alone, as in Latin-1: Python reads it as a surrogate
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a cache; its name is not UTF-8."""
+    folder = tmp_path / NAME
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system requires names in UTF-8")
+    make_cache(folder / "cache", Toy(seconds=(8, 14)))
+    return folder
+
+
+def test_train_evaluate_and_predict_accept_folder_names_that_are_not_utf_8(folder: Path) -> None:
+    def vaflow(*arguments: str) -> str:
+        command = [sys.executable, "-m", "vaflow", *arguments, "--device", "cpu"]
+        environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in most locales
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    cache, run, out = (str(folder / name) for name in ("cache", "run", "out"))
+    vaflow("train", cache, "--out", run, "--set", "hidden=8", "--epochs", "1")
+    assert load_run(Path(run)).record.cache == cache
+    vaflow("evaluate", run)
+    vaflow("predict", run, "--cache", cache, "--out", out)
+    assert len(list(Path(out).glob("*.csv"))) == len(open_cache(cache).items())
