@@ -188,15 +188,15 @@ def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> E
     saved: dict[str, Path] = {}  # encoders of fine-tuned runs
     for path, run in members.items():
         saved |= saved_weights(RunFolder(path).encoders, run.record.tuned)
-    sampled = next((found for stream in streams if (found := sampling(stream.identity))), {})
-    pictures = [stream.identity.get("picture", {}).get("faces", {}) for stream in streams]
-    runtimes = [faces.get("runtime", "") for faces in pictures]
+    sampled = next(filter(None, (sampling(stream.identity) for stream in streams)), {})
+    faces = [stream.identity.get("picture", {}).get("faces", {}) for stream in streams]
+    runtimes = [identity.get("runtime", "") for identity in faces]
     detectors = [name for name in DETECTORS for runtime in runtimes if runtime.startswith(f"{name} ")]
     precisions = {stream.identity.get("precision", "auto") for stream in streams if stream.kind != LOGMEL}
     precision = precisions.pop() if len(precisions) == 1 else "auto"
     if precision == "float16" and choose_device(config.device).type != "cuda":
         precision = "auto"
-    sources = [faces["source"] for faces in pictures if "source" in faces]
+    sources = [identity["source"] for identity in faces if "source" in identity]
     trained_on = sources[0] if sources else "auto"
     if sources and config.face_source not in (None, trained_on):
         raise UsageError(

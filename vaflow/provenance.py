@@ -108,10 +108,10 @@ def find_provenance(
     Args:
         run: its folder.
         item: one clip; None: all.
-        cache: where the cache is now, if it was moved.
+        cache: current place of the cache, if it was moved.
         root: of the data set: the clips' files are read again and compared.
-        predictions: another place than the run's own: a folder, as `vaflow predict --out` writes, or a file, as
-            `vaflow submit --out` does.
+        predictions: predictions to check instead of the run's: a folder of `vaflow predict --out`, or a file of
+            `vaflow submit --out`.
 
     Returns:
         Plain JSON: "run", "cache", "streams", and "predictions": one object for every folder and item.
@@ -126,12 +126,12 @@ def find_provenance(
     if item is not None and not entries:
         known = sorted({name for folder in folders for name in predicted_items(folder, read_sources(folder))})
         raise UsageError(explain(f"{run} has no prediction of that clip", got=item, choices=known))
-    found: Json = {"path": present.trained_on, "state": MISSING, "problem": present.cache_problem}
+    cache_facts: Json = {"path": present.trained_on, "state": MISSING, "problem": present.cache_problem}
     if present.cache is not None:
-        found = {"path": present.cache.place, "state": "found", "store": present.cache.store}
+        cache_facts = {"path": present.cache.place, "state": "found", "store": present.cache.store}
     return {
         "run": maker_provenance(present),
-        "cache": found,
+        "cache": cache_facts,
         "streams": stream_provenance(present),
         "predictions": entries,
     }
@@ -233,7 +233,7 @@ def folder_provenance(folder: Path, present: Present, item: str | None) -> Itera
         sources = recorded.items.get(name) if recorded is not None else None
         csv = folder if folder.is_file() else folder / f"{name}.csv"
         entry: Json = {"item": name, "folder": str(folder), "csv": str(csv)}
-        if recorded is None or sources is None:  # what the cache holds of the clip now proves nothing
+        if recorded is None or sources is None:  # the present records need not be those that were read
             streams = [*(stream.name for stream in present.streams), "labels"]
             facts = {stream: present.record(stream, name) for stream in streams}
             records = {stream: {**f, "state": NOT_RECORDED} for stream, f in facts.items() if f is not None}

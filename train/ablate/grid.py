@@ -1,6 +1,6 @@
-"""Tables as data: the TOML file of `vaflow ablate`, checked as a whole when it is read. No cache is needed.
+"""Tables of `vaflow ablate`: reading and checking their TOML file. No cache is needed.
 
-The built-in file, `vaflow/train/paper_tables.toml`, says in its head how one is written.
+The format is described at the head of the built-in file, `vaflow/train/paper_tables.toml`.
 """
 
 import tomllib
@@ -16,8 +16,7 @@ from vaflow.train.config import TrainConfig, coerce, merge, preset
 ALL = "all"
 EACH = ("prompts",)
 SCORES = ("valence", "arousal", "mean")
-_OWN_KEYS = ("name", "preset", "paper", "each")
-_STREAMS = ("visual", "audio")
+ROW_KEYS = ("name", "preset", "paper", "each")  # the other keys of a row are settings
 
 Settings = Mapping[str, Any]
 
@@ -27,9 +26,9 @@ class Row:
     """One configuration of a table.
 
     Attributes:
-        table, name: where it stands, and what people call it.
-        settings: in what it differs from the base.
-        preset: a preset's settings, below these; empty: none.
+        table, name: name of its table, and its own.
+        settings: those that differ from the base.
+        preset: preset applied before these settings; empty: none.
         paper: published concordance (valence, arousal, mean), or None.
         each: "prompts": a row for every prompt set but the default one; empty: the row as it is.
     """
@@ -44,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are read together."""
+    """A named list of rows."""
 
     name: str
     title: str
@@ -84,7 +83,7 @@ class Study:
     def streams(self) -> set[str]:
         """Every stream that some row names."""
         configs = [self.config(row, {}) for row in (None, *(row for table in self.tables for row in table.rows))]
-        return {name for config in configs for kind in _STREAMS for name in getattr(config, kind)}
+        return {name for config in configs for name in (*config.visual, *config.audio)}
 
 
 def load_study(path: Path | None = None) -> Study:
@@ -119,20 +118,21 @@ def parse_study(text: str, name: str) -> Study:
     if not isinstance(tables, dict) or not tables:
         raise UsageError(explain(f"{name} has no tables", expected="[table.NAME] with rows [[table.NAME.row]]"))
     _only(document, ("base", "table"), name)
-    parsed = tuple(_table(key, value, name) for key, value in tables.items())
-    study = Study(_base(document.get("base", {}), name), parsed, text)
+    base = document.get("base", {})
+    if not isinstance(base, dict):
+        raise UsageError(explain(f"{name}: [base] is not a table of settings", got=base))
+    settings = {key: setting for key, setting in base.items() if key != "preset"}
+    _check_settings(settings, f"{name}, [base]")
+    if "preset" in base:
+        settings = preset(str(base["preset"])) | settings
+    study = Study(settings, tuple(_table(key, value, name) for key, value in tables.items()), text)
     for table in study.tables:
         for row in table.rows:
-            _checked(study, row, name)
+            try:
+                study.config(row, {})
+            except UsageError as error:
+                raise UsageError(f"{name}, table {row.table}, row {row.name!r}: {error}") from error
     return study
-
-
-def _base(value: object, file: str) -> Settings:
-    if not isinstance(value, dict):
-        raise UsageError(explain(f"{file}: [base] is not a table of settings", got=value))
-    own = {key: setting for key, setting in value.items() if key != "preset"}
-    _settings(own, f"{file}, [base]")
-    return {**(preset(str(value["preset"])) if "preset" in value else {}), **own}
 
 
 def _table(name: str, value: object, file: str) -> Table:
@@ -156,8 +156,8 @@ def _row(table: str, value: object, where: str) -> Row:
     if not isinstance(value, dict) or not isinstance(name, str) or not name.strip():
         raise UsageError(explain(f"{where}: a row has no name", expected='name = "..."', got=value))
     where = f"{where}, row {name!r}"
-    settings = {key: setting for key, setting in value.items() if key not in _OWN_KEYS}
-    _settings(settings, where)
+    settings = {key: setting for key, setting in value.items() if key not in ROW_KEYS}
+    _check_settings(settings, where)
     if "seed" in settings:
         raise UsageError(explain(f"{where} sets a seed", remedy="Every row is trained with every seed: --seeds N"))
     each = value.get("each", "")
@@ -166,7 +166,8 @@ def _row(table: str, value: object, where: str) -> Row:
     return Row(table, name, settings, str(value.get("preset", "")), _paper(value.get("paper"), where), each)
 
 
-def _settings(settings: Settings, where: str) -> None:
+def _check_settings(settings: Settings, where: str) -> None:
+    """Raise an error that names the place of a setting that is unknown or of another type."""
     for key, value in settings.items():
         try:
             coerce(key, value)
@@ -189,13 +190,6 @@ def _only(value: Mapping[str, object], known: Sequence[str], where: str) -> None
     for key in value:
         if key not in known:
             raise UsageError(explain(f"{where}: unknown key", got=key, choices=known))
-
-
-def _checked(study: Study, row: Row, file: str) -> None:
-    try:
-        study.config(row, {})
-    except UsageError as error:
-        raise UsageError(f"{file}, table {row.table}, row {row.name!r}: {error}") from error
 
 
 def expand(table: Table, prompt_sets: Iterable[str]) -> Table:

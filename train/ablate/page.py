@@ -1,10 +1,9 @@
 """`results.html`: tables with a plot each, in one file without external resources.
 
-Plots are inline SVG: for every row its mean CCC with the interval, its seeds, and the published number. Colours come
-from the page's style sheet and follow light, dark and print; shapes differ as well, so colour is not the only cue.
+Plots are inline SVG: for every row its mean CCC with the interval, its seeds, and the published number. Colors come
+from the page's style sheet and follow light, dark and print; shapes differ as well, so color is not the only cue.
 """
 
-from collections.abc import Sequence
 from html import escape as escape_html
 from typing import Any
 
@@ -43,15 +42,22 @@ def escape(text: str) -> str:
 def plot(table: TableResult, reference: RowResult) -> str:
     """The plot of a table as an SVG element."""
     height = TOP + ROW * len(table.rows) + BOTTOM
-    scale = _Scale(*_limits(table.rows, reference))
+    values = [reference.mean[MEAN]]
+    for row in table.rows:
+        values += [*row.interval[MEAN], paper_scores(row)[MEAN], *row.scores[:, MEAN]]
+    finite = [float(value) for value in values if np.isfinite(value)]
+    scale = _Scale(min(finite, default=0.0), max(finite, default=1.0))
     title = escape(f"{heading(table)}: mean CCC of every row with its interval")
     parts = [
         f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">',
         *_axis(scale, height),
-        *_reference(scale, reference, height),
     ]
+    if np.isfinite(reference.mean[MEAN]):
+        x = scale.x(reference.mean[MEAN])
+        parts.append(f'<line class="reference" x1="{x}" y1="{TOP - 6}" x2="{x}" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text class="tick" x="{x}" y="{TOP - 12}" text-anchor="middle">full model</text>')
     for i, row in enumerate(table.rows):
-        parts += _row(scale, row, TOP + ROW * (i + 0.5))
+        parts += _marks(scale, row, TOP + ROW * (i + 0.5))
     return "\n".join([*parts, "</svg>"])
 
 
@@ -84,13 +90,6 @@ class _Scale:
         return [self.low + k * self.step for k in range(round((self.high - self.low) / self.step) + 1)]
 
 
-def _limits(rows: Sequence[RowResult], reference: RowResult) -> tuple[float, float]:
-    shown = [reference.mean[MEAN], *(x for row in rows for x in (*row.interval[MEAN], paper_scores(row)[MEAN]))]
-    shown += [score for row in rows for score in row.scores[:, MEAN]]
-    finite = [float(x) for x in shown if np.isfinite(x)]
-    return (min(finite), max(finite)) if finite else (0.0, 1.0)
-
-
 def _axis(scale: _Scale, height: int) -> list[str]:
     below = height - BOTTOM
     parts = []
@@ -102,17 +101,8 @@ def _axis(scale: _Scale, height: int) -> list[str]:
     return [*parts, f'<text class="tick" x="{middle}" y="{below + 31}" text-anchor="middle">mean CCC</text>']
 
 
-def _reference(scale: _Scale, reference: RowResult, height: int) -> list[str]:
-    if not np.isfinite(reference.mean[MEAN]):
-        return []
-    x = scale.x(reference.mean[MEAN])
-    return [
-        f'<line class="reference" x1="{x}" y1="{TOP - 6}" x2="{x}" y2="{height - BOTTOM}"/>',
-        f'<text class="tick" x="{x}" y="{TOP - 12}" text-anchor="middle">full model</text>',
-    ]
-
-
-def _row(scale: _Scale, row: RowResult, y: float) -> list[str]:
+def _marks(scale: _Scale, row: RowResult, y: float) -> list[str]:
+    """Name, interval, seeds, mean and published number of a row at height `y`."""
     name = row.entry.row.name
     room = NAME_LETTERS if row.seeds else NAME_LETTERS - len(NOT_TRAINED)
     shown = escape(name if len(name) <= room else f"{name[: room - 1].rstrip()}…")
@@ -120,9 +110,9 @@ def _row(scale: _Scale, row: RowResult, y: float) -> list[str]:
         shown = f'<tspan class="tick">{NOT_TRAINED}</tspan>{shown}'
     parts = [f'<text class="name" x="{LABELS - 14}" y="{y + 4}" text-anchor="end">{shown}</text>']
     mean, (low, high), paper = row.mean[MEAN], row.interval[MEAN], paper_scores(row)[MEAN]
-    said = [f"{name}: {digits(mean)}, interval {spread(low, high)}" if row.seeds else f"{name}: not trained"]
-    said += [f"published {digits(paper, places=4)}"] if np.isfinite(paper) else []
-    parts.append(f"<g><title>{escape('; '.join(said))}</title>")
+    facts = [f"{name}: {digits(mean)}, interval {spread(low, high)}" if row.seeds else f"{name}: not trained"]
+    facts += [f"published {digits(paper, places=4)}"] if np.isfinite(paper) else []
+    parts.append(f"<g><title>{escape('; '.join(facts))}</title>")
     parts.append(f'<rect class="touch" x="{LABELS}" y="{y - ROW / 2}" width="{WIDTH - LABELS}" height="{ROW}"/>')
     if np.isfinite([low, high]).all():
         parts.append(f'<line class="interval" x1="{scale.x(low)}" y1="{y}" x2="{scale.x(high)}" y2="{y}"/>')
@@ -141,30 +131,30 @@ def _diamond(x: float, y: float, r: float = 5) -> str:
 
 
 def html_page(results: Results, about: About) -> str:
-    """The whole page."""
+    """Text of `results.html`."""
+    tables = [
+        {
+            "heading": heading(table),
+            "note": table_note(table),
+            "plot": Markup(plot(table, results.reference)),
+            "ours": ours(table.rows),
+            "rows": [_cells(row) for row in table.rows],
+            "remarks": [(r.entry.row.name, text, bool(r.problem)) for r in table.rows if (text := remark(r))],
+        }
+        for table in results.tables
+    ]
     return render(
         "ablation.html",
         statements=statements(results, about),
         legend=Markup(legend()),
-        tables=[_section(table, results.reference) for table in results.tables],
+        tables=tables,
         about=about,
         demonstration=[name for name in about.options.aliases.values() if name.endswith(TINY)],
     )
 
 
-def _section(table: TableResult, reference: RowResult) -> dict[str, Any]:
-    remarks = [(row.entry.row.name, text, bool(row.problem)) for row in table.rows if (text := remark(row))]
-    return {
-        "heading": heading(table),
-        "note": table_note(table),
-        "plot": Markup(plot(table, reference)),
-        "ours": ours(table.rows),
-        "rows": [_table_row(row) for row in table.rows],
-        "remarks": remarks,
-    }
-
-
-def _table_row(row: RowResult) -> dict[str, Any]:
+def _cells(row: RowResult) -> dict[str, Any]:
+    """Texts of a row of the table."""
     versus = row.versus
     scores = [(digits(row.mean[k]), digits(row.std[k]) if row.seeds > 1 else "", row.best[k]) for k in range(3)]
     difference = ["-"] * 3

@@ -99,22 +99,18 @@ def make_plan(cache: Cache, study: Study, names: Sequence[str], options: Options
     Raises:
         UsageError: an unknown table, or an alias that no row uses or that the cache cannot serve.
     """
-    _check_aliases(cache, study, options.aliases)
-    sets = {s for name, info in cache.streams().items() if info.kind == "text" for s in cache.items(stream=name)}
+    used, known = study.streams() - {NONE}, cache.streams()
+    for name, other in options.aliases.items():
+        if name not in used:
+            raise UsageError(explain("No row names the stream of --alias", got=name, choices=used))
+        if other != NONE and other not in known:
+            raise UsageError(explain(f"{cache.place} lacks the stream to use for {name}", got=other, choices=known))
+    sets = {s for name, info in known.items() if info.kind == "text" for s in cache.items(stream=name)}
     planner = _Planner(cache, study, options)
     tables = [expand(table, sets) for table in study.choose(names)]
     planned = tuple((table, tuple(planner.entry(row) for row in table.rows)) for table in tables)
     reference = planner.entry(None)
     return Plan(planned, reference, planner.ordered())
-
-
-def _check_aliases(cache: Cache, study: Study, aliases: Mapping[str, str]) -> None:
-    used, known = study.streams() - {NONE}, cache.streams()
-    for name, other in aliases.items():
-        if name not in used:
-            raise UsageError(explain("No row names the stream of --alias", got=name, choices=used))
-        if other != NONE and other not in known:
-            raise UsageError(explain(f"{cache.place} lacks the stream to use for {name}", got=other, choices=known))
 
 
 class _Planner:
@@ -130,15 +126,17 @@ class _Planner:
     def entry(self, row: Row | None) -> Entry:
         """Resolve a row; None: the full model."""
         shown = row or Row("", REFERENCE)
-        asked = self._study.config(row, self._options.overrides)
-        stands_in = tuple((name, other) for name, other in self._options.aliases.items() if name in _named(asked))
+        named = self._study.config(row, self._options.overrides)
+        aliases = self._options.aliases
+        stands_in = tuple((name, aliases[name]) for name in aliases if name in {*named.visual, *named.audio})
         try:
-            config = with_aliases(asked, self._options.aliases)
+            config = with_aliases(named, aliases)
         except UsageError as error:
-            return Entry(shown, asked, (), stands_in, str(error), type(error).__name__)
+            return Entry(shown, named, (), stands_in, str(error), type(error).__name__)
         if not self._has_text:
             config = replace(config, text="")
-        missing = tuple(pair for pair in _streams(config) if pair[1] not in self._known)
+        streams = [(kind, name) for kind in ("visual", "audio") for name in getattr(config, kind) if name != NONE]
+        missing = tuple(pair for pair in streams if pair[1] not in self._known)
         if missing:
             problem = explain(
                 f"The cache has no stream {' and no stream '.join(name for _, name in missing)}",
@@ -176,10 +174,14 @@ class _Planner:
         settings = {key: value for key, value in config.as_dict().items() if key not in older or value != older[key]}
         names = [LABELS, *(stream.name for stream in inputs.streams), *config.extra_targets]
         names += (PIXELS, LOGMEL) if config.finetune else ()
+        prompts: list[object] | None = None
+        if inputs.text:
+            source = self._cache.record(inputs.text, config.prompts).source
+            prompts = [self._cache.fingerprint(inputs.text), config.prompts, source]
         document: dict[str, object] = {
             "settings": settings,
             "streams": {stream.name: stream.fingerprint for stream in inputs.streams},
-            "prompts": self._prompts(inputs.text, config.prompts) if inputs.text else None,
+            "prompts": prompts,
             "clips": {
                 split: [self._clips(split, config.fold_splits, config.fold_groups, name) for name in names]
                 for split in (config.train_split, config.val_split)
@@ -188,9 +190,6 @@ class _Planner:
         if self._options.allow_missing:
             document["allow_missing"] = True
         return blake2b(canonical(document), digest_size=HASH_BYTES).hexdigest()
-
-    def _prompts(self, stream: str, prompts: str) -> list[object]:
-        return [self._cache.fingerprint(stream), prompts, self._cache.record(stream, prompts).source]
 
     def _clips(self, split: str, fold_splits: tuple[str, ...], fold_groups: str, stream: str) -> str:
         """Digest of the clips of a split in a stream, and of their sources."""
@@ -209,17 +208,6 @@ def data_key(config: TrainConfig) -> tuple[object, ...]:
     windows = (config.window, config.stride, config.frames, config.audio_steps, config.label_reduction)
     clips = (config.train_split, config.val_split, config.fold_splits, config.fold_groups, config.extra_targets)
     return (*streams, *windows, *clips, config.device)
-
-
-def _named(config: TrainConfig) -> set[str]:
-    return {*config.visual, *config.audio}
-
-
-def _streams(config: TrainConfig) -> Iterable[tuple[str, str]]:
-    for kind in ("visual", "audio"):
-        for name in getattr(config, kind):
-            if name != NONE:
-                yield kind, name
 
 
 def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:
@@ -254,22 +242,23 @@ def _has_encoder(name: str) -> bool:
 
 def _sampling_options(cache: Cache) -> list[str]:
     """Sampling options of the cache's streams that differ from the defaults."""
-    said = next((found for info in cache.streams().values() if (found := sampling(info.identity))), {})
+    sampled = next(filter(None, (sampling(info.identity) for info in cache.streams().values())), {})
     grid = Grid()
     usual = {"window": grid.window, "stride": grid.stride, "frames": grid.frames, "audio_steps": grid.frames}
-    return [f"--{key.replace('_', '-')} {said[key]:g}" for key in usual if key in said and said[key] != usual[key]]
+    changed = {key: value for key, value in usual.items() if sampled.get(key, value) != value}
+    return [f"--{key.replace('_', '-')} {sampled[key]:g}" for key in changed]
 
 
 def _reading_options(cache: Cache) -> Iterator[str]:
     """Options of faces, decoding and storage of the cache's streams that differ from the defaults."""
     infos = [info for info in cache.streams().values() if info.kind in ("visual", "audio", "logmel")]
     dtype = next((info.dtype for info in infos if info.identity.get("encoder") != IMPORTED), STORED)
-    picture: Mapping[str, Any] = next((found for info in infos if (found := info.identity.get("picture"))), {})
-    faces = picture.get("faces", {}).get("source", FACES)
-    backend = picture.get("decoder", {}).get("backend", "")
-    precision = next((found for info in infos if (found := info.identity.get("precision"))), "")
+    frames: Mapping[str, Any] = next(filter(None, (info.identity.get("picture") for info in infos)), {})
+    faces = frames.get("faces", {}).get("source", FACES)
+    backend = frames.get("decoder", {}).get("backend", "")
+    precision = next(filter(None, (info.identity.get("precision") for info in infos)), "")
     yield from [f"--dtype {dtype}"] if dtype != STORED else []
     yield from [f"--faces {faces}"] if faces != FACES else []
     yield from ["--decoder nvdec"] if "nvdec" in backend else []
-    yield from ["--detector torch"] if picture.get("faces", {}).get("runtime", "").startswith("torch ") else []
+    yield from ["--detector torch"] if frames.get("faces", {}).get("runtime", "").startswith("torch ") else []
     yield from [f"--precision {precision}"] if precision else []

@@ -205,22 +205,17 @@ def _markdown_table(table: TableResult) -> list[str]:
         "paper V", "paper A", "paper mean", "difference", "its interval", "p",
     )  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    lines += ["| " + " | ".join(_markdown_cells(row)) + " |" for row in table.rows]
-    remarks = [(row, text) for row in table.rows if (text := remark(row))]
-    return (
-        lines + ([""] if remarks else []) + [f"- {escaped(f'{row.entry.row.name}: {text}')}" for row, text in remarks]
-    )
-
-
-def _markdown_cells(row: RowResult) -> list[str]:
-    ours = [f"**{digits(x)}**" if best else digits(x) for x, best in zip(row.mean, row.best, strict=True)]
-    paper = [digits(x, places=PAPER_PLACES) for x in paper_scores(row)]
-    versus = row.versus
-    test = ["-"] * 3
-    if versus is not None:
-        test = [digits(versus.difference[-1], sign=True), spread(versus.low[-1], versus.high[-1]), p_text(versus.p[-1])]
-    scores = [*ours, digits(row.std[-1]), spread(*row.interval[-1]), digits(row.within_mean)]
-    return [escaped(row.entry.row.name), *scores, *paper, *test]
+    for row in table.rows:
+        scores = [f"**{digits(x)}**" if best else digits(x) for x, best in zip(row.mean, row.best, strict=True)]
+        scores += [digits(row.std[-1]), spread(*row.interval[-1]), digits(row.within_mean)]
+        paper = [digits(x, places=PAPER_PLACES) for x in paper_scores(row)]
+        test, versus = ["-"] * 3, row.versus
+        if versus is not None:
+            interval = spread(versus.low[-1], versus.high[-1])
+            test = [digits(versus.difference[-1], sign=True), interval, p_text(versus.p[-1])]
+        lines.append("| " + " | ".join([escaped(row.entry.row.name), *scores, *paper, *test]) + " |")
+    remarks = [f"- {escaped(f'{row.entry.row.name}: {text}')}" for row in table.rows if (text := remark(row))]
+    return [*lines, *([""] if remarks else []), *remarks]
 
 
 def remark(row: RowResult) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,33 +82,28 @@ def run_study(
         if on_plan is not None:
             on_plan(plan, len(todo))
         runs = run_jobs(todo, cache, out, processes=processes, allow_missing=options.allow_missing, level=level)
-        failures = _failed(runs, on_run)
-        results = collect(plan, out, failures)
+        failed = {}
+        with closing(runs):
+            for outcome in runs:
+                if outcome.ended.error:
+                    failed[outcome.job.key] = outcome.ended
+                if on_run is not None:
+                    on_run(outcome)
+        results = collect(plan, out, failed)
         about = About(
             cache=cache.place,
             options=options,
-            trained=len(todo) - len(failures),
+            trained=len(todo) - len(failed),
             reused=len(plan.jobs) - len(todo),
             seconds=time.perf_counter() - begun,
         )
-        return _write(cache, out, study, plan, results, about, failures)
-
-
-def _failed(runs: Generator[Outcome, None, None], on_run: OnRun | None) -> dict[str, Ended]:
-    """Run all to their ends; hash -> end of each failed run."""
-    failures = {}
-    with closing(runs):
-        for outcome in runs:
-            if outcome.ended.error:
-                failures[outcome.job.key] = outcome.ended
-            if on_run is not None:
-                on_run(outcome)
-    return failures
+        return _write(cache, out, study, plan, results, about, failed)
 
 
 def _write(
     cache: Cache, out: Path, study: Study, plan: Plan, results: Results, about: About, failed: Mapping[str, Ended]
 ) -> StudyResult:
+    """Write the results and `failures.jsonl`."""
     texts = {
         "csv": ("results.csv", csv_text(results)),
         "markdown": ("results.md", markdown(results, about)),
@@ -119,24 +114,18 @@ def _write(
     for kind, (name, text) in texts.items():
         files[kind] = out / name
         write_file(files[kind], text)
-    failures = _failures(plan, failed)
+    failures = []  # a row that cannot be trained, or a failed run
+    for entry in (*plan.entries, plan.reference):
+        place = {"table": entry.row.table, "row": entry.row.name}
+        item = " / ".join(part for part in place.values() if part)
+        if entry.problem:
+            failures.append(Failure(item, "plan", entry.error, entry.problem, place))
+        for seed, key in enumerate(entry.keys, entry.config.seed):
+            if key in failed:
+                run = failed[key]
+                failures.append(Failure(f"{item} / seed {seed}", "train", run.error, run.message, place | {"run": key}))
     path = out / FAILURES
     write_failures(path, failures)
     missing = [pair for entry in (*plan.entries, plan.reference) for pair in entry.missing]
     to_add = add_command(cache, missing) if missing else ""
     return StudyResult(results, about, files, failures, path if failures else None, to_add)
-
-
-def _failures(plan: Plan, failed: Mapping[str, Ended]) -> list[Failure]:
-    """One failure per row that cannot be trained and per failed run."""
-    found = []
-    for entry in (*plan.entries, plan.reference):
-        place = {"table": entry.row.table, "row": entry.row.name}
-        item = " / ".join(part for part in place.values() if part)
-        if entry.problem:
-            found.append(Failure(item, "plan", entry.error, entry.problem, place))
-        for seed, key in enumerate(entry.keys, entry.config.seed):
-            if key in failed:
-                run = failed[key]
-                found.append(Failure(f"{item} / seed {seed}", "train", run.error, run.message, place | {"run": key}))
-    return found

@@ -39,21 +39,21 @@ def agree(
 
     config = AgreeConfig(rate, max_lag, fuse, reference)
     ratings = read_ratings(root)
-    found = compare_ratings(ratings, config)
-    written = fuse_ratings(ratings, found, config, out) if out is not None else []
-    document = found.as_dict()
+    agreement = compare_ratings(ratings, config)
+    written = fuse_ratings(ratings, agreement, config, out) if out is not None else []
+    document = agreement.as_dict()
     if json:
         print_json({**document, "labels": [str(path) for path in written]})
         return 0
-    names = list(found.icc["valence"])
-    rows = [(d, f"{document['mean_ccc'][d]:.3f}", *(f"{found.icc[d][name]:.3f}" for name in names)) for d in found.icc]
+    names = list(agreement.icc["valence"])
+    rows = [(d, f"{document['mean_ccc'][d]:.3f}", *(f"{agreement.icc[d][name]:.3f}" for name in names)) for d in agreement.icc]
     typer.echo(
-        f"{count(len(found.clips), 'clip')}, {found.seconds:.0f} s, rated by all {len(found.annotators)} annotators"
+        f"{count(len(agreement.clips), 'clip')}, {agreement.seconds:.0f} s, rated by all {len(agreement.annotators)} annotators"
     )
     typer.echo(table(rows, ("dimension", "mean CCC", *names)))
-    typer.echo(f"Cohen's kappa of the nine regions, mean over pairs: {found.kappa:.3f}")
-    weights = [[f"{found.weights[d][name]:.3f}" for d in found.weights] for name in found.annotators]
-    lines = [(n, f"{found.lags[n]:.2f}", *w) for n, w in zip(found.annotators, weights, strict=True)]
+    typer.echo(f"Cohen's kappa of the nine regions, mean over pairs: {agreement.kappa:.3f}")
+    weights = [[f"{agreement.weights[d][name]:.3f}" for d in agreement.weights] for name in agreement.annotators]
+    lines = [(n, f"{agreement.lags[n]:.2f}", *w) for n, w in zip(agreement.annotators, weights, strict=True)]
     typer.echo(table(lines, ("annotator", "lag (s)", "weight valence", "weight arousal")))
     if out is not None:
         typer.echo(f"{count(len(written), 'fused label file')}: {out}")

@@ -81,17 +81,17 @@ def random_intervals(
     rng: np.random.Generator, duration: float, share: float, shortest: float, longest: float
 ) -> list[tuple[float, float]]:
     """Disjoint intervals (begin, end) in seconds that cover about `share` of a clip, in order."""
-    found: list[tuple[float, float]] = []
+    intervals: list[tuple[float, float]] = []
     total = 0.0
     for _ in range(100):
         if total >= share * duration:
             break
         length = min(rng.uniform(shortest, longest), duration / 2)
         begin = rng.uniform(0, duration - length)
-        if all(begin > end + 1 or begin + length < start - 1 for start, end in found):
-            found.append((begin, begin + length))
+        if all(begin > end + 1 or begin + length < start - 1 for start, end in intervals):
+            intervals.append((begin, begin + length))
             total += length
-    return sorted(found)
+    return sorted(intervals)
 
 
 def within(time: Floats, intervals: list[tuple[float, float]]) -> Bools:
