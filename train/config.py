@@ -48,20 +48,10 @@ class TrainConfig:
     """
 
     visual: tuple[str, ...] = setting(
-        (),
-        "Visual streams, or none",
-        group="data",
-        unset="the cache's only one",
-        option="--visual",
-        shown=True,
+        (), "Visual streams, or none", group="data", unset="the cache's only one", option="--visual", shown=True
     )
     audio: tuple[str, ...] = setting(
-        (),
-        "Audio streams, or none",
-        group="data",
-        unset="the cache's only one",
-        option="--audio",
-        shown=True,
+        (), "Audio streams, or none", group="data", unset="the cache's only one", option="--audio", shown=True
     )
     text: str = setting(
         "", "Stream of prompt prototypes", group="data", unset="that of the first visual stream", metavar="STREAM"

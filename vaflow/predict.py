@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -189,7 +190,7 @@ def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> E
     for path, run in members.items():
         saved |= saved_weights(RunFolder(path).encoders, run.record.tuned)
     sampled = next(filter(None, (sampling(stream.identity) for stream in streams)), {})
-    faces = [stream.identity.get("picture", {}).get("faces", {}) for stream in streams]
+    faces: list[dict[str, Any]] = [stream.identity.get("picture", {}).get("faces", {}) for stream in streams]
     runtimes = [identity.get("runtime", "") for identity in faces]
     detectors = [name for name in DETECTORS for runtime in runtimes if runtime.startswith(f"{name} ")]
     precisions = {stream.identity.get("precision", "auto") for stream in streams if stream.kind != LOGMEL}
@@ -216,8 +217,8 @@ def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> E
         face_source=config.face_source or trained_on,
         device=config.device,
         precision=precision,
-        person=next((faces.get("person", LARGEST) for faces in pictures if faces), LARGEST),
-        identity=next((network_setting(faces) for faces in pictures if faces), AUTO),
+        person=next((one.get("person", LARGEST) for one in faces if one), LARGEST),
+        identity=next((network_setting(one) for one in faces if one), AUTO),
         detector=detectors[0] if detectors else ExtractConfig.detector,
     )
 

@@ -114,7 +114,7 @@ def test_settings_file_flat_or_as_a_run_writes_it(tmp_path) -> None:
     nested = tmp_path / "config.toml"
     nested.write_text("vaflow = '1'\n[train]\nlr = 1e-3\nvisual = ['a']\n[data.train]\nclips = 3\n")
     assert configs.read_settings(flat) == {"lr": 1e-3, "visual": ["a"]}
-    assert configs.read_settings(nested) == {"lr": 1e-3, "visual": ["a"], "attention_positions": "none"}
+    assert configs.read_settings(nested) == {**configs.BEFORE_SETTING, "lr": 1e-3, "visual": ["a"]}
 
 
 @pytest.mark.parametrize("text", ["lr = ", "learning_rate = 1", "lr = 'x'", "\xff\xfe"])

@@ -46,9 +46,13 @@ def agree(
         print_json({**document, "labels": [str(path) for path in written]})
         return 0
     names = list(agreement.icc["valence"])
-    rows = [(d, f"{document['mean_ccc'][d]:.3f}", *(f"{agreement.icc[d][name]:.3f}" for name in names)) for d in agreement.icc]
+    rows = [
+        (d, f"{document['mean_ccc'][d]:.3f}", *(f"{agreement.icc[d][name]:.3f}" for name in names))
+        for d in agreement.icc
+    ]
     typer.echo(
-        f"{count(len(agreement.clips), 'clip')}, {agreement.seconds:.0f} s, rated by all {len(agreement.annotators)} annotators"
+        f"{count(len(agreement.clips), 'clip')}, {agreement.seconds:.0f} s, "
+        f"rated by all {len(agreement.annotators)} annotators"
     )
     typer.echo(table(rows, ("dimension", "mean CCC", *names)))
     typer.echo(f"Cohen's kappa of the nine regions, mean over pairs: {agreement.kappa:.3f}")
