@@ -116,7 +116,7 @@ def test_merge_onto_a_full_disk(lab: Lab, disk: Disk, toys: Path, tmp_path: Path
 def test_training_onto_a_full_disk(lab: Lab, disk: Disk, toys: Path, whole_run: Path) -> None:
     out = disk.path / "run"
     args = ["train", toys, "--out", out, *SMALL]
-    for size in (4, 40, 200, 400):
+    for size in (4, 40, 100, 200):
         disk.resize(size)
         assert_refused(lab.run(args), "No space left")
     disk.resize(64_000)

@@ -94,7 +94,7 @@ def test_a_run_is_done_only_when_all_of_it_is_on_the_disk(
     monkeypatch.setattr(os, "unlink", note_unlink)
     out = tmp_path / "run"
     config = TrainConfig(hidden=16, epochs=2, device="cpu")
-    train_run(open_cache(toys), config, out, tensorboard=False, pictures=False)
+    train_run(open_cache(toys), config, out, tensorboard=False, pictures=False, keep_checkpoint=False)
     done = steps.index(("name", out / "metrics.json"))
     for file in [out / "model.safetensors", out / "config.toml", *(out / "predictions" / "val").glob("*.csv")]:
         named = steps.index(("name", file))
