@@ -15,8 +15,7 @@ from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.extract.doctor.check import check_dataset
 from vaflow.extract.doctor.facts import BINS
-from vaflow.extract.doctor.figures import coverage_bars
-from vaflow.extract.doctor.page import PICTURED, html_page, pictured
+from vaflow.extract.doctor.page import CLIPS_WITH_IMAGES, clips_with_images, coverage_bars, html_page
 from vaflow.extract.doctor.report import Checked, Report
 from vaflow.extract.doctor.thumbnails import SIDE, thumbnails
 
@@ -71,7 +70,7 @@ def report(tree: Tree) -> Report:
 
 @pytest.fixture(scope="module")
 def page(report: Report) -> str:
-    chosen = pictured(report)
+    chosen = clips_with_images(report)
     pictures = {c.clip.id: thumbnails(c.clip, c.media.duration if c.media else None) for c in chosen}
     return html_page(report, pictures)
 
@@ -101,13 +100,13 @@ def test_images_are_small_jpegs(page: str) -> None:
 
 
 def test_every_kind_of_finding_has_a_clip_with_images(report: Report) -> None:
-    names = {checked.clip.id for checked in pictured(report)}
+    names = {checked.clip.id for checked in clips_with_images(report)}
     ids = {checked.clip.id for checked in report.checked}
-    assert len(names) <= PICTURED
+    assert len(names) <= CLIPS_WITH_IMAGES
     for kind in report.kinds():
         items = set(kind.items) & ids
         assert not items or items & names, kind.code
-    assert len(pictured(report, 2)) == 2 and pictured(report, 2)[0].clip.id == "badlabels"
+    assert len(clips_with_images(report, 2)) == 2 and clips_with_images(report, 2)[0].clip.id == "badlabels"
 
 
 def test_a_leak_is_told_on_the_cards_of_its_clips(page: str) -> None:

@@ -71,10 +71,10 @@ def check(
     with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not show_bars(quiet)) as bar:
         report = check_dataset(dataset, progress=bar.update, cache=opened)
     if html is not None:
-        from vaflow.extract.doctor.page import html_page, pictured
+        from vaflow.extract.doctor.page import clips_with_images, html_page
         from vaflow.extract.doctor.thumbnails import all_thumbnails
 
-        clips = [(c.clip, c.media.duration if c.media else None) for c in pictured(report)]
+        clips = [(c.clip, c.media.duration if c.media else None) for c in clips_with_images(report)]
         images = tqdm(all_thumbnails(clips), total=len(clips), unit="clip", desc="images", disable=not show_bars(quiet))
         write_file(html, html_page(report, dict(images)))
         log.info("Wrote %s", html)
