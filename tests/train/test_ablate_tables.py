@@ -6,7 +6,8 @@ import pytest
 
 from vaflow.errors import UsageError
 from vaflow.train.ablate.grid import Row, Study, Table, expand, load_study
-from vaflow.train.config import TrainConfig, merge, preset, with_aliases
+from vaflow.train.config import TrainConfig, merge, with_aliases
+from vaflow.train.settings_files import preset
 
 # The published table, typed out once more: number; streams, temporal model, fusion, centres, sigma; CCC.
 PUBLISHED = """

@@ -6,10 +6,11 @@ import pytest
 
 from vaflow.errors import UsageError
 from vaflow.train import config as configs
-from vaflow.train.config import PRESETS, TrainConfig, coerce, differences, from_toml, merge, parse_settings, preset
+from vaflow.train.config import BEFORE_SETTING, PRESETS, TrainConfig, coerce, differences, merge, parse_settings
 from vaflow.train.heads.fusion import FUSION
 from vaflow.train.heads.model import NORMALIZE
 from vaflow.train.heads.temporal import TEMPORAL
+from vaflow.train.settings_files import from_toml, preset, read_settings, to_toml
 
 
 def test_choices_are_those_of_the_model() -> None:
@@ -31,7 +32,7 @@ def test_later_layers_win() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_toml_round_trip(name: str) -> None:
     config = merge(preset(name), {"window": 6, "causal": "false", "frames": 7, "seed": "12"})
-    again = from_toml(configs.to_toml(config))
+    again = from_toml(to_toml(config))
     assert again == config
     assert isinstance(again.window, float) and again.causal is False and again.stride is None
 
@@ -113,8 +114,8 @@ def test_settings_file_flat_or_as_a_run_writes_it(tmp_path) -> None:
     flat.write_text("lr = 1e-3\nvisual = ['a']\n")
     nested = tmp_path / "config.toml"
     nested.write_text("vaflow = '1'\n[train]\nlr = 1e-3\nvisual = ['a']\n[data.train]\nclips = 3\n")
-    assert configs.read_settings(flat) == {"lr": 1e-3, "visual": ["a"]}
-    assert configs.read_settings(nested) == {**configs.BEFORE_SETTING, "lr": 1e-3, "visual": ["a"]}
+    assert read_settings(flat) == {"lr": 1e-3, "visual": ["a"]}
+    assert read_settings(nested) == {**BEFORE_SETTING, "lr": 1e-3, "visual": ["a"]}
 
 
 @pytest.mark.parametrize("text", ["lr = ", "learning_rate = 1", "lr = 'x'", "\xff\xfe"])
@@ -122,9 +123,9 @@ def test_bad_settings_file(tmp_path, text: str) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError):
-        configs.read_settings(path)
+        read_settings(path)
     with pytest.raises(UsageError, match="Cannot read"):
-        configs.read_settings(tmp_path / "absent.toml")
+        read_settings(tmp_path / "absent.toml")
 
 
 def test_differences_name_what_changes_the_training() -> None:
@@ -135,4 +136,4 @@ def test_differences_name_what_changes_the_training() -> None:
 
 def test_every_setting_survives_as_toml() -> None:
     config = TrainConfig(window=10, stride=3, frames=20, audio_steps=20, finetune_blocks=2)
-    assert set(tomllib.loads(configs.to_toml(config))) == set(TrainConfig.__dataclass_fields__)
+    assert set(tomllib.loads(to_toml(config))) == set(TrainConfig.__dataclass_fields__)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.errors import UsageError, explain
-from vaflow.train.config import TrainConfig, coerce, merge, preset
+from vaflow.train.config import TrainConfig, coerce, merge
+from vaflow.train.settings_files import preset
 
 ALL = "all"
 EACH = ("prompts",)

@@ -22,10 +22,11 @@ from vaflow.errors import VaflowError
 from vaflow.process import ChildProcess
 from vaflow.train.ablate.plan import Job, data_key
 from vaflow.train.ablate.statistics import moments_file, video_moments_of, write_moments
-from vaflow.train.config import TrainConfig, from_toml, to_toml
+from vaflow.train.config import TrainConfig
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
 from vaflow.train.session import Data, load_data
+from vaflow.train.settings_files import from_toml, to_toml
 from vaflow.train.training import train_run
 
 # What a run may fail of while the others go on: bad data, a device that refuses, memory, a full disk.

@@ -10,6 +10,7 @@ from vaflow.cli.common import Cache, JsonFlag, Quiet, Verbose, alias_pairs, prin
 from vaflow.cli.evaluate import summary
 from vaflow.cli.options import HelpAll, with_settings
 from vaflow.train import config as configs
+from vaflow.train import settings_files
 from vaflow.train.config import TrainConfig
 
 
@@ -84,8 +85,8 @@ def train(
     """
     set_up(verbose, quiet)
     merged = configs.merge(
-        configs.preset(preset) if preset else {},
-        configs.read_settings(config) if config else {},
+        settings_files.preset(preset) if preset else {},
+        settings_files.read_settings(config) if config else {},
         options or {},
         configs.parse_settings(settings or []),
     )
