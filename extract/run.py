@@ -29,7 +29,7 @@ from vaflow.extract.plan import PendingClip
 from vaflow.extract.pool import WorkerPool
 from vaflow.extract.profile import COMMITTING, DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, WAITING_FOR_WRITER, Profile
 from vaflow.extract.streams import provenance, source_of
-from vaflow.extract.summary import Extracted, Outcome
+from vaflow.extract.summary import NOTABLE_SHARE, Extracted, Outcome
 from vaflow.failures import Failure
 
 PENDING_COMMITS = 4
@@ -230,6 +230,8 @@ class Run:
             split = {"split": task.clip.split}
             self._ledger.take(Failure(task.clip.id, "commit", type(error).__name__, str(error), split))
         else:
-            self._ledger.take(Extracted(task.clip.id, clip.duration))
+            seconds = clip.facts["faces"].get("seconds", [])
+            people = sum(one >= NOTABLE_SHARE * seconds[0] for one in seconds)
+            self._ledger.take(Extracted(task.clip.id, clip.duration, people))
         finally:
             self._slots.release()

@@ -20,6 +20,7 @@ class Summary:
             source files have changed.
         failures: items that failed, with their reasons; `failures_file` lists them.
         encoded: encoder name -> rows encoded.
+        several_people: extracted items that show several people; without a face-recognition network, several tracks.
         media_seconds: duration of the extracted items; wall_seconds: of the extraction.
         stages: stage -> seconds of the main process; with several processes, their sum.
     """
@@ -30,17 +31,27 @@ class Summary:
     failures: list[Failure] = field(default_factory=list)
     failures_file: Path | str = Path()
     encoded: dict[str, int] = field(default_factory=dict)
+    several_people: int = 0
     media_seconds: float = 0.0
     wall_seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
 
 
+NOTABLE_SHARE = 0.1
+
+
 @dataclass(frozen=True)
 class Extracted:
-    """An item that has been committed, and its duration in seconds."""
+    """An item that has been committed.
+
+    Attributes:
+        seconds: its duration.
+        people: number of people who are in the picture for at least `NOTABLE_SHARE` of the time of the first.
+    """
 
     item: str
     seconds: float
+    people: int = 0
 
 
 Outcome = Extracted | Failure
@@ -91,6 +102,7 @@ class Books:
             else:
                 self.summary.extracted += 1
                 self.summary.media_seconds += outcome.seconds
+                self.summary.several_people += outcome.people > 1
             self._ended += 1
             self._advance(outcome.item, 1.0)
             self._show_state()

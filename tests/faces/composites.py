@@ -124,9 +124,11 @@ def write(path: Path, draw: Callable[[float], Drawn], seconds: float, *, turned:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"crf": "18", "preset": "veryfast"})
         stream.time_base = Fraction(1, RATE)
+        if turned:
+            stream.set_display_rotation(90)
         for number in range(round(seconds * RATE)):
             image = draw(number / RATE)[0]
-            image = np.ascontiguousarray(np.rot90(image)) if turned else image
+            image = np.ascontiguousarray(np.rot90(image, -1)) if turned else image
             frame = av.VideoFrame.from_ndarray(image, "rgb24")
             frame.pts = number
             if number == 0:

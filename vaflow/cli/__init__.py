@@ -23,6 +23,7 @@ from vaflow.cli import (
     demo,
     evaluate,
     extract,
+    faces,
     info,
     labels,
     predict,
@@ -78,6 +79,7 @@ _add("submit", submit.submit, RESULT)
 _add("provenance", provenance.provenance, RESULT)
 _add("trace", provenance.trace, RESULT, hidden=True)
 _add("view", view.view, RESULT)
+_add("faces", faces.faces, RESULT)
 _add("report", view.report, RESULT)
 _add("runs", view.runs, RESULT)
 app.add_typer(labels.app, name="labels", cls=CommandGroup, rich_help_panel=DATA)

@@ -189,6 +189,8 @@ def extract(
         print_json(summary_json(summary) | {"absent": absent})
     elif not quiet:
         typer.echo(_describe(summary, cache))
+        if summary.several_people:
+            typer.echo(_several_people(summary.several_people, out, root, config.identity))
     if profile and summary.stages and not json:
         from vaflow.extract.profile import bottleneck
 
@@ -262,3 +264,14 @@ def _describe(summary: "Summary", cache: "Cache") -> str:
     elif not summary.failures:
         lines.append("Nothing to do.")
     return "\n".join(lines)
+
+
+def _several_people(clips: int, out: Path, root: Path, identity: str) -> str:
+    """The line that points to the page of people."""
+    from vaflow.extract.faces.identity import NONE, REMEDY, resolve
+
+    command = f"vaflow faces {out} --media {root} --several"
+    verb = "shows" if clips == 1 else "show"
+    if resolve(identity) == NONE:
+        return f"{count(clips, 'clip')} {verb} several tracks of faces, which only {REMEDY} joins to people: {command}"
+    return f"{count(clips, 'clip')} {verb} several people: {command}"

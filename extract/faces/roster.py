@@ -1,0 +1,162 @@
+"""Who is in the clips: people of a cache or of videos, with crops to look at, as a page and as a table.
+
+Crops are cut from the videos (a cache does not hold them for everyone); a cache whose videos have moved gets a page
+without crops unless `--media` names their folder.
+"""
+
+import csv
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Images
+
+from vaflow.cache import Cache
+from vaflow.cache.schema import FACES
+from vaflow.extract.faces.alignment import align, encode_jpeg
+from vaflow.extract.faces.detection import CenterFace, Face
+from vaflow.extract.faces.identity import open_network
+from vaflow.extract.faces.people import ClipFaces
+from vaflow.extract.faces.quality import MAX_YAW, MIN_SCORE, MIN_SHARPNESS, MIN_SIZE
+from vaflow.extract.video import frame_times, frames_at
+from vaflow.timeline import Grid, nearest
+
+CROPS = 10  # of each person, evenly over their time
+CROP_SIZE = 88  # pixels on the page
+COLUMNS = ("clip", "person", "track", "frame", "time", "x0", "y0", "x1", "y1", "score", "size", "sharpness", "yaw")
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class PersonCard:
+    """One person of a clip, for the page.
+
+    Attributes:
+        seconds, clear: in the picture, and with a clear face.
+        spans: (start, end) seconds without a gap.
+        size, sharpness, yaw: medians.
+        crops: (seconds, data URL), in order of time.
+    """
+
+    number: int
+    seconds: float
+    clear: float
+    tracks: int
+    spans: tuple[tuple[float, float], ...]
+    size: float
+    sharpness: float
+    yaw: float
+    crops: tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True)
+class ClipCard:
+    """One clip, for the page: its people, its cuts, its duration in seconds, and the person that was estimated."""
+
+    item: str
+    duration: float
+    cuts: tuple[float, ...]
+    people: tuple[PersonCard, ...]
+    chosen: int
+
+
+def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[tuple[str, Arrays, int]]:
+    """Item, its arrays of the faces stream, and the person that its visual features are of (0: none, or not known)."""
+    visual = [name for name, info in cache.streams().items() if info.kind in ("visual", "pixels")]
+    for item in items:
+        if cache.has(FACES, item):
+            made = [name for name in visual if cache.has(name, item)]
+            chosen = cache.record(made[0], item).meta.get("person", 0) if made else 0
+            yield item, dict(cache.read(FACES, item).arrays), int(chosen)
+
+
+def detected_faces(video: Path, network: str, grid: Grid) -> Arrays:
+    """The arrays of the faces stream of a video, detected now.
+
+    Raises:
+        MediaError: the video cannot be read.
+    """
+    times = frame_times(video)
+    wanted = np.unique(nearest(times, grid.sample_times(float(times[-1]))))
+    detector = CenterFace()
+    with ClipFaces(open_network(network)) as faces:
+        for number, image in frames_at(video, wanted, times):
+            faces.add(number, float(times[number]), image, detector.detect(image))
+        return dict(faces.people().arrays())
+
+
+def clip_card(item: str, faces: Arrays, chosen: int, video: Path | None) -> ClipCard:
+    """A clip's people with crops cut from its video, if there is one."""
+    instants = np.unique(faces["time"])
+    step = float(np.median(np.diff(instants))) if len(instants) > 1 else 0.0
+    numbers = np.unique(faces["person"]).tolist()
+    shown = {number: _evenly(np.flatnonzero(faces["person"] == number)) for number in numbers}
+    crops = _crops(faces, sorted({row for rows in shown.values() for row in rows}), video) if video else {}
+    duration = float(instants[-1]) + step if len(instants) else 0.0
+    people = []
+    for number in numbers:
+        mine = faces["person"] == number
+        times = faces["time"][mine]
+        clear = (
+            (faces["size"] >= MIN_SIZE)
+            & (faces["score"] >= MIN_SCORE)
+            & (faces["sharpness"] >= MIN_SHARPNESS)
+            & (np.abs(faces["yaw"]) <= MAX_YAW)
+        )
+        breaks = np.flatnonzero(np.diff(times) > 1.5 * step)
+        starts, ends = np.r_[times[0], times[breaks + 1]], np.r_[times[breaks], times[-1]] + step
+        medians = {name: float(np.median(faces[name][mine])) for name in ("size", "sharpness", "yaw")}
+        people.append(
+            PersonCard(
+                number,
+                len(times) * step,
+                int((clear & mine).sum()) * step,
+                len(np.unique(faces["track"][mine])),
+                tuple(zip(starts.tolist(), ends.tolist(), strict=True)),
+                **medians,
+                crops=tuple((float(faces["time"][row]), crops[row]) for row in shown[number] if row in crops),
+            )
+        )
+    return ClipCard(item, duration, tuple(faces["cut"].tolist()), tuple(people), chosen)
+
+
+def _evenly(rows: NDArray[np.int64]) -> list[int]:
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(CROPS, len(rows))).round().astype(int))].tolist()
+
+
+def _crops(faces: Arrays, rows: Sequence[int], video: Path) -> dict[int, str]:
+    """Row -> its crop as a data URL."""
+    wanted: dict[int, list[int]] = {}
+    for row in rows:
+        wanted.setdefault(int(faces["frame"][row]), []).append(row)
+    made = {}
+    for number, image in frames_at(video, np.array(sorted(wanted), np.int64), frame_times(video)):
+        for row in wanted[number]:
+            box = faces["box"][row].tolist()
+            face = Face(
+                (box[0], box[1], box[2], box[3]), float(faces["score"][row]), faces["landmarks"][row].astype(float)
+            )
+            jpeg = BytesIO(encode_jpeg(align(image, face)))
+            small = np.asarray(Images.open(jpeg).resize((CROP_SIZE, CROP_SIZE)), np.uint8)
+            made[row] = "data:image/jpeg;base64," + b64encode(encode_jpeg(small, 80)).decode()
+    return made
+
+
+def faces_csv(clips: Sequence[tuple[str, Arrays]]) -> str:
+    """All boxes, one row per face."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for item, faces in clips:
+        for row in range(len(faces["time"])):
+            box = [f"{value:.1f}" for value in faces["box"][row].tolist()]
+            measures = [f"{float(faces[name][row]):.3g}" for name in ("score", "size", "sharpness", "yaw")]
+            whole = [int(faces[name][row]) for name in ("person", "track", "frame")]
+            writer.writerow([item, *whole, f"{float(faces['time'][row]):.3f}", *box, *measures])
+    return text.getvalue()

@@ -1,0 +1,73 @@
+"""`vaflow faces`, and what `vaflow extract` prints about people: a clip with two of them."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from composites import in_a_row, write
+
+from vaflow.cli import main
+
+
+@pytest.fixture(scope="module")
+def two_people(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    folder = tmp_path_factory.mktemp("people")
+    (folder / "data").mkdir()
+    write(folder / "data" / "pair <b>.mp4", in_a_row(clips, "wolfgang", "obama"), 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extracted(two_people: Path) -> Path:
+    out = two_people / "cache"
+    options = ["--visual", "clip-tiny", "--audio", "none", "--device", "cpu"]
+    assert main(["extract", str(two_people / "data"), "--out", str(out), *options]) == 0
+    return out
+
+
+def test_extract_ends_with_the_command_that_shows_everyone(
+    two_people: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--visual", "clip-tiny", "--audio", "none", "--device", "cpu", "--identity", "none"]
+    assert main(["extract", str(two_people / "data"), "--out", str(tmp_path / "cache"), *options]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("1 clip shows several tracks of faces")
+    assert f"vaflow faces {tmp_path / 'cache'}" in last
+
+
+def test_the_page_shows_both_and_marks_whose_features_are_stored(
+    two_people: Path, extracted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = two_people / "page" / "faces.html"
+    capsys.readouterr()
+    arguments = [str(extracted), "--media", str(two_people / "data"), "--out", str(page), "--json"]
+    assert main(["faces", *arguments]) == 0
+    (clip,) = json.loads(capsys.readouterr().out)["clips"]
+    assert [person["number"] for person in clip["people"]] == [1, 2]
+    assert clip["chosen"] == 1
+    assert all(person["crops"] == 8 and person["seconds"] == 4 for person in clip["people"])
+    html = page.read_text("utf-8")
+    assert "pair &lt;b&gt;" in html and "<b>.mp4" not in html
+    assert html.count("data:image/jpeg;base64,") == 16
+    assert html.count("features are of this person") == 1
+
+
+def test_the_table_holds_every_box(two_people: Path, extracted: Path) -> None:
+    page = two_people / "table" / "faces.html"
+    assert main(["faces", str(extracted), "--out", str(page)]) == 0
+    with (page.parent / "faces.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16
+    middles = {row["person"]: (float(row["x0"]) + float(row["x1"])) / 2 for row in rows}
+    assert middles["1"] < 320 < middles["2"]
+
+
+def test_a_cache_without_the_stream_is_refused(
+    two_people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cache"
+    options = ["--visual", "clip-tiny", "--audio", "none", "--device", "cpu", "--person", "largest"]
+    assert main(["extract", str(two_people / "data"), "--out", str(out), *options]) == 0
+    assert main(["faces", str(out), "--out", str(tmp_path / "faces.html")]) == 2
+    assert "no stream of faces" in capsys.readouterr().err
