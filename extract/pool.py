@@ -74,7 +74,7 @@ class WorkerPool:
         jobs: what to do, each with a `number` of its own; asked for when a worker is free.
         count: of processes.
         item_timeout: seconds; 0: however long it takes.
-        work: what is done with a job, importable by name; reading a clip where there is nothing else.
+        work: function that processes a job, importable by name; by default, it reads a clip.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class WorkerPool:
             self._lose(worker, workers, _hang(worker))
 
     def _lose(self, worker: _Worker, workers: list[_Worker], message: Failed) -> None:
-        """A worker that is of no use any more costs its job; if there is another one, a new worker takes its place."""
+        """Fail the job of a worker that died or stalled; start a new worker if jobs are left."""
         self._asking.pop(message.job, None)
         worker.stop()
         self._put(message)

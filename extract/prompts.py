@@ -20,7 +20,7 @@ class ListedSet:
 
     Attributes:
         stream: stream of the prototypes; name: of the set, the value of a training run's `prompts` setting.
-        templates, descriptions: the words; empty where the record has none.
+        templates, descriptions: the texts; empty if the record has none.
         created: when it was embedded.
     """
 
@@ -33,7 +33,7 @@ class ListedSet:
 
 @dataclass
 class AddedPrompts:
-    """Result: the set's name, and the streams where it is new, replaced other words, or was unchanged."""
+    """Name of the set, and the streams in which it is new, replaced another version, or is unchanged."""
 
     name: str
     new: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ def write_prompts(cache: Cache, prompt_set: PromptSet, visual: Iterable[VisualEn
     """Embed a prompt set in the joint space of every encoder with a text tower, unless it is unchanged.
 
     Raises:
-        FingerprintError: another encoder made the cache's prototypes.
+        FingerprintError: the prototypes in the cache are of another encoder.
     """
     done = AddedPrompts(prompt_set.name)
     source = {"prompts": prompt_set.identity()}
@@ -95,12 +95,12 @@ def add_prompts(
 
     Raises:
         UsageError: the file is not a prompt set, or the cache has no such encoder, or it has no text tower.
-        FingerprintError: another encoder made the cache's stream; every field that differs is named.
+        FingerprintError: the stream in the cache is of another encoder; every field that differs is named.
         WeightsError: weights are missing or do not fit.
     """
     prompt_set = load_prompts(prompts)
     known = cache.streams()
-    # By default those with prototypes; where none has any, all that an encoder of this package can have made.
+    # By default the streams with prototypes; if there are none, all streams of an encoder of this package.
     made = [name for name, info in known.items() if info.kind == "visual" and is_encoder(name, "visual")]
     default = [name for name in made if text_stream(name) in known] or made
     names = default if visual is None else [visual]
@@ -124,26 +124,26 @@ def add_prompts(
 def _build(
     cache: Cache, known: Mapping[str, StreamInfo], name: str, weights: Path | None, device: str
 ) -> VisualEncoder:
-    """Return the encoder that made a stream.
+    """Return the encoder of a stream.
 
     Raises:
-        UsageError: the cache has neither that stream nor its prototypes, or there is no such encoder.
-        FingerprintError: another encoder made the stream.
+        UsageError: the cache has neither the stream nor its prototypes, or the encoder is unknown.
+        FingerprintError: the stream is of another encoder.
     """
     infos = [known[stream] for stream in (text_stream(name), name) if stream in known]
     if not infos:
         visual = [stream for stream, info in known.items() if info.kind == "visual"]
-        raise UsageError(explain(f"{cache.place} has no visual stream of that name", got=name, choices=visual))
+        raise UsageError(explain(f"{cache.place} has no visual stream of this name", got=name, choices=visual))
     if not is_encoder(name, "visual"):
         choices = [encoder for encoder in ENCODERS if encoder_kind(encoder) == "visual"]
         raise UsageError(explain(f"No visual encoder makes stream {name!r}", got=name, choices=choices))
     encoder = build_encoder(name, weights=weights, device=device)
     for info in infos:
-        # A visual stream's identity has more than its encoder's: sampling, faces, precision.
+        # The identity of a visual stream also has members beyond its encoder's: sampling, faces, precision.
         recorded = {key: value for key, value in info.identity.items() if key in encoder.identity}
         fields = "; ".join(differences(recorded, encoder.identity))
         if fields:
-            problem = f"Another encoder made stream {info.name!r} of {cache.place}: {fields}"
-            remedy = f"Name the weights that the cache was made with: --weights {name}=PATH"
+            problem = f"Stream {info.name!r} of {cache.place} is of another encoder: {fields}"
+            remedy = f"Name the weights of the cache: --weights {name}=PATH"
             raise FingerprintError(explain(problem, remedy=remedy))
     return encoder  # type: ignore[return-value]

@@ -23,7 +23,7 @@ from vaflow.extract.scan import is_counted, scan_times
 
 Image = NDArray[np.uint8]
 
-# Display matrices of 0, 90, 180 and 270 degrees counter-clockwise.
+# Display matrices of 0, 90, 180 and 270 degrees counterclockwise.
 _QUARTER_TURNS = np.array(
     [
         [1, 0, 0, 0, 1, 0, 0, 0, 1],
@@ -50,7 +50,7 @@ _EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BIT
 
 
 def to_rgb(frame: VideoFrame, pixel_aspect: Fraction = SQUARE) -> Image:
-    """[H, W, 3] uint8 of any pixel format, depth, colour matrix and range, turned as the file's matrix says.
+    """Convert a frame of any pixel format, depth, colour matrix and range to RGB [H, W, 3] uint8, rotated for display.
 
     Args:
         frame: as decoded.
@@ -66,7 +66,7 @@ def to_rgb(frame: VideoFrame, pixel_aspect: Fraction = SQUARE) -> Image:
 def _display_matrix(frame: VideoFrame) -> NDArray[np.int32] | None:
     try:
         data = cast(SideDataContainer, frame.side_data).get("DISPLAYMATRIX")
-    except ValueError:  # PyAV raises for a frame that has any kind of side data it does not know
+    except ValueError:  # PyAV raises for frames with an unknown kind of side data
         quarter = round(frame.rotation / 90) % 4
         return _QUARTER_TURNS[quarter] if quarter else None
     return None if data is None else np.frombuffer(bytes(data), np.int32)
@@ -96,10 +96,10 @@ class VideoInfo:
     Attributes:
         width, height: pixels, as displayed (rotated, square pixels).
         codec: FFmpeg's name.
-        nominal_rate: frames per second that the stream claims, or None.
-        average_rate: frames by duration, or None; unlike the nominal rate where the frame rate varies.
-        frames: the container's count, 0 where it has none.
-        duration: seconds that the container promises, or None.
+        nominal_rate: frames per second according to the stream, or None.
+        average_rate: frames / duration, or None; differs from the nominal rate if the frame rate varies.
+        frames: number of frames according to the container, 0 if unknown.
+        duration: seconds according to the container, or None.
         rotation: degrees counter-clockwise by which stored frames are turned for display. `frames_at` turns them.
         pixel_aspect: width / height of a stored pixel. `frames_at` scales to square pixels.
         transfer: "PQ" or "HLG" for high dynamic range video, which is read without tone mapping; else "".
@@ -151,7 +151,7 @@ def decoder_identity() -> dict[str, Any]:
 
 
 def probe(path: Path) -> MediaInfo:
-    """The contents of a file, from its headers and its first frame.
+    """Return the contents of a file, from its headers and its first frame.
 
     Raises:
         MediaError: the file is missing, empty, no media file, or has neither video nor audio.
@@ -199,14 +199,14 @@ def _audio_info(media: Opened) -> AudioInfo | None:
 
 
 def frame_times(path: Path, *, info: MediaInfo | None = None) -> Floats:
-    """Presentation time of every frame that decoding shows, [N] seconds on the clip clock, ascending, N >= 1.
+    """Return the presentation time of every decoded frame, [N] seconds on the clip clock, ascending, N >= 1.
 
     Args:
         path: a file with a video stream.
-        info: result of `probe`, where it is known: a file without video then is not opened again.
+        info: result of `probe`, if known: a file without video is then not opened again.
 
     Raises:
-        MediaError: no video stream, nothing decodes, or the file holds less than its container promises (truncated).
+        MediaError: no video stream, nothing decodes, or the file is truncated.
     """
     if info is not None and info.video is None:
         raise MediaError(explain(f"{path} has no video stream", expected="a file with a video stream"))
@@ -214,10 +214,10 @@ def frame_times(path: Path, *, info: MediaInfo | None = None) -> Floats:
 
 
 def frames_at(path: Path, wanted: Ints, times: Floats) -> Iterator[tuple[int, Image]]:
-    """The images of the wanted frames, each once, in one forward pass with bounded memory.
+    """Yield the images of the wanted frames, each once, in one forward pass with bounded memory.
 
-    A frame that does not decode is replaced by the one before it (at the start: after it) if that lies at most 0.2 s
-    away, as a player would show it.
+    A frame that does not decode is replaced by the one before it (at the start: after it) if that is at most 0.2 s
+    away, as in players.
 
     Args:
         path: a file with a video stream.
@@ -256,7 +256,7 @@ _Shown = tuple[int, VideoFrame]
 
 
 def _stand_in(path: Path, number: int, now: _Shown | None, before: _Shown | None, times: Floats) -> VideoFrame:
-    """The frame of that number or, where it did not decode, the one before or after it if it is near."""
+    """Return the frame of that number or, if it did not decode, the one before or after it if it is near."""
     if now is not None and now[0] == number:
         return now[1]
     for candidate in (before, now):
@@ -274,7 +274,7 @@ def _stand_in(path: Path, number: int, now: _Shown | None, before: _Shown | None
 
 
 def _numbered(media: Opened, times: Floats) -> Iterator[_Shown]:
-    """Decoded frames with their numbers: by presentation time, or by counting where the container has no times."""
+    """Yield decoded frames with their numbers: by presentation time, or counted if the container has no times."""
     stream = media.need_video()
     if is_counted(media):
         yield from enumerate(decode(media, stream))
@@ -283,8 +283,8 @@ def _numbered(media: Opened, times: Floats) -> Iterator[_Shown]:
     for frame in decode(media, stream):
         if frame.pts is None:
             continue
-        (time,) = media.clip_times([frame.pts], stream)  # not frame.time_base: PyAV forgets it when it flushes
-        repeats = repeats + 1 if time == last else 0  # broken files show two frames at one time
+        (time,) = media.clip_times([frame.pts], stream)  # not frame.time_base, which PyAV loses when it flushes
+        repeats = repeats + 1 if time == last else 0  # damaged files have two frames with one time
         last = time
         number = int(np.searchsorted(times, time - _SAME)) + repeats
         if number < len(times) and abs(times[number] - time) <= _SAME:
@@ -292,7 +292,7 @@ def _numbered(media: Opened, times: Floats) -> Iterator[_Shown]:
 
 
 def misread_before(path: Path) -> tuple[str, ...]:
-    """Kinds of streams that reading version 1 made wrongly of this file; () where both versions read the same.
+    """Return the kinds of streams that reading version 1 computed wrongly for this file; () if there are none.
 
     Raises:
         MediaError: the file cannot be opened.

@@ -1,4 +1,4 @@
-"""Import features made elsewhere as a stream of a cache: `vaflow cache import`. Reads and commits one item at a time.
+"""Import features of other programs as a stream of a cache: `vaflow cache import`. Commits one item at a time.
 
 A visual stream keeps one row per time. An audio stream keeps one window, [1, T, D], that begins at 0 and whose steps
 are the rows: for every step of a training window, stage two reads the row nearest in time, at any rate. Labels come
@@ -81,7 +81,9 @@ class ImportConfig:
                 raise UsageError(explain(f"{name} must be positive", expected="rows per second", got=rate))
         if self.stream in _RESERVED or self.stream.endswith(".text"):
             remedy = "Choose another name for the features"
-            raise UsageError(explain(f"The name {self.stream!r} belongs to a stream of another kind", remedy=remedy))
+            raise UsageError(
+                explain(f"The name {self.stream!r} is reserved for a stream of another kind", remedy=remedy)
+            )
 
 
 @dataclass
@@ -119,7 +121,7 @@ def import_features(
     store: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> ImportSummary:
-    """Import every item below `folder` into the cache at `out`, made if there is none; run again to resume.
+    """Import every item below `folder` into the cache at `out`, created if missing; run again to resume.
 
     Items whose files have not changed are skipped; changed ones are replaced. Items that fail do not stop the others.
     The stream's identity is the encoder "imported" with these settings: other settings need another name.
@@ -136,7 +138,7 @@ def import_features(
         UsageError: a folder does not exist or holds nothing to import, no label file fits an item, `splits.csv` has
             mistakes, numbers are beyond the range of `dtype`, or the cache's labels come from videos and others are
             given.
-        FingerprintError: the stream was made with other settings.
+        FingerprintError: the stream exists with other settings.
         CacheError: the cache cannot be written to.
     """
     folder, labels = folder.absolute(), labels.absolute() if labels is not None else None
@@ -190,7 +192,7 @@ class _Import:
         self._labels, self._scales, self._summary = labels, scales, summary
 
     def add(self, file: FeatureFile) -> Failure | None:
-        """Import one item; the failure if it cannot be."""
+        """Import one item; returns the failure if it fails."""
         stage = "features"
         try:
             need_features, need_labels = self._needs_features(file), self._labels.needed(file)
@@ -256,7 +258,7 @@ def _find(folder: Path, labels: Path | None) -> list[FeatureFile]:
     """Every item's files; a UsageError if a folder does not exist or holds no features."""
     for name, path in (("features", folder), ("labels", labels)):
         if path is not None and not path.is_dir():
-            raise UsageError(explain(f"There is no such folder of {name}", expected="an existing folder", got=path))
+            raise UsageError(explain(f"The folder of {name} does not exist", expected="an existing folder", got=path))
     same = labels is not None and labels.resolve() == folder.resolve()
     files = find_features(folder, tables=not same, leave_out=[labels] if labels is not None else [])
     if not files:
@@ -362,9 +364,9 @@ def _survey(
 
 
 def _declare(cache: Cache, config: ImportConfig, files: Sequence[FeatureFile]) -> Signature | None:
-    """Add the stream, or check that it was made with these settings; returns the shape of its items.
+    """Add the stream, or check that its settings are equal; returns the shape of its items.
 
-    A new stream takes the shape that most items have. None if no item can be read: there is nothing to declare.
+    A new stream gets the most frequent shape of the items. Returns None, without a stream, if no item is readable.
     """
     known = cache.streams().get(config.stream)
     if known is not None and known.kind == config.kind and known.identity.get("encoder") == ENCODER:

@@ -97,11 +97,11 @@ class ImportedLabels:
         """Whether the item's labels are missing, or its files or options have changed.
 
         Raises:
-            DataError: the cache was extracted from videos, and this item is none of them.
+            DataError: the cache was extracted from videos, and lacks this item.
         """
         if not self._cache.has(LABELS, file.item):
             if self._extracted:
-                problem = f"{self._cache.place} was extracted from videos, and {file.item!r} is none of them"
+                problem = f"{self._cache.place} was extracted from videos, and has no item {file.item!r}"
                 raise DataError(explain(problem, remedy="Name the files as the cache's items, or extract it first"))
             return True
         return not self._extracted and not self._same(file, self._cache.record(LABELS, file.item))

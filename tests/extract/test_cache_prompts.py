@@ -108,7 +108,7 @@ def test_another_encoder_of_that_name_is_refused(tmp_path, clip, with_text):
 
 def test_what_cannot_be_embedded_is_bad_usage(cache, tmp_path, clip):
     file = prompt_file(tmp_path / "plain.toml")
-    with pytest.raises(UsageError, match=r"no visual stream of that name.*Got: clip-vit-b16\. Choices: clip-tiny"):
+    with pytest.raises(UsageError, match=r"no visual stream of this name.*Got: clip-vit-b16\. Choices: clip-tiny"):
         add_prompts(cache, file, "clip-vit-b16")
     with pytest.raises(UsageError, match=r"not used\. Got: ast\. Choices: clip-tiny"):
         add_prompts(cache, file, weights={"ast": file})

@@ -218,7 +218,7 @@ def test_features_may_join_a_cache_that_was_extracted_from_videos(tmp_path: Path
     save(tmp_path / "from", "a", RNG.normal(size=(5, 2)))
     save(tmp_path / "from", "b", RNG.normal(size=(5, 2)))
     summary = bring(tmp_path, rate=2)
-    assert summary.imported == 1 and "none of them" in failed(summary)["b"]
+    assert summary.imported == 1 and "has no item 'b'" in failed(summary)["b"]
     assert open_cache(tmp_path / "cache").record(LABELS, "a") == record
     text(tmp_path / "labels" / "a.csv", "time,valence", "0,0.5")
     with pytest.raises(UsageError, match="Omit --labels"):
@@ -372,12 +372,12 @@ def test_settings_that_cannot_be(stream: str, kind: str, options: dict[str, obje
 
 def test_folders_that_cannot_be(tmp_path: Path) -> None:
     config = ImportConfig("mine", "visual")
-    with pytest.raises(UsageError, match="no such folder of features"):
+    with pytest.raises(UsageError, match="folder of features does not exist"):
         import_features(tmp_path / "cache", tmp_path / "gone", config)
     (tmp_path / "from").mkdir()
     with pytest.raises(UsageError, match="holds no features"):
         import_features(tmp_path / "cache", tmp_path / "from", config)
     save(tmp_path / "from", "a", np.zeros((2, 2)))
-    with pytest.raises(UsageError, match="no such folder of labels"):
+    with pytest.raises(UsageError, match="folder of labels does not exist"):
         import_features(tmp_path / "cache", tmp_path / "from", config, labels=tmp_path / "gone")
     assert not (tmp_path / "cache").exists()
