@@ -1,7 +1,4 @@
-"""From settings to a model.
-
-Prompts that are trained: the text tower that made a cache's prototypes, opened for learned context vectors.
-"""
+"""Build a model from settings, and load the text tower for learned context vectors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,19 +17,19 @@ from vaflow.train.inputs import Inputs
 
 
 def open_tower(config: TrainConfig, inputs: Inputs, device: torch.device) -> ContextTower | None:
-    """The tower for `config.prompt_context` vectors; None where none are wanted.
+    """The text tower for `config.prompt_context` vectors; None without context vectors.
 
     Raises:
-        UsageError: the cache has no prototypes, does not know their words, or their encoder takes no vectors.
+        UsageError: the cache has no prototypes or no descriptions, or the encoder does not support context vectors.
         FingerprintError: the encoder is not the one that made the cache's prototypes.
-        WeightsError: its weights cannot be had or do not fit.
+        WeightsError: the weights cannot be loaded.
     """
     if not config.prompt_context:
         return None
     if not inputs.descriptions:
         raise UsageError(
             explain(
-                "Context vectors need the words of the nine regions",
+                "prompt_context requires the descriptions of the nine regions",
                 expected="prompt embeddings that `vaflow extract` or `vaflow cache prompts` made",
                 got=f"stream {inputs.text!r}" if inputs.text else "a cache without prompt embeddings",
             )
@@ -46,7 +43,7 @@ def open_tower(config: TrainConfig, inputs: Inputs, device: torch.device) -> Con
                 f"{name} is not the encoder that made the cache's prompt embeddings",
                 expected=f"weights {inputs.text_identity.get('weights')}",
                 got=f"weights {encoder.identity.get('weights')}",
-                remedy="Name the same weights with --set text_weights=PATH",
+                remedy="Pass the same weights: --set text_weights=PATH",
             )
         )
     return context_tower(encoder, inputs.descriptions, config.prompt_context)
@@ -63,10 +60,10 @@ def build_model(
 
     Args:
         config: settings.
-        streams: what it reads.
+        streams: input streams.
         prototypes: [9, D], or None: without a prompt head.
-        context: number and width of the vectors that prototypes are made from; None: they are as given.
-        targets: what else is said of every frame.
+        context: number and width of the learned context vectors; None: fixed prototypes.
+        targets: further targets.
 
     Raises:
         UsageError: settings that do not go together.

@@ -1,6 +1,6 @@
-"""What training minimises: concordance and the distance-aware prompt loss (arXiv 2603.13415, eq. 2 and 6).
+"""Loss functions: concordance and the distance-aware prompt loss (arXiv 2603.13415, eq. 2 and 6).
 
-Every function looks only at what a mask lets through: masked values may be anything, NaN too, and get no gradient.
+Masked entries do not contribute and receive no gradient; they can hold any value, including NaN.
 """
 
 from typing import Any, overload
@@ -29,14 +29,14 @@ def ccc(prediction: Any, target: Any, mask: Any = None, eps: float = 1e-8) -> An
     """Concordance correlation of each dimension over all masked entries, flattened; population variance.
 
     Args:
-        prediction: [..., 2]; a tensor, or anything that NumPy understands.
+        prediction: [..., 2]; a tensor or array-like.
         target: [..., 2], of the same kind.
-        mask: [...] or [..., 2] bool: what counts. All, where it is None.
+        mask: [...] or [..., 2] bool: entries to include; None: all.
         eps: added to the denominator, so that constants give a number.
 
     Returns:
-        [2], in at least float32 for tensors and in float64 otherwise. 0 for a constant target; NaN where nothing is
-        masked in.
+        [2], in at least float32 for tensors and in float64 otherwise. 0 for a constant target; NaN if the mask
+        includes no entry.
 
     Raises:
         ValueError: shapes disagree.
@@ -49,7 +49,7 @@ def ccc(prediction: Any, target: Any, mask: Any = None, eps: float = 1e-8) -> An
 
 
 def ccc_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 - mean CCC over the dimensions that have labels here; eq. 6's first term.
+    """1 - mean CCC over the labelled dimensions; the first term of eq. 6.
 
     Args:
         prediction: [..., 2].
@@ -68,7 +68,7 @@ def ccc_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> 
 
 
 def _concordance(prediction: Tensor, target: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """CCC [2] (0 where nothing counts) and how many entries count [2]."""
+    """CCC [2] (0 without entries) and the number of included entries [2]."""
     prediction, target, mask = _flat(prediction, target, mask)
     # Measured from a label, constant labels are exactly 0: no rounding of their mean leaks into the gradient.
     origin = target.detach().masked_fill(~mask, torch.inf).amin(dim=0) if len(target) else target.new_zeros(2)
@@ -102,7 +102,7 @@ def _flat(prediction: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tens
 
 def _double(tensor: Tensor | None) -> Tensor:
     if tensor is None:
-        raise ValueError("ccc: prediction and target are needed")
+        raise ValueError("ccc: prediction and target are required")
     return tensor.to(torch.float64)
 
 
@@ -118,7 +118,7 @@ def region_centers(centers: float = CENTERS, *, like: Tensor | None = None) -> T
     """
     _positive("centers", centers)
     like = torch.zeros(0) if like is None else like
-    levels = centers * torch.arange(-1, 2, dtype=like.dtype, device=like.device)  # made there: nothing is copied
+    levels = centers * torch.arange(-1, 2, dtype=like.dtype, device=like.device)  # on the device, without a copy
     return torch.cartesian_prod(levels, levels)
 
 
@@ -127,10 +127,10 @@ def soft_labels(va: Tensor, centers: float = CENTERS, sigma: float = SIGMA) -> T
 @overload
 def soft_labels(va: Array, centers: float = CENTERS, sigma: float = SIGMA) -> NDArray[np.float64]: ...
 def soft_labels(va: Any, centers: float = CENTERS, sigma: float = SIGMA) -> Any:
-    """How near a point lies to each region: softmax of -|y - c|^2 / (2 sigma^2) over the nine centres (eq. 2).
+    """Soft region labels: softmax of -|y - c|^2 / (2 sigma^2) over the nine centres (eq. 2).
 
     Args:
-        va: [..., 2] valence and arousal; a tensor, or anything that NumPy understands.
+        va: [..., 2] valence and arousal; a tensor or array-like.
         centers: distance of the outer centres from 0.
         sigma: width of the Gaussian, in the units of `va`.
 
@@ -176,7 +176,7 @@ def prompt_loss(
     sigma: float = SIGMA,
     hard: bool = False,
 ) -> Tensor:
-    """KL(w || softmax(logits)), summed over the nine regions, mean over the masked frames; eq. 6's second term.
+    """KL(w || softmax(logits)), summed over the nine regions, mean over the masked frames; the second term of eq. 6.
 
     Args:
         region_logits: [B, F, 9].
@@ -187,7 +187,7 @@ def prompt_loss(
         hard: the nearest region alone instead of soft labels (then this is cross-entropy).
 
     Returns:
-        A scalar >= 0; 0 with zero gradient where no frame is masked in.
+        A scalar >= 0; 0 with zero gradient if the mask includes no frame.
 
     Raises:
         UsageError: `centers` or `sigma` is not above 0.
@@ -208,7 +208,7 @@ def prompt_loss(
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over the entries where `mask` is True; [..., 2] each -> scalar, 0 where there are none."""
+    """Mean squared error over the entries where `mask` is True; [..., 2] each -> scalar, 0 without entries."""
     prediction, target, mask = _flat(prediction, target, mask)
     return torch.where(mask, prediction - target, 0).square().sum() / mask.sum().clamp(min=1)
 
@@ -228,18 +228,18 @@ def total_loss(
     """L = ccc_weight * L_CCC + kl_weight * L_KL (eq. 6), plus mse_weight * MSE.
 
     Args:
-        output: output of the model; without region logits there is no KL term.
+        output: output of the model; without region logits, the loss has no KL term.
         batch: targets and their mask.
         kl_weight: lambda of eq. 6.
         centers: distance of the outer region centres from 0.
         sigma: width of the soft labels.
         hard: hard region labels instead of soft ones.
-        mse_weight: weight of a squared error, which the paper does not have.
-        ccc_weight: of the concordance; 1 in the paper.
-        extra_weight: of the cross-entropy of each further target.
+        mse_weight: weight of the squared error (0 in the paper).
+        ccc_weight: weight of the concordance (1 in the paper).
+        extra_weight: weight of the cross-entropy of each further target.
 
     Returns:
-        The loss, a scalar, and its unweighted parts `ccc`, `kl`, `mse` (those there are) and `total`, detached
+        The loss, a scalar, and its unweighted parts `ccc`, `kl`, `mse` (if computed) and `total`, detached
         scalars on the same device.
 
     Raises:

@@ -58,7 +58,7 @@ def train_run(
 
     Args:
         cache: of the clips.
-        config: settings; what they leave open is resolved from the cache.
+        config: settings; unset ones are resolved from the cache.
         out: directory of the run.
         data: both splits, if they are loaded already, for exactly these streams and windows.
         weights: with finetune: stream -> local weights of its encoder, instead of the hub's.
@@ -207,8 +207,8 @@ def evaluate_run(
             this evaluation only: predictions go to a folder of its own, and `metrics.json` stays.
 
     Raises:
-        UsageError: the run is not one or unfinished, the split is not there or not annotated, the run does not read
-            what it is to do without, or nothing else, or the groups name none of the clips.
+        UsageError: the run is unfinished or no run, the split does not exist or is not annotated, the run does not
+            read the modality `without` or no other one, or the groups name none of the clips.
         FingerprintError: the cache's streams were made with other settings than the run's.
         DataError: features are unusable or missing; the clips are named.
     """
@@ -240,12 +240,12 @@ def evaluate_run(
 
 
 def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., WindowSet]) -> WindowSet:
-    """Clips of a cache as inputs of a run; a fine-tuned run encodes them with its own encoders.
+    """Load clips of a cache as inputs of a run; a fine-tuned run encodes them with its encoders.
 
     Args:
         run: its folder.
         record: its record.
-        cache: where the clips are; extracted with the run's own encoders, its features are used as they are.
+        cache: holds the clips; features that were extracted with the run's encoders are used unchanged.
         read: streams, settings -> the clips.
 
     Raises:

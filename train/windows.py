@@ -1,10 +1,7 @@
-"""All windows of one split in memory, and batches of them gathered by index: no file is read per window.
+"""All windows of one split in memory, batches gathered by index, and windows that lack a modality.
 
-Windows without one of their two modalities, as clips in the world are: in training now and then, or a whole split.
-
-With dropout in training the model learns what to say without sound, or without a face, and what the vectors that stand
-for missing input should be (that of faces; a window without any sound is what the frames say, whatever the vector of
-sound is). Ours: the papers do not do so.
+No file is read per window. Modality dropout (not in the papers) trains the model on windows without audio or without
+faces.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +20,14 @@ from vaflow.train.targets import ExtraRows
 
 @dataclass(frozen=True)
 class ClipRows:
-    """One clip: its frame clock with the annotation, and which windows are its own.
+    """Labels of one clip, and the range of its windows.
 
     Attributes:
-        item, group: names of the clip and of the video that it comes from.
+        item, group: names of the clip and of its source video.
         duration: seconds.
-        time: [R] presentation times; value, valid: [R, 2] annotation, NaN and False where there is none.
+        time: [R] presentation times; value, valid: [R, 2] labels, NaN and False where not annotated.
         first, last: its windows are first .. last - 1 of the set.
-        missing: streams of the set that hold nothing of this clip.
+        missing: streams of the set that lack this clip.
         extra: name -> its further targets.
     """
 
@@ -48,11 +45,11 @@ class ClipRows:
 
 @dataclass(frozen=True)
 class StreamTable:
-    """One stream of the split, packed, and what each window reads of it.
+    """Packed rows of one stream of a split, and the rows that each window reads.
 
     Attributes:
-        rows: [1 + T, D] all embeddings of the split laid end to end, as cached; row 0 is zeros: nothing to read.
-        index: [N, S] int32, rows of every window, on the device of `rows`; 0: nothing.
+        rows: [1 + T, D] all embeddings of the split end to end, as cached; row 0 is zeros, for missing input.
+        index: [N, S] int32, rows of every window, on the device of `rows`; 0: missing.
         inside: [N, S] bool on the training device; None: as the output frames (visual streams).
         time: [N, S] float32 seconds after the window's start, likewise.
     """
@@ -64,10 +61,10 @@ class StreamTable:
 
 
 class WindowSet:
-    """The windows of some clips, ready to be gathered.
+    """The windows of some clips, gathered into batches by index.
 
     Args:
-        streams: the streams of features, as the model names them.
+        streams: streams of features.
         tables: stream name -> its packed rows and index.
         clips: in the order of their windows.
         time: [F] float32 seconds of the output frames after the window's start.
@@ -104,7 +101,7 @@ class WindowSet:
 
     @property
     def device(self) -> torch.device:
-        """Where batches are made."""
+        """Device of the batches."""
         return self.inside.device
 
     @cached_property
@@ -126,12 +123,12 @@ class WindowSet:
 
     @property
     def labelled_each(self) -> tuple[int, int]:
-        """The same of valence and of arousal."""
+        """Labelled annotation rows of valence and of arousal."""
         valence, arousal = sum((clip.valid.sum(axis=0) for clip in self.clips), np.zeros(2, np.int64)).tolist()
         return valence, arousal
 
     def clip_of(self, window: int) -> ClipRows:
-        """The clip that a window belongs to."""
+        """The clip of a window."""
         firsts = [clip.first for clip in self.clips]
         return self.clips[int(np.searchsorted(firsts, window, side="right")) - 1]
 
@@ -156,7 +153,7 @@ class WindowSet:
 
         Args:
             ids: on any device.
-            counted: [B] bool, False where a window only fills up the batch: its labels do not count.
+            counted: [B] bool, False for windows that only pad the batch: their labels are masked.
         """
         ids = ids.to(self.device)
         inside = self.inside.index_select(0, ids)
@@ -199,7 +196,7 @@ class WindowSet:
         )
 
     def with_tables(self, tables: Mapping[str, StreamTable]) -> "WindowSet":
-        """The same windows with other features or other things to read of them."""
+        """The same windows with other features or row indices."""
         return WindowSet(
             self.streams,
             tables,
@@ -229,30 +226,30 @@ class WindowSet:
         return mean.float().to(self.device), deviation.float().to(self.device)
 
     def seen(self, clip: ClipRows, kind: str = VISUAL) -> tuple[Floats, Bools]:
-        """When one of the streams of `kind` had input in a clip: instants [K], ascending, and whether it had [K]."""
+        """Instants [K] of a clip, ascending, and whether a stream of `kind` has input at each [K]."""
         windows = slice(clip.first, clip.last)
-        there = []
+        present = []
         for stream in self.streams:
             if stream.kind == kind:
                 index = self.tables[stream.name].index[windows].cpu().numpy() > 0
                 steps = np.arange(self.inside.shape[1]) * index.shape[1] // self.inside.shape[1]
-                there.append(index[:, steps])  # the step under every frame
+                present.append(index[:, steps])  # the step at the time of each frame
         inside = self.inside_array[windows]
         instants, where = np.unique(self.sample_time[windows][inside], return_inverse=True)
-        if not there:
+        if not present:
             return instants, np.zeros(instants.shape, bool)
-        found = np.any(there, axis=0)[inside]
-        return instants, np.bincount(where, weights=found, minlength=instants.size) > 0
+        valid = np.any(present, axis=0)[inside]
+        return instants, np.bincount(where, weights=valid, minlength=instants.size) > 0
 
 
 def drop_modality(batch: Batch, streams: Sequence[StreamSpec], share: float) -> Batch:
-    """Mark all streams of one modality as missing in about `share` of the windows; never both modalities.
+    """Mark all streams of one modality as missing in about `share` of the windows, never both modalities.
 
-    Which windows, and which modality (each as likely), is drawn from torch's generator, so it follows from the seed.
+    The windows and the modality (each with equal probability) follow from torch's generator.
 
     Args:
         batch: B windows.
-        streams: what the model reads.
+        streams: input streams of the model.
         share: probability that a window loses a modality, in [0, 1).
 
     Returns:
@@ -278,7 +275,7 @@ def without_modality(windows: WindowSet, modality: str) -> WindowSet:
     if not names or len(names) == len(windows.streams):
         raise UsageError(
             explain(
-                f"The run cannot do without {modality}",
+                f"--without {modality} leaves the run without input",
                 expected="a run that reads a visual and an audio stream",
                 got="one that reads " + ", ".join(f"{s.name} ({s.kind})" for s in windows.streams),
             )

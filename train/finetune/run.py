@@ -1,9 +1,8 @@
-"""A fine-tuning run: as `vaflow.train.training` does for heads, with the backbones in the loop.
+"""A fine-tuning run: training of the heads and the backbones, on one process or several.
 
-Validation encodes the split anew after every epoch, without augmentation, in float32, stored as the cache stores
-features. So its scores are those that heads would get on a cache extracted with the tuned encoders.
-
-Devices, precision and processes, by Lightning Fabric. `torchrun` starts the processes; alone, there is one.
+After every epoch, validation encodes the split again, without augmentation, in float32, rounded to the stored dtype.
+Its scores therefore equal those on a cache extracted with the tuned encoders. Lightning Fabric selects devices and
+precision; `torchrun` starts several processes.
 """
 
 import logging
@@ -47,12 +46,12 @@ PRECISION: Mapping[str, Literal["32-true", "bf16-mixed"]] = {"float32": "32-true
 
 @contextmanager
 def processes(config: TrainConfig) -> Iterator[Any]:
-    """A launched Fabric; meanwhile the log of all processes but the first says warnings only.
+    """Launch Fabric; inside, all processes but the first log warnings only.
 
-    Processes stay connected until they end: a second connection would meet what the first one left.
+    Processes stay connected until they exit, because a second connection would receive messages of the first.
 
     Raises:
-        UsageError: the device is not there.
+        UsageError: the device is not available.
     """
     from lightning_fabric import Fabric
 
@@ -64,7 +63,7 @@ def processes(config: TrainConfig) -> Iterator[Any]:
         accelerator=device.type,
         devices=alone if world == 1 else local,
         num_nodes=1 if world == 1 else world // local,
-        # A batch may have no picture or no sound at all on one process: then that backbone is not used there.
+        # A process can receive a batch without images or without audio, which leaves a backbone unused.
         strategy="auto" if world == 1 else "ddp_find_unused_parameters_true",
         precision=PRECISION[_precision(config, device)],
     )
@@ -87,15 +86,15 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
 
 log = logging.getLogger(__name__)
 
-HEADS = "heads."  # what the names of their tensors in a `TunedModel` begin with
+HEADS = "heads."  # prefix of the heads' tensors in a `TunedModel`
 
 
 def finetune(session: Session, weights: Mapping[str, Path]) -> dict[str, Any]:
     """Train or resume a run with its encoders; returns its metrics.
 
     Args:
-        session: what is trained.
-        weights: stream -> local weights of its encoder, instead of the hub's.
+        session: the training session.
+        weights: stream name -> local weights of its encoder, instead of the hub's.
 
     Raises:
         UsageError: the cache does not hold the encoders' inputs, or settings do not go together.
@@ -133,7 +132,7 @@ def _first_heads(session: Session, data: Data, device: Any) -> VAModel:
     if other.record.tuned:
         raise UsageError(
             explain(
-                f"{session.config.init} was fine-tuned: its heads belong to its own encoders",
+                f"init={session.config.init} is a fine-tuned run, whose heads require its encoders",
                 expected="a run of `vaflow train` without --finetune",
             )
         )
@@ -143,10 +142,10 @@ def _first_heads(session: Session, data: Data, device: Any) -> VAModel:
     except RuntimeError as error:
         raise UsageError(
             explain(
-                f"The heads of {session.config.init} have another form",
+                f"The heads of {session.config.init} have other shapes",
                 expected="the same streams and model settings as this run's",
                 got=str(error).splitlines()[-1].strip(),
-                remedy=f"Take its settings: --config {Path(session.config.init) / 'config.toml'}",
+                remedy=f"Use its settings: --config {Path(session.config.init) / 'config.toml'}",
             )
         ) from error
     return heads
@@ -190,7 +189,7 @@ def _fit(
 
 
 def _encode(fabric: Any, windows: WindowSet, sources: Mapping[str, Source], backbones: Sequence[Backbone]) -> WindowSet:
-    """Each process encodes its part of a split, and gets the whole."""
+    """Encode a split, each process its share; returns the whole split."""
 
     def combine(rows: Tensor) -> Tensor:
         if fabric.world_size == 1:
@@ -202,7 +201,7 @@ def _encode(fabric: Any, windows: WindowSet, sources: Mapping[str, Source], back
 
 
 def _finish(session: Session, heads: VAModel, backbones: Sequence[Backbone], progress: Progress, data: Data) -> None:
-    """Write the encoders and the streams that they make, then the files of every run."""
+    """Write the encoders and the record of their streams, then the files of every run."""
     tuned = save_backbones(backbones, session.folder.encoders, session.cache)
     session.folder.write_record(replace(session.record, tuned=tuned))
     best = {name.removeprefix(HEADS): tensor for name, tensor in progress.best.items() if name.startswith(HEADS)}
@@ -210,16 +209,16 @@ def _finish(session: Session, heads: VAModel, backbones: Sequence[Backbone], pro
 
 
 def tuned_windows(run: Path, record: RunRecord, cache: Cache, windows: WindowSet) -> WindowSet:
-    """The clips of a cache with features that a fine-tuned run's own encoders make of its pixels and log-Mel.
+    """Encode the pixels and log-Mel of some clips with the encoders of a fine-tuned run.
 
     Args:
         run: the run's folder.
-        record: what it says.
-        cache: where the clips are.
-        windows: the clips with the features of the encoders that the run began with.
+        record: its record.
+        cache: holds the clips.
+        windows: the clips with the features of the original encoders.
 
     Raises:
-        UsageError: the cache does not hold what the encoders read.
+        UsageError: the cache lacks the inputs of the encoders.
         WeightsError: the run's encoders are missing or damaged.
         DataError: a clip lacks its pixels or log-Mel.
     """
@@ -229,7 +228,7 @@ def tuned_windows(run: Path, record: RunRecord, cache: Cache, windows: WindowSet
 
 
 def made_by_run(record: RunRecord, cache: Cache) -> bool:
-    """Whether a cache's streams are those that a fine-tuned run's own encoders make."""
+    """Whether a cache was extracted with the encoders of a fine-tuned run."""
     try:
         check_same(record.wanted, cache)
     except FingerprintError:

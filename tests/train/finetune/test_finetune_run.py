@@ -154,7 +154,7 @@ def test_heads_of_another_run_are_a_warm_start(pixels_cache: Cache, run: Path, t
     heads, warm = (load_run(tmp_path / name).model.state_dict() for name in ("heads", "warm"))
     for name, tensor in heads.items():
         torch.testing.assert_close(warm[name], tensor, rtol=0, atol=1e-6)
-    with pytest.raises(UsageError, match="another form"):
+    with pytest.raises(UsageError, match="other shapes"):
         train_run(pixels_cache, replace(still, hidden=8), tmp_path / "other", **QUIET)
     with pytest.raises(UsageError, match="was fine-tuned"):
         train_run(pixels_cache, replace(still, init=str(run)), tmp_path / "again", **QUIET)
