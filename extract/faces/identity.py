@@ -176,7 +176,7 @@ def link(vectors: Sequence[Vectors], apart: NDArray[np.bool_], limit: float) -> 
     """Join tracks to people: average linkage, closest pair first, up to `limit`.
 
     Args:
-        vectors: of each track, [N, dim]; a track without any joins nobody.
+        vectors: of each track, [N, dim]; a track without any is a person of its own.
         apart: [T, T]; True for tracks that appear in one frame and so cannot be one person.
         limit: mean distance up to which two groups are one person.
 

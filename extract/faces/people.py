@@ -255,7 +255,7 @@ class People:
         }
 
     def choose(self, rule: str, speech: Callable[[float], bool] | None = None) -> int:
-        """Number of the person to estimate; 0 if the clip shows nobody.
+        """Number of the person to estimate; 0 if the clip shows no face.
 
         Args:
             rule: main, left, right, id:K or speaking.
@@ -270,7 +270,7 @@ class People:
             number = int(rule.removeprefix(ID))
             if number > len(self.sightings):
                 raise MediaError(
-                    explain(f"--person {rule} names nobody in this clip", expected=f"1 to {len(self.sightings)}")
+                    explain(f"--person {rule} is not a person of this clip", expected=f"1 to {len(self.sightings)}")
                 )
             return number
         if rule == SPEAKING and self.sightings:

@@ -93,12 +93,12 @@ def test_people_who_change_sides_have_none() -> None:
 def test_a_person_is_named_by_number() -> None:
     people = clip([[face(150, size=90), face(600, size=130)]] * 10)
     assert chosen_place(people, "id:2") == 150
-    with pytest.raises(MediaError, match="names nobody in this clip"):
+    with pytest.raises(MediaError, match="is not a person of this clip"):
         people.choose("id:3")
 
 
 @pytest.mark.parametrize("network", [None, Blind()])
-def test_nobody_is_chosen_where_there_is_nobody(network: FaceNetwork | None) -> None:
+def test_no_person_is_chosen_where_there_is_no_face(network: FaceNetwork | None) -> None:
     assert clip([[]] * 4, network=network).choose("main") == 0
 
 
@@ -186,7 +186,7 @@ def test_tracks_of_one_frame_are_never_one_person() -> None:
     assert people[2] in people[:2]
 
 
-def test_a_track_without_vectors_joins_nobody() -> None:
+def test_a_track_without_vectors_is_not_joined() -> None:
     assert len(set(link([at(0), at(0, 0), at(0)], np.eye(3, dtype=bool), 0.5))) == 2
 
 
