@@ -28,10 +28,15 @@ STAND_INS = {
     "finetune_blocks=4": "finetune_blocks=2",  # the tiny encoders have no more
 }
 ALIASES = [word for name, other in STAND_INS.items() if "tiny" in other for word in ("--alias", f"{name}={other}")]
-QUICK = {"train": ["--epochs", "1"], "ablate": ["--set", "epochs=1"]}
+QUICK = {
+    "train": ["--epochs", "1"],
+    "ablate": ["--set", "epochs=1"],
+    "search": ["--trials", "2", "--folds", "2"],
+}
 TESTED_ELSEWHERE = ("python3 -m venv", "vaflow demo")  # .ci/run installs; tests/demo runs the demo
 PAGES = (
     "README.md",
+    "docs/search.md",
     *(
         f"docs/{name}.md"
         for name in ("provenance", "tutorial", "own-data", "encoders", "fine-tuning", "read-elsewhere")
@@ -74,6 +79,10 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
             file.write(("name,split\n" if split == "train" else "") + f"{name},{split}\n")
     write_demo(folder / "tutorial" / "data", train=2, val=1, test=1, seconds=10, rate=10, width=160, height=120)
     (folder / "interview.mp4").symlink_to((clips / "single_face.mp4").resolve())
+    (space,) = blocks("docs/search.md", "toml")
+    for name in ("clip-vit-b16", "ast"):
+        space = space.replace(f'"{name}"', f'"{STAND_INS[name]}"')
+    (folder / "space.toml").write_text(space.replace("epochs = 15", "epochs = 1"))
     (folder / "sample.txt").write_bytes(tree.sample.read_bytes())
     return folder
 

@@ -28,6 +28,7 @@ from vaflow.cli import (
     labels,
     predict,
     provenance,
+    search,
     train,
     view,
 )
@@ -74,6 +75,7 @@ _add("smooth", evaluate.smooth, MODEL)
 _add("folds", evaluate.folds, MODEL)
 _add("ensemble", evaluate.ensemble, MODEL)
 _add("ablate", ablate.ablate, MODEL)
+_add("search", search.search, MODEL)
 _add("predict", predict.predict, RESULT)
 _add("submit", submit.submit, RESULT)
 _add("provenance", provenance.provenance, RESULT)

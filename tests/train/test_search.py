@@ -1,0 +1,264 @@
+"""`vaflow search`: the space, early stops, resumption, and a report that selection does not touch."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_cache import make_cache
+
+from vaflow.cache import open_cache
+from vaflow.cli import main
+from vaflow.errors import CorruptError, UsageError
+from vaflow.train.config import TrainConfig
+from vaflow.train.digests import from_json
+from vaflow.train.search.space import Choice, Range, Space, read_space
+from vaflow.train.search.trials import DONE, FAILED, STOPPED, Log, Trial, continues, importances, propose, rungs
+from vaflow.train.settings_files import read_settings
+from vaflow.train.training import evaluate_run
+
+pytest.importorskip("optuna")
+
+SPACE = """
+epochs = 3
+batch_size = 8
+lr = { low = 1e-4, high = 3e-2, log = true }
+hidden = [8, 12]
+"""
+TOY = Space({}, {"lr": Range(1e-5, 1e-2, log=True), "temporal": Choice(("gru", "tcn"))})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("search") / "cache").path
+
+
+@pytest.fixture(scope="module")
+def command(cache: Path) -> list[str]:
+    space = cache.parent / "space.toml"
+    space.write_text(SPACE)
+    return ["search", str(cache), "--space", str(space), "--folds", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def searched(command: list[str], cache: Path) -> Path:
+    """A search of five trials."""
+    out = cache.parent / "out"
+    assert main([*command, "--trials", "5", "--out", str(out)]) == 0
+    return out
+
+
+def space_of(tmp_path: Path, text: str) -> Space:
+    path = tmp_path / "space.toml"
+    path.write_text(text)
+    return read_space(path)
+
+
+def trial(number: int, *scores: float, state: str = DONE) -> Trial:
+    return Trial(number, {"lr": 1e-3, "temporal": "gru"}, state, rungs=scores)
+
+
+def test_lists_are_choices_tables_ranges_and_the_rest_is_fixed(tmp_path):
+    space = space_of(
+        tmp_path, SPACE + "dropout = { low = 0.0, high = 0.5, step = 0.1 }\nlayers = { low = 1, high = 3 }\n"
+    )
+    assert space.fixed == {"epochs": 3, "batch_size": 8}
+    assert space.searched == {
+        "lr": Range(1e-4, 3e-2, log=True),
+        "hidden": Choice(("8", "12")),
+        "dropout": Range(0.0, 0.5, step=0.1),
+        "layers": Range(1, 3, whole=True),
+    }
+    config = space.config({"lr": 0.01, "hidden": "12", "dropout": 0.1, "layers": 2})
+    assert config == TrainConfig(epochs=3, batch_size=8, lr=0.01, hidden=12, dropout=0.1, layers=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr = 1e-3", "nothing to search"),
+        ("speed = [1, 2]", "Unknown setting"),
+        ("hidden = [8, 8]", "two different choices"),
+        ("hidden = [8]", "two different choices"),
+        ('hidden = [8, "wide"]', "hidden must be"),
+        ('fusion = ["gated", "guess"]', "Unknown value of --fusion"),
+        ("lr = { low = 1e-2, high = 1e-3 }", "range of lr is not valid"),
+        ("lr = { low = 0.0, high = 1e-3, log = true }", "range of lr is not valid"),
+        ("lr = { low = 1e-4, high = 1e-3, steps = 3 }", "range of lr is not valid"),
+        ("dropout = { low = 0.1, high = 2.0 }", "dropout must be"),
+        ("fusion = { low = 1, high = 2 }", "must be"),
+        ("fold = [1, 2]", "the search sets it"),
+        ("lr = ", "is not TOML"),
+    ],
+)
+def test_a_space_that_does_not_fit_is_refused(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        space_of(tmp_path, text)
+
+
+def test_proposals_lie_in_the_space_and_repeat_themselves():
+    for sampler in ("bayes", "random"):
+        done: list[Trial] = []
+        for number in range(1, 16):
+            values = propose(TOY, done, sampler, seed=1)
+            assert values == propose(TOY, done, sampler, seed=1)
+            assert 1e-5 <= values["lr"] <= 1e-2
+            assert values["temporal"] in ("gru", "tcn")
+            state = (DONE, STOPPED, FAILED)[number % 3]
+            done.append(
+                Trial(number, values, state, rungs=() if state == FAILED else (-abs(math.log10(values["lr"]) + 3),))
+            )
+        assert propose(TOY, done, sampler, seed=2) != propose(TOY, done, sampler, seed=1)
+
+
+def test_bayes_finds_what_random_misses():
+    def distance(sampler: str) -> float:
+        trials: list[Trial] = []
+        for number in range(1, 31):
+            values = propose(TOY, trials, sampler, seed=0)
+            score = -abs(math.log10(values["lr"]) + 4) - (values["temporal"] == "gru")
+            trials.append(Trial(number, values, DONE, rungs=(score,)))
+        return float(np.mean([trial.score for trial in trials[-10:]]))
+
+    assert distance("bayes") > distance("random") + 0.2
+
+
+def test_the_setting_that_matters_has_the_largest_share():
+    rng = np.random.default_rng(0)
+    trials = []
+    for number in range(1, 41):
+        power = rng.uniform(-5, -2)
+        values = {"lr": float(10**power), "temporal": str(rng.choice(["gru", "tcn"]))}
+        trials.append(Trial(number, values, DONE, rungs=(-abs(power + 3),)))
+    shares = importances(TOY, trials)
+    assert next(iter(shares)) == "lr"
+    assert shares["lr"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
+    assert importances(TOY, trials[:3]) == {}
+
+
+def test_rungs_are_a_ninth_a_third_and_all_of_the_epochs():
+    assert rungs(TrainConfig(epochs=27), halving=True) == (3, 9, 27)
+    assert rungs(TrainConfig(epochs=2), halving=True) == (2,)
+    assert rungs(TrainConfig(epochs=27), halving=False) == (27,)
+    assert rungs(TrainConfig(epochs=27, schedule="cosine"), halving=True) == (27,)
+
+
+def test_the_best_third_continues():
+    others = [trial(1, 0.5, 0.6), trial(2, 0.1, state=STOPPED), trial(3, state=FAILED), trial(4, 0.3, 0.4)]
+    assert continues(0.55, 0, others)
+    assert continues(0.5, 0, others)
+    assert not continues(0.2, 0, others)
+    assert continues(0.7, 1, others)
+    assert not continues(0.5, 1, others)
+    assert continues(0.0, 0, [])
+
+
+def test_a_line_that_a_kill_cut_off_is_dropped_and_damage_is_named(tmp_path):
+    log = Log(tmp_path / "trials.jsonl")
+    log.add(trial(1, 0.5))
+    log.add(trial(2, 0.6))
+    whole = log.path.read_text()
+    log.path.write_text(whole + '{"number": 3, "val')
+    assert Log.read(log.path) == log
+    assert log.path.read_text() == whole
+    log.path.write_text(whole.replace('"state"', '"mood"'))
+    with pytest.raises(CorruptError, match="is damaged"):
+        Log.read(log.path)
+
+
+def test_results_are_written(searched):
+    with (searched / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = json.loads((searched / "search.json").read_text())
+    assert [row["trial"] for row in rows] == ["1", "2", "3", "4", "5"]
+    done = [row for row in rows if row["state"] == DONE]
+    best = max(done, key=lambda row: float(row["ccc_mean"]))
+    assert found["best"]["trial"] == int(best["trial"])
+    assert found["best"]["selected_ccc"] == pytest.approx(float(best["ccc_mean"]), abs=1e-6)
+    settings = read_settings(searched / "best.toml")
+    assert (settings["epochs"], settings["hidden"]) == (3, int(best["hidden"]))
+    assert settings["lr"] == pytest.approx(float(best["lr"]))
+    page = (searched / "search.html").read_text()
+    assert "which no trial saw" in page
+    assert page.count("<circle") == len([row for row in rows if row["ccc_mean"]])
+    assert "http" not in page.split("<body")[1].replace("http://www.w3.org", "")
+
+
+def test_no_trial_reads_the_held_out_split_and_the_report_is_its_score(searched, cache):
+    held_out = set(open_cache(cache).items(split="val"))
+    for path in searched.glob("runs/*/*/clips.json"):
+        splits = from_json(path.read_text(), str(path))
+        clips = {item for split in splits.values() for item in split}
+        assert clips == set(open_cache(cache).items(split="train"))
+        assert not clips & held_out
+    found = json.loads((searched / "search.json").read_text())
+    runs = [searched / "runs" / f"trial{found['best']['trial']:04d}" / f"fold{fold}" for fold in (1, 2)]
+    scores = [evaluate_run(run, open_cache(cache), "val", device="cpu", write=False)["ccc"]["mean"] for run in runs]
+    assert found["holdout_ccc"]["mean"] == pytest.approx(np.mean(scores), abs=1e-12)
+    assert found["holdout_ccc"]["mean"] != found["best"]["selected_ccc"]
+
+
+def test_a_search_that_was_killed_resumes_alike(searched, command, cache, monkeypatch):
+    import vaflow.train.search.study as study
+
+    out, train, calls = cache.parent / "killed", study.train_run, []
+
+    def dying(*args, **options):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train(*args, **options)
+
+    monkeypatch.setattr(study, "train_run", dying)
+    assert main([*command, "--trials", "5", "--out", str(out)]) == 130
+    monkeypatch.setattr(study, "train_run", train)
+    assert main([*command, "--trials", "3", "--out", str(out)]) == 0
+    assert main([*command, "--trials", "5", "--out", str(out)]) == 0
+    tables = []
+    for folder in (searched, out):
+        with (folder / "trials.csv").open(newline="") as file:
+            tables.append([{**row, "seconds": ""} for row in csv.DictReader(file)])
+    assert tables[0] == tables[1]
+
+
+def test_another_search_in_the_folder_is_refused(searched, command, tmp_path, capsys):
+    other = tmp_path / "space.toml"
+    other.write_text(SPACE.replace("[8, 12]", "[8, 16]"))
+    changed = [*command[:3], str(other), *command[4:]]
+    assert main([*changed, "--out", str(searched)]) == 2
+    assert "started differently. Got: other searched" in capsys.readouterr().err
+    assert main([*command, "--seed", "3", "--out", str(searched)]) == 2
+    assert "Got: other options" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_go_together_fail_one_trial(command, tmp_path, capsys):
+    space = tmp_path / "space.toml"
+    space.write_text("epochs = 1\nhidden = 10\nattention_heads = 4\nfusion = ['attention', 'attention-concat']\n")
+    code = main([*command[:3], str(space), *command[4:], "--trials", "2", "--out", str(tmp_path / "out"), "--json"])
+    said = capsys.readouterr()
+    assert code == 1
+    assert json.loads(said.out)["states"] == {"done": 0, "stopped": 0, "failed": 2}
+    assert "must be divisible by" in said.err
+
+
+def test_streams_that_the_cache_lacks_are_refused_at_once(command, tmp_path, capsys):
+    space = tmp_path / "space.toml"
+    space.write_text(SPACE + 'visual = "clip-vit-b16"\n')
+    assert main([*command[:3], str(space), *command[4:], "--out", str(tmp_path / "out")]) == 2
+    assert "clip-vit-b16" in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_named(command, tmp_path, capsys):
+    for extra, message in (
+        (["--sampler", "grid"], "Unknown --sampler"),
+        (["--folds", "1"], "--folds must be >= 2"),
+        (["--folds", "99"], "Cannot divide train into 99 folds"),
+        (["--holdout", "train"], "--holdout must be another split"),
+        (["--holdout", "tset"], "No clip of"),
+        (["--trials", "0"], "--trials must be >= 1"),
+    ):
+        assert main([*command, "--out", str(tmp_path / "out"), *extra]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,224 @@
+"""Trials of a search: how values are proposed, which trials stop early, and the log that resumes a search."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vaflow.errors import CorruptError, UsageError, explain
+from vaflow.files import append_line
+from vaflow.train.config import AUTO, TrainConfig
+from vaflow.train.loop import seed_from
+from vaflow.train.search.space import Range, Space
+
+if TYPE_CHECKING:
+    import optuna
+
+FACTOR = 3  # of so many trials one continues at a rung, and the next rung has so many times the epochs
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
+SAMPLERS = ("bayes", "random")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial.
+
+    Attributes:
+        number: counted from 1.
+        values: setting -> value.
+        state: "done" (all epochs), "stopped" (early) or "failed".
+        epochs: epochs trained.
+        rungs: mean CCC over the folds at each rung.
+        folds: CCC of each fold at the last rung.
+        seconds: duration.
+        message: why it failed; empty: it did not.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+    state: str
+    epochs: int = 0
+    rungs: tuple[float, ...] = ()
+    folds: tuple[float, ...] = ()
+    seconds: float = 0.0
+    message: str = ""
+
+    @property
+    def score(self) -> float:
+        """Mean CCC over the folds at the last rung; NaN if the trial failed."""
+        return self.rungs[-1] if self.rungs else math.nan
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Options of a search beside its space.
+
+    Attributes:
+        sampler: "bayes" (TPE) or "random".
+        folds: inner folds of the training split; a trial's score is the mean over them.
+        train: split that the folds divide.
+        holdout: split on which the winner is scored; no trial sees it.
+        seed: of the proposals.
+        halving: stop trials early that are not among the best third.
+        device: "auto", "cpu" or "cuda[:N]".
+        allow_missing: leave labelled clips without features out of the scores.
+    """
+
+    sampler: str = "bayes"
+    folds: int = 3
+    train: str = "train"
+    holdout: str = "val"
+    seed: int = 0
+    halving: bool = True
+    device: str = "auto"
+    allow_missing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise UsageError(explain("Unknown --sampler", got=self.sampler, choices=SAMPLERS))
+        if self.folds < 2:
+            raise UsageError(explain(f"--folds must be >= 2 (got {self.folds})"))
+        if self.train == self.holdout:
+            raise UsageError(explain("--holdout must be another split than --train", got=self.holdout))
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Result of a search.
+
+    Attributes:
+        trials: all finished trials, in order.
+        best: the done trial with the highest score over the inner folds; None: all failed.
+        holdout: metrics of the winner's models, one per inner fold, on the held-out split: dimension -> CCC of each.
+        importance: setting -> share, largest first; empty with few trials.
+        files: "csv", "json", "html", "config" (settings of the winner) -> path.
+    """
+
+    trials: tuple[Trial, ...]
+    best: Trial | None
+    holdout: Mapping[str, tuple[float, ...]]
+    importance: Mapping[str, float]
+    files: Mapping[str, Path]
+
+
+@dataclass
+class Log:
+    """Finished trials, one JSON object per line of a file."""
+
+    path: Path
+    trials: list[Trial] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> "Log":
+        """The log in a file; empty if there is none. A last line that a kill cut off is dropped.
+
+        Raises:
+            CorruptError: the file is damaged.
+        """
+        if not path.is_file():
+            return cls(path)
+        *lines, rest = path.read_text("utf-8").split("\n")
+        if rest:
+            path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        trials = []
+        for number, line in enumerate(lines, 1):
+            try:
+                document = json.loads(line)
+                rungs, folds = (tuple(map(float, document.pop(name))) for name in ("rungs", "folds"))
+                trials.append(Trial(**document, rungs=rungs, folds=folds))
+                if trials[-1].number != number:
+                    raise ValueError(f"line {number} is trial {trials[-1].number}")
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise CorruptError(explain(f"{path} is damaged", got=error, remedy="Choose another --out")) from error
+        return cls(path, trials)
+
+    def add(self, trial: Trial) -> None:
+        """Append a trial and flush the file."""
+        append_line(self.path, json.dumps(asdict(trial)))
+        self.trials.append(trial)
+
+
+def rungs(config: TrainConfig, *, halving: bool) -> tuple[int, ...]:
+    """Epochs at which a trial is compared, the last of them its end.
+
+    A schedule over the whole run and `epochs=auto` have no meaning for a part of the epochs: such trials have one rung.
+    """
+    if not halving or config.epochs == AUTO or config.schedule != "constant":
+        return (config.epochs,)
+    steps = {config.epochs}
+    epochs = config.epochs // FACTOR
+    while epochs >= 1 and len(steps) < 3:
+        steps.add(epochs)
+        epochs //= FACTOR
+    return tuple(sorted(steps))
+
+
+def continues(score: float, rung: int, others: Sequence[Trial]) -> bool:
+    """Whether a trial is among the best third at a rung, of the trials that came that far (asynchronous halving)."""
+    scores = [score, *(trial.rungs[rung] for trial in others if len(trial.rungs) > rung)]
+    return sorted(scores, reverse=True).index(score) < math.ceil(len(scores) / FACTOR)
+
+
+def propose(space: Space, trials: Sequence[Trial], sampler: str, seed: int) -> dict[str, Any]:
+    """Values of the next trial. They follow from the seed and the trials so far, so resuming repeats them."""
+    study = optuna_study(space, trials, sampler, seed)
+    asked = study.ask(_distributions(space))
+    return {name: _rounded(space, name, asked.params[name]) for name in space.searched}
+
+
+def _rounded(space: Space, name: str, value: Any) -> Any:
+    """Numbers with four digits: a tenth of a per mille of a learning rate is not a finding."""
+    kind = space.searched[name]
+    if not isinstance(kind, Range) or kind.whole:
+        return value
+    return min(kind.high, max(kind.low, float(f"{value:.4g}")))
+
+
+def _distributions(space: Space) -> "dict[str, optuna.distributions.BaseDistribution]":
+    return {name: kind.distribution() for name, kind in space.searched.items()}
+
+
+def optuna_study(space: Space, trials: Sequence[Trial], sampler: str, seed: int) -> "optuna.Study":
+    """The trials as a study in memory: Optuna proposes values and measures importance, and stores nothing."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    number = seed_from(seed, len(trials)) % 2**32
+    samplers = {"bayes": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    study = optuna.create_study(direction="maximize", sampler=samplers[sampler](seed=number))
+    states = {
+        DONE: optuna.trial.TrialState.COMPLETE,
+        STOPPED: optuna.trial.TrialState.PRUNED,
+        FAILED: optuna.trial.TrialState.FAIL,
+    }
+    for trial in trials:
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=states[trial.state],
+                value=trial.score if trial.state == DONE else None,
+                params=dict(trial.values),
+                distributions=_distributions(space),
+                intermediate_values=dict(enumerate(trial.rungs)),
+            )
+        )
+    return study
+
+
+def importances(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
+    """Share of each setting in what separates good trials from the others (PED-ANOVA), largest first.
+
+    Trials that stopped early count with their last score. Empty with fewer than four scored trials.
+    """
+    import optuna
+
+    scored = [Trial(t.number, t.values, DONE, rungs=(t.score,)) for t in trials if t.rungs]
+    if len(scored) < 4 or len({trial.score for trial in scored}) == 1:
+        return {}
+    study = optuna_study(space, scored, "random", 0)
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+    return {
+        name: float(share)
+        for name, share in optuna.importance.get_param_importances(study, evaluator=evaluator).items()
+    }

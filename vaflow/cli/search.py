@@ -1,0 +1,95 @@
+"""`vaflow search`: random or Bayesian search over settings."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vaflow.cli.common import AllowMissing, Cache, JsonFlag, Quiet, Verbose, print_json, set_up
+from vaflow.errors import visible
+
+if TYPE_CHECKING:
+    from vaflow.train.search import SearchResult
+    from vaflow.train.search.trials import Trial
+
+FAILED = 1
+
+
+def search(
+    cache: Cache,
+    space: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="TOML file of settings to search and settings to keep.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of trials and results.", show_default=False)],
+    trials: Annotated[int, typer.Option(metavar="N", help="Trials in all, those of earlier calls included.")] = 30,
+    sampler: Annotated[str, typer.Option(metavar="NAME", help="bayes (TPE) or random.")] = "bayes",
+    folds: Annotated[int, typer.Option(metavar="K", help="Folds of the training split that score a trial.")] = 3,
+    train: Annotated[str, typer.Option("--train", metavar="SPLIT", help="Split that the folds divide.")] = "train",
+    holdout: Annotated[str, typer.Option(metavar="SPLIT", help="Split that scores the winner only.")] = "val",
+    halving: Annotated[
+        bool, typer.Option("--halving/--no-halving", help="Stop trials early that are not among the best third.")
+    ] = True,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the proposals.", min=0)] = 0,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
+    allow_missing: AllowMissing = False,
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Search for settings on the training split; score the winner on a split that no trial has seen.
+
+    Writes trials.csv, search.json, search.html and best.toml, for `vaflow train --config`. Run it again to resume, or
+    with more --trials to continue.
+
+    Example: vaflow search affwild2.cache --space space.toml --trials 50 --out search
+    """
+    set_up(verbose, quiet)
+    from vaflow.cache import open_cache
+    from vaflow.train.search import SearchOptions, run_search
+    from vaflow.train.search.space import read_space
+    from vaflow.train.search.study import document
+
+    options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing)
+
+    def report(trial: "Trial") -> None:
+        if not quiet:
+            text = f"failed: {trial.message}" if trial.message else f"mean CCC {trial.score:.3f}, {trial.state}"
+            values = ", ".join(f"{name}={value}" for name, value in trial.values.items())
+            typer.echo(visible(f"{trial.number}/{trials}  {text} ({trial.seconds:.0f} s): {values}"), err=True)
+            sys.stderr.flush()
+
+    result = run_search(
+        open_cache(cache),
+        read_space(space),
+        trials,
+        out,
+        options,
+        level=logging.DEBUG if verbose else logging.ERROR,
+        on_trial=report,
+    )
+    if json:
+        print_json(document(result))
+    elif not quiet:
+        typer.echo(summary(result, options.holdout))
+    return FAILED if result.best is None else 0
+
+
+def summary(result: "SearchResult", holdout: str) -> str:
+    """The winner, its scores, and the importance of the settings."""
+    if result.best is None:
+        return visible(f"No trial was trained for all its epochs; see {result.files['csv']}")
+    values = " ".join(f"{name}={value}" for name, value in result.best.values.items())
+    lines = [
+        f"best of {len(result.trials)} trials: {result.best.number}, {values}",
+        f"mean CCC over the folds: {result.best.score:.3f} (selected by it: optimistic)",
+    ]
+    for name, scores in result.holdout.items():
+        lines.append(f"CCC {name} on {holdout}: {sum(scores) / len(scores):.3f}, mean of {len(scores)} models")
+    if result.importance:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in result.importance.items())
+        lines.append(f"importance: {shares}")
+    lines.append(f"see {result.files['html']}; train with --config {result.files['config']}")
+    return "\n".join(map(visible, lines))
