@@ -1,47 +1,47 @@
-"""Cost of tracking everyone: extraction with --person main against --person largest, tiny encoders.
+"""CPU seconds of telling people apart, beside decoding and detection: python scripts/bench_people.py VIDEO..."""
 
-Usage: python scripts/bench_people.py VIDEOS [--repeat 3]
-"""
-
-import argparse
-import shutil
-import tempfile
+import sys
 import time
 from pathlib import Path
 
-import torch
+import cv2
+import numpy as np
 
-from vaflow.datasets import open_dataset
-from vaflow.encoders import build_encoder
-from vaflow.extract.config import ExtractConfig
-from vaflow.extract.pipeline import extract_with
+from vaflow.extract.faces import CenterFace, PersonTracker, align, encode_jpeg
+from vaflow.extract.faces.identity import open_network, resolve
+from vaflow.extract.faces.people import ClipFaces
+from vaflow.extract.video import frame_times, frames_at
+from vaflow.timeline import nearest
 
 
 def main() -> None:
-    """Print the CPU and wall seconds of both, least of the repetitions, and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("videos", type=Path)
-    parser.add_argument("--repeat", type=int, default=3)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    dataset, visual, audio = open_dataset(args.videos, "videos"), build_encoder("clip-tiny"), build_encoder("ast-tiny")
-    seconds: dict[str, list[float]] = {}
-    for _ in range(args.repeat):
-        for name, person, identity in (
-            ("largest", "largest", "none"),
-            ("main, no network", "main", "none"),
-            ("main, dlib", "main", "auto"),
-        ):
-            folder = Path(tempfile.mkdtemp())
-            options = {"visual": ("clip-tiny",), "audio": ("ast-tiny",), "device": "cpu", "workers": 1}
-            config = ExtractConfig(**options, person=person, identity=identity)  # type: ignore[arg-type]
-            began = time.perf_counter()
-            extract_with(dataset, folder / "cache", config, [visual], [audio], torch.device("cpu"))  # type: ignore[list-item]
-            seconds.setdefault(name, []).append(time.perf_counter() - began)
-            shutil.rmtree(folder)
-    base = min(seconds["largest"])
-    for name, times in seconds.items():
-        print(f"{name:18} {min(times):6.1f} s  {100 * (min(times) / base - 1):+.0f} %")
+    """Print the CPU seconds of each step, and what everyone costs beyond following one face."""
+    cv2.setNumThreads(1)
+    network, detector = open_network(resolve("auto")), CenterFace()
+    for path in map(Path, sys.argv[1:]):
+        times = frame_times(path)
+        wanted = np.unique(nearest(times, np.arange(0.0, times[-1] + 1e-9, 0.5)))
+        marks = [time.process_time()]
+        frames = list(frames_at(path, wanted, times))
+        marks.append(time.process_time())
+        found = [detector.detect(image) for _, image in frames]
+        marks.append(time.process_time())
+        tracker = PersonTracker()
+        for (number, image), faces in zip(frames, found, strict=True):
+            face = tracker.update(faces, float(times[number]))
+            if face is not None:
+                encode_jpeg(align(image, face))
+        marks.append(time.process_time())
+        with ClipFaces(network) as everyone:
+            for (number, image), faces in zip(frames, found, strict=True):
+                everyone.add(number, float(times[number]), image, faces)
+            marks.append(time.process_time())
+            everyone.people()
+        marks.append(time.process_time())
+        decode, detect, one, track, join = np.diff(marks).tolist()
+        more = (track + join - one) / (decode + detect + one)
+        print(f"{path.name}: decode {decode:.2f}, detect {detect:.2f}, one face {one:.2f}, ", end="")
+        print(f"all faces {track:.2f}, join {join:.2f} s: {more:+.0%} of reading")
 
 
 if __name__ == "__main__":
