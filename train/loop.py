@@ -172,9 +172,13 @@ def train_epoch(
         if len(unchecked) % CHECK_EVERY == 0 or step + 1 == len(batches):
             check_finite(torch.stack(totals[-len(unchecked) :]), unchecked, windows)
             unchecked.clear()
-    mean = torch.stack(totals).mean(dim=0).tolist()
-    losses = {f"loss_{name}": value for name, value in zip(PARTS, mean[:-1], strict=True)}
-    return {"lr": config.lr * factor, **losses}
+    return epoch_losses(torch.stack(totals), config.lr * factor)
+
+
+def epoch_losses(totals: Tensor, lr: float) -> Row:
+    """The row of an epoch: its last learning rate, and the mean losses of its steps [N, 5]."""
+    mean = totals.mean(dim=0).tolist()
+    return {"lr": lr, **{f"loss_{name}": value for name, value in zip(PARTS, mean[:-1], strict=True)}}
 
 
 def check_finite(losses: Tensor, batches: list[Tensor], windows: WindowSet) -> None:
@@ -281,31 +285,54 @@ def run_epochs(
         on_epoch: called with each epoch's row of the history.
         excluded: validation clips that are not scored.
     """
-    progress = Progress()
-    if checkpoint is not None and checkpoint.is_file():
-        progress = load_checkpoint(checkpoint, model, optimizer)
-        log.info("Resuming after epoch %d%s", progress.epoch, "" if config.epochs == AUTO else f" of {config.epochs}")
+    progress = resume(checkpoint, model, optimizer, config)
     names = frozenset(excluded)
-    while not _finished(progress, config, steps_per_epoch):
+    while not is_finished(progress, config, steps_per_epoch):
         begun = time.perf_counter()
-        row = {"epoch": progress.epoch + 1, **learn(progress.epoch)}
-        trained = time.perf_counter()
-        traces = [trace for trace in validate() if trace.clip.item not in names]
-        labelled = [(trace.va, np.where(trace.clip.valid, trace.clip.value, 0), trace.clip.valid) for trace in traces]
-        within, _ = within_video_ccc(labelled)
-        scores = [("ccc", score(traces)), ("within", np.append(within, mean_over_dimensions(within)))]
-        for kind, values in scores:
-            row |= dict(zip((f"val_{kind}_{name}" for name in (*DIMENSIONS, "mean")), values.tolist(), strict=True))
-        row |= {"train_seconds": trained - begun, "val_seconds": time.perf_counter() - trained}
-        progress = _advance(progress, model, row, config.best)
+        losses = learn(progress.epoch)
+        row = {"epoch": progress.epoch + 1, **losses, "train_seconds": time.perf_counter() - begun}
+        progress = end_epoch(progress, model, row, validate, config, names)
         if checkpoint is not None and write:
             save_checkpoint(checkpoint, progress, model, optimizer)
         if on_epoch is not None:
-            on_epoch(row)
+            on_epoch(progress.history[-1])
     return progress
 
 
-def _finished(progress: Progress, config: TrainConfig, steps_per_epoch: int) -> bool:
+def resume(
+    checkpoint: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> Progress:
+    """Restore the state after the last epoch from `checkpoint` if it exists; returns how far the training was."""
+    if checkpoint is None or not checkpoint.is_file():
+        return Progress()
+    progress = load_checkpoint(checkpoint, model, optimizer)
+    log.info("Resuming after epoch %d%s", progress.epoch, "" if config.epochs == AUTO else f" of {config.epochs}")
+    return progress
+
+
+def end_epoch(
+    progress: Progress,
+    model: nn.Module,
+    row: Row,
+    validate: Callable[[], Iterable[Trace]],
+    config: TrainConfig,
+    excluded: frozenset[str],
+) -> Progress:
+    """Score the validation split after an epoch; returns the progress, with the scores in the epoch's row."""
+    begun = time.perf_counter()
+    traces = [trace for trace in validate() if trace.clip.item not in excluded]
+    labelled = [(trace.va, np.where(trace.clip.valid, trace.clip.value, 0), trace.clip.valid) for trace in traces]
+    within, _ = within_video_ccc(labelled)
+    scores = [("ccc", score(traces)), ("within", np.append(within, mean_over_dimensions(within)))]
+    seconds = {"train_seconds": row["train_seconds"]}
+    row = {name: value for name, value in row.items() if name not in seconds}
+    for kind, values in scores:
+        row |= dict(zip((f"val_{kind}_{name}" for name in (*DIMENSIONS, "mean")), values.tolist(), strict=True))
+    return _advance(progress, model, row | seconds | {"val_seconds": time.perf_counter() - begun}, config.best)
+
+
+def is_finished(progress: Progress, config: TrainConfig, steps_per_epoch: int) -> bool:
+    """Whether no epoch is left to train."""
     if config.epochs != AUTO:
         return progress.epoch >= config.epochs
     least, most = AUTO_EPOCHS

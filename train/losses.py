@@ -106,7 +106,7 @@ def _double(tensor: Tensor | None) -> Tensor:
     return tensor.to(torch.float64)
 
 
-def region_centers(centers: float = CENTERS, *, like: Tensor | None = None) -> Tensor:
+def region_centers(centers: float | Tensor = CENTERS, *, like: Tensor | None = None) -> Tensor:
     """Centres of the nine regions, [9, 2] (valence, arousal); region 3 * v + a with v, a in (low, middle, high).
 
     Args:
@@ -123,10 +123,10 @@ def region_centers(centers: float = CENTERS, *, like: Tensor | None = None) -> T
 
 
 @overload
-def soft_labels(va: Tensor, centers: float = CENTERS, sigma: float = SIGMA) -> Tensor: ...
+def soft_labels(va: Tensor, centers: float | Tensor = CENTERS, sigma: float | Tensor = SIGMA) -> Tensor: ...
 @overload
 def soft_labels(va: Array, centers: float = CENTERS, sigma: float = SIGMA) -> NDArray[np.float64]: ...
-def soft_labels(va: Any, centers: float = CENTERS, sigma: float = SIGMA) -> Any:
+def soft_labels(va: Any, centers: float | Tensor = CENTERS, sigma: float | Tensor = SIGMA) -> Any:
     """Soft region labels: softmax of -|y - c|^2 / (2 sigma^2) over the nine centres (eq. 2).
 
     Args:
@@ -147,7 +147,7 @@ def soft_labels(va: Any, centers: float = CENTERS, sigma: float = SIGMA) -> Any:
     return functional.softmax(-_squared_distances(va, centers) / (2 * sigma**2), dim=-1)
 
 
-def hard_labels(va: Tensor, centers: float = CENTERS) -> Tensor:
+def hard_labels(va: Tensor, centers: float | Tensor = CENTERS) -> Tensor:
     """One-hot of the nearest centre, [..., 2] -> [..., 9]; of equally near ones, the lowest region.
 
     Raises:
@@ -160,7 +160,7 @@ def hard_labels(va: Tensor, centers: float = CENTERS) -> Tensor:
     return first.to(distance.dtype)
 
 
-def _squared_distances(va: Tensor, centers: float) -> Tensor:
+def _squared_distances(va: Tensor, centers: float | Tensor) -> Tensor:
     if va.shape[-1:] != (2,):
         raise ValueError(f"region labels need points [..., 2]; got {[*va.shape]}")
     va = va.to(torch.promote_types(va.dtype, torch.float32))
@@ -172,8 +172,8 @@ def prompt_loss(
     target: Tensor,
     mask: Tensor,
     *,
-    centers: float = CENTERS,
-    sigma: float = SIGMA,
+    centers: float | Tensor = CENTERS,
+    sigma: float | Tensor = SIGMA,
     hard: bool = False,
 ) -> Tensor:
     """KL(w || softmax(logits)), summed over the nine regions, mean over the masked frames; the second term of eq. 6.
@@ -217,15 +217,17 @@ def total_loss(
     output: Output,
     batch: Batch,
     *,
-    kl_weight: float = KL_WEIGHT,
-    centers: float = CENTERS,
-    sigma: float = SIGMA,
+    kl_weight: float | Tensor = KL_WEIGHT,
+    centers: float | Tensor = CENTERS,
+    sigma: float | Tensor = SIGMA,
     hard: bool = False,
-    mse_weight: float = 0.0,
-    ccc_weight: float = 1.0,
-    extra_weight: float = 0.0,
+    mse_weight: float | Tensor = 0.0,
+    ccc_weight: float | Tensor = 1.0,
+    extra_weight: float | Tensor = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = ccc_weight * L_CCC + kl_weight * L_KL (eq. 6), plus mse_weight * MSE.
+
+    A number may be a scalar tensor, so that `torch.vmap` can give every run its own.
 
     Args:
         output: output of the model; without region logits, the loss has no KL term.
@@ -251,9 +253,9 @@ def total_loss(
     if output.region_logits is not None:
         both = batch.labelled.all(dim=-1)
         parts["kl"] = prompt_loss(output.region_logits, batch.target, both, centers=centers, sigma=sigma, hard=hard)
-        if kl_weight:
+        if isinstance(kl_weight, Tensor) or kl_weight:
             loss = loss + kl_weight * parts["kl"]
-    if mse_weight:
+    if isinstance(mse_weight, Tensor) or mse_weight:
         parts["mse"] = masked_mse(output.va, batch.target, batch.labelled)
         loss = loss + mse_weight * parts["mse"]
     for name, logits in output.extra.items():
@@ -262,6 +264,6 @@ def total_loss(
     return loss, {name: part.detach() for name, part in {**parts, "total": loss}.items()}
 
 
-def _positive(name: str, value: float) -> None:
-    if not (np.isfinite(value) and value > 0):
+def _positive(name: str, value: float | Tensor) -> None:
+    if not isinstance(value, Tensor) and not (np.isfinite(value) and value > 0):
         raise UsageError(explain(f"{name} must be positive", expected="a number above 0", got=value))

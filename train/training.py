@@ -78,25 +78,31 @@ def train_run(
     if weights and not config.finetune:
         raise UsageError(explain("--weights is only for fine-tuning", remedy="Add --finetune"))
     with ExitStack() as stack:
-        if os.environ.get("RANK", "0") == "0":  # of several processes of one run, the first one holds the lock
-            folder = RunFolder(Path(out))
+        session = open_session(stack, cache, config, out, fresh=fresh)
+        session = replace(session, allow_missing=allow_missing, tensorboard=tensorboard, pictures=pictures)
+        return _train(replace(session, show=show, keep_checkpoint=keep_checkpoint), data, weights or {})
+
+
+def open_session(stack: ExitStack, cache: Cache, config: TrainConfig, out: Path, *, fresh: bool = False) -> Session:
+    """Lock the directory of a run until `stack` closes, and resolve its settings.
+
+    Raises:
+        UsageError: settings; a directory of another run, or one that another process writes.
+    """
+    folder = RunFolder(Path(out))
+    folder.make()
+    if os.environ.get("RANK", "0") == "0":  # of several processes of one run, the first one holds the lock
+        stack.enter_context(lock_folder(folder.path, "vaflow train"))
+        if fresh:
+            folder.clear()
             folder.make()
-            stack.enter_context(lock_folder(folder.path, "vaflow train"))
-            if fresh:
-                folder.clear()
-        config, inputs = resolve(cache, config)
-        folder = RunFolder(Path(out))
-        folder.make()
-        record = new_record(cache, config, inputs, folder.path)
-        session = Session(
-            *(cache, config, inputs, folder, record, allow_missing, tensorboard, pictures, show, keep_checkpoint)
-        )
-        return _train(session, data, weights or {})
+    config, inputs = resolve(cache, config)
+    return Session(cache, config, inputs, folder, new_record(cache, config, inputs, folder.path))
 
 
 def _train(session: Session, data: Data | None, weights: Mapping[str, Path]) -> Result:
     cache, config, inputs, folder = session.cache, session.config, session.inputs, session.folder
-    if _is_finished(session, _check_clips(session)):
+    if is_finished(session):
         return Result(folder.read_metrics(), was_done=True)
     if config.finetune:
         from vaflow.train.finetune.run import finetune
@@ -167,9 +173,13 @@ def _can_continue(folder: RunFolder, old: TrainConfig, new: TrainConfig) -> bool
     return longer and new.schedule == "constant" and folder.checkpoint_file.is_file()
 
 
-def _is_finished(session: Session, old: RunRecord | None) -> bool:
-    """Whether nothing is left to train. A run that is trained longer stops being finished until it is again."""
-    folder = session.folder
+def is_finished(session: Session) -> bool:
+    """Whether nothing is left to train. A run that is trained longer stops being finished until it is again.
+
+    Raises:
+        UsageError: the settings or the clips differ from those of the first start, or the splits share recordings.
+    """
+    folder, old = session.folder, _check_clips(session)
     if old is None or not folder.done:
         return False
     if old.config.epochs == session.config.epochs:

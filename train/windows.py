@@ -242,7 +242,9 @@ class WindowSet:
         return instants, np.bincount(where, weights=valid, minlength=instants.size) > 0
 
 
-def drop_modality(batch: Batch, streams: Sequence[StreamSpec], share: float) -> Batch:
+def drop_modality(
+    batch: Batch, streams: Sequence[StreamSpec], share: float, generator: torch.Generator | None = None
+) -> Batch:
     """Mark all streams of one modality as missing in about `share` of the windows, never both modalities.
 
     The windows and the modality (each with equal probability) follow from torch's generator.
@@ -251,13 +253,14 @@ def drop_modality(batch: Batch, streams: Sequence[StreamSpec], share: float) -> 
         batch: B windows.
         streams: input streams of the model.
         share: probability that a window loses a modality, in [0, 1).
+        generator: of random numbers, on the device; None: torch's own.
 
     Returns:
         The batch with other `valid` masks; the batch itself where the model reads one modality only.
     """
     if not share or {stream.kind for stream in streams} != {VISUAL, AUDIO}:
         return batch
-    draw = torch.rand(len(batch.inside), device=batch.inside.device)
+    draw = torch.rand(len(batch.inside), device=batch.inside.device, generator=generator)
     lost = {VISUAL: draw < share / 2, AUDIO: (draw >= share / 2) & (draw < share)}
     valid = {stream.name: batch.valid[stream.name] & ~lost[stream.kind].unsqueeze(1) for stream in streams}
     return replace(batch, valid={**batch.valid, **valid})

@@ -106,6 +106,28 @@ def test_finished_runs_are_reused(cache: Cache, done: tuple[StudyResult, Path], 
     run_study(cache, toy_study(tmp_path), [], out, Options(seeds=2))  # as other tests expect it
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_runs_together_give_the_same_tables(
+    cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setattr("vaflow.train.together.choice.WORTH_MEASURING", 0)  # in this process, not in others
+    monkeypatch.setattr("vaflow.train.together.choice.GAIN", 1e9)
+    choices: list[str] = []
+    result = run_study(
+        *(cache, toy_study(tmp_path), [], tmp_path / "out", Options(seeds=2)),
+        processes=processes,
+        together=True,
+        on_choice=choices.append,
+    )
+    assert result.failures == []
+    assert [line[:21] for line in choices] == ["2 runs train together"] * (3 if processes == 1 else 0)
+    rows, expected = read_csv(tmp_path / "out"), read_csv(done[1])
+    assert [row["runs"] for row in rows] == [row["runs"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        for name in ("ccc_valence", "ccc_arousal", "ccc_mean", "std_mean"):
+            assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-4)
+
+
 def test_hash_follows_what_decides_a_run(cache: Cache, tmp_path: Path) -> None:
     def key(text: str = GRID, options: Options | None = None, other: Cache = cache) -> str:
         return make_plan(other, toy_study(tmp_path, text), ["one"], options or Options(1)).entries[0].keys[0]

@@ -1,13 +1,13 @@
 """Train the runs of a study, in this process or in several; a process that dies fails its run only.
 
-Each process trains runs one after the other and keeps the data that the next run shares.
+Each process trains runs one after the other, or several together, and keeps the data that the next run shares.
 """
 
 import json
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -18,7 +18,6 @@ import torch
 
 from vaflow.cache import Cache, open_cache
 from vaflow.device import choose_device
-from vaflow.errors import VaflowError
 from vaflow.process import ChildProcess
 from vaflow.train.ablate.plan import Job, data_key
 from vaflow.train.ablate.statistics import moments_file, video_moments_of, write_moments
@@ -27,10 +26,11 @@ from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
 from vaflow.train.session import Data, load_data
 from vaflow.train.settings_files import from_toml, to_toml
-from vaflow.train.training import train_run
-
-# What a run may fail of while the others go on: bad data, a device that refuses, memory, a full disk.
-FAILURES = (VaflowError, RuntimeError, MemoryError, OSError, ValueError)
+from vaflow.train.together.choice import choose
+from vaflow.train.together.compatible import batches_of
+from vaflow.train.together.epochs import FAILURES
+from vaflow.train.together.runs import train_together
+from vaflow.train.training import Result, train_run
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class Ended:
     message: str = ""
 
 
+log = logging.getLogger(__name__)
+
+
 class Runner:
     """Trains runs on one cache. Both splits stay loaded until a run needs others."""
 
@@ -57,12 +60,45 @@ class Runner:
         self._allow_missing = allow_missing
         self._loaded: tuple[tuple[object, ...], Data] | None = None
 
+    def run_together(
+        self, runs: Sequence[tuple[TrainConfig, Path]], on_choice: Callable[[str], None]
+    ) -> Iterator[tuple[int, Ended]]:
+        """Train runs that can train together, together if that measures faster; yields number and end of each run.
+
+        Runs that are left when the batch fails as a whole, as for lack of memory, are trained alone.
+        """
+        waiting = dict(enumerate(runs))
+        begun = time.perf_counter()
+        try:
+            data = self._data(runs[0][0])
+            choice = choose(self._cache, [config for config, _ in runs], data)
+            if choice.alone:
+                on_choice(str(choice))
+            if choice.faster:
+                for number, result in train_together(self._cache, runs, data, allow_missing=self._allow_missing):
+                    config, out = waiting.pop(number)
+                    yield number, self._end(begun, result, config, out)
+        except FAILURES as error:
+            log.warning("%d runs train one after the other: %s", len(waiting), error)
+        for number, (config, out) in waiting.items():
+            yield number, self.run(config, out)
+
+    def _end(self, begun: float, result: Result | Exception, config: TrainConfig, out: Path) -> Ended:
+        """The end of a run that was begun at `begun`; its moments per video are written beside it."""
+        try:
+            if isinstance(result, Exception):
+                raise result
+            if not moments_file(out).is_file():
+                write_moments(out, video_moments_of(RunFolder(out), self._cache, config.val_split))
+        except FAILURES as error:
+            return Ended(time.perf_counter() - begun, error=type(error).__name__, message=str(error))
+        return Ended(time.perf_counter() - begun, result.metrics["ccc"]["mean"])
+
     def run(self, config: TrainConfig, out: Path) -> Ended:
         """Train the run in `out`, or go on with it, and leave its moments per video beside it."""
         begun = time.perf_counter()
         try:
-            folder = RunFolder(out)
-            data = None if folder.done or config.finetune else self._data(config)
+            data = None if RunFolder(out).done or config.finetune else self._data(config)
             result = train_run(
                 self._cache,
                 config,
@@ -73,11 +109,9 @@ class Runner:
                 pictures=False,
                 keep_checkpoint=False,
             )
-            if not moments_file(out).is_file():
-                write_moments(out, video_moments_of(folder, self._cache, config.val_split))
         except FAILURES as error:
-            return Ended(time.perf_counter() - begun, error=type(error).__name__, message=str(error))
-        return Ended(time.perf_counter() - begun, result.metrics["ccc"]["mean"])
+            return self._end(begun, error, config, out)
+        return self._end(begun, result, config, out)
 
     def _data(self, config: TrainConfig) -> Data:
         key = data_key(config)
@@ -105,7 +139,7 @@ def one_thread(level: int) -> Iterator[None]:
 
 
 def serve(connection: Connection, cache: Path, level: int, allow_missing: bool) -> None:
-    """The process: settings and a folder in, an outcome out, both as one message of text; ends with its parent."""
+    """The process: a batch of settings and folders in, a message per ended run out; ends with its parent."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     runner = Runner(open_cache(cache), allow_missing=allow_missing)
     with one_thread(level):
@@ -114,7 +148,19 @@ def serve(connection: Connection, cache: Path, level: int, allow_missing: bool) 
                 message = receive(connection)
             except EOFError:
                 return
-            send(connection, asdict(runner.run(from_toml(message["config"]), Path(message["out"]))))
+            runs = [(from_toml(run["config"]), Path(run["out"])) for run in message["runs"]]
+            for number, ended in train_batch(runner, runs, lambda text: send(connection, {"choice": text})):
+                send(connection, {"number": number, "ended": asdict(ended)})
+
+
+def train_batch(
+    runner: Runner, runs: Sequence[tuple[TrainConfig, Path]], on_choice: Callable[[str], None]
+) -> Iterator[tuple[int, Ended]]:
+    """Train one run, or several that can train together; yields number and end of each."""
+    if len(runs) == 1:
+        yield 0, runner.run(*runs[0])
+    else:
+        yield from runner.run_together(runs, on_choice)
 
 
 def send(connection: Connection, message: Mapping[str, Any]) -> None:
@@ -149,8 +195,10 @@ def run_jobs(
     out: Path,
     *,
     processes: int = 1,
+    together: bool = False,
     allow_missing: bool = False,
     level: int = logging.ERROR,
+    on_choice: Callable[[str], None] = log.info,
 ) -> Generator[Outcome, None, None]:
     """Train every job in `out/runs/<hash>`, and yield each outcome as its run ends.
 
@@ -159,46 +207,62 @@ def run_jobs(
         cache: what to train on.
         out: the study's folder.
         processes: how many at once; 1: in this process.
+        together: train runs of one architecture together, where that measures faster.
         allow_missing: as of `train_run`.
         level: of log lines that are shown while runs go on.
+        on_choice: called with a line about each batch of runs that could train together.
     """
+    batches = batches_of(jobs, lambda job: job.config, processes) if together else [[job] for job in jobs]
     if processes <= 1 or len(jobs) <= 1:
         runner = Runner(cache, allow_missing=allow_missing)
         with one_thread(level):
-            for job in jobs:
-                yield Outcome(job, runner.run(job.config, out / RUNS / job.key))
+            for batch in batches:
+                runs = [(job.config, out / RUNS / job.key) for job in batch]
+                for number, ended in train_batch(runner, runs, on_choice):
+                    yield Outcome(batch[number], ended)
         return
     with ExitStack() as stack:
-        waiting = deque(jobs)
-        busy: dict[Connection, tuple[_Worker, Job]] = {}
+        waiting = deque(batches)
+        busy: dict[Connection, _Worker] = {}
 
         def begin(worker: _Worker) -> None:
-            job = waiting.popleft()
-            worker.give(job, out / RUNS / job.key)
-            busy[worker.connection] = worker, job
+            worker.give(waiting.popleft(), out / RUNS)
+            busy[worker.connection] = worker
 
         def new_worker() -> _Worker:
-            return stack.enter_context(_Worker(Path(cache.place), level, allow_missing))
+            return stack.enter_context(_Worker(Path(cache.place), level, allow_missing, on_choice))
 
-        for _ in range(min(processes, len(jobs))):
+        for _ in range(min(processes, len(batches))):
             begin(new_worker())
         while busy:
             ready = set(wait(list(busy)))
             for connection in [connection for connection in busy if connection in ready]:
-                worker, job = busy.pop(connection)
-                outcome = worker.take(job)
-                if waiting:
-                    begin(worker if worker.alive else new_worker())
-                yield outcome
+                worker = busy[connection]
+                outcome = worker.take()
+                if not worker.alive and worker.jobs:  # which run of the batch ended the process is not known
+                    waiting.extend([job] for job in worker.jobs.values())
+                    worker.jobs.clear()
+                if not worker.jobs:
+                    del busy[connection]
+                    if waiting:
+                        begin(worker if worker.alive else new_worker())
+                if outcome is not None:
+                    yield outcome
 
 
 class _Worker:
-    """A process of `serve` and the pipe to it."""
+    """A process of `serve` and the pipe to it.
 
-    def __init__(self, cache: Path, level: int, allow_missing: bool) -> None:
+    Attributes:
+        jobs: number in its batch -> run that has not ended.
+    """
+
+    def __init__(self, cache: Path, level: int, allow_missing: bool, on_choice: Callable[[str], None]) -> None:
         self._process = ChildProcess(serve, (cache, level, allow_missing), name="vaflow-ablate")
         self.connection = self._process.pipe
         self.alive = True
+        self.jobs: dict[int, Job] = {}
+        self._on_choice = on_choice
 
     def __enter__(self) -> "_Worker":
         return self
@@ -209,20 +273,28 @@ class _Worker:
             self._process.kill()  # runs resume from their checkpoints: only an epoch is lost
         self._process.join()
 
-    def give(self, job: Job, folder: Path) -> None:
-        """Begin a run. A process that is gone is noticed by `take`."""
+    def give(self, batch: Sequence[Job], folder: Path) -> None:
+        """Begin a batch of runs. A process that is gone is noticed by `take`."""
+        self.jobs = dict(enumerate(batch))
+        runs = [{"config": to_toml(job.config), "out": str(folder / job.key)} for job in batch]
         try:
-            send(self.connection, {"config": to_toml(job.config), "out": str(folder)})
+            send(self.connection, {"runs": runs})
         except OSError:
             self.alive = False
 
-    def take(self, job: Job) -> Outcome:
-        """How the run ended, once there is something to read, be it the end of the process."""
+    def take(self) -> Outcome | None:
+        """How a run ended, once there is something to read, be it the end of the process; None: no run has ended."""
         try:
-            ended = receive(self.connection)
+            message = receive(self.connection)
         except (EOFError, OSError):
             self.alive = False
             self._process.join()
-            message = f"The process of this run ended with {self._process.ending}"
-            return Outcome(job, Ended(error="ProcessEnded", message=message))
-        return Outcome(job, Ended(**ended))
+            if len(self.jobs) > 1:
+                return None
+            _, job = self.jobs.popitem()
+            text = f"The process of this run ended with {self._process.ending}"
+            return Outcome(job, Ended(error="ProcessEnded", message=text))
+        if "choice" in message:
+            self._on_choice(message["choice"])
+            return None
+        return Outcome(self.jobs.pop(message["number"]), Ended(**message["ended"]))

@@ -19,6 +19,8 @@ from vaflow.train.ablate.results import Results, collect
 from vaflow.train.ablate.statistics import moments_file
 from vaflow.train.runs import RunFolder
 
+log = logging.getLogger(__name__)
+
 OnPlan = Callable[[Plan, int], None]
 OnRun = Callable[[Outcome], None]
 
@@ -51,9 +53,11 @@ def run_study(
     options: Options,
     *,
     processes: int = 1,
+    together: bool = False,
     level: int = logging.ERROR,
     on_plan: OnPlan | None = None,
     on_run: OnRun | None = None,
+    on_choice: Callable[[str], None] = log.info,
 ) -> StudyResult:
     """Train every configuration of the chosen tables with every seed, and write `results.csv`, `.md` and `.html`.
 
@@ -65,9 +69,11 @@ def run_study(
         names: of tables; none or "all": every one.
         out: the study's folder.
         options: seeds, overrides, aliases.
-        processes: number of runs in parallel.
+        processes: number of runs, or batches of runs, in parallel.
+        together: train runs of one architecture together, where that measures faster.
         level: of the log lines of runs that are shown.
         on_plan: called with the plan and the number of runs to train; on_run: called after every run.
+        on_choice: called with a line about each batch of runs that could train together.
 
     Raises:
         UsageError: tables, aliases or settings are invalid, or another process uses the folder.
@@ -81,7 +87,14 @@ def run_study(
         todo = [job for job in plan.jobs if job.key not in finished]
         if on_plan is not None:
             on_plan(plan, len(todo))
-        runs = run_jobs(todo, cache, out, processes=processes, allow_missing=options.allow_missing, level=level)
+        runs = run_jobs(
+            *(todo, cache, out),
+            processes=processes,
+            together=together,
+            allow_missing=options.allow_missing,
+            level=level,
+            on_choice=on_choice,
+        )
         failed = {}
         with closing(runs):
             for outcome in runs:

@@ -5,7 +5,8 @@ matrix product for all times, a step is one batched product, and the gradient of
 the end. The backward direction reads its sequence through a reversed index, so padding always comes last and needs no
 packed sequence, which would make the device wait for the lengths.
 
-Weights, and so `state_dict`, are those of `nn.GRU` and `nn.LSTM`; outputs and gradients equal theirs.
+Weights, and so `state_dict`, are those of `nn.GRU` and `nn.LSTM`; outputs and gradients equal theirs. Under
+`torch.vmap` over several runs, the groups of all runs are stacked along the same axis.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +20,19 @@ from torch.nn import functional
 Cell = nn.GRU | nn.LSTM
 
 
-def run_recurrent(cells: Sequence[Cell], sequences: Sequence[Tensor], insides: Sequence[Tensor]) -> list[Tensor]:
+def run_recurrent(
+    cells: Sequence[Cell],
+    sequences: Sequence[Tensor],
+    insides: Sequence[Tensor],
+    dropout: Callable[[Tensor], Tensor] | None = None,
+) -> list[Tensor]:
     """Run bidirectional recurrent networks of one shape together.
 
     Args:
         cells: the networks; `batch_first`, bidirectional, equal in type, sizes, layers and dropout.
         sequences: [B, T, D] per network, finite at padding; T may differ.
         insides: [B, T] bool per network, with its False entries at the end.
+        dropout: between stacked layers; None: that of the first network.
 
     Returns:
         [B, T, 2 H] per network: both directions side by side; arbitrary finite numbers at padding.
@@ -36,12 +43,12 @@ def run_recurrent(cells: Sequence[Cell], sequences: Sequence[Tensor], insides: S
     x = torch.stack([functional.pad(x, (0, 0, 0, longest - n)) for x, n in zip(sequences, steps, strict=True)])
     inside = torch.stack([functional.pad(m, (0, longest - n)) for m, n in zip(insides, steps, strict=True)])
     forth, back = _reorderings(inside)
-    scan: Callable[..., Tensor] = GRUScan.apply if isinstance(first, nn.GRU) else LSTMScan.apply
+    scan = GRUScan if isinstance(first, nn.GRU) else LSTMScan
     for layer in range(first.num_layers):
         w, u, bias_w, bias_u = (_stack(cells, f"{name}_l{layer}", x.dtype) for name in _NAMES)
         x = _run_layer(scan, x, w, u, bias_w, bias_u, forth, back)
         if layer + 1 < first.num_layers:
-            x = functional.dropout(x, first.dropout, first.training)
+            x = functional.dropout(x, first.dropout, first.training) if dropout is None else dropout(x)
     return [y[:, :n] for y, n in zip(x, steps, strict=True)]
 
 
@@ -49,7 +56,7 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def _run_layer(
-    scan: Callable[..., Tensor],
+    scan: type["Scan"],
     x: Tensor,
     w: Tensor,
     u: Tensor,
@@ -66,8 +73,8 @@ def _run_layer(
         x.reshape(networks, batch * steps, size),
         w.view(networks, 2 * gates, size).transpose(1, 2),
     )
-    entering = Reorder.apply(products.view(-1, gates), forth, back).view(2 * networks, steps, batch, gates)
-    states = scan(entering, u, bias_u)
+    entering = Reorder.apply(products.reshape(-1, gates), forth, back).view(2 * networks, steps, batch, gates)
+    states = scan.apply(entering, u, bias_u)[0]
     return Reorder.apply(states.view(-1, hidden), back, forth).view(networks, batch, steps, 2 * hidden)
 
 
@@ -95,10 +102,14 @@ class Reorder(torch.autograd.Function):
     """Rows of a matrix in another order; the gradient is a gather, too, not a scattered addition."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         """x [N, D], order [N] and its inverse -> x[order]."""
-        ctx.save_for_backward(inverse)
         return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        """Keep the inverse."""
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     @once_differentiable
@@ -107,16 +118,51 @@ class Reorder(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        """The rows of all runs as one matrix."""
+        x, order, inverse = _runs_first(info.batch_size, in_dims, inputs)
+        first = (torch.arange(len(x), device=x.device) * x.shape[1]).unsqueeze(1)
+        rows = Reorder.apply(x.flatten(0, 1), (order + first).flatten(), (inverse + first).flatten())
+        return rows.view_as(x), 0
 
-class GRUScan(torch.autograd.Function):
+
+def _runs_first(runs: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Every tensor with the axis of the runs in front, repeated where it is the same for all."""
+    pairs = zip(tensors, dims, strict=True)
+    return [x.expand(runs, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+
+
+class Scan(torch.autograd.Function):
+    """A recurrence over G groups; the groups of several runs are stacked under `torch.vmap`.
+
+    `forward` returns the states and what `backward` needs beside them; the latter has no gradient.
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+        """Keep u, the states and what belongs to them."""
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # otherwise zeros of the size of `kept` are made
+        ctx.save_for_backward(inputs[1], *output)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Any, Any]:
+        """R runs of G groups are R G groups."""
+        folded = [x.flatten(0, 1) for x in _runs_first(info.batch_size, in_dims, inputs)]
+        outputs = tuple(y.unflatten(0, (info.batch_size, -1)) for y in cls.apply(*folded))
+        return outputs, (0,) * len(outputs)
+
+
+class GRUScan(Scan):
     """The states of G GRUs from the products of their inputs, starting at zero.
 
     Source: r, z = sigmoid(x + h u), n = tanh(x + r (h u)), h' = n + z (h - n), as `nn.GRU` documents them.
     """
 
     @staticmethod
-    def forward(ctx: Any, entering: Tensor, u: Tensor, bias: Tensor) -> Tensor:
-        """entering [G, T, B, 3 H], u [G, 3 H, H], bias [G, 3 H], in the order r, z, n -> states [G, T, B, H]."""
+    def forward(entering: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """entering [G, T, B, 3 H], u [G, 3 H, H], bias [G, 3 H], in the order r, z, n -> states [G, T, B, H], kept."""
         groups, steps, batch, width = entering.shape
         size = width // 3
         ut, bias_row = u.transpose(1, 2), bias.unsqueeze(1)
@@ -132,14 +178,13 @@ class GRUScan(torch.autograd.Function):
             torch.addcmul(at[..., 2 * size :], gates[..., :size], recurrent, out=new).tanh_()
             torch.lerp(new, state, gates[..., size:], out=states[:, t])
             state = states[:, t]
-        ctx.save_for_backward(kept, states, u)
-        return states
+        return states, kept
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor]:
         """[G, T, B, H] -> gradients of `entering`, `u` and `bias`."""
-        kept, states, u = ctx.saved_tensors
+        u, states, kept = ctx.saved_tensors
         size = states.shape[-1]
         recurrent, r, z, n = kept.split(size, dim=-1)
         before = _shifted(states)
@@ -163,15 +208,15 @@ class GRUScan(torch.autograd.Function):
         return factor[..., size:].contiguous(), *in_order  # type: ignore[return-value]
 
 
-class LSTMScan(torch.autograd.Function):
+class LSTMScan(Scan):
     """The states of G LSTMs from the products of their inputs, starting at zero.
 
     Source: i, f, o = sigmoid(x + h u), g = tanh(x + h u), c' = f c + i g, h' = o tanh(c'), as `nn.LSTM` documents them.
     """
 
     @staticmethod
-    def forward(ctx: Any, entering: Tensor, u: Tensor, bias: Tensor) -> Tensor:
-        """entering [G, T, B, 4 H], u [G, 4 H, H], bias [G, 4 H], in the order i, f, g, o -> states [G, T, B, H]."""
+    def forward(entering: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """entering [G, T, B, 4 H], u [G, 4 H, H], bias [G, 4 H], as i, f, g, o -> states [G, T, B, H], cells, gates."""
         groups, steps, batch, width = entering.shape
         size = width // 4
         ut = u.transpose(1, 2)
@@ -189,14 +234,13 @@ class LSTMScan(torch.autograd.Function):
             cell = cells[:, t]
             torch.mul(o, cell.tanh(), out=states[:, t])
             state = states[:, t]
-        ctx.save_for_backward(gates, states, cells, u)
-        return states
+        return states, cells, gates
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor]:
         """[G, T, B, H] -> gradients of `entering`, `u` and `bias`."""
-        gates, states, cells, u = ctx.saved_tensors
+        u, states, cells, gates = ctx.saved_tensors
         size = states.shape[-1]
         i, f, g, o = gates.split(size, dim=-1)
         before, squashed = _shifted(states), cells.tanh()

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from vaflow.errors import UsageError, explain
 from vaflow.train.heads.positions import Sinusoids
@@ -57,6 +57,7 @@ class Recurrent(nn.Module):
             bidirectional=True,
             dropout=dropout if layers > 1 else 0.0,
         )
+        self.between = nn.Dropout(self.rnn.dropout)  # between layers
         self.back = nn.Identity() if 2 * width == hidden else nn.Linear(2 * width, hidden)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def run_together(models: Sequence[Recurrent], sequences: Sequence[Tensor], insid
     for model, x, inside in zip(models, sequences, insides, strict=True):
         check_sequence(x, inside, model.input_size)
     clean = [zero_outside(x, inside) for x, inside in zip(sequences, insides, strict=True)]
-    states = run_recurrent([model.rnn for model in models], clean, insides)
+    states = run_recurrent([model.rnn for model in models], clean, insides, models[0].between)
     return [zero_outside(model.back(y), m) for model, y, m in zip(models, states, insides, strict=True)]
 
 
@@ -142,6 +143,21 @@ class TCN(nn.Module):
         return x.transpose(1, 2)
 
 
+class WeightNorm(nn.Module):
+    """Weight normalisation, g v / |v| per output channel, stored under the names of PyTorch's own.
+
+    PyTorch's has no rule for `torch.vmap`, which trains several runs together.
+    """
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        """g [N, 1, 1], v [N, C, K] -> [N, C, K]."""
+        return v * (g / v.flatten(1).norm(dim=1)[:, None, None])
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, C, K] -> g and v."""
+        return weight.flatten(1).norm(dim=1)[:, None, None], weight
+
+
 class TCNBlock(nn.Module):
     """relu(x + relu(conv(relu(conv(x))))), weight-normalised, zero beyond both ends of every sequence."""
 
@@ -151,8 +167,10 @@ class TCNBlock(nn.Module):
         super().__init__()
         reach = (kernel_size - 1) * dilation
         self.pad = (reach, 0) if causal else (reach // 2, reach // 2)
-        self.first = weight_norm(nn.Conv1d(before, after, kernel_size, dilation=dilation))
-        self.second = weight_norm(nn.Conv1d(after, after, kernel_size, dilation=dilation))
+        self.first = nn.Conv1d(before, after, kernel_size, dilation=dilation)
+        self.second = nn.Conv1d(after, after, kernel_size, dilation=dilation)
+        for convolution in (self.first, self.second):
+            register_parametrization(convolution, "weight", WeightNorm())
         self.skip = nn.Identity() if before == after else nn.Conv1d(before, after, 1)
         self.dropout = nn.Dropout(dropout)
 

@@ -34,6 +34,10 @@ def ablate(
         typer.Option("--alias", metavar="NAME=OTHER", help="Use stream OTHER where a table names NAME. Repeatable."),
     ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", help="Number of runs in parallel, one process each.")] = 1,
+    together: Annotated[
+        bool,
+        typer.Option("--together", help="Train runs of one architecture in one batch, where this measures faster."),
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Setting of every row without its own value. Repeatable."),
@@ -85,9 +89,11 @@ def ablate(
             out,
             options,
             processes=jobs,
+            together=together,
             level=logging.DEBUG if verbose else logging.ERROR,
             on_plan=reporter.plan,
             on_run=reporter.run,
+            on_choice=reporter.choice,
         )
     if compared:
         path = write_matrix(opened, result.results, out / "encoders.md")
@@ -134,6 +140,11 @@ class _Reporter:
                     reason = f"the cache has no stream {missing}" if missing else entry.problem
                     self._write(f"skipped: {entry.row.name}: {reason}")
             self._write(f"{self._total} runs, {self._done} of them already finished")
+
+    def choice(self, text: str) -> None:
+        """Called for every batch of runs that could train together."""
+        if not self._quiet:
+            self._write(text)
 
     def run(self, outcome: "Outcome") -> None:
         """Called for every run that ends."""
