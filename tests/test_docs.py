@@ -39,7 +39,7 @@ PAGES = (
     "docs/search.md",
     *(
         f"docs/{name}.md"
-        for name in ("provenance", "tutorial", "own-data", "encoders", "fine-tuning", "read-elsewhere")
+        for name in ("provenance", "export", "tutorial", "own-data", "encoders", "fine-tuning", "read-elsewhere")
     ),
     "docs/python.md",
 )

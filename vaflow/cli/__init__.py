@@ -22,6 +22,7 @@ from vaflow.cli import (
     check,
     demo,
     evaluate,
+    export,
     extract,
     faces,
     info,
@@ -77,6 +78,7 @@ _add("ensemble", evaluate.ensemble, MODEL)
 _add("ablate", ablate.ablate, MODEL)
 _add("search", search.search, MODEL)
 _add("predict", predict.predict, RESULT)
+_add("export", export.export, RESULT)
 _add("submit", submit.submit, RESULT)
 _add("provenance", provenance.provenance, RESULT)
 _add("trace", provenance.trace, RESULT, hidden=True)

@@ -366,6 +366,35 @@ def _report(summary: "TransferSummary", *, json: bool, quiet: bool) -> int:
 
 
 @app.command(cls=Command)
+def export(
+    cache: CachePath,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="New folder of Parquet files.", show_default=False)],
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Write a cache as Parquet files that the Hugging Face `datasets` library loads, one configuration per stream.
+
+    Requires pyarrow. Face crops are not exported.
+
+    Example: vaflow cache export cache dataset
+    """
+    from vaflow.cache import open_cache
+    from vaflow.cache.parquet import export_parquet
+
+    set_up(verbose, quiet)
+    opened = open_cache(cache)
+    with _bar("export", _count_items(opened), quiet or json) as step:
+        rows = export_parquet(opened, out, step)
+    if json:
+        print_json({"out": str(out), "streams": rows})
+    elif not quiet:
+        typer.echo(table(list(rows.items()), ("stream", "rows")))
+        typer.echo(f"Wrote {visible(str(out))}")
+    return 0
+
+
+@app.command(cls=Command)
 def prompts(
     cache: CachePath,
     prompts: Annotated[

@@ -1,0 +1,61 @@
+"""`vaflow cache export`: Parquet files with the numbers of the cache."""
+
+import json
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from cache_toys import arrays, small_cache, stream
+
+from vaflow.cache import create_cache
+from vaflow.cli import main
+
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def test_every_array_comes_back(tmp_path: Path, store: str) -> None:
+    cache = small_cache(tmp_path / "cache", store)
+    assert main(["cache", "export", str(tmp_path / "cache"), str(tmp_path / "out")]) == 0
+    rows = 0
+    for file in (tmp_path / "out").glob("*/*.parquet"):
+        stream = unquote(file.parent.name)
+        table = parquet.read_table(file)
+        for row in table.to_pylist():
+            rows += 1
+            stored = cache.read(stream, row["clip"])
+            for name in set(row) - {"clip", "split"}:
+                np.testing.assert_array_equal(np.array(row[name]), stored.arrays[name])
+    assert rows == sum(len(cache.items(stream=name)) for name in cache.streams())
+
+
+def test_clips_may_differ_in_their_steps(tmp_path: Path) -> None:
+    cache = create_cache(tmp_path / "cache")
+    info = stream("audio")
+    cache.declare(info)
+    for item, steps in (("few", 4), ("many", 7)):
+        made = arrays(info, 3)
+        sized = {
+            name: np.resize(made[name], (3, steps, *made[name].shape[2:])) for name in ("embedding", "time", "valid")
+        }
+        cache.write("audio", item, made | sized)
+    assert main(["cache", "export", str(tmp_path / "cache"), str(tmp_path / "out")]) == 0
+    rows = parquet.read_table(tmp_path / "out" / "audio" / "unsplit.parquet").to_pylist()
+    assert {row["clip"]: np.array(row["embedding"]).shape[:2] for row in rows} == {"few": (3, 4), "many": (3, 7)}
+
+
+def test_the_card_names_every_file(tmp_path: Path) -> None:
+    small_cache(tmp_path / "cache", "zarr")
+    out = tmp_path / "out"
+    assert main(["cache", "export", str(tmp_path / "cache"), str(out)]) == 0
+    lines = (out / "README.md").read_text().splitlines()
+    named = {json.loads(line.split(": ", 1)[1]) for line in lines if line.strip().startswith("path: ")}
+    assert named == {file.relative_to(out).as_posix() for file in out.glob("*/*.parquet")}
+
+
+def test_a_folder_with_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_cache(tmp_path / "cache", "zarr")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    assert main(["cache", "export", str(tmp_path / "cache"), str(tmp_path / "out")]) == 2
+    assert "is not empty" in capsys.readouterr().err
