@@ -68,23 +68,24 @@ def build_model(
     Raises:
         UsageError: settings that do not go together.
     """
+    return VAModel(streams, prototypes, context=context, targets=targets, **model_options(config))
+
+
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """The keyword arguments of `VAModel` that settings determine."""
     options: dict[str, Any] = {"layers": config.layers} if config.layers else {}
     if config.temporal == "tcn":
         options["causal"] = config.causal
     if config.temporal == "transformer":
         options["heads"] = config.attention_heads
-    return VAModel(
-        streams,
-        prototypes,
-        hidden=config.hidden,
-        temporal=config.temporal,
-        temporal_options=options,
-        fusion=config.fusion,
-        attention_heads=config.attention_heads,
-        attention_positions=config.attention_positions,
-        dropout=config.dropout,
-        normalize=config.normalize,
-        learnable_prototypes=config.learnable_prompts,
-        context=context,
-        targets=targets,
-    )
+    return {
+        "hidden": config.hidden,
+        "temporal": config.temporal,
+        "temporal_options": options,
+        "fusion": config.fusion,
+        "attention_heads": config.attention_heads,
+        "attention_positions": config.attention_positions,
+        "dropout": config.dropout,
+        "normalize": config.normalize,
+        "learnable_prototypes": config.learnable_prompts,
+    }

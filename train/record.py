@@ -59,7 +59,11 @@ class RunRecord:
         return tuple(name for name in DIMENSIONS if counts.get(f"labelled_{name}") == 0)
 
     def to_toml(self) -> str:
-        """TOML with the tables `train` (settings), `data` and one `stream` each, and one `tuned` each."""
+        """The record as TOML; see `document`."""
+        return tomli_w.dumps(self.document())
+
+    def document(self) -> dict[str, Any]:
+        """The record as tables: `train` (settings), `data`, one `stream` each, and one `tuned` each."""
         document: dict[str, Any] = {
             "vaflow": self.version,
             "cache": _path_to_text(self.cache),
@@ -74,7 +78,7 @@ class RunRecord:
             document["environment"] = dict(self.environment)
         if self.tuned:
             document["tuned"] = [_as_table(stream) for stream in self.tuned]
-        return tomli_w.dumps(document)
+        return document
 
     @classmethod
     def from_toml(cls, text: str) -> "RunRecord":
@@ -85,6 +89,18 @@ class RunRecord:
         """
         try:
             document = tomllib.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        return cls.from_document(document)
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> "RunRecord":
+        """Read what `document` made; other members are ignored.
+
+        Raises:
+            ValueError: it lacks a part, or has one of another type.
+        """
+        try:
             config = merge(BEFORE_SETTING, document["train"])
             streams, tuned = (
                 tuple(map(_from_table, tables)) for tables in (document["stream"], document.get("tuned", ()))

@@ -40,6 +40,7 @@ from vaflow.train.storage import read_tensors
 from vaflow.train.windows import WindowSet
 
 PROTOTYPES, CONTEXT = "prompt.prototypes", "prompt.context"  # names of the model's tensors
+PUBLISHED_CONFIG = "config.json"  # of a published run, in place of config.toml
 ENSEMBLE_FILE = "ensemble.json"  # in the directory of an ensemble: its runs and their weights
 WRITTEN = (  # every file and folder that a run writes
     *("config.toml", "clips.json", "metrics.json", "history.csv", "smoothing.json", "model*.safetensors"),
@@ -151,17 +152,19 @@ class RunFolder:
         return digests.from_json(self.clips_file.read_text("utf-8"), str(self.clips_file))
 
     def record(self) -> RunRecord | None:
-        """Read `config.toml`; None if the run has not started.
+        """Read `config.toml`, or `config.json` of a published run; None if the run has not started.
 
         Raises:
-            CorruptError: `config.toml` is damaged.
+            CorruptError: the file is damaged.
         """
+        file = self.config_file if self.config_file.is_file() else self.path / PUBLISHED_CONFIG
         try:
-            return RunRecord.from_toml(self.config_file.read_text("utf-8"))
+            text = file.read_text("utf-8")
+            return RunRecord.from_document(json.loads(text)) if file.suffix == ".json" else RunRecord.from_toml(text)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise CorruptError(explain(f"{self.config_file} cannot be read", got=error)) from error
+        except (ValueError, RecursionError) as error:
+            raise CorruptError(explain(f"{file} cannot be read", got=error)) from error
 
     def write_record(self, record: RunRecord) -> None:
         """Write `config.toml`."""
@@ -321,7 +324,7 @@ def cache_of(run: Path) -> str:
         UsageError: it is not a run, or its cache is at neither place.
     """
     record = require_record(run)
-    places = [record.cache]
+    places = [record.cache] if record.cache else []  # a published run names none
     if record.cache_relative:
         places.append(str((Path(run).resolve() / record.cache_relative).resolve()))
     for place in places:
@@ -330,7 +333,7 @@ def cache_of(run: Path) -> str:
     raise UsageError(
         explain(
             f"The cache that {run} was trained on is not there",
-            expected="a cache at " + " or ".join(dict.fromkeys(places)),
+            expected="a cache at " + " or ".join(dict.fromkeys(places)) if places else "a cache",
             remedy="Name it with --cache CACHE",
         )
     )

@@ -127,23 +127,26 @@ class Run:
         Raises:
             UsageError: the run, cache or split does not exist, or the split has no labels.
         """
-        from vaflow.train.runs import require_record
+        from vaflow.train.runs import cache_of
         from vaflow.train.training import evaluate_run
 
-        opened = open_cache(cache if cache is not None else require_record(self.path).cache)
+        opened = open_cache(cache if cache is not None else cache_of(self.path))
         return evaluate_run(self.path, opened, split, device=device)
 
 
 def load(run: PathLike) -> Run:
-    """Open the directory of a finished run or of an ensemble.
+    """Open the directory of a finished run, of an exported run or of an ensemble, or `hf:USER/NAME` of the hub.
 
     Raises:
-        UsageError: the directory holds neither, or the run is not finished.
+        UsageError: the directory holds none of them, or the run is not finished.
+        WeightsError: the hub cannot be reached, or has no such model.
     """
     from vaflow.train.ensemble import members_of
+    from vaflow.train.published import local_run
     from vaflow.train.runs import RunFolder, require_record
 
-    members, _ = members_of(Path(run))
+    run = local_run(run)
+    members, _ = members_of(run)
     for member in members:
         require_record(member)
         if not RunFolder(member).done:

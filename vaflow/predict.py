@@ -39,6 +39,7 @@ from vaflow.train.inputs import sampling
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.plots import draw_trace
 from vaflow.train.provenance import write_sources
+from vaflow.train.published import local_run
 from vaflow.train.runs import Run, RunFolder, load_run
 from vaflow.train.training import read_for
 
@@ -106,7 +107,7 @@ def predict_media(
     the files of those that were predicted.
 
     Args:
-        run: folder of a trained run or of an ensemble; its encoders are run on the videos.
+        run: folder of a run, an exported run or an ensemble, or `hf:USER/NAME`; its encoders are run on the videos.
         media: videos, or folders that are searched for videos; empty: all clips of `config.cache`.
         out: made if missing. Failed clips are listed in `out/failures.jsonl` and do not stop the others.
         config: options.
@@ -121,6 +122,7 @@ def predict_media(
     if not media and config.cache is None:
         raise UsageError(explain("Nothing to predict", expected="videos, or --cache CACHE to predict its clips"))
     device = choose_device(config.device)
+    run = local_run(run)
     runs, weights = members_of(run)
     members = {path: load_run(path, device) for path in runs}
     settings = extraction_settings(members, config) if media else None

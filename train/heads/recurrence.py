@@ -37,6 +37,8 @@ def run_recurrent(
     Returns:
         [B, T, 2 H] per network: both directions side by side; arbitrary finite numbers at padding.
     """
+    if torch.onnx.is_in_onnx_export():
+        return [_run_by_library(cell, x, inside) for cell, x, inside in zip(cells, sequences, insides, strict=True)]
     first = cells[0]
     steps = [x.shape[1] for x in sequences]
     longest = max(steps)
@@ -50,6 +52,27 @@ def run_recurrent(
         if layer + 1 < first.num_layers:
             x = functional.dropout(x, first.dropout, first.training) if dropout is None else dropout(x)
     return [y[:, :n] for y, n in zip(x, steps, strict=True)]
+
+
+def _run_by_library(cell: Cell, x: Tensor, inside: Tensor) -> Tensor:
+    """One network by PyTorch's own operators, which have an ONNX form: x [B, T, D] -> [B, T, 2 H]; no dropout."""
+    length = inside.sum(dim=1, keepdim=True)
+    step = torch.arange(inside.shape[1], device=inside.device)
+    reverse = torch.where(step < length, length - 1 - step, step).unsqueeze(-1)  # [B, T, 1], its own inverse
+    zero = x.new_zeros(1, x.shape[0], cell.hidden_size)
+    for layer in range(cell.num_layers):
+        states = []
+        for suffix in ("", "_reverse"):
+            entering = x.gather(1, reverse.expand(-1, -1, x.shape[2])) if suffix else x
+            weights = [getattr(cell, f"{name}_l{layer}{suffix}") for name in _NAMES]
+            options = (weights, True, 1, 0.0, False, False, True)  # biases, layers, dropout, training, both ways, batch
+            if isinstance(cell, nn.GRU):
+                state = torch.gru(entering, zero, *options)[0]
+            else:
+                state = torch.lstm(entering, (zero, zero), *options)[0]
+            states.append(state.gather(1, reverse.expand(-1, -1, cell.hidden_size)) if suffix else state)
+        x = torch.cat(states, dim=-1)
+    return x
 
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

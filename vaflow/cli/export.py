@@ -21,6 +21,9 @@ def export(
             "--format", metavar="NAMES", help="Export predictions: csv, eaf, parquet, textgrid, separated by commas."
         ),
     ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also write the heads as ONNX: heads.onnx and heads-fixed.onnx.")
+    ] = False,
     step: Annotated[
         float, typer.Option(metavar="SECONDS", help="Length of the intervals in ELAN and Praat files.")
     ] = 0.5,
@@ -28,20 +31,33 @@ def export(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Export predictions with --format, for ELAN, Praat, and programs that read tables.
+    """Export a run to share in the layout of the Hugging Face hub; or, with --format, predictions.
 
-    `csv` writes clips.csv, a row per clip; `parquet` predictions.parquet, the frames of all clips; `eaf` and `textgrid`
-    one file per clip, for ELAN and Praat.
+    `vaflow predict DIR` uses an exported run: config.json, model.safetensors and README.md, a model card to complete.
+
+    Formats: `csv` writes clips.csv, a row per clip; `parquet` predictions.parquet, the frames of all clips; `eaf` and
+    `textgrid` one file per clip, for ELAN and Praat.
+
+    Example: vaflow export runs/full shared
 
     Example: vaflow export predictions tables --format csv,eaf,textgrid
     """
     set_up(verbose, quiet)
-    from vaflow.viewer.exports import export_predictions
+    if formats is not None:
+        from vaflow.viewer.exports import export_predictions
 
-    if formats is None:
-        raise UsageError(explain("Nothing to export", expected="--format"))
-    names = [name.strip() for name in formats.split(",") if name.strip()]
-    files = export_predictions(source, out, names, step)
+        if onnx:
+            raise UsageError(explain("--onnx exports a run, --format predictions", remedy="Use two commands"))
+        names = [name.strip() for name in formats.split(",") if name.strip()]
+        files = export_predictions(source, out, names, step)
+    else:
+        from vaflow.train.published import export_run
+
+        files = export_run(source, out)
+        if onnx:
+            from vaflow.train.onnx_heads import export_onnx
+
+            files += export_onnx(source, out)
     if json:
         print_json([str(file) for file in files])
     elif not quiet:

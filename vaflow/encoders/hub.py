@@ -26,10 +26,11 @@ PATIENCE = 6.0  # seconds until an address that does not answer counts as unreac
 STALL = 45.0  # seconds without a new byte until a download counts as stalled
 
 
-def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = "") -> Path:
+def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = "", remedy: str = "") -> Path:
     """Return the first of `names` in the Hugging Face model `repo`: from the local hub cache, else downloaded.
 
-    `needs` describes in messages what PATH must contain, where that is more than one of the names.
+    `needs` describes in messages what PATH must contain, where that is more than one of the names; `remedy` what to do
+    where the hub cannot be reached.
 
     Raises:
         WeightsError: the hub is unreachable or stalls, or it has no such model or file, or access is restricted.
@@ -50,7 +51,7 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
             cached = try_to_load_from_cache(repo, name)
             if isinstance(cached, str):
                 return Path(cached)
-        _require_hub(repo, needs, encoder)
+        _require_hub(repo, needs, encoder, remedy)
         folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
         for name in names:
             try:
@@ -58,7 +59,7 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
                     watch(lambda name=name: hf_hub_download(repo, name, etag_timeout=PATIENCE), folder, name)  # type: ignore[misc]
                 )
             except LocalEntryNotFoundError as error:  # derives from EntryNotFoundError, but means: unreachable
-                raise WeightsError(_no_download(repo, needs, encoder, "the connection broke")) from error
+                raise WeightsError(_no_download(repo, needs, encoder, "the connection broke", remedy)) from error
             except EntryNotFoundError:
                 continue
     except GatedRepoError as error:
@@ -70,8 +71,8 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
         raise WeightsError(_no_download(repo, needs, encoder, reason, "Check the id, or set HF_TOKEN")) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(_no_download(repo, needs, encoder, reason)) from error
-    raise WeightsError(_no_download(repo, needs, encoder, "the model has none of these files"))
+        raise WeightsError(_no_download(repo, needs, encoder, reason, remedy)) from error
+    raise WeightsError(_no_download(repo, needs, encoder, "the model has none of these files", remedy))
 
 
 def _no_download(repo: str, needs: str, encoder: str, reason: str, remedy: str = "") -> str:
@@ -87,15 +88,16 @@ def _not_available(encoder: str, expected: str, reason: str, remedy: str = "") -
     )
 
 
-def _require_hub(repo: str, needs: str, encoder: str) -> None:
+def _require_hub(repo: str, needs: str, encoder: str, remedy: str) -> None:
     """Send the hub one request: its own client retries for half a minute before it fails."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise WeightsError(_no_download(repo, needs, encoder, "HF_HUB_OFFLINE is set, and the local cache has none"))
+        reason = "HF_HUB_OFFLINE is set, and the local cache has none"
+        raise WeightsError(_no_download(repo, needs, encoder, reason, remedy))
     problem = reach(constants.ENDPOINT)
     if problem:
-        raise WeightsError(_no_download(repo, needs, encoder, f"the hub cannot be reached: {problem}"))
+        raise WeightsError(_no_download(repo, needs, encoder, f"the hub cannot be reached: {problem}", remedy))
 
 
 def watch(download: Callable[[], T], folder: Path, what: str) -> T:

@@ -1,0 +1,88 @@
+"""ONNX Runtime computes what PyTorch computes, on masked windows of the traced length and of others."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy_batches import HEARD, HEARD_TOO, PROTOTYPES, SEEN, SEEN_TOO, toy_batch
+
+from vaflow.train.batch import AUDIO, Batch, StreamSpec, TargetSpec
+from vaflow.train.heads.fusion import FUSION
+from vaflow.train.heads.model import EachModel, VAModel
+from vaflow.train.heads.temporal import TEMPORAL
+from vaflow.train.onnx_heads import Heads, inputs_of, onnx_bytes
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+TOLERANCE = 1e-5
+SPECTROGRAM = StreamSpec("logmel", AUDIO, 16, frames_per_step=4)
+
+
+def batch_of(streams: tuple[StreamSpec, ...], frames: tuple[int, ...], steps: tuple[int, ...], seed: int) -> Batch:
+    batch = toy_batch(frames, steps, streams, seed=seed)
+
+    def single(tensors: Any) -> Any:
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+    return replace(
+        batch, features=single(batch.features), feature_time=single(batch.feature_time), time=batch.time.float()
+    )
+
+
+def compare(model: VAModel, predictor: torch.nn.Module | None = None, factor: int = 1) -> None:
+    """Export with one batch; compare on that one with other masks, and, of the dynamic export, on other lengths."""
+    streams = model.streams
+    heads = Heads(model, predictor).eval()
+    traced = inputs_of(batch_of(streams, (6, 6), (8 * factor, 8 * factor), 0), streams)
+    same = batch_of(streams, (6, 4, 1), (8 * factor, 5, 1), 1)
+    other = batch_of(streams, (11, 3, 7, 1), (12 * factor, 2, 12 * factor, 9), 2)
+    silent = replace(other, valid={name: torch.zeros_like(mask) for name, mask in other.valid.items()})
+    for dynamic, batches in ((True, (same, other, silent)), (False, (same,))):
+        session = onnxruntime.InferenceSession(onnx_bytes(heads, traced, dynamic=dynamic))
+        read = {one.name for one in session.get_inputs()}
+        for batch in batches:
+            inputs = inputs_of(batch, streams)
+            got = session.run(heads.output_names, {name: x.numpy() for name, x in inputs.items() if name in read})
+            with torch.inference_mode():
+                output = (predictor or model)(batch)
+            regions = [] if output.region_logits is None else [output.region_logits]
+            expected = (output.va, *regions, *output.extra.values())
+            for name, one, two in zip(heads.output_names, got, expected, strict=True):
+                tolerance = TOLERANCE * max(1.0, float(two.abs().max()))
+                np.testing.assert_allclose(one, two.numpy(), atol=tolerance, rtol=0, err_msg=f"{name}, {dynamic}")
+
+
+def model_of(streams: tuple[StreamSpec, ...], **options: Any) -> VAModel:
+    torch.manual_seed(3)
+    return VAModel(streams, PROTOTYPES, hidden=16, **options).eval()
+
+
+@pytest.mark.parametrize("temporal", TEMPORAL)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_every_temporal_model(temporal: str, layers: int) -> None:
+    compare(model_of((SEEN, HEARD), temporal=temporal, temporal_options={"layers": layers}))
+
+
+@pytest.mark.parametrize("fusion", FUSION)
+@pytest.mark.parametrize("positions", ["none", "time"])
+def test_every_fusion(fusion: str, positions: str) -> None:
+    compare(model_of((SEEN, SEEN_TOO, HEARD, HEARD_TOO), fusion=fusion, attention_positions=positions))
+
+
+@pytest.mark.parametrize("stream", [SEEN, HEARD])
+def test_one_modality(stream: StreamSpec) -> None:
+    compare(model_of((stream,), normalize="l2"))
+
+
+def test_a_spectrogram() -> None:
+    compare(model_of((SEEN, SPECTROGRAM)), factor=4)
+
+
+def test_further_targets_and_two_best_epochs() -> None:
+    targets = (TargetSpec("expression", "classes", ("neutral", "joy", "anger")),)
+    model, other = (model_of((SEEN, HEARD), targets=targets) for _ in range(2))
+    torch.nn.init.normal_(other.regression[0].weight)  # type: ignore[arg-type]
+    compare(model, EachModel(model, other))
