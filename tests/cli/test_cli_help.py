@@ -84,7 +84,7 @@ def test_completion_offers_the_commands(monkeypatch: pytest.MonkeyPatch, capsys:
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
         main([])
-    assert capsys.readouterr().out.split() == ["extract", "evaluate", "ensemble"]
+    assert capsys.readouterr().out.split() == ["extract", "evaluate", "ensemble", "export"]
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
