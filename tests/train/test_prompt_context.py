@@ -71,7 +71,7 @@ def test_another_encoder_than_the_cache_had_is_refused(encoder: Any, tmp_path: P
 
 def test_prompts_without_their_words_are_refused(tmp_path: Path) -> None:
     toy = make_cache(tmp_path / "cache", Toy(seconds=(6, 7), splits={"train": 1, "val": 1}))
-    with pytest.raises(UsageError, match="words of the nine regions"):
+    with pytest.raises(UsageError, match="descriptions of the nine regions"):
         train(toy, replace(CONFIG, text=""), tmp_path / "run")
 
 

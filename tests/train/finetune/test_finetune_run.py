@@ -156,7 +156,7 @@ def test_heads_of_another_run_are_a_warm_start(pixels_cache: Cache, run: Path, t
         torch.testing.assert_close(warm[name], tensor, rtol=0, atol=1e-6)
     with pytest.raises(UsageError, match="other shapes"):
         train_run(pixels_cache, replace(still, hidden=8), tmp_path / "other", **QUIET)
-    with pytest.raises(UsageError, match="was fine-tuned"):
+    with pytest.raises(UsageError, match="is a fine-tuned run"):
         train_run(pixels_cache, replace(still, init=str(run)), tmp_path / "again", **QUIET)
 
 
