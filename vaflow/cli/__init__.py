@@ -19,6 +19,7 @@ from vaflow.cli import (
     ablate,
     cache,
     cache_import,
+    cache_prompts,
     check,
     demo,
     evaluate,
@@ -66,6 +67,7 @@ app.command(
     "extract", cls=command_class(ExtractConfig), epilog=epilog(ExtractConfig, "docs/settings.md"), rich_help_panel=DATA
 )(extract.extract)
 app.add_typer(cache.app, name="cache", cls=CommandGroup, rich_help_panel=CACHE)
+_add("prompts", cache_prompts.prompts, "Commands", cache.app)
 _add("import", cache_import.import_, "Commands", cache.app)
 _add("targets", cache_import.targets, "Commands", cache.app)
 app.command(

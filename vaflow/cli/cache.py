@@ -1,4 +1,4 @@
-"""`vaflow cache`: show, verify, repair, convert, pack and merge caches; drop clips, change splits, embed prompts."""
+"""`vaflow cache`: show, verify, repair, convert, pack and merge caches; drop clips, change splits."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +19,6 @@ from vaflow.cli.common import (
     show_bars,
     summary_json,
     table,
-    weight_pairs,
 )
 from vaflow.errors import CorruptError, UsageError, count, explain, visible
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from vaflow.cache import Cache
     from vaflow.cache.copy import TransferSummary
     from vaflow.cache.verify import Problem
-    from vaflow.extract.prompts import AddedPrompts, ListedSet
 
 SOME_FAILED = 3
 SHOWN = 20  # clips that a command lists without --verbose
@@ -392,62 +390,3 @@ def export(
         typer.echo(table(list(rows.items()), ("stream", "rows")))
         typer.echo(f"Wrote {visible(str(out))}")
     return 0
-
-
-@app.command(cls=Command)
-def prompts(
-    cache: CachePath,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompt set to embed, a TOML file.", show_default=False)
-    ] = None,
-    visual: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Encoder of the prompts.", show_default="all with a text tower")
-    ] = None,
-    weights: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="Local weights instead of the hub. Repeatable.")
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "cpu",
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> int:
-    """List the prompt sets of a cache; with --prompts, embed another one. Reads no media.
-
-    The set is named after the file; `vaflow train CACHE --set prompts=NAME` uses it. -v prints the prompts.
-
-    Example: vaflow cache prompts cache --prompts plain.toml
-    """
-    set_up(verbose, quiet)
-    from vaflow.cache import open_cache
-    from vaflow.extract.prompts import add_prompts, list_prompts
-
-    added = None
-    if prompts is not None:
-        opened = open_cache(cache, writable=True)
-        added = add_prompts(opened, prompts, visual, weight_pairs(weights or []), device=device)
-        opened.refresh_index()
-    elif visual is not None or weights:
-        problem = "--visual and --weights are options of embedding"
-        raise UsageError(explain(problem, expected="--prompts FILE beside them", got="no --prompts"))
-    listed = list_prompts(open_cache(cache))
-    if json:
-        document: dict[str, Any] = {"cache": str(cache), "sets": [asdict(one) for one in listed]}
-        print_json(document if added is None else document | {"added": asdict(added)})
-    elif not quiet:
-        typer.echo(_prompts_text(listed, added, cache, verbose))
-    return 0
-
-
-def _prompts_text(listed: "list[ListedSet]", added: "AddedPrompts | None", cache: Path, verbose: bool) -> str:
-    lines = []
-    if added is not None:
-        lines += [f"{added.name!r} embedded: {stream}" for stream in added.new]
-        lines += [f"{added.name!r} embedded, replacing other prompts: {stream}" for stream in added.replaced]
-        lines += [f"{added.name!r} is up to date: {stream}" for stream in added.unchanged]
-        lines += [f"Train with it: vaflow train {cache} --out RUN --set prompts={added.name}", ""]
-    rows = [(one.stream, one.name, len(one.templates), one.created) for one in listed]
-    lines.append(table(rows, ("stream", "set", "templates", "created")) if rows else "no prompt sets")
-    if verbose:
-        for one in listed:
-            lines += ["", f"{one.stream}, {one.name}:", *(f"  {words}" for words in one.templates + one.descriptions)]
-    return "\n".join(visible(line) for line in lines)
