@@ -59,6 +59,11 @@ class StreamTable:
     inside: Tensor | None = None
     time: Tensor | None = None
 
+    @cached_property
+    def host_index(self) -> Tensor:
+        """`index` as int64 on the CPU, for what is read there while the device works; copied once."""
+        return self.index.cpu().long()
+
 
 class WindowSet:
     """The windows of some clips, gathered into batches by index.

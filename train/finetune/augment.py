@@ -5,13 +5,16 @@ still encoded once. The random numbers depend on the step and the clip only, not
 of processes.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from os import cpu_count
 
 import torch
 from torch import Tensor
 
 from vaflow.train.loop import seed_from
 
+THREADS = min(8, cpu_count() or 1)
 FLIPPED = 0.5  # share of clips
 SMALLEST_CROP = 0.9  # fraction of the edge; the crops are already tight around the face
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 - COLOUR .. 1 + COLOUR
@@ -31,16 +34,20 @@ class Augment:
     def images(self, images: Tensor, clips: Tensor) -> Tensor:
         """Augment images [U, S, S, 3] uint8 of the clips [U]; same shape."""
         changed = torch.empty_like(images)
-        for clip in torch.unique(clips).tolist():
+
+        def augment_clip(clip: int) -> None:
             of_clip = clips == clip
             changed[of_clip] = augment_images(images[of_clip], self._generator(0, clip))
+
+        with ThreadPoolExecutor(THREADS) as pool:  # torch's operators release the interpreter lock
+            list(pool.map(augment_clip, torch.unique(clips).tolist()))
         return changed
 
     def logmel(self, logmel: Tensor, units: Tensor) -> Tensor:
         """Mask a strip of bands and a strip of time in each window [U, frames, bands] of the units [U]; same shape."""
-        return torch.stack(
-            [augment_logmel(mel, self._generator(1, unit)) for mel, unit in zip(logmel, units.tolist(), strict=True)]
-        )
+        generators = [self._generator(1, unit) for unit in units.tolist()]
+        with ThreadPoolExecutor(THREADS) as pool:
+            return torch.stack(list(pool.map(augment_logmel, logmel, generators)))
 
     def _generator(self, *more: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed_from(*self.numbers, *more))

@@ -7,7 +7,6 @@ tables of a `WindowSet` therefore also select the inputs.
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,10 @@ from vaflow.errors import DataError, UsageError, explain
 from vaflow.images import decode
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import default_budget, make_packs, mapped_zeros
-from vaflow.train.finetune.augment import Augment
+from vaflow.train.finetune.augment import THREADS, Augment
 from vaflow.train.finetune.backbones import Backbone
 from vaflow.train.inputs import InputStream
 from vaflow.train.windows import WindowSet
-
-THREADS = min(8, cpu_count() or 1)  # that decode images: Pillow releases the interpreter lock
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class StoredImages:
 
     def read(self, units: Tensor, augment: Augment | None = None) -> Tensor:
         """Images of [k] units, [k, S, S, 3] uint8, as the encoder read them in the extraction."""
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:  # Pillow releases the interpreter lock
             arrays = list(pool.map(self.decode, units.tolist()))
         images = torch.from_numpy(np.stack(arrays))
         return images if augment is None else augment.images(images, self.clip[units])

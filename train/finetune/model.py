@@ -53,15 +53,23 @@ def gather(
     ids: Tensor,
     augment: Augment | None = None,
 ) -> Raw:
-    """The windows `ids`, [B] int64, as a batch, with each of their images and log-Mel windows once."""
+    """The windows `ids`, [B] int64, as a batch, with each of their images and log-Mel windows once.
+
+    Called by the thread that reads ahead, so nothing here waits for the device: it would wait for the step under way.
+    """
     units = {}
+    device = windows.inside.device
     for backbone in backbones:
-        table = windows.tables[backbone.stream.name]
-        index = table.index.index_select(0, ids.to(table.index.device)).cpu().long()
+        index = windows.tables[backbone.stream.name].host_index.index_select(0, ids.cpu())
         wanted, place = share_units(index, backbone.per_unit)
         inputs = sources[backbone.stream.name].read(wanted, augment) if len(wanted) else None
-        units[backbone.stream.name] = Units(inputs, place)
+        units[backbone.stream.name] = Units(None if inputs is None else _copied(inputs, device), _copied(place, device))
     return Raw(windows.gather(ids), units)
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to a GPU through pinned memory, so that no thread waits for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def share_units(index: Tensor, per_unit: int) -> tuple[Tensor, Tensor]:
@@ -116,10 +124,9 @@ def _encoded(backbone: Backbone, units: Units, cached: Tensor) -> Tensor:
     """[B, S, D]: the backbone's vectors instead of the cached ones, zeros where missing."""
     if units.inputs is None:
         return torch.zeros_like(cached)
-    rows = backbone.features(units.inputs.to(cached.device))
+    rows = backbone.features(units.inputs)
     rows = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
-    place = units.place.to(cached.device)
-    return rows.index_select(0, place.flatten()).view(*place.shape, -1)
+    return rows.index_select(0, units.place.flatten()).view(*units.place.shape, -1)
 
 
 def encode_split(
