@@ -1,4 +1,4 @@
-"""The forward pass of fine-tuning on a pretended GPU: mixed devices and hidden waits fail. Only `backward` is left out."""
+"""Fine-tuning's forward pass on a pretended GPU: mixed devices and hidden waits fail. `backward` is left out."""
 
 from typing import Any
 
