@@ -31,12 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def restored_log_level() -> Iterator[None]:
-    """Restore the log level, which every command sets: `caplog` of later tests depends on it."""
+def default_log_level() -> Iterator[None]:
+    """Undo the log level that a command has set, in this process or in a fixture: `caplog` depends on it."""
     logger = logging.getLogger("vaflow")
-    level = logger.level
+    logger.setLevel(logging.NOTSET)
     yield
-    logger.setLevel(level)
+    logger.setLevel(logging.NOTSET)
 
 
 CLIPS_VARIABLE = "VAFLOW_TEST_CLIPS"
@@ -48,7 +48,7 @@ def clips() -> Path:
     folder = os.environ.get(CLIPS_VARIABLE)
     if not folder:
         pytest.skip(f"{CLIPS_VARIABLE} is not set: run `python scripts/fetch_clips.py DIR` and point it there")
-    path = Path(folder)
+    path = Path(folder).resolve()  # commands are run in other folders, too
     if not (path / "obama.mp4").is_file():
         pytest.fail(f"{CLIPS_VARIABLE}={folder} holds no clips: run `python scripts/fetch_clips.py {folder}`")
     return path

@@ -23,11 +23,15 @@ class EncoderContract:
     Attributes:
         name: the encoder, as on the command line.
         window, steps: seconds and audio steps that the tests use.
+        order_tolerance: largest change of a row that other rows in its batch may cause. 0 keeps extraction bit for bit
+            reproducible in any order; models whose matrix sizes are no multiples of the vector width need some float32
+            rounding, depending on the number of threads.
     """
 
     name = ""
     window = 4.0
     steps = 8
+    order_tolerance = 0.0
 
     def build(self) -> Any:
         """Return a new encoder."""
@@ -73,7 +77,8 @@ class EncoderContract:
         rows = self.rows(encoder)
         output = self.encode(encoder, rows)
         order = list(reversed(range(len(rows))))
-        assert torch.equal(self.encode(encoder, rows[order]), output[order]), "the order of rows changes the output"
+        change = float((self.encode(encoder, rows[order]) - output[order]).abs().max())
+        assert change <= self.order_tolerance, f"the order of rows changes the output by {change:.1e}"
         others = rows.clone()
         others[1:] = rows[:1]
         assert torch.equal(self.encode(encoder, others)[0], output[0]), "other rows change the output"

@@ -76,7 +76,7 @@ def test_only_failures_are_exit_code_1(data: Path, capsys: pytest.CaptureFixture
     [
         (("--kind", "smell"), "audio, visual"),
         (("--rate", "-1"), "positive"),
-        (("--from", "/nowhere"), "no such folder"),
+        (("--from", "/nowhere"), "does not exist"),
         (("--store", "tar"), "Unknown store"),
         (("--dtype", "int8"), "float16, float32"),
     ],

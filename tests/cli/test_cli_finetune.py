@@ -29,7 +29,7 @@ def test_from_features_to_tuned_encoders(data: Path, tmp_path: Path, capsys: pyt
     assert main(train) == 0
     assert "best epoch 1 of 1" in capsys.readouterr().out
     assert main(train) == 0
-    assert "done already" in capsys.readouterr().out
+    assert "finished already" in capsys.readouterr().out
     tuned = tmp_path / "tuned"
     weights = ["--weights", f"clip-tiny={run}/encoders/clip-tiny.safetensors"]
     weights += ["--weights", f"ast-tiny={run}/encoders/ast-tiny"]

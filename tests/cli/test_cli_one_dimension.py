@@ -34,4 +34,4 @@ def test_predict_names_what_was_never_learned(
     assert main(["predict", str(run), str(data / "obama.mp4"), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     said = capsys.readouterr().err
     for name in ("valence", "arousal"):
-        assert (f"no label of {name}" in said) == (name not in names)
+        assert (f"without {name} labels" in said) == (name not in names)

@@ -57,7 +57,7 @@ def test_without_a_compiler_it_is_said_before_any_clip_is_read(tmp_path: Path) -
     )
     assert done.returncode == 1
     assert "cannot compile" in done.stderr
-    assert "leave --compile out" in done.stderr
+    assert "run without --compile" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "cache").exists()
 

@@ -42,6 +42,8 @@ class TestLayersOfImages(EncoderContract):
 
 
 class TestLayersOfSpeech(EncoderContract):
+    order_tolerance = 1e-6  # last bits, with one thread
+
     @pytest.fixture(autouse=True)
     def checkpoint(self, tmp_path: Path) -> None:
         self.name = f"hf:{write_checkpoint('wavlm', tmp_path / 'model')}@all"
