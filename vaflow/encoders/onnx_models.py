@@ -1,4 +1,4 @@
-"""ONNX graphs as encoders, `onnx:FILE`. Requires `pip install vaflow[onnx]`.
+"""ONNX graphs as encoders, `onnx:FILE`. Requires `pip install -e '.[onnx]'`.
 
 A graph does not say how its input is prepared. `FILE` with the suffix .toml, beside it, does; see `SidecarImage` and
 `SidecarAudio`. Both files are part of the stream's fingerprint. Graphs run on the CPU, in float32.
@@ -126,7 +126,7 @@ class Graph:
         try:
             import onnxruntime
         except ImportError as error:
-            remedy = "pip install 'vaflow[onnx]'"
+            remedy = "pip install -e '.[onnx]'"
             raise UsageError(explain(f"{name} requires onnxruntime", remedy=remedy)) from error
         if not path.is_file():
             raise WeightsError(explain(f"There is no ONNX file {path}", remedy="Check the path after onnx:"))

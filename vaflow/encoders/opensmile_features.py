@@ -1,6 +1,6 @@
 """openSMILE's eGeMAPS as an audio encoder: `opensmile:eGeMAPSv02[/functionals]`.
 
-Requires `pip install vaflow[opensmile]`.
+Requires `pip install -e '.[opensmile]'`.
 
 openSMILE is free for research and private use only; commercial use needs a licence of audEERING. The feature set:
 Eyben et al. 2016, IEEE Transactions on Affective Computing 7(2).
@@ -94,7 +94,7 @@ def build(request: Request) -> OpenSmileEncoder:
     try:
         import opensmile
     except ImportError as error:
-        remedy = "pip install 'vaflow[opensmile]' (research and private use only; see openSMILE's licence)"
+        remedy = "pip install -e '.[opensmile]' (research and private use only; see openSMILE's licence)"
         raise UsageError(explain(f"{request.name} requires openSMILE", remedy=remedy)) from error
     level = opensmile.FeatureLevel.Functionals if SETS[request.source] else opensmile.FeatureLevel.LowLevelDescriptors
     return OpenSmileEncoder(request, opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, level))
