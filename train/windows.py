@@ -61,7 +61,7 @@ class StreamTable:
 
     @cached_property
     def host_index(self) -> Tensor:
-        """`index` as int64 on the CPU, for what is read there while the device works; copied once."""
+        """`index` as int64 on the CPU, copied once: reading inputs ahead must not wait for the device."""
         return self.index.cpu().long()
 
 
