@@ -170,7 +170,7 @@ def _measured(
         rows = BATCHES * (config.window_batch or BATCH_SIZES[device.type]["audio"])
         encoding += windows * len(segments.first) * _seconds_per_row(batcher, row, max(rows, BATCHES))
     workers = config.workers or default_workers(device.type)
-    return dims, round(max(cost * seconds / workers, encoding) / 60, 1), ""
+    return dims, round(max(cost * seconds / workers, encoding) / 60, 3), ""
 
 
 def _seconds_per_row(batcher: Any, row: np.ndarray[Any, Any], rows: int) -> float:
