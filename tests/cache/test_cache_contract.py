@@ -220,6 +220,8 @@ def test_clips_without_a_split_have_a_name_too(tmp_path, store):
     cache.write("labels", "b", arrays(stream("labels")))
     assert cache.items("none") == ["a", "b"]
     assert cache.info()["splits"] == {"none": 2}
+    with pytest.raises(UsageError, match=r"Got: train.*none = clips without a split; to assign: `vaflow cache splits"):
+        cache.items("train")
 
 
 def test_a_missing_item_is_named_with_those_close_to_it(tmp_path, store):

@@ -128,7 +128,12 @@ class Cache:
         if split is not None:
             splits = {row.split or NO_SPLIT for row in rows}
             if split not in splits:
-                raise UsageError(explain(f"No clip of {self.place} has this split", got=split, choices=splits))
+                remedy = None
+                if NO_SPLIT in splits:
+                    remedy = f"none = clips without a split; to assign: `vaflow cache splits {self.place} splits.csv`"
+                raise UsageError(
+                    explain(f"No clip of {self.place} has this split", got=split, choices=splits, remedy=remedy)
+                )
             rows = [row for row in rows if (row.split or NO_SPLIT) == split]  # type: ignore[assignment]
         if stream is not None and stream != LABELS:
             here = {row.item for row in self._rows(stream).values()}
