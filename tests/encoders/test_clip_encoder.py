@@ -1,5 +1,7 @@
 """CLIP through the code that a user's weights go through: files, tags, activation, preprocessing, embeddings."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from fake_hub import into_cache
+from fake_hub import into_cache, serve
+from huggingface_hub import constants
 from open_clip import pretrained
 from PIL import Image
 from safetensors.torch import save_file
 
-from vaflow.encoders import build_encoder
-from vaflow.encoders.clip import activation_of
+from vaflow.encoders import build_encoder, hub
+from vaflow.encoders.clip import activation_of, new_model, tokenizer_of
 from vaflow.errors import UsageError, WeightsError
 
 OPENAI_REPO = "timm/vit_base_patch16_clip_224.openai"
@@ -202,3 +205,66 @@ def test_features_carry_gradients_and_encode_does_not(small_clip: Any, tmp_path:
     encoder.features(pictures(32)).sum().backward()
     assert all(p.grad is not None for p in encoder.module.parameters())
     assert not encoder.encode(pictures(32)).requires_grad
+
+
+# --- text towers of transformers
+
+
+@pytest.fixture
+def text_files(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """A small roberta-ViT-B-32, and the files of its text tower on the hub."""
+    from open_clip import factory
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"hf_model_name": "roberta-base", "hf_tokenizer_name": "roberta-base", "hf_pooler_type": "mean_pooler"}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, "quick_gelu": False}
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "roberta-ViT-B-32", config)
+    tokenizer = Tokenizer(WordLevel({"<pad>": 1, "<unk>": 3, "happy": 4}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "unk_token": "<unk>"}
+    model = {"model_type": "roberta", "vocab_size": 5, "hidden_size": 16, "num_hidden_layers": 1}
+    model |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 90}
+    documents = {"config.json": json.dumps(model), "tokenizer_config.json": json.dumps(settings)}
+    documents["tokenizer.json"] = tokenizer.to_str()
+    return {f"roberta-base/resolve/main/{name}": content.encode() for name, content in documents.items()}
+
+
+@pytest.fixture
+def use_hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def use(address: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    return use
+
+
+def test_a_text_tower_of_transformers_is_downloaded_once(
+    text_files: dict[str, bytes], use_hub: Callable[[str], None], tmp_path: Path
+) -> None:
+    name = "clip:roberta-ViT-B-32/laion2b_s12b_b32k"
+    with serve(text_files) as address:
+        use_hub(address)
+        model = new_model(name, "roberta-ViT-B-32", quick=False)
+        file = save(model, tmp_path / "m.safetensors")
+        with_hub = build(name, weights=file).encode_text(["happy", "sad"])
+    without_hub = build(name, weights=file).encode_text(["happy", "sad"])
+    np.testing.assert_array_equal(with_hub, without_hub)
+    assert with_hub.shape == (2, 16) and not np.array_equal(with_hub[0], with_hub[1])
+
+
+@pytest.mark.parametrize("stalled", ["config.json", "tokenizer.json"])
+def test_a_text_tower_whose_download_stalls_is_reported(
+    text_files: dict[str, bytes], use_hub: Callable[[str], None], stalled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "STALL", 0.5)
+    with serve({key: value for key, value in text_files.items() if key.endswith(stalled)}, stall=True) as address:
+        use_hub(address)
+        with pytest.raises(WeightsError, match="stopped sending"):
+            if stalled == "config.json":
+                new_model("clip:x", "roberta-ViT-B-32", quick=False)
+            else:
+                tokenizer_of("clip:x", "roberta-ViT-B-32")

@@ -12,6 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from fake_hub import into_cache
 from safetensors.torch import save_file
 
 from vaflow.cache import Cache, create_cache
@@ -178,13 +179,27 @@ def test_predicting_with_a_run_of_a_planted_stream_is_refused(
     assert not ran()
 
 
-def test_remote_code_of_a_text_tower_is_refused_without_asking(planted: Path, ran: Callable[[], bool]) -> None:
+def test_a_text_tower_is_not_read_from_the_working_directory(
+    planted: Path, ran: Callable[[], bool], hub_cache: Path
+) -> None:
     """open_clip's own list names models of the hub, which a folder in the working directory can pretend to be."""
     from vaflow.encoders.clip import new_model
 
     planted.rename("roberta-base")
+    with pytest.raises(WeightsError, match=r"config\.json of the Hugging Face model id roberta-base"):
+        new_model("clip:roberta-ViT-B-32/x", "roberta-ViT-B-32", quick=False)
+    assert not ran()
+
+
+def test_remote_code_of_a_text_tower_is_refused_without_asking(
+    planted: Path, ran: Callable[[], bool], hub_cache: Path
+) -> None:
+    from vaflow.encoders.clip import new_model
+
+    for file in planted.iterdir():
+        into_cache(hub_cache, "roberta-base", file)
     with pytest.raises(WeightsError, match="cannot build roberta-ViT-B-32"):
-        new_model("roberta-ViT-B-32", quick=False)
+        new_model("clip:roberta-ViT-B-32/x", "roberta-ViT-B-32", quick=False)
     assert not ran()
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from vaflow.encoders.base import Request
 from vaflow.encoders.context_vectors import ContextTower
-from vaflow.encoders.hub import hub_file, url_file
+from vaflow.encoders.hub import hub_file, hub_folder, url_file
 from vaflow.encoders.image_encoder import ImageEncoder
 from vaflow.encoders.images import Preparation, Preprocessing
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, write_state_dict
@@ -31,6 +31,9 @@ QUICK_SUFFIX = "-quickgelu"
 HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # metadata beside OpenAI's tensors
 TEXT_BATCH = 64
+# Files of a tokenizer of transformers: its vocabulary, the preferred form first, and what may stand beside it.
+VOCABULARIES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model", "vocab.txt", "vocab.json")
+TOKENIZER_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 
 
 class ClipEncoder(ImageEncoder):
@@ -107,7 +110,7 @@ def build(request: Request) -> ClipEncoder:
     quick = bool(settings.get("quick_gelu")) or model_name.endswith(QUICK_SUFFIX)
     path = file if file is not None else _download(request.name, settings)
     state = read_state_dict(path)  # before the model is built, which takes seconds: a wrong file fails at once
-    model = new_model(model_name, quick)
+    model = new_model(request.name, model_name, quick)
     state = _converted(state, model)
     if tag == "openai" or _is_openai(path, state):
         require_quick_gelu(model, f"{request.name} with weights from {path}")
@@ -115,7 +118,7 @@ def build(request: Request) -> ClipEncoder:
     canonical = model_name if not quick or model_name.endswith(QUICK_SUFFIX) else model_name + QUICK_SUFFIX
     preprocessing = preprocessing_of(model_name, settings, model)
     identity = make_identity(request, canonical, model, preprocessing)
-    tokenizer = partial(_tokenizer, model_name)
+    tokenizer = partial(tokenizer_of, request.name, model_name)
     return ClipEncoder(request.name, model, tokenizer, preprocessing, identity, request.device, request.precision)
 
 
@@ -149,15 +152,23 @@ def _no_remote_code(model_name: str) -> Iterator[None]:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = limit
 
 
-def new_model(model_name: str, quick: bool) -> Any:
-    """Return open_clip's model of that name with random weights and the given activation."""
+def new_model(name: str, model_name: str, quick: bool) -> Any:
+    """Return open_clip's model of that name with random weights and the given activation.
+
+    A text tower of transformers is built from the folder of its settings, so that transformers downloads nothing.
+
+    Raises:
+        WeightsError: the settings of encoder `name`'s text tower cannot be downloaded or used.
+    """
     import open_clip
 
     config = open_clip.get_model_config(model_name)
     config["quick_gelu"] = quick
-    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    if "hf_model_name" in config["text_cfg"]:
-        config["text_cfg"]["hf_model_pretrained"] = False
+    text_model = config["text_cfg"].get("hf_model_name")
+    custom = config.pop("custom_text", False) or text_model is not None
+    if text_model is not None:
+        folder = hub_file(text_model, ("config.json",), encoder=name).parent
+        config["text_cfg"] |= {"hf_model_name": str(folder), "hf_model_pretrained": False}
     if "timm_model_name" in config["vision_cfg"]:
         config["vision_cfg"]["timm_model_pretrained"] = False
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
@@ -166,11 +177,18 @@ def new_model(model_name: str, quick: bool) -> Any:
     return model
 
 
-def _tokenizer(model_name: str) -> Any:
+def tokenizer_of(name: str, model_name: str) -> Any:
+    """Return a model's tokenizer; one of transformers is loaded from a folder, as its model's settings are."""
     import open_clip
+    from open_clip.tokenizer import HFTokenizer
 
-    with _no_remote_code(model_name):
+    text = open_clip.get_model_config(model_name)["text_cfg"]
+    if "hf_tokenizer_name" not in text:
         return open_clip.get_tokenizer(model_name)
+    folder = hub_folder(text["hf_tokenizer_name"], VOCABULARIES, TOKENIZER_FILES, encoder=name)
+    options = {key: text[key] for key in ("context_length", "tokenizer_mode") if key in text}
+    with _no_remote_code(model_name):
+        return HFTokenizer(str(folder), **options, **text.get("tokenizer_kwargs", {}))
 
 
 def activation_of(model: torch.nn.Module) -> str:

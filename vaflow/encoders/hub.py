@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,24 +36,22 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
     Raises:
         WeightsError: the hub is unreachable or stalls, or it has no such model or file, or access is restricted.
     """
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
-        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
     needs = needs or " or ".join(names)
+    cached = _cached(repo, names, encoder)
+    if cached is not None:
+        return cached
+    _require_hub(repo, needs, encoder, remedy)
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     try:
-        for name in names:
-            cached = try_to_load_from_cache(repo, name)
-            if isinstance(cached, str):
-                return Path(cached)
-        _require_hub(repo, needs, encoder, remedy)
-        folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
         for name in names:
             try:
                 return Path(
@@ -69,10 +68,41 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
     except RepositoryNotFoundError as error:
         reason = "no such model id, or it is private"
         raise WeightsError(_no_download(repo, needs, encoder, reason, "Check the id, or set HF_TOKEN")) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(_no_download(repo, needs, encoder, reason, remedy)) from error
-    raise WeightsError(_no_download(repo, needs, encoder, "the model has none of these files", remedy))
+    raise AbsentFileError(_no_download(repo, needs, encoder, "the model has none of these files", remedy))
+
+
+class AbsentFileError(WeightsError):
+    """A model of the hub lacks a file."""
+
+
+def hub_folder(repo: str, names: tuple[str, ...], optional: tuple[str, ...], *, encoder: str) -> Path:
+    """Return the folder with the first of `names` and those of the `optional` files that the model has.
+
+    The file of `names` is downloaded last, so that an interrupted download is not taken for a complete one.
+
+    Raises:
+        WeightsError: as `hub_file`.
+    """
+    if _cached(repo, names, encoder) is None:
+        for name in optional:
+            with suppress(AbsentFileError):
+                hub_file(repo, (name,), encoder=encoder)
+    return hub_file(repo, names, encoder=encoder).parent
+
+
+def _cached(repo: str, names: tuple[str, ...], encoder: str) -> Path | None:
+    """Return the first of `names` in the local hub cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        paths = (try_to_load_from_cache(repo, name) for name in names)
+        return next((Path(path) for path in paths if isinstance(path, str)), None)
+    except HFValidationError as error:
+        raise WeightsError(_no_download(repo, " or ".join(names), encoder, str(error).splitlines()[0])) from error
 
 
 def _no_download(repo: str, needs: str, encoder: str, reason: str, remedy: str = "") -> str:
