@@ -15,13 +15,13 @@ from vaflow.errors import DataError, UsageError
 HEAVY = ("torch", "numpy", "av", "cv2", "transformers", "open_clip", "zarr", "matplotlib", "pandas")
 
 
-def test_importing_vaflow_imports_nothing_heavy() -> None:
+def test_importing_vaflow_imports_no_heavy_library() -> None:
     program = "import sys, vaflow; callable(vaflow.extract) or sys.exit(3); vaflow.load; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not set(HEAVY) & set(run.stdout.split())
 
 
-def test_extract_and_train_are_packages_that_can_be_called() -> None:
+def test_extract_and_train_are_callable_packages() -> None:
     for name in ("extract", "train"):
         config = importlib.import_module(f"vaflow.{name}.config")
         package = getattr(vaflow, name)
@@ -60,7 +60,7 @@ def test_train_returns_the_finished_run(run: vaflow.Run) -> None:
     assert set(run.metrics["ccc"]) == {"valence", "arousal", "mean"}
 
 
-def test_evaluate_gives_the_metrics_of_the_command(run: vaflow.Run) -> None:
+def test_evaluate_returns_the_metrics_of_the_command(run: vaflow.Run) -> None:
     assert run.evaluate()["ccc"] == run.metrics["ccc"]
 
 
@@ -72,7 +72,7 @@ def test_predict_has_a_row_per_frame(run: vaflow.Run, clips: Path) -> None:
     assert (np.abs(frames["valence"]) <= 1).all()
 
 
-def test_a_prediction_becomes_a_data_frame(run: vaflow.Run, tmp_path: Path) -> None:
+def test_a_prediction_converts_to_a_data_frame(run: vaflow.Run, tmp_path: Path) -> None:
     pytest.importorskip("pandas")
     path = tmp_path / "clip.csv"
     path.write_text("frame,time,valence,arousal,face,region\n0,0.0,0.1,-0.2,1,calm\n1,0.04,,0.3,0,tense\n")
@@ -82,7 +82,7 @@ def test_a_prediction_becomes_a_data_frame(run: vaflow.Run, tmp_path: Path) -> N
     assert table["region"].tolist() == ["calm", "tense"]
 
 
-def test_a_video_that_cannot_be_read_is_a_data_error(run: vaflow.Run, tmp_path: Path) -> None:
+def test_an_unreadable_video_is_a_data_error(run: vaflow.Run, tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(DataError, match=r"Cannot predict .*broken\.mp4"):
         run.predict(tmp_path / "broken.mp4")

@@ -127,7 +127,7 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
-def test_ci_installs_as_the_readme_says() -> None:
+def test_ci_uses_the_install_command_of_the_readme() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     [line] = [block.strip() for block in blocks("README.md", "bash") if "'.[dev]'" in block]
     assert line in [block.strip() for block in blocks("CONTRIBUTING.md", "bash")]
@@ -135,14 +135,14 @@ def test_ci_installs_as_the_readme_says() -> None:
         assert part.replace("pip install -e", "pip install -q -e") in ci, part
 
 
-def test_ci_runs_the_tests_as_contributing_says() -> None:
+def test_ci_uses_the_test_command_of_contributing() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     [block] = [block for block in blocks("CONTRIBUTING.md", "console") if "pytest" in block]
     for line in block.strip().splitlines()[1:]:
         assert line in ci
 
 
-def test_top_level_help_imports_nothing_heavy() -> None:
+def test_top_level_help_imports_no_heavy_library() -> None:
     program = "import sys; from vaflow.cli import main; code = main(['--help']); print(*sys.modules); sys.exit(code)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     heavy = {"torch", "numpy", "av", "cv2", "open_clip", "transformers", "zarr", "matplotlib"}
@@ -153,7 +153,7 @@ PAGES_WITH_LINKS = [path for path in (ROOT, ROOT / "docs", ROOT / "docs" / "deci
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_LINKS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_to_files_and_headings(page: Path) -> None:
+def test_links_point_to_existing_files_and_headings(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in target:

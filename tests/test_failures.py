@@ -9,7 +9,7 @@ from vaflow.failures import FAILURES, Failure, FailureLog, read_failures, write_
 CUT = Failure("a/b", "open", "MediaError", "cut off", {"split": "val"})
 
 
-def test_a_list_reads_as_it_was_written(tmp_path: Path) -> None:
+def test_failure_lists_round_trip(tmp_path: Path) -> None:
     study = Failure("t1 / gated", "train", "VaflowError", "diverged", {"table": "t1", "row": "gated", "run": "12ab"})
     write_failures(tmp_path / FAILURES, [CUT, study])
     assert read_failures(tmp_path) == [CUT, study]
@@ -17,7 +17,7 @@ def test_a_list_reads_as_it_was_written(tmp_path: Path) -> None:
     assert line == {"item": "a/b", "stage": "open", "error": "MediaError", "message": "cut off", "split": "val"}
 
 
-def test_a_run_without_failures_leaves_no_list(tmp_path: Path) -> None:
+def test_no_failure_list_is_written_without_failures(tmp_path: Path) -> None:
     log = FailureLog(tmp_path / FAILURES)
     assert list(tmp_path.iterdir()) == []
     log.add(CUT)
@@ -33,14 +33,14 @@ def test_every_line_is_on_disk_when_it_is_added(tmp_path: Path) -> None:
         assert len((tmp_path / FAILURES).read_text().splitlines()) == number + 1
 
 
-def test_lists_of_shards_are_read_and_other_lines_are_skipped(tmp_path: Path, caplog) -> None:
+def test_shard_failure_lists_are_read_and_other_lines_skipped(tmp_path: Path, caplog) -> None:
     (tmp_path / "failures-1-of-2.jsonl").write_text('{"item": "x"}\n[1]\n{"item": 3}\nhalf a li')
     (tmp_path / "failures-2-of-2.jsonl").write_bytes(b'{"item": "y", "split": null}\n\xff')
     assert [failure.item for failure in read_failures(tmp_path)] == ["x", "y"]
     assert "not a failure" in caplog.text
 
 
-def test_what_is_not_a_list_is_not_read(tmp_path: Path) -> None:
+def test_unrelated_files_are_not_read_as_failure_lists(tmp_path: Path) -> None:
     """A named pipe would block for ever; a link leads out of the folder."""
     os.mkfifo(tmp_path / "failures.jsonl")
     (tmp_path / "secret").write_text('{"item": "secret"}\n')

@@ -10,7 +10,7 @@ from vaflow.errors import VaflowError
 from vaflow.files import append_line, create_file, read_document, replace_file, sync, write_file
 
 
-def test_a_refused_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file_without_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "file"
     write_file(path, b"old")
 
@@ -32,7 +32,7 @@ def test_a_name_of_255_bytes_is_written(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_link_at_the_target_is_replaced_and_not_followed(tmp_path: Path) -> None:
+def test_a_symlink_at_the_target_is_replaced_not_followed(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("mine")
     link = tmp_path / "link"
@@ -43,7 +43,7 @@ def test_a_link_at_the_target_is_replaced_and_not_followed(tmp_path: Path) -> No
     assert link.read_text() == "new"
 
 
-def test_a_log_refuses_a_link(tmp_path: Path) -> None:
+def test_a_log_rejects_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("mine")
     (tmp_path / "log").symlink_to(tmp_path / "outside")
     with pytest.raises(OSError, match="symbolic links"):
@@ -69,7 +69,7 @@ def test_file_and_folder_are_flushed_before_the_write_returns(tmp_path: Path, mo
     assert flushed == [False, True]  # the file, then its folder
 
 
-def test_files_are_never_seen_half(tmp_path: Path) -> None:
+def test_readers_never_see_partial_files(tmp_path: Path) -> None:
     path, data = tmp_path / "record", b"x" * 2**16
     sizes: set[int] = set()
     stop = threading.Event()
@@ -94,7 +94,7 @@ def test_files_are_never_seen_half(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["record"]
 
 
-def test_a_document_is_a_small_regular_file_without_links(tmp_path: Path) -> None:
+def test_documents_must_be_small_regular_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     (tmp_path / "folder").mkdir()

@@ -77,7 +77,7 @@ def _call_offences(call: ast.Call) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_module_runs_what_a_file_says(path: Path) -> None:
+def test_no_module_executes_file_contents(path: Path) -> None:
     assert not list(offences(ast.parse(path.read_text("utf-8"))))
 
 
@@ -106,7 +106,7 @@ def test_no_module_runs_what_a_file_says(path: Path) -> None:
         "importlib.import_module(f'{name}.vaflow')",
     ],
 )
-def test_each_of_these_would_be_found(text: str) -> None:
+def test_unsafe_code_is_detected(text: str) -> None:
     assert list(offences(ast.parse(text)))
 
 
@@ -122,16 +122,16 @@ def test_each_of_these_would_be_found(text: str) -> None:
         "importlib.import_module(f'vaflow.{name}')",
     ],
 )
-def test_these_are_harmless(text: str) -> None:
+def test_safe_code_is_accepted(text: str) -> None:
     assert not list(offences(ast.parse(text)))
 
 
-def test_the_linter_looks_for_pickle_too() -> None:
+def test_the_linter_rules_include_pickle() -> None:
     rules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]["select"]
     assert {"S301", "S302", "S506"} <= set(rules)
 
 
-def test_a_checkpoint_that_is_a_pickle_runs_nothing(tmp_path: Path) -> None:
+def test_a_pickled_checkpoint_runs_no_code(tmp_path: Path) -> None:
     """The oracle is the file system: what the pickle would do leaves a folder behind."""
     import os
     import pickle

@@ -48,7 +48,7 @@ def test_the_wheel_has_every_module_and_data_file(tmp_path: Path) -> None:
     assert names == expected()
 
 
-def test_the_links_show_tools_the_same_tree() -> None:
+def test_linked_packages_point_to_the_source_tree() -> None:
     for name in ("extract", "train"):
         link = ROOT / "vaflow" / name
         assert link.is_symlink()

@@ -29,7 +29,7 @@ def test_a_child_ignores_signals_to_its_group_and_is_killed_by_its_parent() -> N
         child.pipe.recv()
 
 
-def test_a_child_that_returns_says_how_it_ended() -> None:
+def test_a_child_reports_its_result() -> None:
     child = ChildProcess(echo, ("hello",), name="echo")
     child.pipe.recv()
     child.pipe.send(None)
@@ -65,6 +65,6 @@ def test_a_child_exits_when_its_parent_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "cuda:-1", "gpu", "", "meta"])
-def test_a_device_that_this_machine_lacks_is_a_usage_error(name: str) -> None:
+def test_a_missing_device_is_a_usage_error(name: str) -> None:
     with pytest.raises(UsageError, match=r"device|GPU"):
         choose_device(name)

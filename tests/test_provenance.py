@@ -83,7 +83,7 @@ def only(trace: dict) -> dict:
     return found
 
 
-def test_a_prediction_leads_to_all_that_made_it(run, cache, root):
+def test_a_prediction_is_traced_to_its_inputs(run, cache, root):
     trace = find_provenance(run, "sub/c", root=root)
     entry = only(trace)
     assert entry["csv"] == str(run / "predictions" / "val" / "sub/c.csv")
@@ -108,13 +108,13 @@ def test_a_prediction_leads_to_all_that_made_it(run, cache, root):
     assert trace["cache"] == {"path": str(cache.path), "state": "found", "store": "zarr"}
 
 
-def test_everything_is_listed_without_an_item(run):
+def test_provenance_without_an_item_lists_everything(run):
     entries = find_provenance(run)["predictions"]
     assert [entry["item"] for entry in entries] == ["d", "sub/c"]
     assert {one["state"] for entry in entries for one in entry["sources"]} == {"not checked"}
 
 
-def test_changed_and_missing_source_files_are_noticed(run, root):
+def test_changed_and_missing_source_files_are_detected(run, root):
     video, labels = root / "d.mp4", root / "d.csv"
     stat = video.stat()
     video.write_bytes(b"VIDEO d")  # of the same size, and as old as before
@@ -124,20 +124,20 @@ def test_changed_and_missing_source_files_are_noticed(run, root):
     assert (states["video"], states["labels"]) == ("changed", "missing")
 
 
-def test_a_touched_or_renamed_root_is_the_same_data(run, root, tmp_path):
+def test_a_touched_or_renamed_root_is_unchanged_data(run, root, tmp_path):
     os.utime(root / "d.mp4")
     root.rename(tmp_path / "moved")
     states = {one["state"] for one in only(find_provenance(run, "d", root=tmp_path / "moved"))["sources"]}
     assert states == {"same"}
 
 
-def test_a_clip_that_the_data_set_lost(run, root):
+def test_a_clip_removed_from_the_dataset_is_reported(run, root):
     (root / "d.mp4").unlink()
     (root / "splits.csv").unlink()
     assert {one["state"] for one in only(find_provenance(run, "d", root=root))["sources"]} == {"missing"}
 
 
-def test_edited_predictions_and_other_weights_are_noticed(run):
+def test_edited_predictions_and_other_weights_are_detected(run):
     csv = run / "predictions" / "val" / "d.csv"
     csv.write_text(csv.read_text().replace("0", "1", 1))
     entry = only(find_provenance(run, "d"))
@@ -152,7 +152,7 @@ def test_edited_predictions_and_other_weights_are_noticed(run):
     assert only(find_provenance(run, "d"))["csv_state"] == "missing"
 
 
-def test_items_made_anew_copied_or_dropped_are_noticed(run, cache, root, tmp_path):
+def test_rewritten_copied_and_dropped_items_are_detected(run, cache, root, tmp_path):
     convert(cache, tmp_path / "copy", "hdf5")
     states = [facts["state"] for facts in only(find_provenance(run, "d", cache=tmp_path / "copy"))["records"].values()]
     assert states == ["a copy", "a copy"]
@@ -165,7 +165,7 @@ def test_items_made_anew_copied_or_dropped_are_noticed(run, cache, root, tmp_pat
     assert cache.record("toy", "d").attempt != only(find_provenance(run, "d"))["records"]["toy"]["attempt"]
 
 
-def test_without_the_cache_what_was_recorded_is_still_told(run, cache, tmp_path):
+def test_recorded_provenance_is_shown_without_the_cache(run, cache, tmp_path):
     attempt = cache.record("toy", "d").attempt
     cache.path.rename(tmp_path / "elsewhere")
     trace = find_provenance(run, "d")
@@ -177,7 +177,7 @@ def test_without_the_cache_what_was_recorded_is_still_told(run, cache, tmp_path)
         find_provenance(run, cache=tmp_path / "nowhere")
 
 
-def test_predictions_on_another_cache_name_that_one(run, cache, tmp_path):
+def test_predictions_on_another_cache_name_that_cache(run, cache, tmp_path):
     other = create_cache(tmp_path / "other", store="hdf5")
     convert(cache, other.path, "hdf5")
     other = open_cache(other.path, writable=True)
@@ -188,7 +188,7 @@ def test_predictions_on_another_cache_name_that_one(run, cache, tmp_path):
     assert entry["records"]["toy"]["state"] == "same"
 
 
-def test_predictions_of_new_clips_are_traced_though_their_features_are_forgotten(run, tmp_path, monkeypatch):
+def test_predictions_of_new_clips_are_traced_without_stored_features(run, tmp_path, monkeypatch):
     def features(dataset: Dataset, folder: Path, *_: object, **__: object) -> Summary:
         """In the place of an extraction: it would decode."""
         for clip in dataset.clips:
@@ -210,7 +210,7 @@ def test_predictions_of_new_clips_are_traced_though_their_features_are_forgotten
     ] == ("changed")
 
 
-def test_older_predictions_are_told_from_the_cache_and_marked(run, cache):
+def test_older_predictions_are_described_from_the_cache_and_marked(run, cache):
     (run / "predictions" / "val" / "sources.json").unlink()
     entry = only(find_provenance(run, "d"))
     assert entry["state"] == "not recorded"
@@ -218,7 +218,7 @@ def test_older_predictions_are_told_from_the_cache_and_marked(run, cache):
     assert entry["records"]["toy"]["state"] == "not recorded"
 
 
-def test_what_is_not_there_is_bad_usage(run, tmp_path, capsys):
+def test_missing_items_and_runs_are_usage_errors(run, tmp_path, capsys):
     assert main(["provenance", str(run), "e"]) == 2
     assert "Got: e. Choices: d, sub/c" in capsys.readouterr().err
     assert main(["provenance", str(tmp_path / "nowhere")]) == 2
@@ -243,7 +243,7 @@ def test_the_command(run, root, cache, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(find_provenance(run, "sub/c")))
 
 
-def test_parts_are_the_same_by_content(root):
+def test_components_are_compared_by_content(root):
     clip = next(clip for clip in open_dataset(root).clips if clip.id == "a")
     whole = sources_of(clip)
     assert {part: part_of(clip, part) for part in whole} == whole

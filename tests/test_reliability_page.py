@@ -20,7 +20,7 @@ def functions_of(path: str) -> frozenset[str]:
 
 
 @pytest.mark.parametrize(("path", "name"), NAMED)
-def test_every_test_that_the_page_names_exists(path: str, name: str) -> None:
+def test_every_documented_test_exists(path: str, name: str) -> None:
     assert (ROOT / path).is_file()
     assert name in functions_of(path) if name else any(test.startswith("test_") for test in functions_of(path))
 
@@ -39,7 +39,7 @@ def test_every_guarantee_has_a_test() -> None:
     assert len(NAMED) > 50
 
 
-def test_the_scripts_that_the_page_names_have_the_options_that_it_names() -> None:
+def test_documented_scripts_have_their_documented_options() -> None:
     for line in re.findall(r"^python (scripts/\w+\.py)(.*)$", PAGE, flags=re.MULTILINE):
         script = (ROOT / line[0]).read_text()
         for option in re.findall(r"--\w+", line[1]):

@@ -58,7 +58,7 @@ def test_values_are_converted(key: str, given: object, value: object) -> None:
         ("stoer", "zarr", "Did you mean 'store'"),
     ],
 )
-def test_values_of_another_type_are_refused(key: str, given: str, says: str) -> None:
+def test_values_of_another_type_are_rejected(key: str, given: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         coerce(Config, key, given)
 
@@ -74,12 +74,12 @@ def test_values_of_another_type_are_refused(key: str, given: str, says: str) -> 
         ({"store": "hdf"}, "Did you mean 'hdf5'"),
     ],
 )
-def test_values_out_of_range_are_refused(values: dict[str, Any], says: str) -> None:
+def test_out_of_range_values_are_rejected(values: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         replace(Config(), **values)
 
 
-def test_set_takes_pairs() -> None:
+def test_set_accepts_key_value_pairs() -> None:
     assert parse_pairs(Config, ["rate=0.5", "names=a=b"]) == {"rate": 0.5, "names": ("a=b",)}
     with pytest.raises(UsageError, match="KEY=VALUE"):
         parse_pairs(Config, ["rate"])
@@ -101,7 +101,7 @@ def make_command(received: list[dict[str, Any]]) -> typer.Typer:
     return app
 
 
-def test_a_command_gets_the_options_that_were_given() -> None:
+def test_a_command_receives_only_given_options() -> None:
     received: list[dict[str, Any]] = []
     arguments = ["here", "--rate", "0.5", "--name", "a", "--name", "b", "--batch", "auto", "--fast"]
     assert CliRunner().invoke(make_command(received), arguments).exit_code == 0

@@ -29,7 +29,7 @@ def brute_force_starts(grid: Grid, duration: float) -> list[Fraction]:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("duration", DURATIONS)
-def test_window_plan_equals_a_brute_force_loop(grid: Grid, duration: float) -> None:
+def test_windows_equal_a_brute_force_loop(grid: Grid, duration: float) -> None:
     starts = brute_force_starts(grid, duration)
     step = Fraction(str(grid.window)) / grid.frames
     samples = [[start + k * step for k in range(grid.frames)] for start in starts]
@@ -41,7 +41,7 @@ def test_window_plan_equals_a_brute_force_loop(grid: Grid, duration: float) -> N
 
 
 @given(duration=st.floats(0, 2000), grid=st.sampled_from(GRIDS))
-def test_every_instant_of_a_clip_is_close_to_a_sample(duration: float, grid: Grid) -> None:
+def test_every_time_of_a_clip_is_close_to_a_sample(duration: float, grid: Grid) -> None:
     times = grid.sample_times(duration)
     assert times[0] == 0
     assert (np.diff(times) > 0).all()
@@ -62,12 +62,12 @@ def test_default_windows_share_one_half_second_grid() -> None:
 @pytest.mark.parametrize(
     "values", [(0, 3, 20), (10, 0, 20), (10, 3, 0), (10, float("nan"), 20), (10, 11, 20), (10, 3, 2.5)]
 )
-def test_impossible_grids_are_refused(values: tuple[float, float, int]) -> None:
+def test_invalid_grids_are_rejected(values: tuple[float, float, int]) -> None:
     with pytest.raises(UsageError):
         Grid(*values)
 
 
-def test_negative_duration_is_refused() -> None:
+def test_negative_duration_is_rejected() -> None:
     with pytest.raises(UsageError, match="duration"):
         Grid().starts(-1.0)
 
@@ -88,7 +88,7 @@ def test_nearest_of_no_times_is_an_error() -> None:
         nearest(np.array([]), np.array([1.0]))
 
 
-def test_extra_rows_go_on_at_the_median_interval() -> None:
+def test_extra_rows_continue_at_the_median_interval() -> None:
     times = np.array([0.0, 0.1, 0.2, 0.4, 0.5])
     assert median_interval(times) == pytest.approx(0.1)
     np.testing.assert_allclose(extend(times, 7), [0, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7])
@@ -97,7 +97,7 @@ def test_extra_rows_go_on_at_the_median_interval() -> None:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("duration", [0.2, 9.99, 13.2, 61.7])
-def test_stitching_gives_constants_and_lines_back(grid: Grid, duration: float) -> None:
+def test_stitching_reproduces_constants_and_lines(grid: Grid, duration: float) -> None:
     """A constant exactly; a line between the first and the last sample, held outside."""
     time = grid.seconds(grid.window_ticks(duration))
     valid = time < duration
@@ -124,7 +124,7 @@ def test_stitching_averages_overlapping_windows() -> None:
     np.testing.assert_allclose(stitch(time, value, valid, query), expected)
 
 
-def test_stitching_refuses_what_it_cannot_do() -> None:
+def test_stitching_rejects_invalid_input() -> None:
     time = np.zeros((1, 2))
     with pytest.raises(ValueError, match="no valid"):
         stitch(time, np.zeros((1, 2, 2)), np.zeros((1, 2), bool), np.zeros(1))

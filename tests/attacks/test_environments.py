@@ -110,7 +110,7 @@ def start(environment: Environment, args: Sequence[object], root: Path) -> subpr
 
 
 @pytest.mark.parametrize(("name", "command"), CASES)
-def test_a_command_works_or_says_why_not(workplace: Path, name: str, command: str) -> None:
+def test_commands_succeed_or_report_an_error(workplace: Path, name: str, command: str) -> None:
     environment = ENVIRONMENTS[name]
     if environment.needs_root and not AS_ROOT:
         pytest.skip("only root can make this environment")

@@ -12,7 +12,7 @@ HISTORIES = 12  # here; `scripts/random_histories.py` runs 2,000
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_a_printed_number_is_of_the_data_at_hand(lab: Lab, tmp_path: Path, seed: int) -> None:
+def test_printed_scores_belong_to_the_current_data(lab: Lab, tmp_path: Path, seed: int) -> None:
     chosen = settings(
         max_examples=HISTORIES,
         stateful_step_count=10,

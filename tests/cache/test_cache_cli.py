@@ -34,7 +34,7 @@ def test_info_prints_a_table(tmp_path, store, capsys):
     assert row.endswith("toy-visual")
 
 
-def test_info_prints_json_and_nothing_else(tmp_path, store, capsys):
+def test_info_json_is_one_document(tmp_path, store, capsys):
     cache = small_cache(tmp_path / "cache", store)
     assert main(["cache", "info", str(cache.path), "--json"]) == 0
     printed = capsys.readouterr()
@@ -42,7 +42,7 @@ def test_info_prints_json_and_nothing_else(tmp_path, store, capsys):
     assert printed.err == ""
 
 
-def test_an_empty_cache_has_an_info_too(tmp_path, capsys):
+def test_info_accepts_an_empty_cache(tmp_path, capsys):
     from vaflow.cache import create_cache
 
     create_cache(tmp_path / "cache")
@@ -51,7 +51,7 @@ def test_an_empty_cache_has_an_info_too(tmp_path, capsys):
     assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
 
 
-def test_verify_agrees_with_a_single_item(tmp_path, store, capsys):
+def test_verify_uses_the_singular_for_one_item(tmp_path, store, capsys):
     cache = small_cache(tmp_path / "cache", store)
     committed = [(stream, item) for stream in cache.streams() for item in cache.source_stamps(stream)]
     for name, clip in committed[1:]:
@@ -89,7 +89,7 @@ def test_repair_prints_json(tmp_path, store, capsys):
     assert (found["items"], found["removed_leftovers"]) == (3, [])
 
 
-def test_leftovers_of_killed_writers_are_no_problem(tmp_path, store, capsys):
+def test_verify_accepts_leftovers_of_killed_writers(tmp_path, store, capsys):
     path = small_cache(tmp_path / "cache", store).path
     (path / "visual" / "c" / "0123456789abcdef").mkdir()
     assert main(["cache", "verify", str(path), "-v"]) == 0
@@ -99,13 +99,13 @@ def test_leftovers_of_killed_writers_are_no_problem(tmp_path, store, capsys):
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "repair"])
-def test_what_is_no_cache_is_bad_usage(tmp_path, command, capsys):
+def test_a_directory_without_a_cache_is_a_usage_error(tmp_path, command, capsys):
     assert main(["cache", command, str(tmp_path / "nowhere")]) == 2
     assert "is not a cache" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_manifest_fails_verify_and_is_mended(tmp_path, store, capsys):
+def test_verify_reports_and_repair_restores_a_damaged_manifest(tmp_path, store, capsys):
     path = small_cache(tmp_path / "cache", store).path
     manifest = path / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-10])
@@ -125,7 +125,7 @@ def test_the_example_in_the_help_runs(tmp_path, store, command, capsys, monkeypa
     assert main(example[1].split()) == 0
 
 
-def test_the_commands_import_nothing_heavy(tmp_path):
+def test_cache_commands_import_no_heavy_library(tmp_path):
     path = small_cache(tmp_path / "cache", "hdf5").path
     code = (
         "import sys\n"

@@ -25,7 +25,7 @@ KIND_DTYPES = [
 
 @pytest.mark.parametrize(("kind", "dtype"), KIND_DTYPES)
 @pytest.mark.parametrize("shape", ["full", "zeros", "empty", "one"])
-def test_arrays_come_back_as_written(tmp_path, store, kind, dtype, shape):
+def test_arrays_are_read_back_unchanged(tmp_path, store, kind, dtype, shape):
     info = stream(kind, dtype)
     cache = create_cache(tmp_path / "cache", store=store)
     cache.declare(info)
@@ -51,7 +51,7 @@ def test_optional_arrays_may_be_absent(tmp_path, store):
         cache.read("visual", "clip", ["frame"])
 
 
-def test_some_arrays_are_read_alone(tmp_path, store):
+def test_arrays_can_be_read_individually(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store)
     item = cache.read("visual", "c", ["time", "valid"])
     expected = arrays(stream("visual"), seed=1)
@@ -59,7 +59,7 @@ def test_some_arrays_are_read_alone(tmp_path, store):
     np.testing.assert_array_equal(item.time, expected["time"])
 
 
-def test_images_are_the_files_that_were_put_in(tmp_path, store):
+def test_images_are_stored_byte_for_byte(tmp_path, store):
     files = [b"\xff\xd8 first", b"", b"\xff\xd8 third, longer"]
     info = stream("pixels")
     cache = create_cache(tmp_path / "cache", store=store)
@@ -88,7 +88,7 @@ def test_arrays_need_not_be_contiguous(tmp_path, store):
     assert_same(dict(cache.read("visual", "clip").arrays), expected)
 
 
-def test_both_stores_hold_the_same_arrays(tmp_path):
+def test_zarr_and_hdf5_store_equal_arrays(tmp_path):
     caches = [small_cache(tmp_path / name, name) for name in STORES]
     for item in ("a/b", "c"):
         first, second = (cache.read("visual", item) for cache in caches)
@@ -112,7 +112,7 @@ def test_large_arrays_are_split_along_their_first_axis(tmp_path, monkeypatch):
         np.testing.assert_array_equal(zarr.open_array(folder / "embedding", mode="r")[...], expected["embedding"])
 
 
-def test_files_are_what_plain_libraries_expect(tmp_path, store):
+def test_zarr_and_h5py_read_the_files_directly(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store)
     expected = arrays(stream("visual"), seed=1)
     record = cache.record("visual", "c")
@@ -144,7 +144,7 @@ def test_all_problems_of_arrays_are_reported_together(tmp_path, store):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_features_that_are_not_finite_are_refused(tmp_path, store, value):
+def test_non_finite_features_are_rejected(tmp_path, store, value):
     cache = small_cache(tmp_path / "cache", store)
     wrong = arrays(stream("visual"))
     wrong["embedding"][2, 3] = value
@@ -152,7 +152,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path, store, value):
         cache.write("visual", "new", wrong)
 
 
-def test_streams_never_mix(tmp_path, store):
+def test_streams_are_stored_separately(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store)
     cache.declare(stream("visual"))  # the same again is fine
     identity = {"encoder": "other", "sampling": {"window": 10.0, "stride": 2.0}, "new": [1]}
@@ -170,7 +170,7 @@ def test_streams_never_mix(tmp_path, store):
     assert "window" not in str(caught.value)
 
 
-def test_an_identity_compares_as_json(tmp_path, store):
+def test_stream_identities_are_compared_as_json(tmp_path, store):
     cache = create_cache(tmp_path / "cache", store=store)
     cache.declare(StreamInfo("v", "visual", 4, "float16", {"size": (224, 224), "kinds": {1: "x"}}))
     cache.declare(StreamInfo("v", "visual", 4, "float16", {"kinds": {"1": "x"}, "size": [224, 224]}))
@@ -188,7 +188,7 @@ def test_an_identity_compares_as_json(tmp_path, store):
         (StreamInfo("v", "visual", 4, "float16", {"mean": np.zeros(3)}), "not plain JSON"),
     ],
 )
-def test_what_makes_no_stream_is_refused(tmp_path, store, info, message):
+def test_invalid_stream_declarations_are_rejected(tmp_path, store, info, message):
     with pytest.raises(UsageError, match=message):
         create_cache(tmp_path / "cache", store=store).declare(info)
 
@@ -213,7 +213,7 @@ def test_items_are_the_clips_of_the_labels_stream(tmp_path, store):
         cache.items(stream="auido")
 
 
-def test_clips_without_a_split_have_a_name_too(tmp_path, store):
+def test_clips_without_a_split_are_listed_as_none(tmp_path, store):
     cache = create_cache(tmp_path / "cache", store=store)
     cache.declare(stream("labels"))
     cache.write("labels", "a", arrays(stream("labels")), meta={"split": None})
@@ -224,7 +224,7 @@ def test_clips_without_a_split_have_a_name_too(tmp_path, store):
         cache.items("train")
 
 
-def test_a_missing_item_is_named_with_those_close_to_it(tmp_path, store):
+def test_a_missing_item_error_suggests_similar_ids(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store, ("trial_12", "trial_13"))
     with pytest.raises(MissingError, match=r"Got: trial_1\. Similar names: trial_1"):
         cache.read("visual", "trial_1")
@@ -236,7 +236,7 @@ def test_a_missing_item_is_named_with_those_close_to_it(tmp_path, store):
     assert not cache.has("visual", "trial_1")
 
 
-def test_info_counts_what_is_on_the_disk(tmp_path, store):
+def test_info_counts_the_bytes_on_disk(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store, ("d", "a/b", "c"))
     info = json.loads(json.dumps(cache.info()))
     assert {key: info[key] for key in ("schema_version", "store", "items", "splits")} == {
@@ -253,7 +253,7 @@ def test_info_counts_what_is_on_the_disk(tmp_path, store):
     assert visual["fingerprint"] == cache.fingerprint("visual")
 
 
-def test_writing_again_replaces_and_leaves_nothing_behind(tmp_path, store):
+def test_writing_an_item_again_removes_the_old_files(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store)
     newer = arrays(stream("visual"), 9, seed=5)
     before = cache.record("visual", "c")
@@ -266,7 +266,7 @@ def test_writing_again_replaces_and_leaves_nothing_behind(tmp_path, store):
     assert verify(cache) == []
 
 
-def test_dropping_leaves_nothing_behind(tmp_path, store):
+def test_dropping_an_item_removes_its_files(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store)
     cache.drop("visual", "c")
     cache.drop("visual", "c")
@@ -278,7 +278,7 @@ def test_dropping_leaves_nothing_behind(tmp_path, store):
     assert cache.items(stream="visual") == ["a/b"]
 
 
-def test_a_reader_follows_an_item_that_is_replaced_under_it(tmp_path, store, monkeypatch):
+def test_an_open_reader_sees_a_replaced_item(tmp_path, store, monkeypatch):
     cache = small_cache(tmp_path / "cache", store)
     reader = open_cache(cache.path)
     newer = arrays(stream("visual"), 9, seed=5)
@@ -293,7 +293,7 @@ def test_a_reader_follows_an_item_that_is_replaced_under_it(tmp_path, store, mon
     assert_same(dict(reader.read("visual", "c").arrays), newer)
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path, store, monkeypatch):
+def test_a_failed_write_leaves_no_files(tmp_path, store, monkeypatch):
     cache = small_cache(tmp_path / "cache", store)
 
     def full(*_: object) -> None:
@@ -306,7 +306,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, store, monkeypatch):
     assert not cache.has("visual", "new")
 
 
-def test_where_links_are_unknown_records_are_created_exclusively_all_the_same(tmp_path, store, monkeypatch):
+def test_records_are_created_exclusively_without_hard_links(tmp_path, store, monkeypatch):
     def unknown(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -317,7 +317,7 @@ def test_where_links_are_unknown_records_are_created_exclusively_all_the_same(tm
     assert cache.items() == ["a/b", "c"]
 
 
-def test_a_cache_opened_for_reading_cannot_be_changed(tmp_path, store):
+def test_a_read_only_cache_rejects_writes(tmp_path, store):
     small_cache(tmp_path / "cache", store)
     reader = open_cache(tmp_path / "cache")
     for change in (
@@ -336,7 +336,7 @@ def test_source_and_meta_must_be_plain_json(tmp_path, store):
     assert not cache.has("visual", "x")
 
 
-def test_a_record_cannot_lead_outside_its_attempt(tmp_path, store):
+def test_record_paths_must_stay_inside_the_attempt(tmp_path, store):
     from vaflow.cache.documents import seal, unseal
 
     cache = small_cache(tmp_path / "cache", store)

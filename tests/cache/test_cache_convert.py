@@ -100,7 +100,7 @@ def test_current_copies_are_not_written_again(tmp_path, store, other):
     assert leftovers(copy) == []
 
 
-def test_an_interrupted_conversion_goes_on(tmp_path, store, other, monkeypatch):
+def test_an_interrupted_conversion_resumes(tmp_path, store, other, monkeypatch):
     source = full_cache(tmp_path / "source", store)
     real, count = Cache.adopt, 0
     monkeypatch.setattr("vaflow.cache.copy.THREADS", 1)
@@ -126,7 +126,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, store, other, monkeypatch):
     assert before.items() <= attempts(copy).items()
 
 
-def test_a_killed_conversion_goes_on(tmp_path, store, other):
+def test_a_killed_conversion_resumes(tmp_path, store, other):
     """Killed at once, in the middle of writing the tenth item."""
     source = full_cache(tmp_path / "source", store)
     code = (
@@ -155,7 +155,7 @@ def test_a_killed_conversion_goes_on(tmp_path, store, other):
     assert before.items() <= attempts(copy).items()
 
 
-def test_damaged_items_are_listed_and_the_others_go_on(tmp_path, store, other, capsys):
+def test_damaged_items_are_listed_and_the_others_converted(tmp_path, store, other, capsys):
     source = full_cache(tmp_path / "source", store)
     damage(source, "visual", "a/b")
     source.layout.record("labels", "é").write_bytes(b"{}")
@@ -184,7 +184,7 @@ def test_damaged_items_are_listed_and_the_others_go_on(tmp_path, store, other, c
     assert failed_items(open_cache(tmp_path / "other"), "val") == []
 
 
-def test_items_whose_stream_file_is_lost_are_listed(tmp_path, store, other):
+def test_items_with_a_missing_stream_file_are_listed(tmp_path, store, other):
     source = full_cache(tmp_path / "source", store)
     source.layout.stream("visual").unlink()
     done = convert(open_cache(source.path), tmp_path / "other", other)
@@ -197,7 +197,7 @@ def test_items_whose_stream_file_is_lost_are_listed(tmp_path, store, other):
     assert "visual" not in open_cache(tmp_path / "other").streams()
 
 
-def test_when_everything_is_damaged_the_command_fails(tmp_path, store, other):
+def test_convert_fails_if_every_item_is_damaged(tmp_path, store, other):
     source = small_cache(tmp_path / "source", store)
     for path in source.record_files():
         path.write_bytes(b"")
@@ -205,7 +205,7 @@ def test_when_everything_is_damaged_the_command_fails(tmp_path, store, other):
     assert main(args) == 1
 
 
-def test_arrays_that_the_schema_forbids_are_not_copied(tmp_path, store, other, monkeypatch):
+def test_arrays_outside_the_schema_are_not_copied(tmp_path, store, other, monkeypatch):
     source = small_cache(tmp_path / "source", store)
     wrong = arrays(stream("visual"))
     wrong["time"] = wrong["time"][::-1].copy()
@@ -217,7 +217,7 @@ def test_arrays_that_the_schema_forbids_are_not_copied(tmp_path, store, other, m
     assert "time does not ascend" in failure.message
 
 
-def test_lists_of_failed_clips_go_along(tmp_path, store, other):
+def test_failure_lists_are_copied(tmp_path, store, other):
     """What extraction could not read is not forgotten by a copy, until the copy has it."""
     source = small_cache(tmp_path / "source", store)
     lost = {"item": "lost", "stage": "open", "error": "MediaError", "message": "cut off", "split": "val"}
@@ -233,7 +233,7 @@ def test_lists_of_failed_clips_go_along(tmp_path, store, other):
     assert not (copy.path / "failures-carried.jsonl").exists()
 
 
-def test_a_full_disk_ends_the_run_and_says_how_to_go_on(tmp_path, store, other, monkeypatch):
+def test_a_full_disk_stops_the_conversion_with_a_remedy(tmp_path, store, other, monkeypatch):
     source = small_cache(tmp_path / "source", store)
 
     def full(*_: object) -> None:
@@ -246,7 +246,7 @@ def test_a_full_disk_ends_the_run_and_says_how_to_go_on(tmp_path, store, other, 
     assert_copy(source, open_cache(tmp_path / "other"))
 
 
-def test_what_cannot_be_written_to_is_refused(tmp_path, store, other):
+def test_unusable_destinations_are_rejected(tmp_path, store, other):
     source = small_cache(tmp_path / "source", store)
     for place in (source.path, source.path / "inside"):
         with pytest.raises(UsageError, match="Choose another folder"):

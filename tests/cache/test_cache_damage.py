@@ -71,7 +71,7 @@ def flips(data: bytes, count: int, seed: int) -> Iterator[tuple[int, bytes]]:
             yield position, bytes(flipped)
 
 
-def test_every_flipped_bit_is_found(path):
+def test_every_flipped_bit_is_detected(path):
     files = committed_files(path)
     for number, file in enumerate(files):
         data = file.read_bytes()
@@ -82,7 +82,7 @@ def test_every_flipped_bit_is_found(path):
     assert verify(open_cache(path)) == []
 
 
-def test_every_truncation_is_found(path):
+def test_every_truncation_is_detected(path):
     for file in committed_files(path):
         data = file.read_bytes()
         for length in {0, 1, len(data) // 2, len(data) - 1} - {len(data)}:
@@ -93,7 +93,7 @@ def test_every_truncation_is_found(path):
         file.write_bytes(data)
 
 
-def test_every_deletion_is_found(path):
+def test_every_deletion_is_detected(path):
     for file in committed_files(path):
         data = file.read_bytes()
         file.unlink()
@@ -106,7 +106,7 @@ def test_every_deletion_is_found(path):
         file.write_bytes(data)
 
 
-def test_damage_is_named_with_its_remedy(path):
+def test_damage_is_reported_with_a_remedy(path):
     record = open_cache(path).record("visual", "é")
     name = next(iter(record.files))
     (path / "visual" / "%C3%A9" / name).write_bytes(b"")
@@ -116,7 +116,7 @@ def test_damage_is_named_with_its_remedy(path):
         assert part in str(caught.value)
 
 
-def test_a_damaged_record_is_never_passed_over(path):
+def test_a_damaged_record_is_always_reported(path):
     """A clip that silently went missing would change results."""
     record = path / "records" / "labels" / "empty.json"
     record.write_bytes(record.read_bytes().replace(b'"train"', b'"trail"'))
@@ -130,7 +130,7 @@ def test_a_damaged_record_is_never_passed_over(path):
     assert open_cache(path).info()["streams"]["labels"]["damaged"] == 1
 
 
-def test_a_record_in_the_place_of_another_is_found(path):
+def test_a_swapped_record_is_detected(path):
     folder = path / "records" / "labels"
     (folder / "copy.json").write_bytes((folder / "empty.json").read_bytes())
     problems = verify(open_cache(path))
@@ -138,7 +138,7 @@ def test_a_record_in_the_place_of_another_is_found(path):
     assert "'empty'" in problems[0].message
 
 
-def test_repair_drops_what_is_damaged_and_nothing_else(path):
+def test_repair_drops_only_damaged_items(path):
     cache = open_cache(path, writable=True)
     kept = dict(cache.read("visual", "é").arrays)
     file = next(iter(cache.record("visual", "zeros").files))
@@ -183,13 +183,13 @@ def test_repair_restores_a_manifest(path, store):
         read_all(path)
 
 
-def test_what_was_never_a_cache_is_not_repaired(tmp_path):
+def test_repair_rejects_a_directory_without_a_cache(tmp_path):
     with pytest.raises(UsageError):
         open_for_repair(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_repair_removes_old_leftovers_and_nothing_that_is_not_ours(path, monkeypatch):
+def test_repair_removes_only_old_leftovers_of_vaflow(path, monkeypatch):
     cache = open_cache(path, writable=True)
     attempt = path / "visual" / "é-killed" / "0123456789abcdef"
     attempt.mkdir(parents=True)
@@ -214,7 +214,7 @@ def test_repair_removes_old_leftovers_and_nothing_that_is_not_ours(path, monkeyp
     read_all(path)
 
 
-def test_arrays_that_do_not_fit_the_schema_are_found(path, monkeypatch):
+def test_verify_reports_arrays_that_violate_the_schema(path, monkeypatch):
     """A writer that does not follow the contract: right checksums, wrong contents."""
     cache = open_cache(path, writable=True)
     wrong = arrays(stream("visual"))
@@ -226,7 +226,7 @@ def test_arrays_that_do_not_fit_the_schema_are_found(path, monkeypatch):
     assert [(problem.item, problem.message) for problem in problems] == [("wrong", "time does not ascend")]
 
 
-def test_unverified_reading_still_notices_missing_files(path):
+def test_reading_without_verification_detects_missing_files(path):
     cache = open_cache(path)
     file = sorted(cache.record("visual", "zeros").files)[0]
     (path / "visual" / "zeros" / file).unlink()
@@ -234,7 +234,7 @@ def test_unverified_reading_still_notices_missing_files(path):
         cache.read("visual", "zeros", verify=False)
 
 
-def test_a_cache_of_zeros_is_checked_too(tmp_path, store):
+def test_verify_checks_a_cache_of_zeros(tmp_path, store):
     """Zarr writes no chunk for all-zero arrays unless told to: a deleted chunk would read as zeros."""
     cache = create_cache(tmp_path / "cache", store=store)
     cache.declare(stream("visual"))

@@ -47,7 +47,7 @@ def test_named_clips_are_dropped_from_every_stream(cache, capsys):
     assert not (cache.path / "visual" / "c").exists()
 
 
-def test_an_unknown_clip_is_refused_and_nothing_is_dropped(cache, capsys):
+def test_drop_rejects_an_unknown_clip_and_drops_nothing(cache, capsys):
     before = contents(cache)
     assert main(["cache", "drop", str(cache.path), "c", "d"]) == 2
     error = capsys.readouterr().err
@@ -55,7 +55,7 @@ def test_an_unknown_clip_is_refused_and_nothing_is_dropped(cache, capsys):
     assert contents(cache).keys() == before.keys()
 
 
-def test_clips_that_a_data_set_lost_are_dropped(cache, tmp_path, capsys):
+def test_clips_missing_from_the_dataset_are_dropped(cache, tmp_path, capsys):
     root = tmp_path / "data"
     (root / "a").mkdir(parents=True)
     for name in ("a/b.mp4", "d e.mp4", "new.mp4"):
@@ -73,7 +73,7 @@ def test_clips_that_a_data_set_lost_are_dropped(cache, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["dropped"] == {}
 
 
-def test_another_data_set_is_refused(cache, tmp_path, capsys):
+def test_drop_rejects_another_dataset(cache, tmp_path, capsys):
     """A mistyped ROOT would remove every clip."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "holiday.mp4").write_bytes(b"")
@@ -83,12 +83,12 @@ def test_another_data_set_is_refused(cache, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args", [[], ["c", "--absent", "."]])
-def test_either_names_or_a_data_set_is_given(cache, args, capsys):
+def test_drop_requires_either_names_or_a_dataset(cache, args, capsys):
     assert main(["cache", "drop", str(cache.path), *args]) == 2
     assert "ITEM... or --absent ROOT" in capsys.readouterr().err
 
 
-def test_splits_change_and_nothing_else(cache, tmp_path, capsys):
+def test_editing_splits_changes_only_splits(cache, tmp_path, capsys):
     before, records = contents(cache), {item: cache.record("labels", item) for item in CLIPS}
     visual = {path: path.read_bytes() for path in (cache.path / "visual").rglob("*") if path.is_file()}
     (tmp_path / "splits.csv").write_text("name,split\na/b,test\nc,val\nunknown,train\n")
@@ -115,18 +115,18 @@ def test_splits_change_and_nothing_else(cache, tmp_path, capsys):
     assert leftovers(changed) == []
 
 
-def test_a_list_that_names_no_clip_is_refused(cache):
+def test_a_split_list_without_known_clips_is_rejected(cache):
     with pytest.raises(UsageError, match="names no clip"):
         change_splits(cache, {"x": "train"})
 
 
-def test_a_list_without_splits_is_refused(cache, tmp_path, capsys):
+def test_a_split_list_without_a_split_column_is_rejected(cache, tmp_path, capsys):
     (tmp_path / "groups.csv").write_text("name,group\na/b,one\n")
     assert main(["cache", "splits", str(cache.path), str(tmp_path / "groups.csv")]) == 2
     assert "the columns name and split" in capsys.readouterr().err
 
 
-def test_a_cache_that_is_read_only_is_not_edited(cache):
+def test_edit_rejects_a_read_only_cache(cache):
     reader = open_cache(cache.path)
     with pytest.raises(UsageError):
         drop_clips(reader, ["c"])

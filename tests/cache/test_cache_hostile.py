@@ -64,13 +64,13 @@ OUTSIDE = ["../../../precious/attempt", "..", ".", "", "/etc", "a/b", "a\\b", "a
 
 
 @pytest.mark.parametrize("attempt", OUTSIDE)
-def test_an_attempt_is_a_name_in_its_folder(path: Path, attempt: object) -> None:
+def test_an_attempt_must_be_a_plain_directory_name(path: Path, attempt: object) -> None:
     rewrite(record_of(path), lambda document: document.update(attempt=attempt, files={}))
     assert_refused(path)
 
 
 @pytest.mark.parametrize("name", ["../../precious/notes.json", "/etc/passwd", "", "..", "x/../../y", "x\0", "x//y"])
-def test_files_of_a_record_are_below_its_attempt(path: Path, name: str) -> None:
+def test_record_files_must_lie_below_the_attempt(path: Path, name: str) -> None:
     def point_outside(document: dict[str, Any]) -> None:
         attempt = document["attempt"]
         document["files"] = {f"{attempt}/{name}" if "x" in name else name: {"size": 2, "crc32c": crc32c(b"{}")}}
@@ -103,19 +103,19 @@ def test_files_of_a_record_are_below_its_attempt(path: Path, name: str) -> None:
     ],
     ids=str,
 )
-def test_members_of_other_types_and_sizes_are_refused(path: Path, change: dict[str, Any]) -> None:
+def test_record_members_of_wrong_type_or_size_are_rejected(path: Path, change: dict[str, Any]) -> None:
     rewrite(record_of(path), lambda document: document.update(change))
     assert_refused(path)
 
 
-def test_a_file_of_another_size_is_not_even_read(path: Path) -> None:
+def test_a_file_of_unexpected_size_is_not_read(path: Path) -> None:
     """A sparse file of a terabyte takes no room on the disk, and would take it in memory."""
     file = next(p for p in (path / "visual" / "one").rglob("*") if p.is_file())
     os.truncate(file, 2**40)
     assert_refused(path)
 
 
-def test_a_document_of_a_terabyte_is_not_read(path: Path) -> None:
+def test_an_oversized_document_is_not_read(path: Path) -> None:
     os.truncate(record_of(path), 2**40)
     assert_refused(path)
     os.truncate(path / "manifest.json", 2**40)
@@ -123,14 +123,14 @@ def test_a_document_of_a_terabyte_is_not_read(path: Path) -> None:
         open_cache(path)
 
 
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(path: Path) -> None:
+def test_a_named_pipe_does_not_block_reading(path: Path) -> None:
     file = next(p for p in (path / "visual" / "one").rglob("*") if p.is_file())
     file.unlink()
     os.mkfifo(file)
     assert_refused(path)
 
 
-def test_documents_nested_without_end_are_refused(path: Path) -> None:
+def test_deeply_nested_documents_are_rejected(path: Path) -> None:
     record_of(path).write_bytes(b"[" * 200_000)
     assert_refused(path)
     (path / "manifest.json").write_bytes(b"[" * 200_000)
@@ -141,7 +141,7 @@ def test_documents_nested_without_end_are_refused(path: Path) -> None:
 # --- links
 
 
-def test_a_link_in_the_place_of_arrays_is_not_followed(path: Path) -> None:
+def test_a_symlinked_array_is_not_followed(path: Path) -> None:
     attempt = next((path / "visual" / "one").iterdir())
     moved = path.parent / "elsewhere"
     attempt.rename(moved)
@@ -153,7 +153,7 @@ def test_a_link_in_the_place_of_arrays_is_not_followed(path: Path) -> None:
     assert verify(open_cache(path)) == []
 
 
-def test_a_stream_folder_that_is_a_link_leads_nobody_out(path: Path) -> None:
+def test_a_symlinked_stream_directory_is_not_followed(path: Path) -> None:
     """Its record names an attempt that lies outside; dropping the item must not remove it there."""
     precious = path.parent / "precious"
     (path / "visual").rename(path.parent / "moved")
@@ -173,7 +173,7 @@ def test_a_stream_folder_that_is_a_link_leads_nobody_out(path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["records/visual", "records/other"])
-def test_repair_removes_nothing_behind_a_link(path: Path, where: str) -> None:
+def test_repair_removes_nothing_behind_a_symlink(path: Path, where: str) -> None:
     folder = path / where
     if folder.exists():
         folder.rename(path.parent / "moved")
@@ -182,20 +182,20 @@ def test_repair_removes_nothing_behind_a_link(path: Path, where: str) -> None:
     assert any("link" in problem.message for problem in problems)
 
 
-def test_a_folder_of_streams_that_is_a_link_is_refused(path: Path) -> None:
+def test_a_symlinked_streams_directory_is_rejected(path: Path) -> None:
     (path / "streams").rename(path.parent / "moved")
     (path / "streams").symlink_to(path.parent / "precious")
     with pytest.raises(CorruptError, match="link"):
         repair(open_cache(path, writable=True))
 
 
-def test_a_record_that_is_a_link_is_unlinked_and_its_target_stays(path: Path) -> None:
+def test_repair_unlinks_a_symlinked_record_and_keeps_its_target(path: Path) -> None:
     record_of(path).unlink()
     record_of(path).symlink_to(path.parent / "precious" / "notes.json")
     assert_refused(path)
 
 
-def test_a_cache_may_be_reached_through_a_link(path: Path) -> None:
+def test_a_cache_can_be_opened_through_a_symlink(path: Path) -> None:
     link = path.parent / "link"
     link.symlink_to(path)
     assert open_cache(link).read("visual", "one").embedding.shape == (5, 6)
@@ -221,7 +221,7 @@ def claim(path: Path, shape: list[int]) -> None:
 
 @pytest.mark.parametrize("store", ["zarr"], indirect=True)
 @pytest.mark.parametrize("compressed", [True, False])
-def test_a_zarr_array_of_a_terabyte_in_a_few_bytes(path: Path, compressed: bool) -> None:
+def test_a_zarr_header_claiming_a_terabyte_is_rejected(path: Path, compressed: bool) -> None:
     """Chunks that are not there read as zeros, and packed zeros unpack to any size."""
 
     def bomb(attempt: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_zarr_array_of_a_terabyte_in_a_few_bytes(path: Path, compressed: bool)
 
 
 @pytest.mark.parametrize("store", ["zarr"], indirect=True)
-def test_a_zarr_array_with_codecs_is_refused_even_if_small(path: Path) -> None:
+def test_a_small_zarr_array_with_codecs_is_rejected(path: Path) -> None:
     def pack(attempt: Path) -> None:
         zarr.create_array(attempt / "embedding", data=np.zeros((5, 6), np.float16), overwrite=True, chunks=(5, 6))
 
@@ -249,7 +249,7 @@ def test_a_zarr_array_with_codecs_is_refused_even_if_small(path: Path) -> None:
 
 @pytest.mark.parametrize("store", ["hdf5"], indirect=True)
 @pytest.mark.parametrize("how", ["external file", "external link", "soft link", "virtual", "packed", "references"])
-def test_an_hdf5_dataset_that_is_not_in_its_file(path: Path, how: str) -> None:
+def test_an_external_hdf5_dataset_is_rejected(path: Path, how: str) -> None:
     precious = path.parent / "precious" / "attempt" / "data.h5"
 
     def bomb(attempt: Path) -> None:
@@ -292,7 +292,7 @@ def test_convert_and_merge_list_hostile_items_and_copy_the_rest(path: Path, stor
     [{"kind": "virus"}, {"kind": ["visual"]}, {"dim": -1}, {"dim": 2**70}, {"dim": 6.0}, {"identity": []}, {"name": 1}],
     ids=str,
 )
-def test_streams_of_other_types_are_refused(path: Path, change: dict[str, Any]) -> None:
+def test_stream_files_with_wrong_types_are_rejected(path: Path, change: dict[str, Any]) -> None:
     from hashlib import blake2b
 
     from vaflow.cache.documents import canonical
@@ -309,7 +309,7 @@ def test_streams_of_other_types_are_refused(path: Path, change: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("row", [[], [1] * 6, ["one", 1, 1, 1, 1, ["train"]], None, "abcdef", {"a": 1}], ids=str)
-def test_a_hostile_index_is_made_again(path: Path, row: object) -> None:
+def test_a_hostile_index_is_rebuilt(path: Path, row: object) -> None:
     from vaflow.cache.documents import canonical
     from vaflow.cache.index import _HEAD, _MIDDLE, _TAIL
 

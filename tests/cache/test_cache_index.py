@@ -39,7 +39,7 @@ def forbid_listing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "scandir", guarded)
 
 
-def test_with_a_saved_index_no_record_is_read(tmp_path, store, reads):
+def test_a_saved_index_avoids_reading_records(tmp_path, store, reads):
     cache = small_cache(tmp_path / "cache", store)
     cache.refresh_index()
     del reads[:]
@@ -50,14 +50,14 @@ def test_with_a_saved_index_no_record_is_read(tmp_path, store, reads):
     assert reads == []
 
 
-def test_a_trusted_folder_is_not_even_listed(tmp_path, store, monkeypatch):
+def test_a_trusted_directory_is_not_listed(tmp_path, store, monkeypatch):
     cache = small_cache(tmp_path / "cache", store)
     cache.refresh_index()
     forbid_listing(monkeypatch)
     assert open_cache(cache.path).items("val", "visual") == ["c"]
 
 
-def test_without_an_index_everything_works(tmp_path, store):
+def test_a_missing_index_is_not_an_error(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store)
     assert not cache.layout.index.exists()
     assert open_cache(cache.path).items("val") == ["c"]
@@ -76,7 +76,7 @@ def test_without_an_index_everything_works(tmp_path, store):
         lambda data: b'{"crc32c":0,"index":{}}\n',
     ],
 )
-def test_a_damaged_index_is_ignored_and_made_again(tmp_path, damage):
+def test_a_damaged_index_is_ignored_and_rebuilt(tmp_path, damage):
     cache = small_cache(tmp_path / "cache", "hdf5")
     cache.refresh_index()
     good = cache.layout.index.read_bytes()
@@ -88,7 +88,7 @@ def test_a_damaged_index_is_ignored_and_made_again(tmp_path, damage):
     assert cache.layout.index.read_bytes() == good
 
 
-def test_every_flipped_bit_of_an_index_leaves_the_answers_right(tmp_path):
+def test_a_flipped_bit_in_the_index_changes_no_result(tmp_path):
     cache = small_cache(tmp_path / "cache", "hdf5")
     cache.refresh_index()
     good = cache.layout.index.read_bytes()
@@ -100,7 +100,7 @@ def test_every_flipped_bit_of_an_index_leaves_the_answers_right(tmp_path):
         assert open_cache(cache.path).info() == expected, position
 
 
-def test_only_records_that_changed_are_read(tmp_path, store, reads):
+def test_only_changed_records_are_read(tmp_path, store, reads):
     cache = small_cache(tmp_path / "cache", store, ("a", "b", "c", "d"))
     cache.refresh_index()
     cache.write("labels", "b", arrays(stream("labels")), meta={"split": "test"})
@@ -113,7 +113,7 @@ def test_only_records_that_changed_are_read(tmp_path, store, reads):
     assert sorted(set(reads)) == ["b.json", "e.json"]
 
 
-def test_other_writers_are_seen_at_once(tmp_path, store):
+def test_commits_of_other_writers_are_visible_immediately(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store)
     cache.refresh_index()
     reader = open_cache(cache.path)
@@ -124,7 +124,7 @@ def test_other_writers_are_seen_at_once(tmp_path, store):
     assert reader.items() == ["a/b", "d"]
 
 
-def test_a_change_within_the_same_tick_of_the_clock_is_seen(tmp_path, monkeypatch):
+def test_a_change_within_one_clock_tick_is_detected(tmp_path, monkeypatch):
     """Racily fresh: the folder changes after it was listed, and its time of change stays the same."""
     cache = small_cache(tmp_path / "cache", "hdf5")
     folder = cache.layout.records("labels")
@@ -141,7 +141,7 @@ def test_a_change_within_the_same_tick_of_the_clock_is_seen(tmp_path, monkeypatc
     assert open_cache(cache.path).items() == ["a/b", "c", "d"]
 
 
-def test_saving_waits_until_the_folder_can_be_trusted(tmp_path, monkeypatch):
+def test_the_index_is_saved_once_the_directory_time_has_settled(tmp_path, monkeypatch):
     cache = small_cache(tmp_path / "cache", "hdf5")
     waited: list[float] = []
     real = time.sleep
@@ -158,7 +158,7 @@ def test_saving_waits_until_the_folder_can_be_trusted(tmp_path, monkeypatch):
     assert open_cache(cache.path).items() == ["a/b", "c"]
 
 
-def test_coarse_clocks_get_a_wider_margin():
+def test_coarse_file_times_use_a_wider_margin():
     second = 1_700_000_000_000_000_000
     assert index_module._is_past(second + 1, second + 200_000_000)
     assert not index_module._is_past(second, second + 200_000_000)
@@ -183,7 +183,7 @@ def test_an_index_does_not_hide_damage(tmp_path, store):
         open_cache(cache.path).items()
 
 
-def test_a_long_run_saves_it_now_and_then(tmp_path, store, reads, monkeypatch):
+def test_a_long_run_saves_the_index_periodically(tmp_path, store, reads, monkeypatch):
     """So that after a kill only what came since must be read."""
     monkeypatch.setattr(saving, "EVERY", 0.05)
     cache = small_cache(tmp_path / "cache", store)
@@ -199,7 +199,7 @@ def test_a_long_run_saves_it_now_and_then(tmp_path, store, reads, monkeypatch):
         assert reads == ["late.json"]
 
 
-def test_a_disk_that_refuses_costs_one_saving(tmp_path, store, monkeypatch):
+def test_a_failed_index_write_is_ignored(tmp_path, store, monkeypatch):
     tries = []
 
     def refuse(*_: object) -> None:

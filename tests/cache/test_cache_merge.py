@@ -59,7 +59,7 @@ def versions(cache: Cache, name: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("stores", [("zarr", "zarr", "hdf5"), ("hdf5", "zarr", "zarr"), ("zarr", "hdf5", None)])
-def test_parts_become_a_whole(tmp_path, stores):
+def test_shards_are_merged_into_one_cache(tmp_path, stores):
     first, second, wanted = stores
     parts = [make(tmp_path / "1", first, {"a": 1, "b/c": 1}), make(tmp_path / "2", second, {"d": 1, "b/c": 1})]
     done = merge(tmp_path / "out", parts, store=wanted)
@@ -72,7 +72,7 @@ def test_parts_become_a_whole(tmp_path, stores):
     assert leftovers(out) == []
 
 
-def test_what_is_merged_already_is_not_written_again(tmp_path, store):
+def test_merged_items_are_not_written_again(tmp_path, store):
     parts = [make(tmp_path / "1", store, {"a": 1, "b": 1}), make(tmp_path / "2", store, {"c": 1})]
     merge(tmp_path / "out", parts[:1])
     before = {path.name: path.read_bytes() for path in open_cache(tmp_path / "out").record_files()}
@@ -83,7 +83,7 @@ def test_what_is_merged_already_is_not_written_again(tmp_path, store):
     assert merge(tmp_path / "out", parts).copied == 0
 
 
-def test_an_interrupted_merge_goes_on(tmp_path, store, monkeypatch):
+def test_an_interrupted_merge_resumes(tmp_path, store, monkeypatch):
     parts = [make(tmp_path / "1", store, {"a": 1, "b": 1}), make(tmp_path / "2", store, {"c": 1})]
     real = Cache.adopt
     done: list[int] = []
@@ -103,7 +103,7 @@ def test_an_interrupted_merge_goes_on(tmp_path, store, monkeypatch):
     assert versions(open_cache(tmp_path / "out"), "labels") == {"a": 1, "b": 1, "c": 1}
 
 
-def test_streams_of_either_cache_are_kept(tmp_path, store):
+def test_streams_of_both_caches_are_kept(tmp_path, store):
     parts = [make(tmp_path / "1", store, {"a": 1}), make(tmp_path / "2", store, {"a": 1, "b": 1}, extra="ast")]
     merge(tmp_path / "out", parts)
     out = open_cache(tmp_path / "out")
@@ -111,7 +111,7 @@ def test_streams_of_either_cache_are_kept(tmp_path, store):
     assert out.items(stream="ast") == ["a", "b"]
 
 
-def test_streams_made_with_other_settings_are_refused_and_named(tmp_path, store):
+def test_streams_with_different_settings_are_rejected_by_name(tmp_path, store):
     one, two = make(tmp_path / "1", store, {"a": 1}), create_cache(tmp_path / "2", store=store)
     two.declare(StreamInfo("visual", "visual", 6, "float32", {"encoder": "toy-visual", "sampling": {"stride": 2.0}}))
     for caches in ((one, two), (two, one)):
@@ -150,7 +150,7 @@ def test_every_conflict_is_in_the_log(tmp_path, store, caplog):
 
 
 @pytest.mark.parametrize(("prefer", "expected"), [("first", {"a": 1, "b": 2}), ("newest", {"a": 2, "b": 2})])
-def test_a_preference_chooses(tmp_path, store, prefer, expected):
+def test_prefer_selects_the_version_of_a_conflicting_item(tmp_path, store, prefer, expected):
     parts = [make(tmp_path / "1", store, {"a": 1, "b": 2}), make(tmp_path / "2", store, {"a": 2, "b": 2})]
     age(parts[0], "2026-01-01T00:00:00+00:00")
     age(parts[1], "2026-01-02T00:00:00+00:00")
@@ -163,7 +163,7 @@ def test_a_preference_chooses(tmp_path, store, prefer, expected):
     assert (done.copied, done.there) == (0, 4)
 
 
-def test_newer_items_take_the_place_of_older_ones(tmp_path, store):
+def test_newer_items_replace_older_ones(tmp_path, store):
     old, new = make(tmp_path / "1", store, {"a": 1}), make(tmp_path / "2", store, {"a": 2})
     age(old, "2026-01-01T00:00:00+00:00")
     merge(tmp_path / "out", [old])
@@ -175,7 +175,7 @@ def test_newer_items_take_the_place_of_older_ones(tmp_path, store):
     assert leftovers(open_cache(tmp_path / "out")) == []
 
 
-def test_streams_of_one_clip_are_not_taken_from_two_versions(tmp_path, store):
+def test_streams_of_one_clip_come_from_one_version(tmp_path, store):
     """A stream that was added late to the older version does not make a mixture of both."""
     parts = [
         make(tmp_path / "1", store, {"a": 1}, extra="ast"),
@@ -189,7 +189,7 @@ def test_streams_of_one_clip_are_not_taken_from_two_versions(tmp_path, store):
     assert len({versions(out, name)["a"] for name in ("visual", "labels", "ast")}) == 1
 
 
-def test_items_without_a_source_are_the_same_if_their_arrays_are(tmp_path):
+def test_items_without_a_source_are_compared_by_arrays(tmp_path):
     caches = []
     for number, store in enumerate(STORES):
         cache = create_cache(tmp_path / store, store=store)
@@ -219,7 +219,7 @@ def test_damaged_items_are_copied_from_another_cache(tmp_path, store):
     assert versions(open_cache(tmp_path / "out"), "visual") == {"a": 1, "c": 1}
 
 
-def test_clips_that_failed_on_one_machine_and_not_on_the_other(tmp_path, store):
+def test_a_clip_that_failed_in_one_shard_only_is_not_listed_as_failed(tmp_path, store):
     parts = [make(tmp_path / "1", store, {"a": 1}), make(tmp_path / "2", store, {"b": 1})]
     for part, items in zip(parts, (("b", "x"), ("y",)), strict=True):
         lines = [{"item": item, "stage": "open", "error": "E", "message": "m", "split": "train"} for item in items]
@@ -230,7 +230,7 @@ def test_clips_that_failed_on_one_machine_and_not_on_the_other(tmp_path, store):
     assert failed_items(open_cache(tmp_path / "out"), "train") == ["x", "y"]
 
 
-def test_what_cannot_be_merged_is_bad_usage(tmp_path, store):
+def test_caches_that_cannot_be_merged_are_usage_errors(tmp_path, store):
     part = make(tmp_path / "1", store, {"a": 1})
     with pytest.raises(UsageError, match="Choose another folder"):
         merge(part.path, [part])

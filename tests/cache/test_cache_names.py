@@ -67,7 +67,7 @@ def can_be_json(name: str) -> bool:
 
 
 @given(NAMES)
-def test_a_file_name_is_short_plain_and_never_hidden_or_special(name):
+def test_file_names_are_short_ascii_and_never_hidden_or_reserved(name):
     if not can_be_json(name):
         return
     made = escape(name)
@@ -87,7 +87,7 @@ def test_different_names_have_different_file_names(one, other):
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="~"), min_size=1, max_size=40))
-def test_ordinary_names_are_escaped_as_in_addresses(name):
+def test_ordinary_names_are_percent_encoded(name):
     """`urllib.parse.quote` does the same but for the tilde, the leading dot and names with a meaning."""
     if not name.startswith(".") and not name.endswith(("json", "jsonl")) and name not in ("records", "streams"):
         expected = quote(name, safe="")
@@ -95,20 +95,20 @@ def test_ordinary_names_are_escaped_as_in_addresses(name):
             assert escape(name) == expected
 
 
-def test_long_names_end_in_the_digest_of_the_whole():
+def test_long_names_end_in_a_digest_of_the_full_name():
     name = "é" * 100
     digest = blake2b(name.encode(), digest_size=16).hexdigest()
     assert escape(name) == quote("é" * 100)[:99] + "~" + digest  # 100 would cut a %XX
 
 
-def test_names_that_cannot_be_kept_are_refused():
+def test_unstorable_names_are_rejected():
     with pytest.raises(UsageError, match="needs a name"):
         escape("")
     with pytest.raises(UsageError, match="JSON cannot hold"):
         escape("\ud83d\ude00")  # two halves that JSON would make one character of
 
 
-def test_odd_items_live_side_by_side_inside_the_cache(tmp_path, store):
+def test_unusual_item_names_do_not_collide(tmp_path, store):
     path = tmp_path / "deep" / "cache"
     cache = create_cache(path, store=store)
     info, labels = stream("visual"), stream("labels")
@@ -131,7 +131,7 @@ def test_odd_items_live_side_by_side_inside_the_cache(tmp_path, store):
     assert verify(reader) == []
 
 
-def test_odd_streams_live_side_by_side_inside_the_cache(tmp_path, store):
+def test_unusual_stream_names_do_not_collide(tmp_path, store):
     cache = create_cache(tmp_path / "cache", store=store)
     for number, name in enumerate(ODD):
         info = stream("visual", name=name)

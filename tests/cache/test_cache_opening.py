@@ -11,7 +11,7 @@ from vaflow.cache.schema import STORES
 from vaflow.errors import SchemaError, UsageError
 
 
-def test_creating_again_opens(tmp_path, store):
+def test_create_opens_an_existing_cache(tmp_path, store):
     first = small_cache(tmp_path / "cache", store)
     again = create_cache(tmp_path / "cache", store=store)
     assert again.items() == first.items()
@@ -21,7 +21,7 @@ def test_creating_again_opens(tmp_path, store):
         create_cache(tmp_path / "cache", store=other)
 
 
-def test_an_empty_folder_becomes_a_cache_and_others_do_not(tmp_path, store):
+def test_create_accepts_only_an_empty_directory(tmp_path, store):
     (tmp_path / "empty").mkdir()
     assert create_cache(tmp_path / "empty", store=store).items() == []
     (tmp_path / "full").mkdir()
@@ -35,7 +35,7 @@ def test_an_empty_folder_becomes_a_cache_and_others_do_not(tmp_path, store):
         create_cache(tmp_path / "x", store="sqlite")
 
 
-def test_what_is_no_cache_is_named_with_the_remedy(tmp_path):
+def test_opening_a_directory_without_a_cache_states_the_remedy(tmp_path):
     with pytest.raises(UsageError, match=r"There is no such folder\. Make one: vaflow extract"):
         open_cache(tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"It has no manifest\.json"):

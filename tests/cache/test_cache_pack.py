@@ -51,7 +51,7 @@ def everything(cache: Cache) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("shard_bytes", [100, 2**29])
-def test_every_item_comes_back_with_its_record(source, tmp_path, shard_bytes):
+def test_every_packed_item_keeps_its_record(source, tmp_path, shard_bytes):
     summary = pack(source, tmp_path / "packed", shard_bytes=shard_bytes)
     packed = open_cache(tmp_path / "packed")
     assert sorted(everything(packed)) == sorted(everything(source))
@@ -76,7 +76,7 @@ def test_an_hdf5_cache_is_packed_too(tmp_path):
         assert_same(packed.committed(name, item)[1], cache.committed(name, item)[1])
 
 
-def test_few_files_hold_all_clips(tmp_path):
+def test_a_packed_cache_has_few_files(tmp_path):
     cache = small_cache(tmp_path / "cache", "zarr", tuple(f"clip{n}" for n in range(30)))
     pack(cache, tmp_path / "packed")
     files = [path for path in (tmp_path / "packed").rglob("*") if path.is_file()]
@@ -84,7 +84,7 @@ def test_few_files_hold_all_clips(tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [100, 2**29])
-def test_the_reader_of_the_page_reads_it_with_plain_zarr(source, tmp_path, shard_bytes):
+def test_the_documented_reader_reads_a_packed_cache_with_zarr(source, tmp_path, shard_bytes):
     pack(source, tmp_path / "packed", shard_bytes=shard_bytes)
     (code,) = re.findall(r"```python\n(.*?)```", SECTION, flags=re.S)
     space: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def test_the_reader_of_the_page_reads_it_with_plain_zarr(source, tmp_path, shard
         assert_same(got, source.committed(name, item)[1])
 
 
-def test_the_page_lists_the_members_of_manifest_and_records(tmp_path):
+def test_the_documentation_lists_every_packed_member(tmp_path):
     small_cache(tmp_path / "cache", "zarr")
     pack(open_cache(tmp_path / "cache"), tmp_path / "packed")
     manifest = json.loads((tmp_path / "packed" / "manifest.json").read_bytes())
@@ -111,7 +111,7 @@ def test_the_page_lists_the_members_of_manifest_and_records(tmp_path):
     assert set(line["rows"]) == set(line["arrays"])
 
 
-def test_nothing_can_be_written_into_it(tmp_path):
+def test_a_packed_cache_rejects_writes(tmp_path):
     pack(small_cache(tmp_path / "cache", "zarr"), tmp_path / "packed")
     remedy = rf"packed caches are read-only.*vaflow cache convert {tmp_path}/packed --out"
     for opening in (lambda path: open_cache(path, writable=True), create_cache):
@@ -126,7 +126,7 @@ def test_nothing_can_be_written_into_it(tmp_path):
     assert not packed.has("visual", "cc")
 
 
-def test_it_can_be_unpacked_and_packed_again(source, tmp_path):
+def test_a_packed_cache_round_trips_through_convert(source, tmp_path):
     pack(source, tmp_path / "packed")
     convert(open_cache(tmp_path / "packed"), tmp_path / "copy", "zarr")
     copy = open_cache(tmp_path / "copy")
@@ -138,7 +138,7 @@ def test_it_can_be_unpacked_and_packed_again(source, tmp_path):
             assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "packed")).read_bytes()
 
 
-def test_every_damaged_file_is_noticed(tmp_path):
+def test_verify_detects_damage_in_every_packed_file(tmp_path):
     pack(small_cache(tmp_path / "cache", "zarr"), tmp_path / "packed")
     for path in sorted(p for p in (tmp_path / "packed").rglob("*") if p.is_file() and p.name != "manifest.json"):
         whole = path.read_bytes()
@@ -152,7 +152,7 @@ def test_every_damaged_file_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["visual/embedding/c/0/0", "visual/embedding/zarr.json", "records/visual.jsonl"])
-def test_reading_notices_damage(tmp_path, name):
+def test_reading_detects_damage(tmp_path, name):
     pack(small_cache(tmp_path / "cache", "zarr"), tmp_path / "packed")
     path = tmp_path / "packed" / name
     whole = path.read_bytes()
@@ -165,7 +165,7 @@ def test_reading_notices_damage(tmp_path, name):
         open_cache(tmp_path / "packed").read("visual", "a/b")
 
 
-def test_damage_of_one_clip_leaves_the_others(tmp_path):
+def test_damage_to_one_clip_does_not_affect_the_others(tmp_path):
     pack(small_cache(tmp_path / "cache", "zarr"), tmp_path / "packed")
     path = tmp_path / "packed/visual/embedding/c/0/0"
     whole = bytearray(path.read_bytes())
@@ -187,7 +187,7 @@ def test_a_damaged_cache_is_not_packed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-def test_only_a_new_folder_outside_is_written(tmp_path):
+def test_pack_requires_a_new_directory_outside_the_cache(tmp_path):
     cache = small_cache(tmp_path / "cache", "zarr")
     with pytest.raises(UsageError, match="is the cache to read, or inside it"):
         pack(cache, cache.path / "packed")
@@ -206,7 +206,7 @@ def test_only_a_new_folder_outside_is_written(tmp_path):
     assert verify(open_cache(tmp_path / "packed")) == []
 
 
-def test_an_object_store_is_read_by_ranges(tmp_path, monkeypatch):
+def test_an_object_store_is_read_with_range_requests(tmp_path, monkeypatch):
     import fsspec
 
     monkeypatch.setenv("VAFLOW_CACHE_DIR", str(tmp_path / "local"))

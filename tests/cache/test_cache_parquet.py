@@ -14,7 +14,7 @@ from vaflow.cli import main
 parquet = pytest.importorskip("pyarrow.parquet")
 
 
-def test_every_array_comes_back(tmp_path: Path, store: str) -> None:
+def test_every_array_is_read_back_from_parquet(tmp_path: Path, store: str) -> None:
     cache = small_cache(tmp_path / "cache", store)
     assert main(["cache", "export", str(tmp_path / "cache"), str(tmp_path / "out")]) == 0
     rows = 0
@@ -29,7 +29,7 @@ def test_every_array_comes_back(tmp_path: Path, store: str) -> None:
     assert rows == sum(len(cache.items(stream=name)) for name in cache.streams())
 
 
-def test_clips_may_differ_in_their_steps(tmp_path: Path) -> None:
+def test_clips_may_have_different_step_counts(tmp_path: Path) -> None:
     cache = create_cache(tmp_path / "cache")
     info = stream("audio")
     for one in (info, stream("labels")):
@@ -46,7 +46,7 @@ def test_clips_may_differ_in_their_steps(tmp_path: Path) -> None:
     assert {row["clip"]: np.array(row["embedding"]).shape[:2] for row in rows} == {"few": (3, 4), "many": (3, 7)}
 
 
-def test_the_card_names_every_file(tmp_path: Path) -> None:
+def test_the_dataset_card_lists_every_file(tmp_path: Path) -> None:
     small_cache(tmp_path / "cache", "zarr")
     out = tmp_path / "out"
     assert main(["cache", "export", str(tmp_path / "cache"), str(out)]) == 0
@@ -55,7 +55,7 @@ def test_the_card_names_every_file(tmp_path: Path) -> None:
     assert named == {file.relative_to(out).as_posix() for file in out.glob("*/*.parquet")}
 
 
-def test_a_folder_with_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_non_empty_directory_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_cache(tmp_path / "cache", "zarr")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()

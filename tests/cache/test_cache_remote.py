@@ -12,16 +12,16 @@ import pytest
 import zarr
 from cache_toys import arrays, assert_same, small_cache, stream
 from test_cache_contract import (  # noqa: F401 - run here on an object store
-    test_a_missing_item_is_named_with_those_close_to_it,
+    test_a_missing_item_error_suggests_similar_ids,
     test_all_problems_of_arrays_are_reported_together,
-    test_arrays_come_back_as_written,
-    test_dropping_leaves_nothing_behind,
-    test_images_are_the_files_that_were_put_in,
+    test_arrays_are_read_back_unchanged,
+    test_arrays_can_be_read_individually,
+    test_dropping_an_item_removes_its_files,
+    test_images_are_stored_byte_for_byte,
     test_items_are_the_clips_of_the_labels_stream,
     test_large_arrays_are_split_along_their_first_axis,
-    test_some_arrays_are_read_alone,
-    test_streams_never_mix,
-    test_writing_again_replaces_and_leaves_nothing_behind,
+    test_streams_are_stored_separately,
+    test_writing_an_item_again_removes_the_old_files,
 )
 
 from vaflow.cache import create_cache, open_cache
@@ -62,7 +62,7 @@ def objects(place: Path) -> dict[str, bytes]:
     return {key.removeprefix(top).lstrip("/"): fs.cat_file(key) for key in fs.find(top)}
 
 
-def test_another_machine_reads_what_one_wrote(tmp_path, store):
+def test_a_second_machine_reads_the_stored_items(tmp_path, store):
     written = small_cache(tmp_path / "cache", store)
     read = open_cache(tmp_path / "cache")
     assert read.path != written.path
@@ -76,7 +76,7 @@ def test_another_machine_reads_what_one_wrote(tmp_path, store):
     assert verify(read) == []
 
 
-def test_the_store_holds_what_the_contract_says(tmp_path, store, disk):
+def test_the_object_store_has_the_documented_layout(tmp_path, store, disk):
     """The same objects, by name and bytes, as files in a folder; and nothing else."""
     small_cache(tmp_path / "cache", store)
     for name, data in objects(tmp_path / "cache").items():
@@ -93,7 +93,7 @@ def test_the_store_holds_what_the_contract_says(tmp_path, store, disk):
         np.testing.assert_array_equal(np.asarray(group["time"]), arrays(stream("visual"), seed=1)["time"])
 
 
-def test_the_record_is_put_after_all_that_it_names(tmp_path, store, monkeypatch):
+def test_the_record_is_uploaded_after_its_arrays(tmp_path, store, monkeypatch):
     cache = small_cache(tmp_path / "cache", store)
     fs, steps = memory(), []
     real = type(fs).pipe_file
@@ -112,7 +112,7 @@ def test_the_record_is_put_after_all_that_it_names(tmp_path, store, monkeypatch)
     assert not any(name.startswith(f"visual/new/{record.attempt}") for name in objects(tmp_path / "cache"))
 
 
-def test_of_two_machines_the_first_commit_wins(tmp_path, store: StoreName, monkeypatch):
+def test_the_first_commit_of_two_machines_wins(tmp_path, store: StoreName, monkeypatch):
     one = small_cache(tmp_path / "cache", store)
     two = open_cache(tmp_path / "cache", writable=True)
     inner = type(STORES[store]).write_attempt
@@ -131,7 +131,7 @@ def test_of_two_machines_the_first_commit_wins(tmp_path, store: StoreName, monke
     assert not any(raced[0] in name for name in objects(tmp_path / "cache"))
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path, store, monkeypatch):
+def test_a_failed_write_leaves_no_files(tmp_path, store, monkeypatch):
     cache = small_cache(tmp_path / "cache", store)
     before = objects(tmp_path / "cache")
 
@@ -148,7 +148,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, store, monkeypatch):
         cache.refresh_index()
 
 
-def test_two_machines_declare_one_stream(tmp_path, store):
+def test_two_machines_can_declare_the_same_stream(tmp_path, store):
     one, two = (create_cache(tmp_path / "cache", store=store) for _ in range(2))
     one.declare(stream("visual"))
     two.declare(stream("visual"))
@@ -157,7 +157,7 @@ def test_two_machines_declare_one_stream(tmp_path, store):
         open_cache(tmp_path / "cache", writable=True).declare(stream("visual", "float32"))
 
 
-def test_what_others_commit_drop_and_replace_is_seen_after_a_refresh(tmp_path, store):
+def test_refresh_shows_changes_by_other_machines(tmp_path, store):
     one = small_cache(tmp_path / "cache", store)
     two = open_cache(tmp_path / "cache")
     two.read("visual", "c")
@@ -171,14 +171,14 @@ def test_what_others_commit_drop_and_replace_is_seen_after_a_refresh(tmp_path, s
     assert len(list((two.path / "visual" / "c").iterdir())) == 1  # the old arrays went
 
 
-def test_a_reader_follows_an_item_that_is_replaced_under_it(tmp_path, store):
+def test_an_open_reader_sees_a_replaced_item(tmp_path, store):
     one = small_cache(tmp_path / "cache", store)
     two = open_cache(tmp_path / "cache")
     one.write("visual", "c", arrays(stream("visual"), 9, seed=9))
     assert_same(dict(two.read("visual", "c").arrays), arrays(stream("visual"), 9, seed=9))
 
 
-def test_each_item_is_downloaded_once_into_the_folder_that_is_named(tmp_path, store, disk, monkeypatch):
+def test_each_item_is_downloaded_once_into_the_local_folder(tmp_path, store, disk, monkeypatch):
     small_cache(tmp_path / "cache", store)
     monkeypatch.setenv(VARIABLE, str(disk))
     asked: list[str] = []
@@ -253,7 +253,7 @@ def test_lists_of_failures_are_shared(tmp_path, store):
     assert failed_items(open_cache(tmp_path / "cache"), "val") == []
 
 
-def test_names_on_the_store_never_leave_the_local_folder(tmp_path, store):
+def test_object_names_cannot_escape_the_local_folder(tmp_path, store):
     small_cache(tmp_path / "cache", store)
     fs = memory()
     for name in ("records/visual/../../../evil.json", "../evil.json", "records//evil.json"):
@@ -263,7 +263,7 @@ def test_names_on_the_store_never_leave_the_local_folder(tmp_path, store):
     assert not list(cache.path.parent.rglob("evil.json"))
 
 
-def test_what_is_no_cache_is_refused(tmp_path, capsys):
+def test_a_directory_without_a_cache_is_rejected(tmp_path, capsys):
     with pytest.raises(UsageError, match=f"memory://{tmp_path.name}/cache is not a cache"):
         open_cache(tmp_path / "cache")
     memory().pipe_file(f"/{tmp_path.name}/mine/notes.txt", b"mine")
@@ -273,7 +273,7 @@ def test_what_is_no_cache_is_refused(tmp_path, capsys):
     assert "is not a cache" in capsys.readouterr().err
 
 
-def test_commands_take_urls(tmp_path, store, capsys):
+def test_commands_accept_urls(tmp_path, store, capsys):
     small_cache(tmp_path / "cache", store)
     url = f"memory://{tmp_path.name}/cache"
     assert main(["cache", "info", url, "--json"]) == 0
@@ -295,11 +295,11 @@ def test_commands_take_urls(tmp_path, store, capsys):
         ("other://x", None),
     ],
 )
-def test_urls_are_told_from_paths(path, url):
+def test_urls_are_distinguished_from_paths(path, url):
     assert url_of(path) == url
 
 
-def test_a_library_that_is_not_installed_is_named(monkeypatch):
+def test_a_missing_library_is_named(monkeypatch):
     def missing(*_: object) -> None:
         raise ImportError("Install s3fs to access S3")
 

@@ -56,7 +56,7 @@ def test_the_page_lists_every_kind():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_table_says_what_the_types_say(kind):
+def test_documented_tables_match_the_types(kind):
     said = {
         cells[0].strip("`"): (tuple(cells[1].split(", ")), tuple(cells[2].split(", ")), cells[3] == "yes")
         for cells in rows(SECTIONS[kind])
@@ -78,14 +78,14 @@ def test_the_page_lists_every_member_of_every_file(tmp_path, store):
     assert members("records/\\<stream\\>/\\<item\\>.json") == {field.name for field in fields(Record)} | {"crc32c"}
 
 
-def test_the_page_names_the_version_and_the_stores():
+def test_the_page_states_the_version_and_the_stores():
     assert f"# The cache, schema version {SCHEMA_VERSION}" in PAGE
     assert f"| `format` | string | `{FORMAT}` |" in PAGE
     assert all(f"**{name}**:" in SECTIONS["Stores"] for name in STORES)
     assert f"up to {LARGEST_CHUNK // 2**20} MiB" in SECTIONS["Stores"]
 
 
-def test_the_readers_of_the_page_read_every_kind(tmp_path, store):
+def test_the_documented_readers_read_every_kind(tmp_path, store):
     cache = create_cache(tmp_path / "cache", store=store)
     for kind in get_args(Kind):
         cache.declare(stream(kind))
@@ -105,19 +105,19 @@ def test_the_readers_of_the_page_read_every_kind(tmp_path, store):
         assert record["meta"] == ({"split": "val"} if item == "a/b" else {})
 
 
-def test_the_table_of_escaped_names():
+def test_the_documented_escapes_match_the_code():
     table = {cells[0].strip("`"): cells[1].strip("`") for cells in rows(SECTIONS["Escaped names"])}
     assert len(table) >= 6
     assert {name: escape(name) for name in table} == table
 
 
 @given(st.binary(max_size=200))
-def test_the_checksum_is_the_one_that_the_page_defines(data):
+def test_checksums_match_their_documented_definition(data):
     assert crc32c(data) == bitwise_crc32c(data)
     assert crc32c(np.frombuffer(bytearray(data), np.uint8)) == bitwise_crc32c(data)
 
 
-def test_files_and_documents_carry_it(tmp_path, store):
+def test_files_and_documents_contain_the_documented_checksum(tmp_path, store):
     cache = create_cache(tmp_path / "cache", store=store)
     cache.declare(stream("labels"))
     cache.write("labels", "é", arrays(stream("labels")))
@@ -131,7 +131,7 @@ def test_files_and_documents_carry_it(tmp_path, store):
     assert record.files == {name: {"size": len(data), "crc32c": bitwise_crc32c(data)} for name, data in on_disk.items()}
 
 
-def test_the_fingerprint_is_the_one_that_the_page_defines(tmp_path):
+def test_fingerprints_match_their_documented_definition(tmp_path):
     cache = create_cache(tmp_path / "cache")
     info = stream("visual")
     cache.declare(info)
@@ -149,13 +149,13 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text().filter(lambda key: key != "crc32c"), JSON, max_size=5))
-def test_what_is_sealed_comes_back(document):
+def test_sealed_documents_round_trip(document):
     expected = json.loads(json.dumps(document))
     assert unseal(seal(expected)) == expected
 
 
 @given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3), st.data())
-def test_no_flipped_bit_of_a_sealed_document_passes(document, data):
+def test_every_flipped_bit_of_a_sealed_document_is_detected(document, data):
     document.pop("crc32c", None)
     sealed = bytearray(seal(document))
     position = data.draw(st.integers(0, len(sealed) - 1))

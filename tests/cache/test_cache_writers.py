@@ -60,7 +60,7 @@ def assert_whole(path: Path) -> set[str]:
     return items
 
 
-def test_two_writers_of_the_same_items_both_finish_and_one_wins(tmp_path, store):
+def test_two_writers_of_the_same_items_both_finish(tmp_path, store):
     path, gate = tmp_path / "cache", tmp_path / "go"
     writers = [start(path, store, seed=seed, rounds=20, gate=gate) for seed in (1000, 2000)]
     for writer in writers:
@@ -105,7 +105,7 @@ def test_the_first_of_two_first_commits_wins(tmp_path, store: StoreName, monkeyp
     assert verify(mine) == []
 
 
-def test_an_interrupt_after_the_record_was_made_does_not_take_its_arrays(tmp_path, store, monkeypatch):
+def test_an_interrupt_after_the_commit_keeps_the_arrays(tmp_path, store, monkeypatch):
     path = tmp_path / "cache"
     cache = create_cache(path, store=store)
     info = stream("visual")
@@ -139,7 +139,7 @@ def kill_at_random(process: subprocess.Popen[str], rng: random.Random) -> list[s
     return [line for line in lines if line.endswith("\n") and line != "ready\n"]
 
 
-def test_what_was_committed_before_a_kill_is_whole(tmp_path, store):
+def test_items_committed_before_a_kill_are_complete(tmp_path, store):
     """Items are written and, from the 21st on, replaced; each kill comes at another moment."""
     path, gate = tmp_path / "cache", tmp_path / "go"
     gate.touch()
@@ -195,7 +195,7 @@ def test_everything_is_flushed_before_the_record_appears(tmp_path, store, monkey
     assert ("flush", place.parent) in steps[created:]
 
 
-def test_threads_may_share_a_cache(tmp_path, store):
+def test_threads_can_share_a_cache(tmp_path, store):
     cache = create_cache(tmp_path / "cache", store=store)
     info = stream("visual")
     cache.declare(info)

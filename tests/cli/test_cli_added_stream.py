@@ -16,7 +16,7 @@ DETECTED_ELSEWHERE = ["--detector", "torch", "--frames", "4"]
 
 
 @pytest.mark.parametrize("given", [[], OTHER_THAN_THE_DEFAULTS, DETECTED_ELSEWHERE])
-def test_the_command_adds_what_lacks_and_nothing_else(given: list[str], clips: Path, tmp_path: Path) -> None:
+def test_extract_add_stream_adds_only_missing_streams(given: list[str], clips: Path, tmp_path: Path) -> None:
     data, place = tmp_path / "my data", tmp_path / "cache"
     data.mkdir()
     shutil.copy(clips / "park.mp4", data)

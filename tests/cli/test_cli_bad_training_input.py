@@ -62,7 +62,7 @@ def train(cache: Path | str, out: Path, *options: object) -> list[object]:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_features_that_are_no_numbers(
+def test_non_numeric_features_are_rejected(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     cache = open_cache(own, writable=True)
@@ -74,7 +74,7 @@ def test_features_that_are_no_numbers(
     refused(capsys, 1, train(own, tmp_path / "run"), "'train4'", "'toy-ears'", "NaN or infinite", "Expected", "again")
 
 
-def test_labels_beyond_their_range(
+def test_out_of_range_labels_are_rejected(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = open_cache(own, writable=True)
@@ -86,7 +86,7 @@ def test_labels_beyond_their_range(
     refused(capsys, 1, train(own, tmp_path / "run"), "'train2'", "[-1, 1]")
 
 
-def test_splits_that_are_not_there_or_not_annotated(
+def test_missing_and_unlabelled_splits_are_rejected(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -109,7 +109,7 @@ def test_splits_that_are_not_there_or_not_annotated(
     refused(capsys, 2, train(own, out), "train", "Choices: val")
 
 
-def test_streams_that_are_not_there(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_streams_are_rejected(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     refused(capsys, 2, train(cache.path, out, "--visual", "toy-eye"), "Choices: toy-eyes", "Did you mean 'toy-eyes'")
     refused(capsys, 2, train(cache.path, out, "--audio", "ast"), "ast", "Choices: toy-ears")
@@ -117,7 +117,7 @@ def test_streams_that_are_not_there(cache: Cache, tmp_path: Path, capsys: pytest
     assert not (out / "config.toml").exists()
 
 
-def test_caches_with_nothing_in_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_caches_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = create_cache(tmp_path / "empty")
     refused(capsys, 2, train(empty.path, tmp_path / "run"), "nothing to train on", "vaflow extract")
     empty.declare(StreamInfo("toy-eyes", "visual", 3, "float16", {"encoder": "toy"}))
@@ -125,14 +125,16 @@ def test_caches_with_nothing_in_them(tmp_path: Path, capsys: pytest.CaptureFixtu
     refused(capsys, 2, train(empty.path, tmp_path / "run"), "has no clips", "vaflow extract")
 
 
-def test_a_cache_of_another_schema(own: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_schema_version_is_rejected(
+    own: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = json.loads((own / "manifest.json").read_text())
     (own / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 77}))
     for command in (train(own, tmp_path / "run"), ["evaluate", run, "--cache", own], ["folds", own]):
         refused(capsys, 2, command, "77", "schema version", "Expected: 1", "extract")
 
 
-def test_a_cache_made_with_other_settings(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_with_other_settings_is_rejected(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_cache(tmp_path / "other", Toy(seconds=(8, 14), widths=(13, 10)))
     words = ("'toy-eyes'", "dim: 13, 12 in the run", "Extract the clips again")
     refused(capsys, 2, ["evaluate", run, "--cache", other.path], *words)
@@ -154,7 +156,9 @@ def on_runs(run: Path, out: Path, cache: Cache) -> list[list[object]]:
     ]
 
 
-def test_folders_that_are_no_runs(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directories_without_a_run_are_rejected(
+    cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     for folder in (tmp_path / "absent", empty, cache.path):
@@ -163,7 +167,7 @@ def test_folders_that_are_no_runs(cache: Cache, tmp_path: Path, capsys: pytest.C
     assert not any((tmp_path / name).exists() for name in ("predictions", "ensemble", "submission.txt"))
 
 
-def test_runs_that_were_interrupted(
+def test_unfinished_runs_are_rejected(
     interrupted: Path, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in on_runs(interrupted, tmp_path, cache):
@@ -173,9 +177,7 @@ def test_runs_that_were_interrupted(
     assert main(["evaluate", str(interrupted)]) == 0
 
 
-def test_a_run_whose_files_are_damaged(
-    run: Path, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_run_is_rejected(run: Path, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = Path(shutil.copytree(run, tmp_path / "broken"))
     data = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(data[:-10])
@@ -186,7 +188,7 @@ def test_a_run_whose_files_are_damaged(
     refused(capsys, 1, train(cache.path, broken), "config.toml", "cannot be read")
 
 
-def test_places_that_cannot_be_written(
+def test_unwritable_output_paths_are_rejected(
     cache: Cache, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "file"
@@ -202,14 +204,16 @@ def test_places_that_cannot_be_written(
     assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]
 
 
-def test_a_dataset_in_the_place_of_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_given_as_cache_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.mp4").write_bytes(b"")
     refused(capsys, 2, ["train", data, "--out", tmp_path / "run"], f"vaflow extract {data} --out {data}.cache")
 
 
-def test_a_run_whose_cache_is_gone(run: Path, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_a_missing_cache_is_rejected(
+    run: Path, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     moved = tmp_path / "moved" / "run"
     shutil.copytree(run, moved)
     text = (moved / "config.toml").read_text().replace(str(cache.path.resolve()), "/nowhere/cache")

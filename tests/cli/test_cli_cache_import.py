@@ -35,7 +35,7 @@ def labels(data: Path) -> tuple[str, str]:
     return "--labels", str(data / "va")
 
 
-def test_import_then_look(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_then_info_lists_the_items(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(data, capsys, "--rate", "25", *labels(data))
     assert (code, err) == (0, "")
     for part in ("Imported 3 of 3 items into stream 'mine', 150 rows", "missing: 6.", "Labels: 2 of 3 items, 4 rows."):
@@ -48,7 +48,7 @@ def test_import_then_look(data: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["cache", "verify", str(data / "cache")]) == 0
 
 
-def test_again_says_that_nothing_was_to_be_done(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_import_reports_nothing_to_do(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(data, capsys, "--rate", "25", *labels(data))
     code, out, _ = run(data, capsys, "--rate", "25", *labels(data))
     assert code == 0 and "Imported 0 of 3 items" in out and "Up to date: 3." in out
@@ -56,7 +56,7 @@ def test_again_says_that_nothing_was_to_be_done(data: Path, capsys: pytest.Captu
     assert "files have changed: 1." in run(data, capsys, "--rate", "25", *labels(data))[1]
 
 
-def test_some_items_that_fail_are_exit_code_3(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_partial_failure_exits_with_3(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(data / "f" / "b.npy", np.zeros((9, 5)))
     code, out, err = run(data, capsys, "--rate", "25", "--json", "-q")
     document = json.loads(out)
@@ -66,7 +66,7 @@ def test_some_items_that_fail_are_exit_code_3(data: Path, capsys: pytest.Capture
     assert json.loads(line).keys() >= {"item", "stage", "error", "message"}
 
 
-def test_only_failures_are_exit_code_1(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_complete_failure_exits_with_1(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(data, capsys)
     assert code == 1 and "--rate HZ" in err and "3 items failed" in err
 
@@ -81,14 +81,14 @@ def test_only_failures_are_exit_code_1(data: Path, capsys: pytest.CaptureFixture
         (("--dtype", "int8"), "float16, float32"),
     ],
 )
-def test_bad_options_are_exit_code_2(
+def test_invalid_options_exit_with_2(
     data: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], part: str
 ) -> None:
     code, out, err = run(data, capsys, *more)
     assert code == 2 and out == "" and part in err and len(err.splitlines()) == 1
 
 
-def test_other_settings_are_refused_by_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_settings_are_rejected_by_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(data, capsys, "--rate", "25")
     code, _, err = run(data, capsys, "--rate", "30")
     assert code == 2 and "sampling.rate: cache has 25.0, now 30.0" in err

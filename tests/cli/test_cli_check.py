@@ -34,14 +34,14 @@ def test_warnings_and_notes_do_not_fail(good: Tree, capsys: pytest.CaptureFixtur
         assert part in out
 
 
-def test_errors_fail_and_say_what_to_do(broken: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_fail_and_state_a_remedy(broken: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, broken.root)
     assert code == 1
     assert "ERROR  unreadable: 3" in out and "  -> Extraction skips the clip" in out
     assert out.rstrip().splitlines()[-1].startswith("15 of 19 clips are usable")
 
 
-def test_quiet_says_only_what_went_wrong(good: Tree, broken: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_only_problems(good: Tree, broken: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, good.root, "-q") == (0, "", "")
     code, out, _ = run(capsys, broken.root, "-q")
     assert code == 1 and "ERROR" in out and "NOTE" not in out and "WARNING" not in out

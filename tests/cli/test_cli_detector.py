@@ -18,7 +18,7 @@ def runtime(cache: Path) -> str:
     return said.split()[0]
 
 
-def test_predict_finds_faces_as_the_run_learned_them(
+def test_predict_uses_the_face_detector_of_the_run(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.set_num_threads(1)

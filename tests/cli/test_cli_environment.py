@@ -54,7 +54,7 @@ def test_commands_run_with_closed_standard_streams(data: Path, cache: Path, tmp_
         assert subprocess.run(line, shell=True, check=False, timeout=300).returncode == code, line
 
 
-def test_a_device_that_is_missing_is_bad_usage_in_every_command(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_missing_device_is_a_usage_error_in_every_command(data: Path, cache: Path, tmp_path: Path) -> None:
     for args in (
         ["extract", str(data), "--out", str(tmp_path / "new"), *TINY[:-4], "--device", "cuda:99"],
         ["train", str(cache), "--out", str(tmp_path / "run"), *SMALL[:-2], "--device", "cuda:99"],

@@ -87,7 +87,7 @@ def one_clip(tmp_path: Path) -> Path:
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else str(value),
 )
-def test_bad_usage_is_one_paragraph_and_exit_code_2(
+def test_usage_errors_print_one_paragraph_and_exit_with_2(
     arguments: list[str],
     words: list[str],
     one_clip: Path,
@@ -105,7 +105,7 @@ def test_bad_usage_is_one_paragraph_and_exit_code_2(
         assert word in said
 
 
-def test_a_cache_of_an_unknown_schema_is_refused(
+def test_an_unknown_schema_version_is_rejected(
     one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "cache"
@@ -118,7 +118,7 @@ def test_a_cache_of_an_unknown_schema_is_refused(
     assert "99" in capsys.readouterr().err
 
 
-def test_other_settings_are_refused_naming_the_field(
+def test_changed_settings_are_rejected_naming_the_field(
     one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "cache"
@@ -159,7 +159,9 @@ def test_the_summary_counts_items_extracted_before(
     assert captured.out == captured.err == ""
 
 
-def test_retry_failed_does_only_what_failed(one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_retry_failed_extracts_only_failed_clips(
+    one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (one_clip / "b.mp4").write_text("not yet copied")
     base = ["extract", str(one_clip), "--out", str(tmp_path / "cache"), "--visual", "none", "--audio", "none"]
     assert main(base) == 3
@@ -172,7 +174,7 @@ def test_retry_failed_does_only_what_failed(one_clip: Path, tmp_path: Path, caps
     assert "listed as failed" in capsys.readouterr().err
 
 
-def test_clips_that_the_dataset_no_longer_has_are_named(
+def test_clips_removed_from_the_dataset_are_listed(
     one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "cache"
@@ -188,7 +190,7 @@ def test_clips_that_the_dataset_no_longer_has_are_named(
     assert json.loads(capsys.readouterr().out)["absent"] == ["a"]
 
 
-def test_a_rerun_that_encodes_nothing_states_no_speed(
+def test_a_rerun_without_work_prints_no_speed(
     one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ["extract", str(one_clip), "--out", str(tmp_path / "cache"), "--visual", "clip-tiny", "--audio", "none"]
@@ -214,7 +216,7 @@ def test_a_rerun_that_encodes_nothing_states_no_speed(
     ],
     ids=" ".join,
 )
-def test_wrong_arguments_are_refused_before_torch_is_imported(one_clip: Path, arguments: list[str]) -> None:
+def test_arguments_are_validated_before_torch_is_imported(one_clip: Path, arguments: list[str]) -> None:
     program = (
         "import sys\nfrom vaflow.cli import main\ncode = main(sys.argv[1:])\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\nsys.exit(code)"
@@ -247,7 +249,7 @@ def test_an_audio_file_is_a_clip_without_faces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [700_000, 3_000_000], ids="{} KiB".format)
-def test_a_limit_of_address_space_is_one_message(one_clip: Path, tmp_path: Path, limit: int) -> None:
+def test_an_address_space_limit_is_reported_in_one_message(one_clip: Path, tmp_path: Path, limit: int) -> None:
     command = [sys.executable, "-m", "vaflow", "extract", str(one_clip), "--out", str(tmp_path / "c"), *TINY]
     shell = f'ulimit -v {limit}; exec "$@"'
     done = subprocess.run(["bash", "-c", shell, "bash", *command], capture_output=True, text=True, timeout=120)
@@ -257,7 +259,7 @@ def test_a_limit_of_address_space_is_one_message(one_clip: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(("level", "code"), [("1", 0), ("2", 2)])
-def test_optimized_python_works_or_is_refused(level: str, code: int) -> None:
+def test_optimized_python_works_or_is_rejected(level: str, code: int) -> None:
     """PYTHONOPTIMIZE=1 removes assertions; 2 removes docstrings, too, and transformers needs its own."""
     command = [sys.executable, "-m", "vaflow", "extract", "--help"]
     environment = os.environ | {"PYTHONOPTIMIZE": level}

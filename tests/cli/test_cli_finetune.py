@@ -42,7 +42,7 @@ def test_from_features_to_tuned_encoders(data: Path, tmp_path: Path, capsys: pyt
     assert scores[0] == pytest.approx(scores[1], abs=2e-3)
 
 
-def test_weights_need_fine_tuning(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_option_requires_finetune(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "cache"
     assert (
         main(["extract", str(data), "--out", str(cache), "--visual", "clip-tiny", "--audio", "none", *GRID, "-q"]) == 0

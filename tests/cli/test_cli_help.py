@@ -88,7 +88,7 @@ def test_completion_offers_the_commands(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
-def test_no_color_is_honoured(
+def test_no_color_is_respected(
     no_color: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NO_COLOR", no_color)
@@ -99,7 +99,7 @@ def test_no_color_is_honoured(
     assert ("\x1b[" in error) == (not no_color)
 
 
-def test_info_names_versions_devices_and_folders(
+def test_info_lists_versions_devices_and_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VAFLOW_CACHE_DIR", str(tmp_path))
@@ -137,7 +137,7 @@ def test_extract_lists_at_most_a_dozen_options_in_groups(capsys: pytest.CaptureF
     assert "--help-all" in page and "docs/settings.md" in page
 
 
-def test_extract_help_all_lists_every_option_and_names_what_is_experimental(
+def test_extract_help_all_lists_every_option_and_marks_experimental_ones(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["extract", "--help-all"]) == 0

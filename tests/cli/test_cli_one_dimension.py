@@ -13,7 +13,7 @@ SMALL = ["--set", "hidden=8", "--batch-size", "2", "--epochs", "1", "--set", "va
 
 
 @pytest.mark.parametrize("names", [("valence", "arousal"), ("arousal",), ("valence",)])
-def test_predict_names_what_was_never_learned(
+def test_predict_marks_untrained_dimensions(
     names: tuple[str, ...], clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.set_num_threads(1)

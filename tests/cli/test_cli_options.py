@@ -67,7 +67,7 @@ def test_an_ensemble_is_printed_and_written(run: Path, cache: Cache, tmp_path: P
     assert "Choices: ccc, mean, search" in capsys.readouterr().err
 
 
-def test_smooth_stores_a_smoothing_until_it_is_removed(run: Path, capsys) -> None:
+def test_smooth_is_stored_until_removed(run: Path, capsys) -> None:
     command = ["evaluate", str(run), "--device", "cpu"]
     plain = printed([*command, "--json"], capsys)
     assert main(["smooth", str(run), "--kind", "savgol", "--seconds", "1.5"]) == 0
@@ -147,7 +147,7 @@ def test_folds_of_a_cache_without_a_validation_split(tmp_path: Path, capsys) -> 
     assert main(["folds", str(cache.path), "--folds", "2", "--split", "vla"]) == 2
 
 
-def test_without_a_modality_and_by_group(run: Path, tmp_path: Path, capsys) -> None:
+def test_evaluate_without_a_modality_and_by_group(run: Path, tmp_path: Path, capsys) -> None:
     groups = tmp_path / "groups.csv"
     groups.write_text("item,gender\nval0,f\nval1,m\nval2,f\n")
     command = ["evaluate", str(run), "--device", "cpu", "--groups", str(groups)]
@@ -186,7 +186,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("line", COMMANDS)  # in the order of the page: later ones use the runs of earlier ones
-def test_command_of_the_page_runs(line: str, sandbox: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_documented_command_runs(line: str, sandbox: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(sandbox)
     program, *arguments = shlex.split(line)
     assert program == "vaflow"
@@ -200,7 +200,7 @@ def table_rows(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"][2:]
 
 
-def test_the_page_says_how_far_a_tcn_sees() -> None:
+def test_the_documentation_states_the_tcn_receptive_field() -> None:
     head = re.search(r"^\| `layers` \|(.*)\|$", PAGE, re.M)
     steps = next(row[1:] for row in table_rows(PAGE, "Temporal models") if row[0] == "steps")
     assert head is not None

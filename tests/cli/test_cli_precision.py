@@ -21,7 +21,9 @@ def cache(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_it_is_not_mixed_with_float32(data: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_low_precision_streams_are_not_mixed_with_float32(
+    data: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["extract", str(data), "--out", str(cache), *TINY, *GRID, "--pixels"]) == 2
     assert "precision: cache has 'bfloat16', now nothing" in capsys.readouterr().err
 

@@ -28,7 +28,7 @@ def run(cache: Cache, tmp_path_factory) -> Path:
     return out
 
 
-def test_train_prints_a_summary_and_then_says_that_it_is_done(cache: Cache, tmp_path: Path, capsys) -> None:
+def test_a_second_train_reports_a_finished_run(cache: Cache, tmp_path: Path, capsys) -> None:
     command = ["train", str(cache.path), "--out", str(tmp_path / "run"), *SMALL]
     assert main(command) == 0
     first = capsys.readouterr()
@@ -38,7 +38,7 @@ def test_train_prints_a_summary_and_then_says_that_it_is_done(cache: Cache, tmp_
     assert "is finished already" in capsys.readouterr().out
 
 
-def test_settings_come_from_everywhere(cache: Cache, tmp_path: Path) -> None:
+def test_settings_combine_presets_files_and_options(cache: Cache, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text("seed = 4\nepochs = 9\nsigma = 0.6\nvisual = ['toy-eyes']\naudio = ['toy-ears']\n")
     options = ["--preset", "p2", "--config", str(file), "--sigma", "0.5", *SMALL, "--epochs", "1", "--kl-weight", "0"]
@@ -53,7 +53,7 @@ def test_settings_come_from_everywhere(cache: Cache, tmp_path: Path) -> None:
     assert config.lr == 1e-2  # --set
 
 
-def test_evaluate_prints_what_metrics_json_says(run: Path, capsys) -> None:
+def test_evaluate_prints_the_scores_of_metrics_json(run: Path, capsys) -> None:
     assert main(["evaluate", str(run), "--json", "--device", "cpu"]) == 0
     printed = json.loads(capsys.readouterr().out)
     written = json.loads((run / "metrics.json").read_text())
@@ -87,24 +87,24 @@ def test_evaluate_on_another_cache(run: Path, cache: Cache, tmp_path: Path, caps
         (["--set", "hidden=15"], "even"),
     ],
 )
-def test_bad_usage_is_explained(cache: Cache, tmp_path: Path, capsys, options: list[str], says: str) -> None:
+def test_usage_errors_are_explained(cache: Cache, tmp_path: Path, capsys, options: list[str], says: str) -> None:
     assert main(["train", str(cache.path), "--out", str(tmp_path / "run"), "--epochs", "1", *options]) == 2
     assert says in capsys.readouterr().err
 
 
-def test_other_settings_in_a_finished_run(cache: Cache, run: Path, capsys) -> None:
+def test_changed_settings_of_a_finished_run_are_rejected(cache: Cache, run: Path, capsys) -> None:
     assert main(["train", str(cache.path), "--out", str(run), *SMALL, "--seed", "3"]) == 2
     assert "seed: 0, not 3" in capsys.readouterr().err
 
 
-def test_wrong_folders(cache: Cache, tmp_path: Path, capsys) -> None:
+def test_directories_without_a_run_or_cache_are_rejected(cache: Cache, tmp_path: Path, capsys) -> None:
     assert main(["train", str(tmp_path / "absent"), "--out", str(tmp_path / "run")]) == 2
     assert main(["evaluate", str(tmp_path / "absent")]) == 2
     assert "not a run directory" in capsys.readouterr().err
     assert main(["evaluate", str(cache.path)]) == 2
 
 
-def test_failed_extraction_stops_the_evaluation(run: Path, tmp_path: Path, capsys) -> None:
+def test_evaluate_rejects_missing_labelled_clips(run: Path, tmp_path: Path, capsys) -> None:
     cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14)))
     for stream in ("toy-eyes", "toy-ears"):
         cache.drop(stream, "val2")
@@ -121,13 +121,13 @@ def test_help_has_an_example(command: str, capsys) -> None:
     assert f"Example: vaflow {command}" in capsys.readouterr().out
 
 
-def test_json_prints_the_metrics_alone(cache: Cache, tmp_path: Path, capsys) -> None:
+def test_json_prints_only_the_metrics(cache: Cache, tmp_path: Path, capsys) -> None:
     assert main(["train", str(cache.path), "--out", str(tmp_path / "run"), *SMALL, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
-def test_fresh_starts_again(cache: Cache, tmp_path: Path, capsys) -> None:
+def test_fresh_retrains_from_scratch(cache: Cache, tmp_path: Path, capsys) -> None:
     command = ["train", str(cache.path), "--out", str(tmp_path / "run"), *SMALL]
     assert main([*command, "-q"]) == 0
     assert main([*command, "--seed", "3"]) == 2

@@ -89,7 +89,7 @@ def test_ray(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(f"{block.rstrip()} --dry-run", capsys)
 
 
-def test_every_option_that_the_page_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_documented_option_exists(capsys: pytest.CaptureFixture[str]) -> None:
     named = set(re.findall(r"(?<=`)--[a-z-]+|--engine|--ray-address", PAGE))
     assert main(["extract", "--help-all"]) == 0
     help_text = capsys.readouterr().out

@@ -36,7 +36,7 @@ TRAIN = "VA_Estimation_Challenge/Train_Set"
 VAL = "VA_Estimation_Challenge/Validation_Set"
 
 
-def test_every_trial_has_its_split_video_and_crops(tree: Tree) -> None:
+def test_trials_have_their_split_video_and_crops(tree: Tree) -> None:
     dataset = open_dataset(tree.root)
     assert dataset.layout == "affwild2"
     assert [clip.id for clip in dataset.clips] == sorted(tree.trials)
@@ -58,7 +58,7 @@ def test_left_and_right_share_a_group(tree: Tree) -> None:
     assert left.labels != right.labels and left.crops != right.crops
 
 
-def test_a_video_of_the_full_name_keeps_its_suffix(tree: Tree) -> None:
+def test_a_video_named_like_the_trial_keeps_the_suffix(tree: Tree) -> None:
     clip = clips_of(tree.root)["solo_left"]
     assert clip.group == "solo_left" and clip.video is not None and clip.video.stem == "solo_left"
 
@@ -71,14 +71,14 @@ def test_crop_archives_are_merged(tree: Tree) -> None:
 @pytest.mark.parametrize(
     "under", ["VA_Estimation_Challenge", "VA_Set", "6th ABAW Annotations/VA_Estimation_Challenge", "."]
 )
-def test_annotations_are_found_wherever_the_archives_put_them(tmp_path: Path, under: str) -> None:
+def test_annotations_are_discovered_in_any_archive_layout(tmp_path: Path, under: str) -> None:
     touch(tmp_path, f"{under}/Train_Set/a.txt", f"{under}/Validation_Set/b.txt", "raw_videos/a.mp4", "batch1/x/b.AVI")
     clips = clips_of(tmp_path)
     assert {name: clip.split for name, clip in clips.items()} == {"a": "train", "b": "val"}
     assert clips["b"].video == tmp_path / "batch1/x/b.AVI" and clips["b"].crops == ()
 
 
-def test_an_archive_unpacked_into_itself_and_one_of_unaligned_crops(tmp_path: Path) -> None:
+def test_nested_and_unaligned_crop_archives_are_recognized(tmp_path: Path) -> None:
     touch(tmp_path, "cropped_aligned/cropped_aligned/a/00001.jpg", "cropped/a/00001.jpg", f"{TRAIN}/a.txt")
     (tmp_path / "cropped_aligned_2" / "nobody").mkdir(parents=True)
     dataset = open_dataset(tmp_path)
@@ -88,7 +88,7 @@ def test_an_archive_unpacked_into_itself_and_one_of_unaligned_crops(tmp_path: Pa
     assert "crops-not-aligned" in codes(dataset)
 
 
-def test_without_a_list_unlabelled_trials_are_test_trials(tmp_path: Path) -> None:
+def test_unlabelled_trials_without_a_list_are_test_trials(tmp_path: Path) -> None:
     touch(tmp_path, f"{TRAIN}/a.txt", "raw_videos/a.mp4", "raw_videos/b.mp4", "raw_videos/c.mp4", "raw_videos/d.mp4")
     touch(tmp_path, "cropped_aligned/c_left/00001.jpg", "cropped_aligned/c_right/00001.jpg")
     touch(tmp_path, "AU_Detection_Challenge/Train_Set/d.txt")
@@ -105,7 +105,7 @@ def test_the_sample_submission_lists_test_trials(tmp_path: Path, tree: Tree) -> 
     assert clips["smile"].split is None
 
 
-def test_lists_that_are_none_are_left_alone(tmp_path: Path) -> None:
+def test_unrelated_text_files_are_ignored(tmp_path: Path) -> None:
     touch(tmp_path, f"{TRAIN}/a.txt", "raw_videos/a.mp4", "raw_videos/b.mp4")
     (tmp_path / "latest.txt").write_text("These files were downloaded\nin the latest version\nb\n")
     (tmp_path / "some_test_sample.txt").write_text("image_location,Neutral,Anger\nb/00001.jpg,0,1\n")
@@ -114,7 +114,7 @@ def test_lists_that_are_none_are_left_alone(tmp_path: Path) -> None:
     assert codes(dataset) == ["not-a-list"]
 
 
-def test_a_list_may_name_missing_files_and_trials(tmp_path: Path) -> None:
+def test_split_lists_may_contain_missing_trials(tmp_path: Path) -> None:
     touch(tmp_path, f"{TRAIN}/a.txt", "raw_videos/a.mp4", "raw_videos/b.mp4", "raw_videos/c.mp4")
     (tmp_path / "test_set.txt").write_text("b.mp4\nc\n\ngone\n")
     clips = clips_of(tmp_path)
@@ -122,21 +122,21 @@ def test_a_list_may_name_missing_files_and_trials(tmp_path: Path) -> None:
     assert clips["gone"].video is None
 
 
-def test_labels_without_a_video_are_a_trial_of_the_right_group(tmp_path: Path) -> None:
+def test_labels_without_a_video_belong_to_the_right_group(tmp_path: Path) -> None:
     touch(tmp_path, f"{TRAIN}/a_left.txt", f"{TRAIN}/a_right.txt")
     clips = clips_of(tmp_path)
     assert {clip.group for clip in clips.values()} == {"a"}
     assert all(clip.video is None and clip.audio is None for clip in clips.values())
 
 
-def test_two_videos_of_one_name_are_a_note_and_the_first_is_taken(tmp_path: Path) -> None:
+def test_the_first_of_two_videos_with_one_name_is_used_with_a_note(tmp_path: Path) -> None:
     touch(tmp_path, f"{TRAIN}/a.txt", "batch2/a.mp4", "batch1/a.mp4", "batch1/a.avi")
     dataset = open_dataset(tmp_path)
     assert [clip.video for clip in dataset.clips] == [tmp_path / "batch1/a.avi"]
     assert codes(dataset) == ["two-videos"] and "batch2/a.mp4" in dataset.notes[0].message
 
 
-def test_a_trial_in_both_splits_is_an_error_and_never_trained_on(tmp_path: Path) -> None:
+def test_a_trial_in_both_splits_is_excluded_with_an_error(tmp_path: Path) -> None:
     touch(tmp_path, f"{TRAIN}/a.txt", f"{VAL}/a.txt", "raw_videos/a.mp4")
     dataset = open_dataset(tmp_path)
     assert [clip.split for clip in dataset.clips] == ["val"]
@@ -151,7 +151,7 @@ def test_broken_trials_are_listed(tmp_path: Path) -> None:
     assert clips["novideo"].video is None and clips["video5"].group == clips["video5_left"].group
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_symlinks_are_followed_without_cycles(tmp_path: Path) -> None:
     disk, root = tmp_path / "disk", tmp_path / "root"
     touch(disk, "videos/a.mp4", "crops/a/00001.jpg")
     touch(root, f"{TRAIN}/a.txt")
@@ -163,7 +163,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert codes(open_dataset(root)) == []
 
 
-def test_names_that_are_not_text_are_left_out_with_a_note(tmp_path: Path) -> None:
+def test_undecodable_names_are_skipped_with_a_note(tmp_path: Path) -> None:
     touch(tmp_path, f"{TRAIN}/a.txt", "raw_videos/a.mp4")
     try:
         (Path(os.fsdecode(os.fsencode(tmp_path) + b"/raw_videos/b\xff.mp4"))).touch()
@@ -173,14 +173,14 @@ def test_names_that_are_not_text_are_left_out_with_a_note(tmp_path: Path) -> Non
     assert [clip.id for clip in dataset.clips] == ["a"] and codes(dataset) == ["unusable-name"]
 
 
-def test_a_list_that_is_not_text_is_named(tmp_path: Path) -> None:
+def test_a_binary_split_list_is_reported(tmp_path: Path) -> None:
     touch(tmp_path, f"{TRAIN}/a.txt", "raw_videos/a.mp4")
     (tmp_path / "test_set.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"test_set\.txt"):
         open_dataset(tmp_path)
 
 
-def test_scanning_opens_no_label_and_lists_no_crops(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scanning_reads_neither_labels_nor_crop_folders(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a million crops and a slow disk: names of trials are enough."""
     scanned: list[str] = []
     scandir = os.scandir

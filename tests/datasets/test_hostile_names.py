@@ -33,14 +33,14 @@ OUTSIDE = ["..", "../x", "a/../../x", "/etc/passwd", "", "a//b", "./a", "a\0b", 
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_no_name_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
+def test_no_name_escapes_its_directory(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="cannot be that of a file") as error:
         below(tmp_path, name)
     assert str(error.value).isprintable()
 
 
 @given(st.text(max_size=40))
-def test_a_name_below_is_below(name: str) -> None:
+def test_ordinary_names_stay_below_their_directory(name: str) -> None:
     folder = Path("/data/set")
     try:
         path = below(folder, name)
@@ -52,7 +52,7 @@ def test_a_name_below_is_below(name: str) -> None:
 
 
 @given(st.text(st.characters(), max_size=80))
-def test_messages_are_one_line_that_steers_nothing(name: str) -> None:
+def test_messages_contain_no_control_characters(name: str) -> None:
     shown = explain(f"{name} is odd", got=name, choices=[name])
     assert len(shown.splitlines()) <= 1
     categories = {unicodedata.category(character) for character in shown}
@@ -62,11 +62,11 @@ def test_messages_are_one_line_that_steers_nothing(name: str) -> None:
 
 
 @given(st.text(st.characters(codec="ascii", categories=["L", "N", "P", "S"]), max_size=80))
-def test_ordinary_text_stays_as_it_is(text: str) -> None:
+def test_ordinary_text_is_unchanged(text: str) -> None:
     assert visible(text) == text
 
 
-def test_odd_names_are_items_of_their_own(tmp_path: Path) -> None:
+def test_unusual_names_are_distinct_items(tmp_path: Path) -> None:
     for name in ODD:
         (tmp_path / name).write_bytes(b"")
     dataset = open_dataset(tmp_path)
@@ -74,7 +74,7 @@ def test_odd_names_are_items_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", "a/../../outside"])
-def test_a_list_of_splits_names_items_and_opens_nothing(tmp_path: Path, name: str) -> None:
+def test_a_split_list_names_items_without_opening_files(tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside.mp4"
     outside.write_bytes(b"")
     root = tmp_path / "data"
@@ -86,7 +86,7 @@ def test_a_list_of_splits_names_items_and_opens_nothing(tmp_path: Path, name: st
     assert [note.code for note in dataset.notes] == ["split-unknown-name"]
 
 
-def test_linked_folders_are_not_entered_and_linked_files_are_the_users_choice(tmp_path: Path) -> None:
+def test_symlinked_directories_are_skipped_and_symlinked_files_used(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret.mp4").write_bytes(b"")
@@ -101,7 +101,7 @@ def test_linked_folders_are_not_entered_and_linked_files_are_the_users_choice(tm
     assert {note.code for note in dataset.notes} == {"linked-folder", "unusable-name"}
 
 
-def test_pipes_and_devices_are_neither_videos_nor_labels(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_ignored(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "zero.mp4").symlink_to("/dev/zero")
     (tmp_path / "a.mp4").write_bytes(b"")
@@ -114,7 +114,7 @@ def test_pipes_and_devices_are_neither_videos_nor_labels(tmp_path: Path) -> None
             read_csv(tmp_path / name)
 
 
-def test_text_files_have_a_size_that_is_read_whole(tmp_path: Path) -> None:
+def test_text_files_above_the_size_limit_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"")
     for name in ("a.csv", "splits.csv"):
         (tmp_path / name).touch()

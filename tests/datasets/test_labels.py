@@ -46,7 +46,7 @@ def test_a_clip_without_labels_has_no_annotation() -> None:
     assert read_annotation(Clip("a", None, "a", None)) is None
 
 
-def test_row_k_belongs_to_frame_k(tmp_path: Path) -> None:
+def test_row_k_labels_frame_k(tmp_path: Path) -> None:
     annotation = read(tmp_path, "valence,arousal\n0.1,-0.2\n0.3,-0.4\n1,-1\n")
     assert annotation.frame is not None and annotation.time is None
     assert annotation.frame.tolist() == [0, 1, 2]
@@ -54,11 +54,11 @@ def test_row_k_belongs_to_frame_k(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["arousal,valence\n-0.2,0.1\n", "\ufeffValence, Arousal\r\n0.1, -0.2\r\n\r\n"])
-def test_header_names_the_columns_and_line_ends_do_not_matter(tmp_path: Path, text: str) -> None:
+def test_the_header_orders_the_columns_and_any_line_ending_is_accepted(tmp_path: Path, text: str) -> None:
     np.testing.assert_array_equal(read(tmp_path, text).value, f32([[0.1, -0.2]]))
 
 
-def test_minus_five_is_never_a_target(tmp_path: Path) -> None:
+def test_minus_five_means_unlabelled(tmp_path: Path) -> None:
     annotation = read(tmp_path, "valence,arousal\n-5,-5\n0.5,0.5\n-5.0,-5.000\n0.25,0.25\n-5,-5\n")
     clock = on_clock(annotation, np.arange(5) / 30)
     assert clock["valid"].tolist() == [[False, False], [True, True], [False, False], [True, True], [False, False]]
@@ -66,12 +66,12 @@ def test_minus_five_is_never_a_target(tmp_path: Path) -> None:
     assert clock["value"][clock["valid"]].tolist() == [0.5, 0.5, 0.25, 0.25]
 
 
-def test_minus_five_in_one_dimension_leaves_the_other(tmp_path: Path) -> None:
+def test_minus_five_in_one_dimension_keeps_the_other(tmp_path: Path) -> None:
     clock = on_clock(read(tmp_path, "valence,arousal\n-5,0.5\n0.5,-5\n"), np.array([0.0, 0.04]))
     assert clock["valid"].tolist() == [[False, True], [True, False]]
 
 
-def test_every_problem_is_named_with_its_lines(tmp_path: Path) -> None:
+def test_every_problem_is_reported_with_line_numbers(tmp_path: Path) -> None:
     text = "valence,arousal\n0.1,0.2\nhello,0.1\n0.1\n0.1,0.2,0.3\n1.5,0.1\n0.1,-2\n-4.99,0\n\n0.1,nan\n0.1,0.1\n"
     got = message(tmp_path, text)
     assert "trial.txt" in got
@@ -85,7 +85,7 @@ def test_every_problem_is_named_with_its_lines(tmp_path: Path) -> None:
         assert part in got, (part, got)
 
 
-def test_many_problems_stay_one_paragraph(tmp_path: Path) -> None:
+def test_many_problems_are_one_paragraph(tmp_path: Path) -> None:
     got = message(tmp_path, "valence,arousal\n" + "0,0\nx,0\n" * 10_000)
     assert len(got) < 2000 and "more lines" in got and "\n" not in got
 
@@ -102,11 +102,11 @@ def test_many_problems_stay_one_paragraph(tmp_path: Path) -> None:
         (b"\x00\x01\x02\xff" * 100, "line 1"),
     ],
 )
-def test_files_that_are_not_annotations(tmp_path: Path, text: str | bytes, part: str) -> None:
+def test_invalid_annotation_files_are_rejected(tmp_path: Path, text: str | bytes, part: str) -> None:
     assert part in message(tmp_path, text)
 
 
-def test_a_missing_file_is_the_clips_problem(tmp_path: Path) -> None:
+def test_a_missing_label_file_is_an_item_error(tmp_path: Path) -> None:
     clip = Clip("a", None, "a", None, labels=tmp_path / "gone.txt", label_format="affwild2")
     with pytest.raises(DataError, match=r"gone\.txt"):
         read_annotation(clip)
@@ -119,7 +119,7 @@ def test_a_missing_file_is_the_clips_problem(tmp_path: Path) -> None:
     noise=st.text(max_size=20) | st.binary(max_size=20),
     label_format=st.sampled_from(sorted(READERS)),
 )
-def test_any_text_ends_in_an_annotation_or_a_data_error(tmp_path_factory, body, head, noise, label_format) -> None:
+def test_arbitrary_text_yields_an_annotation_or_a_data_error(tmp_path_factory, body, head, noise, label_format) -> None:
     tail = noise if isinstance(noise, bytes) else noise.encode("utf-8", "surrogatepass")
     text = "\n".join([head, *(",".join(row) for row in body)]).encode() + tail
     try:
@@ -137,7 +137,7 @@ def test_any_text_ends_in_an_annotation_or_a_data_error(tmp_path_factory, body, 
 # --- tables beside videos
 
 
-def test_a_table_with_frames_may_leave_gaps_and_cells_empty(tmp_path: Path) -> None:
+def test_tables_with_frames_may_have_gaps_and_empty_cells(tmp_path: Path) -> None:
     annotation = read(tmp_path, "frame,valence,arousal,who\n1,0.5,,me\n3,-5,0.25,me\n", "csv")
     clock = on_clock(annotation, FRAMES)
     assert np.argwhere(clock["valid"]).tolist() == [[1, 0], [3, 1]]
@@ -150,7 +150,7 @@ def test_a_table_may_have_one_dimension(tmp_path: Path) -> None:
     assert not on_clock(annotation, FRAMES)["valid"][:, 0].any()
 
 
-def test_frames_win_over_times_where_a_table_has_both(tmp_path: Path) -> None:
+def test_frame_numbers_take_precedence_over_times(tmp_path: Path) -> None:
     annotation = read(tmp_path, "time,frame,valence\n7.5,2,0.5\n", "csv")
     assert annotation.time is None and annotation.frame is not None and annotation.frame.tolist() == [2]
 
@@ -170,21 +170,21 @@ def test_frames_win_over_times_where_a_table_has_both(tmp_path: Path) -> None:
         ("time,valence\n-0.2,0\ninf,0\n1e999,0\n", "lines 2-4"),
     ],
 )
-def test_tables_that_cannot_be_used(tmp_path: Path, text: str, part: str) -> None:
+def test_invalid_tables_are_rejected(tmp_path: Path, text: str, part: str) -> None:
     assert part in message(tmp_path, text, "csv")
 
 
 # --- the clock
 
 
-def test_without_labels_every_frame_has_a_row_and_none_is_valid() -> None:
+def test_unlabelled_clips_have_invalid_rows_for_every_frame() -> None:
     clock = on_clock(None, FRAMES)
     np.testing.assert_array_equal(clock["time"], FRAMES)
     assert clock["value"].shape == (6, 2) and np.isnan(clock["value"]).all() and not clock["valid"].any()
 
 
 @given(frames=st.integers(0, 12), rows=st.integers(1, 12), seed=st.integers(0, 9))
-def test_rows_go_to_their_frames_and_beyond_the_last_one(frames: int, rows: int, seed: int) -> None:
+def test_rows_map_to_frames_and_past_the_last_frame(frames: int, rows: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     times = np.cumsum(rng.choice([0.04, 0.08], frames))
     value = rng.uniform(-1, 1, (rows, 2)).astype(np.float32)
@@ -209,7 +209,7 @@ def test_rows_go_to_their_frames_and_beyond_the_last_one(frames: int, rows: int,
     frame_gap=st.sampled_from([3, 4, 7, 40]),
     frames=st.integers(1, 40),
 )
-def test_time_stamped_rows_against_a_loop(start: int, gaps: list[int], frame_gap: int, frames: int) -> None:
+def test_timestamped_rows_equal_a_loop(start: int, gaps: list[int], frame_gap: int, frames: int) -> None:
     """Whole ticks of 1/64 s, which binary numbers hold exactly, so that ties are ties."""
     rows = [start]
     for gap in gaps:
@@ -228,7 +228,7 @@ def test_time_stamped_rows_against_a_loop(start: int, gaps: list[int], frame_gap
         assert clock["valid"][i].tolist() == np.isfinite(expected).tolist()
 
 
-def test_slow_labels_hold_over_the_frames_around_them_and_never_beyond() -> None:
+def test_slow_labels_are_held_for_half_an_interval() -> None:
     labels = Annotation(f32([[0.1, 0.1], [0.2, 0.2]]), time=np.array([1.0, 2.0]))
     clock = on_clock(labels, np.arange(0, 4, 0.25))
     held = {time: value for time, value in zip(clock["time"], clock["value"][:, 0], strict=True) if value == value}
@@ -236,7 +236,7 @@ def test_slow_labels_hold_over_the_frames_around_them_and_never_beyond() -> None
     assert held == pytest.approx(expected)
 
 
-def test_without_frames_time_stamped_rows_keep_their_times() -> None:
+def test_timestamped_rows_without_frames_keep_their_times() -> None:
     labels = Annotation(f32([[0.1, 0.1], [0.2, 0.2]]), time=np.array([1.0, 2.0]))
     clock = on_clock(labels, np.empty(0))
     assert clock["time"].tolist() == [1.0, 2.0] and clock["valid"].all()
@@ -251,7 +251,7 @@ def test_without_frames_time_stamped_rows_keep_their_times() -> None:
         '"time","valence","arousal"\n"0.5","0.25","-0.5"\n"1","-5","1"\n',
     ],
 )
-def test_tables_as_spreadsheets_write_them(tmp_path: Path, text: str) -> None:
+def test_spreadsheet_exports_are_read(tmp_path: Path, text: str) -> None:
     annotation = read(tmp_path, text, "csv")
     assert annotation.time is not None and annotation.time.tolist() == [0.5, 1.0]
     np.testing.assert_array_equal(annotation.value, f32([[0.25, -0.5], [np.nan, 1]]))

@@ -44,7 +44,7 @@ def refusal(folder: Path, text: str | bytes, layout: str) -> str:
 
 
 @pytest.mark.parametrize("layout", NEW)
-def test_labels_come_back_at_every_frame(tmp_path: Path, layout: str) -> None:
+def test_labels_are_read_for_every_frame(tmp_path: Path, layout: str) -> None:
     tree = BUILDERS[layout](tmp_path)
     some_missing = False
     for clip in open_dataset(tmp_path).clips:
@@ -59,7 +59,7 @@ def test_labels_come_back_at_every_frame(tmp_path: Path, layout: str) -> None:
     assert some_missing, "the tree has labels that are missing"
 
 
-def test_a_pause_between_segments_is_not_annotated(tmp_path: Path) -> None:
+def test_gaps_between_segments_are_unlabelled(tmp_path: Path) -> None:
     rows = ["0,0.1,1", "250,0.2,1", "500,0.3,1", "750,0.4,2", "2000,0.5,3", "2250,0.6,3"]
     annotation = read(tmp_path, "\n".join(["timestamp,value,segment_id", *rows]), "muse")
     times = np.arange(0, 2.35, 0.05)
@@ -71,14 +71,14 @@ def test_a_pause_between_segments_is_not_annotated(tmp_path: Path) -> None:
 # --- formats
 
 
-def test_afew_va_values_are_tenths_of_their_own_frame(tmp_path: Path) -> None:
+def test_afew_va_values_are_divided_by_ten_per_frame(tmp_path: Path) -> None:
     frames = {"00007": {"valence": -10, "arousal": 3.0}, "00002": {"valence": None, "arousal": 10}, "00004": {}}
     annotation = read(tmp_path, json.dumps({"frames": frames}), "afew-va")
     assert annotation.frame is not None and annotation.frame.tolist() == [2, 4, 7]
     np.testing.assert_array_equal(annotation.value, np.array([[np.nan, 1], [np.nan, np.nan], [-1, 0.3]], np.float32))
 
 
-def test_recola_fields_may_stand_in_any_order_and_case(tmp_path: Path) -> None:
+def test_recola_columns_may_have_any_order_and_case(tmp_path: Path) -> None:
     arff = (
         "% made\n@RELATION x\n@Attribute GOLDSTANDARD numeric\n@attribute 'frametime' real\n@DATA\n0.5,0.04\n?,0.08\n"
     )
@@ -98,7 +98,7 @@ def test_recola_fields_may_stand_in_any_order_and_case(tmp_path: Path) -> None:
         "timestamp;valence;arousal\n0.0;-0.5;0.5\n0.1;-0.25;0.25\n",
     ],
 )
-def test_sewa_with_and_without_header_and_name(tmp_path: Path, text: str) -> None:
+def test_sewa_files_with_and_without_header_are_read(tmp_path: Path, text: str) -> None:
     annotation = read(tmp_path, text, "sewa")
     assert annotation.time is not None and annotation.time.tolist() == [0.0, 0.1]
     np.testing.assert_array_equal(annotation.value, np.array([[-0.5, 0.5], [-0.25, 0.25]], np.float32))
@@ -129,13 +129,13 @@ def test_sewa_with_and_without_header_and_name(tmp_path: Path, text: str) -> Non
         ("muse", "timestamp,value,segment_id\n0,7,1\n-1,0,1\n", ["line 2 ('7')", "milliseconds", "line 3 ('-1')"]),
     ],
 )
-def test_files_that_cannot_be_used(tmp_path: Path, layout: str, text: str, parts: list[str]) -> None:
+def test_invalid_files_are_rejected(tmp_path: Path, layout: str, text: str, parts: list[str]) -> None:
     message = refusal(tmp_path, text, layout)
     for part in parts:
         assert part in message, (part, message)
 
 
-def test_a_file_that_is_gone_is_the_clips_problem(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_item_error(tmp_path: Path) -> None:
     for layout in NEW:
         with pytest.raises(DataError, match=r"gone\.x"):
             read_annotation(clip_of(tmp_path / "gone.x", layout))
@@ -168,7 +168,7 @@ def ends_well(folder: Path, text: str | bytes, layout: str) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), layout=st.sampled_from(sorted(HEADS)), noise=st.text(max_size=20) | st.binary(max_size=20))
-def test_any_text_ends_in_an_annotation_or_a_data_error(tmp_path_factory, data, layout, noise) -> None:
+def test_arbitrary_text_yields_an_annotation_or_a_data_error(tmp_path_factory, data, layout, noise) -> None:
     head = data.draw(st.sampled_from(HEADS[layout]))
     columns = head.count(";") + head.count(",") + 1
     rows = st.lists(CELLS, min_size=columns, max_size=columns) | st.lists(CELLS, max_size=5)
@@ -181,7 +181,7 @@ def test_any_text_ends_in_an_annotation_or_a_data_error(tmp_path_factory, data, 
 
 @settings(max_examples=200, deadline=None)
 @given(document=JSON | st.fixed_dictionaries({"frames": JSON}), cut=st.integers(0, 40), noise=st.binary(max_size=5))
-def test_any_json_ends_in_an_annotation_or_a_data_error(tmp_path_factory, document, cut, noise) -> None:
+def test_arbitrary_json_yields_an_annotation_or_a_data_error(tmp_path_factory, document, cut, noise) -> None:
     text = json.dumps(document)
     ends_well(tmp_path_factory.mktemp("any"), text.encode(), "afew-va")
     ends_well(tmp_path_factory.mktemp("any"), text[:cut].encode() + noise, "afew-va")
@@ -201,7 +201,7 @@ def trace(start: int, rows: int, step: int, seed: int) -> DimensionLabels:
 
 
 @given(st.integers(1, 8), st.integers(0, 9))
-def test_dimensions_on_one_clock_are_put_side_by_side(rows: int, seed: int) -> None:
+def test_dimensions_with_equal_times_are_joined(rows: int, seed: int) -> None:
     valence, arousal = trace(0, rows, 16, seed), trace(0, rows, 16, seed + 1)
     both = merge_dimensions({"arousal": arousal, "valence": valence})
     np.testing.assert_array_equal(both.time, valence.time)
@@ -209,7 +209,7 @@ def test_dimensions_on_one_clock_are_put_side_by_side(rows: int, seed: int) -> N
 
 
 @given(st.integers(2, 8), st.integers(2, 8), st.integers(-40, 40), st.integers(0, 9))
-def test_dimensions_apart_in_time_keep_all_their_labels(first: int, second: int, shift: int, seed: int) -> None:
+def test_dimensions_with_different_times_keep_all_labels(first: int, second: int, shift: int, seed: int) -> None:
     """Each row's value is found again at its own time, as close as half an interval."""
     traces = {"valence": trace(64, first, 16, seed), "arousal": trace(64 + shift, second, 16, seed + 1)}
     both = merge_dimensions(traces)
@@ -220,7 +220,7 @@ def test_dimensions_apart_in_time_keep_all_their_labels(first: int, second: int,
             assert value in both.value[near, column], (target, time)
 
 
-def test_gaps_leave_what_is_annotated_alone() -> None:
+def test_filling_gaps_does_not_change_labelled_rows() -> None:
     time = np.array([0.0, 0.25, 0.5, 1.0, 1.25, 3.0])
     breaks = np.array([False, False, True, False, True])
     gapped = with_gaps(DimensionLabels(time, np.arange(6, dtype=np.float32)), breaks)

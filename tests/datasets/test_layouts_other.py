@@ -29,7 +29,7 @@ def codes(dataset: Dataset) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", BUILDERS)
-def test_the_right_layout_is_found_and_no_other(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
+def test_each_layout_is_detected_unambiguously(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
     root, tree = trees[layout]
     dataset = open_dataset(root)
     assert dataset.layout == layout and set(by_id(dataset)) == set(tree)
@@ -37,7 +37,7 @@ def test_the_right_layout_is_found_and_no_other(layout: str, trees: dict[str, tu
     assert [name for name in others if LAYOUTS[name].detect(root)] == []
 
 
-def test_other_data_sets_are_none_of_these(tmp_path: Path) -> None:
+def test_other_datasets_match_none_of_these_layouts(tmp_path: Path) -> None:
     build_affwild2(tmp_path / "affwild2", seconds=0.5)
     assert open_dataset(tmp_path / "affwild2").layout == "affwild2"
     plain = tmp_path / "plain"
@@ -50,7 +50,7 @@ def test_other_data_sets_are_none_of_these(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", BUILDERS)
-def test_a_clip_has_its_split_media_and_labels(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
+def test_clips_have_their_split_media_and_labels(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
     root, tree = trees[layout]
     for name, clip in by_id(open_dataset(root, layout)).items():
         written = tree[name]
@@ -64,7 +64,7 @@ def test_a_clip_has_its_split_media_and_labels(layout: str, trees: dict[str, tup
         assert clip.audio == clip.video or clip.audio.stem == name
 
 
-def test_one_file_per_dimension_and_neither_features_nor_raters(trees: dict[str, tuple[Path, Tree]]) -> None:
+def test_only_gold_standard_label_files_are_read(trees: dict[str, tuple[Path, Tree]]) -> None:
     for layout in ("recola", "muse"):
         root, tree = trees[layout]
         for name, clip in by_id(open_dataset(root)).items():
@@ -76,7 +76,7 @@ def test_one_file_per_dimension_and_neither_features_nor_raters(trees: dict[str,
     assert [(note.code, note.item) for note in dataset.notes] == [("one-dimension", "P16")]
 
 
-def test_the_partition_list_may_name_missing_clips(trees: dict[str, tuple[Path, Tree]]) -> None:
+def test_the_partition_list_may_contain_missing_clips(trees: dict[str, tuple[Path, Tree]]) -> None:
     dataset = open_dataset(trees["muse"][0])
     assert codes(dataset) == ["split-unknown-name"] and "11" in dataset.notes[0].message
 
@@ -88,7 +88,7 @@ def touch(root: Path, *paths: str) -> Path:
     return root
 
 
-def test_a_list_of_splits_wins(tmp_path: Path) -> None:
+def test_a_split_list_overrides_the_layout(tmp_path: Path) -> None:
     write_text(tmp_path / "labels" / "Train_01.csv", "0;0;0;0")
     touch(tmp_path, "x/TRAIN_01.mp4", "x/Test_02.mp4", "x/03.mp4", "x/04.mp4")
     write_text(tmp_path / "splits.csv", "name,split", "Train_01,val", "03,train")
@@ -105,7 +105,7 @@ def test_a_list_of_splits_wins(tmp_path: Path) -> None:
     assert codes(dataset) == ["split-missing"] and "04" in dataset.notes[0].message
 
 
-def test_afew_va_splits_come_from_the_list_alone(tmp_path: Path) -> None:
+def test_afew_va_splits_come_from_the_list_only(tmp_path: Path) -> None:
     for name in ("001", "002"):
         write_text(tmp_path / name / f"{name}.json", '{"frames": {}}')
         touch(tmp_path, f"{name}/00000.png")
@@ -113,7 +113,7 @@ def test_afew_va_splits_come_from_the_list_alone(tmp_path: Path) -> None:
     assert {n: c.split for n, c in by_id(open_dataset(tmp_path)).items()} == {"001": None, "002": "test"}
 
 
-def test_of_several_files_of_one_name_the_first_is_used_with_a_warning(tmp_path: Path) -> None:
+def test_the_first_of_several_equally_named_files_is_used_with_a_warning(tmp_path: Path) -> None:
     for task in ("c1", "c2"):
         write_text(tmp_path / task / "arousal" / "1.csv", "timestamp,value,segment_id", "0,0,1")
         write_text(tmp_path / task / "partition.csv", "Id,Proposal", f"1,{'train' if task == 'c1' else 'test'}")
@@ -133,7 +133,7 @@ def test_of_several_files_of_one_name_the_first_is_used_with_a_warning(tmp_path:
         ("Id,Proposal\n1,training\n2\n1,train\n1,test\n", ["line 2", "'training'", "line 3", "line 5", "devel"]),
     ],
 )
-def test_mistakes_in_the_partition_list_are_named(tmp_path: Path, text: str, parts: list[str]) -> None:
+def test_errors_in_the_partition_list_are_reported(tmp_path: Path, text: str, parts: list[str]) -> None:
     write_text(tmp_path / "arousal" / "1.csv", "timestamp,value,segment_id", "0,0,1")
     (tmp_path / "partition.csv").write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -141,7 +141,7 @@ def test_mistakes_in_the_partition_list_are_named(tmp_path: Path, text: str, par
     assert all(part in str(caught.value) for part in ["partition.csv", *parts])
 
 
-def test_links_in_circles_end(tmp_path: Path) -> None:
+def test_symlink_cycles_terminate(tmp_path: Path) -> None:
     write_text(tmp_path / "labels" / "Train_01.csv", "0;0;0;0")
     (tmp_path / "labels" / "again").symlink_to(tmp_path)
     touch(tmp_path, "Train_01.mp4")
@@ -149,7 +149,7 @@ def test_links_in_circles_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [*BUILDERS, "affwild2", "videos"])
-def test_links_that_loop_or_lead_nowhere_become_a_note(layout: str, tmp_path: Path) -> None:
+def test_looping_and_dangling_symlinks_become_a_note(layout: str, tmp_path: Path) -> None:
     if layout == "affwild2":
         build_affwild2(tmp_path, seconds=0.5)
     elif layout == "videos":
@@ -168,9 +168,7 @@ def test_links_that_loop_or_lead_nowhere_become_a_note(layout: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("layout", [*BUILDERS, "affwild2", "videos"])
-def test_a_folder_that_cannot_be_listed_becomes_a_note(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_directory_becomes_a_note(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if layout == "affwild2":
         build_affwild2(tmp_path, seconds=0.5)
     elif layout == "videos":

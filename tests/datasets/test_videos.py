@@ -28,7 +28,7 @@ def codes(dataset: Dataset) -> list[str]:
     return [note.code for note in dataset.notes]
 
 
-def test_every_video_is_an_item_named_by_its_path(tmp_path: Path) -> None:
+def test_item_ids_are_relative_video_paths(tmp_path: Path) -> None:
     touch(tmp_path, "b.mp4", "sub/deep/er/a.MOV", "c.webm", "d.mkv", "e.avi", ".hidden.mp4", ".git/x.mp4")
     dataset = open_dataset(tmp_path)
     assert dataset.layout == "videos" and ids(dataset) == ["b", "c", "d", "e", "sub/deep/er/a"]
@@ -65,27 +65,27 @@ def test_every_container_that_ffmpeg_opens_is_a_video(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["wav", "mp3", "flac", "m4a", "ogg", "aac"])
-def test_audio_alone_is_a_clip_without_video(tmp_path: Path, suffix: str) -> None:
+def test_an_audio_file_is_a_clip_without_video(tmp_path: Path, suffix: str) -> None:
     touch(tmp_path, f"a.{suffix}", "a.csv")
     [clip] = open_dataset(tmp_path).clips
     assert (clip.id, clip.video, clip.audio) == ("a", None, tmp_path / f"a.{suffix}")
     assert clip.labels == tmp_path / "a.csv"
 
 
-def test_audio_beside_a_video_of_its_name_is_not_an_item(tmp_path: Path) -> None:
+def test_audio_next_to_a_video_of_the_same_name_is_not_an_item(tmp_path: Path) -> None:
     dataset = open_dataset(touch(tmp_path, "a.mp4", "a.wav", "b.wav"))
     assert ids(dataset) == ["a", "b"] and codes(dataset) == ["audio-beside-video"]
     assert dataset.clips[0].audio == tmp_path / "a.mp4" and "a.wav" in dataset.notes[0].message
 
 
-def test_files_that_are_not_used_are_counted_and_named(tmp_path: Path) -> None:
+def test_unused_files_are_counted_and_listed(tmp_path: Path) -> None:
     dataset = open_dataset(touch(tmp_path, "a.mp4", "notes.txt", "sub/b.TXT", "c.xyz", "README"))
     assert codes(dataset) == ["ignored-files"]
     message = dataset.notes[0].message
     assert ".txt: 2" in message and "no extension: 1" in message and "c.xyz" in message
 
 
-def test_what_is_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "a.mp4", "b.docx")
     (tmp_path / "linked").symlink_to(tmp_path)
     (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
@@ -94,13 +94,13 @@ def test_what_is_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert name in caplog.text
 
 
-def test_items_keep_the_extension_where_two_would_share_an_id(tmp_path: Path) -> None:
+def test_ids_keep_the_extension_if_they_would_collide(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4", "a.avi", "b.mp4", "sub/a.mp4")
     assert ids(open_dataset(tmp_path)) == ["a.avi", "a.mp4", "b", "sub/a"]
 
 
 @given(st.sets(st.from_regex(r"[ab]{1,2}(\.(mp4|avi)){1,3}", fullmatch=True), min_size=1))
-def test_ids_are_unique_and_short_where_they_can_be(paths: set[str]) -> None:
+def test_ids_are_unique_and_as_short_as_possible(paths: set[str]) -> None:
     names = item_ids(sorted(paths))
     assert len(set(names)) == len(paths)
     for path, name in zip(sorted(paths), names, strict=True):
@@ -109,7 +109,7 @@ def test_ids_are_unique_and_short_where_they_can_be(paths: set[str]) -> None:
         assert name == (stem if alone else path)
 
 
-def test_labels_stand_beside_the_video(tmp_path: Path) -> None:
+def test_labels_are_read_from_beside_the_video(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4", "a.csv", "sub/a.mp4", "b.mp4", "sub/b.CSV", "c.csv")
     dataset = open_dataset(tmp_path)
     labels = {clip.id: clip.labels for clip in dataset.clips}
@@ -137,7 +137,7 @@ def test_splits_by_id_or_by_path(tmp_path: Path) -> None:
     assert "gone" in messages["split-unknown-name"] and "d, e.avi" in messages["split-missing"]
 
 
-def test_the_list_of_splits_may_give_groups(tmp_path: Path) -> None:
+def test_the_split_list_may_contain_groups(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
     (tmp_path / "splits.csv").write_text("name;split;Group;age\na;train;ann;31\nb.mp4;train;ann;\nc;val;;7\n")
     dataset = open_dataset(tmp_path)
@@ -158,7 +158,7 @@ def test_the_list_of_splits_may_give_groups(tmp_path: Path) -> None:
         ("name,split\na,train\na.mp4,val\n", ["'a' in train", "'a.mp4' in val"]),
     ],
 )
-def test_mistakes_in_the_list_of_splits_are_named_together(tmp_path: Path, text: str, parts: list[str]) -> None:
+def test_errors_in_the_split_list_are_reported_together(tmp_path: Path, text: str, parts: list[str]) -> None:
     touch(tmp_path, "a.mp4", "b.mp4")
     (tmp_path / "splits.csv").write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -167,7 +167,7 @@ def test_mistakes_in_the_list_of_splits_are_named_together(tmp_path: Path, text:
         assert part in str(caught.value)
 
 
-def test_linked_files_are_taken_and_linked_folders_are_not_entered(tmp_path: Path) -> None:
+def test_symlinked_files_are_used_and_symlinked_directories_skipped(tmp_path: Path) -> None:
     root, other = tmp_path / "root", touch(tmp_path / "other", "x.mp4", "y.mp4")
     touch(root, "a.mp4")
     (root / "linked.mp4").symlink_to(other / "x.mp4")
@@ -179,7 +179,7 @@ def test_linked_files_are_taken_and_linked_folders_are_not_entered(tmp_path: Pat
     assert "folder" in dataset.notes[0].message and "broken.mp4" in dataset.notes[1].message
 
 
-def test_names_that_are_not_text_are_left_out_with_a_note(tmp_path: Path) -> None:
+def test_undecodable_names_are_skipped_with_a_note(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4")
     try:
         (Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.mp4"))).touch()
@@ -200,19 +200,19 @@ def refusal(root: Path, layout: str = "auto") -> str:
     return message
 
 
-def test_a_missing_root_is_refused(tmp_path: Path) -> None:
+def test_a_missing_root_is_rejected(tmp_path: Path) -> None:
     touch(tmp_path, "data/a.mp4")
     message = refusal(tmp_path / "date" / "deeper")
     assert "does not exist" in message and "data/" in message
 
 
-def test_a_root_that_is_a_file(tmp_path: Path) -> None:
+def test_a_file_as_root_is_rejected(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4")
     message = refusal(tmp_path / "a.mp4")
     assert "not a folder" in message and str(tmp_path) in message
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
+def test_an_empty_directory_is_rejected(tmp_path: Path) -> None:
     touch(tmp_path, ".DS_Store")
     assert "is empty" in refusal(tmp_path)
 
@@ -223,16 +223,16 @@ def test_no_layout_fits(tmp_path: Path) -> None:
         assert part in message
 
 
-def test_an_unknown_layout_has_choices(tmp_path: Path) -> None:
+def test_an_unknown_layout_error_lists_the_choices(tmp_path: Path) -> None:
     message = refusal(touch(tmp_path, "a.mp4"), "affwild")
     assert "Did you mean 'affwild2'?" in message and "videos" in message
 
 
-def test_the_wrong_layout_for_a_folder_names_the_right_one(tmp_path: Path) -> None:
+def test_a_wrong_layout_error_names_the_right_one(tmp_path: Path) -> None:
     message = refusal(touch(tmp_path, "a.mp4"), "affwild2")
     assert "VA_Estimation_Challenge" in message and "'videos' fits" in message
 
 
-def test_every_layout_says_what_it_looks_for() -> None:
+def test_every_layout_describes_its_files() -> None:
     assert "auto" not in LAYOUTS
     assert all(layout.looks_for for layout in LAYOUTS.values())

@@ -28,7 +28,7 @@ def plans():
     return plan_clips(DemoConfig())
 
 
-def test_the_path_is_smooth_and_stays_inside_the_square():
+def test_emotion_paths_are_smooth_and_within_range():
     time = np.arange(0, 300, 0.1)
     for index in range(5):
         value = random_mood(Key(0, "train", index))(time)
@@ -37,7 +37,7 @@ def test_the_path_is_smooth_and_stays_inside_the_square():
         assert value.std(axis=0).min() > 0.15
 
 
-def test_a_trace_is_the_same_whenever_it_is_asked():
+def test_emotion_traces_are_deterministic():
     trace = smooth_curve(np.random.default_rng(0), slowest=20, fastest=2)
     time = np.array([0.0, 1.5, 7.25])
     expected = [
@@ -51,7 +51,7 @@ def test_a_trace_is_the_same_whenever_it_is_asked():
     np.testing.assert_allclose(trace(time[1:2]), expected[1:2])
 
 
-def test_stretches_are_apart_and_inside():
+def test_quirk_spans_are_disjoint_and_inside_the_clip():
     for seed in range(20):
         found = random_intervals(np.random.default_rng(seed), duration=40, share=0.15, shortest=2, longest=4)
         assert found and found[0][0] >= 0 and found[-1][1] <= 40
@@ -60,7 +60,7 @@ def test_stretches_are_apart_and_inside():
         assert within(time, found).mean() == pytest.approx(sum(e - b for b, e in found) / 40, abs=0.002)
 
 
-def test_no_two_people_look_or_sound_alike(plans):
+def test_people_differ_in_face_and_voice(plans):
     people = [random_person(plan.key) for plan in plans]
     voices = [random_speaker(plan.key) for plan in plans]
     for what in (
@@ -73,7 +73,7 @@ def test_no_two_people_look_or_sound_alike(plans):
     assert training.isdisjoint(plan.trial for plan in plans if plan.split == "val")
 
 
-def test_pair_shares_a_clock_and_nothing_else(plans):
+def test_a_pair_shares_only_its_clock(plans):
     left, right = (plan for plan in plans if plan.quirk == "pair")
     np.testing.assert_array_equal(left.times, right.times)
     assert left.video == right.video and left.key != right.key
@@ -130,13 +130,13 @@ def test_the_voice_is_louder_higher_and_brighter_with_arousal():
         assert np.mean(change) > least
 
 
-def test_the_voice_is_brighter_with_valence_but_hardly_louder():
+def test_the_voice_gets_brighter_with_valence_at_equal_loudness():
     sounds = [(voice_of(k, -0.6, 0), voice_of(k, 0.6, 0)) for k in range(4)]
     assert np.mean([brightness(high) - brightness(low) for low, high in sounds]) > 0
     assert abs(np.mean([loudness(high) - loudness(low) for low, high in sounds])) < 2
 
 
-def test_silence_leaves_the_room_alone():
+def test_silent_spans_contain_only_room_noise():
     key = Key(0, "train", 0)
     voice = speak(key, Fixed(0, 0.3), 10.0, [(4.0, 7.0)])
     quiet = voice.samples[int(4.3 * SAMPLE_RATE) : int(6.7 * SAMPLE_RATE)]
@@ -145,13 +145,13 @@ def test_silence_leaves_the_room_alone():
     assert (voice.mouth[430:670] == 0).all() and voice.mouth[:400].max() > 0.5
 
 
-def test_sound_is_as_long_as_asked_and_never_clips():
+def test_audio_has_the_requested_length_without_clipping():
     for seconds in (1.0, 7.123):
         sound = speak(Key(0, "train", 1), Fixed(0, 0.9), seconds, []).samples
         assert len(sound) == round(seconds * SAMPLE_RATE) and np.abs(sound).max() < 1
 
 
-def test_what_hides_the_face_takes_its_crops(plans):
+def test_hidden_faces_have_no_crops(plans):
     plan = plans[0]
     scene = Scene(plan, np.zeros(10), 256, 192)
     hidden = within(plan.times, plan.occlusions)

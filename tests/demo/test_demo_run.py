@@ -24,7 +24,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_it_scores_people_that_it_has_not_seen(demo: Path) -> None:
+def test_the_demo_scores_held_out_people(demo: Path) -> None:
     """The written score is at least the promised one, and is what the prediction files give against the label files."""
     ccc = json.loads((demo / "run" / "metrics.json").read_text())["ccc"]
     assert ccc["mean"] >= 0.5
@@ -49,14 +49,14 @@ def test_the_people_of_the_two_splits_differ(demo: Path) -> None:
     assert not set(cache.items(split="train")) & set(cache.items(split="val"))
 
 
-def test_it_draws(demo: Path) -> None:
+def test_the_demo_writes_figures(demo: Path) -> None:
     drawn = {path.name for path in (demo / "run" / "pictures").glob("*.png")}
     assert drawn >= PICTURES
     for name in PICTURES:
         assert (demo / "run" / "pictures" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_demo_in_one_folder_does_nothing_again(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_demo_in_one_folder_reuses_every_stage(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [*(demo / "data").rglob("*.mp4"), *(demo / "cache" / "records").rglob("*.json"), demo / "run/history.csv"]
     before = {path: path.stat().st_mtime_ns for path in files}
     assert main(["demo", "--out", str(demo), "--json"]) == 0
@@ -65,7 +65,7 @@ def test_a_second_demo_in_one_folder_does_nothing_again(demo: Path, capsys: pyte
 
 
 @pytest.mark.slow
-def test_the_demo_is_honest_over_three_seeds(tmp_path: Path) -> None:
+def test_demo_controls_score_near_zero_over_three_seeds(tmp_path: Path) -> None:
     """Both modalities beat each alone, wrong labels score nothing, noise for a modality costs what it gave."""
     script = [sys.executable, str(ROOT / "scripts" / "demo_honesty.py"), "--seeds", "3", "--out", str(tmp_path)]
     assert subprocess.run(script, check=False).returncode == 0

@@ -40,7 +40,7 @@ def crop_numbers(written, trial):
     return sorted(int(path.stem) for path in (written.root / "cropped_aligned" / trial).iterdir())
 
 
-def test_annotation_files_are_as_the_challenge_has_them(written):
+def test_annotation_files_have_the_challenge_format(written):
     names = [trials(written, folder) for folder in LABEL_FOLDERS]
     assert [len(found) for found in names] == [9, 2]
     for folder, found in zip(LABEL_FOLDERS, names, strict=True):
@@ -54,7 +54,7 @@ def test_annotation_files_are_as_the_challenge_has_them(written):
             assert rows[~missing].std() > 0.01
 
 
-def test_crops_are_numbered_by_video_frame_from_one(written):
+def test_crops_are_numbered_from_one_by_video_frame(written):
     for folder in sorted((written.root / "cropped_aligned").iterdir()):
         files = [path.name for path in folder.iterdir()]
         assert all(re.fullmatch(r"\d{5}\.jpg", name) for name in files)
@@ -64,7 +64,7 @@ def test_crops_are_numbered_by_video_frame_from_one(written):
         assert read_image(folder / files[0]).shape == (112, 112, 3)
 
 
-def test_every_video_has_h264_frames_and_aac_sound_of_its_length(written):
+def test_videos_have_h264_frames_and_aac_audio_of_equal_length(written):
     quiet = []
     for name, path in written.videos().items():
         with av.open(str(path)) as container:
@@ -81,7 +81,7 @@ def test_every_video_has_h264_frames_and_aac_sound_of_its_length(written):
     assert len(quiet) == 1
 
 
-def test_frames_that_are_announced_are_there_and_times_rise(written):
+def test_videos_have_the_announced_frames_with_increasing_times(written):
     counted = 0
     for path in written.videos().values():
         times = frame_times(path)
@@ -120,7 +120,7 @@ def test_every_quirk_is_present(written):
     assert gapped == written.summary.quirks["missing-crops"] == 12
 
 
-def test_the_pair_shares_one_video_and_not_one_face(written):
+def test_a_pair_shares_one_video_with_two_faces(written):
     left, right = (written.labels("Train_Set", f"train02_{side}") for side in ("left", "right"))
     shared = min(len(left), len(right))
     assert left[:shared] != right[:shared]
@@ -140,7 +140,7 @@ def test_test_trials_have_crops_and_a_sample_submission_but_no_labels(written):
 
 
 @pytest.mark.parametrize("trial", ["train01", "train04"])  # constant and variable frame rate
-def test_a_crop_shows_the_frame_of_its_number(written, trial):
+def test_crops_show_the_frame_of_their_number(written, trial):
     """Faces cut out are found again in the decoded frames of their numbers, and worse in those some frames away."""
     with av.open(str(written.videos()[trial])) as container:
         frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
@@ -186,7 +186,7 @@ def same(one, other):
     )
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
+def test_files_depend_only_on_the_seed(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write_demo(tmp_path / name, seed=seed, **TINY)
     for pattern in ("VA_Estimation_Challenge/*/*", "cropped_aligned/*/*"):
@@ -196,7 +196,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
         assert same(decoded(tmp_path / "a", kind), decoded(tmp_path / "b", kind))
 
 
-def test_noise_replaces_the_picture_or_the_sound_and_nothing_else(tmp_path):
+def test_noise_replaces_only_the_frames_or_only_the_audio(tmp_path):
     write_demo(tmp_path / "plain", **TINY)
     write_demo(tmp_path / "picture", picture="noise", **TINY)
     write_demo(tmp_path / "sound", sound="noise", **TINY)
@@ -213,14 +213,14 @@ def test_noise_replaces_the_picture_or_the_sound_and_nothing_else(tmp_path):
     assert not same(decoded(plain, "video"), decoded(picture, "video"))
 
 
-def test_noise_pictures_do_not_tell_one_frame_from_the_next(tmp_path):
+def test_noise_frames_carry_no_information(tmp_path):
     write_demo(tmp_path, picture="noise", **TINY)
     images = [read_image(p).astype(float) for p in sorted((tmp_path / "cropped_aligned" / "train01").iterdir())]
     likeness = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairwise(images)]
     assert max(map(abs, likeness)) < 0.2
 
 
-def test_shuffling_permutes_the_training_rows_and_only_those(tmp_path):
+def test_shuffling_permutes_only_training_rows(tmp_path):
     options = TINY | {"train": 4}
     for name, shuffle in (("plain", False), ("shuffled", True)):
         write_demo(tmp_path / name, shuffle_labels=shuffle, **options)
@@ -241,7 +241,7 @@ def test_shuffling_permutes_the_training_rows_and_only_those(tmp_path):
     assert abs(np.corrcoef(before[:, 0], after[:, 0])[0, 1]) < 0.4
 
 
-def test_a_larger_set_holds_the_smaller_one(tmp_path):
+def test_a_larger_dataset_contains_the_smaller_one(tmp_path):
     write_demo(tmp_path / "small", **TINY)
     write_demo(tmp_path / "large", **TINY | {"train": 2, "val": 2})
     large = files(tmp_path / "large", "cropped_aligned/*/*")
@@ -256,7 +256,7 @@ def test_current_copies_are_not_written_again(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_an_interrupted_set_is_written_anew(tmp_path):
+def test_an_interrupted_dataset_is_rewritten(tmp_path):
     class Stop(Exception):
         pass
 
@@ -290,13 +290,13 @@ def test_progress_counts_videos(tmp_path):
         ({"trian": 3}, "train"),
     ],
 )
-def test_wrong_options_are_refused_by_name(tmp_path, options, says):
+def test_invalid_options_are_rejected_by_name(tmp_path, options, says):
     with pytest.raises(UsageError, match=says):
         write_demo(tmp_path / "data", **options)
     assert not (tmp_path / "data").exists()
 
 
-def test_other_peoples_folders_are_left_alone(tmp_path):
+def test_foreign_directories_are_not_changed(tmp_path):
     (tmp_path / "thesis.txt").write_text("do not touch")
     with pytest.raises(UsageError, match="not empty"):
         write_demo(tmp_path, **TINY)
@@ -305,13 +305,13 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
         write_demo(tmp_path / "thesis.txt", **TINY)
 
 
-def test_data_of_other_settings_is_named_and_kept(tmp_path):
+def test_a_dataset_with_other_settings_is_rejected_and_kept(tmp_path):
     write_demo(tmp_path, **TINY)
     with pytest.raises(UsageError, match="seed=0"):
         write_demo(tmp_path, **TINY | {"seed": 1})
 
 
-def test_a_broken_marker_is_named(tmp_path):
+def test_a_damaged_marker_file_is_reported(tmp_path):
     Path(tmp_path / "demo.json").write_text("[")
     with pytest.raises(UsageError, match=r"demo\.json"):
         write_demo(tmp_path, **TINY)

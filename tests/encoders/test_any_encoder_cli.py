@@ -40,7 +40,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str
     return visual, audio
 
 
-def test_every_family_goes_through_every_command(
+def test_every_family_works_with_every_command(
     data: Path, names: tuple[list[str], list[str]], clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     visual, audio = names
@@ -69,7 +69,7 @@ def test_every_family_goes_through_every_command(
     assert (out / "single_face.csv").read_text().count("\n") > 20
 
 
-def test_layers_of_all_hf_encoders_are_one_option(data: Path, names: tuple, tmp_path: Path) -> None:
+def test_one_option_selects_layers_of_all_hf_encoders(data: Path, names: tuple, tmp_path: Path) -> None:
     visual = names[0][3].partition("@")[0]
     options = ["--visual", visual, "--visual", "resnet-tiny", "--audio", "none", *GRID, "--faces", "none"]
     assert main(["extract", str(data), "--out", str(tmp_path / "cache"), *options, "--layers", "1-2"]) == 0
@@ -78,7 +78,7 @@ def test_layers_of_all_hf_encoders_are_one_option(data: Path, names: tuple, tmp_
     assert cache.read("resnet-tiny", "no_face").embedding.ndim == 2
 
 
-def test_order_of_clips_changes_no_bit(data: Path, names: tuple, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_clip_order(data: Path, names: tuple, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
     for file in data.glob("no_face*"):
@@ -91,7 +91,7 @@ def test_order_of_clips_changes_no_bit(data: Path, names: tuple, tmp_path: Path)
         np.testing.assert_array_equal(one, both)
 
 
-def test_timm_onnx_and_opensmile_go_through_every_command(data: Path, clips: Path, tmp_path: Path) -> None:
+def test_timm_onnx_and_opensmile_work_with_every_command(data: Path, clips: Path, tmp_path: Path) -> None:
     import timm
     from onnx_toys import face_model, voice_model
     from safetensors.torch import save_file

@@ -33,7 +33,7 @@ def sound(seconds: float, seed: int = 0) -> np.ndarray:
 # --- geometry
 
 
-def test_token_centres_are_the_mean_of_their_frames_centres() -> None:
+def test_token_times_are_the_mean_of_their_frame_times() -> None:
     frames = frame_times(1024)
     expected = [frames[10 * j : 10 * j + 16].mean() for j in range(101)]
     np.testing.assert_allclose(FULL.tokens.times(), expected, atol=1e-12)
@@ -41,7 +41,7 @@ def test_token_centres_are_the_mean_of_their_frames_centres() -> None:
 
 
 @pytest.mark.parametrize(("window", "steps"), [(10, 20), (10, 10), (10, 100), (9.6, 24), (3, 7), (10.2, 17)])
-def test_steps_hold_the_tokens_centred_in_them(window: float, steps: int) -> None:
+def test_steps_average_the_tokens_centred_in_them(window: float, steps: int) -> None:
     step, centres = window / steps, FULL.tokens.times()
     expected = [[j for j, c in enumerate(centres) if k * step <= c < (k + 1) * step] for k in range(steps)]
     assert FULL.tokens.members(window, steps) == expected
@@ -51,7 +51,7 @@ def test_steps_hold_the_tokens_centred_in_them(window: float, steps: int) -> Non
     np.testing.assert_allclose(rows @ values, [values[g].mean(axis=0) for g in expected], atol=1e-6)
 
 
-def test_twenty_steps_of_ten_seconds_take_five_tokens_each() -> None:
+def test_twenty_steps_of_ten_seconds_have_five_tokens_each() -> None:
     assert FULL.tokens.members(10, 20) == [list(range(5 * k, 5 * k + 5)) for k in range(20)]
     np.testing.assert_allclose(FULL.tokens.step_times(10, 20), 0.5 * np.arange(20) + 0.2875, atol=1e-12)
 
@@ -63,12 +63,12 @@ def test_a_token_on_the_border_belongs_to_the_later_step() -> None:
 
 
 @pytest.mark.parametrize(("window", "steps"), [(10, 200), (12, 20), (30, 60)])
-def test_a_step_without_a_token_is_refused(window: float, steps: int) -> None:
+def test_a_step_without_a_token_is_rejected(window: float, steps: int) -> None:
     with pytest.raises(UsageError, match="would have no token"):
         FULL.tokens.step_times(window, steps)
 
 
-def test_window_frames_are_those_of_the_filter_bank() -> None:
+def test_window_frames_match_the_filter_bank() -> None:
     for window in (10, 3, 0.5, 9.6):
         assert window_frames(window) == len(FilterBank().push(np.zeros(round(window * RATE), np.float32)))
     assert window_frames(10) == 998
@@ -99,7 +99,7 @@ def test_an_impulse_changes_the_steps_whose_tokens_cover_it(local_encoder: Any, 
     assert abs(local_encoder.step_times(10, 20)[strength.argmax()] - seconds) <= 0.25 + 0.0875 + 0.025
 
 
-def test_an_impulse_is_strongest_where_it_lies_with_attention_too() -> None:
+def test_an_impulse_is_strongest_at_its_own_step_with_attention() -> None:
     encoder = build("ast-tiny")
     mel = torch.full((1, 998, 128), -6.0)
     for frame in (120, 430, 871):
@@ -109,7 +109,7 @@ def test_an_impulse_is_strongest_where_it_lies_with_attention_too() -> None:
         assert int(difference[0].norm(dim=-1).argmax()) == int(frame_times(998)[frame] / 0.5)
 
 
-def test_tokens_are_frequency_major_and_the_two_special_ones_are_dropped(local_encoder: Any) -> None:
+def test_tokens_are_frequency_major_without_special_tokens(local_encoder: Any) -> None:
     mel = torch.randn(2, 998, 128, generator=torch.Generator().manual_seed(1))
     embedding = local_encoder.encode(mel, window=10, steps=20)
     padded = torch.nn.functional.pad(mel, (0, 0, 0, 26))
@@ -148,7 +148,7 @@ def test_the_pooling_matrix_is_computed_once_per_shape(local_encoder: Any, monke
 
 
 @pytest.mark.parametrize("seconds", [10.0, 4.2, 0.3])
-def test_from_sound_to_hidden_states_as_hugging_face(small_ast: Path, seconds: float) -> None:
+def test_hidden_states_equal_hugging_face(small_ast: Path, seconds: float) -> None:
     samples = sound(min(seconds, 2.5))  # the small model reads 2.56 s
     extractor, reference = ASTFeatureExtractor.from_pretrained(small_ast), ASTModel.from_pretrained(small_ast).eval()
     inputs = extractor(samples, sampling_rate=RATE, return_tensors="pt")["input_values"]
@@ -161,14 +161,14 @@ def test_from_sound_to_hidden_states_as_hugging_face(small_ast: Path, seconds: f
         torch.testing.assert_close(embedding[step], hidden[tokens].mean(dim=0), atol=1e-4, rtol=0)
 
 
-def test_a_short_window_is_one_padded_with_mel_zeros(small_ast: Path) -> None:
+def test_a_short_window_equals_one_padded_with_mel_zeros(small_ast: Path) -> None:
     encoder = build("ast", weights=small_ast)
     mel = torch.from_numpy(FilterBank().push(sound(1.1)))[None]
     filled = torch.cat([mel, torch.zeros(1, window_frames(2.5) - mel.shape[1], 128)], dim=1)
     assert torch.equal(encoder.encode(mel, window=2.5, steps=5), encoder.encode(filled, window=2.5, steps=5))
 
 
-def test_other_windows_in_the_batch_change_no_bit() -> None:
+def test_features_do_not_depend_on_other_windows_in_the_batch() -> None:
     encoder = build("ast-tiny")
     generator = torch.Generator().manual_seed(0)
     mel = torch.randn(3, 998, 128, generator=generator) - 5
@@ -180,7 +180,7 @@ def test_other_windows_in_the_batch_change_no_bit() -> None:
     assert first.dtype == torch.float32
 
 
-def test_shapes_that_cannot_be_right_are_refused(small_ast: Path) -> None:
+def test_invalid_shapes_are_rejected(small_ast: Path) -> None:
     encoder = build(f"ast:{small_ast}")
     with pytest.raises(ValueError, match="at most 248, 128"):
         encoder.encode(torch.zeros(1, 249, 128), window=2.5, steps=5)
@@ -191,7 +191,7 @@ def test_shapes_that_cannot_be_right_are_refused(small_ast: Path) -> None:
 # --- checkpoints
 
 
-def test_a_folder_loads_with_its_own_normalisation(small_ast: Path) -> None:
+def test_a_checkpoint_directory_loads_with_its_normalization(small_ast: Path) -> None:
     encoder = build("ast", weights=small_ast)
     assert (encoder.identity["mean"], encoder.identity["std"]) == (-3.5, 2.25)
     original = ASTForAudioClassification.from_pretrained(small_ast).audio_spectrogram_transformer.state_dict()
@@ -211,7 +211,7 @@ def test_a_checkpoint_without_the_classifier_is_the_same_encoder(small_ast: Path
     assert build(f"ast:{bare}").identity == build(f"ast:{small_ast}").identity
 
 
-def test_keys_as_the_hub_has_them_load_too(small_ast: Path) -> None:
+def test_keys_in_hub_format_are_accepted(small_ast: Path) -> None:
     """The published checkpoint is older than the installed transformers, which renames its keys while it loads."""
     old = {}
     for key, value in load_file(small_ast / "model.safetensors").items():
@@ -236,7 +236,7 @@ HUB_NAMES = {
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "misshapen"])
-def test_weights_that_do_not_fit_are_named(small_ast: Path, change: str) -> None:
+def test_mismatched_weights_are_reported_by_key(small_ast: Path, change: str) -> None:
     state = load_file(small_ast / "model.safetensors")
     key = next(k for k in state if k.endswith("layernorm_after.weight"))
     if change == "missing":
@@ -259,7 +259,7 @@ def test_weights_that_do_not_fit_are_named(small_ast: Path, change: str) -> None
         ("model.safetensors", "nothing of the kind", WeightsError),
     ],
 )
-def test_folders_that_are_no_such_model_are_refused(
+def test_directories_of_other_models_are_rejected(
     small_ast: Path, file: str, content: str, error: type[Exception]
 ) -> None:
     (small_ast / file).write_text(content)
@@ -267,14 +267,14 @@ def test_folders_that_are_no_such_model_are_refused(
         build("ast", weights=small_ast)
 
 
-def test_a_model_of_other_mel_bins_is_refused(small_ast: Path) -> None:
+def test_another_number_of_mel_bins_is_rejected(small_ast: Path) -> None:
     config = json.loads((small_ast / "config.json").read_text())
     (small_ast / "config.json").write_text(json.dumps(config | {"num_mel_bins": 64}))
     with pytest.raises(UsageError, match="num_mel_bins is 64"):
         build("ast", weights=small_ast)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_directory_is_reported(tmp_path: Path) -> None:
     for name, weights in (("ast", tmp_path / "none"), (f"ast:{tmp_path}/none", None)):
         with pytest.raises(WeightsError, match="There is no folder"):
             build(name, weights=weights)

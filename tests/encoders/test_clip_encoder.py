@@ -56,7 +56,7 @@ def quick_gelu_embedding(model: Any, images: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layout", ["model.safetensors", "model.pt", "training.pt"])
-def test_files_in_the_genuine_layout_load_with_quick_gelu(small_clip: Any, tmp_path: Path, layout: str) -> None:
+def test_files_in_openai_layout_load_with_quick_gelu(small_clip: Any, tmp_path: Path, layout: str) -> None:
     path = save(small_clip, tmp_path / layout, layout=layout.split(".")[0])
     encoder = build("clip-vit-b16", weights=path)
     assert activation_of(encoder._model) == "quick_gelu"
@@ -75,9 +75,7 @@ def test_half_precision_files_load_as_float32(small_clip: Any, tmp_path: Path) -
     assert {p.dtype for p in encoder.module.parameters()} == {torch.float32}
 
 
-def test_the_same_weights_have_one_identity_wherever_they_came_from(
-    small_clip: Any, tmp_path: Path, hub_cache: Path
-) -> None:
+def test_identity_depends_on_weights_not_on_their_file(small_clip: Any, tmp_path: Path, hub_cache: Path) -> None:
     as_file = build("clip-vit-b16", weights=save(small_clip, tmp_path / "model.pt"))
     into_cache(hub_cache, OPENAI_REPO, save(small_clip, tmp_path / "open_clip_model.safetensors"))
     as_tag = build("clip-vit-b16")
@@ -89,9 +87,7 @@ def test_the_same_weights_have_one_identity_wherever_they_came_from(
 
 
 @pytest.mark.parametrize("name", ["clip-vit-b16", "clip:ViT-B-16/openai", "clip:ViT-B-16-quickgelu/openai"])
-def test_openai_tags_get_quick_gelu_whatever_the_model_is_called(
-    small_clip: Any, tmp_path: Path, hub_cache: Path, name: str
-) -> None:
+def test_openai_tags_imply_quick_gelu(small_clip: Any, tmp_path: Path, hub_cache: Path, name: str) -> None:
     into_cache(hub_cache, OPENAI_REPO, save(small_clip, tmp_path / "open_clip_model.safetensors"))
     encoder = build(name)
     assert activation_of(encoder._model) == "quick_gelu"
@@ -112,7 +108,7 @@ def test_other_tags_keep_plain_gelu(small_clip: Any, tmp_path: Path, hub_cache: 
     assert activation_of(encoder._model) == "gelu"
 
 
-def test_openai_files_in_the_plain_model_are_refused(small_clip: Any, tmp_path: Path) -> None:
+def test_openai_weights_in_a_plain_gelu_model_are_rejected(small_clip: Any, tmp_path: Path) -> None:
     by_name = save(small_clip, tmp_path / "ViT-B-16-openai.pt")
     by_keys = save(small_clip, tmp_path / "model.pt", input_resolution=torch.tensor(32))
     for path in (by_name, by_keys):
@@ -122,13 +118,13 @@ def test_openai_files_in_the_plain_model_are_refused(small_clip: Any, tmp_path: 
         assert activation_of(encoder._model) == "quick_gelu"
 
 
-def test_a_file_of_another_training_keeps_the_named_models_activation(small_clip: Any, tmp_path: Path) -> None:
+def test_other_files_keep_the_activation_of_the_named_model(small_clip: Any, tmp_path: Path) -> None:
     path = save(small_clip, tmp_path / "mine.safetensors")
     assert build(f"clip:ViT-B-16/{path}").identity["activation"] == "gelu"
     assert build(f"clip:ViT-B-16-quickgelu/{path}").identity["activation"] == "quick_gelu"
 
 
-def test_keys_that_do_not_fit_are_named(small_clip: Any, tmp_path: Path) -> None:
+def test_mismatched_keys_are_listed(small_clip: Any, tmp_path: Path) -> None:
     changes: Any = {"visual.proj": None, "visual.class_embedding": torch.zeros(7)}
     path = save(
         small_clip,
@@ -142,13 +138,13 @@ def test_keys_that_do_not_fit_are_named(small_clip: Any, tmp_path: Path) -> None
         assert part in str(caught.value)
 
 
-def test_only_the_first_ten_keys_are_named(small_clip: Any, tmp_path: Path) -> None:
+def test_only_the_first_ten_keys_are_listed(small_clip: Any, tmp_path: Path) -> None:
     extras: Any = {f"extra.{i:02}": torch.zeros(1) for i in range(14)}
     with pytest.raises(WeightsError, match=r"14 unexpected keys: extra\.00.*extra\.09 and 4 more"):
         build("clip-vit-b16", weights=save(small_clip, tmp_path / "model.pt", **extras))
 
 
-def test_wrong_names_say_what_there_is(small_clip: Any, tmp_path: Path) -> None:
+def test_unknown_model_errors_list_the_choices(small_clip: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"ViT-B-16"):
         build("clip:ViT-B-61/openai")
     with pytest.raises(UsageError, match=r"datacomp_xl_s13b_b90k"):
@@ -159,7 +155,7 @@ SHAPES = [(112, 112), (240, 320), (321, 240), (224, 224), (97, 400), (500, 223),
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_prepare_equals_open_clips_transform_up_to_normalisation(shape: tuple[int, int]) -> None:
+def test_prepare_equals_the_open_clip_transform_without_normalization(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(sum(shape))
     image = np.kron(rng.integers(0, 256, (-(-shape[0] // 8), -(-shape[1] // 8), 3)), np.ones((8, 8, 1)))
     image = image[: shape[0], : shape[1]].astype(np.uint8)
@@ -171,7 +167,7 @@ def test_prepare_equals_open_clips_transform_up_to_normalisation(shape: tuple[in
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_every_resize_mode_equals_open_clips(mode: str, interpolation: str) -> None:
+def test_every_resize_mode_equals_open_clip(mode: str, interpolation: str) -> None:
     from vaflow.encoders.images import Preparation
 
     for shape in ((90, 61), (61, 90), (40, 40)):
@@ -183,7 +179,7 @@ def test_every_resize_mode_equals_open_clips(mode: str, interpolation: str) -> N
         np.testing.assert_array_equal(Preparation(48, interpolation, mode)(image), expected)
 
 
-def test_preprocessing_follows_the_tag_and_for_files_what_all_tags_agree_on() -> None:
+def test_files_use_the_preprocessing_common_to_all_tags() -> None:
     from vaflow.encoders.clip import preprocessing_of
 
     siglip, tag = "ViT-B-16-SigLIP", "webli"
@@ -195,7 +191,7 @@ def test_preprocessing_follows_the_tag_and_for_files_what_all_tags_agree_on() ->
     assert from_tag.mean == (0.5, 0.5, 0.5)
 
 
-def test_images_of_another_size_are_refused() -> None:
+def test_images_of_another_size_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"\[B, 224, 224, 3\].*\(2, 3, 224, 224\)"):
         build("clip-tiny").encode(torch.zeros(2, 3, 224, 224, dtype=torch.uint8))
 

@@ -27,7 +27,7 @@ def pair() -> tuple[Any, Any]:
     return plain, compiled
 
 
-def test_the_same_features(pair: tuple[Any, Any]) -> None:
+def test_compiled_features_equal_eager_features(pair: tuple[Any, Any]) -> None:
     plain, compiled = pair
     rows = torch.randint(0, 256, (4, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = plain.encode(rows)
@@ -36,14 +36,14 @@ def test_the_same_features(pair: tuple[Any, Any]) -> None:
     assert compiled.module.state_dict().keys() == plain.module.state_dict().keys()
 
 
-def test_it_is_the_compiled_network_that_runs(pair: tuple[Any, Any]) -> None:
+def test_the_compiled_network_is_used(pair: tuple[Any, Any]) -> None:
     torch._dynamo.utils.counters.clear()
     compiled = pair[1]
     compiled.encode(torch.zeros((3, 224, 224, 3), dtype=torch.uint8))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1, "a new size is compiled for"
 
 
-def test_without_a_compiler_it_is_said_before_any_clip_is_read(tmp_path: Path) -> None:
+def test_a_missing_compiler_is_reported_before_any_clip_is_read(tmp_path: Path) -> None:
     """In a process of its own: torch looks for a compiler once."""
     write_video(tmp_path / "data" / "a.mp4", np.arange(20) / 25, sound=0.8)
     command = ["-m", "vaflow", "extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--compile"]
@@ -62,7 +62,7 @@ def test_without_a_compiler_it_is_said_before_any_clip_is_read(tmp_path: Path) -
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_records_say_it(tmp_path: Path) -> None:
+def test_records_state_that_the_encoder_was_compiled(tmp_path: Path) -> None:
     write_video(tmp_path / "data" / "a.mp4", np.arange(20) / 25, sound=0.8)
     command = ["extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--visual", "clip-tiny"]
     assert main([*command, "--audio", "none", "--faces", "none", "--compile", "--device", "cpu"]) == 0

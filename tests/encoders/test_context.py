@@ -24,7 +24,7 @@ def embeddings_of(encoder: Any, words: str, count: int) -> torch.Tensor:
     return encoder._model.token_embedding(tokens).detach()
 
 
-def test_vectors_of_real_words_give_what_these_words_give(encoder: Any) -> None:
+def test_context_vectors_of_real_words_equal_their_text_embeddings(encoder: Any) -> None:
     context = embeddings_of(encoder, "a photo of a", 4)
     found = context_tower(encoder, WORDS, 4)(context)
     expected = encode_text(encoder, [f"a photo of a {words}" for words in WORDS])
@@ -32,7 +32,7 @@ def test_vectors_of_real_words_give_what_these_words_give(encoder: Any) -> None:
     assert (found[0] - found[8]).abs().max() > 1e-3
 
 
-def test_only_the_vectors_learn(encoder: Any) -> None:
+def test_only_context_vectors_are_trained(encoder: Any) -> None:
     tower = context_tower(encoder, WORDS, 2)
     context = torch.nn.Parameter(0.02 * torch.randn(2, tower.width, generator=torch.Generator().manual_seed(0)))
     embedded = tower(context)
@@ -44,7 +44,7 @@ def test_only_the_vectors_learn(encoder: Any) -> None:
     assert not encoder._model.token_embedding._forward_hooks
 
 
-def test_what_does_not_fit_is_refused(encoder: Any) -> None:
+def test_mismatched_context_shapes_are_rejected(encoder: Any) -> None:
     with pytest.raises(ValueError, match=r"context \[3, 128\]; got \[2, 128\]"):
         context_tower(encoder, WORDS, 3)(torch.zeros(2, 128))
     for count in (0, 74, 200):

@@ -63,13 +63,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 outside = SimpleNamespace(build=build_outside)
 
 
-def test_a_family_of_another_package_is_found(installed: None) -> None:
+def test_families_of_other_packages_are_registered(installed: None) -> None:
     assert encoder_kind("outside:small") == "any"
     encoder = build_encoder("outside:small")
     assert (encoder.name, encoder.kind) == ("outside:small", "visual")
     assert encoder.identity == build_encoder("clip-tiny").identity
 
 
-def test_without_the_package_the_name_is_unknown() -> None:
+def test_a_family_without_its_package_is_unknown() -> None:
     with pytest.raises(UsageError, match="Unknown encoder"):
         encoder_kind("outside:small")

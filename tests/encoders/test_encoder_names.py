@@ -59,7 +59,7 @@ def test_incomplete_names_show_the_form(name: str) -> None:
         encoder_kind(name)
 
 
-def test_combinations_that_make_no_sense_are_refused() -> None:
+def test_invalid_combinations_are_rejected() -> None:
     with pytest.raises(UsageError, match="no network to build"):
         build_encoder("logmel")
     with pytest.raises(UsageError, match="seeded"):

@@ -37,7 +37,7 @@ def same(saved: Any, first: Any, give: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["clip-vit-b16", "clip:ViT-B-16-quickgelu/FILE"])
-def test_a_clip_file(small_clip: Any, tmp_path: Path, name: str) -> None:
+def test_saving_a_clip_checkpoint_round_trips(small_clip: Any, tmp_path: Path, name: str) -> None:
     path = tmp_path / "openai.safetensors"
     save_file({key: value.contiguous() for key, value in small_clip.state_dict().items()}, path)
     named = ":" in name
@@ -49,7 +49,7 @@ def test_a_clip_file(small_clip: Any, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ast", "ast:FOLDER"])
-def test_an_ast_folder_with_its_normalisation(small_ast: Path, tmp_path: Path, name: str) -> None:
+def test_saving_an_ast_directory_keeps_its_normalization(small_ast: Path, tmp_path: Path, name: str) -> None:
     named = ":" in name
     name = name.replace("FOLDER", str(small_ast))
     first: Any = trained(build_encoder(name, weights=None if named else small_ast))
@@ -59,14 +59,14 @@ def test_an_ast_folder_with_its_normalisation(small_ast: Path, tmp_path: Path, n
     same(build_encoder(name, weights=tuned), first, lambda e: e.encode(sound(200), window=2.5, steps=5))
 
 
-def test_the_tiny_pair(tmp_path: Path) -> None:
+def test_saving_the_tiny_encoders_round_trips(tmp_path: Path) -> None:
     clip, ast = (trained(build_encoder(name)) for name in ("clip-tiny", "ast-tiny"))
     paths = [encoder.save(tmp_path, encoder.name) for encoder in (clip, ast)]
     same(build_encoder("clip-tiny", weights=paths[0]), clip, lambda encoder: encoder.encode(pictures(224)))
     same(build_encoder("ast-tiny", weights=paths[1]), ast, lambda e: e.encode(sound(998), window=10, steps=20))
 
 
-def test_the_tiny_pair_refuses_other_sizes(small_clip: Any, small_ast: Path, tmp_path: Path) -> None:
+def test_tiny_encoders_reject_other_sizes(small_clip: Any, small_ast: Path, tmp_path: Path) -> None:
     save_file({key: value.contiguous() for key, value in small_clip.state_dict().items()}, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match="keys of another shape"):
         build_encoder("clip-tiny", weights=tmp_path / "a.safetensors")
@@ -74,7 +74,7 @@ def test_the_tiny_pair_refuses_other_sizes(small_clip: Any, small_ast: Path, tmp
         build_encoder("ast-tiny", weights=small_ast)
 
 
-def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
+def test_a_failed_save_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in ("clip-tiny", "ast-tiny"):
         encoder: Any = build_encoder(name)

@@ -66,7 +66,7 @@ class Evil:
         return (Path.mkdir, (Path(self.path),))
 
 
-def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_a_pickle_with_code_is_rejected_without_running_it(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     torch.save({"a": Evil(str(trace))}, tmp_path / "zip.pt")
     (tmp_path / "plain.bin").write_bytes(pickle.dumps({"a": Evil(str(trace))}))
@@ -76,7 +76,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_torchscript_archive_is_rejected_with_a_remedy(tmp_path: Path) -> None:
     path = tmp_path / "ViT-B-16.pt"
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
     with pytest.raises(WeightsError, match=r"TorchScript.*vit_base_patch16_clip_224\.openai"):
@@ -85,14 +85,14 @@ def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 half an archive"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_files_of_something_else_are_refused(tmp_path: Path, content: bytes, suffix: str) -> None:
+def test_files_of_other_formats_are_rejected(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=f"w{suffix}"):
         build("clip-vit-b16", weights=path)
 
 
-def test_a_file_without_tensors_or_a_missing_file_is_refused(tmp_path: Path) -> None:
+def test_empty_and_missing_files_are_rejected(tmp_path: Path) -> None:
     torch.save({"state_dict": {"epoch": 3}}, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="no state dict"):
         read_state_dict(tmp_path / "w.pt")
@@ -100,7 +100,7 @@ def test_a_file_without_tensors_or_a_missing_file_is_refused(tmp_path: Path) -> 
         build("clip-vit-b32", weights=tmp_path / "none.pt")
 
 
-def test_weights_that_are_not_finite_are_refused() -> None:
+def test_non_finite_weights_are_rejected() -> None:
     module = torch.nn.Linear(2, 2)
     state = {"weight": torch.full((2, 2), float("nan")), "bias": torch.zeros(2)}
     with pytest.raises(WeightsError, match=r"NaN.*weight"):
@@ -119,7 +119,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         ("ast:someone/model", "someone/model"),
     ],
 )
-def test_an_unreachable_hub_is_a_clear_message_in_seconds(hub_cache: Path, name: str, repo: str) -> None:
+def test_an_unreachable_hub_is_reported_within_seconds(hub_cache: Path, name: str, repo: str) -> None:
     began = time.monotonic()
     with pytest.raises(WeightsError) as caught:
         build(name)
@@ -129,7 +129,9 @@ def test_an_unreachable_hub_is_a_clear_message_in_seconds(hub_cache: Path, name:
 
 
 @pytest.mark.parametrize("silence", ["no such host", "no answer"])
-def test_every_kind_of_silence_ends_in_time(hub_cache: Path, silence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_unresponsive_hub_times_out(
+    hub_cache: Path, silence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "PATIENCE", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # accepts connections and says nothing
         deaf_address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
@@ -141,14 +143,16 @@ def test_every_kind_of_silence_ends_in_time(hub_cache: Path, silence: str, monke
         assert time.monotonic() - began < 4
 
 
-def test_offline_mode_asks_nobody(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_makes_no_request(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "ask", lambda address: pytest.fail("asked"))
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
         hub_file("someone/model", ("a",), encoder="ast")
 
 
-def test_the_cache_is_used_without_asking(hub_cache: Path, small_ast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_files_are_used_without_a_request(
+    hub_cache: Path, small_ast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "ask", lambda address: pytest.fail("asked"))
     for file in small_ast.iterdir():
         into_cache(hub_cache, "someone/model", file)
@@ -168,7 +172,7 @@ def test_a_download_takes_the_first_name_that_exists(hub_cache: Path, monkeypatc
     assert hub_file("org/model", ("second.bin",), encoder="ast") == path, "found in the cache with the hub gone"
 
 
-def test_an_address_that_is_gone_is_a_clear_message() -> None:
+def test_a_removed_download_address_is_reported() -> None:
     with pytest.raises(WeightsError, match="clip:ViT-B-16/laion400m_e31=PATH"):
         url_file("http://127.0.0.1:9/vit.pt", encoder="clip:ViT-B-16/laion400m_e31")
 

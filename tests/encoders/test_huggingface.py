@@ -61,7 +61,7 @@ def rows(samples: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_preprocessing_is_the_processors_on_100_images(checkpoints: dict[str, Path], name: str) -> None:
+def test_preprocessing_equals_the_processor_on_100_images(checkpoints: dict[str, Path], name: str) -> None:
     """Pillow's resampling, as the processor's own Pillow version; the tensor version rounds differently."""
     encoder = build(checkpoints[name])
     settings = json.loads((checkpoints[name] / "preprocessor_config.json").read_text())
@@ -80,7 +80,7 @@ def test_preprocessing_is_the_processors_on_100_images(checkpoints: dict[str, Pa
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_features_are_the_models(checkpoints: dict[str, Path], name: str) -> None:
+def test_features_equal_the_hugging_face_model(checkpoints: dict[str, Path], name: str) -> None:
     """The oracle is `AutoModel` on the processor's pixels, pooled by hand."""
     model: Any = AutoModel.from_pretrained(checkpoints[name]).eval()
     model = getattr(model, "vision_model", model)
@@ -122,7 +122,7 @@ def test_several_layers_are_stored_in_order(checkpoints: dict[str, Path], name: 
     torch.testing.assert_close(build(checkpoints[name], "@mean").encode(pictures), every.mean(dim=1))
 
 
-def test_masked_patches_are_none_and_in_order(checkpoints: dict[str, Path]) -> None:
+def test_masked_patches_are_dropped_and_the_rest_keep_their_order(checkpoints: dict[str, Path]) -> None:
     """ViT-MAE draws which patches it masks: two calls must not differ."""
     encoder = build(checkpoints["vit-mae"])
     pictures = prepared(encoder, images(2))
@@ -130,7 +130,7 @@ def test_masked_patches_are_none_and_in_order(checkpoints: dict[str, Path]) -> N
     assert encoder.module.model(pixel_values=torch.zeros(1, 3, 224, 224)).last_hidden_state.shape[1] == 1 + 49
 
 
-def test_sizes_of_older_processors_are_numbers() -> None:
+def test_integer_sizes_of_older_processors_are_accepted() -> None:
     old = {"size": 224, "crop_size": 224, "feature_extractor_type": "CLIPFeatureExtractor"}
     geometry = image_preprocessing("x", old, "CLIPImageProcessor").preparation
     assert (geometry.size, geometry.edge, geometry.resize_mode) == (224, 0, "shortest")
@@ -144,7 +144,7 @@ def test_sizes_of_older_processors_are_numbers() -> None:
 
 
 @pytest.mark.parametrize("name", SOUNDS)
-def test_steps_are_the_models_tokens_averaged(checkpoints: dict[str, Path], name: str) -> None:
+def test_steps_average_the_tokens_of_the_model(checkpoints: dict[str, Path], name: str) -> None:
     """The oracle: the feature extractor on each window, `AutoModel`, and the tokens in each step by hand."""
     extractor = AutoFeatureExtractor.from_pretrained(checkpoints[name])
     model: Any = AutoModel.from_pretrained(checkpoints[name]).eval()
@@ -165,7 +165,7 @@ def test_steps_are_the_models_tokens_averaged(checkpoints: dict[str, Path], name
 
 
 @pytest.mark.parametrize("instant", [0.31, 1.5125, 2.77, 3.6])
-def test_an_impulse_reaches_the_token_that_is_centred_on_it(checkpoints: dict[str, Path], instant: float) -> None:
+def test_an_impulse_changes_the_token_centred_on_it(checkpoints: dict[str, Path], instant: float) -> None:
     encoder = build(checkpoints["hubert"])
     quiet = torch.zeros(1, 4 * 16000)
     loud = quiet.clone()
@@ -183,7 +183,7 @@ def test_an_impulse_reaches_the_token_that_is_centred_on_it(checkpoints: dict[st
     assert reached.tolist() == covering.tolist()
 
 
-def test_whisper_features_are_the_extractors() -> None:
+def test_whisper_features_equal_the_feature_extractor() -> None:
     extractor = WhisperFeatureExtractor()
     filters = torch.from_numpy(extractor.mel_filters).float()
     samples = waves(2, 3.5)
@@ -193,7 +193,7 @@ def test_whisper_features_are_the_extractors() -> None:
     torch.testing.assert_close(whisper_features(torch.from_numpy(samples[1:]), filters)[0], together[1])
 
 
-def test_windows_and_steps_that_do_not_fit_are_refused(checkpoints: dict[str, Path]) -> None:
+def test_incompatible_windows_and_steps_are_rejected(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="at most about 30 s"):
         build(checkpoints["whisper"]).step_times(40, 20)
     with pytest.raises(UsageError, match="would have no token"):
@@ -228,7 +228,7 @@ def test_a_row_does_not_depend_on_its_batch(checkpoints: dict[str, Path], name: 
 # --- what is refused
 
 
-def test_a_layer_that_the_model_lacks(checkpoints: dict[str, Path]) -> None:
+def test_a_missing_layer_is_rejected(checkpoints: dict[str, Path]) -> None:
     for name in ("vit", "wav2vec2", "whisper"):
         with pytest.raises(UsageError, match=r"no such layer.*0 \(embeddings\) to 3"):
             build(checkpoints[name], "@4")
@@ -240,7 +240,7 @@ def test_a_layer_that_the_model_lacks(checkpoints: dict[str, Path]) -> None:
         build(checkpoints["siglip"], "@pool=cls")
 
 
-def test_a_model_of_another_kind(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_of_another_kind_is_rejected(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UsageError, match=r"cannot be used as a visual encoder.*bert.*dinov2"):
@@ -251,7 +251,7 @@ def test_a_model_of_another_kind(checkpoints: dict[str, Path], tmp_path: Path) -
         build(checkpoints["vit"], kind="audio")
 
 
-def test_weights_that_are_only_pickled(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_pickled_weights_are_rejected(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     for file in checkpoints["vit"].iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -260,7 +260,7 @@ def test_weights_that_are_only_pickled(checkpoints: dict[str, Path], tmp_path: P
         build(tmp_path)
 
 
-def test_a_repository_that_is_missing_or_restricted(hub_cache: Path) -> None:
+def test_missing_and_restricted_repositories_are_reported(hub_cache: Path) -> None:
     with pytest.raises(WeightsError, match=r"--weights hf:someone/model=PATH"):
         build_encoder("hf:someone/model")
     with pytest.raises(WeightsError, match="There is no folder"):
@@ -270,7 +270,7 @@ def test_a_repository_that_is_missing_or_restricted(hub_cache: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "message"), [("GatedRepo", "licence must be accepted.*HF_TOKEN"), ("RepoNotFound", "no such model id")]
 )
-def test_what_the_hub_refuses(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, error: str, message: str) -> None:
+def test_hub_errors_are_reported(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, error: str, message: str) -> None:
     with serve({}, error=error) as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -279,7 +279,7 @@ def test_what_the_hub_refuses(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, 
             build_encoder("hf:someone/model")
 
 
-def test_planted_code_does_not_run(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_repository_code_is_not_run(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Every family, with modules and mappings planted beside genuine weights."""
     for name, folder in checkpoints.items():
         copy = tmp_path / name

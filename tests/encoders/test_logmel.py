@@ -40,7 +40,7 @@ def test_one_window_equals_the_hugging_face_extractor() -> None:
     np.testing.assert_allclose(normalise(mel), hugging_face(samples), atol=1e-5)
 
 
-def test_slices_of_a_long_clip_equal_the_extractor_on_the_same_stretch() -> None:
+def test_slices_of_a_long_clip_equal_the_extractor_on_the_same_span() -> None:
     samples = sound(23)
     mel = banks(samples)
     for start in (0, 3, 6, 9, 12):
@@ -54,12 +54,12 @@ def test_slices_of_a_long_clip_equal_the_extractor_on_the_same_stretch() -> None
 
 
 @pytest.mark.parametrize("seconds", [0.025, 0.6, 4.321])
-def test_short_sound_is_padded_as_the_extractor_pads(seconds: float) -> None:
+def test_short_audio_is_padded_like_the_extractor(seconds: float) -> None:
     samples = sound(seconds)
     np.testing.assert_allclose(normalise(banks(samples)), hugging_face(samples), atol=1e-5)
 
 
-def test_blocks_of_any_size_give_the_same_bits() -> None:
+def test_results_do_not_depend_on_the_block_size() -> None:
     samples = sound(7.77)
     whole = banks(samples)
     rng = np.random.default_rng(1)
@@ -73,19 +73,19 @@ def test_blocks_of_any_size_give_the_same_bits() -> None:
         np.testing.assert_array_equal(banks(samples, cuts), whole)
 
 
-def test_frames_come_as_soon_as_they_are_complete() -> None:
+def test_frames_are_emitted_as_soon_as_they_are_complete() -> None:
     bank, samples = FilterBank(), sound(1)
     assert bank.push(samples[: FRAME - 1]).shape == (0, MEL_BINS)
     assert bank.push(samples[FRAME - 1 : FRAME]).shape == (1, MEL_BINS)
     assert bank.push(samples[FRAME : FRAME + 2 * HOP]).shape == (2, MEL_BINS)
 
 
-def test_frame_count_is_what_comes_out() -> None:
+def test_frame_count_equals_the_number_of_emitted_frames() -> None:
     for size in (0, 1, FRAME - 1, FRAME, FRAME + HOP - 1, FRAME + HOP, 16_000):
         assert frame_count(size) == len(banks(sound(2)[:size]))
 
 
-def test_a_click_shows_in_the_frames_that_cover_it_and_no_others() -> None:
+def test_a_click_changes_only_the_frames_that_cover_it() -> None:
     quiet = 1e-4 * np.random.default_rng(0).standard_normal(RATE).astype(np.float32)
     clicked = quiet.copy()
     clicked[8000] += 0.9
@@ -96,21 +96,21 @@ def test_a_click_shows_in_the_frames_that_cover_it_and_no_others() -> None:
     assert abs(frame_times(100)[changed].mean() - 8000 / RATE) < HOP / RATE
 
 
-def test_frame_times_are_centres() -> None:
+def test_frame_times_are_frame_centres() -> None:
     np.testing.assert_allclose(frame_times(4), [0.0125, 0.0225, 0.0325, 0.0425], rtol=0, atol=1e-15)
 
 
-def test_silence_is_finite() -> None:
+def test_silence_has_finite_features() -> None:
     assert np.isfinite(banks(np.zeros(RATE, np.float32))).all()
 
 
-def test_a_bank_can_be_used_again_after_finish() -> None:
+def test_a_filter_bank_can_be_reused_after_finish() -> None:
     bank, samples = FilterBank(), sound(1)
     bank.push(sound(0.51, seed=3))
     bank.finish()
     np.testing.assert_array_equal(bank.push(samples), banks(samples))
 
 
-def test_stereo_is_refused() -> None:
+def test_stereo_is_rejected() -> None:
     with pytest.raises(ValueError, match="mono"):
         FilterBank().push(np.zeros((2, 1000), np.float32))

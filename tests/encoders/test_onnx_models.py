@@ -37,7 +37,7 @@ def pictures(count: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_an_image_graph_gives_what_its_network_gives(tmp_path: Path, dynamic: bool) -> None:
+def test_an_image_graph_equals_its_network(tmp_path: Path, dynamic: bool) -> None:
     module, path = face_model(tmp_path, dynamic=dynamic)
     path.with_suffix(".toml").write_text(FACE)
     encoder = build(path, kind="visual")
@@ -53,7 +53,7 @@ def test_an_image_graph_gives_what_its_network_gives(tmp_path: Path, dynamic: bo
     assert torch.equal(encoder.encode(torch.from_numpy(images))[order], encoder.encode(torch.from_numpy(images[order])))
 
 
-def test_an_audio_graph_reads_around_each_step(tmp_path: Path) -> None:
+def test_an_audio_graph_reads_a_window_around_each_step(tmp_path: Path) -> None:
     module, path = voice_model(tmp_path)
     path.with_suffix(".toml").write_text(VOICE + "columns = [1, 4]\n")
     encoder = build(path, kind="audio")
@@ -82,7 +82,7 @@ def test_both_files_are_part_of_the_identity(face: tuple[Any, Path], tmp_path: P
     assert build(other / "face.onnx").identity != before
 
 
-def test_a_missing_sidecar_prints_one_to_complete(face: tuple[Any, Path], tmp_path: Path) -> None:
+def test_a_missing_sidecar_error_prints_a_template(face: tuple[Any, Path], tmp_path: Path) -> None:
     _, path = face
     path.with_suffix(".toml").unlink()
     with pytest.raises(UsageError, match="no sidecar") as caught:
@@ -108,7 +108,7 @@ def test_a_missing_sidecar_prints_one_to_complete(face: tuple[Any, Path], tmp_pa
         ('order = "BGR"', 'order = "BGR"\nlayout = "NHWC"'),
     ],
 )
-def test_a_size_or_layout_that_contradicts_the_graph(face: tuple[Any, Path], change: str, message: str) -> None:
+def test_a_sidecar_contradicting_the_graph_is_rejected(face: tuple[Any, Path], change: str, message: str) -> None:
     path = face[1]
     path.with_suffix(".toml").write_text(FACE.replace(change, message))
     with pytest.raises(UsageError, match=r"contradicts the graph's input input.*'batch', 3, 224, 224"):
@@ -127,14 +127,14 @@ def test_a_size_or_layout_that_contradicts_the_graph(face: tuple[Any, Path], cha
         ('kind = "text"', "cannot be read"),
     ],
 )
-def test_a_sidecar_that_does_not_fit_is_one_message(face: tuple[Any, Path], line: str, message: str) -> None:
+def test_an_invalid_sidecar_is_reported_in_one_message(face: tuple[Any, Path], line: str, message: str) -> None:
     path = face[1]
     path.with_suffix(".toml").write_text(FACE + line + "\n")
     with pytest.raises(UsageError, match=message):
         build(path)
 
 
-def test_files_that_are_no_graph_or_of_another_kind(face: tuple[Any, Path], tmp_path: Path) -> None:
+def test_invalid_onnx_files_are_rejected(face: tuple[Any, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"does not fit.*Pass it with --visual"):
         build(face[1], kind="audio")
     with pytest.raises(WeightsError, match="There is no ONNX file"):
@@ -189,7 +189,7 @@ def test_a_pretrained_model_predicts_and_is_scored(
     assert main(["evaluate", name, "--va", "8,9", "--cache", str(cache), *smoothing]) == 0
 
 
-def test_baselines_that_cannot_be_read(face: tuple[Any, Path], clips: Path, tmp_path: Path, capsys: Any) -> None:
+def test_unreadable_baselines_are_rejected(face: tuple[Any, Path], clips: Path, tmp_path: Path, capsys: Any) -> None:
     name, clip = f"onnx:{face[1]}", str(clips / "single_face.mp4")
     for options, message in (
         ([], "no --va"),

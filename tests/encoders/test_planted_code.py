@@ -120,7 +120,7 @@ def cache(planted: Path) -> Cache:
         "ast:./planted",
     ],
 )
-def test_no_name_leads_to_planted_code(planted: Path, ran: Callable[[], bool], name: str) -> None:
+def test_no_encoder_name_runs_planted_code(planted: Path, ran: Callable[[], bool], name: str) -> None:
     with pytest.raises(VaflowError):
         build_encoder(name)
     assert not ran()
@@ -128,13 +128,13 @@ def test_no_name_leads_to_planted_code(planted: Path, ran: Callable[[], bool], n
 
 @pytest.mark.parametrize("file", ["weights.pt", "pytorch_model.bin", ""])
 @pytest.mark.parametrize("name", ["clip-vit-b16", "clip-tiny", "resnet50", "vggish", "ast", "ast-tiny"])
-def test_no_local_weights_lead_to_planted_code(planted: Path, ran: Callable[[], bool], name: str, file: str) -> None:
+def test_no_local_weights_run_planted_code(planted: Path, ran: Callable[[], bool], name: str, file: str) -> None:
     with pytest.raises(VaflowError):
         build_encoder(name, weights=planted / file)
     assert not ran()
 
 
-def test_a_genuine_folder_with_planted_files_loads_without_running_them(
+def test_planted_files_in_a_valid_directory_are_not_run(
     planted: Path, ran: Callable[[], bool], small_ast: Path
 ) -> None:
     expected = build_encoder("ast", weights=small_ast).identity
@@ -150,7 +150,7 @@ def test_a_genuine_folder_with_planted_files_loads_without_running_them(
     assert not ran()
 
 
-def test_prompts_of_a_planted_stream_are_refused(cache: Cache, ran: Callable[[], bool], capsys: Any) -> None:
+def test_prompts_of_a_planted_stream_are_rejected(cache: Cache, ran: Callable[[], bool], capsys: Any) -> None:
     prompts = Path(load_prompts.__code__.co_filename).with_name("prompts.toml")
     Path("mine.toml").write_bytes(prompts.read_bytes())
     for choice in ([], ["--visual", EVIL]):
@@ -159,16 +159,14 @@ def test_prompts_of_a_planted_stream_are_refused(cache: Cache, ran: Callable[[],
     assert not ran()
 
 
-def test_training_context_vectors_on_a_planted_stream_is_refused(
-    cache: Cache, ran: Callable[[], bool], capsys: Any
-) -> None:
+def test_context_vectors_on_a_planted_stream_are_rejected(cache: Cache, ran: Callable[[], bool], capsys: Any) -> None:
     options = ["--audio", "none", "--epochs", "1", "--set", "prompt_context=2", "--set", "kl_weight=1.0"]
     assert main(["train", str(cache.path), "--out", "run", "--device", "cpu", *options]) != 0
     assert "open_clip has no such model" in capsys.readouterr().err
     assert not ran()
 
 
-def test_predicting_with_a_run_of_a_planted_stream_is_refused(
+def test_predict_rejects_a_run_of_a_planted_stream(
     cache: Cache, ran: Callable[[], bool], clips: Path, capsys: Any
 ) -> None:
     options = ["--audio", "none", "--epochs", "1", "--set", "kl_weight=0"]
@@ -191,7 +189,7 @@ def test_a_text_tower_is_not_read_from_the_working_directory(
     assert not ran()
 
 
-def test_remote_code_of_a_text_tower_is_refused_without_asking(
+def test_remote_code_of_a_text_tower_is_rejected_without_a_prompt(
     planted: Path, ran: Callable[[], bool], hub_cache: Path
 ) -> None:
     from vaflow.encoders.clip import new_model
@@ -206,7 +204,7 @@ def test_remote_code_of_a_text_tower_is_refused_without_asking(
 # --- resources
 
 
-def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(tmp_path: Path) -> None:
+def test_an_archive_larger_than_declared_is_rejected(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(4_000_000)}, tmp_path / "plain.pt")
     with (
         zipfile.ZipFile(tmp_path / "plain.pt") as source,
@@ -221,14 +219,14 @@ def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("claim", [{"hidden_size": 60_000}, {"num_hidden_layers": 10**8}, {"intermediate_size": 10**9}])
-def test_a_configuration_that_claims_more_than_the_weights_hold_is_refused(small_ast: Path, claim: dict) -> None:
+def test_a_configuration_larger_than_its_weights_is_rejected(small_ast: Path, claim: dict) -> None:
     config = json.loads((small_ast / "config.json").read_text())
     (small_ast / "config.json").write_text(json.dumps(config | claim))
     with pytest.raises(WeightsError, match="larger model than the weights"):
         build_encoder("ast", weights=small_ast)
 
 
-def test_a_quantized_folder_is_refused(small_ast: Path) -> None:
+def test_a_quantized_model_is_rejected(small_ast: Path) -> None:
     config = json.loads((small_ast / "config.json").read_text())
     quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
     (small_ast / "config.json").write_text(json.dumps(config | quantized))
@@ -237,14 +235,14 @@ def test_a_quantized_folder_is_refused(small_ast: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": "many"}, {"hidden_act": "evil"}, {"num_attention_heads": 0}])
-def test_settings_of_a_wrong_type_are_one_message(small_ast: Path, change: dict) -> None:
+def test_settings_of_a_wrong_type_are_reported_in_one_message(small_ast: Path, change: dict) -> None:
     config = json.loads((small_ast / "config.json").read_text())
     (small_ast / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(VaflowError, match=r"does not load|larger model"):
         build_encoder("ast", weights=small_ast)
 
 
-def test_shards_outside_the_folder_are_refused(small_ast: Path, tmp_path: Path) -> None:
+def test_shards_outside_the_directory_are_rejected(small_ast: Path, tmp_path: Path) -> None:
     from vaflow.encoders.checkpoints import load_model, make_config, read_json
 
     config_class, model_class = _ast_classes()

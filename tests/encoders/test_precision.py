@@ -26,7 +26,7 @@ def encode(encoder: Any, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_features_point_where_float32_points(name: str) -> None:
+def test_low_precision_features_have_high_cosine_similarity_to_float32(name: str) -> None:
     exact, short = encode(build_encoder(name)), encode(build_encoder(name, precision="bfloat16"))
     assert short.dtype == np.float32
     cosine = (exact * short).sum(-1) / np.linalg.norm(exact, axis=-1) / np.linalg.norm(short, axis=-1)
@@ -35,13 +35,13 @@ def test_features_point_where_float32_points(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_bits_every_time_under_a_name_of_their_own(name: str) -> None:
+def test_low_precision_is_deterministic_and_has_its_own_identity(name: str) -> None:
     encoder: Any = build_encoder(name, precision="bfloat16")
     np.testing.assert_array_equal(encode(encoder), encode(build_encoder(name, precision="bfloat16")))
     assert encoder.identity == build_encoder(name).identity | {"precision": "bfloat16"}
 
 
-def test_prompts_are_float32_whatever_the_pictures_are() -> None:
+def test_prompts_are_float32_for_every_image_precision() -> None:
     exact: Any = build_encoder("clip-tiny")
     short: Any = build_encoder("clip-tiny", precision="bfloat16")
     prompts = load_prompts()

@@ -41,7 +41,7 @@ def test_regions_are_three_times_valence_plus_arousal() -> None:
     assert len(set(words)) == 9
 
 
-def test_the_default_set_has_the_papers_templates() -> None:
+def test_the_default_prompt_set_has_the_published_templates() -> None:
     prompts = load_prompts()
     assert prompts.name == "default"
     assert prompts.templates == (
@@ -51,21 +51,21 @@ def test_the_default_set_has_the_papers_templates() -> None:
     )
 
 
-def test_region_order_does_not_depend_on_the_files_order(tmp_path: Path) -> None:
+def test_region_order_does_not_depend_on_file_order(tmp_path: Path) -> None:
     prompts = load_prompts(write(tmp_path, GOOD))
     assert prompts.name == "mine"
     assert prompts.descriptions == ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     assert prompts.texts()[1][8] == "looking nine"
 
 
-def test_identity_is_the_words_and_not_the_name(tmp_path: Path) -> None:
+def test_identity_depends_on_the_words_only(tmp_path: Path) -> None:
     first = load_prompts(write(tmp_path, GOOD))
     (tmp_path / "other.toml").write_text(GOOD)
     assert load_prompts(tmp_path / "other.toml").identity() == first.identity()
     assert load_prompts(write(tmp_path, GOOD.replace("nine", "ten"))).identity() != first.identity()
 
 
-def test_every_problem_of_a_file_is_named_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_a_file_are_reported_together(tmp_path: Path) -> None:
     text = GOOD.replace('a_low = "one"', 'a_lo = "one"').replace('"looking {}"', '"looking"').replace('"five"', '""')
     with pytest.raises(UsageError) as caught:
         load_prompts(write(tmp_path, text))
@@ -76,12 +76,12 @@ def test_every_problem_of_a_file_is_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "not toml at all [", 'templates = ["{}"]', '[descriptions]\nv_low = "x"', "templates = 3"]
 )
-def test_files_that_are_no_prompt_set_are_refused(tmp_path: Path, text: str) -> None:
+def test_files_without_a_prompt_set_are_rejected(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match=r"mine\.toml"):
         load_prompts(write(tmp_path, text))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.toml"):
         load_prompts(tmp_path / "nowhere.toml")
 
@@ -103,7 +103,7 @@ def test_prototypes_equal_brute_force() -> None:
         np.testing.assert_allclose(embedding[region], sum(rows) / 3, atol=2e-6)
 
 
-def test_text_embeddings_equal_open_clips_own() -> None:
+def test_text_embeddings_equal_open_clip() -> None:
     import open_clip
 
     encoder = build("clip-tiny")
@@ -114,6 +114,6 @@ def test_text_embeddings_equal_open_clips_own() -> None:
     np.testing.assert_allclose(encode_text(encoder, texts), expected.numpy(), atol=2e-6)
 
 
-def test_an_encoder_without_text_is_refused() -> None:
+def test_an_encoder_without_a_text_tower_is_rejected() -> None:
     with pytest.raises(UsageError, match="ast-tiny has no text tower"):
         prototypes(build("ast-tiny"), load_prompts())

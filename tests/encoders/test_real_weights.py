@@ -36,7 +36,7 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_front_end_and_an_embedding_are_chained(weights: Path) -> None:
+def test_an_onnx_front_end_and_embedding_are_chained(weights: Path) -> None:
     """The oracle runs both graphs by hand on one example."""
     onnxruntime = pytest.importorskip("onnxruntime")
     encoder = build_encoder(f"onnx:{weights / 'embedding_model.onnx'}", kind="audio")
@@ -51,7 +51,7 @@ def test_a_front_end_and_an_embedding_are_chained(weights: Path) -> None:
     assert encoder.dim == 96
 
 
-def test_they_are_extracted_from_a_real_clip(weights: Path, clips: Path, tmp_path: Path) -> None:
+def test_real_weights_extract_a_real_clip(weights: Path, clips: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "obama.mp4").symlink_to((clips / "obama.mp4").resolve())

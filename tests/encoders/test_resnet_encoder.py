@@ -46,7 +46,7 @@ def pictures(count: int = 2) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(p).resize((112, 112))) for p in small])
 
 
-def test_features_are_what_torchvision_pools(original: torch.nn.Module, checkpoint: Path) -> None:
+def test_features_equal_the_torchvision_pooled_output(original: torch.nn.Module, checkpoint: Path) -> None:
     from torchvision.transforms import functional as transforms
 
     encoder: Any = build_encoder("resnet50", weights=checkpoint)
@@ -64,7 +64,7 @@ def test_features_are_what_torchvision_pools(original: torch.nn.Module, checkpoi
     assert (features[0] - features[1]).abs().max() > 1e-2
 
 
-def test_files_without_counters_or_classifier_are_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_without_counters_or_classifier_have_the_same_identity(checkpoint: Path, tmp_path: Path) -> None:
     state = torch.load(checkpoint, weights_only=True)
     bare = {key: value for key, value in state.items() if not key.endswith(resnet.COUNTER) and "fc." not in key}
     save_file(bare, tmp_path / "bare.safetensors")
@@ -86,7 +86,7 @@ def test_files_without_counters_or_classifier_are_the_same_weights(checkpoint: P
         ({"bn1.bias": torch.full((64,), float("nan"))}, "NaN"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path, change: dict, message: str) -> None:
+def test_mismatched_weights_are_rejected(checkpoint: Path, tmp_path: Path, change: dict, message: str) -> None:
     state = torch.load(checkpoint, weights_only=True) | change
     path = tmp_path / "bad.safetensors"
     save_file({key: value for key, value in state.items() if value is not None}, path)
@@ -94,7 +94,7 @@ def test_weights_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path, c
         build_encoder("resnet50", weights=path)
 
 
-def test_a_damaged_file_is_told_by_its_checksum(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_detected_by_its_checksum(checkpoint: Path, tmp_path: Path) -> None:
     damaged = bytearray(checkpoint.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / checkpoint.name).write_bytes(damaged)
@@ -102,7 +102,7 @@ def test_a_damaged_file_is_told_by_its_checksum(checkpoint: Path, tmp_path: Path
         build_encoder("resnet50", weights=tmp_path / checkpoint.name)
 
 
-def test_published_weights_are_downloaded_checked_and_kept(
+def test_published_weights_are_downloaded_verified_and_cached(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -119,14 +119,14 @@ def test_published_weights_are_downloaded_checked_and_kept(
     assert build_encoder("resnet50").identity == first
 
 
-def test_an_address_that_does_not_answer_is_told_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresponsive_address_is_reported_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(resnet, "published", lambda: "http://127.0.0.1:9/resnet50-0676ba61.pth")
     with pytest.raises(WeightsError, match="--weights resnet50=PATH"):
         build_encoder("resnet50")
 
 
-def test_the_published_address_carries_its_checksum() -> None:
+def test_the_published_address_contains_the_checksum() -> None:
     from vaflow.encoders.hub import checksum_in_name
 
     name = resnet.published().rsplit("/", 1)[-1]
@@ -135,7 +135,7 @@ def test_the_published_address_carries_its_checksum() -> None:
     )
 
 
-def test_the_tiny_twin_is_the_same_on_every_build_and_tells_pictures_apart() -> None:
+def test_the_tiny_encoder_is_reproducible_and_separates_images() -> None:
     state = torch.random.get_rng_state()
     one, other = build_encoder("resnet-tiny"), build_encoder("resnet-tiny")
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -148,6 +148,6 @@ def test_the_tiny_twin_is_the_same_on_every_build_and_tells_pictures_apart() -> 
         build_encoder("resnet-tiny", weights=Path("x.pth"))
 
 
-def test_other_shapes_are_refused() -> None:
+def test_other_shapes_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"224, 224, 3\], got \(1, 112, 112, 3\)"):
         build_encoder("resnet-tiny").encode(torch.zeros(1, 112, 112, 3, dtype=torch.uint8))  # type: ignore[call-arg]

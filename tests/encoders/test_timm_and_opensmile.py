@@ -27,7 +27,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, model, path
 
 
-def test_features_and_preprocessing_are_timms(saved: tuple[str, Any, Path]) -> None:
+def test_features_and_preprocessing_equal_timm(saved: tuple[str, Any, Path]) -> None:
     name, model, path = saved
     encoder: Any = build_encoder(f"timm:{name}/{path}")
     config = resolve_data_config({}, model=model)
@@ -51,7 +51,7 @@ def test_features_and_preprocessing_are_timms(saved: tuple[str, Any, Path]) -> N
     assert torch.equal(encoder.encode(batch)[[2, 0, 1]], encoder.encode(batch[[2, 0, 1]]))
 
 
-def test_names_that_timm_does_not_list(tmp_path: Path, hub_cache: Path) -> None:
+def test_unknown_timm_names_are_rejected(tmp_path: Path, hub_cache: Path) -> None:
     for name in ("timm:resnet10x", "timm:local-dir:planted/x", "timm:hf-hub:org/model", "timm:resnet10t.mine"):
         with pytest.raises(UsageError, match="timm has no such"):
             build_encoder(name)
@@ -62,7 +62,7 @@ def test_names_that_timm_does_not_list(tmp_path: Path, hub_cache: Path) -> None:
         build_encoder("timm:resnet10t")
 
 
-def test_descriptors_are_opensmiles_averaged_in_each_step() -> None:
+def test_descriptors_equal_opensmile_averaged_per_step() -> None:
     opensmile = pytest.importorskip("opensmile")
     time = np.arange(4 * 16000) / 16000
     samples = (0.3 * np.sin(2 * np.pi * 180 * time**1.1)).astype(np.float32)
@@ -83,6 +83,6 @@ def test_descriptors_are_opensmiles_averaged_in_each_step() -> None:
     assert whole.identity != encoder.identity
 
 
-def test_other_feature_sets_are_refused() -> None:
+def test_unsupported_feature_sets_are_rejected() -> None:
     with pytest.raises(UsageError, match=r"Choices: eGeMAPSv02, eGeMAPSv02/functionals"):
         build_encoder("opensmile:ComParE_2016")

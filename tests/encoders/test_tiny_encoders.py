@@ -37,7 +37,7 @@ def test_weights_do_not_depend_on_torchs_random_state(encoder: Any) -> None:
     assert build(encoder.name).identity == encoder.identity
 
 
-def test_uniform_numbers_are_exact_centred_and_independent() -> None:
+def test_generated_uniform_numbers_are_exact_centred_and_independent() -> None:
     numbers = uniform("a", (200_000,), 1.0)
     step = np.float64(np.float32(np.sqrt(3.0))) / 2**24
     np.testing.assert_array_equal(numbers / step, np.round(numbers / step))
@@ -48,7 +48,7 @@ def test_uniform_numbers_are_exact_centred_and_independent() -> None:
     assert abs(np.corrcoef(numbers, uniform("b", (200_000,), 1.0))[0, 1]) < 0.01
 
 
-def test_they_are_the_genuine_classes_with_the_genuine_inputs() -> None:
+def test_tiny_encoders_use_the_full_classes_and_inputs() -> None:
     clip, ast = build("clip-tiny"), build("ast-tiny")
     assert isinstance(clip._model, open_clip.CLIP)
     assert (clip.image_size, clip.module.patch_size) == (224, (16, 16))
@@ -59,7 +59,7 @@ def test_they_are_the_genuine_classes_with_the_genuine_inputs() -> None:
     assert (ast.geometry.frequency_tokens, ast.geometry.tokens.count, window_frames(10)) == (12, 101, 998)
 
 
-def test_other_images_in_the_batch_change_no_bit() -> None:
+def test_features_do_not_depend_on_other_images_in_the_batch() -> None:
     clip = build("clip-tiny")
     rng = np.random.default_rng(0)
     first, second = (torch.from_numpy(rng.integers(0, 256, (4, 224, 224, 3), np.uint8)) for _ in range(2))
@@ -117,7 +117,7 @@ def faces(first: int, people: int, each: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(features), smiles.ravel()
 
 
-def test_the_curve_of_a_mouth_can_be_read_on_unseen_people() -> None:
+def test_mouth_curvature_is_linearly_decodable_for_unseen_people() -> None:
     train, target = faces(100, people=24, each=12)
     test, truth = faces(900, people=12, each=8)
     assert ccc(read_out(train, target, test), truth) > 0.6
@@ -142,7 +142,7 @@ def voices(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(features), np.concatenate(facts)
 
 
-def test_pitch_and_loudness_can_be_read_from_unheard_sounds() -> None:
+def test_pitch_and_loudness_are_linearly_decodable_for_new_audio() -> None:
     train, target = voices(1, count=14)
     test, truth = voices(2, count=5)
     prediction = read_out(train, target, test)

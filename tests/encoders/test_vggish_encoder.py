@@ -49,7 +49,7 @@ def restated_front_end(samples: np.ndarray) -> np.ndarray:
     return np.log(np.stack(bands, axis=1) + 0.01)
 
 
-def test_the_front_end_is_the_published_one() -> None:
+def test_the_front_end_equals_the_published_one() -> None:
     samples = sound(1.7)
     frames = VGGISH_MEL.open().push(samples)
     assert frames.shape == (1 + (samples.size - 400) // 160, 64) and frames.dtype == np.float32
@@ -57,7 +57,7 @@ def test_the_front_end_is_the_published_one() -> None:
     np.testing.assert_allclose(frames, restated_front_end(samples), atol=2e-4)
 
 
-def test_one_frame_by_the_definition_of_the_transform() -> None:
+def test_one_frame_equals_the_definition_of_the_transform() -> None:
     samples = sound(0.05)
     window = np.sin(np.pi * np.arange(400) / 400) ** 2
     n, k = np.arange(400), np.arange(257)[:, None]
@@ -68,7 +68,7 @@ def test_one_frame_by_the_definition_of_the_transform() -> None:
     np.testing.assert_allclose(VGGISH_MEL.open().push(samples)[1], expected, atol=1e-5)
 
 
-def test_blocks_of_any_size_give_the_same_bits() -> None:
+def test_results_do_not_depend_on_the_block_size() -> None:
     samples = sound(3.3)
     whole = VGGISH_MEL.open().push(samples)
     for cuts in ([1, 399, 400, 7000], list(range(0, samples.size, 1000))):
@@ -76,7 +76,7 @@ def test_blocks_of_any_size_give_the_same_bits() -> None:
         np.testing.assert_array_equal(np.concatenate([bank.push(block) for block in np.split(samples, cuts)]), whole)
 
 
-def test_silence_is_what_the_ends_are_padded_with() -> None:
+def test_clip_ends_are_padded_with_silence() -> None:
     silent = VGGISH_MEL.open().push(np.zeros(RATE, np.float32))
     np.testing.assert_array_equal(silent, np.full_like(silent, VGGISH_MEL.padding))
 
@@ -97,7 +97,7 @@ def halved(maps: np.ndarray) -> np.ndarray:
     return maps.reshape(maps.shape[0], maps.shape[1] // 2, 2, maps.shape[2] // 2, 2).max(axis=(2, 4))
 
 
-def test_the_network_is_the_published_one_restated() -> None:
+def test_the_network_equals_a_reference_implementation() -> None:
     torch.manual_seed(0)
     network = VGGish(((2,), (2,), (2, 2), (3, 3)), (5, 4, 3)).double()
     weights = {key: value.detach().numpy() for key, value in network.state_dict().items()}
@@ -140,7 +140,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> VGGish:
         return VGGish(SMALL_CHANNELS, SMALL_WIDTHS).eval()
 
 
-def test_both_published_layouts_load_and_are_the_same_weights(small: VGGish, tmp_path: Path) -> None:
+def test_both_published_layouts_have_the_same_identity(small: VGGish, tmp_path: Path) -> None:
     state = small.state_dict()
     torch.save(state | {"pproc.pca_means": torch.zeros(128, 1)}, tmp_path / "torchvggish.pth")
     renamed = {
@@ -164,14 +164,14 @@ def test_both_published_layouts_load_and_are_the_same_weights(small: VGGish, tmp
         ({"features.0.weight": torch.zeros(2, 3, 3, 3)}, "keys of another shape"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(small: VGGish, tmp_path: Path, change: dict, message: str) -> None:
+def test_mismatched_weights_are_rejected(small: VGGish, tmp_path: Path, change: dict, message: str) -> None:
     state = {key: value for key, value in (small.state_dict() | change).items() if value is not None}
     save_file(state, tmp_path / "bad.safetensors")
     with pytest.raises(WeightsError, match=message):
         build_encoder("vggish", weights=tmp_path / "bad.safetensors")
 
 
-def test_the_published_file_is_downloaded_and_its_checksum_compared(
+def test_the_published_file_is_downloaded_and_verified(
     small: VGGish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(small.state_dict(), tmp_path / "file")
@@ -190,7 +190,7 @@ def test_the_published_file_is_downloaded_and_its_checksum_compared(
         build_encoder("vggish")
 
 
-def test_an_address_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresponsive_address_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(vggish, "ADDRESS", "http://127.0.0.1:9/vggish-10086976.pth")
     with pytest.raises(WeightsError, match="--weights vggish=PATH"):
@@ -198,7 +198,7 @@ def test_an_address_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("window", "steps"), [(10.0, 20), (4.0, 8), (3.0, 7), (1.0, 1)])
-def test_examples_are_centred_on_the_steps(window: float, steps: int) -> None:
+def test_vggish_examples_are_centred_on_the_steps(window: float, steps: int) -> None:
     encoder = build_encoder("vggish-tiny")
     times = encoder.step_times(window, steps)  # type: ignore[union-attr]
     np.testing.assert_allclose(times, (np.arange(steps) + 0.5) * window / steps, rtol=1e-12)
@@ -207,7 +207,7 @@ def test_examples_are_centred_on_the_steps(window: float, steps: int) -> None:
     assert segments.frames == 96 and np.abs(middle - times).max() <= 0.005 + 1e-9
 
 
-def test_the_tiny_twin_is_the_same_on_every_build_and_hears_loudness() -> None:
+def test_the_tiny_encoder_is_reproducible_and_encodes_loudness() -> None:
     one, other = build_encoder("vggish-tiny"), build_encoder("vggish-tiny")
     assert one.identity == other.identity and type(one) is vggish.VggishEncoder and one.front_end != KALDI
     frames = [VGGISH_MEL.open().push(np.float32(scale) * sound(1.2)) for scale in (1.0, 0.1)]
@@ -218,6 +218,6 @@ def test_the_tiny_twin_is_the_same_on_every_build_and_hears_loudness() -> None:
         build_encoder("vggish-tiny", weights=Path("x.pth"))
 
 
-def test_other_shapes_are_refused() -> None:
+def test_other_shapes_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"\[B, 96, 64\], got \[2, 998, 128\]"):
         build_encoder("vggish-tiny").encode(torch.zeros(2, 998, 128), window=10.0, steps=20)  # type: ignore[call-arg]

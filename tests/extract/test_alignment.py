@@ -123,7 +123,7 @@ def origin_of(cache: Cache, case: Case) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_the_right_frame_at_every_sample(aligned: Cache, case: Case) -> None:
+def test_every_sample_has_the_frame_of_its_time(aligned: Cache, case: Case) -> None:
     visual = aligned.read("numbers", stem(case))
     assert visual.valid.all() and len(visual.time) >= 25
     numbers = numbers_of(visual.embedding)
@@ -135,7 +135,7 @@ def test_the_right_frame_at_every_sample(aligned: Cache, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_the_clock_is_the_files(aligned: Cache, case: Case) -> None:
+def test_sample_times_follow_the_file_clock(aligned: Cache, case: Case) -> None:
     """It starts with the first picture or sound, give or take a codec's delay; frames keep their distances."""
     times = aligned.read("labels", stem(case)).time
     written = case.written[case.first :]
@@ -146,7 +146,7 @@ def test_the_clock_is_the_files(aligned: Cache, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_labels_go_by_the_same_clock(aligned: Cache, case: Case) -> None:
+def test_labels_follow_the_file_clock(aligned: Cache, case: Case) -> None:
     labels, visual = aligned.read("labels", stem(case)), aligned.read("numbers", stem(case))
     numbers = numbers_of(visual.embedding)
     expected = np.array([label_of(number) for number in numbers])
@@ -164,7 +164,7 @@ def test_labels_go_by_the_same_clock(aligned: Cache, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.sound], ids=[c.name for c in CASES if c.sound])
-def test_the_right_audio_at_the_start_in_the_middle_and_at_the_end(aligned: Cache, case: Case) -> None:
+def test_audio_is_aligned_at_start_middle_and_end(aligned: Cache, case: Case) -> None:
     logmel = aligned.read("logmel", stem(case))
     valid = np.flatnonzero(logmel.valid)
     assert case.sound is not None and valid.size > 280
@@ -177,7 +177,7 @@ def test_the_right_audio_at_the_start_in_the_middle_and_at_the_end(aligned: Cach
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.sound], ids=[c.name for c in CASES if c.sound])
-def test_every_step_of_every_window_hears_its_own_time(aligned: Cache, case: Case) -> None:
+def test_every_step_encodes_the_audio_of_its_time(aligned: Cache, case: Case) -> None:
     tones, logmel = aligned.read("tones", stem(case)), aligned.read("logmel", stem(case))
     frames = np.where(logmel.valid[:, None], logmel.embedding, np.nan)
     checked = 0

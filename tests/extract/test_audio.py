@@ -41,7 +41,7 @@ CODECS = [("pcm_s16le", "wav"), ("flac", "mkv"), ("aac", "mp4"), ("libmp3lame", 
 
 @pytest.mark.parametrize("rate", [48000, 44100, 22050, 16000, 8000])
 @pytest.mark.parametrize(("codec", "container"), CODECS)
-def test_a_click_comes_back_within_a_millisecond(tmp_path: Path, codec: str, container: str, rate: int) -> None:
+def test_a_click_is_located_within_a_millisecond(tmp_path: Path, codec: str, container: str, rate: int) -> None:
     clicks = [0.3, 1.2345, 2.75]
     path = write_media(tmp_path / f"click.{container}", None, Sound(click(clicks, rate), rate=rate, codec=codec))
     with av.open(str(path)) as file:  # how late the container itself puts the sound (MP3 has an encoder delay)
@@ -73,7 +73,7 @@ def test_mono_is_the_mean_of_the_channels(tmp_path: Path, channels: str, codec: 
     assert summary.peak == pytest.approx(abs(level.mean()), abs=1e-3)
 
 
-def test_eight_planes_of_samples_are_eight_channels(tmp_path: Path) -> None:
+def test_planar_samples_are_read_as_channels(tmp_path: Path) -> None:
     """A decoder that keeps channels apart; reading one plane too many is reading what lies behind them in memory."""
     level = np.linspace(-0.7, 0.9, 8)
     time = np.arange(2 * RATE) / RATE
@@ -89,13 +89,13 @@ def test_eight_planes_of_samples_are_eight_channels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le"])
-def test_every_sample_format_has_the_same_full_scale(tmp_path: Path, codec: str) -> None:
+def test_all_sample_formats_share_one_full_scale(tmp_path: Path, codec: str) -> None:
     source = tones(1.0, RATE)
     samples, _ = heard(write_media(tmp_path / "c.wav", None, Sound(source, rate=RATE, codec=codec)), 1.0)
     np.testing.assert_allclose(samples, source[0], atol=1.5 / 128 if codec == "pcm_u8" else 1e-4)
 
 
-def test_resampling_keeps_the_wave(tmp_path: Path) -> None:
+def test_resampling_preserves_the_waveform(tmp_path: Path) -> None:
     """Against the same sine, sampled at 16 kHz by formula: no shift, no change of level."""
     time = np.arange(2 * 44100) / 44100
     path = write_media(tmp_path / "c.wav", None, Sound(0.8 * np.sin(2 * np.pi * 1000 * time)[None], codec="pcm_s16le"))
@@ -106,7 +106,7 @@ def test_resampling_keeps_the_wave(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "mov"])
-def test_each_half_second_has_the_written_audio(tmp_path: Path, container: str) -> None:
+def test_each_half_second_contains_the_written_audio(tmp_path: Path, container: str) -> None:
     path = write_media(tmp_path / f"c.{container}", Picture(EVEN), Sound(tones(4.0, 44100)))
     samples, summary = heard(path, 4.0)
     assert summary.status == "ok"
@@ -149,7 +149,7 @@ def write_pieces(path: Path, pieces: list[tuple[float, np.ndarray]], rate: int) 
     return path
 
 
-def test_a_gap_is_filled_with_zeros_and_not_called_covered(tmp_path: Path) -> None:
+def test_gaps_are_zero_filled_and_not_marked_covered(tmp_path: Path) -> None:
     rate = 22050
     wave = tones(3.0, rate)[0]
     pieces = [(k / 10, wave[k * rate // 10 : (k + 1) * rate // 10]) for k in range(30) if not 10 <= k < 14]
@@ -160,7 +160,7 @@ def test_a_gap_is_filled_with_zeros_and_not_called_covered(tmp_path: Path) -> No
     assert heard_tone(samples[24500:31500], RATE) == 3
 
 
-def test_jitter_does_not_chop_the_audio(tmp_path: Path) -> None:
+def test_timestamp_jitter_does_not_split_the_audio(tmp_path: Path) -> None:
     rate = 16000
     wave = tones(3.0, rate)[0]
     jitter = np.random.default_rng(0).uniform(-0.012, 0.012, 30)
@@ -172,7 +172,7 @@ def test_jitter_does_not_chop_the_audio(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("percent", [0.3, -0.3])
-def test_drift_of_the_audio_clock_is_followed(tmp_path: Path, percent: float) -> None:
+def test_audio_clock_drift_is_followed(tmp_path: Path, percent: float) -> None:
     """Twenty seconds of samples that come too fast or too slow: uncorrected they would be 60 ms off at the end."""
     rate = 16000
     fast = rate * (1 + percent / 100)
@@ -195,7 +195,7 @@ def test_repeated_audio_is_used_once(tmp_path: Path) -> None:
     assert summary.status == "ok"
 
 
-def test_audio_is_cut_at_the_clips_end(tmp_path: Path) -> None:
+def test_audio_is_cut_at_the_end_of_the_clip(tmp_path: Path) -> None:
     path = write_media(tmp_path / "c.wav", None, Sound(tones(3.0, 44100), codec="pcm_s16le"))
     samples, summary = heard(path, 1.23)
     assert samples.size == round(1.23 * RATE)
@@ -203,14 +203,14 @@ def test_audio_is_cut_at_the_clips_end(tmp_path: Path) -> None:
     assert summary.status == "ok"
 
 
-def test_absent_audio_is_a_status(tmp_path: Path) -> None:
+def test_absent_audio_has_a_status(tmp_path: Path) -> None:
     samples, summary = heard(write_media(tmp_path / "c.mp4", Picture(EVEN)), 4.0)
     assert samples.size == 0
     assert summary == AudioSummary("absent")
 
 
 @pytest.mark.parametrize(("level", "status"), [(0.0, "silent"), (5e-5, "silent"), (3e-3, "ok")])
-def test_digital_silence_is_a_status(tmp_path: Path, level: float, status: str) -> None:
+def test_digital_silence_has_a_status(tmp_path: Path, level: float, status: str) -> None:
     path = write_media(tmp_path / "c.wav", None, Sound(tones(2.0, 44100) * 2 * level, codec="pcm_s16le"))
     samples, summary = heard(path, 2.0)
     assert summary.status == status
@@ -219,7 +219,7 @@ def test_digital_silence_is_a_status(tmp_path: Path, level: float, status: str) 
 
 
 @pytest.mark.parametrize(("length", "status"), [(3.95, "ok"), (3.8, "short")])
-def test_audio_shorter_than_the_clip_is_a_status(tmp_path: Path, length: float, status: str) -> None:
+def test_short_audio_has_a_status(tmp_path: Path, length: float, status: str) -> None:
     sound = Sound(tones(length, 44100), codec="pcm_s16le")
     samples, summary = heard(write_media(tmp_path / "c.mkv", Picture(EVEN), sound), 4.0)
     assert summary.status == status
@@ -234,7 +234,7 @@ def damaged(source: Path, target: Path, begin: float, end: float) -> Path:
     return target
 
 
-def test_damage_in_the_middle_moves_nothing_after_it(tmp_path: Path) -> None:
+def test_damage_does_not_shift_the_following_audio(tmp_path: Path) -> None:
     whole = write_media(tmp_path / "c.mp4", None, Sound(tones(6.0, 44100)), {"movflags": "faststart"})
     samples, summary = heard(damaged(whole, tmp_path / "d.mp4", 0.55, 0.60), 6.0)
     clean, _ = heard(whole, 6.0)
@@ -244,7 +244,7 @@ def test_damage_in_the_middle_moves_nothing_after_it(tmp_path: Path) -> None:
     np.testing.assert_allclose(samples[:RATE], clean[:RATE], atol=1e-6)
 
 
-def test_audio_that_does_not_decode_at_all_is_a_status(tmp_path: Path) -> None:
+def test_undecodable_audio_has_a_status(tmp_path: Path) -> None:
     """A track of FLAC packets that hold noise."""
     path = tmp_path / "c.mkv"
     with av.open(str(path), "w") as container:
@@ -261,13 +261,13 @@ def test_audio_that_does_not_decode_at_all_is_a_status(tmp_path: Path) -> None:
     assert summary.codec == "flac"
 
 
-def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "c.mp4").write_text("no media")
     with pytest.raises(MediaError, match=r"c\.mp4"):
         next(decode_audio(tmp_path / "c.mp4", start=0.0, duration=1.0))
 
 
-def test_blocks_stay_small(tmp_path: Path) -> None:
+def test_audio_blocks_have_bounded_size(tmp_path: Path) -> None:
     """Memory is bounded: no block is longer than ten seconds, even where the file has only a gap."""
     rate = 16000
     pieces = [(0.0, np.full(1600, 0.1)), (60.0, np.full(1600, 0.1))]
@@ -287,7 +287,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_real_clips_have_their_status(clips: Path, name: str) -> None:
+def test_real_clips_have_the_expected_status(clips: Path, name: str) -> None:
     info = probe(clips / name)
     assert info.video is not None
     assert info.video.duration is not None

@@ -12,7 +12,7 @@ from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
 
 
-def test_a_cached_window_is_what_hugging_face_computes(clips: Path, tiny_pair: tuple, tmp_path: Path) -> None:
+def test_a_cached_window_equals_hugging_face(clips: Path, tiny_pair: tuple, tmp_path: Path) -> None:
     from transformers import ASTFeatureExtractor
 
     root = tmp_path / "data"

@@ -43,24 +43,24 @@ ROW = np.zeros((2, 3), np.uint8)
 @pytest.mark.parametrize("free", [1_000, 10_000, 123_456, 10**9])
 @pytest.mark.parametrize(("fixed", "each"), [(0, 7), (300, 5), (0, 40)])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_the_largest_power_of_two_that_fits(free: int, fixed: int, each: int, parts: int) -> None:
+def test_batch_size_is_the_largest_power_of_two_that_fits(free: int, fixed: int, each: int, parts: int) -> None:
     card = Card(free, fixed, each)
     size = fitting(card.encode, CPU, card, ROW, parts=parts, most=1024)
     fits = [n for n in (2**k for k in range(11)) if fixed + each * n <= SHARE * free / parts]
     assert size == max(fits, default=1)
 
 
-def test_a_little_less_memory_is_the_same_batch() -> None:
+def test_slightly_less_memory_gives_the_same_batch_size() -> None:
     sizes = {fitting((c := Card(free, 0, 10)).encode, CPU, c, ROW, parts=1, most=256) for free in range(9000, 9900, 50)}
     assert len(sizes) == 1
 
 
-def test_a_trial_that_does_not_fit_goes_on_small() -> None:
+def test_a_trial_batch_out_of_memory_falls_back_to_a_small_batch() -> None:
     card = Card(60, 0, 10)
     assert fitting(card.encode, CPU, card, ROW, parts=1, most=1024) == 4
 
 
-def test_the_size_is_found_from_the_first_row_and_then_fixed() -> None:
+def test_batch_size_is_determined_once_from_the_first_row() -> None:
     asked: list[tuple[int, ...]] = []
     sizes: list[int] = []
 
@@ -82,7 +82,7 @@ def test_the_size_is_found_from_the_first_row_and_then_fixed() -> None:
     assert got == [4] * 9, "whoever gets a row can tell the size of its batch"
 
 
-def test_on_a_cpu_auto_is_the_fixed_size_because_bits_depend_on_it(tiny_pair: tuple) -> None:
+def test_auto_uses_a_fixed_batch_size_on_cpu(tiny_pair: tuple) -> None:
     visual, audio = tiny_pair
     sizes = []
     for asked in (0, AUTO):
@@ -94,7 +94,7 @@ def test_on_a_cpu_auto_is_the_fixed_size_because_bits_depend_on_it(tiny_pair: tu
     assert sizes == [BATCH_SIZES["cpu"]["visual"]] * 2
 
 
-def test_the_option_is_a_number_or_auto(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batch_size_option_accepts_a_number_or_auto(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert (coerce(ExtractConfig, "image_batch", "auto"), coerce(ExtractConfig, "image_batch", "32")) == (AUTO, 32)
     for text in ("-1", "many", "", "1.5"):
         with pytest.raises(UsageError, match="auto"):

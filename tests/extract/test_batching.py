@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 9])
-def test_every_row_reaches_its_own_receiver(rows: int) -> None:
+def test_every_row_is_delivered_to_its_receiver(rows: int) -> None:
     sizes: list[int] = []
 
     def encode(batch: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ def test_every_row_reaches_its_own_receiver(rows: int) -> None:
     assert batcher.rows == rows
 
 
-def test_the_padding_of_a_last_batch_is_zeros_not_old_rows() -> None:
+def test_the_last_batch_is_padded_with_zeros() -> None:
     seen: list[torch.Tensor] = []
 
     def encode(batch: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_the_padding_of_a_last_batch_is_zeros_not_old_rows() -> None:
     assert seen[1].flatten().tolist() == [4, 0, 0]
 
 
-def test_flushing_nothing_encodes_nothing() -> None:
+def test_flushing_an_empty_batch_encodes_nothing() -> None:
     batcher = FixedBatcher(lambda batch: pytest.fail("nothing to encode"), 2, CPU)
     batcher.flush()
     assert batcher.rows == 0
@@ -71,7 +71,7 @@ def test_a_batch_too_large_for_memory_is_encoded_in_halves(caplog: pytest.LogCap
     assert "batches of 2" in caplog.text
 
 
-def test_a_row_too_large_for_memory_ends_with_a_clear_error() -> None:
+def test_a_row_too_large_for_memory_is_an_error() -> None:
     def encode(batch: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 

@@ -51,7 +51,7 @@ def cache(tmp_path: Path, clip: VisualEncoder) -> Cache:
     return cache
 
 
-def test_another_set_is_embedded_and_nothing_else_changes(cache, clip, tmp_path):
+def test_adding_a_prompt_set_changes_nothing_else(cache, clip, tmp_path):
     before = {path: path.read_bytes() for path in cache.record_files()}
     done = add_prompts(cache, prompt_file(tmp_path / "plain.toml"))
     assert (done.name, done.new, done.replaced, done.unchanged) == ("plain", ["clip-tiny.text"], [], [])
@@ -66,14 +66,14 @@ def test_another_set_is_embedded_and_nothing_else_changes(cache, clip, tmp_path)
     assert verify(cache) == []
 
 
-def test_training_uses_the_set_that_is_named(cache, clip, tmp_path):
+def test_training_uses_the_named_prompt_set(cache, clip, tmp_path):
     add_prompts(cache, prompt_file(tmp_path / "plain.toml"))
     _, inputs = resolve(cache, merge({"prompts": "plain", "audio": "none"}))
     assert inputs.prototypes is not None
     np.testing.assert_array_equal(inputs.prototypes.numpy(), prototypes(clip, load_prompts(tmp_path / "plain.toml"))[0])
 
 
-def test_words_are_compared_not_names(cache, tmp_path):
+def test_prompt_sets_are_compared_by_words(cache, tmp_path):
     file = prompt_file(tmp_path / "plain.toml")
     add_prompts(cache, file)
     attempt = cache.record("clip-tiny.text", "plain").attempt
@@ -83,7 +83,7 @@ def test_words_are_compared_not_names(cache, tmp_path):
     assert cache.record("clip-tiny.text", "plain").source["prompts"]["descriptions"][0] == "other low low"
 
 
-def test_a_cache_without_prototypes_gets_them(tmp_path, clip):
+def test_prototypes_can_be_added_to_a_cache(tmp_path, clip):
     cache = create_cache(tmp_path / "cache")
     cache.declare(visual(clip))
     assert list_prompts(cache) == []
@@ -92,7 +92,7 @@ def test_a_cache_without_prototypes_gets_them(tmp_path, clip):
 
 
 @pytest.mark.parametrize("with_text", [False, True])
-def test_another_encoder_of_that_name_is_refused(tmp_path, clip, with_text):
+def test_a_different_encoder_of_the_same_name_is_rejected(tmp_path, clip, with_text):
     """The cache's pictures were encoded with other weights: words and faces would not share a space."""
     cache = create_cache(tmp_path / "cache")
     if with_text:
@@ -106,7 +106,7 @@ def test_another_encoder_of_that_name_is_refused(tmp_path, clip, with_text):
     assert with_text == ("clip-tiny.text" in cache.streams())
 
 
-def test_what_cannot_be_embedded_is_bad_usage(cache, tmp_path, clip):
+def test_prompts_without_a_text_tower_are_usage_errors(cache, tmp_path, clip):
     file = prompt_file(tmp_path / "plain.toml")
     with pytest.raises(UsageError, match=r"no visual stream of this name.*Got: clip-vit-b16\. Choices: clip-tiny"):
         add_prompts(cache, file, "clip-vit-b16")
@@ -123,7 +123,7 @@ def test_what_cannot_be_embedded_is_bad_usage(cache, tmp_path, clip):
         add_prompts(open_cache(cache.path), file)
 
 
-def test_the_command_lists_and_adds(cache, tmp_path, capsys, monkeypatch):
+def test_the_prompts_command_lists_and_adds(cache, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["cache", "prompts", "cache"]) == 0
     assert re.search(r"clip-tiny\.text +default +3", capsys.readouterr().out)

@@ -37,9 +37,7 @@ def messages(clip: Clip) -> list[Message]:
     return sent
 
 
-def test_labels_edited_after_their_identity_was_taken_fail_the_clip(
-    clip: Clip, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_edited_during_extraction_fail_the_clip(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
     """The edit keeps size and time: only the contents tell."""
     real = worker.read_annotation
 
@@ -57,7 +55,7 @@ def test_labels_edited_after_their_identity_was_taken_fail_the_clip(
     assert "changed while" in last.message
 
 
-def test_a_video_replaced_while_it_is_read_fails_the_clip(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_replaced_during_extraction_fails_the_clip(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
     real = worker.decode_audio
 
     def replaced(path: Path, **times: float) -> Blocks:
@@ -71,11 +69,11 @@ def test_a_video_replaced_while_it_is_read_fails_the_clip(clip: Clip, monkeypatc
     assert "video and audio of 'a' changed while" in last.message
 
 
-def test_files_that_stay_are_no_failure(clip: Clip) -> None:
+def test_unchanged_files_do_not_fail(clip: Clip) -> None:
     assert isinstance(messages(clip)[-1], Done)
 
 
-def test_rehash_notices_labels_edited_with_size_and_time_kept(clip: Clip, tmp_path: Path) -> None:
+def test_rehash_detects_edited_labels_of_equal_size_and_time(clip: Clip, tmp_path: Path) -> None:
     assert clip.labels is not None
     command = ["extract", str(clip.labels.parent), "--out", str(tmp_path / "cache"), *NOTHING]
     assert main(command) == 0
@@ -88,7 +86,7 @@ def test_rehash_notices_labels_edited_with_size_and_time_kept(clip: Clip, tmp_pa
     assert open_cache(tmp_path / "cache").read("labels", "a").value[0, 0] == np.float32(0.9)
 
 
-def test_rehash_notices_crops_replaced_by_others_of_the_same_size(tiny_pair: tuple, tmp_path: Path) -> None:
+def test_rehash_detects_replaced_crops_of_equal_size(tiny_pair: tuple, tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_video(root / "a.mp4", np.arange(25) / 25, sound=0.0)
     folder = tmp_path / "crops"

@@ -56,7 +56,7 @@ def write_table(path: Path, times: np.ndarray, values: np.ndarray) -> None:
 # --- facts against what was written
 
 
-def test_every_clip_has_its_frames_rows_and_crops(tree: Tree, report: Report) -> None:
+def test_clip_facts_list_frames_rows_and_crops(tree: Tree, report: Report) -> None:
     checked = by_item(report)
     for name, trial in tree.trials.items():
         facts = checked[name]
@@ -70,23 +70,23 @@ def test_every_clip_has_its_frames_rows_and_crops(tree: Tree, report: Report) ->
             assert facts.labels.annotated == int((trial.labels[:, 0] != -5).sum())
 
 
-def test_good_quirks_are_no_errors(report: Report) -> None:
+def test_harmless_quirks_are_not_errors(report: Report) -> None:
     assert report.count("error") == 0
     assert set(findings(report, "crops-missing", "warning")) == {"video9"}
     assert report.count("warning") == 1
 
 
-def test_row_counts_within_the_usual_range_are_notes(report: Report) -> None:
+def test_small_row_count_differences_are_notes(report: Report) -> None:
     notes = findings(report, "row-count", "note")
     assert set(notes) == {"12-24-64x64", "video7"}
     assert "(+1)" in notes["12-24-64x64"].message and "(-3)" in notes["video7"].message
 
 
-def test_a_row_count_far_off_is_a_warning(spoiled: Report) -> None:
+def test_a_large_row_count_difference_is_a_warning(spoiled: Report) -> None:
     assert set(findings(spoiled, "row-count", "warning")) == {"toolong"}
 
 
-def test_minus_five_runs_are_counted_with_their_share(tree: Tree, report: Report) -> None:
+def test_minus_five_spans_are_counted_with_their_share(tree: Tree, report: Report) -> None:
     notes = findings(report, "unannotated")
     labels = tree.trials["video5_left"].labels
     assert set(notes) == {"video5_left"} and labels is not None
@@ -95,7 +95,7 @@ def test_minus_five_runs_are_counted_with_their_share(tree: Tree, report: Report
     assert "at the start, in the middle (1), at the end" in notes["video5_left"].message
 
 
-def test_missing_crops_are_a_share_of_the_videos_frames(tree: Tree, report: Report) -> None:
+def test_missing_crops_are_a_share_of_the_frames(tree: Tree, report: Report) -> None:
     assert set(findings(report, "crops-missing")) == {
         name for name, trial in tree.trials.items() if len(trial.crops) < trial.times.size
     }
@@ -118,17 +118,17 @@ def test_a_variable_frame_rate_is_noted_and_a_constant_one_is_not(tree: Tree, re
     assert f"{worst:.2f} s" in findings(report, "variable-rate")["8-30-64x64"].message
 
 
-def test_audio_that_is_absent_or_shorter(tree: Tree, report: Report) -> None:
+def test_absent_and_short_audio_is_reported(tree: Tree, report: Report) -> None:
     assert set(findings(report, "no-audio")) == {name for name, trial in tree.trials.items() if trial.sound == 0}
     assert set(findings(report, "audio-partial")) == {"8-30-64x64"}
 
 
-def test_clips_shorter_than_a_window(tree: Tree) -> None:
+def test_short_clips_are_reported(tree: Tree) -> None:
     report = check_dataset(open_dataset(tree.root), window=1.0)
     assert set(findings(report, "short-clip")) == {"brief", "smile"}
 
 
-def test_label_statistics_and_occupancy_are_those_of_all_annotated_rows(tree: Tree, report: Report) -> None:
+def test_label_statistics_cover_all_annotated_rows(tree: Tree, report: Report) -> None:
     train = [trial.labels for trial in tree.trials.values() if trial.split == "train" and trial.labels is not None]
     values = np.concatenate(train)
     values = values[values[:, 0] != -5]
@@ -157,7 +157,7 @@ def test_splits_add_up(tree: Tree, report: Report) -> None:
 # --- what is broken
 
 
-def test_what_cannot_be_used_is_an_error_and_the_rest_is_unaffected(spoiled: Report, report: Report) -> None:
+def test_unusable_clips_are_errors_and_do_not_affect_the_rest(spoiled: Report, report: Report) -> None:
     errors = {note.item: note.code for note in spoiled.findings if note.severity == "error"}
     assert errors == {
         "novideo": "no-video",
@@ -184,7 +184,7 @@ def test_clips_without_crops_among_clips_with_crops(spoiled: Report) -> None:
     assert "badlabels" in notes and "solo_left" not in notes and "novideo" not in notes
 
 
-def test_every_error_and_warning_says_what_to_do(spoiled: Report) -> None:
+def test_every_error_and_warning_states_a_remedy(spoiled: Report) -> None:
     assert all(note.message and note.remedy for note in spoiled.findings if note.severity != "note")
 
 
@@ -203,14 +203,14 @@ def videos(root: Path, *names: str, seconds: float = 0.8) -> None:
         write_video(root / f"{name}.mp4", np.arange(round(seconds * RATE)) / RATE, seconds)
 
 
-def test_a_folder_without_labels_is_fine(tmp_path: Path) -> None:
+def test_an_unlabelled_dataset_is_accepted(tmp_path: Path) -> None:
     videos(tmp_path, "a")
     report = check_dataset(open_dataset(tmp_path))
     assert report.count("error") == report.count("warning") == 0
     assert findings(report, "no-labels-at-all")
 
 
-def test_splits_without_clips_or_labels(tmp_path: Path) -> None:
+def test_splits_without_clips_or_labels_are_reported(tmp_path: Path) -> None:
     videos(tmp_path, "a", "b", "c")
     write_table(tmp_path / "a.csv", np.arange(20) / RATE, label_path(20, 0))
     write_table(tmp_path / "c.csv", np.arange(20) / RATE, label_path(20, 1))
@@ -224,7 +224,7 @@ def test_splits_without_clips_or_labels(tmp_path: Path) -> None:
     assert "'val'" in findings(report, "split-empty")[""].message
 
 
-def test_labels_that_say_little(tmp_path: Path) -> None:
+def test_uninformative_labels_are_reported(tmp_path: Path) -> None:
     videos(tmp_path, "none", "half", "flat", "late")
     (tmp_path / "none.csv").write_text("frame,valence,arousal\n0,-5,-5\n1,,\n")
     (tmp_path / "half.csv").write_text("frame,valence,arousal\n0,-5,0.5\n1,0.1,0.2\n")
@@ -264,7 +264,7 @@ def _slow(clip: Clip, **_: object) -> Checked:
     return Checked(clip, None, None, None, ())
 
 
-def test_an_interruption_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_cancels_pending_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(500):
         (tmp_path / f"{number}.mp4").touch()
 
@@ -284,7 +284,7 @@ def _die(clip: Clip, **_: object) -> Checked:
     return Checked(clip, None, None, None, ())
 
 
-def test_a_crash_inside_a_decoder_is_a_finding_of_one_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_crash_is_a_finding_of_one_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         (tmp_path / f"{number}.mp4").touch()
     monkeypatch.setattr("vaflow.extract.doctor.check.check_clip", _die)
@@ -299,7 +299,7 @@ def test_a_crash_inside_a_decoder_is_a_finding_of_one_clip(tmp_path: Path, monke
 
 
 @given(st.lists(st.booleans(), max_size=20))
-def test_runs_against_groupby(flags: list[bool]) -> None:
+def test_run_lengths_equal_groupby(flags: list[bool]) -> None:
     expected, position = [], 0
     for flag, group in groupby(flags):
         length = len(list(group))
@@ -309,7 +309,7 @@ def test_runs_against_groupby(flags: list[bool]) -> None:
     assert list(spans(np.array(flags, bool))) == expected
 
 
-def test_drift_is_what_index_over_rate_would_miss() -> None:
+def test_drift_equals_the_error_of_index_over_rate() -> None:
     assert drift(np.arange(100) / 25) < 1e-12
     assert drift(np.array([0.0])) == 0
     freeze = np.concatenate([np.arange(50) / 25, 3 + np.arange(50) / 25])
@@ -317,7 +317,7 @@ def test_drift_is_what_index_over_rate_would_miss() -> None:
     assert drift(freeze) == pytest.approx(max(abs(t - k * step) for k, t in enumerate(freeze)))
 
 
-def test_statistics_of_parts_are_those_of_the_whole() -> None:
+def test_merged_statistics_equal_statistics_of_all_rows() -> None:
     value = np.random.default_rng(0).uniform(-1, 1, (50, 2))
     value[::7, 0] = np.nan
     whole, parts = label_stats(value), merge_stats([label_stats(value[:13]), label_stats(value[13:])])
@@ -325,7 +325,7 @@ def test_statistics_of_parts_are_those_of_the_whole() -> None:
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name))
 
 
-def test_the_document_is_plain_and_complete(tree: Tree, report: Report) -> None:
+def test_the_json_report_is_complete(tree: Tree, report: Report) -> None:
     plain = json.loads(json.dumps(document(report), allow_nan=False))
     assert set(plain["items"]) == set(tree.trials)
     assert plain["counts"] == {severity: report.count(severity) for severity in ("error", "warning", "note")}

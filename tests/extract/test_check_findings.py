@@ -48,20 +48,20 @@ def one(root: Path, name: str = "clip.mp4", **parts: object) -> Report:
         (Sound(tones(1.6, 44100)), None, "whole"),
     ],
 )
-def test_status_of_audio(tmp_path: Path, sound: Sound | None, code: str | None, status: str) -> None:
+def test_audio_status_is_reported(tmp_path: Path, sound: Sound | None, code: str | None, status: str) -> None:
     report = one(tmp_path, sound=sound)
     codes = {note.code for note in report.findings if "audio" in note.code}
     media = report.checked[0].media
     assert codes == ({code} if code else set()) and media is not None and media.audio == status
 
 
-def test_audio_that_begins_after_a_long_silence_is_whole(tmp_path: Path) -> None:
+def test_audio_after_a_long_silence_is_complete(tmp_path: Path) -> None:
     samples = np.concatenate([np.zeros((1, 60000)), tones(0.24, 44100)], axis=1)
     media = one(tmp_path, sound=Sound(samples)).checked[0].media
     assert media is not None and media.audio == "whole"
 
 
-def test_audio_that_does_not_decode_is_a_warning(tmp_path: Path) -> None:
+def test_undecodable_audio_is_a_warning(tmp_path: Path) -> None:
     path = write_media(tmp_path / "clip.mkv", Picture(EVEN), Sound(tones(1.6, 44100), codec="flac"))
     data = path.read_bytes().replace(b"\xff\xf8", b"\x01\x01")  # what every FLAC frame begins with
     path.write_bytes(data)
@@ -76,7 +76,7 @@ def test_a_frozen_video_is_noted(tmp_path: Path) -> None:
     assert f"{(times[20] - times[19]) / 1000:.2f} s" in note.message
 
 
-def test_a_claimed_rate_that_is_wrong_is_noted(tmp_path: Path) -> None:
+def test_a_wrong_frame_rate_in_the_header_is_noted(tmp_path: Path) -> None:
     """Every second frame is dropped, evenly: the claim of 25 frames/s is wrong, and no frame is off the average."""
     report = one(tmp_path, "clip.avi", picture=Picture(EVEN[::2], codec="mpeg4", rate=25))
     media = report.checked[0].media
@@ -84,7 +84,7 @@ def test_a_claimed_rate_that_is_wrong_is_noted(tmp_path: Path) -> None:
     assert set(found(report, "rate-claim")) == {"clip"} and not found(report, "variable-rate")
 
 
-def test_variable_rate_says_what_index_over_rate_would_cost(tmp_path: Path) -> None:
+def test_a_variable_rate_finding_states_the_error_of_index_over_rate(tmp_path: Path) -> None:
     times = (*EVEN[:20], *(time + 2000 for time in EVEN[20:]))
     note = found(one(tmp_path, picture=Picture(times)), "variable-rate")["clip"]
     seconds = np.array(times) / 1000
@@ -94,7 +94,7 @@ def test_variable_rate_says_what_index_over_rate_would_cost(tmp_path: Path) -> N
     assert f"{valence:.2f} (valence) and {arousal:.2f} (arousal)" in note.message
 
 
-def test_the_cost_of_a_shift_is_the_measured_one() -> None:
+def test_the_reported_cost_of_a_shift_equals_a_measurement() -> None:
     for frames, scores in ((15, (0.941, 0.888)), (30, (0.879, 0.788)), (300, (0.879, 0.788))):
         np.testing.assert_allclose(shift_loss(frames / 30), 1 - np.array(scores), atol=1e-9)
     assert shift_loss(0) == (0, 0) == shift_loss(-1)
@@ -112,7 +112,7 @@ def test_crops_that_are_not_images_are_a_warning(tmp_path: Path) -> None:
     assert crop_facts([folder], np.arange(20) / 25).damaged == ("00001.jpg", "00020.jpg")
 
 
-def test_coverage_of_crops_against_a_loop(tmp_path: Path) -> None:
+def test_crop_coverage_equals_a_loop(tmp_path: Path) -> None:
     numbers = tuple(k + 1 for k in range(50) if k not in (3, 4, 5, 20))
     write_crops(tmp_path, numbers)
     facts = crop_facts([tmp_path], np.arange(50) / 25)
@@ -129,7 +129,7 @@ def test_coverage_of_crops_against_a_loop(tmp_path: Path) -> None:
         assert level == (255 if frame + 1 in numbers else 0), k
 
 
-def test_a_strip_of_many_frames_is_the_share_of_each_part() -> None:
+def test_strips_show_the_share_per_bin() -> None:
     flags = np.random.default_rng(0).random(BINS * 7) < 0.5
     times = (np.arange(flags.size) + 0.5) / 30
     levels = np.frombuffer(coverage(times, flags, flags.size / 30), np.uint8)
@@ -139,7 +139,7 @@ def test_a_strip_of_many_frames_is_the_share_of_each_part() -> None:
 # --- the same content
 
 
-def test_same_content_against_comparing_all_bytes(tmp_path: Path) -> None:
+def test_duplicate_detection_equals_comparing_all_bytes(tmp_path: Path) -> None:
     """Files of equal size that differ only where no sample looks, a copy, a link, empty and missing ones."""
     random = np.random.default_rng(0)
     big = bytearray(random.bytes(8 * SAMPLE))
@@ -157,7 +157,7 @@ def test_same_content_against_comparing_all_bytes(tmp_path: Path) -> None:
     assert same_content(paths) == sorted(tuple(sorted(group)) for group in contents.values() if len(group) > 1)
 
 
-def test_files_of_different_size_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicate_detection_skips_files_of_different_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for k in range(1, 20):
         (tmp_path / str(k)).write_bytes(b"x" * k)
 
@@ -189,7 +189,7 @@ def test_the_same_content_in_one_split_is_a_warning(tmp_path: Path) -> None:
     assert set(found(report, "duplicate")) == {"first", "again"} and report.count("error") == 0
 
 
-def test_left_and_right_of_one_video_are_no_duplicates(tmp_path: Path) -> None:
+def test_left_and_right_of_one_video_are_not_duplicates(tmp_path: Path) -> None:
     write_video(tmp_path / "raw_videos" / "talk.mp4", np.arange(20) / 25, 0.8)
     for seed, side in enumerate(("left", "right")):
         write_labels(tmp_path / f"VA_Set/Train_Set/talk_{side}.txt", label_path(20, seed))
@@ -222,7 +222,7 @@ def test_one_name_in_two_splits_is_a_warning(tmp_path: Path, others: int) -> Non
 # --- labels of the whole
 
 
-def test_the_score_of_a_constant_per_clip_against_the_formula() -> None:
+def test_the_score_of_a_constant_per_clip_equals_the_formula() -> None:
     random = np.random.default_rng(0)
     clips = [random.normal(middle, 0.2, (count, 2)) for middle, count in ((-0.5, 40), (0.1, 10), (0.6, 70))]
     labels = np.concatenate(clips)
@@ -233,7 +233,7 @@ def test_the_score_of_a_constant_per_clip_against_the_formula() -> None:
     assert np.isnan(constant_scores([label_stats(np.full((5, 2), 0.3))])).all()
 
 
-def test_the_map_counts_every_frame_in_its_cell() -> None:
+def test_the_label_map_counts_every_frame() -> None:
     value = np.random.default_rng(0).uniform(-1, 1, (500, 2))
     value[:4] = np.array([[-1, -1], [1, 1], [1 / 3, -1 / 3], [0, np.nan]])
     expected = np.zeros((CELLS, CELLS), int)
@@ -259,7 +259,7 @@ def labelled(root: Path, values: dict[str, tuple[str, list[tuple[float, float]]]
     return check(root)
 
 
-def test_regions_that_training_lacks(tmp_path: Path) -> None:
+def test_regions_missing_from_training_are_reported(tmp_path: Path) -> None:
     report = labelled(
         tmp_path,
         {
@@ -272,7 +272,7 @@ def test_regions_that_training_lacks(tmp_path: Path) -> None:
     assert "uncertain by ±" in found(report, "few-videos")[""].message
 
 
-def test_share_and_statistics_of_every_clip(tmp_path: Path) -> None:
+def test_every_clip_has_a_share_and_statistics(tmp_path: Path) -> None:
     rows = [(0.1, -0.2), (-5, -5), (0.3, 0.4), (-5, -5)]
     report = labelled(tmp_path, {"a": ("train", rows), "b": ("val", rows[:1] * 3)})
     item = json.loads(json.dumps(document(report)))["items"]["a"]["labels"]
@@ -284,7 +284,7 @@ def test_share_and_statistics_of_every_clip(tmp_path: Path) -> None:
     assert item["unannotated_runs"] == [[1, 2], [3, 4]]
 
 
-def test_every_kind_has_severity_count_items_remedy_and_cost(tmp_path: Path) -> None:
+def test_every_finding_has_severity_count_items_remedy_and_cost(tmp_path: Path) -> None:
     three_videos(tmp_path)
     (tmp_path / "splits.csv").write_text("name,split\nfirst,train\nagain,val\nsecond,train\nthird,val\n")
     report = document(check(tmp_path))
@@ -298,7 +298,7 @@ def test_every_kind_has_severity_count_items_remedy_and_cost(tmp_path: Path) -> 
 # --- audio alone, and a cache of the data set
 
 
-def test_audio_alone_is_usable_and_noted(tmp_path: Path) -> None:
+def test_audio_only_clips_are_usable_and_noted(tmp_path: Path) -> None:
     write_media(tmp_path / "talk.wav", sound=Sound(tones(1.6, 44100), codec="pcm_s16le"))
     report = check(tmp_path)
     media = report.checked[0].media
@@ -306,12 +306,12 @@ def test_audio_alone_is_usable_and_noted(tmp_path: Path) -> None:
     assert found(report, "audio-only")["talk"].severity == "note" and report.count("error") == 0
 
 
-def test_audio_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+def test_unreadable_audio_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "talk.mp3").write_bytes(b"no audio")
     assert found(check(tmp_path), "unreadable")["talk"].severity == "error"
 
 
-def test_items_that_the_data_set_no_longer_has_are_named(tmp_path: Path) -> None:
+def test_items_removed_from_the_dataset_are_listed(tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
     for name, red in (("kept", 0), ("moved", 1), ("gone", 2)):

@@ -75,7 +75,7 @@ def page(report: Report) -> str:
     return html_page(report, pictures)
 
 
-def test_the_page_parses_and_fetches_nothing(page: str) -> None:
+def test_the_page_is_valid_html_without_external_resources(page: str) -> None:
     parsed = Page(page)
     assert parsed.sources and all(source.startswith("data:image/jpeg;base64,") for source in parsed.sources)
     assert not {"script", "link", "iframe", "object", "base", "form"} & set(parsed.tags)
@@ -84,7 +84,7 @@ def test_the_page_parses_and_fetches_nothing(page: str) -> None:
     assert "default-src 'none'" in page, "the browser is told so, too"
 
 
-def test_the_page_names_every_finding_clip_and_cost(page: str, report: Report) -> None:
+def test_the_page_lists_every_finding_clip_and_cost(page: str, report: Report) -> None:
     text = Page(page).text
     for note in report.findings:
         assert note.code in text and note.message in text
@@ -109,12 +109,12 @@ def test_every_kind_of_finding_has_a_clip_with_images(report: Report) -> None:
     assert len(clips_with_images(report, 2)) == 2 and clips_with_images(report, 2)[0].clip.id == "badlabels"
 
 
-def test_a_leak_is_told_on_the_cards_of_its_clips(page: str) -> None:
+def test_a_leak_is_shown_on_the_cards_of_its_clips(page: str) -> None:
     card = re.search(r"<h3>video5_left .*?</article>", page, re.DOTALL)
     assert card is not None and ">leak<" in card.group()
 
 
-def test_hostile_names_are_shown_and_do_nothing(tmp_path: Path) -> None:
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     name = HOSTILE.replace("/", "_")
     write_video(tmp_path / "raw_videos" / f"{name}.mp4", np.arange(20) / 25, 0.8)
     write_crops(tmp_path / "cropped_aligned" / name, (1, 5))
@@ -126,7 +126,7 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path: Path) -> None:
     assert name in parsed.text
 
 
-def test_a_report_of_nothing_has_a_page(report: Report) -> None:
+def test_an_empty_report_has_a_page(report: Report) -> None:
     page = Page(html_page(Report(report.root, "videos", (), ()), {}))
     assert f"Check of {report.root.name}" in page.text
 
@@ -143,7 +143,7 @@ def drawn(checked: Checked) -> dict[str, np.ndarray]:
     return found
 
 
-def test_strips_show_labels_crops_and_audio_where_they_are(report: Report, tree: Tree) -> None:
+def test_strips_show_labels_crops_and_audio_at_their_times(report: Report, tree: Tree) -> None:
     by_id = {checked.clip.id: checked for checked in report.checked}
     checked, trial = by_id["video5_left"], tree.trials["video5_left"]
     assert trial.labels is not None
@@ -164,7 +164,7 @@ def test_strips_show_labels_crops_and_audio_where_they_are(report: Report, tree:
             assert name == other or not (shown[name] & shown[other]).any()
 
 
-def test_frames_of_a_video_are_images_where_there_are_no_crops(tmp_path: Path) -> None:
+def test_clips_without_crops_show_video_frames(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, np.arange(20) / 25, 0.8)
     clip = Clip("clip", None, "clip", path, path)
@@ -174,14 +174,14 @@ def test_frames_of_a_video_are_images_where_there_are_no_crops(tmp_path: Path) -
     assert thumbnails(clip, 0.8) == ()
 
 
-def test_the_page_is_checked_for_before_anything_is_read(tree: Tree, tmp_path: Path, capsys) -> None:
+def test_an_unwritable_page_is_reported_before_any_clip_is_read(tree: Tree, tmp_path: Path, capsys) -> None:
     for target in (tmp_path / "nowhere" / "x.html", tmp_path):
         assert main(["check", str(tree.root), "--html", str(target)]) == 2
         out, err = capsys.readouterr()
         assert out == "" and "The page cannot be written" in err
 
 
-def test_json_stays_one_document_beside_a_page(tree: Tree, tmp_path: Path, capsys) -> None:
+def test_json_is_one_document_when_a_page_is_written(tree: Tree, tmp_path: Path, capsys) -> None:
     import json
 
     assert main(["check", str(tree.root), "--json", "--html", str(tmp_path / "x.html")]) == 1
@@ -190,7 +190,7 @@ def test_json_stays_one_document_beside_a_page(tree: Tree, tmp_path: Path, capsy
     Page((tmp_path / "x.html").read_text())
 
 
-def test_characters_that_steer_a_terminal_are_spelt_out(tmp_path: Path) -> None:
+def test_terminal_control_characters_are_escaped(tmp_path: Path) -> None:
     name = "red\x1b[31m\u202etext"
     (tmp_path / f"{name}.mp4").write_bytes(b"no video")
     page = html_page(check_dataset(open_dataset(tmp_path)), {})

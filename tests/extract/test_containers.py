@@ -46,27 +46,27 @@ def cache(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
-def test_check_has_no_error_and_names_the_file_that_is_not_used(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_lists_the_unused_file_without_errors(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(root)]) == 0
     out = capsys.readouterr().out
     assert "10 of 10 clips are usable" in out and "notes.docx" in out
 
 
-def test_every_container_is_extracted_whole(cache: Path) -> None:
+def test_every_container_is_extracted_completely(cache: Path) -> None:
     opened = open_cache(cache)
     assert opened.items() == sorted([*CODECS, *AUDIO])
     for item in CODECS:
         assert opened.meta(item)["duration"] == pytest.approx(2.4, abs=0.1), item
 
 
-def test_audio_alone_has_features_and_labels_and_no_valid_frame(cache: Path) -> None:
+def test_audio_only_clips_have_no_valid_frame(cache: Path) -> None:
     opened = open_cache(cache)
     for item in AUDIO:
         assert opened.read("ast-tiny", item).valid.any() and opened.read("labels", item).valid.any()
         assert not opened.read("clip-tiny", item).valid.any()
 
 
-def test_audio_alone_trains_and_is_predicted(root: Path, cache: Path, tmp_path: Path) -> None:
+def test_audio_only_clips_can_be_trained_and_predicted(root: Path, cache: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     command = ["train", str(cache), "--out", str(run), "--visual", "none", "--epochs", "1"]
     assert main([*command, "--set", "hidden=8", "--device", "cpu"]) == 0

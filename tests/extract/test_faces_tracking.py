@@ -26,17 +26,17 @@ def follow(samples: Sequence[Sequence[Face]], step: float = STEP) -> list[int | 
     return taken
 
 
-def test_starts_with_the_largest_confident_face() -> None:
+def test_tracking_starts_with_the_largest_confident_face() -> None:
     assert follow([[face(100, size=60), face(300, size=90), face(500, size=300, score=0.55)]]) == [1]
     assert follow([[face(100, score=0.55)]]) == [None]
 
 
-def test_a_confident_start_then_weak_sightings_are_followed() -> None:
+def test_weak_detections_continue_a_confident_track() -> None:
     assert follow([[face(100)], [face(105, score=0.51)]]) == [0, 0]
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_stays_with_its_person_among_others(order: int) -> None:
+def test_tracking_stays_with_its_person_among_others(order: int) -> None:
     random = np.random.default_rng(0)
     samples = []
     for number in range(40):
@@ -59,12 +59,12 @@ def test_a_larger_face_in_front_leaves_a_gap_not_a_wrong_person() -> None:
     assert follow([[face(300)], *hidden, [face(310)]]) == [0, None, None, None, 0]
 
 
-def test_moves_and_grows_with_the_person() -> None:
+def test_tracking_follows_motion_and_scale() -> None:
     samples = [[face(100 + 40 * n, size=80 * 1.1**n)] for n in range(12)]
     assert follow(samples) == [0] * 12
 
 
-def test_lost_then_found_again_near_by_within_patience() -> None:
+def test_a_lost_face_is_recovered_nearby_within_the_patience() -> None:
     gap = [[face(600, size=120)]] * 4  # someone else, far away and larger
     assert follow([[face(100)], *gap, [face(600, size=120), face(190)]]) == [0, None, None, None, None, 1]
 
@@ -75,18 +75,18 @@ def test_after_some_seconds_the_largest_face_is_taken() -> None:
     assert taken == [0, *[None] * empty, 1, 1]
 
 
-def test_no_face_gives_none() -> None:
+def test_tracking_without_faces_returns_none() -> None:
     assert follow([[], []]) == [None, None]
 
 
-def test_the_past_alone_decides() -> None:
+def test_tracking_depends_on_past_frames_only() -> None:
     random = np.random.default_rng(1)
     samples = [[face(random.uniform(0, 600), size=random.uniform(50, 150)) for _ in range(3)] for _ in range(30)]
     whole = follow(samples)
     assert all(follow(samples[:n]) == whole[:n] for n in (1, 7, 20))
 
 
-def test_likeness_prefers_place_then_size() -> None:
+def test_similarity_ranks_position_before_size() -> None:
     own = face(100)
     assert likeness(own, face(102)) > likeness(own, face(130)) > likeness(own, face(190))
     assert likeness(own, face(100)) > likeness(own, face(100, size=140))

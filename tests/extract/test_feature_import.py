@@ -49,7 +49,7 @@ def failed(summary: ImportSummary) -> dict[str, str]:
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
 @pytest.mark.parametrize("kind", ["visual", "audio"])
-def test_rows_and_times_come_back(tmp_path: Path, kind: str, store: str) -> None:
+def test_rows_and_times_are_imported(tmp_path: Path, kind: str, store: str) -> None:
     rows: dict[str, np.ndarray] = {"a": RNG.normal(size=(7, 3)), "sub/b": RNG.normal(size=(4, 3)).astype(np.float32)}
     times = {"a": np.cumsum(RNG.uniform(0.1, 2, 7)), "sub/b": np.arange(4.0)}
     for item in rows:
@@ -82,7 +82,7 @@ def test_a_steady_rate_and_one_dimension(tmp_path: Path) -> None:
     assert cache.streams()["mine"].identity["sampling"] == {"rate": 0.2}
 
 
-def test_tables_are_features_too(tmp_path: Path) -> None:
+def test_feature_tables_are_imported(tmp_path: Path) -> None:
     text(tmp_path / "from" / "a.csv", "f0,Time,energy", "1,0.5,2", "3,1.5,", "nan,2.5,4", "5,3.5,-6e-1")
     summary = bring(tmp_path)
     stored = open_cache(tmp_path / "cache").read("mine", "a")
@@ -109,7 +109,7 @@ def test_rows_that_are_not_finite_are_masked_and_counted(tmp_path_factory, rows)
 # --- labels
 
 
-def test_labels_by_time_keep_their_own_clock(tmp_path: Path) -> None:
+def test_labels_by_time_keep_their_times(tmp_path: Path) -> None:
     save(tmp_path / "from", "a", RNG.normal(size=(10, 2)))
     save(tmp_path / "from", "b", RNG.normal(size=(10, 2)))
     text(tmp_path / "labels" / "a.csv", "time,arousal", "0.1,0.5", "0.2,-5", "12.0,-0.5")
@@ -137,7 +137,7 @@ def test_labels_by_frame_count_the_rows_of_the_features(tmp_path: Path) -> None:
     assert labels.value[1].tolist() == [0.5, 0.25] and labels.value[3, 0] == -0.5
 
 
-def test_arrays_and_label_tables_may_share_a_folder(tmp_path: Path) -> None:
+def test_arrays_and_label_tables_can_share_a_directory(tmp_path: Path) -> None:
     save(tmp_path / "from", "a", RNG.normal(size=(3, 2)))
     text(tmp_path / "from" / "a.csv", "time,valence", "0,0.5")
     text(tmp_path / "from" / "splits.csv", "name,split", "a,test")
@@ -149,7 +149,7 @@ def test_arrays_and_label_tables_may_share_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("features", "labels"), [("root", "root/va"), ("root/f", "root")])
-def test_one_folder_inside_the_other(tmp_path: Path, features: str, labels: str) -> None:
+def test_features_and_labels_may_be_nested_directories(tmp_path: Path, features: str, labels: str) -> None:
     text(tmp_path / features / "a.csv", "time,f", "0,1")
     text(tmp_path / labels / "a.csv" if labels != features else tmp_path, "time,valence", "0,0.5")
     summary = import_features(
@@ -161,7 +161,7 @@ def test_one_folder_inside_the_other(tmp_path: Path, features: str, labels: str)
 # --- again
 
 
-def test_a_second_run_does_only_what_has_changed(tmp_path: Path) -> None:
+def test_a_second_import_writes_only_changed_items(tmp_path: Path) -> None:
     for item in "abc":
         save(tmp_path / "from", item, RNG.normal(size=(5, 2)), np.arange(5.0))
     text(tmp_path / "labels" / "a.csv", "time,valence", "0,0.5")
@@ -196,7 +196,7 @@ def test_a_second_run_does_only_what_has_changed(tmp_path: Path) -> None:
     assert bring(tmp_path).done == 3 and verify(open_cache(tmp_path / "cache")) == []
 
 
-def test_a_second_stream_leaves_labels_and_splits_alone(tmp_path: Path) -> None:
+def test_a_second_stream_keeps_labels_and_splits(tmp_path: Path) -> None:
     save(tmp_path / "from", "a", RNG.normal(size=(5, 2)))
     text(tmp_path / "labels" / "a.csv", "time,valence", "0,0.5")
     text(tmp_path / "labels" / "splits.csv", "name,split", "a,train")
@@ -210,7 +210,7 @@ def test_a_second_stream_leaves_labels_and_splits_alone(tmp_path: Path) -> None:
     assert cache.items() == ["a", "new"] and cache.items(stream="mine") == ["a"]
 
 
-def test_features_may_join_a_cache_that_was_extracted_from_videos(tmp_path: Path) -> None:
+def test_features_can_be_added_to_an_extracted_cache(tmp_path: Path) -> None:
     cache = create_cache(tmp_path / "cache")
     cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": "labels", "decoder": {"backend": "x"}}))
     nothing = {"time": np.arange(3.0), "value": np.zeros((3, 2), np.float32), "valid": np.ones((3, 2), bool)}
@@ -225,7 +225,7 @@ def test_features_may_join_a_cache_that_was_extracted_from_videos(tmp_path: Path
         bring(tmp_path, rate=2)
 
 
-def test_other_settings_need_another_name(tmp_path: Path) -> None:
+def test_changed_settings_require_another_stream_name(tmp_path: Path) -> None:
     save(tmp_path / "from", "a", RNG.normal(size=(5, 2)))
     bring(tmp_path, rate=2)
     for options, part in (({"rate": 3}, "sampling.rate"), ({"rate": 2, "dtype": "float32"}, "dtype")):
@@ -240,7 +240,7 @@ def test_other_settings_need_another_name(tmp_path: Path) -> None:
 # --- what cannot be imported
 
 
-def test_every_item_fails_for_itself(tmp_path: Path) -> None:
+def test_one_invalid_item_does_not_affect_the_others(tmp_path: Path) -> None:
     source, times = tmp_path / "from", np.arange(4.0)
     for item in ("good1", "good2"):
         save(source, item, RNG.normal(size=(4, 2)), times)
@@ -304,7 +304,7 @@ def test_every_item_fails_for_itself(tmp_path: Path) -> None:
         (["time,x", "1,1", "1,1"], "ascending"),
     ],
 )
-def test_tables_that_cannot_be_used(tmp_path: Path, lines: list[str], part: str) -> None:
+def test_invalid_tables_are_rejected(tmp_path: Path, lines: list[str], part: str) -> None:
     text(tmp_path / "a.csv", *lines)
     (file,) = find_features(tmp_path)
     with pytest.raises(DataError) as caught:
@@ -327,7 +327,7 @@ PIECES = st.sampled_from(
 
 @given(st.text(max_size=30).map(lambda t: t.encode("utf-8", "surrogatepass")) | st.binary(max_size=30))
 @settings(deadline=None, max_examples=100)
-def test_any_text_ends_in_features_or_a_data_error(tmp_path_factory, data) -> None:
+def test_arbitrary_text_yields_features_or_a_data_error(tmp_path_factory, data) -> None:
     folder = tmp_path_factory.mktemp("any")
     (folder / "a.csv").write_bytes(b"time,x\n0,1\n" + data)
     ends_well(folder)
@@ -336,7 +336,7 @@ def test_any_text_ends_in_features_or_a_data_error(tmp_path_factory, data) -> No
 @given(st.integers(0, len(HEADER)), st.integers(0, 5), st.lists(PIECES, max_size=3), st.integers(0, 40))
 @settings(deadline=None, max_examples=200)
 @pytest.mark.filterwarnings("ignore:Reading")
-def test_any_header_ends_in_features_or_a_data_error(tmp_path_factory, at, dropped, pieces, size) -> None:
+def test_arbitrary_headers_yield_features_or_a_data_error(tmp_path_factory, at, dropped, pieces, size) -> None:
     folder = tmp_path_factory.mktemp("any")
     header = (HEADER[:at] + "".join(pieces) + HEADER[at + dropped :]).encode()
     length = len(header).to_bytes(2, "little")
@@ -365,12 +365,12 @@ def ends_well(folder: Path) -> None:
         ("clip.text", "visual", {}, "another name"),
     ],
 )
-def test_settings_that_cannot_be(stream: str, kind: str, options: dict[str, object], part: str) -> None:
+def test_invalid_settings_are_rejected(stream: str, kind: str, options: dict[str, object], part: str) -> None:
     with pytest.raises(UsageError, match=part):
         ImportConfig(stream, kind, **options)  # type: ignore[arg-type]
 
 
-def test_folders_that_cannot_be(tmp_path: Path) -> None:
+def test_invalid_directories_are_rejected(tmp_path: Path) -> None:
     config = ImportConfig("mine", "visual")
     with pytest.raises(UsageError, match="folder of features does not exist"):
         import_features(tmp_path / "cache", tmp_path / "gone", config)

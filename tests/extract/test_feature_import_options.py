@@ -39,14 +39,14 @@ def cached(tmp: Path) -> Cache:
 # --- groups
 
 
-def test_names_of_two_people_in_one_video_share_its_group(tmp_path: Path) -> None:
+def test_two_people_of_one_video_share_a_group(tmp_path: Path) -> None:
     save(tmp_path, "v1_left", "v1_right", "sub/v2", "_left")
     bring(tmp_path, labels=False)
     groups = {item: cached(tmp_path).meta(item)["group"] for item in cached(tmp_path).items()}
     assert groups == {"v1_left": "v1", "v1_right": "v1", "sub/v2": "sub/v2", "_left": "_left"}
 
 
-def test_the_list_of_splits_gives_groups_and_its_other_columns_are_warned_of(
+def test_the_split_list_sets_groups_and_other_columns_raise_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, "a", "b", "c")
@@ -62,7 +62,7 @@ def test_the_list_of_splits_gives_groups_and_its_other_columns_are_warned_of(
 # --- labels
 
 
-def test_labels_that_fit_no_item_are_an_error_and_nothing_is_written(tmp_path: Path) -> None:
+def test_labels_matching_no_item_are_an_error_before_writing(tmp_path: Path) -> None:
     save(tmp_path, "a", "b")
     for k in range(20):
         write(tmp_path / "labels" / f"other{k}.csv", "time,valence", "0,0.5")
@@ -71,7 +71,7 @@ def test_labels_that_fit_no_item_are_an_error_and_nothing_is_written(tmp_path: P
     assert not (tmp_path / "cache").exists()
 
 
-def test_labels_of_a_challenge_count_rows_of_features_or_frames(tmp_path: Path) -> None:
+def test_challenge_labels_count_feature_rows_or_frames(tmp_path: Path) -> None:
     save(tmp_path, "a")
     write(tmp_path / "labels" / "a.txt", "valence,arousal", "0.5,-0.5", "-5,-5", "0.25,1")
     summary = bring(tmp_path)
@@ -84,7 +84,7 @@ def test_labels_of_a_challenge_count_rows_of_features_or_frames(tmp_path: Path) 
     assert cached(tmp_path).read(LABELS, "a").time.tolist() == [0, 0.04, 0.08]
 
 
-def test_columns_of_labels_may_have_other_names(tmp_path: Path) -> None:
+def test_label_columns_can_be_renamed(tmp_path: Path) -> None:
     save(tmp_path, "a")
     write(tmp_path / "labels" / "a.csv", "Zeit;V_gold;A_gold;note", "0,0;0,5;-0,25;x", "0,5;-5;0,125;y")
     bring(tmp_path, columns=Columns.parse(["time=Zeit", "valence=v_gold", "arousal=a_gold"]))
@@ -93,7 +93,7 @@ def test_columns_of_labels_may_have_other_names(tmp_path: Path) -> None:
     assert labels.valid.tolist() == [[True, True], [False, True]]
 
 
-def test_labels_of_spans_are_put_on_the_rows_inside_them(tmp_path: Path) -> None:
+def test_span_labels_apply_to_the_rows_inside(tmp_path: Path) -> None:
     save(tmp_path, "a")  # rows at 0, 0.5, ... 2.5 s
     write(tmp_path / "labels" / "a.csv", "from,to,valence", "0.5,1.5,0.5", "2.0,9,-0.5")
     bring(tmp_path, columns=Columns.parse(["start=from", "end=to"]))
@@ -105,7 +105,7 @@ def test_labels_of_spans_are_put_on_the_rows_inside_them(tmp_path: Path) -> None
     assert "end is not after start: line 2" in failure.message
 
 
-def test_failures_beyond_ten_are_listed_in_the_file_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failures_after_the_tenth_are_only_in_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, *(f"item{k:02}" for k in range(40)), rows=0)
     with caplog.at_level(logging.WARNING):
         summary = bring(tmp_path, labels=False)
@@ -125,7 +125,7 @@ def test_failures_beyond_ten_are_listed_in_the_file_only(tmp_path: Path, caplog:
         ["name\tTime\tenergy\tf0", "a\t0,5\t1,5\t2", "a\t1\t-1\t0.3"],
     ],
 )
-def test_feature_tables_as_other_programs_write_them(tmp_path: Path, lines: list[str]) -> None:
+def test_feature_tables_of_other_programs_are_read(tmp_path: Path, lines: list[str]) -> None:
     write(tmp_path / "from" / "a.csv", *lines)
     columns = Columns.parse(["time=frameTime", "ignore=name,file"])
     assert bring(tmp_path, labels=False, rate=None, columns=columns, dtype="float32").failures == []
@@ -134,14 +134,14 @@ def test_feature_tables_as_other_programs_write_them(tmp_path: Path, lines: list
     np.testing.assert_array_equal(stored.embedding, np.array([[1.5, 2], [-1, 0.3]], np.float32))
 
 
-def test_a_column_of_text_says_how_to_leave_it_out(tmp_path: Path) -> None:
+def test_a_text_column_error_states_how_to_exclude_it(tmp_path: Path) -> None:
     write(tmp_path / "from" / "a.csv", "time,speaker,f0", "0,ann,1")
     [failure] = bring(tmp_path, labels=False, rate=None).failures
     assert "--columns ignore=NAME" in failure.message
 
 
 @pytest.mark.parametrize("pair", ["time", "when=t", "=t", "time="])
-def test_roles_that_cannot_be(pair: str) -> None:
+def test_invalid_column_roles_are_rejected(pair: str) -> None:
     with pytest.raises(UsageError, match="ROLE=NAME"):
         Columns.parse([pair])
 
@@ -154,7 +154,7 @@ def test_a_column_has_one_role() -> None:
 # --- range and normalisation
 
 
-def test_numbers_beyond_the_range_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_out_of_range_numbers_are_rejected_before_writing(tmp_path: Path) -> None:
     save(tmp_path, "a", "b")
     save(tmp_path, "z", scale=1e6)
     with pytest.raises(UsageError, match=r"float16 cannot hold the features of z.*--dtype float32") as caught:
@@ -185,14 +185,14 @@ def test_features_become_z_scores_within_each_speaker(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "part"), [("language", "no such column .*group, item, speaker"), ("speaker", "lacks cells .*none for b")]
 )
-def test_normalisation_needs_a_group_for_every_item(tmp_path: Path, column: str, part: str) -> None:
+def test_normalisation_requires_a_group_for_every_item(tmp_path: Path, column: str, part: str) -> None:
     save(tmp_path, "a", "b")
     write(tmp_path / "from" / "splits.csv", "name,split,speaker", "a,train,ann", "b,val,")
     with pytest.raises(UsageError, match=part):
         bring(tmp_path, labels=False, normalize_by=column)
 
 
-def test_each_item_may_be_normalised_by_itself(tmp_path: Path) -> None:
+def test_each_item_can_be_normalised_separately(tmp_path: Path) -> None:
     save(tmp_path, "a", "b", scale=50.0)
     bring(tmp_path, labels=False, normalize_by="item", dtype="float32")
     for item in "ab":

@@ -22,7 +22,7 @@ def run_script(tmp_path: Path, guard: str) -> "subprocess.CompletedProcess[str]"
     return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
 
 
-def test_a_script_without_a_main_guard_is_told_what_to_do(tmp_path: Path) -> None:
+def test_a_script_without_a_main_guard_gets_an_error_with_a_remedy(tmp_path: Path) -> None:
     done = run_script(tmp_path, "")
     assert done.returncode != 0
     assert '`if __name__ == "__main__":`' in done.stderr
@@ -30,7 +30,7 @@ def test_a_script_without_a_main_guard_is_told_what_to_do(tmp_path: Path) -> Non
     assert done.stderr.count("Traceback") == 1, "the one of the script itself"
 
 
-def test_a_script_with_a_main_guard_may_pass_paths_as_text(tmp_path: Path) -> None:
+def test_a_script_with_a_main_guard_accepts_string_paths(tmp_path: Path) -> None:
     done = run_script(tmp_path, 'if __name__ == "__main__": ')
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "cache" / "records" / "labels" / "a.json").is_file()

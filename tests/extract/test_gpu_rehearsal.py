@@ -99,7 +99,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (None, "vggish-tiny", (96, 64), np.float32),
     ],
 )
-def test_an_encoder_runs_without_a_hidden_wait(
+def test_an_encoder_runs_without_hidden_synchronization(
     pretended_gpu: None, visual: str | None, audio: str | None, shape: tuple[int, ...], dtype: type
 ) -> None:
     built = build_encoder(visual or audio or "", device="cuda")
@@ -116,7 +116,7 @@ def test_an_encoder_runs_without_a_hidden_wait(
     assert len(results) == 5
 
 
-def test_a_batch_is_waited_for_only_after_the_next_one_is_launched(pretended_gpu: None) -> None:
+def test_results_are_fetched_after_the_next_batch_is_launched(pretended_gpu: None) -> None:
     batcher = FixedBatcher(lambda batch: batch.float() * 2, 1, CUDA)
     delivered: list[int] = []
 
@@ -145,7 +145,7 @@ def test_a_batch_is_waited_for_only_after_the_next_one_is_launched(pretended_gpu
     ],
     ids=["item", "nonzero", "mixed devices", "copy to the host", "table copied at every call"],
 )
-def test_hidden_waits_and_mixed_devices_are_noticed(pretended_gpu: None, encode: Any, error: type) -> None:
+def test_hidden_synchronization_and_mixed_devices_are_detected(pretended_gpu: None, encode: Any, error: type) -> None:
     batcher = FixedBatcher(partial(encode), 2, CUDA)
     with pytest.raises(error), NoBlockingCopies():
         for _ in range(2):

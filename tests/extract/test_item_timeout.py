@@ -56,11 +56,11 @@ def test_a_stalled_worker_fails_one_item_and_is_killed() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_slow_work_that_beats_is_no_hang() -> None:
+def test_slow_work_with_heartbeats_is_not_a_hang() -> None:
     assert dict(each(_beat_for_long, [2.5 * TIMEOUT], item_timeout=TIMEOUT)) == {0: "done"}
 
 
-def test_a_worker_that_waits_for_us_is_no_hang() -> None:
+def test_a_worker_waiting_for_the_parent_is_not_a_hang() -> None:
     """The queue is full, the worker stands in `send`, and nobody takes anything for longer than the limit."""
     with WorkerPool([Call(0, len, ())], 1, item_timeout=TIMEOUT, work=_talk) as pool:
         messages = iter(pool)
@@ -86,7 +86,7 @@ def _refuse(_: int) -> None:
     raise MediaError("no")
 
 
-def test_beats_are_passed_on_at_most_once_a_second() -> None:
+def test_heartbeats_are_forwarded_at_most_once_a_second() -> None:
     heard: list[float] = []
     with listening(lambda: heard.append(time.monotonic())):
         _beat_for_long(2.5 * BEAT_SECONDS)
@@ -103,7 +103,7 @@ def test_call_ends_with_done() -> None:
 
 
 @pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
-def test_a_limit_is_a_time(seconds: float) -> None:
+def test_the_time_limit_must_be_a_number_of_seconds(seconds: float) -> None:
     with pytest.raises(UsageError, match="item-timeout"):
         ExtractConfig(item_timeout=seconds)
 
@@ -137,7 +137,7 @@ def test_the_command_lists_a_hung_clip_and_exits_with_3(
     assert "failures.jsonl" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_check_cannot_decode_is_read_elsewhere(tmp_path: Path) -> None:
+def test_check_decodes_suspect_clips_in_a_child_process(tmp_path: Path) -> None:
     """The decoding process has a limit to its memory; ours has none."""
     ((_, limit),) = each(_memory_limit, [None])
     assert limit == 4 * 2**30
@@ -152,7 +152,7 @@ def _memory_limit(_: None) -> int:
     return resource.getrlimit(resource.RLIMIT_DATA)[0]
 
 
-def test_clips_are_plain_data_for_a_process(tmp_path: Path) -> None:
+def test_clips_can_be_sent_to_a_process(tmp_path: Path) -> None:
     clip = Clip("a", None, "a", tmp_path / "a.mp4", tmp_path / "a.mp4")
     assert dict(each(_itself, [clip])) == {0: clip}
 

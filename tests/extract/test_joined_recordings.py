@@ -25,7 +25,7 @@ def joined(tmp_path: Path) -> Path:
     return path
 
 
-def test_times_that_go_back_are_refused_with_a_remedy(joined: Path) -> None:
+def test_decreasing_times_are_rejected_with_a_remedy(joined: Path) -> None:
     with pytest.raises(MediaError, match=r"go back.*ffmpeg -i \S*joined\.ts -c copy"):
         frame_times(joined)
 
@@ -40,6 +40,6 @@ def test_the_remedy_yields_both_recordings_in_order(joined: Path, tmp_path: Path
     assert times[-1] > 3.9
 
 
-def test_audio_times_that_go_back_are_refused(joined: Path) -> None:
+def test_decreasing_audio_times_are_rejected(joined: Path) -> None:
     with pytest.raises(MediaError, match="go back"):
         list(decode_audio(joined, start=1.4, duration=10.0))

@@ -32,7 +32,7 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndar
     return folder, videos
 
 
-def test_the_figures_are_those_of_the_formula(labels: tuple[Path, list[np.ndarray]]) -> None:
+def test_estimated_label_costs_equal_the_formula(labels: tuple[Path, list[np.ndarray]]) -> None:
     folder, videos = labels
     command = [sys.executable, str(SCRIPT), str(folder), "--rate", str(RATE), "--draws", "50", "--json"]
     report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -53,6 +53,6 @@ def test_the_figures_are_those_of_the_formula(labels: tuple[Path, list[np.ndarra
     assert 0 < figures["standard deviation over resampled videos"][0] < 0.3
 
 
-def test_a_folder_without_labels_is_refused(tmp_path: Path) -> None:
+def test_an_unlabelled_dataset_is_rejected(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and "no label file" in done.stderr

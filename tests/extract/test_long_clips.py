@@ -36,7 +36,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_long_array_is_as_numpys(seed: int, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_backed_array_equals_numpy(seed: int, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random writes and reads by rows, against an array in memory."""
     rng = np.random.default_rng(seed)
     monkeypatch.setattr(long, "IN_MEMORY", 0)
@@ -60,7 +60,7 @@ def test_a_long_array_is_as_numpys(seed: int, cache: Cache, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("limit", [0, 40, 10**6])
-def test_blocks_are_put_together(limit: int, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_concatenated(limit: int, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long, "IN_MEMORY", limit)
     rng = np.random.default_rng(limit)
     blocks = [rng.standard_normal((n, 3)) for n in (0, 4, 1, 0, 7)]
@@ -74,7 +74,7 @@ def test_blocks_are_put_together(limit: int, cache: Cache, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="the system has no nameless files")
-def test_its_file_has_no_name(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_temporary_file_is_unlinked(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a kill leaves nothing."""
     monkeypatch.setattr(long, "IN_MEMORY", 0)
     before = sorted(cache.path.iterdir())
@@ -83,7 +83,7 @@ def test_its_file_has_no_name(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(cache.path.iterdir()) == before
 
 
-def test_a_disk_that_refuses_is_the_caches_error(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises_a_cache_error(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long, "IN_MEMORY", 0)
     cache.path.rename(cache.path.with_name("gone"))
     with pytest.raises(CacheError, match="Cannot write into the cache"):
@@ -110,7 +110,7 @@ def reference(dataset: Dataset, tiny_pair: tuple, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_the_same_bits_by_way_of_the_disk(
+def test_disk_backed_extraction_gives_identical_results(
     store: str, dataset: Dataset, reference: Cache, tiny_pair: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long, "IN_MEMORY", 500)
@@ -200,7 +200,7 @@ def peak_and_stored(cache: Cache, item: str, seconds: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_memory_grows_far_less_than_what_is_stored(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_grows_less_than_the_stored_data(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only times and masks stay in memory: per 10 ms of sound 9 bytes of 265, and what is made on the way to them."""
     monkeypatch.setattr(long, "IN_MEMORY", 2**18)
     monkeypatch.setattr(stores, "LARGEST_CHUNK", 2**18)

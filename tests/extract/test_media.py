@@ -42,7 +42,7 @@ def decoded_times(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_times_are_those_of_a_full_decode_and_those_written(tmp_path: Path, name: str) -> None:
+def test_header_times_equal_decoded_and_written_times(tmp_path: Path, name: str) -> None:
     picture = FILES[name]
     path = write_media(tmp_path / name, picture)
     times = frame_times(path)
@@ -53,7 +53,7 @@ def test_times_are_those_of_a_full_decode_and_those_written(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_number_gives_its_frame(tmp_path: Path, name: str) -> None:
+def test_frames_are_read_by_number(tmp_path: Path, name: str) -> None:
     path = write_media(tmp_path / name, FILES[name])
     times = frame_times(path)
     every = list(frames_at(path, np.arange(len(times)), times))
@@ -62,7 +62,7 @@ def test_every_number_gives_its_frame(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("b_frames", [0, 3])
-def test_avi_without_times_is_counted(tmp_path: Path, b_frames: int) -> None:
+def test_avi_frames_without_times_are_counted(tmp_path: Path, b_frames: int) -> None:
     """FFmpeg's times of H.264 in AVI are one frame late, and with B-frames do not even ascend."""
     path = write_media(tmp_path / "clip.avi", Picture(EVEN, rate=25, options={"bf": str(b_frames)}))
     times = frame_times(path)
@@ -72,7 +72,7 @@ def test_avi_without_times_is_counted(tmp_path: Path, b_frames: int) -> None:
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "mjpeg", "libx264"])
-def test_avi_drops_frames_without_moving_the_others(tmp_path: Path, codec: str) -> None:
+def test_dropped_avi_frames_do_not_shift_the_others(tmp_path: Path, codec: str) -> None:
     """AVI stores an empty chunk where a frame is left out: the next one keeps its time."""
     times = tuple(time for time in EVEN if time not in (80, 120, 400, 1480))
     pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
@@ -85,7 +85,7 @@ def test_avi_drops_frames_without_moving_the_others(tmp_path: Path, codec: str) 
 
 
 @pytest.mark.parametrize("options", [{"live": "1"}, {"reserve_index_space": "4096"}])
-def test_matroska_without_sizes_or_duration_is_whole(tmp_path: Path, options: dict[str, str]) -> None:
+def test_matroska_without_sizes_or_duration_is_read_completely(tmp_path: Path, options: dict[str, str]) -> None:
     sound = Sound(tones(3.0, 44100))  # longer than the pictures
     path = write_media(tmp_path / "live.mkv", Picture(UNEVEN), sound, options)
     np.testing.assert_allclose(np.diff(frame_times(path)), np.diff(UNEVEN) / 1000, atol=1e-3)
@@ -93,7 +93,9 @@ def test_matroska_without_sizes_or_duration_is_whole(tmp_path: Path, options: di
 
 @settings(max_examples=20, deadline=None)
 @given(wanted=st.sets(st.integers(0, 39)))
-def test_any_wanted_set_comes_out_once_and_in_order(tmp_path_factory: pytest.TempPathFactory, wanted: set[int]) -> None:
+def test_requested_frames_are_returned_once_and_in_order(
+    tmp_path_factory: pytest.TempPathFactory, wanted: set[int]
+) -> None:
     path = tmp_path_factory.getbasetemp() / "wanted.mp4"
     if not path.exists():
         write_media(path, FILES["h264.mp4"])
@@ -102,13 +104,13 @@ def test_any_wanted_set_comes_out_once_and_in_order(tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("wanted", [[3, 2], [2, 2], [-1, 0], [40]])
-def test_wanted_numbers_must_ascend_within_the_clip(tmp_path: Path, wanted: list[int]) -> None:
+def test_requested_frame_numbers_must_ascend_within_the_clip(tmp_path: Path, wanted: list[int]) -> None:
     path = write_media(tmp_path / "clip.mp4", FILES["h264.mp4"])
     with pytest.raises(ValueError, match=r"ascend within 0 \.\. 39"):
         list(frames_at(path, np.array(wanted), frame_times(path)))
 
 
-def test_packets_that_are_never_shown_are_not_frames(tmp_path: Path) -> None:
+def test_hidden_packets_are_not_frames(tmp_path: Path) -> None:
     """A stream copied from the middle of an open group of pictures begins with frames that lean on what is gone."""
     options = {"g": "10", "bf": "3", "sc_threshold": "0", "x264-params": "open-gop=1"}
     whole = write_media(tmp_path / "whole.mkv", Picture(EVEN, options=options))
@@ -120,7 +122,7 @@ def test_packets_that_are_never_shown_are_not_frames(tmp_path: Path) -> None:
         assert numbers == list(range(40 - len(numbers), 40))
 
 
-def test_the_clock_starts_with_the_file_not_with_the_video(tmp_path: Path) -> None:
+def test_the_clock_starts_at_the_file_start_not_the_video_start(tmp_path: Path) -> None:
     """Sound from 0 s, pictures from 0.6 s: the first picture lies at 0.6 s of the clip."""
     picture = Picture(tuple(time + 600 for time in EVEN))
     path = write_media(tmp_path / "late.mkv", picture, Sound(tones(2.2, 44100)))
@@ -144,7 +146,7 @@ def test_probe_describes_both_streams(tmp_path: Path) -> None:
     assert info.audio.duration == pytest.approx(2.0, abs=0.05)
 
 
-def test_audio_alone_has_no_frames(tmp_path: Path) -> None:
+def test_an_audio_file_has_no_frames(tmp_path: Path) -> None:
     path = write_media(tmp_path / "sound.mp4", None, Sound(tones(1.0, 44100)))
     info = probe(path)
     assert info.video is None
@@ -169,7 +171,7 @@ def test_a_cover_image_is_not_video(tmp_path: Path) -> None:
     assert probe(path).video is None
 
 
-def test_decoder_identity_names_what_decodes() -> None:
+def test_decoder_identity_lists_the_decoding_libraries() -> None:
     identity = decoder_identity()
     assert identity["backend"] == "pyav"
     assert identity["version"] == av.__version__

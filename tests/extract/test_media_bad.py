@@ -59,7 +59,7 @@ def test_a_file_cut_before_its_index_cannot_be_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["clip.mkv", "clip.webm", "clip.avi", "front.mp4", "fragments.mp4"])
-def test_containers_promise_their_size(tmp_path: Path, name: str) -> None:
+def test_containers_state_their_expected_size(tmp_path: Path, name: str) -> None:
     picture, options = WHOLE[name]
     whole = write_media(tmp_path / name, picture, None, options)
     size = whole.stat().st_size
@@ -79,7 +79,7 @@ def test_containers_promise_their_size(tmp_path: Path, name: str) -> None:
         ("empty.mp4", b""),
     ],
 )
-def test_what_is_no_media_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+def test_non_media_files_are_rejected(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     for ask in (probe, frame_times):
@@ -87,20 +87,20 @@ def test_what_is_no_media_is_refused(tmp_path: Path, name: str, content: bytes) 
             ask(path)
 
 
-def test_a_text_that_names_other_files_opens_none(tmp_path: Path) -> None:
+def test_a_playlist_opens_no_other_file(tmp_path: Path) -> None:
     write_media(tmp_path / "other.mp4", Picture(EVEN))
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
     with pytest.raises(MediaError, match="playlist"):
         probe(tmp_path / "list.mp4")
 
 
-def test_a_folder_and_a_missing_file_are_no_media(tmp_path: Path) -> None:
+def test_directories_and_missing_files_are_rejected(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.mp4"):
         with pytest.raises(MediaError, match="is not a file"):
             probe(path)
 
 
-def test_a_name_with_a_colon_is_a_file_not_a_protocol(tmp_path: Path) -> None:
+def test_a_name_with_a_colon_is_read_as_a_file(tmp_path: Path) -> None:
     path = write_media(tmp_path / "12:30 é.mp4", Picture(EVEN))
     assert len(frame_times(path)) == len(EVEN)
 
@@ -126,7 +126,7 @@ def test_decoding_that_ends_early_is_an_error(tmp_path: Path) -> None:
     assert seen == [(0, 0), (5, 5)]
 
 
-def test_a_damaged_frame_is_replaced_by_its_neighbour_and_no_other_moves(tmp_path: Path) -> None:
+def test_a_damaged_frame_is_replaced_without_shifting_others(tmp_path: Path) -> None:
     picture = heavy(codec="libx265", options={"g": "1", "x265-params": "log-level=none:keyint=1"})
     whole = write_media(tmp_path / "whole.mp4", picture, None, {"movflags": "faststart"})
     path = zero_out(whole, tmp_path / "holes.mp4", 0.50, 0.54)
@@ -137,7 +137,7 @@ def test_a_damaged_frame_is_replaced_by_its_neighbour_and_no_other_moves(tmp_pat
     assert [numbers[wanted] for wanted in wrong] == [wrong[0] - 1] * len(wrong)
 
 
-def test_one_thread_decodes(tmp_path: Path) -> None:
+def test_decoding_uses_one_thread(tmp_path: Path) -> None:
     path = write_media(tmp_path / "clip.mp4", Picture(EVEN))
     before = count_threads()
     for _ in frames_at(path, np.array([0, 20, 40]), frame_times(path)):

@@ -28,7 +28,9 @@ def to_yuv(rgb: np.ndarray, kr: float, kb: float, full: bool, depth: int) -> np.
 
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize(("full", "depth"), [(False, 8), (True, 8), (False, 10)])
-def test_colours_survive_matrix_range_and_depth(tmp_path: Path, matrix: str, full: bool, depth: int) -> None:
+def test_colours_are_correct_for_every_matrix_range_and_depth(
+    tmp_path: Path, matrix: str, full: bool, depth: int
+) -> None:
     kr, kb, number = MATRICES[matrix]
     codes = to_yuv(COLOURS, kr, kb, full, depth)
     path = tmp_path / "colours.mp4"
@@ -53,7 +55,7 @@ def test_colours_survive_matrix_range_and_depth(tmp_path: Path, matrix: str, ful
 
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_turned_files_come_out_upright(tmp_path: Path, rotation: int) -> None:
+def test_rotated_videos_are_decoded_upright(tmp_path: Path, rotation: int) -> None:
     path = write_media(tmp_path / "turned.mp4", Picture(range(0, 400, 40), rotation=rotation))
     info = probe(path)
     assert info.video is not None
@@ -68,7 +70,7 @@ def test_turned_files_come_out_upright(tmp_path: Path, rotation: int) -> None:
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("across", [1, -1])
 @pytest.mark.parametrize("down", [1, -1])
-def test_every_display_matrix_moves_each_pixel_where_it_says(swap: bool, across: int, down: int) -> None:
+def test_every_display_matrix_is_applied(swap: bool, across: int, down: int) -> None:
     matrix = np.zeros(9, np.int32)
     matrix[[3, 1] if swap else [0, 4]] = np.array([across, down]) * 65536
     image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
@@ -90,7 +92,7 @@ def test_every_display_matrix_moves_each_pixel_where_it_says(swap: bool, across:
         ("libvpx-vp9", "yuv420p", (161, 121)),
     ],
 )
-def test_odd_sizes_and_deep_colour_keep_their_pixels(
+def test_odd_sizes_and_deep_colour_are_decoded_exactly(
     tmp_path: Path, codec: str, pixel_format: str, size: tuple[int, int]
 ) -> None:
     path = write_media(tmp_path / "odd.mkv", Picture((0, 40, 80), size, codec, pixel_format))

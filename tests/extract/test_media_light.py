@@ -7,7 +7,7 @@ MODULES = ("video", "audio", "image_folders", "faces", "faces.detection", "sourc
 HEAVY = ("torch", "cv2", "transformers", "open_clip", "matplotlib", "scipy")
 
 
-def test_reading_media_imports_nothing_heavy() -> None:
+def test_reading_media_imports_no_heavy_library() -> None:
     lines = [f"import vaflow.extract.{module}" for module in MODULES]
     lines += ["import sys", f"print([name for name in {HEAVY} if name in sys.modules])"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)

@@ -86,7 +86,7 @@ def numbered(tmp_path: Path) -> Path:
     return write_media(tmp_path / "numbered.mp4", Picture(tuple(times.tolist())))
 
 
-def test_every_frame_is_the_one_of_its_presentation_time(stand_in: type[StandIn], numbered: Path) -> None:
+def test_frames_are_matched_by_presentation_time(stand_in: type[StandIn], numbered: Path) -> None:
     times = frame_times(numbered)
     wanted = np.array([0, 1, 5, 6, 7, 12, 20, 21, 22, 23, 30, 39])
     shown = list(frames_on_gpu(numbered, wanted, times, CUDA))
@@ -96,21 +96,19 @@ def test_every_frame_is_the_one_of_its_presentation_time(stand_in: type[StandIn]
     assert list(frames_on_gpu(numbered, wanted[:0], times, CUDA)) == []
 
 
-def test_a_frame_of_another_time_is_refused(stand_in: type[StandIn], numbered: Path) -> None:
+def test_a_frame_with_another_time_is_rejected(stand_in: type[StandIn], numbered: Path) -> None:
     stand_in.late = 0.04
     with pytest.raises(MediaError, match=r"instead of.*--decoder pyav"):
         list(frames_on_gpu(numbered, np.arange(4), frame_times(numbered), CUDA))
 
 
-def test_what_the_card_would_leave_to_the_cpu_is_refused(stand_in: type[StandIn], numbered: Path) -> None:
+def test_codecs_without_hardware_decoding_are_rejected(stand_in: type[StandIn], numbered: Path) -> None:
     stand_in.cpu_fallback = "Falling back due to: Video not supported"
     with pytest.raises(MediaError, match="Video not supported"):
         list(frames_on_gpu(numbered, np.arange(4), frame_times(numbered), CUDA))
 
 
-def test_errors_of_the_library_are_the_clips(
-    stand_in: type[StandIn], numbered: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_library_errors_fail_the_clip(stand_in: type[StandIn], numbered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: object, seconds: list[float]) -> None:
         raise RuntimeError("Could not seek\nlong trace")
 
@@ -120,7 +118,7 @@ def test_errors_of_the_library_are_the_clips(
 
 
 @pytest.mark.parametrize(("brighter", "agrees"), [(0, True), (3, True), (4, False), (20, False)])
-def test_the_comparison_states_the_difference(
+def test_the_comparison_reports_pixel_differences(
     brighter: int, agrees: bool, stand_in: type[StandIn], numbered: Path
 ) -> None:
     """The drawn pictures are far from 0 and 255, so the mean difference is what was added."""
@@ -132,7 +130,7 @@ def test_the_comparison_states_the_difference(
             check_parity(numbered, CUDA)
 
 
-def test_a_decoding_process_uses_it_for_frames_only(stand_in: type[StandIn], numbered: Path) -> None:
+def test_nvdec_is_used_for_frames_only(stand_in: type[StandIn], numbered: Path) -> None:
     grid = ExtractConfig(window=1.0, stride=0.5, frames=4).grid
     clip = Clip("numbered", None, "numbered", numbered)
     said: list[Any] = []
@@ -144,7 +142,7 @@ def test_a_decoding_process_uses_it_for_frames_only(stand_in: type[StandIn], num
     assert sum(stand_in.asked) > 0
 
 
-def test_the_fingerprint_names_it_in_streams_of_frames(stand_in: type[StandIn], tiny_pair: tuple) -> None:
+def test_the_fingerprint_includes_nvdec_for_frame_streams(stand_in: type[StandIn], tiny_pair: tuple) -> None:
     visual, audio = tiny_pair
     names = {"visual": ("clip-tiny",), "audio": ("ast-tiny",), "pixels": True}
     ours, theirs = (
@@ -157,9 +155,7 @@ def test_the_fingerprint_names_it_in_streams_of_frames(stand_in: type[StandIn], 
     assert (said["backend"], said["version"], said["clock"]["backend"]) == ("torchcodec nvdec", "0.17.0", "pyav")
 
 
-def test_without_a_gpu_or_the_package_or_ffmpeg_it_says_so(
-    stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_gpu_package_or_ffmpeg_is_reported(stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
     require_nvdec("cuda:0")
     with pytest.raises(UsageError, match="--device cuda"):
         require_nvdec("cpu")
@@ -171,7 +167,7 @@ def test_without_a_gpu_or_the_package_or_ffmpeg_it_says_so(
         nvdec.nvdec_identity()
 
 
-def test_at_the_command_line(tmp_path: Path, numbered: Path) -> None:
+def test_the_command_line_option_works(tmp_path: Path, numbered: Path) -> None:
     program = "import sys; sys.modules['torchcodec'] = None; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
     for choice, word in (("nvdec", ".[nvdec]"), ("cuvid", "nvdec, pyav")):
         arguments = ["extract", str(tmp_path), "--out", str(tmp_path / "cache"), "--decoder", choice]

@@ -53,7 +53,7 @@ def test_every_clip_is_extracted(extracted: tuple[Cache, Summary], tree: Tree) -
     assert not (cache.path / "failures.jsonl").exists()
 
 
-def test_crops_are_read_by_number_and_never_shifted(extracted: tuple[Cache, Summary], tree: Tree) -> None:
+def test_crops_are_read_by_frame_number(extracted: tuple[Cache, Summary], tree: Tree) -> None:
     """Each crop shows its own 1-based number: it must be that of the frame nearest to the sample's time."""
     cache, _ = extracted
     for name, trial in tree.trials.items():
@@ -69,7 +69,7 @@ def test_crops_are_read_by_number_and_never_shifted(extracted: tuple[Cache, Summ
         assert shown == (frame[has_crop] + 1).tolist(), name
 
 
-def test_a_missing_crop_is_a_mask_and_zeros_not_a_black_face(extracted: tuple[Cache, Summary]) -> None:
+def test_a_missing_crop_is_masked_with_zero_features(extracted: tuple[Cache, Summary]) -> None:
     cache, _ = extracted
     assert not cache.read("clip-tiny", "video9").valid.any(), "it has a crop of one frame only, which is no sample"
     assert cache.read("clip-tiny", "video7").valid.all()
@@ -79,7 +79,7 @@ def test_a_missing_crop_is_a_mask_and_zeros_not_a_black_face(extracted: tuple[Ca
         assert (np.abs(visual.embedding[visual.valid].astype(float)).sum(axis=1) > 0).all()
 
 
-def test_crops_keep_the_original_files_bytes(extracted: tuple[Cache, Summary], tree: Tree) -> None:
+def test_crops_are_stored_with_their_original_bytes(extracted: tuple[Cache, Summary], tree: Tree) -> None:
     cache, _ = extracted
     pixels = cache.read("pixels", "solo_left")
     for image, frame in zip(pixels.images, pixels.frame, strict=True):
@@ -93,7 +93,7 @@ def test_every_needed_frame_is_encoded_exactly_once(extracted: tuple[Cache, Summ
     assert summary.encoded == {"clip-tiny": faces, "ast-tiny": windows}
 
 
-def test_embeddings_are_those_of_the_stored_images(extracted: tuple[Cache, Summary], tiny_pair: tuple) -> None:
+def test_embeddings_equal_encoding_the_stored_images(extracted: tuple[Cache, Summary], tiny_pair: tuple) -> None:
     """One by one through the encoder, without the pipeline; the batch size differs, so to float16 rounding."""
     cache, _ = extracted
     visual, pixels = cache.read("clip-tiny", "video7"), cache.read("pixels", "video7")
@@ -104,7 +104,7 @@ def test_embeddings_are_those_of_the_stored_images(extracted: tuple[Cache, Summa
         np.testing.assert_allclose(visual.embedding[k].astype(np.float32), alone, rtol=2e-3, atol=2e-3)
 
 
-def test_labels_follow_the_frame_clock(extracted: tuple[Cache, Summary], tree: Tree) -> None:
+def test_labels_use_frame_times(extracted: tuple[Cache, Summary], tree: Tree) -> None:
     cache, _ = extracted
     for name, trial in tree.trials.items():
         if trial.labels is None or name not in cache.items():
@@ -126,7 +126,7 @@ def test_left_and_right_share_video_and_audio(extracted: tuple[Cache, Summary]) 
     assert left.embedding.tobytes() == right.embedding.tobytes()
 
 
-def test_audio_status_is_a_fact_not_a_failure(extracted: tuple[Cache, Summary]) -> None:
+def test_missing_audio_is_recorded_not_failed(extracted: tuple[Cache, Summary]) -> None:
     cache, _ = extracted
     assert cache.record("logmel", "video9").meta["audio"] == "absent"
     assert not cache.read("ast-tiny", "video9").valid.any()
@@ -138,7 +138,7 @@ def test_audio_status_is_a_fact_not_a_failure(extracted: tuple[Cache, Summary]) 
 
 
 @pytest.mark.parametrize(("store", "workers"), [("hdf5", 1), ("zarr", 3)])
-def test_store_and_number_of_workers_do_not_change_a_bit(
+def test_results_do_not_depend_on_store_or_workers(
     extracted: tuple[Cache, Summary], tree: Tree, tiny_pair: tuple, tmp_path: Path, store: str, workers: int
 ) -> None:
     config = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=workers)
@@ -147,7 +147,7 @@ def test_store_and_number_of_workers_do_not_change_a_bit(
     same_arrays(extracted[0], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "ast-tiny"])
 
 
-def test_shards_together_are_the_whole(
+def test_merged_shards_equal_one_extraction(
     extracted: tuple[Cache, Summary], tree: Tree, tiny_pair: tuple, tmp_path: Path
 ) -> None:
     dataset = open_dataset(tree.root, "affwild2")
@@ -158,7 +158,7 @@ def test_shards_together_are_the_whole(
     same_arrays(extracted[0], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "ast-tiny"])
 
 
-def test_a_second_run_does_only_what_is_missing(two_clips: Path, tiny_pair: tuple, tmp_path: Path) -> None:
+def test_a_second_run_extracts_only_missing_items(two_clips: Path, tiny_pair: tuple, tmp_path: Path) -> None:
     visual, _ = tiny_pair
     out, dataset = tmp_path / "cache", open_dataset(two_clips, "videos")
     first = run(dataset, out, (visual, None), ExtractConfig(visual=("clip-tiny",), audio=(), device="cpu"))
@@ -179,7 +179,7 @@ def test_a_second_run_does_only_what_is_missing(two_clips: Path, tiny_pair: tupl
     same_arrays(cache, open_cache(whole), ["labels", "logmel", "clip-tiny", "ast-tiny"])
 
 
-def test_a_changed_source_is_extracted_again_and_nothing_else_is(
+def test_only_changed_sources_are_extracted_again(
     two_clips: Path, clips: Path, tiny_pair: tuple, tmp_path: Path
 ) -> None:
     root = tmp_path / "data"
@@ -198,7 +198,7 @@ def test_a_changed_source_is_extracted_again_and_nothing_else_is(
     assert open_cache(out).record("clip-tiny", "b").attempt == before
 
 
-def test_new_labels_touch_only_the_labels(clips: Path, tiny_pair: tuple, tmp_path: Path) -> None:
+def test_changed_labels_rewrite_only_the_labels(clips: Path, tiny_pair: tuple, tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
     (root / "a.mp4").write_bytes((clips / "single_face.mp4").read_bytes())
@@ -214,7 +214,7 @@ def test_new_labels_touch_only_the_labels(clips: Path, tiny_pair: tuple, tmp_pat
     assert not cache.read("labels", "a").valid[1:].any()
 
 
-def test_other_settings_are_refused_and_the_field_is_named(
+def test_changed_settings_are_rejected_naming_the_field(
     extracted: tuple[Cache, Summary], tree: Tree, tiny_pair: tuple
 ) -> None:
     config = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", stride=5.0)

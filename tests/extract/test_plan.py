@@ -79,7 +79,7 @@ def plan(cache: Cache, dataset: Dataset) -> Plan:
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_nothing_to_do_reads_no_header_and_no_record_but_by_the_index(
+def test_planning_without_changes_reads_only_the_index(
     indexed: bool, cache: Cache, dataset: Dataset, read: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if indexed:
@@ -90,7 +90,9 @@ def test_nothing_to_do_reads_no_header_and_no_record_but_by_the_index(
     assert read == []
 
 
-def test_a_touched_file_is_compared_and_a_changed_one_redone(cache: Cache, dataset: Dataset, read: list) -> None:
+def test_touched_files_are_compared_and_changed_files_extracted_again(
+    cache: Cache, dataset: Dataset, read: list
+) -> None:
     cache.refresh_index()
     touched, changed = dataset.root / "clip2.mp4", dataset.root / "clip3.mp4"
     os.utime(touched, ns=(1, 1))
@@ -100,24 +102,24 @@ def test_a_touched_file_is_compared_and_a_changed_one_redone(cache: Cache, datas
     assert {item for _, item in read} == {"clip2", "clip3"}
 
 
-def test_changed_labels_touch_only_the_labels(cache: Cache, dataset: Dataset) -> None:
+def test_changed_labels_rewrite_only_the_labels(cache: Cache, dataset: Dataset) -> None:
     (dataset.root / "clip1.csv").write_text("time,valence,arousal\n0,0.3,0.2\n")
     found = plan(cache, dataset)
     assert [(task.clip.id, task.streams) for task in found.tasks] == [("clip1", ("labels",))]
 
 
-def test_a_new_split_is_a_change_of_the_labels(cache: Cache, dataset: Dataset) -> None:
+def test_a_new_split_rewrites_the_labels(cache: Cache, dataset: Dataset) -> None:
     moved = replace(dataset, clips=tuple(replace(clip, split="val") for clip in dataset.clips[:1]))
     assert [task.streams for task in plan(cache, moved).tasks] == [("labels",)]
 
 
-def test_a_dropped_item_is_missing(cache: Cache, dataset: Dataset) -> None:
+def test_a_dropped_item_is_extracted_again(cache: Cache, dataset: Dataset) -> None:
     cache.refresh_index()
     cache.drop("clip-tiny", "clip4")
     assert [(task.clip.id, task.streams) for task in plan(cache, dataset).tasks] == [("clip4", ("clip-tiny",))]
 
 
-def test_a_video_that_is_gone_is_a_change_not_a_crash(cache: Cache, dataset: Dataset) -> None:
+def test_a_deleted_video_counts_as_changed(cache: Cache, dataset: Dataset) -> None:
     (dataset.root / "clip0.mp4").unlink()
     assert [task.clip.id for task in plan(cache, dataset).tasks] == ["clip0"]
 
@@ -131,7 +133,7 @@ def test_a_damaged_record_raises_when_it_is_read(cache: Cache, dataset: Dataset)
     assert plan(cache, others).done == 4
 
 
-def test_the_stamp_leaves_out_what_only_reading_tells(dataset: Dataset) -> None:
+def test_the_quick_fingerprint_excludes_content_digests(dataset: Dataset) -> None:
     for clip in dataset.clips:
         whole, seen = sources_of(clip), sources_of(clip, file_status)
         assert source_stamp(whole) == source_stamp(seen)
@@ -143,7 +145,7 @@ def test_the_stamp_leaves_out_what_only_reading_tells(dataset: Dataset) -> None:
     )
 
 
-def test_the_estimate_asks_ffmpeg_only_where_the_header_is_silent(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_estimate_uses_ffmpeg_only_without_header_duration(dataset: Dataset, tmp_path: Path) -> None:
     """A header that names 40 s, four files of zeros: those go to the decoders, which cannot read them."""
     movie = struct.pack(">4x8xII", 1000, 40_000) + bytes(80)
     header = struct.pack(">I4s", 8 + len(movie), b"mvhd") + movie

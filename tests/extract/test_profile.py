@@ -21,7 +21,7 @@ def test_stages_of_the_main_thread_add_up_to_the_wall_time() -> None:
     assert stages[COMMITTING] >= 0.01
 
 
-def test_waiting_counts_only_the_time_until_an_item_comes() -> None:
+def test_waiting_time_ends_when_an_item_arrives() -> None:
     def slow():
         for k in range(3):
             time.sleep(0.01)
@@ -36,6 +36,6 @@ def test_waiting_counts_only_the_time_until_an_item_comes() -> None:
     assert 0.03 <= profile.seconds[WAITING] < 0.09
 
 
-def test_the_bottleneck_is_named_with_its_cure() -> None:
+def test_the_bottleneck_is_reported_with_a_remedy() -> None:
     assert "--workers" in bottleneck({WAITING: 8.0, "encoding clip": 1.0, REST: 1.0, COMMITTING: 50.0})
     assert "which is the best case" in bottleneck({WAITING: 1.0, "encoding clip": 8.0, REST: 1.0, COMMITTING: 0.0})

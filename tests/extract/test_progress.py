@@ -8,7 +8,7 @@ from vaflow.extract.summary import Books, Extracted, Summary
 from vaflow.failures import FailureLog
 
 
-def test_the_bar_moves_within_a_long_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_advances_within_a_long_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = FailureLog(tmp_path / "failures.jsonl")
     with Books(Summary(), log, {"long": 90.0, "short": 10.0}, show_progress=True) as books:
         assert "0/100 s of video" in capsys.readouterr().err, "shown at once"

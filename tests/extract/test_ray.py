@@ -44,7 +44,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     made.shutdown()
 
 
-def test_two_nodes_make_the_bits_of_one_process(
+def test_two_nodes_give_the_results_of_one_process(
     cluster: object, dataset: Dataset, reference: object, tmp_path: Path
 ) -> None:
     cluster.add_node(num_cpus=2)  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ def test_two_nodes_make_the_bits_of_one_process(
 
 
 @pytest.mark.parametrize("what", ["actor", pytest.param("node", marks=pytest.mark.slow)])
-def test_a_death_costs_only_what_was_under_way(what: str, cluster: object, clips: Path, tmp_path: Path) -> None:
+def test_a_node_death_loses_only_running_items(what: str, cluster: object, clips: Path, tmp_path: Path) -> None:
     """A node goes, or the operating system kills an actor: nothing is lost, and what was committed is not redone."""
     node = cluster.add_node(num_cpus=2)  # type: ignore[attr-defined]
     for k in range(16):

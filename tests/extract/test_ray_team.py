@@ -128,7 +128,7 @@ def run(ray: ToyRay, items: int = 10) -> Summary:
         return carry_out(ray.cache, team.infos(), dataset, Shard(), team.work)
 
 
-def test_every_item_once_dealt_as_members_have_room(toy: ToyRay) -> None:
+def test_every_item_is_assigned_once_to_free_members(toy: ToyRay) -> None:
     summary = run(toy)
     assert (summary.extracted, summary.media_seconds) == (10, 20.0)
     assert sorted(toy.committed) == open_cache(toy.cache.path).items()
@@ -138,7 +138,7 @@ def test_every_item_once_dealt_as_members_have_room(toy: ToyRay) -> None:
     assert run(toy).done == 10
 
 
-def test_an_item_that_always_kills_is_listed_and_costs_nobody_else(toy: ToyRay) -> None:
+def test_an_item_that_always_crashes_is_listed_and_the_others_finish(toy: ToyRay) -> None:
     toy.deadly = {"clip03"}
     summary = run(toy)
     assert summary.extracted == 9
@@ -150,27 +150,27 @@ def test_an_item_that_always_kills_is_listed_and_costs_nobody_else(toy: ToyRay) 
     assert Path(summary.failures_file).read_text().count("\n") == 1
 
 
-def test_many_killers_never_hang(toy: ToyRay) -> None:
+def test_many_crashing_items_do_not_hang_the_run(toy: ToyRay) -> None:
     toy.deadly = {f"clip{k:02d}" for k in range(0, 10, 2)}
     summary = run(toy)
     assert summary.extracted == 5
     assert {failure.item for failure in summary.failures} == toy.deadly
 
 
-def test_what_was_committed_before_the_death_is_not_done_again(toy: ToyRay) -> None:
+def test_items_committed_before_a_crash_are_not_repeated(toy: ToyRay) -> None:
     toy.late = {"clip01"}
     summary = run(toy)
     assert (summary.extracted, summary.failures) == (10, [])
     assert toy.committed.count("clip01") == 1
 
 
-def test_members_that_die_before_they_are_ready_end_the_run(toy: ToyRay) -> None:
+def test_members_that_die_at_startup_end_the_run(toy: ToyRay) -> None:
     toy.stillborn = True
     with pytest.raises(VaflowError, match=r"before they were ready.*no memory"):
         run(toy)
 
 
-def test_an_error_of_the_cache_ends_the_run(toy: ToyRay, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_error_ends_the_run(toy: ToyRay, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: ToyMember, tasks: Sequence[PendingClip], last: bool) -> Report:
         return Report((), 0, True, {}, {}, (), OSError(28, "No space left on device"))
 
@@ -191,21 +191,21 @@ def test_an_error_of_the_cache_ends_the_run(toy: ToyRay, monkeypatch: pytest.Mon
         ([{"CPU": 8, "GPU": 1}], "cpu", 0, (2, 0, 4, 2)),
     ],
 )
-def test_one_member_per_gpu_or_per_few_cpus(
+def test_one_member_is_started_per_gpu_or_cpu_group(
     nodes: list[dict[str, float]], device: str, workers: int, expected: tuple[int, ...]
 ) -> None:
     found = places(nodes, ExtractConfig(device=device, workers=workers))
     assert (found.count, found.gpus, found.cpus, found.workers) == expected
 
 
-def test_a_cluster_without_what_is_needed_is_an_error() -> None:
+def test_a_cluster_without_enough_resources_is_an_error() -> None:
     with pytest.raises(VaflowError, match="GPU"):
         places([{"CPU": 8}], ExtractConfig(device="cuda"))
     with pytest.raises(VaflowError, match="CPU"):
         places([{"CPU": 0}], ExtractConfig(device="cpu"))
 
 
-def test_without_ray_the_remedy_is_named(tmp_path: Path) -> None:
+def test_a_missing_ray_install_states_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("a video")
     program = "import sys; sys.modules['ray'] = None; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["extract", str(tmp_path), "--out", str(tmp_path / "c"), "--engine", "ray"]
@@ -224,7 +224,7 @@ def test_without_ray_the_remedy_is_named(tmp_path: Path) -> None:
         (["--engine", "ray", "--device", "cuda:1"], "remove the number"),
     ],
 )
-def test_options_that_cannot_be_meant(
+def test_contradictory_options_are_rejected(
     arguments: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.mp4").write_text("a video")
@@ -232,14 +232,14 @@ def test_options_that_cannot_be_meant(
     assert word in capsys.readouterr().err
 
 
-def test_a_cache_in_memory_is_refused() -> None:
+def test_an_in_memory_cache_is_rejected() -> None:
     from vaflow.extract.ray_engine import extract_on_ray
 
     with pytest.raises(UsageError, match="one process"):
         extract_on_ray(Dataset(Path(), "toy", ()), Path("memory://a/b"), CONFIG)
 
 
-def test_what_keeps_ray_quiet_yields_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_environment_variables_override_the_ray_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     import os
 

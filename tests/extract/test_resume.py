@@ -44,7 +44,7 @@ def committed(out: Path) -> dict[str, str]:
     }
 
 
-def test_a_kill_in_the_middle_costs_only_what_was_under_way(many: Path, tiny_pair: tuple, tmp_path: Path) -> None:
+def test_a_kill_loses_only_running_items(many: Path, tiny_pair: tuple, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     process = subprocess.Popen(command(many, out), start_new_session=True)
     deadline = time.monotonic() + 120
@@ -81,7 +81,7 @@ def test_ctrl_c_exits_130_and_leaves_a_resumable_cache(many: Path, tmp_path: Pat
     assert open_cache(out).items()
 
 
-def test_a_worker_that_dies_costs_one_clip(
+def test_a_worker_death_fails_one_clip(
     many: Path, tiny_pair: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker reading clip05 is killed by the operating system; the others are extracted."""
@@ -126,7 +126,7 @@ def test_leaving_the_pool_early_stops_its_processes(many: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_an_encoder_that_says_nan_costs_the_clip_not_the_run(many: Path, tiny_pair: tuple, tmp_path: Path) -> None:
+def test_nan_features_fail_only_their_clip(many: Path, tiny_pair: tuple, tmp_path: Path) -> None:
     visual, audio = tiny_pair
 
     class Broken:

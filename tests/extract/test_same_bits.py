@@ -39,7 +39,7 @@ def reference(dataset: Dataset, tiny_pair: tuple, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.parametrize(("workers", "store"), [(1, "hdf5"), (2, "zarr"), (4, "zarr"), (4, "hdf5")])
-def test_workers_and_stores(
+def test_results_do_not_depend_on_workers_and_stores(
     workers: int, store: str, dataset: Dataset, reference: Cache, tiny_pair: tuple, tmp_path: Path
 ) -> None:
     run(dataset, tmp_path / "cache", tiny_pair, replace(WHOLE, workers=workers), store=store)
@@ -47,7 +47,7 @@ def test_workers_and_stores(
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_order_of_items(
+def test_results_do_not_depend_on_the_item_order(
     seed: int,
     dataset: Dataset,
     reference: Cache,
@@ -70,7 +70,9 @@ def test_order_of_items(
     same_arrays(reference, open_cache(tmp_path / "cache"), STREAMS)
 
 
-def test_resumed_in_two_parts(dataset: Dataset, reference: Cache, tiny_pair: tuple, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_resuming(
+    dataset: Dataset, reference: Cache, tiny_pair: tuple, tmp_path: Path
+) -> None:
     run(replace(dataset, clips=dataset.clips[3:5]), tmp_path / "cache", tiny_pair, WHOLE)
     run(dataset, tmp_path / "cache", tiny_pair, WHOLE)
     same_arrays(reference, open_cache(tmp_path / "cache"), STREAMS)
@@ -91,9 +93,7 @@ def test_other_batch_sizes_stay_within_the_stated_tolerance(
             assert (np.abs(a - b) <= FLOAT16_STEP * scale).all(), (stream, item, np.abs(a - b).max())
 
 
-def test_the_record_says_which_batch_size_made_it(
-    dataset: Dataset, reference: Cache, tiny_pair: tuple, tmp_path: Path
-) -> None:
+def test_the_record_stores_the_batch_size(dataset: Dataset, reference: Cache, tiny_pair: tuple, tmp_path: Path) -> None:
     run(dataset, tmp_path / "cache", tiny_pair, replace(WHOLE, image_batch=5, window_batch=3))
     other = open_cache(tmp_path / "cache")
     for item in other.items():

@@ -59,7 +59,7 @@ def whole(
     return run(clips_folder, tmp_path_factory.mktemp("whole") / "cache", *encoders)
 
 
-def test_every_step_is_the_example_centred_on_it(
+def test_every_step_stores_the_example_centred_on_it(
     whole: tuple[Cache, Summary], clips_folder: Path, encoders: tuple[list[VisualEncoder], list[AudioEncoder]]
 ) -> None:
     cache, vggish = whole[0], encoders[1][1]
@@ -80,7 +80,7 @@ def test_every_step_is_the_example_centred_on_it(
         assert (stored.embedding[~stored.valid] == 0).all()
 
 
-def test_a_step_needs_audio_under_half_of_it_whichever_encoder_reads_it(whole: tuple[Cache, Summary]) -> None:
+def test_a_step_is_valid_if_audio_covers_half_of_it(whole: tuple[Cache, Summary]) -> None:
     cache = whole[0]
     for item, end in (("whole", 3.6), ("part", 1.3), ("mute", 0.0)):
         found = cache.read("vggish-tiny", item)
@@ -90,7 +90,7 @@ def test_a_step_needs_audio_under_half_of_it_whichever_encoder_reads_it(whole: t
         assert (found.valid == (middle < end))[clear].all()
 
 
-def test_an_example_that_windows_share_is_encoded_once(whole: tuple[Cache, Summary]) -> None:
+def test_examples_shared_by_windows_are_encoded_once(whole: tuple[Cache, Summary]) -> None:
     cache, summary = whole
     steps, examples = 0, 0
     for item in cache.items():
@@ -103,7 +103,7 @@ def test_an_example_that_windows_share_is_encoded_once(whole: tuple[Cache, Summa
     assert summary.encoded["vggish-tiny"] == examples < steps
 
 
-def test_streams_added_later_are_the_same_and_touch_nothing(
+def test_streams_added_later_are_identical_and_keep_the_others(
     whole: tuple[Cache, Summary],
     clips_folder: Path,
     encoders: tuple[list[VisualEncoder], list[AudioEncoder]],
@@ -121,7 +121,7 @@ def test_streams_added_later_are_the_same_and_touch_nothing(
             assert {name: array.tobytes() for name, array in one.items()} == {n: a.tobytes() for n, a in other.items()}
 
 
-def test_ast_added_to_vggish_reads_the_log_mel_in_the_cache(
+def test_ast_added_to_a_vggish_cache_computes_log_mel(
     whole: tuple[Cache, Summary],
     clips_folder: Path,
     encoders: tuple[list[VisualEncoder], list[AudioEncoder]],
@@ -145,7 +145,7 @@ def test_ast_added_to_vggish_reads_the_log_mel_in_the_cache(
         assert one.embedding.tobytes() == other.embedding.tobytes()
 
 
-def test_identities_say_what_was_read(whole: tuple[Cache, Summary]) -> None:
+def test_stream_identities_state_their_input(whole: tuple[Cache, Summary]) -> None:
     streams = whole[0].streams()
     assert streams["ast-tiny"].identity["sound"] == "logmel float32"
     assert streams["vggish-tiny"].identity["sound"] == "vggish log-mel float32"

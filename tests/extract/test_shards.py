@@ -27,7 +27,7 @@ def deal(clips: list[Clip], count: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("count", [2, 3, 8])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_parts_differ_by_less_than_one_clip(count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_differ_by_less_than_one_clip(count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound of dealing to the least loaded part; and longest first keeps to 4/3 of the best there is."""
     seconds = np.random.default_rng(seed).lognormal(3, 1.2, 60).round(3).tolist()
     clips, known = clips_of(seconds)
@@ -47,7 +47,7 @@ def _best(seconds: list[float], count: int) -> float:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_longest_first_against_every_possible_deal(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_longest_first_is_close_to_the_best_assignment(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = np.random.default_rng(seed).uniform(1, 100, 8).round(3).tolist()
     clips, known = clips_of(seconds)
     monkeypatch.setattr(plan, "lengths", lambda _: known)
@@ -56,13 +56,13 @@ def test_longest_first_against_every_possible_deal(seed: int, monkeypatch: pytes
     assert max(sum(known[item] for item in part) for part in deal(clips, 3)) <= (4 / 3 - 1 / 9) * best + 1e-6
 
 
-def test_the_order_of_the_data_set_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_do_not_depend_on_the_dataset_order(monkeypatch: pytest.MonkeyPatch) -> None:
     clips, known = clips_of([5.0] * 7 + [2.0] * 6)
     monkeypatch.setattr(plan, "lengths", lambda _: known)
     assert deal(clips, 3) == deal(clips[::-1], 3)
 
 
-def test_parts_are_equal_in_seconds_where_bytes_say_otherwise(tmp_path: Path) -> None:
+def test_shards_are_balanced_by_duration_not_bytes(tmp_path: Path) -> None:
     """Two long clips of few bytes, two short ones of many: by bytes the long ones would share a part."""
     for name in ("long1", "long2"):
         write_media(tmp_path / f"{name}.mp4", Picture(tuple(range(0, 60_000, 6000))))
@@ -77,7 +77,7 @@ def test_parts_are_equal_in_seconds_where_bytes_say_otherwise(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.webm", "a.avi"])
-def test_headers_say_what_ffmpeg_reads_out_of_them(name: str, tmp_path: Path) -> None:
+def test_header_durations_equal_ffmpeg(name: str, tmp_path: Path) -> None:
     codec = {"a.webm": "libvpx-vp9", "a.avi": "mpeg4"}.get(name, "libx264")
     rate = 25 if name == "a.avi" else None
     times = tuple(range(0, 7000, 200)) if rate is None else tuple(range(0, 7000, 40))
@@ -86,13 +86,13 @@ def test_headers_say_what_ffmpeg_reads_out_of_them(name: str, tmp_path: Path) ->
         assert header_seconds(path) == pytest.approx((container.duration or 0) / 1e6, abs=0.25)
 
 
-def test_headers_of_real_clips(clips: Path) -> None:
+def test_header_durations_of_real_clips_equal_ffmpeg(clips: Path) -> None:
     for path in [*clips.glob("*.mp4"), *clips.glob("*.mov")]:
         with av.open(str(path)) as container:
             assert header_seconds(path) == pytest.approx((container.duration or 0) / 1e6, abs=0.05)
 
 
-def test_a_broken_file_counts_by_its_size_and_never_raises(tmp_path: Path, clips: Path) -> None:
+def test_a_broken_file_is_weighted_by_its_size(tmp_path: Path, clips: Path) -> None:
     good = tmp_path / "good.mp4"
     good.write_bytes((clips / "obama.mp4").read_bytes())
     broken = {"text.mp4": b"text", "empty.mp4": b"", "noise.mkv": b"\x1a\x45\xdf\xa3" + os.urandom(5000)}

@@ -72,7 +72,7 @@ def test_tall_pixels_are_stretched_in_height(clips: Path, tmp_path: Path) -> Non
     assert info.height == 2 * original.height
 
 
-def test_a_cache_of_the_version_before_is_added_to_and_its_misread_clips_are_made_anew(
+def test_clips_misread_by_the_previous_version_are_extracted_again(
     clips: Path, tmp_path: Path, tiny_pair: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = tmp_path / "data", tmp_path / "cache"

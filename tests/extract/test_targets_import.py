@@ -33,7 +33,7 @@ def write(folder: Path, item: str, text: str, suffix: str = ".csv") -> Path:
     return path
 
 
-def test_abaws_expressions_are_a_number_per_frame(cache: Cache, tmp_path: Path) -> None:
+def test_abaw_expressions_are_one_class_per_frame(cache: Cache, tmp_path: Path) -> None:
     write(tmp_path / "expr", "a", "Neutral,Anger,Other\n0\n2\n-1\n1\n", ".txt")
     write(tmp_path / "expr", "sub/b", "Neutral,Anger,Other\n1\n1\n1\n1\n1\n1\n", ".txt")  # a row more than frames
     done = import_targets(cache, "expr", "classes", tmp_path / "expr")
@@ -48,7 +48,7 @@ def test_abaws_expressions_are_a_number_per_frame(cache: Cache, tmp_path: Path) 
     assert cache.streams()["expr"].identity == {"task": "classes", "names": list(ABAW)}
 
 
-def test_abaws_units_are_a_cell_each(cache: Cache, tmp_path: Path) -> None:
+def test_abaw_action_units_are_one_column_each(cache: Cache, tmp_path: Path) -> None:
     write(tmp_path / "au", "a", "AU1,AU2\n0,1\n1,-1\n-1,-1\n", ".txt")
     import_targets(cache, "au", "binary", tmp_path / "au")
     data = cache.read("au", "a")
@@ -77,14 +77,14 @@ def test_classes_by_name_or_number_at_times_frames_or_row_by_row(
     assert list(zip(data.time.tolist(), found, strict=True)) == rows
 
 
-def test_shares_of_classes(cache: Cache, tmp_path: Path) -> None:
+def test_class_shares_are_reported(cache: Cache, tmp_path: Path) -> None:
     write(tmp_path / "votes", "a", "time,sad,calm\n0.0,0.25,0.75\n1.0,,\n")
     import_targets(cache, "votes", "classes", tmp_path / "votes")
     data = cache.read("votes", "a")
     assert data.value[0].tolist() == [0.25, 0.75] and data.valid.tolist() == [[True, True], [False, False]]
 
 
-def test_again_it_takes_changes_and_nothing_else(cache: Cache, tmp_path: Path) -> None:
+def test_a_second_target_import_writes_only_changes(cache: Cache, tmp_path: Path) -> None:
     write(tmp_path / "au", "a", "AU1\n0\n")
     write(tmp_path / "au", "sub/b", "AU1\n1\n")
     import_targets(cache, "au", "binary", tmp_path / "au")
@@ -113,12 +113,12 @@ def test_again_it_takes_changes_and_nothing_else(cache: Cache, tmp_path: Path) -
         ("binary", "", "no targets"),
     ],
 )
-def test_what_cannot_be_used_is_told_with_its_line(tmp_path: Path, task: str, text: str, says: str) -> None:
+def test_invalid_target_rows_are_reported_with_line_numbers(tmp_path: Path, task: str, text: str, says: str) -> None:
     with pytest.raises(DataError, match=says):
         read_targets(write(tmp_path, "a", text), task)
 
 
-def test_nothing_is_written_while_a_file_is_wrong(cache: Cache, tmp_path: Path) -> None:
+def test_an_invalid_target_file_prevents_writing(cache: Cache, tmp_path: Path) -> None:
     write(tmp_path / "au", "a", "AU1\n0\n")
     write(tmp_path / "au", "sub/b", "AU2\n0\n")
     with pytest.raises(DataError, match="other names"):

@@ -44,7 +44,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tre
 
 
 @pytest.mark.parametrize("layout", BUILDERS)
-def test_labels_land_on_the_right_frames(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
+def test_labels_apply_to_their_frames(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
     root, tree = trees[layout]
     for clip in open_dataset(root, layout).clips:
         written, sent = tree[clip.id], work(clip)
@@ -58,7 +58,7 @@ def test_labels_land_on_the_right_frames(layout: str, trees: dict[str, tuple[Pat
 
 
 @pytest.mark.parametrize("layout", BUILDERS)
-def test_every_sample_shows_its_own_frame(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
+def test_every_sample_shows_the_frame_of_its_time(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
     root, tree = trees[layout]
     for clip in open_dataset(root, layout).clips:
         written, sent = tree[clip.id], work(clip)
@@ -71,7 +71,7 @@ def test_every_sample_shows_its_own_frame(layout: str, trees: dict[str, tuple[Pa
 
 
 @pytest.mark.parametrize("layout", BUILDERS)
-def test_audio_comes_from_its_own_file_where_there_is_one(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
+def test_a_separate_audio_file_takes_precedence(layout: str, trees: dict[str, tuple[Path, Tree]]) -> None:
     root, tree = trees[layout]
     for clip in open_dataset(root, layout).clips:
         written, sent = tree[clip.id], work(clip)
@@ -83,7 +83,7 @@ def test_audio_comes_from_its_own_file_where_there_is_one(layout: str, trees: di
 
 
 @pytest.mark.parametrize("layout", BUILDERS)
-def test_the_check_counts_what_was_written(
+def test_check_counts_the_written_frames_and_labels(
     layout: str, trees: dict[str, tuple[Path, Tree]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, tree = trees[layout]
@@ -98,7 +98,7 @@ def test_the_check_counts_what_was_written(
             assert item["labels"]["rows"] == len(rows)
 
 
-def test_a_separate_audio_that_cannot_be_read_fails_its_clip_only(tmp_path: Path) -> None:
+def test_an_unreadable_separate_audio_file_fails_only_its_clip(tmp_path: Path) -> None:
     BUILDERS["sewa"](tmp_path)
     (tmp_path / "audio" / "Train_01.WAV").write_text("no sound")
     outcomes = {clip.id: work(clip)[-1] for clip in open_dataset(tmp_path).clips}
@@ -114,7 +114,7 @@ def stills_clip(folder: Path) -> Clip:
     return Clip("a", None, "a", None, frames=folder, frame_rate=25.0)
 
 
-def test_images_are_found_by_number_and_never_shift(tmp_path: Path) -> None:
+def test_images_are_read_by_frame_number(tmp_path: Path) -> None:
     for name in ("00002.png", "7.jpg", "00007.png", "x3.png", "3.txt", "-1.png"):
         Image.new("RGB", (8, 6), (9, 9, 9)).save(tmp_path / name, "png")
     assert {number: path.name for number, path in list_stills(tmp_path).items()} == {2: "00002.png", 7: "00007.png"}
@@ -135,7 +135,7 @@ def test_a_damaged_image_is_a_missing_face_and_is_counted(tmp_path: Path) -> Non
     assert seen == {k for k, frame in enumerate(end.frame.tolist()) if frame != 5} and 5 in end.frame
 
 
-def test_faces_are_looked_for_in_images_as_in_video(tmp_path: Path) -> None:
+def test_faces_are_detected_in_images_as_in_video(tmp_path: Path) -> None:
     for number in range(5):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
     sent = work(stills_clip(tmp_path), faces="auto")
@@ -143,7 +143,7 @@ def test_faces_are_looked_for_in_images_as_in_video(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "x.png", "123456789012345678.png"])
-def test_folders_without_usable_numbers_fail(tmp_path: Path, name: str) -> None:
+def test_image_folders_without_frame_numbers_fail(tmp_path: Path, name: str) -> None:
     if name:
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (failed,) = work(stills_clip(tmp_path))
@@ -157,7 +157,7 @@ def check_dataset_of(clip: Clip) -> bool:
     return [note.code for note in check_clip(clip).findings if note.severity == "error"] == ["unreadable"]
 
 
-def test_a_folder_is_another_one_when_its_images_or_rate_change(tmp_path: Path) -> None:
+def test_image_folder_identity_depends_on_images_and_rate(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     before = stills_identity(tmp_path, 25.0)
     assert stills_identity(tmp_path, 25.0) == before != stills_identity(tmp_path, 30.0)

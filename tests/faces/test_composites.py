@@ -58,7 +58,7 @@ def network() -> str:
         "mirrored",
     ],
 )
-def test_every_second_is_the_right_persons(name: str, clips: Path, tmp_path: Path, network: str) -> None:
+def test_every_second_follows_the_right_person(name: str, clips: Path, tmp_path: Path, network: str) -> None:
     draw, seconds = composites(clips)[name]
     counts = count(people_of(write(tmp_path / "clip.mp4", draw, seconds), network), draw, seconds)
     assert counts.switches == 0
@@ -67,7 +67,7 @@ def test_every_second_is_the_right_persons(name: str, clips: Path, tmp_path: Pat
     assert counts.missed == 0
 
 
-def test_rotation_by_metadata_changes_nothing(clips: Path, tmp_path: Path, network: str) -> None:
+def test_rotation_metadata_does_not_change_the_person(clips: Path, tmp_path: Path, network: str) -> None:
     draw, seconds = composites(clips)["two side by side"]
     path = write(tmp_path / "turned.mp4", draw, seconds, turned=True)
     counts = count(people_of(path, network), draw, seconds)
@@ -75,7 +75,7 @@ def test_rotation_by_metadata_changes_nothing(clips: Path, tmp_path: Path, netwo
     assert counts.right == counts.total
 
 
-def test_without_a_network_no_tracks_are_joined_across_a_cut(clips: Path, tmp_path: Path) -> None:
+def test_tracks_are_not_joined_across_a_cut_without_embeddings(clips: Path, tmp_path: Path) -> None:
     draw, seconds = composites(clips)["cut to another and back"]
     people = people_of(write(tmp_path / "clip.mp4", draw, seconds), "none")
     counts = count(people, draw, seconds)

@@ -26,7 +26,7 @@ def extracted(two_people: Path) -> Path:
     return out
 
 
-def test_extract_ends_with_the_command_that_shows_everyone(
+def test_extract_prints_the_command_that_shows_all_people(
     two_people: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     options = ["--visual", "clip-tiny", "--audio", "none", "--device", "cpu", "--identity", "none"]
@@ -36,7 +36,7 @@ def test_extract_ends_with_the_command_that_shows_everyone(
     assert f"vaflow faces {tmp_path / 'cache'}" in last
 
 
-def test_the_page_shows_both_and_marks_whose_features_are_stored(
+def test_the_page_shows_both_people_and_marks_the_stored_one(
     two_people: Path, extracted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = two_people / "page" / "faces.html"
@@ -53,7 +53,7 @@ def test_the_page_shows_both_and_marks_whose_features_are_stored(
     assert html.count("features are of this person") == 1
 
 
-def test_the_table_holds_every_box(two_people: Path, extracted: Path) -> None:
+def test_the_face_table_lists_every_box(two_people: Path, extracted: Path) -> None:
     page = two_people / "table" / "faces.html"
     assert main(["faces", str(extracted), "--out", str(page)]) == 0
     with (page.parent / "faces.csv").open(newline="", encoding="utf-8") as file:
@@ -63,7 +63,7 @@ def test_the_table_holds_every_box(two_people: Path, extracted: Path) -> None:
     assert middles["1"] < 320 < middles["2"]
 
 
-def test_a_cache_without_the_stream_is_refused(
+def test_a_cache_without_a_faces_stream_is_rejected(
     two_people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "cache"

@@ -55,17 +55,17 @@ def chosen_place(people: People, rule: str) -> float:
     return float(np.mean([s.face.centre[0] for s in people.sightings[people.choose(rule) - 1]]))
 
 
-def test_main_is_who_is_seen_longest_not_who_is_largest() -> None:
+def test_main_is_the_person_visible_longest() -> None:
     passer_by = face(600, size=180)
     people = clip([[face(150), passer_by] if 4 <= k < 8 else [face(150)] for k in range(20)])
     assert chosen_place(people, "main") == 150
 
 
-def test_of_people_seen_equally_long_the_larger_one_is_main() -> None:
+def test_main_prefers_the_larger_of_equally_visible_people() -> None:
     assert chosen_place(clip([[face(150, size=90), face(600, size=130)]] * 10), "main") == 600
 
 
-def test_sides_are_those_of_the_two_people_together_longest() -> None:
+def test_sides_are_assigned_to_the_two_people_visible_together_longest() -> None:
     people = clip([[face(150), face(600)]] * 10)
     assert chosen_place(people, "left") == 150
     assert chosen_place(people, "right") == 600
@@ -82,7 +82,7 @@ def test_a_clip_without_faces_has_no_side() -> None:
         clip([[]] * 10).choose("left")
 
 
-def test_people_who_change_sides_have_none() -> None:
+def test_people_who_change_sides_have_no_side() -> None:
     steps = np.linspace(150, 600, 12)
     people = clip([[face(float(x), y=100), face(float(750 - x), y=300)] for x in steps])
     assert len(people.sightings) == 2
@@ -90,7 +90,7 @@ def test_people_who_change_sides_have_none() -> None:
         people.choose("right")
 
 
-def test_a_person_is_named_by_number() -> None:
+def test_people_are_selected_by_number() -> None:
     people = clip([[face(150, size=90), face(600, size=130)]] * 10)
     assert chosen_place(people, "id:2") == 150
     with pytest.raises(MediaError, match="is not a person of this clip"):
@@ -98,18 +98,18 @@ def test_a_person_is_named_by_number() -> None:
 
 
 @pytest.mark.parametrize("network", [None, Blind()])
-def test_no_person_is_chosen_where_there_is_no_face(network: FaceNetwork | None) -> None:
+def test_no_person_is_selected_in_frames_without_faces(network: FaceNetwork | None) -> None:
     assert clip([[]] * 4, network=network).choose("main") == 0
 
 
-def test_people_of_one_frame_stay_two_however_alike_they_look() -> None:
+def test_faces_in_one_frame_are_different_people() -> None:
     away = [[face(150), face(600)]] * 4 + [[]] * 10 + [[face(150), face(600)]] * 4
     people = clip(away, network=Blind())
     assert len(people.sightings) == 2
     assert all(len({s.face.centre[0] for s in person if s.time < 2}) == 1 for person in people.sightings)
 
 
-def test_the_speaker_is_whose_mouth_moves_during_speech() -> None:
+def test_speaking_selects_the_person_whose_mouth_moves_during_speech() -> None:
     """The left mouth moves in the first half, which is silent; the right one in the second half."""
     mouths = [({150.0} if k < 10 else {600.0}) if k % 2 else set() for k in range(20)]
     people = clip([[face(150, size=130), face(600, size=130)]] * 20, mouths)
@@ -153,7 +153,7 @@ def test_two_faces_keep_their_tracks() -> None:
     assert tracker.update([face(208), face(800, score=0.55)], 1.0) == [0, None], "too uncertain to begin a track"
 
 
-def test_a_cut_changes_picture_and_colors() -> None:
+def test_a_cut_requires_changed_pixels_and_colors() -> None:
     rng = np.random.default_rng(1)
     colors = rng.integers(0, 150, (9, 16, 3)), rng.integers(100, 255, (9, 16, 3))
     first, second = (np.kron(color, np.ones((20, 20, 1))).astype(np.uint8) for color in colors)
@@ -172,13 +172,13 @@ def at(place: float, count: int = 3) -> np.ndarray:
     return np.full((count, 2), place, np.float32) + np.arange(count, dtype=np.float32)[:, None] / 100
 
 
-def test_tracks_that_look_alike_are_one_person() -> None:
+def test_similar_tracks_are_joined_to_one_person() -> None:
     apart = np.eye(4, dtype=bool)
     people = link([at(0), at(1), at(0.02), at(1.02)], apart, 0.5)
     assert people[0] == people[2] != people[1] == people[3]
 
 
-def test_tracks_of_one_frame_are_never_one_person() -> None:
+def test_simultaneous_tracks_are_never_one_person() -> None:
     apart = np.eye(3, dtype=bool)
     apart[0, 1] = apart[1, 0] = True
     people = link([at(0), at(0.01), at(0.02)], apart, 0.5)
@@ -186,7 +186,7 @@ def test_tracks_of_one_frame_are_never_one_person() -> None:
     assert people[2] in people[:2]
 
 
-def test_a_track_without_vectors_is_not_joined() -> None:
+def test_a_track_without_embeddings_is_not_joined() -> None:
     assert len(set(link([at(0), at(0, 0), at(0)], np.eye(3, dtype=bool), 0.5))) == 2
 
 
@@ -200,13 +200,13 @@ def test_yaw_follows_the_nose() -> None:
     assert 20 < yaw(turned) < 60
 
 
-def test_largest_has_the_identity_of_streams_made_before() -> None:
+def test_largest_keeps_the_identity_of_older_streams() -> None:
     assert faces_identity()["tracker"] == 1
     assert "person" not in faces_identity()
     assert tracker_identity("main", "none")["person"] == "main"
 
 
 @pytest.mark.parametrize("person", ["everyone", "id:0", "id:", "Left"])
-def test_a_person_that_does_not_exist_is_refused(person: str) -> None:
+def test_an_unknown_person_is_rejected(person: str) -> None:
     with pytest.raises(UsageError, match="--person must be"):
         ExtractConfig(person=person)

@@ -74,7 +74,7 @@ def fill_up(lab: Lab, disk: Disk, args: list[object], out: Path, sizes: tuple[in
     return len(kept)
 
 
-def test_hdf5_on_a_disk_of_any_size_is_written_or_refused(disk: Disk) -> None:
+def test_hdf5_on_a_full_disk_is_complete_or_rejected(disk: Disk) -> None:
     """libhdf5 by itself crashes the process when there is no room left for what it writes as it closes."""
     arrays: dict[str, Rows] = {name: np.arange(1000.0) for name in ("a", "b", "c")}
     refused = 0
@@ -91,7 +91,7 @@ def test_hdf5_on_a_disk_of_any_size_is_written_or_refused(disk: Disk) -> None:
     assert 0 < refused < 24
 
 
-def test_extraction_onto_a_full_disk(lab: Lab, disk: Disk, media: Path, whole: Path) -> None:
+def test_a_full_disk_stops_extraction_cleanly(lab: Lab, disk: Disk, media: Path, whole: Path) -> None:
     out = disk.path / "cache"
     kept = fill_up(lab, disk, ["extract", media, "--out", out, *EXTRACT], out, (16, 100, 300, 500))
     assert kept > 0
@@ -99,21 +99,21 @@ def test_extraction_onto_a_full_disk(lab: Lab, disk: Disk, media: Path, whole: P
 
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
-def test_conversion_onto_a_full_disk(lab: Lab, disk: Disk, toys: Path, store: str) -> None:
+def test_a_full_disk_stops_conversion_cleanly(lab: Lab, disk: Disk, toys: Path, store: str) -> None:
     out = disk.path / "cache"
     kept = fill_up(lab, disk, ["cache", "convert", toys, "--out", out, "--store", store], out, (16, 60, 150))
     assert kept > 0
     assert_same_cache(out, toys)
 
 
-def test_merge_onto_a_full_disk(lab: Lab, disk: Disk, toys: Path, tmp_path: Path) -> None:
+def test_a_full_disk_stops_merge_cleanly(lab: Lab, disk: Disk, toys: Path, tmp_path: Path) -> None:
     out = disk.path / "cache"
     parts = split_cache(toys, tmp_path)
     assert fill_up(lab, disk, ["cache", "merge", out, *parts], out, (40, 150)) > 0
     assert_same_cache(out, toys)
 
 
-def test_training_onto_a_full_disk(lab: Lab, disk: Disk, toys: Path, whole_run: Path) -> None:
+def test_a_full_disk_stops_training_cleanly(lab: Lab, disk: Disk, toys: Path, whole_run: Path) -> None:
     out = disk.path / "run"
     args = ["train", toys, "--out", out, *SMALL]
     for size in (4, 40, 100, 200):
@@ -124,7 +124,7 @@ def test_training_onto_a_full_disk(lab: Lab, disk: Disk, toys: Path, whole_run: 
     assert_same_run(out, whole_run)
 
 
-def test_a_disk_that_becomes_read_only(lab: Lab, disk: Disk, media: Path, whole: Path) -> None:
+def test_a_disk_that_becomes_read_only_is_reported(lab: Lab, disk: Disk, media: Path, whole: Path) -> None:
     """As a file system does that has found an error in itself."""
     disk.resize(64_000)
     out = disk.path / "cache"
@@ -141,7 +141,7 @@ def test_a_disk_that_becomes_read_only(lab: Lab, disk: Disk, media: Path, whole:
 
 
 @pytest.mark.parametrize("at", [2, 9, 20])
-def test_extraction_that_loses_its_permission(lab: Lab, media: Path, whole: Path, tmp_path: Path, at: int) -> None:
+def test_extraction_reports_lost_permission(lab: Lab, media: Path, whole: Path, tmp_path: Path, at: int) -> None:
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
     fault = f"strike('vaflow.cache.cache.Cache.write', {at}, run, 'chmod -R a-w {out}')"
@@ -157,7 +157,7 @@ def test_extraction_that_loses_its_permission(lab: Lab, media: Path, whole: Path
 @pytest.mark.parametrize(
     "stage", ["train.loop.train_step", "train.loop.write_tensors", "train.session.write_predictions"]
 )
-def test_training_that_loses_its_permission(lab: Lab, toys: Path, whole_run: Path, tmp_path: Path, stage: str) -> None:
+def test_training_reports_lost_permission(lab: Lab, toys: Path, whole_run: Path, tmp_path: Path, stage: str) -> None:
     out = tmp_path / "run"
     args = ["train", toys, "--out", out, *SMALL]
     fault = f"strike('vaflow.{stage}', 1, run, 'chmod -R a-w {out}')"
@@ -182,7 +182,7 @@ def commands_into(out: Path, media: Path, toys: Path, run: Path) -> list[list[ob
     ]
 
 
-def test_nothing_can_be_written_into_a_read_only_folder(
+def test_every_command_rejects_a_read_only_directory(
     lab: Lab, media: Path, toys: Path, whole_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "shut"

@@ -13,7 +13,7 @@ STEP = 211  # a prime: every position in a byte has its turn
 
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
-def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, store: str) -> None:
+def test_a_flipped_bit_is_detected_anywhere(tmp_path: Path, store: str) -> None:
     tried, lost = every_flip(tmp_path / "cache", store, step=STEP)
     bits = 8 * sum(file.stat().st_size for file in committed_files(tmp_path / "cache"))
     assert tried >= bits // STEP

@@ -15,26 +15,26 @@ def assert_clean(lab: Lab, target: Target, folder: Path, seed: int) -> None:
     assert tally.kills >= KILLS
 
 
-def test_extraction_killed_at_random_moments(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+def test_extraction_resumes_after_random_kills(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
     assert_clean(lab, extraction(media, whole), tmp_path, seed=1)
 
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
-def test_conversion_killed_at_random_moments(lab: Lab, toys: Path, tmp_path: Path, store: str) -> None:
+def test_conversion_resumes_after_random_kills(lab: Lab, toys: Path, tmp_path: Path, store: str) -> None:
     assert_clean(lab, conversion(toys, store), tmp_path, seed=2)
 
 
-def test_merge_killed_at_random_moments(lab: Lab, toys: Path, tmp_path: Path) -> None:
+def test_merge_resumes_after_random_kills(lab: Lab, toys: Path, tmp_path: Path) -> None:
     assert_clean(lab, merging(split_cache(toys, tmp_path), toys), tmp_path, seed=3)
 
 
-def test_training_killed_at_random_moments_ends_with_the_same_weights(lab: Lab, toys: Path, tmp_path: Path) -> None:
+def test_training_killed_at_random_moments_gives_the_same_weights(lab: Lab, toys: Path, tmp_path: Path) -> None:
     target = training(toys, tmp_path / "whole")
     assert_said(lab.run(target.args(tmp_path / "whole")), 0)
     assert_clean(lab, target, tmp_path, seed=4)
 
 
-def test_the_count_notices_what_is_lost(lab: Lab, toys: Path, tmp_path: Path) -> None:
+def test_the_item_count_detects_lost_items(lab: Lab, toys: Path, tmp_path: Path) -> None:
     """A conversion that begins anew every time would be counted."""
     honest = conversion(toys, "zarr")
     serial = iter(range(1000))

@@ -27,7 +27,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
-def test_a_record_is_named_after_all_that_it_names_is_on_the_disk(toys: Path, tmp_path: Path, store: str) -> None:
+def test_a_record_is_renamed_after_its_files_are_flushed(toys: Path, tmp_path: Path, store: str) -> None:
     """As the kernel saw it: files, their folders, the record's bytes, and only then the record's name."""
     out = tmp_path / "cache"
     calls = trace(["cache", "convert", toys, "--out", out, "--store", store], tmp_path / "log")
@@ -56,7 +56,7 @@ def _last(calls: list[Call], names: tuple[str, ...], path: Path) -> Call:
     return found[-1]
 
 
-def test_what_strace_writes_is_read_rightly() -> None:
+def test_strace_output_is_parsed() -> None:
     """Calls of several threads interleave; failed ones do not count."""
     log = (
         '7 fsync(5</a/file> <unfinished ...>\n8 write(6</a/b c>, "x"..., 10) = 10\n7 <... fsync resumed>) = 0\n'
@@ -69,7 +69,7 @@ def test_what_strace_writes_is_read_rightly() -> None:
     ]
 
 
-def test_a_run_is_done_only_when_all_of_it_is_on_the_disk(
+def test_a_run_is_marked_done_after_all_files_are_flushed(
     toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`metrics.json`, which says so, comes last; the checkpoint goes after that."""
@@ -134,7 +134,7 @@ def zeros(file: Path) -> Callable[[], object]:
 
 @pytest.mark.parametrize("late", [hidden, empty, short, zeros])
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
-def test_a_record_that_is_seen_before_its_arrays_never_gives_wrong_data(
+def test_a_record_visible_before_its_arrays_is_never_read_as_valid(
     lab: Lab, toys: Path, tmp_path: Path, store: str, late: Callable[[Path], Callable[[], object]]
 ) -> None:
     """As on a network file system that reorders: an error until everything is there, then the right arrays."""

@@ -61,7 +61,9 @@ TURNS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytes
 
 
 @pytest.mark.parametrize("turn", TURNS)
-def test_extraction_struck_at_every_stage(lab: Lab, media: Path, whole: Path, tmp_path: Path, turn: int) -> None:
+def test_extraction_handles_signals_at_every_stage(
+    lab: Lab, media: Path, whole: Path, tmp_path: Path, turn: int
+) -> None:
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
     for name, stage, how in in_turn(EXTRACTING, turn):
@@ -74,7 +76,9 @@ def test_extraction_struck_at_every_stage(lab: Lab, media: Path, whole: Path, tm
 
 
 @pytest.mark.parametrize("turn", TURNS)
-def test_training_struck_at_every_stage(lab: Lab, toys: Path, whole_run: Path, tmp_path: Path, turn: int) -> None:
+def test_training_handles_signals_at_every_stage(
+    lab: Lab, toys: Path, whole_run: Path, tmp_path: Path, turn: int
+) -> None:
     out = tmp_path / "run"
     args = ["train", toys, "--out", out, *SMALL]
     for name, stage, how in in_turn(TRAINING, turn):
@@ -84,7 +88,7 @@ def test_training_struck_at_every_stage(lab: Lab, toys: Path, whole_run: Path, t
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "scheduler"])
-def test_conversion_struck_while_copying(lab: Lab, toys: Path, tmp_path: Path, how: str) -> None:
+def test_conversion_handles_signals_while_copying(lab: Lab, toys: Path, tmp_path: Path, how: str) -> None:
     out = tmp_path / "cache"
     args = ["cache", "convert", toys, "--out", out, "--store", "hdf5"]
     for stage in (("vaflow.cache.copy.survey", 1), ("vaflow.cache.cache.Cache.adopt", 6)):
@@ -104,7 +108,7 @@ def test_a_killed_command_leaves_no_worker(lab: Lab, media: Path, tmp_path: Path
     assert process.orphans() == []
 
 
-def test_a_second_ctrl_c_does_no_harm(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_corrupts_nothing(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
     """An impatient person: the second one comes while the command tidies up."""
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
@@ -120,7 +124,7 @@ def test_a_second_ctrl_c_does_no_harm(lab: Lab, media: Path, whole: Path, tmp_pa
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "shutdown"])
-def test_a_study_struck_while_its_processes_start(lab: Lab, toys: Path, tmp_path: Path, how: str) -> None:
+def test_a_study_handles_signals_while_processes_start(lab: Lab, toys: Path, tmp_path: Path, how: str) -> None:
     """They import for seconds; neither they nor their messages stay behind."""
     args = ["ablate", toys, "--table", "extra", "--seeds", "1", "--jobs", "2", "--out", tmp_path / "study"]
     names = ["--alias", "clip-vit-b16=toy-eyes", "--alias", "ast=toy-ears", "--set", "device=cpu"]

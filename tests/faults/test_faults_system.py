@@ -17,7 +17,7 @@ YEAR = 365 * 86400
 JUMPS = f"from strikes import *; jump_clock({YEAR}); jump_file_times({YEAR})"
 
 
-def test_extraction_while_the_clock_jumps(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+def test_extraction_tolerates_clock_jumps(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
     """By a year, forth and back, on the wall and on the disk; killed and resumed in between."""
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
@@ -31,19 +31,19 @@ def test_extraction_while_the_clock_jumps(lab: Lab, media: Path, whole: Path, tm
     assert_same_cache(out, whole)
 
 
-def test_training_while_the_clock_jumps(lab: Lab, toys: Path, tmp_path: Path) -> None:
+def test_training_tolerates_clock_jumps(lab: Lab, toys: Path, tmp_path: Path) -> None:
     assert_said(lab.run(["train", toys, "--out", tmp_path / "plain", *SMALL]), 0)
     assert_said(lab.run(["train", toys, "--out", tmp_path / "jumping", *SMALL], JUMPS), 0)
     assert_same_run(tmp_path / "jumping", tmp_path / "plain")
 
 
-def test_two_runs_with_one_seed_are_the_same_files(lab: Lab, toys: Path, tmp_path: Path) -> None:
+def test_two_runs_with_one_seed_write_identical_files(lab: Lab, toys: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert_said(lab.run(["train", toys, "--out", tmp_path / name, *SMALL, "--seed", "7"]), 0)
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-def test_an_index_is_not_fooled_by_times_that_go_back(toys: Path, tmp_path: Path) -> None:
+def test_the_index_detects_changes_when_the_clock_goes_back(toys: Path, tmp_path: Path) -> None:
     """Whatever the times of the records' folders are, an open cache sees what is committed."""
     subprocess.run(["cp", "-a", toys, tmp_path / "cache"], check=True)
     cache = open_cache(tmp_path / "cache", writable=True)
@@ -60,7 +60,7 @@ def test_an_index_is_not_fooled_by_times_that_go_back(toys: Path, tmp_path: Path
         assert open_cache(cache.path).items() == items
 
 
-def test_two_extractions_into_one_cache_at_once(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_concurrent_extractions_share_a_cache(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
     both = [lab.start(args), lab.start(args)]
@@ -70,7 +70,7 @@ def test_two_extractions_into_one_cache_at_once(lab: Lab, media: Path, whole: Pa
     assert leftovers(open_cache(out)) == []
 
 
-def test_clips_of_killed_workers_fail(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
+def test_clips_of_killed_workers_are_listed_as_failed(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
     process = lab.start(args)
@@ -97,7 +97,7 @@ OUT_OF_MEMORY = {
 
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_an_encoder_that_runs_out_of_memory(lab: Lab, media: Path, tmp_path: Path, kind: str) -> None:
+def test_encoder_out_of_memory_is_reported(lab: Lab, media: Path, tmp_path: Path, kind: str) -> None:
     """Every batch fails: no clip can be encoded."""
     out = tmp_path / "cache"
     always = "\n".join(
@@ -112,7 +112,7 @@ def test_an_encoder_that_runs_out_of_memory(lab: Lab, media: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_an_encoder_whose_batch_does_not_fit_once(lab: Lab, media: Path, tmp_path: Path, kind: str) -> None:
+def test_one_out_of_memory_batch_is_split(lab: Lab, media: Path, tmp_path: Path, kind: str) -> None:
     """Half the batch fits, and the run goes on."""
     out = tmp_path / "cache"
     fault = f"strike('vaflow.encoders.clip.ClipEncoder.encode', 2, {OUT_OF_MEMORY[kind]})"
@@ -122,7 +122,7 @@ def test_an_encoder_whose_batch_does_not_fit_once(lab: Lab, media: Path, tmp_pat
 
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_training_that_runs_out_of_memory(lab: Lab, toys: Path, tmp_path: Path, kind: str) -> None:
+def test_training_out_of_memory_is_reported(lab: Lab, toys: Path, tmp_path: Path, kind: str) -> None:
     fault = f"strike('vaflow.train.loop.train_step', 9, {OUT_OF_MEMORY[kind]})"
     ended = lab.run(["train", toys, "--out", tmp_path / "run", *SMALL], f"import torch\nfrom strikes import *\n{fault}")
     assert_said(ended, 1, "memory", "--batch-size")

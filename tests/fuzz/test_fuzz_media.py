@@ -35,12 +35,12 @@ def assert_all_end_well(cases: list[Case]) -> None:
     assert {found.outcome for found in good} == {"read", "refused"}
 
 
-def test_damaged_media_are_read_or_refused(seeds: Path) -> None:
+def test_damaged_media_are_read_or_rejected(seeds: Path) -> None:
     assert_all_end_well([Case(0, number, seeds) for number in range(ORDINARY)])
 
 
 @pytest.mark.slow
-def test_thousands_of_damaged_media_are_read_or_refused(seeds: Path) -> None:
+def test_thousands_of_damaged_media_are_read_or_rejected(seeds: Path) -> None:
     assert_all_end_well([Case(1, number, seeds) for number in range(LONG)])
 
 
@@ -55,7 +55,7 @@ def _whole(case: Case) -> Result:
     return read_case(case)
 
 
-def test_every_whole_file_is_read(seeds: Path) -> None:
+def test_every_undamaged_file_is_read(seeds: Path) -> None:
     """Otherwise the cases above would show nothing."""
     cases = [Case(0, number, seeds) for number in range(len(SEEDS))]
     results = dict(each(_whole, cases, workers=1, item_timeout=HANG))
@@ -63,7 +63,7 @@ def test_every_whole_file_is_read(seeds: Path) -> None:
     assert found == dict.fromkeys(SEEDS, "read")
 
 
-def test_a_case_is_the_same_file_every_time(seeds: Path) -> None:
+def test_fuzz_cases_are_reproducible(seeds: Path) -> None:
     for number in range(40):
         assert damaged(Case(3, number, seeds)) == damaged(Case(3, number, seeds))
     assert damaged(Case(3, 0, seeds)) != damaged(Case(4, 0, seeds))
@@ -105,7 +105,7 @@ def _plant(case: Case) -> Result:
     return read_case(case)
 
 
-def test_the_campaign_sees_bugs_crashes_hangs_and_hunger(seeds: Path) -> None:
+def test_the_fuzz_harness_detects_bugs_crashes_hangs_and_memory_growth(seeds: Path) -> None:
     cases = [Case(0, number, seeds) for number in range(5)]
     found = dict(each(_plant, cases, workers=2, item_timeout=4.0))
     bug, crash, hang, hunger, good = (found[k] for k in range(5))

@@ -21,12 +21,12 @@ def _run(family: Family, folder: Path, count: int) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
-def test_texts_are_read_or_refused(name: str, tmp_path: Path) -> None:
+def test_texts_are_read_or_rejected(name: str, tmp_path: Path) -> None:
     _run(FAMILIES[name], tmp_path / "case", ORDINARY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
-def test_thousands_of_texts_are_read_or_refused(name: str, tmp_path: Path) -> None:
+def test_thousands_of_texts_are_read_or_rejected(name: str, tmp_path: Path) -> None:
     _run(FAMILIES[name], tmp_path / "case", LONG)

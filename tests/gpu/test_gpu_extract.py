@@ -33,7 +33,7 @@ def plain(gpu: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Cac
     return extract(data, tmp_path_factory.mktemp("plain") / "cache", "--device", gpu)
 
 
-def test_float32_is_the_cpus_float32(gpu: str, data: Path, plain: Cache, tmp_path: Path) -> None:
+def test_float32_equals_float32_on_cpu(gpu: str, data: Path, plain: Cache, tmp_path: Path) -> None:
     """One step of what is stored; of values below a sixteenth of their vector's largest, a step of that."""
     other = extract(data, tmp_path / "cache", "--device", "cpu")
     for stream, item in bits(plain):
@@ -45,14 +45,14 @@ def test_float32_is_the_cpus_float32(gpu: str, data: Path, plain: Cache, tmp_pat
 
 
 @pytest.mark.parametrize("options", [["--workers", "1"], ["--store", "hdf5"]])
-def test_the_same_bits_whatever_the_workers_and_the_store(
+def test_gpu_results_do_not_depend_on_workers_or_store(
     options: list[str], gpu: str, data: Path, plain: Cache, tmp_path: Path
 ) -> None:
     assert bits(extract(data, tmp_path / "cache", "--device", gpu, *options)) == bits(plain)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_low_precision_points_where_float32_points(
+def test_low_precision_features_have_high_cosine_similarity_to_float32(
     precision: str, gpu: str, data: Path, plain: Cache, tmp_path: Path
 ) -> None:
     if gpu == "cpu" and precision == "float16":
@@ -73,13 +73,13 @@ def test_compiled_encoders(gpu: str, data: Path, plain: Cache, tmp_path: Path) -
         assert np.abs(a - b).max(initial=0) <= 4 * STEP * np.abs(a).max(initial=0)
 
 
-def test_the_batch_follows_from_the_cards_memory(gpu: str, data: Path, tmp_path: Path) -> None:
+def test_batch_size_follows_from_gpu_memory(gpu: str, data: Path, tmp_path: Path) -> None:
     cache = extract(data, tmp_path / "cache", "--device", gpu, "--image-batch", "auto", "--window-batch", "auto")
     [size] = cache.record("clip-tiny", cache.items(stream="clip-tiny")[0]).meta["batch"]
     assert size >= 16 and size & (size - 1) == 0
 
 
-def test_memory_that_runs_out_halves_the_batch(gpu: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_halves_the_batch(gpu: str, caplog: pytest.LogCaptureFixture) -> None:
     """Real memory of a real card: each row asks for a sixteenth of it."""
     device = torch.device(gpu)
     if device.type != "cuda":
@@ -99,7 +99,7 @@ def test_memory_that_runs_out_halves_the_batch(gpu: str, caplog: pytest.LogCaptu
     assert "Too little memory" in caplog.text
 
 
-def test_the_profile_knows_how_long_the_device_worked(
+def test_the_profile_contains_device_time(
     gpu: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["extract", str(data), "--out", str(tmp_path / "cache"), *TINY, "--device", gpu, "--json"]) == 0
@@ -108,7 +108,7 @@ def test_the_profile_knows_how_long_the_device_worked(
     assert 0 < idle_share(stages) < 1
 
 
-def test_the_stopwatch_waits_for_the_device(gpu: str) -> None:
+def test_the_stopwatch_synchronizes_the_device(gpu: str) -> None:
     device = torch.device(gpu)
     one = torch.randn(2048, 2048, device=device)
     short = Stopwatch(device)
@@ -121,7 +121,7 @@ def test_the_stopwatch_waits_for_the_device(gpu: str) -> None:
     assert long.seconds > 4 * short.seconds > 0
 
 
-def test_faces_are_found_where_opencv_finds_them(gpu: str, clips: Path, tmp_path: Path) -> None:
+def test_gpu_detections_equal_opencv(gpu: str, clips: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in ("obama.mp4", "face_noface.mov"):
         (tmp_path / "data" / name).symlink_to((clips / name).resolve())

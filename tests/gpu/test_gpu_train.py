@@ -19,7 +19,7 @@ def cache(gpu: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize("options", [[], ["--finetune"]])
-def test_a_run_says_the_same_on_both_devices(
+def test_a_run_predicts_the_same_on_cpu_and_gpu(
     options: list[str], gpu: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"

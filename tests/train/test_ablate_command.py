@@ -47,7 +47,7 @@ def test_built_in_tables_on_other_encoders(cache: Path, built_in: Path, capsys: 
     assert last.endswith(str(built_in / "failures.jsonl"))
 
 
-def test_json_is_one_document_and_nothing_else(cache: Path, built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_is_one_document(cache: Path, built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["ablate", str(cache), "--out", str(built_in), "--table", "2", "--table", "3", "--seeds", "1", "--json"]
     assert main([*command, *ALIASES, *SMALL]) == 0
     said = capsys.readouterr()
@@ -59,13 +59,13 @@ def test_json_is_one_document_and_nothing_else(cache: Path, built_in: Path, caps
     assert document["failures"] == []
 
 
-def test_quiet_says_nothing(cache: Path, built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_nothing(cache: Path, built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["ablate", str(cache), "--out", str(built_in), "--table", "3", "--seeds", "1", "-q"]
     assert main([*command, *ALIASES, *SMALL]) == 0
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_grid_of_ones_own(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_grid_is_run(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = grid_file(tmp_path, GRID)
     out = tmp_path / "out"
     code = main(["ablate", str(cache), "--out", str(out), "--grid", str(grid), "--table", "one", "--seeds", "1"])
@@ -75,7 +75,7 @@ def test_a_grid_of_ones_own(cache: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "Choices: all, one, two" in capsys.readouterr().err
 
 
-def test_all_rows_failing_is_a_failure(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ablate_fails_if_all_rows_fail(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ablate", str(cache), "--out", str(tmp_path / "out"), "--table", "p2", "--seeds", "1"]) == 1
     assert "failures.jsonl" in capsys.readouterr().err.splitlines()[-1]
 
@@ -93,7 +93,7 @@ def test_all_rows_failing_is_a_failure(cache: Path, tmp_path: Path, capsys: pyte
         (["--grid", "nowhere.toml"], "Cannot read the tables"),
     ],
 )
-def test_bad_usage_is_told(
+def test_usage_errors_are_reported(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
     assert main(["ablate", str(cache), "--out", str(tmp_path / "out"), *options]) == 2

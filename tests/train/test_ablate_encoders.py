@@ -23,7 +23,7 @@ def two_eyes(path: Path) -> Cache:
     return cache
 
 
-def test_the_rows_are_all_streams_and_pairs(tmp_path: Path) -> None:
+def test_rows_cover_all_streams_and_pairs(tmp_path: Path) -> None:
     (table,) = encoder_study(two_eyes(tmp_path / "cache")).tables
     names = {row.name for row in table.rows}
     assert names == {VISUAL, "noise", AUDIO, f"{VISUAL} + {AUDIO}", f"noise + {AUDIO}", "all visual"}

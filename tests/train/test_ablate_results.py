@@ -37,7 +37,7 @@ def plan_of(out: Path, noise: dict[str, float], **options: int) -> Plan:
     return made_up_plan(out, {"1": [Row("1", name, paper=PAPER) for name in (*noise, "absent")]}, noise, **options)
 
 
-def test_means_and_deviations_are_those_of_the_runs(tmp_path: Path) -> None:
+def test_means_and_deviations_equal_those_of_the_runs(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"full": 0.4, "worse": 0.8}, seeds=3)
     full, worse, absent = collect(plan, tmp_path, {}).tables[0].rows
     for row, name in ((full, "full"), (worse, "worse")):
@@ -58,13 +58,13 @@ def test_means_and_deviations_are_those_of_the_runs(tmp_path: Path) -> None:
     assert absent.versus is None
 
 
-def test_best_is_bold_where_it_beats_the_runner_up(tmp_path: Path) -> None:
+def test_the_best_row_is_bold_if_it_beats_the_runner_up(tmp_path: Path) -> None:
     clear = plan_of(tmp_path / "a", {"full": 0.5, "best": 0.3, "worst": 0.9})
     flags = {row.entry.row.name: row.best for row in collect(clear, tmp_path / "a", {}).tables[0].rows}
     assert flags == {"full": (False,) * 3, "best": (True,) * 3, "worst": (False,) * 3, "absent": (False,) * 3}
 
 
-def test_nothing_is_bold_where_chance_could_have_chosen(tmp_path: Path) -> None:
+def test_nothing_is_bold_without_a_significant_difference(tmp_path: Path) -> None:
     close = plan_of(tmp_path, {"full": 0.5, "near": 0.5, "worst": 0.9}, videos=12)
     results = collect(close, tmp_path, {})
     near = results.tables[0].rows[1]
@@ -73,18 +73,18 @@ def test_nothing_is_bold_where_chance_could_have_chosen(tmp_path: Path) -> None:
     assert not any(row.best[-1] for row in results.tables[0].rows)
 
 
-def test_the_same_runs_twice_are_no_winner(tmp_path: Path) -> None:
+def test_identical_rows_have_no_winner(tmp_path: Path) -> None:
     rows = [Row("1", "best", {"lr": 1.0}), Row("1", "best", {"lr": 2.0}), Row("1", "full")]
     plan = made_up_plan(tmp_path, {"1": rows}, {"full": 0.9, "best": 0.3})
     assert not any(any(row.best) for row in collect(plan, tmp_path, {}).tables[0].rows)
 
 
-def test_a_lone_row_is_not_best(tmp_path: Path) -> None:
+def test_a_single_row_is_not_marked_best(tmp_path: Path) -> None:
     plan = made_up_plan(tmp_path, {"1": [Row("1", "full")]}, {"full": 0.3})
     assert not any(collect(plan, tmp_path, {}).tables[0].rows[0].best)
 
 
-def test_a_failed_seed_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_failed_seed_is_excluded_and_reported(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"full": 0.4, "worse": 0.8})
     failed = {key_of("worse", 1): Ended(error="DataError", message="it broke")}
     _, worse, _ = collect(plan, tmp_path, failed).tables[0].rows
@@ -93,7 +93,7 @@ def test_a_failed_seed_is_left_out_and_said(tmp_path: Path) -> None:
     assert np.isnan(worse.std).all()
 
 
-def test_runs_on_other_videos_are_compared_on_those_that_all_have(tmp_path: Path) -> None:
+def test_runs_are_compared_on_their_common_videos(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"full": 0.4, "worse": 0.8}, videos=20)
     run = tmp_path / "runs" / key_of("worse", 0)
     moments = read_moments(run)
@@ -113,7 +113,7 @@ def results(tmp_path: Path) -> Results:
     return collect(plan, tmp_path, {})
 
 
-def test_csv_has_the_columns_of_the_contract_first(results: Results) -> None:
+def test_csv_starts_with_the_documented_columns(results: Results) -> None:
     text = csv_text(results)
     assert text.splitlines()[0].startswith(CONTRACT + ",")
     rows = list(csv.DictReader(io.StringIO(text)))
@@ -147,7 +147,7 @@ def test_markdown_escapes_and_marks_the_best(results: Results) -> None:
     assert "lr = 0.001" in text
 
 
-def test_tuned_encoders_are_said(results: Results) -> None:
+def test_tuned_encoders_are_marked(results: Results) -> None:
     first, *others = results.tables
     full = first.rows[0]
     tuned = replace(full, entry=replace(full.entry, config=TrainConfig(finetune=True)))
@@ -176,7 +176,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_page_stands_alone(results: Results) -> None:
+def test_the_page_is_self_contained(results: Results) -> None:
     page = html_page(results, ABOUT)
     assert "http:" not in page and "https:" not in page
     assert "url(" not in page
@@ -187,7 +187,7 @@ def test_page_stands_alone(results: Results) -> None:
     assert found.tags.count("svg") == len(results.tables) + 4, "a picture per table, and the legend's marks"
 
 
-def test_page_escapes_everything_and_shows_it(results: Results) -> None:
+def test_the_page_escapes_and_shows_all_text(results: Results) -> None:
     page = html_page(results, ABOUT)
     name = results.tables[0].rows[1].entry.row.name
     assert page.count("</style>") == 1
@@ -200,7 +200,7 @@ def test_page_escapes_everything_and_shows_it(results: Results) -> None:
         assert word in found.text
 
 
-def test_picture_puts_marks_where_their_numbers_are(results: Results) -> None:
+def test_the_figure_places_marks_at_their_values(results: Results) -> None:
     page = html_page(results, ABOUT)
     picture = page[page.index('<svg class="plot"') :]
     ticks = re.findall(
@@ -214,7 +214,7 @@ def test_picture_puts_marks_where_their_numbers_are(results: Results) -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_names_of_rows_have_room_beside_the_picture(results: Results, trained: bool) -> None:
+def test_row_names_fit_beside_the_figure(results: Results, trained: bool) -> None:
     """Measured in DejaVu Sans, which is wider than what most browsers choose."""
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 13)
     table = results.tables[0]
@@ -243,22 +243,22 @@ def test_names_of_rows_have_room_beside_the_picture(results: Results, trained: b
         (10.5, "10.500"),
     ],
 )
-def test_numbers_for_people(number: float, shown: str) -> None:
+def test_numbers_are_formatted(number: float, shown: str) -> None:
     assert digits(number) == shown
 
 
-def test_signed_numbers_for_people() -> None:
+def test_signed_numbers_are_formatted() -> None:
     assert [digits(x, sign=True) for x in (0.05, -0.05, 0.0)] == ["+.050", f"{MINUS}.050", ".000"]
 
 
-def test_the_full_model_is_in_the_csv_where_no_table_has_it(tmp_path: Path) -> None:
+def test_the_full_model_is_added_to_the_csv(tmp_path: Path) -> None:
     plan = made_up_plan(tmp_path, {"mine": [Row("mine", "other")]}, {"full": 0.3, "other": 0.5})
     rows = list(csv.DictReader(io.StringIO(csv_text(collect(plan, tmp_path, {})))))
     assert [row["table"] for row in rows] == ["mine", "base"]
     assert float(rows[1]["ccc_mean"]) > float(rows[0]["ccc_mean"]) and rows[1]["within_mean"]
 
 
-def test_names_are_neither_formulas_nor_control_sequences(tmp_path: Path) -> None:
+def test_csv_and_terminal_names_are_escaped(tmp_path: Path) -> None:
     names = ("=cmd|' /C calc'!A0", "+1", "-1", "@SUM(1)", "\x1b[31mred")
     plan = made_up_plan(tmp_path, {"1": [Row("1", "full"), *(Row("1", name) for name in names)]}, {"full": 0.3})
     results = collect(plan, tmp_path, {})

@@ -50,7 +50,7 @@ def brute(said: list[list[Floats]], labels: list[Floats], draws: Floats) -> Floa
     return np.array(out)
 
 
-def test_resamples_are_those_of_frames_laid_end_to_end(labels: list[Floats]) -> None:
+def test_resamples_equal_concatenated_frames(labels: list[Floats]) -> None:
     said = predictions(labels, 0.4, 1)
     draws = draw(VIDEOS, RESAMPLES, seed=3)
     assert draws.shape == (RESAMPLES, VIDEOS)
@@ -58,7 +58,7 @@ def test_resamples_are_those_of_frames_laid_end_to_end(labels: list[Floats]) -> 
     np.testing.assert_allclose(resampled_ccc(moments(said, labels), draws), brute(said, labels, draws), atol=1e-10)
 
 
-def test_paired_comparison_is_that_of_the_loop(labels: list[Floats]) -> None:
+def test_paired_comparison_equals_a_loop(labels: list[Floats]) -> None:
     one, other = predictions(labels, 0.40, 1), predictions(labels, 0.43, 2)
     draws = draw(VIDEOS, RESAMPLES, seed=3)
     resampled = [resampled_ccc(moments(said, labels), draws) for said in (one, other)]
@@ -74,7 +74,7 @@ def test_paired_comparison_is_that_of_the_loop(labels: list[Floats]) -> None:
         assert found.p[k] == pytest.approx(max(expected, 2 ** (1 - VIDEOS)))
 
 
-def test_pairing_is_what_makes_a_small_constant_gain_visible(labels: list[Floats]) -> None:
+def test_pairing_detects_a_small_constant_gain(labels: list[Floats]) -> None:
     said = predictions(labels, 0.4, 1)
     better = [[x + 0.02 * (y - x) for x, y in zip(run, labels, strict=True)] for run in said]
     draws = draw(VIDEOS, 2000)
@@ -84,7 +84,7 @@ def test_pairing_is_what_makes_a_small_constant_gain_visible(labels: list[Floats
     assert percentile_interval(here)[-1, 0] < percentile_interval(there)[-1, 1], "the two intervals overlap"
 
 
-def test_equal_runs_differ_by_nothing(labels: list[Floats]) -> None:
+def test_equal_runs_have_zero_difference(labels: list[Floats]) -> None:
     resampled = resampled_ccc(moments(predictions(labels, 0.4, 1), labels), draw(VIDEOS, 50))
     same = compare(resampled, resampled, np.zeros(3), VIDEOS)
     assert (same.low == 0).all()
@@ -92,7 +92,7 @@ def test_equal_runs_differ_by_nothing(labels: list[Floats]) -> None:
     assert (same.p == 1).all()
 
 
-def test_few_videos_never_give_a_small_p(labels: list[Floats]) -> None:
+def test_few_videos_never_yield_a_small_p_value(labels: list[Floats]) -> None:
     table = moments(predictions(labels, 0.4, 1), labels)[:, :3]
     worse = moments(predictions(labels, 2.0, 2), labels)[:, :3]
     draws = draw(3, 1000)
@@ -121,7 +121,7 @@ def test_a_dimension_without_labels_has_no_interval(labels: list[Floats]) -> Non
     assert np.isnan(compare(resampled, resampled, np.zeros(3), VIDEOS).p[1])
 
 
-def test_moments_come_back_to_the_bit(tmp_path: Path, labels: list[Floats]) -> None:
+def test_moments_round_trip_exactly(tmp_path: Path, labels: list[Floats]) -> None:
     table = {f"v{i}": video_moments(y * 0.9, y) for i, y in enumerate(labels)}
     write_moments(tmp_path, table)
     back = read_moments(tmp_path)

@@ -65,7 +65,7 @@ def test_equal_configurations_are_trained_once(done: tuple[StudyResult, Path]) -
     assert not (out / "failures.jsonl").exists()
 
 
-def test_results_are_those_of_the_prediction_files(done: tuple[StudyResult, Path]) -> None:
+def test_results_equal_scores_of_the_prediction_files(done: tuple[StudyResult, Path]) -> None:
     _, out = done
     for row in read_csv(out):
         scores = []
@@ -85,7 +85,7 @@ def test_results_are_those_of_the_prediction_files(done: tuple[StudyResult, Path
         assert float(row["std_mean"]) == pytest.approx(np.std(np.mean(scores, axis=1), ddof=1), abs=1e-5)
 
 
-def test_seeds_count_up_and_runs_say_their_settings(done: tuple[StudyResult, Path]) -> None:
+def test_seeds_increase_and_runs_store_their_settings(done: tuple[StudyResult, Path]) -> None:
     _, out = done
     for row in read_csv(out):
         configs = [require_record(out / "runs" / key).config for key in row["runs"].split()]
@@ -107,7 +107,7 @@ def test_finished_runs_are_reused(cache: Cache, done: tuple[StudyResult, Path], 
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_runs_together_give_the_same_tables(
+def test_batched_runs_give_the_same_tables(
     cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
     monkeypatch.setattr("vaflow.train.together.choice.WORTH_MEASURING", 0)  # in this process, not in others
@@ -128,7 +128,7 @@ def test_runs_together_give_the_same_tables(
             assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-4)
 
 
-def test_hash_follows_what_decides_a_run(cache: Cache, tmp_path: Path) -> None:
+def test_run_hash_depends_on_the_effective_settings(cache: Cache, tmp_path: Path) -> None:
     def key(text: str = GRID, options: Options | None = None, other: Cache = cache) -> str:
         return make_plan(other, toy_study(tmp_path, text), ["one"], options or Options(1)).entries[0].keys[0]
 
@@ -176,7 +176,7 @@ def test_a_setting_added_later_keeps_the_runs_of_older_studies(
     assert key() == unchanged, "the hash of the version without these settings"
 
 
-def test_an_interrupted_study_goes_on(cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path) -> None:
+def test_an_interrupted_study_resumes(cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path) -> None:
     out, ended = tmp_path / "out", []
 
     def stop(outcome: Outcome) -> None:
@@ -216,7 +216,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-def test_a_kill_loses_only_runs_in_flight(cache: Cache, tmp_path: Path) -> None:
+def test_a_kill_loses_only_running_trainings(cache: Cache, tmp_path: Path) -> None:
     out = tmp_path / "out"
     grid = grid_file(tmp_path, GRID.replace("epochs = 1", "epochs = 4"))
     command = [sys.executable, "-c", "import sys; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"]
@@ -243,7 +243,7 @@ def test_a_kill_loses_only_runs_in_flight(cache: Cache, tmp_path: Path) -> None:
     assert read_csv(out) == read_csv(tmp_path / "whole")
 
 
-def test_a_missing_stream_costs_its_rows_only(cache: Cache, tmp_path: Path) -> None:
+def test_a_missing_stream_skips_only_its_rows(cache: Cache, tmp_path: Path) -> None:
     text = GRID + '\n[[table.two.row]]\nname = "bigger"\nvisual = ["clip-vit-b32"]\naudio = ["vggish-by-hand"]\n'
     result = run_study(cache, toy_study(tmp_path, text), [], tmp_path / "out", Options(seeds=1))
     rows = {row["row"]: row for row in read_csv(tmp_path / "out")}
@@ -283,7 +283,7 @@ def test_a_failed_run_does_not_stop_the_others(cache: Cache, tmp_path: Path) -> 
     assert not (out / "failures.jsonl").exists()
 
 
-def test_a_killed_worker_costs_its_run_only(cache: Cache, tmp_path: Path) -> None:
+def test_a_killed_worker_fails_only_its_run(cache: Cache, tmp_path: Path) -> None:
     plan = make_plan(cache, toy_study(tmp_path), [], Options(seeds=2))
     slow = replace(plan.jobs[0], config=replace(plan.jobs[0].config, epochs=5000))
     out, outcomes = tmp_path / "out", []
@@ -301,7 +301,7 @@ def test_a_killed_worker_costs_its_run_only(cache: Cache, tmp_path: Path) -> Non
     assert len(failed) <= 2, "two processes were killed, with a run each"
 
 
-def test_two_studies_in_one_folder_refuse(cache: Cache, tmp_path: Path) -> None:
+def test_two_studies_cannot_share_a_directory(cache: Cache, tmp_path: Path) -> None:
     study, out = toy_study(tmp_path), tmp_path / "out"
     met: list[Outcome] = []
 
@@ -315,7 +315,7 @@ def test_two_studies_in_one_folder_refuse(cache: Cache, tmp_path: Path) -> None:
     assert met
 
 
-def test_aliases_stand_in_and_are_said(cache: Cache, tmp_path: Path) -> None:
+def test_aliases_are_applied_and_reported(cache: Cache, tmp_path: Path) -> None:
     text = GRID.replace(VISUAL, "clip-vit-b16").replace(AUDIO, "ast")
     aliases = {"clip-vit-b16": VISUAL, "ast": AUDIO}
     result = run_study(cache, toy_study(tmp_path, text), [], tmp_path / "out", Options(1, aliases=aliases))
@@ -332,12 +332,12 @@ def test_aliases_stand_in_and_are_said(cache: Cache, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("aliases", [{"toy-ayes": VISUAL}, {VISUAL: "toy-noes"}])
-def test_aliases_that_mean_nothing_are_refused(cache: Cache, tmp_path: Path, aliases: dict[str, str]) -> None:
+def test_invalid_aliases_are_rejected(cache: Cache, tmp_path: Path, aliases: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="Did you mean"):
         make_plan(cache, toy_study(tmp_path), [], Options(1, aliases=aliases))
 
 
-def test_an_alias_may_leave_a_modality_out(cache: Cache, tmp_path: Path) -> None:
+def test_an_alias_may_omit_a_modality(cache: Cache, tmp_path: Path) -> None:
     plan = make_plan(cache, toy_study(tmp_path), ["two"], Options(1, aliases={AUDIO: "none"}))
     assert plan.entries[0].config.audio == ("none",)
 
@@ -352,7 +352,7 @@ def test_a_cache_without_prompts_and_one_dimension(tmp_path: Path) -> None:
         assert row["ccc_mean"] == row["ccc_valence"] != ""
 
 
-def test_rows_on_a_part_of_the_videos(cache: Cache, tmp_path: Path) -> None:
+def test_rows_on_a_subset_of_the_videos_are_marked(cache: Cache, tmp_path: Path) -> None:
     out = tmp_path / "out"
     folds = Options(1, {"folds": "3", "fold": "2"})
     result = run_study(cache, toy_study(tmp_path), ["one"], out, folds)
@@ -364,23 +364,23 @@ def test_rows_on_a_part_of_the_videos(cache: Cache, tmp_path: Path) -> None:
     assert not {job.key for job in other.jobs} & {path.name for path in (out / "runs").iterdir()}
 
 
-def test_the_tables_lie_beside_the_results(cache: Cache, done: tuple[StudyResult, Path]) -> None:
+def test_tables_are_stored_with_the_results(cache: Cache, done: tuple[StudyResult, Path]) -> None:
     result, _ = done
     assert result.files["tables"].read_text() == GRID
 
 
-def test_jobs_of_one_data_set_stand_together(cache: Cache, tmp_path: Path) -> None:
+def test_jobs_with_the_same_data_are_adjacent(cache: Cache, tmp_path: Path) -> None:
     jobs = make_plan(cache, toy_study(tmp_path), [], Options(seeds=2)).jobs
     audio = [job.config.audio for job in jobs]
     assert audio == sorted(audio, key=lambda names: names == ("none",))
 
 
-def test_a_study_needs_a_seed() -> None:
+def test_a_study_requires_a_seed() -> None:
     with pytest.raises(UsageError, match="--seeds must be >= 1"):
         Options(seeds=0)
 
 
-def test_runs_can_be_opened_like_any_other(done: tuple[StudyResult, Path]) -> None:
+def test_runs_of_a_study_are_ordinary_runs(done: tuple[StudyResult, Path]) -> None:
     _, out = done
     for run in (out / "runs").iterdir():
         assert load_run(run).record.config.hidden == 8

@@ -32,7 +32,7 @@ def published() -> list[tuple[object, ...]]:
     return rows
 
 
-def test_built_in_tables_are_the_published_ones() -> None:
+def test_built_in_tables_equal_the_published_tables() -> None:
     study = load_study()
     found = []
     for table in study.choose(["1", "2", "3"]):
@@ -45,7 +45,7 @@ def test_built_in_tables_are_the_published_ones() -> None:
     assert found == published()
 
 
-def test_every_mean_is_that_of_its_two_numbers() -> None:
+def test_every_published_mean_matches_its_two_scores() -> None:
     rows = [row for table in load_study().tables for row in table.rows if row.paper is not None]
     assert rows
     for row in rows:
@@ -54,20 +54,20 @@ def test_every_mean_is_that_of_its_two_numbers() -> None:
         assert mean == pytest.approx((valence + arousal) / 2, abs=6e-5), row.name
 
 
-def test_base_is_the_published_model() -> None:
+def test_the_base_configuration_is_the_published_model() -> None:
     study = load_study()
     published = {"visual": "clip-vit-b16", "audio": "ast", "attention_positions": "none"}
     assert study.config(None, {}) == merge(preset("p1")) == merge(study.base)
     assert study.config(None, {}) == merge(published)  # the defaults of train, but for the positions
 
 
-def test_baseline_row_is_its_preset() -> None:
+def test_the_baseline_row_equals_its_preset() -> None:
     study = load_study()
     (table,) = study.choose(["p2"])
     assert study.config(table.rows[0], {}) == merge(preset("p1"), preset("p2"))
 
 
-def test_extra_table_has_what_the_paper_does_not_ablate() -> None:
+def test_the_extra_table_contains_unpublished_ablations() -> None:
     study = load_study()
     (table,) = study.choose(["extra"])
     configs = {row.name: study.config(row, {}) for row in table.rows if not row.each}
@@ -80,7 +80,7 @@ def test_extra_table_has_what_the_paper_does_not_ablate() -> None:
     assert len(set(configs.values())) == len(configs), "two rows are the same configuration"
 
 
-def test_overrides_lie_between_presets_and_the_rows_own_settings() -> None:
+def test_row_settings_override_overrides_override_presets() -> None:
     study = Study({"lr": 1e-3, "epochs": 9}, (), "")
     row = Row("t", "r", {"temporal": "lstm"}, preset="p2")
     config = study.config(row, {"epochs": 2, "temporal": "gru", "fusion": "gated"})
@@ -88,7 +88,7 @@ def test_overrides_lie_between_presets_and_the_rows_own_settings() -> None:
     assert config.kl_weight == preset("p2")["kl_weight"]
 
 
-def test_a_row_for_every_other_prompt_set() -> None:
+def test_every_other_prompt_set_has_a_row() -> None:
     table = Table("t", "", (Row("t", "plain"), Row("t", "set {prompts}", {"lr": 0.1}, each="prompts")))
     expanded = expand(table, ["words", "default", "faces"]).rows
     assert [row.name for row in expanded] == ["plain", "set faces", "set words"]
@@ -99,7 +99,7 @@ def test_a_row_for_every_other_prompt_set() -> None:
     assert [row.name for row in expand(table, ["default"]).rows] == ["plain"]
 
 
-def test_choosing_tables() -> None:
+def test_tables_can_be_selected() -> None:
     study = load_study()
     names = [table.name for table in study.tables]
     assert names == ["1", "2", "3", "p2", "extra"]
@@ -131,7 +131,7 @@ def test_choosing_tables() -> None:
         ("[bass]\n[[table.t.row]]\nname = 'a'", "unknown key.*Did you mean 'base'"),
     ],
 )
-def test_a_bad_file_is_told_where(tmp_path: Path, text: str, said: str) -> None:
+def test_table_file_errors_name_the_location(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(UsageError, match=said) as error:
@@ -139,7 +139,7 @@ def test_a_bad_file_is_told_where(tmp_path: Path, text: str, said: str) -> None:
     assert str(path) in str(error.value)
 
 
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_table_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Cannot read the tables"):
         load_study(tmp_path / "none.toml")
 

@@ -23,7 +23,7 @@ def clips(count: int = 5, frames: int = 60) -> list[Scored]:
     return found
 
 
-def test_bins_hold_a_third_of_the_frames_each_and_score_them_alone() -> None:
+def test_intensity_bins_hold_a_third_of_the_frames_each() -> None:
     one = clips(1, 300)[0]
     found = by_intensity(one.prediction, one.label, one.valid)
     for k, name in enumerate(("valence", "arousal")):
@@ -44,7 +44,7 @@ def test_bins_hold_a_third_of_the_frames_each_and_score_them_alone() -> None:
         assert found[name][-1]["bias"] < 0  # predictions of 0.7 times the label fall short where labels are strong
 
 
-def test_equal_intensities_are_never_divided() -> None:
+def test_equal_intensities_share_a_bin() -> None:
     label = np.array([0.0] * 50 + [-0.0] * 20 + [0.5] * 20 + [-1.0] * 10)  # most of Aff-Wild2 is about neutral
     bins = intensity_bins(label)
     assert [int(mask.sum()) for mask in bins] == [70, 30]
@@ -54,7 +54,7 @@ def test_equal_intensities_are_never_divided() -> None:
     assert one.all()
 
 
-def test_groups_are_scored_apart_and_may_be_given_by_video(tmp_path: Path) -> None:
+def test_groups_are_scored_separately_and_can_be_defined_per_video(tmp_path: Path) -> None:
     path = tmp_path / "groups.csv"
     path.write_text("item,gender,age\nc0,f,young\nc1,m,\nv1,f,old\nelsewhere,m,old\n")
     some = clips()
@@ -81,14 +81,14 @@ def test_groups_are_scored_apart_and_may_be_given_by_video(tmp_path: Path) -> No
         ("item,gender\nc0,f\nc0,m\n", "items with several rows"),
     ],
 )
-def test_files_that_do_not_name_groups(tmp_path: Path, text: str, says: str) -> None:
+def test_files_without_groups_are_rejected(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "groups.csv"
     path.write_text(text)
     with pytest.raises(UsageError, match=says):
         read_groups(path)
 
 
-def test_groups_of_other_clips(tmp_path: Path) -> None:
+def test_groups_of_unknown_clips_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "groups.csv"
     path.write_text("item,gender\nx,f\n")
     with pytest.raises(UsageError, match="items such as c0"):

@@ -13,18 +13,18 @@ from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.settings_files import from_toml, preset, read_settings, to_toml
 
 
-def test_choices_are_those_of_the_model() -> None:
+def test_setting_choices_equal_the_model_choices() -> None:
     assert set(configs.TEMPORAL) == set(TEMPORAL)
     assert set(configs.FUSION) == set(FUSION)
     assert set(configs.NORMALIZE) == set(NORMALIZE)
 
 
-def test_preset_p1_states_nothing_but_the_defaults_and_its_streams() -> None:
+def test_preset_p1_changes_only_the_streams() -> None:
     published = TrainConfig(visual=("clip-vit-b16",), audio=("ast",), attention_positions="none")
     assert merge(preset("p1")) == published
 
 
-def test_later_layers_win() -> None:
+def test_later_layers_take_precedence() -> None:
     merged = merge({"lr": 1.0, "epochs": 3, "seed": 1}, {"lr": 2, "epochs": 4}, parse_settings(["lr=3e-4"]))
     assert (merged.lr, merged.epochs, merged.seed) == (3e-4, 4, 1)
 
@@ -52,7 +52,7 @@ def test_toml_round_trip(name: str) -> None:
         ("fusion", "gated", "gated"),
     ],
 )
-def test_values_become_their_type(key: str, text: object, value: object) -> None:
+def test_values_are_converted_to_their_type(key: str, text: object, value: object) -> None:
     got = coerce(key, text)
     assert got == value and type(got) is type(value)
 
@@ -70,7 +70,7 @@ def test_values_become_their_type(key: str, text: object, value: object) -> None
         ("hiden", "3", "Did you mean 'hidden'"),
     ],
 )
-def test_values_of_another_type_are_refused(key: str, value: object, says: str) -> None:
+def test_values_of_another_type_are_rejected(key: str, value: object, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         coerce(key, value)
 
@@ -93,12 +93,12 @@ def test_values_of_another_type_are_refused(key: str, value: object, says: str) 
         ({"audio": ("a", "a")}, "names a stream twice"),
     ],
 )
-def test_values_out_of_range_are_refused(settings: dict[str, object], says: str) -> None:
+def test_out_of_range_values_are_rejected(settings: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         TrainConfig(**settings)  # type: ignore[arg-type]
 
 
-def test_set_takes_key_and_value() -> None:
+def test_set_accepts_key_and_value() -> None:
     assert parse_settings(["batch-size=4", "text=a=b"]) == {"batch_size": 4, "text": "a=b"}
     with pytest.raises(UsageError, match="KEY=VALUE"):
         parse_settings(["lr"])
@@ -109,7 +109,7 @@ def test_unknown_preset() -> None:
         preset("p3")
 
 
-def test_settings_file_flat_or_as_a_run_writes_it(tmp_path) -> None:
+def test_settings_files_can_be_flat_or_written_by_a_run(tmp_path) -> None:
     flat = tmp_path / "flat.toml"
     flat.write_text("lr = 1e-3\nvisual = ['a']\n")
     nested = tmp_path / "config.toml"
@@ -128,12 +128,12 @@ def test_bad_settings_file(tmp_path, text: str) -> None:
         read_settings(tmp_path / "absent.toml")
 
 
-def test_differences_name_what_changes_the_training() -> None:
+def test_differences_list_settings_that_change_training() -> None:
     one = TrainConfig(lr=1e-3, device="cpu")
     assert differences(one, TrainConfig(lr=1e-3, device="cuda")) == []
     assert differences(one, TrainConfig(lr=1e-4, seed=3)) == ["lr: 0.001, not 0.0001", "seed: 0, not 3"]
 
 
-def test_every_setting_survives_as_toml() -> None:
+def test_every_setting_round_trips_through_toml() -> None:
     config = TrainConfig(window=10, stride=3, frames=20, audio_steps=20, finetune_blocks=2)
     assert set(tomllib.loads(to_toml(config))) == set(TrainConfig.__dataclass_fields__)

@@ -42,7 +42,7 @@ def every_window(windows: WindowSet):
             yield clip, w - clip.first, w
 
 
-def test_batches_hold_what_the_cache_holds(cache: Cache) -> None:
+def test_batches_equal_the_cached_arrays(cache: Cache) -> None:
     windows = load(cache)
     batch = windows.gather(torch.arange(len(windows)))
     for clip, own, w in every_window(windows):
@@ -67,7 +67,7 @@ def test_batches_hold_what_the_cache_holds(cache: Cache) -> None:
     assert batch.features[VISUAL].dtype == torch.float32
 
 
-def test_gathering_reads_no_file(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gathering_batches_reads_no_file(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = load(cache)
     monkeypatch.setattr(Cache, "read", _never)
     monkeypatch.setattr(Path, "open", _never)
@@ -94,7 +94,7 @@ def test_every_array_is_read_once(cache: Cache, monkeypatch: pytest.MonkeyPatch)
     assert sorted(read) == sorted((s, i) for s in (VISUAL, AUDIO, LABELS) for i in cache.items(split="train"))
 
 
-def test_a_memory_mapped_split_is_the_same(cache: Cache, tmp_path: Path) -> None:
+def test_a_memory_mapped_split_gives_equal_batches(cache: Cache, tmp_path: Path) -> None:
     held, mapped = load(cache), load(cache, budget=0, scratch=tmp_path)
     assert list(tmp_path.iterdir()) == []  # the scratch file has no name
     ids = torch.arange(len(held)).flip(0)
@@ -105,7 +105,7 @@ def test_a_memory_mapped_split_is_the_same(cache: Cache, tmp_path: Path) -> None
     assert torch.equal(one.target, other.target)
 
 
-def test_part_of_the_streams_may_be_mapped(cache: Cache) -> None:
+def test_a_subset_of_the_streams_can_be_memory_mapped(cache: Cache) -> None:
     held = load(cache)
     rows = held.tables[VISUAL].rows
     part = load(cache, budget=rows.numel() * 2)
@@ -124,7 +124,7 @@ def test_shuffling_visits_every_labelled_window_once(cache: Cache) -> None:
     assert torch.cat(list(windows.in_order(7))).tolist() == list(range(len(windows)))
 
 
-def test_windows_without_a_label_are_left_out_of_training_only(tmp_path: Path) -> None:
+def test_unlabelled_windows_are_excluded_from_training_only(tmp_path: Path) -> None:
     windows = load(make_cache(tmp_path / "c", Toy(unlabelled=0.6)))
     labelled = windows.labelled.flatten(1).any(dim=1)
     assert 0 < len(windows.trainable) < len(windows)
@@ -147,12 +147,12 @@ def test_other_training_windows(cache: Cache) -> None:
             assert (batch.features[VISUAL][w, k].numpy() == (eyes.embedding[found[0]] if seen else 0)).all()
 
 
-def test_a_window_alone_keeps_the_frame_rate_of_the_cache(cache: Cache) -> None:
+def test_setting_only_the_window_keeps_the_cached_frame_rate(cache: Cache) -> None:
     config, _ = resolve(cache, TrainConfig(window=2.0))
     assert (config.window, config.stride, config.frames) == (2.0, 1.5, 4)
 
 
-def test_streams_that_do_not_say_how_they_were_sampled(tmp_path: Path) -> None:
+def test_streams_without_sampling_facts_are_rejected(tmp_path: Path) -> None:
     windows = load(make_cache(tmp_path / "c", Toy(sampling=False)))
     assert windows.time.tolist() == pytest.approx((np.arange(20) * 0.5).tolist())  # the default grid
     assert windows.tables[AUDIO].index.shape[1] == 20  # 10 s at its own 0.5 s
@@ -176,7 +176,7 @@ def imported(path: Path, rate: float) -> Cache:
 
 
 @pytest.mark.parametrize("rate", [1.0, 4.0, 25.0])
-def test_imported_features_at_any_rate(tmp_path: Path, rate: float) -> None:
+def test_imported_features_may_have_any_rate(tmp_path: Path, rate: float) -> None:
     windows = load(imported(tmp_path / "c", rate), TrainConfig(window=4, stride=2, frames=8))
     batch = windows.gather(torch.arange(len(windows)))
     inside = windows.inside_array
@@ -188,7 +188,7 @@ def test_imported_features_at_any_rate(tmp_path: Path, rate: float) -> None:
     assert not batch.labelled[..., 0].any() and batch.labelled[..., 1].numpy()[inside].all()
 
 
-def test_clips_without_one_of_the_streams(tmp_path: Path) -> None:
+def test_clips_missing_a_stream_are_listed(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c")
     cache.drop(AUDIO, "train1")
     windows = load(cache)
@@ -199,7 +199,7 @@ def test_clips_without_one_of_the_streams(tmp_path: Path) -> None:
     assert (batch.feature_inside[AUDIO][:, 0]).all()  # the input is missing, the clip goes on
 
 
-def test_one_modality(cache: Cache) -> None:
+def test_one_modality_is_supported(cache: Cache) -> None:
     config, inputs = resolve(cache, TrainConfig(audio=("none",)))
     windows = load_split(cache, "val", inputs.streams, config)
     assert list(windows.gather(torch.tensor([0])).features) == [VISUAL]
@@ -245,18 +245,18 @@ def _nan_where_invalid(arrays: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [_nan_where_valid, _infinite_where_valid])
-def test_features_that_are_not_finite_name_their_clip(tmp_path: Path, monkeypatch, change) -> None:
+def test_non_finite_features_name_their_clip(tmp_path: Path, monkeypatch, change) -> None:
     cache = poisoned(tmp_path / "c", monkeypatch, change)
     with pytest.raises(DataError, match=r"'train2'.*'toy-eyes'.* 1 of "):
         load(cache)
 
 
-def test_what_is_not_valid_may_hold_anything(tmp_path: Path, monkeypatch) -> None:
+def test_invalid_rows_are_ignored(tmp_path: Path, monkeypatch) -> None:
     windows = load(poisoned(tmp_path / "c", monkeypatch, _nan_where_invalid))
     assert torch.isfinite(windows.gather(torch.arange(len(windows))).features[VISUAL]).all()
 
 
-def test_a_split_without_labels_or_clips(tmp_path: Path) -> None:
+def test_splits_without_labels_or_clips_are_rejected(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", Toy(targets=()))
     with pytest.raises(UsageError, match=r"No clip of split 'train'.*annotated"):
         load(cache)
@@ -266,7 +266,7 @@ def test_a_split_without_labels_or_clips(tmp_path: Path) -> None:
     assert len(load_windows(cache, cache.items(split="val"), inputs.streams, config)) > 0
 
 
-def test_streams_are_chosen_or_asked_for(cache: Cache, tmp_path: Path) -> None:
+def test_streams_are_selected_automatically_or_must_be_named(cache: Cache, tmp_path: Path) -> None:
     for settings, says in (
         ({"visual": ("clip",)}, "Choices: toy-eyes"),
         ({"visual": (AUDIO,)}, "it is a audio stream"),
@@ -290,7 +290,7 @@ def test_a_cache_without_prompts_trains_without_the_head(tmp_path: Path, caplog)
     assert resolve(cache, TrainConfig(kl_weight=0))[1].prototypes is None
 
 
-def test_a_cache_with_nothing_to_train_on(tmp_path: Path) -> None:
+def test_a_cache_without_streams_is_rejected(tmp_path: Path) -> None:
     cache = create_cache(tmp_path / "c")
     with pytest.raises(UsageError, match="nothing to train on"):
         resolve(cache, TrainConfig())
@@ -310,7 +310,7 @@ def test_another_cache_must_come_from_the_same_encoders(cache: Cache, tmp_path: 
         check_same([replace(other, name="absent")], cache)
 
 
-def test_statistics_are_those_of_the_rows_that_are_read(cache: Cache) -> None:
+def test_feature_statistics_cover_only_rows_that_are_read(cache: Cache) -> None:
     windows = load(cache)
     mean, deviation = windows.statistics(VISUAL)
     eyes = [cache.read(VISUAL, item) for item in cache.items(split="train")]
@@ -326,7 +326,7 @@ def test_hidden_streams_are_missing(cache: Cache) -> None:
     assert not batch.features[AUDIO].any()
 
 
-def test_seen_says_when_there_was_a_face(cache: Cache) -> None:
+def test_seen_marks_frames_with_a_face(cache: Cache) -> None:
     windows = load(cache)
     for clip in windows.clips:
         eyes = cache.read(VISUAL, clip.item)
@@ -334,7 +334,7 @@ def test_seen_says_when_there_was_a_face(cache: Cache) -> None:
         assert (instants == eyes.time).all() and (there == eyes.valid).all()
 
 
-def test_region_occupancy_is_told(cache: Cache) -> None:
+def test_region_occupancy_is_reported(cache: Cache) -> None:
     windows = load(cache)
     labels = [cache.read(LABELS, item) for item in cache.items(split="train")]
     share = region_occupancy(
@@ -357,7 +357,7 @@ def write_toy_clip(cache: Cache, times: np.ndarray, meta: dict[str, Any]) -> Non
     cache.write(LABELS, "clip", {"time": times, "value": known.astype(np.float32), "valid": known}, meta=meta)
 
 
-def test_a_record_cannot_claim_more_time_than_its_arrays_cover(tmp_path: Path) -> None:
+def test_a_record_claiming_more_time_than_its_arrays_is_rejected(tmp_path: Path) -> None:
     """Windows are laid over the whole duration: 9.9e6 s took 8 GB."""
     cache = create_cache(tmp_path / "cache")
     write_toy_clip(cache, np.arange(40) * 0.5, {"split": "train", "duration": 9.9e6})
@@ -367,7 +367,7 @@ def test_a_record_cannot_claim_more_time_than_its_arrays_cover(tmp_path: Path) -
     assert len(windows) < 30
 
 
-def test_times_without_rows_behind_them_are_refused(tmp_path: Path) -> None:
+def test_times_without_rows_are_rejected(tmp_path: Path) -> None:
     cache = create_cache(tmp_path / "cache")
     write_toy_clip(cache, np.array([0.0, 0.5, 1e7]), {"split": "train"})
     config = TrainConfig(visual=(VISUAL,), audio=(), window=4.0, stride=1.0, frames=8)

@@ -133,7 +133,7 @@ def test_every_loss_and_prompt_head(loss, options):
     rehearse((SEEN, HEARD), loss, **options)
 
 
-def test_the_rehearsal_finds_a_copy_and_a_wait():
+def test_the_device_check_detects_copies_and_synchronization():
     with pretended_gpu(), NoCopiesBetweenDevices():
         x = torch.zeros(3, device="cuda")
         with pytest.raises(AssertionError, match="copy of"):

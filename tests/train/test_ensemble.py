@@ -35,7 +35,7 @@ def opinions(runs: int, seed: int, frames: int = 300) -> tuple[np.ndarray, np.nd
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_two_runs_are_weighed_as_a_fine_grid_says(seed: int) -> None:
+def test_weights_of_two_runs_equal_a_fine_grid_search(seed: int) -> None:
     x, y = opinions(2, seed)
     weights = best_weights(x, y)
     grid = max(ccc(x @ [w, 1 - w], y) for w in np.linspace(0, 1, 2001))
@@ -44,7 +44,7 @@ def test_two_runs_are_weighed_as_a_fine_grid_says(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("runs", "seed"), [(3, 0), (5, 1), (5, 2), (9, 3)])
-def test_more_runs_are_weighed_as_scipy_does_from_many_starts(runs: int, seed: int) -> None:
+def test_weights_of_more_runs_equal_scipy_with_many_starts(runs: int, seed: int) -> None:
     x, y = opinions(runs, seed)
     starts = np.random.default_rng(0).dirichlet(np.ones(runs), 20)
     best = max(
@@ -60,7 +60,7 @@ def test_more_runs_are_weighed_as_scipy_does_from_many_starts(runs: int, seed: i
     assert ccc(x @ best_weights(x, y), y) == pytest.approx(best, abs=1e-6)
 
 
-def test_runs_that_say_the_same_or_nothing_right() -> None:
+def test_identical_and_useless_runs_are_weighted_sensibly() -> None:
     x, y = opinions(1, 4)
     same = best_weights(np.repeat(x, 3, axis=1), y)
     assert same.sum() == pytest.approx(1) and same.min() >= 0
@@ -114,7 +114,7 @@ def predictions(folder: Path, split: str = "val") -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("how", ["mean", "ccc", "search"])
-def test_an_ensemble_of_one_is_the_run(runs: list[Path], tmp_path: Path, how: str) -> None:
+def test_an_ensemble_of_one_equals_the_run(runs: list[Path], tmp_path: Path, how: str) -> None:
     _, metrics = ensemble_runs(runs[:1], tmp_path / "one", how, device="cpu")
     own = RunFolder(runs[0]).read_metrics()
     for key in set(own) - {"best_epoch", "epochs", "warnings"}:
@@ -126,7 +126,7 @@ def test_an_ensemble_of_one_is_the_run(runs: list[Path], tmp_path: Path, how: st
 
 
 @pytest.mark.parametrize("how", ["mean", "ccc", "search"])
-def test_an_ensemble_is_the_weighted_mean_of_what_its_runs_wrote(runs: list[Path], tmp_path: Path, how: str) -> None:
+def test_an_ensemble_is_the_weighted_mean_of_its_runs(runs: list[Path], tmp_path: Path, how: str) -> None:
     made, metrics = ensemble_runs(runs, tmp_path / "all", how, device="cpu")
     assert made.table.shape == (3, 2) and made.table.min() >= 0
     np.testing.assert_allclose(made.table.sum(axis=0), 1)
@@ -146,7 +146,7 @@ def test_an_ensemble_is_the_weighted_mean_of_what_its_runs_wrote(runs: list[Path
     assert "regions" not in metrics  # one run has no prompt head
 
 
-def test_weights_may_be_found_on_another_split(runs: list[Path], tmp_path: Path) -> None:
+def test_weights_can_be_tuned_on_another_split(runs: list[Path], tmp_path: Path) -> None:
     made, metrics = ensemble_runs(runs, tmp_path / "e", "search", weights_split="train", device="cpu")
     assert made.weights_split == "train" and metrics["split"] == "val"
     _, on_train = ensemble_runs(runs, tmp_path / "t", "search", split="train", weights_split="train", device="cpu")
@@ -154,7 +154,7 @@ def test_weights_may_be_found_on_another_split(runs: list[Path], tmp_path: Path)
     assert not any("found on" in warning for warning in metrics["warnings"])
 
 
-def test_an_ensemble_is_made_again_in_its_own_folder_and_in_no_other(runs: list[Path], tmp_path: Path) -> None:
+def test_an_ensemble_can_overwrite_only_an_ensemble_directory(runs: list[Path], tmp_path: Path) -> None:
     ensemble_runs(runs[:2], tmp_path / "e", device="cpu")
     ensemble_runs(runs, tmp_path / "e", device="cpu")
     assert len(json.loads((tmp_path / "e" / "ensemble.json").read_text())["runs"]) == 3
@@ -180,7 +180,7 @@ def test_an_ensemble_can_be_submitted(runs: list[Path], cache: Cache, tmp_path: 
         submit_run(tmp_path / "e", cache, sample, tmp_path / "out.txt", device="cpu")
 
 
-def test_what_cannot_be_an_ensemble(runs: list[Path], cache: Cache, tmp_path: Path) -> None:
+def test_invalid_ensembles_are_rejected(runs: list[Path], cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean 'search'"):
         ensemble_runs(runs, tmp_path / "e", "serch", device="cpu")
     with pytest.raises(UsageError, match="not a run directory"):

@@ -83,7 +83,7 @@ def test_new_clips_are_predicted_by_every_run_and_averaged(
     assert made.png.is_file()
 
 
-def test_runs_that_one_extraction_cannot_serve(
+def test_runs_with_incompatible_extraction_settings_are_rejected(
     runs: list[Path], asked: list[ExtractConfig], cache: Cache, tmp_path: Path
 ) -> None:
     other = make_cache(tmp_path / "cache", Toy(seconds=(8, 14), grid=Grid(4.0, 1.5, 16)))
@@ -119,7 +119,7 @@ def test_an_ensemble_is_traced_to_its_runs(ensemble: Path, runs: list[Path], cac
 
 
 @pytest.mark.parametrize("changed", ["ensemble.json", "model.safetensors"])
-def test_other_weights_of_an_ensemble_are_noticed(ensemble: Path, runs: list[Path], changed: str) -> None:
+def test_changed_ensemble_weights_are_detected(ensemble: Path, runs: list[Path], changed: str) -> None:
     file = ensemble / changed if changed == "ensemble.json" else runs[0] / changed
     before = file.read_bytes()
     if changed == "ensemble.json":
@@ -134,7 +134,7 @@ def test_other_weights_of_an_ensemble_are_noticed(ensemble: Path, runs: list[Pat
 
 
 @pytest.mark.parametrize("many", [True, False])
-def test_a_submission_says_what_it_was_made_from(
+def test_a_submission_stores_its_provenance(
     ensemble: Path, runs: list[Path], cache: Cache, tmp_path: Path, many: bool, capsys
 ) -> None:
     run = ensemble if many else runs[0]
@@ -150,7 +150,7 @@ def test_a_submission_says_what_it_was_made_from(
     assert find_provenance(run, "val0", predictions=out)["predictions"][0]["csv_state"] == "changed"
 
 
-def test_a_run_is_asked_for_where_an_ensemble_does_not_do(ensemble: Path, capsys) -> None:
+def test_commands_that_need_one_run_reject_an_ensemble(ensemble: Path, capsys) -> None:
     assert main(["evaluate", str(ensemble)]) == 2
     told = capsys.readouterr().err
     assert "is an ensemble, not a run" in told and "vaflow ensemble" in told

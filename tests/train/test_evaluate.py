@@ -65,7 +65,7 @@ def wave(time: Tensor, batch: Batch | None = None) -> Tensor:
     return torch.stack([torch.sin(time), torch.cos(0.7 * time)], dim=-1) * 0.9
 
 
-def test_a_function_of_time_is_interpolated_between_samples_and_held_outside(windows: WindowSet, cache: Cache) -> None:
+def test_predictions_are_interpolated_between_samples_and_held_outside(windows: WindowSet, cache: Cache) -> None:
     for trace in predict_clips(Says(windows, wave), windows, batch_size=3):
         grid_times = cache.read(VISUAL, trace.clip.item).time
         samples = wave(torch.from_numpy(grid_times)).numpy()
@@ -74,7 +74,7 @@ def test_a_function_of_time_is_interpolated_between_samples_and_held_outside(win
         assert trace.regions is None
 
 
-def test_constants_come_back_exactly_and_clipped(windows: WindowSet) -> None:
+def test_constant_predictions_are_reproduced_and_clipped(windows: WindowSet) -> None:
     for value, expected in ((0.25, 0.25), (1.5, 1.0), (-7.0, -1.0)):
 
         def constant(time: Tensor, batch: Batch, value: float = value) -> Tensor:
@@ -84,7 +84,7 @@ def test_constants_come_back_exactly_and_clipped(windows: WindowSet) -> None:
             assert (trace.va == expected).all()
 
 
-def test_padding_is_never_in_a_trace(windows: WindowSet) -> None:
+def test_traces_exclude_padding(windows: WindowSet) -> None:
     def wild(time: Tensor, batch: Batch) -> Tensor:
         return torch.where(batch.inside.unsqueeze(-1), wave(time), torch.nan)
 
@@ -130,7 +130,7 @@ def test_metrics_are_over_all_labelled_frames_concatenated(windows: WindowSet, c
     json.dumps(report, allow_nan=False)
 
 
-def test_a_perfect_predictor_scores_nearly_one_and_a_constant_nothing(windows: WindowSet) -> None:
+def test_perfect_predictions_score_one_and_constants_zero(windows: WindowSet) -> None:
     perfect, _ = evaluate_windows(Says(windows, lambda t, b: b.target), windows, "val", resamples=50)
     assert perfect["ccc"]["mean"] > 0.95 and perfect["warnings"] == []
     constant, _ = evaluate_windows(Says(windows, lambda t, b: torch.zeros(*t.shape, 2)), windows, "val", resamples=50)
@@ -141,7 +141,7 @@ def test_a_perfect_predictor_scores_nearly_one_and_a_constant_nothing(windows: W
     ]
 
 
-def test_groups_are_what_the_bootstrap_draws(tmp_path: Path) -> None:
+def test_the_bootstrap_resamples_groups(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", Toy(splits={"val": 2}))
     left = cache.read(LABELS, "val1")
     cache.write(LABELS, "val1", left.arrays, meta={**left.meta, "group": "val0"})
@@ -159,7 +159,7 @@ def test_one_dimension_only(tmp_path: Path) -> None:
     assert "valence is not labelled in this split" in report["warnings"]
 
 
-def test_region_read_out(windows: WindowSet) -> None:
+def test_region_probabilities_are_written(windows: WindowSet) -> None:
     report, traces = evaluate_windows(
         Says(windows, lambda t, b: b.target, torch.eye(9)[4] * 50), windows, "val", resamples=10
     )
@@ -179,7 +179,7 @@ def without_features(path: Path) -> Cache:
     return cache
 
 
-def test_labelled_clips_without_features_are_not_passed_over(tmp_path: Path) -> None:
+def test_labelled_clips_without_features_are_an_error(tmp_path: Path) -> None:
     cache = without_features(tmp_path / "c")
     windows = windows_of(cache)
     model = Says(windows, lambda t, b: b.target)
@@ -191,7 +191,7 @@ def test_labelled_clips_without_features_are_not_passed_over(tmp_path: Path) -> 
     assert report["n_clips"] == 2
 
 
-def test_clips_that_never_reached_the_cache_count_too(tmp_path: Path) -> None:
+def test_clips_missing_from_the_cache_are_counted(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", Toy(splits={"val": 2}))
     lines = [
         {"item": "val1", "stage": "faces", "error": "MediaError", "message": "now it is there"},
@@ -210,7 +210,7 @@ def test_clips_that_never_reached_the_cache_count_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("item", ["../outside", "/outside", "a/../../outside", "a\0b", "x" * 300])
-def test_a_clip_whose_name_leads_elsewhere_is_not_written(windows: WindowSet, tmp_path: Path, item: str) -> None:
+def test_clip_names_cannot_escape_the_output_directory(windows: WindowSet, tmp_path: Path, item: str) -> None:
     """Names come out of caches, which others may have made."""
     trace = next(iter(predict_clips(Says(windows, wave), windows)))
     folder = tmp_path / "run" / "predictions"
@@ -259,7 +259,7 @@ def test_smoothness_of_a_straight_line_is_its_slope(windows: WindowSet) -> None:
     assert report["smoothness"]["prediction"]["arousal"] == pytest.approx(0.02, rel=0.05)
 
 
-def test_a_prediction_that_is_not_finite_names_its_clip(windows: WindowSet) -> None:
+def test_a_non_finite_prediction_names_its_clip(windows: WindowSet) -> None:
     last = len(windows) - 1
 
     def broken(time: Tensor, batch: Batch) -> Tensor:
@@ -269,7 +269,7 @@ def test_a_prediction_that_is_not_finite_names_its_clip(windows: WindowSet) -> N
         list(predict_clips(Says(windows, broken), windows))
 
 
-def test_a_csv_says_where_input_was_valid_and_which_region_is_likeliest(tmp_path: Path) -> None:
+def test_prediction_csv_has_validity_and_most_likely_region(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", Toy(splits={"val": 2}, invalid=0.3))
     windows = windows_of(cache)
     for trace in predict_clips(Says(windows, wave), windows):

@@ -69,14 +69,14 @@ def random_targets(task: str, seed: int = 0) -> tuple[torch.Tensor, ExtraTargets
     return logits, ExtraTargets(task, torch.where(labelled, value, 0), labelled)
 
 
-def test_the_loss_of_classes_is_pytorchs_cross_entropy() -> None:
+def test_the_class_loss_equals_pytorch_cross_entropy() -> None:
     logits, targets = random_targets(CLASSES)
     there = targets.labelled[..., 0]
     expected = functional.cross_entropy(logits[there], targets.value[there].argmax(dim=-1))
     assert extra_loss(logits, targets).item() == pytest.approx(expected.item())
 
 
-def test_the_loss_of_units_is_pytorchs_binary_cross_entropy() -> None:
+def test_the_unit_loss_equals_pytorch_binary_cross_entropy() -> None:
     logits, targets = random_targets(BINARY)
     known = targets.labelled
     expected = functional.binary_cross_entropy_with_logits(logits[known], targets.value[known])
@@ -84,7 +84,7 @@ def test_the_loss_of_units_is_pytorchs_binary_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("task", [CLASSES, BINARY])
-def test_what_is_not_annotated_gets_no_gradient(task: str) -> None:
+def test_unlabelled_targets_have_no_gradient(task: str) -> None:
     logits, targets = random_targets(task)
     with torch.no_grad():
         logits[~targets.labelled] = torch.nan
@@ -110,7 +110,7 @@ def rows_of(task: str, names: tuple[str, ...], frames: int, seed: int) -> tuple[
     return rows, said
 
 
-def test_scores_are_those_of_torchmetrics() -> None:
+def test_scores_equal_torchmetrics() -> None:
     clips = [rows_of(CLASSES, NAMES, 40, seed) for seed in range(3)]
     scores = extra_scores({"x": clips})["x"]
     there = np.concatenate([rows.valid.all(axis=1) for rows, _ in clips])
@@ -131,7 +131,7 @@ def test_scores_are_those_of_torchmetrics() -> None:
     assert scores["macro_f1"] == pytest.approx(np.mean(list(scores["f1"].values())))
 
 
-def test_a_class_that_is_never_annotated_does_not_count() -> None:
+def test_unlabelled_classes_are_excluded_from_the_score() -> None:
     rows, said = rows_of(CLASSES, NAMES, 40, 0)
     never = replace(rows, value=np.eye(3)[np.where(rows.value.argmax(axis=1) == 2, 0, rows.value.argmax(axis=1))])
     scores = extra_scores({"x": [(never, said)]})["x"]
@@ -153,7 +153,7 @@ def test_frames_have_the_targets_of_the_nearest_row(cache: Cache) -> None:
         assert batch.extra["au"].labelled.any() == (clip.item != "train1")
 
 
-def test_a_run_learns_them_and_says_how_well(cache: Cache, run: Path) -> None:
+def test_a_run_trains_and_scores_extra_targets(cache: Cache, run: Path) -> None:
     metrics = RunFolder(run).read_metrics()
     assert metrics["extra"]["expr.8"]["task"] == CLASSES and metrics["extra"]["au"]["task"] == BINARY
     assert metrics["extra"]["expr.8"]["macro_f1"] > 0.5  # chance is a third
@@ -173,12 +173,12 @@ def test_valence_and_arousal_start_from_the_same_weights_with_and_without(cache:
     assert beside["ccc"] == plain["ccc"] and "extra" not in plain
 
 
-def test_an_ensemble_averages_them(run: Path, tmp_path: Path) -> None:
+def test_an_ensemble_averages_extra_targets(run: Path, tmp_path: Path) -> None:
     _, one = ensemble_runs([run], tmp_path / "one", device="cpu")
     assert one["extra"] == RunFolder(run).read_metrics()["extra"]
 
 
-def test_a_cache_without_the_targets(cache: Cache, run: Path, tmp_path: Path) -> None:
+def test_a_cache_without_the_targets_is_rejected(cache: Cache, run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"Did you mean 'expr\.8'"):
         resolve(cache, replace(CONFIG, extra_targets=("expr",)))
     other = make_cache(tmp_path / "other", Toy(seed=3))

@@ -37,7 +37,7 @@ def labelled(cache: Cache, items) -> int:
 
 
 @pytest.mark.parametrize("folds", [2, 3, 5, 9])
-def test_every_clip_is_in_one_part_and_no_video_in_two(cache: Cache, folds: int) -> None:
+def test_every_clip_is_in_one_fold_and_no_video_in_two(cache: Cache, folds: int) -> None:
     parts = make_folds(cache, BOTH, folds)
     assert len(parts) == folds
     assert sorted(item for part in parts for item in part.items) == cache.items()
@@ -51,7 +51,7 @@ def test_every_clip_is_in_one_part_and_no_video_in_two(cache: Cache, folds: int)
         assert {cache.meta(item)["group"] for item in part.items} == set(part.groups)
 
 
-def test_parts_have_about_as_many_labelled_frames(cache: Cache) -> None:
+def test_folds_have_similar_numbers_of_labelled_frames(cache: Cache) -> None:
     parts = make_folds(cache, BOTH, 3)
     videos: dict[str, int] = {}
     for item in cache.items():
@@ -62,7 +62,7 @@ def test_parts_have_about_as_many_labelled_frames(cache: Cache) -> None:
     assert make_folds(cache, BOTH, 3) == parts
 
 
-def test_parts_have_names_that_stand_for_splits(cache: Cache) -> None:
+def test_folds_have_names_usable_as_splits(cache: Cache) -> None:
     parts = make_folds(cache, BOTH, 3)
     for k, part in enumerate(parts, 1):
         own, rest = split_items(cache, f"fold{k}of3", BOTH), split_items(cache, f"rest{k}of3", BOTH)
@@ -77,7 +77,7 @@ def test_parts_have_names_that_stand_for_splits(cache: Cache) -> None:
         split_items(cache, "fold4", BOTH)
 
 
-def test_what_cannot_be_divided(cache: Cache) -> None:
+def test_impossible_fold_counts_are_rejected(cache: Cache) -> None:
     with pytest.raises(UsageError, match="9 source videos"):
         make_folds(cache, BOTH, 10)
     with pytest.raises(UsageError, match="must be >= 2"):
@@ -86,7 +86,7 @@ def test_what_cannot_be_divided(cache: Cache) -> None:
         TrainConfig(folds=3, fold=4)
 
 
-def test_a_run_validates_on_its_part_and_trains_on_the_others(cache: Cache, tmp_path: Path) -> None:
+def test_a_run_validates_on_its_fold_and_trains_on_the_rest(cache: Cache, tmp_path: Path) -> None:
     parts = make_folds(cache, BOTH, 3)
     result = train_run(cache, replace(CONFIG, fold=2), tmp_path / "run", tensorboard=False, pictures=False)
     assert result.metrics["split"] == "fold2of3"
@@ -102,7 +102,7 @@ def test_a_run_validates_on_its_part_and_trains_on_the_others(cache: Cache, tmp_
     assert other["n_clips"] == len(parts[0].items)
 
 
-def test_clips_that_failed_count_for_every_part_of_their_split(cache: Cache) -> None:
+def test_failed_clips_count_in_every_fold_of_their_split(cache: Cache) -> None:
     path = cache.path / "failures.jsonl"
     path.write_text('{"item": "lost", "split": "val"}\n{"item": "other", "split": "test"}\n')
     try:

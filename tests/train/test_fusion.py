@@ -92,7 +92,7 @@ def restated(variant: str, fusion: Any, visual: Tensor, time: Tensor, tracks: Se
 
 @variants
 @pytest.mark.parametrize("streams", [1, 2, 3])
-def test_fusion_is_the_equations(variant, streams):
+def test_fusion_equals_the_published_equations(variant, streams):
     fusion, (visual, time) = build(variant, streams), make_visual()
     tracks = [make_track(seed) for seed in range(streams)]
     fused = fusion(visual, time, tracks)
@@ -103,7 +103,7 @@ def test_fusion_is_the_equations(variant, streams):
 
 
 @variants
-def test_without_any_valid_key_the_picture_speaks_alone(variant):
+def test_without_a_valid_key_the_output_is_the_visual_query(variant):
     fusion, (visual, time) = build(variant, 2), make_visual()
     tracks = [make_track(seed, silent=[1]) for seed in range(2)]
     inputs = [visual.requires_grad_(), *(track.value.requires_grad_() for track in tracks)]
@@ -117,7 +117,7 @@ def test_without_any_valid_key_the_picture_speaks_alone(variant):
 
 
 @variants
-def test_windows_without_any_key_at_all(variant):
+def test_windows_without_keys_are_supported(variant):
     fusion, (visual, time) = build(variant), make_visual()
     nothing = torch.zeros(len(STEPS), max(STEPS), dtype=torch.bool)
     for inside in (make_track(0).inside, nothing):  # all sound missing, or no audio at all
@@ -131,7 +131,7 @@ def test_windows_without_any_key_at_all(variant):
 
 
 @variants
-def test_a_silent_stream_leaves_the_word_to_the_others(variant):
+def test_a_missing_stream_gets_no_gate_weight(variant):
     fusion, (visual, time) = build(variant, 2), make_visual()
     tracks = [make_track(0), make_track(1, silent=[0, 2])]
     fused = fusion(visual, time, tracks)
@@ -145,7 +145,7 @@ def test_a_silent_stream_leaves_the_word_to_the_others(variant):
 
 
 @pytest.mark.parametrize("variant", ["attention", "hierarchical", "attention-concat"])
-def test_steps_without_sound_and_padding_are_never_attended(variant):
+def test_invalid_audio_steps_and_padding_are_not_attended(variant):
     fusion, (visual, time) = build(variant), make_visual()
     track = make_track(0)
     shouted = torch.where(track.key.unsqueeze(-1), track.value, 1e6)
@@ -154,7 +154,7 @@ def test_steps_without_sound_and_padding_are_never_attended(variant):
     )
 
 
-def test_attention_has_neither_residual_nor_norm():
+def test_attention_has_no_residual_and_no_norm():
     """With one key, every frame hears the same, whatever it shows."""
     torch.manual_seed(0)
     attend, (visual, _) = CrossAttention(HIDDEN, HEADS).double(), make_visual()
@@ -163,7 +163,7 @@ def test_attention_has_neither_residual_nor_norm():
     torch.testing.assert_close(heard, heard[:1].expand_as(heard))
 
 
-def test_interpolation_is_numpys():
+def test_interpolation_equals_numpy():
     rng = np.random.default_rng(0)
     inside = inside_mask((1, 2, 5, 9, 9), 9)
     known = np.sort(rng.uniform(0, 10, (5, 9)), axis=1)
@@ -179,7 +179,7 @@ def test_interpolation_is_numpys():
             np.testing.assert_allclose(ours[row, :, k], expected, atol=1e-12)
 
 
-def test_interpolation_gradient_reaches_steps_inside_only():
+def test_interpolation_gradients_reach_only_valid_steps():
     inside = inside_mask((4, 0), 6)
     value = torch.where(inside.unsqueeze(-1), torch.randn(2, 6, 3, dtype=torch.float64), torch.nan).requires_grad_()
     known = torch.arange(6, dtype=torch.float64).expand(2, 6)
@@ -192,7 +192,7 @@ def test_interpolation_gradient_reaches_steps_inside_only():
     assert (gradient[1] == 0).all()
 
 
-def test_shapes_that_disagree_are_named():
+def test_mismatched_shapes_are_reported():
     fusion, (visual, time), track = build("hierarchical"), make_visual(), make_track(0)
     with pytest.raises(ValueError, match="1 audio streams; got 2"):
         fusion(visual, time, [track, track])
@@ -204,7 +204,7 @@ def test_shapes_that_disagree_are_named():
         interpolate(track.value, track.time[:, 1:], time, track.inside)
 
 
-def test_fusions_that_cannot_be_are_refused():
+def test_invalid_fusions_are_rejected():
     with pytest.raises(UsageError, match="at least one audio stream"):
         FUSION["gated"](8, 0)
     with pytest.raises(UsageError, match=r"hidden \(8\) must be divisible by attention_heads \(3\)"):
@@ -212,7 +212,7 @@ def test_fusions_that_cannot_be_are_refused():
 
 
 @pytest.mark.parametrize("variant", ["attention", "hierarchical", "attention-concat"])
-def test_positions_are_sinusoids_of_the_true_times_on_queries_and_keys(variant):
+def test_positions_are_sinusoids_of_times_on_queries_and_keys(variant):
     """Restated in NumPy for one window; values carry no position."""
     torch.manual_seed(0)
     fusion: Any = FUSION[variant](HIDDEN, 1, heads=HEADS, positions="time").double()

@@ -45,7 +45,7 @@ RATES = {
 
 @pytest.mark.parametrize("kind", ["visual", "audio"])
 @pytest.mark.parametrize("rate", RATES)
-def test_the_nearest_row_is_read_or_none(tmp_path: Path, kind: str, rate: str) -> None:
+def test_the_nearest_row_is_read_within_tolerance(tmp_path: Path, kind: str, rate: str) -> None:
     time = RATES[rate]
     missing = (2, len(time) // 2)
     windows, config = windows_of(imported(tmp_path, kind, time, missing), kind)
@@ -75,7 +75,7 @@ def test_the_nearest_row_is_read_or_none(tmp_path: Path, kind: str, rate: str) -
 
 
 @pytest.mark.parametrize("rate", [25.0, 30.0, 3.0, 12.5])
-def test_a_steady_rate_is_read_row_by_row(tmp_path: Path, rate: float) -> None:
+def test_features_at_a_constant_rate_are_read_row_by_row(tmp_path: Path, rate: float) -> None:
     """A step's middle lies between two rows: always the earlier one, so that none is read twice and none left out."""
     time = np.arange(int(31 * rate)) / rate
     windows, _ = windows_of(imported(tmp_path, "audio", time, ()), "audio")
@@ -96,7 +96,7 @@ def test_one_modality_and_one_dimension_make_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["visual", "audio"])
-def test_slow_features_get_windows_of_twenty_rows(tmp_path: Path, kind: str) -> None:
+def test_slow_features_use_windows_of_twenty_rows(tmp_path: Path, kind: str) -> None:
     time = np.arange(60) * 5.0
     _, config = windows_of(imported(tmp_path, kind, time, ()), kind)
     assert (config.window, config.stride, config.frames) == (100.0, 30.0, 20)

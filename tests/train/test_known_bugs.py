@@ -162,7 +162,7 @@ def test_bug_the_mean_of_each_videos_ccc_called_the_metric(cache: Cache) -> None
     assert abs(together - np.mean(own)) > 0.005, "the bug would show here"
 
 
-def test_bug_folds_that_part_left_from_right(tmp_path: Path) -> None:
+def test_bug_folds_separate_left_from_right(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", Toy(splits={"train": 8}, seconds=(6, 12)))
     for k in range(0, 8, 2):  # a second person in every other video
         for stream in cache.streams():

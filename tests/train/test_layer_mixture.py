@@ -16,7 +16,7 @@ SAMPLING = {"window": 4.0, "stride": 2.0, "frames": 8, "audio_steps": 8}
 LAYERED = StreamInfo("deep", "visual", 6, "float32", {"encoder": "toy", "layers": [3, 4, 5, 6], "sampling": SAMPLING})
 
 
-def test_it_is_a_softmax_weighted_mean() -> None:
+def test_the_layer_mixture_is_a_softmax_weighted_mean() -> None:
     mixture = LayerMixture(3)
     x = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(mixture(x), x.mean(dim=2))
@@ -38,7 +38,7 @@ def test_the_layer_axis_is_checked() -> None:
 
 
 @pytest.mark.parametrize("normalize", ["standard", "layer", "none"])
-def test_a_signal_planted_in_one_layer_is_found(tmp_path: Path, normalize: str) -> None:
+def test_a_signal_in_one_layer_gets_the_largest_weight(tmp_path: Path, normalize: str) -> None:
     cache = create_cache(tmp_path / "cache")
     cache.declare(LAYERED)
     cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS}))

@@ -56,7 +56,7 @@ def test_equal_seeds_give_equal_weights(loaded) -> None:
     assert not same(one.state_dict(), other.state_dict())
 
 
-def test_training_leaves_the_generators_alone(loaded) -> None:
+def test_training_does_not_change_global_random_state(loaded) -> None:
     torch.manual_seed(5)
     expected = torch.rand(2)
     torch.manual_seed(5)
@@ -64,7 +64,7 @@ def test_training_leaves_the_generators_alone(loaded) -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(loaded, tmp_path: Path) -> None:
+def test_a_resumed_training_equals_an_uninterrupted_one(loaded, tmp_path: Path) -> None:
     def stop_after_two(row: Row) -> None:
         if row["epoch"] == 2:
             raise KeyboardInterrupt
@@ -102,7 +102,7 @@ def test_the_best_epoch_is_kept(loaded) -> None:
     assert max(means) > 0.6  # the toy can be learned
 
 
-def test_one_step_is_that_of_the_textbook(loaded) -> None:
+def test_one_optimizer_step_equals_the_reference(loaded) -> None:
     """AdamW, restated in NumPy's terms with autograd for the gradient alone."""
     config, inputs, train, _ = loaded
     config = TrainConfig(**{**config.__dict__, "dropout": 0.0, "weight_decay": 0.1})
@@ -132,7 +132,7 @@ def test_clipping_bounds_the_gradient_not_the_report(loaded) -> None:
 
 
 @pytest.mark.parametrize("warmup", [0.0, 1.5])
-def test_schedules(warmup: float) -> None:
+def test_learning_rate_schedules_equal_their_formula(warmup: float) -> None:
     steps, config = 10, TrainConfig(epochs=4, schedule="cosine", warmup=warmup)
     weight = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -160,7 +160,7 @@ def poison(windows: WindowSet, item: str) -> WindowSet:
     return copy
 
 
-def test_a_loss_that_is_not_finite_names_the_clips(loaded) -> None:
+def test_a_non_finite_loss_names_the_clips(loaded) -> None:
     config, inputs, train, val = loaded
     bad = poison(train, "train3")
     with pytest.raises(DataError, match=r"windows of .*train3") as caught:
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_names_the_clips(loaded) -> None:
     assert "clip_norm" in str(caught.value)
 
 
-def test_streams_switched_off_are_not_read(loaded) -> None:
+def test_disabled_streams_are_not_read(loaded) -> None:
     """A poisoned stream that every window masks as missing changes nothing."""
     config, inputs, train, val = loaded
     hidden = frozenset({AUDIO})
@@ -184,7 +184,7 @@ def test_streams_switched_off_are_not_read(loaded) -> None:
     assert same(dict(clean.best), dict(other.best))
 
 
-def test_devices() -> None:
+def test_device_names_are_resolved() -> None:
     assert choose_device("cpu").type == "cpu"
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert choose_device("auto").type == expected

@@ -38,7 +38,7 @@ def tensor(array: np.ndarray) -> Tensor:
 
 
 @pytest.mark.parametrize("per_dimension", [False, True])
-def test_ccc_is_the_population_formula_on_what_the_mask_lets_through(rng, per_dimension):
+def test_ccc_equals_the_population_formula_on_masked_values(rng, per_dimension):
     x, y = rng.uniform(-1, 1, (2, 4, 9, 2))
     y = 0.5 * y + 0.4 * x + 0.1
     mask = rng.random((4, 9, 2) if per_dimension else (4, 9)) < 0.7
@@ -50,7 +50,7 @@ def test_ccc_is_the_population_formula_on_what_the_mask_lets_through(rng, per_di
     np.testing.assert_allclose(ccc(tensor(x).float(), tensor(y).float(), tensor(mask)), expected, atol=1e-6)
 
 
-def test_ccc_is_torchmetrics_up_to_its_sample_variance(rng):
+def test_ccc_equals_torchmetrics_up_to_sample_variance(rng):
     x, y = tensor(rng.uniform(-1, 1, (2, 50, 2)))
     y = y + 0.5
     n = len(x)
@@ -71,7 +71,7 @@ def test_ccc_in_half_precision_is_computed_in_float32(rng):
     )
 
 
-def test_ccc_of_nothing_is_not_a_number_and_of_a_constant_is_zero(rng):
+def test_ccc_is_nan_without_values_and_zero_for_a_constant(rng):
     x = rng.uniform(-1, 1, (5, 2))
     labelled = np.zeros((5, 2), bool)
     labelled[:, 1] = True
@@ -81,7 +81,7 @@ def test_ccc_of_nothing_is_not_a_number_and_of_a_constant_is_zero(rng):
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (5, 2)])
-def test_ccc_names_shapes_that_disagree(shape):
+def test_ccc_reports_mismatched_shapes(shape):
     with pytest.raises(ValueError, match=r"\[4, 2\].*\[" + f"{shape[0]}, {shape[1]}"):
         ccc(torch.zeros(4, 2), torch.zeros(shape))
     with pytest.raises(ValueError, match=r"mask"):
@@ -95,7 +95,7 @@ def test_ccc_loss_flattens_the_batch_and_averages_the_dimensions(rng):
     np.testing.assert_allclose(ccc_loss(tensor(x), tensor(y), tensor(mask)), expected, rtol=1e-6)
 
 
-def test_ccc_loss_gradient_is_that_of_the_formula(rng):
+def test_ccc_loss_gradient_equals_the_formula(rng):
     x, y = tensor(rng.uniform(-1, 1, (2, 3, 4, 2)))
     mask = tensor(rng.random((3, 4, 2)) < 0.8)
     assert torch.autograd.gradcheck(lambda p: ccc_loss(p, y, mask), x.requires_grad_())
@@ -136,7 +136,7 @@ def test_no_labels_at_all_give_zero_loss_and_zero_gradient():
     assert (logits.grad == 0).all()  # type: ignore[union-attr]
 
 
-def test_soft_labels_are_equation_two(rng):
+def test_soft_labels_equal_equation_two(rng):
     va = rng.uniform(-1, 1, (6, 5, 2))
     grid = np.array([(v, a) for v in (-0.8, 0, 0.8) for a in (-0.8, 0, 0.8)])
     weight = np.exp(-((va[..., None, :] - grid) ** 2).sum(-1) / (2 * 0.6**2))
@@ -155,7 +155,7 @@ def test_regions_are_numbered_valence_first():
         assert hard_labels(torch.tensor(point, dtype=torch.float32)).argmax() == region
 
 
-def test_hard_labels_are_the_nearest_centre(rng):
+def test_hard_labels_select_the_nearest_centre(rng):
     va = rng.uniform(-1, 1, (200, 2))
     grid = [(v, a) for v in (-0.66, 0, 0.66) for a in (-0.66, 0, 0.66)]
     nearest = [min(range(9), key=lambda i: np.hypot(*(point - grid[i]))) for point in va]
@@ -165,7 +165,7 @@ def test_hard_labels_are_the_nearest_centre(rng):
 
 
 @pytest.mark.parametrize(("centers", "sigma"), [(0, 0.45), (-1, 0.45), (0.66, 0), (0.66, float("nan"))])
-def test_regions_need_positive_sizes(centers, sigma):
+def test_regions_require_positive_sizes(centers, sigma):
     with pytest.raises(UsageError, match="must be positive"):
         soft_labels(np.zeros(2), centers, sigma)
 
@@ -204,7 +204,7 @@ def test_hard_prompt_loss_is_cross_entropy(rng):
     torch.testing.assert_close(prompt_loss(logits, va, everywhere, hard=True), expected)
 
 
-def test_prompt_loss_names_shapes_that_disagree():
+def test_prompt_loss_reports_mismatched_shapes():
     with pytest.raises(ValueError, match=r"\[3, 5, 8\].*\[3, 5, 2\].*\[3, 5\]"):
         prompt_loss(torch.zeros(3, 5, 8), torch.zeros(3, 5, 2), torch.ones(3, 5, dtype=torch.bool))
 
@@ -233,7 +233,7 @@ def test_total_loss_is_the_weighted_sum_of_its_parts():
     assert loss.requires_grad  # a detached loss trains nothing
 
 
-def test_without_a_prompt_head_or_its_weight_only_concordance_counts():
+def test_total_loss_without_prompts_is_the_ccc_loss():
     batch = toy_batch()
     va, logits = random_output()
     bare, parts = total_loss(Output(va, None), batch, kl_weight=0.2)
@@ -262,5 +262,5 @@ def test_padding_and_missing_labels_change_neither_loss_nor_gradient(junk):
     assert (results[1][1][~batch.labelled] == 0).all()
 
 
-def test_squared_error_of_nothing_is_zero():
+def test_squared_error_without_values_is_zero():
     assert masked_mse(torch.ones(3, 2), torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool)) == 0

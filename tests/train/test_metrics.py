@@ -44,7 +44,7 @@ def joined(videos: list[Video]) -> Video:
     return prediction, target, mask
 
 
-def test_concordance_is_that_of_the_losses(videos):
+def test_metric_ccc_equals_the_loss_ccc(videos):
     everything = joined(videos)
     np.testing.assert_allclose(concordance(*everything), ccc(*everything, eps=0.0), rtol=1e-12)
 
@@ -65,7 +65,7 @@ def test_pearson_and_rmse(videos):
         assert rmse(x, y, mask)[k] == pytest.approx(np.sqrt(((a - b) ** 2).sum() / a.size))
 
 
-def test_constants_score_zero_and_nothing_scores_nothing():
+def test_ccc_of_constants_is_zero_and_of_no_values_is_none():
     x, constant = np.random.default_rng(0).uniform(-1, 1, (9, 2)), np.full((9, 2), 0.1)
     for metric in (concordance, pearson):
         assert (metric(x, constant) == 0).all()
@@ -76,14 +76,14 @@ def test_constants_score_zero_and_nothing_scores_nothing():
         assert np.isnan(measure(x, x, np.array([[True, False]] * 9))).tolist() == [False, True]
 
 
-def test_one_mask_for_both_dimensions_or_one_each():
+def test_masks_can_be_shared_or_per_dimension():
     x, y = np.random.default_rng(0).uniform(-1, 1, (2, 3, 9, 2))
     mask = np.random.default_rng(1).random((3, 9)) < 0.5
     np.testing.assert_array_equal(concordance(x, y, mask), concordance(x, y, np.stack([mask, mask], -1)))
     np.testing.assert_array_equal(concordance(x, y, mask), concordance(x[mask], y[mask]))
 
 
-def test_shapes_that_disagree_are_named():
+def test_mismatched_shapes_are_reported():
     with pytest.raises(ValueError, match=r"\[4, 2\] and \[5, 2\]"):
         concordance(np.zeros((4, 2)), np.zeros((5, 2)))
     with pytest.raises(ValueError, match=r"\[4, 2\]; got \[5\]"):
@@ -92,12 +92,12 @@ def test_shapes_that_disagree_are_named():
         smoothness(np.zeros((4, 2)), np.zeros(5))
 
 
-def test_the_mean_is_over_dimensions_that_are_there():
+def test_the_mean_covers_available_dimensions():
     values = [[0.2, 0.4], [0.2, np.nan], [np.nan, np.nan]]
     np.testing.assert_allclose(mean_over_dimensions(values), [0.3, 0.2, np.nan])
 
 
-def test_within_video_ccc_leaves_out_and_counts_videos_with_constant_labels(videos):
+def test_within_video_ccc_excludes_and_counts_constant_videos(videos):
     constant, unlabelled = [tuple(part.copy() for part in videos[0]) for _ in range(2)]
     constant[1][:, 1] = 0.1
     unlabelled[2][:, 0] = False
@@ -108,18 +108,18 @@ def test_within_video_ccc_leaves_out_and_counts_videos_with_constant_labels(vide
     assert excluded.tolist() == [1, 1]
 
 
-def test_within_video_ccc_of_no_usable_video():
+def test_within_video_ccc_without_usable_videos_is_none():
     mean, excluded = within_video_ccc([(np.eye(2), np.zeros((2, 2)), None)])
     assert np.isnan(mean).all()
     assert excluded.tolist() == [1, 1]
 
 
-def test_moments_of_videos_add_up(videos):
+def test_moments_of_videos_are_additive(videos):
     total = np.sum([video_moments(*video) for video in videos], axis=0)
     np.testing.assert_allclose(concordance_of_moments(total), concordance(*joined(videos)), rtol=1e-10)
 
 
-def test_moments_of_constants_and_of_nothing():
+def test_moments_of_constants_and_empty_videos():
     rng = np.random.default_rng(0)
     same = video_moments(np.full((1000, 2), 0.1), np.full((1000, 2), 0.1))
     assert (concordance_of_moments(same) == 0).all()
@@ -128,7 +128,7 @@ def test_moments_of_constants_and_of_nothing():
     assert np.isnan(concordance_of_moments(np.zeros((6, 2)))).all()
 
 
-def test_bootstrap_is_drawing_videos_and_joining_their_frames(videos):
+def test_bootstrap_equals_concatenating_drawn_videos(videos):
     rng = np.random.default_rng(11)
     scores = []
     for drawn in rng.integers(len(videos), size=(300, len(videos))):
@@ -139,7 +139,7 @@ def test_bootstrap_is_drawing_videos_and_joining_their_frames(videos):
     np.testing.assert_allclose([interval.valence, interval.arousal, interval.mean], expected, rtol=1e-9)
 
 
-def test_bootstrap_holds_the_estimate_and_repeats_itself(videos):
+def test_bootstrap_interval_contains_the_estimate_and_is_deterministic(videos):
     moments = [video_moments(*video) for video in videos]
     first, again = (bootstrap_interval(moments, resamples=2000, seed=1) for _ in range(2))
     assert first == again
@@ -150,7 +150,7 @@ def test_bootstrap_holds_the_estimate_and_repeats_itself(videos):
     assert first.mean[0] < narrow.mean[0] < narrow.mean[1] < first.mean[1]
 
 
-def test_bootstrap_of_one_video_is_a_point(videos):
+def test_bootstrap_of_one_video_is_degenerate(videos):
     interval = bootstrap_interval([video_moments(*videos[0])], resamples=20)
     value = concordance(*videos[0])
     np.testing.assert_allclose([interval.valence, interval.arousal], np.stack([value, value], -1))
@@ -164,14 +164,14 @@ def test_bootstrap_without_labels_in_one_dimension(videos):
     assert interval.mean == interval.valence
 
 
-def test_bootstrap_is_quick():
+def test_bootstrap_runs_within_its_time_budget():
     moments = np.random.default_rng(0).uniform(1, 2, (76, 6, 2))
     start = time.process_time()
     bootstrap_interval(moments, resamples=10_000)
     assert time.process_time() - start < 1
 
 
-def test_bootstrap_refuses_what_it_cannot_draw():
+def test_bootstrap_rejects_invalid_arguments():
     with pytest.raises(UsageError, match="0 videos"):
         bootstrap_interval([])
     with pytest.raises(UsageError, match=r"level 1\.5"):

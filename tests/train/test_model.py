@@ -59,22 +59,22 @@ def test_padding_changes_no_prediction_loss_gradient_or_metric(temporal, fusion,
 
 
 @some_streams
-def test_padding_is_harmless_for_every_set_of_streams(case):
+def test_padding_changes_nothing_for_every_set_of_streams(case):
     assert_padding_is_harmless(toy_model(STREAMS[case]), toy_batch(streams=STREAMS[case]), float("nan"))
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
-def test_padding_is_harmless_under_every_normalisation(normalize):
+def test_padding_changes_nothing_under_every_normalisation(normalize):
     assert_padding_is_harmless(toy_model(normalize=normalize), toy_batch(), float("nan"))
 
 
-def test_padding_is_harmless_to_a_non_causal_tcn():
+def test_padding_changes_nothing_in_a_non_causal_tcn():
     model = toy_model(temporal="tcn", temporal_options={"causal": False, "layers": 2})
     assert_padding_is_harmless(model, toy_batch(), float("nan"))
 
 
 @combinations
-def test_windows_without_sound_or_face_stay_finite(temporal, fusion):
+def test_windows_without_audio_or_face_give_finite_outputs(temporal, fusion):
     model = toy_model(temporal=temporal, fusion=fusion)
     batch = without(without(toy_batch(), HEARD.name, [0, 2]), SEEN.name, [1, 2])
     va, logits, loss, gradients = loss_and_gradients(model, batch)
@@ -84,7 +84,7 @@ def test_windows_without_sound_or_face_stay_finite(temporal, fusion):
 
 
 @pytest.mark.parametrize("fusion", FUSION)
-def test_without_sound_the_picture_speaks_alone(fusion):
+def test_without_audio_the_output_depends_on_frames_only(fusion):
     model, batch = toy_model(fusion=fusion), without(toy_batch(), HEARD.name, [0, 3])
     seen = model.branches[0](batch.features[SEEN.name], batch.valid[SEEN.name], batch.inside)
     fused = model.fuse(batch)
@@ -95,7 +95,7 @@ def test_without_sound_the_picture_speaks_alone(fusion):
 
 
 @some_streams
-def test_missing_input_is_never_read_but_predicted(case):
+def test_missing_input_is_not_read_and_still_predicted(case):
     streams = STREAMS[case]
     model, batch = toy_model(streams), toy_batch(streams=streams)
     features = {
@@ -121,7 +121,7 @@ def test_missing_is_not_padding_and_not_zero():
     assert (outputs[1][-1] != 0).all()
 
 
-def test_the_learned_vector_learns_from_missing_frames_only():
+def test_the_missing_frame_vector_is_trained_by_missing_frames_only():
     model, batch = toy_model(), toy_batch()
     missing = dict(model.named_parameters())["branches.0.missing"]
     all_there = replace(batch, valid={name: mask.clone() for name, mask in batch.feature_inside.items()})
@@ -130,7 +130,7 @@ def test_the_learned_vector_learns_from_missing_frames_only():
         assert bool((gradient != 0).any()) is learns
 
 
-def test_picture_rows_beyond_the_streams_end_count_as_missing():
+def test_frames_after_the_end_of_a_stream_count_as_missing():
     model, batch = toy_model(), toy_batch()
     ended = {name: mask.clone() for name, mask in batch.feature_inside.items()}
     ended[SEEN.name][0, 3:] = False
@@ -140,7 +140,7 @@ def test_picture_rows_beyond_the_streams_end_count_as_missing():
     assert torch.equal(model(replace(batch, feature_inside=ended)).va, expected)
 
 
-def test_the_model_is_the_sum_of_its_parts():
+def test_the_model_equals_its_composed_modules():
     """Projection, temporal model, fusion and heads, in the paper's order, out of the model's own pieces."""
     model, batch = toy_model(), toy_batch()
     heard_mask = batch.valid[HEARD.name] & batch.feature_inside[HEARD.name]
@@ -169,7 +169,7 @@ def test_the_model_is_the_sum_of_its_parts():
     assert output.va.abs().max() <= 1
 
 
-def test_one_modality_has_nothing_to_fuse():
+def test_one_modality_uses_no_fusion():
     batch = toy_batch()
     seen, heard = toy_model((SEEN,)), toy_model((HEARD,))
     assert seen.fusion is None
@@ -183,7 +183,7 @@ def test_one_modality_has_nothing_to_fuse():
 
 @some_streams
 @pytest.mark.parametrize("fusion", FUSION)
-def test_any_number_of_streams_works_and_each_is_used(case, fusion):
+def test_any_number_of_streams_is_supported_and_each_is_used(case, fusion):
     streams = STREAMS[case]
     model, batch = toy_model(streams, fusion=fusion), toy_batch(streams=streams)
     features = {name: tensor.clone().requires_grad_() for name, tensor in batch.features.items()}
@@ -194,7 +194,7 @@ def test_any_number_of_streams_works_and_each_is_used(case, fusion):
         assert (gradient != 0).any()
 
 
-def test_the_model_learns_what_both_senses_tell():
+def test_the_model_learns_from_both_modalities():
     """Valence is drawn in the picture, arousal sounds: after some steps both are read, on windows never seen."""
 
     def world(seed: int) -> Batch:

@@ -13,12 +13,12 @@ from vaflow.train.heads.model import VAModel, count_parameters
 FOUR = (HEARD_TOO, SEEN, HEARD, SEEN_TOO)
 
 
-def test_no_prototypes_no_region_logits():
+def test_models_without_prototypes_have_no_region_logits():
     model = VAModel((SEEN, HEARD), None, hidden=8).double()
     assert model(toy_batch()).region_logits is None
 
 
-def test_equal_seeds_give_equal_models_and_answers():
+def test_equal_seeds_give_equal_models_and_outputs():
     batch = toy_batch()
     one, two = toy_model(), toy_model()
     assert torch.equal(one(batch).va, two(batch).va)
@@ -27,7 +27,7 @@ def test_equal_seeds_give_equal_models_and_answers():
     assert not torch.allclose(other.eval()(batch).va, one(batch).va)
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_is_active_in_training_only():
     batch = toy_batch()
     model = toy_model(dropout=0.5)
     assert not torch.equal(model(batch).va, model(batch).va)
@@ -35,7 +35,7 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(model(batch).va, model(batch).va)
 
 
-def test_weights_survive_being_saved():
+def test_weights_round_trip_through_a_file():
     batch = toy_batch(streams=FOUR)
     one = toy_model(FOUR, normalize="standard")
     two = VAModel(FOUR, torch.zeros(9, 6), hidden=8, attention_heads=2, normalize="standard").double()
@@ -43,7 +43,7 @@ def test_weights_survive_being_saved():
     torch.testing.assert_close(two.eval()(batch).va, one.eval()(batch).va)
 
 
-def test_standard_normalisation_uses_the_given_numbers():
+def test_standard_normalisation_uses_the_given_statistics():
     batch, name = toy_batch(), SEEN.name
     model, plain = toy_model(normalize="standard"), toy_model(normalize="none")
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -54,14 +54,14 @@ def test_standard_normalisation_uses_the_given_numbers():
     torch.testing.assert_close(model(moved).va, plain(batch).va)
 
 
-def test_unit_vectors_ignore_length():
+def test_unit_normalisation_ignores_vector_length():
     batch = toy_batch()
     model = toy_model(normalize="l2")
     longer = replace(batch, features={name: 7 * tensor for name, tensor in batch.features.items()})
     torch.testing.assert_close(model(longer).va, model(batch).va)
 
 
-def test_statistics_need_a_place_to_go():
+def test_statistics_require_standard_normalisation():
     ones = torch.ones(SEEN.dim)
     with pytest.raises(ValueError, match=r"no stream 'ear'.*see\.it"):
         toy_model(normalize="standard").set_statistics("ear", ones, ones)
@@ -92,7 +92,7 @@ def test_parameters_are_counted():
         ({"hidden": 7}, "even"),
     ],
 )
-def test_unknown_names_are_met_with_the_choices(options, words):
+def test_unknown_name_errors_list_the_choices(options, words):
     with pytest.raises(UsageError, match=words):
         toy_model(**options)
 
@@ -105,12 +105,12 @@ def test_unknown_names_are_met_with_the_choices(options, words):
         ((StreamSpec("x", "logmel", 128),), "unknown kind.*audio, visual"),
     ],
 )
-def test_streams_that_cannot_be_are_refused(streams, words):
+def test_invalid_streams_are_rejected(streams, words):
     with pytest.raises(UsageError, match=words):
         VAModel(streams)
 
 
-def test_batches_that_do_not_fit_are_named():
+def test_mismatched_batches_are_reported():
     model, batch = toy_model(), toy_batch()
     with pytest.raises(ValueError, match=r"'hear/it'.*see\.it"):
         model(replace(batch, features={SEEN.name: batch.features[SEEN.name]}))

@@ -62,26 +62,26 @@ def model_of(streams: tuple[StreamSpec, ...], **options: Any) -> VAModel:
 
 @pytest.mark.parametrize("temporal", TEMPORAL)
 @pytest.mark.parametrize("layers", [1, 2])
-def test_every_temporal_model(temporal: str, layers: int) -> None:
+def test_every_temporal_model_exports_to_onnx(temporal: str, layers: int) -> None:
     compare(model_of((SEEN, HEARD), temporal=temporal, temporal_options={"layers": layers}))
 
 
 @pytest.mark.parametrize("fusion", FUSION)
 @pytest.mark.parametrize("positions", ["none", "time"])
-def test_every_fusion(fusion: str, positions: str) -> None:
+def test_every_fusion_exports_to_onnx(fusion: str, positions: str) -> None:
     compare(model_of((SEEN, SEEN_TOO, HEARD, HEARD_TOO), fusion=fusion, attention_positions=positions))
 
 
 @pytest.mark.parametrize("stream", [SEEN, HEARD])
-def test_one_modality(stream: StreamSpec) -> None:
+def test_one_modality_is_supported(stream: StreamSpec) -> None:
     compare(model_of((stream,), normalize="l2"))
 
 
-def test_a_spectrogram() -> None:
+def test_a_spectrogram_stream_exports_to_onnx() -> None:
     compare(model_of((SEEN, SPECTROGRAM)), factor=4)
 
 
-def test_further_targets_and_two_best_epochs() -> None:
+def test_extra_targets_and_two_best_epochs_export_to_onnx() -> None:
     targets = (TargetSpec("expression", "classes", ("neutral", "joy", "anger")),)
     model, other = (model_of((SEEN, HEARD), targets=targets) for _ in range(2))
     torch.nn.init.normal_(other.regression[0].weight)  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ def quiet_run(cache: Cache, config: TrainConfig, out: Path, **options) -> Result
 # --- modality dropout ---
 
 
-def test_dropout_takes_one_modality_of_about_that_share_of_windows_and_never_both() -> None:
+def test_modality_dropout_removes_one_modality_at_the_given_rate() -> None:
     streams, windows = (SEEN, HEARD, HEARD_TOO), 4000
     batch = toy_batch([3] * windows, [4] * windows, streams)
     torch.manual_seed(3)
@@ -60,7 +60,7 @@ def test_dropout_takes_one_modality_of_about_that_share_of_windows_and_never_bot
     assert changed.features is batch.features and changed.inside is batch.inside
 
 
-def test_dropout_follows_from_the_seed_and_needs_two_modalities() -> None:
+def test_modality_dropout_is_seeded_and_requires_two_modalities() -> None:
     batch = toy_batch([3] * 50, [4] * 50)
     masks = []
     for seed in (1, 1, 2):
@@ -70,7 +70,7 @@ def test_dropout_follows_from_the_seed_and_needs_two_modalities() -> None:
     assert drop_modality(batch, (SEEN,), 0.5) is batch and drop_modality(batch, (SEEN, HEARD), 0.0) is batch
 
 
-def test_the_vector_for_missing_faces_learns_from_dropout() -> None:
+def test_modality_dropout_trains_the_missing_face_vector() -> None:
     model = toy_model()
     whole = toy_batch([4] * 8, [5] * 8)
     whole = replace(whole, valid={name: torch.ones_like(mask) for name, mask in whole.valid.items()})
@@ -84,7 +84,7 @@ def test_the_vector_for_missing_faces_learns_from_dropout() -> None:
     assert gradients[1][0] > 0 and gradients[1][1] == 0  # without sound there is nothing to attend to
 
 
-def test_a_run_with_dropout_repeats_itself_and_resumes(cache: Cache, tmp_path: Path) -> None:
+def test_a_run_with_modality_dropout_is_reproducible_and_resumes(cache: Cache, tmp_path: Path) -> None:
     config = replace(CONFIG, modality_dropout=0.5, epochs=2)
     one = quiet_run(cache, config, tmp_path / "one").metrics
     assert quiet_run(cache, config, tmp_path / "two").metrics == one
@@ -94,7 +94,7 @@ def test_a_run_with_dropout_repeats_itself_and_resumes(cache: Cache, tmp_path: P
 # --- evaluation without a modality ---
 
 
-def test_without_a_modality_its_features_are_not_read(cache: Cache) -> None:
+def test_evaluation_without_a_modality_does_not_read_its_features(cache: Cache) -> None:
     config, inputs = resolve(cache, CONFIG)
     windows = load_split(cache, "val", inputs.streams, config)
     hidden = without_modality(windows, "audio").gather(torch.arange(3))
@@ -108,7 +108,7 @@ def test_without_a_modality_its_features_are_not_read(cache: Cache) -> None:
         without_modality(windows, "sound")
 
 
-def test_evaluating_without_a_modality_leaves_the_runs_own_results_alone(cache: Cache, tmp_path: Path) -> None:
+def test_evaluating_without_a_modality_keeps_the_stored_results(cache: Cache, tmp_path: Path) -> None:
     run = tmp_path / "run"
     metrics = quiet_run(cache, CONFIG, run).metrics
     own = (run / "predictions" / "val" / "val0.csv").read_text()
@@ -126,7 +126,7 @@ def test_evaluating_without_a_modality_leaves_the_runs_own_results_alone(cache: 
 # --- weights per dimension ---
 
 
-def test_each_dimension_has_the_weights_of_its_own_best_epoch(cache: Cache, tmp_path: Path) -> None:
+def test_each_dimension_uses_the_weights_of_its_best_epoch(cache: Cache, tmp_path: Path) -> None:
     config = replace(CONFIG, best="each", epochs=6)
     metrics = quiet_run(cache, config, tmp_path / "each").metrics
     plain = quiet_run(cache, replace(config, best="mean"), tmp_path / "mean").metrics
@@ -145,13 +145,13 @@ def test_each_dimension_has_the_weights_of_its_own_best_epoch(cache: Cache, tmp_
     assert again == {key: metrics[key] for key in again}
 
 
-def test_a_dimension_without_labels_goes_with_the_mean(tmp_path: Path) -> None:
+def test_a_dimension_without_labels_uses_the_best_mean_epoch(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", Toy(seconds=(8, 14), targets=(1,)))
     metrics = quiet_run(cache, replace(CONFIG, best="each"), tmp_path / "run").metrics
     assert set(metrics["best_epoch_each"].values()) == {metrics["best_epoch"]}
 
 
-def test_weights_per_dimension_survive_an_interruption(
+def test_weights_per_dimension_are_kept_after_an_interruption(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vaflow.train import session
@@ -172,7 +172,7 @@ def test_weights_per_dimension_survive_an_interruption(
     assert quiet_run(cache, config, tmp_path / "run").metrics == whole
 
 
-def test_a_run_without_its_second_weights_is_damaged(cache: Cache, tmp_path: Path) -> None:
+def test_a_run_missing_its_second_weights_is_reported_as_damaged(cache: Cache, tmp_path: Path) -> None:
     quiet_run(cache, replace(CONFIG, best="each", epochs=1), tmp_path / "run")
     (tmp_path / "run" / "model-arousal.safetensors").unlink()
     with pytest.raises(CorruptError, match=r"model-arousal\.safetensors"):
@@ -183,7 +183,7 @@ def test_a_run_without_its_second_weights_is_damaged(cache: Cache, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("ccc_weight", "mse_weight"), [(1.0, 0.5), (0.3, 2.0), (0.0, 1.0)])
-def test_mixtures_of_concordance_and_squared_error(ccc_weight: float, mse_weight: float) -> None:
+def test_ccc_and_squared_error_can_be_mixed(ccc_weight: float, mse_weight: float) -> None:
     batch = toy_batch()
     output = toy_model()(batch)
     loss, parts = total_loss(output, batch, kl_weight=0, mse_weight=mse_weight, ccc_weight=ccc_weight)
@@ -193,7 +193,7 @@ def test_mixtures_of_concordance_and_squared_error(ccc_weight: float, mse_weight
     assert parts["ccc"].item() == pytest.approx(ccc_loss(*pair).item())
 
 
-def test_settings_that_cannot_be_meant() -> None:
+def test_contradictory_settings_are_rejected() -> None:
     with pytest.raises(UsageError, match="ccc_weight"):
         TrainConfig(ccc_weight=0)
     with pytest.raises(UsageError, match="modality_dropout must be a number >= 0 and < 1"):
@@ -236,7 +236,7 @@ def test_a_stored_smoothing_is_applied_by_every_prediction(cache: Cache, tmp_pat
         choose_smoothing(run, cache, "median", device="cpu")
 
 
-def test_a_smoothing_for_one_evaluation_leaves_the_run_as_it_is(cache: Cache, tmp_path: Path) -> None:
+def test_smoothing_one_evaluation_does_not_change_the_run(cache: Cache, tmp_path: Path) -> None:
     run = tmp_path / "run"
     before = quiet_run(cache, CONFIG, run).metrics
     predictions = {path: path.read_bytes() for path in run.rglob("val/*.csv")}
@@ -264,7 +264,7 @@ def test_windows_of_three_hundred_frames_train_and_evaluate(tmp_path: Path) -> N
     assert len(rows) == 1 + len(cache.read("labels", "val0").time)
 
 
-def test_more_frames_than_the_cache_has_read_the_nearest_sample_and_keep_its_mask(cache: Cache) -> None:
+def test_higher_frame_rates_read_the_nearest_cached_sample(cache: Cache) -> None:
     """Eight samples in four seconds, and windows of 90 frames in six: each sample stands for 7 or 8 frames."""
     config, inputs = resolve(cache, replace(CONFIG, window=6.0, stride=3.0, frames=90))
     windows = load_split(cache, "val", inputs.streams, config)
@@ -283,7 +283,7 @@ def test_more_frames_than_the_cache_has_read_the_nearest_sample_and_keep_its_mas
                     np.testing.assert_array_equal(batch.features[VISUAL][w, f], data.embedding[row].astype(np.float32))
 
 
-def test_output_of_both_models_is_combined() -> None:
+def test_outputs_of_both_models_are_combined() -> None:
     from vaflow.train.heads.model import EachModel
 
     one, other = toy_model(), toy_model()

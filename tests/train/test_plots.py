@@ -18,7 +18,7 @@ def trace(seconds: float, rate: float = 30.0):
     return time, va, regions
 
 
-def test_a_trace_with_everything(tmp_path: Path) -> None:
+def test_a_complete_trace_is_plotted(tmp_path: Path) -> None:
     time, va, regions = trace(20)
     label = np.where(time[:, None] < 12, va * 0.5, np.nan)
     seen = (time < 5) | (time > 8)
@@ -38,7 +38,7 @@ def pixels(image: Image.Image, colour: str) -> int:
     return int((np.asarray(image.convert("RGB")) == wanted).all(axis=-1).sum())
 
 
-def test_every_gap_is_shaded_from_its_first_frame_until_the_next_valid_one() -> None:
+def test_gaps_are_shaded_until_the_next_valid_frame() -> None:
     time = np.arange(0, 10, 0.5)
     valid = np.ones(20, bool)
     valid[[0, 1, 7, 19]] = False
@@ -55,20 +55,20 @@ def test_any_name_can_be_drawn(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
-def test_very_short_clips(tmp_path: Path, rows: int) -> None:
+def test_very_short_clips_are_plotted(tmp_path: Path, rows: int) -> None:
     time, va, regions = (array[:rows] for array in trace(1))
     seen = np.zeros(rows, bool)
     plots.plot_trace(tmp_path / "p.png", time, va, regions=regions, label=va * np.nan, face=seen, audio=seen)
     assert Image.open(tmp_path / "p.png").size[0] > 800
 
 
-def test_half_an_hour(tmp_path: Path) -> None:
+def test_a_clip_of_half_an_hour_is_plotted(tmp_path: Path) -> None:
     time, va, regions = trace(1800)
     plots.plot_trace(tmp_path / "p.png", time, va, regions=regions, label=va)
     assert (tmp_path / "p.png").stat().st_size < 2_000_000
 
 
-def test_curves_and_agreement(tmp_path: Path) -> None:
+def test_training_curves_and_agreement_are_plotted(tmp_path: Path) -> None:
     row = {"loss_total": 1.0, "loss_ccc": 0.9, "loss_kl": 0.0, "val_ccc_valence": float("nan"), "val_ccc_arousal": 0.3}
     history = [{"epoch": k, **row, "val_ccc_mean": mean} for k, mean in ((1, 0.2), (2, 0.3), (3, float("nan")))]
     plots.plot_training(tmp_path / "curves.png", history)

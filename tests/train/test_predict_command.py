@@ -65,7 +65,7 @@ def test_a_run_on_imported_features_predicts_a_cache_without_labels(
     assert "commonest region" in capsys.readouterr().out
 
 
-def test_imported_features_cannot_be_made_from_videos(
+def test_runs_on_imported_features_cannot_predict_videos(
     imported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "clip.mp4").write_bytes(b"")
@@ -75,7 +75,7 @@ def test_imported_features_cannot_be_made_from_videos(
     assert "Nothing to predict" in capsys.readouterr().err
 
 
-def test_clips_without_features_are_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clips_without_features_are_listed_as_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = make_cache(tmp_path / "cache", Toy(seconds=(8, 14)))
     assert main(["train", str(cache.path), "--out", str(tmp_path / "run"), *SMALL]) == 0
     for stream in list(cache.streams()):
@@ -107,7 +107,7 @@ def video_run(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return folder / "run", data
 
 
-def test_faces_that_do_not_fit_the_run_are_refused_before_encoding(
+def test_another_face_source_is_rejected_before_encoding(
     video_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, data = video_run
@@ -117,7 +117,7 @@ def test_faces_that_do_not_fit_the_run_are_refused_before_encoding(
     assert "--faces none, which is the default" in capsys.readouterr().err
 
 
-def test_an_interrupted_prediction_keeps_the_features_of_finished_clips(
+def test_an_interrupted_prediction_keeps_features_of_finished_clips(
     video_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, data = video_run
@@ -145,7 +145,7 @@ def test_an_interrupted_prediction_keeps_the_features_of_finished_clips(
     assert not list(out.glob(".features-*"))
 
 
-def test_an_interrupted_prediction_keeps_the_files_of_predicted_clips(
+def test_an_interrupted_prediction_keeps_finished_files(
     video_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, data = video_run
@@ -163,7 +163,7 @@ def test_an_interrupted_prediction_keeps_the_files_of_predicted_clips(
     assert [path.name for path in (tmp_path / "out").glob("*.csv")] == ["a.csv"]
 
 
-def test_regions_without_a_prompt_head_are_those_of_the_run(tmp_path: Path) -> None:
+def test_regions_without_a_prompt_head_use_the_regions_of_the_run(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", Toy(splits={"train": 2, "val": 2}))
     wide, narrow = (regions_of(cache.path, tmp_path / centers, centers) for centers in ("1.9", "0.001"))
     assert wide == {"v_middle_a_middle"}, "every prediction lies nearer to 0 than to the outer centers"

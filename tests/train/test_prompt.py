@@ -24,7 +24,7 @@ def test_logits_are_scaled_cosines(prototypes):
     np.testing.assert_allclose(head(x).detach(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_only_directions_of_prototypes_matter(prototypes):
+def test_prototype_length_does_not_change_the_logits(prototypes):
     torch.manual_seed(0)
     head = PromptHead(5, prototypes)
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def test_only_directions_of_prototypes_matter(prototypes):
     torch.testing.assert_close(head(x), longer(x))
 
 
-def test_the_scale_is_learned_as_a_logarithm_and_never_above_100(prototypes):
+def test_the_logit_scale_is_logarithmic_and_at_most_100(prototypes):
     head = PromptHead(5, prototypes)
     torch.testing.assert_close(head.scale.detach(), torch.tensor(1 / 0.07))
     head(torch.randn(3, 5)).square().sum().backward()
@@ -45,7 +45,7 @@ def test_the_scale_is_learned_as_a_logarithm_and_never_above_100(prototypes):
 
 
 @pytest.mark.parametrize("learnable", [False, True])
-def test_prototypes_are_kept_or_learned_and_always_saved(prototypes, learnable):
+def test_prototypes_are_fixed_or_trained_and_always_saved(prototypes, learnable):
     original = prototypes.clone()
     head = PromptHead(5, prototypes, learnable=learnable)
     assert ("prototypes" in dict(head.named_parameters())) is learnable
@@ -55,7 +55,7 @@ def test_prototypes_are_kept_or_learned_and_always_saved(prototypes, learnable):
     torch.testing.assert_close(prototypes, original)  # the caller's tensor is not shared
 
 
-def test_shapes_that_disagree_are_named(prototypes):
+def test_mismatched_shapes_are_reported(prototypes):
     with pytest.raises(ValueError, match=r"\[9, D\]; got \[8, 12\]"):
         PromptHead(5, prototypes[:8])
     with pytest.raises(ValueError, match=r"\[\.\.\., 5\]; got \[2, 6\]"):

@@ -49,7 +49,7 @@ def train(cache: Cache, config: TrainConfig, out: Path) -> Any:
     return train_run(cache, config, out, tensorboard=False, pictures=False)
 
 
-def test_a_run_learns_its_context_and_keeps_what_it_came_to(cache: Cache, encoder: Any, tmp_path: Path) -> None:
+def test_a_run_trains_and_stores_its_context_vectors(cache: Cache, encoder: Any, tmp_path: Path) -> None:
     result = train(cache, CONFIG, tmp_path / "run")
     head = load_run(tmp_path / "run").model.prompt
     assert head is not None and head.context is not None and head.context.shape == (3, 128)
@@ -62,20 +62,20 @@ def test_a_run_learns_its_context_and_keeps_what_it_came_to(cache: Cache, encode
     assert evaluate_run(tmp_path / "run", cache, device="cpu")["ccc"] == result.metrics["ccc"]
 
 
-def test_another_encoder_than_the_cache_had_is_refused(encoder: Any, tmp_path: Path) -> None:
+def test_an_encoder_different_from_the_cache_is_rejected(encoder: Any, tmp_path: Path) -> None:
     toy = Toy(seconds=(6, 7), splits={"train": 1, "val": 1}, text=False)
     other = with_prompts(make_cache(tmp_path / "cache", toy), encoder, weights="others")
     with pytest.raises(FingerprintError, match="text_weights"):
         train(other, CONFIG, tmp_path / "run")
 
 
-def test_prompts_without_their_words_are_refused(tmp_path: Path) -> None:
+def test_prompts_without_text_are_rejected(tmp_path: Path) -> None:
     toy = make_cache(tmp_path / "cache", Toy(seconds=(6, 7), splits={"train": 1, "val": 1}))
     with pytest.raises(UsageError, match="descriptions of the nine regions"):
         train(toy, replace(CONFIG, text=""), tmp_path / "run")
 
 
-def test_settings_that_contradict_each_other_are_refused() -> None:
+def test_contradictory_settings_are_rejected() -> None:
     with pytest.raises(UsageError, match="requires the prompt loss"):
         TrainConfig(prompt_context=4, kl_weight=0)
     with pytest.raises(UsageError, match="both"):

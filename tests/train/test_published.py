@@ -62,7 +62,7 @@ def predictions(run: Path | str, cache_path: Path, out: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in out.glob("*.csv")}
 
 
-def test_the_export_predicts_as_the_run(
+def test_the_export_predicts_like_the_run(
     run: Path, exported: Path, hub_folder: Path, cache: Cache, tmp_path: Path
 ) -> None:
     expected = predictions(run, cache.path, tmp_path / "run")
@@ -85,14 +85,14 @@ def test_from_pretrained_loads_every_weight(run: Path, exported: Path, tmp_path:
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
-def test_the_card_and_configuration(run: Path, exported: Path, cache: Cache) -> None:
+def test_the_model_card_and_configuration_are_written(run: Path, exported: Path, cache: Cache) -> None:
     card, metrics = (exported / "README.md").read_text(), vaflow.load(run).metrics
     assert r"# a \[b\] \*c\*" in card
     assert f"| mean | {metrics['ccc']['mean']:.3f} |" in card
     assert str(cache.path.parent) not in card + (exported / "config.json").read_text()
 
 
-def test_onnx_gives_the_numbers_of_the_run(run: Path, cache: Cache, tmp_path: Path) -> None:
+def test_onnx_outputs_equal_the_run(run: Path, cache: Cache, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     assert main(["export", str(run), str(tmp_path / "out"), "--onnx"]) == 0
@@ -113,25 +113,25 @@ def test_onnx_gives_the_numbers_of_the_run(run: Path, cache: Cache, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["hf:model", "hf:a/b/c", "hf:../x"])
-def test_an_id_that_is_no_user_and_name(name: str) -> None:
+def test_an_invalid_repository_id_is_rejected(name: str) -> None:
     with pytest.raises(UsageError, match="hf:USER/NAME"):
         local_run(name)
 
 
-def test_without_a_network_the_folder_is_the_remedy(hub_folder: Path) -> None:
+def test_an_upload_without_network_suggests_the_local_directory(hub_folder: Path) -> None:
     with pytest.raises(WeightsError, match=r"hf:someone/other .* no network.* pass its folder"):
         local_run("hf:someone/other")
 
 
 @pytest.mark.parametrize("file", ["../../x.safetensors", "run.py", "model.bin", "encoders/../../x.json", 7])
-def test_a_configuration_names_no_other_files(file: object, hub_folder: Path) -> None:
+def test_a_configuration_cannot_reference_other_files(file: object, hub_folder: Path) -> None:
     config = json.loads((hub_folder / "config.json").read_text())
     (hub_folder / "config.json").write_text(json.dumps(config | {"files": ["model.safetensors", file]}))
     with pytest.raises(CorruptError, match="names files"):
         local_run("hf:someone/model")
 
 
-def test_missing_tensors_are_noticed(exported: Path, tmp_path: Path) -> None:
+def test_missing_tensors_are_reported(exported: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     state = load_file(exported / "model.safetensors")
@@ -142,7 +142,9 @@ def test_missing_tensors_are_noticed(exported: Path, tmp_path: Path) -> None:
         PretrainedModel.from_pretrained(tmp_path)
 
 
-def test_a_folder_with_other_files_is_kept(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_with_other_files_is_not_overwritten(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.txt").touch()
     assert main(["export", str(run), str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err

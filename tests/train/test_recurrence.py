@@ -30,7 +30,7 @@ def packed(network: nn.GRU | nn.LSTM, x: Tensor, inside: Tensor) -> Tensor:
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("masks", list(itertools.combinations_with_replacement(MASKS, 2)))
-def test_outputs_and_gradients_are_the_librarys(cell, layers, dtype, masks):
+def test_outputs_and_gradients_equal_pytorch(cell, layers, dtype, masks):
     torch.manual_seed(0)
     networks = [
         cell(WIDTH, HIDDEN, layers, batch_first=True, bidirectional=True, dtype=dtype) for _ in range(len(masks))
@@ -54,7 +54,7 @@ def test_outputs_and_gradients_are_the_librarys(cell, layers, dtype, masks):
 
 
 @cells
-def test_branches_together_equal_each_alone(cell):
+def test_batched_branches_equal_separate_branches(cell):
     torch.manual_seed(0)
     models = [Recurrent(cell, WIDTH, 2 * HIDDEN).double() for _ in range(3)]
     insides = [inside_mask(lengths, 4) for lengths in MASKS[:3]]
@@ -65,13 +65,13 @@ def test_branches_together_equal_each_alone(cell):
 
 
 @cells
-def test_weights_are_stored_as_the_librarys(cell):
+def test_weights_are_stored_in_pytorch_layout(cell):
     library = cell(WIDTH, HIDDEN, batch_first=True, bidirectional=True)
     assert set(Recurrent(cell, WIDTH, 2 * HIDDEN).rnn.state_dict()) == set(library.state_dict())
 
 
 @cells
-def test_dropout_between_layers_is_only_for_training(cell):
+def test_dropout_between_layers_is_active_in_training_only(cell):
     torch.manual_seed(0)
     network = cell(WIDTH, HIDDEN, 2, batch_first=True, bidirectional=True, dropout=0.5)
     x, inside = torch.randn(3, 4, WIDTH), inside_mask(MASKS[0], 4)
@@ -82,6 +82,6 @@ def test_dropout_between_layers_is_only_for_training(cell):
     assert torch.equal(one, other)
 
 
-def test_the_optimizer_is_one_fused_kernel():
+def test_the_optimizer_uses_the_fused_kernel():
     model = Recurrent(nn.GRU, WIDTH, 2 * HIDDEN)
     assert make_optimizer(model, TrainConfig()).defaults["fused"]

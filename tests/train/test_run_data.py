@@ -54,7 +54,9 @@ def interrupt(cache: Cache, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             quiet_run(cache, CONFIG, out)
 
 
-def test_changed_labels_stop_an_interrupted_run(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_rejects_changed_labels(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupt(cache, tmp_path / "run", monkeypatch)
     rewrite(cache, "labels", "train1", value=-cache.read("labels", "train1").value)
     with pytest.raises(UsageError, match=r"train: changed train1\..*--fresh"):
@@ -62,21 +64,21 @@ def test_changed_labels_stop_an_interrupted_run(cache: Cache, tmp_path: Path, mo
     assert not quiet_run(cache, CONFIG, tmp_path / "run", fresh=True).was_done
 
 
-def test_changed_features_make_a_finished_run_refuse(cache: Cache, tmp_path: Path) -> None:
+def test_a_finished_run_rejects_changed_features(cache: Cache, tmp_path: Path) -> None:
     quiet_run(cache, CONFIG, tmp_path / "run")
     rewrite(cache, VISUAL, "val0", embedding=cache.read(VISUAL, "val0").embedding + np.float16(1))
     with pytest.raises(UsageError, match="val: changed val0"):
         quiet_run(cache, CONFIG, tmp_path / "run")
 
 
-def test_the_same_contents_written_again_are_the_same_data(cache: Cache, tmp_path: Path) -> None:
+def test_rewriting_equal_contents_is_the_same_data(cache: Cache, tmp_path: Path) -> None:
     first = quiet_run(cache, CONFIG, tmp_path / "run")
     rewrite(cache, AUDIO, "train0")
     again = quiet_run(cache, CONFIG, tmp_path / "run")
     assert again.was_done and again.metrics == first.metrics
 
 
-def test_another_cache_is_other_data(cache: Cache, tmp_path: Path) -> None:
+def test_another_cache_is_different_data(cache: Cache, tmp_path: Path) -> None:
     quiet_run(cache, CONFIG, tmp_path / "run")
     other = make_cache(tmp_path / "other", replace(TOY, seed=1))
     with pytest.raises(UsageError, match="does not hold the clips"):
@@ -96,7 +98,7 @@ def test_a_run_of_an_older_version_has_no_digests(cache: Cache, tmp_path: Path, 
     assert "older version" in caplog.text
 
 
-def test_fresh_deletes_the_run_and_nothing_else(cache: Cache, tmp_path: Path) -> None:
+def test_fresh_deletes_only_the_run(cache: Cache, tmp_path: Path) -> None:
     out = tmp_path / "run"
     quiet_run(cache, CONFIG, out)
     elsewhere = tmp_path / "elsewhere"
@@ -108,7 +110,7 @@ def test_fresh_deletes_the_run_and_nothing_else(cache: Cache, tmp_path: Path) ->
     assert list(elsewhere.rglob("*.csv"))
 
 
-def test_two_processes_cannot_train_into_one_folder(cache: Cache, tmp_path: Path) -> None:
+def test_two_processes_cannot_train_into_one_directory(cache: Cache, tmp_path: Path) -> None:
     with (
         lock_folder(tmp_path / "run", "vaflow train"),
         pytest.raises(UsageError, match="Another `vaflow train` is writing"),
@@ -117,7 +119,7 @@ def test_two_processes_cannot_train_into_one_folder(cache: Cache, tmp_path: Path
     quiet_run(cache, CONFIG, tmp_path / "run")
 
 
-def test_splits_that_share_a_recording_are_refused(cache: Cache, tmp_path: Path) -> None:
+def test_splits_that_share_a_recording_are_rejected(cache: Cache, tmp_path: Path) -> None:
     for item, name in (("train0", "a.mp4"), ("val1", "renamed.mp4")):
         rewrite(cache, VISUAL, item, source={"video": {"blake2b": "ab" * 16, "name": name}})
     with pytest.raises(UsageError, match=r"share recordings.*train0 and val1.*shared_sources"):
@@ -131,7 +133,7 @@ def test_equal_label_files_are_not_a_shared_recording(cache: Cache, tmp_path: Pa
     quiet_run(cache, CONFIG, tmp_path / "run")
 
 
-def test_more_epochs_continue_to_the_same_end(cache: Cache, tmp_path: Path) -> None:
+def test_more_epochs_continue_to_the_same_result(cache: Cache, tmp_path: Path) -> None:
     whole = quiet_run(cache, replace(CONFIG, epochs=4), tmp_path / "whole")
     quiet_run(cache, CONFIG, tmp_path / "run")
     longer = quiet_run(cache, replace(CONFIG, epochs=4), tmp_path / "run")
@@ -141,7 +143,7 @@ def test_more_epochs_continue_to_the_same_end(cache: Cache, tmp_path: Path) -> N
         quiet_run(cache, CONFIG, tmp_path / "run")
 
 
-def test_a_longer_training_that_is_interrupted_is_not_finished(
+def test_an_interrupted_extended_training_is_not_marked_finished(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet_run(cache, CONFIG, tmp_path / "run")
@@ -176,7 +178,7 @@ def test_best_within_keeps_the_epoch_with_the_best_score_within_videos(cache: Ca
     assert metrics["within_video_ccc"]["mean"] == pytest.approx(max(scores))
 
 
-def test_epochs_are_chosen_on_the_clips_that_are_scored(cache: Cache, tmp_path: Path) -> None:
+def test_the_best_epoch_is_chosen_on_scored_clips(cache: Cache, tmp_path: Path) -> None:
     cache.drop(VISUAL, "val0")
     cache.drop(AUDIO, "val0")
     metrics = quiet_run(cache, CONFIG, tmp_path / "run", allow_missing=True).metrics
@@ -184,7 +186,7 @@ def test_epochs_are_chosen_on_the_clips_that_are_scored(cache: Cache, tmp_path: 
     assert best["val_ccc_mean"] == pytest.approx(metrics["ccc"]["mean"])
 
 
-def test_pictures_that_fail_do_not_stop_a_run(cache: Cache, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_failing_figures_do_not_stop_a_run(cache: Cache, tmp_path: Path, monkeypatch, caplog) -> None:
     def fail(*_: object) -> None:
         raise ValueError("mathtext")
 
@@ -194,7 +196,7 @@ def test_pictures_that_fail_do_not_stop_a_run(cache: Cache, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("name", ["US$ 5% of A$", "x" * 244])
-def test_odd_clip_names_train_and_draw(tmp_path: Path, name: str) -> None:
+def test_unusual_clip_names_are_trained_and_plotted(tmp_path: Path, name: str) -> None:
     cache = make_cache(tmp_path / "cache", TOY)
     for stream in (VISUAL, AUDIO, "labels"):
         data = cache.read(stream, "val0")
@@ -205,7 +207,7 @@ def test_odd_clip_names_train_and_draw(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"hidden": 60_000}, {"layers": 100_000_000}, {"hidden": 10}])
-def test_weights_are_compared_before_memory_is_allocated(cache: Cache, tmp_path: Path, changed: dict[str, int]) -> None:
+def test_weight_shapes_are_checked_before_allocation(cache: Cache, tmp_path: Path, changed: dict[str, int]) -> None:
     quiet_run(cache, CONFIG, tmp_path / "run")
     file = tmp_path / "run" / "config.toml"
     document = tomllib.loads(file.read_text())
@@ -215,7 +217,7 @@ def test_weights_are_compared_before_memory_is_allocated(cache: Cache, tmp_path:
         load_run(tmp_path / "run")
 
 
-def test_a_run_and_its_cache_that_move_together_stay_together(cache: Cache, tmp_path: Path) -> None:
+def test_a_run_finds_its_cache_after_both_are_moved(cache: Cache, tmp_path: Path) -> None:
     quiet_run(cache, CONFIG, tmp_path / "run")
     (tmp_path / "moved").mkdir()
     for name in ("cache", "run"):
@@ -226,7 +228,7 @@ def test_a_run_and_its_cache_that_move_together_stay_together(cache: Cache, tmp_
         cache_of(tmp_path / "alone")
 
 
-def test_the_run_records_its_arithmetic(cache: Cache, tmp_path: Path) -> None:
+def test_the_run_records_its_numeric_precision(cache: Cache, tmp_path: Path) -> None:
     quiet_run(cache, replace(CONFIG, deterministic=True), tmp_path / "run")
     record = RunFolder(tmp_path / "run").record()
     assert record is not None
@@ -244,7 +246,7 @@ def test_a_run_of_an_older_version_attends_without_positions(cache: Cache, tmp_p
     assert load_run(tmp_path / "run").record.config.attention_positions == "none"
 
 
-def test_a_checkpoint_is_not_kept_where_it_is_not_wanted(cache: Cache, tmp_path: Path) -> None:
+def test_keep_checkpoint_can_be_disabled(cache: Cache, tmp_path: Path) -> None:
     quiet_run(cache, CONFIG, tmp_path / "run", keep_checkpoint=False)
     assert not RunFolder(tmp_path / "run").checkpoint_file.exists()
     with pytest.raises(UsageError, match="epochs: 2, not 3"):
@@ -261,7 +263,7 @@ def test_clips_json_lists_every_clip(cache: Cache, tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "run" / "model.safetensors")[0]
 
 
-def test_a_link_in_the_place_of_predictions_is_refused(cache: Cache, tmp_path: Path) -> None:
+def test_a_symlinked_predictions_directory_is_rejected(cache: Cache, tmp_path: Path) -> None:
     quiet_run(cache, CONFIG, tmp_path / "run")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -272,7 +274,9 @@ def test_a_link_in_the_place_of_predictions_is_refused(cache: Cache, tmp_path: P
     assert not list(elsewhere.iterdir())
 
 
-def test_a_dtype_alone_is_no_other_encoder(cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_storage_dtype_does_not_change_the_encoder_identity(
+    cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     quiet_run(cache, CONFIG, tmp_path / "run")
     other = create_cache(tmp_path / "float32")
     for name, info in cache.streams().items():
@@ -289,7 +293,7 @@ def test_a_dtype_alone_is_no_other_encoder(cache: Cache, tmp_path: Path, caplog:
     assert "dtype: float32" in caplog.text
 
 
-def test_the_dtype_under_audio_features_is_no_other_encoder(cache: Cache, tmp_path: Path) -> None:
+def test_audio_storage_dtype_does_not_change_the_encoder_identity(cache: Cache, tmp_path: Path) -> None:
     _, inputs = resolve(cache, CONFIG)
     other = create_cache(tmp_path / "other")
     for name, info in cache.streams().items():
@@ -298,14 +302,14 @@ def test_the_dtype_under_audio_features_is_no_other_encoder(cache: Cache, tmp_pa
     check_same([stream for stream in stored if stream.name == AUDIO], other)
 
 
-def test_layer_norm_of_one_dimension_is_refused(tmp_path: Path) -> None:
+def test_layer_norm_of_one_dimension_is_rejected(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", replace(TOY, widths=(12, 1)))
     with pytest.raises(UsageError, match=f"{AUDIO}.*one dimension.*normalize=standard"):
         resolve(cache, replace(CONFIG, normalize="layer"))
     resolve(cache, replace(CONFIG, normalize="standard"))
 
 
-def test_a_prompt_loss_that_is_always_zero_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_constant_zero_prompt_loss_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = make_cache(tmp_path / "cache", replace(TOY, targets=(1,)))
     quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run")
     assert "the prompt loss is 0" in caplog.text
@@ -314,7 +318,7 @@ def test_a_prompt_loss_that_is_always_zero_is_announced(tmp_path: Path, caplog: 
     assert "the prompt loss is 0" not in caplog.text
 
 
-def test_a_cache_without_prompts_is_announced_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_without_prompts_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = make_cache(tmp_path / "cache", replace(TOY, text=False))
     for _ in range(3):
         resolve(cache, CONFIG)

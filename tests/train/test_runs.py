@@ -45,7 +45,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return read_tensors(run / "model.safetensors")[0]
 
 
-def test_everything_is_written(cache: Cache, tmp_path: Path) -> None:
+def test_a_run_writes_all_its_files(cache: Cache, tmp_path: Path) -> None:
     result = train_run(cache, replace(CONFIG, epochs=1), tmp_path / "run")
     names = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
     events = {name for name in names if name.startswith("tensorboard/")}
@@ -70,7 +70,7 @@ def test_everything_is_written(cache: Cache, tmp_path: Path) -> None:
     assert set(metrics["ccc"]) == set(metrics["ci95"]) == {"valence", "arousal", "mean"}
 
 
-def test_the_record_says_what_was_resolved(cache: Cache, run: Path) -> None:
+def test_the_record_contains_resolved_settings(cache: Cache, run: Path) -> None:
     record = RunFolder(run).record()
     assert record is not None
     assert record.config == replace(
@@ -87,7 +87,7 @@ def test_the_record_says_what_was_resolved(cache: Cache, run: Path) -> None:
     assert [row["epoch"] for row in history] == [1, 2, 3]
 
 
-def test_a_loaded_run_says_what_the_trained_model_said(cache: Cache, run: Path) -> None:
+def test_a_loaded_run_predicts_like_the_trained_model(cache: Cache, run: Path) -> None:
     loaded = load_run(run)
     assert not loaded.model.training
     assert torch.equal(weights(run)[PROTOTYPES], resolve(cache, CONFIG)[1].prototypes)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def _never(*args: object, **options: object) -> None:
     raise AssertionError("trained again")
 
 
-def test_other_settings_are_refused_and_named(cache: Cache, run: Path) -> None:
+def test_changed_settings_are_rejected_by_name(cache: Cache, run: Path) -> None:
     with pytest.raises(UsageError, match=r"other settings.*epochs: 3, not 2; seed: 0, not 1"):
         quiet_run(cache, replace(CONFIG, epochs=2, seed=1), run)
 
@@ -133,7 +133,7 @@ def interrupted(cache: Cache, out: Path, monkeypatch: pytest.MonkeyPatch, after:
             quiet_run(cache, CONFIG, out)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(cache: Cache, run: Path, tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_run_resumes_to_the_same_result(cache: Cache, run: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "run"
     interrupted(cache, out, monkeypatch, after=2)
     with pytest.raises(UsageError, match=r"interrupted before it finished.*vaflow train"):
@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(cache: Cache, run: Path, tmp
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_interrupted_run_is_not_continued_with_other_clips(tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_run_rejects_other_clips(tmp_path: Path, monkeypatch) -> None:
     cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14)))
     interrupted(cache, tmp_path / "run", monkeypatch, after=1)
     cache.drop("labels", "train0")
@@ -169,7 +169,7 @@ def test_loaded_data_can_be_shared(cache: Cache, run: Path, tmp_path: Path, monk
         {"visual": ("none",), "learnable_prompts": True, "schedule": "cosine", "mse_weight": 0.1},
     ],
 )
-def test_every_kind_of_model_comes_back(cache: Cache, tmp_path: Path, settings: dict) -> None:
+def test_every_kind_of_model_is_loaded_back(cache: Cache, tmp_path: Path, settings: dict) -> None:
     config = replace(CONFIG, epochs=1, **settings)
     quiet_run(cache, config, tmp_path / "run")
     again = evaluate_run(tmp_path / "run", cache, device="cpu", write=False)
@@ -177,7 +177,7 @@ def test_every_kind_of_model_comes_back(cache: Cache, tmp_path: Path, settings: 
     assert (PROTOTYPES in weights(tmp_path / "run")) == (config.kl_weight > 0)
 
 
-def test_prediction_needs_no_cache(cache: Cache, run: Path) -> None:
+def test_prediction_does_not_require_the_cache(cache: Cache, run: Path) -> None:
     config, inputs = resolve(cache, CONFIG)
     windows = load_data(cache, config, inputs).val
     batch: Batch = windows.gather(torch.arange(4))
@@ -185,12 +185,12 @@ def test_prediction_needs_no_cache(cache: Cache, run: Path) -> None:
     assert output.region_logits is not None and output.region_logits.shape == (4, 8, 9)
 
 
-def test_a_cache_of_another_encoder_is_refused(cache: Cache, run: Path, tmp_path: Path) -> None:
+def test_a_cache_of_another_encoder_is_rejected(cache: Cache, run: Path, tmp_path: Path) -> None:
     with pytest.raises(FingerprintError, match=r"dim: 12, 10 in the run"):
         evaluate_run(run, make_cache(tmp_path / "c", Toy(widths=(12, 12))), device="cpu")
 
 
-def test_labelled_clips_without_features_stop_the_evaluation(tmp_path: Path, run: Path) -> None:
+def test_evaluation_rejects_labelled_clips_without_features(tmp_path: Path, run: Path) -> None:
     cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14)))
     cache.drop(VISUAL, "val0")
     cache.drop(AUDIO, "val0")
@@ -199,7 +199,7 @@ def test_labelled_clips_without_features_stop_the_evaluation(tmp_path: Path, run
     assert evaluate_run(run, cache, device="cpu", allow_missing=True, write=False)["n_clips"] == 2
 
 
-def test_training_asks_before_it_begins_not_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_validates_its_arguments_before_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14)))
     cache.drop(VISUAL, "val0")
     cache.drop(AUDIO, "val0")
@@ -211,7 +211,7 @@ def test_training_asks_before_it_begins_not_after(tmp_path: Path, monkeypatch: p
     assert result.metrics["missing"]["clips"] == ["val0"]
 
 
-def test_folders_that_are_no_runs(tmp_path: Path, cache: Cache) -> None:
+def test_directories_without_a_run_are_rejected(tmp_path: Path, cache: Cache) -> None:
     with pytest.raises(UsageError, match="no such directory"):
         load_run(tmp_path / "absent")
     (tmp_path / "photos").mkdir()
@@ -224,7 +224,7 @@ def test_folders_that_are_no_runs(tmp_path: Path, cache: Cache) -> None:
         quiet_run(cache, CONFIG, tmp_path / "photos" / "cat.jpg")
 
 
-def test_damaged_runs_say_so(cache: Cache, tmp_path: Path) -> None:
+def test_damaged_runs_are_reported(cache: Cache, tmp_path: Path) -> None:
     config, inputs = resolve(cache, replace(CONFIG, window=4.0, stride=1.5, frames=8))
     folder = RunFolder(tmp_path)
     folder.write_record(new_record(cache.path, config, inputs))

@@ -60,7 +60,7 @@ def trial(number: int, *scores: float, state: str = DONE) -> Trial:
     return Trial(number, {"lr": 1e-3, "temporal": "gru"}, state, rungs=scores)
 
 
-def test_lists_are_choices_tables_ranges_and_the_rest_is_fixed(tmp_path):
+def test_lists_are_choices_and_tables_are_ranges(tmp_path):
     space = space_of(
         tmp_path, SPACE + "dropout = { low = 0.0, high = 0.5, step = 0.1 }\nlayers = { low = 1, high = 3 }\n"
     )
@@ -93,12 +93,12 @@ def test_lists_are_choices_tables_ranges_and_the_rest_is_fixed(tmp_path):
         ("lr = ", "is not TOML"),
     ],
 )
-def test_a_space_that_does_not_fit_is_refused(tmp_path, text, message):
+def test_an_invalid_search_space_is_rejected(tmp_path, text, message):
     with pytest.raises(UsageError, match=message):
         space_of(tmp_path, text)
 
 
-def test_proposals_lie_in_the_space_and_repeat_themselves():
+def test_proposals_lie_in_the_space_and_are_deterministic():
     for sampler in ("bayes", "random"):
         done: list[Trial] = []
         for number in range(1, 16):
@@ -113,7 +113,7 @@ def test_proposals_lie_in_the_space_and_repeat_themselves():
         assert propose(TOY, done, sampler, seed=2) != propose(TOY, done, sampler, seed=1)
 
 
-def test_bayes_finds_what_random_misses():
+def test_bayes_search_beats_random_search():
     def distance(sampler: str) -> float:
         trials: list[Trial] = []
         for number in range(1, 31):
@@ -125,7 +125,7 @@ def test_bayes_finds_what_random_misses():
     assert distance("bayes") > distance("random") + 0.2
 
 
-def test_the_setting_that_matters_has_the_largest_share():
+def test_the_most_important_setting_has_the_largest_share():
     rng = np.random.default_rng(0)
     trials = []
     for number in range(1, 41):
@@ -156,7 +156,7 @@ def test_the_best_third_continues():
     assert continues(0.0, 0, [])
 
 
-def test_a_line_that_a_kill_cut_off_is_dropped_and_damage_is_named(tmp_path):
+def test_a_truncated_last_line_is_dropped_and_other_damage_reported(tmp_path):
     log = Log(tmp_path / "trials.jsonl")
     log.add(trial(1, 0.5))
     log.add(trial(2, 0.6))
@@ -169,7 +169,7 @@ def test_a_line_that_a_kill_cut_off_is_dropped_and_damage_is_named(tmp_path):
         Log.read(log.path)
 
 
-def test_results_are_written(searched):
+def test_search_results_are_written(searched):
     with (searched / "trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     found = json.loads((searched / "search.json").read_text())
@@ -187,7 +187,7 @@ def test_results_are_written(searched):
     assert "http" not in page.split("<body")[1].replace("http://www.w3.org", "")
 
 
-def test_no_trial_reads_the_held_out_split_and_the_report_is_its_score(searched, cache):
+def test_trials_never_read_the_held_out_split(searched, cache):
     held_out = set(open_cache(cache).items(split="val"))
     for path in searched.glob("runs/*/*/clips.json"):
         splits = from_json(path.read_text(), str(path))
@@ -201,7 +201,7 @@ def test_no_trial_reads_the_held_out_split_and_the_report_is_its_score(searched,
     assert found["holdout_ccc"]["mean"] != found["best"]["selected_ccc"]
 
 
-def test_a_search_that_was_killed_resumes_alike(searched, command, cache, monkeypatch):
+def test_a_killed_search_resumes_to_the_same_result(searched, command, cache, monkeypatch):
     import vaflow.train.search.study as study
 
     out, train, calls = cache.parent / "killed", study.train_run, []
@@ -224,7 +224,7 @@ def test_a_search_that_was_killed_resumes_alike(searched, command, cache, monkey
     assert tables[0] == tables[1]
 
 
-def test_another_search_in_the_folder_is_refused(searched, command, tmp_path, capsys):
+def test_another_search_in_the_directory_is_rejected(searched, command, tmp_path, capsys):
     other = tmp_path / "space.toml"
     other.write_text(SPACE.replace("[8, 12]", "[8, 16]"))
     changed = [*command[:3], str(other), *command[4:]]
@@ -234,7 +234,7 @@ def test_another_search_in_the_folder_is_refused(searched, command, tmp_path, ca
     assert "Got: other options" in capsys.readouterr().err
 
 
-def test_settings_that_do_not_go_together_fail_one_trial(command, tmp_path, capsys):
+def test_incompatible_settings_fail_one_trial(command, tmp_path, capsys):
     space = tmp_path / "space.toml"
     space.write_text("epochs = 1\nhidden = 10\nattention_heads = 4\nfusion = ['attention', 'attention-concat']\n")
     code = main([*command[:3], str(space), *command[4:], "--trials", "2", "--out", str(tmp_path / "out"), "--json"])
@@ -244,14 +244,14 @@ def test_settings_that_do_not_go_together_fail_one_trial(command, tmp_path, caps
     assert "must be divisible by" in said.err
 
 
-def test_streams_that_the_cache_lacks_are_refused_at_once(command, tmp_path, capsys):
+def test_streams_missing_from_the_cache_are_rejected_before_the_search(command, tmp_path, capsys):
     space = tmp_path / "space.toml"
     space.write_text(SPACE + 'visual = "clip-vit-b16"\n')
     assert main([*command[:3], str(space), *command[4:], "--out", str(tmp_path / "out")]) == 2
     assert "clip-vit-b16" in capsys.readouterr().err
 
 
-def test_wrong_arguments_are_named(command, tmp_path, capsys):
+def test_invalid_arguments_are_reported(command, tmp_path, capsys):
     for extra, message in (
         (["--sampler", "grid"], "Unknown --sampler"),
         (["--folds", "1"], "--folds must be >= 2"),

@@ -36,7 +36,7 @@ def irregular(frames: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("width", [1, 5, 31, 301])
-def test_moving_average_on_regular_frames_is_convolution_with_a_box(width: int) -> None:
+def test_moving_average_on_regular_frames_equals_a_box_convolution(width: int) -> None:
     value, time = noise(120), 3.0 + np.arange(120) / FPS
     box = np.ones(width)
     count = np.convolve(np.ones(120), box, "full")[width // 2 :][:120]
@@ -46,13 +46,13 @@ def test_moving_average_on_regular_frames_is_convolution_with_a_box(width: int) 
 
 @pytest.mark.parametrize("width", [5, 11, 51, 119])
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
-def test_savitzky_golay_on_regular_frames_is_scipys(width: int, order: int) -> None:
+def test_savitzky_golay_on_regular_frames_equals_scipy(width: int, order: int) -> None:
     value, time = noise(120, width), 3.0 + np.arange(120) / FPS
     expected = savgol_filter(value, width, order, axis=0, mode="interp")
     np.testing.assert_allclose(savitzky_golay(time, value, (width - 1) / FPS, order), expected, atol=1e-8)
 
 
-def test_savitzky_golay_on_irregular_frames_is_a_fit_of_its_own_for_every_frame() -> None:
+def test_savitzky_golay_on_irregular_frames_equals_a_fit_per_frame() -> None:
     time, value, seconds = irregular(90), noise(90), 0.9
     smooth = savitzky_golay(time, value, seconds)
     for i, t in enumerate(time):
@@ -62,13 +62,13 @@ def test_savitzky_golay_on_irregular_frames_is_a_fit_of_its_own_for_every_frame(
         np.testing.assert_allclose(smooth[i], expected, atol=1e-7)
 
 
-def test_moving_average_on_irregular_frames_is_the_mean_of_what_is_near() -> None:
+def test_moving_average_on_irregular_frames_is_the_mean_of_near_frames() -> None:
     time, value = irregular(90), noise(90)
     expected = [value[np.abs(time - t) <= 0.35 + 1e-6].mean(axis=0) for t in time]
     np.testing.assert_allclose(moving_average(time, value, 0.7), expected, atol=1e-12)
 
 
-def test_parabolas_pass_through_a_local_parabola_unchanged() -> None:
+def test_savitzky_golay_reproduces_parabolas() -> None:
     time = irregular(200, 3) + 900.0  # far from 0, where powers of the time itself would lose their digits
     value = np.stack([0.3 - 0.2 * (time - 905) + 0.05 * (time - 905) ** 2, np.full(200, 0.7)], axis=1)
     np.testing.assert_allclose(savitzky_golay(time, value, 1.0), value, atol=1e-9)
@@ -76,7 +76,7 @@ def test_parabolas_pass_through_a_local_parabola_unchanged() -> None:
 
 
 @pytest.mark.parametrize("kind", list(FILTERS))
-def test_few_frames_and_no_width(kind: str) -> None:
+def test_few_frames_and_zero_width_are_supported(kind: str) -> None:
     smooth = FILTERS[kind]
     for frames in (0, 1, 2, 3):
         value = noise(frames)
@@ -118,7 +118,7 @@ def test_the_width_with_the_best_score_is_chosen(kind: str) -> None:
     assert choose_width(traces(0.0), kind, "val", (3.0, 12.0)).seconds == 0  # nothing to smooth away
 
 
-def test_smoothing_is_kept_beside_a_run(tmp_path: Path) -> None:
+def test_smoothing_is_stored_with_a_run(tmp_path: Path) -> None:
     assert read_smoothing(tmp_path) is None
     smoothing = Smoothing("savgol", 1.5, "val", {"0": 0.1, "1.5": 0.2})
     write_smoothing(tmp_path, smoothing)
@@ -130,7 +130,7 @@ def test_smoothing_is_kept_beside_a_run(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_kinds_and_widths_are_refused() -> None:
+def test_unknown_kinds_and_widths_are_rejected() -> None:
     with pytest.raises(UsageError, match="Did you mean 'savgol'"):
         Smoothing("savgoll", 1.0)
     with pytest.raises(UsageError, match="width"):
@@ -144,12 +144,12 @@ def test_widths_are_multiples_of_the_sampling_interval() -> None:
     assert candidate_widths(slow, 0.5)[:2] == [5.0, 10.0]  # a label every five seconds
 
 
-def test_a_width_that_gains_only_rounding_is_not_chosen() -> None:
+def test_a_width_with_a_negligible_gain_is_not_chosen() -> None:
     constant = [replace(t, va=np.full_like(t.va, 0.25)) for t in traces(0.0)]
     assert choose_width(constant, "mean", "val", (0.5, 1.0)).seconds == 0
 
 
-def test_a_polynomial_takes_as_long_for_wide_windows_as_for_narrow_ones() -> None:
+def test_polynomial_smoothing_time_does_not_depend_on_the_width() -> None:
     time, value = np.arange(60_000) / 30 + np.tile([0, 1e-4], 30_000), noise(60_000)
     begun = perf_counter()
     savitzky_golay(time, value, 20.0)

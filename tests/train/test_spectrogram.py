@@ -67,7 +67,7 @@ def restated(model: Spectrogram, frames: np.ndarray, there: np.ndarray) -> np.nd
 
 
 @pytest.mark.parametrize("each", [1, 2, 3, 4, 7, 50])
-def test_it_is_what_its_definition_says(each: int) -> None:
+def test_the_spectrogram_encoder_equals_its_definition(each: int) -> None:
     model = network(each)
     frames, valid, inside, time = windows(3, each)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_it_is_what_its_definition_says(each: int) -> None:
 
 
 @pytest.mark.parametrize("each", [1, 3, 8])
-def test_missing_and_padded_frames_never_speak(each: int) -> None:
+def test_missing_and_padded_frames_do_not_affect_the_output(each: int) -> None:
     model = network(each)
     frames, valid, inside, time = windows(4, each)
     clean = model(frames, valid, inside, time)
@@ -105,7 +105,7 @@ def test_more_padding_changes_nothing() -> None:
     assert not long.valid[:, 3:].any() and not long.inside[:, 3:].any()
 
 
-def test_steps_are_valid_where_half_of_their_frames_are() -> None:
+def test_steps_are_valid_if_half_of_their_frames_are_valid() -> None:
     model = network(4)
     valid = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool().view(1, 20)
     frames, _, _, time = windows(5, 4, inside=(20,))
@@ -115,7 +115,7 @@ def test_steps_are_valid_where_half_of_their_frames_are() -> None:
     torch.testing.assert_close(steps.time[0], torch.tensor([0.0275, 0.0675, 0.1075, 0.1475, 0.1875]).double())
 
 
-def test_a_step_hears_its_own_frames_and_near_ones_only() -> None:
+def test_a_step_depends_on_its_frames_and_neighbours_only() -> None:
     model = network(20)
     frames, _, inside, time = windows(6, 20, inside=(120,))
     changed = frames.clone()
@@ -126,7 +126,7 @@ def test_a_step_hears_its_own_frames_and_near_ones_only() -> None:
     assert difference[2] > 0 and (difference[[0, 1, 4, 5]] == 0).all()
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
+def test_mismatched_shapes_are_rejected() -> None:
     frames, valid, inside, time = windows(2, 4)
     with pytest.raises(ValueError, match="multiple of 3"):
         network(3)(frames, valid, inside, time)
@@ -144,7 +144,7 @@ def mel_batch() -> Batch:
     return toy_batch(frames=(6, 4, 2), steps=(12, 7, 3), streams=(SEEN, MEL))
 
 
-def test_the_model_does_not_read_what_is_missing_in_a_spectrogram() -> None:
+def test_the_model_ignores_missing_spectrogram_frames() -> None:
     model = toy_model((SEEN, MEL), fusion="hierarchical").eval()
     batch = mel_batch()
     there = (batch.valid[MEL.name] & batch.feature_inside[MEL.name]).unsqueeze(-1)
@@ -155,7 +155,7 @@ def test_the_model_does_not_read_what_is_missing_in_a_spectrogram() -> None:
     assert not torch.equal(model(louder).va, model(batch).va)
 
 
-def test_spectrograms_are_standardised_whatever_the_rest_is() -> None:
+def test_spectrograms_are_always_standardised() -> None:
     model = toy_model((SEEN, MEL), normalize="layer").eval()
     assert model.standardized == (MEL.name,)
     assert set(toy_model((SEEN, MEL), normalize="standard").standardized) == {SEEN.name, MEL.name}
@@ -178,9 +178,7 @@ def settings(**more: object) -> TrainConfig:
 @pytest.mark.parametrize(
     ("asked", "steps", "each"), [({}, 8, 50), ({"audio_steps": 5}, 5, 80), ({"frames": 100}, 100, 4)]
 )
-def test_a_window_of_log_mel_is_the_cached_frames_at_their_times(
-    cache: Cache, asked: dict, steps: int, each: int
-) -> None:
+def test_log_mel_windows_equal_cached_frames_at_their_times(cache: Cache, asked: dict, steps: int, each: int) -> None:
     config, inputs = resolve(cache, settings(**asked))
     mel = inputs.streams[-1]
     assert (mel.steps, mel.frames_per_step, mel.spec.frames_per_step) == (steps * each, each, each)
@@ -199,7 +197,7 @@ def test_a_window_of_log_mel_is_the_cached_frames_at_their_times(
             assert abs(valid.sum() - seconds * 100) <= 4, "all frames of the window, but for its ends"
 
 
-def test_presets_run_on_other_streams_and_runs_can_be_read_again(cache: Cache, tmp_path: Path) -> None:
+def test_presets_accept_other_streams_and_runs_load_again(cache: Cache, tmp_path: Path) -> None:
     aliases = {"resnet50": VISUAL, "vggish": AUDIO}
     small = {"hidden": 16, "epochs": 1, "device": "cpu"}
     config = with_aliases(merge_settings(preset("p2"), small), aliases)
@@ -214,13 +212,13 @@ def test_presets_run_on_other_streams_and_runs_can_be_read_again(cache: Cache, t
     assert again["ccc"] == result.metrics["ccc"]
 
 
-def test_the_record_of_a_run_keeps_how_frames_become_steps(cache: Cache) -> None:
+def test_the_run_record_stores_the_frame_to_step_mapping(cache: Cache) -> None:
     config, inputs = resolve(cache, settings())
     record = new_record(cache.path, config, inputs)
     assert RunRecord.from_toml(record.to_toml()).streams == record.streams
 
 
-def test_a_missing_stream_names_the_command_that_adds_it(cache: Cache) -> None:
+def test_a_missing_stream_error_prints_the_command_that_adds_it(cache: Cache) -> None:
     with pytest.raises(UsageError, match=r"vaflow extract ROOT --out \S+ --audio vggish --visual none"):
         resolve(cache, settings(audio=("vggish",)))
     with pytest.raises(UsageError, match=r"--visual resnet50 --audio none"):

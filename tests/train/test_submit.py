@@ -68,7 +68,7 @@ def check(path: Path, rows: list[str], predicted: dict[str, list[tuple[float, fl
         assert (valence, arousal) == pytest.approx(expected, abs=2e-6)
 
 
-def test_rows_and_order_are_the_samples(
+def test_submission_rows_follow_the_sample_order(
     cache: Cache, run: Path, predicted: dict[str, list[tuple[float, float]]], tmp_path: Path
 ) -> None:
     assert len(predicted) == 3
@@ -80,7 +80,7 @@ def test_rows_and_order_are_the_samples(
     check(tmp_path / "out.txt", rows, predicted)
 
 
-def test_labels_are_not_needed(
+def test_labels_are_not_required(
     unlabelled: Cache, run: Path, predicted: dict[str, list[tuple[float, float]]], tmp_path: Path
 ) -> None:
     rows = [f"{trial}/{k:05d}.jpg,0,0" for trial in predicted for k in range(1, len(predicted[trial]) + 1)]
@@ -89,7 +89,7 @@ def test_labels_are_not_needed(
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_sample_as_other_systems_write_it(
+def test_samples_with_other_line_endings_are_read(
     cache: Cache, run: Path, predicted: dict[str, list[tuple[float, float]]], tmp_path: Path, end: str
 ) -> None:
     rows = ["val1/00002.jpg,,", "val1/00001.jpg,0,0"]
@@ -98,7 +98,7 @@ def test_sample_as_other_systems_write_it(
     check(tmp_path / "out.txt", rows, predicted)
 
 
-def test_numbers_are_read_as_numbers(tmp_path: Path) -> None:
+def test_frame_numbers_are_parsed_as_integers(tmp_path: Path) -> None:
     (row,) = read_sample(sample_file(tmp_path, ["a/b_left/00010.jpg,0,0"]))
     assert (row.location, row.trial, row.number) == ("a/b_left/00010.jpg", "a/b_left", 10)
 
@@ -110,7 +110,7 @@ def test_unknown_trials_are_counted(cache: Cache, run: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out.txt").exists()
 
 
-def test_only_unknown_trials(cache: Cache, run: Path, tmp_path: Path) -> None:
+def test_a_sample_with_only_unknown_trials_is_rejected(cache: Cache, run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 of 1 rows"):
         submit_run(run, cache, sample_file(tmp_path, ["nobody/00001.jpg,0,0"]), tmp_path / "out.txt")
 
@@ -153,12 +153,12 @@ def test_frames_beyond_the_end_are_counted_or_held(
         ([], "has no rows"),
     ],
 )
-def test_a_malformed_sample_is_told_where(tmp_path: Path, rows: list[str], said: str) -> None:
+def test_sample_errors_name_the_line(tmp_path: Path, rows: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         read_sample(sample_file(tmp_path, rows))
 
 
-def test_something_else_is_no_sample(tmp_path: Path) -> None:
+def test_other_files_are_rejected_as_sample(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Cannot read"):
         read_sample(tmp_path / "none.txt")
     with pytest.raises(UsageError, match=r"the header image_location,valence,arousal.*Got: valence,arousal"):
@@ -168,7 +168,7 @@ def test_something_else_is_no_sample(tmp_path: Path) -> None:
         read_sample(tmp_path / "sample.txt")
 
 
-def test_another_encoders_features_are_refused(run: Path, tmp_path: Path) -> None:
+def test_features_of_another_encoder_are_rejected(run: Path, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "cache", Toy(widths=(13, 10)))
     with pytest.raises(FingerprintError, match="other settings"):
         submit_run(run, other, sample_file(tmp_path, ["val0/00001.jpg,0,0"]), tmp_path / "out.txt")

@@ -32,7 +32,7 @@ def closest(time, t):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("duration", DURATIONS)
-def test_first_sample_is_inside_and_outside_is_a_suffix(grid: Grid, duration: float) -> None:
+def test_windows_start_inside_the_clip_and_padding_is_a_suffix(grid: Grid, duration: float) -> None:
     windows = window_times(grid, duration)
     assert windows.inside[:, 0].all()
     assert (np.diff(windows.inside.astype(int), axis=1) <= 0).all()
@@ -41,7 +41,7 @@ def test_first_sample_is_inside_and_outside_is_a_suffix(grid: Grid, duration: fl
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("interval", [0.5, 0.2, 1.0])
-def test_frames_read_the_nearest_sample_or_nothing(grid: Grid, interval: float) -> None:
+def test_frames_read_the_nearest_sample_within_tolerance(grid: Grid, interval: float) -> None:
     rng = np.random.default_rng(1)
     duration = 23.7
     time = np.arange(0, duration, interval)
@@ -85,7 +85,7 @@ def test_same_windows_are_read_step_by_step() -> None:
 
 
 @pytest.mark.parametrize("other", [Grid(6, 2, 12), Grid(15, 4, 30), Grid(10, 5, 20)])
-def test_other_windows_read_the_window_whose_centre_is_nearest(other: Grid) -> None:
+def test_other_windows_read_the_nearest_window_centre(other: Grid) -> None:
     grid, duration = Grid(), 44.6
     audio = audio_times(grid, 20, duration, np.random.default_rng(0))
     windows = window_times(other, duration)
@@ -119,7 +119,7 @@ def test_one_long_sequence_is_sliced() -> None:
         assert (table.row[w] == np.where(expected < len(time), expected, NO_ROW)).all()
 
 
-def test_a_stream_without_the_clip_is_missing_not_outside() -> None:
+def test_a_clip_missing_from_a_stream_is_marked_missing() -> None:
     windows = window_times(Grid(), 12.0)
     table = step_table(windows, 20, NO_AUDIO)
     assert (table.row == NO_ROW).all()
@@ -134,7 +134,7 @@ def annotation(rng: np.random.Generator, rate: float, duration: float):
 
 
 @pytest.mark.parametrize("rate", [1.0, 7.0, 30.0])
-def test_targets_are_those_of_the_nearest_frame(rate: float) -> None:
+def test_targets_come_from_the_nearest_frame(rate: float) -> None:
     grid, duration = Grid(4, 1.5, 8), 19.3
     time, value, valid = annotation(np.random.default_rng(3), rate, duration)
     windows = window_times(grid, duration)
@@ -165,7 +165,7 @@ def test_mean_targets_average_their_bin() -> None:
 
 
 @pytest.mark.parametrize("reduce", [nearest_targets, mean_targets])
-def test_no_annotation_no_targets(reduce) -> None:
+def test_clips_without_annotation_have_no_targets(reduce) -> None:
     windows = window_times(Grid(), 12.0)
     targets = reduce(windows, np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2), bool))
     assert not targets.labelled.any() and targets.value.shape == (*windows.sample.shape, 2)

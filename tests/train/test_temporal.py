@@ -71,7 +71,7 @@ def test_padding_changes_no_gradient(case, junk):
 
 
 @models
-def test_a_window_of_padding_alone_is_silent_and_harmless(case):
+def test_a_window_of_only_padding_outputs_zeros_and_no_gradient(case):
     model = build(case)
     x, inside = ragged()
     inside[1] = False
@@ -82,7 +82,7 @@ def test_a_window_of_padding_alone_is_silent_and_harmless(case):
 
 
 @models
-def test_shapes_that_disagree_are_named(case):
+def test_mismatched_shapes_are_reported(case):
     model = build(case)
     x, inside = ragged()
     for wrong_x, wrong_inside in ((x, inside[:, 1:]), (x[..., 1:], inside), (x[0], inside)):
@@ -132,7 +132,7 @@ def naive_convolution(x: np.ndarray, convolution: Any, dilation: int, causal: bo
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_tcn_is_a_stack_of_dilated_convolutions(causal):
+def test_tcn_equals_a_stack_of_dilated_convolutions(causal):
     torch.manual_seed(0)
     model = TCN(WIDTH, HIDDEN, layers=3, kernel_size=3, causal=causal).double()
     x, inside = ragged(junk=1e6)
@@ -150,7 +150,7 @@ def test_tcn_is_a_stack_of_dilated_convolutions(causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("layers", "kernel_size"), [(1, 3), (2, 3), (3, 3), (2, 5)])
-def test_receptive_field_is_what_one_step_depends_on(causal, layers, kernel_size):
+def test_receptive_field_equals_the_dependencies_of_one_step(causal, layers, kernel_size):
     torch.manual_seed(0)
     model = TCN(4, 32, layers=layers, kernel_size=kernel_size, causal=causal).double()
     middle, steps = 40, 81
@@ -168,7 +168,7 @@ def test_receptive_field_is_what_one_step_depends_on(causal, layers, kernel_size
     assert moved == [first <= t < first + reach for t in range(steps)]
 
 
-def test_transformer_layer_restated():
+def test_transformer_layer_equals_a_reference_implementation():
     """One pre-norm layer with sinusoidal positions, written out."""
     torch.manual_seed(0)
     model = Transformer(WIDTH, HIDDEN, layers=1, heads=2).double().eval()
@@ -188,7 +188,7 @@ def test_transformer_layer_restated():
         torch.testing.assert_close(out[row, :length], model.norm(y))
 
 
-def test_sinusoids_against_a_loop():
+def test_sinusoids_equal_a_loop():
     table = Sinusoids(6)(torch.arange(7))
     for step in range(7):
         for i in range(3):
@@ -197,7 +197,7 @@ def test_sinusoids_against_a_loop():
             assert table[step, 3 + i] == pytest.approx(math.cos(angle), abs=1e-6)
 
 
-def test_widths_that_cannot_be_are_refused():
+def test_invalid_widths_are_rejected():
     with pytest.raises(UsageError, match="even"):
         Recurrent(nn.GRU, 4, 7)
     with pytest.raises(UsageError, match="middle tap"):

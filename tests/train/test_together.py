@@ -111,7 +111,7 @@ def check_equal(run: Member, weights: dict[str, torch.Tensor], progress: Progres
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_each_run_equals_that_run_alone(cache: Cache, settings: dict[str, Any]) -> None:
+def test_batched_runs_equal_separate_runs(cache: Cache, settings: dict[str, Any]) -> None:
     runs = configs(cache, **settings)
     data = read(cache, runs[0])
     members = [member(cache, data, config) for config in runs]
@@ -122,7 +122,7 @@ def test_each_run_equals_that_run_alone(cache: Cache, settings: dict[str, Any]) 
         check_equal(run, *alone(cache, data, run.config))
 
 
-def test_a_nan_in_one_run_leaves_the_others(cache: Cache) -> None:
+def test_a_nan_in_one_run_does_not_affect_the_others(cache: Cache) -> None:
     runs = configs(cache)
     data = read(cache, runs[0])
     members = [member(cache, data, config) for config in runs]
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_ends_its_run_only(cache: Cache, tmp_path: Path) ->
     assert no_failure is None
 
 
-def test_files_of_runs_are_those_of_runs_alone(cache: Cache, tmp_path: Path) -> None:
+def test_batched_runs_write_the_files_of_separate_runs(cache: Cache, tmp_path: Path) -> None:
     runs = configs(cache)
     data = read(cache, runs[0])
     folders = [tmp_path / f"together{k}" for k in range(len(runs))]
@@ -165,7 +165,7 @@ def test_files_of_runs_are_those_of_runs_alone(cache: Cache, tmp_path: Path) -> 
     assert all(isinstance(result, Result) and result.was_done for result in again.values())
 
 
-def test_interrupted_in_the_middle_of_a_batch_gives_the_same_files(
+def test_interrupting_a_batch_of_runs_gives_the_same_files(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = configs(cache)
@@ -232,7 +232,9 @@ def test_a_short_training_is_not_measured(cache: Cache) -> None:
     assert choice.alone == choice.together == 0
 
 
-def test_the_choice_leaves_the_generators_alone_and_gives_times(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_batch_sizes_keeps_random_state_and_returns_times(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vaflow.train.together.choice.WORTH_MEASURING", 0)
     runs = configs(cache)
     torch.manual_seed(5)

@@ -42,7 +42,7 @@ def with_labels(path: Path, deviation: float) -> Cache:
 
 
 @pytest.mark.parametrize(("deviation", "said"), [(0.0, True), (0.005, True), (0.1, False)])
-def test_labels_that_hardly_differ_are_named_before_and_after(
+def test_nearly_constant_labels_are_reported_before_and_after_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, deviation: float, said: bool
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -54,7 +54,7 @@ def test_labels_that_hardly_differ_are_named_before_and_after(
     assert not any("labels of arousal" in w for w in result.metrics["warnings"])
 
 
-def test_a_run_that_says_the_same_of_every_frame_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_constant_predictions_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing was seen or heard, and nothing could be learned."""
     cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14), invalid=1.0))
     out = tmp_path / "run"
@@ -80,7 +80,7 @@ def enlarged(windows: WindowSet, stream: str, item: str, factor: float) -> Windo
 
 
 @pytest.mark.parametrize("stream", [VISUAL, AUDIO])
-def test_the_likeliest_clip_is_named_among_those_of_the_batch(cache: Cache, stream: str) -> None:
+def test_a_non_finite_loss_names_the_most_likely_clip(cache: Cache, stream: str) -> None:
     """What becomes infinite after the check at loading; the batch has windows of several clips."""
     config, inputs = resolve(cache, replace(CONFIG, epochs=3))
     train, val = (load_split(cache, split, inputs.streams, config) for split in ("train", "val"))
@@ -92,7 +92,7 @@ def test_the_likeliest_clip_is_named_among_those_of_the_batch(cache: Cache, stre
     assert "clip_norm" in str(caught.value)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_gradient_stops_the_run(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is finite; what comes back from it is not."""
     config, inputs = resolve(cache, CONFIG)
     train, val = (load_split(cache, split, inputs.streams, config) for split in ("train", "val"))

@@ -91,7 +91,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "ratings"
 
 
-def test_lags_between_annotators_are_estimated_and_removed(root: Path) -> None:
+def test_annotator_lags_are_estimated_and_removed(root: Path) -> None:
     ratings = read_ratings(root)
     raw = compare_ratings(ratings, AgreeConfig())
     aligned = compare_ratings(ratings, AgreeConfig(max_lag=4))
@@ -138,7 +138,7 @@ def test_the_command_prints_and_fuses(root: Path, tmp_path: Path, capsys: pytest
     assert "Cohen's kappa" in capsys.readouterr().out
 
 
-def test_one_annotator_cannot_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_agreement_requires_two_annotators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_rating(tmp_path / "ann" / "one.csv", 0, 0.1, 0)
     assert main(["labels", "agree", str(tmp_path)]) == 2
     assert "two annotators" in capsys.readouterr().err

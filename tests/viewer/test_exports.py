@@ -74,7 +74,7 @@ def test_textgrid_has_the_means_of_every_step(predictions: Path, tmp_path: Path)
         assert tiers["region"] == [(0.0, FRAMES / RATE, REGION_NAMES[6])]
 
 
-def test_textgrid_begins_at_zero_where_the_clip_does_not(predictions: Path, tmp_path: Path) -> None:
+def test_textgrid_starts_at_zero_if_the_clip_starts_later(predictions: Path, tmp_path: Path) -> None:
     file = predictions / "clip.csv"
     header, *rows = file.read_text().splitlines()
     late = [re.sub(r"^(\d+),([\d.]+)", lambda m: f"{m[1]},{float(m[2]) + 1.5:.6f}", row) for row in rows]
@@ -128,7 +128,7 @@ def test_the_clip_table_is_safe_for_spreadsheets(predictions: Path, tmp_path: Pa
     assert (rows["clip"]["seconds"], rows["clip"]["face_share"]) == ("4.700", f"{23 / 47:.4f}")
 
 
-def test_an_unknown_format_is_refused(predictions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_format_is_rejected(predictions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(predictions, tmp_path / "out", "textgird") == 2
     assert "Did you mean 'textgrid'?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

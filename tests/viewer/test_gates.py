@@ -23,7 +23,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return make_cache(tmp_path_factory.mktemp("gates") / "cache", Toy(seconds=(8, 14)))
 
 
-def test_a_constant_gate_is_reported_as_it_is(cache: Cache, tmp_path: Path) -> None:
+def test_a_constant_gate_is_reported_exactly(cache: Cache, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_run(cache, replace(CONFIG, fusion="gated"), run, tensorboard=False, pictures=False)
     weights, meta = read_tensors(run / "model.safetensors")

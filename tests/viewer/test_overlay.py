@@ -39,7 +39,7 @@ def test_the_overlay_shows_the_prediction_of_every_frame(numbered: Path, tmp_pat
         assert np.linalg.norm(dot - expected, axis=1).min() < 3
 
 
-def test_a_box_is_drawn_where_it_is(numbered: Path, tmp_path: Path) -> None:
+def test_a_box_is_drawn_at_its_position(numbered: Path, tmp_path: Path) -> None:
     table = read_predictions(numbered / "predictions" / "constant.csv")
     boxes = np.array([[0.0, 100, 90, 200, 150], [4.0, np.nan, np.nan, np.nan, np.nan]])
     boxes[:, 1:] /= [WIDTH, HEIGHT, WIDTH, HEIGHT]
@@ -51,7 +51,7 @@ def test_a_box_is_drawn_where_it_is(numbered: Path, tmp_path: Path) -> None:
     assert yellow(frames[100]) == 0
 
 
-def test_a_clip_without_video_is_refused(tmp_path: Path, numbered: Path) -> None:
+def test_a_clip_without_video_is_rejected(tmp_path: Path, numbered: Path) -> None:
     import wave
 
     with wave.open(str(tmp_path / "a.wav"), "wb") as file:

@@ -99,7 +99,7 @@ def test_columns_of_the_report_sort(open_page: OpenPage, pages: dict[str, Path])
     assert head.get_attribute("aria-sort") == "descending"
 
 
-def test_hostile_names_are_shown_and_not_run(open_page: OpenPage, tmp_path: Path) -> None:
+def test_hostile_names_are_shown_as_text(open_page: OpenPage, tmp_path: Path) -> None:
     folder = tmp_path / "predictions"
     write_predictions(folder / f"{HOSTILE}.csv", [k / 10 for k in range(50)])
     item = {"csv": "", "records": {}, "media": "javascript:alert(3)//"}
@@ -119,7 +119,7 @@ def test_hostile_names_are_shown_and_not_run(open_page: OpenPage, tmp_path: Path
     assert page.inner_text("table.clips tbody th") == HOSTILE
 
 
-def test_a_hostile_csv_is_refused_or_shown_as_numbers(tmp_path: Path) -> None:
+def test_a_hostile_csv_is_rejected_or_shown_as_numbers(tmp_path: Path) -> None:
     from vaflow.errors import CorruptError
     from vaflow.viewer.predictions import read_predictions
 

@@ -83,7 +83,7 @@ def check_trace(path: Path, sent: list[Move]) -> None:
 POINTS = [(-0.5, 0.5), (0.0, 0.2), (0.8, -0.9), (-1.0, 1.0), (0.25, 0.0)]
 
 
-def test_a_drag_comes_back_within_50_ms(open_page: OpenPage, viewer: Viewer, tmp_path: Path) -> None:
+def test_a_drag_is_recorded_within_50_ms(open_page: OpenPage, viewer: Viewer, tmp_path: Path) -> None:
     page = open_page(viewer.page, "#clip=constant")
     until(page, "document.documentElement.dataset.ready === 'constant'")
     sent = rate(page, POINTS)
@@ -95,7 +95,7 @@ def test_a_drag_comes_back_within_50_ms(open_page: OpenPage, viewer: Viewer, tmp
     check_trace(tmp_path / "constant.csv", sent)
 
 
-def test_a_second_pass_replaces_what_it_passes(open_page: OpenPage, viewer: Viewer, tmp_path: Path) -> None:
+def test_a_second_pass_replaces_ratings_of_its_span(open_page: OpenPage, viewer: Viewer, tmp_path: Path) -> None:
     page = open_page(viewer.page, "#clip=constant")
     until(page, "document.documentElement.dataset.ready === 'constant'")
     rate(page, [(0.5, 0.5), (0.5, 0.5)])
@@ -160,7 +160,7 @@ def test_only_ratings_of_its_clips_are_saved(server: ViewerServer, change: dict[
     assert written == (["ann/constant.csv"] if status == 200 else [])
 
 
-def test_requests_from_elsewhere_are_refused(server: ViewerServer) -> None:
+def test_requests_from_other_origins_are_rejected(server: ViewerServer) -> None:
     rating = {"clip": "constant", "annotator": "ann", "csv": RATING}
     assert post(server, rating, **{"X-Vaflow-Token": "guess"}) == 403
     assert post(server, rating, Host="attacker.example") == 403
@@ -172,7 +172,7 @@ def test_requests_from_elsewhere_are_refused(server: ViewerServer) -> None:
             urllib.request.urlopen(server.address + path)
 
 
-def test_ranges_of_media_are_served(server: ViewerServer) -> None:
+def test_media_range_requests_are_served(server: ViewerServer) -> None:
     whole = server.viewer.clips[0].media
     assert whole is not None
     data = whole.read_bytes()

@@ -74,7 +74,7 @@ def test_runs_on_other_videos_are_not_compared(tmp_path: Path) -> None:
     assert "not scored on the same" in found["problem"]
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_with_equal_names_are_distinguished(tmp_path: Path) -> None:
     for name in ("a/run", "b/run"):
         write_run(tmp_path / name)
     assert [run.name for run in read_runs([tmp_path / "a/run", tmp_path / "b/run"])] == ["a/run", "b/run"]
@@ -88,7 +88,7 @@ def test_tiny_encoders_mark_the_report_as_a_demonstration(tmp_path: Path) -> Non
         assert ("Demonstration." in (tmp_path / f"{name}.html").read_text()) == marked
 
 
-def test_hostile_names_are_text(tmp_path: Path) -> None:
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     hostile = "<img src=x onerror=alert(1)>\"'&"
     write_run(tmp_path / "run", clips=[hostile, "plain"], encoder="</script><script>alert(2)</script>")
     write_report([tmp_path / "run"], tmp_path / "report.html")
@@ -106,7 +106,7 @@ def test_the_command_writes_the_page_and_prints_json(tmp_path: Path, capsys: pyt
     assert (tmp_path / "report.html").is_file()
 
 
-def test_a_directory_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_without_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 2
     assert "is not a finished run" in capsys.readouterr().err
 

@@ -101,7 +101,7 @@ def test_silence_and_noise_have_no_pauses() -> None:
     assert speech_spans(np.full(100, 0.01), 0.02).tolist() == [[0.0, 2.0]]
 
 
-def test_broken_media_leave_the_traces(tmp_path: Path) -> None:
+def test_broken_media_do_not_prevent_the_traces(tmp_path: Path) -> None:
     write_predictions(tmp_path / "predictions" / "clip.csv", CONSTANT)
     (tmp_path / "clip.mp4").write_bytes(b"\0" * 1000)
     viewer = write_viewer(tmp_path / "predictions", tmp_path / "out", config=ViewConfig([tmp_path]))
@@ -121,7 +121,7 @@ def test_media_are_found_by_recorded_name_and_size(tmp_path: Path) -> None:
     assert MediaIndex([tmp_path]).find(PredictedClip("video", tmp_path / "x.csv", source=other)) is None
 
 
-def test_copies_lie_beside_the_page(numbered: Path, tmp_path: Path) -> None:
+def test_media_copies_are_stored_beside_the_page(numbered: Path, tmp_path: Path) -> None:
     config = ViewConfig([numbered / "media"], copy=True)
     viewer = write_viewer(numbered / "predictions", tmp_path, config=config)
     assert sorted(clip.facts["media"] for clip in viewer.clips) == ["media/0001.mp4", "media/0002.mp4"]
@@ -144,7 +144,7 @@ def test_boxes_of_a_stream_or_of_the_detector_lie_on_the_face(open_page: OpenPag
     assert box["height"] / scale == pytest.approx((face[3] - face[1]) * 240, abs=4)
 
 
-def test_a_clip_without_a_face_says_so(numbered: Path, tmp_path: Path) -> None:
+def test_a_clip_without_a_face_is_reported(numbered: Path, tmp_path: Path) -> None:
     config = ViewConfig([numbered / "media"], boxes=True)
     viewer = write_viewer(numbered / "predictions", tmp_path, ["constant"], config)
     assert any("found no face" in note for note in viewer.clips[0].facts["notes"])

@@ -12,7 +12,7 @@ from vaflow.cli import main
 PAGE = Path(__file__).parents[2] / "docs" / "viewer.md"
 
 
-def test_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vaflow.viewer.server.ViewerServer.serve_forever", lambda _: None)
     for seed, name in enumerate(("full", "visual")):

@@ -14,7 +14,7 @@ def pictures(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, EDGE, EDGE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_all_pictures_of_a_clip_change_alike_and_clips_do_not() -> None:
+def test_frames_of_one_clip_share_their_augmentation() -> None:
     images = pictures(1).expand(6, -1, -1, -1)
     changed = Augment((0, 0, 0)).images(images, torch.tensor([4, 4, 9, 4, 9, 7]))
     assert changed.shape == images.shape
@@ -25,7 +25,7 @@ def test_all_pictures_of_a_clip_change_alike_and_clips_do_not() -> None:
     assert len({changed[k].numpy().tobytes() for k in (0, 2, 5)}) == 3
 
 
-def test_changes_follow_from_the_step_and_the_clip_alone() -> None:
+def test_augmentation_depends_on_step_and_clip_only() -> None:
     images = pictures(4)
     clips = torch.tensor([0, 1, 2, 3])
     whole = Augment((0, 1, 2)).images(images, clips)
@@ -34,7 +34,7 @@ def test_changes_follow_from_the_step_and_the_clip_alone() -> None:
     assert not torch.equal(Augment((0, 1, 3)).images(images, clips), whole)
 
 
-def test_without_colour_a_change_is_a_flip_of_a_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmentation_without_colour_is_a_flipped_crop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture of its own coordinates tells where every pixel came from."""
     monkeypatch.setattr(augment, "COLOUR", 0.0)
     ramp = torch.arange(EDGE, dtype=torch.float32) * 255 / (EDGE - 1)
@@ -54,7 +54,7 @@ def test_without_colour_a_change_is_a_flip_of_a_crop(monkeypatch: pytest.MonkeyP
     assert 15 < flips < 45
 
 
-def test_colours_change_by_no_more_than_is_said() -> None:
+def test_colour_changes_stay_within_their_limits() -> None:
     grey = torch.full((1, EDGE, EDGE, 3), 100, dtype=torch.uint8)
     seen = [float(augment_images(grey, torch.Generator().manual_seed(k)).double().mean()) for k in range(40)]
     assert min(seen) >= 100 * (1 - COLOUR) - 1
@@ -62,7 +62,7 @@ def test_colours_change_by_no_more_than_is_said() -> None:
     assert max(seen) - min(seen) > 20
 
 
-def test_sound_loses_one_strip_of_bands_and_one_of_time() -> None:
+def test_audio_augmentation_masks_one_band_and_one_span() -> None:
     generator = torch.Generator().manual_seed(0)
     mel = torch.randn(398, 128, generator=generator)
     widths, lengths = [], []
@@ -83,7 +83,7 @@ def test_sound_loses_one_strip_of_bands_and_one_of_time() -> None:
     assert max(lengths) > FRAMES / 2
 
 
-def test_every_window_of_sound_has_strips_of_its_own() -> None:
+def test_every_audio_window_has_its_own_masks() -> None:
     mel = torch.randn(1, 398, 128, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1)
     changed = Augment((0, 0, 0)).logmel(mel, torch.tensor([3, 5]))
     assert not torch.equal(changed[0], changed[1])

@@ -25,7 +25,7 @@ HALF = 2.0**-10  # relative distance of two neighbours in float16, at most
 
 
 @pytest.mark.parametrize("windows", [{}, {"window": 3.0, "stride": 1.0, "frames": 6}])
-def test_frozen_backbones_predict_what_the_cached_pipeline_does(pixels_cache: Cache, windows: dict) -> None:
+def test_frozen_backbones_equal_the_cached_pipeline(pixels_cache: Cache, windows: dict) -> None:
     ready = Loaded(pixels_cache, replace(SETTINGS, finetune_blocks=0, **windows))
     torch.manual_seed(0)
     heads = build_model(ready.config, ready.inputs.specs, ready.inputs.prototypes)
@@ -40,7 +40,7 @@ def test_frozen_backbones_predict_what_the_cached_pipeline_does(pixels_cache: Ca
             torch.testing.assert_close(said[..., 2:], cached.region_logits, rtol=16 * HALF, atol=16 * HALF)
 
 
-def test_a_split_encoded_anew_is_the_cache(loaded: Loaded) -> None:
+def test_re_encoding_a_split_equals_the_cache(loaded: Loaded) -> None:
     train = loaded.data.train
     again = encode_split(train, loaded.sources, loaded.backbones)
     for name, table in train.tables.items():
@@ -54,7 +54,7 @@ def test_a_split_encoded_anew_is_the_cache(loaded: Loaded) -> None:
         assert torch.equal(torch.stack([part.tables[name].rows for part in parts]).sum(0), again.tables[name].rows)
 
 
-def test_a_split_without_sound_is_encoded(loaded: Loaded) -> None:
+def test_a_split_without_audio_is_encoded(loaded: Loaded) -> None:
     val = loaded.data.val
     assert not val.tables["ast-tiny"].index.any(), "the clip is silent film"
     again = encode_split(val, load_sources(loaded.cache, val, loaded.backbones), loaded.backbones)
@@ -62,7 +62,7 @@ def test_a_split_without_sound_is_encoded(loaded: Loaded) -> None:
     assert again.tables["clip-tiny"].rows.any()
 
 
-def test_pictures_are_the_stored_files(loaded: Loaded) -> None:
+def test_frames_are_read_from_the_stored_files(loaded: Loaded) -> None:
     source, train = loaded.sources["clip-tiny"], loaded.data.train
     assert isinstance(source, StoredImages)
     images = [image for clip in train.clips for image in loaded.cache.read(PIXELS, clip.item).images]
@@ -72,7 +72,7 @@ def test_pictures_are_the_stored_files(loaded: Loaded) -> None:
     np.testing.assert_array_equal(source.read(torch.tensor(units)).numpy(), expected)
 
 
-def test_sounds_are_the_log_mel_under_each_window(loaded: Loaded) -> None:
+def test_audio_windows_are_slices_of_the_log_mel(loaded: Loaded) -> None:
     expected = []
     for clip in loaded.data.train.clips:
         mel = loaded.cache.read(LOGMEL, clip.item).embedding.astype(np.float32)
@@ -88,7 +88,7 @@ def test_sounds_are_the_log_mel_under_each_window(loaded: Loaded) -> None:
 @given(
     rows=st.lists(st.lists(st.integers(0, 30), min_size=3, max_size=3), min_size=1, max_size=5), per=st.integers(1, 4)
 )
-def test_every_unit_is_read_once_and_every_row_found(rows: list[list[int]], per: int) -> None:
+def test_every_input_is_read_once_for_all_rows(rows: list[list[int]], per: int) -> None:
     index = torch.tensor(rows)
     wanted, place = share_units(index, per)
     assert wanted.tolist() == sorted({(row - 1) // per for line in rows for row in line if row})
@@ -96,7 +96,7 @@ def test_every_unit_is_read_once_and_every_row_found(rows: list[list[int]], per:
     assert [[held[k] for k in line] for line in place.tolist()] == rows
 
 
-def test_windows_share_what_they_read(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlapping_windows_share_inputs(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     train, decode = loaded.data.train, StoredImages.decode
     seen: list[int] = []
 
@@ -110,7 +110,7 @@ def test_windows_share_what_they_read(loaded: Loaded, monkeypatch: pytest.Monkey
     assert len(seen) == len(set(seen)) == len(torch.unique(read[read > 0])) < int((read > 0).sum())
 
 
-def test_a_cache_without_what_was_encoded_says_how_to_get_it(pixels_cache: Cache, tmp_path: Path) -> None:
+def test_a_cache_without_encoder_inputs_states_the_remedy(pixels_cache: Cache, tmp_path: Path) -> None:
     streams = tunable(Loaded(pixels_cache, SETTINGS).inputs.streams)
     with pytest.raises(UsageError, match=r"has no pixels.*--visual clip-tiny --audio ast-tiny --pixels"):
         check_sources(copied(pixels_cache, tmp_path / "a", pixels=None), streams)
@@ -119,14 +119,14 @@ def test_a_cache_without_what_was_encoded_says_how_to_get_it(pixels_cache: Cache
         check_sources(copied(pixels_cache, tmp_path / "b", pixels={"sampling": sampling}), streams)
 
 
-def test_clips_without_their_pixels_are_named(pixels_cache: Cache, tmp_path: Path) -> None:
+def test_clips_without_stored_frames_are_listed(pixels_cache: Cache, tmp_path: Path) -> None:
     cache = copied(pixels_cache, tmp_path / "a", leave=(PIXELS, "obama"))
     with pytest.raises(DataError, match=r"1 clips have clip-tiny but no pixels: obama"):
         Loaded(cache, SETTINGS)
     assert cache.has(LABELS, "obama")
 
 
-def test_encoders_must_be_those_of_the_cache(loaded: Loaded, tmp_path: Path) -> None:
+def test_encoders_must_match_the_cache(loaded: Loaded, tmp_path: Path) -> None:
     streams = tunable(loaded.inputs.streams)
     clip = loaded.backbones[0].encoder
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_encoders_must_be_those_of_the_cache(loaded: Loaded, tmp_path: Path) -> 
         build_backbones(streams, {"clip-vit-b16": path}, torch.device("cpu"))
 
 
-def test_the_last_blocks_learn_with_what_follows_them(loaded: Loaded) -> None:
+def test_the_last_blocks_and_later_layers_are_trained(loaded: Loaded) -> None:
     expected = {"clip-tiny": {"transformer.resblocks.1", "ln_post", "proj"}, "ast-tiny": {"layers.1", "layernorm"}}
     for backbone in loaded.backbones:
         names = {name for name, _ in backbone.module.named_parameters()}
@@ -151,7 +151,7 @@ def test_the_last_blocks_learn_with_what_follows_them(loaded: Loaded) -> None:
             choose_trained(backbone, 3)
 
 
-def test_recomputed_activations_change_no_gradient(loaded: Loaded) -> None:
+def test_activation_checkpointing_changes_no_gradient(loaded: Loaded) -> None:
     for backbone in loaded.backbones:
         inputs = loaded.sources[backbone.stream.name].read(torch.tensor([0, 1]))
         found = []
@@ -166,5 +166,5 @@ def test_recomputed_activations_change_no_gradient(loaded: Loaded) -> None:
         assert len(found[0]) > 10
 
 
-def test_sources_of_part_of_the_streams(loaded: Loaded) -> None:
+def test_a_subset_of_the_streams_can_be_tuned(loaded: Loaded) -> None:
     assert set(load_sources(loaded.cache, loaded.data.val, loaded.backbones[1:])) == {"ast-tiny"}

@@ -54,7 +54,7 @@ def tuned_cache(run: Path, videos: Path, pixels_cache: Cache, tmp_path_factory: 
     return open_cache(path)
 
 
-def test_the_loss_falls_and_the_run_is_whole(run: Path, pixels_cache: Cache) -> None:
+def test_fine_tuning_reduces_the_loss_and_writes_a_complete_run(run: Path, pixels_cache: Cache) -> None:
     history = RunFolder(run).read_history()
     assert history[-1]["loss_total"] < history[0]["loss_total"]
     assert not RunFolder(run).checkpoint_file.exists()
@@ -63,7 +63,7 @@ def test_the_loss_falls_and_the_run_is_whole(run: Path, pixels_cache: Cache) -> 
     assert not list(run.rglob("*.bin")), "no pickle anywhere"
 
 
-def test_an_interrupted_run_ends_as_the_uninterrupted(
+def test_a_resumed_run_equals_an_uninterrupted_run(
     run: Path, pixels_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learn = tuning_run.train_epoch
@@ -84,7 +84,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted(
         assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
 
 
-def test_backbones_moved_and_their_text_tower_did_not(run: Path, pixels_cache: Cache, tuned_cache: Cache) -> None:
+def test_backbones_change_and_their_text_tower_does_not(run: Path, pixels_cache: Cache, tuned_cache: Cache) -> None:
     before, after = pixels_cache.streams(), tuned_cache.streams()
     for name in ("clip-tiny", "ast-tiny"):
         assert pixels_cache.fingerprint(name) != tuned_cache.fingerprint(name)
@@ -114,7 +114,7 @@ def sampling_of(cache: Cache) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
-def test_evaluation_from_pixels_is_that_of_a_cache_by_the_tuned_encoders(
+def test_evaluation_from_frames_equals_a_cache_of_the_tuned_encoders(
     run: Path, pixels_cache: Cache, tuned_cache: Cache, split: str
 ) -> None:
     from_pixels = evaluate_run(run, pixels_cache, split, write=False)
@@ -125,7 +125,7 @@ def test_evaluation_from_pixels_is_that_of_a_cache_by_the_tuned_encoders(
         assert from_pixels["ccc"] == RunFolder(run).read_metrics()["ccc"]
 
 
-def test_evaluation_does_not_take_the_features_of_the_first_encoders(
+def test_evaluation_does_not_use_features_of_the_original_encoders(
     run: Path, pixels_cache: Cache, tmp_path: Path
 ) -> None:
     """Without pixels nothing could be encoded anew: then there is no score at all."""
@@ -146,7 +146,7 @@ def test_new_videos_are_predicted_with_the_tuned_encoders(
     np.testing.assert_allclose(table["valence"], theirs["valence"][: len(table)], atol=5e-3)
 
 
-def test_heads_of_another_run_are_a_warm_start(pixels_cache: Cache, run: Path, tmp_path: Path) -> None:
+def test_fine_tuning_can_start_from_the_heads_of_another_run(pixels_cache: Cache, run: Path, tmp_path: Path) -> None:
     first = TrainConfig(hidden=16, epochs=1, batch_size=2, lr=1e-3, device="cpu")
     train_run(pixels_cache, first, tmp_path / "heads", **QUIET)
     still = replace(CONFIG, epochs=1, lr=1e-12, backbone_lr=1e-12, init=str(tmp_path / "heads"))
@@ -160,7 +160,7 @@ def test_heads_of_another_run_are_a_warm_start(pixels_cache: Cache, run: Path, t
         train_run(pixels_cache, replace(still, init=str(run)), tmp_path / "again", **QUIET)
 
 
-def test_missing_encoders_and_needless_weights_are_told(run: Path, pixels_cache: Cache, tmp_path: Path) -> None:
+def test_missing_encoders_and_unused_weights_are_reported(run: Path, pixels_cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"encoder for clip-tiny is missing"):
         saved_weights(tmp_path, require_record(run).tuned)
     heads = replace(CONFIG, finetune=False)

@@ -56,7 +56,7 @@ def row_of(rows: dict[int, torch.Tensor], row: int, backbone: Backbone) -> torch
     return rows[(row - 1) // backbone.per_unit][(row - 1) % backbone.per_unit]
 
 
-def test_gradients_are_those_of_the_plain_composition(pixels_cache: Cache, fabric: Any) -> None:
+def test_gradients_equal_the_plain_composition(pixels_cache: Cache, fabric: Any) -> None:
     """Every unit of the split encoded, rows looked up, heads, loss: autograd on that, without sharing or dividing."""
     work, losses = step(pixels_cache, fabric, PLAIN)
     plain = tuning(Loaded(pixels_cache, PLAIN), fabric)
@@ -77,7 +77,7 @@ def test_gradients_are_those_of_the_plain_composition(pixels_cache: Cache, fabri
 
 
 @pytest.mark.parametrize("change", [{"accumulate": 3}, {"checkpointing": True}, {"accumulate": 9, "augment": True}])
-def test_what_saves_memory_changes_no_gradient(pixels_cache: Cache, fabric: Any, change: dict) -> None:
+def test_memory_saving_changes_no_gradient(pixels_cache: Cache, fabric: Any, change: dict) -> None:
     same = {"augment": change.get("augment", False)}
     whole, losses = step(pixels_cache, fabric, replace(PLAIN, **same))
     parts, theirs = step(pixels_cache, fabric, replace(PLAIN, **change))
@@ -97,14 +97,14 @@ def test_dropout_is_the_same_in_both_passes(pixels_cache: Cache, fabric: Any) ->
     close(one, two)
 
 
-def test_frozen_backbones_stay_and_heads_learn(pixels_cache: Cache, fabric: Any) -> None:
+def test_frozen_backbones_are_unchanged_and_heads_are_trained(pixels_cache: Cache, fabric: Any) -> None:
     work, _ = step(pixels_cache, fabric, replace(PLAIN, finetune_blocks=0))
     assert all(p.grad is None for p in work.model.networks.parameters())
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in work.model.heads.parameters())
     assert [group["lr"] for group in work.optimizer.param_groups] == [1e-3]
 
 
-def test_groups_have_their_own_rates_and_one_schedule(pixels_cache: Cache, fabric: Any) -> None:
+def test_parameter_groups_have_separate_rates_and_one_schedule(pixels_cache: Cache, fabric: Any) -> None:
     work = tuning(Loaded(pixels_cache, replace(PLAIN, warmup=2.0)), fabric)
     assert [group["lr"] for group in work.optimizer.param_groups] == [1e-3, 1e-4]
     assert {group["weight_decay"] for group in work.optimizer.param_groups} == {PLAIN.weight_decay}
@@ -116,14 +116,14 @@ def test_groups_have_their_own_rates_and_one_schedule(pixels_cache: Cache, fabri
 
 
 @pytest.mark.parametrize(("count", "processes", "parts"), [(5, 2, 2), (16, 2, 1), (1, 3, 2), (7, 1, 7)])
-def test_a_batch_is_divided_whole(count: int, processes: int, parts: int) -> None:
+def test_a_batch_is_split_completely(count: int, processes: int, parts: int) -> None:
     ids = torch.arange(10, 10 + count)
     divided, real = divide(ids, processes, parts)
     assert divided.shape == real.shape == (processes, parts, -(-count // (processes * parts)))
     assert divided[real].tolist() == ids.tolist()
 
 
-def test_reading_ahead_keeps_order_and_passes_errors_on() -> None:
+def test_prefetching_keeps_order_and_propagates_errors() -> None:
     assert list(ahead(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
     results = ahead(lambda x: 1 // x, [1, 0])
     assert next(results) == 1
@@ -131,7 +131,7 @@ def test_reading_ahead_keeps_order_and_passes_errors_on() -> None:
         next(results)
 
 
-def test_two_processes_give_the_gradients_of_one(pixels_cache: Cache, tmp_path: Path) -> None:
+def test_two_processes_compute_the_gradients_of_one(pixels_cache: Cache, tmp_path: Path) -> None:
     program = Path(__file__).with_name("finetune_process.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     folders = os.pathsep.join([str(program.parent), *sys.path])
