@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from histories import Workshop, machine
+from histories import machine
+from history_model import Workshop
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from lab import Lab

@@ -4,6 +4,8 @@ Reads one JSON object per line and answers with one: {"run": ...} -> {"pid"}, {"
 runs; negative: the signal that ended it). Run as a program by `lab.Lab`.
 """
 
+import gc
+import importlib
 import json
 import os
 import sys
@@ -11,22 +13,24 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+IMPORTED = """matplotlib.backends.backend_agg matplotlib.figure mpl_toolkits.mplot3d torch.utils.tensorboard
+typer._adapters typer._click.decorators zarr vaflow.cache.edit vaflow.cli vaflow.extract.pipeline vaflow.train.evaluate
+vaflow.train.plots vaflow.train.smoothing_choice vaflow.train.training"""
+
 
 def preload() -> None:
-    """What the commands import lazily; nothing that starts a thread."""
+    """Import what the commands import lazily; nothing that starts a thread."""
     import torch
 
     torch.set_num_threads(1)
-    import torch.utils.tensorboard
-
-    import vaflow.cli
-    import vaflow.extract.pipeline
-    import vaflow.train.plots
-    import vaflow.train.training  # noqa: F401
+    for name in IMPORTED.split():
+        importlib.import_module(name)
     from vaflow.encoders import build_encoder
 
     for name in ("clip-tiny", "ast-tiny"):
         build_encoder(name)
+    gc.collect()
+    gc.freeze()  # or every fork copies the objects that its garbage collection visits
     if (threads := len(list(Path("/proc/self/task").iterdir()))) > 1:
         print(f"the zygote has {threads} threads", file=sys.stderr)
 
