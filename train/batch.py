@@ -100,25 +100,30 @@ class Output:
         va: [B, F, 2] in [-1, 1], valence and arousal.
         region_logits: [B, F, 9] scaled cosines to the prototypes, or None without a prompt head.
         extra: name -> logits of further targets, [B, F, K].
+        log_std: [B, F, 2] logarithm of the standard deviation of `va`, or None without a variance head.
     """
 
     va: Tensor
     region_logits: Tensor | None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    log_std: Tensor | None = None
 
     def packed(self) -> Tensor:
         """All predictions of a frame side by side, [B, F, K]."""
         regions = [] if self.region_logits is None else [self.region_logits]
-        return torch.cat([self.va, *regions, *self.extra.values()], dim=-1)
+        spread = [] if self.log_std is None else [self.log_std]
+        return torch.cat([self.va, *regions, *self.extra.values(), *spread], dim=-1)
 
     @classmethod
-    def unpacked(cls, packed: Tensor, *, regions: int, extra: Mapping[str, int]) -> "Output":
+    def unpacked(cls, packed: Tensor, *, regions: int, extra: Mapping[str, int], variance: bool = False) -> "Output":
         """The predictions in `packed`, [B, F, K].
 
         Args:
             packed: made by `packed`.
             regions: number of region logits, 0 without a prompt head.
             extra: name -> number of logits of each further target, in the model's order.
+            variance: whether the model has a variance head.
         """
-        va, logits, *others = packed.split([2, regions, *extra.values()], dim=-1)
-        return cls(va, logits if regions else None, dict(zip(extra, others, strict=True)))
+        va, logits, *others, log_std = packed.split([2, regions, *extra.values(), 2 * variance], dim=-1)
+        logits_of = dict(zip(extra, others, strict=True))
+        return cls(va, logits if regions else None, logits_of, log_std if variance else None)

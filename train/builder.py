@@ -88,4 +88,5 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
         "dropout": config.dropout,
         "normalize": config.normalize,
         "learnable_prototypes": config.learnable_prompts,
+        "variance": config.uncertainty == "variance",
     }

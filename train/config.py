@@ -22,6 +22,7 @@ NORMALIZE = ("layer", "l2", "standard", "none")
 PRESETS = ("p1", "p2")
 AUTO = -1  # of epochs
 POSITIONS = ("none", "time")
+UNCERTAINTY = ("none", "variance")
 P1 = "arXiv 2603.13415"
 # Settings added since the first version, with the value that trains as that version did. Runs without them are read
 # with these values, and `ablate` hashes them only where they differ, so that runs of older studies are reused.
@@ -31,7 +32,11 @@ BEFORE_SETTING: Mapping[str, Any] = {
     "fold_groups": "",
     "patience": 400,
     "shared_sources": False,
+    "uncertainty": NONE,
+    "nll_weight": 0.0,
 }
+# Left out of records where they have their default, so that the digests of runs without them do not change.
+LEFT_OUT = ("uncertainty", "nll_weight")
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,20 @@ class TrainConfig:
         (), "Streams of further targets (expression classes, action units)", group="loss", unset="none"
     )
     extra_weight: float = setting(0.5, "Weight of each further target's cross-entropy", group="loss", at_least=0)
+    uncertainty: str = setting(
+        "none",
+        "Standard deviation of every prediction: none, or a variance head trained with a Gaussian likelihood",
+        group="loss",
+        choices=UNCERTAINTY,
+        source="A variance head beside the CCC",
+    )
+    nll_weight: float = setting(
+        0.0,
+        "Weight of the Gaussian likelihood in the predictions themselves (0: they are trained as without it)",
+        group="loss",
+        at_least=0,
+        source="A variance head beside the CCC",
+    )
     modality_dropout: float = setting(
         0.0, "Probability that a training window loses one modality", group="data", at_least=0, below=1
     )
@@ -285,6 +304,10 @@ class TrainConfig:
             _check_folds(self)
         if not self.ccc_weight and not self.mse_weight:
             raise UsageError(explain("ccc_weight and mse_weight are both 0", expected="one of them above 0"))
+        if self.nll_weight and self.uncertainty == NONE:
+            raise UsageError(
+                explain("nll_weight requires a variance head", expected="--set uncertainty=variance", got=NONE)
+            )
         if self.prompt_context and self.learnable_prompts:
             raise UsageError(explain("prompt_context and learnable_prompts exclude each other", got="both"))
         if self.prompt_context and not self.kl_weight:
@@ -312,10 +335,12 @@ class TrainConfig:
         return Grid(self.window, self.stride, self.frames)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for TOML and JSON; settings that are None are left out."""
+        """Plain values for TOML and JSON; settings that are None are left out, as are `LEFT_OUT` at their default."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         plain["epochs"] = "auto" if self.epochs == AUTO else self.epochs
-        return {key: value for key, value in plain.items() if value is not None}
+        default = {item.name: item.default for item in fields(self)}
+        left_out = {key for key in LEFT_OUT if plain[key] == default[key]}
+        return {key: value for key, value in plain.items() if value is not None and key not in left_out}
 
 
 def _check_streams(kind: str, names: tuple[str, ...]) -> None:

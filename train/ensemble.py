@@ -5,6 +5,7 @@ Weights are per dimension, not negative, and sum to one.
 
 DIR/ensemble.json        the runs, their weights, and the split that those were chosen on
     metrics.json         as of a run
+    uncertainty.json     calibration of the standard deviations
     predictions/SPLIT/CLIP.csv, and sources.json: what they were made from
 """
 
@@ -29,6 +30,14 @@ from vaflow.train.provenance import Maker, write_sources
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
 from vaflow.train.training import read_for
+from vaflow.train.uncertainty import (
+    Calibration,
+    calibrate,
+    calibrated,
+    read_calibration,
+    uncertainty_report,
+    write_calibration,
+)
 from vaflow.train.windows import ClipRows
 
 _ROUNDS, _STEPS = 60, 2000
@@ -194,6 +203,12 @@ def ensemble_runs(
     ensemble = weigh(members.runs, how, members.traces(chosen_on) if chosen_on else (), chosen_on)
     traces, lost, failed = combine(members.traces(split), ensemble.table), members.lost(split), members.failed(split)
     report = score_traces(traces, split, lost, failed, centers=records[0].config.centers)
+    if len(runs) > 1 or traces[0].std is not None:
+        calibration = calibrate_ensemble(members, ensemble.table, chosen_on or _calibration_split(records, split))
+        write_calibration(folder.path, calibration)
+        traces = list(calibrated(traces, calibration))
+        used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
+        report |= uncertainty_report(used, split, calibration.split)
     report["ensemble"] = {"runs": len(runs), "weights": how, "weights_split": chosen_on}
     if chosen_on == split and how == "search":
         report["warnings"].append("the weights were tuned on this split; the score is optimistic")
@@ -202,6 +217,19 @@ def ensemble_runs(
     write_sources(folder.predictions(split), maker_of(folder.path), cache, [trace.clip.item for trace in traces])
     folder.write_metrics(report)
     return ensemble, report
+
+
+def _calibration_split(records: Sequence[RunRecord], split: str) -> str:
+    """The runs' validation split; of runs with different ones, the scored split."""
+    splits = {record.config.val_split for record in records}
+    return splits.pop() if len(splits) == 1 else split
+
+
+def calibrate_ensemble(members: "Members", weights: Floats, split: str) -> Calibration:
+    """Calibrate the standard deviations of an ensemble on a split."""
+    traces = combine(members.traces(split), weights)
+    lost = {clip.item for clip in members.lost(split)}
+    return calibrate([trace for trace in traces if trace.clip.item not in lost], split)
 
 
 def members_of(path: Path) -> tuple[list[Path], Floats]:
@@ -305,6 +333,9 @@ def weigh(runs: Sequence[Path], how: str, traces: Sequence[Sequence[Trace]] = ()
 def combine(runs: Sequence[Sequence[Trace]], weights: Floats) -> list[Trace]:
     """The weighted mean of every clip's traces; regions, where every run has them, with the mean over dimensions.
 
+    Variances follow from the law of total variance: the mean of the runs' variances (0 of a run without) plus the
+    variance of their predictions. One run without standard deviations has none here.
+
     Args:
         runs: per run a trace per clip, in the same order.
         weights: [N, 2], a row per run.
@@ -318,7 +349,7 @@ def combine(runs: Sequence[Sequence[Trace]], weights: Floats) -> list[Trace]:
         first = traces[0]
         if any(t.clip.item != first.clip.item or t.va.shape != first.va.shape for t in traces):
             raise DataError(explain(f"The runs do not predict the same frames of clip {first.clip.item!r}"))
-        va = sum(weight * trace.va for weight, trace in zip(weights, traces, strict=True))
+        va = np.asarray(sum(weight * trace.va for weight, trace in zip(weights, traces, strict=True)))
         regions = [trace.regions for trace in traces if trace.regions is not None]
         mixed = None
         if len(regions) == len(traces):
@@ -328,8 +359,43 @@ def combine(runs: Sequence[Sequence[Trace]], weights: Floats) -> list[Trace]:
         face = next((trace.face for trace in traces if trace.face is not None), None)
         audio = next((trace.audio for trace in traces if trace.audio is not None), None)
         mean = replace(first, va=np.clip(va, -1, 1), regions=mixed, extra=extra, face=face, audio=audio)
+        between = [trace.interpolated for trace in traces if trace.interpolated is not None]
+        far = [trace.far for trace in traces if trace.far is not None]
+        mean = replace(
+            mean,
+            std=total_deviation(traces, weights, va),
+            interpolated=np.all(between, axis=0) if between else None,
+            far=np.mean(far, axis=0) >= 0.5 if far else None,
+        )
         combined.append(mean)
     return combined
+
+
+def total_deviation(traces: Sequence[Trace], weights: Floats, mean: Floats) -> Floats | None:
+    """Standard deviation of a mixture of runs, [R, 2]; None for one run without standard deviations."""
+    if len(traces) == 1 and traces[0].std is None:
+        return None
+    variance = np.zeros_like(mean)
+    for trace, weight in zip(traces, weights, strict=True):
+        variance += weight * (np.square(trace.va - mean) + (0 if trace.std is None else np.square(trace.std)))
+    return np.sqrt(variance)
+
+
+def ensemble_traces(path: Path, runs: Sequence[Sequence[Trace]], weights: Floats) -> list[Trace]:
+    """Traces of a run or an ensemble from those of its runs, with calibrated standard deviations.
+
+    Args:
+        path: of the run or the ensemble.
+        runs, weights: see `combine`.
+
+    Raises:
+        DataError: the runs predict different frames.
+        CorruptError: the calibration is damaged.
+    """
+    traces = combine(runs, weights)
+    if (path / ENSEMBLE_FILE).is_file():  # the traces of a run are calibrated already
+        return list(calibrated(traces, read_calibration(path)))
+    return traces
 
 
 def _common_split(runs: Sequence[Path], records: Sequence[RunRecord], option: str) -> str:

@@ -20,7 +20,7 @@ from vaflow.errors import DataError, count, explain
 from vaflow.failures import read_failures
 from vaflow.files import write_file
 from vaflow.regions import REGIONS
-from vaflow.timeline import Bools, Floats, Ints, stitch
+from vaflow.timeline import Bools, Floats, Ints, nearest, stitch
 from vaflow.train import metrics
 from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.breakdown import Groups, Scored, by_dimension, by_group, by_intensity, plain
@@ -49,6 +49,9 @@ class Trace:
         extra: name -> probabilities of further targets at their own times, where the clip has them.
         face, audio: [R] bool: the visual or audio input of the frame was valid; None: the run reads no such stream.
         centers: distance of the outer region centers from 0.
+        interpolated: [R] bool: the frame lies between two samples of the model; None: unknown.
+        std: [R, 2] standard deviations of `va`; None without.
+        far: [R] bool: the frame's features are far from those of the training split; None: unknown.
     """
 
     clip: ClipRows
@@ -58,6 +61,9 @@ class Trace:
     face: Bools | None = None
     audio: Bools | None = None
     centers: float = CENTERS
+    interpolated: Bools | None = None
+    std: Floats | None = None
+    far: Bools | None = None
 
     @property
     def region(self) -> Ints:
@@ -77,8 +83,8 @@ def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int | None
         batch_size: windows at a time; None: `PREDICT_BATCH` of the device.
 
     Returns:
-        "va" [N, F, 2], "regions" [N, F, 9] if the model has a prompt head, and the probabilities of further targets
-        that the clips have, each [N, F, K], as "extra/NAME".
+        "va" [N, F, 2], "regions" [N, F, 9] if the model has a prompt head, "variance" [N, F, 2] if it has a variance
+        head, and the probabilities of further targets that the clips have, each [N, F, K], as "extra/NAME".
     """
     was_training = model.training
     model.eval()
@@ -88,6 +94,8 @@ def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int | None
         outputs = {"va": output.va}
         if output.region_logits is not None:
             outputs["regions"] = output.region_logits.softmax(dim=-1)
+        if output.log_std is not None:
+            outputs["variance"] = torch.exp(2 * output.log_std)
         for name, targets in windows.extra.items():
             if name in output.extra:
                 outputs[f"{EXTRA}{name}"] = probabilities(output.extra[name], targets.task)
@@ -120,15 +128,31 @@ def predict_clips(
                 raise DataError(explain(f"The model's prediction for clip {clip.item!r} is not finite"))
         extra = {name.removeprefix(EXTRA): trace for name, trace in traces.items() if name.startswith(EXTRA)}
         face, audio = (input_at_frames(windows, clip, k) if k in kinds else None for k in (VISUAL, AUDIO))
-        yield Trace(clip, np.clip(traces["va"], -1, 1), traces.get("regions"), extra, face, audio, centers)
+        std = np.sqrt(traces["variance"]) if "variance" in traces else None
+        between = between_samples(windows, clip)
+        va = np.clip(traces["va"], -1, 1)
+        yield Trace(clip, va, traces.get("regions"), extra, face, audio, centers, between, std)
+
+
+def between_samples(windows: WindowSet, clip: ClipRows) -> Bools:
+    """[R] bool: False at the frame nearest to each sample of the windows."""
+    rows = slice(clip.first, clip.last)
+    between = np.ones(len(clip.time), bool)
+    if len(between):
+        between[nearest(clip.time, windows.sample_time[rows][windows.inside_array[rows]])] = False
+    return between
 
 
 def input_at_frames(windows: WindowSet, clip: ClipRows, kind: str) -> Bools:
-    """[R] bool: the input of `kind` was valid at each row of the clip's clock.
+    """[R] bool: the input of `kind` was valid at each row of the clip's clock; see `at_frames`."""
+    return at_frames(clip, kind, *windows.seen(clip, kind))
+
+
+def at_frames(clip: ClipRows, kind: str, instants: Floats, valid: Bools) -> Bools:
+    """Flags [K] of ascending instants at each row of the clip's clock, [R].
 
     A frame takes the visual sample nearest in time, and the audio step that it lies in.
     """
-    instants, valid = windows.seen(clip, kind)
     if not len(instants):
         return np.zeros(len(clip.time), bool)
     if kind == VISUAL:
@@ -367,7 +391,8 @@ def prediction_csv(trace: Trace) -> str:
     """Text of a prediction CSV, a row per frame.
 
     Columns: frame (0-based), time (s), valence, arousal; label_valence, label_arousal where the clip is annotated
-    (empty where a row is not); face, audio (0 or 1) where the run reads such a stream; region.
+    (empty where a row is not); face, audio (0 or 1) where the run reads such a stream; region; valence_std,
+    arousal_std and far_from_training (0 or 1) of runs with a variance head; interpolated (0 or 1).
     """
     clip = trace.clip
     columns: dict[str, Iterable[str]] = {
@@ -379,9 +404,12 @@ def prediction_csv(trace: Trace) -> str:
         for k, name in enumerate(DIMENSIONS):
             pairs = zip(clip.value[:, k].tolist(), clip.valid[:, k].tolist(), strict=True)
             columns[f"label_{name}"] = [f"{x:.6f}" if valid else "" for x, valid in pairs]
-    for name, mask in (("face", trace.face), ("audio", trace.audio)):
-        if mask is not None:
-            columns[name] = map(str, mask.astype(int).tolist())
+    flags = {"face": trace.face, "audio": trace.audio}
+    columns |= {name: map(str, mask.astype(int).tolist()) for name, mask in flags.items() if mask is not None}
     columns["region"] = ("_".join(REGIONS[k]) for k in trace.region.tolist())
+    if trace.std is not None:
+        columns |= {f"{name}_std": [f"{x:.6f}" for x in trace.std[:, k].tolist()] for k, name in enumerate(DIMENSIONS)}
+    flags = {"far_from_training": trace.far, "interpolated": trace.interpolated}
+    columns |= {name: map(str, mask.astype(int).tolist()) for name, mask in flags.items() if mask is not None}
     rows = (",".join(row) for row in zip(*columns.values(), strict=True))
     return "\n".join([",".join(columns), *rows]) + "\n"

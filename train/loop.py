@@ -71,7 +71,7 @@ class Progress:
     each_score: Mapping[str, float] = field(default_factory=dict)
 
 
-PARTS = ("total", "ccc", "kl", "mse")
+PARTS = ("total", "ccc", "kl", "mse", "nll")
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -109,11 +109,12 @@ def batch_loss(output: Output, batch: Batch, config: TrainConfig) -> tuple[Tenso
         mse_weight=config.mse_weight,
         ccc_weight=config.ccc_weight,
         extra_weight=config.extra_weight,
+        nll_weight=config.nll_weight,
     )
 
 
 def update(optimizer: torch.optim.Optimizer, parts: Mapping[str, Tensor], config: TrainConfig) -> Tensor:
-    """Clip the gradients and step; returns the losses in the order of `PARTS`, then the norm, [5], on the device.
+    """Clip the gradients and step; returns the losses in the order of `PARTS`, then the norm, [6], on the device.
 
     Losses that are not part of the training are 0.
     """
@@ -172,17 +173,19 @@ def train_epoch(
         if len(unchecked) % CHECK_EVERY == 0 or step + 1 == len(batches):
             check_finite(torch.stack(totals[-len(unchecked) :]), unchecked, windows)
             unchecked.clear()
-    return epoch_losses(torch.stack(totals), config.lr * factor)
+    return epoch_losses(torch.stack(totals), config.lr * factor, config)
 
 
-def epoch_losses(totals: Tensor, lr: float) -> Row:
-    """The row of an epoch: its last learning rate, and the mean losses of its steps [N, 5]."""
-    mean = totals.mean(dim=0).tolist()
-    return {"lr": lr, **{f"loss_{name}": value for name, value in zip(PARTS, mean[:-1], strict=True)}}
+def epoch_losses(totals: Tensor, lr: float, config: TrainConfig) -> Row:
+    """The row of an epoch: its last learning rate, and the mean losses of its steps [N, 6]."""
+    losses = dict(zip(PARTS, totals.mean(dim=0).tolist()[:-1], strict=True))
+    if config.uncertainty == "none":
+        del losses["nll"]
+    return {"lr": lr, **{f"loss_{name}": value for name, value in losses.items()}}
 
 
 def check_finite(losses: Tensor, batches: list[Tensor], windows: WindowSet) -> None:
-    """Check the losses and norms of some steps, [N, 5], of the windows in `batches`.
+    """Check the losses and norms of some steps, [N, 6], of the windows in `batches`.
 
     Raises:
         DataError: one is NaN or infinite; the clips of its windows are named.

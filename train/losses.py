@@ -3,6 +3,7 @@
 Masked entries do not contribute and receive no gradient; they can hold any value, including NaN.
 """
 
+import math
 from typing import Any, overload
 
 import numpy as np
@@ -17,6 +18,8 @@ from vaflow.train.targets import extra_loss
 
 CENTERS, SIGMA, KL_WEIGHT = 0.66, 0.45, 0.2  # the full model of the paper's tables
 REGIONS = 9
+BETA = 0.5  # of the likelihood in training
+HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
 Array = NDArray[Any]
 
@@ -213,6 +216,29 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, prediction - target, 0).square().sum() / mask.sum().clamp(min=1)
 
 
+def gaussian_nll(mean: Tensor, log_std: Tensor, target: Tensor, mask: Tensor, *, beta: float = 0.0) -> Tensor:
+    """Negative log-likelihood of a Gaussian, mean over the entries where `mask` is True.
+
+    With `beta` the term of each entry is multiplied by std ** (2 beta), through which no gradient flows: otherwise
+    entries with a small variance dominate (Seitzer et al. 2022, arXiv 2203.09168).
+
+    Args:
+        mean, log_std, target: [..., 2].
+        mask: [..., 2] bool.
+        beta: 0 for the likelihood itself.
+
+    Returns:
+        A scalar; 0 with zero gradient without entries.
+    """
+    mean, target, labelled = _flat(mean, target, mask)
+    log_std = torch.where(labelled, log_std.reshape(-1, 2).to(mean.dtype), 0)
+    error = torch.where(labelled, mean - target, 0)
+    terms = log_std + 0.5 * (error * torch.exp(-log_std)).square() + HALF_LOG_2_PI
+    if beta:
+        terms = terms * torch.exp(2 * beta * log_std.detach())
+    return torch.where(labelled, terms, 0).sum() / labelled.sum().clamp(min=1)
+
+
 def total_loss(
     output: Output,
     batch: Batch,
@@ -224,8 +250,12 @@ def total_loss(
     mse_weight: float | Tensor = 0.0,
     ccc_weight: float | Tensor = 1.0,
     extra_weight: float | Tensor = 0.0,
+    nll_weight: float | Tensor = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = ccc_weight * L_CCC + kl_weight * L_KL (eq. 6), plus mse_weight * MSE.
+    """L = ccc_weight * L_CCC + kl_weight * L_KL (eq. 6), plus mse_weight * MSE and the loss of a variance head.
+
+    The variance head is trained on the errors of the predictions, which receive no gradient from it; `nll_weight` adds
+    the likelihood as a loss of the predictions.
 
     A number may be a scalar tensor, so that `torch.vmap` can give every run its own.
 
@@ -239,9 +269,10 @@ def total_loss(
         mse_weight: weight of the squared error (0 in the paper).
         ccc_weight: weight of the concordance (1 in the paper).
         extra_weight: weight of the cross-entropy of each further target.
+        nll_weight: weight of the Gaussian likelihood in the predictions.
 
     Returns:
-        The loss, a scalar, and its unweighted parts `ccc`, `kl`, `mse` (if computed) and `total`, detached
+        The loss, a scalar, and its unweighted parts `ccc`, `kl`, `mse`, `nll` (if computed) and `total`, detached
         scalars on the same device.
 
     Raises:
@@ -261,6 +292,12 @@ def total_loss(
     for name, logits in output.extra.items():
         if name in batch.extra:
             loss = loss + extra_weight * extra_loss(logits, batch.extra[name])
+    if output.log_std is not None:
+        pair = batch.target, batch.labelled
+        parts["nll"] = gaussian_nll(output.va.detach(), output.log_std.detach(), *pair)
+        loss = loss + gaussian_nll(output.va.detach(), output.log_std, *pair, beta=BETA)
+        if isinstance(nll_weight, Tensor) or nll_weight:
+            loss = loss + nll_weight * gaussian_nll(output.va, output.log_std.detach(), *pair, beta=BETA)
     return loss, {name: part.detach() for name, part in {**parts, "total": loss}.items()}
 
 

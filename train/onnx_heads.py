@@ -2,7 +2,8 @@
 
 Inputs: `inside` [B, F] bool and `time` [B, F] of the output frames; per stream NAME `NAME.features` and `NAME.valid`,
 and of audio streams also `NAME.inside` and `NAME.time`. Outputs: `va` [B, F, 2], `region_logits` [B, F, 9] with a
-prompt head, and `logits.TARGET` per further target. Smoothing is not part of the model. `Batch` explains each input.
+prompt head, `logits.TARGET` per further target, and `std` [B, F, 2], calibrated standard deviations, with a variance
+head. Smoothing and the marks of frames far from training are not part of the model. `Batch` explains each input.
 """
 
 import copy
@@ -31,10 +32,14 @@ class Heads(nn.Module):
     Args:
         model: names the streams and outputs.
         predictor: what predicts, if it is not `model`.
+        scale: [2], calibration of the standard deviations; None: 1.
     """
 
-    def __init__(self, model: VAModel, predictor: nn.Module | None = None) -> None:
+    scale: Tensor
+
+    def __init__(self, model: VAModel, predictor: nn.Module | None = None, scale: Tensor | None = None) -> None:
         super().__init__()
+        self.register_buffer("scale", torch.ones(2) if scale is None else scale.float())
         self.model = copy.deepcopy(predictor or model)
         for child in self.model.modules():
             if isinstance(child, nn.MultiheadAttention):
@@ -42,6 +47,7 @@ class Heads(nn.Module):
         self.streams = model.streams
         self.output_names = ["va", *(["region_logits"] if model.prompt is not None else [])]
         self.output_names += [f"logits.{target.name}" for target in model.targets]
+        self.output_names += [] if model.variance is None else ["std"]
 
     @property
     def input_names(self) -> list[str]:
@@ -65,7 +71,8 @@ class Heads(nn.Module):
         )
         output = self.model(batch)
         regions = [] if output.region_logits is None else [output.region_logits]
-        return (output.va, *regions, *output.extra.values())
+        std = [] if output.log_std is None else [self.scale * output.log_std.exp()]
+        return (output.va, *regions, *output.extra.values(), *std)
 
 
 class PlainAttention(nn.MultiheadAttention):
@@ -117,7 +124,8 @@ def export_onnx(run: Path, out: Path) -> list[Path]:
         remedy = "From a clone: pip install -e '.[onnx]'"
         raise UsageError(explain("--onnx requires the package onnx", got=error, remedy=remedy)) from error
     loaded = load_run(run)
-    heads = Heads(loaded.model, loaded.predictor).eval()
+    scale = None if loaded.calibration is None else torch.from_numpy(loaded.calibration.factors)
+    heads = Heads(loaded.model, loaded.predictor, scale).eval()
     steps = {stream.name: stream.steps * max(1, stream.frames_per_step) for stream in loaded.record.streams}
     inputs = _example(heads.streams, loaded.record.config.frames or 1, steps)
     files = []

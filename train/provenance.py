@@ -16,8 +16,10 @@ from vaflow.cache.documents import canonical, fingerprint, now
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.errors import CorruptError, explain
 from vaflow.files import write_file
+from vaflow.train.feature_distance import FILE as TRAINING_FEATURES
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import ENSEMBLE_FILE
+from vaflow.train.uncertainty import FILE as CALIBRATION
 
 SOURCES_FILE = "sources.json"
 
@@ -91,7 +93,7 @@ class Maker:
         """
         if not self._many:
             return _weights_digests(self.path)
-        found = {ENSEMBLE_FILE: digest(self.path / ENSEMBLE_FILE)}
+        found = {n: digest(self.path / n) for n in (ENSEMBLE_FILE, CALIBRATION) if (self.path / n).is_file()}
         for run in self.runs:
             found |= {f"{run}/{name}": value for name, value in _weights_digests(run).items()}
         return found
@@ -113,7 +115,8 @@ def run_maker(path: Path, record: RunRecord) -> Maker:
 
 
 def _weights_digests(run: Path) -> dict[str, str]:
-    files = sorted([*run.glob("model*.safetensors"), *run.glob("encoders/**/*"), *run.glob("smoothing.json")])
+    patterns = ("model*.safetensors", "encoders/**/*", "smoothing.json", CALIBRATION, TRAINING_FEATURES)
+    files = sorted(path for pattern in patterns for path in run.glob(pattern))
     return {path.relative_to(run).as_posix(): digest(path) for path in files if path.is_file()}
 
 

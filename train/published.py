@@ -3,7 +3,7 @@
 DIR/config.json          the run's `config.toml` as JSON, without paths of the machine; names the other files
     model.safetensors    as in the run, with model-valence and model-arousal where it has them
     README.md            model card
-    metrics.json, smoothing.json, encoders/   as in the run
+    metrics.json, smoothing.json, uncertainty.json, training_features.safetensors, encoders/   as in the run
 
 The folder can be used in place of a run, and `vaflow.train.pretrained_model.PretrainedModel` loads it.
 """
@@ -18,15 +18,17 @@ from typing import Any
 from vaflow.encoders.hub import hub_file
 from vaflow.errors import CorruptError, UsageError, WeightsError, count, explain, visible
 from vaflow.files import write_file
+from vaflow.train.feature_distance import FILE as TRAINING_FEATURES
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import CONTEXT, PROTOTYPES, PUBLISHED_CONFIG, RunFolder, load_run, require_record
 from vaflow.train.smoothing import FILE as SMOOTHING
+from vaflow.train.uncertainty import FILE as CALIBRATION
 
 PREFIX = "hf:"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PUBLISHED_FILE = re.compile(  # what a configuration may name: nothing that runs, nothing outside the folder
-    r"model(-valence|-arousal)?\.safetensors|metrics\.json|smoothing\.json"
+    r"model(-valence|-arousal)?\.safetensors|(metrics|smoothing|uncertainty)\.json|training_features\.safetensors"
     r"|encoders/(?!\.)[^/\\\0]+(/(?!\.)[^/\\\0]+)?\.(safetensors|json|txt)"
 )
 
@@ -45,7 +47,8 @@ def export_run(run: Path, out: Path) -> list[Path]:
         raise UsageError(explain(f"The run {run} was interrupted before it finished", remedy=remedy))
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / PUBLISHED_CONFIG).is_file()):
         raise UsageError(explain(f"{out} is not empty", expected="a new or empty folder, or that of an earlier export"))
-    files = [folder.weights_file, folder.metrics_file, folder.path / SMOOTHING, *folder.encoders.glob("**/*")]
+    files = [folder.weights_file, folder.metrics_file, *folder.encoders.glob("**/*")]
+    files += [folder.path / name for name in (SMOOTHING, CALIBRATION, TRAINING_FEATURES)]
     if record.config.best == "each":
         files += [folder.each_file(name) for name in DIMENSIONS]
     named = {path.relative_to(folder.path).as_posix(): path for path in files if path.is_file()}

@@ -5,6 +5,8 @@ RUN/config.toml          resolved settings, streams, prompt set, counts of the d
     model.safetensors    weights of the best epoch, prototypes included: prediction needs no cache
     model-valence.safetensors, model-arousal.safetensors   with best=each: weights of the best epoch per dimension
     smoothing.json       smoothing of every prediction, if one was chosen
+    uncertainty.json     with a variance head: calibration of the standard deviations
+    training_features.safetensors   likewise: what is near to the training features
     metrics.json         scores of the validation split; a run with this file is finished
     history.csv          a row per epoch
     predictions/SPLIT/CLIP.csv, and sources.json: what they were made from
@@ -15,6 +17,7 @@ RUN/config.toml          resolved settings, streams, prompt set, counts of the d
 import csv
 import io
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +35,16 @@ from vaflow.train import digests
 from vaflow.train.builder import build_model
 from vaflow.train.config import differences
 from vaflow.train.evaluate import Trace, predict_clips
+from vaflow.train.feature_distance import TrainingFeatures, read_training_features
 from vaflow.train.heads.model import EachModel, VAModel
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.record import RunRecord
 from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
 from vaflow.train.storage import read_tensors
+from vaflow.train.uncertainty import Calibration, calibrated, read_calibration
 from vaflow.train.windows import WindowSet
+
+log = logging.getLogger(__name__)
 
 PROTOTYPES, CONTEXT = "prompt.prototypes", "prompt.context"  # names of the model's tensors
 PUBLISHED_CONFIG = "config.json"  # of a published run, in place of config.toml
@@ -45,6 +52,7 @@ ENSEMBLE_FILE = "ensemble.json"  # in the directory of an ensemble: its runs and
 WRITTEN = (  # every file and folder that a run writes
     *("config.toml", "clips.json", "metrics.json", "history.csv", "smoothing.json", "model*.safetensors"),
     *("checkpoint.safetensors", "predictions", "pictures", "tensorboard", "encoders", "moments.json"),
+    *("uncertainty.json", "training_features.safetensors"),
 )
 
 
@@ -221,22 +229,31 @@ class Run:
         model: with the weights of the best epoch.
         each: with best=each: the model with the best epoch of each dimension.
         smoothing: of its traces, if one was chosen.
+        calibration: of its standard deviations, for that smoothing; None: it has none.
+        training_features: to mark frames that are far from them.
     """
 
     record: RunRecord
     model: VAModel
     each: EachModel | None = None
     smoothing: Smoothing | None = None
+    calibration: Calibration | None = None
+    training_features: TrainingFeatures | None = None
 
     @property
     def predictor(self) -> nn.Module:
         """The model that predicts."""
         return self.model if self.each is None else self.each
 
-    def traces(self, windows: WindowSet) -> Iterator[Trace]:
-        """Predict every clip, with the run's smoothing; raises as `predict_clips`."""
+    def raw_traces(self, windows: WindowSet) -> Iterator[Trace]:
+        """Predict every clip, with the run's smoothing, without calibration; raises as `predict_clips`."""
         traces = predict_clips(self.predictor, windows, centers=self.record.config.centers)
         return smoothed(traces, self.smoothing)
+
+    def traces(self, windows: WindowSet) -> Iterator[Trace]:
+        """Predict every clip, with smoothing, calibrated deviations and marks; raises as `predict_clips`."""
+        traces = calibrated(self.raw_traces(windows), self.calibration)
+        return traces if self.training_features is None else self.training_features.mark(windows, traces)
 
 
 def require_record(path: Path) -> RunRecord:
@@ -289,7 +306,20 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
     if record.config.best == "each":
         both = [_read_model(record, folder.each_file(name)).to(device) for name in DIMENSIONS]
         each = EachModel(*both).eval()
-    return Run(record, model, each, read_smoothing(folder.path))
+    smoothing, calibration = read_smoothing(folder.path), read_calibration(folder.path)
+    if calibration is not None and dict(calibration.smoothing) != width_of(smoothing):
+        log.warning(
+            "%s: the standard deviations are calibrated for another smoothing and left out; calibrate them with "
+            "`vaflow smooth %s`",
+            *(path, path),
+        )
+        calibration = None
+    return Run(record, model, each, smoothing, calibration, read_training_features(folder.path))
+
+
+def width_of(smoothing: Smoothing | None) -> dict[str, str | float]:
+    """Kind and seconds of a smoothing; empty for none."""
+    return {"kind": smoothing.kind, "seconds": smoothing.seconds} if smoothing and smoothing.seconds else {}
 
 
 def _read_model(record: RunRecord, path: Path) -> VAModel:

@@ -20,6 +20,7 @@ from vaflow.train.builder import build_model, open_tower
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, write_predictions
+from vaflow.train.feature_distance import TrainingFeatures
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs
 from vaflow.train.loop import Progress, Row, seeded
@@ -29,6 +30,7 @@ from vaflow.train.record import RunRecord
 from vaflow.train.reporting import Board, describe, reporter, warn_of_labels
 from vaflow.train.runs import RunFolder, load_run, require_record
 from vaflow.train.storage import write_tensors
+from vaflow.train.uncertainty import calibrate, calibrated, uncertainty_report, write_calibration
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)
@@ -162,6 +164,14 @@ class Session:
             allow_missing=self.allow_missing,
             failed=self._failed(),
         )
+        if self.config.uncertainty != "none":
+            calibration = calibrate(traces, split)
+            write_calibration(self.folder.path, calibration)
+            features = TrainingFeatures.fit(data.train, data.val)
+            features.write(self.folder.path)
+            traces = list(features.mark(data.val, calibrated(traces, calibration)))
+            left_out = set(report["missing"]["clips"])
+            report |= uncertainty_report([t for t in traces if t.clip.item not in left_out], split, split)
         write_predictions(self.folder.output_folder(split), traces)
         maker = run_maker(self.folder.path, require_record(self.folder.path))
         write_sources(self.folder.predictions(split), maker, self.cache, [trace.clip.item for trace in traces])

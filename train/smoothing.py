@@ -175,11 +175,17 @@ class Smoothing:
         return {"kind": self.kind, "seconds": self.seconds, "chosen_on": self.chosen_on}
 
     def apply(self, trace: Trace) -> Trace:
-        """The trace with smoothed valence and arousal, within [-1, 1]; regions stay as they are."""
+        """The trace with smoothed valence and arousal, within [-1, 1]; regions stay as they are.
+
+        Variances are averaged over the same width; their calibration belongs to the smoothed trace.
+        """
         if not self.seconds:
             return trace
         va = FILTERS[self.kind](trace.clip.time, trace.va, self.seconds)
-        return replace(trace, va=np.clip(va, -1, 1))
+        std = trace.std
+        if std is not None:
+            std = np.sqrt(moving_average(trace.clip.time, np.square(std), self.seconds).clip(min=0))
+        return replace(trace, va=np.clip(va, -1, 1), std=std)
 
 
 def smoothed(traces: Iterable[Trace], smoothing: Smoothing | None) -> Iterator[Trace]:

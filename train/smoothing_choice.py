@@ -1,5 +1,6 @@
-"""Choice of a run's smoothing: a given width, or the best one on the validation split."""
+"""Choice of a run's smoothing: a given width, or the best one on the validation split; and storing it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 from vaflow.cache import Cache
 from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
+from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import featureless
-from vaflow.train.runs import load_run
-from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width
+from vaflow.train.evaluate import Trace, featureless
+from vaflow.train.runs import load_run, require_record, width_of
+from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width, write_smoothing
 from vaflow.train.training import read_for
+from vaflow.train.uncertainty import calibrate, write_calibration
 
 NO_SMOOTHING = "none"
 
@@ -42,11 +45,35 @@ def choose_smoothing(
         return None
     if seconds is not None:
         return Smoothing(kind, seconds)
+    traces, config = _validation_traces(run, cache, None, device, show)
+    return choose_width(traces, kind, config.val_split, candidate_widths(traces, config.grid.step))
+
+
+def store_smoothing(
+    run: Path, cache: Cache, smoothing: Smoothing | None, *, device: str = "auto", show: bool = False
+) -> None:
+    """Store a smoothing with a run, and calibrate the standard deviations of a run with a variance head for it.
+
+    Raises:
+        UsageError, FingerprintError: as `choose_smoothing`.
+    """
+    calibration = None
+    if require_record(run).config.uncertainty != NO_SMOOTHING:
+        traces, config = _validation_traces(run, cache, smoothing, device, show)
+        calibration = calibrate(traces, config.val_split, width_of(smoothing))
+    write_smoothing(run, smoothing)
+    if calibration is not None:
+        write_calibration(run, calibration)
+
+
+def _validation_traces(
+    run: Path, cache: Cache, smoothing: Smoothing | None, device: str, show: bool
+) -> tuple[Sequence[Trace], TrainConfig]:
+    """Traces of a run on its validation split, not calibrated, of the clips with features; and its settings."""
     target = choose_device(device)
-    trained = replace(load_run(run, target), smoothing=None)
+    trained = replace(load_run(run, target), smoothing=smoothing)
     config = trained.record.config
     read = partial(load_split, cache, config.val_split, device=target, show=show)
     windows = read_for(run, trained.record, cache, read)
     lost = {clip.item for clip in featureless(windows)}
-    traces = [trace for trace in trained.traces(windows) if trace.clip.item not in lost]
-    return choose_width(traces, kind, config.val_split, candidate_widths(traces, config.grid.step))
+    return [trace for trace in trained.raw_traces(windows) if trace.clip.item not in lost], config

@@ -24,9 +24,10 @@ from vaflow.train.inputs import check_same, resolve
 from vaflow.train.loop import fit
 from vaflow.train.provenance import run_maker, write_sources
 from vaflow.train.record import RunRecord, new_record
-from vaflow.train.runs import RunFolder, check_unchanged, load_run
+from vaflow.train.runs import RunFolder, check_unchanged, load_run, width_of
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible
 from vaflow.train.smoothing import Smoothing
+from vaflow.train.uncertainty import uncertainty_report
 from vaflow.train.windows import WindowSet, without_modality
 
 log = logging.getLogger(__name__)
@@ -214,7 +215,8 @@ def evaluate_run(
         without: "visual" or "audio": mark that modality as missing everywhere.
         groups: kind -> item -> group, for metrics of each group.
         smoothing: "stored": the one that `vaflow smooth` stored with the run, if any. Another one, or None, applies to
-            this evaluation only: predictions go to a folder of its own, and `metrics.json` stays.
+            this evaluation only: predictions go to a folder of its own, without standard deviations, and
+            `metrics.json` stays.
 
     Raises:
         UsageError: the run is unfinished or no run, the split does not exist or is not annotated, the run does not
@@ -226,7 +228,8 @@ def evaluate_run(
     trained = load_run(run, target)
     only_now = smoothing != "stored"
     if smoothing != "stored":
-        trained = replace(trained, smoothing=smoothing)
+        same = width_of(smoothing) == width_of(trained.smoothing)  # else the calibration does not fit
+        trained = replace(trained, smoothing=smoothing, calibration=trained.calibration if same else None)
     config = trained.record.config
     split = config.val_split if split is None else split
     windows = read_for(run, trained.record, cache, partial(load_split, cache, split, device=target, show=show))
@@ -234,6 +237,10 @@ def evaluate_run(
     lost = check_complete(windows, failed, allow_missing)
     traces = list(trained.traces(windows if without is None else without_modality(windows, without)))
     report = score_traces(traces, split, lost, failed, centers=config.centers, groups=groups)
+    calibration = trained.calibration
+    if calibration is not None and not without:
+        used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
+        report |= uncertainty_report(used, split, calibration.split)
     report |= {"without": without} if without else {}
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
     if write:

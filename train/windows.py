@@ -233,18 +233,25 @@ class WindowSet:
     def seen(self, clip: ClipRows, kind: str = VISUAL) -> tuple[Floats, Bools]:
         """Instants [K] of a clip, ascending, and whether a stream of `kind` has input at each [K]."""
         windows = slice(clip.first, clip.last)
-        present = []
-        for stream in self.streams:
-            if stream.kind == kind:
-                index = self.tables[stream.name].index[windows].cpu().numpy() > 0
-                steps = np.arange(self.inside.shape[1]) * index.shape[1] // self.inside.shape[1]
-                present.append(index[:, steps])  # the step at the time of each frame
+        streams = [stream.name for stream in self.streams if stream.kind == kind]
+        return self.flagged(clip, [self.tables[name].index[windows].cpu().numpy() > 0 for name in streams])
+
+    def flagged(self, clip: ClipRows, flags: Sequence[Bools]) -> tuple[Floats, Bools]:
+        """Instants [K] of a clip, ascending, and whether a flag is set at each [K].
+
+        Args:
+            clip: W windows.
+            flags: [W, S] each, per step of the windows; S may differ.
+        """
+        windows = slice(clip.first, clip.last)
+        frames = self.inside.shape[1]
         inside = self.inside_array[windows]
         instants, where = np.unique(self.sample_time[windows][inside], return_inverse=True)
-        if not present:
+        if not flags:
             return instants, np.zeros(instants.shape, bool)
-        valid = np.any(present, axis=0)[inside]
-        return instants, np.bincount(where, weights=valid, minlength=instants.size) > 0
+        steps = [np.arange(frames) * flag.shape[1] // frames for flag in flags]  # the step at the time of each frame
+        any_set = np.any([flag[:, step] for flag, step in zip(flags, steps, strict=True)], axis=0)[inside]
+        return instants, np.bincount(where, weights=any_set, minlength=instants.size) > 0
 
 
 def drop_modality(

@@ -32,7 +32,7 @@ from vaflow.files import write_file
 from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train.data import load_windows
-from vaflow.train.ensemble import combine, maker_of, members_of
+from vaflow.train.ensemble import ensemble_traces, maker_of, members_of
 from vaflow.train.evaluate import Trace, featureless, prediction_csv
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import sampling
@@ -76,6 +76,9 @@ class Predicted:
         means, spreads: dimension -> mean and standard deviation over the clip.
         regions: name -> share of the frames.
         without_face, without_audio: seconds; None where the run reads no such stream.
+        stds: dimension -> mean standard deviation of the prediction; empty without a variance head.
+        far: share of the frames that are far from the training features; None: unknown.
+        interpolated: share of the frames between two samples of the model; None: unknown.
     """
 
     item: str
@@ -87,6 +90,9 @@ class Predicted:
     regions: Mapping[str, float] = field(default_factory=dict)
     without_face: float | None = None
     without_audio: float | None = None
+    stds: Mapping[str, float] = field(default_factory=dict)
+    far: float | None = None
+    interpolated: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def predict_media(
     cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
     failed = {failure.item for failure in failures.failures}
     items = [clip.id for clip in clips if clip.id not in failed] if media else cache.items()
-    predicted = write_clips(members, weights, cache, items, out, failures, show_progress=show_progress)
+    predicted = write_clips(run, members, weights, cache, items, out, failures, show_progress=show_progress)
     videos = {clip.id: clip.audio for clip in clips if clip.audio is not None}
     write_sources(out, maker_of(run), cache, [clip.item for clip in predicted], videos)
     if config.cache is None:
@@ -289,6 +295,7 @@ def clips_of(media: Sequence[Path]) -> tuple[Clip, ...]:
 
 
 def write_clips(
+    run: Path,
     members: Mapping[Path, Run],
     weights: Floats,
     cache: Cache,
@@ -298,7 +305,7 @@ def write_clips(
     *,
     show_progress: bool,
 ) -> list[Predicted]:
-    """Write the files of every clip: the weighted mean of all runs; `weights` is [N, 2], a row per run.
+    """Write the files of every clip: the weighted mean of the runs of `run`; `weights` is [N, 2], a row per run.
 
     Clips are predicted in batches: an interruption keeps the files of the batches before it.
     """
@@ -306,14 +313,15 @@ def write_clips(
     batches = [items[first : first + CLIPS_AT_A_TIME] for first in range(0, len(items), CLIPS_AT_A_TIME)]
     for batch in tqdm(batches, desc="predicting", unit="batch", disable=not show_progress, leave=False):
         traces, empty = [], set(batch)
-        for path, run in members.items():
-            device = next(run.model.parameters()).device
-            windows = read_for(path, run.record, cache, partial(load_windows, cache, batch, device=device))
+        for path, member in members.items():
+            device = next(member.model.parameters()).device
+            windows = read_for(path, member.record, cache, partial(load_windows, cache, batch, device=device))
             empty &= {clip.item for clip in featureless(windows)}
-            traces.append(list(run.traces(windows)))
+            traces.append(list(member.traces(windows)))
         for item in sorted(empty):
             failures.add(Failure(item, "predict", "DataError", "The cache has no features of this clip"))
-        predicted += [write_clip(out, trace) for trace in combine(traces, weights) if trace.clip.item not in empty]
+        whole = ensemble_traces(run, traces, weights)
+        predicted += [write_clip(out, trace) for trace in whole if trace.clip.item not in empty]
     return predicted
 
 
@@ -333,6 +341,9 @@ def summarize(trace: Trace, csv: Path, png: Path) -> Predicted:
     def missing(mask: Bools | None) -> float | None:
         return None if mask is None else float((~mask).sum() * interval)
 
+    def share(mask: Bools | None) -> float | None:
+        return None if mask is None or not len(mask) else float(mask.mean())
+
     return Predicted(
         trace.clip.item,
         csv,
@@ -343,4 +354,7 @@ def summarize(trace: Trace, csv: Path, png: Path) -> Predicted:
         regions=dict(zip(REGION_NAMES, shares.tolist(), strict=True)),
         without_face=missing(trace.face),
         without_audio=missing(trace.audio),
+        stds={} if trace.std is None else dict(zip(DIMENSIONS, trace.std.mean(axis=0).tolist(), strict=True)),
+        far=share(trace.far),
+        interpolated=share(trace.interpolated),
     )

@@ -22,6 +22,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
 from vaflow.train.evaluate import (
     Trace,
+    between_samples,
     check_complete,
     failed_items,
     featureless,
@@ -94,7 +95,8 @@ def model_traces(
     for clip in windows.clips:
         masks: dict[str, Any] = {info.kind: input_at_frames(windows, clip, info.kind)}
         va = np.zeros((len(clip.time), 2)) if clip.item in empty else _at_frames(cache, name, columns, clip)
-        traces.append(Trace(clip, va, None, face=masks.get(VISUAL), audio=masks.get(AUDIO)))
+        between = between_samples(windows, clip)
+        traces.append(Trace(clip, va, None, face=masks.get(VISUAL), audio=masks.get(AUDIO), interpolated=between))
     return traces, windows
 
 

@@ -247,7 +247,7 @@ def test_an_unlabelled_clip_has_no_label_columns(tmp_path: Path) -> None:
 
     windows = load_windows(cache, ["test0"], inputs.streams, config)
     (trace,) = predict_clips(Says(windows, wave), windows)
-    assert prediction_csv(trace).splitlines()[0] == "frame,time,valence,arousal,face,audio,region"
+    assert prediction_csv(trace).splitlines()[0] == "frame,time,valence,arousal,face,audio,region,interpolated"
 
 
 def test_smoothness_of_a_straight_line_is_its_slope(windows: WindowSet) -> None:

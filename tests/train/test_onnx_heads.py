@@ -49,7 +49,8 @@ def compare(model: VAModel, predictor: torch.nn.Module | None = None, factor: in
             with torch.inference_mode():
                 output = (predictor or model)(batch)
             regions = [] if output.region_logits is None else [output.region_logits]
-            expected = (output.va, *regions, *output.extra.values())
+            std = [] if output.log_std is None else [heads.scale * output.log_std.exp()]
+            expected = (output.va, *regions, *output.extra.values(), *std)
             for name, one, two in zip(heads.output_names, got, expected, strict=True):
                 tolerance = TOLERANCE * max(1.0, float(two.abs().max()))
                 np.testing.assert_allclose(one, two.numpy(), atol=tolerance, rtol=0, err_msg=f"{name}, {dynamic}")
@@ -86,3 +87,9 @@ def test_extra_targets_and_two_best_epochs_export_to_onnx() -> None:
     model, other = (model_of((SEEN, HEARD), targets=targets) for _ in range(2))
     torch.nn.init.normal_(other.regression[0].weight)  # type: ignore[arg-type]
     compare(model, EachModel(model, other))
+
+
+def test_standard_deviations() -> None:
+    model = model_of((SEEN, HEARD), variance=True)
+    assert Heads(model).output_names == ["va", "region_logits", "std"]
+    compare(model)

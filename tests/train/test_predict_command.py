@@ -149,7 +149,7 @@ def test_an_interrupted_prediction_keeps_finished_files(
     video_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, data = video_run
-    combine, calls = vaflow.predict.combine, []
+    combine, calls = vaflow.predict.ensemble_traces, []
 
     def interrupt_second(*args: Any) -> Any:
         calls.append(args)
@@ -158,7 +158,7 @@ def test_an_interrupted_prediction_keeps_finished_files(
         return combine(*args)
 
     monkeypatch.setattr(vaflow.predict, "CLIPS_AT_A_TIME", 1)
-    monkeypatch.setattr(vaflow.predict, "combine", interrupt_second)
+    monkeypatch.setattr(vaflow.predict, "ensemble_traces", interrupt_second)
     assert main(["predict", str(run), str(data), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
     assert [path.name for path in (tmp_path / "out").glob("*.csv")] == ["a.csv"]
 

@@ -108,6 +108,7 @@ def check_equal(run: Member, weights: dict[str, torch.Tensor], progress: Progres
         {"mse_weight": 0.5, "normalize": "layer", "learnable_prompts": True},
         {"attention_positions": "none", "normalize": "l2"},
         {"audio": ("none",)},
+        {"uncertainty": "variance", "nll_weight": 0.3},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )

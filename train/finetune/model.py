@@ -117,7 +117,8 @@ class TunedModel(nn.Module):
     def unpack(self, packed: Tensor) -> Output:
         """The predictions that `forward` packed."""
         extra = {target.name: len(target.names) for target in self.heads.targets}
-        return Output.unpacked(packed, regions=0 if self.heads.prompt is None else REGIONS, extra=extra)
+        regions = 0 if self.heads.prompt is None else REGIONS
+        return Output.unpacked(packed, regions=regions, extra=extra, variance=self.heads.variance is not None)
 
 
 def _encoded(backbone: Backbone, units: Units, cached: Tensor) -> Tensor:

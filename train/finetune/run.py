@@ -116,9 +116,11 @@ def finetune(session: Session, weights: Mapping[str, Path]) -> dict[str, Any]:
         heads = _first_heads(session, data, fabric.device)
         model = TunedModel(heads, backbones)
         progress = _fit(session, fabric, model, data, sources[0], sources[1])
-        val = _encode(fabric, data.val, sources[1], backbones)
+        encoded = replace(data, val=_encode(fabric, data.val, sources[1], backbones))
+        if config.uncertainty != "none":  # the distance to the training features is one to the tuned encoders'
+            encoded = replace(encoded, train=_encode(fabric, data.train, sources[0], backbones))
         if main:
-            _finish(session, heads, backbones, progress, replace(data, val=val))
+            _finish(session, heads, backbones, progress, encoded)
         fabric.barrier()
         return folder.read_metrics()
 

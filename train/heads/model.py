@@ -6,6 +6,7 @@ several streams of one modality (see `VAModel` and `fusion`) and missing input (
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ from vaflow.train.heads.layer_mixture import LayerMixture
 from vaflow.train.heads.prompt import PromptHead
 from vaflow.train.heads.spectrogram import Spectrogram
 from vaflow.train.heads.temporal import TEMPORAL, Recurrent, run_together
+
+STD_RANGE = (0.02, 2.0)  # errors of values in [-1, 1] are at most 2
 
 
 class UnitLength(nn.Module):
@@ -45,6 +48,21 @@ class Standardize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         return (x - self.mean) / self.deviation.clamp(min=1e-6)
+
+
+class VarianceHead(nn.Sequential):
+    """Logarithm of the standard deviation of valence and arousal, between the logarithms of `STD_RANGE`.
+
+    It has no dropout and its input is detached, so that a model with it trains its predictions as one without.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 2))
+
+    def forward(self, fused: Tensor) -> Tensor:
+        """F_fused [..., width] -> [..., 2]."""
+        low, high = map(math.log, STD_RANGE)
+        return low + (high - low) * torch.sigmoid(super().forward(fused.detach()))
 
 
 NORMALIZE: Mapping[str, Callable[[int], nn.Module]] = {
@@ -150,6 +168,7 @@ class VAModel(nn.Module):
         learnable_prototypes: train the prototypes, too.
         context: number and width of learned context vectors; see `PromptHead`.
         targets: further targets; each has a linear head on F_fused.
+        variance: predict the standard deviation of valence and arousal, too.
 
     Raises:
         UsageError: an unknown name or option, two streams of one name, no streams, or widths that do not divide.
@@ -172,6 +191,7 @@ class VAModel(nn.Module):
         learnable_prototypes: bool = False,
         context: tuple[int, int] | None = None,
         targets: Sequence[TargetSpec] = (),
+        variance: bool = False,
     ) -> None:
         super().__init__()
         named: tuple[tuple[str, str, Mapping[str, object]], ...] = (
@@ -210,9 +230,12 @@ class VAModel(nn.Module):
             self.prompt = PromptHead(width, prototypes, learnable=learnable_prototypes, context=context)
         self.targets = tuple(targets)
         self.extra = nn.ModuleList(nn.Linear(width, len(target.names)) for target in self.targets)
+        self.variance = VarianceHead(width, hidden) if variance else None  # last: the others draw the same weights
 
     def forward(self, batch: Batch) -> Output:
-        """A batch -> va [B, F, 2] in [-1, 1], region logits [B, F, 9] (or None), other logits; zeros at padding.
+        """A batch -> va [B, F, 2] in [-1, 1], region logits [B, F, 9], other logits, log std [B, F, 2]; 0 at padding.
+
+        Region logits are None without a prompt head, and the standard deviation without a variance head.
 
         Raises:
             ValueError: a stream is not in the batch, or shapes disagree.
@@ -222,7 +245,9 @@ class VAModel(nn.Module):
         va = torch.where(frames, self.regression(fused), 0)
         regions = None if self.prompt is None else torch.where(frames, self.prompt(fused), 0)
         heads = zip(self.targets, self.extra, strict=True)
-        return Output(va, regions, {target.name: torch.where(frames, head(fused), 0) for target, head in heads})
+        extra = {target.name: torch.where(frames, head(fused), 0) for target, head in heads}
+        log_std = None if self.variance is None else torch.where(frames, self.variance(fused), 0)
+        return Output(va, regions, extra, log_std)
 
     def fuse(self, batch: Batch) -> Tensor:
         """F_fused, [B, F, width].
@@ -335,11 +360,14 @@ class EachModel(nn.Module):
         self.arousal = arousal
 
     def forward(self, batch: Batch) -> Output:
-        """A batch -> va [B, F, 2], region logits [B, F, 9] (or None), other logits."""
+        """A batch -> va [B, F, 2], region logits [B, F, 9] (or None), other logits, log std [B, F, 2] (or None)."""
         one: Output = self.valence(batch)
         other: Output = self.arousal(batch)
         va = torch.stack([one.va[..., 0], other.va[..., 1]], dim=-1)
         extra = {name: (logits + other.extra[name]) / 2 for name, logits in one.extra.items()}
-        if one.region_logits is None or other.region_logits is None:
-            return Output(va, None, extra)
-        return Output(va, (one.region_logits + other.region_logits) / 2, extra)
+        log_std = regions = None
+        if one.log_std is not None and other.log_std is not None:
+            log_std = torch.stack([one.log_std[..., 0], other.log_std[..., 1]], dim=-1)
+        if one.region_logits is not None and other.region_logits is not None:
+            regions = (one.region_logits + other.region_logits) / 2
+        return Output(va, regions, extra, log_std)

@@ -128,12 +128,12 @@ def _train_epoch(stack: StackedModels, members: Sequence[Member], train: WindowS
 def _row(
     member: Member, totals: Tensor, order: tuple[Tensor, ...], train: WindowSet, seconds: float
 ) -> Row | Exception:
-    """The row of one run's epoch, from the losses and norms of its steps [N, 5]."""
+    """The row of one run's epoch, from the losses and norms of its steps [N, 6]."""
     try:
         check_finite(totals, list(order), train)
     except VaflowError as error:
         return error
-    losses = epoch_losses(totals, member.optimizer.param_groups[0]["lr"])
+    losses = epoch_losses(totals, member.optimizer.param_groups[0]["lr"], member.config)
     return {"epoch": member.progress.epoch + 1, **losses, "train_seconds": seconds}
 
 
@@ -153,7 +153,7 @@ def gathered(stack: StackedModels, members: Sequence[Member], train: WindowSet, 
 
 
 def take_step(stack: StackedModels, members: Sequence[Member], batch: Batch, step: int, steps: int) -> Tensor:
-    """Take step `step` of an epoch of `steps` steps in every run; returns losses and norms, [R, 5]."""
+    """Take step `step` of an epoch of `steps` steps in every run; returns losses and norms, [R, 6]."""
     parts = stack.backward(batch)
     rows = []
     for k, member in enumerate(members):

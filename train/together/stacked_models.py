@@ -19,7 +19,7 @@ from vaflow.train.batch import Batch, ExtraTargets
 from vaflow.train.config import TrainConfig
 from vaflow.train.losses import total_loss
 
-WEIGHTS = ("kl_weight", "centers", "sigma", "mse_weight", "ccc_weight", "extra_weight")
+WEIGHTS = ("kl_weight", "centers", "sigma", "mse_weight", "ccc_weight", "extra_weight", "nll_weight")
 
 
 class StackedModels:
@@ -50,7 +50,7 @@ class StackedModels:
         self._weights: dict[str, Any] = {
             name: torch.tensor([float(getattr(config, name)) for config in configs], device=device)
             for name in WEIGHTS
-            if name != "mse_weight" or configs[0].mse_weight
+            if name not in ("mse_weight", "nll_weight") or getattr(configs[0], name)
         }
         self._hard = configs[0].region_labels == "hard"
 

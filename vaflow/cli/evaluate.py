@@ -134,6 +134,8 @@ def smooth(
 ) -> int:
     """Choose a smoothing for a run and store it: `evaluate`, `predict` and `submit` then apply it.
 
+    The standard deviations of a run with a variance head are calibrated again.
+
     Example: vaflow smooth runs/full --kind savgol
 
     Example: vaflow smooth runs/full --kind none
@@ -142,12 +144,11 @@ def smooth(
     width = smoothing_width(seconds)
     from vaflow.cache import open_cache
     from vaflow.train.runs import require_record
-    from vaflow.train.smoothing import write_smoothing
-    from vaflow.train.smoothing_choice import choose_smoothing
+    from vaflow.train.smoothing_choice import choose_smoothing, store_smoothing
 
     opened = open_cache(cache if cache is not None else Path(require_record(run).cache))
     chosen = choose_smoothing(run, opened, kind, width, device=device, show=show_bars(quiet or json))
-    write_smoothing(run, chosen)
+    store_smoothing(run, opened, chosen, device=device, show=show_bars(quiet or json))
     if json:
         print_json(None if chosen is None else chosen.summary | {"scores": dict(chosen.scores)})
     elif not quiet and chosen is None:
@@ -198,6 +199,12 @@ def summary(metrics: dict[str, Any]) -> str:
         if metrics["smoothing"]["chosen_on"] == metrics["split"]:
             scope += ", tuned on this split; the score is optimistic"
     text = f"{scope}\n\n{table(rows, ('', *names))}"
+    if "coverage" in metrics:
+        covered = metrics["coverage"]
+        levels = list(covered["valence"])
+        rows = [(f"{level} %", *(_percent(covered[name][level]) for name in covered)) for level in levels]
+        text += f"\n\n{table(rows, ('interval', *covered))}\n\n"
+        text += f"Share of the labels inside the intervals; {metrics['uncertainty']['held_out']}."
     if metrics["n_videos"] < 2:
         text += "\n\nNo interval: it needs at least two source videos."
     for name, scores in metrics.get("extra", {}).items():
@@ -227,6 +234,10 @@ def smoothing_width(text: str) -> float | None:
         return None if text == "auto" else float(text)
     except ValueError as error:
         raise UsageError(explain(f"The smoothing width must be auto or a number of seconds (got {text})")) from error
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def _digits(value: float | None) -> str:

@@ -107,11 +107,17 @@ def _document(clip: "Predicted") -> dict[str, Any]:
         "regions": dict(clip.regions),
         "seconds_without_face": clip.without_face,
         "seconds_without_audio": clip.without_audio,
+        "mean_std": dict(clip.stds) or None,
+        "share_far_from_training": clip.far,
+        "share_interpolated": clip.interpolated,
     }
 
 
 def predictions_table(clips: "tuple[Predicted, ...]") -> str:
-    """A row per clip: mean and spread of both dimensions, the commonest region, seconds of missing input."""
+    """A row per clip: mean and spread of both dimensions, the commonest region, seconds of missing input.
+
+    Runs with a variance head also have the mean standard deviation and the share of frames far from training.
+    """
 
     def seconds(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f}"
@@ -121,10 +127,15 @@ def predictions_table(clips: "tuple[Predicted, ...]") -> str:
         both = (f"{clip.means[name]:+.2f} ({clip.spreads[name]:.2f})" for name in clip.means)
         region = max(clip.regions, key=lambda name: clip.regions[name])
         share = f"{region} {clip.regions[region]:.0%}"
-        rows.append((clip.item, clip.frames, *both, share, seconds(clip.without_face), seconds(clip.without_audio)))
+        missing = (seconds(clip.without_face), seconds(clip.without_audio))
+        stds = [" ".join(f"{value:.2f}" for value in clip.stds.values())] if clip.stds else []
+        far = [] if clip.far is None else [f"{clip.far:.0%}"]
+        rows.append((clip.item, clip.frames, *both, share, *missing, *stds, *far))
     names = ("clip", "frames", "valence (spread)", "arousal (spread)", "commonest region")
-    header = (*names, "no face (s)", "no audio (s)")
-    return table(rows, header)
+    header = [*names, "no face (s)", "no audio (s)"]
+    header += ["std v a"] if clips and clips[0].stds else []
+    header += ["far from training"] if clips and clips[0].far is not None else []
+    return table(rows, tuple(header))
 
 
 def _show(out: Path, media: list[Path], cache: Path | None, html: bool, video: bool, quiet: bool) -> None:
