@@ -74,6 +74,7 @@ class FixedBatcher:
 
     Attributes:
         rows: encoded so far; seconds: of the calling thread; device_seconds: of the device, including copies to it.
+        row_seconds: of the device, without the share of padding rows.
         delivering: size of the batch whose results are being delivered: half-precision results depend on it.
     """
 
@@ -88,7 +89,7 @@ class FixedBatcher:
         self._waiting: list[Deliver] = []
         self._in_flight: _Batch | None = None
         self.rows = 0
-        self.seconds = self.device_seconds = 0.0
+        self.seconds = self.device_seconds = self.row_seconds = 0.0
         self.delivering = 0
 
     def add(self, row: NDArray[Any], deliver: Deliver) -> None:
@@ -140,6 +141,7 @@ class FixedBatcher:
             return
         self.delivering = batch.size
         self.device_seconds += batch.work.seconds  # waits for the event behind the batch, and for nothing after it
+        self.row_seconds += batch.work.seconds * len(batch.receivers) / self._size
         for row, deliver in zip(batch.result.numpy(), batch.receivers, strict=False):
             deliver(row)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vaflow.cache import Cache
+from vaflow.cache.costs import append_costs
 from vaflow.cache.schema import StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.encoders import build_encoder
@@ -74,6 +75,9 @@ def carry_out(
     with cache.indexed():
         if plan.tasks:
             with Books(summary, log, plan.seconds, show_progress=show_progress) as books:
-                work(plan.tasks, books)
+                try:
+                    work(plan.tasks, books)
+                finally:
+                    append_costs(cache, summary.costs, shard.suffix)
     summary.wall_seconds = time.perf_counter() - began
     return summary

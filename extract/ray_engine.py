@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache, create_cache
+from vaflow.cache.costs import Cost
 from vaflow.cache.schema import StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
@@ -189,6 +190,7 @@ class _Hired:
     tasks: dict[str, PendingClip] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
 
 
 class Team:
@@ -320,7 +322,7 @@ class Team:
         for outcome in answer.outcomes:
             member.tasks.pop(outcome.item, None)
             self._take(outcome)
-        member.rows, member.stages = answer.rows, answer.stages
+        member.rows, member.stages, member.costs = answer.rows, answer.stages, answer.costs
         self._count()
         if answer.ended:
             member.idle = True
@@ -357,15 +359,15 @@ class Team:
         everyone = [*self._members, *self._past]
         if self._books is not None:
             ready = sum(member.ready for member in self._members)
-            rows, stages = (_sum(getattr(m, what) for m in everyone) for what in ("rows", "stages"))
-            self._books.count(rows, stages, f"{ready} actors")
+            rows, stages, costs = (_sum(getattr(m, what) for m in everyone) for what in ("rows", "stages", "costs"))
+            self._books.count(rows, stages, costs, f"{ready} actors")
 
 
-def _sum(parts: Iterable[Mapping[str, float]]) -> dict[str, Any]:
+def _sum(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = {}
     for part in parts:
         for name, value in part.items():
-            total[name] = total.get(name, 0) + value
+            total[name] = total[name] + value if name in total else value
     return total
 
 

@@ -4,10 +4,11 @@ import logging
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaflow.cache import Cache, create_cache
+from vaflow.cache.costs import Cost
 from vaflow.cache.schema import StreamInfo
 from vaflow.device import choose_device
 from vaflow.errors import VaflowError
@@ -41,6 +42,7 @@ class Report:
         rows, stages: since the member was created, as `Summary.encoded` and `Summary.stages`.
         notes: warnings for the driver's log.
         error: what ended the member's work.
+        costs: since the member was created, as `Summary.costs`.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -50,6 +52,7 @@ class Report:
     stages: dict[str, float]
     notes: tuple[str, ...]
     error: Exception | None
+    costs: dict[str, Cost] = field(default_factory=dict)
 
 
 class Member:
@@ -69,6 +72,8 @@ class Member:
         self._error: BaseException | None = None
         self._stages: dict[str, float] = {}
         self._past: dict[str, float] = {}  # stages of earlier runs
+        self._costs: dict[str, Cost] = {}
+        self._past_costs: dict[str, Cost] = {}
         self._notes = _Notes()
 
     def prepare(self) -> Prepared:
@@ -99,7 +104,7 @@ class Member:
 
     def _begin(self) -> "_Feed":
         self._feed = feed = _Feed(self._news)
-        self._past = dict(self._stages)
+        self._past, self._past_costs = dict(self._stages), dict(self._costs)
         threading.Thread(target=self._work, args=(feed,), name="vaflow-run", daemon=True).start()
         return feed
 
@@ -119,9 +124,11 @@ class Member:
     def progress(self, item: str, share: float) -> None:
         """Not reported: the driver counts whole items."""
 
-    def count(self, rows: Mapping[str, int], stages: Mapping[str, float]) -> None:
-        """Seconds per stage, from the run."""
+    def count(self, rows: Mapping[str, int], stages: Mapping[str, float], costs: Mapping[str, Cost]) -> None:
+        """Seconds per stage and costs per stream, from the run."""
         self._stages = {name: seconds + self._past.get(name, 0.0) for name, seconds in stages.items()}
+        past = self._past_costs
+        self._costs = {name: cost + past[name] if name in past else cost for name, cost in costs.items()}
 
     # -- reports ---------------------------------------------------------------------------------------------------
 
@@ -135,7 +142,8 @@ class Member:
             raise self._error
         rows = {name: batcher.rows for name, batcher in self._encoders.batchers.items()}
         notes = self._notes.collect()
-        return Report(tuple(outcomes), feed.waiting, ended, rows, dict(self._stages), notes, self._error)
+        stages, costs = dict(self._stages), dict(self._costs)
+        return Report(tuple(outcomes), feed.waiting, ended, rows, stages, notes, self._error, costs)
 
     def _read_news(self, seconds: float) -> list[Outcome]:
         """All outcomes so far; waits for the first."""

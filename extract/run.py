@@ -5,18 +5,21 @@ so memory does not grow with the data set, and a clip is committed as soon as it
 """
 
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.cache import Cache
+from vaflow.cache.costs import Cost
 from vaflow.cache.schema import FACES, LOGMEL, PIXELS, StreamInfo
-from vaflow.encoders.base import KALDI
+from vaflow.device import device_name
+from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders
@@ -49,8 +52,8 @@ class Ledger(Protocol):
         """A share (0 to 1) of an item has been read."""
         ...
 
-    def count(self, rows: Mapping[str, int], stages: Mapping[str, float]) -> None:
-        """Rows encoded by each encoder so far, and seconds of each stage of this run."""
+    def count(self, rows: Mapping[str, int], stages: Mapping[str, float], costs: Mapping[str, Cost]) -> None:
+        """Rows encoded by each encoder so far, and seconds of each stage and cost of each stream in this run."""
         ...
 
 
@@ -87,6 +90,17 @@ class Run:
         self._gpu = next((str(b.device) for b in encoders.batchers.values()), "cuda")
         self._compared = False
         self._before = self._encoding()
+        self._media: Counter[str] = Counter()  # stream -> seconds of committed clips
+        self._costs_before = {  # encoders may have worked in earlier runs, too
+            name: Cost(
+                device_name(batcher.device),
+                getattr(encoder, "precision", "float32"),
+                count_parameters(encoder),
+                -batcher.row_seconds,
+                0.0,
+            )
+            for name, (encoder, batcher) in (*encoders.visual.items(), *encoders.audio.items())
+        }
 
     def run(self, tasks: Iterable[PendingClip]) -> None:
         """Process the tasks; the iterable is advanced when a worker is free, so tasks may still be arriving.
@@ -132,7 +146,15 @@ class Run:
         now = self._encoding()
         self._profile.seconds |= {stage: seconds - self._before[stage] for stage, seconds in now.items()}
         rows = {name: batcher.rows for name, batcher in self._encoders.batchers.items()}
-        self._ledger.count(rows, self._profile.stages())
+        costs = {
+            name: replace(
+                cost,
+                seconds=cost.seconds + self._encoders.batchers[name].row_seconds,
+                media_seconds=float(self._media[name]),
+            )
+            for name, cost in self._costs_before.items()
+        }
+        self._ledger.count(rows, self._profile.stages(), costs)
 
     def _encoding(self) -> dict[str, float]:
         """Stage -> seconds, summed over all runs of these encoders."""
@@ -232,6 +254,7 @@ class Run:
         else:
             seconds = clip.facts["faces"].get("seconds", [])
             people = sum(one >= NOTABLE_SHARE * seconds[0] for one in seconds)
+            self._media.update(dict.fromkeys(task.streams, clip.duration))
             self._ledger.take(Extracted(task.clip.id, clip.duration, people))
         finally:
             self._slots.release()

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from vaflow.cache.costs import Cost
 from vaflow.failures import Failure, FailureLog
 
 
@@ -23,6 +24,7 @@ class Summary:
         several_people: extracted items that show several people; without a face-recognition network, several tracks.
         media_seconds: duration of the extracted items; wall_seconds: of the extraction.
         stages: stage -> seconds of the main process; with several processes, their sum.
+        costs: stream -> what encoding its clips cost.
     """
 
     extracted: int = 0
@@ -35,6 +37,7 @@ class Summary:
     media_seconds: float = 0.0
     wall_seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
 
 
 NOTABLE_SHARE = 0.1
@@ -112,10 +115,12 @@ class Books:
         with self._lock:
             self._advance(item, share)
 
-    def count(self, rows: Mapping[str, int], stages: Mapping[str, float], note: str = "") -> None:
-        """Record rows encoded so far, by encoder, and seconds by stage; the bar shows rates."""
+    def count(
+        self, rows: Mapping[str, int], stages: Mapping[str, float], costs: Mapping[str, Cost], note: str = ""
+    ) -> None:
+        """Record rows encoded so far, by encoder, seconds by stage, and costs by stream; the bar shows rates."""
         with self._lock:
-            self.summary.encoded, self.summary.stages = dict(rows), dict(stages)
+            self.summary.encoded, self.summary.stages, self.summary.costs = dict(rows), dict(stages), dict(costs)
             seconds = max(self._bar.format_dict["elapsed"], 1e-3)
             rates = [f"{name} {number / seconds:.0f}/s" for name, number in rows.items()]
             self._rates = ", ".join([*rates, note] if note else rates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaflow.errors import UsageError, explain
@@ -44,6 +45,20 @@ def forbid_tf32() -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU, or "cpu" with its model and the number of threads."""
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        match = None
+    model = f"{match[1].strip()}, " if match else ""
+    return f"cpu ({model}{torch.get_num_threads()} threads)"
 
 
 class Stopwatch:

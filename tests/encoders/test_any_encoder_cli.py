@@ -9,6 +9,7 @@ import torch
 from tiny_checkpoints import IMAGES, SOUNDS, write_checkpoint
 
 from vaflow.cache import open_cache
+from vaflow.cache.costs import stream_costs
 from vaflow.cache.verify import verify
 from vaflow.cli import main
 
@@ -51,6 +52,9 @@ def test_every_family_works_with_every_command(
     assert main(["check", str(data)]) == 0
     assert main(["extract", str(data), "--out", str(cache), *options]) == 0
     assert verify(open_cache(cache)) == []
+    costs = stream_costs(open_cache(cache))
+    assert costs.keys() == {*visual, *audio} and all(cost.seconds > 0 for cost in costs.values())
+    assert {cost.precision for cost in costs.values()} == {"float32"} and costs[visual[0]].parameters
     stored = {name: open_cache(cache).read(name, "single_face").embedding.shape for name in (*visual, *audio)}
     assert {len(shape) for name, shape in stored.items() if "@1-3" in name} == {3}
     assert {shape[2] for name, shape in stored.items() if "@all" in name} == {4}

@@ -15,7 +15,7 @@ def test_progress_advances_within_a_long_clip(tmp_path: Path, capsys: pytest.Cap
         books.progress("long", 0.5)
         books.progress("long", 0.25)  # messages of another thread may be late: the bar does not go back
         books.take(Extracted("short", 10.0))
-        books.count({"clip-tiny": 5}, {})
+        books.count({"clip-tiny": 5}, {}, {})
     shown = capsys.readouterr().err
     assert "55/100 s of video" in shown
     assert "1/2 clips" in shown

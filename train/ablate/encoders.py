@@ -5,17 +5,19 @@ The table is written as the TOML of any other table, so that `tables.toml` of th
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 from vaflow.cache import Cache
+from vaflow.cache.costs import stream_costs
 from vaflow.cache.schema import stored_layers
 from vaflow.errors import UsageError, explain
-from vaflow.files import write_file
 from vaflow.train.ablate.grid import Study, parse_study
 from vaflow.train.ablate.results import Results
 from vaflow.train.config import NONE
 
 NAME = "encoders"
+COSTS = ("stream", "dimensions", "layers", "MB", "parameters (M)", "s per minute", "device", "precision")
+COSTS_NOTE = "s per minute: seconds of encoding per minute of video, without decoding. -: not recorded."
 
 
 def encoder_study(cache: Cache, preset: str = "p1") -> Study:
@@ -54,8 +56,39 @@ def _rows(visual: Sequence[str], audio: Sequence[str]) -> Iterator[tuple[str, li
         yield "all visual", _choice(visual, [])
 
 
-def write_matrix(cache: Cache, results: Results, path: Path) -> Path:
-    """Write the mean CCC of every pair as a matrix, and the size of every stream, as Markdown."""
+@dataclass(frozen=True)
+class Comparison:
+    """The encoders of a cache against each other, as texts.
+
+    Attributes:
+        heads: columns of the matrix; rows: its rows: mean CCC of visual streams (rows) with audio streams (columns).
+        together: mean CCC of all visual streams together; "" with fewer than two.
+        costs: rows of the table of costs, whose columns are `COSTS`.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    together: str
+    costs: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """Text of `encoders.md`."""
+        lines = [
+            "# Encoders of the cache",
+            "",
+            "Mean CCC over seeds; intervals and paired tests are in results.md.",
+            "",
+        ]
+        lines += _table(self.heads, self.rows)
+        if self.together:
+            lines += ["", f"All visual streams together: {self.together}."]
+        return "\n".join([*lines, "", *_table(COSTS, self.costs), "", COSTS_NOTE, ""])
+
+
+def compare(cache: Cache, results: Results) -> Comparison | None:
+    """Return the comparison of a study with the table `encoders`; None for other studies."""
+    if all(table.table.name != NAME for table in results.tables):
+        return None
     rows = {row.entry.row.name: row for table in results.tables for row in table.rows}
 
     def score(name: str) -> str:
@@ -63,19 +96,21 @@ def write_matrix(cache: Cache, results: Results, path: Path) -> Path:
         return f"{row.mean[2]:.3f}" if row is not None and row.seeds else "-"
 
     visual, audio = _streams(cache, "visual"), _streams(cache, "audio")
-    lines = ["# Encoders of the cache", "", "Mean CCC over seeds; intervals and paired tests are in results.md.", ""]
-    lines += ["| visual \\ audio | none | " + " | ".join(audio) + " |", "|---" * (len(audio) + 2) + "|"]
-    for one in visual:
-        cells = [score(one), *(score(f"{one} + {other}") for other in audio)]
-        lines.append(f"| {one} | " + " | ".join(cells) + " |")
-    lines.append("| none | - | " + " | ".join(score(other) for other in audio) + " |")
-    if len(visual) > 1:
-        lines += ["", f"All visual streams together: {score('all visual')}."]
-    lines += ["", "| stream | dimensions | layers | MB |", "|---|---|---|---|"]
-    sizes = cache.info()["streams"]
-    for name, info in cache.streams().items():
-        if info.kind in ("visual", "audio"):
-            size = sizes[name]["bytes"] / 1e6
-            lines.append(f"| {name} | {info.dim} | {stored_layers(info) or 1} | {size:.1f} |")
-    write_file(path, "\n".join(lines) + "\n")
-    return path
+    matrix = [[one, score(one), *(score(f"{one} + {other}") for other in audio)] for one in visual]
+    matrix.append(["none", "-", *(score(other) for other in audio)])
+    sizes, costs, table = cache.info()["streams"], stream_costs(cache), []
+    for name in (*visual, *audio):
+        info, cost = cache.streams()[name], costs.get(name)
+        size = [str(info.dim), str(stored_layers(info) or 1), f"{sizes[name]['bytes'] / 1e6:.1f}"]
+        if cost is None:
+            table.append([name, *size, *"----"])
+        else:
+            parameters = "-" if cost.parameters is None else f"{cost.parameters / 1e6:.1f}"
+            table.append([name, *size, parameters, f"{cost.seconds_per_minute:.2f}", cost.device, cost.precision])
+    heads = ["visual \\ audio", "none", *audio]
+    return Comparison(heads, matrix, score("all visual") if len(visual) > 1 else "", table)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [heads, ["---"] * len(heads), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from vaflow.errors import visible
 from vaflow.pages import TINY, render
+from vaflow.train.ablate.encoders import COSTS, COSTS_NOTE, Comparison
 from vaflow.train.ablate.report import (
     PAPER_PLACES,
     About,
@@ -130,7 +131,7 @@ def _diamond(x: float, y: float, r: float = 5) -> str:
     return f'<path class="paper" d="M{x:.1f} {y - r:.1f} l{r} {r} l{-r} {r} l{-r} {-r} z"/>'
 
 
-def html_page(results: Results, about: About) -> str:
+def html_page(results: Results, about: About, encoders: Comparison | None = None) -> str:
     """Text of `results.html`."""
     tables = [
         {
@@ -148,6 +149,9 @@ def html_page(results: Results, about: About) -> str:
         statements=statements(results, about),
         legend=Markup(legend()),
         tables=tables,
+        encoders=encoders,
+        costs=COSTS,
+        costs_note=COSTS_NOTE,
         about=about,
         demonstration=[name for name in about.options.aliases.values() if name.endswith(TINY)],
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from vaflow.cache import Cache
 from vaflow.failures import FAILURES, Failure, write_failures
 from vaflow.files import lock_folder, write_file
+from vaflow.train.ablate.encoders import compare
 from vaflow.train.ablate.grid import Study
 from vaflow.train.ablate.page import html_page
 from vaflow.train.ablate.plan import Options, Plan, add_command, make_plan
@@ -32,7 +33,8 @@ class StudyResult:
     Attributes:
         results: every table.
         about: how they were made.
-        files: "csv", "markdown", "html", and "tables" (a copy of the tables, to edit) -> path.
+        files: "csv", "markdown", "html", "tables" (a copy of the tables, to edit) and, for the table `encoders`,
+            "encoders" -> path.
         failures: rows and runs that failed, as in `failures_file`.
         to_add: the command that adds the streams that rows need and the cache lacks; empty: none.
     """
@@ -117,11 +119,14 @@ def _write(
     cache: Cache, out: Path, study: Study, plan: Plan, results: Results, about: About, failed: Mapping[str, Ended]
 ) -> StudyResult:
     """Write the results and `failures.jsonl`."""
+    encoders = compare(cache, results)
     texts = {
         "csv": ("results.csv", csv_text(results)),
         "markdown": ("results.md", markdown(results, about)),
-        "html": ("results.html", html_page(results, about)),
+        "html": ("results.html", html_page(results, about, encoders)),
     }
+    if encoders is not None:
+        texts["encoders"] = ("encoders.md", encoders.markdown())
     files = {"tables": out / "tables.toml"}
     write_file(files["tables"], study.text)
     for kind, (name, text) in texts.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from vaflow.cache.cache import Cache
+from vaflow.cache.costs import carry_costs
 from vaflow.cache.opening import PathLike, create_cache, layout_of
 from vaflow.cache.schema import LABELS, Json, Record, unescape
 from vaflow.cache.verify import load_streams
@@ -164,6 +165,7 @@ def transfer(
         try:
             write_failures(path, failures)
             _carry(target, carried)
+            carry_costs(target, sources)
             target.refresh_index()
         except OSError as error:
             raise target.layout.cannot_write(error) from error

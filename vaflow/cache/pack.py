@@ -16,6 +16,7 @@ import google_crc32c
 import numpy as np
 
 from vaflow import files
+from vaflow.cache import costs
 from vaflow.cache.cache import Cache
 from vaflow.cache.copy import refuse_inside
 from vaflow.cache.documents import (
@@ -106,7 +107,7 @@ def _write(
     names = sorted(path.relative_to(work.root).as_posix() for path in work.root.rglob("*") if path.is_file())
     names.remove(files.LOCK)
     facts = {name: file_facts(work.root / name) for name in names}
-    for path in source.path.glob(LISTS):
+    for path in (*source.path.glob(LISTS), *source.path.glob(costs.LISTS)):
         shutil.copyfile(path, work.root / path.name)
         names.append(path.name)
     files.sync_all(work.root, names)

@@ -21,9 +21,10 @@ from typing import Any
 
 from vaflow.cache.schema import escape, is_attempt
 from vaflow.errors import UsageError, explain
-from vaflow.failures import LISTS
+from vaflow.failures import LISTS as FAILURES
 from vaflow.files import replace_file
 
+LISTS = (FAILURES, "costs*.jsonl")  # small files of extractions, beside the format
 VARIABLE = "VAFLOW_CACHE_DIR"  # directory of the local copies; without it they are deleted when the program ends
 SCHEMES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "memory": ""}
 EXTRAS = {"s3fs": "s3"}  # of this package
@@ -66,12 +67,12 @@ class Remote:
         kept = os.environ.get(VARIABLE)
         self.local = (Path(kept).expanduser().absolute() if kept else _temporary()) / escape(url)
         self._fs, self._base = _file_system(url)
-        self._lists: dict[str, bytes] = {}  # failure lists as downloaded
+        self._lists: dict[str, bytes] = {}  # lists as downloaded
 
     # Reading
 
     def pull(self) -> None:
-        """Update the local manifest, streams, records and failure lists.
+        """Update the local manifest, streams, records and lists of failures and costs.
 
         Raises:
             OSError: the store cannot be reached, or denies access.
@@ -87,12 +88,12 @@ class Remote:
         for names in batched(stale):
             for name, data in self._get(names).items():
                 self._keep(name, data)
-        for pattern in ("manifest.json", LISTS, "streams/*.json", "records/*/*.json"):
+        for pattern in ("manifest.json", *LISTS, "streams/*.json", "records/*/*.json"):
             for path in self.local.glob(pattern):
                 if self._below(path) not in marks:
                     path.unlink(missing_ok=True)
         replace_file(self.local / PULLED, json.dumps(marks).encode(), durable=False)
-        self._lists = {path.name: path.read_bytes() for path in self.local.glob(LISTS)}
+        self._lists = {path.name: path.read_bytes() for pattern in LISTS for path in self.local.glob(pattern)}
 
     def _documents(self) -> dict[str, str]:
         """Return small file -> its current mark."""
@@ -206,8 +207,8 @@ class Remote:
                 return
 
     def push_lists(self) -> None:
-        """Upload failure lists that were written locally; remove those that were removed locally. Raises as `pull`."""
-        lists = {path.name: path.read_bytes() for path in self.local.glob(LISTS)}
+        """Upload lists of failures and costs that changed locally; remove those removed locally. Raises as `pull`."""
+        lists = {path.name: path.read_bytes() for pattern in LISTS for path in self.local.glob(pattern)}
         self.put(self.local / name for name, data in lists.items() if data != self._lists.get(name))
         for name in self._lists.keys() - lists.keys():
             self.remove(self.local / name)

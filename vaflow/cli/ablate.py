@@ -68,7 +68,7 @@ def ablate(
     from vaflow.cache import open_cache
     from vaflow.train.ablate import run_study
     from vaflow.train.ablate.encoders import NAME as ENCODERS
-    from vaflow.train.ablate.encoders import encoder_study, write_matrix
+    from vaflow.train.ablate.encoders import encoder_study
     from vaflow.train.ablate.grid import load_study
     from vaflow.train.ablate.plan import Options
     from vaflow.train.config import parse_settings
@@ -95,10 +95,8 @@ def ablate(
             on_run=reporter.run,
             on_choice=reporter.choice,
         )
-    if compared:
-        path = write_matrix(opened, result.results, out / "encoders.md")
-        if not (json or quiet):
-            typer.echo(path.read_text("utf-8"))
+    if "encoders" in result.files and not (json or quiet):
+        typer.echo(result.files["encoders"].read_text("utf-8"))
     if json:
         print_json(document(result))
     elif not quiet:

@@ -185,3 +185,12 @@ class AudioEncoder(Protocol):
         The result is on the encoder's device.
         """
         ...
+
+
+def count_parameters(encoder: Any) -> int | None:
+    """Return the number of parameters of an encoder's network; None where its library does not tell.
+
+    An encoder whose network is not a torch module sets `parameter_count`.
+    """
+    count: int | None = getattr(encoder, "parameter_count", -1)
+    return sum(parameter.numel() for parameter in encoder.module.parameters()) if count == -1 else count

@@ -49,6 +49,7 @@ class ImageEncoder:
         self.identity = dict(identity)
         self.device = torch.device(device)
         self.module: torch.nn.Module = module.eval().to(self.device, torch.float32)
+        self.parameter_count: int | None = sum(parameter.numel() for parameter in self.module.parameters())
         self._mean = torch.tensor(preprocessing.mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(preprocessing.std, device=self.device).view(1, 3, 1, 1)
 

@@ -144,6 +144,16 @@ class Graph:
         self.outputs = {node.name: list(node.shape) for node in self._session.get_outputs()}
 
     @property
+    def parameter_count(self) -> int | None:
+        """Number of weights in the graph; None without the package `onnx`."""
+        try:
+            import onnx
+        except ImportError:
+            return None
+        model = onnx.load(str(self.path), load_external_data=False)
+        return sum(prod(tensor.dims) for tensor in model.graph.initializer)
+
+    @property
     def digest(self) -> str:
         """BLAKE2b of the file, and of the weights file beside it."""
         digest = hashlib.blake2b(digest_size=16)
@@ -326,7 +336,9 @@ def _image_encoder(request: Request, graph: Graph, sidecar: SidecarImage) -> Ima
     preparation = Preparation(sidecar.size, sidecar.interpolation, sidecar.resize, sidecar.edge)
     dim = int(network(torch.zeros(1, 3, sidecar.size, sidecar.size)).shape[1])
     preprocessing = Preprocessing(preparation, mean, std)
-    return ImageEncoder(request.name, network, dim, preprocessing, _identity(graph, sidecar), request.device)
+    encoder = ImageEncoder(request.name, network, dim, preprocessing, _identity(graph, sidecar), request.device)
+    encoder.parameter_count = graph.parameter_count
+    return encoder
 
 
 class OnnxAudioEncoder:
@@ -355,6 +367,7 @@ class OnnxAudioEncoder:
             )
         self.name, self.device = request.name, torch.device(request.device)
         self.module: nn.Module = nn.Identity()
+        self.parameter_count = graph.parameter_count
         self._graph, self._sidecar = graph, sidecar
         self._front = Graph(request.name, graph.path.with_name(Path(sidecar.front).name)) if sidecar.front else None
         self._input = graph.choose(sidecar.input, graph.inputs, "input")
