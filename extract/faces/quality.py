@@ -17,6 +17,7 @@ MAX_YAW = 50.0  # degrees
 _NOSE_DEPTH = 0.35  # of the nose tip before the plane of eyes and mouth, in distances of the eyes from the mouth
 _MOUTH = (slice(141, 190), slice(67, 157))  # rows, columns of the mouth in an aligned crop of 224 pixels
 _UPPER_FACE = (slice(60, 130), slice(57, 167))
+_CENTER = (slice(1, 15), slice(2, 14))  # of the crop at 16 x 16 pixels: little background
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Quality:
             and self.sharpness >= MIN_SHARPNESS
             and abs(self.yaw) <= MAX_YAW
         )
+
+    @property
+    def distinctness(self) -> float:
+        """How well the person can be recognized, to compare faces of one track: sharp and frontal is best."""
+        return self.sharpness * float(np.cos(np.radians(self.yaw))) ** 2
 
 
 def face_quality(face: Face, gray: Image) -> Quality:
@@ -81,3 +87,12 @@ def mouth_motion(gray: Image, before: Image) -> float:
         return float(np.abs((a - a.mean()) - (b - b.mean())).mean())
 
     return change(_MOUTH) - change(_UPPER_FACE)
+
+
+def resemblance(gray: Image, before: Image) -> float:
+    """Correlation of two crops' luminance [224, 224] at low resolution, -1 to 1; of equal crops 1."""
+    import cv2
+
+    one, other = (cv2.resize(g, (16, 16), interpolation=cv2.INTER_AREA)[_CENTER].astype(float) for g in (gray, before))
+    one, other = one - one.mean(), other - other.mean()
+    return float((one * other).sum() / max(float(np.linalg.norm(one) * np.linalg.norm(other)), 1e-9))
