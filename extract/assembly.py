@@ -32,13 +32,15 @@ class Banks:
     """One streaming filter bank per front end.
 
     Args:
-        wanted: the front ends.
+        front_ends: the filter banks to compute.
         dtypes: types of their frames, where not float32.
         scratch: stores the frames.
     """
 
-    def __init__(self, wanted: Iterable[FrontEnd], dtypes: Mapping[FrontEnd, np.dtype[Any]], scratch: Scratch) -> None:
-        self._open = {front: front.open() for front in wanted}
+    def __init__(
+        self, front_ends: Iterable[FrontEnd], dtypes: Mapping[FrontEnd, np.dtype[Any]], scratch: Scratch
+    ) -> None:
+        self._open = {front: front.open() for front in front_ends}
         self._kept = {
             front: scratch.growing((front.bins,), dtypes.get(front, np.dtype(np.float32))) for front in self._open
         }
@@ -115,11 +117,11 @@ class ClipAssembly:
         self.facts: dict[str, dict[str, Any]] = {"labels": {}, "audio": {}, "visual": {}, "faces": {}}
         self.arrays: dict[str, Arrays] = {}
         self.duration = 0.0
-        wanted = {encoder.front_end for encoder, _ in self._audio.values()} - {KALDI}
+        front_ends = {encoder.front_end for encoder, _ in self._audio.values()} - {KALDI}
         if LOGMEL in task.streams:
-            wanted.add(KALDI)
+            front_ends.add(KALDI)
         # The log-Mel is encoded from its stored form; frames of other front ends are dropped once they are encoded.
-        self._banks = Banks(wanted, {KALDI: np.dtype(config.dtype)}, scratch)
+        self._banks = Banks(front_ends, {KALDI: np.dtype(config.dtype)}, scratch)
         self._jpegs = scratch.growing((), "uint8")
         self._jpeg_sizes: dict[int, int] = {}
         self._vectors: dict[str, Vectors] = {}

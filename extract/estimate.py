@@ -73,8 +73,8 @@ def estimate(
         "windows_to_encode": windows * len(config.audio),
     }
     some = clips[:: max(1, len(clips) // OPENED)]
-    opened = [found for _, found in each(has_audio, some) if isinstance(found, bool)]
-    with_audio = sum(opened) / len(opened) if opened else 1.0
+    have_audio = [has_stream for _, has_stream in each(has_audio, some) if isinstance(has_stream, bool)]
+    with_audio = sum(have_audio) / len(have_audio) if have_audio else 1.0
     dims, minutes, problem = _measured(config, some, seconds, frames, windows * with_audio)
     size = 2 if config.dtype == "float16" else 4
     visual = sum(dims[name] for name in config.visual) * size * frames
@@ -88,23 +88,23 @@ def estimate(
 
 def _extracted(cache: Cache, config: ExtractConfig) -> set[str]:
     known = cache.streams()
-    wanted = ("labels", *config.encoders)
-    if not all(name in known for name in wanted):
+    stream_names = ("labels", *config.encoders)
+    if not all(name in known for name in stream_names):
         return set()
-    return set.intersection(*(set(cache.source_stamps(name)) for name in wanted))
+    return set.intersection(*(set(cache.source_stamps(name)) for name in stream_names))
 
 
 def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:
     """Seconds of every clip, in any order; None if it is unreadable. FFmpeg opens files whose headers do not say."""
     media = [clip.video or (None if clip.frames else clip.audio) for clip in clips]
     unknown = []
-    for clip, found in zip(
+    for clip, seconds in zip(
         clips, side_by_side(lambda path: header_seconds(path) if path else None, media), strict=True
     ):
-        if found is None or found > MAX_SECONDS:
+        if seconds is None or seconds > MAX_SECONDS:
             unknown.append(clip)
         else:
-            yield found
+            yield seconds
     for _, duration in each(probed_duration, unknown):
         yield None if isinstance(duration, Failed) else duration
 
@@ -151,7 +151,7 @@ def _measured(
     except VaflowError as error:
         return dims, None, str(error)
     preparations = tuple(dict.fromkeys(encoder.preparation for encoder in visual))
-    readings = [found for _, found in each(_Reader(config, preparations), clips[:3]) if isinstance(found, Reading)]
+    readings = [result for _, result in each(_Reader(config, preparations), clips[:3]) if isinstance(result, Reading)]
     if not readings:
         return dims, None, "none of the first clips can be read"
     cost = float(np.mean([reading.cost for reading in readings]))

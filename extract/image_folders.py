@@ -153,10 +153,10 @@ def stills_identity(folder: Path, rate: float | None) -> dict[str, Any]:
     return {**crops_identity(list_stills(folder)), "rate": rate}
 
 
-def stills_at(folder: Path, wanted: Ints) -> Iterator[tuple[int, bytes, NDArray[np.uint8] | None]]:
-    """Yield (frame number, bytes, RGB image [H, W, 3]) of every wanted frame with a file; None if it is unreadable."""
+def stills_at(folder: Path, numbers: Ints) -> Iterator[tuple[int, bytes, NDArray[np.uint8] | None]]:
+    """Yield (frame number, bytes, RGB image [H, W, 3]) of each requested frame with a file; None if unreadable."""
     stills = list_stills(folder)
-    for number in wanted.tolist():
+    for number in numbers.tolist():
         if number not in stills:
             continue
         try:

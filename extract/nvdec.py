@@ -65,13 +65,13 @@ def nvdec_identity() -> dict[str, Any]:
     return {"backend": "torchcodec nvdec", "version": import_torchcodec().__version__, "clock": decoder_identity()}
 
 
-def frames_on_gpu(path: Path, wanted: Ints, times: Floats, device: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def frames_on_gpu(path: Path, targets: Ints, times: Floats, device: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """As `vaflow.extract.video.frames_at`, decoded by `device`.
 
     Raises:
         MediaError: the GPU cannot decode this file, or returns another frame than the requested one.
     """
-    if not len(wanted):
+    if not len(targets):
         return
     with opened(path) as media:
         start, stream = media.start, media.need_video().index
@@ -79,8 +79,8 @@ def frames_on_gpu(path: Path, wanted: Ints, times: Floats, device: str) -> Itera
             raise _cannot(path, f"pixels that are not square ({media.pixel_aspect})")
     try:
         decoder = _open(path, stream, device)
-        for begin in range(0, len(wanted), AT_ONCE):
-            numbers = np.asarray(wanted[begin : begin + AT_ONCE], np.int64)
+        for begin in range(0, len(targets), AT_ONCE):
+            numbers = np.asarray(targets[begin : begin + AT_ONCE], np.int64)
             requested = times[numbers]
             batch = decoder.get_frames_played_at(seconds=(requested + start + _LATE).tolist())
             returned = batch.pts_seconds.cpu().numpy() - start
@@ -119,8 +119,8 @@ def check_parity(path: Path, device: str) -> float:
         MediaError: the file cannot be decoded.
     """
     times = frame_times(path)
-    wanted = np.arange(min(COMPARED, len(times)))
-    pairs = zip(frames_at(path, wanted, times), frames_on_gpu(path, wanted, times, device), strict=True)
+    numbers = np.arange(min(COMPARED, len(times)))
+    pairs = zip(frames_at(path, numbers, times), frames_on_gpu(path, numbers, times, device), strict=True)
     differences = [
         float(np.abs(one.astype(np.int16) - other).mean()) if one.shape == other.shape else float("inf")
         for (_, one), (_, other) in pairs
@@ -130,10 +130,10 @@ def check_parity(path: Path, device: str) -> float:
         raise VaflowError(
             explain(
                 f"NVDEC and PyAV decode different frames of {path}",
-                expected=f"a mean difference of at most {TOLERANCE:g} grey levels over {len(wanted)} frames",
+                expected=f"a mean difference of at most {TOLERANCE:g} grey levels over {len(numbers)} frames",
                 got=f"{mean:.2f}",
                 remedy="Use --decoder pyav",
             )
         )
-    logger.info("NVDEC and PyAV differ by %.2f grey levels on average (%d frames of %s)", mean, len(wanted), path.name)
+    logger.info("NVDEC and PyAV differ by %.2f grey levels on average (%d frames of %s)", mean, len(numbers), path.name)
     return mean

@@ -36,7 +36,7 @@ def stream_infos(
     """Every per-clip stream of an extraction by name, in the order in which they are committed."""
     decoder = nvdec_identity() if config.decoder == "nvdec" else decoder_identity()
     tracker = tracker_identity(config.person, config.identity)
-    picture = {
+    image_identity = {
         "faces": {"source": config.face_source, **faces_identity(detector=config.detector, tracker=tracker)},
         "decoder": decoder,
     }
@@ -65,10 +65,14 @@ def stream_infos(
         )
     if config.pixels:
         infos.append(
-            StreamInfo(PIXELS, "pixels", 0, "uint8", {"encoder": "jpeg", "sampling": sampling, "picture": picture})
+            StreamInfo(
+                PIXELS, "pixels", 0, "uint8", {"encoder": "jpeg", "sampling": sampling, "picture": image_identity}
+            )
         )
     infos += [
-        StreamInfo(e.name, "visual", e.dim, config.dtype, e.identity | {"sampling": sampling, "picture": picture})
+        StreamInfo(
+            e.name, "visual", e.dim, config.dtype, e.identity | {"sampling": sampling, "picture": image_identity}
+        )
         for e in visual
     ]
     infos += [

@@ -213,32 +213,32 @@ def frame_times(path: Path, *, info: MediaInfo | None = None) -> Floats:
     return scan_times(Path(path))
 
 
-def frames_at(path: Path, wanted: Ints, times: Floats) -> Iterator[tuple[int, Image]]:
-    """Yield the images of the wanted frames, each once, in one forward pass with bounded memory.
+def frames_at(path: Path, numbers: Ints, times: Floats) -> Iterator[tuple[int, Image]]:
+    """Yield the images of the requested frames, each once, in one forward pass with bounded memory.
 
     A frame that does not decode is replaced by the one before it (at the start: after it) if that is at most 0.2 s
     away, as in players.
 
     Args:
         path: a file with a video stream.
-        wanted: [K] frame numbers, ascending and unique.
+        numbers: [K] frame numbers, ascending and unique.
         times: [N] seconds, from `frame_times` of the same file.
 
     Yields:
         (frame number, RGB image [H, W, 3] uint8 as displayed: rotated, square pixels, 8 bits per channel).
 
     Raises:
-        ValueError: `wanted` does not ascend or leaves 0 .. N - 1.
-        MediaError: no video stream, or decoding ends before the last wanted frame.
+        ValueError: `numbers` does not ascend or leaves 0 .. N - 1.
+        MediaError: no video stream, or decoding ends before the last requested frame.
     """
-    wanted = np.asarray(wanted, np.int64)
-    if wanted.size and ((np.diff(wanted) <= 0).any() or wanted[0] < 0 or wanted[-1] >= len(times)):
-        raise ValueError(f"frames_at: wanted must ascend within 0 .. {len(times) - 1}")
-    if not wanted.size:
+    numbers = np.asarray(numbers, np.int64)
+    if numbers.size and ((np.diff(numbers) <= 0).any() or numbers[0] < 0 or numbers[-1] >= len(times)):
+        raise ValueError(f"frames_at: numbers must ascend within 0 .. {len(times) - 1}")
+    if not numbers.size:
         return
     with opened(path) as media:
         media.need_video()
-        queue = wanted.tolist()
+        queue = numbers.tolist()
         position, shown = 0, None  # shown: number and frame that the decoder returned last
         for number, frame in _numbered(media, times):
             while position < len(queue) and queue[position] <= number:

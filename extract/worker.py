@@ -278,9 +278,9 @@ class ClipReader:
         """Frame and crop of the person that the settings choose, once all faces of the clip are known."""
         rule = self._clip.side or self._job.person
         with ClipFaces(open_network(self._job.identity)) as faces:
-            for number, image, found in self._detected(frames):
+            for number, image, faces_in_frame in self._detected(frames):
                 beat()
-                faces.add(number, float(self._times[number]), image, found)
+                faces.add(number, float(self._times[number]), image, faces_in_frame)
             people = faces.people()
             person = people.choose(rule, self._speech() if rule == SPEAKING else None)
             self._everyone = people.arrays()
@@ -311,16 +311,16 @@ class ClipReader:
         for number, image in frames:
             yield number, image, detector.detect(image)
 
-    def _whole_frames(self, wanted: Ints) -> Frames:
-        """The wanted frames of a video or of a folder of images; of the latter, those that are readable."""
+    def _whole_frames(self, numbers: Ints) -> Frames:
+        """Yield the requested frames of a video or image folder; unreadable images are skipped and counted."""
         clip = self._clip
         if clip.video is not None and self._job.decode_on:
-            yield from frames_on_gpu(clip.video, wanted, self._times, self._job.decode_on)
+            yield from frames_on_gpu(clip.video, numbers, self._times, self._job.decode_on)
         elif clip.video is not None:
-            yield from frames_at(clip.video, wanted, self._times)
+            yield from frames_at(clip.video, numbers, self._times)
         elif clip.frames is not None:
             digest = ImageDigest()
-            for number, data, image in stills_at(clip.frames, wanted):
+            for number, data, image in stills_at(clip.frames, numbers):
                 if image is None:
                     self._facts["unreadable_frames"] = self._facts.get("unreadable_frames", 0) + 1
                 else:

@@ -172,9 +172,9 @@ def write_clip(path: Path, seconds: float, *, seed: int = 0, size: int = CLIP_SI
         container.mux(video.encode())
         at = np.arange(round(seconds * 16000)) / 16000
         tone = (0.3 * np.sin(2 * np.pi * (200 * at + 5 * at**2))).astype(np.float32)
-        sound = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
-        sound.sample_rate = 16000
-        container.mux(audio.encode(sound))
+        block = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
+        block.sample_rate = 16000
+        container.mux(audio.encode(block))
         container.mux(audio.encode())
 
 
@@ -229,8 +229,8 @@ def _main_thread(dataset: Any, out: Path) -> tuple[float, float]:
     config = ExtractConfig(visual=(visual.name,), audio=(audio.name,), device="cpu", workers=1, frames=200)
     began, worked = time.perf_counter(), time.thread_time()
     summary = extract_with(dataset, out, config, [visual], [audio], device("cpu"))
-    pictures = summary.encoded[visual.name]
-    return pictures / (time.thread_time() - worked), pictures / (time.perf_counter() - began)
+    images_encoded = summary.encoded[visual.name]
+    return images_encoded / (time.thread_time() - worked), images_encoded / (time.perf_counter() - began)
 
 
 def _whole(bench: Bench, out: Path) -> tuple[float, Any]:

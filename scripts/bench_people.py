@@ -38,16 +38,16 @@ def main() -> None:
         marks = [time.process_time()]
         frames = list(frames_at(path, wanted, times))
         marks.append(time.process_time())
-        found = [detector.detect(image) for _, image in frames]
+        detections = [detector.detect(image) for _, image in frames]
         marks.append(time.process_time())
         tracker = PersonTracker()
-        for (number, image), faces in zip(frames, found, strict=True):
+        for (number, image), faces in zip(frames, detections, strict=True):
             face = tracker.update(faces, float(times[number]))
             if face is not None:
                 encode_jpeg(align(image, face))
         marks.append(time.process_time())
         with ClipFaces(network) as everyone:
-            for (number, image), faces in zip(frames, found, strict=True):
+            for (number, image), faces in zip(frames, detections, strict=True):
                 everyone.add(number, float(times[number]), image, faces)
             marks.append(time.process_time())
             everyone.people()

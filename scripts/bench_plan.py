@@ -72,11 +72,11 @@ MAKERS: dict[str, Callable[[Path, int], None]] = {"videos": make_videos, "affwil
 
 def infos(config: ExtractConfig) -> dict[str, StreamInfo]:
     """Streams of the kinds that a default extraction has; what made them does not matter here."""
-    found = [StreamInfo("logmel", "logmel", 128, config.dtype, {})]
-    found += [StreamInfo(name, "visual", 512, config.dtype, {}) for name in config.visual]
-    found += [StreamInfo(name, "audio", 768, config.dtype, {}) for name in config.audio]
-    found.append(StreamInfo(LABELS, "labels", 0, "float32", {}))
-    return {info.name: info for info in found}
+    streams = [StreamInfo("logmel", "logmel", 128, config.dtype, {})]
+    streams += [StreamInfo(name, "visual", 512, config.dtype, {}) for name in config.visual]
+    streams += [StreamInfo(name, "audio", 768, config.dtype, {}) for name in config.audio]
+    streams.append(StreamInfo(LABELS, "labels", 0, "float32", {}))
+    return {info.name: info for info in streams}
 
 
 def fill(cache: Cache, streams: dict[str, StreamInfo], dataset: Dataset) -> None:
@@ -127,14 +127,14 @@ def measure(root: Path, layout: str, cache_at: Path, empty_at: Path) -> Iterator
     empty = create_cache(empty_at, store="hdf5")
     for name, shard in (("plan, nothing done", Shard()), ("plan, shard 3/8, nothing done", Shard(3, 8))):
         plan, seconds = timed(partial(make_plan, empty, streams, dataset.clips, shard))
-        yield f"{name}: {_told(plan)}", seconds
+        yield f"{name}: {plan_summary(plan)}", seconds
     guess, seconds = timed(lambda: estimate(dataset, empty_at, config, Shard()))
     yield f"--dry-run, nothing done: {guess['hours']} h", seconds
     fill(create_cache(cache_at, store="hdf5"), streams, dataset)
     for name in ("plan, all done, without an index", "plan, all done"):
         cache = open_cache(cache_at, writable=True)
         plan, seconds = timed(partial(make_plan, cache, streams, dataset.clips, Shard()))
-        yield f"{name}: {_told(plan)}", seconds
+        yield f"{name}: {plan_summary(plan)}", seconds
         _, seconds = timed(cache.refresh_index)
         yield "... index saved", seconds
     guess, seconds = timed(lambda: estimate(dataset, cache_at, config, Shard()))
@@ -142,7 +142,7 @@ def measure(root: Path, layout: str, cache_at: Path, empty_at: Path) -> Iterator
     for clip in dataset.clips[::10]:
         cache.layout.record(LABELS, clip.id).unlink()
     plan, seconds = timed(lambda: make_plan(open_cache(cache_at, writable=True), streams, dataset.clips, Shard()))
-    yield f"plan, a tenth left: {_told(plan)}", seconds
+    yield f"plan, a tenth left: {plan_summary(plan)}", seconds
     _, seconds = timed(lambda: open_cache(cache_at).items())
     yield "open the cache, list its clips", seconds
 
@@ -154,7 +154,7 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - began
 
 
-def _told(plan: Plan) -> str:
+def plan_summary(plan: Plan) -> str:
     return f"{len(plan.tasks)} to do, {plan.done} done, {plan.changed} changed"
 
 

@@ -37,9 +37,9 @@ TURN = 8  # steps
 def build_cache(path: Path, windows: int, clip_seconds: float) -> Cache:
     """A cache whose training split has at least `windows` windows of random features."""
     cache = create_cache(path)
-    said = {"sampling": {"window": GRID.window, "stride": GRID.stride, "frames": GRID.frames, "audio_steps": STEPS}}
-    cache.declare(StreamInfo("clip-vit-b16", "visual", VISUAL_DIM, "float16", {"encoder": "random", **said}))
-    cache.declare(StreamInfo("ast", "audio", AUDIO_DIM, "float16", {"encoder": "random", **said}))
+    identity = {"sampling": {"window": GRID.window, "stride": GRID.stride, "frames": GRID.frames, "audio_steps": STEPS}}
+    cache.declare(StreamInfo("clip-vit-b16", "visual", VISUAL_DIM, "float16", {"encoder": "random", **identity}))
+    cache.declare(StreamInfo("ast", "audio", AUDIO_DIM, "float16", {"encoder": "random", **identity}))
     cache.declare(StreamInfo("clip-vit-b16.text", "text", VISUAL_DIM, "float32", {"encoder": "random"}))
     cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS}))
     rng = np.random.default_rng(0)

@@ -15,8 +15,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-FULL, PICTURE, SOUND = "both", "video only", "audio only"
-SHUFFLED, NO_PICTURE, NO_SOUND = "shuffled labels", "noise for video", "noise for audio"
+FULL, VIDEO_ONLY, AUDIO_ONLY = "both", "video only", "audio only"
+SHUFFLED, VIDEO_NOISE, AUDIO_NOISE = "shuffled labels", "noise for video", "noise for audio"
 MARGIN, WRONG, SAME = 0.03, 0.1, 0.08
 
 
@@ -45,11 +45,11 @@ def measure(out: Path, seed: int) -> dict[str, float]:
         shutil.copytree(plain, shuffled)  # only its labels will be extracted again
     return {
         FULL: train(plain, out / "runs" / "full", config),
-        PICTURE: train(plain, out / "runs" / "picture", replace(config, audio=("none",))),
-        SOUND: train(plain, out / "runs" / "sound", replace(config, visual=("none",))),
+        VIDEO_ONLY: train(plain, out / "runs" / "picture", replace(config, audio=("none",))),
+        AUDIO_ONLY: train(plain, out / "runs" / "sound", replace(config, visual=("none",))),
         SHUFFLED: train(cache(out, "shuffled", seed, shuffle_labels=True), out / "runs" / "shuffled", config),
-        NO_PICTURE: train(cache(out, "no-picture", seed, picture="noise"), out / "runs" / "no-picture", config),
-        NO_SOUND: train(cache(out, "no-sound", seed, sound="noise"), out / "runs" / "no-sound", config),
+        VIDEO_NOISE: train(cache(out, "no-picture", seed, picture="noise"), out / "runs" / "no-picture", config),
+        AUDIO_NOISE: train(cache(out, "no-sound", seed, sound="noise"), out / "runs" / "no-sound", config),
     }
 
 
@@ -92,11 +92,11 @@ def broken(scores: list[dict[str, float]]) -> list[str]:
     """The promises that do not hold, on the mean over seeds."""
     mean = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
     promises = {
-        f"both modalities beat the picture alone by {MARGIN}": mean[FULL] >= mean[PICTURE] + MARGIN,
-        f"both modalities beat the sound alone by {MARGIN}": mean[FULL] >= mean[SOUND] + MARGIN,
+        f"both modalities beat the picture alone by {MARGIN}": mean[FULL] >= mean[VIDEO_ONLY] + MARGIN,
+        f"both modalities beat the sound alone by {MARGIN}": mean[FULL] >= mean[AUDIO_ONLY] + MARGIN,
         f"shuffled labels score below {WRONG}": all(score[SHUFFLED] < WRONG for score in scores),
-        "without pictures it falls to what sound gives": mean[NO_PICTURE] <= mean[SOUND] + SAME,
-        "without sound it falls to what pictures give": mean[NO_SOUND] <= mean[PICTURE] + SAME,
+        "without pictures it falls to what sound gives": mean[VIDEO_NOISE] <= mean[AUDIO_ONLY] + SAME,
+        "without sound it falls to what pictures give": mean[AUDIO_NOISE] <= mean[VIDEO_ONLY] + SAME,
     }
     return [f"NOT TRUE: {promise}" for promise, holds in promises.items() if not holds]
 

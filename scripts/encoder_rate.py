@@ -43,13 +43,13 @@ def encode_only(
 ) -> tuple[Rate, Rate]:
     """The rate of images, then of windows, through the batchers that an extraction uses."""
     segments = audio.segments(config.window, config.audio_steps)
-    picture = np.zeros((visual.image_size, visual.image_size, 3), np.uint8)
-    sound = np.zeros((segments.frames, audio.front_end.bins), np.float32)
-    look, listen = _flops(visual, picture), _flops(audio, sound, window=config.window, steps=config.audio_steps)
+    image = np.zeros((visual.image_size, visual.image_size, 3), np.uint8)
+    window = np.zeros((segments.frames, audio.front_end.bins), np.float32)
+    look, listen = _flops(visual, image), _flops(audio, window, window=config.window, steps=config.audio_steps)
     batchers = make_encoders(config, device, [visual], [audio]).batchers
-    seen = _seconds(batchers[visual.name], picture, images)
-    heard = _seconds(batchers[audio.name], sound, windows * len(segments.first))
-    return Rate(images, seen, look), Rate(windows, heard, listen * len(segments.first))
+    visual_seconds = _seconds(batchers[visual.name], image, images)
+    audio_seconds = _seconds(batchers[audio.name], window, windows * len(segments.first))
+    return Rate(images, visual_seconds, look), Rate(windows, audio_seconds, listen * len(segments.first))
 
 
 def _seconds(batcher: FixedBatcher, row: Any, rows: int) -> float:

@@ -104,10 +104,10 @@ def outcome_of(result: Result | Failed) -> str:
     return "hang" if result.error == "WorkerHung" else "crash"
 
 
-def _report(found: list[tuple[Case, Result | Failed]], seconds: float) -> int:
-    tally = Counter(outcome_of(result) for _, result in found)
-    print(f"{len(found)} cases in {seconds:.0f} s: " + ", ".join(f"{tally[name]} {name}" for name in OUTCOMES))
-    done = [(case.number, result) for case, result in found if isinstance(result, Result)]
+def _report(results: list[tuple[Case, Result | Failed]], seconds: float) -> int:
+    tally = Counter(outcome_of(result) for _, result in results)
+    print(f"{len(results)} cases in {seconds:.0f} s: " + ", ".join(f"{tally[name]} {name}" for name in OUTCOMES))
+    done = [(case.number, result) for case, result in results if isinstance(result, Result)]
     whole = [result for _, result in done]
     by_file = Counter((result.name, result.outcome) for result in whole)
     for name in sorted({result.name for result in whole}):
@@ -119,7 +119,7 @@ def _report(found: list[tuple[Case, Result | Failed]], seconds: float) -> int:
         print(f"peak memory of a decoding process: {largest.peak / 2**20:.0f} MiB (case {number}, {largest.name})")
     errors = Counter(result.what.split(": ")[0] for result in whole if result.outcome == "refused")
     print("errors: " + (", ".join(f"{count} {name}" for name, count in errors.most_common()) or "none"))
-    bad = [(case, result) for case, result in found if outcome_of(result) in ("system", "bug", "crash", "hang")]
+    bad = [(case, result) for case, result in results if outcome_of(result) in ("system", "bug", "crash", "hang")]
     for case, result in bad:
         print(f"\nseed {case.seed}, case {case.number}: {outcome_of(result)}")
         print(result.what if isinstance(result, Result) else result.message)

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-SIDE, RATE, SOUND_RATE = 64, 5, 16_000
+SIDE, RATE, AUDIO_RATE = 64, 5, 16_000
 MINUTE = 60
-SOUND_FRAME = 1024  # samples of an AAC packet
+AUDIO_FRAME = 1024  # samples of an AAC packet
 
 
 def write_minute(path: Path) -> None:
@@ -29,21 +29,21 @@ def write_minute(path: Path) -> None:
     import av
 
     cells = np.random.default_rng(0).integers(0, 255, (SIDE // 16, SIDE // 16, 3), np.uint8)
-    picture = cells.repeat(16, 0).repeat(16, 1)
+    image = cells.repeat(16, 0).repeat(16, 1)
     with av.open(str(path), "w") as container:
         options = {"preset": "ultrafast", "g": "50", "bf": "0", "crf": "35"}
         video = container.add_stream("libx264", rate=RATE, options=options)
         video.width = video.height = SIDE
         video.pix_fmt = "yuv420p"
-        audio = container.add_stream("aac", rate=SOUND_RATE, bit_rate=24_000)
+        audio = container.add_stream("aac", rate=AUDIO_RATE, bit_rate=24_000)
         for k in range(MINUTE * RATE):
-            container.mux(video.encode(av.VideoFrame.from_ndarray(np.roll(picture, 3 * k, axis=1), format="rgb24")))
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.roll(image, 3 * k, axis=1), format="rgb24")))
         container.mux(video.encode())
-        at = np.arange(MINUTE * SOUND_RATE) / SOUND_RATE
+        at = np.arange(MINUTE * AUDIO_RATE) / AUDIO_RATE
         tone = (0.3 * np.sin(2 * np.pi * (200 * at + 5 * at**2))).astype(np.float32)
-        sound = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
-        sound.sample_rate = SOUND_RATE
-        container.mux(audio.encode(sound))
+        block = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
+        block.sample_rate = AUDIO_RATE
+        container.mux(audio.encode(block))
         container.mux(audio.encode())
 
 
@@ -56,7 +56,7 @@ def repeat(minute: Path, path: Path, times: int) -> None:
         copies = [container.add_stream_from_template(stream) for stream in streams]
         packets = [packet for packet in source.demux(*streams) if packet.size]
         sounds = sum(packet.stream_index == 1 for packet in packets)
-        lengths = [Fraction(MINUTE), Fraction(sounds * SOUND_FRAME, SOUND_RATE)]
+        lengths = [Fraction(MINUTE), Fraction(sounds * AUDIO_FRAME, AUDIO_RATE)]
         for number in range(times):
             for packet in packets:
                 shift = round(number * lengths[packet.stream_index] / packet.time_base)

@@ -26,14 +26,14 @@ def encode_clip(
     path: Path, grid: Grid, visual: VisualEncoder, audio: AudioEncoder, *, steps: int, device: torch.device
 ) -> int:
     """Encode every window of a clip, throw the results away; how many images went through the visual encoder."""
-    sound, duration = _sound(path), _duration(path)
+    samples, duration = _samples(path), _duration(path)
     images = 0
     for ticks in grid.window_ticks(duration):
         at = grid.seconds(ticks)
         faces = [visual.prepare(image) for image in _frames(path, at[at < duration])]
         visual.encode(torch.from_numpy(np.stack(faces)).to(device)).cpu()
         first = round(at[0] * RATE)
-        banks = _filter_banks(sound[first : first + round(grid.window * RATE)])
+        banks = _filter_banks(samples[first : first + round(grid.window * RATE)])
         audio.encode(banks[None].to(device), window=grid.window, steps=steps).cpu()
         images += len(faces)
     return images
@@ -58,7 +58,7 @@ def _frames(path: Path, at: Floats) -> Iterator[NDArray[np.uint8]]:
             yield np.asarray(decoded[int(np.abs(times - time).argmin())][1].to_ndarray(format="rgb24"), np.uint8)
 
 
-def _sound(path: Path) -> NDArray[np.float32]:
+def _samples(path: Path) -> NDArray[np.float32]:
     with av.open(str(path)) as container:
         resample = av.AudioResampler(format="flt", layout="mono", rate=RATE)
         blocks: list[Any] = []

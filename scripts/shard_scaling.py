@@ -42,7 +42,7 @@ def _seconds(data: Path, cache: Path, cores: list[int]) -> float:
         for part, core in enumerate(cores, 1)
     ]
     for process in processes:
-        _, said = process.communicate()
+        _, stderr = process.communicate()
         if process.returncode:
-            raise VaflowError(f"A process ended with {process.returncode}: {said}")
+            raise VaflowError(f"A process ended with {process.returncode}: {stderr}")
     return time.perf_counter() - began

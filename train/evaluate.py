@@ -189,8 +189,8 @@ def failed_items(cache: Cache, split: str, fold_splits: Sequence[str] = ()) -> l
     splits = source_splits(split, fold_splits)
     known = set(cache.items())
     failures = read_failures(cache.path)
-    wanted = [failure for failure in failures if failure.details.get("split", splits[0]) in splits]
-    return sorted({failure.item for failure in wanted if failure.item not in known})
+    of_splits = [failure for failure in failures if failure.details.get("split", splits[0]) in splits]
+    return sorted({failure.item for failure in of_splits if failure.item not in known})
 
 
 def evaluate_windows(

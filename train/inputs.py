@@ -170,19 +170,19 @@ def _with_windows(cache: Cache, config: TrainConfig, infos: Sequence[StreamInfo]
     default: dict[str, float] = {"window": grid.window, "stride": grid.stride, "frames": grid.frames}
     for info in reversed(infos):
         default |= {key: value for key, value in sampling(info.identity).items() if key in default}
-    given = {key: getattr(config, key) for key in default if getattr(config, key) is not None}
-    if not any(sampling(info.identity) for info in infos) and "window" not in given:
+    chosen = {key: getattr(config, key) for key in default if getattr(config, key) is not None}
+    if not any(sampling(info.identity) for info in infos) and "window" not in chosen:
         interval = max(_measured_interval(cache, info) for info in infos)
         if interval > grid.step * 1.01:
-            frames = given.get("frames", SLOW_FRAMES)
+            frames = chosen.get("frames", SLOW_FRAMES)
             window = round(frames * interval, 3)
             default = {"window": window, "stride": round(min(SLOW_STRIDE, frames) * interval, 3), "frames": frames}
             log.info("Windows of %d rows (%g s): the features have a row every %.3g s", frames, window, interval)
-    if "window" in given and "frames" not in given:  # keep the samples where they are cached
-        given["frames"] = max(1, round(default["frames"] * given["window"] / default["window"]))
-    if "window" in given and "stride" not in given:
-        given["stride"] = min(default["stride"], given["window"])
-    both = {**default, **given}
+    if "window" in chosen and "frames" not in chosen:  # keep the samples where they are cached
+        chosen["frames"] = max(1, round(default["frames"] * chosen["window"] / default["window"]))
+    if "window" in chosen and "stride" not in chosen:
+        chosen["stride"] = min(default["stride"], chosen["window"])
+    both = {**default, **chosen}
     return replace(config, window=float(both["window"]), stride=float(both["stride"]), frames=int(both["frames"]))
 
 

@@ -209,15 +209,15 @@ def draw_trace(path: Path, trace: Trace) -> None:
 
 def draw_run(folder: Path, history: Sequence[Mapping[str, float]], traces: Sequence[Trace]) -> list[Path]:
     """Draw training curves, agreement and the traces of a few labelled clips; returns the files in `pictures/`."""
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    figures = folder / "pictures"
+    figures.mkdir(parents=True, exist_ok=True)
     labelled = [trace for trace in traces if trace.clip.valid.any()]
     files = []
     if history:
-        files.append(pictures / "training.png")
+        files.append(figures / "training.png")
         plot_training(files[-1], history)
     if labelled:
-        files.append(pictures / "agreement.png")
+        files.append(figures / "agreement.png")
         value = np.concatenate([trace.clip.value for trace in labelled])
         valid = np.concatenate([trace.clip.valid for trace in labelled])
         plot_agreement(files[-1], np.concatenate([trace.va for trace in labelled]), value, valid)
@@ -225,7 +225,7 @@ def draw_run(folder: Path, history: Sequence[Mapping[str, float]], traces: Seque
         name = trace.clip.item.replace("/", "-").encode("utf-8", "replace")
         if len(name) > FILE_NAME:
             name = name[:FILE_NAME] + b"-" + blake2b(name, digest_size=4).hexdigest().encode()
-        files.append(pictures / f"trace-{name.decode('utf-8', 'ignore')}.png")
+        files.append(figures / f"trace-{name.decode('utf-8', 'ignore')}.png")
         draw_trace(files[-1], trace)
     return files
 

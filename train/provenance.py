@@ -83,8 +83,8 @@ class Maker:
     @property
     def settings(self) -> str:
         """BLAKE2b (16 bytes) of a run's settings; of an ensemble, of its runs' in their order."""
-        said = [record.config.as_dict() for record in self.runs.values()]
-        return blake2b(canonical(said if self._many else said[0]), digest_size=16).hexdigest()
+        configs = [record.config.as_dict() for record in self.runs.values()]
+        return blake2b(canonical(configs if self._many else configs[0]), digest_size=16).hexdigest()
 
     def weights(self) -> dict[str, str]:
         """File -> digest, for all that predictions depend on but the settings.
@@ -93,10 +93,10 @@ class Maker:
         """
         if not self._many:
             return _weights_digests(self.path)
-        found = {n: digest(self.path / n) for n in (ENSEMBLE_FILE, CALIBRATION) if (self.path / n).is_file()}
+        digests = {n: digest(self.path / n) for n in (ENSEMBLE_FILE, CALIBRATION) if (self.path / n).is_file()}
         for run in self.runs:
-            found |= {f"{run}/{name}": value for name, value in _weights_digests(run).items()}
-        return found
+            digests |= {f"{run}/{name}": value for name, value in _weights_digests(run).items()}
+        return digests
 
     def streams(self) -> list[str]:
         """What a prediction is made from; a fine-tuned run reads what its own encoders take."""
@@ -158,7 +158,7 @@ def _write(path: Path, maker: Maker, cache: Cache, files: Mapping[str, Path], me
     known = cache.streams()
     names = [name for name in maker.streams() if name in known]
     digests = {file: digest(file) for file in set(files.values())}
-    found = PredictionSources(
+    sources = PredictionSources(
         made=now(),
         vaflow=__version__,
         run=str(maker.path.resolve()),
@@ -172,7 +172,7 @@ def _write(path: Path, maker: Maker, cache: Cache, files: Mapping[str, Path], me
         },
         items={item: _item(digests[file], cache, names, item, media.get(item)) for item, file in files.items()},
     )
-    write_file(path, (json.dumps(found, default=vars, indent=1) + "\n"))
+    write_file(path, (json.dumps(sources, default=vars, indent=1) + "\n"))
 
 
 def _item(csv: str, cache: Cache, names: Iterable[str], item: str, media: Path | None) -> ItemSources:

@@ -85,7 +85,7 @@ def model_card(name: str, record: RunRecord, metrics: Mapping[str, Any]) -> str:
         "",
     ]
     lines += [f"- Temporal model {config.temporal}, fusion {config.fusion}, hidden size {config.hidden}"]
-    for stream in record.wanted:
+    for stream in record.head_streams:
         digest = str(stream.identity.get("weights", "none"))
         lines += [f"- {stream.kind} stream `{_plain(stream.name)}`, {stream.dim} dimensions, weights {_plain(digest)}"]
     lines += [

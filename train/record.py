@@ -47,8 +47,8 @@ class RunRecord:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def wanted(self) -> tuple[InputStream, ...]:
-        """The streams that the heads read: of fine-tuned encoders, their streams."""
+    def head_streams(self) -> tuple[InputStream, ...]:
+        """Input streams of the heads; fine-tuned encoders replace the streams of their features."""
         tuned = {stream.name: stream for stream in self.tuned}
         return tuple(tuned.get(stream.name, stream) for stream in self.streams)
 
@@ -149,6 +149,6 @@ def _path_from_text(text: str) -> str:
 
 def new_record(cache: Cache | Path | str, config: TrainConfig, inputs: Inputs, run: Path | None = None) -> RunRecord:
     """The record of a run before any clip is read; `run` is its directory."""
-    place = address(cache.place if isinstance(cache, Cache) else cache)
-    relative = "" if run is None or "://" in place else os.path.relpath(place, Path(run).resolve())
-    return RunRecord(config, inputs.streams, place, targets=inputs.targets, cache_relative=relative)
+    cache_address = address(cache.place if isinstance(cache, Cache) else cache)
+    relative = "" if run is None or "://" in cache_address else os.path.relpath(cache_address, Path(run).resolve())
+    return RunRecord(config, inputs.streams, cache_address, targets=inputs.targets, cache_relative=relative)

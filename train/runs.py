@@ -354,16 +354,16 @@ def cache_of(run: Path) -> str:
         UsageError: it is not a run, or its cache is at neither place.
     """
     record = require_record(run)
-    places = [record.cache] if record.cache else []  # a published run names none
+    candidates = [record.cache] if record.cache else []  # a published run names none
     if record.cache_relative:
-        places.append(str((Path(run).resolve() / record.cache_relative).resolve()))
-    for place in places:
-        if "://" in place or Path(place).is_dir():
-            return place
+        candidates.append(str((Path(run).resolve() / record.cache_relative).resolve()))
+    for candidate in candidates:
+        if "://" in candidate or Path(candidate).is_dir():
+            return candidate
     raise UsageError(
         explain(
             f"The cache that {run} was trained on is not there",
-            expected="a cache at " + " or ".join(dict.fromkeys(places)) if places else "a cache",
+            expected="a cache at " + " or ".join(dict.fromkeys(candidates)) if candidates else "a cache",
             remedy="Name it with --cache CACHE",
         )
     )

@@ -248,9 +248,9 @@ def evaluate_run(
         name = f"{split}-without-{without}" if without else split
         if only_now:
             name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
-        place = folder.output_folder(name)
-        write_predictions(place, traces)
-        write_sources(place, run_maker(folder.path, trained.record), cache, [trace.clip.item for trace in traces])
+        out = folder.output_folder(name)
+        write_predictions(out, traces)
+        write_sources(out, run_maker(folder.path, trained.record), cache, [trace.clip.item for trace in traces])
         if not (without or only_now) and split == config.val_split and address(cache.place) == trained.record.cache:
             folder.update_metrics(report)
     return report
@@ -277,5 +277,5 @@ def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., Win
             check_same(record.streams, cache)
             windows = read(record.streams, record.config)
             return tuned_windows(run, record, cache, windows)
-    check_same(record.wanted, cache)
-    return read(record.wanted, record.config)
+    check_same(record.head_streams, cache)
+    return read(record.head_streams, record.config)

@@ -183,7 +183,7 @@ def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> E
     Raises:
         UsageError: a stream was imported, the runs need different extractions, or --faces does not fit.
     """
-    streams = [stream for run in members.values() for stream in run.record.wanted]
+    streams = [stream for run in members.values() for stream in run.record.head_streams]
     imported = [stream.name for stream in streams if stream.identity.get("encoder") == IMPORTED]
     if imported:
         raise UsageError(
@@ -254,7 +254,7 @@ def check_alike(members: Mapping[Path, Run]) -> None:
 
 def extraction_facts(run: Run) -> Iterator[tuple[str, object]]:
     """Name and value of every fact that an extraction for the run must have."""
-    for stream in run.record.wanted:
+    for stream in run.record.head_streams:
         if "weights" in stream.identity:
             yield f"the encoder of {stream.name}", stream.identity["weights"]
         for key, value in sampling(stream.identity).items():

@@ -93,7 +93,7 @@ class LabelFacts:
 
 def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFacts:
     """Measure an annotation; `times` [N] are the clip's frame times, empty if the video cannot be used."""
-    given = np.isfinite(annotation.value)
+    finite = np.isfinite(annotation.value)
     value = annotation.value.astype(np.float64)
     columns = zip(("valence", "arousal"), (column[np.isfinite(column)] for column in value.T), strict=True)
     constant = [name for name, known in columns if known.size > 1 and (known == known[0]).all()]
@@ -112,7 +112,7 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
         clock=clock,
         end=end,
         unannotated=spans(np.asarray(np.isnan(value).all(1))),
-        half=int((given.sum(1) == 1).sum()) if len(annotation.targets) == 2 else 0,
+        half=int((finite.sum(1) == 1).sum()) if len(annotation.targets) == 2 else 0,
         constant=tuple(name for name in constant if name in annotation.targets),
         frames=len(valid),
         annotated=int(valid.sum()),
@@ -123,17 +123,17 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
 
 def label_stats(value: NDArray[np.float64]) -> LabelStats:
     """Sums of [N, 2] labels, NaN where not annotated; a region counts frames that have both dimensions."""
-    given = np.isfinite(value)
-    filled = np.where(given, value, 0.0)
-    both = value[given.all(1)]
+    finite = np.isfinite(value)
+    filled = np.where(finite, value, 0.0)
+    both = value[finite.all(1)]
     level = np.digitize(both, LEVEL_EDGES)
     cell = np.clip(np.floor((both + 1) * (CELLS / 2)), 0, CELLS - 1).astype(np.int64)
     return LabelStats(
-        count=given.sum(0),
+        count=finite.sum(0),
         total=filled.sum(0),
         squares=(filled**2).sum(0),
-        low=np.where(given, value, np.inf).min(0, initial=np.inf),
-        high=np.where(given, value, -np.inf).max(0, initial=-np.inf),
+        low=np.where(finite, value, np.inf).min(0, initial=np.inf),
+        high=np.where(finite, value, -np.inf).max(0, initial=-np.inf),
         regions=np.bincount(3 * level[:, 0] + level[:, 1], minlength=9),
         density=np.bincount(CELLS * cell[:, 0] + cell[:, 1], minlength=CELLS**2).reshape(CELLS, CELLS),
     )

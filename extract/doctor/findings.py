@@ -96,11 +96,11 @@ def label_findings(clip: Clip, facts: LabelFacts, media: MediaFacts | None) -> l
         )
     elif missing:
         inner = sum(start > 0 and stop < facts.rows for start, stop in facts.unannotated)
-        places = ["at the start"] * (facts.unannotated[0][0] == 0) + [f"in the middle ({inner})"] * (inner > 0)
-        places += ["at the end"] * (facts.unannotated[-1][1] == facts.rows)
+        positions = ["at the start"] * (facts.unannotated[0][0] == 0) + [f"in the middle ({inner})"] * (inner > 0)
+        positions += ["at the end"] * (facts.unannotated[-1][1] == facts.rows)
         message = (
             f"{missing} of {facts.rows} rows ({missing / facts.rows:.1%}) are not annotated: "
-            f"{', '.join(places)}, at most {max(b - a for a, b in facts.unannotated)} in a row"
+            f"{', '.join(positions)}, at most {max(b - a for a, b in facts.unannotated)} in a row"
         )
         notes.append(Note("note", "unannotated", clip.id, message, "They are neither trained on nor scored"))
     if facts.half:

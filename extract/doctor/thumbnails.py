@@ -74,15 +74,15 @@ def _files(paths: dict[int, Path], kind: str) -> Iterator[Thumbnail]:
 
 def _peek(path: Path, duration: float) -> Iterator[Thumbnail]:
     """The keyframes before a few times of the video, so that no other frame is decoded."""
-    seen = set()
-    for place in PLACES:
+    used_frames = set()
+    for share in PLACES:
         with opened(path) as media:  # opened again each time: a decoder must not seek once it runs
             stream = media.need_video()
-            media.container.seek(round((place * duration + media.start) * _MICROSECONDS))
+            media.container.seek(round((share * duration + media.start) * _MICROSECONDS))
             frame = next(decode(media, stream), None)
-            if frame is None or frame.pts is None or frame.pts in seen:
+            if frame is None or frame.pts is None or frame.pts in used_frames:
                 continue
-            seen.add(frame.pts)
+            used_frames.add(frame.pts)
             (time,) = media.clip_times([frame.pts], stream)
             yield Thumbnail(f"frame at {max(time, 0.0):.1f} s", _small(to_rgb(frame, media.pixel_aspect)))
 

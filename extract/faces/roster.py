@@ -83,10 +83,10 @@ def detected_faces(video: Path, network: str, grid: Grid) -> Arrays:
         MediaError: the video cannot be read.
     """
     times = frame_times(video)
-    wanted = np.unique(nearest(times, grid.sample_times(float(times[-1]))))
+    sampled_frames = np.unique(nearest(times, grid.sample_times(float(times[-1]))))
     detector = CenterFace()
     with ClipFaces(open_network(network)) as faces:
-        for number, image in frames_at(video, wanted, times):
+        for number, image in frames_at(video, sampled_frames, times):
             faces.add(number, float(times[number]), image, detector.detect(image))
         return dict(faces.people().arrays())
 
@@ -132,12 +132,12 @@ def _evenly(rows: NDArray[np.int64]) -> list[int]:
 
 def _crops(faces: Arrays, rows: Sequence[int], video: Path) -> dict[int, str]:
     """Row -> its crop as a data URL."""
-    wanted: dict[int, list[int]] = {}
+    rows_of_frame: dict[int, list[int]] = {}
     for row in rows:
-        wanted.setdefault(int(faces["frame"][row]), []).append(row)
+        rows_of_frame.setdefault(int(faces["frame"][row]), []).append(row)
     made = {}
-    for number, image in frames_at(video, np.array(sorted(wanted), np.int64), frame_times(video)):
-        for row in wanted[number]:
+    for number, image in frames_at(video, np.array(sorted(rows_of_frame), np.int64), frame_times(video)):
+        for row in rows_of_frame[number]:
             box = faces["box"][row].tolist()
             face = Face(
                 (box[0], box[1], box[2], box[3]), float(faces["score"][row]), faces["landmarks"][row].astype(float)

@@ -76,12 +76,14 @@ class FaceTracker:
         """
         if cut:
             self._active.clear()
-        self._active = {track: seen for track, seen in self._active.items() if time - seen[1] <= PATIENCE}
+        self._active = {
+            track: last_seen for track, last_seen in self._active.items() if time - last_seen[1] <= PATIENCE
+        }
         pairs = [
             (likeness(last, face), track, index)
-            for track, (last, seen) in self._active.items()
+            for track, (last, last_seen) in self._active.items()
             for index, face in enumerate(faces)
-            if distance(last, face) <= min(REACH + REACH_PER_SECOND * max(time - seen, 0.0), MAX_REACH)
+            if distance(last, face) <= min(REACH + REACH_PER_SECOND * max(time - last_seen, 0.0), MAX_REACH)
             and size_change(last, face) <= MAX_SIZE_CHANGE
         ]
         tracks: list[int | None] = [None] * len(faces)

@@ -338,14 +338,14 @@ def _survey(
             moments[file.item] = Moments.of(read_features(file, config.rate or 1.0, config.columns))
         except (DataError, OSError, MemoryError):  # reported when the item is imported
             continue
-    widths = Counter(len(found.mean) for found in moments.values())
+    widths = Counter(len(moment.mean) for moment in moments.values())
     usual = widths.most_common(1)[0][0] if widths else 0
-    moments = {item: found for item, found in moments.items() if len(found.mean) == usual}
+    moments = {item: moment for item, moment in moments.items() if len(moment.mean) == usual}
     scales = fit(moments, groups) if groups else {}
     most = float(np.finfo(config.dtype).max)
     beyond = {}
-    for item, found in moments.items():
-        ends = np.stack([found.low, found.high])
+    for item, moment in moments.items():
+        ends = np.stack([moment.low, moment.high])
         if groups:
             ends = (ends - scales[groups[item]].mean) / scales[groups[item]].std
         if np.abs(ends).max(initial=0.0) > most:

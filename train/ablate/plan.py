@@ -161,8 +161,8 @@ class _Planner:
     def _job(self, config: TrainConfig, inputs: Inputs, row: Row, seed: int) -> str:
         config = replace(config, seed=config.seed + seed)
         key = self._hash(config, inputs)
-        place = f"table {row.table}, {row.name}" if row.table else row.name
-        self._jobs.setdefault(key, Job(key, config, f"{place}, seed {config.seed}"))
+        row_name = f"table {row.table}, {row.name}" if row.table else row.name
+        self._jobs.setdefault(key, Job(key, config, f"{row_name}, seed {config.seed}"))
         return key
 
     def _hash(self, config: TrainConfig, inputs: Inputs) -> str:
@@ -223,10 +223,10 @@ def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:
         if (kind, name) not in known
     ]
     if known:
-        wanted = {
+        streams_of_encoders = {
             kind: [name for k, name in known if k == kind and name != LOGMEL] or [NONE] for kind in ("visual", "audio")
         }
-        options = [f"--{kind} {shlex.quote(name)}" for kind, names in wanted.items() for name in names]
+        options = [f"--{kind} {shlex.quote(name)}" for kind, names in streams_of_encoders.items() for name in names]
         command = f"vaflow extract ROOT --out {shlex.quote(cache.place)} {' '.join(options)}"
         commands.insert(0, " ".join([command, *_sampling_options(cache), *_reading_options(cache)]))
     return "; ".join(commands)

@@ -134,14 +134,14 @@ def _write(
         write_file(files[kind], text)
     failures = []  # a row that cannot be trained, or a failed run
     for entry in (*plan.entries, plan.reference):
-        place = {"table": entry.row.table, "row": entry.row.name}
-        item = " / ".join(part for part in place.values() if part)
+        row = {"table": entry.row.table, "row": entry.row.name}
+        item = " / ".join(part for part in row.values() if part)
         if entry.problem:
-            failures.append(Failure(item, "plan", entry.error, entry.problem, place))
+            failures.append(Failure(item, "plan", entry.error, entry.problem, row))
         for seed, key in enumerate(entry.keys, entry.config.seed):
             if key in failed:
                 run = failed[key]
-                failures.append(Failure(f"{item} / seed {seed}", "train", run.error, run.message, place | {"run": key}))
+                failures.append(Failure(f"{item} / seed {seed}", "train", run.error, run.message, row | {"run": key}))
     path = out / FAILURES
     write_failures(path, failures)
     missing = [pair for entry in (*plan.entries, plan.reference) for pair in entry.missing]

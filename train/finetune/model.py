@@ -61,9 +61,11 @@ def gather(
     device = windows.inside.device
     for backbone in backbones:
         index = windows.tables[backbone.stream.name].host_index.index_select(0, ids.cpu())
-        wanted, place = share_units(index, backbone.per_unit)
+        wanted, position = share_units(index, backbone.per_unit)
         inputs = sources[backbone.stream.name].read(wanted, augment) if len(wanted) else None
-        units[backbone.stream.name] = Units(None if inputs is None else _copied(inputs, device), _copied(place, device))
+        units[backbone.stream.name] = Units(
+            None if inputs is None else _copied(inputs, device), _copied(position, device)
+        )
     return Raw(windows.gather(ids), units)
 
 
@@ -76,9 +78,9 @@ def share_units(index: Tensor, per_unit: int) -> tuple[Tensor, Tensor]:
     """Packed rows [B, S] (0: missing) -> their units, [U] ascending, and each row's place in them, [B, S]."""
     present = index > 0
     unit = (index - 1) // per_unit
-    wanted = torch.unique(unit[present])
-    place = 1 + torch.searchsorted(wanted, unit) * per_unit + (index - 1) % per_unit
-    return wanted, torch.where(present, place, 0)
+    units = torch.unique(unit[present])
+    position = 1 + torch.searchsorted(units, unit) * per_unit + (index - 1) % per_unit
+    return units, torch.where(present, position, 0)
 
 
 class TunedModel(nn.Module):
@@ -162,17 +164,18 @@ def _encode_rows(table: StreamTable, source: Source, backbone: Backbone, rank: i
     rows = torch.zeros_like(table.rows)
     read = torch.unique(table.index).cpu().long()
     read = read[read > 0]
-    wanted = torch.unique((read - 1) // backbone.per_unit)
+    missing_units = torch.unique((read - 1) // backbone.per_unit)
     read_units = (read - 1) // backbone.per_unit
     size = ENCODE_BATCH[backbone.encoder.device.type]["visual" if backbone.stream.kind == VISUAL else "audio"]
-    batches = wanted.split(size) if len(wanted) else ()  # `split` returns one empty batch for an empty tensor
+    # `split` returns one empty batch for an empty tensor.
+    batches = missing_units.split(size) if len(missing_units) else ()
     for units in batches[rank::ranks]:
         inputs = source.read(units)
         padded = inputs.new_zeros(size, *inputs.shape[1:])
         padded[: len(inputs)] = inputs
         made = backbone.features(padded.to(backbone.encoder.device)).to(rows.dtype)
         encoded = read[torch.isin(read_units, units)]
-        place = torch.searchsorted(units, (encoded - 1) // backbone.per_unit) * backbone.per_unit
-        place += (encoded - 1) % backbone.per_unit
-        rows[encoded.to(rows.device)] = made[place.to(made.device)].to(rows.device)
+        position = torch.searchsorted(units, (encoded - 1) // backbone.per_unit) * backbone.per_unit
+        position += (encoded - 1) % backbone.per_unit
+        rows[encoded.to(rows.device)] = made[position.to(made.device)].to(rows.device)
     return rows

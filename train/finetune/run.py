@@ -232,7 +232,7 @@ def tuned_windows(run: Path, record: RunRecord, cache: Cache, windows: WindowSet
 def made_by_run(record: RunRecord, cache: Cache) -> bool:
     """Whether a cache was extracted with the encoders of a fine-tuned run."""
     try:
-        check_same(record.wanted, cache)
+        check_same(record.head_streams, cache)
     except FingerprintError:
         return False
     return True

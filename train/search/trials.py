@@ -164,8 +164,8 @@ def continues(score: float, rung: int, others: Sequence[Trial]) -> bool:
 def propose(space: Space, trials: Sequence[Trial], sampler: str, seed: int) -> dict[str, Any]:
     """Values of the next trial. They follow from the seed and the trials so far, so resuming repeats them."""
     study = optuna_study(space, trials, sampler, seed)
-    asked = study.ask(_distributions(space))
-    return {name: _rounded(space, name, asked.params[name]) for name in space.searched}
+    frozen = study.ask(_distributions(space))
+    return {name: _rounded(space, name, frozen.params[name]) for name in space.searched}
 
 
 def _rounded(space: Space, name: str, value: Any) -> Any:

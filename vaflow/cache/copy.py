@@ -241,8 +241,8 @@ def refuse_inside(source: Cache, out: PathLike) -> None:
     if target.remote is not None:
         inside = f"{target.place}/".startswith(f"{source.place}/")
     else:
-        place = target.root.resolve()
-        inside = source.path.resolve() in (place, *place.parents)
+        target_root = target.root.resolve()
+        inside = source.path.resolve() in (target_root, *target_root.parents)
     if inside:
         problem = f"{out} is the cache to read, or inside it"
         raise UsageError(explain(problem, expected="another folder", remedy="Choose another folder to write"))

@@ -231,12 +231,12 @@ class PackedCache(Cache):
         self, stream: str, item: str, names: Sequence[str] | None, *, verify: bool
     ) -> tuple[Record, dict[str, Array]]:
         record, rows = self._item(stream, item)
-        wanted = list(record.arrays) if names is None else list(names)
-        for name in wanted:
+        array_names = list(record.arrays) if names is None else list(names)
+        for name in array_names:
             if name not in record.arrays:
                 problem = f"Item {item!r} of stream {stream!r} has no such array"
                 raise MissingError(explain(problem, got=name, choices=record.arrays))
-        return record, {name: self._rows_of(record, name, rows[name], verify=verify) for name in wanted}
+        return record, {name: self._rows_of(record, name, rows[name], verify=verify) for name in array_names}
 
     def _rows_of(self, record: Record, name: str, rows: Json, *, verify: bool) -> Array:
         """An item's rows of a packed array, copied, in the item's shape."""

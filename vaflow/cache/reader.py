@@ -27,13 +27,13 @@ def fetch(
         MissingError: the item has no such array.
         CorruptError: a file is missing or differs from the record.
     """
-    wanted = list(record.arrays) if names is None else list(names)
-    for name in wanted:
+    array_names = list(record.arrays) if names is None else list(names)
+    for name in array_names:
         if name not in record.arrays:
             problem = f"Item {record.item!r} of stream {record.stream!r} has no such array"
             raise MissingError(explain(problem, got=name, choices=record.arrays))
     folder = layout.item(record.stream, record.item)
-    needed = store.files_for(record.attempt, record.files, wanted)
+    needed = store.files_for(record.attempt, record.files, array_names)
     blobs, path = {}, folder
     try:
         layout.fill([folder / name for name in needed])
@@ -44,7 +44,7 @@ def fetch(
             blobs[name] = _read(layout, path, record, record.files[name], verify=verify)
     except OSError as error:
         raise layout.corrupt(path, str(error), record.stream, record.item) from error
-    return decode(layout, store, record, blobs, wanted)
+    return decode(layout, store, record, blobs, array_names)
 
 
 def _read(layout: Layout, path: Path, record: Record, facts: Json, *, verify: bool) -> Blob:
@@ -64,9 +64,9 @@ def _read(layout: Layout, path: Path, record: Record, facts: Json, *, verify: bo
 
 
 def decode(
-    layout: Layout, store: Store, record: Record, blobs: Mapping[str, Blob], wanted: Sequence[str]
+    layout: Layout, store: Store, record: Record, blobs: Mapping[str, Blob], array_names: Sequence[str]
 ) -> dict[str, Array]:
-    """Return the arrays `wanted` from the bytes of their files.
+    """Return the arrays `array_names` from the bytes of their files.
 
     Raises:
         CorruptError: the files do not hold them, or in another shape or dtype than in the record.
@@ -74,12 +74,12 @@ def decode(
     folder = layout.item(record.stream, record.item)
     try:
         # Arrays are not compressed, so none can be larger than the files that hold them.
-        facts = [record.arrays[name] for name in wanted]
+        facts = [record.arrays[name] for name in array_names]
         claimed = sum(int(prod(array["shape"])) * np.dtype(array["dtype"]).itemsize for array in facts)
         size = sum(blob.size for blob in blobs.values())
         if claimed > size:
             raise ValueError(f"the record claims {claimed} bytes of arrays, the files have {size}")
-        arrays = store.read_attempt(record.attempt, blobs, wanted)
+        arrays = store.read_attempt(record.attempt, blobs, array_names)
     except _BROKEN as error:
         problem = f"its files do not hold the arrays ({error})"
         raise layout.corrupt(store.path(folder, record.attempt), problem, record.stream, record.item) from error

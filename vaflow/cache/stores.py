@@ -77,8 +77,8 @@ class ZarrStore:
         return sorted(path.relative_to(folder).as_posix() for path in top.rglob("*") if path.is_file())
 
     def files_for(self, attempt: str, files: Iterable[str], names: Sequence[str]) -> list[str]:
-        wanted = tuple(f"{attempt}/{name}/" for name in names)
-        return [file for file in files if file.startswith(wanted) or file == f"{attempt}/zarr.json"]
+        prefixes = tuple(f"{attempt}/{name}/" for name in names)
+        return [file for file in files if file.startswith(prefixes) or file == f"{attempt}/zarr.json"]
 
     def read_attempt(self, attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
         arrays = {name: _read_raw(attempt, blobs, name) for name in names}

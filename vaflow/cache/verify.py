@@ -64,8 +64,8 @@ def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
     streams, stream_problems = load_streams(layout)
     problems += stream_problems
     if isinstance(cache, PackedCache):
-        found = cache.problems([info.name for info in streams.values() if info is not None], on_item)
-        return problems + [Problem(cache.layout.shown(path), text, *where) for path, text, *where in found]
+        packed_problems = cache.problems([info.name for info in streams.values() if info is not None], on_item)
+        return problems + [Problem(cache.layout.shown(path), text, *where) for path, text, *where in packed_problems]
     lost: set[str] = set()
     for path in cache.record_files():
         name = path.parent.name

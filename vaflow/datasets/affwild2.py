@@ -109,8 +109,8 @@ class _Trials:
         for split, folder, names in tree.label_files:
             for name in names:
                 self.labels[name.removesuffix(".txt")].append((split, folder / name))
-        for found in self.labels.values():
-            found.sort(key=lambda entry: (entry[0] != "val", entry[1]))
+        for labels_of_name in self.labels.values():
+            labels_of_name.sort(key=lambda entry: (entry[0] != "val", entry[1]))
         self.elsewhere = tree.other_tracks
         known = self.labels.keys() | self.crops.keys() | self.videos.keys()
         self.listed, notes = listed_trials(tree.lists, known)
@@ -149,18 +149,18 @@ class _Trials:
 
     def _labelled_split(self, name: str) -> str:
         """The split of a trial's annotation; where it has several, one is chosen: validation before training."""
-        found = self.labels[name]
-        if len(found) > 1:
-            paths = ", ".join(str(path.relative_to(self.root)) for _, path in found)
-            across = len({split for split, _ in found}) > 1
+        annotations = self.labels[name]
+        if len(annotations) > 1:
+            paths = ", ".join(str(path.relative_to(self.root)) for _, path in annotations)
+            across = len({split for split, _ in annotations}) > 1
             message = f"Several annotation files: {paths}; the first is used"
             remedy = "Keep one: a trial in two splits invalidates validation" if across else "Keep one"
             severity, code = ("error", "two-splits") if across else ("note", "two-annotations")
             self.notes.append(Note(severity, code, name, message, remedy))  # type: ignore[arg-type]
         if name in self.listed:
-            message = f"The trial has an annotation ({found[0][0]}) and is in the list of test trials"
+            message = f"The trial has an annotation ({annotations[0][0]}) and is in the list of test trials"
             self.notes.append(Note("warning", "labelled-test", name, message, "It is not used as a test trial"))
-        return found[0][0]
+        return annotations[0][0]
 
     def _unlabelled_split(self, name: str) -> str | None:
         """Test for trials in the list of test trials; without a list, for all that no other track annotates."""

@@ -10,7 +10,7 @@ from vaflow.datasets.files import examples, size_problem
 from vaflow.errors import UsageError, explain
 
 SPLITS_FILE = "splits.csv"
-_OWN_COLUMNS = ("name", "split", "group")
+_COLUMNS = ("name", "split", "group")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read_splits(path: Path) -> dict[str, dict[str, str]]:
                 problems.append(f"line {number} has the split {row[header.index('split')]!r}")
                 continue
         for column, cell in cells.items():
-            if cell and columns[column].setdefault(cells["name"], cell) != cell and column in _OWN_COLUMNS:
+            if cell and columns[column].setdefault(cells["name"], cell) != cell and column in _COLUMNS:
                 before = columns[column][cells["name"]]
                 problems.append(f"line {number} puts {cells['name']!r} into {cell}, an earlier line into {before}")
     if problems:
@@ -112,7 +112,7 @@ def assign(
     if "split" in listed and (missing := sorted(item for item, _ in names if item not in splits)):
         message = f"{SPLITS_FILE} gives no split to: {examples(missing)}"
         notes.append(Note("warning", "split-missing", "", message, f"Add them to {SPLITS_FILE}"))
-    if strange := [column for column in listed if column not in (*_OWN_COLUMNS, *used)]:
+    if strange := [column for column in listed if column not in (*_COLUMNS, *used)]:
         message = f"Columns of {SPLITS_FILE} that are not used: {examples(strange)}"
         remedy = "Name the column 'group' if its clips must stay in one fold"
         notes.append(Note("warning", "split-unknown-column", "", message, remedy))

@@ -130,8 +130,10 @@ def _is_written(out: Path, config: DemoConfig) -> bool:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(explain(f"{marker} cannot be read", got=repr(error), remedy=remedy)) from error
     if settings != asdict(config):
-        wanted = asdict(config)
-        differ = ", ".join(f"{k}={settings.get(k)!r} (now {v!r})" for k, v in wanted.items() if settings.get(k) != v)
+        settings_now = asdict(config)
+        differ = ", ".join(
+            f"{k}={settings.get(k)!r} (now {v!r})" for k, v in settings_now.items() if settings.get(k) != v
+        )
         raise UsageError(
             explain(f"{out} contains demo data with other settings", got=differ or settings, remedy=remedy)
         )

@@ -17,9 +17,9 @@ def pairwise_ccc(ratings: ArrayLike) -> Floats:
     mean, spread = x.mean(axis=1), x.var(axis=1)
     covariance = np.atleast_2d(np.cov(x, bias=True))
     below = spread[:, None] + spread[None] + np.square(mean[:, None] - mean[None])
-    found = np.where(below > 0, 2 * covariance / np.where(below > 0, below, 1), 0.0)
-    np.fill_diagonal(found, 1.0)
-    return found
+    ccc = np.where(below > 0, 2 * covariance / np.where(below > 0, below, 1), 0.0)
+    np.fill_diagonal(ccc, 1.0)
+    return ccc
 
 
 def icc(ratings: ArrayLike) -> dict[str, float]:
@@ -75,7 +75,7 @@ def delay(reference: Floats, late: Floats, most: int) -> int:
         most: largest delay that is tried; at least half of the samples overlap.
     """
     length = reference.shape[-1]
-    best, found = -np.inf, 0
+    best, lag = -np.inf, 0
     for shift in sorted(range(-min(most, length // 2), min(most, length // 2) + 1), key=abs):
         a = reference[:, max(0, -shift) : length - max(0, shift)]
         b = late[:, max(0, shift) : length - max(0, -shift)]
@@ -85,8 +85,8 @@ def delay(reference: Floats, late: Floats, most: int) -> int:
         if varies.any():
             correlation = float(((a * b).sum(axis=1)[varies] / spread[varies]).mean())
             if correlation > best + 1e-12:
-                best, found = correlation, shift
-    return found
+                best, lag = correlation, shift
+    return lag
 
 
 def evaluator_weights(ratings: ArrayLike) -> Floats:

@@ -154,5 +154,5 @@ def packed(values: NDArray[Any], dtype: str) -> str:
     return base64.b64encode(np.ascontiguousarray(values, np.dtype(dtype)).tobytes()).decode("ascii")
 
 
-def _rounded(found: Floats | None) -> list[list[float]] | None:
-    return None if found is None else [[round(a, 4), round(b, 4)] for a, b in found.tolist()]
+def _rounded(values: Floats | None) -> list[list[float]] | None:
+    return None if values is None else [[round(a, 4), round(b, 4)] for a, b in values.tolist()]

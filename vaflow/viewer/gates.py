@@ -40,11 +40,11 @@ def gate_shares(run: Path, cache: Cache, split: str, centers: float) -> list[Gat
     """
     loaded = load_run(run)
     gates = [m.gate for m in loaded.model.modules() if isinstance(m, Fusion) and m.gate is not None]
-    kinds = {stream.kind for stream in loaded.record.wanted}
+    kinds = {stream.kind for stream in loaded.record.head_streams}
     if len(gates) != 1 or loaded.record.tuned or not {"visual", "audio"} <= kinds:
         return []
     items = cache.items(split)
-    windows = load_windows(cache, items, loaded.record.wanted, loaded.record.config)
+    windows = load_windows(cache, items, loaded.record.head_streams, loaded.record.config)
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:

@@ -62,20 +62,20 @@ def write_overlays(predictions: Path, config: ViewConfig) -> Iterator[tuple[str,
         UsageError: there are no predictions.
         CorruptError: a prediction file is damaged.
     """
-    found = find_predictions(predictions)
-    cache = found.open_cache(config.cache)
+    prediction_set = find_predictions(predictions)
+    cache = prediction_set.open_cache(config.cache)
     index = MediaIndex(config.media)
-    for clip in found.clips:
+    for clip in prediction_set.clips:
         media, table = index.find(clip), read_predictions(clip.csv)
         out = clip.csv.with_name(f"{clip.csv.name.removesuffix('.csv')}.overlay.mp4")
         if media is None:
             yield clip.item, None, "its media file was not found"
             continue
-        masks = masks_of(table, cache, clip.item, found.streams)
+        masks = masks_of(table, cache, clip.item, prediction_set.streams)
         boxes = with_boxes(masks, media, config.boxes)[0].boxes
         try:
-            marked = bool(found.demonstration)
-            write_overlay(media, table, out, boxes=boxes, centers=found.centers, demonstration=marked)
+            marked = bool(prediction_set.demonstration)
+            write_overlay(media, table, out, boxes=boxes, centers=prediction_set.centers, demonstration=marked)
             yield clip.item, out, ""
         except (MediaError, OSError) as error:
             yield clip.item, None, str(error)

@@ -75,21 +75,21 @@ class Viewer:
 
     def html(self, *, serve: Mapping[str, str] | None = None) -> str:
         """Return the page. With `serve`, media come from `media/N` of a server that saves ratings."""
-        found = self.predictions
+        prediction_set = self.predictions
         facts = [
             {**c.facts, "media": f"media/{i}" if serve and c.media else c.facts["media"]}
             for i, c in enumerate(self.clips, 1)
         ]
-        data = {"clips": facts, "centers": found.centers, "sigma": found.sigma, "serve": serve}
+        data = {"clips": facts, "centers": prediction_set.centers, "sigma": prediction_set.sigma, "serve": serve}
         return render(
             "viewer.html",
             scripts=SCRIPTS,
             data=data,
             folder=True,
             connect=serve is not None,
-            name=found.path.resolve().name or str(found.path),
-            streams=found.streams,
-            demonstration=found.demonstration,
+            name=prediction_set.path.resolve().name or str(prediction_set.path),
+            streams=prediction_set.streams,
+            demonstration=prediction_set.demonstration,
             count=len(facts),
             version=__version__,
         )
@@ -109,14 +109,17 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
         CorruptError: a prediction file is damaged.
     """
     config = config or ViewConfig()
-    found = find_predictions(path, clips) if has_predictions(path) else media_without_predictions(path, clips)
-    cache = found.open_cache(config.cache)
+    prediction_set = find_predictions(path, clips) if has_predictions(path) else media_without_predictions(path, clips)
+    cache = prediction_set.open_cache(config.cache)
     index = MediaIndex(config.media)
     try:
         (out / "clips").mkdir(parents=True, exist_ok=True)
         (out / "media").mkdir(exist_ok=True)
-        shown = [_write_clip(out, n, clip, cache, found, index, config) for n, clip in enumerate(found.clips, 1)]
-        viewer = Viewer(out / "index.html", found, tuple(shown))
+        shown = [
+            _write_clip(out, n, clip, cache, prediction_set, index, config)
+            for n, clip in enumerate(prediction_set.clips, 1)
+        ]
+        viewer = Viewer(out / "index.html", prediction_set, tuple(shown))
         viewer.page.write_text(viewer.html(), "utf-8")
     except OSError as error:
         raise UsageError(explain(f"Cannot write the viewer to {out}", got=error.strerror)) from error
@@ -139,14 +142,14 @@ def media_without_predictions(path: Path, clips: Sequence[str]) -> PredictionSet
     root = path if path.is_dir() else path.parent
     names = [file.relative_to(root).with_suffix("").as_posix() for file in files]
     twice = {name for name in names if names.count(name) > 1}
-    found = []
+    clips_to_rate = []
     for file, name in zip(files, names, strict=True):
         item = file.relative_to(root).as_posix() if name in twice else name
         if not clips or item in clips:
-            found.append(PredictedClip(item, file, source={"media": str(file)}))
-    if not found:
+            clips_to_rate.append(PredictedClip(item, file, source={"media": str(file)}))
+    if not clips_to_rate:
         return find_predictions(path, clips)  # whose error says what is expected
-    return PredictionSet(path, tuple(sorted(found, key=lambda clip: clip.item)))
+    return PredictionSet(path, tuple(sorted(clips_to_rate, key=lambda clip: clip.item)))
 
 
 def unpredicted(media: Path) -> Predictions:
@@ -164,12 +167,12 @@ def _write_clip(
     number: int,
     clip: PredictedClip,
     cache: Cache | None,
-    found: PredictionSet,
+    prediction_set: PredictionSet,
     index: MediaIndex,
     config: ViewConfig,
 ) -> PageClip:
     table = read_predictions(clip.csv) if clip.csv.suffix == ".csv" else unpredicted(clip.csv)
-    masks = masks_of(table, cache, clip.item, found.streams)
+    masks = masks_of(table, cache, clip.item, prediction_set.streams)
     media, notes = index.find(clip), []
     shown, level = None, None
     if media is None:
@@ -200,14 +203,14 @@ def with_boxes(masks: ClipMasks, media: Path | None, detect: bool) -> tuple[Clip
     if not detect or media is None:
         return masks, "No face boxes are drawn: the cache stores none. vaflow view --boxes detects them."
     try:
-        found = detect_boxes(media)
+        boxes = detect_boxes(media)
     except UNREADABLE as error:
         log.warning("No face boxes of %s: %s", media, error)
         return masks, "Face boxes could not be detected."
     note = f"Face boxes were detected for this page, every {STEP:g} s, with the detector of vaflow extract."
-    if not np.isfinite(found[:, 1:]).any():
+    if not np.isfinite(boxes[:, 1:]).any():
         note = "No face box is drawn: the detector of vaflow extract found no face in this clip."
-    return replace(masks, boxes=found), note
+    return replace(masks, boxes=boxes), note
 
 
 def _show_media(media: Path, beside: Path, copy: bool) -> tuple[Path | None, AudioLevel | None, str]:

@@ -50,9 +50,9 @@ def write_people(
     Raises:
         UsageError: the cache has no stream of faces, or there is no video.
     """
-    found = _of_cache(open_cache(path), media) if is_cache(path) else _of_videos(path, resolve(identity))
+    clip_people = _of_cache(open_cache(path), media) if is_cache(path) else _of_videos(path, resolve(identity))
     clips, tables = [], []
-    for item, faces, chosen, video in found:
+    for item, faces, chosen, video in clip_people:
         if several and len(set(faces["person"].tolist())) < 2:
             continue
         clips.append(clip_card(item, faces, chosen, video))

@@ -123,15 +123,17 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
     run = _toml(path / "config.toml")
     folders = sorted(p for p in (path / "predictions").glob("*") if p.is_dir())
     if path.is_file():
-        found = [PredictedClip(path.stem, path)]
+        predicted_clips = [PredictedClip(path.stem, path)]
         documents = [_json(path.parent / SOURCES)]
     elif folders:
         documents = [_json(folder / SOURCES) for folder in folders]
-        found = [c for folder, d in zip(folders, documents, strict=True) for c in _in_folder(folder, folder.name, d)]
+        predicted_clips = [
+            c for folder, d in zip(folders, documents, strict=True) for c in _in_folder(folder, folder.name, d)
+        ]
     else:
         documents = [_json(path / SOURCES)]
-        found = list(_in_folder(path, "", documents[0]))
-    if not found:
+        predicted_clips = list(_in_folder(path, "", documents[0]))
+    if not predicted_clips:
         raise UsageError(
             explain(
                 f"{path} has no predictions",
@@ -139,17 +141,17 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
                 remedy="Run `vaflow predict RUN MEDIA... --out DIR`, then `vaflow view DIR --out PAGE`",
             )
         )
-    unknown = set(clips) - {clip.item for clip in found}
+    unknown = set(clips) - {clip.item for clip in predicted_clips}
     if unknown:
         raise UsageError(
-            explain(f"{path} has no such clip", got=min(unknown), choices=[clip.item for clip in found][:50])
+            explain(f"{path} has no such clip", got=min(unknown), choices=[clip.item for clip in predicted_clips][:50])
         )
     train = _mapping(run.get("train"))
     streams = [name for d in documents for name in _mapping(d.get("streams")) if name != "labels"]
     streams += [str(table.get("name")) for table in run.get("stream", ())]
     return PredictionSet(
         path,
-        tuple(clip for clip in found if not clips or clip.item in clips),
+        tuple(clip for clip in predicted_clips if not clips or clip.item in clips),
         next((str(d["cache"]) for d in [*documents, run] if d.get("cache")), None),
         tuple(dict.fromkeys(streams)),
         float(train.get("centers", 0.66)),
@@ -180,7 +182,7 @@ def read_predictions(path: Path) -> Predictions:
     label, std = [
         [f"{prefix}{name}{suffix}" for name in DIMENSIONS] for prefix, suffix in (("label_", ""), ("", "_std"))
     ]
-    wanted = [c for c in (*REQUIRED[1:], *label, *std, "face", "audio") if c in header]
+    columns_present = [c for c in (*REQUIRED[1:], *label, *std, "face", "audio") if c in header]
     try:
         if not set(REQUIRED) <= set(header):
             raise ValueError(f"its columns are {', '.join(header)[:80]!r}")
@@ -189,7 +191,7 @@ def read_predictions(path: Path) -> Predictions:
         lines = _EMPTY_CELL.sub(b",nan", path.read_bytes()).decode().splitlines()
         if len(lines) < 2:
             raise ValueError("it has no rows")
-        columns = [header.index(name) for name in wanted]
+        columns = [header.index(name) for name in columns_present]
         table = np.loadtxt(lines, delimiter=",", skiprows=1, usecols=columns, ndmin=2, comments=None)
         time = table[:, 0]
         if not np.isfinite(table[:, :3]).all() or (np.diff(time) < 0).any():
@@ -197,7 +199,7 @@ def read_predictions(path: Path) -> Predictions:
     except (ValueError, OSError) as error:
         expected = f"a CSV file with columns {', '.join(REQUIRED)}"
         raise CorruptError(explain(f"Cannot read the predictions {path}", expected=expected, got=error)) from error
-    column = dict(zip(wanted, table.T, strict=True))
+    column = dict(zip(columns_present, table.T, strict=True))
     both = [
         np.stack([column[n] for n in names], axis=1) if set(names) <= set(column) else None for names in (label, std)
     ]

@@ -93,10 +93,12 @@ class Agreement:
             "seconds": self.seconds,
             "mean_ccc": {name: float(table[pairs].mean()) for name, table in self.ccc.items()},
             "ccc": {name: table.tolist() for name, table in self.ccc.items()},
-            "icc": {d: {n: v if np.isfinite(v) else None for n, v in found.items()} for d, found in self.icc.items()},
+            "icc": {
+                d: {n: v if np.isfinite(v) else None for n, v in by_name.items()} for d, by_name in self.icc.items()
+            },
             "kappa": self.kappa if np.isfinite(self.kappa) else None,
             "lags": dict(self.lags),
-            "weights": {name: dict(found) for name, found in self.weights.items()},
+            "weights": {name: dict(by_name) for name, by_name in self.weights.items()},
         }
 
 
@@ -107,7 +109,7 @@ def read_ratings(root: Path) -> dict[str, dict[str, Rating]]:
         UsageError: there are none.
         DataError: a file is not a label CSV with times and both dimensions.
     """
-    found: dict[str, dict[str, Rating]] = {}
+    ratings: dict[str, dict[str, Rating]] = {}
     for path in sorted(root.rglob("*.csv")) if root.is_dir() else []:
         parts = path.relative_to(root).as_posix().removesuffix(".csv")
         annotator, slash, clip = parts.partition("/")
@@ -115,8 +117,8 @@ def read_ratings(root: Path) -> dict[str, dict[str, Rating]]:
             clip, _, annotator = parts.rpartition(".")
         rating = _read(path) if clip and annotator else None
         if rating is not None:
-            found.setdefault(clip, {})[annotator] = rating
-    if not found:
+            ratings.setdefault(clip, {})[annotator] = rating
+    if not ratings:
         raise UsageError(
             explain(
                 f"{root} has no ratings",
@@ -124,7 +126,7 @@ def read_ratings(root: Path) -> dict[str, dict[str, Rating]]:
                 remedy="Rate clips in the page of `vaflow view RUN --serve`",
             )
         )
-    return found
+    return ratings
 
 
 def _read(path: Path) -> Rating | None:
@@ -142,8 +144,8 @@ def compare_ratings(ratings: Ratings, config: AgreeConfig) -> Agreement:
     Raises:
         UsageError: fewer than two annotators, or no clip that all of them rated.
     """
-    annotators = tuple(sorted({name for found in ratings.values() for name in found}))
-    clips = tuple(sorted(clip for clip, found in ratings.items() if len(found) == len(annotators)))
+    annotators = tuple(sorted({name for by_annotator in ratings.values() for name in by_annotator}))
+    clips = tuple(sorted(clip for clip, by_annotator in ratings.items() if len(by_annotator) == len(annotators)))
     if len(annotators) < 2 or not clips:
         raise UsageError(
             explain(
@@ -168,9 +170,9 @@ def compare_ratings(ratings: Ratings, config: AgreeConfig) -> Agreement:
     )
 
 
-def _instants(found: Iterable[tuple[Rating, float]], rate: float) -> Floats:
+def _instants(rated: Iterable[tuple[Rating, float]], rate: float) -> Floats:
     """Instants at which all traces, shifted back by their lags, have values."""
-    edges = [(rating.time[0] - lag, rating.time[-1] - lag) for rating, lag in found]
+    edges = [(rating.time[0] - lag, rating.time[-1] - lag) for rating, lag in rated]
     first, last = max(a for a, _ in edges), min(b for _, b in edges)
     return np.arange(np.ceil(max(0.0, first) * rate - 1e-6), np.floor(last * rate + 1e-6) + 1) / rate
 

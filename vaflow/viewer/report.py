@@ -64,7 +64,7 @@ def write_report(
         paired=paired_differences(runs),
         settings=differing_settings(runs),
         clip_rows=_clips_side_by_side(runs) if len(runs) > 1 else [],
-        demonstration=list(dict.fromkeys(name for run in runs for name in run.found.demonstration)),
+        demonstration=list(dict.fromkeys(name for run in runs for name in run.prediction_set.demonstration)),
         axis=score_axis(runs),
         regions=REGION_NAMES,
         version=__version__,
@@ -90,8 +90,8 @@ def paired_differences(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
         one, other = (np.stack([r.moments[v] for v in videos])[None] for r in (run, first))
         draws = draw(len(videos))
         observed = _with_mean(one) - _with_mean(other)
-        found = compare(resampled_ccc(one, draws), resampled_ccc(other, draws), observed, len(videos))
-        values = zip(SCORES, found.difference, found.low, found.high, found.p, strict=True)
+        comparison = compare(resampled_ccc(one, draws), resampled_ccc(other, draws), observed, len(videos))
+        values = zip(SCORES, comparison.difference, comparison.low, comparison.high, comparison.p, strict=True)
         scores = {name: tuple(map(plain, numbers)) for name, *numbers in values}
         rows.append({"name": run.name, "problem": "", "videos": len(videos), "scores": scores})
     return rows
@@ -163,8 +163,10 @@ def _gates(run: RunResults) -> "list[GateShare]":
     """Statistics of the fusion gate; empty where the run has none or its cache is gone."""
     from vaflow.viewer.gates import gate_shares  # imports torch
 
-    cache = run.found.open_cache()
-    return gate_shares(run.path, cache, str(run.metrics["split"]), run.found.centers) if cache is not None else []
+    cache = run.prediction_set.open_cache()
+    return (
+        gate_shares(run.path, cache, str(run.metrics["split"]), run.prediction_set.centers) if cache is not None else []
+    )
 
 
 def _clip_row(clip: ReportClip, viewer: str | None) -> dict[str, Any]:

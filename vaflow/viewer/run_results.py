@@ -86,7 +86,7 @@ class RunResults:
     text: str
     metrics: Mapping[str, Any]
     history: tuple[Mapping[str, float], ...]
-    found: PredictionSet
+    prediction_set: PredictionSet
     clips: tuple[ReportClip, ...]
     moments: Mapping[str, Floats]
     plane: PlaneSums
@@ -108,16 +108,16 @@ def read_run(path: Path, name: str = "") -> RunResults:
         split = str(metrics["split"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(explain(f"Cannot read the run {path}", got=error)) from error
-    found = find_predictions(path)
-    of_split = [clip for clip in found.clips if clip.split == split]
+    prediction_set = find_predictions(path)
+    of_split = [clip for clip in prediction_set.clips if clip.split == split]
     left_out = set(metrics.get("missing", {}).get("clips", ()))
-    cache = found.open_cache()
+    cache = prediction_set.open_cache()
     clips: list[ReportClip] = []
     moments: dict[str, Floats] = {}
     plane, masked = PlaneSums(), {"frames": 0.0, "unlabelled": 0.0, "seconds": 0.0, "no_face": 0.0}
     for clip in of_split:
         table = read_predictions(clip.csv)
-        scores = scores_of(table, masks_of(table, cache, clip.item, found.streams))
+        scores = scores_of(table, masks_of(table, cache, clip.item, prediction_set.streams))
         label = np.full_like(table.va, np.nan) if table.label is None else table.label
         valid = np.asarray(np.isfinite(label), bool)
         both = np.asarray(valid.all(axis=1), bool)
@@ -129,12 +129,12 @@ def read_run(path: Path, name: str = "") -> RunResults:
             continue
         video = next((str(s["group"]) for s in clip.records() if s.get("group")), clip.item)  # resampled as one
         moments[video] = moments.get(video, np.zeros((6, 2))) + video_moments(table.va, label, valid)
-        plane.add(table.va[both], label[both], found.centers)
+        plane.add(table.va[both], label[both], prediction_set.centers)
         at = np.linspace(0, len(table.time) - 1, min(SPARK, len(table.time))).astype(int)
         clips.append(ReportClip(clip, scores, np.concatenate([table.va[at].T, label[at].T])))
     known: dict[str, float | None] = {k: v if np.isfinite(v) else None for k, v in masked.items()}
     return RunResults(
-        path, name or path.name, config, text, metrics, history, found, tuple(clips), moments, plane, known
+        path, name or path.name, config, text, metrics, history, prediction_set, tuple(clips), moments, plane, known
     )
 
 

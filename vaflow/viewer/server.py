@@ -132,10 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with file:
             kind = guess_type(path.name)[0] or "application/octet-stream"
-            wanted = _RANGE.fullmatch(self.headers.get("Range", ""))
+            requested = _RANGE.fullmatch(self.headers.get("Range", ""))
             first, last = 0, size - 1
-            if wanted and any(wanted.groups()):
-                begin, end = wanted.groups()
+            if requested and any(requested.groups()):
+                begin, end = requested.groups()
                 first = int(begin) if begin else max(0, size - int(end))
                 last = min(last, int(end)) if begin and end else last
                 if first > last:
