@@ -5,29 +5,35 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from lab import Lab
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see vaflow.cli.main
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes of the suite share the cores
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, and all its children: tests send that signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Tests that measure time, use all cores or kill processes by load: they run alone, in one process.
-SERIAL = (
-    "extract/test_ray.py",
-    "extract/test_item_timeout.py",
-    "extract/test_long_clips.py",
-    "faults/test_faults_system.py",
-)
+# The files that take longest, longest first: a process that starts one of them last would finish alone.
+SLOWEST = ("test_docs.py",)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process per core for the whole suite; none for chosen files, which end sooner than processes start."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    return min(len(os.sched_getaffinity(0)), 8) if whole and not config.option.collectonly else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `SERIAL`."""
-    for item in items:
-        if item.path.as_posix().endswith(SERIAL):
-            item.add_marker(pytest.mark.serial)
+    """Move the files of `SLOWEST` to the front."""
+    rank = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True)
@@ -39,16 +45,26 @@ def default_log_level() -> Iterator[None]:
     logger.setLevel(logging.NOTSET)
 
 
+ROOT = Path(__file__).parents[1]
 CLIPS_VARIABLE = "VAFLOW_TEST_CLIPS"
 
 
 @pytest.fixture(scope="session")
 def clips() -> Path:
-    """The folder of real clips that `scripts/fetch_clips.py` fills; tests that need it skip without it."""
+    """The folder of real clips: VAFLOW_TEST_CLIPS, by default `clips` in the repository; tests skip without it."""
     folder = os.environ.get(CLIPS_VARIABLE)
-    if not folder:
-        pytest.skip(f"{CLIPS_VARIABLE} is not set: run `python scripts/fetch_clips.py DIR` and point it there")
-    path = Path(folder).resolve()  # commands are run in other folders, too
+    path = Path(folder or ROOT / "clips").resolve()  # commands are run in other folders, too
     if not (path / "obama.mp4").is_file():
-        pytest.fail(f"{CLIPS_VARIABLE}={folder} holds no clips: run `python scripts/fetch_clips.py {folder}`")
+        if folder:
+            pytest.fail(f"{CLIPS_VARIABLE}={folder} holds no clips: run `python scripts/fetch_clips.py {folder}`")
+        pytest.skip("no clips: run `python scripts/fetch_clips.py clips`")
     return path
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Lab]":
+    """A process that has imported everything and forks commands: real processes without the time of imports."""
+    from lab import lab_in
+
+    with lab_in(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab

@@ -1,25 +1,13 @@
 """Fixtures of the fault tests."""
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
 from kills import SMALL, toy_cache
-from lab import EXTRACT, Lab, assert_said, lab_in
+from lab import EXTRACT, Lab, assert_said
 from media import write_media
 
 CLIPS = 6
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """One process that forks commands, for the whole session."""
-    with lab_in(tmp_path_factory.mktemp("lab")) as lab:
-        yield lab
 
 
 @pytest.fixture(scope="session")

@@ -44,11 +44,13 @@ def become(job: dict[str, Any]) -> None:
             handle = os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             os.dup2(handle, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        exec(compile(job["before"], "<before>", "exec"), {})  # a fault that the test has thought of
+        exec(compile(job["before"], "<before>", "exec"), {})  # a fault that the test injects
         from vaflow.cli import main
 
         code = main(job["args"])
-    except BaseException:  # noqa: BLE001 - what a real process would do: a traceback and 1
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:  # noqa: BLE001 - as a real process: a traceback and 1
         traceback.print_exc()
     finally:
         sys.stdout.flush()
