@@ -75,7 +75,7 @@ def train(folder: Path, out: Path, config: Any) -> float:
     from vaflow.cache import open_cache
     from vaflow.train.training import train_run
 
-    result = train_run(open_cache(folder), config, out, tensorboard=False, pictures=False)
+    result = train_run(open_cache(folder), config, out, tensorboard=False, figures=False)
     return float(result.metrics["ccc"]["mean"])
 
 

@@ -96,7 +96,7 @@ def trained(cache: Path, out: Path, variant: str, seed: int, epochs: int | None)
     folder = out / f"run-{variant.replace(' ', '-')}-{seed}"
     settings: dict[str, Any] = {**TRAINING, **({} if epochs is None else {"epochs": epochs})}
     config = TrainConfig(visual=(VISUAL,), audio=(AUDIO,), seed=seed, device="cpu", **settings)
-    train_run(open_cache(cache), config, folder, tensorboard=False, pictures=False)
+    train_run(open_cache(cache), config, folder, tensorboard=False, figures=False)
     return folder
 
 

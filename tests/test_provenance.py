@@ -73,7 +73,7 @@ def write(cache: Cache, item: str, sources: dict, seed: int = 0) -> None:
 @pytest.fixture
 def run(tmp_path: Path, cache: Cache) -> Path:
     config = TrainConfig(epochs=1, hidden=8, kl_weight=0.0, window=6.0, stride=3.0, frames=6, device="cpu")
-    train_run(cache, config, tmp_path / "run", tensorboard=False, pictures=False)
+    train_run(cache, config, tmp_path / "run", tensorboard=False, figures=False)
     return tmp_path / "run"
 
 

@@ -91,7 +91,7 @@ class Session:
         folder: of the run; record: its `config.toml`.
         allow_missing: leave labelled validation clips without features out of the scores.
         tensorboard: write event files.
-        pictures: draw the training curves and the predictions.
+        figures: draw the training curves and the predictions.
         show: draw progress bars.
         keep_checkpoint: keep the last epoch's state, from which `--epochs` can continue.
     """
@@ -103,7 +103,7 @@ class Session:
     record: RunRecord
     allow_missing: bool = False
     tensorboard: bool = True
-    pictures: bool = True
+    figures: bool = True
     show: bool = False
     keep_checkpoint: bool = True
 
@@ -184,18 +184,18 @@ class Session:
         self.folder.write_metrics(report)
         if not self.keep_checkpoint:
             self.folder.checkpoint_file.unlink(missing_ok=True)
-        if self.pictures:
+        if self.figures:
             self._draw(progress, traces)
         return report
 
     def _draw(self, progress: Progress, traces: Any) -> None:
-        """Draw the pictures. They are extras: if they fail, the run is done all the same."""
+        """Draw the figures. A failure is logged; the run is complete without them."""
         from vaflow.train.plots import draw_run
 
         try:
             draw_run(self.folder.path, progress.history, traces)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk, an odd name, Matplotlib itself
-            log.warning("The pictures of %s could not be drawn: %s", self.folder.path, error)
+            log.warning("The figures of %s could not be drawn: %s", self.folder.path, error)
 
 
 @contextmanager

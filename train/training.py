@@ -51,7 +51,7 @@ def train_run(
     allow_missing: bool = False,
     fresh: bool = False,
     tensorboard: bool = True,
-    pictures: bool = True,
+    figures: bool = True,
     keep_checkpoint: bool = True,
     show: bool = False,
 ) -> Result:
@@ -66,7 +66,7 @@ def train_run(
         allow_missing: leave labelled validation clips without features out of the scores.
         fresh: delete the run in `out` first.
         tensorboard: write event files.
-        pictures: draw the training curves and the predictions.
+        figures: draw the training curves and the predictions.
         keep_checkpoint: keep the state after the last epoch, so that more epochs can continue from it.
         show: draw progress bars.
 
@@ -80,7 +80,7 @@ def train_run(
         raise UsageError(explain("--weights is only for fine-tuning", remedy="Add --finetune"))
     with ExitStack() as stack:
         session = open_session(stack, cache, config, out, fresh=fresh)
-        session = replace(session, allow_missing=allow_missing, tensorboard=tensorboard, pictures=pictures)
+        session = replace(session, allow_missing=allow_missing, tensorboard=tensorboard, figures=figures)
         return _train(replace(session, show=show, keep_checkpoint=keep_checkpoint), data, weights or {})
 
 

@@ -62,7 +62,7 @@ def test_a_file_with_audio_only_is_a_failure(tmp_path: Path, capsys: pytest.Capt
 @pytest.fixture
 def one_clip(tmp_path: Path) -> Path:
     root = tmp_path / "one"
-    write_video(root / "a.mp4", np.arange(20) / 25, sound=0.8)
+    write_video(root / "a.mp4", np.arange(20) / 25, audio_seconds=0.8)
     return root
 
 
@@ -165,7 +165,7 @@ def test_retry_failed_extracts_only_failed_clips(
     (one_clip / "b.mp4").write_text("not yet copied")
     base = ["extract", str(one_clip), "--out", str(tmp_path / "cache"), "--visual", "none", "--audio", "none"]
     assert main(base) == 3
-    write_video(one_clip / "b.mp4", np.arange(20) / 25, sound=0.8)
+    write_video(one_clip / "b.mp4", np.arange(20) / 25, audio_seconds=0.8)
     capsys.readouterr()
     assert main([*base, "--retry-failed", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)

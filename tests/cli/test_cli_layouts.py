@@ -24,8 +24,8 @@ def test_from_files_to_a_run(layout: str, tmp_path: Path, capsys: pytest.Capture
     if layout == "afew-va":  # pictures, no sound; splits are a list of one's own
         (root / "splits.csv").write_text("name,split\n001,train\n02/051,val\n")
     assert main(["check", str(root)]) == 0
-    sound = [] if layout == "afew-va" else ["--audio", "ast-tiny", "--audio-steps", "8"]
-    encoders = ["--visual", "clip-tiny", *(sound or ["--audio", "none"]), "--faces", "none", *SMALL]
+    audio_options = [] if layout == "afew-va" else ["--audio", "ast-tiny", "--audio-steps", "8"]
+    encoders = ["--visual", "clip-tiny", *(audio_options or ["--audio", "none"]), "--faces", "none", *SMALL]
     assert main(["extract", str(root), "--out", str(cache), *encoders]) == 0
     assert open_cache(cache).items() == sorted(tree)
     train = ["train", str(cache), "--out", str(run), "--epochs", "1", "--set", "hidden=8", "--device", "cpu"]

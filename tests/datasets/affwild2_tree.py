@@ -1,6 +1,6 @@
 """Writes a small tree that has every quirk of the real Aff-Wild2: real files, drawn pictures, nobody's data.
 
-Every picture, in videos and in crops, shows its own frame number as bars (`coded_picture`, `decode_number`), so that
+Every picture, in videos and in crops, shows its own frame number as bars (`draw_number`, `decode_number`), so that
 a test can tell which frame it was given.
 """
 
@@ -41,7 +41,7 @@ class Trial:
     times: NDArray[np.float64]
     labels: NDArray[np.float64] | None
     crops: tuple[int, ...]
-    sound: float
+    audio_seconds: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Tree:
     sample: Path
 
 
-def coded_picture(number: int, side: int = SIDE) -> NDArray[np.uint8]:
+def draw_number(number: int, side: int = SIDE) -> NDArray[np.uint8]:
     """[side, side, 3]: the bits of `number` as grey bars, most significant on the left, light for one."""
     bits = [(number >> (BITS - 1 - i)) & 1 for i in range(BITS)]
     row = np.repeat(np.array(bits, np.uint8) * 150 + 50, side // BITS)
@@ -61,14 +61,14 @@ def coded_picture(number: int, side: int = SIDE) -> NDArray[np.uint8]:
 
 
 def decode_number(picture: NDArray[np.uint8]) -> int:
-    """The number that `coded_picture` drew, from a picture of any size."""
+    """The number that `draw_number` drew, from a picture of any size."""
     columns = picture.reshape(picture.shape[0], picture.shape[1], -1).mean((0, 2))
     bits = [part[len(part) // 4 : -len(part) // 4].mean() > 125 for part in np.array_split(columns, BITS)]
     return sum(int(bit) << (BITS - 1 - i) for i, bit in enumerate(bits))
 
 
-def write_video(path: Path, times: NDArray[np.float64], sound: float, *, index_first: bool = False) -> None:
-    """A video whose frame k (1-based number k + 1) is shown at `times[k]`, with `sound` seconds of a tone.
+def write_video(path: Path, times: NDArray[np.float64], audio_seconds: float, *, index_first: bool = False) -> None:
+    """A video whose frame k (1-based number k + 1) is shown at `times[k]`, with `audio_seconds` seconds of a tone.
 
     .mp4: H.264 and AAC, any times. .avi: MPEG-4 and PCM, constant rate only.
     `index_first`: the MP4's index stands in front of its data, so that a cut file still opens.
@@ -85,15 +85,17 @@ def write_video(path: Path, times: NDArray[np.float64], sound: float, *, index_f
         time_base = 1 / rate if is_avi else TICK
         video.codec_context.time_base = time_base
         audio = (
-            container.add_stream("pcm_s16le" if is_avi else "aac", rate=AUDIO_RATE, layout="mono") if sound else None
+            container.add_stream("pcm_s16le" if is_avi else "aac", rate=AUDIO_RATE, layout="mono")
+            if audio_seconds
+            else None
         )
         for k, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(coded_picture(k + 1), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(draw_number(k + 1), format="rgb24")
             frame.pts, frame.time_base = round(Fraction(float(time)) / time_base), time_base
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
         if audio is not None:
-            wave = np.sin(np.arange(round(sound * AUDIO_RATE)) * 2 * np.pi * 220 / AUDIO_RATE)
+            wave = np.sin(np.arange(round(audio_seconds * AUDIO_RATE)) * 2 * np.pi * 220 / AUDIO_RATE)
             for start in range(0, wave.size, 1024):
                 block = (wave[None, start : start + 1024] * 8000).astype(np.int16)
                 tone = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
@@ -113,7 +115,7 @@ def write_crops(folder: Path, numbers: tuple[int, ...]) -> None:
     """One 112x112 JPEG per frame number."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        Image.fromarray(coded_picture(number, CROP_SIDE)).save(folder / f"{number:05d}.jpg", quality=90)
+        Image.fromarray(draw_number(number, CROP_SIDE)).save(folder / f"{number:05d}.jpg", quality=90)
 
 
 def label_path(rows: int, seed: int) -> NDArray[np.float64]:
@@ -137,12 +139,12 @@ class _Builder:
         extra_rows: int = 0,
         unannotated: tuple[slice, ...] = (),
         crops: dict[str, tuple[int, ...]],
-        sound: float,
+        audio_seconds: float,
     ) -> None:
         """Write one trial. `crops`: archive folder -> frame numbers; a video that exists already is shared."""
         path = self.root / video
         if not path.exists():
-            write_video(path, times, sound)
+            write_video(path, times, audio_seconds)
         labels = None
         if split in ("train", "val"):
             labels = label_path(times.size + extra_rows, seed=len(self.trials))
@@ -153,7 +155,7 @@ class _Builder:
         for archive, numbers in crops.items():
             write_crops(self.root / archive / name, numbers)
         merged = tuple(sorted({number for numbers in crops.values() for number in numbers}))
-        self.trials[name] = Trial(name, split, path.stem, path, times, labels, merged, sound)
+        self.trials[name] = Trial(name, split, path.stem, path, times, labels, merged, audio_seconds)
 
 
 def build_affwild2(
@@ -176,19 +178,21 @@ def build_affwild2(
     gap = tuple(number for number in every if not 4 <= number <= 9)
     third, end = count // 3, even[-1] + 1 / rate
     tree = _Builder(root, labels_under)
-    tree.add("12-24-64x64", "train", "raw_videos/12-24-64x64.mp4", even, extra_rows=1, crops={old: gap}, sound=end)
+    tree.add(
+        "12-24-64x64", "train", "raw_videos/12-24-64x64.mp4", even, extra_rows=1, crops={old: gap}, audio_seconds=end
+    )
     runs = (slice(0, 3), slice(third, third + 4), slice(-2, None))
-    tree.add("video5_left", "train", "batch1/video5.mp4", even, unannotated=runs, crops={old: every}, sound=end)
-    tree.add("video5_right", "train", "batch1/video5.mp4", even, crops={new: gap}, sound=end)
-    tree.add("solo_left", "train", "batch2/solo_left.mp4", even, crops={old: every}, sound=end)
+    tree.add("video5_left", "train", "batch1/video5.mp4", even, unannotated=runs, crops={old: every}, audio_seconds=end)
+    tree.add("video5_right", "train", "batch1/video5.mp4", even, crops={new: gap}, audio_seconds=end)
+    tree.add("solo_left", "train", "batch2/solo_left.mp4", even, crops={old: every}, audio_seconds=end)
     halves = {old: every[:third], new: every[third:]}
-    tree.add("video7", "train", "batch2/video7.avi", even, extra_rows=-3, crops=halves, sound=end)
-    tree.add("8-30-64x64", "val", "raw_videos/8-30-64x64.mp4", uneven, crops={old: gap}, sound=uneven[-1] / 2)
-    tree.add("video9", "val", "batch1/video9.mp4", even, crops={old: (count // 2,)}, sound=0.0)
-    tree.add("brief", "val", "raw_videos/brief.mp4", brief, crops={old: every[:12]}, sound=brief[-1])
-    tree.add("video20", "test", "batch2/video20.mp4", even, crops={new: gap}, sound=end)
-    tree.add("video21_right", "test", "batch2/video21.mp4", even, extra_rows=1, crops={new: every}, sound=end)
-    tree.add("smile", None, "batch1/smile.mp4", brief, crops={old: every[:12]}, sound=0.0)
+    tree.add("video7", "train", "batch2/video7.avi", even, extra_rows=-3, crops=halves, audio_seconds=end)
+    tree.add("8-30-64x64", "val", "raw_videos/8-30-64x64.mp4", uneven, crops={old: gap}, audio_seconds=uneven[-1] / 2)
+    tree.add("video9", "val", "batch1/video9.mp4", even, crops={old: (count // 2,)}, audio_seconds=0.0)
+    tree.add("brief", "val", "raw_videos/brief.mp4", brief, crops={old: every[:12]}, audio_seconds=brief[-1])
+    tree.add("video20", "test", "batch2/video20.mp4", even, crops={new: gap}, audio_seconds=end)
+    tree.add("video21_right", "test", "batch2/video21.mp4", even, extra_rows=1, crops={new: every}, audio_seconds=end)
+    tree.add("smile", None, "batch1/smile.mp4", brief, crops={old: every[:12]}, audio_seconds=0.0)
     sample = _write_lists(root, tree.trials)
     (root / old / ".DS_Store").write_bytes(b"\0")
     return Tree(root, tree.trials, sample)
@@ -231,7 +235,7 @@ def spoil_affwild2(tree: Tree) -> dict[str, str]:
     (root / "raw_videos" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (labels / "badlabels.txt").write_text("valence,arousal\n0.1,0.2\nlater,0.1\n0.1,7\n")
     front = root / "raw_videos" / "cutfront.mp4"
-    write_video(front, good.times, good.sound, index_first=True)
+    write_video(front, good.times, good.audio_seconds, index_first=True)
     front.write_bytes(front.read_bytes()[: front.stat().st_size * 2 // 3])
     write_crops(root / "cropped_aligned" / "faraway", (1, 2, good.times.size + 30))
     write_labels(labels.parent / "Validation_Set" / "video5.txt", label_path(good.times.size, seed=8))

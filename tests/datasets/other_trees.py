@@ -11,12 +11,12 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
-from affwild2_tree import SIDE, coded_picture, label_path, write_video
+from affwild2_tree import SIDE, draw_number, label_path, write_video
 from numpy.typing import NDArray
 from PIL import Image
 
 RATE = 25
-SOUND_RATE = 16_000
+AUDIO_RATE = 16_000
 
 
 @dataclass
@@ -33,10 +33,10 @@ class Written:
 
     split: str | None
     times: NDArray[np.float64]
-    pictures: tuple[int, ...]
+    frame_numbers: tuple[int, ...]
     rows: dict[str, dict[float, float | None]] = field(default_factory=dict)
-    own_sound: bool = False
-    sound: float = 0.0
+    separate_audio: bool = False
+    audio_seconds: float = 0.0
 
 
 Tree = dict[str, Written]
@@ -46,11 +46,11 @@ def write_wave(path: Path, seconds: float) -> None:
     """A tone, 16 kHz mono; its pitch depends on the file name, so that no two recordings are equal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pitch = 0.1 + crc32(path.name.encode()) % 1000 / 10_000
-    tone = (np.sin(np.arange(round(seconds * SOUND_RATE)) * pitch) * 8000).astype("<i2")
+    tone = (np.sin(np.arange(round(seconds * AUDIO_RATE)) * pitch) * 8000).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
-        file.setframerate(SOUND_RATE)
+        file.setframerate(AUDIO_RATE)
         file.writeframes(tone.tobytes())
 
 
@@ -76,17 +76,17 @@ def build_afew_va(root: Path, frames: int = 30) -> Tree:
 
 
 def _write_afew_clip(
-    folder: Path, pictures: tuple[int, ...], *, unannotated: tuple[int, ...] = (), labelled: bool = True
+    folder: Path, frame_numbers: tuple[int, ...], *, unannotated: tuple[int, ...] = (), labelled: bool = True
 ) -> Written:
     folder.mkdir(parents=True)
-    for number in pictures:
-        Image.fromarray(coded_picture(number + 1)).save(folder / f"{number:05d}.png")
-    written = Written(None, frame_times(max(pictures) + 1), pictures)
+    for number in frame_numbers:
+        Image.fromarray(draw_number(number + 1)).save(folder / f"{number:05d}.png")
+    written = Written(None, frame_times(max(frame_numbers) + 1), frame_numbers)
     if not labelled:
         return written
-    whole = np.rint(label_path(max(pictures) + 1, seed=len(folder.name)) * 10)
+    whole = np.rint(label_path(max(frame_numbers) + 1, seed=len(folder.name)) * 10)
     entries = {}
-    for number in pictures:
+    for number in frame_numbers:
         valence, arousal = (None, None) if number in unannotated else whole[number].tolist()
         landmarks = [[SIDE / 2 + k / 10, SIDE / 2] for k in range(68)]
         entries[f"{number:05d}"] = {"landmarks": landmarks, "valence": valence, "arousal": arousal}
@@ -108,10 +108,12 @@ def build_recola(root: Path, frames: int = 40) -> Tree:
         times = frame_times(frames)
         (root / "recordings_video").mkdir(parents=True, exist_ok=True)
         write_video(root / "recordings_video" / f"{name}.mp4", times, 0.5)
-        tree[name] = written = Written(split, times, tuple(range(frames)), own_sound=name != "dev_1", sound=0.5)
-        if written.own_sound:
-            written.sound = 1.2
-            write_wave(root / "recordings_audio" / f"{name}.wav", written.sound)
+        tree[name] = written = Written(
+            split, times, tuple(range(frames)), separate_audio=name != "dev_1", audio_seconds=0.5
+        )
+        if written.separate_audio:
+            written.audio_seconds = 1.2
+            write_wave(root / "recordings_audio" / f"{name}.wav", written.audio_seconds)
         if name == "test_1":
             continue
         values = label_path(frames, seed)
@@ -146,10 +148,10 @@ def build_sewa(root: Path, frames: int = 40) -> Tree:
     tree = {}
     for seed, (name, split) in enumerate({"Train_01": "train", "Devel_01": "val", "Test_01": "test"}.items()):
         times = frame_times(frames)
-        tree[name] = written = Written(split, times, tuple(range(frames)), own_sound=True, sound=1.0)
+        tree[name] = written = Written(split, times, tuple(range(frames)), separate_audio=True, audio_seconds=1.0)
         (root / "video").mkdir(parents=True, exist_ok=True)
         write_video(root / "video" / f"{name}.avi", times, 0.4)
-        write_wave(root / "audio" / f"{name}.WAV", written.sound)
+        write_wave(root / "audio" / f"{name}.WAV", written.audio_seconds)
         if split == "test":
             continue
         stamps = np.round(np.arange(0, times[-1], 0.1), 1)
@@ -176,12 +178,14 @@ def build_muse(root: Path, frames: int = 60) -> Tree:
     tree = {}
     for seed, (name, split) in enumerate({"1": "train", "2": "val", "10": "test"}.items()):
         times = frame_times(frames)
-        tree[name] = written = Written(split, times, tuple(range(frames)), own_sound=name == "1", sound=0.6)
+        tree[name] = written = Written(
+            split, times, tuple(range(frames)), separate_audio=name == "1", audio_seconds=0.6
+        )
         (root / "raw" / "video").mkdir(parents=True, exist_ok=True)
         write_video(root / "raw" / "video" / f"{name}.mp4", times, 0.6)
-        if written.own_sound:
+        if written.separate_audio:
             write_wave(root / "raw" / "audio" / f"{name}.wav", 2.0)
-            written.sound = 2.0
+            written.audio_seconds = 2.0
         if split == "test":
             continue
         stamps = np.concatenate([np.arange(0, 751, 250), np.arange(1750, 2251, 250)])

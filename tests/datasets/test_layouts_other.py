@@ -60,7 +60,7 @@ def test_clips_have_their_split_media_and_labels(layout: str, trees: dict[str, t
             assert clip.video is None and clip.audio is None and clip.frames == root / name and clip.frame_rate == 25
             continue
         assert clip.video is not None and clip.video.stem == name and clip.frames is None
-        assert clip.audio is not None and (clip.audio.suffix.lower() == ".wav") == written.own_sound
+        assert clip.audio is not None and (clip.audio.suffix.lower() == ".wav") == written.separate_audio
         assert clip.audio == clip.video or clip.audio.stem == name
 
 

@@ -45,7 +45,7 @@ def test_the_compiled_network_is_used(pair: tuple[Any, Any]) -> None:
 
 def test_a_missing_compiler_is_reported_before_any_clip_is_read(tmp_path: Path) -> None:
     """In a process of its own: torch looks for a compiler once."""
-    write_video(tmp_path / "data" / "a.mp4", np.arange(20) / 25, sound=0.8)
+    write_video(tmp_path / "data" / "a.mp4", np.arange(20) / 25, audio_seconds=0.8)
     command = ["-m", "vaflow", "extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--compile"]
     without = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     done = subprocess.run(
@@ -63,7 +63,7 @@ def test_a_missing_compiler_is_reported_before_any_clip_is_read(tmp_path: Path) 
 
 
 def test_records_state_that_the_encoder_was_compiled(tmp_path: Path) -> None:
-    write_video(tmp_path / "data" / "a.mp4", np.arange(20) / 25, sound=0.8)
+    write_video(tmp_path / "data" / "a.mp4", np.arange(20) / 25, audio_seconds=0.8)
     command = ["extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--visual", "clip-tiny"]
     assert main([*command, "--audio", "none", "--faces", "none", "--compile", "--device", "cpu"]) == 0
     cache = open_cache(tmp_path / "cache")

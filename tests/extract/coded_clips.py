@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import av
 import numpy as np
 import torch
-from make_media import COLUMNS, ROWS, Picture, Sound, drawn, write_media
+from make_media import COLUMNS, ROWS, AudioTrack, VideoTrack, drawn, write_media
 from numpy.typing import NDArray
 
 from vaflow.encoders.base import KALDI, Segments
@@ -34,7 +34,7 @@ def _frequencies() -> Floats:
     return np.random.default_rng(1).permutation(np.geomspace(300, 5000, 400))
 
 
-def sound_at(times: Floats) -> Floats:
+def audio_at(times: Floats) -> Floats:
     """The sound of the file's clock at any times [n] in seconds, within -0.5 .. 0.5."""
     frequency = _frequencies()
     step = np.clip((times / TONE).astype(int), 0, len(frequency) - 1)
@@ -46,11 +46,11 @@ def sound_at(times: Floats) -> Floats:
 
 def track(
     seconds: float = SECONDS, *, rate: int = 44100, channels: int = 1, start: float = 0.0, codec: str = "aac"
-) -> Sound:
+) -> AudioTrack:
     """A sound track whose sample at `start` + n / rate seconds says just that."""
-    wave = sound_at(start + np.arange(round(seconds * rate)) / rate)
+    wave = audio_at(start + np.arange(round(seconds * rate)) / rate)
     layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
-    return Sound(np.repeat(wave[None], channels, axis=0), rate, codec, layout, start)
+    return AudioTrack(np.repeat(wave[None], channels, axis=0), rate, codec, layout, start)
 
 
 def even(rate: float | Fraction, start: float = 0.0) -> tuple[float, ...]:
@@ -78,8 +78,8 @@ class Case:
     """
 
     name: str
-    picture: Picture
-    sound: Sound | None = None
+    video_track: VideoTrack
+    audio_track: AudioTrack | None = None
     cut: float = 0.0
     finish: Callable[[Path], None] | None = None
     write: Callable[[Path, "Case"], None] | None = None
@@ -89,8 +89,8 @@ class Case:
     @property
     def written(self) -> Floats:
         """[N] seconds of every frame that was written, on the file's clock."""
-        times = np.array(self.picture.times) / 1000
-        ticks = float(self.picture.rate or 1000)
+        times = np.array(self.video_track.times) / 1000
+        ticks = float(self.video_track.rate or 1000)
         return np.round(times * ticks) / ticks
 
     @property
@@ -101,7 +101,7 @@ class Case:
     @property
     def origin(self) -> float:
         """Seconds of the file's clock at which the clip begins: its first picture or sound."""
-        starts = [self.written[self.first]] + ([max(self.sound.start, self.cut)] if self.sound else [])
+        starts = [self.written[self.first]] + ([max(self.audio_track.start, self.cut)] if self.audio_track else [])
         return float(min(starts))
 
     def make(self, folder: Path) -> None:
@@ -110,7 +110,7 @@ class Case:
         if self.write is not None:
             self.write(path, self)
         else:
-            write_media(path, self.picture, self.sound, self.muxer)
+            write_media(path, self.video_track, self.audio_track, self.muxer)
         if self.finish is not None:
             self.finish(path)
         shown = range(self.first, len(self.written))
@@ -151,7 +151,7 @@ def trim(seconds: float) -> Callable[[Path], None]:
 
 def transport_stream(path: Path, case: Case) -> None:
     """An MPEG transport stream, by whatever name."""
-    write_media(path.with_suffix(".ts"), case.picture, case.sound).rename(path)
+    write_media(path.with_suffix(".ts"), case.video_track, case.audio_track).rename(path)
 
 
 def drifting(percent: float) -> Callable[[Path, Case], None]:
@@ -161,22 +161,23 @@ def drifting(percent: float) -> Callable[[Path, Case], None]:
         rate, block = RATE, 800
         fast = rate * (1 + percent / 100)  # samples per true second
         count = round(SECONDS * fast)
-        wave = sound_at(np.arange(count) / fast)
+        wave = audio_at(np.arange(count) / fast)
         with av.open(str(path), "w") as container:
             video = container.add_stream("libx264", rate=25)
             video.width, video.height, video.pix_fmt = *SIZE, "yuv420p"
             audio = container.add_stream("pcm_s16le", rate=rate, layout="mono")
             packets: list[Any] = []
-            for number in range(len(case.picture.times)):
-                frame = av.VideoFrame.from_ndarray(drawn(number, case.picture), "rgb24")
+            for number in range(len(case.video_track.times)):
+                frame = av.VideoFrame.from_ndarray(drawn(number, case.video_track), "rgb24")
                 frame.pts, frame.time_base = number, Fraction(1, 25)
                 packets += video.encode(frame)
             packets += video.encode(None)
             for begin in range(0, count, block):
                 samples = (wave[begin : begin + block] * 32767).astype(np.int16)[None]
-                sound = av.AudioFrame.from_ndarray(samples, "s16", "mono")
-                sound.sample_rate, sound.time_base, sound.pts = rate, Fraction(1, rate), round(begin / fast * rate)
-                packets += audio.encode(sound)
+                block_frame = av.AudioFrame.from_ndarray(samples, "s16", "mono")
+                block_frame.sample_rate, block_frame.time_base = rate, Fraction(1, rate)
+                block_frame.pts = round(begin / fast * rate)
+                packets += audio.encode(block_frame)
             packets += audio.encode(None)
             for packet in packets:
                 container.mux(packet)
@@ -267,7 +268,7 @@ def lateness(frames: Floats, first: int, origin: float, reach: float = 0.08) -> 
 
     def miss(shift: float) -> float:
         times = origin + first * 0.01 + np.arange(count) / RATE - shift
-        return float(((_loud(banks(sound_at(times))) - heard) ** 2).mean())
+        return float(((_loud(banks(audio_at(times))) - heard) ** 2).mean())
 
     coarse = min(np.arange(-reach, reach + 1e-9, 0.005), key=miss)
     return float(min(coarse + np.arange(-0.005, 0.00501, 0.001), key=miss))

@@ -20,7 +20,7 @@ TICKS = 1000  # per second: presentation times are given in milliseconds
 
 
 @dataclass(frozen=True)
-class Sound:
+class AudioTrack:
     """A sound track: `samples` [channels, n] in -1 .. 1, beginning at `start` seconds."""
 
     samples: NDArray[np.float64]
@@ -31,7 +31,7 @@ class Sound:
 
 
 @dataclass(frozen=True)
-class Picture:
+class VideoTrack:
     """A video track: frame k is shown at `times[k]` milliseconds."""
 
     times: Sequence[float] = tuple(range(0, 1600, 40))
@@ -46,7 +46,7 @@ class Picture:
     square: bool = False  # draw into the middle square only, which encoders see
 
 
-def number_picture(number: int, width: int, height: int) -> NDArray[np.uint8]:
+def draw_number(number: int, width: int, height: int) -> NDArray[np.uint8]:
     """[height, width, 3] uint8 that shows `number`."""
     bits = [(number >> bit) & 1 for bit in range(COLUMNS * ROWS)]
     rows = np.arange(height) * ROWS // height
@@ -56,7 +56,7 @@ def number_picture(number: int, width: int, height: int) -> NDArray[np.uint8]:
 
 
 def read_number(image: NDArray[Any]) -> int:
-    """What `number_picture` wrote."""
+    """What `draw_number` wrote."""
     height, width = image.shape[:2]
     ys = ((np.arange(ROWS) + 0.5) * height / ROWS).astype(int)
     xs = ((np.arange(COLUMNS) + 0.5) * width / COLUMNS).astype(int)
@@ -71,7 +71,7 @@ def tones(seconds: float, rate: int, channels: int = 1) -> NDArray[np.float64]:
     return np.repeat(0.5 * np.sin(2 * np.pi * frequency * time)[None], channels, axis=0)
 
 
-def heard_tone(samples: NDArray[Any], rate: int) -> int:
+def strongest_tone(samples: NDArray[Any], rate: int) -> int:
     """Index of the strongest tone in a stretch of sound; -1 where it is silent."""
     if np.abs(samples).max() < 1e-3:
         return -1
@@ -81,41 +81,46 @@ def heard_tone(samples: NDArray[Any], rate: int) -> int:
 
 
 def write_media(
-    path: Path, picture: Picture | None = None, sound: Sound | None = None, options: dict[str, str] | None = None
+    path: Path,
+    video_track: VideoTrack | None = None,
+    audio_track: AudioTrack | None = None,
+    options: dict[str, str] | None = None,
 ) -> Path:
     """Write a file of the container that its name says; `options` are the muxer's (movflags ...)."""
     with av.open(str(path), "w", options=options or {}) as container:
         packets = []
-        if picture is not None:
-            packets.append(_video(container, picture))
-        if sound is not None:
-            packets.append(_audio(container, sound))
+        if video_track is not None:
+            packets.append(_video(container, video_track))
+        if audio_track is not None:
+            packets.append(_audio(container, audio_track))
         for track in packets:
             for packet in track:
                 container.mux(packet)
     return path
 
 
-def _video(container: Any, picture: Picture) -> Iterable[Any]:
-    quiet = {"x265-params": "log-level=none"} if picture.codec == "libx265" else {}
-    stream = container.add_stream(picture.codec, rate=picture.rate or 25, options={**quiet, **picture.options})
-    stream.width, stream.height = picture.size
-    stream.pix_fmt = picture.pixel_format
-    ticks = Fraction(picture.rate or TICKS)
-    if picture.rate is None:
+def _video(container: Any, video_track: VideoTrack) -> Iterable[Any]:
+    quiet = {"x265-params": "log-level=none"} if video_track.codec == "libx265" else {}
+    stream = container.add_stream(
+        video_track.codec, rate=video_track.rate or 25, options={**quiet, **video_track.options}
+    )
+    stream.width, stream.height = video_track.size
+    stream.pix_fmt = video_track.pixel_format
+    ticks = Fraction(video_track.rate or TICKS)
+    if video_track.rate is None:
         stream.codec_context.time_base = Fraction(1, TICKS)
-    if picture.rotation:
-        stream.set_display_rotation(picture.rotation)
+    if video_track.rotation:
+        stream.set_display_rotation(video_track.rotation)
 
     random = np.random.default_rng(0)
 
     def encode() -> Iterable[Any]:
-        for number, time in enumerate(picture.times):
-            image = drawn(number, picture)
-            grain = random.integers(-picture.noise, picture.noise + 1, image.shape)
+        for number, time in enumerate(video_track.times):
+            image = drawn(number, video_track)
+            grain = random.integers(-video_track.noise, video_track.noise + 1, image.shape)
             image = (image + grain).clip(0, 255).astype(np.uint8)
-            image = np.ascontiguousarray(np.rot90(image, -picture.rotation // 90))
-            frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format=picture.pixel_format)
+            image = np.ascontiguousarray(np.rot90(image, -video_track.rotation // 90))
+            frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format=video_track.pixel_format)
             frame.pts, frame.time_base = round(time * ticks / TICKS), 1 / ticks
             yield from stream.encode(frame)
         yield from stream.encode(None)
@@ -123,33 +128,33 @@ def _video(container: Any, picture: Picture) -> Iterable[Any]:
     return encode()
 
 
-def drawn(number: int, picture: Picture) -> NDArray[np.uint8]:
+def drawn(number: int, video_track: VideoTrack) -> NDArray[np.uint8]:
     """A frame of the track as it is shown."""
-    width, height = _shown_size(picture)
-    if not picture.square:
-        return number_picture(number, width, height)
+    width, height = _shown_size(video_track)
+    if not video_track.square:
+        return draw_number(number, width, height)
     side = min(width, height)
     image = np.full((height, width, 3), 128, np.uint8)
     top, left = (height - side) // 2, (width - side) // 2
-    image[top : top + side, left : left + side] = number_picture(number, side, side)
+    image[top : top + side, left : left + side] = draw_number(number, side, side)
     return image
 
 
-def _shown_size(picture: Picture) -> tuple[int, int]:
-    width, height = picture.size
-    return (height, width) if picture.rotation % 180 else (width, height)
+def _shown_size(video_track: VideoTrack) -> tuple[int, int]:
+    width, height = video_track.size
+    return (height, width) if video_track.rotation % 180 else (width, height)
 
 
-def _audio(container: Any, sound: Sound, block: int = 1024) -> Iterable[Any]:
-    stream = container.add_stream(sound.codec, rate=sound.rate, layout=sound.layout)
+def _audio(container: Any, audio_track: AudioTrack, block: int = 1024) -> Iterable[Any]:
+    stream = container.add_stream(audio_track.codec, rate=audio_track.rate, layout=audio_track.layout)
 
     def encode() -> Iterable[Any]:
-        whole = (np.clip(sound.samples, -1, 1) * 32767).astype(np.int16)
+        whole = (np.clip(audio_track.samples, -1, 1) * 32767).astype(np.int16)
         for begin in range(0, whole.shape[1], block):
             packed = np.ascontiguousarray(whole[:, begin : begin + block].T).reshape(1, -1)
-            frame = av.AudioFrame.from_ndarray(packed, format="s16", layout=sound.layout)
-            frame.sample_rate, frame.time_base = sound.rate, Fraction(1, sound.rate)
-            frame.pts = begin + round(sound.start * sound.rate)
+            frame = av.AudioFrame.from_ndarray(packed, format="s16", layout=audio_track.layout)
+            frame.sample_rate, frame.time_base = audio_track.rate, Fraction(1, audio_track.rate)
+            frame.pts = begin + round(audio_track.start * audio_track.rate)
             yield from stream.encode(frame)
         yield from stream.encode(None)
 

@@ -24,7 +24,7 @@ from coded_clips import (
     trim,
     uneven,
 )
-from make_media import Picture
+from make_media import VideoTrack
 
 from vaflow.cache import Cache, open_cache
 from vaflow.datasets import open_dataset
@@ -40,8 +40,8 @@ VP9 = {"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "5"}
 VP8 = {"auto-alt-ref": "1", "lag-in-frames": "16"}
 
 
-def film(times, size=SIZE, **options) -> Picture:
-    return Picture(times, size, square=True, **options)
+def film(times, size=SIZE, **options) -> VideoTrack:
+    return VideoTrack(times, size, square=True, **options)
 
 
 def opus(seconds: float = 3.6, start: float = 0.0):
@@ -163,11 +163,13 @@ def test_labels_follow_the_file_clock(aligned: Cache, case: Case) -> None:
     assert (np.abs(written[told] - written[numbers[known]]) <= 2 * shift + 1.5e-3).all()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.sound], ids=[c.name for c in CASES if c.sound])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.audio_track], ids=[c.name for c in CASES if c.audio_track]
+)
 def test_audio_is_aligned_at_start_middle_and_end(aligned: Cache, case: Case) -> None:
     logmel = aligned.read("logmel", stem(case))
     valid = np.flatnonzero(logmel.valid)
-    assert case.sound is not None and valid.size > 280
+    assert case.audio_track is not None and valid.size > 280
     np.testing.assert_allclose(np.diff(logmel.time), 0.01, atol=1e-9)
     np.testing.assert_allclose(logmel.time[0], 0.0125, atol=1e-9)
     origin = origin_of(aligned, case)
@@ -176,7 +178,9 @@ def test_audio_is_aligned_at_start_middle_and_end(aligned: Cache, case: Case) ->
         assert abs(late) <= SOUND, f"{1000 * late:.0f} ms late from {part[0] / 100:.2f} s on"
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.sound], ids=[c.name for c in CASES if c.sound])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.audio_track], ids=[c.name for c in CASES if c.audio_track]
+)
 def test_every_step_encodes_the_audio_of_its_time(aligned: Cache, case: Case) -> None:
     tones, logmel = aligned.read("tones", stem(case)), aligned.read("logmel", stem(case))
     frames = np.where(logmel.valid[:, None], logmel.embedding, np.nan)

@@ -6,8 +6,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from coded_clips import banks, lateness, sound_at
-from make_media import Picture, Sound, heard_tone, tones, write_media
+from coded_clips import audio_at, banks, lateness
+from make_media import AudioTrack, VideoTrack, strongest_tone, tones, write_media
 
 from vaflow.errors import MediaError
 from vaflow.extract.audio import RATE, AudioSummary, decode_audio
@@ -43,7 +43,7 @@ CODECS = [("pcm_s16le", "wav"), ("flac", "mkv"), ("aac", "mp4"), ("libmp3lame", 
 @pytest.mark.parametrize(("codec", "container"), CODECS)
 def test_a_click_is_located_within_a_millisecond(tmp_path: Path, codec: str, container: str, rate: int) -> None:
     clicks = [0.3, 1.2345, 2.75]
-    path = write_media(tmp_path / f"click.{container}", None, Sound(click(clicks, rate), rate=rate, codec=codec))
+    path = write_media(tmp_path / f"click.{container}", None, AudioTrack(click(clicks, rate), rate=rate, codec=codec))
     with av.open(str(path)) as file:  # how late the container itself puts the sound (MP3 has an encoder delay)
         first = next(file.decode(audio=0))
         base = file.streams.audio[0].time_base
@@ -66,7 +66,7 @@ def test_mono_is_the_mean_of_the_channels(tmp_path: Path, channels: str, codec: 
     level = np.linspace(-0.7, 0.9, count)
     time = np.arange(2 * RATE) / RATE
     source = level[:, None] * np.sin(2 * np.pi * 440 * time)
-    path = write_media(tmp_path / "c.mkv", None, Sound(source, rate=RATE, codec=codec, layout=channels))
+    path = write_media(tmp_path / "c.mkv", None, AudioTrack(source, rate=RATE, codec=codec, layout=channels))
     samples, summary = heard(path, 2.0)
     np.testing.assert_allclose(samples, source.mean(axis=0), atol=1e-4)
     assert (summary.channels, summary.rate, summary.status) == (count, RATE, "ok")
@@ -78,7 +78,7 @@ def test_planar_samples_are_read_as_channels(tmp_path: Path) -> None:
     level = np.linspace(-0.7, 0.9, 8)
     time = np.arange(2 * RATE) / RATE
     source = level[:, None] * np.sin(2 * np.pi * 440 * time)
-    path = write_media(tmp_path / "c.mp4", None, Sound(source, rate=RATE, codec="aac", layout="7.1"))
+    path = write_media(tmp_path / "c.mp4", None, AudioTrack(source, rate=RATE, codec="aac", layout="7.1"))
     with av.open(str(path)) as container:
         frame = next(container.decode(audio=0))
         assert frame.format.is_planar and frame.layout.nb_channels == 8
@@ -91,14 +91,16 @@ def test_planar_samples_are_read_as_channels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le"])
 def test_all_sample_formats_share_one_full_scale(tmp_path: Path, codec: str) -> None:
     source = tones(1.0, RATE)
-    samples, _ = heard(write_media(tmp_path / "c.wav", None, Sound(source, rate=RATE, codec=codec)), 1.0)
+    samples, _ = heard(write_media(tmp_path / "c.wav", None, AudioTrack(source, rate=RATE, codec=codec)), 1.0)
     np.testing.assert_allclose(samples, source[0], atol=1.5 / 128 if codec == "pcm_u8" else 1e-4)
 
 
 def test_resampling_preserves_the_waveform(tmp_path: Path) -> None:
     """Against the same sine, sampled at 16 kHz by formula: no shift, no change of level."""
     time = np.arange(2 * 44100) / 44100
-    path = write_media(tmp_path / "c.wav", None, Sound(0.8 * np.sin(2 * np.pi * 1000 * time)[None], codec="pcm_s16le"))
+    path = write_media(
+        tmp_path / "c.wav", None, AudioTrack(0.8 * np.sin(2 * np.pi * 1000 * time)[None], codec="pcm_s16le")
+    )
     samples, _ = heard(path, 2.0)
     expected = 0.8 * np.sin(2 * np.pi * 1000 * np.arange(2 * RATE) / RATE)
     middle = slice(RATE // 10, -RATE // 10)
@@ -107,17 +109,17 @@ def test_resampling_preserves_the_waveform(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "mov"])
 def test_each_half_second_contains_the_written_audio(tmp_path: Path, container: str) -> None:
-    path = write_media(tmp_path / f"c.{container}", Picture(EVEN), Sound(tones(4.0, 44100)))
+    path = write_media(tmp_path / f"c.{container}", VideoTrack(EVEN), AudioTrack(tones(4.0, 44100)))
     samples, summary = heard(path, 4.0)
     assert summary.status == "ok"
     for half in range(8):
-        assert heard_tone(samples[half * 8000 + 1000 : half * 8000 + 7000], RATE) == half
+        assert strongest_tone(samples[half * 8000 + 1000 : half * 8000 + 7000], RATE) == half
 
 
 @pytest.mark.parametrize("start", [0.7, 1.25])
 def test_audio_that_starts_late_is_preceded_by_zeros(tmp_path: Path, start: float) -> None:
-    sound = Sound(tones(2.0, 48000), rate=48000, codec="pcm_s16le", start=start)
-    path = write_media(tmp_path / "c.mkv", Picture(EVEN), sound)
+    audio_track = AudioTrack(tones(2.0, 48000), rate=48000, codec="pcm_s16le", start=start)
+    path = write_media(tmp_path / "c.mkv", VideoTrack(EVEN), audio_track)
     samples, summary = heard(path, 4.0)
     assert summary.status == "short"
     assert not samples[: round(start * RATE)].any()
@@ -131,10 +133,10 @@ def test_audio_that_starts_late_is_preceded_by_zeros(tmp_path: Path, start: floa
 
 def test_audio_before_the_video_is_dropped(tmp_path: Path) -> None:
     """Asked to count from 0.5 s of the file, the first half second of sound lies before time 0."""
-    path = write_media(tmp_path / "c.wav", None, Sound(tones(3.0, 44100), codec="pcm_s16le"))
+    path = write_media(tmp_path / "c.wav", None, AudioTrack(tones(3.0, 44100), codec="pcm_s16le"))
     samples, summary = heard(path, 2.5, start=0.5)
     np.testing.assert_allclose(summary.covered, [[0, 2.5]], atol=1e-3)
-    assert [heard_tone(samples[k * 8000 + 500 : k * 8000 + 7500], RATE) for k in range(5)] == [1, 2, 3, 4, 5]
+    assert [strongest_tone(samples[k * 8000 + 500 : k * 8000 + 7500], RATE) for k in range(5)] == [1, 2, 3, 4, 5]
 
 
 def write_pieces(path: Path, pieces: list[tuple[float, np.ndarray]], rate: int) -> Path:
@@ -157,7 +159,7 @@ def test_gaps_are_zero_filled_and_not_marked_covered(tmp_path: Path) -> None:
     assert summary.status == "short"
     np.testing.assert_allclose(np.array(summary.covered), np.array([[0, 1], [1.4, 3]]), atol=2e-3)
     assert not samples[RATE + 50 : round(1.4 * RATE) - 50].any()
-    assert heard_tone(samples[24500:31500], RATE) == 3
+    assert strongest_tone(samples[24500:31500], RATE) == 3
 
 
 def test_timestamp_jitter_does_not_split_the_audio(tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ def test_audio_clock_drift_is_followed(tmp_path: Path, percent: float) -> None:
     """Twenty seconds of samples that come too fast or too slow: uncorrected they would be 60 ms off at the end."""
     rate = 16000
     fast = rate * (1 + percent / 100)
-    wave = sound_at(np.arange(round(20 * fast)) / fast)
+    wave = audio_at(np.arange(round(20 * fast)) / fast)
     pieces = [(begin / fast, wave[begin : begin + 800]) for begin in range(0, len(wave), 800)]
     samples, summary = heard(write_pieces(tmp_path / "c.mkv", pieces, rate), 20.0)
     assert len(summary.covered) == 1 and samples.size == pytest.approx(20 * rate, abs=0.006 * rate)
@@ -196,7 +198,7 @@ def test_repeated_audio_is_used_once(tmp_path: Path) -> None:
 
 
 def test_audio_is_cut_at_the_end_of_the_clip(tmp_path: Path) -> None:
-    path = write_media(tmp_path / "c.wav", None, Sound(tones(3.0, 44100), codec="pcm_s16le"))
+    path = write_media(tmp_path / "c.wav", None, AudioTrack(tones(3.0, 44100), codec="pcm_s16le"))
     samples, summary = heard(path, 1.23)
     assert samples.size == round(1.23 * RATE)
     np.testing.assert_allclose(summary.covered, [[0, 1.23]], atol=1e-4)
@@ -204,14 +206,14 @@ def test_audio_is_cut_at_the_end_of_the_clip(tmp_path: Path) -> None:
 
 
 def test_absent_audio_has_a_status(tmp_path: Path) -> None:
-    samples, summary = heard(write_media(tmp_path / "c.mp4", Picture(EVEN)), 4.0)
+    samples, summary = heard(write_media(tmp_path / "c.mp4", VideoTrack(EVEN)), 4.0)
     assert samples.size == 0
     assert summary == AudioSummary("absent")
 
 
 @pytest.mark.parametrize(("level", "status"), [(0.0, "silent"), (5e-5, "silent"), (3e-3, "ok")])
 def test_digital_silence_has_a_status(tmp_path: Path, level: float, status: str) -> None:
-    path = write_media(tmp_path / "c.wav", None, Sound(tones(2.0, 44100) * 2 * level, codec="pcm_s16le"))
+    path = write_media(tmp_path / "c.wav", None, AudioTrack(tones(2.0, 44100) * 2 * level, codec="pcm_s16le"))
     samples, summary = heard(path, 2.0)
     assert summary.status == status
     assert samples.size == 2 * RATE
@@ -220,8 +222,8 @@ def test_digital_silence_has_a_status(tmp_path: Path, level: float, status: str)
 
 @pytest.mark.parametrize(("length", "status"), [(3.95, "ok"), (3.8, "short")])
 def test_short_audio_has_a_status(tmp_path: Path, length: float, status: str) -> None:
-    sound = Sound(tones(length, 44100), codec="pcm_s16le")
-    samples, summary = heard(write_media(tmp_path / "c.mkv", Picture(EVEN), sound), 4.0)
+    audio_track = AudioTrack(tones(length, 44100), codec="pcm_s16le")
+    samples, summary = heard(write_media(tmp_path / "c.mkv", VideoTrack(EVEN), audio_track), 4.0)
     assert summary.status == status
     assert samples.size == pytest.approx(length * RATE, abs=20)
 
@@ -235,7 +237,7 @@ def damaged(source: Path, target: Path, begin: float, end: float) -> Path:
 
 
 def test_damage_does_not_shift_the_following_audio(tmp_path: Path) -> None:
-    whole = write_media(tmp_path / "c.mp4", None, Sound(tones(6.0, 44100)), {"movflags": "faststart"})
+    whole = write_media(tmp_path / "c.mp4", None, AudioTrack(tones(6.0, 44100)), {"movflags": "faststart"})
     samples, summary = heard(damaged(whole, tmp_path / "d.mp4", 0.55, 0.60), 6.0)
     clean, _ = heard(whole, 6.0)
     assert summary.damaged > 0

@@ -12,7 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from make_media import Picture, Sound, tones, write_media
+from make_media import AudioTrack, VideoTrack, tones, write_media
 from PIL import Image
 
 from vaflow.datasets import Clip
@@ -131,7 +131,7 @@ def test_stills_a_day_apart_are_rejected(tmp_path: Path) -> None:
 
 def test_a_false_frame_size_in_the_header_allocates_no_memory(tmp_path: Path) -> None:
     """MPEG-4 says the size in the pictures themselves; the container's word does not count."""
-    path = write_media(tmp_path / "a.avi", Picture(codec="mpeg4", rate=25))
+    path = write_media(tmp_path / "a.avi", VideoTrack(codec="mpeg4", rate=25))
     data = bytearray(path.read_bytes())
     at = data.index(b"strf") + 8 + 4  # of the bitmap header: its size, then width and height
     data[at : at + 8] = struct.pack("<II", 16_384, 16_384)
@@ -143,7 +143,7 @@ def test_a_false_frame_size_in_the_header_allocates_no_memory(tmp_path: Path) ->
 
 def test_a_huge_video_frame_is_not_decoded(tmp_path: Path) -> None:
     """Every frame of Motion JPEG is a JPEG with a header of its own."""
-    path = write_media(tmp_path / "a.avi", Picture(codec="mjpeg", pixel_format="yuvj420p", rate=25))
+    path = write_media(tmp_path / "a.avi", VideoTrack(codec="mjpeg", pixel_format="yuvj420p", rate=25))
     data = bytearray(path.read_bytes())
     at = data.find(b"\xff\xc0")
     while at >= 0:
@@ -179,7 +179,7 @@ def boxes(data: bytearray, *names: bytes) -> int:
 
 @pytest.mark.parametrize("frames", [2**31 - 1, 2**32 - 1, 10**8])
 def test_a_container_claiming_billions_of_frames_is_rejected(tmp_path: Path, frames: int) -> None:
-    path = write_media(tmp_path / "a.mp4", Picture())
+    path = write_media(tmp_path / "a.mp4", VideoTrack())
     data = bytearray(path.read_bytes())
     sizes = boxes(data, b"moov", b"stsz") + 4
     data[sizes : sizes + 8] = struct.pack(">II", 1, frames)  # all of one byte
@@ -228,7 +228,7 @@ def wav(path: Path, rate: int = 16_000, channels: int = 1, claimed: int | None =
 
 
 def test_audio_length_comes_from_the_data_not_the_header(tmp_path: Path) -> None:
-    film = write_media(tmp_path / "a.mp4", Picture())
+    film = write_media(tmp_path / "a.mp4", VideoTrack())
     last, ends, peak = last_words(Clip("c", None, "c", film, wav(tmp_path / "a.wav", claimed=2**32 - 1)))
     assert isinstance(last, Done)
     assert ends[0].facts["audio"] in ("ok", "silent")
@@ -238,7 +238,7 @@ def test_audio_length_comes_from_the_data_not_the_header(tmp_path: Path) -> None
 @pytest.mark.parametrize("rate", [0, 1, 999, 800_000, 2**31 - 1, 2**32 - 1])
 def test_an_absurd_sample_rate_is_rejected_without_allocation(tmp_path: Path, rate: int) -> None:
     """One second at 1 Hz would become 16,000 samples for each of a file's."""
-    film = write_media(tmp_path / "a.mp4", Picture())
+    film = write_media(tmp_path / "a.mp4", VideoTrack())
     last, ends, peak = last_words(Clip("c", None, "c", film, wav(tmp_path / "a.wav", rate=rate)))
     assert peak < ROOM
     if isinstance(last, Done):
@@ -249,7 +249,7 @@ def test_an_absurd_sample_rate_is_rejected_without_allocation(tmp_path: Path, ra
 
 @pytest.mark.parametrize("channels", [0, 300, 65_535])
 def test_too_many_channels_are_rejected(tmp_path: Path, channels: int) -> None:
-    film = write_media(tmp_path / "a.mp4", Picture(), Sound(tones(1.6, 44100)))
+    film = write_media(tmp_path / "a.mp4", VideoTrack(), AudioTrack(tones(1.6, 44100)))
     last, _, peak = last_words(Clip("c", None, "c", film, wav(tmp_path / "a.wav", channels=channels)))
     assert isinstance(last, Done) or last.error == "MediaError"
     assert peak < ROOM

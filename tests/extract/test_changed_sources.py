@@ -26,7 +26,7 @@ NOTHING = ["--visual", "none", "--audio", "none", "--device", "cpu", "--quiet"]
 def clip(tmp_path: Path) -> Clip:
     """A video of a second with labels."""
     root = tmp_path / "data"
-    write_video(root / "a.mp4", np.arange(25) / 25, sound=1.0)
+    write_video(root / "a.mp4", np.arange(25) / 25, audio_seconds=1.0)
     (root / "a.csv").write_text("frame,valence,arousal\n0,0.1,0.1\n")
     return open_dataset(root, "videos").clips[0]
 
@@ -88,7 +88,7 @@ def test_rehash_detects_edited_labels_of_equal_size_and_time(clip: Clip, tmp_pat
 
 def test_rehash_detects_replaced_crops_of_equal_size(tiny_pair: tuple, tmp_path: Path) -> None:
     root = tmp_path / "data"
-    write_video(root / "a.mp4", np.arange(25) / 25, sound=0.0)
+    write_video(root / "a.mp4", np.arange(25) / 25, audio_seconds=0.0)
     folder = tmp_path / "crops"
     folder.mkdir()
     for number in range(1, 26):

@@ -119,7 +119,9 @@ def test_a_variable_frame_rate_is_noted_and_a_constant_one_is_not(tree: Tree, re
 
 
 def test_absent_and_short_audio_is_reported(tree: Tree, report: Report) -> None:
-    assert set(findings(report, "no-audio")) == {name for name, trial in tree.trials.items() if trial.sound == 0}
+    assert set(findings(report, "no-audio")) == {
+        name for name, trial in tree.trials.items() if trial.audio_seconds == 0
+    }
     assert set(findings(report, "audio-partial")) == {"8-30-64x64"}
 
 

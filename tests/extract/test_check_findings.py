@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from affwild2_tree import label_path, write_crops, write_labels, write_video
-from make_media import Picture, Sound, tones, write_media
+from make_media import AudioTrack, VideoTrack, tones, write_media
 
 from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo
@@ -32,7 +32,7 @@ def found(report: Report, code: str) -> dict[str, Note]:
 
 def one(root: Path, name: str = "clip.mp4", **parts: object) -> Report:
     root.mkdir(parents=True, exist_ok=True)
-    write_media(root / name, **{"picture": Picture(EVEN), **parts})  # type: ignore[arg-type]
+    write_media(root / name, **{"video_track": VideoTrack(EVEN), **parts})  # type: ignore[arg-type]
     return check(root)
 
 
@@ -40,16 +40,18 @@ def one(root: Path, name: str = "clip.mp4", **parts: object) -> Report:
 
 
 @pytest.mark.parametrize(
-    ("sound", "code", "status"),
+    ("audio_track", "code", "status"),
     [
         (None, "no-audio", "none"),
-        (Sound(np.zeros((1, 70560))), "audio-silent", "silent"),
-        (Sound(tones(0.7, 44100)), "audio-partial", "partial"),
-        (Sound(tones(1.6, 44100)), None, "whole"),
+        (AudioTrack(np.zeros((1, 70560))), "audio-silent", "silent"),
+        (AudioTrack(tones(0.7, 44100)), "audio-partial", "partial"),
+        (AudioTrack(tones(1.6, 44100)), None, "whole"),
     ],
 )
-def test_audio_status_is_reported(tmp_path: Path, sound: Sound | None, code: str | None, status: str) -> None:
-    report = one(tmp_path, sound=sound)
+def test_audio_status_is_reported(
+    tmp_path: Path, audio_track: AudioTrack | None, code: str | None, status: str
+) -> None:
+    report = one(tmp_path, audio_track=audio_track)
     codes = {note.code for note in report.findings if "audio" in note.code}
     media = report.checked[0].media
     assert codes == ({code} if code else set()) and media is not None and media.audio == status
@@ -57,12 +59,12 @@ def test_audio_status_is_reported(tmp_path: Path, sound: Sound | None, code: str
 
 def test_audio_after_a_long_silence_is_complete(tmp_path: Path) -> None:
     samples = np.concatenate([np.zeros((1, 60000)), tones(0.24, 44100)], axis=1)
-    media = one(tmp_path, sound=Sound(samples)).checked[0].media
+    media = one(tmp_path, audio_track=AudioTrack(samples)).checked[0].media
     assert media is not None and media.audio == "whole"
 
 
 def test_undecodable_audio_is_a_warning(tmp_path: Path) -> None:
-    path = write_media(tmp_path / "clip.mkv", Picture(EVEN), Sound(tones(1.6, 44100), codec="flac"))
+    path = write_media(tmp_path / "clip.mkv", VideoTrack(EVEN), AudioTrack(tones(1.6, 44100), codec="flac"))
     data = path.read_bytes().replace(b"\xff\xf8", b"\x01\x01")  # what every FLAC frame begins with
     path.write_bytes(data)
     report = check(tmp_path)
@@ -72,13 +74,13 @@ def test_undecodable_audio_is_a_warning(tmp_path: Path) -> None:
 
 def test_a_frozen_video_is_noted(tmp_path: Path) -> None:
     times = (*EVEN[:20], *(time + 1500 for time in EVEN[20:]))
-    note = found(one(tmp_path, picture=Picture(times)), "picture-gap")["clip"]
+    note = found(one(tmp_path, video_track=VideoTrack(times)), "picture-gap")["clip"]
     assert f"{(times[20] - times[19]) / 1000:.2f} s" in note.message
 
 
 def test_a_wrong_frame_rate_in_the_header_is_noted(tmp_path: Path) -> None:
     """Every second frame is dropped, evenly: the claim of 25 frames/s is wrong, and no frame is off the average."""
-    report = one(tmp_path, "clip.avi", picture=Picture(EVEN[::2], codec="mpeg4", rate=25))
+    report = one(tmp_path, "clip.avi", video_track=VideoTrack(EVEN[::2], codec="mpeg4", rate=25))
     media = report.checked[0].media
     assert media is not None and media.nominal_rate == 25 and media.average_rate == pytest.approx(12.5)
     assert set(found(report, "rate-claim")) == {"clip"} and not found(report, "variable-rate")
@@ -86,7 +88,7 @@ def test_a_wrong_frame_rate_in_the_header_is_noted(tmp_path: Path) -> None:
 
 def test_a_variable_rate_finding_states_the_error_of_index_over_rate(tmp_path: Path) -> None:
     times = (*EVEN[:20], *(time + 2000 for time in EVEN[20:]))
-    note = found(one(tmp_path, picture=Picture(times)), "variable-rate")["clip"]
+    note = found(one(tmp_path, video_track=VideoTrack(times)), "variable-rate")["clip"]
     seconds = np.array(times) / 1000
     drift = np.abs(seconds - np.linspace(seconds[0], seconds[-1], len(seconds))).max()
     valence = float(np.interp(drift, [0, 0.5, 1], [0, 1 - 0.941, 1 - 0.879]))
@@ -299,7 +301,7 @@ def test_every_finding_has_severity_count_items_remedy_and_cost(tmp_path: Path) 
 
 
 def test_audio_only_clips_are_usable_and_noted(tmp_path: Path) -> None:
-    write_media(tmp_path / "talk.wav", sound=Sound(tones(1.6, 44100), codec="pcm_s16le"))
+    write_media(tmp_path / "talk.wav", audio_track=AudioTrack(tones(1.6, 44100), codec="pcm_s16le"))
     report = check(tmp_path)
     media = report.checked[0].media
     assert media is not None and media.audio == "whole" and media.duration == pytest.approx(1.6, abs=0.1)
@@ -315,7 +317,7 @@ def test_items_removed_from_the_dataset_are_listed(tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
     for name, red in (("kept", 0), ("moved", 1), ("gone", 2)):
-        write_media(root / f"{name}.mp4", Picture(EVEN[: 20 + red]))
+        write_media(root / f"{name}.mp4", VideoTrack(EVEN[: 20 + red]))
     cache = create_cache(tmp_path / "cache")
     cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS}))
     empty = {"time": np.arange(2.0), "value": np.zeros((2, 2), np.float32), "valid": np.zeros((2, 2), bool)}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_media import Picture, Sound, tones, write_media
+from make_media import AudioTrack, VideoTrack, tones, write_media
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
@@ -27,9 +27,9 @@ SMALL = ["--window", "2", "--stride", "1", "--frames", "8", "--audio-steps", "8"
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("containers")
     for suffix, codec in CODECS.items():
-        write_media(root / f"{suffix}.{suffix}", Picture(TIMES, codec=codec, rate=25))
+        write_media(root / f"{suffix}.{suffix}", VideoTrack(TIMES, codec=codec, rate=25))
     for suffix, codec in AUDIO.items():
-        write_media(root / f"{suffix}.{suffix}", sound=Sound(tones(2.4, 44100), codec=codec))
+        write_media(root / f"{suffix}.{suffix}", audio_track=AudioTrack(tones(2.4, 44100), codec=codec))
         rows = [f"{t / 10:g},{np.sin(t):.3f},{np.cos(t):.3f}" for t in range(24)]
         (root / f"{suffix}.csv").write_text("\n".join(["time,valence,arousal", *rows]) + "\n")
     splits = [f"{name},{'val' if name == 'mp3' else 'train'}" for name in (*CODECS, *AUDIO)]

@@ -60,7 +60,7 @@ def test_extraction_and_training(tree: Tree, tiny_pair: tuple, url: str, tmp_pat
     results = []
     for number, cache in enumerate((open_cache(tmp_path / "cache"), open_cache(url))):
         run = tmp_path / f"run{number}"
-        result = train_run(cache, config, run, allow_missing=True, tensorboard=False, pictures=False)
+        result = train_run(cache, config, run, allow_missing=True, tensorboard=False, figures=False)
         results.append(json.dumps(result.metrics["ccc"]))
     assert results[0] == results[1]
     assert require_record(tmp_path / "run1").cache == url

@@ -16,7 +16,7 @@ from vaflow.extract.pipeline import extract
 
 
 def run_script(tmp_path: Path, guard: str) -> "subprocess.CompletedProcess[str]":
-    write_video(tmp_path / "data" / "a.mp4", np.arange(10) / 25, sound=0.0)
+    write_video(tmp_path / "data" / "a.mp4", np.arange(10) / 25, audio_seconds=0.0)
     script = tmp_path / "script.py"
     script.write_text(BODY.format(guard=guard, root=str(tmp_path / "data"), out=str(tmp_path / "cache")))
     return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_media import Picture, Sound, tones, write_media
+from make_media import AudioTrack, VideoTrack, tones, write_media
 
 from vaflow.errors import MediaError
 from vaflow.extract.audio import decode_audio
@@ -18,8 +18,8 @@ def joined(tmp_path: Path) -> Path:
     """Two transport streams of two seconds each, as `cat a.ts b.ts` joins them."""
     parts = []
     for name, first in (("a.ts", 0), ("b.ts", 0)):
-        picture = Picture(tuple(range(first, first + 2000, 40)), rate=25)
-        parts.append(write_media(tmp_path / name, picture, Sound(tones(2.0, 48000), rate=48000)).read_bytes())
+        video_track = VideoTrack(tuple(range(first, first + 2000, 40)), rate=25)
+        parts.append(write_media(tmp_path / name, video_track, AudioTrack(tones(2.0, 48000), rate=48000)).read_bytes())
     path = tmp_path / "joined.ts"
     path.write_bytes(b"".join(parts))
     return path

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from coded_clips import NumberReader, label_of, numbers_of, uneven
-from make_media import Picture, number_picture, write_media
+from make_media import VideoTrack, draw_number, write_media
 from PIL import Image
 
 from vaflow.cache import Cache, open_cache
@@ -38,11 +38,11 @@ class CountingReader(NumberReader):
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, CountingReader]:
     root = tmp_path_factory.mktemp("bugs")
     (root / "raw_videos").mkdir()
-    write_media(root / "raw_videos" / "talk.mp4", Picture(tuple(np.rint(TIMES * 1000).astype(int))))
+    write_media(root / "raw_videos" / "talk.mp4", VideoTrack(tuple(np.rint(TIMES * 1000).astype(int))))
     crops = root / "cropped_aligned" / "talk"
     crops.mkdir(parents=True)
     for number in set(range(FRAMES)) - NO_FACE:
-        Image.fromarray(number_picture(number, 112, 112)).save(crops / f"{number + 1:05d}.jpg", quality=95)
+        Image.fromarray(draw_number(number, 112, 112)).save(crops / f"{number + 1:05d}.jpg", quality=95)
     labels = root / "VA_Set" / "Train_Set" / "talk.txt"
     labels.parent.mkdir(parents=True)
     rows = ["-5,-5" if k in UNANNOTATED else f"{label_of(k)},{-label_of(k)}" for k in range(FRAMES)]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from make_media import Picture, Sound, tones, write_media
+from make_media import AudioTrack, VideoTrack, tones, write_media
 from test_pipeline import CONFIG, run, same_arrays
 
 from vaflow.cache import Cache, create_cache, open_cache, stores
@@ -23,8 +23,7 @@ from vaflow.errors import CacheError
 from vaflow.extract.assembly import ClipAssembly
 from vaflow.extract.batching import make_encoders
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.messages import AudioBlock as SoundBlock
-from vaflow.extract.messages import AudioEnd, Clock, Done, Face, FacesEnd, Message
+from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
 from vaflow.extract.plan import PendingClip
 
 WHOLE = replace(CONFIG, face_source="none", pixels=True)
@@ -97,8 +96,10 @@ def test_a_full_disk_raises_a_cache_error(cache: Cache, monkeypatch: pytest.Monk
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     root = tmp_path_factory.mktemp("long")
     for number, seconds in enumerate((12.0, 3.4)):
-        sound = Sound(tones(seconds, 16000) * (number + 1) / 4, 16000)
-        write_media(root / f"clip{number}.mp4", Picture(tuple(range(0, round(seconds * 1000), 200)), noise=30), sound)
+        audio_track = AudioTrack(tones(seconds, 16000) * (number + 1) / 4, 16000)
+        write_media(
+            root / f"clip{number}.mp4", VideoTrack(tuple(range(0, round(seconds * 1000), 200)), noise=30), audio_track
+        )
     return open_dataset(root, "videos")
 
 
@@ -172,7 +173,7 @@ def messages(seconds: int) -> Iterator[Message]:
     yield Clock(0, labels, float(seconds), {})
     rng = np.random.default_rng(0)
     for _ in range(seconds):
-        yield SoundBlock(0, rng.standard_normal(16000).astype(np.float32))
+        yield AudioBlock(0, rng.standard_normal(16000).astype(np.float32))
     yield AudioEnd(0, ((0.0, float(seconds)),), {})
     samples = len(CONFIG_FREE.grid.sample_times(float(seconds)))
     for sample in range(samples):

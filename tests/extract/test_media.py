@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_media import Picture, Sound, copy_from_keyframe, read_number, tones, write_media
+from make_media import AudioTrack, VideoTrack, copy_from_keyframe, read_number, tones, write_media
 
 from vaflow.errors import MediaError
 from vaflow.extract.video import decoder_identity, frame_times, frames_at, probe, to_rgb
@@ -17,19 +17,19 @@ UNEVEN = tuple(np.cumsum(np.random.default_rng(0).choice([20, 33, 40, 120, 300],
 EVEN = tuple(range(0, 1600, 40))
 
 FILES = {
-    "h264.mp4": Picture(UNEVEN, options={"bf": "3"}),
-    "h264.mkv": Picture(UNEVEN, options={"bf": "3"}),
-    "h264.mov": Picture(UNEVEN),
-    "hevc.mp4": Picture(UNEVEN, codec="libx265", options={"bf": "3"}),
-    "vp9.webm": Picture(
+    "h264.mp4": VideoTrack(UNEVEN, options={"bf": "3"}),
+    "h264.mkv": VideoTrack(UNEVEN, options={"bf": "3"}),
+    "h264.mov": VideoTrack(UNEVEN),
+    "hevc.mp4": VideoTrack(UNEVEN, codec="libx265", options={"bf": "3"}),
+    "vp9.webm": VideoTrack(
         UNEVEN, codec="libvpx-vp9", options={"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "5"}
     ),
-    "vp8.webm": Picture(UNEVEN, codec="libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16"}),
-    "mpeg4.mp4": Picture(EVEN, codec="mpeg4", rate=25, options={"bf": "2"}),
-    "mpeg4.avi": Picture(EVEN, codec="mpeg4", rate=25),
-    "late.mp4": Picture(tuple(time + 1500 for time in UNEVEN)),
-    "late.mkv": Picture(tuple(time + 1500 for time in UNEVEN)),
-    "stream.ts": Picture(UNEVEN, options={"bf": "2"}),
+    "vp8.webm": VideoTrack(UNEVEN, codec="libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16"}),
+    "mpeg4.mp4": VideoTrack(EVEN, codec="mpeg4", rate=25, options={"bf": "2"}),
+    "mpeg4.avi": VideoTrack(EVEN, codec="mpeg4", rate=25),
+    "late.mp4": VideoTrack(tuple(time + 1500 for time in UNEVEN)),
+    "late.mkv": VideoTrack(tuple(time + 1500 for time in UNEVEN)),
+    "stream.ts": VideoTrack(UNEVEN, options={"bf": "2"}),
 }
 
 
@@ -43,11 +43,11 @@ def decoded_times(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", FILES)
 def test_header_times_equal_decoded_and_written_times(tmp_path: Path, name: str) -> None:
-    picture = FILES[name]
-    path = write_media(tmp_path / name, picture)
+    video_track = FILES[name]
+    path = write_media(tmp_path / name, video_track)
     times = frame_times(path)
     np.testing.assert_allclose(times, decoded_times(path), atol=1e-6)
-    written = np.array(picture.times) / 1000
+    written = np.array(video_track.times) / 1000
     np.testing.assert_allclose(times, written - written[0], atol=1e-3)
     assert times.dtype == np.float64
 
@@ -64,7 +64,7 @@ def test_frames_are_read_by_number(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("b_frames", [0, 3])
 def test_avi_frames_without_times_are_counted(tmp_path: Path, b_frames: int) -> None:
     """FFmpeg's times of H.264 in AVI are one frame late, and with B-frames do not even ascend."""
-    path = write_media(tmp_path / "clip.avi", Picture(EVEN, rate=25, options={"bf": str(b_frames)}))
+    path = write_media(tmp_path / "clip.avi", VideoTrack(EVEN, rate=25, options={"bf": str(b_frames)}))
     times = frame_times(path)
     np.testing.assert_allclose(times, np.array(EVEN) / 1000, atol=1e-9)
     got = [(number, read_number(image)) for number, image in frames_at(path, np.array([0, 7, 8, 39]), times)]
@@ -76,8 +76,8 @@ def test_dropped_avi_frames_do_not_shift_the_others(tmp_path: Path, codec: str) 
     """AVI stores an empty chunk where a frame is left out: the next one keeps its time."""
     times = tuple(time for time in EVEN if time not in (80, 120, 400, 1480))
     pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-    picture = Picture(times, codec=codec, pixel_format=pixel_format, rate=25, options={"bf": "0"})
-    path = write_media(tmp_path / "clip.avi", picture)
+    video_track = VideoTrack(times, codec=codec, pixel_format=pixel_format, rate=25, options={"bf": "0"})
+    path = write_media(tmp_path / "clip.avi", video_track)
     read = frame_times(path)
     np.testing.assert_allclose(read, np.array(times) / 1000, atol=1e-9)
     numbers = [read_number(image) for _, image in frames_at(path, np.arange(len(read)), read)]
@@ -86,8 +86,8 @@ def test_dropped_avi_frames_do_not_shift_the_others(tmp_path: Path, codec: str) 
 
 @pytest.mark.parametrize("options", [{"live": "1"}, {"reserve_index_space": "4096"}])
 def test_matroska_without_sizes_or_duration_is_read_completely(tmp_path: Path, options: dict[str, str]) -> None:
-    sound = Sound(tones(3.0, 44100))  # longer than the pictures
-    path = write_media(tmp_path / "live.mkv", Picture(UNEVEN), sound, options)
+    audio_track = AudioTrack(tones(3.0, 44100))  # longer than the pictures
+    path = write_media(tmp_path / "live.mkv", VideoTrack(UNEVEN), audio_track, options)
     np.testing.assert_allclose(np.diff(frame_times(path)), np.diff(UNEVEN) / 1000, atol=1e-3)
 
 
@@ -113,7 +113,7 @@ def test_requested_frame_numbers_must_ascend_within_the_clip(tmp_path: Path, wan
 def test_hidden_packets_are_not_frames(tmp_path: Path) -> None:
     """A stream copied from the middle of an open group of pictures begins with frames that lean on what is gone."""
     options = {"g": "10", "bf": "3", "sc_threshold": "0", "x264-params": "open-gop=1"}
-    whole = write_media(tmp_path / "whole.mkv", Picture(EVEN, options=options))
+    whole = write_media(tmp_path / "whole.mkv", VideoTrack(EVEN, options=options))
     for name in ("cut.mkv", "cut.mp4"):
         path = copy_from_keyframe(whole, tmp_path / name, 1)
         times = frame_times(path)
@@ -124,8 +124,8 @@ def test_hidden_packets_are_not_frames(tmp_path: Path) -> None:
 
 def test_the_clock_starts_at_the_file_start_not_the_video_start(tmp_path: Path) -> None:
     """Sound from 0 s, pictures from 0.6 s: the first picture lies at 0.6 s of the clip."""
-    picture = Picture(tuple(time + 600 for time in EVEN))
-    path = write_media(tmp_path / "late.mkv", picture, Sound(tones(2.2, 44100)))
+    video_track = VideoTrack(tuple(time + 600 for time in EVEN))
+    path = write_media(tmp_path / "late.mkv", video_track, AudioTrack(tones(2.2, 44100)))
     times = frame_times(path)
     np.testing.assert_allclose(times, decoded_times(path), atol=1e-6)
     # The encoder's delay makes the sound, and so the file, begin one AAC frame early.
@@ -133,8 +133,8 @@ def test_the_clock_starts_at_the_file_start_not_the_video_start(tmp_path: Path) 
 
 
 def test_probe_describes_both_streams(tmp_path: Path) -> None:
-    sound = Sound(tones(2.0, 48000, 2), rate=48000, layout="stereo", start=0.25)
-    path = write_media(tmp_path / "clip.mp4", Picture(EVEN), sound)
+    audio_track = AudioTrack(tones(2.0, 48000, 2), rate=48000, layout="stereo", start=0.25)
+    path = write_media(tmp_path / "clip.mp4", VideoTrack(EVEN), audio_track)
     info = probe(path)
     assert info.video is not None
     assert info.audio is not None
@@ -147,7 +147,7 @@ def test_probe_describes_both_streams(tmp_path: Path) -> None:
 
 
 def test_an_audio_file_has_no_frames(tmp_path: Path) -> None:
-    path = write_media(tmp_path / "sound.mp4", None, Sound(tones(1.0, 44100)))
+    path = write_media(tmp_path / "sound.mp4", None, AudioTrack(tones(1.0, 44100)))
     info = probe(path)
     assert info.video is None
     for known in (None, info):
@@ -158,14 +158,14 @@ def test_an_audio_file_has_no_frames(tmp_path: Path) -> None:
 def test_a_cover_image_is_not_video(tmp_path: Path) -> None:
     path = tmp_path / "cover.mp4"
     with av.open(str(path), "w") as container:
-        sound = container.add_stream("aac", rate=44100, layout="mono")
+        audio_stream = container.add_stream("aac", rate=44100, layout="mono")
         cover = container.add_stream("mjpeg", rate=25)
         cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
         cover.disposition = av.stream.Disposition.attached_pic
         container.mux(cover.encode(av.VideoFrame(64, 64, "yuvj420p")))
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.int16), "s16", "mono")
         frame.sample_rate = 44100
-        container.mux([*sound.encode(frame), *sound.encode(None)])
+        container.mux([*audio_stream.encode(frame), *audio_stream.encode(None)])
     with av.open(str(path)) as container:
         assert len(container.streams.video) == 1, "the file must look as if it had video"
     assert probe(path).video is None

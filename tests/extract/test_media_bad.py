@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_media import Picture, Sound, cut, read_number, tones, write_media
+from make_media import AudioTrack, VideoTrack, cut, read_number, tones, write_media
 
 from vaflow.errors import MediaError
 from vaflow.extract.headers import promised_size
@@ -16,9 +16,9 @@ EVEN = tuple(range(0, 2000, 40))
 ALL_KEYFRAMES = {"g": "1"}
 
 
-def heavy(**settings: Any) -> Picture:
+def heavy(**settings: Any) -> VideoTrack:
     """Noise does not compress: pictures, not indexes, are what a cut takes away."""
-    return Picture(EVEN, noise=60, **settings)
+    return VideoTrack(EVEN, noise=60, **settings)
 
 
 WHOLE = {
@@ -36,10 +36,10 @@ WHOLE = {
 @pytest.mark.parametrize("with_sound", [False, True])
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_truncated_file_reports_its_length(tmp_path: Path, name: str, with_sound: bool, share: float) -> None:
-    picture, options = WHOLE[name]
+    video_track, options = WHOLE[name]
     codec = {"webm": "libopus", ".avi": "libmp3lame"}.get(name[-4:], "aac")
-    sound = Sound(tones(2.0, 48000), rate=48000, codec=codec) if with_sound else None
-    whole = write_media(tmp_path / name, picture, sound, options)
+    audio_track = AudioTrack(tones(2.0, 48000), rate=48000, codec=codec) if with_sound else None
+    whole = write_media(tmp_path / name, video_track, audio_track, options)
     assert len(frame_times(whole)) == len(EVEN)
     with pytest.raises(MediaError, match=r"Expected: .* Got: ") as error:
         frame_times(cut(whole, tmp_path / f"cut-{name}", share))
@@ -53,15 +53,15 @@ def test_a_truncated_file_reports_present_and_expected_frames(tmp_path: Path) ->
 
 
 def test_a_file_cut_before_its_index_cannot_be_opened(tmp_path: Path) -> None:
-    whole = write_media(tmp_path / "whole.mp4", Picture(EVEN))
+    whole = write_media(tmp_path / "whole.mp4", VideoTrack(EVEN))
     with pytest.raises(MediaError, match="truncated before its index"):
         probe(cut(whole, tmp_path / "cut.mp4", 0.7))
 
 
 @pytest.mark.parametrize("name", ["clip.mkv", "clip.webm", "clip.avi", "front.mp4", "fragments.mp4"])
 def test_containers_state_their_expected_size(tmp_path: Path, name: str) -> None:
-    picture, options = WHOLE[name]
-    whole = write_media(tmp_path / name, picture, None, options)
+    video_track, options = WHOLE[name]
+    whole = write_media(tmp_path / name, video_track, None, options)
     size = whole.stat().st_size
     assert promised_size(whole) == size
     promised = promised_size(cut(whole, tmp_path / "cut", 0.6))
@@ -88,7 +88,7 @@ def test_non_media_files_are_rejected(tmp_path: Path, name: str, content: bytes)
 
 
 def test_a_playlist_opens_no_other_file(tmp_path: Path) -> None:
-    write_media(tmp_path / "other.mp4", Picture(EVEN))
+    write_media(tmp_path / "other.mp4", VideoTrack(EVEN))
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
     with pytest.raises(MediaError, match="playlist"):
         probe(tmp_path / "list.mp4")
@@ -101,7 +101,7 @@ def test_directories_and_missing_files_are_rejected(tmp_path: Path) -> None:
 
 
 def test_a_name_with_a_colon_is_read_as_a_file(tmp_path: Path) -> None:
-    path = write_media(tmp_path / "12:30 é.mp4", Picture(EVEN))
+    path = write_media(tmp_path / "12:30 é.mp4", VideoTrack(EVEN))
     assert len(frame_times(path)) == len(EVEN)
 
 
@@ -127,8 +127,8 @@ def test_decoding_that_ends_early_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_damaged_frame_is_replaced_without_shifting_others(tmp_path: Path) -> None:
-    picture = heavy(codec="libx265", options={"g": "1", "x265-params": "log-level=none:keyint=1"})
-    whole = write_media(tmp_path / "whole.mp4", picture, None, {"movflags": "faststart"})
+    video_track = heavy(codec="libx265", options={"g": "1", "x265-params": "log-level=none:keyint=1"})
+    whole = write_media(tmp_path / "whole.mp4", video_track, None, {"movflags": "faststart"})
     path = zero_out(whole, tmp_path / "holes.mp4", 0.50, 0.54)
     times = frame_times(path)
     numbers = [read_number(image) for _, image in frames_at(path, np.arange(len(times)), times)]
@@ -138,7 +138,7 @@ def test_a_damaged_frame_is_replaced_without_shifting_others(tmp_path: Path) -> 
 
 
 def test_decoding_uses_one_thread(tmp_path: Path) -> None:
-    path = write_media(tmp_path / "clip.mp4", Picture(EVEN))
+    path = write_media(tmp_path / "clip.mp4", VideoTrack(EVEN))
     before = count_threads()
     for _ in frames_at(path, np.array([0, 20, 40]), frame_times(path)):
         assert count_threads() == before

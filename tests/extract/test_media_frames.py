@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from make_media import Picture, number_picture, read_number, write_media
+from make_media import VideoTrack, draw_number, read_number, write_media
 
 from vaflow.extract.video import frame_times, frames_at, probe, turned
 
@@ -56,7 +56,7 @@ def test_colours_are_correct_for_every_matrix_range_and_depth(
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotated_videos_are_decoded_upright(tmp_path: Path, rotation: int) -> None:
-    path = write_media(tmp_path / "turned.mp4", Picture(range(0, 400, 40), rotation=rotation))
+    path = write_media(tmp_path / "turned.mp4", VideoTrack(range(0, 400, 40), rotation=rotation))
     info = probe(path)
     assert info.video is not None
     times = frame_times(path)
@@ -95,12 +95,12 @@ def test_every_display_matrix_is_applied(swap: bool, across: int, down: int) -> 
 def test_odd_sizes_and_deep_colour_are_decoded_exactly(
     tmp_path: Path, codec: str, pixel_format: str, size: tuple[int, int]
 ) -> None:
-    path = write_media(tmp_path / "odd.mkv", Picture((0, 40, 80), size, codec, pixel_format))
+    path = write_media(tmp_path / "odd.mkv", VideoTrack((0, 40, 80), size, codec, pixel_format))
     times = frame_times(path)
     for number, image in frames_at(path, np.arange(3), times):
         assert image.shape == (size[1], size[0], 3)
         assert image.dtype == np.uint8
-        difference = np.abs(image.astype(int) - number_picture(number, *size).astype(int))
+        difference = np.abs(image.astype(int) - draw_number(number, *size).astype(int))
         assert np.median(difference) <= 3
         assert difference[-1].mean() < 40  # the last row and column are part of the picture
         assert difference[:, -1].mean() < 40

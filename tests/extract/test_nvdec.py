@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from make_media import Picture, read_number, write_media
+from make_media import VideoTrack, read_number, write_media
 
 from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError, UsageError, VaflowError
@@ -83,7 +83,7 @@ class _Backend:
 def numbered(tmp_path: Path) -> Path:
     """Forty pictures at an uneven rate that begin after 0.5 s and show their numbers."""
     times = np.cumsum(np.random.default_rng(0).integers(20, 90, 40)) + 500
-    return write_media(tmp_path / "numbered.mp4", Picture(tuple(times.tolist())))
+    return write_media(tmp_path / "numbered.mp4", VideoTrack(tuple(times.tolist())))
 
 
 def test_frames_are_matched_by_presentation_time(stand_in: type[StandIn], numbered: Path) -> None:

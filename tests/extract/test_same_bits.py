@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_media import Picture, Sound, tones, write_media
+from make_media import AudioTrack, VideoTrack, tones, write_media
 from test_pipeline import CONFIG, run, same_arrays
 
 from vaflow.cache import Cache, open_cache
@@ -26,8 +26,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     root = tmp_path_factory.mktemp("same")
     for number, seconds in enumerate((11.0, 1.0, 4.6, 2.2, 7.4, 1.6, 3.0)):
         times = tuple(range(0, round(seconds * 1000), 200))
-        sound = Sound(tones(seconds, 16000) * (number + 1) / 8, 16000)
-        write_media(root / f"clip{number}.mp4", Picture(times, noise=30), sound)
+        audio_track = AudioTrack(tones(seconds, 16000) * (number + 1) / 8, 16000)
+        write_media(root / f"clip{number}.mp4", VideoTrack(times, noise=30), audio_track)
     return open_dataset(root, "videos")
 
 

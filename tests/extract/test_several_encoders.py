@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_media import Picture, Sound, tones, write_media
+from make_media import AudioTrack, VideoTrack, tones, write_media
 
 from vaflow.cache import Cache, open_cache
 from vaflow.datasets import Dataset, open_dataset
@@ -26,10 +26,10 @@ WINDOW, STRIDE, STEPS, STEP = 2.0, 1.0, 4, 0.5
 def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four seconds with sound, one clip whose sound ends after 1.3 s, one without sound."""
     folder = tmp_path_factory.mktemp("several")
-    picture = Picture(tuple(range(0, 3600, 200)), options={"preset": "ultrafast"})
-    write_media(folder / "whole.mp4", picture, Sound(tones(3.6, 16000), 16000))
-    write_media(folder / "part.mp4", picture, Sound(tones(1.3, 16000), 16000))
-    write_media(folder / "mute.mp4", picture)
+    video_track = VideoTrack(tuple(range(0, 3600, 200)), options={"preset": "ultrafast"})
+    write_media(folder / "whole.mp4", video_track, AudioTrack(tones(3.6, 16000), 16000))
+    write_media(folder / "part.mp4", video_track, AudioTrack(tones(1.3, 16000), 16000))
+    write_media(folder / "mute.mp4", video_track)
     return folder
 
 
@@ -65,8 +65,8 @@ def test_every_step_stores_the_example_centred_on_it(
     cache, vggish = whole[0], encoders[1][1]
     for item in ("whole", "part"):
         stored, duration = cache.read("vggish-tiny", item), cache.meta(item)["duration"]
-        sound = np.concatenate(list(decode_audio(clips_folder / f"{item}.mp4", start=0.0, duration=duration)))
-        mel = VGGISH_MEL.open().push(sound)
+        samples = np.concatenate(list(decode_audio(clips_folder / f"{item}.mp4", start=0.0, duration=duration)))
+        mel = VGGISH_MEL.open().push(samples)
         centres = 0.01 * np.arange(-200, 600) + (95 * 160 + 400) / 2 / 16000  # of the example that begins at frame n
         padded = np.full((1000, 64), np.log(np.float32(0.01)))
         padded[200 : 200 + len(mel)] = mel

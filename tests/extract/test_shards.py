@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from make_media import Picture, write_media
+from make_media import VideoTrack, write_media
 
 from vaflow.datasets.clip import Clip
 from vaflow.extract import plan
@@ -65,9 +65,9 @@ def test_shards_do_not_depend_on_the_dataset_order(monkeypatch: pytest.MonkeyPat
 def test_shards_are_balanced_by_duration_not_bytes(tmp_path: Path) -> None:
     """Two long clips of few bytes, two short ones of many: by bytes the long ones would share a part."""
     for name in ("long1", "long2"):
-        write_media(tmp_path / f"{name}.mp4", Picture(tuple(range(0, 60_000, 6000))))
+        write_media(tmp_path / f"{name}.mp4", VideoTrack(tuple(range(0, 60_000, 6000))))
     for name in ("short1", "short2"):
-        write_media(tmp_path / f"{name}.mp4", Picture(tuple(range(0, 2000, 40)), noise=60))
+        write_media(tmp_path / f"{name}.mp4", VideoTrack(tuple(range(0, 2000, 40)), noise=60))
     paths = sorted(tmp_path.glob("*.mp4"))
     clips = [Clip(path.stem, None, path.stem, path) for path in paths]
     sizes = {path.stem: path.stat().st_size for path in paths}
@@ -81,7 +81,7 @@ def test_header_durations_equal_ffmpeg(name: str, tmp_path: Path) -> None:
     codec = {"a.webm": "libvpx-vp9", "a.avi": "mpeg4"}.get(name, "libx264")
     rate = 25 if name == "a.avi" else None
     times = tuple(range(0, 7000, 200)) if rate is None else tuple(range(0, 7000, 40))
-    path = write_media(tmp_path / name, Picture(times, codec=codec, rate=rate))
+    path = write_media(tmp_path / name, VideoTrack(times, codec=codec, rate=rate))
     with av.open(str(path)) as container:
         assert header_seconds(path) == pytest.approx((container.duration or 0) / 1e6, abs=0.25)
 

@@ -67,7 +67,7 @@ def test_every_sample_shows_the_frame_of_its_time(layout: str, trees: dict[str, 
         expected = [int(np.argmin(np.abs(written.times - time))) for time in samples]
         assert end.frame.tolist() == expected
         shown = {face.sample: decode_number(np.asarray(Image.open(BytesIO(face.jpeg)))) for face in only(Face, sent)}
-        assert shown == {k: frame + 1 for k, frame in enumerate(expected) if frame in written.pictures}
+        assert shown == {k: frame + 1 for k, frame in enumerate(expected) if frame in written.frame_numbers}
 
 
 @pytest.mark.parametrize("layout", BUILDERS)
@@ -78,7 +78,7 @@ def test_a_separate_audio_file_takes_precedence(layout: str, trees: dict[str, tu
         (end,) = only(AudioEnd, sent)
         heard = sum(message.samples.size for message in only(AudioBlock, sent)) / 16_000
         assert end.facts["audio"] == ("ok" if heard else "absent") or heard < float(written.times[-1])
-        assert heard == pytest.approx(min(written.sound, float(written.times[-1]) + 0.04), abs=0.07)
+        assert heard == pytest.approx(min(written.audio_seconds, float(written.times[-1]) + 0.04), abs=0.07)
         assert ("audio" in only(Clock, sent)[0].sources) == (layout != "afew-va")
 
 
@@ -171,5 +171,5 @@ def test_missing_images_are_noted(trees: dict[str, tuple[Path, Tree]]) -> None:
     root, tree = trees["afew-va"]
     report = check_dataset(open_dataset(root))
     notes = {note.item: note.message for note in report.findings if note.code == "frames-missing"}
-    assert set(notes) == {name for name, written in tree.items() if len(written.pictures) < written.times.size}
+    assert set(notes) == {name for name, written in tree.items() if len(written.frame_numbers) < written.times.size}
     assert all(message.startswith("1 of 30 frames") for message in notes.values())

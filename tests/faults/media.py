@@ -10,7 +10,7 @@ def write_media(root: Path, count: int) -> Path:
     """`count` clips of about two seconds, a third of them of the validation split."""
     for k in range(count):
         times = np.arange(40 + 5 * k) / 20
-        write_video(root / f"clip{k}.mp4", times, sound=1.5 + 0.25 * k)
+        write_video(root / f"clip{k}.mp4", times, audio_seconds=1.5 + 0.25 * k)
         rows = [f"{t},{np.sin(t + k):.4f},{np.cos(t * (k + 1)):.4f}" for t in times]
         (root / f"clip{k}.csv").write_text("\n".join(["time,valence,arousal", *rows]) + "\n")
     names = [f"clip{k},{'val' if k % 3 == 2 else 'train'}" for k in range(count)]

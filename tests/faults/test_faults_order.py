@@ -94,7 +94,7 @@ def test_a_run_is_marked_done_after_all_files_are_flushed(
     monkeypatch.setattr(os, "unlink", note_unlink)
     out = tmp_path / "run"
     config = TrainConfig(hidden=16, epochs=2, device="cpu")
-    train_run(open_cache(toys), config, out, tensorboard=False, pictures=False, keep_checkpoint=False)
+    train_run(open_cache(toys), config, out, tensorboard=False, figures=False, keep_checkpoint=False)
     done = steps.index(("name", out / "metrics.json"))
     for file in [out / "model.safetensors", out / "config.toml", *(out / "predictions" / "val").glob("*.csv")]:
         named = steps.index(("name", file))

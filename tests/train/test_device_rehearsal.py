@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy_batches import HEARD, HEARD_TOO, SEEN, SEEN_TOO
+from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, VISUAL_STREAM, VISUAL_STREAM_2
 
 from vaflow.train.batch import AUDIO, BINARY, CLASSES, Batch, ExtraTargets, StreamSpec, TargetSpec
 from vaflow.train.heads.fusion import FUSION, POSITIONS
@@ -106,16 +106,25 @@ def check_device(batch: Batch) -> None:
 @pytest.mark.parametrize("temporal", TEMPORAL)
 @pytest.mark.parametrize("fusion", FUSION)
 def test_every_temporal_model_and_fusion(temporal, fusion):
-    assert rehearse((SEEN, HEARD), temporal=temporal, fusion=fusion).device.type == "cuda"
+    assert rehearse((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, fusion=fusion).device.type == "cuda"
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_every_normalisation_and_position(normalize, positions):
-    rehearse((SEEN, HEARD), normalize=normalize, attention_positions=positions)
+    rehearse((VISUAL_STREAM, AUDIO_STREAM), normalize=normalize, attention_positions=positions)
 
 
-@pytest.mark.parametrize("streams", [(SEEN,), (HEARD,), (SEEN, SEEN_TOO, HEARD, HEARD_TOO), (SEEN, MEL), (HEARD, MEL)])
+@pytest.mark.parametrize(
+    "streams",
+    [
+        (VISUAL_STREAM,),
+        (AUDIO_STREAM,),
+        (VISUAL_STREAM, VISUAL_STREAM_2, AUDIO_STREAM, AUDIO_STREAM_2),
+        (VISUAL_STREAM, MEL),
+        (AUDIO_STREAM, MEL),
+    ],
+)
 @pytest.mark.parametrize("temporal", TEMPORAL)
 def test_every_mix_of_streams(streams, temporal):
     rehearse(streams, temporal=temporal)
@@ -124,13 +133,13 @@ def test_every_mix_of_streams(streams, temporal):
 @pytest.mark.parametrize("options", [{"layers": 2}, {"layers": 2, "dropout": 0.3}, {"per_direction": 3}])
 @pytest.mark.parametrize("temporal", ["gru", "lstm"])
 def test_every_recurrent_option(options, temporal):
-    rehearse((SEEN, HEARD), temporal=temporal, temporal_options=options)
+    rehearse((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, temporal_options=options)
 
 
 @pytest.mark.parametrize("loss", [{}, {"hard": True}, {"kl_weight": 0.0}])
 @pytest.mark.parametrize("options", [{"learnable_prototypes": True}, {"context": (2, 3)}])
 def test_every_loss_and_prompt_head(loss, options):
-    rehearse((SEEN, HEARD), loss, **options)
+    rehearse((VISUAL_STREAM, AUDIO_STREAM), loss, **options)
 
 
 def test_the_device_check_detects_copies_and_synchronization():

@@ -101,7 +101,7 @@ def runs(cache: Cache, tmp_path_factory) -> list[Path]:
         replace(CONFIG, seed=2, visual=("none",), kl_weight=0.0),
     ]
     for k, config in enumerate(configs):
-        train_run(cache, config, folder / str(k), tensorboard=False, pictures=False)
+        train_run(cache, config, folder / str(k), tensorboard=False, figures=False)
     return [folder / str(k) for k in range(len(configs))]
 
 
@@ -186,7 +186,7 @@ def test_invalid_ensembles_are_rejected(runs: list[Path], cache: Cache, tmp_path
     with pytest.raises(UsageError, match="not a run directory"):
         ensemble_runs([tmp_path / "absent"], tmp_path / "e", device="cpu")
     fold = replace(CONFIG, folds=3, fold=1, epochs=1)
-    train_run(cache, fold, tmp_path / "fold", tensorboard=False, pictures=False)
+    train_run(cache, fold, tmp_path / "fold", tensorboard=False, figures=False)
     with pytest.raises(UsageError, match="--split, a split that none of them was trained on"):
         ensemble_runs([runs[0], tmp_path / "fold"], tmp_path / "e", device="cpu")
 

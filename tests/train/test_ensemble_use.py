@@ -36,7 +36,7 @@ def runs(cache: Cache, tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     configs = [replace(CONFIG, visual=("none",), kl_weight=0.0), replace(CONFIG, audio=("none",), seed=1)]
     for k, config in enumerate(configs):
-        train_run(cache, config, folder / str(k), tensorboard=False, pictures=False)
+        train_run(cache, config, folder / str(k), tensorboard=False, figures=False)
     return [folder / str(k) for k in range(2)]
 
 
@@ -87,7 +87,7 @@ def test_runs_with_incompatible_extraction_settings_are_rejected(
     runs: list[Path], asked: list[ExtractConfig], cache: Cache, tmp_path: Path
 ) -> None:
     other = make_cache(tmp_path / "cache", Toy(seconds=(8, 14), grid=Grid(4.0, 1.5, 16)))
-    train_run(other, CONFIG, tmp_path / "dense", tensorboard=False, pictures=False)
+    train_run(other, CONFIG, tmp_path / "dense", tensorboard=False, figures=False)
     file = {"runs": [str(runs[1]), str(tmp_path / "dense")], "how": "mean"}
     (tmp_path / "e").mkdir()
     weights = {"valence": [0.5, 0.5], "arousal": [0.5, 0.5]}

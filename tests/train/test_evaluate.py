@@ -32,16 +32,16 @@ from vaflow.train.inputs import resolve
 from vaflow.train.windows import WindowSet
 
 
-class Says(nn.Module):
+class FunctionModel(nn.Module):
     """A model that says what a function of (absolute seconds [B, F], batch) says."""
 
-    def __init__(self, windows: WindowSet, what: Callable[[Tensor, Batch], Tensor], regions: Tensor | None = None):
+    def __init__(self, windows: WindowSet, function: Callable[[Tensor, Batch], Tensor], regions: Tensor | None = None):
         super().__init__()
         self.time = torch.from_numpy(windows.sample_time)
-        self.what, self.regions = what, regions
+        self.function, self.regions = function, regions
 
     def forward(self, batch: Batch) -> Output:
-        va = self.what(self.time[batch.window], batch).float()
+        va = self.function(self.time[batch.window], batch).float()
         logits = None if self.regions is None else self.regions.expand(*va.shape[:2], 9)
         return Output(va, logits)
 
@@ -66,7 +66,7 @@ def wave(time: Tensor, batch: Batch | None = None) -> Tensor:
 
 
 def test_predictions_are_interpolated_between_samples_and_held_outside(windows: WindowSet, cache: Cache) -> None:
-    for trace in predict_clips(Says(windows, wave), windows, batch_size=3):
+    for trace in predict_clips(FunctionModel(windows, wave), windows, batch_size=3):
         grid_times = cache.read(VISUAL, trace.clip.item).time
         samples = wave(torch.from_numpy(grid_times)).numpy()
         expected = np.stack([np.interp(trace.clip.time, grid_times, column) for column in samples.T], axis=1)
@@ -80,7 +80,7 @@ def test_constant_predictions_are_reproduced_and_clipped(windows: WindowSet) -> 
         def constant(time: Tensor, batch: Batch, value: float = value) -> Tensor:
             return torch.full((*time.shape, 2), value)
 
-        for trace in predict_clips(Says(windows, constant), windows):
+        for trace in predict_clips(FunctionModel(windows, constant), windows):
             assert (trace.va == expected).all()
 
 
@@ -88,14 +88,14 @@ def test_traces_exclude_padding(windows: WindowSet) -> None:
     def wild(time: Tensor, batch: Batch) -> Tensor:
         return torch.where(batch.inside.unsqueeze(-1), wave(time), torch.nan)
 
-    clean = list(predict_clips(Says(windows, wave), windows))
-    dirty = list(predict_clips(Says(windows, wild), windows))
+    clean = list(predict_clips(FunctionModel(windows, wave), windows))
+    dirty = list(predict_clips(FunctionModel(windows, wild), windows))
     assert all((a.va == b.va).all() for a, b in zip(clean, dirty, strict=True))
 
 
 def test_overlapping_windows_are_averaged(windows: WindowSet) -> None:
     """What a window says is its own number; an instant's value is the mean over the windows that see it."""
-    model = Says(windows, lambda t, b: (b.window % 7).double().div(10)[:, None, None].expand(*t.shape, 2))
+    model = FunctionModel(windows, lambda t, b: (b.window % 7).double().div(10)[:, None, None].expand(*t.shape, 2))
     for trace in predict_clips(model, windows):
         clip = trace.clip
         for row in range(0, len(clip.time), 13):
@@ -110,7 +110,7 @@ def test_overlapping_windows_are_averaged(windows: WindowSet) -> None:
 def test_metrics_are_over_all_labelled_frames_concatenated(windows: WindowSet, cache: Cache) -> None:
     rng = np.random.default_rng(0)
     noise = torch.from_numpy(rng.normal(scale=0.3, size=(*windows.sample_time.shape, 2)))
-    model = Says(windows, lambda t, b: b.target + noise[b.window])
+    model = FunctionModel(windows, lambda t, b: b.target + noise[b.window])
     report, traces = evaluate_windows(model, windows, "val", resamples=200)
     x = np.concatenate([trace.va for trace in traces])
     labels = [cache.read(LABELS, item) for item in cache.items(split="val")]
@@ -131,9 +131,11 @@ def test_metrics_are_over_all_labelled_frames_concatenated(windows: WindowSet, c
 
 
 def test_perfect_predictions_score_one_and_constants_zero(windows: WindowSet) -> None:
-    perfect, _ = evaluate_windows(Says(windows, lambda t, b: b.target), windows, "val", resamples=50)
+    perfect, _ = evaluate_windows(FunctionModel(windows, lambda t, b: b.target), windows, "val", resamples=50)
     assert perfect["ccc"]["mean"] > 0.95 and perfect["warnings"] == []
-    constant, _ = evaluate_windows(Says(windows, lambda t, b: torch.zeros(*t.shape, 2)), windows, "val", resamples=50)
+    constant, _ = evaluate_windows(
+        FunctionModel(windows, lambda t, b: torch.zeros(*t.shape, 2)), windows, "val", resamples=50
+    )
     assert constant["ccc"]["mean"] == 0
     assert [w.split(" (")[0] for w in constant["warnings"]] == [
         "predictions of valence are nearly constant",
@@ -146,14 +148,14 @@ def test_the_bootstrap_resamples_groups(tmp_path: Path) -> None:
     left = cache.read(LABELS, "val1")
     cache.write(LABELS, "val1", left.arrays, meta={**left.meta, "group": "val0"})
     windows = windows_of(cache)
-    report, _ = evaluate_windows(Says(windows, lambda t, b: b.target), windows, "val")
+    report, _ = evaluate_windows(FunctionModel(windows, lambda t, b: b.target), windows, "val")
     assert (report["n_videos"], report["n_clips"]) == (1, 2)
     assert report["ci95"]["mean"] == [None, None]  # one video has no spread
 
 
 def test_one_dimension_only(tmp_path: Path) -> None:
     windows = windows_of(make_cache(tmp_path / "c", Toy(splits={"val": 2}, targets=(1,))))
-    report, _ = evaluate_windows(Says(windows, lambda t, b: b.target), windows, "val", resamples=50)
+    report, _ = evaluate_windows(FunctionModel(windows, lambda t, b: b.target), windows, "val", resamples=50)
     assert report["ccc"]["valence"] is None and report["ci95"]["valence"] == [None, None]
     assert report["ccc"]["mean"] == pytest.approx(report["ccc"]["arousal"])
     assert "valence is not labelled in this split" in report["warnings"]
@@ -161,7 +163,7 @@ def test_one_dimension_only(tmp_path: Path) -> None:
 
 def test_region_probabilities_are_written(windows: WindowSet) -> None:
     report, traces = evaluate_windows(
-        Says(windows, lambda t, b: b.target, torch.eye(9)[4] * 50), windows, "val", resamples=10
+        FunctionModel(windows, lambda t, b: b.target, torch.eye(9)[4] * 50), windows, "val", resamples=10
     )
     labels = np.concatenate([t.clip.value[t.clip.valid.all(axis=1)] for t in traces])
     neutral = (np.abs(labels) < 0.33).all(axis=1).mean()
@@ -182,7 +184,7 @@ def without_features(path: Path) -> Cache:
 def test_labelled_clips_without_features_are_an_error(tmp_path: Path) -> None:
     cache = without_features(tmp_path / "c")
     windows = windows_of(cache)
-    model = Says(windows, lambda t, b: b.target)
+    model = FunctionModel(windows, lambda t, b: b.target)
     frames = int(cache.read(LABELS, "val1").valid.any(axis=1).sum())
     with pytest.raises(DataError, match=rf"{frames} labelled frames of 1 clip have no features: val1"):
         evaluate_windows(model, windows, "val")
@@ -202,7 +204,7 @@ def test_clips_missing_from_the_cache_are_counted(tmp_path: Path) -> None:
     (cache.path / "failures-1-of-2.jsonl").write_text(text + '{"item": "ki')  # an extraction was killed here
     assert failed_items(cache, "val") == ["lost"]
     windows = windows_of(cache)
-    model = Says(windows, lambda t, b: b.target)
+    model = FunctionModel(windows, lambda t, b: b.target)
     with pytest.raises(DataError, match=r"1 clip could not be extracted.*lost"):
         evaluate_windows(model, windows, "val", failed=["lost"])
     report, _ = evaluate_windows(model, windows, "val", failed=["lost"], allow_missing=True, resamples=10)
@@ -212,7 +214,7 @@ def test_clips_missing_from_the_cache_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("item", ["../outside", "/outside", "a/../../outside", "a\0b", "x" * 300])
 def test_clip_names_cannot_escape_the_output_directory(windows: WindowSet, tmp_path: Path, item: str) -> None:
     """Names come out of caches, which others may have made."""
-    trace = next(iter(predict_clips(Says(windows, wave), windows)))
+    trace = next(iter(predict_clips(FunctionModel(windows, wave), windows)))
     folder = tmp_path / "run" / "predictions"
     folder.mkdir(parents=True)
     with pytest.raises(DataError, match="cannot be that of a file"):
@@ -221,7 +223,7 @@ def test_clip_names_cannot_escape_the_output_directory(windows: WindowSet, tmp_p
 
 
 def test_prediction_files(windows: WindowSet, tmp_path: Path) -> None:
-    traces = list(predict_clips(Says(windows, wave), windows))
+    traces = list(predict_clips(FunctionModel(windows, wave), windows))
     write_predictions(tmp_path, traces)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{trace.clip.item}.csv" for trace in traces]
     for trace in traces:
@@ -246,13 +248,13 @@ def test_an_unlabelled_clip_has_no_label_columns(tmp_path: Path) -> None:
     from vaflow.train.data import load_windows
 
     windows = load_windows(cache, ["test0"], inputs.streams, config)
-    (trace,) = predict_clips(Says(windows, wave), windows)
+    (trace,) = predict_clips(FunctionModel(windows, wave), windows)
     assert prediction_csv(trace).splitlines()[0] == "frame,time,valence,arousal,face,audio,region,interpolated"
 
 
 def test_smoothness_of_a_straight_line_is_its_slope(windows: WindowSet) -> None:
     report, _ = evaluate_windows(
-        Says(windows, lambda t, b: torch.stack([t * 0.01, -t * 0.02], dim=-1)), windows, "val", resamples=10
+        FunctionModel(windows, lambda t, b: torch.stack([t * 0.01, -t * 0.02], dim=-1)), windows, "val", resamples=10
     )
     # held after the last sample, which is less than one step before the end
     assert report["smoothness"]["prediction"]["valence"] == pytest.approx(0.01, rel=0.05)
@@ -266,13 +268,13 @@ def test_a_non_finite_prediction_names_its_clip(windows: WindowSet) -> None:
         return torch.where((batch.window == last)[:, None, None], torch.nan, wave(time))
 
     with pytest.raises(DataError, match="'val4'"):
-        list(predict_clips(Says(windows, broken), windows))
+        list(predict_clips(FunctionModel(windows, broken), windows))
 
 
 def test_prediction_csv_has_validity_and_most_likely_region(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", Toy(splits={"val": 2}, invalid=0.3))
     windows = windows_of(cache)
-    for trace in predict_clips(Says(windows, wave), windows):
+    for trace in predict_clips(FunctionModel(windows, wave), windows):
         rows = [line.split(",") for line in prediction_csv(trace).splitlines()]
         names, table = rows[0], np.array(rows[1:])
         assert names[:4] == ["frame", "time", "valence", "arousal"] and names[-3:] == ["face", "audio", "region"]

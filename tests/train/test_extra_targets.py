@@ -53,7 +53,7 @@ def cache(tmp_path_factory) -> Cache:
 @pytest.fixture(scope="module")
 def run(cache: Cache, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("extra") / "run"
-    train_run(cache, replace(CONFIG, extra_targets=("expr.8", "au")), out, tensorboard=False, pictures=False)
+    train_run(cache, replace(CONFIG, extra_targets=("expr.8", "au")), out, tensorboard=False, figures=False)
     return out
 
 
@@ -167,9 +167,9 @@ def test_a_run_trains_and_scores_extra_targets(cache: Cache, run: Path) -> None:
 
 def test_valence_and_arousal_start_from_the_same_weights_with_and_without(cache: Cache, tmp_path: Path) -> None:
     config = replace(CONFIG, epochs=1)
-    plain = train_run(cache, config, tmp_path / "plain", tensorboard=False, pictures=False).metrics
+    plain = train_run(cache, config, tmp_path / "plain", tensorboard=False, figures=False).metrics
     weightless = replace(config, extra_targets=("au",), extra_weight=0.0)
-    beside = train_run(cache, weightless, tmp_path / "beside", tensorboard=False, pictures=False).metrics
+    beside = train_run(cache, weightless, tmp_path / "beside", tensorboard=False, figures=False).metrics
     assert beside["ccc"] == plain["ccc"] and "extra" not in plain
 
 

@@ -88,7 +88,7 @@ def test_impossible_fold_counts_are_rejected(cache: Cache) -> None:
 
 def test_a_run_validates_on_its_fold_and_trains_on_the_rest(cache: Cache, tmp_path: Path) -> None:
     parts = make_folds(cache, BOTH, 3)
-    result = train_run(cache, replace(CONFIG, fold=2), tmp_path / "run", tensorboard=False, pictures=False)
+    result = train_run(cache, replace(CONFIG, fold=2), tmp_path / "run", tensorboard=False, figures=False)
     assert result.metrics["split"] == "fold2of3"
     written = {path.stem for path in RunFolder(tmp_path / "run").predictions("fold2of3").glob("*.csv")}
     assert written == set(parts[1].items)
@@ -96,7 +96,7 @@ def test_a_run_validates_on_its_fold_and_trains_on_the_rest(cache: Cache, tmp_pa
     assert data["fold2of3"]["labelled_frames"] == parts[1].labelled
     assert data["rest2of3"]["clips"] == len(parts[0].items) + len(parts[2].items)
     assert evaluate_run(tmp_path / "run", cache, device="cpu", write=False)["ccc"] == result.metrics["ccc"]
-    again = train_run(cache, replace(CONFIG, fold=2), tmp_path / "run", tensorboard=False, pictures=False)
+    again = train_run(cache, replace(CONFIG, fold=2), tmp_path / "run", tensorboard=False, figures=False)
     assert again.was_done
     other = evaluate_run(tmp_path / "run", cache, "fold1of3", device="cpu", write=False)
     assert other["n_clips"] == len(parts[0].items)

@@ -27,15 +27,15 @@ from vaflow.train.session import Data, new_model
 from vaflow.train.windows import WindowSet
 
 
-class Says(nn.Module):
+class FunctionModel(nn.Module):
     """A model that says a function of (absolute seconds [B, F], batch)."""
 
-    def __init__(self, windows: WindowSet, what: Callable[[Tensor, Batch], Tensor]):
+    def __init__(self, windows: WindowSet, function: Callable[[Tensor, Batch], Tensor]):
         super().__init__()
-        self.time, self.what = torch.from_numpy(windows.sample_time), what
+        self.time, self.function = torch.from_numpy(windows.sample_time), function
 
     def forward(self, batch: Batch) -> Output:
-        return Output(self.what(self.time[batch.window], batch).float(), None)
+        return Output(self.function(self.time[batch.window], batch).float(), None)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def concordance(x: np.ndarray, y: np.ndarray) -> float:
     return float(2 * np.cov(x, y, bias=True)[0, 1] / (x.var() + y.var() + (x.mean() - y.mean()) ** 2))
 
 
-def noisy(windows: WindowSet) -> Says:
+def noisy(windows: WindowSet) -> FunctionModel:
     """Says the label and noise, a different amount for each clip."""
     noise = torch.from_numpy(np.random.default_rng(0).normal(scale=0.3, size=(*windows.sample_time.shape, 2)))
-    return Says(windows, lambda t, batch: batch.target + noise[batch.window])
+    return FunctionModel(windows, lambda t, batch: batch.target + noise[batch.window])
 
 
 def test_bug_minus_five_kept_as_a_target(cache: Cache) -> None:
@@ -79,7 +79,7 @@ def test_bug_minus_five_kept_as_a_target(cache: Cache) -> None:
 
 def test_bug_unannotated_frames_scored_as_zero(cache: Cache) -> None:
     windows = windows_of(cache, "val")
-    model = Says(windows, lambda t, batch: torch.where(batch.labelled, batch.target, 0.8))
+    model = FunctionModel(windows, lambda t, batch: torch.where(batch.labelled, batch.target, 0.8))
     report, traces = evaluate_windows(model, windows, "val", resamples=20)
     said = np.concatenate([trace.va for trace in traces])
     items = [cache.read(LABELS, item) for item in cache.items(split="val")]
@@ -102,7 +102,9 @@ def test_bug_frames_without_a_face_dropped_from_the_score(cache: Cache) -> None:
 def test_bug_the_tail_of_a_video_dropped(cache: Cache) -> None:
     """A clip's last rows are predicted from its own last samples, not held from the last whole window."""
     windows = windows_of(cache, "val")
-    for trace in predict_clips(Says(windows, lambda t, _: (t / 40).unsqueeze(-1).expand(*t.shape, 2)), windows):
+    for trace in predict_clips(
+        FunctionModel(windows, lambda t, _: (t / 40).unsqueeze(-1).expand(*t.shape, 2)), windows
+    ):
         assert len(trace.va) == len(trace.clip.time)
         step = 4.0 / 8
         np.testing.assert_allclose(trace.va[:, 0], np.minimum(trace.clip.time, trace.va[-1, 0] * 40) / 40, atol=1e-6)

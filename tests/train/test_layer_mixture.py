@@ -56,7 +56,7 @@ def test_a_signal_in_one_layer_gets_the_largest_weight(tmp_path: Path, normalize
     config = TrainConfig(
         hidden=16, lr=1e-2, batch_size=8, epochs=8, device="cpu", audio=(), kl_weight=0.0, normalize=normalize
     )
-    result = train_run(cache, config, tmp_path / "run", tensorboard=False, pictures=False)
+    result = train_run(cache, config, tmp_path / "run", tensorboard=False, figures=False)
     shares = result.metrics["layer_shares"]["deep"]
     assert int(np.argmax(shares)) == 2 and shares[2] > 0.5, shares
     assert result.metrics["ccc"]["mean"] > 0.5

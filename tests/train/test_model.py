@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from toy_batches import HEARD, HEARD_TOO, SEEN, SEEN_TOO, pad_more, toy_batch, toy_model, without
+from toy_batches import (
+    AUDIO_STREAM,
+    AUDIO_STREAM_2,
+    VISUAL_STREAM,
+    VISUAL_STREAM_2,
+    pad_more,
+    toy_batch,
+    toy_model,
+    without,
+)
 
 from vaflow.train.batch import Batch
 from vaflow.train.heads.fusion import FUSION, interpolate
@@ -18,12 +27,12 @@ from vaflow.train.losses import total_loss
 from vaflow.train.metrics import concordance
 
 STREAMS = {
-    "both": (SEEN, HEARD),
-    "seen": (SEEN,),
-    "heard": (HEARD,),
-    "two seen": (SEEN, SEEN_TOO),
-    "two heard": (HEARD, HEARD_TOO),
-    "four": (HEARD_TOO, SEEN, HEARD, SEEN_TOO),
+    "both": (VISUAL_STREAM, AUDIO_STREAM),
+    "seen": (VISUAL_STREAM,),
+    "heard": (AUDIO_STREAM,),
+    "two seen": (VISUAL_STREAM, VISUAL_STREAM_2),
+    "two heard": (AUDIO_STREAM, AUDIO_STREAM_2),
+    "four": (AUDIO_STREAM_2, VISUAL_STREAM, AUDIO_STREAM, VISUAL_STREAM_2),
 }
 combinations = pytest.mark.parametrize(("temporal", "fusion"), list(product(TEMPORAL, FUSION)))
 some_streams = pytest.mark.parametrize("case", STREAMS)
@@ -76,17 +85,17 @@ def test_padding_changes_nothing_in_a_non_causal_tcn():
 @combinations
 def test_windows_without_audio_or_face_give_finite_outputs(temporal, fusion):
     model = toy_model(temporal=temporal, fusion=fusion)
-    batch = without(without(toy_batch(), HEARD.name, [0, 2]), SEEN.name, [1, 2])
+    batch = without(without(toy_batch(), AUDIO_STREAM.name, [0, 2]), VISUAL_STREAM.name, [1, 2])
     va, logits, loss, gradients = loss_and_gradients(model, batch)
     assert all(torch.isfinite(tensor).all() for tensor in (va, logits, loss, *gradients))
-    everything = without(without(batch, HEARD.name, range(4)), SEEN.name, range(4))
+    everything = without(without(batch, AUDIO_STREAM.name, range(4)), VISUAL_STREAM.name, range(4))
     assert all(torch.isfinite(tensor).all() for tensor in loss_and_gradients(model, everything)[3])
 
 
 @pytest.mark.parametrize("fusion", FUSION)
 def test_without_audio_the_output_depends_on_frames_only(fusion):
-    model, batch = toy_model(fusion=fusion), without(toy_batch(), HEARD.name, [0, 3])
-    seen = model.branches[0](batch.features[SEEN.name], batch.valid[SEEN.name], batch.inside)
+    model, batch = toy_model(fusion=fusion), without(toy_batch(), AUDIO_STREAM.name, [0, 3])
+    seen = model.branches[0](batch.features[VISUAL_STREAM.name], batch.valid[VISUAL_STREAM.name], batch.inside)
     fused = model.fuse(batch)
     for row in (0, 3):
         assert torch.equal(fused[row, :, :8], seen[row])
@@ -110,8 +119,10 @@ def test_missing_input_is_not_read_and_still_predicted(case):
 def test_missing_is_not_padding_and_not_zero():
     batch = toy_batch()
     model = toy_model()
-    missing = without(batch, SEEN.name, [0])
-    zeros = replace(batch, features={**batch.features, SEEN.name: torch.zeros_like(batch.features[SEEN.name])})
+    missing = without(batch, VISUAL_STREAM.name, [0])
+    zeros = replace(
+        batch, features={**batch.features, VISUAL_STREAM.name: torch.zeros_like(batch.features[VISUAL_STREAM.name])}
+    )
     outputs = [model(case).va[0] for case in (batch, missing, zeros)]
     for i, j in ((0, 1), (1, 2), (0, 2)):
         assert not torch.allclose(outputs[i], outputs[j])
@@ -133,9 +144,9 @@ def test_the_missing_frame_vector_is_trained_by_missing_frames_only():
 def test_frames_after_the_end_of_a_stream_count_as_missing():
     model, batch = toy_model(), toy_batch()
     ended = {name: mask.clone() for name, mask in batch.feature_inside.items()}
-    ended[SEEN.name][0, 3:] = False
+    ended[VISUAL_STREAM.name][0, 3:] = False
     lost = {name: mask.clone() for name, mask in batch.valid.items()}
-    lost[SEEN.name][0, 3:] = False
+    lost[VISUAL_STREAM.name][0, 3:] = False
     expected = model(replace(batch, valid=lost)).va
     assert torch.equal(model(replace(batch, feature_inside=ended)).va, expected)
 
@@ -143,10 +154,10 @@ def test_frames_after_the_end_of_a_stream_count_as_missing():
 def test_the_model_equals_its_composed_modules():
     """Projection, temporal model, fusion and heads, in the paper's order, out of the model's own pieces."""
     model, batch = toy_model(), toy_batch()
-    heard_mask = batch.valid[HEARD.name] & batch.feature_inside[HEARD.name]
+    heard_mask = batch.valid[AUDIO_STREAM.name] & batch.feature_inside[AUDIO_STREAM.name]
     branch: Any
     sequences = []
-    for branch, stream in zip(model.branches, (SEEN, HEARD), strict=True):
+    for branch, stream in zip(model.branches, (VISUAL_STREAM, AUDIO_STREAM), strict=True):
         there = batch.valid[stream.name].unsqueeze(-1)
         norm = functional.layer_norm(
             batch.features[stream.name], (stream.dim,), branch.normalize.weight, branch.normalize.bias
@@ -171,11 +182,11 @@ def test_the_model_equals_its_composed_modules():
 
 def test_one_modality_uses_no_fusion():
     batch = toy_batch()
-    seen, heard = toy_model((SEEN,)), toy_model((HEARD,))
+    seen, heard = toy_model((VISUAL_STREAM,)), toy_model((AUDIO_STREAM,))
     assert seen.fusion is None
-    h_v = seen.branches[0](batch.features[SEEN.name], batch.valid[SEEN.name], batch.inside)
+    h_v = seen.branches[0](batch.features[VISUAL_STREAM.name], batch.valid[VISUAL_STREAM.name], batch.inside)
     assert torch.equal(seen.fuse(batch), h_v)
-    name = HEARD.name
+    name = AUDIO_STREAM.name
     h_a = heard.branches[0](batch.features[name], batch.valid[name], batch.feature_inside[name])
     expected = interpolate(h_a, batch.feature_time[name], batch.time, batch.feature_inside[name])
     assert torch.equal(heard.fuse(batch), expected)
@@ -201,12 +212,12 @@ def test_the_model_learns_from_both_modalities():
         batch = toy_batch((12,) * 24, (12,) * 24, seed=seed)
         draw = torch.Generator().manual_seed(seed + 1)
         path = torch.rand(24, 12, 2, generator=draw, dtype=torch.float64) * 2 - 1
-        face, voice = batch.features[SEEN.name].clone(), batch.features[HEARD.name].clone()
+        face, voice = batch.features[VISUAL_STREAM.name].clone(), batch.features[AUDIO_STREAM.name].clone()
         face[..., 0], voice[..., 0] = 3 * path[..., 0], 3 * path[..., 1]
-        time = {SEEN.name: batch.time, HEARD.name: batch.time}
+        time = {VISUAL_STREAM.name: batch.time, AUDIO_STREAM.name: batch.time}
         return replace(
             batch,
-            features={SEEN.name: face, HEARD.name: voice},
+            features={VISUAL_STREAM.name: face, AUDIO_STREAM.name: voice},
             feature_time=time,
             target=torch.where(batch.labelled, path, 0),
         )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy_batches import HEARD, HEARD_TOO, PROTOTYPES, SEEN, SEEN_TOO, toy_batch
+from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, PROTOTYPES, VISUAL_STREAM, VISUAL_STREAM_2, toy_batch
 
 from vaflow.train.batch import AUDIO, Batch, StreamSpec, TargetSpec
 from vaflow.train.heads.fusion import FUSION
@@ -64,32 +64,36 @@ def model_of(streams: tuple[StreamSpec, ...], **options: Any) -> VAModel:
 @pytest.mark.parametrize("temporal", TEMPORAL)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_every_temporal_model_exports_to_onnx(temporal: str, layers: int) -> None:
-    compare(model_of((SEEN, HEARD), temporal=temporal, temporal_options={"layers": layers}))
+    compare(model_of((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, temporal_options={"layers": layers}))
 
 
 @pytest.mark.parametrize("fusion", FUSION)
 @pytest.mark.parametrize("positions", ["none", "time"])
 def test_every_fusion_exports_to_onnx(fusion: str, positions: str) -> None:
-    compare(model_of((SEEN, SEEN_TOO, HEARD, HEARD_TOO), fusion=fusion, attention_positions=positions))
+    compare(
+        model_of(
+            (VISUAL_STREAM, VISUAL_STREAM_2, AUDIO_STREAM, AUDIO_STREAM_2), fusion=fusion, attention_positions=positions
+        )
+    )
 
 
-@pytest.mark.parametrize("stream", [SEEN, HEARD])
+@pytest.mark.parametrize("stream", [VISUAL_STREAM, AUDIO_STREAM])
 def test_one_modality_is_supported(stream: StreamSpec) -> None:
     compare(model_of((stream,), normalize="l2"))
 
 
 def test_a_spectrogram_stream_exports_to_onnx() -> None:
-    compare(model_of((SEEN, SPECTROGRAM)), factor=4)
+    compare(model_of((VISUAL_STREAM, SPECTROGRAM)), factor=4)
 
 
 def test_extra_targets_and_two_best_epochs_export_to_onnx() -> None:
     targets = (TargetSpec("expression", "classes", ("neutral", "joy", "anger")),)
-    model, other = (model_of((SEEN, HEARD), targets=targets) for _ in range(2))
+    model, other = (model_of((VISUAL_STREAM, AUDIO_STREAM), targets=targets) for _ in range(2))
     torch.nn.init.normal_(other.regression[0].weight)  # type: ignore[arg-type]
     compare(model, EachModel(model, other))
 
 
 def test_standard_deviations() -> None:
-    model = model_of((SEEN, HEARD), variance=True)
+    model = model_of((VISUAL_STREAM, AUDIO_STREAM), variance=True)
     assert Heads(model).output_names == ["va", "region_logits", "std"]
     compare(model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 from torch import nn
-from toy_batches import HEARD, HEARD_TOO, SEEN, toy_batch, toy_model
+from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, VISUAL_STREAM, toy_batch, toy_model
 
 from vaflow.cache import Cache
 from vaflow.errors import CorruptError, UsageError
@@ -36,24 +36,24 @@ def cache(tmp_path_factory) -> Cache:
 
 
 def quiet_run(cache: Cache, config: TrainConfig, out: Path, **options) -> Result:
-    return train_run(cache, config, out, tensorboard=False, pictures=False, **options)
+    return train_run(cache, config, out, tensorboard=False, figures=False, **options)
 
 
 # --- modality dropout ---
 
 
 def test_modality_dropout_removes_one_modality_at_the_given_rate() -> None:
-    streams, windows = (SEEN, HEARD, HEARD_TOO), 4000
+    streams, windows = (VISUAL_STREAM, AUDIO_STREAM, AUDIO_STREAM_2), 4000
     batch = toy_batch([3] * windows, [4] * windows, streams)
     torch.manual_seed(3)
     changed = drop_modality(batch, streams, 0.3)
     gone = {s.name: ~changed.valid[s.name].any(dim=1) & batch.valid[s.name].any(dim=1) for s in streams}
-    assert torch.equal(gone[HEARD.name], gone[HEARD_TOO.name])  # all streams of a modality, or none
-    assert not (gone[SEEN.name] & gone[HEARD.name]).any()
+    assert torch.equal(gone[AUDIO_STREAM.name], gone[AUDIO_STREAM_2.name])  # all streams of a modality, or none
+    assert not (gone[VISUAL_STREAM.name] & gone[AUDIO_STREAM.name]).any()
     for stream in streams:  # the others are as they were
         kept = ~gone[stream.name]
         assert torch.equal(changed.valid[stream.name][kept], batch.valid[stream.name][kept])
-    counts = Counter(zip(gone[SEEN.name].tolist(), gone[HEARD.name].tolist(), strict=True))
+    counts = Counter(zip(gone[VISUAL_STREAM.name].tolist(), gone[AUDIO_STREAM.name].tolist(), strict=True))
     deviation = np.sqrt(windows * 0.15 * 0.85)
     for modality in ((True, False), (False, True)):
         assert abs(counts[modality] - 0.15 * windows) < 4 * deviation
@@ -65,9 +65,12 @@ def test_modality_dropout_is_seeded_and_requires_two_modalities() -> None:
     masks = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        masks.append(drop_modality(batch, (SEEN, HEARD), 0.5).valid[SEEN.name])
+        masks.append(drop_modality(batch, (VISUAL_STREAM, AUDIO_STREAM), 0.5).valid[VISUAL_STREAM.name])
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
-    assert drop_modality(batch, (SEEN,), 0.5) is batch and drop_modality(batch, (SEEN, HEARD), 0.0) is batch
+    assert (
+        drop_modality(batch, (VISUAL_STREAM,), 0.5) is batch
+        and drop_modality(batch, (VISUAL_STREAM, AUDIO_STREAM), 0.0) is batch
+    )
 
 
 def test_modality_dropout_trains_the_missing_face_vector() -> None:
@@ -78,7 +81,7 @@ def test_modality_dropout_trains_the_missing_face_vector() -> None:
     for share in (0.0, 0.9):
         torch.manual_seed(0)
         model.zero_grad()
-        model(drop_modality(whole, (SEEN, HEARD), share)).va.sum().backward()
+        model(drop_modality(whole, (VISUAL_STREAM, AUDIO_STREAM), share)).va.sum().backward()
         gradients.append([branch.missing.grad.abs().sum().item() for branch in model.branches])  # type: ignore[union-attr, operator]
     assert gradients[0] == [0.0, 0.0]
     assert gradients[1][0] > 0 and gradients[1][1] == 0  # without sound there is nothing to attend to

@@ -46,7 +46,7 @@ def cache(encoder: Any, tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def train(cache: Cache, config: TrainConfig, out: Path) -> Any:
-    return train_run(cache, config, out, tensorboard=False, pictures=False)
+    return train_run(cache, config, out, tensorboard=False, figures=False)
 
 
 def test_a_run_trains_and_stores_its_context_vectors(cache: Cache, encoder: Any, tmp_path: Path) -> None:

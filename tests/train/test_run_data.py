@@ -33,7 +33,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def quiet_run(cache: Cache, config: TrainConfig, out: Path, **options: Any) -> Result:
-    return train_run(cache, config, out, tensorboard=False, pictures=False, **options)
+    return train_run(cache, config, out, tensorboard=False, figures=False, **options)
 
 
 def rewrite(cache: Cache, stream: str, item: str, *, source: dict[str, Any] | None = None, **changed: Any) -> None:

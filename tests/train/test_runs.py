@@ -33,12 +33,12 @@ def cache(tmp_path_factory) -> Cache:
 @pytest.fixture(scope="module")
 def run(cache: Cache, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    train_run(cache, CONFIG, out, tensorboard=False, pictures=False)
+    train_run(cache, CONFIG, out, tensorboard=False, figures=False)
     return out
 
 
 def quiet_run(cache: Cache, config: TrainConfig, out: Path, **options) -> training.Result:
-    return train_run(cache, config, out, tensorboard=False, pictures=False, **options)
+    return train_run(cache, config, out, tensorboard=False, figures=False, **options)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

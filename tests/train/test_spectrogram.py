@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
-from toy_batches import SEEN, toy_batch, toy_model
+from toy_batches import VISUAL_STREAM, toy_batch, toy_model
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LOGMEL
@@ -141,11 +141,11 @@ MEL = StreamSpec("log mel", HEARING, 6, frames_per_step=4)
 
 def mel_batch() -> Batch:
     """Three windows, log-Mel of 12, 7 and 3 frames beside pictures."""
-    return toy_batch(frames=(6, 4, 2), steps=(12, 7, 3), streams=(SEEN, MEL))
+    return toy_batch(frames=(6, 4, 2), steps=(12, 7, 3), streams=(VISUAL_STREAM, MEL))
 
 
 def test_the_model_ignores_missing_spectrogram_frames() -> None:
-    model = toy_model((SEEN, MEL), fusion="hierarchical").eval()
+    model = toy_model((VISUAL_STREAM, MEL), fusion="hierarchical").eval()
     batch = mel_batch()
     there = (batch.valid[MEL.name] & batch.feature_inside[MEL.name]).unsqueeze(-1)
     junk = torch.where(there, batch.features[MEL.name], float("nan"))
@@ -156,9 +156,9 @@ def test_the_model_ignores_missing_spectrogram_frames() -> None:
 
 
 def test_spectrograms_are_always_standardised() -> None:
-    model = toy_model((SEEN, MEL), normalize="layer").eval()
+    model = toy_model((VISUAL_STREAM, MEL), normalize="layer").eval()
     assert model.standardized == (MEL.name,)
-    assert set(toy_model((SEEN, MEL), normalize="standard").standardized) == {SEEN.name, MEL.name}
+    assert set(toy_model((VISUAL_STREAM, MEL), normalize="standard").standardized) == {VISUAL_STREAM.name, MEL.name}
     batch, mean, deviation = mel_batch(), torch.arange(6.0), torch.arange(1.0, 7.0)
     plain = model(batch).va
     model.set_statistics(MEL.name, mean, deviation)
@@ -201,7 +201,7 @@ def test_presets_accept_other_streams_and_runs_load_again(cache: Cache, tmp_path
     aliases = {"resnet50": VISUAL, "vggish": AUDIO}
     small = {"hidden": 16, "epochs": 1, "device": "cpu"}
     config = with_aliases(merge_settings(preset("p2"), small), aliases)
-    result = train_run(cache, config, tmp_path / "p2", tensorboard=False, pictures=False)
+    result = train_run(cache, config, tmp_path / "p2", tensorboard=False, figures=False)
     run = load_run(tmp_path / "p2")
     assert [stream.name for stream in run.record.streams] == [VISUAL, AUDIO, LOGMEL]
     assert run.record.streams[2].frames_per_step == 50

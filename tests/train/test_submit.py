@@ -31,7 +31,7 @@ def unlabelled(cache: Cache) -> Cache:
 @pytest.fixture(scope="module")
 def run(cache: Cache) -> Path:
     out = cache.path.parent / "run"
-    train_run(cache, TrainConfig(hidden=8, epochs=2), out, tensorboard=False, pictures=False)
+    train_run(cache, TrainConfig(hidden=8, epochs=2), out, tensorboard=False, figures=False)
     return out
 
 

@@ -158,7 +158,7 @@ def test_batched_runs_write_the_files_of_separate_runs(cache: Cache, tmp_path: P
     ended = dict(train_together(cache, list(zip(runs, folders, strict=True)), data))
     for k, (config, folder) in enumerate(zip(runs, folders, strict=True)):
         other = tmp_path / f"alone{k}"
-        train_run(cache, config, other, data=data, tensorboard=False, pictures=False, keep_checkpoint=False)
+        train_run(cache, config, other, data=data, tensorboard=False, figures=False, keep_checkpoint=False)
         result = ended[k]
         assert isinstance(result, Result)
         check_files(folder, other)

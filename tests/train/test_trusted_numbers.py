@@ -46,7 +46,7 @@ def test_nearly_constant_labels_are_reported_before_and_after_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, deviation: float, said: bool
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        result = train_run(with_labels(tmp_path / "c", deviation), CONFIG, tmp_path / "run", pictures=False)
+        result = train_run(with_labels(tmp_path / "c", deviation), CONFIG, tmp_path / "run", figures=False)
     words = "labels of valence are nearly constant"
     assert any(w.startswith(f"train: {words}") for w in result.metrics["warnings"]) == said
     assert any(w.startswith(words) for w in result.metrics["warnings"]) == said, "of the validation split"
@@ -123,7 +123,7 @@ def widened(cache: Cache, path: Path) -> Cache:
 def test_float16_storage_moves_predictions_by_thousandths_at_most(cache: Cache, tmp_path: Path) -> None:
     """`scripts/rounding_effect.py` measures this on the demonstration's clips, with real encoders."""
     exact = widened(cache, tmp_path / "wide")
-    train_run(exact, replace(CONFIG, epochs=3), tmp_path / "run", tensorboard=False, pictures=False)
+    train_run(exact, replace(CONFIG, epochs=3), tmp_path / "run", tensorboard=False, figures=False)
     trained = load_run(tmp_path / "run")
     said = []
     for source in (exact, cache):

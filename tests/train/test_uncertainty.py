@@ -50,7 +50,7 @@ def runs(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     root = tmp_path_factory.mktemp("runs")
     settings = {"plain": BASE, "variance": VARIANCE, "other": replace(VARIANCE, seed=1, best="each")}
     for name, config in settings.items():
-        train_run(cache, config, root / name, tensorboard=False, pictures=False)
+        train_run(cache, config, root / name, tensorboard=False, figures=False)
     return {name: root / name for name in settings}
 
 

@@ -11,8 +11,8 @@ from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
 from vaflow.train.heads.model import VAModel
 
 PROTOTYPES = torch.randn(9, 6, generator=torch.Generator().manual_seed(7))
-SEEN, HEARD = StreamSpec("see.it", VISUAL, 5), StreamSpec("hear/it", AUDIO, 7)
-SEEN_TOO, HEARD_TOO = StreamSpec("see.it/too", VISUAL, 4), StreamSpec("hear.it/too", AUDIO, 3)
+VISUAL_STREAM, AUDIO_STREAM = StreamSpec("see.it", VISUAL, 5), StreamSpec("hear/it", AUDIO, 7)
+VISUAL_STREAM_2, AUDIO_STREAM_2 = StreamSpec("see.it/too", VISUAL, 4), StreamSpec("hear.it/too", AUDIO, 3)
 
 
 def inside_mask(lengths: Sequence[int], size: int) -> Tensor:
@@ -23,7 +23,7 @@ def inside_mask(lengths: Sequence[int], size: int) -> Tensor:
 def toy_batch(
     frames: Sequence[int] = (6, 4, 1, 5),
     steps: Sequence[int] = (7, 5, 2, 6),
-    streams: Sequence[StreamSpec] = (SEEN, HEARD),
+    streams: Sequence[StreamSpec] = (VISUAL_STREAM, AUDIO_STREAM),
     seed: int = 0,
 ) -> Batch:
     """Windows of that many frames and audio steps; some input is missing, some frames are unlabelled.
@@ -91,7 +91,7 @@ def without(batch: Batch, name: str, windows: Sequence[int]) -> Batch:
     return replace(batch, valid=valid)
 
 
-def toy_model(streams: tuple[StreamSpec, ...] = (SEEN, HEARD), **options: Any) -> VAModel:
+def toy_model(streams: tuple[StreamSpec, ...] = (VISUAL_STREAM, AUDIO_STREAM), **options: Any) -> VAModel:
     """A small model in float64 whose learned vectors for missing input are not zero."""
     torch.manual_seed(0)
     model = VAModel(streams, PROTOTYPES, **{"hidden": 8, "attention_heads": 2, "dropout": 0.0, **options}).double()

@@ -25,7 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 def test_a_constant_gate_is_reported_exactly(cache: Cache, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train_run(cache, replace(CONFIG, fusion="gated"), run, tensorboard=False, pictures=False)
+    train_run(cache, replace(CONFIG, fusion="gated"), run, tensorboard=False, figures=False)
     weights, meta = read_tensors(run / "model.safetensors")
     [weight], [bias] = ([n for n in weights if n.endswith(f"gate.{kind}")] for kind in ("weight", "bias"))
     weights[weight] = torch.zeros_like(weights[weight])
@@ -40,7 +40,7 @@ def test_a_constant_gate_is_reported_exactly(cache: Cache, tmp_path: Path) -> No
 
 
 def test_runs_without_a_gate_have_no_shares(cache: Cache, tmp_path: Path) -> None:
-    train_run(cache, replace(CONFIG, fusion="concat"), tmp_path / "run", tensorboard=False, pictures=False)
+    train_run(cache, replace(CONFIG, fusion="concat"), tmp_path / "run", tensorboard=False, figures=False)
     assert gate_shares(tmp_path / "run", cache, "val", 0.66) == []
     write_report([tmp_path / "run"], tmp_path / "report.html", gates=True)
     assert "has no fusion gate" in (tmp_path / "report.html").read_text()

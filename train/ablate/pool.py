@@ -106,7 +106,7 @@ class Runner:
                 data=data,
                 allow_missing=self._allow_missing,
                 tensorboard=False,
-                pictures=False,
+                figures=False,
                 keep_checkpoint=False,
             )
         except FAILURES as error:

@@ -198,7 +198,7 @@ class _Runner:
             data=self._data(config),
             allow_missing=options.allow_missing,
             tensorboard=False,
-            pictures=False,
+            figures=False,
         )
         score = result.metrics["ccc"]["mean"]
         if score is None:

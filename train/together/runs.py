@@ -16,7 +16,7 @@ from vaflow.train.training import Result, is_finished, open_session
 def train_together(
     cache: Cache, runs: Sequence[tuple[TrainConfig, Path]], data: Data, *, allow_missing: bool = False
 ) -> Iterator[tuple[int, Result | Exception]]:
-    """Train or resume runs that can train together; their files are those of `train_run` without pictures.
+    """Train or resume runs that can train together; with the files of `train_run` except figures.
 
     Args:
         cache: of the clips.
@@ -33,7 +33,7 @@ def train_together(
         for number, (config, out) in enumerate(runs):
             try:
                 session = open_session(stack, cache, config, out)
-                session = replace(session, allow_missing=allow_missing, tensorboard=False, pictures=False)
+                session = replace(session, allow_missing=allow_missing, tensorboard=False, figures=False)
                 session = replace(session, keep_checkpoint=False)
                 if is_finished(session):
                     yield number, Result(session.folder.read_metrics(), was_done=True)

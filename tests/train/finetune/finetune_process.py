@@ -35,7 +35,7 @@ def gradients(cache: Path) -> dict[str, Tensor]:
 def main(cache: Path, out: Path) -> None:
     torch.set_num_threads(1)
     found = gradients(cache)
-    train_run(open_cache(cache), replace(CONFIG, epochs=1), out / "run", tensorboard=False, pictures=False)
+    train_run(open_cache(cache), replace(CONFIG, epochs=1), out / "run", tensorboard=False, figures=False)
     write_tensors(out / "gradients.safetensors", found)
 
 

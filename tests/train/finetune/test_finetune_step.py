@@ -147,7 +147,7 @@ def test_two_processes_compute_the_gradients_of_one(pixels_cache: Cache, tmp_pat
         scale = float(gradient.abs().max())
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * scale, msg=name)
     alone = train_run(
-        open_cache(pixels_cache.path), replace(CONFIG, epochs=1), tmp_path / "alone", tensorboard=False, pictures=False
+        open_cache(pixels_cache.path), replace(CONFIG, epochs=1), tmp_path / "alone", tensorboard=False, figures=False
     )
     both = train_run(open_cache(pixels_cache.path), replace(CONFIG, epochs=1), tmp_path / "run")
     assert both.was_done
