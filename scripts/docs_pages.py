@@ -49,7 +49,7 @@ def top_level_page(name: str) -> str:
 
 
 def commands_page() -> str:
-    """The help page of every command, as printed on a terminal of 100 columns."""
+    """The help page of every command, as printed on a terminal of 78 columns, which fit the site's code blocks."""
     from vaflow.cli import app
 
     lines = ["# Commands", "", "Generated from `vaflow COMMAND --help`.", "", "```text", help_of([]), "```"]
@@ -70,7 +70,7 @@ def help_of(arguments: list[str]) -> str:
     """The complete help page of one command."""
     from vaflow.cli import main
 
-    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
+    os.environ |= {"COLUMNS": "78", "NO_COLOR": "1"}
     for option in ("--help-all", "--help"):
         output = io.StringIO()
         with redirect_stdout(output), redirect_stderr(io.StringIO()):
