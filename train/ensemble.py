@@ -28,6 +28,7 @@ from vaflow.train.evaluate import Trace, check_complete, failed_items, score, sc
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import Maker, write_sources
 from vaflow.train.record import RunRecord
+from vaflow.train.reporting import warn_of_demonstration
 from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
 from vaflow.train.training import read_for
 from vaflow.train.uncertainty import (
@@ -196,6 +197,7 @@ def ensemble_runs(
         folder.make()
         if folder.config_file.exists():
             raise UsageError(explain(f"{out} is a run directory", expected="another directory for the ensemble"))
+    warn_of_demonstration(stream.name for record in records for stream in record.streams)
     members = Members(cache, tuple(Path(run) for run in runs), device, allow_missing, show)
     chosen_on = ""
     if how != "mean":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 VALENCE, AROUSAL, MEAN, LABEL = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
 COLORS = {"valence": VALENCE, "arousal": AROUSAL, "mean": MEAN}
-NO_FACE, NO_AUDIO = "#F0C24B", "#7A5AA0"
+NO_FACE, NO_AUDIO, FAR = "#F0C24B", "#7A5AA0", "#B0155A"
 COLUMNS = 1200  # of the region strip: more than a figure resolves
 TRACES = 3  # clips drawn after training
 TITLE = 90  # characters
@@ -38,7 +38,10 @@ def plot_trace(
     regions: Floats | None = None,
     face: Bools | None = None,
     audio: Bools | None = None,
+    std: Floats | None = None,
+    far: Bools | None = None,
     title: str = "",
+    note: str = "",
 ) -> None:
     """Plot valence and arousal of one clip over time, its labels, and the probabilities of the nine regions.
 
@@ -49,7 +52,10 @@ def plot_trace(
         label: [R, 2], NaN where not annotated.
         regions: [R, 9] probabilities.
         face, audio: [R] the input was valid; shaded where not. None: not an input, not shaded.
+        std: [R, 2] standard deviations, drawn as a band of 1.96 of them.
+        far: [R] far from the training features; shaded.
         title: shown as plain text.
+        note: small text below the plots.
     """
     tall = regions is not None
     figure = _figure(11.5, 6.6 if tall else 4.2)
@@ -60,10 +66,15 @@ def plot_trace(
         if label is not None and np.isfinite(label[:, k]).any():
             axes[k].plot(time, label[:, k], color=LABEL, linewidth=1.6, label="label", zorder=2)
         axes[k].plot(time, va[:, k], color=COLORS[name], linewidth=1.7, label=f"predicted {name}", zorder=3)
+        if std is not None:
+            low, high = (va[:, k] + sign * 1.96 * std[:, k] for sign in (-1, 1))
+            axes[k].fill_between(time, low, high, color=COLORS[name], alpha=0.18, linewidth=0, label="95 %", zorder=1.5)
         axes[k].set(ylim=(-1.05, 1.05), yticks=[-1, -0.5, 0, 0.5, 1])
         axes[k].set_ylabel(name, color=COLORS[name], fontweight="bold")
         _tidy(axes[k])
-        for valid, color, missing, hatch in ((face, NO_FACE, "no face", ""), (audio, NO_AUDIO, "no audio", "///")):
+        near = None if far is None else ~far
+        shaded = ((face, NO_FACE, "no face", ""), (audio, NO_AUDIO, "no audio", "///"), (near, FAR, "far", "..."))
+        for valid, color, missing, hatch in shaded:
             for begin, end in [] if valid is None else missing_spans(time, valid):
                 axes[k].axvspan(
                     begin,
@@ -85,7 +96,7 @@ def plot_trace(
     text = visible(title)
     text = text if len(text) <= TITLE else f"{text[: TITLE - 1]}\N{HORIZONTAL ELLIPSIS}"
     figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-    _save(figure, path)
+    _save(figure, path, note)
 
 
 def missing_spans(time: Floats, valid: Bools) -> list[tuple[float, float]]:
@@ -125,12 +136,13 @@ def _region_panel(figure: "Figure", axes: "Axes", time: Floats, regions: Floats)
     bar.ax.tick_params(labelsize=7)
 
 
-def plot_training(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+def plot_training(path: Path, history: Sequence[Mapping[str, float]], note: str = "") -> None:
     """Plot losses and validation CCC per epoch; the best epoch is marked.
 
     Args:
         path: PNG to write.
         history: rows as in `history.csv`.
+        note: small text below the plots.
     """
     figure = _figure(10.5, 3.8)
     left, right = figure.subplots(1, 2)
@@ -145,7 +157,8 @@ def plot_training(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         if any(values):
             left.plot(epochs, values, color=color, marker="o", markersize=3, label=label)
     left.set_title("training loss", loc="left", fontweight="bold")
-    left.set_ylim(bottom=0)
+    if all(row.get("loss_total", 0.0) >= 0 for row in history):  # a likelihood can make it negative
+        left.set_ylim(bottom=0)
     for name, color in COLORS.items():
         values = [row[f"val_ccc_{name}"] for row in history]
         right.plot(epochs, values, color=color, marker="o", markersize=3, label=name)
@@ -161,15 +174,16 @@ def plot_training(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         axes.legend(frameon=False, fontsize=9)
         axes.xaxis.get_major_locator().set_params(integer=True)
         _tidy(axes)
-    _save(figure, path)
+    _save(figure, path, note)
 
 
-def plot_agreement(path: Path, prediction: Floats, label: Floats, valid: Bools) -> None:
+def plot_agreement(path: Path, prediction: Floats, label: Floats, valid: Bools, note: str = "") -> None:
     """Plot the density of frames over labels and predictions, a panel per dimension.
 
     Args:
         path: PNG to write.
         prediction, label: [N, 2]; valid: [N, 2] labelled.
+        note: small text below the plots.
     """
     figure = _figure(9.4, 4.5)
     scores = concordance(prediction, np.where(valid, label, 0), valid)
@@ -190,11 +204,11 @@ def plot_agreement(path: Path, prediction: Floats, label: Floats, valid: Bools) 
         axes.set(xlim=(-1, 1), ylim=(-1, 1), xlabel=f"label {name}", ylabel=f"predicted {name}", aspect="equal")
         axes.set_title(f"{name}: CCC {scores[k]:.3f}", loc="left", color=COLORS[name], fontweight="bold")
         _tidy(axes)
-    _save(figure, path)
+    _save(figure, path, note)
 
 
-def draw_trace(path: Path, trace: Trace) -> None:
-    """Draw one clip's trace, shaded where its face or audio is missing."""
+def draw_trace(path: Path, trace: Trace, note: str = "") -> None:
+    """Draw one clip's trace, shaded where its face or audio is missing; `note` is small text below."""
     plot_trace(
         path,
         trace.clip.time,
@@ -203,30 +217,38 @@ def draw_trace(path: Path, trace: Trace) -> None:
         regions=trace.regions,
         face=trace.face,
         audio=trace.audio,
+        std=trace.std,
+        far=trace.far,
         title=trace.clip.item,
+        note=note,
     )
 
 
-def draw_run(folder: Path, history: Sequence[Mapping[str, float]], traces: Sequence[Trace]) -> list[Path]:
-    """Draw training curves, agreement and the traces of a few labelled clips; returns the files in `pictures/`."""
+def draw_run(
+    folder: Path, history: Sequence[Mapping[str, float]], traces: Sequence[Trace], note: str = ""
+) -> list[Path]:
+    """Draw training curves, agreement and the traces of a few labelled clips; returns the files in `pictures/`.
+
+    `note` is small text below each of them.
+    """
     figures = folder / "pictures"
     figures.mkdir(parents=True, exist_ok=True)
     labelled = [trace for trace in traces if trace.clip.valid.any()]
     files = []
     if history:
         files.append(figures / "training.png")
-        plot_training(files[-1], history)
+        plot_training(files[-1], history, note)
     if labelled:
         files.append(figures / "agreement.png")
         value = np.concatenate([trace.clip.value for trace in labelled])
         valid = np.concatenate([trace.clip.valid for trace in labelled])
-        plot_agreement(files[-1], np.concatenate([trace.va for trace in labelled]), value, valid)
+        plot_agreement(files[-1], np.concatenate([trace.va for trace in labelled]), value, valid, note)
     for trace in labelled[:TRACES]:
         name = trace.clip.item.replace("/", "-").encode("utf-8", "replace")
         if len(name) > FILE_NAME:
             name = name[:FILE_NAME] + b"-" + blake2b(name, digest_size=4).hexdigest().encode()
         files.append(figures / f"trace-{name.decode('utf-8', 'ignore')}.png")
-        draw_trace(files[-1], trace)
+        draw_trace(files[-1], trace, note)
     return files
 
 
@@ -248,12 +270,15 @@ def _legend(figure: "Figure", panels: Any) -> None:
     for axes in panels:
         handles, names = axes.get_legend_handles_labels()
         named = dict(zip(names, handles, strict=True)) | named
-    order = sorted(named, key=lambda name: (name.startswith("no "), name == "label", name != "predicted valence"))
+    last = ("no face", "no audio", "far", "95 %")
+    order = sorted(named, key=lambda name: (name in last, name == "label", name != "predicted valence"))
     figure.legend(
         [named[name] for name in order], order, loc="outside upper right", ncols=len(order), frameon=False, fontsize=9
     )
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def _save(figure: "Figure", path: Path, note: str = "") -> None:
+    if note:
+        figure.supxlabel(visible(note), x=0.01, ha="left", fontsize=8, color="#B34700", parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -2,13 +2,14 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from vaflow.demonstration import demonstration_notice
 from vaflow.regions import region_table
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.evaluate import featureless, label_warnings
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:
     """Log the sizes of both splits, missing features, unused windows and the distribution of the labels."""
+    warn_of_demonstration((*config.visual, *config.audio))
     for split, windows in ((config.train_split, train), (config.val_split, val)):
         left_out = len(windows) - len(windows.trainable)
         log.info(
@@ -46,6 +48,13 @@ def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:
             config.train_split,
         )
     warn_of_labels(config, train)
+
+
+def warn_of_demonstration(streams: Iterable[str]) -> None:
+    """Log that encoders with random weights are used, if they are."""
+    notice = demonstration_notice(streams)
+    if notice:
+        log.warning("%s", notice)
 
 
 def describe_labels(windows: WindowSet, centers: float) -> str:

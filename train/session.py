@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaflow.cache import Cache
+from vaflow.demonstration import demonstration_notice
 from vaflow.device import forbid_tf32
 from vaflow.errors import UsageError, explain
 from vaflow.train.builder import build_model, open_tower
@@ -193,7 +194,8 @@ class Session:
         from vaflow.train.plots import draw_run
 
         try:
-            draw_run(self.folder.path, progress.history, traces)
+            note = demonstration_notice(stream.name for stream in self.inputs.streams)
+            draw_run(self.folder.path, progress.history, traces, note)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk, an odd name, Matplotlib itself
             log.warning("The figures of %s could not be drawn: %s", self.folder.path, error)
 

@@ -24,6 +24,7 @@ from vaflow.train.inputs import check_same, resolve
 from vaflow.train.loop import fit
 from vaflow.train.provenance import run_maker, write_sources
 from vaflow.train.record import RunRecord, new_record
+from vaflow.train.reporting import warn_of_demonstration
 from vaflow.train.runs import RunFolder, check_unchanged, load_run, width_of
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible
 from vaflow.train.smoothing import Smoothing
@@ -231,6 +232,7 @@ def evaluate_run(
         same = width_of(smoothing) == width_of(trained.smoothing)  # else the calibration does not fit
         trained = replace(trained, smoothing=smoothing, calibration=trained.calibration if same else None)
     config = trained.record.config
+    warn_of_demonstration((*config.visual, *config.audio))
     split = config.val_split if split is None else split
     windows = read_for(run, trained.record, cache, partial(load_split, cache, split, device=target, show=show))
     failed = failed_items(cache, split, config.fold_splits)

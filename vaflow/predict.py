@@ -21,6 +21,7 @@ from vaflow.cache.schema import LOGMEL
 from vaflow.datasets import Dataset, log_left_out, open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.files import below, is_audio
+from vaflow.demonstration import demonstration_notice
 from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
@@ -40,6 +41,7 @@ from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.plots import draw_trace
 from vaflow.train.provenance import write_sources
 from vaflow.train.published import local_run
+from vaflow.train.reporting import warn_of_demonstration
 from vaflow.train.runs import Run, RunFolder, load_run
 from vaflow.train.training import read_for
 
@@ -132,6 +134,7 @@ def predict_media(
     runs, weights = members_of(run)
     members = {path: load_run(path, device) for path in runs}
     settings = extraction_settings(members, config) if media else None
+    warn_of_demonstration(stream.name for member in members.values() for stream in member.record.streams)
     for path, member in members.items():
         for name in member.record.untrained:
             log.warning("%s was trained without %s labels; ignore its %s predictions", path, name, name)
@@ -310,6 +313,7 @@ def write_clips(
     Clips are predicted in batches: an interruption keeps the files of the batches before it.
     """
     predicted = []
+    note = demonstration_notice(stream.name for member in members.values() for stream in member.record.streams)
     batches = [items[first : first + CLIPS_AT_A_TIME] for first in range(0, len(items), CLIPS_AT_A_TIME)]
     for batch in tqdm(batches, desc="predicting", unit="batch", disable=not show_progress, leave=False):
         traces, empty = [], set(batch)
@@ -321,15 +325,15 @@ def write_clips(
         for item in sorted(empty):
             failures.add(Failure(item, "predict", "DataError", "The cache has no features of this clip"))
         whole = ensemble_traces(run, traces, weights)
-        predicted += [write_clip(out, trace) for trace in whole if trace.clip.item not in empty]
+        predicted += [write_clip(out, trace, note) for trace in whole if trace.clip.item not in empty]
     return predicted
 
 
-def write_clip(out: Path, trace: Trace) -> Predicted:
-    """Write `out/<item>.csv` and `out/<item>.png`, and return the clip's summary."""
+def write_clip(out: Path, trace: Trace, note: str = "") -> Predicted:
+    """Write `out/<item>.csv` and `out/<item>.png`, with `note` on it, and return the clip's summary."""
     csv, png = (below(out, f"{trace.clip.item}.{suffix}") for suffix in ("csv", "png"))
     write_file(csv, prediction_csv(trace))
-    draw_trace(png, trace)
+    draw_trace(png, trace, note)
     return summarize(trace, csv, png)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from vaflow.demonstration import random_encoders
 from vaflow.errors import visible
-from vaflow.pages import TINY, render
+from vaflow.pages import render
 from vaflow.train.ablate.encoders import COSTS, COSTS_NOTE, Comparison
 from vaflow.train.ablate.report import (
     PAPER_PLACES,
@@ -153,7 +154,7 @@ def html_page(results: Results, about: About, encoders: Comparison | None = None
         costs=COSTS,
         costs_note=COSTS_NOTE,
         about=about,
-        demonstration=[name for name in about.options.aliases.values() if name.endswith(TINY)],
+        demonstration=random_encoders(about.options.aliases.values()),
     )
 
 

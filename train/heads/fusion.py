@@ -172,12 +172,17 @@ class Fusion(nn.Module):
         """Every track at the frame times, [B, F, H]."""
         if self.attends is None:
             return [resample(time, track) for track in audio]
-        query, keys = visual, [track.value for track in audio]
-        if self.positions is not None:
-            query = visual + self.positions(time).to(visual)
-            times = [torch.where(track.inside, track.time, 0) for track in audio]
-            keys = [key + self.positions(t).to(key) for key, t in zip(keys, times, strict=True)]
+        query, keys = self.attention_inputs(visual, time, audio)
         return [attend(query, key, track) for attend, key, track in zip(self.attends, keys, audio, strict=True)]
+
+    def attention_inputs(self, visual: Tensor, time: Tensor, audio: Sequence[Track]) -> tuple[Tensor, list[Tensor]]:
+        """Queries [B, F, H], and keys [B, S, H] of every track, with their positions."""
+        keys = [track.value for track in audio]
+        if self.positions is None:
+            return visual, keys
+        times = [torch.where(track.inside, track.time, 0) for track in audio]
+        located = [key + self.positions(t).to(key) for key, t in zip(keys, times, strict=True)]
+        return visual + self.positions(time).to(visual), located
 
 
 def resample(time: Tensor, track: Track) -> Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from markupsafe import Markup
 
-from vaflow.pages import TINY, render
+from vaflow.demonstration import random_encoders
+from vaflow.pages import render
 from vaflow.train.search.space import Space
 from vaflow.train.search.trials import DONE, SearchOptions, SearchResult, Trial
 
@@ -24,7 +25,7 @@ def html_page(space: Space, result: SearchResult, place: str, options: SearchOpt
         holdout=[(name, float(np.mean(values)), min(values), max(values)) for name, values in result.holdout.items()],
         plot=Markup(plot(result.trials)),
         trials=sorted(result.trials, key=lambda trial: (trial.state != DONE, -np.nan_to_num(trial.score, nan=-9))),
-        demonstration=sorted(name for name in streams if name.endswith(TINY)),
+        demonstration=random_encoders(sorted(streams)),
     )
 
 

@@ -74,7 +74,11 @@ def report(
         Path | None, typer.Option(metavar="DIR", help="Link clips to this page, as written by `vaflow view`.")
     ] = None,
     gates: Annotated[
-        bool, typer.Option("--gates", help="Show when the fusion gate lets audio in (runs the models once more).")
+        bool,
+        typer.Option(
+            "--gates",
+            help="Show when the fusion lets audio in and what it attends to (runs the models again).",
+        ),
     ] = False,
     json: JsonFlag = False,
     verbose: Verbose = False,

@@ -19,7 +19,6 @@ from vaflow.errors import visible
 
 _HERE = Path(__file__).parent
 UPLOT = "uplot.min.js"  # version 1.6.32, MIT: uplot.LICENSE.txt
-TINY = "-tiny"  # ends the names of encoders with seeded random weights
 
 
 @cache

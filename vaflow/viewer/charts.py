@@ -1,7 +1,8 @@
 """Charts of the report as coordinates: the template draws them as inline SVG, in the units stated here."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -9,6 +10,9 @@ from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Floats
 from vaflow.viewer.predictions import DIMENSIONS
 from vaflow.viewer.run_results import BINS, PlaneSums, ReportClip, RunResults
+
+if TYPE_CHECKING:
+    from vaflow.viewer.attention import AttentionSummary
 
 SCORES = (*DIMENSIONS, "mean")
 CURVES = {
@@ -60,6 +64,47 @@ def learning_curves(run: RunResults) -> list[dict[str, Any]]:
 def sparklines(clip: ReportClip) -> list[list[str]]:
     """SVG paths of prediction and label, per dimension, in boxes of 300 by 50."""
     return [[_path(clip.traces[source + k]) for source in (0, 2)] for k in range(2)]
+
+
+def band(clip: ReportClip, k: int) -> str:
+    """SVG path around 1.96 standard deviations of dimension `k`, in a box of 300 by 50; empty without them."""
+    if clip.std is None:
+        return ""
+    edges = [np.clip(clip.traces[k] + sign * 1.96 * clip.std[k], -1, 1) for sign in (1, -1)]
+    last = max(1, len(edges[0]) - 1)
+    upper, lower = ([f"{300 * i / last:.1f} {25 - 24 * y:.1f}" for i, y in enumerate(edge)] for edge in edges)
+    return f"M{'L'.join([*upper, *lower[::-1]])}Z"
+
+
+def coverage_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Stated and observed coverage per level, and the points of a plot of 240 by 240; empty without intervals."""
+    table = metrics.get("coverage") or {}
+    rows = []
+    for level in next(iter(table.values()), {}):
+        observed = {name: table[name].get(level) for name in DIMENSIONS}
+        points = {name: None if x is None else (2.4 * float(level), 240 - 240 * x) for name, x in observed.items()}
+        rows.append({"level": level, "observed": observed, "points": points})
+    return rows
+
+
+def attention_chart(summary: "AttentionSummary") -> dict[str, Any]:
+    """A plot of 420 by 160: a bar per time bin, the mean of the heads, a tick at uniform attention; and the facts."""
+    mean = summary.shares.mean(axis=0)
+    top = max(float(summary.shares.max()), float(summary.uniform.max()), 1e-6)
+    width = 420 / len(mean)
+    bars = [
+        {"x": k * width, "width": width - 4, "height": 140 * float(share) / top, "share": float(share)}
+        | {"uniform": 150 - 140 * float(even) / top, "label": label}
+        | {"heads": [150 - 140 * float(x) / top for x in summary.shares[:, k]]}
+        for k, (share, even, label) in enumerate(zip(mean, summary.uniform, _bins(summary.edges), strict=True))
+    ]
+    return {"summary": summary, "bars": bars, "top": top}
+
+
+def _bins(edges: Floats) -> list[str]:
+    """Names of bins whose first and last edges are infinite."""
+    texts = [f"{edge:g}".replace("-", "\N{MINUS SIGN}") for edge in edges[1:-1]]
+    return [f"< {texts[0]}", *(f"{a} to {b}" for a, b in pairwise(texts)), f"> {texts[-1]}"]
 
 
 def _path(values: Floats) -> str:

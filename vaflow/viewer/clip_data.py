@@ -92,6 +92,8 @@ class ClipScores:
         ccc, rmse: [2] and their mean, per dimension; empty without labels.
         missing_face: share of the time without a face; None: unknown.
         mean: [2] of the prediction; None without one.
+        std: [2] mean standard deviation of the prediction; None without.
+        far: share of the rows that are far from the training features; None: unknown.
     """
 
     seconds: float
@@ -100,6 +102,8 @@ class ClipScores:
     ccc: Mapping[str, float] = field(default_factory=dict)
     rmse: Mapping[str, float] = field(default_factory=dict)
     missing_face: float | None = None
+    std: tuple[float, float] | None = None
+    far: float | None = None
 
 
 def scores_of(table: Predictions, masks: ClipMasks) -> ClipScores:
@@ -117,7 +121,9 @@ def scores_of(table: Predictions, masks: ClipMasks) -> ClipScores:
         missing = min(1.0, float(np.diff(masks.no_face, axis=1).sum()) / seconds) if seconds else 0.0
     mean = table.va.mean(axis=0)
     point = (float(mean[0]), float(mean[1])) if np.isfinite(mean).all() else None
-    return ClipScores(seconds, len(table.time), point, missing_face=missing, **scores)
+    std = None if table.std is None else (float(table.std[:, 0].mean()), float(table.std[:, 1].mean()))
+    far = None if table.far is None else float(table.far.mean())
+    return ClipScores(seconds, len(table.time), point, missing_face=missing, std=std, far=far, **scores)
 
 
 def payload(table: Predictions, masks: ClipMasks, level: AudioLevel | None) -> dict[str, Any]:
@@ -134,6 +140,10 @@ def payload(table: Predictions, masks: ClipMasks, level: AudioLevel | None) -> d
         document["unlabelled"] = _rounded(spans(np.isnan(table.label).any(axis=1), table.time))
     if table.std is not None:
         document["std"] = [packed(column, "<f4") for column in table.std.T]
+    if table.far is not None:
+        document["far"] = _rounded(spans(table.far, table.time))
+    if table.interpolated is not None:
+        document["interpolated"] = packed(table.interpolated, "u1")
     if level is not None:
         document["low"], document["high"] = packed(level.low, "i1"), packed(level.high, "i1")
         document["speech"] = _rounded(level.speech)

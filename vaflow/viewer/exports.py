@@ -110,8 +110,10 @@ def write_clip_rows(predictions: PredictionSet, out: Path, step: float) -> list[
             row |= {f"{name}_{what}": f"{function(table.va[:, k]):.6f}" for what, function in statistics.items()}
         shares = np.bincount(_regions(clip, table, predictions), minlength=len(REGION_NAMES)) / len(table.time)
         row |= {"region": REGION_NAMES[int(shares.argmax())], "region_share": f"{shares.max():.4f}"}
-        for name, mask in (("face", table.face), ("audio", table.audio)):
+        for name, mask in (("face", table.face), ("audio", table.audio), ("far_from_training", table.far)):
             row[f"{name}_share"] = "" if mask is None else f"{mask.mean():.4f}"
+        for k, name in enumerate(DIMENSIONS):
+            row[f"{name}_predicted_std"] = "" if table.std is None else f"{table.std[:, k].mean():.6f}"
         rows.append(row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""How far a run's fusion gate lets audio in: the share of audio in the fused features, by condition."""
+"""When a run listens: the share of audio in the fused features by condition, and the attention to its audio."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Bools, Floats, stitch
 from vaflow.train.data import load_windows
 from vaflow.train.evaluate import input_at_frames, predict_windows
-from vaflow.train.heads.fusion import Fusion
+from vaflow.train.folds import split_items
 from vaflow.train.runs import load_run
+from vaflow.train.windows import WindowSet
+from vaflow.viewer.attention import AttentionRecorder, AttentionSummary
 from vaflow.viewer.run_results import region_of
 
 
@@ -29,34 +31,59 @@ class GateShare:
     high: float
 
 
-def gate_shares(run: Path, cache: Cache, split: str, centers: float) -> list[GateShare]:
-    """Return the gate's mean over the features, at every frame with audio, summarized by condition.
+@dataclass(frozen=True)
+class FusionStatistics:
+    """Statistics of a run's fusion on a split.
 
-    1 means that the fused features are the audio's, 0 the visual ones. Empty for runs without a gate, without audio, or
-    with encoders of their own.
+    Attributes:
+        gates: the gate's mean over the features, at every frame with audio, by condition: 1 means that the fused
+            features are the audio's, 0 the visual ones. Empty for runs without a gate.
+        attention: per audio stream; empty for runs without cross-modal attention.
+    """
+
+    gates: tuple[GateShare, ...] = ()
+    attention: tuple[AttentionSummary, ...] = ()
+
+
+def fusion_statistics(run: Path, cache: Cache, split: str, centers: float) -> FusionStatistics:
+    """Predict a split once more and return how its fusion uses the audio.
+
+    Empty for runs without a fusion or with encoders of their own.
 
     Raises:
         VaflowError: the run or the cache cannot be read.
     """
     loaded = load_run(run)
-    gates = [m.gate for m in loaded.model.modules() if isinstance(m, Fusion) and m.gate is not None]
-    kinds = {stream.kind for stream in loaded.record.head_streams}
-    if len(gates) != 1 or loaded.record.tuned or not {"visual", "audio"} <= kinds:
-        return []
-    items = cache.items(split)
+    fusion = loaded.model.fusion
+    if fusion is None or loaded.record.tuned:
+        return FusionStatistics()
+    items = split_items(cache, split, loaded.record.config.fold_splits, loaded.record.config.fold_groups)
     windows = load_windows(cache, items, loaded.record.head_streams, loaded.record.config)
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:
         outputs.append(torch.sigmoid(output).mean(dim=-1, keepdim=True))
 
-    hook = gates[0].register_forward_hook(keep)
+    hooks = [] if fusion.gate is None else [fusion.gate.register_forward_hook(keep)]
+    recorder = None
+    if fusion.attends is not None:
+        recorder = AttentionRecorder(fusion, [s.name for s in loaded.model.streams if s.kind != "visual"])
+        hooks += [
+            loaded.model.register_forward_pre_hook(recorder.batch_hook),
+            fusion.register_forward_pre_hook(recorder),
+        ]
     try:
-        with torch.inference_mode():
-            predict_windows(loaded.model, windows)
+        predict_windows(loaded.model, windows)
     finally:
-        hook.remove()
-    gate = torch.cat(outputs).numpy().astype(np.float64)
+        for hook in hooks:
+            hook.remove()
+    attention = () if recorder is None else tuple(recorder.summaries())
+    gates = gate_shares(windows, torch.cat(outputs).numpy().astype(np.float64), centers) if outputs else []
+    return FusionStatistics(tuple(gates), attention)
+
+
+def gate_shares(windows: WindowSet, gate: Floats, centers: float) -> list[GateShare]:
+    """Summarize the gate of every window, [W, F, 1], by condition."""
     values, faces, regions = [], [], []
     for clip in windows.clips:
         rows = slice(clip.first, clip.last)

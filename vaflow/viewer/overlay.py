@@ -10,7 +10,7 @@ from PIL import ImageDraw, ImageFont
 
 from vaflow.errors import MediaError, explain
 from vaflow.timeline import Floats, nearest
-from vaflow.viewer.clip_data import masks_of
+from vaflow.viewer.clip_data import masks_of, spans
 from vaflow.viewer.media import Image, MediaIndex, transcode
 from vaflow.viewer.page import ViewConfig, with_boxes
 from vaflow.viewer.predictions import DIMENSIONS, Predictions, find_predictions, read_predictions
@@ -21,6 +21,7 @@ MARGIN = 64  # pixels left of the traces
 TAIL = 3.0  # seconds
 BACK, GRID, TEXT = (20, 22, 24), (60, 65, 70), (233, 234, 236)
 PREDICTION, LABEL, BOX = (107, 184, 242), (255, 160, 92), (255, 212, 0)
+BAND, FAR = (38, 60, 77), (255, 126, 182)
 
 
 def write_overlay(
@@ -134,6 +135,13 @@ class _Overlay:
                 y = self._y(k, value)
                 pen.line([(MARGIN, y), (self._still.width - 8, y)], GRID)
             pen.text((4, self._y(k, 0) - 8), name, TEXT, font)
+            if table.std is not None:
+                edges = [table.va[rows, k] + sign * 1.96 * table.std[rows, k] for sign in (1, -1)]
+                across = [self._x(time) for time in table.time[rows]]
+                upper, lower = ([(at, self._y(k, y)) for at, y in zip(across, edge, strict=True)] for edge in edges)
+                pen.polygon([*upper, *lower[::-1]], BAND)
+            for begin, end in [] if table.far is None else spans(table.far, table.time).tolist():
+                pen.rectangle([self._x(begin), self._top(k) + TRACE - 5, self._x(end), self._top(k) + TRACE - 2], FAR)
             if table.label is not None:
                 label = table.label[rows, k]
                 for at, value in zip(rows[::6], label[::6], strict=True):  # dots, so that colour is not needed

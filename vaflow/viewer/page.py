@@ -182,6 +182,8 @@ def _write_clip(
         notes += [problem] if problem else []
     masks, note = with_boxes(masks, shown and media, config.boxes)
     notes += [note] if note else []
+    if table.far is not None and table.far.any():
+        notes.append(f"{table.far.mean():.1%} of the frames have features far from those of the training split.")
     text = script_json([number, payload(table, masks, level)])
     (out / "clips" / f"{number:04}.js").write_text(f"vaflow.receive({text})\n", "utf-8")
     facts = {

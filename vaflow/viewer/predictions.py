@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.cache import Cache, open_cache
+from vaflow.demonstration import random_encoders
 from vaflow.errors import CorruptError, UsageError, VaflowError, explain
-from vaflow.pages import TINY
 from vaflow.timeline import Bools, Floats
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 DIMENSIONS = ("valence", "arousal")
 REQUIRED = ("frame", "time", *DIMENSIONS)
 SOURCES = "sources.json"
+FLAGS = ("face", "audio", "far_from_training", "interpolated")  # columns of 0 and 1
 _EMPTY_CELL = re.compile(rb",(?=[,\r\n]|$)")
 _LIMIT = 4 * 2**30  # bytes of one CSV file
 
@@ -36,6 +37,8 @@ class Predictions:
         label: [N, 2], NaN where a row is not labelled; None without label columns.
         std: [N, 2] standard deviations; None without such columns.
         face, audio: [N], whether the row has a face or audio; None without such columns.
+        far: [N], whether the row is far from the training features; interpolated: whether it lies between two samples
+            of the model; None without such columns.
     """
 
     time: Floats
@@ -44,6 +47,8 @@ class Predictions:
     std: Floats | None = None
     face: Bools | None = None
     audio: Bools | None = None
+    far: Bools | None = None
+    interpolated: Bools | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class PredictionSet:
     @property
     def demonstration(self) -> list[str]:
         """The encoders with seeded random weights."""
-        return [name for name in self.streams if name.endswith(TINY)]
+        return random_encoders(self.streams)
 
 
 def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
@@ -182,7 +187,7 @@ def read_predictions(path: Path) -> Predictions:
     label, std = [
         [f"{prefix}{name}{suffix}" for name in DIMENSIONS] for prefix, suffix in (("label_", ""), ("", "_std"))
     ]
-    columns_present = [c for c in (*REQUIRED[1:], *label, *std, "face", "audio") if c in header]
+    columns_present = [c for c in (*REQUIRED[1:], *label, *std, *FLAGS) if c in header]
     try:
         if not set(REQUIRED) <= set(header):
             raise ValueError(f"its columns are {', '.join(header)[:80]!r}")
@@ -203,7 +208,7 @@ def read_predictions(path: Path) -> Predictions:
     both = [
         np.stack([column[n] for n in names], axis=1) if set(names) <= set(column) else None for names in (label, std)
     ]
-    flags = [column[name] > 0 if name in column else None for name in ("face", "audio")]
+    flags = [column[name] > 0 if name in column else None for name in FLAGS]
     return Predictions(time, table[:, 1:3], *both, *flags)
 
 

@@ -18,7 +18,10 @@ from vaflow.train.ablate.statistics import compare, draw, resampled_ccc
 from vaflow.train.metrics import concordance_of_moments, mean_over_dimensions
 from vaflow.viewer.charts import (
     SCORES,
+    attention_chart,
+    band,
     calibration,
+    coverage_rows,
     learning_curves,
     plain,
     region_errors,
@@ -29,7 +32,7 @@ from vaflow.viewer.charts import (
 from vaflow.viewer.run_results import ReportClip, RunResults, read_runs
 
 if TYPE_CHECKING:
-    from vaflow.viewer.gates import GateShare
+    from vaflow.viewer.gates import FusionStatistics
 
 SHOWN = 3  # best and worst clips
 
@@ -43,7 +46,7 @@ def write_report(
         paths: run directories; differences are against the first.
         out: the file.
         viewer: directory of a written viewer (`vaflow view`) that clips link to.
-        gates: run the models once more on their caches for the statistics of the fusion gate.
+        gates: run the models once more on their caches for the statistics of the fusion.
 
     Raises:
         UsageError: a directory is not a finished run, or `out` cannot be written.
@@ -121,6 +124,7 @@ def _setting(value: Any) -> str:
 def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, Any]:
     """Everything that the template shows of one run."""
     metrics = run.metrics
+    fusion = _fusion(run) if gates else None
     ranked = sorted(run.clips, key=lambda clip: -clip.scores.ccc["mean"])
     rows = [_clip_row(clip, viewer) for clip in run.clips]
     frames, seconds = run.masked["frames"] or 0, run.masked["seconds"] or 0
@@ -147,7 +151,10 @@ def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, A
         "histograms": [calibration(run.plane, k) for k in range(2)],
         "flow": shifts(run.plane),
         "regions": region_errors(run.plane),
-        "gates": _gates(run) if gates else None,
+        "gates": None if fusion is None else fusion.gates,
+        "attention": () if fusion is None else [attention_chart(summary) for summary in fusion.attention],
+        "coverage": coverage_rows(metrics),
+        "fusion": str(run.config.get("train", {}).get("fusion", "")),
         "masked": {
             "frames": int(frames),
             "unlabelled": (run.masked["unlabelled"] or 0) / frames if frames else None,
@@ -159,14 +166,14 @@ def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, A
     }
 
 
-def _gates(run: RunResults) -> "list[GateShare]":
-    """Statistics of the fusion gate; empty where the run has none or its cache is gone."""
-    from vaflow.viewer.gates import gate_shares  # imports torch
+def _fusion(run: RunResults) -> "FusionStatistics":
+    """Statistics of the fusion; empty where the run has none or its cache is gone."""
+    from vaflow.viewer.gates import FusionStatistics, fusion_statistics  # imports torch
 
     cache = run.prediction_set.open_cache()
-    return (
-        gate_shares(run.path, cache, str(run.metrics["split"]), run.prediction_set.centers) if cache is not None else []
-    )
+    if cache is None:
+        return FusionStatistics()
+    return fusion_statistics(run.path, cache, str(run.metrics["split"]), run.prediction_set.centers)
 
 
 def _clip_row(clip: ReportClip, viewer: str | None) -> dict[str, Any]:
@@ -175,7 +182,7 @@ def _clip_row(clip: ReportClip, viewer: str | None) -> dict[str, Any]:
 
 
 def _sketch(clip: ReportClip, viewer: str | None) -> dict[str, Any]:
-    return {**_clip_row(clip, viewer), "paths": sparklines(clip)}
+    return {**_clip_row(clip, viewer), "paths": sparklines(clip), "bands": [band(clip, k) for k in range(2)]}
 
 
 def _clips_side_by_side(runs: Sequence[RunResults]) -> list[tuple[str, list[float | None]]]:

@@ -23,11 +23,16 @@ _DEPTH = 4  # directories below the one that `vaflow runs` searches
 
 @dataclass(frozen=True)
 class ReportClip:
-    """One labelled clip: its scores, and its traces at `SPARK` points ([4, SPARK]: predictions, then labels)."""
+    """One labelled clip: its scores, and its traces at `SPARK` points.
+
+    Attributes:
+        traces: [4, SPARK] predictions, then labels. std: [2, SPARK], or None without standard deviations.
+    """
 
     clip: PredictedClip
     scores: ClipScores
     traces: Floats
+    std: Floats | None = None
 
 
 @dataclass
@@ -131,7 +136,8 @@ def read_run(path: Path, name: str = "") -> RunResults:
         moments[video] = moments.get(video, np.zeros((6, 2))) + video_moments(table.va, label, valid)
         plane.add(table.va[both], label[both], prediction_set.centers)
         at = np.linspace(0, len(table.time) - 1, min(SPARK, len(table.time))).astype(int)
-        clips.append(ReportClip(clip, scores, np.concatenate([table.va[at].T, label[at].T])))
+        std = None if table.std is None else table.std[at].T
+        clips.append(ReportClip(clip, scores, np.concatenate([table.va[at].T, label[at].T]), std))
     known: dict[str, float | None] = {k: v if np.isfinite(v) else None for k, v in masked.items()}
     return RunResults(
         path, name or path.name, config, text, metrics, history, prediction_set, tuple(clips), moments, plane, known

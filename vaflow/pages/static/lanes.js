@@ -3,7 +3,7 @@
 (() => {
   const LEFT = 48, RIGHT = 10; // pixels beside the plots; the same in all lanes
   const TRACE = 118, WAVE = 46, SPEECH = 8, MASK = 11, REGION = 8;
-  const MASKS = [["noFace", "no face", "noface", 6], ["noAudio", "no audio", "noaudio", -6], ["unlabelled", "unlabelled", "unlabelled", 0]];
+  const MASKS = [["noFace", "no face", "noface", 6], ["noAudio", "no audio", "noaudio", -6], ["unlabelled", "unlabelled", "unlabelled", 0], ["far", "far from training", "far", null]];
 
   // A translucent span; hatching differs by kind, so that colour is not needed to tell them apart.
   function shade(context, x, y, width, height, color, slant, strength = 1) {
@@ -18,9 +18,16 @@
     context.strokeStyle = color;
     context.lineWidth = 1;
     context.beginPath();
-    for (let at = slant ? x - height : x + 3; at < x + width + height; at += 6) {
-      context.moveTo(at, slant < 0 ? y : y + height);
-      context.lineTo(slant ? at + height : at, slant < 0 ? y + height : y);
+    if (slant === null) { // horizontal lines
+      for (let at = y + 2; at < y + height; at += 4) {
+        context.moveTo(x, at);
+        context.lineTo(x + width, at);
+      }
+    } else {
+      for (let at = slant ? x - height : x + 3; at < x + width + height; at += 6) {
+        context.moveTo(at, slant < 0 ? y : y + height);
+        context.lineTo(slant ? at + height : at, slant < 0 ? y + height : y);
+      }
     }
     context.stroke();
     context.restore();
@@ -210,14 +217,15 @@
     }
 
     drawMasks() {
-      const { context } = vaflow.fit(this.canvas.masks, MASKS.length * (MASK + 3));
+      const shown = MASKS.filter(([name]) => name !== "far" || this.clip.far);
+      const { context } = vaflow.fit(this.canvas.masks, shown.length * (MASK + 3));
       context.font = "10px system-ui, sans-serif";
-      MASKS.forEach(([name, text, color, slant], row) => {
+      shown.forEach(([name, text, color, slant], row) => {
         const y = row * (MASK + 3);
         context.fillStyle = vaflow.color("soft");
         context.textAlign = "right";
         const known = this.clip[name];
-        context.fillText({ noFace: "face", noAudio: "audio", unlabelled: "label" }[name], LEFT - 6, y + MASK - 1);
+        context.fillText({ noFace: "face", noAudio: "audio", unlabelled: "label", far: "far" }[name], LEFT - 6, y + MASK - 1);
         context.textAlign = "left";
         context.strokeStyle = vaflow.color("grid");
         context.strokeRect(LEFT + 0.5, y + 0.5, this.width - 1, MASK);

@@ -32,6 +32,8 @@
       noFace: document.noFace,
       noAudio: document.noAudio,
       unlabelled: document.unlabelled || null,
+      far: document.far || null,
+      interpolated: document.interpolated ? array(document.interpolated, Uint8Array) : null,
       boxes,
       boxTime: boxes ? Float64Array.from({ length: boxes.length / 5 }, (_, i) => boxes[5 * i]) : null,
       low,

@@ -68,8 +68,9 @@
     const label = clip.label && clip.label.map((column) => (Number.isNaN(column[row]) ? "–" : signed(column[row])));
     const region = vaflow.regionName(vaflow.regionOf(v, a, vaflow.data.centers));
     const prediction = Number.isNaN(v) ? "No prediction." : `Valence ${signed(v)}${spread[0]}, arousal ${signed(a)}${spread[1]} (${region}).`;
+    const between = clip.interpolated && clip.interpolated[row] ? " Interpolated between samples." : "";
     readout.textContent =
-      `${vaflow.seconds(at)} of ${vaflow.seconds(clip.end)}, frame ${row}. ${prediction}` +
+      `${vaflow.seconds(at)} of ${vaflow.seconds(clip.end)}, frame ${row}. ${prediction}${between}` +
       (label ? ` Label: valence ${label[0]}, arousal ${label[1]}.` : "");
   }
 
