@@ -4,10 +4,11 @@ from pathlib import Path
 
 from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, AstEncoder, make_encoder
 from vaflow.encoders.base import Request
-from vaflow.encoders.clip import ClipEncoder, build
+from vaflow.encoders.clip import build
+from vaflow.encoders.image_encoder import ImageEncoder
 
 
-def random_clip(device: str, precision: str, folder: Path) -> ClipEncoder:
+def random_clip(device: str, precision: str, folder: Path) -> ImageEncoder:
     """CLIP ViT-B/16 as `clip-vit-b16` builds it, through the same loading code, from a file of random weights."""
     import open_clip
     from safetensors.torch import save_file

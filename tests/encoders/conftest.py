@@ -1,6 +1,6 @@
 """Small checkpoints in the genuine key layouts, made anew: what a user would have, but small."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ SMALL_AST: dict[str, Any] = {
     "intermediate_size": 64,
     "max_length": 256,
 }
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A tiny checkpoint of every supported model type of transformers, shared by all tests."""
+    from tiny_checkpoints import Checkpoints
+
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture

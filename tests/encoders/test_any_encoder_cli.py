@@ -1,12 +1,13 @@
 """Encoders by name through every command, on real clips: extract, verify, train, evaluate, predict."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoints import IMAGES, SOUNDS, write_checkpoint
+from tiny_checkpoints import IMAGES, SOUNDS
 
 from vaflow.cache import open_cache
 from vaflow.cache.costs import stream_costs
@@ -30,14 +31,10 @@ def data(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
+def names(checkpoints: Mapping[str, Path]) -> tuple[list[str], list[str]]:
     """Every family of transformers, some with several layers."""
-    folder = tmp_path_factory.mktemp("checkpoints")
     layers = {"dinov2": "@1-3", "wav2vec2": "@all", "vit": "@2"}
-    visual, audio = (
-        [f"hf:{write_checkpoint(name, folder / name)}{layers.get(name, '')}" for name in family]
-        for family in (IMAGES, SOUNDS)
-    )
+    visual, audio = ([f"hf:{checkpoints[n]}{layers.get(n, '')}" for n in family] for family in (IMAGES, SOUNDS))
     return visual, audio
 
 
@@ -73,13 +70,17 @@ def test_every_family_works_with_every_command(
     assert (out / "single_face.csv").read_text().count("\n") > 20
 
 
-def test_one_option_selects_layers_of_all_hf_encoders(data: Path, names: tuple, tmp_path: Path) -> None:
-    visual = names[0][3].partition("@")[0]
-    options = ["--visual", visual, "--visual", "resnet-tiny", "--audio", "none", *GRID, "--faces", "none"]
-    assert main(["extract", str(data), "--out", str(tmp_path / "cache"), *options, "--layers", "1-2"]) == 0
-    cache = open_cache(tmp_path / "cache")
-    assert cache.read(f"{visual}@1-2", "no_face").embedding.shape[1:] == (2, 32)
-    assert cache.read("resnet-tiny", "no_face").embedding.ndim == 2
+def test_one_option_selects_layers_of_all_transformers(data: Path, tmp_path: Path) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    options = ["--visual", "clip-tiny", "--visual", "resnet-tiny", "--audio", "ast-tiny", *GRID, "--faces", "none"]
+    assert main(["extract", str(data), "--out", str(cache), *options, "--layers", "1-2"]) == 0
+    stored = open_cache(cache)
+    assert stored.read("clip-tiny@1-2", "no_face").embedding.shape[1:] == (2, 128)
+    assert stored.read("ast-tiny@1-2", "no_face").embedding.shape[2:] == (2, 128)
+    assert stored.read("resnet-tiny", "no_face").embedding.ndim == 2
+    trained = ["--visual", "clip-tiny@1-2", "--epochs", "1", "--set", "kl_weight=0", "--set", "hidden=16"]
+    assert main(["train", str(cache), "--out", str(run), *trained, "--device", "cpu"]) == 0
+    assert json.loads((run / "metrics.json").read_text())["layer_shares"].keys() == {"clip-tiny@1-2", "ast-tiny@1-2"}
 
 
 def test_results_do_not_depend_on_the_clip_order(data: Path, names: tuple, tmp_path: Path) -> None:

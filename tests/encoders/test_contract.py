@@ -1,12 +1,12 @@
 """Every encoder that needs no download passes the contract for outside packages; an outside family is found."""
 
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_checkpoints import write_checkpoint
 
 from vaflow import encoders
 from vaflow.encoders import build_encoder, encoder_kind
@@ -27,14 +27,22 @@ class TestAst(EncoderContract):
     name = "ast-tiny"
 
 
+class TestLayersOfClip(EncoderContract):
+    name = "clip-tiny@0-1"
+
+
+class TestLayersOfAst(EncoderContract):
+    name = "ast-tiny@1-2"
+
+
 class TestVggish(EncoderContract):
     name = "vggish-tiny"
 
 
 class TestLayersOfImages(EncoderContract):
     @pytest.fixture(autouse=True)
-    def checkpoint(self, tmp_path: Path) -> None:
-        self.folder = write_checkpoint("dinov2", tmp_path / "model")
+    def checkpoint(self, checkpoints: Mapping[str, Path]) -> None:
+        self.folder = checkpoints["dinov2"]
         self.name = f"hf:{self.folder}@1-2"
 
     def changed(self) -> Any:
@@ -45,8 +53,8 @@ class TestLayersOfSpeech(EncoderContract):
     order_tolerance = 1e-6  # last bits, with one thread
 
     @pytest.fixture(autouse=True)
-    def checkpoint(self, tmp_path: Path) -> None:
-        self.name = f"hf:{write_checkpoint('wavlm', tmp_path / 'model')}@all"
+    def checkpoint(self, checkpoints: Mapping[str, Path]) -> None:
+        self.name = f"hf:{checkpoints['wavlm']}@all"
 
 
 def build_outside(request: Request) -> Any:

@@ -3,12 +3,13 @@
 FakeTensorMode runs shapes and devices without a GPU; `.item()` and mixed devices fail.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoints import IMAGES, SOUNDS, write_checkpoint
+from tiny_checkpoints import IMAGES, SOUNDS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vaflow.encoders import build_encoder
@@ -36,10 +37,10 @@ def to_cuda(encoder: Any) -> None:
 
 @pytest.mark.parametrize("name", [*IMAGES, *SOUNDS])
 @pytest.mark.parametrize("suffix", ["", "@2", "@0-2"])
-def test_a_forward_pass_stays_on_the_device(tmp_path: Path, name: str, suffix: str) -> None:
+def test_a_forward_pass_stays_on_the_device(checkpoints: Mapping[str, Path], name: str, suffix: str) -> None:
     if name == "convnextv2" and suffix == "@0-2":
         pytest.skip("its stages have different widths")
-    encoder: Any = build_encoder(f"hf:{write_checkpoint(name, tmp_path / name)}{suffix}")
+    encoder: Any = build_encoder(f"hf:{checkpoints[name]}{suffix}")
     with FakeTensorMode(allow_non_fake_inputs=True):
         to_cuda(encoder)
         if name in IMAGES:

@@ -1,6 +1,7 @@
 """`hf:` encoders against transformers' own processors and models, on tiny checkpoints in genuine layout."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from fake_hub import serve
 from huggingface_hub import constants
 from PIL import Image
-from tiny_checkpoints import IMAGES, SOUNDS, write_checkpoint
+from tiny_checkpoints import IMAGES, SOUNDS
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, WhisperFeatureExtractor
 
 from vaflow.encoders import build_encoder
@@ -18,12 +19,6 @@ from vaflow.encoders.huggingface import image_preprocessing
 from vaflow.encoders.speech import whisper_features
 from vaflow.encoders.waveform import WAVEFORM
 from vaflow.errors import UsageError, VaflowError, WeightsError
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: write_checkpoint(name, folder / name) for name in (*IMAGES, *SOUNDS)}
 
 
 def build(folder: Path, suffix: str = "", kind: str = "") -> Any:
@@ -61,7 +56,7 @@ def rows(samples: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_preprocessing_equals_the_processor_on_100_images(checkpoints: dict[str, Path], name: str) -> None:
+def test_preprocessing_equals_the_processor_on_100_images(checkpoints: Mapping[str, Path], name: str) -> None:
     """Pillow's resampling, as the processor's own Pillow version; the tensor version rounds differently."""
     encoder = build(checkpoints[name])
     settings = json.loads((checkpoints[name] / "preprocessor_config.json").read_text())
@@ -80,7 +75,7 @@ def test_preprocessing_equals_the_processor_on_100_images(checkpoints: dict[str,
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_features_equal_the_hugging_face_model(checkpoints: dict[str, Path], name: str) -> None:
+def test_features_equal_the_hugging_face_model(checkpoints: Mapping[str, Path], name: str) -> None:
     """The oracle is `AutoModel` on the processor's pixels, pooled by hand."""
     model: Any = AutoModel.from_pretrained(checkpoints[name]).eval()
     model = getattr(model, "vision_model", model)
@@ -110,7 +105,7 @@ def test_features_equal_the_hugging_face_model(checkpoints: dict[str, Path], nam
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGES if name != "convnextv2"])
-def test_several_layers_are_stored_in_order(checkpoints: dict[str, Path], name: str) -> None:
+def test_several_layers_are_stored_in_order(checkpoints: Mapping[str, Path], name: str) -> None:
     encoder = build(checkpoints[name], "@1-3")
     pictures = prepared(encoder, images(2))
     together = encoder.encode(pictures)
@@ -122,7 +117,7 @@ def test_several_layers_are_stored_in_order(checkpoints: dict[str, Path], name: 
     torch.testing.assert_close(build(checkpoints[name], "@mean").encode(pictures), every.mean(dim=1))
 
 
-def test_masked_patches_are_dropped_and_the_rest_keep_their_order(checkpoints: dict[str, Path]) -> None:
+def test_masked_patches_are_dropped_and_the_rest_keep_their_order(checkpoints: Mapping[str, Path]) -> None:
     """ViT-MAE draws which patches it masks: two calls must not differ."""
     encoder = build(checkpoints["vit-mae"])
     pictures = prepared(encoder, images(2))
@@ -144,7 +139,7 @@ def test_integer_sizes_of_older_processors_are_accepted() -> None:
 
 
 @pytest.mark.parametrize("name", SOUNDS)
-def test_steps_average_the_tokens_of_the_model(checkpoints: dict[str, Path], name: str) -> None:
+def test_steps_average_the_tokens_of_the_model(checkpoints: Mapping[str, Path], name: str) -> None:
     """The oracle: the feature extractor on each window, `AutoModel`, and the tokens in each step by hand."""
     extractor = AutoFeatureExtractor.from_pretrained(checkpoints[name])
     model: Any = AutoModel.from_pretrained(checkpoints[name]).eval()
@@ -165,7 +160,7 @@ def test_steps_average_the_tokens_of_the_model(checkpoints: dict[str, Path], nam
 
 
 @pytest.mark.parametrize("instant", [0.31, 1.5125, 2.77, 3.6])
-def test_an_impulse_changes_the_token_centred_on_it(checkpoints: dict[str, Path], instant: float) -> None:
+def test_an_impulse_changes_the_token_centred_on_it(checkpoints: Mapping[str, Path], instant: float) -> None:
     encoder = build(checkpoints["hubert"])
     quiet = torch.zeros(1, 4 * 16000)
     loud = quiet.clone()
@@ -193,7 +188,7 @@ def test_whisper_features_equal_the_feature_extractor() -> None:
     torch.testing.assert_close(whisper_features(torch.from_numpy(samples[1:]), filters)[0], together[1])
 
 
-def test_incompatible_windows_and_steps_are_rejected(checkpoints: dict[str, Path]) -> None:
+def test_incompatible_windows_and_steps_are_rejected(checkpoints: Mapping[str, Path]) -> None:
     with pytest.raises(UsageError, match="at most about 30 s"):
         build(checkpoints["whisper"]).step_times(40, 20)
     with pytest.raises(UsageError, match="would have no token"):
@@ -208,7 +203,7 @@ def test_incompatible_windows_and_steps_are_rejected(checkpoints: dict[str, Path
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *SOUNDS])
-def test_a_row_does_not_depend_on_its_batch(checkpoints: dict[str, Path], name: str) -> None:
+def test_a_row_does_not_depend_on_its_batch(checkpoints: Mapping[str, Path], name: str) -> None:
     encoder = build(checkpoints[name])
     if name in IMAGES:
         batch, encode = prepared(encoder, images(4)), encoder.encode
@@ -228,7 +223,7 @@ def test_a_row_does_not_depend_on_its_batch(checkpoints: dict[str, Path], name: 
 # --- what is refused
 
 
-def test_a_missing_layer_is_rejected(checkpoints: dict[str, Path]) -> None:
+def test_a_missing_layer_is_rejected(checkpoints: Mapping[str, Path]) -> None:
     for name in ("vit", "wav2vec2", "whisper"):
         with pytest.raises(UsageError, match=r"no such layer.*0 \(embeddings\) to 3"):
             build(checkpoints[name], "@4")
@@ -240,7 +235,7 @@ def test_a_missing_layer_is_rejected(checkpoints: dict[str, Path]) -> None:
         build(checkpoints["siglip"], "@pool=cls")
 
 
-def test_a_model_of_another_kind_is_rejected(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_of_another_kind_is_rejected(checkpoints: Mapping[str, Path], tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UsageError, match=r"cannot be used as a visual encoder.*bert.*dinov2"):
@@ -251,7 +246,7 @@ def test_a_model_of_another_kind_is_rejected(checkpoints: dict[str, Path], tmp_p
         build(checkpoints["vit"], kind="audio")
 
 
-def test_pickled_weights_are_rejected(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_pickled_weights_are_rejected(checkpoints: Mapping[str, Path], tmp_path: Path) -> None:
     for file in checkpoints["vit"].iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -279,7 +274,7 @@ def test_hub_errors_are_reported(hub_cache: Path, monkeypatch: pytest.MonkeyPatc
             build_encoder("hf:someone/model")
 
 
-def test_repository_code_is_not_run(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_repository_code_is_not_run(checkpoints: Mapping[str, Path], tmp_path: Path) -> None:
     """Every family, with modules and mappings planted beside genuine weights."""
     for name, folder in checkpoints.items():
         copy = tmp_path / name

@@ -1,6 +1,6 @@
 """Tiny checkpoints in genuine layout: a folder of every supported model type, as `save_pretrained` writes it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,23 @@ SOUNDS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
         hf.WhisperFeatureExtractor(),
     ),
 }
+
+
+class Checkpoints(Mapping[str, Path]):
+    """Key of `IMAGES` or `SOUNDS` -> folder of its checkpoint, written at first use. Tests must not change it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> Path:
+        folder = self._folder / name
+        return folder if folder.is_dir() else write_checkpoint(name, folder)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*IMAGES, *SOUNDS])
+
+    def __len__(self) -> int:
+        return len(IMAGES) + len(SOUNDS)
 
 
 def write_checkpoint(name: str, folder: Path) -> Path:

@@ -70,12 +70,12 @@ def tunable(streams: Iterable[InputStream]) -> tuple[InputStream, ...]:
         UsageError: no stream can be fine-tuned.
     """
     streams = tuple(streams)
-    trainable = tuple(stream for stream in streams if stream.identity.get("encoder") in LAYOUTS)
+    trainable = tuple(s for s in streams if s.identity.get("encoder") in LAYOUTS and "blocks" not in s.identity)
     if not trainable:
         raise UsageError(
             explain(
                 "None of the run's streams can be fine-tuned",
-                expected="a stream of a CLIP image encoder or an Audio Spectrogram Transformer",
+                expected="a stream of a CLIP image encoder or an Audio Spectrogram Transformer without @LAYER",
                 got=", ".join(stream.name for stream in streams),
             )
         )

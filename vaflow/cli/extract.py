@@ -79,7 +79,7 @@ def extract(
         str,
         typer.Option(
             metavar="LAYERS",
-            help="Layers of every hf: encoder: N, N-M, last, mean or all. Several are mixed in training.",
+            help="Layers of every transformer: N, N-M, last, mean or all. Training mixes several.",
             rich_help_panel="Encoders",
             hidden=True,
         ),
@@ -137,8 +137,8 @@ def extract(
     # Everything that the user typed is checked before torch is imported, which takes seconds.
     given = dict(options or {})
     for kind in ("visual", "audio"):
-        if kind in given:
-            given[kind] = _encoder_names(given[kind], kind, layers)
+        if kind in given or layers:
+            given[kind] = _encoder_names(given.get(kind, getattr(ExtractConfig, kind)), kind, layers)
     config = ExtractConfig(**given, weights=weight_pairs(weights or []))
     part = Shard.parse(shard)
     if engine not in ENGINES:

@@ -1,19 +1,21 @@
 """The encoders, by name. Names and kinds are known without torch; building an encoder imports what it needs.
 
-A fixed name is a key of `ENCODERS`; `FAMILY:SOURCE` names other weights of a family, as `FORMS` lists. Names in a
-run or a cache use the same table: a name selects a builder of this package and data for it, never code.
+A fixed name is a key of `ENCODERS`; `FAMILY:SOURCE` names other weights of a family, as `FORMS` lists; `@LAYER` chooses
+layers of a transformer. Names in a run or a cache use the same table: a name selects a builder of this package and data
+for it, never code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vaflow.device import forbid_tf32
 from vaflow.encoders.base import Request
+from vaflow.encoders.layers import split_layers
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:
@@ -50,14 +52,15 @@ ENCODERS: Mapping[str, Entry] = {
 }
 
 FORMS: Mapping[str, tuple[EncoderKind, str]] = {
-    "clip": ("visual", "clip:MODEL/TAG_OR_FILE"),
-    "ast":  ("audio", "ast:PATH_OR_HUB_ID"),
+    "clip": ("visual", "clip:MODEL/TAG_OR_FILE[@LAYER]"),
+    "ast":  ("audio", "ast:PATH_OR_HUB_ID[@LAYER]"),
     "hf":   ("any", "hf:REPO_OR_PATH[@LAYER]"),
-    "timm": ("visual", "timm:MODEL[/FILE]"),
+    "timm": ("visual", "timm:MODEL[/FILE][@LAYER]"),
     "onnx": ("any", "onnx:FILE"),
     "opensmile": ("audio", "opensmile:eGeMAPSv02[/functionals]"),
 }
 # fmt: on
+WITHOUT_LAYERS = ("resnet", "vggish", "onnx", "opensmile", "logmel")
 
 
 def encoder_kind(name: str) -> EncoderKind:
@@ -104,6 +107,13 @@ def build_encoder(
     resolved = "float32" if precision == "auto" else precision
     if resolved == "float32" and device.startswith("cuda"):
         forbid_tf32()
+    base, choice = split_layers(name, name)
+    without = entry.family in WITHOUT_LAYERS or (
+        entry.family == "tiny" and not entry.source.startswith(("clip", "ast"))
+    )
+    if without and base != name and not Path(entry.source).exists():
+        expected = "layers of a transformer: a name that begins with hf:, clip, ast or timm:"
+        raise UsageError(explain(f"{base} has no layers to choose", expected=expected, got=f"@{choice.layers}"))
     module: Any = _family(entry.family)
     encoder: VisualEncoder | AudioEncoder = module.build(Request(name, entry.source, weights, device, resolved, kind))
     return encoder
@@ -123,8 +133,10 @@ def encode_text(encoder: VisualEncoder | AudioEncoder, texts: list[str]) -> NDAr
 
 
 def _entry(name: str) -> Entry:
-    if name in ENCODERS:
-        return ENCODERS[name]
+    base, _ = split_layers(name, name)
+    if base in ENCODERS:
+        fixed = ENCODERS[base]
+        return replace(fixed, source=fixed.source + name.removeprefix(base))
     family, colon, source = name.partition(":")
     if colon and source and family not in FORMS and family in {point.name for point in _plugins()}:
         return Entry("any", family, source)

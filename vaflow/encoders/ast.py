@@ -30,6 +30,7 @@ from vaflow.encoders.checkpoints import (
     read_json,
 )
 from vaflow.encoders.image_encoder import autocast
+from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, frame_count
 from vaflow.encoders.token_pooling import TokenGrid
 from vaflow.encoders.weights import state_digest
@@ -82,6 +83,10 @@ class AstEncoder:
         mean, std: the input is normalised as (x - mean) / (2 std).
         identity: plain JSON of everything that changes the output.
         device, precision: where and how precisely to compute.
+        choice: the layers.
+
+    Raises:
+        UsageError: the model has no such layer.
     """
 
     kind: ClassVar[str] = "audio"
@@ -97,6 +102,7 @@ class AstEncoder:
         identity: Mapping[str, Any],
         device: str = "cpu",
         precision: str = "float32",
+        choice: LayerChoice | None = None,
     ) -> None:
         self.name = name
         self.geometry = geometry
@@ -106,6 +112,9 @@ class AstEncoder:
         self.module: torch.nn.Module = module.eval().to(self.device, torch.float32)
         self.dim = int(module.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self._mean, self._std = mean, std
+        self._choice = choice or LayerChoice()
+        self._numbers = self._choice.numbers(name, module.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+        self.layers = self._numbers if self._choice.stacked else ()
         self._pooling: dict[tuple[float, int], torch.Tensor] = {}  # on the device, one per shape
 
     def segments(self, window: float, steps: int) -> Segments:
@@ -129,19 +138,27 @@ class AstEncoder:
         """
         mel = self._normalised(logmel, window)
         with autocast(self.device, self.precision):
-            hidden = self.module(mel).last_hidden_state
-        patches = hidden[:, SPECIAL_TOKENS:].to(torch.float32)
-        tokens = patches.unflatten(1, (self.geometry.frequency_tokens, self.geometry.tokens.count)).mean(dim=1)
+            output = self.module(mel, **({"output_hidden_states": True} if self._numbers else {}))
+        states = [output.hidden_states[n] for n in self._numbers] if self._numbers else [output.last_hidden_state]
         key = (float(window), steps)
         if key not in self._pooling:
             matrix = torch.from_numpy(self.geometry.tokens.pooling(window, steps))
             self._pooling[key] = matrix.to(self.device, non_blocking=True)
+        pooled = torch.stack([self._pooled(state, self._pooling[key]) for state in states], dim=2)
+        if self._choice.layers == "mean":
+            return pooled.mean(dim=2)
+        return pooled if self.layers else pooled[:, :, 0]
+
+    def _pooled(self, hidden: torch.Tensor, pooling: torch.Tensor) -> torch.Tensor:
+        """Hidden state [B, T, D] -> [B, steps, D] float32."""
+        patches = hidden[:, SPECIAL_TOKENS:].to(torch.float32)
+        tokens = patches.unflatten(1, (self.geometry.frequency_tokens, self.geometry.tokens.count)).mean(dim=1)
         with torch.autocast(self.device.type, enabled=False):  # also where the caller trains in autocast
-            return torch.einsum("st,btd->bsd", self._pooling[key], tokens)
+            return torch.einsum("st,btd->bsd", pooling, tokens)
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
-        """[B, frames, mel_bins] float32, unnormalised -> [B, steps, dim] float32 on the encoder's device.
+        """[B, frames, mel_bins] float32, unnormalised -> [B, steps, dim] or [B, steps, layers, dim] float32.
 
         Windows shorter than the model's input are padded with zeros before normalisation, as in Hugging Face's
         extractor; frames beyond the model's input are dropped.
@@ -192,10 +209,11 @@ def build(request: Request) -> AstEncoder:
         WeightsError: the folder or the hub has no such model, or its weights do not fit.
         UsageError: the model is of another kind, or requires another log-Mel.
     """
-    source = request.source if request.weights is None else str(request.weights)
+    named, choice = split_layers(request.name, request.source)
+    source = named if request.weights is None else str(request.weights)
     local = request.weights is not None
     folder = open_folder(request.name, source, local=local, weight_files=(SAFETENSORS, PICKLE), example=EXAMPLE)
-    return make_encoder(request, *load_checkpoint(folder))
+    return make_encoder(request, *load_checkpoint(folder), choice)
 
 
 def load_checkpoint(folder: Path) -> tuple[torch.nn.Module, float, float]:
@@ -238,8 +256,14 @@ def _check_settings(folder: Path, config: Mapping[str, Any], processor: Mapping[
         )
 
 
-def make_encoder(request: Request, module: torch.nn.Module, mean: float, std: float) -> AstEncoder:
-    """Return an encoder around a model."""
+def make_encoder(
+    request: Request, module: torch.nn.Module, mean: float, std: float, choice: LayerChoice | None = None
+) -> AstEncoder:
+    """Return an encoder around a model.
+
+    Raises:
+        UsageError: the model has no such layer, or its tokens are to be pooled in another way.
+    """
     import transformers
 
     config: Any = module.config
@@ -259,8 +283,19 @@ def make_encoder(request: Request, module: torch.nn.Module, mean: float, std: fl
         "output": "last hidden state, mean over frequency, mean over the tokens centred in a step",
         "library": f"transformers {transformers.__version__.split('.')[0]}",
     }
-    identity = request.finish_identity(identity)
-    return AstEncoder(request.name, module, geometry, mean, std, identity, request.device, request.precision)
+    choice = choice or LayerChoice()
+    if choice.pooling not in ("", "mean"):
+        problem = f"{request.name} is an audio model: its tokens are averaged in each step"
+        raise UsageError(explain(problem, expected="pool=mean", got=f"pool={choice.pooling}"))
+    if choice.layers != "last":
+        identity |= {
+            "output": "outputs of blocks, mean over frequency and the tokens of a step",
+            "blocks": choice.layers,
+        }
+    options = request.device, request.precision, choice
+    encoder = AstEncoder(request.name, module, geometry, mean, std, request.finish_identity(identity), *options)
+    encoder.identity |= {"layers": list(encoder.layers)} if encoder.layers else {}
+    return encoder
 
 
 def geometry_of(module: torch.nn.Module) -> Geometry:

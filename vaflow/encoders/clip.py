@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from vaflow.encoders.base import Request
 from vaflow.encoders.context_vectors import ContextTower
 from vaflow.encoders.hub import hub_file, hub_folder, url_file
-from vaflow.encoders.image_encoder import ImageEncoder
+from vaflow.encoders.image_encoder import ImageEncoder, encode_blocks
 from vaflow.encoders.images import Preparation, Preprocessing
+from vaflow.encoders.layers import LayerChoice, split_layers
+from vaflow.encoders.timm_models import blocks_of
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, write_state_dict
 from vaflow.errors import UsageError, WeightsError, explain
 
@@ -88,16 +90,17 @@ class ClipEncoder(ImageEncoder):
         return ContextTower(self._model, self._tokenizer(), texts, count, self.device)
 
 
-def build(request: Request) -> ClipEncoder:
-    """Return `MODEL/TAG_OR_FILE`: a tag wins over a file of the same name, `request.weights` over either's weights.
+def build(request: Request) -> ImageEncoder:
+    """Return `MODEL/TAG_OR_FILE[@LAYER]`: a tag wins over a file, `request.weights` over either's weights.
 
     Raises:
-        UsageError: open_clip has no such model, or the rest is neither one of its tags nor a file.
+        UsageError: open_clip has no such model, tag or layer, and there is no such file.
         WeightsError: the weights are unreachable or do not fit.
     """
     from open_clip.pretrained import get_pretrained_cfg, is_pretrained_cfg, list_pretrained_tags_by_model
 
-    model_name, _, source = request.source.partition("/")
+    named, choice = split_layers(request.name, request.source)
+    model_name, _, source = named.partition("/")
     _require_listed(model_name)
     tag = source if is_pretrained_cfg(model_name, source) else None
     file = request.weights or (None if tag else Path(source).expanduser())
@@ -119,7 +122,29 @@ def build(request: Request) -> ClipEncoder:
     preprocessing = preprocessing_of(model_name, settings, model)
     identity = make_identity(request, canonical, model, preprocessing)
     tokenizer = partial(tokenizer_of, request.name, model_name)
-    return ClipEncoder(request.name, model, tokenizer, preprocessing, identity, request.device, request.precision)
+    return make_encoder(request, choice, model, tokenizer, preprocessing, identity)
+
+
+def make_encoder(
+    request: Request,
+    choice: LayerChoice,
+    model: Any,
+    tokenizer: Callable[[], Callable[[list[str]], torch.Tensor]],
+    preprocessing: Preprocessing,
+    identity: Mapping[str, Any],
+) -> ImageEncoder:
+    """Return the encoder of both towers or, for chosen layers, of the blocks of the image tower.
+
+    Raises:
+        UsageError: the image tower has no such layer.
+    """
+    if choice == LayerChoice():
+        return ClipEncoder(request.name, model, tokenizer, preprocessing, identity, request.device, request.precision)
+    if hasattr(model.visual, "trunk"):
+        parts = blocks_of(model.visual.trunk)
+    else:
+        parts = getattr(getattr(model.visual, "transformer", None), "resblocks", None), 1, True
+    return encode_blocks(request, model.visual, *parts, choice, preprocessing, identity)
 
 
 def _require_listed(model_name: str) -> None:

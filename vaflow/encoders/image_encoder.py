@@ -1,12 +1,16 @@
 """The forward pass that all image encoders share: normalise, run the network, return one float32 vector per image."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 
+from vaflow.encoders.base import Request
 from vaflow.encoders.images import Image, Preprocessing
+from vaflow.encoders.layers import LayerChoice
+from vaflow.errors import UsageError, explain
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -76,3 +80,107 @@ class ImageEncoder:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """[B, S, S, 3] uint8, prepared, on any device -> [B, dim] or [B, layers, dim] float32 on the device."""
         return self.features(images)
+
+
+class BlockOutputs(torch.nn.Module):
+    """Outputs of chosen blocks of a vision transformer: [B, 3, S, S] -> [B, dim] or [B, layers, dim].
+
+    Args:
+        network: the transformer.
+        blocks: its blocks in order, each [B, tokens, dim] -> [B, tokens, dim].
+        numbers: of the layers; 0 is the first block's input.
+        choice: layers and pooling; pooling "cls" or "mean".
+        special: tokens before those of the patches.
+
+    Raises:
+        TypeError: a block's output is not [B, tokens, dim].
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        blocks: Sequence[torch.nn.Module],
+        numbers: Sequence[int],
+        choice: LayerChoice,
+        special: int,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._blocks, self._numbers = tuple(blocks), tuple(numbers)  # in a tuple: they are parts of the network
+        self._choice, self._special = choice, special
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, S, S] normalised -> [B, dim] or, for several layers, [B, layers, dim]."""
+        states: dict[int, torch.Tensor] = {}
+
+        def keep(number: int, tokens: Any) -> None:
+            if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3:
+                raise TypeError("a block's output is not [B, tokens, dim]")
+            cls = self._choice.pooling == "cls"
+            states[number] = tokens[:, 0] if cls else tokens[:, self._special :].mean(dim=1)
+
+        hooks = [
+            self._blocks[number - 1].register_forward_hook(lambda _, __, output, number=number: keep(number, output))
+            for number in self._numbers
+            if number
+        ]
+        if 0 in self._numbers:
+            hooks.append(self._blocks[0].register_forward_pre_hook(lambda _, inputs: keep(0, inputs[0])))
+        try:
+            self.network(pixels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        layers = torch.stack([states[number] for number in self._numbers], dim=1)
+        if self._choice.layers == "mean":
+            return layers.mean(dim=1)
+        return layers if self._choice.stacked else layers[:, 0]
+
+
+def encode_blocks(
+    request: Request,
+    network: torch.nn.Module,
+    blocks: Sequence[torch.nn.Module] | None,
+    special: int,
+    class_token: bool,
+    choice: LayerChoice,
+    preprocessing: Preprocessing,
+    identity: Mapping[str, Any],
+) -> ImageEncoder:
+    """Return an encoder of chosen blocks of a vision transformer.
+
+    Args:
+        blocks: as for `BlockOutputs`; None: the network has none.
+        special: number of tokens before the patches'; class_token: whether the first one is a class token.
+        choice: layers and pooling; pooling defaults to "cls" with a class token, else "mean".
+        identity: of the encoder of the network's output.
+
+    Raises:
+        UsageError: the network has no such layers or pooling.
+    """
+    if not blocks:
+        raise UsageError(
+            explain(f"{request.name} is not a transformer: it has no layers to choose", got=f"@{choice.layers}")
+        )
+    pooling = choice.pooling or ("cls" if class_token else "mean")
+    if choice.layers == "last" or pooling not in ("mean", *(("cls",) if class_token else ())):
+        choices = ["cls", "mean"] if class_token else ["mean"]
+        got = f"@{choice.layers},pool={pooling}"
+        expected = "@N,pool=POOLING; the output of the network has its own pooling" if choice.layers == "last" else None
+        raise UsageError(explain(f"{request.name} has no such pooling", expected=expected, got=got, choices=choices))
+    numbers = choice.numbers(request.name, len(blocks))
+    module = BlockOutputs(network, blocks, numbers, replace(choice, pooling=pooling), special)
+    stored = numbers if choice.stacked else ()
+    settings: dict[str, Any] = {"output": "outputs of blocks", "blocks": choice.layers, "pooling": pooling}
+    settings |= {"layers": list(stored)} if stored else {}
+    encoder = ImageEncoder(
+        request.name, module, 0, preprocessing, {**identity, **settings}, request.device, request.precision
+    )
+    encoder.layers = stored
+    size = preprocessing.preparation.size
+    try:
+        encoder.dim = int(encoder.encode(torch.zeros(1, size, size, 3, dtype=torch.uint8)).shape[-1])
+    except (TypeError, RuntimeError) as error:  # blocks of a convolutional network, or of different widths
+        problem = f"{request.name} is not a transformer with layers of one width"
+        raise UsageError(explain(problem, got=f"@{choice.layers}", remedy="Remove the layers from the name")) from error
+    return encoder

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from vaflow.errors import UsageError, explain
 
 POOLINGS = ("cls", "pooler", "mean")
+WITH_LAYERS = re.compile(r"(hf|clip|ast|timm):.|(clip|ast)-|ast$")  # begins names of encoders that are transformers
 _SUFFIX = re.compile(r"@(?:(last|mean|all|\d{1,3}(?:-\d{1,3})?)(?:,pool=(\w+))?|pool=(\w+))$")
 
 
@@ -25,6 +26,11 @@ class LayerChoice:
 
     layers: str = "last"
     pooling: str = ""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether several layers are stored, on an axis of their own."""
+        return self.layers == "all" or len(set(self.layers.split("-"))) > 1
 
     def numbers(self, name: str, count: int) -> tuple[int, ...]:
         """Return the numbers of the layers, out of 0 to `count`; () for the network's output.
@@ -65,7 +71,9 @@ def split_layers(name: str, source: str) -> tuple[str, LayerChoice]:
 
 
 def with_layers(name: str, layers: str) -> str:
-    """Return an encoder's name with the layers of `--layers`, unless the name has its own.
+    """Return an encoder's name with the layers of `--layers`.
+
+    Names with layers of their own, and names that are no transformer's, are returned unchanged.
 
     Raises:
         UsageError: `layers` is not of the form that follows `@`.
@@ -74,4 +82,4 @@ def with_layers(name: str, layers: str) -> str:
         raise UsageError(
             explain("--layers is not a choice of layers", expected="N, N-M, last, mean or all", got=layers)
         )
-    return name if not name.startswith("hf:") or _SUFFIX.search(name) else f"{name}@{layers}"
+    return f"{name}@{layers}" if WITH_LAYERS.match(name) and _SUFFIX.search(name) is None else name

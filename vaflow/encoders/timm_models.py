@@ -1,4 +1,4 @@
-"""Image models of timm as encoders, `timm:MODEL[/FILE]`: pooled features before the classifier.
+"""Image models of timm as encoders, `timm:MODEL[/FILE][@LAYER]`: pooled features before the classifier, or layers.
 
 Only names in timm's own list are built; `hf-hub:` and `local-dir:` names are refused. Without FILE the published
 weights are read from safetensors. Size, crop, interpolation and normalisation are those of timm's data configuration.
@@ -12,8 +12,9 @@ import torch
 
 from vaflow.encoders.base import Request
 from vaflow.encoders.hub import hub_file
-from vaflow.encoders.image_encoder import ImageEncoder
+from vaflow.encoders.image_encoder import ImageEncoder, encode_blocks
 from vaflow.encoders.images import KERNELS, Preparation, Preprocessing
+from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
 from vaflow.errors import UsageError, WeightsError, explain
 
@@ -24,12 +25,13 @@ def build(request: Request) -> ImageEncoder:
     """Return the model with its published weights, those of FILE, or `request.weights`.
 
     Raises:
-        UsageError: timm has no such model, or its preprocessing is not supported.
+        UsageError: timm has no such model, its preprocessing is not supported, or it has no such layer.
         WeightsError: the weights are unreachable, are damaged, or do not fit.
     """
     import timm
 
-    model_name, _, file = request.source.partition("/")
+    named, choice = split_layers(request.name, request.source)
+    model_name, _, file = named.partition("/")
     architecture, _, tag = model_name.partition(".")
     if not timm.is_model(architecture):
         close = timm.list_models(f"*{architecture[:6]}*")[:5] if architecture.isascii() else []
@@ -60,10 +62,18 @@ def build(request: Request) -> ImageEncoder:
         "library": f"timm {timm.__version__.split('.')[0]}",
     }
     identity = request.finish_identity(identity)
+    if choice != LayerChoice():
+        return encode_blocks(request, module, *blocks_of(module), choice, preprocessing, identity)
     size = preprocessing.preparation.size
     with torch.no_grad():
         dim = int(module.eval()(torch.zeros(1, 3, size, size)).shape[-1])
     return ImageEncoder(request.name, module, dim, preprocessing, identity, request.device, request.precision)
+
+
+def blocks_of(module: Any) -> tuple[Any, int, bool]:
+    """Return the blocks of timm's model, the number of tokens before the patches', and whether one is a class token."""
+    special = getattr(module, "num_prefix_tokens", 0)
+    return getattr(module, "blocks", None), special, special > 0 and getattr(module, "cls_token", None) is not None
 
 
 def _download(request: Request, settings: Any) -> Path:

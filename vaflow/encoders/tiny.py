@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaflow.encoders import resnet, vggish
+from vaflow.encoders import clip, resnet, vggish
 from vaflow.encoders.ast import (
     AUDIOSET_MEAN,
     AUDIOSET_STD,
@@ -41,9 +41,10 @@ from vaflow.encoders.ast import (
     make_encoder,
 )
 from vaflow.encoders.base import Request
-from vaflow.encoders.clip import ClipEncoder, make_identity, require_quick_gelu
+from vaflow.encoders.clip import make_identity, require_quick_gelu
 from vaflow.encoders.image_encoder import ImageEncoder
 from vaflow.encoders.images import Preparation, Preprocessing
+from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.weights import load_strictly, read_state_dict
 from vaflow.errors import WeightsError, explain
 
@@ -96,17 +97,18 @@ Values = NDArray[np.float64]
 Rule = Callable[[str, str, tuple[int, ...]], Values]  # (stream of random numbers, parameter's name, shape) -> values
 
 
-def build(request: Request) -> ClipEncoder | AstEncoder | ImageEncoder | vggish.VggishEncoder:
+def build(request: Request) -> AstEncoder | ImageEncoder | vggish.VggishEncoder:
     """Return the tiny encoder `request.source`: seeded, or (CLIP and AST) with the weights `request.weights`.
 
     Raises:
         UsageError: local weights were given to an encoder that cannot load them.
         WeightsError: the weights do not fit.
     """
-    if request.source == "clip":
-        return _build_clip(request)
-    if request.source == "ast":
-        return _build_ast(request)
+    source, choice = split_layers(request.name, request.source)
+    if source == "clip":
+        return _build_clip(request, choice)
+    if source == "ast":
+        return _build_ast(request, choice)
     request.refuse_weights("its weights are seeded")
     if request.source == "resnet":
         network = resnet.bare_resnet(RESNET_BLOCKS, width=RESNET_WIDTH, expansion=RESNET_EXPANSION)
@@ -118,7 +120,7 @@ def build(request: Request) -> ClipEncoder | AstEncoder | ImageEncoder | vggish.
     return vggish.make_encoder(request, module)
 
 
-def _build_clip(request: Request) -> ClipEncoder:
+def _build_clip(request: Request, choice: LayerChoice) -> ImageEncoder:
     import open_clip
 
     model = open_clip.CLIP(**CLIP_CONFIG)
@@ -130,11 +132,10 @@ def _build_clip(request: Request) -> ClipEncoder:
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     preprocessing = Preprocessing(Preparation(CLIP_CONFIG["vision_cfg"]["image_size"]), mean, std)
     identity = make_identity(request, "clip-tiny", model, preprocessing)
-    tokenizer = open_clip.SimpleTokenizer
-    return ClipEncoder(request.name, model, tokenizer, preprocessing, identity, request.device, request.precision)
+    return clip.make_encoder(request, choice, model, open_clip.SimpleTokenizer, preprocessing, identity)
 
 
-def _build_ast(request: Request) -> AstEncoder:
+def _build_ast(request: Request, choice: LayerChoice) -> AstEncoder:
     from transformers import ASTConfig, ASTModel
 
     module = ASTModel(ASTConfig(**AST_CONFIG, attn_implementation="sdpa"))
@@ -143,10 +144,10 @@ def _build_ast(request: Request) -> AstEncoder:
             raise WeightsError(explain(f"There is no folder {request.weights}", remedy="Check the path after NAME="))
         loaded, mean, std = load_checkpoint(request.weights)
         load_strictly(module, loaded.state_dict(), str(request.weights))
-        return make_encoder(request, module, mean, std)
+        return make_encoder(request, module, mean, std, choice)
     geometry = geometry_of(module)
     seed_parameters(module, "ast-tiny", _ast_values(geometry.frequency_tokens, geometry.tokens.count))
-    return make_encoder(request, module, AUDIOSET_MEAN, AUDIOSET_STD)
+    return make_encoder(request, module, AUDIOSET_MEAN, AUDIOSET_STD, choice)
 
 
 def seed_parameters(module: torch.nn.Module, name: str, rule: Rule) -> None:
