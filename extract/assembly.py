@@ -15,17 +15,15 @@ from vaflow.cache.scratch import LongArray, Scratch
 from vaflow.encoders import logmel
 from vaflow.encoders.base import KALDI, FrontEnd, cut
 from vaflow.encoders.logmel import frame_times
+from vaflow.extract.audio_steps import HOP, covered_frames, step_valid
 from vaflow.extract.batching import Encoders, FixedBatcher
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
 from vaflow.extract.plan import PendingClip
-from vaflow.timeline import Floats, Ints
+from vaflow.timeline import Floats
 
 logger = logging.getLogger(__name__)
-
-HOP = logmel.HOP / logmel.RATE  # seconds between two filter-bank frames
-FRAME = logmel.FRAME / logmel.RATE  # seconds that one covers
 
 
 class Banks:
@@ -55,26 +53,6 @@ class Banks:
         for front, bank in self._open.items():
             self._kept[front].append(bank.finish())
         return {front: self._kept.pop(front).finish() for front in self._open}
-
-
-def covered_frames(frames: int, covered: tuple[tuple[float, float], ...]) -> NDArray[np.bool_]:
-    """[F] True where all samples of a filter-bank frame came from the file."""
-    first = np.arange(frames) * HOP
-    valid = np.zeros(frames, bool)
-    slack = HOP / 2  # resampling rounds the ends of the audio by a fraction of a sample
-    for start, stop in covered:
-        valid |= (first >= start - slack) & (first + FRAME <= stop + slack)
-    return valid
-
-
-def step_valid(valid: NDArray[np.bool_], starts: Floats, window: float, steps: int) -> NDArray[np.bool_]:
-    """[W, S] True where at least half of the frames under a step are valid."""
-    sums = np.concatenate([[0], np.cumsum(valid)])
-    edges = starts[:, None] + np.arange(steps + 1) * window / steps
-    index: Ints = np.rint(edges / HOP).astype(np.int64)
-    counts = np.diff(sums[np.clip(index, 0, len(valid))], axis=1)
-    result: NDArray[np.bool_] = counts * 2 >= np.maximum(np.diff(index, axis=1), 1)
-    return result
 
 
 def vector_shape(info: StreamInfo) -> tuple[int, ...]:
@@ -209,7 +187,7 @@ class ClipAssembly:
         encoder, batcher = self._audio[name]
         grid, steps = self._config.grid, self._config.audio_steps
         starts = grid.seconds(grid.starts(self.duration))
-        has_audio = step_valid(valid, starts, grid.window, steps)
+        has_audio = step_valid(valid, starts, grid.window, steps, self.duration)
         shape = vector_shape(self._infos[name])
         vectors = self._vectors[name] = self._scratch.zeros((len(starts) * steps, *shape), self._config.dtype)
         self.arrays[name] = {

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.documents import source_stamp
-from vaflow.cache.schema import StreamInfo
+from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError, UsageError, count, explain
+from vaflow.extract.audio_steps import ends_in_a_short_step
 from vaflow.extract.config import Shard
 from vaflow.extract.headers import lengths
 from vaflow.extract.image_folders import IMAGES_DIGEST, images_digest
@@ -21,6 +22,7 @@ from vaflow.extract.sources import SourceComparison, file_status, sources_of
 from vaflow.extract.streams import SOURCES, reading_version, source_of
 from vaflow.extract.video import READING, misread_before
 from vaflow.failures import LISTS, read_failures
+from vaflow.timeline import Grid
 
 logger = logging.getLogger(__name__)
 
@@ -140,25 +142,36 @@ def _task(
 
 def _misread(
     cache: Cache, infos: dict[str, StreamInfo], stamps: dict[str, dict[str, str]], clips: Iterable[Clip]
-) -> dict[str, tuple[str, ...]]:
-    """Item -> kinds of streams that an earlier version of this package made wrongly of its video."""
+) -> dict[str, set[str]]:
+    """Item -> kinds of streams that an earlier version of this package made wrongly of it."""
     older = [name for name, info in infos.items() if reading_version(info) < READING]
-    suspects = [
-        clip
-        for clip in (clips if older else ())
-        if clip.video is not None
-        and any(
-            clip.id in stamps[name] and cache.record(name, clip.id).meta.get("reading", 1) < READING for name in older
-        )
-    ]
-    if suspects:
-        logger.info("Checking %s that an earlier version extracted", count(len(suspects), "clip"))
-    videos = [clip.video for clip in suspects if clip.video is not None]
-    return {
-        suspects[number].id: kinds
-        for number, kinds in each(misread_before, videos)
-        if not isinstance(kinds, Failed) and kinds
-    }
+    misread: dict[str, set[str]] = {}
+    videos = {}
+    for clip in clips if older else ():
+        records = {name: cache.record(name, clip.id).meta for name in older if clip.id in stamps[name]}
+        reading = min((meta.get("reading", 1) for meta in records.values()), default=READING)
+        if reading < 2 and clip.video is not None:
+            videos[clip.id] = clip.video
+        duration = records.get(LABELS, {}).get("duration", 0.0)
+        audio = [name for name, meta in records.items() if meta.get("audio", "absent") != "absent"]
+        if reading < 3 and any(_has_short_step(infos[name], duration) for name in audio):
+            misread[clip.id] = {"audio"}
+    if videos:
+        logger.info("Checking %s that an earlier version extracted", count(len(videos), "clip"))
+    items = list(videos)
+    for number, kinds in each(misread_before, list(videos.values())):
+        if not isinstance(kinds, Failed):
+            misread.setdefault(items[number], set()).update(kinds)
+    return misread
+
+
+def _has_short_step(info: StreamInfo, duration: float) -> bool:
+    """Whether a stream of audio steps ends in a step that reading version 2 marked as missing."""
+    if info.kind != "audio":
+        return False
+    sampling = info.identity["sampling"]
+    grid = Grid(sampling["window"], sampling["stride"], sampling["frames"])
+    return ends_in_a_short_step(grid, sampling["audio_steps"], duration)
 
 
 def _stamps_now(clip: Clip, kinds: set[str]) -> dict[str, str]:

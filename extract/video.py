@@ -39,7 +39,8 @@ Ints = NDArray[np.int64]
 
 # Version of how this package reads times, frames and audio; raised when any of it changes.
 # 2: frames are scaled to square pixels; files whose times go back are refused.
-READING = 2
+# 3: the last audio step is valid if half of its part within the clip has audio.
+READING = 3
 _HOLD = 0.2  # seconds for which a neighbouring frame replaces one that cannot be decoded
 _SAME = 2e-6  # seconds: presentation times closer than this are equal (container starts are rounded to microseconds)
 JOINABLE = ("mpegts", "mpeg")  # containers whose files can be joined byte by byte

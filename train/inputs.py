@@ -261,13 +261,14 @@ def _warn_of_no_prompts(cache: str) -> None:
 def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
     """Check that a run's streams in this cache come from the same encoder with the same settings.
 
-    The sampling, the decoder, the stored dtype and the encoders' precision can differ; differences are logged.
+    The sampling, the decoder, the stored dtype and the encoders' precision can differ; that is logged once per process,
+    because `predict` makes a cache per clip.
 
     Raises:
         UsageError: the cache has no such stream.
         FingerprintError: a stream was made with other settings; every differing field is named.
     """
-    known = cache.streams()
+    known, allowed = cache.streams(), dict[str, str]()
     for stream in streams:
         if stream.name not in known:
             problem = f"{cache.place} has no stream {stream.name!r}, which the run reads"
@@ -288,9 +289,19 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
                     remedy="Extract the clips again with the run's encoder and weights",
                 )
             )
-        level = logging.WARNING if "precision" in fields else logging.INFO  # the others have no visible effect
-        differs = "; ".join(fields.values())
-        log.log(level, "%s: %s differs from the training cache: %s", cache.place, stream.name, differs)
+        allowed |= {key.removeprefix("picture."): text.removeprefix("picture.") for key, text in fields.items()}
+    if allowed:
+        level = logging.WARNING if "precision" in allowed else logging.INFO  # the others have no visible effect
+        _log_differences(level, tuple(allowed.values()) if allowed.keys() != {"decoder.reading"} else ())
+
+
+@lru_cache
+def _log_differences(level: int, fields: tuple[str, ...]) -> None:
+    """Log fields that differ; () for nothing but the version of reading media."""
+    if fields:
+        log.log(level, "The features differ from those of the run's training cache in %s", "; ".join(fields))
+    else:
+        log.log(level, "The run was trained on features of another version of vaflow; predictions can differ slightly")
 
 
 def _differing_fields(stream: InputStream, info: StreamInfo) -> dict[str, str]:

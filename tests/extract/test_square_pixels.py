@@ -88,7 +88,7 @@ def test_clips_misread_by_the_previous_version_are_extracted_again(
     summary = run(open_dataset(root, "videos"), out, tiny_pair)
     assert (summary.extracted, summary.changed, summary.done) == (1, 1, 1)
     assert open_cache(out).fingerprint("clip-tiny") == before
-    assert open_cache(out).record("clip-tiny", "wide").meta["reading"] == 2
+    assert open_cache(out).record("clip-tiny", "wide").meta["reading"] == video.READING
     assert run(open_dataset(root, "videos"), out, tiny_pair).done == 2
 
 

@@ -21,7 +21,7 @@ class Steps:
 
     Attributes:
         value: [B, S, width]; zeros for steps without a valid frame.
-        valid: [B, S] bool: at least half of the step's frames are valid.
+        valid: [B, S] bool: at least half of the step's frames within the clip are valid.
         inside: [B, S] bool: the step begins within the clip.
         time: [B, S] seconds: the mean of the frames' times.
     """
@@ -80,7 +80,7 @@ class Spectrogram(nn.Module):
         mask = valid & inside
         value, pooled = self._pool(*self._convolve(frames, mask), count // per_step)
         by_step = (inside.shape[0], count // per_step, per_step)
-        enough = 2 * mask.view(by_step).sum(dim=2) >= per_step
+        enough = 2 * mask.view(by_step).sum(dim=2) >= inside.view(by_step).sum(dim=2)
         return Steps(value, enough & pooled, inside.view(by_step)[:, :, 0], time.reshape(by_step).mean(dim=2))
 
     def _convolve(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
