@@ -12,13 +12,20 @@ import os
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(TESTS / name) for name in ("attacks", "faults", "train", "datasets")]
-BATCH = 25  # histories per process that forks commands
+BATCH = 25  # histories of one seed
+
+if TYPE_CHECKING:
+    from history_model import Workshop
 
 
 def main() -> None:
@@ -33,20 +40,35 @@ def main() -> None:
     seeds = [options.seed + k for k in range(-(-options.count // BATCH))]
     done = commands = 0
     with ProcessPoolExecutor(options.jobs) as pool:
-        for seed, number in zip(seeds, pool.map(run_batch, seeds, [options.steps] * len(seeds)), strict=True):
-            done, commands = done + BATCH, commands + number
+        futures = {pool.submit(run_batch, seed, options.steps): seed for seed in seeds}
+        for future in as_completed(futures):
+            done, commands = done + BATCH, commands + future.result()
             seconds = time.monotonic() - began
-            print(f"seed {seed}: {done} histories, {commands} commands, {seconds:.0f} s: no wrong number", flush=True)
+            print(
+                f"seed {futures[future]}: {done} histories, {commands} commands, {seconds:.0f} s: no wrong number",
+                flush=True,
+            )
+
+
+@cache
+def workshop() -> "Workshop":
+    """The workshop of this process; its folder is in memory where the system has /dev/shm."""
+    from history_model import Workshop
+    from lab import lab_in
+
+    opened = ExitStack()
+    Finalize(None, opened.close, exitpriority=1)  # in a process of a pool, `atexit` does nothing
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="vaflow-histories-", dir=memory))
+    return Workshop(opened.enter_context(lab_in(Path(folder) / "lab")), Path(folder))
 
 
 def run_batch(seed: int, steps: int) -> int:
     """Run `BATCH` histories; returns the number of commands. A violated rule raises."""
     from histories import machine
-    from history_model import Workshop
     from hypothesis import HealthCheck, Phase, settings
     from hypothesis import seed as seeded
     from hypothesis.stateful import run_state_machine_as_test
-    from lab import lab_in
 
     chosen = settings(
         max_examples=BATCH,
@@ -56,14 +78,9 @@ def run_batch(seed: int, steps: int) -> int:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with (
-        tempfile.TemporaryDirectory(prefix="vaflow-histories-", dir=memory) as folder,
-        lab_in(Path(folder) / "lab") as lab,
-    ):
-        workshop = Workshop(lab, Path(folder))
-        run_state_machine_as_test(seeded(seed)(machine(workshop)), settings=chosen)
-        return lab.started
+    before = workshop().lab.started
+    run_state_machine_as_test(seeded(seed)(machine(workshop())), settings=chosen)
+    return workshop().lab.started - before
 
 
 if __name__ == "__main__":

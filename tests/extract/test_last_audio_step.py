@@ -41,7 +41,7 @@ def test_audio_of_such_clips_is_extracted_again_into_an_older_cache(
 ) -> None:
     root, out = tmp_path / "data", tmp_path / "cache"
     for name, frames in (("short_step", 44), ("long_step", 48)):  # 2.2 s and 2.4 s; a step is 0.5 s
-        write_video(root / f"{name}.mp4", np.arange(frames) / 20, sound=frames / 20)
+        write_video(root / f"{name}.mp4", np.arange(frames) / 20, frames / 20)
     with monkeypatch.context() as earlier:
         for module in (video, streams, plan):
             earlier.setattr(module, "READING", 2)
