@@ -35,17 +35,17 @@ def main() -> None:
 def kills(folder: Path, count: int, seed: int) -> bool:
     """`kill -9` at random moments of every command that writes, then the same command again."""
     from kills import campaign, conversion, extraction, merging, split_cache, table, toy_cache, training
-    from lab import EXTRACT, assert_said, lab_in
+    from lab import EXTRACT, assert_printed, lab_in
     from media import write_media
 
     with lab_in(folder / "lab") as lab:
         media = write_media(folder / "media", 8)
         whole = {store: folder / f"whole-{store}" for store in ("zarr", "hdf5")}
         for store, out in whole.items():
-            assert_said(lab.run(["extract", media, "--out", out, "--store", store, *EXTRACT]), 0)
+            assert_printed(lab.run(["extract", media, "--out", out, "--store", store, *EXTRACT]), 0)
         toys = toy_cache(folder / "toys", 24)
         train = training(toys, folder / "run")
-        assert_said(lab.run(train.args(folder / "run")), 0)
+        assert_printed(lab.run(train.args(folder / "run")), 0)
         targets = [
             *(extraction(media, out, store) for store, out in whole.items()),
             *(conversion(toys, store) for store in ("zarr", "hdf5")),

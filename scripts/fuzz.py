@@ -79,7 +79,7 @@ def _texts(count: int, seed: int) -> int:
             except Exception:  # noqa: BLE001 - the very thing that is looked for
                 bad += 1
                 traceback.print_exc()
-            counts = ", ".join(f"{many} {what}" for what, many in sorted(tally.items()))
+            counts = ", ".join(f"{many} {detail}" for detail, many in sorted(tally.items()))
             print(f"{name:20} {counts}; {time.perf_counter() - began:.0f} s", flush=True)
     print(f"{bad} families with bugs; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
     return 1 if bad else 0
@@ -117,12 +117,12 @@ def _report(results: list[tuple[Case, Result | Failed]], seconds: float) -> int:
         print(f"slowest case: {slowest.seconds:.2f} s (case {number}, {slowest.name})")
         number, largest = max(done, key=lambda pair: pair[1].peak)
         print(f"peak memory of a decoding process: {largest.peak / 2**20:.0f} MiB (case {number}, {largest.name})")
-    errors = Counter(result.what.split(": ")[0] for result in whole if result.outcome == "refused")
+    errors = Counter(result.detail.split(": ")[0] for result in whole if result.outcome == "refused")
     print("errors: " + (", ".join(f"{count} {name}" for name, count in errors.most_common()) or "none"))
     bad = [(case, result) for case, result in results if outcome_of(result) in ("system", "bug", "crash", "hang")]
     for case, result in bad:
         print(f"\nseed {case.seed}, case {case.number}: {outcome_of(result)}")
-        print(result.what if isinstance(result, Result) else result.message)
+        print(result.detail if isinstance(result, Result) else result.message)
     return 1 if bad else 0
 
 

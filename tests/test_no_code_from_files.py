@@ -19,8 +19,8 @@ METHODS = {"os.system", "os.popen", "torch.jit.load", "torch.hub.load", "importl
 
 
 def sources() -> list[Path]:
-    found = {path.resolve() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    return sorted(path for path in found if path.is_relative_to(ROOT))
+    files = {path.resolve() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    return sorted(path for path in files if path.is_relative_to(ROOT))
 
 
 def dotted(node: ast.AST) -> str:

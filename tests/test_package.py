@@ -11,13 +11,13 @@ import pytest
 from vaflow import __version__
 
 ROOT = Path(__file__).parents[1]
-PLACES = {"vaflow": ROOT / "vaflow", "vaflow/extract": ROOT / "extract", "vaflow/train": ROOT / "train"}
+SOURCES = {"vaflow": ROOT / "vaflow", "vaflow/extract": ROOT / "extract", "vaflow/train": ROOT / "train"}
 
 
 def expected() -> set[str]:
     """Paths below the wheel's root of every module and TOML file."""
     files = set()
-    for target, folder in PLACES.items():
+    for target, folder in SOURCES.items():
         for path in folder.rglob("*"):
             inner = path.relative_to(folder)
             if target == "vaflow" and inner.parts[0] in ("extract", "train"):

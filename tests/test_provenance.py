@@ -79,8 +79,8 @@ def run(tmp_path: Path, cache: Cache) -> Path:
 
 def only(trace: dict) -> dict:
     (entry,) = trace["predictions"]
-    found: dict = entry
-    return found
+    entry_: dict = entry
+    return entry_
 
 
 def test_a_prediction_is_traced_to_its_inputs(run, cache, root):

@@ -31,7 +31,7 @@ class Config:
 
 
 @pytest.mark.parametrize(
-    ("key", "given", "value"),
+    ("key", "raw", "value"),
     [
         ("rate", "3e-4", 3e-4),
         ("batch", "auto", -1),
@@ -43,14 +43,14 @@ class Config:
         ("file", "a/b", Path("a/b")),
     ],
 )
-def test_values_are_converted(key: str, given: object, value: object) -> None:
-    result = coerce(Config, key, given)
+def test_values_are_converted(key: str, raw: object, value: object) -> None:
+    result = coerce(Config, key, raw)
     assert result == value and type(result) is type(value)
     assert coerce(Config, key, settings_of(Config)[key].text(value)) == value
 
 
 @pytest.mark.parametrize(
-    ("key", "given", "says"),
+    ("key", "raw", "message"),
     [
         ("rate", "fast", r"^--rate must be a number > 0 and < 1 \(got 'fast'\)\.$"),
         ("batch", "some", r"^--batch must be an integer >= 0 or auto \(got 'some'\)\.$"),
@@ -58,13 +58,13 @@ def test_values_are_converted(key: str, given: object, value: object) -> None:
         ("stoer", "zarr", "Did you mean 'store'"),
     ],
 )
-def test_values_of_another_type_are_rejected(key: str, given: str, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        coerce(Config, key, given)
+def test_values_of_another_type_are_rejected(key: str, raw: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        coerce(Config, key, raw)
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "message"),
     [
         ({"wait": -3.0}, r"^--longest-wait must be a number >= 0 seconds \(got -3.0\)\.$"),
         ({"rate": 1.0}, "--rate must be a number > 0 and < 1"),
@@ -74,8 +74,8 @@ def test_values_of_another_type_are_rejected(key: str, given: str, says: str) ->
         ({"store": "hdf"}, "Did you mean 'hdf5'"),
     ],
 )
-def test_out_of_range_values_are_rejected(values: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_out_of_range_values_are_rejected(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         replace(Config(), **values)
 
 

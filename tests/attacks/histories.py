@@ -32,7 +32,7 @@ from history_model import (
 )
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from lab import Ended, Process, assert_said
+from lab import Ended, Process, assert_printed
 
 
 class Histories(RuleBasedStateMachine):
@@ -136,7 +136,7 @@ class Histories(RuleBasedStateMachine):
         """Afterwards the cache holds what the data set holds; what the data set no longer has is named."""
         self.extracted = True
         ended = self.workshop.run("extract", self.data, "--out", self.cache, *EXTRACT)
-        assert_said(ended, 0)
+        assert_printed(ended, 0)
         absent = sorted((set(self.cached) | self.mixed | self.partial) - set(self.clips))
         for name in absent:
             assert repr(name) in ended.err or f" {name}" in ended.err, f"{name} is not named: {ended.err}"
@@ -171,7 +171,7 @@ class Histories(RuleBasedStateMachine):
         """`cache drop --absent` removes what the data set no longer has, and nothing else."""
         if not (set(self.cached) | self.mixed | self.partial) - set(self.clips):
             return
-        assert_said(self.workshop.run("cache", "drop", self.cache, "--absent", self.data), 0)
+        assert_printed(self.workshop.run("cache", "drop", self.cache, "--absent", self.data), 0)
         self.cached = {name: content for name, content in self.cached.items() if name in self.clips}
         self.mixed &= set(self.clips)
         self.partial &= set(self.clips)

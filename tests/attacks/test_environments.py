@@ -119,9 +119,9 @@ def test_commands_succeed_or_report_an_error(workplace: Path, name: str, command
     for made in ("cache2", "run2", "predictions"):
         shutil.rmtree(workplace / made, ignore_errors=True)
     ended = start(environment, COMMANDS[command](workplace), workplace)
-    said = ended.stdout + ended.stderr
-    assert "Traceback" not in said, said[-3000:]
-    assert "Exception ignored" not in said, said[-3000:]
-    assert ended.returncode in (0, *environment.codes), f"exit code {ended.returncode}: {said[-3000:]}"
+    printed = ended.stdout + ended.stderr
+    assert "Traceback" not in printed, printed[-3000:]
+    assert "Exception ignored" not in printed, printed[-3000:]
+    assert ended.returncode in (0, *environment.codes), f"exit code {ended.returncode}: {printed[-3000:]}"
     if ended.returncode:
-        assert "vaflow: " in said, said[-3000:]
+        assert "vaflow: " in printed, printed[-3000:]

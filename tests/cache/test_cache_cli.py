@@ -70,9 +70,9 @@ def test_verify_and_repair(tmp_path, store, capsys):
     assert f"{file} (item 'c' of stream 'visual'): it has" in printed.out
     assert f"1 problem. Repair with: vaflow cache repair {path}" in printed.err
     assert main(["cache", "verify", str(path), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert [(p["path"], p["stream"], p["item"]) for p in found["problems"]] == [(file, "visual", "c")]
-    assert found["items"] == 4
+    report = json.loads(capsys.readouterr().out)
+    assert [(p["path"], p["stream"], p["item"]) for p in report["problems"]] == [(file, "visual", "c")]
+    assert report["items"] == 4
     assert main(["cache", "repair", str(path)]) == 0
     assert "1 problem repaired" in capsys.readouterr().out
     assert main(["cache", "verify", str(path), "-q"]) == 0
@@ -84,9 +84,9 @@ def test_repair_prints_json(tmp_path, store, capsys):
     path = small_cache(tmp_path / "cache", store).path
     file = damage(path)
     assert main(["cache", "repair", str(path), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [problem["path"] for problem in found["problems"]] == [file]
-    assert (found["items"], found["removed_leftovers"]) == (3, [])
+    report = json.loads(capsys.readouterr().out)
+    assert [problem["path"] for problem in report["problems"]] == [file]
+    assert (report["items"], report["removed_leftovers"]) == (3, [])
 
 
 def test_verify_accepts_leftovers_of_killed_writers(tmp_path, store, capsys):

@@ -163,10 +163,10 @@ def test_damaged_items_are_listed_and_the_others_converted(tmp_path, store, othe
     assert main(args) == 3
     assert "2 items could not be read" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "other" / "failures.jsonl").read_text().splitlines()]
-    said = {
+    contents = {
         (line["item"], line["stream"], line["stage"], line["error"], line.get("split", "unknown")) for line in lines
     }
-    assert said == {
+    assert contents == {
         ("a/b", "visual", "convert", "CorruptError", "val"),
         ("é", "labels", "convert", "CorruptError", "unknown"),
     }
@@ -248,9 +248,9 @@ def test_a_full_disk_stops_the_conversion_with_a_remedy(tmp_path, store, other, 
 
 def test_unusable_destinations_are_rejected(tmp_path, store, other):
     source = small_cache(tmp_path / "source", store)
-    for place in (source.path, source.path / "inside"):
+    for path in (source.path, source.path / "inside"):
         with pytest.raises(UsageError, match="Choose another folder"):
-            convert(source, place, other)
+            convert(source, path, other)
     (tmp_path / "link").symlink_to(source.path)
     with pytest.raises(UsageError, match="Choose another folder"):
         convert(source, tmp_path / "link", store)

@@ -78,10 +78,10 @@ def test_the_format_does_not_depend_on_them(tmp_path: Path) -> None:
 
 
 def test_the_files_reach_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = f"memory://{tmp_path.name}/cache"
+    path = f"memory://{tmp_path.name}/cache"
     monkeypatch.setenv("VAFLOW_CACHE_DIR", str(tmp_path / "near"))
-    cache = make(place, "a")
+    cache = make(path, "a")
     append_costs(cache, {"face": FAST})
     cache.refresh_index()
     monkeypatch.setenv("VAFLOW_CACHE_DIR", str(tmp_path / "far"))
-    assert stream_costs(open_cache(place))["face"] == FAST
+    assert stream_costs(open_cache(path))["face"] == FAST

@@ -46,19 +46,19 @@ def read_all(path: Path) -> None:
             cache.read(stream_name, item)
 
 
-def assert_found(path: Path, file: Path, what: str) -> None:
+def assert_detected(path: Path, file: Path, words: str) -> None:
     """`verify` and reading both say that `file` is damaged."""
     with pytest.raises((CorruptError, SchemaError, MissingError, UsageError)):
         read_all(path)
     try:
         cache = open_cache(path)
     except VaflowError as error:
-        assert file.name == "manifest.json", what
+        assert file.name == "manifest.json", words
         assert str(path) in str(error)
         return
     problems = verify(cache)
-    assert problems, f"verify misses {what}"
-    assert any(problem.path == file.relative_to(path).as_posix() for problem in problems), what
+    assert problems, f"verify misses {words}"
+    assert any(problem.path == file.relative_to(path).as_posix() for problem in problems), words
 
 
 def flips(data: bytes, count: int, seed: int) -> Iterator[tuple[int, bytes]]:
@@ -77,7 +77,7 @@ def test_every_flipped_bit_is_detected(path):
         data = file.read_bytes()
         for position, flipped in flips(data, POSITIONS // len(files), number):
             file.write_bytes(flipped)
-            assert_found(path, file, f"a flipped bit in byte {position} of {file.relative_to(path)}")
+            assert_detected(path, file, f"a flipped bit in byte {position} of {file.relative_to(path)}")
         file.write_bytes(data)
     assert verify(open_cache(path)) == []
 
@@ -87,9 +87,9 @@ def test_every_truncation_is_detected(path):
         data = file.read_bytes()
         for length in {0, 1, len(data) // 2, len(data) - 1} - {len(data)}:
             file.write_bytes(data[:length])
-            assert_found(path, file, f"{file.relative_to(path)} cut to {length} bytes")
+            assert_detected(path, file, f"{file.relative_to(path)} cut to {length} bytes")
         file.write_bytes(data + b"\0")
-        assert_found(path, file, f"{file.relative_to(path)} with a byte more")
+        assert_detected(path, file, f"{file.relative_to(path)} with a byte more")
         file.write_bytes(data)
 
 
@@ -102,7 +102,7 @@ def test_every_deletion_is_detected(path):
                 read_all(path)
             assert len(leftovers(open_cache(path))) == 1
         else:
-            assert_found(path, file, f"{file.relative_to(path)} deleted")
+            assert_detected(path, file, f"{file.relative_to(path)} deleted")
         file.write_bytes(data)
 
 
@@ -144,8 +144,8 @@ def test_repair_drops_only_damaged_items(path):
     file = next(iter(cache.record("visual", "zeros").files))
     (path / "visual" / "zeros" / file).unlink()
     (path / "records" / "labels" / "%C3%A9.json").write_bytes(b"{}")
-    found = repair(cache)
-    assert sorted(problem.path for problem in found) == ["records/labels/%C3%A9.json", f"visual/zeros/{file}"]
+    problems = repair(cache)
+    assert sorted(problem.path for problem in problems) == ["records/labels/%C3%A9.json", f"visual/zeros/{file}"]
     for opened in (cache, open_cache(path)):
         assert verify(opened) == []
         assert opened.items() == ["empty"]

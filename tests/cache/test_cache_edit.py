@@ -62,13 +62,13 @@ def test_clips_missing_from_the_dataset_are_dropped(cache, tmp_path, capsys):
         (root / name).write_bytes(b"")
     args = ["cache", "drop", str(cache.path), "--absent", str(root), "--layout", "videos", "--json"]
     assert main([*args, "--dry-run"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["dropped"] == {"c": ["labels", "visual"], "stray": ["visual"], "zarr.json": ["labels", "visual"]}
+    report = json.loads(capsys.readouterr().out)
+    assert report["dropped"] == {"c": ["labels", "visual"], "stray": ["visual"], "zarr.json": ["labels", "visual"]}
     assert len(open_cache(cache.path).items()) == len(CLIPS)
     assert main(args) == 0
     assert open_cache(cache.path).items() == ["a/b", "d e"]
     assert not cache.has("visual", "stray")
-    assert json.loads(capsys.readouterr().out)["dropped"] == found["dropped"]
+    assert json.loads(capsys.readouterr().out)["dropped"] == report["dropped"]
     assert main(args) == 0
     assert json.loads(capsys.readouterr().out)["dropped"] == {}
 

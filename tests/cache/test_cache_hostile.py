@@ -210,8 +210,8 @@ def commit_files(cache: Cache, make: Callable[[Path], None]) -> None:
     folder, attempt = cache.path / "visual" / "one", record["attempt"]
     make(folder / attempt)
     files = [p for p in folder.rglob("*") if p.is_file()]
-    said = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
-    facts = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in said.items()}
+    contents = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+    facts = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in contents.items()}
     rewrite(record_of(cache.path), lambda document: document.update(files=facts))
 
 
@@ -299,8 +299,8 @@ def test_stream_files_with_wrong_types_are_rejected(path: Path, change: dict[str
 
     def mark(document: dict[str, Any]) -> None:
         document.update(change)
-        own = {key: document[key] for key in ("name", "kind", "dim", "dtype", "identity")}
-        document["fingerprint"] = blake2b(canonical(own), digest_size=16).hexdigest()
+        fields = {key: document[key] for key in ("name", "kind", "dim", "dtype", "identity")}
+        document["fingerprint"] = blake2b(canonical(fields), digest_size=16).hexdigest()
 
     rewrite(path / "streams" / "visual.json", mark)
     with pytest.raises(VaflowError):

@@ -17,14 +17,14 @@ from vaflow.errors import CacheError, CorruptError
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the record files that are read from now on."""
-    seen: list[str] = []
+    calls: list[str] = []
 
     def noting(layout: object, path: Path) -> object:
-        seen.append(path.name)
+        calls.append(path.name)
         return load_record(layout, path)  # type: ignore[arg-type]
 
     monkeypatch.setattr("vaflow.cache.cache.load_record", noting)
-    return seen
+    return calls
 
 
 def forbid_listing(monkeypatch: pytest.MonkeyPatch) -> None:

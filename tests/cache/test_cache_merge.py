@@ -49,22 +49,22 @@ def age(cache: Cache, created: str, names: tuple[str, ...] = ("visual", "labels"
 
 def versions(cache: Cache, name: str) -> dict[str, int]:
     """Item -> version of what is there, by its source and by its arrays."""
-    found = {}
+    versions_found = {}
     for path in cache.layout.records(name).glob("*.json"):
         item = json.loads(path.read_bytes())["item"]
         version = int(cache.record(name, item).source["video"]["blake2b"], 16)
         assert_same(dict(cache.read(name, item).arrays), arrays(cache.streams()[name], 4 + version, seed=version))
-        found[item] = version
-    return found
+        versions_found[item] = version
+    return versions_found
 
 
 @pytest.mark.parametrize("stores", [("zarr", "zarr", "hdf5"), ("hdf5", "zarr", "zarr"), ("zarr", "hdf5", None)])
 def test_shards_are_merged_into_one_cache(tmp_path, stores):
-    first, second, wanted = stores
+    first, second, expected = stores
     parts = [make(tmp_path / "1", first, {"a": 1, "b/c": 1}), make(tmp_path / "2", second, {"d": 1, "b/c": 1})]
-    done = merge(tmp_path / "out", parts, store=wanted)
+    done = merge(tmp_path / "out", parts, store=expected)
     out = open_cache(tmp_path / "out")
-    assert out.store == (wanted or first)
+    assert out.store == (expected or first)
     assert (done.copied, done.there, done.replaced, done.failures) == (6, 0, 0, ())
     assert versions(out, "visual") == versions(out, "labels") == {"a": 1, "b/c": 1, "d": 1}
     assert out.meta("d") == {"split": "train"}

@@ -144,8 +144,8 @@ def test_verify_detects_damage_in_every_packed_file(tmp_path):
         whole = path.read_bytes()
         for damaged in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:], whole[:-1] + bytes([whole[-1] ^ 1])):
             path.write_bytes(damaged)
-            found = verify(open_cache(tmp_path / "packed"))
-            assert path.relative_to(tmp_path / "packed").as_posix() in {problem.path for problem in found}, path
+            problems = verify(open_cache(tmp_path / "packed"))
+            assert path.relative_to(tmp_path / "packed").as_posix() in {problem.path for problem in problems}, path
         path.write_bytes(whole)
     (tmp_path / "packed/visual/embedding/c/0/0").unlink()
     assert verify(open_cache(tmp_path / "packed"))

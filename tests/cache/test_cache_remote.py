@@ -55,9 +55,9 @@ def memory() -> Any:
     return fsspec.filesystem("memory")
 
 
-def objects(place: Path) -> dict[str, bytes]:
-    """Name below `place` -> bytes of everything on the store."""
-    top = str(place).removeprefix("memory:")
+def objects(path: Path) -> dict[str, bytes]:
+    """Name below `path` -> bytes of everything on the store."""
+    top = str(path).removeprefix("memory:")
     fs = memory()
     return {key.removeprefix(top).lstrip("/"): fs.cat_file(key) for key in fs.find(top)}
 
@@ -88,8 +88,8 @@ def test_the_object_store_has_the_documented_layout(tmp_path, store, disk):
     files = {f"visual/c/{name}" for name in local.record("visual", "c").files}
     assert {name for name in objects(tmp_path / "cache") if name.startswith("visual/c/")} == files
     if store == "zarr":
-        place = f"memory:/{tmp_path.name}/cache/visual/c/{local.record('visual', 'c').attempt}"
-        group = zarr.open_group(place.replace("memory:/", "memory://"), mode="r")
+        path = f"memory:/{tmp_path.name}/cache/visual/c/{local.record('visual', 'c').attempt}"
+        group = zarr.open_group(path.replace("memory:/", "memory://"), mode="r")
         np.testing.assert_array_equal(np.asarray(group["time"]), arrays(stream("visual"), seed=1)["time"])
 
 
@@ -181,24 +181,24 @@ def test_an_open_reader_sees_a_replaced_item(tmp_path, store):
 def test_each_item_is_downloaded_once_into_the_local_folder(tmp_path, store, disk, monkeypatch):
     small_cache(tmp_path / "cache", store)
     monkeypatch.setenv(VARIABLE, str(disk))
-    asked: list[str] = []
+    calls: list[str] = []
     real = type(memory()).cat
 
     def note(self: Any, path: Any, *args: Any, **options: Any) -> Any:
-        asked.extend(path)
+        calls.extend(path)
         return real(self, path, *args, **options)
 
     monkeypatch.setattr(type(memory()), "cat", note)
     first = open_cache(tmp_path / "cache")
     assert first.path.parent == disk
     first.read("visual", "c")
-    files = {name for name in asked if "/visual/c/" in name}
+    files = {name for name in calls if "/visual/c/" in name}
     assert len(files) == len(first.record("visual", "c").files)
-    asked.clear()
+    calls.clear()
     again = open_cache(tmp_path / "cache")
     again.read("visual", "c")
     first.read("visual", "c")
-    assert asked == []  # neither arrays nor records: nothing has changed
+    assert calls == []  # neither arrays nor records: nothing has changed
 
 
 def test_a_damaged_local_copy_is_downloaded_again(tmp_path, store):
@@ -229,7 +229,7 @@ def test_damage_on_the_object_store_is_detected_and_repaired(tmp_path, store):
 def test_caches_convert_and_merge_to_and_from_the_store(tmp_path, store, disk):
     local = small_cache(disk / "local", store)
     convert(local, tmp_path / "there", "zarr")
-    there = open_cache(tmp_path / "there")
+    remote = open_cache(tmp_path / "there")
     part = small_cache(disk / "part", "zarr", ("d", "e"))
     assert merge(tmp_path / "there", [part]).copied == 4
     summary = convert(open_cache(tmp_path / "there"), disk / "back", "hdf5")
@@ -237,9 +237,9 @@ def test_caches_convert_and_merge_to_and_from_the_store(tmp_path, store, disk):
     back = open_cache(disk / "back")
     assert back.items() == ["a/b", "c", "d", "e"]
     assert back.record("visual", "c").source == local.record("visual", "c").source
-    assert_same(dict(back.read("visual", "c").arrays), dict(there.read("visual", "c").arrays))
+    assert_same(dict(back.read("visual", "c").arrays), dict(remote.read("visual", "c").arrays))
     with pytest.raises(UsageError, match="Choose another folder"):
-        convert(there, tmp_path / "there" / "inside", "zarr")
+        convert(remote, tmp_path / "there" / "inside", "zarr")
 
 
 def test_lists_of_failures_are_shared(tmp_path, store):

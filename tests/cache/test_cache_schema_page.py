@@ -57,11 +57,11 @@ def test_the_page_lists_every_kind():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documented_tables_match_the_types(kind):
-    said = {
+    documented = {
         cells[0].strip("`"): (tuple(cells[1].split(", ")), tuple(cells[2].split(", ")), cells[3] == "yes")
         for cells in rows(SECTIONS[kind])
     }
-    assert said == {name: (spec.axes, spec.dtypes, spec.required) for name, spec in KINDS[kind].items()}
+    assert documented == {name: (spec.axes, spec.dtypes, spec.required) for name, spec in KINDS[kind].items()}
 
 
 def test_the_page_lists_every_member_of_every_file(tmp_path, store):

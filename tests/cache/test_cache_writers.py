@@ -67,17 +67,17 @@ def test_two_writers_of_the_same_items_both_finish(tmp_path, store):
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
     gate.touch()
-    said = [writer.communicate(timeout=60)[0].splitlines() for writer in writers]
+    stdout_lines = [writer.communicate(timeout=60)[0].splitlines() for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0]
     assert assert_whole(path) == {f"item{number}" for number in range(20)}
     assert leftovers(open_cache(path)) == []
     cache = open_cache(path)
-    told: dict[str, set[str]] = {}
-    for lines in said:
+    outcomes: dict[str, set[str]] = {}
+    for lines in stdout_lines:
         assert len(lines) == 20
         for number, attempt, _ in map(str.split, lines):
-            told.setdefault(f"item{number}", set()).add(attempt)
-    for item, attempts in told.items():  # the record that holds is one that a writer was told of
+            outcomes.setdefault(f"item{number}", set()).add(attempt)
+    for item, attempts in outcomes.items():  # the record that holds is one that a writer was told of
         assert cache.record("visual", item).attempt in attempts
 
 
@@ -180,19 +180,19 @@ def test_everything_is_flushed_before_the_record_appears(tmp_path, store, monkey
     monkeypatch.setattr(os, "fsync", note_flush)
     monkeypatch.setattr(os, "link", note_link)
     record = cache.write("visual", "clip", arrays(info))
-    place = cache.layout.record("visual", "clip")
-    created = steps.index(("link", place))
+    record_path = cache.layout.record("visual", "clip")
+    created = steps.index(("link", record_path))
     folder = cache.layout.item("visual", "clip")
-    wanted = {folder / name for name in record.files}
-    wanted |= {parent for name in wanted for parent in name.parents if parent.is_relative_to(path / "visual")}
-    flushed = [what for _, what in steps[:created]]
-    assert wanted <= set(flushed)
+    expected = {folder / name for name in record.files}
+    expected |= {parent for name in expected for parent in name.parents if parent.is_relative_to(path / "visual")}
+    flushed = [path_written for _, path_written in steps[:created]]
+    assert expected <= set(flushed)
     last_file = max(flushed.index(folder / name) for name in record.files)
-    for parent in {parent for name in record.files for parent in (folder / name).parents} & wanted:
+    for parent in {parent for name in record.files for parent in (folder / name).parents} & expected:
         assert last_file < len(flushed) - 1 - flushed[::-1].index(parent)  # folders after files
     assert flushed[-1].name.startswith(".tmp-")
-    assert flushed[-1].parent == place.parent
-    assert ("flush", place.parent) in steps[created:]
+    assert flushed[-1].parent == record_path.parent
+    assert ("flush", record_path.parent) in steps[created:]
 
 
 def test_threads_can_share_a_cache(tmp_path, store):

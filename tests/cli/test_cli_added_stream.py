@@ -15,16 +15,16 @@ OTHER_THAN_THE_DEFAULTS += ["--precision", "bfloat16"]
 DETECTED_ELSEWHERE = ["--detector", "torch", "--frames", "4"]
 
 
-@pytest.mark.parametrize("given", [[], OTHER_THAN_THE_DEFAULTS, DETECTED_ELSEWHERE])
-def test_extract_add_stream_adds_only_missing_streams(given: list[str], clips: Path, tmp_path: Path) -> None:
-    data, place = tmp_path / "my data", tmp_path / "cache"
+@pytest.mark.parametrize("options", [[], OTHER_THAN_THE_DEFAULTS, DETECTED_ELSEWHERE])
+def test_extract_add_stream_adds_only_missing_streams(options: list[str], clips: Path, tmp_path: Path) -> None:
+    data, cache = tmp_path / "my data", tmp_path / "cache"
     data.mkdir()
     shutil.copy(clips / "park.mp4", data)
-    assert main(["extract", str(data), "--out", str(place), "--visual", "clip-tiny", "--audio", "none", *given]) == 0
-    before = {path: path.stat().st_mtime_ns for path in (place / "records").rglob("*.json")}
-    command = add_command(open_cache(place), [("visual", "resnet-tiny")])
-    for option, value in zip(given[::2], given[1::2], strict=True):
+    assert main(["extract", str(data), "--out", str(cache), "--visual", "clip-tiny", "--audio", "none", *options]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (cache / "records").rglob("*.json")}
+    command = add_command(open_cache(cache), [("visual", "resnet-tiny")])
+    for option, value in zip(options[::2], options[1::2], strict=True):
         assert f"{option} {value}" in command
     assert main(shlex.split(command.replace("ROOT", shlex.quote(str(data))))[1:]) == 0
-    assert list(open_cache(place).items(stream="resnet-tiny")) == ["park"]
+    assert list(open_cache(cache).items(stream="resnet-tiny")) == ["park"]
     assert {path: path.stat().st_mtime_ns for path in before} == before, "encoded again"

@@ -32,7 +32,7 @@ def run(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own(cache: Cache, tmp_path: Path) -> Path:
+def cache_copy(cache: Cache, tmp_path: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(cache.path, tmp_path / "cache"))
 
@@ -51,8 +51,8 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, arguments: list[objec
     """The exit code, one paragraph, these words."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == code
-    said = capsys.readouterr().err
-    [paragraph] = [line for line in said.splitlines() if line.startswith("vaflow: ")]
+    stderr = capsys.readouterr().err
+    [paragraph] = [line for line in stderr.splitlines() if line.startswith("vaflow: ")]
     for word in words:
         assert word in paragraph, paragraph
 
@@ -63,50 +63,52 @@ def train(cache: Path | str, out: Path, *options: object) -> list[object]:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_non_numeric_features_are_rejected(
-    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: float
+    cache_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    cache = open_cache(own, writable=True)
+    cache = open_cache(cache_copy, writable=True)
     arrays = {name: array.copy() for name, array in cache.read("toy-ears", "train4").arrays.items()}
     arrays["embedding"][np.nonzero(arrays["valid"])] = value
     with monkeypatch.context() as patch:  # written by something that does not follow the contract
         patch.setattr("vaflow.cache.cache.array_problems", lambda *_: [])
         cache.write("toy-ears", "train4", arrays)
-    refused(capsys, 1, train(own, tmp_path / "run"), "'train4'", "'toy-ears'", "NaN or infinite", "Expected", "again")
+    refused(
+        capsys, 1, train(cache_copy, tmp_path / "run"), "'train4'", "'toy-ears'", "NaN or infinite", "Expected", "again"
+    )
 
 
 def test_out_of_range_labels_are_rejected(
-    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cache_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = open_cache(own, writable=True)
+    cache = open_cache(cache_copy, writable=True)
     record, arrays = cache.committed("labels", "train2")
     value = np.where(arrays["valid"], 7.0, arrays["value"]).astype(np.float32)
     with monkeypatch.context() as patch:
         patch.setattr("vaflow.cache.cache.array_problems", lambda *_: [])
         cache.write("labels", "train2", {**arrays, "value": value}, meta=record.meta)
-    refused(capsys, 1, train(own, tmp_path / "run"), "'train2'", "[-1, 1]")
+    refused(capsys, 1, train(cache_copy, tmp_path / "run"), "'train2'", "[-1, 1]")
 
 
 def test_missing_and_unlabelled_splits_are_rejected(
-    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cache_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     refused(
         capsys,
         2,
-        train(own, out, "--set", "train_split=trian"),
+        train(cache_copy, out, "--set", "train_split=trian"),
         "trian",
         "train, val",
         "Did you mean",
     )
-    cache = open_cache(own, writable=True)
+    cache = open_cache(cache_copy, writable=True)
     for item in cache.items(split="val"):
         record, arrays = cache.committed("labels", item)
         bare = {**arrays, "valid": np.zeros_like(arrays["valid"]), "value": np.full_like(arrays["value"], np.nan)}
         cache.write("labels", item, bare, meta=record.meta)
-    refused(capsys, 2, train(own, out), "split 'val'", "annotated", "Choose another split")
+    refused(capsys, 2, train(cache_copy, out), "split 'val'", "annotated", "Choose another split")
     for item in cache.items(split="train"):
         cache.drop("labels", item)
-    refused(capsys, 2, train(own, out), "train", "Choices: val")
+    refused(capsys, 2, train(cache_copy, out), "train", "Choices: val")
 
 
 def test_missing_streams_are_rejected(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,11 +128,15 @@ def test_empty_caches_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_another_schema_version_is_rejected(
-    own: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cache_copy: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = json.loads((own / "manifest.json").read_text())
-    (own / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 77}))
-    for command in (train(own, tmp_path / "run"), ["evaluate", run, "--cache", own], ["folds", own]):
+    manifest = json.loads((cache_copy / "manifest.json").read_text())
+    (cache_copy / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 77}))
+    for command in (
+        train(cache_copy, tmp_path / "run"),
+        ["evaluate", run, "--cache", cache_copy],
+        ["folds", cache_copy],
+    ):
         refused(capsys, 2, command, "77", "schema version", "Expected: 1", "extract")
 
 

@@ -14,8 +14,8 @@ SMALL = ["--set", "hidden=8", "--batch-size", "2", "--epochs", "1", "--set", "va
 
 
 def runtime(cache: Path) -> str:
-    said: str = open_cache(cache).streams()["clip-tiny"].identity["picture"]["faces"]["runtime"]
-    return said.split()[0]
+    name: str = open_cache(cache).streams()["clip-tiny"].identity["picture"]["faces"]["runtime"]
+    return name.split()[0]
 
 
 def test_predict_uses_the_face_detector_of_the_run(

@@ -29,22 +29,22 @@ def test_broken_clips_are_listed_and_the_others_extracted(tmp_path: Path, capsys
     spoil_affwild2(tree)
     out = tmp_path / "cache"
     assert main(["extract", str(tmp_path / "data"), "--out", str(out), *TINY]) == 3
-    said = capsys.readouterr()
-    assert said.err.strip().splitlines()[-1].endswith(str(out / "failures.jsonl"))
+    printed = capsys.readouterr()
+    assert printed.err.strip().splitlines()[-1].endswith(str(out / "failures.jsonl"))
 
-    found = failures(out)
-    assert found["novideo"]["stage"] == "open"
-    assert "has no video" in found["novideo"]["message"]
+    listed = failures(out)
+    assert listed["novideo"]["stage"] == "open"
+    assert "has no video" in listed["novideo"]["message"]
     for name in ("text", "cut", "cutfront"):
-        assert found[name]["error"] == "MediaError"
-        assert f"{name}.mp4" in found[name]["message"]
-    assert found["badlabels"]["stage"] == "labels"
-    assert "later" in found["badlabels"]["message"]
-    assert "7" in found["badlabels"]["message"]
-    assert set(found) == {"novideo", "text", "cut", "cutfront", "badlabels"}
+        assert listed[name]["error"] == "MediaError"
+        assert f"{name}.mp4" in listed[name]["message"]
+    assert listed["badlabels"]["stage"] == "labels"
+    assert "later" in listed["badlabels"]["message"]
+    assert "7" in listed["badlabels"]["message"]
+    assert set(listed) == {"novideo", "text", "cut", "cutfront", "badlabels"}
     extracted = set(open_cache(out).items())
     assert whole - {"smile"} <= extracted
-    assert not extracted & set(found)
+    assert not extracted & set(listed)
 
 
 def test_a_file_with_audio_only_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,10 +99,10 @@ def test_usage_errors_print_one_paragraph_and_exit_with_2(
     monkeypatch.chdir(tmp_path)
     filled = [a.format(one=one_clip, empty=tmp_path / "empty") for a in arguments]
     assert main(["extract", *filled]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
     for word in words:
-        assert word in said
+        assert word in stderr
 
 
 def test_an_unknown_schema_version_is_rejected(

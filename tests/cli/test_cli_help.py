@@ -65,9 +65,11 @@ def test_pages_fit_the_terminal(
 def test_commands_are_listed_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of([], capsys)
     titles = ["Data and features:", "The cache:", "Training and scoring:", "Using a trained run:", "More:"]
-    places = [text.index(f"\n{title}\n") for title in titles]
-    assert places == sorted(places)
-    assert text.index("\n  extract ") < places[1] < text.index("\n  cache ") < places[2] < text.index("\n  train ")
+    positions = [text.index(f"\n{title}\n") for title in titles]
+    assert positions == sorted(positions)
+    assert (
+        text.index("\n  extract ") < positions[1] < text.index("\n  cache ") < positions[2] < text.index("\n  train ")
+    )
 
 
 def test_the_exit_codes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

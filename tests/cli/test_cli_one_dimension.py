@@ -32,6 +32,6 @@ def test_predict_marks_untrained_dimensions(
     }
     capsys.readouterr()
     assert main(["predict", str(run), str(data / "obama.mp4"), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     for name in ("valence", "arousal"):
-        assert (f"without {name} labels" in said) == (name not in names)
+        assert (f"without {name} labels" in stderr) == (name not in names)

@@ -42,12 +42,12 @@ def test_train_predict_and_score(
 
     assert main(["extract", str(data), "--out", str(exact), *TINY, *GRID, "--pixels", "-q"]) == 0
     scores = []
-    for place in (cache, exact):
+    for path in (cache, exact):
         capsys.readouterr()
-        assert main(["evaluate", str(run), "--cache", str(place), "--json", "--device", "cpu"]) == 0
-        said = capsys.readouterr()
-        scores.append(json.loads(said.out)["ccc"]["mean"])
-        assert ("precision: " in said.err) == (place == exact), "not quite the features that it learned from"
+        assert main(["evaluate", str(run), "--cache", str(path), "--json", "--device", "cpu"]) == 0
+        printed = capsys.readouterr()
+        scores.append(json.loads(printed.out)["ccc"]["mean"])
+        assert ("precision: " in printed.err) == (path == exact), "not quite the features that it learned from"
     assert scores[0] == pytest.approx(scores[1], abs=5e-3)
 
 

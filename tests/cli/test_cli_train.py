@@ -71,7 +71,7 @@ def test_evaluate_on_another_cache(run: Path, cache: Cache, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--set", "hiden=3"], "Did you mean 'hidden'"),
         (["--set", "hidden"], "KEY=VALUE"),
@@ -87,9 +87,9 @@ def test_evaluate_on_another_cache(run: Path, cache: Cache, tmp_path: Path, caps
         (["--set", "hidden=15"], "even"),
     ],
 )
-def test_usage_errors_are_explained(cache: Cache, tmp_path: Path, capsys, options: list[str], says: str) -> None:
+def test_usage_errors_are_explained(cache: Cache, tmp_path: Path, capsys, options: list[str], message: str) -> None:
     assert main(["train", str(cache.path), "--out", str(tmp_path / "run"), "--epochs", "1", *options]) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_changed_settings_of_a_finished_run_are_rejected(cache: Cache, run: Path, capsys) -> None:

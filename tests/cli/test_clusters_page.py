@@ -42,9 +42,9 @@ def execute(block: str, capsys: pytest.CaptureFixture[str]) -> str:
             words = shlex.split(os.path.expandvars(line.removeprefix("srun ").replace("s3://", "memory://")))
             assert words[0] == "vaflow", line
             code = main([STAND_INS.get(word, word) for word in words[1:]])
-            said = capsys.readouterr()
-            assert code == 0, f"{line}\n{said.err}"
-    return said.out
+            printed = capsys.readouterr()
+            assert code == 0, f"{line}\n{printed.err}"
+    return printed.out
 
 
 def tasks_of(script: str) -> range:
@@ -63,8 +63,8 @@ def test_slurm(sandbox: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         execute(script, capsys)
         failures = sandbox / "affwild2.cache" / f"failures-{number}-of-{len(tasks)}.jsonl"
         assert not failures.exists()  # a list is written only where something failed
-    said = execute(afterwards.splitlines()[0] + " --json", capsys)
-    assert json.loads(said)["items"] == 0
+    printed = execute(afterwards.splitlines()[0] + " --json", capsys)
+    assert json.loads(printed)["items"] == 0
     execute(afterwards, capsys)
     (sandbox / "affwild2.cache").rename(sandbox / "by_slurm.cache")
 
@@ -77,10 +77,10 @@ def test_object_stores(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> Non
     import fsspec
 
     try:
-        said = "".join(execute(block, capsys) for block in section("Object stores"))
+        printed = "".join(execute(block, capsys) for block in section("Object stores"))
     finally:
         fsspec.filesystem("memory").store.clear()
-    assert "ast-tiny" in said
+    assert "ast-tiny" in printed
 
 
 def test_ray(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:

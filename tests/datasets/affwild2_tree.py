@@ -60,9 +60,9 @@ def draw_number(number: int, side: int = SIDE) -> NDArray[np.uint8]:
     return np.broadcast_to(row[None, :, None], (side, side, 3)).copy()
 
 
-def decode_number(picture: NDArray[np.uint8]) -> int:
+def decode_number(image: NDArray[np.uint8]) -> int:
     """The number that `draw_number` drew, from a picture of any size."""
-    columns = picture.reshape(picture.shape[0], picture.shape[1], -1).mean((0, 2))
+    columns = image.reshape(image.shape[0], image.shape[1], -1).mean((0, 2))
     bits = [part[len(part) // 4 : -len(part) // 4].mean() > 125 for part in np.array_split(columns, BITS)]
     return sum(int(bit) << (BITS - 1 - i) for i, bit in enumerate(bits))
 

@@ -231,8 +231,8 @@ def expected_value(layout: str, written: Written) -> NDArray[np.float64]:
         rows = written.rows.get(target, {})
         for frame, time in enumerate(written.times.tolist()):
             if layout == "afew-va":
-                found = rows.get(frame)
-                value[frame, column] = np.nan if found is None else found
+                row_value = rows.get(frame)
+                value[frame, column] = np.nan if row_value is None else row_value
             elif rows:
                 value[frame, column] = value_at(rows, time)
     return value

@@ -188,16 +188,16 @@ def test_scanning_reads_neither_labels_nor_crop_folders(tree: Tree, monkeypatch:
     class Counting:
         def __init__(self, path: str) -> None:
             self.path, self.read = str(path), 0
-            self.found = scandir(path)
+            self.entries = scandir(path)
 
         def __enter__(self) -> "Counting":
             return self
 
         def __exit__(self, *_: object) -> None:
-            self.found.close()
+            self.entries.close()
 
         def __iter__(self):
-            for entry in self.found:
+            for entry in self.entries:
                 self.read += 1
                 scanned.append(self.path)
                 yield entry

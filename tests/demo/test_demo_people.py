@@ -53,22 +53,22 @@ def test_emotion_traces_are_deterministic():
 
 def test_quirk_spans_are_disjoint_and_inside_the_clip():
     for seed in range(20):
-        found = random_intervals(np.random.default_rng(seed), duration=40, share=0.15, shortest=2, longest=4)
-        assert found and found[0][0] >= 0 and found[-1][1] <= 40
-        assert all(after[0] > before[1] for before, after in pairwise(found))
+        spans = random_intervals(np.random.default_rng(seed), duration=40, share=0.15, shortest=2, longest=4)
+        assert spans and spans[0][0] >= 0 and spans[-1][1] <= 40
+        assert all(after[0] > before[1] for before, after in pairwise(spans))
         time = np.arange(0, 40, 0.01)
-        assert within(time, found).mean() == pytest.approx(sum(e - b for b, e in found) / 40, abs=0.002)
+        assert within(time, spans).mean() == pytest.approx(sum(e - b for b, e in spans) / 40, abs=0.002)
 
 
 def test_people_differ_in_face_and_voice(plans):
     people = [random_person(plan.key) for plan in plans]
     voices = [random_speaker(plan.key) for plan in plans]
-    for what in (
+    for feature in (
         [(person.skin, person.wall, person.hair, person.shirt) for person in people],
         [person.face_height for person in people],
         [voice.pitch for voice in voices],
     ):
-        assert len(set(what)) == len(plans)
+        assert len(set(feature)) == len(plans)
     training = {plan.trial for plan in plans if plan.split == "train"}
     assert training.isdisjoint(plan.trial for plan in plans if plan.split == "val")
 
@@ -87,7 +87,7 @@ def mean_face(valence: float, arousal: float) -> dict[str, float]:
         face = express(key, random_person(key), Fixed(valence, arousal), np.zeros(10), time)
         for name in ("smile", "eyes", "brows", "mouth"):
             numbers.setdefault(name, []).append(float(np.mean(getattr(face, name))))
-    return {name: float(np.mean(found)) for name, found in numbers.items()}
+    return {name: float(np.mean(values)) for name, values in numbers.items()}
 
 
 def test_the_mouth_follows_valence_and_the_eyes_follow_arousal():
@@ -102,26 +102,26 @@ def voice_of(index: int, valence: float, arousal: float) -> np.ndarray:
     return speak(Key(0, "val", index), Fixed(valence, arousal), 8.0, []).samples
 
 
-def loudness(sound: np.ndarray) -> float:
-    return float(10 * np.log10(np.mean(sound.astype(np.float64) ** 2)))
+def loudness(samples: np.ndarray) -> float:
+    return float(10 * np.log10(np.mean(samples.astype(np.float64) ** 2)))
 
 
-def brightness(sound: np.ndarray) -> float:
+def brightness(samples: np.ndarray) -> float:
     """Decibels of what lies above 1 kHz against what lies below."""
-    power = np.abs(np.fft.rfft(sound)) ** 2
-    high = np.fft.rfftfreq(len(sound), 1 / SAMPLE_RATE) > 1000
+    power = np.abs(np.fft.rfft(samples)) ** 2
+    high = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE) > 1000
     return float(10 * np.log10(power[high].sum() / power[~high].sum()))
 
 
-def pitch(sound: np.ndarray) -> float:
+def pitch(samples: np.ndarray) -> float:
     """Median fundamental of the louder pieces, in Hz, from the autocorrelation."""
-    found = []
-    for piece in sound[: len(sound) // 1024 * 1024].reshape(-1, 1024):
-        if np.abs(piece).mean() > 0.6 * np.abs(sound).mean():
+    periods = []
+    for piece in samples[: len(samples) // 1024 * 1024].reshape(-1, 1024):
+        if np.abs(piece).mean() > 0.6 * np.abs(samples).mean():
             spectrum = np.fft.rfft(piece - piece.mean(), 4096)
             correlation = np.fft.irfft(np.abs(spectrum) ** 2)[40:230]
-            found.append(SAMPLE_RATE / (40 + int(np.argmax(correlation))))
-    return float(np.median(found))
+            periods.append(SAMPLE_RATE / (40 + int(np.argmax(correlation))))
+    return float(np.median(periods))
 
 
 def test_the_voice_is_louder_higher_and_brighter_with_arousal():
@@ -131,9 +131,9 @@ def test_the_voice_is_louder_higher_and_brighter_with_arousal():
 
 
 def test_the_voice_gets_brighter_with_valence_at_equal_loudness():
-    sounds = [(voice_of(k, -0.6, 0), voice_of(k, 0.6, 0)) for k in range(4)]
-    assert np.mean([brightness(high) - brightness(low) for low, high in sounds]) > 0
-    assert abs(np.mean([loudness(high) - loudness(low) for low, high in sounds])) < 2
+    voices = [(voice_of(k, -0.6, 0), voice_of(k, 0.6, 0)) for k in range(4)]
+    assert np.mean([brightness(high) - brightness(low) for low, high in voices]) > 0
+    assert abs(np.mean([loudness(high) - loudness(low) for low, high in voices])) < 2
 
 
 def test_silent_spans_contain_only_room_noise():
@@ -147,8 +147,8 @@ def test_silent_spans_contain_only_room_noise():
 
 def test_audio_has_the_requested_length_without_clipping():
     for seconds in (1.0, 7.123):
-        sound = speak(Key(0, "train", 1), Fixed(0, 0.9), seconds, []).samples
-        assert len(sound) == round(seconds * SAMPLE_RATE) and np.abs(sound).max() < 1
+        samples = speak(Key(0, "train", 1), Fixed(0, 0.9), seconds, []).samples
+        assert len(samples) == round(seconds * SAMPLE_RATE) and np.abs(samples).max() < 1
 
 
 def test_hidden_faces_have_no_crops(plans):
@@ -163,5 +163,5 @@ def test_hidden_faces_have_no_crops(plans):
     with_cover, face = scene.frame(middle), scene.artist.draw(middle)
     assert np.abs(with_cover[y, x].astype(int) - scene.cover).max() <= 60  # the book or its title
     assert np.abs(with_cover.astype(int) - face).mean() > 5
-    seen = int(np.flatnonzero(plan.cropped & (scene.covered == 0))[0])
-    np.testing.assert_array_equal(scene.frame(seen), scene.artist.draw(seen))
+    frame = int(np.flatnonzero(plan.cropped & (scene.covered == 0))[0])
+    np.testing.assert_array_equal(scene.frame(frame), scene.artist.draw(frame))

@@ -14,7 +14,7 @@ from vaflow.cache import open_cache
 from vaflow.cli import main
 
 ROOT = Path(__file__).parents[2]
-PICTURES = {"agreement.png", "training.png", "trace-val01.png"}
+FIGURES = {"agreement.png", "training.png", "trace-val01.png"}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def test_the_people_of_the_two_splits_differ(demo: Path) -> None:
 
 def test_the_demo_writes_figures(demo: Path) -> None:
     drawn = {path.name for path in (demo / "run" / "pictures").glob("*.png")}
-    assert drawn >= PICTURES
-    for name in PICTURES:
+    assert drawn >= FIGURES
+    for name in FIGURES:
         assert (demo / "run" / "pictures" / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -42,9 +42,9 @@ def crop_numbers(written, trial):
 
 def test_annotation_files_have_the_challenge_format(written):
     names = [trials(written, folder) for folder in LABEL_FOLDERS]
-    assert [len(found) for found in names] == [9, 2]
-    for folder, found in zip(LABEL_FOLDERS, names, strict=True):
-        for trial in found:
+    assert [len(files) for files in names] == [9, 2]
+    for folder, files in zip(LABEL_FOLDERS, names, strict=True):
+        for trial in files:
             text = (written.root / "VA_Estimation_Challenge" / folder / f"{trial}.txt").read_text()
             assert text.splitlines()[0] == "valence,arousal" and text.endswith("\n")
             rows = np.array(written.labels(folder, trial))
@@ -76,8 +76,8 @@ def test_videos_have_h264_frames_and_aac_audio_of_equal_length(written):
                 continue
             audio = container.streams.audio[0]
             assert audio.codec_context.name == "aac"
-            heard = sum(frame.samples for frame in container.decode(audio)) / audio.rate
-            assert heard == pytest.approx(seconds, abs=0.15) or heard < 0.85 * seconds
+            audio_seconds = sum(frame.samples for frame in container.decode(audio)) / audio.rate
+            assert audio_seconds == pytest.approx(seconds, abs=0.15) or audio_seconds < 0.85 * seconds
     assert len(quiet) == 1
 
 
@@ -94,11 +94,11 @@ def test_every_quirk_is_present(written):
     videos, times = written.videos(), {}
     for name, path in videos.items():
         times[name] = frame_times(path)
-    gaps = {name: np.diff(found) for name, found in times.items()}
+    gaps = {name: np.diff(seconds) for name, seconds in times.items()}
     assert sum(gap.max() > 1.2 * gap.min() for gap in gaps.values()) == written.summary.quirks["variable-rate"] == 2
     film = [name for name, gap in gaps.items() if np.allclose(gap, 1001 / 30000)]
     assert len(film) == written.summary.quirks["29.97-fps"] == 1
-    assert sum(found[-1] < 10 for found in times.values()) == written.summary.quirks["short-clip"] == 1
+    assert sum(seconds[-1] < 10 for seconds in times.values()) == written.summary.quirks["short-clip"] == 1
     pair = [trial for trial in trials(written, "Train_Set") if trial != stem(trial)]
     assert pair == ["train02_left", "train02_right"] and "train02" in videos
 
@@ -171,11 +171,11 @@ def files(root, pattern):
 
 def decoded(root, kind):
     """Every decoded picture or sound of a data set, by file name."""
-    found = {}
+    streams = {}
     for path in sorted(root.glob("raw_videos/*/*")):
         with av.open(str(path)) as container:
-            found[path.name] = [frame.to_ndarray() for frame in container.decode(**{kind: 0})]
-    return found
+            streams[path.name] = [frame.to_ndarray() for frame in container.decode(**{kind: 0})]
+    return streams
 
 
 def same(one, other):
@@ -200,17 +200,19 @@ def test_noise_replaces_only_the_frames_or_only_the_audio(tmp_path):
     write_demo(tmp_path / "plain", **TINY)
     write_demo(tmp_path / "picture", picture="noise", **TINY)
     write_demo(tmp_path / "sound", sound="noise", **TINY)
-    plain, picture, sound = (tmp_path / name for name in ("plain", "picture", "sound"))
+    plain, video_noise, audio_noise = (tmp_path / name for name in ("plain", "picture", "sound"))
     labels = files(plain, "VA_Estimation_Challenge/*/*")
-    assert files(picture, "VA_Estimation_Challenge/*/*") == labels == files(sound, "VA_Estimation_Challenge/*/*")
+    assert (
+        files(video_noise, "VA_Estimation_Challenge/*/*") == labels == files(audio_noise, "VA_Estimation_Challenge/*/*")
+    )
     crops = files(plain, "cropped_aligned/*/*")
-    replaced = files(picture, "cropped_aligned/*/*")
-    assert crops == files(sound, "cropped_aligned/*/*")
+    replaced = files(video_noise, "cropped_aligned/*/*")
+    assert crops == files(audio_noise, "cropped_aligned/*/*")
     assert crops.keys() == replaced.keys() and all(crops[name] != replaced[name] for name in crops)
-    assert same(decoded(plain, "audio"), decoded(picture, "audio"))
-    assert same(decoded(plain, "video"), decoded(sound, "video"))
-    assert not same(decoded(plain, "audio"), decoded(sound, "audio"))
-    assert not same(decoded(plain, "video"), decoded(picture, "video"))
+    assert same(decoded(plain, "audio"), decoded(video_noise, "audio"))
+    assert same(decoded(plain, "video"), decoded(audio_noise, "video"))
+    assert not same(decoded(plain, "audio"), decoded(audio_noise, "audio"))
+    assert not same(decoded(plain, "video"), decoded(video_noise, "video"))
 
 
 def test_noise_frames_carry_no_information(tmp_path):
@@ -273,14 +275,14 @@ def test_an_interrupted_dataset_is_rewritten(tmp_path):
 
 
 def test_progress_counts_videos(tmp_path):
-    seen = []
-    write_demo(tmp_path, progress=lambda *said: seen.append(said), **TINY | {"train": 3})
-    assert [done for done, _, _ in seen] == [1, 2, 3] and {total for _, total, _ in seen} == {3}
-    assert sorted(name for _, _, name in seen) == ["train01", "train02", "val01"]
+    reports = []
+    write_demo(tmp_path, progress=lambda *counts: reports.append(counts), **TINY | {"train": 3})
+    assert [done for done, _, _ in reports] == [1, 2, 3] and {total for _, total, _ in reports} == {3}
+    assert sorted(name for _, _, name in reports) == ["train01", "train02", "val01"]
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"picture": "photo"}, "picture"),
         ({"sound": "music"}, "sound"),
@@ -290,8 +292,8 @@ def test_progress_counts_videos(tmp_path):
         ({"trian": 3}, "train"),
     ],
 )
-def test_invalid_options_are_rejected_by_name(tmp_path, options, says):
-    with pytest.raises(UsageError, match=says):
+def test_invalid_options_are_rejected_by_name(tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
         write_demo(tmp_path / "data", **options)
     assert not (tmp_path / "data").exists()
 

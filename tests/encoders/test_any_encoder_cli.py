@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoints import IMAGES, SOUNDS
+from tiny_checkpoints import AUDIO_MODELS, IMAGES
 
 from vaflow.cache import open_cache
 from vaflow.cache.costs import stream_costs
@@ -34,7 +34,7 @@ def data(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def names(checkpoints: Mapping[str, Path]) -> tuple[list[str], list[str]]:
     """Every family of transformers, some with several layers."""
     layers = {"dinov2": "@1-3", "wav2vec2": "@all", "vit": "@2"}
-    visual, audio = ([f"hf:{checkpoints[n]}{layers.get(n, '')}" for n in family] for family in (IMAGES, SOUNDS))
+    visual, audio = ([f"hf:{checkpoints[n]}{layers.get(n, '')}" for n in family] for family in (IMAGES, AUDIO_MODELS))
     return visual, audio
 
 

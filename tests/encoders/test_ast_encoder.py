@@ -24,7 +24,7 @@ def build(name: str, **options: Any) -> Any:
     return build_encoder(name, **options)
 
 
-def sound(seconds: float, seed: int = 0) -> np.ndarray:
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * RATE)) / RATE
     return (0.2 * np.sin(440 * time**1.5) + 0.02 * rng.standard_normal(time.size)).astype(np.float32)
@@ -149,7 +149,7 @@ def test_the_pooling_matrix_is_computed_once_per_shape(local_encoder: Any, monke
 
 @pytest.mark.parametrize("seconds", [10.0, 4.2, 0.3])
 def test_hidden_states_equal_hugging_face(small_ast: Path, seconds: float) -> None:
-    samples = sound(min(seconds, 2.5))  # the small model reads 2.56 s
+    samples = noise(min(seconds, 2.5))  # the small model reads 2.56 s
     extractor, reference = ASTFeatureExtractor.from_pretrained(small_ast), ASTModel.from_pretrained(small_ast).eval()
     inputs = extractor(samples, sampling_rate=RATE, return_tensors="pt")["input_values"]
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_hidden_states_equal_hugging_face(small_ast: Path, seconds: float) -> No
 
 def test_a_short_window_equals_one_padded_with_mel_zeros(small_ast: Path) -> None:
     encoder = build("ast", weights=small_ast)
-    mel = torch.from_numpy(FilterBank().push(sound(1.1)))[None]
+    mel = torch.from_numpy(FilterBank().push(noise(1.1)))[None]
     filled = torch.cat([mel, torch.zeros(1, window_frames(2.5) - mel.shape[1], 128)], dim=1)
     assert torch.equal(encoder.encode(mel, window=2.5, steps=5), encoder.encode(filled, window=2.5, steps=5))
 

@@ -40,7 +40,7 @@ def save(model: torch.nn.Module, path: Path, layout: str = "plain", **changes: A
     return path
 
 
-def pictures(edge: int, count: int = 3) -> torch.Tensor:
+def random_images(edge: int, count: int = 3) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, edge, edge, 3), dtype=np.uint8))
 
 
@@ -60,7 +60,7 @@ def test_files_in_openai_layout_load_with_quick_gelu(small_clip: Any, tmp_path: 
     path = save(small_clip, tmp_path / layout, layout=layout.split(".")[0])
     encoder = build("clip-vit-b16", weights=path)
     assert activation_of(encoder._model) == "quick_gelu"
-    images = pictures(32)
+    images = random_images(32)
     embedding = encoder.encode(images)
     assert embedding.shape == (3, encoder.dim) == (3, 24)
     assert embedding.dtype == torch.float32
@@ -92,7 +92,7 @@ def test_openai_tags_imply_quick_gelu(small_clip: Any, tmp_path: Path, hub_cache
     encoder = build(name)
     assert activation_of(encoder._model) == "quick_gelu"
     assert encoder.identity["activation"] == "quick_gelu"
-    images = pictures(32)
+    images = random_images(32)
     np.testing.assert_allclose(
         encoder.encode(images).numpy(),
         quick_gelu_embedding(small_clip, images),
@@ -198,9 +198,9 @@ def test_images_of_another_size_are_rejected() -> None:
 
 def test_features_carry_gradients_and_encode_does_not(small_clip: Any, tmp_path: Path) -> None:
     encoder = build("clip-vit-b16", weights=save(small_clip, tmp_path / "m.pt"))
-    encoder.features(pictures(32)).sum().backward()
+    encoder.features(random_images(32)).sum().backward()
     assert all(p.grad is not None for p in encoder.module.parameters())
-    assert not encoder.encode(pictures(32)).requires_grad
+    assert not encoder.encode(random_images(32)).requires_grad
 
 
 # --- text towers of transformers

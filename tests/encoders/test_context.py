@@ -26,10 +26,10 @@ def embeddings_of(encoder: Any, words: str, count: int) -> torch.Tensor:
 
 def test_context_vectors_of_real_words_equal_their_text_embeddings(encoder: Any) -> None:
     context = embeddings_of(encoder, "a photo of a", 4)
-    found = context_tower(encoder, WORDS, 4)(context)
+    embeddings = context_tower(encoder, WORDS, 4)(context)
     expected = encode_text(encoder, [f"a photo of a {words}" for words in WORDS])
-    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=1e-5)
-    assert (found[0] - found[8]).abs().max() > 1e-3
+    torch.testing.assert_close(embeddings, torch.from_numpy(expected), rtol=0, atol=1e-5)
+    assert (embeddings[0] - embeddings[8]).abs().max() > 1e-3
 
 
 def test_only_context_vectors_are_trained(encoder: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoints import IMAGES, SOUNDS
+from tiny_checkpoints import AUDIO_MODELS, IMAGES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vaflow.encoders import build_encoder
@@ -35,7 +35,7 @@ def to_cuda(encoder: Any) -> None:
             setattr(encoder, name, moved(getattr(encoder, name)))
 
 
-@pytest.mark.parametrize("name", [*IMAGES, *SOUNDS])
+@pytest.mark.parametrize("name", [*IMAGES, *AUDIO_MODELS])
 @pytest.mark.parametrize("suffix", ["", "@2", "@0-2"])
 def test_a_forward_pass_stays_on_the_device(checkpoints: Mapping[str, Path], name: str, suffix: str) -> None:
     if name == "convnextv2" and suffix == "@0-2":

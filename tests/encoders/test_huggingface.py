@@ -11,7 +11,7 @@ import torch
 from fake_hub import serve
 from huggingface_hub import constants
 from PIL import Image
-from tiny_checkpoints import IMAGES, SOUNDS
+from tiny_checkpoints import AUDIO_MODELS, IMAGES
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, WhisperFeatureExtractor
 
 from vaflow.encoders import build_encoder
@@ -36,8 +36,8 @@ def images(count: int, seed: int = 0) -> list[np.ndarray]:
     return made
 
 
-def prepared(encoder: Any, pictures: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([encoder.prepare(picture) for picture in pictures]))
+def prepared(encoder: Any, images: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([encoder.prepare(image) for image in images]))
 
 
 def waves(count: int, seconds: float) -> np.ndarray:
@@ -61,14 +61,14 @@ def test_preprocessing_equals_the_processor_on_100_images(checkpoints: Mapping[s
     encoder = build(checkpoints[name])
     settings = json.loads((checkpoints[name] / "preprocessor_config.json").read_text())
     preprocessing = image_preprocessing("x", settings, "")
-    own = AutoImageProcessor.from_pretrained(checkpoints[name], backend="pil")
+    processor = AutoImageProcessor.from_pretrained(checkpoints[name], backend="pil")
     on_tensors = AutoImageProcessor.from_pretrained(checkpoints[name], backend="torchvision")
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    for picture in images(100):
-        pixels = encoder.prepare(picture).transpose(2, 0, 1).astype(np.float32) / 255
-        tensor = on_tensors(Image.fromarray(picture), return_tensors="np")["pixel_values"][0]
-        if own.backend == "pil":
-            expected = own(Image.fromarray(picture), return_tensors="np")["pixel_values"][0]
+    for image in images(100):
+        pixels = encoder.prepare(image).transpose(2, 0, 1).astype(np.float32) / 255
+        tensor = on_tensors(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+        if processor.backend == "pil":
+            expected = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
             np.testing.assert_allclose((pixels - mean) / std, expected, atol=2e-6)
         levels = np.abs((pixels - mean) / std - tensor) * std * 255
         assert levels.mean() < 0.6 and levels.max() < 4
@@ -80,8 +80,8 @@ def test_features_equal_the_hugging_face_model(checkpoints: Mapping[str, Path], 
     model: Any = AutoModel.from_pretrained(checkpoints[name]).eval()
     model = getattr(model, "vision_model", model)
     encoder = build(checkpoints[name])
-    pictures = prepared(encoder, images(3))
-    pixels = (pictures.permute(0, 3, 1, 2) / 255 - encoder._mean) / encoder._std
+    batch = prepared(encoder, images(3))
+    pixels = (batch.permute(0, 3, 1, 2) / 255 - encoder._mean) / encoder._std
     options = {"noise": torch.arange(49.0).expand(3, -1)} if name == "vit-mae" else {}
     if name == "vit-mae":
         model.config.mask_ratio = 0.0
@@ -95,9 +95,9 @@ def test_features_equal_the_hugging_face_model(checkpoints: Mapping[str, Path], 
         "siglip": lambda: output.pooler_output,
         "convnextv2": lambda: output.pooler_output,
     }.get(name, lambda: hidden[:, 0])()
-    torch.testing.assert_close(encoder.encode(pictures), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(encoder.encode(batch), expected, atol=2e-5, rtol=1e-4)
     assert encoder.dim == expected.shape[1] and not encoder.layers
-    middle = build(checkpoints[name], "@2,pool=mean").encode(pictures)
+    middle = build(checkpoints[name], "@2,pool=mean").encode(batch)
     state = output.hidden_states[2]
     special = {"siglip": 0, "dinov2-registers": 5, "dinov3": 5}.get(name, 1)
     by_hand = state.mean(dim=(2, 3)) if state.ndim == 4 else state[:, special:].mean(dim=1)
@@ -107,21 +107,21 @@ def test_features_equal_the_hugging_face_model(checkpoints: Mapping[str, Path], 
 @pytest.mark.parametrize("name", [name for name in IMAGES if name != "convnextv2"])
 def test_several_layers_are_stored_in_order(checkpoints: Mapping[str, Path], name: str) -> None:
     encoder = build(checkpoints[name], "@1-3")
-    pictures = prepared(encoder, images(2))
-    together = encoder.encode(pictures)
+    batch = prepared(encoder, images(2))
+    together = encoder.encode(batch)
     assert together.shape == (2, 3, encoder.dim) and encoder.layers == (1, 2, 3)
     assert encoder.identity["layers"] == [1, 2, 3]
-    for place, layer in enumerate((1, 2, 3)):
-        assert torch.equal(together[:, place], build(checkpoints[name], f"@{layer}").encode(pictures))
-    every = build(checkpoints[name], "@all").encode(pictures)
-    torch.testing.assert_close(build(checkpoints[name], "@mean").encode(pictures), every.mean(dim=1))
+    for position, layer in enumerate((1, 2, 3)):
+        assert torch.equal(together[:, position], build(checkpoints[name], f"@{layer}").encode(batch))
+    every = build(checkpoints[name], "@all").encode(batch)
+    torch.testing.assert_close(build(checkpoints[name], "@mean").encode(batch), every.mean(dim=1))
 
 
 def test_masked_patches_are_dropped_and_the_rest_keep_their_order(checkpoints: Mapping[str, Path]) -> None:
     """ViT-MAE draws which patches it masks: two calls must not differ."""
     encoder = build(checkpoints["vit-mae"])
-    pictures = prepared(encoder, images(2))
-    assert torch.equal(encoder.encode(pictures), encoder.encode(pictures))
+    batch = prepared(encoder, images(2))
+    assert torch.equal(encoder.encode(batch), encoder.encode(batch))
     assert encoder.module.model(pixel_values=torch.zeros(1, 3, 224, 224)).last_hidden_state.shape[1] == 1 + 49
 
 
@@ -138,7 +138,7 @@ def test_integer_sizes_of_older_processors_are_accepted() -> None:
 # --- audio
 
 
-@pytest.mark.parametrize("name", SOUNDS)
+@pytest.mark.parametrize("name", AUDIO_MODELS)
 def test_steps_average_the_tokens_of_the_model(checkpoints: Mapping[str, Path], name: str) -> None:
     """The oracle: the feature extractor on each window, `AutoModel`, and the tokens in each step by hand."""
     extractor = AutoFeatureExtractor.from_pretrained(checkpoints[name])
@@ -202,7 +202,7 @@ def test_incompatible_windows_and_steps_are_rejected(checkpoints: Mapping[str, P
 # --- batches
 
 
-@pytest.mark.parametrize("name", [*IMAGES, *SOUNDS])
+@pytest.mark.parametrize("name", [*IMAGES, *AUDIO_MODELS])
 def test_a_row_does_not_depend_on_its_batch(checkpoints: Mapping[str, Path], name: str) -> None:
     encoder = build(checkpoints[name])
     if name in IMAGES:

@@ -8,7 +8,7 @@ from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD
 from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, FilterBank, frame_count, frame_times
 
 
-def sound(seconds: float, seed: int = 0) -> np.ndarray:
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * RATE)) / RATE
     tone = 0.2 * np.sin(2 * np.pi * (200 + 80 * np.sin(time)) * time)
@@ -33,7 +33,7 @@ def normalise(mel: np.ndarray, length: int = 1024) -> np.ndarray:
 
 
 def test_one_window_equals_the_hugging_face_extractor() -> None:
-    samples = sound(10)
+    samples = noise(10)
     mel = banks(samples)
     assert mel.shape == (998, MEL_BINS)
     assert mel.dtype == np.float32
@@ -41,13 +41,13 @@ def test_one_window_equals_the_hugging_face_extractor() -> None:
 
 
 def test_slices_of_a_long_clip_equal_the_extractor_on_the_same_span() -> None:
-    samples = sound(23)
+    samples = noise(23)
     mel = banks(samples)
     for start in (0, 3, 6, 9, 12):
-        stretch = samples[start * RATE : (start + 10) * RATE]
+        span = samples[start * RATE : (start + 10) * RATE]
         np.testing.assert_allclose(
             normalise(mel[start * 100 : start * 100 + 998]),
-            hugging_face(stretch),
+            hugging_face(span),
             atol=1e-5,
             err_msg=f"start {start} s",
         )
@@ -55,12 +55,12 @@ def test_slices_of_a_long_clip_equal_the_extractor_on_the_same_span() -> None:
 
 @pytest.mark.parametrize("seconds", [0.025, 0.6, 4.321])
 def test_short_audio_is_padded_like_the_extractor(seconds: float) -> None:
-    samples = sound(seconds)
+    samples = noise(seconds)
     np.testing.assert_allclose(normalise(banks(samples)), hugging_face(samples), atol=1e-5)
 
 
 def test_results_do_not_depend_on_the_block_size() -> None:
-    samples = sound(7.77)
+    samples = noise(7.77)
     whole = banks(samples)
     rng = np.random.default_rng(1)
     cuttings = [
@@ -74,7 +74,7 @@ def test_results_do_not_depend_on_the_block_size() -> None:
 
 
 def test_frames_are_emitted_as_soon_as_they_are_complete() -> None:
-    bank, samples = FilterBank(), sound(1)
+    bank, samples = FilterBank(), noise(1)
     assert bank.push(samples[: FRAME - 1]).shape == (0, MEL_BINS)
     assert bank.push(samples[FRAME - 1 : FRAME]).shape == (1, MEL_BINS)
     assert bank.push(samples[FRAME : FRAME + 2 * HOP]).shape == (2, MEL_BINS)
@@ -82,7 +82,7 @@ def test_frames_are_emitted_as_soon_as_they_are_complete() -> None:
 
 def test_frame_count_equals_the_number_of_emitted_frames() -> None:
     for size in (0, 1, FRAME - 1, FRAME, FRAME + HOP - 1, FRAME + HOP, 16_000):
-        assert frame_count(size) == len(banks(sound(2)[:size]))
+        assert frame_count(size) == len(banks(noise(2)[:size]))
 
 
 def test_a_click_changes_only_the_frames_that_cover_it() -> None:
@@ -105,8 +105,8 @@ def test_silence_has_finite_features() -> None:
 
 
 def test_a_filter_bank_can_be_reused_after_finish() -> None:
-    bank, samples = FilterBank(), sound(1)
-    bank.push(sound(0.51, seed=3))
+    bank, samples = FilterBank(), noise(1)
+    bank.push(noise(0.51, seed=3))
     bank.finish()
     np.testing.assert_array_equal(bank.push(samples), banks(samples))
 

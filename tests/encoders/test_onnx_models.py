@@ -31,7 +31,7 @@ def face(tmp_path: Path) -> tuple[Any, Path]:
     return module, path
 
 
-def pictures(count: int) -> list[np.ndarray]:
+def random_images(count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (150, 120 + k, 3), np.uint8) for k in range(count)]
 
@@ -41,8 +41,8 @@ def test_an_image_graph_equals_its_network(tmp_path: Path, dynamic: bool) -> Non
     module, path = face_model(tmp_path, dynamic=dynamic)
     path.with_suffix(".toml").write_text(FACE)
     encoder = build(path, kind="visual")
-    images = np.stack([encoder.prepare(picture) for picture in pictures(3)])
-    resized = [Image.fromarray(p).resize((224, 224), Image.Resampling.BILINEAR) for p in pictures(3)]
+    images = np.stack([encoder.prepare(picture) for picture in random_images(3)])
+    resized = [Image.fromarray(p).resize((224, 224), Image.Resampling.BILINEAR) for p in random_images(3)]
     expected = np.stack([np.asarray(image) for image in resized])
     np.testing.assert_array_equal(images, expected)
     pixels = torch.from_numpy((expected[..., ::-1] / 255 - 0.5) / 0.25).float().permute(0, 3, 1, 2)

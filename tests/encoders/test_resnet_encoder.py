@@ -40,7 +40,7 @@ def checkpoint(original: torch.nn.Module, tmp_path_factory: pytest.TempPathFacto
     return (folder / "plain.pth").rename(folder / f"resnet50-{digest[:8]}.pth")
 
 
-def pictures(count: int = 2) -> np.ndarray:
+def random_images(count: int = 2) -> np.ndarray:
     """[N, 112, 112, 3]: crops as Aff-Wild2 has them."""
     small = np.random.default_rng(0).integers(0, 255, (count, 9, 9, 3), np.uint8)
     return np.stack([np.asarray(Image.fromarray(p).resize((112, 112))) for p in small])
@@ -52,12 +52,12 @@ def test_features_equal_the_torchvision_pooled_output(original: torch.nn.Module,
     encoder: Any = build_encoder("resnet50", weights=checkpoint)
     pooled: list[torch.Tensor] = []
     hook = original.avgpool.register_forward_hook(lambda module, inputs, out: pooled.append(out.flatten(1)))  # type: ignore[union-attr]
-    for picture in pictures():
-        tensor = transforms.to_tensor(Image.fromarray(picture).resize((224, 224), Image.Resampling.BILINEAR))
+    for image in random_images():
+        tensor = transforms.to_tensor(Image.fromarray(image).resize((224, 224), Image.Resampling.BILINEAR))
         with torch.no_grad():
             original(transforms.normalize(tensor, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None])
     hook.remove()
-    prepared = torch.from_numpy(np.stack([encoder.prepare(picture) for picture in pictures()]))
+    prepared = torch.from_numpy(np.stack([encoder.prepare(image) for image in random_images()]))
     features = encoder.encode(prepared)
     assert features.shape == (2, 2048) and encoder.dim == 2048 and features.dtype == torch.float32
     torch.testing.assert_close(features, torch.cat(pooled), rtol=1e-4, atol=1e-5)
@@ -140,7 +140,7 @@ def test_the_tiny_encoder_is_reproducible_and_separates_images() -> None:
     one, other = build_encoder("resnet-tiny"), build_encoder("resnet-tiny")
     assert torch.equal(torch.random.get_rng_state(), state)
     assert one.identity == other.identity and type(one) is ImageEncoder
-    images = torch.from_numpy(np.stack([one.prepare(p) for p in pictures()]))
+    images = torch.from_numpy(np.stack([one.prepare(p) for p in random_images()]))
     features = one.encode(images)
     assert features.shape == (2, one.dim) and features.isfinite().all()
     assert (features[0] - features[1]).abs().mean() > 0.01 * features.abs().mean()

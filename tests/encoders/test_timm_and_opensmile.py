@@ -38,10 +38,10 @@ def test_features_and_preprocessing_equal_timm(saved: tuple[str, Any, Path]) -> 
     for _ in range(100):
         height, width = rng.integers(60, 420, 2).tolist()
         coarse = Image.fromarray(rng.integers(0, 256, (height // 12 + 2, width // 12 + 2, 3), np.uint8))
-        picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
-        images.append(encoder.prepare(np.asarray(picture)))
+        image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        images.append(encoder.prepare(np.asarray(image)))
         pixels = (torch.from_numpy(images[-1]).permute(2, 0, 1) / 255 - mean) / std
-        torch.testing.assert_close(pixels, transform(picture), atol=2e-6, rtol=0)
+        torch.testing.assert_close(pixels, transform(image), atol=2e-6, rtol=0)
     batch = torch.from_numpy(np.stack(images[:3]))
     pixels = (batch.permute(0, 3, 1, 2) / 255 - mean) / std
     with torch.no_grad():

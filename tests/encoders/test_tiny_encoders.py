@@ -135,8 +135,8 @@ def voices(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         loudness = np.repeat(10 ** (-2 + level), RATE // 2)
         phase = 2 * np.pi * np.cumsum(pitch) / RATE
         tone = sum(np.sin(k * phase) / k for k in range(1, 20))
-        sound = loudness * tone + 10 ** rng.uniform(-4, -3) * rng.standard_normal(phase.size)
-        mel = torch.from_numpy(FilterBank().push(sound.astype(np.float32)))[None]
+        samples = loudness * tone + 10 ** rng.uniform(-4, -3) * rng.standard_normal(phase.size)
+        mel = torch.from_numpy(FilterBank().push(samples.astype(np.float32)))[None]
         features.append(ast.encode(mel, window=10, steps=20)[0].numpy())
         facts.append(np.stack([octave, level], axis=-1))
     return np.concatenate(features), np.concatenate(facts)

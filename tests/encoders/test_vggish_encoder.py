@@ -19,7 +19,7 @@ from vaflow.errors import UsageError, WeightsError
 SMALL_CHANNELS, SMALL_WIDTHS = ((2,), (3,), (4, 4), (5, 5)), (16, 12, 128)
 
 
-def sound(seconds: float, seed: int = 0) -> np.ndarray:
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * RATE)) / RATE
     return (0.3 * np.sin(2 * np.pi * (300 + 90 * time) * time) + 0.01 * rng.standard_normal(time.size)).astype("f4")
@@ -50,7 +50,7 @@ def restated_front_end(samples: np.ndarray) -> np.ndarray:
 
 
 def test_the_front_end_equals_the_published_one() -> None:
-    samples = sound(1.7)
+    samples = noise(1.7)
     frames = VGGISH_MEL.open().push(samples)
     assert frames.shape == (1 + (samples.size - 400) // 160, 64) and frames.dtype == np.float32
     # scipy puts the 400 windowed samples at the start of 512, as the original does: magnitudes agree
@@ -58,7 +58,7 @@ def test_the_front_end_equals_the_published_one() -> None:
 
 
 def test_one_frame_equals_the_definition_of_the_transform() -> None:
-    samples = sound(0.05)
+    samples = noise(0.05)
     window = np.sin(np.pi * np.arange(400) / 400) ** 2
     n, k = np.arange(400), np.arange(257)[:, None]
     magnitude = np.abs((np.exp(-2j * np.pi * k * n / 512) * (samples[160:560] * window)).sum(axis=1))
@@ -69,7 +69,7 @@ def test_one_frame_equals_the_definition_of_the_transform() -> None:
 
 
 def test_results_do_not_depend_on_the_block_size() -> None:
-    samples = sound(3.3)
+    samples = noise(3.3)
     whole = VGGISH_MEL.open().push(samples)
     for cuts in ([1, 399, 400, 7000], list(range(0, samples.size, 1000))):
         bank = VGGISH_MEL.open()
@@ -210,7 +210,7 @@ def test_vggish_examples_are_centred_on_the_steps(window: float, steps: int) -> 
 def test_the_tiny_encoder_is_reproducible_and_encodes_loudness() -> None:
     one, other = build_encoder("vggish-tiny"), build_encoder("vggish-tiny")
     assert one.identity == other.identity and type(one) is vggish.VggishEncoder and one.front_end != KALDI
-    frames = [VGGISH_MEL.open().push(np.float32(scale) * sound(1.2)) for scale in (1.0, 0.1)]
+    frames = [VGGISH_MEL.open().push(np.float32(scale) * noise(1.2)) for scale in (1.0, 0.1)]
     rows = torch.from_numpy(np.stack([cut(mel, 0, 96, VGGISH_MEL.padding) for mel in frames]))
     loud, soft = one.encode(rows, window=10.0, steps=20)
     assert loud.shape == (1, one.dim) and (loud - soft).norm() > 0.05 * loud.norm()

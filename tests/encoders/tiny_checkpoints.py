@@ -65,7 +65,7 @@ IMAGES: Mapping[str, Callable[[], tuple[Any, Any]]] = {
         hf.ConvNextImageProcessor(size={"shortest_edge": 224}),
     ),
 }
-SOUNDS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
+AUDIO_MODELS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "wav2vec2": lambda: (hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**SPEECH)), hf.Wav2Vec2FeatureExtractor()),
     "hubert": lambda: (hf.HubertModel(hf.HubertConfig(**SPEECH)), hf.Wav2Vec2FeatureExtractor(do_normalize=False)),
     "wavlm": lambda: (hf.WavLMModel(hf.WavLMConfig(**SPEECH)), hf.Wav2Vec2FeatureExtractor()),
@@ -78,7 +78,7 @@ SOUNDS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
 
 
 class Checkpoints(Mapping[str, Path]):
-    """Key of `IMAGES` or `SOUNDS` -> folder of its checkpoint, written at first use. Tests must not change it."""
+    """Key of `IMAGES` or `AUDIO_MODELS` -> folder of its checkpoint, written at first use. Tests must not change it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -88,17 +88,17 @@ class Checkpoints(Mapping[str, Path]):
         return folder if folder.is_dir() else write_checkpoint(name, folder)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*IMAGES, *SOUNDS])
+        return iter([*IMAGES, *AUDIO_MODELS])
 
     def __len__(self) -> int:
-        return len(IMAGES) + len(SOUNDS)
+        return len(IMAGES) + len(AUDIO_MODELS)
 
 
 def write_checkpoint(name: str, folder: Path) -> Path:
-    """Write the checkpoint of a key of `IMAGES` or `SOUNDS`; the same weights at every call."""
+    """Write the checkpoint of a key of `IMAGES` or `AUDIO_MODELS`; the same weights at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, processor = (IMAGES | SOUNDS)[name]()  # type: ignore[operator]
+        model, processor = (IMAGES | AUDIO_MODELS)[name]()  # type: ignore[operator]
         with torch.no_grad():  # biases and norms that are not the identity; tokens that differ
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))

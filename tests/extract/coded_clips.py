@@ -264,11 +264,11 @@ def lateness(frames: Floats, first: int, origin: float, reach: float = 0.08) -> 
         reach: seconds up to which shifts are tried.
     """
     count = (len(frames) - 1) * 160 + 400
-    heard = _loud(frames)
+    loudness = _loud(frames)
 
     def miss(shift: float) -> float:
         times = origin + first * 0.01 + np.arange(count) / RATE - shift
-        return float(((_loud(banks(audio_at(times))) - heard) ** 2).mean())
+        return float(((_loud(banks(audio_at(times))) - loudness) ** 2).mean())
 
     coarse = min(np.arange(-reach, reach + 1e-9, 0.005), key=miss)
     return float(min(coarse + np.arange(-0.005, 0.00501, 0.001), key=miss))

@@ -173,10 +173,10 @@ def copy_from_keyframe(source: Path, target: Path, which: int) -> Path:
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         video = old.streams.video[0]
         stream = new.add_stream_from_template(video)
-        seen = -1
+        keyframes = -1
         for packet in old.demux(video):
-            seen += packet.is_keyframe
-            if seen >= which and packet.size:
+            keyframes += packet.is_keyframe
+            if keyframes >= which and packet.size:
                 packet.stream = stream
                 new.mux(packet)
     return target

@@ -32,7 +32,7 @@ from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
 
 WINDOW, STRIDE, FRAMES = 2.0, 0.5, 20  # samples 0.1 s apart: many frames are asked for
-SOUND = 0.010  # seconds
+AUDIO_TOLERANCE = 0.010  # seconds
 
 NTSC, FILM = Fraction(30000, 1001), Fraction(24000, 1001)
 B_FRAMES = {"bf": "3", "g": "12", "b-adapt": "0"}
@@ -150,17 +150,17 @@ def test_labels_follow_the_file_clock(aligned: Cache, case: Case) -> None:
     labels, visual = aligned.read("labels", stem(case)), aligned.read("numbers", stem(case))
     numbers = numbers_of(visual.embedding)
     expected = np.array([label_of(number) for number in numbers])
-    given = labels.value[visual.frame]
+    values = labels.value[visual.frame]
     if case.labels == "frame":
-        np.testing.assert_allclose(given, np.stack([expected, -expected], 1), atol=1e-6)
+        np.testing.assert_allclose(values, np.stack([expected, -expected], 1), atol=1e-6)
         return
     # Rows by time: the row of the frame that is shown, or of its neighbour where a codec's delay moved the clock.
-    known = np.isfinite(given[:, 0])
+    known = np.isfinite(values[:, 0])
     assert known.mean() > 0.95
     shift = abs(origin_of(aligned, case) - case.origin)
     written = case.written
-    told = np.rint(given[known, 0] * 1000).astype(int)
-    assert (np.abs(written[told] - written[numbers[known]]) <= 2 * shift + 1.5e-3).all()
+    milliseconds = np.rint(values[known, 0] * 1000).astype(int)
+    assert (np.abs(written[milliseconds] - written[numbers[known]]) <= 2 * shift + 1.5e-3).all()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_audio_is_aligned_at_start_middle_and_end(aligned: Cache, case: Case) ->
     origin = origin_of(aligned, case)
     for part in np.array_split(valid, 4):
         late = lateness(np.asarray(logmel.embedding[part], float), int(part[0]), origin)
-        assert abs(late) <= SOUND, f"{1000 * late:.0f} ms late from {part[0] / 100:.2f} s on"
+        assert abs(late) <= AUDIO_TOLERANCE, f"{1000 * late:.0f} ms late from {part[0] / 100:.2f} s on"
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ def test_every_step_encodes_the_audio_of_its_time(aligned: Cache, case: Case) ->
     for w, start in enumerate(tones.start):
         for s in np.flatnonzero(tones.valid[w]):
             first = round((start + s * WINDOW / FRAMES) * 100)
-            own = frames[first : first + 10]
-            if len(own) == 10 and np.isfinite(own).all():
-                np.testing.assert_allclose(tones.embedding[w, s], own.mean(0), atol=1e-3)
+            expected_frames = frames[first : first + 10]
+            if len(expected_frames) == 10 and np.isfinite(expected_frames).all():
+                np.testing.assert_allclose(tones.embedding[w, s], expected_frames.mean(0), atol=1e-3)
                 np.testing.assert_allclose(tones.time[w, s], logmel.time[first] + 0.0375, atol=0.0126 + 1e-6)
                 checked += 1
     assert checked > 60

@@ -16,7 +16,7 @@ from vaflow.extract.video import probe
 EVEN = tuple(range(0, 4000, 40))
 
 
-def heard(path: Path, duration: float, start: float | None = None) -> tuple[np.ndarray, AudioSummary]:
+def decode(path: Path, duration: float, start: float | None = None) -> tuple[np.ndarray, AudioSummary]:
     """All blocks laid end to end, and the summary."""
     blocks = decode_audio(path, start=probe(path).start if start is None else start, duration=duration)
     got = []
@@ -50,13 +50,13 @@ def test_a_click_is_located_within_a_millisecond(tmp_path: Path, codec: str, con
         assert first.pts is not None
         assert base is not None
         offset = float(first.pts * base) - (file.start_time or 0) / 1e6
-    samples, summary = heard(path, 3.0)
+    samples, summary = decode(path, 3.0)
     assert summary.status == "ok"
     assert abs(offset) < 0.06
     for time in clicks:
         near = slice(round((time - 0.1) * RATE), round((time + 0.15) * RATE))
-        found = (near.start + np.abs(samples[near]).argmax()) / RATE
-        assert found == pytest.approx(time, abs=1e-3 + (0.06 if codec == "libmp3lame" else 0))
+        click_time = (near.start + np.abs(samples[near]).argmax()) / RATE
+        assert click_time == pytest.approx(time, abs=1e-3 + (0.06 if codec == "libmp3lame" else 0))
 
 
 @pytest.mark.parametrize("channels", ["mono", "stereo", "5.1", "7.1"])
@@ -67,7 +67,7 @@ def test_mono_is_the_mean_of_the_channels(tmp_path: Path, channels: str, codec: 
     time = np.arange(2 * RATE) / RATE
     source = level[:, None] * np.sin(2 * np.pi * 440 * time)
     path = write_media(tmp_path / "c.mkv", None, AudioTrack(source, rate=RATE, codec=codec, layout=channels))
-    samples, summary = heard(path, 2.0)
+    samples, summary = decode(path, 2.0)
     np.testing.assert_allclose(samples, source.mean(axis=0), atol=1e-4)
     assert (summary.channels, summary.rate, summary.status) == (count, RATE, "ok")
     assert summary.peak == pytest.approx(abs(level.mean()), abs=1e-3)
@@ -82,7 +82,7 @@ def test_planar_samples_are_read_as_channels(tmp_path: Path) -> None:
     with av.open(str(path)) as container:
         frame = next(container.decode(audio=0))
         assert frame.format.is_planar and frame.layout.nb_channels == 8
-    samples, summary = heard(path, 2.0)
+    samples, summary = decode(path, 2.0)
     inside = slice(RATE // 4, RATE)
     np.testing.assert_allclose(samples[inside], source.mean(axis=0)[inside], atol=0.02)
     assert (summary.channels, summary.damaged) == (8, 0)
@@ -91,7 +91,7 @@ def test_planar_samples_are_read_as_channels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le"])
 def test_all_sample_formats_share_one_full_scale(tmp_path: Path, codec: str) -> None:
     source = tones(1.0, RATE)
-    samples, _ = heard(write_media(tmp_path / "c.wav", None, AudioTrack(source, rate=RATE, codec=codec)), 1.0)
+    samples, _ = decode(write_media(tmp_path / "c.wav", None, AudioTrack(source, rate=RATE, codec=codec)), 1.0)
     np.testing.assert_allclose(samples, source[0], atol=1.5 / 128 if codec == "pcm_u8" else 1e-4)
 
 
@@ -101,7 +101,7 @@ def test_resampling_preserves_the_waveform(tmp_path: Path) -> None:
     path = write_media(
         tmp_path / "c.wav", None, AudioTrack(0.8 * np.sin(2 * np.pi * 1000 * time)[None], codec="pcm_s16le")
     )
-    samples, _ = heard(path, 2.0)
+    samples, _ = decode(path, 2.0)
     expected = 0.8 * np.sin(2 * np.pi * 1000 * np.arange(2 * RATE) / RATE)
     middle = slice(RATE // 10, -RATE // 10)
     np.testing.assert_allclose(samples[middle], expected[middle], atol=2e-3)
@@ -110,7 +110,7 @@ def test_resampling_preserves_the_waveform(tmp_path: Path) -> None:
 @pytest.mark.parametrize("container", ["mp4", "mkv", "mov"])
 def test_each_half_second_contains_the_written_audio(tmp_path: Path, container: str) -> None:
     path = write_media(tmp_path / f"c.{container}", VideoTrack(EVEN), AudioTrack(tones(4.0, 44100)))
-    samples, summary = heard(path, 4.0)
+    samples, summary = decode(path, 4.0)
     assert summary.status == "ok"
     for half in range(8):
         assert strongest_tone(samples[half * 8000 + 1000 : half * 8000 + 7000], RATE) == half
@@ -120,7 +120,7 @@ def test_each_half_second_contains_the_written_audio(tmp_path: Path, container: 
 def test_audio_that_starts_late_is_preceded_by_zeros(tmp_path: Path, start: float) -> None:
     audio_track = AudioTrack(tones(2.0, 48000), rate=48000, codec="pcm_s16le", start=start)
     path = write_media(tmp_path / "c.mkv", VideoTrack(EVEN), audio_track)
-    samples, summary = heard(path, 4.0)
+    samples, summary = decode(path, 4.0)
     assert summary.status == "short"
     assert not samples[: round(start * RATE)].any()
     np.testing.assert_allclose(summary.covered, [[start, start + 2]], atol=2e-3)
@@ -134,7 +134,7 @@ def test_audio_that_starts_late_is_preceded_by_zeros(tmp_path: Path, start: floa
 def test_audio_before_the_video_is_dropped(tmp_path: Path) -> None:
     """Asked to count from 0.5 s of the file, the first half second of sound lies before time 0."""
     path = write_media(tmp_path / "c.wav", None, AudioTrack(tones(3.0, 44100), codec="pcm_s16le"))
-    samples, summary = heard(path, 2.5, start=0.5)
+    samples, summary = decode(path, 2.5, start=0.5)
     np.testing.assert_allclose(summary.covered, [[0, 2.5]], atol=1e-3)
     assert [strongest_tone(samples[k * 8000 + 500 : k * 8000 + 7500], RATE) for k in range(5)] == [1, 2, 3, 4, 5]
 
@@ -155,7 +155,7 @@ def test_gaps_are_zero_filled_and_not_marked_covered(tmp_path: Path) -> None:
     rate = 22050
     wave = tones(3.0, rate)[0]
     pieces = [(k / 10, wave[k * rate // 10 : (k + 1) * rate // 10]) for k in range(30) if not 10 <= k < 14]
-    samples, summary = heard(write_pieces(tmp_path / "c.mkv", pieces, rate), 3.0)
+    samples, summary = decode(write_pieces(tmp_path / "c.mkv", pieces, rate), 3.0)
     assert summary.status == "short"
     np.testing.assert_allclose(np.array(summary.covered), np.array([[0, 1], [1.4, 3]]), atol=2e-3)
     assert not samples[RATE + 50 : round(1.4 * RATE) - 50].any()
@@ -168,7 +168,7 @@ def test_timestamp_jitter_does_not_split_the_audio(tmp_path: Path) -> None:
     jitter = np.random.default_rng(0).uniform(-0.012, 0.012, 30)
     jitter[0] = 0
     pieces = [(k / 10 + jitter[k], wave[k * 1600 : (k + 1) * 1600]) for k in range(30)]
-    samples, summary = heard(write_pieces(tmp_path / "c.mkv", pieces, rate), 3.0)
+    samples, summary = decode(write_pieces(tmp_path / "c.mkv", pieces, rate), 3.0)
     np.testing.assert_allclose(samples, wave, atol=1e-3)
     assert len(summary.covered) == 1
 
@@ -180,7 +180,7 @@ def test_audio_clock_drift_is_followed(tmp_path: Path, percent: float) -> None:
     fast = rate * (1 + percent / 100)
     wave = audio_at(np.arange(round(20 * fast)) / fast)
     pieces = [(begin / fast, wave[begin : begin + 800]) for begin in range(0, len(wave), 800)]
-    samples, summary = heard(write_pieces(tmp_path / "c.mkv", pieces, rate), 20.0)
+    samples, summary = decode(write_pieces(tmp_path / "c.mkv", pieces, rate), 20.0)
     assert len(summary.covered) == 1 and samples.size == pytest.approx(20 * rate, abs=0.006 * rate)
     for second in range(0, 20, 2):
         part = samples[second * rate : second * rate + rate]
@@ -191,7 +191,7 @@ def test_repeated_audio_is_used_once(tmp_path: Path) -> None:
     rate = 16000
     wave = tones(2.0, rate)[0]
     pieces = [(0.0, wave[:16000]), (0.8, wave[12800:])]
-    samples, summary = heard(write_pieces(tmp_path / "c.mkv", pieces, rate), 2.0)
+    samples, summary = decode(write_pieces(tmp_path / "c.mkv", pieces, rate), 2.0)
     assert samples.size == 32000
     np.testing.assert_allclose(samples, wave, atol=2e-3)
     assert summary.status == "ok"
@@ -199,14 +199,14 @@ def test_repeated_audio_is_used_once(tmp_path: Path) -> None:
 
 def test_audio_is_cut_at_the_end_of_the_clip(tmp_path: Path) -> None:
     path = write_media(tmp_path / "c.wav", None, AudioTrack(tones(3.0, 44100), codec="pcm_s16le"))
-    samples, summary = heard(path, 1.23)
+    samples, summary = decode(path, 1.23)
     assert samples.size == round(1.23 * RATE)
     np.testing.assert_allclose(summary.covered, [[0, 1.23]], atol=1e-4)
     assert summary.status == "ok"
 
 
 def test_absent_audio_has_a_status(tmp_path: Path) -> None:
-    samples, summary = heard(write_media(tmp_path / "c.mp4", VideoTrack(EVEN)), 4.0)
+    samples, summary = decode(write_media(tmp_path / "c.mp4", VideoTrack(EVEN)), 4.0)
     assert samples.size == 0
     assert summary == AudioSummary("absent")
 
@@ -214,7 +214,7 @@ def test_absent_audio_has_a_status(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("level", "status"), [(0.0, "silent"), (5e-5, "silent"), (3e-3, "ok")])
 def test_digital_silence_has_a_status(tmp_path: Path, level: float, status: str) -> None:
     path = write_media(tmp_path / "c.wav", None, AudioTrack(tones(2.0, 44100) * 2 * level, codec="pcm_s16le"))
-    samples, summary = heard(path, 2.0)
+    samples, summary = decode(path, 2.0)
     assert summary.status == status
     assert samples.size == 2 * RATE
     np.testing.assert_allclose(summary.covered, [[0, 2]])
@@ -223,7 +223,7 @@ def test_digital_silence_has_a_status(tmp_path: Path, level: float, status: str)
 @pytest.mark.parametrize(("length", "status"), [(3.95, "ok"), (3.8, "short")])
 def test_short_audio_has_a_status(tmp_path: Path, length: float, status: str) -> None:
     audio_track = AudioTrack(tones(length, 44100), codec="pcm_s16le")
-    samples, summary = heard(write_media(tmp_path / "c.mkv", VideoTrack(EVEN), audio_track), 4.0)
+    samples, summary = decode(write_media(tmp_path / "c.mkv", VideoTrack(EVEN), audio_track), 4.0)
     assert summary.status == status
     assert samples.size == pytest.approx(length * RATE, abs=20)
 
@@ -238,8 +238,8 @@ def damaged(source: Path, target: Path, begin: float, end: float) -> Path:
 
 def test_damage_does_not_shift_the_following_audio(tmp_path: Path) -> None:
     whole = write_media(tmp_path / "c.mp4", None, AudioTrack(tones(6.0, 44100)), {"movflags": "faststart"})
-    samples, summary = heard(damaged(whole, tmp_path / "d.mp4", 0.55, 0.60), 6.0)
-    clean, _ = heard(whole, 6.0)
+    samples, summary = decode(damaged(whole, tmp_path / "d.mp4", 0.55, 0.60), 6.0)
+    clean, _ = decode(whole, 6.0)
     assert summary.damaged > 0
     assert samples.size == clean.size
     np.testing.assert_allclose(samples[-RATE:], clean[-RATE:], atol=0.05)
@@ -257,7 +257,7 @@ def test_undecodable_audio_has_a_status(tmp_path: Path) -> None:
             broken = av.Packet(b"\x01" * packet.size)
             broken.stream, broken.pts, broken.dts, broken.time_base = stream, packet.pts, packet.dts, packet.time_base
             container.mux(broken)
-    samples, summary = heard(path, 1.0, start=0.0)
+    samples, summary = decode(path, 1.0, start=0.0)
     assert summary.status == "unreadable"
     assert samples.size == 0
     assert summary.codec == "flac"
@@ -293,7 +293,7 @@ def test_real_clips_have_the_expected_status(clips: Path, name: str) -> None:
     info = probe(clips / name)
     assert info.video is not None
     assert info.video.duration is not None
-    samples, summary = heard(clips / name, info.video.duration)
+    samples, summary = decode(clips / name, info.video.duration)
     assert summary.status == EXPECTED[name]
     assert samples.size <= round(info.video.duration * RATE)
     if info.audio is not None and summary.covered:

@@ -61,11 +61,11 @@ def test_a_trial_batch_out_of_memory_falls_back_to_a_small_batch() -> None:
 
 
 def test_batch_size_is_determined_once_from_the_first_row() -> None:
-    asked: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
     sizes: list[int] = []
 
     def measure(row: np.ndarray) -> int:
-        asked.append(row.shape)
+        shapes.append(row.shape)
         return 4
 
     def encode(batch: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def test_batch_size_is_determined_once_from_the_first_row() -> None:
     for _ in range(9):
         batcher.add(ROW, lambda _: got.append(batcher.delivering))
     batcher.flush()
-    assert asked == [(2, 3)]
+    assert shapes == [(2, 3)]
     assert sizes == [4, 4, 4]
     assert got == [4] * 9, "whoever gets a row can tell the size of its batch"
 
@@ -85,8 +85,8 @@ def test_batch_size_is_determined_once_from_the_first_row() -> None:
 def test_auto_uses_a_fixed_batch_size_on_cpu(tiny_pair: tuple) -> None:
     visual, audio = tiny_pair
     sizes = []
-    for asked in (0, AUTO):
-        config = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), image_batch=asked, window_batch=asked)
+    for batch in (0, AUTO):
+        config = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), image_batch=batch, window_batch=batch)
         batchers = make_encoders(config, CPU, [visual], [audio]).batchers
         batchers["clip-tiny"].add(np.zeros((224, 224, 3), np.uint8), lambda _: None)
         batchers["clip-tiny"].flush()

@@ -33,17 +33,17 @@ def test_every_row_is_delivered_to_its_receiver(rows: int) -> None:
 
 
 def test_the_last_batch_is_padded_with_zeros() -> None:
-    seen: list[torch.Tensor] = []
+    batches: list[torch.Tensor] = []
 
     def encode(batch: torch.Tensor) -> torch.Tensor:
-        seen.append(batch.clone())
+        batches.append(batch.clone())
         return batch.float()
 
     batcher = FixedBatcher(encode, 3, CPU)
     for k in range(1, 5):
         batcher.add(np.full((1,), k, np.uint8), lambda _: None)
     batcher.flush()
-    assert seen[1].flatten().tolist() == [4, 0, 0]
+    assert batches[1].flatten().tolist() == [4, 0, 0]
 
 
 def test_flushing_an_empty_batch_encodes_nothing() -> None:

@@ -32,9 +32,9 @@ ROOM = 300 * 2**20  # bytes: what a decoding process takes for an ordinary small
 
 def last_words(clip: Clip) -> tuple[Any, list[Any], int]:
     """Read a clip in a process of its own: the last message, all but pictures and sound, and the peak of memory."""
-    ((_, found),) = each(_last_words, [clip], item_timeout=60)
-    assert not isinstance(found, Failed), found
-    return found
+    ((_, result),) = each(_last_words, [clip], item_timeout=60)
+    assert not isinstance(result, Failed), result
+    return result
 
 
 def _last_words(clip: Clip) -> tuple[Any, list[Any], int]:
@@ -203,10 +203,10 @@ def film_with_times(path: Path, seconds: list[float]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("last", "said"), [(700.0, "has a hole"), (200_000.0, "too long")])
-def test_distant_timestamps_allocate_no_dense_grid(tmp_path: Path, last: float, said: str) -> None:
+@pytest.mark.parametrize(("last", "message"), [(700.0, "has a hole"), (200_000.0, "too long")])
+def test_distant_timestamps_allocate_no_dense_grid(tmp_path: Path, last: float, message: str) -> None:
     regular = [k / 25 for k in range(20)]
-    assert said in refusal(film_with_times(tmp_path / "a.mkv", [*regular, last]))
+    assert message in refusal(film_with_times(tmp_path / "a.mkv", [*regular, last]))
 
 
 def test_a_pause_of_minutes_is_accepted(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def check(root: Path) -> Report:
     return check_dataset(open_dataset(root))
 
 
-def found(report: Report, code: str) -> dict[str, Note]:
+def notes_of(report: Report, code: str) -> dict[str, Note]:
     return {note.item: note for note in report.findings if note.code == code}
 
 
@@ -68,13 +68,13 @@ def test_undecodable_audio_is_a_warning(tmp_path: Path) -> None:
     data = path.read_bytes().replace(b"\xff\xf8", b"\x01\x01")  # what every FLAC frame begins with
     path.write_bytes(data)
     report = check(tmp_path)
-    assert found(report, "audio-unreadable")["clip"].severity == "warning"
+    assert notes_of(report, "audio-unreadable")["clip"].severity == "warning"
     assert report.count("error") == 0
 
 
 def test_a_frozen_video_is_noted(tmp_path: Path) -> None:
     times = (*EVEN[:20], *(time + 1500 for time in EVEN[20:]))
-    note = found(one(tmp_path, video_track=VideoTrack(times)), "picture-gap")["clip"]
+    note = notes_of(one(tmp_path, video_track=VideoTrack(times)), "picture-gap")["clip"]
     assert f"{(times[20] - times[19]) / 1000:.2f} s" in note.message
 
 
@@ -83,12 +83,12 @@ def test_a_wrong_frame_rate_in_the_header_is_noted(tmp_path: Path) -> None:
     report = one(tmp_path, "clip.avi", video_track=VideoTrack(EVEN[::2], codec="mpeg4", rate=25))
     media = report.checked[0].media
     assert media is not None and media.nominal_rate == 25 and media.average_rate == pytest.approx(12.5)
-    assert set(found(report, "rate-claim")) == {"clip"} and not found(report, "variable-rate")
+    assert set(notes_of(report, "rate-claim")) == {"clip"} and not notes_of(report, "variable-rate")
 
 
 def test_a_variable_rate_finding_states_the_error_of_index_over_rate(tmp_path: Path) -> None:
     times = (*EVEN[:20], *(time + 2000 for time in EVEN[20:]))
-    note = found(one(tmp_path, video_track=VideoTrack(times)), "variable-rate")["clip"]
+    note = notes_of(one(tmp_path, video_track=VideoTrack(times)), "variable-rate")["clip"]
     seconds = np.array(times) / 1000
     drift = np.abs(seconds - np.linspace(seconds[0], seconds[-1], len(seconds))).max()
     valence = float(np.interp(drift, [0, 0.5, 1], [0, 1 - 0.941, 1 - 0.879]))
@@ -180,7 +180,7 @@ def three_videos(root: Path) -> None:
 def test_the_same_content_in_two_splits_is_an_error(tmp_path: Path) -> None:
     three_videos(tmp_path)
     (tmp_path / "splits.csv").write_text("name,split\nfirst,train\nagain,val\nsecond,train\nthird,val\n")
-    notes = found(check(tmp_path), "duplicate-across-splits")
+    notes = notes_of(check(tmp_path), "duplicate-across-splits")
     assert set(notes) == {"first", "again"} and notes["first"].severity == "error"
     assert "again (val)" in notes["first"].message and "'train'" in notes["first"].message
 
@@ -188,7 +188,7 @@ def test_the_same_content_in_two_splits_is_an_error(tmp_path: Path) -> None:
 def test_the_same_content_in_one_split_is_a_warning(tmp_path: Path) -> None:
     three_videos(tmp_path)
     report = check(tmp_path)
-    assert set(found(report, "duplicate")) == {"first", "again"} and report.count("error") == 0
+    assert set(notes_of(report, "duplicate")) == {"first", "again"} and report.count("error") == 0
 
 
 def test_left_and_right_of_one_video_are_not_duplicates(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_one_annotation_for_two_clips_is_a_warning(tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / f"{name}.csv").write_text("frame,valence,arousal\n0,0.5,0.1\n1,0.25,0.2\n")
     (tmp_path / "third.csv").write_text("frame,valence,arousal\n0,0.5,0.1\n1,0.25,0.3\n")
-    assert set(found(check(tmp_path), "same-labels")) == {"first", "second"}
+    assert set(notes_of(check(tmp_path), "same-labels")) == {"first", "second"}
 
 
 @pytest.mark.parametrize("others", [0, 3])
@@ -218,7 +218,7 @@ def test_one_name_in_two_splits_is_a_warning(tmp_path: Path, others: int) -> Non
             rows.append(f"{split}/{k}/face,{split}")
     (tmp_path / "splits.csv").write_text("\n".join(["name,split", *rows]))
     expected = {"train/0/face", "val/0/face"} if not others else set()
-    assert set(found(check(tmp_path), "same-name")) == expected
+    assert set(notes_of(check(tmp_path), "same-name")) == expected
 
 
 # --- labels of the whole
@@ -269,9 +269,9 @@ def test_regions_missing_from_training_are_reported(tmp_path: Path) -> None:
             "b": ("val", [(0.0, 0.0), (-0.9, -0.8)] * 5),
         },
     )
-    assert "7 of nine regions" in found(report, "rare-regions")[""].message
-    assert "low valence, low arousal (5 frames)" in found(report, "unseen-regions")[""].message
-    assert "uncertain by ±" in found(report, "few-videos")[""].message
+    assert "7 of nine regions" in notes_of(report, "rare-regions")[""].message
+    assert "low valence, low arousal (5 frames)" in notes_of(report, "unseen-regions")[""].message
+    assert "uncertain by ±" in notes_of(report, "few-videos")[""].message
 
 
 def test_every_clip_has_a_share_and_statistics(tmp_path: Path) -> None:
@@ -305,12 +305,12 @@ def test_audio_only_clips_are_usable_and_noted(tmp_path: Path) -> None:
     report = check(tmp_path)
     media = report.checked[0].media
     assert media is not None and media.audio == "whole" and media.duration == pytest.approx(1.6, abs=0.1)
-    assert found(report, "audio-only")["talk"].severity == "note" and report.count("error") == 0
+    assert notes_of(report, "audio-only")["talk"].severity == "note" and report.count("error") == 0
 
 
 def test_unreadable_audio_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "talk.mp3").write_bytes(b"no audio")
-    assert found(check(tmp_path), "unreadable")["talk"].severity == "error"
+    assert notes_of(check(tmp_path), "unreadable")["talk"].severity == "error"
 
 
 def test_items_removed_from_the_dataset_are_listed(tmp_path: Path) -> None:
@@ -326,6 +326,6 @@ def test_items_removed_from_the_dataset_are_listed(tmp_path: Path) -> None:
         cache.write(LABELS, clip.id, empty, source={"video": file_identity(clip.video)}, meta={})
     (root / "moved.mp4").rename(root / "new name.mp4")
     (root / "gone.mp4").unlink()
-    notes = found(check_dataset(open_dataset(root), cache=cache), "absent-item")
+    notes = notes_of(check_dataset(open_dataset(root), cache=cache), "absent-item")
     assert set(notes) == {"moved", "gone"} and "the same video is now new name" in notes["moved"].message
     assert f"vaflow cache drop {cache.place} --absent {root}" in notes["gone"].remedy

@@ -71,8 +71,8 @@ def report(tree: Tree) -> Report:
 @pytest.fixture(scope="module")
 def page(report: Report) -> str:
     chosen = clips_with_images(report)
-    pictures = {c.clip.id: thumbnails(c.clip, c.media.duration if c.media else None) for c in chosen}
-    return html_page(report, pictures)
+    images = {c.clip.id: thumbnails(c.clip, c.media.duration if c.media else None) for c in chosen}
+    return html_page(report, images)
 
 
 def test_the_page_is_valid_html_without_external_resources(page: str) -> None:
@@ -95,8 +95,8 @@ def test_the_page_lists_every_finding_clip_and_cost(page: str, report: Report) -
 
 def test_images_are_small_jpegs(page: str) -> None:
     for source in Page(page).sources:
-        with Image.open(BytesIO(b64decode(source.partition(",")[2], validate=True))) as picture:
-            assert picture.format == "JPEG" and max(picture.size) <= SIDE
+        with Image.open(BytesIO(b64decode(source.partition(",")[2], validate=True))) as image:
+            assert image.format == "JPEG" and max(image.size) <= SIDE
 
 
 def test_every_kind_of_finding_has_a_clip_with_images(report: Report) -> None:
@@ -136,11 +136,11 @@ def test_an_empty_report_has_a_page(report: Report) -> None:
 
 def drawn(checked: Checked) -> dict[str, np.ndarray]:
     """Which of the bins every class of path covers, by track: read back from the SVG."""
-    found = {name: np.zeros((3, BINS), bool) for name in ("there", "part", "missing", "nothing")}
+    strips = {name: np.zeros((3, BINS), bool) for name in ("there", "part", "missing", "nothing")}
     for name, path in re.findall(r'<path class="(\w+)" d="([^"]+)"', coverage_bars(checked)):
         for x, y, width in re.findall(r"M(\d+) ([\d.]+)h(\d+)", path):
-            found[name][int(float(y) // 11), int(x) : int(x) + int(width)] = True
-    return found
+            strips[name][int(float(y) // 11), int(x) : int(x) + int(width)] = True
+    return strips
 
 
 def test_strips_show_labels_crops_and_audio_at_their_times(report: Report, tree: Tree) -> None:
@@ -150,9 +150,9 @@ def test_strips_show_labels_crops_and_audio_at_their_times(report: Report, tree:
     shown = drawn(checked)
     for k in range(BINS):
         frame = int((k + 0.5) / BINS * trial.times.size)
-        label_there = shown["there"][0, k] or shown["part"][0, k]
+        has_label = shown["there"][0, k] or shown["part"][0, k]
         if int((k + 1.5) / BINS * trial.times.size) == frame == int((k - 0.5) / BINS * trial.times.size):
-            assert label_there == (trial.labels[frame, 0] != -5), k
+            assert has_label == (trial.labels[frame, 0] != -5), k
     assert shown["there"][1].all() and shown["there"][2, : BINS * 9 // 10].all()
     silent = drawn(by_id["video9"])
     assert silent["missing"][2].all() and silent["missing"][1].mean() > 0.9

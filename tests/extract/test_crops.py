@@ -60,21 +60,21 @@ def test_crop_folders_are_merged_and_the_first_takes_precedence(tmp_path: Path) 
 
 def test_reading_returns_file_bytes_and_image(tmp_path: Path) -> None:
     path = tmp_path / "00001.png"
-    picture = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
-    Image.fromarray(picture).save(path)
+    image = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
+    Image.fromarray(image).save(path)
     data, read = read_crop(path)
     assert data == path.read_bytes()
-    np.testing.assert_array_equal(read, picture)
+    np.testing.assert_array_equal(read, image)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_every_colour_mode_is_converted_to_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("00001.jpg" if mode in ("L", "CMYK") else "00001.png")
     Image.new("RGB", (6, 4), (153, 153, 153)).convert(mode).save(path)
-    _, picture = read_crop(path)
-    assert picture.shape == (4, 6, 3)
-    assert picture.dtype == np.uint8
-    np.testing.assert_allclose(picture.astype(int), 153, atol=3)
+    _, image = read_crop(path)
+    assert image.shape == (4, 6, 3)
+    assert image.dtype == np.uint8
+    np.testing.assert_allclose(image.astype(int), 153, atol=3)
 
 
 def test_unreadable_image_errors_name_the_file(tmp_path: Path) -> None:

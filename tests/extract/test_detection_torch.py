@@ -42,7 +42,7 @@ def detector(tiny_pair: tuple) -> TorchDetector:
 
 
 @pytest.fixture(scope="module")
-def pictures(clips: Path) -> list[np.ndarray]:
+def images(clips: Path) -> list[np.ndarray]:
     """Of four real clips and a photograph of five people: many sizes."""
     found = [np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))]
     for name in ("obama.mp4", "carphone.mp4", "wolfgang.mp4", "park.mp4"):
@@ -51,26 +51,26 @@ def pictures(clips: Path) -> list[np.ndarray]:
     return found
 
 
-def test_detection_maps_equal_opencv(pictures: list[np.ndarray]) -> None:
+def test_detection_maps_equal_opencv(images: list[np.ndarray]) -> None:
     """To 1e-4 of the largest value of each map."""
     import cv2
 
     theirs = cv2.dnn.readNetFromONNX(str(model_path()))
     ours = detection_torch.load_network()
-    for image in pictures:
-        picture, _ = shrunk(image)
-        theirs.setInput(cv2.dnn.blobFromImage(picture))
+    for image in images:
+        smaller, _ = shrunk(image)
+        theirs.setInput(cv2.dnn.blobFromImage(smaller))
         expected = np.concatenate(theirs.forward(["537", "538", "539", "540"]), axis=1)
         with torch.inference_mode():
-            grid = ours(torch.from_numpy(picture[None])).numpy()
+            grid = ours(torch.from_numpy(smaller[None])).numpy()
         assert grid.shape == expected.shape
         off = np.abs(grid - expected).max(axis=(0, 2, 3)) / np.abs(expected).max(axis=(0, 2, 3))
         assert off.max() < 1e-4
 
 
-def test_faces_and_crops_equal_opencv(pictures: list[np.ndarray], detector: TorchDetector) -> None:
-    opencv, seen = CenterFace(), 0
-    for image in pictures:
+def test_faces_and_crops_equal_opencv(images: list[np.ndarray], detector: TorchDetector) -> None:
+    opencv, detected = CenterFace(), 0
+    for image in images:
         expected = opencv.detect(image)
         ((_, _, faces),) = find_faces([(0, image)], detector.detect, 1)
         assert len(faces) == len(expected)
@@ -81,30 +81,30 @@ def test_faces_and_crops_equal_opencv(pictures: list[np.ndarray], detector: Torc
             difference = np.abs(align(image, face).astype(int) - align(image, other))
             assert difference.max() <= 1
             assert (difference > 0).mean() < 0.01
-        seen += len(faces)
-    assert seen > 10
+        detected += len(faces)
+    assert detected > 10
 
 
 def same(one: Cells, other: Cells) -> bool:
     return one.places.tobytes() == other.places.tobytes() and one.values.tobytes() == other.values.tobytes()
 
 
-def test_detections_do_not_depend_on_the_batch(pictures: list[np.ndarray], detector: TorchDetector) -> None:
+def test_detections_do_not_depend_on_the_batch(images: list[np.ndarray], detector: TorchDetector) -> None:
     """Alone, among faces, among noise, at another place of the batch: the same bits."""
-    picture, _ = shrunk(pictures[1])
-    noise = np.random.default_rng(0).integers(0, 256, picture.shape, np.uint8)
-    (alone,) = detector.detect([picture])
+    image, _ = shrunk(images[1])
+    noise = np.random.default_rng(0).integers(0, 256, image.shape, np.uint8)
+    (alone,) = detector.detect([image])
     assert len(alone.places)
-    for batch in ([picture, noise], [noise, picture], [noise, noise, picture], [picture] * 3):
-        found = detector.detect(batch)
-        for cells, shown in zip(found, batch, strict=True):
-            assert same(cells, alone) == (shown is picture)
+    for batch in ([image, noise], [noise, image], [noise, noise, image], [image] * 3):
+        detections = detector.detect(batch)
+        for cells, shown in zip(detections, batch, strict=True):
+            assert same(cells, alone) == (shown is image)
 
 
-def test_out_of_memory_halves_the_detection_batch(pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
-    picture, _ = shrunk(pictures[3])
+def test_out_of_memory_halves_the_detection_batch(images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    image, _ = shrunk(images[3])
     whole = TorchDetector(CPU, 4)
-    (expected,) = whole.detect([picture])
+    (expected,) = whole.detect([image])
     forward = detection_torch.Network.forward
     room = 2
 
@@ -114,12 +114,12 @@ def test_out_of_memory_halves_the_detection_batch(pictures: list[np.ndarray], mo
         return forward(self, batch)
 
     monkeypatch.setattr(detection_torch.Network, "forward", fits)
-    (cells,) = whole.detect([picture])
+    (cells,) = whole.detect([image])
     assert cells.places.tolist() == expected.places.tolist()
     np.testing.assert_allclose(cells.values, expected.values, atol=1e-4)
     room = 0
     with pytest.raises(VaflowError, match="too little memory for a batch of one row"):
-        whole.detect([picture])
+        whole.detect([image])
 
 
 def test_another_network_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,27 +130,27 @@ def test_another_network_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
             detection_torch.load_network()
 
 
-def nothing(pictures: Sequence[object]) -> list[Cells]:
-    return [Cells(np.zeros((0, 2), np.int64), np.zeros((15, 0), np.float32))] * len(pictures)
+def nothing(images: Sequence[object]) -> list[Cells]:
+    return [Cells(np.zeros((0, 2), np.int64), np.zeros((15, 0), np.float32))] * len(images)
 
 
 def test_detection_batches_are_bounded_and_of_one_size() -> None:
-    asked: list[tuple[int, ...]] = []
+    batch_shapes: list[tuple[int, ...]] = []
 
     def find(batch: Sequence[np.ndarray]) -> list[Cells]:
-        asked.append((len(batch), *batch[0].shape[:2]))
+        batch_shapes.append((len(batch), *batch[0].shape[:2]))
         return nothing(batch)
 
     small, wide = np.zeros((60, 90, 3), np.uint8), np.zeros((60, 130, 3), np.uint8)
     shown = [small] * 5 + [wide] + [small] * 2
-    found = list(find_faces(enumerate(shown), find, 4))
-    assert [number for number, _, _ in found] == list(range(8))
-    assert all(image is given for (_, image, _), given in zip(found, shown, strict=True))
-    assert asked == [(4, 64, 96), (1, 64, 96), (1, 64, 160), (2, 64, 96)]
-    asked.clear()
+    results = list(find_faces(enumerate(shown), find, 4))
+    assert [number for number, _, _ in results] == list(range(8))
+    assert all(image is expected for (_, image, _), expected in zip(results, shown, strict=True))
+    assert batch_shapes == [(4, 64, 96), (1, 64, 96), (1, 64, 160), (2, 64, 96)]
+    batch_shapes.clear()
     huge = np.zeros((5000, 4000, 3), np.uint8)
     list(find_faces(enumerate([huge] * 4), find, 16))
-    assert [count for count, *_ in asked] == [-(-HELD_BYTES // huge.nbytes), 1]
+    assert [count for count, *_ in batch_shapes] == [-(-HELD_BYTES // huge.nbytes), 1]
 
 
 def test_cells_without_faces_yield_no_detection() -> None:
@@ -162,14 +162,14 @@ def test_cells_without_faces_yield_no_detection() -> None:
 
 @pytest.fixture(scope="module")
 def extracted(two_clips: Path, tiny_pair: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cache]:
-    found = {}
+    arrays = {}
     for name in ("opencv", "torch"):
         out = tmp_path_factory.mktemp(name) / "cache"
         summary = run(open_dataset(two_clips, "videos"), out, tiny_pair, replace(TORCH, detector=name))
         assert (summary.extracted, summary.failures) == (2, [])
         assert (DETECTING in summary.stages) == (DETECTING_ON_DEVICE in summary.stages) == (name == "torch")
-        found[name] = open_cache(out)
-    return found
+        arrays[name] = open_cache(out)
+    return arrays
 
 
 def test_crops_and_embeddings_equal_opencv(extracted: dict[str, Cache]) -> None:
@@ -200,11 +200,11 @@ def test_the_fingerprint_includes_the_detector_for_face_streams(
 
     opencv, ours = (extracted[name].streams() for name in ("opencv", "torch"))
     assert {name for name in ours if ours[name].identity != opencv[name].identity} == {"clip-tiny", "faces", "pixels"}
-    said, usual = (streams["clip-tiny"].identity["picture"]["faces"] for streams in (ours, opencv))
+    runtime, usual = (streams["clip-tiny"].identity["picture"]["faces"] for streams in (ours, opencv))
     tracker = tracker_identity("main", "auto")
     assert usual == {"source": "auto", **faces_identity(tracker=tracker)}
     assert usual["runtime"] == f"opencv {cv2.__version__}"
-    assert said == usual | {"runtime": f"torch {torch.__version__.partition('+')[0]}, opencv {cv2.__version__}"}
+    assert runtime == usual | {"runtime": f"torch {torch.__version__.partition('+')[0]}, opencv {cv2.__version__}"}
     with pytest.raises(FingerprintError, match=r"torch .*opencv"):
         run(open_dataset(two_clips, "videos"), extracted["torch"].path, tiny_pair, replace(TORCH, detector="opencv"))
 
@@ -238,8 +238,8 @@ def test_detection_is_identical_on_a_cluster(extracted: dict[str, Cache], two_cl
 def asking(clips: Path, *names: str) -> list[Job]:
     grid = ExtractConfig(window=4.0, stride=2.0, frames=4).grid
     paths = [clips / name for name in names]
-    found = [Clip(path.stem, None, path.stem, path) for path in paths]
-    return [Job(n, clip, grid, False, True, "centerface", (), False, ask=4) for n, clip in enumerate(found)]
+    clips_made = [Clip(path.stem, None, path.stem, path) for path in paths]
+    return [Job(n, clip, grid, False, True, "centerface", (), False, ask=4) for n, clip in enumerate(clips_made)]
 
 
 def questions(pool: WorkerPool) -> Iterator[tuple[Message, int]]:
@@ -308,20 +308,20 @@ def test_a_worker_death_during_a_request_fails_one_clip(
     two_clips: Path, tiny_pair: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detect = TorchDetector.detect
-    asked: list[int] = []
+    requests: list[int] = []
 
-    def deadly(self: TorchDetector, pictures: Sequence[np.ndarray]) -> tuple[Cells, ...]:
-        if not asked:
+    def deadly(self: TorchDetector, images: Sequence[np.ndarray]) -> tuple[Cells, ...]:
+        if not requests:
             the_worker().kill()
-        asked.append(len(pictures))
-        return detect(self, pictures)
+        requests.append(len(images))
+        return detect(self, images)
 
     monkeypatch.setattr(TorchDetector, "detect", deadly)
     dataset = open_dataset(two_clips, "videos")
     summary = run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1))
     assert [failure.error for failure in summary.failures] == ["WorkerDied"]
     assert summary.extracted == 1
-    assert max(asked) == detection_torch.QUESTION
+    assert max(requests) == detection_torch.QUESTION
     assert run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1)).extracted == 1
 
 

@@ -50,8 +50,8 @@ def assert_same_cache(one: Cache, two: Cache) -> None:
 
 def test_extraction_and_training(tree: Tree, tiny_pair: tuple, url: str, tmp_path: Path) -> None:
     local = extract(tree, tiny_pair, tmp_path / "cache")
-    there = extract(tree, tiny_pair, url)
-    assert (there.extracted, len(there.failures)) == (local.extracted, len(local.failures))
+    remote = extract(tree, tiny_pair, url)
+    assert (remote.extracted, len(remote.failures)) == (local.extracted, len(local.failures))
     assert_same_cache(open_cache(tmp_path / "cache"), open_cache(url))
     again = extract(tree, tiny_pair, url)
     assert (again.extracted, again.done) == (0, local.extracted)

@@ -46,12 +46,12 @@ def test_landmarks_are_mapped_onto_the_template(scale: float, degrees: int) -> N
     turn = np.deg2rad(degrees)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     points = (TEMPLATE - 0.5) * scale @ rotation.T + [700, 600]
-    picture = np.zeros((1200, 1400, 3), np.uint8)
+    image = np.zeros((1200, 1400, 3), np.uint8)
     y, x = np.mgrid[:1200, :1400]
     radius = max(scale * 0.02, 1.0)
     for channel, point in ((0, points[0]), (1, points[1]), (2, points[2])):  # both eyes and the nose, a colour each
-        picture[..., channel] = 255 * np.exp(-((x - point[0]) ** 2 + (y - point[1]) ** 2) / (2 * radius**2))
-    crop = align(picture, face_at(points), 224).astype(float)
+        image[..., channel] = 255 * np.exp(-((x - point[0]) ** 2 + (y - point[1]) ** 2) / (2 * radius**2))
+    crop = align(image, face_at(points), 224).astype(float)
     rows, columns = np.mgrid[:224, :224]
     for channel in range(3):
         weight = crop[..., channel] / crop[..., channel].sum()
@@ -61,27 +61,27 @@ def test_landmarks_are_mapped_onto_the_template(scale: float, degrees: int) -> N
 
 def test_a_large_face_is_averaged_not_sampled() -> None:
     """A one-pixel checkerboard, shrunk eight times, is even grey."""
-    picture = np.indices((2000, 2000)).sum(axis=0) % 2 * 255
-    picture = np.repeat(picture[..., None], 3, axis=2).astype(np.uint8)
+    image = np.indices((2000, 2000)).sum(axis=0) % 2 * 255
+    image = np.repeat(image[..., None], 3, axis=2).astype(np.uint8)
     points = TEMPLATE * 1792 + 100
-    crop = align(picture, face_at(points), 224)
+    crop = align(image, face_at(points), 224)
     assert crop.std() < 8
     assert crop.mean() == pytest.approx(127.5, abs=3)
 
 
 def test_beyond_the_image_is_black() -> None:
-    picture = np.full((300, 300, 3), 200, np.uint8)
-    crop = align(picture, face_at(TEMPLATE * 200 - 100), 112)
+    image = np.full((300, 300, 3), 200, np.uint8)
+    crop = align(image, face_at(TEMPLATE * 200 - 100), 112)
     assert crop.shape == (112, 112, 3)
     assert not crop[0].any()
     assert (crop[-1, -1] == 200).all()
 
 
 def test_coincident_landmarks_fall_back_to_the_box() -> None:
-    picture = np.zeros((400, 400, 3), np.uint8)
-    picture[150:250, 150:250] = 255
+    image = np.zeros((400, 400, 3), np.uint8)
+    image[150:250, 150:250] = 255
     face = Face((100.0, 100.0, 300.0, 300.0), 0.9, np.full((5, 2), 200.0))
-    crop = align(picture, face, 224)
+    crop = align(image, face, 224)
     assert 0 < crop.mean() < 255
 
 
@@ -124,11 +124,11 @@ def test_the_detector_grid_is_decoded_as_documented() -> None:
 
 def test_jpeg_encoding_is_deterministic_and_keeps_colour() -> None:
     y, x = np.mgrid[:64, :64]
-    picture = np.stack([x * 4, y * 4, 255 - x * 2 - y * 2], axis=-1).astype(np.uint8)
-    picture[::2, ::2] = [255, 0, 0]  # colour that halved resolution would wash out
-    data = encode_jpeg(picture)
-    assert data == encode_jpeg(picture.copy())
-    assert np.abs(decode_jpeg(data).astype(int) - picture.astype(int)).mean() < 4
+    image = np.stack([x * 4, y * 4, 255 - x * 2 - y * 2], axis=-1).astype(np.uint8)
+    image[::2, ::2] = [255, 0, 0]  # colour that halved resolution would wash out
+    data = encode_jpeg(image)
+    assert data == encode_jpeg(image.copy())
+    assert np.abs(decode_jpeg(data).astype(int) - image.astype(int)).mean() < 4
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture"])

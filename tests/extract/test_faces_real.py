@@ -29,26 +29,26 @@ def detector() -> CenterFace:
 
 def watch(path: Path, detector: CenterFace, step: float = 0.5) -> list[Sighting]:
     times = frame_times(path)
-    wanted = np.unique(nearest(times, np.arange(0.0, times[-1] + 1e-9, step)))
-    tracker, seen = PersonTracker(), []
-    for number, image in frames_at(path, wanted, times):
+    requested = np.unique(nearest(times, np.arange(0.0, times[-1] + 1e-9, step)))
+    tracker, sightings = PersonTracker(), []
+    for number, image in frames_at(path, requested, times):
         faces = detector.detect(image)
-        seen.append(Sighting(float(times[number]), image, faces, tracker.update(faces, float(times[number]))))
-    return seen
+        sightings.append(Sighting(float(times[number]), image, faces, tracker.update(faces, float(times[number]))))
+    return sightings
 
 
-def eyes_off_template(sighting: Sighting, detector: CenterFace) -> float:
+def eye_distance_to_template(sighting: Sighting, detector: CenterFace) -> float:
     """Pixels by which the eyes that are found again in the 224-pixel crop miss the template; large if none is found."""
     assert sighting.person is not None
-    found = detector.detect(align(sighting.image, sighting.person, 224))
-    if not found:
+    faces = detector.detect(align(sighting.image, sighting.person, 224))
+    if not faces:
         return np.inf
-    return float(np.abs(found[0].landmarks[:2].mean(axis=0) - TEMPLATE[:2].mean(axis=0) * 224).max())
+    return float(np.abs(faces[0].landmarks[:2].mean(axis=0) - TEMPLATE[:2].mean(axis=0) * 224).max())
 
 
 def test_five_faces_are_detected_once_each(clips: Path, detector: CenterFace) -> None:
-    picture = np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))
-    faces = detector.detect(picture)
+    image = np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))
+    faces = detector.detect(image)
     assert len(faces) == 5
     assert [face.score for face in faces] == sorted((face.score for face in faces), reverse=True)
     for face in faces:
@@ -60,38 +60,38 @@ def test_five_faces_are_detected_once_each(clips: Path, detector: CenterFace) ->
 
 
 def test_half_the_size_gives_the_same_faces(clips: Path, detector: CenterFace) -> None:
-    picture = np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))
-    whole = sorted(face.centre.tolist() for face in detector.detect(picture))
-    shrunk = sorted(face.centre.tolist() for face in CenterFace(max_size=512).detect(picture))
+    image = np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))
+    whole = sorted(face.centre.tolist() for face in detector.detect(image))
+    shrunk = sorted(face.centre.tolist() for face in CenterFace(max_size=512).detect(image))
     np.testing.assert_allclose(whole, shrunk, atol=6)
 
 
 def test_tracking_stays_on_the_speaker(clips: Path, detector: CenterFace) -> None:
     """Two faces all the time: the larger one, on the right, is followed from the first sample to the last."""
-    seen = watch(clips / "obama.mp4", detector)
-    assert all(len(sighting.faces) == 2 for sighting in seen)
-    people = [sighting.person for sighting in seen]
+    sightings = watch(clips / "obama.mp4", detector)
+    assert all(len(sighting.faces) == 2 for sighting in sightings)
+    people = [sighting.person for sighting in sightings]
     assert all(person is not None and person.centre[0] > 160 for person in people)
-    off = [eyes_off_template(sighting, detector) for sighting in seen]
+    off = [eye_distance_to_template(sighting, detector) for sighting in sightings]
     assert np.median(off) < 5
     assert max(off) < 12  # he turns and lifts his head: the five points cannot all meet the template then
 
 
 def test_a_face_behind_a_hand_is_followed(clips: Path, detector: CenterFace) -> None:
-    seen = watch(clips / "wolfgang.mp4", detector, step=1.0)
-    assert all(sighting.person is not None for sighting in seen)
-    off = [eyes_off_template(sighting, detector) for sighting in seen]
+    sightings = watch(clips / "wolfgang.mp4", detector, step=1.0)
+    assert all(sighting.person is not None for sighting in sightings)
+    off = [eye_distance_to_template(sighting, detector) for sighting in sightings]
     assert np.median(off) < 4
     assert max(off) < 14  # the hand hides an eye for some seconds
 
 
 def test_a_face_that_leaves_is_marked_missing(clips: Path, detector: CenterFace) -> None:
-    seen = watch(clips / "face_noface.mov", detector)
-    there = [sighting.person is not None for sighting in seen]
-    assert there == sorted(there, reverse=True), "there, then gone"
-    left = seen[there.index(False)].time
+    sightings = watch(clips / "face_noface.mov", detector)
+    has_person = [sighting.person is not None for sighting in sightings]
+    assert has_person == sorted(has_person, reverse=True), "there, then gone"
+    left = sightings[has_person.index(False)].time
     assert 2.0 < left < 3.0
-    assert not any(there[there.index(False) :])
+    assert not any(has_person[has_person.index(False) :])
 
 
 @pytest.mark.parametrize("name", ["no_face.mp4", "park.mp4"])
@@ -101,9 +101,9 @@ def test_no_face_is_detected_in_images_without_faces(clips: Path, detector: Cent
 
 @pytest.mark.parametrize("name", ["carphone.mp4", "single_face.mp4"])
 def test_a_lone_face_is_followed_and_aligned(clips: Path, detector: CenterFace, name: str) -> None:
-    seen = watch(clips / name, detector)
-    assert all(sighting.person is not None for sighting in seen)
-    assert max(eyes_off_template(sighting, detector) for sighting in seen) < 8
+    sightings = watch(clips / name, detector)
+    assert all(sighting.person is not None for sighting in sightings)
+    assert max(eye_distance_to_template(sighting, detector) for sighting in sightings) < 8
 
 
 def test_detection_is_deterministic(clips: Path, detector: CenterFace) -> None:

@@ -21,8 +21,8 @@ def follow(samples: Sequence[Sequence[Face]], step: float = STEP) -> list[int | 
     tracker = PersonTracker()
     taken = []
     for number, faces in enumerate(samples):
-        found = tracker.update(faces, number * step)
-        taken.append(None if found is None else [id(f) for f in faces].index(id(found)))
+        tracked = tracker.update(faces, number * step)
+        taken.append(None if tracked is None else [id(f) for f in faces].index(id(tracked)))
     return taken
 
 
@@ -40,9 +40,9 @@ def test_tracking_stays_with_its_person_among_others(order: int) -> None:
     random = np.random.default_rng(0)
     samples = []
     for number in range(40):
-        own = face(200 + 15 * np.sin(number / 3) + random.normal(0, 4), size=100 + random.normal(0, 5))
+        target = face(200 + 15 * np.sin(number / 3) + random.normal(0, 4), size=100 + random.normal(0, 5))
         other = face(420 + 20 * np.cos(number / 2), size=98)
-        samples.append([own, other][::order])
+        samples.append([target, other][::order])
     first = 0 if samples[0][0].size > samples[0][1].size else 1
     assert follow(samples) == [first] * 40
 
@@ -87,6 +87,6 @@ def test_tracking_depends_on_past_frames_only() -> None:
 
 
 def test_similarity_ranks_position_before_size() -> None:
-    own = face(100)
-    assert likeness(own, face(102)) > likeness(own, face(130)) > likeness(own, face(190))
-    assert likeness(own, face(100)) > likeness(own, face(100, size=140))
+    target = face(100)
+    assert likeness(target, face(102)) > likeness(target, face(130)) > likeness(target, face(190))
+    assert likeness(target, face(100)) > likeness(target, face(100, size=140))

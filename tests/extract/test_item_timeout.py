@@ -46,9 +46,9 @@ def _talk(task: Call, send: Send) -> None:
 
 
 def test_a_stalled_worker_fails_one_item_and_is_killed() -> None:
-    found = dict(each(_hang_at_two, range(5), workers=2, item_timeout=TIMEOUT))
-    failed = found.pop(2)
-    assert found == {number: number * number for number in (0, 1, 3, 4)}
+    results = dict(each(_hang_at_two, range(5), workers=2, item_timeout=TIMEOUT))
+    failed = results.pop(2)
+    assert results == {number: number * number for number in (0, 1, 3, 4)}
     assert isinstance(failed, Failed)
     assert failed.error == "WorkerHung"
     assert "no message for 3 s" in failed.message
@@ -87,12 +87,12 @@ def _refuse(_: int) -> None:
 
 
 def test_heartbeats_are_forwarded_at_most_once_a_second() -> None:
-    heard: list[float] = []
-    with listening(lambda: heard.append(time.monotonic())):
+    beats: list[float] = []
+    with listening(lambda: beats.append(time.monotonic())):
         _beat_for_long(2.5 * BEAT_SECONDS)
-    assert 1 <= len(heard) <= 2
+    assert 1 <= len(beats) <= 2
     beat()  # nobody listens any more
-    assert len(heard) <= 2
+    assert len(beats) <= 2
 
 
 def test_call_ends_with_done() -> None:

@@ -63,9 +63,9 @@ def test_bug_crops_read_by_position_instead_of_by_number(extracted: tuple[Cache,
     shown = numbers_of(visual.embedding)[visual.valid]
     np.testing.assert_array_equal(shown, visual.frame[visual.valid])
     by_position = np.array(sorted(set(range(FRAMES)) - NO_FACE))
-    asked = visual.frame[visual.valid]
-    asked = asked[asked < by_position.size]
-    assert (by_position[asked] != asked).mean() > 0.5, "the bug would show here"
+    frames = visual.frame[visual.valid]
+    frames = frames[frames < by_position.size]
+    assert (by_position[frames] != frames).mean() > 0.5, "the bug would show here"
 
 
 def test_bug_missing_faces_filled_with_black_and_no_mask(extracted: tuple[Cache, CountingReader]) -> None:
@@ -76,9 +76,9 @@ def test_bug_missing_faces_filled_with_black_and_no_mask(extracted: tuple[Cache,
     np.testing.assert_array_equal(visual.valid, ~missing)
     np.testing.assert_array_equal(pixels.valid, ~missing)
     assert all(pixels.images[k] == b"" for k in np.flatnonzero(missing))
-    seen = int(visual.valid.sum())
-    assert reader.shown[:seen] == visual.frame[visual.valid].tolist(), "no stand-in went through the encoder"
-    assert not any(reader.shown[seen:]), "what fills the last batch is zeros, and is not kept"
+    valid_count = int(visual.valid.sum())
+    assert reader.shown[:valid_count] == visual.frame[visual.valid].tolist(), "no stand-in went through the encoder"
+    assert not any(reader.shown[valid_count:]), "what fills the last batch is zeros, and is not kept"
 
 
 def test_bug_frames_without_a_crop_dropped_from_the_labels(extracted: tuple[Cache, CountingReader]) -> None:

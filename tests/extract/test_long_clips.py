@@ -41,21 +41,21 @@ def test_a_disk_backed_array_equals_numpy(seed: int, cache: Cache, monkeypatch: 
     monkeypatch.setattr(long, "IN_MEMORY", 0)
     shape = tuple(rng.integers(1, 9, rng.integers(1, 4)).tolist())
     dtype = str(rng.choice(["float16", "float32", "uint8", "int64"]))
-    expected, found = np.zeros(shape, dtype), cache.scratch.zeros(shape, dtype)
-    assert isinstance(found, long.LongArray)
+    expected, stored = np.zeros(shape, dtype), cache.scratch.zeros(shape, dtype)
+    assert isinstance(stored, long.LongArray)
     for _ in range(20):
         start, stop = sorted(rng.integers(-shape[0], shape[0] + 1, 2).tolist())
         values = rng.integers(0, 100, shape[1:]).astype("float32")
         expected[start:stop] = values
-        found[start:stop] = values
+        stored[start:stop] = values
         start, stop = rng.integers(-shape[0] - 1, shape[0] + 2, 2).tolist()
-        np.testing.assert_array_equal(found[start:stop], expected[start:stop])
-    assert (found.shape, found.dtype, found.ndim) == (expected.shape, expected.dtype, expected.ndim)
-    assert (found.size, found.nbytes, len(found)) == (expected.size, expected.nbytes, len(expected))
-    flat = found.reshape(expected.size)
+        np.testing.assert_array_equal(stored[start:stop], expected[start:stop])
+    assert (stored.shape, stored.dtype, stored.ndim) == (expected.shape, expected.dtype, expected.ndim)
+    assert (stored.size, stored.nbytes, len(stored)) == (expected.size, expected.nbytes, len(expected))
+    flat = stored.reshape(expected.size)
     np.testing.assert_array_equal(flat[:], expected.reshape(-1))
     with pytest.raises(ValueError, match="does not fit"):
-        found.reshape(expected.size + 1)
+        stored.reshape(expected.size + 1)
 
 
 @pytest.mark.parametrize("limit", [0, 40, 10**6])
@@ -66,9 +66,9 @@ def test_blocks_are_concatenated(limit: int, cache: Cache, monkeypatch: pytest.M
     growing = cache.scratch.growing((3,), "float16")
     for block in blocks:
         growing.append(block)
-    found = growing.finish()
-    assert isinstance(found, np.ndarray) == (limit == 10**6)
-    np.testing.assert_array_equal(found[:], np.concatenate(blocks).astype(np.float16))
+    array = growing.finish()
+    assert isinstance(array, np.ndarray) == (limit == 10**6)
+    np.testing.assert_array_equal(array[:], np.concatenate(blocks).astype(np.float16))
     assert cache.scratch.growing((3,), "float16").finish().shape == (0, 3)
 
 

@@ -94,20 +94,20 @@ def test_matroska_without_sizes_or_duration_is_read_completely(tmp_path: Path, o
 @settings(max_examples=20, deadline=None)
 @given(wanted=st.sets(st.integers(0, 39)))
 def test_requested_frames_are_returned_once_and_in_order(
-    tmp_path_factory: pytest.TempPathFactory, wanted: set[int]
+    tmp_path_factory: pytest.TempPathFactory, requested: set[int]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "wanted.mp4"
     if not path.exists():
         write_media(path, FILES["h264.mp4"])
-    got = [(n, read_number(image)) for n, image in frames_at(path, np.array(sorted(wanted)), frame_times(path))]
-    assert got == [(number, number) for number in sorted(wanted)]
+    got = [(n, read_number(image)) for n, image in frames_at(path, np.array(sorted(requested)), frame_times(path))]
+    assert got == [(number, number) for number in sorted(requested)]
 
 
-@pytest.mark.parametrize("wanted", [[3, 2], [2, 2], [-1, 0], [40]])
-def test_requested_frame_numbers_must_ascend_within_the_clip(tmp_path: Path, wanted: list[int]) -> None:
+@pytest.mark.parametrize("requested", [[3, 2], [2, 2], [-1, 0], [40]])
+def test_requested_frame_numbers_must_ascend_within_the_clip(tmp_path: Path, requested: list[int]) -> None:
     path = write_media(tmp_path / "clip.mp4", FILES["h264.mp4"])
     with pytest.raises(ValueError, match=r"ascend within 0 \.\. 39"):
-        list(frames_at(path, np.array(wanted), frame_times(path)))
+        list(frames_at(path, np.array(requested), frame_times(path)))
 
 
 def test_hidden_packets_are_not_frames(tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_real_clips_agree_with_a_full_decode(clips: Path, name: str) -> None:
     times = frame_times(clips / name)
     np.testing.assert_allclose(times, decoded_times(clips / name), atol=1e-6)
     assert (np.diff(times) > 0).all()
-    wanted = np.arange(0, len(times), 11)
-    chosen = dict(frames_at(clips / name, wanted, times))
+    requested = np.arange(0, len(times), 11)
+    chosen = dict(frames_at(clips / name, requested, times))
     info = probe(clips / name)
     assert info.video is not None
     with av.open(str(clips / name)) as container:

@@ -33,12 +33,12 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
-@pytest.mark.parametrize("with_sound", [False, True])
+@pytest.mark.parametrize("with_audio", [False, True])
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_truncated_file_reports_its_length(tmp_path: Path, name: str, with_sound: bool, share: float) -> None:
+def test_a_truncated_file_reports_its_length(tmp_path: Path, name: str, with_audio: bool, share: float) -> None:
     video_track, options = WHOLE[name]
     codec = {"webm": "libopus", ".avi": "libmp3lame"}.get(name[-4:], "aac")
-    audio_track = AudioTrack(tones(2.0, 48000), rate=48000, codec=codec) if with_sound else None
+    audio_track = AudioTrack(tones(2.0, 48000), rate=48000, codec=codec) if with_audio else None
     whole = write_media(tmp_path / name, video_track, audio_track, options)
     assert len(frame_times(whole)) == len(EVEN)
     with pytest.raises(MediaError, match=r"Expected: .* Got: ") as error:
@@ -119,11 +119,11 @@ def test_decoding_that_ends_early_is_an_error(tmp_path: Path) -> None:
     path = zero_out(whole, tmp_path / "hollow.mp4", 0.6, 1.0)
     times = frame_times(path)
     assert len(times) == len(EVEN)
-    seen = []
+    numbers_read = []
     with pytest.raises(MediaError, match="cannot be decoded at frame 49"):
         for number, image in frames_at(path, np.array([0, 5, 49]), times):
-            seen.append((number, read_number(image)))
-    assert seen == [(0, 0), (5, 5)]
+            numbers_read.append((number, read_number(image)))
+    assert numbers_read == [(0, 0), (5, 5)]
 
 
 def test_a_damaged_frame_is_replaced_without_shifting_others(tmp_path: Path) -> None:
@@ -132,9 +132,9 @@ def test_a_damaged_frame_is_replaced_without_shifting_others(tmp_path: Path) -> 
     path = zero_out(whole, tmp_path / "holes.mp4", 0.50, 0.54)
     times = frame_times(path)
     numbers = [read_number(image) for _, image in frames_at(path, np.arange(len(times)), times)]
-    wrong = [wanted for wanted, got in enumerate(numbers) if wanted != got]
+    wrong = [number for number, got in enumerate(numbers) if number != got]
     assert 0 < len(wrong) <= 4
-    assert [numbers[wanted] for wanted in wrong] == [wrong[0] - 1] * len(wrong)
+    assert [numbers[number] for number in wrong] == [wrong[0] - 1] * len(wrong)
 
 
 def test_decoding_uses_one_thread(tmp_path: Path) -> None:

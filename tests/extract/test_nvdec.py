@@ -35,7 +35,7 @@ class StandIn:
     brighter = 0  # grey levels
     late = 0.0  # seconds that its pictures claim to be later
     cpu_fallback = ""
-    asked: list[int] = []  # noqa: RUF012 - of all of them
+    indexes: list[int] = []  # noqa: RUF012 - of all of them
 
     def __init__(self, source: str, *, stream_index: int, dimension_order: str, device: str) -> None:
         assert (dimension_order, device) == ("NHWC", CUDA)
@@ -44,28 +44,28 @@ class StandIn:
             assert isinstance(stream, av.VideoStream)
             frames = list(container.decode(stream))
             self.times = np.array([float(frame.pts * stream.time_base) for frame in frames])  # type: ignore[operator]
-            self.pictures = [to_rgb(frame) for frame in frames]
+            self.images = [to_rgb(frame) for frame in frames]
 
     def get_frames_played_at(self, seconds: list[float]) -> SimpleNamespace:
         assert len(seconds) <= AT_ONCE
-        self.asked.append(len(seconds))
+        self.indexes.append(len(seconds))
         chosen = np.searchsorted(self.times, seconds, side="right") - 1
-        data = np.stack([self.pictures[k] for k in chosen]).astype(np.int16) + self.brighter
+        data = np.stack([self.images[k] for k in chosen]).astype(np.int16) + self.brighter
         times = torch.from_numpy(self.times[chosen] + self.late)
         return SimpleNamespace(data=torch.from_numpy(data.clip(0, 255).astype(np.uint8)), pts_seconds=times)
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
-    class Own(StandIn):
-        asked: list[int] = []  # noqa: RUF012
+    class Recording(StandIn):
+        indexes: list[int] = []  # noqa: RUF012
 
     package, decoders = ModuleType("torchcodec"), ModuleType("torchcodec.decoders")
     package.__dict__.update(__version__="0.17.0", ffmpeg_major_version=7, decoders=decoders, __path__=[])
-    decoders.__dict__.update(VideoDecoder=Own, set_cuda_backend=lambda name: _Backend(name))
+    decoders.__dict__.update(VideoDecoder=Recording, set_cuda_backend=lambda name: _Backend(name))
     monkeypatch.setitem(sys.modules, "torchcodec", package)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
-    return Own
+    return Recording
 
 
 class _Backend:
@@ -88,12 +88,12 @@ def numbered(tmp_path: Path) -> Path:
 
 def test_frames_are_matched_by_presentation_time(stand_in: type[StandIn], numbered: Path) -> None:
     times = frame_times(numbered)
-    wanted = np.array([0, 1, 5, 6, 7, 12, 20, 21, 22, 23, 30, 39])
-    shown = list(frames_on_gpu(numbered, wanted, times, CUDA))
-    assert [number for number, _ in shown] == wanted.tolist()
-    assert [read_number(image) for _, image in shown] == wanted.tolist()
-    assert stand_in.asked == [8, 4], "a few at once"
-    assert list(frames_on_gpu(numbered, wanted[:0], times, CUDA)) == []
+    requested = np.array([0, 1, 5, 6, 7, 12, 20, 21, 22, 23, 30, 39])
+    shown = list(frames_on_gpu(numbered, requested, times, CUDA))
+    assert [number for number, _ in shown] == requested.tolist()
+    assert [read_number(image) for _, image in shown] == requested.tolist()
+    assert stand_in.indexes == [8, 4], "a few at once"
+    assert list(frames_on_gpu(numbered, requested[:0], times, CUDA)) == []
 
 
 def test_a_frame_with_another_time_is_rejected(stand_in: type[StandIn], numbered: Path) -> None:
@@ -133,13 +133,13 @@ def test_the_comparison_reports_pixel_differences(
 def test_nvdec_is_used_for_frames_only(stand_in: type[StandIn], numbered: Path) -> None:
     grid = ExtractConfig(window=1.0, stride=0.5, frames=4).grid
     clip = Clip("numbered", None, "numbered", numbered)
-    said: list[Any] = []
+    arguments: list[Any] = []
     for device in ("", CUDA):
-        run_job(Job(0, clip, grid, True, True, "none", (), True, device), said.append)
-    assert not [m for m in said if isinstance(m, Failed)]
-    faces = [m.sample for m in said if isinstance(m, Face)]
+        run_job(Job(0, clip, grid, True, True, "none", (), True, device), arguments.append)
+    assert not [m for m in arguments if isinstance(m, Failed)]
+    faces = [m.sample for m in arguments if isinstance(m, Face)]
     assert faces[: len(faces) // 2] == faces[len(faces) // 2 :], "the same samples by both"
-    assert sum(stand_in.asked) > 0
+    assert sum(stand_in.indexes) > 0
 
 
 def test_the_fingerprint_includes_nvdec_for_frame_streams(stand_in: type[StandIn], tiny_pair: tuple) -> None:
@@ -151,8 +151,12 @@ def test_the_fingerprint_includes_nvdec_for_frame_streams(stand_in: type[StandIn
     )
     changed = {name for name in ours if ours[name].identity != theirs[name].identity}
     assert changed == {"clip-tiny", "faces", "pixels"}, "audio and labels stay the same"
-    said = theirs["clip-tiny"].identity["picture"]["decoder"]
-    assert (said["backend"], said["version"], said["clock"]["backend"]) == ("torchcodec nvdec", "0.17.0", "pyav")
+    used = theirs["clip-tiny"].identity["picture"]["decoder"]
+    assert (used["backend"], used["version"], used["clock"]["backend"]) == (
+        "torchcodec nvdec",
+        "0.17.0",
+        "pyav",
+    )
 
 
 def test_a_missing_gpu_package_or_ffmpeg_is_reported(stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,8 +99,8 @@ def test_embeddings_equal_encoding_the_stored_images(extracted: tuple[Cache, Sum
     visual, pixels = cache.read("clip-tiny", "video7"), cache.read("pixels", "video7")
     encoder = tiny_pair[0]
     for k, image in enumerate(pixels.images):
-        picture = encoder.prepare(np.asarray(Image.open(BytesIO(image)).convert("RGB")))
-        alone = encoder.encode(torch.from_numpy(picture.copy())[None])[0].numpy()
+        prepared = encoder.prepare(np.asarray(Image.open(BytesIO(image)).convert("RGB")))
+        alone = encoder.encode(torch.from_numpy(prepared.copy())[None])[0].numpy()
         np.testing.assert_allclose(visual.embedding[k].astype(np.float32), alone, rtol=2e-3, atol=2e-3)
 
 

@@ -63,15 +63,15 @@ def cache(dataset: Dataset, tmp_path: Path) -> Cache:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Which records were read one by one."""
-    asked: list[tuple[str, str]] = []
+    calls: list[tuple[str, str]] = []
     real = Cache.record
 
     def record(self: Cache, stream: str, item: str) -> object:
-        asked.append((stream, item))
+        calls.append((stream, item))
         return real(self, stream, item)
 
     monkeypatch.setattr(Cache, "record", record)
-    return asked
+    return calls
 
 
 def plan(cache: Cache, dataset: Dataset) -> Plan:
@@ -85,8 +85,8 @@ def test_planning_without_changes_reads_only_the_index(
     if indexed:
         cache.refresh_index()
     monkeypatch.setattr(headers, "header_seconds", lambda path: pytest.fail(f"{path} was opened"))
-    found = plan(cache, dataset)
-    assert (found.tasks, found.done) == ((), 5)
+    planned = plan(cache, dataset)
+    assert (planned.tasks, planned.done) == ((), 5)
     assert read == []
 
 
@@ -97,15 +97,15 @@ def test_touched_files_are_compared_and_changed_files_extracted_again(
     touched, changed = dataset.root / "clip2.mp4", dataset.root / "clip3.mp4"
     os.utime(touched, ns=(1, 1))
     changed.write_bytes(bytes(102) + b"x")
-    found = plan(cache, dataset)
-    assert [(task.clip.id, task.streams, task.changed) for task in found.tasks] == [("clip3", tuple(STREAMS), True)]
+    planned = plan(cache, dataset)
+    assert [(task.clip.id, task.streams, task.changed) for task in planned.tasks] == [("clip3", tuple(STREAMS), True)]
     assert {item for _, item in read} == {"clip2", "clip3"}
 
 
 def test_changed_labels_rewrite_only_the_labels(cache: Cache, dataset: Dataset) -> None:
     (dataset.root / "clip1.csv").write_text("time,valence,arousal\n0,0.3,0.2\n")
-    found = plan(cache, dataset)
-    assert [(task.clip.id, task.streams) for task in found.tasks] == [("clip1", ("labels",))]
+    planned = plan(cache, dataset)
+    assert [(task.clip.id, task.streams) for task in planned.tasks] == [("clip1", ("labels",))]
 
 
 def test_a_new_split_rewrites_the_labels(cache: Cache, dataset: Dataset) -> None:
@@ -135,9 +135,9 @@ def test_a_damaged_record_raises_when_it_is_read(cache: Cache, dataset: Dataset)
 
 def test_the_quick_fingerprint_excludes_content_digests(dataset: Dataset) -> None:
     for clip in dataset.clips:
-        whole, seen = sources_of(clip), sources_of(clip, file_status)
-        assert source_stamp(whole) == source_stamp(seen)
-        assert whole != seen
+        whole, quick = sources_of(clip), sources_of(clip, file_status)
+        assert source_stamp(whole) == source_stamp(quick)
+        assert whole != quick
     first, second = (sources_of(clip) for clip in dataset.clips[:2])
     assert source_stamp(first) != source_stamp(second)
     assert source_stamp({"dimensions": {"arousal": {"size": 1, "blake2b": "a"}}}) == source_stamp(

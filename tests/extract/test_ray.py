@@ -63,8 +63,8 @@ def test_two_nodes_give_the_results_of_one_process(
     assert (again.extracted, again.done) == (0, 7)
 
 
-@pytest.mark.parametrize("what", ["actor", pytest.param("node", marks=pytest.mark.slow)])
-def test_a_node_death_loses_only_running_items(what: str, cluster: object, clips: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["actor", pytest.param("node", marks=pytest.mark.slow)])
+def test_a_node_death_loses_only_running_items(victim: str, cluster: object, clips: Path, tmp_path: Path) -> None:
     """A node goes, or the operating system kills an actor: nothing is lost, and what was committed is not redone."""
     node = cluster.add_node(num_cpus=2)  # type: ignore[attr-defined]
     for k in range(16):
@@ -74,7 +74,7 @@ def test_a_node_death_loses_only_running_items(what: str, cluster: object, clips
     def strike() -> None:
         while len(list(out.glob("records/labels/*.json"))) < 3:
             time.sleep(0.02)
-        if what == "node":
+        if victim == "node":
             cluster.remove_node(node, allow_graceful=False)  # type: ignore[attr-defined]
         else:
             os.kill(actors()[0], signal.SIGKILL)
@@ -95,15 +95,15 @@ def test_a_node_death_loses_only_running_items(what: str, cluster: object, clips
 
 def actors() -> list[int]:
     """Process ids of this cluster's members."""
-    found = []
+    pids = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and _ancestor(int(folder.name)):
             try:
                 if b"ray::Member" in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
+                    pids.append(int(folder.name))
             except OSError:
                 continue
-    return found
+    return pids
 
 
 def _ancestor(pid: int) -> bool:
@@ -135,9 +135,9 @@ def test_ctrl_c_exits_130_and_leaves_no_process(clips: Path, tmp_path: Path) -> 
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    printed, said = process.communicate(timeout=60)
+    printed, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.strip() == "vaflow: interrupted. Run the same command again to resume."
+    assert stderr.strip() == "vaflow: interrupted. Run the same command again to resume."
     assert printed == ""
     assert 2 <= len(open_cache(out).items()) < 12
     deadline = time.monotonic() + 30
@@ -148,11 +148,11 @@ def test_ctrl_c_exits_130_and_leaves_no_process(clips: Path, tmp_path: Path) -> 
 
 def marked(mark: str) -> list[str]:
     """Command lines of processes that carry a mark in their environment."""
-    found = []
+    pids = []
     for folder in Path("/proc").iterdir():
         try:
             if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().decode(errors="replace"))
+                pids.append((folder / "cmdline").read_bytes().decode(errors="replace"))
         except OSError:
             continue
-    return found
+    return pids

@@ -48,7 +48,7 @@ class ToyMember:
         return Prepared({"labels": LABELS})
 
     def exchange(self, tasks: Sequence[PendingClip], last: bool) -> Report:
-        self.ray.given.append([task.clip.id for task in tasks])
+        self.ray.assigned.append([task.clip.id for task in tasks])
         self.tasks += tasks
         self.closed |= last
         outcomes = []
@@ -82,7 +82,7 @@ class ToyRay:
         self.deadly: set[str] = set()
         self.late: set[str] = set()
         self.stillborn = False
-        self.given: list[list[str]] = []
+        self.assigned: list[list[str]] = []
         self.committed: list[str] = []
         self.killed: list[object] = []
 
@@ -99,7 +99,7 @@ class ToyRay:
         self.hired += 1
         member = ToyMember(self.cache, self)
         calls = {
-            name: SimpleNamespace(remote=lambda *given, method=method: partial(method, *given))
+            name: SimpleNamespace(remote=lambda *assigned, method=method: partial(method, *assigned))
             for name, method in (("prepare", member.prepare), ("exchange", member.exchange))
         }
         return SimpleNamespace(**calls)
@@ -133,7 +133,7 @@ def test_every_item_is_assigned_once_to_free_members(toy: ToyRay) -> None:
     assert (summary.extracted, summary.media_seconds) == (10, 20.0)
     assert sorted(toy.committed) == open_cache(toy.cache.path).items()
     assert toy.hired == 2, "four CPUs, two for each"
-    assert max(map(len, toy.given)) == 2, "one to begin with and one to wait"
+    assert max(map(len, toy.assigned)) == 2, "one to begin with and one to wait"
     assert len(toy.killed) == 2, "leaving ends them"
     assert run(toy).done == 10
 
@@ -145,7 +145,7 @@ def test_an_item_that_always_crashes_is_listed_and_the_others_finish(toy: ToyRay
     [failure] = summary.failures
     assert (failure.item, failure.stage, failure.error) == ("clip03", "worker", "ActorDied")
     assert f"{ATTEMPTS} times (killed by the operating system)" in failure.message
-    assert toy.given.count(["clip03"]) == ATTEMPTS - 1, "by itself, after the first time"
+    assert toy.assigned.count(["clip03"]) == ATTEMPTS - 1, "by itself, after the first time"
     assert sorted(toy.committed) == sorted(set(toy.committed)), "nothing was done twice"
     assert Path(summary.failures_file).read_text().count("\n") == 1
 
@@ -194,8 +194,8 @@ def test_a_cache_error_ends_the_run(toy: ToyRay, monkeypatch: pytest.MonkeyPatch
 def test_one_member_is_started_per_gpu_or_cpu_group(
     nodes: list[dict[str, float]], device: str, workers: int, expected: tuple[int, ...]
 ) -> None:
-    found = places(nodes, ExtractConfig(device=device, workers=workers))
-    assert (found.count, found.gpus, found.cpus, found.workers) == expected
+    members = places(nodes, ExtractConfig(device=device, workers=workers))
+    assert (members.count, members.gpus, members.cpus, members.workers) == expected
 
 
 def test_a_cluster_without_enough_resources_is_an_error() -> None:

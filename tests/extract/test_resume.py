@@ -74,10 +74,10 @@ def test_ctrl_c_exits_130_and_leaves_a_resumable_cache(many: Path, tmp_path: Pat
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted" in said
-    assert "Traceback" not in said
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
     assert open_cache(out).items()
 
 

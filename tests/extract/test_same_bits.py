@@ -59,8 +59,8 @@ def test_results_do_not_depend_on_the_item_order(
     order: list[str] = []
 
     def shuffled(tasks: Iterable, seconds: object) -> list:
-        given = list(tasks)
-        mixed = [given[k] for k in np.random.default_rng(seed).permutation(len(given))]
+        ordered = list(tasks)
+        mixed = [ordered[k] for k in np.random.default_rng(seed).permutation(len(ordered))]
         order.extend(task.clip.id for task in mixed)
         return mixed
 

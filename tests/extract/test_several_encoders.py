@@ -83,22 +83,22 @@ def test_every_step_stores_the_example_centred_on_it(
 def test_a_step_is_valid_if_audio_covers_half_of_it(whole: tuple[Cache, Summary]) -> None:
     cache = whole[0]
     for item, end in (("whole", 3.6), ("part", 1.3), ("mute", 0.0)):
-        found = cache.read("vggish-tiny", item)
-        np.testing.assert_array_equal(found.valid, cache.read("ast-tiny", item).valid)
-        middle = found.start[:, None] + (np.arange(STEPS) + 0.5) * STEP
+        vggish = cache.read("vggish-tiny", item)
+        np.testing.assert_array_equal(vggish.valid, cache.read("ast-tiny", item).valid)
+        middle = vggish.start[:, None] + (np.arange(STEPS) + 0.5) * STEP
         clear = np.abs(middle - end) > 0.1  # codecs add a little sound at the end
-        assert (found.valid == (middle < end))[clear].all()
+        assert (vggish.valid == (middle < end))[clear].all()
 
 
 def test_examples_shared_by_windows_are_encoded_once(whole: tuple[Cache, Summary]) -> None:
     cache, summary = whole
     steps, examples = 0, 0
     for item in cache.items():
-        found = cache.read("vggish-tiny", item)
-        steps += int(found.valid.sum())
-        examples += len(np.unique(found.time[found.valid].round(6)))
-        for time in np.unique(found.time[found.valid]):
-            same = found.embedding[found.valid & (found.time == time)]
+        vggish = cache.read("vggish-tiny", item)
+        steps += int(vggish.valid.sum())
+        examples += len(np.unique(vggish.time[vggish.valid].round(6)))
+        for time in np.unique(vggish.time[vggish.valid]):
+            same = vggish.embedding[vggish.valid & (vggish.time == time)]
             assert (same == same[0]).all()
     assert summary.encoded["vggish-tiny"] == examples < steps
 
@@ -130,16 +130,16 @@ def test_ast_added_to_a_vggish_cache_computes_log_mel(
 ) -> None:
     _, (ast, vggish) = encoders
     run(clips_folder, tmp_path / "cache", [], [vggish])
-    asked: list[bool] = []
+    calls: list[bool] = []
     original = running.Job
 
     def noted(**job: Any) -> Job:
-        asked.append(job["audio"])
+        calls.append(job["audio"])
         return original(**job)
 
     monkeypatch.setattr(running, "Job", noted)
     cache, _ = run(clips_folder, tmp_path / "cache", [], [ast, vggish])
-    assert asked == [False] * 3
+    assert calls == [False] * 3
     for item in cache.items():
         one, other = cache.read("ast-tiny", item), whole[0].read("ast-tiny", item)
         assert one.embedding.tobytes() == other.embedding.tobytes()

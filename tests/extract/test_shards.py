@@ -101,7 +101,7 @@ def test_a_broken_file_is_weighted_by_its_size(tmp_path: Path, clips: Path) -> N
     for name, data in broken.items():
         (tmp_path / name).write_bytes(data)
         assert header_seconds(tmp_path / name) is None, name
-    found = lengths([Clip(p.name, None, p.name, p) for p in [*tmp_path.iterdir(), tmp_path / "absent.mp4"]])
-    assert found["good.mp4"] == pytest.approx(8.71, abs=0.01)
-    assert found["absent.mp4"] == found["empty.mp4"] == 0
-    assert found["cut1000.mp4"] == pytest.approx(1000 / good.stat().st_size * found["good.mp4"])
+    weights = lengths([Clip(p.name, None, p.name, p) for p in [*tmp_path.iterdir(), tmp_path / "absent.mp4"]])
+    assert weights["good.mp4"] == pytest.approx(8.71, abs=0.01)
+    assert weights["absent.mp4"] == weights["empty.mp4"] == 0
+    assert weights["cut1000.mp4"] == pytest.approx(1000 / good.stat().st_size * weights["good.mp4"])

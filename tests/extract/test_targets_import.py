@@ -71,10 +71,10 @@ def test_classes_by_name_or_number_at_times_frames_or_row_by_row(
     write(tmp_path / "mood", "a", text)
     import_targets(cache, "mood", "classes", tmp_path / "mood", ["sad", "calm"])
     data = cache.read("mood", "a")
-    found = [
+    imported = [
         ("sad", "calm")[int(v.argmax())] if ok.all() else None for v, ok in zip(data.value, data.valid, strict=True)
     ]
-    assert list(zip(data.time.tolist(), found, strict=True)) == rows
+    assert list(zip(data.time.tolist(), imported, strict=True)) == rows
 
 
 def test_class_shares_are_reported(cache: Cache, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_second_target_import_writes_only_changes(cache: Cache, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("task", "text", "says"),
+    ("task", "text", "message"),
     [
         ("classes", "a,b\n0\n7\n", "line 3 .*'7', not one of 0 to 1"),
         ("classes", "a,b\nx\n", "line 2"),
@@ -113,8 +113,8 @@ def test_a_second_target_import_writes_only_changes(cache: Cache, tmp_path: Path
         ("binary", "", "no targets"),
     ],
 )
-def test_invalid_target_rows_are_reported_with_line_numbers(tmp_path: Path, task: str, text: str, says: str) -> None:
-    with pytest.raises(DataError, match=says):
+def test_invalid_target_rows_are_reported_with_line_numbers(tmp_path: Path, task: str, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         read_targets(write(tmp_path, "a", text), task)
 
 

@@ -40,9 +40,9 @@ def panels(folder: Path, name: str) -> list[Image]:
     """The frames of one person at `RATE`, [HEIGHT, WIDTH, 3] each."""
     file, (x0, y0, x1, y1) = PARTS[name]
     times = frame_times(folder / file)
-    wanted = np.unique(nearest(times, np.arange(0, times[-1], 1 / RATE)))
+    requested = np.unique(nearest(times, np.arange(0, times[-1], 1 / RATE)))
     made = []
-    for _, image in frames_at(folder / file, wanted, times):
+    for _, image in frames_at(folder / file, requested, times):
         height, width = image.shape[:2]
         part = image[int(y0 * height) : int(y1 * height), int(x0 * width) : int(x1 * width)]
         made.append(np.asarray(cv2.resize(part, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)))
@@ -141,10 +141,10 @@ def write(path: Path, draw: Callable[[float], Drawn], seconds: float, *, turned:
 def people_of(path: Path, network: str) -> People:
     """Everyone in a video, with their crops still to be read while the result is used."""
     times = frame_times(path)
-    wanted = np.unique(nearest(times, np.arange(0.0, times[-1] + 1e-9, STEP)))
+    requested = np.unique(nearest(times, np.arange(0.0, times[-1] + 1e-9, STEP)))
     detector = CenterFace()
     with ClipFaces(open_network(network)) as faces:
-        for number, image in frames_at(path, wanted, times):
+        for number, image in frames_at(path, requested, times):
             faces.add(number, float(times[number]), image, detector.detect(image))
         return faces.people()
 

@@ -40,17 +40,17 @@ def clip(
     """People of frames in which each face is drawn in noise; the mouths at the given places are drawn black."""
     noise = np.random.default_rng(0).integers(60, 200, (400, 800, 3)).astype(np.uint8)
     with ClipFaces(network) as faces:
-        for number, found in enumerate(samples):
+        for number, faces_in_frame in enumerate(samples):
             image = noise.copy()
-            for one in found:
+            for one in faces_in_frame:
                 if number < len(open_mouths) and one.centre[0] in open_mouths[number]:
                     left, right = one.landmarks[3:].astype(int)
                     cv2.rectangle(image, tuple((left - 12).tolist()), tuple((right + 12).tolist()), (0, 0, 0), -1)
-            faces.add(number, number * STEP, image, found)
+            faces.add(number, number * STEP, image, faces_in_frame)
         return faces.people()
 
 
-def chosen_place(people: People, rule: str) -> float:
+def chosen_x(people: People, rule: str) -> float:
     """Mean x of the chosen person's faces."""
     return float(np.mean([s.face.centre[0] for s in people.sightings[people.choose(rule) - 1]]))
 
@@ -58,17 +58,17 @@ def chosen_place(people: People, rule: str) -> float:
 def test_main_is_the_person_visible_longest() -> None:
     passer_by = face(600, size=180)
     people = clip([[face(150), passer_by] if 4 <= k < 8 else [face(150)] for k in range(20)])
-    assert chosen_place(people, "main") == 150
+    assert chosen_x(people, "main") == 150
 
 
 def test_main_prefers_the_larger_of_equally_visible_people() -> None:
-    assert chosen_place(clip([[face(150, size=90), face(600, size=130)]] * 10), "main") == 600
+    assert chosen_x(clip([[face(150, size=90), face(600, size=130)]] * 10), "main") == 600
 
 
 def test_sides_are_assigned_to_the_two_people_visible_together_longest() -> None:
     people = clip([[face(150), face(600)]] * 10)
-    assert chosen_place(people, "left") == 150
-    assert chosen_place(people, "right") == 600
+    assert chosen_x(people, "left") == 150
+    assert chosen_x(people, "right") == 600
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -92,7 +92,7 @@ def test_people_who_change_sides_have_no_side() -> None:
 
 def test_people_are_selected_by_number() -> None:
     people = clip([[face(150, size=90), face(600, size=130)]] * 10)
-    assert chosen_place(people, "id:2") == 150
+    assert chosen_x(people, "id:2") == 150
     with pytest.raises(MediaError, match="is not a person of this clip"):
         people.choose("id:3")
 
@@ -168,8 +168,8 @@ def test_a_cut_requires_changed_pixels_and_colors() -> None:
 # --- joining
 
 
-def at(place: float, count: int = 3) -> np.ndarray:
-    return np.full((count, 2), place, np.float32) + np.arange(count, dtype=np.float32)[:, None] / 100
+def at(x: float, count: int = 3) -> np.ndarray:
+    return np.full((count, 2), x, np.float32) + np.arange(count, dtype=np.float32)[:, None] / 100
 
 
 def test_similar_tracks_are_joined_to_one_person() -> None:

@@ -52,7 +52,7 @@ def test_check_names_trials_without_crops(trials: Path) -> None:
     assert not findings, "the sides differ"
     dataset = open_dataset(trials)
     copies = replace(dataset, clips=tuple(replace(clip, side="") for clip in dataset.clips))
-    found = {note.item: note for note in check_dataset(copies).findings if note.code == "same-features"}
-    assert set(found) == {"pair_left", "pair_right", "turns_left", "turns_right"}
-    assert found["pair_left"].severity == "error"
-    assert "pair_right" in found["pair_left"].message
+    notes = {note.item: note for note in check_dataset(copies).findings if note.code == "same-features"}
+    assert set(notes) == {"pair_left", "pair_right", "turns_left", "turns_right"}
+    assert notes["pair_left"].severity == "error"
+    assert "pair_right" in notes["pair_left"].message

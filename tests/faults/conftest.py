@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from kills import SMALL, toy_cache
-from lab import EXTRACT, Lab, assert_said
+from lab import EXTRACT, Lab, assert_printed
 from media import write_media
 
 CLIPS = 6
@@ -20,7 +20,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(lab: Lab, media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache of an extraction that nothing happened to."""
     out = tmp_path_factory.mktemp("whole") / "cache"
-    assert_said(lab.run(["extract", media, "--out", out, *EXTRACT]), 0)
+    assert_printed(lab.run(["extract", media, "--out", out, *EXTRACT]), 0)
     return out
 
 
@@ -34,5 +34,5 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole_run(lab: Lab, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training run on it that nothing happened to."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert_said(lab.run(["train", toys, "--out", out, *SMALL]), 0)
+    assert_printed(lab.run(["train", toys, "--out", out, *SMALL]), 0)
     return out

@@ -25,7 +25,7 @@ def committed_files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file() and p.name != "index.json")
 
 
-def is_found(path: Path) -> bool:
+def is_detected(path: Path) -> bool:
     """Whether the cache is refused, or `verify` has something to say."""
     try:
         return bool(verify(open_cache(path)))
@@ -51,7 +51,7 @@ def every_flip(path: Path, store: str, *, step: int = 1) -> tuple[int, list[str]
             flipped[bit // 8] ^= 1 << (bit % 8)
             place.write_bytes(flipped)
             tried += 1
-            if not is_found(alone):
+            if not is_detected(alone):
                 lost.append(f"{name}, bit {bit}")
         shutil.rmtree(alone)
     return tried, lost
@@ -60,7 +60,7 @@ def every_flip(path: Path, store: str, *, step: int = 1) -> tuple[int, list[str]
 def _only(path: Path, alone: Path, name: Path) -> None:
     """A copy without the records of the other stream, if `name` belongs to one."""
     shutil.copytree(path, alone)
-    own = next((part for part in name.parts if part in ("visual", "labels")), None)
-    for other in {"visual", "labels"} - {own}:
-        if own is not None:
+    stream_folder = next((part for part in name.parts if part in ("visual", "labels")), None)
+    for other in {"visual", "labels"} - {stream_folder}:
+        if stream_folder is not None:
             shutil.rmtree(alone / "records" / other)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lab import EXTRACT, Lab, Process, assert_said, assert_same_cache, attempts
+from lab import EXTRACT, Lab, Process, assert_printed, assert_same_cache, attempts
 from safetensors import safe_open
 from synthetic_cache import Toy, make_cache
 
@@ -76,7 +76,7 @@ def campaign(lab: Lab, target: Target, folder: Path, kills: int, seed: int) -> T
     """
     tally, rng = Tally(target.name), random.Random(seed)
     began = time.monotonic()
-    assert_said(lab.run(target.args(folder / "timed")), 0)
+    assert_printed(lab.run(target.args(folder / "timed")), 0)
     seconds, parts = time.monotonic() - began, len(target.kept(folder / "timed"))
     number = 0
     while tally.kills < kills:
@@ -95,7 +95,7 @@ def campaign(lab: Lab, target: Target, folder: Path, kills: int, seed: int) -> T
             tally.kills += killed
             tally.kept += len(safe) if killed else 0
             before = safe
-        assert_said(lab.run(target.args(out)), 0)
+        assert_printed(lab.run(target.args(out)), 0)
         tally.redone += _lost(before, target.kept(out))
         try:
             target.check(out)

@@ -72,7 +72,7 @@ class Process:
 
 def _session(leader: int) -> list[int]:
     """Living processes of a session, from /proc."""
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             name_end = stat.read_text().rpartition(")")
@@ -80,20 +80,20 @@ def _session(leader: int) -> list[int]:
             continue
         state, _, _, session = name_end[2].split()[:4]
         if int(session) == leader and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 def children_of(pid: int) -> list[int]:
     """Processes that a command has spawned to work for it."""
-    found = []
+    pids = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(FileNotFoundError):  # a thread or process that ends just now
             for child in (task / "children").read_text().split():
                 command = Path(f"/proc/{child}/cmdline").read_bytes()
                 if b"spawn_main" in command:
-                    found.append(int(child))
-    return found
+                    pids.append(int(child))
+    return pids
 
 
 class Lab:
@@ -185,7 +185,7 @@ def _names(cache: Cache) -> list[tuple[str, str]]:
     return sorted((stream, item) for stream in cache.streams() for item in cache.items(stream=stream))
 
 
-def assert_said(ended: Ended, code: int, *words: str) -> None:
+def assert_printed(ended: Ended, code: int, *words: str) -> None:
     """The exit code, a message with these words, and no traceback."""
     assert ended.code == code, f"exit code {ended.code}, not {code}: {ended.err[-3000:]}"
     assert "Traceback" not in ended.err, ended.err[-3000:]
@@ -193,10 +193,10 @@ def assert_said(ended: Ended, code: int, *words: str) -> None:
         assert word in ended.err, f"{word!r} is not in: {ended.err[-3000:]}"
 
 
-def until(process: Process, there: Callable[[], bool], limit: float = LIMIT) -> None:
+def until(process: Process, condition: Callable[[], bool], limit: float = LIMIT) -> None:
     """Wait for something that a command does; that it ends before is an error."""
     deadline = time.monotonic() + limit
-    while not there():
+    while not condition():
         assert process.running(), f"it ended before that: {process.wait()}"
         assert time.monotonic() < deadline
         time.sleep(0.002)

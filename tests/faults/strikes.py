@@ -76,9 +76,9 @@ def no_privilege() -> None:
     if libc.capget(header, data):
         raise OSError(ctypes.get_errno(), "capget")
     words = list(struct.unpack("6I", data.raw))
-    for place in range(3):  # effective, permitted, inheritable: of the first 32 capabilities
+    for word in range(3):  # effective, permitted, inheritable: of the first 32 capabilities
         for capability in overrides:
-            words[place] &= ~(1 << capability)
+            words[word] &= ~(1 << capability)
     if libc.capset(header, struct.pack("6I", *words)):
         raise OSError(ctypes.get_errno(), "capset")
 
@@ -109,9 +109,9 @@ def jump_file_times(seconds: float) -> None:
             count += 1
             path = Path(args[-1] if _real.__name__ != "mkdir" else args[0])
             now = time.monotonic() + 1.7e9 + (seconds if count % 2 else -seconds)
-            for place in (path, path.parent):
-                if place.exists():
-                    os.utime(place, (now, now))
+            for touched in (path, path.parent):
+                if touched.exists():
+                    os.utime(touched, (now, now))
             return result
 
         setattr(os, name, jumping)

@@ -37,12 +37,12 @@ def trace(args: Sequence[object], log: Path) -> list[Call]:
     code = "import sys; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
     traced = [program, "-f", "-y", "-qq", "-s", "4096", "-o", str(log), "-e", f"trace={CALLS}"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    said = subprocess.run(
+    strace = subprocess.run(
         [*traced, sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True
     )
-    if "ptrace" in said.stderr and "not permitted" in said.stderr:
-        pytest.skip(f"strace may not trace here: {said.stderr.strip()}")
-    assert said.returncode == 0, said.stderr
+    if "ptrace" in strace.stderr and "not permitted" in strace.stderr:
+        pytest.skip(f"strace may not trace here: {strace.stderr.strip()}")
+    assert strace.returncode == 0, strace.stderr
     return parse(log.read_text(errors="replace"))
 
 
@@ -55,20 +55,20 @@ def parse(text: str) -> list[Call]:
             begun[match[1]] = match[2], match[3], number
             continue
         if match := _RESUMED.fullmatch(line):
-            name, given, began = begun.pop(match[1])
-            given, result = given + match[3], int(match[4])
+            name, arguments, began = begun.pop(match[1])
+            arguments, result = arguments + match[3], int(match[4])
         elif match := _WHOLE.fullmatch(line):
-            name, given, began, result = match[2], match[3], number, int(match[4])
+            name, arguments, began, result = match[2], match[3], number, int(match[4])
         else:
             continue
-        path = _path(given)
+        path = _path(arguments)
         if result >= 0 and path is not None:
             calls.append(Call(name, path, began, number))
     return calls
 
 
-def _path(given: str) -> Path | None:
-    if handle := _HANDLE.match(given):
+def _path(argument: str) -> Path | None:
+    if handle := _HANDLE.match(argument):
         return Path(handle[1])
-    names = _PATH.findall(given)
+    names = _PATH.findall(argument)
     return Path(names[-1]) if names else None

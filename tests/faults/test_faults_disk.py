@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kills import SMALL, assert_same_run, split_cache
-from lab import EXTRACT, Ended, Lab, assert_said, assert_same_cache, attempts
+from lab import EXTRACT, Ended, Lab, assert_printed, assert_same_cache, attempts
 
 from vaflow.cache import is_cache, open_cache
 from vaflow.cache.schema import Rows
@@ -53,7 +53,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 def assert_refused(ended: Ended, *words: str) -> None:
     """The system's own word, and what to do; 2 where not even a beginning could be made."""
     assert ended.code in (1, 2), ended
-    assert_said(ended, ended.code, *words)
+    assert_printed(ended, ended.code, *words)
 
 
 def fill_up(lab: Lab, disk: Disk, args: list[object], out: Path, sizes: tuple[int, ...]) -> int:
@@ -69,7 +69,7 @@ def fill_up(lab: Lab, disk: Disk, args: list[object], out: Path, sizes: tuple[in
         if is_cache(out):
             assert verify(open_cache(out)) == [], size
     disk.resize(64_000)
-    assert_said(lab.run(args), 0)
+    assert_printed(lab.run(args), 0)
     assert kept.items() <= attempts(out).items(), "what was committed was not written again"
     return len(kept)
 
@@ -120,7 +120,7 @@ def test_a_full_disk_stops_training_cleanly(lab: Lab, disk: Disk, toys: Path, wh
         disk.resize(size)
         assert_refused(lab.run(args), "No space left")
     disk.resize(64_000)
-    assert_said(lab.run(args), 0)
+    assert_printed(lab.run(args), 0)
     assert_same_run(out, whole_run)
 
 
@@ -135,7 +135,7 @@ def test_a_disk_that_becomes_read_only_is_reported(lab: Lab, disk: Disk, media: 
     kept = attempts(out)
     assert len(kept) > 8
     disk.resize(64_000)
-    assert_said(lab.run(args), 0)
+    assert_printed(lab.run(args), 0)
     assert kept.items() <= attempts(out).items()
     assert_same_cache(out, whole)
 
@@ -149,7 +149,7 @@ def test_extraction_reports_lost_permission(lab: Lab, media: Path, whole: Path, 
     assert verify(open_cache(out)) == []
     kept = attempts(out)
     subprocess.run(["chmod", "-R", "u+w", out], check=True)
-    assert_said(lab.run(args), 0)
+    assert_printed(lab.run(args), 0)
     assert kept.items() <= attempts(out).items()
     assert_same_cache(out, whole)
 
@@ -163,7 +163,7 @@ def test_training_reports_lost_permission(lab: Lab, toys: Path, whole_run: Path,
     fault = f"strike('vaflow.{stage}', 1, run, 'chmod -R a-w {out}')"
     assert_refused(lab.run(args, f"{UNPRIVILEGED}; {fault}"), "Permission denied")
     subprocess.run(["chmod", "-R", "u+w", out], check=True)
-    assert_said(lab.run(args), 0)
+    assert_printed(lab.run(args), 0)
     assert_same_run(out, whole_run)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
 
-from flips import committed_files, every_flip, is_found, tiny_cache
+from flips import committed_files, every_flip, is_detected, tiny_cache
 
 STEP = 211  # a prime: every position in a byte has its turn
 
@@ -22,4 +22,4 @@ def test_a_flipped_bit_is_detected_anywhere(tmp_path: Path, store: str) -> None:
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
 def test_an_intact_cache_has_no_problems(tmp_path: Path, store: str) -> None:
-    assert not is_found(tiny_cache(tmp_path / "cache", store))
+    assert not is_detected(tiny_cache(tmp_path / "cache", store))

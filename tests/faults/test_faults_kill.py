@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from kills import Tally, Target, campaign, conversion, extraction, merging, split_cache, training
-from lab import Lab, assert_said
+from lab import Lab, assert_printed
 
 KILLS = 2  # here; `scripts/faults.py` does 30 of each
 
@@ -30,7 +30,7 @@ def test_merge_resumes_after_random_kills(lab: Lab, toys: Path, tmp_path: Path) 
 
 def test_training_killed_at_random_moments_gives_the_same_weights(lab: Lab, toys: Path, tmp_path: Path) -> None:
     target = training(toys, tmp_path / "whole")
-    assert_said(lab.run(target.args(tmp_path / "whole")), 0)
+    assert_printed(lab.run(target.args(tmp_path / "whole")), 0)
     assert_clean(lab, target, tmp_path, seed=4)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kills import toy_cache
-from lab import EXTRACT, Lab, assert_said, assert_same_cache, attempts
+from lab import EXTRACT, Lab, assert_printed, assert_same_cache, attempts
 from syscalls import Call, parse, trace
 
 from vaflow.cache import open_cache
@@ -51,9 +51,9 @@ def test_a_record_is_renamed_after_its_files_are_flushed(toys: Path, tmp_path: P
 
 
 def _last(calls: list[Call], names: tuple[str, ...], path: Path) -> Call:
-    found = [call for call in calls if call.name in names and call.path == path]
-    assert found, f"{path} was never flushed"
-    return found[-1]
+    matching = [call for call in calls if call.name in names and call.path == path]
+    assert matching, f"{path} was never flushed"
+    return matching[-1]
 
 
 def test_strace_output_is_parsed() -> None:
@@ -139,7 +139,7 @@ def test_a_record_visible_before_its_arrays_is_never_read_as_valid(
 ) -> None:
     """As on a network file system that reorders: an error until everything is there, then the right arrays."""
     out = tmp_path / "cache"
-    assert_said(lab.run(["cache", "convert", toys, "--out", out, "--store", store]), 0)
+    assert_printed(lab.run(["cache", "convert", toys, "--out", out, "--store", store]), 0)
     cache, truth = open_cache(out), open_cache(toys)
     item = truth.items()[0]
     for stream in truth.streams():
@@ -163,7 +163,7 @@ def test_training_stops_at_a_clip_with_missing_arrays(lab: Lab, toys: Path, tmp_
     item = cache.items(split="train")[0]
     hidden(cache.layout.item("toy-eyes", item) / next(iter(cache.record("toy-eyes", item).files)))
     ended = lab.run(["train", tmp_path / "cache", "--out", tmp_path / "run", "--set", "hidden=16", "--device", "cpu"])
-    assert_said(ended, 1, item, "repair")
+    assert_printed(ended, 1, item, "repair")
 
 
 def test_only_damaged_items_are_extracted_again(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
@@ -176,11 +176,11 @@ def test_only_damaged_items_are_extracted_again(lab: Lab, media: Path, whole: Pa
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
     before = attempts(out)
-    said = lab.run(["cache", "verify", out])
-    assert said.code == 1
-    assert "'clip3' of stream 'clip-tiny'" in said.out + said.err
-    assert_said(lab.run(["cache", "repair", out]), 0)
-    assert_said(lab.run(["extract", media, "--out", out, *EXTRACT]), 0)
+    ended = lab.run(["cache", "verify", out])
+    assert ended.code == 1
+    assert "'clip3' of stream 'clip-tiny'" in ended.out + ended.err
+    assert_printed(lab.run(["cache", "repair", out]), 0)
+    assert_printed(lab.run(["extract", media, "--out", out, *EXTRACT]), 0)
     after = attempts(out)
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"records/clip-tiny/clip3.json"}

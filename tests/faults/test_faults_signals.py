@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from kills import SMALL, assert_same_run
-from lab import EXTRACT, Lab, assert_said, assert_same_cache, children_of, until
+from lab import EXTRACT, Lab, assert_printed, assert_same_cache, children_of, until
 
 from vaflow.cache import open_cache
 from vaflow.cache.verify import verify
@@ -47,7 +47,7 @@ def struck(lab: Lab, args: Sequence[object], how: str, stage: tuple[str, int], n
     process = lab.start(args, strike_with(how, stage))
     ended = process.wait()
     assert ended.code == HOW[how][2], f"struck while {name}: exit code {ended.code}\n{ended.err[-3000:]}"
-    assert_said(ended, HOW[how][2], HOW[how][3], "the same command again")
+    assert_printed(ended, HOW[how][2], HOW[how][3], "the same command again")
     assert process.orphans(2.0) == [], f"struck while {name}"
 
 
@@ -71,7 +71,7 @@ def test_extraction_handles_signals_at_every_stage(
         if (out / "manifest.json").exists():
             assert verify(open_cache(out)) == [], f"struck while {name}"
             assert not (out / "failures.jsonl").exists(), f"struck while {name}: no clip failed"
-    assert_said(lab.run(args), 0)
+    assert_printed(lab.run(args), 0)
     assert_same_cache(out, whole)
 
 
@@ -83,7 +83,7 @@ def test_training_handles_signals_at_every_stage(
     args = ["train", toys, "--out", out, *SMALL]
     for name, stage, how in in_turn(TRAINING, turn):
         struck(lab, args, how, stage, name)
-    assert_said(lab.run(args), 0)
+    assert_printed(lab.run(args), 0)
     assert_same_run(out, whole_run)
 
 
@@ -94,7 +94,7 @@ def test_conversion_handles_signals_while_copying(lab: Lab, toys: Path, tmp_path
     for stage in (("vaflow.cache.copy.survey", 1), ("vaflow.cache.cache.Cache.adopt", 6)):
         struck(lab, args, how, stage, stage[0])
     assert verify(open_cache(out)) == []
-    assert_said(lab.run(args), 0)
+    assert_printed(lab.run(args), 0)
     assert_same_cache(out, toys)
 
 
@@ -119,7 +119,7 @@ def test_a_second_ctrl_c_corrupts_nothing(lab: Lab, media: Path, whole: Path, tm
     process.wait()
     assert process.orphans() == []
     assert verify(open_cache(out)) == []
-    assert_said(lab.run(args), 0)
+    assert_printed(lab.run(args), 0)
     assert_same_cache(out, whole)
 
 
@@ -131,5 +131,5 @@ def test_a_study_handles_signals_while_processes_start(lab: Lab, toys: Path, tmp
     process = lab.start([*args, *names])
     until(process, lambda: len(children_of(process.pid)) >= 2)
     process.send(HOW[how][1], group=True)
-    assert_said(process.wait(), HOW[how][2], HOW[how][3])
+    assert_printed(process.wait(), HOW[how][2], HOW[how][3])
     assert process.orphans(5.0) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from kills import SMALL, assert_same_run
-from lab import EXTRACT, Lab, assert_said, assert_same_cache, attempts, children_of, until
+from lab import EXTRACT, Lab, assert_printed, assert_same_cache, attempts, children_of, until
 
 from vaflow.cache import open_cache
 from vaflow.cache.verify import leftovers, verify
@@ -26,20 +26,20 @@ def test_extraction_tolerates_clock_jumps(lab: Lab, media: Path, whole: Path, tm
     process.send(signal.SIGKILL)
     process.wait()
     kept = attempts(out)
-    assert_said(lab.run(args, JUMPS), 0)
+    assert_printed(lab.run(args, JUMPS), 0)
     assert kept.items() <= attempts(out).items()
     assert_same_cache(out, whole)
 
 
 def test_training_tolerates_clock_jumps(lab: Lab, toys: Path, tmp_path: Path) -> None:
-    assert_said(lab.run(["train", toys, "--out", tmp_path / "plain", *SMALL]), 0)
-    assert_said(lab.run(["train", toys, "--out", tmp_path / "jumping", *SMALL], JUMPS), 0)
+    assert_printed(lab.run(["train", toys, "--out", tmp_path / "plain", *SMALL]), 0)
+    assert_printed(lab.run(["train", toys, "--out", tmp_path / "jumping", *SMALL], JUMPS), 0)
     assert_same_run(tmp_path / "jumping", tmp_path / "plain")
 
 
 def test_two_runs_with_one_seed_write_identical_files(lab: Lab, toys: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        assert_said(lab.run(["train", toys, "--out", tmp_path / name, *SMALL, "--seed", "7"]), 0)
+        assert_printed(lab.run(["train", toys, "--out", tmp_path / name, *SMALL, "--seed", "7"]), 0)
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
@@ -65,7 +65,7 @@ def test_two_concurrent_extractions_share_a_cache(lab: Lab, media: Path, whole: 
     args = ["extract", media, "--out", out, *EXTRACT]
     both = [lab.start(args), lab.start(args)]
     for process in both:
-        assert_said(process.wait(), 0)
+        assert_printed(process.wait(), 0)
     assert_same_cache(out, whole)
     assert leftovers(open_cache(out)) == []
 
@@ -79,13 +79,13 @@ def test_clips_of_killed_workers_are_listed_as_failed(lab: Lab, media: Path, who
     for victim in victims:
         os.kill(victim, signal.SIGKILL)
     ended = process.wait()
-    assert_said(ended, 3, "SIGKILL", "failures.jsonl")
+    assert_printed(ended, 3, "SIGKILL", "failures.jsonl")
     listed = (out / "failures.jsonl").read_text().splitlines()
     assert 1 <= len(listed) <= len(victims)
     assert all("WorkerDied" in line for line in listed)
     assert verify(open_cache(out)) == []
     assert len(open_cache(out).items()) == len(open_cache(whole).items()) - len(listed)
-    assert_said(lab.run(args), 0)
+    assert_printed(lab.run(args), 0)
     assert_same_cache(out, whole)
 
 
@@ -105,7 +105,7 @@ def test_encoder_out_of_memory_is_reported(lab: Lab, media: Path, tmp_path: Path
         for n in range(2, 40)  # the constructor encodes once
     )
     process = lab.start(["extract", media, "--out", out, *EXTRACT], f"import torch\nfrom strikes import *\n{always}")
-    assert_said(process.wait(), 1, "memory")
+    assert_printed(process.wait(), 1, "memory")
     assert process.orphans() == []
     assert verify(open_cache(out)) == []
     assert open_cache(out).items(stream="clip-tiny") == []
@@ -117,7 +117,7 @@ def test_one_out_of_memory_batch_is_split(lab: Lab, media: Path, tmp_path: Path,
     out = tmp_path / "cache"
     fault = f"strike('vaflow.encoders.clip.ClipEncoder.encode', 2, {OUT_OF_MEMORY[kind]})"
     ended = lab.run(["extract", media, "--out", out, *EXTRACT], f"import torch\nfrom strikes import *\n{fault}")
-    assert_said(ended, 0, "using batches of 2")
+    assert_printed(ended, 0, "using batches of 2")
     assert verify(open_cache(out)) == []
 
 
@@ -125,4 +125,4 @@ def test_one_out_of_memory_batch_is_split(lab: Lab, media: Path, tmp_path: Path,
 def test_training_out_of_memory_is_reported(lab: Lab, toys: Path, tmp_path: Path, kind: str) -> None:
     fault = f"strike('vaflow.train.loop.train_step', 9, {OUT_OF_MEMORY[kind]})"
     ended = lab.run(["train", toys, "--out", tmp_path / "run", *SMALL], f"import torch\nfrom strikes import *\n{fault}")
-    assert_said(ended, 1, "memory", "--batch-size")
+    assert_printed(ended, 1, "memory", "--batch-size")

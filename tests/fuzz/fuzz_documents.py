@@ -44,32 +44,32 @@ CHANGES = st.lists(
 )
 
 
-def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def key_paths(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every key and index of a document, as the way to it."""
-    found = []
+    paths = []
     keys = document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
     for key in keys:
-        found += [(*path, key), *places(document[key], (*path, key))]
-    return found
+        paths += [(*path, key), *key_paths(document[key], (*path, key))]
+    return paths
 
 
 def changed(document: Any, changes: list[Change]) -> Any:
     """A copy in which something else stands in a few places."""
     document = copy.deepcopy(document)
-    for number, what, value in changes:
-        ways = places(document)
-        if not ways:
+    for number, value_kind, value in changes:
+        key_paths_ = key_paths(document)
+        if not key_paths_:
             return document
-        *way, last = ways[number % len(ways)]
+        *parents, last = key_paths_[number % len(key_paths_)]
         owner = document
-        for key in way:
+        for key in parents:
             owner = owner[key]
-        if what == "drop":
+        if value_kind == "drop":
             del owner[last]
-        elif what == "replace" or isinstance(owner, list):
+        elif value_kind == "replace" or isinstance(owner, list):
             owner[last] = value
         else:
-            owner["x" if what == "add" else str(value)[:50]] = value if what == "add" else owner.pop(last)
+            owner["x" if value_kind == "add" else str(value)[:50]] = value if value_kind == "add" else owner.pop(last)
     return document
 
 
@@ -186,9 +186,9 @@ def toml_texts(whole: str) -> SearchStrategy[bytes]:
     )
     pair = st.tuples(st.sampled_from(keys), values).map("=".join)
     line = st.sampled_from(lines) | pair | st.text(max_size=20) | CELL
-    return st.lists(line, max_size=12).map(lambda found: "\n".join(found).encode("utf-8", "surrogatepass")) | st.tuples(
-        st.integers(0, len(lines)), line
-    ).map(
+    return st.lists(line, max_size=12).map(
+        lambda text_lines: "\n".join(text_lines).encode("utf-8", "surrogatepass")
+    ) | st.tuples(st.integers(0, len(lines)), line).map(
         lambda change: "\n".join([*lines[: change[0]], change[1], *lines[change[0] + 1 :]]).encode(
             "utf-8", "surrogatepass"
         )

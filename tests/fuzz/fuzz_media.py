@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzz_seeds import FILMS, PICTURES, SEEDS, SOUNDS, WHOLE_FILM
+from fuzz_seeds import AUDIO_FILES, FILMS, IMAGE_FILES, SEEDS, WHOLE_FILM
 
 from vaflow.cache.schema import StreamInfo, array_problems
 from vaflow.datasets import Clip
@@ -56,7 +56,7 @@ class Result:
 
     name: str
     outcome: str
-    what: str
+    detail: str
     seconds: float
     peak: int
 
@@ -66,7 +66,7 @@ class Result:
 
 def flip_bits(data: Data, chance: random.Random, _: Path) -> None:
     for _number in range(chance.choice((1, 1, 2, 8, 64))):
-        data[_place(data, chance)] ^= 1 << chance.randrange(8)
+        data[_position(data, chance)] ^= 1 << chance.randrange(8)
 
 
 def write_number(data: Data, chance: random.Random, _: Path) -> None:
@@ -75,7 +75,7 @@ def write_number(data: Data, chance: random.Random, _: Path) -> None:
         width = chance.choice("BHIQ")
         size = struct.calcsize(width)
         value = chance.choice((chance.choice(INTERESTING), chance.getrandbits(8 * size))) % (1 << 8 * size)
-        at = _place(data, chance)
+        at = _position(data, chance)
         data[at : at + size] = struct.pack(chance.choice("<>") + width, value)
 
 
@@ -84,22 +84,22 @@ def cut_off(data: Data, chance: random.Random, _: Path) -> None:
 
 
 def cut_out(data: Data, chance: random.Random, _: Path) -> None:
-    at = _place(data, chance)
+    at = _position(data, chance)
     del data[at : at + chance.choice((1, 4, 100, 5000))]
 
 
 def repeat(data: Data, chance: random.Random, _: Path) -> None:
-    at, size = _place(data, chance), chance.choice((1, 8, 200, 5000))
+    at, size = _position(data, chance), chance.choice((1, 8, 200, 5000))
     data[at:at] = data[at : at + size] * chance.choice((1, 2, 20))
 
 
 def insert_noise(data: Data, chance: random.Random, _: Path) -> None:
-    at = _place(data, chance)
+    at = _position(data, chance)
     data[at:at] = chance.randbytes(chance.choice((1, 4, 64, 3000)))
 
 
 def overwrite(data: Data, chance: random.Random, _: Path) -> None:
-    at, size = _place(data, chance), chance.choice((4, 64, 3000))
+    at, size = _position(data, chance), chance.choice((4, 64, 3000))
     data[at : at + size] = chance.choice((bytes(size), b"\xff" * size, chance.randbytes(size)))
 
 
@@ -112,7 +112,7 @@ def splice_header(data: Data, chance: random.Random, seeds: Path) -> None:
 
 def swap(data: Data, chance: random.Random, _: Path) -> None:
     size = chance.choice((4, 16, 400))
-    one, other = _place(data, chance), _place(data, chance)
+    one, other = _position(data, chance), _position(data, chance)
     first, second = data[one : one + size], data[other : other + size]
     data[one : one + size], data[other : other + size] = second, first
 
@@ -130,7 +130,7 @@ MUTATIONS: tuple[Callable[[Data, random.Random, Path], None], ...] = (
 )
 
 
-def _place(data: Data, chance: random.Random) -> int:
+def _position(data: Data, chance: random.Random) -> int:
     """Headers and indexes, which stand at the ends, more often than pictures."""
     size = max(len(data), 1)
     near = min(size, 1200)
@@ -157,14 +157,14 @@ def read_case(case: Case) -> Result:
     began = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="vaflow-fuzz-"))
     try:
-        outcome, what = _read(clip_of(name, data, folder, case.seeds), case.number)
+        outcome, detail = _read(clip_of(name, data, folder, case.seeds), case.number)
     except MemoryError:
-        outcome, what = "system", "MemoryError"
+        outcome, detail = "system", "MemoryError"
     except Exception:  # noqa: BLE001 - the very thing that is looked for
-        outcome, what = "bug", traceback.format_exc()
+        outcome, detail = "bug", traceback.format_exc()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Result(name, outcome, what, time.perf_counter() - began, _peak())
+    return Result(name, outcome, detail, time.perf_counter() - began, _peak())
 
 
 def clip_of(name: str, data: bytes, folder: Path, seeds: Path) -> Clip:
@@ -173,11 +173,11 @@ def clip_of(name: str, data: bytes, folder: Path, seeds: Path) -> Clip:
         path = folder / name
         path.write_bytes(data)
         return Clip("clip", "train", "clip", path, path)
-    if name in SOUNDS:
+    if name in AUDIO_FILES:
         path = folder / name
         path.write_bytes(data)
         return Clip("clip", "train", "clip", seeds / WHOLE_FILM, path)
-    assert name in PICTURES
+    assert name in IMAGE_FILES
     path = folder / f"00001{Path(name).suffix}"
     path.write_bytes(data)
     if len(data) % 2:
@@ -196,11 +196,11 @@ def _read(clip: Clip, number: int) -> tuple[str, str]:
         assert len(last.message.splitlines()) == 1, last.message
         return ("refused" if last.error in REFUSED else "system"), f"{last.error}: {last.message}"
     assert isinstance(last, Done)
-    _assert_sound(messages)
+    _assert_consistent(messages)
     return "read", ""
 
 
-def _assert_sound(messages: list[Any]) -> None:
+def _assert_consistent(messages: list[Any]) -> None:
     """What was read is such that a cache takes it."""
     (clock,) = (message for message in messages if isinstance(message, Clock))
     problems = array_problems(LABELS, clock.labels)

@@ -12,34 +12,36 @@ from PIL import Image
 SIDE = (64, 48)
 RATE, FRAMES = 25, 30
 OPTIONS = {"libx265": {"x265-params": "log-level=none"}}
-SOUND_RATE = 16000
+AUDIO_RATE = 16000
 
 
 def write_film(
     path: Path, video: str = "libx264", audio: str | None = "aac", options: dict[str, str] | None = None
 ) -> Path:
     """Moving stripes and a tone, 1.2 s."""
-    sound_rate = 48000 if audio == "libopus" else SOUND_RATE
+    audio_rate = 48000 if audio == "libopus" else AUDIO_RATE
     with av.open(str(path), "w", options=options or {}) as out:
-        picture: Any = out.add_stream(video, rate=RATE, options=OPTIONS.get(video, {}) | {"g": "10", "threads": "1"})
-        picture.width, picture.height = SIDE
-        picture.pix_fmt = "yuvj420p" if video == "mjpeg" else "yuv420p"
-        sound: Any = out.add_stream(audio, rate=sound_rate, layout="stereo") if audio else None
+        video_stream: Any = out.add_stream(
+            video, rate=RATE, options=OPTIONS.get(video, {}) | {"g": "10", "threads": "1"}
+        )
+        video_stream.width, video_stream.height = SIDE
+        video_stream.pix_fmt = "yuvj420p" if video == "mjpeg" else "yuv420p"
+        audio_stream: Any = out.add_stream(audio, rate=audio_rate, layout="stereo") if audio else None
         for number in range(FRAMES):
             stripes = (np.arange(SIDE[0])[None, :, None] * 4 + 9 * number + np.zeros((SIDE[1], 1, 3))) % 256
             frame = av.VideoFrame.from_ndarray(stripes.astype(np.uint8), "rgb24")
             frame.pts, frame.time_base = number, Fraction(1, RATE)
-            out.mux(picture.encode(frame))
-        out.mux(picture.encode(None))
-        if sound is not None:
-            _add_tone(out, sound, sound_rate)
+            out.mux(video_stream.encode(frame))
+        out.mux(video_stream.encode(None))
+        if audio_stream is not None:
+            _add_tone(out, audio_stream, audio_rate)
     return path
 
 
-def write_sound(path: Path, codec: str) -> Path:
+def write_audio(path: Path, codec: str) -> Path:
     """A tone alone."""
     with av.open(str(path), "w") as out:
-        _add_tone(out, out.add_stream(codec, rate=SOUND_RATE, layout="stereo"), SOUND_RATE)
+        _add_tone(out, out.add_stream(codec, rate=AUDIO_RATE, layout="stereo"), AUDIO_RATE)
     return path
 
 
@@ -55,7 +57,7 @@ def _add_tone(out: Any, stream: Any, rate: int) -> None:
     out.mux(stream.encode(None))
 
 
-def write_picture(path: Path) -> Path:
+def write_image(path: Path) -> Path:
     """A picture in the format that its name says."""
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (*SIDE, 3), np.uint8)).save(path)
@@ -75,14 +77,14 @@ FILMS: dict[str, Callable[[Path], Path]] = {
     "vp8.webm": lambda path: write_film(path, "libvpx", "libopus"),
     "vp9.webm": lambda path: write_film(path, "libvpx-vp9", "libopus"),
 }
-SOUNDS: dict[str, Callable[[Path], Path]] = {
-    "sound.wav": lambda path: write_sound(path, "pcm_s16le"),
-    "sound.flac": lambda path: write_sound(path, "flac"),
-    "sound.mp3": lambda path: write_sound(path, "libmp3lame"),
-    "sound.m4a": lambda path: write_sound(path, "aac"),
+AUDIO_FILES: dict[str, Callable[[Path], Path]] = {
+    "sound.wav": lambda path: write_audio(path, "pcm_s16le"),
+    "sound.flac": lambda path: write_audio(path, "flac"),
+    "sound.mp3": lambda path: write_audio(path, "libmp3lame"),
+    "sound.m4a": lambda path: write_audio(path, "aac"),
 }
-PICTURES: dict[str, Callable[[Path], Path]] = {"face.jpg": write_picture, "face.png": write_picture}
-SEEDS = FILMS | SOUNDS | PICTURES
+IMAGE_FILES: dict[str, Callable[[Path], Path]] = {"face.jpg": write_image, "face.png": write_image}
+SEEDS = FILMS | AUDIO_FILES | IMAGE_FILES
 WHOLE_FILM = "index-first.mp4"
 
 

@@ -101,7 +101,7 @@ def tables(name: str) -> SearchStrategy[bytes]:
     """Whole tables with at most two cells changed, and at most one byte."""
     flips = st.none() | st.none() | st.tuples(st.integers(0, 10_000), st.integers(0, 255))
     whole = st.tuples(st.integers(0, 8), EDITS, flips, st.sampled_from(("\n", "\n", "\r\n")))
-    return whole.map(lambda found: _table(name, *found))
+    return whole.map(lambda drawn: _table(name, *drawn))
 
 
 def _table(name: str, count: int, edits: list[Edit], flip: tuple[int, int] | None, end: str) -> bytes:

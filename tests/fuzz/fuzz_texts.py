@@ -92,7 +92,7 @@ def _label_texts(name: str) -> SearchStrategy[bytes]:
     frame = st.fixed_dictionaries({}, optional={"valence": LEAF | st.integers(-10, 10), "arousal": LEAF})
     number = st.integers(0, 30).map("{:05}".format) | st.sampled_from(("2147483648", "-1", "x", "٣", ""))
     document = st.fixed_dictionaries({"frames": st.dictionaries(number, frame | VALUE, max_size=5) | VALUE}) | VALUE
-    return document.map(lambda found: json.dumps(found).encode()) | st.just(b"[" * 100_000)
+    return document.map(lambda value: json.dumps(value).encode()) | st.just(b"[" * 100_000)
 
 
 def _lines(values: list[Any]) -> bytes:

@@ -25,14 +25,14 @@ def assert_all_end_well(cases: list[Case]) -> None:
     results = dict(each(read_case, cases, workers=2, item_timeout=HANG))
     assert len(results) == len(cases)
     wrong = {
-        cases[k].number: found.message if isinstance(found, Failed) else found.what
-        for k, found in results.items()
-        if isinstance(found, Failed) or found.outcome not in ("read", "refused")
+        cases[k].number: result.message if isinstance(result, Failed) else result.detail
+        for k, result in results.items()
+        if isinstance(result, Failed) or result.outcome not in ("read", "refused")
     }
     assert not wrong, f"python scripts/fuzz.py --seed {cases[0].seed} --only {next(iter(wrong))}: {wrong}"
-    good = [found for found in results.values() if isinstance(found, Result)]
-    assert max(found.peak for found in good) < ROOM
-    assert {found.outcome for found in good} == {"read", "refused"}
+    good = [result for result in results.values() if isinstance(result, Result)]
+    assert max(result.peak for result in good) < ROOM
+    assert {result.outcome for result in good} == {"read", "refused"}
 
 
 def test_damaged_media_are_read_or_rejected(seeds: Path) -> None:
@@ -59,8 +59,8 @@ def test_every_undamaged_file_is_read(seeds: Path) -> None:
     """Otherwise the cases above would show nothing."""
     cases = [Case(0, number, seeds) for number in range(len(SEEDS))]
     results = dict(each(_whole, cases, workers=1, item_timeout=HANG))
-    found = {sorted(SEEDS)[k]: r.outcome if isinstance(r, Result) else r.message for k, r in results.items()}
-    assert found == dict.fromkeys(SEEDS, "read")
+    outcomes = {sorted(SEEDS)[k]: r.outcome if isinstance(r, Result) else r.message for k, r in results.items()}
+    assert outcomes == dict.fromkeys(SEEDS, "read")
 
 
 def test_fuzz_cases_are_reproducible(seeds: Path) -> None:
@@ -107,11 +107,11 @@ def _plant(case: Case) -> Result:
 
 def test_the_fuzz_harness_detects_bugs_crashes_hangs_and_memory_growth(seeds: Path) -> None:
     cases = [Case(0, number, seeds) for number in range(5)]
-    found = dict(each(_plant, cases, workers=2, item_timeout=4.0))
-    bug, crash, hang, hunger, good = (found[k] for k in range(5))
+    outcomes = dict(each(_plant, cases, workers=2, item_timeout=4.0))
+    bug, crash, hang, hunger, good = (outcomes[k] for k in range(5))
     assert isinstance(bug, Result)
     assert bug.outcome == "bug"
-    assert "planted" in bug.what
+    assert "planted" in bug.detail
     assert isinstance(crash, Failed)
     assert crash.error == "WorkerDied"
     assert isinstance(hang, Failed)

@@ -125,12 +125,12 @@ def test_gpu_detections_equal_opencv(gpu: str, clips: Path, tmp_path: Path) -> N
     (tmp_path / "data").mkdir()
     for name in ("obama.mp4", "face_noface.mov"):
         (tmp_path / "data" / name).symlink_to((clips / name).resolve())
-    found = {
+    detections = {
         how: extract(tmp_path / "data", tmp_path / how, "--device", gpu, "--detector", how)
         for how in ("opencv", "torch")
     }
-    for item in found["opencv"].items():
-        a, b = (cache.read("clip-tiny", item) for cache in found.values())
+    for item in detections["opencv"].items():
+        a, b = (cache.read("clip-tiny", item) for cache in detections.values())
         assert a.valid.tolist() == b.valid.tolist()
         apart = np.linalg.norm(a.embedding[a.valid].astype(float) - b.embedding[b.valid].astype(float), axis=-1)
         assert (apart <= 0.02 * np.linalg.norm(a.embedding[a.valid].astype(float), axis=-1)).all()

@@ -68,8 +68,8 @@ def made_up_plan(
     jobs: dict[str, Job] = {}
     for name, deviation in noise.items():
         for seed in range(seeds):
-            own = [rng.normal(scale=0.02, size=y.shape) for y in labels]
-            pairs = zip(labels, errors[seed], own, strict=True)
+            seed_noise = [rng.normal(scale=0.02, size=y.shape) for y in labels]
+            pairs = zip(labels, errors[seed], seed_noise, strict=True)
             write_run(out, key_of(name, seed), [(y + deviation * (e + o), y) for y, e, o in pairs])
             jobs[key_of(name, seed)] = Job(key_of(name, seed), TrainConfig(seed=seed), name)
     entries = {

@@ -65,10 +65,10 @@ def make_cache(path: Path, toy: Toy | None = None) -> Cache:
 def stream_infos(toy: Toy) -> list[StreamInfo]:
     grid = toy.grid
     sampled: dict[str, Any] = {"window": grid.window, "stride": grid.stride, "frames": grid.frames}
-    said = {"sampling": sampled | {"audio_steps": toy.steps}} if toy.sampling else {}
+    sampling_identity = {"sampling": sampled | {"audio_steps": toy.steps}} if toy.sampling else {}
     infos = [
-        StreamInfo(VISUAL, "visual", toy.widths[0], "float16", {"encoder": "toy"} | said),
-        StreamInfo(AUDIO, "audio", toy.widths[1], "float16", {"encoder": "toy"} | said),
+        StreamInfo(VISUAL, "visual", toy.widths[0], "float16", {"encoder": "toy"} | sampling_identity),
+        StreamInfo(AUDIO, "audio", toy.widths[1], "float16", {"encoder": "toy"} | sampling_identity),
         StreamInfo(LABELS, "labels", 0, "float32", {"encoder": "labels"}),
     ]
     infos += [StreamInfo(f"{VISUAL}.text", "text", toy.widths[0], "float32", {"encoder": "toy"})] if toy.text else []

@@ -28,7 +28,7 @@ def built_in(cache: Path) -> Path:
 def test_built_in_tables_on_other_encoders(cache: Path, built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["ablate", str(cache), "--out", str(built_in), "--seeds", "1", *ALIASES, *SMALL])
     assert code == 3, "the cache lacks the streams of two rows"
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     with (built_in / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     lacking = [row["row"] for row in rows if row["seeds"] == "0"]
@@ -39,9 +39,9 @@ def test_built_in_tables_on_other_encoders(cache: Path, built_in: Path, capsys: 
     runs = {row["runs"] for row in rows if row["runs"]}
     assert len(list((built_in / "runs").iterdir())) == len(runs)
     for row in rows:
-        assert row["row"] in said.out
-    assert f"{len(runs)} runs trained, 0 reused" in said.out
-    *_, to_add, last = said.err.strip().splitlines()
+        assert row["row"] in printed.out
+    assert f"{len(runs)} runs trained, 0 reused" in printed.out
+    *_, to_add, last = printed.err.strip().splitlines()
     for part in ("--visual clip-vit-b32", "--visual resnet50", "--audio vggish"):
         assert part in to_add
     assert last.endswith(str(built_in / "failures.jsonl"))
@@ -50,8 +50,8 @@ def test_built_in_tables_on_other_encoders(cache: Path, built_in: Path, capsys: 
 def test_json_output_is_one_document(cache: Path, built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["ablate", str(cache), "--out", str(built_in), "--table", "2", "--table", "3", "--seeds", "1", "--json"]
     assert main([*command, *ALIASES, *SMALL]) == 0
-    said = capsys.readouterr()
-    document = json.loads(said.out)
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
     assert [len(rows) for rows in document["tables"].values()] == [6, 2]
     assert document["runs"]["failed"] == 0
     assert document["full_model"]["fusion"] == "hierarchical"
@@ -81,7 +81,7 @@ def test_ablate_fails_if_all_rows_fail(cache: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--table", "4"], "There is no such table"),
         (["--seeds", "0"], "--seeds must be >= 1"),
@@ -94,8 +94,8 @@ def test_ablate_fails_if_all_rows_fail(cache: Path, tmp_path: Path, capsys: pyte
     ],
 )
 def test_usage_errors_are_reported(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     assert main(["ablate", str(cache), "--out", str(tmp_path / "out"), *options]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.csv").exists()

@@ -12,7 +12,7 @@ from vaflow.cli import main
 from vaflow.train.ablate.encoders import encoder_study
 
 
-def two_eyes(path: Path) -> Cache:
+def two_visual_streams(path: Path) -> Cache:
     """The synthetic cache with a second visual stream, of noise."""
     cache = make_cache(path, Toy(splits={"train": 3, "val": 2}, seconds=(8, 10), text=False))
     cache.declare(replace(cache.streams()[VISUAL], name="noise"))
@@ -25,7 +25,7 @@ def two_eyes(path: Path) -> Cache:
 
 
 def test_rows_cover_all_streams_and_pairs(tmp_path: Path) -> None:
-    (table,) = encoder_study(two_eyes(tmp_path / "cache")).tables
+    (table,) = encoder_study(two_visual_streams(tmp_path / "cache")).tables
     names = {row.name for row in table.rows}
     assert names == {VISUAL, "noise", AUDIO, f"{VISUAL} + {AUDIO}", f"noise + {AUDIO}", "all visual"}
     (both,) = [row for row in table.rows if row.name == "all visual"]
@@ -33,7 +33,7 @@ def test_rows_cover_all_streams_and_pairs(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_a_matrix(tmp_path: Path) -> None:
-    cache, out = two_eyes(tmp_path / "cache"), tmp_path / "out"
+    cache, out = two_visual_streams(tmp_path / "cache"), tmp_path / "out"
     append_costs(cache, {"noise": Cost("gpu <1>", "float32", 3_000_000, 6.0, 90.0)})
     options = ["--seeds", "1", "--set", "epochs=1", "--set", "hidden=8", "--set", "kl_weight=0"]
     assert main(["ablate", str(cache.path), "--table", "encoders", "--out", str(out), *options]) == 0

@@ -181,34 +181,32 @@ def test_the_page_is_self_contained(results: Results) -> None:
     assert "http:" not in page and "https:" not in page
     assert "url(" not in page
     assert "@import" not in page
-    found = Page(page)
-    assert not {"script", "link", "img", "iframe", "object"} & set(found.tags)
-    assert not {"src", "href", "srcset", "data"} & {name for name, _ in found.attributes}
-    assert found.tags.count("svg") == len(results.tables) + 4, "a picture per table, and the legend's marks"
+    parsed = Page(page)
+    assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
+    assert not {"src", "href", "srcset", "data"} & {name for name, _ in parsed.attributes}
+    assert parsed.tags.count("svg") == len(results.tables) + 4, "a picture per table, and the legend's marks"
 
 
 def test_the_page_escapes_and_shows_all_text(results: Results) -> None:
     page = html_page(results, ABOUT)
     name = results.tables[0].rows[1].entry.row.name
     assert page.count("</style>") == 1
-    found = Page(page)
-    assert name in found.text
-    assert "Table </style>" in found.text
+    parsed = Page(page)
+    assert name in parsed.text
+    assert "Table </style>" in parsed.text
     best = results.tables[0].rows[1].mean[-1]
     assert f"<b>{digits(best)}</b>" in page
     for word in ("ours: frozen cache", "ast-tiny for ast", ".4655", "lr = 0.001"):
-        assert word in found.text
+        assert word in parsed.text
 
 
 def test_the_figure_places_marks_at_their_values(results: Results) -> None:
     page = html_page(results, ABOUT)
-    picture = page[page.index('<svg class="plot"') :]
-    ticks = re.findall(
-        rf'<text class="tick" x="([\d.]+)" y="[\d.]+" text-anchor="middle">([{MINUS}.\d]+)</text>', picture
-    )
+    svg = page[page.index('<svg class="plot"') :]
+    ticks = re.findall(rf'<text class="tick" x="([\d.]+)" y="[\d.]+" text-anchor="middle">([{MINUS}.\d]+)</text>', svg)
     (x0, v0), (x1, v1) = [(float(x), float(v.replace(MINUS, "-"))) for x, v in ticks[:2]]
     rows = results.tables[0].rows
-    means = [float(x) for x in re.findall(r'<circle class="mean" cx="([\d.]+)"', picture)][: len(rows)]
+    means = [float(x) for x in re.findall(r'<circle class="mean" cx="([\d.]+)"', svg)][: len(rows)]
     for x, row in zip(means, rows, strict=True):
         assert v0 + (x - x0) * (v1 - v0) / (x1 - x0) == pytest.approx(row.mean[-1], abs=1e-3)
 

@@ -31,18 +31,18 @@ def predictions(labels: list[Floats], noise: float, seed: int) -> list[list[Floa
     return [[y + rng.normal(scale=noise, size=y.shape) for y in labels] for _ in range(SEEDS)]
 
 
-def moments(said: list[list[Floats]], labels: list[Floats]) -> Floats:
-    return np.array([[video_moments(x, y) for x, y in zip(run, labels, strict=True)] for run in said])
+def moments(predicted: list[list[Floats]], labels: list[Floats]) -> Floats:
+    return np.array([[video_moments(x, y) for x, y in zip(run, labels, strict=True)] for run in predicted])
 
 
-def brute(said: list[list[Floats]], labels: list[Floats], draws: Floats) -> Floats:
+def brute(predicted: list[list[Floats]], labels: list[Floats], draws: Floats) -> Floats:
     """Every resample as frames laid end to end, each seed measured, then averaged."""
     out = []
     for times in draws.astype(int):
         chosen = np.repeat(np.arange(VIDEOS), times)
         target = np.concatenate([labels[v] for v in chosen])
         scores = []
-        for run in said:
+        for run in predicted:
             guess = np.concatenate([run[v] for v in chosen])
             both = [plain_ccc(guess[:, k], target[:, k]) for k in range(2)]
             scores.append([*both, sum(both) / 2])
@@ -51,37 +51,39 @@ def brute(said: list[list[Floats]], labels: list[Floats], draws: Floats) -> Floa
 
 
 def test_resamples_equal_concatenated_frames(labels: list[Floats]) -> None:
-    said = predictions(labels, 0.4, 1)
+    predicted = predictions(labels, 0.4, 1)
     draws = draw(VIDEOS, RESAMPLES, seed=3)
     assert draws.shape == (RESAMPLES, VIDEOS)
     assert (draws.sum(axis=1) == VIDEOS).all()
-    np.testing.assert_allclose(resampled_ccc(moments(said, labels), draws), brute(said, labels, draws), atol=1e-10)
+    np.testing.assert_allclose(
+        resampled_ccc(moments(predicted, labels), draws), brute(predicted, labels, draws), atol=1e-10
+    )
 
 
 def test_paired_comparison_equals_a_loop(labels: list[Floats]) -> None:
     one, other = predictions(labels, 0.40, 1), predictions(labels, 0.43, 2)
     draws = draw(VIDEOS, RESAMPLES, seed=3)
-    resampled = [resampled_ccc(moments(said, labels), draws) for said in (one, other)]
+    resampled = [resampled_ccc(moments(predicted, labels), draws) for predicted in (one, other)]
     observed = np.array([0.1, 0.2, 0.3])
-    found = compare(resampled[0], resampled[1], observed, VIDEOS)
+    comparison = compare(resampled[0], resampled[1], observed, VIDEOS)
     difference = brute(one, labels, draws) - brute(other, labels, draws)
-    np.testing.assert_array_equal(found.difference, observed)
-    np.testing.assert_allclose(found.low, np.percentile(difference, 2.5, axis=0), atol=1e-10)
-    np.testing.assert_allclose(found.high, np.percentile(difference, 97.5, axis=0), atol=1e-10)
+    np.testing.assert_array_equal(comparison.difference, observed)
+    np.testing.assert_allclose(comparison.low, np.percentile(difference, 2.5, axis=0), atol=1e-10)
+    np.testing.assert_allclose(comparison.high, np.percentile(difference, 97.5, axis=0), atol=1e-10)
     for k in range(3):
         below, above = sum(d <= 0 for d in difference[:, k]), sum(d >= 0 for d in difference[:, k])
         expected = min(1, 2 * (min(below, above) + 1) / (RESAMPLES + 1))
-        assert found.p[k] == pytest.approx(max(expected, 2 ** (1 - VIDEOS)))
+        assert comparison.p[k] == pytest.approx(max(expected, 2 ** (1 - VIDEOS)))
 
 
 def test_pairing_detects_a_small_constant_gain(labels: list[Floats]) -> None:
-    said = predictions(labels, 0.4, 1)
-    better = [[x + 0.02 * (y - x) for x, y in zip(run, labels, strict=True)] for run in said]
+    predicted = predictions(labels, 0.4, 1)
+    better = [[x + 0.02 * (y - x) for x, y in zip(run, labels, strict=True)] for run in predicted]
     draws = draw(VIDEOS, 2000)
-    here, there = (resampled_ccc(moments(p, labels), draws) for p in (better, said))
-    paired = compare(here, there, np.zeros(3), VIDEOS)
+    here, baseline = (resampled_ccc(moments(p, labels), draws) for p in (better, predicted))
+    paired = compare(here, baseline, np.zeros(3), VIDEOS)
     assert (paired.low > 0).all()
-    assert percentile_interval(here)[-1, 0] < percentile_interval(there)[-1, 1], "the two intervals overlap"
+    assert percentile_interval(here)[-1, 0] < percentile_interval(baseline)[-1, 1], "the two intervals overlap"
 
 
 def test_equal_runs_have_zero_difference(labels: list[Floats]) -> None:
@@ -96,17 +98,17 @@ def test_few_videos_never_yield_a_small_p_value(labels: list[Floats]) -> None:
     table = moments(predictions(labels, 0.4, 1), labels)[:, :3]
     worse = moments(predictions(labels, 2.0, 2), labels)[:, :3]
     draws = draw(3, 1000)
-    found = compare(resampled_ccc(table, draws), resampled_ccc(worse, draws), np.zeros(3), 3)
-    assert (found.low > 0).all()
-    assert (found.p >= 0.25).all(), "three videos agree by chance in one of four cases"
+    comparison = compare(resampled_ccc(table, draws), resampled_ccc(worse, draws), np.zeros(3), 3)
+    assert (comparison.low > 0).all()
+    assert (comparison.p >= 0.25).all(), "three videos agree by chance in one of four cases"
 
 
 def test_one_seed_has_the_interval_of_evaluate(labels: list[Floats]) -> None:
     table = moments(predictions(labels, 0.4, 1), labels)[:1]
     peer = bootstrap_interval(table[0], resamples=4000, seed=5)
-    found = percentile_interval(resampled_ccc(table, draw(VIDEOS, 4000, seed=9)))
+    interval = percentile_interval(resampled_ccc(table, draw(VIDEOS, 4000, seed=9)))
     expected = np.array([peer.valence, peer.arousal, peer.mean])
-    np.testing.assert_allclose(found, expected, atol=0.15 * float((expected[:, 1] - expected[:, 0]).min()))
+    np.testing.assert_allclose(interval, expected, atol=0.15 * float((expected[:, 1] - expected[:, 0]).min()))
 
 
 def test_a_dimension_without_labels_has_no_interval(labels: list[Floats]) -> None:

@@ -76,8 +76,8 @@ def test_results_equal_scores_of_the_prediction_files(done: tuple[StudyResult, P
                 for line in csv.DictReader(path.open(encoding="utf-8"))
                 if line["label_valence"]
             ]
-            said = np.array(table)
-            scores.append(ccc(said[:, :2], said[:, 2:]))
+            values = np.array(table)
+            scores.append(ccc(values[:, :2], values[:, 2:]))
         expected = np.mean(scores, axis=0)
         assert float(row["ccc_valence"]) == pytest.approx(expected[0], abs=1e-5)
         assert float(row["ccc_arousal"]) == pytest.approx(expected[1], abs=1e-5)

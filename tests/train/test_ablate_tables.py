@@ -34,15 +34,15 @@ def published() -> list[tuple[object, ...]]:
 
 def test_built_in_tables_equal_the_published_tables() -> None:
     study = load_study()
-    found = []
+    pairs = []
     for table in study.choose(["1", "2", "3"]):
         for row in table.rows:
             config = study.config(row, {})
             assert config.kl_weight == 0.2
             streams = ("+".join(config.visual), "+".join(config.audio))
             heads = (config.temporal, config.fusion, config.centers, config.sigma)
-            found.append((table.name, *streams, *heads, row.paper))
-    assert found == published()
+            pairs.append((table.name, *streams, *heads, row.paper))
+    assert pairs == published()
 
 
 def test_every_published_mean_matches_its_two_scores() -> None:
@@ -110,7 +110,7 @@ def test_tables_can_be_selected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("x", "is not TOML"),
         ("[base]\nlr = 1", "has no tables"),
@@ -131,10 +131,10 @@ def test_tables_can_be_selected() -> None:
         ("[bass]\n[[table.t.row]]\nname = 'a'", "unknown key.*Did you mean 'base'"),
     ],
 )
-def test_table_file_errors_name_the_location(tmp_path: Path, text: str, said: str) -> None:
+def test_table_file_errors_name_the_location(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text)
-    with pytest.raises(UsageError, match=said) as error:
+    with pytest.raises(UsageError, match=message) as error:
         load_study(path)
     assert str(path) in str(error.value)
 

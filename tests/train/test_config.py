@@ -58,7 +58,7 @@ def test_values_are_converted_to_their_type(key: str, text: object, value: objec
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("key", "value", "message"),
     [
         ("epochs", "many", "an integer"),
         ("epochs", 1.5, "an integer"),
@@ -70,13 +70,13 @@ def test_values_are_converted_to_their_type(key: str, text: object, value: objec
         ("hiden", "3", "Did you mean 'hidden'"),
     ],
 )
-def test_values_of_another_type_are_rejected(key: str, value: object, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_values_of_another_type_are_rejected(key: str, value: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         coerce(key, value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"temporal": "gruu"}, "Did you mean 'gru'"),
         ({"region_labels": "medium"}, "soft"),
@@ -93,8 +93,8 @@ def test_values_of_another_type_are_rejected(key: str, value: object, says: str)
         ({"audio": ("a", "a")}, "names a stream twice"),
     ],
 )
-def test_out_of_range_values_are_rejected(settings: dict[str, object], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_out_of_range_values_are_rejected(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         TrainConfig(**settings)  # type: ignore[arg-type]
 
 

@@ -45,24 +45,24 @@ def every_window(windows: WindowSet):
 def test_batches_equal_the_cached_arrays(cache: Cache) -> None:
     windows = load(cache)
     batch = windows.gather(torch.arange(len(windows)))
-    for clip, own, w in every_window(windows):
-        eyes, ears, labels = (cache.read(name, clip.item) for name in (VISUAL, AUDIO, LABELS))
-        start = ears.start[own]
+    for clip, rows, w in every_window(windows):
+        visual, audio, labels = (cache.read(name, clip.item) for name in (VISUAL, AUDIO, LABELS))
+        start = audio.start[rows]
         for k in range(GRID.frames):
             t = start + k * GRID.step
             assert batch.inside[w, k] == (t < clip.duration)
-            found = np.flatnonzero(np.isclose(eyes.time, t))
-            seen = bool(len(found)) and bool(eyes.valid[found[0]])
-            assert batch.valid[VISUAL][w, k] == seen
-            assert (batch.features[VISUAL][w, k].numpy() == (eyes.embedding[found[0]] if seen else 0)).all()
+            matches = np.flatnonzero(np.isclose(visual.time, t))
+            has_face = bool(len(matches)) and bool(visual.valid[matches[0]])
+            assert batch.valid[VISUAL][w, k] == has_face
+            assert (batch.features[VISUAL][w, k].numpy() == (visual.embedding[matches[0]] if has_face else 0)).all()
             row = np.abs(labels.time - t).argmin()
             known = labels.valid[row] & (t < clip.duration) & (np.abs(labels.time[row] - t) <= GRID.step / 2)
             assert (batch.labelled[w, k].numpy() == known).all()
             assert (batch.target[w, k].numpy() == np.where(known, labels.value[row], 0)).all()
-        heard = ears.valid[own] & batch.feature_inside[AUDIO][w].numpy()
-        assert (batch.valid[AUDIO][w].numpy() == heard).all()
-        assert (batch.features[AUDIO][w].numpy() == np.where(heard[:, None], ears.embedding[own], 0)).all()
-        np.testing.assert_allclose(batch.feature_time[AUDIO][w].numpy(), ears.time[own] - start, atol=1e-5)
+        audio_valid = audio.valid[rows] & batch.feature_inside[AUDIO][w].numpy()
+        assert (batch.valid[AUDIO][w].numpy() == audio_valid).all()
+        assert (batch.features[AUDIO][w].numpy() == np.where(audio_valid[:, None], audio.embedding[rows], 0)).all()
+        np.testing.assert_allclose(batch.feature_time[AUDIO][w].numpy(), audio.time[rows] - start, atol=1e-5)
     np.testing.assert_allclose(batch.time[0].numpy(), np.arange(GRID.frames) * GRID.step)
     assert batch.features[VISUAL].dtype == torch.float32
 
@@ -137,14 +137,14 @@ def test_other_training_windows(cache: Cache) -> None:
     batch = windows.gather(torch.arange(len(windows)))
     grid = Grid(6.0, 2.0, 6)
     assert batch.features[AUDIO].shape[1] == 12  # audio keeps its own rate
-    for clip, own, w in every_window(windows):
-        eyes = cache.read(VISUAL, clip.item)
-        start = grid.seconds(grid.starts(clip.duration))[own]
+    for clip, rows, w in every_window(windows):
+        visual = cache.read(VISUAL, clip.item)
+        start = grid.seconds(grid.starts(clip.duration))[rows]
         for k in range(6):
-            found = np.flatnonzero(np.isclose(eyes.time, start + k))
-            seen = bool(len(found)) and bool(eyes.valid[found[0]])
-            assert batch.valid[VISUAL][w, k] == seen
-            assert (batch.features[VISUAL][w, k].numpy() == (eyes.embedding[found[0]] if seen else 0)).all()
+            matches = np.flatnonzero(np.isclose(visual.time, start + k))
+            has_face = bool(len(matches)) and bool(visual.valid[matches[0]])
+            assert batch.valid[VISUAL][w, k] == has_face
+            assert (batch.features[VISUAL][w, k].numpy() == (visual.embedding[matches[0]] if has_face else 0)).all()
 
 
 def test_setting_only_the_window_keeps_the_cached_frame_rate(cache: Cache) -> None:
@@ -181,10 +181,10 @@ def test_imported_features_may_have_any_rate(tmp_path: Path, rate: float) -> Non
     batch = windows.gather(torch.arange(len(windows)))
     inside = windows.inside_array
     read = batch.features["mine"][..., 0].numpy()[inside]
-    wanted = windows.sample_time[inside]
-    there = batch.valid["mine"].numpy()[inside]
-    assert there.all()
-    assert np.abs(read - wanted).max() <= 0.5 / rate + 1e-6
+    times = windows.sample_time[inside]
+    valid = batch.valid["mine"].numpy()[inside]
+    assert valid.all()
+    assert np.abs(read - times).max() <= 0.5 / rate + 1e-6
     assert not batch.labelled[..., 0].any() and batch.labelled[..., 1].numpy()[inside].all()
 
 
@@ -267,13 +267,13 @@ def test_splits_without_labels_or_clips_are_rejected(tmp_path: Path) -> None:
 
 
 def test_streams_are_selected_automatically_or_must_be_named(cache: Cache, tmp_path: Path) -> None:
-    for settings, says in (
+    for settings, message in (
         ({"visual": ("clip",)}, "Choices: toy-eyes"),
         ({"visual": (AUDIO,)}, "it is a audio stream"),
         ({"text": "clip.text"}, "Choices: toy-eyes.text"),
         ({"prompts": "mine"}, "Choices: default"),
     ):
-        with pytest.raises(UsageError, match=says):
+        with pytest.raises(UsageError, match=message):
             resolve(cache, TrainConfig(**settings))
     two = make_cache(tmp_path / "c", Toy(splits={}))
     two.declare(StreamInfo("other-eyes", "visual", 3, "float32", {}))
@@ -313,8 +313,8 @@ def test_another_cache_must_come_from_the_same_encoders(cache: Cache, tmp_path: 
 def test_feature_statistics_cover_only_rows_that_are_read(cache: Cache) -> None:
     windows = load(cache)
     mean, deviation = windows.statistics(VISUAL)
-    eyes = [cache.read(VISUAL, item) for item in cache.items(split="train")]
-    rows = np.concatenate([e.embedding[e.valid].astype(np.float64) for e in eyes])
+    visual = [cache.read(VISUAL, item) for item in cache.items(split="train")]
+    rows = np.concatenate([e.embedding[e.valid].astype(np.float64) for e in visual])
     np.testing.assert_allclose(mean.numpy(), rows.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(deviation.numpy(), rows.std(0), rtol=1e-5)
 
@@ -329,9 +329,9 @@ def test_hidden_streams_are_missing(cache: Cache) -> None:
 def test_seen_marks_frames_with_a_face(cache: Cache) -> None:
     windows = load(cache)
     for clip in windows.clips:
-        eyes = cache.read(VISUAL, clip.item)
-        instants, there = windows.seen(clip)
-        assert (instants == eyes.time).all() and (there == eyes.valid).all()
+        visual = cache.read(VISUAL, clip.item)
+        instants, has_face = windows.seen(clip)
+        assert (instants == visual.time).all() and (has_face == visual.valid).all()
 
 
 def test_region_occupancy_is_reported(cache: Cache) -> None:

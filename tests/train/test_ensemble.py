@@ -30,8 +30,8 @@ def opinions(runs: int, seed: int, frames: int = 300) -> tuple[np.ndarray, np.nd
     label = np.cumsum(rng.normal(size=frames)) / 15
     common = rng.normal(size=frames) * 0.2
     scale, bias = rng.uniform(0.1, 1.2, runs), rng.normal(scale=0.2, size=runs)
-    own = rng.normal(size=(frames, runs)) * rng.uniform(0.05, 0.8, runs)
-    return label[:, None] * scale + bias + own + common[:, None], label
+    errors = rng.normal(size=(frames, runs)) * rng.uniform(0.05, 0.8, runs)
+    return label[:, None] * scale + bias + errors + common[:, None], label
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -80,10 +80,10 @@ def test_weights_in_proportion_to_concordance() -> None:
 def test_projection_is_the_nearest_point_of_the_simplex(seed: int) -> None:
     rng = np.random.default_rng(seed)
     point = rng.normal(size=4) * 2
-    found = onto_simplex(point)
+    projected = onto_simplex(point)
     others = rng.dirichlet(np.full(4, 0.5), 5000)
-    assert found.sum() == pytest.approx(1) and found.min() >= 0
-    assert np.linalg.norm(others - point, axis=1).min() >= np.linalg.norm(found - point) - 1e-9
+    assert projected.sum() == pytest.approx(1) and projected.min() >= 0
+    assert np.linalg.norm(others - point, axis=1).min() >= np.linalg.norm(projected - point) - 1e-9
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +107,18 @@ def runs(cache: Cache, tmp_path_factory) -> list[Path]:
 
 def predictions(folder: Path, split: str = "val") -> dict[str, np.ndarray]:
     """Item -> frame, time, valence, arousal, and the labels."""
-    found = {}
+    tables = {}
     for path in sorted((folder / "predictions" / split).glob("*.csv")):
-        found[path.stem] = np.genfromtxt(path, delimiter=",", skip_header=1)
-    return found
+        tables[path.stem] = np.genfromtxt(path, delimiter=",", skip_header=1)
+    return tables
 
 
 @pytest.mark.parametrize("how", ["mean", "ccc", "search"])
 def test_an_ensemble_of_one_equals_the_run(runs: list[Path], tmp_path: Path, how: str) -> None:
     _, metrics = ensemble_runs(runs[:1], tmp_path / "one", how, device="cpu")
-    own = RunFolder(runs[0]).read_metrics()
-    for key in set(own) - {"best_epoch", "epochs", "warnings"}:
-        assert metrics[key] == own[key], key
+    run_metrics = RunFolder(runs[0]).read_metrics()
+    for key in set(run_metrics) - {"best_epoch", "epochs", "warnings"}:
+        assert metrics[key] == run_metrics[key], key
     assert json.loads((tmp_path / "one" / "metrics.json").read_text()) == metrics
     for item in ("val0", "val1", "val2"):
         name = Path("predictions", "val", f"{item}.csv")
@@ -130,18 +130,18 @@ def test_an_ensemble_is_the_weighted_mean_of_its_runs(runs: list[Path], tmp_path
     made, metrics = ensemble_runs(runs, tmp_path / "all", how, device="cpu")
     assert made.table.shape == (3, 2) and made.table.min() >= 0
     np.testing.assert_allclose(made.table.sum(axis=0), 1)
-    parts, found = [predictions(run) for run in runs], predictions(tmp_path / "all")
-    for item, rows in found.items():
+    parts, combined = [predictions(run) for run in runs], predictions(tmp_path / "all")
+    for item, rows in combined.items():
         expected = sum(made.table[k] * part[item][:, 2:4] for k, part in enumerate(parts))
         np.testing.assert_allclose(rows[:, 2:4], expected, atol=2e-6)  # of numbers with six digits
-    own = [RunFolder(run).read_metrics()["ccc"] for run in runs]
+    run_scores = [RunFolder(run).read_metrics()["ccc"] for run in runs]
     for k, name in enumerate(("valence", "arousal")):
-        scores = np.clip([one[name] for one in own], 0, None)
+        scores = np.clip([one[name] for one in run_scores], 0, None)
         assert json.loads((tmp_path / "all" / "ensemble.json").read_text())["weights"][name] == list(made.table[:, k])
         if how == "ccc" and scores.sum() > 0:
             np.testing.assert_allclose(made.table[:, k], scores / scores.sum(), atol=1e-9)
         if how == "search":
-            assert metrics["ccc"][name] >= max(one[name] for one in own) - 1e-6
+            assert metrics["ccc"][name] >= max(one[name] for one in run_scores) - 1e-6
     assert ("weights were tuned on this split" in " ".join(metrics["warnings"])) == (how == "search")
     assert "regions" not in metrics  # one run has no prompt head
 
@@ -171,10 +171,10 @@ def test_an_ensemble_can_be_submitted(runs: list[Path], cache: Cache, tmp_path: 
     sample = tmp_path / "sample.txt"
     sample.write_text("image_location,valence,arousal\nval1/00007.jpg,0,0\nval0/00001.jpg,0,0\n")
     submit_run(tmp_path / "e", cache, sample, tmp_path / "out.txt", device="cpu")
-    found = predictions(tmp_path / "e")
+    predicted = predictions(tmp_path / "e")
     lines = [line.split(",") for line in (tmp_path / "out.txt").read_text().splitlines()[1:]]
-    for (_, *said), expected in zip(lines, (found["val1"][6], found["val0"][0]), strict=True):
-        np.testing.assert_allclose([float(x) for x in said], expected[2:4], atol=1e-6)
+    for (_, *written), expected in zip(lines, (predicted["val1"][6], predicted["val0"][0]), strict=True):
+        np.testing.assert_allclose([float(x) for x in written], expected[2:4], atol=1e-6)
     (tmp_path / "e" / "ensemble.json").write_text("{")
     with pytest.raises(CorruptError, match=r"ensemble\.json"):
         submit_run(tmp_path / "e", cache, sample, tmp_path / "out.txt", device="cpu")
@@ -195,8 +195,10 @@ def test_region_probabilities_are_averaged(runs: list[Path], cache: Cache) -> No
     from vaflow.train.data import load_split
 
     loaded = [load_run(run) for run in runs[:2]]
-    said = [list(run.traces(load_split(cache, "val", run.record.streams, run.record.config))) for run in loaded]
+    traces_of_runs = [
+        list(run.traces(load_split(cache, "val", run.record.streams, run.record.config))) for run in loaded
+    ]
     weights = np.array([[0.3, 0.5], [0.7, 0.5]])
-    for mixed, one, other in zip(combine(said, weights), *said, strict=True):
+    for mixed, one, other in zip(combine(traces_of_runs, weights), *traces_of_runs, strict=True):
         assert one.regions is not None and other.regions is not None
         np.testing.assert_allclose(mixed.regions, 0.4 * one.regions + 0.6 * other.regions)

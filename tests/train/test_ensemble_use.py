@@ -47,17 +47,17 @@ def ensemble(runs: list[Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asked(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[ExtractConfig]:
+def extract_configs(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[ExtractConfig]:
     """In the place of an extraction, which would decode: the toy cache, and what was asked for."""
-    said: list[ExtractConfig] = []
+    recorded: list[ExtractConfig] = []
 
     def features(dataset: Dataset, folder: Path, config: ExtractConfig, **_: object) -> Summary:
-        said.append(config)
+        recorded.append(config)
         shutil.copytree(cache.path, folder)
         return Summary()
 
     monkeypatch.setattr("vaflow.predict.extract", features)
-    return said
+    return recorded
 
 
 def video(tmp_path: Path) -> Path:
@@ -71,10 +71,12 @@ def va(path: Path) -> np.ndarray:
 
 
 def test_new_clips_are_predicted_by_every_run_and_averaged(
-    ensemble: Path, runs: list[Path], asked: list[ExtractConfig], tmp_path: Path
+    ensemble: Path, runs: list[Path], extract_configs: list[ExtractConfig], tmp_path: Path
 ) -> None:
     summary = predict_media(ensemble, [video(tmp_path)], tmp_path / "out", PredictConfig(device="cpu"))
-    assert [(one.visual, one.audio) for one in asked] == [((VISUAL,), (AUDIO,))], "one extraction for all runs"
+    assert [(one.visual, one.audio) for one in extract_configs] == [((VISUAL,), (AUDIO,))], (
+        "one extraction for all runs"
+    )
     (made,) = summary.predicted
     weights = json.loads((ensemble / "ensemble.json").read_text())["weights"]
     table = np.array([weights["valence"], weights["arousal"]]).T
@@ -84,7 +86,7 @@ def test_new_clips_are_predicted_by_every_run_and_averaged(
 
 
 def test_runs_with_incompatible_extraction_settings_are_rejected(
-    runs: list[Path], asked: list[ExtractConfig], cache: Cache, tmp_path: Path
+    runs: list[Path], extract_configs: list[ExtractConfig], cache: Cache, tmp_path: Path
 ) -> None:
     other = make_cache(tmp_path / "cache", Toy(seconds=(8, 14), grid=Grid(4.0, 1.5, 16)))
     train_run(other, CONFIG, tmp_path / "dense", tensorboard=False, figures=False)
@@ -94,25 +96,25 @@ def test_runs_with_incompatible_extraction_settings_are_rejected(
     (tmp_path / "e" / "ensemble.json").write_text(json.dumps(file | {"weights": weights}))
     with pytest.raises(UsageError, match=r"differ in the sampling \(frames\).*dense"):
         predict_media(tmp_path / "e", [video(tmp_path)], tmp_path / "out", PredictConfig(device="cpu"))
-    assert not asked
+    assert not extract_configs
 
 
 def test_an_ensemble_is_traced_to_its_runs(ensemble: Path, runs: list[Path], cache: Cache, capsys) -> None:
-    found = find_provenance(ensemble)
+    provenance = find_provenance(ensemble)
     weights = json.loads((ensemble / "ensemble.json").read_text())["weights"]
-    for k, (said, run) in enumerate(zip(found["run"]["runs"], runs, strict=True)):
+    for k, (maker, run) in enumerate(zip(provenance["run"]["runs"], runs, strict=True)):
         alone = find_provenance(run)["run"]
-        assert {key: said[key] for key in alone} == alone
-        assert said["weight"] == {name: weights[name][k] for name in weights}
-    assert {stream["name"]: stream["state"] for stream in found["streams"]} == {
+        assert {key: maker[key] for key in alone} == alone
+        assert maker["weight"] == {name: weights[name][k] for name in weights}
+    assert {stream["name"]: stream["state"] for stream in provenance["streams"]} == {
         AUDIO: "same",
         VISUAL: "same",
         f"{VISUAL}.text": "found",
     }
-    assert {entry["item"]: entry["state"] for entry in found["predictions"]} == dict.fromkeys(
+    assert {entry["item"]: entry["state"] for entry in provenance["predictions"]} == dict.fromkeys(
         ("val0", "val1", "val2"), "same"
     )
-    assert set(found["predictions"][0]["records"]) == {VISUAL, AUDIO, "labels"}
+    assert set(provenance["predictions"][0]["records"]) == {VISUAL, AUDIO, "labels"}
     assert main(["provenance", str(ensemble)]) == 0
     printed = capsys.readouterr().out
     assert all(str(run) in printed for run in (ensemble, *runs))
@@ -141,9 +143,9 @@ def test_a_submission_stores_its_provenance(
     sample, out = tmp_path / "sample.txt", tmp_path / "submission.txt"
     sample.write_text("image_location,valence,arousal\nval1/00007.jpg,0,0\nval0/00001.jpg,0,0\n")
     assert main(["submit", str(run), "--sample", str(sample), "--out", str(out), "--device", "cpu"]) == 0
-    found = {entry["item"]: entry for entry in find_provenance(run, predictions=out)["predictions"]}
-    assert set(found) == {"val0", "val1"}
-    for item, entry in found.items():
+    entries = {entry["item"]: entry for entry in find_provenance(run, predictions=out)["predictions"]}
+    assert set(entries) == {"val0", "val1"}
+    for item, entry in entries.items():
         assert (entry["csv"], entry["state"]) == (str(out), "same")
         assert entry["records"][AUDIO]["attempt"] == cache.record(AUDIO, item).attempt
     out.write_text(out.read_text() + "\n")
@@ -152,5 +154,5 @@ def test_a_submission_stores_its_provenance(
 
 def test_commands_that_need_one_run_reject_an_ensemble(ensemble: Path, capsys) -> None:
     assert main(["evaluate", str(ensemble)]) == 2
-    told = capsys.readouterr().err
-    assert "is an ensemble, not a run" in told and "vaflow ensemble" in told
+    stderr = capsys.readouterr().err
+    assert "is an ensemble, not a run" in stderr and "vaflow ensemble" in stderr

@@ -44,9 +44,9 @@ def cache(tmp_path_factory) -> Cache:
         cache.write("expr.8", item, {"time": labels.time[rows], "value": classes, "valid": valid})
         if item != "train1":
             units = np.stack([labels.value[:, 1] > 0, labels.value[:, 1] < -0.3], axis=1).astype(np.float32)
-            there = np.ones(units.shape, bool)
-            there[:4, 1] = False
-            cache.write("au", item, {"time": labels.time, "value": units, "valid": there})
+            present = np.ones(units.shape, bool)
+            present[:4, 1] = False
+            cache.write("au", item, {"time": labels.time, "value": units, "valid": present})
     return cache
 
 
@@ -71,8 +71,8 @@ def random_targets(task: str, seed: int = 0) -> tuple[torch.Tensor, ExtraTargets
 
 def test_the_class_loss_equals_pytorch_cross_entropy() -> None:
     logits, targets = random_targets(CLASSES)
-    there = targets.labelled[..., 0]
-    expected = functional.cross_entropy(logits[there], targets.value[there].argmax(dim=-1))
+    present = targets.labelled[..., 0]
+    expected = functional.cross_entropy(logits[present], targets.value[present].argmax(dim=-1))
     assert extra_loss(logits, targets).item() == pytest.approx(expected.item())
 
 
@@ -99,42 +99,42 @@ def test_unlabelled_targets_have_no_gradient(task: str) -> None:
 
 def rows_of(task: str, names: tuple[str, ...], frames: int, seed: int) -> tuple[ExtraRows, np.ndarray]:
     rng = np.random.default_rng(seed)
-    said = rng.random((frames, len(names)))
+    probabilities = rng.random((frames, len(names)))
     if task == CLASSES:
         value, valid = np.eye(len(names))[rng.integers(len(names), size=frames)], np.ones((frames, len(names)), bool)
         valid[rng.random(frames) < 0.3] = False
-        said /= said.sum(axis=1, keepdims=True)
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
     else:
-        value, valid = (rng.random(said.shape) < 0.4).astype(float), rng.random(said.shape) < 0.7
+        value, valid = (rng.random(probabilities.shape) < 0.4).astype(float), rng.random(probabilities.shape) < 0.7
     rows = ExtraRows(TargetSpec("x", task, names), np.arange(frames) / 5, np.where(valid, value, 0), valid)
-    return rows, said
+    return rows, probabilities
 
 
 def test_scores_equal_torchmetrics() -> None:
     clips = [rows_of(CLASSES, NAMES, 40, seed) for seed in range(3)]
     scores = extra_scores({"x": clips})["x"]
-    there = np.concatenate([rows.valid.all(axis=1) for rows, _ in clips])
-    said = torch.tensor(np.concatenate([said for _, said in clips])[there])
-    truth = torch.tensor(np.concatenate([rows.value for rows, _ in clips])[there]).argmax(dim=1)
-    each = multiclass_f1_score(said, truth, 3, average="none")
+    present = np.concatenate([rows.valid.all(axis=1) for rows, _ in clips])
+    predicted = torch.tensor(np.concatenate([predicted for _, predicted in clips])[present])
+    truth = torch.tensor(np.concatenate([rows.value for rows, _ in clips])[present]).argmax(dim=1)
+    each = multiclass_f1_score(predicted, truth, 3, average="none")
     assert list(scores["f1"].values()) == pytest.approx(each.tolist())
-    assert scores["macro_f1"] == pytest.approx(multiclass_f1_score(said, truth, 3, average="macro").item())
-    assert scores["accuracy"] == pytest.approx((said.argmax(dim=1) == truth).float().mean().item())
-    assert scores["n_frames"] == there.sum()
+    assert scores["macro_f1"] == pytest.approx(multiclass_f1_score(predicted, truth, 3, average="macro").item())
+    assert scores["accuracy"] == pytest.approx((predicted.argmax(dim=1) == truth).float().mean().item())
+    assert scores["n_frames"] == present.sum()
     clips = [rows_of(BINARY, UNITS, 40, seed) for seed in range(3)]
     scores = extra_scores({"x": clips})["x"]
     for k, name in enumerate(UNITS):
         valid = np.concatenate([rows.valid[:, k] for rows, _ in clips])
-        said = torch.tensor(np.concatenate([said[:, k] for _, said in clips])[valid])
+        predicted = torch.tensor(np.concatenate([predicted[:, k] for _, predicted in clips])[valid])
         truth = torch.tensor(np.concatenate([rows.value[:, k] for rows, _ in clips])[valid]).long()
-        assert scores["f1"][name] == pytest.approx(binary_f1_score(said, truth).item())
+        assert scores["f1"][name] == pytest.approx(binary_f1_score(predicted, truth).item())
     assert scores["macro_f1"] == pytest.approx(np.mean(list(scores["f1"].values())))
 
 
 def test_unlabelled_classes_are_excluded_from_the_score() -> None:
-    rows, said = rows_of(CLASSES, NAMES, 40, 0)
+    rows, predicted = rows_of(CLASSES, NAMES, 40, 0)
     never = replace(rows, value=np.eye(3)[np.where(rows.value.argmax(axis=1) == 2, 0, rows.value.argmax(axis=1))])
-    scores = extra_scores({"x": [(never, said)]})["x"]
+    scores = extra_scores({"x": [(never, predicted)]})["x"]
     assert scores["f1"]["happy"] is None
     assert scores["macro_f1"] == pytest.approx((scores["f1"]["sad"] + scores["f1"]["calm"]) / 2)
 

@@ -65,9 +65,9 @@ def test_folds_have_similar_numbers_of_labelled_frames(cache: Cache) -> None:
 def test_folds_have_names_usable_as_splits(cache: Cache) -> None:
     parts = make_folds(cache, BOTH, 3)
     for k, part in enumerate(parts, 1):
-        own, rest = split_items(cache, f"fold{k}of3", BOTH), split_items(cache, f"rest{k}of3", BOTH)
-        assert own == list(part.items)
-        assert sorted(own + rest) == cache.items()
+        fold_items, rest = split_items(cache, f"fold{k}of3", BOTH), split_items(cache, f"rest{k}of3", BOTH)
+        assert fold_items == list(part.items)
+        assert sorted(fold_items + rest) == cache.items()
     assert split_items(cache, "val", BOTH) == cache.items(split="val")
     assert split_items(cache, "fold1of2", ("train",)) == list(make_folds(cache, ("train",), 2)[0].items)
     assert source_splits("fold1of2", BOTH) == BOTH and source_splits("val", BOTH) == ("val",)

@@ -75,19 +75,19 @@ def at_frames(track: Track, time: Tensor, row: int) -> np.ndarray:
 
 def restated(variant: str, fusion: Any, visual: Tensor, time: Tensor, tracks: Sequence[Track], row: int) -> np.ndarray:
     """F_fused of one window whose tracks all have a key."""
-    seen = numbers(visual[row])
+    query = numbers(visual[row])
     if variant in ("gated", "concat"):
-        heard = [at_frames(track, time, row) for track in tracks]
+        keys = [at_frames(track, time, row) for track in tracks]
     else:
-        heard = [attention(a, seen, track, row) for a, track in zip(fusion.attends, tracks, strict=True)]
+        keys = [attention(a, query, track, row) for a, track in zip(fusion.attends, tracks, strict=True)]
     if "concat" in variant:
-        return np.concatenate([seen, *heard], -1)
-    mean = np.mean(heard, axis=0)
+        return np.concatenate([query, *keys], -1)
+    mean = np.mean(keys, axis=0)
     if variant == "attention":
         return mean
-    scores = np.concatenate([mean, seen], -1) @ numbers(fusion.gate.weight).T + numbers(fusion.gate.bias)
+    scores = np.concatenate([mean, query], -1) @ numbers(fusion.gate.weight).T + numbers(fusion.gate.bias)
     gate = 1 / (1 + np.exp(-scores))  # eq. 4
-    return gate * mean + (1 - gate) * seen  # eq. 5
+    return gate * mean + (1 - gate) * query  # eq. 5
 
 
 @variants
@@ -136,8 +136,8 @@ def test_a_missing_stream_gets_no_gate_weight(variant):
     tracks = [make_track(0), make_track(1, silent=[0, 2])]
     fused = fusion(visual, time, tracks)
     alone = build(variant, 1)
-    own = {name: value for name, value in fusion.state_dict().items() if "attends.1" not in name}
-    alone.load_state_dict(own)
+    kept = {name: value for name, value in fusion.state_dict().items() if "attends.1" not in name}
+    alone.load_state_dict(kept)
     for row in (0, 2):
         expected = alone(visual, time, tracks[:1])[row]
         torch.testing.assert_close(fused[row, :, : expected.shape[-1]], expected)
@@ -159,8 +159,8 @@ def test_attention_has_no_residual_and_no_norm():
     torch.manual_seed(0)
     attend, (visual, _) = CrossAttention(HIDDEN, HEADS).double(), make_visual()
     track = make_track(0)
-    heard = attend(visual, track.value, track)[2]  # window 2 has one step
-    torch.testing.assert_close(heard, heard[:1].expand_as(heard))
+    attended = attend(visual, track.value, track)[2]  # window 2 has one step
+    torch.testing.assert_close(attended, attended[:1].expand_as(attended))
 
 
 def test_interpolation_equals_numpy():
@@ -168,14 +168,14 @@ def test_interpolation_equals_numpy():
     inside = inside_mask((1, 2, 5, 9, 9), 9)
     known = np.sort(rng.uniform(0, 10, (5, 9)), axis=1)
     value = rng.normal(size=(5, 9, 3))
-    wanted = rng.uniform(-3, 13, (5, 20))
-    wanted[:, :9] = known  # exactly on a step
-    tensors = [torch.from_numpy(array) for array in (value, known, wanted)]
+    times = rng.uniform(-3, 13, (5, 20))
+    times[:, :9] = known  # exactly on a step
+    tensors = [torch.from_numpy(array) for array in (value, known, times)]
     junk = [torch.where(inside, tensors[1], 1e9), torch.where(inside.unsqueeze(-1), tensors[0], torch.nan)]
     ours = interpolate(junk[1], junk[0], tensors[2], inside)
     for row, n in enumerate(inside.sum(1)):
         for k in range(3):
-            expected = np.interp(wanted[row], known[row, :n], value[row, :n, k])
+            expected = np.interp(times[row], known[row, :n], value[row, :n, k])
             np.testing.assert_allclose(ours[row, :, k], expected, atol=1e-12)
 
 
@@ -183,8 +183,8 @@ def test_interpolation_gradients_reach_only_valid_steps():
     inside = inside_mask((4, 0), 6)
     value = torch.where(inside.unsqueeze(-1), torch.randn(2, 6, 3, dtype=torch.float64), torch.nan).requires_grad_()
     known = torch.arange(6, dtype=torch.float64).expand(2, 6)
-    wanted = torch.tensor([[0.5, 2.0, 9.0, torch.nan]], dtype=torch.float64).expand(2, 4)  # NaN: a padded frame
-    out = interpolate(value, known, wanted, inside)
+    times = torch.tensor([[0.5, 2.0, 9.0, torch.nan]], dtype=torch.float64).expand(2, 4)  # NaN: a padded frame
+    out = interpolate(value, known, times, inside)
     assert (out[1] == 0).all()
     (gradient,) = torch.autograd.grad(out[:, :3].sum(), value)
     weights = torch.tensor([0.5, 0.5, 1, 1, 0, 0], dtype=torch.float64)

@@ -68,9 +68,9 @@ def test_bug_minus_five_kept_as_a_target(cache: Cache) -> None:
     losses = []
     for value in (0.0, -5.0, torch.nan):
         spoiled = replace(batch, target=torch.where(batch.labelled, batch.target, value))
-        said = torch.linspace(-1, 1, batch.target.numel()).reshape(batch.target.shape).requires_grad_()
-        loss, _ = total_loss(Output(said, None), spoiled, mse_weight=1.0)
-        (gradient,) = torch.autograd.grad(loss, said)
+        predicted = torch.linspace(-1, 1, batch.target.numel()).reshape(batch.target.shape).requires_grad_()
+        loss, _ = total_loss(Output(predicted, None), spoiled, mse_weight=1.0)
+        (gradient,) = torch.autograd.grad(loss, predicted)
         losses.append((loss.item(), gradient))
     for value, gradient in losses[1:]:
         assert value == losses[0][0] and torch.equal(gradient, losses[0][1])
@@ -81,11 +81,11 @@ def test_bug_unannotated_frames_scored_as_zero(cache: Cache) -> None:
     windows = windows_of(cache, "val")
     model = FunctionModel(windows, lambda t, batch: torch.where(batch.labelled, batch.target, 0.8))
     report, traces = evaluate_windows(model, windows, "val", resamples=20)
-    said = np.concatenate([trace.va for trace in traces])
+    predicted = np.concatenate([trace.va for trace in traces])
     items = [cache.read(LABELS, item) for item in cache.items(split="val")]
     label, valid = np.concatenate([i.value for i in items]), np.concatenate([i.valid for i in items])
-    right = concordance(said[valid[:, 0], 0], label[valid[:, 0], 0].astype(float))
-    as_zero = concordance(said[:, 0], np.where(valid[:, 0], label[:, 0], 0).astype(float))
+    right = concordance(predicted[valid[:, 0], 0], label[valid[:, 0], 0].astype(float))
+    as_zero = concordance(predicted[:, 0], np.where(valid[:, 0], label[:, 0], 0).astype(float))
     assert report["ccc"]["valence"] == pytest.approx(right)
     assert abs(right - as_zero) > 0.01, "the bug would show here"
 
@@ -115,8 +115,8 @@ def test_bug_the_last_batch_dropped(cache: Cache) -> None:
     windows = windows_of(cache, "train")
     count = len(windows.trainable)
     size = next(size for size in (7, 5, 3, 4) if count % size)
-    seen = torch.cat(list(windows.shuffled(size, torch.Generator().manual_seed(0))))
-    assert sorted(seen.tolist()) == sorted(windows.trainable.tolist())
+    visited = torch.cat(list(windows.shuffled(size, torch.Generator().manual_seed(0))))
+    assert sorted(visited.tolist()) == sorted(windows.trainable.tolist())
     every = [trace.clip.item for trace in predict_clips(noisy(windows), windows, batch_size=size)]
     assert every == cache.items(split="train")
 
@@ -126,11 +126,11 @@ def test_bug_loss_over_zero_padding(cache: Cache) -> None:
     batch = windows.gather(torch.arange(len(windows)))
     padding = ~batch.inside
     assert padding.any(), "the bug would show here"
-    said = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = ccc_loss(said, batch.target, batch.labelled)
-    (gradient,) = torch.autograd.grad(loss, said)
+    predicted = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = ccc_loss(predicted, batch.target, batch.labelled)
+    (gradient,) = torch.autograd.grad(loss, predicted)
     assert not gradient[padding].any()
-    naive = ccc_loss(said, torch.where(batch.labelled, batch.target, 0))
+    naive = ccc_loss(predicted, torch.where(batch.labelled, batch.target, 0))
     assert abs(naive.item() - loss.item()) > 1e-4
 
 
@@ -151,17 +151,17 @@ def test_bug_the_loss_detached_from_the_model(cache: Cache) -> None:
 def test_bug_the_mean_of_each_videos_ccc_called_the_metric(cache: Cache) -> None:
     windows = windows_of(cache, "val")
     report, traces = evaluate_windows(noisy(windows), windows, "val", resamples=20)
-    said, label, own = [], [], []
+    predicted, label, per_video = [], [], []
     for trace, item in zip(traces, cache.items(split="val"), strict=True):
         labels = cache.read(LABELS, item)
         keep = labels.valid[:, 1]
-        said.append(trace.va[keep, 1])
+        predicted.append(trace.va[keep, 1])
         label.append(labels.value[keep, 1].astype(float))
-        own.append(concordance(said[-1], label[-1]))
-    together = concordance(np.concatenate(said), np.concatenate(label))
+        per_video.append(concordance(predicted[-1], label[-1]))
+    together = concordance(np.concatenate(predicted), np.concatenate(label))
     assert report["ccc"]["arousal"] == pytest.approx(together)
-    assert report["within_video_ccc"]["arousal"] == pytest.approx(np.mean(own))
-    assert abs(together - np.mean(own)) > 0.005, "the bug would show here"
+    assert report["within_video_ccc"]["arousal"] == pytest.approx(np.mean(per_video))
+    assert abs(together - np.mean(per_video)) > 0.005, "the bug would show here"
 
 
 def test_bug_folds_separate_left_from_right(tmp_path: Path) -> None:

@@ -72,10 +72,10 @@ def test_a_resumed_training_equals_an_uninterrupted_one(loaded, tmp_path: Path) 
     checkpoint = tmp_path / "checkpoint.safetensors"
     with pytest.raises(KeyboardInterrupt):
         trained(loaded, checkpoint, stop_after_two)
-    seen: list[float] = []
-    resumed, progress = trained(loaded, checkpoint, lambda row: seen.append(row["epoch"]))
+    losses: list[float] = []
+    resumed, progress = trained(loaded, checkpoint, lambda row: losses.append(row["epoch"]))
     whole, expected = trained(loaded)
-    assert seen == [3, 4]
+    assert losses == [3, 4]
     assert same(resumed.state_dict(), whole.state_dict())
     assert same(dict(progress.best), dict(expected.best))
     assert (progress.best_epoch, progress.best_score) == (expected.best_epoch, expected.best_score)

@@ -95,12 +95,12 @@ def test_windows_without_audio_or_face_give_finite_outputs(temporal, fusion):
 @pytest.mark.parametrize("fusion", FUSION)
 def test_without_audio_the_output_depends_on_frames_only(fusion):
     model, batch = toy_model(fusion=fusion), without(toy_batch(), AUDIO_STREAM.name, [0, 3])
-    seen = model.branches[0](batch.features[VISUAL_STREAM.name], batch.valid[VISUAL_STREAM.name], batch.inside)
+    visual = model.branches[0](batch.features[VISUAL_STREAM.name], batch.valid[VISUAL_STREAM.name], batch.inside)
     fused = model.fuse(batch)
     for row in (0, 3):
-        assert torch.equal(fused[row, :, :8], seen[row])
+        assert torch.equal(fused[row, :, :8], visual[row])
         assert (fused[row, :, 8:] == 0).all()
-    assert not torch.allclose(fused[1], functional.pad(seen[1], (0, fused.shape[-1] - 8)))
+    assert not torch.allclose(fused[1], functional.pad(visual[1], (0, fused.shape[-1] - 8)))
 
 
 @some_streams
@@ -135,8 +135,8 @@ def test_missing_is_not_padding_and_not_zero():
 def test_the_missing_frame_vector_is_trained_by_missing_frames_only():
     model, batch = toy_model(), toy_batch()
     missing = dict(model.named_parameters())["branches.0.missing"]
-    all_there = replace(batch, valid={name: mask.clone() for name, mask in batch.feature_inside.items()})
-    for case, learns in ((batch, True), (all_there, False)):
+    all_valid = replace(batch, valid={name: mask.clone() for name, mask in batch.feature_inside.items()})
+    for case, learns in ((batch, True), (all_valid, False)):
         (gradient,) = torch.autograd.grad(total_loss(model(case), case)[0], missing)
         assert bool((gradient != 0).any()) is learns
 
@@ -154,20 +154,20 @@ def test_frames_after_the_end_of_a_stream_count_as_missing():
 def test_the_model_equals_its_composed_modules():
     """Projection, temporal model, fusion and heads, in the paper's order, out of the model's own pieces."""
     model, batch = toy_model(), toy_batch()
-    heard_mask = batch.valid[AUDIO_STREAM.name] & batch.feature_inside[AUDIO_STREAM.name]
+    audio_mask = batch.valid[AUDIO_STREAM.name] & batch.feature_inside[AUDIO_STREAM.name]
     branch: Any
     sequences = []
     for branch, stream in zip(model.branches, (VISUAL_STREAM, AUDIO_STREAM), strict=True):
-        there = batch.valid[stream.name].unsqueeze(-1)
+        present = batch.valid[stream.name].unsqueeze(-1)
         norm = functional.layer_norm(
             batch.features[stream.name], (stream.dim,), branch.normalize.weight, branch.normalize.bias
         )
         projected = norm @ branch.project.weight.T + branch.project.bias
-        replaced = torch.where(there, projected, branch.missing)
+        replaced = torch.where(present, projected, branch.missing)
         sequences.append(branch.temporal(replaced, batch.feature_inside[stream.name]))
     visual, audio = sequences
     fusion: Any = model.fusion
-    unmasked = fusion.attends[0].attention(visual, audio, audio, key_padding_mask=~heard_mask)[0]
+    unmasked = fusion.attends[0].attention(visual, audio, audio, key_padding_mask=~audio_mask)[0]
     gate = torch.sigmoid(fusion.gate(torch.cat([unmasked, visual], dim=-1)))
     fused = gate * unmasked + (1 - gate) * visual
     first, second = model.regression[0], model.regression[3]
@@ -182,14 +182,14 @@ def test_the_model_equals_its_composed_modules():
 
 def test_one_modality_uses_no_fusion():
     batch = toy_batch()
-    seen, heard = toy_model((VISUAL_STREAM,)), toy_model((AUDIO_STREAM,))
-    assert seen.fusion is None
-    h_v = seen.branches[0](batch.features[VISUAL_STREAM.name], batch.valid[VISUAL_STREAM.name], batch.inside)
-    assert torch.equal(seen.fuse(batch), h_v)
+    visual_model, audio_model = toy_model((VISUAL_STREAM,)), toy_model((AUDIO_STREAM,))
+    assert visual_model.fusion is None
+    h_v = visual_model.branches[0](batch.features[VISUAL_STREAM.name], batch.valid[VISUAL_STREAM.name], batch.inside)
+    assert torch.equal(visual_model.fuse(batch), h_v)
     name = AUDIO_STREAM.name
-    h_a = heard.branches[0](batch.features[name], batch.valid[name], batch.feature_inside[name])
+    h_a = audio_model.branches[0](batch.features[name], batch.valid[name], batch.feature_inside[name])
     expected = interpolate(h_a, batch.feature_time[name], batch.time, batch.feature_inside[name])
-    assert torch.equal(heard.fuse(batch), expected)
+    assert torch.equal(audio_model.fuse(batch), expected)
 
 
 @some_streams

@@ -114,11 +114,11 @@ def test_evaluation_without_a_modality_does_not_read_its_features(cache: Cache) 
 def test_evaluating_without_a_modality_keeps_the_stored_results(cache: Cache, tmp_path: Path) -> None:
     run = tmp_path / "run"
     metrics = quiet_run(cache, CONFIG, run).metrics
-    own = (run / "predictions" / "val" / "val0.csv").read_text()
+    stored = (run / "predictions" / "val" / "val0.csv").read_text()
     less = evaluate_run(run, cache, device="cpu", without="audio")
     assert less["without"] == "audio" and less["ccc"] != metrics["ccc"] and less["n_frames"] == metrics["n_frames"]
     assert RunFolder(run).read_metrics() == metrics
-    assert (run / "predictions" / "val" / "val0.csv").read_text() == own
+    assert (run / "predictions" / "val" / "val0.csv").read_text() == stored
     assert len(list((run / "predictions" / "val-without-audio").glob("*.csv"))) == 3
     config, inputs = resolve(cache, CONFIG)
     windows = load_split(cache, "val", inputs.streams, config)
@@ -218,9 +218,9 @@ def test_a_stored_smoothing_is_applied_by_every_prediction(cache: Cache, tmp_pat
     assert chosen is not None and chosen.chosen_on == "val"
     assert read_smoothing(run) is None  # a choice alone stores nothing
     assert chosen.scores["0"] == pytest.approx(before["ccc"]["mean"])
-    given = choose_smoothing(run, cache, "mean", 2.0, device="cpu")
-    assert given == Smoothing("mean", 2.0)
-    write_smoothing(run, given)
+    choice = choose_smoothing(run, cache, "mean", 2.0, device="cpu")
+    assert choice == Smoothing("mean", 2.0)
+    write_smoothing(run, choice)
     after = evaluate_run(run, cache, device="cpu")
     assert after["smoothing"] == {"kind": "mean", "seconds": 2.0, "chosen_on": ""}
     assert after["smoothness"]["prediction"]["valence"] < before["smoothness"]["prediction"]["valence"]
@@ -292,7 +292,7 @@ def test_outputs_of_both_models_are_combined() -> None:
     one, other = toy_model(), toy_model()
     nn.init.normal_(other.regression[0].weight)  # type: ignore[arg-type]
     batch = toy_batch()
-    said, a, b = EachModel(one, other).eval()(batch), one.eval()(batch), other.eval()(batch)
-    assert torch.equal(said.va[..., 0], a.va[..., 0]) and torch.equal(said.va[..., 1], b.va[..., 1])
-    torch.testing.assert_close(said.region_logits, (a.region_logits + b.region_logits) / 2)
+    combined, a, b = EachModel(one, other).eval()(batch), one.eval()(batch), other.eval()(batch)
+    assert torch.equal(combined.va[..., 0], a.va[..., 0]) and torch.equal(combined.va[..., 1], b.va[..., 1])
+    torch.testing.assert_close(combined.region_logits, (a.region_logits + b.region_logits) / 2)
     assert not torch.equal(a.va, b.va)

@@ -21,9 +21,9 @@ def trace(seconds: float, rate: float = 30.0):
 def test_a_complete_trace_is_plotted(tmp_path: Path) -> None:
     time, va, regions = trace(20)
     label = np.where(time[:, None] < 12, va * 0.5, np.nan)
-    seen = (time < 5) | (time > 8)
+    has_face = (time < 5) | (time > 8)
     with_all, plain = tmp_path / "all.png", tmp_path / "plain.png"
-    plots.plot_trace(with_all, time, va, label=label, regions=regions, face=seen, audio=seen, title="a clip")
+    plots.plot_trace(with_all, time, va, label=label, regions=regions, face=has_face, audio=has_face, title="a clip")
     plots.plot_trace(plain, time, va)
     one, other = Image.open(with_all), Image.open(plain)
     assert one.size[0] == other.size[0] and one.size[1] > other.size[1]  # the region strip is added below
@@ -34,8 +34,8 @@ def test_a_complete_trace_is_plotted(tmp_path: Path) -> None:
 
 def pixels(image: Image.Image, colour: str) -> int:
     """How many pixels are of exactly that colour."""
-    wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return int((np.asarray(image.convert("RGB")) == wanted).all(axis=-1).sum())
+    rgb = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return int((np.asarray(image.convert("RGB")) == rgb).all(axis=-1).sum())
 
 
 def test_gaps_are_shaded_until_the_next_valid_frame() -> None:
@@ -57,8 +57,8 @@ def test_any_name_can_be_drawn(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_very_short_clips_are_plotted(tmp_path: Path, rows: int) -> None:
     time, va, regions = (array[:rows] for array in trace(1))
-    seen = np.zeros(rows, bool)
-    plots.plot_trace(tmp_path / "p.png", time, va, regions=regions, label=va * np.nan, face=seen, audio=seen)
+    has_face = np.zeros(rows, bool)
+    plots.plot_trace(tmp_path / "p.png", time, va, regions=regions, label=va * np.nan, face=has_face, audio=has_face)
     assert Image.open(tmp_path / "p.png").size[0] > 800
 
 

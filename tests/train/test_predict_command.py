@@ -50,9 +50,9 @@ def test_a_run_on_imported_features_predicts_a_cache_without_labels(
     run, cache = imported
     out = tmp_path / "predictions"
     assert main(["predict", str(run), "--cache", str(cache), "--out", str(out), "--device", "cpu", "--json"]) == 0
-    found = {clip["item"]: clip for clip in json.loads(capsys.readouterr().out)}
-    assert set(found) == {"x", "y"}
-    for clip in found.values():
+    report = {clip["item"]: clip for clip in json.loads(capsys.readouterr().out)}
+    assert set(report) == {"x", "y"}
+    for clip in report.values():
         rows = table_of(Path(clip["csv"]))
         assert Path(clip["png"]).is_file() and len(rows) == clip["frames"]
         valence = np.array([float(row["valence"]) for row in rows])

@@ -172,12 +172,12 @@ def test_a_truncated_last_line_is_dropped_and_other_damage_reported(tmp_path):
 def test_search_results_are_written(searched):
     with (searched / "trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    found = json.loads((searched / "search.json").read_text())
+    report = json.loads((searched / "search.json").read_text())
     assert [row["trial"] for row in rows] == ["1", "2", "3", "4", "5"]
     done = [row for row in rows if row["state"] == DONE]
     best = max(done, key=lambda row: float(row["ccc_mean"]))
-    assert found["best"]["trial"] == int(best["trial"])
-    assert found["best"]["selected_ccc"] == pytest.approx(float(best["ccc_mean"]), abs=1e-6)
+    assert report["best"]["trial"] == int(best["trial"])
+    assert report["best"]["selected_ccc"] == pytest.approx(float(best["ccc_mean"]), abs=1e-6)
     settings = read_settings(searched / "best.toml")
     assert (settings["epochs"], settings["hidden"]) == (3, int(best["hidden"]))
     assert settings["lr"] == pytest.approx(float(best["lr"]))
@@ -194,11 +194,11 @@ def test_trials_never_read_the_held_out_split(searched, cache):
         clips = {item for split in splits.values() for item in split}
         assert clips == set(open_cache(cache).items(split="train"))
         assert not clips & held_out
-    found = json.loads((searched / "search.json").read_text())
-    runs = [searched / "runs" / f"trial{found['best']['trial']:04d}" / f"fold{fold}" for fold in (1, 2)]
+    report = json.loads((searched / "search.json").read_text())
+    runs = [searched / "runs" / f"trial{report['best']['trial']:04d}" / f"fold{fold}" for fold in (1, 2)]
     scores = [evaluate_run(run, open_cache(cache), "val", device="cpu", write=False)["ccc"]["mean"] for run in runs]
-    assert found["holdout_ccc"]["mean"] == pytest.approx(np.mean(scores), abs=1e-12)
-    assert found["holdout_ccc"]["mean"] != found["best"]["selected_ccc"]
+    assert report["holdout_ccc"]["mean"] == pytest.approx(np.mean(scores), abs=1e-12)
+    assert report["holdout_ccc"]["mean"] != report["best"]["selected_ccc"]
 
 
 def test_a_killed_search_resumes_to_the_same_result(searched, command, cache, monkeypatch):
@@ -238,10 +238,10 @@ def test_incompatible_settings_fail_one_trial(command, tmp_path, capsys):
     space = tmp_path / "space.toml"
     space.write_text("epochs = 1\nhidden = 10\nattention_heads = 4\nfusion = ['attention', 'attention-concat']\n")
     code = main([*command[:3], str(space), *command[4:], "--trials", "2", "--out", str(tmp_path / "out"), "--json"])
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert code == 1
-    assert json.loads(said.out)["states"] == {"done": 0, "stopped": 0, "failed": 2}
-    assert "must be divisible by" in said.err
+    assert json.loads(printed.out)["states"] == {"done": 0, "stopped": 0, "failed": 2}
+    assert "must be divisible by" in printed.err
 
 
 def test_streams_missing_from_the_cache_are_rejected_before_the_search(command, tmp_path, capsys):

@@ -94,13 +94,13 @@ def test_few_frames_and_zero_width_are_supported(kind: str) -> None:
 
 def traces(scale: float, clips: int = 3) -> list[Trace]:
     """Predictions that are the labels with noise of each frame's own."""
-    found = []
+    made = []
     for k in range(clips):
         time = irregular(400, k)
         label = np.stack([np.sin(0.5 * time + k), np.cos(0.4 * time)], axis=1) * 0.8
         clip = ClipRows(f"c{k}", f"c{k}", float(time[-1]) + 0.1, time, label, np.ones(label.shape, bool), k, k + 1)
-        found.append(Trace(clip, np.clip(label + scale * noise(400, k), -1, 1), None))
-    return found
+        made.append(Trace(clip, np.clip(label + scale * noise(400, k), -1, 1), None))
+    return made
 
 
 @pytest.mark.parametrize("kind", list(FILTERS))

@@ -40,16 +40,16 @@ def windows(steps: int, each: int, inside: tuple[int, ...] = (), seed: int = 0) 
     draw = torch.Generator().manual_seed(seed)
     count = steps * each
     lengths = torch.tensor(inside or (count, count - each // 2 - 1))
-    there = torch.arange(count) < lengths[:, None]
-    valid = there & (torch.rand(there.shape, generator=draw) > 0.2)
-    frames = torch.randn(*there.shape, BANDS, generator=draw, dtype=torch.float64)
-    time = (torch.arange(count) * 0.01 + 0.0125).double().expand(there.shape)
-    return frames, valid, there, time
+    present = torch.arange(count) < lengths[:, None]
+    valid = present & (torch.rand(present.shape, generator=draw) > 0.2)
+    frames = torch.randn(*present.shape, BANDS, generator=draw, dtype=torch.float64)
+    time = (torch.arange(count) * 0.01 + 0.0125).double().expand(present.shape)
+    return frames, valid, present, time
 
 
-def restated(model: Spectrogram, frames: np.ndarray, there: np.ndarray) -> np.ndarray:
+def restated(model: Spectrogram, frames: np.ndarray, present: np.ndarray) -> np.ndarray:
     """One window, [T, bands] and [T] -> [S, width], one number at a time."""
-    maps, mask = np.where(there[:, None], frames, 0)[None], there
+    maps, mask = np.where(present[:, None], frames, 0)[None], present
     for layer, stride in zip(model.layers, model.shrink, strict=True):
         weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()  # type: ignore[operator]
         padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)))
@@ -60,7 +60,7 @@ def restated(model: Spectrogram, frames: np.ndarray, there: np.ndarray) -> np.nd
             out[o, t, m] = max(0.0, (patch * weight[o]).sum() + bias[o]) * mask[t]
         maps = out
     shrink = int(np.prod(model.shrink))
-    rows: list[list[np.ndarray]] = [[] for _ in range(len(there) // model.frames_per_step)]
+    rows: list[list[np.ndarray]] = [[] for _ in range(len(present) // model.frames_per_step)]
     for t in np.flatnonzero(mask):
         rows[t * shrink // model.frames_per_step].append(maps[:, t].ravel())
     return np.stack([np.mean(row, axis=0) if row else np.zeros(model.width) for row in rows])
@@ -147,8 +147,8 @@ def mel_batch() -> Batch:
 def test_the_model_ignores_missing_spectrogram_frames() -> None:
     model = toy_model((VISUAL_STREAM, MEL), fusion="hierarchical").eval()
     batch = mel_batch()
-    there = (batch.valid[MEL.name] & batch.feature_inside[MEL.name]).unsqueeze(-1)
-    junk = torch.where(there, batch.features[MEL.name], float("nan"))
+    present = (batch.valid[MEL.name] & batch.feature_inside[MEL.name]).unsqueeze(-1)
+    junk = torch.where(present, batch.features[MEL.name], float("nan"))
     dirty = replace(batch, features={**batch.features, MEL.name: junk})
     assert torch.equal(model(dirty).va, model(batch).va)
     louder = replace(batch, features={**batch.features, MEL.name: 2 * batch.features[MEL.name]})
@@ -176,10 +176,12 @@ def settings(**more: object) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("asked", "steps", "each"), [({}, 8, 50), ({"audio_steps": 5}, 5, 80), ({"frames": 100}, 100, 4)]
+    ("window_settings", "steps", "each"), [({}, 8, 50), ({"audio_steps": 5}, 5, 80), ({"frames": 100}, 100, 4)]
 )
-def test_log_mel_windows_equal_cached_frames_at_their_times(cache: Cache, asked: dict, steps: int, each: int) -> None:
-    config, inputs = resolve(cache, settings(**asked))
+def test_log_mel_windows_equal_cached_frames_at_their_times(
+    cache: Cache, window_settings: dict, steps: int, each: int
+) -> None:
+    config, inputs = resolve(cache, settings(**window_settings))
     mel = inputs.streams[-1]
     assert (mel.steps, mel.frames_per_step, mel.spec.frames_per_step) == (steps * each, each, each)
     loaded = load_split(cache, "val", inputs.streams, config)

@@ -38,11 +38,11 @@ def run(cache: Cache) -> Path:
 @pytest.fixture(scope="module")
 def predicted(run: Path) -> dict[str, list[tuple[float, float]]]:
     """Trial -> (valence, arousal) of every frame, from the run's prediction files of its labelled split."""
-    found = {}
+    tables = {}
     for path in sorted((run / "predictions" / "val").glob("*.csv")):
         with path.open(newline="") as file:
-            found[path.stem] = [(float(row["valence"]), float(row["arousal"])) for row in csv.DictReader(file)]
-    return found
+            tables[path.stem] = [(float(row["valence"]), float(row["arousal"])) for row in csv.DictReader(file)]
+    return tables
 
 
 def sample_file(folder: Path, rows: list[str], *, header: str = HEADER, end: str = "\n") -> Path:
@@ -55,15 +55,15 @@ def read(path: Path) -> list[tuple[str, float, float]]:
     first, *lines = path.read_text().split("\n")
     assert first == HEADER
     assert lines.pop() == "", "the file ends with a newline"
-    return [(place, float(v), float(a)) for place, v, a in (line.split(",") for line in lines)]
+    return [(location, float(v), float(a)) for location, v, a in (line.split(",") for line in lines)]
 
 
 def check(path: Path, rows: list[str], predicted: dict[str, list[tuple[float, float]]]) -> None:
     """Every row of the sample, in its order, with the trial's prediction at the frame of its number."""
-    found = read(path)
-    assert [place for place, _, _ in found] == [row.split(",")[0] for row in rows]
-    for place, valence, arousal in found:
-        trial, name = place.split("/")
+    rows_read = read(path)
+    assert [location for location, _, _ in rows_read] == [row.split(",")[0] for row in rows]
+    for location, valence, arousal in rows_read:
+        trial, name = location.split("/")
         expected = predicted[trial][int(name.split(".")[0]) - 1]
         assert (valence, arousal) == pytest.approx(expected, abs=2e-6)
 
@@ -142,7 +142,7 @@ def test_frames_beyond_the_end_are_counted_or_held(
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (["val0/00001.jpg,0,0", "val0,0,0", "val0/x.jpg,0,0"], "2 malformed lines.*line 3: 'val0,0,0', line 4"),
         (["val0/00000.jpg,0,0"], "1 malformed line"),
@@ -153,8 +153,8 @@ def test_frames_beyond_the_end_are_counted_or_held(
         ([], "has no rows"),
     ],
 )
-def test_sample_errors_name_the_line(tmp_path: Path, rows: list[str], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_sample_errors_name_the_line(tmp_path: Path, rows: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         read_sample(sample_file(tmp_path, rows))
 
 

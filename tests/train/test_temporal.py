@@ -62,9 +62,9 @@ def test_padding_changes_no_gradient(case, junk):
         x.requires_grad_()
         weights = torch.linspace(-1, 1, HIDDEN, dtype=torch.float64)
         loss = ((model(x, inside) * weights).sum(-1) * torch.arange(1, 1 + inside.shape[1])).sum()
-        found = torch.autograd.grad(loss, [x, *model.parameters()])
-        assert (found[0][~inside] == 0).all()
-        gradients.append([found[0][:, : max(LENGTHS)], *found[1:]])
+        computed = torch.autograd.grad(loss, [x, *model.parameters()])
+        assert (computed[0][~inside] == 0).all()
+        gradients.append([computed[0][:, : max(LENGTHS)], *computed[1:]])
     for plain, padded in zip(*gradients, strict=True):
         assert torch.isfinite(padded).all()
         torch.testing.assert_close(padded, plain)
@@ -97,16 +97,16 @@ def test_the_backward_direction_starts_at_the_last_real_step(cell):
     """Each direction restated as a one-way network over one sequence, the second over the reversed one."""
     torch.manual_seed(0)
     model = Recurrent(cell, WIDTH, HIDDEN).double()
-    ways = []
+    directions = []
     for suffix in ("", "_reverse"):
-        way = cell(WIDTH, HIDDEN // 2, batch_first=True).double()
-        way.load_state_dict({name: getattr(model.rnn, name + suffix) for name in way.state_dict()})
-        ways.append(way)
+        lstm = cell(WIDTH, HIDDEN // 2, batch_first=True).double()
+        lstm.load_state_dict({name: getattr(model.rnn, name + suffix) for name in lstm.state_dict()})
+        directions.append(lstm)
     x, inside = ragged(junk=1e6)
     out = model(x, inside)
     for row, length in enumerate(LENGTHS):
         sequence = x[row : row + 1, :length]
-        forth, back = ways[0](sequence)[0], ways[1](sequence.flip(1))[0].flip(1)
+        forth, back = directions[0](sequence)[0], directions[1](sequence.flip(1))[0].flip(1)
         torch.testing.assert_close(out[row : row + 1, :length], torch.cat([forth, back], dim=-1))
 
 

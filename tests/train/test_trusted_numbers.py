@@ -41,16 +41,16 @@ def with_labels(path: Path, deviation: float) -> Cache:
     return cache
 
 
-@pytest.mark.parametrize(("deviation", "said"), [(0.0, True), (0.005, True), (0.1, False)])
+@pytest.mark.parametrize(("deviation", "warned"), [(0.0, True), (0.005, True), (0.1, False)])
 def test_nearly_constant_labels_are_reported_before_and_after_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, deviation: float, said: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, deviation: float, warned: bool
 ) -> None:
     with caplog.at_level(logging.WARNING):
         result = train_run(with_labels(tmp_path / "c", deviation), CONFIG, tmp_path / "run", figures=False)
     words = "labels of valence are nearly constant"
-    assert any(w.startswith(f"train: {words}") for w in result.metrics["warnings"]) == said
-    assert any(w.startswith(words) for w in result.metrics["warnings"]) == said, "of the validation split"
-    assert caplog.text.count(f"train: {words}") == 2 * said
+    assert any(w.startswith(f"train: {words}") for w in result.metrics["warnings"]) == warned
+    assert any(w.startswith(words) for w in result.metrics["warnings"]) == warned, "of the validation split"
+    assert caplog.text.count(f"train: {words}") == 2 * warned
     assert not any("labels of arousal" in w for w in result.metrics["warnings"])
 
 
@@ -62,9 +62,9 @@ def test_constant_predictions_are_reported(tmp_path: Path, capsys: pytest.Captur
     assert main(["train", str(cache.path), "--out", str(out), *small]) == 0
     assert "val: predictions of valence are nearly constant" in capsys.readouterr().err
     assert main(["evaluate", str(out), "--device", "cpu"]) == 0
-    said = capsys.readouterr().err
-    assert "warning: predictions of valence are nearly constant" in said
-    assert "warning: predictions of arousal are nearly constant" in said
+    stderr = capsys.readouterr().err
+    assert "warning: predictions of valence are nearly constant" in stderr
+    assert "warning: predictions of arousal are nearly constant" in stderr
 
 
 def enlarged(windows: WindowSet, stream: str, item: str, factor: float) -> WindowSet:
@@ -125,10 +125,10 @@ def test_float16_storage_moves_predictions_by_thousandths_at_most(cache: Cache, 
     exact = widened(cache, tmp_path / "wide")
     train_run(exact, replace(CONFIG, epochs=3), tmp_path / "run", tensorboard=False, figures=False)
     trained = load_run(tmp_path / "run")
-    said = []
+    predictions = []
     for source in (exact, cache):
         windows = load_split(source, "val", trained.record.streams, trained.record.config)
-        said.append(np.concatenate([trace.va for trace in trained.traces(windows)]))
-    apart = np.abs(said[0] - said[1])
+        predictions.append(np.concatenate([trace.va for trace in trained.traces(windows)]))
+    apart = np.abs(predictions[0] - predictions[1])
     assert 0 < apart.max() < 5e-3
     assert apart.mean() < 1e-3

@@ -28,7 +28,7 @@ def write_clip(
             video.options = {"g": "12", "crf": "18"}
         else:
             video.bit_rate = 2_000_000
-        sound: Any = (
+        audio_stream: Any = (
             out.add_stream("aac" if codec == "libx264" else "mp2", rate=48_000, layout="mono") if audio else None
         )
         for number, time in enumerate(times):
@@ -37,15 +37,15 @@ def write_clip(
             frame.time_base = Fraction(1, 25) if constant else Fraction(1, 90_000)
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
-        if sound is not None:
+        if audio_stream is not None:
             rate, size = 48_000, 1152
             for start in range(0, int(times[-1] * rate), size):
                 t = (start + np.arange(size)) / rate
                 wave = 0.5 * np.sin(2 * np.pi * 440 * t) * (t.astype(int) % 2 == 0)
                 block = av.AudioFrame.from_ndarray((wave * 32767).astype(np.int16)[None], format="s16", layout="mono")
                 block.sample_rate, block.pts, block.time_base = rate, start, Fraction(1, rate)
-                out.mux(sound.encode(block))
-            out.mux(sound.encode(None))
+                out.mux(audio_stream.encode(block))
+            out.mux(audio_stream.encode(None))
 
 
 def numbered_image(number: int) -> NDArray[np.uint8]:

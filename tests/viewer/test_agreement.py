@@ -20,9 +20,9 @@ SHROUT_FLEISS = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5,
 
 
 def test_icc_equals_the_published_example() -> None:
-    found = icc(np.array(SHROUT_FLEISS).T)
+    values = icc(np.array(SHROUT_FLEISS).T)
     expected = {"ICC(2,1)": 0.29, "ICC(2,k)": 0.62, "ICC(3,1)": 0.71, "ICC(3,k)": 0.91}
-    assert {name: round(value, 2) for name, value in found.items()} == expected
+    assert {name: round(value, 2) for name, value in values.items()} == expected
 
 
 def test_kappa_equals_a_worked_example() -> None:
@@ -41,10 +41,10 @@ def test_kappa_equals_scikit_learn() -> None:
 
 def test_ccc_of_pairs_follows_its_definition() -> None:
     ratings = np.random.default_rng(1).normal(size=(3, 100)) + np.linspace(-1, 1, 100)
-    found = pairwise_ccc(ratings)
-    assert found[0, 2] == pytest.approx(ccc(ratings[0], ratings[2]))
-    assert np.allclose(found, found.T)
-    assert np.allclose(np.diag(found), 1)
+    computed = pairwise_ccc(ratings)
+    assert computed[0, 2] == pytest.approx(ccc(ratings[0], ratings[2]))
+    assert np.allclose(computed, computed.T)
+    assert np.allclose(np.diag(computed), 1)
 
 
 @pytest.mark.parametrize("shift", [-20, -3, 0, 1, 17])
@@ -107,15 +107,15 @@ def test_a_reference_gives_the_lag_of_all(root: Path, tmp_path: Path) -> None:
     time = np.arange(1400) / 25
     rows = [f"{k},{t:.6f},{v:.6f},{a:.6f}" for k, (t, (v, a)) in enumerate(zip(time, affect(time), strict=True))]
     (tmp_path / "predictions" / "one.csv").write_text("\n".join(["frame,time,valence,arousal", *rows]) + "\n")
-    found = compare_ratings(read_ratings(root), AgreeConfig(max_lag=4, reference=tmp_path / "predictions"))
-    assert found.lags == pytest.approx(LAGS, abs=0.09)
+    agreement = compare_ratings(read_ratings(root), AgreeConfig(max_lag=4, reference=tmp_path / "predictions"))
+    assert agreement.lags == pytest.approx(LAGS, abs=0.09)
 
 
 @pytest.mark.parametrize("fusion", ["mean", "ewe"])
 def test_fused_labels_follow_the_signal(root: Path, tmp_path: Path, fusion: str) -> None:
     ratings, config = read_ratings(root), AgreeConfig(max_lag=4, fusion=fusion)
-    found = compare_ratings(ratings, config)
-    written = fuse_ratings(ratings, found, config, tmp_path / "fused")
+    agreement = compare_ratings(ratings, config)
+    written = fuse_ratings(ratings, agreement, config, tmp_path / "fused")
     assert [path.relative_to(tmp_path / "fused").as_posix() for path in written] == ["one.csv", "sub/two.csv"]
     fused = read_csv(written[0])
     assert fused.time is not None
@@ -125,7 +125,9 @@ def test_fused_labels_follow_the_signal(root: Path, tmp_path: Path, fusion: str)
 def test_files_named_after_clip_and_annotator_are_read(tmp_path: Path) -> None:
     write_rating(tmp_path / "clip.one.ann.csv", 0, 0.1, 0)
     write_rating(tmp_path / "clip.one.bob.csv", 0, 0.1, 1)
-    assert {clip: sorted(found) for clip, found in read_ratings(tmp_path).items()} == {"clip.one": ["ann", "bob"]}
+    assert {clip: sorted(by_annotator) for clip, by_annotator in read_ratings(tmp_path).items()} == {
+        "clip.one": ["ann", "bob"]
+    }
 
 
 def test_the_command_prints_and_fuses(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,10 +61,10 @@ def test_axe_finds_no_violation(open_page: OpenPage, pages: dict[str, Path], nam
         page.click("[data-rating=on]")
     page.wait_for_timeout(500)
     page.evaluate(Path(axe).read_text("utf-8"))
-    found = page.evaluate("axe.run()")
-    told = [(v["id"], v["impact"], [node["html"][:120] for node in v["nodes"][:3]]) for v in found["violations"]]
-    assert not told
-    assert len(found["passes"]) > 10
+    result = page.evaluate("axe.run()")
+    violations = [(v["id"], v["impact"], [node["html"][:120] for node in v["nodes"][:3]]) for v in result["violations"]]
+    assert not violations
+    assert len(result["passes"]) > 10
 
 
 @pytest.mark.parametrize("name", ["viewer", "report", "check", "ablation"])

@@ -50,8 +50,8 @@ def test_sums_over_clips_give_the_scores_of_the_run(tmp_path: Path) -> None:
 def test_differences_equal_a_bootstrap_by_definition(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "one", seed=1, noise=0.3), write_run(tmp_path / "two", seed=2, noise=0.05)
     runs = read_runs([tmp_path / "one", tmp_path / "two"])
-    [found] = paired_differences(runs)
-    difference, low, high, p = found["scores"]["mean"]
+    [row] = paired_differences(runs)
+    difference, low, high, p = row["scores"]["mean"]
     assert difference == pytest.approx(two["ccc"]["mean"] - one["ccc"]["mean"], abs=1e-6)
     tables = [
         [np.loadtxt(p, delimiter=",", skiprows=1) for p in sorted((tmp_path / name / "predictions/val").glob("*.csv"))]
@@ -70,8 +70,8 @@ def test_differences_equal_a_bootstrap_by_definition(tmp_path: Path) -> None:
 def test_runs_on_other_videos_are_not_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "one")
     write_run(tmp_path / "two", clips=["clip0", "other"])
-    [found] = paired_differences(read_runs([tmp_path / "one", tmp_path / "two"]))
-    assert "not scored on the same" in found["problem"]
+    [difference] = paired_differences(read_runs([tmp_path / "one", tmp_path / "two"]))
+    assert "not scored on the same" in difference["problem"]
 
 
 def test_runs_with_equal_names_are_distinguished(tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def test_media_are_found_by_recorded_name_and_size(tmp_path: Path) -> None:
         (tmp_path / folder / "video.mp4").write_bytes(text)
     facts = {"name": "video.mp4", "size": 7}
     source = {"records": {"labels": {"source": {"video": facts}}}, "media": None}
-    found = MediaIndex([tmp_path]).find(PredictedClip("clip_left", tmp_path / "x.csv", source=source))
-    assert found == tmp_path / "b" / "video.mp4"
+    match = MediaIndex([tmp_path]).find(PredictedClip("clip_left", tmp_path / "x.csv", source=source))
+    assert match == tmp_path / "b" / "video.mp4"
     other = {"records": {"labels": {"source": {"video": {**facts, "size": 9}}}}}
     assert MediaIndex([tmp_path]).find(PredictedClip("video", tmp_path / "x.csv", source=other)) is None
 

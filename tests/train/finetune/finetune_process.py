@@ -28,15 +28,15 @@ def gradients(cache: Path) -> dict[str, Tensor]:
         work = tuning(ready, fabric)
         numbers = (0, 0, 0)
         losses = train_step(work, read_share(work, torch.arange(WINDOWS), numbers), numbers)
-        found = {name: p.grad.clone() for name, p in work.model.named_parameters() if p.grad is not None}
-        return found | {"losses": losses}
+        by_name = {name: p.grad.clone() for name, p in work.model.named_parameters() if p.grad is not None}
+        return by_name | {"losses": losses}
 
 
 def main(cache: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    found = gradients(cache)
+    computed = gradients(cache)
     train_run(open_cache(cache), replace(CONFIG, epochs=1), out / "run", tensorboard=False, figures=False)
-    write_tensors(out / "gradients.safetensors", found)
+    write_tensors(out / "gradients.safetensors", computed)
 
 
 if __name__ == "__main__":

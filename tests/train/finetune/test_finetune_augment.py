@@ -10,12 +10,12 @@ from vaflow.train.finetune.augment import BANDS, COLOUR, FRAMES, SMALLEST_CROP, 
 EDGE = 32
 
 
-def pictures(count: int) -> torch.Tensor:
+def random_images(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, EDGE, EDGE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 def test_frames_of_one_clip_share_their_augmentation() -> None:
-    images = pictures(1).expand(6, -1, -1, -1)
+    images = random_images(1).expand(6, -1, -1, -1)
     changed = Augment((0, 0, 0)).images(images, torch.tensor([4, 4, 9, 4, 9, 7]))
     assert changed.shape == images.shape
     assert changed.dtype == torch.uint8
@@ -26,7 +26,7 @@ def test_frames_of_one_clip_share_their_augmentation() -> None:
 
 
 def test_augmentation_depends_on_step_and_clip_only() -> None:
-    images = pictures(4)
+    images = random_images(4)
     clips = torch.tensor([0, 1, 2, 3])
     whole = Augment((0, 1, 2)).images(images, clips)
     order = torch.tensor([2, 0, 3])
@@ -46,20 +46,20 @@ def test_augmentation_without_colour_is_a_flipped_crop(monkeypatch: pytest.Monke
         x, y = changed[..., 0].mean(axis=0), changed[..., 1].mean(axis=1)
         flipped = x[-1] < x[0]
         flips += flipped
-        for place in (x[::-1] if flipped else x, y):
-            scale = (place[-1] - place[0]) / 255
+        for axis in (x[::-1] if flipped else x, y):
+            scale = (axis[-1] - axis[0]) / 255
             assert SMALLEST_CROP - 0.06 < scale < 1.02
-            straight = np.linspace(place[0], place[-1], EDGE)
-            assert np.abs(place - straight).max() < 6  # neither bent nor turned
+            straight = np.linspace(axis[0], axis[-1], EDGE)
+            assert np.abs(axis - straight).max() < 6  # neither bent nor turned
     assert 15 < flips < 45
 
 
 def test_colour_changes_stay_within_their_limits() -> None:
     grey = torch.full((1, EDGE, EDGE, 3), 100, dtype=torch.uint8)
-    seen = [float(augment_images(grey, torch.Generator().manual_seed(k)).double().mean()) for k in range(40)]
-    assert min(seen) >= 100 * (1 - COLOUR) - 1
-    assert max(seen) <= 100 * (1 + COLOUR) + 1
-    assert max(seen) - min(seen) > 20
+    means = [float(augment_images(grey, torch.Generator().manual_seed(k)).double().mean()) for k in range(40)]
+    assert min(means) >= 100 * (1 - COLOUR) - 1
+    assert max(means) <= 100 * (1 + COLOUR) + 1
+    assert max(means) - min(means) > 20
 
 
 def test_audio_augmentation_masks_one_band_and_one_span() -> None:
@@ -73,8 +73,8 @@ def test_audio_augmentation_masks_one_band_and_one_span() -> None:
         assert torch.equal(blank, bands[None, :] | frames[:, None])
         torch.testing.assert_close(changed[blank], mel.mean().expand(int(blank.sum())))
         for strip in (bands, frames):
-            there = strip.nonzero().flatten()
-            assert len(there) == 0 or there[-1] - there[0] + 1 == len(there)
+            masked = strip.nonzero().flatten()
+            assert len(masked) == 0 or masked[-1] - masked[0] + 1 == len(masked)
         widths.append(int(bands.sum()))
         lengths.append(int(frames.sum()))
     assert max(widths) <= BANDS

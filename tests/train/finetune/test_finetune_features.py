@@ -35,9 +35,9 @@ def test_frozen_backbones_equal_the_cached_pipeline(pixels_cache: Cache, windows
     with torch.no_grad():
         for ids in train.in_order(3):
             cached = heads(train.gather(ids))
-            said = model(gather(train, ready.sources, ready.backbones, ids))
-            torch.testing.assert_close(said[..., :2], cached.va, rtol=4 * HALF, atol=4 * HALF)
-            torch.testing.assert_close(said[..., 2:], cached.region_logits, rtol=16 * HALF, atol=16 * HALF)
+            output = model(gather(train, ready.sources, ready.backbones, ids))
+            torch.testing.assert_close(output[..., :2], cached.va, rtol=4 * HALF, atol=4 * HALF)
+            torch.testing.assert_close(output[..., 2:], cached.region_logits, rtol=16 * HALF, atol=16 * HALF)
 
 
 def test_re_encoding_a_split_equals_the_cache(loaded: Loaded) -> None:
@@ -90,24 +90,24 @@ def test_audio_windows_are_slices_of_the_log_mel(loaded: Loaded) -> None:
 )
 def test_every_input_is_read_once_for_all_rows(rows: list[list[int]], per: int) -> None:
     index = torch.tensor(rows)
-    wanted, place = share_units(index, per)
-    assert wanted.tolist() == sorted({(row - 1) // per for line in rows for row in line if row})
-    held = [0] + [1 + unit * per + k for unit in wanted.tolist() for k in range(per)]  # rows in the encoder's result
-    assert [[held[k] for k in line] for line in place.tolist()] == rows
+    units, position = share_units(index, per)
+    assert units.tolist() == sorted({(row - 1) // per for line in rows for row in line if row})
+    held = [0] + [1 + unit * per + k for unit in units.tolist() for k in range(per)]  # rows in the encoder's result
+    assert [[held[k] for k in line] for line in position.tolist()] == rows
 
 
 def test_overlapping_windows_share_inputs(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     train, decode = loaded.data.train, StoredImages.decode
-    seen: list[int] = []
+    reads: list[int] = []
 
-    def count(pictures: StoredImages, unit: int) -> np.ndarray:
-        seen.append(unit)
-        return decode(pictures, unit)
+    def count(images: StoredImages, unit: int) -> np.ndarray:
+        reads.append(unit)
+        return decode(images, unit)
 
     monkeypatch.setattr(StoredImages, "decode", count)
     gather(train, loaded.sources, loaded.backbones, torch.arange(len(train)), Augment((0,)))
     read = train.tables["clip-tiny"].index
-    assert len(seen) == len(set(seen)) == len(torch.unique(read[read > 0])) < int((read > 0).sum())
+    assert len(reads) == len(set(reads)) == len(torch.unique(read[read > 0])) < int((read > 0).sum())
 
 
 def test_a_cache_without_encoder_inputs_states_the_remedy(pixels_cache: Cache, tmp_path: Path) -> None:
@@ -154,16 +154,16 @@ def test_the_last_blocks_and_later_layers_are_trained(loaded: Loaded) -> None:
 def test_activation_checkpointing_changes_no_gradient(loaded: Loaded) -> None:
     for backbone in loaded.backbones:
         inputs = loaded.sources[backbone.stream.name].read(torch.tensor([0, 1]))
-        found = []
+        gradients = []
         for again in (False, True):
             if again:
                 recompute(backbone)
             backbone.module.zero_grad()
             backbone.features(inputs).square().mean().backward()
-            found.append([p.grad.clone() for p in backbone.module.parameters() if p.grad is not None])
-        for before, after in zip(*found, strict=True):
+            gradients.append([p.grad.clone() for p in backbone.module.parameters() if p.grad is not None])
+        for before, after in zip(*gradients, strict=True):
             torch.testing.assert_close(after, before)
-        assert len(found[0]) > 10
+        assert len(gradients[0]) > 10
 
 
 def test_a_subset_of_the_streams_can_be_tuned(loaded: Loaded) -> None:

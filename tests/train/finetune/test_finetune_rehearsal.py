@@ -48,7 +48,7 @@ def test_the_forward_pass_stays_on_the_device(missing: bool) -> None:
             each.encoder.device = CUDA
         images = None if missing else torch.zeros(3, 224, 224, 3, dtype=torch.uint8, device=CUDA)
         mel = torch.zeros(2, 398, 128, device=CUDA)
-        place = torch.ones(B, S, dtype=torch.int64, device=CUDA)
+        position = torch.ones(B, S, dtype=torch.int64, device=CUDA)
         inside = torch.ones(B, F, dtype=torch.bool, device=CUDA)
         times = torch.zeros(B, F, device=CUDA)
         features = {spec.name: torch.zeros(B, S, spec.dim, device=CUDA) for spec in specs}
@@ -63,6 +63,6 @@ def test_the_forward_pass_stays_on_the_device(missing: bool) -> None:
             labelled=inside[..., None].expand(B, F, 2),
             window=torch.zeros(B, dtype=torch.int64, device=CUDA),
         )
-        packed = model(Raw(batch, {"clip-tiny": Units(images, place), "ast-tiny": Units(mel, place)}))
+        packed = model(Raw(batch, {"clip-tiny": Units(images, position), "ast-tiny": Units(mel, position)}))
     assert packed.device.type == "cuda"
     assert packed.shape == (B, F, 2 + 9)

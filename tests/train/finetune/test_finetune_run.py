@@ -109,8 +109,8 @@ def test_extraction_with_other_weights_does_not_mix_with_the_cache(
 
 
 def sampling_of(cache: Cache) -> dict[str, Any]:
-    found: dict[str, Any] = cache.streams()["clip-tiny"].identity["sampling"]
-    return found
+    sampling: dict[str, Any] = cache.streams()["clip-tiny"].identity["sampling"]
+    return sampling
 
 
 @pytest.mark.parametrize("split", ["val", "train"])

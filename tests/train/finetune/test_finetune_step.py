@@ -68,7 +68,7 @@ def test_gradients_equal_the_plain_composition(pixels_cache: Cache, fabric: Any)
         index = windows.tables[name].index[:4].long()
         units = (torch.unique(index[index > 0]) - 1) // backbone.per_unit
         encoded = {unit: plain.sources[name].read(torch.tensor([unit])) for unit in set(units.tolist())}
-        rows = {unit: backbone.features(picture) for unit, picture in encoded.items()}
+        rows = {unit: backbone.features(image) for unit, image in encoded.items()}
         features[name] = torch.stack([torch.stack([row_of(rows, r, backbone) for r in w]) for w in index.tolist()])
     loss, parts = total_loss(plain.model.heads(replace(batch, features=features)), batch, kl_weight=0.2)
     loss.backward()
