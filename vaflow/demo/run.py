@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 VISUAL, AUDIO = "clip-tiny", "ast-tiny"
 CLIPS = 24  # labelled clips, training and validation
-# The only deviation from the published settings: it removes the large constant offset in features of random encoders.
-TRAINING: dict[str, Any] = {"normalize": "standard"}
+# Deviations from the published settings: the first removes the large constant offset in features of random encoders;
+# the second adds standard deviations and leaves the predictions as they are.
+TRAINING: dict[str, Any] = {"normalize": "standard", "uncertainty": "variance"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ def describe(result: DemoResult) -> str:
         f"  {name:8} {ccc[name]:.3f}  [{interval[name][0]:.3f}, {interval[name][1]:.3f}]"
         for name in ("valence", "arousal", "mean")
     ]
+    lines += ["", f"Coverage of the intervals ({result.metrics['uncertainty']['held_out']}):"]
+    for name, levels in result.metrics["coverage"].items():
+        shares = (f"{level} % {'-' if x is None else f'{100 * x:.1f} %'}" for level, x in levels.items())
+        lines.append(f"  {name:8} {', '.join(shares)}")
     lines += ["", "Time: " + ", ".join(f"{stage} {value:.0f} s" for stage, value in result.seconds.items())]
     lines += ["Figures:", *(f"  {path}" for path in result.pictures)]
     lines += ["", f"Next: vaflow predict {result.out / 'run'} YOUR_VIDEO.mp4 --out {result.out / 'predictions'}"]

@@ -24,8 +24,8 @@ from vaflow.train.runs import RunFolder, load_run, require_record
 from vaflow.train.storage import read_tensors
 from vaflow.train.training import evaluate_run, train_run
 
-CONFIG = replace(SETTINGS, epochs=3, augment=True)
-QUIET: dict[str, Any] = {"tensorboard": False, "pictures": False}
+CONFIG = replace(SETTINGS, epochs=3, augment=True, uncertainty="variance")
+QUIET: dict[str, Any] = {"tensorboard": False, "figures": False}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,8 @@ def test_fine_tuning_reduces_the_loss_and_writes_a_complete_run(run: Path, pixel
     assert not RunFolder(run).checkpoint_file.exists()
     assert train_run(pixels_cache, CONFIG, run).was_done
     assert RunFolder(run).read_metrics()["best_epoch"] in (1, 2, 3)
+    assert set(RunFolder(run).read_metrics()["coverage"]) == {"valence", "arousal"}
+    assert {"uncertainty.json", "training_features.safetensors"} <= {path.name for path in run.iterdir()}
     assert not list(run.rglob("*.bin")), "no pickle anywhere"
 
 
