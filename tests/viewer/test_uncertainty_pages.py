@@ -26,7 +26,10 @@ from vaflow.viewer.predictions import Predictions, read_predictions
 from vaflow.viewer.report import write_report
 from vaflow.viewer.run_results import read_run
 
-COVERAGE = {"valence": {"50": 0.512, "80": 0.834, "95": 0.961}, "arousal": {"50": 0.489, "80": None, "95": 0.913}}
+COVERAGE: dict[str, dict[str, float | None]] = {
+    "valence": {"50": 0.512, "80": 0.834, "95": 0.961},
+    "arousal": {"50": 0.489, "80": None, "95": 0.913},
+}
 
 
 def uncertain_run(path: Path) -> Path:
