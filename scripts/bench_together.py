@@ -31,7 +31,8 @@ from vaflow.train.data import load_split
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import make_optimizer, seeded, train_step
-from vaflow.train.together.epochs import Member, gathered, take_step
+from vaflow.train.session import Data
+from vaflow.train.together.epochs import Member, take_step
 from vaflow.train.together.stacked_models import StackedModels
 from vaflow.train.windows import WindowSet
 
@@ -59,13 +60,13 @@ def step_alone(config: TrainConfig, inputs: Inputs, windows: WindowSet, seed: in
 
 def step_together(config: TrainConfig, inputs: Inputs, windows: WindowSet, runs: int) -> Callable[[int], object]:
     """A function that takes step k of several runs."""
-    members = [Member(fresh(config, inputs, seed), replace(config, seed=seed)) for seed in range(runs)]
+    data = Data(windows, windows)
+    members = [Member(fresh(config, inputs, seed), replace(config, seed=seed), data) for seed in range(runs)]
     stack = StackedModels([member.model for member in members], [member.config for member in members])
     ids = list(windows.shuffled(config.batch_size, torch.Generator().manual_seed(0)))[:-1]  # whole batches
 
     def step(k: int) -> object:
-        batch = gathered(stack, members, windows, [ids[(k + run) % len(ids)] for run in range(runs)])
-        return take_step(stack, members, batch, k, len(ids))
+        return take_step(stack, members, range(runs), [ids[(k + run) % len(ids)] for run in range(runs)], k)
 
     return step
 

@@ -42,6 +42,12 @@ def load_split(
     check_has_clips(cache)
     items = split_items(cache, split, config.fold_splits, config.fold_groups)
     windows = load_windows(cache, items, streams, config, **options)  # type: ignore[arg-type]
+    check_annotated(windows, split, cache)
+    return windows
+
+
+def check_annotated(windows: WindowSet, split: str, cache: Cache) -> None:
+    """Raise UsageError unless some clip of a loaded split is annotated."""
     if not windows.labelled_rows:
         raise UsageError(
             explain(
@@ -51,7 +57,6 @@ def load_split(
                 remedy="Choose another split, or extract again with the annotation beside the media",
             )
         )
-    return windows
 
 
 def check_has_clips(cache: Cache) -> None:

@@ -2,7 +2,8 @@
 
 The clips of a source video (`_left` and `_right`) share image and audio, so they stay in one fold; a column of a groups
 file (speaker, site) can take the video's place. A fold is a split named "fold2of5"; all other folds together are
-"rest2of5". Every option that takes a split takes these names. Folds follow from the cache alone: no seed, no file.
+"rest2of5". Every option that takes a split takes these names. A fold of the default splits can be divided again, for
+nested cross-validation. Folds follow from the cache alone: no seed, no file.
 """
 
 import re
@@ -28,7 +29,7 @@ class Fold:
 
 
 def fold_items(cache: Cache, splits: Sequence[str]) -> list[str]:
-    """Clips of the splits that folds divide, sorted.
+    """Clips of the splits that folds divide, sorted; a split may itself be a fold of the default splits.
 
     Raises:
         UsageError: the cache lacks one of the splits, or both of the default ones.
@@ -36,7 +37,7 @@ def fold_items(cache: Cache, splits: Sequence[str]) -> list[str]:
     if tuple(splits) == TrainConfig.fold_splits:  # of the default splits, one may be absent
         present = {str(row.get("split") or "none") for row in map(cache.meta, cache.items())}
         splits = [split for split in splits if split in present] or splits
-    return sorted({item for split in splits for item in cache.items(split=split)})
+    return sorted({item for split in splits for item in split_items(cache, split, TrainConfig.fold_splits)})
 
 
 def make_folds(
@@ -114,4 +115,6 @@ def split_items(cache: Cache, split: str, fold_splits: Sequence[str], fold_group
 
 def source_splits(split: str, fold_splits: Sequence[str]) -> tuple[str, ...]:
     """Splits of the data set that a split's clips come from: itself, or those that the folds divide."""
-    return tuple(fold_splits) if _NAME.fullmatch(split) else (split,)
+    if _NAME.fullmatch(split) is None:
+        return (split,)
+    return tuple(dict.fromkeys(name for part in fold_splits for name in source_splits(part, TrainConfig.fold_splits)))

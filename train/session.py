@@ -15,15 +15,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaflow.cache import Cache
 from vaflow.demonstration import demonstration_notice
-from vaflow.device import forbid_tf32
+from vaflow.device import choose_device, forbid_tf32
 from vaflow.errors import UsageError, explain
 from vaflow.train.builder import build_model, open_tower
 from vaflow.train.config import AUTO, TrainConfig
-from vaflow.train.data import load_split
+from vaflow.train.data import check_annotated, load_split, load_windows
 from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, write_predictions
 from vaflow.train.feature_distance import TrainingFeatures
+from vaflow.train.folds import fold_items, split_items
 from vaflow.train.heads.model import VAModel
-from vaflow.train.inputs import Inputs
+from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import Progress, Row, seeded
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import run_maker, write_sources
@@ -64,9 +65,59 @@ def load_data(
     train, val = (
         load_split(cache, split, inputs.streams, config, device=device, scratch=scratch, show=show) for split in splits
     )
-    if not len(train.trainable):
+    return _checked(Data(train, val), config)
+
+
+def _checked(data: Data, config: TrainConfig) -> Data:
+    if not len(data.train.trainable):
         raise UsageError(explain(f"No window of split {config.train_split!r} has a labelled frame"))
-    return Data(train, val)
+    return data
+
+
+def data_key(config: TrainConfig) -> tuple[object, ...]:
+    """Key that is equal for runs that can share loaded clips: a pair of splits, or all folds of some splits."""
+    streams = (config.visual, config.audio)
+    windows = (config.window, config.stride, config.frames, config.audio_steps, config.label_reduction)
+    clips = (config.fold_splits,) if config.folds else (config.train_split, config.val_split)
+    return (*streams, *windows, *clips, config.extra_targets, config.device)
+
+
+class LoadedSplits:
+    """Loads the splits of runs on one cache. The latest clips stay loaded; folds of the same splits share rows."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._key: tuple[object, ...] = ()
+        self._pool: WindowSet | None = None
+        self._data: dict[tuple[str, ...], Data] = {}
+
+    def data(self, config: TrainConfig) -> Data:
+        """Both splits of resolved settings.
+
+        Raises:
+            UsageError, DataError: as `load_data`.
+        """
+        key, splits = data_key(config), (config.train_split, config.val_split)
+        if key != self._key:  # release the old data before the new is read
+            self._key, self._pool, self._data = key, None, {}
+        name = (*splits, config.fold_groups)
+        if name not in self._data:
+            self._data[name] = self._load(config, splits)
+        return self._data[name]
+
+    def _load(self, config: TrainConfig, splits: tuple[str, str]) -> Data:
+        config, inputs = resolve(self._cache, config)
+        device = choose_device(config.device)
+        if not config.folds:
+            return load_data(self._cache, config, inputs, device=device)
+        if self._pool is None:
+            items = fold_items(self._cache, config.fold_splits)
+            self._pool = load_windows(self._cache, items, inputs.streams, config, device=device)
+        chosen = [split_items(self._cache, split, config.fold_splits, config.fold_groups) for split in splits]
+        train, val = (self._pool.of_clips(set(items)) for items in chosen)
+        for windows, split in ((train, splits[0]), (val, splits[1])):
+            check_annotated(windows, split, self._cache)
+        return _checked(Data(train, val), config)
 
 
 def new_model(config: TrainConfig, inputs: Inputs, data: Data, device: torch.device) -> VAModel:

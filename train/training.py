@@ -2,10 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from vaflow.train.data import check_has_clips, load_split
 from vaflow.train.digests import changes, check_splits_apart, clip_digests, to_json
 from vaflow.train.evaluate import check_complete, failed_items, score_traces, write_predictions
 from vaflow.train.folds import split_items
-from vaflow.train.inputs import check_same, resolve
+from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
 from vaflow.train.provenance import run_maker, write_sources
 from vaflow.train.record import RunRecord, new_record
@@ -202,6 +201,7 @@ def evaluate_run(
     without: str | None = None,
     groups: Groups | None = None,
     smoothing: Smoothing | Literal["stored"] | None = "stored",
+    fold_splits: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """Score a finished run on a split of a cache, and write the predictions into the run's folder.
 
@@ -216,8 +216,8 @@ def evaluate_run(
         without: "visual" or "audio": mark that modality as missing everywhere.
         groups: kind -> item -> group, for metrics of each group.
         smoothing: "stored": the one that `vaflow smooth` stored with the run, if any. Another one, or None, applies to
-            this evaluation only: predictions go to a folder of its own, without standard deviations, and
-            `metrics.json` stays.
+            this evaluation only: predictions go to a folder of its own, and `metrics.json` stays.
+        fold_splits: splits that are divided where `split` is a fold; None: those of the run.
 
     Raises:
         UsageError: the run is unfinished or no run, the split does not exist or is not annotated, the run does not
@@ -234,8 +234,13 @@ def evaluate_run(
     config = trained.record.config
     warn_of_demonstration((*config.visual, *config.audio))
     split = config.val_split if split is None else split
-    windows = read_for(run, trained.record, cache, partial(load_split, cache, split, device=target, show=show))
-    failed = failed_items(cache, split, config.fold_splits)
+    divided = config.fold_splits if fold_splits is None else fold_splits
+
+    def read(streams: Sequence[InputStream], settings: TrainConfig) -> WindowSet:
+        return load_split(cache, split, streams, replace(settings, fold_splits=divided), device=target, show=show)
+
+    windows = read_for(run, trained.record, cache, read)
+    failed = failed_items(cache, split, divided)
     lost = check_complete(windows, failed, allow_missing)
     traces = list(trained.traces(windows if without is None else without_modality(windows, without)))
     report = score_traces(traces, split, lost, failed, centers=config.centers, groups=groups)

@@ -4,7 +4,7 @@ No file is read per window. Modality dropout (not in the papers) trains the mode
 faces.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -139,19 +139,7 @@ class WindowSet:
 
     def gather(self, ids: Tensor) -> Batch:
         """The windows `ids`, [B] int64 on any device, as a batch on the training device."""
-        batch = self.labels(ids)
-        features, valid, feature_inside, feature_time = {}, {}, {}, {}
-        for stream in self.streams:
-            table = self.tables[stream.name]
-            index = table.index.index_select(0, ids.to(table.index.device))
-            rows = table.rows.index_select(0, index.flatten()).view(*index.shape, -1)
-            features[stream.name], valid[stream.name] = rows.to(self.device, torch.float32), (index > 0).to(self.device)
-            if table.inside is None or table.time is None:
-                feature_inside[stream.name], feature_time[stream.name] = batch.inside, batch.time
-            else:
-                feature_inside[stream.name] = table.inside.index_select(0, batch.window)
-                feature_time[stream.name] = table.time.index_select(0, batch.window)
-        return replace(batch, features=features, valid=valid, feature_inside=feature_inside, feature_time=feature_time)
+        return gather_each([self], [ids])
 
     def labels(self, ids: Tensor, counted: Tensor | None = None) -> Batch:
         """The windows `ids`, [B] int64, as a batch without features.
@@ -198,6 +186,36 @@ class WindowSet:
                 name: StreamTable(t.rows, torch.zeros_like(t.index), t.inside, t.time) if name in hidden else t
                 for name, t in self.tables.items()
             }
+        )
+
+    def of_clips(self, items: Collection[str]) -> "WindowSet":
+        """The windows of some of the clips; the rows of features stay shared."""
+        clips = [clip for clip in self.clips if clip.item in items]
+        windows = torch.cat([torch.arange(clip.first, clip.last) for clip in clips])
+        ends = np.cumsum([clip.last - clip.first for clip in clips]).tolist()
+        ids = windows.to(self.device)
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[ids.to(tensor.device)]
+
+        return WindowSet(
+            self.streams,
+            {
+                name: StreamTable(
+                    table.rows, table.index[ids.to(table.index.device)], part(table.inside), part(table.time)
+                )
+                for name, table in self.tables.items()
+            },
+            tuple(replace(c, first=end - c.last + c.first, last=end) for c, end in zip(clips, ends, strict=True)),
+            time=self.time,
+            sample_time=self.sample_time[windows.numpy()],
+            inside=self.inside[ids],
+            target=self.target[ids],
+            labelled=self.labelled[ids],
+            extra={
+                name: ExtraTargets(targets.task, targets.value[ids], targets.labelled[ids])
+                for name, targets in self.extra.items()
+            },
         )
 
     def with_tables(self, tables: Mapping[str, StreamTable]) -> "WindowSet":
@@ -252,6 +270,54 @@ class WindowSet:
         steps = [np.arange(frames) * flag.shape[1] // frames for flag in flags]  # the step at the time of each frame
         any_set = np.any([flag[:, step] for flag, step in zip(flags, steps, strict=True)], axis=0)[inside]
         return instants, np.bincount(where, weights=any_set, minlength=instants.size) > 0
+
+
+def gather_each(sets: Sequence[WindowSet], ids: Sequence[Tensor]) -> Batch:
+    """Windows of several sets of the same streams as one batch: those of the first set, then those of the second, ...
+
+    Args:
+        sets: window sets on one device.
+        ids: [B] int64 per set, on any device.
+    """
+    first = sets[0]
+    if any(windows is not first for windows in sets):
+        batch = _joined([windows.labels(chosen) for windows, chosen in zip(sets, ids, strict=True)])
+    else:
+        ids, sets = [ids[0] if len(ids) == 1 else torch.cat(list(ids))], sets[:1]
+        batch = first.labels(ids[0])
+    features, valid, feature_inside, feature_time = {}, {}, {}, {}
+    for stream in first.streams:
+        tables = [windows.tables[stream.name] for windows in sets]
+        index = _cat([t.index.index_select(0, k.to(t.index.device)) for t, k in zip(tables, ids, strict=True)])
+        if all(table.rows is tables[0].rows for table in tables):
+            rows = tables[0].rows.index_select(0, index.flatten())
+        else:
+            parts = zip(tables, index.split([len(chosen) for chosen in ids]), strict=True)
+            rows = torch.cat([table.rows.index_select(0, part.flatten()) for table, part in parts])
+        features[stream.name] = rows.view(*index.shape, -1).to(first.device, torch.float32)
+        valid[stream.name] = (index > 0).to(first.device)
+        if tables[0].inside is None or tables[0].time is None:
+            feature_inside[stream.name], feature_time[stream.name] = batch.inside, batch.time
+            continue
+        windows_of = batch.window.split([len(chosen) for chosen in ids])
+        for name, chosen in (("inside", feature_inside), ("time", feature_time)):
+            masks = [getattr(t, name).index_select(0, k) for t, k in zip(tables, windows_of, strict=True)]
+            chosen[stream.name] = _cat(masks)
+    return replace(batch, features=features, valid=valid, feature_inside=feature_inside, feature_time=feature_time)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Batches without features as one batch."""
+    plain = {n: torch.cat([getattr(b, n) for b in batches]) for n in ("inside", "time", "target", "labelled", "window")}
+    extra = {}
+    for name, targets in batches[0].extra.items():
+        parts = [[getattr(batch.extra[name], part) for batch in batches] for part in ("value", "labelled")]
+        extra[name] = ExtraTargets(targets.task, *map(torch.cat, parts))
+    return replace(batches[0], **plain, extra=extra)  # type: ignore[arg-type]
 
 
 def drop_modality(

@@ -110,17 +110,17 @@ def test_finished_runs_are_reused(cache: Cache, done: tuple[StudyResult, Path], 
 def test_batched_runs_give_the_same_tables(
     cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    monkeypatch.setattr("vaflow.train.together.choice.WORTH_MEASURING", 0)  # in this process, not in others
-    monkeypatch.setattr("vaflow.train.together.choice.GAIN", 1e9)
+    monkeypatch.setattr("vaflow.train.together.batches.WORTH_MEASURING", 0)  # in this process, not in others
+    monkeypatch.setattr("vaflow.train.together.batches.GAIN", 1e9)
     choices: list[str] = []
     result = run_study(
         *(cache, toy_study(tmp_path), [], tmp_path / "out", Options(seeds=2)),
         processes=processes,
-        together=True,
+        together="auto" if processes == 1 else "always",
         on_choice=choices.append,
     )
     assert result.failures == []
-    assert [line[:21] for line in choices] == ["2 runs train together"] * (3 if processes == 1 else 0)
+    assert [line[:25] for line in choices] == ["2 runs train in one batch"] * (3 if processes == 1 else 0)
     rows, expected = read_csv(tmp_path / "out"), read_csv(done[1])
     assert [row["runs"] for row in rows] == [row["runs"] for row in expected]
     for row, other in zip(rows, expected, strict=True):
@@ -287,7 +287,7 @@ def test_a_killed_worker_fails_only_its_run(cache: Cache, tmp_path: Path) -> Non
     plan = make_plan(cache, toy_study(tmp_path), [], Options(seeds=2))
     slow = replace(plan.jobs[0], config=replace(plan.jobs[0].config, epochs=5000))
     out, outcomes = tmp_path / "out", []
-    for outcome in run_jobs([slow, *plan.jobs[1:]], cache, out, processes=2):
+    for outcome in run_jobs([slow, *plan.jobs[1:]], cache, out, processes=2, together="never"):
         outcomes.append(outcome)
         if len(outcomes) == 1:  # the other one is in its endless run by now
             wait_for(lambda: (out / "runs" / slow.key / "checkpoint.safetensors").exists())

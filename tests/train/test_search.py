@@ -102,22 +102,22 @@ def test_proposals_lie_in_the_space_and_are_deterministic():
     for sampler in ("bayes", "random"):
         done: list[Trial] = []
         for number in range(1, 16):
-            values = propose(TOY, done, sampler, seed=1)
-            assert values == propose(TOY, done, sampler, seed=1)
+            values = propose(TOY, done, (), sampler, seed=1)
+            assert values == propose(TOY, done, (), sampler, seed=1)
             assert 1e-5 <= values["lr"] <= 1e-2
             assert values["temporal"] in ("gru", "tcn")
             state = (DONE, STOPPED, FAILED)[number % 3]
             done.append(
                 Trial(number, values, state, rungs=() if state == FAILED else (-abs(math.log10(values["lr"]) + 3),))
             )
-        assert propose(TOY, done, sampler, seed=2) != propose(TOY, done, sampler, seed=1)
+        assert propose(TOY, done, (), sampler, seed=2) != propose(TOY, done, (), sampler, seed=1)
 
 
 def test_bayes_search_beats_random_search():
     def distance(sampler: str) -> float:
         trials: list[Trial] = []
         for number in range(1, 31):
-            values = propose(TOY, trials, sampler, seed=0)
+            values = propose(TOY, trials, (), sampler, seed=0)
             score = -abs(math.log10(values["lr"]) + 4) - (values["temporal"] == "gru")
             trials.append(Trial(number, values, DONE, rungs=(score,)))
         return float(np.mean([trial.score for trial in trials[-10:]]))
@@ -202,9 +202,9 @@ def test_trials_never_read_the_held_out_split(searched, cache):
 
 
 def test_a_killed_search_resumes_to_the_same_result(searched, command, cache, monkeypatch):
-    import vaflow.train.search.study as study
+    import vaflow.train.together.runs as runs
 
-    out, train, calls = cache.parent / "killed", study.train_run, []
+    out, train, calls = cache.parent / "killed", runs.train_run, []
 
     def dying(*args, **options):
         calls.append(args)
@@ -212,9 +212,9 @@ def test_a_killed_search_resumes_to_the_same_result(searched, command, cache, mo
             raise KeyboardInterrupt
         return train(*args, **options)
 
-    monkeypatch.setattr(study, "train_run", dying)
+    monkeypatch.setattr(runs, "train_run", dying)
     assert main([*command, "--trials", "5", "--out", str(out)]) == 130
-    monkeypatch.setattr(study, "train_run", train)
+    monkeypatch.setattr(runs, "train_run", train)
     assert main([*command, "--trials", "3", "--out", str(out)]) == 0
     assert main([*command, "--trials", "5", "--out", str(out)]) == 0
     tables = []

@@ -17,6 +17,7 @@ from vaflow.train.ablate.grid import Row, Settings, Study, Table, expand
 from vaflow.train.config import BEFORE_SETTING, NONE, TrainConfig, with_aliases
 from vaflow.train.folds import split_items
 from vaflow.train.inputs import Inputs, resolve, sampling
+from vaflow.train.session import data_key
 
 HASH_BYTES = 8
 REFERENCE = "full model"  # name of the row that others are compared with, where no table has it
@@ -200,14 +201,6 @@ class _Planner:
             facts = json.dumps([[r.item, r.source, r.arrays] for r in records], sort_keys=True)
             self._digests[key] = blake2b(facts.encode(), digest_size=HASH_BYTES).hexdigest()
         return self._digests[key]
-
-
-def data_key(config: TrainConfig) -> tuple[object, ...]:
-    """Key that is equal for runs that read the same windows of the same streams."""
-    streams = (config.visual, config.audio)
-    windows = (config.window, config.stride, config.frames, config.audio_steps, config.label_reduction)
-    clips = (config.train_split, config.val_split, config.fold_splits, config.fold_groups, config.extra_targets)
-    return (*streams, *windows, *clips, config.device)
 
 
 def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:

@@ -55,7 +55,7 @@ def run_study(
     options: Options,
     *,
     processes: int = 1,
-    together: bool = False,
+    together: str = "auto",
     level: int = logging.ERROR,
     on_plan: OnPlan | None = None,
     on_run: OnRun | None = None,
@@ -72,10 +72,10 @@ def run_study(
         out: the study's folder.
         options: seeds, overrides, aliases.
         processes: number of runs, or batches of runs, in parallel.
-        together: train runs of one architecture together, where that measures faster.
+        together: "always" trains runs of one architecture in a batch, "never" one after the other; "auto" times both.
         level: of the log lines of runs that are shown.
         on_plan: called with the plan and the number of runs to train; on_run: called after every run.
-        on_choice: called with a line about each batch of runs that could train together.
+        on_choice: called with a line about each batch that was timed.
 
     Raises:
         UsageError: tables, aliases or settings are invalid, or another process uses the folder.

@@ -76,7 +76,9 @@ class PromptHead(nn.Module):
         """
         if fused.shape[-1] != self.hidden:
             raise ValueError(f"prompt head: expected [..., {self.hidden}]; got {[*fused.shape]}")
-        point = functional.normalize(self.project(fused), dim=-1)
+        point = self.project(fused)
         moving = self.training and self._tower is not None
         prototypes = self._tower(self.context) if moving else self.prototypes  # type: ignore[misc, arg-type]
-        return self.scale * point @ functional.normalize(prototypes, dim=-1).T
+        # The products are divided by the lengths: a division of the vectors would take several passes over all of them.
+        length = torch.linalg.vector_norm(point, dim=-1, keepdim=True).clamp(min=1e-12)
+        return point @ functional.normalize(prototypes, dim=-1).T * (self.scale / length)

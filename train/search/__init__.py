@@ -1,10 +1,10 @@
 """`vaflow search`: random or Bayesian search over settings, scored by cross-validation within the training split.
 
 space.py (settings to search) -> trials.py (proposals, successive halving, the log) -> study.py (training and results)
--> page.py (the HTML page).
+-> report.py (the files).
 """
 
-from vaflow.train.search.study import run_search
+from vaflow.train.search.study import run_nested_search, run_search
 from vaflow.train.search.trials import SearchOptions, SearchResult
 
-__all__ = ["SearchOptions", "SearchResult", "run_search"]
+__all__ = ["SearchOptions", "SearchResult", "run_nested_search", "run_search"]

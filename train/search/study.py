@@ -1,29 +1,24 @@
 """`vaflow search` as one function: propose, train on folds, stop early, score the winner on the held-out split."""
 
-import csv
-import io
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vaflow.cache import Cache
-from vaflow.device import choose_device
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.files import lock_folder, write_file
-from vaflow.train.ablate.plan import data_key
-from vaflow.train.ablate.pool import FAILURES, one_thread
 from vaflow.train.config import TrainConfig, merge
-from vaflow.train.folds import make_folds
+from vaflow.train.folds import make_folds, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
-from vaflow.train.search.page import html_page
+from vaflow.train.search.report import document, write_results
 from vaflow.train.search.space import Space
 from vaflow.train.search.trials import (
     DONE,
@@ -34,15 +29,17 @@ from vaflow.train.search.trials import (
     SearchResult,
     Trial,
     continues,
-    importances,
     propose,
     rungs,
 )
-from vaflow.train.session import Data, load_data
-from vaflow.train.settings_files import to_toml
-from vaflow.train.training import evaluate_run, train_run
+from vaflow.train.together.batches import batches_of
+from vaflow.train.together.epochs import FAILURES
+from vaflow.train.together.runs import Trainer, one_thread
+from vaflow.train.training import Result, evaluate_run
 
-LOG, STARTED, RESULT = "trials.jsonl", "started.json", "search.json"
+log = logging.getLogger(__name__)
+
+LOG, STARTED = "trials.jsonl", "started.json"
 OnTrial = Callable[[Trial], None]
 
 
@@ -55,6 +52,7 @@ def run_search(
     *,
     level: int = logging.ERROR,
     on_trial: OnTrial | None = None,
+    on_choice: Callable[[str], None] = log.info,
 ) -> SearchResult:
     """Search for settings; run it again to resume, or with more trials to continue.
 
@@ -69,6 +67,7 @@ def run_search(
         options: see `SearchOptions`.
         level: of the log lines of runs that are shown.
         on_trial: called after each trial.
+        on_choice: called with a line about each batch of runs that was timed.
 
     Raises:
         UsageError: Optuna is not installed, a split or the folds do not exist, `out` holds another search, or another
@@ -78,24 +77,25 @@ def run_search(
     _require_optuna()
     if trials < 1:
         raise UsageError(explain(f"--trials must be >= 1 (got {trials})"))
-    cache.items(split=options.holdout)
+    split_items(cache, options.holdout, TrainConfig.fold_splits)
     make_folds(cache, (options.train,), options.folds)
     if not {"visual", "audio", "text"} & space.searched.keys():  # what fails every trial fails here
         resolve(cache, merge(space.fixed))
     with lock_folder(out, "vaflow search"):
         _check_same(cache, space, out, options)
-        log = Log.read(out / LOG)
-        runner = _Runner(cache, space, out, options)
+        finished = Log.read(out / LOG)
+        runner = _Runner(cache, space, out, options, on_choice)
         with one_thread(level):
-            while len(log.trials) < trials:
-                trial = runner.run(log.trials)
-                log.add(trial)
-                if on_trial is not None:
-                    on_trial(trial)
-            done = [trial for trial in log.trials if trial.state == DONE]
+            while len(finished.trials) < trials:
+                last = min(trials, (len(finished.trials) // options.batch + 1) * options.batch)
+                for trial in runner.run(finished.trials, last):
+                    finished.add(trial)
+                    if on_trial is not None:
+                        on_trial(trial)
+            done = [trial for trial in finished.trials if trial.state == DONE]
             best = max(done, key=lambda trial: trial.score, default=None)
             holdout = {} if best is None else runner.holdout(best)
-        return _write(cache, space, out, options, log.trials, best, holdout)
+        return write_results(cache, space, out, options, finished.trials, best, holdout)
 
 
 def _require_optuna() -> None:
@@ -116,7 +116,7 @@ def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -
         "cache": {name: cache.fingerprint(name) for name in cache.streams()},
         "fixed": {key: list(value) if isinstance(value, tuple) else value for key, value in space.fixed.items()},
         "searched": {name: repr(kind) for name, kind in space.searched.items()},
-        "options": {key: value for key, value in vars(options).items() if key != "device"},
+        "options": {key: value for key, value in vars(options).items() if key not in ("device", "together")},
     }
     path = out / STARTED
     if not path.is_file():
@@ -128,6 +128,8 @@ def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -
         before = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UsageError(explain(f"{path} is damaged", got=error, remedy="Choose another --out")) from error
+    if isinstance(before, dict) and isinstance(before.get("options"), dict):
+        before["options"].setdefault("batch", 1)  # a search of an older version proposed one trial at a time
     changed = [name for name in facts if not isinstance(before, dict) or before.get(name) != facts[name]]
     if changed:
         raise UsageError(
@@ -139,91 +141,144 @@ def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -
         )
 
 
+@dataclass
+class _Open:
+    """A trial that is being trained.
+
+    Attributes:
+        epochs: at which it is compared, the last of them its end.
+        trial: what is known of it so far.
+    """
+
+    config: TrainConfig
+    epochs: tuple[int, ...]
+    trial: Trial
+
+
 class _Runner:
-    """Trains trials; the data of the folds stay loaded until a trial needs others."""
+    """Trains trials; the clips of the folds stay loaded until a trial reads other streams."""
 
-    def __init__(self, cache: Cache, space: Space, out: Path, options: SearchOptions) -> None:
+    def __init__(
+        self, cache: Cache, space: Space, out: Path, options: SearchOptions, on_choice: Callable[[str], None]
+    ) -> None:
         self._cache, self._space, self._out, self._options = cache, space, out, options
-        self._loaded: dict[tuple[object, ...], Data] = {}
+        self._trainer = Trainer(
+            cache,
+            together=options.together,
+            allow_missing=options.allow_missing,
+            keep_checkpoint=True,
+            on_choice=on_choice,
+        )
 
-    def run(self, before: list[Trial]) -> Trial:
-        """Train the next trial, or resume one that was interrupted."""
-        begun, number = time.perf_counter(), len(before) + 1
-        values = propose(self._space, before, self._options.sampler, self._options.seed)
-        scores: list[float] = []
-        folds: list[float] = []
-        epochs, state = 0, DONE
-        try:
-            config = self._space.config(values)
-            steps = rungs(config, halving=self._options.halving)
-            for rung, step in enumerate(steps):
-                folds = [self._train(config, number, fold, step) for fold in range(1, self._options.folds + 1)]
-                scores.append(float(np.mean(folds)))
-                epochs = step
-                if step != steps[-1] and not continues(scores[-1], rung, before):
-                    state = STOPPED
-                    break
-        except FAILURES as error:
-            return Trial(number, values, FAILED, seconds=time.perf_counter() - begun, message=str(error))
-        for fold in range(1, self._options.folds + 1):  # nothing continues a finished trial
-            RunFolder(self.folder(number, fold)).checkpoint_file.unlink(missing_ok=True)
-        return Trial(number, values, state, epochs, tuple(scores), tuple(folds), time.perf_counter() - begun)
+    def run(self, before: Sequence[Trial], last: int) -> list[Trial]:
+        """Train the trials up to number `last`, or resume them.
+
+        Their folds train in batches up to a rung; then each trial is compared with those of lower numbers, so that
+        the decision does not depend on how many trials train at once.
+
+        Args:
+            before: the finished trials.
+            last: number of the last trial.
+        """
+        finished = before[: len(before) // self._options.batch * self._options.batch]
+        proposed = [trial.values for trial in before[len(finished) :]]
+        trials = list(before)
+        waiting: list[_Open] = []
+        for number in range(len(before) + 1, last + 1):
+            values = propose(self._space, finished, proposed, self._options.sampler, self._options.seed)
+            proposed.append(values)
+            trials.append(Trial(number, values, FAILED))
+            try:
+                config = self._space.config(values)
+                waiting.append(_Open(config, rungs(config, halving=self._options.halving), trials[-1]))
+            except FAILURES as error:
+                trials[-1] = replace(trials[-1], message=str(error))
+        rung = 0
+        while waiting:
+            begun = time.perf_counter()
+            scores = self._scores(waiting, rung)
+            seconds = (time.perf_counter() - begun) / len(waiting)
+            going: list[_Open] = []
+            for each in waiting:
+                trial = self._after_rung(each, rung, scores[each.trial.number], trials)
+                each.trial = trials[trial.number - 1] = replace(trial, seconds=trial.seconds + seconds)
+                if not trial.state:
+                    going.append(each)
+            waiting, rung = going, rung + 1
+        for trial in trials[len(before) :]:
+            if trial.state != FAILED:  # nothing resumes these runs
+                for fold in range(1, self._options.folds + 1):
+                    RunFolder(self.folder(trial.number, fold)).checkpoint_file.unlink(missing_ok=True)
+        return trials[len(before) :]
+
+    def _after_rung(
+        self, each: _Open, rung: int, scores: Sequence[float | Exception], trials: Sequence[Trial]
+    ) -> Trial:
+        """The trial with the scores of a rung; its state is empty if it continues."""
+        trial, epochs = each.trial, each.epochs[rung]
+        failures = [score for score in scores if isinstance(score, Exception)]
+        if failures:
+            return replace(trial, state=FAILED, rungs=(), folds=(), epochs=0, message=str(failures[0]))
+        mean = float(np.mean(scores))  # type: ignore[arg-type]
+        state = ""
+        if epochs == each.epochs[-1]:
+            state = DONE
+        elif not continues(mean, rung, trials[: trial.number - 1]):
+            state = STOPPED
+        folds = tuple(scores)
+        return replace(trial, state=state, rungs=(*trial.rungs, mean), folds=folds, epochs=epochs)  # type: ignore[arg-type]
 
     def folder(self, number: int, fold: int) -> Path:
         """The run of a trial and a fold."""
         return self._out / "runs" / f"trial{number:04d}" / f"fold{fold}"
 
-    def _train(self, config: TrainConfig, number: int, fold: int, epochs: int) -> float:
-        """Train one fold up to a number of epochs; returns the mean CCC of its best epoch.
+    def _scores(self, trials: Sequence[_Open], rung: int) -> dict[int, list[float | Exception]]:
+        """Train all folds of some trials up to a rung; returns trial -> mean CCC of each fold, or its error.
 
-        The score is kept beside the run: an interrupted trial asks for it again when the run has more epochs.
+        A score is stored beside the run: after an interruption, the run may have been trained beyond this rung.
         """
         options = self._options
-        kept = self.folder(number, fold).with_name(f"fold{fold}-{epochs}.json")
-        if kept.is_file():
-            with suppress(ValueError):
-                return float(json.loads(kept.read_text("utf-8")))
-        config = replace(
-            config,
-            folds=options.folds,
-            fold=fold,
-            fold_splits=(options.train,),
-            epochs=epochs,
-            device=options.device,
-        )
-        result = train_run(
-            self._cache,
-            config,
-            self.folder(number, fold),
-            data=self._data(config),
-            allow_missing=options.allow_missing,
-            tensorboard=False,
-            figures=False,
-        )
-        score = result.metrics["ccc"]["mean"]
-        if score is None:
-            raise DataError(explain(f"Fold {fold} cannot be scored", expected="labels of valence or arousal"))
-        write_file(kept, f"{json.dumps(score)}\n")
-        return float(score)
-
-    def _data(self, config: TrainConfig) -> Data:
-        config, inputs = resolve(self._cache, config)
-        key = data_key(config)
-        if key not in self._loaded:
-            while len(self._loaded) >= self._options.folds:
-                del self._loaded[next(iter(self._loaded))]
-            self._loaded[key] = load_data(self._cache, config, inputs, device=choose_device(config.device))
-        return self._loaded[key]
+        scores: dict[tuple[int, int], float | Exception] = {}
+        todo: list[tuple[tuple[int, int], TrainConfig, Path]] = []
+        for each in trials:
+            for fold in range(1, options.folds + 1):
+                key = each.trial.number, fold
+                file = self.folder(*key).with_name(f"fold{fold}-{each.epochs[rung]}.json")
+                with suppress(ValueError, OSError):
+                    scores[key] = float(json.loads(file.read_text("utf-8")))
+                    continue
+                config = replace(
+                    each.config,
+                    folds=options.folds,
+                    fold=fold,
+                    fold_splits=(options.train,),
+                    epochs=each.epochs[rung],
+                    device=options.device,
+                )
+                try:
+                    todo.append((key, resolve(self._cache, config)[0], file))
+                except FAILURES as error:
+                    scores[key] = error
+        for batch in batches_of(todo, lambda run: run[1]):
+            for number, result in self._trainer.train([(config, self.folder(*key)) for key, config, _ in batch]):
+                key, _, file = batch[number]
+                scores[key] = result if isinstance(result, Exception) else _score(result, key[1])
+                if isinstance(scores[key], float):
+                    write_file(file, f"{json.dumps(scores[key])}\n")
+        folds = range(1, options.folds + 1)
+        return {each.trial.number: [scores[each.trial.number, fold] for fold in folds] for each in trials}
 
     def holdout(self, best: Trial) -> dict[str, tuple[float, ...]]:
         """CCC of the winner's models on the held-out split: dimension -> one per inner fold."""
-        self._loaded = {}
         scores: dict[str, list[float]] = {}
-        options = self._options
-        for fold in range(1, options.folds + 1):
-            run = self.folder(best.number, fold)
+        for fold in range(1, self._options.folds + 1):
             report = evaluate_run(
-                run, self._cache, options.holdout, device=options.device, allow_missing=options.allow_missing
+                self.folder(best.number, fold),
+                self._cache,
+                self._options.holdout,
+                device=self._options.device,
+                allow_missing=self._options.allow_missing,
+                fold_splits=TrainConfig.fold_splits,
             )
             for name, value in report["ccc"].items():
                 if value is not None:
@@ -231,55 +286,68 @@ class _Runner:
         return {name: tuple(values) for name, values in scores.items()}
 
 
-def _write(
-    cache: Cache,
-    space: Space,
-    out: Path,
-    options: SearchOptions,
-    trials: list[Trial],
-    best: Trial | None,
-    holdout: Mapping[str, tuple[float, ...]],
-) -> SearchResult:
-    importance = importances(space, trials)
-    streams: tuple[str, ...] = ()
-    files = {"csv": out / "trials.csv", "json": out / RESULT, "html": out / "search.html"}
-    write_file(files["csv"], _csv(space, trials))
-    if best is not None:
-        files["config"] = out / "best.toml"
-        config = space.config(best.values)
-        write_file(files["config"], to_toml(config))
-        config, _ = resolve(cache, config)
-        streams = (*config.visual, *config.audio)
-    result = SearchResult(tuple(trials), best, holdout, importance, files)
-    write_file(files["json"], json.dumps(document(result), indent=1) + "\n")
-    write_file(files["html"], html_page(space, result, cache.place, options, streams))
-    return result
+def _score(result: Result, fold: int) -> float | Exception:
+    score = result.metrics["ccc"]["mean"]
+    if score is None:
+        return DataError(explain(f"Fold {fold} cannot be scored", expected="labels of valence or arousal"))
+    return float(score)
 
 
-def document(result: SearchResult) -> dict[str, Any]:
-    """`search.json`, which --json prints."""
-    best = result.best
+@dataclass(frozen=True)
+class NestedResult:
+    """Result of a nested search.
+
+    Attributes:
+        searches: the result of each outer fold's search.
+        holdout: dimension -> CCC on each outer fold, mean of the winner's models.
+        file: `nested.json`.
+    """
+
+    searches: tuple[SearchResult, ...]
+    holdout: Mapping[str, tuple[float, ...]]
+    file: Path
+
+
+def run_nested_search(
+    cache: Cache, space: Space, trials: int, out: Path, options: SearchOptions, outer: int, **options_of_search: Any
+) -> NestedResult:
+    """Repeat a search on the other folds of each of `outer` outer folds, and score its winner on that fold.
+
+    The mean over the outer folds estimates the whole procedure, selection included, on all clips of the default splits.
+
+    Args:
+        cache, space, trials, options: as of `run_search`; the splits of `options` are not used.
+        out: the folder; search k is in `outer<k>`.
+        outer: number of outer folds.
+        options_of_search: further arguments of `run_search`.
+
+    Raises:
+        UsageError: as `run_search`; every trial of an outer fold failed.
+    """
+    make_folds(cache, TrainConfig.fold_splits, outer)
+    searches: list[SearchResult] = []
+    scores: dict[str, list[float]] = {}
+    for fold in range(1, outer + 1):
+        splits = replace(options, train=f"rest{fold}of{outer}", holdout=f"fold{fold}of{outer}")
+        result = run_search(cache, space, trials, out / f"outer{fold}", splits, **options_of_search)
+        if result.best is None:
+            raise UsageError(explain(f"Every trial of outer fold {fold} failed", remedy=f"See {result.files['csv']}"))
+        searches.append(result)
+        for name, values in result.holdout.items():
+            scores.setdefault(name, []).append(float(np.mean(values)))
+    holdout = {name: tuple(values) for name, values in scores.items()}
+    nested = NestedResult(tuple(searches), holdout, out / "nested.json")
+    write_file(nested.file, json.dumps(nested_document(nested), indent=1) + "\n")
+    return nested
+
+
+def nested_document(result: NestedResult) -> dict[str, Any]:
+    """`nested.json`, which --json prints."""
     return {
-        "trials": len(result.trials),
-        "states": {state: sum(t.state == state for t in result.trials) for state in (DONE, STOPPED, FAILED)},
-        "best": None
-        if best is None
-        else {"trial": best.number, "values": dict(best.values), "selected_ccc": best.score},
-        "holdout_ccc": {name: float(np.mean(values)) for name, values in result.holdout.items()},
-        "importance": dict(result.importance),
-        "files": {kind: str(path) for kind, path in result.files.items()},
+        "outer_folds": len(result.searches),
+        "holdout_ccc": {
+            name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "folds": list(values)}
+            for name, values in result.holdout.items()
+        },
+        "searches": [document(search) for search in result.searches],
     }
-
-
-def _csv(space: Space, trials: list[Trial]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "state", "ccc_mean", "epochs", "seconds", *space.searched, "folds", "rungs", "message"])
-    for trial in trials:
-        values = [trial.values[name] for name in space.searched]
-        lists = [" ".join(f"{score:.6f}" for score in scores) for scores in (trial.folds, trial.rungs)]
-        score = f"{trial.score:.6f}" if trial.rungs else ""
-        writer.writerow(
-            [trial.number, trial.state, score, trial.epochs, f"{trial.seconds:.1f}", *values, *lists, trial.message]
-        )
-    return text.getvalue()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from vaflow.files import append_line
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.loop import seed_from
 from vaflow.train.search.space import Range, Space
+from vaflow.train.together.runs import check_mode
 
 if TYPE_CHECKING:
     import optuna
@@ -62,6 +64,8 @@ class SearchOptions:
         holdout: split on which the winner is scored; no trial sees it.
         seed: of the proposals.
         halving: stop trials early that are not among the best third.
+        batch: number of trials that are proposed, and trained, at once.
+        together: "auto", "always" or "never": see `Trainer`.
         device: "auto", "cpu" or "cuda[:N]".
         allow_missing: leave labelled clips without features out of the scores.
     """
@@ -74,12 +78,17 @@ class SearchOptions:
     halving: bool = True
     device: str = "auto"
     allow_missing: bool = False
+    batch: int = 4
+    together: str = "auto"
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise UsageError(explain("Unknown --sampler", got=self.sampler, choices=SAMPLERS))
         if self.folds < 2:
             raise UsageError(explain(f"--folds must be >= 2 (got {self.folds})"))
+        if self.batch < 1:
+            raise UsageError(explain(f"--batch must be >= 1 (got {self.batch})"))
+        check_mode(self.together)
         if self.train == self.holdout:
             raise UsageError(explain("--holdout must be another split than --train", got=self.holdout))
 
@@ -161,33 +170,42 @@ def continues(score: float, rung: int, others: Sequence[Trial]) -> bool:
     return sorted(scores, reverse=True).index(score) < math.ceil(len(scores) / FACTOR)
 
 
-def propose(space: Space, trials: Sequence[Trial], sampler: str, seed: int) -> dict[str, Any]:
-    """Values of the next trial. They follow from the seed and the trials so far, so resuming repeats them."""
-    study = optuna_study(space, trials, sampler, seed)
-    frozen = study.ask(_distributions(space))
-    return {name: _rounded(space, name, frozen.params[name]) for name in space.searched}
+def propose(
+    space: Space, trials: Sequence[Trial], open_trials: Sequence[Mapping[str, Any]], sampler: str, seed: int
+) -> dict[str, Any]:
+    """Propose the values of the next trial; the same arguments give the same values, so resuming repeats them.
+
+    Args:
+        space: settings to search.
+        trials: finished trials.
+        open_trials: values of the trials that are proposed at the same time: TPE keeps its distance from them.
+        sampler: "bayes" or "random".
+        seed: of the search.
+    """
+    study = optuna_study(space, trials, open_trials, sampler, seed)
+    proposed = study.ask({name: kind.distribution() for name, kind in space.searched.items()}).params
+    for name, kind in space.searched.items():
+        if isinstance(kind, Range) and not kind.whole:  # four digits are enough
+            proposed[name] = min(kind.high, max(kind.low, float(f"{proposed[name]:.4g}")))
+    return {name: proposed[name] for name in space.searched}
 
 
-def _rounded(space: Space, name: str, value: Any) -> Any:
-    """Numbers with four digits: a tenth of a per mille of a learning rate is not a finding."""
-    kind = space.searched[name]
-    if not isinstance(kind, Range) or kind.whole:
-        return value
-    return min(kind.high, max(kind.low, float(f"{value:.4g}")))
-
-
-def _distributions(space: Space) -> "dict[str, optuna.distributions.BaseDistribution]":
-    return {name: kind.distribution() for name, kind in space.searched.items()}
-
-
-def optuna_study(space: Space, trials: Sequence[Trial], sampler: str, seed: int) -> "optuna.Study":
+def optuna_study(
+    space: Space, trials: Sequence[Trial], open_trials: Sequence[Mapping[str, Any]], sampler: str, seed: int
+) -> "optuna.Study":
     """The trials as a study in memory: Optuna proposes values and measures importance, and stores nothing."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    number = seed_from(seed, len(trials)) % 2**32
-    samplers = {"bayes": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
-    study = optuna.create_study(direction="maximize", sampler=samplers[sampler](seed=number))
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    number = seed_from(seed, len(trials) + len(open_trials)) % 2**32
+    if sampler == "random":
+        chosen: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=number)
+    else:
+        with warnings.catch_warnings():  # constant_liar is marked as experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            chosen = optuna.samplers.TPESampler(seed=number, constant_liar=bool(open_trials))
+    study = optuna.create_study(direction="maximize", sampler=chosen)
+    distributions = {name: kind.distribution() for name, kind in space.searched.items()}
     states = {
         DONE: optuna.trial.TrialState.COMPLETE,
         STOPPED: optuna.trial.TrialState.PRUNED,
@@ -199,10 +217,13 @@ def optuna_study(space: Space, trials: Sequence[Trial], sampler: str, seed: int)
                 state=states[trial.state],
                 value=trial.score if trial.state == DONE else None,
                 params=dict(trial.values),
-                distributions=_distributions(space),
+                distributions=distributions,
                 intermediate_values=dict(enumerate(trial.rungs)),
             )
         )
+    for values in open_trials:
+        running = optuna.trial.TrialState.RUNNING
+        study.add_trial(optuna.trial.create_trial(state=running, params=dict(values), distributions=distributions))
     return study
 
 
@@ -216,7 +237,7 @@ def importances(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
     scored = [Trial(t.number, t.values, DONE, rungs=(t.score,)) for t in trials if t.rungs]
     if len(scored) < 4 or len({trial.score for trial in scored}) == 1:
         return {}
-    study = optuna_study(space, scored, "random", 0)
+    study = optuna_study(space, scored, (), "random", 0)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
     return {
         name: float(share)

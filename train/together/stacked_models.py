@@ -37,7 +37,8 @@ class StackedModels:
         device = next(models[0].parameters()).device
         self.models = tuple(models)
         self.generators = tuple(Generator(device) for _ in models)
-        self._template = _with_dropout_per_run(models, self.generators)
+        self._active: list[int] = []  # runs of the present step; the dropout modules share the list
+        self._template = _with_dropout_per_run(models, self.generators, self._active)
         self._parameters: dict[str, Tensor] = {}
         for name, parameter in models[0].named_parameters():
             stacked = torch.stack([model.get_parameter(name).detach() for model in models])
@@ -54,13 +55,20 @@ class StackedModels:
         }
         self._hard = configs[0].region_labels == "hard"
 
-    def backward(self, batches: Batch) -> dict[str, Tensor]:
-        """Set the gradients of every model's parameters; returns the parts of the losses, [R] each.
+    def backward(self, batches: Batch, runs: Sequence[int]) -> dict[str, Tensor]:
+        """Set the gradients of the parameters of some models; returns the parts of their losses, [R] each.
 
         Args:
             batches: a batch per run, every tensor with a leading axis of R runs.
+            runs: [R] numbers of the models, ascending.
         """
         tensors, tasks = _tensors_of(batches)
+        self._active[:] = runs
+        parameters, buffers, weights = self._parameters, self._buffers, self._weights
+        if len(runs) < len(self.models):
+            rows = torch.tensor(runs, device=next(iter(parameters.values())).device)
+            parameters = {n: p.detach()[rows].requires_grad_(p.requires_grad) for n, p in parameters.items()}
+            buffers, weights = ({n: x[rows] for n, x in tensors.items()} for tensors in (buffers, weights))
 
         def one(
             parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: dict[str, Any], weights: dict[str, Tensor]
@@ -70,14 +78,14 @@ class StackedModels:
             return total_loss(output, windows, hard=self._hard, **weights)
 
         with _MatrixProducts():
-            losses, parts = torch.vmap(one)(self._parameters, self._buffers, tensors, self._weights)
-        for stacked in self._parameters.values():
+            losses, parts = torch.vmap(one)(parameters, buffers, tensors, weights)
+        for stacked in parameters.values():
             stacked.grad = None
         losses.sum().backward()
-        for name, stacked in self._parameters.items():
-            gradients = [None] * len(self.models) if stacked.grad is None else stacked.grad.unbind()
-            for model, gradient in zip(self.models, gradients, strict=True):
-                model.get_parameter(name).grad = gradient
+        for name, stacked in parameters.items():
+            gradients = [None] * len(runs) if stacked.grad is None else stacked.grad.unbind()
+            for run, gradient in zip(runs, gradients, strict=True):
+                self.models[run].get_parameter(name).grad = gradient
         return parts
 
 
@@ -166,11 +174,12 @@ class DropoutPerRun(nn.Module):
     Args:
         rates: probability per run.
         generators: per run, on the device of the model.
+        active: the runs of the present step.
     """
 
-    def __init__(self, rates: Sequence[float], generators: Sequence[Generator]) -> None:
+    def __init__(self, rates: Sequence[float], generators: Sequence[Generator], active: Sequence[int]) -> None:
         super().__init__()
-        self.rates, self.generators = tuple(rates), tuple(generators)
+        self.rates, self.generators, self.active = tuple(rates), tuple(generators), active
 
     def forward(self, x: Tensor) -> Tensor:
         """[...] -> [...], scaled."""
@@ -193,20 +202,23 @@ class _MaskPerRun(torch.autograd.Function):
         """x [R, ...] -> [R, ...]."""
         x = x.movedim(in_dims[0] or 0, 0)
         mask = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for row, rate, generator in zip(mask, dropout.rates, dropout.generators, strict=True):
+        for row, run in zip(mask, dropout.active, strict=True):
+            rate = dropout.rates[run]
             if rate:
-                row.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+                row.bernoulli_(1 - rate, generator=dropout.generators[run]).div_(1 - rate)
             else:
                 row.fill_(1)
         return x * mask, 0
 
 
-def _with_dropout_per_run(models: Sequence[nn.Module], generators: Sequence[Generator]) -> nn.Module:
+def _with_dropout_per_run(
+    models: Sequence[nn.Module], generators: Sequence[Generator], active: Sequence[int]
+) -> nn.Module:
     """A copy of the first model in training mode whose dropout is that of every run."""
     template = copy.deepcopy(models[0]).train()
     for name, module in models[0].named_modules():
         if isinstance(module, nn.Dropout):
             rates = [model.get_submodule(name).p for model in models]
             parent, _, child = name.rpartition(".")
-            setattr(template.get_submodule(parent), child, DropoutPerRun(rates, generators))  # type: ignore[arg-type]
+            setattr(template.get_submodule(parent), child, DropoutPerRun(rates, generators, active))  # type: ignore[arg-type]
     return template

@@ -35,9 +35,11 @@ def ablate(
     ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", help="Number of runs in parallel, one process each.")] = 1,
     together: Annotated[
-        bool,
-        typer.Option("--together", help="Train runs of one architecture in one batch, where this measures faster."),
-    ] = False,
+        str,
+        typer.Option(
+            metavar="WHEN", help="Train runs of one architecture in one batch: auto (if faster), always, never."
+        ),
+    ] = "auto",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Setting of every row without its own value. Repeatable."),
@@ -140,7 +142,7 @@ class _Reporter:
             self._write(f"{self._total} runs, {self._done} of them already finished")
 
     def choice(self, text: str) -> None:
-        """Called for every batch of runs that could train together."""
+        """Called for every batch of runs that was timed."""
         if not self._quiet:
             self._write(text)
 

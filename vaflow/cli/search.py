@@ -3,15 +3,17 @@
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vaflow.cli.common import AllowMissing, Cache, JsonFlag, Quiet, Verbose, print_json, set_up
-from vaflow.errors import visible
+from vaflow.errors import UsageError, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.train.search import SearchResult
+    from vaflow.train.search.study import NestedResult
     from vaflow.train.search.trials import Trial
 
 FAILED = 1
@@ -32,6 +34,13 @@ def search(
     halving: Annotated[
         bool, typer.Option("--halving/--no-halving", help="Stop trials early that are not among the best third.")
     ] = True,
+    outer_folds: Annotated[
+        int, typer.Option(metavar="K", help="Repeat the search for K outer folds and score on them (0: --holdout).")
+    ] = 0,
+    batch: Annotated[int, typer.Option(metavar="N", help="Trials that are proposed and trained at once.")] = 4,
+    together: Annotated[
+        str, typer.Option(metavar="WHEN", help="Train runs of one architecture in a batch: auto, always, never.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the proposals.", min=0)] = 0,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
     allow_missing: AllowMissing = False,
@@ -48,11 +57,14 @@ def search(
     """
     set_up(verbose, quiet)
     from vaflow.cache import open_cache
-    from vaflow.train.search import SearchOptions, run_search
+    from vaflow.train.search import SearchOptions, run_nested_search, run_search
+    from vaflow.train.search.report import document
     from vaflow.train.search.space import read_space
-    from vaflow.train.search.study import document
+    from vaflow.train.search.study import nested_document
 
-    options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing)
+    options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing, batch, together)
+    if outer_folds and (train, holdout) != (SearchOptions.train, SearchOptions.holdout):
+        raise UsageError(explain("--outer-folds divides all clips", expected="no --train and no --holdout"))
 
     def report(trial: "Trial") -> None:
         if not quiet:
@@ -61,20 +73,36 @@ def search(
             typer.echo(visible(f"{trial.number}/{trials}  {text} ({trial.seconds:.0f} s): {values}"), err=True)
             sys.stderr.flush()
 
-    result = run_search(
-        open_cache(cache),
-        read_space(space),
-        trials,
-        out,
-        options,
-        level=logging.DEBUG if verbose else logging.ERROR,
-        on_trial=report,
-    )
+    arguments = (open_cache(cache), read_space(space), trials, out, options)
+    shown: dict[str, Any] = {
+        "level": logging.DEBUG if verbose else logging.ERROR,
+        "on_trial": report,
+        "on_choice": lambda text: None if quiet else typer.echo(text, err=True),
+    }
+    if outer_folds:
+        nested = run_nested_search(*arguments, outer_folds, **shown)
+        if json:
+            print_json(nested_document(nested))
+        elif not quiet:
+            typer.echo(nested_summary(nested))
+        return 0
+    result = run_search(*arguments, **shown)
     if json:
         print_json(document(result))
     elif not quiet:
         typer.echo(summary(result, options.holdout))
     return FAILED if result.best is None else 0
+
+
+def nested_summary(result: "NestedResult") -> str:
+    """The winner of each outer fold, and the mean of their scores on these folds."""
+    lines = []
+    for fold, search in enumerate(result.searches, 1):
+        values = "" if search.best is None else " ".join(f"{k}={v}" for k, v in search.best.values.items())
+        lines.append(f"outer fold {fold}: {values}; CCC mean {result.holdout['mean'][fold - 1]:.3f}")
+    for name, scores in result.holdout.items():
+        lines.append(f"CCC {name}: {mean(scores):.3f} +- {stdev(scores):.3f} over {len(scores)} outer folds")
+    return "\n".join(map(visible, [*lines, f"see {result.file}"]))
 
 
 def summary(result: "SearchResult", holdout: str) -> str:

@@ -1,17 +1,36 @@
 """`vaflow train`."""
 
+import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import Cache, JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, weight_pairs
+from vaflow.cli.common import (
+    Cache,
+    JsonFlag,
+    Quiet,
+    Verbose,
+    alias_pairs,
+    print_json,
+    set_up,
+    show_bars,
+    table,
+    weight_pairs,
+)
 from vaflow.cli.evaluate import summary
 from vaflow.cli.options import HelpAll, with_settings
+from vaflow.errors import UsageError, explain, visible
 from vaflow.train import config as configs
 from vaflow.train import settings_files
 from vaflow.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from vaflow.cache import Cache as VACache
+    from vaflow.train.repeats import Repeats
+
+FAILED, SOME_FAILED = 1, 3
 
 
 @with_settings(TrainConfig)
@@ -61,6 +80,33 @@ def train(
             hidden=True,
         ),
     ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Train N seeds, counted up from --seed, each in RUN/seed<S>.",
+            rich_help_panel="Output",
+            hidden=True,
+        ),
+    ] = None,
+    all_folds: Annotated[
+        bool,
+        typer.Option(
+            "--all-folds",
+            help="Train every fold of --folds, each in RUN/fold<I>.",
+            rich_help_panel="Output",
+            hidden=True,
+        ),
+    ] = False,
+    together: Annotated[
+        str,
+        typer.Option(
+            metavar="WHEN",
+            help="Train seeds and folds in a batch: auto (if faster), always, never.",
+            rich_help_panel="Output",
+            hidden=True,
+        ),
+    ] = "auto",
     fresh: Annotated[
         bool,
         typer.Option("--fresh", help="Delete the run in --out first.", rich_help_panel="Output", hidden=True),
@@ -81,6 +127,8 @@ def train(
 
     Example: vaflow train affwild2.cache --out runs/tcn --temporal tcn --fusion gated --set causal=false
 
+    Example: vaflow train affwild2.cache --out runs/cv --folds 5 --all-folds --seeds 3
+
     Example: vaflow train affwild2.cache --out runs/tuned --finetune --set init=runs/full --set finetune_blocks=4
     """
     set_up(verbose, quiet)
@@ -92,6 +140,13 @@ def train(
     )
     merged = configs.with_aliases(merged, alias_pairs(aliases or []))
     from vaflow.cache import open_cache
+    from vaflow.train.repeats import repeats_of
+
+    if seeds is not None or all_folds:
+        if fresh or weights:
+            raise UsageError(explain("--seeds and --all-folds exclude --fresh and --weights"))
+        runs = repeats_of(merged, 1 if seeds is None else seeds, all_folds)
+        return _train_repeats(open_cache(cache), runs, out, together, allow_missing, json, verbose, quiet)
     from vaflow.train.training import train_run
 
     result = train_run(
@@ -118,3 +173,50 @@ def train(
         if "best_epoch" in result.metrics:
             typer.echo(f"\nbest epoch {result.metrics['best_epoch']} of {result.metrics['epochs']}; written to {out}")
     return 0
+
+
+def _train_repeats(
+    cache: "VACache",
+    runs: dict[str, TrainConfig],
+    out: Path,
+    together: str,
+    allow_missing: bool,
+    json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Train several runs, and print their scores."""
+    from vaflow.train.repeats import train_repeats
+
+    def report(name: str, score: float | None) -> None:
+        if not quiet:
+            typer.echo(f"{name}: mean CCC {'-' if score is None else f'{score:.3f}'}", err=True)
+
+    repeats = train_repeats(
+        cache,
+        runs,
+        out,
+        together=together,
+        allow_missing=allow_missing,
+        level=logging.DEBUG if verbose else logging.ERROR,
+        on_run=report,
+        on_choice=lambda text: None if quiet else typer.echo(text, err=True),
+    )
+    for name, error in repeats.failures.items():
+        typer.echo(visible(f"failed: {name}: {error}"), err=True)
+    if json:
+        print_json(repeats.document())
+    elif not quiet:
+        typer.echo(repeats_summary(repeats))
+    return 0 if not repeats.failures else SOME_FAILED if repeats.scores else FAILED
+
+
+def repeats_summary(repeats: "Repeats") -> str:
+    """A row per run, and the mean and deviation over the runs."""
+    names = ("valence", "arousal", "mean")
+    rows = [(run, *("-" if s[k] is None else f"{s[k]:.3f}" for k in names)) for run, s in repeats.scores.items()]
+    summary = repeats.document()["ccc"]
+    for part in ("mean", "std"):
+        values = [summary.get(k, {}).get(part) for k in names]
+        rows.append((part, *("-" if value is None else f"{value:.3f}" for value in values)))
+    return table(rows, ("CCC", *names))

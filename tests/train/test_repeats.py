@@ -1,0 +1,149 @@
+"""`vaflow train --seeds` and `--all-folds`, and what ends a run of a batch, through the command line."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
+
+from vaflow.cli import main
+from vaflow.train.loop import save_checkpoint
+from vaflow.train.storage import read_tensors
+
+SETTINGS = ["--set", "hidden=8", "--set", "attention_heads=2", "--set", "batch_size=4", "--device", "cpu"]
+GRID = f"""
+[base]
+visual = ["{VISUAL}"]
+audio = ["{AUDIO}"]
+hidden = 8
+attention_heads = 2
+batch_size = 4
+epochs = 2
+device = "cpu"
+
+[table.one]
+
+[[table.one.row]]
+name = "full"
+
+[[table.one.row]]
+name = "diverging"
+lr = 1e38
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    toy = Toy(splits={"train": 2, "val": 2}, seconds=(7, 9))
+    return make_cache(tmp_path_factory.mktemp("repeats") / "cache", toy).path
+
+
+def ablate(cache: Path, folder: Path, out: Path, *options: str, grid: str = GRID) -> int:
+    file = folder / "grid.toml"
+    file.write_text(grid)
+    return main(["ablate", str(cache), "--out", str(out), "--grid", str(file), *options])
+
+
+def same_weights(one: Path, other: Path) -> None:
+    first, second = (read_tensors(run / "model.safetensors")[0] for run in (one, other))
+    for name in second:
+        if not name.endswith("in_proj_bias"):  # the bias of an attention's keys has no effect
+            torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-5)
+
+
+def test_every_fold_and_seed_gets_the_files_of_its_single_run(cache, tmp_path, capsys):
+    many = ["train", str(cache), *SETTINGS, "--epochs", "2", "--folds", "2"]
+    out = tmp_path / "cv"
+    command = [*many, "--all-folds", "--seeds", "2", "--together", "always", "--out", str(out)]
+    assert main([*command, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert list(said["runs"]) == ["fold1-seed0", "fold1-seed1", "fold2-seed0", "fold2-seed1"]
+    assert said["ccc"]["mean"]["mean"] == pytest.approx(sum(s["mean"] for s in said["runs"].values()) / 4)
+    assert said == json.loads((out / "repeats.json").read_text())
+    assert main([*many, "--fold", "2", "--seed", "1", "--out", str(tmp_path / "one")]) == 0
+    same_weights(out / "fold2-seed1", tmp_path / "one")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "fold2-seed1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--all-folds"], "requires --folds"),
+        (["--seeds", "0"], "--seeds must be >= 1"),
+        (["--seeds", "2", "--fresh"], "exclude --fresh"),
+        (["--seeds", "2", "--finetune"], "not supported with --finetune"),
+        (["--seeds", "2", "--together", "often"], "Unknown --together"),
+    ],
+)
+def test_options_that_do_not_go_together(cache, tmp_path, capsys, options, message):
+    assert main(["train", str(cache), *SETTINGS, "--out", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_diverging_run_is_named_and_the_others_of_its_batch_finish(cache, tmp_path, capsys):
+    assert ablate(cache, tmp_path, tmp_path / "out", "--seeds", "2", "--together", "always") == 3
+    said = capsys.readouterr().err
+    assert said.count("failed: table one, diverging") == 2
+    assert "not finite" in said
+    assert len(list((tmp_path / "out" / "runs").glob("*/metrics.json"))) == 2
+
+
+def test_a_batch_that_is_interrupted_resumes_to_the_same_results(cache, tmp_path, monkeypatch):
+    grid = GRID.split('[[table.one.row]]\nname = "diverging"')[0]
+    options = ("--seeds", "2", "--together", "always", "-q")
+    assert ablate(cache, tmp_path, tmp_path / "whole", *options, grid=grid) == 0
+    saved: list[Path] = []
+
+    def stop_in_the_second_epoch(path, *state):
+        save_checkpoint(path, *state)
+        saved.append(path)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vaflow.train.together.epochs.save_checkpoint", stop_in_the_second_epoch)
+        assert ablate(cache, tmp_path, tmp_path / "parts", *options, grid=grid) == 130
+    assert ablate(cache, tmp_path, tmp_path / "parts", *options, grid=grid) == 0
+    runs = sorted(path.name for path in (tmp_path / "whole" / "runs").iterdir())
+    assert runs == sorted(path.name for path in (tmp_path / "parts" / "runs").iterdir())
+    for name in runs:
+        one, other = (tmp_path / place / "runs" / name for place in ("whole", "parts"))
+        same_weights(one, other)
+        assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in other.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_worker_that_dies_in_a_batch_loses_no_run(cache, tmp_path):
+    """The runs of its batch train one by one in another process, from their checkpoints."""
+    grid = GRID.split('[[table.one.row]]\nname = "diverging"')[0].replace("epochs = 2", "epochs = 12")
+    out = tmp_path / "out"
+    killed: list[str] = []
+
+    def kill() -> None:
+        while not killed and not list(out.glob("runs/*/metrics.json")):
+            if list(out.glob("runs/*/checkpoint.safetensors")):
+                for folder in Path("/proc").glob("[0-9]*"):
+                    try:
+                        parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                        if int(parent) == os.getpid() and b"spawn_main" in (folder / "cmdline").read_bytes():
+                            os.kill(int(folder.name), signal.SIGKILL)
+                            killed.append(folder.name)
+                            return
+                    except OSError:
+                        continue
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    code = ablate(cache, tmp_path, out, "--seeds", "4", "--jobs", "2", "--together", "always", "-q", grid=grid)
+    killer.join()
+    assert killed
+    assert code == 0
+    assert len(list(out.glob("runs/*/metrics.json"))) == 4
