@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from vaflow.cache import open_cache
+from vaflow.cache.costs import stream_costs
 from vaflow.cli import main
 from vaflow.encoders import build_encoder
 from vaflow.encoders.weights import read_state_dict
@@ -51,25 +53,96 @@ def test_an_onnx_front_end_and_embedding_are_chained(weights: Path) -> None:
     assert encoder.dim == 96
 
 
-def test_real_weights_extract_a_real_clip(weights: Path, clips: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "obama.mp4").symlink_to((clips / "obama.mp4").resolve())
-    names = [f"onnx:{weights / file}.onnx" for file in ("embedding_model", "silero_vad")]
-    options = ["--visual", "none", "--audio", names[0], "--audio", names[1], "--window", "4", "--audio-steps", "8"]
-    assert main(["extract", str(data), "--out", str(tmp_path / "cache"), *options]) == 0
-    cache = open_cache(tmp_path / "cache")
-    embedding, speech = (cache.read(name, "obama") for name in names)
-    assert embedding.embedding.shape[2] == 96 and embedding.valid.any()
-    assert speech.embedding.min() >= 0 and speech.embedding[speech.valid].max() <= 1
-    assert embedding.embedding[embedding.valid].std() > 0.1
+@pytest.fixture(scope="module")
+def data(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two labelled clips with audio, one in each split."""
+    root = tmp_path_factory.mktemp("data")
+    for name in ("single_face", "obama"):
+        (root / f"{name}.mp4").symlink_to((clips / f"{name}.mp4").resolve())
+        rows = [f"{0.1 * k:.1f},{k % 40 / 80:.3f},{k % 25 / 50 - 0.3:.3f}" for k in range(20)]
+        (root / f"{name}.csv").write_text("\n".join(["time,valence,arousal", *rows]) + "\n")
+    (root / "splits.csv").write_text("name,split\nsingle_face,train\nobama,val\n")
+    return root
+
+
+DIMENSIONS = {"embedding_model.onnx": 96, "silero_vad.onnx": 1, "pretrained.pt": 256}
+
+
+@pytest.mark.parametrize("model", DIMENSIONS)
+def test_real_weights_work_with_every_command(
+    weights: Path, data: Path, clips: Path, tmp_path: Path, model: str
+) -> None:
+    name = f"onnx:{weights / model}" if model.endswith(".onnx") else "resemblyzer"
+    local = [] if name.startswith("onnx:") else ["--weights", f"resemblyzer={weights / model}"]
+    place, run, device = tmp_path / "cache", tmp_path / "run", ["--device", "cpu"]
+    options = ["--visual", "none", "--audio", name, *local, "--window", "4", "--audio-steps", "8"]
+    assert main(["check", str(data)]) == 0
+    assert main(["extract", str(data), "--out", str(place), *options, *device]) == 0
+    cache = open_cache(place)
+    stored = cache.read(name, "obama")
+    assert stored.embedding.shape[2] == DIMENSIONS[model] and stored.valid.any()
+    assert stored.embedding[stored.valid].astype(np.float32).std() > 0.01
+    if model == "silero_vad.onnx":
+        assert stored.embedding[stored.valid].min() >= 0 and stored.embedding[stored.valid].max() <= 1
+    if model == "pretrained.pt":
+        np.testing.assert_allclose(np.linalg.norm(stored.embedding[stored.valid], axis=1), 1, atol=2e-3)
+    assert stream_costs(cache)[name].parameters
+    trained = ["--visual", "none", "--audio", name, "--epochs", "1", "--set", "hidden=8"]
+    assert main(["train", str(place), "--out", str(run), *trained, *device]) == 0
+    assert main(["evaluate", str(run), "--cache", str(place), *device]) == 0
+    media = [str(clips / "obama.mp4"), "--out", str(tmp_path / "predictions"), *local, *device]
+    assert main(["predict", str(run), *media]) == 0
+    assert (tmp_path / "predictions" / "obama.csv").read_text().count("\n") > 20
+
+
+def test_resemblyzers_embedding_is_that_of_its_equations(weights: Path) -> None:
+    """The oracle: librosa's mel spectrogram of a whole recording in NumPy, and torch's LSTM cell step by step."""
+    encoder: Any = build_encoder("resemblyzer", weights=weights / "pretrained.pt")
+    state = torch.load(weights / "pretrained.pt", map_location="cpu", weights_only=True)["model_state"]
+    samples = (0.1 * np.random.default_rng(0).normal(size=16000 * 4)).astype(np.float32)
+    padded, window = np.pad(samples, 200), 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    frames = np.stack([padded[160 * i : 160 * i + 400] * window for i in range(200)])
+    mel = (np.abs(np.fft.rfft(frames)) ** 2) @ slaney_filters().T
+    first = 20
+    hidden = torch.from_numpy(mel[first + 2 : first + 162].astype(np.float32))  # an example has two rows in front
+    for layer in range(3):
+        cell = torch.nn.LSTMCell(hidden.shape[1], 256)
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        cell.load_state_dict({key: state[f"lstm.{key}_l{layer}"] for key in names})
+        h, c, outputs = torch.zeros(256), torch.zeros(256), []
+        for row in hidden:
+            h, c = cell(row, (h, c))
+            outputs.append(h)
+        hidden = torch.stack(outputs)
+    vector = torch.relu(state["linear.weight"] @ hidden[-1] + state["linear.bias"])
+    rows = torch.from_numpy(samples.reshape(1, -1, 160)[:, first : first + 163])
+    encoded = encoder.encode(rows, window=4.0, steps=4)[0, 0]
+    torch.testing.assert_close(encoded, vector / vector.norm(), atol=1e-5, rtol=0)
+    batch = torch.from_numpy(np.random.default_rng(1).normal(scale=0.1, size=(16, 163, 160)).astype(np.float32))
+    order = list(reversed(range(16)))
+    changed = encoder.encode(batch[order], window=4.0, steps=4)
+    assert torch.equal(encoder.encode(batch, window=4.0, steps=4)[order], changed)
+    segments = encoder.segments(4.0, 4)
+    middles = [(start + segments.frames / 2) / 100 for start in segments.first]
+    np.testing.assert_allclose(middles, encoder.step_times(4.0, 4), atol=0.005)
+
+
+def slaney_filters() -> np.ndarray:
+    """[40, 201]: triangles of equal area, linear below 1 kHz and logarithmic above."""
+    top = 15 + np.log(8.0) / (np.log(6.4) / 27)  # mel of 8 kHz
+    mels = np.linspace(0, top, 42)
+    hertz = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * np.log(6.4) / 27))
+    bins = np.linspace(0, 8000, 201)
+    up = (bins - hertz[:-2, None]) / np.diff(hertz)[:-1, None]
+    down = (hertz[2:, None] - bins) / np.diff(hertz)[1:, None]
+    return np.maximum(0, np.minimum(up, down)) * (2 / (hertz[2:] - hertz[:-2]))[:, None]
 
 
 def test_a_training_checkpoint_is_read_as_tensors_only(weights: Path) -> None:
-    """Resemblyzer's file nests its state; nothing but tensors is unpickled, and what is no state dict is refused."""
-    content = torch.load(weights / "pretrained.pt", map_location="cpu", weights_only=True)
-    assert set(content) >= {"model_state"}
+    """Resemblyzer's file nests its state beside the optimizer's; nothing but tensors is unpickled."""
+    assert read_state_dict(weights / "pretrained.pt")["linear.weight"].shape == (256, 256)
+    with pytest.raises(WeightsError, match=r"requires --weights resemblyzer=FILE.*pip download"):
+        build_encoder("resemblyzer")
+    torch.save({"model_state": {"step": 3}}, weights / "state.pt")
     with pytest.raises(WeightsError, match="no state dict"):
-        read_state_dict(weights / "pretrained.pt")
-    torch.save(content["model_state"], weights / "state.pt")
-    assert read_state_dict(weights / "state.pt")["linear.weight"].shape == (256, 256)
+        read_state_dict(weights / "state.pt")

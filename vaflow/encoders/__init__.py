@@ -48,6 +48,7 @@ ENCODERS: Mapping[str, Entry] = {
     "ast-tiny":     Entry("audio", "tiny", "ast"),
     "vggish":       Entry("audio", "vggish"),           # YouTube-8M's precursor
     "vggish-tiny":  Entry("audio", "tiny", "vggish"),
+    "resemblyzer":  Entry("audio", "resemblyzer"),      # a speaker encoder; needs local weights
     "logmel":       Entry("logmel", "logmel"),
 }
 
@@ -60,7 +61,7 @@ FORMS: Mapping[str, tuple[EncoderKind, str]] = {
     "opensmile": ("audio", "opensmile:eGeMAPSv02[/functionals]"),
 }
 # fmt: on
-WITHOUT_LAYERS = ("resnet", "vggish", "onnx", "opensmile", "logmel")
+WITHOUT_LAYERS = ("resnet", "vggish", "resemblyzer", "onnx", "opensmile", "logmel")
 
 
 def encoder_kind(name: str) -> EncoderKind:
@@ -191,6 +192,10 @@ def _family(name: str) -> Any:
             from vaflow.encoders import vggish
 
             return vggish
+        case "resemblyzer":
+            from vaflow.encoders import resemblyzer
+
+            return resemblyzer
         case "tiny":
             from vaflow.encoders import tiny
 

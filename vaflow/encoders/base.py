@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.encoders.images import Image, Preparation
-from vaflow.encoders.logmel import FRAME, MEL_BINS, FilterBank, kaldi_banks
+from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, FilterBank, kaldi_banks
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:
@@ -101,6 +103,18 @@ class Segments:
 
     first: tuple[int, ...]
     frames: int
+
+
+def step_centres(window: float, steps: int) -> list[Fraction]:
+    """Return the middles of a window's steps, in seconds after its start."""
+    return [Fraction(str(window)) * (2 * k + 1) / (2 * steps) for k in range(steps)]
+
+
+def centred_examples(window: float, steps: int, half: Fraction, frames: int) -> Segments:
+    """Return one segment per step, whose middle, `half` seconds after its start, is within 5 ms of the step's."""
+    hop = Fraction(HOP, RATE)
+    first = tuple(floor((time - half) / hop + Fraction(1, 2)) for time in step_centres(window, steps))
+    return Segments(first, frames)
 
 
 def cut(frames: FrameArray, first: int, count: int, padding: float) -> Frames:

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from math import floor, prod
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vaflow.encoders.base import FrontEnd, Request, Segments
+from vaflow.encoders.base import FrontEnd, Request, Segments, centred_examples, step_centres
 from vaflow.encoders.image_encoder import ImageEncoder
 from vaflow.encoders.images import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.logmel import HOP, RATE
@@ -386,14 +386,12 @@ class OnnxAudioEncoder:
 
     def segments(self, window: float, steps: int) -> Segments:
         """Return one example per step, centred on it to within 5 ms."""
-        half = Fraction(self._sidecar.length, 2 * RATE)
-        hop = Fraction(HOP, RATE)
-        first = tuple(floor((time - half) / hop + Fraction(1, 2)) for time in _centres(window, steps))
-        return Segments(first, self._sidecar.length // HOP)
+        length = self._sidecar.length
+        return centred_examples(window, steps, Fraction(length, 2 * RATE), length // HOP)
 
     def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
         """Return [steps] seconds after the window's start: (k + 1/2) window / steps."""
-        return np.array([float(time) for time in _centres(window, steps)])
+        return np.array([float(time) for time in step_centres(window, steps)])
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
@@ -433,7 +431,3 @@ class OnnxAudioEncoder:
         output = self._graph.run(inputs, self._output)
         flat: NDArray[np.float32] = output.reshape(len(samples), -1)[:, self._columns]
         return flat
-
-
-def _centres(window: float, steps: int) -> list[Fraction]:
-    return [Fraction(str(window)) * (2 * k + 1) / (2 * steps) for k in range(steps)]

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
-from math import floor
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +25,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import nn
 
-from vaflow.encoders.base import FrontEnd, Request, Segments
+from vaflow.encoders.base import FrontEnd, Request, Segments, centred_examples, step_centres
 from vaflow.encoders.hub import check_checksum, checked_url
 from vaflow.encoders.image_encoder import autocast
 from vaflow.encoders.logmel import FRAME, HOP, RATE
@@ -151,14 +150,11 @@ class VggishEncoder:
 
     def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
         """Return [steps] seconds after the window's start: (k + 1/2) window / steps."""
-        return np.array([float(time) for time in _centres(window, steps)])
+        return np.array([float(time) for time in step_centres(window, steps)])
 
     def segments(self, window: float, steps: int) -> Segments:
         """Return one example per step, of the frames whose middle is nearest to the step's time (within 5 ms)."""
-        half = Fraction((EXAMPLE - 1) * HOP + FRAME, 2 * RATE)  # from an example's start to its middle
-        hop = Fraction(HOP, RATE)
-        first = tuple(floor((time - half) / hop + Fraction(1, 2)) for time in _centres(window, steps))
-        return Segments(first, EXAMPLE)
+        return centred_examples(window, steps, Fraction((EXAMPLE - 1) * HOP + FRAME, 2 * RATE), EXAMPLE)
 
     def features(self, logmel: torch.Tensor) -> torch.Tensor:
         """As `encode`, with gradients."""
@@ -175,10 +171,6 @@ class VggishEncoder:
             ValueError: examples have another shape.
         """
         return self.features(frames)
-
-
-def _centres(window: float, steps: int) -> list[Fraction]:
-    return [Fraction(str(window)) * (2 * k + 1) / (2 * steps) for k in range(steps)]
 
 
 def build(request: Request) -> VggishEncoder:

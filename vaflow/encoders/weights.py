@@ -31,6 +31,7 @@ BROKEN = (
     struct.error,
     zipfile.BadZipFile,
 )
+NESTED = ("state_dict", "model_state")  # keys of training checkpoints
 NAMED = 10  # keys that a message lists; the others are counted
 
 
@@ -66,8 +67,8 @@ def write_state_dict(path: Path, state: Mapping[str, torch.Tensor]) -> Path:
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a `.safetensors` file or a PyTorch state dict (`.pt`, `.pth`, `.bin`), on the CPU.
 
-    A training checkpoint (`{"state_dict": ...}`) is unwrapped, and the `module.` prefix of distributed training is
-    removed from every key.
+    A training checkpoint (`{"state_dict": ...}` or `{"model_state": ...}`) is unwrapped, and the `module.` prefix of
+    distributed training is removed from every key.
 
     Raises:
         WeightsError: the file is missing, has another format, is compressed, or is a TorchScript archive.
@@ -146,7 +147,8 @@ def _require_plain_archive(path: Path) -> None:
 
 
 def _unwrap(path: Path, checkpoint: object) -> dict[str, torch.Tensor]:
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    nested = [key for key in NESTED if isinstance(checkpoint, Mapping) and key in checkpoint]
+    state = checkpoint[nested[0]] if nested and isinstance(checkpoint, Mapping) else checkpoint
     tensors = isinstance(state, Mapping) and all(isinstance(value, torch.Tensor) for value in state.values())
     if not isinstance(state, Mapping) or not tensors or not state:
         raise WeightsError(_unreadable(path, TypeError("it contains no state dict of tensors")))

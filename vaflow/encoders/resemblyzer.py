@@ -1,0 +1,115 @@
+"""Resemblyzer's speaker encoder: a three-layer LSTM over 1.6 s of mel spectrogram -> 256 numbers of length one.
+
+Source: the Python package Resemblyzer 0.1.4 (Apache 2.0), after Wan et al. 2018 (GE2E, arXiv 1710.10467).
+The weights are the file `pretrained.pt` of its wheel.
+
+Resemblyzer's own `preprocess_wav` raises the volume of quiet recordings and cuts silences out. Here the audio is read
+as it is: without silences, the time of what was said would be lost.
+"""
+
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from vaflow.encoders.base import FrontEnd, Request, Segments, centred_examples, step_centres
+from vaflow.encoders.image_encoder import autocast
+from vaflow.encoders.logmel import HOP, RATE
+from vaflow.encoders.waveform import WAVEFORM
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+from vaflow.errors import WeightsError, explain
+
+BANDS, FFT, FRAMES, WIDTH = 40, 400, 160, 256
+ROWS = FRAMES + 3  # frame i is centred on sample 160 i: FFT / 2 samples before the first frame and after the last
+UNUSED = ("similarity_weight", "similarity_bias")  # of the training loss
+
+
+class SpeakerNetwork(nn.Module):
+    """[B, 160, 40] power mel spectrogram -> [B, 256], each of length one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(BANDS, WIDTH, 3, batch_first=True)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        """As the class."""
+        _, (hidden, _) = self.lstm(mel)
+        return nn.functional.normalize(torch.relu(self.linear(hidden[-1])), dim=1)
+
+
+class ResemblyzerEncoder:
+    """An audio encoder; see `vaflow.encoders.base.AudioEncoder`. Reads one example of 1.6 s around every step."""
+
+    kind: ClassVar[str] = "audio"
+    front_end: ClassVar[FrontEnd] = WAVEFORM
+
+    def __init__(self, request: Request, module: SpeakerNetwork) -> None:
+        from torchaudio.functional import melscale_fbanks
+
+        self.name, self.dim, self.precision = request.name, WIDTH, request.precision
+        self.device = torch.device(request.device)
+        self.module: nn.Module = module.eval().to(self.device, torch.float32)
+        banks = melscale_fbanks(FFT // 2 + 1, 0.0, RATE / 2, BANDS, RATE, norm="slaney", mel_scale="slaney")
+        self._banks, self._window = banks.to(self.device), torch.hann_window(FFT, device=self.device)
+        identity = {
+            "encoder": "resemblyzer",
+            "weights": state_digest(module.state_dict()),
+            "input": f"waveform, {FRAMES} frames of {BANDS} mel bands around each step",
+            "output": "embedding of length one",
+        }
+        self.identity: dict[str, Any] = request.finish_identity(identity)
+
+    def segments(self, window: float, steps: int) -> Segments:
+        """Return one example per step, whose middle is within 5 ms of the step's."""
+        return centred_examples(window, steps, Fraction(ROWS * HOP, 2 * RATE), ROWS)
+
+    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
+        """Return [steps] seconds after the window's start: (k + 1/2) window / steps."""
+        return np.array([float(time) for time in step_centres(window, steps)])
+
+    def spectrogram(self, samples: torch.Tensor) -> torch.Tensor:
+        """Samples [B, 163 * 160] -> [B, 160, 40]: librosa's mel spectrogram of the 160 frames in the middle."""
+        margin = (samples.shape[1] - (FRAMES - 1) * HOP - FFT) // 2
+        inner = samples[:, margin : samples.shape[1] - margin]
+        spectrum = torch.stft(inner, FFT, HOP, window=self._window, center=False, return_complex=True)
+        return (spectrum.abs() ** 2).transpose(1, 2) @ self._banks
+
+    @torch.no_grad()
+    def encode(self, frames: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
+        """Waveform rows [B, 163, 160], one example each -> [B, 1, 256] float32 on the encoder's device.
+
+        Raises:
+            ValueError: the rows have another shape.
+        """
+        if frames.ndim != 3 or tuple(frames.shape[1:]) != (ROWS, HOP):
+            raise ValueError(f"{self.name}: expected a waveform [B, {ROWS}, {HOP}], got {tuple(frames.shape)}")
+        mel = self.spectrogram(frames.to(self.device, torch.float32).flatten(1))
+        with autocast(self.device, self.precision):
+            vectors: torch.Tensor = self.module(mel)
+        return vectors.to(torch.float32).unsqueeze(1)
+
+
+def build(request: Request) -> ResemblyzerEncoder:
+    """Return the encoder with the weights of the file `request.weights`.
+
+    Raises:
+        WeightsError: the file was not given, is damaged, or does not fit.
+    """
+    if request.weights is None:
+        wheel = "pip download --no-deps Resemblyzer==0.1.4 && unzip Resemblyzer-*.whl resemblyzer/pretrained.pt"
+        raise WeightsError(
+            explain(
+                f"{request.name} requires --weights {request.name}=FILE",
+                expected="pretrained.pt of the wheel Resemblyzer 0.1.4",
+                remedy=f"{wheel}; then pass --weights {request.name}=resemblyzer/pretrained.pt",
+            )
+        )
+    state = {key: value for key, value in read_state_dict(request.weights).items() if key not in UNUSED}
+    with torch.random.fork_rng():  # the weights are replaced: keep the caller's random state
+        module = SpeakerNetwork()
+    load_strictly(module, state, str(request.weights))
+    return ResemblyzerEncoder(request, module)
