@@ -1,21 +1,25 @@
 """The documentation is correct: every `bash` command and `python` block of the pages runs here, in order.
 
 Stand-ins: tiny encoders for those whose weights must be downloaded, a small Aff-Wild2 tree for the real one, and one
-epoch for the usual number. The demo and the installation are tested elsewhere; options.md and clusters.md have
-tests of their own.
+epoch for the usual number. The demo and the installation are tested elsewhere; options.md, clusters.md, viewer.md and
+own-features.md have tests of their own. `console` blocks need what tests do not have (weights of a hub, a cluster, a
+package index, placeholders): their commands are parsed, with every option and value.
 """
 
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer
 from affwild2_tree import build_affwild2
 
 import vaflow
-from vaflow.cli import main
+from vaflow.cli import app, main
 from vaflow.demo.writer import write_demo
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +43,17 @@ PAGES = (
     "docs/search.md",
     *(
         f"docs/{name}.md"
-        for name in ("provenance", "export", "tutorial", "own-data", "encoders", "fine-tuning", "read-elsewhere")
+        for name in (
+            "provenance",
+            "export",
+            "tutorial",
+            "own-data",
+            "encoders",
+            "fine-tuning",
+            "read-elsewhere",
+            "large-inputs",
+            "uncertainty",
+        )
     ),
     "docs/python.md",
 )
@@ -82,6 +96,10 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
     (space,) = blocks("docs/search.md", "toml")
     for name in ("clip-vit-b16", "ast"):
         space = space.replace(f'"{name}"', f'"{STAND_INS[name]}"')
+    (folder / "features").mkdir()
+    for name in ("single_face", "carphone"):
+        np.save(folder / "features" / f"{name}.npy", np.random.default_rng(0).normal(size=(50, 4)))
+    (folder / "plain.toml").write_text((ROOT / "vaflow" / "encoders" / "prompts.toml").read_text())
     (folder / "space.toml").write_text(space.replace("epochs = 15", "epochs = 1"))
     (folder / "sample.txt").write_bytes(tree.sample.read_bytes())
     return folder
@@ -107,6 +125,43 @@ def test_python_block_runs(page: str, code: str, here: Path) -> None:
         code = code.replace(f'"{name}"', f'"{stand_in}"')
     names = {"__name__": "__main__", "vaflow": vaflow}  # later blocks of a page use the import of the first
     exec(compile(code, page, "exec"), names)
+
+
+ALL_PAGES = [path for path in (ROOT, ROOT / "docs") for path in path.glob("*.md")]
+CONSOLE = [
+    (page.name, line)
+    for page in ALL_PAGES
+    for block in blocks(str(page), "console")
+    for line in re.sub(r"\\\n\s*", "", block).splitlines()
+]
+
+
+@pytest.mark.parametrize(("page", "line"), [(page, line) for page, line in CONSOLE if "vaflow " in line])
+def test_console_command_is_parsed(page: str, line: str) -> None:
+    command, context = typer.main.get_command(app), None
+    words = shlex.split(line[line.index("vaflow ") :])
+    while hasattr(command, "commands"):
+        context = command.make_context(words[0], words[1:], parent=context)
+        words = [*context._protected_args, *context.args]
+        command = command.commands[words[0]]
+    command.make_context(words[0], words[1:], parent=context)
+
+
+@pytest.mark.parametrize(("page", "line"), [(page, line) for page, line in CONSOLE if "pip install" in line])
+def test_installed_extras_and_versions_are_those_of_the_package(page: str, line: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for word in shlex.split(line):
+        if "[" in word:
+            assert set(re.findall(r"\w+", word)) <= project["optional-dependencies"].keys()
+        elif ">=" in word:
+            assert word in project["dependencies"]
+
+
+@pytest.mark.parametrize(
+    ("page", "text"), [(page.name, text) for page in ALL_PAGES for text in blocks(str(page), "toml")]
+)
+def test_toml_block_is_valid(page: str, text: str) -> None:
+    assert tomllib.loads(text)
 
 
 def test_predict_has_written_a_table_and_a_figure(here: Path) -> None:

@@ -24,6 +24,8 @@ AUTO = -1  # of epochs
 POSITIONS = ("none", "time")
 UNCERTAINTY = ("none", "variance")
 P1 = "arXiv 2603.13415"
+MAX_WINDOW = 24 * 3600.0  # seconds: no clip is longer
+MAX_SAMPLES = 100_000  # per window
 # Settings added since the first version, with the value that trains as that version did. Runs without them are read
 # with these values, and `ablate` hashes them only where they differ, so that runs of older studies are reused.
 BEFORE_SETTING: Mapping[str, Any] = {
@@ -63,6 +65,7 @@ class TrainConfig:
         group="data",
         unit="seconds",
         above=0,
+        below=MAX_WINDOW,
         unset="as in the cache",
         option="--window",
     )
@@ -72,14 +75,21 @@ class TrainConfig:
         group="data",
         unit="seconds",
         above=0,
+        below=MAX_WINDOW,
         unset="as in the cache",
         option="--stride",
     )
     frames: int | None = setting(
-        None, "Output frames per window", group="data", above=0, unset="as in the cache", option="--frames"
+        None,
+        "Output frames per window",
+        group="data",
+        above=0,
+        below=MAX_SAMPLES,
+        unset="as in the cache",
+        option="--frames",
     )
     audio_steps: int | None = setting(
-        None, "Audio steps per window", group="data", above=0, unset="at the rate of the stream"
+        None, "Audio steps per window", group="data", above=0, below=MAX_SAMPLES, unset="at the rate of the stream"
     )
     label_reduction: str = setting(
         "nearest",

@@ -61,6 +61,13 @@ def train(cache: Path | str, out: Path, *options: object) -> list[object]:
     return ["train", cache, "--out", out, *SMALL, *options]
 
 
+@pytest.mark.parametrize("option", ["--window=1e308", "--stride=1e308", "--frames=100000", "--window=nan"])
+def test_sizes_of_windows_are_limited(
+    cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    refused(capsys, 2, train(cache.path, tmp_path / "run", option), option.partition("=")[0], "must be")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_non_numeric_features_are_rejected(
     cache_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: float
