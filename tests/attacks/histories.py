@@ -45,10 +45,10 @@ class Histories(RuleBasedStateMachine):
         self.root = self.workshop.new_folder()
         self.data, self.cache, self.run = (self.root / name for name in ("data", "cache", "run"))
         self.clips: dict[str, Content] = {}
-        self.cached: dict[str, Content] = {}  # what `extract` has put into the cache, and nothing has dropped
+        self.cached: dict[str, Content] = {}  # committed by `extract` and not dropped
         self.partial: set[str] = set()  # clips with one stream only, because their extraction was killed
         self.mixed: set[str] = set()  # clips with streams of two contents, for the same reason
-        self.trained_on: dict[str, Content] | None = None  # by the run, finished or not
+        self.trained_on: dict[str, Content] | None = None  # by the run (finished or interrupted)
         self.next_labels = 0
         self.extracted = self.run_started = False
 
@@ -65,7 +65,7 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(commands=st.integers(0, 2))
     def start(self, commands: int) -> None:
-        """Three clips: two to train, one to validate. Perhaps they are extracted, and perhaps a run is trained."""
+        """Create three clips (two train, one val); extraction and training are optional."""
         for name, split, video in (("a", "train", 0), ("b", "train", 1), ("c", "val", 2)):
             self.put(name, video, split)
         for command in (self.extract, self.train)[:commands]:
@@ -133,7 +133,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def extract(self) -> None:
-        """Afterwards the cache holds what the data set holds; what the data set no longer has is named."""
+        """Extract; the cache equals the dataset, and removed clips are listed."""
         self.extracted = True
         ended = self.workshop.run("extract", self.data, "--out", self.cache, *EXTRACT)
         assert_printed(ended, 0)
@@ -180,7 +180,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.extracted)
     def train(self) -> None:
-        """Train, resume, or say that the run is done; other data than before is refused."""
+        """Train or resume; changed data are rejected."""
         self.run_started = True
         before = {path.name: path.read_bytes() for path in self.run.glob("m*.*")} if self.finished else {}
         self.after_train(self.workshop.run("train", self.cache, "--out", self.run, *TRAIN), before)
@@ -219,15 +219,15 @@ class Histories(RuleBasedStateMachine):
     # What must hold
 
     def check_cache(self) -> None:
-        """The cache is that of the model; of incomplete clips nothing is known."""
+        """Compare the cache with the model, except incomplete clips."""
         if not self.mixed | self.partial:
             check_cache(self.cache, self.cached, self.clips)
 
     def after_train(self, ended: Ended, before: Mapping[str, bytes]) -> None:
-        """A run that ends well was trained on what the cache holds now; a refused command changes no run."""
+        """A finished run was trained on the current cache; a rejected command leaves the run unchanged."""
         if ended.code == 0:
             assert not self.mixed, f"trained although {self.mixed} mix two contents"
-            assert not shared_videos(self.cached), "one video is in train and in val, and nothing was said"
+            assert not shared_videos(self.cached), "a video in both splits was not reported"
             assert self.trained_on in (None, self.cached), f"trained on {self.trained_on}, not {self.cached}"
             self.trained_on = dict(self.cached)
             check_scores(metrics_of(self.run), self.run, "val", self.cached)
@@ -238,7 +238,7 @@ class Histories(RuleBasedStateMachine):
             assert "--fresh" in ended.err or shared_videos(self.cached), ended.err
         if before:
             after = {path.name: path.read_bytes() for path in self.run.glob("m*.*")}
-            assert after == before, "a refused command changed the run"
+            assert after == before, "a rejected command changed the run"
 
 
 def kill_after(process: Process, seconds: float) -> None:
@@ -248,7 +248,7 @@ def kill_after(process: Process, seconds: float) -> None:
         time.sleep(0.01)
     process.send(signal.SIGKILL)
     process.wait()
-    assert not process.orphans(), "processes of a killed command are left"
+    assert not process.orphans(), "worker processes of a killed command are still running"
 
 
 def machine(workshop: Workshop) -> type[RuleBasedStateMachine]:

@@ -1,4 +1,4 @@
-"""What the random histories know: contents of clips, the commands, and what scores and caches must equal."""
+"""Model of the random histories: clip contents, commands, expected scores and caches."""
 
 import json
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ vaflow.train.plots.draw_run = lambda *arguments, **settings: None
 
 @dataclass(frozen=True)
 class Content:
-    """What a clip is made of: the number of its video, the seed of its labels, its split."""
+    """Content of a clip: video number, label seed, split."""
 
     video: int
     labels: int
@@ -51,7 +51,7 @@ class Content:
 
 
 class Workshop:
-    """What all histories of one session share: the process that forks commands, and the videos."""
+    """Shared state of all histories of one session: the forking process and the videos."""
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self.lab = lab
@@ -71,7 +71,7 @@ class Workshop:
         return self.lab.start(args, CHEAP_COMMANDS)
 
     def run(self, *args: object) -> Ended:
-        """Run a command to its end; a traceback or an unknown exit code fails the history."""
+        """Run a command; a traceback or an unexpected exit code fails the history."""
         ended = self.start(*args).wait()
         assert "Traceback" not in ended.err, ended.err[-3000:]
         assert ended.code in (0, 1, 2, 3), f"exit code {ended.code}: {ended.err[-2000:]}"
@@ -105,7 +105,7 @@ def streams_of(cache_path: Path) -> dict[str, set[str]]:
 
 
 def check_cache(cache_path: Path, cached: Mapping[str, Content], clips: Mapping[str, Content]) -> None:
-    """Clips, labels and audio of the cache are those of the model; so are splits of clips in the data set."""
+    """Assert that clips, labels, audio and splits of the cache equal the model."""
     cache = open_cache(cache_path)
     assert set(cache.items(stream="labels")) == set(cached)
     for name, content in cached.items():
@@ -115,7 +115,7 @@ def check_cache(cache_path: Path, cached: Mapping[str, Content], clips: Mapping[
 
 
 def check_scores(scores: Mapping[str, Any], run: Path, split: str, cached: Mapping[str, Content]) -> None:
-    """Scores equal those of the run's prediction files against the labels that the cache must hold."""
+    """Assert that scores equal those computed from the prediction files and the cached labels."""
     prediction, label = [], []
     for name, content in sorted(cached.items()):
         if content.split == split:

@@ -1,4 +1,4 @@
-"""Every command under environments that break assumptions: it works, or ends with a message; never with a traceback."""
+"""Commands in environments that break assumptions succeed or fail with a message, never a traceback."""
 
 import os
 import shutil
@@ -71,7 +71,7 @@ COMMANDS: dict[str, Callable[[Path], list[object]]] = {
     "evaluate": lambda root: ["evaluate", root / "run", "--device", "cpu"],
     "predict": lambda root: ["predict", root / "run", root / "data" / "clip0.mp4", "--out", root / "predictions"],
 }
-# Each environment with the commands that start worker processes and load torch, and one light one; the rest is slow.
+# Each environment runs the commands that start workers and load torch, and one light command; the rest are slow tests.
 OFTEN = {"extract", "train", "info"}
 CASES = [
     pytest.param(name, command, id=f"{name}-{command}", marks=() if command in OFTEN else pytest.mark.slow)

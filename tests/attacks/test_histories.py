@@ -1,4 +1,4 @@
-"""No history of edits and commands ends in a number that is not of the data at hand."""
+"""Random histories of edits and commands never print a score of outdated data."""
 
 from pathlib import Path
 

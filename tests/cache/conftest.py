@@ -15,5 +15,5 @@ def store(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def no_flush(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flushing shows only in a power cut and takes most of the time; `test_cache_writers` checks that it happens."""
+    """Disable fsync, which dominates the run time; `test_cache_writers` tests it."""
     monkeypatch.setattr(os, "fsync", lambda _: None)

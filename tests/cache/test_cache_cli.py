@@ -15,7 +15,7 @@ from vaflow.cli import main
 
 
 def damage(path: Path) -> str:
-    """Break one file of item "c"; returns its name below the cache."""
+    """Damage one file of item "c"; return its path in the cache."""
     name = sorted(open_cache(path).record("visual", "c").files)[0]
     file = path / "visual" / "c" / name
     file.write_bytes(file.read_bytes()[:-1])

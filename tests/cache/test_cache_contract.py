@@ -1,4 +1,4 @@
-"""What every store must do: one suite, run over all of them."""
+"""Contract of every cache store, run over all of them."""
 
 import json
 import os
@@ -154,7 +154,7 @@ def test_non_finite_features_are_rejected(tmp_path, store, value):
 
 def test_streams_are_stored_separately(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store)
-    cache.declare(stream("visual"))  # the same again is fine
+    cache.declare(stream("visual"))  # an equal declaration is accepted
     identity = {"encoder": "other", "sampling": {"window": 10.0, "stride": 2.0}, "new": [1]}
     with pytest.raises(FingerprintError) as caught:
         cache.declare(StreamInfo("visual", "visual", 7, "float32", identity))

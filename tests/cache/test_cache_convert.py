@@ -1,4 +1,4 @@
-"""Caches copied into another store: nothing is lost, nothing damaged gets through, interruptions cost nothing."""
+"""Conversion between stores: lossless, resumable, and without damaged items."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ODD_NAMES = ("a/b", "é", "x" * 300)
 
 @pytest.fixture
 def other(store: str) -> str:
-    """The store that the cache does not have."""
+    """The store to convert to."""
     return next(name for name in STORES if name != store)
 
 
@@ -42,7 +42,7 @@ def full_cache(path: Path, store: str) -> Cache:
 
 
 def assert_copy(source: Cache, copy: Cache) -> None:
-    """Every item of every stream is in both, bit for bit, with the same source, facts and time of making."""
+    """Assert that both caches have equal items: arrays, source, facts and creation time."""
     assert copy.streams() == source.streams()
     assert len(copy.record_files()) == len(source.record_files()) > 0
     for name in source.streams():
@@ -78,7 +78,7 @@ def test_a_round_trip_between_stores_gives_the_same_cache(tmp_path, store, other
     convert(copy, tmp_path / "back", store)
     back = open_cache(tmp_path / "back")
     assert_copy(source, back)
-    for name in source.streams():  # the same store makes the same files, but for the attempts' names
+    for name in source.streams():  # the same store writes the same files, except for attempt names
         for item in ODD_NAMES:
             one, two = source.record(name, item), back.record(name, item)
             plain = [{path.replace(r.attempt, "-"): f for path, f in r.files.items()} for r in (one, two)]
@@ -118,7 +118,7 @@ def test_an_interrupted_conversion_resumes(tmp_path, store, other, monkeypatch):
     half = open_cache(tmp_path / "other")
     before = attempts(half)
     assert len(before) == 7
-    assert half.items() == []  # labels come last: no clip looks complete that is not
+    assert half.items() == []  # labels are copied last, so that no incomplete clip looks complete
     done = convert(source, tmp_path / "other", other)
     assert (done.there, done.copied) == (7, len(source.record_files()) - 7)
     copy = open_cache(tmp_path / "other")
@@ -127,7 +127,7 @@ def test_an_interrupted_conversion_resumes(tmp_path, store, other, monkeypatch):
 
 
 def test_a_killed_conversion_resumes(tmp_path, store, other):
-    """Killed at once, in the middle of writing the tenth item."""
+    """Kill the process while it writes the tenth item."""
     source = full_cache(tmp_path / "source", store)
     code = (
         "import os, signal, sys\n"
@@ -173,7 +173,7 @@ def test_damaged_items_are_listed_and_the_others_converted(tmp_path, store, othe
     copy = open_cache(tmp_path / "other")
     assert len(copy.record_files()) == len(source.record_files()) - 2
     assert verify(copy) == []
-    assert failed_items(copy, "val") == ["é"]  # evaluation knows that a clip is lost
+    assert failed_items(copy, "val") == ["é"]  # evaluation reports the lost clip
     repair(open_cache(source.path, writable=True))
     streams = source.streams()
     for name, item in (("visual", "a/b"), ("labels", "é")):
@@ -218,7 +218,7 @@ def test_arrays_outside_the_schema_are_not_copied(tmp_path, store, other, monkey
 
 
 def test_failure_lists_are_copied(tmp_path, store, other):
-    """What extraction could not read is not forgotten by a copy, until the copy has it."""
+    """Failure lists are copied until the copy contains the items."""
     source = small_cache(tmp_path / "source", store)
     lost = {"item": "lost", "stage": "open", "error": "MediaError", "message": "cut off", "split": "val"}
     (source.path / "failures-1-of-2.jsonl").write_text(json.dumps(lost) + "\n" + "half a li")

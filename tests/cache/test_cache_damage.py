@@ -1,4 +1,4 @@
-"""No flipped bit, missing byte or missing file goes unnoticed, by `verify` or by a reader."""
+"""`verify` and reading detect every flipped bit, truncation and missing file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +11,12 @@ from vaflow.cache import create_cache, open_cache
 from vaflow.cache.verify import leftovers, open_for_repair, repair, verify
 from vaflow.errors import CorruptError, FingerprintError, MissingError, SchemaError, UsageError, VaflowError
 
-POSITIONS = 80  # bytes that are flipped, over all files; of each, every bit
+POSITIONS = 80  # number of damaged bytes over all files; all eight bits of each
 
 
 @pytest.fixture
 def path(tmp_path: Path, store: str) -> Path:
-    """A cache whose items have all-zero and empty arrays, too: the ones that stores like to leave out."""
+    """A cache that includes all-zero and empty arrays, which stores tend to omit."""
     cache = small_cache(tmp_path / "cache", store, ("é",))
     cache.write("visual", "zeros", arrays(stream("visual"), zeros=True))
     cache.write("labels", "empty", arrays(stream("labels"), 0), meta={"split": "train"})
@@ -39,7 +39,7 @@ def owner(path: Path, file: Path) -> tuple[str, str] | None:
 
 
 def read_all(path: Path) -> None:
-    """What a user of the whole cache would do; raises where anything is wrong."""
+    """Read the whole cache; raise on any damage."""
     cache = open_cache(path)
     for stream_name in ("visual", "labels"):
         for item in ("é", "zeros" if stream_name == "visual" else "empty"):
@@ -97,7 +97,7 @@ def test_every_deletion_is_detected(path):
     for file in committed_files(path):
         data = file.read_bytes()
         file.unlink()
-        if file.is_relative_to(path / "records"):  # that is how an item is dropped: it does not exist any more
+        if file.is_relative_to(path / "records"):  # an item without a record does not exist
             with pytest.raises(MissingError):
                 read_all(path)
             assert len(leftovers(open_cache(path))) == 1
@@ -117,7 +117,7 @@ def test_damage_is_reported_with_a_remedy(path):
 
 
 def test_a_damaged_record_is_always_reported(path):
-    """A clip that silently went missing would change results."""
+    """A clip that disappears silently would change results."""
     record = path / "records" / "labels" / "empty.json"
     record.write_bytes(record.read_bytes().replace(b'"train"', b'"trail"'))
     for use in (
@@ -157,7 +157,7 @@ def test_repair_drops_only_damaged_items(path):
 
 
 def test_repair_keeps_items_whose_stream_file_was_lost(path):
-    """Hours of encoding are not thrown away for a small file that the next extraction writes again."""
+    """A lost stream file is rewritten by the next extraction; the encoded items are kept."""
     (path / "streams" / "visual.json").write_bytes(b"not JSON")
     with pytest.raises(CorruptError, match=r"streams/visual\.json"):
         open_cache(path).streams()
@@ -215,7 +215,7 @@ def test_repair_removes_only_old_leftovers_of_vaflow(path, monkeypatch):
 
 
 def test_verify_reports_arrays_that_violate_the_schema(path, monkeypatch):
-    """A writer that does not follow the contract: right checksums, wrong contents."""
+    """A writer that violates the schema: valid checksums, invalid contents."""
     cache = open_cache(path, writable=True)
     wrong = arrays(stream("visual"))
     wrong["time"] = wrong["time"][::-1].copy()
@@ -235,7 +235,7 @@ def test_reading_without_verification_detects_missing_files(path):
 
 
 def test_verify_checks_a_cache_of_zeros(tmp_path, store):
-    """Zarr writes no chunk for all-zero arrays unless told to: a deleted chunk would read as zeros."""
+    """Zarr omits all-zero chunks by default, so a deleted chunk would read as zeros."""
     cache = create_cache(tmp_path / "cache", store=store)
     cache.declare(stream("visual"))
     cache.write("visual", "zeros", arrays(stream("visual"), zeros=True))

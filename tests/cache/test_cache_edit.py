@@ -1,4 +1,4 @@
-"""`vaflow cache drop` and `vaflow cache splits`: clips leave a cache, or change their split; nothing else changes."""
+"""`vaflow cache drop` and `vaflow cache splits` change only the named clips."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def cache(tmp_path: Path, store: str) -> Cache:
     made = small_cache(tmp_path / "cache", store, CLIPS)
     made.declare(stream("text"))
     made.write("text", "c", arrays(stream("text")))  # a prompt set that has the name of a clip
-    made.write("visual", "stray", arrays(stream("visual")))  # no labels: left by a killed extraction
+    made.write("visual", "stray", arrays(stream("visual")))  # without labels, as after a killed extraction
     return made
 
 

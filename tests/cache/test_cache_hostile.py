@@ -1,4 +1,4 @@
-"""Caches made to harm: sealed correctly, and claiming what no writer claims. Refused by readers, verify and repair.
+"""Malicious caches with valid seals are rejected by readers, verify and repair.
 
 Every case puts a file beside the cache that must be there, unchanged, at the end.
 """
@@ -27,7 +27,7 @@ Change = Callable[[dict[str, Any]], object]
 
 @pytest.fixture
 def path(tmp_path: Path, store: str) -> Iterator[Path]:
-    """A cache of two clips; what lies beside it is compared afterwards."""
+    """A cache of two clips; files next to it are compared at the end."""
     outside = tmp_path / "precious" / "attempt"
     outside.mkdir(parents=True)
     (outside / "data.h5").write_bytes(b"precious")
@@ -38,7 +38,7 @@ def path(tmp_path: Path, store: str) -> Iterator[Path]:
 
 
 def rewrite(file: Path, change: Change) -> None:
-    """Change a document and seal it again, as somebody who knows the contract would."""
+    """Change a document and update its seal, as an attacker who knows the format could."""
     document = json.loads(file.read_bytes())
     del document["crc32c"]
     changed = change(document)
@@ -50,7 +50,7 @@ def record_of(path: Path) -> Path:
 
 
 def assert_refused(path: Path) -> None:
-    """Reading names the damage, verify lists it, repair takes it away and leaves the other clip."""
+    """Assert that reading and verify report the damage and that repair removes only that item."""
     with pytest.raises(CorruptError):
         open_cache(path).read("visual", "one")
     problems = verify(open_cache(path))
@@ -109,7 +109,7 @@ def test_record_members_of_wrong_type_or_size_are_rejected(path: Path, change: d
 
 
 def test_a_file_of_unexpected_size_is_not_read(path: Path) -> None:
-    """A sparse file of a terabyte takes no room on the disk, and would take it in memory."""
+    """A sparse terabyte file uses no disk space but would exhaust memory."""
     file = next(p for p in (path / "visual" / "one").rglob("*") if p.is_file())
     os.truncate(file, 2**40)
     assert_refused(path)
@@ -201,7 +201,7 @@ def test_a_cache_can_be_opened_through_a_symlink(path: Path) -> None:
     assert open_cache(link).read("visual", "one").embedding.shape == (5, 6)
 
 
-# --- arrays that are more than their bytes
+# --- arrays larger than their files
 
 
 def commit_files(cache: Cache, make: Callable[[Path], None]) -> None:
@@ -222,7 +222,7 @@ def claim(path: Path, shape: list[int]) -> None:
 @pytest.mark.parametrize("store", ["zarr"], indirect=True)
 @pytest.mark.parametrize("compressed", [True, False])
 def test_a_zarr_header_claiming_a_terabyte_is_rejected(path: Path, compressed: bool) -> None:
-    """Chunks that are not there read as zeros, and packed zeros unpack to any size."""
+    """Missing chunks read as zeros, and compressed zeros expand to any size."""
 
     def bomb(attempt: Path) -> None:
         metadata = attempt / "embedding" / "zarr.json"

@@ -1,4 +1,4 @@
-"""The index makes opening fast and never makes it wrong."""
+"""The index speeds up opening and never changes results."""
 
 import os
 import time
@@ -16,7 +16,7 @@ from vaflow.errors import CacheError, CorruptError
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the record files that are read from now on."""
+    """Record the names of record files that are read."""
     calls: list[str] = []
 
     def noting(layout: object, path: Path) -> object:
@@ -28,7 +28,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def forbid_listing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on, listing a folder of records fails the test."""
+    """Make listing a record directory fail the test."""
     real = os.scandir
 
     def guarded(path: Path) -> object:
@@ -125,10 +125,10 @@ def test_commits_of_other_writers_are_visible_immediately(tmp_path, store):
 
 
 def test_a_change_within_one_clock_tick_is_detected(tmp_path, monkeypatch):
-    """Racily fresh: the folder changes after it was listed, and its time of change stays the same."""
+    """The directory changes after it was listed, within the same modification time."""
     cache = small_cache(tmp_path / "cache", "hdf5")
     folder = cache.layout.records("labels")
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # a save that does not wait: the folder is still fresh
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # save immediately, while the directory time is recent
     now = time.time_ns()
     os.utime(folder, ns=(now, now))
     cache.refresh_index()
@@ -178,13 +178,13 @@ def test_an_index_does_not_hide_damage(tmp_path, store):
     record.write_bytes(data[:40])
     with pytest.raises(CorruptError):
         open_cache(cache.path).items()
-    cache.refresh_index()  # saves what is known, and does not trust the folder
+    cache.refresh_index()  # saves known records without trusting the directory
     with pytest.raises(CorruptError):
         open_cache(cache.path).items()
 
 
 def test_a_long_run_saves_the_index_periodically(tmp_path, store, reads, monkeypatch):
-    """So that after a kill only what came since must be read."""
+    """After a kill, only records written since the last save are read again."""
     monkeypatch.setattr(saving, "EVERY", 0.05)
     cache = small_cache(tmp_path / "cache", store)
     with cache.indexed():
@@ -192,7 +192,7 @@ def test_a_long_run_saves_the_index_periodically(tmp_path, store, reads, monkeyp
         while not cache.layout.index.exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        monkeypatch.setattr("vaflow.cache.cache.Index.save", lambda *_: None)  # a kill: nothing is saved any more
+        monkeypatch.setattr("vaflow.cache.cache.Index.save", lambda *_: None)  # simulates a kill: no further saves
         cache.write("labels", "late", arrays(stream("labels")))
         del reads[:]
         assert open_cache(cache.path).items() == ["a/b", "c", "late"]

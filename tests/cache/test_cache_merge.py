@@ -1,4 +1,4 @@
-"""Several caches become one: every item once, one kind of stream per name, and no silent choice between versions."""
+"""Merging caches: every item once, one identity per stream, no silent choice between versions."""
 
 import json
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def write(cache: Cache, name: str, item: str, version: int, meta: dict[str, Any]
 
 
 def age(cache: Cache, created: str, names: tuple[str, ...] = ("visual", "labels")) -> None:
-    """Have the items of some streams made at another time."""
+    """Set another creation time for the items of some streams."""
     for name in names:
         for item in [json.loads(p.read_bytes())["item"] for p in cache.layout.records(name).glob("*.json")]:
             record, made = cache.committed(name, item)
@@ -48,7 +48,7 @@ def age(cache: Cache, created: str, names: tuple[str, ...] = ("visual", "labels"
 
 
 def versions(cache: Cache, name: str) -> dict[str, int]:
-    """Item -> version of what is there, by its source and by its arrays."""
+    """Map item to version, by its source and by its arrays."""
     versions_found = {}
     for path in cache.layout.records(name).glob("*.json"):
         item = json.loads(path.read_bytes())["item"]
@@ -176,7 +176,7 @@ def test_newer_items_replace_older_ones(tmp_path, store):
 
 
 def test_streams_of_one_clip_come_from_one_version(tmp_path, store):
-    """A stream that was added late to the older version does not make a mixture of both."""
+    """A stream added later to the older version does not mix versions."""
     parts = [
         make(tmp_path / "1", store, {"a": 1}, extra="ast"),
         make(tmp_path / "2", store, {"a": 2}, extra="ast"),

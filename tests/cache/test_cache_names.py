@@ -1,4 +1,4 @@
-"""Names on disk: nothing leaves the cache, nothing collides, everything comes back."""
+"""File names stay inside the cache, never collide and can be decoded."""
 
 import os
 import string
@@ -47,7 +47,7 @@ ODD = [
     "new\nline",
     "nul\0",
     "é",  # one code point
-    "e\u0301",  # two that look the same
+    "e\u0301",  # two names that look the same
     "视频/一",
     "🎬",
     os.fsdecode(b"latin-\xe9"),
@@ -105,7 +105,7 @@ def test_unstorable_names_are_rejected():
     with pytest.raises(UsageError, match="needs a name"):
         escape("")
     with pytest.raises(UsageError, match="JSON cannot hold"):
-        escape("\ud83d\ude00")  # two halves that JSON would make one character of
+        escape("\ud83d\ude00")  # a surrogate pair that JSON would combine
 
 
 def test_unusual_item_names_do_not_collide(tmp_path, store):

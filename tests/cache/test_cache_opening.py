@@ -1,4 +1,4 @@
-"""Making and opening caches, and what is refused."""
+"""Creating and opening caches, and the rejected inputs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Packed caches: the same items in few files, read as any cache, never written, and checked."""
+"""Packed caches: equal items in few files, read-only and verified."""
 
 import json
 import re

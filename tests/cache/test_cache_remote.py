@@ -1,4 +1,4 @@
-"""Caches on object stores: the contract holds there, too, for machines that share nothing but the store."""
+"""Caches on object stores satisfy the contract for machines that share only the store."""
 
 import json
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ from vaflow.train.evaluate import failed_items
 
 @pytest.fixture
 def tmp_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A place on an object store; everyone who opens a cache there is another machine, with an empty disk."""
+    """A path on an object store; each open_cache call acts as another machine with an empty disk."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr("vaflow.cache.remote._temporary", lambda: tmp_path_factory.mktemp("machine"))
     name = token_hex(8)
@@ -77,7 +77,7 @@ def test_a_second_machine_reads_the_stored_items(tmp_path, store):
 
 
 def test_the_object_store_has_the_documented_layout(tmp_path, store, disk):
-    """The same objects, by name and bytes, as files in a folder; and nothing else."""
+    """Assert that the store contains exactly the files of a directory."""
     small_cache(tmp_path / "cache", store)
     for name, data in objects(tmp_path / "cache").items():
         (disk / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def test_a_failed_write_leaves_no_files(tmp_path, store, monkeypatch):
         raise OSError("slow down")
 
     with monkeypatch.context() as patch, pytest.raises(CacheError, match=r"slow down.*run the same command again"):
-        patch.setattr("vaflow.cache.remote.Remote.create", refuse)  # the arrays are there, the record is not
+        patch.setattr("vaflow.cache.remote.Remote.create", refuse)  # arrays without a record
         cache.write("visual", "new", arrays(stream("visual")))
     assert objects(tmp_path / "cache") == before
     assert not cache.has("visual", "new")
@@ -168,7 +168,7 @@ def test_refresh_shows_changes_by_other_machines(tmp_path, store):
     two.refresh_index()
     assert two.items() == ["c", "new"]
     assert_same(dict(two.read("visual", "c").arrays), arrays(stream("visual"), 9, seed=9))
-    assert len(list((two.path / "visual" / "c").iterdir())) == 1  # the old arrays went
+    assert len(list((two.path / "visual" / "c").iterdir())) == 1  # the old arrays are deleted
 
 
 def test_an_open_reader_sees_a_replaced_item(tmp_path, store):
@@ -216,7 +216,7 @@ def test_damage_on_the_object_store_is_detected_and_repaired(tmp_path, store):
     cache.read("visual", "c")
     name = next(name for name in objects(tmp_path / "cache") if name.startswith("visual/c/"))
     memory().pipe_file(f"/{tmp_path.name}/cache/{name}", b"torn")
-    assert [problem.item for problem in verify(cache)] == ["c"]  # although the local copy was whole
+    assert [problem.item for problem in verify(cache)] == ["c"]  # although the local copy was intact
     with pytest.raises(CorruptError, match=f"memory://{tmp_path.name}/cache"):
         open_cache(tmp_path / "cache").read("visual", "c")
     repair(cache)
@@ -310,7 +310,7 @@ def test_a_missing_library_is_named(monkeypatch):
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket on an S3 server of our own."""
+    """A bucket on a local S3 server."""
     server = pytest.importorskip("moto.server", reason="needs moto[server]: pip install 'moto[server]' s3fs")
     s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -331,7 +331,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_s3(bucket, disk, monkeypatch):
-    """Declared, committed once of two, replaced, dropped, read by another machine, damaged, without access."""
+    """Declare, commit twice, replace, drop, read from another machine, damage, deny access."""
     monkeypatch.setenv(VARIABLE, str(disk / "one"))
     url = f"s3://{bucket}/some/cache"
     one = create_cache(url)

@@ -1,4 +1,4 @@
-"""`cache_schema.md` is true: its tables, its readers, its definitions."""
+"""`cache_schema.md` matches the code: tables, readers, definitions."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Writers that meet, writers that are killed: what was committed is whole, what was not does not exist."""
+"""Concurrent and killed writers: committed items are complete, uncommitted ones do not exist."""
 
 import os
 import random
@@ -50,7 +50,7 @@ def start(path: Path, store: str, *, seed: int, rounds: int, gate: Path) -> subp
 
 
 def assert_whole(path: Path) -> set[str]:
-    """Every item is exactly what one writer wrote; returns the items."""
+    """Assert that every item equals one writer's arrays; return the items."""
     cache = open_cache(path)
     assert verify(cache) == []
     items = {record.stem for record in (path / "records" / "visual").glob("item*.json")}
@@ -77,12 +77,12 @@ def test_two_writers_of_the_same_items_both_finish(tmp_path, store):
         assert len(lines) == 20
         for number, attempt, _ in map(str.split, lines):
             outcomes.setdefault(f"item{number}", set()).add(attempt)
-    for item, attempts in outcomes.items():  # the record that holds is one that a writer was told of
+    for item, attempts in outcomes.items():  # the final record was reported as committed to one writer
         assert cache.record("visual", item).attempt in attempts
 
 
 def test_the_first_of_two_first_commits_wins(tmp_path, store: StoreName, monkeypatch):
-    """The other one commits while this one is between its arrays and its record."""
+    """Commit from a second writer between this writer's arrays and its record."""
     path = tmp_path / "cache"
     mine, other = create_cache(path, store=store), create_cache(path, store=store)
     info = stream("visual")
@@ -124,7 +124,7 @@ def test_an_interrupt_after_the_commit_keeps_the_arrays(tmp_path, store, monkeyp
 
 
 def kill_at_random(process: subprocess.Popen[str], rng: random.Random) -> list[str]:
-    """Let the writer commit for a moment, kill it at once, and return the lines that it got out."""
+    """Kill the writer after a short time; return its output lines."""
     assert process.stdout is not None
     lines: list[str] = []
     reading = threading.Thread(target=lambda: lines.extend(process.stdout or []))
@@ -140,7 +140,7 @@ def kill_at_random(process: subprocess.Popen[str], rng: random.Random) -> list[s
 
 
 def test_items_committed_before_a_kill_are_complete(tmp_path, store):
-    """Items are written and, from the 21st on, replaced; each kill comes at another moment."""
+    """Write 20 items, then replace them; kill at random times."""
     path, gate = tmp_path / "cache", tmp_path / "go"
     gate.touch()
     rng = random.Random(store)
@@ -153,14 +153,16 @@ def test_items_committed_before_a_kill_are_complete(tmp_path, store):
         items = assert_whole(path)
         assert items >= committed.keys()
         cache = open_cache(path)
-        for item, known in committed.items():  # at most one later write is not yet known to us
+        for item, known in committed.items():  # at most one write is committed but not yet printed
             assert cache.record("visual", item).source["seed"] >= known
     assert len(committed) > 1
-    assert len(leftovers(open_cache(path))) <= 3 * KILLS  # per kill: an attempt, the one it replaced, a temporary
+    assert (
+        len(leftovers(open_cache(path))) <= 3 * KILLS
+    )  # per kill: one attempt, the attempt it replaced, one temporary file
 
 
 def test_everything_is_flushed_before_the_record_appears(tmp_path, store, monkeypatch):
-    """The order of the contract: files, folders, then the record, then the record's folder."""
+    """Flush files, then directories, then the record, then its directory."""
     path = tmp_path / "cache"
     cache = create_cache(path, store=store)
     info = stream("visual")

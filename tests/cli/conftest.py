@@ -1,4 +1,4 @@
-"""What several tests of the command line start from."""
+"""Fixtures shared by the command-line tests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The command that `vaflow ablate` names for what a cache lacks, run as it is printed."""
+"""Run the command that `vaflow ablate` prints for missing streams."""
 
 import shlex
 import shutil
@@ -27,4 +27,4 @@ def test_extract_add_stream_adds_only_missing_streams(options: list[str], clips:
         assert f"{option} {value}" in command
     assert main(shlex.split(command.replace("ROOT", shlex.quote(str(data))))[1:]) == 0
     assert list(open_cache(cache).items(stream="resnet-tiny")) == ["park"]
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "encoded again"
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "existing streams were encoded again"

@@ -1,4 +1,4 @@
-"""Bad input of stage two as a person types it: one paragraph that names the thing, the choices or what to do."""
+"""Invalid input of stage two: one paragraph with the input, the choices or a remedy."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def run(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache_copy(cache: Cache, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy of the cache that tests may damage."""
     return Path(shutil.copytree(cache.path, tmp_path / "cache"))
 
 
@@ -48,7 +48,7 @@ def interrupted(run: Path, tmp_path: Path) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, arguments: list[object], *words: str) -> None:
-    """The exit code, one paragraph, these words."""
+    """Assert the exit code and one paragraph with these words."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == code
     stderr = capsys.readouterr().err
@@ -75,7 +75,7 @@ def test_non_numeric_features_are_rejected(
     cache = open_cache(cache_copy, writable=True)
     arrays = {name: array.copy() for name, array in cache.read("toy-ears", "train4").arrays.items()}
     arrays["embedding"][np.nonzero(arrays["valid"])] = value
-    with monkeypatch.context() as patch:  # written by something that does not follow the contract
+    with monkeypatch.context() as patch:  # written by a program that violates the schema
         patch.setattr("vaflow.cache.cache.array_problems", lambda *_: [])
         cache.write("toy-ears", "train4", arrays)
     refused(
@@ -186,7 +186,7 @@ def test_unfinished_runs_are_rejected(
     for command in on_runs(interrupted, tmp_path, cache):
         refused(capsys, 2, command, "interrupted", f"vaflow train {cache.path} --out {interrupted}")
     capsys.readouterr()
-    assert main(["train", str(cache.path), "--out", str(interrupted), *SMALL]) == 0, "the remedy works"
+    assert main(["train", str(cache.path), "--out", str(interrupted), *SMALL]) == 0, "the printed remedy fails"
     assert main(["evaluate", str(interrupted)]) == 0
 
 

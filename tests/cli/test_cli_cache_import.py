@@ -1,4 +1,4 @@
-"""`vaflow cache import`: exit codes, what is said, and that the cache can be looked into afterwards."""
+"""`vaflow cache import`: exit codes, messages, and `cache info` on the result."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from vaflow.cli import main
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Three items at 25 rows per second, one with rows that are missing; labels and splits for two."""
+    """Three items at 25 rows per second, one with missing rows; labels and splits for two."""
     (tmp_path / "f").mkdir()
     (tmp_path / "va").mkdir()
     for item in ("a", "b", "c"):

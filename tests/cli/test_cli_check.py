@@ -1,4 +1,4 @@
-"""`vaflow check`: exit codes, what goes to which stream, and that it explains itself."""
+"""`vaflow check`: exit codes, output streams, help."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run whose faces were found by torch predicts with torch, and can be scored where OpenCV found them."""
+"""Runs on torch-detected faces predict with torch and can be scored on OpenCV-detected faces."""
 
 import json
 from pathlib import Path

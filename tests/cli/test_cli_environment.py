@@ -1,4 +1,4 @@
-"""Commands run in environments that lack what libraries take for granted."""
+"""Commands in restricted environments."""
 
 import os
 import subprocess

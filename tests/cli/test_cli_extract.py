@@ -1,4 +1,4 @@
-"""`vaflow extract` at the command line: exit codes, messages, files; bad input costs itself and nothing else."""
+"""`vaflow extract`: exit codes, messages, files; a bad clip affects only itself."""
 
 import json
 import os
@@ -229,7 +229,7 @@ def test_arguments_are_validated_before_torch_is_imported(one_clip: Path, argume
 
 
 def test_an_audio_file_is_a_clip_without_faces(tmp_path: Path) -> None:
-    """Labels keep their own times; the visual stream is there and says that no sample is valid."""
+    """Labels keep their times; the visual stream exists without valid samples."""
     root, out = tmp_path / "data", tmp_path / "cache"
     root.mkdir()
     with wave.open(str(root / "talk.wav"), "wb") as file:
@@ -260,7 +260,7 @@ def test_an_address_space_limit_is_reported_in_one_message(one_clip: Path, tmp_p
 
 @pytest.mark.parametrize(("level", "code"), [("1", 0), ("2", 2)])
 def test_optimized_python_works_or_is_rejected(level: str, code: int) -> None:
-    """PYTHONOPTIMIZE=1 removes assertions; 2 removes docstrings, too, and transformers needs its own."""
+    """PYTHONOPTIMIZE=1 removes assertions; 2 also removes docstrings, which transformers requires."""
     command = [sys.executable, "-m", "vaflow", "extract", "--help"]
     environment = os.environ | {"PYTHONOPTIMIZE": level}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

@@ -1,4 +1,4 @@
-"""`vaflow train --finetune` as a person types it, from a cache without pixels to extraction with tuned encoders."""
+"""`vaflow train --finetune`, from a cache without pixels to extraction with tuned encoders."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def test_from_features_to_tuned_encoders(data: Path, tmp_path: Path, capsys: pyt
     assert main(train) == 2
     [command] = re.findall(r"`vaflow (extract ROOT [^`]*)`", capsys.readouterr().err)
     assert main([*shlex.split(command.replace("ROOT", str(data))), *GRID, "-q"]) == 0
-    assert json.loads(next((cache / "records" / "clip-tiny").glob("*.json")).read_text()) == before  # not made anew
+    assert json.loads(next((cache / "records" / "clip-tiny").glob("*.json")).read_text()) == before  # not rewritten
 
     assert main(train) == 0
     assert "best epoch 1 of 1" in capsys.readouterr().out

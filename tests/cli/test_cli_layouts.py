@@ -1,4 +1,4 @@
-"""Every layout from its files to a trained run, by the command line alone."""
+"""Every dataset layout, from files to a trained run, through the command line."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ def test_from_files_to_a_run(layout: str, tmp_path: Path, capsys: pytest.Capture
     root, cache, run = tmp_path / "data", tmp_path / "cache", tmp_path / "run"
     root.mkdir()
     tree = BUILDERS[layout](root)
-    if layout == "afew-va":  # pictures, no sound; splits are a list of one's own
+    if layout == "afew-va":  # images without audio; splits come from a user list
         (root / "splits.csv").write_text("name,split\n001,train\n02/051,val\n")
     assert main(["check", str(root)]) == 0
     audio_options = [] if layout == "afew-va" else ["--audio", "ast-tiny", "--audio-steps", "8"]

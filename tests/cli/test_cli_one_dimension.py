@@ -1,4 +1,4 @@
-"""A model that learned from labels of arousal only says so whenever it is used on new clips."""
+"""A model trained on arousal labels only marks its valence predictions as untrained."""
 
 from pathlib import Path
 

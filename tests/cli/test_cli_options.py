@@ -1,4 +1,4 @@
-"""`vaflow folds`, `vaflow ensemble`, and what `vaflow evaluate` can be asked for, as a person types them."""
+"""`vaflow folds`, `vaflow ensemble` and the options of `vaflow evaluate`."""
 
 import json
 import re
@@ -175,7 +175,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the inputs that the page names."""
+    """A directory with the inputs of the documented commands."""
     folder = tmp_path_factory.mktemp("page")
     cache = make_cache(folder / "affwild2.cache", Toy(splits={"train": 5, "val": 3}, seconds=(6, 9)))
     (folder / "groups.csv").write_text("item,gender\nval0,f\nval1,m\n")

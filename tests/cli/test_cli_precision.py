@@ -1,4 +1,4 @@
-"""A cache that was made in bfloat16 serves whatever one in float32 does, through the command line."""
+"""A bfloat16 cache supports every command through the command line."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_train_predict_and_score(
     assert main(["predict", str(run), str(data / "obama.mp4"), "--out", str(tmp_path / "traces"), *kept]) == 0
     assert len((tmp_path / "traces" / "obama.csv").read_text().splitlines()) == 1 + 105
     made = open_cache(tmp_path / "kept").streams()["clip-tiny"].identity
-    assert made.get("precision") == (None if finetune else "bfloat16"), "as the run learned it"
+    assert made.get("precision") == (None if finetune else "bfloat16"), "prediction must use the precision of training"
 
     assert main(["extract", str(data), "--out", str(exact), *TINY, *GRID, "--pixels", "-q"]) == 0
     scores = []
@@ -47,7 +47,9 @@ def test_train_predict_and_score(
         assert main(["evaluate", str(run), "--cache", str(path), "--json", "--device", "cpu"]) == 0
         printed = capsys.readouterr()
         scores.append(json.loads(printed.out)["ccc"]["mean"])
-        assert ("precision: " in printed.err) == (path == exact), "not quite the features that it learned from"
+        assert ("precision: " in printed.err) == (path == exact), (
+            "float32 features differ slightly from bfloat16 features"
+        )
     assert scores[0] == pytest.approx(scores[1], abs=5e-3)
 
 

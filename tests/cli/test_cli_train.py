@@ -1,4 +1,4 @@
-"""`vaflow train` and `vaflow evaluate` as a person types them."""
+"""`vaflow train` and `vaflow evaluate` through the command line."""
 
 import json
 import sys
@@ -47,9 +47,9 @@ def test_settings_combine_presets_files_and_options(cache: Cache, tmp_path: Path
     from vaflow.train.runs import require_record
 
     config = require_record(out).config
-    assert (config.temporal, config.fusion) == ("tcn", "attention-concat")  # the preset's
-    assert (config.seed, config.visual) == (4, ("toy-eyes",))  # the file's
-    assert (config.sigma, config.epochs, config.kl_weight) == (0.5, 1, 0.0)  # the options'
+    assert (config.temporal, config.fusion) == ("tcn", "attention-concat")  # from the preset
+    assert (config.seed, config.visual) == (4, ("toy-eyes",))  # from the file
+    assert (config.sigma, config.epochs, config.kl_weight) == (0.5, 1, 0.0)  # from the options
     assert config.lr == 1e-2  # --set
 
 

@@ -1,4 +1,4 @@
-"""docs/clusters.md is true: its commands run as written, the array's once for every task that SLURM would start.
+"""The commands of docs/clusters.md run as written; the array command runs once per SLURM task.
 
 Tiny encoders stand in for those with weights to download, a store in memory for the bucket.
 """
@@ -30,13 +30,13 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def section(title: str) -> list[str]:
-    """The blocks to be run of one section, whole."""
+    """The runnable code blocks of one section."""
     text = PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     return re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def execute(block: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run every line as a shell would, and say what was printed last."""
+    """Run every line as a shell does; return the last output."""
     for line in block.splitlines():
         if not line.startswith("#"):
             words = shlex.split(os.path.expandvars(line.removeprefix("srun ").replace("s3://", "memory://")))

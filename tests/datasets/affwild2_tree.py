@@ -1,4 +1,4 @@
-"""Writes a small tree that has every quirk of the real Aff-Wild2: real files, drawn pictures, nobody's data.
+"""Write a small tree with the quirks of Aff-Wild2: real media files with drawn faces.
 
 Every picture, in videos and in crops, shows its own frame number as bars (`draw_number`, `decode_number`), so that
 a test can tell which frame it was given.
@@ -22,7 +22,7 @@ TICK = Fraction(1, 1000)
 
 @dataclass(frozen=True)
 class Trial:
-    """What was written for one trial.
+    """Facts of one trial.
 
     Attributes:
         split: "train", "val", "test" or None.
@@ -77,7 +77,7 @@ def write_video(path: Path, times: NDArray[np.float64], audio_seconds: float, *,
     is_avi = path.suffix == ".avi"
     rate = Fraction(1) / Fraction(float(np.median(np.diff(times)))).limit_denominator(100_000)
     with av.open(str(path), "w", options={"movflags": "faststart"} if index_first else {}) as container:
-        container.metadata["title"] = path.stem  # pictures and sound of equal length are equal: the files must not be
+        container.metadata["title"] = path.stem  # unique metadata: equal video and audio would make the files equal
         video = container.add_stream("mpeg4" if is_avi else "libx264", rate=rate)
         video.width = video.height = SIDE
         video.pix_fmt = "yuv420p"
@@ -161,7 +161,7 @@ class _Builder:
 def build_affwild2(
     root: Path, *, seconds: float = 2.0, rate: float = 25.0, labels_under: str = "Annotations/VA_Estimation_Challenge"
 ) -> Tree:
-    """Write the tree below `root` and say what was written. Nothing in it is broken: see `spoil_affwild2`.
+    """Write the tree below `root`; return its facts. All files are valid: see `spoil_affwild2`.
 
     Train: rows one more and three fewer than frames, two people in one video, -5 runs at start, middle and end, a
     video of its own whose name ends in _left, AVI, crops in two archives. Validation: variable frame rate with sound
@@ -213,7 +213,7 @@ def _write_lists(root: Path, trials: dict[str, Trial]) -> Path:
 
 
 def spoil_affwild2(tree: Tree) -> dict[str, str]:
-    """Add one trial for everything that can be broken; returns trial -> what is wrong with it."""
+    """Add one trial per kind of damage; return trial -> problem."""
     root, good = tree.root, tree.trials["solo_left"]
     labels = next(root.rglob("Train_Set/solo_left.txt")).parent
     assert good.video is not None

@@ -1,4 +1,4 @@
-"""Writes small trees in the formats of AFEW-VA, RECOLA, SEWA and MuSe: real files, drawn pictures, nobody's data.
+"""Write small AFEW-VA, RECOLA, SEWA and MuSe trees: real media files with drawn frames.
 
 Every builder returns what it wrote. As in `affwild2_tree`, each picture shows its 1-based frame number as bars.
 """
@@ -67,7 +67,7 @@ def frame_times(frames: int) -> NDArray[np.float64]:
 
 
 def build_afew_va(root: Path, frames: int = 30) -> Tree:
-    """A clip at the root, one in an archive's folder with a picture missing and gaps in its labels, one unlabelled."""
+    """A clip at the root, one in an archive directory with a missing image and label gaps, one unlabelled."""
     return {
         "001": _write_afew_clip(root / "001", tuple(range(frames))),
         "02/051": _write_afew_clip(root / "02" / "051", tuple(k for k in range(frames) if k != 3), unannotated=(5, 6)),
@@ -101,7 +101,7 @@ def _write_afew_clip(
 
 
 def build_recola(root: Path, frames: int = 40) -> Tree:
-    """Gold standard as ARFF and as CSV, a recording with one dimension, one without labels, and what is no label."""
+    """Gold standard as ARFF and as CSV, a recording with one dimension, one without labels, and unrelated files."""
     gold = root / "ratings_gold_standard"
     tree = {}
     for seed, (name, split) in enumerate({"train_1": "train", "dev_1": "val", "test_1": "test", "P16": None}.items()):
@@ -210,7 +210,7 @@ def build_muse(root: Path, frames: int = 60) -> Tree:
 BUILDERS = {"afew-va": build_afew_va, "recola": build_recola, "sewa": build_sewa, "muse": build_muse}
 
 
-# --- what must come back
+# --- expected values
 
 
 def value_at(rows: dict[float, float | None], time: float) -> float:

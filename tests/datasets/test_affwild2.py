@@ -1,4 +1,4 @@
-"""The Aff-Wild2 layout on a tree with every quirk of the real one. Scanning looks at names only: empty files do."""
+"""The Aff-Wild2 layout on a tree with every quirk. Scanning reads names only, so empty files suffice."""
 
 import os
 import shutil
@@ -84,7 +84,9 @@ def test_nested_and_unaligned_crop_archives_are_recognized(tmp_path: Path) -> No
     dataset = open_dataset(tmp_path)
     clips = {clip.id: clip for clip in dataset.clips}
     assert clips["a"].crops == (tmp_path / "cropped_aligned/cropped_aligned/a",)
-    assert clips["nobody"].crops == (tmp_path / "cropped_aligned_2/nobody",), "an empty folder says: no face anywhere"
+    assert clips["nobody"].crops == (tmp_path / "cropped_aligned_2/nobody",), (
+        "an empty crop folder means no face in any frame"
+    )
     assert "crops-not-aligned" in codes(dataset)
 
 
@@ -181,7 +183,7 @@ def test_a_binary_split_list_is_reported(tmp_path: Path) -> None:
 
 
 def test_scanning_reads_neither_labels_nor_crop_folders(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a million crops and a slow disk: names of trials are enough."""
+    """Scanning must not list crop folders, which can hold half a million files."""
     scanned: list[str] = []
     scandir = os.scandir
 

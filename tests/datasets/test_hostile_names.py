@@ -1,4 +1,4 @@
-"""Names from data sets never lead out of their folder, and never steer the terminal that shows them."""
+"""Dataset names never escape their directory and never emit terminal control sequences."""
 
 import os
 import unicodedata

@@ -40,7 +40,7 @@ def refusal(folder: Path, text: str | bytes, layout: str) -> str:
     return message
 
 
-# --- what was written comes back, by a loop over frames and rows
+# --- written labels are read back (loop over frames and rows)
 
 
 @pytest.mark.parametrize("layout", NEW)
@@ -210,7 +210,7 @@ def test_dimensions_with_equal_times_are_joined(rows: int, seed: int) -> None:
 
 @given(st.integers(2, 8), st.integers(2, 8), st.integers(-40, 40), st.integers(0, 9))
 def test_dimensions_with_different_times_keep_all_labels(first: int, second: int, shift: int, seed: int) -> None:
-    """Each row's value is found again at its own time, as close as half an interval."""
+    """Assert that each row's value appears at its time, within half an interval."""
     traces = {"valence": trace(64, first, 16, seed), "arousal": trace(64 + shift, second, 16, seed + 1)}
     both = merge_dimensions(traces)
     assert both.time is not None and (np.diff(both.time) > 0).all()

@@ -1,4 +1,4 @@
-"""AFEW-VA, RECOLA, SEWA and MuSe: found and told apart, and what a clip of each is."""
+"""Detection of AFEW-VA, RECOLA, SEWA and MuSe, and the facts of their clips."""
 
 import os
 from pathlib import Path

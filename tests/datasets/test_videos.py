@@ -1,4 +1,4 @@
-"""The layout `videos`, and the choice of a layout. Scanning looks at names only: empty files do."""
+"""The layout `videos` and layout selection. Scanning reads names only, so empty files suffice."""
 
 import os
 from pathlib import Path

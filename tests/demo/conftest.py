@@ -1,4 +1,4 @@
-"""One small data set for all tests of the demo data, and readers that know nothing of the writer."""
+"""A small demo dataset for all tests, and readers independent of the writer."""
 
 from dataclasses import dataclass
 from pathlib import Path

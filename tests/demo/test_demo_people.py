@@ -1,4 +1,4 @@
-"""Drawn people and their voices: they differ, and what they show and sound like follows the hidden path."""
+"""Drawn people and voices differ and follow the hidden emotion path."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from vaflow.demo.voice import SAMPLE_RATE, random_speaker, speak
 
 
 class Fixed:
-    """A mood that does not change."""
+    """A constant emotion path."""
 
     def __init__(self, valence: float, arousal: float) -> None:
         self.point = np.array([valence, arousal])
@@ -107,7 +107,7 @@ def loudness(samples: np.ndarray) -> float:
 
 
 def brightness(samples: np.ndarray) -> float:
-    """Decibels of what lies above 1 kHz against what lies below."""
+    """Level above 1 kHz relative to the level below, in dB."""
     power = np.abs(np.fft.rfft(samples)) ** 2
     high = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE) > 1000
     return float(10 * np.log10(power[high].sum() / power[~high].sum()))

@@ -1,4 +1,4 @@
-"""The demonstration itself, as a newcomer runs it."""
+"""The demo command end to end."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_demo_scores_held_out_people(demo: Path) -> None:
-    """The written score is at least the promised one, and is what the prediction files give against the label files."""
+    """The stored score reaches the documented one and equals a score computed from the files."""
     ccc = json.loads((demo / "run" / "metrics.json").read_text())["ccc"]
     assert ccc["mean"] >= 0.5
     predicted, labelled = [], []
@@ -73,6 +73,6 @@ def test_a_second_demo_in_one_folder_reuses_every_stage(demo: Path, capsys: pyte
 
 @pytest.mark.slow
 def test_demo_controls_score_near_zero_over_three_seeds(tmp_path: Path) -> None:
-    """Both modalities beat each alone, wrong labels score nothing, noise for a modality costs what it gave."""
+    """Both modalities beat each alone; shuffled labels score zero; noise removes a modality's gain."""
     script = [sys.executable, str(ROOT / "scripts" / "demo_honesty.py"), "--seeds", "3", "--out", str(tmp_path)]
     assert subprocess.run(script, check=False).returncode == 0

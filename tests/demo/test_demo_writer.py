@@ -1,4 +1,4 @@
-"""The synthetic data set against the description of Aff-Wild2 and against FFmpeg's own reading of its files."""
+"""The synthetic dataset against the Aff-Wild2 format and FFmpeg's reading of its files."""
 
 import json
 import re
@@ -141,7 +141,7 @@ def test_test_trials_have_crops_and_a_sample_submission_but_no_labels(written):
 
 @pytest.mark.parametrize("trial", ["train01", "train04"])  # constant and variable frame rate
 def test_crops_show_the_frame_of_their_number(written, trial):
-    """Faces cut out are found again in the decoded frames of their numbers, and worse in those some frames away."""
+    """Crops match the decoded frame of their number better than frames some distance away."""
     with av.open(str(written.videos()[trial])) as container:
         frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
     numbers = [n for n in crop_numbers(written, trial) if 12 < n < len(frames) - 12][::9]
@@ -170,7 +170,7 @@ def files(root, pattern):
 
 
 def decoded(root, kind):
-    """Every decoded picture or sound of a data set, by file name."""
+    """Every decoded image or audio file of a dataset, by file name."""
     streams = {}
     for path in sorted(root.glob("raw_videos/*/*")):
         with av.open(str(path)) as container:

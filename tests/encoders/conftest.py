@@ -1,4 +1,4 @@
-"""Small checkpoints in the genuine key layouts, made anew: what a user would have, but small."""
+"""Small checkpoints in the original key layouts."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,7 +42,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def small_clip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """open_clip believes that ViT-B-16 (and -quickgelu) is a small model; yields it with QuickGELU, seeded."""
+    """Patch open_clip so that ViT-B-16 and its quickgelu variant are small; yield it seeded, with QuickGELU."""
     import open_clip
     from open_clip import factory
 

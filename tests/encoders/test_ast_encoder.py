@@ -1,4 +1,4 @@
-"""AST: loading from a folder, input as Hugging Face makes it, and which stretch of sound each step stands for."""
+"""AST: loading from a directory, Hugging Face preprocessing, and the time span of each step."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ FULL = Geometry(patch=16, frequency_stride=10, time_stride=10, mel_bins=128, max
 
 
 def build(name: str, **options: Any) -> Any:
-    """An encoder of any kind; tests know which."""
+    """Return an encoder typed as Any."""
     return build_encoder(name, **options)
 
 
@@ -74,7 +74,7 @@ def test_window_frames_match_the_filter_bank() -> None:
     assert window_frames(10) == 998
 
 
-# --- which sound reaches which step, through the real class
+# --- dependence of steps on audio, through the real class
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_a_checkpoint_without_the_classifier_is_the_same_encoder(small_ast: Path
 
 
 def test_keys_in_hub_format_are_accepted(small_ast: Path) -> None:
-    """The published checkpoint is older than the installed transformers, which renames its keys while it loads."""
+    """The published checkpoint has key names that current transformers renames while loading."""
     old = {}
     for key, value in load_file(small_ast / "model.safetensors").items():
         for new, before in HUB_NAMES.items():

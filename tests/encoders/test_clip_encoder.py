@@ -1,4 +1,4 @@
-"""CLIP through the code that a user's weights go through: files, tags, activation, preprocessing, embeddings."""
+"""CLIP weights: files, tags, activation, preprocessing, embeddings."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ OPENAI_REPO = "timm/vit_base_patch16_clip_224.openai"
 
 
 def build(name: str, **options: Any) -> Any:
-    """An encoder of any kind; tests know which."""
+    """Return an encoder typed as Any."""
     return build_encoder(name, **options)
 
 
@@ -45,7 +45,7 @@ def random_images(edge: int, count: int = 3) -> torch.Tensor:
 
 
 def quick_gelu_embedding(model: Any, images: torch.Tensor) -> np.ndarray:
-    """What OpenAI's preprocessing and the genuine model give, with x * sigmoid(1.702 x) written out."""
+    """Reference: OpenAI preprocessing and the original model with x * sigmoid(1.702 x)."""
     mean, std = (np.array(v) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     pixels = torch.from_numpy(((images.numpy() / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Compiled encoders: the same features to float32's rounding, the same identity; a missing compiler is said at once."""
+"""Compiled encoders: equal features to float32 rounding, equal identity, early error without a compiler."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def test_the_compiled_network_is_used(pair: tuple[Any, Any]) -> None:
 
 
 def test_a_missing_compiler_is_reported_before_any_clip_is_read(tmp_path: Path) -> None:
-    """In a process of its own: torch looks for a compiler once."""
+    """Run in a subprocess, because torch searches for a compiler only once."""
     write_video(tmp_path / "data" / "a.mp4", np.arange(20) / 25, audio_seconds=0.8)
     command = ["-m", "vaflow", "extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--compile"]
     without = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}

@@ -1,4 +1,4 @@
-"""Learned context vectors: the tower reads them where words would be, and learns nothing itself."""
+"""Learned context vectors replace word embeddings; the text tower stays frozen."""
 
 from typing import Any
 

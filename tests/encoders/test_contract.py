@@ -1,4 +1,4 @@
-"""Every encoder that needs no download passes the contract for outside packages; an outside family is found."""
+"""Encoders without downloads satisfy the third-party encoder contract; external families are found."""
 
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, EntryPoints
@@ -58,7 +58,7 @@ class TestLayersOfSpeech(EncoderContract):
 
 
 def build_outside(request: Request) -> Any:
-    """What another package would ship: here the tiny CLIP under another name."""
+    """An external encoder: the tiny CLIP under another name."""
     return build_tiny(Request(request.name, "clip", None, request.device, request.precision))
 
 

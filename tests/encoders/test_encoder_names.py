@@ -1,4 +1,4 @@
-"""Names and kinds: known without torch, and wrong ones answered with the choices."""
+"""Encoder names are resolved without torch; errors list the choices."""
 
 import subprocess
 import sys

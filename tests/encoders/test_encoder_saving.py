@@ -1,4 +1,4 @@
-"""Encoders that were trained go back to where weights come from: saved, they load as the same encoder."""
+"""Saved encoders load as equal encoders."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def noise(frames: int) -> torch.Tensor:
 
 
 def same(saved: Any, first: Any, give: Any) -> None:
-    """Loaded, the encoder says what it said when it was saved, and is told from the one it was before."""
+    """Assert that the loaded encoder gives equal features and a new identity."""
     assert saved.identity["weights"] != first.identity["weights"]
     assert {**saved.identity, "weights": ""} == {**first.identity, "weights": ""}
     assert torch.equal(give(saved), give(first))
@@ -53,7 +53,7 @@ def test_saving_an_ast_directory_keeps_its_normalization(small_ast: Path, tmp_pa
     named = ":" in name
     name = name.replace("FOLDER", str(small_ast))
     first: Any = trained(build_encoder(name, weights=None if named else small_ast))
-    for _ in range(2):  # the second one takes the first one's place
+    for _ in range(2):  # the second replaces the first
         tuned = first.save(tmp_path, "tuned")
     assert sorted(path.name for path in tmp_path.glob("*tuned*")) == ["tuned"]
     same(build_encoder(name, weights=tuned), first, lambda e: e.encode(noise(200), window=2.5, steps=5))

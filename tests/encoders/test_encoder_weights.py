@@ -1,4 +1,4 @@
-"""Weights from files and from a hub: digests, formats that are refused, a hub that cannot be reached."""
+"""Weights from files and the hub: digests, rejected formats, an unreachable hub."""
 
 import pickle
 import socket
@@ -22,7 +22,7 @@ STATE = {"b.weight": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(2.5), "c
 
 
 def build(name: str, **options: Any) -> Any:
-    """An encoder of any kind; tests know which."""
+    """Return an encoder typed as Any."""
     return build_encoder(name, **options)
 
 
@@ -57,7 +57,7 @@ def test_any_difference_changes_the_digest(other: dict[str, torch.Tensor]) -> No
 
 
 class Evil:
-    """Unpickling this would make a folder."""
+    """Creates a directory when unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -133,7 +133,7 @@ def test_every_kind_of_unresponsive_hub_times_out(
     hub_cache: Path, silence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "PATIENCE", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as deaf:  # accepts connections and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # accepts connections and sends no data
         deaf_address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         address = deaf_address if silence == "no answer" else "http://hub.invalid"
         monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -169,7 +169,7 @@ def test_a_download_takes_the_first_name_that_exists(hub_cache: Path, monkeypatc
         assert path.read_bytes() == b"tensors"
         with pytest.raises(WeightsError, match="none of these files"):
             hub_file("org/model", ("third.bin",), encoder="ast")
-    assert hub_file("org/model", ("second.bin",), encoder="ast") == path, "found in the cache with the hub gone"
+    assert hub_file("org/model", ("second.bin",), encoder="ast") == path, "cached files must not need the hub"
 
 
 def test_a_removed_download_address_is_reported() -> None:

@@ -1,4 +1,4 @@
-"""Forward passes of large families on a pretended GPU: every tensor is where it must be, and nothing waits.
+"""Forward passes of large families on a fake GPU: no mixed devices, no synchronization.
 
 FakeTensorMode runs shapes and devices without a GPU; `.item()` and mixed devices fail.
 """

@@ -1,4 +1,4 @@
-"""`hf:` encoders against transformers' own processors and models, on tiny checkpoints in genuine layout."""
+"""`hf:` encoders equal transformers' processors and models on tiny checkpoints."""
 
 import json
 from collections.abc import Mapping
@@ -76,7 +76,7 @@ def test_preprocessing_equals_the_processor_on_100_images(checkpoints: Mapping[s
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_features_equal_the_hugging_face_model(checkpoints: Mapping[str, Path], name: str) -> None:
-    """The oracle is `AutoModel` on the processor's pixels, pooled by hand."""
+    """Reference: `AutoModel` on the processor's pixels, pooled manually."""
     model: Any = AutoModel.from_pretrained(checkpoints[name]).eval()
     model = getattr(model, "vision_model", model)
     encoder = build(checkpoints[name])
@@ -140,7 +140,7 @@ def test_integer_sizes_of_older_processors_are_accepted() -> None:
 
 @pytest.mark.parametrize("name", AUDIO_MODELS)
 def test_steps_average_the_tokens_of_the_model(checkpoints: Mapping[str, Path], name: str) -> None:
-    """The oracle: the feature extractor on each window, `AutoModel`, and the tokens in each step by hand."""
+    """Reference: feature extractor per window, `AutoModel`, tokens per step selected manually."""
     extractor = AutoFeatureExtractor.from_pretrained(checkpoints[name])
     model: Any = AutoModel.from_pretrained(checkpoints[name]).eval()
     model = model.encoder if name == "whisper" else model
@@ -220,7 +220,7 @@ def test_a_row_does_not_depend_on_its_batch(checkpoints: Mapping[str, Path], nam
     assert torch.equal(encode(batch)[0], encode(others)[0])
 
 
-# --- what is refused
+# --- rejected input
 
 
 def test_a_missing_layer_is_rejected(checkpoints: Mapping[str, Path]) -> None:

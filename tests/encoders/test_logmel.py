@@ -1,4 +1,4 @@
-"""Filter banks against the Hugging Face extractor, and their independence of how the sound was cut."""
+"""Filter banks equal the Hugging Face extractor and do not depend on the block size."""
 
 import numpy as np
 import pytest
@@ -91,7 +91,7 @@ def test_a_click_changes_only_the_frames_that_cover_it() -> None:
     clicked[8000] += 0.9
     changed = np.flatnonzero(np.abs(banks(clicked) - banks(quiet)).max(axis=1) > 1e-3)
     covering = [i for i in range(998) if HOP * i <= 8000 < HOP * i + FRAME]
-    # The window function is zero at a frame's first sample, so a frame that only begins there may not see it.
+    # The window function is zero at a frame's first sample, so an impulse there may not change the frame.
     assert set(covering[:-1]) <= set(changed.tolist()) <= set(covering)
     assert abs(frame_times(100)[changed].mean() - 8000 / RATE) < HOP / RATE
 

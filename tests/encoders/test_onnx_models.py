@@ -1,4 +1,4 @@
-"""`onnx:` encoders against the networks that the graphs were exported from, and sidecars that do not fit."""
+"""`onnx:` encoders equal the exported networks; invalid sidecars are rejected."""
 
 import tomllib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files planted in a checkpoint, a run or a cache never run: the oracle is a file that the planted code would write."""
+"""Code planted in a checkpoint, run or cache is never run: it would create a marker file."""
 
 import json
 import os
@@ -36,7 +36,7 @@ AUTO_MAP = {
 
 
 class Bomb:
-    """Unpickling this makes a folder."""
+    """Creates a directory when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,10 +47,10 @@ class Bomb:
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder full of files that run code in loaders which follow them; the working directory is its parent."""
+    """A directory of files that run code in permissive loaders; the working directory is its parent."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("builtins.input", lambda prompt="": "y")  # the user agrees to everything
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")  # answers every prompt with yes
     folder, marker = tmp_path / "planted", tmp_path / "ran"
     folder.mkdir()
     for name in MODULES:
@@ -180,7 +180,7 @@ def test_predict_rejects_a_run_of_a_planted_stream(
 def test_a_text_tower_is_not_read_from_the_working_directory(
     planted: Path, ran: Callable[[], bool], hub_cache: Path
 ) -> None:
-    """open_clip's own list names models of the hub, which a folder in the working directory can pretend to be."""
+    """open_clip's model list refers to hub models that a local directory could impersonate."""
     from vaflow.encoders.clip import new_model
 
     planted.rename("roberta-base")

@@ -1,4 +1,4 @@
-"""bfloat16: nearly the same features, the same bits every time, and said in the identity. On a CPU as on a GPU."""
+"""bfloat16: features close to float32, deterministic, stated in the identity; on CPU and GPU."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Prompt sets: region order, files that are wrong, prototypes against brute force."""
+"""Prompt sets: region order, invalid files, prototypes against brute force."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ v_low = {a_high = "three", a_middle = "two", a_low = "one"}
 
 
 def build(name: str, **options: Any) -> Any:
-    """An encoder of any kind; tests know which."""
+    """Return an encoder typed as Any."""
     return build_encoder(name, **options)
 
 

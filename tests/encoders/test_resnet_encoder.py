@@ -1,4 +1,4 @@
-"""ResNet-50 against torchvision's own forward pass, through the loading code that real weights take."""
+"""ResNet-50 equals torchvision's forward pass, loaded through the code for real weights."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -115,7 +115,7 @@ def test_published_weights_are_downloaded_verified_and_cached(
             build_encoder("resnet50")
     kept = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert kept == [checkpoint.name]
-    monkeypatch.setattr(resnet, "published", lambda: f"{address}/{checkpoint.name}")  # the server is gone
+    monkeypatch.setattr(resnet, "published", lambda: f"{address}/{checkpoint.name}")  # the server is stopped
     assert build_encoder("resnet50").identity == first
 
 

@@ -1,4 +1,4 @@
-"""`timm:` encoders against timm's own transform and model; `opensmile:` against openSMILE's own output."""
+"""`timm:` encoders equal timm's transform and model; `opensmile:` equals openSMILE."""
 
 from pathlib import Path
 from typing import Any

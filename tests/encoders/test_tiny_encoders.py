@@ -1,4 +1,4 @@
-"""The tiny pair: the same numbers everywhere, the genuine classes and inputs, features that a light head can read."""
+"""The tiny encoders: reproducible, with the full classes and inputs, and linearly decodable features."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from vaflow.encoders.ast import window_frames
 from vaflow.encoders.logmel import RATE, FilterBank
 from vaflow.encoders.tiny import uniform
 
-# The promise "identical on every machine": caches made elsewhere fit as long as these stay.
+# These digests guarantee that caches made on other machines stay compatible.
 DIGESTS = {"clip-tiny": "2ec28907c0dbef311af4a9b0dbc62f1c", "ast-tiny": "364681e06fc04e7dc9a1b9a0e9f34c19"}
 
 
 def build(name: str) -> Any:
-    """An encoder of any kind; tests know which."""
+    """Return an encoder typed as Any."""
     return build_encoder(name)
 
 
@@ -67,7 +67,7 @@ def test_features_do_not_depend_on_other_images_in_the_batch() -> None:
     assert torch.equal(clip.encode(first)[2], clip.encode(second)[2])
 
 
-# --- features that a light head can read
+# --- linearly decodable features
 
 
 def ccc(prediction: np.ndarray, target: np.ndarray) -> float:
@@ -76,7 +76,7 @@ def ccc(prediction: np.ndarray, target: np.ndarray) -> float:
 
 
 def read_out(train: np.ndarray, target: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Ridge regression on features as they are: no scaling that would hide features too small to be learned from."""
+    """Ridge regression on unscaled features: scaling would hide features too small to train on."""
     mean = train.mean(axis=0)
     inputs = np.concatenate([train - mean, np.ones((len(train), 1))], axis=1)
     weights = np.linalg.solve(inputs.T @ inputs + np.eye(inputs.shape[1]), inputs.T @ target)
@@ -122,7 +122,7 @@ def test_mouth_curvature_is_linearly_decodable_for_unseen_people() -> None:
     test, truth = faces(900, people=12, each=8)
     assert ccc(read_out(train, target, test), truth) > 0.6
     spread = np.sqrt(train.var(axis=0).mean() / np.mean(train**2))
-    assert spread > 0.2, "features must vary by about as much as they are large"
+    assert spread > 0.2, "the standard deviation of features must be comparable to their magnitude"
 
 
 def voices(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""VGGish: its front end and its network against restatements that share no code with them, and both key layouts."""
+"""VGGish: front end and network equal independent implementations; both key layouts load."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +26,7 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def restated_front_end(samples: np.ndarray) -> np.ndarray:
-    """As published, with scipy's transform and a loop over bands: [F, 64]."""
+    """Reference front end: scipy's transform and a loop over bands; [F, 64]."""
     _, _, spectrum = signal.stft(
         samples.astype(float),
         fs=RATE,
@@ -115,7 +115,7 @@ def test_the_network_equals_a_reference_implementation() -> None:
     with torch.no_grad():
         result = network(torch.from_numpy(example)[None])[0].numpy()
     np.testing.assert_allclose(result, row, rtol=1e-9)
-    assert (row < 0).any(), "the last layer has no activation, which this example must be able to show"
+    assert (row < 0).any(), "the last layer has no activation, so negative outputs must occur"
 
 
 def test_the_full_size_has_the_published_shapes() -> None:
