@@ -156,9 +156,8 @@ def test_items_committed_before_a_kill_are_complete(tmp_path, store):
         for item, known in committed.items():  # at most one write is committed but not yet printed
             assert cache.record("visual", item).source["seed"] >= known
     assert len(committed) > 1
-    assert (
-        len(leftovers(open_cache(path))) <= 3 * KILLS
-    )  # per kill: one attempt, the attempt it replaced, one temporary file
+    # Per kill: one attempt, the attempt it replaced, one temporary file.
+    assert len(leftovers(open_cache(path))) <= 3 * KILLS
 
 
 def test_everything_is_flushed_before_the_record_appears(tmp_path, store, monkeypatch):

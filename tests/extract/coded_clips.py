@@ -1,4 +1,4 @@
-"""Clips that tell frame and time from the inside, on every path that a file can take; and encoders that read them.
+"""Clips that encode frame number and time in their content, and encoders that decode them.
 
 Every picture shows its number. The sound is a sequence of tones that never repeats: a new one every 50 ms, chosen by
 the time of the file's clock. So whatever lands in a cache can be asked which frame and which moment it is.
@@ -35,11 +35,11 @@ def _frequencies() -> Floats:
 
 
 def audio_at(times: Floats) -> Floats:
-    """The sound of the file's clock at any times [n] in seconds, within -0.5 .. 0.5."""
+    """Audio samples at times [n] in seconds of the file's clock, within -0.5 .. 0.5."""
     frequency = _frequencies()
     step = np.clip((times / TONE).astype(int), 0, len(frequency) - 1)
     into = times - step * TONE
-    fade = np.clip(np.minimum(into, TONE - into) / 0.002, 0, 1)  # no clicks, which codecs smear
+    fade = np.clip(np.minimum(into, TONE - into) / 0.002, 0, 1)  # smooth edges: codecs smear clicks
     wave: Floats = 0.5 * fade * np.sin(2 * np.pi * frequency[step] * into)
     return wave
 
@@ -47,7 +47,7 @@ def audio_at(times: Floats) -> Floats:
 def track(
     seconds: float = SECONDS, *, rate: int = 44100, channels: int = 1, start: float = 0.0, codec: str = "aac"
 ) -> AudioTrack:
-    """A sound track whose sample at `start` + n / rate seconds says just that."""
+    """An audio track whose sample at `start` + n / rate seconds encodes that time."""
     wave = audio_at(start + np.arange(round(seconds * rate)) / rate)
     layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
     return AudioTrack(np.repeat(wave[None], channels, axis=0), rate, codec, layout, start)
@@ -59,14 +59,14 @@ def even(rate: float | Fraction, start: float = 0.0) -> tuple[float, ...]:
 
 
 def uneven(start: int = 0) -> tuple[int, ...]:
-    """Milliseconds of frames that no rate fits, up to about `SECONDS`."""
+    """Milliseconds of frames at irregular intervals, up to about `SECONDS`."""
     times = start + np.cumsum([0, *np.random.default_rng(0).choice([20, 33, 40, 120, 300], 200)])
     return tuple(times[times < start + 1000 * SECONDS].tolist())
 
 
 @dataclass(frozen=True)
 class Case:
-    """A file and what is true of it.
+    """A media file and its ground truth.
 
     Attributes:
         name: the file's.
@@ -100,12 +100,12 @@ class Case:
 
     @property
     def origin(self) -> float:
-        """Seconds of the file's clock at which the clip begins: its first picture or sound."""
+        """Start of the clip in seconds of the file's clock: its first frame or audio sample."""
         starts = [self.written[self.first]] + ([max(self.audio_track.start, self.cut)] if self.audio_track else [])
         return float(min(starts))
 
     def make(self, folder: Path) -> None:
-        """Write the file and, beside it, labels that carry the frame's number."""
+        """Write the file and a label file whose values encode the frame number."""
         path = folder / self.name
         if self.write is not None:
             self.write(path, self)
@@ -127,11 +127,11 @@ def label_of(number: int) -> float:
     return number / 1000
 
 
-# --- paths that a plain muxer does not make
+# --- files that a plain muxer does not write
 
 
 def trim(seconds: float) -> Callable[[Path], None]:
-    """Let the edit lists of an MP4 begin so many seconds later: what lies before is in the file and is not shown."""
+    """Shift the start of an MP4's edit lists by some seconds; earlier content stays in the file, hidden."""
 
     def rewrite(path: Path) -> None:
         data = bytearray(path.read_bytes())
@@ -155,7 +155,7 @@ def transport_stream(path: Path, case: Case) -> None:
 
 
 def drifting(percent: float) -> Callable[[Path, Case], None]:
-    """A recorder whose sound clock is off: time stamps are right, and there are too few or too many samples."""
+    """Write correct timestamps with too few or too many audio samples (clock drift)."""
 
     def write(path: Path, case: Case) -> None:
         rate, block = RATE, 800
@@ -185,7 +185,7 @@ def drifting(percent: float) -> Callable[[Path, Case], None]:
     return write
 
 
-# --- encoders that read what is coded
+# --- encoders that decode the content
 
 
 class NumberReader:
@@ -238,11 +238,11 @@ class ToneReader:
         return padded.reshape(len(logmel), steps, frames // steps, -1).mean(2)
 
 
-# --- how late sound is
+# --- audio delay
 
 
 def banks(samples: Floats) -> Floats:
-    """[F, 128] filter banks of 16 kHz sound: torchaudio's, with the settings of the Audio Spectrogram Transformer."""
+    """[F, 128] filter banks of 16 kHz audio: torchaudio's, with the AST settings."""
     from torchaudio.compliance import kaldi
 
     wave = torch.from_numpy(samples.astype(np.float32))[None]
@@ -255,7 +255,7 @@ def banks(samples: Floats) -> Floats:
 
 
 def lateness(frames: Floats, first: int, origin: float, reach: float = 0.08) -> float:
-    """Seconds by which filter-bank frames come later than the code says: the shift of the code that fits them best.
+    """Delay in seconds of filter-bank frames relative to the encoded time, by the best-fitting shift.
 
     Args:
         frames: [F, 128], frame i of the clip at [first + i].
@@ -275,6 +275,6 @@ def lateness(frames: Floats, first: int, origin: float, reach: float = 0.08) -> 
 
 
 def _loud(frames: Floats) -> Floats:
-    """What is loud in each frame: codecs and noise fill the rest with something else."""
+    """The loudest bands of each frame; codecs and noise fill the others."""
     level: Floats = np.maximum(frames - frames.max(1, keepdims=True), -6.0)
     return level

@@ -1,4 +1,4 @@
-"""Encoders and trees that several tests of stage one share: building them is the slow part."""
+"""Encoders and trees shared by the tests of stage one, because building them is slow."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def tiny_pair() -> tuple:
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """An Aff-Wild2 tree with every quirk and nothing broken."""
+    """An Aff-Wild2 tree with every quirk and no damaged file."""
     return build_affwild2(tmp_path_factory.mktemp("affwild2"))
 
 

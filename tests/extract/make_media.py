@@ -1,4 +1,4 @@
-"""Small media files whose pictures say their own number and whose sound says its own time.
+"""Write small media files whose frames encode their number and whose audio encodes its time.
 
 Every picture is a grid of 4 x 3 black or white blocks: the frame number in binary. Every half second of sound is a tone
 of its own: `TONES[k]` during [k / 2, (k + 1) / 2) seconds. Both survive lossy codecs, odd sizes and turning.
@@ -21,7 +21,7 @@ TICKS = 1000  # per second: presentation times are given in milliseconds
 
 @dataclass(frozen=True)
 class AudioTrack:
-    """A sound track: `samples` [channels, n] in -1 .. 1, beginning at `start` seconds."""
+    """An audio track: `samples` [channels, n] in -1 .. 1, starting at `start` seconds."""
 
     samples: NDArray[np.float64]
     rate: int = 44100
@@ -40,14 +40,14 @@ class VideoTrack:
     pixel_format: str = "yuv420p"
     options: dict[str, str] = field(default_factory=dict)
     rotation: int = 0
-    noise: int = 0  # amplitude: makes pictures weigh something
-    # Store times as multiples of 1 / rate: for containers that know nothing else (AVI), or for 24000/1001.
+    noise: int = 0  # amplitude: makes frames larger when encoded
+    # Store times as multiples of 1 / rate, for AVI or for 24000/1001.
     rate: int | Fraction | None = None
-    square: bool = False  # draw into the middle square only, which encoders see
+    square: bool = False  # draw only the middle square, which encoders see
 
 
 def draw_number(number: int, width: int, height: int) -> NDArray[np.uint8]:
-    """[height, width, 3] uint8 that shows `number`."""
+    """Draw `number`: [height, width, 3] uint8."""
     bits = [(number >> bit) & 1 for bit in range(COLUMNS * ROWS)]
     rows = np.arange(height) * ROWS // height
     columns = np.arange(width) * COLUMNS // width
@@ -56,7 +56,7 @@ def draw_number(number: int, width: int, height: int) -> NDArray[np.uint8]:
 
 
 def read_number(image: NDArray[Any]) -> int:
-    """What `draw_number` wrote."""
+    """Read the number drawn by `draw_number`."""
     height, width = image.shape[:2]
     ys = ((np.arange(ROWS) + 0.5) * height / ROWS).astype(int)
     xs = ((np.arange(COLUMNS) + 0.5) * width / COLUMNS).astype(int)
@@ -65,14 +65,14 @@ def read_number(image: NDArray[Any]) -> int:
 
 
 def tones(seconds: float, rate: int, channels: int = 1) -> NDArray[np.float64]:
-    """[channels, n] sound of which each half second has its own tone."""
+    """[channels, n] audio with a different tone in each half second."""
     time = np.arange(round(seconds * rate)) / rate
     frequency = TONES[np.minimum((time * 2).astype(int), len(TONES) - 1)]
     return np.repeat(0.5 * np.sin(2 * np.pi * frequency * time)[None], channels, axis=0)
 
 
 def strongest_tone(samples: NDArray[Any], rate: int) -> int:
-    """Index of the strongest tone in a stretch of sound; -1 where it is silent."""
+    """Index of the strongest tone in a span of audio; -1 for silence."""
     if np.abs(samples).max() < 1e-3:
         return -1
     spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples)), 1 << 15))
@@ -86,7 +86,7 @@ def write_media(
     audio_track: AudioTrack | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """Write a file of the container that its name says; `options` are the muxer's (movflags ...)."""
+    """Write a media file; the extension selects the container, `options` are muxer options (movflags ...)."""
     with av.open(str(path), "w", options=options or {}) as container:
         packets = []
         if video_track is not None:
@@ -169,7 +169,7 @@ def cut(source: Path, target: Path, share: float) -> Path:
 
 
 def copy_from_keyframe(source: Path, target: Path, which: int) -> Path:
-    """A stream copy that begins at the `which`-th keyframe, as careless cutters make it."""
+    """Copy the streams from the `which`-th keyframe on, as some cutting tools do."""
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         video = old.streams.video[0]
         stream = new.add_stream_from_template(video)

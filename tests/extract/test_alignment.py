@@ -1,4 +1,4 @@
-"""What lands in a cache is the right frame and the right sound: clips that tell both, on every path, end to end.
+"""Cached frames, audio and labels are aligned, end to end, for every kind of file.
 
 A picture is right where no other frame that was written is nearer to the sample's time; sound is right within 10 ms at
 the beginning, in the middle and at the end; labels go by the same clock.
@@ -31,7 +31,7 @@ from vaflow.datasets import open_dataset
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
 
-WINDOW, STRIDE, FRAMES = 2.0, 0.5, 20  # samples 0.1 s apart: many frames are asked for
+WINDOW, STRIDE, FRAMES = 2.0, 0.5, 20  # samples 0.1 s apart, so that many frames are read
 AUDIO_TOLERANCE = 0.010  # seconds
 
 NTSC, FILM = Fraction(30000, 1001), Fraction(24000, 1001)
@@ -97,7 +97,7 @@ NAMES = [case.name for case in CASES]
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """All cases through the pipeline, whole frames, with encoders that read the codes."""
+    """Extract all cases, whole frames, with the decoding encoders."""
     root = tmp_path_factory.mktemp("coded")
     for case in CASES:
         case.make(root)
@@ -136,7 +136,7 @@ def test_every_sample_has_the_frame_of_its_time(aligned: Cache, case: Case) -> N
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_sample_times_follow_the_file_clock(aligned: Cache, case: Case) -> None:
-    """It starts with the first picture or sound, give or take a codec's delay; frames keep their distances."""
+    """The clock starts with the first frame or audio sample, within a codec delay; frame distances are kept."""
     times = aligned.read("labels", stem(case)).time
     written = case.written[case.first :]
     np.testing.assert_allclose(np.diff(times), np.diff(written), atol=1.5e-3)

@@ -1,4 +1,4 @@
-"""Sound lies where the file says, at any rate and channel count, and the summary says what is really there."""
+"""Decoded audio is placed by its timestamps for any rate and channel count; the summary is correct."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ EVEN = tuple(range(0, 4000, 40))
 
 
 def decode(path: Path, duration: float, start: float | None = None) -> tuple[np.ndarray, AudioSummary]:
-    """All blocks laid end to end, and the summary."""
+    """Return all blocks concatenated, and the summary."""
     blocks = decode_audio(path, start=probe(path).start if start is None else start, duration=duration)
     got = []
     while True:
@@ -44,7 +44,7 @@ CODECS = [("pcm_s16le", "wav"), ("flac", "mkv"), ("aac", "mp4"), ("libmp3lame", 
 def test_a_click_is_located_within_a_millisecond(tmp_path: Path, codec: str, container: str, rate: int) -> None:
     clicks = [0.3, 1.2345, 2.75]
     path = write_media(tmp_path / f"click.{container}", None, AudioTrack(click(clicks, rate), rate=rate, codec=codec))
-    with av.open(str(path)) as file:  # how late the container itself puts the sound (MP3 has an encoder delay)
+    with av.open(str(path)) as file:  # delay stored by the container (MP3 has an encoder delay)
         first = next(file.decode(audio=0))
         base = file.streams.audio[0].time_base
         assert first.pts is not None
@@ -74,7 +74,7 @@ def test_mono_is_the_mean_of_the_channels(tmp_path: Path, channels: str, codec: 
 
 
 def test_planar_samples_are_read_as_channels(tmp_path: Path) -> None:
-    """A decoder that keeps channels apart; reading one plane too many is reading what lies behind them in memory."""
+    """Planar audio: reading one plane too many would read foreign memory."""
     level = np.linspace(-0.7, 0.9, 8)
     time = np.arange(2 * RATE) / RATE
     source = level[:, None] * np.sin(2 * np.pi * 440 * time)
@@ -96,7 +96,7 @@ def test_all_sample_formats_share_one_full_scale(tmp_path: Path, codec: str) -> 
 
 
 def test_resampling_preserves_the_waveform(tmp_path: Path) -> None:
-    """Against the same sine, sampled at 16 kHz by formula: no shift, no change of level."""
+    """Resampling equals the same sine sampled at 16 kHz: no shift, no level change."""
     time = np.arange(2 * 44100) / 44100
     path = write_media(
         tmp_path / "c.wav", None, AudioTrack(0.8 * np.sin(2 * np.pi * 1000 * time)[None], codec="pcm_s16le")
@@ -132,7 +132,7 @@ def test_audio_that_starts_late_is_preceded_by_zeros(tmp_path: Path, start: floa
 
 
 def test_audio_before_the_video_is_dropped(tmp_path: Path) -> None:
-    """Asked to count from 0.5 s of the file, the first half second of sound lies before time 0."""
+    """With a start of 0.5 s, the first half second of audio is before time 0."""
     path = write_media(tmp_path / "c.wav", None, AudioTrack(tones(3.0, 44100), codec="pcm_s16le"))
     samples, summary = decode(path, 2.5, start=0.5)
     np.testing.assert_allclose(summary.covered, [[0, 2.5]], atol=1e-3)
@@ -140,7 +140,7 @@ def test_audio_before_the_video_is_dropped(tmp_path: Path) -> None:
 
 
 def write_pieces(path: Path, pieces: list[tuple[float, np.ndarray]], rate: int) -> Path:
-    """Raw sound whose pieces claim to begin at the given seconds."""
+    """Raw audio packets with the given start times."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=rate, layout="mono")
         for start, samples in pieces:
@@ -175,7 +175,7 @@ def test_timestamp_jitter_does_not_split_the_audio(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("percent", [0.3, -0.3])
 def test_audio_clock_drift_is_followed(tmp_path: Path, percent: float) -> None:
-    """Twenty seconds of samples that come too fast or too slow: uncorrected they would be 60 ms off at the end."""
+    """Twenty seconds at a wrong sample rate: without correction 60 ms off at the end."""
     rate = 16000
     fast = rate * (1 + percent / 100)
     wave = audio_at(np.arange(round(20 * fast)) / fast)
@@ -270,7 +270,7 @@ def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_audio_blocks_have_bounded_size(tmp_path: Path) -> None:
-    """Memory is bounded: no block is longer than ten seconds, even where the file has only a gap."""
+    """Blocks are at most ten seconds long, even across a gap."""
     rate = 16000
     pieces = [(0.0, np.full(1600, 0.1)), (60.0, np.full(1600, 0.1))]
     path = write_pieces(tmp_path / "c.mkv", pieces, rate)

@@ -1,4 +1,4 @@
-"""The cached audio sequence against Hugging Face's own feature extractor and model, on the same ten seconds."""
+"""Cached audio features equal Hugging Face's extractor and model on the same ten seconds."""
 
 from pathlib import Path
 

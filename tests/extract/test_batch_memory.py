@@ -1,4 +1,4 @@
-"""`--image-batch auto`: the largest power of two that fits, by a memory that is a formula instead of a card."""
+"""`--image-batch auto` selects the largest power of two that fits into a simulated memory."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Card:
-    """Memory of which `fixed` bytes are taken by any batch, and `each` by every row of the largest one tried."""
+    """Simulated memory use: `fixed` bytes per batch plus `each` per row of the largest batch."""
 
     def __init__(self, free: int, fixed: int, each: int) -> None:
         self._free, self._fixed, self._each = free, fixed, each
@@ -79,7 +79,7 @@ def test_batch_size_is_determined_once_from_the_first_row() -> None:
     batcher.flush()
     assert shapes == [(2, 3)]
     assert sizes == [4, 4, 4]
-    assert got == [4] * 9, "whoever gets a row can tell the size of its batch"
+    assert got == [4] * 9, "every row must state the size of its batch"
 
 
 def test_auto_uses_a_fixed_batch_size_on_cpu(tiny_pair: tuple) -> None:

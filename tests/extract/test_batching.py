@@ -1,4 +1,4 @@
-"""Fixed batches: every row comes back once, to its own receiver, whatever arrives around it."""
+"""Fixed batches: every row is returned once to its receiver, independent of its neighbours."""
 
 from functools import partial
 
@@ -67,7 +67,7 @@ def test_a_batch_too_large_for_memory_is_encoded_in_halves(caplog: pytest.LogCap
         batcher.add(np.array([k], np.float32), partial(got.__setitem__, k))
     batcher.flush()
     assert {k: float(row[0]) for k, row in got.items()} == {k: k + 1 for k in range(12)}
-    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2], "the size that fits is remembered"
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2], "the reduced size must be kept"
     assert "batches of 2" in caplog.text
 
 

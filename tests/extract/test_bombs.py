@@ -1,4 +1,4 @@
-"""Files that claim far more than they hold: refused in one sentence, before memory or time goes into the claim."""
+"""Files whose headers claim more than they contain are rejected before memory or time is spent."""
 
 import os
 import pickle
@@ -27,11 +27,11 @@ from vaflow.extract.pool import each
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 
-ROOM = 300 * 2**20  # bytes: what a decoding process takes for an ordinary small clip, and some
+ROOM = 300 * 2**20  # bytes: memory of a decoding process on a small clip, plus a margin
 
 
 def last_words(clip: Clip) -> tuple[Any, list[Any], int]:
-    """Read a clip in a process of its own: the last message, all but pictures and sound, and the peak of memory."""
+    """Read a clip in a child process; return its last message and its peak memory."""
     ((_, result),) = each(_last_words, [clip], item_timeout=60)
     assert not isinstance(result, Failed), result
     return result
@@ -46,7 +46,7 @@ def _last_words(clip: Clip) -> tuple[Any, list[Any], int]:
 
 
 def refusal(path: Path, audio: Path | None = None) -> str:
-    """The message with which a video is refused, in little memory."""
+    """Return the error message of a rejected video; assert low memory use."""
     last, _, peak = last_words(Clip("c", None, "c", path, audio or path))
     assert isinstance(last, Failed), last
     assert last.error == "MediaError"
@@ -54,7 +54,7 @@ def refusal(path: Path, audio: Path | None = None) -> str:
     return last.message
 
 
-# --- pictures
+# --- images
 
 
 def png(path: Path, width: int, height: int) -> Path:
@@ -130,7 +130,7 @@ def test_stills_a_day_apart_are_rejected(tmp_path: Path) -> None:
 
 
 def test_a_false_frame_size_in_the_header_allocates_no_memory(tmp_path: Path) -> None:
-    """MPEG-4 says the size in the pictures themselves; the container's word does not count."""
+    """MPEG-4 stores the size in its frames; the container's size is ignored."""
     path = write_media(tmp_path / "a.avi", VideoTrack(codec="mpeg4", rate=25))
     data = bytearray(path.read_bytes())
     at = data.index(b"strf") + 8 + 4  # of the bitmap header: its size, then width and height
@@ -142,7 +142,7 @@ def test_a_false_frame_size_in_the_header_allocates_no_memory(tmp_path: Path) ->
 
 
 def test_a_huge_video_frame_is_not_decoded(tmp_path: Path) -> None:
-    """Every frame of Motion JPEG is a JPEG with a header of its own."""
+    """Every Motion JPEG frame has its own JPEG header."""
     path = write_media(tmp_path / "a.avi", VideoTrack(codec="mjpeg", pixel_format="yuvj420p", rate=25))
     data = bytearray(path.read_bytes())
     at = data.find(b"\xff\xc0")
@@ -170,7 +170,7 @@ def test_huge_raw_video_is_rejected(tmp_path: Path) -> None:
 
 
 def boxes(data: bytearray, *names: bytes) -> int:
-    """Where the content of nested MP4 boxes begins."""
+    """Offset of the content of nested MP4 boxes."""
     at = 0
     for name in names:
         at = data.index(name, at) + 4
@@ -215,7 +215,7 @@ def test_a_pause_of_minutes_is_accepted(tmp_path: Path) -> None:
     assert isinstance(last, Done)
 
 
-# --- sound
+# --- audio
 
 
 def wav(path: Path, rate: int = 16_000, channels: int = 1, claimed: int | None = None) -> Path:
@@ -237,7 +237,7 @@ def test_audio_length_comes_from_the_data_not_the_header(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("rate", [0, 1, 999, 800_000, 2**31 - 1, 2**32 - 1])
 def test_an_absurd_sample_rate_is_rejected_without_allocation(tmp_path: Path, rate: int) -> None:
-    """One second at 1 Hz would become 16,000 samples for each of a file's."""
+    """At 1 Hz each sample of the file would expand to 16,000 samples."""
     film = write_media(tmp_path / "a.mp4", VideoTrack())
     last, ends, peak = last_words(Clip("c", None, "c", film, wav(tmp_path / "a.wav", rate=rate)))
     assert peak < ROOM

@@ -1,4 +1,4 @@
-"""Prompt sets are listed, and added by the very encoder that made the cache; no clip is touched."""
+"""Prompt sets are listed and added with the encoder of the cache; clips are unchanged."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def visual(encoder: VisualEncoder, **changed: object) -> StreamInfo:
 
 @pytest.fixture
 def cache(tmp_path: Path, clip: VisualEncoder) -> Cache:
-    """As extraction leaves it: one clip, the built-in prompt set."""
+    """A cache after extraction: one clip, the built-in prompt set."""
     cache = create_cache(tmp_path / "cache")
     cache.declare(visual(clip))
     time = np.arange(4.0)
@@ -93,7 +93,7 @@ def test_prototypes_can_be_added_to_a_cache(tmp_path, clip):
 
 @pytest.mark.parametrize("with_text", [False, True])
 def test_a_different_encoder_of_the_same_name_is_rejected(tmp_path, clip, with_text):
-    """The cache's pictures were encoded with other weights: words and faces would not share a space."""
+    """The cache's images were encoded with other weights, so text and image embeddings would not be comparable."""
     cache = create_cache(tmp_path / "cache")
     if with_text:
         cache.declare(visual(clip))

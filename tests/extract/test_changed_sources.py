@@ -1,4 +1,4 @@
-"""Files that change: while a clip is read, and behind equal sizes and times."""
+"""Source files that change during reading, or with equal size and time."""
 
 import os
 from pathlib import Path
@@ -38,7 +38,7 @@ def messages(clip: Clip) -> list[Message]:
 
 
 def test_labels_edited_during_extraction_fail_the_clip(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The edit keeps size and time: only the contents tell."""
+    """The edit keeps size and time; only the content differs."""
     real = worker.read_annotation
 
     def edited(clip: Clip) -> object:

@@ -1,4 +1,4 @@
-"""What `check_dataset` says about a tree with every quirk, against the description of what was written."""
+"""`check_dataset` on a tree with every quirk, against the written facts."""
 
 import json
 import multiprocessing
@@ -53,7 +53,7 @@ def write_table(path: Path, times: np.ndarray, values: np.ndarray) -> None:
     path.write_text("\n".join(["time,valence,arousal", *rows]))
 
 
-# --- facts against what was written
+# --- facts against the written tree
 
 
 def test_clip_facts_list_frames_rows_and_crops(tree: Tree, report: Report) -> None:
@@ -156,7 +156,7 @@ def test_splits_add_up(tree: Tree, report: Report) -> None:
     assert splits["train"].groups == 4, "five trials of four videos"
 
 
-# --- what is broken
+# --- damaged files
 
 
 def test_unusable_clips_are_errors_and_do_not_affect_the_rest(spoiled: Report, report: Report) -> None:
@@ -258,7 +258,7 @@ def test_audio_without_video_is_an_error(tmp_path: Path) -> None:
 
 
 def _slow(clip: Clip, **_: object) -> Checked:
-    """Module level, so that a spawned process finds it."""
+    """At module level, so that a spawned process can import it."""
     assert clip.video is not None
     with (clip.video.parent / "looked-at.txt").open("a") as file:
         file.write(f"{clip.id}\n")
@@ -297,7 +297,7 @@ def test_a_decoder_crash_is_a_finding_of_one_clip(tmp_path: Path, monkeypatch: p
     assert "SIGSEGV" in note.message
 
 
-# --- pure parts
+# --- pure functions
 
 
 @given(st.lists(st.booleans(), max_size=20))

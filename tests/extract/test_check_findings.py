@@ -1,4 +1,4 @@
-"""Every kind of finding of the data doctor on a small tree that has exactly that fault, against what was written."""
+"""Every finding of `vaflow check`, on a small tree with exactly that fault."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def one(root: Path, name: str = "clip.mp4", **parts: object) -> Report:
     return check(root)
 
 
-# --- sound and frame rate
+# --- audio and frame
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_audio_after_a_long_silence_is_complete(tmp_path: Path) -> None:
 
 def test_undecodable_audio_is_a_warning(tmp_path: Path) -> None:
     path = write_media(tmp_path / "clip.mkv", VideoTrack(EVEN), AudioTrack(tones(1.6, 44100), codec="flac"))
-    data = path.read_bytes().replace(b"\xff\xf8", b"\x01\x01")  # what every FLAC frame begins with
+    data = path.read_bytes().replace(b"\xff\xf8", b"\x01\x01")  # sync code of FLAC frames
     path.write_bytes(data)
     report = check(tmp_path)
     assert notes_of(report, "audio-unreadable")["clip"].severity == "warning"
@@ -79,7 +79,7 @@ def test_a_frozen_video_is_noted(tmp_path: Path) -> None:
 
 
 def test_a_wrong_frame_rate_in_the_header_is_noted(tmp_path: Path) -> None:
-    """Every second frame is dropped, evenly: the claim of 25 frames/s is wrong, and no frame is off the average."""
+    """Every second frame is dropped evenly: 25 frames/s in the header is wrong, and no frame is off the average."""
     report = one(tmp_path, "clip.avi", video_track=VideoTrack(EVEN[::2], codec="mpeg4", rate=25))
     media = report.checked[0].media
     assert media is not None and media.nominal_rate == 25 and media.average_rate == pytest.approx(12.5)
@@ -138,11 +138,11 @@ def test_strips_show_the_share_per_bin() -> None:
     np.testing.assert_array_equal(levels, np.rint(flags.reshape(BINS, 7).mean(1) * 255))
 
 
-# --- the same content
+# --- duplicate content
 
 
 def test_duplicate_detection_equals_comparing_all_bytes(tmp_path: Path) -> None:
-    """Files of equal size that differ only where no sample looks, a copy, a link, empty and missing ones."""
+    """Equal-sized files that differ only between the sampled blocks, a copy, a symlink, empty and missing files."""
     random = np.random.default_rng(0)
     big = bytearray(random.bytes(8 * SAMPLE))
     files = {"a": bytes(big), "copy": bytes(big), "small": b"x", "x": b"x", "empty": b"", "none": b""}
@@ -210,7 +210,7 @@ def test_one_annotation_for_two_clips_is_a_warning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("others", [0, 3])
 def test_one_name_in_two_splits_is_a_warning(tmp_path: Path, others: int) -> None:
-    """Unless names do not tell videos apart: several `face.mp4` in each split are nothing to wonder at."""
+    """Equal file names such as `face.mp4` in each split are not reported."""
     rows = []
     for split in ("train", "val"):
         for k in range(1 + others):
@@ -221,7 +221,7 @@ def test_one_name_in_two_splits_is_a_warning(tmp_path: Path, others: int) -> Non
     assert set(notes_of(check(tmp_path), "same-name")) == expected
 
 
-# --- labels of the whole
+# --- labels of the whole dataset
 
 
 def test_the_score_of_a_constant_per_clip_equals_the_formula() -> None:

@@ -1,4 +1,4 @@
-"""The page of `vaflow check --html`: one file that parses, fetches nothing, escapes everything and shows what is so."""
+"""The page of `vaflow check --html`: one valid, self-contained, escaped and correct file."""
 
 import re
 from base64 import b64decode
@@ -24,7 +24,7 @@ HOSTILE = '<script>alert(1)</script>"onload="x&amp;'
 
 
 class Page(HTMLParser):
-    """Checks that elements nest, and gathers tags, text and addresses."""
+    """Check nesting; collect tags, text and addresses."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_the_page_is_valid_html_without_external_resources(page: str) -> None:
     assert not {"script", "link", "iframe", "object", "base", "form"} & set(parsed.tags)
     assert "http://" not in page and "https://" not in page and "@import" not in page and "url(" not in page
     assert not any(name.startswith("on") for name in parsed.attributes)
-    assert "default-src 'none'" in page, "the browser is told so, too"
+    assert "default-src 'none'" in page, "the page must set a content security policy"
 
 
 def test_the_page_lists_every_finding_clip_and_cost(page: str, report: Report) -> None:
@@ -135,7 +135,7 @@ def test_an_empty_report_has_a_page(report: Report) -> None:
 
 
 def drawn(checked: Checked) -> dict[str, np.ndarray]:
-    """Which of the bins every class of path covers, by track: read back from the SVG."""
+    """Bins covered by each path class and track, read from the SVG."""
     strips = {name: np.zeros((3, BINS), bool) for name in ("there", "part", "missing", "nothing")}
     for name, path in re.findall(r'<path class="(\w+)" d="([^"]+)"', coverage_bars(checked)):
         for x, y, width in re.findall(r"M(\d+) ([\d.]+)h(\d+)", path):

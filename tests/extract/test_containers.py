@@ -1,4 +1,4 @@
-"""Containers beside the usual five, and audio alone: `check`, `extract` and `train` take them from a folder."""
+"""`check`, `extract` and `train` accept further containers and audio-only files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Crop folders: the file's number is the frame, whatever is missing; and which file is which."""
+"""Crop folders: file numbers are frame numbers, whatever is missing; crop identity."""
 
 import os
 from pathlib import Path

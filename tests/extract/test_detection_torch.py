@@ -1,4 +1,4 @@
-"""`--detector torch`: the same network as OpenCV's, and a worker's question that gets its answer or costs its clip."""
+"""`--detector torch` equals OpenCV's network; failed detection requests fail only their clip."""
 
 import multiprocessing
 import os
@@ -37,13 +37,13 @@ TORCH = replace(CONFIG, detector="torch", pixels=True, window=4.0, stride=2.0, f
 
 @pytest.fixture(scope="module")
 def detector(tiny_pair: tuple) -> TorchDetector:
-    """With few pictures at once, on one thread."""
+    """A detector with small batches on one thread."""
     return TorchDetector(CPU, 3)
 
 
 @pytest.fixture(scope="module")
 def images(clips: Path) -> list[np.ndarray]:
-    """Of four real clips and a photograph of five people: many sizes."""
+    """Images of many sizes: four real clips and a photograph of five people."""
     found = [np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))]
     for name in ("obama.mp4", "carphone.mp4", "wolfgang.mp4", "park.mp4"):
         times = frame_times(clips / name)
@@ -90,7 +90,7 @@ def same(one: Cells, other: Cells) -> bool:
 
 
 def test_detections_do_not_depend_on_the_batch(images: list[np.ndarray], detector: TorchDetector) -> None:
-    """Alone, among faces, among noise, at another place of the batch: the same bits."""
+    """Detections are bit-identical for any batch composition and position."""
     image, _ = shrunk(images[1])
     noise = np.random.default_rng(0).integers(0, 256, image.shape, np.uint8)
     (alone,) = detector.detect([image])
@@ -232,7 +232,7 @@ def test_detection_is_identical_on_a_cluster(extracted: dict[str, Cache], two_cl
     same_arrays(extracted["torch"], open_cache(tmp_path / "cache"), ["labels", "clip-tiny", "pixels"])
 
 
-# -- a worker's question -----------------------------------------------------------------------------------------------
+# -- detection requests of workers
 
 
 def asking(clips: Path, *names: str) -> list[Job]:
@@ -243,7 +243,7 @@ def asking(clips: Path, *names: str) -> list[Job]:
 
 
 def questions(pool: WorkerPool) -> Iterator[tuple[Message, int]]:
-    """Every message, and for a question's last picture how many it has."""
+    """All messages, and for a request's last image the number of its faces."""
     count = 0
     for message in pool:
         count += isinstance(message, Detect)
@@ -263,7 +263,7 @@ def the_worker() -> multiprocessing.process.BaseProcess:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5])
 def test_a_worker_killed_while_waiting_fails_only_its_clip(clips: Path, seconds: float) -> None:
-    """Whether the answer comes before its death is noticed or after."""
+    """The answer arrives before or after the death is detected."""
     ends: list[Done | Failed] = []
     with WorkerPool(asking(clips, "obama.mp4", "carphone.mp4"), 1) as pool:
         for message, count in questions(pool):
@@ -293,7 +293,7 @@ def test_a_worker_waiting_for_a_detection_is_not_a_hang(clips: Path) -> None:
 
 
 def test_a_worker_that_does_not_read_its_detection_is_a_hang(clips: Path) -> None:
-    """Stopped, with an answer under way that is larger than any pipe: its end lets whoever answers go."""
+    """The worker stops reading while an answer larger than the pipe is sent; killing it releases the sender."""
     large = Cells(np.zeros((10**5, 2), np.int64), np.zeros((15, 10**5), np.float32))
     with WorkerPool(asking(clips, "carphone.mp4"), 1, item_timeout=1.0) as pool:
         for message, count in questions(pool):
@@ -326,7 +326,7 @@ def test_a_worker_death_during_a_request_fails_one_clip(
 
 
 def test_ask_jobs_are_answered_only_by_the_detector(clips: Path) -> None:
-    """OpenCV's faces under torch's fingerprint would be a lie."""
+    """OpenCV detections must not be stored under torch's fingerprint."""
     (job,) = asking(clips, "carphone.mp4")
     with pytest.raises(RuntimeError, match="without `ask`"):
         run_job(job, lambda message: None)

@@ -1,4 +1,4 @@
-"""Settings of an extraction are checked before anything is read."""
+"""Extraction settings are validated before any file is read."""
 
 import pytest
 

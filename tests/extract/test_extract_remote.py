@@ -1,4 +1,4 @@
-"""Extraction into, and training from, a cache on an object store: the same numbers as on a disk."""
+"""Extraction to and training from an object store give the results of a local disk."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ CONFIG = ExtractConfig(visual=("clip-tiny",), audio=(), window=4.0, stride=2.0, 
 
 @pytest.fixture
 def url(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A place on an object store, for machines with empty disks."""
+    """A path on an object store, for machines with empty disks."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr("vaflow.cache.remote._temporary", lambda: tmp_path_factory.mktemp("machine"))
     yield f"memory://{token_hex(8)}/cache"

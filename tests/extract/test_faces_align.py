@@ -1,4 +1,4 @@
-"""Alignment puts five points where the template says, never mirrors, and does not alias."""
+"""Alignment maps landmarks to the template, never mirrors, and does not alias."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from vaflow.extract.faces.detection import Face, decode_grid, overlap, suppress
 
 
 def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Oracle: Umeyama 1991, by singular values, with the sign that forbids reflections."""
+    """Reference: Umeyama 1991, by singular values, with the sign that forbids reflections."""
     a, b = source - source.mean(0), target - target.mean(0)
     u, d, vt = np.linalg.svd(b.T @ a / len(a))
     sign = np.diag([1, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
@@ -108,7 +108,7 @@ def test_overlap_and_suppression_against_pixels() -> None:
 
 
 def test_the_detector_grid_is_decoded_as_documented() -> None:
-    """One cell says: a face 40 x 24 pixels around (50, 30) of the input, which is half the picture's size."""
+    """One cell encodes a face of 40 x 24 pixels around (50, 30) of the input, half the image size."""
     heat = np.zeros((16, 24), np.float32)
     heat[7, 12] = 0.8
     size, offset, marks = (np.zeros((k, 16, 24), np.float32) for k in (2, 2, 10))

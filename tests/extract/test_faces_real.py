@@ -38,7 +38,7 @@ def watch(path: Path, detector: CenterFace, step: float = 0.5) -> list[Sighting]
 
 
 def eye_distance_to_template(sighting: Sighting, detector: CenterFace) -> float:
-    """Pixels by which the eyes that are found again in the 224-pixel crop miss the template; large if none is found."""
+    """Distance in pixels from the eyes detected in the 224-pixel crop to the template; large if none is found."""
     assert sighting.person is not None
     faces = detector.detect(align(sighting.image, sighting.person, 224))
     if not faces:
@@ -67,14 +67,14 @@ def test_half_the_size_gives_the_same_faces(clips: Path, detector: CenterFace) -
 
 
 def test_tracking_stays_on_the_speaker(clips: Path, detector: CenterFace) -> None:
-    """Two faces all the time: the larger one, on the right, is followed from the first sample to the last."""
+    """Two faces in every frame: the larger one, on the right, is followed throughout."""
     sightings = watch(clips / "obama.mp4", detector)
     assert all(len(sighting.faces) == 2 for sighting in sightings)
     people = [sighting.person for sighting in sightings]
     assert all(person is not None and person.centre[0] > 160 for person in people)
     off = [eye_distance_to_template(sighting, detector) for sighting in sightings]
     assert np.median(off) < 5
-    assert max(off) < 12  # he turns and lifts his head: the five points cannot all meet the template then
+    assert max(off) < 12  # the head turns, so the five landmarks cannot all match the template
 
 
 def test_a_face_behind_a_hand_is_followed(clips: Path, detector: CenterFace) -> None:
@@ -88,7 +88,7 @@ def test_a_face_behind_a_hand_is_followed(clips: Path, detector: CenterFace) -> 
 def test_a_face_that_leaves_is_marked_missing(clips: Path, detector: CenterFace) -> None:
     sightings = watch(clips / "face_noface.mov", detector)
     has_person = [sighting.person is not None for sighting in sightings]
-    assert has_person == sorted(has_person, reverse=True), "there, then gone"
+    assert has_person == sorted(has_person, reverse=True), "the face must be followed until it leaves"
     left = sightings[has_person.index(False)].time
     assert 2.0 < left < 3.0
     assert not any(has_person[has_person.index(False) :])

@@ -1,4 +1,4 @@
-"""One person is followed: drawn faces with known owners."""
+"""Tracking of one person among drawn faces with known identities."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def face(x: float, y: float = 200.0, size: float = 100.0, score: float = 0.9) ->
 
 
 def follow(samples: Sequence[Sequence[Face]], step: float = STEP) -> list[int | None]:
-    """Which of the faces of each sample is taken; None where none is."""
+    """Index of the tracked face of each sample, or None."""
     tracker = PersonTracker()
     taken = []
     for number, faces in enumerate(samples):
@@ -49,7 +49,7 @@ def test_tracking_stays_with_its_person_among_others(order: int) -> None:
 
 @pytest.mark.parametrize("passer", [90.0, 160.0, 250.0])
 def test_a_passing_face_does_not_take_over(passer: float) -> None:
-    """Another face, as large or larger, crosses right over the person."""
+    """Another face of equal or larger size crosses the person."""
     samples = [[face(300)], *([face(x, size=passer), face(300)] for x in range(0, 620, 40)), [face(300)]]
     assert follow(samples) == [0, *[1] * 16, 0]
 
@@ -65,7 +65,7 @@ def test_tracking_follows_motion_and_scale() -> None:
 
 
 def test_a_lost_face_is_recovered_nearby_within_the_patience() -> None:
-    gap = [[face(600, size=120)]] * 4  # someone else, far away and larger
+    gap = [[face(600, size=120)]] * 4  # another person, far away and larger
     assert follow([[face(100)], *gap, [face(600, size=120), face(190)]]) == [0, None, None, None, None, 1]
 
 

@@ -1,4 +1,4 @@
-"""Features made elsewhere: what lies in the cache afterwards, against the files; what is refused; what is redone."""
+"""Imported features: cache contents against the files, rejected input, repeated imports."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def failed(summary: ImportSummary) -> dict[str, str]:
     return {line["item"]: line["message"] for line in lines}
 
 
-# --- what is written
+# --- written arrays
 
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
@@ -158,7 +158,7 @@ def test_features_and_labels_may_be_nested_directories(tmp_path: Path, features:
     assert summary.failures == [] and open_cache(tmp_path / "cache").read(LABELS, "a").valid.any()
 
 
-# --- again
+# --- repeated import
 
 
 def test_a_second_import_writes_only_changed_items(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_changed_settings_require_another_stream_name(tmp_path: Path) -> None:
         bring(tmp_path, rate=2, store="hdf5")
 
 
-# --- what cannot be imported
+# --- rejected input
 
 
 def test_one_invalid_item_does_not_affect_the_others(tmp_path: Path) -> None:

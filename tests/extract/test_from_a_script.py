@@ -27,7 +27,7 @@ def test_a_script_without_a_main_guard_gets_an_error_with_a_remedy(tmp_path: Pat
     assert done.returncode != 0
     assert '`if __name__ == "__main__":`' in done.stderr
     assert "bootstrapping" not in done.stderr
-    assert done.stderr.count("Traceback") == 1, "the one of the script itself"
+    assert done.stderr.count("Traceback") == 1, "the output must come from the script process only"
 
 
 def test_a_script_with_a_main_guard_accepts_string_paths(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Extraction's batchers on a pretended GPU: no hidden wait, no mixed devices, and batches that overlap.
+"""Batchers on a fake GPU: no synchronization, no mixed devices, overlapping batches.
 
 FakeTensorMode runs shapes and devices without a GPU. What makes the host wait for the device (`.item()`, `nonzero`,
 a blocking copy to the host) fails here. The torch face detector is not rehearsed: its caller waits for its answer.
@@ -27,7 +27,7 @@ CUDA = torch.device("cuda")
 
 
 class NoBlockingCopies(TorchDispatchMode):
-    """Raises where a copy between devices blocks the host."""
+    """Raise on a device copy that blocks the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -45,7 +45,7 @@ class NoBlockingCopies(TorchDispatchMode):
 
 
 class Event:
-    """A CUDA event that writes down when it is recorded and when it is waited for."""
+    """A CUDA event that records when it is recorded and synchronized."""
 
     log: list[tuple[str, int]]
     made = 0
@@ -78,7 +78,7 @@ def move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> t
 
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors of shapes only, on a device named cuda; pinned memory, streams and events are stand-ins."""
+    """Fake tensors on a device named cuda; stand-ins for pinned memory, streams and events."""
     for name in ("clip-tiny", "ast-tiny", "resnet-tiny", "vggish-tiny"):
         build_encoder(name)  # fills the caches of libraries with real tensors, which later tests use as well
     Event.log, Event.made = [], 0

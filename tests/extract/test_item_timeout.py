@@ -1,4 +1,4 @@
-"""A decoder that hangs costs its clip; one that is slow, or waits for us, costs nothing."""
+"""A hanging decoder fails its clip; a slow or waiting one does not."""
 
 import json
 import multiprocessing
@@ -39,7 +39,7 @@ def _beat_for_long(seconds: float) -> str:
 
 
 def _talk(task: Call, send: Send) -> None:
-    """Far more than the pipe and the queue hold."""
+    """More data than the pipe and the queue hold."""
     for _ in range(4 * QUEUED_MESSAGES):
         send(AudioBlock(task.number, np.zeros(20_000, np.float32)))
     send(Done(task.number))
@@ -61,7 +61,7 @@ def test_slow_work_with_heartbeats_is_not_a_hang() -> None:
 
 
 def test_a_worker_waiting_for_the_parent_is_not_a_hang() -> None:
-    """The queue is full, the worker stands in `send`, and nobody takes anything for longer than the limit."""
+    """The queue is full and the worker blocks in `send` for longer than the limit."""
     with WorkerPool([Call(0, len, ())], 1, item_timeout=TIMEOUT, work=_talk) as pool:
         messages = iter(pool)
         next(messages)
@@ -91,7 +91,7 @@ def test_heartbeats_are_forwarded_at_most_once_a_second() -> None:
     with listening(lambda: beats.append(time.monotonic())):
         _beat_for_long(2.5 * BEAT_SECONDS)
     assert 1 <= len(beats) <= 2
-    beat()  # nobody listens any more
+    beat()  # the receiver is closed
     assert len(beats) <= 2
 
 
@@ -138,7 +138,7 @@ def test_the_command_lists_a_hung_clip_and_exits_with_3(
 
 
 def test_check_decodes_suspect_clips_in_a_child_process(tmp_path: Path) -> None:
-    """The decoding process has a limit to its memory; ours has none."""
+    """The decoding process has a memory limit; the parent has none."""
     ((_, limit),) = each(_memory_limit, [None])
     assert limit == 4 * 2**30
     import resource

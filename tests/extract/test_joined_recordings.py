@@ -1,4 +1,4 @@
-"""Recordings that were joined byte by byte: their times start again in the middle."""
+"""Byte-wise concatenated recordings, whose timestamps restart in the middle."""
 
 import shutil
 import subprocess

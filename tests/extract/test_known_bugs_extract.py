@@ -1,4 +1,4 @@
-"""Bugs that public code for this task has, in stage one: a test each, which says where the bug would show.
+"""Regression tests for bugs of public code for this task, stage one; each asserts that its data would show the bug.
 
 The data: a trial of a variable-frame-rate video; its crops and its annotation have gaps, and each of them says its own
 number. The bugs of stage two are in `tests/train/test_known_bugs.py`.
@@ -23,7 +23,7 @@ UNANNOTATED = {0, 1, 2, 15, FRAMES - 1}
 
 
 class CountingReader(NumberReader):
-    """Also remembers what it was shown."""
+    """Also records its input."""
 
     def __init__(self) -> None:
         self.shown: list[int] = []
@@ -58,7 +58,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, Counting
 
 
 def test_bug_crops_read_by_position_instead_of_by_number(extracted: tuple[Cache, CountingReader]) -> None:
-    """The k-th file is not frame k: after the first missing face, everything would come late."""
+    """The k-th file is not frame k: after the first missing face, all later frames would be shifted."""
     visual = extracted[0].read("numbers", "talk")
     shown = numbers_of(visual.embedding)[visual.valid]
     np.testing.assert_array_equal(shown, visual.frame[visual.valid])
@@ -77,8 +77,8 @@ def test_bug_missing_faces_filled_with_black_and_no_mask(extracted: tuple[Cache,
     np.testing.assert_array_equal(pixels.valid, ~missing)
     assert all(pixels.images[k] == b"" for k in np.flatnonzero(missing))
     valid_count = int(visual.valid.sum())
-    assert reader.shown[:valid_count] == visual.frame[visual.valid].tolist(), "no stand-in went through the encoder"
-    assert not any(reader.shown[valid_count:]), "what fills the last batch is zeros, and is not kept"
+    assert reader.shown[:valid_count] == visual.frame[visual.valid].tolist(), "a placeholder image was encoded"
+    assert not any(reader.shown[valid_count:]), "padding rows of the last batch must be zeros and dropped"
 
 
 def test_bug_frames_without_a_crop_dropped_from_the_labels(extracted: tuple[Cache, CountingReader]) -> None:
@@ -108,7 +108,7 @@ def test_bug_index_over_rate_on_a_variable_frame_rate(extracted: tuple[Cache, Co
 
 
 def test_bug_the_tail_of_a_video_dropped(extracted: tuple[Cache, CountingReader]) -> None:
-    """Windows of 2 s every 0.5 s do not end with the clip: what is left over must be sampled, too."""
+    """Windows of 2 s with stride 0.5 s do not end with the clip; the rest must be sampled."""
     visual = extracted[0].read("numbers", "talk")
     duration = extracted[0].meta("talk")["duration"]
     assert 0 < duration - visual.time[-1] <= 0.1 + 1e-9

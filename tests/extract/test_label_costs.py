@@ -1,4 +1,4 @@
-"""`scripts/label_costs.py` on generated labels, against the formula and against what the labels were made from."""
+"""`scripts/label_costs.py` on generated labels equals the formula and the generating values."""
 
 import json
 import subprocess

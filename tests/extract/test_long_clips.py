@@ -1,4 +1,4 @@
-"""Clips longer than memory: what is finished lies in a nameless file, the bits are the same, nothing is left behind."""
+"""Clips larger than memory use an unlinked scratch file and give identical results."""
 
 import os
 import tracemalloc
@@ -74,7 +74,7 @@ def test_blocks_are_concatenated(limit: int, cache: Cache, monkeypatch: pytest.M
 
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="the system has no nameless files")
 def test_the_temporary_file_is_unlinked(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a kill leaves nothing."""
+    """An unlinked file leaves nothing after a kill."""
     monkeypatch.setattr(long, "IN_MEMORY", 0)
     before = sorted(cache.path.iterdir())
     kept = cache.scratch.zeros((10, 10), "float32")
@@ -124,7 +124,7 @@ def test_disk_backed_extraction_gives_identical_results(
 
 
 class FreeVisual:
-    """As wide as CLIP, costs nothing."""
+    """A zero-cost encoder with the width of CLIP."""
 
     kind, name, dim, preparation = "visual", "free-visual", 512, None
     identity: ClassVar[dict[str, Any]] = {}
@@ -134,7 +134,7 @@ class FreeVisual:
 
 
 class FreeAudio:
-    """As wide as AST, costs nothing."""
+    """A zero-cost encoder with the width of AST."""
 
     kind, name, dim, front_end = "audio", "free-audio", 768, KALDI
     identity: ClassVar[dict[str, Any]] = {}
@@ -163,7 +163,7 @@ INFOS = {
 
 
 def messages(seconds: int) -> Iterator[Message]:
-    """What a worker sends of a clip with five frames a second, a face in each, and a hiss."""
+    """Messages of a worker for a clip with five frames per second, a face in each, and noise."""
     times = np.arange(seconds * 5) / 5
     labels: dict[str, Any] = {
         "time": times,
@@ -183,7 +183,7 @@ def messages(seconds: int) -> Iterator[Message]:
 
 
 def peak_and_stored(cache: Cache, item: str, seconds: int) -> tuple[int, int]:
-    """Bytes of Python and NumPy at their most while a clip is assembled and committed, and bytes that it has stored."""
+    """Peak Python and NumPy memory while a clip is assembled and committed, and its stored bytes."""
     encoders = make_encoders(CONFIG_FREE, torch.device("cpu"), [FreeVisual()], [FreeAudio()])  # type: ignore[list-item]
     task = PendingClip(Clip(item, None, item, None), tuple(INFOS), False)
     tracemalloc.start()
@@ -202,13 +202,13 @@ def peak_and_stored(cache: Cache, item: str, seconds: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("store", STORES)
 def test_memory_grows_less_than_the_stored_data(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only times and masks stay in memory: per 10 ms of sound 9 bytes of 265, and what is made on the way to them."""
+    """Only times and masks stay in memory: 9 of 265 bytes per 10 ms of audio, plus intermediates."""
     monkeypatch.setattr(long, "IN_MEMORY", 2**18)
     monkeypatch.setattr(stores, "LARGEST_CHUNK", 2**18)
     cache = create_cache(tmp_path / "cache", store=store)
     for info in INFOS.values():
         cache.declare(info)
-    peak_and_stored(cache, "warm-up", 30)  # what is imported on first use counts, too
+    peak_and_stored(cache, "warm-up", 30)  # memory of lazy imports counts too
     short, stored_short = peak_and_stored(cache, "short", 30)
     longer, stored_longer = peak_and_stored(cache, "longer", 210)
     assert stored_longer - stored_short > 10 * 2**20

@@ -1,4 +1,4 @@
-"""Frames are numbered and timed as the container says: against a full decode, and against what was written."""
+"""Frame numbers and times equal a full decode and the written file."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ FILES = {
 
 
 def decoded_times(path: Path) -> np.ndarray:
-    """Oracle: PyAV decodes everything."""
+    """Reference: decode everything with PyAV."""
     with av.open(str(path)) as container:
         start = (container.start_time or 0) / 1_000_000
         base = float(container.streams.video[0].time_base or 0)
@@ -86,7 +86,7 @@ def test_dropped_avi_frames_do_not_shift_the_others(tmp_path: Path, codec: str) 
 
 @pytest.mark.parametrize("options", [{"live": "1"}, {"reserve_index_space": "4096"}])
 def test_matroska_without_sizes_or_duration_is_read_completely(tmp_path: Path, options: dict[str, str]) -> None:
-    audio_track = AudioTrack(tones(3.0, 44100))  # longer than the pictures
+    audio_track = AudioTrack(tones(3.0, 44100))  # longer than the video
     path = write_media(tmp_path / "live.mkv", VideoTrack(UNEVEN), audio_track, options)
     np.testing.assert_allclose(np.diff(frame_times(path)), np.diff(UNEVEN) / 1000, atol=1e-3)
 
@@ -111,7 +111,7 @@ def test_requested_frame_numbers_must_ascend_within_the_clip(tmp_path: Path, req
 
 
 def test_hidden_packets_are_not_frames(tmp_path: Path) -> None:
-    """A stream copied from the middle of an open group of pictures begins with frames that lean on what is gone."""
+    """A stream copy from an open group of pictures starts with frames whose references are missing."""
     options = {"g": "10", "bf": "3", "sc_threshold": "0", "x264-params": "open-gop=1"}
     whole = write_media(tmp_path / "whole.mkv", VideoTrack(EVEN, options=options))
     for name in ("cut.mkv", "cut.mp4"):
@@ -123,12 +123,12 @@ def test_hidden_packets_are_not_frames(tmp_path: Path) -> None:
 
 
 def test_the_clock_starts_at_the_file_start_not_the_video_start(tmp_path: Path) -> None:
-    """Sound from 0 s, pictures from 0.6 s: the first picture lies at 0.6 s of the clip."""
+    """Audio starts at 0 s and video at 0.6 s: the first frame is at 0.6 s of the clip."""
     video_track = VideoTrack(tuple(time + 600 for time in EVEN))
     path = write_media(tmp_path / "late.mkv", video_track, AudioTrack(tones(2.2, 44100)))
     times = frame_times(path)
     np.testing.assert_allclose(times, decoded_times(path), atol=1e-6)
-    # The encoder's delay makes the sound, and so the file, begin one AAC frame early.
+    # The encoder delay shifts the audio, and so the file start, one AAC frame earlier.
     np.testing.assert_allclose(times[0], 0.6, atol=1024 / 44100 + 1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Files that cannot be used are refused with one paragraph; files that merely look odd are not."""
+"""Unusable files are rejected with one paragraph; unusual files are accepted."""
 
 import threading
 from pathlib import Path
@@ -17,7 +17,7 @@ ALL_KEYFRAMES = {"g": "1"}
 
 
 def heavy(**settings: Any) -> VideoTrack:
-    """Noise does not compress: pictures, not indexes, are what a cut takes away."""
+    """Incompressible noise, so that truncation removes frames rather than indexes."""
     return VideoTrack(EVEN, noise=60, **settings)
 
 
@@ -114,7 +114,7 @@ def zero_out(source: Path, target: Path, begin: float, end: float) -> Path:
 
 
 def test_decoding_that_ends_early_is_an_error(tmp_path: Path) -> None:
-    """All bytes are there, so the index is content; but the second half of the pictures is zeros."""
+    """The file has its full length and index, but the second half of its frames is zeroed."""
     whole = write_media(tmp_path / "whole.mp4", heavy(options=ALL_KEYFRAMES), None, {"movflags": "faststart"})
     path = zero_out(whole, tmp_path / "hollow.mp4", 0.6, 1.0)
     times = frame_times(path)
@@ -146,7 +146,7 @@ def test_decoding_uses_one_thread(tmp_path: Path) -> None:
 
 
 def count_threads() -> int:
-    """Threads of this process as the kernel counts them: FFmpeg's are not Python's."""
+    """Count threads of this process in /proc; FFmpeg's threads are not Python threads."""
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("the kernel does not say how many threads there are")

@@ -1,4 +1,4 @@
-"""Pictures come out in the colours, depth and direction that the file says."""
+"""Decoded frames have the colours, depth and orientation stated by the file."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_every_display_matrix_is_applied(swap: bool, across: int, down: int) -> 
     shown = turned(image, matrix)
     for y in range(2):
         for x in range(3):
-            # The middle of the picture stays where it is; the matrix turns what lies around it.
+            # The middle of the frame stays in place; the matrix moves its surroundings.
             dx, dy = x - 1.0, y - 0.5
             to_x = (matrix[0] * dx + matrix[3] * dy) / 65536 + (shown.shape[1] - 1) / 2
             to_y = (matrix[1] * dx + matrix[4] * dy) / 65536 + (shown.shape[0] - 1) / 2
@@ -102,5 +102,5 @@ def test_odd_sizes_and_deep_colour_are_decoded_exactly(
         assert image.dtype == np.uint8
         difference = np.abs(image.astype(int) - draw_number(number, *size).astype(int))
         assert np.median(difference) <= 3
-        assert difference[-1].mean() < 40  # the last row and column are part of the picture
+        assert difference[-1].mean() < 40  # the last row and column belong to the frame
         assert difference[:, -1].mean() < 40

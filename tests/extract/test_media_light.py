@@ -1,4 +1,4 @@
-"""Workers that read media must start at once: nothing heavy is imported with them."""
+"""Decoding workers must start quickly, so they import no heavy library."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`--decoder nvdec` without a GPU: a stand-in for torchcodec that decodes with PyAV, in its own manner.
+"""`--decoder nvdec` without a GPU: a stand-in for torchcodec that decodes with PyAV.
 
 What is tested is ours: which frames are asked for and how they are checked, the comparison, the fingerprint, the
 errors. NVDEC itself has not run.
@@ -30,10 +30,10 @@ CUDA = "cuda:0"
 
 
 class StandIn:
-    """Says what torchcodec.decoders.VideoDecoder (0.17) says: the frame played at a time of the stream."""
+    """Behave as torchcodec.decoders.VideoDecoder (0.17): return the frame played at a stream time."""
 
     brighter = 0  # grey levels
-    late = 0.0  # seconds that its pictures claim to be later
+    late = 0.0  # offset in seconds added to the returned frame times
     cpu_fallback = ""
     indexes: list[int] = []  # noqa: RUF012 - of all of them
 
@@ -73,15 +73,15 @@ class _Backend:
         assert name in ("beta", "nvdec")
 
     def __enter__(self) -> None:
-        """As a context manager only."""
+        """Acts only as a context manager."""
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to undo."""
+        """No cleanup."""
 
 
 @pytest.fixture
 def numbered(tmp_path: Path) -> Path:
-    """Forty pictures at an uneven rate that begin after 0.5 s and show their numbers."""
+    """Forty numbered frames at an uneven rate, starting at 0.5 s."""
     times = np.cumsum(np.random.default_rng(0).integers(20, 90, 40)) + 500
     return write_media(tmp_path / "numbered.mp4", VideoTrack(tuple(times.tolist())))
 
@@ -121,7 +121,7 @@ def test_library_errors_fail_the_clip(stand_in: type[StandIn], numbered: Path, m
 def test_the_comparison_reports_pixel_differences(
     brighter: int, agrees: bool, stand_in: type[StandIn], numbered: Path
 ) -> None:
-    """The drawn pictures are far from 0 and 255, so the mean difference is what was added."""
+    """The drawn pixel values are far from 0 and 255, so the mean difference equals the added offset."""
     stand_in.brighter = brighter
     if agrees:
         assert check_parity(numbered, CUDA) == pytest.approx(brighter, abs=0.01)

@@ -1,4 +1,4 @@
-"""Stage one end to end, on real files: the right frames and sounds, once each, whatever the order or the store."""
+"""Stage one end to end on real files: correct frames and audio, each encoded once, for any order or store."""
 
 from io import BytesIO
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_every_needed_frame_is_encoded_exactly_once(extracted: tuple[Cache, Summ
 
 
 def test_embeddings_equal_encoding_the_stored_images(extracted: tuple[Cache, Summary], tiny_pair: tuple) -> None:
-    """One by one through the encoder, without the pipeline; the batch size differs, so to float16 rounding."""
+    """Encode images one by one; other batch sizes differ by float16 rounding."""
     cache, _ = extracted
     visual, pixels = cache.read("clip-tiny", "video7"), cache.read("pixels", "video7")
     encoder = tiny_pair[0]
@@ -153,7 +153,7 @@ def test_merged_shards_equal_one_extraction(
     dataset = open_dataset(tree.root, "affwild2")
     parts = [run(dataset, tmp_path / "cache", tiny_pair, shard=Shard(i, 2)) for i in (1, 2)]
     assert sum(part.extracted for part in parts) == len(dataset.clips)
-    assert min(part.extracted for part in parts) >= 3, "both parts have work"
+    assert min(part.extracted for part in parts) >= 3, "both shards must contain clips"
     assert [Path(part.failures_file).name for part in parts] == ["failures-1-of-2.jsonl", "failures-2-of-2.jsonl"]
     same_arrays(extracted[0], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "ast-tiny"])
 
@@ -170,7 +170,7 @@ def test_a_second_run_extracts_only_missing_items(two_clips: Path, tiny_pair: tu
 
     more = run(dataset, out, tiny_pair)
     assert (more.extracted, more.done) == (2, 0)
-    assert more.encoded["clip-tiny"] == 0, "adding an audio stream encodes no picture again"
+    assert more.encoded["clip-tiny"] == 0, "adding an audio stream must not encode images again"
     cache = open_cache(out)
     assert {item: cache.record("clip-tiny", item).attempt for item in attempts} == attempts
 

@@ -1,4 +1,4 @@
-"""What a second run finds to do: told by the index where nothing changed, by the records where something seems to."""
+"""Planning of a second run: from the index if nothing changed, from records otherwise."""
 
 import os
 import struct
@@ -44,7 +44,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 @pytest.fixture
 def cache(dataset: Dataset, tmp_path: Path) -> Cache:
-    """Records of all clips, whose sources are those of an extraction; no arrays: planning looks at none."""
+    """Records of all clips without arrays; planning reads only sources."""
     made = create_cache(tmp_path / "cache", store="hdf5")
     arrays: dict[str, dict[str, Array]] = {
         "logmel": {"embedding": np.zeros((0, 128), np.float16)},
@@ -62,7 +62,7 @@ def cache(dataset: Dataset, tmp_path: Path) -> Cache:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Which records were read one by one."""
+    """Names of the records that were read."""
     calls: list[tuple[str, str]] = []
     real = Cache.record
 
@@ -146,7 +146,7 @@ def test_the_quick_fingerprint_excludes_content_digests(dataset: Dataset) -> Non
 
 
 def test_the_estimate_uses_ffmpeg_only_without_header_duration(dataset: Dataset, tmp_path: Path) -> None:
-    """A header that names 40 s, four files of zeros: those go to the decoders, which cannot read them."""
+    """One header states 40 s; four files of zeros are sent to FFmpeg, which cannot read them."""
     movie = struct.pack(">4x8xII", 1000, 40_000) + bytes(80)
     header = struct.pack(">I4s", 8 + len(movie), b"mvhd") + movie
     whole = struct.pack(">I4s4sI", 16, b"ftyp", b"isom", 0) + struct.pack(">I4s", 8 + len(header), b"moov") + header

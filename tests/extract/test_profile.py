@@ -1,4 +1,4 @@
-"""The profile adds up, and names the stage that takes longest."""
+"""The profile adds up and identifies the slowest stage."""
 
 import time
 

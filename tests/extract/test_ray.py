@@ -1,4 +1,4 @@
-"""`--engine ray` on a cluster of two nodes on this machine: the same bits, deaths that cost nothing, Ctrl-C.
+"""`--engine ray` on a local two-node cluster: identical results, recovery from deaths, Ctrl-C.
 
 What the driver does when members die again and again is tested without Ray in test_ray_team.py.
 """
@@ -65,7 +65,7 @@ def test_two_nodes_give_the_results_of_one_process(
 
 @pytest.mark.parametrize("victim", ["actor", pytest.param("node", marks=pytest.mark.slow)])
 def test_a_node_death_loses_only_running_items(victim: str, cluster: object, clips: Path, tmp_path: Path) -> None:
-    """A node goes, or the operating system kills an actor: nothing is lost, and what was committed is not redone."""
+    """A node or an actor is killed: no item is lost, and committed items are not repeated."""
     node = cluster.add_node(num_cpus=2)  # type: ignore[attr-defined]
     for k in range(16):
         (tmp_path / f"clip{k:02d}.mp4").write_bytes((clips / ("single_face.mp4", "carphone.mp4")[k % 2]).read_bytes())
@@ -107,7 +107,7 @@ def actors() -> list[int]:
 
 
 def _ancestor(pid: int) -> bool:
-    """Whether this test is above a process."""
+    """Whether this test process is an ancestor of a process."""
     while pid > 1:
         if pid == os.getpid():
             return True

@@ -1,4 +1,4 @@
-"""The driver's side of `--engine ray`, on a toy of Ray whose actors die when they are told to.
+"""The driver of `--engine ray` on a fake Ray whose actors die on command.
 
 What is under way when an actor dies is tried again by itself; what kills its actor every time is listed; the rest is
 extracted once. Real Ray: test_ray.py.
@@ -33,11 +33,11 @@ CONFIG = ExtractConfig(visual=(), audio=(), device="cpu", workers=1)
 
 
 class DiedError(Exception):
-    """What the toy says of an actor that is gone."""
+    """The error of the fake Ray for a dead actor."""
 
 
 class ToyMember:
-    """Commits one waiting task at every exchange; `deadly` items kill it, `late` ones after they are committed."""
+    """Commit one waiting task per call; `deadly` items kill the actor before, `late` items after the commit."""
 
     def __init__(self, cache: Cache, ray: "ToyRay") -> None:
         self.cache, self.ray, self.tasks, self.closed = cache, ray, [], False  # type: ignore[var-annotated]
@@ -73,7 +73,7 @@ class ToyMember:
 
 
 class ToyRay:
-    """The few names of the package that the driver uses. Calls are carried out when they are waited for."""
+    """The part of the Ray API that the driver uses; calls run when they are awaited."""
 
     exceptions = SimpleNamespace(RayError=DiedError, RayTaskError=type("RayTaskError", (Exception,), {}))
 
@@ -134,7 +134,7 @@ def test_every_item_is_assigned_once_to_free_members(toy: ToyRay) -> None:
     assert sorted(toy.committed) == open_cache(toy.cache.path).items()
     assert toy.hired == 2, "four CPUs, two for each"
     assert max(map(len, toy.assigned)) == 2, "one to begin with and one to wait"
-    assert len(toy.killed) == 2, "leaving ends them"
+    assert len(toy.killed) == 2, "leaving the pool must end its actors"
     assert run(toy).done == 10
 
 
@@ -145,8 +145,8 @@ def test_an_item_that_always_crashes_is_listed_and_the_others_finish(toy: ToyRay
     [failure] = summary.failures
     assert (failure.item, failure.stage, failure.error) == ("clip03", "worker", "ActorDied")
     assert f"{ATTEMPTS} times (killed by the operating system)" in failure.message
-    assert toy.assigned.count(["clip03"]) == ATTEMPTS - 1, "by itself, after the first time"
-    assert sorted(toy.committed) == sorted(set(toy.committed)), "nothing was done twice"
+    assert toy.assigned.count(["clip03"]) == ATTEMPTS - 1, "an item that killed an actor must be retried alone"
+    assert sorted(toy.committed) == sorted(set(toy.committed)), "an item was processed twice"
     assert Path(summary.failures_file).read_text().count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""Killed in the middle, or losing a worker: what was committed stays as it is, the next run does the rest."""
+"""After a kill or a worker death, committed items stay and the next run extracts the rest."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def many(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
 
 
 def committed(out: Path) -> dict[str, str]:
-    """Record file -> attempt, of the records that are whole."""
+    """Record file -> attempt, of complete records."""
     return {
         str(path.relative_to(out)): json.loads(path.read_text())["attempt"] for path in out.glob("records/*/*.json")
     }
@@ -49,7 +49,7 @@ def test_a_kill_loses_only_running_items(many: Path, tiny_pair: tuple, tmp_path:
     process = subprocess.Popen(command(many, out), start_new_session=True)
     deadline = time.monotonic() + 120
     while len(list(out.glob("records/labels/*.json"))) < 4:
-        assert process.poll() is None, "it must not end before it is killed"
+        assert process.poll() is None, "the command ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
@@ -59,7 +59,7 @@ def test_a_kill_loses_only_running_items(many: Path, tiny_pair: tuple, tmp_path:
 
     summary = run(open_dataset(many, "videos"), out, tiny_pair)
     after = committed(out)
-    assert before.items() <= after.items(), "what was committed was not written again"
+    assert before.items() <= after.items(), "committed items were written again"
     assert summary.done + summary.extracted == 12
     assert summary.done >= 4
 
@@ -99,7 +99,7 @@ def test_a_worker_death_fails_one_clip(
 
 
 def _serve_and_die_at_clip05(pipe: object) -> None:
-    """Module level, so that a spawned process finds it."""
+    """At module level, so that a spawned process can import it."""
     run_job = worker.run_job
 
     def deadly(job: object, send: object, ask: object = None) -> None:

@@ -1,4 +1,4 @@
-"""One batch size, one cache: bit by bit the same for any number of workers, order of items, engine and store.
+"""For one batch size, results are bit-identical for any workers, order, engine and store.
 
 Another batch size means other bits, within the tolerance that docs/clusters.md states.
 """
@@ -55,7 +55,7 @@ def test_results_do_not_depend_on_the_item_order(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Other neighbours in every batch; the order of the plan itself is shuffled, not only the data set's."""
+    """Shuffle the plan, so that batches contain other rows."""
     order: list[str] = []
 
     def shuffled(tasks: Iterable, seconds: object) -> list:

@@ -1,4 +1,4 @@
-"""Several encoders on one clip: VGGish against its examples cut one by one, sound shared, streams added later."""
+"""Several encoders on one clip: VGGish equals separate examples, shared audio, streams added later."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ WINDOW, STRIDE, STEPS, STEP = 2.0, 1.0, 4, 0.5
 
 @pytest.fixture(scope="module")
 def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four seconds with sound, one clip whose sound ends after 1.3 s, one without sound."""
+    """One clip with audio, one whose audio ends after 1.3 s, one without audio."""
     folder = tmp_path_factory.mktemp("several")
     video_track = VideoTrack(tuple(range(0, 3600, 200)), options={"preset": "ultrafast"})
     write_media(folder / "whole.mp4", video_track, AudioTrack(tones(3.6, 16000), 16000))
@@ -86,7 +86,7 @@ def test_a_step_is_valid_if_audio_covers_half_of_it(whole: tuple[Cache, Summary]
         vggish = cache.read("vggish-tiny", item)
         np.testing.assert_array_equal(vggish.valid, cache.read("ast-tiny", item).valid)
         middle = vggish.start[:, None] + (np.arange(STEPS) + 0.5) * STEP
-        clear = np.abs(middle - end) > 0.1  # codecs add a little sound at the end
+        clear = np.abs(middle - end) > 0.1  # codecs append some audio at the end
         assert (vggish.valid == (middle < end))[clear].all()
 
 

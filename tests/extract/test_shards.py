@@ -1,4 +1,4 @@
-"""Shards: every clip in exactly one, balanced by duration and not by bytes, the same deal everywhere."""
+"""Shards: every clip in exactly one, balanced by duration, deterministic."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ def deal(clips: list[Clip], count: int) -> list[list[str]]:
 @pytest.mark.parametrize("count", [2, 3, 8])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_shards_differ_by_less_than_one_clip(count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound of dealing to the least loaded part; and longest first keeps to 4/3 of the best there is."""
+    """Bound of greedy assignment; longest-first is within 4/3 of the optimum."""
     seconds = np.random.default_rng(seed).lognormal(3, 1.2, 60).round(3).tolist()
     clips, known = clips_of(seconds)
     monkeypatch.setattr(plan, "lengths", lambda _: known)
@@ -40,7 +40,7 @@ def test_shards_differ_by_less_than_one_clip(count: int, seed: int, monkeypatch:
 
 
 def _best(seconds: list[float], count: int) -> float:
-    """No deal can have a smaller largest part; small sets are dealt in every way there is (below)."""
+    """No assignment has a smaller maximum; small sets are compared with all assignments (below)."""
     longest = sorted(seconds, reverse=True)
     pairs = longest[count - 1] + longest[count] if len(longest) > count else 0.0  # two of them share a part
     return max(sum(seconds) / count, longest[0], pairs)
@@ -63,7 +63,7 @@ def test_shards_do_not_depend_on_the_dataset_order(monkeypatch: pytest.MonkeyPat
 
 
 def test_shards_are_balanced_by_duration_not_bytes(tmp_path: Path) -> None:
-    """Two long clips of few bytes, two short ones of many: by bytes the long ones would share a part."""
+    """Two long small files and two short large ones: balancing by bytes would put both long clips into one shard."""
     for name in ("long1", "long2"):
         write_media(tmp_path / f"{name}.mp4", VideoTrack(tuple(range(0, 60_000, 6000))))
     for name in ("short1", "short2"):

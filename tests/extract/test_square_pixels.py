@@ -1,4 +1,4 @@
-"""Video with pixels that are not square is read in its display shape, so that faces keep theirs."""
+"""Video with non-square pixels is scaled to its display shape before faces are detected."""
 
 from fractions import Fraction
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Expression classes and action units from files, in every form that challenges and people write them in."""
+"""Import of expression classes and action units in all supported formats."""
 
 import json
 from pathlib import Path

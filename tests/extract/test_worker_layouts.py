@@ -1,4 +1,4 @@
-"""Each further layout from its files through the decoding worker: the right labels, pictures and sound, in time."""
+"""Every further layout through the decoding worker: correct labels, frames and audio."""
 
 import json
 from io import BytesIO
@@ -107,7 +107,7 @@ def test_an_unreadable_separate_audio_file_fails_only_its_clip(tmp_path: Path) -
     assert all(isinstance(outcome, Done) for outcome in outcomes.values())
 
 
-# --- folders of pictures
+# --- image folders
 
 
 def stills_clip(folder: Path) -> Clip:
@@ -139,7 +139,7 @@ def test_faces_are_detected_in_images_as_in_video(tmp_path: Path) -> None:
     for number in range(5):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
     sent = work(stills_clip(tmp_path), faces="auto")
-    assert isinstance(sent[-1], Done) and only(Face, sent) == [], "a black picture has no face"
+    assert isinstance(sent[-1], Done) and only(Face, sent) == [], "a black image must have no face"
 
 
 @pytest.mark.parametrize("name", ["", "x.png", "123456789012345678.png"])

@@ -1,4 +1,4 @@
-"""Composites of real clips whose people are known: who is where at every time."""
+"""Composites of real clips with known people at known times."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def one_after_another(folder: Path, *shots: tuple[str, float]) -> Callable[[floa
 
 
 def inset(folder: Path, large: str, small: str) -> Callable[[float], Drawn]:
-    """Picture in picture: the small one at a third of the size, in the upper right corner."""
+    """Picture-in-picture: the small clip at a third of the size, in the upper right corner."""
 
     def draw(time: float) -> Drawn:
         image = np.asarray(cv2.resize(panel(folder, large, time), (3 * WIDTH // 2, 3 * HEIGHT // 2)))
@@ -96,7 +96,7 @@ def inset(folder: Path, large: str, small: str) -> Callable[[float], Drawn]:
 
 
 def wipe(folder: Path, first: str, second: str, start: float, end: float) -> Callable[[float], Drawn]:
-    """A split-screen transition: the second one pushes the first out to the left."""
+    """A wipe: the second clip pushes the first out to the left."""
 
     def draw(time: float) -> Drawn:
         edge = round(WIDTH * (1 - np.clip((time - start) / (end - start), 0, 1)))
@@ -139,7 +139,7 @@ def write(path: Path, draw: Callable[[float], Drawn], seconds: float, *, turned:
 
 
 def people_of(path: Path, network: str) -> People:
-    """Everyone in a video, with their crops still to be read while the result is used."""
+    """Yield the people of a video; their crops can be read inside the context."""
     times = frame_times(path)
     requested = np.unique(nearest(times, np.arange(0.0, times[-1] + 1e-9, STEP)))
     detector = CenterFace()
@@ -151,7 +151,7 @@ def people_of(path: Path, network: str) -> People:
 
 @dataclass(frozen=True)
 class Counts:
-    """How a composite was understood.
+    """Result of people detection on a composite.
 
     Attributes:
         people: number found; expected: number shown.

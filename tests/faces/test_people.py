@@ -1,4 +1,4 @@
-"""Who is estimated: rules on drawn faces with known owners, and the joining of tracks."""
+"""Selection rules for people, and joining of tracks, on drawn faces."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def face(x: float, y: float = 200.0, size: float = 100.0, score: float = 0.9) ->
 
 
 class Blind:
-    """A network to which everyone looks the same."""
+    """A network with equal embeddings for everyone."""
 
     dim, limit = 2, 0.5
 

@@ -1,4 +1,4 @@
-"""`_left` and `_right` of Aff-Wild2 without crops: each follows its own person, or fails."""
+"""`_left` and `_right` trials of Aff-Wild2 without crops follow their person or fail."""
 
 from dataclasses import replace
 from pathlib import Path
