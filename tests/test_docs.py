@@ -29,7 +29,7 @@ STAND_INS = {
     "resnet50": "resnet-tiny",
     "ast": "ast-tiny",
     "vggish": "vggish-tiny",
-    "finetune_blocks=4": "finetune_blocks=2",  # the tiny encoders have no more
+    "finetune_blocks=4": "finetune_blocks=2",  # the tiny encoders have only these
 }
 ALIASES = [word for name, other in STAND_INS.items() if "tiny" in other for word in ("--alias", f"{name}={other}")]
 QUICK = {

@@ -41,7 +41,7 @@ def test_shard_failure_lists_are_read_and_other_lines_skipped(tmp_path: Path, ca
 
 
 def test_unrelated_files_are_not_read_as_failure_lists(tmp_path: Path) -> None:
-    """A named pipe would block for ever; a link leads out of the folder."""
+    """A named pipe would block the reader; a symlink would escape the directory."""
     os.mkfifo(tmp_path / "failures.jsonl")
     (tmp_path / "secret").write_text('{"item": "secret"}\n')
     (tmp_path / "failures-1-of-2.jsonl").symlink_to(tmp_path / "secret")

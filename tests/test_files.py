@@ -1,4 +1,4 @@
-"""Files are written whole, durably, and never through a link."""
+"""Files are written atomically, durably, and never through a symlink."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""No file that the program reads can make it run code: no pickle, no eval, no loader that allows them.
+"""No input file can run code: no pickle, no eval, no loader that allows them.
 
 Messages between the program's own processes go through `multiprocessing`, which pickles; no file comes near that.
 """
@@ -24,7 +24,7 @@ def sources() -> list[Path]:
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` of an expression that is one, else the empty text."""
+    """Dotted name of an expression such as `a.b.c`, else an empty string."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
@@ -34,7 +34,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def option(call: ast.Call, name: str) -> object:
-    """A keyword's literal value; None where it is not there, or no literal."""
+    """Literal value of a keyword argument; None if it is missing or not a literal."""
     for keyword in call.keywords:
         if keyword.arg == name and isinstance(keyword.value, ast.Constant):
             return keyword.value.value
@@ -42,7 +42,7 @@ def option(call: ast.Call, name: str) -> object:
 
 
 def offences(tree: ast.AST) -> Iterator[str]:
-    """Everything in a module that could run what a file says."""
+    """Calls in a module that could run code from a file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (f"import {name.name}" for name in node.names if name.name.split(".")[0] in MODULES)
@@ -132,7 +132,7 @@ def test_the_linter_rules_include_pickle() -> None:
 
 
 def test_a_pickled_checkpoint_runs_no_code(tmp_path: Path) -> None:
-    """The oracle is the file system: what the pickle would do leaves a folder behind."""
+    """Detection by the file system: the pickle would create a directory."""
     import os
     import pickle
 

@@ -1,4 +1,4 @@
-"""Every block of docs/own-features.md runs, in the order of the page, and its claims hold."""
+"""Every block of docs/own-features.md runs in page order, and its statements are correct."""
 
 import json
 import re
@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "own-features.md"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which all blocks of the page have run."""
+    """The directory in which all blocks of the page have run."""
     folder = tmp_path_factory.mktemp("own")
     names: dict[str, object] = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What is installed is what stands in the repository: the wheel has every module and every data file."""
+"""The wheel contains every module and data file of the repository."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ def expected() -> set[str]:
 
 def test_the_wheel_has_every_module_and_data_file(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77", reason="building without isolation needs a new setuptools")
-    source = tmp_path / "source"  # a copy: setuptools packs whatever an earlier build has left beside the sources
+    source = tmp_path / "source"  # build from a copy: setuptools includes leftovers of earlier builds
     for name in ("vaflow", "extract", "train"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)

@@ -1,4 +1,4 @@
-"""Every prediction can be followed to its run, weights, cache records and source files, and changes are noticed."""
+"""Every prediction is traced to its run, weights, cache records and source files; changes are detected."""
 
 import json
 import os
@@ -28,7 +28,7 @@ IDENTITY = {"encoder": "toy", "weights": "0123456789abcdef" * 2}
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A data set whose videos are never decoded: only their bytes count here."""
+    """A dataset whose videos are never decoded; only their bytes matter."""
     folder = tmp_path / "data"
     for item in SPLITS:
         (folder / item).parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def test_predictions_on_another_cache_name_that_cache(run, cache, tmp_path):
 
 def test_predictions_of_new_clips_are_traced_without_stored_features(run, tmp_path, monkeypatch):
     def features(dataset: Dataset, folder: Path, *_: object, **__: object) -> Summary:
-        """In the place of an extraction: it would decode."""
+        """Replaces the extraction, which would decode videos."""
         for clip in dataset.clips:
             write(new_cache(folder), clip.id, sources_of(clip))
         return Summary()

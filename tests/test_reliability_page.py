@@ -1,4 +1,4 @@
-"""`docs/reliability.md` names tests that exist, and commands that do."""
+"""The tests and commands named in `docs/reliability.md` exist."""
 
 import ast
 import re

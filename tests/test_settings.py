@@ -92,7 +92,7 @@ def make_command(received: list[dict[str, Any]]) -> typer.Typer:
         options: dict[str, Any] | None = None,
         help_all: HelpAll = False,
     ) -> int:
-        """Run it."""
+        """Invoke the command."""
         received.append(options or {})
         return 0
 

@@ -51,7 +51,7 @@ def test_every_time_of_a_clip_is_close_to_a_sample(duration: float, grid: Grid) 
 
 
 def test_default_windows_share_one_half_second_grid() -> None:
-    """Every frame is encoded once, not 3.3 times."""
+    """Every frame is encoded once, instead of 3.3 times."""
     grid = Grid()
     duration = 600.0
     times = grid.sample_times(duration)
@@ -98,7 +98,7 @@ def test_extra_rows_continue_at_the_median_interval() -> None:
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("duration", [0.2, 9.99, 13.2, 61.7])
 def test_stitching_reproduces_constants_and_lines(grid: Grid, duration: float) -> None:
-    """A constant exactly; a line between the first and the last sample, held outside."""
+    """Stitching reproduces a constant exactly, and a line between the first and the last sample."""
     time = grid.seconds(grid.window_ticks(duration))
     valid = time < duration
     query = np.linspace(0, duration, 501)

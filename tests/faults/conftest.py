@@ -12,13 +12,13 @@ CLIPS = 6
 
 @pytest.fixture(scope="session")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few short videos with sound and labels."""
+    """A few short videos with audio and labels."""
     return write_media(tmp_path_factory.mktemp("media"), CLIPS)
 
 
 @pytest.fixture(scope="session")
 def whole(lab: Lab, media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of an extraction that nothing happened to."""
+    """The cache of an undisturbed extraction."""
     out = tmp_path_factory.mktemp("whole") / "cache"
     assert_printed(lab.run(["extract", media, "--out", out, *EXTRACT]), 0)
     return out
@@ -26,13 +26,13 @@ def whole(lab: Lab, media: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of toy features, for one module: its tests may change it."""
+    """A cache of toy features per module, which tests may change."""
     return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
 
 
 @pytest.fixture(scope="module")
 def whole_run(lab: Lab, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training run on it that nothing happened to."""
+    """An undisturbed training run on the toy cache."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert_printed(lab.run(["train", toys, "--out", out, *SMALL]), 0)
     return out

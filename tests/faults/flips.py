@@ -1,4 +1,4 @@
-"""Every single bit of a small cache, flipped one at a time: does `verify` notice?"""
+"""Flip every bit of a small cache, one at a time, and check that `verify` detects it."""
 
 import shutil
 from pathlib import Path
@@ -21,12 +21,12 @@ def tiny_cache(path: Path, store: str) -> Path:
 
 
 def committed_files(path: Path) -> list[Path]:
-    """Everything but the index, which can be deleted at any time."""
+    """All files except the index, which can be deleted at any time."""
     return sorted(p for p in path.rglob("*") if p.is_file() and p.name != "index.json")
 
 
 def is_detected(path: Path) -> bool:
-    """Whether the cache is refused, or `verify` has something to say."""
+    """Whether the cache is rejected or `verify` reports a problem."""
     try:
         return bool(verify(open_cache(path)))
     except (CacheError, UsageError):
@@ -34,7 +34,7 @@ def is_detected(path: Path) -> bool:
 
 
 def every_flip(path: Path, store: str, *, step: int = 1) -> tuple[int, list[str]]:
-    """Flip every `step`-th bit; returns how many, and which were not noticed.
+    """Flip every `step`-th bit; return the number of flips and the undetected ones.
 
     Each file is damaged in a cache of only what it belongs to, so that a look at it takes a millisecond or two.
     """
@@ -58,7 +58,7 @@ def every_flip(path: Path, store: str, *, step: int = 1) -> tuple[int, list[str]
 
 
 def _only(path: Path, alone: Path, name: Path) -> None:
-    """A copy without the records of the other stream, if `name` belongs to one."""
+    """A copy without the records of the other stream, if the file belongs to one stream."""
     shutil.copytree(path, alone)
     stream_folder = next((part for part in name.parts if part in ("visual", "labels")), None)
     for other in {"visual", "labels"} - {stream_folder}:

@@ -1,4 +1,4 @@
-"""Kills at random moments, then the same command again: what must hold, counted. For tests and the long campaign."""
+"""Kill commands at random times and run them again; count lost and repeated work."""
 
 import json
 import random
@@ -22,7 +22,7 @@ Kept = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Target:
-    """A command that is killed.
+    """A command to kill.
 
     Attributes:
         name: for the table.
@@ -39,7 +39,7 @@ class Target:
 
 @dataclass
 class Tally:
-    """What a campaign came to.
+    """Result of a kill campaign.
 
     Attributes:
         kills: commands that were killed before their end.
@@ -63,14 +63,14 @@ class Tally:
 
 
 def table(tallies: Iterable[Tally]) -> str:
-    """The tallies for people."""
+    """Format the counts."""
     names = [field.name for field in fields(Tally)]
     rows = [names, *([str(getattr(tally, name)) for name in names] for tally in tallies)]
     return "\n".join(f"{row[0]:<22}" + "".join(f"{cell:>11}" for cell in row[1:]) for row in rows)
 
 
 def campaign(lab: Lab, target: Target, folder: Path, kills: int, seed: int) -> Tally:
-    """Kill `target` at random moments, each time on an empty folder; a third of the resumed ones are killed again.
+    """Kill `target` at random times, each time on an empty directory; a third of the resumed runs are killed again.
 
     Half of the moments are drawn from its whole time, half lie just after something has become safe.
     """
@@ -127,7 +127,7 @@ def _lost(before: Kept, after: Kept) -> int:
     return sum(after.get(name) != value for name, value in before.items())
 
 
-# What is killed
+# Commands to kill
 
 
 def extraction(media: Path, whole: Path, store: str = "zarr") -> Target:
@@ -158,7 +158,7 @@ def merging(parts: list[Path], whole: Path) -> Target:
 
 
 def training(cache: Path, whole: Path) -> Target:
-    """`vaflow train`; what is safe are its epochs, told apart by the time that each took."""
+    """`vaflow train`; its epochs are the committed work, identified by their duration."""
 
     def args(out: Path) -> list[object]:
         return ["train", cache, "--out", out, *SMALL]
@@ -171,7 +171,7 @@ def epochs(out: Path) -> Kept:
     run = RunFolder(out)
     rows = run.read_history()
     if run.checkpoint_file.is_file() and not rows:
-        with suppress(FileNotFoundError), safe_open(run.checkpoint_file, "pt") as file:  # it ends just now
+        with suppress(FileNotFoundError), safe_open(run.checkpoint_file, "pt") as file:  # the process has just ended
             rows = json.loads(file.metadata()["progress"])["history"]
     return {f"epoch {row['epoch']:g}": row for row in rows}
 
@@ -179,15 +179,17 @@ def epochs(out: Path) -> Kept:
 def assert_same_run(one: Path, other: Path) -> None:
     """The same weights, byte for byte, the same metrics and the same predictions."""
     first, second = RunFolder(one), RunFolder(other)
-    assert first.weights_file.read_bytes() == second.weights_file.read_bytes(), "other weights"
-    assert first.read_metrics() == second.read_metrics(), "other metrics"
+    assert first.weights_file.read_bytes() == second.weights_file.read_bytes(), (
+        "the weights differ from an uninterrupted run"
+    )
+    assert first.read_metrics() == second.read_metrics(), "the metrics differ from an uninterrupted run"
     names = sorted(path.name for path in second.predictions("val").glob("*.csv"))
     assert names
     for name in names:
         assert (first.predictions("val") / name).read_text() == (second.predictions("val") / name).read_text(), name
 
 
-# What they read
+# Input data
 
 
 def toy_cache(path: Path, clips: int = 9) -> Path:
@@ -197,7 +199,7 @@ def toy_cache(path: Path, clips: int = 9) -> Path:
 
 
 def split_cache(source: Path, folder: Path) -> list[Path]:
-    """Its clips dealt out to two caches, which have the prompts both."""
+    """Split its clips into two caches, each with the prompts."""
     whole = open_cache(source)
     parts = []
     for number in range(2):
@@ -213,5 +215,5 @@ def split_cache(source: Path, folder: Path) -> list[Path]:
 
 
 def hash_of(item: str) -> int:
-    """The same on every machine."""
+    """Return a deterministic value."""
     return sum(map(ord, item))

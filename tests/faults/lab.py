@@ -1,4 +1,4 @@
-"""Commands as real processes that faults are done to; shared by the tests and by `scripts/faults.py`."""
+"""Run commands as real processes for fault injection; used by tests and `scripts/faults.py`."""
 
 import json
 import os
@@ -26,7 +26,7 @@ LIMIT = 120.0  # seconds after which a command hangs
 
 @dataclass
 class Ended:
-    """How a command ended: exit code (negative: the signal that killed it) and what it said."""
+    """Result of a command: exit code (negative: the signal that killed it) and its output."""
 
     code: int
     out: str
@@ -34,25 +34,25 @@ class Ended:
 
 
 class Process:
-    """A running command, in a session of its own."""
+    """A running command in its own session."""
 
     def __init__(self, lab: "Lab", pid: int, out: Path, err: Path) -> None:
         self._lab, self.pid, self._out, self._err = lab, pid, out, err
         self.code: int | None = None
 
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the command is still running."""
         if self.code is None:
             self.code = self._lab.ask({"poll": self.pid})["code"]
         return self.code is None
 
     def send(self, number: int, *, group: bool = False) -> None:
-        """Signal it, or everything in its session, as a terminal does."""
+        """Send a signal to the command, or to its session as a terminal does."""
         if self.running():
             (os.killpg if group else os.kill)(self.pid, number)
 
     def wait(self, limit: float = LIMIT) -> Ended:
-        """Wait for its end; one that takes too long is killed, and that is an error."""
+        """Wait for the command; kill it and raise if it exceeds the time limit."""
         deadline = time.monotonic() + limit
         while self.running():
             if time.monotonic() > deadline:
@@ -63,7 +63,7 @@ class Process:
         return Ended(self.code, self._out.read_text(), self._err.read_text())
 
     def orphans(self, patience: float = 10.0) -> list[int]:
-        """Processes of its session that are still there some time after its end."""
+        """Processes of the session that remain some time after the command ended."""
         deadline = time.monotonic() + patience
         while (left := _session(self.pid)) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -85,10 +85,10 @@ def _session(leader: int) -> list[int]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Processes that a command has spawned to work for it."""
+    """Child processes of a command."""
     pids = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(FileNotFoundError):  # a thread or process that ends just now
+        with suppress(FileNotFoundError):  # the thread or process has just ended
             for child in (task / "children").read_text().split():
                 command = Path(f"/proc/{child}/cmdline").read_bytes()
                 if b"spawn_main" in command:
@@ -97,7 +97,7 @@ def children_of(pid: int) -> list[int]:
 
 
 class Lab:
-    """Starts commands from a process that has imported everything (see `zygote.py`)."""
+    """Start commands by forking a process that has imported everything (see `zygote.py`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, 0  # commands started
@@ -111,11 +111,11 @@ class Lab:
         self._answer()
 
     def close(self) -> None:
-        """End the process that forks."""
+        """Stop the forking process."""
         self._zygote.communicate()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One request to the process that forks."""
+        """Send one request to the forking process."""
         assert self._zygote.stdin is not None
         self._zygote.stdin.write(json.dumps(request) + "\n")
         self._zygote.stdin.flush()
@@ -139,13 +139,13 @@ class Lab:
         return Process(self, self.ask({"run": job})["pid"], out, err)
 
     def run(self, args: Sequence[object], before: str = "") -> Ended:
-        """`start` and wait."""
+        """Run a command and wait for it."""
         return self.start(args, before).wait()
 
 
 @contextmanager
 def lab_in(folder: Path) -> Iterator[Lab]:
-    """A lab that is closed at the end."""
+    """Yield a lab and close it at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     lab = Lab(folder)
     try:
@@ -154,11 +154,11 @@ def lab_in(folder: Path) -> Iterator[Lab]:
         lab.close()
 
 
-# What must hold
+# Assertions
 
 
 def attempts(cache: Path) -> dict[str, str]:
-    """Record file -> attempt, of everything that is committed."""
+    """Record file -> attempt, of all committed items."""
     return {
         str(path.relative_to(cache)): json.loads(path.read_text())["attempt"]
         for path in cache.glob("records/*/*.json")
@@ -167,7 +167,7 @@ def attempts(cache: Path) -> dict[str, str]:
 
 
 def assert_same_cache(one: Path, other: Path) -> None:
-    """Both are whole, and hold the same streams, items, arrays and facts, bit for bit."""
+    """Assert that both caches are complete and have equal streams, items, arrays and facts."""
     first, second = open_cache(one), open_cache(other)
     assert verify(first) == []
     assert verify(second) == []
@@ -186,7 +186,7 @@ def _names(cache: Cache) -> list[tuple[str, str]]:
 
 
 def assert_printed(ended: Ended, code: int, *words: str) -> None:
-    """The exit code, a message with these words, and no traceback."""
+    """Assert the exit code, a message with these words, and no traceback."""
     assert ended.code == code, f"exit code {ended.code}, not {code}: {ended.err[-3000:]}"
     assert "Traceback" not in ended.err, ended.err[-3000:]
     for word in words:
@@ -194,7 +194,7 @@ def assert_printed(ended: Ended, code: int, *words: str) -> None:
 
 
 def until(process: Process, condition: Callable[[], bool], limit: float = LIMIT) -> None:
-    """Wait for something that a command does; that it ends before is an error."""
+    """Wait for a condition; raise if the command ends first."""
     deadline = time.monotonic() + limit
     while not condition():
         assert process.running(), f"it ended before that: {process.wait()}"

@@ -1,4 +1,4 @@
-"""Short videos with sound and labels, in the layout `videos`."""
+"""Write short videos with audio and labels, in the layout `videos`."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from affwild2_tree import write_video
 
 
 def write_media(root: Path, count: int) -> Path:
-    """`count` clips of about two seconds, a third of them of the validation split."""
+    """Write `count` clips of about two seconds, a third of them in the validation split."""
     for k in range(count):
         times = np.arange(40 + 5 * k) / 20
         write_video(root / f"clip{k}.mp4", times, audio_seconds=1.5 + 0.25 * k)

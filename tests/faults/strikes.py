@@ -1,4 +1,4 @@
-"""Faults that happen inside a command: at the n-th call of a function, a signal, an error, a change of the clock.
+"""Inject faults into a command: a signal, an error or a clock change at the n-th call of a function.
 
 Used in the code that a lab runs before a command: `strike("vaflow.cache.cache.Cache.write", 2, signal_self, 15)`.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def find(name: str) -> tuple[Any, str]:
-    """A dotted name -> what holds it, and its last part."""
+    """Split a dotted name into the object that holds it and its last part."""
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         try:
@@ -29,7 +29,7 @@ def find(name: str) -> tuple[Any, str]:
 
 
 def strike(name: str, call: int, fault: Callable[..., None], *args: Any) -> None:
-    """From now on, `fault(*args)` happens just before the `call`-th call of the function `name`, counted from 1."""
+    """Call `fault(*args)` just before the `call`-th call of the function `name`, counted from 1."""
     holder, attribute = find(name)
     real, calls = getattr(holder, attribute), 0
 
@@ -60,13 +60,13 @@ def fail(error: type[BaseException], *args: Any) -> None:
 
 
 def run(command: str) -> None:
-    """Something that the system does meanwhile: remounts, permissions."""
+    """Run a system command, such as a remount or a permission change."""
     if os.system(command):
         raise RuntimeError(command)
 
 
 def no_privilege() -> None:
-    """Root obeys permissions from now on, in this process and those that it starts."""
+    """Drop root's permission overrides, in this process and its children."""
     libc = ctypes.CDLL(None, use_errno=True)
     drop_bounding, overrides = 24, (1, 2)  # PR_CAPBSET_DROP; CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
     for capability in overrides:
@@ -84,7 +84,7 @@ def no_privilege() -> None:
 
 
 def jump_clock(seconds: float, every: int = 7) -> None:
-    """The wall clock jumps forth and back by so much, at every few looks; the monotonic one does not."""
+    """Make the wall clock jump back and forth at every few reads; the monotonic clock is unchanged."""
     looks = 0
     real, real_ns = time.time, time.time_ns
 
@@ -98,7 +98,7 @@ def jump_clock(seconds: float, every: int = 7) -> None:
 
 
 def jump_file_times(seconds: float) -> None:
-    """Every file and folder that is put in its place has a time of change that jumps forth and back."""
+    """Make the modification time of every replaced file and directory jump back and forth."""
     count = 0
     for name in ("link", "replace", "rename", "mkdir"):
         real = getattr(os, name)

@@ -1,4 +1,4 @@
-"""What a command asked of the system, in order, as strace saw it: nothing of the command is patched."""
+"""Trace the system calls of a command with strace; the command is not patched."""
 
 import os
 import re
@@ -21,7 +21,7 @@ _HANDLE = re.compile(r"^\d+<([^>]*)>")
 
 @dataclass(frozen=True)
 class Call:
-    """One successful call: its name, the file (of links and renames: the new name), when it began and had ended."""
+    """One successful system call: name, file (of links and renames: the new name), start and end."""
 
     name: str
     path: Path

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or taken away: a clear word, what was committed stays, the next run goes on."""
+"""Full, read-only and removed disks: a clear message, committed items stay, the next run resumes."""
 
 import errno
 import shutil
@@ -16,11 +16,11 @@ from vaflow.cache.schema import Rows
 from vaflow.cache.stores import Hdf5Store
 from vaflow.cache.verify import verify
 
-UNPRIVILEGED = "from strikes import *; no_privilege()"  # root would pass over permissions
+UNPRIVILEGED = "from strikes import *; no_privilege()"  # root would bypass permissions
 
 
 class Disk:
-    """A file system of its own, of a size that can be changed."""
+    """A separate file system whose size can be changed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,11 +32,11 @@ class Disk:
             pytest.skip(f"a small file system cannot be mounted here: {shown.stderr.strip()}")
 
     def resize(self, kilobytes: int) -> None:
-        """Empty or filled, it holds so much from now on."""
+        """Set the size of the file system."""
         subprocess.run(["mount", "-o", f"remount,rw,size={kilobytes}k", self.path], check=True)
 
     def clear(self) -> None:
-        """Remove everything."""
+        """Delete all files."""
         for path in self.path.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -51,13 +51,13 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def assert_refused(ended: Ended, *words: str) -> None:
-    """The system's own word, and what to do; 2 where not even a beginning could be made."""
+    """Assert the system's error and a remedy; exit code 2 if the command could not start."""
     assert ended.code in (1, 2), ended
     assert_printed(ended, ended.code, *words)
 
 
 def fill_up(lab: Lab, disk: Disk, args: list[object], out: Path, sizes: tuple[int, ...]) -> int:
-    """The command on a disk that is full at each of these sizes, from nothing; then on with room. Items that stayed."""
+    """Run the command on disks of each size, then with enough space; return the number of items kept."""
     kept: dict[str, str] = {}
     for size in sizes:
         disk.clear()
@@ -70,12 +70,12 @@ def fill_up(lab: Lab, disk: Disk, args: list[object], out: Path, sizes: tuple[in
             assert verify(open_cache(out)) == [], size
     disk.resize(64_000)
     assert_printed(lab.run(args), 0)
-    assert kept.items() <= attempts(out).items(), "what was committed was not written again"
+    assert kept.items() <= attempts(out).items(), "committed items were written again"
     return len(kept)
 
 
 def test_hdf5_on_a_full_disk_is_complete_or_rejected(disk: Disk) -> None:
-    """libhdf5 by itself crashes the process when there is no room left for what it writes as it closes."""
+    """Without protection, libhdf5 crashes the process if the disk is full when it closes a file."""
     arrays: dict[str, Rows] = {name: np.arange(1000.0) for name in ("a", "b", "c")}
     refused = 0
     for size in range(4, 100, 4):
@@ -125,7 +125,7 @@ def test_a_full_disk_stops_training_cleanly(lab: Lab, disk: Disk, toys: Path, wh
 
 
 def test_a_disk_that_becomes_read_only_is_reported(lab: Lab, disk: Disk, media: Path, whole: Path) -> None:
-    """As a file system does that has found an error in itself."""
+    """A file system becomes read-only after it detects an error."""
     disk.resize(64_000)
     out = disk.path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
@@ -168,7 +168,7 @@ def test_training_reports_lost_permission(lab: Lab, toys: Path, whole_run: Path,
 
 
 def commands_into(out: Path, media: Path, toys: Path, run: Path) -> list[list[object]]:
-    """Every command that writes, told to write where it must not."""
+    """Run every writing command on a read-only directory."""
     return [
         ["extract", media, "--out", out / "cache", *EXTRACT],
         ["cache", "convert", toys, "--out", out / "cache", "--store", "hdf5"],

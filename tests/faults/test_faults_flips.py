@@ -1,4 +1,4 @@
-"""Single flipped bits: a sample of those that `scripts/faults.py flips` tries all."""
+"""Single flipped bits: a sample of those tested by `scripts/faults.py flips`."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
 
 from flips import committed_files, every_flip, is_detected, tiny_cache
 
-STEP = 211  # a prime: every position in a byte has its turn
+STEP = 211  # a prime, so that every bit position occurs
 
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])

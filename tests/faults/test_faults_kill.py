@@ -1,4 +1,4 @@
-"""Killed at random moments: what was safe stays as it is, and the next run ends as if nothing had happened."""
+"""Commands killed at random times: committed work stays, and the next run completes it."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_training_killed_at_random_moments_gives_the_same_weights(lab: Lab, toys
 
 
 def test_the_item_count_detects_lost_items(lab: Lab, toys: Path, tmp_path: Path) -> None:
-    """A conversion that begins anew every time would be counted."""
+    """A conversion that restarts from scratch every time would be counted."""
     honest = conversion(toys, "zarr")
     serial = iter(range(1000))
     forgetful = Target(honest.name, honest.args, lambda out: {"item": next(serial)}, honest.check)

@@ -1,4 +1,4 @@
-"""Power cuts and file systems that reorder: a commit relies on nothing that might not have reached the disk."""
+"""Power cuts and reordering file systems: a commit depends only on flushed data."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
 def test_a_record_is_renamed_after_its_files_are_flushed(toys: Path, tmp_path: Path, store: str) -> None:
-    """As the kernel saw it: files, their folders, the record's bytes, and only then the record's name."""
+    """Order of system calls: files, their directories, the record's bytes, then the record's name."""
     out = tmp_path / "cache"
     calls = trace(["cache", "convert", toys, "--out", out, "--store", store], tmp_path / "log")
     cache = open_cache(out)
@@ -57,7 +57,7 @@ def _last(calls: list[Call], names: tuple[str, ...], path: Path) -> Call:
 
 
 def test_strace_output_is_parsed() -> None:
-    """Calls of several threads interleave; failed ones do not count."""
+    """Parse interleaved calls of several threads; failed calls are dropped."""
     log = (
         '7 fsync(5</a/file> <unfinished ...>\n8 write(6</a/b c>, "x"..., 10) = 10\n7 <... fsync resumed>) = 0\n'
         '7 link("/a/.tmp", "/a/record") = 0\n7 link("/a/.tmp", "/a/record") = -1 EEXIST (File exists)\n'
@@ -72,7 +72,7 @@ def test_strace_output_is_parsed() -> None:
 def test_a_run_is_marked_done_after_all_files_are_flushed(
     toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`metrics.json`, which says so, comes last; the checkpoint goes after that."""
+    """`metrics.json` marks the run as done and is written last; the checkpoint is deleted after it."""
     steps: list[tuple[str, Path]] = []
     fsync, replace, unlink = os.fsync, os.replace, os.unlink
 
@@ -105,28 +105,28 @@ def test_a_run_is_marked_done_after_all_files_are_flushed(
 
 
 def hidden(file: Path) -> Callable[[], object]:
-    """Not there yet."""
+    """The file does not exist yet."""
     aside = file.with_name(f"{file.name}.hidden")
     file.rename(aside)
     return lambda: aside.rename(file)
 
 
 def empty(file: Path) -> Callable[[], object]:
-    """The name is there, the bytes are not."""
+    """The file exists but is empty."""
     data = file.read_bytes()
     file.write_bytes(b"")
     return lambda: file.write_bytes(data)
 
 
 def short(file: Path) -> Callable[[], object]:
-    """Some of the bytes are there."""
+    """The file is truncated."""
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
     return lambda: file.write_bytes(data)
 
 
 def zeros(file: Path) -> Callable[[], object]:
-    """The length is there, the bytes are not."""
+    """The file has its full length but zero bytes."""
     data = file.read_bytes()
     file.write_bytes(bytes(len(data)))
     return lambda: file.write_bytes(data)
@@ -137,7 +137,7 @@ def zeros(file: Path) -> Callable[[], object]:
 def test_a_record_visible_before_its_arrays_is_never_read_as_valid(
     lab: Lab, toys: Path, tmp_path: Path, store: str, late: Callable[[Path], Callable[[], object]]
 ) -> None:
-    """As on a network file system that reorders: an error until everything is there, then the right arrays."""
+    """Simulate a reordering network file system: an error until all files exist, then the correct arrays."""
     out = tmp_path / "cache"
     assert_printed(lab.run(["cache", "convert", toys, "--out", out, "--store", store]), 0)
     cache, truth = open_cache(out), open_cache(toys)
@@ -167,7 +167,7 @@ def test_training_stops_at_a_clip_with_missing_arrays(lab: Lab, toys: Path, tmp_
 
 
 def test_only_damaged_items_are_extracted_again(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
-    """verify finds one flipped bit, repair drops that item, extract makes that item: the cache is what it was."""
+    """verify detects one flipped bit, repair drops that item, extract restores it: the cache is as before."""
     out = tmp_path / "cache"
     subprocess.run(["cp", "-a", whole, out], check=True)
     record = open_cache(out).record("clip-tiny", "clip3")

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM at every stage: the right exit code, a clear word, nobody left behind, nothing wrong committed."""
+"""SIGINT and SIGTERM at every stage: exit code, clear message, no remaining process, no wrong commit."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from lab import EXTRACT, Lab, assert_printed, assert_same_cache, children_of, un
 from vaflow.cache import open_cache
 from vaflow.cache.verify import verify
 
-HOW = {  # name -> signal, to whom, exit code, what is said
+HOW = {  # name -> signal, receiver, exit code, message
     "ctrl-c": ("signal_group", signal.SIGINT, 130, "interrupted"),
     "scheduler": ("signal_self", signal.SIGTERM, 143, "terminated"),
     "shutdown": ("signal_group", signal.SIGTERM, 143, "terminated"),
 }
-EXTRACTING = {  # stage -> function, and the how-manieth call of it
+EXTRACTING = {  # stage -> function and the index of its call
     "scanning": ("vaflow.datasets.open_dataset", 1),
     "planning": ("vaflow.extract.engine.make_plan", 1),
     "decoding": ("vaflow.extract.assembly.ClipAssembly.take", 2),
@@ -43,7 +43,7 @@ def strike_with(how: str, stage: tuple[str, int]) -> str:
 
 
 def struck(lab: Lab, args: Sequence[object], how: str, stage: tuple[str, int], name: str) -> None:
-    """Run, be struck there, end as promised."""
+    """Run, inject the fault, and check the result."""
     process = lab.start(args, strike_with(how, stage))
     ended = process.wait()
     assert ended.code == HOW[how][2], f"struck while {name}: exit code {ended.code}\n{ended.err[-3000:]}"
@@ -52,7 +52,7 @@ def struck(lab: Lab, args: Sequence[object], how: str, stage: tuple[str, int], n
 
 
 def in_turn(stages: dict[str, tuple[str, int]], turn: int) -> Iterator[tuple[str, tuple[str, int], str]]:
-    """Stage, where it is, and one of the ways to be struck; with every `turn` another one."""
+    """Stage, its function, and one of the signals; another one for every `turn`."""
     for number, (name, stage) in enumerate(stages.items()):
         yield name, stage, list(HOW)[(number + turn) % len(HOW)]
 
@@ -99,7 +99,7 @@ def test_conversion_handles_signals_while_copying(lab: Lab, toys: Path, tmp_path
 
 
 def test_a_killed_command_leaves_no_worker(lab: Lab, media: Path, tmp_path: Path) -> None:
-    """Killed alone, as by the system when memory is short: its decoders end by themselves."""
+    """The parent alone is killed, as by the OOM killer: its decoders exit by themselves."""
     process = lab.start(
         ["extract", media, "--out", tmp_path / "cache", *EXTRACT],
         f"from strikes import *; strike({EXTRACTING['decoding'][0]!r}, 2, signal_self, {int(signal.SIGKILL)})",
@@ -109,7 +109,7 @@ def test_a_killed_command_leaves_no_worker(lab: Lab, media: Path, tmp_path: Path
 
 
 def test_a_second_ctrl_c_corrupts_nothing(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
-    """An impatient person: the second one comes while the command tidies up."""
+    """A second Ctrl-C arrives during cleanup."""
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
     process = lab.start(args)
@@ -125,7 +125,7 @@ def test_a_second_ctrl_c_corrupts_nothing(lab: Lab, media: Path, whole: Path, tm
 
 @pytest.mark.parametrize("how", ["ctrl-c", "shutdown"])
 def test_a_study_handles_signals_while_processes_start(lab: Lab, toys: Path, tmp_path: Path, how: str) -> None:
-    """They import for seconds; neither they nor their messages stay behind."""
+    """Worker processes import for seconds; neither they nor their messages remain."""
     args = ["ablate", toys, "--table", "extra", "--seeds", "1", "--jobs", "2", "--out", tmp_path / "study"]
     names = ["--alias", "clip-vit-b16=toy-eyes", "--alias", "ast=toy-ears", "--set", "device=cpu"]
     process = lab.start([*args, *names])

@@ -1,4 +1,4 @@
-"""What else a system does: clocks that jump, two writers, workers and memory that are taken away."""
+"""Clock jumps, concurrent writers, killed workers and lack of memory."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ JUMPS = f"from strikes import *; jump_clock({YEAR}); jump_file_times({YEAR})"
 
 
 def test_extraction_tolerates_clock_jumps(lab: Lab, media: Path, whole: Path, tmp_path: Path) -> None:
-    """By a year, forth and back, on the wall and on the disk; killed and resumed in between."""
+    """Wall clock and file times jump by a year; killed and resumed in between."""
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
     process = lab.start(args, JUMPS)
@@ -44,7 +44,7 @@ def test_two_runs_with_one_seed_write_identical_files(lab: Lab, toys: Path, tmp_
 
 
 def test_the_index_detects_changes_when_the_clock_goes_back(toys: Path, tmp_path: Path) -> None:
-    """Whatever the times of the records' folders are, an open cache sees what is committed."""
+    """An open cache sees commits for any modification times of the record directories."""
     subprocess.run(["cp", "-a", toys, tmp_path / "cache"], check=True)
     cache = open_cache(tmp_path / "cache", writable=True)
     folder = cache.path / "records" / "labels"
@@ -113,7 +113,7 @@ def test_encoder_out_of_memory_is_reported(lab: Lab, media: Path, tmp_path: Path
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
 def test_one_out_of_memory_batch_is_split(lab: Lab, media: Path, tmp_path: Path, kind: str) -> None:
-    """Half the batch fits, and the run goes on."""
+    """Half the batch fits in memory, and the run continues."""
     out = tmp_path / "cache"
     fault = f"strike('vaflow.encoders.clip.ClipEncoder.encode', 2, {OUT_OF_MEMORY[kind]})"
     ended = lab.run(["extract", media, "--out", out, *EXTRACT], f"import torch\nfrom strikes import *\n{fault}")

@@ -1,4 +1,4 @@
-"""A process that has imported everything and forks: every command starts at once, and is a process of its own.
+"""A process that has imported everything and forks commands, so that they start immediately.
 
 Reads one JSON object per line and answers with one: {"run": ...} -> {"pid"}, {"poll": pid} -> {"code"} (null while it
 runs; negative: the signal that ended it). Run as a program by `lab.Lab`.
@@ -30,13 +30,13 @@ def preload() -> None:
     for name in ("clip-tiny", "ast-tiny"):
         build_encoder(name)
     gc.collect()
-    gc.freeze()  # or every fork copies the objects that its garbage collection visits
+    gc.freeze()  # otherwise every fork copies the objects that garbage collection visits
     if (threads := len(list(Path("/proc/self/task").iterdir()))) > 1:
         print(f"the zygote has {threads} threads", file=sys.stderr)
 
 
 def become(job: dict[str, Any]) -> None:
-    """In the child: the command, alone in a session of its own. Does not return."""
+    """Run the command in the child, in its own session. Does not return."""
     code = 1
     try:
         os.setsid()
@@ -59,7 +59,7 @@ def become(job: dict[str, Any]) -> None:
 
 
 def _leave(code: int) -> None:
-    """As the interpreter does at its end, but without going back into the zygote's frames."""
+    """Exit like the interpreter, without returning into the zygote's frames."""
     import atexit
     import multiprocessing.util
     import threading

@@ -1,4 +1,4 @@
-"""Hostile JSON and TOML: caches, settings, prompts, tables of an ablation, what runs keep."""
+"""Hostile JSON and TOML: caches, settings, prompts, ablation tables, run files."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ VALUE: SearchStrategy[Any] = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-Change = tuple[int, str, Any]  # which place of a document, what is done there, with what
+Change = tuple[int, str, Any]  # position in a document, kind of change, new value
 CHANGES = st.lists(
     st.tuples(st.integers(0, 10_000), st.sampled_from(("replace", "replace", "drop", "add", "rename")), VALUE),
     min_size=1,
@@ -45,7 +45,7 @@ CHANGES = st.lists(
 
 
 def key_paths(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every key and index of a document, as the way to it."""
+    """Path of every key and index in a document."""
     paths = []
     keys = document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
     for key in keys:
@@ -54,7 +54,7 @@ def key_paths(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]
 
 
 def changed(document: Any, changes: list[Change]) -> Any:
-    """A copy in which something else stands in a few places."""
+    """Return a copy with a few values replaced."""
     document = copy.deepcopy(document)
     for number, value_kind, value in changes:
         key_paths_ = key_paths(document)
@@ -74,7 +74,7 @@ def changed(document: Any, changes: list[Change]) -> Any:
 
 
 def _read_cache(folder: Path, sentinel: Path) -> None:
-    """What users do with a cache, ending with what removes things."""
+    """Use a cache as users do, ending with commands that remove files."""
     problems: list[VaflowError] = []
     for use in (_use_cache, partial(_convert_cache, folder), _mend_cache):
         try:
@@ -125,15 +125,18 @@ DOCUMENTS = ("manifest.json", "streams/seen.json", "records/seen/one.json", "rec
 
 
 class CacheReader:
-    """Reads copies of one small cache in which one document was changed; sealed again, or not."""
+    """Read copies of a small cache in which one document was changed, with or without a valid seal."""
 
     def __init__(self) -> None:
         self._whole: dict[str, bytes] = {}
 
     def __call__(self, folder: Path, example: tuple[str, list[Change] | bytes, bool]) -> None:
-        """Put the cache down, change it, use it."""
+        """Write the cache, change it, use it."""
         name, changes, sealed = example
-        with patch("os.fsync"), patch("vaflow.cache.index._FINE", 0):  # a power cut is none of this, and waiting long
+        with (
+            patch("os.fsync"),
+            patch("vaflow.cache.index._FINE", 0),
+        ):  # power cuts are not tested here, and waiting takes long
             self._use(folder, name, changes, sealed)
 
     def _use(self, folder: Path, name: str, changes: list[Change] | bytes, sealed: bool) -> None:

@@ -1,4 +1,4 @@
-"""One damaged media file, read by everything that reads media: what a case is, and what may come of it.
+"""Damage one media file and read it with everything that reads media.
 
 Case k of a seed is always the same file. It is made and read in a decoding process, as data sets are.
 """
@@ -44,7 +44,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case.
+    """Result of a case.
 
     Attributes:
         name: of the whole file that was damaged.
@@ -70,7 +70,7 @@ def flip_bits(data: Data, chance: random.Random, _: Path) -> None:
 
 
 def write_number(data: Data, chance: random.Random, _: Path) -> None:
-    """Sizes, counts, rates and dimensions are whole numbers in either byte order."""
+    """Replace integers (sizes, counts, rates, dimensions) in either byte order."""
     for _number in range(chance.choice((1, 1, 3))):
         width = chance.choice("BHIQ")
         size = struct.calcsize(width)
@@ -104,7 +104,7 @@ def overwrite(data: Data, chance: random.Random, _: Path) -> None:
 
 
 def splice_header(data: Data, chance: random.Random, seeds: Path) -> None:
-    """The beginning of another kind of file."""
+    """Replace the start by that of another file format."""
     other = (seeds / chance.choice(sorted(SEEDS))).read_bytes()
     size = chance.choice((4, 12, 64, 600, len(other) // 2))
     data[: size if chance.random() < 0.7 else 0] = other[:size]
@@ -131,7 +131,7 @@ MUTATIONS: tuple[Callable[[Data, random.Random, Path], None], ...] = (
 
 
 def _position(data: Data, chance: random.Random) -> int:
-    """Headers and indexes, which stand at the ends, more often than pictures."""
+    """A position, more often in headers and indexes at both ends than in frames."""
     size = max(len(data), 1)
     near = min(size, 1200)
     return chance.choice((chance.randrange(near), size - 1 - chance.randrange(near), chance.randrange(size)))
@@ -168,7 +168,7 @@ def read_case(case: Case) -> Result:
 
 
 def clip_of(name: str, data: bytes, folder: Path, seeds: Path) -> Clip:
-    """A clip of which one file is damaged: its video, its sound, a crop or a frame."""
+    """A clip with one damaged file: video, audio, crop or frame."""
     if name in FILMS:
         path = folder / name
         path.write_bytes(data)
@@ -201,7 +201,7 @@ def _read(clip: Clip, number: int) -> tuple[str, str]:
 
 
 def _assert_consistent(messages: list[Any]) -> None:
-    """What was read is such that a cache takes it."""
+    """Assert that the messages can be stored in a cache."""
     (clock,) = (message for message in messages if isinstance(message, Clock))
     problems = array_problems(LABELS, clock.labels)
     assert not problems, problems
@@ -221,7 +221,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> int:
-    """Most memory of this process since `_forget_peak`, or since its start where the system cannot forget."""
+    """Peak memory of this process since `_forget_peak`, or since its start if the system cannot reset it."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -230,7 +230,7 @@ def _peak() -> int:
 
 
 def refused_or_read(result: object) -> bool:
-    """What every case must end in."""
+    """Allowed outcomes of a case."""
     return isinstance(result, Result) and result.outcome in ("read", "refused")
 
 

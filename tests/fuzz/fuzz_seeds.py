@@ -1,4 +1,4 @@
-"""Small whole media files, one for each container and codec that people have: what mutations start from."""
+"""Small valid media files, one per common container and codec, as input of mutations."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -39,7 +39,7 @@ def write_film(
 
 
 def write_audio(path: Path, codec: str) -> Path:
-    """A tone alone."""
+    """Write an audio file with a tone."""
     with av.open(str(path), "w") as out:
         _add_tone(out, out.add_stream(codec, rate=AUDIO_RATE, layout="stereo"), AUDIO_RATE)
     return path
@@ -58,7 +58,7 @@ def _add_tone(out: Any, stream: Any, rate: int) -> None:
 
 
 def write_image(path: Path) -> Path:
-    """A picture in the format that its name says."""
+    """Write an image in the format of its extension."""
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (*SIDE, 3), np.uint8)).save(path)
     return path
@@ -89,7 +89,7 @@ WHOLE_FILM = "index-first.mp4"
 
 
 def write_seeds(folder: Path) -> Path:
-    """All of them."""
+    """Write all files."""
     for name, write in SEEDS.items():
         write(folder / name)
     return folder

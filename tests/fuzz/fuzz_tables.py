@@ -1,4 +1,4 @@
-"""Hostile tables and lines: label files, lists of splits, features, samples, failures."""
+"""Hostile tables and lines: label files, split lists, features, samples, failures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,7 +79,7 @@ TABLE = st.tuples(
 TEXT = TABLE | st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass"))
 
 
-# What whole files look like: a head, and a row of number k. A few cells of them are then changed.
+# Valid files: a header, and a row with number k. A few of their cells are then changed.
 WHOLE: Mapping[str, tuple[str, str]] = {
     "affwild2": ("valence,arousal", "{v},{a}"),
     "csv": ("frame,valence,arousal", "{k},{v},{a}"),
@@ -93,7 +93,7 @@ WHOLE: Mapping[str, tuple[str, str]] = {
     "splits": ("name,split", "a,train"),
     "partition": ("Id,Proposal", "a,devel"),
 }
-Edit = tuple[int, int, str]  # line, cell, what stands there instead
+Edit = tuple[int, int, str]  # line, cell, new text
 EDITS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4), CELL), max_size=2)
 
 
@@ -137,7 +137,7 @@ def try_labels(name: str, folder: Path, data: bytes) -> None:
 
 
 def try_lists(folder: Path, data: bytes) -> None:
-    """All lists of names that a data set can bring."""
+    """Every list of names that a dataset can contain."""
     for layout, name in (("videos", "splits.csv"), ("muse", "partition.csv"), ("affwild2", "test_set.txt")):
         root = folder / layout
         (root / "arousal").mkdir(parents=True)

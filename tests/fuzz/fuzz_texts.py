@@ -1,4 +1,4 @@
-"""Hostile texts, documents and arrays, and everything that reads them: a family is a strategy and a reader.
+"""Hostile texts, documents and arrays with all their readers: a family is a strategy and a reader.
 
 A reader gets a folder of its own and one example. It must end, or raise an error of ours with one line of message.
 """
@@ -39,14 +39,14 @@ Reader = Callable[[Path, Any], object]
 
 @dataclass(frozen=True)
 class Family:
-    """Examples of one kind, and who reads them."""
+    """A strategy for examples of one kind and their reader."""
 
     examples: SearchStrategy[Any]
     read: Reader
 
 
 def outcome_of(read: Reader, folder: Path, example: Any) -> str:
-    """ "read" or "refused"; anything else is raised. The folder is emptied."""
+    """Return "read" or "refused"; raise any other outcome. The directory is emptied."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         read(folder, example)

@@ -1,4 +1,4 @@
-"""However a media file is damaged, it is read or refused in one sentence; the process that reads it lives on."""
+"""A damaged media file is read or rejected with one message; the reading process survives."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ ROOM = 2**30  # bytes: damage must not make a small file large
 
 @pytest.fixture(scope="session")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whole file of every kind."""
+    """One valid file of every kind."""
     return write_seeds(tmp_path_factory.mktemp("seeds"))
 
 
@@ -45,7 +45,7 @@ def test_thousands_of_damaged_media_are_read_or_rejected(seeds: Path) -> None:
 
 
 def _whole(case: Case) -> Result:
-    """The same with nothing damaged."""
+    """A case without damage."""
     import fuzz_media
 
     fuzz_media.damaged = lambda case: (
@@ -56,7 +56,7 @@ def _whole(case: Case) -> Result:
 
 
 def test_every_undamaged_file_is_read(seeds: Path) -> None:
-    """Otherwise the cases above would show nothing."""
+    """The undamaged files must be readable, or the cases above prove nothing."""
     cases = [Case(0, number, seeds) for number in range(len(SEEDS))]
     results = dict(each(_whole, cases, workers=1, item_timeout=HANG))
     outcomes = {sorted(SEEDS)[k]: r.outcome if isinstance(r, Result) else r.message for k, r in results.items()}
@@ -83,7 +83,7 @@ def test_every_mutation_changes_something(mutation: Callable[..., None], seeds: 
 
 
 def _plant(case: Case) -> Result:
-    """A reader with bugs: what the campaign would have to see."""
+    """A reader with planted bugs that the campaign must detect."""
     import os
     import signal
     import time

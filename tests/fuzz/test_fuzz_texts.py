@@ -1,4 +1,4 @@
-"""Whatever a text, document or array says, it is read or refused in one sentence."""
+"""Every text, document or array is read or rejected with one message."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What can only be seen on a GPU. Elsewhere these tests skip; VAFLOW_TEST_GPU=cpu rehearses them on the CPU."""
+"""Fixtures of GPU tests. Without a GPU they are skipped; VAFLOW_TEST_GPU=cpu runs them on the CPU."""
 
 import os
 from pathlib import Path
@@ -19,5 +19,5 @@ def gpu() -> str:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An Aff-Wild2 tree: crops, so that nothing is detected."""
+    """An Aff-Wild2 tree with crops, so that no face is detected."""
     return build_affwild2(tmp_path_factory.mktemp("gpu")).root

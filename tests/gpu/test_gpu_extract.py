@@ -1,4 +1,4 @@
-"""Stage one on a GPU: the CPU's numbers to the stated tolerance, the same bits every time, memory that may run out."""
+"""Stage one on a GPU: close to the CPU, deterministic, with out-of-memory recovery."""
 
 import json
 from functools import partial
@@ -34,7 +34,7 @@ def plain(gpu: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Cac
 
 
 def test_float32_equals_float32_on_cpu(gpu: str, data: Path, plain: Cache, tmp_path: Path) -> None:
-    """One step of what is stored; of values below a sixteenth of their vector's largest, a step of that."""
+    """Tolerance: one float16 step, or that of a sixteenth of the vector's largest value."""
     other = extract(data, tmp_path / "cache", "--device", "cpu")
     for stream, item in bits(plain):
         a, b = (cache.read(stream, item).embedding.astype(np.float64) for cache in (plain, other))
@@ -63,7 +63,9 @@ def test_low_precision_features_have_high_cosine_similarity_to_float32(
         a, b = (cache.read(stream, item) for cache in (plain, short))
         x, y = (one.embedding[a.valid].astype(np.float64) for one in (a, b))
         cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
-        assert (cosine > 0.95).all(), "0.9999 with the full size; the seeded CLIP has 0.98 on flat pictures"
+        assert (cosine > 0.95).all(), (
+            "the cosine similarity is 0.9999 at full size; the seeded CLIP has 0.98 on flat images"
+        )
 
 
 def test_compiled_encoders(gpu: str, data: Path, plain: Cache, tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_batch_size_follows_from_gpu_memory(gpu: str, data: Path, tmp_path: Path
 
 
 def test_out_of_memory_halves_the_batch(gpu: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Real memory of a real card: each row asks for a sixteenth of it."""
+    """Real GPU memory: each row allocates a sixteenth of it."""
     device = torch.device(gpu)
     if device.type != "cuda":
         pytest.skip("for GPUs")

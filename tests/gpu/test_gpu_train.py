@@ -1,4 +1,4 @@
-"""Stage two on a GPU: it trains, predicts what the CPU predicts from the same weights, and tunes the encoders."""
+"""Stage two on a GPU: training, predictions equal to the CPU's, fine-tuning."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A small grid on the synthetic cache, and runs that were never trained: numbers made up for the tables' tests."""
+"""A small grid on the synthetic cache, and untrained runs with generated predictions."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -90,7 +90,7 @@ def keys(name: str, noise: Mapping[str, float], seeds: int) -> tuple[str, ...]:
 
 
 def write_run(out: Path, key: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """The files that tables are made of."""
+    """The files from which tables are computed."""
     folder = out / RUNS / key
     folder.mkdir(parents=True)
     moments = {f"v{i}": video_moments(x, y) for i, (x, y) in enumerate(pairs)}

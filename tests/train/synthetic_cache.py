@@ -1,4 +1,4 @@
-"""A small cache of random clips that can be learned: features are noisy linear functions of the labels."""
+"""A small random cache that can be learned: features are noisy linear functions of the labels."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ VISUAL, AUDIO = "toy-eyes", "toy-ears"
 
 @dataclass(frozen=True)
 class Toy:
-    """What the cache is to hold.
+    """Contents of the cache.
 
     Attributes:
         splits: split -> number of clips.

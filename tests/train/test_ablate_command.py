@@ -1,4 +1,4 @@
-"""`vaflow ablate` as people call it."""
+"""`vaflow ablate` through the command line."""
 
 import csv
 import json
@@ -21,13 +21,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built_in(cache: Path) -> Path:
-    """The built-in tables with one seed, trained once for all tests here."""
+    """The built-in tables with one seed, trained once for all tests of this file."""
     return cache.parent / "out"
 
 
 def test_built_in_tables_on_other_encoders(cache: Path, built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["ablate", str(cache), "--out", str(built_in), "--seeds", "1", *ALIASES, *SMALL])
-    assert code == 3, "the cache lacks the streams of two rows"
+    assert code == 3, "two rows need streams that the cache lacks"
     printed = capsys.readouterr()
     with (built_in / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

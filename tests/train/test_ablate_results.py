@@ -1,4 +1,4 @@
-"""What the tables say of finished runs: means, differences, what is bold; and the three files."""
+"""Tables of finished runs: means, differences, bold entries, and the three files."""
 
 import csv
 import io
@@ -138,7 +138,7 @@ def test_markdown_escapes_and_marks_the_best(results: Results) -> None:
     assert "<script>" not in text.replace("\\<script\\>", "")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
-    assert len(columns) == 1, "a row's name must not make columns"
+    assert len(columns) == 1, "a row name must not create columns"
     best = results.tables[0].rows[1].mean[-1]
     assert f"**{digits(best)}**" in text
     assert ".4655" in text
@@ -213,7 +213,7 @@ def test_the_figure_places_marks_at_their_values(results: Results) -> None:
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_row_names_fit_beside_the_figure(results: Results, trained: bool) -> None:
-    """Measured in DejaVu Sans, which is wider than what most browsers choose."""
+    """Text width in DejaVu Sans, which is wider than the default font of most browsers."""
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 13)
     table = results.tables[0]
     built_in = [row.name for table in load_study().tables for row in table.rows]

@@ -1,4 +1,4 @@
-"""Intervals and paired tests against loops over frames that really are drawn again."""
+"""Intervals and paired tests equal loops that resample frames."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def moments(predicted: list[list[Floats]], labels: list[Floats]) -> Floats:
 
 
 def brute(predicted: list[list[Floats]], labels: list[Floats], draws: Floats) -> Floats:
-    """Every resample as frames laid end to end, each seed measured, then averaged."""
+    """Concatenate the frames of every resample, score each seed, then average."""
     out = []
     for times in draws.astype(int):
         chosen = np.repeat(np.arange(VIDEOS), times)

@@ -1,4 +1,4 @@
-"""Runs of a study: shared, reused, resumed, failed; one process or several; what a kill loses."""
+"""Runs of a study: shared, reused, resumed, failed, killed; in one or several processes."""
 
 import csv
 import json
@@ -110,7 +110,7 @@ def test_finished_runs_are_reused(cache: Cache, done: tuple[StudyResult, Path], 
 def test_batched_runs_give_the_same_tables(
     cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    monkeypatch.setattr("vaflow.train.together.batches.WORTH_MEASURING", 0)  # in this process, not in others
+    monkeypatch.setattr("vaflow.train.together.batches.WORTH_MEASURING", 0)  # in this process only
     monkeypatch.setattr("vaflow.train.together.batches.GAIN", 1e9)
     choices: list[str] = []
     result = run_study(
@@ -136,7 +136,9 @@ def test_run_hash_depends_on_the_effective_settings(cache: Cache, tmp_path: Path
     assert key() == first
     assert key(GRID.replace("First", "Renamed")) == first
     assert key(options=Options(1, {"device": "cpu"})) == first, "the device is not part of what is trained"
-    assert key(options=Options(1, {"window": "4", "frames": "8"})) == first, "said or resolved, it is the same window"
+    assert key(options=Options(1, {"window": "4", "frames": "8"})) == first, (
+        "an explicit and a resolved window must be equal"
+    )
     assert key(options=Options(1, {"lr": "0.01"})) != first
     assert key(options=Options(1, {"seed": "1"})) != first
     assert key(options=Options(1, allow_missing=True)) != first
@@ -190,11 +192,11 @@ def test_an_interrupted_study_resumes(cache: Cache, done: tuple[StudyResult, Pat
     result = run_study(cache, toy_study(tmp_path), [], out, Options(seeds=2))
     assert (result.about.trained, result.about.reused) == (3, 3)
     assert {name: stamp for name, stamp in stamps(out).items() if name in before} == before
-    assert read_csv(out) == read_csv(done[1]), "as if nothing had happened"
+    assert read_csv(out) == read_csv(done[1]), "the resumed study must equal an uninterrupted one"
 
 
 def parent_and_state(process: str) -> tuple[int, str]:
-    """From /proc; of a process that is gone, state "Z"."""
+    """State from /proc; "Z" for a process that has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -211,7 +213,7 @@ def children_of(process: int) -> list[int]:
 def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "the condition was not reached in time"
         time.sleep(0.02)
 
 
@@ -224,7 +226,7 @@ def test_a_kill_loses_only_running_trainings(cache: Cache, tmp_path: Path) -> No
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         wait_for(lambda: len(list(out.glob("runs/*/moments.json"))) >= 2 or process.poll() is not None)
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "the study ended before it could be killed"
         workers = children_of(process.pid)
         assert len(workers) >= 2
     finally:
@@ -251,7 +253,9 @@ def test_a_missing_stream_skips_only_its_rows(cache: Cache, tmp_path: Path) -> N
     assert rows["bigger"]["visual"] == "clip-vit-b32"
     extract = f"vaflow extract ROOT --out {cache.path} --visual clip-vit-b32 --audio none"
     assert result.to_add.startswith(extract)
-    assert "--window 4 --stride 1.5 --frames 8 --audio-steps 8" in result.to_add, "sampled as the cache is"
+    assert "--window 4 --stride 1.5 --frames 8 --audio-steps 8" in result.to_add, (
+        "the sampling of the cache must be kept"
+    )
     assert f"vaflow cache import {cache.path} --stream vggish-by-hand --kind audio" in result.to_add
     assert extract in rows["bigger"]["problem"]
     (failure,) = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
@@ -289,7 +293,7 @@ def test_a_killed_worker_fails_only_its_run(cache: Cache, tmp_path: Path) -> Non
     out, outcomes = tmp_path / "out", []
     for outcome in run_jobs([slow, *plan.jobs[1:]], cache, out, processes=2, together="never"):
         outcomes.append(outcome)
-        if len(outcomes) == 1:  # the other one is in its endless run by now
+        if len(outcomes) == 1:  # the other process is in its endless run by now
             wait_for(lambda: (out / "runs" / slow.key / "checkpoint.safetensors").exists())
             for worker in children_of(os.getpid()):
                 if b"spawn_main" in Path(f"/proc/{worker}/cmdline").read_bytes():

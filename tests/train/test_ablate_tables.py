@@ -1,4 +1,4 @@
-"""The tables of `vaflow ablate` as data: the published numbers, what each row sets, and what a bad file is told."""
+"""The tables of `vaflow ablate`: published numbers, settings of each row, file errors."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from vaflow.train.ablate.grid import Row, Study, Table, expand, load_study
 from vaflow.train.config import TrainConfig, merge, with_aliases
 from vaflow.train.settings_files import preset
 
-# The published table, typed out once more: number; streams, temporal model, fusion, centres, sigma; CCC.
+# The published table: number; streams, temporal model, fusion, centres, sigma; CCC.
 PUBLISHED = """
 1 | clip-vit-b32 logmel gru attention    .66 .45 | .2854 .5054 .3954
 1 | clip-vit-b16 ast    gru attention    .66 .45 | .3623 .6115 .4869
@@ -58,7 +58,7 @@ def test_the_base_configuration_is_the_published_model() -> None:
     study = load_study()
     published = {"visual": "clip-vit-b16", "audio": "ast", "attention_positions": "none"}
     assert study.config(None, {}) == merge(preset("p1")) == merge(study.base)
-    assert study.config(None, {}) == merge(published)  # the defaults of train, but for the positions
+    assert study.config(None, {}) == merge(published)  # the defaults of train, except for the positions
 
 
 def test_the_baseline_row_equals_its_preset() -> None:

@@ -1,4 +1,4 @@
-"""Metrics of parts: intensity bins and groups, against masks written out."""
+"""Scores of intensity bins and groups equal explicit masks."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_intensity_bins_hold_a_third_of_the_frames_each() -> None:
             assert (part["from"], part["to"]) == (np.abs(y[mask]).min(), np.abs(y[mask]).max())
             toward = np.where(y[mask] > 0, x[mask] - y[mask], y[mask] - x[mask])
             assert part["bias"] == pytest.approx(toward.mean())
-        assert scores[name][-1]["bias"] < 0  # predictions of 0.7 times the label fall short where labels are strong
+        assert scores[name][-1]["bias"] < 0  # predictions of 0.7 times the label are too small for strong labels
 
 
 def test_equal_intensities_share_a_bin() -> None:

@@ -1,4 +1,4 @@
-"""A cache's split in memory, against reading the cache window by window."""
+"""A split in memory equals reading the cache window by window."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -196,7 +196,7 @@ def test_clips_missing_a_stream_are_listed(tmp_path: Path) -> None:
     batch = windows.gather(torch.arange(clip.first, clip.last))
     assert clip.missing == (AUDIO,)
     assert not batch.valid[AUDIO].any() and batch.valid[VISUAL].any()
-    assert (batch.feature_inside[AUDIO][:, 0]).all()  # the input is missing, the clip goes on
+    assert (batch.feature_inside[AUDIO][:, 0]).all()  # the input is missing, but the clip continues
 
 
 def test_one_modality_is_supported(cache: Cache) -> None:
@@ -223,7 +223,7 @@ def test_log_mel_is_an_audio_stream_of_many_steps(tmp_path: Path) -> None:
 
 
 def poisoned(path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> Cache:
-    """A cache one of whose items was written by a program that does not check."""
+    """A cache with one item written by a program without validation."""
     cache = make_cache(path)
     monkeypatch.setattr("vaflow.cache.cache.array_problems", lambda info, arrays: [])
     arrays = {name: array.copy() for name, array in cache.read(VISUAL, "train2").arrays.items()}
@@ -358,7 +358,7 @@ def write_toy_clip(cache: Cache, times: np.ndarray, meta: dict[str, Any]) -> Non
 
 
 def test_a_record_claiming_more_time_than_its_arrays_is_rejected(tmp_path: Path) -> None:
-    """Windows are laid over the whole duration: 9.9e6 s took 8 GB."""
+    """Windows cover the whole duration: 9.9e6 s allocated 8 GB."""
     cache = create_cache(tmp_path / "cache")
     write_toy_clip(cache, np.arange(40) * 0.5, {"split": "train", "duration": 9.9e6})
     config = TrainConfig(visual=(VISUAL,), audio=(), window=4.0, stride=1.0, frames=8)

@@ -1,4 +1,4 @@
-"""Every head, fusion, temporal model, loss and gather on a pretended GPU: mixed devices and hidden waits fail.
+"""Every head, fusion, temporal model, loss and gather on a fake GPU: mixed devices and synchronization fail.
 
 `FakeTensorMode` propagates shapes and devices without data, so no GPU is needed; only `backward` cannot be rehearsed.
 """
@@ -29,7 +29,7 @@ TARGETS = (TargetSpec("expression", CLASSES, ("a", "b")), TargetSpec("units", BI
 
 
 class NoCopiesBetweenDevices(TorchDispatchMode):
-    """Fail on a copy from one device to another: the host waits for it, or it needs pinned memory."""
+    """Fail on device copies that synchronize or need pinned memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -47,7 +47,7 @@ def pretended_gpu() -> Iterator[None]:
 
 
 def windows_of(streams: tuple[StreamSpec, ...], device: str = "cuda") -> WindowSet:
-    """A split on the pretended GPU, as `load_split` lays it out."""
+    """A split on the fake GPU, laid out as by `load_split`."""
     tables = {}
     for stream in streams:
         steps = F if stream.kind != AUDIO else S

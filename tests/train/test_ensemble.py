@@ -1,4 +1,4 @@
-"""Ensembles: weights against brute force and SciPy, traces against sums by hand, one run against itself."""
+"""Ensembles: weights equal brute force and SciPy, traces equal manual sums."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ def ccc(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def opinions(runs: int, seed: int, frames: int = 300) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions with noise, shrinkage, bias and faults in common."""
+    """Predictions with noise, shrinkage, bias and common errors."""
     rng = np.random.default_rng(seed)
     label = np.cumsum(rng.normal(size=frames)) / 15
     common = rng.normal(size=frames) * 0.2
@@ -65,7 +65,7 @@ def test_identical_and_useless_runs_are_weighted_sensibly() -> None:
     same = best_weights(np.repeat(x, 3, axis=1), y)
     assert same.sum() == pytest.approx(1) and same.min() >= 0
     assert best_weights(x, y).tolist() == [1.0]
-    wrong = best_weights(np.stack([-y, -0.1 * y], axis=1), y)  # below 0 whatever one does: the least bad
+    wrong = best_weights(np.stack([-y, -0.1 * y], axis=1), y)  # negative for all weights: the least negative is chosen
     assert wrong.tolist() == [0.0, 1.0]
     with pytest.raises(ValueError, match="best_weights"):
         best_weights(x, y[:-1])

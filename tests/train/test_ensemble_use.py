@@ -1,4 +1,4 @@
-"""An ensemble's folder in the place of a run's: predictions of new clips, submissions, and what they were made from."""
+"""An ensemble directory instead of a run: predictions of new clips, submissions, provenance."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def cache(tmp_path_factory) -> Cache:
 
 @pytest.fixture(scope="module")
 def runs(cache: Cache, tmp_path_factory) -> list[Path]:
-    """One that hears and one that sees."""
+    """One audio run and one visual run."""
     folder = tmp_path_factory.mktemp("runs")
     configs = [replace(CONFIG, visual=("none",), kl_weight=0.0), replace(CONFIG, audio=("none",), seed=1)]
     for k, config in enumerate(configs):
@@ -48,7 +48,7 @@ def ensemble(runs: list[Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def extract_configs(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[ExtractConfig]:
-    """In the place of an extraction, which would decode: the toy cache, and what was asked for."""
+    """Replaces the extraction by the toy cache and records its settings."""
     recorded: list[ExtractConfig] = []
 
     def features(dataset: Dataset, folder: Path, config: ExtractConfig, **_: object) -> Summary:
@@ -75,7 +75,7 @@ def test_new_clips_are_predicted_by_every_run_and_averaged(
 ) -> None:
     summary = predict_media(ensemble, [video(tmp_path)], tmp_path / "out", PredictConfig(device="cpu"))
     assert [(one.visual, one.audio) for one in extract_configs] == [((VISUAL,), (AUDIO,))], (
-        "one extraction for all runs"
+        "all runs must share one extraction"
     )
     (made,) = summary.predicted
     weights = json.loads((ensemble / "ensemble.json").read_text())["weights"]

@@ -1,4 +1,4 @@
-"""Traces and metrics, against labels interpolated by hand and the plain formula over all frames."""
+"""Traces and metrics equal manual interpolation and the formula over all frames."""
 
 import csv
 import io
@@ -33,7 +33,7 @@ from vaflow.train.windows import WindowSet
 
 
 class FunctionModel(nn.Module):
-    """A model that says what a function of (absolute seconds [B, F], batch) says."""
+    """A model whose output is a function of (absolute seconds [B, F], batch)."""
 
     def __init__(self, windows: WindowSet, function: Callable[[Tensor, Batch], Tensor], regions: Tensor | None = None):
         super().__init__()
@@ -94,7 +94,7 @@ def test_traces_exclude_padding(windows: WindowSet) -> None:
 
 
 def test_overlapping_windows_are_averaged(windows: WindowSet) -> None:
-    """What a window says is its own number; an instant's value is the mean over the windows that see it."""
+    """Each window predicts its number; a frame's value is the mean over its windows."""
     model = FunctionModel(windows, lambda t, b: (b.window % 7).double().div(10)[:, None, None].expand(*t.shape, 2))
     for trace in predict_clips(model, windows):
         clip = trace.clip
@@ -201,7 +201,7 @@ def test_clips_missing_from_the_cache_are_counted(tmp_path: Path) -> None:
         {"item": "elsewhere", "stage": "open", "error": "MediaError", "message": "", "split": "train"},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (cache.path / "failures-1-of-2.jsonl").write_text(text + '{"item": "ki')  # an extraction was killed here
+    (cache.path / "failures-1-of-2.jsonl").write_text(text + '{"item": "ki')  # as after a killed extraction
     assert failed_items(cache, "val") == ["lost"]
     windows = windows_of(cache)
     model = FunctionModel(windows, lambda t, b: b.target)
@@ -213,7 +213,7 @@ def test_clips_missing_from_the_cache_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("item", ["../outside", "/outside", "a/../../outside", "a\0b", "x" * 300])
 def test_clip_names_cannot_escape_the_output_directory(windows: WindowSet, tmp_path: Path, item: str) -> None:
-    """Names come out of caches, which others may have made."""
+    """Names come from caches, which other people may have written."""
     trace = next(iter(predict_clips(FunctionModel(windows, wave), windows)))
     folder = tmp_path / "run" / "predictions"
     folder.mkdir(parents=True)
@@ -229,7 +229,7 @@ def test_prediction_files(windows: WindowSet, tmp_path: Path) -> None:
     for trace in traces:
         rows = list(csv.DictReader(io.StringIO((tmp_path / f"{trace.clip.item}.csv").read_text())))
         assert list(rows[0])[:4] == ["frame", "time", "valence", "arousal"]
-        assert len(rows) == len(trace.clip.time)  # every row of the clock, annotated or not
+        assert len(rows) == len(trace.clip.time)  # every row, labelled or not
         assert [int(row["frame"]) for row in rows] == list(range(len(rows)))
         for column, expected in (
             ("time", trace.clip.time),
@@ -256,7 +256,7 @@ def test_smoothness_of_a_straight_line_is_its_slope(windows: WindowSet) -> None:
     report, _ = evaluate_windows(
         FunctionModel(windows, lambda t, b: torch.stack([t * 0.01, -t * 0.02], dim=-1)), windows, "val", resamples=10
     )
-    # held after the last sample, which is less than one step before the end
+    # held after the last sample, for less than one step
     assert report["smoothness"]["prediction"]["valence"] == pytest.approx(0.01, rel=0.05)
     assert report["smoothness"]["prediction"]["arousal"] == pytest.approx(0.02, rel=0.05)
 

@@ -1,5 +1,4 @@
-"""Expression classes and action units beside valence and arousal: losses and scores against PyTorch and torchmetrics,
-frames against the annotation, and a whole run."""
+"""Expression classes and action units: losses equal PyTorch, scores equal torchmetrics, and a complete run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ UNITS = ("AU1", "AU12")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Cache:
-    """Classes that follow from valence, at five rows per second; units that follow from arousal, a row per frame."""
+    """Classes computed from valence, at five rows per second; units computed from arousal, a row per frame."""
     cache = make_cache(tmp_path_factory.mktemp("extra") / "cache", Toy(seconds=(8, 14), unlabelled=0.0))
     cache.declare(StreamInfo("expr.8", "targets", 0, "float32", {"task": CLASSES, "names": list(NAMES)}))
     cache.declare(StreamInfo("au", "targets", 0, "float32", {"task": BINARY, "names": list(UNITS)}))
@@ -156,7 +155,7 @@ def test_frames_have_the_targets_of_the_nearest_row(cache: Cache) -> None:
 def test_a_run_trains_and_scores_extra_targets(cache: Cache, run: Path) -> None:
     metrics = RunFolder(run).read_metrics()
     assert metrics["extra"]["expr.8"]["task"] == CLASSES and metrics["extra"]["au"]["task"] == BINARY
-    assert metrics["extra"]["expr.8"]["macro_f1"] > 0.5  # chance is a third
+    assert metrics["extra"]["expr.8"]["macro_f1"] > 0.5  # chance level is 1/3
     frames = sum(int(cache.read("expr.8", item).valid.all(axis=1).sum()) for item in cache.items(split="val"))
     assert metrics["extra"]["expr.8"]["n_frames"] == frames
     record = load_run(run).record

@@ -1,4 +1,4 @@
-"""Cross-validation: every clip once, a source video never divided, the same parts every time."""
+"""Cross-validation: every clip in one fold, source videos kept together, deterministic folds."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_folds_have_similar_numbers_of_labelled_frames(cache: Cache) -> None:
         group = cache.meta(item)["group"]
         videos[group] = videos.get(group, 0) + labelled(cache, [item])
     sizes = [part.labelled for part in parts]
-    assert max(sizes) - min(sizes) <= max(videos.values())  # what dealing the largest first promises
+    assert max(sizes) - min(sizes) <= max(videos.values())  # bound of assigning the largest first
     assert make_folds(cache, BOTH, 3) == parts
 
 

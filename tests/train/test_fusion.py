@@ -1,4 +1,4 @@
-"""Fusion against equations 3 to 5 written out in NumPy, and interpolation against numpy.interp."""
+"""Fusion equals equations 3 to 5 in NumPy; interpolation equals numpy.interp."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,12 +22,12 @@ def build(variant: str, streams: int = 1) -> Fusion:
     torch.manual_seed(0)
     fusion = FUSION[variant](HIDDEN, streams, heads=HEADS).double()
     for parameter in fusion.parameters():
-        nn.init.normal_(parameter, std=0.5)  # biases, too: the default ones are 0 and would hide a mistake
+        nn.init.normal_(parameter, std=0.5)  # biases too: the default zeros would hide errors
     return fusion
 
 
 def make_track(seed: int, silent: Sequence[int] = ()) -> Track:
-    """Steps of several windows, one of them without sound data; none at all in `silent` windows."""
+    """Steps of several windows: one window has invalid audio steps, `silent` windows have no steps."""
     draw = torch.Generator().manual_seed(seed)
     inside = inside_mask(STEPS, max(STEPS))
     key = inside.clone()
@@ -54,7 +54,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def attention(module: Any, visual: np.ndarray, track: Track, row: int) -> np.ndarray:
-    """Equation 3 for one window: multi-head attention over its valid steps alone, with the module's own weights."""
+    """Equation 3 for one window: multi-head attention over valid steps, with the weights of the module."""
     keys = numbers(track.value[row])[track.key[row].numpy()]
     weights, biases = numbers(module.attention.in_proj_weight), numbers(module.attention.in_proj_bias)
     parts = [np.split(a, 3) for a in (weights, biases)]
@@ -74,7 +74,7 @@ def at_frames(track: Track, time: Tensor, row: int) -> np.ndarray:
 
 
 def restated(variant: str, fusion: Any, visual: Tensor, time: Tensor, tracks: Sequence[Track], row: int) -> np.ndarray:
-    """F_fused of one window whose tracks all have a key."""
+    """F_fused of one window in which every track has a key."""
     query = numbers(visual[row])
     if variant in ("gated", "concat"):
         keys = [at_frames(track, time, row) for track in tracks]
@@ -109,7 +109,7 @@ def test_without_a_valid_key_the_output_is_the_visual_query(variant):
     inputs = [visual.requires_grad_(), *(track.value.requires_grad_() for track in tracks)]
     fused = fusion(visual, time, tracks)
     assert torch.equal(fused[1, :, :HIDDEN], visual[1])
-    assert (fused[1, :, HIDDEN:] == 0).all()  # the rest of a concatenation
+    assert (fused[1, :, HIDDEN:] == 0).all()  # the remaining columns of the concatenation
     gradients = torch.autograd.grad(fused.square().sum(), [*inputs, *fusion.parameters()])
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     torch.testing.assert_close(gradients[0][1], 2 * visual[1])
@@ -120,7 +120,7 @@ def test_without_a_valid_key_the_output_is_the_visual_query(variant):
 def test_windows_without_keys_are_supported(variant):
     fusion, (visual, time) = build(variant), make_visual()
     nothing = torch.zeros(len(STEPS), max(STEPS), dtype=torch.bool)
-    for inside in (make_track(0).inside, nothing):  # all sound missing, or no audio at all
+    for inside in (make_track(0).inside, nothing):  # all audio invalid, or no audio at all
         track = replace(make_track(0), inside=inside, key=nothing)
         fused = fusion(visual, time, [track])
         assert torch.equal(fused[..., :HIDDEN], visual)
@@ -155,7 +155,7 @@ def test_invalid_audio_steps_and_padding_are_not_attended(variant):
 
 
 def test_attention_has_no_residual_and_no_norm():
-    """With one key, every frame hears the same, whatever it shows."""
+    """With one key, every frame attends to the same step, whatever its query."""
     torch.manual_seed(0)
     attend, (visual, _) = CrossAttention(HIDDEN, HEADS).double(), make_visual()
     track = make_track(0)
@@ -213,11 +213,11 @@ def test_invalid_fusions_are_rejected():
 
 @pytest.mark.parametrize("variant", ["attention", "hierarchical", "attention-concat"])
 def test_positions_are_sinusoids_of_times_on_queries_and_keys(variant):
-    """Restated in NumPy for one window; values carry no position."""
+    """Reference in NumPy for one window; positions do not change values."""
     torch.manual_seed(0)
     fusion: Any = FUSION[variant](HIDDEN, 1, heads=HEADS, positions="time").double()
     plain = FUSION[variant](HIDDEN, 1, heads=HEADS).double()
-    plain.load_state_dict(fusion.state_dict())  # nothing is added to saved weights
+    plain.load_state_dict(fusion.state_dict())  # positions add no saved weights
     (visual, time), track = make_visual(), make_track(0)
     fused = fusion(visual, time, [track])
     assert not torch.allclose(fused, plain(visual, time, [track]))

@@ -1,4 +1,4 @@
-"""Imported streams in stage two: at any rate, every sample reads the row nearest in time, or nothing."""
+"""Imported streams in stage two: at any rate, every sample reads the nearest row within tolerance."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ ROUNDING = 1e-5  # seconds: float32 against float64
 
 
 def imported(tmp: Path, kind: str, time: np.ndarray, missing: tuple[int, ...]) -> Cache:
-    """A clip whose features say their own row's time, in two columns."""
+    """A clip whose features contain their time, in two columns."""
     rows = np.stack([time, np.ones_like(time)], axis=1)
     rows[list(missing)] = np.nan
     (tmp / "f").mkdir()
@@ -76,7 +76,7 @@ def test_the_nearest_row_is_read_within_tolerance(tmp_path: Path, kind: str, rat
 
 @pytest.mark.parametrize("rate", [25.0, 30.0, 3.0, 12.5])
 def test_features_at_a_constant_rate_are_read_row_by_row(tmp_path: Path, rate: float) -> None:
-    """A step's middle lies between two rows: always the earlier one, so that none is read twice and none left out."""
+    """The centre of a step lies between two rows: the earlier one is used, so that every row is read once."""
     time = np.arange(int(31 * rate)) / rate
     windows, _ = windows_of(imported(tmp_path, "audio", time, ()), "audio")
     batch = windows.gather(torch.arange(len(windows)))

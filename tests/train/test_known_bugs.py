@@ -1,4 +1,4 @@
-"""Bugs that public code for this task has, in stage two: a test each, which says where the bug would show.
+"""Regression tests for bugs of public code for this task, stage two; each asserts that its data would show the bug.
 
 Those of stage one are in `tests/extract/test_known_bugs_extract.py`.
 """
@@ -28,7 +28,7 @@ from vaflow.train.windows import WindowSet
 
 
 class FunctionModel(nn.Module):
-    """A model that says a function of (absolute seconds [B, F], batch)."""
+    """A model whose output is a function of (absolute seconds [B, F], batch)."""
 
     def __init__(self, windows: WindowSet, function: Callable[[Tensor, Batch], Tensor]):
         super().__init__()
@@ -40,7 +40,7 @@ class FunctionModel(nn.Module):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """Clips of which a fifth is not annotated, half of the faces are missing, and some are shorter than a window."""
+    """Clips with a fifth of the frames unlabelled and half of the faces missing; some are shorter than a window."""
     toy = Toy(splits={"train": 6, "val": 4}, seconds=(1.5, 12.0), unlabelled=0.2, invalid=0.5)
     return make_cache(tmp_path_factory.mktemp("bugs") / "cache", toy)
 
@@ -55,13 +55,13 @@ def concordance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def noisy(windows: WindowSet) -> FunctionModel:
-    """Says the label and noise, a different amount for each clip."""
+    """Predict the label plus noise of a different amplitude for each clip."""
     noise = torch.from_numpy(np.random.default_rng(0).normal(scale=0.3, size=(*windows.sample_time.shape, 2)))
     return FunctionModel(windows, lambda t, batch: batch.target + noise[batch.window])
 
 
 def test_bug_minus_five_kept_as_a_target(cache: Cache) -> None:
-    """Whatever stands where nothing is annotated, the loss and its gradient are the same."""
+    """Loss and gradient do not depend on values of unlabelled frames."""
     windows = windows_of(cache, "train")
     batch = windows.gather(windows.trainable)
     assert (batch.inside.unsqueeze(-1) & ~batch.labelled).any(), "the bug would show here"
@@ -100,7 +100,7 @@ def test_bug_frames_without_a_face_dropped_from_the_score(cache: Cache) -> None:
 
 
 def test_bug_the_tail_of_a_video_dropped(cache: Cache) -> None:
-    """A clip's last rows are predicted from its own last samples, not held from the last whole window."""
+    """The last rows of a clip are predicted from its last samples, not held from the last whole window."""
     windows = windows_of(cache, "val")
     for trace in predict_clips(
         FunctionModel(windows, lambda t, _: (t / 40).unsqueeze(-1).expand(*t.shape, 2)), windows
@@ -135,7 +135,7 @@ def test_bug_loss_over_zero_padding(cache: Cache) -> None:
 
 
 def test_bug_the_loss_detached_from_the_model(cache: Cache) -> None:
-    """After one step every parameter that the loss reaches has moved by its gradient."""
+    """After one step every parameter with a gradient has changed."""
     config, inputs = resolve(cache, TrainConfig(hidden=8, attention_heads=2, device="cpu", lr=1e-2))
     data = Data(windows_of(cache, "train"), windows_of(cache, "val"))
     model = new_model(config, inputs, data, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A mixture of layers: its equation, and a signal planted in one layer."""
+"""The layer mixture equals its equation and selects the layer with the signal."""
 
 from pathlib import Path
 

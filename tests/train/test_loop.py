@@ -1,4 +1,4 @@
-"""Epochs: the step against one written out, determinism, resumption, what is not finite."""
+"""The training loop: reference step, determinism, resumption, non-finite values."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def same(one: dict, other: dict) -> bool:
 
 def test_equal_seeds_give_equal_weights(loaded) -> None:
     one, _ = trained(loaded)
-    torch.rand(3)  # what others draw meanwhile changes nothing
+    torch.rand(3)  # random numbers drawn by other code must change nothing
     two, _ = trained(loaded)
     other, _ = trained(loaded, seed=1)
     assert same(one.state_dict(), two.state_dict())
@@ -99,11 +99,11 @@ def test_the_best_epoch_is_kept(loaded) -> None:
     model = fresh(config, inputs)
     model.load_state_dict(dict(progress.best))
     assert score(predict_clips(model, val))[2] == pytest.approx(max(means), abs=1e-12)
-    assert max(means) > 0.6  # the toy can be learned
+    assert max(means) > 0.6  # the toy task is learnable
 
 
 def test_one_optimizer_step_equals_the_reference(loaded) -> None:
-    """AdamW, restated in NumPy's terms with autograd for the gradient alone."""
+    """Reference AdamW in NumPy terms, with autograd for the gradient only."""
     config, inputs, train, _ = loaded
     config = TrainConfig(**{**config.__dict__, "dropout": 0.0, "weight_decay": 0.1})
     batch = train.gather(train.trainable[:8])
@@ -169,7 +169,7 @@ def test_a_non_finite_loss_names_the_clips(loaded) -> None:
 
 
 def test_disabled_streams_are_not_read(loaded) -> None:
-    """A poisoned stream that every window masks as missing changes nothing."""
+    """NaN in a stream that every window masks changes nothing."""
     config, inputs, train, val = loaded
     hidden = frozenset({AUDIO})
     model = fresh(config, inputs)

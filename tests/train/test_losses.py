@@ -1,4 +1,4 @@
-"""Losses against their formulas: NumPy, torchmetrics, SciPy, and gradients by hand."""
+"""Losses equal their formulas in NumPy, torchmetrics and SciPy, with manual gradients."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def rng() -> np.random.Generator:
 
 
 def formula(x: np.ndarray, y: np.ndarray) -> float:
-    """Lin's coefficient with population moments, as NumPy spells them."""
+    """Lin's coefficient with population moments, in NumPy."""
     covariance = np.cov(x, y, ddof=0)
     return 2 * covariance[0, 1] / (covariance[0, 0] + covariance[1, 1] + (x.mean() - y.mean()) ** 2)
 
@@ -230,7 +230,7 @@ def test_total_loss_is_the_weighted_sum_of_its_parts():
     for name, value in expected.items():
         torch.testing.assert_close(parts[name], value.detach())
     torch.testing.assert_close(loss, expected["ccc"] + 0.2 * expected["kl"] + 3 * expected["mse"])
-    assert loss.requires_grad  # a detached loss trains nothing
+    assert loss.requires_grad  # a detached loss has no gradient
 
 
 def test_total_loss_without_prompts_is_the_ccc_loss():

@@ -1,4 +1,4 @@
-"""Metrics against NumPy and SciPy one-liners, and the bootstrap against drawing videos by hand."""
+"""Metrics equal NumPy and SciPy; the bootstrap equals manual resampling."""
 
 import time
 
@@ -27,7 +27,7 @@ Video = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @pytest.fixture
 def videos() -> list[Video]:
-    """Videos of different lengths and moods; unlabelled entries hold NaN."""
+    """Videos of different lengths and label levels; unlabelled entries are NaN."""
     rng = np.random.default_rng(5)
     out = []
     for length in (40, 75, 10, 120, 33, 61):
@@ -53,7 +53,7 @@ def test_concordance_is_the_population_formula(videos):
     x, y, mask = joined(videos)
     for k, value in enumerate(concordance(x, y, mask)):
         a, b = x[mask[:, k], k], y[mask[:, k], k]
-        slope = 2 * stats.pearsonr(a, b).statistic * a.std() * b.std()  # Lin's coefficient by way of Pearson's
+        slope = 2 * stats.pearsonr(a, b).statistic * a.std() * b.std()  # Lin's coefficient computed from Pearson's
         assert value == pytest.approx(slope / (a.var() + b.var() + (a.mean() - b.mean()) ** 2))
 
 

@@ -1,4 +1,4 @@
-"""The whole model: masks that hold through every combination, missing input, one modality, several streams."""
+"""The complete model: masks in every combination, missing input, one modality, several streams."""
 
 from dataclasses import replace
 from itertools import product
@@ -152,7 +152,7 @@ def test_frames_after_the_end_of_a_stream_count_as_missing():
 
 
 def test_the_model_equals_its_composed_modules():
-    """Projection, temporal model, fusion and heads, in the paper's order, out of the model's own pieces."""
+    """Compose projection, temporal model, fusion and heads in the published order from the model's modules."""
     model, batch = toy_model(), toy_batch()
     audio_mask = batch.valid[AUDIO_STREAM.name] & batch.feature_inside[AUDIO_STREAM.name]
     branch: Any
@@ -206,7 +206,7 @@ def test_any_number_of_streams_is_supported_and_each_is_used(case, fusion):
 
 
 def test_the_model_learns_from_both_modalities():
-    """Valence is drawn in the picture, arousal sounds: after some steps both are read, on windows never seen."""
+    """Valence is encoded in visual features, arousal in audio; both are learned on unseen windows."""
 
     def world(seed: int) -> Batch:
         batch = toy_batch((12,) * 24, (12,) * 24, seed=seed)

@@ -1,4 +1,4 @@
-"""The model's options: what they do, what is counted and saved, and what is refused."""
+"""Model options: behaviour, parameter counts, saved state, rejected values."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def test_standard_normalisation_uses_the_given_statistics():
     batch, name = toy_batch(), VISUAL_STREAM.name
     model, plain = toy_model(normalize="standard"), toy_model(normalize="none")
     plain.load_state_dict(model.state_dict(), strict=False)
-    torch.testing.assert_close(model(batch).va, plain(batch).va)  # the identity until it is told
+    torch.testing.assert_close(model(batch).va, plain(batch).va)  # the identity until statistics are set
     mean, deviation = (
         torch.linspace(-3, 4, VISUAL_STREAM.dim).double(),
         torch.linspace(0.5, 5, VISUAL_STREAM.dim).double(),

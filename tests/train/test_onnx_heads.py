@@ -1,4 +1,4 @@
-"""ONNX Runtime computes what PyTorch computes, on masked windows of the traced length and of others."""
+"""ONNX Runtime equals PyTorch on masked windows of the traced and of other lengths."""
 
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ def batch_of(streams: tuple[StreamSpec, ...], frames: tuple[int, ...], steps: tu
 
 
 def compare(model: VAModel, predictor: torch.nn.Module | None = None, factor: int = 1) -> None:
-    """Export with one batch; compare on that one with other masks, and, of the dynamic export, on other lengths."""
+    """Export with one batch; compare with other masks and, for dynamic exports, other lengths."""
     streams = model.streams
     heads = Heads(model, predictor).eval()
     traced = inputs_of(batch_of(streams, (6, 6), (8 * factor, 8 * factor), 0), streams)

@@ -50,7 +50,7 @@ def test_modality_dropout_removes_one_modality_at_the_given_rate() -> None:
     gone = {s.name: ~changed.valid[s.name].any(dim=1) & batch.valid[s.name].any(dim=1) for s in streams}
     assert torch.equal(gone[AUDIO_STREAM.name], gone[AUDIO_STREAM_2.name])  # all streams of a modality, or none
     assert not (gone[VISUAL_STREAM.name] & gone[AUDIO_STREAM.name]).any()
-    for stream in streams:  # the others are as they were
+    for stream in streams:  # the others are unchanged
         kept = ~gone[stream.name]
         assert torch.equal(changed.valid[stream.name][kept], batch.valid[stream.name][kept])
     counts = Counter(zip(gone[VISUAL_STREAM.name].tolist(), gone[AUDIO_STREAM.name].tolist(), strict=True))
@@ -84,7 +84,7 @@ def test_modality_dropout_trains_the_missing_face_vector() -> None:
         model(drop_modality(whole, (VISUAL_STREAM, AUDIO_STREAM), share)).va.sum().backward()
         gradients.append([branch.missing.grad.abs().sum().item() for branch in model.branches])  # type: ignore[union-attr, operator]
     assert gradients[0] == [0.0, 0.0]
-    assert gradients[1][0] > 0 and gradients[1][1] == 0  # without sound there is nothing to attend to
+    assert gradients[1][0] > 0 and gradients[1][1] == 0  # without audio there is nothing to attend to
 
 
 def test_a_run_with_modality_dropout_is_reproducible_and_resumes(cache: Cache, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_stored_smoothing_is_applied_by_every_prediction(cache: Cache, tmp_pat
     before = quiet_run(cache, CONFIG, run).metrics
     chosen = choose_smoothing(run, cache, "savgol", device="cpu")
     assert chosen is not None and chosen.chosen_on == "val"
-    assert read_smoothing(run) is None  # a choice alone stores nothing
+    assert read_smoothing(run) is None  # choosing a smoothing stores nothing
     assert chosen.scores["0"] == pytest.approx(before["ccc"]["mean"])
     choice = choose_smoothing(run, cache, "mean", 2.0, device="cpu")
     assert choice == Smoothing("mean", 2.0)
@@ -268,7 +268,7 @@ def test_windows_of_three_hundred_frames_train_and_evaluate(tmp_path: Path) -> N
 
 
 def test_higher_frame_rates_read_the_nearest_cached_sample(cache: Cache) -> None:
-    """Eight samples in four seconds, and windows of 90 frames in six: each sample stands for 7 or 8 frames."""
+    """Windows of 90 frames in 6 s on 8 samples in 4 s: each sample serves 7 or 8 frames."""
     config, inputs = resolve(cache, replace(CONFIG, window=6.0, stride=3.0, frames=90))
     windows = load_split(cache, "val", inputs.streams, config)
     for clip in windows.clips:

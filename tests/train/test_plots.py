@@ -1,4 +1,4 @@
-"""Pictures: they are made of any input, and show what is missing. How they look is for eyes."""
+"""Figures are drawn for any input and show missing data. Their appearance is not tested."""
 
 from pathlib import Path
 
@@ -29,11 +29,11 @@ def test_a_complete_trace_is_plotted(tmp_path: Path) -> None:
     assert one.size[0] == other.size[0] and one.size[1] > other.size[1]  # the region strip is added below
     for colour in (plots.VALENCE, plots.AROUSAL):
         assert pixels(other, colour) > 500
-    assert pixels(one, plots.LABEL) > 300 > pixels(other, plots.LABEL)  # grey is also in the rims of letters
+    assert pixels(one, plots.LABEL) > 300 > pixels(other, plots.LABEL)  # antialiased letters also contain grey
 
 
 def pixels(image: Image.Image, colour: str) -> int:
-    """How many pixels are of exactly that colour."""
+    """Number of pixels with exactly that colour."""
     rgb = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return int((np.asarray(image.convert("RGB")) == rgb).all(axis=-1).sum())
 

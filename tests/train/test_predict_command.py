@@ -96,7 +96,9 @@ def video_run(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     data.mkdir()
     for k, name in enumerate(("a", "b")):
         shutil.copy(clips / "obama.mp4", data / f"{name}.mp4")
-        with (data / f"{name}.mp4").open("ab") as file:  # an empty box: other bytes, so that splits share no source
+        with (data / f"{name}.mp4").open(
+            "ab"
+        ) as file:  # an extra empty MP4 box changes the bytes, so that splits share no source
             file.write(b"\0\0\0\x08free" * k)
         rows = "".join(f"{i},{np.sin(i / 9 + k):.3f},{np.cos(i / 7):.3f}\n" for i in range(40))
         (data / f"{name}.csv").write_text("frame,valence,arousal\n" + rows)
@@ -166,7 +168,7 @@ def test_an_interrupted_prediction_keeps_finished_files(
 def test_regions_without_a_prompt_head_use_the_regions_of_the_run(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", Toy(splits={"train": 2, "val": 2}))
     wide, narrow = (regions_of(cache.path, tmp_path / centers, centers) for centers in ("1.9", "0.001"))
-    assert wide == {"v_middle_a_middle"}, "every prediction lies nearer to 0 than to the outer centers"
+    assert wide == {"v_middle_a_middle"}, "every prediction must be nearer to 0 than to the outer centers"
     assert "v_middle_a_middle" not in narrow
 
 

@@ -1,4 +1,4 @@
-"""The prompt head against cosines written out in NumPy."""
+"""The prompt head equals cosines in NumPy."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_prototypes_are_fixed_or_trained_and_always_saved(prototypes, learnable)
     torch.testing.assert_close(head.state_dict()["prototypes"], original)
     with torch.no_grad():
         head.prototypes.add_(1)
-    torch.testing.assert_close(prototypes, original)  # the caller's tensor is not shared
+    torch.testing.assert_close(prototypes, original)  # the tensor of the caller is copied
 
 
 def test_mismatched_shapes_are_reported(prototypes):

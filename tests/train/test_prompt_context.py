@@ -1,4 +1,4 @@
-"""Training with context vectors: the prototypes follow from them, are kept with the run, and need no tower later."""
+"""Training with context vectors: prototypes follow them, are stored with the run, and need no text tower later."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def encoder() -> Any:
 
 
 def with_prompts(cache: Cache, encoder: Any, **identity: str) -> Cache:
-    """The cache with prototypes of the seeded CLIP, as an extraction leaves them."""
+    """The cache with prototypes of the seeded CLIP, as after extraction."""
     prompt_set = load_prompts()
     embedding, template = prototypes(encoder, prompt_set)
     cache.declare(StreamInfo("clip-tiny.text", "text", encoder.dim, "float32", encoder.identity | identity))
@@ -57,7 +57,7 @@ def test_a_run_trains_and_stores_its_context_vectors(cache: Cache, encoder: Any,
     torch.testing.assert_close(head.prototypes, tower(head.context.detach()))
     short = train(cache, replace(CONFIG, lr=1e-9), tmp_path / "still")
     start = load_run(tmp_path / "still").model.prompt
-    assert start is not None and (start.context - head.context).abs().max() > 1e-3, "the vectors moved"  # type: ignore[operator]
+    assert start is not None and (start.context - head.context).abs().max() > 1e-3, "the context vectors did not change"  # type: ignore[operator]
     assert short.metrics["epochs"] == 2
     assert evaluate_run(tmp_path / "run", cache, device="cpu")["ccc"] == result.metrics["ccc"]
 

@@ -1,4 +1,4 @@
-"""An exported run predicts as the run does, from a folder, from the hub, and through `from_pretrained`."""
+"""An exported run predicts like the run, from a directory, the hub and `from_pretrained`."""
 
 import json
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def exported(run: Path) -> Path:
 
 @pytest.fixture
 def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Path) -> Iterator[Path]:
-    """The local hub cache with the exported run as someone/model; the network is gone."""
+    """The local hub cache with the exported run as someone/model, without network access."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -1,4 +1,4 @@
-"""The shared recurrence against `nn.GRU` and `nn.LSTM` over packed sequences: outputs and gradients."""
+"""The shared recurrence equals `nn.GRU` and `nn.LSTM` over packed sequences: outputs and gradients."""
 
 import itertools
 
@@ -19,7 +19,7 @@ cells = pytest.mark.parametrize("cell", [nn.GRU, nn.LSTM])
 
 
 def packed(network: nn.GRU | nn.LSTM, x: Tensor, inside: Tensor) -> Tensor:
-    """The library's own way; zeros at padding."""
+    """Reference with packed sequences; zeros at padding."""
     count = inside.sum(dim=1).clamp(min=1)
     sequence = pack_padded_sequence(x, count, batch_first=True, enforce_sorted=False)
     out = pad_packed_sequence(network(sequence)[0], batch_first=True, total_length=x.shape[1])[0]

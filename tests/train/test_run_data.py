@@ -1,4 +1,4 @@
-"""A run belongs to its clips: changed data, shared recordings, locks, longer training, moved caches, hostile files."""
+"""Runs are bound to their data: changed data, shared recordings, locks, longer training, moved caches."""
 
 import json
 import shutil

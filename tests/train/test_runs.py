@@ -1,4 +1,4 @@
-"""Run folders: what is written, going on after an interruption, refusing what does not belong together."""
+"""Run directories: files, resumption, rejected combinations."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""`vaflow search`: the space, early stops, resumption, and a report that selection does not touch."""
+"""`vaflow search`: search space, early stopping, resumption, unbiased report."""
 
 import csv
 import json

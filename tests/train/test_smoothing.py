@@ -1,4 +1,4 @@
-"""Filters against NumPy's convolution, SciPy's Savitzky-Golay and a polynomial fitted frame by frame."""
+"""Filters equal NumPy's convolution, SciPy's Savitzky-Golay and a polynomial fit per frame."""
 
 import json
 from dataclasses import replace
@@ -69,7 +69,7 @@ def test_moving_average_on_irregular_frames_is_the_mean_of_near_frames() -> None
 
 
 def test_savitzky_golay_reproduces_parabolas() -> None:
-    time = irregular(200, 3) + 900.0  # far from 0, where powers of the time itself would lose their digits
+    time = irregular(200, 3) + 900.0  # far from 0, where powers of the time lose precision
     value = np.stack([0.3 - 0.2 * (time - 905) + 0.05 * (time - 905) ** 2, np.full(200, 0.7)], axis=1)
     np.testing.assert_allclose(savitzky_golay(time, value, 1.0), value, atol=1e-9)
     np.testing.assert_allclose(moving_average(time, value[:, 1:], 1.0), value[:, 1:], atol=1e-12)
@@ -82,7 +82,7 @@ def test_few_frames_and_zero_width_are_supported(kind: str) -> None:
         value = noise(frames)
         assert smooth(np.arange(frames) / FPS, value, 10.0).shape == (frames, 2)
         np.testing.assert_array_equal(smooth(np.arange(frames) / FPS, value, 0.0), value)
-    sparse: np.ndarray = np.arange(8) * 5.0  # a frame every five seconds: nothing else is near
+    sparse: np.ndarray = np.arange(8) * 5.0  # a frame every five seconds: no neighbours in reach
     np.testing.assert_allclose(smooth(sparse, noise(8), 1.0), noise(8), atol=1e-12)
     same = np.repeat([0.0, 1.0], 4)  # two instants only: the best polynomial is a line, or the means
     assert np.isfinite(smooth(same, noise(8), 4.0)).all()
@@ -93,7 +93,7 @@ def test_few_frames_and_zero_width_are_supported(kind: str) -> None:
 
 
 def traces(scale: float, clips: int = 3) -> list[Trace]:
-    """Predictions that are the labels with noise of each frame's own."""
+    """Labels plus independent noise per frame."""
     made = []
     for k in range(clips):
         time = irregular(400, k)
@@ -115,7 +115,7 @@ def test_the_width_with_the_best_score_is_chosen(kind: str) -> None:
     assert chosen.seconds == max(scores, key=lambda s: scores[s]) > 0
     assert chosen.chosen_on == "val"
     assert chosen.scores == pytest.approx({f"{s:g}": value for s, value in scores.items()})
-    assert choose_width(traces(0.0), kind, "val", (3.0, 12.0)).seconds == 0  # nothing to smooth away
+    assert choose_width(traces(0.0), kind, "val", (3.0, 12.0)).seconds == 0  # no noise to remove
 
 
 def test_smoothing_is_stored_with_a_run(tmp_path: Path) -> None:
@@ -153,4 +153,4 @@ def test_polynomial_smoothing_time_does_not_depend_on_the_width() -> None:
     time, value = np.arange(60_000) / 30 + np.tile([0, 1e-4], 30_000), noise(60_000)
     begun = perf_counter()
     savitzky_golay(time, value, 20.0)
-    assert perf_counter() - begun < 3  # was 40 s: each frame fitted its 600 neighbours
+    assert perf_counter() - begun < 3  # took 40 s when each frame fitted its 600 neighbours

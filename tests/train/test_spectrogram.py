@@ -1,4 +1,4 @@
-"""The CNN over the log-Mel: against a loop over its definition, and what is missing never speaks."""
+"""The CNN over the log-Mel equals a loop over its definition; missing frames have no effect."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +140,7 @@ MEL = StreamSpec("log mel", HEARING, 6, frames_per_step=4)
 
 
 def mel_batch() -> Batch:
-    """Three windows, log-Mel of 12, 7 and 3 frames beside pictures."""
+    """Three windows with visual frames and log-Mel of 12, 7 and 3 frames."""
     return toy_batch(frames=(6, 4, 2), steps=(12, 7, 3), streams=(VISUAL_STREAM, MEL))
 
 
@@ -196,7 +196,7 @@ def test_log_mel_windows_equal_cached_frames_at_their_times(
             np.testing.assert_allclose(stored.time[rows], times, atol=0.01)
             np.testing.assert_array_equal(batch.features[LOGMEL][w].numpy()[valid], stored.embedding[rows])
             seconds = min(config.grid.window, clip.duration - start)
-            assert abs(valid.sum() - seconds * 100) <= 4, "all frames of the window, but for its ends"
+            assert abs(valid.sum() - seconds * 100) <= 4, "all frames of the window except for its ends"
 
 
 def test_presets_accept_other_streams_and_runs_load_again(cache: Cache, tmp_path: Path) -> None:
@@ -227,4 +227,4 @@ def test_a_missing_stream_error_prints_the_command_that_adds_it(cache: Cache) ->
         resolve(cache, settings(visual=("resnet50",)))
     with pytest.raises(UsageError) as caught:
         resolve(cache, settings(audio=("resnet50",)))
-    assert "vaflow extract" not in str(caught.value), "an encoder of pictures adds no sound"
+    assert "vaflow extract" not in str(caught.value), "a visual encoder adds no audio stream"

@@ -1,4 +1,4 @@
-"""The challenge's file against a reader that knows nothing of ours: prediction files, rows, frame numbers."""
+"""The submission file, read by an independent reader: prediction files, rows, frame numbers."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 @pytest.fixture(scope="module")
 def unlabelled(cache: Cache) -> Cache:
-    """The same features, without any annotation."""
+    """The same features without annotation."""
     return make_cache(cache.path.parent / "unlabelled", Toy(targets=()))
 
 
@@ -59,7 +59,7 @@ def read(path: Path) -> list[tuple[str, float, float]]:
 
 
 def check(path: Path, rows: list[str], predicted: dict[str, list[tuple[float, float]]]) -> None:
-    """Every row of the sample, in its order, with the trial's prediction at the frame of its number."""
+    """Assert that every row of the sample, in order, has the prediction at its frame number."""
     rows_read = read(path)
     assert [location for location, _, _ in rows_read] == [row.split(",")[0] for row in rows]
     for location, valence, arousal in rows_read:
@@ -186,7 +186,7 @@ def test_command(cache: Cache, run: Path, tmp_path: Path, capsys: pytest.Capture
     sample_file(tmp_path, ["nobody/00001.jpg,0,0"])
     assert main(["submit", str(run), *options]) == 1
     assert "1 of 1 rows" in capsys.readouterr().err
-    assert out.read_bytes() == first, "a failure leaves what was there"
+    assert out.read_bytes() == first, "a failure must keep the existing file"
     sample_file(tmp_path, ["nobody"])
     assert main(["submit", str(run), *options]) == 2
     assert main(["submit", str(tmp_path), *options]) == 2

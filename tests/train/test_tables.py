@@ -1,4 +1,4 @@
-"""Index tables against loops that look at every sample."""
+"""Index tables equal loops over all samples."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ DURATIONS = [0.3, 3.99, 10.0, 27.31]
 
 
 def closest(time, t):
-    """Index of the nearest time, the earlier of two: by looking at all."""
+    """Index of the nearest time, the earlier of two, by exhaustive search."""
     best = 0
     for i in range(len(time)):
         if abs(time[i] - t) < abs(time[best] - t) - 1e-12:
@@ -107,7 +107,7 @@ def test_other_windows_read_the_nearest_window_centre(other: Grid) -> None:
 
 
 def test_one_long_sequence_is_sliced() -> None:
-    """Features made elsewhere: one 'window' over the whole clip, at 25 Hz."""
+    """Imported features: one "window" over the whole clip, at 25 Hz."""
     duration = 33.0
     time = np.arange(0.02, duration, 0.04)
     audio = AudioTimes(time[:1], time[None], np.ones((1, len(time)), bool), None, 0.04)

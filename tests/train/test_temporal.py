@@ -1,4 +1,4 @@
-"""Temporal models against each sequence alone, and against loops."""
+"""Temporal models equal each sequence alone and loops."""
 
 import math
 from typing import Any
@@ -94,7 +94,7 @@ def test_mismatched_shapes_are_reported(case):
 
 @pytest.mark.parametrize("cell", [nn.GRU, nn.LSTM])
 def test_the_backward_direction_starts_at_the_last_real_step(cell):
-    """Each direction restated as a one-way network over one sequence, the second over the reversed one."""
+    """Reference: each direction as a unidirectional network over one sequence, the second over the reversed one."""
     torch.manual_seed(0)
     model = Recurrent(cell, WIDTH, HIDDEN).double()
     directions = []
@@ -119,7 +119,7 @@ def test_directions_of_another_width_are_projected_back():
 
 
 def naive_convolution(x: np.ndarray, convolution: Any, dilation: int, causal: bool) -> np.ndarray:
-    """[T, C] -> [T, C']: taps `dilation` apart, zeros beyond the ends."""
+    """Reference dilated convolution [T, C] -> [T, C'], zeros beyond the ends."""
     weight, bias = convolution.weight.detach().numpy(), convolution.bias.detach().numpy()
     taps = weight.shape[2]
     out = np.tile(bias, (len(x), 1))
@@ -169,7 +169,7 @@ def test_receptive_field_equals_the_dependencies_of_one_step(causal, layers, ker
 
 
 def test_transformer_layer_equals_a_reference_implementation():
-    """One pre-norm layer with sinusoidal positions, written out."""
+    """Reference pre-norm layer with sinusoidal positions."""
     torch.manual_seed(0)
     model = Transformer(WIDTH, HIDDEN, layers=1, heads=2).double().eval()
     x, inside = ragged(junk=1e6)

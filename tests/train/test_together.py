@@ -1,4 +1,4 @@
-"""Runs that train together: each equals the same run alone."""
+"""Batched runs equal separate runs."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ from vaflow.train.training import Result
 
 CPU = torch.device("cpu")
 BASE = TrainConfig(hidden=8, attention_heads=2, lr=1e-3, batch_size=4, epochs=3, device="cpu")
-# Runs of one architecture that differ in every setting that may differ.
+# Runs of one architecture that differ in every setting that may vary.
 RUNS: tuple[dict[str, Any], ...] = (
     {"seed": 2, "lr": 3e-3, "schedule": "cosine", "clip_norm": 1.0, "sigma": 0.6, "centers": 1.0, "kl_weight": 0.4},
     {"seed": 1, "epochs": 2, "warmup": 0.5, "clip_norm": 0.1, "best": "each", "ccc_weight": 0.7, "extra_weight": 0.2},

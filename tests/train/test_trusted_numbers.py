@@ -1,4 +1,4 @@
-"""Numbers that say nothing are said to say nothing; numbers that are none stop the run and name the clip."""
+"""Uninformative scores are reported; non-finite values stop the run and name the clip."""
 
 import logging
 from dataclasses import replace
@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def with_labels(path: Path, deviation: float) -> Cache:
-    """A cache whose labels of valence lie so close together, in both splits."""
+    """A cache with nearly constant valence labels in both splits."""
     cache = make_cache(path, Toy(seconds=(8, 14)))
     rng = np.random.default_rng(0)
     for item in cache.items():
@@ -55,7 +55,7 @@ def test_nearly_constant_labels_are_reported_before_and_after_training(
 
 
 def test_constant_predictions_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing was seen or heard, and nothing could be learned."""
+    """Without valid input, nothing can be learned."""
     cache = make_cache(tmp_path / "c", Toy(seconds=(8, 14), invalid=1.0))
     out = tmp_path / "run"
     small = ["--set", "hidden=16", "--epochs", "1", "--lr", "1e-6", "--device", "cpu"]
@@ -81,7 +81,7 @@ def enlarged(windows: WindowSet, stream: str, item: str, factor: float) -> Windo
 
 @pytest.mark.parametrize("stream", [VISUAL, AUDIO])
 def test_a_non_finite_loss_names_the_most_likely_clip(cache: Cache, stream: str) -> None:
-    """What becomes infinite after the check at loading; the batch has windows of several clips."""
+    """Features that overflow after the check at loading; the batch has windows of several clips."""
     config, inputs = resolve(cache, replace(CONFIG, epochs=3))
     train, val = (load_split(cache, split, inputs.streams, config) for split in ("train", "val"))
     model = new_model(config, inputs, Data(train, val), torch.device("cpu"))
@@ -93,7 +93,7 @@ def test_a_non_finite_loss_names_the_most_likely_clip(cache: Cache, stream: str)
 
 
 def test_a_non_finite_gradient_stops_the_run(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss is finite; what comes back from it is not."""
+    """The loss is finite, its gradient is not."""
     config, inputs = resolve(cache, CONFIG)
     train, val = (load_split(cache, split, inputs.streams, config) for split in ("train", "val"))
     model = new_model(config, inputs, Data(train, val), torch.device("cpu"))
@@ -103,7 +103,7 @@ def test_a_non_finite_gradient_stops_the_run(cache: Cache, monkeypatch: pytest.M
 
 
 def widened(cache: Cache, path: Path) -> Cache:
-    """Features of which `cache` holds the rounded ones: float32, less than half a step of float16 away."""
+    """Float32 features whose float16 rounding `cache` stores."""
     rng, wide = np.random.default_rng(1), create_cache(path)
     for info in cache.streams().values():
         narrow = info.kind in ("visual", "audio")
@@ -121,7 +121,7 @@ def widened(cache: Cache, path: Path) -> Cache:
 
 
 def test_float16_storage_moves_predictions_by_thousandths_at_most(cache: Cache, tmp_path: Path) -> None:
-    """`scripts/rounding_effect.py` measures this on the demonstration's clips, with real encoders."""
+    """`scripts/rounding_effect.py` measures this on the demo clips with real encoders."""
     exact = widened(cache, tmp_path / "wide")
     train_run(exact, replace(CONFIG, epochs=3), tmp_path / "run", tensorboard=False, figures=False)
     trained = load_run(tmp_path / "run")

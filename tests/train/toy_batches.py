@@ -26,7 +26,7 @@ def toy_batch(
     streams: Sequence[StreamSpec] = (VISUAL_STREAM, AUDIO_STREAM),
     seed: int = 0,
 ) -> Batch:
-    """Windows of that many frames and audio steps; some input is missing, some frames are unlabelled.
+    """Windows of the given frames and audio steps; some input is missing, some frames are unlabelled.
 
     Window 0 lacks one face and one step of sound, window 1 one of its two labels on one frame and both on another.
     """
@@ -59,7 +59,7 @@ def toy_batch(
 
 
 def pad_more(batch: Batch, extra: int, junk: float) -> Batch:
-    """The same windows with `extra` more padding everywhere, and `junk` in all padding that holds numbers."""
+    """The same windows with `extra` padding, and `junk` in all floating-point padding."""
 
     def grow(tensor: Tensor, inside: Tensor) -> Tensor:
         fill = False if tensor.dtype == torch.bool else junk
@@ -85,7 +85,7 @@ def pad_more(batch: Batch, extra: int, junk: float) -> Batch:
 
 
 def without(batch: Batch, name: str, windows: Sequence[int]) -> Batch:
-    """The same batch with stream `name` missing altogether (not padded) in those windows."""
+    """The same batch with stream `name` missing (not padded) in the given windows."""
     valid = {key: mask.clone() for key, mask in batch.valid.items()}
     valid[name][list(windows)] = False
     return replace(batch, valid=valid)

@@ -1,4 +1,4 @@
-"""A headless Chromium, pages that must stay silent, and predictions of clips with numbered frames."""
+"""Headless Chromium, pages without console output, and predictions of clips with numbered frames."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def chromium() -> Iterator[Any]:
 
 @dataclass
 class Watched:
-    """A page and what it did that it must not do."""
+    """A page and its unexpected events."""
 
     page: Any
     problems: list[str] = field(default_factory=list)

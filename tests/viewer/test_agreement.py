@@ -1,4 +1,4 @@
-"""Agreement against published examples and definitions; lags and fusion against signals that are known."""
+"""Agreement equals published examples and definitions; lags and fusion recover known signals."""
 
 import json
 from pathlib import Path

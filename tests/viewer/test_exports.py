@@ -1,4 +1,4 @@
-"""Predictions in other formats hold the numbers of the CSV files, and hostile names stay text."""
+"""Exported predictions equal the CSV files; hostile names are escaped."""
 
 import csv
 import re

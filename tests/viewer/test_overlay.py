@@ -1,4 +1,4 @@
-"""The overlay video: frames at their times, the cursor and the point where the predictions are, audio kept."""
+"""The overlay video: frames at their times, cursor and point at the predictions, audio kept."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pages in Chromium: accessible, narrow, dark, silent, and safe with hostile names."""
+"""Pages in Chromium: accessibility, width, dark mode, no console output, hostile names."""
 
 import json
 import os

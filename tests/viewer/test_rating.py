@@ -1,4 +1,4 @@
-"""Ratings by hand: what is dragged comes back as a label CSV, in time."""
+"""Manual ratings: drags become label CSV files with correct times."""
 
 import json
 import threading
@@ -71,7 +71,7 @@ def rate(page: Any, points: list[tuple[float, float]]) -> list[Move]:
 
 
 def check_trace(path: Path, sent: list[Move]) -> None:
-    """Every value begins within 50 ms of its move; the first one is there from the press of the button on."""
+    """Every value starts within 50 ms of its move; the first one starts at the button press."""
     trace = read_csv(path)
     assert trace.time is not None
     for before, after, v, a in sent[1:]:

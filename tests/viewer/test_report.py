@@ -1,4 +1,4 @@
-"""Numbers of the report are those of the runs' files, and of an independent bootstrap."""
+"""Numbers of the report equal the run files and an independent bootstrap."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Media of a page: what browsers cannot play is transcoded at the same times; levels and speech follow the audio."""
+"""Media of a page: unsupported formats are transcoded with equal times; levels and speech follow the audio."""
 
 import random
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def frame_times(path: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def unplayable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DIR/media with clips that browsers do not play, and DIR/predictions."""
+    """DIR/media with clips that browsers cannot play, and DIR/predictions."""
     root = tmp_path_factory.mktemp("unplayable")
     (root / "media").mkdir()
     for name, (codec, container, times) in FORMATS.items():

@@ -1,4 +1,4 @@
-"""Commands of docs/viewer.md run as they stand there."""
+"""The commands of docs/viewer.md run unchanged."""
 
 import re
 import shlex

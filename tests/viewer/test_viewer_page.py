@@ -1,4 +1,4 @@
-"""The viewer in Chromium: what is drawn is at the frame that is shown."""
+"""The viewer in Chromium: the cursor and the traces match the displayed frame."""
 
 import json
 import random
@@ -105,7 +105,7 @@ def test_a_dragged_span_loops(open_page: OpenPage, page_file: Path) -> None:
     for _ in range(12):
         page.wait_for_timeout(100)
         rows.append(row(page))
-    assert all(145 <= r <= 185 for r in rows)  # 6 s to 7 s, and what is shown before the jump back
+    assert all(145 <= r <= 185 for r in rows)  # 6 s to 7 s, plus the frames before the jump back
     assert any(b < a for a, b in pairwise(rows))
     assert page.evaluate("document.getElementById('media').playbackRate") == 2
 

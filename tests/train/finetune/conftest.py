@@ -1,4 +1,4 @@
-"""A real cache with pixels, by the tiny encoders: two clips to train on, one to validate on."""
+"""A real cache with pixels and tiny encoders: two training clips, one validation clip."""
 
 import csv
 from dataclasses import replace
@@ -28,7 +28,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
-    """A folder of clips with an invented annotation beside each."""
+    """A directory of clips with generated annotations."""
     root = tmp_path_factory.mktemp("videos")
     for number, name in enumerate(CLIPS):
         (root / name).symlink_to((clips / name).resolve())
@@ -44,7 +44,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pixels_cache(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Cache:
-    """What `vaflow extract --pixels` makes of them; nobody may write into it."""
+    """The cache written by `vaflow extract --pixels`; read-only for tests."""
     path = tmp_path_factory.mktemp("cache") / "cache"
     summary = extract(open_dataset(videos, "videos"), path, EXTRACTION)
     assert not summary.failures
@@ -53,5 +53,5 @@ def pixels_cache(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Cach
 
 @pytest.fixture
 def loaded(pixels_cache: Cache) -> Loaded:
-    """With settings that leave no randomness."""
+    """Training settings without randomness."""
     return Loaded(pixels_cache, replace(SETTINGS, dropout=0.0))

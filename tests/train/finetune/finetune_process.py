@@ -1,4 +1,4 @@
-"""A program for tests: gradients of one step, and a whole run, on as many processes as it is started on.
+"""Compute gradients of one step, or train a run, in one or more processes.
 
 Usage: finetune_process.py CACHE OUT
 """
@@ -18,11 +18,11 @@ from vaflow.train.storage import write_tensors
 from vaflow.train.training import train_run
 
 CONFIG = replace(SETTINGS, dropout=0.0, augment=True, accumulate=2)
-WINDOWS = 5  # of the batch: no multiple of what it is divided into
+WINDOWS = 5  # of the batch: not a multiple of the divisor
 
 
 def gradients(cache: Path) -> dict[str, Tensor]:
-    """Of the whole batch, by parameter, with the losses under "losses"."""
+    """Gradients of the whole batch by parameter, with the losses under "losses"."""
     with processes(CONFIG) as fabric:
         ready = Loaded(open_cache(cache), CONFIG)
         work = tuning(ready, fabric)

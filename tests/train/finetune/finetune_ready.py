@@ -1,4 +1,4 @@
-"""A cache made ready for fine-tuning, as the run itself does it."""
+"""Prepare a cache for fine-tuning as a run does."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ SETTINGS = TrainConfig(
 
 
 class Loaded:
-    """A cache, made ready for fine-tuning with some settings; backbones are new ones."""
+    """A cache prepared for fine-tuning with some settings, with new backbones."""
 
     def __init__(self, cache: Cache, config: TrainConfig) -> None:
         self.cache = cache
@@ -38,7 +38,7 @@ class Loaded:
 
 
 def copied(cache: Cache, path: Path, *, leave: tuple[str, str] = ("", ""), **identities: Json | None) -> Cache:
-    """The clips' streams in another cache, with other identities; those whose identity is None stay out.
+    """Copy the streams of the clips to another cache with changed identities; None drops a stream.
 
     Args:
         cache: what to copy.
@@ -60,7 +60,7 @@ def copied(cache: Cache, path: Path, *, leave: tuple[str, str] = ("", ""), **ide
 
 
 def tuning(ready: Loaded, fabric: Any, blocks: int | None = None) -> Tuning:
-    """Everything for a step, with seeded heads."""
+    """Everything for one step, with seeded heads."""
     with seeded(ready.config.seed):
         heads = build_model(ready.config, ready.inputs.specs, ready.inputs.prototypes)
     model = TunedModel(heads, ready.backbones).train()

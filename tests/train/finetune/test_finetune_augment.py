@@ -1,4 +1,4 @@
-"""Augmentation: what stays the same within a clip, what is changed at all, and by how much."""
+"""Augmentation: constant within a clip, bounded changes."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_augmentation_depends_on_step_and_clip_only() -> None:
 
 
 def test_augmentation_without_colour_is_a_flipped_crop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of its own coordinates tells where every pixel came from."""
+    """An image of its own coordinates shows the origin of every pixel."""
     monkeypatch.setattr(augment, "COLOUR", 0.0)
     ramp = torch.arange(EDGE, dtype=torch.float32) * 255 / (EDGE - 1)
     across, down = ramp.expand(EDGE, EDGE), ramp[:, None].expand(EDGE, EDGE)

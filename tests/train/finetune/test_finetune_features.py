@@ -1,4 +1,4 @@
-"""What the backbones read is what the cache was made of; frozen, they give what it holds."""
+"""Backbones read the inputs of the cache; frozen backbones reproduce its features."""
 
 from dataclasses import replace
 from io import BytesIO
@@ -45,7 +45,7 @@ def test_re_encoding_a_split_equals_the_cache(loaded: Loaded) -> None:
     again = encode_split(train, loaded.sources, loaded.backbones)
     for name, table in train.tables.items():
         read = torch.unique(table.index).long()
-        assert len(read) > 8, "the clips have faces and sound"
+        assert len(read) > 8, "the clips must have faces and audio"
         mine, theirs = again.tables[name].rows[read].double(), table.rows[read].double()
         torch.testing.assert_close(mine, theirs, rtol=HALF, atol=2.0**-12)
         assert (mine == theirs).double().mean() > 0.95  # the same batch size: nearly always the same bits
@@ -56,7 +56,7 @@ def test_re_encoding_a_split_equals_the_cache(loaded: Loaded) -> None:
 
 def test_a_split_without_audio_is_encoded(loaded: Loaded) -> None:
     val = loaded.data.val
-    assert not val.tables["ast-tiny"].index.any(), "the clip is silent film"
+    assert not val.tables["ast-tiny"].index.any(), "the clip must have no audio"
     again = encode_split(val, load_sources(loaded.cache, val, loaded.backbones), loaded.backbones)
     assert not again.tables["ast-tiny"].rows.any()
     assert again.tables["clip-tiny"].rows.any()
@@ -77,7 +77,7 @@ def test_audio_windows_are_slices_of_the_log_mel(loaded: Loaded) -> None:
     for clip in loaded.data.train.clips:
         mel = loaded.cache.read(LOGMEL, clip.item).embedding.astype(np.float32)
         for start in loaded.cache.read("ast-tiny", clip.item).start:
-            row = np.zeros((398, 128), np.float32)  # 4 s less what does not fill a frame
+            row = np.zeros((398, 128), np.float32)  # 4 s minus an incomplete frame
             part = mel[round(start * 100) :][:398]
             row[: len(part)] = part
             expected.append(row)

@@ -1,4 +1,4 @@
-"""Fine-tuning's forward pass on a pretended GPU: mixed devices and hidden waits fail. `backward` is left out."""
+"""Fine-tuning's forward pass on a fake GPU: mixed devices and synchronization fail. `backward` is excluded."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda")
 
 
 def move(module: torch.nn.Module) -> None:
-    """Replace parameters and buffers by pretended ones on the GPU; called within FakeTensorMode."""
+    """Replace parameters and buffers by fake GPU tensors; called within FakeTensorMode."""
     for part in module.modules():
         for name, value in part._parameters.items():
             if value is not None:

@@ -1,4 +1,4 @@
-"""Whole runs: the loss falls, interruption changes nothing, and tuned encoders go back into extraction."""
+"""Complete fine-tuning runs: falling loss, resumption, extraction with tuned encoders."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ QUIET: dict[str, Any] = {"tensorboard": False, "figures": False}
 
 @pytest.fixture(scope="module")
 def run(pixels_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; nobody may change it."""
+    """A finished run; read-only for tests."""
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("run") / "run"
     train_run(pixels_cache, CONFIG, path, **QUIET)
@@ -39,7 +39,7 @@ def run(pixels_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned_cache(run: Path, videos: Path, pixels_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """The same videos, extracted with the run's own encoders."""
+    """The same videos, extracted with the encoders of the run."""
     record = require_record(run)
     sampling = record.streams[0].identity["sampling"]
     config = ExtractConfig(
@@ -62,7 +62,7 @@ def test_fine_tuning_reduces_the_loss_and_writes_a_complete_run(run: Path, pixel
     assert RunFolder(run).read_metrics()["best_epoch"] in (1, 2, 3)
     assert set(RunFolder(run).read_metrics()["coverage"]) == {"valence", "arousal"}
     assert {"uncertainty.json", "training_features.safetensors"} <= {path.name for path in run.iterdir()}
-    assert not list(run.rglob("*.bin")), "no pickle anywhere"
+    assert not list(run.rglob("*.bin")), "a pickle file was written"
 
 
 def test_a_resumed_run_equals_an_uninterrupted_run(
@@ -130,7 +130,7 @@ def test_evaluation_from_frames_equals_a_cache_of_the_tuned_encoders(
 def test_evaluation_does_not_use_features_of_the_original_encoders(
     run: Path, pixels_cache: Cache, tmp_path: Path
 ) -> None:
-    """Without pixels nothing could be encoded anew: then there is no score at all."""
+    """Without pixels the split cannot be encoded again, so evaluation fails."""
     cache = copied(pixels_cache, tmp_path / "cache", pixels=None)
     with pytest.raises(UsageError, match="--pixels"):
         evaluate_run(run, cache, write=False)

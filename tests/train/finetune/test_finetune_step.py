@@ -1,4 +1,4 @@
-"""One step: its gradients against the plain composition, however the batch is divided and by how many processes."""
+"""Gradients of one step equal the plain composition for any split of the batch and any number of processes."""
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ def row_of(rows: dict[int, torch.Tensor], row: int, backbone: Backbone) -> torch
 
 
 def test_gradients_equal_the_plain_composition(pixels_cache: Cache, fabric: Any) -> None:
-    """Every unit of the split encoded, rows looked up, heads, loss: autograd on that, without sharing or dividing."""
+    """Reference: encode every input, look up rows, run heads and loss, and backpropagate without sharing."""
     work, losses = step(pixels_cache, fabric, PLAIN)
     plain = tuning(Loaded(pixels_cache, PLAIN), fabric)
     windows = plain.windows
@@ -86,7 +86,7 @@ def test_memory_saving_changes_no_gradient(pixels_cache: Cache, fabric: Any, cha
 
 
 def test_dropout_is_the_same_in_both_passes(pixels_cache: Cache, fabric: Any) -> None:
-    """With the whole batch in the first of two parts, dividing it must not matter even with dropout."""
+    """If the first part contains the whole batch, splitting must not matter even with dropout."""
     config = replace(SETTINGS, dropout=0.5, modality_dropout=0.5)
     one = tuning(Loaded(pixels_cache, config), fabric)
     share = read_share(one, torch.arange(4), NUMBERS)
