@@ -4,7 +4,7 @@ Audio becomes frames of every filter bank that an encoder reads, each fed once, 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from vaflow.extract.audio_steps import HOP, covered_frames, step_valid
 from vaflow.extract.batching import Encoders, FixedBatcher
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces.people import no_faces
-from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
+from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message, PersonLabels
 from vaflow.extract.plan import PendingClip
-from vaflow.timeline import Floats
+from vaflow.item_names import person_item
+from vaflow.timeline import Floats, Ints
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,60 @@ def vector_shape(info: StreamInfo) -> tuple[int, ...]:
     return (layers, info.dim) if layers else (info.dim,)
 
 
+FACTS_OF = {"labels": "labels", "logmel": "audio", "audio": "audio", "faces": "faces"} | dict.fromkeys(
+    ("visual", "pixels"), "visual"
+)
 Arrays = dict[str, Rows]
 Vectors = NDArray[Any] | LongArray  # [N, dim], written to by rows
 LogMel = tuple[Rows, NDArray[np.bool_], dict[str, Any]]  # [F, mel] as stored, [F] valid, facts of the audio
+
+
+class PersonRows:
+    """Visual streams and pixels of one person.
+
+    Args:
+        times: [T] seconds of the grid samples.
+        shapes: visual stream -> shape of one row.
+        dtype: of the rows.
+        scratch: allocates the arrays.
+    """
+
+    def __init__(self, times: Floats, shapes: Mapping[str, tuple[int, ...]], dtype: str, scratch: Scratch) -> None:
+        self._times = times
+        self.vectors: dict[str, Vectors] = {
+            name: scratch.zeros((len(times), *shape), dtype) for name, shape in shapes.items()
+        }
+        self.seen = np.zeros(len(times), bool)
+        self._jpegs = scratch.growing((), "uint8")
+        self._sizes = np.zeros(len(times), np.int64)
+
+    def add(self, sample: int, jpeg: bytes | None) -> None:
+        """A sample shows the person; samples ascend."""
+        self.seen[sample] = True
+        if jpeg is not None:
+            self._jpegs.append(np.frombuffer(jpeg, np.uint8))
+            self._sizes[sample] = len(jpeg)
+
+    def arrays(self, frame: Ints, *, pixels: bool) -> dict[str, Arrays]:
+        """The arrays of every visual stream, and of the pixels. Call once, at the end.
+
+        Args:
+            frame: [T] video frame of every sample.
+            pixels: whether the crops were kept.
+        """
+        made: dict[str, Arrays] = {
+            name: {"embedding": rows, "time": self._times, "valid": self.seen, "frame": frame}
+            for name, rows in self.vectors.items()
+        }
+        if pixels:
+            made[PIXELS] = {
+                "data": self._jpegs.finish(),
+                "offset": np.concatenate([[0], np.cumsum(self._sizes)]),
+                "time": self._times,
+                "valid": self._sizes > 0,
+                "frame": frame,
+            }
+        return made
 
 
 class ClipAssembly:
@@ -100,10 +152,9 @@ class ClipAssembly:
             front_ends.add(KALDI)
         # The log-Mel is encoded from its stored form; frames of other front ends are dropped once they are encoded.
         self._banks = Banks(front_ends, {KALDI: np.dtype(config.dtype)}, scratch)
-        self._jpegs = scratch.growing((), "uint8")
-        self._jpeg_sizes: dict[int, int] = {}
-        self._vectors: dict[str, Vectors] = {}
-        self._seen: dict[str, NDArray[np.bool_]] = {}
+        self._rows: dict[int, PersonRows] = {}  # by number of the person; 0: the clip is one item
+        self._visual_arrays: dict[int, dict[str, Arrays]] = {}
+        self._labels: dict[int, PersonLabels] = {}
         self._sizes: dict[str, set[int]] = {}
         self._waiting = 0
         self._read = False
@@ -126,6 +177,36 @@ class ClipAssembly:
         _, batcher = (self._visual | self._audio)[stream]
         compiled = {"compiled": True} if self._config.compile else {}
         return {"batch": sorted(sizes), "device": batcher.device.type} | compiled
+
+    @property
+    def people(self) -> int:
+        """Number of people, if every person becomes an item; else 0."""
+        return max(self._visual_arrays, default=self.task.people)
+
+    def items(self) -> Iterator[tuple[str, dict[str, tuple[Arrays, dict[str, Any]]]]]:
+        """Each item with the arrays and facts of its streams, the first person last. Call once, when complete."""
+        for number in range(self.people, 0, -1) if self.task.everyone else (0,):
+            arrays = self.arrays | self._visual_arrays.get(number, {})
+            facts = {name: self.facts[FACTS_OF[self._infos[name].kind]] for name in arrays}
+            if number:
+                rows = self._rows.get(number)
+                person = {"clip": self.task.clip.id, "person": number, "persons": self.people}
+                for name in facts.keys() - {FACES}:
+                    faces = {"faces": int(rows.seen.sum())} if rows and "faces" in facts[name] else {}
+                    facts[name] = facts[name] | faces | person
+                if number > 1 and LABELS in arrays:
+                    arrays[LABELS], own = self._labels_of(number)
+                    facts[LABELS] = facts[LABELS] | own
+            item = person_item(self.task.clip.id, number) if number else self.task.clip.id
+            yield item, {name: (arrays[name], facts[name]) for name in self.task.streams}
+
+    def _labels_of(self, number: int) -> tuple[Arrays, dict[str, Any]]:
+        """Labels of a person after the first; those of a person without any are empty."""
+        if number in self._labels:
+            return dict(self._labels[number].arrays), self._labels[number].facts
+        labels = self.arrays[LABELS]
+        empty = {"value": np.full_like(labels["value"], np.nan), "valid": np.zeros_like(labels["valid"])}
+        return labels | empty, {"rows": 0, "targets": []}
 
     @property
     def share_read(self) -> float:
@@ -158,12 +239,13 @@ class ClipAssembly:
             logger.warning("%s: %s video is read without tone mapping", self.task.clip.id, clock.facts["transfer"])
         if LABELS in self.task.streams:
             self.arrays[LABELS] = dict(clock.labels)
+        self._labels = clock.people
         self._times = self._config.grid.sample_times(clock.duration)
-        for name in self._visual:
-            self._start_visual(name)
+        if not self.task.everyone:
+            self._rows[0] = self._new_rows()
         reads_logmel = any(encoder.front_end == KALDI for encoder, _ in self._audio.values())
         if reads_logmel and LOGMEL not in self.task.streams:
-            frames, valid, self.facts["audio"] = self._cached_logmel(self.task.clip.id)
+            frames, valid, self.facts["audio"] = self._cached_logmel(self.task.first_item)
             self._encode_audio(KALDI, frames, valid)
 
     # -- audio ---------------------------------------------------------------------------------------------------
@@ -189,7 +271,7 @@ class ClipAssembly:
         starts = grid.seconds(grid.starts(self.duration))
         has_audio = step_valid(valid, starts, grid.window, steps, self.duration)
         shape = vector_shape(self._infos[name])
-        vectors = self._vectors[name] = self._scratch.zeros((len(starts) * steps, *shape), self._config.dtype)
+        vectors = self._scratch.zeros((len(starts) * steps, *shape), self._config.dtype)
         self.arrays[name] = {
             "embedding": vectors.reshape(len(starts), steps, *shape),
             "time": starts[:, None] + encoder.step_times(grid.window, steps),
@@ -205,48 +287,41 @@ class ClipAssembly:
                     readers.setdefault(round(start / HOP) + offset, []).append(window * steps + number * each)
         for first, targets in readers.items():
             row = cut(frames, first, segments.frames, encoder.front_end.padding)
-            self._encode(name, batcher, row, targets, each)
+            self._encode(name, batcher, row, vectors, targets, each)
 
     # -- faces ---------------------------------------------------------------------------------------------------
 
-    def _start_visual(self, name: str) -> None:
-        count = len(self._times)
-        self._vectors[name] = self._scratch.zeros((count, *vector_shape(self._infos[name])), self._config.dtype)
-        self._seen[name] = np.zeros(count, bool)
-        self.arrays[name] = {"embedding": self._vectors[name], "time": self._times, "valid": self._seen[name]}
+    def _new_rows(self) -> PersonRows:
+        shapes = {name: vector_shape(self._infos[name]) for name in self._visual}
+        return PersonRows(self._times, shapes, self._config.dtype, self._scratch)
 
     def _add_face(self, face: Face) -> None:
         self._last_sample = face.sample
-        if face.jpeg is not None:
-            self._jpegs.append(np.frombuffer(face.jpeg, np.uint8))
-            self._jpeg_sizes[face.sample] = len(face.jpeg)
+        if face.person not in self._rows:
+            self._rows[face.person] = self._new_rows()
+        rows = self._rows[face.person]
+        rows.add(face.sample, face.jpeg)
         for name, (encoder, batcher) in self._visual.items():
-            self._seen[name][face.sample] = True
-            self._encode(name, batcher, face.images[encoder.preparation], [face.sample], 1)
+            row = face.images[encoder.preparation]
+            self._encode(name, batcher, row, rows.vectors[name], [face.sample], 1)
 
     def _end_faces(self, end: FacesEnd) -> None:
         self.facts["visual"] = end.facts
-        self.facts["faces"] = {name: end.facts[name] for name in ("people", "seconds", "cuts") if name in end.facts}
+        stated = ("people", "notable", "seconds", "cuts")
+        self.facts["faces"] = {name: end.facts[name] for name in stated if name in end.facts}
         if FACES in self.task.streams:
             self.arrays[FACES] = dict(no_faces() if end.everyone is None else end.everyone)
-        for name in self._visual:
-            self.arrays[name]["frame"] = end.frame
-        if PIXELS in self.task.streams:
-            self.arrays[PIXELS] = self._pixel_arrays() | {"frame": end.frame}
+        for number in range(1, end.people + 1) if self.task.everyone else (0,):
+            if number not in self._rows:
+                self._rows[number] = self._new_rows()
+            self._visual_arrays[number] = self._rows[number].arrays(end.frame, pixels=PIXELS in self.task.streams)
 
-    def _pixel_arrays(self) -> Arrays:
-        sizes = np.array([self._jpeg_sizes.get(sample, 0) for sample in range(len(self._times))], np.int64)
-        return {
-            "data": self._jpegs.finish(),
-            "offset": np.concatenate([[0], np.cumsum(sizes)]),
-            "time": self._times,
-            "valid": sizes > 0,
-        }
-
-    def _encode(self, stream: str, batcher: FixedBatcher, row: NDArray[Any], targets: list[int], each: int) -> None:
-        """Queue a row; its result, `each` vectors, is written at every target, into what will be committed."""
+    def _encode(
+        self, stream: str, batcher: FixedBatcher, row: NDArray[Any], vectors: Vectors, targets: list[int], each: int
+    ) -> None:
+        """Queue a row; its result, `each` vectors, is written into `vectors` at every target."""
         self._waiting += 1
-        sizes, vectors = self._sizes.setdefault(stream, set()), self._vectors[stream]
+        sizes = self._sizes.setdefault(stream, set())
 
         def deliver(result: NDArray[np.float32]) -> None:
             for target in targets:

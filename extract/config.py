@@ -102,10 +102,10 @@ class ExtractConfig:
     )
     person: str = setting(
         "main",
-        "Person to estimate: main (most seconds of clear face), left, right, id:K, speaking, or largest face",
+        "Person to estimate: main (most seconds of clear face), all, left, right, id:K, speaking, or largest face",
         group="faces",
-        pattern=r"main|left|right|speaking|largest|id:[1-9]\d*",
-        form="main, left, right, id:K, speaking or largest",
+        pattern=r"main|all|left|right|speaking|largest|id:[1-9]\d*",
+        form="main, all, left, right, id:K, speaking or largest",
         option="--person",
         metavar="WHO",
     )
@@ -207,6 +207,10 @@ class ExtractConfig:
         if unused:
             raise UsageError(
                 explain("--weights names an encoder that is not used", got=unused[0], choices=self.encoders)
+            )
+        if self.person == "all" and (self.face_source == "none" or not (self.visual or self.pixels)):
+            raise UsageError(
+                explain("--person all requires faces", expected="a visual encoder or --pixels, and not --faces none")
             )
         _ = self.grid  # raises if the stride is longer than the window
 

@@ -19,6 +19,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.encoders.images import Preparation
 from vaflow.errors import VaflowError
 from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard, default_workers
+from vaflow.extract.faces.people import ALL
 from vaflow.extract.headers import header_seconds, side_by_side
 from vaflow.extract.image_folders import open_stills
 from vaflow.extract.messages import AudioEnd, Face, Failed, Job, Message
@@ -26,6 +27,7 @@ from vaflow.extract.plan import shard_clips
 from vaflow.extract.pool import each
 from vaflow.extract.video import probe
 from vaflow.extract.worker import run_job
+from vaflow.item_names import clip_and_person
 from vaflow.process import beat
 
 OPENED = 32  # clips that are opened to see whether they have audio
@@ -91,7 +93,8 @@ def _extracted(cache: Cache, config: ExtractConfig) -> set[str]:
     stream_names = ("labels", *config.encoders)
     if not all(name in known for name in stream_names):
         return set()
-    return set.intersection(*(set(cache.source_stamps(name)) for name in stream_names))
+    items = set.intersection(*(set(cache.source_stamps(name)) for name in stream_names))
+    return items | ({clip_and_person(item)[0] for item in items} if config.person == ALL else set())
 
 
 def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:

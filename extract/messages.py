@@ -37,8 +37,16 @@ class Job:
     keep_jpeg: bool
     decode_on: str = ""
     ask: int = 0
-    person: str = "largest"
+    person: str = "largest"  # "all": everyone is read
     identity: str = "none"
+
+
+@dataclass(frozen=True)
+class PersonLabels:
+    """Labels of one person: arrays of the labels stream, and the members of its record that differ between people."""
+
+    arrays: dict[str, NDArray[Any]]
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Clock:
         duration: seconds; last frame's presentation time plus the median interval.
         sources: part -> identity, for "video", "audio", "crops", "labels" where present.
         facts: further members of the labels record: frames, rows, rates, sizes.
+        people: number -> labels of that person, if everyone is read and the person has labels.
     """
 
     job: int
@@ -57,6 +66,7 @@ class Clock:
     duration: float
     sources: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
+    people: dict[int, PersonLabels] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,14 @@ class AudioEnd:
 class Face:
     """The crop of one grid sample: preparation -> [size, size, 3] uint8, and its JPEG if it is kept.
 
-    Crops of a clip are sent in the order of their samples.
+    Crops of a person are sent in the order of their samples. `person`: number, if everyone is read, else 0.
     """
 
     job: int
     sample: int
     images: dict[Preparation, NDArray[np.uint8]]
     jpeg: bytes | None
+    person: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,12 +107,14 @@ class FacesEnd:
     Attributes:
         frame: [T] 0-based video frame of every grid sample, with or without a face.
         everyone: arrays of the faces stream; None if the faces were not detected.
+        people: number of people whose crops were sent, if everyone is read.
     """
 
     job: int
     frame: NDArray[np.int64]
     facts: dict[str, Any]
     everyone: dict[str, NDArray[Any]] | None = None
+    people: int = 0
 
 
 @dataclass(frozen=True)

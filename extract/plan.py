@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heapreplace
 from pathlib import Path
+from typing import Any
 
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.documents import source_stamp
@@ -14,6 +15,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.audio_steps import ends_in_a_short_step
 from vaflow.extract.config import Shard
+from vaflow.extract.faces.people import ALL
 from vaflow.extract.headers import lengths
 from vaflow.extract.image_folders import IMAGES_DIGEST, images_digest
 from vaflow.extract.messages import Failed
@@ -22,6 +24,7 @@ from vaflow.extract.sources import SourceComparison, file_status, sources_of
 from vaflow.extract.streams import SOURCES, reading_version, source_of
 from vaflow.extract.video import READING, misread_before
 from vaflow.failures import LISTS, read_failures
+from vaflow.item_names import clip_and_person, person_item
 from vaflow.timeline import Grid
 
 logger = logging.getLogger(__name__)
@@ -29,11 +32,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PendingClip:
-    """A clip and the streams to make of it; `changed`: the cache holds streams of an earlier version of its files."""
+    """A clip and the streams to make of it.
+
+    Attributes:
+        changed: the cache holds streams of an earlier version of its files.
+        everyone: every person of the clip becomes an item; `people`: how many the cache has.
+    """
 
     clip: Clip
     streams: tuple[str, ...]
     changed: bool
+    everyone: bool = False
+    people: int = 0
+
+    @property
+    def first_item(self) -> str:
+        """The item that is committed last, and is there if the clip is."""
+        return person_item(self.clip.id, 1) if self.everyone else self.clip.id
 
 
 @dataclass(frozen=True)
@@ -67,13 +82,27 @@ def make_plan(
     mine = shard_clips(clips, shard)
     stamps = {name: _stamps(cache, name, mine) for name in infos}
     misread = _misread(cache, infos, stamps, mine)
+    pictures = [info.identity.get("picture", {}) for info in infos.values() if info.kind in ("visual", "pixels")]
+    faces: dict[str, Any] = pictures[0].get("faces", {}) if pictures else {}
+    people: dict[str, int] = {}
+    if faces.get("person") == ALL:
+        for item in set().union(*stamps.values()):
+            source, number = clip_and_person(item)
+            people[source] = max(people.get(source, 0), number)
     tasks = {}
     for clip in mine:
-        task = _task(cache, infos, stamps, clip, rehash, misread.get(clip.id, ()))
+        everyone = people.get(clip.id, 0) if faces.get("person") == ALL and is_divided(clip, faces["source"]) else None
+        task = _task(cache, infos, stamps, clip, rehash, misread.get(clip.id, ()), everyone)
         if task.streams:
             tasks[clip.id] = task
     seconds = lengths([task.clip for task in tasks.values()])
     return Plan(tuple(longest_first(tasks.values(), seconds)), len(mine) - len(tasks), seconds)
+
+
+def is_divided(clip: Clip, face_source: str) -> bool:
+    """Whether `--person all` makes an item of every person of a clip: its faces are detected, and it has no side."""
+    has_crops = bool(clip.crops) and face_source != "centerface"
+    return (clip.video is not None or clip.frames is not None) and not clip.side and not has_crops
 
 
 def longest_first(tasks: Iterable[PendingClip], seconds: Mapping[str, float]) -> list[PendingClip]:
@@ -117,27 +146,34 @@ def _task(
     clip: Clip,
     rehash: bool,
     misread: Collection[str],
+    people: int | None,
 ) -> PendingClip:
-    """Streams to make. Records are read only where the stamps of the sources differ, or for `rehash`."""
-    missing = {name for name in infos if clip.id not in stamps[name]}
+    """Streams to make. Records are read only where the stamps of the sources differ, or for `rehash`.
+
+    Args:
+        people: items of the clip that the cache has, if every person becomes one; None: the clip is one item.
+    """
+    items = [clip.id] if people is None else [person_item(clip.id, number + 1) for number in range(max(1, people))]
+    missing = {name for name in infos if any(item not in stamps[name] for item in items)}
     now = {} if rehash else _stamps_now(clip, {info.kind for name, info in infos.items() if name not in missing})
     comparison = SourceComparison(clip, rehash=rehash)
     changed = set()
-    for name in infos.keys() - missing:
+    for name, item in ((name, item) for name in infos.keys() - missing for item in items):
         kind = infos[name].kind
-        if kind in misread and cache.record(name, clip.id).meta.get("reading", 1) < READING:
+        if kind in misread and cache.record(name, item).meta.get("reading", 1) < READING:
             changed.add(name)
             continue
-        if stamps[name][clip.id] == now.get(kind):
+        if stamps[name][item] == now.get(kind):
             continue
-        recorded = cache.record(name, clip.id)
+        recorded = cache.record(name, item)
         if not all(comparison.same(part, recorded.source.get(part)) for part in SOURCES[kind]):
             changed.add(name)
         elif rehash and IMAGES_DIGEST in recorded.meta:
-            frames = cache.read(name, clip.id).frame
+            frames = cache.read(name, item).frame
             if recorded.meta[IMAGES_DIGEST] != images_digest(clip, frames):
                 changed.add(name)
-    return PendingClip(clip, tuple(name for name in infos if name in missing | changed), bool(changed))
+    streams = tuple(name for name in infos if name in missing | changed)
+    return PendingClip(clip, streams, bool(changed), people is not None, people or 0)
 
 
 def _misread(

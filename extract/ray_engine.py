@@ -287,7 +287,7 @@ class Team:
             self._cache.refresh_index()
             left = make_plan(self._cache, self._infos or {}, [lost.clip], Shard()).tasks
             if not left:  # committed before the member died
-                self._take(Extracted(item, float(self._cache.meta(item)["duration"])))
+                self._take(Extracted(item, float(self._cache.meta(lost.first_item)["duration"])))
             elif self._attempts[item] < ATTEMPTS:
                 self._suspects.append(left[0])
             else:
@@ -390,5 +390,6 @@ def _absolute(clip: Clip) -> Clip:
         labels=clip.labels and clip.labels.absolute(),
         frames=clip.frames and clip.frames.absolute(),
         crops=tuple(folder.absolute() for folder in clip.crops),
+        person_labels=tuple((number, path.absolute()) for number, path in clip.person_labels),
         dimensions=tuple((target, path.absolute()) for target, path in clip.dimensions),
     )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vaflow.cache import Cache
 from vaflow.cache.costs import Cost
-from vaflow.cache.schema import FACES, LOGMEL, PIXELS, StreamInfo
+from vaflow.cache.schema import FACES, LABELS, LOGMEL, PIXELS, StreamInfo
 from vaflow.device import device_name
 from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
@@ -26,19 +26,18 @@ from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces.detection_torch import QUESTION
 from vaflow.extract.faces.identity import resolve
+from vaflow.extract.faces.people import ALL, MAIN
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
 from vaflow.extract.nvdec import check_parity
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.pool import WorkerPool
 from vaflow.extract.profile import COMMITTING, DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, WAITING_FOR_WRITER, Profile
 from vaflow.extract.streams import provenance, source_of
-from vaflow.extract.summary import NOTABLE_SHARE, Extracted, Outcome
+from vaflow.extract.summary import Extracted, Outcome
 from vaflow.failures import Failure
+from vaflow.item_names import person_item
 
 PENDING_COMMITS = 4
-FACTS_OF = {"labels": "labels", "logmel": "audio", "audio": "audio", "faces": "faces"} | dict.fromkeys(
-    ("visual", "pixels"), "visual"
-)
 
 
 class Ledger(Protocol):
@@ -168,6 +167,7 @@ class Run:
     def _jobs(self, tasks: Iterable[PendingClip]) -> Iterable[Job]:
         preparations = tuple(dict.fromkeys(encoder.preparation for encoder, _ in self._encoders.visual.values()))
         ask = QUESTION if self._encoders.detector is not None else 0
+        chosen = MAIN if self._config.person == ALL else self._config.person
         for number, task in enumerate(tasks):
             self._tasks[number] = task
             kinds = {self._infos[name].kind for name in task.streams}
@@ -177,7 +177,7 @@ class Run:
                 grid=self._config.grid,
                 audio="logmel" in kinds or self._needs_audio(task),
                 faces=bool(kinds & {"visual", "pixels", FACES}),
-                person=self._config.person,
+                person=ALL if task.everyone else chosen,
                 identity=resolve(self._config.identity),
                 face_source=self._config.face_source,
                 preparations=preparations,
@@ -239,22 +239,28 @@ class Run:
         self._commits = pending
 
     def _commit(self, clip: ClipAssembly) -> None:
-        """Commit every stream of one clip, labels last. Runs in the writer thread."""
+        """Commit every stream of one clip, labels last; of several people, the first one last.
+
+        Runs in the writer thread. Once the labels of the first person are there, everyone is.
+        """
         task = clip.task
         try:
-            for name in task.streams:
-                info = self._infos[name]
-                meta = clip.facts[FACTS_OF[info.kind]] | clip.made_in(name) | provenance()
-                source = source_of(info.kind, clip.sources)
-                with self._profile.measure(COMMITTING):
-                    self._cache.write(name, task.clip.id, clip.arrays[name], source=source, meta=meta)
+            for item, results in clip.items():
+                for name in task.streams:
+                    info = self._infos[name]
+                    arrays, facts = results[name]
+                    meta = facts | clip.made_in(name) | provenance()
+                    source = source_of(info.kind, clip.sources)
+                    with self._profile.measure(COMMITTING):
+                        self._cache.write(name, item, arrays, source=source, meta=meta)
+            for number in range(clip.people + 1, task.people + 1):  # of an earlier version of the source
+                for name in (LABELS, *(name for name in self._infos if name != LABELS)):
+                    self._cache.drop(name, person_item(task.clip.id, number))
         except DataError as error:  # such as values that are not finite; a cache that cannot be written ends the run
             split = {"split": task.clip.split}
             self._ledger.take(Failure(task.clip.id, "commit", type(error).__name__, str(error), split))
         else:
-            seconds = clip.facts["faces"].get("seconds", [])
-            people = sum(one >= NOTABLE_SHARE * seconds[0] for one in seconds)
             self._media.update(dict.fromkeys(task.streams, clip.duration))
-            self._ledger.take(Extracted(task.clip.id, clip.duration, people))
+            self._ledger.take(Extracted(task.clip.id, clip.duration, clip.facts["faces"].get("notable", 0)))
         finally:
             self._slots.release()

@@ -69,6 +69,7 @@ PARTS: Mapping[str, Callable[[Clip, Identify], Any]] = {
     "labels":     lambda clip, of: of(clip.labels) if clip.labels is not None else None,
     "audio":      lambda clip, of: of(clip.audio) if clip.audio is not None else None,
     "dimensions": lambda clip, of: {target: of(path) for target, path in clip.dimensions} or None,
+    "person_labels": lambda clip, of: {str(k): of(path) for k, path in clip.person_labels} or None,
     "frames":     lambda clip, of: stills_identity(clip.frames, clip.frame_rate) if clip.frames is not None else None,
     "crops":      lambda clip, of: crops_identity(list_crops(clip.crops)) if clip.crops else None,
 }
@@ -160,7 +161,7 @@ def check_unchanged(clip: Clip, sources: Mapping[str, Any]) -> None:
     """
     changed = []
     for part, before in sources.items():
-        of = file_identity if part in ("labels", "dimensions") else file_status
+        of = file_identity if part in ("labels", "dimensions", "person_labels") else file_status
         now = PARTS[part](clip, of)
         if of is file_status and isinstance(before, Mapping):
             before = {key: value for key, value in before.items() if key != "blake2b"}

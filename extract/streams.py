@@ -21,7 +21,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "faces": ("video", "frames", "crops"),
     "audio": ("video", "frames", "audio"),
     "logmel": ("video", "frames", "audio"),
-    "labels": ("video", "frames", "labels", "dimensions", "split", "group"),
+    "labels": ("video", "frames", "labels", "dimensions", "person_labels", "split", "group"),
 }
 
 

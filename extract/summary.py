@@ -40,16 +40,13 @@ class Summary:
     costs: dict[str, Cost] = field(default_factory=dict)
 
 
-NOTABLE_SHARE = 0.1
-
-
 @dataclass(frozen=True)
 class Extracted:
     """An item that has been committed.
 
     Attributes:
         seconds: its duration.
-        people: number of people who are in the picture for at least `NOTABLE_SHARE` of the time of the first.
+        people: number of people with at least a tenth of the clear faces of the first one.
     """
 
     item: str

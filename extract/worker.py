@@ -5,12 +5,15 @@ The pipe to the pipeline provides back-pressure: it holds little, so a worker th
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vaflow.datasets.clip import Annotation, Clip
 from vaflow.datasets.formats import read_annotation
 from vaflow.datasets.labels import on_clock
 from vaflow.errors import MediaError, VaflowError, explain
@@ -20,7 +23,7 @@ from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, 
 from vaflow.extract.faces.detection import Cells, find_faces
 from vaflow.extract.faces.detection import Face as DetectedFace
 from vaflow.extract.faces.identity import open_network
-from vaflow.extract.faces.people import LARGEST, SPEAKING, ClipFaces
+from vaflow.extract.faces.people import ALL, LARGEST, SPEAKING, ClipFaces
 from vaflow.extract.image_folders import IMAGES_DIGEST, ImageDigest, list_crops, open_stills, read_crop, stills_at
 from vaflow.extract.messages import (
     Alive,
@@ -35,6 +38,7 @@ from vaflow.extract.messages import (
     Failed,
     Job,
     Message,
+    PersonLabels,
 )
 from vaflow.extract.nvdec import frames_on_gpu
 from vaflow.extract.scan import audio_clock
@@ -48,7 +52,8 @@ Image = np.ndarray[Any, Any]
 Send = Callable[[Message], None]
 Ask = Callable[[int, Sequence[Image]], Sequence[Cells]]  # number of the job, prepared images -> cells of each
 Frames = Iterator[tuple[int, Image]]  # frame number, RGB image
-Images = Iterator[tuple[int, bytes, Image]]  # grid sample, JPEG to store, the image that it decodes to
+Crops = Iterator[tuple[int, int, bytes]]  # number of the person, frame number, JPEG
+Images = Iterator[tuple[int, int, bytes, Image]]  # person, grid sample, JPEG to store, the image that it decodes to
 
 
 def serve(pipe: Connection, work: "Callable[[Any, Callable[[Any], None]], None] | None" = None) -> None:
@@ -165,14 +170,15 @@ class ClipReader:
 
     def _send_clock(self, sources: dict[str, Any]) -> None:
         clip, video = self._clip, self._info.video
-        annotation = read_annotation(clip)
+        everyone = self._job.person == ALL
+        numbered = dict(clip.person_labels) if everyone else {}
+        annotation = read_annotation(_with_labels(clip, numbered.pop(1)) if 1 in numbered else clip)
         facts: dict[str, Any] = {
             "split": clip.split,
             "group": clip.group,
             "duration": self._duration,
             "frames": int(self._times.size) if video is not None else 0,
-            "rows": 0 if annotation is None else int(annotation.value.shape[0]),
-            "targets": [] if annotation is None else list(annotation.targets),
+            **_annotation_facts(annotation),
         }
         if video is not None:
             names = ("codec", "width", "height", "nominal_rate", "average_rate")
@@ -190,7 +196,9 @@ class ClipReader:
                 )
             times = times[:0]  # labels of an audio file keep their own times
         labels = on_clock(annotation, times)
-        self._send(Clock(self._job.number, labels, self._duration, sources, facts))
+        others = {number: read_annotation(_with_labels(clip, path)) for number, path in numbered.items()}
+        people = {k: PersonLabels(on_clock(one, times), _annotation_facts(one)) for k, one in others.items()}
+        self._send(Clock(self._job.number, labels, self._duration, sources, facts, people))
 
     # -- audio -----------------------------------------------------------------------------------------------------
 
@@ -220,6 +228,7 @@ class ClipReader:
         job = self._job
         frame = nearest(self._times, job.grid.sample_times(self._duration))
         self._everyone: dict[str, np.ndarray[Any, Any]] | None = None
+        self._people = 0
         self._facts: dict[str, Any] = {"samples": int(frame.size), "faces": 0, "unreadable_crops": 0}
         if self._clip.crops and job.face_source != "centerface":
             images = self._read_crops(frame)
@@ -227,11 +236,11 @@ class ClipReader:
             images = self._detect_faces(frame)
         else:  # audio only
             images = iter(())
-        for sample, jpeg, image in images:
+        for person, sample, jpeg, image in images:
             self._facts["faces"] += 1
             prepared = {preparation: preparation(image) for preparation in job.preparations}
-            self._send(Face(job.number, sample, prepared, jpeg if job.keep_jpeg else None))
-        self._send(FacesEnd(job.number, frame, self._facts, self._everyone))
+            self._send(Face(job.number, sample, prepared, jpeg if job.keep_jpeg else None, person))
+        self._send(FacesEnd(job.number, frame, self._facts, self._everyone, self._people))
 
     def _read_crops(self, frame: Ints) -> Images:
         """Crops by frame number, never by position. The sample of a missing or unreadable one stays invalid."""
@@ -245,49 +254,55 @@ class ClipReader:
                 self._facts["unreadable_crops"] += 1
                 continue
             digest.add(number, jpeg)
-            yield sample, jpeg, image
+            yield 0, sample, jpeg, image
         self._facts[IMAGES_DIGEST] = digest.hexdigest()
 
     def _detect_faces(self, frame: Ints) -> Images:
-        """The face of one person. The image that is encoded is the JPEG that would be stored."""
+        """The face of one person, or of all. The image that is encoded is the JPEG that would be stored."""
         samples_of: dict[int, list[int]] = {}
         for sample, number in enumerate(frame.tolist()):
             samples_of.setdefault(number, []).append(sample)
         frames = self._whole_frames(np.unique(frame))
-        jpegs: Iterator[tuple[int, bytes]]
+        crops: Crops
         if self._job.face_source == "none":
-            jpegs = ((number, encode_jpeg(image)) for number, image in frames)
+            crops = ((0, number, encode_jpeg(image)) for number, image in frames)
         elif self._job.person == LARGEST and not self._clip.side:
-            jpegs = self._largest_face(frames)
+            crops = self._largest_face(frames)
         else:
-            jpegs = self._one_of_all(frames)
-        for number, jpeg in jpegs:
+            crops = self._chosen_faces(frames)
+        for person, number, jpeg in crops:
             stored = decode_jpeg(jpeg)
             for sample in samples_of[number]:
-                yield sample, jpeg, stored
+                yield person, sample, jpeg, stored
 
-    def _largest_face(self, frames: Frames) -> Iterator[tuple[int, bytes]]:
-        """Frame and crop of the largest face, followed by place alone."""
+    def _largest_face(self, frames: Frames) -> Crops:
+        """Crops of the largest face, followed by place alone."""
         tracker = PersonTracker()
         for number, image, faces in self._detected(frames):
             face = tracker.update(faces, float(self._times[number]))
             if face is not None:
-                yield number, encode_jpeg(align(image, face))
+                yield 0, number, encode_jpeg(align(image, face))
 
-    def _one_of_all(self, frames: Frames) -> Iterator[tuple[int, bytes]]:
-        """Frame and crop of the person that the settings choose, once all faces of the clip are known."""
+    def _chosen_faces(self, frames: Frames) -> Crops:
+        """Crops of the person that the settings choose, or of everyone, once all faces of the clip are known."""
         rule = self._clip.side or self._job.person
         with ClipFaces(open_network(self._job.identity)) as faces:
             for number, image, faces_in_frame in self._detected(frames):
                 beat()
                 faces.add(number, float(self._times[number]), image, faces_in_frame)
             people = faces.people()
-            person = people.choose(rule, self._speech() if rule == SPEAKING else None)
             self._everyone = people.arrays()
-            self._facts |= {"person": person, "people": len(people.sightings), "cuts": len(people.cuts)}
+            self._facts |= {"people": len(people.sightings), "notable": people.notable, "cuts": len(people.cuts)}
             self._facts["seconds"] = [round(seconds, 2) for seconds in people.seconds]
+            if rule == ALL:
+                self._people = max(1, people.notable)  # without a face, the clip is one item without faces
+                for number, sightings in enumerate(people.sightings[: self._people], start=1):
+                    for sighting in sightings:
+                        yield number, sighting.frame, people.jpeg(sighting)
+                return
+            person = self._facts["person"] = people.choose(rule, self._speech() if rule == SPEAKING else None)
             for sighting in people.sightings[person - 1] if person else []:
-                yield sighting.frame, people.jpeg(sighting)
+                yield 0, sighting.frame, people.jpeg(sighting)
 
     def _speech(self) -> Callable[[float], bool] | None:
         """Whether there is speech at a time in seconds; None for a clip without audio."""
@@ -327,6 +342,16 @@ class ClipReader:
                     digest.add(number, data)
                     yield number, image
             self._facts[IMAGES_DIGEST] = digest.hexdigest()
+
+
+def _with_labels(clip: Clip, path: Path) -> Clip:
+    return replace(clip, labels=path, label_format="csv", dimensions=())
+
+
+def _annotation_facts(annotation: Annotation | None) -> dict[str, Any]:
+    if annotation is None:
+        return {"rows": 0, "targets": []}
+    return {"rows": int(annotation.value.shape[0]), "targets": list(annotation.targets)}
 
 
 @cache

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 PREFERRED = {VISUAL: "clip-vit-b16", AUDIO: "ast"}  # if a cache has several: the paper's streams
 LOGMEL_INTERVAL = 0.01  # seconds between filter-bank frames
 # Fields that can differ between the training cache and one to predict: they move samples or change low bits.
-_LENIENT = ("sampling", "decoder", "picture.decoder", "picture.faces.runtime", "precision")
+_PEOPLE = ("picture.faces.tracker", "picture.faces.person", "picture.faces.people")  # whose face, not how it is read
+_LENIENT = ("sampling", "decoder", "picture.decoder", "picture.faces.runtime", *_PEOPLE, "precision")
 SLOW_FRAMES, SLOW_STRIDE = 20, 6  # rows of a window, and between two windows, of features slower than the default
 
 
@@ -261,8 +262,8 @@ def _warn_of_no_prompts(cache: str) -> None:
 def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
     """Check that a run's streams in this cache come from the same encoder with the same settings.
 
-    The sampling, the decoder, the stored dtype and the encoders' precision can differ; that is logged once per process,
-    because `predict` makes a cache per clip.
+    The sampling, the decoder, the choice of a person, the stored dtype and the encoders' precision can differ; that is
+    logged once per process, because `predict` makes a cache per clip.
 
     Raises:
         UsageError: the cache has no such stream.

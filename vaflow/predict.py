@@ -26,10 +26,11 @@ from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
 from vaflow.extract.faces.identity import AUTO, network_setting
-from vaflow.extract.faces.people import LARGEST
+from vaflow.extract.faces.people import ALL, LARGEST, MAIN
 from vaflow.extract.pipeline import extract
 from vaflow.failures import FAILURES, Failure, FailureLog
 from vaflow.files import write_file
+from vaflow.item_names import clip_and_person, person_item
 from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train.data import load_windows
@@ -61,12 +62,14 @@ class PredictConfig:
         weights: encoder name -> local file or folder, instead of the hub.
         face_source: as for extraction; None: as in the run's cache, which is the only one that fits.
         cache: keep the features here and reuse them; None: delete them at the end.
+        person: whom to predict, as for extraction; None: as in the run's cache ("main" if that has everyone).
     """
 
     device: str = "auto"
     weights: Mapping[str, Path] = field(default_factory=dict)
     face_source: str | None = None
     cache: Path | None = None
+    person: str | None = None
 
 
 @dataclass(frozen=True)
@@ -146,9 +149,11 @@ def predict_media(
     failures = FailureLog(out / FAILURES)
     cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
     failed = {failure.item for failure in failures.failures}
-    items = [clip.id for clip in clips if clip.id not in failed] if media else cache.items()
+    items = items_of(cache, [clip.id for clip in clips if clip.id not in failed]) if media else cache.items()
     predicted = write_clips(run, members, weights, cache, items, out, failures, show_progress=show_progress)
-    videos = {clip.id: clip.audio for clip in clips if clip.audio is not None}
+    sources = {clip.id: clip.audio for clip in clips if clip.audio is not None}
+    videos = {item: sources[source] for item in items if (source := clip_and_person(item)[0]) in sources}
+    videos |= {item: sources[item] for item in items if item in sources}
     write_sources(out, maker_of(run), cache, [clip.item for clip in predicted], videos)
     if config.cache is None:
         for features in out.glob(f"{FEATURES}*"):
@@ -217,6 +222,7 @@ def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> E
                 expected=f"--faces {trained_on}, which is the default",
             )
         )
+    trained_person = next((one.get("person", LARGEST) for one in faces if one), LARGEST)
     return ExtractConfig(
         visual=tuple(dict.fromkeys(stream.name for stream in streams if stream.kind == "visual")),
         audio=tuple(dict.fromkeys(stream.name for stream in streams if stream.kind == "audio")),
@@ -228,10 +234,21 @@ def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> E
         face_source=config.face_source or trained_on,
         device=config.device,
         precision=precision,
-        person=next((one.get("person", LARGEST) for one in faces if one), LARGEST),
+        person=config.person or (MAIN if trained_person == ALL else trained_person),
         identity=next((network_setting(one) for one in faces if one), AUTO),
         detector=detectors[0] if detectors else ExtractConfig.detector,
     )
+
+
+def items_of(cache: Cache, clips: Sequence[str]) -> list[str]:
+    """The items of clips in the cache: the clip itself, or all of its people, in the order of their numbers."""
+    people: dict[str, list[int]] = {}
+    items = set(cache.items())
+    for item in items:
+        source, number = clip_and_person(item)
+        people.setdefault(source, []).append(number)
+    divided = ([person_item(clip, number) for number in sorted(people.get(clip, ())) if number] for clip in clips)
+    return [item for clip, each in zip(clips, divided, strict=True) for item in ([clip] if clip in items else each)]
 
 
 def check_alike(members: Mapping[Path, Run]) -> None:

@@ -22,8 +22,7 @@ from vaflow.extract.faces.tracking import MAX_SIZE_CHANGE, FaceTracker, distance
 
 Image = NDArray[np.uint8]
 
-LARGEST, MAIN, LEFT, RIGHT, SPEAKING, ID = "largest", "main", "left", "right", "speaking", "id:"
-PERSON_PATTERN = r"main|left|right|speaking|largest|id:[1-9]\d*"
+LARGEST, MAIN, ALL, LEFT, RIGHT, SPEAKING, ID = "largest", "main", "all", "left", "right", "speaking", "id:"
 
 MEMORY_BYTES = 64 * 2**20
 MAX_FACES = 16  # of one frame: the largest
@@ -35,6 +34,7 @@ CROWDED = 1.2  # face sizes from a track's last face within which another face m
 MIN_OVERLAP = 0.1  # of a face with the one before in its track
 UNCERTAIN = (0.75, 1.25)  # of the limit: distances of two tracks at which more faces of both are compared
 LOOKS = 2  # faces of each such track, from equal parts of it
+NOTABLE_SHARE = 0.1  # of the clear faces of person 1, from which on another person counts
 NEARLY_EQUAL = 0.9  # share of the most seconds with which a larger face is the main person
 SIDE_SHARE = 0.9  # of the frames that show both people, in which the left one must be on the left
 MIN_FRAMES_TOGETHER = 2
@@ -239,18 +239,19 @@ def _may_follow(last: Face, face: Face) -> bool:
 def _by_presence(people: Iterable[list[Sighting]]) -> list[list[Sighting]]:
     """People by their number of clear sightings; the first of those with nearly the most has the largest face."""
 
-    def clear(sightings: list[Sighting]) -> int:
-        return sum(sighting.quality.is_clear for sighting in sightings)
-
-    ordered = sorted(people, key=lambda s: (-clear(s), -len(s), s[0].frame))
+    ordered = sorted(people, key=lambda s: (-_clear(s), -len(s), s[0].frame))
     if not ordered:
         return []
-    most = (clear(ordered[0]), len(ordered[0]))
+    most = (_clear(ordered[0]), len(ordered[0]))
     rivals = [
-        s for s in ordered if clear(s) >= NEARLY_EQUAL * most[0] and (most[0] or len(s) >= NEARLY_EQUAL * most[1])
+        s for s in ordered if _clear(s) >= NEARLY_EQUAL * most[0] and (most[0] or len(s) >= NEARLY_EQUAL * most[1])
     ]
     main = max(rivals, key=lambda s: float(np.median([sighting.face.size for sighting in s])))
     return [main, *(s for s in ordered if s is not main)]
+
+
+def _clear(sightings: list[Sighting]) -> int:
+    return sum(sighting.quality.is_clear for sighting in sightings)
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,13 @@ class People:
     def seconds(self) -> list[float]:
         """Seconds that each person is in the picture."""
         return [len(sightings) * self.step for sightings in self.sightings]
+
+    @property
+    def notable(self) -> int:
+        """Number of people with at least `NOTABLE_SHARE` of the clear faces of person 1; they are the first ones."""
+        clear = [_clear(sightings) for sightings in self.sightings]
+        counts = clear if any(clear) else [len(sightings) for sightings in self.sightings]
+        return sum(one >= NOTABLE_SHARE * counts[0] for one in counts)
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """The arrays of a `faces` stream: one row per face, in order of time."""

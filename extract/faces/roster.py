@@ -24,6 +24,7 @@ from vaflow.extract.faces.identity import open_network
 from vaflow.extract.faces.people import ClipFaces
 from vaflow.extract.faces.quality import MAX_YAW, MIN_SCORE, MIN_SHARPNESS, MIN_SIZE
 from vaflow.extract.video import frame_times, frames_at
+from vaflow.item_names import clip_and_person, person_item
 from vaflow.timeline import Grid, nearest
 
 CROPS = 10  # of each person, evenly over their time
@@ -70,6 +71,8 @@ def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[tuple[str, Arra
     """Item, its arrays of the faces stream, and the person that its visual features are of (0: none, or not known)."""
     visual = [name for name, info in cache.streams().items() if info.kind in ("visual", "pixels")]
     for item in items:
+        if clip_and_person(item)[1] > 1 and cache.has(FACES, person_item(clip_and_person(item)[0], 1)):
+            continue  # the people of a clip share its faces
         if cache.has(FACES, item):
             made = [name for name in visual if cache.has(name, item)]
             chosen = cache.record(made[0], item).meta.get("person", 0) if made else 0

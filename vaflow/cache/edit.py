@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from vaflow.cache.cache import Cache
 from vaflow.cache.schema import LABELS
 from vaflow.errors import UsageError, explain
+from vaflow.item_names import clip_and_person
 
 THREADS = 4  # commits wait for disk flushes
 SHOWN = 5  # names in a message
@@ -42,8 +43,13 @@ def clip_streams(cache: Cache) -> dict[str, tuple[str, ...]]:
 
 
 def absent_clips(cache: Cache, present: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Return the clips of the cache whose ids are not in `present`, sorted, with their streams as `clip_streams`."""
-    return {item: streams for item, streams in clip_streams(cache).items() if item not in present}
+    """Return the clips of the cache whose ids are not in `present`, sorted, with their streams as `clip_streams`.
+
+    The people of a clip (`clip#1`, ...) are present if the clip is.
+    """
+    known = clip_streams(cache)
+    absent = (item for item in known if item not in present and clip_and_person(item)[0] not in present)
+    return {item: known[item] for item in absent}
 
 
 def clips_to_drop(cache: Cache, present: Collection[str], origin: str) -> list[str]:

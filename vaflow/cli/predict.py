@@ -42,6 +42,14 @@ def predict(
             metavar="SOURCE", help="Source of the faces, as for `vaflow extract`.", show_default="as in the run's cache"
         ),
     ] = None,
+    person: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHO",
+            help="Person to predict, as for `vaflow extract`; all: a CSV file per person.",
+            show_default="as in the run's cache",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
     cache: Annotated[
         Path | None,
@@ -73,7 +81,7 @@ def predict(
     set_up(verbose, quiet)
     from vaflow.predict import PredictConfig, predict_media
 
-    config = PredictConfig(device=device, weights=weight_pairs(weights or []), face_source=faces, cache=cache)
+    config = PredictConfig(device, weight_pairs(weights or []), faces, cache, person)
     bars = show_bars(quiet or json)
     if str(run).startswith("onnx:"):
         from vaflow.pretrained import Columns, predict_model

@@ -27,6 +27,7 @@ class Clip:
         dimensions: (target, file), if each dimension has its own file; `labels` is then the first of them.
         frames: folder of frames named by 0-based number, in place of a video, shown at `frame_rate` per second.
         frame_rate: frames per second of `frames`; None for a video, which has presentation times.
+        person_labels: (K, file): labels of person K, if all people of the clip are extracted.
         side: "left" or "right": which of two people the clip is about, if it has no crops; "" if not known.
     """
 
@@ -42,6 +43,7 @@ class Clip:
     frames: Path | None = None
     frame_rate: float | None = None
     side: str = ""
+    person_labels: tuple[tuple[int, Path], ...] = ()
 
 
 @dataclass(frozen=True)

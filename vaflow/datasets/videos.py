@@ -3,6 +3,7 @@
     ROOT/**/<stem>.mp4 ...      any container that FFmpeg opens
     ROOT/**/<stem>.wav ...      audio alone: a clip without a visual stream, unless a video of that name is beside it
     ROOT/**/<stem>.csv          frame (0-based) or time (seconds); valence and/or arousal
+    ROOT/**/<stem>#K.csv        labels of person K, where all people of a clip are extracted
     ROOT/splits.csv             name, split, and optionally group
 
 Hidden files and folders are skipped. Linked folders are not entered: they may leave the root or lead in circles.
@@ -20,6 +21,7 @@ from vaflow.datasets.clip import Annotation, Clip, Note
 from vaflow.datasets.files import LeftOut, entries, examples, is_audio, is_folder, is_regular, is_video
 from vaflow.datasets.splits import SPLITS_FILE, assign
 from vaflow.datasets.text import TARGETS, LabelFile, separator_of, split_cells
+from vaflow.item_names import clip_and_person, person_item
 
 LOOKS_FOR = "video or audio files (mp4, mov, avi, mkv, webm, mpg, wmv, wav, mp3 ...) in any folder"
 
@@ -57,9 +59,14 @@ def scan(root: Path) -> tuple[list[Clip], list[Note]]:
     media = [*files.videos, *(path for path in files.audio if _stem(path) not in with_video)]
     items = dict(zip(item_ids(media), media, strict=True))
     assigned = assign(root, list(items.items()))
+    people: dict[str, list[int]] = {}
+    for table in files.tables.keys() - {_stem(path) for path in media}:
+        stem, number = clip_and_person(table)
+        people.setdefault(stem, []).append(number)
     clips = []
     for item, path in items.items():
         labels = root / files.tables[_stem(path)] if _stem(path) in files.tables else None
+        numbers = people.get(_stem(path), ()) if is_video(path) else ()
         clips.append(
             Clip(
                 id=item,
@@ -69,6 +76,7 @@ def scan(root: Path) -> tuple[list[Clip], list[Note]]:
                 audio=root / path,
                 labels=labels,
                 label_format="csv" if labels else "none",
+                person_labels=tuple((k, root / files.tables[person_item(_stem(path), k)]) for k in sorted(numbers)),
             )
         )
     return clips, [*left_out.notes(), *_table_notes(files, media, clips, beside), *assigned.notes]
@@ -117,7 +125,8 @@ def _survey(root: Path, left_out: LeftOut, *, first_only: bool = False) -> _File
 def _table_notes(files: _Files, media: list[str], clips: list[Clip], beside: list[str]) -> list[Note]:
     """Notes on tables without media, tables of several files, and audio files beside a video."""
     notes = []
-    if orphans := sorted(set(files.tables) - {_stem(path) for path in media}):
+    used = {_stem(path) for path in media}
+    if orphans := sorted(table for table in files.tables if not used & {table, clip_and_person(table)[0]}):
         message = f"Tables without a video or audio file of their name: {examples(orphans)}"
         remedy = "Put the recording beside its table, or rename the table"
         notes.append(Note("note", "table-without-video", "", message, remedy))
