@@ -21,6 +21,7 @@ from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message, PersonLabels
 from vaflow.extract.plan import PendingClip
+from vaflow.extract.speech import METHOD, SpeechMeter
 from vaflow.item_names import person_item
 from vaflow.timeline import Floats, Ints
 
@@ -62,7 +63,7 @@ def vector_shape(info: StreamInfo) -> tuple[int, ...]:
     return (layers, info.dim) if layers else (info.dim,)
 
 
-FACTS_OF = {"labels": "labels", "logmel": "audio", "audio": "audio", "faces": "faces"} | dict.fromkeys(
+FACTS_OF = {"labels": "labels", "logmel": "logmel", "audio": "audio", "faces": "faces"} | dict.fromkeys(
     ("visual", "pixels"), "visual"
 )
 Arrays = dict[str, Rows]
@@ -144,13 +145,14 @@ class ClipAssembly:
         self._audio = {name: pair for name, pair in encoders.audio.items() if name in task.streams}
         self._cached_logmel, self._scratch = cached_logmel, scratch
         self.sources: dict[str, Any] = {}
-        self.facts: dict[str, dict[str, Any]] = {"labels": {}, "audio": {}, "visual": {}, "faces": {}}
+        self.facts: dict[str, dict[str, Any]] = {"labels": {}, "logmel": {}, "audio": {}, "visual": {}, "faces": {}}
         self.arrays: dict[str, Arrays] = {}
         self.duration = 0.0
         front_ends = {encoder.front_end for encoder, _ in self._audio.values()} - {KALDI}
         if LOGMEL in task.streams:
             front_ends.add(KALDI)
         # The log-Mel is encoded from its stored form; frames of other front ends are dropped once they are encoded.
+        self._speech = SpeechMeter(logmel.RATE) if LOGMEL in task.streams else None
         self._banks = Banks(front_ends, {KALDI: np.dtype(config.dtype)}, scratch)
         self._rows: dict[int, PersonRows] = {}  # by number of the person; 0: the clip is one item
         self._visual_arrays: dict[int, dict[str, Arrays]] = {}
@@ -223,6 +225,8 @@ class ClipAssembly:
             case AudioBlock():
                 self._audio_seconds += message.samples.size / logmel.RATE
                 self._banks.push(message.samples)
+                if self._speech is not None:
+                    self._speech.push(message.samples)
             case AudioEnd():
                 self._end_audio(message)
             case Face():
@@ -256,7 +260,18 @@ class ClipAssembly:
             valid = covered_frames(len(frames), end.covered)
             if front == KALDI:
                 self.arrays[LOGMEL] = {"embedding": frames, "time": frame_times(len(frames)), "valid": valid}
+                self._end_speech(valid)
             self._encode_audio(front, frames, valid)
+
+    def _end_speech(self, valid: NDArray[np.bool_]) -> None:
+        """Store the speech activity of each log-Mel frame: that of the 10 ms at which it begins."""
+        if self._speech is None:
+            return
+        speech = np.zeros(len(valid), bool)
+        measured = self._speech.finish()[: len(valid)]
+        speech[: len(measured)] = measured
+        self.arrays[LOGMEL]["speech"] = speech & valid
+        self.facts["logmel"] = self.facts["audio"] | {"speech": METHOD}
 
     def _encode_audio(self, front: FrontEnd, frames: Rows, valid: NDArray[np.bool_]) -> None:
         """Encode the frames of one front end with every encoder that reads it."""

@@ -38,7 +38,7 @@ class SpeechMeter:
     def __init__(self, rate: int = 16_000) -> None:
         self._size = round(HOP * rate)
         self._rest = np.zeros(0, np.float32)
-        self._levels: list[Floats] = []
+        self._levels: list[NDArray[np.float32]] = []
 
     def push(self, samples: NDArray[np.float32]) -> None:
         """The next samples [n]."""
@@ -46,7 +46,7 @@ class SpeechMeter:
         count = len(samples) // self._size
         self._rest = samples[count * self._size :]
         power = np.square(samples[: count * self._size].reshape(count, self._size), dtype=np.float64).mean(axis=1)
-        self._levels.append(10 * np.log10(np.maximum(power, 1e-12)))
+        self._levels.append((10 * np.log10(np.maximum(power, 1e-12))).astype(np.float32))
 
     def finish(self) -> Bools:
         """[F] True where there is speech, one per `HOP` from time 0."""

@@ -12,6 +12,7 @@ from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train.batch import VISUAL, TargetSpec
 from vaflow.train.index_tables import NO_AUDIO, NO_FRAMES, AudioTimes, FrameTimes
 from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampling
+from vaflow.train.quality import EVERYTHING, InputMasks
 from vaflow.train.targets import ExtraRows, read_rows
 
 LONGEST = 24 * 3600.0  # seconds of a clip whose arrays have less than one row per window
@@ -50,7 +51,12 @@ class Clip:
 
 
 def read_clip(
-    cache: Cache, item: str, streams: Sequence[InputStream], targets: Sequence[TargetSpec], window: float
+    cache: Cache,
+    item: str,
+    streams: Sequence[InputStream],
+    targets: Sequence[TargetSpec],
+    window: float,
+    masks: InputMasks = EVERYTHING,
 ) -> Clip:
     """Read every array of a clip once.
 
@@ -60,10 +66,12 @@ def read_clip(
         streams: features to read.
         targets: further targets to read.
         window: seconds of a training window; bounds the duration.
+        masks: valid inputs to leave out.
 
     Raises:
         DataError: valid features hold NaN or infinity, labels are outside [-1, 1], or times are not credible.
         CacheError: an array cannot be read.
+        UsageError: the cache does not hold what the masks require.
     """
     labels = cache.read(LABELS, item)
     outside = np.count_nonzero(~(np.abs(labels.value[labels.valid]) <= 1))
@@ -83,7 +91,7 @@ def read_clip(
         time=labels.time,
         value=np.where(labels.valid, labels.value, np.nan).astype(np.float64),
         valid=labels.valid,
-        features={stream.name: _features(stream, arrays.get(stream.name)) for stream in streams},
+        features={stream.name: _features(cache, stream, arrays.get(stream.name), masks) for stream in streams},
         missing=tuple(stream.name for stream in streams if stream.name not in arrays),
         extra={spec.name: read_rows(cache, spec, item) for spec in targets},
     )
@@ -113,7 +121,7 @@ def _duration(arrays: Sequence[Item], window: float) -> float:
     return duration
 
 
-def _features(stream: InputStream, data: Item | None) -> ClipFeatures:
+def _features(cache: Cache, stream: InputStream, data: Item | None, masks: InputMasks) -> ClipFeatures:
     """Rows and times of one stream; `data` is None if the stream lacks the clip."""
     interval = interval_of(stream.kind, stream.identity)
     if data is None:
@@ -130,14 +138,15 @@ def _features(stream: InputStream, data: Item | None) -> ClipFeatures:
                 remedy="Make the features of this clip again",
             )
         )
+    kept = masks.valid(cache, stream.name, stream.kind, data)
     if stream.kind == VISUAL:
-        return ClipFeatures(rows, FrameTimes(data.time, data.valid, interval))
+        return ClipFeatures(rows, FrameTimes(data.time, kept, interval))
     if stream.kind != "audio":  # log-Mel: one sequence over the whole clip, frame i for the i-th hop
         hops: Floats = (np.arange(len(data.time), dtype=np.float64) + 0.5) * LOGMEL_INTERVAL
-        return ClipFeatures(rows, AudioTimes(np.zeros(1), hops[None], data.valid[None], None, LOGMEL_INTERVAL))
+        return ClipFeatures(rows, AudioTimes(np.zeros(1), hops[None], kept[None], None, LOGMEL_INTERVAL))
     interval = interval or median_interval(data.time[:1].ravel())
     start = data.arrays.get("start")
     if start is None:
-        return ClipFeatures(rows, AudioTimes(data.time[:, 0], data.time, data.valid, None, interval))
+        return ClipFeatures(rows, AudioTimes(data.time[:, 0], data.time, kept, None, interval))
     window = sampling(stream.identity).get("window")
-    return ClipFeatures(rows, AudioTimes(start, data.time, data.valid, window, interval))
+    return ClipFeatures(rows, AudioTimes(start, data.time, kept, window, interval))

@@ -36,9 +36,11 @@ BEFORE_SETTING: Mapping[str, Any] = {
     "shared_sources": False,
     "uncertainty": NONE,
     "nll_weight": 0.0,
+    "min_face_quality": 0.0,
+    "speech_mask": False,
 }
 # Left out of records where they have their default, so that the digests of runs without them do not change.
-LEFT_OUT = ("uncertainty", "nll_weight")
+LEFT_OUT = ("uncertainty", "nll_weight", "min_face_quality", "speech_mask")
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,14 @@ class TrainConfig:
         at_least=0,
         source="A variance head beside the CCC",
     )
+    min_face_quality: float = setting(
+        0.0,
+        "Treat faces below this quality (0 to 1; size, sharpness, yaw and detector score) as missing",
+        group="data",
+        at_least=0,
+        below=1,
+    )
+    speech_mask: bool = setting(False, "Treat audio without speech as missing", group="data")
     modality_dropout: float = setting(
         0.0, "Probability that a training window loses one modality", group="data", at_least=0, below=1
     )

@@ -24,6 +24,7 @@ from vaflow.train.clips import Clip, read_clip
 from vaflow.train.config import TrainConfig
 from vaflow.train.folds import split_items
 from vaflow.train.inputs import InputStream
+from vaflow.train.quality import InputMasks
 from vaflow.train.targets import target_specs
 from vaflow.train.windows import ClipRows, StreamTable, WindowSet
 
@@ -97,7 +98,7 @@ def load_windows(
     Raises:
         DataError: features hold NaN or infinity, labels are outside [-1, 1], or times are not credible; the clip is
             named.
-        UsageError: there are no clips.
+        UsageError: there are no clips, or the cache does not hold what a mask of inputs requires.
         CacheError: an array cannot be read.
     """
     if not items:
@@ -108,8 +109,9 @@ def load_windows(
     streams = [replace(stream, identity=known[stream.name].identity) for stream in streams]
     targets = target_specs(cache, [name for name in config.extra_targets if name in known])
     builder = WindowBuilder(streams, targets, config, make_packs(cache, items, streams, device, budget, scratch))
+    masks = InputMasks(config.min_face_quality, config.speech_mask)
     for item in tqdm(items, desc="loading", unit="clip", disable=not show, leave=False):
-        builder.add(read_clip(cache, item, streams, targets, config.grid.window))
+        builder.add(read_clip(cache, item, streams, targets, config.grid.window, masks))
     return builder.window_set(device)
 
 

@@ -51,6 +51,7 @@ class Trace:
         centers: distance of the outer region centers from 0.
         interpolated: [R] bool: the frame lies between two samples of the model; None: unknown.
         std: [R, 2] standard deviations of `va`; None without.
+        face_quality, speech: [R] quality of the face (0 to 1), and whether there is speech; None: unknown.
         far: [R] bool: the frame's features are far from those of the training split; None: unknown.
     """
 
@@ -64,6 +65,8 @@ class Trace:
     interpolated: Bools | None = None
     std: Floats | None = None
     far: Bools | None = None
+    face_quality: Floats | None = None
+    speech: Bools | None = None
 
     @property
     def region(self) -> Ints:
@@ -392,7 +395,8 @@ def prediction_csv(trace: Trace) -> str:
 
     Columns: frame (0-based), time (s), valence, arousal; label_valence, label_arousal where the clip is annotated
     (empty where a row is not); face, audio (0 or 1) where the run reads such a stream; region; valence_std,
-    arousal_std and far_from_training (0 or 1) of runs with a variance head; interpolated (0 or 1).
+    arousal_std and far_from_training (0 or 1) of runs with a variance head; interpolated (0 or 1); face_quality (0 to
+    1) and speech (0 or 1) where the cache holds them.
     """
     clip = trace.clip
     columns: dict[str, Iterable[str]] = {
@@ -411,5 +415,9 @@ def prediction_csv(trace: Trace) -> str:
         columns |= {f"{name}_std": [f"{x:.6f}" for x in trace.std[:, k].tolist()] for k, name in enumerate(DIMENSIONS)}
     flags = {"far_from_training": trace.far, "interpolated": trace.interpolated}
     columns |= {name: map(str, mask.astype(int).tolist()) for name, mask in flags.items() if mask is not None}
+    if trace.face_quality is not None:
+        columns["face_quality"] = [f"{x:.3f}" for x in trace.face_quality.tolist()]
+    if trace.speech is not None:
+        columns["speech"] = map(str, trace.speech.astype(int).tolist())
     rows = (",".join(row) for row in zip(*columns.values(), strict=True))
     return "\n".join([",".join(columns), *rows]) + "\n"

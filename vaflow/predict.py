@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -33,6 +33,7 @@ from vaflow.files import write_file
 from vaflow.item_names import clip_and_person, person_item
 from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Bools, Floats, median_interval
+from vaflow.train.batch import VISUAL
 from vaflow.train.data import load_windows
 from vaflow.train.ensemble import ensemble_traces, maker_of, members_of
 from vaflow.train.evaluate import Trace, featureless, prediction_csv
@@ -42,6 +43,7 @@ from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.plots import draw_trace
 from vaflow.train.provenance import write_sources
 from vaflow.train.published import local_run
+from vaflow.train.quality import frame_columns
 from vaflow.train.reporting import warn_of_demonstration
 from vaflow.train.runs import Run, RunFolder, load_run
 from vaflow.train.training import read_for
@@ -342,7 +344,11 @@ def write_clips(
         for item in sorted(empty):
             failures.add(Failure(item, "predict", "DataError", "The cache has no features of this clip"))
         whole = ensemble_traces(run, traces, weights)
-        predicted += [write_clip(out, trace, note) for trace in whole if trace.clip.item not in empty]
+        visual = dict.fromkeys(s.name for m in members.values() for s in m.record.wanted if s.kind == VISUAL)
+        for trace in whole:
+            if trace.clip.item not in empty:
+                columns = frame_columns(cache, visual, trace.clip.item, trace.clip.time)
+                predicted.append(write_clip(out, replace(trace, **columns), note))
     return predicted
 
 

@@ -194,7 +194,8 @@ def peak_and_stored(cache: Cache, item: str, seconds: int) -> tuple[int, int]:
         for batcher in encoders.batchers.values():
             batcher.flush()
         assert clip.complete
-        files = [cache.write(name, item, clip.arrays[name]).files for name in INFOS]
+        ((_, results),) = clip.items()
+        files = [cache.write(name, item, results[name][0]).files for name in INFOS]
         return tracemalloc.get_traced_memory()[1], sum(facts["size"] for made in files for facts in made.values())
     finally:
         tracemalloc.stop()

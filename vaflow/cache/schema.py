@@ -86,6 +86,7 @@ KINDS: Mapping[str, Mapping[str, ArraySpec]] = {
         "embedding": ArraySpec(("frame", "mel"), FLOAT),
         "time":      ArraySpec(("frame",), ("float64",)),          # seconds: the frame's centre
         "valid":     ArraySpec(("frame",), ("bool",)),             # all its samples came from the file
+        "speech":    ArraySpec(("frame",), ("bool",), False),      # there is speech where the frame begins
     },
     # the face crop of every visual sample, as JPEG files laid end to end
     "pixels": {

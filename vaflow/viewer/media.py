@@ -12,6 +12,7 @@ from av.audio.resampler import AudioResampler
 from numpy.typing import NDArray
 
 from vaflow.datasets.files import walk
+from vaflow.item_names import clip_and_person
 from vaflow.timeline import Floats
 from vaflow.viewer.predictions import PredictedClip
 
@@ -83,8 +84,8 @@ class MediaIndex:
                     for path in self._by_name.get(str(facts.get("name")), ()):
                         if path.stat().st_size == facts.get("size"):
                             return path
-        stem = clip.item.rsplit("/", 1)[-1]
-        same = [path for name, paths in self._by_name.items() if stem in (name, Path(name).stem) for path in paths]
+        stems = {name.rsplit("/", 1)[-1] for name in (clip.item, clip_and_person(clip.item)[0])}
+        same = [path for name, paths in self._by_name.items() if stems & {name, Path(name).stem} for path in paths]
         return same[0] if len(same) == 1 and not any(clip.records()) else None
 
 

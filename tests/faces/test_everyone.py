@@ -1,0 +1,164 @@
+"""`--person all`: every person of a clip is an item of its own."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from composites import in_a_row, one_after_another, write
+
+from vaflow.cache import Cache, open_cache
+from vaflow.cache.edit import absent_clips
+from vaflow.cli import main
+from vaflow.datasets import open_dataset
+from vaflow.datasets.clip import Clip
+from vaflow.encoders import build_encoder
+from vaflow.encoders.base import AudioEncoder, VisualEncoder
+from vaflow.errors import UsageError
+from vaflow.extract.config import ExtractConfig
+from vaflow.extract.pipeline import extract_with
+from vaflow.extract.plan import is_divided
+from vaflow.extract.summary import Summary
+from vaflow.item_names import clip_and_person
+from vaflow.predict import items_of
+
+CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1, person="all", pixels=True)
+SECONDS = 4
+
+
+@pytest.fixture(scope="module")
+def tiny_ast() -> object:
+    return build_encoder("ast-tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    """A clip with two people, with labels of its own and of person 2, and one with nobody."""
+    folder = tmp_path_factory.mktemp("everyone") / "data"
+    folder.mkdir()
+    write(folder / "pair.mp4", in_a_row(clips, "wolfgang", "obama"), SECONDS)
+    write(folder / "empty.mp4", one_after_another(clips, ("nobody", SECONDS)), 2)
+    for name, valence in (("pair", 0.1), ("pair#2", -0.4)):
+        (folder / f"{name}.csv").write_text(f"time,valence,arousal\n0,{valence},0\n{SECONDS},{valence},0\n")
+    return folder
+
+
+def run(data: Path, out: Path, visual: VisualEncoder, audio: AudioEncoder, config: ExtractConfig = CONFIG) -> Summary:
+    audios = [audio] if config.audio else []
+    return extract_with(open_dataset(data), out, config, [visual], audios, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def extracted(data: Path, tiny_clip: VisualEncoder, tiny_ast: AudioEncoder) -> tuple[Path, Summary]:
+    out = data.parent / "cache"
+    return out, run(data, out, tiny_clip, tiny_ast)
+
+
+@pytest.fixture
+def cache(extracted: tuple[Path, Summary]) -> Cache:
+    return open_cache(extracted[0])
+
+
+def test_every_person_is_an_item_of_the_clips_group(cache: Cache) -> None:
+    assert cache.items() == ["empty#1", "pair#1", "pair#2"]
+    assert {str(cache.meta(item)["group"]) for item in ("pair#1", "pair#2")} == {"pair"}
+    assert [cache.meta(f"pair#{k}")["persons"] for k in (1, 2)] == [2, 2]
+    one, other = (cache.read("clip-tiny", f"pair#{k}") for k in (1, 2))
+    assert one.valid.all() and other.valid.all()
+    assert not (one.embedding == other.embedding).all(axis=1).any()
+    assert not cache.read("clip-tiny", "empty#1").valid.any()
+    assert cache.read("pixels", "pair#2").valid.all()
+
+
+def test_the_audio_is_encoded_once(cache: Cache, extracted: tuple[Path, Summary]) -> None:
+    one, other = (cache.read("ast-tiny", f"pair#{k}") for k in (1, 2))
+    np.testing.assert_array_equal(one.embedding, other.embedding)
+    assert extracted[1].extracted == 2, "clips, not people"
+    assert extracted[1].several_people == 1
+
+
+def test_labels_of_a_person_are_beside_the_video(cache: Cache) -> None:
+    first, second = (cache.read("labels", f"pair#{k}") for k in (1, 2))
+    assert np.unique(first.value[:, 0]).tolist() == [np.float32(0.1)]
+    assert np.unique(second.value[:, 0]).tolist() == [np.float32(-0.4)]
+    assert not any(note.code == "table-without-video" for note in open_dataset(cache.path.parent / "data").notes)
+
+
+def test_people_have_the_features_that_a_choice_by_number_gives(
+    cache: Cache, data: Path, tmp_path: Path, tiny_clip: VisualEncoder, tiny_ast: AudioEncoder
+) -> None:
+    (tmp_path / "data").mkdir()
+    shutil.copy(data / "pair.mp4", tmp_path / "data")
+    config = replace(CONFIG, person="id:2", audio=(), pixels=False)
+    run(tmp_path / "data", tmp_path / "cache", tiny_clip, tiny_ast, config)
+    chosen = open_cache(tmp_path / "cache").read("clip-tiny", "pair")
+    np.testing.assert_array_equal(chosen.embedding, cache.read("clip-tiny", "pair#2").embedding)
+
+
+def test_an_interrupted_clip_is_made_again_and_leftover_people_are_removed(
+    extracted: tuple[Path, Summary], data: Path, tmp_path: Path, clips: Path, tiny_clip: VisualEncoder, tiny_ast: object
+) -> None:
+    """The labels of person 1 are committed last. Then a version of the video with one person replaces the first."""
+    shutil.copytree(extracted[0], tmp_path / "cache")
+    shutil.copytree(data, tmp_path / "data")
+    assert run(tmp_path / "data", tmp_path / "cache", tiny_clip, tiny_ast).done == 2  # type: ignore[arg-type]
+    cache = open_cache(tmp_path / "cache", writable=True)
+    cache.drop("labels", "pair#1")
+    assert run(tmp_path / "data", tmp_path / "cache", tiny_clip, tiny_ast).extracted == 1  # type: ignore[arg-type]
+    assert "pair#1" in open_cache(tmp_path / "cache").items()
+    write(tmp_path / "data" / "pair.mp4", one_after_another(clips, ("wolfgang", 2)), 2)
+    summary = run(tmp_path / "data", tmp_path / "cache", tiny_clip, tiny_ast)  # type: ignore[arg-type]
+    assert (summary.extracted, summary.changed) == (1, 1)
+    after = open_cache(tmp_path / "cache")
+    assert after.items() == ["empty#1", "pair#1"]
+    assert not after.has("clip-tiny", "pair#2")
+
+
+def test_people_are_absent_only_if_their_clip_is(cache: Cache) -> None:
+    assert absent_clips(cache, {"pair", "empty"}) == {}
+    assert list(absent_clips(cache, {"empty"})) == ["pair#1", "pair#2"]
+
+
+def test_the_items_of_a_clip_are_its_people(cache: Cache) -> None:
+    assert items_of(cache, ["pair", "empty"]) == ["pair#1", "pair#2", "empty#1"]
+
+
+def test_predict_writes_a_file_per_person(
+    extracted: tuple[Path, Summary], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "splits.csv").write_text("name,split\npair#1,train\npair#2,val\n")
+    shutil.copytree(extracted[0], tmp_path / "cache")
+    assert main(["cache", "splits", str(tmp_path / "cache"), str(tmp_path / "splits.csv")]) == 0
+    tiny = ["--epochs", "1", "--set", "hidden=8", "--set", "shared_sources=true", "--device", "cpu"]
+    assert main(["train", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), *tiny]) == 0
+    arguments = [str(tmp_path / "run"), str(data / "pair.mp4"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["predict", *arguments, "--person", "all"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.csv")) == ["pair#1.csv", "pair#2.csv"]
+
+
+@pytest.mark.parametrize(
+    ("clip", "divided"),
+    [
+        (Clip("a", None, "a", Path("a.mp4"), Path("a.mp4")), True),
+        (Clip("a", None, "a", None, Path("a.wav")), False),
+        (Clip("a_left", None, "a", Path("a.mp4"), Path("a.mp4"), side="left"), False),
+        (Clip("a", None, "a", Path("a.mp4"), Path("a.mp4"), crops=(Path("a"),)), False),
+    ],
+)
+def test_only_clips_whose_faces_are_detected_are_divided(clip: Clip, divided: bool) -> None:
+    assert is_divided(clip, "auto") == divided
+
+
+@pytest.mark.parametrize(
+    ("item", "parts"), [("a#2", ("a", 2)), ("a#0", ("a#0", 0)), ("a#b", ("a#b", 0)), ("#1", ("#1", 0)), ("a", ("a", 0))]
+)
+def test_an_items_name_states_clip_and_person(item: str, parts: tuple[str, int]) -> None:
+    assert clip_and_person(item) == parts
+
+
+@pytest.mark.parametrize("settings", [{"face_source": "none"}, {"visual": (), "pixels": False}])
+def test_all_requires_faces(settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="--person all requires faces"):
+        replace(CONFIG, **settings)  # type: ignore[arg-type]
