@@ -344,7 +344,7 @@ def write_clips(
         for item in sorted(empty):
             failures.add(Failure(item, "predict", "DataError", "The cache has no features of this clip"))
         whole = ensemble_traces(run, traces, weights)
-        visual = dict.fromkeys(s.name for m in members.values() for s in m.record.wanted if s.kind == VISUAL)
+        visual = dict.fromkeys(s.name for m in members.values() for s in m.record.streams if s.kind == VISUAL)
         for trace in whole:
             if trace.clip.item not in empty:
                 columns = frame_columns(cache, visual, trace.clip.item, trace.clip.time)
