@@ -1,13 +1,18 @@
 """Fixtures that every part of the suite may use."""
 
+import base64
 import logging
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+import vaflow.process
 
 if TYPE_CHECKING:
     from lab import Lab
@@ -19,6 +24,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A shell that starts the suite in the background has it ignore Ctrl-C, and all its children: tests send that signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+DRAWING = ("test_plots.py", "test_run_data.py", "test_demo_run.py")  # files whose tests look at figures
+ONE_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
 
 # The files that take longest, longest first: a process that starts one of them last would finish alone.
 SLOWEST = ("test_docs.py",)
@@ -34,6 +44,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Move the files of `SLOWEST` to the front."""
     rank = {name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers_fork_from_a_server() -> None:
+    """Start the package's worker processes from one that has imported what they need.
+
+    A spawned worker imports for 0.3 s, or 2.5 s with torch. Scripts and commands of the fixture `lab` still spawn.
+    """
+    multiprocessing.set_forkserver_preload(["vaflow.extract.worker", "vaflow.train.training"])
+    vaflow.process.START_METHOD = "forkserver"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Write one pixel for each figure, except in tests of figures: drawing takes nearly all of a small run's time."""
+    if request.path.name in DRAWING or "torch" not in sys.modules:
+        yield
+        return
+    from vaflow.train import plots
+
+    def plot_blank(path: Path, *_: object, **__: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(ONE_PIXEL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_trace", "plot_training", "plot_agreement"):
+            patch.setattr(plots, name, plot_blank)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # sent to children, too, by a terminal or a scheduler
+START_METHOD = "spawn"  # fork would copy the locks of torch's and FFmpeg's threads
 BEAT_SECONDS = 1.0  # least time between two heartbeats that are passed on
 
 _UNGUARDED = 97  # exit code of a child process that ran the user's script again
@@ -59,7 +60,7 @@ class ChildProcess:
 
     def __init__(self, target: Callable[..., None], arguments: Sequence[Any] = (), *, name: str) -> None:
         exit_if_script_runs_again()
-        context = multiprocessing.get_context("spawn")  # fork would copy the locks of torch's and FFmpeg's threads
+        context = multiprocessing.get_context(START_METHOD)
         self.pipe, other = context.Pipe()
         self._process = context.Process(target=_run_child, args=(target, other, *arguments), name=name, daemon=True)
         try:

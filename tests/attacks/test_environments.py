@@ -71,12 +71,15 @@ COMMANDS: dict[str, Callable[[Path], list[object]]] = {
     "evaluate": lambda root: ["evaluate", root / "run", "--device", "cpu"],
     "predict": lambda root: ["predict", root / "run", root / "data" / "clip0.mp4", "--out", root / "predictions"],
 }
-# Each environment runs the commands that start workers and load torch, and one light command; the rest are slow tests.
-OFTEN = {"extract", "train", "info"}
+# In each environment: extraction, which imports torch, starts worker processes and writes a cache; and a light command.
+# Training where its libraries read or write other places (home, files, memory). The rest is slow.
+OFTEN = {"extract", "info"}
+TRAINED = {"no HOME", "HOME that is not there", "few file handles", "little memory", "read-only everything"}
 CASES = [
-    pytest.param(name, command, id=f"{name}-{command}", marks=() if command in OFTEN else pytest.mark.slow)
+    pytest.param(name, command, id=f"{name}-{command}", marks=() if often else pytest.mark.slow)
     for name in ENVIRONMENTS
     for command in COMMANDS
+    for often in [command in OFTEN or (command == "train" and name in TRAINED)]
 ]
 
 

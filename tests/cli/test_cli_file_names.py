@@ -1,11 +1,9 @@
 """Caches and runs in folders whose names are not UTF-8 are trained on, evaluated and predicted."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from lab import Lab
 from synthetic_cache import Toy, make_cache
 
 from vaflow.cache import open_cache
@@ -26,13 +24,11 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_train_evaluate_and_predict_accept_folder_names_that_are_not_utf_8(folder: Path) -> None:
-    def vaflow(*arguments: str) -> str:
-        command = [sys.executable, "-m", "vaflow", *arguments, "--device", "cpu"]
-        environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in most locales
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
+def test_train_evaluate_and_predict_accept_folder_names_that_are_not_utf_8(lab: Lab, folder: Path) -> None:
+    def vaflow(*arguments: str) -> None:
+        strict = "import sys; sys.stdout.reconfigure(encoding='utf-8', errors='strict')"  # as in most locales
+        ended = lab.run([*arguments, "--device", "cpu"], strict)
+        assert ended.code == 0, ended.err
 
     cache, run, out = (str(folder / name) for name in ("cache", "run", "out"))
     vaflow("train", cache, "--out", run, "--set", "hidden=8", "--epochs", "1")

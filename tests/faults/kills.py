@@ -195,7 +195,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def toy_cache(path: Path, clips: int = 9) -> Path:
     """A cache to train on, to convert, to merge."""
     third = clips // 3
-    return make_cache(path, Toy(splits={"train": clips - third, "val": third}, seconds=(8, 14))).path
+    return make_cache(path, Toy(splits={"train": clips - third, "val": third}, seconds=(8, 14), store="zarr")).path
 
 
 def split_cache(source: Path, folder: Path) -> list[Path]:

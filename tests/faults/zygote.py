@@ -53,8 +53,9 @@ def become(job: dict[str, Any]) -> None:
     except BaseException:  # noqa: BLE001 - as a real process: a traceback and 1
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # the test has not closed it
+                stream.flush()
         _leave(code)
 
 

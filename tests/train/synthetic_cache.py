@@ -41,7 +41,7 @@ class Toy:
     unlabelled: float = 0.1
     invalid: float = 0.1
     targets: tuple[int, ...] = (0, 1)
-    store: str = "zarr"
+    store: str = "hdf5"
     seed: int = 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from ablation_toys import GRID, grid_file
-from synthetic_cache import AUDIO, VISUAL, make_cache
+from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
 from vaflow.cli import main
 
@@ -16,7 +16,7 @@ ALIASES = ["--alias", f"clip-vit-b16={VISUAL}", "--alias", f"ast={AUDIO}"]
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("command") / "cache").path
+    return make_cache(tmp_path_factory.mktemp("command") / "cache", Toy(seconds=(6, 9))).path
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic_cache import make_cache
+from synthetic_cache import Toy, make_cache
 
 import vaflow
 from vaflow.cache import Cache
@@ -24,7 +24,8 @@ COMMIT = "1" * 40
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return make_cache(tmp_path_factory.mktemp("published") / "cache")
+    toy = Toy(splits={"train": 2, "val": 2}, seconds=(8, 10))
+    return make_cache(tmp_path_factory.mktemp("published") / "cache", toy)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_cache import make_cache
+from synthetic_cache import Toy, make_cache
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
@@ -32,7 +32,7 @@ TOY = Space({}, {"lr": Range(1e-5, 1e-2, log=True), "temporal": Choice(("gru", "
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("search") / "cache").path
+    return make_cache(tmp_path_factory.mktemp("search") / "cache", Toy(seconds=(6, 9))).path
 
 
 @pytest.fixture(scope="module")

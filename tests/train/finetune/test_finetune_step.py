@@ -1,8 +1,6 @@
 """Gradients of one step equal the plain composition for any split of the batch and any number of processes."""
 
-import os
-import subprocess
-import sys
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 import torch
 from finetune_process import CONFIG, gradients
 from finetune_ready import SETTINGS, Loaded, tuning
+from lab import Lab, assert_said
 
 from vaflow.cache import Cache, open_cache
 from vaflow.train.config import TrainConfig
@@ -131,15 +130,30 @@ def test_prefetching_keeps_order_and_propagates_errors() -> None:
         next(results)
 
 
-def test_two_processes_compute_the_gradients_of_one(pixels_cache: Cache, tmp_path: Path) -> None:
-    program = Path(__file__).with_name("finetune_process.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    folders = os.pathsep.join([str(program.parent), *sys.path])
-    environment = os.environ | {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(pixels_cache.path), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr
+# What `torchrun --nproc-per-node 2` sets and runs.
+PROCESS = """
+import os, sys
+os.environ.update(RANK="{0}", LOCAL_RANK="{0}", GROUP_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="{1}", TORCHELASTIC_RUN_ID="none")
+sys.path.insert(0, {2!r})
+import finetune_process
+from pathlib import Path
+finetune_process.main(Path({3!r}), Path({4!r}))
+sys.exit()
+"""
+
+
+def process_arguments(cache: Cache, out: Path) -> list[tuple[object, ...]]:
+    """Rank, free port, folder of the program, cache and output of each process."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return [(rank, port, str(Path(__file__).parent), str(cache.path), str(out)) for rank in range(2)]
+
+
+def test_two_processes_compute_the_gradients_of_one(lab: Lab, pixels_cache: Cache, tmp_path: Path) -> None:
+    launched = [lab.start([], PROCESS.format(*arguments)) for arguments in process_arguments(pixels_cache, tmp_path)]
+    for process in launched:
+        assert_said(process.wait(), 0)
     theirs, _ = read_tensors(tmp_path / "gradients.safetensors")
     mine = gradients(pixels_cache.path)
     assert mine.keys() == theirs.keys()
