@@ -149,7 +149,7 @@ def test_new_videos_are_predicted_with_the_tuned_encoders(
 
 
 def test_fine_tuning_can_start_from_the_heads_of_another_run(pixels_cache: Cache, run: Path, tmp_path: Path) -> None:
-    first = TrainConfig(hidden=16, epochs=1, batch_size=2, lr=1e-3, device="cpu")
+    first = TrainConfig(hidden=16, epochs=1, batch_size=2, lr=1e-3, device="cpu", uncertainty="variance")
     train_run(pixels_cache, first, tmp_path / "heads", **QUIET)
     still = replace(CONFIG, epochs=1, lr=1e-12, backbone_lr=1e-12, init=str(tmp_path / "heads"))
     train_run(pixels_cache, still, tmp_path / "warm", **QUIET)
