@@ -10,7 +10,7 @@ import pytest
 import torch
 from finetune_process import CONFIG, gradients
 from finetune_ready import SETTINGS, Loaded, tuning
-from lab import Lab, assert_said
+from lab import Lab, assert_printed
 
 from vaflow.cache import Cache, open_cache
 from vaflow.train.config import TrainConfig
@@ -153,7 +153,7 @@ def process_arguments(cache: Cache, out: Path) -> list[tuple[object, ...]]:
 def test_two_processes_compute_the_gradients_of_one(lab: Lab, pixels_cache: Cache, tmp_path: Path) -> None:
     launched = [lab.start([], PROCESS.format(*arguments)) for arguments in process_arguments(pixels_cache, tmp_path)]
     for process in launched:
-        assert_said(process.wait(), 0)
+        assert_printed(process.wait(), 0)
     theirs, _ = read_tensors(tmp_path / "gradients.safetensors")
     mine = gradients(pixels_cache.path)
     assert mine.keys() == theirs.keys()
