@@ -53,7 +53,7 @@ def workers_fork_from_a_server() -> None:
     A spawned worker imports for 0.3 s, or 2.5 s with torch. Scripts and commands of the fixture `lab` still spawn.
     """
     multiprocessing.set_forkserver_preload(["vaflow.extract.worker", "vaflow.train.training"])
-    vaflow.process.START_METHOD = "forkserver"
+    vaflow.process.START_METHOD = "forkserver"  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module", autouse=True)

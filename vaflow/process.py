@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, Literal
 
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # sent to children, too, by a terminal or a scheduler
-START_METHOD: Literal["spawn", "forkserver"] = "spawn"  # fork would copy the locks of torch's and FFmpeg's threads
+START_METHOD: Literal["spawn"] = "spawn"  # fork would copy the locks of torch's and FFmpeg's threads
 BEAT_SECONDS = 1.0  # least time between two heartbeats that are passed on
 
 _UNGUARDED = 97  # exit code of a child process that ran the user's script again
