@@ -1,4 +1,4 @@
-"""Take the pictures of the pages in the documentation: docs/pictures/viewer*.webp and report.webp.
+"""Take the pictures of the pages in the documentation: docs/pictures/viewer*.webp, report*.webp and trace.png.
 
     python scripts/screenshots.py [--demo DIR] [--out docs/pictures] [--chromium PROGRAM]
 
@@ -23,11 +23,16 @@ SHOTS: dict[str, dict[str, Any]] = {
     "viewer-dark": {"viewport": {"width": 1280, "height": 1400}, "color_scheme": "dark"},
     "viewer-narrow": {"viewport": {"width": 400, "height": 1900}, "color_scheme": "light"},
     "report": {"viewport": {"width": 1100, "height": 1500}, "color_scheme": "light"},
+    "report-uncertainty": {"viewport": {"width": 1100, "height": 900}, "color_scheme": "light"},
+    "report-attention": {"viewport": {"width": 1100, "height": 520}, "color_scheme": "light"},
 }
+HEADINGS = {"report-uncertainty": "Coverage of the intervals", "report-attention": "Attention of the frames"}
 
 
-def take(browser: Any, page_file: Path, out: Path, options: dict[str, Any], seconds: float = 0) -> None:
-    """Write one picture; of the viewer after seeking, with the list and the player shown."""
+def take(
+    browser: Any, page_file: Path, out: Path, options: dict[str, Any], seconds: float = 0, heading: str = ""
+) -> None:
+    """Write one picture; of the viewer after seeking, of the report from a heading on."""
     page = browser.new_page(**options)
     page.goto(page_file.resolve().as_uri())
     page.wait_for_timeout(1500)
@@ -35,6 +40,10 @@ def take(browser: Any, page_file: Path, out: Path, options: dict[str, Any], seco
         page.evaluate(f"document.getElementById('seek').value = {seconds}")
         page.evaluate("document.getElementById('seek').dispatchEvent(new Event('input'))")
         page.wait_for_timeout(1000)
+    if heading:
+        page.evaluate(
+            f"[...document.querySelectorAll('h3')].find(h => h.textContent.startsWith('{heading}')).scrollIntoView()"
+        )
     image = Image.open(io.BytesIO(page.screenshot()))
     image.save(out, "WEBP", quality=82, method=6)
     page.close()
@@ -55,13 +64,14 @@ def main() -> None:
             vaflow(["demo", "--out", str(demo)])
         run, view, report = str(demo / "run"), Path(folder) / "view", Path(folder) / "report.html"
         vaflow(["view", run, "--media", str(demo / "data"), "--boxes", "--out", str(view)])
-        vaflow(["report", run, "--viewer", str(view), "--out", str(report)])
+        vaflow(["report", run, "--gates", "--viewer", str(view), "--out", str(report)])
         browser = playwright.chromium.launch(executable_path=options.chromium, args=ARGUMENTS)
         options.out.mkdir(parents=True, exist_ok=True)
         for name, how in SHOTS.items():
-            page, seconds = (report, 0.0) if name == "report" else (view / "index.html", 22.4)
-            take(browser, page, options.out / f"{name}.webp", how, seconds)
+            page, seconds = (report, 0.0) if name.startswith("report") else (view / "index.html", 22.4)
+            take(browser, page, options.out / f"{name}.webp", how, seconds, HEADINGS.get(name, ""))
         browser.close()
+        shutil.copy(demo / "run" / "pictures" / "trace-val01.png", options.out / "trace.png")
 
 
 if __name__ == "__main__":

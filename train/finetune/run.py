@@ -86,6 +86,7 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
 
 log = logging.getLogger(__name__)
 
+VARIANCE = "variance."  # prefix of the tensors of a variance head
 HEADS = "heads."  # prefix of the heads' tensors in a `TunedModel`
 
 
@@ -140,7 +141,10 @@ def _first_heads(session: Session, data: Data, device: Any) -> VAModel:
         )
     check_same(other.record.streams, session.cache)
     try:
-        heads.load_state_dict(other.model.state_dict())
+        fresh = {name: tensor for name, tensor in heads.state_dict().items() if name.startswith(VARIANCE)}
+        trained = other.model.state_dict().items()
+        kept = {name: tensor for name, tensor in trained if not name.startswith(VARIANCE) or name in fresh}
+        heads.load_state_dict(fresh | kept)  # one of both runs may have no variance head
     except RuntimeError as error:
         raise UsageError(
             explain(
