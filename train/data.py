@@ -181,13 +181,15 @@ class WindowBuilder:
 
         packed = {}
         for stream in self._streams:
-            parts, rows = self._tables[stream.name], self._packs[stream.name].rows
+            parts, pack = self._tables[stream.name], self._packs[stream.name]
+            rows = pack.rows
             index = joined([part.row for part in parts], np.int32, rows.device)
             if stream.kind == "visual":  # masked and timed as the output frames
-                packed[stream.name] = StreamTable(rows, index)
+                packed[stream.name] = StreamTable(rows, index, mapped=pack.mapped)
             else:
                 inside = joined([part.inside for part in parts], np.bool_)
-                packed[stream.name] = StreamTable(rows, index, inside, joined([p.time for p in parts], np.float32))
+                time = joined([part.time for part in parts], np.float32)
+                packed[stream.name] = StreamTable(rows, index, inside, time, pack.mapped)
         return WindowSet(
             tuple(stream.spec for stream in self._streams),
             packed,
@@ -210,9 +212,10 @@ class WindowBuilder:
 
 @dataclass
 class Pack:
-    """Packed embeddings of one stream, filled clip by clip; row 0 stays zero."""
+    """Packed embeddings of one stream, in memory or `mapped` from a file, filled clip by clip; row 0 stays zero."""
 
     rows: Tensor
+    mapped: bool = False
     filled: int = 1
 
     def append(self, embedding: np.ndarray) -> int:
@@ -245,7 +248,7 @@ def make_packs(
             packs[stream.name] = Pack(torch.zeros(shape, dtype=dtype, device=device))
         else:
             log.info("Stream %s (%.1f GB) exceeds the free memory and is memory-mapped", stream.name, size / 1e9)
-            packs[stream.name] = Pack(mapped_zeros(shape, dtype, scratch))
+            packs[stream.name] = Pack(mapped_zeros(shape, dtype, scratch), mapped=True)
     return packs
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import cos, pi
@@ -32,6 +33,8 @@ CHECK_EVERY = 50  # steps between two checks of the losses: each check waits for
 AUTO_EPOCHS = (3, 1000)  # of epochs=auto: epochs without progress before it stops (at least), epochs in all (at most)
 Row = dict[str, float]
 Source = TypeVar("Source")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -176,6 +179,19 @@ def train_epoch(
     return epoch_losses(torch.stack(totals), config.lr * factor, config)
 
 
+def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Like `map`, but a thread computes the next result while the caller uses the current one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            following = pool.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
 def epoch_losses(totals: Tensor, lr: float, config: TrainConfig) -> Row:
     """The row of an epoch: its last learning rate, and the mean losses of its steps [N, 6]."""
     losses = dict(zip(PARTS, totals.mean(dim=0).tolist()[:-1], strict=True))
@@ -239,15 +255,15 @@ def fit(
     """
     optimizer = make_optimizer(model, config)
 
-    def read(batch: tuple[int, Tensor]) -> Batch:
-        return drop_modality(train.gather(batch[1]), train.streams, config.modality_dropout)
+    def step(_: int, batch: Batch) -> Tensor:
+        batch = drop_modality(batch, train.streams, config.modality_dropout)
+        return train_step(model, optimizer, batch, config)
 
     def learn(epoch: int) -> Row:
         model.train()
+        order = ahead if train.off_device else map
         with seeded(config.seed, epoch):
-            return train_epoch(
-                optimizer, train, config, epoch, read, lambda _, batch: train_step(model, optimizer, batch, config)
-            )
+            return train_epoch(optimizer, train, config, epoch, lambda batch: train.gather(batch[1]), step, order)
 
     return run_epochs(
         model,

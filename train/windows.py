@@ -52,12 +52,14 @@ class StreamTable:
         index: [N, S] int32, rows of every window, on the device of `rows`; 0: missing.
         inside: [N, S] bool on the training device; None: as the output frames (visual streams).
         time: [N, S] float32 seconds after the window's start, likewise.
+        mapped: `rows` is memory-mapped from a file.
     """
 
     rows: Tensor
     index: Tensor
     inside: Tensor | None = None
     time: Tensor | None = None
+    mapped: bool = False
 
     @cached_property
     def host_index(self) -> Tensor:
@@ -108,6 +110,11 @@ class WindowSet:
     def device(self) -> torch.device:
         """Device of the batches."""
         return self.inside.device
+
+    @property
+    def off_device(self) -> bool:
+        """Whether features are read from a file or from another device: then reading ahead of the step saves time."""
+        return any(table.mapped or table.rows.device != self.device for table in self.tables.values())
 
     @cached_property
     def trainable(self) -> Tensor:
@@ -183,7 +190,7 @@ class WindowSet:
         """The same windows with some streams masked as missing."""
         return self.with_tables(
             {
-                name: StreamTable(t.rows, torch.zeros_like(t.index), t.inside, t.time) if name in hidden else t
+                name: replace(t, index=torch.zeros_like(t.index)) if name in hidden else t
                 for name, t in self.tables.items()
             }
         )
@@ -201,10 +208,8 @@ class WindowSet:
         return WindowSet(
             self.streams,
             {
-                name: StreamTable(
-                    table.rows, table.index[ids.to(table.index.device)], part(table.inside), part(table.time)
-                )
-                for name, table in self.tables.items()
+                name: StreamTable(t.rows, t.index[ids.to(t.index.device)], part(t.inside), part(t.time), t.mapped)
+                for name, t in self.tables.items()
             },
             tuple(replace(c, first=end - c.last + c.first, last=end) for c, end in zip(clips, ends, strict=True)),
             time=self.time,

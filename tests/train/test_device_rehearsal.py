@@ -17,11 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, VISUAL_STREAM, VISUAL_STREAM_2
 
 from vaflow.train.batch import AUDIO, BINARY, CLASSES, Batch, ExtraTargets, StreamSpec, TargetSpec
+from vaflow.train.builder import build_model
+from vaflow.train.config import TrainConfig
 from vaflow.train.heads.fusion import FUSION, POSITIONS
 from vaflow.train.heads.model import NORMALIZE, VAModel
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.losses import total_loss
-from vaflow.train.windows import StreamTable, WindowSet, drop_modality
+from vaflow.train.together.stacked_models import StackedModels, stacked_batch
+from vaflow.train.windows import StreamTable, WindowSet, drop_modality, gather_each
 
 B, F, S, WINDOWS = 3, 4, 6, 10
 MEL = StreamSpec("mel", AUDIO, 8, frames_per_step=2)
@@ -35,7 +38,7 @@ class NoCopiesBetweenDevices(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             source = args[1] if func is torch.ops.aten.copy_.default else args[0]
-            if source.device != result.device and source.ndim:
+            if isinstance(source, Tensor) and source.device != result.device and source.ndim:
                 raise AssertionError(f"copy of {[*source.shape]} from {source.device} to {result.device}")
         return result
 
@@ -93,14 +96,14 @@ def rehearse(streams: tuple[StreamSpec, ...], loss: dict[str, Any] | None = None
     return total
 
 
-def check_device(batch: Batch) -> None:
-    """All tensors of a batch are on the GPU."""
+def check_device(batch: Batch, device: str = "cuda") -> None:
+    """All tensors of a batch are on the device."""
     for each in fields(batch):
         value = getattr(batch, each.name)
         tensors = value.values() if isinstance(value, dict) else [value]
         for tensor in tensors:
             tensor = tensor.value if isinstance(tensor, ExtraTargets) else tensor
-            assert tensor.device.type == "cuda", each.name
+            assert tensor.device.type == device, each.name
 
 
 @pytest.mark.parametrize("temporal", TEMPORAL)
@@ -140,6 +143,34 @@ def test_every_recurrent_option(options, temporal):
 @pytest.mark.parametrize("options", [{"learnable_prototypes": True}, {"context": (2, 3)}])
 def test_every_loss_and_prompt_head(loss, options):
     rehearse((VISUAL_STREAM, AUDIO_STREAM), loss, **options)
+
+
+BATCHED = [
+    *({"temporal": temporal} for temporal in TEMPORAL),
+    *({"fusion": fusion} for fusion in FUSION),
+    *({"normalize": normalize} for normalize in NORMALIZE),
+    *({"uncertainty": "variance", "nll_weight": 0.3}, {"region_labels": "hard"}, {"mse_weight": 0.5}),
+]
+
+
+@pytest.mark.parametrize("settings", BATCHED, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize("runs", [(0, 1, 2), (0, 2)])
+def test_every_head_in_a_batch_of_runs(settings, runs, monkeypatch):
+    """The gather, the stacked model and its losses on the meta device: pretended GPU tensors crash under `vmap`."""
+    monkeypatch.setattr("vaflow.train.together.stacked_models.Generator", lambda device: torch.Generator())
+    drop = {} if settings.get("temporal") == "transformer" else {"dropout": 0.3}
+    config = TrainConfig(hidden=8, attention_heads=2, **{"dropout": 0.0, **drop, **settings})
+    streams = (VISUAL_STREAM, AUDIO_STREAM)
+    with torch.device("meta"):
+        models = [build_model(config, streams, torch.zeros(9, 6), targets=TARGETS) for _ in range(3)]
+    windows, ids = windows_of(streams, "meta"), torch.zeros(B, dtype=torch.int64, device="meta")
+    stack = StackedModels(models, [config] * 3)
+    with NoCopiesBetweenDevices():
+        batch = stacked_batch(gather_each([windows] * len(runs), [ids] * len(runs)), len(runs))
+        check_device(batch, "meta")
+        losses, parts, parameters = stack.losses(batch, runs)
+    assert losses.shape == (len(runs),)
+    assert {value.device.type for value in (losses, *parts.values(), *parameters.values())} == {"meta"}
 
 
 def test_the_device_check_detects_copies_and_synchronization():

@@ -1,5 +1,7 @@
 """The training loop: reference step, determinism, resumption, non-finite values."""
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,31 @@ def test_equal_seeds_give_equal_weights(loaded) -> None:
     other, _ = trained(loaded, seed=1)
     assert same(one.state_dict(), two.state_dict())
     assert not same(one.state_dict(), other.state_dict())
+
+
+def test_features_in_a_file_are_read_ahead_and_train_the_same_weights(tmp_path: Path) -> None:
+    """A random order of windows, with dropout of modalities: bit for bit as in memory."""
+    cache = make_cache(tmp_path / "cache", Toy(seconds=(8, 14)))
+    config, inputs = resolve(cache, replace(CONFIG, epochs=2, modality_dropout=0.3))
+    weights = []
+    for budget in (None, 0):
+        threads: set[str] = set()
+        train, val = (
+            load_split(cache, split, inputs.streams, config, budget=budget, scratch=tmp_path)
+            for split in ("train", "val")
+        )
+
+        def gather(ids, read=train.gather, threads=threads):
+            threads.add(threading.current_thread().name)
+            return read(ids)
+
+        train.gather = gather  # type: ignore[method-assign]
+        model = fresh(config, inputs)
+        fit(model, train, val, config)
+        weights.append(model.state_dict())
+        assert train.off_device == (budget == 0)
+        assert (threads == {threading.main_thread().name}) == (budget is None)
+    assert same(*weights)
 
 
 def test_training_does_not_change_global_random_state(loaded) -> None:

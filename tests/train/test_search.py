@@ -14,6 +14,7 @@ from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig
 from vaflow.train.digests import from_json
+from vaflow.train.folds import split_items
 from vaflow.train.search.space import Choice, Range, Space, read_space
 from vaflow.train.search.trials import DONE, FAILED, STOPPED, Log, Trial, continues, importances, propose, rungs
 from vaflow.train.settings_files import read_settings
@@ -262,3 +263,36 @@ def test_invalid_arguments_are_reported(command, tmp_path, capsys):
     ):
         assert main([*command, "--out", str(tmp_path / "out"), *extra]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_outer_folds_repeat_the_search_and_score_clips_that_it_never_read(command, cache, tmp_path, capsys):
+    out = tmp_path / "nested"
+    nested = [*command, "--outer-folds", "2", "--trials", "2", "--out", str(out)]
+    assert main([*nested, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads((out / "nested.json").read_text())
+    opened = open_cache(cache)
+    scores, tested = [], []
+    for fold in (1, 2):
+        held_out = set(split_items(opened, f"fold{fold}of2", ("train", "val")))
+        tested += sorted(held_out)
+        for path in (out / f"outer{fold}").glob("runs/*/*/clips.json"):
+            clips = {item for split in from_json(path.read_text(), str(path)).values() for item in split}
+            assert clips == set(opened.items()) - held_out
+        scores.append(json.loads((out / f"outer{fold}" / "search.json").read_text())["holdout_ccc"]["mean"])
+    assert sorted(tested) == sorted(opened.items())
+    assert document["holdout_ccc"]["mean"]["folds"] == pytest.approx(scores)
+    assert main([*command, "--outer-folds", "2", "--holdout", "test", "--out", str(out)]) == 2
+    assert "--outer-folds divides all clips" in capsys.readouterr().err
+
+
+def test_the_number_of_trials_at_once_does_not_change_random_proposals(searched, command, cache):
+    """Nor early stops: a trial is compared with trials of lower numbers only."""
+    tables = []
+    for batch in (1, 3):
+        out = cache.parent / f"batch{batch}"
+        options = ["--trials", "4", "--sampler", "random", "--batch", str(batch), "--together", "always"]
+        assert main([*command, *options, "--out", str(out)]) == 0
+        with (out / "trials.csv").open(newline="") as file:
+            tables.append([(row["trial"], row["state"], row["lr"], row["hidden"]) for row in csv.DictReader(file)])
+    assert tables[0] == tables[1]

@@ -6,10 +6,9 @@ back-propagated with its share of that gradient. The gradients equal those of th
 parts passes the model twice, first without keeping activations (Gao et al. 2021, arXiv 2101.06983).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,6 @@ from vaflow.train.finetune.data import Source
 from vaflow.train.finetune.model import Raw, TunedModel, gather
 from vaflow.train.loop import Row, adamw, batch_loss, seeded, update
 from vaflow.train.windows import WindowSet, drop_modality
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -141,18 +137,5 @@ def train_epoch(tuning: Tuning, epoch: int) -> Row:
         epoch,
         lambda batch: read_share(tuning, batch[1], (config.seed, epoch, batch[0])),
         lambda step, share: train_step(tuning, share, (config.seed, epoch, step)),
-        ahead,
+        loop.ahead,
     )
-
-
-def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Like `map`, but a thread computes the next result while the caller uses the current one."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for item in items:
-            following = pool.submit(function, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()

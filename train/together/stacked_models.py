@@ -43,11 +43,11 @@ class StackedModels:
         for name, parameter in models[0].named_parameters():
             stacked = torch.stack([model.get_parameter(name).detach() for model in models])
             self._parameters[name] = stacked.requires_grad_(parameter.requires_grad)
-        buffers = [dict(model.named_buffers()) for model in models]
-        self._buffers = {name: torch.stack([tensors[name] for tensors in buffers]) for name in buffers[0]}
         for name, stacked in self._parameters.items():
             for model, values in zip(models, stacked.detach().unbind(), strict=True):
                 model.get_parameter(name).data = values
+        buffers = [dict(model.named_buffers()) for model in models]
+        self._buffers = {name: torch.stack([tensors[name] for tensors in buffers]) for name in buffers[0]}
         self._weights: dict[str, Any] = {
             name: torch.tensor([float(getattr(config, name)) for config in configs], device=device)
             for name in WEIGHTS
@@ -55,8 +55,8 @@ class StackedModels:
         }
         self._hard = configs[0].region_labels == "hard"
 
-    def backward(self, batches: Batch, runs: Sequence[int]) -> dict[str, Tensor]:
-        """Set the gradients of the parameters of some models; returns the parts of their losses, [R] each.
+    def losses(self, batches: Batch, runs: Sequence[int]) -> tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor]]:
+        """Losses of some models, [R], their parts, [R] each, and the stacked parameters that they depend on.
 
         Args:
             batches: a batch per run, every tensor with a leading axis of R runs.
@@ -66,9 +66,8 @@ class StackedModels:
         self._active[:] = runs
         parameters, buffers, weights = self._parameters, self._buffers, self._weights
         if len(runs) < len(self.models):
-            rows = torch.tensor(runs, device=next(iter(parameters.values())).device)
-            parameters = {n: p.detach()[rows].requires_grad_(p.requires_grad) for n, p in parameters.items()}
-            buffers, weights = ({n: x[rows] for n, x in tensors.items()} for tensors in (buffers, weights))
+            buffers, weights = ({n: _rows(x, runs) for n, x in part.items()} for part in (buffers, weights))
+            parameters = {n: _rows(p.detach(), runs).requires_grad_(p.requires_grad) for n, p in parameters.items()}
 
         def one(
             parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: dict[str, Any], weights: dict[str, Tensor]
@@ -79,6 +78,14 @@ class StackedModels:
 
         with _MatrixProducts():
             losses, parts = torch.vmap(one)(parameters, buffers, tensors, weights)
+        return losses, parts, parameters
+
+    def backward(self, batches: Batch, runs: Sequence[int]) -> dict[str, Tensor]:
+        """Set the gradients of the parameters of some models; returns the parts of their losses, [R] each.
+
+        The arguments are those of `losses`.
+        """
+        losses, parts, parameters = self.losses(batches, runs)
         for stacked in parameters.values():
             stacked.grad = None
         losses.sum().backward()
@@ -87,6 +94,11 @@ class StackedModels:
             for run, gradient in zip(runs, gradients, strict=True):
                 self.models[run].get_parameter(name).grad = gradient
         return parts
+
+
+def _rows(stacked: Tensor, runs: Sequence[int]) -> Tensor:
+    """Some rows of a tensor; an index tensor would have to be copied to the device."""
+    return torch.stack([stacked[run] for run in runs])
 
 
 def stacked_batch(batch: Batch, runs: int) -> Batch:
