@@ -1,11 +1,16 @@
 """Encoders and trees shared by the tests of stage one, because building them is slow."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from affwild2_tree import Tree, build_affwild2
+from make_media import AudioTrack, VideoTrack, tones, write_media
+from tiny_extraction import WHOLE, run
 
+from vaflow.cache import Cache, open_cache
+from vaflow.datasets import Dataset, open_dataset
 from vaflow.encoders import build_encoder
 
 
@@ -29,3 +34,22 @@ def two_clips(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
     for name in ("obama.mp4", "face_noface.mov"):
         (folder / name).symlink_to((clips / name).resolve())
     return folder
+
+
+@pytest.fixture(scope="session")
+def seven_clips(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Seven clips of one to eleven seconds, so that batches are filled across them and the last ones are padded."""
+    root = tmp_path_factory.mktemp("same")
+    for number, seconds in enumerate((11.0, 1.0, 4.6, 2.2, 7.4, 1.6, 3.0)):
+        times = tuple(range(0, round(seconds * 1000), 200))
+        audio_track = AudioTrack(tones(seconds, 16000) * (number + 1) / 8, 16000)
+        write_media(root / f"clip{number}.mp4", VideoTrack(times, noise=30), audio_track)
+    return open_dataset(root, "videos")
+
+
+@pytest.fixture(scope="session")
+def seven_clips_cache(seven_clips: Dataset, tiny_pair: tuple, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """What one worker extracts from them; tests only read it."""
+    out = tmp_path_factory.mktemp("reference") / "cache"
+    assert run(seven_clips, out, tiny_pair, replace(WHOLE, workers=1)).extracted == 7
+    return open_cache(out)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from affwild2_tree import write_video
 from PIL import Image
-from test_pipeline import run
+from tiny_extraction import run
 
 from vaflow.cache import open_cache
 from vaflow.cli import main

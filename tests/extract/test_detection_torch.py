@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import CONFIG, run, same_arrays
+from tiny_extraction import CONFIG, run, same_arrays
 
 from vaflow.cache import Cache, open_cache
 from vaflow.cli import main

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from make_media import AudioTrack, VideoTrack, tones, write_media
-from test_pipeline import CONFIG, run, same_arrays
+from tiny_extraction import CONFIG, run, same_arrays
 
 from vaflow.cache import Cache, create_cache, open_cache, stores
 from vaflow.cache import scratch as long

@@ -8,32 +8,14 @@ import pytest
 import torch
 from affwild2_tree import Tree, decode_number
 from PIL import Image
+from tiny_extraction import run, same_arrays
 
 from vaflow.cache import Cache, open_cache
-from vaflow.datasets import Dataset, open_dataset
+from vaflow.datasets import open_dataset
 from vaflow.errors import FingerprintError
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.pipeline import Summary, extract_with
+from vaflow.extract.pipeline import Summary
 from vaflow.timeline import nearest
-
-CPU = torch.device("cpu")
-CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=2)
-
-
-def run(dataset: Dataset, out: Path, pair: tuple, config: ExtractConfig = CONFIG, **options: object) -> Summary:
-    visual, audio = [[encoder] if encoder is not None else [] for encoder in pair]
-    return extract_with(dataset, out, config, visual, audio, CPU, **options)  # type: ignore[arg-type]
-
-
-def same_arrays(one: Cache, other: Cache, streams: list[str]) -> None:
-    assert one.items() == other.items()
-    for stream in streams:
-        for item in one.items(stream=stream):
-            a, b = one.read(stream, item).arrays, other.read(stream, item).arrays
-            assert a.keys() == b.keys()
-            for name in a:
-                assert a[name].tobytes() == b[name].tobytes(), (stream, item, name)
-                assert a[name].dtype == b[name].dtype
 
 
 @pytest.fixture(scope="module")

@@ -6,68 +6,66 @@ What the driver does when members die again and again is tested without Ray in t
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import token_hex
 
 import pytest
-from test_pipeline import same_arrays
-from test_resume import command
-from test_same_bits import STREAMS, WHOLE, dataset, reference
+from lab import TINY, Ended, Lab, until
+from tiny_extraction import STREAMS, WHOLE, same_arrays
 
-from vaflow.cache import open_cache
+from vaflow.cache import Cache, open_cache
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.extract.pipeline import extract
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
-__all__ = ["dataset", "reference"]  # fixtures
 CONFIG = replace(WHOLE, workers=1)  # two CPUs per member: one member on each node
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """A head with two CPUs; nodes can be added and killed."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[object]:
+    """Two nodes with two CPUs each; more can be added and removed."""
     from ray.cluster_utils import Cluster
 
     from vaflow.extract.ray_engine import import_ray
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    import_ray()  # quiet
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        import_ray()  # quiet
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        made.add_node(num_cpus=2)
+        yield made
+        ray.shutdown()
+        made.shutdown()
 
 
 def test_two_nodes_give_the_results_of_one_process(
-    cluster: object, dataset: Dataset, reference: object, tmp_path: Path
+    cluster: object, seven_clips: Dataset, seven_clips_cache: Cache, tmp_path: Path
 ) -> None:
-    cluster.add_node(num_cpus=2)  # type: ignore[attr-defined]
     broken = tmp_path / "broken.mp4"
     broken.write_text("no video")
-    clips = (*dataset.clips, replace(dataset.clips[0], id="broken", video=broken))
+    clips = (*seven_clips.clips, replace(seven_clips.clips[0], id="broken", video=broken))
     out, address = tmp_path / "cache", cluster.address  # type: ignore[attr-defined]
-    summary = extract(replace(dataset, clips=clips), out, CONFIG, store="hdf5", engine="ray", ray_address=address)
+    summary = extract(replace(seven_clips, clips=clips), out, CONFIG, store="hdf5", engine="ray", ray_address=address)
     assert (summary.extracted, summary.done) == (7, 0)
-    same_arrays(reference, open_cache(out), STREAMS)  # type: ignore[arg-type]
+    same_arrays(seven_clips_cache, open_cache(out), STREAMS)
     assert [json.loads(line)["item"] for line in (out / "failures.jsonl").read_text().splitlines()] == ["broken"]
     faces = sum(int(open_cache(out).read("clip-tiny", item).valid.sum()) for item in open_cache(out).items())
     assert summary.encoded["clip-tiny"] == faces, "rows of all nodes, each once"
 
-    again = extract(dataset, out, CONFIG, store="hdf5", engine="ray", ray_address=address)
+    again = extract(seven_clips, out, CONFIG, store="hdf5", engine="ray", ray_address=address)
     assert (again.extracted, again.done) == (0, 7)
 
 
 @pytest.mark.parametrize("victim", ["actor", pytest.param("node", marks=pytest.mark.slow)])
 def test_a_node_death_loses_only_running_items(victim: str, cluster: object, clips: Path, tmp_path: Path) -> None:
     """A node or an actor is killed: no item is lost, and committed items are not repeated."""
-    node = cluster.add_node(num_cpus=2)  # type: ignore[attr-defined]
-    for k in range(16):
+    for k in range(12):
         (tmp_path / f"clip{k:02d}.mp4").write_bytes((clips / ("single_face.mp4", "carphone.mp4")[k % 2]).read_bytes())
     out, records = tmp_path / "cache", {}
 
@@ -75,6 +73,7 @@ def test_a_node_death_loses_only_running_items(victim: str, cluster: object, cli
         while len(list(out.glob("records/labels/*.json"))) < 3:
             time.sleep(0.02)
         if victim == "node":
+            [*_, node] = cluster.worker_nodes  # type: ignore[attr-defined]
             cluster.remove_node(node, allow_graceful=False)  # type: ignore[attr-defined]
         else:
             os.kill(actors()[0], signal.SIGKILL)
@@ -86,10 +85,10 @@ def test_a_node_death_loses_only_running_items(victim: str, cluster: object, cli
     config = replace(CONFIG, visual=("clip-tiny",), audio=())
     summary = extract(data, out, config, engine="ray", ray_address=cluster.address)  # type: ignore[attr-defined]
     killer.join()
-    assert 3 <= len(records) < 16
-    assert (summary.extracted, summary.failures) == (16, [])
+    assert 3 <= len(records) < 12
+    assert (summary.extracted, summary.failures) == (12, [])
     now = {p.name: json.loads(p.read_text())["attempt"] for p in out.glob("records/labels/*.json")}
-    assert len(now) == 16
+    assert len(now) == 12
     assert records.items() <= now.items()
 
 
@@ -118,41 +117,75 @@ def _ancestor(pid: int) -> bool:
     return False
 
 
-def test_ctrl_c_exits_130_and_leaves_no_process(clips: Path, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Interrupted:
+    """An extraction on a Ray of its own that Ctrl-C has ended.
+
+    Attributes:
+        ended: exit code and output of the command.
+        addresses: on which its processes listened, in hexadecimal.
+        cache: what it wrote.
+        mark: in the environment of the processes of Ray.
+    """
+
+    ended: Ended
+    addresses: set[str]
+    cache: Path
+    mark: str
+
+
+@pytest.fixture(scope="module")
+def interrupted(lab: Lab, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    data, out = (tmp_path_factory.mktemp("interrupted") / name for name in ("data", "cache"))
+    data.mkdir()
     for k in range(12):
-        (tmp_path / f"clip{k:02d}.mp4").write_bytes((clips / "single_face.mp4").read_bytes())
-    out, mark = tmp_path / "cache", token_hex(8)
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [*command(tmp_path, out), "--engine", "ray", "--ray-address", "local"],
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment | {"VAFLOW_TEST_MARK": mark},
-    )
-    while len(list(out.glob("records/labels/*.json"))) < 2:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    printed, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.strip() == "vaflow: interrupted. Run the same command again to resume."
-    assert printed == ""
-    assert 2 <= len(open_cache(out).items()) < 12
+        (data / f"clip{k:02d}.mp4").write_bytes((clips / "single_face.mp4").read_bytes())
+    mark = token_hex(8)
+    environment = f"import os; os.environ.pop('RAY_ADDRESS', None); os.environ['VAFLOW_TEST_MARK'] = {mark!r}"
+    ray_options = ["--engine", "ray", "--ray-address", "local", "--quiet", "--workers", "1"]
+    process = lab.start(["extract", data, "--out", out, *TINY, *ray_options], environment)
+    until(process, lambda: len(list(out.glob("records/labels/*.json"))) >= 2)
+    addresses = listening([process.pid, *marked(mark)])
+    process.send(signal.SIGINT, group=True)
+    return Interrupted(process.wait(), addresses, out, mark)
+
+
+def test_ctrl_c_exits_130_and_leaves_no_process(interrupted: Interrupted) -> None:
+    assert interrupted.ended.code == 130
+    assert interrupted.ended.err.strip() == "vaflow: interrupted. Run the same command again to resume."
+    assert interrupted.ended.out == ""
+    assert 2 <= len(open_cache(interrupted.cache).items()) < 12
     deadline = time.monotonic() + 30
-    while alive := marked(mark):
+    while alive := marked(interrupted.mark):
         assert time.monotonic() < deadline, alive
         time.sleep(0.2)
 
 
-def marked(mark: str) -> list[str]:
-    """Command lines of processes that carry a mark in their environment."""
-    pids = []
+def test_a_local_ray_listens_on_loopback_only(interrupted: Interrupted) -> None:
+    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    assert interrupted.addresses, "Ray listens on some port"
+    assert interrupted.addresses <= loopback
+
+
+def listening(processes: list[int]) -> set[str]:
+    """Addresses of the TCP sockets on which processes listen, in hexadecimal."""
+    inodes = set()
+    for number in processes:
+        with suppress(OSError):  # the process ends
+            inodes |= {str(file.readlink()) for file in Path(f"/proc/{number}/fd").iterdir()}
+    addresses = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for fields in map(str.split, Path(table).read_text().splitlines()[1:]):
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:  # state LISTEN
+                addresses.add(fields[1].rpartition(":")[0])
+    return addresses
+
+
+def marked(mark: str) -> list[int]:
+    """Processes with a mark in their environment."""
+    processes = []
     for folder in Path("/proc").iterdir():
-        try:
+        with suppress(OSError):
             if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes():
-                pids.append((folder / "cmdline").read_bytes().decode(errors="replace"))
-        except OSError:
-            continue
-    return pids
+                processes.append(int(folder.name))
+    return processes

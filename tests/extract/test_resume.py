@@ -3,29 +3,18 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_pipeline import CONFIG, run, same_arrays
+from tiny_extraction import CONFIG, run
 
 from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
 from vaflow.extract import worker
 from vaflow.extract.messages import Done, Failed
 from vaflow.extract.pool import WorkerPool
-
-STREAMS = ["labels", "logmel", "clip-tiny", "ast-tiny"]
-
-
-def command(root: Path, out: Path) -> list[str]:
-    program = "import sys; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
-    options = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--device", "cpu", "--workers", "1", "--quiet"]
-    return [sys.executable, "-c", program, "extract", str(root), "--out", str(out), *options]
 
 
 @pytest.fixture(scope="module")
@@ -35,50 +24,6 @@ def many(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
     for k in range(12):
         (root / f"clip{k:02d}.mp4").write_bytes((clips / ("single_face.mp4", "carphone.mp4")[k % 2]).read_bytes())
     return root
-
-
-def committed(out: Path) -> dict[str, str]:
-    """Record file -> attempt, of complete records."""
-    return {
-        str(path.relative_to(out)): json.loads(path.read_text())["attempt"] for path in out.glob("records/*/*.json")
-    }
-
-
-def test_a_kill_loses_only_running_items(many: Path, tiny_pair: tuple, tmp_path: Path) -> None:
-    out = tmp_path / "cache"
-    process = subprocess.Popen(command(many, out), start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("records/labels/*.json"))) < 4:
-        assert process.poll() is None, "the command ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    before = committed(out)
-    assert 4 <= len(list(out.glob("records/labels/*.json"))) < 12
-
-    summary = run(open_dataset(many, "videos"), out, tiny_pair)
-    after = committed(out)
-    assert before.items() <= after.items(), "committed items were written again"
-    assert summary.done + summary.extracted == 12
-    assert summary.done >= 4
-
-    run(open_dataset(many, "videos"), tmp_path / "whole", tiny_pair)
-    same_arrays(open_cache(out), open_cache(tmp_path / "whole"), STREAMS)
-
-
-def test_ctrl_c_exits_130_and_leaves_a_resumable_cache(many: Path, tmp_path: Path) -> None:
-    out = tmp_path / "cache"
-    process = subprocess.Popen(command(many, out), start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while len(list(out.glob("records/labels/*.json"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in stderr
-    assert "Traceback" not in stderr
-    assert open_cache(out).items()
 
 
 def test_a_worker_death_fails_one_clip(

@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from test_pipeline import run
+from tiny_extraction import run
 
 from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
