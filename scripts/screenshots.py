@@ -41,9 +41,7 @@ def take(
         page.evaluate("document.getElementById('seek').dispatchEvent(new Event('input'))")
         page.wait_for_timeout(1000)
     if heading:
-        page.evaluate(
-            f"[...document.querySelectorAll('h3')].find(h => h.textContent.startsWith('{heading}')).scrollIntoView()"
-        )
+        page.locator("h3", has_text=heading).first.evaluate("(node) => node.scrollIntoView()")
     image = Image.open(io.BytesIO(page.screenshot()))
     image.save(out, "WEBP", quality=82, method=6)
     page.close()
@@ -71,7 +69,8 @@ def main() -> None:
             page, seconds = (report, 0.0) if name.startswith("report") else (view / "index.html", 22.4)
             take(browser, page, options.out / f"{name}.webp", how, seconds, HEADINGS.get(name, ""))
         browser.close()
-        shutil.copy(demo / "run" / "pictures" / "trace-val01.png", options.out / "trace.png")
+        trace = Image.open(demo / "run" / "pictures" / "trace-val01.png").convert("RGB")
+        trace.quantize(128).save(options.out / "trace.png", optimize=True)
 
 
 if __name__ == "__main__":
