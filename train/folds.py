@@ -107,7 +107,7 @@ def split_items(cache: Cache, split: str, fold_splits: Sequence[str], fold_group
     parts = make_folds(cache, fold_splits, int(name["folds"]), groups)
     number = int(name["fold"])
     if not 1 <= number <= len(parts):
-        raise UsageError(explain(f"There is no fold {number}", expected=f"1 to {len(parts)}"))
+        raise UsageError(explain(f"Fold {number} does not exist", expected=f"1 to {len(parts)}"))
     if name["which"] == "fold":
         return list(parts[number - 1].items)
     return sorted(item for k, part in enumerate(parts, 1) if k != number for item in part.items)

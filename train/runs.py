@@ -362,7 +362,7 @@ def cache_of(run: Path) -> str:
             return candidate
     raise UsageError(
         explain(
-            f"The cache that {run} was trained on is not there",
+            f"The cache that {run} was trained on does not exist",
             expected="a cache at " + " or ".join(dict.fromkeys(candidates)) if candidates else "a cache",
             remedy="Name it with --cache CACHE",
         )
@@ -392,6 +392,6 @@ def check_unchanged(folder: RunFolder, old: RunRecord, new: RunRecord, *, ignore
             explain(
                 f"{folder.path} holds a run with other settings",
                 got="; ".join(changed),
-                remedy="Choose another --out, or train it anew with --fresh",
+                remedy="Choose another --out, or train again with --fresh",
             )
         )

@@ -155,7 +155,7 @@ def _check_clips(session: Session) -> RunRecord | None:
                 explain(
                     f"{cache.place} does not hold the clips that {folder.path} was started with",
                     got="; ".join(changed),
-                    remedy="Train it anew with --fresh, or choose another --out",
+                    remedy="Train again with --fresh, or choose another --out",
                 )
             )
     elif old is not None:

@@ -208,7 +208,7 @@ def _open_array(path: Path, axes: int) -> NDArray[Any]:
 def _header(path: Path) -> list[str]:
     for _, cells in _lines(path):
         if len(set(cells)) != len(cells) or "" in cells:
-            raise DataError(explain(f"{path} has columns without a name of their own", got=",".join(cells)[:60]))
+            raise DataError(explain(f"{path} has empty or repeated column names", got=",".join(cells)[:60]))
         return cells
     raise DataError(explain(f"{path} is empty", expected="a header, then one row a line"))
 

@@ -161,7 +161,7 @@ def import_features(
             if progress is not None:
                 progress(1)
         for item in strangers:
-            message = explain(f"There are labels for {item!r} and no features", expected=f"{item}.npy or {item}.csv")
+            message = explain(f"{item} has labels but no features", expected=f"{item}.npy or {item}.csv")
             failures.add(
                 Failure(item, "labels", "DataError", message, {"split": None}), quiet=len(failures.failures) >= SHOWN
             )

@@ -36,7 +36,7 @@ def test_create_accepts_only_an_empty_directory(tmp_path, store):
 
 
 def test_opening_a_directory_without_a_cache_states_the_remedy(tmp_path):
-    with pytest.raises(UsageError, match=r"There is no such folder\. Make one: vaflow extract"):
+    with pytest.raises(UsageError, match=r"The folder does not exist\. Make one: vaflow extract"):
         open_cache(tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"It has no manifest\.json"):
         open_cache(tmp_path)

@@ -94,3 +94,14 @@ def test_a_wrong_layout_is_a_usage_error(good: Tree, capsys: pytest.CaptureFixtu
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0 and "vaflow check ~/data/affwild2" in out and "--layout" in out
+
+
+def test_findings_are_wrapped_to_the_width_of_a_terminal(
+    good: Tree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    _, out, _ = run(capsys, good.root)
+    lines = out[out.index("NOTE") :].splitlines()[:-1]  # all but the last, which counts them
+    assert [line for line in lines if len(line) > 40 and " " in line.strip()] == []
+    assert any(line.startswith("    ") for line in lines)

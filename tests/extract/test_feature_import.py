@@ -296,7 +296,7 @@ def test_one_invalid_item_does_not_affect_the_others(tmp_path: Path) -> None:
     [
         ([""], "is empty"),
         (["time"], "no columns of features"),
-        (["time,x,x", "0,1,2"], "without a name of their own"),
+        (["time,x,x", "0,1,2"], "empty or repeated column names"),
         (["time,x", "0,1,2"], "3 in line 2"),
         (["time,x", "0,1", "1,later"], "line 3"),
         (["time,x"], "no rows"),

@@ -83,7 +83,7 @@ def test_ablate_fails_if_all_rows_fail(cache: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--table", "4"], "There is no such table"),
+        (["--table", "4"], "Unknown table"),
         (["--seeds", "0"], "--seeds must be >= 1"),
         (["--jobs", "0"], "--jobs must be >= 1"),
         (["--alias", "ast"], "NAME=OTHER"),

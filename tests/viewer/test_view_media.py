@@ -147,4 +147,4 @@ def test_boxes_of_a_stream_or_of_the_detector_lie_on_the_face(open_page: OpenPag
 def test_a_clip_without_a_face_is_reported(numbered: Path, tmp_path: Path) -> None:
     config = ViewConfig([numbered / "media"], boxes=True)
     viewer = write_viewer(numbered / "predictions", tmp_path, ["constant"], config)
-    assert any("found no face" in note for note in viewer.clips[0].facts["notes"])
+    assert any("detected no face" in note for note in viewer.clips[0].facts["notes"])

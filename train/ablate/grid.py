@@ -68,7 +68,7 @@ class Study:
         known = {table.name: table for table in self.tables}
         for name in names:
             if name != ALL and name not in known:
-                raise UsageError(explain("There is no such table", got=name, choices=[*known, ALL]))
+                raise UsageError(explain("Unknown table", got=name, choices=[*known, ALL]))
         return self.tables if not names or ALL in names else tuple(t for t in self.tables if t.name in names)
 
     def config(self, row: Row | None, overrides: Settings) -> TrainConfig:

@@ -178,7 +178,7 @@ def read_manifest(layout: Layout) -> StoreName:
 def _no_cache(layout: Layout) -> UsageError:
     gone = layout.remote is None and not layout.root.exists()
     empty = layout.remote is not None or gone or (layout.root.is_dir() and not any(layout.root.iterdir()))
-    what = "There is no such folder" if gone else "It has no manifest.json"
+    what = "The folder does not exist" if gone else "It has no manifest.json"
     command = f"DATA --out {layout.place}" if empty else f"{layout.place} --out {layout.place}.cache"
     return UsageError(
         explain(

@@ -79,9 +79,7 @@ def ablate(
     opened = open_cache(cache)
     compared = ENCODERS in (tables or [])
     if compared and (grid is not None or len(tables or []) > 1):
-        raise UsageError(
-            explain(f"--table {ENCODERS} is a study of its own", expected="no other --table and no --grid")
-        )
+        raise UsageError(explain(f"--table {ENCODERS} cannot be combined", expected="no other --table and no --grid"))
     study = encoder_study(opened) if compared else load_study(grid)
     with _Reporter(show_bars(quiet), quiet) as reporter:
         result = run_study(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table, wrap_on_terminal
 from vaflow.errors import UsageError, count, explain, visible
 from vaflow.files import write_file
 
@@ -146,10 +146,10 @@ def _findings(report: "Report", verbose: bool, quiet: bool) -> Iterator[str]:
             continue
         shown = kind.notes if verbose else kind.notes[:EXAMPLES]
         lines = [f"\n{kind.severity.upper()}  {kind.code}: {len(kind.notes)}"]
-        lines += [f"  {visible(note.item + ': ' if note.item else '')}{visible(note.message)}" for note in shown]
+        texts = [f"{visible(note.item + ': ' if note.item else '')}{visible(note.message)}" for note in shown]
         if len(kind.notes) > len(shown):
-            lines.append(f"  ... and {len(kind.notes) - len(shown)} more (-v lists all)")
-        lines += [f"  -> {remedy}" for remedy in dict.fromkeys(note.remedy for note in shown if note.remedy)]
+            texts.append(f"... and {len(kind.notes) - len(shown)} more (-v lists all)")
+        texts += [f"-> {remedy}" for remedy in dict.fromkeys(note.remedy for note in shown if note.remedy)]
         if kind.cost:
-            lines.append(f"  cost: {kind.cost}")
-        yield "\n".join(lines)
+            texts.append(f"cost: {kind.cost}")
+        yield "\n".join([*lines, *(wrap_on_terminal(text, 2) for text in texts)])

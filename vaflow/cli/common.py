@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -125,6 +126,17 @@ def summary_json(summary: Any) -> dict[str, Any]:
     """The members of a summary dataclass that has `failures` and `failures_file`, as plain JSON."""
     failures = [failure.line() for failure in summary.failures]
     return {**vars(summary), "failures": failures, "failures_file": str(summary.failures_file)}
+
+
+def wrap_on_terminal(text: str, indent: int) -> str:
+    """A paragraph, indented; on a terminal, divided into lines of its width, whose first is indented less."""
+    if not sys.stdout.isatty():
+        return " " * indent + text
+    width = max(shutil.get_terminal_size().columns, 2 * indent + 20)
+    rest = " " * (indent + 2)
+    return textwrap.fill(
+        text, width, initial_indent=" " * indent, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:

@@ -111,7 +111,7 @@ def _evaluate_model(
 
     columns = Columns.parse(va, name)
     if cache is None:
-        raise UsageError(explain(f"{name} has no cache of its own", expected="--cache CACHE"))
+        raise UsageError(explain(f"Evaluating {name} requires a cache", expected="--cache CACHE"))
     smoothing = None
     if smooth not in (None, "none"):
         if width is None:

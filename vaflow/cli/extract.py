@@ -158,9 +158,10 @@ def extract(
         from vaflow.extract.estimate import estimate
 
         result = estimate(dataset, out, config, part, show_progress=show_bars(quiet))
-        print_json(result) if json else typer.echo(
-            table([(key.replace("_", " "), value) for key, value in result.items()], ("dry run", ""))
-        )
+        labels = {"items": "clips to extract", "items_already_there": "clips already extracted"}
+        labels |= {"items_unreadable": "clips unreadable", "hours": "hours of media", "minutes": "minutes, estimated"}
+        rows = [(labels.get(key, key.replace("_", " ")), value) for key, value in result.items()]
+        print_json(result) if json else typer.echo(table(rows, ("dry run", "")))
         return 0
     log.info("Loading %s", ", ".join(config.encoders) or "the dataset")
     from vaflow.cache import open_cache

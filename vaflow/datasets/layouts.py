@@ -55,7 +55,7 @@ def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
     folder = Path(root).expanduser().absolute()
     _require_files(folder)
     if layout not in (AUTO, *LAYOUTS):
-        raise UsageError(explain("There is no such layout", got=layout, choices=[AUTO, *LAYOUTS]))
+        raise UsageError(explain("Unknown layout", got=layout, choices=[AUTO, *LAYOUTS]))
     if layout == AUTO or not LAYOUTS[layout].detect(folder):
         fitting = next((name for name in LAYOUTS if LAYOUTS[name].detect(folder)), "")
         if layout != AUTO or not fitting:
@@ -84,7 +84,7 @@ def _require_files(root: Path) -> None:
     if not root.exists():
         parent = next((folder for folder in root.parents if folder.is_dir()), Path("/"))
         got = f"{root}, which does not exist; {parent} holds {listing(parent)}"
-        raise UsageError(explain("There is no such data set", expected="an existing folder", got=got))
+        raise UsageError(explain("The data set does not exist", expected="an existing folder", got=got))
     if not root.is_dir():
         remedy = f"Name the folder: {root.parent}"
         raise UsageError(

@@ -42,7 +42,7 @@ def open_folder(name: str, source: str, *, local: bool, weight_files: tuple[str,
     if local or source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
         raise WeightsError(
             explain(
-                f"There is no folder {source}",
+                f"The folder {source} does not exist",
                 expected=f"{needs}, as save_pretrained writes it".replace(" (PATH)", ""),
                 remedy=f"Download the model id {example} and pass --weights {name}=FOLDER",
             )

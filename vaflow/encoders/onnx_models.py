@@ -129,7 +129,7 @@ class Graph:
             remedy = "pip install -e '.[onnx]'"
             raise UsageError(explain(f"{name} requires onnxruntime", remedy=remedy)) from error
         if not path.is_file():
-            raise WeightsError(explain(f"There is no ONNX file {path}", remedy="Check the path after onnx:"))
+            raise WeightsError(explain(f"The ONNX file {path} does not exist", remedy="Check the path after onnx:"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3

@@ -141,7 +141,9 @@ def _build_ast(request: Request, choice: LayerChoice) -> AstEncoder:
     module = ASTModel(ASTConfig(**AST_CONFIG, attn_implementation="sdpa"))
     if request.weights is not None:
         if not request.weights.is_dir():
-            raise WeightsError(explain(f"There is no folder {request.weights}", remedy="Check the path after NAME="))
+            raise WeightsError(
+                explain(f"The folder {request.weights} does not exist", remedy="Check the path after NAME=")
+            )
         loaded, mean, std = load_checkpoint(request.weights)
         load_strictly(module, loaded.state_dict(), str(request.weights))
         return make_encoder(request, module, mean, std, choice)

@@ -74,7 +74,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         WeightsError: the file is missing, has another format, is compressed, or is a TorchScript archive.
     """
     if not path.is_file():
-        raise WeightsError(explain(f"There is no weights file {path}", remedy="Check the path after NAME="))
+        raise WeightsError(explain(f"The weights file {path} does not exist", remedy="Check the path after NAME="))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if _is_torchscript(path):

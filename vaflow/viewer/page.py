@@ -211,7 +211,7 @@ def with_boxes(masks: ClipMasks, media: Path | None, detect: bool) -> tuple[Clip
         return masks, "Face boxes could not be detected."
     note = f"Face boxes were detected for this page, every {STEP:g} s, with the detector of vaflow extract."
     if not np.isfinite(boxes[:, 1:]).any():
-        note = "No face box is drawn: the detector of vaflow extract found no face in this clip."
+        note = "No face box is drawn: the face detector detected no face in this clip."
     return replace(masks, boxes=boxes), note
 
 
