@@ -96,7 +96,7 @@ def test_empty_and_missing_files_are_rejected(tmp_path: Path) -> None:
     torch.save({"state_dict": {"epoch": 3}}, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="no state dict"):
         read_state_dict(tmp_path / "w.pt")
-    with pytest.raises(WeightsError, match="The weights file .* does not exist"):
+    with pytest.raises(WeightsError, match=r"The weights file .* does not exist"):
         build("clip-vit-b32", weights=tmp_path / "none.pt")
 
 
