@@ -8,14 +8,14 @@ from vaflow.encoders.clip import build
 from vaflow.encoders.image_encoder import ImageEncoder
 
 
-def random_clip(device: str, precision: str, folder: Path) -> ImageEncoder:
-    """CLIP ViT-B/16 as `clip-vit-b16` builds it, through the same loading code, from a file of random weights."""
+def random_clip(device: str, precision: str, folder: Path, model: str = "ViT-B-16-quickgelu") -> ImageEncoder:
+    """open_clip's model as `clip:` builds it, through the same loading code, from a file of random weights."""
     import open_clip
     from safetensors.torch import save_file
 
     path = folder / "random-clip.safetensors"
-    save_file(open_clip.create_model("ViT-B-16-quickgelu", pretrained=None).state_dict(), path)
-    source = f"ViT-B-16-quickgelu/{path}"
+    save_file(open_clip.create_model(model, pretrained=None).state_dict(), path)
+    source = f"{model}/{path}"
     return build(Request(f"clip:{source}", source, None, device, precision))
 
 

@@ -84,6 +84,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 # fmt: on
 TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}  # files of the image tower alone
+NAFLEX = ("siglip2", "siglip2_vision_model")  # models of one resolution have the type siglip
 HEADS = ("classifier.", "decoder.", "pooler.", "lm_head.", "projector.", "quantizer.", "project_q.", "project_hid.")
 
 
@@ -151,6 +152,14 @@ def _family(request: Request, folder: Path, values: Mapping[str, Any]) -> tuple[
     model_type = str(values.get("model_type"))
     model_type = TOWERS.get(model_type, model_type)
     family = FAMILIES.get(model_type)
+    if model_type in NAFLEX:
+        raise UsageError(
+            explain(
+                f"{request.name} is a SigLIP 2 NaFlex model, whose images have a variable number of patches",
+                expected="images of one size",
+                remedy="Use a SigLIP 2 model of one resolution, such as hf:google/siglip2-base-patch16-224",
+            )
+        )
     if family is None:
         kind = request.kind or "visual"
         raise UsageError(
