@@ -29,17 +29,17 @@ from vaflow.errors import MediaError, explain
 from vaflow.extract.config import AUDIO_RATES, MAX_CHANNELS
 from vaflow.extract.container import Opened, opened, read_packets, seconds
 
-RATE = 16000  # samples per second that come out
+RATE = 16000  # output samples per second
 SILENT_PEAK = 1e-4  # -80 dBFS: an audio stream that never exceeds this is silent
 
 _JITTER = 0.025  # seconds that a timestamp may be off
 _JITTER_AFTER_DAMAGE = 0.002  # ... where a packet was lost: one AAC frame is 21 to 23 ms, which must leave a gap
 _DRIFT = 0.004  # seconds that timestamps may keep to one side
-_DRIFT_PIECES, _DRIFT_SPAN = 16, 0.5  # pieces, and seconds, that must agree on it
+_DRIFT_PIECES, _DRIFT_SPAN = 16, 0.5  # pieces, and seconds, with consistent lateness before it is corrected
 _MAX_CHANGE = 0.05  # largest share by which a piece is lengthened or shortened
 _BACKWARD = 1.0  # seconds by which the times of a stream may go back
 _SHORT = 0.1  # seconds that may be missing from a clip's audio
-_FEED = 16384  # samples that go into the resampler at a time
+_FEED = 16384  # samples passed to the resampler
 _ZEROS = 10 * RATE  # the longest block of zeros
 
 Block = NDArray[np.float32]
@@ -132,7 +132,7 @@ class _Source:
     def __init__(self, media: Opened, start: float) -> None:
         self._media, self._start = media, start
         self.rate = self.channels = self.damaged = 0
-        self._last = -np.inf  # seconds, of the piece before
+        self._last = -np.inf  # seconds, of the previous piece
 
     def pieces(self) -> Iterator[_Piece]:
         stream = self._media.audio
@@ -201,7 +201,7 @@ def _mono(frame: AudioFrame) -> Block | None:
 
 
 def _packed(frame: AudioFrame) -> AudioFrame | None:
-    """The frame with its channels interleaved: PyAV reads beyond the last of eight or more planes, and may crash."""
+    """Return the frame with interleaved channels: PyAV reads beyond the last of eight or more planes, and may crash."""
     if frame.layout.nb_channels > MAX_CHANNELS:
         return None
     try:
@@ -214,7 +214,7 @@ def _packed(frame: AudioFrame) -> AudioFrame | None:
 
 @dataclass
 class _Line:
-    """The 16 kHz output. Audio lies on it in segments without a gap; each segment has its own resampler.
+    """The 16 kHz output: gapless segments of audio, each with its own resampler.
 
     Attributes:
         limit: samples at which the output ends.
@@ -234,7 +234,7 @@ class _Line:
         return self.emitted >= self.limit
 
     def add(self, piece: _Piece) -> Iterator[Block]:
-        """Append a piece to the current segment, or start a new one behind zeros."""
+        """Append a piece to the current segment, or start a new one after zeros."""
         end = self.emitted / RATE if self._segment is None else self._segment.end
         time = end if piece.time is None else piece.time
         late = time - end
@@ -282,7 +282,7 @@ class _Line:
 
 
 class _Drift:
-    """Keeps audio with its timestamps where these drift away from the count of samples.
+    """Corrects the drift of an audio clock against its timestamps.
 
     An audio clock that is off by 0.1 % is a second late after a quarter of an hour. Jitter goes both ways; only when
     many pieces in a row are late, or many early, the line through their lateness is corrected.

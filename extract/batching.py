@@ -84,7 +84,7 @@ class FixedBatcher:
         self._size = 0 if callable(size) else size
         self._parts = InParts(encode, device, self._size)
         self._buffers: list[torch.Tensor] = []  # of rows; pinned for a GPU
-        self._results: list[torch.Tensor] = []  # the same of results; none on a CPU
+        self._results: list[torch.Tensor] = []  # the same for results; none on a CPU
         self._turn = 0
         self._waiting: list[Deliver] = []
         self._in_flight: _Batch | None = None
@@ -124,7 +124,7 @@ class FixedBatcher:
         if self.device.type == "cuda":
             self._results = self._results or self._host_memory(tuple(result.shape), torch.float32)
             result = self._results[self._turn].copy_(result, non_blocking=True)
-        work.stop()  # an event behind the copy: the result may be read when it has passed
+        work.stop()  # an event after the copy: the result can be read once it has completed
         self.rows += len(self._waiting)
         launched = _Batch(result, self._waiting, self._parts.size, work)
         self._waiting = []
@@ -140,7 +140,7 @@ class FixedBatcher:
         if batch is None:
             return
         self.delivering = batch.size
-        self.device_seconds += batch.work.seconds  # waits for the event behind the batch, and for nothing after it
+        self.device_seconds += batch.work.seconds  # waits for the event after the batch only
         self.row_seconds += batch.work.seconds * len(batch.receivers) / self._size
         for row, deliver in zip(batch.result.numpy(), batch.receivers, strict=False):
             deliver(row)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vaflow.timeline import Floats, Grid
 
 MAX_SECONDS = 24 * 3600.0  # duration of a clip
-MAX_GAP = 600.0  # seconds between two frames: samples and windows of the hole between them would be made
+MAX_GAP = 600.0  # seconds between two frames; longer gaps would be filled with samples and windows
 MAX_PACKETS = 20_000_000  # of a file: more than a day of 120 frames and 100 audio packets a second
 MAX_CHANNELS = 64
 MAX_SAMPLES = 100_000  # per window
@@ -263,7 +263,7 @@ class Shard:
 
 
 def check_span(path: Path, times: "Floats") -> None:
-    """Check that frame times [N] seconds, ascending, N >= 1, can be those of a recording.
+    """Check that frame times [N] in seconds, ascending, N >= 1, are plausible for a recording.
 
     Raises:
         MediaError: the last one is before 0 or later than `MAX_SECONDS`, or there is a hole longer than `MAX_GAP`.
@@ -282,7 +282,7 @@ def check_span(path: Path, times: "Floats") -> None:
 
 
 def limit_memory(limit: int = WORKER_MEMORY) -> None:
-    """Limit this process to `limit` bytes: a file that needs more raises an error instead of filling the machine.
+    """Limit the memory of this process to `limit` bytes, so that a file that needs more raises an error.
 
     Nothing changes where the system has no such limit, or a lower one is set.
     """

@@ -25,7 +25,7 @@ from vaflow.process import beat
 
 _MICROSECONDS = 1_000_000  # FFmpeg's container-wide clock
 _PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})  # text files that name other files
-_REPEATS, _SPARE = 4, 2**20  # the packets of a file may have this many times its size (edit lists), plus these bytes
+_REPEATS, _SPARE = 4, 2**20  # the packets of a file may have this multiple of its size (edit lists), plus these bytes
 SQUARE = Fraction(1)  # pixel aspect
 
 

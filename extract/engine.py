@@ -43,7 +43,7 @@ def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[Vi
 def prepare(
     cache: Cache, config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]
 ) -> dict[str, StreamInfo]:
-    """Declare every stream and embed the prompts; repeating it changes nothing. Returns the streams by name.
+    """Declare every stream and embed the prompts; idempotent. Returns the streams by name.
 
     Raises:
         FingerprintError: a stream in the cache was made with other settings.
@@ -66,7 +66,7 @@ def carry_out(
     rehash: bool = False,
     show_progress: bool = False,
 ) -> Summary:
-    """Plan the extraction, call `work` with its tasks, sum up. `work` reports each outcome to the books."""
+    """Plan the extraction, call `work` with its tasks, and return the summary; `work` reports outcomes."""
     began = time.perf_counter()
     plan = make_plan(cache, infos, dataset.clips, shard, rehash=rehash)
     log = FailureLog(cache.path / f"failures{shard.suffix}.jsonl")

@@ -30,16 +30,16 @@ from vaflow.extract.worker import run_job
 from vaflow.item_names import clip_and_person
 from vaflow.process import beat
 
-OPENED = 32  # clips that are opened to see whether they have audio
-READ_SECONDS = 15.0  # for which one clip is read
-BATCHES = 2  # that every encoder runs
+OPENED = 32  # clips opened to detect audio streams
+READ_SECONDS = 15.0  # limit for reading one clip
+BATCHES = 2  # per encoder
 DIMS = {"visual": 512, "audio": 768}  # of the default encoders, where none could be built
 JPEG_BYTES = 12_000
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How fast a clip was read: seconds of work per second of clip, and the share of samples with a face."""
+    """Reading speed of a clip: seconds of work per second of clip, and the share of samples with a face."""
 
     cost: float
     faces: float
@@ -48,7 +48,7 @@ class Reading:
 def estimate(
     dataset: Dataset, out: Path, config: ExtractConfig, shard: Shard, *, show_progress: bool = False
 ) -> dict[str, Any]:
-    """Items, hours, frames, windows, bytes and minutes that an extraction would add.
+    """Return items, hours, frames, windows, bytes and minutes that an extraction would add.
 
     An item counts as extracted if the cache has its labels and every encoder named; changed source files are noticed
     by the extraction itself. "minutes" is None if it cannot be measured, and "time_not_measured" says why.
@@ -98,7 +98,7 @@ def _extracted(cache: Cache, config: ExtractConfig) -> set[str]:
 
 
 def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:
-    """Seconds of every clip, in any order; None if it is unreadable. FFmpeg opens files whose headers do not say."""
+    """Seconds of every clip, in any order; None if unreadable. FFmpeg opens files without a duration in the header."""
     media = [clip.video or (None if clip.frames else clip.audio) for clip in clips]
     unknown = []
     for clip, seconds in zip(
@@ -113,7 +113,7 @@ def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:
 
 
 def probed_duration(clip: Clip) -> float | None:
-    """Duration of a clip in seconds as FFmpeg says, or None. Runs in a decoding process."""
+    """Duration of a clip in seconds according to FFmpeg, or None. Runs in a decoding process."""
     path = clip.video or clip.audio
     if path is None and clip.frames is None:
         return None
@@ -139,7 +139,7 @@ def has_audio(clip: Clip) -> bool | None:
 def _measured(
     config: ExtractConfig, clips: Sequence[Clip], seconds: float, frames: int, windows: float
 ) -> tuple[dict[str, int], float | None, str]:
-    """Length of each encoder's vectors, minutes of the extraction or None, and why they were not measured."""
+    """Dimension of each encoder, minutes of the extraction or None, and the reason if they were not measured."""
     from vaflow.device import choose_device
     from vaflow.encoders.base import AudioEncoder
     from vaflow.extract.batching import BATCH_SIZES, make_encoders

@@ -113,7 +113,7 @@ def _mp4_seconds(file: BinaryIO) -> float | None:
 
 
 def _find_box(file: BinaryIO, position: int, name: bytes) -> int | None:
-    """Return where the content of the next MP4 box of that name begins."""
+    """Return the offset of the content of the next MP4 box of that name."""
     for _ in range(_BOXES):
         file.seek(position)
         head = file.read(16)
@@ -157,7 +157,7 @@ def _matroska_seconds(file: BinaryIO) -> float | None:
 
 
 def promised_size(path: Path) -> int | None:
-    """Return the size of a file according to its container, or None if it states none (live recordings).
+    """Return the size of a file according to its container; None if unstated (live recordings).
 
     MP4 and MOV: the chain of boxes. Matroska and WebM: the segment's size. AVI: the chain of RIFF chunks.
     """

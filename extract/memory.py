@@ -35,12 +35,12 @@ class CudaMemory:
         self._device = device
 
     def free(self) -> int:
-        """Memory free on the GPU, plus what torch has reserved without using it."""
+        """Free GPU memory, plus memory reserved but unused by torch."""
         reserved = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return int(torch.cuda.mem_get_info(self._device)[0]) + reserved
 
     def peak(self, work: Callable[[], object]) -> int:
-        """From torch's statistics."""
+        """Peak memory from torch's statistics."""
         torch.cuda.synchronize(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
@@ -82,7 +82,7 @@ def fitting(
 
 
 class InParts:
-    """Encodes batches whole, or in parts once a batch did not fit into the device's memory.
+    """Encodes whole batches, or parts of them once a batch did not fit into the device's memory.
 
     Args:
         encode: [rows, ...] tensor on `device` -> [rows, ...] tensor on the same device.

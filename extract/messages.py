@@ -1,4 +1,4 @@
-"""Messages between decoding processes and the pipeline: plain data, so that workers need neither torch nor a cache."""
+"""Messages between decoding processes and the pipeline: plain data without torch or cache types."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,7 +157,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Alive:
-    """Heartbeat of a worker; the pool does not pass it on."""
+    """Heartbeat of a worker; not forwarded by the pool."""
 
     job: int
 

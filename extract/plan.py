@@ -47,7 +47,7 @@ class PendingClip:
 
     @property
     def first_item(self) -> str:
-        """The item that is committed last, and is there if the clip is."""
+        """The item that is committed last and marks the clip as complete."""
         return person_item(self.clip.id, 1) if self.everyone else self.clip.id
 
 
@@ -132,7 +132,7 @@ def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:
 
 
 def _stamps(cache: Cache, stream: str, clips: Iterable[Clip]) -> dict[str, str]:
-    """Item -> stamp of its sources; "" where its record is damaged, which raises where the record is needed."""
+    """Item -> stamp of its sources; "" for a damaged record, which raises when it is needed."""
     stamps = cache.source_stamps(stream)
     if cache.has_damage(stream):
         stamps |= {clip.id: "" for clip in clips if clip.id not in stamps and cache.has(stream, clip.id)}
@@ -179,7 +179,7 @@ def _task(
 def _misread(
     cache: Cache, infos: dict[str, StreamInfo], stamps: dict[str, dict[str, str]], clips: Iterable[Clip]
 ) -> dict[str, set[str]]:
-    """Item -> kinds of streams that an earlier version of this package made wrongly of it."""
+    """Item -> kinds of its streams that an earlier version of this package computed wrongly."""
     older = [name for name, info in infos.items() if reading_version(info) < READING]
     misread: dict[str, set[str]] = {}
     videos = {}

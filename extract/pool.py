@@ -18,11 +18,13 @@ from vaflow.extract.messages import Alive, Detect, Detected, Done, Failed, Job, 
 from vaflow.extract.worker import serve
 from vaflow.process import ChildProcess
 
-QUEUED_MESSAGES = 64  # each at most a crop or a second of audio: bounds the memory between decoding and encoding
+QUEUED_MESSAGES = (
+    64  # messages, each at most a crop or a second of audio; bounds the memory between decoding and encoding
+)
 POLL_SECONDS = 0.2
 ITEM_TIMEOUT = ExtractConfig.item_timeout
 STARTING = 60.0  # seconds: least time until the first message of a new process
-_LONGEST_TURN = 2.0  # seconds: longer turns are due to this process, or to a program that was stopped
+_LONGEST_TURN = 2.0  # seconds; longer intervals mean that this process was stopped or overloaded
 
 Work = Callable[[Any, Callable[[Any], None]], None]  # processes a job, sending messages
 
@@ -41,7 +43,9 @@ class _Worker:
         self.job: Job | None = None
         self.silence = 0.0
         self.heard = self.waiting = False
-        self._open = threading.Lock()  # held while answering: the pipe is not closed, nor its number used again
+        self._open = (
+            threading.Lock()
+        )  # held while answering, so that the pipe is not closed and its descriptor not reused
 
     @property
     def number(self) -> int:
@@ -58,7 +62,7 @@ class _Worker:
 
     def stop(self) -> None:
         self.process.kill()
-        with self._open:  # a thread that stood in `send` returned when the process ended
+        with self._open:  # a thread blocked in `send` returned when the process ended
             self.pipe.close()
 
 
@@ -111,7 +115,7 @@ class WorkerPool:
             worker.answer(answer)
 
     def _read(self) -> None:
-        """Thread: deal out jobs, collect messages; whatever goes wrong here is raised where messages are read."""
+        """Thread that assigns jobs and collects messages; its errors are raised where messages are read."""
         workers: list[_Worker] = []
         try:
             self._serve(workers)
@@ -142,7 +146,7 @@ class WorkerPool:
                     self._wait_for(worker, turn, workers)
 
     def _take(self, worker: _Worker, workers: list[_Worker]) -> None:
-        """Pass one message on; when a job ends, give the worker the next one or let it go."""
+        """Forward one message; when a job ends, give the worker the next one or release it."""
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):

@@ -15,7 +15,7 @@ REST = "filter banks, bookkeeping"
 DETECTING = "detecting faces"
 ON_DEVICE = "encoding (device clock)"
 DETECTING_ON_DEVICE = "detecting (device clock)"  # only with --detector torch
-BESIDE = (COMMITTING, ON_DEVICE, DETECTING_ON_DEVICE)  # beside the main thread
+BESIDE = (COMMITTING, ON_DEVICE, DETECTING_ON_DEVICE)  # in other threads
 REMEDIES = {
     WAITING: "decoding is the bottleneck: use more --workers, --faces auto if there are crops, or --detector torch",
     DETECTING: "face detection is the bottleneck: use --faces auto if there are crops, or another --detector",
@@ -51,7 +51,7 @@ class Profile:
             yield item
 
     def stages(self) -> dict[str, float]:
-        """Stage -> seconds: those of the main thread, which add up to the wall time, then those beside it."""
+        """Stage -> seconds: stages of the main thread, which add up to the wall time, then those of other threads."""
         total = time.perf_counter() - self._began
         main = _of_main(self.seconds)
         beside = {COMMITTING: 0.0, ON_DEVICE: 0.0} | {k: v for k, v in self.seconds.items() if k in BESIDE}

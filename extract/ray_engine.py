@@ -33,8 +33,8 @@ from vaflow.failures import Failure
 logger = logging.getLogger(__name__)
 
 CPUS_PER_MEMBER = 4  # without a GPU: half of them decode
-LOOKAHEAD = 1  # tasks queued at a member, so that its decoders do not wait
-ATTEMPTS = 3  # per item whose member died: the first one, and two alone
+LOOKAHEAD = 1  # tasks queued at a member, so that its decoders stay busy
+ATTEMPTS = 3  # attempts per item whose member died: the first one, and two alone
 STILLBORN = 3  # members in a row that may die before they are ready; then the extraction ends
 LOOK_SECONDS = 10.0  # between checks for nodes that have joined
 HINT_SECONDS = 60.0  # without a ready member; then a hint is logged
@@ -239,13 +239,15 @@ class Team:
             self._step()
             self._look_around()
 
-    # -- who works -------------------------------------------------------------------------------------------------
+    # -- members -----------------------------------------------------------------------------------------------------
 
     def _hire(self) -> None:
-        """As many members as the cluster has room for and can have something to do."""
+        """Number of members to run: limited by the cluster and by the remaining tasks."""
         room = places([node["Resources"] for node in self._ray.nodes() if node["Alive"]], self._config)
         self._workers = room.workers
-        self._config = replace(self._config, device="cuda" if room.gpus else "cpu")  # the same whoever joins later
+        self._config = replace(
+            self._config, device="cuda" if room.gpus else "cpu"
+        )  # independent of members that join later
         actor = self._ray.remote(Member).options(num_cpus=room.cpus, num_gpus=room.gpus, max_restarts=0)
         out = str(self._cache.path.absolute()) if self._cache.layout.remote is None else str(self._cache.place)
         for _ in range(min(room.count, self._most) - len(self._members)):
@@ -269,7 +271,7 @@ class Team:
         """Handle a member that died: tasks that it has not committed are tried again at the end, one by one."""
         self._members.remove(member)
         self._past.append(member)
-        self._ray.kill(member.handle)  # it may still run, out of reach
+        self._ray.kill(member.handle)  # it may still be running but unreachable
         self._stillborn = 0 if member.ready else self._stillborn + 1
         why = str(error).strip().partition("\n")[0]
         if self._stillborn >= STILLBORN:

@@ -92,7 +92,7 @@ class Member:
         return Prepared(self._infos)
 
     def exchange(self, tasks: Sequence[PendingClip], last: bool) -> Report:
-        """Take tasks, wait for news, report them. `last`: no further tasks until these have ended."""
+        """Take tasks, wait for changes, report them. `last`: no further tasks until these have ended."""
         feed = self._feed or self._begin()
         for task in tasks:
             feed.put(task)
@@ -133,10 +133,10 @@ class Member:
     # -- reports ---------------------------------------------------------------------------------------------------
 
     def _report(self, feed: "_Feed") -> Report:
-        """Wait for news and report them. Unexpected errors are raised, with their traceback."""
+        """Wait for changes and report them. Unexpected errors are raised, with their traceback."""
         outcomes = self._read_news(ANSWER_SECONDS)
         if ended := feed.ended:
-            outcomes += self._read_news(0)  # what arrived before the end
+            outcomes += self._read_news(0)  # outcomes that arrived before the end
             self._feed = None
         if self._error is not None and not isinstance(self._error, VaflowError | OSError):
             raise self._error

@@ -128,7 +128,7 @@ class Run:
         self._report()
 
     def _detect(self, question: Detect, pool: WorkerPool) -> None:
-        """Collect the images of a question and answer it when the last one has arrived."""
+        """Collect the images of a detection request and answer it after the last one."""
         self._questions[question.job].append(question.image)
         if not question.last:
             return
@@ -197,7 +197,7 @@ class Run:
         return self._gpu
 
     def _needs_audio(self, task: PendingClip) -> bool:
-        """Whether a stream is made from anything but the cached log-Mel."""
+        """Whether a stream needs sources other than the cached log-Mel."""
         audio = self._encoders.audio
         return any(audio[name][0].front_end != KALDI for name in task.streams if name in audio)
 

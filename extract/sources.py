@@ -30,7 +30,7 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 
 def file_status(path: Path) -> dict[str, Any]:
-    """The members of a file's identity that do not require reading it.
+    """Return the members of a file's identity that are known without reading it.
 
     Raises:
         OSError: the file does not exist.

@@ -1,4 +1,4 @@
-"""Speech activity from energy: where the audio is clearly louder than its own background.
+"""Speech activity from energy: spans clearly louder than the background of the audio.
 
 No model: music and other noise that is as loud as speech counts as speech. What it finds in a clip with one speaker
 and a quiet background is where they speak; that is enough to tell a moving mouth that speaks from one that chews.

@@ -51,7 +51,7 @@ def stream_infos(
         )
     ]
     if config.face_source != "none" and config.person != LARGEST and (visual or config.pixels):
-        # The choice of a person does not change which faces there are.
+        # The choice of a person does not change the set of faces.
         everyone = {key: value for key, value in tracker.items() if key != "person"}
         faces = {"source": config.face_source, **faces_identity(detector=config.detector, tracker=everyone)}
         infos.append(
@@ -84,7 +84,7 @@ def stream_infos(
             e.identity
             | {
                 "sampling": sampling,
-                # The log-Mel as it is stored, or frames of the encoder's own front end, which are not stored.
+                # The stored log-Mel, or frames of the encoder's own front end, which are not stored.
                 "sound": f"{e.front_end.name} {config.dtype if e.front_end == KALDI else 'float32'}",
                 "decoder": decoder_identity(),
             },
@@ -103,12 +103,12 @@ def text_info(encoder: VisualEncoder) -> StreamInfo:
 
 
 def source_of(kind: str, sources: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a clip's sources that a stream of this kind is made from."""
+    """Parts of a clip's sources used by a stream of this kind."""
     return {part: sources[part] for part in SOURCES[kind] if part in sources}
 
 
 def provenance() -> dict[str, Any]:
-    """Members of every record that name its maker."""
+    """Members of every record that state the software version."""
     return {"vaflow": __version__, "reading": READING}
 
 

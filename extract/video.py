@@ -37,8 +37,8 @@ _QUARTER_TURNS = np.array(
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# Version of how this package reads times, frames and audio; raised when any of it changes.
-# 2: frames are scaled to square pixels; files whose times go back are refused.
+# Version of reading times, frames and audio; incremented when any of it changes.
+# 2: frames are scaled to square pixels; files with decreasing times are rejected.
 # 3: the last audio step is valid if half of its part within the clip has audio.
 READING = 3
 _HOLD = 0.2  # seconds for which a neighbouring frame replaces one that cannot be decoded
@@ -46,7 +46,7 @@ _SAME = 2e-6  # seconds: presentation times closer than this are equal (containe
 JOINABLE = ("mpegts", "mpeg")  # containers whose files can be joined byte by byte
 TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics (ITU-T H.273) that need tone mapping, which is not done
 
-# Exact arithmetic: without these flags swscale takes shortcuts that depend on the processor and on odd widths.
+# Exact arithmetic: without these flags swscale uses approximations that depend on the processor and on odd widths.
 _EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
 
 

@@ -57,7 +57,7 @@ Images = Iterator[tuple[int, int, bytes, Image]]  # person, grid sample, JPEG to
 
 
 def serve(pipe: Connection, work: "Callable[[Any, Callable[[Any], None]], None] | None" = None) -> None:
-    """Work off jobs until None arrives or the parent exits; the target of a worker process.
+    """Process jobs until None arrives or the parent exits; the target of a worker process.
 
     Args:
         pipe: to the pool.
@@ -72,7 +72,7 @@ def serve(pipe: Connection, work: "Callable[[Any, Callable[[Any], None]], None] 
 
 
 def _ask(pipe: Connection, job: int, images: Sequence[Image]) -> Sequence[Cells]:
-    """The parent's answer. Nothing else can arrive meanwhile: the parent gives jobs to idle workers only."""
+    """Return the parent's answer. No other message can arrive, because the parent gives jobs to idle workers only."""
     for number, image in enumerate(images, start=1):
         pipe.send(Detect(job, image, number == len(images)))
     answer: Detected = pipe.recv()
@@ -84,7 +84,7 @@ def _nobody_to_ask(job: int, images: Sequence[Image]) -> Sequence[Cells]:
 
 
 def run_job(job: Job, send: Send, ask: Ask = _nobody_to_ask) -> None:
-    """Send everything that is needed of one clip, ending with `Done` or `Failed`. Errors of the clip never escape.
+    """Read one clip and send its messages, ending with `Done` or `Failed`. Errors of the clip are never raised.
 
     Args:
         job: the clip, and which parts of it to read.
@@ -123,7 +123,7 @@ class ClipReader:
             VaflowError: the clip cannot be used, or a file changed while it was read.
             OSError: a file cannot be read.
         """
-        # The identity is taken before anything is read, so that a record never names a version that was not read.
+        # The identity is computed before reading, so that a record never names a version that was not read.
         sources = sources_of(self._clip) if self._is_complete() else {}
         self._info, self._times = self._open()
         self._duration = float(self._times[-1] + median_interval(self._times))
@@ -356,5 +356,5 @@ def _annotation_facts(annotation: Annotation | None) -> dict[str, Any]:
 
 @cache
 def _detector() -> CenterFace:
-    """One per process: reading the model costs as much as one or two frames."""
+    """One instance per process: loading the model costs as much as one or two frames."""
     return CenterFace()

@@ -1,1 +1,1 @@
-"""What is in a data set and what is wrong with it: `vaflow check`."""
+"""Checks of a dataset's contents: `vaflow check`."""

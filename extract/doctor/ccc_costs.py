@@ -1,4 +1,4 @@
-"""CCC that a finding costs if it is overlooked, measured on the validation labels of Aff-Wild2.
+"""Effect of an ignored finding on the CCC, measured on the validation labels of Aff-Wild2.
 
 Source of the figures: the 76 annotation files of the validation split of Aff-Wild2 (ABAW, valence-arousal track;
 383,814 rows), scored with perfect or synthetic predictions, so that each figure is the cost of one mistake without any
@@ -50,12 +50,12 @@ COSTS = {
 
 
 def cost_of(code: str) -> str:
-    """The cost of a kind of finding, or "" if none was measured."""
+    """Return the effect of a kind of finding on the CCC, or "" if none was measured."""
     return COSTS.get(code, "")
 
 
 def shift_loss(seconds: float) -> tuple[float, float]:
-    """CCC that perfect predictions lose in valence and arousal at an offset of `seconds`; constant from 1 s on."""
+    """CCC loss of perfect predictions in valence and arousal at an offset of `seconds`; constant from 1 s on."""
     for (t0, v0, a0), (t1, v1, a1) in pairwise(SHIFTS):
         if seconds <= t1:
             share = (max(seconds, t0) - t0) / (t1 - t0)

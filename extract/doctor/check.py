@@ -115,7 +115,7 @@ def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bo
 
 
 def _read_media(clip: Clip, window: float) -> tuple[MediaFacts | None, NDArray[np.float64], list[Note]]:
-    """Facts, frame times [N] in seconds and findings of a video, a folder of frames, or audio alone."""
+    """Return facts, frame times [N] in seconds, and findings of a video, an image folder or an audio file."""
     notes, missing = [], 0
     try:
         if clip.frames is not None:
@@ -170,7 +170,7 @@ def same_content(paths: Iterable[Path]) -> list[tuple[Path, ...]]:
         parts: dict[Hashable, list[Path]] = defaultdict(list)
         for number, group in enumerate(groups):
             for path in group:
-                with suppress(OSError):  # its clip has a finding about it
+                with suppress(OSError):  # reported as a finding of its clip
                     if value := key(path):
                         parts[number, value].append(path)
         groups = [tuple(part) for part in parts.values() if len(part) > 1]

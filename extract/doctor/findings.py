@@ -18,10 +18,10 @@ from vaflow.extract.doctor.facts import OPENED_CROPS, CropFacts, LabelFacts, Lab
 from vaflow.regions import REGION_NAMES
 
 USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
-FEW_CROPS = 0.5  # share of frames without a crop from which on it is a warning
-DRIFT_FRAMES = 1.5  # frames that index / rate may be off before the rate is called variable
+FEW_CROPS = 0.5  # share of frames without a crop above which it is a warning
+DRIFT_FRAMES = 1.5  # error of index / rate in frames above which the rate is called variable
 LATE_LABELS = 1.0  # seconds that time-stamped labels may continue after the video
-FASTEST = 240  # frames per second; a higher claim is the tick rate of a clock
+FASTEST = 240  # frames per second; higher values in headers are clock ticks
 RATE_SLACK = 0.01  # share of the duration by which a nominal frame rate may be off
 STILL = 1.0  # seconds without a new frame before it is called a gap
 
@@ -177,7 +177,7 @@ def clip_findings(clip: Clip, others_have_crops: bool) -> list[Note]:
     return notes
 
 
-RARE = 0.005  # share of annotated frames below which a region has hardly an example
+RARE = 0.005  # share of annotated frames below which a region counts as rare
 FEW_VIDEOS = 30  # in validation; the score of fewer is imprecise
 SPREAD = (0.025, 76)  # standard deviation of the mean CCC under a bootstrap over that many videos
 
@@ -250,7 +250,7 @@ def _stats(clips: Iterable[Clip], labels: Mapping[str, LabelFacts], split: str) 
 
 
 def _region_findings(train: LabelStats, val: LabelStats) -> list[Note]:
-    """Regions that are rare in training, and those that only validation has."""
+    """Regions that are rare in training, and regions that occur only in validation."""
     if not train.regions.sum():
         return []
     share = train.regions / train.regions.sum()
@@ -300,7 +300,7 @@ def _shared_source_findings(clips: Iterable[Clip]) -> list[Note]:
 
 
 def _same_features(clips: Iterable[Clip]) -> list[Note]:
-    """Clips that would get the same faces and the same audio, or might: one video, no crops, no other side."""
+    """Clips that may get equal faces and audio: same video, no crops, no other side."""
     together: dict[tuple[Path | None, Path | None], list[Clip]] = defaultdict(list)
     for clip in clips:
         if not clip.crops and (clip.video or clip.frames) is not None:

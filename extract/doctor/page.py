@@ -197,7 +197,7 @@ def distribution(stats: Mapping[str, LabelStats], dimension: int, title: str) ->
 
 
 def coverage_bars(checked: Checked) -> str:
-    """Coverage of labels, crops and audio along a clip; a thin line for a part that it does not have."""
+    """Coverage of labels, crops and audio along a clip; a thin line for missing tracks."""
     tracks = (
         ("labels", checked.labels.coverage if checked.labels else b""),
         ("crops", checked.crops.coverage if checked.crops else b""),
@@ -226,7 +226,7 @@ def _audio_coverage(checked: Checked) -> bytes:
 
 
 def _track(levels: bytes, top: int) -> Iterator[str]:
-    """Yield paths of complete, partial and missing intervals; missing ones are lower, to be told without colour."""
+    """Yield paths of complete, partial and missing intervals; missing ones are lower, to be visible without colour."""
     if not levels:
         yield f'<path class="nothing" d="M0 {top + TRACK / 2:g}h{BINS}"/>'
         return

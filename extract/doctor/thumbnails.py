@@ -26,7 +26,7 @@ PLACES = (0.05, 0.35, 0.65, 0.95)  # of the duration: times of the frames of a v
 _MICROSECONDS = 1_000_000
 
 
-ClipDuration = tuple[Clip, float | None]  # the arguments of `thumbnails`
+ClipDuration = tuple[Clip, float | None]  # arguments of `thumbnails`
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _files(paths: dict[int, Path], kind: str) -> Iterator[Thumbnail]:
 
 
 def _peek(path: Path, duration: float) -> Iterator[Thumbnail]:
-    """The keyframes before a few times of the video, so that no other frame is decoded."""
+    """The keyframes before a few times of the video, because other frames require more decoding."""
     used_frames = set()
     for share in PLACES:
         with opened(path) as media:  # opened again each time: a decoder must not seek once it runs

@@ -1,1 +1,1 @@
-"""Features and targets made elsewhere become streams of a cache."""
+"""Import of features and targets computed by other programs."""

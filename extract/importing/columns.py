@@ -1,4 +1,4 @@
-"""The roles that columns of imported tables have: by their own names, or by a mapping that the user gives."""
+"""Roles of the columns of imported tables, by column name or by a mapping of the user."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ class Columns:
 
     @classmethod
     def parse(cls, pairs: Iterable[str]) -> "Columns":
-        """The mapping that `--columns ROLE=NAME` options give; names may be several, separated by commas.
+        """Parse `--columns ROLE=NAME` options into a mapping; names may be several, separated by commas.
 
         Raises:
             UsageError: not such a pair, an unknown role, or a column with two roles.
@@ -36,7 +36,7 @@ class Columns:
         return cls(roles)
 
     def of(self, header: Sequence[str]) -> list[str]:
-        """Names of a table's columns in lower case, those of the mapping replaced by their role.
+        """Column names in lower case, with mapped names replaced by their role.
 
         A column that has a role's name, while the mapping gives that role to another one, is ignored.
         """
@@ -46,7 +46,7 @@ class Columns:
 
 
 def seconds_of(cell: str) -> float:
-    """Seconds of a cell: a number, "HH:MM:SS.sss", or "D days HH:MM:SS.sss".
+    """Parse a time cell: seconds, "HH:MM:SS.sss", or "D days HH:MM:SS.sss".
 
     Raises:
         ValueError: it is none of these.

@@ -30,7 +30,7 @@ LARGEST = 4 * 2**30  # bytes of one item's numbers in memory: 24 hours of 30 row
 
 _PLAIN = Columns()
 
-# What NumPy raises for the many ways in which a header, which is a Python literal, can be broken.
+# Exceptions of NumPy for invalid headers, which are Python literals.
 _BROKEN_ARRAY = (
     OSError,
     ValueError,
@@ -45,7 +45,7 @@ _BROKEN_ARRAY = (
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """The files of one item. More than one path is an error that `path` raises."""
+    """The files of one item. `path` raises if there is more than one."""
 
     item: str
     paths: tuple[Path, ...]
@@ -214,7 +214,7 @@ def _header(path: Path) -> list[str]:
 
 
 def _sort_columns(roles: list[str]) -> tuple[list[int], list[int]]:
-    """Positions of the columns whose mean is the time, and of the features."""
+    """Positions of the columns whose mean is the time, and of the feature columns."""
     clocks = [("time",), ("start", "end"), ()]
     clock = next(names for names in clocks if set(names) <= set(roles))
     kept = [k for k, role in enumerate(roles) if role not in (*clock, "ignore")]

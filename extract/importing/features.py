@@ -37,7 +37,7 @@ from vaflow.failures import FAILURES, Failure, FailureLog
 
 KINDS: tuple[Kind, ...] = ("visual", "audio")
 ENCODER = "imported"
-SHOWN = 10  # failures that are logged; the file lists all
+SHOWN = 10  # failures that are logged; the file lists all of them
 
 _RESERVED = (LABELS, LOGMEL, PIXELS)
 _MANIFEST = "manifest.json"
@@ -287,7 +287,7 @@ def _assignment(
 
 
 def _strangers(files: Sequence[FeatureFile], labels: Path | None, folder: Path, cached: Collection[str]) -> list[str]:
-    """Items that have a label file and no features, here or in the cache.
+    """Return items with a label file but without features, here or in the cache.
 
     Raises:
         UsageError: no label file fits any item.
@@ -318,7 +318,7 @@ def _strangers(files: Sequence[FeatureFile], labels: Path | None, folder: Path, 
 def _survey(
     out: Path, files: Sequence[FeatureFile], config: ImportConfig, assigned: Assignment | None, folder: Path
 ) -> dict[str, Scale]:
-    """Item -> scale, if features are normalised; reads all features before anything is written.
+    """Return item -> scale if features are normalised; reads all features before any write.
 
     Raises:
         UsageError: an item has no group, or numbers are beyond the range of the stored type.

@@ -34,7 +34,7 @@ _NO_FRAMES = np.empty(0, np.float64)
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """Where labels come from and how they are read.
+    """Source and format of labels.
 
     Attributes:
         folder: of label files, or None.
@@ -49,7 +49,7 @@ class LabelOptions:
     assigned: Assignment | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What changes the labels read from an unchanged file; empty for the defaults."""
+        """Options that change the labels read from an unchanged file; empty for the defaults."""
         return ({"columns": self.columns.roles} if self.columns.roles else {}) | (
             {"rate": self.rate} if self.rate else {}
         )
@@ -65,7 +65,7 @@ class Prepared:
 
 
 class ImportedLabels:
-    """Writes the labels of imported items; labels of a cache that was extracted from videos are left alone.
+    """Writes the labels of imported items; labels extracted from videos are not changed.
 
     Args:
         cache: writable.
@@ -173,7 +173,7 @@ class ImportedLabels:
         return float(time[-1] + median_interval(time, default=interval))
 
     def commit(self, item: str, prepared: Prepared) -> None:
-        """Write what `prepare` made."""
+        """Write the prepared labels."""
         meta = prepared.meta | provenance()
         self._cache.write(LABELS, item, prepared.arrays, source=prepared.source, meta=meta)
 

@@ -22,7 +22,7 @@ _CONSTANT = 1e-8  # standard deviation below which a dimension is only centred
 
 @dataclass(frozen=True)
 class Moments:
-    """Statistics of N valid rows, each [D]: mean, sum of squared deviations, smallest and largest value."""
+    """Statistics of N valid rows, each [D]: mean, sum of squared deviations, minimum and maximum."""
 
     count: int
     mean: Floats
@@ -41,7 +41,7 @@ class Moments:
         return cls(len(rows), mean, ((rows - mean) ** 2).sum(axis=0), rows.min(axis=0), rows.max(axis=0))
 
     def __add__(self, other: "Moments") -> "Moments":
-        """The statistics of both together (Chan et al. 1979, which does not cancel for large means)."""
+        """Return the merged statistics (Chan et al. 1979, numerically stable for large means)."""
         if not self.count or not other.count:
             return other if not self.count else self
         count = self.count + other.count
