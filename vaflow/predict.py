@@ -64,6 +64,7 @@ class PredictConfig:
         weights: encoder name -> local file or folder, instead of the hub.
         face_source: as for extraction; None: as in the run's cache, which is the only one that fits.
         cache: keep the features here and reuse them; None: delete them at the end.
+        keep_features: leave the features of new videos in `PredictSummary.cache`, for `PredictSummary.discard`.
         person: whom to predict, as for extraction; None: as in the run's cache ("main" if that has everyone).
     """
 
@@ -72,6 +73,7 @@ class PredictConfig:
     face_source: str | None = None
     cache: Path | None = None
     person: str | None = None
+    keep_features: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,22 @@ class Predicted:
 
 @dataclass(frozen=True)
 class PredictSummary:
-    """Predicted clips, and failures."""
+    """Predicted clips, and failures.
+
+    Attributes:
+        cache: the cache of the features, if it still exists; `temporary`: folders that `discard` deletes.
+    """
 
     predicted: tuple[Predicted, ...]
     failures: tuple[Failure, ...]
     failures_file: Path
+    cache: Path | None = None
+    temporary: tuple[Path, ...] = ()
+
+    def discard(self) -> None:
+        """Delete the features of new videos that no --cache keeps."""
+        for features in self.temporary:
+            shutil.rmtree(features, ignore_errors=True)
 
 
 def predict_media(
@@ -157,10 +170,11 @@ def predict_media(
     videos = {item: sources[source] for item in items if (source := clip_and_person(item)[0]) in sources}
     videos |= {item: sources[item] for item in items if item in sources}
     write_sources(out, maker_of(run), cache, [clip.item for clip in predicted], videos)
-    if config.cache is None:
-        for features in out.glob(f"{FEATURES}*"):
-            shutil.rmtree(features, ignore_errors=True)
-    return PredictSummary(tuple(predicted), tuple(failures.failures), failures.path)
+    temporary = () if config.cache is not None else tuple(out.glob(f"{FEATURES}*"))
+    summary = PredictSummary(tuple(predicted), tuple(failures.failures), failures.path, cache.path, temporary)
+    if not config.keep_features:
+        summary.discard()
+    return summary
 
 
 def cache_to_predict(

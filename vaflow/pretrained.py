@@ -16,7 +16,7 @@ from vaflow.encoders import build_encoder
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import ExtractConfig
 from vaflow.failures import FAILURES, Failure, FailureLog
-from vaflow.predict import PredictConfig, Predicted, PredictSummary, cache_to_predict, clips_of, write_clip
+from vaflow.predict import PredictConfig, Predicted, PredictSummary, cache_to_predict, clips_of, items_of, write_clip
 from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
@@ -168,10 +168,11 @@ def predict_model(
             dtype="float32",
             face_source=config.face_source or "auto",
             device=config.device,
+            person=config.person or ExtractConfig.person,
         )
     cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
     failed = {failure.item for failure in failures.failures}
-    items = [clip.id for clip in clips if clip.id not in failed] if media else cache.items()
+    items = items_of(cache, [clip.id for clip in clips if clip.id not in failed]) if media else cache.items()
     predicted: list[Predicted] = []
     traces, windows = model_traces(cache, name, columns, items, show=show_progress) if items else ([], None)
     empty = {clip.item for clip in featureless(windows)} if windows is not None else set()
@@ -180,4 +181,4 @@ def predict_model(
             failures.add(Failure(trace.clip.item, "predict", "DataError", "The cache has no features of this clip"))
             continue
         predicted.append(write_clip(out, trace))
-    return PredictSummary(tuple(predicted), tuple(failures.failures), failures.path)
+    return PredictSummary(tuple(predicted), tuple(failures.failures), failures.path, cache.path)

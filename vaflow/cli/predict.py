@@ -81,7 +81,7 @@ def predict(
     set_up(verbose, quiet)
     from vaflow.predict import PredictConfig, predict_media
 
-    config = PredictConfig(device, weight_pairs(weights or []), faces, cache, person)
+    config = PredictConfig(device, weight_pairs(weights or []), faces, cache, person, keep_features=html or video)
     bars = show_bars(quiet or json)
     if str(run).startswith("onnx:"):
         from vaflow.pretrained import Columns, predict_model
@@ -95,7 +95,8 @@ def predict(
     elif not quiet and summary.predicted:
         typer.echo(predictions_table(summary.predicted))
     if (html or video) and summary.predicted:
-        _show(out, media or [], cache, html, video, quiet or json)
+        _show(out, media or [], cache or summary.cache, html, video, quiet or json)
+    summary.discard()
     if summary.failures:
         noun = "clip" if len(summary.failures) == 1 else "clips"
         typer.echo(f"{len(summary.failures)} {noun} failed: {summary.failures_file}", err=True)

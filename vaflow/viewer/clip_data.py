@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vaflow.cache import Cache
+from vaflow.cache.schema import FACES
 from vaflow.errors import CacheError
 from vaflow.timeline import Floats, median_interval
 from vaflow.train.metrics import concordance, rmse
+from vaflow.viewer.boxes import stored_boxes
 from vaflow.viewer.media import AudioLevel, runs
 from vaflow.viewer.predictions import DIMENSIONS, Predictions
-
-FACES = "faces"  # name of a stream with one box per sample
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def masks_of(table: Predictions, cache: Cache | None, item: str, streams: Iterab
             continue
         try:
             if name == FACES:
-                boxes = _boxes(cache.read(name, item).arrays, cache.meta(item))
+                boxes = stored_boxes(cache, item)
             elif known[name].kind == "visual" and no_face is None:
                 read = cache.read(name, item, ["time", "valid"])
                 no_face = spans(~read.valid, read.time)
@@ -57,19 +57,6 @@ def masks_of(table: Predictions, cache: Cache | None, item: str, streams: Iterab
         except CacheError:
             continue  # a damaged item has no masks; its predictions are still shown
     return ClipMasks(no_face, no_audio, boxes)
-
-
-def _boxes(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> Floats | None:
-    """[T, 5] of a stream with `time` [T], `box` [T, 4] or [T, 1+, 4] in pixels of the clip, and perhaps `valid`."""
-    box = next((np.asarray(arrays[name], np.float64) for name in ("box", "boxes", "value") if name in arrays), None)
-    sides = [float(meta.get(name) or 0) for name in ("width", "height")]
-    if box is None or not all(sides) or box.shape[-1] != 4 or "time" not in arrays or box.ndim not in (2, 3):
-        return None
-    box = box if box.ndim == 2 else box[:, 0]
-    if "valid" in arrays:
-        valid = np.asarray(arrays["valid"], bool).reshape(len(box), -1)
-        box = np.where(np.all(valid, axis=1, keepdims=True), box, np.nan)
-    return np.column_stack([arrays["time"], box / (sides * 2)])
 
 
 def spans(flag: ArrayLike, time: Floats, end: float | None = None) -> Floats:
