@@ -19,7 +19,7 @@ from typing import Any
 
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.costs import Cost
-from vaflow.cache.schema import StreamInfo
+from vaflow.cache.schema import FACES, StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, VaflowError, explain
@@ -289,7 +289,10 @@ class Team:
             self._cache.refresh_index()
             left = make_plan(self._cache, self._infos or {}, [lost.clip], Shard()).tasks
             if not left:  # committed before the member died
-                self._take(Extracted(item, float(self._cache.meta(lost.first_item)["duration"])))
+                there = lost.first_item
+                shown = self._cache.record(FACES, there).meta if self._cache.has(FACES, there) else {}
+                seconds = float(self._cache.meta(there)["duration"])
+                self._take(Extracted(item, seconds, int(shown.get("notable", 0))))
             elif self._attempts[item] < ATTEMPTS:
                 self._suspects.append(left[0])
             else:

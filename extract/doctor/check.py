@@ -1,12 +1,14 @@
 """Check a data set before extraction: measure every clip, and compare clips with each other and with a cache.
 
-Headers, packets, labels and names of crops are read. Frames are decoded only if a container has no times, audio up to
-the first audible sample, and whole files are compared only if their sizes and samples are equal.
+Headers, packets, labels and names of crops are read. Frames are decoded if a container has no times, and a few of each
+clip without crops to look for people and cuts. Audio is decoded up to the first audible sample, and whole files are
+compared only if their sizes and samples are equal.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -37,6 +39,7 @@ from vaflow.extract.doctor.findings import (
     label_findings,
     media_findings,
 )
+from vaflow.extract.doctor.people import look_at_people, people_findings
 from vaflow.extract.doctor.report import Checked, Report
 from vaflow.extract.messages import Failed
 from vaflow.extract.pool import each
@@ -55,6 +58,7 @@ def check_dataset(
     workers: int = 0,
     progress: Callable[[int], object] | None = None,
     cache: Cache | None = None,
+    people: bool = False,
 ) -> Report:
     """Check every clip, and the data set as a whole.
 
@@ -64,6 +68,7 @@ def check_dataset(
         workers: processes; 0: by the machine's cores.
         progress: called with 1 after every clip, such as a bar's `update`.
         cache: extracted from this data set; items that the data set no longer has are reported.
+        people: decode a few frames of clips without crops, to report several people and cuts.
 
     Returns:
         The report. Broken clips are findings, never exceptions.
@@ -85,6 +90,11 @@ def check_dataset(
     label_files = same_content(clip.labels for clip in clips if clip.labels is not None)
     findings = [*dataset.notes, *(note for c in checked for note in c.findings)]
     findings += dataset_findings(clips, labels) + duplicate_findings(clips, videos, label_files, varied)
+    if people:
+        with_video = [(c.clip, c.media.duration) for c in checked if c.media and c.clip.video and not c.clip.crops]
+        facts = look_at_people(with_video, cache, workers=workers)
+        findings += people_findings(facts, len(with_video), dataset.root)
+        checked = [replace(c, people=facts.get(c.clip.id)) for c in checked]
     if cache is not None:
         findings += absent_findings(dataset, cache)
     findings.sort(key=lambda note: (SEVERITIES.index(note.severity), note.code, note.item))

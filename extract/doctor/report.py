@@ -11,6 +11,7 @@ import numpy as np
 from vaflow.datasets.clip import SEVERITIES, SPLITS, Clip, Note, Severity
 from vaflow.extract.doctor.ccc_costs import cost_of
 from vaflow.extract.doctor.facts import CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
+from vaflow.extract.doctor.people import PeopleFacts
 
 NO_SPLIT = "none"
 
@@ -24,6 +25,7 @@ class Checked:
     labels: LabelFacts | None
     crops: CropFacts | None
     findings: tuple[Note, ...]
+    people: PeopleFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,11 @@ def _item_document(checked: Checked) -> dict[str, Any]:
         "media": _plain(checked.media),
         "labels": label_row,
         "crops": _plain(checked.crops),
+        "people": _plain(checked.people),
     }
 
 
-def _plain(facts: MediaFacts | CropFacts | None) -> dict[str, Any] | None:
+def _plain(facts: MediaFacts | CropFacts | PeopleFacts | None) -> dict[str, Any] | None:
     if facts is None:
         return None
     plain = {name: value for name, value in asdict(facts).items() if name != "coverage"}

@@ -24,7 +24,7 @@ from vaflow.extract.faces.identity import open_network
 from vaflow.extract.faces.people import ClipFaces
 from vaflow.extract.faces.quality import MAX_YAW, MIN_SCORE, MIN_SHARPNESS, MIN_SIZE
 from vaflow.extract.video import frame_times, frames_at
-from vaflow.item_names import clip_and_person, person_item
+from vaflow.item_names import person_item
 from vaflow.timeline import Grid, nearest
 
 CROPS = 10  # of each person, evenly over their time
@@ -58,25 +58,33 @@ class PersonCard:
 
 @dataclass(frozen=True)
 class ClipCard:
-    """One clip, for the page: its people, its cuts, its duration in seconds, and the person that was estimated."""
+    """One clip, for the page: its cuts, duration in seconds, people, and the items with features of a person.
+
+    Attributes:
+        items: number of a person -> the item that holds their features.
+    """
 
     item: str
     duration: float
     cuts: tuple[float, ...]
     people: tuple[PersonCard, ...]
-    chosen: int
+    items: dict[int, str]
 
 
-def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[tuple[str, Arrays, int]]:
-    """Item, its arrays of the faces stream, and the person that its visual features are of (0: none, or not known)."""
+def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[tuple[str, str, Arrays, dict[int, str]]]:
+    """Clip, an item of it, the arrays of its faces, and number of a person -> item with features of that person."""
     visual = [name for name, info in cache.streams().items() if info.kind in ("visual", "pixels")]
     for item in items:
-        if clip_and_person(item)[1] > 1 and cache.has(FACES, person_item(clip_and_person(item)[0], 1)):
-            continue  # the people of a clip share its faces
-        if cache.has(FACES, item):
-            made = [name for name in visual if cache.has(name, item)]
-            chosen = cache.record(made[0], item).meta.get("person", 0) if made else 0
-            yield item, dict(cache.read(FACES, item).arrays), int(chosen)
+        if not cache.has(FACES, item):
+            continue
+        made = [name for name in visual if cache.has(name, item)]
+        meta = cache.record(made[0], item).meta if made else {}
+        person, clip, persons = int(meta.get("person", 0)), meta.get("clip"), int(meta.get("persons", 0))
+        if clip is None:
+            yield item, item, dict(cache.read(FACES, item).arrays), {person: item} if person else {}
+        elif person == 1:  # the people of a clip share its faces
+            everyone = {number: person_item(clip, number) for number in range(1, persons + 1)}
+            yield clip, item, dict(cache.read(FACES, item).arrays), everyone
 
 
 def detected_faces(video: Path, network: str, grid: Grid) -> Arrays:
@@ -94,7 +102,7 @@ def detected_faces(video: Path, network: str, grid: Grid) -> Arrays:
         return dict(faces.people().arrays())
 
 
-def clip_card(item: str, faces: Arrays, chosen: int, video: Path | None) -> ClipCard:
+def clip_card(item: str, faces: Arrays, items: dict[int, str], video: Path | None) -> ClipCard:
     """A clip's people with crops cut from its video, if there is one."""
     instants = np.unique(faces["time"])
     step = float(np.median(np.diff(instants))) if len(instants) > 1 else 0.0
@@ -126,7 +134,7 @@ def clip_card(item: str, faces: Arrays, chosen: int, video: Path | None) -> Clip
                 crops=tuple((float(faces["time"][row]), crops[row]) for row in shown[number] if row in crops),
             )
         )
-    return ClipCard(item, duration, tuple(faces["cut"].tolist()), tuple(people), chosen)
+    return ClipCard(item, duration, tuple(faces["cut"].tolist()), tuple(people), items)
 
 
 def _evenly(rows: NDArray[np.int64]) -> list[int]:

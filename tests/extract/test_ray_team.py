@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from vaflow.cache import Cache, create_cache, open_cache
-from vaflow.cache.schema import StreamInfo
+from vaflow.cache.schema import FACES, StreamInfo
 from vaflow.cli import main
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, VaflowError
 from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.extract.faces.people import no_faces
 from vaflow.extract.pipeline import carry_out
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.ray_engine import ATTEMPTS, QUIET, Team, places
@@ -60,7 +61,7 @@ class ToyMember:
             if item in self.ray.late:
                 self.ray.late.remove(item)
                 raise DiedError("a moment later")
-            outcomes.append(Extracted(self.tasks.pop(0).clip.id, 2.0))
+            outcomes.append(Extracted(self.tasks.pop(0).clip.id, 2.0, people=2 if item < "clip04" else 1))
         ended = self.closed and not self.tasks
         self.closed &= not ended
         return Report(tuple(outcomes), max(0, len(self.tasks) - 1), ended, {"toy": 1}, {"s": 1.0}, (), None)
@@ -136,6 +137,13 @@ def test_every_item_is_assigned_once_to_free_members(toy: ToyRay) -> None:
     assert max(map(len, toy.assigned)) == 2, "one to begin with and one to wait"
     assert len(toy.killed) == 2, "leaving the pool must end its actors"
     assert run(toy).done == 10
+
+
+def test_clips_with_several_people_are_counted_also_where_a_member_dies_after_the_commit(toy: ToyRay) -> None:
+    toy.cache.declare(StreamInfo(FACES, "faces", 0, "float32", {"encoder": FACES}))
+    toy.cache.write(FACES, "clip01", dict(no_faces()), meta={"notable": 3})
+    toy.late = {"clip01"}
+    assert run(toy).several_people == 4
 
 
 def test_an_item_that_always_crashes_is_listed_and_the_others_finish(toy: ToyRay) -> None:

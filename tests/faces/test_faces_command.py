@@ -45,7 +45,7 @@ def test_the_page_shows_both_people_and_marks_the_stored_one(
     assert main(["faces", *arguments]) == 0
     (clip,) = json.loads(capsys.readouterr().out)["clips"]
     assert [person["number"] for person in clip["people"]] == [1, 2]
-    assert clip["chosen"] == 1
+    assert clip["items"] == {"1": "pair <b>"}
     assert all(person["crops"] == 8 and person["seconds"] == 4 for person in clip["people"])
     html = page.read_text("utf-8")
     assert "pair &lt;b&gt;" in html and "<b>.mp4" not in html

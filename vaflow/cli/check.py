@@ -45,6 +45,10 @@ def check(
     layout: Layout = "auto",
     html: Page = None,
     cache: CacheOption = None,
+    people: Annotated[
+        bool,
+        typer.Option("--people/--no-people", help="Look for several people and cuts in a few frames of each clip."),
+    ] = True,
     as_json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -69,7 +73,7 @@ def check(
         _must_be_writable(html)
     opened = open_cache(cache) if cache is not None else None
     with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not show_bars(quiet)) as bar:
-        report = check_dataset(dataset, progress=bar.update, cache=opened)
+        report = check_dataset(dataset, progress=bar.update, cache=opened, people=people)
     if html is not None:
         from vaflow.extract.doctor.page import clips_with_images, html_page
         from vaflow.extract.doctor.thumbnails import all_thumbnails

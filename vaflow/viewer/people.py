@@ -52,10 +52,10 @@ def write_people(
     """
     clip_people = _of_cache(open_cache(path), media) if is_cache(path) else _of_videos(path, resolve(identity))
     clips, tables = [], []
-    for item, faces, chosen, video in clip_people:
+    for item, faces, items, video in clip_people:
         if several and len(set(faces["person"].tolist())) < 2:
             continue
-        clips.append(clip_card(item, faces, chosen, video))
+        clips.append(clip_card(item, faces, items, video))
         tables.append((item, faces))
     out.parent.mkdir(parents=True, exist_ok=True)
     page = PeoplePage(tuple(clips), out.parent / TABLE)
@@ -64,7 +64,10 @@ def write_people(
     return page
 
 
-def _of_cache(cache: Cache, media: Sequence[Path]) -> Iterator[tuple[str, Arrays, int, Path | None]]:
+ClipFaces = tuple[str, Arrays, dict[int, str], Path | None]  # clip, its faces, person -> item with features, video
+
+
+def _of_cache(cache: Cache, media: Sequence[Path]) -> Iterator[ClipFaces]:
     if FACES not in cache.streams():
         raise UsageError(
             explain(
@@ -74,12 +77,12 @@ def _of_cache(cache: Cache, media: Sequence[Path]) -> Iterator[tuple[str, Arrays
             )
         )
     files = {(file.name, file.stat().st_size): file for file in MediaIndex(media).files}
-    for item, faces, chosen in cached_faces(cache, cache.items()):
+    for clip, item, faces, items in cached_faces(cache, cache.items()):
         source = cache.record(LABELS, item).source.get("video") or {}
-        yield item, faces, chosen, files.get((source.get("name", ""), source.get("size", -1)))
+        yield clip, faces, items, files.get((source.get("name", ""), source.get("size", -1)))
 
 
-def _of_videos(path: Path, network: str) -> Iterator[tuple[str, Arrays, int, Path | None]]:
+def _of_videos(path: Path, network: str) -> Iterator[ClipFaces]:
     videos = [path] if path.is_file() else [c.video for c in open_dataset(path, "videos").clips if c.video is not None]
     if not videos:
         raise UsageError(explain(f"{path} holds no video", expected="a cache, a video, or a directory of videos"))
@@ -89,4 +92,4 @@ def _of_videos(path: Path, network: str) -> Iterator[tuple[str, Arrays, int, Pat
         except (MediaError, OSError) as error:
             log.warning("%s: %s", video.name, error)
             continue
-        yield video.stem, faces, 0, video
+        yield video.stem, faces, {}, video

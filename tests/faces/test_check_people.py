@@ -1,0 +1,57 @@
+"""`vaflow check`: several people and cuts, from a few frames of each clip or from a cache."""
+
+import json
+from pathlib import Path
+
+import pytest
+from composites import in_a_row, one_after_another, write
+
+from vaflow.cache import create_cache
+from vaflow.cache.schema import FACES, LABELS, StreamInfo
+from vaflow.cli import main
+from vaflow.datasets.clip import Clip
+from vaflow.extract.doctor.people import PeopleFacts, look_at_people, people_findings
+from vaflow.extract.faces.people import no_faces
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    folder = tmp_path_factory.mktemp("check") / "data"
+    folder.mkdir()
+    write(folder / "pair.mp4", in_a_row(clips, "wolfgang", "obama"), 2)
+    write(folder / "cuts.mp4", one_after_another(clips, ("wolfgang", 2), ("obama", 2), ("wolfgang", 2)), 6)
+    return folder
+
+
+def test_people_and_cuts_are_notes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(data), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {name: item["people"] for name, item in document["items"].items()} == {
+        "pair": {"people": 2, "cuts": 0, "frames": document["items"]["pair"]["people"]["frames"]},
+        "cuts": {"people": 1, "cuts": 2, "frames": document["items"]["cuts"]["people"]["frames"]},
+    }
+    notes = {(note["code"], note["item"]) for note in document["findings"]}
+    assert {("several-people", "pair"), ("cuts", "cuts")} <= notes
+    assert not {("cuts", "pair"), ("several-people", "cuts")} & notes
+
+
+def test_looking_can_be_left_out(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(data), "--json", "--no-people"]) == 0
+    assert all(item["people"] is None for item in json.loads(capsys.readouterr().out)["items"].values())
+
+
+def test_a_cache_has_counted_everyone(tmp_path: Path) -> None:
+    """The video is not opened, and does not exist."""
+    cache = create_cache(tmp_path / "cache")
+    cache.declare(StreamInfo(FACES, "faces", 0, "float32", {"encoder": FACES}))
+    cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS}))
+    cache.write(FACES, "a#1", dict(no_faces()), meta={"people": 5, "notable": 3, "cuts": 7})
+    clip = Clip("a", None, "a", tmp_path / "a.mp4", tmp_path / "a.mp4")
+    assert look_at_people([(clip, 60.0)], cache) == {"a": PeopleFacts(3, 7, 0)}
+
+
+def test_it_is_reported_how_many_clips_were_looked_at(tmp_path: Path) -> None:
+    notes = people_findings({"a": PeopleFacts(1, 0, 20)}, 4, tmp_path)
+    assert [(note.code, note.message) for note in notes] == [
+        ("people-sampled", "People and cuts were looked for in 1 of 4 clips")
+    ]
