@@ -1,6 +1,5 @@
 """Fixtures that every part of the suite may use."""
 
-import base64
 import logging
 import multiprocessing
 import os
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from lab import Lab
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see vaflow.cli.main
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or torch starts processes that compile, and import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes of the suite share the cores
 
@@ -26,9 +26,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DRAWING = ("test_plots.py", "test_run_data.py", "test_demo_run.py")  # files whose tests look at figures
-ONE_PIXEL = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
-)
 
 # The files that take longest, longest first: a process that starts one of them last would finish alone.
 SLOWEST = ("test_docs.py",)
@@ -62,14 +59,12 @@ def blank_figures(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.name in DRAWING or "torch" not in sys.modules:
         yield
         return
+    from blank_figures import FIGURES, plot_blank
+
     from vaflow.train import plots
 
-    def plot_blank(path: Path, *_: object, **__: object) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(ONE_PIXEL)
-
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("plot_trace", "plot_training", "plot_agreement"):
+        for name in FIGURES:
             patch.setattr(plots, name, plot_blank)
         yield
 

@@ -4,7 +4,6 @@ What is tested is ours: which frames are asked for and how they are checked, the
 errors. NVDEC itself has not run.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,6 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from lab import Lab, assert_printed
 from make_media import VideoTrack, read_number, write_media
 
 from vaflow.datasets.clip import Clip
@@ -171,12 +171,8 @@ def test_a_missing_gpu_package_or_ffmpeg_is_reported(stand_in: type[StandIn], mo
         nvdec.nvdec_identity()
 
 
-def test_the_command_line_option_works(tmp_path: Path, numbered: Path) -> None:
-    program = "import sys; sys.modules['torchcodec'] = None; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
+def test_the_command_line_option_works(lab: Lab, tmp_path: Path, numbered: Path) -> None:
     for choice, word in (("nvdec", ".[nvdec]"), ("cuvid", "nvdec, pyav")):
-        arguments = ["extract", str(tmp_path), "--out", str(tmp_path / "cache"), "--decoder", choice]
-        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
-        assert word in done.stderr
-        assert "Traceback" not in done.stderr
+        arguments = ["extract", tmp_path, "--out", tmp_path / "cache", "--decoder", choice]
+        assert_printed(lab.run(arguments, "import sys; sys.modules['torchcodec'] = None"), 2, word)
     assert not (tmp_path / "cache").exists()

@@ -4,8 +4,6 @@ What is under way when an actor dies is tried again by itself; what kills its ac
 extracted once. Real Ray: test_ray.py.
 """
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lab import Lab, assert_printed
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.schema import FACES, StreamInfo
@@ -213,14 +212,12 @@ def test_a_cluster_without_enough_resources_is_an_error() -> None:
         places([{"CPU": 0}], ExtractConfig(device="cpu"))
 
 
-def test_a_missing_ray_install_states_the_remedy(tmp_path: Path) -> None:
+def test_a_missing_ray_install_states_the_remedy(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("a video")
-    program = "import sys; sys.modules['ray'] = None; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
-    arguments = ["extract", str(tmp_path), "--out", str(tmp_path / "c"), "--engine", "ray"]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "pip install -e '.[ray]'" in done.stderr
-    assert "Traceback" not in done.stderr
+    ended = lab.run(
+        ["extract", tmp_path, "--out", tmp_path / "c", "--engine", "ray"], "import sys; sys.modules['ray'] = None"
+    )
+    assert_printed(ended, 2, "pip install -e '.[ray]'")
     assert not (tmp_path / "c").exists()
 
 

@@ -25,8 +25,13 @@ def preload() -> None:
     torch.set_num_threads(1)
     for name in IMPORTED.split():
         importlib.import_module(name)
-    from vaflow.encoders import build_encoder
+    from blank_figures import FIGURES, plot_blank
 
+    from vaflow.encoders import build_encoder
+    from vaflow.train import plots
+
+    for name in FIGURES:
+        setattr(plots, name, plot_blank)
     for name in ("clip-tiny", "ast-tiny"):
         build_encoder(name)
     gc.collect()
