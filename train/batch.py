@@ -109,14 +109,14 @@ class Output:
     log_std: Tensor | None = None
 
     def packed(self) -> Tensor:
-        """All predictions of a frame side by side, [B, F, K]."""
+        """Concatenate all predictions of a frame, [B, F, K]."""
         regions = [] if self.region_logits is None else [self.region_logits]
         spread = [] if self.log_std is None else [self.log_std]
         return torch.cat([self.va, *regions, *self.extra.values(), *spread], dim=-1)
 
     @classmethod
     def unpacked(cls, packed: Tensor, *, regions: int, extra: Mapping[str, int], variance: bool = False) -> "Output":
-        """The predictions in `packed`, [B, F, K].
+        """Split the predictions in `packed`, [B, F, K].
 
         Args:
             packed: made by `packed`.

@@ -77,7 +77,7 @@ def intensity_bins(label: Floats, bins: int = BINS) -> list[Bools]:
     if not strength.size:
         return []
     edges = np.unique(np.quantile(strength, np.arange(1, bins) / bins))
-    level = np.searchsorted(edges, strength)  # an edge belongs to the bin below it
+    level = np.searchsorted(edges, strength)  # an edge belongs to the lower bin
     return [level == number for number in range(len(edges) + 1) if (level == number).any()]
 
 
@@ -126,7 +126,7 @@ def read_column(text: str) -> dict[str, str]:
 def warn_unknown(groups: Groups, cache: Cache) -> None:
     """Warn of items in a groups file that are neither clips nor source videos of the cache."""
     unknown = {item for members in groups.values() for item in members} - set(cache.items())
-    if unknown:  # reading the clips' videos takes longer
+    if unknown:  # computed only if needed, because reading the clips' videos is slow
         unknown -= {str(cache.meta(item).get("group")) for item in cache.items()}
     if unknown:
         shown = ", ".join(sorted(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")

@@ -56,7 +56,7 @@ def build_model(
     context: tuple[int, int] | None = None,
     targets: Sequence[TargetSpec] = (),
 ) -> VAModel:
-    """A model with fresh weights, on the CPU; seed the generator before.
+    """Build a model with new weights, on the CPU; seed the generator before.
 
     Args:
         config: settings.
@@ -72,7 +72,7 @@ def build_model(
 
 
 def model_options(config: TrainConfig) -> dict[str, Any]:
-    """The keyword arguments of `VAModel` that settings determine."""
+    """Keyword arguments of `VAModel` from the settings."""
     options: dict[str, Any] = {"layers": config.layers} if config.layers else {}
     if config.temporal == "tcn":
         options["causal"] = config.causal

@@ -15,7 +15,7 @@ from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampl
 from vaflow.train.quality import EVERYTHING, InputMasks
 from vaflow.train.targets import ExtraRows, read_rows
 
-LONGEST = 24 * 3600.0  # seconds of a clip whose arrays have less than one row per window
+LONGEST = 24 * 3600.0  # seconds of a clip whose arrays have fewer than one row per window
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def read_clip(
 
 
 def _duration(arrays: Sequence[Item], window: float) -> float:
-    """Seconds of the clip: the duration in the labels' record, but at most one window more than the arrays cover.
+    """Return the duration of the labels' record in seconds, limited to one window more than the arrays cover.
 
     A record can claim any duration, and windows are laid over all of it: unbounded, 3 MB of cache took 8 GB of memory.
     """

@@ -24,7 +24,7 @@ AUTO = -1  # of epochs
 POSITIONS = ("none", "time")
 UNCERTAINTY = ("none", "variance")
 P1 = "arXiv 2603.13415"
-MAX_WINDOW = 24 * 3600.0  # seconds: no clip is longer
+MAX_WINDOW = 24 * 3600.0  # seconds; maximum duration of a clip
 MAX_SAMPLES = 100_000  # per window
 # Settings added since the first version, with the value that trains as that version did. Runs without them are read
 # with these values, and `ablate` hashes them only where they differ, so that runs of older studies are reused.
@@ -39,7 +39,7 @@ BEFORE_SETTING: Mapping[str, Any] = {
     "min_face_quality": 0.0,
     "speech_mask": False,
 }
-# Left out of records where they have their default, so that the digests of runs without them do not change.
+# Omitted from records at their default, so that digests of older runs do not change.
 LEFT_OUT = ("uncertainty", "nll_weight", "min_face_quality", "speech_mask")
 
 
@@ -410,7 +410,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def with_aliases(config: TrainConfig, aliases: Mapping[str, str]) -> TrainConfig:
-    """The same settings with streams and their prototypes replaced as in `aliases`; "none" removes a stream.
+    """Return the settings with streams and their prototypes replaced by `aliases`; "none" removes a stream.
 
     Raises:
         UsageError: a stream would be there twice, or none would be left.
@@ -431,7 +431,7 @@ def with_aliases(config: TrainConfig, aliases: Mapping[str, str]) -> TrainConfig
 
 
 def differences(one: TrainConfig, other: TrainConfig, ignore: Iterable[str] = ("device",)) -> list[str]:
-    """Every setting in which two configs differ, as text `key: this, not that`; empty when they would train the same.
+    """Return the settings in which two configs differ, as text `key: this, not that`; empty if they train the same.
 
     The device is left out by default: it changes speed and rounding, not what is trained.
     """

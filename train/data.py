@@ -61,7 +61,7 @@ def check_annotated(windows: WindowSet, split: str, cache: Cache) -> None:
 
 
 def check_has_clips(cache: Cache) -> None:
-    """Raise if the cache is empty: the error on an unknown split could name no other one.
+    """Raise UsageError if the cache has no clips, because the error on an unknown split could list no other split.
 
     Raises:
         UsageError: the cache has no clips.
@@ -184,7 +184,7 @@ class WindowBuilder:
             parts, pack = self._tables[stream.name], self._packs[stream.name]
             rows = pack.rows
             index = joined([part.row for part in parts], np.int32, rows.device)
-            if stream.kind == "visual":  # masked and timed as the output frames
+            if stream.kind == "visual":  # with the mask and times of the output frames
                 packed[stream.name] = StreamTable(rows, index, mapped=pack.mapped)
             else:
                 inside = joined([part.inside for part in parts], np.bool_)
@@ -253,7 +253,7 @@ def make_packs(
 
 
 def mapped_zeros(shape: tuple[int, int], dtype: torch.dtype, scratch: Path | None) -> Tensor:
-    """Zeros in an unnamed file, which the system deletes however the program ends."""
+    """Zeros in an unnamed file, which the system deletes when the process ends."""
     with tempfile.TemporaryFile(dir=scratch, prefix="vaflow-") as file:
         file.truncate(prod(shape) * dtype.itemsize)
         array = np.memmap(file, np.uint8, "r+", shape=(prod(shape) * dtype.itemsize,))

@@ -1,4 +1,4 @@
-"""Digests of the clips that a run was trained on: has the data changed, and do two splits share a recording?"""
+"""Digests of a run's training clips, to detect changed data and splits that share a recording."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ LISTED = 5  # clips that a message names
 
 @dataclass(frozen=True)
 class ClipDigest:
-    """What a clip's records say of their contents.
+    """Digests of a clip's contents, from its records.
 
     Attributes:
         content: digest of all arrays that a run reads of the clip.
@@ -77,7 +77,7 @@ def to_json(splits: Mapping[str, Mapping[str, ClipDigest]]) -> str:
 
 
 def from_json(text: str, name: str) -> dict[str, dict[str, str]]:
-    """Read what `to_json` wrote; `name` is the file's, for errors.
+    """Read `clips.json`; `name` is the file's, for errors.
 
     Raises:
         CorruptError: the file is damaged.
@@ -90,7 +90,7 @@ def from_json(text: str, name: str) -> dict[str, dict[str, str]]:
 
 
 def changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, ClipDigest]]) -> list[str]:
-    """How the clips of a run differ from those of a cache, one phrase per split and kind; empty if they do not."""
+    """Return the differences between a run's clips and a cache, one phrase per split and kind; empty if equal."""
     phrases = []
     for split in sorted({*old, *new}):
         before = old.get(split, {})

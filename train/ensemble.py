@@ -42,7 +42,7 @@ from vaflow.train.uncertainty import (
 from vaflow.train.windows import ClipRows
 
 _ROUNDS, _STEPS = 60, 2000
-_ENOUGH = 1e-12  # change of the concordance below which the search has ended
+_ENOUGH = 1e-12  # change of the concordance below which the search stops
 
 
 def concordance_weights(ccc: Floats) -> Floats:
@@ -108,7 +108,7 @@ def maximize(linear: Floats, quadratic: Floats, start: Floats) -> Floats:
     for _ in range(_STEPS):
         following = onto_simplex(ahead + step * (linear - quadratic @ ahead))
         faster = (1 + np.sqrt(1 + 4 * speed**2)) / 2
-        back = (ahead - following) @ (following - w) > 0  # no longer uphill: restart the acceleration
+        back = (ahead - following) @ (following - w) > 0  # the score has dropped: restart the acceleration
         ahead = following if back else following + (speed - 1) / faster * (following - w)
         speed = 1.0 if back else faster
         if np.abs(following - w).max() < _ENOUGH and not back:
@@ -118,7 +118,7 @@ def maximize(linear: Floats, quadratic: Floats, start: Floats) -> Floats:
 
 
 def onto_simplex(point: Floats) -> Floats:
-    """The nearest point that is not negative and sums to one, [N] -> [N]."""
+    """Project a point onto the simplex (non-negative, sum 1), [N] -> [N]."""
     high = np.sort(point)[::-1]
     over = (np.cumsum(high) - 1) / np.arange(1, len(point) + 1)
     return np.maximum(point - over[high > over][-1], 0)
@@ -163,7 +163,7 @@ def ensemble_runs(
     allow_missing: bool = False,
     show: bool = False,
 ) -> tuple[Ensemble, dict[str, Any]]:
-    """Weigh finished runs, average their traces, score and write them.
+    """Weight finished runs, average their traces, score and write them.
 
     Args:
         runs: their folders.

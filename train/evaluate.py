@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 PREDICT_BATCH = {"cpu": 64, "cuda": 1024}  # windows; a GPU waits for kernel launches with fewer
 EXTRA = "extra/"  # prefix of further targets among a model's outputs
-NEARLY_CONSTANT = 0.02  # standard deviation of a prediction, below which a warning is given
+NEARLY_CONSTANT = 0.02  # standard deviation of predictions below which a warning is given
 CONSTANT_LABEL = 0.02  # the same for labels, which lie in [-1, 1]
 
 
@@ -70,7 +70,7 @@ class Trace:
 
     @property
     def region(self) -> Ints:
-        """[R] the likeliest region of the prompt head; without one, the region whose center is nearest."""
+        """[R] the most likely region of the prompt head; without one, the region with the nearest center."""
         if self.regions is not None:
             return self.regions.argmax(axis=1)
         return nearest_region(self.va, self.centers)
@@ -347,7 +347,7 @@ def nearest_region(va: Floats, centers: float) -> Ints:
 
 
 def region_accuracy(traces: Sequence[Trace], centers: float) -> dict[str, Any]:
-    """Share of frames whose likeliest region is the label's, and the share of the commonest region."""
+    """Share of frames whose most likely region is the label's, and the share of the most frequent region."""
     right, counts = 0, np.zeros(9, np.int64)
     for trace in traces:
         both = trace.clip.valid.all(axis=1)

@@ -87,7 +87,7 @@ def make_folds(
 
 
 def with_folds(config: TrainConfig) -> TrainConfig:
-    """Settings with the names of its folds as splits, where they ask for cross-validation."""
+    """Return the settings with fold names as splits, if they ask for cross-validation."""
     if not config.folds:
         return config
     name = f"{config.fold}of{config.folds}"

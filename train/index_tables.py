@@ -78,8 +78,10 @@ class AudioTimes:
     interval: float
 
 
-NO_FRAMES = FrameTimes(np.zeros(0), np.zeros(0, bool))  # of a stream without this clip
-NO_AUDIO = AudioTimes(np.zeros(0), np.zeros((0, 1)), np.zeros((0, 1), bool), None, 1.0)  # likewise
+NO_FRAMES = FrameTimes(np.zeros(0), np.zeros(0, bool))  # arrays of a stream without this clip
+NO_AUDIO = AudioTimes(
+    np.zeros(0), np.zeros((0, 1)), np.zeros((0, 1), bool), None, 1.0
+)  # arrays of a stream without this clip
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 PREFERRED = {VISUAL: "clip-vit-b16", AUDIO: "ast"}  # if a cache has several: the paper's streams
 LOGMEL_INTERVAL = 0.01  # seconds between filter-bank frames
 # Fields that can differ between the training cache and one to predict: they move samples or change low bits.
-_PEOPLE = ("picture.faces.tracker", "picture.faces.person", "picture.faces.people")  # whose face, not how it is read
+_PEOPLE = ("picture.faces.tracker", "picture.faces.person", "picture.faces.people")  # which face is read, not how
 _LENIENT = ("sampling", "decoder", "picture.decoder", "picture.faces.runtime", *_PEOPLE, "precision")
 SLOW_FRAMES, SLOW_STRIDE = 20, 6  # rows of a window, and between two windows, of features slower than the default
 
@@ -179,7 +179,7 @@ def _with_windows(cache: Cache, config: TrainConfig, infos: Sequence[StreamInfo]
             window = round(frames * interval, 3)
             default = {"window": window, "stride": round(min(SLOW_STRIDE, frames) * interval, 3), "frames": frames}
             log.info("Windows of %d rows (%g s): the features have a row every %.3g s", frames, window, interval)
-    if "window" in chosen and "frames" not in chosen:  # keep the samples where they are cached
+    if "window" in chosen and "frames" not in chosen:  # keep the cached sample times
         chosen["frames"] = max(1, round(default["frames"] * chosen["window"] / default["window"]))
     if "window" in chosen and "stride" not in chosen:
         chosen["stride"] = min(default["stride"], chosen["window"])
@@ -292,7 +292,7 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
             )
         allowed |= {key.removeprefix("picture."): text.removeprefix("picture.") for key, text in fields.items()}
     if allowed:
-        level = logging.WARNING if "precision" in allowed else logging.INFO  # the others have no visible effect
+        level = logging.WARNING if "precision" in allowed else logging.INFO  # the other fields have no visible effect
         _log_differences(level, tuple(allowed.values()) if allowed.keys() != {"decoder.reading"} else ())
 
 

@@ -214,7 +214,7 @@ def check_finite(losses: Tensor, batches: list[Tensor], windows: WindowSet) -> N
     loss, norm = float(losses[bad[0], 0]), float(losses[bad[0], -1])
     features = windows.gather(ids).features
     peaks = {name: torch.nan_to_num(x, nan=torch.inf).abs().flatten(1).amax(dim=1) for name, x in features.items()}
-    stream = max(peaks, key=lambda name: float(peaks[name].max()))  # the likeliest cause
+    stream = max(peaks, key=lambda name: float(peaks[name].max()))  # the most likely cause
     window = int(peaks[stream].argmax())
     suspect = windows.clip_of(int(ids[window])).item
     raise DataError(
@@ -321,7 +321,7 @@ def run_epochs(
 def resume(
     checkpoint: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> Progress:
-    """Restore the state after the last epoch from `checkpoint` if it exists; returns how far the training was."""
+    """Restore the state after the last epoch from `checkpoint` if it exists; return the progress."""
     if checkpoint is None or not checkpoint.is_file():
         return Progress()
     progress = load_checkpoint(checkpoint, model, optimizer)
@@ -403,7 +403,7 @@ def save_checkpoint(path: Path, progress: Progress, model: nn.Module, optimizer:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore the model and the optimizer; returns how far the training was.
+    """Restore the model and the optimizer; return the progress.
 
     Raises:
         CorruptError: the file is damaged.

@@ -73,7 +73,7 @@ def ccc_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> 
 def _concordance(prediction: Tensor, target: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """CCC [2] (0 without entries) and the number of included entries [2]."""
     prediction, target, mask = _flat(prediction, target, mask)
-    # Measured from a label, constant labels are exactly 0: no rounding of their mean leaks into the gradient.
+    # Relative to one label, constant labels are exactly 0, so that rounding of their mean does not enter the gradient.
     origin = target.detach().masked_fill(~mask, torch.inf).amin(dim=0) if len(target) else target.new_zeros(2)
     origin = torch.where(torch.isfinite(origin), origin, 0)
     count = mask.sum(dim=0)

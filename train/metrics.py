@@ -43,7 +43,7 @@ def pearson(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = N
         if not x.size:
             correlations.append(np.nan)
             continue
-        dx, dy = x - x[0], y - y[0]  # measured from an entry, constants are exactly constant
+        dx, dy = x - x[0], y - y[0]  # relative to one entry, constants are exactly constant
         dx, dy = dx - dx.mean(), dy - dy.mean()
         spread = np.sqrt((dx @ dx) * (dy @ dy))
         correlations.append(float(dx @ dy / spread) if spread > 0 else 0.0)
@@ -117,7 +117,7 @@ def concordance_of_moments(moments: Floats) -> Floats:
     n = np.maximum(count, 1)
     mean_x, mean_y = x / n, y / n
     spread = (xx + yy) / n - mean_x**2 - mean_y**2 + (mean_x - mean_y) ** 2
-    # A spread within the rounding error counts as 0.
+    # A variance within the rounding error counts as 0.
     some = spread > 64 * np.finfo(np.float64).eps * np.maximum((xx + yy) / n, np.finfo(np.float64).tiny)
     value = np.where(some, 2 * (xy / n - mean_x * mean_y) / np.where(some, spread, 1), 0.0)
     return np.where(count > 0, value, np.nan)
@@ -237,7 +237,7 @@ def region_occupancy(target: ArrayLike, mask: ArrayLike | None = None, centers: 
 def _concordance(x: Floats, y: Floats) -> float:
     if not x.size:
         return float("nan")
-    x, y = x - y[0], y - y[0]  # measured from a label, constants are exactly constant
+    x, y = x - y[0], y - y[0]  # relative to one label, constants are exactly constant
     dx, dy = x - x.mean(), y - y.mean()
     spread = np.mean(dx * dx) + np.mean(dy * dy) + (x.mean() - y.mean()) ** 2
     return float(2 * np.mean(dx * dy) / spread) if spread > 0 else 0.0

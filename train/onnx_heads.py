@@ -1,4 +1,4 @@
-"""The heads of a run as ONNX, for programs without PyTorch.
+"""Export the heads of a run as ONNX, for programs without PyTorch.
 
 Inputs: `inside` [B, F] bool and `time` [B, F] of the output frames; per stream NAME `NAME.features` and `NAME.valid`,
 and of audio streams also `NAME.inside` and `NAME.time`. Outputs: `va` [B, F, 2], `region_logits` [B, F, 9] with a
@@ -147,7 +147,7 @@ def onnx_bytes(heads: Heads, inputs: dict[str, Tensor], *, dynamic: bool) -> byt
     torch.backends.mha.set_fastpath_enabled(False)  # fused Transformer layers have no ONNX form
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of shapes that checks compare, and of the exporter's age
+            warnings.simplefilter("ignore")  # warnings about shape checks and the age of the exporter
             torch.onnx.export(
                 heads,
                 tuple(inputs[name] for name in heads.input_names),

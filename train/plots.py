@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 VALENCE, AROUSAL, MEAN, LABEL = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
 COLORS = {"valence": VALENCE, "arousal": AROUSAL, "mean": MEAN}
 NO_FACE, NO_AUDIO, FAR = "#F0C24B", "#7A5AA0", "#B0155A"
-COLUMNS = 1200  # of the region strip: more than a figure resolves
+COLUMNS = 1200  # columns of the region strip; more exceed the figure's resolution
 TRACES = 3  # clips drawn after training
 TITLE = 90  # characters
 FILE_NAME = 100  # bytes of a clip's name in a file name

@@ -11,7 +11,7 @@ from vaflow.train.builder import model_options
 from vaflow.train.heads.model import VAModel
 from vaflow.train.record import RunRecord
 
-MAX_WIDTH = 2**16  # of a prototype: more is no text embedding
+MAX_WIDTH = 2**16  # maximum width of a prototype; larger values are not text embeddings
 
 
 class PretrainedModel(VAModel, PyTorchModelHubMixin, library_name="vaflow"):
@@ -48,7 +48,7 @@ class PretrainedModel(VAModel, PyTorchModelHubMixin, library_name="vaflow"):
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        """Load every tensor, whatever `strict` is: the hub's default leaves missing ones random."""
+        """Load every tensor, regardless of `strict`: the hub's default leaves missing tensors random."""
         if not Path(model_file).is_file():
             raise WeightsError(explain(f"{Path(model_file).parent} is incomplete", expected="model.safetensors"))
         return super()._load_as_safetensor(model, model_file, map_location, True)

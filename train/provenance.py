@@ -41,7 +41,7 @@ class ItemSources:
 
 @dataclass(frozen=True)
 class PredictionSources:
-    """What the predictions in one folder were made from.
+    """Origin of the predictions in one folder.
 
     Attributes:
         made: when; vaflow: by which version.
@@ -70,7 +70,7 @@ def digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Maker:
-    """What makes predictions: a run, or an ensemble of runs.
+    """The origin of predictions: a run, or an ensemble of runs.
 
     Attributes:
         path: its folder.
@@ -99,7 +99,7 @@ class Maker:
         return digests
 
     def streams(self) -> list[str]:
-        """What a prediction is made from; a fine-tuned run reads what its own encoders take."""
+        """Return the streams of a prediction; a fine-tuned run reads the inputs of its own encoders."""
         names = [stream.name for record in self.runs.values() for stream in record.streams]
         tuned = any(record.tuned for record in self.runs.values())
         return list(dict.fromkeys([*names, *([PIXELS, LOGMEL] if tuned else []), LABELS]))
@@ -110,7 +110,7 @@ class Maker:
 
 
 def run_maker(path: Path, record: RunRecord) -> Maker:
-    """A run as what makes predictions."""
+    """Return the `Maker` of a run."""
     return Maker(path, {path: record})
 
 
@@ -191,7 +191,7 @@ def facts_of(record: Record) -> dict[str, Any]:
 
 
 def read_sources(place: Path) -> PredictionSources | None:
-    """What `write_sources` wrote of a folder, or `write_sources_of_file` of a file; None where there is none.
+    """Read the sources of a folder (`write_sources`) or of a file (`write_sources_of_file`); None if there are none.
 
     Raises:
         CorruptError: it is damaged.

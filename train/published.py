@@ -1,4 +1,4 @@
-"""Runs to share: a folder as the Hugging Face hub has it, and runs loaded from the hub.
+"""Runs to share: a folder in the layout of the Hugging Face hub, and runs loaded from the hub.
 
 DIR/config.json          the run's `config.toml` as JSON, without paths of the machine; names the other files
     model.safetensors    as in the run, with model-valence and model-arousal where it has them
@@ -27,7 +27,7 @@ from vaflow.train.uncertainty import FILE as CALIBRATION
 
 PREFIX = "hf:"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_PUBLISHED_FILE = re.compile(  # what a configuration may name: nothing that runs, nothing outside the folder
+_PUBLISHED_FILE = re.compile(  # files that a configuration may name: no code, nothing outside the folder
     r"model(-valence|-arousal)?\.safetensors|(metrics|smoothing|uncertainty)\.json|training_features\.safetensors"
     r"|encoders/(?!\.)[^/\\\0]+(/(?!\.)[^/\\\0]+)?\.(safetensors|json|txt)"
 )

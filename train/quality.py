@@ -18,7 +18,7 @@ GOOD_SHARPNESS = 8.0  # gray levels
 
 @dataclass(frozen=True)
 class InputMasks:
-    """Which valid inputs a run leaves out.
+    """Valid inputs that a run masks.
 
     Attributes:
         min_face_quality: faces below this quality count as missing.

@@ -82,7 +82,7 @@ class RunRecord:
 
     @classmethod
     def from_toml(cls, text: str) -> "RunRecord":
-        """Read what `to_toml` wrote.
+        """Read the text of `to_toml`.
 
         Raises:
             ValueError: it is not TOML, or a field is missing or invalid.
@@ -95,7 +95,7 @@ class RunRecord:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "RunRecord":
-        """Read what `document` made; other members are ignored.
+        """Read a document of `document`; other members are ignored.
 
         Raises:
             ValueError: it lacks a part, or has one of another type.

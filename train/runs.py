@@ -47,7 +47,7 @@ from vaflow.train.windows import WindowSet
 log = logging.getLogger(__name__)
 
 PROTOTYPES, CONTEXT = "prompt.prototypes", "prompt.context"  # names of the model's tensors
-PUBLISHED_CONFIG = "config.json"  # of a published run, in place of config.toml
+PUBLISHED_CONFIG = "config.json"  # in a published run, instead of config.toml
 ENSEMBLE_FILE = "ensemble.json"  # in the directory of an ensemble: its runs and their weights
 WRITTEN = (  # every file and folder that a run writes
     *("config.toml", "clips.json", "metrics.json", "history.csv", "smoothing.json", "model*.safetensors"),
@@ -332,7 +332,7 @@ def _read_model(record: RunRecord, path: Path) -> VAModel:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     sizes = {"layers": record.config.layers, "streams": len(specs), "targets": len(record.targets)}
     for name, size in sizes.items():
-        if size > len(weights):  # a layer has several tensors: do not even count the shapes of that many
+        if size > len(weights):  # a layer has several tensors; counts above this are rejected without reading shapes
             raise CorruptError(explain(f"{path} does not fit its config.toml", got=f"{size} {name}"))
     build = partial(build_model, record.config, specs, weights.get(PROTOTYPES), context, record.targets)  # type: ignore[arg-type]
     with torch.device("meta"):
@@ -348,13 +348,13 @@ def _read_model(record: RunRecord, path: Path) -> VAModel:
 
 
 def cache_of(run: Path) -> str:
-    """The address of the cache that a run was trained on: where it was, or at the same place relative to the run.
+    """Return the address of a run's training cache: the recorded one, or the same path relative to the run.
 
     Raises:
         UsageError: it is not a run, or its cache is at neither place.
     """
     record = require_record(run)
-    candidates = [record.cache] if record.cache else []  # a published run names none
+    candidates = [record.cache] if record.cache else []  # a published run has none
     if record.cache_relative:
         candidates.append(str((Path(run).resolve() / record.cache_relative).resolve()))
     for candidate in candidates:

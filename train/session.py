@@ -1,4 +1,4 @@
-"""What the training of heads and fine-tuning share: the data, its checks, fresh heads, progress, the final files."""
+"""Shared parts of training heads and fine-tuning: data, checks, new heads, progress, final files."""
 
 import logging
 import os
@@ -121,7 +121,7 @@ class LoadedSplits:
 
 
 def new_model(config: TrainConfig, inputs: Inputs, data: Data, device: torch.device) -> VAModel:
-    """Heads with fresh weights and the feature statistics of the training split."""
+    """Build heads with new weights and the feature statistics of the training split."""
     tower = open_tower(config, inputs, device)
     with seeded(config.seed):
         context = None if tower is None else (config.prompt_context, tower.width)
@@ -165,7 +165,7 @@ class Session:
         Raises:
             DataError: labelled validation clips lack features.
         """
-        check_complete(data.val, self._failed(), self.allow_missing)  # now, not after hours
+        check_complete(data.val, self._failed(), self.allow_missing)  # fails here rather than after hours
         pairs = ((self.config.train_split, data.train), (self.config.val_split, data.val))
         counts = {
             split: {"clips": len(w.clips), "windows": len(w), "labelled_frames": w.labelled_rows}
@@ -189,7 +189,7 @@ class Session:
     def reporting(self) -> Iterator[Callable[[Row], None]]:
         """A function to call after every epoch; inside, a progress bar and TensorBoard are open."""
         with ExitStack() as stack:
-            if self.show:  # log lines above the bar, not through it
+            if self.show:  # prints log lines above the progress bar
                 stack.enter_context(logging_redirect_tqdm())
             total = None if self.config.epochs == AUTO else self.config.epochs
             bar = stack.enter_context(tqdm(total=total, desc="training", unit="epoch", disable=not self.show))
@@ -247,7 +247,11 @@ class Session:
         try:
             note = demonstration_notice(stream.name for stream in self.inputs.streams)
             draw_run(self.folder.path, progress.history, traces, note)
-        except (OSError, ValueError, RuntimeError) as error:  # a full disk, an odd name, Matplotlib itself
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # such as a full disk, an unusual name, or a Matplotlib error
             log.warning("The figures of %s could not be drawn: %s", self.folder.path, error)
 
 

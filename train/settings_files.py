@@ -1,4 +1,4 @@
-"""Settings in TOML: the presets of the papers, a user's file, and the text that a run or a worker reads back."""
+"""Settings in TOML: presets of the papers, user files, and the text stored in runs and sent to workers."""
 
 import tomllib
 from importlib import resources
@@ -50,7 +50,7 @@ def to_toml(config: TrainConfig) -> str:
 
 
 def from_toml(text: str) -> TrainConfig:
-    """Read what `to_toml` wrote.
+    """Read the text of `to_toml`.
 
     Raises:
         UsageError: an unknown key, or a value that does not fit.

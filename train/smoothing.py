@@ -24,12 +24,12 @@ ORDER = 2  # of the polynomial; in the middle of regular frames, 3 gives the sam
 MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 20)  # widths that `auto` tries, in sampling intervals
 LEAST_GAIN = 1e-4  # of the mean CCC for a wider filter: smaller differences are rounding
 FILE = "smoothing.json"
-_SLACK = 1e-6  # seconds: two roundings of one instant
+_SLACK = 1e-6  # seconds; tolerance for two roundings of one time
 _CHUNK = 4  # widths per chunk; powers of the time stay small, so their sums keep their digits
 
 
 def moving_average(time: Floats, value: Floats, seconds: float) -> Floats:
-    """Mean of the frames within `seconds` / 2 of each frame, as far as the clip has them.
+    """Return the mean of the frames within `seconds` / 2 of each frame, cut at the ends of the clip.
 
     Args:
         time: [N] seconds, ascending.

@@ -1,4 +1,4 @@
-"""Choice of a run's smoothing: a given width, or the best one on the validation split; and storing it."""
+"""Choose a run's smoothing (a given width, or the best one on the validation split) and store it."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -58,7 +58,7 @@ def _rows(visual: Sequence[str], audio: Sequence[str]) -> Iterator[tuple[str, li
 
 @dataclass(frozen=True)
 class Comparison:
-    """The encoders of a cache against each other, as texts.
+    """Comparison of a cache's encoders, as texts.
 
     Attributes:
         heads: columns of the matrix; rows: its rows: mean CCC of visual streams (rows) with audio streams (columns).

@@ -60,7 +60,7 @@ class Study:
     text: str
 
     def choose(self, names: Sequence[str]) -> tuple[Table, ...]:
-        """The tables of these names in the file's order; all of them for "all" or no name.
+        """Return the named tables in the file's order; all of them for "all" or no name.
 
         Raises:
             UsageError: there is no such table.
@@ -72,7 +72,8 @@ class Study:
         return self.tables if not names or ALL in names else tuple(t for t in self.tables if t.name in names)
 
     def config(self, row: Row | None, overrides: Settings) -> TrainConfig:
-        """Settings of a row, or of the full model: base < the row's preset < `overrides` < the row's own.
+        """Return the settings of a row or of the full model: base < preset of the row < `overrides` < settings of the
+        row.
 
         Raises:
             UsageError: values that do not fit.
@@ -82,7 +83,7 @@ class Study:
         return merge(self.base, preset(row.preset) if row.preset else {}, overrides, row.settings)
 
     def streams(self) -> set[str]:
-        """Every stream that some row names."""
+        """Return all streams named by rows."""
         configs = [self.config(row, {}) for row in (None, *(row for table in self.tables for row in table.rows))]
         return {name for config in configs for name in (*config.visual, *config.audio)}
 
@@ -168,7 +169,7 @@ def _row(table: str, value: object, where: str) -> Row:
 
 
 def _check_settings(settings: Settings, where: str) -> None:
-    """Raise an error that names the place of a setting that is unknown or of another type."""
+    """Raise an error that names the position of an unknown setting or a value of another type."""
     for key, value in settings.items():
         try:
             coerce(key, value)
@@ -194,7 +195,7 @@ def _only(value: Mapping[str, object], known: Sequence[str], where: str) -> None
 
 
 def expand(table: Table, prompt_sets: Iterable[str]) -> Table:
-    """The table with each row that stands for several in place: one per prompt set but the run's default."""
+    """Return the table with rows expanded: one per prompt set except the run's default."""
     others = sorted(set(prompt_sets) - {TrainConfig.prompts})
     rows: list[Row] = []
     for row in table.rows:

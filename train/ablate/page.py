@@ -31,13 +31,13 @@ from vaflow.train.ablate.results import Results, RowResult, TableResult
 
 WIDTH, LABELS, RIGHT = 860, 345, 24  # pixels: figure, names of rows, margin
 TOP, ROW, BOTTOM = 30, 28, 34
-NAME_LETTERS = 44  # of a row's name; more does not fit
+NAME_LETTERS = 44  # of a row's name; longer names are cut
 NOT_TRAINED = "not trained: "
 MEAN = -1  # column of the mean
 
 
 def escape(text: str) -> str:
-    """Text that HTML shows literally; control characters are made visible."""
+    """Escape text for HTML; control characters are made visible."""
     return escape_html(visible(text))
 
 

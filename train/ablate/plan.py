@@ -20,7 +20,7 @@ from vaflow.train.inputs import Inputs, resolve, sampling
 from vaflow.train.session import data_key
 
 HASH_BYTES = 8
-REFERENCE = "full model"  # name of the row that others are compared with, where no table has it
+REFERENCE = "full model"  # name of the reference row, if no table contains it
 IMPORTED = "imported"  # encoder of imported streams
 STORED, FACES = "float16", "auto"  # defaults of `vaflow extract`
 NO_PROMPTS = "without the prompt head: the cache has no prompt embeddings"
@@ -28,7 +28,7 @@ NO_PROMPTS = "without the prompt head: the cache has no prompt embeddings"
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a study beside its tables.
+    """Options of a study besides its tables.
 
     Attributes:
         seeds: number of seeds, counted up from that of the settings.

@@ -1,4 +1,4 @@
-"""Train the runs of a study, in this process or in several; a process that dies fails its run only.
+"""Train the runs of a study in this process or in several; a process that dies fails only its run.
 
 Each process trains runs one after the other, or several together, and keeps the data that the next run shares.
 """
@@ -76,7 +76,7 @@ class Runner:
 
 
 def serve(connection: Connection, cache: Path, level: int, options: Mapping[str, Any]) -> None:
-    """The process: a batch of settings and folders in, a message per ended run out; ends with its parent."""
+    """Main function of the process: receives batches of settings and folders, sends a message per ended run."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     runner = Runner(open_cache(cache), on_choice=lambda text: send(connection, {"choice": text}), **options)
     with one_thread(level):
@@ -91,12 +91,12 @@ def serve(connection: Connection, cache: Path, level: int, options: Mapping[str,
 
 
 def send(connection: Connection, message: Mapping[str, Any]) -> None:
-    """Text over the pipe, as JSON."""
+    """Send a message over the pipe as JSON."""
     connection.send_bytes(json.dumps(message).encode())
 
 
 def receive(connection: Connection) -> dict[str, Any]:
-    """What `send` sent.
+    """Receive a message of `send`.
 
     Raises:
         EOFError, OSError: the other side is gone.
@@ -110,7 +110,7 @@ RUNS = "runs"  # the folder of runs below the study's
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run that has ended, and how."""
+    """A run that has ended, and its outcome."""
 
     job: Job
     ended: Ended
@@ -169,7 +169,7 @@ def run_jobs(
             for connection in [connection for connection in busy if connection in ready]:
                 worker = busy[connection]
                 outcome = worker.take()
-                if not worker.alive and worker.jobs:  # the run of the batch that ended the process is not known
+                if not worker.alive and worker.jobs:  # it is unknown which run of the batch ended the process
                     waiting.extend([job] for job in worker.jobs.values())
                     worker.jobs.clear()
                 if not worker.jobs:
@@ -204,7 +204,7 @@ class _Worker:
         self._process.join()
 
     def give(self, batch: Sequence[Job], folder: Path) -> None:
-        """Begin a batch of runs. A process that is gone is noticed by `take`."""
+        """Start a batch of runs. `take` detects a process that has died."""
         self.jobs = dict(enumerate(batch))
         runs = [{"config": to_toml(job.config), "out": str(folder / job.key)} for job in batch]
         try:
@@ -213,7 +213,7 @@ class _Worker:
             self.alive = False
 
     def take(self) -> Outcome | None:
-        """How a run ended, once there is something to read, be it the end of the process; None: no run has ended."""
+        """Wait for a message or the end of the process; return the outcome, or None if no run has ended."""
         try:
             message = receive(self.connection)
         except (EOFError, OSError):

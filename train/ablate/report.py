@@ -14,8 +14,8 @@ from vaflow.train.ablate.grid import SCORES
 from vaflow.train.ablate.plan import Options
 from vaflow.train.ablate.results import Results, RowResult, TableResult
 
-FROZEN, TUNED = "frozen cache", "fine-tuned"  # how our rows were trained
-BASE = "base"  # table of the full model, where no row of the tables is it
+FROZEN, TUNED = "frozen cache", "fine-tuned"  # how the rows were trained
+BASE = "base"  # table name of the full model, if no row of the tables is it
 # fmt: off
 COLUMNS = (
     "table", "row", "temporal", "fusion", "visual", "audio", "centers", "sigma", "kl_weight", "seeds",
@@ -35,7 +35,7 @@ FORMULA = ("=", "+", "-", "@")  # first characters of cells that a spreadsheet w
 
 @dataclass(frozen=True)
 class About:
-    """How results were made.
+    """Origin of the results.
 
     Attributes:
         cache: its place.
@@ -135,7 +135,7 @@ def p_text(p: float) -> str:
 
 
 def statements(results: Results, about: About) -> list[str]:
-    """Sentences that a reader of the numbers needs, as plain text."""
+    """Notes on the interpretation of the numbers, as plain text."""
     options, reference = about.options, results.reference
     rows = [row for table in results.tables for row in table.rows]
     seeds = f"{options.seeds} seeds" if options.seeds > 1 else "one seed"
@@ -219,11 +219,11 @@ def _markdown_table(table: TableResult) -> list[str]:
 
 
 def remark(row: RowResult) -> str:
-    """Remark on a row below its table; empty: none."""
+    """Return the note on a row below its table; empty: none."""
     parts = (row.entry.note, row.problem)
     return ". ".join(part.rstrip(".") for part in parts if part)
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows literally, on one line; control characters are made visible."""
+    """Escape text for Markdown, on one line; control characters are made visible."""
     return visible("".join(f"\\{c}" if c in MARKDOWN_SPECIAL else c for c in " ".join(text.split())))

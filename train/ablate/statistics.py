@@ -73,7 +73,7 @@ def write_moments(run: Path, moments: Moments) -> None:
 
 
 def read_moments(run: Path) -> dict[str, Floats]:
-    """Read what `write_moments` wrote.
+    """Read the moments stored with a run.
 
     Raises:
         CorruptError: the file is damaged.

@@ -1,4 +1,4 @@
-"""`vaflow ablate` as one function: plan, train the missing runs, score, write."""
+"""Run `vaflow ablate`: plan, train the missing runs, score, write."""
 
 import logging
 import time

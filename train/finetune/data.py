@@ -127,7 +127,7 @@ def check_sources(cache: Cache, streams: Sequence[InputStream]) -> None:
 
 
 def _origin(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a visual stream's identity that determines its images: times and faces."""
+    """Return the part of a visual stream's identity that determines its images: times and faces."""
     times = {key: value for key, value in identity.get("sampling", {}).items() if key != "audio_steps"}
     return {"sampling": times, "faces": identity.get("picture", {}).get("faces")}
 

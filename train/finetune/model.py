@@ -53,7 +53,7 @@ def gather(
     ids: Tensor,
     augment: Augment | None = None,
 ) -> Raw:
-    """The windows `ids`, [B] int64, as a batch, with each of their images and log-Mel windows once.
+    """Gather the windows `ids`, [B] int64, as a batch that contains each image and log-Mel window once.
 
     Called by the thread that reads ahead, so nothing here waits for the device: it would wait for the step under way.
     """
@@ -117,7 +117,7 @@ class TunedModel(nn.Module):
             return output.packed()
 
     def unpack(self, packed: Tensor) -> Output:
-        """The predictions that `forward` packed."""
+        """Unpack the predictions of `forward`."""
         extra = {target.name: len(target.names) for target in self.heads.targets}
         regions = 0 if self.heads.prompt is None else REGIONS
         return Output.unpacked(packed, regions=regions, extra=extra, variance=self.heads.variance is not None)

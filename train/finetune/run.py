@@ -109,7 +109,7 @@ def finetune(session: Session, weights: Mapping[str, Path]) -> dict[str, Any]:
     with processes(config) as fabric, reproducible(session, fabric.device) as session:
         main = fabric.is_global_zero
         session = replace(session, show=session.show and main, tensorboard=session.tensorboard and main)
-        session = replace(session, keep_checkpoint=False)  # it is as large as the encoders, four times
+        session = replace(session, keep_checkpoint=False)  # the checkpoint has four times the size of the encoders
         backbones = build_backbones(chosen, weights, fabric.device)
         data = load_data(cache, config, inputs, device=fabric.device, scratch=folder.path, show=session.show)
         session = session.begin(data, write=main)
@@ -118,7 +118,7 @@ def finetune(session: Session, weights: Mapping[str, Path]) -> dict[str, Any]:
         model = TunedModel(heads, backbones)
         progress = _fit(session, fabric, model, data, sources[0], sources[1])
         encoded = replace(data, val=_encode(fabric, data.val, sources[1], backbones))
-        if config.uncertainty != "none":  # the distance to the training features is one to the tuned encoders'
+        if config.uncertainty != "none":  # distances to the training features require the tuned encoders
             encoded = replace(encoded, train=_encode(fabric, data.train, sources[0], backbones))
         if main:
             _finish(session, heads, backbones, progress, encoded)
@@ -127,7 +127,7 @@ def finetune(session: Session, weights: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _first_heads(session: Session, data: Data, device: Any) -> VAModel:
-    """Fresh heads, or those of the run that `init` names."""
+    """Return new heads, or those of the run named by `init`."""
     heads = new_model(session.config, session.inputs, data, device)
     if not session.config.init:
         return heads
@@ -195,7 +195,7 @@ def _fit(
 
 
 def _encode(fabric: Any, windows: WindowSet, sources: Mapping[str, Source], backbones: Sequence[Backbone]) -> WindowSet:
-    """Encode a split, each process its share; returns the whole split."""
+    """Encode a split, with one share per process; return the whole split."""
 
     def combine(rows: Tensor) -> Tensor:
         if fabric.world_size == 1:

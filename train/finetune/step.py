@@ -65,7 +65,7 @@ def make_optimizer(model: TunedModel, trained: Sequence[nn.Parameter], config: T
 
 
 def divide(ids: Tensor, processes: int, parts: int) -> tuple[Tensor, Tensor]:
-    """Divide [B] windows into [processes, parts, n], and which of them are real: the last may repeat the first."""
+    """Split [B] windows into [processes, parts, n], and mark the real ones: the last part may repeat a window."""
     count = processes * parts
     size = -(-len(ids) // count)
     padding = ids[:1].expand(size * count - len(ids))
@@ -107,7 +107,7 @@ def train_step(tuning: Tuning, share: Share, numbers: tuple[int, ...]) -> Tensor
 
 
 def _predict(tuning: Tuning, part: Raw, numbers: tuple[int, ...]) -> Tensor:
-    """Predictions for one part; equal at every call, dropout included."""
+    """Return the predictions for one part; equal at every call, dropout included."""
     device = tuning.fabric.device
     devices = [device.index] if device.type == "cuda" else []
     with seeded(*numbers, tuning.fabric.global_rank, devices=devices):
@@ -116,7 +116,7 @@ def _predict(tuning: Tuning, part: Raw, numbers: tuple[int, ...]) -> Tensor:
 
 
 def _of_all_processes(fabric: Any, mine: Tensor) -> Tensor:
-    """The predictions of all processes, in their order; only this process's carry gradients."""
+    """Gather the predictions of all processes, in order; only those of this process have gradients."""
     if fabric.world_size == 1:
         return mine
     everything = mine.new_zeros(fabric.world_size, *mine.shape)

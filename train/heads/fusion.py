@@ -132,7 +132,7 @@ class Fusion(nn.Module):
         if attend and hidden % heads:
             raise UsageError(explain(f"hidden ({hidden}) must be divisible by attention_heads ({heads})"))
         self.join = join
-        # The attribute keeps its old name: it is part of the names of saved weights.
+        # The attribute name is part of the names of saved weights.
         self.attends = nn.ModuleList(CrossAttention(hidden, heads) for _ in range(audio_streams)) if attend else None
         self.audio_streams = audio_streams
         self.gate = nn.Linear(2 * hidden, hidden) if join == "gate" else None

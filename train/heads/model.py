@@ -124,7 +124,7 @@ class Branch(nn.Module):
         return result
 
     def enter(self, x: Tensor, valid: Tensor, inside: Tensor, time: Tensor) -> Track:
-        """What enters the temporal model: x [B, T, dim], valid and inside [B, T] bool, time [B, T] seconds.
+        """Return the input of the temporal model: x [B, T, dim], valid and inside [B, T] bool, time [B, T] seconds.
 
         Returns:
             The projected steps; frames of a spectrogram become steps here.
@@ -230,7 +230,9 @@ class VAModel(nn.Module):
             self.prompt = PromptHead(width, prototypes, learnable=learnable_prototypes, context=context)
         self.targets = tuple(targets)
         self.extra = nn.ModuleList(nn.Linear(width, len(target.names)) for target in self.targets)
-        self.variance = VarianceHead(width, hidden) if variance else None  # last: the others draw the same weights
+        self.variance = (
+            VarianceHead(width, hidden) if variance else None
+        )  # created last, so that the other modules draw the same random weights
 
     def forward(self, batch: Batch) -> Output:
         """A batch -> va [B, F, 2] in [-1, 1], region logits [B, F, 9], other logits, log std [B, F, 2]; 0 at padding.

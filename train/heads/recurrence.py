@@ -55,7 +55,7 @@ def run_recurrent(
 
 
 def _run_by_library(cell: Cell, x: Tensor, inside: Tensor) -> Tensor:
-    """One network by PyTorch's own operators, which have an ONNX form: x [B, T, D] -> [B, T, 2 H]; no dropout."""
+    """Run one network with PyTorch's operators, which export to ONNX: x [B, T, D] -> [B, T, 2 H]; no dropout."""
     length = inside.sum(dim=1, keepdim=True)
     step = torch.arange(inside.shape[1], device=inside.device)
     reverse = torch.where(step < length, length - 1 - step, step).unsqueeze(-1)  # [B, T, 1], its own inverse
@@ -137,7 +137,7 @@ class Reorder(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """The same rows in their first order."""
+        """Restore the original order of the rows."""
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
@@ -166,7 +166,7 @@ class Scan(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
         """Keep u, the states and what belongs to them."""
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # otherwise zeros of the size of `kept` are made
+        ctx.set_materialize_grads(False)  # otherwise autograd creates zeros of the size of `kept`
         ctx.save_for_backward(inputs[1], *output)
 
     @classmethod

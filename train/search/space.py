@@ -21,7 +21,7 @@ EXAMPLE = "lr = { low = 1e-5, high = 1e-3, log = true }"
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting that takes one of some values, each as `--set` writes it."""
+    """A choice: values as `--set` writes them."""
 
     values: tuple[str, ...]
 
@@ -60,7 +60,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """What a search varies, and the settings that stay.
+    """Searched settings, and settings that stay fixed.
 
     Attributes:
         fixed: setting -> value.

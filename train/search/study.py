@@ -1,4 +1,4 @@
-"""`vaflow search` as one function: propose, train on folds, stop early, score the winner on the held-out split."""
+"""Run `vaflow search`: propose, train on folds, stop early, score the best trial on the held-out split."""
 
 import json
 import logging
@@ -79,7 +79,7 @@ def run_search(
         raise UsageError(explain(f"--trials must be >= 1 (got {trials})"))
     split_items(cache, options.holdout, TrainConfig.fold_splits)
     make_folds(cache, (options.train,), options.folds)
-    if not {"visual", "audio", "text"} & space.searched.keys():  # what fails every trial fails here
+    if not {"visual", "audio", "text"} & space.searched.keys():  # errors that would fail every trial are raised here
         resolve(cache, merge(space.fixed))
     with lock_folder(out, "vaflow search"):
         _check_same(cache, space, out, options)
@@ -107,7 +107,7 @@ def _require_optuna() -> None:
 
 
 def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -> None:
-    """Compare with what the search in `out` was started with; note it at the first start.
+    """Compare with the stored arguments of the search in `out`; store them at the first start.
 
     Raises:
         UsageError: the cache, the space or an option differs.
@@ -206,7 +206,7 @@ class _Runner:
                     going.append(each)
             waiting, rung = going, rung + 1
         for trial in trials[len(before) :]:
-            if trial.state != FAILED:  # nothing resumes these runs
+            if trial.state != FAILED:  # these runs are not resumed
                 for fold in range(1, self._options.folds + 1):
                     RunFolder(self.folder(trial.number, fold)).checkpoint_file.unlink(missing_ok=True)
         return trials[len(before) :]

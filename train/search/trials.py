@@ -18,7 +18,7 @@ from vaflow.train.together.runs import check_mode
 if TYPE_CHECKING:
     import optuna
 
-FACTOR = 3  # of so many trials one continues at a rung, and the next rung has so many times the epochs
+FACTOR = 3  # one of this many trials continues at a rung, and the next rung has this many times the epochs
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 SAMPLERS = ("bayes", "random")
 
@@ -165,7 +165,7 @@ def rungs(config: TrainConfig, *, halving: bool) -> tuple[int, ...]:
 
 
 def continues(score: float, rung: int, others: Sequence[Trial]) -> bool:
-    """Whether a trial is among the best third at a rung, of the trials that came that far (asynchronous halving)."""
+    """Whether a trial is in the best third at a rung, among the trials that reached it (asynchronous halving)."""
     scores = [score, *(trial.rungs[rung] for trial in others if len(trial.rungs) > rung)]
     return sorted(scores, reverse=True).index(score) < math.ceil(len(scores) / FACTOR)
 
@@ -185,7 +185,7 @@ def propose(
     study = optuna_study(space, trials, open_trials, sampler, seed)
     proposed = study.ask({name: kind.distribution() for name, kind in space.searched.items()}).params
     for name, kind in space.searched.items():
-        if isinstance(kind, Range) and not kind.whole:  # four digits are enough
+        if isinstance(kind, Range) and not kind.whole:  # rounded to four digits
             proposed[name] = min(kind.high, max(kind.low, float(f"{proposed[name]:.4g}")))
     return {name: proposed[name] for name in space.searched}
 
@@ -228,7 +228,7 @@ def optuna_study(
 
 
 def importances(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
-    """Share of each setting in what separates good trials from the others (PED-ANOVA), largest first.
+    """Importance of each setting (PED-ANOVA), largest first.
 
     Trials that stopped early count with their last score. Empty with fewer than four scored trials.
     """
