@@ -142,7 +142,7 @@ def predictions_table(clips: "tuple[Predicted, ...]") -> str:
         rows.append((clip.item, clip.frames, *both, share, *missing, *stds, *far))
     names = ("clip", "frames", "valence (spread)", "arousal (spread)", "commonest region")
     header = [*names, "no face (s)", "no audio (s)"]
-    header += ["std v a"] if clips and clips[0].stds else []
+    header += ["mean std (v a)"] if clips and clips[0].stds else []
     header += ["far from training"] if clips and clips[0].far is not None else []
     return table(rows, tuple(header))
 

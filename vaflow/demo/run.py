@@ -79,9 +79,9 @@ def describe(result: DemoResult) -> str:
         f"  {name:8} {ccc[name]:.3f}  [{interval[name][0]:.3f}, {interval[name][1]:.3f}]"
         for name in ("valence", "arousal", "mean")
     ]
-    lines += ["", f"Coverage of the intervals ({result.metrics['uncertainty']['held_out']}):"]
+    lines += ["", f"Labels inside the intervals, in percent ({result.metrics['uncertainty']['held_out']}):"]
     for name, levels in result.metrics["coverage"].items():
-        shares = (f"{level} % {'-' if x is None else f'{100 * x:.1f} %'}" for level, x in levels.items())
+        shares = (f"{'-' if x is None else f'{100 * x:.1f}'} of stated {level}" for level, x in levels.items())
         lines.append(f"  {name:8} {', '.join(shares)}")
     lines += ["", "Time: " + ", ".join(f"{stage} {value:.0f} s" for stage, value in result.seconds.items())]
     lines += ["Figures:", *(f"  {path}" for path in result.pictures)]
