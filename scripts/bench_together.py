@@ -5,7 +5,10 @@
 
 Builds the synthetic cache of `bench_train.py`. Prints CPU and wall-clock seconds per step of all runs and their ratio
 to the step of one run: 8 runs that cost as much as one would be 1.0, 8 runs one after the other are 8.0. CPU seconds
-do not depend on other work on the machine. Torch uses one thread per process, as `vaflow ablate` does.
+depend little on other work on the machine. Torch uses one thread per process, as `vaflow ablate` does.
+
+For two cores it prints the CPU seconds of a batch of half the runs, which `--jobs 2` trains on each core, and the bound
+of the matrix products.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from bench_train import build_cache
+from bench_train import build_cache, step_and_bound
 
 from vaflow.cache import open_cache
 from vaflow.device import choose_device
@@ -114,6 +117,15 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, object]:
             "wall": round(all_of_them[1] / one[1], 2),
         },
     }
+    if windows.device.type == "cpu":  # a batch of half the runs on each of two cores, and what arithmetic allows
+        half = seconds(step_together(config, inputs, windows, args.runs // 2), windows.device, args.steps)[0]
+        bound = step_and_bound(windows, config, fresh(config, inputs, 0), 1)
+        least = args.runs * float(str(bound["bound_ms"])) / 2000
+        result |= bound | {
+            "two_cores_over_one_run": round(half / one[0], 2),
+            "two_cores_one_by_one": round(args.runs / 2, 2),
+            "two_cores_bound_over_one_run": round(least / one[0], 2),
+        }
     if args.processes:
         with ProcessPoolExecutor(args.runs, mp_context=get_context("spawn")) as pool:
             jobs = [pool.submit(in_process, folder / "cache", settings, k, args.steps) for k in range(args.runs)]

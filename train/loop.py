@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def seeded(*numbers: int, devices: Sequence[int] | None = None) -> Iterator[None]:
-    """Seed torch's generators (CPU, and these GPUs; None: all) inside; outside they continue as they were."""
+    """Seed torch's generators (CPU and `devices`; None: all GPUs) inside the block, and restore them after it."""
     if devices is None:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(list(devices)):
@@ -101,7 +101,7 @@ def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
 
 
 def batch_loss(output: Output, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch as the settings weigh it, and its parts: see `total_loss`."""
+    """Compute the weighted loss of a batch and its parts; see `total_loss`."""
     return total_loss(
         output,
         batch,
@@ -351,7 +351,7 @@ def end_epoch(
 
 
 def is_finished(progress: Progress, config: TrainConfig, steps_per_epoch: int) -> bool:
-    """Whether no epoch is left to train."""
+    """Return whether all epochs are trained."""
     if config.epochs != AUTO:
         return progress.epoch >= config.epochs
     least, most = AUTO_EPOCHS

@@ -4,7 +4,7 @@ The table is written as the TOML of any other table, so that `tables.toml` of th
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vaflow.cache import Cache
@@ -31,8 +31,12 @@ def encoder_study(cache: Cache, preset: str = "p1") -> Study:
         raise UsageError(explain(f"{cache.place} has no encoder's stream", expected="a visual or an audio stream"))
     lines = ["[base]", f"preset = {json.dumps(preset)}", *_choice(visual[:1], audio[:1]), ""]
     lines += [f"[table.{NAME}]", 'title = "Encoders of the cache"', ""]
-    for name, rows in _rows(visual, audio):
-        lines += [f"[[table.{NAME}.row]]", f"name = {json.dumps(name)}", *rows, ""]
+    rows = {name: _choice([name], []) for name in visual} | {name: _choice([], [name]) for name in audio}
+    rows |= {f"{one} + {other}": _choice([one], [other]) for one in visual for other in audio}
+    if len(visual) > 1:
+        rows["all visual"] = _choice(visual, [])
+    for name, settings in rows.items():
+        lines += [f"[[table.{NAME}.row]]", f"name = {json.dumps(name)}", *settings, ""]
     return parse_study("\n".join(lines), f"table {NAME}")
 
 
@@ -42,18 +46,6 @@ def _streams(cache: Cache, kind: str) -> list[str]:
 
 def _choice(visual: Sequence[str], audio: Sequence[str]) -> list[str]:
     return [f"visual = {json.dumps(list(visual) or [NONE])}", f"audio = {json.dumps(list(audio) or [NONE])}"]
-
-
-def _rows(visual: Sequence[str], audio: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    for name in visual:
-        yield name, _choice([name], [])
-    for name in audio:
-        yield name, _choice([], [name])
-    for one in visual:
-        for other in audio:
-            yield f"{one} + {other}", _choice([one], [other])
-    if len(visual) > 1:
-        yield "all visual", _choice(visual, [])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from vaflow.cache import Cache
 from vaflow.cache.documents import canonical
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS
-from vaflow.encoders import encoder_kind
+from vaflow.encoders import is_encoder
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Grid
 from vaflow.train.ablate.grid import Row, Settings, Study, Table, expand
@@ -209,7 +209,8 @@ def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:
     For streams without an encoder, the `vaflow cache import` command.
     """
     missing = list(dict.fromkeys(missing))
-    known = [(kind, name) for kind, name in missing if _has_encoder(name)]
+    encoders = {n for _, n in missing if n == LOGMEL or is_encoder(n, "visual") or is_encoder(n, "audio")}
+    known = [(kind, name) for kind, name in missing if name in encoders]
     commands = [
         f"vaflow cache import {shlex.quote(cache.place)} --stream {shlex.quote(name)} --kind {kind} --from DIR"
         for kind, name in missing
@@ -223,14 +224,6 @@ def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:
         command = f"vaflow extract ROOT --out {shlex.quote(cache.place)} {' '.join(options)}"
         commands.insert(0, " ".join([command, *_sampling_options(cache), *_reading_options(cache)]))
     return "; ".join(commands)
-
-
-def _has_encoder(name: str) -> bool:
-    try:
-        encoder_kind(name)
-    except UsageError:
-        return False
-    return True
 
 
 def _sampling_options(cache: Cache) -> list[str]:
