@@ -148,7 +148,7 @@ def test_console_command_is_parsed(page: str, line: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "line"), [(page, line) for page, line in CONSOLE if "pip install" in line])
-def test_installed_extras_and_versions_are_those_of_the_package(page: str, line: str) -> None:
+def test_documented_extras_and_versions_match_the_package(page: str, line: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in shlex.split(line):
         if "[" in word:

@@ -28,7 +28,7 @@ def make(path: Path | str, item: str, width: int = 4) -> Cache:
     return cache
 
 
-def test_runs_and_shards_are_summed(tmp_path: Path) -> None:
+def test_costs_of_runs_and_shards_are_summed(tmp_path: Path) -> None:
     cache = make(tmp_path / "c", "a")
     assert stream_costs(cache) == {}, "caches of earlier versions have none"
     append_costs(cache, {"face": FAST})
@@ -40,7 +40,7 @@ def test_runs_and_shards_are_summed(tmp_path: Path) -> None:
     assert cost.seconds_per_minute == 3.0
 
 
-def test_lines_of_other_settings_and_damaged_lines_are_skipped(tmp_path: Path) -> None:
+def test_cost_lines_of_other_settings_and_damaged_lines_are_skipped(tmp_path: Path) -> None:
     other, cache = make(tmp_path / "o", "a", width=5), make(tmp_path / "c", "a")
     append_costs(other, {"face": FAST})
     stale = (other.path / "costs.jsonl").read_text()
@@ -53,7 +53,7 @@ def test_lines_of_other_settings_and_damaged_lines_are_skipped(tmp_path: Path) -
     assert stream_costs(cache) == {}, "links are not followed"
 
 
-def test_copies_carry_the_lines_of_their_sources_once(tmp_path: Path) -> None:
+def test_copies_contain_the_cost_lines_of_their_sources_once(tmp_path: Path) -> None:
     one, other = make(tmp_path / "one", "a"), make(tmp_path / "two", "b")
     for cache in (one, other):
         append_costs(cache, {"face": FAST})
@@ -68,7 +68,7 @@ def test_copies_carry_the_lines_of_their_sources_once(tmp_path: Path) -> None:
     assert stream_costs(packed) == stream_costs(both) and verify(packed) == []
 
 
-def test_the_format_does_not_depend_on_them(tmp_path: Path) -> None:
+def test_costs_do_not_change_fingerprints_and_checksums(tmp_path: Path) -> None:
     cache = make(tmp_path / "c", "a")
     before = {path: path.read_bytes() for path in cache.path.rglob("*") if path.is_file()}
     append_costs(cache, {"face": FAST})
@@ -77,7 +77,7 @@ def test_the_format_does_not_depend_on_them(tmp_path: Path) -> None:
     assert all(after[path] == content for path, content in before.items()) and verify(cache) == []
 
 
-def test_the_files_reach_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_files_are_uploaded_to_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = f"memory://{tmp_path.name}/cache"
     monkeypatch.setenv("VAFLOW_CACHE_DIR", str(tmp_path / "near"))
     cache = make(path, "a")

@@ -62,7 +62,7 @@ def train(cache: Path | str, out: Path, *options: object) -> list[object]:
 
 
 @pytest.mark.parametrize("option", ["--window=1e308", "--stride=1e308", "--frames=100000", "--window=nan"])
-def test_sizes_of_windows_are_limited(
+def test_window_sizes_are_limited(
     cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
     refused(capsys, 2, train(cache.path, tmp_path / "run", option), option.partition("=")[0], "must be")

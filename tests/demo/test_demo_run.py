@@ -42,7 +42,7 @@ def test_the_demo_scores_held_out_people(demo: Path) -> None:
     assert oracle.tolist() == pytest.approx([ccc["valence"], ccc["arousal"]], abs=2e-3)
 
 
-def test_intervals_cover_about_as_many_labels_of_held_out_people_as_they_state(demo: Path) -> None:
+def test_intervals_have_nominal_coverage_on_held_out_people(demo: Path) -> None:
     """With eight held-out people; docs/uncertainty.md has the coverage on sixty."""
     metrics = json.loads((demo / "run" / "metrics.json").read_text())
     for levels in metrics["coverage"].values():

@@ -74,7 +74,7 @@ def test_preprocessing_equals_the_processor_on_100_images(checkpoints: Mapping[s
         assert levels.mean() < 0.6 and levels.max() < (1.01 if name == "dinov3" else 4)
 
 
-def test_dinov3_images_differ_from_the_processor_by_rounding_only(checkpoints: Mapping[str, Path]) -> None:
+def test_dinov3_images_equal_the_processor_up_to_rounding(checkpoints: Mapping[str, Path]) -> None:
     """The processor resizes in float32; Pillow's resize of float images is the same before it is rounded to 8 bits."""
     processor = AutoImageProcessor.from_pretrained(checkpoints["dinov3"])
     mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))

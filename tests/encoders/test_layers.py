@@ -35,7 +35,7 @@ def normalised(encoder: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_layers_of_clip_are_the_outputs_of_its_blocks() -> None:
+def test_clip_layers_equal_block_outputs() -> None:
     """The oracle is open_clip's own function for intermediate outputs."""
     whole, every = build("clip-tiny"), build("clip-tiny@all")
     options = {"output_fmt": "NLC", "output_extra_tokens": True, "intermediates_only": True}
@@ -53,7 +53,7 @@ def test_layers_of_clip_are_the_outputs_of_its_blocks() -> None:
 
 
 @torch.no_grad()
-def test_layers_of_timms_transformers_are_the_outputs_of_their_blocks(tmp_path: Path) -> None:
+def test_timm_layers_equal_block_outputs(tmp_path: Path) -> None:
     name = timm_model("vit_tiny_patch16_224", tmp_path)
     encoder = build(f"{name}@6-8")
     network = encoder.module.network
@@ -82,7 +82,7 @@ def test_layers_of_ast_are_pooled_like_its_output() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet-tiny@1", "vggish-tiny@all", "resnet50@2", "opensmile:eGeMAPSv02@mean"])
-def test_networks_without_layers_say_so(name: str) -> None:
+def test_networks_without_layers_are_rejected(name: str) -> None:
     with pytest.raises(UsageError, match="has no layers to choose"):
         build_encoder(name)
 
@@ -97,7 +97,7 @@ def test_networks_without_layers_say_so(name: str) -> None:
         ("ast-tiny@1,pool=cls", "averaged in each step"),
     ],
 )
-def test_layers_and_poolings_that_do_not_exist(name: str, message: str) -> None:
+def test_unknown_layers_and_poolings_are_rejected(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build_encoder(name)
 
@@ -108,7 +108,7 @@ def test_convolutional_networks_of_timm_have_no_layers(model: str, tmp_path: Pat
         build_encoder(f"{timm_model(model, tmp_path)}@1")
 
 
-def test_the_option_names_layers_of_transformers_only() -> None:
+def test_layers_option_applies_to_transformers_only() -> None:
     for name in ("clip-vit-b16", "ast", "hf:org/model", "timm:vit_tiny", "clip:ViT-B-16/openai", "ast-tiny"):
         assert with_layers(name, "6-12") == f"{name}@6-12"
     for name in ("resnet50", "vggish", "onnx:a.onnx", "opensmile:eGeMAPSv02", "logmel", "clip-tiny@2", "none"):

@@ -95,7 +95,7 @@ def test_real_weights_work_with_every_command(
     assert (tmp_path / "predictions" / "obama.csv").read_text().count("\n") > 20
 
 
-def test_resemblyzers_embedding_is_that_of_its_equations(weights: Path) -> None:
+def test_the_resemblyzer_embedding_equals_its_equations(weights: Path) -> None:
     """The oracle: librosa's mel spectrogram of a whole recording in NumPy, and torch's LSTM cell step by step."""
     encoder: Any = build_encoder("resemblyzer", weights=weights / "pretrained.pt")
     state = torch.load(weights / "pretrained.pt", map_location="cpu", weights_only=True)["model_state"]

@@ -21,7 +21,7 @@ ALONE = ExtractConfig(visual=(), audio=("ast-tiny",), device="cpu", workers=1, f
     ("audio_ends", "clip_ends", "steps"),
     [(8.71, 8.71, 18), (8.71, 10.0, 17), (8.80, 10.0, 18), (8.62, 8.71, 18), (8.55, 8.71, 17), (8.5, 8.71, 17)],
 )
-def test_half_of_the_part_of_a_step_within_the_clip_must_have_audio(
+def test_a_step_is_valid_if_half_of_its_part_within_the_clip_has_audio(
     audio_ends: float, clip_ends: float, steps: int
 ) -> None:
     frames = round(audio_ends * 100) - 2  # a frame covers 25 ms
@@ -29,14 +29,14 @@ def test_half_of_the_part_of_a_step_within_the_clip_must_have_audio(
     assert valid.tolist() == [True] * steps + [False] * (20 - steps)
 
 
-def test_only_clips_with_a_short_last_step_were_marked_wrongly() -> None:
+def test_only_clips_with_a_short_last_step_are_outdated() -> None:
     assert ends_in_a_short_step(Grid(), 20, 8.71)
     assert not ends_in_a_short_step(Grid(), 20, 8.8)
     assert not ends_in_a_short_step(Grid(), 20, 9.0)
     assert not ends_in_a_short_step(Grid(), 20, 0.0)
 
 
-def test_audio_of_such_clips_is_extracted_again_into_an_older_cache(
+def test_audio_of_affected_clips_is_extracted_again_into_an_older_cache(
     tmp_path: Path, tiny_pair: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = tmp_path / "data", tmp_path / "cache"

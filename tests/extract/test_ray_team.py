@@ -138,7 +138,7 @@ def test_every_item_is_assigned_once_to_free_members(toy: ToyRay) -> None:
     assert run(toy).done == 10
 
 
-def test_clips_with_several_people_are_counted_also_where_a_member_dies_after_the_commit(toy: ToyRay) -> None:
+def test_clips_with_several_people_are_counted_after_a_member_death(toy: ToyRay) -> None:
     toy.cache.declare(StreamInfo(FACES, "faces", 0, "float32", {"encoder": FACES}))
     toy.cache.write(FACES, "clip01", dict(no_faces()), meta={"notable": 3})
     toy.late = {"clip01"}

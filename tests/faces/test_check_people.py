@@ -35,12 +35,12 @@ def test_people_and_cuts_are_notes(data: Path, capsys: pytest.CaptureFixture[str
     assert not {("cuts", "pair"), ("several-people", "cuts")} & notes
 
 
-def test_looking_can_be_left_out(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_people_disables_face_detection(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(data), "--json", "--no-people"]) == 0
     assert all(item["people"] is None for item in json.loads(capsys.readouterr().out)["items"].values())
 
 
-def test_a_cache_has_counted_everyone(tmp_path: Path) -> None:
+def test_check_reads_the_number_of_people_from_a_cache(tmp_path: Path) -> None:
     """The video is not opened, and does not exist."""
     cache = create_cache(tmp_path / "cache")
     cache.declare(StreamInfo(FACES, "faces", 0, "float32", {"encoder": FACES}))
@@ -50,7 +50,7 @@ def test_a_cache_has_counted_everyone(tmp_path: Path) -> None:
     assert look_at_people([(clip, 60.0)], cache) == {"a": PeopleFacts(3, 7, 0)}
 
 
-def test_it_is_reported_how_many_clips_were_looked_at(tmp_path: Path) -> None:
+def test_check_reports_the_number_of_examined_clips(tmp_path: Path) -> None:
     notes = people_findings({"a": PeopleFacts(1, 0, 20)}, 4, tmp_path)
     assert [(note.code, note.message) for note in notes] == [
         ("people-sampled", "People and cuts were looked for in 1 of 4 clips")

@@ -79,14 +79,14 @@ def test_the_audio_is_encoded_once(cache: Cache, extracted: tuple[Path, Summary]
     assert extracted[1].several_people == 1
 
 
-def test_labels_of_a_person_are_beside_the_video(cache: Cache) -> None:
+def test_labels_of_a_person_are_read_from_beside_the_video(cache: Cache) -> None:
     first, second = (cache.read("labels", f"pair#{k}") for k in (1, 2))
     assert np.unique(first.value[:, 0]).tolist() == [np.float32(0.1)]
     assert np.unique(second.value[:, 0]).tolist() == [np.float32(-0.4)]
     assert not any(note.code == "table-without-video" for note in open_dataset(cache.path.parent / "data").notes)
 
 
-def test_people_have_the_features_that_a_choice_by_number_gives(
+def test_person_all_equals_extracting_each_person_by_number(
     cache: Cache, data: Path, tmp_path: Path, tiny_clip: VisualEncoder, tiny_ast: AudioEncoder
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -97,7 +97,7 @@ def test_people_have_the_features_that_a_choice_by_number_gives(
     np.testing.assert_array_equal(chosen.embedding, cache.read("clip-tiny", "pair#2").embedding)
 
 
-def test_an_interrupted_clip_is_made_again_and_leftover_people_are_removed(
+def test_an_interrupted_clip_is_extracted_again_without_leftover_people(
     extracted: tuple[Path, Summary], data: Path, tmp_path: Path, clips: Path, tiny_clip: VisualEncoder, tiny_ast: object
 ) -> None:
     """The labels of person 1 are committed last. Then a version of the video with one person replaces the first."""
@@ -116,12 +116,12 @@ def test_an_interrupted_clip_is_made_again_and_leftover_people_are_removed(
     assert not after.has("clip-tiny", "pair#2")
 
 
-def test_people_are_absent_only_if_their_clip_is(cache: Cache) -> None:
+def test_people_are_absent_only_if_their_clip_is_absent(cache: Cache) -> None:
     assert absent_clips(cache, {"pair", "empty"}) == {}
     assert list(absent_clips(cache, {"empty"})) == ["pair#1", "pair#2"]
 
 
-def test_the_items_of_a_clip_are_its_people(cache: Cache) -> None:
+def test_items_of_a_clip_are_its_people(cache: Cache) -> None:
     assert items_of(cache, ["pair", "empty"]) == ["pair#1", "pair#2", "empty#1"]
 
 
@@ -147,7 +147,7 @@ def test_predict_writes_a_file_per_person(
         (Clip("a", None, "a", Path("a.mp4"), Path("a.mp4"), crops=(Path("a"),)), False),
     ],
 )
-def test_only_clips_whose_faces_are_detected_are_divided(clip: Clip, divided: bool) -> None:
+def test_only_clips_with_detected_faces_become_one_item_per_person(clip: Clip, divided: bool) -> None:
     assert is_divided(clip, "auto") == divided
 
 
@@ -159,6 +159,6 @@ def test_an_items_name_states_clip_and_person(item: str, parts: tuple[str, int])
 
 
 @pytest.mark.parametrize("settings", [{"face_source": "none"}, {"visual": (), "pixels": False}])
-def test_all_requires_faces(settings: dict[str, object]) -> None:
+def test_person_all_requires_face_detection(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="--person all requires faces"):
         replace(CONFIG, **settings)  # type: ignore[arg-type]

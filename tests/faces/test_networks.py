@@ -20,7 +20,7 @@ def weights() -> Path:
     return path
 
 
-def test_dlibs_network_gives_the_vectors_of_dlib(weights: Path) -> None:
+def test_the_numpy_network_equals_dlib(weights: Path) -> None:
     dlib = pytest.importorskip("dlib")
     network, reference = FaceResNet(weights), dlib.face_recognition_model_v1(str(weights))
     rng = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def test_dlibs_network_gives_the_vectors_of_dlib(weights: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [0, 100, 20_000_000])
-def test_a_damaged_file_is_refused(weights: Path, tmp_path: Path, end: int) -> None:
+def test_a_damaged_file_is_rejected(weights: Path, tmp_path: Path, end: int) -> None:
     damaged = tmp_path / weights.name
     damaged.write_bytes(weights.read_bytes()[:end])
     with pytest.raises(WeightsError, match="is not dlib's face-recognition network"):
@@ -51,7 +51,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_an_onnx_file_tells_faces_apart(exported: Path) -> None:
+def test_an_onnx_network_distinguishes_faces(exported: Path) -> None:
     network = open_network(resolve(f"onnx:{exported}"))
     assert network is not None and network.dim == 12
     face = np.full((224, 224, 3), 128, np.uint8)
@@ -69,17 +69,17 @@ def test_the_fingerprint_names_the_file(exported: Path) -> None:
     assert len(identity["model"]) == 32
 
 
-def test_an_onnx_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_onnx_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("not a network")
     with pytest.raises(WeightsError, match="is not a face-recognition network"):
         open_network(f"onnx:{tmp_path / 'text.onnx'}")
 
 
-def test_a_missing_file_is_refused() -> None:
+def test_a_missing_file_is_rejected() -> None:
     with pytest.raises(UsageError, match="names a file that does not exist"):
         resolve("onnx:missing.onnx")
 
 
-def test_dlib_has_its_fingerprint(weights: Path) -> None:
+def test_the_fingerprint_names_dlib(weights: Path) -> None:
     assert resolve("auto") == DLIB
     assert network_identity(DLIB)["runtime"] == "numpy"

@@ -155,7 +155,7 @@ BATCHED = [
 
 @pytest.mark.parametrize("settings", BATCHED, ids=lambda settings: "-".join(map(str, settings.values())))
 @pytest.mark.parametrize("runs", [(0, 1, 2), (0, 2)])
-def test_every_head_in_a_batch_of_runs(settings, runs, monkeypatch):
+def test_every_head_trains_in_a_batch_of_runs(settings, runs, monkeypatch):
     """The gather, the stacked model and its losses on the meta device: pretended GPU tensors crash under `vmap`."""
     monkeypatch.setattr("vaflow.train.together.stacked_models.Generator", lambda device: torch.Generator())
     drop = {} if settings.get("temporal") == "transformer" else {"dropout": 0.3}

@@ -17,7 +17,7 @@ from vaflow.train.storage import write_tensors
 
 
 @pytest.mark.parametrize("dim", [5, AXES + 9])
-def test_the_distance_is_that_of_mahalanobis(dim: int) -> None:
+def test_the_distance_equals_mahalanobis(dim: int) -> None:
     rng = np.random.default_rng(dim)
     rows = rng.normal(size=(400, dim)) @ rng.normal(size=(dim, dim)) + 3
     mean, covariance = rows.mean(axis=0), np.cov(rows.T)
@@ -54,7 +54,7 @@ def marked(cache_path: Path, features: TrainingFeatures, split: str) -> list[Tra
     return list(features.mark(windows, [Trace(clip, np.zeros((len(clip.time), 2)), None) for clip in windows.clips]))
 
 
-def test_frames_with_foreign_features_are_far(fitted: tuple[Path, TrainingFeatures]) -> None:
+def test_frames_with_unfamiliar_features_are_marked_far(fitted: tuple[Path, TrainingFeatures]) -> None:
     path, features = fitted
     (trace,) = marked(path, TrainingFeatures({VISUAL: features.streams[VISUAL]}), "test")
     assert trace.far is not None
@@ -64,14 +64,14 @@ def test_frames_with_foreign_features_are_far(fitted: tuple[Path, TrainingFeatur
     assert ",far_from_training" in prediction_csv(trace).splitlines()[0]
 
 
-def test_about_one_frame_in_a_hundred_of_each_stream_is_far_in_the_validation_split(
+def test_about_one_percent_of_validation_frames_are_far(
     fitted: tuple[Path, TrainingFeatures],
 ) -> None:
     shares = np.concatenate([trace.far for trace in marked(*fitted, "val") if trace.far is not None])
     assert 0 < shares.mean() < 0.05
 
 
-def test_the_file_gives_the_same_distances(fitted: tuple[Path, TrainingFeatures], tmp_path: Path) -> None:
+def test_stored_statistics_give_the_same_distances(fitted: tuple[Path, TrainingFeatures], tmp_path: Path) -> None:
     fitted[1].write(tmp_path)
     again = read_training_features(tmp_path)
     assert again is not None and again.streams.keys() == fitted[1].streams.keys() == {VISUAL, "logmel"}
@@ -81,7 +81,7 @@ def test_the_file_gives_the_same_distances(fitted: tuple[Path, TrainingFeatures]
     assert read_training_features(tmp_path / "elsewhere") is None
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_file_is_rejected(tmp_path: Path) -> None:
     write_tensors(tmp_path / "training_features.safetensors", {"a/mean": torch.zeros(3), "a/axes": torch.zeros(4, 2)})
     with pytest.raises(CorruptError, match="training features"):
         read_training_features(tmp_path)

@@ -58,7 +58,7 @@ def test_equal_seeds_give_equal_weights(loaded) -> None:
     assert not same(one.state_dict(), other.state_dict())
 
 
-def test_features_in_a_file_are_read_ahead_and_train_the_same_weights(tmp_path: Path) -> None:
+def test_prefetched_features_train_the_same_weights(tmp_path: Path) -> None:
     """A random order of windows, with dropout of modalities: bit for bit as in memory."""
     cache = make_cache(tmp_path / "cache", Toy(seconds=(8, 14)))
     config, inputs = resolve(cache, replace(CONFIG, epochs=2, modality_dropout=0.3))

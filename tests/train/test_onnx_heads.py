@@ -93,7 +93,7 @@ def test_extra_targets_and_two_best_epochs_export_to_onnx() -> None:
     compare(model, EachModel(model, other))
 
 
-def test_standard_deviations() -> None:
+def test_standard_deviations_export_to_onnx() -> None:
     model = model_of((VISUAL_STREAM, AUDIO_STREAM), variance=True)
     assert Heads(model).output_names == ["va", "region_logits", "std"]
     compare(model)

@@ -71,7 +71,7 @@ def masks(cache: Cache, config: TrainConfig, stream: str) -> tuple[np.ndarray, n
     return windows.seen(clip, "visual" if stream == VISUAL else "audio")
 
 
-def test_quality_is_that_of_the_chosen_person(cache: Cache) -> None:
+def test_face_quality_belongs_to_the_chosen_person(cache: Cache) -> None:
     data = cache.read(VISUAL, CLIP)
     quality = face_quality(cache, VISUAL, CLIP, data)
     assert quality is not None
@@ -93,7 +93,7 @@ def test_audio_without_speech_is_masked(cache: Cache) -> None:
     assert not valid[time > 6].any()
 
 
-def test_log_mel_as_an_input_is_masked(cache: Cache) -> None:
+def test_log_mel_inputs_are_masked(cache: Cache) -> None:
     time, valid = masks(cache, TrainConfig(speech_mask=True, audio=(LOGMEL,)), AUDIO)
     assert valid[time < 5.5].any() and not valid[time > 6.1].any()
 
@@ -105,18 +105,18 @@ def test_log_mel_as_an_input_is_masked(cache: Cache) -> None:
         (TrainConfig(speech_mask=True), "speech_mask requires speech activity"),
     ],
 )
-def test_a_cache_without_them_is_refused(old: Cache, config: TrainConfig, message: str) -> None:
+def test_a_cache_without_quality_or_speech_is_rejected(old: Cache, config: TrainConfig, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load(old, config)
     assert len(load(old, replace(config, min_face_quality=0.0, speech_mask=False)))
 
 
-def test_unset_they_are_not_recorded() -> None:
+def test_default_masks_are_not_recorded() -> None:
     assert not {"min_face_quality", "speech_mask"} & TrainConfig().as_dict().keys()
     assert merge({"min_face_quality": "0.4", "speech_mask": "true"}).as_dict()["min_face_quality"] == 0.4
 
 
-def test_predictions_have_them_as_last_columns(cache: Cache, old: Cache) -> None:
+def test_quality_and_speech_are_the_last_prediction_columns(cache: Cache, old: Cache) -> None:
     (clip,) = load(cache, TrainConfig()).clips
     columns = frame_columns(cache, [VISUAL], CLIP, clip.time)
     trace = Trace(clip, np.zeros((len(clip.time), 2)), None, **columns)
@@ -127,7 +127,7 @@ def test_predictions_have_them_as_last_columns(cache: Cache, old: Cache) -> None
     assert cells[-1][-1] == "0"
 
 
-def test_a_cache_without_them_gives_no_columns(old: Cache) -> None:
+def test_a_cache_without_quality_or_speech_gives_no_columns(old: Cache) -> None:
     assert frame_columns(old, [VISUAL], CLIP, old.read(LABELS, CLIP).time) == {}
     assert speech_activity(old, CLIP) is None
 

@@ -56,7 +56,7 @@ def same_weights(one: Path, other: Path) -> None:
             torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-5)
 
 
-def test_every_fold_and_seed_gets_the_files_of_its_single_run(cache, tmp_path, capsys):
+def test_every_fold_and_seed_writes_the_files_of_a_single_run(cache, tmp_path, capsys):
     many = ["train", str(cache), *SETTINGS, "--epochs", "2", "--folds", "2"]
     out = tmp_path / "cv"
     command = [*many, "--all-folds", "--seeds", "2", "--together", "always", "--out", str(out)]
@@ -82,12 +82,12 @@ def test_every_fold_and_seed_gets_the_files_of_its_single_run(cache, tmp_path, c
         (["--seeds", "2", "--together", "often"], "Unknown --together"),
     ],
 )
-def test_options_that_do_not_go_together(cache, tmp_path, capsys, options, message):
+def test_incompatible_options_are_rejected(cache, tmp_path, capsys, options, message):
     assert main(["train", str(cache), *SETTINGS, "--out", str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_diverging_run_is_named_and_the_others_of_its_batch_finish(cache, tmp_path, capsys):
+def test_a_diverging_run_is_reported_and_the_others_finish(cache, tmp_path, capsys):
     assert ablate(cache, tmp_path, tmp_path / "out", "--seeds", "2", "--together", "always") == 3
     said = capsys.readouterr().err
     assert said.count("failed: table one, diverging") == 2
@@ -95,7 +95,7 @@ def test_a_diverging_run_is_named_and_the_others_of_its_batch_finish(cache, tmp_
     assert len(list((tmp_path / "out" / "runs").glob("*/metrics.json"))) == 2
 
 
-def test_a_batch_that_is_interrupted_resumes_to_the_same_results(cache, tmp_path, monkeypatch):
+def test_an_interrupted_batch_resumes_to_the_same_results(cache, tmp_path, monkeypatch):
     grid = GRID.split('[[table.one.row]]\nname = "diverging"')[0]
     options = ("--seeds", "2", "--together", "always", "-q")
     assert ablate(cache, tmp_path, tmp_path / "whole", *options, grid=grid) == 0
@@ -120,7 +120,7 @@ def test_a_batch_that_is_interrupted_resumes_to_the_same_results(cache, tmp_path
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-def test_a_worker_that_dies_in_a_batch_loses_no_run(cache, tmp_path):
+def test_a_worker_death_in_a_batch_loses_no_run(cache, tmp_path):
     """The runs of its batch train one by one in another process, from their checkpoints."""
     grid = GRID.split('[[table.one.row]]\nname = "diverging"')[0].replace("epochs = 2", "epochs = 12")
     out = tmp_path / "out"

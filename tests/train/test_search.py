@@ -265,7 +265,7 @@ def test_invalid_arguments_are_reported(command, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_outer_folds_repeat_the_search_and_score_clips_that_it_never_read(command, cache, tmp_path, capsys):
+def test_outer_folds_score_clips_that_the_search_never_read(command, cache, tmp_path, capsys):
     out = tmp_path / "nested"
     nested = [*command, "--outer-folds", "2", "--trials", "2", "--out", str(out)]
     assert main([*nested, "--json"]) == 0
@@ -286,7 +286,7 @@ def test_outer_folds_repeat_the_search_and_score_clips_that_it_never_read(comman
     assert "--outer-folds divides all clips" in capsys.readouterr().err
 
 
-def test_the_number_of_trials_at_once_does_not_change_random_proposals(searched, command, cache):
+def test_the_batch_size_does_not_change_random_proposals(searched, command, cache):
     """Nor early stops: a trial is compared with trials of lower numbers only."""
     tables = []
     for batch in (1, 3):

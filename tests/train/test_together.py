@@ -180,7 +180,7 @@ def test_batched_runs_equal_separate_runs(cache: Cache, settings: dict[str, Any]
         check_equal(run, *alone(cache, loaded.data(run.config), run.config))
 
 
-def test_every_setting_is_covered() -> None:
+def test_every_setting_that_may_vary_is_tested() -> None:
     """A new setting is a case above, or one that may differ within a batch, or it never trains in a batch."""
     varying = VARYING | FOLD
     assert {field.name for field in fields(TrainConfig)} == varying | CASES.keys() | OTHERS
@@ -189,7 +189,7 @@ def test_every_setting_is_covered() -> None:
     }
 
 
-def test_folds_share_the_rows_and_equal_those_that_are_loaded_alone(cache: Cache) -> None:
+def test_folds_share_rows_and_equal_separately_loaded_folds(cache: Cache) -> None:
     loaded, config = LoadedSplits(cache), replace(BASE, folds=3)
     folds = [loaded.data(resolve(cache, replace(config, fold=k))[0]) for k in (1, 2)]
     assert folds[0].train.tables[VISUAL].rows is folds[1].val.tables[VISUAL].rows

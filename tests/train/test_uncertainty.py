@@ -75,7 +75,7 @@ def rows_of(path: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_the_likelihood_is_that_of_a_gaussian(beta: float) -> None:
+def test_the_likelihood_equals_a_gaussian(beta: float) -> None:
     rng = np.random.default_rng(0)
     mean, target = rng.uniform(-1, 1, (2, 3, 5, 2))
     log_std, mask = rng.uniform(-3, 0.5, mean.shape), rng.random(mean.shape) < 0.6
@@ -86,7 +86,7 @@ def test_the_likelihood_is_that_of_a_gaussian(beta: float) -> None:
     assert float(got) == pytest.approx(terms[mask].mean(), abs=1e-12)
 
 
-def test_only_the_variance_head_learns_from_the_likelihood_unless_it_has_a_weight() -> None:
+def test_the_likelihood_trains_only_the_variance_head_by_default() -> None:
     model, batch = toy_model(variance=True), toy_batch()
     for weight in (0.0, 0.5):
         model.zero_grad()
@@ -98,7 +98,7 @@ def test_only_the_variance_head_learns_from_the_likelihood_unless_it_has_a_weigh
         assert any(name.startswith("regression.") for name in reached) == bool(weight)
 
 
-def test_a_packed_output_has_its_standard_deviations() -> None:
+def test_packed_outputs_contain_standard_deviations() -> None:
     output = toy_model(variance=True)(toy_batch())
     again = Output.unpacked(output.packed(), regions=9, extra={}, variance=True)
     assert output.log_std is not None and again.log_std is not None
@@ -109,14 +109,14 @@ def test_a_packed_output_has_its_standard_deviations() -> None:
     assert not output.log_std[~inside].any(), "padding"
 
 
-def test_predictions_are_those_of_a_run_without_a_variance_head(runs: dict[str, Path]) -> None:
+def test_a_variance_head_does_not_change_predictions(runs: dict[str, Path]) -> None:
     for file in sorted((runs["plain"] / "predictions/val").glob("*.csv")):
         plain, other = rows_of(file), rows_of(runs["variance"] / "predictions/val" / file.name)
         assert list(other) == [*list(plain)[:-1], "valence_std", "arousal_std", "far_from_training", "interpolated"]
         assert all(other[name] == plain[name] for name in plain)
 
 
-def test_a_run_without_a_variance_head_records_none_of_its_settings(runs: dict[str, Path]) -> None:
+def test_variance_settings_are_not_recorded_without_a_variance_head(runs: dict[str, Path]) -> None:
     assert not {"uncertainty", "nll_weight"} & set(BASE.as_dict())
     assert VARIANCE.as_dict()["uncertainty"] == "variance"
     for name in ("uncertainty.json", "training_features.safetensors"):
@@ -126,7 +126,7 @@ def test_a_run_without_a_variance_head_records_none_of_its_settings(runs: dict[s
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])
-def test_the_calibration_finds_the_factor_of_gaussian_errors(factor: float) -> None:
+def test_calibration_recovers_the_factor_of_gaussian_errors(factor: float) -> None:
     traces = gaussian(np.random.default_rng(1), 8, factor)
     calibration = calibrate(traces, "val")
     assert calibration.factors == pytest.approx([factor, factor], rel=0.06)
@@ -136,7 +136,7 @@ def test_the_calibration_finds_the_factor_of_gaussian_errors(factor: float) -> N
             assert share == pytest.approx(int(level) / 100, abs=0.03)
 
 
-def test_coverage_is_the_mean_over_videos_of_the_covered_share() -> None:
+def test_coverage_is_averaged_over_videos() -> None:
     rng = np.random.default_rng(2)
     videos = [VideoErrors(rng.normal(size=n), rng.uniform(0.5, 2, n)) for n in (10, 1000, 37)]
     for level, z in (("50", 0.6744897501960817), ("80", 1.2815515655446004), ("95", 1.959963984540054)):
@@ -144,7 +144,7 @@ def test_coverage_is_the_mean_over_videos_of_the_covered_share() -> None:
         assert coverage_of(videos, 1.3)[level] == pytest.approx(np.mean(shares))
 
 
-def test_on_its_own_split_every_video_is_calibrated_on_the_others() -> None:
+def test_calibration_on_the_scored_split_leaves_one_video_out() -> None:
     (odd,) = gaussian(np.random.default_rng(4), 1, 5.0)
     traces = [*gaussian(np.random.default_rng(3), 3, 1.0), replace(odd, clip=replace(odd.clip, group="odd"))]
     for k, name in enumerate(("valence", "arousal")):
@@ -160,7 +160,7 @@ def test_on_its_own_split_every_video_is_calibrated_on_the_others() -> None:
     assert uncertainty_report(traces[:1], "val", "val")["coverage"]["valence"]["95"] is None, "one video"
 
 
-def test_metrics_have_the_coverage_of_the_written_standard_deviations(runs: dict[str, Path], cache: Cache) -> None:
+def test_metrics_contain_the_coverage_of_written_standard_deviations(runs: dict[str, Path], cache: Cache) -> None:
     report = evaluate_run(runs["variance"], cache, "test", device="cpu")
     metrics = json.loads((runs["variance"] / "metrics.json").read_text())
     assert metrics["uncertainty"]["calibrated_on"] == "val"
@@ -177,7 +177,7 @@ def test_metrics_have_the_coverage_of_the_written_standard_deviations(runs: dict
     assert report["uncertainty"]["held_out"] == "calibrated on split val"
 
 
-def test_smoothing_is_calibrated_anew(
+def test_smoothing_recalibrates_standard_deviations(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(shutil.copytree(runs["variance"], tmp_path / "run"))
@@ -230,13 +230,13 @@ def test_frames_between_samples_are_marked(runs: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     "text", ["[]", "{}", '{"scale": {"valence": 0, "arousal": 1}, "split": "val", "videos": 1}', "{"]
 )
-def test_a_damaged_calibration_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_damaged_calibration_is_rejected(text: str, tmp_path: Path) -> None:
     (tmp_path / "uncertainty.json").write_text(text)
     with pytest.raises(CorruptError, match=r"uncertainty\.json"):
         read_calibration(tmp_path)
 
 
-def test_a_weight_of_the_likelihood_needs_a_variance_head() -> None:
+def test_nll_weight_requires_a_variance_head() -> None:
     with pytest.raises(UsageError, match="uncertainty=variance"):
         TrainConfig(nll_weight=1.0)
 

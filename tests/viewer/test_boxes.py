@@ -40,7 +40,7 @@ def cache(tmp_path: Path) -> Cache:
     return cache
 
 
-def test_boxes_are_those_of_the_items_person(cache: Cache) -> None:
+def test_boxes_belong_to_the_person_of_the_item(cache: Cache) -> None:
     first, second = stored_boxes(cache, "a#1"), stored_boxes(cache, "a#2")
     assert first is not None and second is not None
     np.testing.assert_allclose(first[:, 0], [0, 0.5, 1])
@@ -49,6 +49,6 @@ def test_boxes_are_those_of_the_items_person(cache: Cache) -> None:
     assert np.isnan(second[2, 1:]).all()
 
 
-def test_an_item_of_unknown_choice_has_no_boxes(cache: Cache) -> None:
+def test_an_item_with_an_unknown_person_has_no_boxes(cache: Cache) -> None:
     assert stored_boxes(cache, "crops") is None
     assert stored_boxes(cache, "missing") is None

@@ -52,7 +52,7 @@ def test_runs_without_a_gate_have_no_shares(cache: Cache, tmp_path: Path) -> Non
     assert "has no fusion gate" in page and "has no cross-modal attention (fusion concat)" in page
 
 
-def test_attention_is_summed_as_numpy_sums_it(cache: Cache, tmp_path: Path) -> None:
+def test_attention_sums_equal_numpy(cache: Cache, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_run(cache, replace(CONFIG, fusion="attention"), run, tensorboard=False, figures=False)
     (summary,) = fusion_statistics(run, cache, "val", 0.66).attention

@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return uncertain_run(tmp_path_factory.mktemp("uncertain") / "run")
 
 
-def test_the_columns_are_read(run: Path) -> None:
+def test_uncertainty_columns_are_read(run: Path) -> None:
     table = read_predictions(run / "predictions/val/clip0.csv")
     assert table.std is not None and table.far is not None and table.interpolated is not None
     np.testing.assert_array_equal(table.std, np.tile([0.25, 0.5], (200, 1)))
@@ -67,7 +67,7 @@ def test_the_columns_are_read(run: Path) -> None:
     assert scores.far == pytest.approx(0.05) and scores.std == (0.25, 0.5)
 
 
-def test_the_report_shows_the_coverage_of_the_metrics(run: Path, tmp_path: Path) -> None:
+def test_the_report_shows_the_stored_coverage(run: Path, tmp_path: Path) -> None:
     write_report([run], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     for level in ("50", "80", "95"):
@@ -79,7 +79,7 @@ def test_the_report_shows_the_coverage_of_the_metrics(run: Path, tmp_path: Path)
     assert page.count('<td data-value="0.05">5.0 %</td>') == 6, "far frames of every clip"
 
 
-def test_a_band_lies_around_the_prediction(run: Path) -> None:
+def test_standard_deviations_are_drawn_as_a_band(run: Path) -> None:
     clip = read_run(run).clips[0]
     numbers = np.array(re.findall(r"[\d.]+", band(clip, 1)), float).reshape(-1, 2)
     half = len(numbers) // 2
@@ -108,7 +108,7 @@ def test_the_viewer_draws_bands_and_far_frames(run: Path, tmp_path: Path, open_p
     assert "far from" not in plain.inner_text("#lanes")
 
 
-def test_an_overlay_has_the_band(numbered: Path, tmp_path: Path) -> None:
+def test_overlays_have_the_band(numbered: Path, tmp_path: Path) -> None:
     time = np.arange(300) / 25
     table = Predictions(time, np.zeros((300, 2)), std=np.full((300, 2), 0.3), far=time < 2)
     write_overlay(numbered / "media/constant.mp4", table, tmp_path / "overlay.mp4")
@@ -118,7 +118,7 @@ def test_an_overlay_has_the_band(numbered: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("noted", [False, True])
-def test_a_picture_has_the_band_and_the_note(noted: bool, tmp_path: Path) -> None:
+def test_figures_have_the_band_and_the_note(noted: bool, tmp_path: Path) -> None:
     time = np.arange(100) / 10
     clip = ClipRows("a", "a", 10.0, time, np.zeros((100, 2)), np.ones((100, 2), bool), 0, 1)
     trace = Trace(clip, np.zeros((100, 2)), None, std=np.full((100, 2), 0.4), far=time < 3)
@@ -132,13 +132,13 @@ def test_a_picture_has_the_band_and_the_note(noted: bool, tmp_path: Path) -> Non
     assert sizes[0] > sizes[1] + 10_000
 
 
-def test_only_tiny_encoders_are_a_demonstration() -> None:
+def test_only_tiny_encoders_mark_a_demonstration() -> None:
     assert demonstration_notice(["clip-vit-b16", "ast"]) == ""
     notice = demonstration_notice(["clip-tiny", "ast", "clip-tiny"])
     assert notice == "Demonstration: encoders with seeded random weights (clip-tiny)"
 
 
-def test_a_summary_of_clips_has_the_standard_deviations(run: Path, tmp_path: Path) -> None:
+def test_the_clip_summary_contains_standard_deviations(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run), str(tmp_path / "tables"), "--format", "csv"]) == 0
     values = next(csv.DictReader((tmp_path / "tables/clips.csv").open()))
     assert float(values["valence_predicted_std"]) == 0.25 and float(values["far_from_training_share"]) == 0.05
