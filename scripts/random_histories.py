@@ -42,6 +42,8 @@ def main() -> None:
     with ProcessPoolExecutor(options.jobs) as pool:
         futures = {pool.submit(run_batch, seed, options.steps): seed for seed in seeds}
         for future in as_completed(futures):
+            if future.exception():  # otherwise the remaining histories run before the error is printed
+                pool.shutdown(wait=False, cancel_futures=True)
             done, commands = done + BATCH, commands + future.result()
             seconds = time.monotonic() - began
             print(

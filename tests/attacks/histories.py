@@ -168,10 +168,19 @@ class Histories(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.extracted)
     def drop_absent(self) -> None:
-        """`cache drop --absent` removes what the data set no longer has, and nothing else."""
-        if not (set(self.cached) | self.mixed | self.partial) - set(self.clips):
+        """`cache drop --absent` removes what the data set no longer has, and nothing else.
+
+        A data set that has no clip of the cache is rejected: it is more likely another data set than one without clips.
+        """
+        known = set(self.cached) | self.mixed | self.partial
+        if not known - set(self.clips):
             return
-        assert_printed(self.workshop.run("cache", "drop", self.cache, "--absent", self.data), 0)
+        ended = self.workshop.run("cache", "drop", self.cache, "--absent", self.data)
+        if not known & set(self.clips):
+            assert_printed(ended, 2)
+            self.check_cache()
+            return
+        assert_printed(ended, 0)
         self.cached = {name: content for name, content in self.cached.items() if name in self.clips}
         self.mixed &= set(self.clips)
         self.partial &= set(self.clips)
