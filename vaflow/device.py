@@ -58,7 +58,8 @@ def device_name(device: torch.device) -> str:
     except OSError:  # not Linux
         match = None
     model = f"{match[1].strip()}, " if match else ""
-    return f"cpu ({model}{torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"cpu ({model}{threads} thread{'' if threads == 1 else 's'})"
 
 
 class Stopwatch:

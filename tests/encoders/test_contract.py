@@ -50,8 +50,6 @@ class TestLayersOfImages(EncoderContract):
 
 
 class TestLayersOfSpeech(EncoderContract):
-    order_tolerance = 1e-6  # last bits, with one thread
-
     @pytest.fixture(autouse=True)
     def checkpoint(self, checkpoints: Mapping[str, Path]) -> None:
         self.name = f"hf:{checkpoints['wavlm']}@all"

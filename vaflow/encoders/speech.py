@@ -96,10 +96,15 @@ class SpeechEncoder:
     def encode(self, frames: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
         """Waveform rows [B, F, 160] -> [B, steps, dim] or [B, steps, layers, dim] float32 on the encoder's device.
 
+        On the CPU, windows go through the network one by one: in a batch, the last bits of a window can depend on its
+        place, because token counts are no multiples of the vector width. It takes no longer.
+
         Raises:
             ValueError: the rows have another shape.
             UsageError: a step would have no token.
         """
+        if self.device.type == "cpu" and len(frames) > 1:
+            return torch.cat([self.encode(row, window=window, steps=steps) for row in frames.split(1)])
         samples = samples_of(self.name, frames, window).to(self.device)
         if self._filters is not None:
             inputs = whisper_features(samples, self._filters)
