@@ -28,7 +28,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 DRAWING = ("test_plots.py", "test_run_data.py", "test_demo_run.py")  # files whose tests look at figures
 
 # The files that take longest, longest first: a process that starts one of them last would finish alone.
-SLOWEST = ("test_docs.py",)
+SLOWEST = (
+    "test_docs.py",
+    "test_demo_run.py",
+    "test_environments.py",
+    "test_ray.py",
+    "test_faults_disk.py",
+    "test_faults_kill.py",
+    "test_faults_signals.py",
+    "test_faults_system.py",
+    "test_histories.py",
+    "test_finetune_run.py",
+    "test_page_quality.py",
+    "test_cli_options.py",
+)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -108,7 +108,7 @@ def load_network() -> "Network":
     """
     network = Network().eval().requires_grad_(False)
     ours = [module for module in network.modules() if hasattr(module, "weight")]
-    stored = _read_weights()
+    stored = read_weights()
     try:
         for module, values in zip(ours, stored, strict=True):
             for parameter, value in zip(_parameters(module), values, strict=True):
@@ -122,7 +122,7 @@ def load_network() -> "Network":
     return network
 
 
-def _read_weights() -> list[tuple[NDArray[np.float32], ...]]:
+def read_weights() -> list[tuple[NDArray[np.float32], ...]]:
     """Weights of every layer that has any, in the order of computation. OpenCV reads the file."""
     import cv2
 

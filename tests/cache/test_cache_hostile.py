@@ -311,9 +311,9 @@ def test_stream_files_with_wrong_types_are_rejected(path: Path, change: dict[str
 @pytest.mark.parametrize("row", [[], [1] * 6, ["one", 1, 1, 1, 1, ["train"]], None, "abcdef", {"a": 1}], ids=str)
 def test_a_hostile_index_is_rebuilt(path: Path, row: object) -> None:
     from vaflow.cache.documents import canonical
-    from vaflow.cache.index import _HEAD, _MIDDLE, _TAIL
+    from vaflow.cache.index import HEAD, MIDDLE, TAIL
 
     table = {"stamp": [0, 0], "settled": True, "rows": {"x.json": row}}
     body = canonical({"schema_version": 1, "streams": {"labels": table}})
-    (path / "index.json").write_bytes(_HEAD + str(crc32c(body)).encode() + _MIDDLE + body + _TAIL)
+    (path / "index.json").write_bytes(HEAD + str(crc32c(body)).encode() + MIDDLE + body + TAIL)
     assert open_cache(path).items() == ["one", "two"]

@@ -160,10 +160,10 @@ def test_the_index_is_saved_once_the_directory_time_has_settled(tmp_path, monkey
 
 def test_coarse_file_times_use_a_wider_margin():
     second = 1_700_000_000_000_000_000
-    assert index_module._is_past(second + 1, second + 200_000_000)
-    assert not index_module._is_past(second, second + 200_000_000)
-    assert index_module._is_past(second, second + 2_100_000_000)
-    assert not index_module._is_past(second + 500, second)
+    assert index_module.is_past(second + 1, second + 200_000_000)
+    assert not index_module.is_past(second, second + 200_000_000)
+    assert index_module.is_past(second, second + 2_100_000_000)
+    assert not index_module.is_past(second + 500, second)
 
 
 def test_an_index_does_not_hide_damage(tmp_path, store):

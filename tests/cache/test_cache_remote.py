@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 from cache_toys import arrays, assert_same, small_cache, stream
-from test_cache_contract import (  # noqa: F401 - run here on an object store
+from store_contract import (  # noqa: F401 - run here on an object store
     test_a_missing_item_error_suggests_similar_ids,
     test_all_problems_of_arrays_are_reported_together,
     test_arrays_are_read_back_unchanged,
@@ -40,7 +40,7 @@ from vaflow.train.evaluate import failed_items
 def tmp_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A path on an object store; each open_cache call acts as another machine with an empty disk."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr("vaflow.cache.remote._temporary", lambda: tmp_path_factory.mktemp("machine"))
+    monkeypatch.setattr("vaflow.cache.remote.temporary_folder", lambda: tmp_path_factory.mktemp("machine"))
     name = token_hex(8)
     yield Path(f"memory:/{name}")
     memory().store.clear()

@@ -123,9 +123,9 @@ def test_out_of_memory_halves_the_detection_batch(images: list[np.ndarray], monk
 
 
 def test_another_network_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = detection_torch._read_weights()
+    weights = detection_torch.read_weights()
     for wrong in (weights[:-1], [(*weights[0][:1], np.zeros(7, np.float32)), *weights[1:]]):
-        monkeypatch.setattr(detection_torch, "_read_weights", lambda wrong=wrong: wrong)
+        monkeypatch.setattr(detection_torch, "read_weights", lambda wrong=wrong: wrong)
         with pytest.raises(WeightsError, match="another network"):
             detection_torch.load_network()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from affwild2_tree import write_video
-from test_pipeline import run
+from tiny_extraction import run
 
 from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 Stamp = tuple[int, int]  # (st_mtime_ns, st_ino)
 
-_HEAD, _MIDDLE, _TAIL = b'{"crc32c":', b',"index":', b"}\n"
+HEAD, MIDDLE, TAIL = b'{"crc32c":', b',"index":', b"}\n"
 _FINE = 100_000_000  # ns; clocks of local file systems tick every 4 to 10 ms
 _COARSE = 2_000_000_000  # ns; FAT ticks every 2 s, and clocks of other machines may differ
 
@@ -125,11 +125,11 @@ class Index:
         table = {}
         for stream in streams:
             folder = self._list(stream, self._stamp(stream), self._known().get(stream))
-            folder.settled = not folder.damaged and _is_past(folder.stamp[0], clock)
+            folder.settled = not folder.damaged and is_past(folder.stamp[0], clock)
             self._known()[stream] = folder
             table[stream] = {"stamp": folder.stamp, "settled": folder.settled, "rows": folder.rows}
         body = canonical({"schema_version": SCHEMA_VERSION, "streams": table})
-        data = _HEAD + str(crc32c(body)).encode() + _MIDDLE + body + _TAIL
+        data = HEAD + str(crc32c(body)).encode() + MIDDLE + body + TAIL
         files.replace_file(self._layout.index, data)
 
     def _settle(self, streams: Iterable[str]) -> int:
@@ -137,7 +137,7 @@ class Index:
         times = [path.stat().st_mtime_ns for path in map(self._layout.records, streams) if path.is_dir()]
         clock = self._clock()
         for _ in range(2):
-            recent = [mtime for mtime in times if not _is_past(mtime, clock)]
+            recent = [mtime for mtime in times if not is_past(mtime, clock)]
             if not recent:
                 break
             time.sleep(1.2 * max(map(_margin, recent)) / 1e9)
@@ -172,9 +172,9 @@ class Index:
 
 
 def _parse(data: bytes) -> dict[str, Folder]:
-    crc, _, body = data.removeprefix(_HEAD).partition(_MIDDLE)
-    body = body.removesuffix(_TAIL)
-    if not crc.isdigit() or crc32c(body) != int(crc) or data != _HEAD + crc + _MIDDLE + body + _TAIL:
+    crc, _, body = data.removeprefix(HEAD).partition(MIDDLE)
+    body = body.removesuffix(TAIL)
+    if not crc.isdigit() or crc32c(body) != int(crc) or data != HEAD + crc + MIDDLE + body + TAIL:
         raise ValueError("it does not match its own checksum")
     document = json.loads(body)
     if document["schema_version"] != SCHEMA_VERSION:
@@ -195,7 +195,7 @@ def _margin(mtime_ns: int) -> int:
     return _COARSE if mtime_ns % 1_000_000_000 == 0 else _FINE
 
 
-def _is_past(mtime_ns: int, clock: int) -> bool:
+def is_past(mtime_ns: int, clock: int) -> bool:
     return mtime_ns < clock - _margin(mtime_ns)
 
 

@@ -42,7 +42,7 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
 
 
 @cache
-def _temporary() -> Path:
+def temporary_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="vaflow-remote-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -65,7 +65,7 @@ class Remote:
     def __init__(self, url: str) -> None:
         self.url = url
         kept = os.environ.get(VARIABLE)
-        self.local = (Path(kept).expanduser().absolute() if kept else _temporary()) / escape(url)
+        self.local = (Path(kept).expanduser().absolute() if kept else temporary_folder()) / escape(url)
         self._fs, self._base = _file_system(url)
         self._lists: dict[str, bytes] = {}  # lists as downloaded
 
