@@ -6,7 +6,16 @@ import pytest
 
 from vaflow.errors import UsageError
 from vaflow.train import config as configs
-from vaflow.train.config import BEFORE_SETTING, PRESETS, TrainConfig, coerce, differences, merge, parse_settings
+from vaflow.train.config import (
+    BEFORE_SETTING,
+    LEFT_OUT,
+    PRESETS,
+    TrainConfig,
+    coerce,
+    differences,
+    merge,
+    parse_settings,
+)
 from vaflow.train.heads.fusion import FUSION
 from vaflow.train.heads.model import NORMALIZE
 from vaflow.train.heads.temporal import TEMPORAL
@@ -135,5 +144,8 @@ def test_differences_list_settings_that_change_training() -> None:
 
 
 def test_every_setting_round_trips_through_toml() -> None:
-    config = TrainConfig(window=10, stride=3, frames=20, audio_steps=20, finetune_blocks=2)
+    """Those that are left out at their default are set to another value."""
+    left_out = {"uncertainty": "variance", "nll_weight": 0.1, "min_face_quality": 0.2, "speech_mask": True}
+    assert left_out.keys() == set(LEFT_OUT)
+    config = merge({"window": 10, "stride": 3, "frames": 20, "audio_steps": 20, "finetune_blocks": 2}, left_out)
     assert set(tomllib.loads(to_toml(config))) == set(TrainConfig.__dataclass_fields__)
