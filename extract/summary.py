@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from types import TracebackType
 
@@ -78,7 +79,7 @@ class Books:
         self._rates = ""
         self._ended = 0
         self._bar = tqdm(
-            total=round(sum(self._seconds.values())),
+            total=ceil(sum(self._seconds.values())),
             desc="extract",
             disable=not show_progress,
             smoothing=0.1,
@@ -127,7 +128,8 @@ class Books:
         before = self._shares.get(item, 0.0)
         if share > before:
             self._shares[item] = share
-            self._bar.update((share - before) * self._seconds.get(item, 1.0))
+            step = (share - before) * self._seconds.get(item, 1.0)
+            self._bar.update(min(step, self._bar.total - self._bar.n))  # beyond its total, the bar prints a warning
 
     def _show_state(self) -> None:
         clips = f"{self._ended}/{len(self._seconds)} clips"

@@ -140,6 +140,12 @@ def test_the_prompts_command_lists_and_adds(cache, tmp_path, capsys, monkeypatch
         ("clip-tiny.text", "plain"),
     ]
     assert main(["cache", "prompts", "cache", "-v"]) == 0
-    assert "plain low high" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"^# stream +set +templates +created\n# -+", printed)
+    for name, text in zip(("default", "plain"), printed.split("# clip-tiny.text, ")[1:], strict=True):
+        (tmp_path / f"{name}.toml").write_text(f"# {text}")
+        one = next(one for one in sets if one["name"] == name)
+        copied = load_prompts(tmp_path / f"{name}.toml")
+        assert [list(copied.templates), list(copied.descriptions)] == [one["templates"], one["descriptions"]]
     assert main(["cache", "prompts", "cache", "--visual", "clip-tiny"]) == 2
     assert main(["cache", "prompts", "cache", "--prompts", "missing.toml"]) == 2

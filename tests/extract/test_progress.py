@@ -19,3 +19,13 @@ def test_progress_advances_within_a_long_clip(tmp_path: Path, capsys: pytest.Cap
     shown = capsys.readouterr().err
     assert "55/100 s of video" in shown
     assert "1/2 clips" in shown
+
+
+def test_progress_never_exceeds_the_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = FailureLog(tmp_path / "failures.jsonl")
+    with Books(Summary(), log, {"one": 6.3, "short": 0.5}, show_progress=True) as books:
+        books.take(Extracted("one", 6.3))
+        books.take(Extracted("short", 0.5))
+        books.progress("unplanned", 1.0)
+    shown = capsys.readouterr().err
+    assert "TqdmWarning" not in shown and "8/8 s of video" in shown

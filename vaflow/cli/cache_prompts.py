@@ -32,7 +32,7 @@ def prompts(
 ) -> int:
     """List the prompt sets of a cache; with --prompts, embed another one. Reads no media.
 
-    The set is named after the file; `vaflow train CACHE --set prompts=NAME` uses it. -v prints the prompts.
+    The set is named after the file; `vaflow train CACHE --set prompts=NAME` uses it. -v prints the prompts as TOML.
 
     Example: vaflow cache prompts cache --prompts plain.toml
     """
@@ -58,6 +58,9 @@ def prompts(
 
 
 def _prompts_text(listed: "list[ListedSet]", added: "AddedPrompts | None", cache: Path, verbose: bool) -> str:
+    """What was embedded, and the table of sets; with `verbose`, as comments above the sets as files for --prompts."""
+    from vaflow.encoders.prompts import as_toml
+
     lines = []
     if added is not None:
         lines += [f"{added.name!r} embedded: {stream}" for stream in added.new]
@@ -65,8 +68,9 @@ def _prompts_text(listed: "list[ListedSet]", added: "AddedPrompts | None", cache
         lines += [f"{added.name!r} is up to date: {stream}" for stream in added.unchanged]
         lines += [f"Train with it: vaflow train {cache} --out RUN --set prompts={added.name}", ""]
     rows = [(one.stream, one.name, len(one.templates), one.created) for one in listed]
-    lines.append(table(rows, ("stream", "set", "templates", "created")) if rows else "no prompt sets")
+    lines += (table(rows, ("stream", "set", "templates", "created")) if rows else "no prompt sets").splitlines()
     if verbose:
+        lines = [f"# {line}".rstrip() for line in lines]
         for one in listed:
-            lines += ["", f"{one.stream}, {one.name}:", *(f"  {words}" for words in one.templates + one.descriptions)]
+            lines += ["", f"# {one.stream}, {one.name}", *as_toml(one.templates, one.descriptions).splitlines()]
     return "\n".join(visible(line) for line in lines)

@@ -125,6 +125,18 @@ def runs(
         ]
         seed = "-" if line.seed is None else line.seed
         rows.append((line.path, line.status, *scores, line.split, line.temporal, line.fusion, seed, line.streams))
-    heads = ("run", "status", "CCC valence", "arousal", "mean", "low", "high", "split", "temporal", "fusion", "seed")
+    heads = (
+        "run",
+        "status",
+        "valence",
+        "arousal",
+        "CCC mean",
+        "95% low",
+        "95% high",
+        "split",
+        "temporal",
+        "fusion",
+        "seed",
+    )
     typer.echo(table(rows, (*heads, "streams")) if rows else f"No runs below {root}")
     return 0

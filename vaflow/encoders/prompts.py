@@ -7,8 +7,9 @@ edited.
 
 from __future__ import annotations
 
+import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,13 @@ def load_prompts(path: Path | None = None) -> PromptSet:
         )
     words = tuple(descriptions[f"{valence}.{arousal}"] for valence, arousal in REGIONS)
     return PromptSet(source.stem if path is not None else DEFAULT, tuple(templates.values()), words)
+
+
+def as_toml(templates: Sequence[str], descriptions: Sequence[str]) -> str:
+    """Return the text of a file that `load_prompts` reads."""
+    texts = [json.dumps(text, ensure_ascii=False) for text in descriptions]
+    keys = [f"{valence}.{arousal} = {text}" for (valence, arousal), text in zip(REGIONS, texts, strict=False)]
+    return "\n".join([f"templates = {json.dumps(list(templates), ensure_ascii=False)}", "", "[descriptions]", *keys])
 
 
 def _templates(document: Mapping[str, Any]) -> dict[str, Any]:
