@@ -78,8 +78,9 @@ class Books:
         self._shares: dict[str, float] = {}  # item -> share that the bar has counted
         self._rates = ""
         self._ended = 0
+        self._total = ceil(sum(self._seconds.values()))
         self._bar = tqdm(
-            total=ceil(sum(self._seconds.values())),
+            total=self._total,
             desc="extract",
             disable=not show_progress,
             smoothing=0.1,
@@ -129,7 +130,7 @@ class Books:
         if share > before:
             self._shares[item] = share
             step = (share - before) * self._seconds.get(item, 1.0)
-            self._bar.update(min(step, self._bar.total - self._bar.n))  # beyond its total, the bar prints a warning
+            self._bar.update(min(step, self._total - self._bar.n))  # beyond its total, the bar prints a warning
 
     def _show_state(self) -> None:
         clips = f"{self._ended}/{len(self._seconds)} clips"
