@@ -86,13 +86,13 @@ class PersonRows:
         self.vectors: dict[str, Vectors] = {
             name: scratch.zeros((len(times), *shape), dtype) for name, shape in shapes.items()
         }
-        self.seen = np.zeros(len(times), bool)
+        self.has_face = np.zeros(len(times), bool)
         self._jpegs = scratch.growing((), "uint8")
         self._sizes = np.zeros(len(times), np.int64)
 
     def add(self, sample: int, jpeg: bytes | None) -> None:
         """A sample shows the person; samples ascend."""
-        self.seen[sample] = True
+        self.has_face[sample] = True
         if jpeg is not None:
             self._jpegs.append(np.frombuffer(jpeg, np.uint8))
             self._sizes[sample] = len(jpeg)
@@ -105,7 +105,7 @@ class PersonRows:
             pixels: whether the crops were kept.
         """
         made: dict[str, Arrays] = {
-            name: {"embedding": rows, "time": self._times, "valid": self.seen, "frame": frame}
+            name: {"embedding": rows, "time": self._times, "valid": self.has_face, "frame": frame}
             for name, rows in self.vectors.items()
         }
         if pixels:
@@ -194,11 +194,11 @@ class ClipAssembly:
                 rows = self._rows.get(number)
                 person = {"clip": self.task.clip.id, "person": number, "persons": self.people}
                 for name in facts.keys() - {FACES}:
-                    faces = {"faces": int(rows.seen.sum())} if rows and "faces" in facts[name] else {}
+                    faces = {"faces": int(rows.has_face.sum())} if rows and "faces" in facts[name] else {}
                     facts[name] = facts[name] | faces | person
                 if number > 1 and LABELS in arrays:
-                    arrays[LABELS], own = self._labels_of(number)
-                    facts[LABELS] = facts[LABELS] | own
+                    arrays[LABELS], arrays_of_labels = self._labels_of(number)
+                    facts[LABELS] = facts[LABELS] | arrays_of_labels
             item = person_item(self.task.clip.id, number) if number else self.task.clip.id
             yield item, {name: (arrays[name], facts[name]) for name in self.task.streams}
 

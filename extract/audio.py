@@ -289,7 +289,7 @@ class _Drift:
     """
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, float]] = deque()
+        self._recent: deque[tuple[float, float]] = deque()
         self._owed = 0.0  # seconds to insert; negative: to remove
 
     def follow(self, samples: Block, rate: int, time: float, late: float) -> Block:
@@ -306,17 +306,17 @@ class _Drift:
         return np.interp(where, np.arange(samples.size), samples).astype(np.float32)
 
     def _watch(self, time: float, late: float) -> None:
-        self._seen.append((time, late))
-        while len(self._seen) > _DRIFT_PIECES and time - self._seen[1][0] >= _DRIFT_SPAN:
-            self._seen.popleft()
-        if len(self._seen) < _DRIFT_PIECES or time - self._seen[0][0] < _DRIFT_SPAN:
+        self._recent.append((time, late))
+        while len(self._recent) > _DRIFT_PIECES and time - self._recent[1][0] >= _DRIFT_SPAN:
+            self._recent.popleft()
+        if len(self._recent) < _DRIFT_PIECES or time - self._recent[0][0] < _DRIFT_SPAN:
             return
-        times, lates = np.array(self._seen).T
+        times, lates = np.array(self._recent).T
         if (lates > 0).all() or (lates < 0).all():
             now = float(np.polyval(np.polyfit(times - time, lates, 1), 0.0))
             if abs(now) > _DRIFT:
                 self._owed = now
-                self._seen.clear()
+                self._recent.clear()
 
 
 class _Segment:

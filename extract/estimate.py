@@ -166,10 +166,10 @@ def _measured(
         rows = BATCHES * (config.image_batch or BATCH_SIZES[device.type]["visual"])
         encoding += frames * faces * _seconds_per_row(batcher, np.zeros(shape, np.uint8), max(rows, BATCHES))
     for name, (listener, batcher) in encoders.audio.items():
-        heard: AudioEncoder = listener
-        dims[name] = heard.dim
-        segments = heard.segments(config.window, config.audio_steps)
-        row = np.zeros((segments.frames, heard.front_end.bins), np.float32)
+        audio_encoder: AudioEncoder = listener
+        dims[name] = audio_encoder.dim
+        segments = audio_encoder.segments(config.window, config.audio_steps)
+        row = np.zeros((segments.frames, audio_encoder.front_end.bins), np.float32)
         rows = BATCHES * (config.window_batch or BATCH_SIZES[device.type]["audio"])
         encoding += windows * len(segments.first) * _seconds_per_row(batcher, row, max(rows, BATCHES))
     workers = config.workers or default_workers(device.type)

@@ -82,8 +82,8 @@ def make_plan(
     mine = shard_clips(clips, shard)
     stamps = {name: _stamps(cache, name, mine) for name in infos}
     misread = _misread(cache, infos, stamps, mine)
-    pictures = [info.identity.get("picture", {}) for info in infos.values() if info.kind in ("visual", "pixels")]
-    faces: dict[str, Any] = pictures[0].get("faces", {}) if pictures else {}
+    images = [info.identity.get("picture", {}) for info in infos.values() if info.kind in ("visual", "pixels")]
+    faces: dict[str, Any] = images[0].get("faces", {}) if images else {}
     people: dict[str, int] = {}
     if faces.get("person") == ALL:
         for item in set().union(*stamps.values()):

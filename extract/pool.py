@@ -34,7 +34,7 @@ class _Worker:
 
     Attributes:
         silence: seconds without a message while we listened.
-        heard: whether any message came; waiting: whether it waits for an answer of ours.
+        started: whether any message has arrived; waiting: whether it waits for an answer of the parent.
     """
 
     def __init__(self, work: Work | None) -> None:
@@ -42,7 +42,7 @@ class _Worker:
         self.pipe = self.process.pipe
         self.job: Job | None = None
         self.silence = 0.0
-        self.heard = self.waiting = False
+        self.started = self.waiting = False
         self._open = (
             threading.Lock()
         )  # held while answering, so that the pipe is not closed and its descriptor not reused
@@ -140,7 +140,7 @@ class WorkerPool:
             turn, before = min(now - before, _LONGEST_TURN), now
             for worker in pipes.values():
                 if worker in ready:
-                    worker.silence, worker.heard = 0.0, True
+                    worker.silence, worker.started = 0.0, True
                     self._take(worker, workers)
                 else:
                     self._wait_for(worker, turn, workers)
@@ -173,7 +173,7 @@ class WorkerPool:
         if worker.waiting:
             return
         worker.silence += seconds
-        patience = self._timeout if worker.heard else max(self._timeout, STARTING)
+        patience = self._timeout if worker.started else max(self._timeout, STARTING)
         if self._timeout and worker.silence >= patience:
             self._lose(worker, workers, _hang(worker))
 

@@ -206,7 +206,7 @@ class Team:
     def __init__(self, ray: Any, cache: Cache, config: ExtractConfig, most: int) -> None:
         self._ray, self._cache, self._config, self._most = ray, cache, config, most
         self._members: list[_Hired] = []
-        self._asked: dict[Any, _Hired] = {}  # pending call -> its member
+        self._pending_calls: dict[Any, _Hired] = {}  # pending call -> its member
         self._queue: deque[PendingClip] = deque()
         self._suspects: deque[PendingClip] = deque()  # were in progress when a member died
         self._attempts: dict[str, int] = {}
@@ -253,7 +253,7 @@ class Team:
         for _ in range(min(room.count, self._most) - len(self._members)):
             member = _Hired(actor.remote(out, self._cache.store, self._config, room.workers))
             self._members.append(member)
-            self._asked[member.handle.prepare.remote()] = member
+            self._pending_calls[member.handle.prepare.remote()] = member
 
     def _look_around(self) -> None:
         """Hire members on nodes that have joined; log a hint if none is ready."""
@@ -289,9 +289,9 @@ class Team:
             self._cache.refresh_index()
             left = make_plan(self._cache, self._infos or {}, [lost.clip], Shard()).tasks
             if not left:  # committed before the member died
-                there = lost.first_item
-                shown = self._cache.record(FACES, there).meta if self._cache.has(FACES, there) else {}
-                seconds = float(self._cache.meta(there)["duration"])
+                first_item = lost.first_item
+                shown = self._cache.record(FACES, first_item).meta if self._cache.has(FACES, first_item) else {}
+                seconds = float(self._cache.meta(first_item)["duration"])
                 self._take(Extracted(item, seconds, int(shown.get("notable", 0))))
             elif self._attempts[item] < ATTEMPTS:
                 self._suspects.append(left[0])
@@ -303,9 +303,9 @@ class Team:
 
     def _step(self) -> None:
         """Handle the answer of at most one member, and give it further tasks."""
-        answered, _ = self._ray.wait(list(self._asked), num_returns=1, timeout=1.0)
+        answered, _ = self._ray.wait(list(self._pending_calls), num_returns=1, timeout=1.0)
         for call in answered:
-            member = self._asked.pop(call)
+            member = self._pending_calls.pop(call)
             try:
                 answer = self._ray.get(call)
             except self._ray.exceptions.RayTaskError:  # an error in this package, not a death
@@ -352,7 +352,7 @@ class Team:
     def _ask(self, member: _Hired, tasks: Sequence[PendingClip], *, last: bool) -> None:
         member.idle = False
         member.tasks |= {task.clip.id: task for task in tasks}
-        self._asked[member.handle.exchange.remote(tasks, last)] = member
+        self._pending_calls[member.handle.exchange.remote(tasks, last)] = member
 
     # -- outcomes --------------------------------------------------------------------------------------------------
 

@@ -135,7 +135,7 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     }
     if device.type == "cpu":
         result |= step_and_bound(windows, config, model, args.repeats)
-        result |= usual_way(windows, config, inputs, folder / "windows", args.repeats)
+        result |= reference(windows, config, inputs, folder / "windows", args.repeats)
     return result
 
 
@@ -224,7 +224,7 @@ class WindowFiles(Dataset[dict[str, Tensor]]):
             return {name: torch.as_tensor(file[name]) for name in file.files}
 
 
-def usual_way(windows: WindowSet, config: TrainConfig, inputs: Inputs, folder: Path, repeats: int) -> dict[str, object]:
+def reference(windows: WindowSet, config: TrainConfig, inputs: Inputs, folder: Path, repeats: int) -> dict[str, object]:
     """Windows per second against a `DataLoader` over files, the same heads with `nn.GRU`, and plain AdamW."""
     ids = windows.trainable[: 10 * config.batch_size]
     loader = DataLoader(WindowFiles(folder, windows, ids), batch_size=config.batch_size, shuffle=True)
@@ -235,22 +235,22 @@ def usual_way(windows: WindowSet, config: TrainConfig, inputs: Inputs, folder: P
             features = {name: loaded[f"features {name}"].float() for name in masks.features}
             yield replace(masks, features=features, target=loaded["target"])
 
-    def epoch(own: bool) -> None:
-        for batch in map(windows.gather, ids.split(config.batch_size)) if own else batches():
+    def epoch(use_vaflow: bool) -> None:
+        for batch in map(windows.gather, ids.split(config.batch_size)) if use_vaflow else batches():
             train_step(model, optimizer, batch, config)
 
     seconds: dict[bool, list[float]] = {True: [], False: []}
     fast = temporal.run_recurrent
     for _ in range(repeats):
-        for own in (True, False):
+        for use_vaflow in (True, False):
             model = fresh(config, inputs, windows.device)
             plain = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-            optimizer = make_optimizer(model, config) if own else plain
-            temporal.run_recurrent = fast if own else packed_recurrent  # type: ignore[assignment]
-            epoch(own)
-            seconds[own].append(cpu_and_wall(lambda own=own: epoch(own))[0])  # type: ignore[misc]
+            optimizer = make_optimizer(model, config) if use_vaflow else plain
+            temporal.run_recurrent = fast if use_vaflow else packed_recurrent  # type: ignore[assignment]
+            epoch(use_vaflow)
+            seconds[use_vaflow].append(cpu_and_wall(lambda use_vaflow=use_vaflow: epoch(use_vaflow))[0])  # type: ignore[misc]
     temporal.run_recurrent = fast
-    one, other = (len(ids) / min(seconds[own]) for own in (True, False))
+    one, other = (len(ids) / min(seconds[use_vaflow]) for use_vaflow in (True, False))
     return {
         "windows_per_cpu_second": round(one, 1),
         "dataloader_windows_per_cpu_second": round(other, 1),

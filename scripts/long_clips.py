@@ -55,8 +55,8 @@ def repeat(minute: Path, path: Path, times: int) -> None:
         streams = [source.streams.video[0], source.streams.audio[0]]
         copies = [container.add_stream_from_template(stream) for stream in streams]
         packets = [packet for packet in source.demux(*streams) if packet.size]
-        sounds = sum(packet.stream_index == 1 for packet in packets)
-        lengths = [Fraction(MINUTE), Fraction(sounds * AUDIO_FRAME, AUDIO_RATE)]
+        audio_packets = sum(packet.stream_index == 1 for packet in packets)
+        lengths = [Fraction(MINUTE), Fraction(audio_packets * AUDIO_FRAME, AUDIO_RATE)]
         for number in range(times):
             for packet in packets:
                 shift = round(number * lengths[packet.stream_index] / packet.time_base)

@@ -148,7 +148,7 @@ def between_samples(windows: WindowSet, clip: ClipRows) -> Bools:
 
 def input_at_frames(windows: WindowSet, clip: ClipRows, kind: str) -> Bools:
     """[R] bool: the input of `kind` was valid at each row of the clip's clock; see `at_frames`."""
-    return at_frames(clip, kind, *windows.seen(clip, kind))
+    return at_frames(clip, kind, *windows.sample_validity(clip, kind))
 
 
 def at_frames(clip: ClipRows, kind: str, instants: Floats, valid: Bools) -> Bools:

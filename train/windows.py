@@ -253,7 +253,7 @@ class WindowSet:
         deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
         return mean.float().to(self.device), deviation.float().to(self.device)
 
-    def seen(self, clip: ClipRows, kind: str = VISUAL) -> tuple[Floats, Bools]:
+    def sample_validity(self, clip: ClipRows, kind: str = VISUAL) -> tuple[Floats, Bools]:
         """Instants [K] of a clip, ascending, and whether a stream of `kind` has input at each [K]."""
         windows = slice(clip.first, clip.last)
         streams = [stream.name for stream in self.streams if stream.kind == kind]

@@ -283,14 +283,14 @@ def _audio_cover(info: MediaInfo, duration: float) -> tuple[AudioCover, tuple[fl
     span = None
     if info.audio.duration is not None:
         span = (info.audio.start, info.audio.start + info.audio.duration)
-    heard = _heard(info, duration)
-    if heard != "whole" or span is None:
-        return heard, span
+    status = _loudness_status(info, duration)
+    if status != "whole" or span is None:
+        return status, span
     silent = max(0.0, span[0]) + max(0.0, duration - span[1])
     return ("partial" if silent > AUDIO_SLACK else "whole"), span
 
 
-def _heard(info: MediaInfo, duration: float) -> Literal["unreadable", "silent", "whole"]:
+def _loudness_status(info: MediaInfo, duration: float) -> Literal["unreadable", "silent", "whole"]:
     """Decode up to the first audible sample: a moment of most files, all of a silent one."""
     blocks = decode_audio(info.path, start=info.start, duration=duration)
     while True:

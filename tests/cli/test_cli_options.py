@@ -61,8 +61,8 @@ def test_an_ensemble_is_printed_and_written(run: Path, cache: Cache, tmp_path: P
     metrics = printed([*command, "--json"], capsys)
     assert metrics == json.loads((tmp_path / "both" / "metrics.json").read_text())
     assert main(command) == 0
-    said = capsys.readouterr()
-    assert "weights" in said.out and str(other) in said.out and "warning: the weights were tuned" in said.err
+    output = capsys.readouterr()
+    assert "weights" in output.out and str(other) in output.out and "warning: the weights were tuned" in output.err
     assert main([*command[:-1], "best"]) == 2
     assert "Choices: ccc, mean, search" in capsys.readouterr().err
 

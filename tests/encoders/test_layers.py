@@ -18,7 +18,7 @@ def build(name: str) -> Any:
     return build_encoder(name)
 
 
-def pictures(count: int = 2) -> torch.Tensor:
+def random_images(count: int = 2) -> torch.Tensor:
     rng = np.random.default_rng(0)
     return torch.from_numpy(rng.integers(0, 256, (count, 224, 224, 3), np.uint8))
 
@@ -39,15 +39,15 @@ def test_clip_layers_equal_block_outputs() -> None:
     """The oracle is open_clip's own function for intermediate outputs."""
     whole, every = build("clip-tiny"), build("clip-tiny@all")
     options = {"output_fmt": "NLC", "output_extra_tokens": True, "intermediates_only": True}
-    output = whole.module.forward_intermediates(normalised(whole, pictures()), **options)
+    output = whole.module.forward_intermediates(normalised(whole, random_images()), **options)
     classes = torch.stack([tokens[:, 0] for tokens in output["image_intermediates_prefix"]], dim=1)
-    encoded = every.encode(pictures())
+    encoded = every.encode(random_images())
     assert every.layers == (0, 1, 2) and every.identity["layers"] == [0, 1, 2] and encoded.shape == (2, 3, every.dim)
     torch.testing.assert_close(encoded[:, 1:], classes)
-    assert torch.equal(build("clip-tiny@2").encode(pictures()), encoded[:, 2])
-    torch.testing.assert_close(build("clip-tiny@mean").encode(pictures()), encoded.mean(dim=1))
+    assert torch.equal(build("clip-tiny@2").encode(random_images()), encoded[:, 2])
+    torch.testing.assert_close(build("clip-tiny@mean").encode(random_images()), encoded.mean(dim=1))
     patches = output["image_intermediates"][0].mean(dim=1)
-    torch.testing.assert_close(build("clip-tiny@1,pool=mean").encode(pictures()), patches)
+    torch.testing.assert_close(build("clip-tiny@1,pool=mean").encode(random_images()), patches)
     assert not hasattr(every, "encode_text"), "blocks are not in the space of the text tower"
     assert build("clip-tiny@last").identity == whole.identity
 
@@ -58,10 +58,10 @@ def test_timm_layers_equal_block_outputs(tmp_path: Path) -> None:
     encoder = build(f"{name}@6-8")
     network = encoder.module.network
     options = {"indices": [5, 6, 7], "output_fmt": "NLC", "return_prefix_tokens": True, "intermediates_only": True}
-    output = network.forward_intermediates(normalised(encoder, pictures()), **options)
+    output = network.forward_intermediates(normalised(encoder, random_images()), **options)
     expected = torch.stack([prefix[:, 0] for _, prefix in output], dim=1)
     assert encoder.layers == (6, 7, 8)
-    torch.testing.assert_close(encoder.encode(pictures()), expected)
+    torch.testing.assert_close(encoder.encode(random_images()), expected)
     with pytest.raises(UsageError, match=r"no such layer.*to 12.*@13"):
         build(f"{name}@13")
 

@@ -41,7 +41,7 @@ def test_an_image_graph_equals_its_network(tmp_path: Path, dynamic: bool) -> Non
     module, path = face_model(tmp_path, dynamic=dynamic)
     path.with_suffix(".toml").write_text(FACE)
     encoder = build(path, kind="visual")
-    images = np.stack([encoder.prepare(picture) for picture in random_images(3)])
+    images = np.stack([encoder.prepare(array) for array in random_images(3)])
     resized = [Image.fromarray(p).resize((224, 224), Image.Resampling.BILINEAR) for p in random_images(3)]
     expected = np.stack([np.asarray(image) for image in resized])
     np.testing.assert_array_equal(images, expected)

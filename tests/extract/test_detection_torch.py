@@ -44,11 +44,11 @@ def detector(tiny_pair: tuple) -> TorchDetector:
 @pytest.fixture(scope="module")
 def images(clips: Path) -> list[np.ndarray]:
     """Images of many sizes: four real clips and a photograph of five people."""
-    found = [np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))]
+    loaded = [np.asarray(Image.open(clips / "multi_face.jpg").convert("RGB"))]
     for name in ("obama.mp4", "carphone.mp4", "wolfgang.mp4", "park.mp4"):
         times = frame_times(clips / name)
-        found += [image for _, image in frames_at(clips / name, np.array([0, len(times) // 2]), times)]
-    return found
+        loaded += [image for _, image in frames_at(clips / name, np.array([0, len(times) // 2]), times)]
+    return loaded
 
 
 def test_detection_maps_equal_opencv(images: list[np.ndarray]) -> None:

@@ -326,11 +326,11 @@ def test_hidden_streams_are_missing(cache: Cache) -> None:
     assert not batch.features[AUDIO].any()
 
 
-def test_seen_marks_frames_with_a_face(cache: Cache) -> None:
+def test_sample_validity_marks_frames_with_a_face(cache: Cache) -> None:
     windows = load(cache)
     for clip in windows.clips:
         visual = cache.read(VISUAL, clip.item)
-        instants, has_face = windows.seen(clip)
+        instants, has_face = windows.sample_validity(clip)
         assert (instants == visual.time).all() and (has_face == visual.valid).all()
 
 

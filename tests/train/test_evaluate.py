@@ -279,7 +279,7 @@ def test_prediction_csv_has_validity_and_most_likely_region(tmp_path: Path) -> N
         names, table = rows[0], np.array(rows[1:])
         assert names[:4] == ["frame", "time", "valence", "arousal"] and names[-3:] == ["face", "audio", "region"]
         for name, kind in (("face", "visual"), ("audio", "audio")):
-            instants, valid = windows.seen(trace.clip, kind)
+            instants, valid = windows.sample_validity(trace.clip, kind)
             flags = table[:, names.index(name)].astype(int)
             assert flags.mean() < 1 or kind == "audio"
             for t, flag in zip(trace.clip.time, flags, strict=True):

@@ -32,17 +32,17 @@ def cache(old: Cache) -> Cache:
     """Person 2 is estimated: turned away from second 3 on. There is speech in the first 6 seconds."""
     old.declare(StreamInfo(FACES, "faces", 0, "float32", {"encoder": FACES}))
     for item in old.items():
-        eyes, mel = old.read(VISUAL, item), old.read(LOGMEL, item)
-        frame = np.rint(eyes.time * 10).astype(np.int64)
-        old.write(VISUAL, item, dict(eyes.arrays) | {"frame": frame}, meta={"person": 2})
+        visual, mel = old.read(VISUAL, item), old.read(LOGMEL, item)
+        frame = np.rint(visual.time * 10).astype(np.int64)
+        old.write(VISUAL, item, dict(visual.arrays) | {"frame": frame}, meta={"person": 2})
         speech = mel.time < 6
         old.write(LOGMEL, item, dict(mel.arrays) | {"speech": speech}, meta={"speech": "energy"})
         rows = np.repeat(np.arange(len(frame)), 2)
         person = np.tile([1, 2], len(frame))
-        yaw = np.where((person == 2) & (eyes.time[rows] >= 3), 80, 0)
+        yaw = np.where((person == 2) & (visual.time[rows] >= 3), 80, 0)
         count = len(rows)
         faces = {
-            "time": eyes.time[rows],
+            "time": visual.time[rows],
             "frame": frame[rows],
             "box": np.zeros((count, 4), np.float32),
             "landmarks": np.zeros((count, 5, 2), np.float32),
@@ -68,7 +68,7 @@ def masks(cache: Cache, config: TrainConfig, stream: str) -> tuple[np.ndarray, n
     """Seconds and validity of every sample of a stream that the windows read."""
     windows = load(cache, config)
     (clip,) = windows.clips
-    return windows.seen(clip, "visual" if stream == VISUAL else "audio")
+    return windows.sample_validity(clip, "visual" if stream == VISUAL else "audio")
 
 
 def test_face_quality_belongs_to_the_chosen_person(cache: Cache) -> None:

@@ -61,10 +61,10 @@ def test_every_fold_and_seed_writes_the_files_of_a_single_run(cache, tmp_path, c
     out = tmp_path / "cv"
     command = [*many, "--all-folds", "--seeds", "2", "--together", "always", "--out", str(out)]
     assert main([*command, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert list(said["runs"]) == ["fold1-seed0", "fold1-seed1", "fold2-seed0", "fold2-seed1"]
-    assert said["ccc"]["mean"]["mean"] == pytest.approx(sum(s["mean"] for s in said["runs"].values()) / 4)
-    assert said == json.loads((out / "repeats.json").read_text())
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["runs"]) == ["fold1-seed0", "fold1-seed1", "fold2-seed0", "fold2-seed1"]
+    assert report["ccc"]["mean"]["mean"] == pytest.approx(sum(s["mean"] for s in report["runs"].values()) / 4)
+    assert report == json.loads((out / "repeats.json").read_text())
     assert main([*many, "--fold", "2", "--seed", "1", "--out", str(tmp_path / "one")]) == 0
     same_weights(out / "fold2-seed1", tmp_path / "one")
     capsys.readouterr()
@@ -89,9 +89,9 @@ def test_incompatible_options_are_rejected(cache, tmp_path, capsys, options, mes
 
 def test_a_diverging_run_is_reported_and_the_others_finish(cache, tmp_path, capsys):
     assert ablate(cache, tmp_path, tmp_path / "out", "--seeds", "2", "--together", "always") == 3
-    said = capsys.readouterr().err
-    assert said.count("failed: table one, diverging") == 2
-    assert "not finite" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("failed: table one, diverging") == 2
+    assert "not finite" in stderr
     assert len(list((tmp_path / "out" / "runs").glob("*/metrics.json"))) == 2
 
 

@@ -32,8 +32,8 @@ def cache(tmp_path: Path) -> Cache:
     }
     for item, chosen in (("a#1", {"person": 1}), ("a#2", {"person": 2}), ("crops", {})):
         time = np.array([0.0, 0.5, 1.0])
-        eyes = {"embedding": np.zeros((3, 2), np.float32), "time": time, "valid": np.ones(3, bool)}
-        cache.write("eyes", item, eyes | {"frame": np.array([0, 5, 10])}, meta=chosen)
+        visual = {"embedding": np.zeros((3, 2), np.float32), "time": time, "valid": np.ones(3, bool)}
+        cache.write("eyes", item, visual | {"frame": np.array([0, 5, 10])}, meta=chosen)
         cache.write(FACES, item, faces)
         labels = {"time": time, "value": np.zeros((3, 2), np.float32), "valid": np.ones((3, 2), bool)}
         cache.write(LABELS, item, labels, meta={"width": WIDTH, "height": HEIGHT})

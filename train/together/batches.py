@@ -97,11 +97,11 @@ class Choice:
         return 0 < self.together < GAIN * self.alone
 
     def __str__(self) -> str:
-        ways = {"in one batch": self.together, "one after the other": self.alone}
-        way = "in one batch" if self.faster else "one after the other"
-        times = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in ways.items())
-        minutes = self.steps * ways[way] / 60
-        return f"{self.runs} runs train {way}: about {minutes:.1f} min (a step of all: {times})"
+        seconds_by_mode = {"in one batch": self.together, "one after the other": self.alone}
+        mode = "in one batch" if self.faster else "one after the other"
+        times = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in seconds_by_mode.items())
+        minutes = self.steps * seconds_by_mode[mode] / 60
+        return f"{self.runs} runs train {mode}: about {minutes:.1f} min (a step of all: {times})"
 
 
 def choose(cache: Cache, configs: Sequence[TrainConfig], data: Sequence[Data]) -> Choice:

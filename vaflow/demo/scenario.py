@@ -13,8 +13,8 @@ from vaflow.demo.curves import Bools, Floats, Key, Mood, random_intervals, rando
 from vaflow.demo.video_writer import on_clock
 from vaflow.errors import UsageError, explain
 
-PICTURES = ("face", "noise")
-SOUNDS = ("voice", "noise")
+VIDEO_KINDS = ("face", "noise")
+AUDIO_KINDS = ("voice", "noise")
 NTSC = 30_000 / 1001
 
 # Irregularity of the k-th trial of each split; later trials have none.
@@ -70,7 +70,7 @@ class DemoConfig:
         if self.width % 2 or self.height % 2:
             got = f"{self.width} x {self.height}"
             raise UsageError(explain("H.264 requires an even width and height", got=got))
-        for name, choices in (("picture", PICTURES), ("sound", SOUNDS)):
+        for name, choices in (("picture", VIDEO_KINDS), ("sound", AUDIO_KINDS)):
             if getattr(self, name) not in choices:
                 raise UsageError(explain(f"Unknown {name}", got=getattr(self, name), choices=choices))
 

@@ -52,8 +52,8 @@ SEED = 0
 WIDTH, LAYERS, HEADS, PATCH = 128, 2, 4, 16
 CELL = 8  # edge of the squares that patch filters are made of
 PLACE, WORD_PLACE, INSTANT = 1.0, 0.1, 0.1  # deviation of position embeddings: in an image or spectrum, a text, time
-SOUND_MEAN_KEPT = 0.3  # share of their mean that audio filters keep
-SOUND_LEVEL = -0.33  # normalised log-Mel of ordinary audio
+AUDIO_MEAN_KEPT = 0.3  # share of their mean that audio filters keep
+AUDIO_LEVEL = -0.33  # normalised log-Mel of ordinary audio
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ def _ast_values(frequencies: int, times: int) -> Rule:
     def values(stream: str, key: str, shape: tuple[int, ...]) -> Values:
         if ".projection." in key:
             weight_stream = stream.removesuffix("weight").removesuffix("bias")
-            filters = _coarse(weight_stream, (WIDTH, 1, PATCH, PATCH), AST_GAINS.patch, SOUND_MEAN_KEPT)
-            return filters if key.endswith("weight") else -SOUND_LEVEL * _cells(filters).sum(axis=(1, 2, 3)) * CELL**2
+            filters = _coarse(weight_stream, (WIDTH, 1, PATCH, PATCH), AST_GAINS.patch, AUDIO_MEAN_KEPT)
+            return filters if key.endswith("weight") else -AUDIO_LEVEL * _cells(filters).sum(axis=(1, 2, 3)) * CELL**2
         if key.endswith("position_embeddings"):
             place = np.repeat(uniform(stream, (frequencies, shape[2]), PLACE), times, axis=0)
             place += uniform(f"{stream}/instant", place.shape, INSTANT)

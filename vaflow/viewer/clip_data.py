@@ -66,8 +66,8 @@ def spans(flag: ArrayLike, time: Floats, end: float | None = None) -> Floats:
     after = np.append(time[1:], time[-1] + median_interval(time))
     if end is not None:
         after = np.minimum(after, max(end, time[-1]))
-    found = np.array([(time[a], after[b - 1]) for a, b in runs(np.asarray(flag, bool))], np.float64).reshape(-1, 2)
-    return np.maximum(found, 0)
+    intervals = np.array([(time[a], after[b - 1]) for a, b in runs(np.asarray(flag, bool))], np.float64).reshape(-1, 2)
+    return np.maximum(intervals, 0)
 
 
 @dataclass(frozen=True)
