@@ -437,4 +437,4 @@ def differences(one: TrainConfig, other: TrainConfig, ignore: Iterable[str] = ("
     """
     names = [field.name for field in fields(TrainConfig) if field.name not in set(ignore)]
     pairs = ((name, getattr(one, name), getattr(other, name)) for name in names)
-    return [f"{name}: {a!r}, not {b!r}" for name, this_value, other_value in pairs if this_value != other_value]
+    return [f"{name}: {a!r}, not {b!r}" for name, a, b in pairs if a != b]
