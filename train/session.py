@@ -17,6 +17,7 @@ from vaflow.cache import Cache
 from vaflow.demonstration import demonstration_notice
 from vaflow.device import choose_device, forbid_tf32
 from vaflow.errors import UsageError, explain
+from vaflow.settings import settings_of
 from vaflow.train.builder import build_model, open_tower
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import check_annotated, load_split, load_windows
@@ -74,12 +75,17 @@ def _checked(data: Data, config: TrainConfig) -> Data:
     return data
 
 
+# Settings of the group "data" that do not change the loaded clips.
+NOT_LOADED = {"text", "prompts", "modality_dropout", "shared_sources", "folds", "fold", "fold_groups", "fold_splits"}
+
+
 def data_key(config: TrainConfig) -> tuple[object, ...]:
     """Key that is equal for runs that can share loaded clips: a pair of splits, or all folds of some splits."""
-    streams = (config.visual, config.audio)
-    windows = (config.window, config.stride, config.frames, config.audio_steps, config.label_reduction)
+    splits = {"train_split", "val_split"}
+    names = [name for name, described in settings_of(TrainConfig).items() if described.group == "data"]
+    settings = [getattr(config, name) for name in names if name not in NOT_LOADED | splits]
     clips = (config.fold_splits,) if config.folds else (config.train_split, config.val_split)
-    return (*streams, *windows, *clips, config.extra_targets, config.device)
+    return (*settings, *clips, config.extra_targets, config.device)
 
 
 class LoadedSplits:

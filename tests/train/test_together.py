@@ -21,7 +21,7 @@ from vaflow.train.heads.model import NORMALIZE
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import Progress, fit, save_checkpoint
-from vaflow.train.session import Data, LoadedSplits, load_data, new_model
+from vaflow.train.session import Data, LoadedSplits, data_key, load_data, new_model
 from vaflow.train.storage import read_tensors
 from vaflow.train.together.batches import FOLD, VARYING, Choice, batches_of, choose
 from vaflow.train.together.epochs import Member, fit_together
@@ -69,6 +69,8 @@ CASES: dict[str, Sequence[Any]] = {
     "folds": (2,),
 }
 OTHERS = {
+    # masks of the loaded clips, equal in a batch
+    *("min_face_quality", "speech_mask"),
     # no effect on what is computed in a batch
     *("device", "deterministic", "shared_sources", "fold_splits", "fold_groups"),
     # fine-tuning and learned context vectors, which never train in a batch
@@ -187,6 +189,13 @@ def test_every_setting_that_may_vary_is_tested() -> None:
     assert varying - FOLD - {"prompts", "patience", "mse_weight", "nll_weight"} <= {
         name for run in (*RUNS, *DROPOUT) for name in run
     }
+
+
+def test_runs_with_other_data_settings_do_not_share_loaded_clips() -> None:
+    other: dict[str, Any] = {"min_face_quality": 0.5, "speech_mask": True, "window": 3.0, "label_reduction": "mean"}
+    for name, value in {**other, "visual": (VISUAL,), "train_split": "x", "extra_targets": ("units",)}.items():
+        assert data_key(replace(BASE, **{name: value})) != data_key(BASE), name
+    assert data_key(replace(BASE, seed=5, lr=0.1, prompts="other", modality_dropout=0.3)) == data_key(BASE)
 
 
 def test_folds_share_rows_and_equal_separately_loaded_folds(cache: Cache) -> None:
