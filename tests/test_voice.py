@@ -1,7 +1,8 @@
 """Messages and help pages avoid constructions that readers stumbled over.
 
-Covers every string literal of the product (docstrings included) and the help page of every command. Banned are software
-that speaks or wants, figurative verbs, relative clauses in place of a noun, and plurals written as "item(s)".
+Covers every string literal of the product (docstrings included), the help page of every command, and names of tests
+and variables. Banned are software that speaks or wants, figurative verbs, relative clauses in place of a noun, and
+plurals written as "item(s)".
 """
 
 import ast
@@ -31,6 +32,12 @@ BANNED = {
     "vague noun": r"\b(no such thing|how (it|this|that) came)\b",
     "plural in brackets": r"\w\((s|es)\)",
 }
+
+ASSIGNED = re.compile(r"^ *(?:\w+, )*(?:said|told|asked|heard|ears)(?:, \w+)*(?:: [^=\n]+)? = .*", re.MULTILINE)
+BANNED_IN_TEST_NAMES = (
+    r"_(says?|said|told|nobody|hears?|knows?|wants?|speaks?|leads|whatever|anew|goes_on|there_is)(_|$)|"
+    r"^test_what_|_(is|are)_no_"
+)
 
 
 def product_files() -> list[Path]:
@@ -81,3 +88,15 @@ def test_string_literals_use_plain_words(path: Path) -> None:
 def test_help_pages_use_plain_words(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     assert banned_in(capsys.readouterr().out) == []
+
+
+def test_variables_are_named_after_their_content() -> None:
+    paths = [*product_files(), *sorted((ROOT / "tests").rglob("*.py"))]
+    assert [f"{path.relative_to(ROOT)}: {line}" for path in paths for line in ASSIGNED.findall(path.read_text())] == []
+
+
+def test_test_names_use_plain_words() -> None:
+    names = [
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    ]
+    assert [name for name in names if re.search(BANNED_IN_TEST_NAMES, name)] == []
