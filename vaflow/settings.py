@@ -178,7 +178,9 @@ class Setting:
             raise UsageError(explain(f"Unknown value of {self.label}", got=value, choices=self.choices))
         if not self._within_limits(value) or (self.pattern and not re.fullmatch(self.pattern, str(value))):
             unit = f" {self.unit}" if self.unit else ""
-            raise UsageError(explain(f"{self.label} must be {self.values}{unit} (got {value})"))
+            number = self.values.removesuffix(f" or {NONE}")
+            other = "" if self.values == number else f", or {NONE}" if unit else f" or {NONE}"
+            raise UsageError(explain(f"{self.label} must be {number}{unit}{other} (got {value})"))
 
     def _within_limits(self, value: Any) -> bool:
         return not any(limit is not None for _, limit in self._limits()) or (
