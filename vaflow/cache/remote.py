@@ -207,7 +207,7 @@ class Remote:
                 return
 
     def push_lists(self) -> None:
-        """Upload lists of failures and costs that changed locally; remove those removed locally. Raises as `pull`."""
+        """Upload changed lists of failures and costs; remove those removed locally. Raises as `pull`."""
         lists = {path.name: path.read_bytes() for pattern in LISTS for path in self.local.glob(pattern)}
         self.put(self.local / name for name, data in lists.items() if data != self._lists.get(name))
         for name in self._lists.keys() - lists.keys():

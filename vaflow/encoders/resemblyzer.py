@@ -4,7 +4,7 @@ Source: the Python package Resemblyzer 0.1.4 (Apache 2.0), after Wan et al. 2018
 The weights are the file `pretrained.pt` of its wheel.
 
 Resemblyzer's own `preprocess_wav` raises the volume of quiet recordings and cuts silences out. Here the audio is read
-as it is: without silences, the time of what was said would be lost.
+unchanged, because times must match the video.
 """
 
 from fractions import Fraction
