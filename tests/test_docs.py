@@ -8,6 +8,7 @@ package index, placeholders): their commands are parsed, with every option and v
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -97,8 +98,8 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
     for name in ("clip-vit-b16", "ast"):
         space = space.replace(f'"{name}"', f'"{STAND_INS[name]}"')
     (folder / "features").mkdir()
-    for name in ("single_face", "carphone"):
-        np.save(folder / "features" / f"{name}.npy", np.random.default_rng(0).normal(size=(50, 4)))
+    for number, name in enumerate(("single_face", "carphone")):  # other contents: splits may not share files
+        np.save(folder / "features" / f"{name}.npy", np.random.default_rng(number).normal(size=(50, 4)))
     (folder / "plain.toml").write_text((ROOT / "vaflow" / "encoders" / "prompts.toml").read_text())
     (folder / "space.toml").write_text(space.replace("epochs = 15", "epochs = 1"))
     (folder / "sample.txt").write_bytes(tree.sample.read_bytes())
@@ -106,9 +107,20 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
 
 
 @pytest.fixture
-def here(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The sandbox as the working directory."""
+def here(sandbox: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """The sandbox as the working directory; each page starts with the caches that the README's commands write."""
     monkeypatch.chdir(sandbox)
+    callspec = getattr(request.node, "callspec", None)
+    page, last = (callspec.params.get("page", "") if callspec else ""), sandbox / "last_page"
+    if page != "README.md" and (not last.exists() or last.read_text() != page):
+        last.write_text(page)
+        for cache in (sandbox / "videos.cache", sandbox / "affwild2.cache"):
+            kept = cache.with_suffix(".kept")
+            if kept.exists():
+                shutil.rmtree(cache)
+                shutil.copytree(kept, cache)
+            elif cache.exists():
+                shutil.copytree(cache, kept)
     return sandbox
 
 
