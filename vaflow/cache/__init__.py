@@ -1,4 +1,4 @@
-"""The bridge between the stages: arrays made once, committed safely, read fast. `cache_schema.md` is the contract."""
+"""The feature cache between the stages; `cache_schema.md` specifies it."""
 
 from vaflow.cache.cache import Cache
 from vaflow.cache.opening import address, create_cache, is_cache, open_cache

@@ -1,4 +1,4 @@
-"""What encoding the streams of a cache cost: `costs*.jsonl`, a line per run of an extraction and encoder.
+"""Cost of encoding the streams of a cache: `costs*.jsonl`, a line per extraction run and encoder.
 
 The files are optional and beside the format: no fingerprint, record or checksum covers them. Each shard appends to a
 file of its own; copies and joins of caches collect the lines of their sources.
@@ -22,7 +22,7 @@ CARRIED = "costs-carried.jsonl"  # lines of other caches
 
 @dataclass(frozen=True)
 class Cost:
-    """What encoding a stream cost.
+    """Cost of encoding a stream.
 
     Attributes:
         device: name of the device; precision: of the network.
@@ -96,7 +96,7 @@ def _lines(folder: Path) -> Iterable[dict[str, Any]]:
     for path in sorted(folder.glob(LISTS)):
         try:
             texts = read_document(folder, path).splitlines()
-        except (OSError, ValueError):  # such as a link: costs are not worth an error
+        except (OSError, ValueError):  # such as a symlink; not worth an error
             continue
         for text in texts:
             try:

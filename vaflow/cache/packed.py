@@ -75,7 +75,7 @@ class PackedArray:
         return self.path / "c" / "/".join([str(number), *["0"] * (len(self.shape) - 1)])
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[Path, int, int]]:
-        """Where the rows [start, stop) are: shard file, first byte, number of bytes."""
+        """Return the location of the rows [start, stop): shard file, first byte, number of bytes."""
         while start < stop and self.row_bytes:
             number, first = divmod(start, self.shard_rows)
             rows = min(stop - start, self.shard_rows - first)
@@ -84,7 +84,7 @@ class PackedArray:
 
 
 class PackedIndex(Index):
-    """The records of a packed cache, read whole per stream; they never change.
+    """The records of a packed cache, loaded per stream; they never change.
 
     Args:
         layout: of the cache.
@@ -158,7 +158,7 @@ def read_whole(
 
 
 class PackedCache(Cache):
-    """A packed cache, read as any other. Nothing can be written into it."""
+    """A packed cache: the interface of a cache, read-only."""
 
     def __init__(self, layout: Layout) -> None:
         self._files = manifest_files(layout)
@@ -193,7 +193,7 @@ class PackedCache(Cache):
         return f"{escape(item)}.json" in self._index.folder(stream).rows
 
     def record_files(self) -> list[Path]:
-        """As of any cache; the paths are names only, a record is a line of a file."""
+        """As for any cache, but the paths are names only: a record is a line of a file."""
         return sorted(
             self.layout.records(stream) / name for stream in self.streams() for name in self._index.folder(stream).rows
         )
@@ -295,7 +295,7 @@ class PackedCache(Cache):
     def problems(
         self, streams: Iterable[str], on_item: Callable[[], None] | None = None
     ) -> Iterator[tuple[Path, str, str | None, str | None]]:
-        """Everything damaged: the file, what is wrong, and the stream and item if it is one item's.
+        """Return every damage: the file, the problem, and the stream and item if it concerns one item.
 
         Reads every file, then every item of `streams`.
         """

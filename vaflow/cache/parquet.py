@@ -87,7 +87,7 @@ def _tables(
     """One table of one row per clip."""
     import pyarrow
 
-    required = [name for name, spec in KINDS[info.kind].items() if spec.required]  # every clip has these
+    required = [name for name, spec in KINDS[info.kind].items() if spec.required]  # columns of every table
     for item in items:
         columns: dict[str, Any] = {"clip": [visible(item)], "split": [visible(split)]}
         arrays = cache.read(info.name, item, required).arrays

@@ -72,7 +72,7 @@ class ZarrStore:
                 compressors=None,
                 config={"write_empty_chunks": True},
             )
-            for start in range(0, len(array), chunks[0]):  # a long array never fits in memory whole
+            for start in range(0, len(array), chunks[0]):  # a long array may not fit into memory
                 made[start : start + chunks[0]] = array[start : start + chunks[0]]
         return sorted(path.relative_to(folder).as_posix() for path in top.rglob("*") if path.is_file())
 

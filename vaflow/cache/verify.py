@@ -1,4 +1,4 @@
-"""Verify a cache against its checksums; repair it by removing what is damaged."""
+"""Verify a cache against its checksums; repair it by removing damaged items."""
 
 import re
 import time

@@ -127,7 +127,7 @@ class _Reporter:
         self._bar.close()
 
     def plan(self, plan: "Plan", todo: int) -> None:
-        """Called once: how many runs there are."""
+        """Take the number of runs; called once."""
         self._done, self._total = len(plan.jobs) - todo, len(plan.jobs)
         self._bar.total, self._bar.initial, self._bar.n = self._total, self._done, self._done
         self._bar.refresh()

@@ -153,7 +153,7 @@ def _problem_report(cache: "Cache", problems: "list[Problem]") -> dict[str, Any]
 
 
 def _count_items(cache: "Cache") -> int:
-    """Committed items of a cache; 0 of a packed cache whose list of records is damaged."""
+    """Return the number of committed items; 0 for a packed cache whose list of records is damaged."""
     with suppress(CorruptError):
         return len(cache.record_files())
     return 0

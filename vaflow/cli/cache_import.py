@@ -1,4 +1,4 @@
-"""`vaflow cache import` and `vaflow cache targets`: features and annotation made elsewhere become streams."""
+"""`vaflow cache import` and `vaflow cache targets`: import features and annotation of other programs as streams."""
 
 from pathlib import Path
 from typing import Annotated

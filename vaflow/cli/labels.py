@@ -1,4 +1,4 @@
-"""`vaflow labels`: labels made by several annotators."""
+"""`vaflow labels`: labels of several annotators."""
 
 from pathlib import Path
 from typing import Annotated

@@ -87,7 +87,7 @@ def command_class(config: type) -> type[Command]:
 
 
 def epilog(config: type, page: str) -> str:
-    """Where the options and settings are that `--help` does not list."""
+    """Return the note on options and settings that `--help` does not list."""
     known = settings_of(config).values()
     hidden = sum(bool(setting.option and not setting.shown) for setting in known)
     keys = sum(not setting.option for setting in known)

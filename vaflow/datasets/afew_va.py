@@ -35,7 +35,7 @@ _SHOWN = 10
 
 
 def detect(root: Path) -> str | None:
-    """Why `root` may be of this layout, or None."""
+    """Return why `root` matches this layout, or None."""
     for folder, labels, has_images in _clip_folders(root):
         if labels is not None and has_images and '"frames"' in head(labels):
             return f"{folder.relative_to(root)}/ holds numbered images and {labels.name}"

@@ -68,7 +68,7 @@ class Tree:
 
 
 def detect(root: Path) -> str | None:
-    """Why `root` may be of this layout, or None."""
+    """Return why `root` matches this layout, or None."""
     tree = survey(root)
     if tree.labels:
         return f"{tree.labels[0][1].relative_to(root)}/ holds annotations"
@@ -86,7 +86,7 @@ def scan(root: Path) -> tuple[list[Clip], list[Note]]:
 
 
 def strip_side(trial: str) -> str:
-    """The source video of a trial, by its name: without `_left` or `_right`."""
+    """Return the source video of a trial: its name without `_left` or `_right`."""
     for side in SIDES:
         if trial.endswith(side) and trial != side:
             return trial.removesuffix(side)
@@ -148,7 +148,7 @@ class _Trials:
         return trial if trial in self.videos else strip_side(trial)
 
     def _labelled_split(self, name: str) -> str:
-        """The split of a trial's annotation; where it has several, one is chosen: validation before training."""
+        """Return the split of a trial's annotation; if there are several, validation takes precedence over training."""
         annotations = self.labels[name]
         if len(annotations) > 1:
             paths = ", ".join(str(path.relative_to(self.root)) for _, path in annotations)
@@ -163,7 +163,7 @@ class _Trials:
         return annotations[0][0]
 
     def _unlabelled_split(self, name: str) -> str | None:
-        """Test for trials in the list of test trials; without a list, for all that no other track annotates."""
+        """ "test" for trials in the list of test trials; without a list, for trials that no other track annotates."""
         if self.listed:
             return "test" if name in self.listed else None
         return None if name in self.elsewhere else "test"
@@ -200,7 +200,7 @@ def survey(root: Path) -> Tree:
 
 
 def listed_trials(lists: Collection[Path], known: Collection[str]) -> tuple[set[str], list[Note]]:
-    """Names from every file that is a list of trials: most of its names are `known`, or it is a sample submission.
+    """Names from every list of trials: files in which most names are `known`, or a sample submission.
 
     Raises:
         UsageError: a list cannot be read as text.

@@ -1,4 +1,4 @@
-"""Walk the folders of a data set: file kinds by extension, safe names, and a list of everything that is left out.
+"""Walk the folders of a data set: file kinds by extension, safe names, and a list of everything unused.
 
 A name that cannot be used does not end a scan: it is recorded in `LeftOut`, which becomes notes.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from vaflow.datasets.clip import Note
 from vaflow.errors import DataError, explain
 
-# What FFmpeg opens and people record into. A file of another kind is ignored, counted and named.
+# Common containers that FFmpeg opens. Other files are ignored, counted and listed.
 # fmt: off
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".m2v", ".mpv", ".vob", ".ts", ".mts", ".m2ts",
@@ -36,7 +36,7 @@ _HEAD = 4096  # bytes
 
 @dataclass
 class LeftOut:
-    """Names below a root that a scan does not use, by reason; paths as text with forward slashes.
+    """Unused names below a root, by reason; paths as text with forward slashes.
 
     Attributes:
         linked: folders that are links, where a layout does not enter them.
@@ -52,7 +52,7 @@ class LeftOut:
     ignored: list[str] = field(default_factory=list)
 
     def name(self, path: str | Path) -> str:
-        """A path as it is listed: below the root, in characters that can be printed."""
+        """Return a path for a listing: relative to the root, in printable characters."""
         text = os.path.relpath(path, self.root)
         return text if printable(text) else ascii(text)
 
@@ -167,7 +167,7 @@ def below(folder: Path, name: str) -> Path:
 
 
 def size_problem(path: Path, most: int = LARGEST_TEXT) -> str | None:
-    """Why a text file must not be read whole (too large, a pipe, a device); None if it may, or does not exist."""
+    """Return why a text file must not be read (too large, a pipe, a device); None if it may, or does not exist."""
     try:
         status = path.stat()
     except OSError:

@@ -11,7 +11,7 @@ from vaflow.datasets.clip import Annotation
 from vaflow.datasets.text import TARGETS
 from vaflow.timeline import extend, median_interval, nearest
 
-_PAUSE = 1.5  # intervals between two rows from which on they lie apart
+_PAUSE = 1.5  # distance of two rows, in intervals, above which there is a gap
 
 
 def on_clock(annotation: Annotation | None, frame_times: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
@@ -50,7 +50,7 @@ def at_times(rows: NDArray[np.float64], value: NDArray[np.float32], times: NDArr
     interval = median_interval(rows, default=median_interval(times))
     index = nearest(rows, times)
     within = (times >= rows[0]) & (times <= rows[-1])
-    # A stamp such as 0.1 is not exact in binary: a millionth of an interval decides nothing.
+    # Times such as 0.1 are not exact in binary: a tolerance of a millionth of an interval decides ties.
     reach = np.where(within, interval, interval / 2) * (1 + 1e-6)
     near = np.abs(rows[index] - times) <= reach
     return np.where(near[:, None], value[index], np.float32(np.nan)).astype(np.float32)

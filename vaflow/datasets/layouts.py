@@ -30,7 +30,7 @@ class Layout:
     scan: Callable[[Path], tuple[list[Clip], list[Note]]]
 
 
-# In the order in which `auto` tries them: what is most particular comes first.
+# In the order in which `auto` tries them: specific layouts first.
 LAYOUTS: dict[str, Layout] = {
     "affwild2": Layout(affwild2.LOOKS_FOR, affwild2.detect, affwild2.scan),
     "afew-va": Layout(afew_va.LOOKS_FOR, afew_va.detect, afew_va.scan),

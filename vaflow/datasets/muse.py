@@ -31,7 +31,7 @@ _SPLITS = {"train": "train", "devel": "val", "dev": "val", "val": "val", "test":
 
 
 def detect(root: Path) -> str | None:
-    """Why `root` may be of this layout, or None."""
+    """Return why `root` matches this layout, or None."""
     return detect_labels(root, _label_files, "a table of labels")
 
 
@@ -57,7 +57,7 @@ def _label_files(files: Files) -> list[tuple[str, Path]]:
 
 
 def _partition(files: Files, names: list[str]) -> tuple[dict[str, str], list[Note]]:
-    """Splits of the recordings that partition.csv names; of several such files the first counts."""
+    """Splits of the recordings in partition.csv; of several such files the first one is used."""
     lists = [folder / name for folder, tables in files.tables for name in tables if name.lower() == PARTITION_FILE]
     if not lists:
         return {}, []

@@ -27,7 +27,7 @@ _TIME, _GOLD = "frametime", "goldstandard"
 
 
 def detect(root: Path) -> str | None:
-    """Why `root` may be of this layout, or None."""
+    """Return why `root` matches this layout, or None."""
     return detect_labels(root, _label_files, "a gold standard")
 
 

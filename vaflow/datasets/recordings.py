@@ -50,7 +50,7 @@ LabelFiles = Callable[[Files], list[tuple[str, Path]]]  # -> (target, or "" for 
 
 
 def detect_labels(root: Path, label_files: LabelFiles, kind: str) -> str | None:
-    """Why `root` may be of a layout: its first label file; None if it has none."""
+    """Return why `root` matches a layout (its first label file); None if it has no label file."""
     files = Files(root, [(folder, names) for folder, entries in walk(root) if (names := _tables(entries))])
     labels = label_files(files)
     return f"{labels[0][1].relative_to(root)} is {kind}" if labels else None

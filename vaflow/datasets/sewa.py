@@ -28,7 +28,7 @@ _FEWEST_COLUMNS = 3  # time, arousal, valence
 
 
 def detect(root: Path) -> str | None:
-    """Why `root` may be of this layout, or None."""
+    """Return why `root` matches this layout, or None."""
     return detect_labels(root, _label_files, "a table of labels")
 
 

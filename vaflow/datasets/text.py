@@ -12,8 +12,8 @@ from vaflow.errors import DataError, explain
 
 TARGETS = ("valence", "arousal")
 UNANNOTATED = -5.0
-MAX_FRAME = 10_000_000  # 92 hours at 30 frames/s: a larger frame number is a mistake, and would cost memory
-MAX_SECONDS = 1_000_000.0  # 11 days: the same for a time
+MAX_FRAME = 10_000_000  # 92 hours at 30 frames/s; larger numbers are rejected: they would allocate too much memory
+MAX_SECONDS = 1_000_000.0  # 11 days; limit of times
 EMPTY = frozenset({""})  # cells that mean "not annotated"
 NOT_A_NUMBER = frozenset({"", "?", "nan"})  # ... in files that MATLAB, Weka or pandas wrote
 
@@ -214,7 +214,7 @@ def unusable(path: Path, expected: str, got: object) -> DataError:
 
 
 def separator_of(header: str) -> str:
-    """What separates the cells of a table, by its first line: a semicolon, a tab, or else a comma."""
+    """Return the separator of a table, from its first line: a semicolon, a tab, or else a comma."""
     return next((mark for mark in (";", "\t") if mark in header and "," not in header), ",")
 
 

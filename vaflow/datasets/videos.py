@@ -41,7 +41,7 @@ class _Files:
 
 
 def detect(root: Path) -> str | None:
-    """Why `root` may be of this layout (its first video or audio file), or None."""
+    """Return why `root` matches this layout (its first video or audio file), or None."""
     files = _survey(root, LeftOut(root), first_only=True)
     return next((f"{path} is a video or audio file" for path in [*files.videos, *files.audio]), None)
 
