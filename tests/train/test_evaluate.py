@@ -277,7 +277,9 @@ def test_prediction_csv_has_validity_and_most_likely_region(tmp_path: Path) -> N
     for trace in predict_clips(FunctionModel(windows, wave), windows):
         rows = [line.split(",") for line in prediction_csv(trace).splitlines()]
         names, table = rows[0], np.array(rows[1:])
-        assert names[:4] == ["frame", "time", "valence", "arousal"] and names[-3:] == ["face", "audio", "region"]
+        region = names.index("region")
+        assert names[:4] == ["frame", "time", "valence", "arousal"]
+        assert names[region - 2 :] == ["face", "audio", "region", "interpolated"]
         for name, kind in (("face", "visual"), ("audio", "audio")):
             instants, valid = windows.sample_validity(trace.clip, kind)
             flags = table[:, names.index(name)].astype(int)
@@ -292,4 +294,4 @@ def test_prediction_csv_has_validity_and_most_likely_region(tmp_path: Path) -> N
         corners = np.array([(v, a) for v in (-0.66, 0, 0.66) for a in (-0.66, 0, 0.66)])
         nearest = np.square(va[:, None] - corners).sum(-1).argmin(-1)
         expected = nearest if trace.regions is None else trace.regions.argmax(-1)
-        assert [*table[:, -1]] == ["_".join(REGIONS[k]) for k in expected]
+        assert [*table[:, region]] == ["_".join(REGIONS[k]) for k in expected]
