@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,7 +126,7 @@ def file_size(size: float) -> str:
 def summary_json(summary: Any) -> dict[str, Any]:
     """The members of a summary dataclass that has `failures` and `failures_file`, as plain JSON."""
     failures = [failure.line() for failure in summary.failures]
-    return {**vars(summary), "failures": failures, "failures_file": str(summary.failures_file)}
+    return {**asdict(summary), "failures": failures, "failures_file": str(summary.failures_file)}
 
 
 def wrap_on_terminal(text: str, indent: int) -> str:
