@@ -292,17 +292,21 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
             )
         allowed |= {key.removeprefix("picture."): text.removeprefix("picture.") for key, text in fields.items()}
     if allowed:
-        level = logging.WARNING if "precision" in allowed else logging.INFO  # the other fields have no visible effect
-        _log_differences(level, tuple(allowed.values()) if allowed.keys() != {"decoder.reading"} else ())
+        _log_differences(tuple(allowed.items()))
 
 
 @lru_cache
-def _log_differences(level: int, fields: tuple[str, ...]) -> None:
-    """Log fields that differ; () for nothing but the version of reading media."""
-    if fields:
-        log.log(level, "The features differ from those of the run's training cache in %s", "; ".join(fields))
-    else:
+def _log_differences(fields: tuple[tuple[str, str], ...]) -> None:
+    """Log the fields that differ and, unless they are many, their values. Only `precision` has a visible effect."""
+    texts = dict(fields)
+    level = logging.WARNING if "precision" in texts else logging.INFO
+    if texts.keys() == {"decoder.reading"}:
         log.log(level, "The run was trained on features of another version of vaflow; predictions can differ slightly")
+        return
+    names = sorted({".".join(key.split(".")[:2]) for key in texts})
+    differences = "; ".join(texts.values()) if len(texts) <= 2 else ", ".join(names)
+    log.log(level, "The features differ from those of the run's training cache in %s", differences)
+    log.debug("In this cache, and in the run: %s", "; ".join(texts.values()))
 
 
 def _differing_fields(stream: InputStream, info: StreamInfo) -> dict[str, str]:
