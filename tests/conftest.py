@@ -25,7 +25,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-DRAWING = ("test_plots.py", "test_run_data.py", "test_demo_run.py")  # files whose tests look at figures
+DRAWING = (
+    "test_plots.py",
+    "test_run_data.py",
+    "test_demo_run.py",
+    "test_uncertainty_pages.py",
+)  # files whose tests look at figures
 
 # The files that take longest, longest first: a process that starts one of them last would finish alone.
 SLOWEST = (

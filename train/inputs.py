@@ -263,7 +263,7 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
     """Check that a run's streams in this cache come from the same encoder with the same settings.
 
     The sampling, the decoder, the choice of a person, the stored dtype and the encoders' precision can differ; that is
-    logged once per process, because `predict` makes a cache per clip.
+    logged, all but the precision once per process, because `predict` makes a cache per clip.
 
     Raises:
         UsageError: the cache has no such stream.
@@ -292,20 +292,23 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
             )
         allowed |= {key.removeprefix("picture."): text.removeprefix("picture.") for key, text in fields.items()}
     if allowed:
-        _log_differences(tuple(allowed.items()))
+        if "precision" in allowed:
+            differences = "; ".join(allowed.values())
+            log.warning("The features differ from those of the run's training cache in %s", differences)
+        else:
+            _log_differences(tuple(allowed.items()))
 
 
 @lru_cache
 def _log_differences(fields: tuple[tuple[str, str], ...]) -> None:
-    """Log the fields that differ and, unless they are many, their values. Only `precision` has a visible effect."""
+    """Log the fields that differ, none of which has a visible effect, and, unless they are many, their values."""
     texts = dict(fields)
-    level = logging.WARNING if "precision" in texts else logging.INFO
     if texts.keys() == {"decoder.reading"}:
-        log.log(level, "The run was trained on features of another version of vaflow; predictions can differ slightly")
+        log.info("The run was trained on features of another version of vaflow; predictions can differ slightly")
         return
     names = sorted({".".join(key.split(".")[:2]) for key in texts})
     differences = "; ".join(texts.values()) if len(texts) <= 2 else ", ".join(names)
-    log.log(level, "The features differ from those of the run's training cache in %s", differences)
+    log.info("The features differ from those of the run's training cache in %s", differences)
     log.debug("In this cache, and in the run: %s", "; ".join(texts.values()))
 
 

@@ -283,7 +283,7 @@ def test_one_invalid_item_does_not_affect_the_others(tmp_path: Path) -> None:
         "zip": "zip.npy",
         "text": "text.npy cannot be read",
         "bad-labels": "line 2 ('7')",
-        "unknown": "labels for 'unknown' and no features",
+        "unknown": "unknown has labels but no features",
     }
     assert messages.keys() == expected.keys()
     for item, part in expected.items():

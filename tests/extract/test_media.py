@@ -92,7 +92,7 @@ def test_matroska_without_sizes_or_duration_is_read_completely(tmp_path: Path, o
 
 
 @settings(max_examples=20, deadline=None)
-@given(wanted=st.sets(st.integers(0, 39)))
+@given(requested=st.sets(st.integers(0, 39)))
 def test_requested_frames_are_returned_once_and_in_order(
     tmp_path_factory: pytest.TempPathFactory, requested: set[int]
 ) -> None:

@@ -74,8 +74,14 @@ def test_clips_of_killed_workers_are_listed_as_failed(lab: Lab, media: Path, who
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
     process = lab.start(args)
-    until(process, lambda: bool(children_of(process.pid)))
-    victims = children_of(process.pid)
+
+    def workers() -> list[int]:
+        """Without the process that tracks multiprocessing's resources, which starts first."""
+        commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children_of(process.pid)}
+        return [child for child, command in commands.items() if b"spawn_main" in command]
+
+    until(process, lambda: bool(workers()))
+    victims = workers()
     for victim in victims:
         os.kill(victim, signal.SIGKILL)
     ended = process.wait()

@@ -287,7 +287,8 @@ def test_a_failed_run_does_not_stop_the_others(cache: Cache, tmp_path: Path) -> 
     assert not (out / "failures.jsonl").exists()
 
 
-def test_a_killed_worker_fails_only_its_run(cache: Cache, tmp_path: Path) -> None:
+def test_a_killed_worker_fails_only_its_run(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vaflow.process.START_METHOD", "spawn")  # workers are children of this process
     plan = make_plan(cache, toy_study(tmp_path), [], Options(seeds=2))
     slow = replace(plan.jobs[0], config=replace(plan.jobs[0].config, epochs=5000))
     out, outcomes = tmp_path / "out", []

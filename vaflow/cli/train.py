@@ -127,7 +127,7 @@ def train(
 
     Example: vaflow train affwild2.cache --out runs/tcn --temporal tcn --fusion gated --set causal=false
 
-    Example: vaflow train affwild2.cache --out runs/cv --folds 5 --all-folds --seeds 3
+    Example: vaflow train affwild2.cache --out runs/cv --folds 5 --all-folds
 
     Example: vaflow train affwild2.cache --out runs/tuned --finetune --set init=runs/full --set finetune_blocks=4
     """
