@@ -43,9 +43,7 @@ class _Worker:
         self.job: Job | None = None
         self.silence = 0.0
         self.started = self.waiting = False
-        self._open = (
-            threading.Lock()
-        )  # held while answering, so that the pipe is not closed and its descriptor not reused
+        self._open = threading.Lock()  # held while sending: the pipe is not closed and its descriptor not reused
 
     @property
     def number(self) -> int:
@@ -53,12 +51,15 @@ class _Worker:
 
     def give(self, job: Job) -> None:
         self.job, self.silence = job, 0.0
-        self.pipe.send(job)
+        self._send(job)
 
     def answer(self, answer: Detected) -> None:
         self.silence, self.waiting = 0.0, False
-        with self._open, suppress(OSError):  # a process that died is noticed where its pipe is read
-            self.pipe.send(answer)
+        self._send(answer)
+
+    def _send(self, message: Job | Detected) -> None:
+        with self._open, suppress(OSError):  # the death of a process is detected where its pipe is read
+            self.pipe.send(message)
 
     def stop(self) -> None:
         self.process.kill()

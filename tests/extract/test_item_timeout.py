@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from vaflow.extract import worker
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import AudioBlock, Done, Failed
 from vaflow.extract.pool import QUEUED_MESSAGES, Call, WorkerPool, call, each
-from vaflow.process import BEAT_SECONDS, beat, listening
+from vaflow.process import BEAT_SECONDS, ChildProcess, beat, listening
 
 TIMEOUT = 3.0
 Send = Callable[[Any], None]
@@ -84,6 +84,29 @@ def test_an_error_fails_its_item_only() -> None:
 
 def _refuse(_: int) -> None:
     raise MediaError("no")
+
+
+def test_a_worker_killed_before_it_receives_its_item_fails_that_item_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[ChildProcess] = []
+
+    class FirstIsKilled(ChildProcess):
+        def __init__(self, target: Callable[..., None], arguments: Sequence[Any] = (), *, name: str) -> None:
+            super().__init__(target, arguments, name=name)
+            started.append(self)
+            if len(started) == 1:
+                self.kill()
+
+    monkeypatch.setattr("vaflow.extract.pool.ChildProcess", FirstIsKilled)
+    results = dict(each(_square, range(3)))
+    failed = results.pop(0)
+    assert isinstance(failed, Failed)
+    assert failed.error == "WorkerDied"
+    assert "SIGKILL" in failed.message
+    assert results == {1: 1, 2: 4}
+
+
+def _square(number: int) -> int:
+    return number * number
 
 
 def test_heartbeats_are_forwarded_at_most_once_a_second() -> None:
