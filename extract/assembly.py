@@ -15,13 +15,12 @@ from vaflow.cache.scratch import LongArray, Scratch
 from vaflow.encoders import logmel
 from vaflow.encoders.base import KALDI, FrontEnd, cut
 from vaflow.encoders.logmel import frame_times
-from vaflow.extract.audio_steps import HOP, covered_frames, step_valid
+from vaflow.extract.audio_activity import HOP, METHOD, SpeechMeter, covered_frames, step_valid
 from vaflow.extract.batching import Encoders, FixedBatcher
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message, PersonLabels
 from vaflow.extract.plan import PendingClip
-from vaflow.extract.speech import METHOD, SpeechMeter
 from vaflow.item_names import person_item
 from vaflow.timeline import Floats, Ints
 

@@ -130,8 +130,8 @@ def open_stills(clip: Clip) -> tuple[MediaInfo, Floats]:
     """Return the properties of a clip of images, as of a video, and its frame times [N].
 
     Raises:
-        MediaError: there are no images, the first one is unreadable, the frame rate is unknown, or the clip is longer
-            than the limit.
+        MediaError: the folder has no images, the first one is unreadable, the frame rate is unknown, or the clip is
+            longer than the limit.
     """
     if clip.frames is None or not clip.frame_rate or clip.frame_rate <= 0:
         raise MediaError(explain(f"{clip.id!r} has no frame rate", expected="frames per second above 0"))

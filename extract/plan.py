@@ -13,7 +13,7 @@ from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError, UsageError, count, explain
-from vaflow.extract.audio_steps import ends_in_a_short_step
+from vaflow.extract.audio_activity import ends_in_a_short_step
 from vaflow.extract.config import Shard
 from vaflow.extract.faces.people import ALL
 from vaflow.extract.headers import lengths

@@ -100,7 +100,7 @@ def add_prompts(
     """
     prompt_set = load_prompts(prompts)
     known = cache.streams()
-    # By default the streams with prototypes; if there are none, all streams of an encoder of this package.
+    # By default the streams with prototypes; without any, all streams of an encoder of this package.
     made = [name for name, info in known.items() if info.kind == "visual" and is_encoder(name, "visual")]
     default = [name for name in made if text_stream(name) in known] or made
     names = default if visual is None else [visual]

@@ -31,9 +31,17 @@ from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
 from vaflow.extract.nvdec import check_parity
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.pool import WorkerPool
-from vaflow.extract.profile import COMMITTING, DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, WAITING_FOR_WRITER, Profile
 from vaflow.extract.streams import provenance, source_of
-from vaflow.extract.summary import Extracted, Outcome
+from vaflow.extract.summary import (
+    COMMITTING,
+    DETECTING,
+    DETECTING_ON_DEVICE,
+    ON_DEVICE,
+    WAITING_FOR_WRITER,
+    Extracted,
+    Outcome,
+    Profile,
+)
 from vaflow.failures import Failure
 from vaflow.item_names import person_item
 

@@ -158,7 +158,7 @@ def _checked_times(media: Opened, scan: _Scan) -> Floats:
 
 
 def _counted_times(media: Opened, scan: _Scan) -> Floats:
-    """Return the k-th decoding time for the k-th frame; times at the frame rate if there are none (raw streams)."""
+    """Return the k-th decoding time for the k-th frame; times at the frame rate for raw streams, which store none."""
     stream = media.need_video()
     times = media.clip_times(sorted(scan.dts)[: scan.decoded], stream)
     step = float(1 / (stream.guessed_rate or stream.average_rate or 25))

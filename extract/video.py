@@ -293,7 +293,7 @@ def _numbered(media: Opened, times: Floats) -> Iterator[_Shown]:
 
 
 def misread_before(path: Path) -> tuple[str, ...]:
-    """Return the kinds of streams that reading version 1 computed wrongly for this file; () if there are none.
+    """Return the kinds of streams that reading version 1 computed wrongly for this file; () if all were right.
 
     Raises:
         MediaError: the file cannot be opened.

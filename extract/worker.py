@@ -18,6 +18,7 @@ from vaflow.datasets.formats import read_annotation
 from vaflow.datasets.labels import on_clock
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
+from vaflow.extract.audio_activity import HOP, SpeechMeter
 from vaflow.extract.config import limit_memory, too_much_memory
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
 from vaflow.extract.faces.detection import Cells, find_faces
@@ -43,7 +44,6 @@ from vaflow.extract.messages import (
 from vaflow.extract.nvdec import frames_on_gpu
 from vaflow.extract.scan import audio_clock
 from vaflow.extract.sources import check_unchanged, sources_of
-from vaflow.extract.speech import HOP, SpeechMeter
 from vaflow.extract.video import MediaInfo, frame_times, frames_at, probe
 from vaflow.process import beat, listening
 from vaflow.timeline import Floats, Ints, median_interval, nearest

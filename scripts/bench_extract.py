@@ -120,7 +120,7 @@ def _overlap(bench: Bench, folder: Path) -> Iterator[Row]:
     from encoder_rate import device_name, encode_only, matrix_rate
 
     from vaflow.extract.batching import BATCH_SIZES
-    from vaflow.extract.profile import idle_share
+    from vaflow.extract.summary import idle_share
 
     precision = bench.config.precision + ", compiled" * bench.config.compile
     most = matrix_rate(bench.device, bench.config.precision)

@@ -1,4 +1,4 @@
-"""CCC that common mistakes cost on a set of labels, without any model: the figures of `extract/doctor/ccc_costs.py`.
+"""CCC that common mistakes cost on a set of labels, without any model: the figures of `extract/doctor/findings.py`.
 
     python scripts/label_costs.py VA_Estimation_Challenge/Validation_Set
 

@@ -28,8 +28,8 @@ from vaflow.train.evaluate import Trace, check_complete, failed_items, score, sc
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import Maker, write_sources
 from vaflow.train.record import RunRecord
-from vaflow.train.reporting import warn_of_demonstration
 from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
+from vaflow.train.session import warn_of_demonstration
 from vaflow.train.training import read_for
 from vaflow.train.uncertainty import (
     Calibration,

@@ -15,8 +15,7 @@ from vaflow.files import lock_folder, write_file
 from vaflow.train.config import TrainConfig
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
-from vaflow.train.together.batches import batches_of
-from vaflow.train.together.runs import Trainer, one_thread
+from vaflow.train.together.runs import Trainer, batches_of, one_thread
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from torch import nn
 from vaflow.device import forbid_tf32
 from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.files import refuse_links, write_file
-from vaflow.train import digests
+from vaflow.train import record as digests
 from vaflow.train.builder import build_model
 from vaflow.train.config import differences
 from vaflow.train.evaluate import Trace, predict_clips

@@ -16,16 +16,14 @@ from vaflow.files import lock_folder, write_file
 from vaflow.train.breakdown import Groups
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import check_has_clips, load_split
-from vaflow.train.digests import changes, check_splits_apart, clip_digests, to_json
 from vaflow.train.evaluate import check_complete, failed_items, score_traces, write_predictions
 from vaflow.train.folds import split_items
 from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
 from vaflow.train.provenance import run_maker, write_sources
-from vaflow.train.record import RunRecord, new_record
-from vaflow.train.reporting import warn_of_demonstration
+from vaflow.train.record import RunRecord, changes, check_splits_apart, clip_digests, new_record, to_json
 from vaflow.train.runs import RunFolder, check_unchanged, load_run, width_of
-from vaflow.train.session import Data, Session, load_data, new_model, reproducible
+from vaflow.train.session import Data, Session, load_data, new_model, reproducible, warn_of_demonstration
 from vaflow.train.smoothing import Smoothing
 from vaflow.train.uncertainty import uncertainty_report
 from vaflow.train.windows import WindowSet, without_modality

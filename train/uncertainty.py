@@ -167,7 +167,7 @@ def likelihood(error: Floats, std: Floats) -> float | None:
 
 
 def calibrated(traces: Iterable[Trace], calibration: Calibration | None) -> Iterator[Trace]:
-    """Every trace with calibrated standard deviations; without any where there is no calibration."""
+    """Every trace with calibrated standard deviations, or with none if `calibration` is None."""
     for trace in traces:
         yield replace(trace, std=None) if calibration is None else calibration.apply(trace)
 

@@ -11,6 +11,6 @@ def random_encoders(streams: Iterable[str]) -> list[str]:
 
 
 def demonstration_notice(streams: Iterable[str]) -> str:
-    """One line for pictures and logs about encoders with random weights; empty where there are none."""
+    """One line for pictures and logs about encoders with random weights; empty if none has."""
     names = random_encoders(streams)
     return f"Demonstration: encoders with seeded random weights ({', '.join(names)})" if names else ""

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `--device`; "auto" is the first GPU, or the CPU where there is no GPU.
+    """The device of `--device`; "auto" is the first GPU, or the CPU on a machine without one.
 
     Raises:
-        UsageError: the name is not "auto", "cpu" or "cuda[:N]", or there is no such GPU.
+        UsageError: the name is not "auto", "cpu" or "cuda[:N]", or the GPU does not exist.
     """
     import torch
 

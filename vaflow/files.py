@@ -121,7 +121,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder; does nothing if there is none. Raises OSError."""
+    """Remove a file, a link or a whole folder; a missing one is ignored. Raises OSError."""
     try:
         path.unlink()
     except FileNotFoundError:

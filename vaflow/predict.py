@@ -44,8 +44,8 @@ from vaflow.train.plots import draw_trace
 from vaflow.train.provenance import write_sources
 from vaflow.train.published import local_run
 from vaflow.train.quality import frame_columns
-from vaflow.train.reporting import warn_of_demonstration
 from vaflow.train.runs import Run, RunFolder, load_run
+from vaflow.train.session import warn_of_demonstration
 from vaflow.train.training import read_for
 
 log = logging.getLogger(__name__)

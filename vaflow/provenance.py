@@ -117,7 +117,7 @@ def find_provenance(
         Plain JSON: "run", "cache", "streams", and "predictions": one object for every folder and item.
 
     Raises:
-        UsageError: the folder is not a run, there is no prediction of `item`, or `root` is not a data set.
+        UsageError: the folder is not a run, `item` has no prediction, or `root` is not a data set.
         CorruptError: a file of the run is damaged.
     """
     present = read_present(run, cache, root)

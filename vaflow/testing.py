@@ -38,7 +38,7 @@ class EncoderContract:
         return build_encoder(self.name)
 
     def changed(self) -> Any:
-        """Return an encoder with other weights or preprocessing; None where there is only one."""
+        """Return an encoder with other weights or preprocessing; None if only one exists."""
         return None
 
     def rows(self, encoder: Any) -> torch.Tensor:

@@ -123,7 +123,7 @@ def nearest(times: Floats, queries: Floats) -> Ints:
         [...] indices into `times`.
 
     Raises:
-        ValueError: there are no times.
+        ValueError: `times` is empty.
     """
     times = np.asarray(times, np.float64)
     queries = np.asarray(queries, np.float64)

@@ -1,31 +1,117 @@
 """The page of `vaflow check --html`: one file with figures and images; nothing is fetched and all text is escaped.
 
 Figures are inline SVG. The style sheet of the page sets their colours, so that they follow light, dark and print;
-position and text repeat what colour shows.
+position and text repeat what colour shows. Images are small: face crops of a clip if it has them, else video frames.
 """
 
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from io import BytesIO
 from itertools import pairwise, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from av.error import FFmpegError
 from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
 
-from vaflow.datasets.clip import SEVERITIES, Note
-from vaflow.extract.doctor.facts import BINS, CELLS, LabelStats
+from vaflow.datasets.clip import SEVERITIES, Clip, Note
+from vaflow.errors import MediaError
+from vaflow.extract.container import decode, opened
+from vaflow.extract.doctor.facts import BINS, CELLS, LabelStats, some
 from vaflow.extract.doctor.report import Checked, Report, Summary, describe, occupancy
-from vaflow.extract.doctor.thumbnails import Thumbnail
+from vaflow.extract.image_folders import list_crops, list_stills, read_crop
+from vaflow.extract.messages import Failed
+from vaflow.extract.pool import each
+from vaflow.extract.video import to_rgb
 from vaflow.pages import render
 from vaflow.regions import REGION_NAMES
 
+SIDE = 112  # pixels of the longer edge
+QUALITY = 80
+IMAGES = 4  # of a clip
+PLACES = (0.05, 0.35, 0.65, 0.95)  # of the duration: times of the frames of a video
+_MICROSECONDS = 1_000_000
+
+
+ClipDuration = tuple[Clip, float | None]  # arguments of `thumbnails`
 CLIPS_WITH_IMAGES = 24  # clips with images
 LISTED = 500  # clips in the table
 NAMED = 200  # findings of a kind
 SIDE, LEFT, BELOW, ABOVE = 360, 46, 40, 8  # pixels of the label map: the square, its margins
 PLOT_WIDTH, PLOT_HEIGHT = 420, 120
 TRACK, GAP = 8, 3  # pixels: the height of a bar, and the space between two
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A JPEG file and its caption."""
+
+    caption: str
+    jpeg: bytes
+
+
+def all_thumbnails(chosen: Sequence[ClipDuration]) -> Iterator[tuple[str, tuple[Thumbnail, ...]]]:
+    """(clip id, its images) of every clip, made in decoding processes; no images if FFmpeg crashes."""
+    for number, images in each(_thumbnails, chosen):
+        yield chosen[number][0].id, () if isinstance(images, Failed) else images
+
+
+def _thumbnails(arguments: ClipDuration) -> tuple[Thumbnail, ...]:
+    return thumbnails(*arguments)
+
+
+def thumbnails(clip: Clip, duration: float | None) -> tuple[Thumbnail, ...]:
+    """At most four images of a clip; files that cannot be read are skipped.
+
+    Args:
+        clip: the clip.
+        duration: seconds; None if its video cannot be used, which is then not opened.
+    """
+    try:
+        if clip.crops:
+            return tuple(_files(list_crops(clip.crops), "crop"))
+        if clip.frames is not None:
+            return tuple(_files(list_stills(clip.frames), "frame"))
+        return () if clip.video is None or duration is None else tuple(_peek(clip.video, duration))
+    except (MediaError, OSError, FFmpegError):
+        return ()
+
+
+def _files(paths: dict[int, Path], kind: str) -> Iterator[Thumbnail]:
+    for path in some(list(paths.values()), IMAGES):
+        try:
+            yield Thumbnail(f"{kind} {path.name}", _small(read_crop(path)[1]))
+        except MediaError:
+            continue
+
+
+def _peek(path: Path, duration: float) -> Iterator[Thumbnail]:
+    """The keyframes before a few times of the video, because other frames require more decoding."""
+    used_frames = set()
+    for share in PLACES:
+        with opened(path) as media:  # opened again each time: a decoder must not seek once it runs
+            stream = media.need_video()
+            media.container.seek(round((share * duration + media.start) * _MICROSECONDS))
+            frame = next(decode(media, stream), None)
+            if frame is None or frame.pts is None or frame.pts in used_frames:
+                continue
+            used_frames.add(frame.pts)
+            (time,) = media.clip_times([frame.pts], stream)
+            yield Thumbnail(f"frame at {max(time, 0.0):.1f} s", _small(to_rgb(frame, media.pixel_aspect)))
+
+
+def _small(image: NDArray[np.uint8]) -> bytes:
+    small = Image.fromarray(image)
+    small.thumbnail((SIDE, SIDE))
+    target = BytesIO()
+    small.save(target, "JPEG", quality=QUALITY)
+    return target.getvalue()
+
 
 ClipImages = Mapping[str, Sequence[Thumbnail]]  # by clip
 
@@ -187,8 +273,8 @@ def distribution(stats: Mapping[str, LabelStats], dimension: int, title: str) ->
     parts.append(f'<text class="tick" x="{LEFT - 6}" y="{ABOVE + 9}" text-anchor="end">{top:.0%}</text>')
     parts.append(f'<text class="tick" x="{LEFT - 6}" y="{base + 4}" text-anchor="end">0</text>')
     step = PLOT_WIDTH / CELLS
-    for name, each in shares.items():
-        heights = base - each / top * PLOT_HEIGHT
+    for name, share in shares.items():
+        heights = base - share / top * PLOT_HEIGHT
         path = f"M{LEFT} {base}" + "".join(f"V{y:.1f}h{step:g}" for y in heights) + f"V{base}"
         parts.append(f'<path class="line {escape(name)}" d="{path}"><title>{escape(name)}</title></path>')
     middle = LEFT + PLOT_WIDTH / 2

@@ -18,9 +18,9 @@ from vaflow.cache.schema import FACES
 from vaflow.datasets.clip import Clip, Note
 from vaflow.errors import MediaError, count
 from vaflow.extract.container import decode, opened
-from vaflow.extract.faces.cuts import CutDetector
+from vaflow.extract.faces.alignment import MIN_SCORE, MIN_SIZE
 from vaflow.extract.faces.detection import CenterFace
-from vaflow.extract.faces.quality import MIN_SCORE, MIN_SIZE
+from vaflow.extract.faces.tracking import CutDetector
 from vaflow.extract.messages import Failed
 from vaflow.extract.pool import each
 from vaflow.extract.video import to_rgb

@@ -12,11 +12,10 @@ from vaflow.extract.faces.alignment import (
     decode_jpeg,
     encode_jpeg,
 )
-from vaflow.extract.faces.cuts import CUTS_VERSION
 from vaflow.extract.faces.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_SCORE, CenterFace, Face, model_digest
 from vaflow.extract.faces.identity import network_identity, resolve
 from vaflow.extract.faces.people import LARGEST
-from vaflow.extract.faces.tracking import ALL_FACES_VERSION, TRACKER_VERSION, PersonTracker
+from vaflow.extract.faces.tracking import ALL_FACES_VERSION, CUTS_VERSION, TRACKER_VERSION, PersonTracker
 
 __all__ = [
     "CenterFace",

@@ -104,7 +104,7 @@ class CenterFace:
         self._net = cv2.dnn.readNetFromONNX(str(model_path()))
 
     def detect(self, rgb: Image) -> list[Face]:
-        """Faces of an image [H, W, 3] uint8, the most certain first; empty if there are none."""
+        """Faces of an image [H, W, 3] uint8, the most certain first; empty without a face."""
         import cv2
 
         small, scale = shrunk(rgb, self.max_size)

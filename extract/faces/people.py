@@ -13,12 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
-from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg
-from vaflow.extract.faces.cuts import SUSPICIOUS, CutDetector
+from vaflow.extract.faces.alignment import (
+    Quality,
+    align,
+    decode_jpeg,
+    encode_jpeg,
+    face_quality,
+    mouth_motion,
+    resemblance,
+)
 from vaflow.extract.faces.detection import Face, overlap
 from vaflow.extract.faces.identity import FaceNetwork, Vectors, link
-from vaflow.extract.faces.quality import Quality, face_quality, mouth_motion, resemblance
-from vaflow.extract.faces.tracking import MAX_SIZE_CHANGE, FaceTracker, distance, size_change
+from vaflow.extract.faces.tracking import MAX_SIZE_CHANGE, SUSPICIOUS, CutDetector, FaceTracker, distance, size_change
 
 Image = NDArray[np.uint8]
 

@@ -4,13 +4,15 @@
     DIR/<item>.csv, a column `time` (seconds; not needed with a rate) and one column per dimension
 
 A table may have columns `start` and `end` in place of `time`: a row's time is then the middle of its span. A row that
-holds NaN, infinity or an empty cell is marked invalid and set to 0.
+holds NaN, infinity or an empty cell is marked invalid and set to 0. The
+roles of columns follow from their names, or from a mapping of the user.
 """
 
 import csv
+import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from tokenize import TokenError
@@ -22,14 +24,13 @@ from numpy.typing import NDArray
 from vaflow.datasets.files import head, printable, size_problem
 from vaflow.datasets.splits import SPLITS_FILE
 from vaflow.datasets.text import MAX_SECONDS, decimal_point, separator_of
-from vaflow.errors import DataError, explain
-from vaflow.extract.importing.columns import Columns, seconds_of
+from vaflow.errors import DataError, UsageError, explain
 
+ROLES = ("time", "frame", "start", "end", "valence", "arousal", "ignore")
+
+_CLOCK_TIME = re.compile(r"(?:(\d+) days? )?(\d+):(\d\d):(\d\d(?:[.,]\d+)?)", re.ASCII)  # pandas writes "0 days ..."
 ARRAY, TIMES, TABLE = ".npy", ".time.npy", ".csv"
 LARGEST = 4 * 2**30  # bytes of one item's numbers in memory: 24 hours of 30 rows per second of 200 dimensions
-
-_PLAIN = Columns()
-
 # Exceptions of NumPy for invalid headers, which are Python literals.
 _BROKEN_ARRAY = (
     OSError,
@@ -41,6 +42,55 @@ _BROKEN_ARRAY = (
     MemoryError,
     RecursionError,
 )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column name in lower case -> role; a column that is not in the mapping has the role of its name."""
+
+    roles: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, pairs: Iterable[str]) -> "Columns":
+        """Parse `--columns ROLE=NAME` options into a mapping; names may be several, separated by commas.
+
+        Raises:
+            UsageError: not such a pair, an unknown role, or a column with two roles.
+        """
+        roles: dict[str, str] = {}
+        for pair in pairs:
+            role, equals, names = pair.partition("=")
+            if not equals or role not in ROLES or not names:
+                expected = "ROLE=NAME, as time=frameTime"
+                raise UsageError(explain("--columns is not a pair", expected=expected, got=pair, choices=ROLES))
+            for name in names.lower().split(","):
+                if roles.setdefault(name.strip(), role) != role:
+                    raise UsageError(explain(f"--columns gives {name!r} two roles", got=pair))
+        return cls(roles)
+
+    def of(self, header: Sequence[str]) -> list[str]:
+        """Column names in lower case, with mapped names replaced by their role.
+
+        A column that has a role's name, while the mapping gives that role to another one, is ignored.
+        """
+        names = [name.lower() for name in header]
+        mapped = {self.roles[name] for name in names if name in self.roles}
+        return [self.roles.get(name, "ignore" if name in mapped else name) for name in names]
+
+
+def seconds_of(cell: str) -> float:
+    """Parse a time cell: seconds, "HH:MM:SS.sss", or "D days HH:MM:SS.sss".
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if (match := _CLOCK_TIME.fullmatch(cell)) is None:
+        return float(cell)
+    days, hours, minutes, rest = match.groups()
+    return ((int(days or 0) * 24 + int(hours)) * 60 + int(minutes)) * 60 + float(rest.replace(",", "."))
+
+
+_PLAIN = Columns()
 
 
 @dataclass(frozen=True)
@@ -56,7 +106,7 @@ class FeatureFile:
         """The one file of features.
 
         Raises:
-            DataError: there is no file, or there are several.
+            DataError: no file or several files match.
         """
         if len(self.paths) == 1:
             return self.paths[0]

@@ -19,8 +19,8 @@ from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
 from vaflow.datasets.files import examples, head
 from vaflow.datasets.splits import SPLITS_FILE, Assignment, assign
 from vaflow.errors import DataError, UsageError, explain
-from vaflow.extract.importing.columns import Columns
 from vaflow.extract.importing.feature_files import (
+    Columns,
     FeatureFile,
     Features,
     Signature,

@@ -20,8 +20,7 @@ from vaflow.datasets.splits import Assignment
 from vaflow.datasets.text import TARGETS, LabelFile, separator_of, split_cells
 from vaflow.datasets.videos import read_csv
 from vaflow.errors import DataError, UsageError, explain
-from vaflow.extract.importing.columns import Columns
-from vaflow.extract.importing.feature_files import FeatureFile, Features
+from vaflow.extract.importing.feature_files import Columns, FeatureFile, Features
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.extract.streams import provenance
 from vaflow.timeline import Floats, median_interval

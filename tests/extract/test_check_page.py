@@ -15,9 +15,8 @@ from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.extract.doctor.check import check_dataset
 from vaflow.extract.doctor.facts import BINS
-from vaflow.extract.doctor.page import CLIPS_WITH_IMAGES, clips_with_images, coverage_bars, html_page
+from vaflow.extract.doctor.page import CLIPS_WITH_IMAGES, SIDE, clips_with_images, coverage_bars, html_page, thumbnails
 from vaflow.extract.doctor.report import Checked, Report
-from vaflow.extract.doctor.thumbnails import SIDE, thumbnails
 
 VOID = {"meta", "img", "br"}
 HOSTILE = '<script>alert(1)</script>"onload="x&amp;'

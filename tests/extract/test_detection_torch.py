@@ -26,8 +26,8 @@ from vaflow.extract.faces.detection_torch import TorchDetector
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job, Message
 from vaflow.extract.plan import make_plan
 from vaflow.extract.pool import WorkerPool
-from vaflow.extract.profile import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
 from vaflow.extract.ray_node import Member
+from vaflow.extract.summary import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
 from vaflow.extract.video import frame_times, frames_at
 from vaflow.extract.worker import run_job
 

@@ -9,9 +9,9 @@ import torch
 from vaflow.cache import open_cache
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
+from vaflow.extract.audio_activity import SpeechMeter, speech_frames
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
-from vaflow.extract.speech import SpeechMeter, speech_frames
 
 RATE = 16_000
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from vaflow.errors import UsageError, WeightsError
-from vaflow.extract.faces.dlib_network import FaceResNet
-from vaflow.extract.faces.identity import DLIB, dlib_path, network_identity, open_network, resolve
+from vaflow.extract.faces.identity import DLIB, FaceResNet, dlib_path, network_identity, open_network, resolve
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,11 @@ import pytest
 from vaflow.errors import MediaError, UsageError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces import faces_identity, tracker_identity
-from vaflow.extract.faces.alignment import TEMPLATE
-from vaflow.extract.faces.cuts import CutDetector
+from vaflow.extract.faces.alignment import TEMPLATE, yaw
 from vaflow.extract.faces.detection import Face
 from vaflow.extract.faces.identity import FaceNetwork, link
 from vaflow.extract.faces.people import ClipFaces, People
-from vaflow.extract.faces.quality import yaw
-from vaflow.extract.faces.tracking import PATIENCE, FaceTracker
+from vaflow.extract.faces.tracking import PATIENCE, CutDetector, FaceTracker
 
 STEP = 0.5
 

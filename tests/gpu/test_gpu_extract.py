@@ -12,7 +12,7 @@ from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
 from vaflow.device import Stopwatch
 from vaflow.extract.batching import FixedBatcher
-from vaflow.extract.profile import ON_DEVICE, idle_share
+from vaflow.extract.summary import ON_DEVICE, idle_share
 
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--workers", "2"]
 ENCODED = ("clip-tiny", "ast-tiny")

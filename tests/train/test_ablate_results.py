@@ -15,10 +15,9 @@ from ablation_toys import key_of, made_up_plan
 from PIL import ImageFont
 
 from vaflow.train.ablate.grid import Row, load_study
-from vaflow.train.ablate.page import html_page, plot
 from vaflow.train.ablate.plan import Options, Plan
 from vaflow.train.ablate.pool import Ended
-from vaflow.train.ablate.report import About, csv_text, digits, markdown
+from vaflow.train.ablate.report import About, csv_text, digits, html_page, markdown, plot
 from vaflow.train.ablate.results import Results, collect
 from vaflow.train.ablate.statistics import read_moments, write_moments
 from vaflow.train.config import TrainConfig

@@ -17,10 +17,10 @@ from vaflow.errors import DataError, FingerprintError, UsageError
 from vaflow.timeline import Grid
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split, load_windows
-from vaflow.train.digests import clip_digests
 from vaflow.train.inputs import check_same, resolve
 from vaflow.train.metrics import region_occupancy
-from vaflow.train.reporting import describe_labels
+from vaflow.train.record import clip_digests
+from vaflow.train.session import describe_labels
 from vaflow.train.windows import WindowSet
 
 GRID = Toy().grid

@@ -13,10 +13,23 @@ from vaflow.cache import open_cache
 from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig
-from vaflow.train.digests import from_json
 from vaflow.train.folds import split_items
-from vaflow.train.search.space import Choice, Range, Space, read_space
-from vaflow.train.search.trials import DONE, FAILED, STOPPED, Log, Trial, continues, importances, propose, rungs
+from vaflow.train.record import from_json
+from vaflow.train.search.trials import (
+    DONE,
+    FAILED,
+    STOPPED,
+    Choice,
+    Log,
+    Range,
+    Space,
+    Trial,
+    continues,
+    importances,
+    propose,
+    read_space,
+    rungs,
+)
 from vaflow.train.settings_files import read_settings
 from vaflow.train.training import evaluate_run
 

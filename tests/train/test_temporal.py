@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from toy_batches import inside_mask
 
 from vaflow.errors import UsageError
-from vaflow.train.heads.positions import Sinusoids
-from vaflow.train.heads.temporal import TCN, TEMPORAL, Recurrent, Transformer
+from vaflow.train.heads.temporal import TCN, TEMPORAL, Recurrent, Sinusoids, Transformer
 
 LENGTHS = (9, 4, 1, 6)
 WIDTH, HIDDEN = 6, 8

@@ -23,9 +23,8 @@ from vaflow.train.inputs import resolve
 from vaflow.train.loop import Progress, fit, save_checkpoint
 from vaflow.train.session import Data, LoadedSplits, data_key, load_data, new_model
 from vaflow.train.storage import read_tensors
-from vaflow.train.together.batches import FOLD, VARYING, Choice, batches_of, choose
 from vaflow.train.together.epochs import Member, fit_together
-from vaflow.train.together.runs import Trainer
+from vaflow.train.together.runs import FOLD, VARYING, Choice, Trainer, batches_of, choose
 from vaflow.train.training import Result
 
 CPU = torch.device("cpu")
@@ -330,7 +329,7 @@ def test_a_short_training_is_not_measured(cache: Cache) -> None:
 
 
 def test_measuring_keeps_random_state_and_returns_times(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vaflow.train.together.batches.WORTH_MEASURING", 0)
+    monkeypatch.setattr("vaflow.train.together.runs.WORTH_MEASURING", 0)
     runs = configs(cache)
     data = [LoadedSplits(cache).data(runs[0])] * len(runs)
     torch.manual_seed(5)

@@ -12,8 +12,18 @@ from toy_runs import ccc
 
 from vaflow.cli import main
 from vaflow.datasets.formats import read_csv
-from vaflow.viewer.agreement import cohen_kappa, delay, evaluator_weights, icc, mean_kappa, pairwise_ccc
-from vaflow.viewer.ratings import AgreeConfig, compare_ratings, fuse_ratings, read_ratings
+from vaflow.viewer.ratings import (
+    AgreeConfig,
+    cohen_kappa,
+    compare_ratings,
+    delay,
+    evaluator_weights,
+    fuse_ratings,
+    icc,
+    mean_kappa,
+    pairwise_ccc,
+    read_ratings,
+)
 
 Floats = NDArray[np.float64]
 

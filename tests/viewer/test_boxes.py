@@ -7,7 +7,7 @@ import pytest
 
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.schema import FACES, LABELS, StreamInfo
-from vaflow.viewer.boxes import stored_boxes
+from vaflow.viewer.clip_data import stored_boxes
 
 WIDTH, HEIGHT = 200, 100
 

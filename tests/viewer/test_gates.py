@@ -17,7 +17,7 @@ from vaflow.train.evaluate import predict_windows
 from vaflow.train.runs import load_run
 from vaflow.train.storage import read_tensors, write_tensors
 from vaflow.train.training import train_run
-from vaflow.viewer.gates import FusionStatistics, fusion_statistics
+from vaflow.viewer.attention import FusionStatistics, fusion_statistics
 from vaflow.viewer.report import write_report
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=1, device="cpu")

@@ -14,9 +14,8 @@ from until import until
 
 from vaflow.cli import main
 from vaflow.train.ablate.grid import Row
-from vaflow.train.ablate.page import html_page
 from vaflow.train.ablate.plan import Options
-from vaflow.train.ablate.report import About
+from vaflow.train.ablate.report import About, html_page
 from vaflow.train.ablate.results import collect
 from vaflow.viewer.page import ViewConfig, write_viewer
 from vaflow.viewer.report import write_report

@@ -11,7 +11,7 @@ import pytest
 from numbered_clip import read_number, write_clip, write_predictions
 from until import until
 
-from vaflow.viewer.boxes import detect_boxes
+from vaflow.viewer.clip_data import detect_boxes
 from vaflow.viewer.media import HOP, RATE, MediaIndex, audio_level, probe, speech_spans, transcode
 from vaflow.viewer.page import ViewConfig, write_viewer
 from vaflow.viewer.predictions import PredictedClip

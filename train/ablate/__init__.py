@@ -1,7 +1,7 @@
 """`vaflow ablate`: tables of configurations, each trained with several seeds, next to the published numbers.
 
 grid.py (tables), plan.py (runs and their hashes), pool.py (training), statistics.py and results.py (scores), report.py
-and page.py (files); study.py calls them in this order. encoders.py makes the table of a cache's encoders.
+(files); study.py calls them in this order. encoders.py makes the table of a cache's encoders.
 """
 
 from vaflow.train.ablate.study import StudyResult, run_study

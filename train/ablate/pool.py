@@ -21,9 +21,8 @@ from vaflow.train.ablate.statistics import moments_file, video_moments_of, write
 from vaflow.train.config import TrainConfig
 from vaflow.train.runs import RunFolder
 from vaflow.train.settings_files import from_toml, to_toml
-from vaflow.train.together.batches import batches_of
 from vaflow.train.together.epochs import FAILURES
-from vaflow.train.together.runs import Trainer, check_mode, one_thread
+from vaflow.train.together.runs import Trainer, batches_of, check_mode, one_thread
 
 
 @dataclass(frozen=True)

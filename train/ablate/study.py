@@ -12,10 +12,9 @@ from vaflow.failures import FAILURES, Failure, write_failures
 from vaflow.files import lock_folder, write_file
 from vaflow.train.ablate.encoders import compare
 from vaflow.train.ablate.grid import Study
-from vaflow.train.ablate.page import html_page
 from vaflow.train.ablate.plan import Options, Plan, add_command, make_plan
 from vaflow.train.ablate.pool import RUNS, Ended, Outcome, run_jobs
-from vaflow.train.ablate.report import About, csv_text, markdown
+from vaflow.train.ablate.report import About, csv_text, html_page, markdown
 from vaflow.train.ablate.results import Results, collect
 from vaflow.train.ablate.statistics import moments_file
 from vaflow.train.runs import RunFolder

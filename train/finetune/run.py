@@ -31,8 +31,7 @@ from vaflow.train.finetune.backbones import (
     tunable,
 )
 from vaflow.train.finetune.data import Source, check_sources, load_sources
-from vaflow.train.finetune.model import TunedModel, encode_split
-from vaflow.train.finetune.step import Tuning, make_optimizer, train_epoch
+from vaflow.train.finetune.step import TunedModel, Tuning, encode_split, make_optimizer, train_epoch
 from vaflow.train.heads.model import VAModel, count_parameters
 from vaflow.train.inputs import check_same
 from vaflow.train.loop import Progress, run_epochs

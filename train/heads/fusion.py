@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.errors import UsageError, explain
-from vaflow.train.heads.positions import Sinusoids
+from vaflow.train.heads.temporal import Sinusoids
 
 POSITIONS = ("none", "time")
 TIME_UNIT = 0.1  # seconds; the shortest wavelength is 2 pi of these, about the interval of frames in a window

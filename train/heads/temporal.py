@@ -2,7 +2,7 @@
 
 Every model has one interface: `forward(x [B, T, input_size], inside [B, T]) -> [B, T, hidden]`, with zeros at padding.
 Values at padding are never read. Source: arXiv 2603.13415, eq. 1 (BiGRU) and table 2 (TCN); LSTM and Transformer are
-ours.
+ours. The rates of sinusoidal positions are a buffer: nothing is built on the CPU or copied in a step.
 """
 
 import math
@@ -15,8 +15,29 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from vaflow.errors import UsageError, explain
-from vaflow.train.heads.positions import Sinusoids
 from vaflow.train.heads.recurrence import Cell, run_recurrent
+
+
+class Sinusoids(nn.Module):
+    """Positions -> sines in the first half and cosines in the second, wavelengths 2 pi to 20,000 pi units.
+
+    Args:
+        width: of the result, even.
+        unit: length of one unit; 1 where positions count steps.
+    """
+
+    rates: Tensor
+
+    def __init__(self, width: int, unit: float = 1.0) -> None:
+        super().__init__()
+        half = width // 2
+        rates = torch.exp(-math.log(10_000.0) * torch.arange(half) / half) / unit
+        self.register_buffer("rates", rates, persistent=False)  # not in checkpoints: older runs lack it
+
+    def forward(self, position: Tensor) -> Tensor:
+        """[...] -> [..., width], in the type of the rates."""
+        angle = position.to(self.rates).unsqueeze(-1) * self.rates
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 class Recurrent(nn.Module):

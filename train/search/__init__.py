@@ -1,6 +1,6 @@
 """`vaflow search`: random or Bayesian search over settings, scored by cross-validation within the training split.
 
-space.py (settings to search) -> trials.py (proposals, successive halving, the log) -> study.py (training and results)
+trials.py (settings to search, proposals, successive halving, the log) -> study.py (training and results)
 -> report.py (the files).
 """
 

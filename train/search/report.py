@@ -15,8 +15,7 @@ from vaflow.demonstration import random_encoders
 from vaflow.files import write_file
 from vaflow.pages import render
 from vaflow.train.inputs import resolve
-from vaflow.train.search.space import Space
-from vaflow.train.search.trials import DONE, FAILED, STOPPED, SearchOptions, SearchResult, Trial, importances
+from vaflow.train.search.trials import DONE, FAILED, STOPPED, SearchOptions, SearchResult, Space, Trial, importances
 from vaflow.train.settings_files import to_toml
 
 RESULT = "search.json"

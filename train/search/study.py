@@ -19,7 +19,6 @@ from vaflow.train.folds import make_folds, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
 from vaflow.train.search.report import document, write_results
-from vaflow.train.search.space import Space
 from vaflow.train.search.trials import (
     DONE,
     FAILED,
@@ -27,14 +26,14 @@ from vaflow.train.search.trials import (
     Log,
     SearchOptions,
     SearchResult,
+    Space,
     Trial,
     continues,
     propose,
     rungs,
 )
-from vaflow.train.together.batches import batches_of
 from vaflow.train.together.epochs import FAILURES
-from vaflow.train.together.runs import Trainer, one_thread
+from vaflow.train.together.runs import Trainer, batches_of, one_thread
 from vaflow.train.training import Result, evaluate_run
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from vaflow.cache.commit import commit, discard, load_record
 from vaflow.cache.documents import fingerprint, now, plain
 from vaflow.cache.index import Index, Row, saved_at_intervals
 from vaflow.cache.layout import Layout
-from vaflow.cache.reader import fetch
 from vaflow.cache.schema import (
     LABELS,
     SCHEMA_VERSION,
@@ -29,7 +28,7 @@ from vaflow.cache.schema import (
     escape,
 )
 from vaflow.cache.scratch import LongArray, Scratch
-from vaflow.cache.stores import STORES
+from vaflow.cache.stores import STORES, fetch
 from vaflow.cache.streams import declare, load_stream
 from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError, explain
 
@@ -90,7 +89,7 @@ class Cache:
         """The stream's fingerprint: 32 hexadecimal digits.
 
         Raises:
-            MissingError: there is no such stream.
+            MissingError: the stream does not exist.
         """
         return fingerprint(self._stream(stream))
 
@@ -168,7 +167,7 @@ class Cache:
         """Return the item's completion record, read from the disk.
 
         Raises:
-            MissingError: there is no such stream or item.
+            MissingError: the stream or item does not exist.
             CorruptError: the record is damaged.
         """
         info = self._stream(stream)
@@ -218,7 +217,7 @@ class Cache:
             verify: compare size and CRC32C of every file that is read with the record.
 
         Raises:
-            MissingError: there is no such stream, item or array.
+            MissingError: the stream, item or array does not exist.
             CorruptError: files are missing or differ from the record.
         """
         record, arrays = self._fetch(stream, item, names, verify=verify)
@@ -323,7 +322,7 @@ class Cache:
             raise self.layout.cannot_write(error) from error
 
     def drop(self, stream: str, item: str) -> None:
-        """Remove an item: its record first, then its arrays. Does nothing if there is no such item."""
+        """Remove an item: its record first, then its arrays. A missing item is ignored."""
         self._must_be_writable()
         try:
             discard(self.layout, self._store, self.layout.record(stream, item))

@@ -19,24 +19,23 @@ from vaflow.cli import (
     ablate,
     cache,
     cache_import,
-    cache_prompts,
     check,
     demo,
     evaluate,
-    export,
     extract,
-    faces,
     info,
-    labels,
     predict,
     provenance,
     search,
     train,
     view,
 )
+from vaflow.cli import cache_import as cache_prompts
+from vaflow.cli import predict as export
 from vaflow.cli import predict as submit
-from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error
-from vaflow.cli.options import command_class, epilog
+from vaflow.cli import view as faces
+from vaflow.cli import view as labels
+from vaflow.cli.common import PANELS, Command, CommandGroup, command_class, epilog, help_width, print_error
 from vaflow.errors import UsageError, VaflowError, explain, is_out_of_memory
 from vaflow.extract.config import ExtractConfig
 from vaflow.process import prepare_environment

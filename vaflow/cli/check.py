@@ -75,8 +75,7 @@ def check(
     with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not show_bars(quiet)) as bar:
         report = check_dataset(dataset, progress=bar.update, cache=opened, people=people)
     if html is not None:
-        from vaflow.extract.doctor.page import clips_with_images, html_page
-        from vaflow.extract.doctor.thumbnails import all_thumbnails
+        from vaflow.extract.doctor.page import all_thumbnails, clips_with_images, html_page
 
         clips = [(c.clip, c.media.duration if c.media else None) for c in clips_with_images(report)]
         images = tqdm(all_thumbnails(clips), total=len(clips), unit="clip", desc="images", disable=not show_bars(quiet))
@@ -99,9 +98,9 @@ def _must_be_writable(path: Path) -> None:
     """Raise a UsageError if the page cannot be written, before the data set is read."""
     problem = "it is a folder" if path.is_dir() else None
     if problem is None and not path.parent.is_dir():
-        problem = f"there is no folder {path.parent}"
+        problem = f"the folder {path.parent} does not exist"
     if problem is None and not os.access(path if path.exists() else path.parent, os.W_OK):
-        problem = "you may not write there"
+        problem = "you have no permission to write to it"
     if problem is not None:
         raise UsageError(
             explain("The page cannot be written", expected="--html FILE in a folder", got=f"{path}: {problem}")

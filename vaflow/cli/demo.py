@@ -28,7 +28,7 @@ def demo(
     Example: vaflow demo --out large --clips 60
     """
     set_up(verbose, quiet)
-    from vaflow.demo.run import describe, run_demo
+    from vaflow.demo.writer import describe, run_demo
 
     result = run_demo(out, seed=seed, clips=clips, show_progress=show_bars(quiet))
     if json:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaflow.cli.common import (
+    HelpAll,
     JsonFlag,
     Quiet,
     Verbose,
@@ -17,8 +18,8 @@ from vaflow.cli.common import (
     summary_json,
     table,
     weight_pairs,
+    with_settings,
 )
-from vaflow.cli.options import HelpAll, with_settings
 from vaflow.errors import UsageError, count, explain
 from vaflow.extract.config import ENGINES, ExtractConfig, Shard
 
@@ -193,7 +194,7 @@ def extract(
         if summary.several_people:
             typer.echo(_several_people(summary.several_people, out, root, config.identity))
     if profile and summary.stages and not json:
-        from vaflow.extract.profile import bottleneck
+        from vaflow.extract.summary import bottleneck
 
         rows = [(stage, f"{seconds:.1f}") for stage, seconds in summary.stages.items()]
         typer.echo(f"\n{table(rows, ('stage', 'seconds'))}\n{bottleneck(summary.stages)}")

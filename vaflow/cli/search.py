@@ -59,8 +59,8 @@ def search(
     from vaflow.cache import open_cache
     from vaflow.train.search import SearchOptions, run_nested_search, run_search
     from vaflow.train.search.report import document
-    from vaflow.train.search.space import read_space
     from vaflow.train.search.study import nested_document
+    from vaflow.train.search.trials import read_space
 
     options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing, batch, together)
     if outer_folds and (train, holdout) != (SearchOptions.train, SearchOptions.holdout):

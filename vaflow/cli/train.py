@@ -9,6 +9,7 @@ import typer
 
 from vaflow.cli.common import (
     Cache,
+    HelpAll,
     JsonFlag,
     Quiet,
     Verbose,
@@ -18,9 +19,9 @@ from vaflow.cli.common import (
     show_bars,
     table,
     weight_pairs,
+    with_settings,
 )
 from vaflow.cli.evaluate import summary
-from vaflow.cli.options import HelpAll, with_settings
 from vaflow.errors import UsageError, explain, visible
 from vaflow.train import config as configs
 from vaflow.train import settings_files

@@ -1,4 +1,4 @@
-"""`vaflow view`, `vaflow report` and `vaflow runs`: pages and tables about predictions and runs."""
+"""`vaflow view`, `report`, `runs`, `faces` and `labels`: pages and tables of predictions, runs, people and ratings."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, table
-from vaflow.errors import count
+from vaflow.errors import UsageError, count, explain
 
 MediaOption = Annotated[
     list[Path] | None,
@@ -14,6 +14,7 @@ MediaOption = Annotated[
         metavar="PATH", help="Directory or file with the clips; searched by recorded name and size. Repeatable."
     ),
 ]
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare and fuse labels of several annotators.")
 
 
 def view(
@@ -139,4 +140,92 @@ def runs(
         "seed",
     )
     typer.echo(table(rows, (*heads, "streams")) if rows else f"No runs below {root}")
+    return 0
+
+
+def faces(
+    path: Annotated[Path, typer.Argument(metavar="CACHE|MEDIA", help="Cache, video, or directory of videos.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Page to write; faces.csv is written beside it.")] = Path(
+        "faces.html"
+    ),
+    media: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Directory or file with the videos of a cache, for the crops. Repeatable."),
+    ] = None,
+    several: Annotated[bool, typer.Option("--several", help="Show only clips with several people.")] = False,
+    identity: Annotated[
+        str, typer.Option(metavar="NAME", help="Network that joins tracks, for videos: auto, dlib, onnx:FILE or none.")
+    ] = "auto",
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Write a page with every person of each clip: crops over time, quality, gaps and cuts; and all boxes as CSV.
+
+    Example: vaflow faces affwild2.cache --media affwild2/raw_videos --out faces.html
+    """
+    set_up(verbose, quiet)
+    from vaflow.viewer.people import write_people
+
+    if not path.exists():
+        raise UsageError(explain(f"{path} does not exist", expected="a cache, a video, or a directory of videos"))
+    page = write_people(path, out, media or (), several=several, identity=identity)
+    if json:
+        print_json({"page": str(out), "table": str(page.table), "clips": page.facts()})
+    elif not quiet:
+        people = sum(len(clip.people) > 1 for clip in page.clips)
+        typer.echo(f"{count(len(page.clips), 'clip')}, {people} with several people: {out}, {page.table}")
+    return 0
+
+
+def agree(
+    root: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Ratings: ANNOTATOR/CLIP.csv or CLIP.ANNOTATOR.csv.", show_default=False),
+    ],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write fused labels here, one CSV per clip.")] = None,
+    fuse: Annotated[str, typer.Option(metavar="HOW", help="mean, or ewe (evaluator-weighted estimator).")] = "mean",
+    max_lag: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Estimate and remove reaction lags up to this (0: none).")
+    ] = 0.0,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="PREDICTIONS", help="Run or predictions that lags are measured against."),
+    ] = None,
+    rate: Annotated[float, typer.Option(metavar="HZ", help="Instants per second for comparison and fusion.")] = 25.0,
+    json: JsonFlag = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Print how far annotators agree (CCC, ICC, Cohen's kappa of regions), and fuse their labels.
+
+    Example: vaflow labels agree ratings --max-lag 4 --fuse ewe --out labels
+    """
+    set_up(verbose, quiet)
+    from vaflow.viewer.ratings import AgreeConfig, compare_ratings, fuse_ratings, read_ratings
+
+    config = AgreeConfig(rate, max_lag, fuse, reference)
+    ratings = read_ratings(root)
+    agreement = compare_ratings(ratings, config)
+    written = fuse_ratings(ratings, agreement, config, out) if out is not None else []
+    document = agreement.as_dict()
+    if json:
+        print_json({**document, "labels": [str(path) for path in written]})
+        return 0
+    names = list(agreement.icc["valence"])
+    rows = [
+        (d, f"{document['mean_ccc'][d]:.3f}", *(f"{agreement.icc[d][name]:.3f}" for name in names))
+        for d in agreement.icc
+    ]
+    typer.echo(
+        f"{count(len(agreement.clips), 'clip')}, {agreement.seconds:.0f} s, "
+        f"rated by all {len(agreement.annotators)} annotators"
+    )
+    typer.echo(table(rows, ("dimension", "mean CCC", *names)))
+    typer.echo(f"Cohen's kappa of the nine regions, mean over pairs: {agreement.kappa:.3f}")
+    weights = [[f"{agreement.weights[d][name]:.3f}" for d in agreement.weights] for name in agreement.annotators]
+    lines = [(n, f"{agreement.lags[n]:.2f}", *w) for n, w in zip(agreement.annotators, weights, strict=True)]
+    typer.echo(table(lines, ("annotator", "lag (s)", "weight valence", "weight arousal")))
+    if out is not None:
+        typer.echo(f"{count(len(written), 'fused label file')}: {out}")
     return 0

@@ -1,20 +1,24 @@
-"""Read the annotation of any clip: a table of readers by label format.
+"""Choose the layout that fits a folder, list its clips, and read the annotation of any of them.
 
-Readers find every problem of a file before one error lists them all. A value of -5 marks an unannotated row; it
-becomes NaN here and is never a number again.
+Readers report all problems of a file in one error. A value of -5 marks an unannotated row and is read as NaN.
 """
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from vaflow.datasets import afew_va, affwild2, muse, recola, sewa, videos
 from vaflow.datasets.afew_va import read_afew_va
 from vaflow.datasets.affwild2 import read_affwild2
-from vaflow.datasets.clip import Annotation, Clip
+from vaflow.datasets.clip import Annotation, Clip, Dataset, Note
+from vaflow.datasets.files import entries, listing
 from vaflow.datasets.labels import DimensionLabels, merge_dimensions
 from vaflow.datasets.muse import read_muse
 from vaflow.datasets.recola import read_recola
 from vaflow.datasets.sewa import read_sewa
 from vaflow.datasets.videos import read_csv
+from vaflow.errors import UsageError, explain
 
 # Formats with one file per clip ...
 READERS: dict[str, Callable[[Path], Annotation]] = {
@@ -29,6 +33,8 @@ DIMENSION_READERS: dict[str, Callable[[Path], DimensionLabels]] = {
     "recola": read_recola,
     "muse": read_muse,
 }
+AUTO = "auto"
+log = logging.getLogger(__name__)
 
 
 def read_annotation(clip: Clip) -> Annotation | None:
@@ -45,3 +51,87 @@ def read_annotation(clip: Clip) -> Annotation | None:
     if clip.labels is None:
         return None
     return READERS[clip.label_format](clip.labels)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of folder is read.
+
+    Attributes:
+        looks_for: what `detect` needs to find, for messages.
+        detect: root -> why it may be of this layout, or None.
+        scan: root -> clips in any order, and notes.
+    """
+
+    looks_for: str
+    detect: Callable[[Path], str | None]
+    scan: Callable[[Path], tuple[list[Clip], list[Note]]]
+
+
+# In the order in which `auto` tries them: specific layouts first.
+LAYOUTS: dict[str, Layout] = {
+    "affwild2": Layout(affwild2.LOOKS_FOR, affwild2.detect, affwild2.scan),
+    "afew-va": Layout(afew_va.LOOKS_FOR, afew_va.detect, afew_va.scan),
+    "recola": Layout(recola.LOOKS_FOR, recola.detect, recola.scan),
+    "sewa": Layout(sewa.LOOKS_FOR, sewa.detect, sewa.scan),
+    "muse": Layout(muse.LOOKS_FOR, muse.detect, muse.scan),
+    "videos": Layout(videos.LOOKS_FOR, videos.detect, videos.scan),
+}
+
+
+def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
+    """The clips below `root`. No media file is opened: `vaflow check` finds problems inside files.
+
+    Args:
+        root: the data set's folder.
+        layout: a key of `LAYOUTS`, or "auto" for the first one that fits.
+
+    Raises:
+        UsageError: the root is not a folder or is empty, the layout is unknown or does not fit, or a list in the
+            folder (splits, test trials) has mistakes.
+    """
+    folder = Path(root).expanduser().absolute()
+    _require_files(folder)
+    if layout not in (AUTO, *LAYOUTS):
+        raise UsageError(explain("Unknown layout", got=layout, choices=[AUTO, *LAYOUTS]))
+    if layout == AUTO or not LAYOUTS[layout].detect(folder):
+        fitting = next((name for name in LAYOUTS if LAYOUTS[name].detect(folder)), "")
+        if layout != AUTO or not fitting:
+            if layout == AUTO:
+                problem, expected = f"No layout fits {folder}", _all_look_for()
+                remedy: str | None = "Name the data set's own folder, the one that holds these"
+            else:
+                problem, expected = f"{folder} is not of the layout {layout!r}", LAYOUTS[layout].looks_for
+                other = f"The layout {fitting!r} fits: use --layout {fitting}, or name another folder"
+                remedy = other if fitting else None
+            raise UsageError(explain(problem, expected=expected, got=listing(folder), remedy=remedy))
+        layout = fitting
+    clips, notes = LAYOUTS[layout].scan(folder)
+    return Dataset(folder, layout, tuple(sorted(clips, key=lambda clip: clip.id)), tuple(notes))
+
+
+def log_left_out(dataset: Dataset) -> None:
+    """Log what the scan left out or had to decide, as `check` lists it: every warning, error and ignored file."""
+    for note in dataset.notes:
+        if note.severity != "note" or note.code == "ignored-files":
+            log.warning("%s%s. %s", f"{note.item}: " if note.item else "", note.message, note.remedy)
+
+
+def _require_files(root: Path) -> None:
+    """Raise a UsageError if the root is not a folder, or nothing in it can be listed."""
+    if not root.exists():
+        parent = next((folder for folder in root.parents if folder.is_dir()), Path("/"))
+        got = f"{root}, which does not exist; {parent} holds {listing(parent)}"
+        raise UsageError(explain("The data set does not exist", expected="an existing folder", got=got))
+    if not root.is_dir():
+        remedy = f"Name the folder: {root.parent}"
+        raise UsageError(
+            explain("The data set is not a folder", expected="a folder", got=f"the file {root}", remedy=remedy)
+        )
+    if not entries(root):
+        remedy = "Unpack the data set there, or check that it is mounted and that you may read it"
+        raise UsageError(explain(f"{root} is empty", expected=_all_look_for(), got="an empty folder", remedy=remedy))
+
+
+def _all_look_for() -> str:
+    return "; or ".join(f"{layout.looks_for} ({name})" for name, layout in LAYOUTS.items())

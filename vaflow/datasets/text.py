@@ -175,7 +175,7 @@ class LabelFile:
             missing: cells that mean "not annotated".
 
         Raises:
-            DataError: with every problem and its lines, or if there are no rows.
+            DataError: with every problem and its lines, or if the file has no rows.
         """
         stamps, values = [], []
         for number, cells in self.rows(len(names), first=first, separator=separator):

@@ -4,8 +4,7 @@ import numpy as np
 
 from vaflow.demo.curves import Key
 from vaflow.demo.drawing import CIRCLE, Colour, Image, Pen, Points, curve, mix, shade
-from vaflow.demo.expression import Expression
-from vaflow.demo.person import Person
+from vaflow.demo.person import Expression, Person
 
 WHITE: Colour = (238, 240, 242)
 DARK: Colour = (24, 22, 26)

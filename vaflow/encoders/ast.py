@@ -32,7 +32,7 @@ from vaflow.encoders.checkpoints import (
 from vaflow.encoders.image_encoder import autocast
 from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, frame_count
-from vaflow.encoders.token_pooling import TokenGrid
+from vaflow.encoders.waveform import TokenGrid
 from vaflow.encoders.weights import state_digest
 from vaflow.errors import UsageError, WeightsError, explain
 
@@ -203,7 +203,7 @@ class AstEncoder:
 
 
 def build(request: Request) -> AstEncoder:
-    """Return a folder's model or, if there is no such folder, the hub's; `request.weights` wins over either.
+    """Return the model of a local folder if it exists, else of the hub; `request.weights` wins over either.
 
     Raises:
         WeightsError: the folder or the hub has no such model, or its weights do not fit.

@@ -33,7 +33,7 @@ def open_folder(name: str, source: str, *, local: bool, weight_files: tuple[str,
         example: a model id for the error message.
 
     Raises:
-        WeightsError: there is no such folder, or the hub has no such model.
+        WeightsError: the folder does not exist, or the hub has no such model.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():

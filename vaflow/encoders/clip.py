@@ -94,7 +94,7 @@ def build(request: Request) -> ImageEncoder:
     """Return `MODEL/TAG_OR_FILE[@LAYER]`: a tag wins over a file, `request.weights` over either's weights.
 
     Raises:
-        UsageError: open_clip has no such model, tag or layer, and there is no such file.
+        UsageError: open_clip has no such model, tag or layer, and no file has that name.
         WeightsError: the weights are unreachable or do not fit.
     """
     from open_clip.pretrained import get_pretrained_cfg, is_pretrained_cfg, list_pretrained_tags_by_model

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from vaflow.encoders.base import FrontEnd, Request, Segments
 from vaflow.encoders.logmel import RATE
-from vaflow.encoders.token_pooling import TokenGrid
-from vaflow.encoders.waveform import WAVEFORM, samples_of, whole_window
+from vaflow.encoders.waveform import WAVEFORM, TokenGrid, samples_of, whole_window
 from vaflow.errors import UsageError, explain
 
 SETS = {"eGeMAPSv02": False, "eGeMAPSv02/functionals": True}
@@ -86,7 +85,7 @@ def build(request: Request) -> OpenSmileEncoder:
     """Return the encoder of a feature set.
 
     Raises:
-        UsageError: openSMILE is not installed, or there is no such set.
+        UsageError: openSMILE is not installed, or has no such feature set.
     """
     request.refuse_weights("it has no weights")
     if request.source not in SETS:

@@ -59,7 +59,7 @@ def load_prompts(path: Path | None = None) -> PromptSet:
         raise UsageError(explain(f"The prompt file {source} cannot be read", got=error, expected="TOML")) from error
     templates, descriptions = _templates(document), _descriptions(document)
     required = [f"{valence}.{arousal}" for valence, arousal in REGIONS]
-    problems = [] if templates else ["there are no templates"]
+    problems = [] if templates else ["no templates"]
     problems += [
         f"template {name} must be a text that contains {{}} once"
         for name, text in templates.items()

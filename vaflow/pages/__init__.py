@@ -42,7 +42,7 @@ def _shown(value: Any) -> Any:
 
 
 def number(value: float | None, places: int = 3, *, sign: bool = False) -> str:
-    """A number for a table; a dash where there is none, and a true minus sign."""
+    """A number for a table; a dash for None, and a true minus sign."""
     if value is None or value != value:
         return "\u2013"
     return f"{value:{'+' if sign else ''}.{places}f}".replace("-", "\u2212")

@@ -36,7 +36,7 @@ _MIN_RANGE, _QUIET = 10.0, -50.0  # dB: a smaller range has no pauses; a lower l
 
 @dataclass(frozen=True)
 class Facts:
-    """What a container says: codecs ("" where there is no stream), pixel format, duration."""
+    """Facts from a container: codecs ("" for a missing stream), pixel format, duration."""
 
     container: str
     video: str

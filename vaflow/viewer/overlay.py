@@ -60,7 +60,7 @@ def write_overlays(predictions: Path, config: ViewConfig) -> Iterator[tuple[str,
     """Write `<clip>.overlay.mp4` beside each prediction CSV; yields (clip, file or None, what failed).
 
     Raises:
-        UsageError: there are no predictions.
+        UsageError: the run has no predictions.
         CorruptError: a prediction file is damaged.
     """
     prediction_set = find_predictions(predictions)

@@ -21,8 +21,7 @@ from vaflow.cache import Cache
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.video import frame_times
 from vaflow.pages import UPLOT, render, script_json
-from vaflow.viewer.boxes import STEP, detect_boxes
-from vaflow.viewer.clip_data import ClipMasks, masks_of, payload, scores_of
+from vaflow.viewer.clip_data import STEP, ClipMasks, detect_boxes, masks_of, payload, scores_of
 from vaflow.viewer.media import AudioLevel, MediaIndex, audio_level, probe, transcode
 from vaflow.viewer.predictions import (
     PredictedClip,
@@ -105,7 +104,7 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
         config: media, cache, copies.
 
     Raises:
-        UsageError: there are no predictions, no such clip, or `out` cannot be written.
+        UsageError: no predictions, no clip of that id, or `out` cannot be written.
         CorruptError: a prediction file is damaged.
     """
     config = config or ViewConfig()
@@ -137,7 +136,7 @@ def has_predictions(path: Path) -> bool:
 
 
 def media_without_predictions(path: Path, clips: Sequence[str]) -> PredictionSet:
-    """The media files of a path as clips to rate. Raises UsageError if there are none."""
+    """The media files of a path as clips to rate. Raises UsageError if the path has none."""
     files = MediaIndex([path] if path.exists() else []).files
     root = path if path.is_dir() else path.parent
     names = [file.relative_to(root).with_suffix("").as_posix() for file in files]

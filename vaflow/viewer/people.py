@@ -1,25 +1,184 @@
-"""The page of `vaflow faces`: the people of clips, with crops over time; and all boxes as CSV."""
+"""The page of `vaflow faces`: the people of clips, with crops over time; and all boxes as CSV.
 
+Crops are cut from the videos (a cache does not hold them for everyone); a cache whose videos have moved gets a page
+without crops unless `--media` names their folder.
+"""
+
+import csv
 import logging
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Images
 
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.schema import FACES, LABELS
 from vaflow.datasets import open_dataset
 from vaflow.errors import MediaError, UsageError, explain
-from vaflow.extract.faces.identity import resolve
-from vaflow.extract.faces.roster import Arrays, ClipCard, cached_faces, clip_card, detected_faces, faces_csv
+from vaflow.extract.faces.alignment import MAX_YAW, MIN_SCORE, MIN_SHARPNESS, MIN_SIZE, align, encode_jpeg
+from vaflow.extract.faces.detection import CenterFace, Face
+from vaflow.extract.faces.identity import open_network, resolve
+from vaflow.extract.faces.people import ClipFaces
+from vaflow.extract.video import frame_times, frames_at
 from vaflow.files import write_file
+from vaflow.item_names import person_item
 from vaflow.pages import render
-from vaflow.timeline import Grid
+from vaflow.timeline import Grid, nearest
 from vaflow.viewer.media import MediaIndex
 
-log = logging.getLogger(__name__)
+CROPS = 10  # of each person, evenly over their time
+CROP_SIZE = 88  # pixels on the page
+COLUMNS = ("clip", "person", "track", "frame", "time", "x0", "y0", "x1", "y1", "score", "size", "sharpness", "yaw")
 
+Arrays = dict[str, NDArray[Any]]
+log = logging.getLogger(__name__)
 TABLE = "faces.csv"
+FacesOfClip = tuple[str, Arrays, dict[int, str], Path | None]  # clip, its faces, person -> item with features, video
+
+
+@dataclass(frozen=True)
+class PersonCard:
+    """One person of a clip, for the page.
+
+    Attributes:
+        seconds, clear: in the picture, and with a clear face.
+        spans: (start, end) seconds without a gap.
+        size, sharpness, yaw: medians.
+        crops: (seconds, data URL), in order of time.
+    """
+
+    number: int
+    seconds: float
+    clear: float
+    tracks: int
+    spans: tuple[tuple[float, float], ...]
+    size: float
+    sharpness: float
+    yaw: float
+    crops: tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True)
+class ClipCard:
+    """One clip, for the page: its cuts, duration in seconds, people, and the items with features of a person.
+
+    Attributes:
+        items: number of a person -> the item that holds their features.
+    """
+
+    item: str
+    duration: float
+    cuts: tuple[float, ...]
+    people: tuple[PersonCard, ...]
+    items: dict[int, str]
+
+
+def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[tuple[str, str, Arrays, dict[int, str]]]:
+    """Clip, an item of it, the arrays of its faces, and number of a person -> item with features of that person."""
+    visual = [name for name, info in cache.streams().items() if info.kind in ("visual", "pixels")]
+    for item in items:
+        if not cache.has(FACES, item):
+            continue
+        made = [name for name in visual if cache.has(name, item)]
+        meta = cache.record(made[0], item).meta if made else {}
+        person, clip, persons = int(meta.get("person", 0)), meta.get("clip"), int(meta.get("persons", 0))
+        if clip is None:
+            yield item, item, dict(cache.read(FACES, item).arrays), {person: item} if person else {}
+        elif person == 1:  # the people of a clip share its faces
+            everyone = {number: person_item(clip, number) for number in range(1, persons + 1)}
+            yield clip, item, dict(cache.read(FACES, item).arrays), everyone
+
+
+def detected_faces(video: Path, network: str, grid: Grid) -> Arrays:
+    """The arrays of the faces stream of a video, detected now.
+
+    Raises:
+        MediaError: the video cannot be read.
+    """
+    times = frame_times(video)
+    sampled_frames = np.unique(nearest(times, grid.sample_times(float(times[-1]))))
+    detector = CenterFace()
+    with ClipFaces(open_network(network)) as faces:
+        for number, image in frames_at(video, sampled_frames, times):
+            faces.add(number, float(times[number]), image, detector.detect(image))
+        return dict(faces.people().arrays())
+
+
+def clip_card(item: str, faces: Arrays, items: dict[int, str], video: Path | None) -> ClipCard:
+    """A clip's people with crops cut from its video, if there is one."""
+    instants = np.unique(faces["time"])
+    step = float(np.median(np.diff(instants))) if len(instants) > 1 else 0.0
+    numbers = np.unique(faces["person"]).tolist()
+    shown = {number: _evenly(np.flatnonzero(faces["person"] == number)) for number in numbers}
+    crops = _crops(faces, sorted({row for rows in shown.values() for row in rows}), video) if video else {}
+    duration = float(instants[-1]) + step if len(instants) else 0.0
+    people = []
+    for number in numbers:
+        mine = faces["person"] == number
+        times = faces["time"][mine]
+        clear = (
+            (faces["size"] >= MIN_SIZE)
+            & (faces["score"] >= MIN_SCORE)
+            & (faces["sharpness"] >= MIN_SHARPNESS)
+            & (np.abs(faces["yaw"]) <= MAX_YAW)
+        )
+        breaks = np.flatnonzero(np.diff(times) > 1.5 * step)
+        starts, ends = np.r_[times[0], times[breaks + 1]], np.r_[times[breaks], times[-1]] + step
+        medians = {name: float(np.median(faces[name][mine])) for name in ("size", "sharpness", "yaw")}
+        people.append(
+            PersonCard(
+                number,
+                len(times) * step,
+                int((clear & mine).sum()) * step,
+                len(np.unique(faces["track"][mine])),
+                tuple(zip(starts.tolist(), ends.tolist(), strict=True)),
+                **medians,
+                crops=tuple((float(faces["time"][row]), crops[row]) for row in shown[number] if row in crops),
+            )
+        )
+    return ClipCard(item, duration, tuple(faces["cut"].tolist()), tuple(people), items)
+
+
+def _evenly(rows: NDArray[np.int64]) -> list[int]:
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(CROPS, len(rows))).round().astype(int))].tolist()
+
+
+def _crops(faces: Arrays, rows: Sequence[int], video: Path) -> dict[int, str]:
+    """Row -> its crop as a data URL."""
+    rows_of_frame: dict[int, list[int]] = {}
+    for row in rows:
+        rows_of_frame.setdefault(int(faces["frame"][row]), []).append(row)
+    made = {}
+    for number, image in frames_at(video, np.array(sorted(rows_of_frame), np.int64), frame_times(video)):
+        for row in rows_of_frame[number]:
+            box = faces["box"][row].tolist()
+            face = Face(
+                (box[0], box[1], box[2], box[3]), float(faces["score"][row]), faces["landmarks"][row].astype(float)
+            )
+            jpeg = BytesIO(encode_jpeg(align(image, face)))
+            small = np.asarray(Images.open(jpeg).resize((CROP_SIZE, CROP_SIZE)), np.uint8)
+            made[row] = "data:image/jpeg;base64," + b64encode(encode_jpeg(small, 80)).decode()
+    return made
+
+
+def faces_csv(clips: Sequence[tuple[str, Arrays]]) -> str:
+    """All boxes, one row per face."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for item, faces in clips:
+        for row in range(len(faces["time"])):
+            box = [f"{value:.1f}" for value in faces["box"][row].tolist()]
+            measures = [f"{float(faces[name][row]):.3g}" for name in ("score", "size", "sharpness", "yaw")]
+            whole = [int(faces[name][row]) for name in ("person", "track", "frame")]
+            writer.writerow([item, *whole, f"{float(faces['time'][row]):.3f}", *box, *measures])
+    return text.getvalue()
 
 
 @dataclass(frozen=True)
@@ -48,7 +207,7 @@ def write_people(
         identity: the network that tells the people of videos apart.
 
     Raises:
-        UsageError: the cache has no stream of faces, or there is no video.
+        UsageError: the cache has no stream of faces, or the folder has no video.
     """
     clip_people = _of_cache(open_cache(path), media) if is_cache(path) else _of_videos(path, resolve(identity))
     clips, tables = [], []
@@ -64,10 +223,7 @@ def write_people(
     return page
 
 
-ClipFaces = tuple[str, Arrays, dict[int, str], Path | None]  # clip, its faces, person -> item with features, video
-
-
-def _of_cache(cache: Cache, media: Sequence[Path]) -> Iterator[ClipFaces]:
+def _of_cache(cache: Cache, media: Sequence[Path]) -> Iterator[FacesOfClip]:
     if FACES not in cache.streams():
         raise UsageError(
             explain(
@@ -82,7 +238,7 @@ def _of_cache(cache: Cache, media: Sequence[Path]) -> Iterator[ClipFaces]:
         yield clip, faces, items, files.get((source.get("name", ""), source.get("size", -1)))
 
 
-def _of_videos(path: Path, network: str) -> Iterator[ClipFaces]:
+def _of_videos(path: Path, network: str) -> Iterator[FacesOfClip]:
     videos = [path] if path.is_file() else [c.video for c in open_dataset(path, "videos").clips if c.video is not None]
     if not videos:
         raise UsageError(explain(f"{path} holds no video", expected="a cache, a video, or a directory of videos"))

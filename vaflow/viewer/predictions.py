@@ -122,7 +122,7 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
         clips: ids to keep; all when empty.
 
     Raises:
-        UsageError: there are no predictions, or no clip has one of the ids.
+        UsageError: the run has no predictions, or no clip has one of the ids.
         CorruptError: `sources.json` or `config.toml` is damaged.
     """
     run = _toml(path / "config.toml")

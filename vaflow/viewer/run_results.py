@@ -194,7 +194,7 @@ def list_runs(root: Path) -> Iterator[RunLine]:
     """Yield every run below a directory, sorted by path.
 
     Raises:
-        UsageError: there is no such directory.
+        UsageError: the directory does not exist.
     """
     if not root.is_dir():
         raise UsageError(explain(f"{root} is not a directory", expected="a directory with runs"))

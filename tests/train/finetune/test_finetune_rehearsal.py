@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vaflow.encoders import build_encoder
 from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
 from vaflow.train.finetune.backbones import Backbone
-from vaflow.train.finetune.model import Raw, TunedModel, Units
+from vaflow.train.finetune.step import Raw, TunedModel, Units
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import InputStream
 
