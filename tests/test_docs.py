@@ -156,7 +156,7 @@ def test_console_command_is_parsed(page: str, line: str) -> None:
         context = command.make_context(words[0], words[1:], parent=context)
         words = [*context._protected_args, *context.args]
         command = command.commands[words[0]]
-    command.make_context(words[0], words[1:], parent=context)
+    assert command.make_context(words[0], words[1:], parent=context).command is command
 
 
 @pytest.mark.parametrize(("page", "line"), [(page, line) for page, line in CONSOLE if "pip install" in line])

@@ -47,7 +47,7 @@ def interrupted(run: Path, tmp_path: Path) -> Path:
     return out
 
 
-def refused(capsys: pytest.CaptureFixture[str], code: int, arguments: list[object], *words: str) -> None:
+def assert_refused(capsys: pytest.CaptureFixture[str], code: int, arguments: list[object], *words: str) -> None:
     """Assert the exit code and one paragraph with these words."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == code
@@ -65,7 +65,7 @@ def train(cache: Path | str, out: Path, *options: object) -> list[object]:
 def test_window_sizes_are_limited(
     cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
-    refused(capsys, 2, train(cache.path, tmp_path / "run", option), option.partition("=")[0], "must be")
+    assert_refused(capsys, 2, train(cache.path, tmp_path / "run", option), option.partition("=")[0], "must be")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -78,7 +78,7 @@ def test_non_numeric_features_are_rejected(
     with monkeypatch.context() as patch:  # written by a program that violates the schema
         patch.setattr("vaflow.cache.cache.array_problems", lambda *_: [])
         cache.write("toy-ears", "train4", arrays)
-    refused(
+    assert_refused(
         capsys, 1, train(cache_copy, tmp_path / "run"), "'train4'", "'toy-ears'", "NaN or infinite", "Expected", "again"
     )
 
@@ -92,14 +92,14 @@ def test_out_of_range_labels_are_rejected(
     with monkeypatch.context() as patch:
         patch.setattr("vaflow.cache.cache.array_problems", lambda *_: [])
         cache.write("labels", "train2", {**arrays, "value": value}, meta=record.meta)
-    refused(capsys, 1, train(cache_copy, tmp_path / "run"), "'train2'", "[-1, 1]")
+    assert_refused(capsys, 1, train(cache_copy, tmp_path / "run"), "'train2'", "[-1, 1]")
 
 
 def test_missing_and_unlabelled_splits_are_rejected(
     cache_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    refused(
+    assert_refused(
         capsys,
         2,
         train(cache_copy, out, "--set", "train_split=trian"),
@@ -112,26 +112,28 @@ def test_missing_and_unlabelled_splits_are_rejected(
         record, arrays = cache.committed("labels", item)
         bare = {**arrays, "valid": np.zeros_like(arrays["valid"]), "value": np.full_like(arrays["value"], np.nan)}
         cache.write("labels", item, bare, meta=record.meta)
-    refused(capsys, 2, train(cache_copy, out), "split 'val'", "annotated", "Choose another split")
+    assert_refused(capsys, 2, train(cache_copy, out), "split 'val'", "annotated", "Choose another split")
     for item in cache.items(split="train"):
         cache.drop("labels", item)
-    refused(capsys, 2, train(cache_copy, out), "train", "Choices: val")
+    assert_refused(capsys, 2, train(cache_copy, out), "train", "Choices: val")
 
 
 def test_missing_streams_are_rejected(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    refused(capsys, 2, train(cache.path, out, "--visual", "toy-eye"), "Choices: toy-eyes", "Did you mean 'toy-eyes'")
-    refused(capsys, 2, train(cache.path, out, "--audio", "ast"), "ast", "Choices: toy-ears")
-    refused(capsys, 2, train(cache.path, out, "--set", "text=clip.text"), "clip.text", "Choices: toy-eyes.text")
+    assert_refused(
+        capsys, 2, train(cache.path, out, "--visual", "toy-eye"), "Choices: toy-eyes", "Did you mean 'toy-eyes'"
+    )
+    assert_refused(capsys, 2, train(cache.path, out, "--audio", "ast"), "ast", "Choices: toy-ears")
+    assert_refused(capsys, 2, train(cache.path, out, "--set", "text=clip.text"), "clip.text", "Choices: toy-eyes.text")
     assert not (out / "config.toml").exists()
 
 
 def test_empty_caches_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = create_cache(tmp_path / "empty")
-    refused(capsys, 2, train(empty.path, tmp_path / "run"), "nothing to train on", "vaflow extract")
+    assert_refused(capsys, 2, train(empty.path, tmp_path / "run"), "nothing to train on", "vaflow extract")
     empty.declare(StreamInfo("toy-eyes", "visual", 3, "float16", {"encoder": "toy"}))
     empty.declare(StreamInfo("labels", "labels", 0, "float32", {"encoder": "labels"}))
-    refused(capsys, 2, train(empty.path, tmp_path / "run"), "has no clips", "vaflow extract")
+    assert_refused(capsys, 2, train(empty.path, tmp_path / "run"), "has no clips", "vaflow extract")
 
 
 def test_another_schema_version_is_rejected(
@@ -144,15 +146,15 @@ def test_another_schema_version_is_rejected(
         ["evaluate", run, "--cache", cache_copy],
         ["folds", cache_copy],
     ):
-        refused(capsys, 2, command, "77", "schema version", "Expected: 1", "extract")
+        assert_refused(capsys, 2, command, "77", "schema version", "Expected: 1", "extract")
 
 
 def test_a_cache_with_other_settings_is_rejected(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_cache(tmp_path / "other", Toy(seconds=(8, 14), widths=(13, 10)))
     words = ("'toy-eyes'", "dim: 13, 12 in the run", "Extract the clips again")
-    refused(capsys, 2, ["evaluate", run, "--cache", other.path], *words)
-    refused(capsys, 2, ["ensemble", run, run, "--cache", other.path, "--out", tmp_path / "e"], *words)
-    refused(capsys, 2, train(other.path, run), "other settings", "toy-eyes", "another --out")
+    assert_refused(capsys, 2, ["evaluate", run, "--cache", other.path], *words)
+    assert_refused(capsys, 2, ["ensemble", run, run, "--cache", other.path, "--out", tmp_path / "e"], *words)
+    assert_refused(capsys, 2, train(other.path, run), "other settings", "toy-eyes", "another --out")
 
 
 def on_runs(run: Path, out: Path, cache: Cache) -> list[list[object]]:
@@ -176,7 +178,7 @@ def test_directories_without_a_run_are_rejected(
     empty.mkdir()
     for folder in (tmp_path / "absent", empty, cache.path):
         for command in on_runs(folder, tmp_path, cache):
-            refused(capsys, 2, command, str(folder), "not a run", "vaflow train")
+            assert_refused(capsys, 2, command, str(folder), "not a run", "vaflow train")
     assert not any((tmp_path / name).exists() for name in ("predictions", "ensemble", "submission.txt"))
 
 
@@ -184,7 +186,7 @@ def test_unfinished_runs_are_rejected(
     interrupted: Path, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in on_runs(interrupted, tmp_path, cache):
-        refused(capsys, 2, command, "interrupted", f"vaflow train {cache.path} --out {interrupted}")
+        assert_refused(capsys, 2, command, "interrupted", f"vaflow train {cache.path} --out {interrupted}")
     capsys.readouterr()
     assert main(["train", str(cache.path), "--out", str(interrupted), *SMALL]) == 0, "the printed remedy fails"
     assert main(["evaluate", str(interrupted)]) == 0
@@ -194,11 +196,11 @@ def test_a_damaged_run_is_rejected(run: Path, cache: Cache, tmp_path: Path, caps
     broken = Path(shutil.copytree(run, tmp_path / "broken"))
     data = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(data[:-10])
-    refused(capsys, 1, ["evaluate", broken], "model.safetensors", "damaged")
+    assert_refused(capsys, 1, ["evaluate", broken], "model.safetensors", "damaged")
     (broken / "model.safetensors").write_bytes(data)
     (broken / "config.toml").write_text("[train\n")
-    refused(capsys, 1, ["evaluate", broken], "config.toml", "cannot be read")
-    refused(capsys, 1, train(cache.path, broken), "config.toml", "cannot be read")
+    assert_refused(capsys, 1, ["evaluate", broken], "config.toml", "cannot be read")
+    assert_refused(capsys, 1, train(cache.path, broken), "config.toml", "cannot be read")
 
 
 def test_unwritable_output_paths_are_rejected(
@@ -207,12 +209,14 @@ def test_unwritable_output_paths_are_rejected(
     file = tmp_path / "file"
     file.write_text("mine")
     for out in (file, file / "below"):
-        refused(capsys, 2, train(cache.path, out), str(out), "Cannot write")
-        refused(capsys, 2, ["ensemble", run, run, "--out", out], str(out))
+        assert_refused(capsys, 2, train(cache.path, out), str(out), "Cannot write")
+        assert_refused(capsys, 2, ["ensemble", run, run, "--out", out], str(out))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
-    refused(capsys, 2, train(cache.path, foreign), "is not empty and is not a run directory", "Choose another --out")
+    assert_refused(
+        capsys, 2, train(cache.path, foreign), "is not empty and is not a run directory", "Choose another --out"
+    )
     assert file.read_text() == "mine"
     assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]
 
@@ -221,7 +225,7 @@ def test_a_dataset_given_as_cache_is_rejected(tmp_path: Path, capsys: pytest.Cap
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.mp4").write_bytes(b"")
-    refused(capsys, 2, ["train", data, "--out", tmp_path / "run"], f"vaflow extract {data} --out {data}.cache")
+    assert_refused(capsys, 2, ["train", data, "--out", tmp_path / "run"], f"vaflow extract {data} --out {data}.cache")
 
 
 def test_a_run_with_a_missing_cache_is_rejected(
@@ -231,5 +235,5 @@ def test_a_run_with_a_missing_cache_is_rejected(
     shutil.copytree(run, moved)
     text = (moved / "config.toml").read_text().replace(str(cache.path.resolve()), "/nowhere/cache")
     (moved / "config.toml").write_text(text)
-    refused(capsys, 2, ["evaluate", moved], "/nowhere/cache", "--cache CACHE")
+    assert_refused(capsys, 2, ["evaluate", moved], "/nowhere/cache", "--cache CACHE")
     assert main(["evaluate", str(moved), "--cache", str(cache.path), "-q"]) == 0

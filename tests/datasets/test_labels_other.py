@@ -153,7 +153,7 @@ JSON = st.recursive(
 )
 
 
-def ends_well(folder: Path, text: str | bytes, layout: str) -> None:
+def assert_read_or_refused(folder: Path, text: str | bytes, layout: str) -> None:
     try:
         annotation = read(folder, text, layout)
     except DataError:
@@ -176,15 +176,15 @@ def test_arbitrary_text_yields_an_annotation_or_a_data_error(tmp_path_factory, d
     separator = "," if "," in head or "@" in head else ";"
     tail = noise if isinstance(noise, bytes) else noise.encode("utf-8", "surrogatepass")
     text = "\n".join([head, *(separator.join(row) for row in body)]).encode() + tail
-    ends_well(tmp_path_factory.mktemp("any"), text, layout)
+    assert_read_or_refused(tmp_path_factory.mktemp("any"), text, layout)
 
 
 @settings(max_examples=200, deadline=None)
 @given(document=JSON | st.fixed_dictionaries({"frames": JSON}), cut=st.integers(0, 40), noise=st.binary(max_size=5))
 def test_arbitrary_json_yields_an_annotation_or_a_data_error(tmp_path_factory, document, cut, noise) -> None:
     text = json.dumps(document)
-    ends_well(tmp_path_factory.mktemp("any"), text.encode(), "afew-va")
-    ends_well(tmp_path_factory.mktemp("any"), text[:cut].encode() + noise, "afew-va")
+    assert_read_or_refused(tmp_path_factory.mktemp("any"), text.encode(), "afew-va")
+    assert_read_or_refused(tmp_path_factory.mktemp("any"), text[:cut].encode() + noise, "afew-va")
 
 
 def test_every_format_has_one_reader() -> None:

@@ -29,7 +29,7 @@ def noise(frames: int) -> torch.Tensor:
     return torch.randn(2, frames, 128, generator=torch.Generator().manual_seed(0)) * 3 - 5
 
 
-def same(saved: Any, first: Any, give: Any) -> None:
+def assert_same_encoders(saved: Any, first: Any, give: Any) -> None:
     """Assert that the loaded encoder gives equal features and a new identity."""
     assert saved.identity["weights"] != first.identity["weights"]
     assert {**saved.identity, "weights": ""} == {**first.identity, "weights": ""}
@@ -45,7 +45,7 @@ def test_saving_a_clip_checkpoint_round_trips(small_clip: Any, tmp_path: Path, n
     first = trained(build_encoder(name, weights=None if named else path))
     tuned = first.save(tmp_path / "made" / "here", "tuned")
     assert tuned.name == "tuned.safetensors"
-    same(build_encoder(name, weights=tuned), first, lambda encoder: encoder.encode(random_images(32)))
+    assert_same_encoders(build_encoder(name, weights=tuned), first, lambda encoder: encoder.encode(random_images(32)))
 
 
 @pytest.mark.parametrize("name", ["ast", "ast:FOLDER"])
@@ -56,14 +56,18 @@ def test_saving_an_ast_directory_keeps_its_normalization(small_ast: Path, tmp_pa
     for _ in range(2):  # the second replaces the first
         tuned = first.save(tmp_path, "tuned")
     assert sorted(path.name for path in tmp_path.glob("*tuned*")) == ["tuned"]
-    same(build_encoder(name, weights=tuned), first, lambda e: e.encode(noise(200), window=2.5, steps=5))
+    assert_same_encoders(build_encoder(name, weights=tuned), first, lambda e: e.encode(noise(200), window=2.5, steps=5))
 
 
 def test_saving_the_tiny_encoders_round_trips(tmp_path: Path) -> None:
     clip, ast = (trained(build_encoder(name)) for name in ("clip-tiny", "ast-tiny"))
     paths = [encoder.save(tmp_path, encoder.name) for encoder in (clip, ast)]
-    same(build_encoder("clip-tiny", weights=paths[0]), clip, lambda encoder: encoder.encode(random_images(224)))
-    same(build_encoder("ast-tiny", weights=paths[1]), ast, lambda e: e.encode(noise(998), window=10, steps=20))
+    assert_same_encoders(
+        build_encoder("clip-tiny", weights=paths[0]), clip, lambda encoder: encoder.encode(random_images(224))
+    )
+    assert_same_encoders(
+        build_encoder("ast-tiny", weights=paths[1]), ast, lambda e: e.encode(noise(998), window=10, steps=20)
+    )
 
 
 def test_tiny_encoders_reject_other_sizes(small_clip: Any, small_ast: Path, tmp_path: Path) -> None:

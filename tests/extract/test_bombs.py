@@ -156,7 +156,7 @@ def test_a_huge_video_frame_is_not_decoded(tmp_path: Path) -> None:
         data[at + 5 : at + 9] = struct.pack(">HH", 16_384, 16_384)
         at = data.find(b"\xff\xc0", at + 1)
     path.write_bytes(data)
-    refusal(path)
+    assert refusal(path)
 
 
 def test_huge_raw_video_is_rejected(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_huge_raw_video_is_rejected(tmp_path: Path) -> None:
     at = data.index(b"strf") + 12
     data[at : at + 8] = struct.pack("<II", 16_384, 16_384)
     path.write_bytes(data)
-    refusal(path)
+    assert refusal(path)
 
 
 def boxes(data: bytearray, *names: bytes) -> int:

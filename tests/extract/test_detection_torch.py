@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_extraction import CONFIG, run, same_arrays
+from tiny_extraction import CONFIG, assert_same_arrays, run
 
 from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
@@ -175,7 +175,7 @@ def extracted(two_clips: Path, tiny_pair: tuple, tmp_path_factory: pytest.TempPa
 def test_crops_and_embeddings_equal_opencv(extracted: dict[str, Cache]) -> None:
     """The same samples; the stored pictures equal but for a grey level here and there, before JPEG."""
     opencv, ours = extracted["opencv"], extracted["torch"]
-    same_arrays(opencv, ours, ["labels", "logmel", "ast-tiny"])
+    assert_same_arrays(opencv, ours, ["labels", "logmel", "ast-tiny"])
     for item in opencv.items():
         a, b = opencv.read("clip-tiny", item), ours.read("clip-tiny", item)
         assert a.valid.any()
@@ -216,7 +216,7 @@ def test_detection_is_identical_for_one_worker_and_a_resumed_run(
     alone = replace(TORCH, workers=1)
     assert run(replace(dataset, clips=dataset.clips[1:]), tmp_path / "cache", tiny_pair, alone).extracted == 1
     assert run(dataset, tmp_path / "cache", tiny_pair, alone).extracted == 1
-    same_arrays(extracted["torch"], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "pixels"])
+    assert_same_arrays(extracted["torch"], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "pixels"])
 
 
 def test_detection_is_identical_on_a_cluster(extracted: dict[str, Cache], two_clips: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_detection_is_identical_on_a_cluster(extracted: dict[str, Cache], two_cl
     while not report.ended:
         report = member.exchange((), last=True)
     assert report.error is None
-    same_arrays(extracted["torch"], open_cache(tmp_path / "cache"), ["labels", "clip-tiny", "pixels"])
+    assert_same_arrays(extracted["torch"], open_cache(tmp_path / "cache"), ["labels", "clip-tiny", "pixels"])
 
 
 # -- detection requests of workers

@@ -330,7 +330,7 @@ PIECES = st.sampled_from(
 def test_arbitrary_text_yields_features_or_a_data_error(tmp_path_factory, data) -> None:
     folder = tmp_path_factory.mktemp("any")
     (folder / "a.csv").write_bytes(b"time,x\n0,1\n" + data)
-    ends_well(folder)
+    assert_read_or_refused(folder)
 
 
 @given(st.integers(0, len(HEADER)), st.integers(0, 5), st.lists(PIECES, max_size=3), st.integers(0, 40))
@@ -341,10 +341,10 @@ def test_arbitrary_headers_yield_features_or_a_data_error(tmp_path_factory, at, 
     header = (HEADER[:at] + "".join(pieces) + HEADER[at + dropped :]).encode()
     length = len(header).to_bytes(2, "little")
     (folder / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + length + header + bytes(size))
-    ends_well(folder)
+    assert_read_or_refused(folder)
 
 
-def ends_well(folder: Path) -> None:
+def assert_read_or_refused(folder: Path) -> None:
     (file,) = find_features(folder)
     try:
         assert signature(file).dim >= 1

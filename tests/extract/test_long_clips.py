@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from make_media import AudioTrack, VideoTrack, tones, write_media
-from tiny_extraction import CONFIG, run, same_arrays
+from tiny_extraction import CONFIG, assert_same_arrays, run
 
 from vaflow.cache import Cache, create_cache, open_cache, stores
 from vaflow.cache import scratch as long
@@ -117,7 +117,9 @@ def test_disk_backed_extraction_gives_identical_results(
     monkeypatch.setattr(long, "IN_MEMORY", 500)
     monkeypatch.setattr(stores, "LARGEST_CHUNK", 4096)
     assert run(dataset, tmp_path / "cache", tiny_pair, WHOLE, store=store).extracted == 2
-    same_arrays(reference, open_cache(tmp_path / "cache"), ["labels", "logmel", "pixels", "clip-tiny", "ast-tiny"])
+    assert_same_arrays(
+        reference, open_cache(tmp_path / "cache"), ["labels", "logmel", "pixels", "clip-tiny", "ast-tiny"]
+    )
 
 
 # -- memory ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from affwild2_tree import Tree, decode_number
 from PIL import Image
-from tiny_extraction import run, same_arrays
+from tiny_extraction import assert_same_arrays, run
 
 from vaflow.cache import Cache, open_cache
 from vaflow.datasets import open_dataset
@@ -126,7 +126,7 @@ def test_results_do_not_depend_on_store_or_workers(
     config = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=workers)
     dataset = open_dataset(tree.root, "affwild2")
     run(dataset, tmp_path / "cache", tiny_pair, config, store=store)
-    same_arrays(extracted[0], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "ast-tiny"])
+    assert_same_arrays(extracted[0], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "ast-tiny"])
 
 
 def test_merged_shards_equal_one_extraction(
@@ -137,7 +137,7 @@ def test_merged_shards_equal_one_extraction(
     assert sum(part.extracted for part in parts) == len(dataset.clips)
     assert min(part.extracted for part in parts) >= 3, "both shards must contain clips"
     assert [Path(part.failures_file).name for part in parts] == ["failures-1-of-2.jsonl", "failures-2-of-2.jsonl"]
-    same_arrays(extracted[0], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "ast-tiny"])
+    assert_same_arrays(extracted[0], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "ast-tiny"])
 
 
 def test_a_second_run_extracts_only_missing_items(two_clips: Path, tiny_pair: tuple, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_second_run_extracts_only_missing_items(two_clips: Path, tiny_pair: tu
 
     whole = tmp_path / "whole"
     run(dataset, whole, tiny_pair)
-    same_arrays(cache, open_cache(whole), ["labels", "logmel", "clip-tiny", "ast-tiny"])
+    assert_same_arrays(cache, open_cache(whole), ["labels", "logmel", "clip-tiny", "ast-tiny"])
 
 
 def test_only_changed_sources_are_extracted_again(

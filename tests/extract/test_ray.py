@@ -16,7 +16,7 @@ from secrets import token_hex
 
 import pytest
 from lab import TINY, Ended, Lab, until
-from tiny_extraction import STREAMS, WHOLE, same_arrays
+from tiny_extraction import STREAMS, WHOLE, assert_same_arrays
 
 from vaflow.cache import Cache, open_cache
 from vaflow.datasets import Dataset, open_dataset
@@ -53,7 +53,7 @@ def test_two_nodes_give_the_results_of_one_process(
     out, address = tmp_path / "cache", cluster.address  # type: ignore[attr-defined]
     summary = extract(replace(seven_clips, clips=clips), out, CONFIG, store="hdf5", engine="ray", ray_address=address)
     assert (summary.extracted, summary.done) == (7, 0)
-    same_arrays(seven_clips_cache, open_cache(out), STREAMS)
+    assert_same_arrays(seven_clips_cache, open_cache(out), STREAMS)
     assert [json.loads(line)["item"] for line in (out / "failures.jsonl").read_text().splitlines()] == ["broken"]
     faces = sum(int(open_cache(out).read("clip-tiny", item).valid.sum()) for item in open_cache(out).items())
     assert summary.encoded["clip-tiny"] == faces, "rows of all nodes, each once"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_extraction import STREAMS, WHOLE, run, same_arrays
+from tiny_extraction import STREAMS, WHOLE, assert_same_arrays, run
 
 from vaflow.cache import Cache, open_cache
 from vaflow.datasets import Dataset
@@ -22,7 +22,7 @@ def test_results_do_not_depend_on_workers_and_stores(
     workers: int, store: str, seven_clips: Dataset, seven_clips_cache: Cache, tiny_pair: tuple, tmp_path: Path
 ) -> None:
     run(seven_clips, tmp_path / "cache", tiny_pair, replace(WHOLE, workers=workers), store=store)
-    same_arrays(seven_clips_cache, open_cache(tmp_path / "cache"), STREAMS)
+    assert_same_arrays(seven_clips_cache, open_cache(tmp_path / "cache"), STREAMS)
 
 
 def test_results_do_not_depend_on_the_item_order(
@@ -44,7 +44,7 @@ def test_results_do_not_depend_on_the_item_order(
     monkeypatch.setattr("vaflow.extract.plan.longest_first", shuffled)
     run(seven_clips, tmp_path / "cache", tiny_pair, WHOLE)
     assert order != seven_clips_cache.items()
-    same_arrays(seven_clips_cache, open_cache(tmp_path / "cache"), STREAMS)
+    assert_same_arrays(seven_clips_cache, open_cache(tmp_path / "cache"), STREAMS)
 
 
 def test_results_do_not_depend_on_resuming(
@@ -52,7 +52,7 @@ def test_results_do_not_depend_on_resuming(
 ) -> None:
     run(replace(seven_clips, clips=seven_clips.clips[3:5]), tmp_path / "cache", tiny_pair, WHOLE)
     run(seven_clips, tmp_path / "cache", tiny_pair, WHOLE)
-    same_arrays(seven_clips_cache, open_cache(tmp_path / "cache"), STREAMS)
+    assert_same_arrays(seven_clips_cache, open_cache(tmp_path / "cache"), STREAMS)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def odd_batches(seven_clips: Dataset, tiny_pair: tuple, tmp_path_factory: pytest
 
 def assert_close(one: Cache, other: Cache) -> None:
     """One float16 step of each value, or of 1/16 of the largest one of its row where that is more."""
-    same_arrays(one, other, ["labels", "logmel"])
+    assert_same_arrays(one, other, ["labels", "logmel"])
     for stream in ("clip-tiny", "ast-tiny"):
         for item in one.items():
             a, b = (cache.read(stream, item).embedding.astype(np.float64) for cache in (one, other))

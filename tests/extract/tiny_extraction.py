@@ -22,7 +22,7 @@ def run(dataset: Dataset, out: Path, pair: tuple, config: ExtractConfig = CONFIG
     return extract_with(dataset, out, config, visual, audio, CPU, **options)  # type: ignore[arg-type]
 
 
-def same_arrays(one: Cache, other: Cache, streams: list[str]) -> None:
+def assert_same_arrays(one: Cache, other: Cache, streams: list[str]) -> None:
     """Assert that both have the same items and the same bits in these streams."""
     assert one.items() == other.items()
     for stream in streams:

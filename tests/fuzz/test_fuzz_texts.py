@@ -10,7 +10,7 @@ ORDINARY, LONG = 100, 2000
 FAMILIES = families()
 
 
-def _run(family: Family, folder: Path, count: int) -> None:
+def assert_all_read_or_rejected(family: Family, folder: Path, count: int) -> None:
     @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(family.examples)
     def every(example: object) -> None:
@@ -22,11 +22,11 @@ def _run(family: Family, folder: Path, count: int) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 def test_texts_are_read_or_rejected(name: str, tmp_path: Path) -> None:
-    _run(FAMILIES[name], tmp_path / "case", ORDINARY)
+    assert_all_read_or_rejected(FAMILIES[name], tmp_path / "case", ORDINARY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 def test_thousands_of_texts_are_read_or_rejected(name: str, tmp_path: Path) -> None:
-    _run(FAMILIES[name], tmp_path / "case", LONG)
+    assert_all_read_or_rejected(FAMILIES[name], tmp_path / "case", LONG)

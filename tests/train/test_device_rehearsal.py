@@ -115,7 +115,10 @@ def test_every_temporal_model_and_fusion(temporal, fusion):
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_every_normalisation_and_position(normalize, positions):
-    rehearse((VISUAL_STREAM, AUDIO_STREAM), normalize=normalize, attention_positions=positions)
+    assert (
+        rehearse((VISUAL_STREAM, AUDIO_STREAM), normalize=normalize, attention_positions=positions).device.type
+        == "cuda"
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,19 +133,19 @@ def test_every_normalisation_and_position(normalize, positions):
 )
 @pytest.mark.parametrize("temporal", TEMPORAL)
 def test_every_mix_of_streams(streams, temporal):
-    rehearse(streams, temporal=temporal)
+    assert rehearse(streams, temporal=temporal).device.type == "cuda"
 
 
 @pytest.mark.parametrize("options", [{"layers": 2}, {"layers": 2, "dropout": 0.3}, {"per_direction": 3}])
 @pytest.mark.parametrize("temporal", ["gru", "lstm"])
 def test_every_recurrent_option(options, temporal):
-    rehearse((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, temporal_options=options)
+    assert rehearse((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, temporal_options=options).device.type == "cuda"
 
 
 @pytest.mark.parametrize("loss", [{}, {"hard": True}, {"kl_weight": 0.0}])
 @pytest.mark.parametrize("options", [{"learnable_prototypes": True}, {"context": (2, 3)}])
 def test_every_loss_and_prompt_head(loss, options):
-    rehearse((VISUAL_STREAM, AUDIO_STREAM), loss, **options)
+    assert rehearse((VISUAL_STREAM, AUDIO_STREAM), loss, **options).device.type == "cuda"
 
 
 BATCHED = [

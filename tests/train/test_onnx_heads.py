@@ -32,7 +32,7 @@ def batch_of(streams: tuple[StreamSpec, ...], frames: tuple[int, ...], steps: tu
     )
 
 
-def compare(model: VAModel, predictor: torch.nn.Module | None = None, factor: int = 1) -> None:
+def assert_same_outputs(model: VAModel, predictor: torch.nn.Module | None = None, factor: int = 1) -> None:
     """Export with one batch; compare with other masks and, for dynamic exports, other lengths."""
     streams = model.streams
     heads = Heads(model, predictor).eval()
@@ -64,13 +64,13 @@ def model_of(streams: tuple[StreamSpec, ...], **options: Any) -> VAModel:
 @pytest.mark.parametrize("temporal", TEMPORAL)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_every_temporal_model_exports_to_onnx(temporal: str, layers: int) -> None:
-    compare(model_of((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, temporal_options={"layers": layers}))
+    assert_same_outputs(model_of((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, temporal_options={"layers": layers}))
 
 
 @pytest.mark.parametrize("fusion", FUSION)
 @pytest.mark.parametrize("positions", ["none", "time"])
 def test_every_fusion_exports_to_onnx(fusion: str, positions: str) -> None:
-    compare(
+    assert_same_outputs(
         model_of(
             (VISUAL_STREAM, VISUAL_STREAM_2, AUDIO_STREAM, AUDIO_STREAM_2), fusion=fusion, attention_positions=positions
         )
@@ -79,21 +79,21 @@ def test_every_fusion_exports_to_onnx(fusion: str, positions: str) -> None:
 
 @pytest.mark.parametrize("stream", [VISUAL_STREAM, AUDIO_STREAM])
 def test_one_modality_is_supported(stream: StreamSpec) -> None:
-    compare(model_of((stream,), normalize="l2"))
+    assert_same_outputs(model_of((stream,), normalize="l2"))
 
 
 def test_a_spectrogram_stream_exports_to_onnx() -> None:
-    compare(model_of((VISUAL_STREAM, SPECTROGRAM)), factor=4)
+    assert_same_outputs(model_of((VISUAL_STREAM, SPECTROGRAM)), factor=4)
 
 
 def test_extra_targets_and_two_best_epochs_export_to_onnx() -> None:
     targets = (TargetSpec("expression", "classes", ("neutral", "joy", "anger")),)
     model, other = (model_of((VISUAL_STREAM, AUDIO_STREAM), targets=targets) for _ in range(2))
     torch.nn.init.normal_(other.regression[0].weight)  # type: ignore[arg-type]
-    compare(model, EachModel(model, other))
+    assert_same_outputs(model, EachModel(model, other))
 
 
 def test_standard_deviations_export_to_onnx() -> None:
     model = model_of((VISUAL_STREAM, AUDIO_STREAM), variance=True)
     assert Heads(model).output_names == ["va", "region_logits", "std"]
-    compare(model)
+    assert_same_outputs(model)

@@ -130,7 +130,7 @@ def test_splits_that_share_a_recording_are_rejected(cache: Cache, tmp_path: Path
 def test_equal_label_files_are_not_a_shared_recording(cache: Cache, tmp_path: Path) -> None:
     for item in ("train0", "val1"):
         rewrite(cache, "labels", item, source={"labels": {"blake2b": "ab" * 16}})
-    quiet_run(cache, CONFIG, tmp_path / "run")
+    assert not quiet_run(cache, CONFIG, tmp_path / "run").was_done
 
 
 def test_more_epochs_continue_to_the_same_result(cache: Cache, tmp_path: Path) -> None:

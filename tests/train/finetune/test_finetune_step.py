@@ -38,7 +38,7 @@ def step(cache: Cache, fabric: Any, config: TrainConfig, windows: int = 4) -> tu
     return work, train_step(work, read_share(work, torch.arange(windows), NUMBERS), NUMBERS)
 
 
-def close(one: Tuning, other: Tuning) -> None:
+def assert_same_update(one: Tuning, other: Tuning) -> None:
     theirs = dict(other.model.named_parameters())
     compared = 0
     for name, parameter in one.model.named_parameters():
@@ -72,7 +72,7 @@ def test_gradients_equal_the_plain_composition(pixels_cache: Cache, fabric: Any)
         features[name] = torch.stack([torch.stack([row_of(rows, r, backbone) for r in w]) for w in index.tolist()])
     loss, parts = total_loss(plain.model.heads(replace(batch, features=features)), batch, kl_weight=0.2)
     loss.backward()
-    close(plain, work)
+    assert_same_update(plain, work)
     torch.testing.assert_close(losses[:3], torch.stack([parts[name] for name in ("total", "ccc", "kl")]))
 
 
@@ -81,7 +81,7 @@ def test_memory_saving_changes_no_gradient(pixels_cache: Cache, fabric: Any, cha
     same = {"augment": change.get("augment", False)}
     whole, losses = step(pixels_cache, fabric, replace(PLAIN, **same))
     parts, theirs = step(pixels_cache, fabric, replace(PLAIN, **change))
-    close(whole, parts)
+    assert_same_update(whole, parts)
     torch.testing.assert_close(theirs, losses, rtol=1e-4, atol=1e-5)
 
 
@@ -94,7 +94,7 @@ def test_dropout_is_the_same_in_both_passes(pixels_cache: Cache, fabric: Any) ->
     two = tuning(Loaded(pixels_cache, config), fabric)
     ids, real = share.ids.repeat(2), torch.cat([share.real, ~share.real])
     train_step(two, replace(share, ids=ids, real=real, parts=share.parts * 2), NUMBERS)
-    close(one, two)
+    assert_same_update(one, two)
 
 
 def test_frozen_backbones_are_unchanged_and_heads_are_trained(pixels_cache: Cache, fabric: Any) -> None:
