@@ -164,7 +164,9 @@ def _measured(
         dims[name] = encoder.dim
         shape = (encoder.preparation.size, encoder.preparation.size, 3)
         rows = BATCHES * (config.image_batch or BATCH_SIZES[device.type]["visual"])
-        encoding += frames * faces * _seconds_per_row(batcher, np.zeros(shape, np.uint8), max(rows, BATCHES))
+        encoding += (
+            frames * faces * _seconds_per_row(batcher, np.zeros(shape, encoder.preparation.dtype), max(rows, BATCHES))
+        )
     for name, (listener, batcher) in encoders.audio.items():
         audio_encoder: AudioEncoder = listener
         dims[name] = audio_encoder.dim

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Clip
-from vaflow.encoders.images import Preparation
+from vaflow.encoders.images import Preparation, Prepared
 from vaflow.extract.faces.detection import Cells
 from vaflow.timeline import Grid
 
@@ -88,14 +88,14 @@ class AudioEnd:
 
 @dataclass(frozen=True)
 class Face:
-    """The crop of one grid sample: preparation -> [size, size, 3] uint8, and its JPEG if it is kept.
+    """The crop of one grid sample: preparation -> [size, size, 3], and its JPEG if it is kept.
 
     Crops of a person are sent in the order of their samples. `person`: number, if everyone is read, else 0.
     """
 
     job: int
     sample: int
-    images: dict[Preparation, NDArray[np.uint8]]
+    images: dict[Preparation, Prepared]
     jpeg: bytes | None
     person: int = 0
 

@@ -112,7 +112,7 @@ class EncoderContract:
             edge = encoder.image_size
             for shape in ((edge, edge), (edge + 31, edge), (edge // 2, 2 * edge)):
                 prepared = encoder.prepare(np.zeros((*shape, 3), np.uint8))
-                assert prepared.shape == (edge, edge, 3) and prepared.dtype == np.uint8
+                assert prepared.shape == (edge, edge, 3) and prepared.dtype == encoder.preparation.dtype
             return
         segments = encoder.segments(self.window, self.steps)
         assert self.steps % len(segments.first) == 0, "the number of segments must divide the steps"

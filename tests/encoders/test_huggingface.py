@@ -12,10 +12,17 @@ from fake_hub import serve
 from huggingface_hub import constants
 from PIL import Image
 from tiny_checkpoints import AUDIO_MODELS, IMAGES
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, WhisperFeatureExtractor
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    DINOv3ViTImageProcessor,
+    WhisperFeatureExtractor,
+)
 
 from vaflow.encoders import build_encoder
 from vaflow.encoders.huggingface import image_preprocessing
+from vaflow.encoders.images import Preparation
 from vaflow.encoders.speech import whisper_features
 from vaflow.encoders.waveform import WAVEFORM
 from vaflow.errors import UsageError, VaflowError, WeightsError
@@ -57,32 +64,44 @@ def rows(samples: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_preprocessing_equals_the_processor_on_100_images(checkpoints: Mapping[str, Path], name: str) -> None:
-    """Pillow's resampling, as the processor's own Pillow version; the tensor version rounds differently."""
+    """The result equals the Pillow version and DINOv3's float32 version; other tensor versions round differently."""
     encoder = build(checkpoints[name])
     settings = json.loads((checkpoints[name] / "preprocessor_config.json").read_text())
     preprocessing = image_preprocessing("x", settings, "")
-    processor = AutoImageProcessor.from_pretrained(checkpoints[name], backend="pil")
-    on_tensors = AutoImageProcessor.from_pretrained(checkpoints[name], backend="torchvision")
+    exact = AutoImageProcessor.from_pretrained(checkpoints[name], backend="pil")
+    default = AutoImageProcessor.from_pretrained(checkpoints[name])
+    assert exact.backend == ("torchvision" if name == "dinov3" else "pil") and default.backend == "torchvision"
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     for image in images(100):
-        pixels = encoder.prepare(image).transpose(2, 0, 1).astype(np.float32) / 255
-        tensor = on_tensors(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
-        if processor.backend == "pil":
-            expected = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
-            np.testing.assert_allclose((pixels - mean) / std, expected, atol=2e-6)
+        pixels = encoder.prepare(image).transpose(2, 0, 1)
+        pixels = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
+        expected = exact(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+        np.testing.assert_allclose((pixels - mean) / std, expected, rtol=1e-6, atol=1e-6)
+        tensor = default(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
         levels = np.abs((pixels - mean) / std - tensor) * std * 255
-        assert levels.mean() < 0.6 and levels.max() < (1.01 if name == "dinov3" else 4)
+        assert levels.mean() < 0.11 and levels.max() < 2.01
 
 
-def test_dinov3_images_equal_the_processor_up_to_rounding(checkpoints: Mapping[str, Path]) -> None:
-    """The processor resizes in float32; Pillow's resize of float images is the same before it is rounded to 8 bits."""
-    processor = AutoImageProcessor.from_pretrained(checkpoints["dinov3"])
-    mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    for image in images(5):
-        channels = [Image.fromarray(image[..., k].astype(np.float32)) for k in range(3)]
-        resized = np.stack([np.asarray(channel.resize((224, 224), Image.Resampling.BILINEAR)) for channel in channels])
-        pixels = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
-        np.testing.assert_allclose(resized, (pixels * std + mean) * 255, atol=0.01)
+@pytest.mark.parametrize(("kernel", "resample"), [("bilinear", 2), ("bicubic", 3)])
+def test_float32_resizing_equals_the_processor_for_large_and_small_images(kernel: str, resample: int) -> None:
+    """White noise of up to 1,100 pixels: the largest differences that rounding can make."""
+    processor = DINOv3ViTImageProcessor(resample=resample, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    preparation = Preparation(224, kernel, "squash", dtype="float32")
+    rng = np.random.default_rng(0)
+    for height, width in ((1100, 700), (31, 997), (224, 40), (112, 112), (224, 224)):
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        expected = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        np.testing.assert_allclose(preparation(image), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_only_dinov3_declares_float32_resizing(checkpoints: Mapping[str, Path]) -> None:
+    """The fingerprints of all other families stay as they were."""
+    for name in IMAGES:
+        preprocessing = build(checkpoints[name]).identity["preprocessing"]
+        assert preprocessing["interpolation"].startswith("float32" if name == "dinov3" else "pillow"), name
+    settings = {"image_processor_type": "DINOv3ViTImageProcessor", "resample": 0}
+    with pytest.raises(UsageError, match="nearest resampling"):
+        image_preprocessing("x", settings, "")
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -92,7 +111,8 @@ def test_features_equal_the_hugging_face_model(checkpoints: Mapping[str, Path], 
     model = getattr(model, "vision_model", model)
     encoder = build(checkpoints[name])
     batch = prepared(encoder, images(3))
-    pixels = (batch.permute(0, 3, 1, 2) / 255 - encoder._mean) / encoder._std
+    scale = 1 if batch.is_floating_point() else 255
+    pixels = (batch.permute(0, 3, 1, 2) / scale - encoder._mean) / encoder._std
     options = {"noise": torch.arange(49.0).expand(3, -1)} if name == "vit-mae" else {}
     if name == "vit-mae":
         model.config.mask_ratio = 0.0

@@ -55,7 +55,7 @@ class Backbone:
         return module
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Images [U, S, S, 3] uint8 or log-Mel [U, frames, bins] -> [U * per_unit, D] float32, with gradients."""
+        """Images [U, S, S, 3] or log-Mel [U, frames, bins] -> [U * per_unit, D] float32, with gradients."""
         if self.stream.kind == VISUAL:
             rows: Tensor = self.encoder.features(inputs)
             return rows.float()

@@ -52,7 +52,7 @@ class Augment:
     numbers: tuple[int, ...]
 
     def images(self, images: Tensor, clips: Tensor) -> Tensor:
-        """Augment images [U, S, S, 3] uint8 of the clips [U]; same shape."""
+        """Augment images [U, S, S, 3] of the clips [U]; same shape."""
         changed = torch.empty_like(images)
 
         def augment_clip(clip: int) -> None:
@@ -77,11 +77,11 @@ def augment_images(images: Tensor, generator: torch.Generator) -> Tensor:
     """Apply the same flip, crop and colours to all images of a clip.
 
     Args:
-        images: [U, S, S, 3] uint8.
+        images: [U, S, S, 3] uint8, or float32 in 0..1.
         generator: source of the random numbers.
 
     Returns:
-        [U, S, S, 3] uint8.
+        [U, S, S, 3] of the same type.
     """
     from torchvision.transforms.v2 import functional
 
@@ -135,14 +135,14 @@ class StoredImages:
     preparation: Preparation
 
     def read(self, units: Tensor, augment: Augment | None = None) -> Tensor:
-        """Images of [k] units, [k, S, S, 3] uint8, as the encoder read them in the extraction."""
+        """Images of [k] units, [k, S, S, 3], as the encoder read them in the extraction."""
         with ThreadPoolExecutor(THREADS) as pool:  # Pillow releases the interpreter lock
             arrays = list(pool.map(self.decode, units.tolist()))
         images = torch.from_numpy(np.stack(arrays))
         return images if augment is None else augment.images(images, self.clip[units])
 
     def decode(self, unit: int) -> np.ndarray:
-        """One image, [S, S, 3] uint8."""
+        """One image, [S, S, 3] uint8 or float32, as the encoder requires."""
         first, last = self.offset[unit : unit + 2].tolist()
         return self.preparation(decode(self.data[first:last].numpy().tobytes(), "An image of the cache"))
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.encoders.images import Image, Preparation
+from vaflow.encoders.images import Image, Preparation, Prepared
 from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, FilterBank, kaldi_banks
 from vaflow.errors import UsageError, explain
 
@@ -148,12 +148,16 @@ class VisualEncoder(Protocol):
     identity: dict[str, Any]
     module: torch.nn.Module
 
-    def prepare(self, image: Image) -> Image:
-        """RGB [H, W, 3] uint8 of any size -> [image_size, image_size, 3] uint8, as the weights expect. CPU."""
+    def prepare(self, image: Image) -> Prepared:
+        """RGB [H, W, 3] uint8 of any size -> [image_size, image_size, 3], as the weights expect. CPU.
+
+        Returns:
+            uint8, or float32 in 0..1 if `preparation.dtype` says so.
+        """
         ...
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, S, S, 3] uint8, prepared, on any device -> [B, dim] float32 on the encoder's device."""
+        """[B, S, S, 3] prepared, on any device -> [B, dim] float32 on the encoder's device."""
         ...
 
 

@@ -107,6 +107,7 @@ def make_encoder(request: Request, loaded: LoadedModel) -> ImageEncoder:
 
 
 PROCESSORS = {family.processor for family in FAMILIES.values() if family.processor}
+FLOAT_PROCESSORS = {"DINOv3ViTImageProcessor"}  # divide by 255 before they resize; the others resize bytes with Pillow
 
 
 def image_preprocessing(name: str, settings: Mapping[str, Any], default: str) -> Preprocessing:
@@ -134,7 +135,8 @@ def image_preprocessing(name: str, settings: Mapping[str, Any], default: str) ->
     try:
         processor: Any = getattr(transformers, kind)(**{key: settings[key] for key in keys if key in settings})
         size, crop = processor.size, getattr(processor, "crop_size", None)
-        kernel = Resampling(int(getattr(processor, "resample", None) or 2)).name.lower()
+        resample = getattr(processor, "resample", None)
+        kernel = Resampling(2 if resample is None else int(resample)).name.lower()
         mean, std = tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))
         factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
     except (TypeError, ValueError, AttributeError) as error:
@@ -154,4 +156,9 @@ def image_preprocessing(name: str, settings: Mapping[str, Any], default: str) ->
         raise UsageError(explain(problem, expected="values divided by 255", got=f"factor {factor:g}, {kernel}"))
     if not processor.do_normalize:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return Preprocessing(Preparation(int(final), kernel, mode, int(edge) if edge != final else 0, "floor"), mean, std)
+    dtype = "float32" if kind in FLOAT_PROCESSORS else "uint8"
+    if dtype == "float32" and kernel not in ("bilinear", "bicubic"):
+        problem = f"The image processor of {name} is not supported"
+        raise UsageError(explain(problem, got=f"{kernel} resampling", choices=("bilinear", "bicubic")))
+    edge = int(edge) if edge != final else 0
+    return Preprocessing(Preparation(int(final), kernel, mode, edge, "floor", dtype), mean, std)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from vaflow.encoders.base import Request
-from vaflow.encoders.images import Image, Preprocessing
+from vaflow.encoders.images import Image, Prepared, Preprocessing
 from vaflow.encoders.layers import LayerChoice
 from vaflow.errors import UsageError, explain
 
@@ -57,12 +57,12 @@ class ImageEncoder:
         self._mean = torch.tensor(preprocessing.mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(preprocessing.std, device=self.device).view(1, 3, 1, 1)
 
-    def prepare(self, image: Image) -> Image:
-        """RGB [H, W, 3] uint8 of any size -> [S, S, 3] uint8."""
+    def prepare(self, image: Image) -> Prepared:
+        """RGB [H, W, 3] uint8 of any size -> [S, S, 3] uint8, or float32 in 0..1 where the preparation says so."""
         return self.preparation(image)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """As `encode`, with gradients: [B, S, S, 3] uint8 -> [B, dim] float32.
+        """As `encode`, with gradients: [B, S, S, 3] prepared -> [B, dim] float32.
 
         Raises:
             ValueError: the images have another shape.
@@ -70,7 +70,8 @@ class ImageEncoder:
         edge = self.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (edge, edge, 3):
             raise ValueError(f"{self.name}: expected images [B, {edge}, {edge}, 3], got {tuple(images.shape)}")
-        pixels = images.to(self.device).permute(0, 3, 1, 2).to(torch.float32) / 255
+        pixels = images.to(self.device).permute(0, 3, 1, 2).to(torch.float32)
+        pixels = pixels if images.is_floating_point() else pixels / 255
         pixels = (pixels - self._mean) / self._std
         with autocast(self.device, self.precision):
             vectors: torch.Tensor = self.module(pixels)
@@ -78,7 +79,7 @@ class ImageEncoder:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, S, S, 3] uint8, prepared, on any device -> [B, dim] or [B, layers, dim] float32 on the device."""
+        """[B, S, S, 3] prepared, on any device -> [B, dim] or [B, layers, dim] float32 on the device."""
         return self.features(images)
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
 Image = NDArray[np.uint8]
-
+Prepared = NDArray[np.uint8] | NDArray[np.float32]
 
 KERNELS = {
     "nearest": PillowImage.Resampling.NEAREST,
@@ -31,6 +31,8 @@ class Preparation:
             borders) or "squash" (both edges to `edge`).
         edge: length before the crop; 0: `size`.
         crop: rounding of the crop's offset: "round", as torchvision and open_clip; "floor", as transformers.
+        dtype: of the result. "uint8": Pillow's resize, which rounds to 0..255. "float32": values 0..1 without rounding,
+            as torchvision resizes tensors of that type; bilinear or bicubic.
     """
 
     size: int
@@ -38,14 +40,20 @@ class Preparation:
     resize_mode: str = "shortest"
     edge: int = 0
     crop: str = "round"
+    dtype: str = "uint8"
 
-    def __call__(self, image: Image) -> Image:
-        """RGB [H, W, 3] uint8 of any size -> [size, size, 3] uint8: the inference transform up to ToTensor."""
+    def __call__(self, image: Image) -> Prepared:
+        """RGB [H, W, 3] uint8 of any size -> [size, size, 3] of `dtype`: the inference transform up to ToTensor."""
         height, width = image.shape[:2]
         target = self._target(width, height)
-        if target != (width, height):
-            image = np.asarray(PillowImage.fromarray(image).resize(target, KERNELS[self.interpolation]))
-        return centre_crop(image, self.size, floor=self.crop == "floor")
+        prepared: Prepared = image
+        if self.dtype == "float32":
+            prepared = image.astype(np.float32) * np.float32(1 / 255)
+            for axis, size in ((1, target[0]), (0, target[1])):
+                prepared = resample(prepared, axis, size, self.interpolation)
+        elif target != (width, height):
+            prepared = np.asarray(PillowImage.fromarray(image).resize(target, KERNELS[self.interpolation]))
+        return centre_crop(prepared, self.size, floor=self.crop == "floor")
 
     def _target(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after resizing; rounded as torchvision (shortest) and open_clip (longest) do."""
@@ -73,7 +81,7 @@ class Preprocessing:
         geometry = self.preparation
         return {
             "image_size": geometry.size,
-            "interpolation": f"pillow {geometry.interpolation}",
+            "interpolation": f"{'pillow' if geometry.dtype == 'uint8' else geometry.dtype} {geometry.interpolation}",
             "resize_mode": geometry.resize_mode,
             "mean": list(self.mean),
             "std": list(self.std),
@@ -82,7 +90,46 @@ class Preprocessing:
         }
 
 
-def centre_crop(image: Image, size: int, *, floor: bool = False) -> Image:
+def resample(image: NDArray[np.float32], axis: int, size: int, kernel: str) -> NDArray[np.float32]:
+    """Return an image resized along one axis with antialiasing, equal to PyTorch's resize up to rounding of float32.
+
+    Args:
+        image: [H, W, 3].
+        axis: 0 or 1.
+        size: length of the axis in the result.
+        kernel: "bilinear" or "bicubic" (a = -0.5, as Pillow).
+
+    Source: `_compute_indices_min_size_weights_aa` in PyTorch's UpSampleKernel.cpp. Positions are float32 there, which
+        moves the weights of large images by up to 1e-5: the casts below follow it.
+    """
+    f32, length = np.float32, image.shape[axis]
+    if length == size:
+        return image
+    scale = f32(length / size)
+    support = f32((1 if kernel == "bilinear" else 2) * max(scale, f32(1)))
+    centre = (np.float64(scale) * (np.arange(size) + 0.5)).astype(f32)
+    first = np.maximum((centre - support).astype(np.float64) + 0.5, 0).astype(np.int64)
+    stop = np.minimum(((centre + support).astype(np.float64) + 0.5).astype(np.int64), length)
+    source = first[:, None] + np.arange((stop - first).max())  # [size, taps] rows or columns that a result is made of
+    distance = np.abs((source.astype(f32) - centre[:, None]).astype(np.float64) + 0.5)
+    distance = (distance * np.float64(f32(1) / max(scale, f32(1)))).astype(f32)
+    if kernel == "bilinear":
+        weights = np.maximum(1 - distance, 0)
+    else:
+        near = (f32(1.5) * distance - f32(2.5)) * distance * distance + 1
+        far = ((f32(-0.5) * distance + f32(2.5)) * distance - 4) * distance + 2
+        weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    weights = np.where(source < stop[:, None], weights, 0).astype(f32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    source = np.minimum(source, length - 1)
+    result = np.zeros((*image.shape[:axis], size, *image.shape[axis + 1 :]), f32)
+    for tap in range(source.shape[1]):
+        factors = weights[:, tap].reshape(-1, *[1] * (image.ndim - axis - 1))
+        result += np.take(image, source[:, tap], axis) * factors
+    return result
+
+
+def centre_crop(image: Prepared, size: int, *, floor: bool = False) -> Prepared:
     """Return the central [size, size] of an image, with black borders where the image is smaller."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):
