@@ -27,7 +27,6 @@ WORKER_MEMORY = 4 * 2**30  # bytes that a decoding process may allocate
 FACE_SOURCES = ("auto", "centerface", "none")
 DTYPES = ("float16", "float32")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-ENGINES = ("local", "ray")
 DECODERS = ("pyav", "nvdec")
 DETECTORS = ("opencv", "torch")
 AUTO = -1  # a batch size measured from free memory

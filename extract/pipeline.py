@@ -9,15 +9,15 @@ from vaflow.cache import create_cache
 from vaflow.datasets import Dataset
 from vaflow.device import choose_device
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.errors import UsageError, explain
 from vaflow.extract.batching import make_encoders
-from vaflow.extract.config import ENGINES, ExtractConfig, Shard, default_workers
+from vaflow.extract.config import ExtractConfig, Shard, default_workers
 from vaflow.extract.engine import build_encoders, carry_out, prepare
 from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.run import Run
 from vaflow.extract.summary import Books, Summary
 from vaflow.process import exit_if_script_runs_again
+from vaflow.ray_cluster import check_engine
 
 __all__ = ["Summary", "extract", "extract_with"]
 
@@ -48,8 +48,7 @@ def extract(
         CacheError: the cache cannot be written to any more (a full disk, say); what was committed stays.
     """
     exit_if_script_runs_again()
-    if engine not in ENGINES:
-        raise UsageError(explain("Unknown engine", got=engine, choices=ENGINES))
+    check_engine(engine, ray_address)
     if engine == "ray":
         from vaflow.extract.ray_engine import extract_on_ray
 

@@ -6,13 +6,9 @@ committed are lost. They are tried again one by one at the end, and listed as fa
 """
 
 import logging
-import os
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ from vaflow.extract.plan import PendingClip, make_plan
 from vaflow.extract.ray_node import Member, Prepared, Report
 from vaflow.extract.summary import Books, Extracted, Summary
 from vaflow.failures import Failure
+from vaflow.ray_cluster import connected, import_ray, starts_here
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +35,6 @@ ATTEMPTS = 3  # attempts per item whose member died: the first one, and two alon
 STILLBORN = 3  # members in a row that may die before they are ready; then the extraction ends
 LOOK_SECONDS = 10.0  # between checks for nodes that have joined
 HINT_SECONDS = 60.0  # without a ready member; then a hint is logged
-# Ray's ports execute code for anyone who can reach them. Ray binds them to 127.0.0.1 where it has no cluster support.
-LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-# No banner, no usage report, no log lines of the cluster on standard output. Variables that the user has set are kept.
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
-    "RAY_SCHEDULER_EVENTS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 
 def extract_on_ray(
@@ -82,70 +70,6 @@ def extract_on_ray(
     with connected(ray, address), Team(ray, cache, config, len(dataset.clips)) as team:
         infos = team.infos()
         return carry_out(cache, infos, dataset, shard or Shard(), team.work, rehash=rehash, show_progress=show_progress)
-
-
-def starts_here(address: str | None) -> bool:
-    """Whether Ray is started on this machine, for this extraction only, instead of joining a cluster."""
-    return address == "local" or (address is None and not os.environ.get("RAY_ADDRESS"))
-
-
-def import_ray(*, loopback: bool = False) -> Any:
-    """The package, with its messages turned off.
-
-    Args:
-        loopback: have a Ray that is started here listen on this machine only.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    if loopback:
-        os.environ[LOOPBACK] = "0"
-    try:
-        import ray
-        from ray._private import ray_constants
-    except ImportError as error:
-        raise UsageError(
-            explain("Ray is not installed", got=error, remedy="Install it in the clone: pip install -e '.[ray]'")
-        ) from error
-    ray_constants.ENABLE_RAY_CLUSTER = not loopback and ray_constants.ENABLE_RAY_CLUSTER  # if it was imported before
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    return ray
-
-
-@contextmanager
-def connected(ray: Any, address: str | None) -> Iterator[None]:
-    """Connect to Ray for the duration of a block. A Ray that the caller has started is used and left running.
-
-    Raises:
-        UsageError: there is no cluster at the address.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    ours = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    settings: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": False,
-        "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},  # as `vaflow.cli` does for this process
-    }
-    if starts_here(address):
-        address = "local"
-        settings["include_dashboard"] = False
-    try:
-        ray.init(address=address, **settings)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-        remedy = "Start a cluster with `ray start --head` and join it with --ray-address HOST:PORT, or use local"
-        raise UsageError(explain(f"Cannot reach Ray at {where}", got=error, remedy=remedy)) from error
-    if ours:
-        signal.signal(signal.SIGTERM, before)  # Ray has put its own there
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @dataclass(frozen=True)

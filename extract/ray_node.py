@@ -19,6 +19,7 @@ from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.run import Run
 from vaflow.extract.summary import Outcome
+from vaflow.ray_cluster import Notes
 
 ANSWER_SECONDS = 1.0  # after which a report is returned even if nothing has happened
 
@@ -74,7 +75,7 @@ class Member:
         self._past: dict[str, float] = {}  # stages of earlier runs
         self._costs: dict[str, Cost] = {}
         self._past_costs: dict[str, Cost] = {}
-        self._notes = _Notes()
+        self._notes = Notes()
 
     def prepare(self) -> Prepared:
         """Load the encoders and declare the streams."""
@@ -184,18 +185,3 @@ class _Feed:
         while (task := self._queue.get()) is not None:
             self._news.put(None)  # there is room for another task
             yield task
-
-
-class _Notes(logging.Handler):
-    """Collects warnings for the next report."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.put(record.getMessage())
-
-    def collect(self) -> tuple[str, ...]:
-        """The warnings since the last call."""
-        return tuple(self._lines.get() for _ in range(self._lines.qsize()))

@@ -91,7 +91,8 @@ def test_ray(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_documented_option_exists(capsys: pytest.CaptureFixture[str]) -> None:
     named = set(re.findall(r"(?<=`)--[a-z-]+|--engine|--ray-address", PAGE))
-    assert main(["extract", "--help-all"]) == 0
+    for command in (["extract", "--help-all"], ["ablate", "--help"], ["search", "--help"]):
+        assert main(command) == 0
     help_text = capsys.readouterr().out
     assert {"--shard", "--engine", "--ray-address", "--image-batch"} <= named
     assert [option for option in named if option not in help_text] == []

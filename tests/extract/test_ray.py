@@ -32,7 +32,7 @@ def cluster() -> Iterator[object]:
     """Two nodes with two CPUs each; more can be added and removed."""
     from ray.cluster_utils import Cluster
 
-    from vaflow.extract.ray_engine import import_ray
+    from vaflow.ray_cluster import import_ray
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)

@@ -24,9 +24,10 @@ from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.pipeline import carry_out
 from vaflow.extract.plan import PendingClip
-from vaflow.extract.ray_engine import ATTEMPTS, QUIET, Team, places
+from vaflow.extract.ray_engine import ATTEMPTS, Team, places
 from vaflow.extract.ray_node import Prepared, Report
 from vaflow.extract.summary import Extracted, Summary
+from vaflow.ray_cluster import QUIET
 
 LABELS = StreamInfo("labels", "labels", 0, "float32", {"encoder": "toy"})
 CONFIG = ExtractConfig(visual=(), audio=(), device="cpu", workers=1)
@@ -248,7 +249,7 @@ def test_user_environment_variables_override_the_ray_defaults(monkeypatch: pytes
     pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     import os
 
-    from vaflow.extract.ray_engine import import_ray
+    from vaflow.ray_cluster import import_ray
 
     for name in QUIET:
         monkeypatch.delenv(name, raising=False)

@@ -1,11 +1,11 @@
 """Run `vaflow ablate`: plan, train the missing runs, score, write."""
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vaflow.cache import Cache
 from vaflow.failures import FAILURES, Failure, write_failures
@@ -13,13 +13,12 @@ from vaflow.files import lock_folder, write_file
 from vaflow.train.ablate.encoders import compare
 from vaflow.train.ablate.grid import Study
 from vaflow.train.ablate.plan import Options, Plan, add_command, make_plan
-from vaflow.train.ablate.pool import RUNS, Ended, Outcome, run_jobs
+from vaflow.train.ablate.pool import RUNS, Outcome, run_jobs
 from vaflow.train.ablate.report import About, csv_text, html_page, markdown
 from vaflow.train.ablate.results import Results, collect
+from vaflow.train.ablate.runner import Ended
 from vaflow.train.ablate.statistics import moments_file
 from vaflow.train.runs import RunFolder
-
-log = logging.getLogger(__name__)
 
 OnPlan = Callable[[Plan, int], None]
 OnRun = Callable[[Outcome], None]
@@ -53,12 +52,9 @@ def run_study(
     out: Path,
     options: Options,
     *,
-    processes: int = 1,
-    together: str = "auto",
-    level: int = logging.ERROR,
     on_plan: OnPlan | None = None,
     on_run: OnRun | None = None,
-    on_choice: Callable[[str], None] = log.info,
+    **pool: Any,
 ) -> StudyResult:
     """Train every configuration of the chosen tables with every seed, and write `results.csv`, `.md` and `.html`.
 
@@ -70,11 +66,9 @@ def run_study(
         names: of tables; none or "all": every one.
         out: the study's folder.
         options: seeds, overrides, aliases.
-        processes: number of runs, or batches of runs, in parallel.
-        together: "always" trains runs of one architecture in a batch, "never" one after the other; "auto" times both.
-        level: of the log lines of runs that are shown.
         on_plan: called with the plan and the number of runs to train; on_run: called after every run.
-        on_choice: called with a line about each batch that was timed.
+        pool: keyword arguments of `vaflow.train.ablate.pool.Pool`: processes, engine, ray_address, together, level,
+            on_choice.
 
     Raises:
         UsageError: tables, aliases or settings are invalid, or another process uses the folder.
@@ -88,14 +82,7 @@ def run_study(
         todo = [job for job in plan.jobs if job.key not in finished]
         if on_plan is not None:
             on_plan(plan, len(todo))
-        runs = run_jobs(
-            *(todo, cache, out),
-            processes=processes,
-            together=together,
-            allow_missing=options.allow_missing,
-            level=level,
-            on_choice=on_choice,
-        )
+        runs = run_jobs(todo, cache, out, allow_missing=options.allow_missing, **pool)
         failed = {}
         with closing(runs):
             for outcome in runs:

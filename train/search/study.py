@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache import Cache
-from vaflow.errors import DataError, UsageError, explain
+from vaflow.errors import DataError, UsageError, VaflowError, explain
 from vaflow.files import lock_folder, write_file
+from vaflow.train.ablate.pool import Pool
+from vaflow.train.ablate.runner import Ended
 from vaflow.train.config import TrainConfig, merge
 from vaflow.train.folds import make_folds, split_items
 from vaflow.train.inputs import resolve
@@ -33,10 +35,8 @@ from vaflow.train.search.trials import (
     rungs,
 )
 from vaflow.train.together.epochs import FAILURES
-from vaflow.train.together.runs import Trainer, batches_of, one_thread
-from vaflow.train.training import Result, evaluate_run
-
-log = logging.getLogger(__name__)
+from vaflow.train.together.runs import one_thread
+from vaflow.train.training import evaluate_run
 
 LOG, STARTED = "trials.jsonl", "started.json"
 OnTrial = Callable[[Trial], None]
@@ -49,9 +49,8 @@ def run_search(
     out: Path,
     options: SearchOptions,
     *,
-    level: int = logging.ERROR,
     on_trial: OnTrial | None = None,
-    on_choice: Callable[[str], None] = log.info,
+    **pool: Any,
 ) -> SearchResult:
     """Search for settings; run it again to resume, or with more trials to continue.
 
@@ -64,9 +63,8 @@ def run_search(
         trials: how many in all.
         out: the search's folder.
         options: see `SearchOptions`.
-        level: of the log lines of runs that are shown.
         on_trial: called after each trial.
-        on_choice: called with a line about each batch of runs that was timed.
+        pool: keyword arguments of `vaflow.train.ablate.pool.Pool`: engine, ray_address, level, on_choice.
 
     Raises:
         UsageError: Optuna is not installed, a split or the folds do not exist, `out` holds another search, or another
@@ -83,8 +81,13 @@ def run_search(
     with lock_folder(out, "vaflow search"):
         _check_same(cache, space, out, options)
         finished = Log.read(out / LOG)
-        runner = _Runner(cache, space, out, options, on_choice)
-        with one_thread(level):
+        shared: dict[str, Any] = {
+            "together": options.together,
+            "allow_missing": options.allow_missing,
+            "keep_checkpoint": True,
+        }
+        with one_thread(pool.get("level", logging.ERROR)), Pool(cache, out, **shared, **pool) as workers:
+            runner = _Runner(cache, space, out, options, workers)
             while len(finished.trials) < trials:
                 last = min(trials, (len(finished.trials) // options.batch + 1) * options.batch)
                 for trial in runner.run(finished.trials, last):
@@ -155,19 +158,10 @@ class _Open:
 
 
 class _Runner:
-    """Trains trials; the clips of the folds stay loaded until a trial reads other streams."""
+    """Trains trials in the workers of a pool."""
 
-    def __init__(
-        self, cache: Cache, space: Space, out: Path, options: SearchOptions, on_choice: Callable[[str], None]
-    ) -> None:
-        self._cache, self._space, self._out, self._options = cache, space, out, options
-        self._trainer = Trainer(
-            cache,
-            together=options.together,
-            allow_missing=options.allow_missing,
-            keep_checkpoint=True,
-            on_choice=on_choice,
-        )
+    def __init__(self, cache: Cache, space: Space, out: Path, options: SearchOptions, pool: Pool) -> None:
+        self._cache, self._space, self._out, self._options, self._pool = cache, space, out, options, pool
 
     def run(self, before: Sequence[Trial], last: int) -> list[Trial]:
         """Train the trials up to number `last`, or resume them.
@@ -258,12 +252,11 @@ class _Runner:
                     todo.append((key, resolve(self._cache, config)[0], file))
                 except FAILURES as error:
                     scores[key] = error
-        for batch in batches_of(todo, lambda run: run[1]):
-            for number, result in self._trainer.train([(config, self.folder(*key)) for key, config, _ in batch]):
-                key, _, file = batch[number]
-                scores[key] = result if isinstance(result, Exception) else _score(result, key[1])
-                if isinstance(scores[key], float):
-                    write_file(file, f"{json.dumps(scores[key])}\n")
+        for number, ended in self._pool.train([(config, self.folder(*key)) for key, config, _ in todo]):
+            key, _, file = todo[number]
+            scores[key] = _score(ended, key[1])
+            if isinstance(scores[key], float):
+                write_file(file, f"{json.dumps(scores[key])}\n")
         folds = range(1, options.folds + 1)
         return {each.trial.number: [scores[each.trial.number, fold] for fold in folds] for each in trials}
 
@@ -285,11 +278,12 @@ class _Runner:
         return {name: tuple(values) for name, values in scores.items()}
 
 
-def _score(result: Result, fold: int) -> float | Exception:
-    score = result.metrics["ccc"]["mean"]
-    if score is None:
+def _score(ended: Ended, fold: int) -> float | Exception:
+    if ended.error:
+        return VaflowError(ended.message)
+    if ended.score is None:
         return DataError(explain(f"Fold {fold} cannot be scored", expected="labels of valence or arousal"))
-    return float(score)
+    return ended.score
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import Cache, JsonFlag, Quiet, Verbose, alias_pairs, print_json, set_up, show_bars, table
+from vaflow.cli.common import (
+    Cache,
+    Engine,
+    JsonFlag,
+    Quiet,
+    RayAddress,
+    Verbose,
+    alias_pairs,
+    print_json,
+    set_up,
+    show_bars,
+    table,
+)
 from vaflow.errors import UsageError, explain, visible
+from vaflow.ray_cluster import check_engine
 
 if TYPE_CHECKING:
     from vaflow.train.ablate.plan import Plan
@@ -33,7 +46,12 @@ def ablate(
         list[str] | None,
         typer.Option("--alias", metavar="NAME=OTHER", help="Use stream OTHER where a table names NAME. Repeatable."),
     ] = None,
-    jobs: Annotated[int, typer.Option(metavar="N", help="Number of runs in parallel, one process each.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Number of runs in parallel, one process each. [1; with Ray one per GPU, or per CPU]"
+        ),
+    ] = None,
     together: Annotated[
         str,
         typer.Option(
@@ -48,6 +66,8 @@ def ablate(
         Path | None,
         typer.Option(metavar="FILE", help="TOML file of other tables, such as an edited copy of DIR/tables.toml."),
     ] = None,
+    engine: Engine = "local",
+    ray_address: RayAddress = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Score the split even if labelled clips have no features.")
     ] = False,
@@ -65,8 +85,9 @@ def ablate(
     Example: vaflow ablate demo/cache --table 2 --out ablations --alias clip-vit-b16=clip-tiny --alias ast=ast-tiny
     """
     set_up(verbose, quiet)
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise UsageError(explain(f"--jobs must be >= 1 (got {jobs})"))
+    check_engine(engine, ray_address)
     from vaflow.cache import open_cache
     from vaflow.train.ablate import run_study
     from vaflow.train.ablate.encoders import NAME as ENCODERS
@@ -89,6 +110,8 @@ def ablate(
             out,
             options,
             processes=jobs,
+            engine=engine,
+            ray_address=ray_address,
             together=together,
             level=logging.DEBUG if verbose else logging.ERROR,
             on_plan=reporter.plan,

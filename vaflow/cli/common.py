@@ -22,6 +22,15 @@ from vaflow.settings import Setting, settings_of
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print details.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Engine = Annotated[str, typer.Option("--engine", metavar="NAME", help="local, or ray (all nodes of a Ray cluster).")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="Ray cluster to join: auto, HOST:PORT or ray://HOST:PORT; local starts one here.",
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Cache = Annotated[
     Path, typer.Argument(metavar="CACHE", help="Cache directory, as written by `vaflow extract`.", show_default=False)

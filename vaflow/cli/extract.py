@@ -21,7 +21,8 @@ from vaflow.cli.common import (
     with_settings,
 )
 from vaflow.errors import UsageError, count, explain
-from vaflow.extract.config import ENGINES, ExtractConfig, Shard
+from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.ray_cluster import check_engine
 
 if TYPE_CHECKING:
     from vaflow.cache import Cache
@@ -142,10 +143,7 @@ def extract(
             given[kind] = _encoder_names(given.get(kind, getattr(ExtractConfig, kind)), kind, layers)
     config = ExtractConfig(**given, weights=weight_pairs(weights or []))
     part = Shard.parse(shard)
-    if engine not in ENGINES:
-        raise UsageError(explain("Unknown --engine", got=engine, choices=ENGINES))
-    if ray_address is not None and engine != "ray":
-        raise UsageError(explain("--ray-address requires --engine ray", got=f"--engine {engine}"))
+    check_engine(engine, ray_address)
     from vaflow.datasets import log_left_out, open_dataset
 
     whole = dataset = open_dataset(root, layout)

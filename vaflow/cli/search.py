@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import AllowMissing, Cache, JsonFlag, Quiet, Verbose, print_json, set_up
+from vaflow.cli.common import AllowMissing, Cache, Engine, JsonFlag, Quiet, RayAddress, Verbose, print_json, set_up
 from vaflow.errors import UsageError, explain, visible
+from vaflow.ray_cluster import check_engine
 
 if TYPE_CHECKING:
     from vaflow.train.search import SearchResult
@@ -43,6 +44,8 @@ def search(
     ] = "auto",
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the proposals.", min=0)] = 0,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
+    engine: Engine = "local",
+    ray_address: RayAddress = None,
     allow_missing: AllowMissing = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
@@ -56,6 +59,7 @@ def search(
     Example: vaflow search affwild2.cache --space space.toml --trials 50 --out search
     """
     set_up(verbose, quiet)
+    check_engine(engine, ray_address)
     from vaflow.cache import open_cache
     from vaflow.train.search import SearchOptions, run_nested_search, run_search
     from vaflow.train.search.report import document
@@ -75,6 +79,8 @@ def search(
 
     arguments = (open_cache(cache), read_space(space), trials, out, options)
     shown: dict[str, Any] = {
+        "engine": engine,
+        "ray_address": ray_address,
         "level": logging.DEBUG if verbose else logging.ERROR,
         "on_trial": report,
         "on_choice": lambda text: None if quiet else typer.echo(text, err=True),
