@@ -346,19 +346,18 @@ def reporter(config: TrainConfig, bar: "tqdm[Any]", board: "Board | None") -> Ca
     """A function that reports an epoch to the progress bar, the log and TensorBoard."""
 
     def score(value: float) -> str:
-        return "-" if np.isnan(value) else f"{value:.4f}"  # a dimension can lack labels
+        return "-" if np.isnan(value) else f"{value:.3f}"  # a dimension can lack labels
 
     def report(row: Row) -> None:
         bar.n = int(row["epoch"])
         bar.set_postfix_str(f"val CCC {row['val_ccc_mean']:.3f}")
         scores = [f"{name} {score(row[f'val_ccc_{name}'])}" for name in (*DIMENSIONS, "mean")]
         log.info(
-            "epoch %2d%s  loss %.4f  val CCC  %s  (%.1f s)",
+            "epoch %2d%s  loss %.3f  val CCC  %s",  # fits a terminal of 80 columns
             row["epoch"],
             "" if config.epochs == AUTO else f"/{config.epochs}",
             row["loss_total"],
             "  ".join(scores),
-            row["train_seconds"] + row["val_seconds"],
         )
         if board is not None:
             board.add(row)

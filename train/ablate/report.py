@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vaflow.demonstration import random_encoders
-from vaflow.errors import visible
+from vaflow.errors import count, visible
 from vaflow.pages import render
 from vaflow.timeline import Floats
 from vaflow.train.ablate.encoders import COSTS, COSTS_NOTE, Comparison
@@ -163,7 +163,7 @@ def statements(results: Results, about: About) -> list[str]:
     )
     lines = [
         f"Ours: {ours(rows)}. {encoders}",
-        f"CCC on split {results.split}: {results.frames} labelled frames of {results.videos} videos; "
+        f"CCC on split {results.split}: {results.frames} labelled frames of {count(results.videos, 'video')}; "
         f"mean and standard deviation over {seeds}. Within: mean CCC within each video.",
         "Intervals (95 %) and tests resample videos, 10,000 times and alike for all configurations: they estimate the "
         "effect of other videos on the mean over seeds, not of other seeds.",

@@ -15,6 +15,8 @@ from vaflow.cli.common import (
     RayAddress,
     Verbose,
     alias_pairs,
+    echo,
+    loading,
     print_json,
     set_up,
     show_bars,
@@ -89,12 +91,14 @@ def ablate(
         raise UsageError(explain(f"--jobs must be >= 1 (got {jobs})"))
     check_engine(engine, ray_address)
     from vaflow.cache import open_cache
-    from vaflow.train.ablate import run_study
-    from vaflow.train.ablate.encoders import NAME as ENCODERS
-    from vaflow.train.ablate.encoders import encoder_study
-    from vaflow.train.ablate.grid import load_study
-    from vaflow.train.ablate.plan import Options
     from vaflow.train.config import parse_settings
+
+    with loading(quiet):
+        from vaflow.train.ablate import run_study
+        from vaflow.train.ablate.encoders import NAME as ENCODERS
+        from vaflow.train.ablate.encoders import encoder_study
+        from vaflow.train.ablate.grid import load_study
+        from vaflow.train.ablate.plan import Options
 
     options = Options(seeds, parse_settings(settings or []), alias_pairs(aliases or []), allow_missing)
     opened = open_cache(cache)
@@ -119,17 +123,17 @@ def ablate(
             on_choice=reporter.choice,
         )
     if "encoders" in result.files and not (json or quiet):
-        typer.echo(result.files["encoders"].read_text("utf-8"))
+        echo(result.files["encoders"].read_text("utf-8"))
     if json:
         print_json(document(result))
     elif not quiet:
-        typer.echo(summary(result))
+        echo(summary(result))
     if not result.failures:
         return 0
     if result.to_add and not quiet:
-        typer.echo(f"To add the missing streams: {result.to_add}", err=True)
+        echo(f"To add the missing streams: {result.to_add}", err=True)
     noun = "row or run" if len(result.failures) == 1 else "rows or runs"
-    typer.echo(f"{len(result.failures)} {noun} failed: {result.failures_file}", err=True)
+    echo(f"{len(result.failures)} {noun} failed: {result.failures_file}", err=True)
     return SOME_FAILED if any(row.seeds for t in result.results.tables for row in t.rows) else FAILED
 
 

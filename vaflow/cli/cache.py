@@ -13,6 +13,7 @@ from vaflow.cli.common import (
     JsonFlag,
     Quiet,
     Verbose,
+    echo,
     file_size,
     print_json,
     set_up,
@@ -49,7 +50,7 @@ def info(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, qui
     if json:
         print_json(facts)
     else:
-        typer.echo(_info_text(facts, verbose))
+        echo(_info_text(facts, verbose))
     return 0
 
 
@@ -103,22 +104,22 @@ def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
         print_json({**_problem_report(opened, problems), "leftovers": notes})
         return 1 if problems else 0
     for problem in problems:
-        typer.echo(visible(str(problem)))
+        echo(visible(str(problem)))
     if notes and not quiet:
-        typer.echo(f"{count(len(notes), 'leftover')} of killed or running writers, which readers skip", err=True)
+        echo(f"{count(len(notes), 'leftover')} of killed or running writers, which readers skip", err=True)
     if verbose:
         for note in notes:
-            typer.echo(visible(f"  {note}"), err=True)
+            echo(visible(f"  {note}"), err=True)
     if problems:
         packed = opened.store == "packed"
         remedy = (
             f"Pack again: vaflow cache pack CACHE {cache}" if packed else f"Repair with: vaflow cache repair {cache}"
         )
-        typer.echo(visible(f"{count(len(problems), 'problem')}. {remedy}"), err=True)
+        echo(visible(f"{count(len(problems), 'problem')}. {remedy}"), err=True)
         return 1
     if not quiet:
         number = _count_items(opened)
-        typer.echo("1 item matches its checksums" if number == 1 else f"{number} items match their checksums")
+        echo("1 item matches its checksums" if number == 1 else f"{number} items match their checksums")
     return 0
 
 
@@ -140,11 +141,11 @@ def repair(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
         print_json({**_problem_report(opened, problems), "removed_leftovers": stale})
         return 0
     for problem in problems:
-        typer.echo(visible(str(problem)))
+        echo(visible(str(problem)))
     if not quiet:
-        typer.echo(f"{count(len(problems), 'problem')} repaired, {count(len(stale), 'leftover')} removed")
+        echo(f"{count(len(problems), 'problem')} repaired, {count(len(stale), 'leftover')} removed")
     if problems:
-        typer.echo("Run `vaflow extract` again: it remakes only the removed items", err=True)
+        echo("Run `vaflow extract` again: it remakes only the removed items", err=True)
     return 0
 
 
@@ -210,7 +211,7 @@ def drop(
         print_json({"cache": opened.place, "dry_run": dry_run, "dropped": dropped})
     elif not quiet:
         _list_clips([f"{item}: {', '.join(streams)}" for item, streams in dropped.items()], verbose)
-        typer.echo(visible(f"{opened.place}: {count(len(dropped), 'clip')} {'to remove' if dry_run else 'removed'}"))
+        echo(visible(f"{opened.place}: {count(len(dropped), 'clip')} {'to remove' if dry_run else 'removed'}"))
     return 0
 
 
@@ -248,19 +249,19 @@ def splits(
             f"{changes.unchanged} unchanged",
             f"{len(changes.unlisted)} not listed",
         ]
-        typer.echo(visible(f"{opened.place}: {', '.join(counts)}"))
+        echo(visible(f"{opened.place}: {', '.join(counts)}"))
     if changes.unknown and not quiet:
         shown = ", ".join(changes.unknown[:5]) + (" ..." if len(changes.unknown) > 5 else "")
         names = count(len(changes.unknown), "name")
-        typer.echo(visible(f"{table} lists {names} that the cache does not contain: {shown}"), err=True)
+        echo(visible(f"{table} lists {names} that the cache does not contain: {shown}"), err=True)
     return 0
 
 
 def _list_clips(lines: list[str], verbose: bool) -> None:
     for line in lines if verbose else lines[:SHOWN]:
-        typer.echo(visible(line))
+        echo(visible(line))
     if len(lines) > SHOWN and not verbose:
-        typer.echo(f"... and {len(lines) - SHOWN} more (-v lists all)")
+        echo(f"... and {len(lines) - SHOWN} more (-v lists all)")
 
 
 @app.command(cls=Command)
@@ -311,7 +312,7 @@ def pack(
         print_json(asdict(summary))
     elif not quiet:
         written = f"{count(summary.items, 'item')} in {count(summary.files, 'file')}, {file_size(summary.bytes)}"
-        typer.echo(visible(f"{summary.out}: {written}"))
+        echo(visible(f"{summary.out}: {written}"))
     return 0
 
 
@@ -355,10 +356,10 @@ def _report(summary: "TransferSummary", *, json: bool, quiet: bool) -> int:
         print_json(summary_json(summary))
     elif not quiet:
         replaced = f" ({summary.replaced} replaced)" if summary.replaced else ""
-        typer.echo(f"{summary.out}: {count(summary.copied, 'item')} written{replaced}; {summary.there} up to date")
+        echo(f"{summary.out}: {count(summary.copied, 'item')} written{replaced}; {summary.there} up to date")
     if summary.failures:
         problem = f"{count(len(summary.failures), 'item')} could not be read"
-        typer.echo(f"{problem}: {summary.failures_file}", err=True)
+        echo(f"{problem}: {summary.failures_file}", err=True)
         return 1 if summary.nothing_done else SOME_FAILED
     return 0
 
@@ -387,6 +388,6 @@ def export(
     if json:
         print_json({"out": str(out), "streams": rows})
     elif not quiet:
-        typer.echo(table(list(rows.items()), ("stream", "rows")))
-        typer.echo(f"Wrote {visible(str(out))}")
+        echo(table(list(rows.items()), ("stream", "rows")))
+        echo(f"Wrote {visible(str(out))}")
     return 0

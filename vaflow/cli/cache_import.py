@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaflow.cli.cache import CachePath
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, summary_json, table, weight_pairs
+from vaflow.cli.common import (
+    JsonFlag,
+    Quiet,
+    Verbose,
+    echo,
+    print_json,
+    set_up,
+    show_bars,
+    summary_json,
+    table,
+    weight_pairs,
+)
 from vaflow.errors import UsageError, count, explain, visible
 
 SOME_FAILED = 3
@@ -85,9 +96,9 @@ def import_(
             (summary.masked, f"Rows with NaN or infinity, marked as missing: {summary.masked}."),
             (True, f"Labels: {summary.annotated} of {items}, {summary.label_rows} rows."),
         )
-        typer.echo("\n".join(line for shown, line in lines if shown))
+        echo("\n".join(line for shown, line in lines if shown))
     if summary.failures:
-        typer.echo(f"{count(len(summary.failures), 'item')} failed: {summary.failures_file}", err=True)
+        echo(f"{count(len(summary.failures), 'item')} failed: {summary.failures_file}", err=True)
         return SOME_FAILED if summary.imported or summary.done or summary.labelled else 1
     return 0
 
@@ -131,7 +142,7 @@ def targets(
         print_json(facts | {"rows": done.rows})
     elif not quiet:
         same = f", {done.done} up to date" if done.done else ""
-        typer.echo(f"Clips written: {done.written}{same}; {done.rows} annotated rows of {', '.join(done.names)}.")
+        echo(f"Clips written: {done.written}{same}; {done.rows} annotated rows of {', '.join(done.names)}.")
     return 0
 
 
@@ -178,7 +189,7 @@ def prompts(
         document: dict[str, Any] = {"cache": str(cache), "sets": [asdict(one) for one in listed]}
         print_json(document if added is None else document | {"added": asdict(added)})
     elif not quiet:
-        typer.echo(_prompts_text(listed, added, cache, verbose))
+        echo(_prompts_text(listed, added, cache, verbose))
     return 0
 
 

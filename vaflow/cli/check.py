@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, table, wrap_on_terminal
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, print_json, set_up, show_bars, table, wrap_on_terminal
 from vaflow.errors import UsageError, count, explain, visible
 from vaflow.files import write_file
 
@@ -85,12 +85,14 @@ def check(
         print_json(document(report))
     else:
         if not quiet:
-            typer.echo("\n\n".join(_overview(report)))
+            echo("\n\n".join(_overview(report)))
         for block in _findings(report, verbose, quiet):
-            typer.echo(block)
+            echo(block)
         if not quiet or report.count("error"):
             counts = ", ".join(count(report.count(severity), severity) for severity in ("error", "warning", "note"))
-            typer.echo(f"\n{report.total().usable} of {len(report.checked)} clips are usable; {counts}.")
+            noun = "1 clip is" if len(report.checked) == 1 else f"{len(report.checked)} clips are"
+            usable = f"{report.total().usable} of {noun} usable"
+            echo(f"\n{usable}; {counts}.")
     return 1 if report.count("error") else 0
 
 
@@ -125,7 +127,7 @@ def _overview(report: "Report") -> Iterator[str]:
         yield f"Labels of {name}:\n" + table(labels, ("dimension", "mean", "std", "min", "max"))
     shares = occupancy(summary.stats)
     if shares:
-        yield f"Share of annotated frames of {name}, by thirds of the range:\n{region_table(shares)}"
+        yield f"Labelled frames of {name} per region:\n{region_table(shares)}"
 
 
 def _summary_row(summary: "Summary") -> tuple[str, ...]:

@@ -4,15 +4,19 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
+from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -45,6 +49,7 @@ RunOrEnsemble = Annotated[
 AllowMissing = Annotated[
     bool, typer.Option("--allow-missing", help="Score a split even if labelled clips have no features.")
 ]
+_COMMAND = re.compile(r"`[^`]*`|(?<=: )(?:vaflow|pip) .*?(?=\.?$|\. |, |; )")
 PANELS = ("Data and features", "The cache", "Training and scoring", "Using a trained run", "More")
 
 
@@ -139,8 +144,9 @@ def heading(text: str) -> str:
 
 def print_error(message: object) -> None:
     """Print `vaflow: message` on standard error, the name in red where the terminal has colors."""
+    text = wrap_on_terminal(f"vaflow: {message}", stream=sys.stderr)
     name = "vaflow:" if os.environ.get("NO_COLOR") else typer.style("vaflow:", fg="red", bold=True)
-    typer.echo(f"{name} {message}", err=True)
+    typer.echo(name + text.removeprefix("vaflow:"), err=True)
 
 
 def help_width() -> int:
@@ -194,13 +200,54 @@ class CommandGroup(TyperGroup):
 def set_up(verbose: bool = False, quiet: bool = False) -> None:
     """Send log lines to standard error at the requested level."""
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_TerminalFormatter("%(message)s"))
     logging.getLogger("vaflow").setLevel(level)
+
+
+class _TerminalFormatter(logging.Formatter):
+    """Divides log lines at the words that fit the terminal; unchanged where standard error is no terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return wrap_on_terminal(super().format(record), stream=sys.stderr)
+
+
+def echo(text: str = "", err: bool = False) -> None:
+    """Print text, its lines divided between words where a terminal is narrower."""
+    typer.echo(wrap_on_terminal(text, stream=sys.stderr if err else sys.stdout), err=err)
 
 
 def show_bars(quiet: bool) -> bool:
     """Return whether to draw progress bars: only on a terminal, and not with --quiet."""
     return sys.stderr.isatty() and not quiet
+
+
+@contextmanager
+def loading(quiet: bool) -> Iterator[None]:
+    """Show a spinner on a terminal while the block imports PyTorch and others, which takes seconds."""
+    done = threading.Event()
+
+    def spin() -> None:
+        if done.wait(0.3):  # the modules were imported already
+            return
+        for mark in cycle("|/-\\"):
+            sys.stderr.write(f"\rloading libraries {mark}")
+            sys.stderr.flush()
+            if done.wait(0.2):
+                break
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+    spinner = threading.Thread(target=spin, daemon=True)
+    if show_bars(quiet):
+        spinner.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if spinner.is_alive():
+            spinner.join()
 
 
 def print_json(document: Any) -> None:
@@ -223,15 +270,29 @@ def summary_json(summary: Any) -> dict[str, Any]:
     return {**asdict(summary), "failures": failures, "failures_file": str(summary.failures_file)}
 
 
-def wrap_on_terminal(text: str, indent: int) -> str:
-    """A paragraph, indented; on a terminal, divided into lines of its width, whose first is indented less."""
-    if not sys.stdout.isatty():
-        return " " * indent + text
-    width = max(shutil.get_terminal_size().columns, 2 * indent + 20)
-    rest = " " * (indent + 2)
-    return textwrap.fill(
-        text, width, initial_indent=" " * indent, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
-    )
+def wrap_on_terminal(text: str, indent: int = 0, stream: TextIO | None = None) -> str:
+    """Lines of text, indented; on a terminal, lines that are too long are divided between words.
+
+    A command in backticks or after a colon is not divided, so that it can be copied.
+
+    Args:
+        text: one or several lines.
+        indent: of every line; the continuation of a long line is indented by two more.
+        stream: where the text goes; None: standard output.
+    """
+    stream = sys.stdout if stream is None else stream
+    width = max(shutil.get_terminal_size().columns, 2 * indent + 20) if stream.isatty() else 0
+    lines = []
+    for line in text.split("\n"):
+        first = " " * (indent + len(line) - len(line.lstrip(" ")))
+        if not width or len(first) + len(line.lstrip(" ")) <= width:
+            lines.append(first + line.lstrip(" "))
+            continue
+        whole = _COMMAND.sub(lambda command: command[0].replace(" ", "\x00"), line.lstrip(" "))
+        options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+        filled = textwrap.wrap(whole, width, initial_indent=first, subsequent_indent=first + "  ", **options)
+        lines += [part.replace("\x00", " ") for part in filled]
+    return "\n".join(lines)
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, loading, print_json, set_up, show_bars
 
 
 def demo(
@@ -28,11 +28,12 @@ def demo(
     Example: vaflow demo --out large --clips 60
     """
     set_up(verbose, quiet)
-    from vaflow.demo.writer import describe, run_demo
+    with loading(quiet or json):
+        from vaflow.demo.writer import describe, run_demo
 
     result = run_demo(out, seed=seed, clips=clips, show_progress=show_bars(quiet))
     if json:
         print_json(result.metrics)
     elif not quiet:
-        typer.echo(describe(result))
+        echo(describe(result))
     return 0

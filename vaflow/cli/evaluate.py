@@ -6,8 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from vaflow.cli.common import AllowMissing, Cache, JsonFlag, Quiet, Run, Verbose, print_json, set_up, show_bars, table
-from vaflow.errors import UsageError, explain
+from vaflow.cli.common import (
+    AllowMissing,
+    Cache,
+    JsonFlag,
+    Quiet,
+    Run,
+    Verbose,
+    echo,
+    loading,
+    print_json,
+    set_up,
+    show_bars,
+    table,
+)
+from vaflow.errors import UsageError, count, explain
 
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")]
 Width = Annotated[
@@ -69,10 +82,12 @@ def evaluate(
         print_metrics(metrics, json=json, quiet=quiet)
         return 0
     from vaflow.cache import open_cache
-    from vaflow.train.breakdown import read_groups, warn_unknown
-    from vaflow.train.runs import cache_of
-    from vaflow.train.smoothing_choice import choose_smoothing
-    from vaflow.train.training import evaluate_run
+
+    with loading(quiet or json):
+        from vaflow.train.breakdown import read_groups, warn_unknown
+        from vaflow.train.runs import cache_of
+        from vaflow.train.smoothing_choice import choose_smoothing
+        from vaflow.train.training import evaluate_run
 
     opened = open_cache(cache if cache is not None else cache_of(run))
     bars = show_bars(quiet or json)
@@ -143,8 +158,10 @@ def smooth(
     set_up(verbose, quiet)
     width = smoothing_width(seconds)
     from vaflow.cache import open_cache
-    from vaflow.train.runs import require_record
-    from vaflow.train.smoothing_choice import choose_smoothing, store_smoothing
+
+    with loading(quiet or json):
+        from vaflow.train.runs import require_record
+        from vaflow.train.smoothing_choice import choose_smoothing, store_smoothing
 
     opened = open_cache(cache if cache is not None else Path(require_record(run).cache))
     chosen = choose_smoothing(run, opened, kind, width, device=device, show=show_bars(quiet or json))
@@ -152,12 +169,12 @@ def smooth(
     if json:
         print_json(None if chosen is None else chosen.summary | {"scores": dict(chosen.scores)})
     elif not quiet and chosen is None:
-        typer.echo(f"Removed the smoothing of {run}.")
+        echo(f"Removed the smoothing of {run}.")
     elif not quiet and chosen is not None:
         if chosen.scores:
             rows = [(f"{float(w):g}", f"{value:.4f}") for w, value in chosen.scores.items()]
-            typer.echo(f"{table(rows, ('seconds', 'mean CCC'))}\n")
-        typer.echo(f"Stored in {run}: {chosen.kind}, {chosen.seconds:g} s.")
+            echo(f"{table(rows, ('seconds', 'mean CCC'))}\n")
+        echo(f"Stored in {run}: {chosen.kind}, {chosen.seconds:g} s.")
     return 0
 
 
@@ -167,11 +184,11 @@ def print_metrics(metrics: dict[str, Any], *, json: bool, quiet: bool) -> None:
         print_json(metrics)
         return
     if not quiet:
-        typer.echo(summary(metrics))
+        echo(summary(metrics))
         for kind, parts in metrics.get("by_group", {}).items():
-            typer.echo(f"\n{group_table(kind, parts)}")
+            echo(f"\n{group_table(kind, parts)}")
     for warning in metrics["warnings"]:
-        typer.echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -188,7 +205,7 @@ def summary(metrics: dict[str, Any]) -> str:
         )
     ]
     rows.insert(1, ("95 % interval", *("-" if None in s else "..".join(map(_digits, s)) for s in spans)))
-    scope = f"{metrics['split']}: {metrics['n_frames']} labelled frames of {metrics['n_videos']} videos"
+    scope = f"{metrics['split']}: {metrics['n_frames']} labelled frames of {count(metrics['n_videos'], 'video')}"
     lost = metrics["missing"]["frames"]
     if lost or metrics["missing"]["clips"]:
         scope += f"; left out: {lost} frames, {len(metrics['missing']['clips'])} clips without features"
@@ -293,12 +310,12 @@ def folds(
         print_json(facts)
     elif not quiet:
         used = Counter(str(opened.meta(item).get("split") or "none") for part in parts for item in part.items)
-        typer.echo(f"Clips divided: {', '.join(f'{n} of split {name}' for name, n in sorted(used.items()))}\n")
+        echo(f"Clips divided: {', '.join(f'{n} of split {name}' for name, n in sorted(used.items()))}\n")
         rows = [(k, len(part.groups), len(part.items), part.labelled) for k, part in enumerate(parts, 1)]
-        typer.echo(table(rows, ("fold", noun, "clips", "labelled frames")))
+        echo(table(rows, ("fold", noun, "clips", "labelled frames")))
         if verbose:
             for k, part in enumerate(parts, 1):
-                typer.echo(f"\nfold {k}: {', '.join(part.items)}")
+                echo(f"\nfold {k}: {', '.join(part.items)}")
     return 0
 
 
@@ -337,7 +354,9 @@ def ensemble(
     """
     set_up(verbose, quiet)
     from vaflow.cache import open_cache
-    from vaflow.train.ensemble import ensemble_runs
+
+    with loading(quiet or json):
+        from vaflow.train.ensemble import ensemble_runs
 
     made, metrics = ensemble_runs(
         runs,
@@ -353,5 +372,5 @@ def ensemble(
     print_metrics(metrics, json=json, quiet=quiet)
     if not (json or quiet):
         rows = [(run, *(f"{w:.3f}" for w in row)) for run, row in zip(runs, made.table.tolist(), strict=True)]
-        typer.echo(f"\n{table(rows, ('weights', 'valence', 'arousal'))}")
+        echo(f"\n{table(rows, ('weights', 'valence', 'arousal'))}")
     return 0

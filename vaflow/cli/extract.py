@@ -11,6 +11,7 @@ from vaflow.cli.common import (
     JsonFlag,
     Quiet,
     Verbose,
+    echo,
     file_size,
     print_json,
     set_up,
@@ -160,7 +161,7 @@ def extract(
         labels = {"items": "clips to extract", "items_already_there": "clips already extracted"}
         labels |= {"items_unreadable": "clips unreadable", "hours": "hours of media", "minutes": "minutes, estimated"}
         rows = [(labels.get(key, key.replace("_", " ")), value) for key, value in result.items()]
-        print_json(result) if json else typer.echo(table(rows, ("dry run", "")))
+        print_json(result) if json else echo(table(rows, ("dry run", "")))
         return 0
     log.info("Loading %s", ", ".join(config.encoders) or "the dataset")
     from vaflow.cache import open_cache
@@ -188,17 +189,17 @@ def extract(
     if json:
         print_json(summary_json(summary) | {"absent": absent})
     elif not quiet:
-        typer.echo(_describe(summary, cache))
+        echo(_describe(summary, cache))
         if summary.several_people:
-            typer.echo(_several_people(summary.several_people, out, root, config.identity))
+            echo(_several_people(summary.several_people, out, root, config.identity))
     if profile and summary.stages and not json:
         from vaflow.extract.summary import bottleneck
 
         rows = [(stage, f"{seconds:.1f}") for stage, seconds in summary.stages.items()]
-        typer.echo(f"\n{table(rows, ('stage', 'seconds'))}\n{bottleneck(summary.stages)}")
+        echo(f"\n{table(rows, ('stage', 'seconds'))}\n{bottleneck(summary.stages)}")
     if not summary.failures:
         return 0
-    typer.echo(f"{count(len(summary.failures), 'clip')} failed: {summary.failures_file}", err=True)
+    echo(f"{count(len(summary.failures), 'clip')} failed: {summary.failures_file}", err=True)
     return SOME_FAILED if summary.extracted or summary.done else 1
 
 

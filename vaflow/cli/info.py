@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, heading, print_json, set_up
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, heading, print_json, set_up
 
 PACKAGES = ("torch", "torchvision", "torchaudio", "transformers", "open_clip_torch", "av", "zarr", "h5py", "numpy")
 EXTRAS = {"s3": "s3fs", "ray": "ray", "nvdec": "torchcodec", "docs": "mkdocs-material", "dev": "pytest"}
@@ -30,9 +28,9 @@ def info(json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False)
         print_json(facts)
         return 0
     for title, values in facts.items():
-        typer.echo(heading(title))
+        echo(heading(title))
         for name, value in values.items():
-            typer.echo(f"  {name}: {value}")
+            echo(f"  {name}: {value}")
     return 0
 
 

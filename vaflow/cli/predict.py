@@ -10,6 +10,8 @@ from vaflow.cli.common import (
     Quiet,
     RunOrEnsemble,
     Verbose,
+    echo,
+    loading,
     print_json,
     set_up,
     show_bars,
@@ -80,7 +82,8 @@ def predict(
     Example: vaflow predict onnx:hsemotion.onnx --va 8,9 interview.mp4 --out predictions
     """
     set_up(verbose, quiet)
-    from vaflow.predict import PredictConfig, predict_media
+    with loading(quiet or json):
+        from vaflow.predict import PredictConfig, predict_media
 
     config = PredictConfig(device, weight_pairs(weights or []), faces, cache, person, keep_features=html or video)
     bars = show_bars(quiet or json)
@@ -94,13 +97,13 @@ def predict(
     if json:
         print_json([_document(clip) for clip in summary.predicted])
     elif not quiet and summary.predicted:
-        typer.echo(predictions_table(summary.predicted))
+        echo(predictions_table(summary.predicted))
     if (html or video) and summary.predicted:
         _show(out, media or [], cache or summary.cache, html, video, quiet or json)
     summary.discard()
     if summary.failures:
         noun = "clip" if len(summary.failures) == 1 else "clips"
-        typer.echo(f"{len(summary.failures)} {noun} failed: {summary.failures_file}", err=True)
+        echo(f"{len(summary.failures)} {noun} failed: {summary.failures_file}", err=True)
         return SOME_FAILED if summary.predicted else 1
     return 0
 
@@ -156,13 +159,13 @@ def _show(out: Path, media: list[Path], cache: Path | None, html: bool, video: b
     config = ViewConfig(media, cache, boxes=True)
     for item, file, problem in write_overlays(out, config) if video else ():
         if file is None:
-            typer.echo(f"No overlay of {item}: {problem}", err=True)
+            echo(f"No overlay of {item}: {problem}", err=True)
         elif not quiet:
-            typer.echo(f"Overlay of {item}: {file}")
+            echo(f"Overlay of {item}: {file}")
     if html:
         page = write_viewer(out, out / "view", config=config).page
         if not quiet:
-            typer.echo(f"Page: {page}")
+            echo(f"Page: {page}")
 
 
 def submit(
@@ -192,20 +195,22 @@ def submit(
     """
     set_up(verbose, quiet)
     from vaflow.cache import open_cache
-    from vaflow.train.ensemble import members_of
-    from vaflow.train.runs import cache_of
-    from vaflow.train.submit import submit_run
+
+    with loading(quiet):
+        from vaflow.train.ensemble import members_of
+        from vaflow.train.runs import cache_of
+        from vaflow.train.submit import submit_run
 
     path = cache if cache is not None else cache_of(members_of(run)[0][0])
     done = submit_run(run, open_cache(path), sample, out, hold=hold, device=device, show=show_bars(quiet or json))
     if json:
         print_json({"rows": done.rows, "trials": done.trials, "held": done.held, "file": str(out)})
     elif not quiet:
-        typer.echo(f"Wrote {done.rows} rows of {done.trials} trials: {out}")
+        echo(f"Wrote {done.rows} rows of {done.trials} trials: {out}")
         if done.held:
             shown = ", ".join(f"{trial} ({count})" for trial, count in list(done.held_in.items())[:5])
             more = ", ..." if len(done.held_in) > 5 else ""
-            typer.echo(f"Held: {done.held} rows after the last frame repeat its prediction, in {shown}{more}")
+            echo(f"Held: {done.held} rows after the last frame repeat its prediction, in {shown}{more}")
     return 0
 
 
@@ -251,7 +256,8 @@ def export(
         names = [name.strip() for name in formats.split(",") if name.strip()]
         files = export_predictions(source, out, names, step)
     else:
-        from vaflow.train.published import export_run
+        with loading(quiet):
+            from vaflow.train.published import export_run
 
         files = export_run(source, out)
         if onnx:
@@ -261,5 +267,5 @@ def export(
     if json:
         print_json([str(file) for file in files])
     elif not quiet:
-        typer.echo(f"Wrote {count(len(files), 'file')}: {visible(str(out))}")
+        echo(f"Wrote {count(len(files), 'file')}: {visible(str(out))}")
     return 0

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, RunOrEnsemble, Verbose, print_json, set_up, table
+from vaflow.cli.common import JsonFlag, Quiet, RunOrEnsemble, Verbose, echo, print_json, set_up, table
 
 DIGITS = 12  # of digests; --json and -v print them whole
 
@@ -49,12 +49,12 @@ def provenance(
         print_json(document)
     elif not quiet:
         lines = run_lines(document, whole=verbose)
-        typer.echo("\n".join(lines))
+        echo("\n".join(lines))
         if item is not None:
             for entry in document["predictions"]:
-                typer.echo("\n".join(prediction_lines(entry, whole=verbose)))
+                echo("\n".join(prediction_lines(entry, whole=verbose)))
         else:
-            typer.echo(f"\n{predictions_table(document['predictions'])}")
+            echo(f"\n{predictions_table(document['predictions'])}")
     return 0
 
 
@@ -72,7 +72,7 @@ def trace(
 
     Example: vaflow trace runs/full
     """
-    typer.echo("warning: `vaflow trace` is now `vaflow provenance`; the old name will be removed.", err=True)
+    echo("warning: `vaflow trace` is now `vaflow provenance`; the old name will be removed.", err=True)
     return provenance(run, item, root, cache, predictions, json, verbose, quiet)
 
 

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import AllowMissing, Cache, Engine, JsonFlag, Quiet, RayAddress, Verbose, print_json, set_up
+from vaflow.cli.common import (
+    AllowMissing,
+    Cache,
+    Engine,
+    JsonFlag,
+    Quiet,
+    RayAddress,
+    Verbose,
+    echo,
+    loading,
+    print_json,
+    set_up,
+)
 from vaflow.errors import UsageError, explain, visible
 from vaflow.ray_cluster import check_engine
 
@@ -61,10 +73,12 @@ def search(
     set_up(verbose, quiet)
     check_engine(engine, ray_address)
     from vaflow.cache import open_cache
-    from vaflow.train.search import SearchOptions, run_nested_search, run_search
-    from vaflow.train.search.report import document
-    from vaflow.train.search.study import nested_document
-    from vaflow.train.search.trials import read_space
+
+    with loading(quiet):
+        from vaflow.train.search import SearchOptions, run_nested_search, run_search
+        from vaflow.train.search.report import document
+        from vaflow.train.search.study import nested_document
+        from vaflow.train.search.trials import read_space
 
     options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing, batch, together)
     if outer_folds and (train, holdout) != (SearchOptions.train, SearchOptions.holdout):
@@ -74,7 +88,7 @@ def search(
         if not quiet:
             text = f"failed: {trial.message}" if trial.message else f"mean CCC {trial.score:.3f}, {trial.state}"
             values = ", ".join(f"{name}={value}" for name, value in trial.values.items())
-            typer.echo(visible(f"{trial.number}/{trials}  {text} ({trial.seconds:.0f} s): {values}"), err=True)
+            echo(visible(f"{trial.number}/{trials}  {text} ({trial.seconds:.0f} s): {values}"), err=True)
             sys.stderr.flush()
 
     arguments = (open_cache(cache), read_space(space), trials, out, options)
@@ -83,20 +97,20 @@ def search(
         "ray_address": ray_address,
         "level": logging.DEBUG if verbose else logging.ERROR,
         "on_trial": report,
-        "on_choice": lambda text: None if quiet else typer.echo(text, err=True),
+        "on_choice": lambda text: None if quiet else echo(text, err=True),
     }
     if outer_folds:
         nested = run_nested_search(*arguments, outer_folds, **shown)
         if json:
             print_json(nested_document(nested))
         elif not quiet:
-            typer.echo(nested_summary(nested))
+            echo(nested_summary(nested))
         return 0
     result = run_search(*arguments, **shown)
     if json:
         print_json(document(result))
     elif not quiet:
-        typer.echo(summary(result, options.holdout))
+        echo(summary(result, options.holdout))
     return FAILED if result.best is None else 0
 
 

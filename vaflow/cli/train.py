@@ -14,6 +14,8 @@ from vaflow.cli.common import (
     Quiet,
     Verbose,
     alias_pairs,
+    echo,
+    loading,
     print_json,
     set_up,
     show_bars,
@@ -141,15 +143,16 @@ def train(
     )
     merged = configs.with_aliases(merged, alias_pairs(aliases or []))
     from vaflow.cache import open_cache
-    from vaflow.train.repeats import repeats_of
+
+    with loading(quiet or json):
+        from vaflow.train.repeats import repeats_of
+        from vaflow.train.training import train_run
 
     if seeds is not None or all_folds:
         if fresh or weights:
             raise UsageError(explain("--seeds and --all-folds exclude --fresh and --weights"))
         runs = repeats_of(merged, 1 if seeds is None else seeds, all_folds)
         return _train_repeats(open_cache(cache), runs, out, together, allow_missing, json, verbose, quiet)
-    from vaflow.train.training import train_run
-
     result = train_run(
         open_cache(cache),
         merged,
@@ -165,14 +168,12 @@ def train(
         print_json(result.metrics)
     elif not quiet:
         if result.was_done:
-            typer.echo(
-                f"{out} is finished already. Choose another --out for other settings, or --fresh to start again."
-            )
-        typer.echo(summary(result.metrics))
+            echo(f"{out} is finished already. Train longer with more --epochs, or start again with --fresh.")
+        echo(summary(result.metrics))
         for stream, shares in result.metrics.get("layer_shares", {}).items():
-            typer.echo(f"\nlayers of {stream}: " + ", ".join(f"{share:.2f}" for share in shares))
+            echo(f"\nlayers of {stream}: " + ", ".join(f"{share:.2f}" for share in shares))
         if "best_epoch" in result.metrics:
-            typer.echo(f"\nbest epoch {result.metrics['best_epoch']} of {result.metrics['epochs']}; written to {out}")
+            echo(f"\nbest epoch {result.metrics['best_epoch']} of {result.metrics['epochs']}; written to {out}")
     return 0
 
 
@@ -191,7 +192,7 @@ def _train_repeats(
 
     def report(name: str, score: float | None) -> None:
         if not quiet:
-            typer.echo(f"{name}: mean CCC {'-' if score is None else f'{score:.3f}'}", err=True)
+            echo(f"{name}: mean CCC {'-' if score is None else f'{score:.3f}'}", err=True)
 
     repeats = train_repeats(
         cache,
@@ -201,14 +202,14 @@ def _train_repeats(
         allow_missing=allow_missing,
         level=logging.DEBUG if verbose else logging.ERROR,
         on_run=report,
-        on_choice=lambda text: None if quiet else typer.echo(text, err=True),
+        on_choice=lambda text: None if quiet else echo(text, err=True),
     )
     for name, error in repeats.failures.items():
-        typer.echo(visible(f"failed: {name}: {error}"), err=True)
+        echo(visible(f"failed: {name}: {error}"), err=True)
     if json:
         print_json(repeats.document())
     elif not quiet:
-        typer.echo(repeats_summary(repeats))
+        echo(repeats_summary(repeats))
     return 0 if not repeats.failures else SOME_FAILED if repeats.scores else FAILED
 
 

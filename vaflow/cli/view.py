@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, table
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, loading, print_json, set_up, table
 from vaflow.errors import UsageError, count, explain
 
 MediaOption = Annotated[
@@ -47,22 +47,23 @@ def view(
     Example: vaflow view runs/full --media affwild2/raw_videos --out view
     """
     set_up(verbose, quiet)
-    from vaflow.viewer.page import ViewConfig, write_viewer
+    with loading(quiet or json):
+        from vaflow.viewer.page import ViewConfig, write_viewer
 
     viewer = write_viewer(path, out, clips or (), ViewConfig(tuple(media or ()), cache, copy, boxes))
     if json:
         print_json({"page": str(viewer.page), "clips": [clip.facts for clip in viewer.clips]})
     elif not quiet:
-        typer.echo(f"{count(len(viewer.clips), 'clip')}: {viewer.page}")
+        echo(f"{count(len(viewer.clips), 'clip')}: {viewer.page}")
     if serve:
         from vaflow.viewer.server import ViewerServer
 
         with ViewerServer(viewer, ratings or out / "ratings", port) as server:
-            typer.echo(f"Serving {server.address} until Ctrl-C; ratings go to {server.ratings}", err=True)
+            echo(f"Serving {server.address} until Ctrl-C; ratings go to {server.ratings}", err=True)
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
-                typer.echo("Stopped", err=True)
+                echo("Stopped", err=True)
     return 0
 
 
@@ -97,7 +98,7 @@ def report(
         scores = [{"run": str(run.path), "ccc": run.metrics["ccc"], "ci95": run.metrics.get("ci95")} for run in shown]
         print_json({"page": str(out), "runs": scores, "differences": paired_differences(shown)})
     elif not quiet:
-        typer.echo(f"{count(len(shown), 'run')}: {out}")
+        echo(f"{count(len(shown), 'run')}: {out}")
     return 0
 
 
@@ -139,7 +140,7 @@ def runs(
         "fusion",
         "seed",
     )
-    typer.echo(table(rows, (*heads, "streams")) if rows else f"No runs below {root}")
+    echo(table(rows, (*heads, "streams")) if rows else f"No runs below {root}")
     return 0
 
 
@@ -174,7 +175,7 @@ def faces(
         print_json({"page": str(out), "table": str(page.table), "clips": page.facts()})
     elif not quiet:
         people = sum(len(clip.people) > 1 for clip in page.clips)
-        typer.echo(f"{count(len(page.clips), 'clip')}, {people} with several people: {out}, {page.table}")
+        echo(f"{count(len(page.clips), 'clip')}, {people} with several people: {out}, {page.table}")
     return 0
 
 
@@ -217,15 +218,15 @@ def agree(
         (d, f"{document['mean_ccc'][d]:.3f}", *(f"{agreement.icc[d][name]:.3f}" for name in names))
         for d in agreement.icc
     ]
-    typer.echo(
+    echo(
         f"{count(len(agreement.clips), 'clip')}, {agreement.seconds:.0f} s, "
         f"rated by all {len(agreement.annotators)} annotators"
     )
-    typer.echo(table(rows, ("dimension", "mean CCC", *names)))
-    typer.echo(f"Cohen's kappa of the nine regions, mean over pairs: {agreement.kappa:.3f}")
+    echo(table(rows, ("dimension", "mean CCC", *names)))
+    echo(f"Cohen's kappa of the nine regions, mean over pairs: {agreement.kappa:.3f}")
     weights = [[f"{agreement.weights[d][name]:.3f}" for d in agreement.weights] for name in agreement.annotators]
     lines = [(n, f"{agreement.lags[n]:.2f}", *w) for n, w in zip(agreement.annotators, weights, strict=True)]
-    typer.echo(table(lines, ("annotator", "lag (s)", "weight valence", "weight arousal")))
+    echo(table(lines, ("annotator", "lag (s)", "weight valence", "weight arousal")))
     if out is not None:
-        typer.echo(f"{count(len(written), 'fused label file')}: {out}")
+        echo(f"{count(len(written), 'fused label file')}: {out}")
     return 0

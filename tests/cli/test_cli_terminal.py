@@ -1,0 +1,74 @@
+"""Lines that the commands print fit the terminal."""
+
+import io
+import logging
+
+import pytest
+
+from vaflow.cli import main
+from vaflow.cli.common import loading, wrap_on_terminal
+from vaflow.regions import LEVELS, region_table
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(params=[40, 80])
+def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    monkeypatch.setenv("NO_COLOR", "1")
+    return int(request.param)
+
+
+def test_an_error_is_divided_between_words(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert main(["cache", "info", "no-such-cache"]) == 2
+    lines = terminal.getvalue().splitlines()
+    assert len(lines) > 1 and all(len(line) <= columns or "vaflow extract" in line for line in lines)
+    assert " ".join(line.strip() for line in lines).startswith("vaflow: ")
+
+
+def test_log_lines_are_divided_between_words(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vaflow.cli.common import set_up
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    set_up()
+    logging.getLogger("vaflow").info("%s", "word " * 30)
+    assert max(map(len, terminal.getvalue().splitlines())) <= columns
+
+
+@pytest.mark.parametrize("text", ["Add them with `{}` now.", "Add them: {}, or train without.", "Add them: {}."])
+def test_a_command_stays_on_one_line(text: str, columns: int) -> None:
+    command = "vaflow cache prompts CACHE --prompts emotions.toml"
+    wrapped = wrap_on_terminal("The cache has no such prompts yet. " + text.format(command), stream=Terminal())
+    assert command in wrapped and "\n" in wrapped
+
+
+def test_output_that_is_piped_is_not_divided(columns: int) -> None:
+    text = "word " * 40 + "end"
+    assert wrap_on_terminal(text, stream=io.StringIO()) == text
+
+
+def test_the_table_of_regions_fits_40_columns() -> None:
+    lines = region_table([1.0] * 9).splitlines()
+    assert max(map(len, lines)) <= 38
+    assert lines[1].split() == ["valence", *LEVELS] and [line.split()[0] for line in lines[2:]] == [*reversed(LEVELS)]
+
+
+def test_a_spinner_shows_while_libraries_are_imported_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with loading(quiet=False):
+        time.sleep(0.5)
+    assert "loading libraries" in terminal.getvalue() and terminal.getvalue().endswith("\r\x1b[K")
+    quiet = Terminal()
+    monkeypatch.setattr("sys.stderr", quiet)
+    with loading(quiet=True):
+        time.sleep(0.4)
+    assert quiet.getvalue() == ""
