@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.cache.schema import FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo, stored_layers
+from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo, stored_layers
 from vaflow.cache.scratch import LongArray, Scratch
 from vaflow.encoders import logmel
 from vaflow.encoders.base import KALDI, FrontEnd, cut
 from vaflow.encoders.logmel import frame_times
-from vaflow.extract.audio_activity import HOP, METHOD, SpeechMeter, covered_frames, step_valid
+from vaflow.extract.audio_activity import HOP, METHOD, SpeechMeter, covered_frames, step_valid, stored_speech
 from vaflow.extract.batching import Encoders, FixedBatcher
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces.people import no_faces
-from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message, PersonLabels
+from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message, PersonLabels
 from vaflow.extract.plan import PendingClip
 from vaflow.item_names import person_item
 from vaflow.timeline import Floats, Ints
@@ -62,9 +62,8 @@ def vector_shape(info: StreamInfo) -> tuple[int, ...]:
     return (layers, info.dim) if layers else (info.dim,)
 
 
-FACTS_OF = {"labels": "labels", "logmel": "logmel", "audio": "audio", "faces": "faces"} | dict.fromkeys(
-    ("visual", "pixels"), "visual"
-)
+FACTS_OF = {name: name for name in ("labels", "logmel", "audio", "faces")}
+FACTS_OF |= {"crops": "faces", "visual": "visual", "pixels": "visual"}
 Arrays = dict[str, Rows]
 Vectors = NDArray[Any] | LongArray  # [N, dim], written to by rows
 LogMel = tuple[Rows, NDArray[np.bool_], dict[str, Any]]  # [F, mel] as stored, [F] valid, facts of the audio
@@ -118,6 +117,10 @@ class PersonRows:
         return made
 
 
+def _no_crops(faces: int) -> Arrays:
+    return {"data": np.zeros(0, np.uint8), "offset": np.zeros(faces + 1, np.int64)}
+
+
 class ClipAssembly:
     """State of one clip.
 
@@ -153,6 +156,7 @@ class ClipAssembly:
         # The log-Mel is encoded from its stored form; frames of other front ends are dropped once they are encoded.
         self._speech = SpeechMeter(logmel.RATE) if LOGMEL in task.streams else None
         self._banks = Banks(front_ends, {KALDI: np.dtype(config.dtype)}, scratch)
+        self._crops, self._crop_sizes = scratch.growing((), "uint8"), [0]
         self._rows: dict[int, PersonRows] = {}  # by number of the person; 0: the clip is one item
         self._visual_arrays: dict[int, dict[str, Arrays]] = {}
         self._labels: dict[int, PersonLabels] = {}
@@ -192,9 +196,11 @@ class ClipAssembly:
             if number:
                 rows = self._rows.get(number)
                 person = {"clip": self.task.clip.id, "person": number, "persons": self.people}
-                for name in facts.keys() - {FACES}:
+                for name in facts.keys() - {FACES, CROPS}:
                     faces = {"faces": int(rows.has_face.sum())} if rows and "faces" in facts[name] else {}
                     facts[name] = facts[name] | faces | person
+                if number > 1 and CROPS in arrays:
+                    arrays[CROPS] = _no_crops(len(arrays[CROPS]["offset"]) - 1)  # person 1 has them
                 if number > 1 and LABELS in arrays:
                     arrays[LABELS], arrays_of_labels = self._labels_of(number)
                     facts[LABELS] = facts[LABELS] | arrays_of_labels
@@ -230,6 +236,9 @@ class ClipAssembly:
                 self._end_audio(message)
             case Face():
                 self._add_face(message)
+            case FaceCrop():
+                self._crops.append(np.frombuffer(message.jpeg, np.uint8))
+                self._crop_sizes.append(len(message.jpeg))
             case FacesEnd():
                 self._end_faces(message)
             case Done():
@@ -263,13 +272,9 @@ class ClipAssembly:
             self._encode_audio(front, frames, valid)
 
     def _end_speech(self, valid: NDArray[np.bool_]) -> None:
-        """Store the speech activity of each log-Mel frame: that of the 10 ms at which it begins."""
         if self._speech is None:
             return
-        speech = np.zeros(len(valid), bool)
-        measured = self._speech.finish()[: len(valid)]
-        speech[: len(measured)] = measured
-        self.arrays[LOGMEL]["speech"] = speech & valid
+        self.arrays[LOGMEL]["speech"] = stored_speech(self._speech.finish(), valid)
         self.facts["logmel"] = self.facts["audio"] | {"speech": METHOD}
 
     def _encode_audio(self, front: FrontEnd, frames: Rows, valid: NDArray[np.bool_]) -> None:
@@ -321,10 +326,15 @@ class ClipAssembly:
 
     def _end_faces(self, end: FacesEnd) -> None:
         self.facts["visual"] = end.facts
-        stated = ("people", "notable", "seconds", "cuts")
+        stated = ("people", "notable", "seconds", "cuts", "side")
         self.facts["faces"] = {name: end.facts[name] for name in stated if name in end.facts}
+        faces = no_faces() if end.everyone is None else end.everyone
         if FACES in self.task.streams:
-            self.arrays[FACES] = dict(no_faces() if end.everyone is None else end.everyone)
+            self.arrays[FACES] = dict(faces)
+        if CROPS in self.task.streams:
+            self.arrays[CROPS] = _no_crops(len(faces["time"]))
+            if len(self._crop_sizes) > 1:
+                self.arrays[CROPS] = {"data": self._crops.finish(), "offset": np.cumsum(self._crop_sizes)}
         for number in range(1, end.people + 1) if self.task.everyone else (0,):
             if number not in self._rows:
                 self._rows[number] = self._new_rows()

@@ -70,6 +70,14 @@ def speech_frames(levels: Floats) -> Bools:
     return np.convolve(loud, np.ones(2 * reach + 1), mode="full")[reach : reach + len(loud)] > 0.5
 
 
+def stored_speech(measured: Bools, valid: Bools) -> Bools:
+    """[F] speech of each log-Mel frame: that of the 10 ms at which it begins, where the frame is `valid` [F]."""
+    speech = np.zeros(len(valid), bool)
+    measured = measured[: len(valid)]
+    speech[: len(measured)] = measured
+    return speech & valid
+
+
 class SpeechMeter:
     """Speech of a clip from its samples, block by block."""
 

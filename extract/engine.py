@@ -8,7 +8,7 @@ import torch
 
 from vaflow.cache import Cache
 from vaflow.cache.costs import append_costs
-from vaflow.cache.schema import StreamInfo
+from vaflow.cache.schema import CROPS, FACES, StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
@@ -50,6 +50,10 @@ def prepare(
     """
     known = cache.streams()
     infos = {name: as_declared(i, known.get(name)) for name, i in stream_infos(config, visual, audio).items()}
+    if (
+        FACES in known and CROPS not in known
+    ):  # made by a version without crops of everyone: do not decode all clips again
+        infos.pop(CROPS, None)
     for info in infos.values():
         cache.declare(info)
     write_prompts(cache, load_prompts(config.prompts), visual)

@@ -19,7 +19,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.encoders.images import Preparation
 from vaflow.errors import VaflowError
 from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard, default_workers
-from vaflow.extract.faces.people import ALL
+from vaflow.extract.faces.choice import ALL
 from vaflow.extract.headers import header_seconds, side_by_side
 from vaflow.extract.image_folders import open_stills
 from vaflow.extract.messages import AudioEnd, Face, Failed, Job, Message

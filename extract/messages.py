@@ -23,6 +23,7 @@ class Job:
         face_source: "auto" (crops where the clip has them, else detection), "centerface" or "none" (whole frames).
         preparations: the inputs that the visual encoders expect.
         keep_jpeg: send the JPEG of every crop along.
+        keep_everyone: send the JPEG of every face, where the clip shows several people.
         decode_on: the GPU that decodes frames; empty for PyAV.
         ask: images per question to the parent's face detector; 0: the worker detects faces itself.
     """
@@ -35,6 +36,7 @@ class Job:
     face_source: str
     preparations: tuple[Preparation, ...]
     keep_jpeg: bool
+    keep_everyone: bool = False
     decode_on: str = ""
     ask: int = 0
     person: str = "largest"  # "all": everyone is read
@@ -101,6 +103,14 @@ class Face:
 
 
 @dataclass(frozen=True)
+class FaceCrop:
+    """The JPEG of the next row of the faces stream; sent for every row or for none."""
+
+    job: int
+    jpeg: bytes
+
+
+@dataclass(frozen=True)
 class FacesEnd:
     """End of the crops.
 
@@ -162,4 +172,4 @@ class Alive:
     job: int
 
 
-Message = Clock | AudioBlock | AudioEnd | Face | FacesEnd | Detect | Done | Failed
+Message = Clock | AudioBlock | AudioEnd | Face | FaceCrop | FacesEnd | Detect | Done | Failed

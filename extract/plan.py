@@ -15,7 +15,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.audio_activity import ends_in_a_short_step
 from vaflow.extract.config import Shard
-from vaflow.extract.faces.people import ALL
+from vaflow.extract.faces.choice import ALL
 from vaflow.extract.headers import lengths
 from vaflow.extract.image_folders import IMAGES_DIGEST, images_digest
 from vaflow.extract.messages import Failed

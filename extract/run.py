@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 from vaflow.cache import Cache
 from vaflow.cache.costs import Cost
-from vaflow.cache.schema import FACES, LABELS, LOGMEL, PIXELS, StreamInfo
+from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, StreamInfo
 from vaflow.device import device_name
 from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.faces.choice import ALL, MAIN
 from vaflow.extract.faces.detection_torch import QUESTION
 from vaflow.extract.faces.identity import resolve
-from vaflow.extract.faces.people import ALL, MAIN
 from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
 from vaflow.extract.nvdec import check_parity
 from vaflow.extract.plan import PendingClip
@@ -179,18 +179,20 @@ class Run:
         for number, task in enumerate(tasks):
             self._tasks[number] = task
             kinds = {self._infos[name].kind for name in task.streams}
+            faces = bool(kinds & {"visual", "pixels", FACES, CROPS})
             yield Job(
                 number=number,
                 clip=task.clip,
                 grid=self._config.grid,
                 audio="logmel" in kinds or self._needs_audio(task),
-                faces=bool(kinds & {"visual", "pixels", FACES}),
+                faces=faces,
                 person=ALL if task.everyone else chosen,
                 identity=resolve(self._config.identity),
                 face_source=self._config.face_source,
                 preparations=preparations,
                 keep_jpeg=PIXELS in task.streams,
-                decode_on=self._decode_on(task) if kinds & {"visual", "pixels", FACES} else "",
+                keep_everyone=CROPS in task.streams,
+                decode_on=self._decode_on(task) if faces else "",
                 ask=ask,
             )
 

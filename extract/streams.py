@@ -4,13 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 from vaflow import __version__
-from vaflow.cache.schema import FACES, LABELS, LOGMEL, PIXELS, StreamInfo
+from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, StreamInfo
 from vaflow.encoders.base import KALDI, AudioEncoder, VisualEncoder
 from vaflow.encoders.logmel import MEL_BINS
 from vaflow.encoders.logmel import identity as logmel_identity
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces import faces_identity, tracker_identity
-from vaflow.extract.faces.people import LARGEST
+from vaflow.extract.faces.choice import LARGEST
 from vaflow.extract.nvdec import nvdec_identity
 from vaflow.extract.video import READING, decoder_identity
 
@@ -19,6 +19,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "visual": ("video", "frames", "crops"),
     "pixels": ("video", "frames", "crops"),
     "faces": ("video", "frames", "crops"),
+    "crops": ("video", "frames", "crops"),
     "audio": ("video", "frames", "audio"),
     "logmel": ("video", "frames", "audio"),
     "labels": ("video", "frames", "labels", "dimensions", "person_labels", "split", "group"),
@@ -54,15 +55,9 @@ def stream_infos(
         # The choice of a person does not change the set of faces.
         everyone = {key: value for key, value in tracker.items() if key != "person"}
         faces = {"source": config.face_source, **faces_identity(detector=config.detector, tracker=everyone)}
-        infos.append(
-            StreamInfo(
-                FACES,
-                "faces",
-                0,
-                "float32",
-                {"encoder": FACES, "sampling": sampling, "picture": {"faces": faces, "decoder": decoder}},
-            )
-        )
+        pictures = {"sampling": sampling, "picture": {"faces": faces, "decoder": decoder}}
+        infos.append(StreamInfo(CROPS, "crops", 0, "uint8", {"encoder": "jpeg", **pictures}))
+        infos.append(StreamInfo(FACES, "faces", 0, "float32", {"encoder": FACES, **pictures}))
     if config.pixels:
         infos.append(
             StreamInfo(

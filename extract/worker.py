@@ -16,15 +16,17 @@ import numpy as np
 from vaflow.datasets.clip import Annotation, Clip
 from vaflow.datasets.formats import read_annotation
 from vaflow.datasets.labels import on_clock
+from vaflow.encoders.logmel import frame_count
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
-from vaflow.extract.audio_activity import HOP, SpeechMeter
+from vaflow.extract.audio_activity import SpeechMeter, covered_frames, stored_speech
 from vaflow.extract.config import limit_memory, too_much_memory
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
+from vaflow.extract.faces.choice import ALL, LARGEST, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, speech_at
 from vaflow.extract.faces.detection import Cells, find_faces
 from vaflow.extract.faces.detection import Face as DetectedFace
 from vaflow.extract.faces.identity import open_network
-from vaflow.extract.faces.people import ALL, LARGEST, SPEAKING, ClipFaces
+from vaflow.extract.faces.people import ClipFaces
 from vaflow.extract.image_folders import IMAGES_DIGEST, ImageDigest, list_crops, open_stills, read_crop, stills_at
 from vaflow.extract.messages import (
     Alive,
@@ -35,6 +37,7 @@ from vaflow.extract.messages import (
     Detected,
     Done,
     Face,
+    FaceCrop,
     FacesEnd,
     Failed,
     Job,
@@ -294,28 +297,36 @@ class ClipReader:
             self._everyone = people.arrays()
             self._facts |= {"people": len(people.sightings), "notable": people.notable, "cuts": len(people.cuts)}
             self._facts["seconds"] = [round(seconds, 2) for seconds in people.seconds]
+            if self._clip.side:
+                self._facts["side"] = self._clip.side
+            if self._job.keep_everyone and len(people.sightings) > 1:
+                for sighting in people.rows():
+                    self._send(FaceCrop(self._job.number, people.jpeg(sighting)))
             if rule == ALL:
                 self._people = max(1, people.notable)  # without a face, the clip is one item without faces
                 for number, sightings in enumerate(people.sightings[: self._people], start=1):
                     for sighting in sightings:
                         yield number, sighting.frame, people.jpeg(sighting)
                 return
-            person = self._facts["person"] = people.choose(rule, self._speech() if rule == SPEAKING else None)
+            speech = self._speech() if rule == SPEAKING else None
+            person = self._facts["person"] = choose_person(self._everyone, rule, speech)
             for sighting in people.sightings[person - 1] if person else []:
                 yield 0, sighting.frame, people.jpeg(sighting)
 
-    def _speech(self) -> Callable[[float], bool] | None:
-        """Whether there is speech at a time in seconds; None for a clip without audio."""
-        meter, blocks = SpeechMeter(), self._audio_blocks()
+    def _speech(self) -> Speech | None:
+        """Whether there is speech at a time in seconds, as it is stored; None for a clip without audio."""
+        meter, samples, blocks = SpeechMeter(), 0, self._audio_blocks()
         while True:
             try:
-                meter.push(next(blocks))
+                block = next(blocks)
             except StopIteration as end:
-                if end.value.status in ("absent", "unreadable"):
-                    return None
+                summary: AudioSummary = end.value
                 break
-        frames = meter.finish()
-        return lambda time: bool(frames[int(time / HOP) : int(time / HOP) + 1].any())
+            meter.push(block)
+            samples += block.size
+        if summary.status in WITHOUT_AUDIO:
+            return None
+        return speech_at(stored_speech(meter.finish(), covered_frames(frame_count(samples), summary.covered)))
 
     def _detected(self, frames: Frames) -> Iterator[tuple[int, Image, list[DetectedFace]]]:
         """The frames with the faces that the detector finds."""

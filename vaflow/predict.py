@@ -25,8 +25,8 @@ from vaflow.demonstration import demonstration_notice
 from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
+from vaflow.extract.faces.choice import ALL, LARGEST, MAIN
 from vaflow.extract.faces.identity import AUTO, network_setting
-from vaflow.extract.faces.people import ALL, LARGEST, MAIN
 from vaflow.extract.pipeline import extract
 from vaflow.failures import FAILURES, Failure, FailureLog
 from vaflow.files import write_file

@@ -12,9 +12,9 @@ from vaflow.extract.faces.alignment import (
     decode_jpeg,
     encode_jpeg,
 )
+from vaflow.extract.faces.choice import LARGEST
 from vaflow.extract.faces.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_SCORE, CenterFace, Face, model_digest
 from vaflow.extract.faces.identity import network_identity, resolve
-from vaflow.extract.faces.people import LARGEST
 from vaflow.extract.faces.tracking import ALL_FACES_VERSION, CUTS_VERSION, TRACKER_VERSION, PersonTracker
 
 __all__ = [

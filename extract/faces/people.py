@@ -1,4 +1,4 @@
-"""The people of a clip: every face of every sampled frame, joined to tracks and to people; and the one to estimate.
+"""The people of a clip: every face of every sampled frame, joined to tracks and to people.
 
 Crops of all faces are kept, as the JPEG files that are encoded and stored, until the end of the clip shows who is who:
 in memory up to `MEMORY_BYTES`, beyond that in a temporary file. So the video is decoded once.
@@ -12,7 +12,6 @@ from tempfile import SpooledTemporaryFile
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.errors import MediaError, explain
 from vaflow.extract.faces.alignment import (
     Quality,
     align,
@@ -28,8 +27,6 @@ from vaflow.extract.faces.tracking import MAX_SIZE_CHANGE, SUSPICIOUS, CutDetect
 
 Image = NDArray[np.uint8]
 
-LARGEST, MAIN, ALL, LEFT, RIGHT, SPEAKING, ID = "largest", "main", "all", "left", "right", "speaking", "id:"
-
 MEMORY_BYTES = 64 * 2**20
 MAX_FACES = 16  # of one frame: the largest
 CHECK_SECONDS = 30.0  # time between two comparisons of a track's appearance
@@ -42,8 +39,6 @@ UNCERTAIN = (0.75, 1.25)  # of the limit: distances of two tracks at which more 
 LOOKS = 2  # faces of each such track, from equal parts of it
 NOTABLE_SHARE = 0.1  # of the clear faces of person 1, from which on another person counts
 NEARLY_EQUAL = 0.9  # share of the most seconds with which a larger face is the main person
-SIDE_SHARE = 0.9  # of the frames that show both people, in which the left one must be on the left
-MIN_FRAMES_TOGETHER = 2
 SPLIT_FACTOR = 1.15  # a track is divided at a distance this much above the limit that joins tracks
 
 
@@ -288,9 +283,13 @@ class People:
         counts = clear if any(clear) else [len(sightings) for sightings in self.sightings]
         return sum(one >= NOTABLE_SHARE * counts[0] for one in counts)
 
+    def rows(self) -> list[Sighting]:
+        """Everyone's sightings in the order of the rows of a `faces` stream: by time, then person."""
+        return sorted((s for person in self.sightings for s in person), key=lambda s: (s.frame, s.person))
+
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """The arrays of a `faces` stream: one row per face, in order of time."""
-        rows = sorted((s for person in self.sightings for s in person), key=lambda s: (s.frame, s.person))
+        """The arrays of a `faces` stream: one row per face."""
+        rows = self.rows()
         columns = {
             "size": [s.quality.size for s in rows],
             "sharpness": [s.quality.sharpness for s in rows],
@@ -308,65 +307,6 @@ class People:
             **{name: np.array(values, np.float32) for name, values in columns.items()},
             "cut": np.array(self.cuts, np.float64),
         }
-
-    def choose(self, rule: str, speech: Callable[[float], bool] | None = None) -> int:
-        """Number of the person to estimate; 0 if the clip shows no face.
-
-        Args:
-            rule: main, left, right, id:K or speaking.
-            speech: whether there is speech at a time in seconds; required by "speaking".
-
-        Raises:
-            MediaError: the rule does not name one person of this clip.
-        """
-        if rule in (LEFT, RIGHT):
-            return self._on_side(rule)
-        if rule.startswith(ID):
-            number = int(rule.removeprefix(ID))
-            if number > len(self.sightings):
-                raise MediaError(
-                    explain(f"--person {rule} is not a person of this clip", expected=f"1 to {len(self.sightings)}")
-                )
-            return number
-        if rule == SPEAKING and self.sightings:
-            if speech is None:
-                raise MediaError(explain("--person speaking requires audio, and the clip has none"))
-            return 1 + max(range(len(self.sightings)), key=lambda k: speaking_score(self.sightings[k], speech))
-        return min(1, len(self.sightings))
-
-    def _on_side(self, side: str) -> int:
-        """The left or right one of the two people who are together for the longest time."""
-        people = [{s.frame: s.face.centre[0] for s in person} for person in self.sightings]
-        pairs = [(len(a.keys() & b.keys()), i, j) for j, b in enumerate(people) for i, a in enumerate(people[:j])]
-        together, i, j = max(pairs, key=lambda pair: (pair[0], -pair[1], -pair[2]), default=(0, 0, 0))
-        if together < MIN_FRAMES_TOGETHER:
-            raise MediaError(
-                explain(
-                    f"The person on the {side} cannot be told apart: the clip never shows two people side by side",
-                    expected=f"two faces in at least {MIN_FRAMES_TOGETHER} of the sampled frames",
-                    remedy="Add the dataset's face crops of this trial",
-                )
-            )
-        common = people[i].keys() & people[j].keys()
-        first_is_left = sum(people[i][frame] < people[j][frame] for frame in common) / len(common)
-        if 1 - SIDE_SHARE < first_is_left < SIDE_SHARE:
-            raise MediaError(
-                explain(
-                    f"The person on the {side} cannot be told apart: the two people change sides",
-                    expected=f"one person on the left in {SIDE_SHARE:.0%} of the frames that show both",
-                    got=f"{max(first_is_left, 1 - first_is_left):.0%}",
-                    remedy="Add the dataset's face crops of this trial",
-                )
-            )
-        left, right = (i, j) if first_is_left >= SIDE_SHARE else (j, i)
-        return 1 + (left if side == LEFT else right)
-
-
-def speaking_score(sightings: Sequence[Sighting], speech: Callable[[float], bool]) -> float:
-    """Mean motion of a mouth during speech, less that without speech, in gray levels."""
-    during = [s.mouth for s in sightings if speech(s.time)]
-    without = [s.mouth for s in sightings if not speech(s.time)]
-    return (float(np.mean(during)) if during else 0.0) - (float(np.mean(without)) if without else 0.0)
 
 
 def no_faces() -> dict[str, NDArray[np.generic]]:

@@ -12,8 +12,9 @@ DIM = 6
 
 def stream(kind: Kind, dtype: str | None = None, name: str | None = None) -> StreamInfo:
     """A stream of `kind`, named after it."""
-    dims = {"pixels": 0, "faces": 0, "labels": 0, "targets": 0}
-    dtypes = {"pixels": "uint8", "faces": "float32", "labels": "float32", "targets": "float32", "text": "float32"}
+    dims = {"pixels": 0, "faces": 0, "crops": 0, "labels": 0, "targets": 0}
+    dtypes = {"pixels": "uint8", "crops": "uint8"}
+    dtypes |= dict.fromkeys(("faces", "labels", "targets", "text"), "float32")
     return StreamInfo(
         name=name or kind,
         kind=kind,
@@ -35,11 +36,11 @@ def arrays(info: StreamInfo, length: int = 5, seed: int = 0, *, zeros: bool = Fa
         made[name] = (np.zeros(shape) if zeros else rng.uniform(-1, 1, shape)).astype(dtype)
         if dtype == "bool" and not zeros:
             made[name] = rng.random(shape) < 0.6
-    if info.kind != "text" and made["time"].ndim == 1 and not zeros:
+    if "time" in made and made["time"].ndim == 1 and not zeros:
         made["time"] = np.sort(made["time"])
     if info.kind == "targets":
         made["value"] = np.abs(made["value"])
-    if info.kind == "pixels":
+    if info.kind in ("pixels", "crops"):
         sizes_of_images = np.zeros(length, np.int64) if zeros else rng.integers(0, 50, length)
         made["offset"] = np.concatenate([[0], np.cumsum(sizes_of_images)]).astype(np.int64)
         made["data"] = rng.integers(0, 256, made["offset"][-1]).astype(np.uint8)

@@ -98,7 +98,7 @@ def test_stream_identities_are_compared_as_json(tmp_path, store):
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        (StreamInfo("v", "video", 4, "float16"), "Choices: audio, faces, labels"),  # type: ignore[arg-type]
+        (StreamInfo("v", "video", 4, "float16"), "Choices: audio, crops, faces, labels"),  # type: ignore[arg-type]
         (StreamInfo("v", "visual", -1, "float64"), "dim is -1.*dtype is 'float64', not float16 or float32"),
         (StreamInfo("", "visual", 4, "float16"), "needs a name"),
         (StreamInfo("v", "visual", 4, "float16", {"scale": float("nan")}), "not plain JSON"),

@@ -10,6 +10,7 @@ from vaflow.errors import MediaError, UsageError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces import faces_identity, tracker_identity
 from vaflow.extract.faces.alignment import TEMPLATE, yaw
+from vaflow.extract.faces.choice import choose_person
 from vaflow.extract.faces.detection import Face
 from vaflow.extract.faces.identity import FaceNetwork, link
 from vaflow.extract.faces.people import ClipFaces, People
@@ -50,7 +51,7 @@ def clip(
 
 def chosen_x(people: People, rule: str) -> float:
     """Mean x of the chosen person's faces."""
-    return float(np.mean([s.face.centre[0] for s in people.sightings[people.choose(rule) - 1]]))
+    return float(np.mean([s.face.centre[0] for s in people.sightings[choose_person(people.arrays(), rule) - 1]]))
 
 
 def test_main_is_the_person_visible_longest() -> None:
@@ -72,12 +73,12 @@ def test_sides_are_assigned_to_the_two_people_visible_together_longest() -> None
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_one_person_has_no_side(side: str) -> None:
     with pytest.raises(MediaError, match=f"on the {side} cannot be told apart: the clip never shows two"):
-        clip([[face(150)]] * 10).choose(side)
+        choose_person(clip([[face(150)]] * 10).arrays(), side)
 
 
 def test_a_clip_without_faces_has_no_side() -> None:
     with pytest.raises(MediaError, match="never shows two people"):
-        clip([[]] * 10).choose("left")
+        choose_person(clip([[]] * 10).arrays(), "left")
 
 
 def test_people_who_change_sides_have_no_side() -> None:
@@ -85,19 +86,19 @@ def test_people_who_change_sides_have_no_side() -> None:
     people = clip([[face(float(x), y=100), face(float(750 - x), y=300)] for x in steps])
     assert len(people.sightings) == 2
     with pytest.raises(MediaError, match="change sides"):
-        people.choose("right")
+        choose_person(people.arrays(), "right")
 
 
 def test_people_are_selected_by_number() -> None:
     people = clip([[face(150, size=90), face(600, size=130)]] * 10)
     assert chosen_x(people, "id:2") == 150
     with pytest.raises(MediaError, match="is not a person of this clip"):
-        people.choose("id:3")
+        choose_person(people.arrays(), "id:3")
 
 
 @pytest.mark.parametrize("network", [None, Blind()])
 def test_no_person_is_selected_in_frames_without_faces(network: FaceNetwork | None) -> None:
-    assert clip([[]] * 4, network=network).choose("main") == 0
+    assert choose_person(clip([[]] * 4, network=network).arrays(), "main") == 0
 
 
 def test_faces_in_one_frame_are_different_people() -> None:
@@ -111,13 +112,13 @@ def test_speaking_selects_the_person_whose_mouth_moves_during_speech() -> None:
     """The left mouth moves in the first half, which is silent; the right one in the second half."""
     mouths = [({150.0} if k < 10 else {600.0}) if k % 2 else set() for k in range(20)]
     people = clip([[face(150, size=130), face(600, size=130)]] * 20, mouths)
-    person = people.choose("speaking", lambda time: time >= 5)
+    person = choose_person(people.arrays(), "speaking", lambda time: time >= 5)
     assert people.sightings[person - 1][0].face.centre[0] == 600
 
 
 def test_speaking_requires_audio() -> None:
     with pytest.raises(MediaError, match="requires audio"):
-        clip([[face(150)]] * 4).choose("speaking", None)
+        choose_person(clip([[face(150)]] * 4).arrays(), "speaking", None)
 
 
 def test_every_face_is_stored_with_its_person() -> None:

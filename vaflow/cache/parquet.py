@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 NO_SPLIT = "unsplit"  # of clips without a split, and of prompt sets
-LEFT_OUT = ("pixels",)  # JPEG files of faces: personal data, and large
+LEFT_OUT = ("pixels", "crops")  # JPEG files of faces: personal data, and large
 
 
 def export_parquet(cache: Cache, out: Path, step: Callable[[], None] | None = None) -> dict[str, int]:

@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 FORMAT = "vaflow-cache"
 STORES = ("zarr", "hdf5")  # that can be written item by item
 
-Kind = Literal["visual", "audio", "logmel", "pixels", "faces", "labels", "targets", "text"]
+Kind = Literal["visual", "audio", "logmel", "pixels", "faces", "crops", "labels", "targets", "text"]
 StoreName = Literal["zarr", "hdf5", "packed"]
 Array = NDArray[Any]
 Json = dict[str, Any]
@@ -32,6 +32,7 @@ LABELS = "labels"  # the stream that every clip has: its frame clock, split, gro
 LOGMEL = "logmel"
 PIXELS = "pixels"
 FACES = "faces"
+CROPS = "crops"
 PACKED: StoreName = "packed"  # read-only: the rows of all clips in a few large arrays
 
 FLOAT = ("float16", "float32")
@@ -111,6 +112,11 @@ KINDS: Mapping[str, Mapping[str, ArraySpec]] = {
         "person":    ArraySpec(("face",), ("int64",)),             # number of the person, from 1
         "cut":       ArraySpec(("cut",), ("float64",)),            # seconds: first sampled frame after a cut
     },
+    # the crop of every face of the item's `faces`, as JPEG files laid end to end; none are stored for one person
+    "crops": {
+        "data":      ArraySpec(("byte",), ("uint8",)),
+        "offset":    ArraySpec(("face+1",), ("int64",)),    # image i: data[offset[i]:offset[i + 1]]
+    },
     # the frame clock and its annotation: one row per video frame or annotation row, whichever is more
     "labels": {
         "time":      ArraySpec(("row",), ("float64",)),            # seconds: presentation time
@@ -142,8 +148,8 @@ class StreamInfo:
     Attributes:
         name: as used on the command line and on disk, e.g. "clip-vit-b16".
         kind: a key of `KINDS`.
-        dim: the last axis of `embedding` (0 for pixels, faces, labels and targets).
-        dtype: of `embedding` ("uint8" for pixels, "float32" for faces, labels and targets).
+        dim: the last axis of `embedding` (0 for pixels, faces, crops, labels and targets).
+        dtype: of `embedding` ("uint8" for pixels and crops, "float32" for faces, labels and targets).
         identity: plain JSON of every setting that changes the values: encoder, weights digest, preprocessing, sampling,
             output layer, decoder backend and version. The fingerprint is a digest of it.
     """
@@ -290,10 +296,10 @@ def _value_problems(info: StreamInfo, arrays: Mapping[str, Any]) -> list[str]:
         known = arrays["value"][arrays["valid"]]
         if not ((known >= 0) & (known <= 1)).all():
             problems.append("targets marked valid are not all within [0, 1]")
-    if info.kind == "pixels":
+    if info.kind in ("pixels", "crops"):
         offset = arrays["offset"]
         if offset.size and (offset[0] != 0 or offset[-1] != arrays["data"].size or (np.diff(offset) < 0).any()):
-            problems.append("pixel offsets do not run from 0 to the size of the data")
+            problems.append(f"{info.kind} offsets do not run from 0 to the size of the data")
     return problems
 
 
@@ -321,6 +327,6 @@ class Item:
 
     @property
     def images(self) -> list[bytes]:
-        """Pixels: one JPEG file per sample, empty where no face was detected."""
+        """Pixels and crops: one JPEG file per sample or face, empty where there is none."""
         data = self.data
         return [data[start:end].tobytes() for start, end in pairwise(self.offset.tolist())]

@@ -17,6 +17,7 @@ _DTYPES = {
     "pixels": ("uint8",),
     "text": ("float32",),
     "faces": ("float32",),
+    "crops": ("uint8",),
 }
 
 
