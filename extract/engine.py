@@ -13,6 +13,7 @@ from vaflow.datasets import Dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.prompts import load_prompts
+from vaflow.errors import FingerprintError, explain
 from vaflow.extract.batching import compile_network
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.plan import PendingClip, make_plan
@@ -50,14 +51,38 @@ def prepare(
     """
     known = cache.streams()
     infos = {name: as_declared(i, known.get(name)) for name, i in stream_infos(config, visual, audio).items()}
-    if (
-        FACES in known and CROPS not in known
-    ):  # made by a version without crops of everyone: do not decode all clips again
+    if FACES in known and CROPS not in known:  # of an earlier version: do not decode every clip again for its crops
         infos.pop(CROPS, None)
     for info in infos.values():
+        if CROPS in known and info.name in known:
+            _check_person(cache, known[info.name], info)
         cache.declare(info)
     write_prompts(cache, load_prompts(config.prompts), visual)
     return infos
+
+
+def _check_person(cache: Cache, known: StreamInfo, info: StreamInfo) -> None:
+    """Check that a stream has the features of the same people; a cache with another choice needs no video.
+
+    Raises:
+        FingerprintError: it has those of another choice.
+    """
+    stored, now = (one.identity.get("picture", {}).get("faces", {}) for one in (known, info))
+    if "person" not in stored or "person" not in now or _choice(stored) == _choice(now):
+        return
+    command = f"vaflow cache people {cache.place} OTHER.cache --person {now['person']}"
+    raise FingerprintError(
+        explain(
+            f"{cache.place} has the features of another choice of people",
+            expected=_choice(stored),
+            got=_choice(now),
+            remedy=f"To choose again without the videos: {command}",
+        )
+    )
+
+
+def _choice(faces: dict[str, Any]) -> str:
+    return f"--person {faces['person']}" + (" with --choices" if "choices" in faces else "")
 
 
 def carry_out(

@@ -13,6 +13,24 @@ from vaflow.timeline import Grid
 
 
 @dataclass(frozen=True)
+class StoredPerson:
+    """A person whose crops a cache holds.
+
+    Attributes:
+        cache: its path or URL; item: the item with the crops.
+        stream: a stream of images of that item, whose samples are those of the features.
+        person: number of the person.
+        facts: members of the features' record.
+    """
+
+    cache: str
+    item: str
+    stream: str
+    person: int
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Job:
     """One clip to read.
 
@@ -25,6 +43,7 @@ class Job:
         keep_jpeg: send the JPEG of every crop along.
         keep_everyone: send the JPEG of every face, where the clip shows several people.
         decode_on: the GPU that decodes frames; empty for PyAV.
+        stored: read the crops of this person from a cache; no media file is read.
         ask: images per question to the parent's face detector; 0: the worker detects faces itself.
     """
 
@@ -36,11 +55,12 @@ class Job:
     face_source: str
     preparations: tuple[Preparation, ...]
     keep_jpeg: bool
-    keep_everyone: bool = False
     decode_on: str = ""
     ask: int = 0
     person: str = "largest"  # "all": everyone is read
     identity: str = "none"
+    stored: StoredPerson | None = None
+    keep_everyone: bool = False
 
 
 @dataclass(frozen=True)

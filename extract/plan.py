@@ -18,7 +18,7 @@ from vaflow.extract.config import Shard
 from vaflow.extract.faces.choice import ALL
 from vaflow.extract.headers import lengths
 from vaflow.extract.image_folders import IMAGES_DIGEST, images_digest
-from vaflow.extract.messages import Failed
+from vaflow.extract.messages import Failed, StoredPerson
 from vaflow.extract.pool import each
 from vaflow.extract.sources import SourceComparison, file_status, sources_of
 from vaflow.extract.streams import SOURCES, reading_version, source_of
@@ -36,6 +36,7 @@ class PendingClip:
 
     Attributes:
         changed: the cache holds streams of an earlier version of its files.
+        stored: the images are read from a cache.
         everyone: every person of the clip becomes an item; `people`: how many the cache has.
     """
 
@@ -44,6 +45,7 @@ class PendingClip:
     changed: bool
     everyone: bool = False
     people: int = 0
+    stored: StoredPerson | None = None
 
     @property
     def first_item(self) -> str:

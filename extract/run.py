@@ -194,6 +194,7 @@ class Run:
                 keep_everyone=CROPS in task.streams,
                 decode_on=self._decode_on(task) if faces else "",
                 ask=ask,
+                stored=task.stored,
             )
 
     def _decode_on(self, task: PendingClip) -> str:

@@ -47,6 +47,7 @@ from vaflow.extract.messages import (
 from vaflow.extract.nvdec import frames_on_gpu
 from vaflow.extract.scan import audio_clock
 from vaflow.extract.sources import check_unchanged, sources_of
+from vaflow.extract.stored_crops import StoredReader
 from vaflow.extract.video import MediaInfo, frame_times, frames_at, probe
 from vaflow.process import beat, listening
 from vaflow.timeline import Floats, Ints, median_interval, nearest
@@ -94,7 +95,7 @@ def run_job(job: Job, send: Send, ask: Ask = _nobody_to_ask) -> None:
         send: takes each message.
         ask: returns the faces of images; required where `job.ask` is set.
     """
-    reader = ClipReader(job, send, ask)
+    reader = StoredReader(job, send) if job.stored is not None else ClipReader(job, send, ask)
     try:
         reader.run()
     except MemoryError as error:

@@ -6,7 +6,7 @@ and skipped. Running the copy again resumes it.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from typing import Literal
 from vaflow.cache.cache import Cache
 from vaflow.cache.costs import carry_costs
 from vaflow.cache.opening import PathLike, create_cache, layout_of
-from vaflow.cache.schema import LABELS, Json, Record, unescape
+from vaflow.cache.schema import LABELS, Array, Json, Record, unescape
 from vaflow.cache.verify import load_streams
 from vaflow.errors import CacheError, CorruptError, DataError, MissingError, UsageError, explain
 from vaflow.failures import FAILURES, Failure, read_failures, write_failures
@@ -79,10 +79,29 @@ def survey(cache: Cache, stage: str) -> Survey:
 
 @dataclass(frozen=True)
 class ItemCopy:
-    """One item to copy, from the first of `origins` that holds it undamaged."""
+    """One item to copy, from the first of `origins` that holds it undamaged.
+
+    Attributes:
+        key: stream and item of the copy.
+        origin_item: the item in `origins`, if its id differs.
+        change: returns the record of the copy; by default the same.
+        change_arrays: returns the arrays of the copy; by default the same.
+    """
 
     key: Key
     origins: tuple[Cache, ...]
+    origin_item: str = ""
+    change: Callable[[Record], Record] | None = None
+    change_arrays: Callable[[Mapping[str, Array]], Mapping[str, Array]] | None = None
+
+    @property
+    def origin_key(self) -> Key:
+        """Stream and item in `origins`."""
+        return self.key[0], self.origin_item or self.key[1]
+
+    def record(self, record: Record) -> Record:
+        """The record of the copy."""
+        return self.change(record) if self.change else record
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ def transfer(
         copies: the items.
         damaged: items known to be unreadable.
         splits: clip -> split, for the list.
-        stage: "convert" or "merge", for the list and the progress bar.
+        stage: "convert", "merge" or "people", for the list and the progress bar.
         show_progress: draw a progress bar.
 
     Raises:
@@ -157,7 +176,7 @@ def transfer(
                             done[result] += 1
                         bar.update()
     finally:
-        prompt_sets = [f.item for f in failures if f.details["stream"] in texts]  # they have no split
+        prompt_sets = [f.item for f in failures if f.details.get("stream") in texts]  # they have no split
         known: dict[str, str | None] = {**splits, **dict.fromkeys(prompt_sets)}
         failures = [
             replace(f, details={**f.details, "split": known[f.item]}) if f.item in known else f for f in failures
@@ -199,11 +218,13 @@ def _copy(target: Cache, copy: ItemCopy, stage: str) -> Outcome | Failure:
     for origin in copy.origins:
         try:
             if known is not None:
-                record = origin.record(stream, item)
-                if all(getattr(known, name) == getattr(record, name) for name in COPY_OF):
+                record = copy.record(origin.record(*copy.origin_key))
+                same = COPY_OF if copy.change_arrays is None else [name for name in COPY_OF if name != "arrays"]
+                if all(getattr(known, name) == getattr(record, name) for name in same):
                     return "current"
-            record, arrays = origin.committed(stream, item)
-            target.adopt(record, arrays)  # write errors of the target are raised: the item is not damaged
+            record, arrays = origin.committed(*copy.origin_key)
+            changed = copy.change_arrays(arrays) if copy.change_arrays else arrays
+            target.adopt(copy.record(record), changed)  # write errors of the target are raised: the item is not damaged
         except (CorruptError, MissingError, DataError, OSError) as error:
             reasons.append(error)
         else:

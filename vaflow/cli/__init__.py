@@ -19,6 +19,7 @@ from vaflow.cli import (
     ablate,
     cache,
     cache_import,
+    cache_people,
     check,
     demo,
     evaluate,
@@ -69,6 +70,7 @@ app.add_typer(cache.app, name="cache", cls=CommandGroup, rich_help_panel=CACHE)
 _add("prompts", cache_prompts.prompts, "Commands", cache.app)
 _add("import", cache_import.import_, "Commands", cache.app)
 _add("targets", cache_import.targets, "Commands", cache.app)
+_add("people", cache_people.people, "Commands", cache.app)
 app.command(
     "train", cls=command_class(TrainConfig), epilog=epilog(TrainConfig, "docs/settings.md"), rich_help_panel=MODEL
 )(train.train)

@@ -1,14 +1,14 @@
 """The page of `vaflow faces`: the people of clips, with crops over time; and all boxes as CSV.
 
-Crops are cut from the videos (a cache does not hold them for everyone); a cache whose videos have moved gets a page
-without crops unless `--media` names their folder.
+Crops come from the cache, which holds them for clips with several people; those of other clips are cut from the videos,
+if `--media` names their folder.
 """
 
 import csv
 import logging
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image as Images
 
 from vaflow.cache import Cache, is_cache, open_cache
-from vaflow.cache.schema import FACES, LABELS
+from vaflow.cache.schema import CROPS, FACES, LABELS
 from vaflow.datasets import open_dataset
 from vaflow.errors import MediaError, UsageError, explain
 from vaflow.extract.faces.alignment import MAX_YAW, MIN_SCORE, MIN_SHARPNESS, MIN_SIZE, align, encode_jpeg
@@ -27,19 +27,38 @@ from vaflow.extract.faces.identity import open_network, resolve
 from vaflow.extract.faces.people import ClipFaces
 from vaflow.extract.video import frame_times, frames_at
 from vaflow.files import write_file
-from vaflow.item_names import person_item
 from vaflow.pages import render
 from vaflow.timeline import Grid, nearest
 from vaflow.viewer.media import MediaIndex
 
-CROPS = 10  # of each person, evenly over their time
+SHOWN_CROPS = 10  # of each person, evenly over their time
 CROP_SIZE = 88  # pixels on the page
 COLUMNS = ("clip", "person", "track", "frame", "time", "x0", "y0", "x1", "y1", "score", "size", "sharpness", "yaw")
 
 Arrays = dict[str, NDArray[Any]]
 log = logging.getLogger(__name__)
 TABLE = "faces.csv"
-FacesOfClip = tuple[str, Arrays, dict[int, str], Path | None]  # clip, its faces, person -> item with features, video
+Jpegs = Sequence[bytes]  # one per face; empty: not stored
+
+
+@dataclass(frozen=True)
+class FacesOfClip:
+    """The faces of one clip.
+
+    Attributes:
+        clip: its name; item: an item of the cache with its faces, "" if they were detected now.
+        faces: arrays of the faces stream.
+        items: number of a person -> the item with features of that person.
+        crops: the stored crops.
+        video: the file, if it was found.
+    """
+
+    clip: str
+    item: str
+    faces: Arrays
+    items: dict[int, str]
+    crops: Jpegs = ()
+    video: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,21 +97,29 @@ class ClipCard:
     people: tuple[PersonCard, ...]
     items: dict[int, str]
 
+    def row(self, person: int) -> str:
+        """The row of a table of choices that chooses a person, or leaves out the clip (0) or a person's item; or ""."""
+        divided = bool(self.items) and self.item not in self.items.values()
+        name, rule = (self.items.get(person, ""), "none") if divided and person else (self.item, f"id:{person}")
+        text = StringIO()
+        csv.writer(text, lineterminator="").writerow((name, rule if person else "none"))
+        return text.getvalue() if name else ""
 
-def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[tuple[str, str, Arrays, dict[int, str]]]:
-    """Clip, an item of it, the arrays of its faces, and number of a person -> item with features of that person."""
-    visual = [name for name, info in cache.streams().items() if info.kind in ("visual", "pixels")]
+
+def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[FacesOfClip]:
+    """The faces of the clips of a cache; the people of a clip share them."""
+    known = cache.streams()
+    visual = [name for name, info in known.items() if info.kind in ("visual", "pixels")]
+    people: dict[str, dict[int, str]] = {}
     for item in items:
-        if not cache.has(FACES, item):
-            continue
-        made = [name for name in visual if cache.has(name, item)]
-        meta = cache.record(made[0], item).meta if made else {}
-        person, clip, persons = int(meta.get("person", 0)), meta.get("clip"), int(meta.get("persons", 0))
-        if clip is None:
-            yield item, item, dict(cache.read(FACES, item).arrays), {person: item} if person else {}
-        elif person == 1:  # the people of a clip share its faces
-            everyone = {number: person_item(clip, number) for number in range(1, persons + 1)}
-            yield clip, item, dict(cache.read(FACES, item).arrays), everyone
+        if cache.has(FACES, item):
+            meta = next((cache.record(name, item).meta for name in visual if cache.has(name, item)), {})
+            people.setdefault(meta.get("clip", item), {})[int(meta.get("person", 0))] = item
+    for clip, numbered in people.items():
+        item = numbered[min(numbered)]  # has the crops
+        crops = cache.read(CROPS, item).images if CROPS in known and cache.has(CROPS, item) else ()
+        chosen = {number: name for number, name in numbered.items() if number}
+        yield FacesOfClip(clip, item, dict(cache.read(FACES, item).arrays), chosen, crops)
 
 
 def detected_faces(video: Path, network: str, grid: Grid) -> Arrays:
@@ -110,13 +137,18 @@ def detected_faces(video: Path, network: str, grid: Grid) -> Arrays:
         return dict(faces.people().arrays())
 
 
-def clip_card(item: str, faces: Arrays, items: dict[int, str], video: Path | None) -> ClipCard:
-    """A clip's people with crops cut from its video, if there is one."""
+def clip_card(clip: FacesOfClip) -> ClipCard:
+    """A clip's people with their crops, stored or cut from the video, if there are any."""
+    faces = clip.faces
     instants = np.unique(faces["time"])
     step = float(np.median(np.diff(instants))) if len(instants) > 1 else 0.0
     numbers = np.unique(faces["person"]).tolist()
     shown = {number: _evenly(np.flatnonzero(faces["person"] == number)) for number in numbers}
-    crops = _crops(faces, sorted({row for rows in shown.values() for row in rows}), video) if video else {}
+    rows = sorted({row for rows in shown.values() for row in rows})
+    if any(clip.crops):
+        crops = {row: _data_url(clip.crops[row]) for row in rows if clip.crops[row]}
+    else:
+        crops = _crops(faces, rows, clip.video) if clip.video else {}
     duration = float(instants[-1]) + step if len(instants) else 0.0
     people = []
     for number in numbers:
@@ -142,11 +174,11 @@ def clip_card(item: str, faces: Arrays, items: dict[int, str], video: Path | Non
                 crops=tuple((float(faces["time"][row]), crops[row]) for row in shown[number] if row in crops),
             )
         )
-    return ClipCard(item, duration, tuple(faces["cut"].tolist()), tuple(people), items)
+    return ClipCard(clip.clip, duration, tuple(faces["cut"].tolist()), tuple(people), clip.items)
 
 
 def _evenly(rows: NDArray[np.int64]) -> list[int]:
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(CROPS, len(rows))).round().astype(int))].tolist()
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(SHOWN_CROPS, len(rows))).round().astype(int))].tolist()
 
 
 def _crops(faces: Arrays, rows: Sequence[int], video: Path) -> dict[int, str]:
@@ -161,10 +193,14 @@ def _crops(faces: Arrays, rows: Sequence[int], video: Path) -> dict[int, str]:
             face = Face(
                 (box[0], box[1], box[2], box[3]), float(faces["score"][row]), faces["landmarks"][row].astype(float)
             )
-            jpeg = BytesIO(encode_jpeg(align(image, face)))
-            small = np.asarray(Images.open(jpeg).resize((CROP_SIZE, CROP_SIZE)), np.uint8)
-            made[row] = "data:image/jpeg;base64," + b64encode(encode_jpeg(small, 80)).decode()
+            made[row] = _data_url(encode_jpeg(align(image, face)))
     return made
+
+
+def _data_url(jpeg: bytes) -> str:
+    """A crop in the size of the page."""
+    small = np.asarray(Images.open(BytesIO(jpeg)).resize((CROP_SIZE, CROP_SIZE)), np.uint8)
+    return "data:image/jpeg;base64," + b64encode(encode_jpeg(small, 80)).decode()
 
 
 def faces_csv(clips: Sequence[tuple[str, Arrays]]) -> str:
@@ -202,7 +238,7 @@ def write_people(
     Args:
         path: a cache, a video, or a directory of videos, whose faces are detected now.
         out: the HTML file.
-        media: where the videos of a cache are, for the crops.
+        media: where the videos of a cache are, for crops that it does not hold.
         several: only clips with several people.
         identity: the network that tells the people of videos apart.
 
@@ -211,14 +247,15 @@ def write_people(
     """
     clip_people = _of_cache(open_cache(path), media) if is_cache(path) else _of_videos(path, resolve(identity))
     clips, tables = [], []
-    for item, faces, items, video in clip_people:
-        if several and len(set(faces["person"].tolist())) < 2:
+    for clip in clip_people:
+        if several and len(set(clip.faces["person"].tolist())) < 2:
             continue
-        clips.append(clip_card(item, faces, items, video))
-        tables.append((item, faces))
+        clips.append(clip_card(clip))
+        tables.append((clip.clip, clip.faces))
     out.parent.mkdir(parents=True, exist_ok=True)
     page = PeoplePage(tuple(clips), out.parent / TABLE)
-    write_file(out, render("faces.html", name=path.name, clips=clips, table=TABLE))
+    cache = path.name if is_cache(path) else ""
+    write_file(out, render("faces.html", name=path.name, clips=clips, table=TABLE, cache=cache))
     write_file(page.table, faces_csv(tables))
     return page
 
@@ -233,9 +270,9 @@ def _of_cache(cache: Cache, media: Sequence[Path]) -> Iterator[FacesOfClip]:
             )
         )
     files = {(file.name, file.stat().st_size): file for file in MediaIndex(media).files}
-    for clip, item, faces, items in cached_faces(cache, cache.items()):
-        source = cache.record(LABELS, item).source.get("video") or {}
-        yield clip, faces, items, files.get((source.get("name", ""), source.get("size", -1)))
+    for clip in cached_faces(cache, cache.items()):
+        source = cache.record(LABELS, clip.item).source.get("video") or {}
+        yield replace(clip, video=files.get((source.get("name", ""), source.get("size", -1))))
 
 
 def _of_videos(path: Path, network: str) -> Iterator[FacesOfClip]:
@@ -248,4 +285,4 @@ def _of_videos(path: Path, network: str) -> Iterator[FacesOfClip]:
         except (MediaError, OSError) as error:
             log.warning("%s: %s", video.name, error)
             continue
-        yield video.stem, faces, {}, video
+        yield FacesOfClip(video.stem, "", faces, {}, video=video)
