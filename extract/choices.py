@@ -77,7 +77,9 @@ class Choices:
                 raise UsageError(explain("--choices names a clip that is not in the cache", got=name, choices=people))
             if everyone and rule != EXCLUDED:
                 raise UsageError(
-                    explain(f"{name!r} has a person in --choices", expected="none, with --person all", got=rule)
+                    explain(
+                        f"{name!r} has a person in --choices", expected="none, where every person is an item", got=rule
+                    )
                 )
             if rule.startswith(ID) and int(rule.removeprefix(ID)) > people.get(name, 0):
                 raise UsageError(

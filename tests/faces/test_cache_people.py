@@ -70,3 +70,158 @@ def test_another_choice_equals_a_new_extraction(folder: Path, person: str) -> No
     assert people(folder, "main.fresh", f"{person}.chosen", "--person", person) == code
     assert_same_caches(open_cache(folder / f"{person}.chosen"), open_cache(folder / f"{person}.fresh"))
     assert failed(folder / f"{person}.chosen") == failed(folder / f"{person}.fresh")
+
+
+@pytest.fixture(scope="module")
+def everyone(folder: Path) -> Path:
+    assert people(folder, "main.fresh", "everyone", "--person", "all") == 0
+    return folder / "everyone"
+
+
+def test_the_first_choice_can_be_made_again(folder: Path, everyone: Path) -> None:
+    assert people(folder, everyone.name, "main.again", "--person", "main") == 0
+    assert_same_caches(open_cache(folder / "main.again"), open_cache(folder / "main.fresh"))
+
+
+def test_only_clips_with_several_people_store_crops(folder: Path, everyone: Path) -> None:
+    cache = open_cache(folder / "main.fresh")
+    images = {item: cache.read("crops", item).images for item in cache.items()}
+    assert {item: len(files) for item, files in images.items() if any(files)}.keys() >= {"pair"}
+    assert all(images["pair"]) and len(images["pair"]) == len(cache.read("faces", "pair").time)
+    assert not any(images["solo"]) and not any(images["empty"])
+    assert set(cache.read("pixels", "pair").images) < set(images["pair"])
+    assert not any(open_cache(everyone).read("crops", "pair#2").images), "pair#1 has them"
+
+
+def test_a_table_chooses_and_leaves_out_clips(
+    folder: Path, everyone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "choices.csv"
+    table.write_text("clip,person\npair,id:2\nsolo,none\nempty,\n")
+    arguments = [
+        "cache",
+        "people",
+        str(folder / "main.fresh"),
+        str(tmp_path / "out"),
+        "--choices",
+        str(table),
+        "--json",
+    ]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["encoded"] == {"clip-tiny": SECONDS * 2}
+    cache, before = open_cache(tmp_path / "out"), open_cache(folder / "main.fresh")
+    assert cache.items() == ["empty", "pair", "speech"]
+    assert cache.record("clip-tiny", "pair").meta["person"] == 2
+    chosen = open_cache(everyone).read("clip-tiny", "pair#2")
+    np.testing.assert_array_equal(cache.read("clip-tiny", "pair").embedding, chosen.embedding)
+    np.testing.assert_array_equal(
+        cache.read("clip-tiny", "speech").embedding, before.read("clip-tiny", "speech").embedding
+    )
+    assert cache.fingerprint("clip-tiny") != before.fingerprint("clip-tiny")
+    assert cache.fingerprint("ast-tiny") == before.fingerprint("ast-tiny")
+    np.testing.assert_array_equal(cache.read("labels", "pair").value, before.read("labels", "pair").value)
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["copied"] == 0
+    table.write_text("clip,person\npair,main\nsolo,none\n")
+    assert main([*arguments, "--device", "cpu"]) == 2, "another choice"
+
+
+def test_a_person_of_a_clip_can_be_left_out(everyone: Path, tmp_path: Path) -> None:
+    (tmp_path / "choices.csv").write_text("clip,person\npair#1,none\nempty,none\n")
+    arguments = ["--choices", str(tmp_path / "choices.csv"), "-q"]
+    assert main(["cache", "people", str(everyone), str(tmp_path / "out"), *arguments]) == 0
+    cache = open_cache(tmp_path / "out")
+    assert "pair#2" in cache.items() and not {"pair#1", "empty#1"} & set(cache.items())
+    assert all(cache.read("crops", "pair#2").images), "the first item of the clip has the crops"
+    assert cache.fingerprint("clip-tiny") == open_cache(everyone).fingerprint("clip-tiny")
+    assert main(["cache", "people", str(tmp_path / "out"), str(tmp_path / "again"), "--person", "id:2", "-q"]) == 3
+    assert "pair" in failed(tmp_path / "again"), "the labels of the clip were those of pair#1"
+
+
+def test_an_interrupted_choice_resumes_without_encoding_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["cache", "people", str(folder / "main.fresh"), str(tmp_path / "out"), "--person", "id:2", "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr("vaflow.extract.chosen_people.transfer", interrupt)
+        assert main([*arguments, "--device", "cpu"]) == 130
+    assert open_cache(tmp_path / "out").has("clip-tiny", "pair")
+    assert open_cache(tmp_path / "out").items() == []
+    capsys.readouterr()
+    assert main([*arguments, "--device", "cpu"]) == 3, "the other clips have one person"
+    assert json.loads(capsys.readouterr().out)["encoded"] == {}
+    assert "pair" in open_cache(tmp_path / "out").items()
+
+
+def test_a_clip_with_damaged_crops_fails_alone(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "main.fresh", tmp_path / "cache")
+    (data,) = (tmp_path / "cache" / "crops" / "pair").glob("*/data/c/0")
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    options = ["--person", "all", "--device", "cpu", "-q"]
+    assert main(["cache", "people", str(tmp_path / "cache"), str(tmp_path / "out"), *options]) == 3
+    assert "pair#2" in failed(tmp_path / "out")
+    assert {"solo#1", "empty#1"} <= set(open_cache(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            None,
+            ["--person", "id:9"],
+            "No clip has person 9. Expected: a number of a person; people per clip: empty 0, pair 2",
+        ),
+        (None, ["--person", "largest"], "main, all, left, right, speaking or id:K"),
+        (None, [], "Neither --person nor --choices"),
+        ("clip,person\npair,id:3\n", [], "'pair' has no such person. Expected: id:1 to id:2. Got: id:3"),
+        ("clip,person\npear,id:1\n", [], "Did you mean 'pair'?"),
+        ("clip,person\npair,2\n", [], "none, main, left, right, speaking or id:K"),
+        ("clip,person\npair,id:2\npair,id:1\n", [], "names a clip twice"),
+        ("clip,who\npair,id:2\n", [], "the columns clip,person"),
+        ("clip,person\npair,id:2\n", ["--person", "all"], "none, where every person is an item"),
+    ],
+)
+def test_a_wrong_choice_is_rejected(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: str | None,
+    options: list[str],
+    message: str,
+) -> None:
+    if rows is not None:
+        (tmp_path / "choices.csv").write_text(rows)
+        options = [*options, "--choices", str(tmp_path / "choices.csv")]
+    assert main(["cache", "people", str(folder / "main.fresh"), str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_extract_names_the_command_that_chooses_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = folder / "main.fresh"
+    assert main(["extract", str(folder / "away"), "--out", str(cache), "--person", "left", *OPTIONS]) == 2
+    assert f"vaflow cache people {cache} OTHER.cache --person left" in capsys.readouterr().err
+
+
+def test_a_cache_of_an_earlier_version_stays_complete(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "main.fresh", tmp_path / "cache")
+    for path in ("crops", "records/crops"):
+        shutil.rmtree(tmp_path / "cache" / path)
+    (tmp_path / "cache" / "streams" / "crops.json").unlink()
+    (tmp_path / "cache" / "index.json").unlink()
+    assert main(["extract", str(folder / "away"), "--out", str(tmp_path / "cache"), *OPTIONS[:-1]]) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    assert main(["cache", "people", str(tmp_path / "cache"), str(tmp_path / "out"), "--person", "id:2"]) == 2
+    assert "vaflow extract VIDEOS --out OTHER.cache --person id:2" in capsys.readouterr().err
+
+
+def test_the_page_of_people_needs_no_videos(folder: Path, tmp_path: Path) -> None:
+    assert main(["faces", str(folder / "main.fresh"), "--out", str(tmp_path / "faces.html"), "-q"]) == 0
+    html = (tmp_path / "faces.html").read_text("utf-8")
+    assert "<code>pair,id:2</code>" in html and "<code>pair,none</code>" in html
+    assert html.count("data:image/jpeg;base64,") >= SECONDS * 4

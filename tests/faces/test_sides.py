@@ -10,6 +10,7 @@ from affwild2_tree import write_labels
 from composites import in_a_row, one_after_another, write
 
 from vaflow.cache import open_cache
+from vaflow.cli import main
 from vaflow.datasets import open_dataset
 from vaflow.encoders.base import VisualEncoder
 from vaflow.extract.config import ExtractConfig
@@ -56,3 +57,13 @@ def test_check_names_trials_without_crops(trials: Path) -> None:
     assert set(notes) == {"pair_left", "pair_right", "turns_left", "turns_right"}
     assert notes["pair_left"].severity == "error"
     assert "pair_right" in notes["pair_left"].message
+
+
+def test_another_choice_of_people_keeps_the_sides(trials: Path, tmp_path: Path) -> None:
+    options = ["--visual", "clip-tiny", "--audio", "none", "--device", "cpu", "-q"]
+    assert main(["extract", str(trials), "--out", str(tmp_path / "cache"), *options]) == 3
+    assert main(["cache", "people", str(tmp_path / "cache"), str(tmp_path / "out"), "--person", "id:1", "-q"]) == 0
+    cache, chosen = open_cache(tmp_path / "cache"), open_cache(tmp_path / "out")
+    assert chosen.items() == ["pair_left", "pair_right"]
+    for item in chosen.items():
+        np.testing.assert_array_equal(chosen.read("clip-tiny", item).embedding, cache.read("clip-tiny", item).embedding)

@@ -166,6 +166,7 @@ def extract(
     log.info("Loading %s", ", ".join(config.encoders) or "the dataset")
     from vaflow.cache import open_cache
     from vaflow.cache.edit import absent_clips
+    from vaflow.cache.schema import CROPS
     from vaflow.extract.pipeline import extract as run
 
     summary = run(
@@ -191,7 +192,8 @@ def extract(
     elif not quiet:
         echo(_describe(summary, cache))
         if summary.several_people:
-            echo(_several_people(summary.several_people, out, root, config.identity))
+            media = None if CROPS in cache.streams() else root
+            echo(_several_people(summary.several_people, out, media, config.identity))
     if profile and summary.stages and not json:
         from vaflow.extract.summary import bottleneck
 
@@ -267,11 +269,11 @@ def _describe(summary: "Summary", cache: "Cache") -> str:
     return "\n".join(lines)
 
 
-def _several_people(clips: int, out: Path, root: Path, identity: str) -> str:
-    """The line that points to the page of people."""
+def _several_people(clips: int, out: Path, media: Path | None, identity: str) -> str:
+    """The line that points to the page of people; `media`: the videos, if the cache has no crops of everyone."""
     from vaflow.extract.faces.identity import NONE, REMEDY, resolve
 
-    command = f"vaflow faces {out} --media {root} --several"
+    command = f"vaflow faces {out}" + (f" --media {media}" if media else "") + " --several"
     verb = "shows" if clips == 1 else "show"
     if resolve(identity) == NONE:
         return f"{count(clips, 'clip')} {verb} several tracks of faces, which only {REMEDY} joins to people: {command}"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image as Images
 
 from vaflow.cache import Cache, is_cache, open_cache
-from vaflow.cache.schema import CROPS, FACES, LABELS
+from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
 from vaflow.datasets import open_dataset
 from vaflow.errors import MediaError, UsageError, explain
 from vaflow.extract.faces.alignment import MAX_YAW, MIN_SCORE, MIN_SHARPNESS, MIN_SIZE, align, encode_jpeg
@@ -118,8 +118,13 @@ def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[FacesOfClip]:
     for clip, numbered in people.items():
         item = numbered[min(numbered)]  # has the crops
         crops = cache.read(CROPS, item).images if CROPS in known and cache.has(CROPS, item) else ()
+        faces = dict(cache.read(FACES, item).arrays)
+        if not any(crops) and PIXELS in known and cache.has(PIXELS, item):  # one person
+            pixels = cache.read(PIXELS, item)
+            image_of = dict(zip(pixels.frame.tolist(), pixels.images, strict=True))
+            crops = [image_of.get(frame, b"") for frame in faces["frame"].tolist()]
         chosen = {number: name for number, name in numbered.items() if number}
-        yield FacesOfClip(clip, item, dict(cache.read(FACES, item).arrays), chosen, crops)
+        yield FacesOfClip(clip, item, faces, chosen, crops)
 
 
 def detected_faces(video: Path, network: str, grid: Grid) -> Arrays:
@@ -254,7 +259,7 @@ def write_people(
         tables.append((clip.clip, clip.faces))
     out.parent.mkdir(parents=True, exist_ok=True)
     page = PeoplePage(tuple(clips), out.parent / TABLE)
-    cache = path.name if is_cache(path) else ""
+    cache = str(path) if is_cache(path) else ""
     write_file(out, render("faces.html", name=path.name, clips=clips, table=TABLE, cache=cache))
     write_file(page.table, faces_csv(tables))
     return page
