@@ -150,7 +150,7 @@ def test_the_fingerprint_includes_nvdec_for_frame_streams(stand_in: type[StandIn
         for decoder in ("pyav", "nvdec")
     )
     changed = {name for name in ours if ours[name].identity != theirs[name].identity}
-    assert changed == {"clip-tiny", "faces", "pixels"}, "audio and labels stay the same"
+    assert changed == {"clip-tiny", "crops", "faces", "pixels"}, "audio and labels stay the same"
     used = theirs["clip-tiny"].identity["picture"]["decoder"]
     assert (used["backend"], used["version"], used["clock"]["backend"]) == (
         "torchcodec nvdec",

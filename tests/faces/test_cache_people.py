@@ -1,6 +1,8 @@
 """`vaflow cache people`: a cache with another choice of people equals a new extraction, and reads no video."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -225,3 +227,17 @@ def test_the_page_of_people_needs_no_videos(folder: Path, tmp_path: Path) -> Non
     html = (tmp_path / "faces.html").read_text("utf-8")
     assert "<code>pair,id:2</code>" in html and "<code>pair,none</code>" in html
     assert html.count("data:image/jpeg;base64,") >= SECONDS * 4
+
+
+def test_the_documented_commands_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "people.md").read_text("utf-8")
+    (table,) = re.findall(r"^```\n(clip,person\n.*?)^```", page, flags=re.M | re.S)
+    for name, clip in (("interview", "pair"), ("panel", "speech"), ("crowd", "solo")):
+        table = table.replace(name, clip)
+    (tmp_path / "choices.csv").write_text(table)
+    (tmp_path / "videos.cache").symlink_to(folder / "main.fresh")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```bash\n(.*?)^```", page, flags=re.M | re.S)
+    for line in block.splitlines():
+        assert main([*shlex.split(line)[1:], "-q"]) == 0
+    assert open_cache(tmp_path / "chosen.cache").items() == ["empty", "pair", "speech"]
