@@ -199,7 +199,12 @@ def test_the_fingerprint_includes_the_detector_for_face_streams(
     import cv2
 
     opencv, ours = (extracted[name].streams() for name in ("opencv", "torch"))
-    assert {name for name in ours if ours[name].identity != opencv[name].identity} == {"clip-tiny", "crops", "faces", "pixels"}
+    assert {name for name in ours if ours[name].identity != opencv[name].identity} == {
+        "clip-tiny",
+        "crops",
+        "faces",
+        "pixels",
+    }
     runtime, usual = (streams["clip-tiny"].identity["picture"]["faces"] for streams in (ours, opencv))
     tracker = tracker_identity("main", "auto")
     assert usual == {"source": "auto", **faces_identity(tracker=tracker)}

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vaflow.cli.cache import SOME_FAILED, CachePath
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, print_json, set_up, show_bars, summary_json, weight_pairs
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, print_json, set_up, show_bars, summary_json, weight_pairs
 from vaflow.errors import count, visible
 
 
@@ -65,8 +65,8 @@ def people(
         print_json({**summary_json(copied), "clips": clips, "encoded": encoded.encoded})
     elif not quiet:
         parts = f"{count(encoded.extracted, 'clip')} encoded from stored crops, {encoded.done} copied or up to date"
-        typer.echo(visible(f"{out}: {parts}"))
+        echo(visible(f"{out}: {parts}"))
     if copied.failures:
-        typer.echo(f"{count(len(copied.failures), 'clip')} failed: {copied.failures_file}", err=True)
+        echo(f"{count(len(copied.failures), 'clip')} failed: {copied.failures_file}", err=True)
         return SOME_FAILED if clips else 1
     return 0
