@@ -37,7 +37,7 @@ from vaflow.train.loop import make_optimizer, seeded, train_step
 from vaflow.train.session import Data
 from vaflow.train.together.epochs import Member, take_step
 from vaflow.train.together.stacked_models import StackedModels
-from vaflow.train.windows import WindowSet
+from vaflow.train.windows import WindowSet, gather_each
 
 
 def load(cache: Path, settings: TrainConfig) -> tuple[TrainConfig, Inputs, WindowSet]:
@@ -69,7 +69,8 @@ def step_together(config: TrainConfig, inputs: Inputs, windows: WindowSet, runs:
     ids = list(windows.shuffled(config.batch_size, torch.Generator().manual_seed(0)))[:-1]  # whole batches
 
     def step(k: int) -> object:
-        return take_step(stack, members, range(runs), [ids[(k + run) % len(ids)] for run in range(runs)], k)
+        batch = gather_each([windows] * runs, [ids[(k + run) % len(ids)] for run in range(runs)])
+        return take_step(stack, members, range(runs), batch, k)
 
     return step
 

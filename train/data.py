@@ -1,7 +1,7 @@
 """Load a split into one `WindowSet`: read each clip, look up the rows of its windows, pack the rows.
 
 `read_clip` returns the arrays of a clip, `index_tables` maps its windows to rows, and `WindowBuilder` joins the clips.
-Embeddings stay on the training device, or in a memory-mapped scratch file.
+Embeddings stay on the training device if they fit, else in host memory, else in a memory-mapped scratch file.
 """
 
 import logging
@@ -90,8 +90,8 @@ def load_windows(
         streams: streams to read, from `resolve`.
         config: resolved settings (windows, label reduction).
         device: device of the batches.
-        budget: bytes of embeddings kept on the device; the rest is memory-mapped from a scratch file. None: half of
-            the free memory.
+        budget: bytes of embeddings kept on the device; None: half of its free memory. The rest of a GPU's stays in
+            host memory up to half of what is free; what exceeds it is memory-mapped from a scratch file.
         scratch: folder of that file; None: the system's temporary folder.
         show: draw a progress bar.
 
@@ -234,8 +234,9 @@ def make_packs(
     budget: int | None,
     scratch: Path | None,
 ) -> dict[str, Pack]:
-    """Allocate a pack per stream: on the device up to the budget, then in a scratch file."""
+    """Allocate a pack per stream: on the device up to the budget, then in host memory, then in a scratch file."""
     left = default_budget(device) if budget is None else budget
+    host = default_budget(torch.device("cpu")) if device.type == "cuda" else 0
     packs = {}
     for stream in streams:
         stored = [item for item in items if cache.has(stream.name, item)]
@@ -246,6 +247,12 @@ def make_packs(
         if size <= left:
             left -= size
             packs[stream.name] = Pack(torch.zeros(shape, dtype=dtype, device=device))
+        elif size <= host:
+            host -= size
+            log.info(
+                "Stream %s (%.1f GB) exceeds the free GPU memory and stays in host memory", stream.name, size / 1e9
+            )
+            packs[stream.name] = Pack(torch.zeros(shape, dtype=dtype))
         else:
             log.info("Stream %s (%.1f GB) exceeds the free memory and is memory-mapped", stream.name, size / 1e9)
             packs[stream.name] = Pack(mapped_zeros(shape, dtype, scratch), mapped=True)

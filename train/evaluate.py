@@ -27,6 +27,7 @@ from vaflow.train.breakdown import Groups, Scored, by_dimension, by_group, by_in
 from vaflow.train.folds import source_splits
 from vaflow.train.losses import CENTERS, region_centers
 from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.prefetch import Prefetcher
 from vaflow.train.targets import extra_scores, probabilities
 from vaflow.train.windows import ClipRows, WindowSet
 
@@ -92,8 +93,9 @@ def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int | None
     was_training = model.training
     model.eval()
     parts: dict[str, list[Tensor]] = {}
-    for ids in windows.in_order(batch_size or PREDICT_BATCH.get(windows.device.type, PREDICT_BATCH["cpu"])):
-        output = model(windows.gather(ids))
+    size = batch_size or PREDICT_BATCH.get(windows.device.type, PREDICT_BATCH["cpu"])
+    for batch in Prefetcher[Tensor](windows).batches(windows.in_order(size)):
+        output = model(batch)
         outputs = {"va": output.va}
         if output.region_logits is not None:
             outputs["regions"] = output.region_logits.softmax(dim=-1)

@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import cos, pi
@@ -24,6 +23,7 @@ from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.evaluate import Trace, predict_clips, score
 from vaflow.train.losses import total_loss
 from vaflow.train.metrics import DIMENSIONS, mean_over_dimensions, within_video_ccc
+from vaflow.train.prefetch import Prefetcher
 from vaflow.train.storage import read_tensors, write_tensors
 from vaflow.train.windows import WindowSet, drop_modality
 
@@ -33,8 +33,6 @@ CHECK_EVERY = 50  # steps between two checks of the losses: each check waits for
 AUTO_EPOCHS = (3, 1000)  # of epochs=auto: epochs without progress before it stops (at least), epochs in all (at most)
 Row = dict[str, float]
 Source = TypeVar("Source")
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @contextmanager
@@ -144,9 +142,8 @@ def train_epoch(
     windows: WindowSet,
     config: TrainConfig,
     epoch: int,
-    read: Callable[[tuple[int, Tensor]], Source],
+    read: Callable[[Sequence[Tensor]], Iterable[Source]],
     learn: Callable[[int, Source], Tensor],
-    order: Callable[[Callable[[tuple[int, Tensor]], Source], Iterable[tuple[int, Tensor]]], Iterable[Source]] = map,
 ) -> Row:
     """Pass once over the trainable windows; returns the mean losses and the last learning rate of the heads.
 
@@ -155,19 +152,18 @@ def train_epoch(
         windows: of the training split.
         config: resolved settings.
         epoch: counted from 0.
-        read: step and windows, [B] -> what `learn` takes.
+        read: windows of every step, [B] each -> what `learn` takes at every step.
         learn: step and batch -> losses and norm, as `update` returns them.
-        order: `map`, or a function like it that reads ahead.
 
     Raises:
         DataError: a loss or gradient is NaN or infinite; the clips of its windows are named.
     """
     generator = torch.Generator().manual_seed(seed_from(config.seed, epoch, 1))
-    batches = list(enumerate(windows.shuffled(config.batch_size, generator)))
+    batches = list(windows.shuffled(config.batch_size, generator))
     totals: list[Tensor] = []
     unchecked: list[Tensor] = []
     factor = 1.0
-    for (step, ids), source in zip(batches, order(read, batches), strict=True):
+    for step, (ids, source) in enumerate(zip(batches, read(batches), strict=True)):
         factor = lr_factor(config, epoch * len(batches) + step, len(batches))
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -177,19 +173,6 @@ def train_epoch(
             check_finite(torch.stack(totals[-len(unchecked) :]), unchecked, windows)
             unchecked.clear()
     return epoch_losses(torch.stack(totals), config.lr * factor, config)
-
-
-def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Like `map`, but a thread computes the next result while the caller uses the current one."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for item in items:
-            following = pool.submit(function, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
 
 
 def epoch_losses(totals: Tensor, lr: float, config: TrainConfig) -> Row:
@@ -254,6 +237,7 @@ def fit(
         DataError: a loss, a gradient or a prediction is not finite.
     """
     optimizer = make_optimizer(model, config)
+    prefetcher: Prefetcher[Tensor] = Prefetcher(train)
 
     def step(_: int, batch: Batch) -> Tensor:
         batch = drop_modality(batch, train.streams, config.modality_dropout)
@@ -261,9 +245,8 @@ def fit(
 
     def learn(epoch: int) -> Row:
         model.train()
-        order = ahead if train.off_device else map
         with seeded(config.seed, epoch):
-            return train_epoch(optimizer, train, config, epoch, lambda batch: train.gather(batch[1]), step, order)
+            return train_epoch(optimizer, train, config, epoch, prefetcher.batches, step)
 
     return run_epochs(
         model,

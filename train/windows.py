@@ -155,7 +155,7 @@ class WindowSet:
             ids: on any device.
             counted: [B] bool, False for windows that only pad the batch: their labels are masked.
         """
-        ids = ids.to(self.device)
+        ids = to_device(ids, self.device)
         inside = self.inside.index_select(0, ids)
         every = torch.ones(len(ids), dtype=torch.bool, device=self.device)
         mask = (every if counted is None else counted.to(self.device))[:, None, None]
@@ -178,13 +178,16 @@ class WindowSet:
         )
 
     def shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """The trainable windows in random order, `batch_size` at a time, the last batch too; on the device."""
+        """The trainable windows in random order, `batch_size` at a time, the last batch too.
+
+        On the device, or on the CPU if features are read there, because reading must not wait for the device.
+        """
         order = self.trainable[torch.randperm(len(self.trainable), generator=generator)]
-        yield from order.to(self.device).split(batch_size)
+        yield from order.to("cpu" if self.off_device else self.device).split(batch_size)
 
     def in_order(self, batch_size: int) -> Iterator[Tensor]:
         """All windows in order, `batch_size` at a time, the last batch too."""
-        yield from torch.arange(len(self), device=self.device).split(batch_size)
+        yield from torch.arange(len(self), device="cpu" if self.off_device else self.device).split(batch_size)
 
     def without(self, hidden: frozenset[str]) -> "WindowSet":
         """The same windows with some streams masked as missing."""
@@ -293,14 +296,14 @@ def gather_each(sets: Sequence[WindowSet], ids: Sequence[Tensor]) -> Batch:
     features, valid, feature_inside, feature_time = {}, {}, {}, {}
     for stream in first.streams:
         tables = [windows.tables[stream.name] for windows in sets]
-        index = _cat([t.index.index_select(0, k.to(t.index.device)) for t, k in zip(tables, ids, strict=True)])
+        index = _cat([t.index.index_select(0, to_device(k, t.index.device)) for t, k in zip(tables, ids, strict=True)])
         if all(table.rows is tables[0].rows for table in tables):
-            rows = tables[0].rows.index_select(0, index.flatten())
+            rows = _rows_on(first.device, tables[0].rows, index.flatten())
         else:
             parts = zip(tables, index.split([len(chosen) for chosen in ids]), strict=True)
-            rows = torch.cat([table.rows.index_select(0, part.flatten()) for table, part in parts])
-        features[stream.name] = rows.view(*index.shape, -1).to(first.device, torch.float32)
-        valid[stream.name] = (index > 0).to(first.device)
+            rows = torch.cat([_rows_on(first.device, table.rows, part.flatten()) for table, part in parts])
+        features[stream.name] = rows.view(*index.shape, -1).to(torch.float32)
+        valid[stream.name] = to_device(index > 0, first.device)
         if tables[0].inside is None or tables[0].time is None:
             feature_inside[stream.name], feature_time[stream.name] = batch.inside, batch.time
             continue
@@ -309,6 +312,22 @@ def gather_each(sets: Sequence[WindowSet], ids: Sequence[Tensor]) -> Batch:
             masks = [getattr(t, name).index_select(0, k) for t, k in zip(tables, windows_of, strict=True)]
             chosen[stream.name] = _cat(masks)
     return replace(batch, features=features, valid=valid, feature_inside=feature_inside, feature_time=feature_time)
+
+
+def _rows_on(device: torch.device, rows: Tensor, index: Tensor) -> Tensor:
+    """`rows[index]` on a device, in the stored precision; to a GPU through page-locked memory, without waiting."""
+    if rows.device == device or device.type != "cuda":
+        return rows.index_select(0, index).to(device)
+    staged = torch.empty((len(index), rows.shape[1]), dtype=rows.dtype, pin_memory=True)
+    return torch.index_select(rows, 0, index, out=staged).to(device, non_blocking=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; from host memory to a GPU through page-locked memory, so that no thread waits."""
+    if tensor.device == device or device.type != "cuda":
+        return tensor.to(device)
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return staged.copy_(tensor).to(device, non_blocking=True)
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

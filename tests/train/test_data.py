@@ -16,7 +16,7 @@ from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.errors import DataError, FingerprintError, UsageError
 from vaflow.timeline import Grid
 from vaflow.train.config import TrainConfig
-from vaflow.train.data import load_split, load_windows
+from vaflow.train.data import load_split, load_windows, make_packs
 from vaflow.train.inputs import check_same, resolve
 from vaflow.train.metrics import region_occupancy
 from vaflow.train.record import clip_digests
@@ -110,6 +110,24 @@ def test_a_subset_of_the_streams_can_be_memory_mapped(cache: Cache) -> None:
     rows = held.tables[VISUAL].rows
     part = load(cache, budget=rows.numel() * 2)
     assert torch.equal(part.gather(torch.arange(9)).features[AUDIO], held.gather(torch.arange(9)).features[AUDIO])
+
+
+def test_features_that_exceed_the_memory_of_a_gpu_stay_in_host_memory(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Allocation only, which needs no GPU: nothing fits on the device, and one stream fits in host memory."""
+    streams, items = resolve(cache, TrainConfig())[1].streams, cache.items("train")
+
+    def mapped(host: int) -> list[bool]:
+        monkeypatch.setattr("vaflow.train.data.default_budget", lambda device: 0 if device.type == "cuda" else host)
+        packs = make_packs(cache, items, streams, torch.device("cuda"), None, tmp_path).values()
+        assert {pack.rows.device.type for pack in packs} == {"cpu"}
+        return [pack.mapped for pack in packs]
+
+    first = make_packs(cache, items, streams, torch.device("cpu"), None, tmp_path)[streams[0].name].rows
+    assert mapped(10**9) == [False, False]
+    assert mapped(first.numel() * first.element_size()) == [False, True]
+    assert mapped(0) == [True, True]
 
 
 def test_shuffling_visits_every_labelled_window_once(cache: Cache) -> None:

@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from vaflow.train.heads.fusion import FUSION, POSITIONS
 from vaflow.train.heads.model import NORMALIZE, VAModel
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.losses import total_loss
+from vaflow.train.prefetch import Prefetcher, tensors_of
 from vaflow.train.together.stacked_models import StackedModels, stacked_batch
 from vaflow.train.windows import StreamTable, WindowSet, drop_modality, gather_each
 
@@ -174,6 +175,85 @@ def test_every_head_trains_in_a_batch_of_runs(settings, runs, monkeypatch):
         losses, parts, parameters = stack.losses(batch, runs)
     assert losses.shape == (len(runs),)
     assert {value.device.type for value in (losses, *parts.values(), *parameters.values())} == {"meta"}
+
+
+class OnlyPinnedCopies(TorchDispatchMode):
+    """Fail on copies to another device that wait: from pageable memory, or not declared as `non_blocking`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: list[torch.UntypedStorage] = []
+        self.copied = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty.memory_format and (kwargs or {}).get("pin_memory"):
+            self.pinned.append(result.untyped_storage())
+        if func is torch.ops.aten._to_copy.default and args[0].device != result.device:
+            storage = args[0].untyped_storage()._cdata
+            assert any(storage == pinned._cdata for pinned in self.pinned), f"{[*args[0].shape]} is not page-locked"
+            assert (kwargs or {}).get("non_blocking"), f"the copy of {[*args[0].shape]} waits"
+            self.copied += 1
+        return result
+
+
+class RecordedStream:
+    """A CUDA stream that records the calls."""
+
+    calls: list[str]
+
+    def __init__(self, name: object = "side") -> None:
+        self.device, self.name = torch.device("cuda"), "main" if name == "main" else "side"
+
+    def wait_stream(self, other: "RecordedStream") -> None:
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self.calls.append(f"event of {self.name}")
+        return "event"
+
+    def wait_event(self, event: str) -> None:
+        self.calls.append(f"{self.name} waits for {event}")
+
+    def __enter__(self) -> None:
+        self.calls.append(f"enter {self.name}")
+
+    def __exit__(self, *_: object) -> None:
+        self.calls.append(f"leave {self.name}")
+
+
+def test_rows_in_host_memory_are_copied_ahead_through_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is gathered on a stream of its own, and the stream of the step waits for it; no thread does."""
+    calls: list[str] = []
+    monkeypatch.setattr(RecordedStream, "calls", calls, raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", RecordedStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: RecordedStream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    held: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: held.append(tensor))
+    streams = (VISUAL_STREAM, AUDIO_STREAM)
+    with pretended_gpu():
+        windows = windows_of(streams)
+        on_device = windows.tables[AUDIO_STREAM.name]
+        in_memory = {name: replace(t, rows=t.rows.cpu(), index=t.index.cpu()) for name, t in windows.tables.items()}
+        windows = windows.with_tables(in_memory | {AUDIO_STREAM.name: on_device})  # one of the two streams fits
+        with torch.device("cuda"):
+            model = VAModel(streams, torch.zeros(9, 6), hidden=8, attention_heads=2)
+        prefetcher = Prefetcher[Tensor](windows)
+        ids = torch.zeros(B, dtype=torch.int64)
+        with OnlyPinnedCopies() as copies:
+            source = prefetcher.read(ids)
+            batch = prefetcher.take(*source)
+            check_device(batch)
+            assert model(batch).va.shape == (B, F, 2)
+    assert copies.copied > 0
+    assert calls == [
+        "side waits for main",
+        *("enter side", "leave side", "event of side"),
+        "main waits for event",
+    ]
+    assert len(held) == sum(1 for _ in tensors_of(vars(batch)))
+    assert any(tensor is batch.features[VISUAL_STREAM.name] for tensor in held)
 
 
 def test_the_device_check_detects_copies_and_synchronization():

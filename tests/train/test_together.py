@@ -343,3 +343,19 @@ def test_measuring_keeps_random_state_and_returns_times(cache: Cache, monkeypatc
     assert str(Choice(3, 0.2, 0.1, 600)) == (
         "3 runs train in one batch: about 1.0 min (a step of all: in one batch 100 ms, one after the other 200 ms)"
     )
+
+
+def test_a_batch_of_runs_reads_memory_mapped_features_ahead(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as with features in memory, with different steps per run and dropout of modalities."""
+    weights = []
+    for budget in (None, 0):
+        if budget is not None:
+            monkeypatch.setattr("vaflow.train.data.default_budget", lambda device: 0)
+        chosen = configs(cache, epochs=2)
+        data = LoadedSplits(cache).data(chosen[0])
+        assert data.train.off_device == (budget == 0)
+        members = [Member(new_model(c, resolve(cache, c)[1], data, CPU), c, data) for c in chosen]
+        assert [failure for _, failure in fit_together(members) if failure is not None] == []
+        weights.append([member.model.state_dict() for member in members])
+    for one, other in zip(*weights, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)

@@ -6,7 +6,7 @@ back-propagated with its share of that gradient. The gradients equal those of th
 parts passes the model twice, first without keeping activations (Gao et al. 2021, arXiv 2101.06983).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from vaflow.train.finetune.data import Augment, Source
 from vaflow.train.heads.model import VAModel
 from vaflow.train.loop import Row, adamw, batch_loss, seeded, update
 from vaflow.train.losses import REGIONS
-from vaflow.train.windows import StreamTable, WindowSet, drop_modality
+from vaflow.train.prefetch import ahead
+from vaflow.train.windows import StreamTable, WindowSet, drop_modality, to_device
 
 # Padded batch sizes of `encode_split`: those of `vaflow extract`, because the low bits depend on the batch size.
 ENCODE_BATCH = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
@@ -73,14 +74,9 @@ def gather(
         wanted, position = share_units(index, backbone.per_unit)
         inputs = sources[backbone.stream.name].read(wanted, augment) if len(wanted) else None
         units[backbone.stream.name] = Units(
-            None if inputs is None else _copied(inputs, device), _copied(position, device)
+            None if inputs is None else to_device(inputs, device), to_device(position, device)
         )
     return Raw(windows.gather(ids), units)
-
-
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; to a GPU through pinned memory, so that no thread waits for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def share_units(index: Tensor, per_unit: int) -> tuple[Tensor, Tensor]:
@@ -298,12 +294,11 @@ def train_epoch(tuning: Tuning, epoch: int) -> Row:
     """Pass once over the trainable windows: see `loop.train_epoch`. The next batch is read during each step."""
     tuning.model.train()
     config = tuning.config
-    return loop.train_epoch(
-        tuning.optimizer,
-        tuning.windows,
-        config,
-        epoch,
-        lambda batch: read_share(tuning, batch[1], (config.seed, epoch, batch[0])),
-        lambda step, share: train_step(tuning, share, (config.seed, epoch, step)),
-        loop.ahead,
-    )
+
+    def read(batches: Sequence[Tensor]) -> Iterator[Share]:
+        return ahead(lambda step: read_share(tuning, batches[step], (config.seed, epoch, step)), range(len(batches)))
+
+    def learn(step: int, share: Share) -> Tensor:
+        return train_step(tuning, share, (config.seed, epoch, step))
+
+    return loop.train_epoch(tuning.optimizer, tuning.windows, config, epoch, read, learn)

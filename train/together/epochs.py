@@ -31,6 +31,7 @@ from vaflow.train.loop import (
     seed_from,
     update,
 )
+from vaflow.train.prefetch import Prefetcher
 from vaflow.train.session import Data
 from vaflow.train.together.stacked_models import StackedModels, stacked_batch
 from vaflow.train.windows import drop_modality, gather_each
@@ -67,6 +68,13 @@ class Member:
         """Steps of an epoch."""
         return -(-len(self.data.train.trainable) // self.config.batch_size)
 
+    def end_epoch(self, row: Row) -> None:
+        """Validate, keep the best weights and write the checkpoint; `row` has the losses of the epoch."""
+        validate = partial(predict_clips, self.model, self.data.val)
+        self.progress = end_epoch(self.progress, self.model, row, validate, self.config, self.excluded)
+        if self.checkpoint is not None:
+            save_checkpoint(self.checkpoint, self.progress, self.model, self.optimizer)
+
 
 def fit_together(members: Sequence[Member]) -> Iterator[tuple[Member, Exception | None]]:
     """Train runs, or resume them from their checkpoints; yields each one when it ends, with the error if it failed."""
@@ -87,8 +95,11 @@ def fit_together(members: Sequence[Member]) -> Iterator[tuple[Member, Exception 
         if stack is None or len(stack.models) != len(active):
             stack = StackedModels([m.model for m in active], [m.config for m in active])
         for member, outcome in zip(list(active), _train_epoch(stack, active), strict=True):
-            error = outcome if isinstance(outcome, Exception) else _end_epoch(member, outcome)
-            if error is not None:
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                member.end_epoch(outcome)
+            except FAILURES as error:
                 active.remove(member)
                 yield member, error
 
@@ -102,16 +113,23 @@ def _train_epoch(stack: StackedModels, members: Sequence[Member]) -> list[Row | 
         generator.manual_seed(seed_from(seed, epoch))
         shuffling = Generator().manual_seed(seed_from(seed, epoch, 1))
         orders.append(list(member.data.train.shuffled(member.config.batch_size, shuffling)))
-    totals: list[list[Tensor]] = [[] for _ in members]
+    steps: list[tuple[int, list[int]]] = []  # the number of a step and the runs that take it together
     for step in range(max(map(len, orders))):
         sizes: dict[int, list[int]] = {}  # the last batch is smaller, and folds differ in their number of steps
         for run, order in enumerate(orders):
             if step < len(order):
                 sizes.setdefault(len(order[step]), []).append(run)
-        for runs in sizes.values():
-            losses = take_step(stack, members, runs, [orders[run][step] for run in runs], step)
-            for run, row in zip(runs, losses, strict=True):
-                totals[run].append(row)
+        steps += [(step, runs) for runs in sizes.values()]
+
+    def gather(item: tuple[int, list[int]]) -> Batch:
+        step, runs = item
+        return gather_each([members[run].data.train for run in runs], [orders[run][step] for run in runs])
+
+    totals: list[list[Tensor]] = [[] for _ in members]
+    prefetcher = Prefetcher(members[0].data.train, gather)
+    for (step, runs), batch in zip(steps, prefetcher.batches(steps), strict=True):
+        for run, row in zip(runs, take_step(stack, members, runs, batch, step), strict=True):
+            totals[run].append(row)
     seconds = (time.perf_counter() - begun) / len(members)  # a run's share
     rows: list[Row | Exception] = []
     for member, order, of_run in zip(members, orders, map(torch.stack, totals), strict=True):
@@ -125,10 +143,28 @@ def _train_epoch(stack: StackedModels, members: Sequence[Member]) -> list[Row | 
 
 
 def take_step(
-    stack: StackedModels, members: Sequence[Member], runs: Sequence[int], ids: Sequence[Tensor], step: int
+    stack: StackedModels, members: Sequence[Member], runs: Sequence[int], windows: Batch, step: int
 ) -> list[Tensor]:
-    """Take step `step` of the epoch in some runs, on the windows `ids`; returns losses and norm of each, [6]."""
-    parts = stack.backward(_gathered(stack, members, runs, ids), runs)
+    """Take step `step` of the epoch in some runs; returns losses and norm of each, [6].
+
+    Args:
+        stack: the models of all members.
+        members: all runs.
+        runs: numbers of those that take the step.
+        windows: those of the first of these runs, then those of the second, ...; the same number for each.
+        step: counted from 0.
+    """
+    batch = stacked_batch(windows, len(runs))
+    if any(members[run].config.modality_dropout for run in runs):  # each run drops modalities as it does alone
+        of_runs = [
+            drop_modality(
+                replace(batch, inside=batch.inside[k], valid={name: mask[k] for name, mask in batch.valid.items()}),
+                *(members[run].data.train.streams, members[run].config.modality_dropout, stack.generators[run]),
+            ).valid
+            for k, run in enumerate(runs)
+        ]
+        batch = replace(batch, valid={n: torch.stack([valid[n] for valid in of_runs]) for n in batch.valid})
+    parts = stack.backward(batch, runs)
     rows = []
     for k, run in enumerate(runs):
         member = members[run]
@@ -137,32 +173,3 @@ def take_step(
             group["lr"] = group["initial_lr"] * factor
         rows.append(update(member.optimizer, {name: part[k] for name, part in parts.items()}, member.config))
     return rows
-
-
-def _gathered(stack: StackedModels, members: Sequence[Member], runs: Sequence[int], ids: Sequence[Tensor]) -> Batch:
-    """The windows `ids` of some runs with a leading axis of runs; a modality is dropped as each run alone does."""
-    sets = [members[run].data.train for run in runs]
-    batch = stacked_batch(gather_each(sets, ids), len(runs))
-    if not any(members[run].config.modality_dropout for run in runs):
-        return batch
-    of_runs = [
-        drop_modality(
-            replace(batch, inside=batch.inside[k], valid={name: mask[k] for name, mask in batch.valid.items()}),
-            *(sets[k].streams, members[run].config.modality_dropout, stack.generators[run]),
-        ).valid
-        for k, run in enumerate(runs)
-    ]
-    return replace(batch, valid={name: torch.stack([valid[name] for valid in of_runs]) for name in batch.valid})
-
-
-def _end_epoch(member: Member, row: Row) -> Exception | None:
-    """Validate a run, keep its best weights and write its checkpoint; returns the error if that fails."""
-    try:
-        validate = partial(predict_clips, member.model, member.data.val)
-        state = member.progress, member.model
-        member.progress = end_epoch(*state, row, validate, member.config, member.excluded)
-        if member.checkpoint is not None:
-            save_checkpoint(member.checkpoint, member.progress, member.model, member.optimizer)
-    except FAILURES as error:
-        return error
-    return None

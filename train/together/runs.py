@@ -22,6 +22,7 @@ from vaflow.train.session import Data, LoadedSplits, Session, new_model, reprodu
 from vaflow.train.together.epochs import FAILURES, Member, fit_together, take_step
 from vaflow.train.together.stacked_models import StackedModels
 from vaflow.train.training import Result, is_finished, open_session, train_run
+from vaflow.train.windows import gather_each
 
 log = logging.getLogger(__name__)
 
@@ -180,16 +181,15 @@ class Trainer:
                 sessions.append((number, session))
             for member, failure in fit_together(members):
                 number, session = sessions[members.index(member)]
-                yield number, failure or _finish(session, member)
-
-
-def _finish(session: Session, member: Member) -> Result | Exception:
-    """Write the final files of a run; returns the error if that fails."""
-    try:
-        member.model.load_state_dict(dict(member.progress.best))
-        return Result(session.finish(member.model, member.progress, member.data))  # type: ignore[arg-type]
-    except FAILURES as error:
-        return error
+                try:
+                    if failure is not None:
+                        raise failure
+                    member.model.load_state_dict(dict(member.progress.best))
+                    finished = session.finish(member.model, member.progress, member.data)  # type: ignore[arg-type]
+                except FAILURES as error:
+                    yield number, error
+                else:
+                    yield number, Result(finished)
 
 
 def can_train_together(config: TrainConfig) -> bool:
@@ -280,7 +280,12 @@ def choose(cache: Cache, configs: Sequence[TrainConfig], data: Sequence[Data]) -
         size = min(len(chosen) for step in ids for chosen in step)  # equal, also where an epoch is a step
         alone = _seconds(lambda k: train_step(model, optimizer, windows.gather(ids[k][0][:size]), config), device)
         runs = range(len(members))
-        together = _seconds(lambda k: take_step(stack, members, runs, [chosen[:size] for chosen in ids[k]], k), device)
+        sets = [splits.train for splits in data]
+
+        def step(k: int) -> object:
+            return take_step(stack, members, runs, gather_each(sets, [chosen[:size] for chosen in ids[k]]), k)
+
+        together = _seconds(step, device)
     return Choice(len(configs), alone * len(configs), together, steps)
 
 

@@ -72,7 +72,8 @@ class StackedModels:
         def one(
             parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: dict[str, Any], weights: dict[str, Tensor]
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            windows = _batch_of(batch, tasks)
+            extra = {name: ExtraTargets(tasks[name], **parts) for name, parts in batch["extra"].items()}
+            windows = Batch(**{**batch, "extra": extra})
             output = functional_call(self._template, (parameters, buffers), (windows,))
             return total_loss(output, windows, hard=self._hard, **weights)
 
@@ -124,12 +125,6 @@ def _tensors_of(batch: Batch) -> tuple[dict[str, Any], dict[str, str]]:
     extra = {name: {"value": t.value, "labelled": t.labelled} for name, t in batch.extra.items()}
     fields = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(batch).items()}
     return {**fields, "extra": extra}, {name: targets.task for name, targets in batch.extra.items()}
-
-
-def _batch_of(tensors: dict[str, Any], tasks: Mapping[str, str]) -> Batch:
-    """What `_tensors_of` took apart."""
-    extra = {name: ExtraTargets(tasks[name], **parts) for name, parts in tensors["extra"].items()}
-    return Batch(**{**tensors, "extra": extra})
 
 
 class _MatrixProducts(TorchFunctionMode):

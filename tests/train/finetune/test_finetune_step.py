@@ -17,8 +17,8 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.finetune.backbones import Backbone
 from vaflow.train.finetune.run import processes
 from vaflow.train.finetune.step import Tuning, divide, read_share, train_epoch, train_step
-from vaflow.train.loop import ahead
 from vaflow.train.losses import total_loss
+from vaflow.train.prefetch import ahead
 from vaflow.train.storage import read_tensors
 from vaflow.train.training import train_run
 
