@@ -18,6 +18,7 @@ from vaflow.encoders.logmel import frame_times
 from vaflow.extract.audio_activity import HOP, METHOD, SpeechMeter, covered_frames, step_valid, stored_speech
 from vaflow.extract.batching import Encoders, FixedBatcher
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.faces.alignment import turn_remedy
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message, PersonLabels
 from vaflow.extract.plan import PendingClip
@@ -326,6 +327,10 @@ class ClipAssembly:
 
     def _end_faces(self, end: FacesEnd) -> None:
         self.facts["visual"] = end.facts
+        if turned := end.facts.get("turned"):
+            logger.warning(
+                "%s: most faces are turned by %d degrees. %s", self.task.clip.id, turned, turn_remedy(turned)
+            )
         stated = ("people", "notable", "seconds", "cuts", "side")
         self.facts["faces"] = {name: end.facts[name] for name in stated if name in end.facts}
         faces = no_faces() if end.everyone is None else end.everyone

@@ -22,6 +22,7 @@ from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.audio_activity import SpeechMeter, covered_frames, stored_speech
 from vaflow.extract.config import limit_memory, too_much_memory
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
+from vaflow.extract.faces.alignment import quarter_turn
 from vaflow.extract.faces.choice import ALL, LARGEST, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, speech_at
 from vaflow.extract.faces.detection import Cells, find_faces
 from vaflow.extract.faces.detection import Face as DetectedFace
@@ -298,6 +299,8 @@ class ClipReader:
             self._everyone = people.arrays()
             self._facts |= {"people": len(people.sightings), "notable": people.notable, "cuts": len(people.cuts)}
             self._facts["seconds"] = [round(seconds, 2) for seconds in people.seconds]
+            if turned := quarter_turn(self._everyone["landmarks"]):
+                self._facts["turned"] = turned
             if self._clip.side:
                 self._facts["side"] = self._clip.side
             if self._job.keep_everyone and len(people.sightings) > 1:

@@ -18,8 +18,9 @@ from vaflow.cache.schema import FACES
 from vaflow.datasets.clip import Clip, Note
 from vaflow.errors import MediaError, count
 from vaflow.extract.container import decode, opened
-from vaflow.extract.faces.alignment import MIN_SCORE, MIN_SIZE
+from vaflow.extract.faces.alignment import MIN_SCORE, MIN_SIZE, quarter_turn, turn_remedy
 from vaflow.extract.faces.detection import CenterFace
+from vaflow.extract.faces.identity import AUTO, NONE, REMEDY, resolve
 from vaflow.extract.faces.tracking import CutDetector
 from vaflow.extract.messages import Failed
 from vaflow.extract.pool import each
@@ -43,11 +44,13 @@ class PeopleFacts:
         people: most faces in one frame; of a cache, people with at least a tenth of the clear faces of the first.
         cuts: shot boundaries.
         frames: frames that were compared; 0: all sampled frames of an extraction.
+        turned: degrees clockwise by which most faces are turned.
     """
 
     people: int
     cuts: int
     frames: int
+    turned: int = 0
 
 
 def look_at_people(
@@ -82,12 +85,15 @@ def _extracted_facts(extracted: Cache, clip: str) -> PeopleFacts | None:
     item = next((name for name in (clip, person_item(clip, 1)) if extracted.has(FACES, name)), None)
     meta = {} if item is None else extracted.record(FACES, item).meta
     people, cuts = meta.get("notable", meta.get("people")), meta.get("cuts")
-    return PeopleFacts(people, cuts, 0) if isinstance(people, int) and isinstance(cuts, int) else None
+    if item is None or not isinstance(people, int) or not isinstance(cuts, int):
+        return None
+    return PeopleFacts(people, cuts, 0, quarter_turn(extracted.read(FACES, item, ["landmarks"]).landmarks))
 
 
 def _look(arguments: tuple[str, Path, float]) -> PeopleFacts | Failed | None:
     _, path, duration = arguments
     people = cuts = frames = 0
+    landmarks = []
     try:
         for part in range(PARTS):
             cut, start = CutDetector(), part * duration / PARTS
@@ -98,10 +104,12 @@ def _look(arguments: tuple[str, Path, float]) -> PeopleFacts | Failed | None:
                 frames += 1
                 if number in DETECTED:
                     faces = _detector().detect(image)
+                    landmarks += [face.landmarks for face in faces]
                     people = max(people, sum(f.score >= MIN_SCORE and f.size >= MIN_SIZE for f in faces))
     except (MediaError, OSError, FFmpegError):
         return None  # the clip has a finding about it
-    return PeopleFacts(people, cuts, frames)
+    turned = quarter_turn(np.array(landmarks)) if landmarks else 0
+    return PeopleFacts(people, cuts, frames, turned)
 
 
 def _part(path: Path, start: float, end: float) -> Iterator[NDArray[np.uint8]]:
@@ -133,9 +141,13 @@ def people_findings(facts: dict[str, PeopleFacts], clips: int, root: Path) -> li
             message = f"{one.people} people{' in one frame' if one.frames else ''}; the main one is estimated"
             remedy = f"See them with `vaflow faces {root}`; --person chooses another one, or all"
             notes.append(Note("note", "several-people", item, message, remedy))
+        if one.turned:
+            message = f"Most faces are turned by {one.turned} degrees: their crops are not aligned"
+            notes.append(Note("warning", "turned-faces", item, message, turn_remedy(one.turned)))
         if one.cuts:
-            message = f"{count(one.cuts, 'cut')}{where}; people are joined across them if a network is installed"
-            notes.append(Note("note", "cuts", item, message, "pip install -e '.[identity]', or --identity onnx:FILE"))
+            joined = resolve(AUTO) != NONE
+            message = f"{count(one.cuts, 'cut')}{where}; people are {'joined' if joined else 'not joined'} across them"
+            notes.append(Note("note", "cuts", item, message, "" if joined else f"{REMEDY}, or --identity onnx:FILE"))
     if len(facts) < clips:
         message = f"People and cuts were looked for in {len(facts)} of {clips} clips"
         notes.append(Note("note", "people-sampled", "", message, "Extraction counts them in every clip"))

@@ -40,7 +40,8 @@ def choose_person(faces: Faces, rule: str, speech: Speech | None = None) -> int:
     if rule.startswith(ID):
         number = int(rule.removeprefix(ID))
         if number > people:
-            raise MediaError(explain(f"--person {rule} is not a person of this clip", expected=f"1 to {people}"))
+            expected = f"id:1 to id:{people}" if people > 1 else "id:1" if people else "a clip that shows a face"
+            raise MediaError(explain(f"--person {rule} is not a person of this clip", expected=expected))
         return number
     if rule == SPEAKING and people:
         if speech is None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from composites import in_a_row, one_after_another, write
 
@@ -11,6 +12,7 @@ from vaflow.cache.schema import FACES, LABELS, StreamInfo
 from vaflow.cli import main
 from vaflow.datasets.clip import Clip
 from vaflow.extract.doctor.people import PeopleFacts, look_at_people, people_findings
+from vaflow.extract.faces.alignment import TEMPLATE, quarter_turn
 from vaflow.extract.faces.people import no_faces
 
 
@@ -27,8 +29,8 @@ def test_people_and_cuts_are_notes(data: Path, capsys: pytest.CaptureFixture[str
     assert main(["check", str(data), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert {name: item["people"] for name, item in document["items"].items()} == {
-        "pair": {"people": 2, "cuts": 0, "frames": document["items"]["pair"]["people"]["frames"]},
-        "cuts": {"people": 1, "cuts": 2, "frames": document["items"]["cuts"]["people"]["frames"]},
+        "pair": {"people": 2, "cuts": 0, "frames": document["items"]["pair"]["people"]["frames"], "turned": 0},
+        "cuts": {"people": 1, "cuts": 2, "frames": document["items"]["cuts"]["people"]["frames"], "turned": 0},
     }
     notes = {(note["code"], note["item"]) for note in document["findings"]}
     assert {("several-people", "pair"), ("cuts", "cuts")} <= notes
@@ -55,3 +57,29 @@ def test_check_reports_the_number_of_examined_clips(tmp_path: Path) -> None:
     assert [(note.code, note.message) for note in notes] == [
         ("people-sampled", "People and cuts were looked for in 1 of 4 clips")
     ]
+
+
+def test_faces_upside_down_are_reported(tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def draw(time: float) -> tuple[np.ndarray, list[tuple[str, tuple[float, float, float, float]]]]:
+        image, where = in_a_row(clips, "wolfgang")(time)
+        return np.ascontiguousarray(image[::-1, ::-1]), where
+
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "a.mp4", draw, 2)
+    assert main(["check", str(tmp_path / "data"), "--json"]) == 0
+    (note,) = (n for n in json.loads(capsys.readouterr().out)["findings"] if n["code"] == "turned-faces")
+    assert "turned by 180 degrees" in note["message"]
+    assert note["remedy"] == "Turn the video: ffmpeg -i OLD -vf hflip,vflip NEW"
+    options = ["--visual", "clip-tiny", "--audio", "none", "--device", "cpu"]
+    assert main(["extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), *options]) == 0
+    assert "a: most faces are turned by 180 degrees" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_most_faces_decide_the_turn(degrees: int) -> None:
+    angle = np.radians(degrees)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])  # clockwise, with y downward
+    turned, upright = TEMPLATE @ turn.T, TEMPLATE
+    assert quarter_turn(np.stack([turned, turned, upright])) == degrees
+    assert quarter_turn(np.stack([turned, upright])) == 0
+    assert quarter_turn(np.zeros((0, 5, 2))) == 0
