@@ -4,6 +4,7 @@ Durations come from container headers. Time and size are measured: some clips ar
 have, one clip is read, and every encoder runs on a few batches.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from vaflow.extract.video import probe
 from vaflow.extract.worker import run_job
 from vaflow.item_names import clip_and_person
 from vaflow.process import beat
+
+log = logging.getLogger(__name__)
 
 OPENED = 32  # clips opened to detect audio streams
 READ_SECONDS = 15.0  # limit for reading one clip
@@ -148,6 +151,7 @@ def _measured(
     dims = dict.fromkeys(config.visual, DIMS["visual"]) | dict.fromkeys(config.audio, DIMS["audio"])
     if not clips:
         return dims, 0.0, ""
+    log.info("Measuring the speed of %s", ", ".join(config.encoders) or "reading")
     try:
         device = choose_device(config.device)
         visual, audio = build_encoders(config, device)

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -98,13 +97,14 @@ class Books:
         self._shares: dict[str, float] = {}  # item -> share that the bar has counted
         self._rates = ""
         self._ended = 0
-        self._total = ceil(sum(self._seconds.values()))
+        self._total = sum(self._seconds.values())
         self._bar = tqdm(
             total=self._total,
             desc="extract",
             disable=not show_progress,
             smoothing=0.1,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total} s of video [{elapsed}<{remaining}{postfix}]",
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s of video "
+            "[{elapsed}<{remaining}{postfix}]",
         )
         self._show_state()
 

@@ -5,7 +5,7 @@ A run's folder and its cache can change later; this file records what they were,
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,8 @@ def write_sources(
 ) -> None:
     """Write `sources.json` for the predictions in `folder`.
 
+    Entries of other clips stay if the same run wrote them, with the same weights and streams.
+
     Args:
         folder: holds `<item>.csv` of every item.
         maker: of the predictions.
@@ -136,7 +138,11 @@ def write_sources(
         VaflowError: the disk refuses.
     """
     files = {item: folder / f"{item}.csv" for item in items}
-    _write(folder / SOURCES_FILE, maker, cache, files, media or {})
+    try:
+        earlier = read_sources(folder)
+    except CorruptError:
+        earlier = None
+    _write(folder / SOURCES_FILE, maker, cache, files, media or {}, earlier)
 
 
 def write_sources_of_file(file: Path, maker: Maker, cache: Cache, items: Iterable[str]) -> Path:
@@ -146,7 +152,7 @@ def write_sources_of_file(file: Path, maker: Maker, cache: Cache, items: Iterabl
         VaflowError: the disk refuses.
     """
     path = _beside(file)
-    _write(path, maker, cache, dict.fromkeys(items, file), {})
+    _write(path, maker, cache, dict.fromkeys(items, file), {}, None)
     return path
 
 
@@ -154,7 +160,14 @@ def _beside(file: Path) -> Path:
     return file.with_name(f"{file.name}.{SOURCES_FILE}")
 
 
-def _write(path: Path, maker: Maker, cache: Cache, files: Mapping[str, Path], media: Mapping[str, Path]) -> None:
+def _write(
+    path: Path,
+    maker: Maker,
+    cache: Cache,
+    files: Mapping[str, Path],
+    media: Mapping[str, Path],
+    earlier: PredictionSources | None,
+) -> None:
     known = cache.streams()
     names = [name for name in maker.streams() if name in known]
     digests = {file: digest(file) for file in set(files.values())}
@@ -172,6 +185,10 @@ def _write(path: Path, maker: Maker, cache: Cache, files: Mapping[str, Path], me
         },
         items={item: _item(digests[file], cache, names, item, media.get(item)) for item, file in files.items()},
     )
+    same = ("run", "settings", "weights", "streams")
+    if earlier is not None and all(getattr(earlier, name) == getattr(sources, name) for name in same):
+        others = {item: facts for item, facts in earlier.items.items() if (path.parent / f"{item}.csv").is_file()}
+        sources = replace(sources, items={**others, **sources.items})
     write_file(path, (json.dumps(sources, default=vars, indent=1) + "\n"))
 
 

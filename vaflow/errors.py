@@ -85,6 +85,9 @@ def explain(
     parts = [problem.rstrip(".") + "."]
     if expected is not None:
         parts.append(f"Expected: {expected}.")
+    if isinstance(got, OSError) and got.strerror:  # without its number, and without a path that the problem names
+        shown = got.filename is None or str(got.filename) in problem
+        got = got.strerror if shown else f"{got.strerror}: {got.filename}"
     if got is not None:
         parts.append(f"Got: {got}.")
     if choices is not None:

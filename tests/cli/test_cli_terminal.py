@@ -7,6 +7,7 @@ import pytest
 
 from vaflow.cli import main
 from vaflow.cli.common import loading, wrap_on_terminal
+from vaflow.errors import explain
 from vaflow.regions import LEVELS, region_table
 
 
@@ -29,6 +30,13 @@ def test_an_error_is_divided_between_words(columns: int, monkeypatch: pytest.Mon
     lines = terminal.getvalue().splitlines()
     assert len(lines) > 1 and all(len(line) <= columns or "vaflow extract" in line for line in lines)
     assert " ".join(line.strip() for line in lines).startswith("vaflow: ")
+
+
+def test_system_errors_are_shown_without_their_number() -> None:
+    assert explain("Cannot read x.csv", got=FileNotFoundError(2, "No such file", "x.csv")).endswith(
+        "Got: No such file."
+    )
+    assert explain("Cannot write", got=OSError(28, "No space left", "y")).endswith("Got: No space left: y.")
 
 
 def test_log_lines_are_divided_between_words(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:

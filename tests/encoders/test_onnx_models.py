@@ -137,7 +137,7 @@ def test_an_invalid_sidecar_is_reported_in_one_message(face: tuple[Any, Path], l
 def test_invalid_onnx_files_are_rejected(face: tuple[Any, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"does not fit.*Pass it with --visual"):
         build(face[1], kind="audio")
-    with pytest.raises(WeightsError, match=r"The ONNX file .* does not exist"):
+    with pytest.raises(UsageError, match=r"The ONNX file .* does not exist"):
         build(tmp_path / "none.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"nothing of the kind")
     with pytest.raises(WeightsError, match="cannot be loaded"):

@@ -65,6 +65,16 @@ def test_a_run_on_imported_features_predicts_a_cache_without_labels(
     assert "commonest region" in capsys.readouterr().out
 
 
+def test_predicting_further_clips_into_a_directory_keeps_the_sources_of_the_others(
+    imported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run, cache = imported
+    out = tmp_path / "predictions"
+    for source in (cache, tmp_path / "cache"):
+        assert main(["predict", str(run), "--cache", str(source), "--out", str(out), "--device", "cpu", "-q"]) == 0
+    assert json.loads((out / "sources.json").read_text())["items"].keys() == set("abcdxy")
+
+
 def test_runs_on_imported_features_cannot_predict_videos(
     imported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

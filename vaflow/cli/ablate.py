@@ -22,7 +22,7 @@ from vaflow.cli.common import (
     show_bars,
     table,
 )
-from vaflow.errors import UsageError, explain, visible
+from vaflow.errors import UsageError, count, explain, visible
 from vaflow.ray_cluster import check_engine
 
 if TYPE_CHECKING:
@@ -162,9 +162,9 @@ class _Reporter:
             for entry in (*plan.entries, plan.reference):
                 if entry.problem:
                     missing = ", ".join(name for _, name in entry.missing)
-                    reason = f"the cache has no stream {missing}" if missing else entry.problem
+                    reason = f"the cache lacks {missing}" if missing else entry.problem
                     self._write(f"skipped: {entry.row.name}: {reason}")
-            self._write(f"{self._total} runs, {self._done} of them already finished")
+            self._write(f"{count(self._total, 'run')}, {self._done} already finished")
 
     def choice(self, text: str) -> None:
         """Called for every batch of runs that was timed."""

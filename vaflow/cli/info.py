@@ -28,6 +28,8 @@ def info(json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False)
         print_json(facts)
         return 0
     for title, values in facts.items():
+        if not values:
+            continue
         echo(heading(title))
         for name, value in values.items():
             echo(f"  {name}: {value}")

@@ -118,15 +118,15 @@ def prediction_lines(entry: dict[str, Any], *, whole: bool) -> Iterator[str]:
         if entry.get(f"{part}_state", "same") != "same":
             yield f"  {part}: {entry[f'{part}_state']} since"
     rows = [
-        (f"  {stream}", facts["attempt"], facts["created"], facts["vaflow"] or "-", facts["state"])
+        (stream, facts["attempt"], facts["created"], facts["vaflow"] or "-", facts["state"])
         for stream, facts in entry["records"].items()
     ]
     if rows:
-        yield table(rows, ("  stream", "attempt", "made", "vaflow", "state"))
-    parts = [(f"  {one['part']}", *_identity(one["identity"], whole), one["state"]) for one in entry["sources"]]
+        yield table(rows, ("stream", "attempt", "made", "vaflow", "state"))
+    parts = [(one["part"], *_identity(one["identity"], whole), one["state"]) for one in entry["sources"]]
     if parts:
         yield ""
-        yield table(parts, ("  source", "name", "content", "state"))
+        yield table(parts, ("source", "name", "content", "state"))
 
 
 def _identity(identity: Any, whole: bool) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, loading, print_json, set_up, table
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, loading, print_json, set_up, show_bars, table
 from vaflow.errors import UsageError, count, explain
 
 MediaOption = Annotated[
@@ -166,11 +166,13 @@ def faces(
     Example: vaflow faces affwild2.cache --media affwild2/raw_videos --out faces.html
     """
     set_up(verbose, quiet)
-    from vaflow.viewer.people import write_people
-
     if not path.exists():
         raise UsageError(explain(f"{path} does not exist", expected="a cache, a video, or a directory of videos"))
-    page = write_people(path, out, media or (), several=several, identity=identity)
+    with loading(quiet or json):
+        from vaflow.viewer.people import write_people
+    page = write_people(
+        path, out, media or (), several=several, identity=identity, show_progress=show_bars(quiet or json)
+    )
     if json:
         print_json({"page": str(out), "table": str(page.table), "clips": page.facts()})
     elif not quiet:

@@ -23,6 +23,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
@@ -274,8 +275,16 @@ def run_demo(out: Path, *, seed: int = 0, clips: int = CLIPS, show_progress: boo
         VaflowError: a synthetic clip could not be extracted.
     """
     seconds: dict[str, float] = {}
-    with _timed("write clips", seconds):
-        write_demo(out / "data", seed=seed, train=clips - clips // 3, val=clips // 3)
+    with (
+        _timed("write clips", seconds),
+        tqdm(total=clips, desc="write clips", unit="clip", disable=not show_progress, leave=False) as bar,
+    ):
+
+        def advance(done: int, videos: int, _: str) -> None:
+            bar.total, bar.n = videos, done
+            bar.refresh()
+
+        write_demo(out / "data", progress=advance, seed=seed, train=clips - clips // 3, val=clips // 3)
     with _timed("extract", seconds):
         config = ExtractConfig(visual=(VISUAL,), audio=(AUDIO,), device="cpu")
         summary = extract(open_dataset(out / "data", "affwild2"), out / "cache", config, show_progress=show_progress)

@@ -96,7 +96,8 @@ def build(request: Request) -> "ImageEncoder | OnnxAudioEncoder":
 
     Raises:
         UsageError: onnxruntime is not installed, the sidecar is missing or contradicts the graph.
-        WeightsError: the file is missing or is not an ONNX graph.
+        UsageError: onnxruntime is not installed, or the file does not exist.
+        WeightsError: the file is not an ONNX graph.
     """
     path = request.weights or Path(request.source).expanduser()
     graph = Graph(request.name, path)
@@ -118,8 +119,8 @@ class Graph:
         path: of the file.
 
     Raises:
-        UsageError: onnxruntime is not installed.
-        WeightsError: the file is missing or is not an ONNX graph.
+        UsageError: onnxruntime is not installed, or the file does not exist.
+        WeightsError: the file is not an ONNX graph.
     """
 
     def __init__(self, name: str, path: Path) -> None:
@@ -129,7 +130,7 @@ class Graph:
             remedy = "pip install -e '.[onnx]'"
             raise UsageError(explain(f"{name} requires onnxruntime", remedy=remedy)) from error
         if not path.is_file():
-            raise WeightsError(explain(f"The ONNX file {path} does not exist", remedy="Check the path after onnx:"))
+            raise UsageError(explain(f"The ONNX file {path} does not exist", remedy="Check the path after onnx:"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3

@@ -124,7 +124,7 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
         raise UsageError(explain(f"Cannot write the viewer to {out}", got=error.strerror)) from error
     lost = sum(clip.media is None for clip in shown)
     if lost:
-        log.warning("%d of %d clips have no media file; add --media DIR to show them", lost, len(shown))
+        log.warning("Clips without a media file: %d of %d. Add --media DIR to show them", lost, len(shown))
     return viewer
 
 
@@ -231,5 +231,5 @@ def _show_media(media: Path, beside: Path, copy: bool) -> tuple[Path | None, Aud
             return beside, level, ""
         return media.resolve(), level, ""
     except UNREADABLE as error:
-        log.warning("%s cannot be shown: %s", media, error)
+        log.warning("%s cannot be shown: %s", media, getattr(error, "strerror", None) or error)
         return None, None, "The media file cannot be decoded; the traces are shown without it."

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Images
+from tqdm import tqdm
 
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
@@ -236,7 +237,13 @@ class PeoplePage:
 
 
 def write_people(
-    path: Path, out: Path, media: Sequence[Path] = (), *, several: bool = False, identity: str = "auto"
+    path: Path,
+    out: Path,
+    media: Sequence[Path] = (),
+    *,
+    several: bool = False,
+    identity: str = "auto",
+    show_progress: bool = False,
 ) -> PeoplePage:
     """Write the page `out` and `faces.csv` beside it.
 
@@ -246,13 +253,14 @@ def write_people(
         media: where the videos of a cache are, for crops that it does not hold.
         several: only clips with several people.
         identity: the network that tells the people of videos apart.
+        show_progress: draw a progress bar.
 
     Raises:
         UsageError: the cache has no stream of faces, or the folder has no video.
     """
     clip_people = _of_cache(open_cache(path), media) if is_cache(path) else _of_videos(path, resolve(identity))
     clips, tables = [], []
-    for clip in clip_people:
+    for clip in tqdm(clip_people, desc="faces", unit="clip", disable=not show_progress):
         if several and len(set(clip.faces["person"].tolist())) < 2:
             continue
         clips.append(clip_card(clip))
