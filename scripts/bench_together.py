@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from bench_train import build_cache, step_and_bound
+from bench_train import GRID, build_cache, step_and_bound
 
 from vaflow.cache import open_cache
 from vaflow.device import choose_device
@@ -99,7 +99,7 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Time all three ways."""
     torch.set_num_threads(1)
     settings = TrainConfig(hidden=args.hidden, temporal=args.temporal, device=args.device)
-    build_cache(folder / "cache", args.windows, 130.0)
+    build_cache(folder / "cache", -(-args.windows // len(GRID.starts(130.0))), 130.0)
     config, inputs, windows = load(folder / "cache", settings)
     load_before = os.getloadavg()[0]
     alone, together = [], []

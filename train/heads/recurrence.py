@@ -193,14 +193,17 @@ class GRUScan(Scan):
         kept = entering.new_empty(groups, steps, batch, 4 * size)
         states = entering.new_empty(groups, steps, batch, size)
         state = entering.new_zeros(groups, batch, size)
+        # Views of all steps at once: a step is short, and making a view takes as long as using it.
+        at_gates, at_new = (x.unbind(1) for x in entering.split((2 * size, size), dim=-1))
+        recurrent, gates, new = (x.unbind(1) for x in kept.split((size, 2 * size, size), dim=-1))
+        _, reset, update, _ = (x.unbind(1) for x in kept.split(size, dim=-1))
+        after = states.unbind(1)
         for t in range(steps):
-            product, at = torch.baddbmm(bias_row, state, ut), entering[:, t]
-            recurrent, gates, new = kept[:, t].split((size, 2 * size, size), dim=-1)
-            recurrent.copy_(product[..., 2 * size :])
-            torch.add(at[..., : 2 * size], product[..., : 2 * size], out=gates).sigmoid_()
-            torch.addcmul(at[..., 2 * size :], gates[..., :size], recurrent, out=new).tanh_()
-            torch.lerp(new, state, gates[..., size:], out=states[:, t])
-            state = states[:, t]
+            of_gates, of_new = torch.baddbmm(bias_row, state, ut).split((2 * size, size), dim=-1)
+            recurrent[t].copy_(of_new)
+            torch.add(at_gates[t], of_gates, out=gates[t]).sigmoid_()
+            torch.addcmul(at_new[t], reset[t], of_new, out=new[t]).tanh_()
+            state = torch.lerp(new[t], state, update[t], out=after[t])
         return states, kept
 
     @staticmethod
@@ -221,11 +224,12 @@ class GRUScan(Scan):
         # u's rows in the order of `kept`: n, r, z
         turned = torch.cat([u[:, 2 * size :], u[:, : 2 * size]], dim=1)
         flow = torch.zeros_like(states[:, 0])
+        of_gates, to_state = factor.unflatten(-1, (4, size)).unbind(1), factor[..., : 3 * size].unbind(1)
+        stays, grads = z.unbind(1), grad.unbind(1)
         for t in range(states.shape[1] - 1, -1, -1):
-            flow = flow + grad[:, t]
-            of_gates = factor[:, t].unflatten(-1, (4, size))
-            of_gates.mul_(flow.unsqueeze(-2))
-            flow = torch.baddbmm(flow * z[:, t], factor[:, t, :, : 3 * size], turned)
+            flow = flow + grads[t]
+            of_gates[t].mul_(flow.unsqueeze(-2))
+            flow = torch.baddbmm(flow * stays[t], to_state[t], turned)
         of_u, of_bias = _weight_gradients(factor[..., : 3 * size], before)
         in_order = (torch.cat([g[:, size:], g[:, :size]], dim=1) for g in (of_u, of_bias))
         return factor[..., size:].contiguous(), *in_order  # type: ignore[return-value]
