@@ -4,9 +4,11 @@ Features of people whom the cache holds are copied. Those of others are encoded 
 extraction. Streams that do not depend on the person are copied.
 """
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from vaflow.cache.opening import PathLike
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, STORES, Array, Json, Record, StreamInfo
 from vaflow.datasets.clip import Clip
 from vaflow.device import choose_device
-from vaflow.errors import MediaError, UsageError, explain
+from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.batching import make_encoders
 from vaflow.extract.choices import EXCLUDED, Choices
 from vaflow.extract.config import ExtractConfig, default_workers
@@ -33,6 +35,8 @@ from vaflow.failures import FAILURES, Failure, FailureLog, write_failures
 from vaflow.item_names import person_item
 
 STAGE = "people"
+LISTED = 10  # items that a message names
+log = logging.getLogger(__name__)
 OF_PERSON = ("clip", "person", "persons")  # members of a record's meta that name a person
 MADE_IN = ("batch", "device", "compiled", "vaflow", "reading")  # those that `Run` adds
 
@@ -245,10 +249,10 @@ def choose_people(
     target = create_cache(out, store=store or (source.store if source.store in STORES else "zarr"))
     for info in infos.values():
         target.declare(info)
-    log = FailureLog(target.path / FAILURES)
+    failure_log = FailureLog(target.path / FAILURES)
     for failure in plan.failures:
-        log.add(failure)
-    summary = Summary(failures=log.failures)
+        failure_log.add(failure)
+    summary = Summary(failures=failure_log.failures)
     tasks = [
         task
         for item in plan.items
@@ -257,10 +261,10 @@ def choose_people(
     with target.indexed():
         if tasks:
             seconds = {task.clip.id: float(source.meta(task.stored.item)["duration"]) for task in tasks if task.stored}
-            with Books(summary, log, seconds, show_progress=show_progress) as books:
+            with Books(summary, failure_log, seconds, show_progress=show_progress) as books:
                 _encode(target, infos, tasks, options, books)
-    failures = list(log.failures)
-    write_failures(log.path, ())  # the copy writes the list of all failures
+    failures = list(failure_log.failures)
+    write_failures(failure_log.path, ())  # the copy writes the list of all failures
     held = survey(source, STAGE)
     failed = {failure.item for failure in failures}
     chosen = [item for item in plan.items if item.item not in failed]
@@ -271,6 +275,16 @@ def choose_people(
     splits = {item.item: held.splits.get(item.origin) for item in chosen}
     copied = transfer(target, [source], copies, [*failures, *held.damaged], splits, STAGE, show_progress=show_progress)
     summary.done = len(chosen) - summary.extracted
+    extra = sorted(set(target.items()) - {item.item for item in plan.items})
+    if extra:  # of an earlier run with another table, or since dropped from the source
+        names = " ".join(map(quote, extra[:LISTED])) + (" ..." if len(extra) > LISTED else "")
+        log.warning(
+            "%s of %s not chosen any more: vaflow cache drop %s %s",
+            count(len(extra), "item"),
+            f"{target.place} {'is' if len(extra) == 1 else 'are'}",
+            target.place,
+            names,
+        )
     return summary, copied
 
 

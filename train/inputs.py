@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 PREFERRED = {VISUAL: "clip-vit-b16", AUDIO: "ast"}  # if a cache has several: the paper's streams
 LOGMEL_INTERVAL = 0.01  # seconds between filter-bank frames
-# Fields that can differ between the training cache and one to predict: they move samples or change low bits.
-_PEOPLE = ("picture.faces.tracker", "picture.faces.person", "picture.faces.people")  # which face is read, not how
+_PEOPLE = tuple(f"picture.faces.{name}" for name in ("tracker", "person", "choices", "people"))
+# Fields that can differ between the training cache and one to predict: they move samples, change low bits, or state
+# which face is read.
 _LENIENT = ("sampling", "decoder", "picture.decoder", "picture.faces.runtime", *_PEOPLE, "precision")
 SLOW_FRAMES, SLOW_STRIDE = 20, 6  # rows of a window, and between two windows, of features slower than the default
 

@@ -28,8 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
     write(data / "solo.mp4", one_after_another(clips, ("wolfgang", SECONDS)), 2)
     write(data / "empty.mp4", one_after_another(clips, ("nobody", SECONDS)), 2)
     shutil.copy(clips / "obama.mp4", data / "speech.mp4")
-    (data / "pair.csv").write_text(f"time,valence,arousal\n0,0.1,0\n{SECONDS},0.1,0\n")
-    (data / "splits.csv").write_text("name,split\npair,train\nsolo,val\n")
+    for name in ("pair", "speech"):
+        (data / f"{name}.csv").write_text(f"time,valence,arousal\n0,0.1,0\n{SECONDS},0.3,0.2\n")
+    (data / "splits.csv").write_text("name,split\npair,train\nspeech,val\n")
     assert extract(folder, "main") in (0, 3)
     data.rename(folder / "away")
     return folder
@@ -124,6 +125,9 @@ def test_a_table_chooses_and_leaves_out_clips(
     np.testing.assert_array_equal(cache.read("labels", "pair").value, before.read("labels", "pair").value)
     assert main([*arguments, "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["copied"] == 0
+    table.write_text("clip,person\npair,id:2\nsolo,none\nspeech,none\n")
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert f"vaflow cache drop {tmp_path / 'out'} speech" in capsys.readouterr().err
     table.write_text("clip,person\npair,main\nsolo,none\n")
     assert main([*arguments, "--device", "cpu"]) == 2, "another choice"
 
@@ -241,3 +245,16 @@ def test_the_documented_commands_run(folder: Path, tmp_path: Path, monkeypatch: 
     for line in block.splitlines():
         assert main([*shlex.split(line)[1:], "-q"]) == 0
     assert open_cache(tmp_path / "chosen.cache").items() == ["empty", "pair", "speech"]
+
+
+def test_a_run_on_chosen_people_predicts_clips_of_others(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "choices.csv").write_text("clip,person\npair,id:2\n")
+    assert people(folder, "main.fresh", "table", "--choices", str(tmp_path / "choices.csv")) == 0
+    tiny = ["--epochs", "1", "--set", "hidden=8", "--device", "cpu", "-q"]
+    assert main(["train", str(folder / "table"), "--out", str(tmp_path / "run"), *tiny]) == 0
+    arguments = ["--cache", str(folder / "main.fresh"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["predict", str(tmp_path / "run"), *arguments]) == 0
+    assert "faces.choices" in capsys.readouterr().err
+    assert (tmp_path / "out" / "pair.csv").exists()
