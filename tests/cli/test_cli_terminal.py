@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from vaflow.cli import main
-from vaflow.cli.common import loading, wrap_on_terminal
+from vaflow.cli.common import loading, set_up, wrap_on_terminal
 from vaflow.errors import explain
 from vaflow.regions import LEVELS, region_table
 
@@ -40,8 +40,6 @@ def test_system_errors_are_shown_without_their_number() -> None:
 
 
 def test_log_lines_are_divided_between_words(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vaflow.cli.common import set_up
-
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     set_up()
@@ -65,6 +63,18 @@ def test_the_table_of_regions_fits_40_columns() -> None:
     lines = region_table([1.0] * 9).splitlines()
     assert max(map(len, lines)) <= 38
     assert lines[1].split() == ["valence", *LEVELS] and [line.split()[0] for line in lines[2:]] == [*reversed(LEVELS)]
+
+
+def test_log_lines_do_not_share_a_line_with_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqdm import tqdm
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    set_up()
+    with tqdm(total=2, desc="extract", file=terminal) as bar:
+        bar.refresh()
+        logging.getLogger("vaflow").warning("clip failed")
+    assert "clip failed" in terminal.getvalue().replace("\r", "\n").split("\n")
 
 
 def test_a_spinner_shows_while_libraries_are_imported_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

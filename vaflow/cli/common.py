@@ -200,10 +200,21 @@ class CommandGroup(TyperGroup):
 def set_up(verbose: bool = False, quiet: bool = False) -> None:
     """Send log lines to standard error at the requested level."""
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_TerminalFormatter("%(message)s"))
+    handler = _TerminalHandler(sys.stderr)
+    handler.setFormatter(_TerminalFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("vaflow").setLevel(level)
+
+
+class _TerminalHandler(logging.StreamHandler[TextIO]):
+    """Writes log lines above the progress bars of a terminal, which would otherwise share a line with them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # without it there are no bars
+        if tqdm is None or not self.stream.isatty():
+            super().emit(record)
+        else:
+            tqdm.write(self.format(record), file=self.stream)
 
 
 class _TerminalFormatter(logging.Formatter):
