@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from vaflow.cli import main
+from vaflow.cli.ablate import terminal_text
 from vaflow.cli.common import loading, set_up, wrap_on_terminal
 from vaflow.errors import explain
 from vaflow.regions import LEVELS, region_table
@@ -37,6 +38,11 @@ def test_system_errors_are_shown_without_their_number() -> None:
         "Got: No such file."
     )
     assert explain("Cannot write", got=OSError(28, "No space left", "y")).endswith("Got: No space left: y.")
+
+
+def test_the_tables_of_a_markdown_document_are_aligned() -> None:
+    text = terminal_text("# Encoders\n\n| stream | MB |\n| --- | --- |\n| clip-tiny | 0.04 |\n\nAfter it.\n")
+    assert text == "Encoders\n\nstream       MB\n---------  ----\nclip-tiny  0.04\n\nAfter it.\n"
 
 
 def test_log_lines_are_divided_between_words(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def compare(cache: Cache, results: Results) -> Comparison | None:
     sizes, costs, table = cache.info()["streams"], stream_costs(cache), []
     for name in (*visual, *audio):
         info, cost = cache.streams()[name], costs.get(name)
-        size = [str(info.dim), str(stored_layers(info) or 1), f"{sizes[name]['bytes'] / 1e6:.1f}"]
+        size = [str(info.dim), str(stored_layers(info) or 1), f"{sizes[name]['bytes'] / 1e6:.3g}"]
         if cost is None:
             table.append([name, *size, *"----"])
         else:

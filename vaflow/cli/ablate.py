@@ -123,7 +123,7 @@ def ablate(
             on_choice=reporter.choice,
         )
     if "encoders" in result.files and not (json or quiet):
-        echo(result.files["encoders"].read_text("utf-8"))
+        echo(terminal_text(result.files["encoders"].read_text("utf-8")))
     if json:
         print_json(document(result))
     elif not quiet:
@@ -236,3 +236,14 @@ def document(result: "StudyResult") -> dict[str, Any]:
         "files": {kind: str(path) for kind, path in result.files.items()},
         "failures": [failure.line() for failure in result.failures],
     }
+
+
+def terminal_text(markdown: str) -> str:
+    """A Markdown document with its tables as aligned text, which fits narrow terminals."""
+    blocks = []
+    for block in markdown.strip().split("\n\n"):
+        if block.startswith("|"):
+            header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n"))
+            block = table(rows, header)
+        blocks.append(block.removeprefix("# "))
+    return "\n\n".join(blocks) + "\n"

@@ -189,7 +189,7 @@ def prompts(
         document: dict[str, Any] = {"cache": str(cache), "sets": [asdict(one) for one in listed]}
         print_json(document if added is None else document | {"added": asdict(added)})
     elif not quiet:
-        echo(_prompts_text(listed, added, cache, verbose))
+        typer.echo(_prompts_text(listed, added, cache, verbose))  # not wrapped: with -v it is TOML
     return 0
 
 

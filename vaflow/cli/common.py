@@ -144,7 +144,8 @@ def heading(text: str) -> str:
 
 def print_error(message: object) -> None:
     """Print `vaflow: message` on standard error, the name in red where the terminal has colors."""
-    text = wrap_on_terminal(f"vaflow: {message}", stream=sys.stderr)
+    first, newline, rest = str(message).partition("\n")  # further lines are a file to copy, such as a sidecar
+    text = wrap_on_terminal(f"vaflow: {first}", stream=sys.stderr) + newline + rest
     name = "vaflow:" if os.environ.get("NO_COLOR") else typer.style("vaflow:", fg="red", bold=True)
     typer.echo(name + text.removeprefix("vaflow:"), err=True)
 

@@ -174,7 +174,8 @@ def smooth(
         if chosen.scores:
             rows = [(f"{float(w):g}", f"{value:.4f}") for w, value in chosen.scores.items()]
             echo(f"{table(rows, ('seconds', 'mean CCC'))}\n")
-        echo(f"Stored in {run}: {chosen.kind}, {chosen.seconds:g} s.")
+        best = f"{chosen.kind}, {chosen.seconds:g} s" if chosen.seconds else "no smoothing, which scored best"
+        echo(f"Stored in {run}: {best}.")
     return 0
 
 

@@ -206,9 +206,9 @@ def submit(
     if json:
         print_json({"rows": done.rows, "trials": done.trials, "held": done.held, "file": str(out)})
     elif not quiet:
-        echo(f"Wrote {done.rows} rows of {done.trials} trials: {out}")
+        echo(f"Wrote {count(done.rows, 'row')} of {count(done.trials, 'trial')}: {out}")
         if done.held:
-            shown = ", ".join(f"{trial} ({count})" for trial, count in list(done.held_in.items())[:5])
+            shown = ", ".join(f"{trial} ({rows})" for trial, rows in list(done.held_in.items())[:5])
             more = ", ..." if len(done.held_in) > 5 else ""
             echo(f"Held: {done.held} rows after the last frame repeat its prediction, in {shown}{more}")
     return 0

@@ -1,4 +1,4 @@
-"""Smooth random curves: valence and arousal of the synthetic people, and everything else that drifts with time.
+"""Smooth random curves: valence and arousal of the synthetic people, and other values that drift with time.
 
 A curve is a sum of sinusoids with random periods and phases. It is defined at every instant: video samples it at frame
 times, audio at its control rate, labels at annotation rows.

@@ -13,7 +13,7 @@ TONGUE: Colour = (98, 90, 190)
 TEETH: Colour = (232, 238, 240)
 
 EYE_Y, BROW_Y, NOSE_Y, MOUTH_Y = -0.12, -0.5, 0.27, 0.66
-HEAD_SCALE = 0.235  # half face width, in picture heights
+HEAD_SCALE = 0.235  # half face width, in image heights
 ACROSS = np.linspace(-1, 1, 9)
 FRINGE = {"short": 0.3, "long": 0.36, "bun": 0.2, "curly": 0.26}  # from the top of the head to the hairline
 

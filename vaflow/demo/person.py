@@ -120,7 +120,7 @@ class Expression:
 
 
 def express(key: Key, person: Person, mood: MoodAt, mouth: Floats, time: Floats) -> Expression:
-    """The face of `person` at `time` [N] seconds while feeling `mood` and speaking with `mouth` [C]."""
+    """The face of `person` at `time` [N] seconds, for a trajectory `mood` and a mouth opening `mouth` [C]."""
     valence, arousal = mood(time).T
 
     def drift(name: str, scale: float, slowest: float = 14.0, fastest: float = 1.5) -> Floats:

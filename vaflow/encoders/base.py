@@ -106,12 +106,12 @@ class Segments:
 
 
 def step_centres(window: float, steps: int) -> list[Fraction]:
-    """Return the middles of a window's steps, in seconds after its start."""
+    """Return the centres of a window's steps, in seconds after its start."""
     return [Fraction(str(window)) * (2 * k + 1) / (2 * steps) for k in range(steps)]
 
 
 def centred_examples(window: float, steps: int, half: Fraction, frames: int) -> Segments:
-    """Return one segment per step, whose middle, `half` seconds after its start, is within 5 ms of the step's."""
+    """Return one segment per step, whose centre, `half` seconds after its start, is within 5 ms of the step's."""
     hop = Fraction(HOP, RATE)
     first = tuple(floor((time - half) / hop + Fraction(1, 2)) for time in step_centres(window, steps))
     return Segments(first, frames)
@@ -152,7 +152,7 @@ class VisualEncoder(Protocol):
         """RGB [H, W, 3] uint8 of any size -> [image_size, image_size, 3], as the weights expect. CPU.
 
         Returns:
-            uint8, or float32 in 0..1 if `preparation.dtype` says so.
+            uint8, or float32 in 0..1: `preparation.dtype`.
         """
         ...
 
@@ -186,7 +186,7 @@ class AudioEncoder(Protocol):
 
     @property
     def front_end(self) -> FrontEnd:
-        """As above; may be a class constant."""
+        """Return the front end; may be a class constant."""
         ...
 
     def segments(self, window: float, steps: int) -> Segments:

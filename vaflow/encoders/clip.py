@@ -33,7 +33,7 @@ QUICK_SUFFIX = "-quickgelu"
 HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # metadata beside OpenAI's tensors
 TEXT_BATCH = 64
-# Files of a tokenizer of transformers: its vocabulary, the preferred form first, and what may stand beside it.
+# Files of a transformers tokenizer: the vocabulary (preferred format first), then further files, all optional.
 VOCABULARIES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model", "vocab.txt", "vocab.json")
 TOKENIZER_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 

@@ -58,7 +58,7 @@ class ImageEncoder:
         self._std = torch.tensor(preprocessing.std, device=self.device).view(1, 3, 1, 1)
 
     def prepare(self, image: Image) -> Prepared:
-        """RGB [H, W, 3] uint8 of any size -> [S, S, 3] uint8, or float32 in 0..1 where the preparation says so."""
+        """RGB [H, W, 3] uint8 of any size -> [S, S, 3] uint8, or float32 in 0..1: `preparation.dtype`."""
         return self.preparation(image)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ class BlockOutputs(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self._blocks, self._numbers = tuple(blocks), tuple(numbers)  # in a tuple: they are parts of the network
+        self._blocks, self._numbers = tuple(blocks), tuple(numbers)  # in a tuple modules are not registered twice
         self._choice, self._special = choice, special
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:

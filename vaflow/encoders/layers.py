@@ -1,4 +1,4 @@
-"""Which layers of a transformer are stored: the part of an encoder's name after `@`.
+"""Selection of a transformer's layers: the part of an encoder's name after `@`.
 
 `@last` (default) is the network's output, after its final normalisation where it has one. `@7` is the output of block
 7, `@0` that of the embeddings; `@6-12` and `@all` store several layers, on an axis of their own; `@mean` stores the

@@ -75,7 +75,7 @@ class OpenSmileEncoder:
             values = np.nan_to_num(self._smile.process_signal(samples, RATE).to_numpy(np.float32))
             if self.functionals:
                 rows.append(np.repeat(values[:1], steps, axis=0))
-            else:  # openSMILE gives fewer descriptors than 10-ms intervals: the last ones stand for the window's end
+            else:  # fewer descriptors than intervals of 10 ms: the last one is repeated up to the window's end
                 last = len(values) - 1
                 rows.append(np.stack([values[np.minimum(tokens, last)].mean(axis=0) for tokens in members]))
         return torch.from_numpy(np.stack(rows)).to(self.device)

@@ -36,7 +36,7 @@ class SpeakerNetwork(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        """As the class."""
+        """Return [B, 256] for [B, 160, 40]."""
         _, (hidden, _) = self.lstm(mel)
         return nn.functional.normalize(torch.relu(self.linear(hidden[-1])), dim=1)
 

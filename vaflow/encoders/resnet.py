@@ -20,7 +20,7 @@ from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
 
 SIZE = 224
 CLASSIFIER = ("fc.weight", "fc.bias")
-COUNTER = "num_batches_tracked"  # training length; older files lack it, and no output depends on it
+COUNTER = "num_batches_tracked"  # number of training batches; older files lack it, and no output depends on it
 
 
 def build(request: Request) -> ImageEncoder:

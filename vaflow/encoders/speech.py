@@ -1,6 +1,6 @@
 """Speech models of transformers as encoders: wav2vec 2.0, HuBERT, WavLM, data2vec and Whisper's encoder.
 
-A window's samples go through the network; tokens of 20 ms come out. The centre of a token follows from the geometry of
+The network turns a window's samples into tokens of 20 ms. The centre of a token follows from the geometry of
 the convolutions in front of the transformer: token j of wav2vec 2.0 covers samples [320 j, 320 j + 400). The tokens
 centred in each audio step are averaged.
 

@@ -18,7 +18,7 @@ from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
 from vaflow.errors import UsageError, WeightsError, explain
 
-COUNTER = "num_batches_tracked"  # training length; no output depends on it
+COUNTER = "num_batches_tracked"  # number of training batches; no output depends on it
 
 
 def build(request: Request) -> ImageEncoder:

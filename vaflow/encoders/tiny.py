@@ -12,9 +12,9 @@ arousal. What matters, most important first:
   most of their mean, because loudness is informative; their bias maps the usual level of audio to zero.
 - Filters are coarse (cells of 8 x 8): fine random filters respond to noise only.
 - Queries and keys are small: attention is nearly flat, and the class token averages the whole image.
-- Positions are as large as contents: the gated units then read each place differently. For audio only the place along
-  frequency counts; otherwise the same sound would look different at each time.
-- Values are large for images; otherwise the class token would mostly copy itself.
+- Position embeddings are as large as patch embeddings, so that the gated units respond differently to each position.
+  For audio this holds along frequency only, so that equal audio has equal features at every time.
+- Value matrices are large for images; otherwise the class token would mostly copy itself.
 
 The convolutional networks are drawn with the deviation that keeps a ReLU network's scale from layer to layer (He et
 al. 2015).
@@ -51,8 +51,8 @@ from vaflow.errors import WeightsError, explain
 SEED = 0
 WIDTH, LAYERS, HEADS, PATCH = 128, 2, 4, 16
 CELL = 8  # edge of the squares that patch filters are made of
-PLACE, WORD_PLACE, INSTANT = 1.0, 0.1, 0.1  # deviation of position embeddings: in an image or spectrum, a text, time
-AUDIO_MEAN_KEPT = 0.3  # share of their mean that audio filters keep
+PATCH_POSITION, WORD_POSITION, TIME_POSITION = 1.0, 0.1, 0.1  # standard deviations of position embeddings
+AUDIO_MEAN_KEPT = 0.3  # share of the mean that is left in audio filters
 AUDIO_LEVEL = -0.33  # normalised log-Mel of ordinary audio
 
 
@@ -166,9 +166,9 @@ def _clip_values(stream: str, key: str, shape: tuple[int, ...]) -> Values:
     if key == "logit_scale":
         return np.full(shape, 4.605170)  # the logarithm of 100, where trained CLIP models end up
     if key == "positional_embedding":
-        return uniform(stream, shape, WORD_PLACE)
+        return uniform(stream, shape, WORD_POSITION)
     if key.startswith(("visual.positional", "visual.class", "token_embedding")):
-        return uniform(stream, shape, PLACE)
+        return uniform(stream, shape, PATCH_POSITION)
     if key.endswith("in_proj_weight"):  # queries, keys and values in one matrix
         values = uniform(stream, shape, CLIP_GAINS.value / math.sqrt(shape[1]))
         values[: 2 * shape[1]] *= CLIP_GAINS.query / CLIP_GAINS.value
@@ -184,11 +184,12 @@ def _ast_values(frequencies: int, times: int) -> Rule:
             filters = _coarse(weight_stream, (WIDTH, 1, PATCH, PATCH), AST_GAINS.patch, AUDIO_MEAN_KEPT)
             return filters if key.endswith("weight") else -AUDIO_LEVEL * _cells(filters).sum(axis=(1, 2, 3)) * CELL**2
         if key.endswith("position_embeddings"):
-            place = np.repeat(uniform(stream, (frequencies, shape[2]), PLACE), times, axis=0)
-            place += uniform(f"{stream}/instant", place.shape, INSTANT)
-            return np.concatenate([uniform(f"{stream}/special", (SPECIAL_TOKENS, shape[2]), PLACE), place])[None]
+            place = np.repeat(uniform(stream, (frequencies, shape[2]), PATCH_POSITION), times, axis=0)
+            place += uniform(f"{stream}/instant", place.shape, TIME_POSITION)
+            special = uniform(f"{stream}/special", (SPECIAL_TOKENS, shape[2]), PATCH_POSITION)
+            return np.concatenate([special, place])[None]
         if key.endswith("_token"):
-            return uniform(stream, shape, PLACE)
+            return uniform(stream, shape, PATCH_POSITION)
         small = key.endswith(("q_proj.weight", "k_proj.weight"))
         gain = AST_GAINS.query if small else AST_GAINS.mlp if ".mlp." in key else AST_GAINS.value
         return _common_values(stream, key, shape, gain)

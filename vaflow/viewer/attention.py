@@ -1,4 +1,4 @@
-"""When a run listens: the share of audio in the fused features by condition, and where its attention lies in time.
+"""Use of audio by a run: its share of the fused features by condition, and the distribution of attention in time.
 
 Attention is summed per bin of time, so that memory does not grow with the split.
 """
@@ -138,14 +138,14 @@ class AttentionRecorder:
             sums.add(weights, time, track, inside, face)
 
     def batch_hook(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Hook of the whole model: note which frames the batch has, and which have a visual input."""
+        """Hook of the whole model: store which frames the batch has, and which have a visual input."""
         (batch,) = arguments
         self.inside = batch.inside
         visual = [s.name for s in model.streams if s.kind == "visual"]  # type: ignore[union-attr]
         self.face = torch.stack([batch.valid[name] for name in visual]).any(dim=0) & batch.inside
 
     def summaries(self) -> list[AttentionSummary]:
-        """One per audio stream that some frame attended."""
+        """Return the attention to each audio stream that at least one frame attended to."""
         return [sums.summary(name) for sums, name in zip(self.sums, self.streams, strict=True) if sums.frames]
 
 

@@ -87,7 +87,7 @@ def detect_boxes(path: Path, step: float = STEP) -> Floats:
 
 @dataclass(frozen=True)
 class ClipMasks:
-    """Where a clip lacks something. Spans are [M, 2] seconds; None: unknown.
+    """Missing input of a clip. Spans are [M, 2] seconds; None: unknown.
 
     Attributes:
         no_face, no_audio: without a face, without audio samples.
@@ -101,7 +101,7 @@ class ClipMasks:
 
 
 def masks_of(table: Predictions, cache: Cache | None, item: str, streams: Iterable[str]) -> ClipMasks:
-    """Return what the predictions, or else the cache, say about missing faces and audio."""
+    """Return the missing faces and audio of a clip, from its predictions or else from the cache."""
     no_face = None if table.face is None else spans(~table.face, table.time)
     no_audio = None if table.audio is None else spans(~table.audio, table.time)
     boxes = None

@@ -40,7 +40,7 @@ Tiers = Mapping[str, Sequence[Interval]]
 
 EAF_SCHEMA = "http://www.mpi.nl/tools/elan/EAFv3.0.xsd"
 XSI = "http://www.w3.org/2001/XMLSchema-instance"
-_FORMULA = re.compile(r"[=+\-@](?![\w.-]*$)")  # what spreadsheets run; "-abc" is an ordinary video id
+_FORMULA = re.compile(r"[=+\-@](?![\w.-]*$)")  # a spreadsheet would evaluate such text; "-abc" is an ordinary video id
 
 
 def export_predictions(path: Path, out: Path, formats: Sequence[str], step: float = STEP) -> list[Path]:

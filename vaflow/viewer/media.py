@@ -1,4 +1,4 @@
-"""Media for a page: where a clip's file is, whether browsers play it, and its audio level over time."""
+"""Media for a page: the file of a clip, whether browsers play it, and its audio level over time."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ def _media_below(root: Path) -> Iterator[Path]:
 
 
 def probe(path: Path) -> Facts:
-    """Return what the container says.
+    """Return the codecs, pixel format and duration of a media file.
 
     Raises:
         OSError, av.FFmpegError: the file cannot be opened.
@@ -113,7 +113,7 @@ def probe(path: Path) -> Facts:
 
 
 class Composer(Protocol):
-    """What is drawn around or over the frames of a clip."""
+    """Draws around or over the frames of a clip."""
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the result for frames of a width and height."""
@@ -133,7 +133,7 @@ def transcode(source: Path, target: Path, composer: Composer | None = None) -> N
         first = next(iter(media.decode(video=0)), None) if media.streams.video else None
     with av.open(str(source), metadata_errors="replace") as media, av.open(str(part), "w", format="mp4") as out:
         start = (media.start_time or 0) / av.time_base
-        encoders: dict[Any, _VideoEncoder | _AudioEncoder] = {}  # all streams exist before the first packet is written
+        encoders: dict[Any, _VideoEncoder | _AudioEncoder] = {}  # all added before the first packet
         if first is not None:
             encoders[media.streams.video[0]] = _VideoEncoder(out, media.streams.video[0], first, start, composer)
         if media.streams.audio:

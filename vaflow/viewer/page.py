@@ -147,7 +147,7 @@ def media_without_predictions(path: Path, clips: Sequence[str]) -> PredictionSet
         if not clips or item in clips:
             clips_to_rate.append(PredictedClip(item, file, source={"media": str(file)}))
     if not clips_to_rate:
-        return find_predictions(path, clips)  # whose error says what is expected
+        return find_predictions(path, clips)  # raises the error
     return PredictionSet(path, tuple(sorted(clips_to_rate, key=lambda clip: clip.item)))
 
 

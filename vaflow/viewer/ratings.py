@@ -143,7 +143,7 @@ class AgreeConfig:
         if not (0.5 <= self.rate <= 1000 and 0 <= self.max_lag <= 60):
             got = f"--rate {self.rate:g}, --max-lag {self.max_lag:g}"
             expected = "a rate from 0.5 to 1000 Hz and a lag from 0 to 60 s"
-            raise UsageError(explain("Ratings cannot be compared so", expected=expected, got=got))
+            raise UsageError(explain("--rate or --max-lag is out of range", expected=expected, got=got))
 
 
 @dataclass(frozen=True)

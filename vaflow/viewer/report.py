@@ -267,7 +267,7 @@ def _with_mean(moments: Floats) -> Floats:
 
 
 def differing_settings(runs: Sequence[RunResults]) -> list[tuple[str, list[str]]]:
-    """(setting, its value in each run) of the training settings and streams that are not the same in all."""
+    """(setting, its value in each run) of the training settings and streams that differ."""
     tables = []
     for run in runs:
         streams = ", ".join(str(stream.get("name")) for stream in run.config.get("stream", ()))
@@ -282,7 +282,7 @@ def _setting(value: Any) -> str:
 
 
 def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, Any]:
-    """Everything that the template shows of one run."""
+    """Return the data of one run for the template."""
     metrics = run.metrics
     fusion = _fusion(run) if gates else None
     ranked = sorted(run.clips, key=lambda clip: -clip.scores.ccc["mean"])
@@ -355,7 +355,7 @@ def _clips_side_by_side(runs: Sequence[RunResults]) -> list[tuple[str, list[floa
 
 
 def _provenance(run: RunResults) -> list[tuple[str, str]]:
-    """(name, value) of what the run was made from."""
+    """Return (name, value) of the run's provenance."""
     data: Mapping[str, Any] = run.config.get("data", {})
     rows = [
         ("directory", str(run.path)),

@@ -166,7 +166,7 @@ def _history(path: Path) -> tuple[Mapping[str, float], ...]:
 
 
 def read_runs(paths: list[Path]) -> list[RunResults]:
-    """Read runs under names that tell them apart: as much of the end of each path as is needed."""
+    """Read runs under unique names: the shortest ends of their paths that differ."""
     depth = 1
     parts = [path.resolve().parts for path in paths]
     while len({p[-depth:] for p in parts}) < len(set(parts)) and depth < max(map(len, parts)):

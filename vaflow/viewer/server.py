@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, str(saved.relative_to(self.server.ratings)).encode())
 
     def _from_our_page(self) -> bool:
-        """Whether the request names this server: a page elsewhere that a name was rebound for does not."""
+        """Whether the headers Host and Origin name this server; prevents DNS rebinding."""
         hosts = {f"{name}:{self.server.server_address[1]}" for name in (HOST, "localhost")}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") in hosts and (origin is None or origin.removeprefix("http://") in hosts):
