@@ -40,22 +40,20 @@ class Environment:
     codes: tuple[int, ...] = ()
 
 
+C_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+# Conditions that do not hide each other share an environment: a command imports torch in every one.
 ENVIRONMENTS = {
-    "no passwd entry": Environment(  # as in a container that runs with --user 54321
+    "no passwd entry, tiny shared memory": Environment(  # as in a container that runs with --user 54321
         ["unshare", "--mount"],
         variables={"USER": None, "LOGNAME": None, "LNAME": None, "USERNAME": None},
-        script='mount --bind /dev/null /etc/passwd; "$@"',
+        script='mount --bind /dev/null /etc/passwd; mount -t tmpfs -o size=64k tmpfs /dev/shm; "$@"',
         needs_root=True,
     ),
-    "no HOME": Environment(variables={"HOME": None, "XDG_CACHE_HOME": None}),
+    "no HOME, C locale": Environment(variables={"HOME": None, "XDG_CACHE_HOME": None, **C_LOCALE}),
     "HOME that is not there": Environment(variables={"HOME": "/nonexistent", "XDG_CACHE_HOME": None}),
-    "C locale": Environment(variables={"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
     "few file handles": Environment(script='ulimit -n 128; "$@"', codes=(1,)),
     "little memory": Environment(script='ulimit -v 3000000; "$@"', codes=(1,)),
     "optimised twice": Environment(variables={"PYTHONOPTIMIZE": "2"}, codes=(2,)),
-    "tiny shared memory": Environment(
-        ["unshare", "--mount"], script='mount -t tmpfs -o size=64k tmpfs /dev/shm; "$@"', needs_root=True
-    ),
     "read-only everything": Environment(
         ["unshare", "--mount"],
         script='mount --bind "$ROOT" "$ROOT"; mount -o remount,ro,bind "$ROOT"; "$@"',
