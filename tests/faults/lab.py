@@ -19,7 +19,7 @@ from vaflow.cache.verify import verify
 
 HERE = Path(__file__).parent
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--device", "cpu", "--faces", "none"]
-SHORT = ["--window", "2", "--stride", "1", "--frames", "4", "--audio-steps", "4", "--image-batch", "4"]
+SHORT = ["--window", "2", "--stride", "1", "--frames", "2", "--audio-steps", "4", "--image-batch", "4"]
 EXTRACT = [*TINY, *SHORT, "--workers", "2"]
 LIMIT = 120.0  # seconds after which a command hangs
 
