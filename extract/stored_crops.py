@@ -1,4 +1,4 @@
-"""Reads the crops of one person from a cache, in the place of a video; part of a decoding process."""
+"""Reads the crops of one person from a cache instead of a video; part of a decoding process."""
 
 from collections.abc import Callable
 from functools import cache
