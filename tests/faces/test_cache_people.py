@@ -219,7 +219,6 @@ def test_a_cache_of_an_earlier_version_stays_complete(
     for path in ("crops", "records/crops"):
         shutil.rmtree(tmp_path / "cache" / path)
     (tmp_path / "cache" / "streams" / "crops.json").unlink()
-    (tmp_path / "cache" / "index.json").unlink()
     assert main(["extract", str(folder / "away"), "--out", str(tmp_path / "cache"), *OPTIONS[:-1]]) == 0
     assert "Nothing to do" in capsys.readouterr().out
     assert main(["cache", "people", str(tmp_path / "cache"), str(tmp_path / "out"), "--person", "id:2"]) == 2

@@ -212,7 +212,7 @@ class _TerminalHandler(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # without it there are no bars
-        if tqdm is None or not self.stream.isatty():
+        if tqdm is None or self.stream.closed or not self.stream.isatty():
             super().emit(record)
         else:
             tqdm.write(self.format(record), file=self.stream)
