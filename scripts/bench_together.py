@@ -8,7 +8,7 @@ to the step of one run: 8 runs that cost as much as one would be 1.0, 8 runs one
 depend little on other work on the machine. Torch uses one thread per process, as `vaflow ablate` does.
 
 For two cores it prints the CPU seconds of a batch of half the runs, which `--jobs 2` trains on each core, and the bound
-of the matrix products.
+of the matrix products; `together_roofline` is the floor of a step of all runs, by its operations and bytes.
 """
 
 import argparse
@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from bench_train import GRID, build_cache, step_and_bound
+from bench_train import GRID, OperationCosts, build_cache, step_and_bound
 
 from vaflow.cache import open_cache
 from vaflow.device import choose_device
@@ -122,6 +123,11 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         half = seconds(step_together(config, inputs, windows, args.runs // 2), windows.device, args.steps)[0]
         bound = step_and_bound(windows, config, fresh(config, inputs, 0), 1)
         least = args.runs * float(str(bound["bound_ms"])) / 2000
+        step, costs, steps = step_together(config, inputs, windows, args.runs), OperationCosts(), count(1)
+        costs.measure(lambda: step(next(steps)), args.steps)
+        flops = args.runs * float(str(bound["step_gflop"])) * 1e9
+        rate = float(str(bound["matrix_gflop_per_second"])) * 1e9
+        result["together_roofline"] = costs.roofline(flops, rate, all_of_them[0], 2**27)  # more than the cache
         result |= bound | {
             "two_cores_over_one_run": round(half / one[0], 2),
             "two_cores_one_by_one": round(args.runs / 2, 2),

@@ -209,10 +209,7 @@ def step_and_bound(windows: WindowSet, config: TrainConfig, model: nn.Module, re
     rate = 2 * 512**3 / min(products)
     bound = counter.get_total_flops() / rate
     costs = OperationCosts()
-    for _ in range(10 * repeats):
-        costs.number = 0
-        with costs:
-            train_step(model, optimizer, batch, config)
+    costs.measure(lambda: train_step(model, optimizer, batch, config), 10 * repeats)
     return {
         "roofline": costs.roofline(counter.get_total_flops(), rate, min(steps)),
         "step_gflop": round(counter.get_total_flops() / 1e9, 2),
@@ -250,10 +247,25 @@ class OperationCosts(TorchDispatchMode):
         self.bytes[number] = sum(x.numel() * x.element_size() for x in tensors)
         return result
 
-    def roofline(self, flops: float, rate: float, step: float) -> dict[str, object]:
-        """Floors and CPU milliseconds of products and of all other operators, on cached operands of 1 MB."""
-        one, other, out = (torch.randn(2**18) for _ in range(3))
-        speed = 3 * 2**20 / min(cpu_and_wall(lambda: torch.add(one, other, out=out))[0] for _ in range(200))
+    def measure(self, take_step: Callable[[], object], times: int) -> None:
+        """Take some steps; the first one, which may allocate the optimizer's state, is not measured."""
+        take_step()
+        for _ in range(times):
+            self.number = 0
+            with self:
+                take_step()
+
+    def roofline(self, flops: float, rate: float, step: float, operand: int = 2**20) -> dict[str, object]:
+        """Floors and CPU milliseconds of products and of all other operators.
+
+        Args:
+            flops: of a step.
+            rate: of matrix products, per second.
+            step: CPU seconds.
+            operand: bytes of the tensors with which the memory is measured; 1 MB fits in the cache of a core.
+        """
+        one, other, out = (torch.randn(operand // 4) for _ in range(3))
+        speed = 3 * operand / min(cpu_and_wall(lambda: torch.add(one, other, out=out))[0] for _ in range(50))
         others = self.seconds.keys() - self.products
         products, rest = (sum(self.seconds[k] for k in numbers) for numbers in (self.products, others))
         size = sum(self.bytes[k] for k in others)
