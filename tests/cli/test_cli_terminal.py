@@ -96,3 +96,8 @@ def test_a_spinner_shows_while_libraries_are_imported_on_a_terminal(monkeypatch:
     with loading(quiet=True):
         time.sleep(0.4)
     assert quiet.getvalue() == ""
+
+
+def test_usage_lines_have_single_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "-h"]) == 0
+    assert "vaflow predict [OPTIONS] RUN [MEDIA]...\n" in capsys.readouterr().out

@@ -159,8 +159,9 @@ class Command(TyperCommand):
     """A command whose help lists its options in groups, by their `rich_help_panel` (without one: "Options")."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Arguments as `CACHE`, not as Typer's `{CACHE}`."""
-        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+        """Arguments as `CACHE` and `[MEDIA]...`, not as Typer's `{CACHE}` and `[[MEDIA]...]...`."""
+        pieces = [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+        return [re.sub(r"^\[(\[.*\](\.\.\.)?)\](\.\.\.)?$", r"\1", piece) for piece in pieces]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then each group of options in the order of its first option."""

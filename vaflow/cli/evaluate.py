@@ -180,7 +180,7 @@ def smooth(
 
 
 def print_metrics(metrics: dict[str, Any], *, json: bool, quiet: bool) -> None:
-    """The metrics as JSON or as tables; warnings on standard error."""
+    """Print the metrics as JSON, or as tables with warnings on standard error; nothing if `quiet`."""
     if json:
         print_json(metrics)
         return
@@ -188,8 +188,8 @@ def print_metrics(metrics: dict[str, Any], *, json: bool, quiet: bool) -> None:
         echo(summary(metrics))
         for kind, parts in metrics.get("by_group", {}).items():
             echo(f"\n{group_table(kind, parts)}")
-    for warning in metrics["warnings"]:
-        echo(f"warning: {warning}", err=True)
+        for warning in metrics["warnings"]:
+            echo(f"warning: {warning}", err=True)
 
 
 def summary(metrics: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, heading, print_json, set_up
+from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, heading, loading, print_json, set_up
 
 PACKAGES = ("torch", "torchvision", "torchaudio", "transformers", "open_clip_torch", "av", "zarr", "h5py", "numpy")
 EXTRAS = {"s3": "s3fs", "ray": "ray", "nvdec": "torchcodec", "docs": "mkdocs-material", "dev": "pytest"}
@@ -23,7 +23,8 @@ def info(json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False)
     Example: vaflow info --json
     """
     set_up(verbose, quiet)
-    facts = collect()
+    with loading(quiet or json):
+        facts = collect()
     if json:
         print_json(facts)
         return 0

@@ -91,7 +91,8 @@ def report(
     Example: vaflow report runs/full runs/visual --out report.html
     """
     set_up(verbose, quiet)
-    from vaflow.viewer.report import paired_differences, write_report
+    with loading(quiet or json):
+        from vaflow.viewer.report import paired_differences, write_report
 
     shown = write_report(runs, out, viewer, gates=gates)
     if json:
