@@ -87,11 +87,11 @@ class RayActors(Crew):
         devices = {config.device for config, _ in runs}
         if devices - set(DEVICES):
             got, remedy = sorted(devices - set(DEVICES))[0], "Ray assigns the GPUs: remove the number"
-            raise UsageError(explain("--engine ray takes --device auto, cpu or cuda", got=got, remedy=remedy))
+            raise UsageError(explain("--engine ray takes the device auto, cpu or cuda", got=got, remedy=remedy))
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         gpus = 0 if devices == {"cpu"} else sum(int(node.get("GPU", 0)) for node in nodes)
         if "cuda" in devices and not gpus:
-            remedy = "Use --device cpu"
+            remedy = "Use --device cpu (ablate: --set device=cpu)"
             raise VaflowError(explain("No node of the Ray cluster has a GPU", expected="a GPU", remedy=remedy))
         places = gpus or sum(int(node.get("CPU", 0)) for node in nodes)
         if not places:
