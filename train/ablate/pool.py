@@ -170,6 +170,8 @@ def run_jobs(
         processes, engine: as of `Pool`.
         options: further arguments of `Pool`.
     """
+    if not jobs:
+        return
     if engine == "local":
         processes = min(processes or 1, len(jobs))
     with Pool(cache, out, processes=processes, engine=engine, moments=True, **options) as pool:
