@@ -53,11 +53,18 @@ def test_log_lines_are_divided_between_words(columns: int, monkeypatch: pytest.M
     assert max(map(len, terminal.getvalue().splitlines())) <= columns
 
 
-@pytest.mark.parametrize("text", ["Add them with `{}` now.", "Add them: {}, or train without.", "Add them: {}."])
+@pytest.mark.parametrize(
+    "text", ["Add them with `{}` now.", "Add them: {}, or train without.", "Add them: {}.", "It has none. {}; or none."]
+)
 def test_a_command_stays_on_one_line(text: str, columns: int) -> None:
     command = "vaflow cache prompts CACHE --prompts emotions.toml"
     wrapped = wrap_on_terminal("The cache has no such prompts yet. " + text.format(command), stream=Terminal())
     assert command in wrapped and "\n" in wrapped
+
+
+def test_a_python_command_stays_on_one_line(columns: int) -> None:
+    command = 'python -c "from transformers import AutoModel as M; M.from_pretrained(1).save_pretrained(2)"'
+    assert command in wrap_on_terminal(f"If you trust the files, convert them: {command}.", stream=Terminal())
 
 
 def test_output_that_is_piped_is_not_divided(columns: int) -> None:

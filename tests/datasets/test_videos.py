@@ -236,3 +236,16 @@ def test_a_wrong_layout_error_names_the_right_one(tmp_path: Path) -> None:
 def test_every_layout_describes_its_files() -> None:
     assert "auto" not in LAYOUTS
     assert all(layout.looks_for for layout in LAYOUTS.values())
+
+
+def test_a_missing_split_is_logged_for_extraction_but_not_for_prediction(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "splits.csv").write_text("name,split\na,train\n")
+    dataset = open_dataset(tmp_path, "videos")
+    log_left_out(dataset, skip=("split-missing",))
+    assert caplog.messages == []
+    log_left_out(dataset)
+    assert "gives no split to: b" in caplog.text

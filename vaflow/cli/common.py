@@ -49,7 +49,7 @@ RunOrEnsemble = Annotated[
 AllowMissing = Annotated[
     bool, typer.Option("--allow-missing", help="Score a split even if labelled clips have no features.")
 ]
-_COMMAND = re.compile(r"`[^`]*`|(?<=: )(?:vaflow|pip) .*?(?=\.?$|\. |, |; )")
+_COMMAND = re.compile(r'`[^`]*`|python -c "[^"]*"|(?<=[:.] )(?:vaflow|pip) .*?(?=\.?$|\. |, |; )')
 PANELS = ("Data and features", "The cache", "Training and scoring", "Using a trained run", "More")
 
 

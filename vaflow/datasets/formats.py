@@ -4,7 +4,7 @@ Readers report all problems of a file in one error. A value of -5 marks an unann
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,10 +110,10 @@ def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
     return Dataset(folder, layout, tuple(sorted(clips, key=lambda clip: clip.id)), tuple(notes))
 
 
-def log_left_out(dataset: Dataset) -> None:
-    """Log what the scan left out or had to decide, as `check` lists it: every warning, error and ignored file."""
+def log_left_out(dataset: Dataset, skip: Sequence[str] = ()) -> None:
+    """Log the warnings, errors and ignored files of a scan, as `check` lists them, except those of the codes `skip`."""
     for note in dataset.notes:
-        if note.severity != "note" or note.code == "ignored-files":
+        if note.code not in skip and (note.severity != "note" or note.code == "ignored-files"):
             log.warning("%s%s. %s", f"{note.item}: " if note.item else "", note.message, note.remedy)
 
 
