@@ -30,7 +30,7 @@ from vaflow.extract.engine import build_encoders
 from vaflow.extract.messages import StoredPerson
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.run import Run
-from vaflow.extract.summary import Books, Summary
+from vaflow.extract.summary import OutcomeRecorder, Summary
 from vaflow.failures import FAILURES, FailureLog, write_failures
 
 LISTED = 10  # items that a message names
@@ -80,8 +80,8 @@ def choose_people(
     with target.indexed():
         if tasks:
             seconds = {task.clip.id: float(source.meta(task.stored.item)["duration"]) for task in tasks if task.stored}
-            with Books(summary, failure_log, seconds, show_progress=show_progress) as books:
-                _encode(target, infos, plan.images, tasks, options, books)
+            with OutcomeRecorder(summary, failure_log, seconds, show_progress=show_progress) as recorder:
+                _encode(target, infos, plan.images, tasks, options, recorder)
     failures = list(failure_log.failures)
     write_failures(failure_log.path, ())  # the copy writes the list of all failures
     held = survey(source, STAGE)
@@ -126,7 +126,7 @@ def _encode(
     images: Collection[str],
     tasks: Sequence[PendingClip],
     options: Mapping[str, Any],
-    books: Books,
+    recorder: OutcomeRecorder,
 ) -> None:
     """Encode stored crops with the encoders of the streams. Raises FingerprintError if the encoders differ."""
     streams = {name: infos[name] for name in images}
@@ -152,9 +152,9 @@ def _encode(
         target.declare(replace(info, dim=encoder.dim, identity=identity))
     workers = min(config.workers or default_workers(device.type), len(tasks))
     try:
-        Run(target, config, infos, make_encoders(config, device, encoders, []), workers, books).run(tasks)
+        Run(target, config, infos, make_encoders(config, device, encoders, []), workers, recorder).run(tasks)
     finally:
-        append_costs(target, books.summary.costs)
+        append_costs(target, recorder.summary.costs)
 
 
 def _copies(

@@ -19,7 +19,7 @@ from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.plan import PendingClip, make_plan
 from vaflow.extract.prompts import write_prompts
 from vaflow.extract.streams import as_declared, stream_infos
-from vaflow.extract.summary import Books, Summary
+from vaflow.extract.summary import OutcomeRecorder, Summary
 from vaflow.failures import FailureLog
 
 
@@ -90,7 +90,7 @@ def carry_out(
     infos: dict[str, StreamInfo],
     dataset: Dataset,
     shard: Shard,
-    work: Callable[[Sequence[PendingClip], Books], None],
+    work: Callable[[Sequence[PendingClip], OutcomeRecorder], None],
     *,
     rehash: bool = False,
     show_progress: bool = False,
@@ -103,9 +103,9 @@ def carry_out(
     summary.failures_file = cache.layout.named(log.path)
     with cache.indexed():
         if plan.tasks:
-            with Books(summary, log, plan.seconds, show_progress=show_progress) as books:
+            with OutcomeRecorder(summary, log, plan.seconds, show_progress=show_progress) as recorder:
                 try:
-                    work(plan.tasks, books)
+                    work(plan.tasks, recorder)
                 finally:
                     append_costs(cache, summary.costs, shard.suffix)
     summary.wall_seconds = time.perf_counter() - began

@@ -15,7 +15,7 @@ from vaflow.extract.engine import build_encoders, carry_out, prepare
 from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.run import Run
-from vaflow.extract.summary import Books, Summary
+from vaflow.extract.summary import OutcomeRecorder, Summary
 from vaflow.process import exit_if_script_runs_again
 from vaflow.ray_cluster import check_engine
 
@@ -99,7 +99,7 @@ def extract_with(
     encoders = make_encoders(config, device, visual, audio)
     workers = config.workers or default_workers(device.type)
 
-    def work(tasks: Sequence[PendingClip], books: Books) -> None:
-        Run(cache, config, infos, encoders, min(workers, len(tasks)), books).run(tasks)
+    def work(tasks: Sequence[PendingClip], recorder: OutcomeRecorder) -> None:
+        Run(cache, config, infos, encoders, min(workers, len(tasks)), recorder).run(tasks)
 
     return carry_out(cache, infos, dataset, shard or Shard(), work, rehash=rehash, show_progress=show_progress)

@@ -23,7 +23,7 @@ from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.engine import carry_out
 from vaflow.extract.plan import PendingClip, make_plan
 from vaflow.extract.ray_node import Member, Prepared, Report
-from vaflow.extract.summary import Books, Extracted, Summary
+from vaflow.extract.summary import Extracted, OutcomeRecorder, Summary
 from vaflow.failures import Failure
 from vaflow.ray_cluster import connected, import_ray, starts_here
 
@@ -135,7 +135,7 @@ class Team:
         self._suspects: deque[PendingClip] = deque()  # were in progress when a member died
         self._attempts: dict[str, int] = {}
         self._infos: dict[str, StreamInfo] | None = None
-        self._books: Books | None = None
+        self._recorder: OutcomeRecorder | None = None
         self._past: list[_Hired] = []
         self._stillborn = 0
         self._began = self._looked = time.monotonic()
@@ -154,9 +154,9 @@ class Team:
             self._step()
         return self._infos
 
-    def work(self, tasks: Sequence[PendingClip], books: Books) -> None:
+    def work(self, tasks: Sequence[PendingClip], recorder: OutcomeRecorder) -> None:
         """Process the tasks."""
-        self._queue, self._books, self._most = deque(tasks), books, min(self._most, len(tasks))
+        self._queue, self._recorder, self._most = deque(tasks), recorder, min(self._most, len(tasks))
         self._hire()
         self._deal_to_idle()
         while self._queue or self._suspects or any(not member.idle for member in self._members):
@@ -281,15 +281,15 @@ class Team:
     # -- outcomes --------------------------------------------------------------------------------------------------
 
     def _take(self, outcome: Extracted | Failure) -> None:
-        if self._books is not None:
-            self._books.take(outcome)
+        if self._recorder is not None:
+            self._recorder.take(outcome)
 
     def _count(self) -> None:
         everyone = [*self._members, *self._past]
-        if self._books is not None:
+        if self._recorder is not None:
             ready = sum(member.ready for member in self._members)
             rows, stages, costs = (_sum(getattr(m, what) for m in everyone) for what in ("rows", "stages", "costs"))
-            self._books.count(rows, stages, costs, f"{ready} actors")
+            self._recorder.count(rows, stages, costs, f"{ready} actors")
 
 
 def _sum(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

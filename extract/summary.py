@@ -77,7 +77,7 @@ class Extracted:
 Outcome = Extracted | Failure
 
 
-class Books:
+class OutcomeRecorder:
     """Records the outcome of every item in the summary, the failure log and the progress bar. Thread-safe.
 
     The bar counts seconds of video, so that it moves within long clips. Use as a context manager.
@@ -108,7 +108,7 @@ class Books:
         )
         self._show_state()
 
-    def __enter__(self) -> "Books":
+    def __enter__(self) -> "OutcomeRecorder":
         return self
 
     def __exit__(
