@@ -12,6 +12,7 @@ from torchmetrics.regression import ConcordanceCorrCoef
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
+from vaflow.demo.writer import DemoResult, describe
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {"agreement.png", "training.png", "trace-val01.png"}
@@ -76,3 +77,15 @@ def test_demo_controls_score_near_zero_over_three_seeds(tmp_path: Path) -> None:
     """Both modalities beat each alone; shuffled labels score zero; noise removes a modality's gain."""
     script = [sys.executable, str(ROOT / "scripts" / "demo_honesty.py"), "--seeds", "3", "--out", str(tmp_path)]
     assert subprocess.run(script, check=False).returncode == 0
+
+
+def test_one_held_out_clip_is_described_without_intervals(tmp_path: Path) -> None:
+    names = ("valence", "arousal", "mean")
+    metrics = {
+        "ccc": dict.fromkeys(names, 0.5),
+        "ci95": {name: [None, None] for name in names},
+        "coverage": {"valence": {"50": None}, "arousal": {"50": None}},
+        "uncertainty": {"held_out": "each video is calibrated on the others"},
+    }
+    text = describe(DemoResult(tmp_path, metrics))
+    assert "valence  0.500  no interval" in text and "Labels inside" not in text

@@ -301,12 +301,15 @@ def describe(result: DemoResult) -> str:
     """The result as text: scores with intervals, durations and the paths of the figures."""
     ccc, interval = result.metrics["ccc"], result.metrics["ci95"]
     lines = ["", "Held-out people, concatenated CCC (95 % interval from a bootstrap over videos):"]
-    lines += [
-        f"  {name:8} {ccc[name]:.3f}  [{interval[name][0]:.3f}, {interval[name][1]:.3f}]"
-        for name in ("valence", "arousal", "mean")
-    ]
-    lines += ["", f"Labels inside the intervals, in percent ({result.metrics['uncertainty']['held_out']}):"]
-    for name, levels in result.metrics["coverage"].items():
+    for name in ("valence", "arousal", "mean"):
+        low, high = interval[name]  # None for a single video
+        span = "no interval" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
+        lines.append(f"  {name:8} {ccc[name]:.3f}  {span}")
+    coverage = result.metrics["coverage"]
+    known = {name: levels for name, levels in coverage.items() if any(x is not None for x in levels.values())}
+    if known:
+        lines += ["", f"Labels inside the intervals, in percent ({result.metrics['uncertainty']['held_out']}):"]
+    for name, levels in known.items():
         shares = (f"{'-' if x is None else f'{100 * x:.1f}'} of stated {level}" for level, x in levels.items())
         lines.append(f"  {name:8} {', '.join(shares)}")
     lines += ["", "Time: " + ", ".join(f"{stage} {value:.0f} s" for stage, value in result.seconds.items())]
