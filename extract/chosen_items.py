@@ -87,7 +87,7 @@ class ChoicePlan:
             raise UsageError(
                 explain(
                     f"{source.place} does not hold the crops of everyone",
-                    expected="features of detected faces, extracted with this version, not with --person largest",
+                    expected="features of detected faces, extracted without --person largest and --chosen-only",
                     remedy=f"Extract the videos again: vaflow extract VIDEOS --out OTHER.cache --person {rule}",
                 )
             )

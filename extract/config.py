@@ -108,6 +108,12 @@ class ExtractConfig:
         option="--person",
         metavar="WHO",
     )
+    chosen_only: bool = setting(
+        False,
+        "Store no crops of other people; choosing one of them later needs the videos",
+        group="faces",
+        option="--chosen-only",
+    )
     identity: str = setting(
         "auto",
         "Network that joins tracks to people: dlib, onnx:FILE or none; auto is dlib if it is installed",

@@ -56,7 +56,8 @@ def stream_infos(
         everyone = {key: value for key, value in tracker.items() if key != "person"}
         faces = {"source": config.face_source, **faces_identity(detector=config.detector, tracker=everyone)}
         pictures = {"sampling": sampling, "picture": {"faces": faces, "decoder": decoder}}
-        infos.append(StreamInfo(CROPS, "crops", 0, "uint8", {"encoder": "jpeg", **pictures}))
+        if not config.chosen_only:
+            infos.append(StreamInfo(CROPS, "crops", 0, "uint8", {"encoder": "jpeg", **pictures}))
         infos.append(StreamInfo(FACES, "faces", 0, "float32", {"encoder": FACES, **pictures}))
     if config.pixels:
         infos.append(

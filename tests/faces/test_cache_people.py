@@ -175,6 +175,23 @@ def test_a_clip_with_damaged_crops_fails_alone(folder: Path, tmp_path: Path) -> 
     assert {"solo#1", "empty#1"} <= set(open_cache(tmp_path / "out").items())
 
 
+def test_a_cache_of_the_chosen_people_only_has_no_images_of_others(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cache"
+    data = next(path for path in (folder / "data", folder / "away") if path.exists())
+    command = ["extract", str(data), "--out", str(out), *OPTIONS]
+    for options in (["--chosen-only"], []):  # a later run does not add them
+        assert main([*command, *options]) in (0, 3)
+        cache = open_cache(out)
+        assert "crops" not in cache.streams()
+        for stream in ("clip-tiny", "pixels", "faces"):
+            assert cache.fingerprint(stream) == open_cache(folder / "main.fresh").fingerprint(stream)
+    capsys.readouterr()
+    assert main(["cache", "people", str(out), str(tmp_path / "other"), "--person", "id:2"]) == 2
+    assert "does not hold the crops of everyone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
