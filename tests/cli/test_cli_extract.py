@@ -213,6 +213,8 @@ def test_a_rerun_without_work_prints_no_speed(
         ["--device", "gpu"],
         ["--visual", "clip-vit-b17"],
         ["--out", "{one}"],
+        ["--out", "{one}/a.mp4/cache"],
+        ["--prompts", "{one}/a.mp4"],
     ],
     ids=" ".join,
 )

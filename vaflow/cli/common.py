@@ -263,6 +263,22 @@ def loading(quiet: bool) -> Iterator[None]:
             spinner.join()
 
 
+def check_directory(path: Path, option: str = "--out") -> None:
+    """Check that a directory exists and is writable, or can be created; an object store is not asked.
+
+    Raises:
+        UsageError: it is a file, or this user cannot write there.
+    """
+    from vaflow.cache.remote import url_of
+
+    if url_of(path) is not None:
+        return
+    existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    problem = "is a file" if not existing.is_dir() else "" if os.access(existing, os.W_OK) else "is not writable"
+    if problem:
+        raise UsageError(explain(f"{option} {path} cannot be written", got=f"{existing} {problem}"))
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document on standard output."""
     typer.echo(json.dumps(document, indent=2, allow_nan=False))

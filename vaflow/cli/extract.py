@@ -11,6 +11,7 @@ from vaflow.cli.common import (
     JsonFlag,
     Quiet,
     Verbose,
+    check_directory,
     echo,
     file_size,
     print_json,
@@ -146,10 +147,13 @@ def extract(
     part = Shard.parse(shard)
     check_engine(engine, ray_address)
     from vaflow.datasets import log_left_out, open_dataset
+    from vaflow.encoders.prompts import load_prompts
 
     whole = dataset = open_dataset(root, layout)
     log_left_out(dataset)
     _check_out(out, store)
+    if config.prompts is not None:
+        load_prompts(config.prompts)
     if retry_failed:
         from vaflow.extract.plan import only_failed
 
@@ -216,6 +220,7 @@ def _check_out(out: Path, store: str) -> None:
 
     if store not in STORES:
         raise UsageError(explain("Unknown --store", got=store, choices=STORES))
+    check_directory(out)
     if out.exists() and (is_cache(out) or not out.is_dir() or any(out.iterdir())):
         create_cache(out, store=store)
 

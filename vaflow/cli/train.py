@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from vaflow.cli.common import (
     Quiet,
     Verbose,
     alias_pairs,
+    check_directory,
     echo,
     loading,
     print_json,
@@ -142,6 +144,7 @@ def train(
         configs.parse_settings(settings or []),
     )
     merged = configs.with_aliases(merged, alias_pairs(aliases or []))
+    check_directory(out)
     from vaflow.cache import open_cache
 
     with loading(quiet or json):
@@ -188,22 +191,27 @@ def _train_repeats(
     quiet: bool,
 ) -> int:
     """Train several runs, and print their scores."""
+    from tqdm import tqdm
+
     from vaflow.train.repeats import train_repeats
 
-    def report(name: str, score: float | None) -> None:
-        if not quiet:
-            echo(f"{name}: mean CCC {'-' if score is None else f'{score:.3f}'}", err=True)
+    with tqdm(total=len(runs), unit="run", desc="train", disable=not show_bars(quiet or json)) as bar:
 
-    repeats = train_repeats(
-        cache,
-        runs,
-        out,
-        together=together,
-        allow_missing=allow_missing,
-        level=logging.DEBUG if verbose else logging.ERROR,
-        on_run=report,
-        on_choice=lambda text: None if quiet else echo(text, err=True),
-    )
+        def report(name: str, score: float | None) -> None:
+            bar.update()
+            if not quiet:
+                bar.write(f"{name}: mean CCC {'-' if score is None else f'{score:.3f}'}", file=sys.stderr)
+
+        repeats = train_repeats(
+            cache,
+            runs,
+            out,
+            together=together,
+            allow_missing=allow_missing,
+            level=logging.DEBUG if verbose else logging.ERROR,
+            on_run=report,
+            on_choice=lambda text: None if quiet else bar.write(text, file=sys.stderr),
+        )
     for name, error in repeats.failures.items():
         echo(visible(f"failed: {name}: {error}"), err=True)
     if json:
