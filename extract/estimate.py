@@ -20,12 +20,14 @@ from vaflow.datasets.clip import Clip
 from vaflow.encoders.images import Preparation
 from vaflow.errors import VaflowError
 from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard, default_workers
+from vaflow.extract.doctor.people import look_at_people
 from vaflow.extract.faces.choice import ALL
 from vaflow.extract.headers import header_seconds, side_by_side
 from vaflow.extract.image_folders import open_stills
 from vaflow.extract.messages import AudioEnd, Face, Failed, Job, Message
 from vaflow.extract.plan import shard_clips
 from vaflow.extract.pool import each
+from vaflow.extract.streams import stores_everyone
 from vaflow.extract.video import probe
 from vaflow.extract.worker import run_job
 from vaflow.item_names import clip_and_person
@@ -34,6 +36,7 @@ from vaflow.process import beat
 log = logging.getLogger(__name__)
 
 OPENED = 32  # clips opened to detect audio streams
+LOOKED = 8  # clips in which people are counted
 READ_SECONDS = 15.0  # limit for reading one clip
 BATCHES = 2  # per encoder
 DIMS = {"visual": 512, "audio": 768}  # of the default encoders, where none could be built
@@ -87,7 +90,8 @@ def estimate(
     logmel = with_audio * seconds * 100 * (128 * size + 9)
     labels = seconds * 30 * 18
     pixels = JPEG_BYTES * frames if config.pixels else 0
-    result["megabytes"] = round((visual + audio + logmel + labels + pixels) / 1e6, 1)
+    crops = JPEG_BYTES * frames * _faces_of_everyone(some[:LOOKED]) if stores_everyone(config) else 0
+    result["megabytes"] = round((visual + audio + logmel + labels + pixels + crops) / 1e6, 1)
     return result | {"minutes": minutes} | ({"time_not_measured": problem} if problem else {})
 
 
@@ -127,6 +131,14 @@ def probed_duration(clip: Clip) -> float | None:
     stream = info.video or info.audio
     duration = stream.duration if stream is not None else None
     return duration if duration is not None and 0 <= duration <= MAX_SECONDS else None
+
+
+def _faces_of_everyone(clips: Sequence[Clip]) -> float:
+    """Mean number of crops of everyone per sampled frame: clips with one person store none."""
+    durations = dict(each(probed_duration, clips))
+    looked = [(clip, d) for number, clip in enumerate(clips) if isinstance(d := durations[number], float)]
+    people = [facts.people for facts in look_at_people(looked).values()]
+    return sum(count for count in people if count > 1) / max(len(clips), 1)
 
 
 def has_audio(clip: Clip) -> bool | None:

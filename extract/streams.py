@@ -56,7 +56,7 @@ def stream_infos(
         everyone = {key: value for key, value in tracker.items() if key != "person"}
         faces = {"source": config.face_source, **faces_identity(detector=config.detector, tracker=everyone)}
         pictures = {"sampling": sampling, "picture": {"faces": faces, "decoder": decoder}}
-        if not config.chosen_only:
+        if stores_everyone(config):
             infos.append(StreamInfo(CROPS, "crops", 0, "uint8", {"encoder": "jpeg", **pictures}))
         infos.append(StreamInfo(FACES, "faces", 0, "float32", {"encoder": FACES, **pictures}))
     if config.pixels:
@@ -90,6 +90,12 @@ def stream_infos(
     # Labels are committed last: a clip exists once its clock and annotation do.
     infos.append(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS, "decoder": decoder_identity()}))
     return {info.name: info for info in infos}
+
+
+def stores_everyone(config: ExtractConfig) -> bool:
+    """Whether the crops of everyone are stored in clips with several people."""
+    detected = config.face_source != "none" and config.person != LARGEST and bool(config.visual or config.pixels)
+    return detected and not config.chosen_only
 
 
 def text_info(encoder: VisualEncoder) -> StreamInfo:

@@ -38,6 +38,8 @@ SLOWEST = (
     "test_demo_run.py",
     "test_environments.py",
     "test_ray.py",
+    "test_ray_training.py",
+    "test_cache_people.py",
     "test_faults_disk.py",
     "test_faults_kill.py",
     "test_faults_signals.py",

@@ -172,5 +172,6 @@ def test_a_missing_ray_is_named_with_the_remedy(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert main(["ablate", str(cache.path), "--out", str(tmp_path / "out"), "--table", "1", "--engine", "ray"]) == 2
+    command = ["ablate", str(cache.path), "--out", str(tmp_path / "out"), "--table", "1", "--engine", "ray"]
+    assert main([*command, "--alias", "clip-vit-b16=toy-eyes", "--alias", "ast=toy-ears"]) == 2
     assert "pip install -e '.[ray]'" in capsys.readouterr().err
