@@ -41,7 +41,7 @@ def test_a_second_train_reports_a_finished_run(cache: Cache, tmp_path: Path, cap
 def test_an_out_below_a_file_is_rejected(cache: Cache, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").touch()
     assert main(["train", str(cache.path), "--out", str(tmp_path / "file" / "run"), *SMALL]) == 2
-    assert f"--out {tmp_path / 'file' / 'run'} cannot be written" in capsys.readouterr().err
+    assert f"Cannot write --out {tmp_path / 'file' / 'run'}" in capsys.readouterr().err
 
 
 def test_settings_combine_presets_files_and_options(cache: Cache, tmp_path: Path) -> None:

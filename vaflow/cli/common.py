@@ -276,7 +276,7 @@ def check_directory(path: Path, option: str = "--out") -> None:
     existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     problem = "is a file" if not existing.is_dir() else "" if os.access(existing, os.W_OK) else "is not writable"
     if problem:
-        raise UsageError(explain(f"{option} {path} cannot be written", got=f"{existing} {problem}"))
+        raise UsageError(explain(f"Cannot write {option} {path}", got=f"{existing} {problem}"))
 
 
 def print_json(document: Any) -> None:
