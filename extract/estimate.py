@@ -20,8 +20,8 @@ from vaflow.datasets.clip import Clip
 from vaflow.encoders.images import Preparation
 from vaflow.errors import VaflowError
 from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard, default_workers
-from vaflow.extract.doctor.people import look_at_people
 from vaflow.extract.faces.choice import ALL
+from vaflow.extract.headcount import look_at_people
 from vaflow.extract.headers import header_seconds, side_by_side
 from vaflow.extract.image_folders import open_stills
 from vaflow.extract.messages import AudioEnd, Face, Failed, Job, Message

@@ -38,9 +38,10 @@ from vaflow.extract.doctor.findings import (
     duplicate_findings,
     label_findings,
     media_findings,
+    people_findings,
 )
-from vaflow.extract.doctor.people import look_at_people, people_findings
 from vaflow.extract.doctor.report import Checked, Report
+from vaflow.extract.headcount import look_at_people
 from vaflow.extract.messages import Failed
 from vaflow.extract.pool import each
 from vaflow.extract.sources import content_digest

@@ -18,7 +18,11 @@ from numpy.typing import NDArray
 
 from vaflow.datasets.clip import SPLITS, Clip, Note
 from vaflow.datasets.files import examples
+from vaflow.errors import count
 from vaflow.extract.doctor.facts import OPENED_CROPS, CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
+from vaflow.extract.faces.alignment import turn_remedy
+from vaflow.extract.faces.identity import AUTO, NONE, REMEDY, resolve
+from vaflow.extract.headcount import PeopleFacts
 from vaflow.regions import REGION_NAMES
 
 # Perfect predictions against shifted labels: seconds -> CCC lost in valence and in arousal.
@@ -416,3 +420,25 @@ def _twins(files: Mapping[Clip, Path | None], same: Same) -> list[tuple[Clip, li
         for clip in clips
         if (twins := [other for other in clips if files[other] != files[clip]])
     ]
+
+
+def people_findings(facts: dict[str, PeopleFacts], clips: int, root: Path) -> list[Note]:
+    """Notes on clips with several people and with cuts; `clips`: how many could have been looked at."""
+    notes = []
+    for item, one in sorted(facts.items()):
+        where = f" in {one.frames} frames that were compared" if one.frames else ""
+        if one.people > 1:
+            message = f"{one.people} people{' in one frame' if one.frames else ''}; the main one is estimated"
+            remedy = f"See them with `vaflow faces {root}`; --person chooses another one, or all"
+            notes.append(Note("note", "several-people", item, message, remedy))
+        if one.turned:
+            message = f"Most faces are turned by {one.turned} degrees: their crops are not aligned"
+            notes.append(Note("warning", "turned-faces", item, message, turn_remedy(one.turned)))
+        if one.cuts:
+            joined = resolve(AUTO) != NONE
+            message = f"{count(one.cuts, 'cut')}{where}; people are {'joined' if joined else 'not joined'} across them"
+            notes.append(Note("note", "cuts", item, message, "" if joined else f"{REMEDY}, or --identity onnx:FILE"))
+    if len(facts) < clips:
+        message = f"People and cuts were looked for in {len(facts)} of {clips} clips"
+        notes.append(Note("note", "people-sampled", "", message, "Extraction counts them in every clip"))
+    return notes

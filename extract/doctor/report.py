@@ -11,7 +11,7 @@ import numpy as np
 from vaflow.datasets.clip import SEVERITIES, SPLITS, Clip, Note, Severity
 from vaflow.extract.doctor.facts import CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
 from vaflow.extract.doctor.findings import cost_of
-from vaflow.extract.doctor.people import PeopleFacts
+from vaflow.extract.headcount import PeopleFacts
 
 NO_SPLIT = "none"
 

@@ -138,7 +138,7 @@ def epilog(config: type, page: str) -> str:
 
 
 def heading(text: str) -> str:
-    """`text` in bold, or unchanged where NO_COLOR is set. Typer removes the codes where the output is no terminal."""
+    """`text` in bold; unchanged if NO_COLOR is set. Typer removes the codes if the output is not a terminal."""
     return text if os.environ.get("NO_COLOR") else typer.style(text, bold=True)
 
 
@@ -220,7 +220,7 @@ class _TerminalHandler(logging.StreamHandler[TextIO]):
 
 
 class _TerminalFormatter(logging.Formatter):
-    """Divides log lines at the words that fit the terminal; unchanged where standard error is no terminal."""
+    """Wraps log lines between words at the width of the terminal; without a terminal, lines stay whole."""
 
     def format(self, record: logging.LogRecord) -> str:
         return wrap_on_terminal(super().format(record), stream=sys.stderr)

@@ -1,4 +1,4 @@
-"""Several people and shot boundaries in videos without crops, from a few short parts of each clip.
+"""People and shot boundaries of videos before an extraction, from a few short parts of each clip.
 
 Extraction looks at two frames of every second. A check compares at most 52 frames of a clip and detects faces in eight:
 it sees short clips whole, and of long ones what is usual. A cache that was extracted from the clip has counted all.
@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import FACES
-from vaflow.datasets.clip import Clip, Note
-from vaflow.errors import MediaError, count
+from vaflow.datasets.clip import Clip
+from vaflow.errors import MediaError
 from vaflow.extract.container import decode, opened
-from vaflow.extract.faces.alignment import MIN_SCORE, MIN_SIZE, quarter_turn, turn_remedy
+from vaflow.extract.faces.alignment import MIN_SCORE, MIN_SIZE, quarter_turn
 from vaflow.extract.faces.detection import CenterFace
-from vaflow.extract.faces.identity import AUTO, NONE, REMEDY, resolve
 from vaflow.extract.faces.tracking import CutDetector
 from vaflow.extract.messages import Failed
 from vaflow.extract.pool import each
@@ -130,25 +129,3 @@ def _part(path: Path, start: float, end: float) -> Iterator[NDArray[np.uint8]]:
 @cache
 def _detector() -> CenterFace:
     return CenterFace()
-
-
-def people_findings(facts: dict[str, PeopleFacts], clips: int, root: Path) -> list[Note]:
-    """Notes on clips with several people and with cuts; `clips`: how many could have been looked at."""
-    notes = []
-    for item, one in sorted(facts.items()):
-        where = f" in {one.frames} frames that were compared" if one.frames else ""
-        if one.people > 1:
-            message = f"{one.people} people{' in one frame' if one.frames else ''}; the main one is estimated"
-            remedy = f"See them with `vaflow faces {root}`; --person chooses another one, or all"
-            notes.append(Note("note", "several-people", item, message, remedy))
-        if one.turned:
-            message = f"Most faces are turned by {one.turned} degrees: their crops are not aligned"
-            notes.append(Note("warning", "turned-faces", item, message, turn_remedy(one.turned)))
-        if one.cuts:
-            joined = resolve(AUTO) != NONE
-            message = f"{count(one.cuts, 'cut')}{where}; people are {'joined' if joined else 'not joined'} across them"
-            notes.append(Note("note", "cuts", item, message, "" if joined else f"{REMEDY}, or --identity onnx:FILE"))
-    if len(facts) < clips:
-        message = f"People and cuts were looked for in {len(facts)} of {clips} clips"
-        notes.append(Note("note", "people-sampled", "", message, "Extraction counts them in every clip"))
-    return notes
