@@ -21,6 +21,7 @@ from vaflow.train.metrics import DIMENSIONS
 
 BINS = 3
 UNKNOWN = "unknown"  # the group of clips without an entry in the file
+ITEM_COLUMNS = ("item", "clip", "name")  # one of them names the clip or the source video
 Groups = Mapping[str, Mapping[str, str]]  # kind -> item -> group
 
 log = logging.getLogger(__name__)
@@ -82,13 +83,13 @@ def intensity_bins(label: Floats, bins: int = BINS) -> list[Bools]:
 
 
 def read_groups(path: Path) -> dict[str, dict[str, str]]:
-    """Read `groups.csv`: a column `item` (a clip or a source video) and one column per kind of group.
+    """Read `groups.csv`: a column `item`, `clip` or `name` (a clip or a source video), and a column per kind of group.
 
     Returns:
         kind -> item -> group; empty cells are left out.
 
     Raises:
-        UsageError: it cannot be read, lacks `item` or any other column, or names an item twice.
+        UsageError: it cannot be read, lacks the column of items or any other, or names an item twice.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -96,11 +97,12 @@ def read_groups(path: Path) -> dict[str, dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(explain(f"Cannot read the groups {path}", expected="a CSV file", got=error)) from error
     columns = [name for name in (rows[0] if rows else ()) if name]
-    kinds = [name for name in columns if name != "item"]
-    if "item" not in columns or not kinds:
+    key = next((name for name in ITEM_COLUMNS if name in columns), "")
+    kinds = [name for name in columns if name != key]
+    if not key or not kinds:
         expected = "a header such as item,gender,age, and a row per clip"
         raise UsageError(explain(f"{path} has no groups", expected=expected, got=",".join(columns) or "no rows"))
-    items = [row["item"].strip() for row in rows]
+    items = [(row[key] or "").strip() for row in rows]
     repeated = sorted(item for item, count in Counter(items).items() if count > 1)
     if repeated:
         raise UsageError(explain(f"{path} has items with several rows", got=", ".join(repeated[:5])))

@@ -72,10 +72,17 @@ def test_groups_are_scored_separately_and_can_be_defined_per_video(tmp_path: Pat
     assert sum(p["n_clips"] for p in scores["age"].values()) == len(some)
 
 
+@pytest.mark.parametrize("text", ["clip,gender\nc0,f\n", "gender,name\nf,c0\n", "item,gender\nc0,f\n"])
+def test_the_column_of_clips_has_one_of_three_names(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "groups.csv"
+    path.write_text(text)
+    assert read_groups(path) == {"gender": {"c0": "f"}}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("clip,gender\nc0,f\n", "item,gender,age"),
+        ("speaker,gender\nc0,f\n", "item,gender,age"),
         ("item\nc0\n", "item,gender,age"),
         ("", "no rows"),
         ("item,gender\nc0,f\nc0,m\n", "items with several rows"),

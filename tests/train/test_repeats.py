@@ -139,3 +139,12 @@ def test_a_worker_death_in_a_batch_loses_no_run(cache, tmp_path):
     assert killed
     assert code == 0
     assert len(list(out.glob("runs/*/metrics.json"))) == 4
+
+
+def test_groups_that_do_not_fit_are_a_usage_error_of_the_command(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "groups.csv").write_text("clip,gender\ntrain0,f\n")
+    folds = ["--folds", "2", "--all-folds", "--fold-groups", f"{tmp_path / 'groups.csv'}:speaker"]
+    assert main(["train", str(cache), "--out", str(tmp_path / "cv"), *SETTINGS, "--epochs", "1", *folds]) == 2
+    assert "no column 'speaker'" in capsys.readouterr().err

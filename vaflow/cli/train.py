@@ -212,6 +212,9 @@ def _train_repeats(
             on_run=report,
             on_choice=lambda text: None if quiet else bar.write(text, file=sys.stderr),
         )
+    errors = list(repeats.failures.values())
+    if not repeats.scores and isinstance(errors[0], UsageError) and len(set(map(str, errors))) == 1:
+        raise errors[0]  # of the command, not of a run
     for name, error in repeats.failures.items():
         echo(visible(f"failed: {name}: {error}"), err=True)
     if json:
