@@ -17,6 +17,7 @@ from secrets import token_hex
 import pytest
 from lab import TINY, Ended, Lab, until
 from tiny_extraction import STREAMS, WHOLE, assert_same_arrays
+from two_nodes import two_nodes
 
 from vaflow.cache import Cache, open_cache
 from vaflow.datasets import Dataset, open_dataset
@@ -29,19 +30,8 @@ CONFIG = replace(WHOLE, workers=1)  # two CPUs per member: one member on each no
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[object]:
-    """Two nodes with two CPUs each; more can be added and removed."""
-    from ray.cluster_utils import Cluster
-
-    from vaflow.ray_cluster import import_ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        import_ray()  # quiet
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        made.add_node(num_cpus=2)
-        yield made
-        ray.shutdown()
-        made.shutdown()
+    with two_nodes(2) as cluster:
+        yield cluster
 
 
 def test_two_nodes_give_the_results_of_one_process(

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from ablation_toys import toy_study
 from synthetic_cache import Toy, make_cache
+from two_nodes import two_nodes
 
 from vaflow.cache import Cache
 from vaflow.cli import main
 from vaflow.errors import UsageError
-from vaflow.ray_cluster import import_ray
 from vaflow.train.ablate.plan import Job, Options, make_plan
 from vaflow.train.ablate.pool import Outcome, Pool, run_jobs
 from vaflow.train.ablate.ray_workers import Member, Shared, contents
@@ -28,17 +28,8 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[object]:
-    """Two nodes with a CPU each; more can be added and removed."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        import_ray()  # quiet
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        made.add_node(num_cpus=1)
-        yield made
-        ray.shutdown()
-        made.shutdown()
+    with two_nodes(1) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,23 @@
+"""A local Ray cluster of two nodes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from vaflow.ray_cluster import import_ray
+
+
+@contextmanager
+def two_nodes(cpus: int) -> Iterator[object]:
+    """Yield a cluster of two nodes with `cpus` CPUs each; more can be added and removed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray = import_ray()  # quiet
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+        cluster.add_node(num_cpus=cpus)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
