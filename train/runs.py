@@ -20,7 +20,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,11 @@ class Run:
     def predictor(self) -> nn.Module:
         """The model that predicts."""
         return self.model if self.each is None else self.each
+
+    def with_smoothing(self, smoothing: Smoothing | None) -> "Run":
+        """Return the run with another smoothing; without its calibration, unless the smoothing is the same."""
+        same = width_of(smoothing) == width_of(self.smoothing)
+        return replace(self, smoothing=smoothing, calibration=self.calibration if same else None)
 
     def raw_traces(self, windows: WindowSet) -> Iterator[Trace]:
         """Predict every clip, with the run's smoothing, without calibration; raises as `predict_clips`."""

@@ -22,7 +22,7 @@ from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
 from vaflow.train.provenance import run_maker, write_sources
 from vaflow.train.record import RunRecord, changes, check_splits_apart, clip_digests, new_record, to_json
-from vaflow.train.runs import RunFolder, check_unchanged, load_run, width_of
+from vaflow.train.runs import RunFolder, check_unchanged, load_run
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible, warn_of_demonstration
 from vaflow.train.smoothing import Smoothing
 from vaflow.train.uncertainty import uncertainty_report
@@ -225,10 +225,8 @@ def evaluate_run(
     """
     target = choose_device(device)
     trained = load_run(run, target)
-    only_now = smoothing != "stored"
     if smoothing != "stored":
-        same = width_of(smoothing) == width_of(trained.smoothing)  # else the calibration does not fit
-        trained = replace(trained, smoothing=smoothing, calibration=trained.calibration if same else None)
+        trained = trained.with_smoothing(smoothing)
     config = trained.record.config
     warn_of_demonstration((*config.visual, *config.audio))
     split = config.val_split if split is None else split
@@ -242,21 +240,20 @@ def evaluate_run(
     lost = check_complete(windows, failed, allow_missing)
     traces = list(trained.traces(windows if without is None else without_modality(windows, without)))
     report = score_traces(traces, split, lost, failed, centers=config.centers, groups=groups)
-    calibration = trained.calibration
-    if calibration is not None and not without:
+    if trained.calibration is not None and not without:
         used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
-        report |= uncertainty_report(used, split, calibration.split)
+        report |= uncertainty_report(used, split, trained.calibration.split)
     report |= {"without": without} if without else {}
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
     if write:
         folder = RunFolder(Path(run))
         name = f"{split}-without-{without}" if without else split
-        if only_now:
+        if smoothing != "stored":
             name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
         out = folder.output_folder(name)
         write_predictions(out, traces)
         write_sources(out, run_maker(folder.path, trained.record), cache, [trace.clip.item for trace in traces])
-        if not (without or only_now) and split == config.val_split and address(cache.place) == trained.record.cache:
+        if name == split == config.val_split and address(cache.place) == trained.record.cache:
             folder.update_metrics(report)
     return report
 
