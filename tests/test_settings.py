@@ -9,7 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vaflow.cli.common import HelpAll, command_class, epilog, with_settings
+from vaflow.cli.common import command_class, epilog, with_settings
+from vaflow.cli.options import HelpAll
 from vaflow.errors import UsageError
 from vaflow.settings import check, coerce, parse_pairs, reference, setting, settings_of
 from vaflow.train.config import TrainConfig

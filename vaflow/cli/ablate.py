@@ -7,20 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import (
+from vaflow.cli.common import alias_pairs, echo, loading, number, print_json, report_failures, set_up, show_bars, table
+from vaflow.cli.options import (
+    Aliases,
+    AllowMissing,
     Cache,
     Engine,
     JsonFlag,
     Quiet,
     RayAddress,
+    Together,
     Verbose,
-    alias_pairs,
-    echo,
-    loading,
-    print_json,
-    set_up,
-    show_bars,
-    table,
 )
 from vaflow.errors import UsageError, count, explain, visible
 from vaflow.ray_cluster import check_engine
@@ -31,48 +28,44 @@ if TYPE_CHECKING:
     from vaflow.train.ablate.results import TableResult
     from vaflow.train.ablate.study import StudyResult
 
-FAILED, SOME_FAILED = 1, 3
+
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Directory of runs and results.", show_default=False)]
+Tables = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--table", metavar="NAME", help="1, 2, 3, p2, extra, all, or encoders; a name of --grid. Repeatable. [all]"
+    ),
+]
+Seeds = Annotated[int, typer.Option(metavar="N", help="Runs per configuration.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Number of runs in parallel, one process each. [1; with Ray one per GPU, or per CPU]"
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Setting of every row without its own value. Repeatable."),
+]
+Grid = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="TOML file of other tables, such as an edited copy of DIR/tables.toml."),
+]
 
 
 def ablate(
     cache: Cache,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of runs and results.", show_default=False)],
-    tables: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--table", metavar="NAME", help="1, 2, 3, p2, extra, all, or encoders; a name of --grid. Repeatable. [all]"
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option(metavar="N", help="Runs per configuration.")] = 3,
-    aliases: Annotated[
-        list[str] | None,
-        typer.Option("--alias", metavar="NAME=OTHER", help="Use stream OTHER where a table names NAME. Repeatable."),
-    ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Number of runs in parallel, one process each. [1; with Ray one per GPU, or per CPU]"
-        ),
-    ] = None,
-    together: Annotated[
-        str,
-        typer.Option(
-            metavar="WHEN", help="Train runs of one architecture in one batch: auto (if faster), always, never."
-        ),
-    ] = "auto",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Setting of every row without its own value. Repeatable."),
-    ] = None,
-    grid: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="TOML file of other tables, such as an edited copy of DIR/tables.toml."),
-    ] = None,
+    out: Out,
+    tables: Tables = None,
+    seeds: Seeds = 3,
+    aliases: Aliases = None,
+    jobs: Jobs = None,
+    together: Together = "auto",
+    settings: Settings = None,
+    grid: Grid = None,
     engine: Engine = "local",
     ray_address: RayAddress = None,
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Score the split even if labelled clips have no features.")
-    ] = False,
+    allow_missing: AllowMissing = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -94,18 +87,16 @@ def ablate(
     from vaflow.train.config import parse_settings
 
     with loading(quiet):
-        from vaflow.train.ablate import run_study
-        from vaflow.train.ablate.encoders import NAME as ENCODERS
-        from vaflow.train.ablate.encoders import encoder_study
+        from vaflow.train.ablate import encoders, run_study
         from vaflow.train.ablate.grid import load_study
         from vaflow.train.ablate.plan import Options
 
     options = Options(seeds, parse_settings(settings or []), alias_pairs(aliases or []), allow_missing)
     opened = open_cache(cache)
-    compared = ENCODERS in (tables or [])
+    compared = encoders.NAME in (tables or [])
     if compared and (grid is not None or len(tables or []) > 1):
-        raise UsageError(explain(f"--table {ENCODERS} cannot be combined", expected="no other --table and no --grid"))
-    study = encoder_study(opened) if compared else load_study(grid)
+        raise UsageError(explain("--table encoders cannot be combined", expected="no other --table and no --grid"))
+    study = encoders.encoder_study(opened) if compared else load_study(grid)
     with _Reporter(show_bars(quiet), quiet) as reporter:
         result = run_study(
             opened,
@@ -122,19 +113,14 @@ def ablate(
             on_run=reporter.run,
             on_choice=reporter.choice,
         )
-    if "encoders" in result.files and not (json or quiet):
-        echo(terminal_text(result.files["encoders"].read_text("utf-8")))
     if json:
         print_json(document(result))
     elif not quiet:
         echo(summary(result))
-    if not result.failures:
-        return 0
-    if result.to_add and not quiet:
+    if result.failures and result.to_add and not quiet:
         echo(f"To add the missing streams: {result.to_add}", err=True)
-    noun = "row or run" if len(result.failures) == 1 else "rows or runs"
-    echo(f"{len(result.failures)} {noun} failed: {result.failures_file}", err=True)
-    return SOME_FAILED if any(row.seeds for t in result.results.tables for row in t.rows) else FAILED
+    some_scored = any(row.seeds for t in result.results.tables for row in t.rows)
+    return report_failures(result, some_scored, "row or run", "rows or runs")
 
 
 class _Reporter:
@@ -179,18 +165,20 @@ class _Reporter:
         if ended.error:
             self._write(f"failed: {outcome.job.name}: {ended.message}")
         elif not self._quiet and not self._with_bar:
-            score = "-" if ended.score is None else f"{ended.score:.3f}"
-            self._write(f"{self._done}/{self._total}  {outcome.job.name}: mean CCC {score} ({ended.seconds:.0f} s)")
+            score = f"mean CCC {number(ended.score)} ({ended.seconds:.0f} s)"
+            self._write(f"{self._done}/{self._total}  {outcome.job.name}: {score}")
 
     def _write(self, line: str) -> None:
         self._bar.write(visible(line), file=sys.stderr)
 
 
 def summary(result: "StudyResult") -> str:
-    """Every table with rows as text, the first statement, and the number of runs."""
+    """The page of --table encoders, if any, every table with rows, the first statement, and the number of runs."""
     from vaflow.train.ablate.report import heading, statements
 
-    parts = [f"{heading(one)}\n\n{_table_text(one)}" for one in result.results.tables if one.rows]
+    page = result.files.get("encoders")
+    parts = [] if page is None else [terminal_text(page.read_text("utf-8")).rstrip("\n")]
+    parts += [f"{heading(one)}\n\n{_table_text(one)}" for one in result.results.tables if one.rows]
     about = result.about
     parts.append("\n".join(statements(result.results, about)[:1]))
     parts.append(

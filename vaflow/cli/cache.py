@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaflow.cli.common import (
+    FAILED,
+    SOME_FAILED,
     Command,
-    JsonFlag,
-    Quiet,
-    Verbose,
     echo,
     file_size,
     print_json,
@@ -21,6 +20,7 @@ from vaflow.cli.common import (
     summary_json,
     table,
 )
+from vaflow.cli.options import CachePath, JsonFlag, NewCache, Quiet, Store, Verbose, variant
 from vaflow.errors import CorruptError, UsageError, count, explain, visible
 
 if TYPE_CHECKING:
@@ -28,13 +28,32 @@ if TYPE_CHECKING:
     from vaflow.cache.copy import TransferSummary
     from vaflow.cache.verify import Problem
 
-SOME_FAILED = 3
 SHOWN = 20  # clips that a command lists without --verbose
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show, verify, repair, copy and edit caches.")
 
-CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Cache directory or URL.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the changes without making them.")]
+Clips = Annotated[list[str] | None, typer.Argument(metavar="ITEM", help="Clips to remove.")]
+Absent = Annotated[
+    Path | None,
+    typer.Option(metavar="ROOT", help="Remove the clips that this data set does not contain.", show_default=False),
+]
+RootLayout = Annotated[str, typer.Option(metavar="LAYOUT", help="Layout of ROOT, as in `vaflow extract`.")]
+SplitTable = Annotated[Path, typer.Argument(metavar="SPLITS", help="CSV file with name,split.", show_default=False)]
+Converted = Annotated[Path, typer.Option(metavar="OTHER", help="Cache to write.", show_default=False)]
+OtherStore = Annotated[str, typer.Option(metavar="STORE", help="Store of OTHER: zarr or hdf5.", show_default=False)]
+Packed = Annotated[Path, typer.Argument(metavar="OUT", help="Packed cache to write.", show_default=False)]
+Parts = Annotated[list[Path], typer.Argument(metavar="CACHE", help="Caches to merge.", show_default=False)]
+Prefer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHICH",
+        help="Version to keep of an item that was made from different sources: first or newest.",
+        show_default=False,
+    ),
+]
+MergedStore = Annotated[str | None, variant(Store, show_default="that of the first")]
+ParquetOut = Annotated[Path, typer.Argument(metavar="DIR", help="New folder of Parquet files.", show_default=False)]
 
 
 @app.command(cls=Command)
@@ -102,7 +121,7 @@ def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
     notes = [opened.layout.shown(path) for path in leftovers(opened)]
     if json:
         print_json({**_problem_report(opened, problems), "leftovers": notes})
-        return 1 if problems else 0
+        return FAILED if problems else 0
     for problem in problems:
         echo(visible(str(problem)))
     if notes and not quiet:
@@ -116,7 +135,7 @@ def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
             f"Pack again: vaflow cache pack CACHE {cache}" if packed else f"Repair with: vaflow cache repair {cache}"
         )
         echo(visible(f"{count(len(problems), 'problem')}. {remedy}"), err=True)
-        return 1
+        return FAILED
     if not quiet:
         number = _count_items(opened)
         echo("1 item matches its checksums" if number == 1 else f"{number} items match their checksums")
@@ -178,12 +197,9 @@ def _bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[], None] | N
 @app.command(cls=Command)
 def drop(
     cache: CachePath,
-    items: Annotated[list[str] | None, typer.Argument(metavar="ITEM", help="Clips to remove.")] = None,
-    absent: Annotated[
-        Path | None,
-        typer.Option(metavar="ROOT", help="Remove the clips that this data set does not contain.", show_default=False),
-    ] = None,
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="Layout of ROOT, as in `vaflow extract`.")] = "auto",
+    items: Clips = None,
+    absent: Absent = None,
+    layout: RootLayout = "auto",
     dry_run: DryRun = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
@@ -218,7 +234,7 @@ def drop(
 @app.command(cls=Command)
 def splits(
     cache: CachePath,
-    table: Annotated[Path, typer.Argument(metavar="SPLITS", help="CSV file with name,split.", show_default=False)],
+    table: SplitTable,
     dry_run: DryRun = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
@@ -267,8 +283,8 @@ def _list_clips(lines: list[str], verbose: bool) -> None:
 @app.command(cls=Command)
 def convert(
     cache: CachePath,
-    out: Annotated[Path, typer.Option(metavar="OTHER", help="Cache to write.", show_default=False)],
-    store: Annotated[str, typer.Option(metavar="STORE", help="Store of OTHER: zarr or hdf5.", show_default=False)],
+    out: Converted,
+    store: OtherStore,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -290,7 +306,7 @@ def convert(
 @app.command(cls=Command)
 def pack(
     cache: CachePath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Packed cache to write.", show_default=False)],
+    out: Packed,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -318,20 +334,10 @@ def pack(
 
 @app.command(cls=Command)
 def merge(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Cache to write.", show_default=False)],
-    caches: Annotated[list[Path], typer.Argument(metavar="CACHE", help="Caches to merge.", show_default=False)],
-    prefer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHICH",
-            help="Version to keep of an item that was made from different sources: first or newest.",
-            show_default=False,
-        ),
-    ] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(metavar="STORE", help="Store of a new cache: zarr or hdf5.", show_default="that of the first"),
-    ] = None,
+    out: NewCache,
+    caches: Parts,
+    prefer: Prefer = None,
+    store: MergedStore = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -360,14 +366,14 @@ def _report(summary: "TransferSummary", *, json: bool, quiet: bool) -> int:
     if summary.failures:
         problem = f"{count(len(summary.failures), 'item')} could not be read"
         echo(f"{problem}: {summary.failures_file}", err=True)
-        return 1 if summary.nothing_done else SOME_FAILED
+        return FAILED if summary.nothing_done else SOME_FAILED
     return 0
 
 
 @app.command(cls=Command)
 def export(
     cache: CachePath,
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="New folder of Parquet files.", show_default=False)],
+    out: ParquetOut,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,

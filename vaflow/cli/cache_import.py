@@ -6,65 +6,79 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.cache import CachePath
-from vaflow.cli.common import (
-    JsonFlag,
-    Quiet,
-    Verbose,
-    echo,
-    print_json,
-    set_up,
-    show_bars,
-    summary_json,
-    table,
-    weight_pairs,
-)
+from vaflow.cli.common import echo, print_json, report_failures, set_up, show_bars, summary_json, table, weight_pairs
+from vaflow.cli.options import CachePath, Device, JsonFlag, Quiet, Store, Verbose, Weights, variant
 from vaflow.errors import UsageError, count, explain, visible
 
-SOME_FAILED = 3
+if TYPE_CHECKING:
+    from vaflow.extract.prompts import AddedPrompts, ListedSet
+
+
+Stream = Annotated[str, typer.Option(metavar="NAME", help="Name of the features in the cache.", show_default=False)]
+Kind = Annotated[str, typer.Option(metavar="KIND", help="visual or audio.", show_default=False)]
+Folder = Annotated[
+    Path,
+    typer.Option(
+        "--from",
+        metavar="DIR",
+        help="<item>.npy [T, D] with <item>.time.npy [T] (seconds), or <item>.csv with a column time.",
+        show_default=False,
+    ),
+]
+Rate = Annotated[
+    float | None, typer.Option(metavar="HZ", help="Rows per second, for items without times in their files.")
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="<item>.csv with time or frame, and valence and/or arousal, or ABAW's <item>.txt; splits.csv.",
+    ),
+]
+NewStore = Annotated[str | None, variant(Store, show_default="zarr")]
+Dtype = Annotated[str, typer.Option(metavar="TYPE", help="float16 or float32, of stored features.")]
+ColumnNames = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ROLE=NAME", help="Column for time, frame, start, end, valence, arousal, ignore; repeatable."),
+]
+LabelRate = Annotated[float | None, typer.Option(metavar="HZ", help="Rows per second of labels that count frames.")]
+NormalizeBy = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="z-scores within each group of this column of splits.csv, or each item."),
+]
+
+TargetStream = Annotated[str, variant(Stream, help="Name of the targets in the cache.")]
+TargetTask = Annotated[
+    str, typer.Option(metavar="TASK", help="classes (one of several) or binary (each or not).", show_default=False)
+]
+TargetFolder = Annotated[
+    Path,
+    variant(Folder, help="<item>.csv or .txt, with time, frame (0-based) or a row per frame; -1: not annotated."),
+]
+ClassNames = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="Names of the classes, with commas; the files' own.")
+]
+
+Prompts = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Prompt set to embed, a TOML file.", show_default=False)
+]
+TextEncoder = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Encoder of the prompts.", show_default="all with a text tower")
+]
 
 
 def import_(
     cache: CachePath,
-    stream: Annotated[str, typer.Option(metavar="NAME", help="Name of the features in the cache.", show_default=False)],
-    kind: Annotated[str, typer.Option(metavar="KIND", help="visual or audio.", show_default=False)],
-    folder: Annotated[
-        Path,
-        typer.Option(
-            "--from",
-            metavar="DIR",
-            help="<item>.npy [T, D] with <item>.time.npy [T] (seconds), or <item>.csv with a column time.",
-            show_default=False,
-        ),
-    ],
-    rate: Annotated[
-        float | None, typer.Option(metavar="HZ", help="Rows per second, for items without times in their files.")
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="<item>.csv with time or frame, and valence and/or arousal, or ABAW's <item>.txt; splits.csv.",
-        ),
-    ] = None,
-    store: Annotated[
-        str | None, typer.Option(metavar="STORE", help="zarr or hdf5, of a new cache.", show_default="zarr")
-    ] = None,
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="float16 or float32, of stored features.")] = "float16",
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ROLE=NAME",
-            help="Column for time, frame, start, end, valence, arousal, ignore; repeatable.",
-        ),
-    ] = None,
-    label_rate: Annotated[
-        float | None, typer.Option(metavar="HZ", help="Rows per second of labels that count frames.")
-    ] = None,
-    normalize_by: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="z-scores within each group of this column of splits.csv, or each item."),
-    ] = None,
+    stream: Stream,
+    kind: Kind,
+    folder: Folder,
+    rate: Rate = None,
+    labels: Labels = None,
+    store: NewStore = None,
+    dtype: Dtype = "float16",
+    columns: ColumnNames = None,
+    label_rate: LabelRate = None,
+    normalize_by: NormalizeBy = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -97,30 +111,15 @@ def import_(
             (True, f"Labels: {summary.annotated} of {items}, {summary.label_rows} rows."),
         )
         echo("\n".join(line for shown, line in lines if shown))
-    if summary.failures:
-        echo(f"{count(len(summary.failures), 'item')} failed: {summary.failures_file}", err=True)
-        return SOME_FAILED if summary.imported or summary.done or summary.labelled else 1
-    return 0
+    return report_failures(summary, summary.imported or summary.done or summary.labelled, "item")
 
 
 def targets(
     cache: CachePath,
-    stream: Annotated[str, typer.Option(metavar="NAME", help="Name of the targets in the cache.", show_default=False)],
-    task: Annotated[
-        str, typer.Option(metavar="TASK", help="classes (one of several) or binary (each or not).", show_default=False)
-    ],
-    folder: Annotated[
-        Path,
-        typer.Option(
-            "--from",
-            metavar="DIR",
-            help="<item>.csv or .txt, with time, frame (0-based) or a row per frame; -1: not annotated.",
-            show_default=False,
-        ),
-    ],
-    names: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Names of the classes, with commas; the files' own.")
-    ] = None,
+    stream: TargetStream,
+    task: TargetTask,
+    folder: TargetFolder,
+    names: ClassNames = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -146,22 +145,12 @@ def targets(
     return 0
 
 
-if TYPE_CHECKING:
-    from vaflow.extract.prompts import AddedPrompts, ListedSet
-
-
 def prompts(
     cache: CachePath,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompt set to embed, a TOML file.", show_default=False)
-    ] = None,
-    visual: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Encoder of the prompts.", show_default="all with a text tower")
-    ] = None,
-    weights: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="Local weights instead of the hub. Repeatable.")
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "cpu",
+    prompts: Prompts = None,
+    visual: TextEncoder = None,
+    weights: Weights = None,
+    device: Device = "cpu",
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,

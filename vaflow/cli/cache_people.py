@@ -5,40 +5,45 @@ from typing import Annotated, Any
 
 import typer
 
-from vaflow.cli.cache import SOME_FAILED, CachePath
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, print_json, set_up, show_bars, summary_json, weight_pairs
+from vaflow.cli.common import echo, print_json, report_failures, set_up, show_bars, summary_json, weight_pairs
+from vaflow.cli.options import (
+    CachePath,
+    Device,
+    JsonFlag,
+    NewCache,
+    Quiet,
+    Store,
+    Verbose,
+    Weights,
+    variant,
+)
 from vaflow.errors import count, visible
+
+Person = Annotated[
+    str | None,
+    typer.Option(metavar="WHO", help="main, all, left, right, id:K or speaking.", show_default="the choice of CACHE"),
+]
+PersonTable = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="CSV with the columns clip,person: the person of single clips, or none to leave a clip out.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[int, typer.Option(metavar="N", min=0, help="Reading processes (0: by number of CPU cores).")]
+NewStore = Annotated[str | None, variant(Store, show_default="that of CACHE")]
 
 
 def people(
     cache: CachePath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Cache to write.", show_default=False)],
-    person: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHO", help="main, all, left, right, id:K or speaking.", show_default="the choice of CACHE"
-        ),
-    ] = None,
-    choices: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="CSV with the columns clip,person: the person of single clips, or none to leave a clip out.",
-            show_default=False,
-        ),
-    ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="Local weights of an encoder, instead of the hub's. Repeatable."),
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
-    workers: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Reading processes (0: by number of CPU cores).")
-    ] = 0,
-    store: Annotated[
-        str | None,
-        typer.Option(metavar="STORE", help="Store of a new cache: zarr or hdf5.", show_default="that of CACHE"),
-    ] = None,
+    out: NewCache,
+    person: Person = None,
+    choices: PersonTable = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    workers: Workers = 0,
+    store: NewStore = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -66,7 +71,4 @@ def people(
     elif not quiet:
         parts = f"{count(encoded.extracted, 'clip')} encoded from stored crops, {encoded.done} copied or up to date"
         echo(visible(f"{out}: {parts}"))
-    if copied.failures:
-        echo(f"{count(len(copied.failures), 'clip')} failed: {copied.failures_file}", err=True)
-        return SOME_FAILED if clips else 1
-    return 0
+    return report_failures(copied, clips)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, print_json, set_up, show_bars, table, wrap_on_terminal
+from vaflow.cli.common import echo, print_json, set_up, show_bars, table, wrap_on_terminal
+from vaflow.cli.options import JsonFlag, Layout, Quiet, Root, Verbose
 from vaflow.errors import UsageError, count, explain, visible
 from vaflow.files import write_file
 
@@ -19,17 +20,6 @@ EXAMPLES = 3
 
 log = logging.getLogger(__name__)
 
-Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Root folder of the data set.", show_default=False)]
-Layout = Annotated[
-    str,
-    typer.Option(
-        "--layout",
-        metavar="NAME",
-        help="Layout of the data set: auto, affwild2, afew-va, recola, sewa, muse or videos.",
-    ),
-]
-
-
 Page = Annotated[
     Path | None,
     typer.Option("--html", metavar="FILE", help="Write a page with figures and images: one file, no network."),
@@ -38,6 +28,10 @@ CacheOption = Annotated[
     Path | None,
     typer.Option(metavar="CACHE", help="Report items of this cache that the data set no longer has."),
 ]
+People = Annotated[
+    bool,
+    typer.Option("--people/--no-people", help="Look for several people and cuts in a few frames of each clip."),
+]
 
 
 def check(
@@ -45,10 +39,7 @@ def check(
     layout: Layout = "auto",
     html: Page = None,
     cache: CacheOption = None,
-    people: Annotated[
-        bool,
-        typer.Option("--people/--no-people", help="Look for several people and cuts in a few frames of each clip."),
-    ] = True,
+    people: People = True,
     as_json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,

@@ -1,6 +1,7 @@
 """Code shared by the commands: options derived from settings, help pages in groups, messages and tables."""
 
 import inspect
+import io
 import json
 import logging
 import os
@@ -21,35 +22,11 @@ from typing import Annotated, Any, TextIO, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from vaflow.errors import UsageError, explain, visible
+from vaflow.errors import UsageError, count, explain, visible
 from vaflow.settings import Setting, settings_of
 
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print details.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Engine = Annotated[str, typer.Option("--engine", metavar="NAME", help="local, or ray (all nodes of a Ray cluster).")]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="Ray cluster to join: auto, HOST:PORT or ray://HOST:PORT; local starts one here.",
-    ),
-]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-Cache = Annotated[
-    Path, typer.Argument(metavar="CACHE", help="Cache directory, as written by `vaflow extract`.", show_default=False)
-]
-Run = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run directory, as written by `vaflow train`.", show_default=False)
-]
-RunOrEnsemble = Annotated[
-    Path,
-    typer.Argument(metavar="RUN", help="Directory of a run or an ensemble.", show_default=False),
-]
-AllowMissing = Annotated[
-    bool, typer.Option("--allow-missing", help="Score a split even if labelled clips have no features.")
-]
 _COMMAND = re.compile(r'`[^`]*`|python -c "[^"]*"|(?<=[:.] )(?:vaflow|pip) .*?(?=\.?$|\. |, |; )')
+FAILED, SOME_FAILED = 1, 3  # exit codes
 PANELS = ("Data and features", "The cache", "Training and scoring", "Using a trained run", "More")
 
 
@@ -95,22 +72,6 @@ def _annotation(known: Setting) -> Any:
     return Annotated[kind | None, option]
 
 
-def _show_all(ctx: typer.Context, value: bool) -> None:
-    if not value:
-        return
-    ctx.command.epilog = None
-    for parameter in ctx.command.params:
-        parameter.hidden = False  # type: ignore[attr-defined]
-    typer.echo(ctx.get_help())
-    raise typer.Exit
-
-
-HelpAll = Annotated[
-    bool,
-    typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show every option and setting, then exit."),
-]
-
-
 def command_class(config: type) -> type["Command"]:
     """A command class whose `--help-all` also lists the settings without an option."""
 
@@ -148,6 +109,19 @@ def print_error(message: object) -> None:
     text = wrap_on_terminal(f"vaflow: {first}", stream=sys.stderr) + newline + rest
     name = "vaflow:" if os.environ.get("NO_COLOR") else typer.style("vaflow:", fg="red", bold=True)
     typer.echo(name + text.removeprefix("vaflow:"), err=True)
+
+
+def print_parser_error(error: typer.TyperException) -> None:
+    """Print an error of Typer's parser on standard error, with the usage of the command where Typer adds it."""
+    context, show = getattr(error, "ctx", None), getattr(error, "show", None)
+    if show is None:
+        print_error(error)
+        return
+    if context is not None:
+        context.color = sys.stderr.isatty()  # Typer would remove bold headings from text that it writes to a buffer
+    text = io.StringIO()
+    show(text)
+    echo(text.getvalue().rstrip("\n"), err=True)
 
 
 def help_width() -> int:
@@ -284,6 +258,14 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
+def report_failures(summary: Any, some_succeeded: object, noun: str = "clip", plural: str | None = None) -> int:
+    """Print how many items failed and the file that lists them; return the exit code, 0 without failures."""
+    if not summary.failures:
+        return 0
+    echo(f"{count(len(summary.failures), noun, plural)} failed: {summary.failures_file}", err=True)
+    return SOME_FAILED if some_succeeded else FAILED
+
+
 def file_size(size: float) -> str:
     """Bytes for a person, in powers of 1000: "0 B", "812 kB" or "12.4 MB"."""
     units = ("B", "kB", "MB", "GB", "TB")
@@ -345,6 +327,16 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
         for row in cells
     ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """A score for a table; "-" for None."""
+    return "-" if value is None else format(value, form)
+
+
+def interval(edges: Sequence[float | None], form: str = ".3f") -> str:
+    """Both edges of an interval for a table; "-" if there is none."""
+    return "-" if None in edges else "..".join(number(edge, form) for edge in edges)
 
 
 def _is_number(text: str) -> bool:

@@ -5,15 +5,18 @@ from typing import Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, loading, print_json, set_up, show_bars
+from vaflow.cli.common import echo, loading, print_json, set_up, show_bars
+from vaflow.cli.options import JsonFlag, Quiet, Verbose
+
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the data, cache, run and pictures.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Random seed (synthetic data and training).")]
+Clips = Annotated[int, typer.Option(min=3, metavar="N", help="Labelled clips; two thirds are for training.")]
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the data, cache, run and pictures.")] = Path(
-        "demo"
-    ),
-    seed: Annotated[int, typer.Option(metavar="N", help="Random seed (synthetic data and training).")] = 0,
-    clips: Annotated[int, typer.Option(min=3, metavar="N", help="Labelled clips; two thirds are for training.")] = 24,
+    out: Out = Path("demo"),
+    seed: Seed = 0,
+    clips: Clips = 24,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,

@@ -6,57 +6,87 @@ from typing import Annotated, Any
 
 import typer
 
-from vaflow.cli.common import (
+from vaflow.cli.common import echo, interval, loading, number, print_json, set_up, show_bars, table
+from vaflow.cli.options import (
     AllowMissing,
     Cache,
+    Device,
     JsonFlag,
+    ModelOutputs,
+    MovedCache,
     Quiet,
     Run,
     Verbose,
-    echo,
-    loading,
-    print_json,
-    set_up,
-    show_bars,
-    table,
+    variant,
 )
 from vaflow.errors import UsageError, count, explain
 
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")]
+OtherCache = Annotated[Path | None, typer.Option(metavar="CACHE", help="Another cache than the run was trained on.")]
+Split = Annotated[
+    str | None, typer.Option(metavar="SPLIT", help="Split to score.", show_default="the run's validation split")
+]
+Smooth = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND",
+        help="Smoothing for this evaluation only: mean, savgol or none.",
+        show_default="as stored by `vaflow smooth`",
+    ),
+]
 Width = Annotated[
     str,
     typer.Option(metavar="SECONDS", help="Width of the smoothing; auto: the best one on the run's validation split."),
+]
+Without = Annotated[
+    str | None, typer.Option(metavar="MODALITY", help="Mark a modality as missing everywhere: visual or audio.")
+]
+Groups = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Also score each group: CSV with item and columns such as gender, age."),
+]
+
+Kind = Annotated[str, typer.Option(metavar="KIND", help="mean, savgol, or none to remove the stored one.")]
+
+FoldCount = Annotated[int, typer.Option("--folds", metavar="K", help="Number of folds.")]
+FoldSplits = Annotated[
+    list[str] | None,
+    typer.Option("--split", metavar="SPLIT", help="Split to divide. Repeatable.", show_default="train and val"),
+]
+FoldGroups = Annotated[
+    str | None,
+    typer.Option(
+        "--fold-groups",
+        metavar="FILE:COLUMN",
+        help="Column whose groups stay in one fold, as groups.csv:speaker.",
+        show_default="source video",
+    ),
+]
+
+Members = Annotated[list[Path], typer.Argument(metavar="RUN", help="Finished runs.", show_default=False)]
+EnsembleOut = Annotated[Path, typer.Option(metavar="DIR", help="Ensemble directory.", show_default=False)]
+MemberWeights = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW", help="mean; ccc: proportional to each run's CCC; search: maximize the CCC. Per dimension."
+    ),
+]
+EnsembleCache = Annotated[Path | None, variant(OtherCache, help="Another cache than the first run was trained on.")]
+EnsembleSplit = Annotated[str | None, variant(Split, show_default="the runs' validation split")]
+WeightsSplit = Annotated[
+    str | None,
+    typer.Option(metavar="SPLIT", help="Split that ccc and search use.", show_default="the runs' validation split"),
 ]
 
 
 def evaluate(
     run: Run,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="Another cache than the run was trained on.")
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="SPLIT", help="Split to score.", show_default="the run's validation split")
-    ] = None,
-    smooth: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND",
-            help="Smoothing for this evaluation only: mean, savgol or none.",
-            show_default="as stored by `vaflow smooth`",
-        ),
-    ] = None,
+    cache: OtherCache = None,
+    split: Split = None,
+    smooth: Smooth = None,
     smooth_seconds: Width = "auto",
-    without: Annotated[
-        str | None, typer.Option(metavar="MODALITY", help="Mark a modality as missing everywhere: visual or audio.")
-    ] = None,
-    groups: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also score each group: CSV with item and columns such as gender, age."),
-    ] = None,
-    va: Annotated[
-        str | None,
-        typer.Option(metavar="V,A", help="Outputs that are valence and arousal, where RUN is a model (onnx:FILE)."),
-    ] = None,
+    without: Without = None,
+    groups: Groups = None,
+    va: ModelOutputs = None,
     device: Device = "auto",
     allow_missing: AllowMissing = False,
     json: JsonFlag = False,
@@ -137,11 +167,9 @@ def _evaluate_model(
 
 def smooth(
     run: Run,
-    kind: Annotated[str, typer.Option(metavar="KIND", help="mean, savgol, or none to remove the stored one.")] = "mean",
+    kind: Kind = "mean",
     seconds: Width = "auto",
-    cache: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="Current place of the run's cache.", show_default="the run's")
-    ] = None,
+    cache: MovedCache = None,
     device: Device = "auto",
     json: JsonFlag = False,
     verbose: Verbose = False,
@@ -197,7 +225,7 @@ def summary(metrics: dict[str, Any]) -> str:
     names = ("valence", "arousal", "mean")
     spans = [metrics["ci95"][name] for name in names]
     rows = [
-        (label, *(_digits(metrics[key][name]) for name in names))
+        (label, *(number(metrics[key][name], ".4f") for name in names))
         for label, key in (
             ("CCC", "ccc"),
             ("CCC within videos", "within_video_ccc"),
@@ -205,7 +233,7 @@ def summary(metrics: dict[str, Any]) -> str:
             ("RMSE", "rmse"),
         )
     ]
-    rows.insert(1, ("95 % interval", *("-" if None in s else "..".join(map(_digits, s)) for s in spans)))
+    rows.insert(1, ("95 % interval", *(interval(s, ".4f") for s in spans)))
     scope = f"{metrics['split']}: {metrics['n_frames']} labelled frames of {count(metrics['n_videos'], 'video')}"
     lost = metrics["missing"]["frames"]
     if lost or metrics["missing"]["clips"]:
@@ -226,8 +254,8 @@ def summary(metrics: dict[str, Any]) -> str:
     if metrics["n_videos"] < 2:
         text += "\n\nNo interval: it needs at least two source videos."
     for name, scores in metrics.get("extra", {}).items():
-        f1 = [(label, _digits(value)) for label, value in scores["f1"].items()]
-        rows = [*f1, ("mean", _digits(scores["macro_f1"]))]
+        f1 = [(label, number(value, ".4f")) for label, value in scores["f1"].items()]
+        rows = [*f1, ("mean", number(scores["macro_f1"], ".4f"))]
         text += f"\n\n{name}, {scores['n_frames']} labelled frames\n\n{table(rows, (scores['task'], 'F1'))}"
     return text
 
@@ -236,7 +264,7 @@ def group_table(kind: str, parts: dict[str, Any]) -> str:
     """Scores of one kind of group as a table."""
     names = ("valence", "arousal", "mean")
     rows = [
-        (group, part["n_clips"], part["n_frames"], *(_digits(part["ccc"][name]) for name in names))
+        (group, part["n_clips"], part["n_frames"], *(number(part["ccc"][name], ".4f") for name in names))
         for group, part in parts.items()
     ]
     return table(rows, (kind, "clips", "frames", *(f"CCC {name}" for name in names)))
@@ -258,26 +286,11 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def _digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def folds(
     cache: Cache,
-    count: Annotated[int, typer.Option("--folds", metavar="K", help="Number of folds.")] = 5,
-    splits: Annotated[
-        list[str] | None,
-        typer.Option("--split", metavar="SPLIT", help="Split to divide. Repeatable.", show_default="train and val"),
-    ] = None,
-    groups: Annotated[
-        str | None,
-        typer.Option(
-            "--fold-groups",
-            metavar="FILE:COLUMN",
-            help="Column whose groups stay in one fold, as groups.csv:speaker.",
-            show_default="source video",
-        ),
-    ] = None,
+    count: FoldCount = 5,
+    splits: FoldSplits = None,
+    groups: FoldGroups = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -321,25 +334,12 @@ def folds(
 
 
 def ensemble(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Finished runs.", show_default=False)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Ensemble directory.", show_default=False)],
-    weights: Annotated[
-        str,
-        typer.Option(
-            metavar="HOW",
-            help="mean; ccc: proportional to each run's CCC; search: maximize the CCC. Per dimension.",
-        ),
-    ] = "mean",
-    cache: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="Another cache than the first run was trained on.")
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="SPLIT", help="Split to score.", show_default="the runs' validation split")
-    ] = None,
-    weights_split: Annotated[
-        str | None,
-        typer.Option(metavar="SPLIT", help="Split that ccc and search use.", show_default="the runs' validation split"),
-    ] = None,
+    runs: Members,
+    out: EnsembleOut,
+    weights: MemberWeights = "mean",
+    cache: EnsembleCache = None,
+    split: EnsembleSplit = None,
+    weights_split: WeightsSplit = None,
     device: Device = "auto",
     allow_missing: AllowMissing = False,
     json: JsonFlag = False,

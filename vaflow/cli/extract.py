@@ -7,20 +7,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaflow.cli.common import (
-    HelpAll,
-    JsonFlag,
-    Quiet,
-    Verbose,
     check_directory,
     echo,
     file_size,
     print_json,
+    report_failures,
     set_up,
     show_bars,
     summary_json,
     table,
     weight_pairs,
     with_settings,
+)
+from vaflow.cli.options import (
+    Engine,
+    HelpAll,
+    JsonFlag,
+    Layout,
+    Quiet,
+    RayAddress,
+    Root,
+    Store,
+    Verbose,
+    Weights,
+    variant,
 )
 from vaflow.errors import UsageError, count, explain
 from vaflow.extract.config import ExtractConfig, Shard
@@ -30,102 +40,76 @@ if TYPE_CHECKING:
     from vaflow.cache import Cache
     from vaflow.extract.pipeline import Summary
 
-SOME_FAILED = 3
 LISTED = 10  # clips that a message names
 log = logging.getLogger(__name__)
+
+Out = Annotated[
+    Path,
+    typer.Option(metavar="CACHE", help="Cache to write or to add to.", show_default=False, rich_help_panel="Data"),
+]
+DataLayout = Annotated[str, variant(Layout, rich_help_panel="Data")]
+RetryFailed = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed",
+        help="Extract only the clips that the last run listed as failed.",
+        rich_help_panel="Data",
+        hidden=True,
+    ),
+]
+Rehash = Annotated[
+    bool,
+    typer.Option(
+        "--rehash",
+        help="Compare the contents of files with the cache, not only sizes and times.",
+        rich_help_panel="Data",
+        hidden=True,
+    ),
+]
+EncoderWeights = Annotated[list[str] | None, variant(Weights, rich_help_panel="Encoders", hidden=True)]
+Layers = Annotated[
+    str,
+    typer.Option(
+        metavar="LAYERS",
+        help="Layers of every transformer: N, N-M, last, mean or all. Training mixes several.",
+        rich_help_panel="Encoders",
+        hidden=True,
+    ),
+]
+NewStore = Annotated[str, variant(Store, rich_help_panel="Output", hidden=True)]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print clips, hours, size and time; write nothing.", rich_help_panel="Data"),
+]
+Profile = Annotated[
+    bool,
+    typer.Option("--profile", help="Print the time of each stage.", rich_help_panel="Output", hidden=True),
+]
+ShardOption = Annotated[
+    str,
+    typer.Option(metavar="I/N", help="Extract shard I of N of the dataset.", rich_help_panel="Machines", hidden=True),
+]
+MachineEngine = Annotated[str, variant(Engine, rich_help_panel="Machines", hidden=True)]
+MachineAddress = Annotated[str | None, variant(RayAddress, rich_help_panel="Machines", hidden=True)]
 
 
 @with_settings(ExtractConfig)
 def extract(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Root directory of the dataset.")],
+    root: Root,
     *,
-    out: Annotated[
-        Path,
-        typer.Option(metavar="CACHE", help="Cache to write or to add to.", show_default=False, rich_help_panel="Data"),
-    ],
-    layout: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Layout of the dataset: auto, affwild2, afew-va, recola, sewa, muse or videos.",
-            rich_help_panel="Data",
-        ),
-    ] = "auto",
-    retry_failed: Annotated[
-        bool,
-        typer.Option(
-            "--retry-failed",
-            help="Extract only the clips that the last run listed as failed.",
-            rich_help_panel="Data",
-            hidden=True,
-        ),
-    ] = False,
-    rehash: Annotated[
-        bool,
-        typer.Option(
-            "--rehash",
-            help="Compare the contents of files with the cache, not only sizes and times.",
-            rich_help_panel="Data",
-            hidden=True,
-        ),
-    ] = False,
+    out: Out,
+    layout: DataLayout = "auto",
+    retry_failed: RetryFailed = False,
+    rehash: Rehash = False,
     options: dict[str, Any] | None = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH",
-            help="Local weights of an encoder, instead of the hub's. Repeatable.",
-            rich_help_panel="Encoders",
-            hidden=True,
-        ),
-    ] = None,
-    layers: Annotated[
-        str,
-        typer.Option(
-            metavar="LAYERS",
-            help="Layers of every transformer: N, N-M, last, mean or all. Training mixes several.",
-            rich_help_panel="Encoders",
-            hidden=True,
-        ),
-    ] = "",
-    store: Annotated[
-        str,
-        typer.Option(
-            metavar="STORE", help="Store of a new cache: zarr or hdf5.", rich_help_panel="Output", hidden=True
-        ),
-    ] = "zarr",
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print clips, hours, size and time; write nothing.", rich_help_panel="Data"),
-    ] = False,
-    profile: Annotated[
-        bool,
-        typer.Option("--profile", help="Print the time of each stage.", rich_help_panel="Output", hidden=True),
-    ] = False,
-    shard: Annotated[
-        str,
-        typer.Option(
-            metavar="I/N", help="Extract shard I of N of the dataset.", rich_help_panel="Machines", hidden=True
-        ),
-    ] = "1/1",
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="local, or ray (all nodes of a Ray cluster).",
-            rich_help_panel="Machines",
-            hidden=True,
-        ),
-    ] = "local",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Ray cluster to join: auto, HOST:PORT or ray://HOST:PORT; local starts one here.",
-            rich_help_panel="Machines",
-            hidden=True,
-        ),
-    ] = None,
+    weights: EncoderWeights = None,
+    layers: Layers = "",
+    store: NewStore = "zarr",
+    dry_run: DryRun = False,
+    profile: Profile = False,
+    shard: ShardOption = "1/1",
+    engine: MachineEngine = "local",
+    ray_address: MachineAddress = None,
     help_all: HelpAll = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
@@ -139,21 +123,14 @@ def extract(
     """
     set_up(verbose, quiet)
     # Everything that the user typed is checked before torch is imported, which takes seconds.
-    given = dict(options or {})
-    for kind in ("visual", "audio"):
-        if kind in given or layers:
-            given[kind] = _encoder_names(given.get(kind, getattr(ExtractConfig, kind)), kind, layers)
-    config = ExtractConfig(**given, weights=weight_pairs(weights or []))
-    part = Shard.parse(shard)
+    config = ExtractConfig(**_with_encoders(options or {}, layers), weights=weight_pairs(weights or []))
+    machines: dict[str, Any] = {"shard": Shard.parse(shard), "engine": engine, "ray_address": ray_address}
     check_engine(engine, ray_address)
     from vaflow.datasets import log_left_out, open_dataset
-    from vaflow.encoders.prompts import load_prompts
 
     whole = dataset = open_dataset(root, layout)
     log_left_out(dataset)
-    _check_out(out, store)
-    if config.prompts is not None:
-        load_prompts(config.prompts)
+    _check_files(out, store, config.prompts)
     if retry_failed:
         from vaflow.extract.plan import only_failed
 
@@ -161,72 +138,71 @@ def extract(
     if dry_run:
         from vaflow.extract.estimate import estimate
 
-        result = estimate(dataset, out, config, part, show_progress=show_bars(quiet))
-        labels = {"items": "clips to extract", "items_already_there": "clips already extracted"}
-        labels |= {"items_unreadable": "clips unreadable", "hours": "hours of media", "minutes": "minutes, estimated"}
-        rows = [(labels.get(key, key.replace("_", " ")), value) for key, value in result.items()]
-        print_json(result) if json else echo(table(rows, ("dry run", "")))
+        _print_estimate(estimate(dataset, out, config, machines["shard"], show_progress=show_bars(quiet)), json)
         return 0
     log.info("Loading %s", ", ".join(config.encoders) or "the dataset")
     from vaflow.cache import open_cache
-    from vaflow.cache.edit import absent_clips
-    from vaflow.cache.schema import CROPS
     from vaflow.extract.pipeline import extract as run
 
-    summary = run(
-        dataset,
-        out,
-        config,
-        store=store,
-        shard=part,
-        rehash=rehash,
-        engine=engine,
-        ray_address=ray_address,
-        show_progress=show_bars(quiet),
-    )
+    summary = run(dataset, out, config, store=store, rehash=rehash, show_progress=show_bars(quiet), **machines)
     cache = open_cache(out)
-    absent = list(absent_clips(cache, {clip.id for clip in whole.clips}))
-    if absent:
-        names = ", ".join(absent[:LISTED]) + (", ..." if len(absent) > LISTED else "")
-        clips = count(len(absent), "clip")
-        log.warning("%s of %s not in %s: %s", clips, f"{out} {'is' if len(absent) == 1 else 'are'}", root, names)
-        log.warning("To remove clips that are not in the data set: vaflow cache drop %s --absent %s", out, root)
+    absent = _absent_clips(cache, {clip.id for clip in whole.clips}, out, root)
     if json:
         print_json(summary_json(summary) | {"absent": absent})
     elif not quiet:
         echo(_describe(summary, cache))
         if summary.several_people:
-            media = None if CROPS in cache.streams() else root
-            echo(_several_people(summary.several_people, out, media, config.identity))
+            echo(_several_people(summary.several_people, cache, out, root, config.identity))
     if profile and summary.stages and not json:
         from vaflow.extract.summary import bottleneck
 
         rows = [(stage, f"{seconds:.1f}") for stage, seconds in summary.stages.items()]
         echo(f"\n{table(rows, ('stage', 'seconds'))}\n{bottleneck(summary.stages)}")
-    if not summary.failures:
-        return 0
-    echo(f"{count(len(summary.failures), 'clip')} failed: {summary.failures_file}", err=True)
-    return SOME_FAILED if summary.extracted or summary.done else 1
+    return report_failures(summary, summary.extracted or summary.done)
 
 
-def _check_out(out: Path, store: str) -> None:
-    """Refuse a store that does not exist, and an existing path that cannot be the cache.
+def _check_files(out: Path, store: str, prompts: Path | None) -> None:
+    """Refuse a store that does not exist, an existing path that cannot be the cache, and invalid prompts.
 
     Raises:
-        UsageError, SchemaError: as `vaflow.cache.create_cache`.
+        UsageError, SchemaError: as `vaflow.cache.create_cache` and `vaflow.encoders.prompts.load_prompts`.
     """
     from vaflow.cache import create_cache, is_cache
     from vaflow.cache.stores import STORES
+    from vaflow.encoders.prompts import load_prompts
 
     if store not in STORES:
         raise UsageError(explain("Unknown --store", got=store, choices=STORES))
     check_directory(out)
     if out.exists() and (is_cache(out) or not out.is_dir() or any(out.iterdir())):
         create_cache(out, store=store)
+    if prompts is not None:
+        load_prompts(prompts)
 
 
-def _encoder_names(given: tuple[str, ...], kind: str, layers: str = "") -> tuple[str, ...]:
-    """Encoder names of one kind, each once; "none" alone means none of it.
+def _print_estimate(facts: dict[str, Any], json: bool) -> None:
+    """Print the result of `vaflow.extract.estimate.estimate`, as a table or JSON."""
+    labels = {"items": "clips to extract", "items_already_there": "clips already extracted"}
+    labels |= {"items_unreadable": "clips unreadable", "hours": "hours of media", "minutes": "minutes, estimated"}
+    rows = [(labels.get(key, key.replace("_", " ")), value) for key, value in facts.items()]
+    print_json(facts) if json else echo(table(rows, ("dry run", "")))
+
+
+def _absent_clips(cache: "Cache", clips: set[str], out: Path, root: Path) -> list[str]:
+    """Return the clips of the cache that the dataset lacks; warn about them, with the command that removes them."""
+    from vaflow.cache.edit import absent_clips
+
+    absent = list(absent_clips(cache, clips))
+    if absent:
+        names = ", ".join(absent[:LISTED]) + (", ..." if len(absent) > LISTED else "")
+        verb = "is" if len(absent) == 1 else "are"
+        log.warning("%s of %s %s not in %s: %s", count(len(absent), "clip"), out, verb, root, names)
+        log.warning("To remove clips that are not in the dataset: vaflow cache drop %s --absent %s", out, root)
+    return absent
+
+
+def _with_encoders(options: dict[str, Any], layers: str) -> dict[str, Any]:
+    """The options with the names of encoders each once and with `layers`; "none" alone means none of that kind.
 
     Raises:
         UsageError: an unknown encoder, or one of the other kind.
@@ -234,18 +210,23 @@ def _encoder_names(given: tuple[str, ...], kind: str, layers: str = "") -> tuple
     from vaflow.encoders import ENCODERS, encoder_kind
     from vaflow.encoders.layers import with_layers
 
-    names = tuple(dict.fromkeys(given))
-    if names == ("none",):
-        return ()
-    if layers:
-        names = tuple(with_layers(name, layers) for name in names)
-    if kind == "audio":
-        names = tuple(name for name in names if name != "logmel")  # always kept
-    for name in names:
-        if encoder_kind(name) not in (kind, "any"):
-            choices = [n for n in ENCODERS if encoder_kind(n) == kind]
-            raise UsageError(explain(f"--{kind} names an encoder of another kind", got=name, choices=choices))
-    return names
+    checked = dict(options)
+    for kind in ("visual", "audio"):
+        if kind not in options and not layers:
+            continue
+        names = tuple(dict.fromkeys(options.get(kind, getattr(ExtractConfig, kind))))
+        if names == ("none",):
+            names = ()
+        if layers:
+            names = tuple(with_layers(name, layers) for name in names)
+        if kind == "audio":
+            names = tuple(name for name in names if name != "logmel")  # always kept
+        for name in names:
+            if encoder_kind(name) not in (kind, "any"):
+                choices = [n for n in ENCODERS if encoder_kind(n) == kind]
+                raise UsageError(explain(f"--{kind} names an encoder of another kind", got=name, choices=choices))
+        checked[kind] = names
+    return checked
 
 
 def _describe(summary: "Summary", cache: "Cache") -> str:
@@ -274,11 +255,13 @@ def _describe(summary: "Summary", cache: "Cache") -> str:
     return "\n".join(lines)
 
 
-def _several_people(clips: int, out: Path, media: Path | None, identity: str) -> str:
-    """The line that points to the page of people; `media`: the videos, if the cache has no crops of everyone."""
+def _several_people(clips: int, cache: "Cache", out: Path, root: Path, identity: str) -> str:
+    """The line that points to the page of people, which needs the videos if the cache has no crops of everyone."""
+    from vaflow.cache.schema import CROPS
     from vaflow.extract.faces.identity import NONE, REMEDY, resolve
 
-    command = f"vaflow faces {out}" + (f" --media {media}" if media else "") + " --several"
+    media = "" if CROPS in cache.streams() else f" --media {root}"
+    command = f"vaflow faces {out}{media} --several"
     verb = "shows" if clips == 1 else "show"
     if resolve(identity) == NONE:
         return f"{count(clips, 'clip')} {verb} several tracks of faces, which only {REMEDY} joins to people: {command}"

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, heading, loading, print_json, set_up
+from vaflow.cli.common import echo, heading, loading, print_json, set_up
+from vaflow.cli.options import JsonFlag, Quiet, Verbose
 
 PACKAGES = ("torch", "torchvision", "torchaudio", "transformers", "open_clip_torch", "av", "zarr", "h5py", "numpy")
 EXTRAS = {"s3": "s3fs", "ray": "ray", "nvdec": "torchcodec", "docs": "mkdocs-material", "dev": "pytest"}

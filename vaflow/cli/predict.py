@@ -5,67 +5,82 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import (
-    JsonFlag,
-    Quiet,
-    RunOrEnsemble,
-    Verbose,
-    echo,
-    loading,
-    print_json,
-    set_up,
-    show_bars,
-    table,
-    weight_pairs,
-)
+from vaflow.cli.common import echo, loading, print_json, report_failures, set_up, show_bars, table, weight_pairs
+from vaflow.cli.options import Device, JsonFlag, ModelOutputs, Quiet, RunOrEnsemble, Verbose, Weights
 from vaflow.errors import UsageError, count, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.predict import Predicted
 
-SOME_FAILED = 3
+
+Media = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[MEDIA]...", help="Videos, or folders of videos; none: the clips of --cache."),
+]
+PredictionsOut = Annotated[
+    Path, typer.Option(metavar="DIR", help="Output directory: one CSV and one PNG per clip.", show_default=False)
+]
+Faces = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE", help="Source of the faces, as for `vaflow extract`.", show_default="as in the run's cache"
+    ),
+]
+Person = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHO",
+        help="Person to predict, as for `vaflow extract`; all: a CSV file per person.",
+        show_default="as in the run's cache",
+    ),
+]
+FeatureCache = Annotated[
+    Path | None,
+    typer.Option(metavar="CACHE", help="Keep the features in this cache; without MEDIA, predict its clips."),
+]
+Html = Annotated[bool, typer.Option("--html", help="Write a page of the clips: DIR/view/index.html.")]
+Video = Annotated[
+    bool, typer.Option("--video", help="Write each clip with its traces burnt in: DIR/<stem>.overlay.mp4.")
+]
+
+Sample = Annotated[Path, typer.Option(metavar="FILE", help="The challenge's sample submission.", show_default=False)]
+Submission = Annotated[Path, typer.Option(metavar="FILE", help="The submission to write.", show_default=False)]
+TrialCache = Annotated[
+    Path | None, typer.Option(metavar="CACHE", help="Where the trials' features are; the run's cache.")
+]
+Hold = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="Most rows after a clip's last frame that repeat its last prediction."),
+]
+
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SOURCE", help="A run; with --format also a folder of predictions.", show_default=False),
+]
+ExportOut = Annotated[Path, typer.Argument(metavar="DIR", help="Output directory.", show_default=False)]
+Formats = Annotated[
+    str | None,
+    typer.Option(
+        "--format", metavar="NAMES", help="Export predictions: csv, eaf, parquet, textgrid, separated by commas."
+    ),
+]
+Onnx = Annotated[bool, typer.Option("--onnx", help="Also write the heads as ONNX: heads.onnx and heads-fixed.onnx.")]
+Step = Annotated[float, typer.Option(metavar="SECONDS", help="Length of the intervals in ELAN and Praat files.")]
 
 
 def predict(
     run: RunOrEnsemble,
-    media: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[MEDIA]...", help="Videos, or folders of videos; none: the clips of --cache."),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Output directory: one CSV and one PNG per clip.", show_default=False)
-    ] = ...,  # type: ignore[assignment]
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="Local weights of an encoder, instead of the hub's. Repeatable."),
-    ] = None,
-    faces: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE", help="Source of the faces, as for `vaflow extract`.", show_default="as in the run's cache"
-        ),
-    ] = None,
-    person: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHO",
-            help="Person to predict, as for `vaflow extract`; all: a CSV file per person.",
-            show_default="as in the run's cache",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
-    cache: Annotated[
-        Path | None,
-        typer.Option(metavar="CACHE", help="Keep the features in this cache; without MEDIA, predict its clips."),
-    ] = None,
-    va: Annotated[
-        str | None,
-        typer.Option(metavar="V,A", help="Outputs that are valence and arousal, where RUN is a model (onnx:FILE)."),
-    ] = None,
-    html: Annotated[bool, typer.Option("--html", help="Write a page of the clips: DIR/view/index.html.")] = False,
-    video: Annotated[
-        bool, typer.Option("--video", help="Write each clip with its traces burnt in: DIR/<stem>.overlay.mp4.")
-    ] = False,
+    media: Media = None,
+    *,
+    out: PredictionsOut,
+    weights: Weights = None,
+    faces: Faces = None,
+    person: Person = None,
+    device: Device = "auto",
+    cache: FeatureCache = None,
+    va: ModelOutputs = None,
+    html: Html = False,
+    video: Video = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -101,11 +116,7 @@ def predict(
     if (html or video) and summary.predicted:
         _show(out, media or [], cache or summary.cache, html, video, quiet or json)
     summary.discard()
-    if summary.failures:
-        noun = "clip" if len(summary.failures) == 1 else "clips"
-        echo(f"{len(summary.failures)} {noun} failed: {summary.failures_file}", err=True)
-        return SOME_FAILED if summary.predicted else 1
-    return 0
+    return report_failures(summary, summary.predicted)
 
 
 def _document(clip: "Predicted") -> dict[str, Any]:
@@ -127,28 +138,30 @@ def _document(clip: "Predicted") -> dict[str, Any]:
 
 
 def predictions_table(clips: "tuple[Predicted, ...]") -> str:
-    """A row per clip: mean and spread of both dimensions, the commonest region, seconds of missing input.
+    """A row per clip: mean and standard deviation of both dimensions, commonest region, time of missing input.
 
-    Runs with a variance head also have the mean standard deviation and the share of frames far from training.
+    Runs with a variance head have the mean predicted standard deviations and the share of frames far from training
+    instead of the region, so that the table fits 80 columns.
     """
 
     def seconds(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1f}"
+        return "-" if value is None else f"{value:.1f} s"
 
+    header = ["clip", "valence (sd)", "arousal (sd)", "no face", "no audio"]
+    header += ["std (v a)", "far"] if any(clip.stds for clip in clips) else ["region (v/a)"]
     rows = []
     for clip in clips:
         both = (f"{clip.means[name]:+.2f} ({clip.spreads[name]:.2f})" for name in clip.means)
-        region = max(clip.regions, key=lambda name: clip.regions[name])
-        share = f"{region} {clip.regions[region]:.0%}"
-        missing = (seconds(clip.without_face), seconds(clip.without_audio))
-        stds = [" ".join(f"{value:.2f}" for value in clip.stds.values())] if clip.stds else []
-        far = [] if clip.far is None else [f"{clip.far:.0%}"]
-        rows.append((clip.item, clip.frames, *both, share, *missing, *stds, *far))
-    names = ("clip", "frames", "valence (spread)", "arousal (spread)", "commonest region")
-    header = [*names, "no face (s)", "no audio (s)"]
-    header += ["mean std (v a)"] if clips and clips[0].stds else []
-    header += ["far from training"] if clips and clips[0].far is not None else []
-    return table(rows, tuple(header))
+        row = [clip.item, *both, seconds(clip.without_face), seconds(clip.without_audio)]
+        if "far" in header:
+            row.append(" ".join(f"{value:.2f}" for value in clip.stds.values()) or "-")
+            row.append("-" if clip.far is None else f"{clip.far:.0%}")
+        else:
+            region = max(clip.regions, key=lambda name: clip.regions[name])
+            levels = [word[:3] if word == "middle" else word for word in region.split()[::2]]
+            row.append(f"{'/'.join(levels)} {clip.regions[region]:.0%}")
+        rows.append(row)
+    return table(rows, header)
 
 
 def _show(out: Path, media: list[Path], cache: Path | None, html: bool, video: bool, quiet: bool) -> None:
@@ -170,18 +183,11 @@ def _show(out: Path, media: list[Path], cache: Path | None, html: bool, video: b
 
 def submit(
     run: RunOrEnsemble,
-    sample: Annotated[
-        Path, typer.Option(metavar="FILE", help="The challenge's sample submission.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The submission to write.", show_default=False)],
-    cache: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="Where the trials' features are; the run's cache.")
-    ] = None,
-    hold: Annotated[
-        int,
-        typer.Option(min=0, metavar="N", help="Most rows after a clip's last frame that repeat its last prediction."),
-    ] = 1,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
+    sample: Sample,
+    out: Submission,
+    cache: TrialCache = None,
+    hold: Hold = 1,
+    device: Device = "auto",
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -215,23 +221,11 @@ def submit(
 
 
 def export(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="SOURCE", help="A run; with --format also a folder of predictions.", show_default=False),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="Output directory.", show_default=False)],
-    formats: Annotated[
-        str | None,
-        typer.Option(
-            "--format", metavar="NAMES", help="Export predictions: csv, eaf, parquet, textgrid, separated by commas."
-        ),
-    ] = None,
-    onnx: Annotated[
-        bool, typer.Option("--onnx", help="Also write the heads as ONNX: heads.onnx and heads-fixed.onnx.")
-    ] = False,
-    step: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Length of the intervals in ELAN and Praat files.")
-    ] = 0.5,
+    source: Source,
+    out: ExportOut,
+    formats: Formats = None,
+    onnx: Onnx = False,
+    step: Step = 0.5,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,

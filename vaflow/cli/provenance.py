@@ -1,34 +1,35 @@
 """`vaflow provenance`: what predictions were made from."""
 
 from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, RunOrEnsemble, Verbose, echo, print_json, set_up, table
+from vaflow.cli.common import echo, print_json, set_up, table
+from vaflow.cli.options import JsonFlag, MovedCache, Quiet, RunOrEnsemble, Verbose
 
 DIGITS = 12  # of digests; --json and -v print them whole
 
 
+Item = Annotated[str | None, typer.Argument(metavar="[ITEM]", help="One clip.", show_default="all")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Data set whose files are read again and compared.", show_default=False),
+]
+Predictions = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="Output of `vaflow predict` or `vaflow submit`.", show_default="the run's own"),
+]
+
+
 def provenance(
     run: RunOrEnsemble,
-    item: Annotated[str | None, typer.Argument(metavar="[ITEM]", help="One clip.", show_default="all")] = None,
-    root: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Data set whose files are read again and compared.", show_default=False),
-    ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="Current place of the cache.", show_default="the run's")
-    ] = None,
-    predictions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Output of `vaflow predict` or `vaflow submit`.",
-            show_default="the run's own",
-        ),
-    ] = None,
+    item: Item = None,
+    root: DataRoot = None,
+    cache: MovedCache = None,
+    predictions: Predictions = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -58,22 +59,14 @@ def provenance(
     return 0
 
 
-def trace(
-    run: RunOrEnsemble,
-    item: Annotated[str | None, typer.Argument(metavar="[ITEM]", help="One clip.", show_default="all")] = None,
-    root: Annotated[Path | None, typer.Option(metavar="DIR", help="As for `vaflow provenance`.")] = None,
-    cache: Annotated[Path | None, typer.Option(metavar="CACHE", help="As for `vaflow provenance`.")] = None,
-    predictions: Annotated[Path | None, typer.Option(metavar="PATH", help="As for `vaflow provenance`.")] = None,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> int:
+@wraps(provenance, assigned=["__annotations__"])
+def trace(**arguments: Any) -> int:
     """Old name of `vaflow provenance`; works in this version only.
 
     Example: vaflow trace runs/full
     """
     echo("warning: `vaflow trace` is now `vaflow provenance`; the old name will be removed.", err=True)
-    return provenance(run, item, root, cache, predictions, json, verbose, quiet)
+    return provenance(**arguments)
 
 
 def run_lines(document: dict[str, Any], *, whole: bool) -> Iterator[str]:

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import (
+from vaflow.cli.common import FAILED, echo, loading, print_json, set_up
+from vaflow.cli.options import (
     AllowMissing,
     Cache,
+    Device,
     Engine,
     JsonFlag,
     Quiet,
     RayAddress,
+    Together,
     Verbose,
-    echo,
-    loading,
-    print_json,
-    set_up,
 )
 from vaflow.errors import UsageError, explain, visible
 from vaflow.ray_cluster import check_engine
@@ -29,33 +28,42 @@ if TYPE_CHECKING:
     from vaflow.train.search.study import NestedResult
     from vaflow.train.search.trials import Trial
 
-FAILED = 1
+
+Space = Annotated[
+    Path,
+    typer.Option(metavar="FILE", help="TOML file of settings to search and settings to keep.", show_default=False),
+]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Directory of trials and results.", show_default=False)]
+Trials = Annotated[int, typer.Option(metavar="N", help="Trials in all, those of earlier calls included.")]
+Sampler = Annotated[str, typer.Option(metavar="NAME", help="bayes (TPE) or random.")]
+Folds = Annotated[int, typer.Option(metavar="K", help="Folds of the training split that score a trial.")]
+Train = Annotated[str, typer.Option("--train", metavar="SPLIT", help="Split that the folds divide.")]
+Holdout = Annotated[str, typer.Option(metavar="SPLIT", help="Split that scores the winner only.")]
+Halving = Annotated[
+    bool, typer.Option("--halving/--no-halving", help="Stop trials early that are not among the best third.")
+]
+OuterFolds = Annotated[
+    int, typer.Option(metavar="K", help="Repeat the search for K outer folds and score on them (0: --holdout).")
+]
+Batch = Annotated[int, typer.Option(metavar="N", help="Trials that are proposed and trained at once.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Random seed of the proposals.", min=0)]
 
 
 def search(
     cache: Cache,
-    space: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="TOML file of settings to search and settings to keep.", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of trials and results.", show_default=False)],
-    trials: Annotated[int, typer.Option(metavar="N", help="Trials in all, those of earlier calls included.")] = 30,
-    sampler: Annotated[str, typer.Option(metavar="NAME", help="bayes (TPE) or random.")] = "bayes",
-    folds: Annotated[int, typer.Option(metavar="K", help="Folds of the training split that score a trial.")] = 3,
-    train: Annotated[str, typer.Option("--train", metavar="SPLIT", help="Split that the folds divide.")] = "train",
-    holdout: Annotated[str, typer.Option(metavar="SPLIT", help="Split that scores the winner only.")] = "val",
-    halving: Annotated[
-        bool, typer.Option("--halving/--no-halving", help="Stop trials early that are not among the best third.")
-    ] = True,
-    outer_folds: Annotated[
-        int, typer.Option(metavar="K", help="Repeat the search for K outer folds and score on them (0: --holdout).")
-    ] = 0,
-    batch: Annotated[int, typer.Option(metavar="N", help="Trials that are proposed and trained at once.")] = 4,
-    together: Annotated[
-        str, typer.Option(metavar="WHEN", help="Train runs of one architecture in a batch: auto, always, never.")
-    ] = "auto",
-    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the proposals.", min=0)] = 0,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")] = "auto",
+    space: Space,
+    out: Out,
+    trials: Trials = 30,
+    sampler: Sampler = "bayes",
+    folds: Folds = 3,
+    train: Train = "train",
+    holdout: Holdout = "val",
+    halving: Halving = True,
+    outer_folds: OuterFolds = 0,
+    batch: Batch = 4,
+    together: Together = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
     engine: Engine = "local",
     ray_address: RayAddress = None,
     allow_missing: AllowMissing = False,
@@ -84,19 +92,12 @@ def search(
     if outer_folds and (train, holdout) != (SearchOptions.train, SearchOptions.holdout):
         raise UsageError(explain("--outer-folds divides all clips", expected="no --train and no --holdout"))
 
-    def report(trial: "Trial") -> None:
-        if not quiet:
-            text = f"failed: {trial.message}" if trial.message else f"mean CCC {trial.score:.3f}, {trial.state}"
-            values = ", ".join(f"{name}={value}" for name, value in trial.values.items())
-            echo(visible(f"{trial.number}/{trials}  {text} ({trial.seconds:.0f} s): {values}"), err=True)
-            sys.stderr.flush()
-
     arguments = (open_cache(cache), read_space(space), trials, out, options)
     shown: dict[str, Any] = {
         "engine": engine,
         "ray_address": ray_address,
         "level": logging.DEBUG if verbose else logging.ERROR,
-        "on_trial": report,
+        "on_trial": lambda trial: None if quiet else _print_trial(trial, trials),
         "on_choice": lambda text: None if quiet else echo(text, err=True),
     }
     if outer_folds:
@@ -112,6 +113,13 @@ def search(
     elif not quiet:
         echo(summary(result, options.holdout))
     return FAILED if result.best is None else 0
+
+
+def _print_trial(trial: "Trial", trials: int) -> None:
+    text = f"failed: {trial.message}" if trial.message else f"mean CCC {trial.score:.3f}, {trial.state}"
+    values = ", ".join(f"{name}={value}" for name, value in trial.values.items())
+    echo(visible(f"{trial.number}/{trials}  {text} ({trial.seconds:.0f} s): {values}"), err=True)
+    sys.stderr.flush()
 
 
 def nested_summary(result: "NestedResult") -> str:

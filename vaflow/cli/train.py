@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaflow.cli.common import (
-    Cache,
-    HelpAll,
-    JsonFlag,
-    Quiet,
-    Verbose,
+    FAILED,
+    SOME_FAILED,
     alias_pairs,
     check_directory,
     echo,
     loading,
+    number,
     print_json,
     set_up,
     show_bars,
@@ -26,6 +24,7 @@ from vaflow.cli.common import (
     with_settings,
 )
 from vaflow.cli.evaluate import summary
+from vaflow.cli.options import Aliases, AllowMissing, Cache, HelpAll, JsonFlag, Quiet, Verbose, Weights, variant
 from vaflow.errors import UsageError, explain, visible
 from vaflow.train import config as configs
 from vaflow.train import settings_files
@@ -34,8 +33,80 @@ from vaflow.train.config import TrainConfig
 if TYPE_CHECKING:
     from vaflow.cache import Cache as VACache
     from vaflow.train.repeats import Repeats
+    from vaflow.train.training import Result
 
-FAILED, SOME_FAILED = 1, 3
+
+PresetAliases = Annotated[
+    list[str] | None,
+    variant(
+        Aliases, help="Use stream OTHER where a preset names NAME. Repeatable.", rich_help_panel="Data", hidden=True
+    ),
+]
+AllowMissingInValidation = Annotated[
+    bool,
+    variant(
+        AllowMissing,
+        help="Score the validation split even if labelled clips have no features.",
+        rich_help_panel="Data",
+        hidden=True,
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Settings of a published system: p1 or p2.", rich_help_panel="Model"),
+]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="TOML file of settings, or a run's config.toml.", rich_help_panel="Model", hidden=True
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting. Repeatable.", rich_help_panel="Model"),
+]
+FinetunedWeights = Annotated[
+    list[str] | None,
+    variant(
+        Weights,
+        help="Local weights of an encoder to fine-tune, instead of the hub's. Repeatable.",
+        rich_help_panel="Fine-tuning",
+        hidden=True,
+    ),
+]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Train N seeds, counted up from --seed, each in RUN/seed<S>.",
+        rich_help_panel="Output",
+        hidden=True,
+    ),
+]
+AllFolds = Annotated[
+    bool,
+    typer.Option(
+        "--all-folds",
+        help="Train every fold of --folds, each in RUN/fold<I>.",
+        rich_help_panel="Output",
+        hidden=True,
+    ),
+]
+Together = Annotated[
+    str,
+    typer.Option(
+        metavar="WHEN",
+        help="Train seeds and folds in a batch: auto (if faster), always, never.",
+        rich_help_panel="Output",
+        hidden=True,
+    ),
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Delete the run in --out first.", rich_help_panel="Output", hidden=True)
+]
+Out = Annotated[
+    Path, typer.Option(metavar="RUN", help="Directory of the run.", show_default=False, rich_help_panel="Output")
+]
 
 
 @with_settings(TrainConfig)
@@ -43,82 +114,17 @@ def train(
     cache: Cache,
     *,
     options: dict[str, Any] | None = None,
-    aliases: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--alias",
-            metavar="NAME=OTHER",
-            help="Use stream OTHER where a preset names NAME. Repeatable.",
-            rich_help_panel="Data",
-            hidden=True,
-        ),
-    ] = None,
-    allow_missing: Annotated[
-        bool,
-        typer.Option(
-            "--allow-missing",
-            help="Score the validation split even if labelled clips have no features.",
-            rich_help_panel="Data",
-            hidden=True,
-        ),
-    ] = False,
-    preset: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Settings of a published system: p1 or p2.", rich_help_panel="Model"),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="TOML file of settings, or a run's config.toml.", rich_help_panel="Model", hidden=True
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any setting. Repeatable.", rich_help_panel="Model"),
-    ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH",
-            help="Local weights of an encoder to fine-tune, instead of the hub's. Repeatable.",
-            rich_help_panel="Fine-tuning",
-            hidden=True,
-        ),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Train N seeds, counted up from --seed, each in RUN/seed<S>.",
-            rich_help_panel="Output",
-            hidden=True,
-        ),
-    ] = None,
-    all_folds: Annotated[
-        bool,
-        typer.Option(
-            "--all-folds",
-            help="Train every fold of --folds, each in RUN/fold<I>.",
-            rich_help_panel="Output",
-            hidden=True,
-        ),
-    ] = False,
-    together: Annotated[
-        str,
-        typer.Option(
-            metavar="WHEN",
-            help="Train seeds and folds in a batch: auto (if faster), always, never.",
-            rich_help_panel="Output",
-            hidden=True,
-        ),
-    ] = "auto",
-    fresh: Annotated[
-        bool,
-        typer.Option("--fresh", help="Delete the run in --out first.", rich_help_panel="Output", hidden=True),
-    ] = False,
-    out: Annotated[
-        Path, typer.Option(metavar="RUN", help="Directory of the run.", show_default=False, rich_help_panel="Output")
-    ],
+    aliases: PresetAliases = None,
+    allow_missing: AllowMissingInValidation = False,
+    preset: Preset = None,
+    config: SettingsFile = None,
+    settings: Settings = None,
+    weights: FinetunedWeights = None,
+    seeds: Seeds = None,
+    all_folds: AllFolds = False,
+    together: Together = "auto",
+    fresh: Fresh = False,
+    out: Out,
     help_all: HelpAll = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
@@ -170,14 +176,20 @@ def train(
     if json:
         print_json(result.metrics)
     elif not quiet:
-        if result.was_done:
-            echo(f"{out} is finished already. Train longer with more --epochs, or start again with --fresh.")
-        echo(summary(result.metrics))
-        for stream, shares in result.metrics.get("layer_shares", {}).items():
-            echo(f"\nlayers of {stream}: " + ", ".join(f"{share:.2f}" for share in shares))
-        if "best_epoch" in result.metrics:
-            echo(f"\nbest epoch {result.metrics['best_epoch']} of {result.metrics['epochs']}; written to {out}")
+        echo(training_summary(result, out))
     return 0
+
+
+def training_summary(result: "Result", out: Path) -> str:
+    """The metrics of a run, the shares of encoder layers that it mixes, and its best epoch."""
+    text = summary(result.metrics)
+    if result.was_done:
+        text = f"{out} is finished already. Train longer with more --epochs, or start again with --fresh.\n{text}"
+    for stream, shares in result.metrics.get("layer_shares", {}).items():
+        text += f"\n\nlayers of {stream}: " + ", ".join(f"{share:.2f}" for share in shares)
+    if "best_epoch" in result.metrics:
+        text += f"\n\nbest epoch {result.metrics['best_epoch']} of {result.metrics['epochs']}; written to {out}"
+    return text
 
 
 def _train_repeats(
@@ -200,7 +212,7 @@ def _train_repeats(
         def report(name: str, score: float | None) -> None:
             bar.update()
             if not quiet:
-                bar.write(f"{name}: mean CCC {'-' if score is None else f'{score:.3f}'}", file=sys.stderr)
+                bar.write(f"{name}: mean CCC {number(score)}", file=sys.stderr)
 
         repeats = train_repeats(
             cache,
@@ -227,9 +239,9 @@ def _train_repeats(
 def repeats_summary(repeats: "Repeats") -> str:
     """A row per run, and the mean and deviation over the runs."""
     names = ("valence", "arousal", "mean")
-    rows = [(run, *("-" if s[k] is None else f"{s[k]:.3f}" for k in names)) for run, s in repeats.scores.items()]
+    rows = [(run, *(number(s[k]) for k in names)) for run, s in repeats.scores.items()]
     summary = repeats.document()["ccc"]
     for part in ("mean", "std"):
         values = [summary.get(k, {}).get(part) for k in names]
-        rows.append((part, *("-" if value is None else f"{value:.3f}" for value in values)))
+        rows.append((part, *map(number, values)))
     return table(rows, ("CCC", *names))

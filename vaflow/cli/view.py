@@ -5,39 +5,87 @@ from typing import Annotated
 
 import typer
 
-from vaflow.cli.common import JsonFlag, Quiet, Verbose, echo, loading, print_json, set_up, show_bars, table
+from vaflow.cli.common import echo, interval, loading, number, print_json, set_up, show_bars, table
+from vaflow.cli.options import JsonFlag, Quiet, Verbose
 from vaflow.errors import UsageError, count, explain
 
-MediaOption = Annotated[
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare and fuse labels of several annotators.")
+
+
+Shown = Annotated[
+    Path, typer.Argument(metavar="RUN|PREDICTIONS", help="Run, predictions (directory or CSV), or videos to rate.")
+]
+Clips = Annotated[list[str] | None, typer.Argument(metavar="CLIP", help="Clip ids to show (default: all).")]
+ViewOut = Annotated[Path, typer.Option(metavar="DIR", help="Directory for the page and its data.")]
+Media = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="PATH", help="Directory or file with the clips; searched by recorded name and size. Repeatable."
     ),
 ]
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare and fuse labels of several annotators.")
+MaskCache = Annotated[
+    Path | None, typer.Option(metavar="CACHE", help="Read masks from this cache (default: the predictions' cache).")
+]
+Copy = Annotated[bool, typer.Option("--copy", help="Copy the clips beside the page, so that it can be moved.")]
+Boxes = Annotated[bool, typer.Option("--boxes", help="Detect faces and draw a box around the person.")]
+Serve = Annotated[bool, typer.Option("--serve", help="Serve the page on this machine and save ratings made in it.")]
+Port = Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port for --serve (0: any free one).")]
+RatingsOut = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Directory for ratings of --serve (default: DIR/ratings).")
+]
+
+ReportedRuns = Annotated[
+    list[Path], typer.Argument(metavar="RUN", help="Finished runs; differences are against the first.")
+]
+ReportOut = Annotated[Path, typer.Option(metavar="FILE", help="The HTML file to write.")]
+Viewer = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Link clips to this page, as written by `vaflow view`.")
+]
+Gates = Annotated[
+    bool,
+    typer.Option("--gates", help="Show when the fusion lets audio in and what it attends to (runs the models again)."),
+]
+
+RunsRoot = Annotated[Path, typer.Argument(metavar="DIR", help="Directory that is searched for runs.")]
+
+FacesSource = Annotated[Path, typer.Argument(metavar="CACHE|MEDIA", help="Cache, video, or directory of videos.")]
+FacesOut = Annotated[Path, typer.Option(metavar="FILE", help="Page to write; faces.csv is written beside it.")]
+Videos = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="PATH", help="Directory or file with the videos of a cache, for the crops. Repeatable."),
+]
+Several = Annotated[bool, typer.Option("--several", help="Show only clips with several people.")]
+Identity = Annotated[
+    str, typer.Option(metavar="NAME", help="Network that joins tracks, for videos: auto, dlib, onnx:FILE or none.")
+]
+
+RatingsRoot = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="Ratings: ANNOTATOR/CLIP.csv or CLIP.ANNOTATOR.csv.", show_default=False),
+]
+FusedOut = Annotated[Path | None, typer.Option(metavar="DIR", help="Write fused labels here, one CSV per clip.")]
+Fuse = Annotated[str, typer.Option(metavar="HOW", help="mean, or ewe (evaluator-weighted estimator).")]
+MaxLag = Annotated[
+    float, typer.Option(metavar="SECONDS", help="Estimate and remove reaction lags up to this (0: none).")
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(metavar="PREDICTIONS", help="Run or predictions that lags are measured against."),
+]
+Rate = Annotated[float, typer.Option(metavar="HZ", help="Instants per second for comparison and fusion.")]
 
 
 def view(
-    path: Annotated[
-        Path, typer.Argument(metavar="RUN|PREDICTIONS", help="Run, predictions (directory or CSV), or videos to rate.")
-    ],
-    clips: Annotated[list[str] | None, typer.Argument(metavar="CLIP", help="Clip ids to show (default: all).")] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the page and its data.")] = Path("view"),
-    media: MediaOption = None,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="Read masks from this cache (default: the predictions' cache).")
-    ] = None,
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Copy the clips beside the page, so that it can be moved.")
-    ] = False,
-    boxes: Annotated[bool, typer.Option("--boxes", help="Detect faces and draw a box around the person.")] = False,
-    serve: Annotated[
-        bool, typer.Option("--serve", help="Serve the page on this machine and save ratings made in it.")
-    ] = False,
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port for --serve (0: any free one).")] = 0,
-    ratings: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Directory for ratings of --serve (default: DIR/ratings).")
-    ] = None,
+    path: Shown,
+    clips: Clips = None,
+    out: ViewOut = Path("view"),
+    media: Media = None,
+    cache: MaskCache = None,
+    copy: Copy = False,
+    boxes: Boxes = False,
+    serve: Serve = False,
+    port: Port = 0,
+    ratings: RatingsOut = None,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -68,20 +116,10 @@ def view(
 
 
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Finished runs; differences are against the first.")
-    ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file to write.")] = Path("report.html"),
-    viewer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Link clips to this page, as written by `vaflow view`.")
-    ] = None,
-    gates: Annotated[
-        bool,
-        typer.Option(
-            "--gates",
-            help="Show when the fusion lets audio in and what it attends to (runs the models again).",
-        ),
-    ] = False,
+    runs: ReportedRuns,
+    out: ReportOut = Path("report.html"),
+    viewer: Viewer = None,
+    gates: Gates = False,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -104,12 +142,15 @@ def report(
 
 
 def runs(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that is searched for runs.")] = Path(),
+    root: RunsRoot = Path(),
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
     """List the runs below a directory with their scores.
+
+    Valence, arousal and mean are the CCC on the split that was scored, 95 % the interval of the mean. -v adds the
+    fusion and the streams.
 
     Example: vaflow runs runs
     """
@@ -122,42 +163,22 @@ def runs(
         return 0
     rows = []
     for line in lines:
-        interval = line.ci95.get("mean") or (None, None)
-        scores = [
-            "-" if x is None else f"{x:.3f}" for x in (*map(line.ccc.get, ("valence", "arousal", "mean")), *interval)
-        ]
-        seed = "-" if line.seed is None else line.seed
-        rows.append((line.path, line.status, *scores, line.split, line.temporal, line.fusion, seed, line.streams))
-    heads = (
-        "run",
-        "status",
-        "valence",
-        "arousal",
-        "CCC mean",
-        "95% low",
-        "95% high",
-        "split",
-        "temporal",
-        "fusion",
-        "seed",
-    )
-    echo(table(rows, (*heads, "streams")) if rows else f"No runs below {root}")
+        name = line.path if line.status == "done" else f"{line.path} ({line.status})"
+        scores = [number(line.ccc.get(dimension)) for dimension in ("valence", "arousal", "mean")]
+        edges = interval(line.ci95.get("mean") or [None])
+        row = [name, *scores, edges, line.split, line.temporal, number(line.seed, "d")]
+        rows.append(row + [line.fusion, line.streams] * verbose)
+    header = ["run", "valence", "arousal", "mean", "95 %", "split", "temporal", "seed"]
+    echo(table(rows, header + ["fusion", "streams"] * verbose) if rows else f"No runs below {root}")
     return 0
 
 
 def faces(
-    path: Annotated[Path, typer.Argument(metavar="CACHE|MEDIA", help="Cache, video, or directory of videos.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Page to write; faces.csv is written beside it.")] = Path(
-        "faces.html"
-    ),
-    media: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="Directory or file with the videos of a cache, for the crops. Repeatable."),
-    ] = None,
-    several: Annotated[bool, typer.Option("--several", help="Show only clips with several people.")] = False,
-    identity: Annotated[
-        str, typer.Option(metavar="NAME", help="Network that joins tracks, for videos: auto, dlib, onnx:FILE or none.")
-    ] = "auto",
+    path: FacesSource,
+    out: FacesOut = Path("faces.html"),
+    media: Videos = None,
+    several: Several = False,
+    identity: Identity = "auto",
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -183,20 +204,12 @@ def faces(
 
 
 def agree(
-    root: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="Ratings: ANNOTATOR/CLIP.csv or CLIP.ANNOTATOR.csv.", show_default=False),
-    ],
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write fused labels here, one CSV per clip.")] = None,
-    fuse: Annotated[str, typer.Option(metavar="HOW", help="mean, or ewe (evaluator-weighted estimator).")] = "mean",
-    max_lag: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Estimate and remove reaction lags up to this (0: none).")
-    ] = 0.0,
-    reference: Annotated[
-        Path | None,
-        typer.Option(metavar="PREDICTIONS", help="Run or predictions that lags are measured against."),
-    ] = None,
-    rate: Annotated[float, typer.Option(metavar="HZ", help="Instants per second for comparison and fusion.")] = 25.0,
+    root: RatingsRoot,
+    out: FusedOut = None,
+    fuse: Fuse = "mean",
+    max_lag: MaxLag = 0.0,
+    reference: Reference = None,
+    rate: Rate = 25.0,
     json: JsonFlag = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
