@@ -33,6 +33,35 @@ def test_an_error_is_divided_between_words(columns: int, monkeypatch: pytest.Mon
     assert " ".join(line.strip() for line in lines).startswith("vaflow: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["train", "--a-misspelled-option"], "No such option: --a-misspelled-option"),
+        (["train"], "Missing argument 'CACHE'."),
+        (["folds", "cache", "--folds", "several"], "Invalid value for '--folds': Input should be a valid integer, unable"),
+        (["cache", "unknown-subcommand"], "No such command 'unknown-subcommand'."),
+    ],
+)
+def test_a_usage_error_is_divided_between_words(
+    arguments: list[str], problem: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert main(arguments) == 2
+    lines = terminal.getvalue().splitlines()
+    assert max(map(len, lines)) <= columns
+    assert f"Error: {problem}" in " ".join(line.strip() for line in lines)
+    assert lines[0].startswith("Usage: vaflow ")
+
+
+def test_help_without_arguments_keeps_bold_headings_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert main(["cache"]) == 2
+    assert "\x1b[1mCommands\x1b[0m" in terminal.getvalue()
+
+
 def test_system_errors_are_shown_without_their_number() -> None:
     assert explain("Cannot read x.csv", got=FileNotFoundError(2, "No such file", "x.csv")).endswith(
         "Got: No such file."

@@ -36,7 +36,16 @@ from vaflow.cli import predict as export
 from vaflow.cli import predict as submit
 from vaflow.cli import view as faces
 from vaflow.cli import view as labels
-from vaflow.cli.common import PANELS, Command, CommandGroup, command_class, epilog, help_width, print_error
+from vaflow.cli.common import (
+    PANELS,
+    Command,
+    CommandGroup,
+    command_class,
+    epilog,
+    help_width,
+    print_error,
+    print_parser_error,
+)
 from vaflow.errors import UsageError, VaflowError, explain, is_out_of_memory
 from vaflow.extract.config import ExtractConfig
 from vaflow.process import prepare_environment
@@ -137,8 +146,7 @@ def _run(args: Sequence[str] | None) -> int:
         print_error(error)
         return error.exit_code
     except typer.TyperException as error:
-        show = getattr(error, "show", None)  # usage errors print themselves with the usage line
-        show() if show else print_error(error)
+        print_parser_error(error)
         return int(getattr(error, "exit_code", 1))
     except BrokenPipeError:  # `vaflow ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
