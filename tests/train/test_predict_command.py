@@ -12,6 +12,8 @@ from synthetic_cache import Toy, make_cache
 
 import vaflow.predict
 from vaflow.cli import main
+from vaflow.cli.predict import predictions_table
+from vaflow.predict import Predicted
 
 SMALL = ["--set", "hidden=8", "--lr", "1e-2", "--batch-size", "8", "--epochs", "1", "--device", "cpu", "-q"]
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny"]
@@ -62,7 +64,24 @@ def test_a_run_on_imported_features_predicts_a_cache_without_labels(
         assert clip["seconds_without_face"] == 0 and clip["seconds_without_audio"] is None
     assert cache.is_dir()
     assert main(["predict", str(run), "--cache", str(cache), "--out", str(out), "--device", "cpu"]) == 0
-    assert "commonest region" in capsys.readouterr().out
+    assert "region (v/a)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stds", [{}, {"valence": 0.11, "arousal": 0.12}])
+def test_the_table_of_predictions_fits_80_columns(
+    stds: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    means, spreads = {"valence": -0.25, "arousal": 0.5}, {"valence": 0.1, "arousal": 0.2}
+    regions = {"middle valence, high arousal": 1.0, "low valence, low arousal": 0.0}
+    far = 1.0 if stds else None
+    files = (Path("x.csv"), Path("x.png"))
+    clip = Predicted("batch1_trial_012", *files, 7500, means, spreads, regions, 120.25, None, stds, far)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    lines = predictions_table((clip,)).splitlines()
+    assert max(map(len, lines)) <= 80
+    end = "0.11 0.12 100%" if stds else "mid/high 100%"
+    assert " ".join(lines[2].split()) == f"batch1_trial_012 -0.25 (0.10) +0.50 (0.20) 120.2 s - {end}"
 
 
 def test_predicting_further_clips_into_a_directory_keeps_the_sources_of_the_others(

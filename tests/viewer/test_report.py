@@ -111,6 +111,22 @@ def test_a_directory_without_a_run_is_reported(tmp_path: Path, capsys: pytest.Ca
     assert "is not a finished run" in capsys.readouterr().err
 
 
+def test_the_list_of_runs_fits_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = write_run(tmp_path / "study" / "transformer")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert main(["runs", str(tmp_path)]) == 0
+    head, _, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "valence", "arousal", "mean", "95", "%", "split", "temporal", "seed"]
+    low, high = metrics["ci95"]["mean"]
+    assert f"  {low:.3f}..{high:.3f}  " in row and len(row) <= 80
+    assert main(["runs", str(tmp_path), "-v"]) == 0
+    text = capsys.readouterr().out
+    assert "  fusion: " in text and "  streams: " in text
+
+
 def test_runs_lists_finished_unfinished_and_damaged_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = write_run(tmp_path / "study" / "full")
     write_run(tmp_path / "half")
@@ -124,4 +140,6 @@ def test_runs_lists_finished_unfinished_and_damaged_runs(tmp_path: Path, capsys:
     }  # fmt: skip
     assert lines["study/full"]["ccc"] == metrics["ccc"]
     assert main(["runs", str(tmp_path)]) == 0
-    assert f"{metrics['ccc']['mean']:.3f}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"{metrics['ccc']['mean']:.3f}" in text
+    assert "half (not finished)  " in text and "bad (damaged)  " in text
