@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,11 +133,20 @@ def test_command_runs(page: str, line: str, here: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(("page", "code"), [(page, code) for page in PAGES for code in blocks(page, "python")])
-def test_python_block_runs(page: str, code: str, here: Path) -> None:
+def test_python_block_runs(page: str, code: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, stand_in in STAND_INS.items():
         code = code.replace(f'"{name}"', f'"{stand_in}"')
-    names = {"__name__": "__main__", "vaflow": vaflow}  # later blocks of a page use the import of the first
+    given = {"__name__": "__main__", "vaflow": vaflow}  # later blocks of a page use the import of the first
+    names: dict[str, Any] = dict(given)
     exec(compile(code, page, "exec"), names)
+    printed, defined = capsys.readouterr().out, names.keys() - {*given, "__builtins__"}
+    if "print(" in code:
+        assert re.search(r"\d\.\d", printed) and "nan" not in printed
+    else:
+        assert defined, "the block computes nothing"
+    if "frames" in defined:  # a row per video frame
+        columns = {len(names["frames"][name]) for name in ("time", "valence", "arousal")}
+        assert len(columns) == 1 and columns != {0}
 
 
 ALL_PAGES = [path for path in (ROOT, ROOT / "docs") for path in path.glob("*.md")]
