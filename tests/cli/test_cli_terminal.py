@@ -38,7 +38,7 @@ def test_an_error_is_divided_between_words(columns: int, monkeypatch: pytest.Mon
     [
         (["train", "--a-misspelled-option"], "No such option: --a-misspelled-option"),
         (["train"], "Missing argument 'CACHE'."),
-        (["folds", "cache", "--folds", "several"], "Invalid value for '--folds': Input should be a valid integer, unable"),
+        (["folds", "cache", "--folds", "several"], "Invalid value for '--folds': Input should be a valid integer"),
         (["cache", "unknown-subcommand"], "No such command 'unknown-subcommand'."),
     ],
 )
