@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A shell that starts the suite in the background has it ignore Ctrl-C, and all its children: tests send that signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+MEMORY = Path("/dev/shm")
+MEMORY_NEEDED, PROCESSES_NEED = 4 * 2**30, 8 * 2**30  # bytes: files of the whole suite, and its processes
 
 DRAWING = (
     "test_plots.py",
@@ -60,6 +64,24 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(len(os.sched_getaffinity(0)) + 1, 8) if whole and not config.option.collectonly else 0
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the files of the whole suite in memory, where that has room: tests flush thousands of files to the disk.
+
+    TMPDIR and `--basetemp` override it. The files are deleted when all tests have passed.
+    """
+    whole = bool(config.option.numprocesses) and "PYTEST_XDIST_WORKER" not in os.environ
+    if not whole or config.option.basetemp or "TMPDIR" in os.environ or not MEMORY.is_dir():
+        return
+    if shutil.disk_usage(MEMORY).free > MEMORY_NEEDED and _available_memory() > MEMORY_NEEDED + PROCESSES_NEED:
+        os.environ["TMPDIR"] = str(MEMORY)
+
+
+def _available_memory() -> int:
+    """Bytes that processes may still use, from /proc."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Move the files of `SLOWEST` to the front."""
     rank = {name: place for place, name in enumerate(SLOWEST)}
@@ -72,7 +94,8 @@ def workers_fork_from_a_server() -> None:
 
     A spawned worker imports for 0.3 s, or 2.5 s with torch. Scripts and commands of the fixture `lab` still spawn.
     """
-    multiprocessing.set_forkserver_preload(["vaflow.extract.worker", "vaflow.train.training"])
+    imported = ["vaflow.extract.worker", "vaflow.train.training", "torch._dynamo", "torch._inductor.config"]
+    multiprocessing.set_forkserver_preload(imported)
     vaflow.process.START_METHOD = "forkserver"  # type: ignore[assignment]
 
 

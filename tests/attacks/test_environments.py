@@ -41,12 +41,17 @@ class Environment:
 
 
 C_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+# ROOT may lie in /dev/shm: it stays visible there.
+SMALL_SHM = (
+    'mount --bind "$ROOT" /mnt; mount -t tmpfs -o size=64k tmpfs /dev/shm; '
+    'mkdir -p "$ROOT"; mount --bind /mnt "$ROOT"; "$@"'
+)
 # Conditions that do not hide each other share an environment: a command imports torch in every one.
 ENVIRONMENTS = {
     "no passwd entry, tiny shared memory": Environment(  # as in a container that runs with --user 54321
         ["unshare", "--mount"],
         variables={"USER": None, "LOGNAME": None, "LNAME": None, "USERNAME": None},
-        script='mount --bind /dev/null /etc/passwd; mount -t tmpfs -o size=64k tmpfs /dev/shm; "$@"',
+        script="mount --bind /dev/null /etc/passwd; " + SMALL_SHM,
         needs_root=True,
     ),
     "no HOME, C locale": Environment(variables={"HOME": None, "XDG_CACHE_HOME": None, **C_LOCALE}),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -38,12 +39,14 @@ class Process:
 
     def __init__(self, lab: "Lab", pid: int, out: Path, err: Path) -> None:
         self._lab, self.pid, self._out, self._err = lab, pid, out, err
+        self._handle = os.pidfd_open(pid)  # readable when the command has ended: waiting costs no processor time
         self.code: int | None = None
 
-    def running(self) -> bool:
-        """Whether the command is still running."""
-        if self.code is None:
-            self.code = self._lab.ask({"poll": self.pid})["code"]
+    def running(self, wait: float = 0.0) -> bool:
+        """Whether the command is still running, after at most `wait` seconds."""
+        if self.code is None and select.select([self._handle], [], [], wait)[0]:
+            self.code = self._lab.ask({"reap": self.pid})["code"]
+            os.close(self._handle)
         return self.code is None
 
     def send(self, number: int, *, group: bool = False) -> None:
@@ -53,12 +56,9 @@ class Process:
 
     def wait(self, limit: float = LIMIT) -> Ended:
         """Wait for the command; kill it and raise if it exceeds the time limit."""
-        deadline = time.monotonic() + limit
-        while self.running():
-            if time.monotonic() > deadline:
-                os.killpg(self.pid, signal.SIGKILL)
-                raise TimeoutError(f"hangs: {self._err.read_text()[-2000:]}")
-            time.sleep(0.005)
+        if self.running(limit):
+            os.killpg(self.pid, signal.SIGKILL)
+            raise TimeoutError(f"hangs: {self._err.read_text()[-2000:]}")
         assert self.code is not None
         return Ended(self.code, self._out.read_text(), self._err.read_text())
 

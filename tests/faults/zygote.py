@@ -1,7 +1,7 @@
 """A process that has imported everything and forks commands, so that they start immediately.
 
-Reads one JSON object per line and answers with one: {"run": ...} -> {"pid"}, {"poll": pid} -> {"code"} (null while it
-runs; negative: the signal that ended it). Run as a program by `lab.Lab`.
+Reads one JSON object per line and answers with one: {"run": ...} -> {"pid"}, {"reap": pid} -> {"code"} of a command
+that has ended (negative: the signal that ended it). Run as a program by `lab.Lab`.
 """
 
 import gc
@@ -13,7 +13,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-IMPORTED = """matplotlib.backends.backend_agg matplotlib.figure mpl_toolkits.mplot3d torch.utils.tensorboard
+IMPORTED = """matplotlib.backends.backend_agg matplotlib.figure mpl_toolkits.mplot3d torch._dynamo
+torch._inductor.config torch.utils.tensorboard
 typer._adapters typer._click.decorators zarr vaflow.cache.edit vaflow.cli vaflow.extract.pipeline vaflow.train.evaluate
 vaflow.train.plots vaflow.train.smoothing_choice vaflow.train.training"""
 
@@ -93,8 +94,7 @@ def main() -> None:
                 become(request["run"])
             answer = {"pid": pid}
         else:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
-            answer = {"code": os.waitstatus_to_exitcode(status) if pid else None}
+            answer = {"code": os.waitstatus_to_exitcode(os.waitpid(request["reap"], 0)[1])}
 
 
 if __name__ == "__main__":
