@@ -7,7 +7,7 @@ from kills import SMALL, toy_cache
 from lab import EXTRACT, Lab, assert_printed
 from media import write_media
 
-CLIPS = 6
+CLIPS = 3
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +24,13 @@ def whole(lab: Lab, media: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of toy features per module, which tests may change."""
+    """A cache of toy features; tests change copies of it."""
     return toy_cache(tmp_path_factory.mktemp("toys") / "cache")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole_run(lab: Lab, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed training run on the toy cache."""
     out = tmp_path_factory.mktemp("runs") / "whole"

@@ -9,14 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lab import EXTRACT, Lab, Process, assert_printed, assert_same_cache, attempts
+from lab import TWO_WORKERS, Lab, Process, assert_printed, assert_same_cache, attempts
 from safetensors import safe_open
 from synthetic_cache import Toy, make_cache
 
 from vaflow.cache import create_cache, open_cache
 from vaflow.train.runs import RunFolder
 
-SMALL = ["--set", "hidden=16", "--lr", "3e-3", "--batch-size", "8", "--epochs", "6", "--device", "cpu"]
+SMALL = ["--set", "hidden=16", "--lr", "3e-3", "--batch-size", "4", "--epochs", "4", "--device", "cpu"]
 Kept = Mapping[str, object]
 
 
@@ -134,7 +134,7 @@ def extraction(media: Path, whole: Path, store: str = "zarr") -> Target:
     """`vaflow extract` with the tiny encoders."""
 
     def args(out: Path) -> list[object]:
-        return ["extract", media, "--out", out, "--store", store, *EXTRACT]
+        return ["extract", media, "--out", out, "--store", store, *TWO_WORKERS]
 
     return Target(f"extract, {store}", args, attempts, lambda out: assert_same_cache(out, whole))
 
@@ -192,10 +192,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 # Input data
 
 
-def toy_cache(path: Path, clips: int = 9) -> Path:
+def toy_cache(path: Path, clips: int = 6) -> Path:
     """A cache to train on, to convert, to merge."""
     third = clips // 3
-    return make_cache(path, Toy(splits={"train": clips - third, "val": third}, seconds=(8, 14), store="zarr")).path
+    return make_cache(path, Toy(splits={"train": clips - third, "val": third}, seconds=(6, 9), store="zarr")).path
 
 
 def split_cache(source: Path, folder: Path) -> list[Path]:

@@ -19,9 +19,10 @@ from vaflow.cache import Cache, open_cache
 from vaflow.cache.verify import verify
 
 HERE = Path(__file__).parent
-TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--device", "cpu", "--faces", "none"]
+TINY = ["--visual", "clip-tiny", "--audio", "vggish-tiny", "--device", "cpu", "--faces", "none"]
 SHORT = ["--window", "2", "--stride", "1", "--frames", "2", "--audio-steps", "4", "--image-batch", "4"]
-EXTRACT = [*TINY, *SHORT, "--workers", "2"]
+EXTRACT = [*TINY, *SHORT, "--workers", "1"]
+TWO_WORKERS = [*TINY, *SHORT, "--workers", "2"]
 LIMIT = 120.0  # seconds after which a command hangs
 
 

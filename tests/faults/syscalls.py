@@ -35,7 +35,7 @@ def trace(args: Sequence[object], log: Path) -> list[Call]:
     if program is None:
         pytest.skip("strace is not installed")
     code = "import sys; from vaflow.cli import main; sys.exit(main(sys.argv[1:]))"
-    traced = [program, "-f", "-y", "-qq", "-s", "4096", "-o", str(log), "-e", f"trace={CALLS}"]
+    traced = [program, "--seccomp-bpf", "-f", "-y", "-qq", "-s", "4096", "-o", str(log), "-e", f"trace={CALLS}"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     strace = subprocess.run(
         [*traced, sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True

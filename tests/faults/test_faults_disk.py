@@ -93,7 +93,7 @@ def test_hdf5_on_a_full_disk_is_complete_or_rejected(disk: Disk) -> None:
 
 def test_a_full_disk_stops_extraction_cleanly(lab: Lab, disk: Disk, media: Path, whole: Path) -> None:
     out = disk.path / "cache"
-    kept = fill_up(lab, disk, ["extract", media, "--out", out, *EXTRACT], out, (16, 100, 300, 500))
+    kept = fill_up(lab, disk, ["extract", media, "--out", out, *EXTRACT], out, (16, 100, 500))
     assert kept > 0
     assert_same_cache(out, whole)
 
@@ -129,18 +129,18 @@ def test_a_disk_that_becomes_read_only_is_reported(lab: Lab, disk: Disk, media: 
     disk.resize(64_000)
     out = disk.path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]
-    fault = f"strike('vaflow.cache.cache.Cache.write', 12, run, 'mount -o remount,ro {disk.path}')"
+    fault = f"strike('vaflow.cache.cache.Cache.write', 9, run, 'mount -o remount,ro {disk.path}')"
     assert_refused(lab.run(args, f"from strikes import *; {fault}"), "Read-only file system")
     assert verify(open_cache(out)) == []
     kept = attempts(out)
-    assert len(kept) > 8
+    assert len(kept) > 4
     disk.resize(64_000)
     assert_printed(lab.run(args), 0)
     assert kept.items() <= attempts(out).items()
     assert_same_cache(out, whole)
 
 
-@pytest.mark.parametrize("at", [2, 9, 20])
+@pytest.mark.parametrize("at", [2, 9])
 def test_extraction_reports_lost_permission(lab: Lab, media: Path, whole: Path, tmp_path: Path, at: int) -> None:
     out = tmp_path / "cache"
     args = ["extract", media, "--out", out, *EXTRACT]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from kills import Tally, Target, campaign, conversion, extraction, merging, split_cache, training
-from lab import Lab, assert_printed
+from lab import Lab
 
 KILLS = 2  # here; `scripts/faults.py` does 30 of each
 
@@ -28,10 +28,10 @@ def test_merge_resumes_after_random_kills(lab: Lab, toys: Path, tmp_path: Path) 
     assert_clean(lab, merging(split_cache(toys, tmp_path), toys), tmp_path, seed=3)
 
 
-def test_training_killed_at_random_moments_gives_the_same_weights(lab: Lab, toys: Path, tmp_path: Path) -> None:
-    target = training(toys, tmp_path / "whole")
-    assert_printed(lab.run(target.args(tmp_path / "whole")), 0)
-    assert_clean(lab, target, tmp_path, seed=4)
+def test_training_killed_at_random_moments_gives_the_same_weights(
+    lab: Lab, toys: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    assert_clean(lab, training(toys, whole_run), tmp_path, seed=4)
 
 
 def test_the_item_count_detects_lost_items(lab: Lab, toys: Path, tmp_path: Path) -> None:

@@ -170,20 +170,20 @@ def test_only_damaged_items_are_extracted_again(lab: Lab, media: Path, whole: Pa
     """verify detects one flipped bit, repair drops that item, extract restores it: the cache is as before."""
     out = tmp_path / "cache"
     subprocess.run(["cp", "-a", whole, out], check=True)
-    record = open_cache(out).record("clip-tiny", "clip3")
-    file = open_cache(out).layout.item("clip-tiny", "clip3") / max(record.files, key=lambda n: record.files[n]["size"])
+    record = open_cache(out).record("clip-tiny", "clip2")
+    file = open_cache(out).layout.item("clip-tiny", "clip2") / max(record.files, key=lambda n: record.files[n]["size"])
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
     before = attempts(out)
     ended = lab.run(["cache", "verify", out])
     assert ended.code == 1
-    assert "'clip3' of stream 'clip-tiny'" in ended.out + ended.err
+    assert "'clip2' of stream 'clip-tiny'" in ended.out + ended.err
     assert_printed(lab.run(["cache", "repair", out]), 0)
     assert_printed(lab.run(["extract", media, "--out", out, *EXTRACT]), 0)
     after = attempts(out)
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"records/clip-tiny/clip3.json"}
+    assert changed == {"records/clip-tiny/clip2.json"}
     assert after.keys() == before.keys()
     assert lab.run(["cache", "verify", out]).code == 0
     assert_same_cache(out, whole)
