@@ -151,7 +151,7 @@ def onnx_bytes(heads: Heads, inputs: dict[str, Tensor], *, dynamic: bool) -> byt
             torch.onnx.export(
                 heads,
                 tuple(inputs[name] for name in heads.input_names),
-                file,  # type: ignore[arg-type]  # takes any binary file
+                file,  # takes any binary file
                 input_names=heads.input_names,
                 output_names=heads.output_names,
                 dynamic_axes=axes,

@@ -32,7 +32,7 @@ class VoiceModel(nn.Module):
 def export(module: nn.Module, example: torch.Tensor, path: Path, *, dynamic: bool = True) -> Path:
     axes = {"input": {0: "batch"}, "output": {0: "batch"}} if dynamic else None
     names: dict[str, object] = {"input_names": ["input"], "output_names": ["output"], "dynamic_axes": axes}
-    torch.onnx.export(module.eval(), (example,), str(path), dynamo=False, **names)  # type: ignore[arg-type]
+    torch.onnx.export(module.eval(), (example,), str(path), dynamo=False, **names)
     return path
 
 
