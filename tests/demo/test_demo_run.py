@@ -18,16 +18,23 @@ ROOT = Path(__file__).parents[2]
 FIGURES = {"agreement.png", "training.png", "trace-val01.png"}
 
 
+@pytest.fixture(scope="module", params=[6, pytest.param(24, marks=pytest.mark.slow)])  # 24: the default
+def clip_count(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(clip_count: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo"
-    assert main(["demo", "--out", str(out), "--quiet"]) == 0
+    assert main(["demo", "--out", str(out), "--clips", str(clip_count), "--quiet"]) == 0
     return out
 
 
-def test_the_demo_scores_held_out_people(demo: Path) -> None:
+def test_the_demo_scores_held_out_people(demo: Path, clip_count: int) -> None:
     """The stored score reaches the documented one and equals a score computed from the files."""
-    ccc = json.loads((demo / "run" / "metrics.json").read_text())["ccc"]
+    metrics = json.loads((demo / "run" / "metrics.json").read_text())
+    assert metrics["n_clips"] == clip_count // 3
+    ccc = metrics["ccc"]
     assert ccc["mean"] >= 0.5
     predicted, labelled = [], []
     for path in sorted((demo / "run" / "predictions" / "val").glob("*.csv")):
@@ -44,7 +51,7 @@ def test_the_demo_scores_held_out_people(demo: Path) -> None:
 
 
 def test_intervals_have_nominal_coverage_on_held_out_people(demo: Path) -> None:
-    """With eight held-out people; docs/uncertainty.md has the coverage on sixty."""
+    """With two (by default eight) held-out people; docs/uncertainty.md has the coverage on sixty."""
     metrics = json.loads((demo / "run" / "metrics.json").read_text())
     for levels in metrics["coverage"].values():
         assert all(share == pytest.approx(int(level) / 100, abs=0.1) for level, share in levels.items())
@@ -64,10 +71,12 @@ def test_the_demo_writes_figures(demo: Path) -> None:
         assert (demo / "run" / "pictures" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_demo_in_one_folder_reuses_every_stage(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_demo_in_one_folder_reuses_every_stage(
+    demo: Path, clip_count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [*(demo / "data").rglob("*.mp4"), *(demo / "cache" / "records").rglob("*.json"), demo / "run/history.csv"]
     before = {path: path.stat().st_mtime_ns for path in files}
-    assert main(["demo", "--out", str(demo), "--json"]) == 0
+    assert main(["demo", "--out", str(demo), "--clips", str(clip_count), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ccc"]["mean"] >= 0.5
     assert {path: path.stat().st_mtime_ns for path in files} == before
 

@@ -1,6 +1,6 @@
 """Anti-aliased drawing in a local coordinate system."""
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -41,6 +41,7 @@ class Pen:
         return np.rint(points @ self.matrix + self.offset).astype(np.int32)
 
 
+@lru_cache(1024)  # most colours are those of every frame
 def shade(colour: Colour, factor: float) -> Colour:
     """Darker (below 1) or lighter (above 1)."""
     blue, green, red = (int(min(255, max(0, c * factor))) for c in colour)
@@ -58,8 +59,10 @@ def from_rgb(text: str) -> Colour:
     return int(text[5:7], 16), int(text[3:5], 16), int(text[1:3], 16)
 
 
-def curve(x: Sequence[float] | Points, height: float, lift: float, y: float, power: float = 2.0) -> Points:
-    """An arc over `x` in [-1, 1]: at `y - height` in the middle, `y - lift` at both ends (up is negative)."""
-    x = np.asarray(x, np.float64)
-    bend = np.abs(x) ** power
-    return np.stack([x, y - height * (1 - bend) - lift * bend], axis=-1)
+def curve(x: Points, height: float, lift: float, y: float) -> Points:
+    """A parabola over `x` in [-1, 1]: at `y - height` in the middle, `y - lift` at both ends (up is negative)."""
+    points = np.empty((len(x), 2))
+    bend = x * x
+    points[:, 0] = x
+    points[:, 1] = y - height * (1 - bend) - lift * bend
+    return points

@@ -15,6 +15,7 @@ TEETH: Colour = (232, 238, 240)
 EYE_Y, BROW_Y, NOSE_Y, MOUTH_Y = -0.12, -0.5, 0.27, 0.66
 HEAD_SCALE = 0.235  # half face width, in image heights
 ACROSS = np.linspace(-1, 1, 9)
+IRIS, PUPIL, GLINT = CIRCLE * 0.125, CIRCLE * 0.065, CIRCLE * 0.03 + (0.04, -0.045)
 FRINGE = {"short": 0.3, "long": 0.36, "bun": 0.2, "curly": 0.26}  # from the top of the head to the hairline
 
 
@@ -53,6 +54,10 @@ class FaceArtist:
         self.skin = shade(person.skin, person.light)
         self.outline = _outline(person)
         self.hair = _hair(person, self.outline)
+        w = person.eye_size
+        self.socket = CIRCLE * (w * 1.25, 0.3) + (0, -0.02)
+        self.above_eye = (curve(ACROSS, 0.36, -0.02, 0) * (w * 1.1, 1))[::-1]
+        self.below_eye = (curve(ACROSS, -0.28, -0.02, 0) * (w * 1.1, 1))[::-1]
 
     def place(self, i: int) -> tuple[float, float, float]:
         """Where the head of frame i is: centre x, y in pixels, and tilt in radians."""
@@ -121,24 +126,20 @@ class FaceArtist:
     def _eye(self, pen: Pen, i: int, side: int) -> None:
         e, p = self.expression, self.person
         opening, cheek = float(e.eyes[i]), max(float(e.smile[i]), 0)
-        w = p.eye_size
-        upper = curve(ACROSS, 0.28 * opening, -0.01, 0) * (w, 1)
-        lower = curve(ACROSS, -0.15 * opening + 0.06 * cheek * opening, -0.01, 0) * (w, 1)
+        width = np.array([p.eye_size, 1])
         centre = np.array([side * p.eye_gap, EYE_Y])
-        shape = np.concatenate([upper, lower[::-1]])
-        pen.fill(CIRCLE * (w * 1.25, 0.3) + centre + (0, -0.02), shade(self.skin, 0.93))
-        pen.fill(shape + centre, WHITE)
+        upper = curve(ACROSS, 0.28 * opening, -0.01, 0) * width + centre
+        lower = curve(ACROSS, -0.15 * opening + 0.06 * cheek * opening, -0.01, 0) * width + centre
+        pen.fill(self.socket + centre, shade(self.skin, 0.93))
+        pen.fill(np.concatenate([upper, lower[::-1]]), WHITE)
         if opening > 0.06:
             look = centre + np.array([float(e.gaze[i]) * 0.06, -0.06 * opening])
-            pen.fill(CIRCLE * 0.125 + look, p.iris)
-            pen.fill(CIRCLE * 0.065 + look, DARK)
-            pen.fill(CIRCLE * 0.03 + look + (0.04, -0.045), WHITE)
-        lid = shade(self.skin, 0.86)
-        above = curve(ACROSS, 0.36, -0.02, 0) * (w * 1.1, 1)
-        below = curve(ACROSS, -0.28, -0.02, 0) * (w * 1.1, 1)
-        pen.fill(np.concatenate([upper, above[::-1]]) + centre, lid)
-        pen.fill(np.concatenate([lower, below[::-1]]) + centre, shade(self.skin, 0.93))
-        pen.line(upper + centre, DARK, 0.045)
+            pen.fill(IRIS + look, p.iris)
+            pen.fill(PUPIL + look, DARK)
+            pen.fill(GLINT + look, WHITE)
+        pen.fill(np.concatenate([upper, self.above_eye + centre]), shade(self.skin, 0.86))
+        pen.fill(np.concatenate([lower, self.below_eye + centre]), shade(self.skin, 0.93))
+        pen.line(upper, DARK, 0.045)
 
     def _brow(self, pen: Pen, i: int, side: int) -> None:
         e, p = self.expression, self.person
