@@ -17,7 +17,7 @@ from vaflow.extract.pipeline import extract
 CLIPS = {"obama.mp4": "train", "face_noface.mov": "train", "carphone.mp4": "val"}
 FRAMES = 200  # at least as many rows of annotation as any of them has frames
 EXTRACTION = ExtractConfig(
-    visual=("clip-tiny",), audio=("ast-tiny",), window=4.0, stride=1.5, frames=8, audio_steps=8, pixels=True, workers=1
+    visual=("clip-tiny",), audio=("ast-tiny",), window=4.0, stride=2.0, frames=4, audio_steps=8, pixels=True, workers=1
 )
 
 

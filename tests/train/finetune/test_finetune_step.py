@@ -32,7 +32,7 @@ def fabric() -> Iterator[Any]:
         yield opened
 
 
-def step(cache: Cache, fabric: Any, config: TrainConfig, windows: int = 4) -> tuple[Tuning, torch.Tensor]:
+def step(cache: Cache, fabric: Any, config: TrainConfig, windows: int = 3) -> tuple[Tuning, torch.Tensor]:
     """A step on the first windows; the gradients stay in the model."""
     work = tuning(Loaded(cache, config), fabric, config.finetune_blocks)
     return work, train_step(work, read_share(work, torch.arange(windows), NUMBERS), NUMBERS)
@@ -61,11 +61,11 @@ def test_gradients_equal_the_plain_composition(pixels_cache: Cache, fabric: Any)
     work, losses = step(pixels_cache, fabric, PLAIN)
     plain = tuning(Loaded(pixels_cache, PLAIN), fabric)
     windows = plain.windows
-    batch = windows.gather(torch.arange(4))
+    batch = windows.gather(torch.arange(3))
     features = {}
     for backbone in plain.model.backbones:
         name = backbone.stream.name
-        index = windows.tables[name].index[:4].long()
+        index = windows.tables[name].index[:3].long()
         units = (torch.unique(index[index > 0]) - 1) // backbone.per_unit
         encoded = {unit: plain.sources[name].read(torch.tensor([unit])) for unit in set(units.tolist())}
         rows = {unit: backbone.features(image) for unit, image in encoded.items()}
@@ -89,7 +89,7 @@ def test_dropout_is_the_same_in_both_passes(pixels_cache: Cache, fabric: Any) ->
     """If the first part contains the whole batch, splitting must not matter even with dropout."""
     config = replace(SETTINGS, dropout=0.5, modality_dropout=0.5)
     one = tuning(Loaded(pixels_cache, config), fabric)
-    share = read_share(one, torch.arange(4), NUMBERS)
+    share = read_share(one, torch.arange(3), NUMBERS)
     train_step(one, share, NUMBERS)
     two = tuning(Loaded(pixels_cache, config), fabric)
     ids, real = share.ids.repeat(2), torch.cat([share.real, ~share.real])
