@@ -66,7 +66,7 @@ def step_together(config: TrainConfig, inputs: Inputs, windows: WindowSet, runs:
     """A function that takes step k of several runs."""
     data = Data(windows, windows)
     members = [Member(fresh(config, inputs, seed), replace(config, seed=seed), data) for seed in range(runs)]
-    stack = StackedModels([member.model for member in members], [member.config for member in members])
+    stack = StackedModels([member.model for member in members], [member.config for member in members], capture_after=1)
     ids = list(windows.shuffled(config.batch_size, torch.Generator().manual_seed(0)))[:-1]  # whole batches
 
     def step(k: int) -> object:

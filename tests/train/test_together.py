@@ -23,9 +23,11 @@ from vaflow.train.inputs import resolve
 from vaflow.train.loop import Progress, fit, save_checkpoint
 from vaflow.train.session import Data, LoadedSplits, data_key, load_data, new_model
 from vaflow.train.storage import read_tensors
-from vaflow.train.together.epochs import Member, fit_together
+from vaflow.train.together.epochs import Member, fit_together, take_step
 from vaflow.train.together.runs import FOLD, VARYING, Choice, Trainer, batches_of, choose
+from vaflow.train.together.stacked_models import StackedModels
 from vaflow.train.training import Result
+from vaflow.train.windows import gather_each
 
 CPU = torch.device("cpu")
 BASE = TrainConfig(hidden=8, attention_heads=2, lr=1e-3, batch_size=4, epochs=3, device="cpu")
@@ -179,6 +181,30 @@ def test_batched_runs_equal_separate_runs(cache: Cache, settings: dict[str, Any]
     loaded = LoadedSplits(cache)
     for run in members:
         check_equal(run, *alone(cache, loaded.data(run.config), run.config))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temporal": "tcn", "audio": (AUDIO, LOGMEL)}, {"extra_targets": ("units", "classes")}],
+    ids=["gru", "tcn with a spectrogram", "further targets"],
+)
+def test_captured_steps_equal_dispatched_steps(cache: Cache, settings: dict[str, Any]) -> None:
+    """The same bits, with dropout, for all runs and for some, and for a smaller batch."""
+    sizes = [(range(3), 4), (range(3), 4), (range(3), 2), (range(3), 4), (range(3), 2), ([0, 2], 4), ([1, 2], 4)]
+    results = []
+    for capture_after in (1, 1000):
+        members = members_of(cache, configs(cache, **settings))
+        stack = StackedModels([m.model for m in members], [m.config for m in members], capture_after)
+        for generator in stack.generators:
+            generator.manual_seed(5)
+        steps = []
+        for step, (runs, size) in enumerate(sizes):
+            sets = [members[run].data.train for run in runs]
+            batch = gather_each(sets, [torch.arange(size) + k for k in range(len(sets))])
+            steps += take_step(stack, members, runs, batch, step)
+        results.append((steps, [member.model.state_dict() for member in members]))
+    captured, dispatched = results
+    torch.testing.assert_close(captured, dispatched, rtol=0, atol=0)
 
 
 def test_every_setting_that_may_vary_is_tested() -> None:

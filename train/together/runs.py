@@ -274,7 +274,7 @@ def choose(cache: Cache, configs: Sequence[TrainConfig], data: Sequence[Data]) -
         optimizer = make_optimizer(model, config)
         pairs = zip(configs, data, strict=True)
         members = [Member(new_model(c, inputs, splits, device), c, splits) for c, splits in pairs]
-        stack = StackedModels([member.model for member in members], configs)
+        stack = StackedModels([member.model for member in members], configs, capture_after=1)
         orders = [splits.train.shuffled(config.batch_size, torch.Generator().manual_seed(0)) for splits in data]
         ids = list(islice(zip(*map(cycle, orders), strict=False), REPEATS + 1))
         size = min(len(chosen) for step in ids for chosen in step)  # equal, also where an epoch is a step
