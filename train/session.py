@@ -273,16 +273,16 @@ def reproducible(session: Session, device: torch.device) -> Iterator[Session]:
     """Set the float32 arithmetic and the algorithms of the training inside; yields the session that records them."""
     forbid_tf32()
     deterministic = session.config.deterministic
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     environment = {"device": name, "torch": torch.__version__, "tf32": False, "deterministic": deterministic}
-    torch.use_deterministic_algorithms(deterministic or before)
+    torch.set_deterministic_debug_mode("error" if deterministic else before)
     try:
         yield replace(session, record=replace(session.record, environment=environment))
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:

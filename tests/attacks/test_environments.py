@@ -14,7 +14,7 @@ from media import write_media
 
 from vaflow.cli import main
 
-TINY = ["--visual", "none", "--audio", "ast-tiny", "--device", "cpu", "--workers", "1"]
+TINY = ["--visual", "none", "--device", "cpu", "--workers", "1"]
 SHORT = ["--window", "2", "--stride", "1", "--frames", "4", "--audio-steps", "4"]
 SMALL = ["--kl-weight", "0", "--set", "hidden=8", "--epochs", "1", "--device", "cpu"]
 SEVERAL = Path(__file__).with_name("several_commands.py")
@@ -48,14 +48,15 @@ SMALL_SHM = (
 )
 # Conditions that do not hide each other share an environment: a command imports torch in every one.
 ENVIRONMENTS = {
-    "no passwd entry, tiny shared memory": Environment(  # as in a container that runs with --user 54321
+    "no passwd entry, no HOME, tiny shared memory": Environment(  # as in a container that runs with --user 54321
         ["unshare", "--mount"],
-        variables={"USER": None, "LOGNAME": None, "LNAME": None, "USERNAME": None},
+        variables=dict.fromkeys(["USER", "LOGNAME", "LNAME", "USERNAME", "HOME", "XDG_CACHE_HOME"]),
         script="mount --bind /dev/null /etc/passwd; " + SMALL_SHM,
         needs_root=True,
     ),
-    "no HOME, C locale": Environment(variables={"HOME": None, "XDG_CACHE_HOME": None, **C_LOCALE}),
-    "HOME that is not there": Environment(variables={"HOME": "/nonexistent", "XDG_CACHE_HOME": None}),
+    "HOME that is not there, C locale": Environment(
+        variables={"HOME": "/nonexistent", "XDG_CACHE_HOME": None, **C_LOCALE}
+    ),
     "few file handles": Environment(script='ulimit -n 128; "$@"', codes=(1,)),
     "little memory": Environment(script='ulimit -v 3000000; "$@"', codes=(1,)),
     "optimised twice": Environment(variables={"PYTHONOPTIMIZE": "2"}, codes=(2,)),
@@ -72,7 +73,7 @@ BOTH = "extract and train"
 COMMANDS: dict[str, Callable[[Path], list[list[object]]]] = {
     "check": lambda root: [["check", root / "data"]],
     BOTH: lambda root: [
-        ["extract", root / "data", "--out", root / "cache2", *TINY, *SHORT],
+        ["extract", root / "data", "--out", root / "cache2", "--audio", "ast-tiny", *TINY, *SHORT],
         ["train", root / "cache", "--out", root / "run2", *SMALL],
     ],
     "info": lambda root: [["cache", "info", root / "cache"]],
@@ -95,7 +96,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("environments")
     write_media(root / "data", 3)
     for args in (
-        ["extract", root / "data", "--out", root / "cache", *TINY, *SHORT],
+        ["extract", root / "data", "--out", root / "cache", "--audio", "vggish-tiny", *TINY, *SHORT],
         ["train", root / "cache", "--out", root / "run", *SMALL],
     ):
         assert main(list(map(str, args))) == 0
