@@ -138,6 +138,17 @@ def write(path: Path, draw: Callable[[float], Drawn], seconds: float, *, turned:
     return path
 
 
+def cut(path: Path, source: Path, seconds: float) -> Path:
+    """Write the first seconds of a video, without encoding it again."""
+    with av.open(str(source)) as whole, av.open(str(path), "w") as container:
+        streams = {stream.index: container.add_stream_from_template(stream) for stream in whole.streams}
+        for packet in whole.demux():
+            if packet.pts is not None and packet.pts * packet.time_base < seconds:
+                packet.stream = streams[packet.stream.index]
+                container.mux(packet)
+    return path
+
+
 def people_of(path: Path, network: str) -> People:
     """Yield the people of a video; their crops can be read inside the context."""
     times = frame_times(path)

@@ -10,7 +10,7 @@ then follows a configuration file, which can name remote code. Only names in ope
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class ClipEncoder(ImageEncoder):
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> NDArray[np.float32]:
         """Return [N, dim] float32 for N texts, each of length one."""
-        tokenize = self._tokenizer()
+        tokenize = _loaded(self._tokenizer)
         rows = [
             self._model.encode_text(tokenize(texts[i : i + TEXT_BATCH]).to(self.device), normalize=True)
             for i in range(0, len(texts), TEXT_BATCH)
@@ -87,7 +87,13 @@ class ClipEncoder(ImageEncoder):
         Raises:
             UsageError: the tower does not support such vectors, or they leave no room for the texts.
         """
-        return ContextTower(self._model, self._tokenizer(), texts, count, self.device)
+        return ContextTower(self._model, _loaded(self._tokenizer), texts, count, self.device)
+
+
+@lru_cache(maxsize=1)
+def _loaded(tokenizer: Callable[[], Callable[[list[str]], torch.Tensor]]) -> Callable[[list[str]], torch.Tensor]:
+    """Return the tokenizer; the last one is kept, because loading it takes longer than encoding a few texts."""
+    return tokenizer()
 
 
 def build(request: Request) -> ImageEncoder:
