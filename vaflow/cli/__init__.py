@@ -34,11 +34,6 @@ from vaflow.cli import (
     train,
     view,
 )
-from vaflow.cli import cache_import as cache_prompts
-from vaflow.cli import predict as export
-from vaflow.cli import predict as submit
-from vaflow.cli import view as faces
-from vaflow.cli import view as labels
 from vaflow.cli.common import (
     PANELS,
     Command,
@@ -79,7 +74,7 @@ app.command(
     "extract", cls=command_class(ExtractConfig), epilog=epilog(ExtractConfig, "docs/settings.md"), rich_help_panel=DATA
 )(extract.extract)
 app.add_typer(cache.app, name="cache", cls=CommandGroup, rich_help_panel=CACHE)
-_add("prompts", cache_prompts.prompts, "Commands", cache.app)
+_add("prompts", cache_import.prompts, "Commands", cache.app)
 _add("import", cache_import.import_, "Commands", cache.app)
 _add("targets", cache_import.targets, "Commands", cache.app)
 _add("people", cache_people.people, "Commands", cache.app)
@@ -93,16 +88,16 @@ _add("ensemble", evaluate.ensemble, MODEL)
 _add("ablate", ablate.ablate, MODEL)
 _add("search", search.search, MODEL)
 _add("predict", predict.predict, RESULT)
-_add("export", export.export, RESULT)
-_add("submit", submit.submit, RESULT)
+_add("export", predict.export, RESULT)
+_add("submit", predict.submit, RESULT)
 _add("provenance", provenance.provenance, RESULT)
 _add("trace", provenance.trace, RESULT, hidden=True)
 _add("view", view.view, RESULT)
-_add("faces", faces.faces, RESULT)
+_add("faces", view.faces, RESULT)
 _add("report", view.report, RESULT)
 _add("runs", view.runs, RESULT)
-app.add_typer(labels.app, name="labels", cls=CommandGroup, rich_help_panel=DATA)
-_add("agree", labels.agree, "Commands", labels.app)
+app.add_typer(view.app, name="labels", cls=CommandGroup, rich_help_panel=DATA)
+_add("agree", view.agree, "Commands", view.app)
 _add("demo", demo.demo, MORE)
 _add("info", info.info, MORE)
 

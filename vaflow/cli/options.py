@@ -18,10 +18,11 @@ def variant(option: Any, **attributes: Any) -> ParameterInfo:
 def _show_all(ctx: typer.Context, value: bool) -> None:
     if not value:
         return
-    ctx.command.epilog = None
-    for parameter in ctx.command.params:
+    command = copy(ctx.command)
+    command.epilog, command.params = None, [copy(parameter) for parameter in command.params]
+    for parameter in command.params:
         parameter.hidden = False  # type: ignore[attr-defined]
-    typer.echo(ctx.get_help())
+    typer.echo(command.get_help(ctx))
     raise typer.Exit
 
 
