@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,17 +29,27 @@ def other(store: str) -> str:
     return next(name for name in STORES if name != store)
 
 
-def full_cache(path: Path, store: str) -> Cache:
-    """A stream of every kind; items with odd names, without rows, and of zeros only."""
-    cache = create_cache(path, store=store)
-    for kind in get_args(Kind):
-        info = stream(kind)
-        cache.declare(info)
-        for number, item in enumerate(ODD_NAMES):
-            facts = {"split": "val", "duration": 2.5} if kind == "labels" else {"audio": "silent"}
-            made = arrays(info, number * 2, seed=number, zeros=number == 2)
-            cache.write(kind, item, made, source={"video": {"size": number, "blake2b": "0a"}}, meta=facts)
-    return cache
+@pytest.fixture(scope="module")
+def full_caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A cache per store: a stream of every kind; items with odd names, without rows, and of zeros only."""
+    folder = tmp_path_factory.mktemp("full")
+    for store in STORES:
+        cache = create_cache(folder / store, store=store)
+        for kind in get_args(Kind):
+            info = stream(kind)
+            cache.declare(info)
+            for number, item in enumerate(ODD_NAMES):
+                facts = {"split": "val", "duration": 2.5} if kind == "labels" else {"audio": "silent"}
+                made = arrays(info, number * 2, seed=number, zeros=number == 2)
+                cache.write(kind, item, made, source={"video": {"size": number, "blake2b": "0a"}}, meta=facts)
+    return {store: folder / store for store in STORES}
+
+
+@pytest.fixture
+def source(full_caches: dict[str, Path], store: str, tmp_path: Path) -> Cache:
+    """A copy of the full cache, which tests may damage."""
+    shutil.copytree(full_caches[store], tmp_path / "source")
+    return open_cache(tmp_path / "source", writable=True)
 
 
 def assert_copy(source: Cache, copy: Cache) -> None:
@@ -68,8 +79,7 @@ def damage(cache: Cache, name: str, item: str) -> None:
     file.write_bytes(data)
 
 
-def test_a_round_trip_between_stores_gives_the_same_cache(tmp_path, store, other):
-    source = full_cache(tmp_path / "source", store)
+def test_a_round_trip_between_stores_gives_the_same_cache(source, tmp_path, store, other):
     done = convert(source, tmp_path / "other", other)
     assert (done.copied, done.there, done.replaced, done.failures) == (len(source.record_files()), 0, 0, ())
     copy = open_cache(tmp_path / "other")
@@ -85,8 +95,7 @@ def test_a_round_trip_between_stores_gives_the_same_cache(tmp_path, store, other
             assert plain[0] == plain[1]
 
 
-def test_current_copies_are_not_written_again(tmp_path, store, other):
-    source = full_cache(tmp_path / "source", store)
+def test_current_copies_are_not_written_again(source, tmp_path, store, other):
     convert(source, tmp_path / "other", other)
     before = attempts(open_cache(tmp_path / "other"))
     source.write("visual", "é", arrays(stream("visual"), 9, seed=9), source={"video": {"size": 9}})
@@ -100,8 +109,7 @@ def test_current_copies_are_not_written_again(tmp_path, store, other):
     assert leftovers(copy) == []
 
 
-def test_an_interrupted_conversion_resumes(tmp_path, store, other, monkeypatch):
-    source = full_cache(tmp_path / "source", store)
+def test_an_interrupted_conversion_resumes(source, tmp_path, store, other, monkeypatch):
     real, count = Cache.adopt, 0
     monkeypatch.setattr("vaflow.cache.copy.THREADS", 1)
 
@@ -126,9 +134,8 @@ def test_an_interrupted_conversion_resumes(tmp_path, store, other, monkeypatch):
     assert before.items() <= attempts(copy).items()
 
 
-def test_a_killed_conversion_resumes(tmp_path, store, other):
+def test_a_killed_conversion_resumes(source, tmp_path, store, other):
     """Kill the process while it writes the tenth item."""
-    source = full_cache(tmp_path / "source", store)
     code = (
         "import os, signal, sys\n"
         "from vaflow.cache import Cache, open_cache\n"
@@ -155,8 +162,7 @@ def test_a_killed_conversion_resumes(tmp_path, store, other):
     assert before.items() <= attempts(copy).items()
 
 
-def test_damaged_items_are_listed_and_the_others_converted(tmp_path, store, other, capsys):
-    source = full_cache(tmp_path / "source", store)
+def test_damaged_items_are_listed_and_the_others_converted(source, tmp_path, store, other, capsys):
     damage(source, "visual", "a/b")
     source.layout.record("labels", "é").write_bytes(b"{}")
     args = ["cache", "convert", str(source.path), "--out", str(tmp_path / "other"), "--store", other]
@@ -184,8 +190,7 @@ def test_damaged_items_are_listed_and_the_others_converted(tmp_path, store, othe
     assert failed_items(open_cache(tmp_path / "other"), "val") == []
 
 
-def test_items_with_a_missing_stream_file_are_listed(tmp_path, store, other):
-    source = full_cache(tmp_path / "source", store)
+def test_items_with_a_missing_stream_file_are_listed(source, tmp_path, store, other):
     source.layout.stream("visual").unlink()
     done = convert(open_cache(source.path), tmp_path / "other", other)
     assert {(failure.details["stream"], failure.item) for failure in done.failures} >= {

@@ -11,7 +11,7 @@ from vaflow.cache import create_cache, open_cache
 from vaflow.cache.verify import leftovers, open_for_repair, repair, verify
 from vaflow.errors import CorruptError, FingerprintError, MissingError, SchemaError, UsageError, VaflowError
 
-POSITIONS = 80  # number of damaged bytes over all files; all eight bits of each
+POSITIONS = 40  # number of damaged bytes over all files; all eight bits of each
 
 
 @pytest.fixture

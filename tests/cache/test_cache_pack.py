@@ -24,10 +24,10 @@ SECTION = PAGE.split("## Packed caches")[1].split("\n## ")[0]
 LENGTHS = {"a/b": 5, "c": 0, "d": 40, "é": 1}
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Cache:
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Every kind of stream, with clips of several lengths; audio of one clip has other steps than that of the rest."""
-    cache = create_cache(tmp_path / "cache")
+    cache = create_cache(tmp_path_factory.mktemp("source") / "cache")
     for kind in get_args(Kind):
         cache.declare(stream(kind))
         for seed, (item, length) in enumerate(LENGTHS.items()):

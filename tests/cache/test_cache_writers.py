@@ -20,14 +20,14 @@ from vaflow.cache.verify import leftovers, verify
 
 KILLS = 6  # per store
 WRITER = """
-import sys
+import sys, time
 from pathlib import Path
 from cache_toys import arrays, stream
 from vaflow.cache import create_cache
 path, store, seed, rounds, gate = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5])
 print("ready", flush=True)
 while not gate.exists():
-    pass
+    time.sleep(0.001)
 cache = create_cache(path, store=store)
 info = stream("visual")
 cache.declare(info)
