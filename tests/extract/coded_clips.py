@@ -263,15 +263,20 @@ def lateness(frames: Floats, first: int, origin: float, reach: float = 0.08) -> 
         origin: the file's clock at the clip's time 0.
         reach: seconds up to which shifts are tried.
     """
-    count = (len(frames) - 1) * 160 + 400
     loudness = _loud(frames)
+    count = (len(frames) + 2) * 160  # samples that the frames cover, and up to a whole step
 
-    def miss(shift: float) -> float:
-        times = origin + first * 0.01 + np.arange(count) / RATE - shift
-        return float(((_loud(banks(audio_at(times))) - loudness) ** 2).mean())
+    def best(shifts: Floats) -> float:
+        """The shift whose audio fits best; one call of the filter bank for all."""
+        times = origin + first * 0.01 + np.arange(count) / RATE - shifts[:, None]
+        tried = banks(np.concatenate([audio_at(row) for row in times]))
+        misses = [
+            ((_loud(tried[k * count // 160 :][: len(frames)]) - loudness) ** 2).mean() for k in range(len(shifts))
+        ]
+        return float(shifts[np.argmin(misses)])
 
-    coarse = min(np.arange(-reach, reach + 1e-9, 0.005), key=miss)
-    return float(min(coarse + np.arange(-0.005, 0.00501, 0.001), key=miss))
+    coarse = best(np.arange(-reach, reach + 1e-9, 0.005))
+    return best(coarse + np.arange(-0.005, 0.00501, 0.001))
 
 
 def _loud(frames: Floats) -> Floats:
