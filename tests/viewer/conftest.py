@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numbered_clip import write_clip, write_predictions
+from numbered_clip import write_clips
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -75,13 +74,4 @@ def open_page(chromium: Any) -> Iterator[OpenPage]:
 @pytest.fixture(scope="session")
 def numbered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DIR/media and DIR/predictions: `constant` at 25 frames/s, `variable` with intervals of 20 to 120 ms."""
-    root = tmp_path_factory.mktemp("numbered")
-    (root / "media").mkdir()
-    gaps = np.random.default_rng(3).choice([0.02, 0.04, 0.08, 0.12], 250)
-    for name, times in (
-        ("constant", np.arange(300) / 25),
-        ("variable", np.round(np.concatenate([[0.0], np.cumsum(gaps)]), 4)),
-    ):
-        write_clip(root / "media" / f"{name}.mp4", times.tolist())
-        write_predictions(root / "predictions" / f"{name}.csv", times.tolist(), std=name == "variable")
-    return root
+    return write_clips(tmp_path_factory.mktemp("numbered"), 300, 251)

@@ -82,3 +82,16 @@ def write_predictions(path: Path, times: Sequence[float], *, labels: bool = True
         lines.append(",".join(cells))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
+
+
+def write_clips(root: Path, constant: int, variable: int) -> Path:
+    """DIR/media and DIR/predictions of two clips with so many frames: 25 frames/s, and intervals of 20 to 120 ms."""
+    (root / "media").mkdir()
+    gaps = np.random.default_rng(3).choice([0.02, 0.04, 0.08, 0.12], variable - 1)
+    for name, times in (
+        ("constant", np.arange(constant) / 25),
+        ("variable", np.round(np.concatenate([[0.0], np.cumsum(gaps)]), 4)),
+    ):
+        write_clip(root / "media" / f"{name}.mp4", times.tolist())
+        write_predictions(root / "predictions" / f"{name}.csv", times.tolist(), std=name == "variable")
+    return root

@@ -5,13 +5,19 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from numbered_clip import HEIGHT, WIDTH
+from numbered_clip import HEIGHT, WIDTH, write_clips
 
 from vaflow.cli import main
 from vaflow.errors import MediaError
 from vaflow.predict import Predicted, PredictSummary
 from vaflow.viewer.overlay import MARGIN, PANEL, PREDICTION, TEXT, TRACE, write_overlay
 from vaflow.viewer.predictions import read_predictions
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shorter clips than those of the pages: every frame is encoded."""
+    return write_clips(tmp_path_factory.mktemp("short"), 60, 60)
 
 
 def near(image: np.ndarray, color: tuple[int, int, int], tolerance: int = 40) -> np.ndarray:
@@ -28,7 +34,7 @@ def test_the_overlay_shows_the_prediction_of_every_frame(numbered: Path, tmp_pat
     assert len(frames) == len(table.time)
     assert np.abs(np.array([time for time, _ in frames], float) - table.time).max() < 0.003
     top = max(HEIGHT, PANEL)
-    for row in (10, 100, 200):
+    for row in (10, 30, 50):
         image = frames[row][1]
         cursor = np.flatnonzero(near(image[top : top + 2 * TRACE, MARGIN:], TEXT, 60).mean(axis=0) > 0.8)
         x = table.time[row] / table.time[-1] * (image.shape[1] - MARGIN - 8)
@@ -41,14 +47,14 @@ def test_the_overlay_shows_the_prediction_of_every_frame(numbered: Path, tmp_pat
 
 def test_a_box_is_drawn_at_its_position(numbered: Path, tmp_path: Path) -> None:
     table = read_predictions(numbered / "predictions" / "constant.csv")
-    boxes = np.array([[0.0, 100, 90, 200, 150], [4.0, np.nan, np.nan, np.nan, np.nan]])
+    boxes = np.array([[0.0, 100, 90, 200, 150], [2.0, np.nan, np.nan, np.nan, np.nan]])
     boxes[:, 1:] /= [WIDTH, HEIGHT, WIDTH, HEIGHT]
     write_overlay(numbered / "media" / "constant.mp4", table, tmp_path / "out.mp4", boxes=boxes)
     with av.open(str(tmp_path / "out.mp4")) as media:
         frames = [frame.to_ndarray(format="rgb24") for frame in media.decode(video=0)]
     yellow = lambda image: near(image[85:155, 95:205], (255, 212, 0), 90).sum()  # noqa: E731
     assert yellow(frames[5]) > 200
-    assert yellow(frames[100]) == 0
+    assert yellow(frames[50]) == 0
 
 
 def test_a_clip_without_video_is_rejected(tmp_path: Path, numbered: Path) -> None:
@@ -71,7 +77,7 @@ def test_predict_writes_the_page_and_the_overlays(
         out.mkdir()
         (out / "constant.csv").write_bytes(table.read_bytes())
         both = {"valence": 0.0, "arousal": 0.0}
-        one = Predicted("constant", out / "constant.csv", out / "constant.png", 300, both, both, {"middle": 1.0})
+        one = Predicted("constant", out / "constant.csv", out / "constant.png", 60, both, both, {"middle": 1.0})
         return PredictSummary((one,), (), out / "failures.jsonl")
 
     monkeypatch.setattr("vaflow.predict.predict_media", predicted)
@@ -79,5 +85,5 @@ def test_predict_writes_the_page_and_the_overlays(
     assert main(["predict", "run", str(media), "--out", str(out), "--html", "--video"]) == 0
     assert (out / "view" / "index.html").is_file()
     with av.open(str(out / "constant.overlay.mp4")) as opened:
-        assert opened.streams.video[0].frames == 300
+        assert opened.streams.video[0].frames == 60
     assert "Page:" in capsys.readouterr().out
