@@ -85,7 +85,7 @@ def with_stand_ins(arguments: list[str]) -> list[str]:
 def sandbox(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
     """A folder with the inputs that the pages name."""
     folder = tmp_path_factory.mktemp("pages")
-    tree = build_affwild2(folder / "affwild2", seconds=8)
+    tree = build_affwild2(folder / "affwild2", seconds=4)
     (folder / "videos").mkdir()
     for split, name in (("train", "single_face"), ("val", "carphone")):
         (folder / "videos" / f"{name}.mp4").symlink_to((clips / f"{name}.mp4").resolve())
@@ -93,7 +93,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
         (folder / "videos" / f"{name}.csv").write_text("\n".join(["time,valence,arousal", *rows]) + "\n")
         with (folder / "videos" / "splits.csv").open("a") as file:
             file.write(("name,split\n" if split == "train" else "") + f"{name},{split}\n")
-    write_demo(folder / "tutorial" / "data", train=2, val=1, test=1, seconds=10, rate=10, width=160, height=120)
+    write_demo(folder / "tutorial" / "data", train=2, val=1, test=1, seconds=5, rate=10, width=160, height=120)
     (folder / "interview.mp4").symlink_to((clips / "single_face.mp4").resolve())
     (space,) = blocks("docs/search.md", "toml")
     for name in ("clip-vit-b16", "ast"):
