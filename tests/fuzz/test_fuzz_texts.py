@@ -6,7 +6,7 @@ import pytest
 from fuzz_texts import Family, families, outcome_of
 from hypothesis import HealthCheck, given, settings
 
-ORDINARY, LONG = 100, 2000
+ORDINARY, LONG = 50, 2000
 FAMILIES = families()
 
 
