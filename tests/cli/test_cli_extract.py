@@ -204,30 +204,33 @@ def test_a_rerun_without_work_prints_no_speed(
     assert "times real time" not in again
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--store", "netcdf"],
-        ["--window", "0"],
-        ["--window", "1e308"],
-        ["--device", "gpu"],
-        ["--visual", "clip-vit-b17"],
-        ["--out", "{one}"],
-        ["--out", "{one}/a.mp4/cache"],
-        ["--prompts", "{one}/a.mp4"],
-    ],
-    ids=" ".join,
+EARLY_ERRORS = (
+    ["--store", "netcdf"],
+    ["--window", "0"],
+    ["--window", "1e308"],
+    ["--device", "gpu"],
+    ["--visual", "clip-vit-b17"],
+    ["--out", "{one}"],
+    ["--out", "{one}/a.mp4/cache"],
+    ["--prompts", "{one}/a.mp4"],
 )
-def test_arguments_are_validated_before_torch_is_imported(one_clip: Path, arguments: list[str]) -> None:
-    program = (
-        "import sys\nfrom vaflow.cli import main\ncode = main(sys.argv[1:])\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'\nsys.exit(code)"
-    )
-    filled = [argument.format(one=one_clip) for argument in arguments]
-    command = [sys.executable, "-c", program, "extract", str(one_clip), "--out", str(one_clip.parent / "c"), *filled]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
+ONE_INTERPRETER = """
+import json, sys
+from vaflow.cli import main
+for arguments in json.loads(sys.argv[1]):
+    print(json.dumps([main(arguments), "torch" in sys.modules]), flush=True)
+"""
+
+
+def test_arguments_are_validated_before_torch_is_imported(one_clip: Path) -> None:
+    base = ["extract", str(one_clip), "--out", str(one_clip.parent / "c")]
+    commands = [[*base, *(argument.format(one=one_clip) for argument in arguments)] for arguments in EARLY_ERRORS]
+    program = [sys.executable, "-c", ONE_INTERPRETER, json.dumps(commands)]
+    done = subprocess.run(program, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    expected = {" ".join(arguments): [2, False] for arguments in EARLY_ERRORS}
+    assert dict(zip(expected, results, strict=True)) == expected, done.stderr
 
 
 def test_an_audio_file_is_a_clip_without_faces(tmp_path: Path) -> None:

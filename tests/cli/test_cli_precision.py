@@ -21,6 +21,14 @@ def cache(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def exact(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The features in float32."""
+    out = tmp_path_factory.mktemp("exact") / "cache"
+    assert main(["extract", str(data), "--out", str(out), *TINY, *GRID, "--pixels", "-q"]) == 0
+    return out
+
+
 def test_low_precision_streams_are_not_mixed_with_float32(
     data: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -30,9 +38,9 @@ def test_low_precision_streams_are_not_mixed_with_float32(
 
 @pytest.mark.parametrize("finetune", [[], ["--finetune"]])
 def test_train_predict_and_score(
-    finetune: list[str], data: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finetune: list[str], data: Path, cache: Path, exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, exact = tmp_path / "run", tmp_path / "exact"
+    run = tmp_path / "run"
     assert main(["train", str(cache), "--out", str(run), *SMALL, *finetune]) == 0
     kept = ["--cache", str(tmp_path / "kept"), "--device", "cpu"]
     assert main(["predict", str(run), str(data / "obama.mp4"), "--out", str(tmp_path / "traces"), *kept]) == 0
@@ -40,7 +48,6 @@ def test_train_predict_and_score(
     made = open_cache(tmp_path / "kept").streams()["clip-tiny"].identity
     assert made.get("precision") == (None if finetune else "bfloat16"), "prediction must use the precision of training"
 
-    assert main(["extract", str(data), "--out", str(exact), *TINY, *GRID, "--pixels", "-q"]) == 0
     scores = []
     for path in (cache, exact):
         capsys.readouterr()

@@ -22,7 +22,7 @@ STAND_INS = {"clip-vit-b16": "clip-tiny", "ast": "ast-tiny"}
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the data set that the page names."""
-    build_affwild2(tmp_path / "affwild2")
+    build_affwild2(tmp_path / "affwild2", seconds=1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VAFLOW_CACHE_DIR", str(tmp_path / "local"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

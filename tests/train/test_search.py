@@ -46,7 +46,7 @@ TOY = Space({}, {"lr": Range(1e-5, 1e-2, log=True), "temporal": Choice(("gru", "
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("search") / "cache", Toy(seconds=(6, 9))).path
+    return make_cache(tmp_path_factory.mktemp("search") / "cache", Toy(splits={"train": 4, "val": 2}, seconds=(6, 9))).path
 
 
 @pytest.fixture(scope="module")
