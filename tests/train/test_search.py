@@ -46,7 +46,8 @@ TOY = Space({}, {"lr": Range(1e-5, 1e-2, log=True), "temporal": Choice(("gru", "
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("search") / "cache", Toy(splits={"train": 4, "val": 2}, seconds=(6, 9))).path
+    toy = Toy(splits={"train": 4, "val": 2}, seconds=(6, 9))
+    return make_cache(tmp_path_factory.mktemp("search") / "cache", toy).path
 
 
 @pytest.fixture(scope="module")
