@@ -132,15 +132,20 @@ def zeros(file: Path) -> Callable[[], object]:
     return lambda: file.write_bytes(data)
 
 
+@pytest.fixture(scope="module", params=["zarr", "hdf5"])
+def converted(lab: Lab, toys: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A copy of the toy cache in each store; tests restore the files that they damage."""
+    out = tmp_path_factory.mktemp("converted") / "cache"
+    assert_printed(lab.run(["cache", "convert", toys, "--out", out, "--store", request.param]), 0)
+    return out
+
+
 @pytest.mark.parametrize("late", [hidden, empty, short, zeros])
-@pytest.mark.parametrize("store", ["zarr", "hdf5"])
 def test_a_record_visible_before_its_arrays_is_never_read_as_valid(
-    lab: Lab, toys: Path, tmp_path: Path, store: str, late: Callable[[Path], Callable[[], object]]
+    toys: Path, converted: Path, late: Callable[[Path], Callable[[], object]]
 ) -> None:
     """Simulate a reordering network file system: an error until all files exist, then the correct arrays."""
-    out = tmp_path / "cache"
-    assert_printed(lab.run(["cache", "convert", toys, "--out", out, "--store", store]), 0)
-    cache, truth = open_cache(out), open_cache(toys)
+    cache, truth = open_cache(converted), open_cache(toys)
     item = truth.items()[0]
     for stream in truth.streams():
         name = item if item in truth.items(stream=stream) else truth.items(stream=stream)[0]
@@ -150,11 +155,11 @@ def test_a_record_visible_before_its_arrays_is_never_read_as_valid(
             with pytest.raises(CorruptError, match="repair"):
                 cache.read(stream, name)
             assert cache.has(stream, name)
-            assert verify(open_cache(out))
+            assert verify(open_cache(converted))
             appear()
             for array, value in truth.read(stream, name).arrays.items():
                 np.testing.assert_array_equal(cache.read(stream, name).arrays[array], value, strict=True)
-    assert verify(open_cache(out)) == []
+    assert verify(open_cache(converted)) == []
 
 
 def test_training_stops_at_a_clip_with_missing_arrays(lab: Lab, toys: Path, tmp_path: Path) -> None:
