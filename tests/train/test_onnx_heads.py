@@ -62,9 +62,8 @@ def model_of(streams: tuple[StreamSpec, ...], **options: Any) -> VAModel:
 
 
 @pytest.mark.parametrize("temporal", TEMPORAL)
-@pytest.mark.parametrize("layers", [1, 2])
-def test_every_temporal_model_exports_to_onnx(temporal: str, layers: int) -> None:
-    assert_same_outputs(model_of((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, temporal_options={"layers": layers}))
+def test_every_temporal_model_exports_to_onnx(temporal: str) -> None:
+    assert_same_outputs(model_of((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, temporal_options={"layers": 2}))
 
 
 @pytest.mark.parametrize("fusion", FUSION)

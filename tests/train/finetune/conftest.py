@@ -51,7 +51,17 @@ def pixels_cache(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Cach
     return open_cache(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def loaded(pixels_cache: Cache) -> Loaded:
-    """Training settings without randomness."""
-    return Loaded(pixels_cache, replace(SETTINGS, dropout=0.0))
+    """Training settings without randomness; read-only for tests."""
+    return fresh_copy(pixels_cache)
+
+
+@pytest.fixture
+def changeable(pixels_cache: Cache) -> Loaded:
+    """As `loaded`, for tests that change the backbones."""
+    return fresh_copy(pixels_cache)
+
+
+def fresh_copy(cache: Cache) -> Loaded:
+    return Loaded(cache, replace(SETTINGS, dropout=0.0))

@@ -125,9 +125,9 @@ def test_clips_without_stored_frames_are_listed(pixels_cache: Cache, tmp_path: P
     assert cache.has(LABELS, "obama")
 
 
-def test_encoders_must_match_the_cache(loaded: Loaded, tmp_path: Path) -> None:
-    streams = tunable(loaded.inputs.streams)
-    clip = loaded.backbones[0].encoder
+def test_encoders_must_match_the_cache(changeable: Loaded, tmp_path: Path) -> None:
+    streams = tunable(changeable.inputs.streams)
+    clip = changeable.backbones[0].encoder
     with torch.no_grad():
         clip.module.ln_post.bias += 1
     path = clip.save(tmp_path, "other")
@@ -137,9 +137,9 @@ def test_encoders_must_match_the_cache(loaded: Loaded, tmp_path: Path) -> None:
         build_backbones(streams, {"clip-vit-b16": path}, torch.device("cpu"))
 
 
-def test_the_last_blocks_and_later_layers_are_trained(loaded: Loaded) -> None:
+def test_the_last_blocks_and_later_layers_are_trained(changeable: Loaded) -> None:
     expected = {"clip-tiny": {"transformer.resblocks.1", "ln_post", "proj"}, "ast-tiny": {"layers.1", "layernorm"}}
-    for backbone in loaded.backbones:
+    for backbone in changeable.backbones:
         names = {name for name, _ in backbone.module.named_parameters()}
         choose_trained(backbone, 1)
         learning = {name for name, parameter in backbone.module.named_parameters() if parameter.requires_grad}
@@ -150,9 +150,9 @@ def test_the_last_blocks_and_later_layers_are_trained(loaded: Loaded) -> None:
             choose_trained(backbone, 3)
 
 
-def test_activation_checkpointing_changes_no_gradient(loaded: Loaded) -> None:
-    for backbone in loaded.backbones:
-        inputs = loaded.sources[backbone.stream.name].read(torch.tensor([0, 1]))
+def test_activation_checkpointing_changes_no_gradient(changeable: Loaded) -> None:
+    for backbone in changeable.backbones:
+        inputs = changeable.sources[backbone.stream.name].read(torch.tensor([0, 1]))
         gradients = []
         for again in (False, True):
             if again:

@@ -26,10 +26,17 @@ NUMBERS = (0, 0, 0)
 PLAIN = replace(SETTINGS, dropout=0.0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fabric() -> Iterator[Any]:
     with processes(SETTINGS) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def plain_step(pixels_cache: Cache, fabric: Any) -> tuple[Tuning, torch.Tensor]:
+    """A step without augmentation, and its losses; read-only for tests."""
+    torch.set_num_threads(1)
+    return step(pixels_cache, fabric, PLAIN)
 
 
 def step(cache: Cache, fabric: Any, config: TrainConfig, windows: int = 3) -> tuple[Tuning, torch.Tensor]:
@@ -56,9 +63,11 @@ def row_of(rows: dict[int, torch.Tensor], row: int, backbone: Backbone) -> torch
     return rows[(row - 1) // backbone.per_unit][(row - 1) % backbone.per_unit]
 
 
-def test_gradients_equal_the_plain_composition(pixels_cache: Cache, fabric: Any) -> None:
+def test_gradients_equal_the_plain_composition(
+    pixels_cache: Cache, fabric: Any, plain_step: tuple[Tuning, torch.Tensor]
+) -> None:
     """Reference: encode every input, look up rows, run heads and loss, and backpropagate without sharing."""
-    work, losses = step(pixels_cache, fabric, PLAIN)
+    work, losses = plain_step
     plain = tuning(Loaded(pixels_cache, PLAIN), fabric)
     windows = plain.windows
     batch = windows.gather(torch.arange(3))
@@ -77,9 +86,11 @@ def test_gradients_equal_the_plain_composition(pixels_cache: Cache, fabric: Any)
 
 
 @pytest.mark.parametrize("change", [{"accumulate": 3}, {"checkpointing": True}, {"accumulate": 9, "augment": True}])
-def test_memory_saving_changes_no_gradient(pixels_cache: Cache, fabric: Any, change: dict) -> None:
-    same = {"augment": change.get("augment", False)}
-    whole, losses = step(pixels_cache, fabric, replace(PLAIN, **same))
+def test_memory_saving_changes_no_gradient(
+    pixels_cache: Cache, fabric: Any, plain_step: tuple[Tuning, torch.Tensor], change: dict
+) -> None:
+    augmented = change.get("augment", False)
+    whole, losses = step(pixels_cache, fabric, replace(PLAIN, augment=True)) if augmented else plain_step
     parts, theirs = step(pixels_cache, fabric, replace(PLAIN, **change))
     assert_same_update(whole, parts)
     torch.testing.assert_close(theirs, losses, rtol=1e-4, atol=1e-5)
