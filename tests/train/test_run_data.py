@@ -27,9 +27,23 @@ CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=3e-3, batch_size=8, epochs=
 TOY = Toy(splits={"train": 3, "val": 2}, seconds=(8, 12))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a cache like `cache`, for tests to copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    quiet_run(make_cache(folder / "cache", TOY), CONFIG, folder / "run")
+    return folder / "run"
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     return make_cache(tmp_path / "cache", TOY)
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished run on the contents of `cache`."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def quiet_run(cache: Cache, config: TrainConfig, out: Path, **options: Any) -> Result:
@@ -64,11 +78,10 @@ def test_an_interrupted_run_rejects_changed_labels(
     assert not quiet_run(cache, CONFIG, tmp_path / "run", fresh=True).was_done
 
 
-def test_a_finished_run_rejects_changed_features(cache: Cache, tmp_path: Path) -> None:
-    quiet_run(cache, CONFIG, tmp_path / "run")
+def test_a_finished_run_rejects_changed_features(cache: Cache, run: Path) -> None:
     rewrite(cache, VISUAL, "val0", embedding=cache.read(VISUAL, "val0").embedding + np.float16(1))
     with pytest.raises(UsageError, match="val: changed val0"):
-        quiet_run(cache, CONFIG, tmp_path / "run")
+        quiet_run(cache, CONFIG, run)
 
 
 def test_rewriting_equal_contents_is_the_same_data(cache: Cache, tmp_path: Path) -> None:
@@ -78,23 +91,20 @@ def test_rewriting_equal_contents_is_the_same_data(cache: Cache, tmp_path: Path)
     assert again.was_done and again.metrics == first.metrics
 
 
-def test_another_cache_is_different_data(cache: Cache, tmp_path: Path) -> None:
-    quiet_run(cache, CONFIG, tmp_path / "run")
+def test_another_cache_is_different_data(cache: Cache, run: Path, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "other", replace(TOY, seed=1))
     with pytest.raises(UsageError, match="does not hold the clips"):
-        quiet_run(other, CONFIG, tmp_path / "run")
+        quiet_run(other, CONFIG, run)
 
 
-def test_a_copied_cache_is_the_same_data(cache: Cache, tmp_path: Path) -> None:
-    quiet_run(cache, CONFIG, tmp_path / "run")
+def test_a_copied_cache_is_the_same_data(cache: Cache, run: Path, tmp_path: Path) -> None:
     copy = open_cache(shutil.copytree(cache.path, tmp_path / "copy"))
-    assert quiet_run(copy, CONFIG, tmp_path / "run").was_done
+    assert quiet_run(copy, CONFIG, run).was_done
 
 
-def test_a_run_of_an_older_version_has_no_digests(cache: Cache, tmp_path: Path, caplog) -> None:
-    quiet_run(cache, CONFIG, tmp_path / "run")
-    (tmp_path / "run" / "clips.json").unlink()
-    assert quiet_run(cache, CONFIG, tmp_path / "run").was_done
+def test_a_run_of_an_older_version_has_no_digests(cache: Cache, run: Path, caplog) -> None:
+    (run / "clips.json").unlink()
+    assert quiet_run(cache, CONFIG, run).was_done
     assert "older version" in caplog.text
 
 
@@ -144,9 +154,8 @@ def test_more_epochs_continue_to_the_same_result(cache: Cache, tmp_path: Path) -
 
 
 def test_an_interrupted_extended_training_is_not_marked_finished(
-    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Cache, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet_run(cache, CONFIG, tmp_path / "run")
 
     def stop(row: dict[str, float]) -> None:
         raise KeyboardInterrupt
@@ -154,9 +163,9 @@ def test_an_interrupted_extended_training_is_not_marked_finished(
     with monkeypatch.context() as patch:
         patch.setattr(session, "reporter", lambda *_: stop)
         with pytest.raises(KeyboardInterrupt):
-            quiet_run(cache, replace(CONFIG, epochs=4), tmp_path / "run")
-    assert not RunFolder(tmp_path / "run").done
-    assert quiet_run(cache, replace(CONFIG, epochs=4), tmp_path / "run").metrics["epochs"] == 4
+            quiet_run(cache, replace(CONFIG, epochs=4), run)
+    assert not RunFolder(run).done
+    assert quiet_run(cache, replace(CONFIG, epochs=4), run).metrics["epochs"] == 4
 
 
 def test_epochs_auto_stops_when_the_score_stops_rising(cache: Cache, tmp_path: Path) -> None:
@@ -207,14 +216,13 @@ def test_unusual_clip_names_are_trained_and_plotted(tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("changed", [{"hidden": 60_000}, {"layers": 100_000_000}, {"hidden": 10}])
-def test_weight_shapes_are_checked_before_allocation(cache: Cache, tmp_path: Path, changed: dict[str, int]) -> None:
-    quiet_run(cache, CONFIG, tmp_path / "run")
-    file = tmp_path / "run" / "config.toml"
+def test_weight_shapes_are_checked_before_allocation(cache: Cache, run: Path, changed: dict[str, int]) -> None:
+    file = run / "config.toml"
     document = tomllib.loads(file.read_text())
     document["train"] |= changed
     file.write_text(tomli_w.dumps(document))
     with pytest.raises(CorruptError, match=r"does not fit its config\.toml"):
-        load_run(tmp_path / "run")
+        load_run(run)
 
 
 def test_a_run_finds_its_cache_after_both_are_moved(cache: Cache, tmp_path: Path) -> None:
@@ -253,31 +261,28 @@ def test_keep_checkpoint_can_be_disabled(cache: Cache, tmp_path: Path) -> None:
         quiet_run(cache, replace(CONFIG, epochs=3), tmp_path / "run")
 
 
-def test_clips_json_lists_every_clip(cache: Cache, tmp_path: Path) -> None:
-    quiet_run(cache, CONFIG, tmp_path / "run")
-    clips = json.loads((tmp_path / "run" / "clips.json").read_text())
+def test_clips_json_lists_every_clip(cache: Cache, run: Path) -> None:
+    clips = json.loads((run / "clips.json").read_text())
     assert {split: sorted(items) for split, items in clips.items()} == {
         "train": cache.items(split="train"),
         "val": cache.items(split="val"),
     }
-    assert read_tensors(tmp_path / "run" / "model.safetensors")[0]
+    assert read_tensors(run / "model.safetensors")[0]
 
 
-def test_a_symlinked_predictions_directory_is_rejected(cache: Cache, tmp_path: Path) -> None:
-    quiet_run(cache, CONFIG, tmp_path / "run")
+def test_a_symlinked_predictions_directory_is_rejected(cache: Cache, run: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    shutil.rmtree(tmp_path / "run" / "predictions" / "val")
-    (tmp_path / "run" / "predictions" / "val").symlink_to(elsewhere)
+    shutil.rmtree(run / "predictions" / "val")
+    (run / "predictions" / "val").symlink_to(elsewhere)
     with pytest.raises(UsageError, match="link"):
-        evaluate_run(tmp_path / "run", cache, device="cpu")
+        evaluate_run(run, cache, device="cpu")
     assert not list(elsewhere.iterdir())
 
 
 def test_storage_dtype_does_not_change_the_encoder_identity(
-    cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cache: Cache, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    quiet_run(cache, CONFIG, tmp_path / "run")
     other = create_cache(tmp_path / "float32")
     for name, info in cache.streams().items():
         wide = info.dtype == "float16"
@@ -288,8 +293,8 @@ def test_storage_dtype_does_not_change_the_encoder_identity(
                 arrays["embedding"] = arrays["embedding"].astype(np.float32)
             other.write(name, item, arrays, meta=dict(cache.record(name, item).meta))
     with caplog.at_level("INFO"):
-        report = evaluate_run(tmp_path / "run", other, device="cpu", write=False)
-    assert report["ccc"]["mean"] == pytest.approx(RunFolder(tmp_path / "run").read_metrics()["ccc"]["mean"], abs=1e-6)
+        report = evaluate_run(run, other, device="cpu", write=False)
+    assert report["ccc"]["mean"] == pytest.approx(RunFolder(run).read_metrics()["ccc"]["mean"], abs=1e-6)
     assert "dtype: float32" in caplog.text
 
 
