@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,13 +68,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the files of the whole suite in memory, where that has room: tests flush thousands of files to the disk.
 
-    TMPDIR and `--basetemp` override it. The files are deleted when all tests have passed.
+    TMPDIR and `--basetemp` override it. The files are deleted at the end.
     """
     whole = bool(config.option.numprocesses) and "PYTEST_XDIST_WORKER" not in os.environ
     if not whole or config.option.basetemp or "TMPDIR" in os.environ or not MEMORY.is_dir():
         return
     if shutil.disk_usage(MEMORY).free > MEMORY_NEEDED and _available_memory() > MEMORY_NEEDED + PROCESSES_NEED:
-        os.environ["TMPDIR"] = str(MEMORY)
+        os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="vaflow-", dir=MEMORY)
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("TMPDIR"), ignore_errors=True))
 
 
 def _available_memory() -> int:

@@ -185,12 +185,12 @@ def test_batched_runs_equal_separate_runs(cache: Cache, settings: dict[str, Any]
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"temporal": "tcn", "audio": (AUDIO, LOGMEL)}, {"extra_targets": ("units", "classes")}],
-    ids=["gru", "tcn with a spectrogram", "further targets"],
+    [{"extra_targets": ("units", "classes")}, {"temporal": "tcn", "audio": (LOGMEL,)}],
+    ids=["further targets", "tcn of a spectrogram"],
 )
 def test_captured_steps_equal_dispatched_steps(cache: Cache, settings: dict[str, Any]) -> None:
-    """The same bits, with dropout, for all runs and for some, and for a smaller batch."""
-    sizes = [(range(3), 4), (range(3), 4), (range(3), 2), (range(3), 4), (range(3), 2), ([0, 2], 4), ([1, 2], 4)]
+    """The same bits, with dropout, for all runs and for some."""
+    sizes = [(range(3), 4), (range(3), 4), (range(3), 4), ([0, 2], 4), ([1, 2], 4)]
     results = []
     for capture_after in (1, 1000):
         members = members_of(cache, configs(cache, **settings))

@@ -249,11 +249,12 @@ _PRODUCTS = {functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.
 
 @dataclass(frozen=True)
 class DropoutCall:
-    """One use of dropout in a step: the rate of every run of the stack, and the shape and type of the values."""
+    """One use of dropout in a step: the rate of every run of the stack; shape, type and device of the values."""
 
     rates: Sequence[float]
     shape: torch.Size
     dtype: torch.dtype
+    device: torch.device
 
 
 class DropoutMasks:
@@ -280,14 +281,14 @@ class DropoutMasks:
         """The next mask, [R, ...] as x: 0, or 1 / (1 - rate); `rates`: per run of the stack."""
         if self._drawn is not None:
             return next(self._drawn)
-        self.calls.append(DropoutCall(rates, x.shape, x.dtype))
+        self.calls.append(DropoutCall(rates, x.shape, x.dtype, x.device))
         return self.draw(self._runs, self.calls[-1:])[0]
 
     def draw(self, runs: Sequence[int], calls: Sequence[DropoutCall]) -> list[Tensor]:
         """The masks of some calls, [R, ...] each."""
         masks = []
         for call in calls:
-            mask = torch.empty(call.shape, dtype=call.dtype, device=self._generators[0].device)
+            mask = torch.empty(call.shape, dtype=call.dtype, device=call.device)
             for row, run in zip(mask, runs, strict=True):
                 keep = 1 - call.rates[run]
                 if keep < 1:
