@@ -44,6 +44,9 @@ SLOWEST = (
     "test_environments.py",
     "test_ray.py",
     "test_ray_training.py",
+    "test_compiling.py",
+    "test_alignment.py",
+    "test_clusters_page.py",
     "test_cache_people.py",
     "test_faults_disk.py",
     "test_faults_kill.py",
@@ -57,12 +60,12 @@ SLOWEST = (
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One process more than cores for the whole suite; none for chosen files, which end sooner than processes start.
+    """Two processes more than cores for the whole suite; none for chosen files, which end sooner than processes start.
 
     With one per core, a third of the processor time is lost to tests that wait for processes, disks and time limits.
     """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-    return min(len(os.sched_getaffinity(0)) + 1, 8) if whole and not config.option.collectonly else 0
+    return min(len(os.sched_getaffinity(0)) + 2, 8) if whole and not config.option.collectonly else 0
 
 
 def pytest_configure(config: pytest.Config) -> None:
