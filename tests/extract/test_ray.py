@@ -131,7 +131,8 @@ def interrupted(lab: Lab, clips: Path, tmp_path_factory: pytest.TempPathFactory)
     for k in range(12):
         (data / f"clip{k:02d}.mp4").write_bytes((clips / "single_face.mp4").read_bytes())
     mark = token_hex(8)
-    environment = f"import os; os.environ.pop('RAY_ADDRESS', None); os.environ['VAFLOW_TEST_MARK'] = {mark!r}"
+    environment = f"import os; os.environ.pop('RAY_ADDRESS', None); os.environ['VAFLOW_TEST_MARK'] = {mark!r}; "
+    environment += "os.environ['RAY_prestart_worker_first_driver'] = os.environ['RAY_enable_worker_prestart'] = '0'"
     ray_options = ["--engine", "ray", "--ray-address", "local", "--quiet", "--workers", "1"]
     process = lab.start(["extract", data, "--out", out, *TINY, *ray_options], environment)
     until(process, lambda: len(list(out.glob("records/labels/*.json"))) >= 2)

@@ -13,6 +13,8 @@ def two_nodes(cpus: int) -> Iterator[object]:
     """Yield a cluster of two nodes with `cpus` CPUs each; more can be added and removed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
+        for name in ("RAY_prestart_worker_first_driver", "RAY_enable_worker_prestart"):
+            patch.setenv(name, "0")  # idle workers that our actors, with an environment of their own, never use
         ray = import_ray()  # quiet
         from ray.cluster_utils import Cluster
 
