@@ -14,8 +14,9 @@ from vaflow import __version__
 from vaflow.cache import Cache, address
 from vaflow.cache.documents import canonical, fingerprint, now
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
-from vaflow.errors import CorruptError, explain
-from vaflow.files import write_file
+from vaflow.datasets.files import below
+from vaflow.errors import CorruptError, DataError, explain
+from vaflow.files import is_behind_link, write_file
 from vaflow.train.feature_distance import FILE as TRAINING_FEATURES
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import ENSEMBLE_FILE
@@ -143,6 +144,25 @@ def write_sources(
     except CorruptError:
         earlier = None
     _write(folder / SOURCES_FILE, maker, cache, files, media or {}, earlier)
+
+
+def remove_earlier(folder: Path, items: Iterable[str]) -> None:
+    """Delete predictions that `sources.json` of a folder lists, of clips that are not among `items`.
+
+    A folder of a run then holds one evaluation; clips of another cache, or dropped since, do not stay in it.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    try:
+        earlier = read_sources(folder)
+        stale = [] if earlier is None else sorted(earlier.items.keys() - set(items))
+        files = [below(folder, f"{item}.csv") for item in stale]
+    except (CorruptError, DataError):  # a damaged list: nothing is deleted on its word
+        return
+    for file in files:
+        if not is_behind_link(folder, file):
+            file.unlink(missing_ok=True)
 
 
 def write_sources_of_file(file: Path, maker: Maker, cache: Cache, items: Iterable[str]) -> Path:

@@ -37,10 +37,12 @@ class ClipDigest:
     Attributes:
         content: digest of all arrays that a run reads of the clip.
         media: digests of the media files that the arrays were made from.
+        group: source video or speaker, in which clips may share a file (the people of a video).
     """
 
     content: str
     media: frozenset[str]
+    group: str
 
 
 def clip_digests(cache: Cache, streams: Iterable[str], items: Iterable[str]) -> dict[str, ClipDigest]:
@@ -52,10 +54,16 @@ def clip_digests(cache: Cache, streams: Iterable[str], items: Iterable[str]) -> 
         items: clips.
     """
     names = sorted({*streams, LABELS})
-    return {item: _digest([cache.record(name, item) for name in names if cache.has(name, item)]) for item in items}
+    return {
+        item: _digest(
+            [cache.record(name, item) for name in names if cache.has(name, item)],
+            str(cache.meta(item).get("group") or item),
+        )
+        for item in items
+    }
 
 
-def _digest(records: Sequence[Record]) -> ClipDigest:
+def _digest(records: Sequence[Record], group: str) -> ClipDigest:
     contents, media = {}, set()
     for record in records:
         prefix = f"{record.attempt}/"
@@ -64,7 +72,7 @@ def _digest(records: Sequence[Record]) -> ClipDigest:
         for part, identity in record.source.items():
             if part not in NO_MEDIA and isinstance(identity, dict) and isinstance(identity.get("blake2b"), str):
                 media.add(identity["blake2b"])
-    return ClipDigest(blake2b(canonical(contents), digest_size=16).hexdigest(), frozenset(media))
+    return ClipDigest(blake2b(canonical(contents), digest_size=16).hexdigest(), frozenset(media), group)
 
 
 def check_splits_apart(train: Mapping[str, ClipDigest], val: Mapping[str, ClipDigest]) -> None:
@@ -73,17 +81,49 @@ def check_splits_apart(train: Mapping[str, ClipDigest], val: Mapping[str, ClipDi
     Raises:
         UsageError: a clip of `train` and one of `val` were made from the same file; pairs are named.
     """
-    owner = {media: item for item, clip in sorted(train.items()) for media in clip.media}
-    pairs = sorted({(owner[media], item) for item, clip in val.items() for media in clip.media if media in owner})
+    pairs = _pairs(train, val)
     if pairs:
-        names = ", ".join(f"{one} and {other}" for one, other in pairs[:LISTED])
         raise UsageError(
             explain(
                 "The training and the validation split share recordings",
-                got=f"{count(len(pairs), 'pair')} of clips made from the same file: {names}",
+                got=_list_pairs(pairs),
                 remedy="Remove one clip of each pair from the cache, or allow it with --set shared_sources=true",
             )
         )
+
+
+def shared_recordings(
+    split: str, clips: Mapping[str, ClipDigest], train: Mapping[str, ClipDigest] | None = None
+) -> list[str]:
+    """Return warnings about clips of a split that share a file with each other, or with clips of `train`.
+
+    Clips of one group may share a file, as the people of a video do, unless they are equal.
+    """
+    twins = [
+        (one, other)
+        for one, other in _pairs(clips, clips)
+        if one < other and (clips[one].group != clips[other].group or clips[one].content == clips[other].content)
+    ]
+    warnings = [f"{split} counts recordings twice: {_list_pairs(twins)}"] if twins else []
+    if train and (pairs := _pairs(train, clips)):
+        shared = _list_pairs(pairs)
+        warnings.append(f"{split} shares recordings with the training split; the score is optimistic: {shared}")
+    return warnings
+
+
+def _pairs(one: Mapping[str, ClipDigest], other: Mapping[str, ClipDigest]) -> list[tuple[str, str]]:
+    """Clips of `one` and of `other` that were made from the same file, sorted."""
+    owners: dict[str, list[str]] = {}
+    for item, clip in one.items():
+        for media in clip.media:
+            owners.setdefault(media, []).append(item)
+    shared = ((owner, item) for item, clip in other.items() for media in clip.media for owner in owners.get(media, ()))
+    return sorted(set(shared))
+
+
+def _list_pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    names = ", ".join(f"{one} and {other}" for one, other in pairs[:LISTED])
+    return f"{count(len(pairs), 'pair')} of clips made from the same file: {names}"
 
 
 def to_json(splits: Mapping[str, Mapping[str, ClipDigest]]) -> str:

@@ -358,10 +358,7 @@ def cache_of(run: Path) -> str:
     Raises:
         UsageError: it is not a run, or its cache is at neither place.
     """
-    record = require_record(run)
-    candidates = [record.cache] if record.cache else []  # a published run has none
-    if record.cache_relative:
-        candidates.append(str((Path(run).resolve() / record.cache_relative).resolve()))
+    candidates = cache_places(run, require_record(run))
     for candidate in candidates:
         if "://" in candidate or Path(candidate).is_dir():
             return candidate
@@ -372,6 +369,14 @@ def cache_of(run: Path) -> str:
             remedy="Name it with --cache CACHE",
         )
     )
+
+
+def cache_places(run: Path, record: RunRecord) -> list[str]:
+    """Addresses where a run's training cache can be: the recorded one, and the same path relative to the run."""
+    places = [record.cache] if record.cache else []  # a published run has none
+    if record.cache_relative:
+        places.append(str((Path(run).resolve() / record.cache_relative).resolve()))
+    return places
 
 
 def check_unchanged(folder: RunFolder, old: RunRecord, new: RunRecord, *, ignore: Sequence[str] = ("device",)) -> None:

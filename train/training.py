@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vaflow.cache import Cache, address
+from vaflow.cache import Cache, address, is_cache, open_cache
 from vaflow.cache.schema import LOGMEL, PIXELS
 from vaflow.device import choose_device
-from vaflow.errors import UsageError, explain
+from vaflow.errors import CacheError, UsageError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.train.breakdown import Groups
 from vaflow.train.config import AUTO, TrainConfig
@@ -20,9 +20,18 @@ from vaflow.train.evaluate import check_complete, failed_items, score_traces, wr
 from vaflow.train.folds import split_items
 from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
-from vaflow.train.provenance import run_maker, write_sources
-from vaflow.train.record import RunRecord, changes, check_splits_apart, clip_digests, new_record, to_json
-from vaflow.train.runs import RunFolder, check_unchanged, load_run
+from vaflow.train.provenance import remove_earlier, run_maker, write_sources
+from vaflow.train.record import (
+    ClipDigest,
+    RunRecord,
+    changes,
+    check_splits_apart,
+    clip_digests,
+    new_record,
+    shared_recordings,
+    to_json,
+)
+from vaflow.train.runs import RunFolder, cache_places, check_unchanged, load_run
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible, warn_of_demonstration
 from vaflow.train.smoothing import Smoothing
 from vaflow.train.uncertainty import uncertainty_report
@@ -161,6 +170,9 @@ def _check_clips(session: Session) -> RunRecord | None:
     else:
         if not config.shared_sources and config.train_split != config.val_split:
             check_splits_apart(splits[config.train_split], splits[config.val_split])
+        for split, clips in splits.items():
+            for warning in shared_recordings(split, clips):
+                log.warning("%s", warning)
         if os.environ.get("RANK", "0") == "0":
             write_file(folder.clips_file, to_json(splits))
     return old
@@ -243,6 +255,7 @@ def evaluate_run(
     if trained.calibration is not None and not without:
         used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
         report |= uncertainty_report(used, split, trained.calibration.split)
+    report["warnings"] += _shared_recordings(run, trained.record, cache, split, [t.clip.item for t in traces])
     report |= {"without": without} if without else {}
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
     if write:
@@ -251,11 +264,28 @@ def evaluate_run(
         if smoothing != "stored":
             name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
         out = folder.output_folder(name)
+        items = [trace.clip.item for trace in traces]
+        remove_earlier(out, items)
         write_predictions(out, traces)
-        write_sources(out, run_maker(folder.path, trained.record), cache, [trace.clip.item for trace in traces])
-        if name == split == config.val_split and address(cache.place) == trained.record.cache:
+        write_sources(out, run_maker(folder.path, trained.record), cache, items)
+        if name == split == config.val_split and address(cache.place) in cache_places(folder.path, trained.record):
             folder.update_metrics(report)
     return report
+
+
+def _shared_recordings(run: Path, record: RunRecord, cache: Cache, split: str, items: Sequence[str]) -> list[str]:
+    """Warnings about clips that share a file with each other, or with clips that the run was trained on."""
+    config = record.config
+    streams = [stream.name for stream in record.streams if stream.name in cache.streams()]
+    train: dict[str, ClipDigest] = {}
+    places = [place for place in cache_places(run, record) if "://" not in place and is_cache(place)]
+    if places and split != config.train_split:
+        try:
+            trained_on = open_cache(places[0])
+            train = clip_digests(trained_on, (), split_items(trained_on, config.train_split, config.fold_splits))
+        except (CacheError, UsageError) as error:  # such as a damaged or changed cache, while another one is scored
+            log.warning("Not compared with the clips that %s was trained on: %s", run, error)
+    return shared_recordings(split, clip_digests(cache, streams, items), train)
 
 
 def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., WindowSet]) -> WindowSet:

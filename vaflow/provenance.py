@@ -29,7 +29,7 @@ from vaflow.train.provenance import (
     run_maker,
 )
 from vaflow.train.record import RunRecord
-from vaflow.train.runs import RunFolder
+from vaflow.train.runs import RunFolder, cache_of
 
 Json = dict[str, Any]
 
@@ -142,7 +142,7 @@ def read_present(run: Path, cache: Path | None, root: Path | None) -> Present:
     maker = maker_of(run)
     opened, problem = None, ""
     try:
-        opened = open_cache(cache if cache is not None else next(iter(maker.runs.values())).cache)
+        opened = open_cache(cache if cache is not None else cache_of(next(iter(maker.runs))))
     except (CacheError, UsageError) as error:
         if cache is not None:
             raise

@@ -14,8 +14,10 @@ import torch
 from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
 from vaflow.cache import Cache, create_cache, open_cache
+from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
 from vaflow.files import lock_folder
+from vaflow.provenance import find_provenance
 from vaflow.train import plots, session
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.inputs import check_same, resolve
@@ -137,6 +139,30 @@ def test_splits_that_share_a_recording_are_rejected(cache: Cache, tmp_path: Path
     quiet_run(cache, replace(CONFIG, shared_sources=True), tmp_path / "run")
 
 
+def test_evaluation_warns_of_recordings_that_are_counted_twice_or_were_trained_on(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", replace(TOY, splits={"train": 2, "val": 2, "test": 2}))
+    for item, name in (("val0", "a"), ("val1", "a"), ("train0", "b"), ("test1", "b")):
+        source = {"video": {"blake2b": name * 32}}
+        for stream in (VISUAL, "labels"):
+            rewrite(cache, stream, item, source=source)
+    quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run")
+    warnings = {split: evaluate_run(tmp_path / "run", cache, split)["warnings"] for split in ("train", "val", "test")}
+    assert any("val counts recordings twice: 1 pair" in w and "val0 and val1" in w for w in warnings["val"])
+    assert any("shares recordings with the training split" in w and "train0 and test1" in w for w in warnings["test"])
+    assert not any("recordings" in warning for warning in warnings["train"])
+
+
+def test_predictions_of_a_run_are_of_one_evaluation(cache: Cache, run: Path, tmp_path: Path) -> None:
+    other = make_cache(tmp_path / "other", replace(TOY, splits={"train": 1, "val": 3}))
+    (run / "predictions" / "val" / "notes.csv").write_text("mine")
+    evaluate_run(run, other, device="cpu")
+    names = {path.stem for path in (run / "predictions" / "val").glob("*.csv")}
+    assert names == {*other.items(split="val"), "notes"}
+    evaluate_run(run, cache, device="cpu")
+    names = {path.stem for path in (run / "predictions" / "val").glob("*.csv")}
+    assert names == {*cache.items(split="val"), "notes"}
+
+
 def test_equal_label_files_are_not_a_shared_recording(cache: Cache, tmp_path: Path) -> None:
     for item in ("train0", "val1"):
         rewrite(cache, "labels", item, source={"labels": {"blake2b": "ab" * 16}})
@@ -231,6 +257,8 @@ def test_a_run_finds_its_cache_after_both_are_moved(cache: Cache, tmp_path: Path
     for name in ("cache", "run"):
         shutil.move(tmp_path / name, tmp_path / "moved" / name)
     assert cache_of(tmp_path / "moved" / "run") == str((tmp_path / "moved" / "cache").resolve())
+    assert main(["smooth", str(tmp_path / "moved" / "run"), "--seconds", "1", "--quiet"]) == 0
+    assert find_provenance(tmp_path / "moved" / "run")["cache"]["state"] == "found"
     shutil.move(tmp_path / "moved" / "run", tmp_path / "alone")
     with pytest.raises(UsageError, match=r"--cache CACHE"):
         cache_of(tmp_path / "alone")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from toy_runs import ccc, write_run
 
 from vaflow.cli import main
+from vaflow.errors import UsageError
 from vaflow.viewer.report import paired_differences, write_report
 from vaflow.viewer.run_results import read_run, read_runs
 
@@ -32,6 +34,14 @@ def test_scores_equal_metrics_json(tmp_path: Path) -> None:
         assert f'data-value="{score}"' in page  # all digits, which sorting uses
     assert "src=" not in page
     assert "http" not in page.replace("http-equiv", "").replace("https://github.com/leeoniya", "")
+
+
+def test_predictions_of_other_data_than_the_metrics_are_rejected(tmp_path: Path) -> None:
+    write_run(tmp_path / "full")
+    write_run(tmp_path / "other", seed=5, noise=0.5)
+    shutil.copy(tmp_path / "other/predictions/val/clip0.csv", tmp_path / "full/predictions/val/clip0.csv")
+    with pytest.raises(UsageError, match=r"not those that its metrics\.json is about.*vaflow evaluate"):
+        read_run(tmp_path / "full")
 
 
 def test_sums_over_clips_give_the_scores_of_the_run(tmp_path: Path) -> None:

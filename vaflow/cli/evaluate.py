@@ -188,10 +188,10 @@ def smooth(
     from vaflow.cache import open_cache
 
     with loading(quiet or json):
-        from vaflow.train.runs import require_record
+        from vaflow.train.runs import cache_of
         from vaflow.train.smoothing_choice import choose_smoothing, store_smoothing
 
-    opened = open_cache(cache if cache is not None else Path(require_record(run).cache))
+    opened = open_cache(cache if cache is not None else cache_of(run))
     chosen = choose_smoothing(run, opened, kind, width, device=device, show=show_bars(quiet or json))
     store_smoothing(run, opened, chosen, device=device, show=show_bars(quiet or json))
     if json:

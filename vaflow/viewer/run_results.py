@@ -12,12 +12,13 @@ import numpy as np
 
 from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.timeline import Floats
-from vaflow.train.metrics import video_moments
+from vaflow.train.metrics import concordance_of_moments, video_moments
 from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
 from vaflow.viewer.predictions import DIMENSIONS, PredictedClip, PredictionSet, find_predictions, read_predictions
 
 BINS = 24  # of a dimension's histogram
 SPARK = 160  # points of a small plot of a clip
+_CCC_TOLERANCE = 1e-3  # predictions on disk have six digits
 _DEPTH = 4  # directories below the one that `vaflow runs` searches
 
 
@@ -138,10 +139,33 @@ def read_run(path: Path, name: str = "") -> RunResults:
         at = np.linspace(0, len(table.time) - 1, min(SPARK, len(table.time))).astype(int)
         std = None if table.std is None else table.std[at].T
         clips.append(ReportClip(clip, scores, np.concatenate([table.va[at].T, label[at].T]), std))
+    _check_same_frames(path, metrics, moments)
     known: dict[str, float | None] = {k: v if np.isfinite(v) else None for k, v in masked.items()}
     return RunResults(
         path, name or path.name, config, text, metrics, history, prediction_set, tuple(clips), moments, plane, known
     )
+
+
+def _check_same_frames(path: Path, metrics: Mapping[str, Any], moments: Mapping[str, Floats]) -> None:
+    """Check that the predictions of a run are those that `metrics.json` is about, by their CCC.
+
+    Raises:
+        UsageError: they are not, for example because the split was evaluated on another cache since.
+    """
+    if not moments:
+        return
+    scored = dict(zip(DIMENSIONS, concordance_of_moments(np.sum(list(moments.values()), axis=0)).tolist(), strict=True))
+    stated = {name: metrics.get("ccc", {}).get(name) for name in DIMENSIONS}
+    differs = [n for n in DIMENSIONS if stated[n] is not None and not abs(stated[n] - scored[n]) < _CCC_TOLERANCE]
+    if differs:
+        raise UsageError(
+            explain(
+                f"The predictions of {path} are not those that its metrics.json is about",
+                expected=", ".join(f"CCC of {name} {stated[name]:.4f}" for name in differs),
+                got=", ".join(f"{scored[name]:.4f}" for name in differs) + "; the split was evaluated on other data",
+                remedy=f"Evaluate the run on its cache again: vaflow evaluate {path}",
+            )
+        )
 
 
 def _text(path: Path, run: Path) -> str:
