@@ -99,7 +99,7 @@ def carry_out(
     began = time.perf_counter()
     plan = make_plan(cache, infos, dataset.clips, shard, rehash=rehash)
     log = FailureLog(cache.path / f"failures{shard.suffix}.jsonl")
-    summary = Summary(done=plan.done, changed=plan.changed, failures=log.failures)
+    summary = Summary(done=plan.done, failures=log.failures)
     summary.failures_file = cache.layout.named(log.path)
     with cache.indexed():
         if plan.tasks:
@@ -108,5 +108,9 @@ def carry_out(
                     work(plan.tasks, recorder)
                 finally:
                     append_costs(cache, summary.costs, shard.suffix)
+    failed = {failure.item for failure in log.failures}
+    changed = [task for task in plan.tasks if task.changed]
+    summary.outdated = sum(not failed.isdisjoint((task.clip.id, task.first_item)) for task in changed)
+    summary.changed = len(changed) - summary.outdated
     summary.wall_seconds = time.perf_counter() - began
     return summary

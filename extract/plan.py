@@ -67,11 +67,6 @@ class Plan:
     done: int
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def changed(self) -> int:
-        """Number of clips whose source files have changed since they were extracted."""
-        return sum(task.changed for task in self.tasks)
-
 
 def make_plan(
     cache: Cache, infos: dict[str, StreamInfo], clips: Iterable[Clip], shard: Shard, *, rehash: bool = False

@@ -38,7 +38,7 @@ class Summary:
 
     Attributes:
         extracted: items committed; done: items that were complete before; changed: items extracted again because their
-            source files have changed.
+            source files have changed; outdated: items with changed source files that could not be extracted again.
         failures: items that failed, with their reasons; `failures_file` lists them.
         encoded: encoder name -> rows encoded.
         several_people: extracted items that show several people; without a face-recognition network, several tracks.
@@ -50,6 +50,7 @@ class Summary:
     extracted: int = 0
     done: int = 0
     changed: int = 0
+    outdated: int = 0
     failures: list[Failure] = field(default_factory=list)
     failures_file: Path | str = Path()
     encoded: dict[str, int] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any, Literal
 from vaflow.cache import Cache, address, is_cache, open_cache
 from vaflow.cache.schema import LOGMEL, PIXELS
 from vaflow.device import choose_device
-from vaflow.errors import CacheError, UsageError, explain
+from vaflow.errors import CacheError, UsageError, count, explain
+from vaflow.failures import read_failures
 from vaflow.files import lock_folder, write_file
 from vaflow.train.breakdown import Groups
 from vaflow.train.config import AUTO, TrainConfig
@@ -22,6 +23,7 @@ from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
 from vaflow.train.provenance import remove_earlier, run_maker, write_sources
 from vaflow.train.record import (
+    LISTED,
     ClipDigest,
     RunRecord,
     changes,
@@ -171,7 +173,7 @@ def _check_clips(session: Session) -> RunRecord | None:
         if not config.shared_sources and config.train_split != config.val_split:
             check_splits_apart(splits[config.train_split], splits[config.val_split])
         for split, clips in splits.items():
-            for warning in shared_recordings(split, clips):
+            for warning in (*shared_recordings(split, clips), *_outdated_clips(cache, split, clips)):
                 log.warning("%s", warning)
         if os.environ.get("RANK", "0") == "0":
             write_file(folder.clips_file, to_json(splits))
@@ -255,6 +257,7 @@ def evaluate_run(
     if trained.calibration is not None and not without:
         used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
         report |= uncertainty_report(used, split, trained.calibration.split)
+    report["warnings"] += _outdated_clips(cache, split, [trace.clip.item for trace in traces])
     report["warnings"] += _shared_recordings(run, trained.record, cache, split, [t.clip.item for t in traces])
     report |= {"without": without} if without else {}
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
@@ -271,6 +274,15 @@ def evaluate_run(
         if name == split == config.val_split and address(cache.place) in cache_places(folder.path, trained.record):
             folder.update_metrics(report)
     return report
+
+
+def _outdated_clips(cache: Cache, split: str, items: Iterable[str]) -> list[str]:
+    """Warnings about clips that failed when they were extracted last, so that the cache holds earlier data of them."""
+    failed = sorted({failure.item for failure in read_failures(cache.path)}.intersection(items))
+    if not failed:
+        return []
+    names = ", ".join(failed[:LISTED]) + (", ..." if len(failed) > LISTED else "")
+    return [f"{split}: the last extraction failed for {count(len(failed), 'clip')} ({names}); earlier data are used"]
 
 
 def _shared_recordings(run: Path, record: RunRecord, cache: Cache, split: str, items: Sequence[str]) -> list[str]:

@@ -159,6 +159,19 @@ def test_the_summary_counts_items_extracted_before(
     assert captured.out == captured.err == ""
 
 
+def test_a_changed_clip_that_fails_is_not_counted_as_extracted_again(
+    one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["extract", str(one_clip), "--out", str(tmp_path / "cache"), "--visual", "none", "--audio", "logmel"]
+    assert main(base) == 0
+    (one_clip / "a.csv").write_text("time,valence\n0,high\n")
+    capsys.readouterr()
+    assert main(base) == 1
+    printed = capsys.readouterr()
+    assert "1 clip could not be extracted again: the cache holds earlier versions." in printed.out
+    assert "extracted again: source files" not in printed.out
+
+
 def test_retry_failed_extracts_only_failed_clips(
     one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaflow.datasets import LAYOUTS, Dataset, log_left_out, open_dataset
+from vaflow.datasets.splits import read_splits
 from vaflow.datasets.videos import item_ids
 from vaflow.errors import UsageError
 
@@ -135,6 +136,12 @@ def test_splits_by_id_or_by_path(tmp_path: Path) -> None:
     messages = {note.code: note.message for note in dataset.notes}
     assert set(messages) == {"split-unknown-name", "split-missing"}
     assert "gone" in messages["split-unknown-name"] and "d, e.avi" in messages["split-missing"]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_splits_are_separated_by_commas_semicolons_or_tabs(tmp_path: Path, separator: str) -> None:
+    (tmp_path / "splits.csv").write_text(f"name{separator}split\na{separator}val\n")
+    assert read_splits(tmp_path / "splits.csv")["split"] == {"a": "val"}
 
 
 def test_the_split_list_may_contain_groups(tmp_path: Path) -> None:

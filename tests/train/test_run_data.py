@@ -152,6 +152,12 @@ def test_evaluation_warns_of_recordings_that_are_counted_twice_or_were_trained_o
     assert not any("recordings" in warning for warning in warnings["train"])
 
 
+def test_clips_with_earlier_data_than_their_files_are_named(cache: Cache, run: Path) -> None:
+    failure = {"item": "val0", "stage": "labels", "error": "DataError", "message": "not a number"}
+    (cache.path / "failures.jsonl").write_text(json.dumps(failure) + "\n")
+    assert any("last extraction failed for 1 clip (val0)" in w for w in evaluate_run(run, cache)["warnings"])
+
+
 def test_predictions_of_a_run_are_of_one_evaluation(cache: Cache, run: Path, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "other", replace(TOY, splits={"train": 1, "val": 3}))
     (run / "predictions" / "val" / "notes.csv").write_text("mine")

@@ -240,6 +240,10 @@ def _describe(summary: "Summary", cache: "Cache") -> str:
         lines.append(f"{count(summary.done, 'clip')} already extracted.")
     if summary.changed:
         lines.append(f"{count(summary.changed, 'clip')} extracted again: source files have changed.")
+    if summary.outdated:
+        lines.append(
+            f"{count(summary.outdated, 'clip')} could not be extracted again: the cache holds earlier versions."
+        )
     if sum(summary.encoded.values()):
         speed = summary.media_seconds / max(summary.wall_seconds, 1e-9)
         lines.append(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vaflow.datasets.clip import SPLITS, Note
 from vaflow.datasets.files import examples, size_problem
+from vaflow.datasets.text import separator_of
 from vaflow.errors import UsageError, explain
 
 SPLITS_FILE = "splits.csv"
@@ -37,8 +38,7 @@ def read_splits(path: Path) -> dict[str, dict[str, str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = file.read().splitlines()
-            separator = ";" if lines and ";" in lines[0] and "," not in lines[0] else ","
-            table = csv.reader(lines, delimiter=separator)
+            table = csv.reader(lines, delimiter=separator_of(lines[0]) if lines else ",")
             rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(table, 1) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(explain(f"Cannot read {path}", expected="UTF-8 text", got=error)) from error
