@@ -155,7 +155,7 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
 
 
 def plan_summary(plan: Plan) -> str:
-    return f"{len(plan.tasks)} to do, {plan.done} done, {plan.changed} changed"
+    return f"{len(plan.tasks)} to do, {plan.done} done, {sum(task.changed for task in plan.tasks)} changed"
 
 
 def main() -> None:
