@@ -2,12 +2,15 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from composites import in_a_row, write
 
+from vaflow.cache import open_cache
 from vaflow.cli import main
+from vaflow.viewer.people import cached_faces, clip_card
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,13 @@ def test_the_page_shows_both_people_and_marks_the_stored_one(
     assert "pair &lt;b&gt;" in html and "<b>.mp4" not in html
     assert html.count("data:image/jpeg;base64,") == 16
     assert html.count("features are of this person") == 1
+
+
+def test_a_clip_with_one_sampled_face_has_a_duration(extracted: Path) -> None:
+    cached = next(cached_faces(open_cache(extracted), ["pair <b>"]))
+    one = {name: array[:1] for name, array in cached.faces.items() if name != "cut"} | {"cut": cached.faces["cut"]}
+    card = clip_card(replace(cached, faces=one, crops=()))
+    assert card.duration > 0 and card.people[0].seconds > 0
 
 
 def test_the_face_table_lists_every_box(two_people: Path, extracted: Path) -> None:

@@ -29,7 +29,7 @@ from vaflow.extract.faces.people import ClipFaces
 from vaflow.extract.video import frame_times, frames_at
 from vaflow.files import write_file
 from vaflow.pages import render
-from vaflow.timeline import Grid, nearest
+from vaflow.timeline import Grid, median_interval, nearest
 from vaflow.viewer.media import MediaIndex
 
 SHOWN_CROPS = 10  # of each person, evenly over their time
@@ -147,7 +147,7 @@ def clip_card(clip: FacesOfClip) -> ClipCard:
     """A clip's people with their crops, stored or cut from the video, if there are any."""
     faces = clip.faces
     instants = np.unique(faces["time"])
-    step = float(np.median(np.diff(instants))) if len(instants) > 1 else 0.0
+    step = median_interval(instants)
     numbers = np.unique(faces["person"]).tolist()
     shown = {number: _evenly(np.flatnonzero(faces["person"] == number)) for number in numbers}
     rows = sorted({row for rows in shown.values() for row in rows})
