@@ -150,10 +150,13 @@ def import_features(
     cache = open_cache(out, writable=True) if store is None and existing else create_cache(out, store=store or "zarr")
     options = LabelOptions(labels, config.columns, config.label_rate, assigned)
     target = ImportedLabels(cache, config.stream, config.rate, options)
-    expected = _declare(cache, config, files)
+    expected, info = _stream_of(cache, config, files)
+    if info is not None and info.name in cache.streams():
+        cache.declare(info)
+        info = None
     failures = FailureLog(cache.path / FAILURES)
     summary = ImportSummary(len(files), failures=failures.failures, failures_file=cache.layout.named(failures.path))
-    work = _Import(cache, config, expected, target, scales, summary)
+    work = _Import(cache, config, expected, info, target, scales, summary)
     try:
         for file in files:
             if (failure := work.add(file)) is not None:
@@ -177,19 +180,24 @@ def import_features(
 
 
 class _Import:
-    """Compares, reads and commits the items of one import."""
+    """Compares, reads and commits the items of one import.
+
+    `new_stream` is declared with the first item: an import in which all items fail leaves no stream with its settings.
+    """
 
     def __init__(
         self,
         cache: Cache,
         config: ImportConfig,
         expected: Signature | None,
+        new_stream: StreamInfo | None,
         labels: ImportedLabels,
         scales: dict[str, Scale],
         summary: ImportSummary,
     ) -> None:
         self._cache, self._config, self._expected = cache, config, expected
         self._labels, self._scales, self._summary = labels, scales, summary
+        self._new_stream = new_stream
 
     def add(self, file: FeatureFile) -> Failure | None:
         """Import one item; returns the failure if it fails."""
@@ -240,6 +248,9 @@ class _Import:
             source["time"] = file_identity(file.times)
         if file.item in self._scales:
             source["normalization"] = self._normalization(file)
+        if self._new_stream is not None:
+            self._cache.declare(self._new_stream)
+            self._new_stream = None
         masked = int((~features.valid).sum())
         changed = self._cache.has(self._config.stream, file.item)
         arrays = {"embedding": features.embedding.astype(self._config.dtype)}
@@ -352,6 +363,7 @@ def _survey(
             beyond[item] = float(np.abs(ends).max())
     if beyond:
         command = f"vaflow cache import {out}-float32 --stream {config.stream} --kind {config.kind} --from {folder}"
+        command += "" if config.rate is None else f" --rate {config.rate:g}"
         raise UsageError(
             explain(
                 f"{config.dtype} cannot hold the features of {examples(list(beyond))}",
@@ -363,11 +375,10 @@ def _survey(
     return {item: scales[groups[item]] for item in moments} if groups else {}
 
 
-def _declare(cache: Cache, config: ImportConfig, files: Sequence[FeatureFile]) -> Signature | None:
-    """Add the stream, or check that its settings are equal; returns the shape of its items.
-
-    A new stream gets the most frequent shape of the items. Returns None, without a stream, if no item is readable.
-    """
+def _stream_of(
+    cache: Cache, config: ImportConfig, files: Sequence[FeatureFile]
+) -> tuple[Signature | None, StreamInfo | None]:
+    """Return the shape of the items and the stream; a new stream has the most frequent shape, none if all fail."""
     known = cache.streams().get(config.stream)
     if known is not None and known.kind == config.kind and known.identity.get("encoder") == ENCODER:
         expected: Signature | None = Signature(known.dim, known.identity.get("columns"))
@@ -379,12 +390,12 @@ def _declare(cache: Cache, config: ImportConfig, files: Sequence[FeatureFile]) -
             except (DataError, OSError):  # reported when the item is imported
                 continue
         expected = shapes.most_common(1)[0][0] if shapes else None
-    if expected is not None:
-        rate = None if config.rate is None else float(config.rate)
-        identity: dict[str, Any] = {"encoder": ENCODER, "sampling": {"rate": rate}}
-        if expected.columns is not None:
-            identity["columns"] = expected.columns
-        if config.normalize_by is not None:
-            identity["normalized_by"] = config.normalize_by
-        cache.declare(StreamInfo(config.stream, config.kind, expected.dim, config.dtype, identity))  # type: ignore[arg-type]
-    return expected
+    if expected is None:
+        return None, None
+    rate = None if config.rate is None else float(config.rate)
+    identity: dict[str, Any] = {"encoder": ENCODER, "sampling": {"rate": rate}}
+    if expected.columns is not None:
+        identity["columns"] = expected.columns
+    if config.normalize_by is not None:
+        identity["normalized_by"] = config.normalize_by
+    return expected, StreamInfo(config.stream, config.kind, expected.dim, config.dtype, identity)  # type: ignore[arg-type]

@@ -240,6 +240,14 @@ def test_changed_settings_require_another_stream_name(tmp_path: Path) -> None:
 # --- rejected input
 
 
+def test_an_import_in_which_all_items_fail_can_be_repeated_with_other_settings(tmp_path: Path) -> None:
+    for item in ("a", "b"):
+        save(tmp_path / "from", item, np.ones((4, 3)))
+    assert len(bring(tmp_path).failures) == 2, "no times"
+    assert "mine" not in open_cache(tmp_path / "cache").streams()
+    assert bring(tmp_path, rate=5).imported == 2
+
+
 def test_one_invalid_item_does_not_affect_the_others(tmp_path: Path) -> None:
     source, times = tmp_path / "from", np.arange(4.0)
     for item in ("good1", "good2"):
