@@ -84,7 +84,7 @@ def test_object_stores(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_ray(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command is accepted; what it does on a cluster is tested in tests/extract/test_ray.py."""
+    """The command is accepted; what it does on a cluster is tested in tests/test_ray_cluster.py."""
     [block] = section("Ray")
     assert execute(f"{block.rstrip()} --dry-run", capsys)
 

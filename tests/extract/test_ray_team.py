@@ -1,7 +1,7 @@
 """The driver of `--engine ray` on a fake Ray whose actors die on command.
 
 What is under way when an actor dies is tried again by itself; what kills its actor every time is listed; the rest is
-extracted once. Real Ray: test_ray.py.
+extracted once. Real Ray: test_ray_cluster.py.
 """
 
 from collections.abc import Sequence
