@@ -1,6 +1,7 @@
 """Compiled encoders: equal features to float32 rounding, equal identity, early error without a compiler."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ BATCH = 4
 SIZE = ["--image-batch", str(BATCH)]  # the size that the first test has compiled for: torch reuses its kernels
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scalar_code() -> Iterator[None]:
+    """torch finds out for 20 s which vector instructions the compiler knows; vectors are not what is tested here."""
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+        yield
 
 
 @pytest.fixture(scope="module")

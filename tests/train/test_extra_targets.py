@@ -8,7 +8,6 @@ import pytest
 import torch
 from synthetic_cache import Toy, make_cache
 from torch.nn import functional
-from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, StreamInfo
@@ -110,6 +109,8 @@ def rows_of(task: str, names: tuple[str, ...], frames: int, seed: int) -> tuple[
 
 
 def test_scores_equal_torchmetrics() -> None:
+    from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score  # 3 s
+
     clips = [rows_of(CLASSES, NAMES, 40, seed) for seed in range(3)]
     scores = extra_scores({"x": clips})["x"]
     present = np.concatenate([rows.valid.all(axis=1) for rows, _ in clips])

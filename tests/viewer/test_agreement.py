@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torchmetrics.functional.classification import multiclass_cohen_kappa
 from toy_runs import ccc
 
 from vaflow.cli import main
@@ -46,6 +45,8 @@ def test_kappa_equals_a_worked_example() -> None:
 
 
 def test_kappa_equals_torchmetrics() -> None:
+    from torchmetrics.functional.classification import multiclass_cohen_kappa  # 3 s
+
     one, other = np.random.default_rng(0).integers(0, 9, (2, 500))
     expected = multiclass_cohen_kappa(torch.from_numpy(one), torch.from_numpy(other), num_classes=9)
     assert cohen_kappa(one, other) == pytest.approx(float(expected), abs=1e-6)
