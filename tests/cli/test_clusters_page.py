@@ -16,7 +16,7 @@ from vaflow.cache import open_cache
 from vaflow.cli import main
 
 PAGE = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
-STAND_INS = {"clip-vit-b16": "clip-tiny", "ast": "ast-tiny"}
+STAND_INS = {"clip-vit-b16": "clip-tiny", "ast": "vggish-tiny"}
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_object_stores(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> Non
         printed = "".join(execute(block, capsys) for block in section("Object stores"))
     finally:
         fsspec.filesystem("memory").store.clear()
-    assert "ast-tiny" in printed
+    assert "vggish-tiny" in printed
 
 
 def test_ray(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:

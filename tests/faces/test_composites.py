@@ -48,14 +48,15 @@ def network() -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        "two side by side",
         "three side by side",
         "cut to another and back",
-        "one leaves and returns",
         "picture in picture",
         "split-screen transition",
         "10 s of no face",
-        "mirrored",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("two side by side", "one leaves and returns", "mirrored")
+        ),
     ],
 )
 def test_every_second_follows_the_right_person(name: str, clips: Path, tmp_path: Path, network: str) -> None:

@@ -1,6 +1,7 @@
 """ONNX Runtime equals PyTorch on masked windows of the traced and of other lengths."""
 
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -61,19 +62,16 @@ def model_of(streams: tuple[StreamSpec, ...], **options: Any) -> VAModel:
     return VAModel(streams, PROTOTYPES, hidden=16, **options).eval()
 
 
-@pytest.mark.parametrize("temporal", TEMPORAL)
-def test_every_temporal_model_exports_to_onnx(temporal: str) -> None:
-    assert_same_outputs(model_of((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, temporal_options={"layers": 2}))
-
-
-@pytest.mark.parametrize("fusion", FUSION)
-def test_every_fusion_exports_to_onnx(fusion: str) -> None:
-    assert_same_outputs(model_of((VISUAL_STREAM, VISUAL_STREAM_2, AUDIO_STREAM, AUDIO_STREAM_2), fusion=fusion))
-
-
-@pytest.mark.parametrize("fusion", ["attention", "hierarchical", "attention-concat"])  # the others have no positions
-def test_attention_positions_export_to_onnx(fusion: str) -> None:
-    assert_same_outputs(model_of((VISUAL_STREAM, AUDIO_STREAM), fusion=fusion, attention_positions="time"))
+@pytest.mark.parametrize(
+    ("fusion", "temporal"), list(zip(FUSION, cycle(TEMPORAL), strict=False))
+)  # an export takes half a second
+def test_every_fusion_and_temporal_model_exports_to_onnx(fusion: str, temporal: str) -> None:
+    assert len(FUSION) >= len(TEMPORAL)
+    streams = (VISUAL_STREAM, VISUAL_STREAM_2, AUDIO_STREAM, AUDIO_STREAM_2)
+    positions = {"attention_positions": "time"} if "attention" in fusion or fusion == "hierarchical" else {}
+    assert_same_outputs(
+        model_of(streams, fusion=fusion, temporal=temporal, temporal_options={"layers": 2}, **positions)
+    )
 
 
 @pytest.mark.parametrize("stream", [VISUAL_STREAM, AUDIO_STREAM])

@@ -185,8 +185,10 @@ def test_batched_runs_equal_separate_runs(cache: Cache, settings: dict[str, Any]
 
 @pytest.mark.parametrize(
     "settings",
-    [{"extra_targets": ("units", "classes")}, {"temporal": "tcn", "audio": ("none",)}],
-    ids=["further targets", "tcn"],
+    [
+        pytest.param({"extra_targets": ("units", "classes")}, id="further targets"),
+        pytest.param({"temporal": "tcn", "audio": ("none",)}, id="tcn", marks=pytest.mark.slow),
+    ],
 )
 def test_captured_steps_equal_dispatched_steps(cache: Cache, settings: dict[str, Any]) -> None:
     """The same bits, with dropout, for all runs and for some."""
