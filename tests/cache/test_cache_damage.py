@@ -71,6 +71,7 @@ def flips(data: bytes, count: int, seed: int) -> Iterator[tuple[int, bytes]]:
             yield position, bytes(flipped)
 
 
+@pytest.mark.slow  # bits of a smaller cache: faults/test_faults_flips.py
 def test_every_flipped_bit_is_detected(path):
     files = committed_files(path)
     for number, file in enumerate(files):

@@ -50,7 +50,7 @@ def everything(cache: Cache) -> Iterator[tuple[str, str]]:
             yield name, row
 
 
-@pytest.mark.parametrize("shard_bytes", [100, 2**29])
+@pytest.mark.parametrize("shard_bytes", [100, pytest.param(2**29, marks=pytest.mark.slow)])
 def test_every_packed_item_keeps_its_record(source, tmp_path, shard_bytes):
     summary = pack(source, tmp_path / "packed", shard_bytes=shard_bytes)
     packed = open_cache(tmp_path / "packed")

@@ -14,6 +14,7 @@ GRID = ["--window", "4", "--stride", "2", "--frames", "4", "--audio-steps", "4",
 SMALL = ["--set", "hidden=8", "--batch-size", "2", "--epochs", "1", "--set", "val_split=train", "--device", "cpu"]
 
 
+@pytest.mark.slow  # the commands of docs/fine-tuning.md, which test_docs runs
 def test_from_features_to_tuned_encoders(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
     encoders = ["--visual", "clip-tiny", "--audio", "ast-tiny"]

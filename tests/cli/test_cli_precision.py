@@ -36,7 +36,7 @@ def test_low_precision_streams_are_not_mixed_with_float32(
     assert "precision: cache has 'bfloat16', now nothing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("finetune", [[], ["--finetune"]])
+@pytest.mark.parametrize("finetune", [[], pytest.param(["--finetune"], marks=pytest.mark.slow)])
 def test_train_predict_and_score(
     finetune: list[str], data: Path, cache: Path, exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

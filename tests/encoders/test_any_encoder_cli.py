@@ -96,6 +96,7 @@ def test_results_do_not_depend_on_the_clip_order(data: Path, names: tuple, tmp_p
         np.testing.assert_array_equal(one, both)
 
 
+@pytest.mark.slow  # their features are tested in test_timm_and_opensmile, the commands by the test before
 def test_timm_onnx_and_opensmile_work_with_every_command(data: Path, clips: Path, tmp_path: Path) -> None:
     import timm
     from onnx_toys import face_model, voice_model

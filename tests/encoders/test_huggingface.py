@@ -62,8 +62,9 @@ def rows(samples: np.ndarray) -> torch.Tensor:
 # --- images
 
 
+@pytest.mark.parametrize("count", [15, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", IMAGES)
-def test_preprocessing_equals_the_processor_on_100_images(checkpoints: Mapping[str, Path], name: str) -> None:
+def test_preprocessing_equals_the_processor(checkpoints: Mapping[str, Path], name: str, count: int) -> None:
     """The result equals the Pillow version and DINOv3's float32 version; other tensor versions round differently."""
     encoder = build(checkpoints[name])
     settings = json.loads((checkpoints[name] / "preprocessor_config.json").read_text())
@@ -72,7 +73,7 @@ def test_preprocessing_equals_the_processor_on_100_images(checkpoints: Mapping[s
     default = AutoImageProcessor.from_pretrained(checkpoints[name])
     assert exact.backend == ("torchvision" if name == "dinov3" else "pil") and default.backend == "torchvision"
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    for image in images(100):
+    for image in images(count):
         pixels = encoder.prepare(image).transpose(2, 0, 1)
         pixels = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
         expected = exact(Image.fromarray(image), return_tensors="np")["pixel_values"][0]

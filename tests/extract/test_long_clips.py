@@ -203,7 +203,7 @@ def peak_and_stored(cache: Cache, item: str, seconds: int) -> tuple[int, int]:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", ["hdf5", pytest.param("zarr", marks=pytest.mark.slow)])
 def test_memory_grows_less_than_the_stored_data(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only times and masks stay in memory: 9 of 265 bytes per 10 ms of audio, plus intermediates."""
     monkeypatch.setattr(long, "IN_MEMORY", 2**18)

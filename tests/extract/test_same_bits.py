@@ -17,7 +17,7 @@ from vaflow.datasets import Dataset
 FLOAT16_STEP = 2.0**-10  # relative, between neighbours; at most
 
 
-@pytest.mark.parametrize(("workers", "store"), [(1, "hdf5"), (4, "zarr")])
+@pytest.mark.parametrize(("workers", "store"), [(4, "hdf5"), pytest.param(4, "zarr", marks=pytest.mark.slow)])
 def test_results_do_not_depend_on_workers_and_stores(
     workers: int, store: str, seven_clips: Dataset, seven_clips_cache: Cache, tiny_pair: tuple, tmp_path: Path
 ) -> None:
@@ -77,6 +77,7 @@ def test_smaller_batches_stay_within_the_stated_tolerance(odd_batches: Cache, se
     assert_close(seven_clips_cache, odd_batches)
 
 
+@pytest.mark.slow  # like smaller ones
 def test_larger_batches_stay_within_the_stated_tolerance(
     seven_clips: Dataset, seven_clips_cache: Cache, tiny_pair: tuple, tmp_path: Path
 ) -> None:

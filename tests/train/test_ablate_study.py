@@ -107,7 +107,7 @@ def test_finished_runs_are_reused(cache: Cache, done: tuple[StudyResult, Path], 
     run_study(cache, toy_study(tmp_path), [], out, Options(seeds=2))  # as other tests expect it
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_batched_runs_give_the_same_tables(
     cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:

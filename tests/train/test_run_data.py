@@ -236,7 +236,7 @@ def test_failing_figures_do_not_stop_a_run(cache: Cache, tmp_path: Path, monkeyp
     assert RunFolder(tmp_path / "run").done and "could not be drawn" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["US$ 5% of A$", "x" * 244])
+@pytest.mark.parametrize("name", ["US$ 5% of A$", pytest.param("x" * 244, marks=pytest.mark.slow)])
 def test_unusual_clip_names_are_trained_and_plotted(tmp_path: Path, name: str) -> None:
     cache = make_cache(tmp_path / "cache", TOY)
     for stream in (VISUAL, AUDIO, "labels"):

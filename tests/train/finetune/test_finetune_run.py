@@ -148,6 +148,7 @@ def test_new_videos_are_predicted_with_the_tuned_encoders(
     np.testing.assert_allclose(table["valence"], theirs["valence"][: len(table)], atol=5e-3)
 
 
+@pytest.mark.slow  # docs/fine-tuning.md does, and test_docs runs it
 def test_fine_tuning_can_start_from_the_heads_of_another_run(pixels_cache: Cache, run: Path, tmp_path: Path) -> None:
     first = TrainConfig(hidden=16, epochs=1, batch_size=2, lr=1e-3, device="cpu", uncertainty="variance")
     train_run(pixels_cache, first, tmp_path / "heads", **QUIET)

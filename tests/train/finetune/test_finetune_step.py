@@ -85,7 +85,14 @@ def test_gradients_equal_the_plain_composition(
     torch.testing.assert_close(losses[:3], torch.stack([parts[name] for name in ("total", "ccc", "kl")]))
 
 
-@pytest.mark.parametrize("change", [{"accumulate": 3}, {"checkpointing": True}, {"accumulate": 9, "augment": True}])
+CHANGES = [
+    {"accumulate": 3},
+    {"checkpointing": True},
+    pytest.param({"accumulate": 9, "augment": True}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_memory_saving_changes_no_gradient(
     pixels_cache: Cache, fabric: Any, plain_step: tuple[Tuning, torch.Tensor], change: dict
 ) -> None:
