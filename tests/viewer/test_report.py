@@ -121,6 +121,14 @@ def test_a_directory_without_a_run_is_reported(tmp_path: Path, capsys: pytest.Ca
     assert "is not a finished run" in capsys.readouterr().err
 
 
+def test_an_unfinished_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]) == 2
+    message = capsys.readouterr().err
+    assert "run is not a finished run" in message and "Cannot read" not in message
+
+
 def test_the_list_of_runs_fits_80_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,10 +106,10 @@ def read_run(path: Path, name: str = "") -> RunResults:
         UsageError: the directory is not a run, or its training has not finished.
         CorruptError: a file is damaged.
     """
-    text = _text(path / "config.toml", path)
+    text, metrics_text = _text(path / "config.toml", path), _text(path / "metrics.json", path)
     try:
         config = tomllib.loads(text)
-        metrics = json.loads(_text(path / "metrics.json", path))
+        metrics = json.loads(metrics_text)
         history = _history(path / "history.csv")
         split = str(metrics["split"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
