@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vaflow.errors import VaflowError
-from vaflow.files import append_line, create_file, read_document, replace_file, sync, write_file
+from vaflow.files import append_line, create_file, read_document, refuse_links, replace_file, sync, write_file
 
 
 def test_a_failed_write_keeps_the_old_file_without_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +41,22 @@ def test_a_symlink_at_the_target_is_replaced_not_followed(tmp_path: Path) -> Non
     assert outside.read_text() == "mine"
     assert not link.is_symlink()
     assert link.read_text() == "new"
+
+
+@pytest.mark.parametrize("root", [".", "..", "../top", "sub/../sub", "/"])
+def test_links_are_found_below_any_way_to_write_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    (tmp_path / "top" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "top")
+    refuse_links(Path(root), Path(root) / "free" / "file")
+    for outside in (Path(root) / ".." / "file", Path("elsewhere/../../file"), Path("/", "..", "file")):
+        with pytest.raises(OSError, match="outside"):
+            refuse_links(Path(root), outside)
+    if root != "/":
+        (Path(root) / "link").symlink_to(tmp_path)
+        with pytest.raises(OSError, match="link"):
+            refuse_links(Path(root), Path(root) / "link" / "file")
 
 
 def test_a_log_rejects_a_symlink(tmp_path: Path) -> None:

@@ -160,15 +160,17 @@ def refuse_links(root: Path, *paths: Path) -> None:
     Raises:
         OSError: there is a link, or a path does not lie below `root`.
     """
-    top = f"{root}{os.sep}"
+    here = str(root) == os.curdir  # `Path` leaves it out of the paths below
+    top = "" if here else str(root).rstrip(os.sep) + os.sep
     checked = set()  # strings and one `lstat` per folder: this runs for every item that is read
     for path in map(os.fspath, paths):
         if path == str(root):
             continue
-        if not path.startswith(top) or ".." in path.split(os.sep):  # noqa: PTH206
+        below = path[len(top) :].split(os.sep)  # noqa: PTH206
+        if not path.startswith(top) or os.pardir in below or (here and os.path.isabs(path)):  # noqa: PTH117
             raise OSError(errno.ELOOP, "a path outside the folder", path)
         current = str(root)
-        for part in path[len(top) :].split(os.sep):  # noqa: PTH206
+        for part in below:
             current = f"{current}{os.sep}{part}"
             if current not in checked and os.path.islink(current):  # noqa: PTH114
                 raise OSError(errno.ELOOP, "a link, which is not followed", current)

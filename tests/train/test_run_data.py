@@ -158,6 +158,16 @@ def test_clips_with_earlier_data_than_their_files_are_named(cache: Cache, run: P
     assert any("last extraction failed for 1 clip (val0)" in w for w in evaluate_run(run, cache)["warnings"])
 
 
+@pytest.mark.parametrize("name", [".", "../run"])
+def test_a_run_is_named_relative_to_the_working_directory(
+    cache: Cache, run: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(run)
+    shutil.rmtree(run / "predictions")
+    assert main(["evaluate", name, "--cache", str(cache.path), "--quiet"]) == 0
+    assert len(list(run.glob("predictions/val/*.csv"))) == 2
+
+
 def test_predictions_of_a_run_are_of_one_evaluation(cache: Cache, run: Path, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "other", replace(TOY, splits={"train": 1, "val": 3}))
     (run / "predictions" / "val" / "notes.csv").write_text("mine")
