@@ -274,7 +274,7 @@ def require_record(path: Path) -> RunRecord:
         raise UsageError(
             explain(
                 f"{path} is an ensemble, not a run",
-                remedy="`vaflow predict`, `submit` and `trace` take it as it is; "
+                remedy="`vaflow predict`, `submit` and `provenance` accept it as it is; "
                 "`vaflow ensemble RUN... --split SPLIT` scores its runs on another split",
             )
         )

@@ -77,6 +77,7 @@ class LabelFacts:
         annotated: those of them that have a value in any dimension.
         stats: over these frames.
         coverage: [BINS] uint8, the annotated share of each part of the clip, 255 for all of it.
+        clock_gap: largest distance in seconds of a frame's time from the one that the file states beside its number.
     """
 
     rows: int
@@ -89,6 +90,7 @@ class LabelFacts:
     annotated: int
     stats: LabelStats
     coverage: bytes
+    clock_gap: float = 0.0
 
 
 def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFacts:
@@ -107,6 +109,10 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
     on_frames = on_clock(annotation, times)
     clock_times, valid = on_frames["time"], np.asarray(on_frames["valid"].any(1))
     whole = float(clock_times[-1]) + median_interval(clock_times) if len(clock_times) else 0.0
+    gap = 0.0
+    if annotation.frame is not None and annotation.stated is not None:
+        inside = (annotation.frame < len(times)) & np.isfinite(annotation.stated)
+        gap = float(np.abs(times[annotation.frame[inside]] - annotation.stated[inside]).max(initial=0.0))
     return LabelFacts(
         rows=len(value),
         clock=clock,
@@ -118,6 +124,7 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
         annotated=int(valid.sum()),
         stats=label_stats(on_frames["value"].astype(np.float64)),
         coverage=coverage(clock_times, valid, whole) if len(valid) else b"",
+        clock_gap=gap,
     )
 
 

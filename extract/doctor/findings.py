@@ -49,6 +49,7 @@ COSTS = {
     "duplicate": "The clip counts twice, and k-fold may put it on both sides",
     "row-count": _SHIFTED,
     "labels-outlast": _SHIFTED,
+    "two-clocks": _SHIFTED,
     "crops-beyond": _SHIFTED,
     "variable-rate": _DRIFT,
     "rate-claim": _DRIFT,
@@ -69,6 +70,7 @@ USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
 FEW_CROPS = 0.5  # share of frames without a crop above which it is a warning
 DRIFT_FRAMES = 1.5  # error of index / rate in frames above which the rate is called variable
 LATE_LABELS = 1.0  # seconds that time-stamped labels may continue after the video
+CLOCK_GAP = 0.25  # seconds between the time of a frame and the time that its label states
 FASTEST = 240  # frames per second; higher values in headers are clock ticks
 RATE_SLACK = 0.01  # share of the duration by which a nominal frame rate may be off
 STILL = 1.0  # seconds without a new frame before it is called a gap
@@ -173,7 +175,8 @@ def label_findings(clip: Clip, facts: LabelFacts, media: MediaFacts | None) -> l
         message = f"{facts.half} rows are annotated in one dimension only"
         notes.append(Note("warning", "half-annotated", clip.id, message, "The other dimension is used"))
     if facts.constant and missing < facts.rows:
-        message = f"{' and '.join(facts.constant)} has one value throughout"
+        verb = "has" if len(facts.constant) == 1 else "have"
+        message = f"{' and '.join(facts.constant)} {verb} one value throughout"
         remedy = "The clip is left out of the CCC within videos"
         notes.append(Note("note", "constant-labels", clip.id, message, remedy))
     return notes
@@ -186,6 +189,9 @@ def _length_findings(clip: Clip, facts: LabelFacts, media: MediaFacts) -> list[N
             return []
         message = f"Labels end at {facts.end:.2f} s, the video at {media.duration:.2f} s"
         return [Note("warning", "labels-outlast", clip.id, message, "Check that the labels belong to this video")]
+    if facts.clock_gap > CLOCK_GAP:
+        message = f"The columns frame and time differ by up to {facts.clock_gap:.2f} s; frame is used"
+        return [Note("warning", "two-clocks", clip.id, message, "Leave out the column that does not fit the video")]
     frames = media.frames
     difference = int(facts.end) - frames
     if difference == 0 or (facts.clock == "frame" and difference < 0):

@@ -249,6 +249,18 @@ def test_the_label_map_counts_every_frame() -> None:
     np.testing.assert_array_equal(stats.regions.reshape(3, 3), blocks)
 
 
+@pytest.mark.parametrize(("rate", "differs"), [(25, False), (10, True)])
+def test_columns_frame_and_time_that_contradict_each_other_are_a_warning(
+    tmp_path: Path, rate: int, differs: bool
+) -> None:
+    text = "".join(f"{k},{k / rate},0.1,0.2\n" for k in range(20))
+    (tmp_path / "clip.csv").write_text("frame,time,valence,arousal\n" + text)
+    notes = notes_of(one(tmp_path, video_track=VideoTrack(tuple(range(0, 800, 40)))), "two-clocks")
+    assert bool(notes) == differs
+    if differs:
+        assert "differ by up to 1.14 s; frame is used" in notes["clip"].message
+
+
 def labelled(root: Path, values: dict[str, tuple[str, list[tuple[float, float]]]]) -> Report:
     """Clips with a split and constant-rate labels each."""
     for name, (_, rows) in values.items():

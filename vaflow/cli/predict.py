@@ -216,7 +216,7 @@ def submit(
         if done.held:
             shown = ", ".join(f"{trial} ({rows})" for trial, rows in list(done.held_in.items())[:5])
             more = ", ..." if len(done.held_in) > 5 else ""
-            echo(f"Held: {done.held} rows after the last frame repeat its prediction, in {shown}{more}")
+            echo(f"Held: {count(done.held, 'row')} after the last frame repeat its prediction, in {shown}{more}")
     return 0
 
 

@@ -55,12 +55,14 @@ class Annotation:
         time: [N] seconds, or None if row k belongs to frame `frame[k]`.
         frame: [N] 0-based frame numbers, or None if rows have times.
         targets: the columns of `value` that the file has.
+        stated: [N] seconds that the file states beside its frame numbers, NaN where none; only compared, never used.
     """
 
     value: NDArray[np.float32]
     time: NDArray[np.float64] | None = None
     frame: NDArray[np.int64] | None = None
     targets: tuple[str, ...] = field(default=("valence", "arousal"))
+    stated: NDArray[np.float64] | None = None
 
 
 Severity = Literal["error", "warning", "note"]

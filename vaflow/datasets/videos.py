@@ -20,7 +20,7 @@ import numpy as np
 from vaflow.datasets.clip import Annotation, Clip, Note
 from vaflow.datasets.files import LeftOut, entries, examples, is_audio, is_folder, is_regular, is_video
 from vaflow.datasets.splits import SPLITS_FILE, assign
-from vaflow.datasets.text import TARGETS, LabelFile, separator_of, split_cells
+from vaflow.datasets.text import TARGETS, LabelFile, is_number, separator_of, split_cells
 from vaflow.item_names import clip_and_person, person_item
 
 LOOKS_FOR = "video or audio files (mp4, mov, avi, mkv, webm, mpg, wmv, wav, mp3 ...) in any folder"
@@ -144,8 +144,8 @@ def _table_notes(files: _Files, media: list[str], clips: list[Clip], beside: lis
 def read_csv(path: Path, names_of: Callable[[list[str]], list[str]] | None = None) -> Annotation:
     """A table with a column `frame` (0-based) or `time` (seconds), and `valence`, `arousal` or one of them.
 
-    Other columns are ignored. Values are in [-1, 1]; -5 or an empty cell is not annotated. Frames and times ascend.
-    Cells may be separated by semicolons or tabs, and then have decimal commas.
+    With both, `frame` counts. Other columns are ignored. Values are in [-1, 1]; -5 or an empty cell is not annotated.
+    Frames and times ascend. Cells may be separated by semicolons or tabs, and then have decimal commas.
 
     Args:
         path: the table.
@@ -167,5 +167,10 @@ def read_csv(path: Path, names_of: Callable[[list[str]], list[str]] | None = Non
     both = np.full((len(value), 2), np.nan, np.float32)
     both[:, [TARGETS.index(name) for name in targets]] = value
     if clock == "frame":
-        return Annotation(value=both, frame=at.astype(np.int64), targets=targets)
+        stated = None
+        if "time" in header:
+            cells_of = text.rows(len(header), separator=separator)
+            times = [row[header.index("time")] for _, row in cells_of]
+            stated = np.array([float(cell) if is_number(cell) else np.nan for cell in times])
+        return Annotation(value=both, frame=at.astype(np.int64), targets=targets, stated=stated)
     return Annotation(value=both, time=at.astype(np.float64), targets=targets)
