@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -278,12 +279,24 @@ def evaluate_run(
 
 def _outdated_clips(cache: Cache, split: str, items: Iterable[str]) -> list[str]:
     """Warnings about clips that failed when they were extracted last, so that the cache holds earlier data of them."""
-    failures = [failure for failure in read_failures(cache.path) if failure.stage != "features"]  # of an import
-    failed = sorted({failure.item for failure in failures}.intersection(items))
+    listed: dict[str, float] = {}
+    for failure in read_failures(cache.path):
+        if failure.stage != "features":  # of an import
+            listed[failure.item] = max(failure.listed, listed.get(failure.item, 0.0))
+    failed = [item for item in sorted(listed.keys() & set(items)) if _last_commit(cache, item) <= listed[item]]
     if not failed:
         return []
     names = ", ".join(failed[:LISTED]) + (", ..." if len(failed) > LISTED else "")
     return [f"{split}: the last extraction failed for {count(len(failed), 'clip')} ({names}); earlier data are used"]
+
+
+def _last_commit(cache: Cache, item: str) -> float:
+    """When a stream of an item was last written, in seconds since 1970: lists of other shards may be older."""
+    created = [cache.record(stream, item).created for stream in cache.streams() if cache.has(stream, item)]
+    try:
+        return max((datetime.fromisoformat(time).timestamp() for time in created if time), default=0.0)
+    except (ValueError, OverflowError):  # another program's record
+        return 0.0
 
 
 def _shared_recordings(run: Path, record: RunRecord, cache: Cache, split: str, items: Sequence[str]) -> list[str]:

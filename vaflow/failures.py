@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Failure:
         message: what a user reads.
         details: further members of the line: "split" and "stream" of a clip; "table", "row" and "run" of a study.
             A line without "split" is of every split.
+        listed: when the list that it was read from was last written, in seconds since 1970.
     """
 
     item: str
@@ -38,6 +39,7 @@ class Failure:
     error: str
     message: str
     details: Mapping[str, Any] = field(default_factory=dict)
+    listed: float = field(default=0.0, compare=False)
 
     def line(self) -> dict[str, Any]:
         """The object on this failure's line."""
@@ -50,6 +52,7 @@ def read_failures(folder: Path) -> list[Failure]:
     failures: list[Failure] = []
     for path in sorted(folder.glob(LISTS)):
         try:
+            listed = path.stat().st_mtime
             lines = read_document(folder, path).decode("utf-8", "replace").splitlines()
         except (OSError, ValueError) as error:
             log.warning("%s is skipped: %s", visible(str(path)), error)
@@ -59,7 +62,7 @@ def read_failures(folder: Path) -> list[Failure]:
             if failure is None:
                 log.warning("%s has a line that is not a failure; the line is skipped", visible(str(path)))
             else:
-                failures.append(failure)
+                failures.append(replace(failure, listed=listed))
     return failures
 
 
