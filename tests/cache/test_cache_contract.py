@@ -22,9 +22,9 @@ from store_contract import (  # noqa: F401 - tests that run here on folders
     test_writing_an_item_again_removes_the_old_files,
 )
 
-from vaflow.cache import create_cache, open_cache
+from vaflow.cache import create_cache, open_cache, stores
 from vaflow.cache.commit import load_record
-from vaflow.cache.schema import STORES, StreamInfo
+from vaflow.cache.schema import DTYPES, STORES, StreamInfo
 from vaflow.cache.verify import leftovers, verify
 from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError
 
@@ -52,6 +52,38 @@ def test_arrays_need_not_be_contiguous(tmp_path, store):
     strided["embedding"] = np.asfortranarray(expected["embedding"])
     cache.write("visual", "clip", strided)
     assert_same(dict(cache.read("visual", "clip").arrays), expected)
+
+
+def test_an_attempt_has_the_bytes_that_zarr_writes(tmp_path, monkeypatch):
+    """Every dtype, one and several chunks (the last one padded), one to four axes, and arrays without values."""
+    monkeypatch.setattr(stores, "LARGEST_CHUNK", 100)
+    rng = np.random.default_rng(0)
+    shapes = [(7,), (31,), (0,), (5, 3), (9, 4), (0, 3), (4, 0), (3, 2, 2), (11, 2, 3, 2)]
+    written = {
+        f"{dtype}-{number}": (rng.random(shape) * 2).astype(dtype)
+        for dtype in sorted(DTYPES)
+        for number, shape in enumerate(shapes)
+    }
+    names = stores.ZarrStore().write_attempt(tmp_path, "ours", written)
+    zarr.create_group(store=tmp_path / "theirs", zarr_format=3)
+    for name, array in written.items():
+        chunks = stores.chunk_shape(array)
+        made = zarr.create_array(
+            tmp_path / "theirs" / name,
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=chunks,
+            filters=None,
+            compressors=None,
+            config={"write_empty_chunks": True},
+        )
+        made[...] = array
+    ours, theirs = (
+        {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+        for top in (tmp_path / "ours", tmp_path / "theirs")
+    )
+    assert ours == theirs
+    assert names == sorted(f"ours/{name}" for name in ours)
 
 
 def test_zarr_and_hdf5_store_equal_arrays(tmp_path):
