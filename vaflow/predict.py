@@ -6,7 +6,7 @@ New videos are extracted into a cache first; the two stages meet here and in `va
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -20,10 +20,10 @@ from vaflow.cache import Cache, open_cache
 from vaflow.cache.schema import LOGMEL
 from vaflow.datasets import Dataset, log_left_out, open_dataset
 from vaflow.datasets.clip import Clip
-from vaflow.datasets.files import below, is_audio
+from vaflow.datasets.files import below, examples, is_audio
 from vaflow.demonstration import demonstration_notice
 from vaflow.device import choose_device
-from vaflow.errors import UsageError, explain
+from vaflow.errors import CorruptError, DataError, UsageError, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
 from vaflow.extract.faces.choice import ALL, LARGEST, MAIN
 from vaflow.extract.faces.identity import AUTO, network_setting
@@ -41,7 +41,7 @@ from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import sampling
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.plots import draw_trace
-from vaflow.train.provenance import write_sources
+from vaflow.train.provenance import read_sources, write_sources
 from vaflow.train.published import local_run
 from vaflow.train.quality import frame_columns
 from vaflow.train.runs import Run, RunFolder, load_run
@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 IMPORTED = "imported"  # encoder of streams whose features were imported
 CLIPS_AT_A_TIME = 32
+_LONGEST_HEADER = 4096  # bytes of a table's first line
 FEATURES = ".features-"  # in the output directory while videos are extracted; then the digest of the settings
 
 
@@ -161,10 +162,12 @@ def predict_media(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
+    _refuse_foreign_tables(out, [clip.id for clip in clips])
     failures = FailureLog(out / FAILURES)
     cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
     failed = {failure.item for failure in failures.failures}
     items = items_of(cache, [clip.id for clip in clips if clip.id not in failed]) if media else cache.items()
+    _refuse_foreign_tables(out, items)
     predicted = write_clips(run, members, weights, cache, items, out, failures, show_progress=show_progress)
     sources = {clip.id: clip.audio for clip in clips if clip.audio is not None}
     videos = {item: sources[source] for item in items if (source := clip_and_person(item)[0]) in sources}
@@ -175,6 +178,39 @@ def predict_media(
     if not config.keep_features:
         summary.discard()
     return summary
+
+
+def _refuse_foreign_tables(out: Path, items: Iterable[str]) -> None:
+    """Check that predictions replace predictions only, not label tables beside the videos.
+
+    Raises:
+        UsageError: `out` holds other tables of these names.
+    """
+    try:
+        earlier = read_sources(out)
+    except CorruptError:
+        earlier = None
+    known = set() if earlier is None else set(earlier.items)
+    foreign = []
+    for item in items:
+        try:
+            path = below(out, f"{item}.csv")
+        except DataError:  # the clip fails when it is written
+            continue
+        if item not in known and path.is_file():
+            with path.open("rb") as file:
+                header = file.readline(_LONGEST_HEADER)
+            if not (header.startswith(b"frame,time,valence,arousal,") and b",region" in header):
+                foreign.append(path.name)
+    if foreign:
+        raise UsageError(
+            explain(
+                f"{out} holds tables that predictions would replace",
+                expected="a directory without label tables of these names",
+                got=examples(foreign),
+                remedy="Choose another --out",
+            )
+        )
 
 
 def cache_to_predict(

@@ -65,6 +65,13 @@ def test_a_run_on_imported_features_predicts_a_cache_without_labels(
     assert cache.is_dir()
     assert main(["predict", str(run), "--cache", str(cache), "--out", str(out), "--device", "cpu"]) == 0
     assert "region (v/a)" in capsys.readouterr().out
+    labels = "frame,time,valence,arousal\n0,0.0,0.5,0.5\n"  # such a table beside a video holds labels
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "y.csv").write_text(labels)
+    arguments = ["predict", str(run), "--cache", str(cache), "--out", str(tmp_path / "mine"), "--device", "cpu"]
+    assert main(arguments) == 2
+    assert "mine holds tables that predictions would replace" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "y.csv").read_text() == labels
 
 
 @pytest.mark.parametrize("stds", [{}, {"valence": 0.11, "arousal": 0.12}])
