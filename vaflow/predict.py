@@ -162,12 +162,12 @@ def predict_media(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
-    _refuse_foreign_tables(out, [clip.id for clip in clips])
+    refuse_foreign_tables(out, [clip.id for clip in clips])
     failures = FailureLog(out / FAILURES)
     cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
     failed = {failure.item for failure in failures.failures}
     items = items_of(cache, [clip.id for clip in clips if clip.id not in failed]) if media else cache.items()
-    _refuse_foreign_tables(out, items)
+    refuse_foreign_tables(out, items)
     predicted = write_clips(run, members, weights, cache, items, out, failures, show_progress=show_progress)
     sources = {clip.id: clip.audio for clip in clips if clip.audio is not None}
     videos = {item: sources[source] for item in items if (source := clip_and_person(item)[0]) in sources}
@@ -180,7 +180,7 @@ def predict_media(
     return summary
 
 
-def _refuse_foreign_tables(out: Path, items: Iterable[str]) -> None:
+def refuse_foreign_tables(out: Path, items: Iterable[str]) -> None:
     """Check that predictions replace predictions only, not label tables beside the videos.
 
     Raises:

@@ -16,7 +16,16 @@ from vaflow.encoders import build_encoder
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import ExtractConfig
 from vaflow.failures import FAILURES, Failure, FailureLog
-from vaflow.predict import PredictConfig, Predicted, PredictSummary, cache_to_predict, clips_of, items_of, write_clip
+from vaflow.predict import (
+    PredictConfig,
+    Predicted,
+    PredictSummary,
+    cache_to_predict,
+    clips_of,
+    items_of,
+    refuse_foreign_tables,
+    write_clip,
+)
 from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
@@ -156,7 +165,9 @@ def predict_model(
     if not media and config.cache is None:
         raise UsageError(explain("Nothing to predict", expected="videos, or --cache CACHE to predict its clips"))
     out.mkdir(parents=True, exist_ok=True)
-    failures, clips, settings = FailureLog(out / FAILURES), clips_of(media), None
+    clips, settings = clips_of(media), None
+    refuse_foreign_tables(out, [clip.id for clip in clips])
+    failures = FailureLog(out / FAILURES)
     if media:
         encoder = build_encoder(name, weights=config.weights.get(name))
         columns.check(name, encoder.dim)
@@ -173,6 +184,7 @@ def predict_model(
     cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
     failed = {failure.item for failure in failures.failures}
     items = items_of(cache, [clip.id for clip in clips if clip.id not in failed]) if media else cache.items()
+    refuse_foreign_tables(out, items)
     predicted: list[Predicted] = []
     traces, windows = model_traces(cache, name, columns, items, show=show_progress) if items else ([], None)
     empty = {clip.item for clip in featureless(windows)} if windows is not None else set()
