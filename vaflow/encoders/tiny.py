@@ -20,7 +20,6 @@ The convolutional networks are drawn with the deviation that keeps a ReLU networ
 al. 2015).
 """
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable
@@ -97,7 +96,9 @@ RESNET_BLOCKS, RESNET_WIDTH, RESNET_EXPANSION = [1, 1, 1, 1], 16, 1
 VGGISH_CHANNELS, VGGISH_WIDTHS = ((16,), (32,), (48, 48), (64, 64)), (256, 256, 128)
 
 Values = NDArray[np.float64]
-Rule = Callable[[str, str, tuple[int, ...]], Values]  # (stream of random numbers, parameter's name, shape) -> values
+Rule = Callable[
+    [str, str, tuple[int, ...]], Values | NDArray[np.float32]
+]  # (stream of random numbers, parameter's name, shape) -> values
 
 
 def build(request: Request) -> AstEncoder | ImageEncoder | vggish.VggishEncoder:
@@ -126,25 +127,16 @@ def build(request: Request) -> AstEncoder | ImageEncoder | vggish.VggishEncoder:
 def _build_clip(request: Request, choice: LayerChoice) -> ImageEncoder:
     import open_clip
 
-    model = copy.deepcopy(_seeded_clip())
-    if request.weights is not None:
+    model = open_clip.CLIP(**CLIP_CONFIG)
+    if request.weights is None:
+        seed_parameters(model, "clip-tiny", _clip_values)
+    else:
         load_strictly(model, read_state_dict(request.weights), str(request.weights))
     require_quick_gelu(model, request.name)
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     preprocessing = Preprocessing(Preparation(CLIP_CONFIG["vision_cfg"]["image_size"]), mean, std)
     identity = make_identity(request, "clip-tiny", model, preprocessing)
     return clip.make_encoder(request, choice, model, open_clip.SimpleTokenizer, preprocessing, identity)
-
-
-@cache
-def _seeded_clip() -> torch.nn.Module:
-    """The network with its weights, which take ten times as long to draw as to copy."""
-    import open_clip
-
-    with torch.random.fork_rng(devices=[]):
-        model = open_clip.CLIP(**CLIP_CONFIG)
-    seed_parameters(model, "clip-tiny", _clip_values)
-    return model
 
 
 def _build_ast(request: Request, choice: LayerChoice) -> AstEncoder:
@@ -169,10 +161,16 @@ def seed_parameters(module: torch.nn.Module, name: str, rule: Rule) -> None:
     with torch.no_grad():
         for key, parameter in module.named_parameters():
             values = rule(f"{SEED}/{name}/{key}", key, tuple(parameter.shape))
-            parameter.copy_(torch.from_numpy(values.astype(np.float32)))
+            parameter.copy_(torch.from_numpy(values.astype(np.float32, copy=False)))
 
 
-def _clip_values(stream: str, key: str, shape: tuple[int, ...]) -> Values:
+@cache
+def _clip_values(stream: str, key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Drawing takes longer than all the rest of a build, so a process keeps the numbers (2 MB)."""
+    return _draw_clip_values(stream, key, shape).astype(np.float32)
+
+
+def _draw_clip_values(stream: str, key: str, shape: tuple[int, ...]) -> Values:
     if key == "visual.conv1.weight":
         return _coarse(stream, shape, CLIP_GAINS.patch, mean_kept=0.0)
     if key == "logit_scale":
