@@ -21,6 +21,7 @@ from vaflow.cache.schema import LOGMEL
 from vaflow.datasets import Dataset, log_left_out, open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.files import below, examples, is_audio
+from vaflow.datasets.videos import has_predictions
 from vaflow.demonstration import demonstration_notice
 from vaflow.device import choose_device
 from vaflow.errors import CorruptError, DataError, UsageError, explain
@@ -199,8 +200,8 @@ def refuse_foreign_tables(out: Path, items: Iterable[str]) -> None:
             continue
         if item not in known and path.is_file():
             with path.open("rb") as file:
-                header = file.readline(_LONGEST_HEADER)
-            if not (header.startswith(b"frame,time,valence,arousal,") and b",region" in header):
+                header = file.readline(_LONGEST_HEADER).decode("ascii", "replace").strip().split(",")
+            if not has_predictions(header):
                 foreign.append(path.name)
     if foreign:
         raise UsageError(

@@ -161,6 +161,7 @@ def test_frame_numbers_take_precedence_over_times(tmp_path: Path) -> None:
         ("valence,arousal\n0,0\n", "line 1"),
         ("time,emotion\n0,0\n", "line 1"),
         ("time,time,valence\n0,0,0\n", "line 1"),
+        ("frame,time,valence,arousal,face,audio,region\n0,0,0,0,1,1,v_low\n", "holds predictions"),
         ("frame|valence\n0|0\n", "frame|valence"),
         ("frame,valence\n0,0\n0,0\n", "line 3 ('0')"),
         ("frame,valence\n1.5,0\n-1,0\nx,0\n,0\n", "lines 2-5"),

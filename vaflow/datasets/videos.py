@@ -11,7 +11,7 @@ Everything else that is not used becomes a note.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from vaflow.datasets.clip import Annotation, Clip, Note
 from vaflow.datasets.files import LeftOut, entries, examples, is_audio, is_folder, is_regular, is_video
 from vaflow.datasets.splits import SPLITS_FILE, assign
 from vaflow.datasets.text import TARGETS, LabelFile, is_number, separator_of, split_cells
+from vaflow.errors import DataError, explain
 from vaflow.item_names import clip_and_person, person_item
 
 LOOKS_FOR = "video or audio files (mp4, mov, avi, mkv, webm, mpg, wmv, wav, mp3 ...) in any folder"
@@ -141,6 +142,11 @@ def _table_notes(files: _Files, media: list[str], clips: list[Clip], beside: lis
     return notes
 
 
+def has_predictions(header: Sequence[str]) -> bool:
+    """Whether a table with these columns was written by `vaflow predict` or `vaflow evaluate`."""
+    return list(header[:4]) == ["frame", "time", "valence", "arousal"] and "region" in header
+
+
 def read_csv(path: Path, names_of: Callable[[list[str]], list[str]] | None = None) -> Annotation:
     """A table with a column `frame` (0-based) or `time` (seconds), and `valence`, `arousal` or one of them.
 
@@ -152,12 +158,17 @@ def read_csv(path: Path, names_of: Callable[[list[str]], list[str]] | None = Non
         names_of: header -> names of the columns; None: the header in lower case.
 
     Raises:
-        DataError: with every problem and its lines.
+        DataError: with every problem and its lines; or the table holds predictions.
     """
     text = LabelFile(path, _EXPECTED)
     separator = separator_of(text.lines[0])
     cells = split_cells(text.lines[0], separator)
     header = names_of(cells) if names_of is not None else [cell.lower() for cell in cells]
+    if names_of is None and has_predictions(header):  # found beside a video; nobody has named it
+        remedy = (
+            "Move it out of the data set. To train on predictions, keep only the columns frame, valence and arousal"
+        )
+        raise DataError(explain(f"{path} holds predictions", expected="labels", got=text.lines[0], remedy=remedy))
     clock = next((name for name in ("frame", "time") if name in header), "")
     targets = tuple(name for name in TARGETS if name in header)
     roles = [name for name in header if name in (clock, *TARGETS)]
