@@ -52,7 +52,7 @@ class Summary:
     """Sums over clips.
 
     Attributes:
-        clips: number of clips; `usable` have usable media, from which `seconds` and `frames` come.
+        clips: number of clips; `usable` can be extracted. `seconds` and `frames` are of readable media.
         groups: source videos.
         rows: of annotation files that can be used; `annotated` of the `label_frames` of their clips have a label.
         crop_frames: frames of clips that have crops; `crops_missing` of them have none.
@@ -111,7 +111,7 @@ def summarise(checked: Sequence[Checked]) -> Summary:
     with_crops = [(c.media, c.crops) for c in checked if c.media and c.crops]
     return Summary(
         clips=len(checked),
-        usable=len(media),
+        usable=sum(c.media is not None and "bad-labels" not in {note.code for note in c.findings} for c in checked),
         groups=len({c.clip.group for c in checked}),
         seconds=sum(facts.duration for facts in media),
         frames=sum(facts.frames for facts in media),

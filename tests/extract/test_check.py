@@ -169,6 +169,7 @@ def test_unusable_clips_are_errors_and_do_not_affect_the_rest(spoiled: Report, r
         "badlabels": "bad-labels",
         "video5": "leak",
     }
+    assert spoiled.total().usable == spoiled.total().clips - 5, "all but the leak are left out"
     message = findings(spoiled, "bad-labels")["badlabels"].message
     assert "line 3 ('later')" in message and "line 4 ('7')" in message
     good, again = by_item(report), by_item(spoiled)
