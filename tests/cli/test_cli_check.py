@@ -45,7 +45,7 @@ def test_errors_fail_and_state_a_remedy(broken: Tree, capsys: pytest.CaptureFixt
     code, out, _ = run(capsys, broken.root)
     assert code == 1
     assert "ERROR  unreadable: 3" in out and "  -> Extraction skips the clip" in out
-    assert out.rstrip().splitlines()[-1].startswith("15 of 19 clips are usable")
+    assert out.rstrip().splitlines()[-1].startswith("14 of 19 clips are usable")
 
 
 def test_quiet_prints_only_problems(good: Tree, broken: Tree, capsys: pytest.CaptureFixture[str]) -> None:
