@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
 import pytest
 from ablation_toys import toy_study
@@ -39,10 +40,17 @@ CLIPS = 10
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[object]:
-    """Two nodes with one CPU each: one actor on each node."""
+def nodes() -> Iterator[Any]:
     with two_nodes(1) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def cluster(nodes: Any) -> object:
+    """Two nodes with one CPU each: one actor on each node. A node that a test has removed is replaced."""
+    if not nodes.worker_nodes:
+        nodes.add_node(num_cpus=1)
+    return nodes
 
 
 def remove_a_node(cluster: object) -> None:
