@@ -96,9 +96,8 @@ RESNET_BLOCKS, RESNET_WIDTH, RESNET_EXPANSION = [1, 1, 1, 1], 16, 1
 VGGISH_CHANNELS, VGGISH_WIDTHS = ((16,), (32,), (48, 48), (64, 64)), (256, 256, 128)
 
 Values = NDArray[np.float64]
-Rule = Callable[
-    [str, str, tuple[int, ...]], Values | NDArray[np.float32]
-]  # (stream of random numbers, parameter's name, shape) -> values
+Drawn = Values | NDArray[np.float32]
+Rule = Callable[[str, str, tuple[int, ...]], Drawn]  # (stream of random numbers, parameter's name, shape) -> values
 
 
 def build(request: Request) -> AstEncoder | ImageEncoder | vggish.VggishEncoder:
