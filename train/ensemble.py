@@ -24,9 +24,9 @@ from vaflow.errors import CorruptError, DataError, UsageError, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces, write_predictions
+from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.provenance import Maker, write_sources
+from vaflow.train.provenance import Maker, write_evaluation
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
 from vaflow.train.session import warn_of_demonstration
@@ -215,8 +215,7 @@ def ensemble_runs(
     if chosen_on == split and how == "search":
         report["warnings"].append("the weights were tuned on this split; the score is optimistic")
     write_file(folder.path / ENSEMBLE_FILE, (json.dumps(asdict(ensemble), indent=2) + "\n"))
-    write_predictions(folder.predictions(split), traces)
-    write_sources(folder.predictions(split), maker_of(folder.path), cache, [trace.clip.item for trace in traces])
+    write_evaluation(folder.predictions(split), maker_of(folder.path), cache, traces)
     folder.write_metrics(report)
     return ensemble, report
 

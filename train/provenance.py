@@ -4,7 +4,7 @@ A run's folder and its cache can change later; this file records what they were,
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b, file_digest
 from pathlib import Path
@@ -17,6 +17,7 @@ from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.datasets.files import below
 from vaflow.errors import CorruptError, DataError, explain
 from vaflow.files import is_behind_link, write_file
+from vaflow.train.evaluate import Trace, write_predictions
 from vaflow.train.feature_distance import FILE as TRAINING_FEATURES
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import ENSEMBLE_FILE
@@ -146,14 +147,22 @@ def write_sources(
     _write(folder / SOURCES_FILE, maker, cache, files, media or {}, earlier)
 
 
-def remove_earlier(folder: Path, items: Iterable[str]) -> None:
-    """Delete predictions that `sources.json` of a folder lists, of clips that are not among `items`.
+def write_evaluation(folder: Path, maker: Maker, cache: Cache, traces: Sequence[Trace]) -> None:
+    """Write the predictions of a whole split and their sources, in the place of an earlier evaluation.
 
-    A folder of a run then holds one evaluation; clips of another cache, or dropped since, do not stay in it.
+    Clips of another cache, or dropped since, do not stay in the folder.
 
     Raises:
-        OSError: the disk refuses.
+        DataError, OSError: a file cannot be written or deleted.
     """
+    items = [trace.clip.item for trace in traces]
+    _remove_others(folder, items)
+    write_predictions(folder, traces)
+    write_sources(folder, maker, cache, items)
+
+
+def _remove_others(folder: Path, items: Iterable[str]) -> None:
+    """Delete predictions that `sources.json` of a folder lists, of clips that are not among `items`."""
     try:
         earlier = read_sources(folder)
         stale = [] if earlier is None else sorted(earlier.items.keys() - set(items))

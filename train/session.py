@@ -30,7 +30,6 @@ from vaflow.train.evaluate import (
     failed_items,
     featureless,
     label_warnings,
-    write_predictions,
 )
 from vaflow.train.feature_distance import TrainingFeatures
 from vaflow.train.folds import fold_items, split_items
@@ -38,7 +37,7 @@ from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import Progress, Row, seeded
 from vaflow.train.metrics import DIMENSIONS, region_occupancy
-from vaflow.train.provenance import run_maker, write_sources
+from vaflow.train.provenance import run_maker, write_evaluation
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import RunFolder, load_run, require_record
 from vaflow.train.storage import write_tensors
@@ -237,9 +236,8 @@ class Session:
             traces = list(features.mark(data.val, calibrated(traces, calibration)))
             left_out = set(report["missing"]["clips"])
             report |= uncertainty_report([t for t in traces if t.clip.item not in left_out], split, split)
-        write_predictions(self.folder.output_folder(split), traces)
         maker = run_maker(self.folder.path, require_record(self.folder.path))
-        write_sources(self.folder.predictions(split), maker, self.cache, [trace.clip.item for trace in traces])
+        write_evaluation(self.folder.output_folder(split), maker, self.cache, traces)
         report |= {"best_epoch": progress.best_epoch, "epochs": progress.epoch}
         report |= {"best_epoch_each": dict(progress.each_epoch)} if progress.each else {}
         report |= {"layer_shares": model.layer_shares} if model.layer_shares else {}

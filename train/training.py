@@ -18,11 +18,11 @@ from vaflow.files import lock_folder, write_file
 from vaflow.train.breakdown import Groups
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import check_has_clips, load_split
-from vaflow.train.evaluate import check_complete, failed_items, score_traces, write_predictions
+from vaflow.train.evaluate import check_complete, failed_items, score_traces
 from vaflow.train.folds import split_items
 from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
-from vaflow.train.provenance import remove_earlier, run_maker, write_sources
+from vaflow.train.provenance import run_maker, write_evaluation
 from vaflow.train.record import (
     LISTED,
     ClipDigest,
@@ -258,8 +258,9 @@ def evaluate_run(
     if trained.calibration is not None and not without:
         used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
         report |= uncertainty_report(used, split, trained.calibration.split)
-    report["warnings"] += _outdated_clips(cache, split, [trace.clip.item for trace in traces])
-    report["warnings"] += _shared_recordings(run, trained.record, cache, split, [t.clip.item for t in traces])
+    items = [trace.clip.item for trace in traces]
+    report["warnings"] += _outdated_clips(cache, split, items)
+    report["warnings"] += _shared_recordings(run, trained.record, cache, split, items)
     report |= {"without": without} if without else {}
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
     if write:
@@ -267,11 +268,7 @@ def evaluate_run(
         name = f"{split}-without-{without}" if without else split
         if smoothing != "stored":
             name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
-        out = folder.output_folder(name)
-        items = [trace.clip.item for trace in traces]
-        remove_earlier(out, items)
-        write_predictions(out, traces)
-        write_sources(out, run_maker(folder.path, trained.record), cache, items)
+        write_evaluation(folder.output_folder(name), run_maker(folder.path, trained.record), cache, traces)
         if name == split == config.val_split and address(cache.place) in cache_places(folder.path, trained.record):
             folder.update_metrics(report)
     return report
@@ -307,7 +304,7 @@ def _shared_recordings(run: Path, record: RunRecord, cache: Cache, split: str, i
     places = [place for place in cache_places(run, record) if "://" not in place and is_cache(place)]
     if places and split != config.train_split:
         try:
-            trained_on = open_cache(places[0])
+            trained_on = cache if address(cache.place) in places else open_cache(places[0])
             train = clip_digests(trained_on, (), split_items(trained_on, config.train_split, config.fold_splits))
         except (CacheError, UsageError) as error:  # such as a damaged or changed cache, while another one is scored
             log.warning("Not compared with the clips that %s was trained on: %s", run, error)
