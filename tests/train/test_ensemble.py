@@ -166,6 +166,14 @@ def test_an_ensemble_can_overwrite_only_an_ensemble_directory(runs: list[Path], 
         ensemble_runs(runs, tmp_path / "photos", device="cpu")
 
 
+def test_predictions_of_an_ensemble_are_of_one_evaluation(cache: Cache, runs: list[Path], tmp_path: Path) -> None:
+    fewer = make_cache(tmp_path / "fewer", Toy(seconds=(8, 14), splits={"train": 1, "val": 2}))
+    for used in (cache, fewer):
+        ensemble_runs(runs[:2], tmp_path / "e", cache=used, device="cpu")
+        names = {path.stem for path in (tmp_path / "e" / "predictions" / "val").glob("*.csv")}
+        assert names == set(used.items(split="val"))
+
+
 def test_an_ensemble_can_be_submitted(runs: list[Path], cache: Cache, tmp_path: Path) -> None:
     ensemble_runs(runs, tmp_path / "e", "ccc", device="cpu")
     sample = tmp_path / "sample.txt"
