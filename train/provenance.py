@@ -148,7 +148,7 @@ def write_sources(
 
 
 def write_evaluation(folder: Path, maker: Maker, cache: Cache, traces: Sequence[Trace]) -> None:
-    """Write the predictions of a whole split and their sources, in the place of an earlier evaluation.
+    """Write the predictions of a whole split and their sources, which replace those of an earlier evaluation.
 
     Clips of another cache, or dropped since, do not stay in the folder.
 

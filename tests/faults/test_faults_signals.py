@@ -32,7 +32,7 @@ TRAINING = {
     "writing the checkpoint": ("vaflow.train.loop.write_tensors", 2),
     "evaluating": ("vaflow.train.loop.predict_clips", 2),
     "scoring at the end": ("vaflow.train.session.evaluate_windows", 1),
-    "writing predictions": ("vaflow.train.session.write_predictions", 1),
+    "writing predictions": ("vaflow.train.session.write_evaluation", 1),
     "writing the metrics": ("vaflow.train.runs.RunFolder.write_metrics", 1),
 }
 
