@@ -82,23 +82,28 @@ def explain(
 
     If `got` is close to one of `choices`, that one is suggested.
     """
-    parts = [problem.rstrip(".") + "."]
+    parts = [_sentence(problem)]
     if expected is not None:
-        parts.append(f"Expected: {expected}.")
+        parts.append(_sentence(f"Expected: {expected}"))
     if isinstance(got, OSError) and got.strerror:  # without its number, and without a path that the problem names
         shown = got.filename is None or str(got.filename) in problem
         got = got.strerror if shown else f"{got.strerror}: {got.filename}"
     if got is not None:
-        parts.append(f"Got: {got}.")
+        parts.append(_sentence(f"Got: {got}"))
     if choices is not None:
         names = sorted(choices)
-        parts.append(f"Choices: {', '.join(names) if names else 'none'}.")
+        parts.append(_sentence(f"Choices: {', '.join(names) if names else 'none'}"))
         close = get_close_matches(str(got), names, n=1)
         if close and close[0] != got:
             parts.append(f"Did you mean {close[0]!r}?")
     if remedy is not None:
-        parts.append(remedy.rstrip(".") + ".")
+        parts.append(_sentence(remedy))
     return visible(" ".join(parts))
+
+
+def _sentence(text: str) -> str:
+    """`text` with one full stop: messages of other libraries end in one, and so do `...` and the path `..`."""
+    return text if text.endswith(".") else f"{text}."
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:

@@ -37,14 +37,19 @@ AUTO = "auto"
 log = logging.getLogger(__name__)
 
 
-def read_annotation(clip: Clip) -> Annotation | None:
-    """The labels of `clip`; None if it has none.
+def read_annotation(clip: Clip, person: int = 0) -> Annotation | None:
+    """The labels of `clip`; None if it has none. A -5 in one dimension leaves the other one annotated.
 
-    A -5 in one dimension leaves the other one annotated.
+    Args:
+        clip: with its label files.
+        person: number; the labels of this person, if there is a table of them.
 
     Raises:
         DataError: the file cannot be used; the message names every problem with its lines.
     """
+    of_person = dict(clip.person_labels)
+    if person in of_person:
+        return read_csv(of_person[person])
     if clip.dimensions:
         read = DIMENSION_READERS[clip.label_format]
         return merge_dimensions({target: read(path) for target, path in clip.dimensions})
@@ -114,7 +119,8 @@ def log_left_out(dataset: Dataset, skip: Sequence[str] = ()) -> None:
     """Log the warnings, errors and ignored files of a scan, as `check` lists them, except those of the codes `skip`."""
     for note in dataset.notes:
         if note.code not in skip and (note.severity != "note" or note.code == "ignored-files"):
-            log.warning("%s%s. %s", f"{note.item}: " if note.item else "", note.message, note.remedy)
+            message = explain(note.message, remedy=note.remedy or None)
+            log.warning("%s%s", f"{note.item}: " if note.item else "", message)
 
 
 def _require_files(root: Path) -> None:
