@@ -4,8 +4,8 @@
     DIR/<item>.csv, a column `time` (seconds; not needed with a rate) and one column per dimension
 
 A table may have columns `start` and `end` in place of `time`: a row's time is then the middle of its span. A row that
-holds NaN, infinity or an empty cell is marked invalid and set to 0. The
-roles of columns follow from their names, or from a mapping of the user.
+holds NaN, infinity or a missing cell (empty, NaN, NA, N/A, null or ?) is marked invalid and set to 0. The roles of
+columns follow from their names, or from a mapping of the user.
 """
 
 import csv
@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.datasets.files import head, printable, size_problem
+from vaflow.datasets.files import head, open_text, printable, size_problem
 from vaflow.datasets.splits import SPLITS_FILE
-from vaflow.datasets.text import MAX_SECONDS, decimal_point, separator_of
+from vaflow.datasets.text import MAX_SECONDS, NOT_A_NUMBER, decimal_point, separator_of
 from vaflow.errors import DataError, UsageError, explain
 
+MISSING = NOT_A_NUMBER | {"na", "n/a", "null"}  # cells of R, spreadsheets and databases as well
 ROLES = ("time", "frame", "start", "end", "valence", "arousal", "ignore")
 
 _CLOCK_TIME = re.compile(r"(?:(\d+) days? )?(\d+):(\d\d):(\d\d(?:[.,]\d+)?)", re.ASCII)  # pandas writes "0 days ..."
@@ -281,7 +282,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(explain(f"{path} cannot be read", expected="a table of one item's features", got=problem))
     separator = separator_of(head(path).partition("\n")[0])
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_text(path) as file:
             reader = csv.reader(file, delimiter=separator)
             for cells in reader:
                 if cells:
@@ -292,7 +293,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _read_table(path: Path, columns: Columns) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Rows of the feature columns, NaN for empty cells; and the times, or None if the table has none."""
+    """Rows of the feature columns, NaN for missing cells; and the times, or None if the table has none."""
     header = _header(path)
     clock, kept = _sort_columns(columns.of(header))
     rows, times = [], []
@@ -303,7 +304,7 @@ def _read_table(path: Path, columns: Columns) -> tuple[NDArray[np.float64], NDAr
             problem = f"{path} has a line of another length"
             raise DataError(explain(problem, expected=f"{len(header)} cells", got=f"{len(cells)} in line {number}"))
         try:
-            rows.append(np.array([cells[k] or "nan" for k in kept], np.float64))
+            rows.append(np.array(["nan" if cells[k].lower() in MISSING else cells[k] for k in kept], np.float64))
             times.append(sum(seconds_of(cells[k]) for k in clock) / max(len(clock), 1))
         except ValueError as error:
             problem = f"{path} has a cell that is not a number, in line {number}"

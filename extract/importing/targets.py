@@ -16,7 +16,7 @@ import numpy as np
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Array, StreamInfo
-from vaflow.datasets.files import head, size_problem
+from vaflow.datasets.files import head, open_text, size_problem
 from vaflow.datasets.text import MAX_FRAME, MAX_SECONDS, decimal_point, separator_of
 from vaflow.errors import DataError, UsageError, count, explain
 from vaflow.extract.importing.labels import label_path
@@ -129,7 +129,7 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
         raise DataError(explain(f"{path} cannot be read", expected="a table of targets", got=problem))
     separator = separator_of(head(path).partition("\n")[0])
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_text(path) as file:
             lines = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=separator) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(explain(f"{path} cannot be read", expected="a table in UTF-8 text", got=error)) from error

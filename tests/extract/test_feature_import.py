@@ -389,3 +389,11 @@ def test_invalid_directories_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="folder of labels does not exist"):
         import_features(tmp_path / "cache", tmp_path / "from", config, labels=tmp_path / "gone")
     assert not (tmp_path / "cache").exists()
+
+
+def test_missing_cells_of_a_table_make_their_row_invalid(tmp_path: Path) -> None:
+    cells = ["1", "", "NaN", "NA", "n/a", "null", "?", "2"]
+    text(tmp_path / "in" / "a.csv", "time,x,y", *(f"{k},{cell},0" for k, cell in enumerate(cells)))
+    features = read_features(find_features(tmp_path / "in")[0], None)
+    assert features.valid.tolist() == [True, *[False] * 6, True]
+    assert features.embedding[:, 0].tolist() == [1, *[0] * 6, 2]
