@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache.documents import canonical
+from vaflow.datasets.files import text_encoding
 from vaflow.errors import UsageError, explain
 from vaflow.extract.faces.choice import ID
 
@@ -101,7 +102,8 @@ def read_choices(path: Path) -> dict[str, str]:
         OSError: it cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        data = path.read_bytes()
+        lines = data.decode(text_encoding(data)).splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(explain(f"{path} is not a table", expected="CSV in UTF-8", got=str(error))) from error
     rows = csv.DictReader(lines)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from vaflow.cache import Cache
 from vaflow.cache.costs import Cost
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, StreamInfo
+from vaflow.datasets.labels import CLOCK_GAP
 from vaflow.device import device_name
 from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
@@ -272,6 +273,7 @@ class Run:
             self._ledger.take(Failure(task.clip.id, "commit", type(error).__name__, str(error), split))
         else:
             self._media.update(dict.fromkeys(task.streams, clip.duration))
-            self._ledger.take(Extracted(task.clip.id, clip.duration, clip.facts["faces"].get("notable", 0)))
+            people = clip.facts["faces"].get("notable", 0)
+            self._ledger.take(Extracted(task.clip.id, clip.duration, people, clip.clock_gap > CLOCK_GAP))
         finally:
             self._slots.release()

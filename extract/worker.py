@@ -5,17 +5,15 @@ The pipe to the pipeline provides back-pressure: it holds little, so a worker th
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache, partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vaflow.datasets.clip import Annotation, Clip
+from vaflow.datasets.clip import Annotation
 from vaflow.datasets.formats import read_annotation
-from vaflow.datasets.labels import on_clock
+from vaflow.datasets.labels import clock_gap, on_clock
 from vaflow.encoders.logmel import frame_count
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
@@ -176,8 +174,7 @@ class ClipReader:
     def _send_clock(self, sources: dict[str, Any]) -> None:
         clip, video = self._clip, self._info.video
         everyone = self._job.person == ALL
-        numbered = dict(clip.person_labels) if everyone else {}
-        annotation = read_annotation(_with_labels(clip, numbered.pop(1)) if 1 in numbered else clip)
+        annotation = read_annotation(clip, person=1 if everyone else 0)
         facts: dict[str, Any] = {
             "split": clip.split,
             "group": clip.group,
@@ -201,9 +198,11 @@ class ClipReader:
                 )
             times = times[:0]  # labels of an audio file keep their own times
         labels = on_clock(annotation, times)
-        others = {number: read_annotation(_with_labels(clip, path)) for number, path in numbered.items()}
+        numbers = [number for number, _ in clip.person_labels if number > 1] if everyone else []
+        others = {number: read_annotation(clip, number) for number in numbers}
         people = {k: PersonLabels(on_clock(one, times), _annotation_facts(one)) for k, one in others.items()}
-        self._send(Clock(self._job.number, labels, self._duration, sources, facts, people))
+        gap = max(clock_gap(one, times) for one in (annotation, *others.values()))
+        self._send(Clock(self._job.number, labels, self._duration, sources, facts, people, gap))
 
     # -- audio -----------------------------------------------------------------------------------------------------
 
@@ -357,10 +356,6 @@ class ClipReader:
                     digest.add(number, data)
                     yield number, image
             self._facts[IMAGES_DIGEST] = digest.hexdigest()
-
-
-def _with_labels(clip: Clip, path: Path) -> Clip:
-    return replace(clip, labels=path, label_format="csv", dimensions=())
 
 
 def _annotation_facts(annotation: Annotation | None) -> dict[str, Any]:

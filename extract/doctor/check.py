@@ -109,12 +109,15 @@ def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bo
     notes += media_notes
     labels: LabelFacts | None = None
     crops: CropFacts | None = None
-    try:
-        if (annotation := read_annotation(clip)) is not None:
-            labels = label_facts(annotation, times)
-            notes += label_findings(clip, labels, media)
-    except DataError as error:
-        notes.append(Note("error", "bad-labels", clip.id, str(error), _LEFT_OUT))
+    for person in (0, *(number for number, _ in clip.person_labels)):
+        try:
+            if (annotation := read_annotation(clip, person)) is not None:
+                facts = label_facts(annotation, times)
+                notes += label_findings(clip, facts, media)
+                labels = labels or facts  # of the clip itself, or else of its first person with a table
+        except DataError as error:
+            remedy = f"{_LEFT_OUT} with --person all" if person else _LEFT_OUT
+            notes.append(Note("error", "bad-labels", clip.id, str(error), remedy))
     try:
         if clip.crops:
             crops = crop_facts(clip.crops, times)

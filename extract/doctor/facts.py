@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Annotation, Clip
-from vaflow.datasets.labels import on_clock
+from vaflow.datasets.labels import clock_gap, on_clock
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop
@@ -109,10 +109,6 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
     on_frames = on_clock(annotation, times)
     clock_times, valid = on_frames["time"], np.asarray(on_frames["valid"].any(1))
     whole = float(clock_times[-1]) + median_interval(clock_times) if len(clock_times) else 0.0
-    gap = 0.0
-    if annotation.frame is not None and annotation.stated is not None:
-        inside = (annotation.frame < len(times)) & np.isfinite(annotation.stated)
-        gap = float(np.abs(times[annotation.frame[inside]] - annotation.stated[inside]).max(initial=0.0))
     return LabelFacts(
         rows=len(value),
         clock=clock,
@@ -124,7 +120,7 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
         annotated=int(valid.sum()),
         stats=label_stats(on_frames["value"].astype(np.float64)),
         coverage=coverage(clock_times, valid, whole) if len(valid) else b"",
-        clock_gap=gap,
+        clock_gap=clock_gap(annotation, times),
     )
 
 

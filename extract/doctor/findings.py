@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vaflow.datasets.clip import SPLITS, Clip, Note
 from vaflow.datasets.files import examples
+from vaflow.datasets.labels import CLOCK_GAP
 from vaflow.errors import count
 from vaflow.extract.doctor.facts import OPENED_CROPS, CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
 from vaflow.extract.faces.alignment import turn_remedy
@@ -36,6 +37,7 @@ _DRIFT = (
     "With times computed as number / rate, labels drift from frames; on Aff-Wild2 (validation), a drift of 1 s lowers "
     "the CCC of perfect predictions by .12 and .21"
 )
+_NOT_USED = "The clip is neither trained on nor scored"
 _MEANS = (
     "On Aff-Wild2 (validation), predicting each video's mean label scores a CCC of .70 (valence) and .55 (arousal): "
     "a model that has seen the video needs no more"
@@ -70,7 +72,6 @@ USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
 FEW_CROPS = 0.5  # share of frames without a crop above which it is a warning
 DRIFT_FRAMES = 1.5  # error of index / rate in frames above which the rate is called variable
 LATE_LABELS = 1.0  # seconds that time-stamped labels may continue after the video
-CLOCK_GAP = 0.25  # seconds between the time of a frame and the time that its label states
 FASTEST = 240  # frames per second; higher values in headers are clock ticks
 RATE_SLACK = 0.01  # share of the duration by which a nominal frame rate may be off
 STILL = 1.0  # seconds without a new frame before it is called a gap
@@ -159,9 +160,7 @@ def label_findings(clip: Clip, facts: LabelFacts, media: MediaFacts | None) -> l
     missing = sum(stop - start for start, stop in facts.unannotated)
     if missing == facts.rows:
         message = f"None of the {facts.rows} rows is annotated"
-        notes.append(
-            Note("warning", "nothing-annotated", clip.id, message, "The clip is neither trained on nor scored")
-        )
+        notes.append(Note("warning", "nothing-annotated", clip.id, message, _NOT_USED))
     elif missing:
         inner = sum(start > 0 and stop < facts.rows for start, stop in facts.unannotated)
         positions = ["at the start"] * (facts.unannotated[0][0] == 0) + [f"in the middle ({inner})"] * (inner > 0)
@@ -238,9 +237,12 @@ def crop_findings(clip: Clip, facts: CropFacts, media: MediaFacts | None) -> lis
 def clip_findings(clip: Clip, others_have_crops: bool) -> list[Note]:
     """Labels or crops that a clip lacks."""
     notes = []
-    if clip.labels is None and clip.split in ("train", "val"):
+    if clip.labels is None and clip.person_labels:
+        message = f"Labels of persons only: {examples([path.name for _, path in clip.person_labels])}"
+        notes.append(Note("warning", "person-labels", clip.id, message, "Extract with --person all, which uses them"))
+    elif clip.labels is None and clip.split in ("train", "val"):
         message = f"No labels in the split {clip.split!r}"
-        notes.append(Note("warning", "no-labels", clip.id, message, "The clip is neither trained on nor scored"))
+        notes.append(Note("warning", "no-labels", clip.id, message, _NOT_USED))
     if not clip.crops and clip.video is not None and others_have_crops:
         message = "No folder of crops: faces are detected in the video"
         if clip.side:
@@ -252,11 +254,11 @@ def clip_findings(clip: Clip, others_have_crops: bool) -> list[Note]:
 def dataset_findings(clips: Sequence[Clip], labels: Mapping[str, LabelFacts]) -> list[Note]:
     """Videos that cross splits, splits without clips or labels, the distribution of labels. `labels`: clip -> facts."""
     notes = [*_shared_source_findings(clips), *_same_features(clips)]
-    if not any(clip.labels for clip in clips):
+    labelled = [clip for clip in clips if clip.labels or clip.person_labels]
+    if not labelled:
         remedy = "The clips can be extracted and predicted; training requires labels"
         return [*notes, Note("note", "no-labels-at-all", "", "No clip has labels", remedy)]
-    lost = [clip.id for clip in clips if clip.labels and clip.split is None]
-    if lost:
+    if lost := [clip.id for clip in labelled if clip.split is None]:
         remedy = "Add them to a split: training and evaluation use splits only"
         notes.append(Note("warning", "labels-without-split", "", f"Labels, but no split: {examples(lost)}", remedy))
     for split in ("train", "val"):
@@ -280,9 +282,7 @@ def _validation_findings(annotated: Sequence[Clip], labels: Mapping[str, LabelFa
     videos = len({clip.group for clip in annotated})
     if videos < FEW_VIDEOS:
         spread = SPREAD[0] * (SPREAD[1] / videos) ** 0.5
-        message = (
-            f"{videos} labelled validation video{'s' * (videos != 1)}: a mean CCC is uncertain by ± {2 * spread:.2f}"
-        )
+        message = f"{count(videos, 'labelled validation video')}: a mean CCC is uncertain by ± {2 * spread:.2f}"
         remedy = "Compare intervals, as `vaflow evaluate` prints them, or use k-fold (`vaflow folds`)"
         notes.append(Note("note", "few-videos", "", message, remedy))
     scores = constant_scores([labels[clip.id].stats for clip in annotated])
@@ -319,9 +319,8 @@ def _region_findings(train: LabelStats, val: LabelStats) -> list[Note]:
     if not train.regions.sum():
         return []
     share = train.regions / train.regions.sum()
-    rare = [f"{REGION_NAMES[k]} ({share[k]:.2%})" for k in range(9) if share[k] < RARE]
     notes = []
-    if rare:
+    if rare := [f"{REGION_NAMES[k]} ({share[k]:.2%})" for k in range(9) if share[k] < RARE]:
         message = f"{len(rare)} of nine regions have under {RARE:.1%} of the frames of 'train': {'; '.join(rare)}"
         remedy = "The prompt head has hardly an example of them: do not rely on its read-out there"
         notes.append(Note("note", "rare-regions", "", message, remedy))

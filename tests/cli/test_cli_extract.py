@@ -285,3 +285,17 @@ def test_optimized_python_works_or_is_rejected(level: str, code: int) -> None:
     assert done.returncode == code
     assert "Traceback" not in done.stderr
     assert ("PYTHONOPTIMIZE=1" in done.stderr) == (code == 2)
+
+
+def test_contradicting_label_columns_are_a_warning_that_names_the_clips(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, rate in (("a", 25), ("b", 10)):
+        write_video(tmp_path / f"data/{name}.mp4", np.arange(20) / 25, audio_seconds=0.8)
+        rows = "".join(f"{k},{k / rate},0.1\n" for k in range(20))
+        (tmp_path / f"data/{name}.csv").write_text("frame,time,valence\n" + rows)
+    command = ["extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--visual", "none"]
+    assert main([*command, "--audio", "none"]) == 0
+    warning = "The label columns frame and time contradict each other, and frame is used: b\n"
+    assert warning in capsys.readouterr().err
+    assert open_cache(tmp_path / "cache").meta("b").keys() == open_cache(tmp_path / "cache").meta("a").keys()

@@ -3,14 +3,16 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vaflow.datasets import LAYOUTS, Dataset, log_left_out, open_dataset
+from vaflow.datasets import LAYOUTS, Dataset, log_left_out, open_dataset, text
+from vaflow.datasets.formats import read_annotation
 from vaflow.datasets.splits import read_splits
-from vaflow.datasets.videos import item_ids
-from vaflow.errors import UsageError
+from vaflow.datasets.videos import item_ids, read_csv
+from vaflow.errors import DataError, UsageError
 
 
 def touch(root: Path, *paths: str) -> Path:
@@ -256,3 +258,45 @@ def test_a_missing_split_is_logged_for_extraction_but_not_for_prediction(
     assert caplog.messages == []
     log_left_out(dataset)
     assert "gives no split to: b" in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_tables_in_utf_16_with_a_mark_are_read_as_excel_writes_them(tmp_path: Path, encoding: str) -> None:
+    text = "\ufeffframe\tvalence\tarousal\r\n0\t0,5\t-0,25\r\n1\t\t0\r\n"
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    (tmp_path / "splits.csv").write_bytes("\ufeffname\tsplit\r\na\tval\r\n".encode(encoding))
+    (tmp_path / "a.mp4").touch()
+    [clip] = open_dataset(tmp_path).clips
+    labels = read_annotation(clip)
+    assert clip.split == "val" and labels is not None
+    np.testing.assert_array_equal(labels.value, np.array([[0.5, -0.25], [np.nan, 0]], np.float32))
+
+
+def test_damaged_utf_16_is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("\ufefftime,valence\n0,1\n".encode("utf-16-le")[:-1])
+    with pytest.raises(DataError, match=r"damaged UTF-16 text\. Correct the file"):
+        read_csv(tmp_path / "a.csv")
+
+
+def test_a_table_with_two_clocks_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text("frame,time,valence\n0,0,0\n2,0.5,0.1\n3,?,0.2\n")
+    calls = []
+    split = text.split_cells
+
+    def counted(line: str, separator: str = ",") -> list[str]:
+        calls.append(line)
+        return split(line, separator)
+
+    monkeypatch.setattr(text, "split_cells", counted)
+    labels = read_csv(tmp_path / "a.csv")
+    np.testing.assert_array_equal(labels.stated, [0, 0.5, np.nan])
+    assert len(calls) == 3
+
+
+def test_the_table_of_a_person_wins_over_that_of_the_clip(tmp_path: Path) -> None:
+    for name, value in (("a", 0.1), ("a#2", 0.2)):
+        (tmp_path / f"{name}.csv").write_text(f"frame,valence\n0,{value}\n")
+    (tmp_path / "a.mp4").touch()
+    [clip] = open_dataset(tmp_path).clips
+    values = [read_annotation(clip, person).value[0, 0] for person in (0, 1, 2)]  # type: ignore[union-attr]
+    np.testing.assert_allclose(values, [0.1, 0.1, 0.2], rtol=1e-6)

@@ -340,3 +340,16 @@ def test_items_removed_from_the_dataset_are_listed(tmp_path: Path) -> None:
     notes = notes_of(check_dataset(open_dataset(root), cache=cache), "absent-item")
     assert set(notes) == {"moved", "gone"} and "the same video is now new name" in notes["moved"].message
     assert f"vaflow cache drop {cache.place} --absent {root}" in notes["gone"].remedy
+
+
+def test_a_clip_with_tables_of_persons_only_is_labelled(tmp_path: Path) -> None:
+    for number, value in ((1, 0.1), (2, 5)):
+        (tmp_path / f"clip#{number}.csv").write_text(f"frame,valence,arousal\n0,{value},0\n1,0,0.3\n")
+    (tmp_path / "splits.csv").write_text("name,split\nclip,train\n")
+    report = one(tmp_path)
+    codes = {note.code for note in report.findings}
+    assert not codes & {"no-labels", "no-labels-at-all", "split-unlabelled"}
+    assert "clip#1.csv, clip#2.csv" in notes_of(report, "person-labels")["clip"].message
+    assert report.checked[0].labels is not None and report.checked[0].labels.annotated == 2
+    bad = notes_of(report, "bad-labels")["clip"]
+    assert "clip#2.csv" in bad.message and bad.remedy == "Extraction skips the clip with --person all"

@@ -147,6 +147,12 @@ def extract(
     summary = run(dataset, out, config, store=store, rehash=rehash, show_progress=show_bars(quiet), **machines)
     cache = open_cache(out)
     absent = _absent_clips(cache, {clip.id for clip in whole.clips}, out, root)
+    if summary.two_clocks:
+        from vaflow.datasets.files import examples
+
+        names = examples(sorted(summary.two_clocks), LISTED)
+        log.warning("The label columns frame and time contradict each other, and frame is used: %s", names)
+        log.warning("To see by how much: vaflow check %s", root)
     if json:
         print_json(summary_json(summary) | {"absent": absent})
     elif not quiet:

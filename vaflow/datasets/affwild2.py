@@ -19,7 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.datasets.clip import Annotation, Clip, Note
-from vaflow.datasets.files import LeftOut, entries, examples, is_folder, is_regular, is_video, size_problem
+from vaflow.datasets.files import (
+    LeftOut,
+    entries,
+    examples,
+    is_folder,
+    is_regular,
+    is_video,
+    open_text,
+    size_problem,
+)
 from vaflow.datasets.text import TARGETS, LabelFile, is_number, split_cells
 from vaflow.errors import UsageError, explain
 
@@ -224,7 +233,7 @@ def _listed(path: Path) -> tuple[set[str], bool]:
     if (problem := size_problem(path)) is not None:
         raise UsageError(explain(f"Cannot read the list of test trials {path}", got=problem))
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with open_text(path) as lines:
             header = next(lines, "").strip()
             cells = [cell.strip().lower() for cell in header.split(",")]
             if cells[0] == _SAMPLE_HEADER[0]:

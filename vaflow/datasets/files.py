@@ -3,12 +3,14 @@
 A name that cannot be used does not end a scan: it is recorded in `LeftOut`, which becomes notes.
 """
 
+import codecs
 import os
 import stat
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from vaflow.datasets.clip import Note
 from vaflow.errors import DataError, explain
@@ -183,9 +185,26 @@ def head(path: Path) -> str:
         if not path.is_file():
             return ""
         with path.open("rb") as file:
-            return file.read(_HEAD).decode("utf-8-sig", "replace")
+            start = file.read(_HEAD)
+            return start.decode(text_encoding(start), "replace")
     except OSError:
         return ""
+
+
+def text_encoding(start: bytes) -> str:
+    """The encoding of a text file, from its first bytes: UTF-16 with a byte-order mark (Excel), or else UTF-8."""
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def open_text(path: Path) -> TextIO:
+    """Open a text file in the encoding that its byte-order mark states; line ends are kept.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        encoding = text_encoding(file.read(2))
+    return path.open(encoding=encoding, newline="")
 
 
 def listing(root: Path, shown: int = 6) -> str:

@@ -11,6 +11,7 @@ from vaflow.datasets.clip import Annotation
 from vaflow.datasets.text import TARGETS
 from vaflow.timeline import extend, median_interval, nearest
 
+CLOCK_GAP = 0.25  # seconds between the time of a frame and the time that its label states; more is a contradiction
 _PAUSE = 1.5  # distance of two rows, in intervals, above which there is a gap
 
 
@@ -43,6 +44,14 @@ def on_clock(annotation: Annotation | None, frame_times: NDArray[np.float64]) ->
         value = np.full((times.size, 2), np.nan, np.float32)
         value[frame] = annotation.value
     return {"time": times, "value": value, "valid": np.isfinite(value)}
+
+
+def clock_gap(annotation: Annotation | None, frame_times: NDArray[np.float64]) -> float:
+    """Largest distance in seconds of a frame's time from the one that the file states beside its number; 0 without."""
+    if annotation is None or annotation.frame is None or annotation.stated is None:
+        return 0.0
+    inside = (annotation.frame < len(frame_times)) & np.isfinite(annotation.stated)
+    return float(np.abs(frame_times[annotation.frame[inside]] - annotation.stated[inside]).max(initial=0.0))
 
 
 def at_times(rows: NDArray[np.float64], value: NDArray[np.float32], times: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.datasets.clip import Clip, Note
-from vaflow.datasets.files import examples, head, size_problem
+from vaflow.datasets.files import examples, head, open_text, size_problem
 from vaflow.datasets.labels import DimensionLabels, with_gaps
 from vaflow.datasets.recordings import DIMENSIONS, Files, detect_labels, scan_recordings
 from vaflow.datasets.text import NOT_A_NUMBER, LabelFile, split_cells
@@ -82,7 +82,7 @@ def _read_partition(path: Path) -> dict[str, str]:
     if (problem := size_problem(path)) is not None:
         raise UsageError(explain(f"Cannot read {path}", expected="a list of partitions", got=problem))
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_text(path) as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(explain(f"Cannot read {path}", expected="UTF-8 text", got=error)) from error

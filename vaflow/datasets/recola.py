@@ -68,7 +68,7 @@ def read_recola(path: Path) -> DimensionLabels:
     names = [_plain(field) for field in fields]
     if names.count(_TIME) != 1 or names.count(_GOLD) != 1:
         raise text.error(f"the fields {', '.join(fields)[:80]!r}")
-    time, value = text.timed_values(names, _TIME, [_GOLD], first=first, separator=separator, missing=NOT_A_NUMBER)
+    time, value, _ = text.timed_values(names, _TIME, [_GOLD], first=first, separator=separator, missing=NOT_A_NUMBER)
     return DimensionLabels(time.astype(float), value[:, 0])
 
 

@@ -71,7 +71,7 @@ def read_sewa(path: Path) -> Annotation:
     targets = tuple(target for target in TARGETS if target in names)
     if "timestamp" not in names or not targets or len(set(names)) != len(names):
         raise text.header_error()
-    time, value = text.timed_values(names, "timestamp", targets, first=first, separator=";", missing=NOT_A_NUMBER)
+    time, value, _ = text.timed_values(names, "timestamp", targets, first=first, separator=";", missing=NOT_A_NUMBER)
     both = np.full((len(value), 2), np.nan, np.float32)
     both[:, [TARGETS.index(target) for target in targets]] = value
     return Annotation(value=both, time=time.astype(float), targets=targets)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaflow.datasets.clip import SPLITS, Note
-from vaflow.datasets.files import examples, size_problem
+from vaflow.datasets.files import examples, open_text, size_problem
 from vaflow.datasets.text import separator_of
 from vaflow.errors import UsageError, explain
 
@@ -36,7 +36,7 @@ def read_splits(path: Path) -> dict[str, dict[str, str]]:
     if (problem := size_problem(path)) is not None:
         raise UsageError(explain(f"Cannot read {path}", expected="a list of splits", got=problem))
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_text(path) as file:
             lines = file.read().splitlines()
             table = csv.reader(lines, delimiter=separator_of(lines[0]) if lines else ",")
             rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(table, 1) if row]

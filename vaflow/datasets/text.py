@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.datasets.files import size_problem
+from vaflow.datasets.files import size_problem, text_encoding
 from vaflow.errors import DataError, explain
 
 TARGETS = ("valence", "arousal")
@@ -76,8 +76,13 @@ class LabelFile:
             raise self.error("an empty file")
 
     def _read_lines(self) -> list[str]:
-        """Lines without byte-order mark, line ends and trailing empty lines."""
+        """Lines without byte-order mark, line ends and trailing empty lines, of UTF-8 text or UTF-16 with a mark."""
         raw = read_bytes(self.path)
+        if (encoding := text_encoding(raw)) == "utf-16":
+            try:
+                raw = raw.decode(encoding).encode()
+            except UnicodeDecodeError as error:
+                raise self.error("damaged UTF-16 text") from error
         rows = raw.count(b"\n") + raw.count(b"\r")
         if rows > 2 * MAX_FRAME:
             raise self.error(f"about {rows} rows, more than the {MAX_FRAME} that a file can have")
@@ -163,8 +168,9 @@ class LabelFile:
         first: int = 2,
         separator: str = ",",
         missing: Collection[str] = EMPTY,
-    ) -> tuple[NDArray[np.float64] | NDArray[np.int64], NDArray[np.float32]]:
-        """The clock [N] and values [N, K] of a whole table.
+        stated: str = "",
+    ) -> tuple[NDArray[np.float64] | NDArray[np.int64], NDArray[np.float32], NDArray[np.float64] | None]:
+        """The clock [N], values [N, K] and numbers of the column `stated` [N] (None without it) of a whole table.
 
         Args:
             names: of the columns, in order.
@@ -173,17 +179,21 @@ class LabelFile:
             first: line of the first row, 1-based.
             separator: between cells.
             missing: cells that mean "not annotated".
+            stated: name of a further column, whose cells are NaN where they are no numbers.
 
         Raises:
             DataError: with every problem and its lines, or if the file has no rows.
         """
-        stamps, values = [], []
+        stamps, values, numbers = [], [], []
         for number, cells in self.rows(len(names), first=first, separator=separator):
             stamps.append((number, cells[names.index(clock)]))
             values.append([self.value(cells[names.index(target)], number, missing) for target in targets])
+            if stated:
+                cell = cells[names.index(stated)]
+                numbers.append(float(cell) if is_number(cell) else np.nan)
         at = self.frames(stamps) if clock == "frame" else self.times(stamps)
         self.check(len(values))
-        return at, np.array(values, np.float32)
+        return at, np.array(values, np.float32), np.array(numbers, np.float64) if stated else None
 
     def check(self, rows: int) -> None:
         """Raise a DataError if there are problems, or no rows."""

@@ -20,7 +20,7 @@ import numpy as np
 from vaflow.datasets.clip import Annotation, Clip, Note
 from vaflow.datasets.files import LeftOut, entries, examples, is_audio, is_folder, is_regular, is_video
 from vaflow.datasets.splits import SPLITS_FILE, assign
-from vaflow.datasets.text import TARGETS, LabelFile, is_number, separator_of, split_cells
+from vaflow.datasets.text import TARGETS, LabelFile, separator_of, split_cells
 from vaflow.errors import DataError, explain
 from vaflow.item_names import clip_and_person, person_item
 
@@ -174,14 +174,10 @@ def read_csv(path: Path, names_of: Callable[[list[str]], list[str]] | None = Non
     roles = [name for name in header if name in (clock, *TARGETS)]
     if not clock or not targets or len(set(roles)) != len(roles):
         raise text.header_error()
-    at, value = text.timed_values(header, clock, targets, separator=separator)
+    stated_times = "time" if clock == "frame" and "time" in header else ""
+    at, value, stated = text.timed_values(header, clock, targets, separator=separator, stated=stated_times)
     both = np.full((len(value), 2), np.nan, np.float32)
     both[:, [TARGETS.index(name) for name in targets]] = value
     if clock == "frame":
-        stated = None
-        if "time" in header:
-            cells_of = text.rows(len(header), separator=separator)
-            times = [row[header.index("time")] for _, row in cells_of]
-            stated = np.array([float(cell) if is_number(cell) else np.nan for cell in times])
         return Annotation(value=both, frame=at.astype(np.int64), targets=targets, stated=stated)
     return Annotation(value=both, time=at.astype(np.float64), targets=targets)
