@@ -6,7 +6,7 @@ the end. The backward direction reads its sequence through a reversed index, so 
 packed sequence, which would make the device wait for the lengths.
 
 Weights, and so `state_dict`, are those of `nn.GRU` and `nn.LSTM`; outputs and gradients equal theirs. Under
-`torch.vmap` over several runs, the groups of all runs are stacked along the same axis.
+`torch.vmap` over several runs, the networks of all runs are stacked along the same axis.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,16 +42,17 @@ def run_recurrent(
     first = cells[0]
     steps = [x.shape[1] for x in sequences]
     longest = max(steps)
-    x = torch.stack([functional.pad(x, (0, 0, 0, longest - n)) for x, n in zip(sequences, steps, strict=True)])
-    inside = torch.stack([functional.pad(m, (0, longest - n)) for m, n in zip(insides, steps, strict=True)])
-    forth, back = _reorderings(inside)
-    scan = GRUScan if isinstance(first, nn.GRU) else LSTMScan
+    if min(steps) < longest:
+        sequences = [functional.pad(x, (0, 0, 0, longest - n)) for x, n in zip(sequences, steps, strict=True)]
+        insides = [functional.pad(m, (0, longest - n)) for m, n in zip(insides, steps, strict=True)]
+    x, inside = torch.stack(list(sequences)), torch.stack(list(insides))
+    kind = GRULayer if isinstance(first, nn.GRU) else LSTMLayer
     for layer in range(first.num_layers):
-        w, u, bias_w, bias_u = (_stack(cells, f"{name}_l{layer}", x.dtype) for name in _NAMES)
-        x = _run_layer(scan, x, w, u, bias_w, bias_u, forth, back)
+        weights = (_stack(cells, f"{name}_l{layer}", x.dtype) for name in _NAMES)
+        x = kind.apply(x, inside, *weights)[0]
         if layer + 1 < first.num_layers:
             x = functional.dropout(x, first.dropout, first.training) if dropout is None else dropout(x)
-    return [y[:, :n] for y, n in zip(x, steps, strict=True)]
+    return [y[:, :n] for y, n in zip(x.unbind(), steps, strict=True)]
 
 
 def _run_by_library(cell: Cell, x: Tensor, inside: Tensor) -> Tensor:
@@ -78,36 +79,13 @@ def _run_by_library(cell: Cell, x: Tensor, inside: Tensor) -> Tensor:
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def _run_layer(
-    scan: type["Scan"],
-    x: Tensor,
-    w: Tensor,
-    u: Tensor,
-    bias_w: Tensor,
-    bias_u: Tensor,
-    forth: Tensor,
-    back: Tensor,
-) -> Tensor:
-    """One layer of all networks, x [M, B, T, D] -> [M, B, T, 2 H]; weights have the leading axis G."""
-    networks, batch, steps, size = x.shape
-    gates, hidden = u.shape[1:]
-    products = torch.baddbmm(
-        bias_w.view(networks, 1, 2 * gates),
-        x.reshape(networks, batch * steps, size),
-        w.view(networks, 2 * gates, size).transpose(1, 2),
-    )
-    entering = Reorder.apply(products.reshape(-1, gates), forth, back).view(2 * networks, steps, batch, gates)
-    states = scan.apply(entering, u, bias_u)[0]
-    return Reorder.apply(states.view(-1, hidden), back, forth).view(networks, batch, steps, 2 * hidden)
-
-
 def _stack(cells: Sequence[Cell], name: str, dtype: torch.dtype) -> Tensor:
     """One parameter of every network and direction, [2 M, ...]."""
     return torch.stack([getattr(cell, name + suffix) for cell in cells for suffix in ("", "_reverse")]).to(dtype)
 
 
 def _reorderings(inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Row numbers that take [M, B, T, 2] to [M, 2, T, B] with the second direction reversed, and back."""
+    """Row numbers that take [M, B, T, 2] to [T, M, 2, B] with the second direction reversed, and back."""
     networks, batch, steps = inside.shape
     length = inside.sum(dim=2, keepdim=True)
     step = torch.arange(steps, device=inside.device)
@@ -117,186 +95,179 @@ def _reorderings(inside: Tensor) -> tuple[Tensor, Tensor]:
     network = torch.arange(networks, device=inside.device)[:, None, None, None]
     row = torch.arange(batch, device=inside.device)[:, None, None]
     forth = ((network * batch + row) * steps + source) * 2 + way
-    back = ((network * 2 + way) * steps + source) * batch + row
-    return forth.permute(0, 3, 2, 1).reshape(-1), back.reshape(-1)
+    back = (source * 2 * networks + network * 2 + way) * batch + row
+    return forth.permute(2, 0, 3, 1).reshape(-1), back.reshape(-1)
 
 
-class Reorder(torch.autograd.Function):
-    """Rows of a matrix in another order; the gradient is a gather, too, not a scattered addition."""
+class RecurrentLayer(torch.autograd.Function):
+    """One layer of all networks; the networks of several runs are stacked under `torch.vmap`.
 
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        """x [N, D], order [N] and its inverse -> x[order]."""
-        return x.index_select(0, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        """Keep the inverse."""
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Restore the original order of the rows."""
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
-        """The rows of all runs as one matrix."""
-        x, order, inverse = _runs_first(info.batch_size, in_dims, inputs)
-        first = (torch.arange(len(x), device=x.device) * x.shape[1]).unsqueeze(1)
-        rows = Reorder.apply(x.flatten(0, 1), (order + first).flatten(), (inverse + first).flatten())
-        return rows.view_as(x), 0
-
-
-def _runs_first(runs: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Every tensor with the axis of the runs in front, repeated where it is the same for all."""
-    pairs = zip(tensors, dims, strict=True)
-    return [x.expand(runs, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
-
-
-class Scan(torch.autograd.Function):
-    """A recurrence over G groups; the groups of several runs are stacked under `torch.vmap`.
-
-    `forward` returns the states and what `backward` needs beside them; the latter has no gradient.
+    `forward` returns the states and what `backward` needs beside them; the latter has no gradient. Inside, times come
+    first, so that a step is one piece of memory, which the products change in place.
     """
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
-        """Keep u, the states and what belongs to them."""
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep x, w, u and all results but the states in the order of the input."""
+        x, _, w, u, _, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # otherwise autograd creates zeros of the size of `kept`
-        ctx.save_for_backward(inputs[1], *output)
+        ctx.set_materialize_grads(False)  # otherwise autograd creates zeros of the size of what is kept
+        ctx.save_for_backward(x, w, u, *output[1:])
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Any, Any]:
-        """R runs of G groups are R G groups."""
-        folded = [x.flatten(0, 1) for x in _runs_first(info.batch_size, in_dims, inputs)]
-        outputs = tuple(y.unflatten(0, (info.batch_size, -1)) for y in cls.apply(*folded))
-        return outputs, (0,) * len(outputs)
+        """R runs of M networks are R M networks."""
+        pairs = zip(inputs, in_dims, strict=True)
+        runs = [x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+        states, *kept = cls.apply(*(x.flatten(0, 1) for x in runs))
+        return (states.unflatten(0, (info.batch_size, -1)), *kept), (0, *(None for _ in kept))
 
 
-class GRUScan(Scan):
-    """The states of G GRUs from the products of their inputs, starting at zero.
+def _input_products(x: Tensor, w: Tensor, bias: Tensor, forth: Tensor) -> Tensor:
+    """x [M, B, T, D], w [2 M, K, D], bias [2 M, K] -> [T, 2 M, B, K], a new tensor."""
+    networks, batch, steps, size = x.shape
+    groups, gates, _ = w.shape
+    rows, weights = x.reshape(networks, -1, size), w.view(networks, -1, size).transpose(1, 2)
+    products = torch.baddbmm(bias.view(networks, 1, -1), rows, weights)
+    return products.view(-1, gates).index_select(0, forth).view(steps, groups, batch, gates)
+
+
+def _input_gradients(grad: Tensor, x: Tensor, w: Tensor, back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the products [T, 2 M, B, K] -> those of x [M, B, T, D], w [2 M, K, D] and its bias [2 M, K]."""
+    networks, size = len(x), x.shape[-1]
+    rows = grad.view(-1, grad.shape[-1]).index_select(0, back).view(networks, -1, 2 * grad.shape[-1])
+    of_x = torch.bmm(rows, w.view(networks, -1, size)).view_as(x)
+    of_w = torch.bmm(rows.transpose(1, 2), x.reshape(networks, -1, size)).view_as(w)
+    return of_x, of_w, rows.sum(dim=1).view(len(w), -1)
+
+
+def _recurrent_gradient(gates: Tensor, states: Tensor) -> Tensor:
+    """Gradients of the recurrent products [T, G, B, K] and states [T, G, B, H] -> gradient of u [G, K, H]."""
+    after, before = (x.transpose(0, 1).flatten(1, 2) for x in (gates[1:], states[:-1]))
+    return torch.bmm(after.transpose(1, 2), before)
+
+
+class GRULayer(RecurrentLayer):
+    """A bidirectional layer of GRUs; states start at zero.
 
     Source: r, z = sigmoid(x + h u), n = tanh(x + r (h u)), h' = n + z (h - n), as `nn.GRU` documents them.
     """
 
     @staticmethod
-    def forward(entering: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """entering [G, T, B, 3 H], u [G, 3 H, H], bias [G, 3 H], in the order r, z, n -> states [G, T, B, H], kept."""
-        groups, steps, batch, width = entering.shape
-        size = width // 3
-        ut, bias_row = u.transpose(1, 2), bias.unsqueeze(1)
-        # Of each step: n's recurrent product, r, z, n. Backward needs the first three for h, the last three for x.
-        kept = entering.new_empty(groups, steps, batch, 4 * size)
-        states = entering.new_empty(groups, steps, batch, size)
-        state = entering.new_zeros(groups, batch, size)
+    def forward(x: Tensor, inside: Tensor, w: Tensor, u: Tensor, bias_w: Tensor, bias_u: Tensor) -> tuple[Tensor, ...]:
+        """Compute all states.
+
+        Args:
+            x: [M, B, T, D].
+            inside: [M, B, T] bool.
+            w, u: [2 M, 3 H, D] and [2 M, 3 H, H], in the order r, z, n.
+            bias_w, bias_u: [2 M, 3 H].
+
+        Returns:
+            States [M, B, T, 2 H]; what is kept.
+        """
+        size = u.shape[-1]
+        forth, back = _reorderings(inside)
+        bias = bias_w.clone()
+        bias[:, : 2 * size] += bias_u[:, : 2 * size]
+        gates = _input_products(x, w, bias, forth)  # becomes r, z and the recurrent product of n
+        new = gates[..., 2 * size :].clone()
+        gates[..., 2 * size :] = bias_u[:, None, 2 * size :]
+        states = torch.empty_like(new)
+        state, turned = torch.zeros_like(new[0]), u.transpose(1, 2)
         # Views of all steps at once: a step is short, and making a view takes as long as using it.
-        at_gates, at_new = (x.unbind(1) for x in entering.split((2 * size, size), dim=-1))
-        recurrent, gates, new = (x.unbind(1) for x in kept.split((size, 2 * size, size), dim=-1))
-        _, reset, update, _ = (x.unbind(1) for x in kept.split(size, dim=-1))
-        after = states.unbind(1)
-        for t in range(steps):
-            of_gates, of_new = torch.baddbmm(bias_row, state, ut).split((2 * size, size), dim=-1)
-            recurrent[t].copy_(of_new)
-            torch.add(at_gates[t], of_gates, out=gates[t]).sigmoid_()
-            torch.addcmul(at_new[t], reset[t], of_new, out=new[t]).tanh_()
-            state = torch.lerp(new[t], state, update[t], out=after[t])
-        return states, kept
+        reset, update, recurrent = (part.unbind() for part in gates.split(size, dim=-1))
+        steps = zip(gates.unbind(), gates[..., : 2 * size].unbind(), new.unbind(), states.unbind(), strict=True)
+        for t, (at, opening, fresh, after) in enumerate(steps):
+            at.baddbmm_(state, turned)
+            opening.sigmoid_()
+            fresh.addcmul_(reset[t], recurrent[t]).tanh_()
+            state = torch.lerp(fresh, state, update[t], out=after)
+        output = states.view(-1, size).index_select(0, back).view(*x.shape[:-1], 2 * size)
+        return output, states, gates, new, forth, back
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor]:
-        """[G, T, B, H] -> gradients of `entering`, `u` and `bias`."""
-        u, states, kept = ctx.saved_tensors
-        size = states.shape[-1]
-        recurrent, r, z, n = kept.split(size, dim=-1)
-        before = _shifted(states)
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        """[M, B, T, 2 H] -> gradients of the inputs of `forward`."""
+        x, w, u, states, gates, new, forth, back = ctx.saved_tensors
+        size = u.shape[-1]
+        reset, update, recurrent = gates.split(size, dim=-1)
         # The gates' gradients are these factors times the state's, so that a step is two products.
-        factor = torch.empty_like(kept)
-        of_recurrent, of_r, of_z, of_n = factor.split(size, dim=-1)
-        torch.mul(1 - z, 1 - n * n, out=of_n)
-        torch.mul(of_n, r, out=of_recurrent)
-        torch.mul(of_recurrent * recurrent, 1 - r, out=of_r)
-        torch.mul((before - n) * z, 1 - z, out=of_z)
-        # u's rows in the order of `kept`: n, r, z
-        turned = torch.cat([u[:, 2 * size :], u[:, : 2 * size]], dim=1)
-        flow = torch.zeros_like(states[:, 0])
-        of_gates, to_state = factor.unflatten(-1, (4, size)).unbind(1), factor[..., : 3 * size].unbind(1)
-        stays, grads = z.unbind(1), grad.unbind(1)
-        for t in range(states.shape[1] - 1, -1, -1):
-            flow = flow + grads[t]
-            of_gates[t].mul_(flow.unsqueeze(-2))
-            flow = torch.baddbmm(flow * stays[t], to_state[t], turned)
-        of_u, of_bias = _weight_gradients(factor[..., : 3 * size], before)
-        in_order = (torch.cat([g[:, size:], g[:, :size]], dim=1) for g in (of_u, of_bias))
-        return factor[..., size:].contiguous(), *in_order  # type: ignore[return-value]
+        slope = torch.addcmul(torch.ones_like(new[0, 0]), new, new, value=-1)
+        of_new = torch.addcmul(slope, slope, update, value=-1)
+        factor = torch.empty_like(gates)
+        of_reset, of_update, of_recurrent = factor.split(size, dim=-1)
+        torch.mul(of_new, reset, out=of_recurrent)
+        product = of_recurrent * recurrent
+        torch.addcmul(product, product, reset, value=-1, out=of_reset)
+        moved = states - new  # z (h - n)
+        torch.addcmul(moved, moved, update, value=-1, out=of_update)
+        flows = grad.reshape(-1, size).index_select(0, forth).view_as(states)
+        at, stays = flows.unbind(), update.unbind()
+        at_gates, to_state = factor.unflatten(-1, (3, size)).unbind(), factor.unbind()
+        for t in range(len(at) - 1, -1, -1):
+            at_gates[t].mul_(at[t].unsqueeze(-2))
+            if t:
+                at[t - 1].addcmul_(at[t], stays[t]).baddbmm_(to_state[t], u)
+        of_u = _recurrent_gradient(factor, states)
+        of_bias = of_recurrent.sum(dim=(0, 2))
+        torch.mul(of_new, flows, out=of_recurrent)  # the gates of the input differ in n only
+        of_x, of_w, of_bias_w = _input_gradients(factor, x, w, back)
+        return of_x, None, of_w, of_u, of_bias_w, torch.cat([of_bias_w[:, : 2 * size], of_bias], dim=1)
 
 
-class LSTMScan(Scan):
-    """The states of G LSTMs from the products of their inputs, starting at zero.
+class LSTMLayer(RecurrentLayer):
+    """A bidirectional layer of LSTMs; states start at zero.
 
     Source: i, f, o = sigmoid(x + h u), g = tanh(x + h u), c' = f c + i g, h' = o tanh(c'), as `nn.LSTM` documents them.
     """
 
     @staticmethod
-    def forward(entering: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """entering [G, T, B, 4 H], u [G, 4 H, H], bias [G, 4 H], as i, f, g, o -> states [G, T, B, H], cells, gates."""
-        groups, steps, batch, width = entering.shape
-        size = width // 4
-        ut = u.transpose(1, 2)
-        gates = entering + bias[:, None, None]
-        states, cells = (entering.new_empty(groups, steps, batch, size) for _ in range(2))
-        state = cell = entering.new_zeros(groups, batch, size)
-        for t in range(steps):
-            at = gates[:, t]
-            at.add_(torch.bmm(state, ut))
+    def forward(x: Tensor, inside: Tensor, w: Tensor, u: Tensor, bias_w: Tensor, bias_u: Tensor) -> tuple[Tensor, ...]:
+        """As `GRULayer.forward`, with weights in the order i, f, g, o."""
+        size = u.shape[-1]
+        forth, back = _reorderings(inside)
+        gates = _input_products(x, w, bias_w + bias_u, forth)
+        states, cells = (gates.new_empty(*gates.shape[:-1], size) for _ in range(2))
+        cell = state = torch.zeros_like(states[0])
+        turned = u.transpose(1, 2)
+        for at, after, cell_after in zip(gates.unbind(), states.unbind(), cells.unbind(), strict=True):
+            at.baddbmm_(state, turned)
             i, f, g, o = at.split(size, dim=-1)
             at[..., : 2 * size].sigmoid_()
             g.tanh_()
             o.sigmoid_()
-            torch.addcmul(i * g, f, cell, out=cells[:, t])
-            cell = cells[:, t]
-            torch.mul(o, cell.tanh(), out=states[:, t])
-            state = states[:, t]
-        return states, cells, gates
+            cell = torch.addcmul(i * g, f, cell, out=cell_after)
+            state = torch.mul(o, cell.tanh(), out=after)
+        output = states.view(-1, size).index_select(0, back).view(*x.shape[:-1], 2 * size)
+        return output, states, cells, gates, forth, back
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor]:
-        """[G, T, B, H] -> gradients of `entering`, `u` and `bias`."""
-        u, states, cells, gates = ctx.saved_tensors
-        size = states.shape[-1]
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        """[M, B, T, 2 H] -> gradients of the inputs of `forward`."""
+        x, w, u, states, cells, gates, forth, back = ctx.saved_tensors
+        size = u.shape[-1]
         i, f, g, o = gates.split(size, dim=-1)
-        before, squashed = _shifted(states), cells.tanh()
+        squashed = cells.tanh()
         # Gradients of i, f, g are these factors times the cell's, that of o times the state's.
         factor = torch.empty_like(gates)
         of_i, of_f, of_g, of_o = factor.split(size, dim=-1)
         torch.mul(g * i, 1 - i, out=of_i)
-        torch.mul(_shifted(cells) * f, 1 - f, out=of_f)
+        torch.mul(f[1:] * cells[:-1], 1 - f[1:], out=of_f[1:])
+        of_f[0] = 0
         torch.mul(i, 1 - g * g, out=of_g)
         torch.mul(squashed * o, 1 - o, out=of_o)
         to_cell = o * (1 - squashed * squashed)
-        flow = torch.zeros_like(states[:, 0])
-        cell_flow = torch.zeros_like(flow)
-        for t in range(states.shape[1] - 1, -1, -1):
-            flow = flow + grad[:, t]
-            cell_flow = torch.addcmul(cell_flow, flow, to_cell[:, t])
-            factor[:, t, :, : 3 * size].unflatten(-1, (3, size)).mul_(cell_flow.unsqueeze(-2))
-            of_o[:, t].mul_(flow)
-            flow = torch.bmm(factor[:, t], u)
-            cell_flow = cell_flow * f[:, t]
-        return factor, *_weight_gradients(factor, before)
-
-
-def _shifted(states: Tensor) -> Tensor:
-    """[G, T, B, H] one step later: zeros first, the last one left out."""
-    return torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)
-
-
-def _weight_gradients(gates: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Gates' gradients [G, T, B, K] and the states before [G, T, B, H] -> those of u [G, K, H] and bias [G, K]."""
-    flat = gates.flatten(1, 2)
-    return torch.bmm(flat.transpose(1, 2), before.flatten(1, 2)), flat.sum(dim=1)
+        flows = grad.reshape(-1, size).index_select(0, forth).view_as(states).unbind()
+        cell_flow = torch.zeros_like(flows[0])
+        for t in range(len(flows) - 1, -1, -1):
+            cell_flow = torch.addcmul(cell_flow, flows[t], to_cell[t])
+            factor[t, ..., : 3 * size].unflatten(-1, (3, size)).mul_(cell_flow.unsqueeze(-2))
+            of_o[t].mul_(flows[t])
+            if t:
+                flows[t - 1].baddbmm_(factor[t], u)
+                cell_flow = cell_flow * f[t]
+        of_x, of_w, of_bias = _input_gradients(factor, x, w, back)
+        return of_x, None, of_w, _recurrent_gradient(factor, states), of_bias, of_bias.clone()
