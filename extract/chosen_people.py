@@ -26,7 +26,7 @@ from vaflow.extract.batching import make_encoders
 from vaflow.extract.choices import Choices
 from vaflow.extract.chosen_items import STAGE, ChoicePlan, ChosenItem
 from vaflow.extract.config import ExtractConfig, default_workers
-from vaflow.extract.engine import build_encoders
+from vaflow.extract.engine import NewStreams, build_encoders
 from vaflow.extract.messages import StoredPerson
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.run import Run
@@ -152,7 +152,8 @@ def _encode(
         target.declare(replace(info, dim=encoder.dim, identity=identity))
     workers = min(config.workers or default_workers(device.type), len(tasks))
     try:
-        Run(target, config, infos, make_encoders(config, device, encoders, []), workers, recorder).run(tasks)
+        declared = NewStreams(dict(infos), (), created=True)
+        Run(target, config, declared, make_encoders(config, device, encoders, []), workers, recorder).run(tasks)
     finally:
         append_costs(target, recorder.summary.costs)
 

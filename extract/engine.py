@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from vaflow.errors import FingerprintError, explain
 from vaflow.extract.batching import compile_network
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.plan import PendingClip, make_plan
-from vaflow.extract.prompts import write_prompts
+from vaflow.extract.prompts import EmbeddedSet, embed_prompts
 from vaflow.extract.streams import as_declared, stream_infos
 from vaflow.extract.summary import OutcomeRecorder, Summary
 from vaflow.failures import FailureLog
@@ -41,10 +42,34 @@ def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[Vi
     return visual, audio  # type: ignore[return-value]
 
 
-def prepare(
-    cache: Cache, config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]
-) -> dict[str, StreamInfo]:
-    """Declare every stream and embed the prompts; idempotent. Returns the streams by name.
+@dataclass
+class NewStreams:
+    """The streams of an extraction by name, and its prompts.
+
+    They are added to the cache with the first commit: if every clip fails, the cache keeps no streams whose settings
+    the next extraction would have to repeat.
+    """
+
+    infos: dict[str, StreamInfo]
+    prompts: tuple[EmbeddedSet, ...]
+    created: bool = False
+
+    def create(self, cache: Cache) -> None:
+        """Declare every stream and commit the prompts, once.
+
+        Raises:
+            FingerprintError: another process has declared one of them with other settings.
+        """
+        if not self.created:
+            for info in self.infos.values():
+                cache.declare(info)
+            for embedded in self.prompts:
+                embedded.commit(cache)
+            self.created = True
+
+
+def prepare(cache: Cache, config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]) -> NewStreams:
+    """Compare the streams with those of the cache and embed the prompts; nothing is written.
 
     Raises:
         FingerprintError: a stream in the cache was made with other settings.
@@ -56,9 +81,9 @@ def prepare(
     for info in infos.values():
         if CROPS in known and info.name in known:
             _check_person(cache, known[info.name], info)
-        cache.declare(info)
-    write_prompts(cache, load_prompts(config.prompts), visual)
-    return infos
+        if info.name in known or cache.source_stamps(info.name):
+            cache.declare(info)
+    return NewStreams(infos, tuple(embed_prompts(cache, load_prompts(config.prompts), visual)))
 
 
 def _check_person(cache: Cache, known: StreamInfo, info: StreamInfo) -> None:

@@ -95,11 +95,11 @@ def extract_with(
 ) -> Summary:
     """As `extract` on this machine, with encoders that the caller has built."""
     cache = create_cache(out, store=store)
-    infos = prepare(cache, config, visual, audio)
+    streams = prepare(cache, config, visual, audio)
     encoders = make_encoders(config, device, visual, audio)
     workers = config.workers or default_workers(device.type)
 
     def work(tasks: Sequence[PendingClip], recorder: OutcomeRecorder) -> None:
-        Run(cache, config, infos, encoders, min(workers, len(tasks)), recorder).run(tasks)
+        Run(cache, config, streams, encoders, min(workers, len(tasks)), recorder).run(tasks)
 
-    return carry_out(cache, infos, dataset, shard or Shard(), work, rehash=rehash, show_progress=show_progress)
+    return carry_out(cache, streams.infos, dataset, shard or Shard(), work, rehash=rehash, show_progress=show_progress)

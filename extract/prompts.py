@@ -1,11 +1,12 @@
 """Prompt sets of a cache: descriptions of the nine regions, embedded by the text towers of its visual encoders."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vaflow.cache import Cache
-from vaflow.cache.schema import StreamInfo
+from vaflow.cache.schema import Rows, StreamInfo
 from vaflow.cache.streams import differences
 from vaflow.encoders import ENCODERS, build_encoder, encoder_kind, is_encoder
 from vaflow.encoders.base import VisualEncoder
@@ -53,26 +54,56 @@ def list_prompts(cache: Cache) -> list[ListedSet]:
     return sets
 
 
-def write_prompts(cache: Cache, prompt_set: PromptSet, visual: Iterable[VisualEncoder]) -> AddedPrompts:
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """A prompt set in the joint space of one encoder, not yet in the cache; without `arrays` if it is unchanged there.
+
+    Attributes:
+        stream: stream of the prototypes; set_name: of the set.
+        replaces: the cache holds another version of the set.
+    """
+
+    stream: StreamInfo
+    set_name: str
+    source: dict[str, Any]
+    arrays: dict[str, Rows] | None
+    replaces: bool
+
+    def commit(self, cache: Cache) -> None:
+        """Write the set, and create its stream if there is none."""
+        cache.declare(self.stream)
+        if self.arrays is not None:
+            cache.write(self.stream.name, self.set_name, self.arrays, source=self.source)
+
+
+def embed_prompts(cache: Cache, prompt_set: PromptSet, visual: Iterable[VisualEncoder]) -> Iterator[EmbeddedSet]:
     """Embed a prompt set in the joint space of every encoder with a text tower, unless it is unchanged.
 
     Raises:
         FingerprintError: the prototypes in the cache are of another encoder.
     """
-    done = AddedPrompts(prompt_set.name)
     source = {"prompts": prompt_set.identity()}
     for encoder in visual:
         if not hasattr(encoder, "encode_text"):
             continue
         info = text_info(encoder)
-        cache.declare(info)
-        known = cache.has(info.name, prompt_set.name)
-        if known and cache.record(info.name, prompt_set.name).source == source:
-            done.unchanged.append(info.name)
-            continue
-        embedding, template = prototypes(encoder, prompt_set)
-        cache.write(info.name, prompt_set.name, {"embedding": embedding, "template": template}, source=source)
-        (done.replaced if known else done.new).append(info.name)
+        stored = cache.has(info.name, prompt_set.name)
+        if stored or info.name in cache.streams():
+            cache.declare(info)
+        arrays: dict[str, Rows] | None = None
+        if not stored or cache.record(info.name, prompt_set.name).source != source:
+            embedding, template = prototypes(encoder, prompt_set)
+            arrays = {"embedding": embedding, "template": template}
+        yield EmbeddedSet(info, prompt_set.name, source, arrays, stored)
+
+
+def write_prompts(cache: Cache, prompt_set: PromptSet, visual: Iterable[VisualEncoder]) -> AddedPrompts:
+    """Embed a prompt set and commit it; raises as `embed_prompts`."""
+    done = AddedPrompts(prompt_set.name)
+    for embedded in embed_prompts(cache, prompt_set, visual):
+        embedded.commit(cache)
+        new = done.replaced if embedded.replaces else done.new
+        (done.unchanged if embedded.arrays is None else new).append(embedded.stream.name)
     return done
 
 

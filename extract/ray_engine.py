@@ -148,7 +148,7 @@ class Team:
             self._ray.kill(member.handle)
 
     def infos(self) -> dict[str, StreamInfo]:
-        """Every stream by name, once a member has declared them."""
+        """Every stream by name, once a member is ready."""
         self._hire()
         while self._infos is None:
             self._step()

@@ -78,7 +78,7 @@ class Member:
         self._notes = Notes()
 
     def prepare(self) -> Prepared:
-        """Load the encoders and declare the streams."""
+        """Load the encoders and compare the streams with those of the cache."""
         logging.getLogger("vaflow").addHandler(self._notes)
         try:
             device = choose_device(self._config.device)
@@ -86,11 +86,11 @@ class Member:
                 require_nvdec(str(device))
             visual, audio = build_encoders(self._config, device)
             self._cache: Cache = create_cache(Path(self._out), store=self._store)
-            self._infos = prepare(self._cache, self._config, visual, audio)
+            self._streams = prepare(self._cache, self._config, visual, audio)
         except (VaflowError, OSError) as error:
             return Prepared(None, error)
         self._encoders: Encoders = make_encoders(self._config, device, visual, audio)
-        return Prepared(self._infos)
+        return Prepared(self._streams.infos)
 
     def exchange(self, tasks: Sequence[PendingClip], last: bool) -> Report:
         """Take tasks, wait for changes, report them. `last`: no further tasks until these have ended."""
@@ -111,7 +111,7 @@ class Member:
 
     def _work(self, feed: "_Feed") -> None:
         try:
-            Run(self._cache, self._config, self._infos, self._encoders, self._workers, self).run(feed)
+            Run(self._cache, self._config, self._streams, self._encoders, self._workers, self).run(feed)
         except BaseException as error:  # noqa: BLE001 - handed over whole to whoever reads the report
             self._error = error
         finally:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vaflow.cache import Cache
 from vaflow.cache.costs import Cost
-from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, StreamInfo
+from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS
 from vaflow.datasets.labels import CLOCK_GAP
 from vaflow.device import device_name
 from vaflow.encoders.base import KALDI, count_parameters
@@ -25,6 +25,7 @@ from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.engine import NewStreams
 from vaflow.extract.faces.choice import ALL, MAIN
 from vaflow.extract.faces.detection_torch import QUESTION
 from vaflow.extract.faces.identity import resolve
@@ -69,9 +70,9 @@ class Run:
     """One extraction: the clips in progress and the commits that wait.
 
     Args:
-        cache: opened for writing, every stream of `infos` declared.
+        cache: opened for writing.
         config: settings of the run.
-        infos: every stream by name.
+        streams: created in the cache with the first commit.
         encoders: every encoder with its batcher.
         workers: decoding processes.
         ledger: receives the outcome of every task.
@@ -81,12 +82,12 @@ class Run:
         self,
         cache: Cache,
         config: ExtractConfig,
-        infos: Mapping[str, StreamInfo],
+        streams: NewStreams,
         encoders: Encoders,
         workers: int,
         ledger: Ledger,
     ) -> None:
-        self._cache, self._config, self._infos = cache, config, infos
+        self._cache, self._config, self._streams, self._infos = cache, config, streams, streams.infos
         self._encoders, self._workers, self._ledger = encoders, workers, ledger
         self._tasks: dict[int, PendingClip] = {}
         self._open: dict[int, ClipAssembly] = {}
@@ -257,6 +258,7 @@ class Run:
         """
         task = clip.task
         try:
+            self._streams.create(self._cache)
             for item, results in clip.items():
                 for name in task.streams:
                     info = self._infos[name]

@@ -89,8 +89,7 @@ class ImportedLabels:
                     f"To change splits only: vaflow cache splits {cache.place} splits.csv",
                 )
             )
-        if not self._extracted:
-            cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS, "clock": CLOCK}))
+        self._declared = self._extracted
 
     def needed(self, file: FeatureFile) -> bool:
         """Whether the item's labels are missing, or its files or options have changed.
@@ -172,7 +171,10 @@ class ImportedLabels:
         return float(time[-1] + median_interval(time, default=interval))
 
     def commit(self, item: str, prepared: Prepared) -> None:
-        """Write the prepared labels."""
+        """Write the prepared labels; the first ones create the stream, so that an import that fails leaves none."""
+        if not self._declared:
+            self._cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS, "clock": CLOCK}))
+            self._declared = True
         meta = prepared.meta | provenance()
         self._cache.write(LABELS, item, prepared.arrays, source=prepared.source, meta=meta)
 

@@ -14,6 +14,7 @@ from affwild2_tree import build_affwild2, spoil_affwild2, write_video
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
+from vaflow.extract import engine
 
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--device", "cpu"]
 
@@ -299,3 +300,34 @@ def test_contradicting_label_columns_are_a_warning_that_names_the_clips(
     warning = "The label columns frame and time contradict each other, and frame is used: b\n"
     assert warning in capsys.readouterr().err
     assert open_cache(tmp_path / "cache").meta("b").keys() == open_cache(tmp_path / "cache").meta("a").keys()
+
+
+def test_an_extraction_without_a_commit_adds_no_streams(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.mp4").write_text("no video")
+    out = tmp_path / "cache"
+    command = ["extract", str(tmp_path / "data"), "--out", str(out), *TINY]
+    assert main(command) == 1
+    assert "a.mp4" in failures(out)["a"]["message"] and open_cache(out).streams() == {}
+    assert main(["cache", "info", str(out)]) == 0 and main(["cache", "verify", str(out)]) == 0
+    write_video(tmp_path / "data/a.mp4", np.arange(20) / 25, audio_seconds=0.8)
+    assert main([*command, "--dtype", "float32", "--window", "8"]) == 0, "the settings of the first try are gone"
+    assert {"clip-tiny", "clip-tiny.text", "labels"} < open_cache(out).streams().keys()
+
+
+def test_streams_of_another_process_are_compared_again_at_the_first_commit(
+    one_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cache"
+    command = ["extract", str(one_clip), "--out", str(out), "--visual", "none", "--audio", "none"]
+    plan = engine.make_plan
+
+    def plan_while_another_process_extracts(*arguments: object, **options: object) -> object:
+        monkeypatch.setattr(engine, "make_plan", plan)
+        assert main([*command, "--dtype", "float32"]) == 0
+        return plan(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "make_plan", plan_while_another_process_extracts)
+    monkeypatch.setattr(engine.Cache, "source_stamps", lambda *_: {})
+    assert main(command) == 2
+    assert "dtype: cache has 'float32', now 'float16'" in capsys.readouterr().err
