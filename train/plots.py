@@ -3,6 +3,7 @@
 matplotlib is imported when a figure is drawn, and its global state is not used.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -281,4 +282,6 @@ def _save(figure: "Figure", path: Path, note: str = "") -> None:
     if note:
         figure.supxlabel(visible(note), x=0.01, ha="left", fontsize=8, color="#B34700", parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with warnings.catch_warnings():  # names of clips may be in any script; the font draws a box for what it lacks
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
+        figure.savefig(path)

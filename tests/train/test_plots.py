@@ -78,3 +78,9 @@ def test_training_curves_and_agreement_are_plotted(tmp_path: Path) -> None:
     plots.plot_agreement(tmp_path / "agreement.png", va * 0.9, np.where(valid, va, np.nan), valid)
     for path in tmp_path.iterdir():
         assert Image.open(path).size[0] > 800
+
+
+def test_names_in_any_script_are_drawn_without_warnings(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    time, va, _ = trace(1)
+    plots.plot_trace(tmp_path / "p.png", time, va, title="\u4f8b\u3048\u3070 \U0001f600", note="\ud55c\uae00")
+    assert not recwarn.list
