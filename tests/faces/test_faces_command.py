@@ -81,3 +81,18 @@ def test_a_cache_without_a_faces_stream_is_rejected(
     assert main(["extract", str(two_people / "data"), "--out", str(out), *options]) == 0
     assert main(["faces", str(out), "--out", str(tmp_path / "faces.html")]) == 2
     assert "no stream of faces" in capsys.readouterr().err
+
+
+def test_missing_crops_of_a_single_person_are_explained(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "one.mp4", in_a_row(clips, "obama"), 1)
+    out, options = tmp_path / "cache", ["--visual", "clip-tiny", "--audio", "none", "--device", "cpu"]
+    assert main(["extract", str(tmp_path / "data"), "--out", str(out), *options]) == 0
+    for media, reason in ((None, "Add --media DIR"), (out, "not below"), (tmp_path / "data", "")):
+        capsys.readouterr()
+        arguments = ["faces", str(out), "--out", str(tmp_path / "faces.html")]
+        assert main(arguments + (["--media", str(media)] if media else [])) == 0
+        warning = capsys.readouterr().err
+        assert ("No crops of 1 clip (one)" in warning and reason in warning) if reason else not warning

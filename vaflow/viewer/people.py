@@ -21,7 +21,8 @@ from tqdm import tqdm
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
 from vaflow.datasets import open_dataset
-from vaflow.errors import MediaError, UsageError, explain
+from vaflow.datasets.files import examples
+from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.faces.alignment import MAX_YAW, MIN_SCORE, MIN_SHARPNESS, MIN_SIZE, align, encode_jpeg
 from vaflow.extract.faces.detection import CenterFace, Face
 from vaflow.extract.faces.identity import open_network, resolve
@@ -265,6 +266,13 @@ def write_people(
             continue
         clips.append(clip_card(clip))
         tables.append((clip.clip, clip.faces))
+    bare = [clip.item for clip in clips if clip.people and not any(person.crops for person in clip.people)]
+    if bare:
+        if media:
+            reason = f"their videos are not below {', '.join(map(str, media))}, or have changed"
+        else:
+            reason = "the cache holds crops only of clips with several people. Add --media DIR with the videos"
+        log.warning("No crops of %s (%s): %s", count(len(bare), "clip"), examples(bare), reason)
     out.parent.mkdir(parents=True, exist_ok=True)
     page = PeoplePage(tuple(clips), out.parent / TABLE)
     cache = str(path) if is_cache(path) else ""
