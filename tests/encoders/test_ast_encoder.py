@@ -276,5 +276,5 @@ def test_another_number_of_mel_bins_is_rejected(small_ast: Path) -> None:
 
 def test_a_missing_directory_is_reported(tmp_path: Path) -> None:
     for name, weights in (("ast", tmp_path / "none"), (f"ast:{tmp_path}/none", None)):
-        with pytest.raises(WeightsError, match=r"The folder .* does not exist"):
+        with pytest.raises(UsageError, match=r"The folder .* does not exist.*Check the path after"):
             build(name, weights=weights)

@@ -293,7 +293,7 @@ def test_pickled_weights_are_rejected(checkpoints: Mapping[str, Path], tmp_path:
 def test_missing_and_restricted_repositories_are_reported(hub_cache: Path) -> None:
     with pytest.raises(WeightsError, match=r"--weights hf:someone/model=PATH"):
         build_encoder("hf:someone/model")
-    with pytest.raises(WeightsError, match=r"The folder .* does not exist"):
+    with pytest.raises(UsageError, match=r"The folder .* does not exist.*pass --weights hf:/nowhere/at/all=FOLDER"):
         build_encoder("hf:/nowhere/at/all")
 
 

@@ -55,6 +55,12 @@ def test_unknown_timm_names_are_rejected(tmp_path: Path, hub_cache: Path) -> Non
     for name in ("timm:resnet10x", "timm:local-dir:planted/x", "timm:hf-hub:org/model", "timm:resnet10t.mine"):
         with pytest.raises(UsageError, match="timm has no such"):
             build_encoder(name)
+    names = {"timm:resnet18x": "resnet18", "timm:vit_bse_patch16_224": "vit_base_patch16_224"}
+    names |= {"timm:resnet18.a1_in1kk": "resnet18.a1_in1k", "timm:resnet10t/./none.pt": "./none.pt does not exist"}
+    for name, part in names.items():
+        with pytest.raises(UsageError) as caught:
+            build_encoder(name)
+        assert part in str(caught.value)
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="do not fit"):
         build_encoder(f"timm:resnet10t/{tmp_path / 'w.safetensors'}")

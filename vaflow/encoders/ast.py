@@ -212,7 +212,7 @@ def build(request: Request) -> AstEncoder:
     named, choice = split_layers(request.name, request.source)
     source = named if request.weights is None else str(request.weights)
     local = request.weights is not None
-    folder = open_folder(request.name, source, local=local, weight_files=(SAFETENSORS, PICKLE), example=EXAMPLE)
+    folder = open_folder(request.name, source, local=local, weight_files=(SAFETENSORS, PICKLE))
     return make_encoder(request, *load_checkpoint(folder), choice)
 
 

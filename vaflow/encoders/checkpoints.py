@@ -22,7 +22,7 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 SAFETENSORS, SHARDS, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
 
-def open_folder(name: str, source: str, *, local: bool, weight_files: tuple[str, ...], example: str) -> Path:
+def open_folder(name: str, source: str, *, local: bool, weight_files: tuple[str, ...]) -> Path:
     """Return the folder of encoder `name`: `source` itself, or (unless `local`) the hub's model id `source`.
 
     Args:
@@ -30,21 +30,23 @@ def open_folder(name: str, source: str, *, local: bool, weight_files: tuple[str,
         source: a path or a model id.
         local: never ask the hub.
         weight_files: accepted weight files, the preferred one first.
-        example: a model id for the error message.
 
     Raises:
-        WeightsError: the folder does not exist, or the hub has no such model.
+        UsageError: the folder does not exist.
+        WeightsError: the hub has no such model, or cannot be reached.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     needs = f"a folder (PATH) with {CONFIG}, {PROCESSOR} and {weight_files[0]}"
     if local or source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
-        raise WeightsError(
+        option, typed = f"--weights {name}=", f"{name.partition(':')[0]}:"
+        raise UsageError(
             explain(
                 f"The folder {source} does not exist",
                 expected=f"{needs}, as save_pretrained writes it".replace(" (PATH)", ""),
-                remedy=f"Download the model id {example} and pass --weights {name}=FOLDER",
+                remedy=f"Check the path after {option if local else typed}"
+                + ("" if local else f", or pass {option}FOLDER if the model has moved"),
             )
         )
     hub_file(source, (CONFIG,), encoder=name, needs=needs)

@@ -26,8 +26,6 @@ from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.weights import state_digest
 from vaflow.errors import UsageError, WeightsError, explain
 
-EXAMPLE = "facebook/dinov2-base"
-
 
 @dataclass(frozen=True)
 class Family:
@@ -127,7 +125,7 @@ def load(request: Request) -> LoadedModel:
     source, choice = split_layers(request.name, request.source)
     local = request.weights is not None
     place = str(request.weights) if local else source
-    folder = open_folder(request.name, place, local=local, weight_files=(SAFETENSORS, SHARDS), example=EXAMPLE)
+    folder = open_folder(request.name, place, local=local, weight_files=(SAFETENSORS, SHARDS))
     values = read_json(folder / CONFIG)
     model_type, family = _family(request, folder, values)
     values = values.get(family.part, values) if family.part else values

@@ -4,6 +4,7 @@ Only names in timm's own list are built; `hf-hub:` and `local-dir:` names are re
 weights are read from safetensors. Size, crop, interpolation and normalisation are those of timm's data configuration.
 """
 
+from difflib import get_close_matches
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ def build(request: Request) -> ImageEncoder:
     """Return the model with its published weights, those of FILE, or `request.weights`.
 
     Raises:
-        UsageError: timm has no such model, its preprocessing is not supported, or it has no such layer.
+        UsageError: timm has no such model, its preprocessing is not supported, it has no such layer, or FILE does not
+            exist.
         WeightsError: the weights are unreachable, are damaged, or do not fit.
     """
     import timm
@@ -34,13 +36,17 @@ def build(request: Request) -> ImageEncoder:
     model_name, _, file = named.partition("/")
     architecture, _, tag = model_name.partition(".")
     if not timm.is_model(architecture):
-        close = timm.list_models(f"*{architecture[:6]}*")[:5] if architecture.isascii() else []
-        raise UsageError(explain("timm has no such model", got=model_name, choices=close or None))
+        close = get_close_matches(architecture, timm.list_models(), n=3)
+        remedy = f"Similar names: {', '.join(close)}" if close else "timm.list_models() lists them"
+        raise UsageError(explain("timm has no such model", got=model_name, remedy=remedy))
     tagged = not tag or model_name in timm.list_pretrained(f"{architecture}.*")
     settings = timm.get_pretrained_cfg(model_name) if tagged else None
     if settings is None:
         tags = timm.list_pretrained(f"{architecture}.*")
-        raise UsageError(explain(f"timm has no such weights of {architecture}", got=tag, choices=tags))
+        raise UsageError(explain(f"timm has no such weights of {architecture}", got=model_name, choices=tags))
+    if file and request.weights is None and not Path(file).expanduser().is_file():
+        remedy = f"Check the path after timm:{model_name}/"
+        raise UsageError(explain(f"The weights file {file} does not exist", remedy=remedy))
     path = request.weights or (Path(file).expanduser() if file else _download(request, settings))
     state = read_state_dict(path)
     with torch.random.fork_rng():  # the weights are replaced: keep the caller's random state
