@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vaflow.errors import UsageError, explain
 from vaflow.train.heads.temporal import Sinusoids
@@ -90,9 +91,14 @@ class CrossAttention(nn.Module):
         """Attend a track: query [B, F, H], keys [B, S, H] -> [B, F, H]; zeros for rows without a key."""
         present = track.present
         # A softmax over no keys is NaN (some kernels hide it): such rows attend every step and are zeroed below.
-        ignored = ~track.key & present.unsqueeze(1)
-        result, _ = self.attention(query, keys, track.value, key_padding_mask=ignored, need_weights=False)
-        return torch.where(present[:, None, None], result, 0)
+        allowed = track.key | ~present.unsqueeze(1)
+        weights = self.attention
+        inputs = zip(
+            (query, keys, track.value), weights.in_proj_weight.chunk(3), weights.in_proj_bias.chunk(3), strict=True
+        )
+        q, k, v = (functional.linear(*three).unflatten(-1, (weights.num_heads, -1)).transpose(1, 2) for three in inputs)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None, None])
+        return weights.out_proj(mixed.transpose(1, 2).flatten(2)) * present[:, None, None]
 
 
 class Fusion(nn.Module):
@@ -160,13 +166,14 @@ class Fusion(nn.Module):
         aligned = self._align(visual, time, audio)
         if self.join == "concat":
             return torch.cat([visual, *aligned], dim=-1)
-        present = torch.stack([track.present for track in audio])
-        mean = torch.stack(aligned).sum(dim=0) / present.sum(dim=0).clamp(min=1)[:, None, None]
-        fused = mean
-        if self.gate is not None:
-            gate = torch.sigmoid(self.gate(torch.cat([mean, visual], dim=-1)))  # eq. 4
-            fused = gate * mean + (1 - gate) * visual  # eq. 5
-        return torch.where(present.any(dim=0)[:, None, None], fused, visual)
+        mean, present = aligned[0], audio[0].present[:, None, None]
+        if len(audio) > 1:
+            streams = torch.stack([track.present for track in audio]).sum(dim=0)[:, None, None]
+            mean, present = torch.stack(aligned).sum(dim=0) / streams.clamp(min=1), streams > 0
+        if self.gate is None:
+            return torch.where(present, mean, visual)
+        gate = torch.sigmoid(self.gate(torch.cat([mean, visual], dim=-1)))  # eq. 4
+        return torch.lerp(visual, mean, gate * present)  # eq. 5
 
     def _align(self, visual: Tensor, time: Tensor, audio: Sequence[Track]) -> list[Tensor]:
         """Every track at the frame times, [B, F, H]."""

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from vaflow.errors import UsageError, explain
 from vaflow.train.batch import AUDIO, VISUAL, Batch, Output, StreamSpec, TargetSpec
+from vaflow.train.heads.dropout import Dropout
 from vaflow.train.heads.fusion import FUSION, Track, interpolate
 from vaflow.train.heads.layer_mixture import LayerMixture
 from vaflow.train.heads.prompt import PromptHead
@@ -47,7 +48,7 @@ class Standardize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return (x - self.mean) / self.deviation.clamp(min=1e-6)
+        return (x - self.mean).div_(self.deviation.clamp(min=1e-6))
 
 
 class VarianceHead(nn.Sequential):
@@ -114,7 +115,7 @@ class Branch(nn.Module):
             width = self.spectrogram.width
             self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
         self.missing = nn.Parameter(torch.zeros(hidden))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.temporal = TEMPORAL[temporal](hidden, hidden, **temporal_options)
 
     def forward(self, x: Tensor, valid: Tensor, inside: Tensor) -> Tensor:
@@ -140,7 +141,8 @@ class Branch(nn.Module):
         else:
             steps = self.spectrogram(self.normalize(x), valid, inside, time)
             x, valid, inside, time = steps.value, steps.valid, steps.inside, steps.time
-        projected = torch.where(valid.unsqueeze(-1), self.project(x), self.missing)
+        projected = self.project(x)
+        projected = torch.lerp(self.missing.to(projected), projected, valid.unsqueeze(-1).to(projected))
         return Track(self.dropout(projected), time, inside, valid)
 
 
@@ -223,7 +225,7 @@ class VAModel(nn.Module):
             self.fusion = FUSION[fusion](hidden, len(self.audio), heads=attention_heads, positions=attention_positions)
         width = hidden if self.fusion is None else self.fusion.width
         self.regression = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 2), nn.Tanh()
+            nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, 2), nn.Tanh()
         )
         self.prompt = None
         if prototypes is not None:
@@ -244,11 +246,11 @@ class VAModel(nn.Module):
         """
         fused = self.fuse(batch)
         frames = batch.inside.unsqueeze(-1)
-        va = torch.where(frames, self.regression(fused), 0)
-        regions = None if self.prompt is None else torch.where(frames, self.prompt(fused), 0)
+        va = self.regression(fused) * frames
+        regions = None if self.prompt is None else self.prompt(fused) * frames
         heads = zip(self.targets, self.extra, strict=True)
-        extra = {target.name: torch.where(frames, head(fused), 0) for target, head in heads}
-        log_std = None if self.variance is None else torch.where(frames, self.variance(fused), 0)
+        extra = {target.name: head(fused) * frames for target, head in heads}
+        log_std = None if self.variance is None else self.variance(fused) * frames
         return Output(va, regions, extra, log_std)
 
     def fuse(self, batch: Batch) -> Tensor:

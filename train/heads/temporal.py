@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from vaflow.errors import UsageError, explain
+from vaflow.train.heads.dropout import Dropout
 from vaflow.train.heads.recurrence import Cell, run_recurrent
 
 
@@ -78,7 +79,7 @@ class Recurrent(nn.Module):
             bidirectional=True,
             dropout=dropout if layers > 1 else 0.0,
         )
-        self.between = nn.Dropout(self.rnn.dropout)  # between layers
+        self.between = Dropout(self.rnn.dropout)  # between layers
         self.back = nn.Identity() if 2 * width == hidden else nn.Linear(2 * width, hidden)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
@@ -87,7 +88,8 @@ class Recurrent(nn.Module):
         Raises:
             ValueError: shapes disagree.
         """
-        return run_together([self], [x], [inside])[0]
+        check_sequence(x, inside, self.input_size)
+        return run_together([self], [zero_outside(x, inside)], [inside])[0]
 
 
 def run_together(models: Sequence[Recurrent], sequences: Sequence[Tensor], insides: Sequence[Tensor]) -> list[Tensor]:
@@ -95,7 +97,7 @@ def run_together(models: Sequence[Recurrent], sequences: Sequence[Tensor], insid
 
     Args:
         models: built with the same arguments.
-        sequences: x [B, T, input_size] per model; T may differ.
+        sequences: x [B, T, input_size] per model, finite at padding; T may differ.
         insides: [B, T] bool per model.
 
     Returns:
@@ -106,9 +108,8 @@ def run_together(models: Sequence[Recurrent], sequences: Sequence[Tensor], insid
     """
     for model, x, inside in zip(models, sequences, insides, strict=True):
         check_sequence(x, inside, model.input_size)
-    clean = [zero_outside(x, inside) for x, inside in zip(sequences, insides, strict=True)]
-    states = run_recurrent([model.rnn for model in models], clean, insides, models[0].between)
-    return [zero_outside(model.back(y), m) for model, y, m in zip(models, states, insides, strict=True)]
+    states = run_recurrent([model.rnn for model in models], sequences, insides, models[0].between)
+    return [model.back(y) * m.unsqueeze(-1) for model, y, m in zip(models, states, insides, strict=True)]
 
 
 class TCN(nn.Module):
@@ -193,7 +194,7 @@ class TCNBlock(nn.Module):
         for convolution in (self.first, self.second):
             register_parametrization(convolution, "weight", WeightNorm())
         self.skip = nn.Identity() if before == after else nn.Conv1d(before, after, 1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         """x [B, before, T], zero where `inside` [B, 1, T] is False -> [B, after, T], the same."""

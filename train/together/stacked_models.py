@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from vaflow.train.batch import Batch, ExtraTargets
 from vaflow.train.config import TrainConfig
+from vaflow.train.heads.dropout import dropout_mask
 from vaflow.train.losses import total_loss
 
 CAPTURE_AFTER = 100  # steps with batches of one shape before such a step is captured, which takes seconds
@@ -207,6 +208,8 @@ class _MatrixProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`, or its product on a flattened first operand."""
+        if func is functional.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
         if func is functional.multi_head_attention_forward:
             return _attend(*args, **(kwargs or {})), None
         if func in _PRODUCTS and args[0].ndim > 2 and args[1].ndim == 2:
@@ -238,10 +241,15 @@ def _attend(
     inputs = zip((query, keys, values), weight.chunk(3), bias.chunk(3), strict=True)
     size = width // heads
     q, k, v = (_product(x, w.T, b).unflatten(-1, (heads, size)).permute(1, 2, 0, 3) for x, w, b in inputs)
-    mask = key_padding_mask[:, None, None]  # added to the scores: -inf, or 0
-    result = torch.softmax(q @ k.transpose(-1, -2) * size**-0.5 + mask, dim=-1) @ v
+    result = _attention(q, k, v, key_padding_mask[:, None, None] == 0)  # -inf or 0, which would be added to the scores
     _, _, _, _, out_weight, out_bias = unused
     return _product(result.permute(2, 0, 1, 3).flatten(-2), out_weight.T, out_bias)
+
+
+def _attention(query: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor) -> Tensor:
+    """`scaled_dot_product_attention` with a bool mask; `torch.vmap` would repeat it for every run."""
+    scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    return torch.softmax(scores.masked_fill(~attn_mask, -torch.inf), dim=-1) @ values
 
 
 _PRODUCTS = {functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
@@ -288,13 +296,10 @@ class DropoutMasks:
         """The masks of some calls, [R, ...] each."""
         masks = []
         for call in calls:
-            mask = torch.empty(call.shape, dtype=call.dtype, device=call.device)
+            mask = torch.ones(call.shape, dtype=call.dtype, device=call.device)
             for row, run in zip(mask, runs, strict=True):
-                keep = 1 - call.rates[run]
-                if keep < 1:
-                    row.bernoulli_(keep, generator=self._generators[run]).div_(keep)
-                else:
-                    row.fill_(1)
+                if call.rates[run]:
+                    row.copy_(dropout_mask(row.shape, call.rates[run], row, self._generators[run]))
             masks.append(mask)
         return masks
 
