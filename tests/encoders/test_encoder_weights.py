@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from vaflow.encoders import build_encoder, hub
 from vaflow.encoders.hub import checked_url, hub_file, url_file
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import WeightsError
 
 STATE = {"b.weight": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(2.5), "c": torch.tensor([1, 2])}
@@ -197,3 +197,17 @@ def test_a_download_that_stalls_is_reported(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(WeightsError, match="stopped sending"):
             checked_url(f"{address}/vggish.pth", encoder="vggish")
         assert time.monotonic() - began < 8
+
+
+def test_networks_are_built_without_random_values_and_keep_the_random_state() -> None:
+    state = torch.random.get_rng_state()
+    with without_initial_weights():
+        layer = torch.nn.Linear(400, 400)
+        norm = torch.nn.BatchNorm1d(4)
+        torch.nn.init.constant_(layer.weight, 3.0)
+        torch.nn.init.normal_(layer.weight)
+        torch.rand(1)
+    assert bool((layer.weight == 3.0).all())
+    assert bool((norm.weight == 1.0).all())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.nn.init.normal_(layer.weight).std() > 0.9, "drawn again afterwards"

@@ -25,7 +25,13 @@ from vaflow.encoders.image_encoder import ImageEncoder, encode_blocks
 from vaflow.encoders.images import Preparation, Preprocessing
 from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.timm_models import blocks_of
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, write_state_dict
+from vaflow.encoders.weights import (
+    load_strictly,
+    read_state_dict,
+    state_digest,
+    without_initial_weights,
+    write_state_dict,
+)
 from vaflow.errors import UsageError, WeightsError, explain
 
 QUICK, PLAIN = "quick_gelu", "gelu"
@@ -119,7 +125,8 @@ def build(request: Request) -> ImageEncoder:
     quick = bool(settings.get("quick_gelu")) or model_name.endswith(QUICK_SUFFIX)
     path = file if file is not None else _download(request.name, settings)
     state = read_state_dict(path)  # before the model is built, which takes seconds: a wrong file fails at once
-    model = new_model(request.name, model_name, quick)
+    with without_initial_weights():
+        model = new_model(request.name, model_name, quick)
     state = _converted(state, model)
     if tag == "openai" or _is_openai(path, state):
         require_quick_gelu(model, f"{request.name} with weights from {path}")

@@ -19,7 +19,7 @@ from vaflow.encoders.base import FrontEnd, Request, Segments, centred_examples, 
 from vaflow.encoders.image_encoder import autocast
 from vaflow.encoders.logmel import HOP, RATE
 from vaflow.encoders.waveform import WAVEFORM
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import WeightsError, explain
 
 BANDS, FFT, FRAMES, WIDTH = 40, 400, 160, 256
@@ -109,7 +109,7 @@ def build(request: Request) -> ResemblyzerEncoder:
             )
         )
     state = {key: value for key, value in read_state_dict(request.weights).items() if key not in UNUSED}
-    with torch.random.fork_rng():  # the weights are replaced: keep the caller's random state
+    with without_initial_weights():
         module = SpeakerNetwork()
     load_strictly(module, state, str(request.weights))
     return ResemblyzerEncoder(request, module)

@@ -16,7 +16,7 @@ from vaflow.encoders.base import Request
 from vaflow.encoders.hub import check_checksum, checked_url
 from vaflow.encoders.image_encoder import ImageEncoder
 from vaflow.encoders.images import Preparation, Preprocessing
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 
 SIZE = 224
 CLASSIFIER = ("fc.weight", "fc.bias")
@@ -48,7 +48,7 @@ def published() -> str:
 
 
 def bare_resnet(blocks: list[int], *, width: int = 64, expansion: int = 4) -> torch.nn.Module:
-    """Return torchvision's ResNet with bottleneck blocks, fresh weights and no classifier.
+    """Return torchvision's ResNet with bottleneck blocks and no classifier; its weights must be loaded.
 
     Args:
         blocks: per stage.
@@ -61,7 +61,7 @@ def bare_resnet(blocks: list[int], *, width: int = 64, expansion: int = 4) -> to
     from torchvision.models.resnet import Bottleneck, ResNet
 
     block = type("Bottleneck", (Bottleneck,), {"expansion": expansion})  # torchvision fixes it per class
-    with torch.random.fork_rng():  # the weights are replaced: keep the caller's random state
+    with without_initial_weights():
         module: torch.nn.Module = ResNet(block, blocks, width_per_group=width)
     module.fc = torch.nn.Identity()
     return module

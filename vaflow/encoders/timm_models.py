@@ -16,7 +16,7 @@ from vaflow.encoders.hub import hub_file
 from vaflow.encoders.image_encoder import ImageEncoder, encode_blocks
 from vaflow.encoders.images import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.layers import LayerChoice, split_layers
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import UsageError, WeightsError, explain
 
 COUNTER = "num_batches_tracked"  # number of training batches; no output depends on it
@@ -49,7 +49,7 @@ def build(request: Request) -> ImageEncoder:
         raise UsageError(explain(f"The weights file {file} does not exist", remedy=remedy))
     path = request.weights or (Path(file).expanduser() if file else _download(request, settings))
     state = read_state_dict(path)
-    with torch.random.fork_rng():  # the weights are replaced: keep the caller's random state
+    with without_initial_weights():
         module = timm.create_model(architecture, pretrained=False, num_classes=0)
     heads = settings.classifier or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)

@@ -46,7 +46,7 @@ from vaflow.encoders.clip import make_identity, require_quick_gelu
 from vaflow.encoders.image_encoder import ImageEncoder
 from vaflow.encoders.images import Preparation, Preprocessing
 from vaflow.encoders.layers import LayerChoice, split_layers
-from vaflow.encoders.weights import load_strictly, read_state_dict
+from vaflow.encoders.weights import load_strictly, read_state_dict, without_initial_weights
 from vaflow.errors import WeightsError, explain
 
 SEED = 0
@@ -117,7 +117,7 @@ def build(request: Request) -> AstEncoder | ImageEncoder | vggish.VggishEncoder:
         network = resnet.bare_resnet(RESNET_BLOCKS, width=RESNET_WIDTH, expansion=RESNET_EXPANSION)
         seed_weights(network, "resnet-tiny")
         return resnet.make_encoder(request, "resnet-tiny", network)
-    with torch.random.fork_rng():
+    with without_initial_weights():
         module = vggish.VGGish(VGGISH_CHANNELS, VGGISH_WIDTHS)
     seed_weights(module, "vggish-tiny")
     return vggish.make_encoder(request, module)
@@ -126,7 +126,8 @@ def build(request: Request) -> AstEncoder | ImageEncoder | vggish.VggishEncoder:
 def _build_clip(request: Request, choice: LayerChoice) -> ImageEncoder:
     import open_clip
 
-    model = open_clip.CLIP(**CLIP_CONFIG)
+    with without_initial_weights():
+        model = open_clip.CLIP(**CLIP_CONFIG)
     if request.weights is None:
         seed_parameters(model, "clip-tiny", _clip_values)
     else:
@@ -141,7 +142,8 @@ def _build_clip(request: Request, choice: LayerChoice) -> ImageEncoder:
 def _build_ast(request: Request, choice: LayerChoice) -> AstEncoder:
     from transformers import ASTConfig, ASTModel
 
-    module = ASTModel(ASTConfig(**AST_CONFIG, attn_implementation="sdpa"))
+    with without_initial_weights():
+        module = ASTModel(ASTConfig(**AST_CONFIG, attn_implementation="sdpa"))
     if request.weights is not None:
         if not request.weights.is_dir():
             raise WeightsError(

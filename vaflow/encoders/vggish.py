@@ -29,7 +29,7 @@ from vaflow.encoders.base import FrontEnd, Request, Segments, centred_examples, 
 from vaflow.encoders.hub import check_checksum, checked_url
 from vaflow.encoders.image_encoder import autocast
 from vaflow.encoders.logmel import FRAME, HOP, RATE
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 
 BINS, LOWEST, HIGHEST = 64, 125.0, 7500.0
 TRANSFORM = 512
@@ -181,7 +181,7 @@ def build(request: Request) -> VggishEncoder:
     """
     path = request.weights if request.weights is not None else checked_url(ADDRESS, encoder=request.name)
     check_checksum(path)
-    with torch.random.fork_rng():  # the weights are replaced: keep the caller's random state
+    with without_initial_weights():
         module = VGGish()
     state = {}
     for key, value in read_state_dict(path).items():
