@@ -5,13 +5,14 @@ labelled; None means everywhere. Masked values may be anything, NaN too. Results
 nothing is labelled.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, count, explain
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -260,3 +261,24 @@ def _pair(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None) -> t
     if labelled.shape != x.shape:
         raise ValueError(f"the mask must be [...] or [..., 2] of {[*x.shape]}; got {[*labelled.shape]}")
     return x.reshape(-1, 2), y.reshape(-1, 2), labelled.reshape(-1, 2)
+
+
+def scope(metrics: Mapping[str, Any]) -> str:
+    """What the scores in `metrics.json` are of: split, frames, videos, what is left out, and the smoothing."""
+    text = f"{metrics['split']}: {metrics['n_frames']} labelled frames of {count(metrics['n_videos'], 'video')}"
+    missing = metrics.get("missing") or {"frames": 0, "clips": []}
+    if missing["frames"] or missing["clips"]:
+        clips = count(len(missing["clips"]), "clip")
+        text += f"; left out: {count(missing['frames'], 'frame')}, {clips} without features"
+    if "without" in metrics:
+        text += f"; without {metrics['without']}"
+    if "smoothing" in metrics:
+        text += f"; smoothed: {smoothing_text(metrics['smoothing'])}"
+        if metrics["smoothing"]["chosen_on"] == metrics["split"]:
+            text += ", tuned on this split; the score is optimistic"
+    return text
+
+
+def smoothing_text(smoothing: Mapping[str, Any]) -> str:
+    """Kind and width of a smoothing as `metrics.json` states it: "mean, 8 s"."""
+    return f"{smoothing['kind']}, {smoothing['seconds']:g} s"

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from toy_runs import ccc, write_run
 
+from vaflow.cache import create_cache
+from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.cli import main
 from vaflow.errors import UsageError
 from vaflow.viewer.report import paired_differences, write_report
@@ -161,3 +163,37 @@ def test_runs_lists_finished_unfinished_and_damaged_runs(tmp_path: Path, capsys:
     text = capsys.readouterr().out
     assert f"{metrics['ccc']['mean']:.3f}" in text
     assert "half (not finished)  " in text and "bad (damaged)  " in text
+
+
+def test_smoothed_scores_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = write_run(tmp_path / "runs" / "smooth")
+    metrics["smoothing"] = {"kind": "mean", "seconds": 2.0, "chosen_on": "val"}
+    (tmp_path / "runs" / "smooth" / "metrics.json").write_text(json.dumps(metrics))
+    write_run(tmp_path / "runs" / "plain")
+    write_report([tmp_path / "runs" / "smooth"], tmp_path / "report.html")
+    line = "smooth: val: 1200 labelled frames of 6 videos; smoothed: mean, 2 s, tuned on this split; the score is optimistic"
+    assert line in (tmp_path / "report.html").read_text()
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    head, _, plain, smooth = capsys.readouterr().out.splitlines()
+    assert head.endswith("smoothing") and plain.endswith("none") and smooth.endswith("mean, 2 s, tuned on val")
+
+
+def test_clips_that_changed_in_the_cache_since_they_were_scored_are_named(tmp_path: Path) -> None:
+    cache = create_cache(tmp_path / "cache")
+    cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {}))
+    arrays = {"time": np.arange(2.0), "value": np.zeros((2, 2), np.float32), "valid": np.ones((2, 2), bool)}
+    write_run(tmp_path / "run", clips=["same", "changed", "dropped"])
+    file = tmp_path / "run/predictions/val/sources.json"
+    sources = json.loads(file.read_text()) | {"cache": str(cache.path)}
+    for item in ("same", "changed", "dropped"):
+        sources["items"][item]["records"][LABELS] |= {"attempt": cache.write(LABELS, item, arrays).attempt}
+    file.write_text(json.dumps(sources))
+    assert read_run(tmp_path / "run").outdated == ()
+    cache.write(LABELS, "changed", arrays)
+    cache.drop(LABELS, "dropped")
+    assert read_run(tmp_path / "run").outdated == ("changed", "dropped")
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    assert (
+        "the cache has changed since these clips were scored: changed, dropped"
+        in (tmp_path / "report.html").read_text()
+    )

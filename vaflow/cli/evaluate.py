@@ -19,7 +19,7 @@ from vaflow.cli.options import (
     Verbose,
     variant,
 )
-from vaflow.errors import UsageError, count, explain
+from vaflow.errors import UsageError, explain
 
 OtherCache = Annotated[Path | None, typer.Option(metavar="CACHE", help="Another cache than the run was trained on.")]
 Split = Annotated[
@@ -234,17 +234,9 @@ def summary(metrics: dict[str, Any]) -> str:
         )
     ]
     rows.insert(1, ("95 % interval", *(interval(s, ".4f") for s in spans)))
-    scope = f"{metrics['split']}: {metrics['n_frames']} labelled frames of {count(metrics['n_videos'], 'video')}"
-    lost = metrics["missing"]["frames"]
-    if lost or metrics["missing"]["clips"]:
-        scope += f"; left out: {lost} frames, {len(metrics['missing']['clips'])} clips without features"
-    if "without" in metrics:
-        scope += f"; without {metrics['without']}"
-    if "smoothing" in metrics:
-        scope += "; smoothed: {kind}, {seconds:g} s".format(**metrics["smoothing"])
-        if metrics["smoothing"]["chosen_on"] == metrics["split"]:
-            scope += ", tuned on this split; the score is optimistic"
-    text = f"{scope}\n\n{table(rows, ('', *names))}"
+    from vaflow.train.metrics import scope
+
+    text = f"{scope(metrics)}\n\n{table(rows, ('', *names))}"
     if "coverage" in metrics:
         covered = metrics["coverage"]
         levels = list(covered["valence"])

@@ -149,8 +149,8 @@ def runs(
 ) -> int:
     """List the runs below a directory with their scores.
 
-    Valence, arousal and mean are the CCC on the split that was scored, 95 % the interval of the mean. -v adds the
-    fusion and the streams.
+    Valence, arousal and mean are the CCC on the split that was scored, 95 % the interval of the mean. A smoothing that
+    was tuned on that split makes its score optimistic. -v adds the fusion and the streams.
 
     Example: vaflow runs runs
     """
@@ -162,14 +162,16 @@ def runs(
         print_json([vars(line) for line in lines])
         return 0
     rows = []
+    smoothed = any(line.smoothing for line in lines)
     for line in lines:
         name = line.path if line.status == "done" else f"{line.path} ({line.status})"
         scores = [number(line.ccc.get(dimension)) for dimension in ("valence", "arousal", "mean")]
         edges = interval(line.ci95.get("mean") or [None])
         row = [name, *scores, edges, line.split, line.temporal, number(line.seed, "d")]
-        rows.append(row + [line.fusion, line.streams] * verbose)
+        rows.append(row + [line.smoothing or "none"] * smoothed + [line.fusion, line.streams] * verbose)
     header = ["run", "valence", "arousal", "mean", "95 %", "split", "temporal", "seed"]
-    echo(table(rows, header + ["fusion", "streams"] * verbose) if rows else f"No runs below {root}")
+    header += ["smoothing"] * smoothed + ["fusion", "streams"] * verbose
+    echo(table(rows, header) if rows else f"No runs below {root}")
     return 0
 
 

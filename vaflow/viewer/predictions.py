@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vaflow.cache import Cache, open_cache
 from vaflow.demonstration import random_encoders
-from vaflow.errors import CorruptError, UsageError, VaflowError, explain
+from vaflow.errors import CacheError, CorruptError, UsageError, VaflowError, explain
 from vaflow.timeline import Bools, Floats
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,21 @@ class PredictedClip:
         """The source identities of the clip's streams."""
         for record in _mapping(self.source.get("records")).values():
             yield _mapping(_mapping(record).get("source"))
+
+    def is_outdated(self, cache: Cache) -> bool:
+        """Whether `cache` lacks a record that the prediction was made from, or has another version of it."""
+        for stream, recorded in _mapping(self.source.get("records")).items():
+            facts = _mapping(recorded)
+            if "attempt" not in facts:
+                continue
+            try:
+                record = cache.record(stream, self.item)
+            except CacheError:
+                return True
+            copied = (record.created, record.source) == (facts.get("created"), facts.get("source"))
+            if record.attempt != facts["attempt"] and not copied:
+                return True
+        return False
 
 
 @dataclass(frozen=True)

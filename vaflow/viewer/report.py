@@ -13,6 +13,7 @@ from urllib.parse import quote
 import numpy as np
 
 from vaflow import __version__
+from vaflow.datasets.files import examples
 from vaflow.errors import UsageError, explain
 from vaflow.files import make_folder, replace_file
 from vaflow.pages import render
@@ -293,6 +294,8 @@ def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, A
         "name": run.name,
         "path": str(run.path),
         "metrics": metrics,
+        "scope": run.scope,
+        "outdated": examples(run.outdated),
         "scores": [
             {
                 "name": name,

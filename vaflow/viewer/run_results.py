@@ -12,7 +12,7 @@ import numpy as np
 
 from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.timeline import Floats
-from vaflow.train.metrics import concordance_of_moments, video_moments
+from vaflow.train.metrics import concordance_of_moments, scope, smoothing_text, video_moments
 from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
 from vaflow.viewer.predictions import DIMENSIONS, PredictedClip, PredictionSet, find_predictions, read_predictions
 
@@ -84,6 +84,8 @@ class RunResults:
         moments: source video -> [6, 2] of `vaflow.train.metrics.video_moments`; without the clips left out.
         plane: sums over all labelled frames.
         frames: of the split: all, without a label, and seconds: all, without a face (NaN: not recorded).
+        scope: what the scores are of.
+        outdated: clips whose records in the cache are no longer those that were scored.
     """
 
     path: Path
@@ -97,6 +99,8 @@ class RunResults:
     moments: Mapping[str, Floats]
     plane: PlaneSums
     masked: Mapping[str, float | None]
+    scope: str
+    outdated: tuple[str, ...] = ()
 
 
 def read_run(path: Path, name: str = "") -> RunResults:
@@ -112,6 +116,7 @@ def read_run(path: Path, name: str = "") -> RunResults:
         metrics = json.loads(metrics_text)
         history = _history(path / "history.csv")
         split = str(metrics["split"])
+        scored = scope(metrics)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(explain(f"Cannot read the run {path}", got=error)) from error
     prediction_set = find_predictions(path)
@@ -141,9 +146,9 @@ def read_run(path: Path, name: str = "") -> RunResults:
         clips.append(ReportClip(clip, scores, np.concatenate([table.va[at].T, label[at].T]), std))
     _check_same_frames(path, metrics, moments)
     known: dict[str, float | None] = {k: v if np.isfinite(v) else None for k, v in masked.items()}
-    return RunResults(
-        path, name or path.name, config, text, metrics, history, prediction_set, tuple(clips), moments, plane, known
-    )
+    outdated = tuple(clip.item for clip in of_split if cache is not None and clip.is_outdated(cache))
+    parts = (prediction_set, tuple(clips), moments, plane, known, scored, outdated)
+    return RunResults(path, name or path.name, config, text, metrics, history, *parts)
 
 
 def _check_same_frames(path: Path, metrics: Mapping[str, Any], moments: Mapping[str, Floats]) -> None:
@@ -212,6 +217,7 @@ class RunLine:
     epochs: int | None = None
     ccc: Mapping[str, float | None] = field(default_factory=dict)
     ci95: Mapping[str, Any] = field(default_factory=dict)
+    smoothing: str = ""
 
 
 def list_runs(root: Path) -> Iterator[RunLine]:
@@ -248,7 +254,14 @@ def _line(root: Path, run: Path) -> RunLine | None:
         scores = {d: metrics["ccc"].get(d) for d in (*DIMENSIONS, "mean")}
         return RunLine(
             name, "done", **common, split=str(metrics["split"]), epochs=metrics.get("epochs"), ccc=scores,
-            ci95=metrics.get("ci95", {}),
+            ci95=metrics.get("ci95", {}), smoothing=_smoothing(metrics),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return RunLine(name, "damaged")
+
+
+def _smoothing(metrics: Mapping[str, Any]) -> str:
+    if "smoothing" not in metrics:
+        return ""
+    chosen_on = metrics["smoothing"]["chosen_on"]
+    return smoothing_text(metrics["smoothing"]) + (f", tuned on {chosen_on}" if chosen_on else "")
