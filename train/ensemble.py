@@ -10,10 +10,12 @@ DIR/ensemble.json        the runs, their weights, and the split that those were 
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from vaflow.timeline import Floats
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.provenance import Maker, write_evaluation
+from vaflow.train.provenance import Maker, prediction_folders, read_sources, write_evaluation
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
 from vaflow.train.session import warn_of_demonstration
@@ -40,6 +42,8 @@ from vaflow.train.uncertainty import (
     write_calibration,
 )
 from vaflow.train.windows import ClipRows
+
+log = logging.getLogger(__name__)
 
 _ROUNDS, _STEPS = 60, 2000
 _ENOUGH = 1e-12  # change of the concordance below which the search stops
@@ -258,6 +262,22 @@ def maker_of(path: Path) -> Maker:
     """
     runs, _ = members_of(path)
     return Maker(Path(path), {run: require_record(run) for run in runs})
+
+
+def warn_of_changed_members(path: Path) -> None:
+    """Log a warning if weights or smoothing of an ensemble's runs are not those that its predictions were made with."""
+    if not (path / ENSEMBLE_FILE).is_file():
+        return
+    recorded = next(filter(None, map(read_sources, prediction_folders(path))), None)
+    if recorded is None:
+        return
+    maker = maker_of(path)
+    files = {name for name, _ in recorded.weights.items() ^ maker.weights().items()}
+    changed = [str(run) for run in maker.runs if any(name.startswith(f"{run}/") for name in files)]
+    if changed:
+        command = f"vaflow ensemble {' '.join(quote(str(run)) for run in maker.runs)} --out {quote(str(path))}"
+        problem = f"changed since {path} was made; its weights and its calibration are those of the earlier runs"
+        log.warning("%s: %s. To make it again: %s", ", ".join(changed), problem, command)
 
 
 class Members:

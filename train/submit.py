@@ -19,7 +19,7 @@ from vaflow.errors import DataError, UsageError, count, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_windows
-from vaflow.train.ensemble import combine, maker_of, members_of
+from vaflow.train.ensemble import combine, maker_of, members_of, warn_of_changed_members
 from vaflow.train.evaluate import featureless
 from vaflow.train.provenance import write_sources_of_file
 from vaflow.train.runs import load_run
@@ -124,6 +124,7 @@ def submit_run(
     empty: dict[str, int] = {}
     if items:
         members, weights = members_of(run)
+        warn_of_changed_members(run)
         predicted = []
         for member in members:
             trained = load_run(member, target)

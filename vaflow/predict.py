@@ -36,7 +36,7 @@ from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import load_windows
-from vaflow.train.ensemble import ensemble_traces, maker_of, members_of
+from vaflow.train.ensemble import ensemble_traces, maker_of, members_of, warn_of_changed_members
 from vaflow.train.evaluate import Trace, featureless, prediction_csv
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import sampling
@@ -153,6 +153,7 @@ def predict_media(
     run = local_run(run)
     runs, weights = members_of(run)
     members = {path: load_run(path, device) for path in runs}
+    warn_of_changed_members(run)
     settings = extraction_settings(members, config) if media else None
     warn_of_demonstration(stream.name for member in members.values() for stream in member.record.streams)
     for path, member in members.items():

@@ -20,6 +20,7 @@ from vaflow.provenance import find_provenance
 from vaflow.timeline import Grid
 from vaflow.train.config import TrainConfig
 from vaflow.train.ensemble import ensemble_runs
+from vaflow.train.smoothing import Smoothing, write_smoothing
 from vaflow.train.training import train_run
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=1, device="cpu")
@@ -156,3 +157,19 @@ def test_commands_that_need_one_run_reject_an_ensemble(ensemble: Path, capsys) -
     assert main(["evaluate", str(ensemble)]) == 2
     stderr = capsys.readouterr().err
     assert "is an ensemble, not a run" in stderr and "vaflow ensemble" in stderr
+
+
+def test_runs_that_changed_since_the_ensemble_are_named(
+    ensemble: Path, runs: list[Path], cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PredictConfig(device="cpu", cache=cache.path)
+    predict_media(ensemble, [], tmp_path / "same", config)
+    assert not caplog.records
+    write_smoothing(runs[1], Smoothing("mean", 1.0))
+    try:
+        predict_media(ensemble, [], tmp_path / "changed", config)
+    finally:
+        write_smoothing(runs[1], None)
+    [message] = caplog.messages
+    assert message.startswith(f"{runs[1]}: changed since {ensemble} was made")
+    assert message.endswith(f"vaflow ensemble {runs[0]} {runs[1]} --out {ensemble}")
