@@ -62,11 +62,19 @@ def without_initial_weights() -> Iterator[None]:
 
 
 class _WithoutDraws(TorchFunctionMode):
-    """Leaves tensors as they are allocated where `torch.nn.init` fills them with random numbers."""
+    """Leaves tensors as they are allocated where they would be filled with random numbers."""
+
+    DRAWS = (
+        torch.Tensor.normal_,
+        torch.Tensor.uniform_,
+        torch.nn.init.normal_,  # these three reach a mode before they call a tensor's method
+        torch.nn.init.uniform_,
+        torch.nn.init.kaiming_uniform_,
+    )
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
-            return args[0]
+        if function in self.DRAWS:
+            return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 
 
