@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from synthetic_cache import AUDIO, Toy, make_cache
+from toy_runs import write_run
 
 from vaflow.cache import Cache
+from vaflow.errors import UsageError
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
 from vaflow.train.evaluate import predict_windows
@@ -61,13 +63,13 @@ def test_attention_sums_equal_numpy(cache: Cache, tmp_path: Path) -> None:
     fusion = loaded.model.fusion
     assert fusion is not None and fusion.attends is not None
     weights: list[torch.Tensor] = []
-    attention = fusion.attends[0].attention
 
-    def with_weights(module: Any, arguments: Any, options: dict[str, Any]) -> Any:
-        return arguments, options | {"need_weights": True, "average_attn_weights": False}
+    def with_weights(module: Any, arguments: Any) -> None:
+        query, keys, track = arguments
+        options = {"key_padding_mask": ~(track.key | ~track.present[:, None]), "average_attn_weights": False}
+        weights.append(module.attention(query, keys, track.value, **options)[1])
 
-    attention.register_forward_pre_hook(with_weights, with_kwargs=True)  # type: ignore[union-attr]
-    attention.register_forward_hook(lambda _, __, output: weights.append(output[1]))  # type: ignore[union-attr]
+    fusion.attends[0].register_forward_pre_hook(with_weights)
     predict_windows(loaded.model, windows)
     batch = windows.gather(torch.arange(len(windows)))
     w = torch.cat(weights).double().numpy()  # [W, H, F, S]
@@ -89,3 +91,10 @@ def test_attention_sums_equal_numpy(cache: Cache, tmp_path: Path) -> None:
     assert summary.near + summary.before + summary.after == pytest.approx(1, abs=1e-5)
     write_report([run], tmp_path / "report.html", gates=True)
     assert "Attention of the frames to the audio" in (tmp_path / "report.html").read_text()
+
+
+def test_gates_without_the_cache_are_a_usage_error(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"--gates reads the cache of .*/run, which cannot be opened.*omit --gates"):
+        write_report([tmp_path / "run"], tmp_path / "report.html", gates=True)
+    assert not (tmp_path / "report.html").exists()
