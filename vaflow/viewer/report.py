@@ -330,12 +330,18 @@ def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, A
 
 
 def _fusion(run: RunResults) -> "FusionStatistics":
-    """Statistics of the fusion; empty where the run has none or its cache is gone."""
-    from vaflow.viewer.attention import FusionStatistics, fusion_statistics  # imports torch
+    """Statistics of the fusion; empty where the run has none.
+
+    Raises:
+        UsageError: the cache of the predictions cannot be opened.
+    """
+    from vaflow.viewer.attention import fusion_statistics  # imports torch
 
     cache = run.prediction_set.open_cache()
     if cache is None:
-        return FusionStatistics()
+        problem = f"--gates reads the cache of {run.path}, which cannot be opened"
+        expected = f"a cache at {run.prediction_set.cache}" if run.prediction_set.cache else "a cache"
+        raise UsageError(explain(problem, expected=expected, remedy="Move it back, or omit --gates"))
     return fusion_statistics(run.path, cache, str(run.metrics["split"]), run.prediction_set.centers)
 
 
