@@ -11,6 +11,8 @@ DIR/ensemble.json        the runs, their weights, and the split that those were 
 
 import json
 import logging
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,6 +28,7 @@ from vaflow.errors import CorruptError, DataError, UsageError, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_split
+from vaflow.train.ensemble_weights import best_weights, concordance_weights
 from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import Maker, prediction_folders, read_sources, write_evaluation
@@ -45,89 +48,6 @@ from vaflow.train.windows import ClipRows
 
 log = logging.getLogger(__name__)
 
-_ROUNDS, _STEPS = 60, 2000
-_ENOUGH = 1e-12  # change of the concordance below which the search stops
-
-
-def concordance_weights(ccc: Floats) -> Floats:
-    """Weights proportional to each run's CCC, [N] -> [N]; a CCC at or below 0 gives 0, equal weights if all are."""
-    worth = np.clip(np.nan_to_num(np.asarray(ccc, np.float64)), 0, None)
-    total = worth.sum()
-    return worth / total if total > 0 else np.full(len(worth), 1 / len(worth))
-
-
-def best_weights(prediction: Floats, label: Floats) -> Floats:
-    """Weights whose mixture has the highest CCC with the labels.
-
-    For weights w on the simplex CCC = 2 c'w / w'Qw, with Q positive semidefinite: a linear function over a convex one,
-    so a local maximum above 0 is the global one. Dinkelbach's method turns it into quadratic problems, which projected
-    gradients solve.
-
-    Args:
-        prediction: [T, N], of N runs.
-        label: [T].
-
-    Returns:
-        [N]. The best single run if no mixture is above 0.
-
-    Raises:
-        ValueError: shapes disagree, or there is no label.
-    """
-    x, y = np.asarray(prediction, np.float64), np.asarray(label, np.float64)
-    if x.ndim != 2 or y.shape != x.shape[:1] or not x.size:
-        raise ValueError(f"best_weights: expected predictions [T, N] and labels [T]; got {[*x.shape]}, {[*y.shape]}")
-    # c and Q for weights that sum to one
-    mean = x.mean(axis=0)
-    dx, dy = x - mean, y - y.mean()
-    apart = mean - y.mean()
-    linear = dx.T @ dy / len(y)
-    quadratic = dx.T @ dx / len(y) + np.outer(apart, apart) + dy @ dy / len(y)
-    runs = x.shape[1]
-
-    def ccc(w: Floats) -> float:
-        spread = w @ quadratic @ w
-        return float(2 * linear @ w / spread) if spread > 0 else 0.0
-
-    weights = max(np.eye(runs), key=ccc)
-    for _ in range(_ROUNDS):
-        before = ccc(weights)
-        if before <= 0:
-            break
-        better = maximize(linear, before * quadratic, weights)
-        if ccc(better) <= before + _ENOUGH:
-            break
-        weights = better
-    return weights
-
-
-def maximize(linear: Floats, quadratic: Floats, start: Floats) -> Floats:
-    """Maximize 2 linear'w - w'quadratic w over w on the simplex, by accelerated projected gradients."""
-    # Only differences matter along the simplex.
-    centred = quadratic - quadratic.mean(axis=0) - quadratic.mean(axis=1, keepdims=True) + quadratic.mean()
-    curvature = float(np.linalg.norm(centred, 2))
-    if curvature <= _ENOUGH * float(np.linalg.norm(quadratic, 2)):
-        return start  # the runs agree
-    step = 1 / curvature
-    w, ahead, speed = start, start, 1.0
-    for _ in range(_STEPS):
-        following = onto_simplex(ahead + step * (linear - quadratic @ ahead))
-        faster = (1 + np.sqrt(1 + 4 * speed**2)) / 2
-        back = (ahead - following) @ (following - w) > 0  # the score has dropped: restart the acceleration
-        ahead = following if back else following + (speed - 1) / faster * (following - w)
-        speed = 1.0 if back else faster
-        if np.abs(following - w).max() < _ENOUGH and not back:
-            return following
-        w = following
-    return w
-
-
-def onto_simplex(point: Floats) -> Floats:
-    """Project a point onto the simplex (non-negative, sum 1), [N] -> [N]."""
-    high = np.sort(point)[::-1]
-    over = (np.cumsum(high) - 1) / np.arange(1, len(point) + 1)
-    return np.maximum(point - over[high > over][-1], 0)
-
-
 WEIGHTS = ("mean", "ccc", "search")
 
 
@@ -141,6 +61,7 @@ class Ensemble:
         weights: dimension -> the weight of each run.
         weights_split: split that they were chosen on; empty for plain means.
         scores: dimension -> the CCC of each run on that split.
+        relative: the folders from that of the ensemble, which may be moved together with them.
     """
 
     runs: tuple[str, ...]
@@ -148,6 +69,7 @@ class Ensemble:
     weights: Mapping[str, Sequence[float]]
     weights_split: str = ""
     scores: Mapping[str, Sequence[float | None]] | None = None
+    relative: Sequence[str] = ()
 
     @property
     def table(self) -> Floats:
@@ -184,8 +106,8 @@ def ensemble_runs(
         The ensemble and its metrics.
 
     Raises:
-        UsageError: an unknown `how`, a folder that is not a finished run, or runs with different validation splits
-            and no split given.
+        UsageError: an unknown `how`, a folder that is not a finished run, a run listed twice, or runs with different
+            validation splits and no split given.
         DataError: clips have no features or labels.
         FingerprintError: the cache's streams were made with other settings than a run's.
     """
@@ -193,6 +115,8 @@ def ensemble_runs(
         raise UsageError(explain("Unknown weights", got=how, choices=WEIGHTS))
     if not runs:
         raise UsageError(explain("An ensemble needs runs", expected="at least one", got="none"))
+    if repeated := [str(run) for run, number in Counter(Path(run).resolve() for run in runs).items() if number > 1]:
+        raise UsageError(explain("A run is listed twice", got=", ".join(repeated), remedy="List each run once"))
     records = [require_record(run) for run in runs]
     cache = open_cache(cache_of(runs[0])) if cache is None else cache
     split = _common_split(runs, records, "--split") if split is None else split
@@ -218,6 +142,7 @@ def ensemble_runs(
     report["ensemble"] = {"runs": len(runs), "weights": how, "weights_split": chosen_on}
     if chosen_on == split and how == "search":
         report["warnings"].append("the weights were tuned on this split; the score is optimistic")
+    ensemble = replace(ensemble, relative=[os.path.relpath(run, folder.path.resolve()) for run in ensemble.runs])
     write_file(folder.path / ENSEMBLE_FILE, (json.dumps(asdict(ensemble), indent=2) + "\n"))
     write_evaluation(folder.predictions(split), maker_of(folder.path), cache, traces)
     folder.write_metrics(report)
@@ -241,14 +166,35 @@ def members_of(path: Path) -> tuple[list[Path], Floats]:
     """Runs of an ensemble and their weights, [N, 2]; a run alone has weight 1.
 
     Raises:
+        UsageError: a run of the ensemble does not exist any more.
         CorruptError: `ensemble.json` is damaged.
     """
+    ensemble = _read(path)
+    if ensemble is None:
+        return [Path(path)], np.ones((1, 2))
+    runs = _places(path, ensemble)
+    missing = [name for run, name in zip(runs, ensemble.runs, strict=True) if not run.is_dir()]
+    if missing:
+        remedy = f"Move them back, or make an ensemble of other runs: vaflow ensemble RUN... --out {path}"
+        raise UsageError(explain(f"Runs of the ensemble {path} do not exist", got=", ".join(missing), remedy=remedy))
+    return runs, ensemble.table
+
+
+def _places(path: Path, ensemble: Ensemble) -> list[Path]:
+    """Where the runs are: the recorded folders, or the same ones relative to the ensemble."""
+    moved = [Path(os.path.normpath(path.resolve() / place)) for place in ensemble.relative or ensemble.runs]
+    return [Path(run) if Path(run).is_dir() else other for run, other in zip(ensemble.runs, moved, strict=True)]
+
+
+def _read(path: Path) -> Ensemble | None:
+    """The contents of `ensemble.json`; None if there is none. Raises CorruptError if it is damaged."""
     file = Path(path) / ENSEMBLE_FILE
     if not file.is_file():
-        return [Path(path)], np.ones((1, 2))
+        return None
     try:
         ensemble = Ensemble(**json.loads(file.read_text("utf-8")))
-        return [Path(run) for run in ensemble.runs], ensemble.table
+        _places(path, ensemble), ensemble.table
+        return ensemble
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise CorruptError(explain(f"{file} cannot be read", got=error)) from error
 
@@ -261,7 +207,9 @@ def maker_of(path: Path) -> Maker:
         CorruptError: one of their files is damaged.
     """
     runs, _ = members_of(path)
-    return Maker(Path(path), {run: require_record(run) for run in runs})
+    ensemble = _read(path)
+    names = dict(zip(runs, ensemble.runs, strict=True)) if ensemble is not None else {}
+    return Maker(Path(path), {run: require_record(run) for run in runs}, names)
 
 
 def warn_of_changed_members(path: Path) -> None:
@@ -273,7 +221,7 @@ def warn_of_changed_members(path: Path) -> None:
         return
     maker = maker_of(path)
     files = {name for name, _ in recorded.weights.items() ^ maker.weights().items()}
-    changed = [str(run) for run in maker.runs if any(name.startswith(f"{run}/") for name in files)]
+    changed = [str(run) for run, name in maker.names.items() if any(file.startswith(f"{name}/") for file in files)]
     if changed:
         command = f"vaflow ensemble {' '.join(quote(str(run)) for run in maker.runs)} --out {quote(str(path))}"
         problem = f"changed since {path} was made; its weights and its calibration are those of the earlier runs"

@@ -77,10 +77,12 @@ class Maker:
     Attributes:
         path: its folder.
         runs: folder -> what its `config.toml` says; of a run, itself alone.
+        names: folder -> its name in `ensemble.json`, an earlier place if it was moved.
     """
 
     path: Path
     runs: Mapping[Path, RunRecord]
+    names: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> str:
@@ -97,7 +99,8 @@ class Maker:
             return _weights_digests(self.path)
         digests = {n: digest(self.path / n) for n in (ENSEMBLE_FILE, CALIBRATION) if (self.path / n).is_file()}
         for run in self.runs:
-            digests |= {f"{run}/{name}": value for name, value in _weights_digests(run).items()}
+            place = self.names.get(run, run)
+            digests |= {f"{place}/{name}": value for name, value in _weights_digests(run).items()}
         return digests
 
     def streams(self) -> list[str]:

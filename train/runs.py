@@ -362,13 +362,11 @@ def cache_of(run: Path) -> str:
     for candidate in candidates:
         if "://" in candidate or Path(candidate).is_dir():
             return candidate
-    raise UsageError(
-        explain(
-            f"The cache that {run} was trained on does not exist",
-            expected="a cache at " + " or ".join(dict.fromkeys(candidates)) if candidates else "a cache",
-            remedy="Name it with --cache CACHE",
-        )
-    )
+    remedy = "Name it with --cache CACHE"
+    if not candidates:
+        raise UsageError(explain(f"{run} is an exported run, which does not name its cache", remedy=remedy))
+    expected = "a cache at " + " or ".join(dict.fromkeys(candidates))
+    raise UsageError(explain(f"The cache that {run} was trained on does not exist", expected=expected, remedy=remedy))
 
 
 def cache_places(run: Path, record: RunRecord) -> list[str]:

@@ -173,3 +173,35 @@ def test_runs_that_changed_since_the_ensemble_are_named(
     [message] = caplog.messages
     assert message.startswith(f"{runs[1]}: changed since {ensemble} was made")
     assert message.endswith(f"vaflow ensemble {runs[0]} {runs[1]} --out {ensemble}")
+
+
+def test_an_ensemble_is_moved_together_with_its_runs(
+    runs: list[Path], cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for run in runs:
+        shutil.copytree(run, first / "runs" / run.name)
+    ensemble_runs([first / "runs" / run.name for run in runs], first / "e", device="cpu")
+    config = PredictConfig(device="cpu", cache=cache.path)
+    predict_media(first / "e", [], tmp_path / "before", config)
+    first.rename(second)
+    predict_media(second / "e", [], tmp_path / "after", config)
+    assert not caplog.records, "the runs have not changed"
+    np.testing.assert_array_equal(va(tmp_path / "before/val1.csv"), va(tmp_path / "after/val1.csv"))
+    assert {entry["weights_state"] for entry in find_provenance(second / "e")["predictions"]} == {"same"}
+
+
+def test_missing_runs_of_an_ensemble_are_named(runs: list[Path], tmp_path: Path, capsys) -> None:
+    shutil.copytree(runs[0], tmp_path / "run")
+    ensemble_runs([runs[1], tmp_path / "run"], tmp_path / "e", device="cpu")
+    shutil.rmtree(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "e"), "--cache", "c", "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert f"Runs of the ensemble {tmp_path / 'e'} do not exist. Got: {tmp_path / 'run'}." in message
+
+
+def test_a_run_is_listed_once(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"listed twice\. Got: {runs[0]}\."):
+        ensemble_runs([runs[0], runs[1], runs[0] / "." / ""], tmp_path / "e", device="cpu")
+    assert not (tmp_path / "e").exists()

@@ -17,7 +17,7 @@ from vaflow.errors import CorruptError, UsageError, WeightsError
 from vaflow.train.onnx_heads import Heads
 from vaflow.train.pretrained_model import PretrainedModel
 from vaflow.train.published import local_run
-from vaflow.train.runs import load_run
+from vaflow.train.runs import cache_of, load_run
 
 COMMIT = "1" * 40
 
@@ -149,3 +149,8 @@ def test_a_directory_with_other_files_is_not_overwritten(
     (tmp_path / "mine.txt").touch()
     assert main(["export", str(run), str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_an_exported_run_needs_the_name_of_a_cache(exported: Path) -> None:
+    with pytest.raises(UsageError, match=r"is an exported run, which does not name its cache\. Name it with --cache"):
+        cache_of(exported)
