@@ -1,13 +1,23 @@
 """Files are written atomically, durably, and never through a symlink."""
 
 import os
+import signal
 import threading
 from pathlib import Path
 
 import pytest
 
 from vaflow.errors import VaflowError
-from vaflow.files import append_line, create_file, read_document, refuse_links, replace_file, sync, write_file
+from vaflow.files import (
+    append_line,
+    create_file,
+    read_document,
+    refuse_links,
+    replace_file,
+    sync,
+    sync_all,
+    write_file,
+)
 
 
 def test_a_failed_write_keeps_the_old_file_without_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,3 +139,29 @@ def test_a_folder_is_flushed_without_being_written(tmp_path: Path) -> None:
     sync(tmp_path)
     with pytest.raises(FileNotFoundError):
         sync(tmp_path / "missing")
+
+
+def test_every_file_and_folder_is_flushed_also_in_a_forked_process(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    names = ["a/b/one", "a/two"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    flushed: list[Path | str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vaflow.files.sync", flushed.append)
+        sync_all(tmp_path, names)
+    paths = [tmp_path / name for name in (*names, "a/b", "a", ".")]
+    assert sorted(map(Path, flushed)) == sorted(paths)
+    assert {Path(path) for path in flushed[:2]} == set(paths[:2]), "files before folders"
+    child = os.fork()  # it has none of the threads
+    if child == 0:
+        signal.alarm(20)
+        sync_all(tmp_path, names)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_file_that_cannot_be_flushed_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("x")
+    with pytest.raises(FileNotFoundError):
+        sync_all(tmp_path, ["there", "missing"])
