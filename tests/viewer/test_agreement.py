@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from toy_runs import ccc
 
+import vaflow.viewer.ratings
 from vaflow.cli import main
 from vaflow.datasets.formats import read_csv
 from vaflow.viewer.ratings import (
@@ -159,3 +160,69 @@ def test_agreement_requires_two_annotators(tmp_path: Path, capsys: pytest.Captur
     assert "two annotators" in capsys.readouterr().err
     assert main(["labels", "agree", str(tmp_path / "none")]) == 2
     assert "has no ratings" in capsys.readouterr().err
+
+
+def rate_clip(path: Path, *rows: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["time,valence,arousal", *rows]) + "\n")
+
+
+def test_pauses_of_an_annotator_stay_unlabelled(tmp_path: Path) -> None:
+    rate_clip(tmp_path / "ann" / "one.csv", "0,0,0", "1,0.1,0", "2,-5,-5", "3,0.5,0", "4,0.1,0")
+    rate_clip(tmp_path / "bob" / "one.csv", "0,0.2,0", "2,-0.9,0", "4,0.3,0")
+    ratings, config = read_ratings(tmp_path), AgreeConfig(rate=2)
+    agreement = compare_ratings(ratings, config)
+    assert agreement.seconds == 3, "of 9 instants, the 3 between 1 s and 3 s are not rated by ann"
+    labels = read_csv(fuse_ratings(ratings, agreement, config, tmp_path / "out")[0])
+    assert labels.time is not None and labels.time.tolist() == [k / 2 for k in range(9)]
+    assert np.isnan(labels.value[:, 0]).tolist() == [1 < k / 2 < 3 for k in range(9)]
+    assert (tmp_path / "out" / "one.csv").read_text().splitlines()[1].startswith("0.000000,")
+
+
+def test_ratings_without_a_common_instant_are_not_fused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rate_clip(tmp_path / "r" / "ann" / "one.csv", "0,0,0", "1,0.1,0")
+    rate_clip(tmp_path / "r" / "bob" / "one.csv", "2,0,0", "3,0.1,0")
+    assert main(["labels", "agree", str(tmp_path / "r")]) == 2
+    assert "The ratings of one have no instant that all annotators rated" in capsys.readouterr().err
+    for name in ("ann", "bob"):
+        rate_clip(tmp_path / "r" / name / "two.csv", "0,0,0", "1,0.1,0.2")
+    rate_clip(tmp_path / "r" / "ann" / "three.csv", "0,0,0", "1,0.1,0.2")
+    ratings, config = read_ratings(tmp_path / "r"), AgreeConfig()
+    written = fuse_ratings(ratings, compare_ratings(ratings, config), config, tmp_path / "out")
+    assert [path.name for path in written] == ["three.csv", "two.csv"]
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["one", "three"]
+
+
+def test_fused_labels_replace_only_fused_labels(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "labels"
+    rate_clip(out / "one.csv", "0,0.5,0.5")
+    before = (out / "one.csv").read_bytes()
+    command = ["labels", "agree", str(root), "-q", "--out"]
+    assert main([*command, str(out)]) == 2
+    assert "holds tables that fused labels would replace. Got: one.csv." in capsys.readouterr().err
+    assert (out / "one.csv").read_bytes() == before and not (out / "sub").exists()
+    assert main([*command, str(root / "ann")]) == 2
+    assert "is inside the ratings" in capsys.readouterr().err
+    (out / "one.csv").unlink()
+    assert main([*command, str(out)]) == main([*command, str(out)]) == 0
+    assert capsys.readouterr() == ("", "")
+    for name in LAGS:
+        (root / name / "one.csv").unlink()
+    assert main([*command, str(out)]) == 0
+    assert not (out / "one.csv").exists() and (out / "sub" / "two.csv").exists()
+
+
+def test_an_interrupted_fusion_can_be_repeated(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratings, config = read_ratings(root), AgreeConfig()
+    agreement, write = compare_ratings(ratings, config), vaflow.viewer.ratings.replace_file
+
+    def interrupted(path: Path, data: bytes) -> None:
+        if path.name == "two.csv":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(vaflow.viewer.ratings, "replace_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fuse_ratings(ratings, agreement, config, tmp_path / "out")
+    monkeypatch.undo()
+    assert len(fuse_ratings(ratings, agreement, config, tmp_path / "out")) == 2

@@ -224,12 +224,15 @@ def agree(
     from vaflow.viewer.ratings import AgreeConfig, compare_ratings, fuse_ratings, read_ratings
 
     config = AgreeConfig(rate, max_lag, fuse, reference)
+    if out is not None and root.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UsageError(explain(f"--out {out} is inside the ratings", expected=f"a directory outside {root}"))
     ratings = read_ratings(root)
     agreement = compare_ratings(ratings, config)
     written = fuse_ratings(ratings, agreement, config, out) if out is not None else []
     document = agreement.as_dict()
     if json:
         print_json({**document, "labels": [str(path) for path in written]})
+    if json or quiet:
         return 0
     names = list(agreement.icc["valence"])
     rows = [

@@ -3,6 +3,8 @@
 `ratings` is [K, N]: K annotators, N instants of one dimension, without NaN.
 """
 
+import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,14 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vaflow.datasets.files import below, examples
 from vaflow.datasets.formats import read_csv
 from vaflow.errors import UsageError, count, explain
 from vaflow.files import make_folder, replace_file
-from vaflow.timeline import Floats
+from vaflow.timeline import Bools, Floats
 from vaflow.viewer.predictions import DIMENSIONS, find_predictions, read_predictions
 from vaflow.viewer.run_results import region_of
 
 FUSIONS = ("mean", "ewe")
+FUSED = "fused.json"  # beside fused labels: how they were made
+log = logging.getLogger(__name__)
 _ROUNDS = 4  # of aligning every annotator to the mean of the others
 
 
@@ -148,14 +153,25 @@ class AgreeConfig:
 
 @dataclass(frozen=True)
 class Rating:
-    """One annotator's trace of one clip: time [N] seconds and value [N, 2]."""
+    """One annotator's trace of one clip.
+
+    Attributes:
+        time: [N] seconds; value: [N, 2], rated in both dimensions.
+        pauses: (start, end) seconds between two samples with unrated rows between them.
+    """
 
     time: Floats
     value: Floats
+    pauses: tuple[tuple[float, float], ...] = ()
 
     def at(self, instants: Floats) -> Floats:
-        """[2, M]: linear between samples."""
+        """[2, M]: linear between samples, also across pauses."""
         return np.stack([np.interp(instants, self.time, column) for column in self.value.T])
+
+    def rated_at(self, instants: Floats) -> Bools:
+        """[M]: whether an instant is not within a pause."""
+        inside = [(instants > start) & (instants < end) for start, end in self.pauses]
+        return ~np.any(inside, axis=0) if inside else np.ones(len(instants), bool)
 
 
 Ratings = Mapping[str, Mapping[str, Rating]]  # clip -> annotator -> trace
@@ -232,14 +248,17 @@ def _read(path: Path) -> Rating | None:
     if annotation.time is None or set(annotation.targets) != set(DIMENSIONS):
         raise UsageError(explain(f"{path} is not a rating", expected="columns time, valence, arousal"))
     rated = np.asarray(np.isfinite(annotation.value).all(axis=1), bool)
-    return Rating(annotation.time[rated], annotation.value[rated].astype(np.float64)) if rated.any() else None
+    rows = np.flatnonzero(rated)
+    apart = np.flatnonzero(np.diff(rows) > 1)
+    pauses = tuple((float(annotation.time[rows[k]]), float(annotation.time[rows[k + 1]])) for k in apart)
+    return Rating(annotation.time[rated], annotation.value[rated].astype(np.float64), pauses) if rated.any() else None
 
 
 def compare_ratings(ratings: Ratings, config: AgreeConfig) -> Agreement:
     """Return agreement over the clips that all annotators rated, after removing lags where they are estimated.
 
     Raises:
-        UsageError: fewer than two annotators, or no clip that all of them rated.
+        UsageError: fewer than two annotators, no clip that all of them rated, or no instant.
     """
     annotators = tuple(sorted({name for by_annotator in ratings.values() for name in by_annotator}))
     clips = tuple(sorted(clip for clip, by_annotator in ratings.items() if len(by_annotator) == len(annotators)))
@@ -251,8 +270,13 @@ def compare_ratings(ratings: Ratings, config: AgreeConfig) -> Agreement:
             )
         )
     lags = reaction_lags({clip: ratings[clip] for clip in clips}, annotators, config)
-    tables = [_table(ratings[clip], annotators, lags, config.rate) for clip in clips]
+    tables = []
+    for clip in clips:
+        _, traces, rated = _fused_clock(ratings[clip], annotators, lags, config.rate)
+        tables.append(traces[..., rated])
     table = np.concatenate(tables, axis=-1)  # [K, 2, N]
+    if not table.shape[-1]:
+        raise UsageError(explain(f"The ratings of {examples(clips)} have no instant that all annotators rated"))
     regions = [region_of(rated.T, config.centers) for rated in table]
     weights = {d: evaluator_weights(table[:, k]) for k, d in enumerate(DIMENSIONS)}
     return Agreement(
@@ -271,14 +295,17 @@ def _instants(rated: Iterable[tuple[Rating, float]], rate: float) -> Floats:
     """Instants at which all traces, shifted back by their lags, have values."""
     edges = [(rating.time[0] - lag, rating.time[-1] - lag) for rating, lag in rated]
     first, last = max(a for a, _ in edges), min(b for _, b in edges)
-    return np.arange(np.ceil(max(0.0, first) * rate - 1e-6), np.floor(last * rate + 1e-6) + 1) / rate
+    return np.arange(np.ceil(max(0.0, first) * rate - 1e-6) + 0.0, np.floor(last * rate + 1e-6) + 1) / rate
 
 
-def _table(rated: Mapping[str, Rating], names: Iterable[str], lags: Mapping[str, float], rate: float) -> Floats:
-    """[K, 2, N]: the annotators of one clip on one clock, without their lags."""
+def _fused_clock(
+    rated: Mapping[str, Rating], names: Iterable[str], lags: Mapping[str, float], rate: float
+) -> tuple[Floats, Floats, Bools]:
+    """Common instants [N] of the annotators of one clip, their traces [K, 2, N], and whether all rated it [N]."""
     both = [(rated[name], lags.get(name, 0.0)) for name in names]
     instants = _instants(both, rate)
-    return np.stack([rating.at(instants + lag) for rating, lag in both])
+    traces = np.stack([rating.at(instants + lag) for rating, lag in both])
+    return instants, traces, np.all([rating.rated_at(instants + lag) for rating, lag in both], axis=0)
 
 
 def reaction_lags(ratings: Ratings, annotators: Iterable[str], config: AgreeConfig) -> dict[str, float]:
@@ -298,7 +325,7 @@ def reaction_lags(ratings: Ratings, annotators: Iterable[str], config: AgreeConf
             others = [other for other in names if other != name]
             shifts = []
             for rated in ratings.values():
-                table = _table(rated, [name, *others], {**lags, name: 0.0}, config.rate)
+                _, table, _ = _fused_clock(rated, [name, *others], {**lags, name: 0.0}, config.rate)
                 if table.shape[-1] > 1:
                     shifts.append((delay(table[1:].mean(axis=0), table[0], most), table.shape[-1]))
             if shifts:
@@ -337,25 +364,64 @@ def _weighted_median(shifts: list[tuple[int, int]]) -> float:
 def fuse_ratings(ratings: Ratings, agreement: Agreement, config: AgreeConfig, out: Path) -> list[Path]:
     """Write one label CSV per clip (time, valence, arousal): the fused trace of all who rated it.
 
+    Cells are empty where one of them did not rate. A clip that has no common instant gets no file. `fused.json` lists
+    the annotators of each clip; files that an earlier call listed are replaced or removed, others never.
+
     Raises:
-        UsageError: the directory cannot be written.
+        UsageError: the directory cannot be written, or holds other tables of these names.
     """
-    written = []
+    earlier = _fused_before(out)
+    foreign = [clip for clip in sorted(ratings) if clip not in earlier and (out / f"{clip}.csv").exists()]
+    if foreign:
+        raise UsageError(
+            explain(
+                f"{out} holds tables that fused labels would replace",
+                got=examples([f"{clip}.csv" for clip in foreign]),
+                remedy="Choose another --out",
+            )
+        )
+    tables: dict[str, str] = {}
     for clip, rated in sorted(ratings.items()):
         names = sorted(rated)
-        table = _table(rated, names, agreement.lags, config.rate)
-        instants = _instants([(rated[name], agreement.lags.get(name, 0.0)) for name in names], config.rate)
+        instants, table, everyone = _fused_clock(rated, names, agreement.lags, config.rate)
+        if not everyone.any():
+            log.warning("%s: no label, because its annotators rated no common instant: %s", clip, ", ".join(names))
+            continue
+        if len(names) == 1:
+            log.warning("%s: rated by %s alone", clip, names[0])
         weights = np.ones((2, len(names)))
         if config.fusion == "ewe":
             weights = np.array([[agreement.weights[d][name] for name in names] for d in DIMENSIONS])
             weights[weights.sum(axis=1) == 0] = 1
         fused = np.einsum("dk,kdn->nd", weights / weights.sum(axis=1, keepdims=True), table)
-        rows = [f"{t:.6f},{v:.6f},{a:.6f}" for t, (v, a) in zip(instants, fused.tolist(), strict=True)]
-        path = out / f"{clip}.csv"
-        try:
-            make_folder(path.parent)
-            replace_file(path, ("\n".join(["time,valence,arousal", *rows]) + "\n").encode())
-        except OSError as error:
-            raise UsageError(explain(f"Cannot write the labels to {out}", got=error.strerror)) from error
-        written.append(path)
-    return written
+        columns = zip(instants, fused.tolist(), everyone, strict=True)
+        rows = [f"{t:.6f},{v:.6f},{a:.6f}" if known else f"{t:.6f},," for t, (v, a), known in columns]
+        tables[clip] = "\n".join(["time,valence,arousal", *rows]) + "\n"
+    document = {"fusion": config.fusion, "rate": config.rate, "lags": agreement.lags}
+    clips = {clip: sorted(ratings[clip]) for clip in tables}
+    _write(out / FUSED, document | {"clips": earlier | clips})  # first, so that an interrupted call can be repeated
+    for clip, text in tables.items():
+        _write(out / f"{clip}.csv", text)
+    for clip in earlier.keys() - clips.keys():
+        below(out, f"{clip}.csv").unlink(missing_ok=True)
+    _write(out / FUSED, document | {"clips": clips})
+    return [out / f"{clip}.csv" for clip in tables]
+
+
+def _fused_before(out: Path) -> dict[str, Any]:
+    """Clips that an earlier call has written to `out`, from its list; empty without one that can be read."""
+    try:
+        clips = json.loads((out / FUSED).read_text("utf-8"))["clips"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return {}
+    return clips if isinstance(clips, dict) else {}
+
+
+def _write(path: Path, content: str | dict[str, Any]) -> None:
+    """Write text, or a document as JSON."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+    try:
+        make_folder(path.parent)
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise UsageError(explain(f"Cannot write {path}", got=error.strerror)) from error
