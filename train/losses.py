@@ -75,14 +75,13 @@ def _concordance(prediction: Tensor, target: Tensor, mask: Tensor | None, eps: f
     prediction, target, mask = _flat(prediction, target, mask)
     # Relative to one label, constant labels are exactly 0, so that rounding of their mean does not enter the gradient.
     origin = target.detach().masked_fill(~mask, torch.inf).amin(dim=0) if len(target) else target.new_zeros(2)
-    origin = torch.where(torch.isfinite(origin), origin, 0)
+    origin = origin.nan_to_num(nan=0, posinf=0, neginf=0)
     count = mask.sum(dim=0)
     n = count.clamp(min=1).to(prediction.dtype)
     x = torch.where(mask, prediction - origin, 0)
     y = torch.where(mask, target - origin, 0)
     mean_x, mean_y = x.sum(dim=0) / n, y.sum(dim=0) / n
-    dx = torch.where(mask, x - mean_x, 0)
-    dy = torch.where(mask, y - mean_y, 0)
+    dx, dy = (x - mean_x) * mask, (y - mean_y) * mask
     spread = (dx.square().sum(dim=0) + dy.square().sum(dim=0)) / n
     return 2 * (dx * dy).sum(dim=0) / n / (spread + (mean_x - mean_y).square() + eps), count
 
@@ -109,20 +108,23 @@ def _double(tensor: Tensor | None) -> Tensor:
     return tensor.to(torch.float64)
 
 
-def region_centers(centers: float | Tensor = CENTERS, *, like: Tensor | None = None) -> Tensor:
+def region_centers(centers: float | Tensor = CENTERS) -> Tensor:
     """Centres of the nine regions, [9, 2] (valence, arousal); region 3 * v + a with v, a in (low, middle, high).
 
     Args:
         centers: distance of the outer centres from 0.
-        like: a tensor whose dtype and device the result has.
 
     Raises:
         UsageError: `centers` is not above 0.
     """
-    _positive("centers", centers)
-    like = torch.zeros(0) if like is None else like
-    levels = centers * torch.arange(-1, 2, dtype=like.dtype, device=like.device)  # on the device, without a copy
+    levels = _levels(centers, torch.zeros(0))
     return torch.cartesian_prod(levels, levels)
+
+
+def _levels(centers: float | Tensor, like: Tensor) -> Tensor:
+    """The coordinates of the centres in each dimension, [3], created on the device of `like`."""
+    _positive("centers", centers)
+    return centers * torch.arange(-1, 2, dtype=like.dtype, device=like.device)
 
 
 @overload
@@ -147,7 +149,7 @@ def soft_labels(va: Any, centers: float | Tensor = CENTERS, sigma: float | Tenso
     if not isinstance(va, Tensor):
         return soft_labels(torch.from_numpy(np.array(va, np.float64)), centers, sigma).numpy()
     _positive("sigma", sigma)
-    return functional.softmax(-_squared_distances(va, centers) / (2 * sigma**2), dim=-1)
+    return functional.softmax(_squared_distances(va, centers) * (-0.5 / sigma**2), dim=-1)
 
 
 def hard_labels(va: Tensor, centers: float | Tensor = CENTERS) -> Tensor:
@@ -167,7 +169,8 @@ def _squared_distances(va: Tensor, centers: float | Tensor) -> Tensor:
     if va.shape[-1:] != (2,):
         raise ValueError(f"region labels need points [..., 2]; got {[*va.shape]}")
     va = va.to(torch.promote_types(va.dtype, torch.float32))
-    return (va.unsqueeze(-2) - region_centers(centers, like=va)).square().sum(dim=-1)
+    squares = (va.unsqueeze(-1) - _levels(centers, va)).square()  # [..., 2, 3]
+    return (squares[..., 0, :, None] + squares[..., 1, None, :]).flatten(-2)
 
 
 def prompt_loss(
@@ -207,7 +210,7 @@ def prompt_loss(
     va = torch.where(chosen, target, 0)
     weights = hard_labels(va, centers) if hard else soft_labels(va, centers, sigma)
     divergence = torch.special.xlogy(weights, weights) - weights * functional.log_softmax(logits, dim=-1)
-    return torch.where(mask, divergence.sum(dim=-1), 0).sum() / mask.sum().clamp(min=1)
+    return (divergence * chosen).sum() / mask.sum().clamp(min=1)
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -206,8 +206,9 @@ class GRULayer(RecurrentLayer):
         flows = grad.reshape(-1, size).index_select(0, forth).view_as(states)
         at, stays = flows.unbind(), update.unbind()
         at_gates, to_state = factor.unflatten(-1, (3, size)).unbind(), factor.unbind()
+        for_gates = flows.unsqueeze(-2).unbind()
         for t in range(len(at) - 1, -1, -1):
-            at_gates[t].mul_(at[t].unsqueeze(-2))
+            at_gates[t].mul_(for_gates[t])
             if t:
                 at[t - 1].addcmul_(at[t], stays[t]).baddbmm_(to_state[t], u)
         of_u = _recurrent_gradient(factor, states)

@@ -54,9 +54,11 @@ class StackedModels:
         for name, parameter in models[0].named_parameters():
             stacked = torch.stack([model.get_parameter(name).detach() for model in models])
             self._parameters[name] = stacked.requires_grad_(parameter.requires_grad)
+        self._of_runs: dict[str, list[nn.Parameter]] = {}  # finding a parameter by its name takes as long as using it
         for name, stacked in self._parameters.items():
-            for model, values in zip(models, stacked.detach().unbind(), strict=True):
-                model.get_parameter(name).data = values
+            self._of_runs[name] = [model.get_parameter(name) for model in models]
+            for parameter, values in zip(self._of_runs[name], stacked.detach().unbind(), strict=True):
+                parameter.data = values
         buffers = [dict(model.named_buffers()) for model in models]
         self._buffers = {name: torch.stack([tensors[name] for tensors in buffers]) for name in buffers[0]}
         self._weights: dict[str, Any] = {
@@ -104,16 +106,18 @@ class StackedModels:
                 gradients, parts = self._captured[shapes](*inputs, masks)
         seen: set[int] = set()
         for name, stacked in gradients.items():
-            for run in runs:
-                self.models[run].get_parameter(name).grad = None
+            parameters = [self._of_runs[name][run] for run in runs]
             if stacked is None:
+                for parameter in parameters:
+                    parameter.grad = None
                 continue
-            memory = stacked.untyped_storage().data_ptr()
-            if memory in seen or not stacked.is_contiguous():  # each gradient is scaled in place by its norm
+            memory, row = stacked.data_ptr(), stacked[0]
+            # Each gradient is scaled in place by its norm, so that no two may share memory.
+            if memory in seen or not row.is_contiguous() or stacked.stride(0) < row.numel():
                 stacked = stacked.clone(memory_format=torch.contiguous_format)
             seen.add(memory)
-            for run, gradient in zip(runs, stacked.unbind(), strict=True):
-                self.models[run].get_parameter(name).grad = gradient
+            for parameter, gradient in zip(parameters, stacked.unbind(), strict=True):
+                parameter.grad = gradient
         return parts
 
     def _state(self, runs: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -212,17 +216,39 @@ class _MatrixProducts(TorchFunctionMode):
             return _attention(*args, **(kwargs or {}))
         if func is functional.multi_head_attention_forward:
             return _attend(*args, **(kwargs or {})), None
+        if func is functional.linear:
+            return _Linear.apply(*args, **(kwargs or {}))
         if func in _PRODUCTS and args[0].ndim > 2 and args[1].ndim == 2:
-            matrix = args[1].T if func is functional.linear else args[1]
-            return _product(args[0], matrix, *args[2:], **(kwargs or {}))
+            return (args[0].flatten(0, -2) @ args[1]).unflatten(0, args[0].shape[:-1])
         return func(*args, **(kwargs or {}))
 
 
-def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., N, D], matrix [D, H], bias [H] -> [..., N, H]."""
-    rows = x.flatten(0, -2)
-    product = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-    return product.unflatten(0, x.shape[:-1])
+class _Linear(torch.autograd.Function):
+    """`linear` as one product of all runs, whose gradients are contiguous; for use under `torch.vmap` only."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x [R, N, D], weight [R, H, D], bias [R, H] -> [R, N, H]."""
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep x and the weight."""
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """[R, N, H] -> gradients of the inputs of `forward`."""
+        x, weight = ctx.saved_tensors
+        of_x = torch.bmm(grad, weight) if ctx.needs_input_grad[0] else None
+        return of_x, torch.bmm(grad.transpose(1, 2), x), grad.sum(dim=1)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        """x [R, ..., D] -> [R, ..., H]."""
+        pairs = zip(inputs, in_dims, strict=True)
+        x, *others = (x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs)
+        return cls.apply(x.flatten(1, -2), *others).unflatten(1, x.shape[1:-1]), 0
 
 
 def _attend(
@@ -240,10 +266,11 @@ def _attend(
     """`multi_head_attention_forward` as the heads call it: query [F, B, H], keys [S, B, H] -> [F, B, H]."""
     inputs = zip((query, keys, values), weight.chunk(3), bias.chunk(3), strict=True)
     size = width // heads
-    q, k, v = (_product(x, w.T, b).unflatten(-1, (heads, size)).permute(1, 2, 0, 3) for x, w, b in inputs)
+    q, k, v = (_Linear.apply(*three).unflatten(-1, (heads, size)).permute(1, 2, 0, 3) for three in inputs)
     result = _attention(q, k, v, key_padding_mask[:, None, None] == 0)  # -inf or 0, which would be added to the scores
     _, _, _, _, out_weight, out_bias = unused
-    return _product(result.permute(2, 0, 1, 3).flatten(-2), out_weight.T, out_bias)
+    mixed: Tensor = _Linear.apply(result.permute(2, 0, 1, 3).flatten(-2), out_weight, out_bias)
+    return mixed
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor) -> Tensor:
@@ -252,7 +279,7 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor) -
     return torch.softmax(scores.masked_fill(~attn_mask, -torch.inf), dim=-1) @ values
 
 
-_PRODUCTS = {functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+_PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 
 @dataclass(frozen=True)
