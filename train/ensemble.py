@@ -122,9 +122,8 @@ def ensemble_runs(
     split = _common_split(runs, records, "--split") if split is None else split
     folder = RunFolder(Path(out))
     if not (folder.path / ENSEMBLE_FILE).is_file():
+        folder.refuse()
         folder.make()
-        if folder.config_file.exists():
-            raise UsageError(explain(f"{out} is a run directory", expected="another directory for the ensemble"))
     warn_of_demonstration(stream.name for record in records for stream in record.streams)
     members = Members(cache, tuple(Path(run) for run in runs), device, allow_missing, show)
     chosen_on = ""

@@ -91,9 +91,7 @@ def train_repeats(
     Raises:
         UsageError: settings that do not fit the cache; `out` is a run.
     """
-    if RunFolder(out).record() is not None:
-        remedy = "Choose another --out: each run gets a directory in it"
-        raise UsageError(explain(f"{out} is a run directory", remedy=remedy))
+    RunFolder(out).refuse()
     scores: dict[str, Mapping[str, float | None]] = {}
     failures: dict[str, Exception] = {}
     resolved = [(name, resolve(cache, config)[0]) for name, config in runs.items()]

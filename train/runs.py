@@ -140,6 +140,11 @@ class RunFolder:
                 )
             )
 
+    def refuse(self) -> None:
+        """Raise UsageError if the directory is that of a run: results of other commands do not belong into it."""
+        if self.config_file.exists():
+            raise UsageError(explain(f"{self.path} is a run directory", remedy="Choose another --out"))
+
     def clear(self) -> None:
         """Delete every file that a run writes; other files stay. Links are removed, not followed."""
         for pattern in WRITTEN:

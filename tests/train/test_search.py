@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,27 @@ def test_another_search_in_the_directory_is_rejected(searched, command, tmp_path
     assert "started differently. Got: other searched" in capsys.readouterr().err
     assert main([*command, "--seed", "3", "--out", str(searched)]) == 2
     assert "Got: other options" in capsys.readouterr().err
+
+
+def test_trials_on_other_clips_are_not_continued(searched, cache, tmp_path, command, capsys):
+    out, changed = tmp_path / "search", tmp_path / "changed"
+    shutil.copytree(searched, out)
+    shutil.copytree(cache, changed)
+    command = [str(changed) if argument == str(cache) else argument for argument in command]
+    assert main([*command, "--trials", "1", "--out", str(out)]) == 0
+    assert main(["cache", "drop", str(changed), open_cache(cache).items(split="train")[0], "-q"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--trials", "1", "--out", str(out)]) == 2
+    assert "started differently. Got: other clips." in capsys.readouterr().err
+
+
+def test_a_run_directory_is_not_searched_in(command, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").touch()
+    for arguments in ([*command, "--trials", "1"], ["ablate", command[1], "--table", "3"]):
+        assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
+        assert "is a run directory. Choose another --out" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
 
 
 def test_incompatible_settings_fail_one_trial(command, tmp_path, capsys):

@@ -75,6 +75,7 @@ def run_study(
         CorruptError: a finished run is damaged.
     """
     begun = time.perf_counter()
+    RunFolder(out).refuse()
     plan = make_plan(cache, study, names, options)
     with lock_folder(out, "vaflow ablate"):
         folders = {job.key: out / RUNS / job.key for job in plan.jobs}

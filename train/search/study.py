@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def run_search(
     _require_optuna()
     if trials < 1:
         raise UsageError(explain(f"--trials must be >= 1 (got {trials})"))
+    RunFolder(out).refuse()
     split_items(cache, options.holdout, TrainConfig.fold_splits)
     make_folds(cache, (options.train,), options.folds)
     if not {"visual", "audio", "text"} & space.searched.keys():  # errors that would fail every trial are raised here
@@ -119,6 +121,7 @@ def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -
         "fixed": {key: list(value) if isinstance(value, tuple) else value for key, value in space.fixed.items()},
         "searched": {name: repr(kind) for name, kind in space.searched.items()},
         "options": {key: value for key, value in vars(options).items() if key not in ("device", "together")},
+        "clips": _clips_digest(cache, options.train),
     }
     path = out / STARTED
     if not path.is_file():
@@ -132,15 +135,24 @@ def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -
         raise UsageError(explain(f"{path} is damaged", got=error, remedy="Choose another --out")) from error
     if isinstance(before, dict) and isinstance(before.get("options"), dict):
         before["options"].setdefault("batch", 1)  # a search of an older version proposed one trial at a time
+        before.setdefault("clips", facts["clips"])  # ... and did not store them
     changed = [name for name in facts if not isinstance(before, dict) or before.get(name) != facts[name]]
     if changed:
         raise UsageError(
             explain(
                 f"{out} holds a search that was started differently",
                 got=f"other {', '.join(changed)}",
-                remedy="Use the same cache, space and options to resume, or choose another --out",
+                remedy="Use the same cache, clips, space and options to resume, or choose another --out",
             )
         )
+
+
+def _clips_digest(cache: Cache, split: str) -> str:
+    """Digest of the clips of a split and of what their streams were made from: scores on others do not compare."""
+    stamps = {name: cache.source_stamps(name) for name, info in cache.streams().items() if info.kind != "text"}
+    items = split_items(cache, split, TrainConfig.fold_splits)
+    facts = [[item, {name: known[item] for name, known in stamps.items() if item in known}] for item in items]
+    return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @dataclass

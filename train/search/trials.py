@@ -105,6 +105,8 @@ def read_space(path: Path) -> Space:
         raise UsageError(explain(f"{path} is not TOML", expected=f"lines such as `{EXAMPLE}`", got=error)) from error
     fixed: dict[str, Any] = {}
     searched: dict[str, Choice | Range] = {}
+    if unknown := [key for key in document if key not in settings_of(TrainConfig)]:
+        raise UsageError(explain(f"Unknown setting in {path}", got=unknown[0], choices=settings_of(TrainConfig)))
     for key, value in document.items():
         if key in RESERVED:
             raise UsageError(explain(f"{path}: {key} cannot be set in a search: the search sets it"))
