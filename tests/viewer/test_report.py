@@ -14,6 +14,7 @@ from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.cli import main
 from vaflow.errors import UsageError
+from vaflow.viewer.predictions import find_predictions
 from vaflow.viewer.report import paired_differences, write_report
 from vaflow.viewer.run_results import read_run, read_runs
 
@@ -197,3 +198,19 @@ def test_clips_that_changed_in_the_cache_since_they_were_scored_are_named(tmp_pa
         "the cache has changed since these clips were scored: changed, dropped"
         in (tmp_path / "report.html").read_text()
     )
+
+
+def test_predictions_of_an_earlier_run_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_run(tmp_path / "run", clips=["a", "b", "c"])
+    folder = tmp_path / "run/predictions/val"
+    find_predictions(folder)
+    assert not caplog.messages
+    sources = json.loads((folder / "sources.json").read_text())
+    del sources["items"]["b"]
+    (folder / "sources.json").write_text(json.dumps(sources))
+    find_predictions(folder)
+    assert caplog.messages == [
+        f"{folder / 'sources.json'} does not list b: another run, or an earlier version of this one, predicted them"
+    ]
+    with pytest.raises(UsageError, match="has no predictions.*Got: no such file or directory"):
+        find_predictions(tmp_path / "none")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.cache import Cache, open_cache
+from vaflow.datasets.files import examples
 from vaflow.demonstration import random_encoders
 from vaflow.errors import CacheError, CorruptError, UsageError, VaflowError, explain
 from vaflow.timeline import Bools, Floats
@@ -158,6 +159,7 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
             explain(
                 f"{path} has no predictions",
                 expected="a run directory, a directory written by `vaflow predict`, or a prediction CSV",
+                got=None if path.exists() else "no such file or directory",
                 remedy="Run `vaflow predict RUN MEDIA... --out DIR`, then `vaflow view DIR --out PAGE`",
             )
         )
@@ -181,10 +183,15 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
 
 def _in_folder(folder: Path, split: str, sources: Mapping[str, Any]) -> Iterator[PredictedClip]:
     items = _mapping(sources.get("items"))
+    unlisted = []
     for csv in sorted(folder.rglob("*.csv")):
         item = csv.relative_to(folder).as_posix().removesuffix(".csv")
         if is_prediction_table(csv):
+            unlisted += [item] * (item not in items)
             yield PredictedClip(item, csv, split, _mapping(items.get(item)))
+    if items and unlisted:
+        problem = "another run, or an earlier version of this one, predicted them"
+        log.warning("%s does not list %s: %s", folder / SOURCES, examples(unlisted), problem)
 
 
 def is_prediction_table(path: Path) -> bool:
