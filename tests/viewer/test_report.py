@@ -212,5 +212,5 @@ def test_predictions_of_an_earlier_run_are_named(tmp_path: Path, caplog: pytest.
     assert caplog.messages == [
         f"{folder / 'sources.json'} does not list b: another run, or an earlier version of this one, predicted them"
     ]
-    with pytest.raises(UsageError, match="has no predictions.*Got: no such file or directory"):
+    with pytest.raises(UsageError, match=r"has no predictions.*Got: no such file or directory"):
         find_predictions(tmp_path / "none")
