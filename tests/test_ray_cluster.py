@@ -294,6 +294,7 @@ def holder_of(file: Path) -> int:
     raise AssertionError(f"no process has {file} open")
 
 
+@pytest.mark.slow  # its runs are those of `run_jobs` above
 def test_a_search_on_two_nodes_finds_the_same_trials(
     cluster: object, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,12 @@ from vaflow.train.evaluate import failed_items
 ODD_NAMES = ("a/b", "é", "x" * 300)
 
 
+@pytest.fixture(params=["hdf5", pytest.param("zarr", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest) -> str:
+    """The store to convert from: every conversion reads one store and writes the other."""
+    return str(request.param)
+
+
 @pytest.fixture
 def other(store: str) -> str:
     """The store to convert to."""

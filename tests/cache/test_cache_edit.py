@@ -15,6 +15,12 @@ from vaflow.errors import UsageError
 CLIPS = ("a/b", "c", "d e", "zarr.json")
 
 
+@pytest.fixture(params=["hdf5", pytest.param("zarr", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest) -> str:
+    """Editing changes records only."""
+    return str(request.param)
+
+
 @pytest.fixture
 def cache(tmp_path: Path, store: str) -> Cache:
     made = small_cache(tmp_path / "cache", store, CLIPS)

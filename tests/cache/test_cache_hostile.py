@@ -25,6 +25,12 @@ from vaflow.errors import CacheError, CorruptError, VaflowError
 Change = Callable[[dict[str, Any]], object]
 
 
+@pytest.fixture(params=["hdf5", pytest.param("zarr", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest) -> str:
+    """Documents are checked before either store is opened; arrays have tests of their own below."""
+    return str(request.param)
+
+
 @pytest.fixture
 def path(tmp_path: Path, store: str) -> Iterator[Path]:
     """A cache of two clips; files next to it are compared at the end."""

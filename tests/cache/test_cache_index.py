@@ -27,6 +27,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+@pytest.fixture(params=["hdf5", pytest.param("zarr", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest) -> str:
+    """The index holds records, not arrays."""
+    return str(request.param)
+
+
 def forbid_listing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make listing a record directory fail the test."""
     real = os.scandir

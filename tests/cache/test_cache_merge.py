@@ -39,6 +39,12 @@ def write(cache: Cache, name: str, item: str, version: int, meta: dict[str, Any]
     cache.write(name, item, made, source=source, meta=meta)
 
 
+@pytest.fixture(params=["hdf5", pytest.param("zarr", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest) -> str:
+    """Merging compares records; the first test below merges every mix of stores."""
+    return str(request.param)
+
+
 def age(cache: Cache, created: str, names: tuple[str, ...] = ("visual", "labels")) -> None:
     """Set another creation time for the items of some streams."""
     for name in names:

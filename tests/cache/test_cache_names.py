@@ -108,6 +108,12 @@ def test_unstorable_names_are_rejected():
         escape("\ud83d\ude00")  # a surrogate pair that JSON would combine
 
 
+@pytest.fixture(params=["hdf5", pytest.param("zarr", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest) -> str:
+    """Names become files in the same way in both."""
+    return str(request.param)
+
+
 def test_unusual_item_names_do_not_collide(tmp_path, store):
     path = tmp_path / "deep" / "cache"
     cache = create_cache(path, store=store)

@@ -83,7 +83,7 @@ def test_a_packed_cache_has_few_files(tmp_path):
     assert len(files) == 1 + 2 * (2 + 1) + 2 * (4 + 3)  # manifest; stream, records, group; metadata and shard of arrays
 
 
-@pytest.mark.parametrize("shard_bytes", [100, 2**29])
+@pytest.mark.parametrize("shard_bytes", [100, pytest.param(2**29, marks=pytest.mark.slow)])
 def test_the_documented_reader_reads_a_packed_cache_with_zarr(source, tmp_path, shard_bytes):
     pack(source, tmp_path / "packed", shard_bytes=shard_bytes)
     (code,) = re.findall(r"```python\n(.*?)```", SECTION, flags=re.S)

@@ -15,7 +15,9 @@ OTHER_THAN_THE_DEFAULTS += ["--precision", "bfloat16"]
 DETECTED_ELSEWHERE = ["--detector", "torch", "--frames", "4"]
 
 
-@pytest.mark.parametrize("options", [[], OTHER_THAN_THE_DEFAULTS, DETECTED_ELSEWHERE])
+@pytest.mark.parametrize(
+    "options", [OTHER_THAN_THE_DEFAULTS, *(pytest.param(x, marks=pytest.mark.slow) for x in ([], DETECTED_ELSEWHERE))]
+)
 def test_extract_add_stream_adds_only_missing_streams(options: list[str], clips: Path, tmp_path: Path) -> None:
     data, cache = tmp_path / "my data", tmp_path / "cache"
     data.mkdir()

@@ -18,6 +18,7 @@ def runtime(cache: Path) -> str:
     return name.split()[0]
 
 
+@pytest.mark.slow  # experimental
 def test_predict_uses_the_face_detector_of_the_run(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

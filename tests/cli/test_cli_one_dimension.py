@@ -12,7 +12,9 @@ GRID = ["--window", "4", "--stride", "2", "--frames", "4", "--audio-steps", "4",
 SMALL = ["--set", "hidden=8", "--batch-size", "2", "--epochs", "1", "--set", "val_split=train", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("names", [("valence", "arousal"), ("arousal",), ("valence",)])
+@pytest.mark.parametrize(
+    "names", [pytest.param(("valence", "arousal"), marks=pytest.mark.slow), ("arousal",), ("valence",)]
+)
 def test_predict_marks_untrained_dimensions(
     names: tuple[str, ...], clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ def exact(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow  # a fingerprint like any other
 def test_low_precision_streams_are_not_mixed_with_float32(
     data: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

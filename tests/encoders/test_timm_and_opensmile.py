@@ -14,7 +14,11 @@ from timm.data import create_transform, resolve_data_config
 from vaflow.encoders import build_encoder
 from vaflow.errors import UsageError, WeightsError
 
-MODELS = ["resnet10t", "convnextv2_atto", "vit_tiny_patch16_224"]  # three families
+MODELS = [
+    "resnet10t",
+    pytest.param("convnextv2_atto", marks=pytest.mark.slow),
+    "vit_tiny_patch16_224",
+]  # three families
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -52,6 +52,7 @@ def test_check_lists_the_unused_file_without_errors(root: Path, capsys: pytest.C
     assert "10 of 10 clips are usable" in out and "notes.docx" in out
 
 
+@pytest.mark.slow  # test_alignment reads every container
 def test_every_container_is_extracted_completely(cache: Path) -> None:
     opened = open_cache(cache)
     assert opened.items() == sorted([*CODECS, *AUDIO])

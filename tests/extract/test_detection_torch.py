@@ -68,7 +68,6 @@ def test_detection_maps_equal_opencv(images: list[np.ndarray]) -> None:
         assert off.max() < 1e-4
 
 
-@pytest.mark.slow  # the extracted crops and embeddings are compared below
 def test_faces_and_crops_equal_opencv(images: list[np.ndarray], detector: TorchDetector) -> None:
     opencv, detected = CenterFace(), 0
     for image in images:
@@ -173,6 +172,7 @@ def extracted(two_clips: Path, tiny_pair: tuple, tmp_path_factory: pytest.TempPa
     return arrays
 
 
+@pytest.mark.slow  # the crops are compared above
 def test_crops_and_embeddings_equal_opencv(extracted: dict[str, Cache]) -> None:
     """The same samples; the stored pictures equal but for a grey level here and there, before JPEG."""
     opencv, ours = extracted["opencv"], extracted["torch"]

@@ -14,7 +14,9 @@ from vaflow.extract.pipeline import extract
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1)
 
 
-@pytest.mark.parametrize("name", ["carphone.mp4", "obama.mp4"], ids=["without audio", "with audio"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("carphone.mp4", marks=pytest.mark.slow), "obama.mp4"], ids=["without audio", "with audio"]
+)
 def test_estimated_size_equals_the_cache_size(clips: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "data").mkdir()
     shutil.copy(clips / name, tmp_path / "data" / name)

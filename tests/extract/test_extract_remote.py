@@ -48,6 +48,7 @@ def assert_same_cache(one: Cache, two: Cache) -> None:
                 np.testing.assert_array_equal(array, second[key])
 
 
+@pytest.mark.slow  # test_clusters_page and test_s3 use object stores, too
 def test_extraction_and_training(tree: Tree, tiny_pair: tuple, url: str, tmp_path: Path) -> None:
     local = extract(tree, tiny_pair, tmp_path / "cache")
     remote = extract(tree, tiny_pair, url)

@@ -181,7 +181,10 @@ def test_decoder_identity_lists_the_decoding_libraries() -> None:
 REAL = ["obama.mp4", "wolfgang.mp4", "single_face.mp4", "carphone.mp4", "no_face.mp4", "face_noface.mov", "park.mp4"]
 
 
-@pytest.mark.parametrize("name", REAL)
+LONG = ("wolfgang.mp4", "face_noface.mov")  # decoding them takes as long as all others
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in LONG else x for x in REAL])
 def test_real_clips_agree_with_a_full_decode(clips: Path, name: str) -> None:
     times = frame_times(clips / name)
     np.testing.assert_allclose(times, decoded_times(clips / name), atol=1e-6)

@@ -33,7 +33,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("share", [0.5, pytest.param(0.9, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("with_audio", [False, True])
+@pytest.mark.parametrize("with_audio", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_truncated_file_reports_its_length(tmp_path: Path, name: str, with_audio: bool, share: float) -> None:
     video_track, options = WHOLE[name]

@@ -47,6 +47,7 @@ def test_results_do_not_depend_on_the_item_order(
     assert_same_arrays(seven_clips_cache, open_cache(tmp_path / "cache"), STREAMS)
 
 
+@pytest.mark.slow  # the fault tests compare resumed caches
 def test_results_do_not_depend_on_resuming(
     seven_clips: Dataset, seven_clips_cache: Cache, tiny_pair: tuple, tmp_path: Path
 ) -> None:

@@ -46,8 +46,9 @@ def face_count(path: Path) -> int:
     return sum(bool(detector.detect(image)) for _, image in frames_at(path, np.arange(len(times)), times))
 
 
-@pytest.mark.parametrize(("name", "in_container"), [("clip.mp4", True), ("clip.ts", False)])
-@pytest.mark.parametrize("aspect", [Fraction(4, 3), Fraction(2)])
+@pytest.mark.parametrize(
+    ("aspect", "name", "in_container"), [(Fraction(4, 3), "clip.mp4", True), (Fraction(2), "clip.ts", False)]
+)
 def test_faces_are_detected_at_any_pixel_aspect(
     clips: Path, tmp_path: Path, aspect: Fraction, name: str, in_container: bool
 ) -> None:

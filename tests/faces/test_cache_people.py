@@ -67,10 +67,10 @@ def failed(cache: Path) -> set[str]:
     return {json.loads(line)["item"] for line in path.read_text().splitlines()} if path.exists() else set()
 
 
-SLOW = [pytest.param(person, marks=pytest.mark.slow) for person in ("left", "right", "id:1")]  # like id:2
+SLOW = [pytest.param(person, marks=pytest.mark.slow) for person in ("left", "right", "id:1", "all")]  # like id:2
 
 
-@pytest.mark.parametrize("person", ["id:2", "all", "speaking", *SLOW])
+@pytest.mark.parametrize("person", ["id:2", "speaking", *SLOW])
 def test_another_choice_equals_a_new_extraction(folder: Path, person: str) -> None:
     code = extract(folder, person)
     assert people(folder, "main.fresh", f"{person}.chosen", "--person", person) == code
@@ -84,6 +84,7 @@ def everyone(folder: Path) -> Path:
     return folder / "everyone"
 
 
+@pytest.mark.slow  # like any other choice
 def test_the_first_choice_can_be_made_again(folder: Path, everyone: Path) -> None:
     assert people(folder, everyone.name, "main.again", "--person", "main") == 0
     assert_same_caches(open_cache(folder / "main.again"), open_cache(folder / "main.fresh"))

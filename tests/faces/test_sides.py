@@ -59,6 +59,7 @@ def test_check_names_trials_without_crops(trials: Path) -> None:
     assert "pair_right" in notes["pair_left"].message
 
 
+@pytest.mark.slow  # test_cache_people compares other choices
 def test_another_choice_of_people_keeps_the_sides(trials: Path, tmp_path: Path) -> None:
     options = ["--visual", "clip-tiny", "--audio", "none", "--device", "cpu", "-q"]
     assert main(["extract", str(trials), "--out", str(tmp_path / "cache"), *options]) == 3

@@ -25,6 +25,7 @@ def built_in(cache: Path) -> Path:
     return cache.parent / "out"
 
 
+@pytest.mark.slow
 def test_built_in_tables_on_other_encoders(cache: Path, built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["ablate", str(cache), "--out", str(built_in), "--seeds", "1", *ALIASES, *SMALL])
     assert code == 3, "two rows need streams that the cache lacks"

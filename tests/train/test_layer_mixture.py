@@ -37,7 +37,9 @@ def test_the_layer_axis_is_checked() -> None:
         assert array_problems(LAYERED, good | {"embedding": np.zeros(shape, np.float32)}), shape
 
 
-@pytest.mark.parametrize("normalize", ["standard", "layer", "none"])
+@pytest.mark.parametrize(
+    "normalize", ["standard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("layer", "none"))]
+)
 def test_a_signal_in_one_layer_gets_the_largest_weight(tmp_path: Path, normalize: str) -> None:
     cache = create_cache(tmp_path / "cache")
     cache.declare(LAYERED)

@@ -62,9 +62,14 @@ def model_of(streams: tuple[StreamSpec, ...], **options: Any) -> VAModel:
     return VAModel(streams, PROTOTYPES, hidden=16, **options).eval()
 
 
+PAIRS = list(zip(FUSION, cycle(TEMPORAL), strict=False))
+QUICK = ("attention", "hierarchical")  # with all operators of the others; an export takes half a second
+
+
 @pytest.mark.parametrize(
-    ("fusion", "temporal"), list(zip(FUSION, cycle(TEMPORAL), strict=False))
-)  # an export takes half a second
+    ("fusion", "temporal"),
+    [pair if pair[0] in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS],
+)
 def test_every_fusion_and_temporal_model_exports_to_onnx(fusion: str, temporal: str) -> None:
     assert len(FUSION) >= len(TEMPORAL)
     streams = (VISUAL_STREAM, VISUAL_STREAM_2, AUDIO_STREAM, AUDIO_STREAM_2)

@@ -154,6 +154,7 @@ def test_a_dimension_without_labels_uses_the_best_mean_epoch(tmp_path: Path) -> 
     assert set(metrics["best_epoch_each"].values()) == {metrics["best_epoch"]}
 
 
+@pytest.mark.slow
 def test_weights_per_dimension_are_kept_after_an_interruption(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +254,7 @@ def test_smoothing_one_evaluation_does_not_change_the_run(cache: Cache, tmp_path
 # --- long windows ---
 
 
+@pytest.mark.slow
 def test_windows_of_three_hundred_frames_train_and_evaluate(tmp_path: Path) -> None:
     """Features at 30 per second, labels at 30 per second: 10-s windows of 300 frames."""
     toy = Toy(

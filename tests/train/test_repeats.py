@@ -94,6 +94,7 @@ def test_a_diverging_run_is_reported_and_the_others_finish(cache, tmp_path, caps
     assert len(list((tmp_path / "out" / "runs").glob("*/metrics.json"))) == 2
 
 
+@pytest.mark.slow  # test_together interrupts batches
 def test_an_interrupted_batch_resumes_to_the_same_results(cache, tmp_path, monkeypatch):
     grid = GRID.split('[[table.one.row]]\nname = "diverging"')[0]
     options = ("--seeds", "2", "--together", "always", "-q")

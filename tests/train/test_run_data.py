@@ -213,6 +213,7 @@ def test_an_interrupted_extended_training_is_not_marked_finished(
     assert quiet_run(cache, replace(CONFIG, epochs=4), run).metrics["epochs"] == 4
 
 
+@pytest.mark.slow  # test_cli_train has `--epochs auto`
 def test_epochs_auto_stops_when_the_score_stops_rising(cache: Cache, tmp_path: Path) -> None:
     config = replace(CONFIG, epochs=AUTO, patience=12)
     metrics = quiet_run(cache, config, tmp_path / "run").metrics
@@ -249,7 +250,8 @@ def test_failing_figures_do_not_stop_a_run(cache: Cache, tmp_path: Path, monkeyp
     assert RunFolder(tmp_path / "run").done and "could not be drawn" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["US$ 5% of A$", pytest.param("x" * 244, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_plots draws such names
+@pytest.mark.parametrize("name", ["US$ 5% of A$", "x" * 244])
 def test_unusual_clip_names_are_trained_and_plotted(tmp_path: Path, name: str) -> None:
     cache = make_cache(tmp_path / "cache", TOY)
     for stream in (VISUAL, AUDIO, "labels"):

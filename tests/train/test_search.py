@@ -322,6 +322,7 @@ def test_outer_folds_score_clips_that_the_search_never_read(command, cache, tmp_
     assert "--outer-folds divides all clips" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # two searches
 def test_the_batch_size_does_not_change_random_proposals(searched, command, cache):
     """Nor early stops: a trial is compared with trials of lower numbers only."""
     tables = []

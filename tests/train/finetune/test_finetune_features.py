@@ -23,7 +23,9 @@ from vaflow.train.finetune.step import TunedModel, encode_split, gather, share_u
 HALF = 2.0**-10  # relative distance of two neighbours in float16, at most
 
 
-@pytest.mark.parametrize("windows", [{}, {"window": 3.0, "stride": 1.0, "frames": 3}])
+@pytest.mark.parametrize(
+    "windows", [pytest.param({}, marks=pytest.mark.slow), {"window": 3.0, "stride": 1.0, "frames": 3}]
+)
 def test_frozen_backbones_equal_the_cached_pipeline(pixels_cache: Cache, windows: dict) -> None:
     ready = Loaded(pixels_cache, replace(SETTINGS, finetune_blocks=0, **windows))
     torch.manual_seed(0)
@@ -39,6 +41,7 @@ def test_frozen_backbones_equal_the_cached_pipeline(pixels_cache: Cache, windows
             torch.testing.assert_close(output[..., 2:], cached.region_logits, rtol=16 * HALF, atol=16 * HALF)
 
 
+@pytest.mark.slow  # like the test above
 def test_re_encoding_a_split_equals_the_cache(loaded: Loaded) -> None:
     train = loaded.data.train
     again = encode_split(train, loaded.sources, loaded.backbones)

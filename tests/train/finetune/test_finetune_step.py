@@ -87,7 +87,7 @@ def test_gradients_equal_the_plain_composition(
 
 CHANGES = [
     {"accumulate": 3},
-    {"checkpointing": True},
+    pytest.param({"checkpointing": True}, marks=pytest.mark.slow),  # test_finetune_features does it, too
     pytest.param({"accumulate": 9, "augment": True}, marks=pytest.mark.slow),
 ]
 
