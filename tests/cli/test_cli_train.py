@@ -118,7 +118,7 @@ def test_evaluate_rejects_missing_labelled_clips(run: Path, tmp_path: Path, caps
     assert main(command) == 1
     assert "--allow-missing" in capsys.readouterr().err
     assert main([*command, "--allow-missing"]) == 0
-    assert "clips without features" in capsys.readouterr().out
+    assert "1 clip without features" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -41,12 +41,12 @@ def test_labels_edited_during_extraction_fail_the_clip(clip: Clip, monkeypatch: 
     """The edit keeps size and time; only the content differs."""
     real = worker.read_annotation
 
-    def edited(clip: Clip) -> object:
+    def edited(clip: Clip, person: int = 0) -> object:
         assert clip.labels is not None
         before = clip.labels.stat()
         clip.labels.write_text(clip.labels.read_text().replace("0.1,0.1", "0.9,0.9"))
         os.utime(clip.labels, ns=(before.st_atime_ns, before.st_mtime_ns))
-        return real(clip)
+        return real(clip, person)
 
     monkeypatch.setattr(worker, "read_annotation", edited)
     last = messages(clip)[-1]
