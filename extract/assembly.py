@@ -150,7 +150,7 @@ class ClipAssembly:
         self.sources: dict[str, Any] = {}
         self.facts: dict[str, dict[str, Any]] = {"labels": {}, "logmel": {}, "audio": {}, "visual": {}, "faces": {}}
         self.arrays: dict[str, Arrays] = {}
-        self.duration = self.clock_gap = 0.0
+        self.duration, self.label_problem = 0.0, ""
         front_ends = {encoder.front_end for encoder, _ in self._audio.values()} - {KALDI}
         if LOGMEL in task.streams:
             front_ends.add(KALDI)
@@ -246,7 +246,7 @@ class ClipAssembly:
                 self._read = True
 
     def _start(self, clock: Clock) -> None:
-        self.sources, self.duration, self.clock_gap = clock.sources, clock.duration, clock.clock_gap
+        self.sources, self.duration, self.label_problem = clock.sources, clock.duration, clock.label_problem
         self.facts["labels"] = clock.facts
         if clock.facts.get("transfer"):
             logger.warning("%s: %s video is read without tone mapping", self.task.clip.id, clock.facts["transfer"])

@@ -81,7 +81,7 @@ class Clock:
         sources: part -> identity, for "video", "audio", "crops", "labels" where present.
         facts: further members of the labels record: frames, rows, rates, sizes.
         people: number -> labels of that person, if everyone is read and the person has labels.
-        clock_gap: largest distance in seconds of a frame's time from the one that its label states.
+        label_problem: why labels may not belong to the clip, of `vaflow.datasets.labels.clock_problem`.
     """
 
     job: int
@@ -90,7 +90,7 @@ class Clock:
     sources: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     people: dict[int, PersonLabels] = field(default_factory=dict)
-    clock_gap: float = 0.0
+    label_problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from vaflow.cache import Cache
 from vaflow.cache.costs import Cost
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS
-from vaflow.datasets.labels import CLOCK_GAP
 from vaflow.device import device_name
 from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
@@ -276,6 +275,6 @@ class Run:
         else:
             self._media.update(dict.fromkeys(task.streams, clip.duration))
             people = clip.facts["faces"].get("notable", 0)
-            self._ledger.take(Extracted(task.clip.id, clip.duration, people, clip.clock_gap > CLOCK_GAP))
+            self._ledger.take(Extracted(task.clip.id, clip.duration, people, clip.label_problem))
         finally:
             self._slots.release()

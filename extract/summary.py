@@ -42,7 +42,7 @@ class Summary:
         failures: items that failed, with their reasons; `failures_file` lists them.
         encoded: encoder name -> rows encoded.
         several_people: extracted items that show several people; without a face-recognition network, several tracks.
-        two_clocks: extracted items whose label columns `frame` and `time` contradict each other.
+        label_problems: code of `vaflow.datasets.labels.clock_problem` -> extracted items with that problem.
         media_seconds: duration of the extracted items; wall_seconds: of the extraction.
         stages: stage -> seconds of the main process; with several processes, their sum.
         costs: stream -> what encoding its clips cost.
@@ -56,7 +56,7 @@ class Summary:
     failures_file: Path | str = Path()
     encoded: dict[str, int] = field(default_factory=dict)
     several_people: int = 0
-    two_clocks: list[str] = field(default_factory=list)
+    label_problems: dict[str, list[str]] = field(default_factory=dict)
     media_seconds: float = 0.0
     wall_seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
@@ -70,13 +70,13 @@ class Extracted:
     Attributes:
         seconds: its duration.
         people: number of people with at least a tenth of the clear faces of the first one.
-        two_clocks: the columns `frame` and `time` of its labels contradict each other.
+        label_problem: why its labels may not belong to it, a code, or "".
     """
 
     item: str
     seconds: float
     people: int = 0
-    two_clocks: bool = False
+    label_problem: str = ""
 
 
 Outcome = Extracted | Failure
@@ -130,7 +130,8 @@ class OutcomeRecorder:
                 self.summary.extracted += 1
                 self.summary.media_seconds += outcome.seconds
                 self.summary.several_people += outcome.people > 1
-                self.summary.two_clocks += [outcome.item] * outcome.two_clocks
+                if outcome.label_problem:
+                    self.summary.label_problems.setdefault(outcome.label_problem, []).append(outcome.item)
             self._ended += 1
             self._advance(outcome.item, 1.0)
             self._show_state()

@@ -13,7 +13,7 @@ import numpy as np
 
 from vaflow.datasets.clip import Annotation
 from vaflow.datasets.formats import read_annotation
-from vaflow.datasets.labels import clock_gap, on_clock
+from vaflow.datasets.labels import clock_problem, on_clock
 from vaflow.encoders.logmel import frame_count
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
@@ -201,8 +201,8 @@ class ClipReader:
         numbers = [number for number, _ in clip.person_labels if number > 1] if everyone else []
         others = {number: read_annotation(clip, number) for number in numbers}
         people = {k: PersonLabels(on_clock(one, times), _annotation_facts(one)) for k, one in others.items()}
-        gap = max(clock_gap(one, times) for one in (annotation, *others.values()))
-        self._send(Clock(self._job.number, labels, self._duration, sources, facts, people, gap))
+        problem = next(filter(None, (clock_problem(one, self._times) for one in (annotation, *others.values()))), "")
+        self._send(Clock(self._job.number, labels, self._duration, sources, facts, people, problem))
 
     # -- audio -----------------------------------------------------------------------------------------------------
 

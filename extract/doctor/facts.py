@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Annotation, Clip
-from vaflow.datasets.labels import clock_gap, on_clock
+from vaflow.datasets.labels import clock_gap, clock_problem, on_clock
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop
@@ -78,6 +78,7 @@ class LabelFacts:
         stats: over these frames.
         coverage: [BINS] uint8, the annotated share of each part of the clip, 255 for all of it.
         clock_gap: largest distance in seconds of a frame's time from the one that the file states beside its number.
+        problem: of `vaflow.datasets.labels.clock_problem`.
     """
 
     rows: int
@@ -91,6 +92,7 @@ class LabelFacts:
     stats: LabelStats
     coverage: bytes
     clock_gap: float = 0.0
+    problem: str = ""
 
 
 def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFacts:
@@ -121,6 +123,7 @@ def label_facts(annotation: Annotation, times: NDArray[np.float64]) -> LabelFact
         stats=label_stats(on_frames["value"].astype(np.float64)),
         coverage=coverage(clock_times, valid, whole) if len(valid) else b"",
         clock_gap=clock_gap(annotation, times),
+        problem=clock_problem(annotation, times),
     )
 
 

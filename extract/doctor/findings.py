@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vaflow.datasets.clip import SPLITS, Clip, Note
 from vaflow.datasets.files import examples
-from vaflow.datasets.labels import CLOCK_GAP
+from vaflow.datasets.labels import USUAL_ROWS
 from vaflow.errors import count
 from vaflow.extract.doctor.facts import OPENED_CROPS, CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
 from vaflow.extract.faces.alignment import turn_remedy
@@ -68,10 +68,8 @@ COSTS = {
     ),
     "between-videos": "A model that only tells videos apart scores well; the CCC within videos shows it",
 }
-USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
 FEW_CROPS = 0.5  # share of frames without a crop above which it is a warning
 DRIFT_FRAMES = 1.5  # error of index / rate in frames above which the rate is called variable
-LATE_LABELS = 1.0  # seconds that time-stamped labels may continue after the video
 FASTEST = 240  # frames per second; higher values in headers are clock ticks
 RATE_SLACK = 0.01  # share of the duration by which a nominal frame rate may be off
 STILL = 1.0  # seconds without a new frame before it is called a gap
@@ -182,20 +180,17 @@ def label_findings(clip: Clip, facts: LabelFacts, media: MediaFacts | None) -> l
 
 
 def _length_findings(clip: Clip, facts: LabelFacts, media: MediaFacts) -> list[Note]:
-    if facts.clock == "time":
-        late = facts.end - media.duration
-        if late <= LATE_LABELS:
-            return []
+    if facts.problem == "labels-outlast":
         message = f"Labels end at {facts.end:.2f} s, the video at {media.duration:.2f} s"
         return [Note("warning", "labels-outlast", clip.id, message, "Check that the labels belong to this video")]
-    if facts.clock_gap > CLOCK_GAP:
+    if facts.problem == "two-clocks":
         message = f"The columns frame and time differ by up to {facts.clock_gap:.2f} s; frame is used"
         return [Note("warning", "two-clocks", clip.id, message, "Leave out the column that does not fit the video")]
     frames = media.frames
     difference = int(facts.end) - frames
-    if difference == 0 or (facts.clock == "frame" and difference < 0):
+    if facts.clock == "time" or difference == 0 or (facts.clock == "frame" and difference < 0):
         return []
-    usual = USUAL_ROWS[0] <= difference <= USUAL_ROWS[1]
+    usual = facts.problem != "row-count"
     message = f"{int(facts.end)} rows for {frames} frames ({difference:+d})"
     remedy = (
         "Row k belongs to frame k; rows beyond the last frame continue at the usual interval"

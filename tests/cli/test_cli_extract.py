@@ -288,17 +288,25 @@ def test_optimized_python_works_or_is_rejected(level: str, code: int) -> None:
     assert ("PYTHONOPTIMIZE=1" in done.stderr) == (code == 2)
 
 
-def test_contradicting_label_columns_are_a_warning_that_names_the_clips(
+def test_labels_that_may_not_belong_to_their_clips_are_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, rate in (("a", 25), ("b", 10)):
+    tables = {
+        "a": ["frame,time,valence", *(f"{k},{k / 25},0.1" for k in range(20))],
+        "b": ["frame,time,valence", *(f"{k},{k / 10},0.1" for k in range(20))],
+        "milliseconds": ["time,valence", *(f"{40 * k},0.1" for k in range(20))],
+        "rows": ["frame,valence", *(f"{k},0.1" for k in range(25))],
+    }
+    for name, lines in tables.items():
         write_video(tmp_path / f"data/{name}.mp4", np.arange(20) / 25, audio_seconds=0.8)
-        rows = "".join(f"{k},{k / rate},0.1\n" for k in range(20))
-        (tmp_path / f"data/{name}.csv").write_text("frame,time,valence\n" + rows)
+        (tmp_path / f"data/{name}.csv").write_text("\n".join(lines) + "\n")
     command = ["extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--visual", "none"]
     assert main([*command, "--audio", "none"]) == 0
-    warning = "The label columns frame and time contradict each other, and frame is used: b\n"
-    assert warning in capsys.readouterr().err
+    warnings = capsys.readouterr().err
+    assert "The label columns frame and time contradict each other, and frame is used: b\n" in warnings
+    assert "The labels continue after the end of the clip: milliseconds\n" in warnings
+    assert "The number of label rows does not fit the number of frames: rows\n" in warnings
+    assert f"vaflow check {tmp_path / 'data'}" in warnings
     assert open_cache(tmp_path / "cache").meta("b").keys() == open_cache(tmp_path / "cache").meta("a").keys()
 
 

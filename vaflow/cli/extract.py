@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     from vaflow.extract.pipeline import Summary
 
 LISTED = 10  # clips that a message names
+LABEL_PROBLEMS = {
+    "labels-outlast": "The labels continue after the end of the clip",
+    "row-count": "The number of label rows does not fit the number of frames",
+    "two-clocks": "The label columns frame and time contradict each other, and frame is used",
+}
 log = logging.getLogger(__name__)
 
 Out = Annotated[
@@ -147,11 +152,11 @@ def extract(
     summary = run(dataset, out, config, store=store, rehash=rehash, show_progress=show_bars(quiet), **machines)
     cache = open_cache(out)
     absent = _absent_clips(cache, {clip.id for clip in whole.clips}, out, root)
-    if summary.two_clocks:
+    if summary.label_problems:
         from vaflow.datasets.files import examples
 
-        names = examples(sorted(summary.two_clocks), LISTED)
-        log.warning("The label columns frame and time contradict each other, and frame is used: %s", names)
+        for code, clips in sorted(summary.label_problems.items()):
+            log.warning("%s: %s", LABEL_PROBLEMS[code], examples(sorted(clips), LISTED))
         log.warning("To see by how much: vaflow check %s", root)
     if json:
         print_json(summary_json(summary) | {"absent": absent})

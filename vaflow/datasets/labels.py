@@ -12,6 +12,8 @@ from vaflow.datasets.text import TARGETS
 from vaflow.timeline import extend, median_interval, nearest
 
 CLOCK_GAP = 0.25  # seconds between the time of a frame and the time that its label states; more is a contradiction
+LATE_LABELS = 1.0  # seconds that time-stamped labels may continue after the clip
+USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
 _PAUSE = 1.5  # distance of two rows, in intervals, above which there is a gap
 
 
@@ -52,6 +54,31 @@ def clock_gap(annotation: Annotation | None, frame_times: NDArray[np.float64]) -
         return 0.0
     inside = (annotation.frame < len(frame_times)) & np.isfinite(annotation.stated)
     return float(np.abs(frame_times[annotation.frame[inside]] - annotation.stated[inside]).max(initial=0.0))
+
+
+def clock_problem(annotation: Annotation | None, frame_times: NDArray[np.float64]) -> str:
+    """Why labels may not belong to a clip, as a code of `vaflow check`; "" if nothing speaks against it.
+
+    Args:
+        annotation: the labels, or None.
+        frame_times: [N] seconds, ascending; of audio alone, its clock.
+
+    Returns:
+        "labels-outlast": times continue after the clip; "two-clocks": the columns `frame` and `time` contradict each
+        other; "row-count": there are more or fewer rows than usual for the number of frames.
+    """
+    if annotation is None or not frame_times.size:
+        return ""
+    if annotation.time is not None:
+        end = float(frame_times[-1]) + median_interval(frame_times)
+        return "labels-outlast" if annotation.time[-1] - end > LATE_LABELS else ""
+    if clock_gap(annotation, frame_times) > CLOCK_GAP:
+        return "two-clocks"
+    frame = annotation.frame
+    last = len(annotation.value) if frame is None else int(frame[-1]) + 1
+    in_a_row = frame is None or np.array_equal(frame, np.arange(len(frame)))
+    more = last - frame_times.size
+    return "row-count" if more > USUAL_ROWS[1] or (in_a_row and more < USUAL_ROWS[0]) else ""
 
 
 def at_times(rows: NDArray[np.float64], value: NDArray[np.float32], times: NDArray[np.float64]) -> NDArray[np.float32]:
