@@ -96,6 +96,7 @@ class ImportSummary:
         done: items that were up to date; labelled: items whose labels or clock were committed.
         rows: rows of the imported items; `masked` of them hold NaN or infinity and are marked invalid.
         annotated: items of the import that have labels in the cache, with `label_rows` rows.
+        label_problems: code of `vaflow.datasets.labels.clock_problem` -> items whose labels were committed.
         failures: items that failed, with their reasons; `failures_file` lists them.
     """
 
@@ -108,6 +109,7 @@ class ImportSummary:
     masked: int = 0
     annotated: int = 0
     label_rows: int = 0
+    label_problems: dict[str, list[str]] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     failures_file: Path | str = Path()
 
@@ -216,6 +218,8 @@ class _Import:
             if prepared is not None:
                 self._labels.commit(file.item, prepared)
                 self._summary.labelled += 1
+                if prepared.problem:
+                    self._summary.label_problems.setdefault(prepared.problem, []).append(file.item)
         except (DataError, OSError, MemoryError) as error:
             split = self._labels.split(file.item)
             return Failure(file.item, stage, type(error).__name__, str(error) or repr(error), {"split": split})

@@ -15,7 +15,7 @@ from vaflow.cache.schema import LABELS, Record, StreamInfo
 from vaflow.datasets.affwild2 import read_affwild2, strip_side
 from vaflow.datasets.clip import Annotation
 from vaflow.datasets.files import below
-from vaflow.datasets.labels import on_clock
+from vaflow.datasets.labels import clock_problem, on_clock
 from vaflow.datasets.splits import Assignment
 from vaflow.datasets.text import TARGETS, LabelFile, separator_of, split_cells
 from vaflow.datasets.videos import read_csv
@@ -56,11 +56,16 @@ class LabelOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Arrays, source and facts of one item of the labels stream."""
+    """Arrays, source and facts of one item of the labels stream.
+
+    Attributes:
+        problem: why the labels may not belong to the features, of `vaflow.datasets.labels.clock_problem`.
+    """
 
     arrays: dict[str, Any]
     source: dict[str, Any]
     meta: dict[str, Any]
+    problem: str = ""
 
 
 class ImportedLabels:
@@ -151,7 +156,7 @@ class ImportedLabels:
             "rows": 0 if annotation is None else len(annotation.value),
             "targets": [] if annotation is None else list(annotation.targets),
         }
-        return Prepared(arrays, source, meta)
+        return Prepared(arrays, source, meta, clock_problem(annotation, features.time))
 
     def split(self, item: str) -> str | None:
         """The split of the list; without a list, that of the cache."""

@@ -98,3 +98,19 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "import", "--help"]) == 0
     out = capsys.readouterr().out
     assert "vaflow cache import my.cache" in out and "--labels" in out
+
+
+def test_labels_that_may_not_belong_to_the_features_are_a_warning(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = {"a": ["frame,valence", *(f"{k},0" for k in range(300))], "b": ["time,valence", "0,0", "9,0"]}
+    tables["c"] = ["frame,time,valence", *(f"{k},{k / 10},0" for k in range(50))]
+    for item, lines in tables.items():
+        (data / "va" / f"{item}.csv").write_text("\n".join(lines) + "\n")
+    code, _, err = run(data, capsys, "--rate", "25", *labels(data))
+    assert code == 0
+    a, b, c = sorted(err.splitlines(), key=lambda line: line[-1])
+    assert a.startswith("The number of label rows does not fit") and a.endswith("(--label-rate HZ): a")
+    assert b == "The labels continue after the features: b"
+    assert c.endswith("(--columns ignore=frame uses time): c")
+    assert run(data, capsys, "--rate", "25", *labels(data), "--label-rate", "150")[2] == f"{b}\n"
