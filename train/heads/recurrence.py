@@ -85,7 +85,7 @@ def _stack(cells: Sequence[Cell], name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _reorderings(inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Row numbers that take [M, B, T, 2] to [T, M, 2, B] with the second direction reversed, and back."""
+    """Row numbers from [M, B, T, 2] to [T, M, 2, B], and back from [M, 2, T, B]; the second direction is reversed."""
     networks, batch, steps = inside.shape
     length = inside.sum(dim=2, keepdim=True)
     step = torch.arange(steps, device=inside.device)
@@ -95,15 +95,16 @@ def _reorderings(inside: Tensor) -> tuple[Tensor, Tensor]:
     network = torch.arange(networks, device=inside.device)[:, None, None, None]
     row = torch.arange(batch, device=inside.device)[:, None, None]
     forth = ((network * batch + row) * steps + source) * 2 + way
-    back = (source * 2 * networks + network * 2 + way) * batch + row
+    back = ((network * 2 + way) * steps + source) * batch + row
     return forth.permute(2, 0, 3, 1).reshape(-1), back.reshape(-1)
 
 
 class RecurrentLayer(torch.autograd.Function):
     """One layer of all networks; the networks of several runs are stacked under `torch.vmap`.
 
-    `forward` returns the states and what `backward` needs beside them; the latter has no gradient. Inside, times come
-    first, so that a step is one piece of memory, which the products change in place.
+    `forward` returns the states and what `backward` needs beside them; the latter has no gradient. What the products
+    of a step change in place is [T, G, B, ...], one piece of memory per step. What they read is [G, T, B, ...], one
+    matrix per group for the products over all times.
     """
 
     @staticmethod
@@ -133,7 +134,7 @@ def _input_products(x: Tensor, w: Tensor, bias: Tensor, forth: Tensor) -> Tensor
 
 
 def _input_gradients(grad: Tensor, x: Tensor, w: Tensor, back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the products [T, 2 M, B, K] -> those of x [M, B, T, D], w [2 M, K, D] and its bias [2 M, K]."""
+    """Gradient of the products [2 M, T, B, K] -> those of x [M, B, T, D], w [2 M, K, D] and its bias [2 M, K]."""
     networks, size = len(x), x.shape[-1]
     rows = grad.view(-1, grad.shape[-1]).index_select(0, back).view(networks, -1, 2 * grad.shape[-1])
     of_x = torch.bmm(rows, w.view(networks, -1, size)).view_as(x)
@@ -142,8 +143,8 @@ def _input_gradients(grad: Tensor, x: Tensor, w: Tensor, back: Tensor) -> tuple[
 
 
 def _recurrent_gradient(gates: Tensor, states: Tensor) -> Tensor:
-    """Gradients of the recurrent products [T, G, B, K] and states [T, G, B, H] -> gradient of u [G, K, H]."""
-    after, before = (x.transpose(0, 1).flatten(1, 2) for x in (gates[1:], states[:-1]))
+    """Gradients of the recurrent products [G, T, B, K] and states [G, T, B, H] -> gradient of u [G, K, H]."""
+    after, before = gates[:, 1:].flatten(1, 2), states[:, :-1].flatten(1, 2)
     return torch.bmm(after.transpose(1, 2), before)
 
 
@@ -171,17 +172,20 @@ class GRULayer(RecurrentLayer):
         bias = bias_w.clone()
         bias[:, : 2 * size] += bias_u[:, : 2 * size]
         gates = _input_products(x, w, bias, forth)  # becomes r, z and the recurrent product of n
-        new = gates[..., 2 * size :].clone()
+        new = 2 * gates[..., 2 * size :]
         gates[..., 2 * size :] = bias_u[:, None, 2 * size :]
-        states = torch.empty_like(new)
-        state, turned = torch.zeros_like(new[0]), u.transpose(1, 2)
+        steps, groups, batch, _ = new.shape
+        states = new.new_empty(groups, steps, batch, size)
+        state, turned, minus_one = torch.zeros_like(new[0]), u.transpose(1, 2), new.new_full((), -1)
         # Views of all steps at once: a step is short, and making a view takes as long as using it.
         reset, update, recurrent = (part.unbind() for part in gates.split(size, dim=-1))
-        steps = zip(gates.unbind(), gates[..., : 2 * size].unbind(), new.unbind(), states.unbind(), strict=True)
-        for t, (at, opening, fresh, after) in enumerate(steps):
+        each = zip(gates.unbind(), gates[..., : 2 * size].unbind(), new.unbind(), states.unbind(1), strict=True)
+        for t, (at, opening, fresh, after) in enumerate(each):
             at.baddbmm_(state, turned)
             opening.sigmoid_()
-            fresh.addcmul_(reset[t], recurrent[t]).tanh_()
+            # tanh(a) = 2 sigmoid(2 a) - 1, which takes less than half of the time of tanh
+            fresh.addcmul_(reset[t], recurrent[t], value=2).sigmoid_()
+            torch.add(minus_one, fresh, alpha=2, out=fresh)
             state = torch.lerp(fresh, state, update[t], out=after)
         output = states.view(-1, size).index_select(0, back).view(*x.shape[:-1], 2 * size)
         return output, states, gates, new, forth, back
@@ -196,23 +200,23 @@ class GRULayer(RecurrentLayer):
         # The gates' gradients are these factors times the state's, so that a step is two products.
         slope = torch.addcmul(torch.ones_like(new[0, 0]), new, new, value=-1)
         of_new = torch.addcmul(slope, slope, update, value=-1)
-        factor = torch.empty_like(gates)
-        of_reset, of_update, of_recurrent = factor.split(size, dim=-1)
+        factor = states.new_empty(*states.shape[:-1], 3 * size)
+        of_reset, of_update, of_recurrent = (part.transpose(0, 1) for part in factor.split(size, dim=-1))
         torch.mul(of_new, reset, out=of_recurrent)
         product = of_recurrent * recurrent
         torch.addcmul(product, product, reset, value=-1, out=of_reset)
-        moved = states - new  # z (h - n)
+        moved = states.transpose(0, 1) - new  # z (h - n)
         torch.addcmul(moved, moved, update, value=-1, out=of_update)
-        flows = grad.reshape(-1, size).index_select(0, forth).view_as(states)
+        flows = grad.reshape(-1, size).index_select(0, forth).view_as(new)
         at, stays = flows.unbind(), update.unbind()
-        at_gates, to_state = factor.unflatten(-1, (3, size)).unbind(), factor.unbind()
+        at_gates, to_state = factor.unflatten(-1, (3, size)).unbind(1), factor.unbind(1)
         for_gates = flows.unsqueeze(-2).unbind()
         for t in range(len(at) - 1, -1, -1):
             at_gates[t].mul_(for_gates[t])
             if t:
                 at[t - 1].addcmul_(at[t], stays[t]).baddbmm_(to_state[t], u)
         of_u = _recurrent_gradient(factor, states)
-        of_bias = of_recurrent.sum(dim=(0, 2))
+        of_bias = factor[..., 2 * size :].flatten(1, 2).sum(dim=1)
         torch.mul(of_new, flows, out=of_recurrent)  # the gates of the input differ in n only
         of_x, of_w, of_bias_w = _input_gradients(factor, x, w, back)
         return of_x, None, of_w, of_u, of_bias_w, torch.cat([of_bias_w[:, : 2 * size], of_bias], dim=1)
@@ -230,10 +234,11 @@ class LSTMLayer(RecurrentLayer):
         size = u.shape[-1]
         forth, back = _reorderings(inside)
         gates = _input_products(x, w, bias_w + bias_u, forth)
-        states, cells = (gates.new_empty(*gates.shape[:-1], size) for _ in range(2))
-        cell = state = torch.zeros_like(states[0])
+        steps, groups, batch, _ = gates.shape
+        states, cells = (gates.new_empty(groups, steps, batch, size) for _ in range(2))
+        cell = state = gates.new_zeros(groups, batch, size)
         turned = u.transpose(1, 2)
-        for at, after, cell_after in zip(gates.unbind(), states.unbind(), cells.unbind(), strict=True):
+        for at, after, cell_after in zip(gates.unbind(), states.unbind(1), cells.unbind(1), strict=True):
             at.baddbmm_(state, turned)
             i, f, g, o = at.split(size, dim=-1)
             at[..., : 2 * size].sigmoid_()
@@ -250,25 +255,25 @@ class LSTMLayer(RecurrentLayer):
         """[M, B, T, 2 H] -> gradients of the inputs of `forward`."""
         x, w, u, states, cells, gates, forth, back = ctx.saved_tensors
         size = u.shape[-1]
-        i, f, g, o = gates.split(size, dim=-1)
+        i, f, g, o = gates.transpose(0, 1).split(size, dim=-1)
         squashed = cells.tanh()
         # Gradients of i, f, g are these factors times the cell's, that of o times the state's.
-        factor = torch.empty_like(gates)
+        factor = states.new_empty(*states.shape[:-1], 4 * size)
         of_i, of_f, of_g, of_o = factor.split(size, dim=-1)
         torch.mul(g * i, 1 - i, out=of_i)
-        torch.mul(f[1:] * cells[:-1], 1 - f[1:], out=of_f[1:])
-        of_f[0] = 0
+        torch.mul(f[:, 1:] * cells[:, :-1], 1 - f[:, 1:], out=of_f[:, 1:])
+        of_f[:, 0] = 0
         torch.mul(i, 1 - g * g, out=of_g)
         torch.mul(squashed * o, 1 - o, out=of_o)
         to_cell = o * (1 - squashed * squashed)
-        flows = grad.reshape(-1, size).index_select(0, forth).view_as(states).unbind()
+        flows = grad.reshape(-1, size).index_select(0, forth).view(*gates.shape[:-1], size).unbind()
         cell_flow = torch.zeros_like(flows[0])
         for t in range(len(flows) - 1, -1, -1):
-            cell_flow = torch.addcmul(cell_flow, flows[t], to_cell[t])
-            factor[t, ..., : 3 * size].unflatten(-1, (3, size)).mul_(cell_flow.unsqueeze(-2))
-            of_o[t].mul_(flows[t])
+            cell_flow = torch.addcmul(cell_flow, flows[t], to_cell[:, t])
+            factor[:, t, :, : 3 * size].unflatten(-1, (3, size)).mul_(cell_flow.unsqueeze(-2))
+            of_o[:, t].mul_(flows[t])
             if t:
-                flows[t - 1].baddbmm_(factor[t], u)
-                cell_flow = cell_flow * f[t]
+                flows[t - 1].baddbmm_(factor[:, t], u)
+                cell_flow = cell_flow * f[:, t]
         of_x, of_w, of_bias = _input_gradients(factor, x, w, back)
         return of_x, None, of_w, _recurrent_gradient(factor, states), of_bias, of_bias.clone()
