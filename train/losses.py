@@ -78,12 +78,12 @@ def _concordance(prediction: Tensor, target: Tensor, mask: Tensor | None, eps: f
     origin = origin.nan_to_num(nan=0, posinf=0, neginf=0)
     count = mask.sum(dim=0)
     n = count.clamp(min=1).to(prediction.dtype)
-    x = torch.where(mask, prediction - origin, 0)
     y = torch.where(mask, target - origin, 0)
-    mean_x, mean_y = x.sum(dim=0) / n, y.sum(dim=0) / n
-    dx, dy = (x - mean_x) * mask, (y - mean_y) * mask
-    spread = (dx.square().sum(dim=0) + dy.square().sum(dim=0)) / n
-    return 2 * (dx * dy).sum(dim=0) / n / (spread + (mean_x - mean_y).square() + eps), count
+    y = (y - y.sum(dim=0) / n) * mask
+    error = torch.where(mask, prediction - target, 0)
+    # Both sums are n times the mean. Var x + var y + (mean x - mean y)^2 = E (x - y)^2 + 2 cov, and x may keep its mean.
+    covariance = 2 * ((error + y) * y).sum(dim=0)
+    return covariance / (error.square().sum(dim=0) + covariance + eps * n), count
 
 
 def _flat(prediction: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
