@@ -28,7 +28,7 @@ import torch
 from bench_train import GRID, OperationCosts, build_cache, step_and_bound
 
 from vaflow.cache import open_cache
-from vaflow.device import choose_device
+from vaflow.device import choose_device, keep_memory
 from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
@@ -92,6 +92,7 @@ def seconds(step: Callable[[int], object], device: torch.device, steps: int) -> 
 def in_process(cache: Path, settings: TrainConfig, seed: int, steps: int) -> tuple[float, float]:
     """CPU and wall-clock seconds of a step of one run, in a process beside others."""
     torch.set_num_threads(1)
+    keep_memory()
     config, inputs, windows = load(cache, settings)
     return seconds(step_alone(config, inputs, windows, seed), windows.device, steps)
 
@@ -99,6 +100,7 @@ def in_process(cache: Path, settings: TrainConfig, seed: int, steps: int) -> tup
 def bench(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Time all three ways."""
     torch.set_num_threads(1)
+    keep_memory()  # as training does
     settings = TrainConfig(hidden=args.hidden, temporal=args.temporal, device=args.device)
     build_cache(folder / "cache", -(-args.windows // len(GRID.starts(130.0))), 130.0)
     config, inputs, windows = load(folder / "cache", settings)

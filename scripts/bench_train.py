@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.schema import LABELS, Array, StreamInfo
-from vaflow.device import choose_device
+from vaflow.device import choose_device, keep_memory
 from vaflow.timeline import Grid
 from vaflow.train.batch import Batch
 from vaflow.train.builder import build_model
@@ -117,6 +117,7 @@ def _wait(device: torch.device) -> None:
 def bench(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Build, load, and measure."""
     torch.set_num_threads(1)
+    keep_memory()  # as training does
     cache = build_cache(folder / "cache", args.clips, args.clip_seconds)
     device = choose_device(args.device)
     settings = TrainConfig(batch_size=args.batch_size, hidden=args.hidden, device=args.device)

@@ -81,7 +81,7 @@ def _concordance(prediction: Tensor, target: Tensor, mask: Tensor | None, eps: f
     y = torch.where(mask, target - origin, 0)
     y = (y - y.sum(dim=0) / n) * mask
     error = torch.where(mask, prediction - target, 0)
-    # Both sums are n times the mean. Var x + var y + (mean x - mean y)^2 = E (x - y)^2 + 2 cov, and x may keep its mean.
+    # Var x + var y + (mean x - mean y)^2 = E (x - y)^2 + 2 cov; here all are multiplied by n, and x keeps its mean.
     covariance = 2 * ((error + y) * y).sum(dim=0)
     return covariance / (error.square().sum(dim=0) + covariance + eps * n), count
 

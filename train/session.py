@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaflow.cache import Cache
 from vaflow.demonstration import demonstration_notice
-from vaflow.device import choose_device, forbid_tf32, keep_freed_memory
+from vaflow.device import choose_device, forbid_tf32, keep_memory
 from vaflow.errors import UsageError, explain
 from vaflow.regions import region_table
 from vaflow.settings import settings_of
@@ -270,7 +270,7 @@ class Session:
 def reproducible(session: Session, device: torch.device) -> Iterator[Session]:
     """Set the float32 arithmetic and the algorithms of the training inside; yields the session that records them."""
     forbid_tf32()
-    keep_freed_memory()
+    keep_memory()
     deterministic = session.config.deterministic
     before = torch.get_deterministic_debug_mode()
     if deterministic and device.type == "cuda":

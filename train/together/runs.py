@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from vaflow.cache import Cache
-from vaflow.device import choose_device, keep_freed_memory
+from vaflow.device import choose_device, keep_memory
 from vaflow.errors import UsageError, explain
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.inputs import resolve
@@ -268,7 +268,7 @@ def choose(cache: Cache, configs: Sequence[TrainConfig], data: Sequence[Data]) -
     if steps < WORTH_MEASURING:
         return Choice(len(configs), 0.0, 0.0, steps)
     device = choose_device(config.device)
-    keep_freed_memory()
+    keep_memory()
     inputs = resolve(cache, config)[1]
     with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
         model = new_model(config, inputs, data[0], device).train()
