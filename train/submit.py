@@ -115,6 +115,8 @@ def submit_run(
         DataError: rows of the sample have no prediction; every reason is given with its count.
     """
     rows = read_sample(sample)
+    if out.exists() and out.samefile(sample):
+        raise UsageError(explain(f"--out {out} is the sample", expected="another file"))
     target = choose_device(device)
     counts = Counter(row.trial for row in rows)
     known = set(cache.items())

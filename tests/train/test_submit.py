@@ -190,3 +190,11 @@ def test_command(cache: Cache, run: Path, tmp_path: Path, capsys: pytest.Capture
     sample_file(tmp_path, ["nobody"])
     assert main(["submit", str(run), *options]) == 2
     assert main(["submit", str(tmp_path), *options]) == 2
+
+
+def test_the_sample_is_not_overwritten(cache: Cache, run: Path, tmp_path: Path) -> None:
+    sample = sample_file(tmp_path, ["val0/00001.jpg,-5,-5"])
+    before = sample.read_bytes()
+    with pytest.raises(UsageError, match="is the sample"):
+        submit_run(run, cache, sample, tmp_path / "." / "sample.txt")
+    assert sample.read_bytes() == before
