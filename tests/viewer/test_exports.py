@@ -11,6 +11,7 @@ import pytest
 
 from vaflow.cli import main
 from vaflow.regions import REGION_NAMES
+from vaflow.viewer import exports
 
 RATE, FRAMES = 10.0, 47
 HOSTILE = '=cmd|"a"&<b>\u202e.v1'
@@ -132,3 +133,39 @@ def test_an_unknown_format_is_rejected(predictions: Path, tmp_path: Path, capsys
     assert export(predictions, tmp_path / "out", "textgird") == 2
     assert "Did you mean 'textgrid'?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_only_unchanged_exports_are_replaced(
+    predictions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert export(predictions, out, "csv,eaf") == export(predictions, out, "csv,eaf,textgrid", "--step", "1") == 0
+    annotated = (out / "clip.eaf").read_text().replace("<TIER ", "<TIER X='by hand' ", 1)
+    (out / "clip.eaf").write_text(annotated)
+    table = (out / "clips.csv").read_bytes()
+    (predictions / "clip.csv").write_text((predictions / "clip.csv").read_text() + "47,4.7,0,0,0,\n")
+    capsys.readouterr()
+    assert export(predictions, out, "csv,eaf") == 2
+    assert "holds files that no export wrote, or that were changed since. Got: clip.eaf." in capsys.readouterr().err
+    assert (out / "clip.eaf").read_text() == annotated and (out / "clips.csv").read_bytes() == table
+    (out / "clip.eaf").unlink()
+    write = exports.write_file
+
+    def interrupted(path: Path, content: str | bytes) -> None:
+        if path.suffix == ".eaf":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(exports, "write_file", interrupted)
+    assert export(predictions, out, "csv,eaf") == 130
+    monkeypatch.undo()
+    assert export(predictions, out, "csv,eaf") == 0 and (out / "clips.csv").read_bytes() != table
+
+
+def test_tables_of_the_user_are_not_replaced(
+    predictions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clips.csv").write_text("mine")
+    assert export(predictions, tmp_path, "csv,textgrid") == 2
+    assert "Got: clips.csv." in capsys.readouterr().err
+    assert (tmp_path / "clips.csv").read_text() == "mine" and not list(tmp_path.glob("*.TextGrid"))

@@ -6,9 +6,12 @@ has one interval per run of equal regions. Names from files are escaped as each 
 
 import csv
 import io
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +19,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from vaflow.datasets.files import below
+from vaflow.datasets.files import below, examples
 from vaflow.errors import UsageError, explain, visible
 from vaflow.files import write_file
 from vaflow.regions import REGION_NAMES, REGIONS
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 STEP = 0.5  # seconds
 Interval = tuple[float, float, str]  # start and end in seconds, text
 Tiers = Mapping[str, Sequence[Interval]]
+Files = Iterator[tuple[Path, bytes]]  # a file, and its content
+EXPORTED = "exported.json"  # digests of the files of an export
 
 EAF_SCHEMA = "http://www.mpi.nl/tools/elan/EAFv3.0.xsd"
 XSI = "http://www.w3.org/2001/XMLSchema-instance"
@@ -53,7 +58,8 @@ def export_predictions(path: Path, out: Path, formats: Sequence[str], step: floa
         step: length of the intervals in ELAN and Praat files, in seconds.
 
     Raises:
-        UsageError: an unknown format, no predictions, or pyarrow is missing.
+        UsageError: an unknown format, no predictions, pyarrow is missing, or a file would be replaced that no export
+            wrote, or that was changed since, such as an annotation in ELAN.
         CorruptError: a prediction file is damaged.
     """
     for name in formats:
@@ -64,7 +70,42 @@ def export_predictions(path: Path, out: Path, formats: Sequence[str], step: floa
     predictions = find_predictions(path)
     if "parquet" in formats:
         require_pyarrow()
-    return [file for name in dict.fromkeys(formats) for file in FORMATS[name](predictions, out, step)]
+    files = {file: text for name in dict.fromkeys(formats) for file, text in FORMATS[name](predictions, out, step)}
+    _write_files(out, files)
+    return list(files)
+
+
+def _write_files(out: Path, files: Mapping[Path, bytes]) -> None:
+    """Write the files of an export, and their digests beside them; nothing if one of them was not exported before.
+
+    Raises:
+        UsageError: a file would be replaced that no export wrote, or that was changed since.
+    """
+    record = out / EXPORTED
+    known: dict[str, list[str]] = {}
+    with suppress(OSError, ValueError):
+        read = json.loads(record.read_text("utf-8"))
+        known = {name: list(map(str, digests)) for name, digests in read.items()} if isinstance(read, dict) else {}
+    new = {file.relative_to(out).as_posix(): _digest(content) for file, content in files.items()}
+    changed = []
+    for name, digest in new.items():
+        existing = out / name
+        if existing.is_file() and _digest(existing.read_bytes()) not in (digest, *known.get(name, ())):
+            changed.append(name)
+    if changed:
+        problem = f"{out} holds files that no export wrote, or that were changed since"
+        remedy = "Choose another directory, or remove them"
+        raise UsageError(explain(problem, got=examples(changed), remedy=remedy))
+    # Old and new digests first, so that an interrupted export can be repeated.
+    both = known | {name: [*known.get(name, ()), digest] for name, digest in new.items()}
+    write_file(record, json.dumps(both, indent=1) + "\n")
+    for file, content in files.items():
+        write_file(file, content)
+    write_file(record, json.dumps(known | {name: [digest] for name, digest in new.items()}, indent=1) + "\n")
+
+
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=16).hexdigest()
 
 
 def require_pyarrow() -> None:
@@ -76,7 +117,7 @@ def require_pyarrow() -> None:
         raise UsageError(explain("Parquet files require pyarrow", got=error, remedy=remedy)) from error
 
 
-def write_parquet(predictions: PredictionSet, out: Path, step: float) -> list[Path]:
+def parquet_file(predictions: PredictionSet, out: Path, step: float) -> Files:
     """`predictions.parquet`: the rows of all clips, with the columns clip and split before those of the CSV files."""
     import pyarrow
     from pyarrow import csv as arrow_csv
@@ -93,12 +134,10 @@ def write_parquet(predictions: PredictionSet, out: Path, step: float) -> list[Pa
     whole = pyarrow.concat_tables([table(clip) for clip in predictions.clips], promote_options="permissive")
     content = pyarrow.BufferOutputStream()
     parquet.write_table(whole, content)
-    file = out / "predictions.parquet"
-    write_file(file, content.getvalue().to_pybytes())
-    return [file]
+    yield out / "predictions.parquet", content.getvalue().to_pybytes()
 
 
-def write_clip_rows(predictions: PredictionSet, out: Path, step: float) -> list[Path]:
+def clip_rows(predictions: PredictionSet, out: Path, step: float) -> Files:
     """`clips.csv`: a row per clip with mean, deviation and range of both dimensions and the commonest region."""
     statistics: dict[str, Callable[..., Any]] = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
     rows: list[dict[str, object]] = []
@@ -119,9 +158,7 @@ def write_clip_rows(predictions: PredictionSet, out: Path, step: float) -> list[
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    file = out / "clips.csv"
-    write_file(file, text.getvalue())
-    return [file]
+    yield out / "clips.csv", text.getvalue().encode()
 
 
 def _cell(text: str) -> str:
@@ -130,26 +167,23 @@ def _cell(text: str) -> str:
     return f"'{shown}" if _FORMULA.match(shown) else shown
 
 
-def write_eafs(predictions: PredictionSet, out: Path, step: float) -> list[Path]:
+def eafs(predictions: PredictionSet, out: Path, step: float) -> Files:
     """`<clip>.eaf` each, for ELAN."""
-    return _write_each(predictions, out, step, "eaf", eaf_text)
+    return _one_each(predictions, out, step, "eaf", eaf_text)
 
 
-def write_textgrids(predictions: PredictionSet, out: Path, step: float) -> list[Path]:
+def textgrids(predictions: PredictionSet, out: Path, step: float) -> Files:
     """`<clip>.TextGrid` each, for Praat."""
-    return _write_each(predictions, out, step, "TextGrid", lambda tiers, clip: textgrid_text(tiers))
+    return _one_each(predictions, out, step, "TextGrid", lambda tiers, clip: textgrid_text(tiers))
 
 
-def _write_each(
+def _one_each(
     predictions: PredictionSet, out: Path, step: float, suffix: str, text: Callable[[Tiers, PredictedClip], str]
-) -> list[Path]:
-    files = []
+) -> Files:
     for clip in predictions.clips:
         table = read_predictions(clip.csv)
         file = below(out, "/".join(filter(None, [clip.split, f"{clip.item}.{suffix}"])))
-        write_file(file, text(tiers_of(table, _regions(clip, table, predictions), step), clip))
-        files.append(file)
-    return files
+        yield file, text(tiers_of(table, _regions(clip, table, predictions), step), clip).encode()
 
 
 def _regions(clip: PredictedClip, table: Predictions, predictions: PredictionSet) -> Any:
@@ -271,9 +305,9 @@ _CONSTRAINTS: Iterable[tuple[str, str]] = (  # as ELAN writes them into every fi
     ("Included_In", "Time alignable annotations within the parent annotation's time interval, gaps are allowed"),
 )
 
-FORMATS: Mapping[str, Callable[[PredictionSet, Path, float], list[Path]]] = {
-    "csv": write_clip_rows,
-    "eaf": write_eafs,
-    "parquet": write_parquet,
-    "textgrid": write_textgrids,
+FORMATS: Mapping[str, Callable[[PredictionSet, Path, float], Files]] = {
+    "csv": clip_rows,
+    "eaf": eafs,
+    "parquet": parquet_file,
+    "textgrid": textgrids,
 }
