@@ -40,32 +40,40 @@ DRAWING = (
 
 # The files that take longest, longest first: a process that starts one of them last would finish alone.
 SLOWEST = (
-    "test_docs.py",
-    "test_demo_run.py",
-    "test_environments.py",
     "test_ray_cluster.py",
-    "test_compiling.py",
-    "test_alignment.py",
-    "test_clusters_page.py",
-    "test_cache_people.py",
+    "test_together.py",
+    "test_docs.py",
+    "test_ablate_study.py",
     "test_faults_disk.py",
-    "test_faults_kill.py",
-    "test_faults_signals.py",
-    "test_faults_system.py",
-    "test_histories.py",
     "test_finetune_run.py",
+    "test_faults_kill.py",
+    "test_finetune_step.py",
+    "test_demo_run.py",
+    "test_faults_signals.py",
+    "test_environments.py",
+    "test_device_rehearsal.py",
+    "test_pipeline.py",
     "test_page_quality.py",
-    "test_cli_options.py",
+    "test_cache_people.py",
+    "test_cli_extract.py",
+    "test_run_data.py",
+    "test_alignment.py",
+    "test_item_timeout.py",
+    "test_view_media.py",
+    "test_rating.py",
+    "test_histories.py",
+    "test_faults_system.py",
 )
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two processes more than cores for the whole suite; none for chosen files, which end sooner than processes start.
+    """A process more than cores for the whole suite; none for chosen files, which end sooner than processes start.
 
-    With one per core, a third of the processor time is lost to tests that wait for processes, disks and time limits.
+    With one per core, a third of the processor time is lost to tests that wait for processes, disks and time limits;
+    each further process takes 20 s of processor time for its imports.
     """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-    return min(len(os.sched_getaffinity(0)) + 2, 8) if whole and not config.option.collectonly else 0
+    return min(len(os.sched_getaffinity(0)) + 1, 8) if whole and not config.option.collectonly else 0
 
 
 def pytest_configure(config: pytest.Config) -> None:
