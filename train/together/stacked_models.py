@@ -170,8 +170,23 @@ class StackedModels:
             own = {name: p.detach().requires_grad_(name in trainable) for name, p in parameters.items()}
             return self._gradients(own, *others[:-1], tasks)
 
-        graph: Callable[..., Any] = make_fx(gradients)(*inputs)
+        module = make_fx(gradients)(*inputs)
+        for node in module.graph.nodes:  # a sixth of the operators, for example the axis of the runs moved to the front
+            if node.op == "call_function" and node.target in _VIEWS and _same_view(node, node.args[0]):
+                node.replace_all_uses_with(node.args[0])
+                module.graph.erase_node(node)
+        module.recompile()
+        graph: Callable[..., Any] = module
         return graph
+
+
+_VIEWS = {getattr(torch.ops.aten, name).default for name in ("alias", "detach", "expand", "permute", "view")}
+
+
+def _same_view(*nodes: Any) -> bool:
+    """Whether tensors of a recorded graph have the same shape and strides."""
+    one, other = (node.meta["tensor_meta"] for node in nodes)
+    return bool((one.shape, one.stride) == (other.shape, other.stride))
 
 
 def _rows(stacked: Tensor, runs: Sequence[int]) -> Tensor:
