@@ -11,6 +11,7 @@ import pytest
 from numbered_clip import read_number, write_clip, write_predictions
 from until import until
 
+from vaflow.errors import UsageError
 from vaflow.viewer.clip_data import detect_boxes
 from vaflow.viewer.media import HOP, RATE, MediaIndex, audio_level, probe, speech_spans, transcode
 from vaflow.viewer.page import ViewConfig, write_viewer
@@ -148,3 +149,34 @@ def test_a_clip_without_a_face_is_reported(numbered: Path, tmp_path: Path) -> No
     config = ViewConfig([numbered / "media"], boxes=True)
     viewer = write_viewer(numbered / "predictions", tmp_path, ["constant"], config)
     assert any("detected no face" in note for note in viewer.clips[0].facts["notes"])
+
+
+def test_a_page_shows_its_own_clips_after_another_page_in_the_directory(unplayable: Path, tmp_path: Path) -> None:
+    config = ViewConfig([unplayable / "media"])
+    everything = write_viewer(unplayable / "predictions", tmp_path, config=config)
+    assert len(everything.clips) == len(FORMATS)
+    for name in ("variable", "mpeg1"):  # both are clip 1 of their page
+        [clip] = write_viewer(unplayable / "predictions", tmp_path, [name], config).clips
+        expected = frame_times(next((unplayable / "media").glob(f"{name}.*")))
+        assert clip.media is not None
+        np.testing.assert_allclose(frame_times(clip.media), expected, atol=0.003)
+    assert [len(list((tmp_path / folder).iterdir())) for folder in ("clips", "media")] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["index.html", "media/0001.mp4", "clips/mine.js"])
+def test_other_files_are_not_mixed_with_a_page(numbered: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"{tmp_path} holds other files.*Got: {name.partition('/')[0]}"):
+        write_viewer(numbered / "predictions", tmp_path)
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
+
+
+def test_an_interrupted_page_can_be_written_again(
+    numbered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("vaflow.viewer.page.asdict", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        write_viewer(numbered / "predictions", tmp_path)
+    assert list((tmp_path / "clips").iterdir())
+    assert write_viewer(numbered / "predictions", tmp_path).clips

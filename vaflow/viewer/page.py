@@ -7,8 +7,10 @@ OUT/index.html      list, player and plots; opens from disk
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 
 SCRIPTS = (UPLOT, "core.js", "traces.js", "lanes.js", "plane.js", "clock.js", "rating.js", "clip_list.js", "viewer.js")
 UNREADABLE = (OSError, av.FFmpegError)
+PAGE = "index.html"
+_OF_A_PAGE = re.compile(r"\d{4,}(-[0-9a-f]{8})?(\.part)?\.\w+")  # files of clips
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
         config: media, cache, copies.
 
     Raises:
-        UsageError: no predictions, no clip of that id, or `out` cannot be written.
+        UsageError: no predictions, no clip of that id, or `out` cannot be written or holds other files.
         CorruptError: a prediction file is damaged.
     """
     config = config or ViewConfig()
@@ -112,20 +116,48 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
     cache = prediction_set.open_cache(config.cache)
     index = MediaIndex(config.media)
     try:
+        _refuse_other_files(out)
         (out / "clips").mkdir(parents=True, exist_ok=True)
         (out / "media").mkdir(exist_ok=True)
+        if not (out / PAGE).exists():
+            (out / PAGE).write_text("<!-- vaflow view is writing this page -->\n", "utf-8")
         shown = [
             _write_clip(out, n, clip, cache, prediction_set, index, config)
             for n, clip in enumerate(prediction_set.clips, 1)
         ]
-        viewer = Viewer(out / "index.html", prediction_set, tuple(shown))
+        viewer = Viewer(out / PAGE, prediction_set, tuple(shown))
         viewer.page.write_text(viewer.html(), "utf-8")
+        _remove_clips_of_earlier_pages(out, shown)
     except OSError as error:
         raise UsageError(explain(f"Cannot write the viewer to {out}", got=error.strerror)) from error
     lost = sum(clip.media is None for clip in shown)
     if lost:
         log.warning("Clips without a media file: %d of %d. Add --media DIR to show them", lost, len(shown))
     return viewer
+
+
+def _refuse_other_files(out: Path) -> None:
+    """Raise UsageError if the files of a page would mix with those of somebody else."""
+    page, problem = out / PAGE, ""
+    if page.is_file():
+        problem = "" if "vaflow" in page.read_text("utf-8", errors="replace") else PAGE
+    else:
+        problem = next(
+            (name for name in ("clips", "media") if (out / name).is_dir() and any((out / name).iterdir())), ""
+        )
+    if problem:
+        expected = "a new directory, or that of an earlier page"
+        raise UsageError(
+            explain(f"{out} holds other files", expected=expected, got=problem, remedy="Choose another --out")
+        )
+
+
+def _remove_clips_of_earlier_pages(out: Path, shown: Sequence[PageClip]) -> None:
+    media = {clip.media.name for clip in shown if clip.media is not None and clip.media.parent == out / "media"}
+    kept = media | {f"{number:04}.js" for number in range(1, len(shown) + 1)}
+    for file in (*(out / "clips").iterdir(), *(out / "media").iterdir()):
+        if _OF_A_PAGE.fullmatch(file.name) and file.name not in kept:
+            file.unlink()
 
 
 def has_predictions(path: Path) -> bool:
@@ -220,7 +252,10 @@ def _show_media(media: Path, beside: Path, copy: bool) -> tuple[Path | None, Aud
         facts = probe(media)
         level = audio_level(media) if facts.audio else None
         if not facts.playable:
-            if not beside.exists() or beside.stat().st_mtime < media.stat().st_mtime:
+            status = media.stat()  # the name states the source: another page may have shown another clip at this number
+            source = f"{media.resolve()} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape")
+            beside = beside.with_stem(f"{beside.stem}-{blake2b(source, digest_size=4).hexdigest()}")
+            if not beside.exists():
                 log.info("Transcoding %s", media.name)
                 transcode(media, beside)
             codec = " and ".join(filter(None, (facts.video, facts.audio)))
