@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vaflow.cache import Cache, open_cache
+from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.schema import LOGMEL
 from vaflow.datasets import Dataset, log_left_out, open_dataset
 from vaflow.datasets.clip import Clip
@@ -160,10 +160,7 @@ def predict_media(
         for name in member.record.untrained:
             log.warning("%s was trained without %s labels; ignore its %s predictions", path, name, name)
     clips = clips_of(media)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
+    make_folder_of_predictions(out)
     refuse_foreign_tables(out, [clip.id for clip in clips])
     failures = FailureLog(out / FAILURES)
     cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
@@ -180,6 +177,17 @@ def predict_media(
     if not config.keep_features:
         summary.discard()
     return summary
+
+
+def make_folder_of_predictions(out: Path) -> None:
+    """Create `out`. Raises UsageError if that fails, or if it belongs to a cache or a run, whose files would mix."""
+    kind = "a cache" if is_cache(out) else "a run directory" if RunFolder(out).config_file.exists() else ""
+    if kind:
+        raise UsageError(explain(f"{out} is {kind}", expected="another directory for the predictions"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
 
 
 def refuse_foreign_tables(out: Path, items: Iterable[str]) -> None:

@@ -23,6 +23,7 @@ from vaflow.predict import (
     cache_to_predict,
     clips_of,
     items_of,
+    make_folder_of_predictions,
     refuse_foreign_tables,
     write_clip,
 )
@@ -164,7 +165,7 @@ def predict_model(
     config = config or PredictConfig()
     if not media and config.cache is None:
         raise UsageError(explain("Nothing to predict", expected="videos, or --cache CACHE to predict its clips"))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder_of_predictions(out)
     clips, settings = clips_of(media), None
     refuse_foreign_tables(out, [clip.id for clip in clips])
     failures = FailureLog(out / FAILURES)

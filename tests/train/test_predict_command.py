@@ -215,3 +215,14 @@ def regions_of(cache: Path, out: Path, centers: str) -> set[str]:
     assert main(["predict", str(out / "run"), "--cache", str(cache), "--out", str(out / "csv"), "--device", "cpu"]) == 0
     rows = [row for path in (out / "csv").glob("*.csv") for row in table_of(path)]
     return {row["region"] for row in rows}
+
+
+def test_predictions_are_not_written_into_a_cache_or_a_run(
+    imported: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, cache = imported
+    for out, kind in ((cache, "a cache"), (run, "a run directory")):
+        (out / "failures.jsonl").write_text("{}\n")
+        assert main(["predict", str(run), "--cache", str(cache), "--out", str(out), "--device", "cpu"]) == 2
+        assert f"{out} is {kind}." in capsys.readouterr().err
+        assert (out / "failures.jsonl").read_text() == "{}\n" and not (out / "x.csv").exists()
