@@ -96,3 +96,13 @@ def test_missing_crops_of_a_single_person_are_explained(
         assert main(arguments + (["--media", str(media)] if media else [])) == 0
         warning = capsys.readouterr().err
         assert ("No crops of 1 clip (one)" in warning and reason in warning) if reason else not warning
+
+
+def test_an_unwritable_page_is_reported_before_any_face_is_detected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.mp4").write_text("no video")
+    for command in (["faces", str(tmp_path)], ["report", str(tmp_path)]):
+        for out in (tmp_path, tmp_path / "a.mp4" / "page.html"):
+            assert main([*command, "--out", str(out)]) == 2
+            assert "vaflow: The page cannot be written. Expected: --out FILE." in capsys.readouterr().err

@@ -1,16 +1,15 @@
 """`vaflow check`: contents and problems of a data set."""
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vaflow.cli.common import echo, print_json, set_up, show_bars, table, wrap_on_terminal
+from vaflow.cli.common import check_page, echo, print_json, set_up, show_bars, table, wrap_on_terminal
 from vaflow.cli.options import JsonFlag, Layout, Quiet, Root, Verbose
-from vaflow.errors import UsageError, count, explain, visible
+from vaflow.errors import count, visible
 from vaflow.files import write_file
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def check(
 
     dataset = open_dataset(root, layout)
     if html is not None:
-        _must_be_writable(html)
+        check_page(html, "--html", parents=False)
     opened = open_cache(cache) if cache is not None else None
     with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not show_bars(quiet)) as bar:
         report = check_dataset(dataset, progress=bar.update, cache=opened, people=people)
@@ -85,19 +84,6 @@ def check(
             usable = f"{report.total().usable} of {noun} usable"
             echo(f"\n{usable}; {counts}.")
     return 1 if report.count("error") else 0
-
-
-def _must_be_writable(path: Path) -> None:
-    """Raise a UsageError if the page cannot be written, before the data set is read."""
-    problem = "it is a folder" if path.is_dir() else None
-    if problem is None and not path.parent.is_dir():
-        problem = f"the folder {path.parent} does not exist"
-    if problem is None and not os.access(path if path.exists() else path.parent, os.W_OK):
-        problem = "you have no permission to write to it"
-    if problem is not None:
-        raise UsageError(
-            explain("The page cannot be written", expected="--html FILE in a folder", got=f"{path}: {problem}")
-        )
 
 
 def _overview(report: "Report") -> Iterator[str]:

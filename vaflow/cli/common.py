@@ -253,6 +253,20 @@ def check_directory(path: Path, option: str = "--out") -> None:
         raise UsageError(explain(f"Cannot write {option} {path}", got=f"{existing} {problem}"))
 
 
+def check_page(path: Path, option: str, *, parents: bool = True) -> None:
+    """Raise a UsageError if a page cannot be written, before hours of work; with `parents`, folders will be made."""
+    problem = "it is a folder" if path.is_dir() else None
+    if problem is None and not parents and not path.parent.is_dir():
+        problem = f"the folder {path.parent} does not exist"
+    existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if problem is None and existing != path.absolute() and not existing.is_dir():
+        problem = f"{existing} is a file"
+    if problem is None and not os.access(existing, os.W_OK):
+        problem = "you have no permission to write to it"
+    if problem is not None:
+        raise UsageError(explain("The page cannot be written", expected=f"{option} FILE", got=f"{path}: {problem}"))
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document on standard output."""
     typer.echo(json.dumps(document, indent=2, allow_nan=False))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vaflow.cli.common import echo, interval, loading, number, print_json, set_up, show_bars, table
+from vaflow.cli.common import check_page, echo, interval, loading, number, print_json, set_up, show_bars, table
 from vaflow.cli.options import JsonFlag, Quiet, Verbose
 from vaflow.errors import UsageError, count, explain
 
@@ -129,6 +129,7 @@ def report(
     Example: vaflow report runs/full runs/visual --out report.html
     """
     set_up(verbose, quiet)
+    check_page(out, "--out")
     with loading(quiet or json):
         from vaflow.viewer.report import paired_differences, write_report
 
@@ -192,6 +193,7 @@ def faces(
     set_up(verbose, quiet)
     if not path.exists():
         raise UsageError(explain(f"{path} does not exist", expected="a cache, a video, or a directory of videos"))
+    check_page(out, "--out")
     with loading(quiet or json):
         from vaflow.viewer.people import write_people
     page = write_people(
