@@ -244,7 +244,10 @@ def cache_to_predict(
         for failure in extract(dataset, folder, settings, show_progress=show_progress).failures:
             failures.add(failure, quiet=True)
     assert folder is not None, "videos or a cache"
-    return open_cache(folder)
+    cache = open_cache(folder)
+    if settings is None and not cache.items():
+        raise UsageError(explain(f"{cache.place} has no clips to predict"))
+    return cache
 
 
 def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> ExtractConfig:

@@ -316,6 +316,7 @@ def test_an_extraction_without_a_commit_adds_no_streams(tmp_path: Path, capsys: 
     out = tmp_path / "cache"
     command = ["extract", str(tmp_path / "data"), "--out", str(out), *TINY]
     assert main(command) == 1
+    assert capsys.readouterr().out == "No clip was extracted.\n"
     assert "a.mp4" in failures(out)["a"]["message"] and open_cache(out).streams() == {}
     assert main(["cache", "info", str(out)]) == 0 and main(["cache", "verify", str(out)]) == 0
     write_video(tmp_path / "data/a.mp4", np.arange(20) / 25, audio_seconds=0.8)

@@ -11,6 +11,7 @@ import pytest
 from synthetic_cache import Toy, make_cache
 
 import vaflow.predict
+from vaflow.cache import create_cache
 from vaflow.cli import main
 from vaflow.cli.predict import predictions_table
 from vaflow.predict import Predicted
@@ -226,3 +227,15 @@ def test_predictions_are_not_written_into_a_cache_or_a_run(
         assert main(["predict", str(run), "--cache", str(cache), "--out", str(out), "--device", "cpu"]) == 2
         assert f"{out} is {kind}." in capsys.readouterr().err
         assert (out / "failures.jsonl").read_text() == "{}\n" and not (out / "x.csv").exists()
+
+
+def test_a_cache_without_clips_is_a_usage_error(
+    imported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = imported
+    empty = create_cache(tmp_path / "empty").path
+    for model in ([str(run)], ["onnx:none.onnx", "--va", "0,1"]):
+        assert main(["predict", *model, "--cache", str(empty), "--out", str(tmp_path / "out")]) == 2
+        assert f"{empty} has no clips to predict." in capsys.readouterr().err
+    assert main(["cache", "drop", str(empty), "a"]) == 2
+    assert "Its clips are none." in capsys.readouterr().err

@@ -91,7 +91,7 @@ def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -
     unknown = [item for item in dict.fromkeys(items) if item not in known]
     if unknown:
         close = get_close_matches(unknown[0], known, n=3)
-        remedy = f"Similar names: {', '.join(close)}" if close else f"Its clips are {_some(sorted(known))}"
+        remedy = f"Similar names: {', '.join(close)}" if close else f"Its clips are {_some(sorted(known)) or 'none'}"
         raise UsageError(explain(f"{cache.place} has no such clip", got=_some(unknown), remedy=remedy))
     dropped = {item: known[item] for item in dict.fromkeys(items)}
     if dry_run or not dropped:

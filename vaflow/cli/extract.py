@@ -246,7 +246,7 @@ def _describe(summary: "Summary", cache: "Cache") -> str:
         (name, stream["kind"], stream["items"], file_size(stream["bytes"]), summary.encoded.get(name, 0))
         for name, stream in cache.info()["streams"].items()
     ]
-    lines = [table(rows, ("stream", "kind", "clips", "size", "encoded now")), ""]
+    lines = [table(rows, ("stream", "kind", "clips", "size", "encoded now")), ""] if rows else []
     if summary.done:
         lines.append(f"{count(summary.done, 'clip')} already extracted.")
     if summary.changed:
@@ -265,8 +265,8 @@ def _describe(summary: "Summary", cache: "Cache") -> str:
         lines.append(
             f"Extracted {count(summary.extracted, 'clip')} in {summary.wall_seconds:.1f} s; nothing to encode."
         )
-    elif not summary.failures:
-        lines.append("Nothing to do.")
+    else:
+        lines.append("No clip was extracted." if summary.failures else "Nothing to do.")
     return "\n".join(lines)
 
 
