@@ -3,14 +3,17 @@
 import pytest
 import torch
 
-from vaflow.train.heads.dropout import Dropout, dropout_mask
+from vaflow.train.heads.dropout import Dropout, dropout_masks
 
-WIDE = torch.zeros(0)
+
+def dropout_mask(shape, rate, generator=None):
+    """One mask, in float32 on the CPU."""
+    return dropout_masks(shape, rate, torch.float32, torch.device("cpu"), [generator])[0]
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9, 0.999999])
 def test_a_mask_drops_the_share_and_keeps_the_mean(rate):
-    mask = dropout_mask([1000, 1001], rate, WIDE)
+    mask = dropout_mask([1000, 1001], rate)
     dropped = float((mask == 0).float().mean())
     assert dropped == pytest.approx(rate, abs=3e-3)
     assert float(mask.max()) == pytest.approx(1 / (1 - rate), rel=1e-3 if rate < 0.99 else 20)
@@ -20,15 +23,24 @@ def test_a_mask_drops_the_share_and_keeps_the_mean(rate):
 
 
 def test_neighbouring_values_are_dropped_independently():
-    kept = dropout_mask([400_000], 0.5, WIDE).bool().float() - 0.5
+    kept = dropout_mask([400_000], 0.5).bool().float() - 0.5
     for lag in (1, 2, 3, 4, 8):
         assert abs(float((kept[lag:] * kept[:-lag]).mean())) < 3e-3
 
 
 def test_a_generator_repeats_its_masks():
-    masks = [dropout_mask([3, 7], 0.3, WIDE, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    masks = [dropout_mask([3, 7], 0.3, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+def test_masks_drawn_together_equal_masks_drawn_alone():
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+
+    together = dropout_masks([3, 7], 0.3, torch.float32, torch.device("cpu"), generators())
+    alone = [dropout_mask([3, 7], 0.3, generator) for generator in generators()]
+    assert torch.equal(together, torch.stack(alone))
 
 
 def test_dropout_is_the_identity_outside_of_training_and_at_rate_zero():
