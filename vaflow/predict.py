@@ -356,7 +356,7 @@ def clips_of(media: Sequence[Path]) -> tuple[Clip, ...]:
     for path in media:
         if path.is_dir():
             dataset = open_dataset(path, "videos")
-            log_left_out(dataset, skip=("split-missing",))  # a prediction needs no split
+            log_left_out(dataset, skip=("split-missing", "person-labels"))  # a prediction needs neither
             videos += [clip.audio for clip in dataset.clips if clip.audio is not None]
         elif path.is_file():
             videos.append(path)

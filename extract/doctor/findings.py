@@ -232,10 +232,7 @@ def crop_findings(clip: Clip, facts: CropFacts, media: MediaFacts | None) -> lis
 def clip_findings(clip: Clip, others_have_crops: bool) -> list[Note]:
     """Labels or crops that a clip lacks."""
     notes = []
-    if clip.labels is None and clip.person_labels:
-        message = f"Labels of persons only: {examples([path.name for _, path in clip.person_labels])}"
-        notes.append(Note("warning", "person-labels", clip.id, message, "Extract with --person all, which uses them"))
-    elif clip.labels is None and clip.split in ("train", "val"):
+    if clip.labels is None and not clip.person_labels and clip.split in ("train", "val"):
         message = f"No labels in the split {clip.split!r}"
         notes.append(Note("warning", "no-labels", clip.id, message, _NOT_USED))
     if not clip.crops and clip.video is not None and others_have_crops:

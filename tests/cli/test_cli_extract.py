@@ -340,3 +340,12 @@ def test_streams_of_another_process_are_compared_again_at_the_first_commit(
     monkeypatch.setattr(engine.Cache, "source_stamps", lambda *_: {})
     assert main(command) == 2
     assert "dtype: cache has 'float32', now 'float16'" in capsys.readouterr().err
+
+
+def test_labels_that_only_person_all_reads_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "data/a.mp4", np.arange(20) / 25, audio_seconds=0.8)
+    (tmp_path / "data/a#1.csv").write_text("frame,valence\n0,0.5\n")
+    for person, warned in (("main", True), ("all", False)):
+        command = ["extract", str(tmp_path / "data"), "--out", str(tmp_path / person), "--dry-run"]
+        assert main([*command, "--visual", "clip-tiny", "--audio", "none", "--person", person]) == 0
+        assert ("none of the clip: a. Extract them with --person all" in capsys.readouterr().err) == warned

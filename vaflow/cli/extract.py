@@ -132,9 +132,11 @@ def extract(
     machines: dict[str, Any] = {"shard": Shard.parse(shard), "engine": engine, "ray_address": ray_address}
     check_engine(engine, ray_address)
     from vaflow.datasets import log_left_out, open_dataset
+    from vaflow.datasets.videos import PERSON_LABELS
+    from vaflow.extract.faces.choice import ALL
 
     whole = dataset = open_dataset(root, layout)
-    log_left_out(dataset)
+    log_left_out(dataset, (PERSON_LABELS,) if config.person == ALL else ())
     _check_files(out, store, config.prompts)
     if retry_failed:
         from vaflow.extract.plan import only_failed

@@ -24,6 +24,7 @@ from vaflow.datasets.text import TARGETS, LabelFile, separator_of, split_cells
 from vaflow.errors import DataError, explain
 from vaflow.item_names import clip_and_person, person_item
 
+PERSON_LABELS = "person-labels"  # code of the note on labels that only --person all reads
 LOOKS_FOR = "video or audio files (mp4, mov, avi, mkv, webm, mpg, wmv, wav, mp3 ...) in any folder"
 
 _EXPECTED = (
@@ -131,6 +132,9 @@ def _table_notes(files: _Files, media: list[str], clips: list[Clip], beside: lis
         message = f"Tables without a video or audio file of their name: {examples(orphans)}"
         remedy = "Put the recording beside its table, or rename the table"
         notes.append(Note("note", "table-without-video", "", message, remedy))
+    if bare := [clip.id for clip in clips if clip.person_labels and not clip.labels]:
+        message = f"Clips with tables of persons (CLIP#1.csv ...) and none of the clip: {examples(bare)}"
+        notes.append(Note("warning", PERSON_LABELS, "", message, "Extract them with --person all, or without labels"))
     shared = Counter(clip.labels for clip in clips if clip.labels)
     for clip in clips:
         if clip.labels and shared[clip.labels] > 1:
