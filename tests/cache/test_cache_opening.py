@@ -50,3 +50,11 @@ def test_other_schema_versions_are_refused(tmp_path, store, version):
     for opening in (open_cache, lambda path: create_cache(path, store=store)):
         with pytest.raises(SchemaError, match=re.escape(f"Expected: 1. Got: {version!r}.")):
             opening(cache.path)
+
+
+def test_files_and_run_directories_are_named_as_such(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
+    for path, kind in ((tmp_path / "run", "a run directory"), (tmp_path / "run/config.toml", "a file")):
+        with pytest.raises(UsageError, match=rf"is not a cache\. Got: {kind}\. Check the path\."):
+            open_cache(path)

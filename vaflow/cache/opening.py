@@ -176,6 +176,9 @@ def read_manifest(layout: Layout) -> StoreName:
 
 
 def _no_cache(layout: Layout) -> UsageError:
+    kind = "a file" if layout.root.is_file() else "a run directory" if (layout.root / "config.toml").is_file() else ""
+    if kind:
+        return UsageError(explain(f"{layout.place} is not a cache", got=kind, remedy="Check the path"))
     gone = layout.remote is None and not layout.root.exists()
     empty = layout.remote is not None or gone or (layout.root.is_dir() and not any(layout.root.iterdir()))
     what = "The folder does not exist" if gone else "It has no manifest.json"
