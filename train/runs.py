@@ -266,6 +266,14 @@ class Run:
         return traces if self.training_features is None else self.training_features.mark(windows, traces)
 
 
+def refuse_ensemble(path: Path) -> None:
+    """Raise UsageError if a directory that should be a run is an ensemble."""
+    if (path / ENSEMBLE_FILE).is_file():
+        remedy = "`vaflow predict`, `submit`, `view` and `provenance` accept it as it is; "
+        remedy += "`vaflow ensemble RUN... --split SPLIT` scores its runs on another split"
+        raise UsageError(explain(f"{path} is an ensemble, not a run", remedy=remedy))
+
+
 def require_record(path: Path) -> RunRecord:
     """Read `config.toml` of a run directory.
 
@@ -275,15 +283,8 @@ def require_record(path: Path) -> RunRecord:
     """
     folder = RunFolder(Path(path))
     record = folder.record() if folder.path.is_dir() else None
-    if record is None and (folder.path / ENSEMBLE_FILE).is_file():
-        raise UsageError(
-            explain(
-                f"{path} is an ensemble, not a run",
-                remedy="`vaflow predict`, `submit` and `provenance` accept it as it is; "
-                "`vaflow ensemble RUN... --split SPLIT` scores its runs on another split",
-            )
-        )
     if record is None:
+        refuse_ensemble(folder.path)
         raise UsageError(
             explain(
                 f"{path} is not a run directory",

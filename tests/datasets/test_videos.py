@@ -300,3 +300,10 @@ def test_the_table_of_a_person_wins_over_that_of_the_clip(tmp_path: Path) -> Non
     [clip] = open_dataset(tmp_path).clips
     values = [read_annotation(clip, person).value[0, 0] for person in (0, 1, 2)]  # type: ignore[union-attr]
     np.testing.assert_allclose(values, [0.1, 0.1, 0.2], rtol=1e-6)
+
+
+def test_a_cache_or_a_run_as_root_is_named_as_such(tmp_path: Path) -> None:
+    touch(tmp_path, "cache/manifest.json", "cache/streams/labels.json", "run/config.toml", "run/clips.json")
+    for name, kind in (("cache", "a cache"), ("run", "a run directory")):
+        with pytest.raises(UsageError, match=rf"/{name} is {kind}\. Expected: the folder of a data set"):
+            open_dataset(tmp_path / name)

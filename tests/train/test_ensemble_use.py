@@ -154,9 +154,10 @@ def test_a_submission_stores_its_provenance(
 
 
 def test_commands_that_need_one_run_reject_an_ensemble(ensemble: Path, capsys) -> None:
-    assert main(["evaluate", str(ensemble)]) == 2
-    stderr = capsys.readouterr().err
-    assert "is an ensemble, not a run" in stderr and "vaflow ensemble" in stderr
+    for command in ("evaluate", "report"):
+        assert main([command, str(ensemble)]) == 2
+        stderr = capsys.readouterr().err
+        assert "is an ensemble, not a run" in stderr and "vaflow ensemble" in stderr
 
 
 def test_runs_that_changed_since_the_ensemble_are_named(

@@ -102,6 +102,8 @@ def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
     if layout == AUTO or not LAYOUTS[layout].detect(folder):
         fitting = next((name for name in LAYOUTS if LAYOUTS[name].detect(folder)), "")
         if layout != AUTO or not fitting:
+            if kind := _other_directory(folder):
+                raise UsageError(explain(f"{folder} is {kind}", expected="the folder of a data set: videos and labels"))
             if layout == AUTO:
                 problem, expected = f"No layout fits {folder}", _all_look_for()
                 remedy: str | None = "Name the data set's own folder, the one that holds these"
@@ -137,6 +139,13 @@ def _require_files(root: Path) -> None:
     if not entries(root):
         remedy = "Unpack the data set there, or check that it is mounted and that you may read it"
         raise UsageError(explain(f"{root} is empty", expected=_all_look_for(), got="an empty folder", remedy=remedy))
+
+
+def _other_directory(folder: Path) -> str:
+    """The name of what a folder is that another command of this package wrote; else ""."""
+    if (folder / "manifest.json").is_file() and (folder / "streams").is_dir():
+        return "a cache"
+    return "a run directory" if (folder / "config.toml").is_file() and (folder / "clips.json").is_file() else ""
 
 
 def _all_look_for() -> str:

@@ -177,6 +177,9 @@ def _text(path: Path, run: Path) -> str:
     try:
         return path.read_text("utf-8")
     except OSError as error:
+        from vaflow.train.runs import refuse_ensemble  # imports torch
+
+        refuse_ensemble(run)
         raise UsageError(
             explain(
                 f"{run} is not a finished run",
