@@ -28,13 +28,15 @@ def dropout_masks(
 
     Args:
         shape: of a mask.
-        rate: in [0, 1).
+        rate: in [0, 1); nothing is drawn for 0.
         dtype, device: of the result.
         generators: of the random numbers of each mask, on that device; None: torch's own.
 
     Returns:
         [G, *shape], a mask per generator.
     """
+    if not rate:
+        return torch.ones(len(generators), *shape, dtype=dtype, device=device)
     count = prod(shape)
     dropped = min(round(rate * LEVELS), LEVELS - 1)
     # Four numbers of 16 bits are drawn at once; all bits of the integer are random.

@@ -339,17 +339,18 @@ class DropoutMasks:
         masks = []
         for call in calls:
             rates = [call.rates[run] for run in runs]
-            # Masks of one rate are drawn in fewer operators together than each by itself.
-            parts = [(rates[0], runs)] if len(set(rates)) == 1 else zip(rates, [[run] for run in runs], strict=True)
-            masks.append(torch.cat([self._draw(rate, of_rate, call) for rate, of_rate in parts]))
+            # Masks of one rate take fewer operators together than each by itself.
+            parts = (
+                [(rates[0], runs)]
+                if len(set(rates)) == 1
+                else [(rate, [run]) for rate, run in zip(rates, runs, strict=True)]
+            )
+            drawn = [
+                dropout_masks(call.shape[1:], rate, call.dtype, call.device, [self._generators[run] for run in of_rate])
+                for rate, of_rate in parts
+            ]
+            masks.append(drawn[0] if len(drawn) == 1 else torch.cat(drawn))
         return masks
-
-    def _draw(self, rate: float, runs: Sequence[int], call: DropoutCall) -> Tensor:
-        """Masks of one call for runs with the same rate, [R, ...]."""
-        if not rate:
-            return torch.ones(len(runs), *call.shape[1:], dtype=call.dtype, device=call.device)
-        generators = [self._generators[run] for run in runs]
-        return dropout_masks(call.shape[1:], rate, call.dtype, call.device, generators)
 
 
 class DropoutPerRun(nn.Module):
