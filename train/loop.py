@@ -131,8 +131,8 @@ def update(optimizer: torch.optim.Optimizer, parts: Mapping[str, Tensor], config
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig) -> Tensor:
     """Take one step of the optimizer; returns what `update` does. Nothing here waits for the device."""
+    optimizer.zero_grad(set_to_none=True)  # before the forward pass, which then takes this memory
     loss, parts = batch_loss(model(batch), batch, config)
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     return update(optimizer, parts, config)
 
