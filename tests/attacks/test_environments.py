@@ -47,16 +47,17 @@ SMALL_SHM = (
     'mkdir -p "$ROOT"; mount --bind /mnt "$ROOT"; "$@"'
 )
 CONTAINER, NO_HOME = "no passwd entry, no HOME, tiny shared memory, C locale", "HOME that is not there, C locale"
+HANDLES = "few file handles"
 # Conditions that do not hide each other share an environment: a command imports torch in every one.
 ENVIRONMENTS = {
     CONTAINER: Environment(  # as in one that runs with --user 54321
         ["unshare", "--mount"],
         variables={**dict.fromkeys(["USER", "LOGNAME", "LNAME", "USERNAME", "HOME", "XDG_CACHE_HOME"]), **C_LOCALE},
-        script="mount --bind /dev/null /etc/passwd; " + SMALL_SHM,
+        script="ulimit -n 128; mount --bind /dev/null /etc/passwd; " + SMALL_SHM,
         needs_root=True,
     ),
     NO_HOME: Environment(variables={"HOME": "/nonexistent", "XDG_CACHE_HOME": None, **C_LOCALE}),
-    "few file handles": Environment(script='ulimit -n 128; "$@"', codes=(1,)),
+    HANDLES: Environment(script='ulimit -n 128; "$@"', codes=(1,)),
     "little memory": Environment(script='ulimit -v 3000000; "$@"', codes=(1,)),
     "optimised twice": Environment(variables={"PYTHONOPTIMIZE": "2"}, codes=(2,)),
     "read-only everything": Environment(
@@ -84,7 +85,7 @@ COMMANDS: dict[str, Callable[[Path], list[list[object]]]] = {
 # and a light command. The rest is slow.
 QUICK = {(name, command) for name in ENVIRONMENTS for command in (BOTH, "info")}
 if AS_ROOT:  # the first environment is as hard
-    QUICK -= {(NO_HOME, BOTH)}
+    QUICK -= {(NO_HOME, BOTH), (HANDLES, BOTH)}
 CASES = [
     pytest.param(name, command, id=f"{name}-{command}", marks=() if (name, command) in QUICK else pytest.mark.slow)
     for name in ENVIRONMENTS

@@ -36,6 +36,7 @@ def pair() -> tuple[Any, Any]:
     return plain, compiled
 
 
+@pytest.mark.slow  # compiling takes 10 s, and the option is experimental
 def test_compiled_features_equal_eager_features(pair: tuple[Any, Any]) -> None:
     plain, compiled = pair
     torch._dynamo.utils.counters.clear()
@@ -47,6 +48,7 @@ def test_compiled_features_equal_eager_features(pair: tuple[Any, Any]) -> None:
     assert compiled.module.state_dict().keys() == plain.module.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_records_state_that_the_encoder_was_compiled(tmp_path: Path) -> None:
     write_video(tmp_path / "data" / "a.mp4", np.arange(20) / 25, audio_seconds=0.8)
     command = ["extract", str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--visual", "clip-tiny"]

@@ -27,10 +27,12 @@ class TestAst(EncoderContract):
     name = "ast-tiny"
 
 
+@pytest.mark.slow  # as TestLayersOfImages
 class TestLayersOfClip(EncoderContract):
     name = "clip-tiny@0-1"
 
 
+@pytest.mark.slow  # as TestLayersOfSpeech
 class TestLayersOfAst(EncoderContract):
     name = "ast-tiny@1-2"
 
