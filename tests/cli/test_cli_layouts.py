@@ -16,7 +16,10 @@ from other_trees import BUILDERS
 SMALL = ["--window", "2", "--stride", "1", "--frames", "8"]
 
 
-@pytest.mark.parametrize("layout", BUILDERS)
+QUICK = ("recola", "afew-va")  # videos, and folders of images; tests/datasets reads the files of every layout
+
+
+@pytest.mark.parametrize("layout", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in BUILDERS])
 def test_from_files_to_a_run(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, cache, run = tmp_path / "data", tmp_path / "cache", tmp_path / "run"
     root.mkdir()

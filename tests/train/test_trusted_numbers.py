@@ -41,7 +41,9 @@ def with_labels(path: Path, deviation: float) -> Cache:
     return cache
 
 
-@pytest.mark.parametrize(("deviation", "warned"), [(0.0, True), (0.005, True), (0.1, False)])
+@pytest.mark.parametrize(
+    ("deviation", "warned"), [pytest.param(0.0, True, marks=pytest.mark.slow), (0.005, True), (0.1, False)]
+)
 def test_nearly_constant_labels_are_reported_before_and_after_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, deviation: float, warned: bool
 ) -> None:

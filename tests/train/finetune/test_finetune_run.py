@@ -115,7 +115,7 @@ def sampling_of(cache: Cache) -> dict[str, Any]:
     return sampling
 
 
-@pytest.mark.parametrize("split", ["val", "train"])
+@pytest.mark.parametrize("split", ["val", pytest.param("train", marks=pytest.mark.slow)])
 def test_evaluation_from_frames_equals_a_cache_of_the_tuned_encoders(
     run: Path, pixels_cache: Cache, tuned_cache: Cache, split: str
 ) -> None:
