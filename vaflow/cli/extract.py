@@ -267,8 +267,10 @@ def _describe(summary: "Summary", cache: "Cache") -> str:
         lines.append(
             f"Extracted {count(summary.extracted, 'clip')} in {summary.wall_seconds:.1f} s; nothing to encode."
         )
-    else:
-        lines.append("No clip was extracted." if summary.failures else "Nothing to do.")
+    elif not summary.failures:
+        lines.append("Nothing to do.")
+    elif not summary.done:
+        lines.append("No clip was extracted.")
     return "\n".join(lines)
 
 
