@@ -91,11 +91,9 @@ def _reorderings(inside: Tensor) -> tuple[Tensor, Tensor]:
     step = torch.arange(steps, device=inside.device)
     reverse = torch.where(step < length, length - 1 - step, step)  # [M, B, T], its own inverse
     source = torch.stack([step.expand_as(reverse), reverse], dim=-1)  # [M, B, T, 2]
-    way = torch.arange(2, device=inside.device)
-    network = torch.arange(networks, device=inside.device)[:, None, None, None]
-    row = torch.arange(batch, device=inside.device)[:, None, None]
-    forth = ((network * batch + row) * steps + source) * 2 + way
-    back = ((network * 2 + way) * steps + source) * batch + row
+    row = torch.arange(2 * inside.numel(), device=inside.device)
+    forth = row.view(networks, batch, steps, 2).gather(2, source)
+    back = row.view(networks, 2, steps, batch).permute(0, 3, 2, 1).gather(2, source)
     return forth.permute(2, 0, 3, 1).reshape(-1), back.reshape(-1)
 
 
