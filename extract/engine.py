@@ -14,7 +14,7 @@ from vaflow.datasets import Dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.prompts import load_prompts
-from vaflow.errors import FingerprintError, explain
+from vaflow.errors import FingerprintError, command, explain
 from vaflow.extract.batching import compile_network
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.plan import PendingClip, make_plan
@@ -95,13 +95,13 @@ def _check_person(cache: Cache, known: StreamInfo, info: StreamInfo) -> None:
     stored, now = (one.identity.get("picture", {}).get("faces", {}) for one in (known, info))
     if "person" not in stored or "person" not in now or _choice(stored) == _choice(now):
         return
-    command = f"vaflow cache people {cache.place} OTHER.cache --person {now['person']}"
+    again = command("cache", "people", cache.place, "OTHER.cache", "--person", now["person"])
     raise FingerprintError(
         explain(
             f"{cache.place} has the features of another choice of people",
             expected=_choice(stored),
             got=_choice(now),
-            remedy=f"To choose again without the videos: {command}",
+            remedy=f"To choose again without the videos: {again}",
         )
     )
 

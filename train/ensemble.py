@@ -17,14 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import numpy as np
 
 from vaflow.cache import Cache, open_cache
 from vaflow.device import choose_device
-from vaflow.errors import CorruptError, DataError, UsageError, explain
+from vaflow.errors import CorruptError, DataError, UsageError, command, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_split
@@ -222,9 +221,9 @@ def warn_of_changed_members(path: Path) -> None:
     files = {name for name, _ in recorded.weights.items() ^ maker.weights().items()}
     changed = [str(run) for run, name in maker.names.items() if any(file.startswith(f"{name}/") for file in files)]
     if changed:
-        command = f"vaflow ensemble {' '.join(quote(str(run)) for run in maker.runs)} --out {quote(str(path))}"
+        again = command("ensemble", *maker.runs, "--out", path)
         problem = f"changed since {path} was made; its weights and its calibration are those of the earlier runs"
-        log.warning("%s: %s. To make it again: %s", ", ".join(changed), problem, command)
+        log.warning("%s: %s. To make it again: %s", ", ".join(changed), problem, again)
 
 
 class Members:

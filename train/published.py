@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.encoders.hub import hub_file
-from vaflow.errors import CorruptError, UsageError, WeightsError, count, explain, visible
+from vaflow.errors import CorruptError, UsageError, WeightsError, command, count, explain, visible
 from vaflow.files import write_file
 from vaflow.train.feature_distance import FILE as TRAINING_FEATURES
 from vaflow.train.metrics import DIMENSIONS
@@ -43,7 +43,7 @@ def export_run(run: Path, out: Path) -> list[Path]:
     record, folder = require_record(run), RunFolder(run)
     model = load_run(run).model
     if not folder.metrics_file.is_file():
-        remedy = f"Resume it: vaflow train {record.cache} --out {run} --config {folder.config_file}"
+        remedy = f"Resume it: {command('train', record.cache, '--out', run, '--config', folder.config_file)}"
         raise UsageError(explain(f"The run {run} was interrupted before it finished", remedy=remedy))
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / PUBLISHED_CONFIG).is_file()):
         raise UsageError(explain(f"{out} is not empty", expected="a new or empty folder, or that of an earlier export"))

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from vaflow.device import forbid_tf32
-from vaflow.errors import CorruptError, UsageError, explain
+from vaflow.errors import CorruptError, UsageError, command, explain
 from vaflow.files import refuse_links, write_file
 from vaflow.train import record as digests
 from vaflow.train.builder import build_model
@@ -309,7 +309,7 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
             explain(
                 f"The run {path} was interrupted before it finished",
                 expected="model.safetensors",
-                remedy=f"Resume it: vaflow train {record.cache} --out {path} --config {folder.config_file}",
+                remedy=f"Resume it: {command('train', record.cache, '--out', path, '--config', folder.config_file)}",
             )
         )
     model = _read_model(record, folder.weights_file).to(device).eval()

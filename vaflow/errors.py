@@ -15,6 +15,7 @@ Messages are one paragraph, made by `explain`: what was expected, what was got, 
 """
 
 import re
+import shlex
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -104,6 +105,11 @@ def explain(
 def _sentence(text: str) -> str:
     """`text` with one full stop: messages of other libraries end in one, and so do `...` and the path `..`."""
     return text if text.endswith(".") else f"{text}."
+
+
+def command(*words: object) -> str:
+    """A command of this package to paste into a shell: `command("cache", "info", path)`; paths may have spaces."""
+    return shlex.join(["vaflow", *map(str, words)])
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:

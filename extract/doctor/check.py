@@ -20,7 +20,7 @@ from vaflow.cache import Cache
 from vaflow.cache.edit import absent_clips
 from vaflow.datasets.clip import SEVERITIES, Clip, Dataset, Note
 from vaflow.datasets.formats import read_annotation
-from vaflow.errors import DataError, MediaError
+from vaflow.errors import DataError, MediaError, command
 from vaflow.extract.doctor.facts import (
     CropFacts,
     LabelFacts,
@@ -168,7 +168,7 @@ def absent_findings(dataset: Dataset, cache: Cache) -> list[Note]:
         message = f"In the cache {cache.place}, but not in the data set"
         if twins:
             message += f"; the same video is now {', '.join(twins)}"
-        remedy = f"Remove it from the cache: vaflow cache drop {cache.place} --absent {dataset.root}"
+        remedy = f"Remove it from the cache: {command('cache', 'drop', cache.place, '--absent', dataset.root)}"
         notes.append(Note("warning", "absent-item", item, message, remedy))
     return notes
 

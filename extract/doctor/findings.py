@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vaflow.datasets.clip import SPLITS, Clip, Note
 from vaflow.datasets.files import examples
 from vaflow.datasets.labels import USUAL_ROWS
-from vaflow.errors import count
+from vaflow.errors import command, count
 from vaflow.extract.doctor.facts import OPENED_CROPS, CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
 from vaflow.extract.faces.alignment import turn_remedy
 from vaflow.extract.faces.identity import AUTO, NONE, REMEDY, resolve
@@ -426,7 +426,7 @@ def people_findings(facts: dict[str, PeopleFacts], clips: int, root: Path) -> li
         where = f" in {one.frames} frames that were compared" if one.frames else ""
         if one.people > 1:
             message = f"{one.people} people{' in one frame' if one.frames else ''}; the main one is estimated"
-            remedy = f"See them with `vaflow faces {root}`; --person chooses another one, or all"
+            remedy = f"See them with `{command('faces', root)}`; --person chooses another one, or all"
             notes.append(Note("note", "several-people", item, message, remedy))
         if one.turned:
             message = f"Most faces are turned by {one.turned} degrees: their crops are not aligned"

@@ -19,7 +19,7 @@ from vaflow.datasets.labels import clock_problem, on_clock
 from vaflow.datasets.splits import Assignment
 from vaflow.datasets.text import TARGETS, LabelFile, separator_of, split_cells
 from vaflow.datasets.videos import read_csv
-from vaflow.errors import DataError, UsageError, explain
+from vaflow.errors import DataError, UsageError, command, explain
 from vaflow.extract.importing.feature_files import Columns, FeatureFile, Features
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.extract.streams import provenance
@@ -91,7 +91,7 @@ class ImportedLabels:
                     f"The labels of {cache.place} come from its videos and cannot be mixed with others",
                     got=f"--labels {options.folder}",
                     remedy="Omit --labels, or import into another cache. "
-                    f"To change splits only: vaflow cache splits {cache.place} splits.csv",
+                    f"To change splits only: {command('cache', 'splits', cache.place, 'splits.csv')}",
                 )
             )
         self._declared = self._extracted

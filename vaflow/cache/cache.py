@@ -30,7 +30,16 @@ from vaflow.cache.schema import (
 from vaflow.cache.scratch import LongArray, Scratch
 from vaflow.cache.stores import STORES, fetch
 from vaflow.cache.streams import declare, load_stream
-from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError, explain
+from vaflow.errors import (
+    CacheError,
+    CorruptError,
+    DataError,
+    FingerprintError,
+    MissingError,
+    UsageError,
+    command,
+    explain,
+)
 
 NO_SPLIT = "none"  # split name of clips without a split, in `info` and `items`
 
@@ -129,7 +138,8 @@ class Cache:
             if split not in splits:
                 remedy = None
                 if NO_SPLIT in splits:
-                    remedy = f"none = clips without a split; to assign: `vaflow cache splits {self.place} splits.csv`"
+                    assign = command("cache", "splits", self.place, "splits.csv")
+                    remedy = f"none = clips without a split; to assign: `{assign}`"
                 raise UsageError(
                     explain(f"No clip of {self.place} has this split", got=split, choices=splits, remedy=remedy)
                 )

@@ -18,7 +18,7 @@ from vaflow.cache.costs import carry_costs
 from vaflow.cache.opening import PathLike, create_cache, layout_of
 from vaflow.cache.schema import LABELS, Array, Json, Record, unescape
 from vaflow.cache.verify import load_streams
-from vaflow.errors import CacheError, CorruptError, DataError, MissingError, UsageError, explain
+from vaflow.errors import CacheError, CorruptError, DataError, MissingError, UsageError, command, explain
 from vaflow.failures import FAILURES, Failure, read_failures, write_failures
 
 CARRIED = "failures-carried.jsonl"
@@ -67,7 +67,7 @@ def survey(cache: Cache, stage: str) -> Survey:
         except (OSError, ValueError) as error:
             message = explain(
                 f"{layout.shown(path)} of the cache {cache.place} cannot be used: {error}",
-                remedy=f"Run `vaflow cache repair {cache.place}`, then extract again",
+                remedy=f"Run `{command('cache', 'repair', cache.place)}`, then extract again",
             )
             stream = {"stream": unescape(path.parent.name)}
             result.damaged.append(Failure(unescape(path.stem), stage, "CorruptError", message, stream))

@@ -11,7 +11,7 @@ from pathlib import Path
 from vaflow import files
 from vaflow.cache.remote import Remote
 from vaflow.cache.schema import escape
-from vaflow.errors import CacheError, CorruptError, explain
+from vaflow.errors import CacheError, CorruptError, command, explain
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ class Layout:
     def corrupt(self, path: Path, problem: str, stream: str | None = None, item: str | None = None) -> CorruptError:
         """Return the error for a damaged file."""
         where = f", item {item!r} of stream {stream!r}" if item is not None else ""
+        repair = command("cache", "repair", self.place)
         return CorruptError(
             explain(
                 f"{self.shown(path)} of the cache {self.place} is damaged{where}: {problem}",
-                remedy=f"Run `vaflow cache repair {self.place}`, then extract again; only damaged items are extracted",
+                remedy=f"Run `{repair}`, then extract again; only damaged items are extracted",
             )
         )
 

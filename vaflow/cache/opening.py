@@ -12,7 +12,7 @@ from vaflow.cache.layout import Layout
 from vaflow.cache.packed import PackedCache, refuse_writing
 from vaflow.cache.remote import Remote, url_of
 from vaflow.cache.schema import FORMAT, PACKED, SCHEMA_VERSION, STORES, StoreName
-from vaflow.errors import SchemaError, UsageError, explain
+from vaflow.errors import SchemaError, UsageError, command, explain
 from vaflow.files import TEMPORARY
 
 PathLike = str | os.PathLike[str]
@@ -182,11 +182,10 @@ def _no_cache(layout: Layout) -> UsageError:
     gone = layout.remote is None and not layout.root.exists()
     empty = layout.remote is not None or gone or (layout.root.is_dir() and not any(layout.root.iterdir()))
     what = "The folder does not exist" if gone else "It has no manifest.json"
-    command = f"DATA --out {layout.place}" if empty else f"{layout.place} --out {layout.place}.cache"
+    data, out = ("DATA", layout.place) if empty else (layout.place, f"{layout.place}.cache")
+    extract = command("extract", data, "--out", out)
     return UsageError(
-        explain(
-            f"{layout.place} is not a cache. {what}", remedy=f"Make one: vaflow extract {command}, or check the path"
-        )
+        explain(f"{layout.place} is not a cache. {what}", remedy=f"Make one: {extract}, or check the path")
     )
 
 

@@ -32,7 +32,7 @@ from vaflow.cache.layout import Layout
 from vaflow.cache.opening import PathLike, layout_of
 from vaflow.cache.packed import PackedArray
 from vaflow.cache.schema import PACKED, Array, Record
-from vaflow.errors import CacheError, UsageError, explain
+from vaflow.errors import CacheError, UsageError, command, explain
 from vaflow.failures import LISTS
 
 CHUNK = 2**20  # bytes at most, and one row at least: what zarr reads at a time
@@ -124,7 +124,7 @@ def _records(source: Cache, stream: str) -> list[Record]:
         raise CacheError(
             explain(
                 f"Stream {stream!r} of {source.place} has damaged records",
-                remedy=f"vaflow cache repair {source.place}",
+                remedy=command("cache", "repair", source.place),
             )
         )
     return [source.record(stream, item) for item in items]

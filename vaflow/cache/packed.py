@@ -19,7 +19,7 @@ from vaflow.cache.index import Folder, Index, Row
 from vaflow.cache.layout import Layout
 from vaflow.cache.schema import DTYPES, PACKED, Array, Blob, Json, Record, StreamInfo, array_problems, escape
 from vaflow.cache.streams import load_stream
-from vaflow.errors import CorruptError, MissingError, UsageError, explain
+from vaflow.errors import CorruptError, MissingError, UsageError, command, explain
 
 RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])  # of a chunk
 
@@ -350,6 +350,7 @@ def refuse_writing(layout: Layout) -> UsageError:
     return UsageError(
         explain(
             f"The cache {layout.place} is packed, and packed caches are read-only",
-            remedy=f"Unpack it first: vaflow cache convert {layout.place} --out {layout.place}.cache --store zarr",
+            remedy="Unpack it first: "
+            + command("cache", "convert", layout.place, "--out", f"{layout.place}.cache", "--store", "zarr"),
         )
     )

@@ -21,7 +21,7 @@ from vaflow.cli.common import (
     table,
 )
 from vaflow.cli.options import CachePath, JsonFlag, NewCache, Quiet, Store, Verbose, variant
-from vaflow.errors import CorruptError, UsageError, count, explain, visible
+from vaflow.errors import CorruptError, UsageError, command, count, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.cache import Cache
@@ -132,7 +132,9 @@ def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
     if problems:
         packed = opened.store == "packed"
         remedy = (
-            f"Pack again: vaflow cache pack CACHE {cache}" if packed else f"Repair with: vaflow cache repair {cache}"
+            f"Pack again: {command('cache', 'pack', 'CACHE', cache)}"
+            if packed
+            else f"Repair with: {command('cache', 'repair', cache)}"
         )
         echo(visible(f"{count(len(problems), 'problem')}. {remedy}"), err=True)
         return FAILED

@@ -9,7 +9,7 @@ import typer
 
 from vaflow.cli.common import echo, print_json, report_failures, set_up, show_bars, summary_json, table, weight_pairs
 from vaflow.cli.options import CachePath, Device, JsonFlag, Quiet, Store, Verbose, Weights, variant
-from vaflow.errors import UsageError, count, explain, visible
+from vaflow.errors import UsageError, command, count, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.extract.prompts import AddedPrompts, ListedSet
@@ -204,7 +204,7 @@ def _prompts_text(listed: "list[ListedSet]", added: "AddedPrompts | None", cache
         lines += [f"{added.name!r} embedded: {stream}" for stream in added.new]
         lines += [f"{added.name!r} embedded, replacing other prompts: {stream}" for stream in added.replaced]
         lines += [f"{added.name!r} is up to date: {stream}" for stream in added.unchanged]
-        lines += [f"Train with it: vaflow train {cache} --out RUN --set prompts={added.name}", ""]
+        lines += [f"Train with it: {command('train', cache, '--out', 'RUN', '--set', f'prompts={added.name}')}", ""]
     rows = [(one.stream, one.name, len(one.templates), one.created) for one in listed]
     lines += (table(rows, ("stream", "set", "templates", "created")) if rows else "no prompt sets").splitlines()
     if verbose:

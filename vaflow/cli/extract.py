@@ -32,7 +32,7 @@ from vaflow.cli.options import (
     Weights,
     variant,
 )
-from vaflow.errors import UsageError, count, explain
+from vaflow.errors import UsageError, command, count, explain
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.ray_cluster import check_engine
 
@@ -159,7 +159,7 @@ def extract(
 
         for code, clips in sorted(summary.label_problems.items()):
             log.warning("%s: %s", LABEL_PROBLEMS[code], examples(sorted(clips), LISTED))
-        log.warning("To see by how much: vaflow check %s", root)
+        log.warning("To see by how much: %s", command("check", root))
     if json:
         print_json(summary_json(summary) | {"absent": absent})
     elif not quiet:
@@ -210,7 +210,7 @@ def _absent_clips(cache: "Cache", clips: set[str], out: Path, root: Path) -> lis
         names = ", ".join(absent[:LISTED]) + (", ..." if len(absent) > LISTED else "")
         verb = "is" if len(absent) == 1 else "are"
         log.warning("%s of %s %s not in %s: %s", count(len(absent), "clip"), out, verb, root, names)
-        log.warning("To remove clips that are not in the dataset: vaflow cache drop %s --absent %s", out, root)
+        log.warning("To remove clips that are not in the dataset: %s", command("cache", "drop", out, "--absent", root))
     return absent
 
 
@@ -279,9 +279,9 @@ def _several_people(clips: int, cache: "Cache", out: Path, root: Path, identity:
     from vaflow.cache.schema import CROPS
     from vaflow.extract.faces.identity import NONE, REMEDY, resolve
 
-    media = "" if CROPS in cache.streams() else f" --media {root}"
-    command = f"vaflow faces {out}{media} --several"
+    media = () if CROPS in cache.streams() else ("--media", root)
+    show = command("faces", out, *media, "--several")
     verb = "shows" if clips == 1 else "show"
     if resolve(identity) == NONE:
-        return f"{count(clips, 'clip')} {verb} several tracks of faces, which only {REMEDY} joins to people: {command}"
-    return f"{count(clips, 'clip')} {verb} several people: {command}"
+        return f"{count(clips, 'clip')} {verb} several tracks of faces, which only {REMEDY} joins to people: {show}"
+    return f"{count(clips, 'clip')} {verb} several people: {show}"

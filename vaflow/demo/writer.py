@@ -31,7 +31,7 @@ from vaflow.demo.drawing import Image
 from vaflow.demo.scenario import MUTE, SHORT_AUDIO, STEREO, ClipPlan, DemoConfig, NoiseScene, Scene, plan_clips
 from vaflow.demo.video_writer import write_video
 from vaflow.demo.voice import SAMPLE_RATE, Voice, noise_audio, speak
-from vaflow.errors import UsageError, VaflowError, explain
+from vaflow.errors import UsageError, VaflowError, command, explain
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract
 from vaflow.train.config import TrainConfig
@@ -314,7 +314,8 @@ def describe(result: DemoResult) -> str:
         lines.append(f"  {name:8} {', '.join(shares)}")
     lines += ["", "Time: " + ", ".join(f"{stage} {value:.0f} s" for stage, value in result.seconds.items())]
     lines += ["Figures:", *(f"  {path}" for path in result.pictures)]
-    lines += ["", f"Next: vaflow predict {result.out / 'run'} YOUR_VIDEO.mp4 --out {result.out / 'predictions'}"]
+    following = command("predict", result.out / "run", "YOUR_VIDEO.mp4", "--out", result.out / "predictions")
+    lines += ["", f"Next: {following}"]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vaflow import __version__
 from vaflow.datasets.files import examples
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, command, explain
 from vaflow.files import make_folder, replace_file
 from vaflow.pages import render
 from vaflow.regions import REGION_NAMES
@@ -217,7 +217,9 @@ def write_report(
     index = None if viewer is None else viewer / "index.html"
     if index is not None and not index.is_file():
         raise UsageError(
-            explain(f"{viewer} is not a viewer", expected="index.html", remedy=f"vaflow view {paths[0]} --out {viewer}")
+            explain(
+                f"{viewer} is not a viewer", expected="index.html", remedy=command("view", paths[0], "--out", viewer)
+            )
         )
     link = None if index is None else quote(os.path.relpath(index, out.parent or ".").replace(os.sep, "/"))
     page = render(

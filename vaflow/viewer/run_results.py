@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.errors import CorruptError, UsageError, explain
+from vaflow.errors import CorruptError, UsageError, command, explain
 from vaflow.timeline import Floats
 from vaflow.train.metrics import concordance_of_moments, scope, smoothing_text, video_moments
 from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
@@ -168,7 +168,7 @@ def _check_same_frames(path: Path, metrics: Mapping[str, Any], moments: Mapping[
                 f"The predictions of {path} are not those that its metrics.json is about",
                 expected=", ".join(f"CCC of {name} {stated[name]:.4f}" for name in differs),
                 got=", ".join(f"{scored[name]:.4f}" for name in differs) + "; the split was evaluated on other data",
-                remedy=f"Evaluate the run on its cache again: vaflow evaluate {path}",
+                remedy=f"Evaluate the run on its cache again: {command('evaluate', path)}",
             )
         )
 
@@ -185,7 +185,7 @@ def _text(path: Path, run: Path) -> str:
                 f"{run} is not a finished run",
                 expected="a directory written by `vaflow train`",
                 got=f"no {path.name}" if run.is_dir() else "no such directory",
-                remedy=f"List the finished runs: vaflow runs {run.parent}",
+                remedy=f"List the finished runs: {command('runs', run.parent)}",
             )
         ) from error
 
