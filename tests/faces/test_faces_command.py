@@ -106,3 +106,13 @@ def test_an_unwritable_page_is_reported_before_any_face_is_detected(
         for out in (tmp_path, tmp_path / "a.mp4" / "page.html"):
             assert main([*command, "--out", str(out)]) == 2
             assert "vaflow: The page cannot be written. Expected: --out FILE." in capsys.readouterr().err
+
+
+def test_another_table_beside_the_page_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "faces.csv").write_text("clip,person\na,id:2\n")
+    (tmp_path / "a.mp4").write_text("no video")
+    assert main(["faces", str(tmp_path), "--out", str(tmp_path / "faces.html")]) == 2
+    assert f"{tmp_path / 'faces.csv'}, which is written beside the page, is another table." in capsys.readouterr().err
+    (tmp_path / "faces.csv").unlink()
+    for _ in range(2):
+        assert main(["faces", str(tmp_path), "--out", str(tmp_path / "faces.html"), "-q"]) == 0

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
 from vaflow.datasets import open_dataset
-from vaflow.datasets.files import examples
+from vaflow.datasets.files import examples, head
 from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.faces.alignment import MAX_YAW, MIN_SCORE, MIN_SHARPNESS, MIN_SIZE, align, encode_jpeg
 from vaflow.extract.faces.detection import CenterFace, Face
@@ -257,8 +257,14 @@ def write_people(
         show_progress: draw a progress bar.
 
     Raises:
-        UsageError: the cache has no stream of faces, or the folder has no video.
+        UsageError: the cache has no stream of faces, the folder has no video, or `faces.csv` is another table.
     """
+    table = out.parent / TABLE
+    if table.is_file() and head(table).partition("\n")[0].strip() != ",".join(COLUMNS):
+        problem = f"{table}, which is written beside the page, is another table"
+        raise UsageError(
+            explain(problem, expected="no such file, or one of vaflow faces", remedy="Choose another --out")
+        )
     clip_people = _of_cache(open_cache(path), media) if is_cache(path) else _of_videos(path, resolve(identity))
     clips, tables = [], []
     for clip in tqdm(clip_people, desc="faces", unit="clip", disable=not show_progress):
