@@ -115,4 +115,5 @@ def test_another_table_beside_the_page_is_not_replaced(tmp_path: Path, capsys: p
     assert f"{tmp_path / 'faces.csv'}, which is written beside the page, is another table." in capsys.readouterr().err
     (tmp_path / "faces.csv").unlink()
     for _ in range(2):
-        assert main(["faces", str(tmp_path), "--out", str(tmp_path / "faces.html"), "-q"]) == 0
+        assert main(["faces", str(tmp_path), "--out", str(tmp_path / "faces.html"), "-q"]) == 1, "nothing can be read"
+        assert capsys.readouterr().err.splitlines()[-1] == "Not readable: a.mp4"

@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from vaflow.cli.common import check_page, echo, interval, loading, number, print_json, set_up, show_bars, table
+from vaflow.cli.common import (
+    FAILED,
+    SOME_FAILED,
+    check_page,
+    echo,
+    interval,
+    loading,
+    number,
+    print_json,
+    set_up,
+    show_bars,
+    table,
+)
 from vaflow.cli.options import JsonFlag, Quiet, Verbose
 from vaflow.errors import UsageError, count, explain
 
@@ -200,10 +212,14 @@ def faces(
         path, out, media or (), several=several, identity=identity, show_progress=show_bars(quiet or json)
     )
     if json:
-        print_json({"page": str(out), "table": str(page.table), "clips": page.facts()})
+        document = {"page": str(out), "table": str(page.table), "clips": page.facts()}
+        print_json(document | {"unreadable": page.unreadable})
     elif not quiet:
         people = sum(len(clip.people) > 1 for clip in page.clips)
         echo(f"{count(len(page.clips), 'clip')}, {people} with several people: {out}, {page.table}")
+    if page.unreadable:
+        echo(f"Not readable: {', '.join(page.unreadable)}", err=True)
+        return SOME_FAILED if page.clips or several else FAILED
     return 0
 
 

@@ -226,10 +226,11 @@ def faces_csv(clips: Sequence[tuple[str, Arrays]]) -> str:
 
 @dataclass(frozen=True)
 class PeoplePage:
-    """A written page: its clips, and the table beside it."""
+    """A written page: its clips, the table beside it, and the videos that could not be read."""
 
     clips: tuple[ClipCard, ...]
     table: Path
+    unreadable: tuple[str, ...] = ()
 
     def facts(self) -> list[dict[str, Any]]:
         """The clips as plain JSON, without crops."""
@@ -265,7 +266,11 @@ def write_people(
         raise UsageError(
             explain(problem, expected="no such file, or one of vaflow faces", remedy="Choose another --out")
         )
-    clip_people = _of_cache(open_cache(path), media) if is_cache(path) else _of_videos(path, resolve(identity))
+    unreadable: list[str] = []
+    if is_cache(path):
+        clip_people = _of_cache(open_cache(path), media)
+    else:
+        clip_people = _of_videos(path, resolve(identity), unreadable)
     clips, tables = [], []
     for clip in tqdm(clip_people, desc="faces", unit="clip", disable=not show_progress):
         if several and len(set(clip.faces["person"].tolist())) < 2:
@@ -280,7 +285,7 @@ def write_people(
             reason = "the cache holds crops only of clips with several people. Add --media DIR with the videos"
         log.warning("No crops of %s (%s): %s", count(len(bare), "clip"), examples(bare), reason)
     out.parent.mkdir(parents=True, exist_ok=True)
-    page = PeoplePage(tuple(clips), out.parent / TABLE)
+    page = PeoplePage(tuple(clips), out.parent / TABLE, tuple(unreadable))
     cache = str(path) if is_cache(path) else ""
     write_file(out, render("faces.html", name=path.name, clips=clips, table=TABLE, cache=cache))
     write_file(page.table, faces_csv(tables))
@@ -302,7 +307,8 @@ def _of_cache(cache: Cache, media: Sequence[Path]) -> Iterator[FacesOfClip]:
         yield replace(clip, video=files.get((source.get("name", ""), source.get("size", -1))))
 
 
-def _of_videos(path: Path, network: str) -> Iterator[FacesOfClip]:
+def _of_videos(path: Path, network: str, unreadable: list[str]) -> Iterator[FacesOfClip]:
+    """The faces of videos; names of those that cannot be read are added to `unreadable`."""
     videos = [path] if path.is_file() else [c.video for c in open_dataset(path, "videos").clips if c.video is not None]
     if not videos:
         raise UsageError(explain(f"{path} holds no video", expected="a cache, a video, or a directory of videos"))
@@ -311,5 +317,6 @@ def _of_videos(path: Path, network: str) -> Iterator[FacesOfClip]:
             faces = detected_faces(video, network, Grid())
         except (MediaError, OSError) as error:
             log.warning("%s: %s", video.name, error)
+            unreadable.append(video.name)
             continue
         yield FacesOfClip(video.stem, "", faces, {}, video=video)
