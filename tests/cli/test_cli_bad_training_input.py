@@ -153,7 +153,7 @@ def test_a_cache_with_other_settings_is_rejected(run: Path, tmp_path: Path, caps
     other = make_cache(tmp_path / "other", Toy(seconds=(8, 14), widths=(13, 10)))
     words = ("'toy-eyes'", "dim: 13, 12 in the run", "Extract the clips again")
     assert_refused(capsys, 2, ["evaluate", run, "--cache", other.path], *words)
-    assert_refused(capsys, 2, ["ensemble", run, run, "--cache", other.path, "--out", tmp_path / "e"], *words)
+    assert_refused(capsys, 2, ["ensemble", run, "--cache", other.path, "--out", tmp_path / "e"], *words)
     assert_refused(capsys, 2, train(other.path, run), "other settings", "toy-eyes", "another --out")
 
 
@@ -166,7 +166,7 @@ def on_runs(run: Path, out: Path, cache: Cache) -> list[list[object]]:
     return [
         ["evaluate", run],
         ["predict", run, clip, "--out", out / "predictions"],
-        ["ensemble", run, run, "--out", out / "ensemble"],
+        ["ensemble", run, "--out", out / "ensemble"],
         ["submit", run, "--cache", cache.path, "--sample", sample, "--out", out / "submission.txt"],
     ]
 
@@ -210,7 +210,7 @@ def test_unwritable_output_paths_are_rejected(
     file.write_text("mine")
     for out in (file, file / "below"):
         assert_refused(capsys, 2, train(cache.path, out), str(out), "Cannot write")
-        assert_refused(capsys, 2, ["ensemble", run, run, "--out", out], str(out))
+        assert_refused(capsys, 2, ["ensemble", run, "--out", out], str(out))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")

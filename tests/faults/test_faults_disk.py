@@ -177,7 +177,7 @@ def commands_into(out: Path, media: Path, toys: Path, run: Path) -> list[list[ob
         ["train", toys, "--out", out / "run", *SMALL],
         ["predict", run, media / "clip0.mp4", "--out", out / "predictions"],
         ["ablate", toys, "--table", "extra", "--seeds", "1", "--out", out / "study"],
-        ["ensemble", run, run, "--out", out / "ensemble"],
+        ["ensemble", run, "--out", out / "ensemble"],
         ["demo", "--out", out / "demo"],
     ]
 
