@@ -194,6 +194,7 @@ def test_crops_and_embeddings_equal_opencv(extracted: dict[str, Cache]) -> None:
     assert not left.all()
 
 
+@pytest.mark.slow  # two extractions with an experimental detector
 def test_the_fingerprint_includes_the_detector_for_face_streams(
     extracted: dict[str, Cache], two_clips: Path, tiny_pair: tuple
 ) -> None:
