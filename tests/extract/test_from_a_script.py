@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from affwild2_tree import write_video
 
 BODY = """
@@ -30,6 +31,7 @@ def test_a_script_without_a_main_guard_gets_an_error_with_a_remedy(tmp_path: Pat
     assert done.stderr.count("Traceback") == 1, "the output must come from the script process only"
 
 
+@pytest.mark.slow  # like a command
 def test_a_script_with_a_main_guard_accepts_string_paths(tmp_path: Path) -> None:
     done = run_script(tmp_path, 'if __name__ == "__main__": ')
     assert done.returncode == 0, done.stderr

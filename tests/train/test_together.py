@@ -192,7 +192,7 @@ def test_batched_runs_equal_separate_runs(cache: Cache, settings: dict[str, Any]
 )
 def test_captured_steps_equal_dispatched_steps(cache: Cache, settings: dict[str, Any]) -> None:
     """The same bits, with dropout, for all runs and for some."""
-    sizes = [(range(3), 4), (range(3), 4), (range(3), 4), ([0, 2], 4), ([1, 2], 4)]
+    sizes = [(range(3), 4), (range(3), 4), (range(3), 4), ([0, 2], 4)]
     results = []
     for capture_after in (1, 1000):
         members = members_of(cache, configs(cache, **settings))
