@@ -280,7 +280,8 @@ def test_a_run_whose_actor_dies_continues_elsewhere_with_equal_files(
                 os.kill(holder_of(long / ".lock"), signal.SIGKILL)
     assert len(outcomes) == len(jobs)
     assert [outcome.ended.message for outcome in outcomes if outcome.ended.error] == []
-    assert outcomes[0].job != jobs[0] == outcomes[-1].job
+    assert outcomes[0].job != jobs[0]
+    assert outcomes[-1].job == jobs[0] or victim == "node", "either actor may be on the removed node"
     assert results(tmp_path) == results(trained_here) != {}
     assert list(tmp_path.glob(".ray-*")) == [], "the file that shows that nodes share the folder"
 
