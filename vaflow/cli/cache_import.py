@@ -1,20 +1,28 @@
 """`vaflow cache import`, `targets` and `prompts`: streams from other programs' files, and prompt embeddings."""
 
-import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import echo, print_json, report_failures, set_up, show_bars, summary_json, table, weight_pairs
+from vaflow.cli.common import (
+    echo,
+    print_json,
+    report_failures,
+    set_up,
+    show_bars,
+    summary_json,
+    table,
+    warn_of_labels,
+    weight_pairs,
+)
 from vaflow.cli.options import CachePath, Device, JsonFlag, Quiet, Store, Verbose, Weights, variant
 from vaflow.errors import UsageError, command, count, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.extract.prompts import AddedPrompts, ListedSet
 
-log = logging.getLogger(__name__)
 LABEL_PROBLEMS = {
     "labels-outlast": "The labels continue after the features",
     "row-count": "The number of label rows does not fit the rows of the features; if labels count video frames, give "
@@ -102,16 +110,13 @@ def import_(
     set_up(verbose, quiet)
     from tqdm import tqdm
 
-    from vaflow.datasets.files import examples
     from vaflow.extract.importing.feature_files import Columns
     from vaflow.extract.importing.features import ImportConfig, import_features
 
     config = ImportConfig(stream, kind, rate, dtype, Columns.parse(columns or []), label_rate, normalize_by)
     with tqdm(unit="item", desc="import", disable=not show_bars(quiet)) as bar:
         summary = import_features(cache, folder, config, labels=labels, store=store, progress=bar.update)
-    for code, problem in LABEL_PROBLEMS.items():
-        if code in summary.label_problems:
-            log.warning("%s: %s", problem, examples(summary.label_problems[code]))
+    warn_of_labels(summary.label_problems, LABEL_PROBLEMS)
     if json:
         print_json({"stream": stream} | summary_json(summary))
     elif not quiet:

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
@@ -24,6 +24,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from vaflow.errors import UsageError, count, explain, visible
 from vaflow.settings import Setting, settings_of
+
+log = logging.getLogger(__name__)
 
 _COMMAND = re.compile(r'`[^`]*`|python -c "[^"]*"|(?<=[:.] )(?:vaflow|pip) .*?(?=\.?$|\. |, |; )')
 FAILED, SOME_FAILED = 1, 3  # exit codes
@@ -251,6 +253,14 @@ def check_directory(path: Path, option: str = "--out") -> None:
     problem = "is a file" if not existing.is_dir() else "" if os.access(existing, os.W_OK) else "is not writable"
     if problem:
         raise UsageError(explain(f"Cannot write {option} {path}", got=f"{existing} {problem}"))
+
+
+def warn_of_labels(clips: Mapping[str, Sequence[str]], problems: Mapping[str, str]) -> None:
+    """Log the clips whose labels may not belong to them; both map a code of `clock_problem`, to clips and to a text."""
+    from vaflow.datasets.files import examples
+
+    for code in sorted(clips):
+        log.warning("%s: %s", problems[code], examples(sorted(clips[code])))
 
 
 def check_page(path: Path, option: str, *, parents: bool = True) -> None:

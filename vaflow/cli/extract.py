@@ -16,6 +16,7 @@ from vaflow.cli.common import (
     show_bars,
     summary_json,
     table,
+    warn_of_labels,
     weight_pairs,
     with_settings,
 )
@@ -155,10 +156,7 @@ def extract(
     cache = open_cache(out)
     absent = _absent_clips(cache, {clip.id for clip in whole.clips}, out, root)
     if summary.label_problems:
-        from vaflow.datasets.files import examples
-
-        for code, clips in sorted(summary.label_problems.items()):
-            log.warning("%s: %s", LABEL_PROBLEMS[code], examples(sorted(clips), LISTED))
+        warn_of_labels(summary.label_problems, LABEL_PROBLEMS)
         log.warning("To see by how much: %s", command("check", root))
     if json:
         print_json(summary_json(summary) | {"absent": absent})
