@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache
+from vaflow.cache.commit import differences
 from vaflow.cache.schema import Rows, StreamInfo
-from vaflow.cache.streams import differences
 from vaflow.encoders import ENCODERS, build_encoder, encoder_kind, is_encoder
 from vaflow.encoders.base import VisualEncoder
 from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes

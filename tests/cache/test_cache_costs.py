@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from vaflow.cache import Cache, create_cache, open_cache
-from vaflow.cache.copy import convert
+from vaflow.cache.copy import convert, merge
 from vaflow.cache.costs import Cost, append_costs, stream_costs
-from vaflow.cache.merge import merge
 from vaflow.cache.pack import pack
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.cache.verify import verify

@@ -16,9 +16,8 @@ import zarr
 from cache_toys import arrays, small_cache, stream
 
 from vaflow.cache import Cache, open_cache
-from vaflow.cache.copy import convert
+from vaflow.cache.copy import convert, merge
 from vaflow.cache.documents import crc32c, seal
-from vaflow.cache.merge import merge
 from vaflow.cache.verify import repair, verify
 from vaflow.errors import CacheError, CorruptError, VaflowError
 

@@ -10,7 +10,7 @@ import pytest
 from cache_toys import arrays, assert_same, small_cache, stream
 
 from vaflow.cache import Cache, create_cache, open_cache
-from vaflow.cache.merge import merge
+from vaflow.cache.copy import merge
 from vaflow.cache.schema import STORES, StreamInfo
 from vaflow.cache.verify import leftovers, verify
 from vaflow.cli import main

@@ -25,8 +25,7 @@ from store_contract import (  # noqa: F401 - run here on an object store
 )
 
 from vaflow.cache import create_cache, open_cache
-from vaflow.cache.copy import convert
-from vaflow.cache.merge import merge
+from vaflow.cache.copy import convert, merge
 from vaflow.cache.remote import VARIABLE, url_of
 from vaflow.cache.schema import StoreName
 from vaflow.cache.stores import STORES

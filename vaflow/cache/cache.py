@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.cache.commit import commit, discard, load_record
+from vaflow.cache.commit import commit, declare, discard, load_record, load_stream
 from vaflow.cache.documents import fingerprint, now, plain
 from vaflow.cache.index import Index, Row, saved_at_intervals
 from vaflow.cache.layout import Layout
@@ -29,7 +29,6 @@ from vaflow.cache.schema import (
 )
 from vaflow.cache.scratch import LongArray, Scratch
 from vaflow.cache.stores import STORES, fetch
-from vaflow.cache.streams import declare, load_stream
 from vaflow.errors import (
     CacheError,
     CorruptError,

@@ -1,30 +1,47 @@
-"""Copy items between caches of any store, verified and bit for bit; convert a cache to another store.
+"""Copy items between caches of any store, verified and bit for bit: convert a cache, merge caches.
 
 A copy keeps source, facts and creation time; only its attempt is new. Unreadable items are listed in `failures.jsonl`
 and skipped. Running the copy again resumes it.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vaflow.cache.cache import Cache
+from vaflow.cache.commit import differences
 from vaflow.cache.costs import carry_costs
-from vaflow.cache.opening import PathLike, create_cache, layout_of
-from vaflow.cache.schema import LABELS, Array, Json, Record, unescape
+from vaflow.cache.documents import canonical
+from vaflow.cache.opening import PathLike, create_cache, is_cache, layout_of, open_cache
+from vaflow.cache.schema import LABELS, Array, Json, Record, StreamInfo, unescape
 from vaflow.cache.verify import load_streams
-from vaflow.errors import CacheError, CorruptError, DataError, MissingError, UsageError, command, explain
+from vaflow.errors import (
+    CacheError,
+    CorruptError,
+    DataError,
+    FingerprintError,
+    MissingError,
+    UsageError,
+    command,
+    explain,
+)
 from vaflow.failures import FAILURES, Failure, read_failures, write_failures
 
+log = logging.getLogger(__name__)
+
 CARRIED = "failures-carried.jsonl"
-STAGE = "convert"
 THREADS = 4  # commits wait for the disk to flush
 COPY_OF = ("source", "meta", "created", "arrays", "fingerprint")  # members that an item and its copy share
+PREFERENCES = ("first", "newest")
+SHOWN = 10  # conflicts in an error message; the log lists all
 
 Key = tuple[str, str]  # stream, item
 Outcome = Literal["current", "new", "replaced"]
@@ -41,7 +58,7 @@ class Brief:
 
 @dataclass(frozen=True)
 class Survey:
-    """Every committed item of a cache, and the items that cannot be used."""
+    """The committed items of a cache, and those that cannot be used."""
 
     briefs: dict[Key, Brief]
     damaged: list[Failure]
@@ -91,17 +108,13 @@ class ItemCopy:
     key: Key
     origins: tuple[Cache, ...]
     origin_item: str = ""
-    change: Callable[[Record], Record] | None = None
+    change: Callable[[Record], Record] = lambda record: record
     change_arrays: Callable[[Mapping[str, Array]], Mapping[str, Array]] | None = None
 
     @property
     def origin_key(self) -> Key:
         """Stream and item in `origins`."""
         return self.key[0], self.origin_item or self.key[1]
-
-    def record(self, record: Record) -> Record:
-        """The record of the copy."""
-        return self.change(record) if self.change else record
 
 
 @dataclass(frozen=True)
@@ -121,11 +134,6 @@ class TransferSummary:
     there: int
     failures: tuple[Failure, ...]
     failures_file: Path | str
-
-    @property
-    def nothing_done(self) -> bool:
-        """Whether every item failed."""
-        return bool(self.failures) and not self.copied and not self.there
 
 
 def transfer(
@@ -218,13 +226,13 @@ def _copy(target: Cache, copy: ItemCopy, stage: str) -> Outcome | Failure:
     for origin in copy.origins:
         try:
             if known is not None:
-                record = copy.record(origin.record(*copy.origin_key))
+                record = copy.change(origin.record(*copy.origin_key))
                 same = COPY_OF if copy.change_arrays is None else [name for name in COPY_OF if name != "arrays"]
                 if all(getattr(known, name) == getattr(record, name) for name in same):
                     return "current"
             record, arrays = origin.committed(*copy.origin_key)
             changed = copy.change_arrays(arrays) if copy.change_arrays else arrays
-            target.adopt(copy.record(record), changed)  # write errors of the target are raised: the item is not damaged
+            target.adopt(copy.change(record), changed)  # write errors of the target are raised: the item is not damaged
         except (CorruptError, MissingError, DataError, OSError) as error:
             reasons.append(error)
         else:
@@ -247,9 +255,9 @@ def convert(source: Cache, out: PathLike, store: str, *, show_progress: bool = F
     refuse_inside(source, out)
     target = create_cache(out, store=store)
     declare_streams(target, source)
-    result = survey(source, STAGE)
+    result = survey(source, "convert")
     copies = [ItemCopy(key, (source,)) for key in result.briefs]
-    return transfer(target, [source], copies, result.damaged, result.splits, STAGE, show_progress=show_progress)
+    return transfer(target, [source], copies, result.damaged, result.splits, "convert", show_progress=show_progress)
 
 
 def refuse_inside(source: Cache, out: PathLike) -> None:
@@ -274,3 +282,156 @@ def declare_streams(target: Cache, source: Cache) -> None:
     for info in load_streams(source.layout)[0].values():
         if info is not None:
             target.declare(info)
+
+
+Claim = tuple[Cache, Brief]  # a cache that has an item, and facts of its record
+
+
+def merge(
+    out: PathLike,
+    sources: Sequence[Cache],
+    *,
+    store: str | None = None,
+    prefer: str | None = None,
+    show_progress: bool = False,
+) -> TransferSummary:
+    """Merge caches into `out`; resumes an interrupted merge. Items already in `out` take part, as the first cache.
+
+    Args:
+        out: a folder that is empty, missing, or a cache.
+        sources: the caches to merge; their stores may differ.
+        store: of `out`; None: its own, or that of the first source.
+        prefer: version to keep where sources differ: "first" (of the first cache that has the item) or "newest"; the
+            same cache for all such streams of an item. None: raise an error.
+
+    Raises:
+        UsageError: items have different sources and `prefer` is None (nothing is written), or a name or directory is
+            wrong.
+        FingerprintError: a stream has different settings; every field that differs is named.
+        CacheError: writing fails; the same call resumes later.
+    """
+    if prefer is not None and prefer not in PREFERENCES:
+        raise UsageError(explain("Unknown value for prefer", got=prefer, choices=PREFERENCES))
+    for source in sources:
+        refuse_inside(source, out)
+    before = [open_cache(out)] if is_cache(out) else []
+    caches = [*before, *sources]
+    _check_streams(caches)
+    surveys = [survey(cache, "merge") for cache in caches]
+    chosen = _choose(caches, surveys, prefer)
+    target = create_cache(out, store=store or caches[0].store)
+    for source in sources:
+        declare_streams(target, source)
+    copies = [ItemCopy(key, tuple(cache for cache, _ in claims)) for key, claims in chosen.items()]
+    damaged = [
+        failure
+        for part in surveys
+        for failure in part.damaged
+        if (failure.details["stream"], failure.item) not in chosen
+    ]
+    splits = {item: split for part in reversed(surveys) for item, split in part.splits.items()}
+    return transfer(target, sources, copies, damaged, splits, "merge", show_progress=show_progress)
+
+
+def _check_streams(caches: Sequence[Cache]) -> None:
+    """Check that streams of one name have one fingerprint.
+
+    Raises:
+        FingerprintError: they differ; all differences of all streams are named.
+    """
+    known: dict[str, tuple[Cache, StreamInfo]] = {}
+    problems = []
+    for cache in caches:
+        for info in load_streams(cache.layout)[0].values():
+            if info is None:
+                continue
+            first, other = known.setdefault(info.name, (cache, info))
+            names = (f"{first.place} has", cache.place)
+            fields = "; ".join(differences(asdict(other), asdict(info), names=names))
+            problems += [f"stream {info.name!r}: {fields}"] if fields else []
+    if problems:
+        raise FingerprintError(
+            explain(
+                f"The caches have different settings. {'. '.join(problems)}",
+                remedy="Extract the parts with the same settings, or keep the caches apart",
+            )
+        )
+
+
+def _choose(caches: Sequence[Cache], surveys: Sequence[Survey], prefer: str | None) -> dict[Key, list[Claim]]:
+    """Return item -> the caches to copy it from, best first, all with the same source.
+
+    Raises:
+        UsageError: sources differ, and `prefer` is None.
+    """
+    claims: dict[Key, list[Claim]] = {}
+    for cache, part in zip(caches, surveys, strict=True):
+        for key, brief in part.briefs.items():
+            claims.setdefault(key, []).append((cache, brief))
+    conflicts = {key: held for key, held in claims.items() if len(held) > 1 and len(_versions(key, held)) > 1}
+    if conflicts and prefer is None:
+        raise _conflict(conflicts)
+    for _, group in groupby(sorted(conflicts, key=lambda key: (key[1], key[0])), key=lambda key: key[1]):
+        keys = list(group)
+        best = _winner([claim for key in keys for claim in conflicts[key]], caches, prefer)
+        for key in keys:
+            held = conflicts[key]
+            # The claims of the same version as in the preferred cache; if that cache lacks the stream, the next best.
+            preferred = best if any(cache is best for cache, _ in held) else _winner(held, caches, prefer)
+            versions = _versions(key, held).values()
+            claims[key] = next(version for version in versions if any(cache is preferred for cache, _ in version))
+    return claims
+
+
+def _versions(key: Key, claims: Sequence[Claim]) -> dict[bytes, list[Claim]]:
+    """Group the claims to one item, in order, by the content of its source, or of its arrays if it has no source."""
+    versions: dict[bytes, list[Claim]] = {}
+    for cache, brief in claims:
+        content = canonical(_without_places(brief.source))
+        if not brief.source:
+            digest = blake2b()
+            with suppress(CorruptError):  # the copy reports it
+                for name, array in sorted(cache.committed(*key)[1].items()):
+                    digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+            content = digest.digest()
+        versions.setdefault(content, []).append((cache, brief))
+    return versions
+
+
+def _without_places(source: Any) -> Any:
+    """Replace each file of a source by its content digest, if it has one: paths and times differ between copies."""
+    if isinstance(source, Mapping):
+        if "blake2b" in source:
+            return source["blake2b"]
+        return {key: _without_places(value) for key, value in source.items()}
+    return [_without_places(value) for value in source] if isinstance(source, list) else source
+
+
+def _winner(claims: Sequence[Claim], caches: Sequence[Cache], prefer: str | None) -> Cache:
+    """Return the preferred cache among those that have an item; of equally new ones the first."""
+    if prefer == "newest":
+        return max(claims, key=lambda claim: (claim[1].created, -caches.index(claim[0])))[0]
+    return min((cache for cache, _ in claims), key=caches.index)
+
+
+def _conflict(conflicts: Mapping[Key, Sequence[Claim]]) -> UsageError:
+    """Return the error that names each item with the first difference between its sources."""
+    lines = []
+    for (stream, item), ((first, a), *others) in sorted(conflicts.items()):
+        fields = (
+            field
+            for cache, b in others
+            for field in differences(
+                _without_places(a.source), _without_places(b.source), names=(f"{first.place} has", cache.place)
+            )
+        )
+        difference = next(fields, "the arrays differ, and the records have no source")
+        lines.append(f"{item!r} of stream {stream!r} ({difference})")
+        log.debug("Different sources: %s", lines[-1])
+    more = f"; and {len(lines) - SHOWN} more (--verbose lists all)" if len(lines) > SHOWN else ""
+    return UsageError(
+        explain(
+            f"Some items have different sources in the caches ({len(lines)}): {'; '.join(lines[:SHOWN])}{more}",
+            remedy="Choose a version with --prefer first or --prefer newest, or extract them again",
+        )
+    )

@@ -14,11 +14,11 @@ import numpy as np
 
 from vaflow import files
 from vaflow.cache.cache import Cache
+from vaflow.cache.commit import load_stream
 from vaflow.cache.documents import crc32c, file_facts, fingerprint, record_from, source_stamp, unseal
 from vaflow.cache.index import Folder, Index, Row
 from vaflow.cache.layout import Layout
 from vaflow.cache.schema import DTYPES, PACKED, Array, Blob, Json, Record, StreamInfo, array_problems, escape
-from vaflow.cache.streams import load_stream
 from vaflow.errors import CorruptError, MissingError, UsageError, command, explain
 
 RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])  # of a chunk

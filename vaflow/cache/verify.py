@@ -11,14 +11,13 @@ import numpy as np
 
 from vaflow import files
 from vaflow.cache.cache import Cache
-from vaflow.cache.commit import discard, load_record
+from vaflow.cache.commit import discard, load_record, load_stream
 from vaflow.cache.documents import fingerprint, manifest_document, seal
 from vaflow.cache.layout import Layout
 from vaflow.cache.opening import layout_of, open_cache, read_manifest
 from vaflow.cache.packed import PackedCache
 from vaflow.cache.schema import Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES, decode, file_problem, size_problem
-from vaflow.cache.streams import load_stream
 from vaflow.errors import CacheError, CorruptError, UsageError, visible
 from vaflow.files import TEMPORARY
 

@@ -351,7 +351,7 @@ def merge(
     Example: vaflow cache merge whole part1 part2
     """
     from vaflow.cache import open_cache
-    from vaflow.cache.merge import merge as run
+    from vaflow.cache.copy import merge as run
 
     set_up(verbose, quiet)
     opened = [open_cache(path) for path in caches]
@@ -368,7 +368,7 @@ def _report(summary: "TransferSummary", *, json: bool, quiet: bool) -> int:
     if summary.failures:
         problem = f"{count(len(summary.failures), 'item')} could not be read"
         echo(f"{problem}: {summary.failures_file}", err=True)
-        return FAILED if summary.nothing_done else SOME_FAILED
+        return SOME_FAILED if summary.copied or summary.there else FAILED
     return 0
 
 
