@@ -138,7 +138,7 @@ def test_a_pickled_checkpoint_runs_no_code(tmp_path: Path) -> None:
 
     from vaflow.encoders.weights import read_state_dict
     from vaflow.errors import VaflowError
-    from vaflow.train.storage import read_tensors
+    from vaflow.files import read_tensors
 
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:

@@ -1,6 +1,6 @@
 """Load a split into one `WindowSet`: read each clip, look up the rows of its windows, pack the rows.
 
-`read_clip` returns the arrays of a clip, `index_tables` maps its windows to rows, and `WindowBuilder` joins the clips.
+`read_clip` returns a clip's labels and features, `index_tables` maps windows to rows, `WindowBuilder` joins clips.
 Embeddings stay on the training device if they fit, else in host memory, else in a memory-mapped scratch file.
 """
 
@@ -17,18 +17,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vaflow.cache import Cache
-from vaflow.errors import UsageError, count, explain
+from vaflow.cache.schema import LABELS, Item
+from vaflow.errors import DataError, UsageError, count, explain
+from vaflow.timeline import Floats, median_interval
 from vaflow.train import index_tables as tables
-from vaflow.train.batch import ExtraTargets, TargetSpec
-from vaflow.train.clips import Clip, read_clip
+from vaflow.train.batch import VISUAL, ExtraTargets, TargetSpec
 from vaflow.train.config import TrainConfig
 from vaflow.train.folds import split_items
-from vaflow.train.inputs import InputStream
+from vaflow.train.index_tables import NO_AUDIO, NO_FRAMES, AudioTimes, FrameTimes
+from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampling
 from vaflow.train.quality import InputMasks
-from vaflow.train.targets import target_specs
+from vaflow.train.targets import read_rows, target_specs
 from vaflow.train.windows import ClipRows, StreamTable, WindowSet
 
 log = logging.getLogger(__name__)
+
+LONGEST = 24 * 3600.0  # seconds of a clip whose arrays have fewer than one row per window
+# One stream of a clip: embedding rows [T, D] (no rows if the stream lacks the clip) and their times.
+Features = tuple[np.ndarray, FrameTimes | AudioTimes]
 
 
 def load_split(
@@ -111,8 +117,108 @@ def load_windows(
     builder = WindowBuilder(streams, targets, config, make_packs(cache, items, streams, device, budget, scratch))
     masks = InputMasks(config.min_face_quality, config.speech_mask)
     for item in tqdm(items, desc="loading", unit="clip", disable=not show, leave=False):
-        builder.add(read_clip(cache, item, streams, targets, config.grid.window, masks))
+        builder.add(*read_clip(cache, item, streams, targets, config.grid.window, masks))
     return builder.window_set(device)
+
+
+def read_clip(
+    cache: Cache,
+    item: str,
+    streams: Sequence[InputStream],
+    targets: Sequence[TargetSpec],
+    window: float,
+    masks: InputMasks,
+) -> tuple[ClipRows, dict[str, Features]]:
+    """Read every array of a clip once; returns its labels, and its features per stream.
+
+    Args:
+        cache: holds the clip.
+        item: clip id.
+        streams: features to read.
+        targets: further targets to read.
+        window: seconds of a training window; bounds the duration.
+        masks: valid inputs to leave out.
+
+    Raises:
+        DataError, CacheError, UsageError: as `load_windows`.
+    """
+    labels = cache.read(LABELS, item)
+    outside = np.count_nonzero(~(np.abs(labels.value[labels.valid]) <= 1))
+    if outside:
+        raise DataError(
+            explain(
+                f"Clip {item!r} has labels outside [-1, 1]",
+                expected="valence and arousal within [-1, 1] wherever they are marked valid",
+                got=f"{outside} values that are not",
+            )
+        )
+    arrays = {stream.name: cache.read(stream.name, item) for stream in streams if cache.has(stream.name, item)}
+    clip = ClipRows(
+        item=item,
+        group=str(labels.meta.get("group") or item),
+        duration=_duration([labels, *arrays.values()], window),
+        time=labels.time,
+        value=np.where(labels.valid, labels.value, np.nan).astype(np.float64),
+        valid=labels.valid,
+        missing=tuple(stream.name for stream in streams if stream.name not in arrays),
+        extra={spec.name: read_rows(cache, spec, item) for spec in targets},
+    )
+    return clip, {stream.name: _features(cache, stream, arrays.get(stream.name), masks) for stream in streams}
+
+
+def _duration(arrays: Sequence[Item], window: float) -> float:
+    """Return the duration of the labels' record in seconds, limited to one window more than the arrays cover.
+
+    A record can claim any duration, and windows are laid over all of it: unbounded, 3 MB of cache took 8 GB of memory.
+    """
+    labels = arrays[0]
+    times = [np.sort(data.time, axis=None) for data in arrays if data.time.size]
+    covered = max((float(time[-1] + median_interval(time)) for time in times), default=0.0)
+    claimed = labels.meta.get("duration")
+    duration = covered
+    if isinstance(claimed, int | float) and np.isfinite(claimed) and claimed >= 0:
+        duration = min(float(claimed), covered + window)
+    rows = max(map(len, times), default=0)
+    if duration > max(LONGEST, rows * window):
+        raise DataError(
+            explain(
+                f"The times of clip {labels.item!r} are not credible",
+                expected=f"at most {LONGEST:.0f} s, or a row in every window of {window:g} s",
+                got=f"{duration:.0f} s with {rows} rows",
+            )
+        )
+    return duration
+
+
+def _features(cache: Cache, stream: InputStream, data: Item | None, masks: InputMasks) -> Features:
+    """Rows and times of one stream; `data` is None if the stream lacks the clip."""
+    interval = interval_of(stream.kind, stream.identity)
+    if data is None:
+        return np.zeros((0, stream.dim)), NO_FRAMES if stream.kind == VISUAL else NO_AUDIO
+    rows: np.ndarray = data.embedding.reshape(-1, stream.dim)
+    unusable = data.valid.ravel() & ~np.isfinite(rows).all(axis=1)
+    if unusable.any():
+        first = float(data.time.ravel()[np.flatnonzero(unusable)[0]])
+        raise DataError(
+            explain(
+                f"Clip {data.item!r} has features in stream {stream.name!r} that are NaN or infinite",
+                expected="finite numbers wherever the input is valid",
+                got=f"{int(unusable.sum())} of {len(rows)} vectors that are not, the first at {first:.2f} s",
+                remedy="Make the features of this clip again",
+            )
+        )
+    kept = masks.valid(cache, stream.name, stream.kind, data)
+    if stream.kind == VISUAL:
+        return rows, FrameTimes(data.time, kept, interval)
+    if stream.kind != "audio":  # log-Mel: one sequence over the whole clip, frame i for the i-th hop
+        hops: Floats = (np.arange(len(data.time), dtype=np.float64) + 0.5) * LOGMEL_INTERVAL
+        return rows, AudioTimes(np.zeros(1), hops[None], kept[None], None, LOGMEL_INTERVAL)
+    interval = interval or median_interval(data.time[:1].ravel())
+    start = data.arrays.get("start")
+    if start is None:
+        return rows, AudioTimes(data.time[:, 0], data.time, kept, None, interval)
+    window = sampling(stream.identity).get("window")
+    return rows, AudioTimes(start, data.time, kept, window, interval)
 
 
 class WindowBuilder:
@@ -140,38 +246,25 @@ class WindowBuilder:
         self._extra: dict[TargetSpec, list[tables.Targets]] = {spec: [] for spec in targets}
         self._tables: dict[str, list[tables.StepTable]] = {stream.name: [] for stream in streams}
 
-    def add(self, clip: Clip) -> None:
+    def add(self, clip: ClipRows, features: Mapping[str, Features]) -> None:
         """Append the windows of a clip."""
         windows = tables.window_times(self._grid, clip.duration)
         for stream in self._streams:
-            features = clip.features[stream.name]
-            if isinstance(features.times, tables.FrameTimes):
-                table = tables.frame_table(windows, features.times)
+            rows, times = features[stream.name]
+            if isinstance(times, FrameTimes):
+                table = tables.frame_table(windows, times)
             else:
-                table = tables.step_table(windows, stream.steps, features.times)
-            first_row = self._packs[stream.name].append(features.rows)
+                table = tables.step_table(windows, stream.steps, times)
+            first_row = self._packs[stream.name].append(rows)
             packed = np.where(table.row == tables.NO_ROW, 0, table.row + first_row)
             self._tables[stream.name].append(replace(table, row=packed))
         self._labels.append(self._reduce(windows, clip.time, clip.value, clip.valid))
         for spec, parts in self._extra.items():
-            rows = clip.extra[spec.name]
-            parts.append(tables.nearest_targets(windows, rows.time, rows.value, rows.valid))
+            targets = clip.extra[spec.name]
+            parts.append(tables.nearest_targets(windows, targets.time, targets.value, targets.valid))
         self._windows.append(windows)
         first = self._clips[-1].last if self._clips else 0
-        self._clips.append(
-            ClipRows(
-                item=clip.item,
-                group=clip.group,
-                duration=clip.duration,
-                time=clip.time,
-                value=clip.value,
-                valid=clip.valid,
-                first=first,
-                last=first + len(windows.start),
-                missing=clip.missing,
-                extra=clip.extra,
-            )
-        )
+        self._clips.append(replace(clip, first=first, last=first + len(windows.start)))
 
     def window_set(self, device: torch.device) -> WindowSet:
         """The windows of all clips, with masks and labels on `device`."""

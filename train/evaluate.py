@@ -27,9 +27,8 @@ from vaflow.train.breakdown import Groups, Scored, by_dimension, by_group, by_in
 from vaflow.train.folds import source_splits
 from vaflow.train.losses import CENTERS, region_centers
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.prefetch import Prefetcher
 from vaflow.train.targets import extra_scores, probabilities
-from vaflow.train.windows import ClipRows, WindowSet
+from vaflow.train.windows import ClipRows, Prefetcher, WindowSet
 
 log = logging.getLogger(__name__)
 

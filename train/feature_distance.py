@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from vaflow.errors import CorruptError, explain
+from vaflow.files import read_tensors, write_tensors
 from vaflow.timeline import Bools, Floats
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec
 from vaflow.train.evaluate import Trace, at_frames
-from vaflow.train.storage import read_tensors, write_tensors
 from vaflow.train.windows import ClipRows, StreamTable, WindowSet
 
 FILE = "training_features.safetensors"

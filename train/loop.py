@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.errors import CorruptError, DataError, explain
+from vaflow.files import read_tensors, write_tensors
 from vaflow.train.batch import Batch, Output
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.evaluate import Trace, predict_clips, score
 from vaflow.train.losses import total_loss
 from vaflow.train.metrics import DIMENSIONS, mean_over_dimensions, within_video_ccc
-from vaflow.train.prefetch import Prefetcher
-from vaflow.train.storage import read_tensors, write_tensors
-from vaflow.train.windows import WindowSet, drop_modality
+from vaflow.train.windows import Prefetcher, WindowSet, drop_modality
 
 log = logging.getLogger(__name__)
 

@@ -49,9 +49,6 @@ class InputMasks:
         return data.valid
 
 
-EVERYTHING = InputMasks()
-
-
 def face_quality(cache: Cache, stream: str, item: str, data: Item) -> Floats | None:
     """Quality of the face at each visual sample, [T], 0 (no face) to 1; None if the cache does not hold it.
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from vaflow.device import forbid_tf32
 from vaflow.errors import CorruptError, UsageError, command, explain
-from vaflow.files import refuse_links, write_file
+from vaflow.files import read_tensors, refuse_links, write_file
 from vaflow.train import record as digests
 from vaflow.train.builder import build_model
 from vaflow.train.config import differences
@@ -40,7 +40,6 @@ from vaflow.train.heads.model import EachModel, VAModel
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.record import RunRecord
 from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
-from vaflow.train.storage import read_tensors
 from vaflow.train.uncertainty import Calibration, calibrated, read_calibration
 from vaflow.train.windows import WindowSet
 

@@ -19,6 +19,7 @@ from vaflow.cache import Cache
 from vaflow.demonstration import demonstration_notice
 from vaflow.device import choose_device, forbid_tf32, keep_memory
 from vaflow.errors import UsageError, explain
+from vaflow.files import write_tensors
 from vaflow.regions import region_table
 from vaflow.settings import settings_of
 from vaflow.train.builder import build_model, open_tower
@@ -40,7 +41,6 @@ from vaflow.train.metrics import DIMENSIONS, region_occupancy
 from vaflow.train.provenance import run_maker, write_evaluation
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import RunFolder, load_run, require_record
-from vaflow.train.storage import write_tensors
 from vaflow.train.uncertainty import calibrate, calibrated, uncertainty_report, write_calibration
 from vaflow.train.windows import WindowSet
 

@@ -1,12 +1,15 @@
-"""All windows of one split in memory, batches gathered by index, and windows that lack a modality.
+"""All windows of one split in memory, batches gathered by index or ahead, and windows that lack a modality.
 
 No file is read per window. Modality dropout (not in the papers) trains the model on windows without audio or without
 faces.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +19,9 @@ from vaflow.errors import UsageError, explain
 from vaflow.timeline import Bools, Floats
 from vaflow.train.batch import AUDIO, VISUAL, Batch, ExtraTargets, StreamSpec
 from vaflow.train.targets import ExtraRows
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class ClipRows:
     time: Floats
     value: Floats
     valid: Bools
-    first: int
-    last: int
+    first: int = 0
+    last: int = 0
     missing: tuple[str, ...] = ()
     extra: Mapping[str, ExtraRows] = field(default_factory=dict)
 
@@ -67,10 +73,11 @@ class StreamTable:
         return self.index.cpu().long()
 
 
+@dataclass(eq=False)
 class WindowSet:
     """The windows of some clips, gathered into batches by index.
 
-    Args:
+    Attributes:
         streams: streams of features.
         tables: stream name -> its packed rows and index.
         clips: in the order of their windows.
@@ -80,28 +87,15 @@ class WindowSet:
         extra: name -> further targets of all windows, likewise.
     """
 
-    def __init__(
-        self,
-        streams: tuple[StreamSpec, ...],
-        tables: Mapping[str, StreamTable],
-        clips: tuple[ClipRows, ...],
-        *,
-        time: Tensor,
-        sample_time: Floats,
-        inside: Tensor,
-        target: Tensor,
-        labelled: Tensor,
-        extra: Mapping[str, ExtraTargets] | None = None,
-    ) -> None:
-        self.streams = streams
-        self.tables = dict(tables)
-        self.clips = clips
-        self.time = time
-        self.sample_time = sample_time
-        self.inside = inside
-        self.target = target
-        self.labelled = labelled
-        self.extra = dict(extra or {})
+    streams: tuple[StreamSpec, ...]
+    tables: Mapping[str, StreamTable]
+    clips: tuple[ClipRows, ...]
+    time: Tensor
+    sample_time: Floats
+    inside: Tensor
+    target: Tensor
+    labelled: Tensor
+    extra: Mapping[str, ExtraTargets] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.inside)
@@ -191,12 +185,8 @@ class WindowSet:
 
     def without(self, hidden: frozenset[str]) -> "WindowSet":
         """The same windows with some streams masked as missing."""
-        return self.with_tables(
-            {
-                name: replace(t, index=torch.zeros_like(t.index)) if name in hidden else t
-                for name, t in self.tables.items()
-            }
-        )
+        masked = {n: replace(self.tables[n], index=torch.zeros_like(self.tables[n].index)) for n in hidden}
+        return replace(self, tables={**self.tables, **masked})
 
     def of_clips(self, items: Collection[str]) -> "WindowSet":
         """The windows of some of the clips; the rows of features stay shared."""
@@ -208,14 +198,13 @@ class WindowSet:
         def part(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[ids.to(tensor.device)]
 
-        return WindowSet(
-            self.streams,
-            {
+        return replace(
+            self,
+            tables={
                 name: StreamTable(t.rows, t.index[ids.to(t.index.device)], part(t.inside), part(t.time), t.mapped)
                 for name, t in self.tables.items()
             },
-            tuple(replace(c, first=end - c.last + c.first, last=end) for c, end in zip(clips, ends, strict=True)),
-            time=self.time,
+            clips=tuple(replace(c, first=end - c.last + c.first, last=end) for c, end in zip(clips, ends, strict=True)),
             sample_time=self.sample_time[windows.numpy()],
             inside=self.inside[ids],
             target=self.target[ids],
@@ -224,20 +213,6 @@ class WindowSet:
                 name: ExtraTargets(targets.task, targets.value[ids], targets.labelled[ids])
                 for name, targets in self.extra.items()
             },
-        )
-
-    def with_tables(self, tables: Mapping[str, StreamTable]) -> "WindowSet":
-        """The same windows with other features or row indices."""
-        return WindowSet(
-            self.streams,
-            tables,
-            self.clips,
-            time=self.time,
-            sample_time=self.sample_time,
-            inside=self.inside,
-            target=self.target,
-            labelled=self.labelled,
-            extra=self.extra,
         )
 
     def statistics(self, stream: str) -> tuple[Tensor, Tensor]:
@@ -342,6 +317,71 @@ def _joined(batches: Sequence[Batch]) -> Batch:
         parts = [[getattr(batch.extra[name], part) for batch in batches] for part in ("value", "labelled")]
         extra[name] = ExtraTargets(targets.task, *map(torch.cat, parts))
     return replace(batches[0], **plain, extra=extra)  # type: ignore[arg-type]
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Like `map`, but a thread computes the next result while the caller uses the current one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            following = pool.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
+class Prefetcher(Generic[Item]):
+    """Gathers batches, ahead of their use if features are not in the memory of the device.
+
+    The reading thread gathers rows into page-locked memory and copies them to a GPU on a stream of its own while a step
+    runs, and the stream of the step waits for the copy by an event, so neither thread waits for a copy. The GPU part
+    has not run on a GPU; the tests rehearse it with pretended tensors.
+
+    Args:
+        windows: a set on the device of the batches; whether it is `off_device` decides how batches are read.
+        gather: item -> batch; None: `windows.gather`.
+    """
+
+    def __init__(self, windows: WindowSet, gather: Callable[[Item], Batch] | None = None) -> None:
+        self._gather: Callable[[Any], Batch] = gather or windows.gather
+        self._off_device, self._stream = windows.off_device, None
+        if self._off_device and windows.device.type == "cuda":
+            self._stream = torch.cuda.Stream(windows.device)
+            self._stream.wait_stream(torch.cuda.current_stream(windows.device))  # masks and labels may be pending
+
+    def batches(self, items: Iterable[Item]) -> Iterator[Batch]:
+        """The batch of every item, in order."""
+        order: Callable[..., Iterable[tuple[Batch, Any]]] = ahead if self._off_device else map
+        for batch, copied in order(self.read, items):
+            yield self.take(batch, copied)
+
+    def read(self, item: Item) -> tuple[Batch, Any]:
+        """A batch whose copies may be under way, and the event after them. Called by the reading thread."""
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            batch = self._gather(item)
+        return batch, None if self._stream is None else self._stream.record_event()
+
+    def take(self, batch: Batch, copied: Any) -> Batch:
+        """The batch for use on the current stream, which waits for the copies; this thread does not."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_event(copied)
+            for tensor in tensors_of(vars(batch)):
+                tensor.record_stream(current)  # its memory is not reused for the next copy before this step ends
+        return batch
+
+
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """All tensors in nested dictionaries and objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_of(part)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_of(vars(value))
 
 
 def drop_modality(

@@ -1,4 +1,4 @@
-"""Write files whole and durably; read small files without following links.
+"""Write files whole and durably; read small files without following links; tensors in files (safetensors, no pickle).
 
 A file is written under a short temporary name in its own folder, flushed to the disk, and renamed. After a kill or a
 power cut the old content is there or the new, never half of it. A link at the target is replaced, not followed.
@@ -9,14 +9,18 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
+from typing import TYPE_CHECKING
 
-from vaflow.errors import UsageError, VaflowError, explain
+from vaflow.errors import CorruptError, UsageError, VaflowError, explain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPORARY = ".tmp-"  # prefix of files that are being written; readers skip them
 LARGEST_DOCUMENT = 64 * 2**20  # bytes
@@ -245,3 +249,31 @@ def lock_folder(folder: Path, command: str) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], note: Mapping[str, str] | None = None) -> None:
+    """Write tensors and `note`, text in the header, to a safetensors file.
+
+    Raises:
+        VaflowError: the file cannot be written.
+    """
+    from safetensors.torch import save  # imports torch
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, save(plain, dict(note or {})))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Read the tensors, on the CPU, and the note of a safetensors file.
+
+    Raises:
+        CorruptError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # By its number: safetensors refuses paths that are not UTF-8.
+        with path.open("rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise CorruptError(explain(f"{path} is damaged", got=error)) from error

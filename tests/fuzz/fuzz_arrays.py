@@ -56,7 +56,7 @@ def try_arrays(folder: Path, example: tuple[bytes, bytes | None]) -> None:
 
 def try_tensors(folder: Path, data: bytes) -> None:
     from vaflow.encoders.weights import read_state_dict
-    from vaflow.train.storage import read_tensors
+    from vaflow.files import read_tensors
 
     (folder / "a.safetensors").write_bytes(data)
     (folder / "a.pt").write_bytes(data)

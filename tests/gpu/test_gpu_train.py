@@ -13,7 +13,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import fit, seeded
-from vaflow.train.prefetch import Prefetcher
+from vaflow.train.windows import Prefetcher
 
 SPLITS = ("train", "val")
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--workers", "2", "-q"]

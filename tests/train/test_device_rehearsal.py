@@ -23,9 +23,8 @@ from vaflow.train.heads.fusion import FUSION, POSITIONS
 from vaflow.train.heads.model import NORMALIZE, VAModel
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.losses import total_loss
-from vaflow.train.prefetch import Prefetcher, tensors_of
 from vaflow.train.together.stacked_models import StackedModels, stacked_batch
-from vaflow.train.windows import StreamTable, WindowSet, drop_modality, gather_each
+from vaflow.train.windows import Prefetcher, StreamTable, WindowSet, drop_modality, gather_each, tensors_of
 
 B, F, S, WINDOWS = 3, 4, 6, 10
 MEL = StreamSpec("mel", AUDIO, 8, frames_per_step=2)
@@ -240,7 +239,7 @@ def test_rows_in_host_memory_are_copied_ahead_through_page_locked_memory(monkeyp
         windows = windows_of(streams)
         on_device = windows.tables[AUDIO_STREAM.name]
         in_memory = {name: replace(t, rows=t.rows.cpu(), index=t.index.cpu()) for name, t in windows.tables.items()}
-        windows = windows.with_tables(in_memory | {AUDIO_STREAM.name: on_device})  # one of the two streams fits
+        windows = replace(windows, tables=in_memory | {AUDIO_STREAM.name: on_device})  # one of the two streams fits
         with torch.device("cuda"):
             model = VAModel(streams, torch.zeros(9, 6), hidden=8, attention_heads=2)
         prefetcher = Prefetcher[Tensor](windows)

@@ -182,9 +182,7 @@ def poison(windows: WindowSet, item: str) -> WindowSet:
     rows = table.rows.clone()
     read = table.index[clip.first : clip.last].unique().long()
     rows[read[read > 0]] = torch.nan
-    copy = windows.without(frozenset())
-    copy.tables[VISUAL] = StreamTable(rows, table.index)
-    return copy
+    return replace(windows, tables={**windows.tables, VISUAL: StreamTable(rows, table.index)})
 
 
 def test_a_non_finite_loss_names_the_clips(loaded) -> None:
@@ -202,10 +200,10 @@ def test_disabled_streams_are_not_read(loaded) -> None:
     model = fresh(config, inputs)
     clean = fit(model, train.without(hidden), val.without(hidden), TrainConfig(**{**config.__dict__, "epochs": 1}))
     table = train.tables[AUDIO]
-    dirty = train.without(hidden)
     rows = torch.full_like(table.rows, torch.nan)
     rows[0] = 0
-    dirty.tables[AUDIO] = StreamTable(rows, torch.zeros_like(table.index), table.inside, table.time)
+    masked = StreamTable(rows, torch.zeros_like(table.index), table.inside, table.time)
+    dirty = replace(train, tables={**train.tables, AUDIO: masked})
     model = fresh(config, inputs)
     other = fit(model, dirty, val.without(hidden), TrainConfig(**{**config.__dict__, "epochs": 1}))
     assert same(dict(clean.best), dict(other.best))

@@ -13,6 +13,7 @@ from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, VISUAL_STREAM, toy_batch, 
 
 from vaflow.cache import Cache
 from vaflow.errors import CorruptError, UsageError
+from vaflow.files import read_tensors
 from vaflow.timeline import Grid, nearest
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig, merge
@@ -23,7 +24,6 @@ from vaflow.train.losses import ccc_loss, masked_mse, total_loss
 from vaflow.train.runs import RunFolder, load_run
 from vaflow.train.smoothing import Smoothing, read_smoothing, write_smoothing
 from vaflow.train.smoothing_choice import choose_smoothing
-from vaflow.train.storage import read_tensors
 from vaflow.train.training import Result, evaluate_run, train_run
 from vaflow.train.windows import drop_modality, without_modality
 

@@ -17,13 +17,12 @@ from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
-from vaflow.files import lock_folder
+from vaflow.files import lock_folder, read_tensors
 from vaflow.provenance import find_provenance
 from vaflow.train import plots, session
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.inputs import check_same, resolve
 from vaflow.train.runs import RunFolder, cache_of, load_run
-from vaflow.train.storage import read_tensors
 from vaflow.train.training import Result, evaluate_run, train_run
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=3e-3, batch_size=8, epochs=2, device="cpu")

@@ -11,6 +11,7 @@ from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
 from vaflow.cache import Cache
 from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError
+from vaflow.files import read_tensors, write_tensors
 from vaflow.train import session, training
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
@@ -19,7 +20,6 @@ from vaflow.train.loop import Row
 from vaflow.train.record import RunRecord, new_record
 from vaflow.train.runs import PROTOTYPES, RunFolder, load_run
 from vaflow.train.session import load_data
-from vaflow.train.storage import read_tensors, write_tensors
 from vaflow.train.training import evaluate_run, train_run
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=3, device="cpu")

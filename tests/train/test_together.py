@@ -14,6 +14,7 @@ from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, LOGMEL, StreamInfo
 from vaflow.errors import CorruptError, DataError
+from vaflow.files import read_tensors
 from vaflow.train.batch import BINARY, CLASSES, Batch
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.heads.fusion import FUSION, POSITIONS
@@ -22,7 +23,6 @@ from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import Progress, fit, save_checkpoint
 from vaflow.train.session import Data, LoadedSplits, data_key, load_data, new_model
-from vaflow.train.storage import read_tensors
 from vaflow.train.together.epochs import Member, fit_together, take_step
 from vaflow.train.together.runs import FOLD, VARYING, Choice, Trainer, batches_of, choose
 from vaflow.train.together.stacked_models import StackedModels

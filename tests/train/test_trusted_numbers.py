@@ -76,9 +76,8 @@ def enlarged(windows: WindowSet, stream: str, item: str, factor: float) -> Windo
     rows = table.rows.clone()
     read = table.index[clip.first : clip.last].unique().long()
     rows[read[read > 0]] = rows[read[read > 0]].float().mul(factor).to(rows.dtype)
-    copy = windows.without(frozenset())
-    copy.tables[stream] = StreamTable(rows, table.index, table.inside, table.time)
-    return copy
+    other = StreamTable(rows, table.index, table.inside, table.time)
+    return replace(windows, tables={**windows.tables, stream: other})
 
 
 @pytest.mark.parametrize("stream", [VISUAL, AUDIO])

@@ -13,11 +13,11 @@ from toy_runs import write_run
 
 from vaflow.cache import Cache
 from vaflow.errors import UsageError
+from vaflow.files import read_tensors, write_tensors
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
 from vaflow.train.evaluate import predict_windows
 from vaflow.train.runs import load_run
-from vaflow.train.storage import read_tensors, write_tensors
 from vaflow.train.training import train_run
 from vaflow.viewer.attention import FusionStatistics, fusion_statistics
 from vaflow.viewer.report import write_report

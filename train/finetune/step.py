@@ -21,8 +21,7 @@ from vaflow.train.finetune.data import Augment, Source
 from vaflow.train.heads.model import VAModel
 from vaflow.train.loop import Row, adamw, batch_loss, seeded, update
 from vaflow.train.losses import REGIONS
-from vaflow.train.prefetch import ahead
-from vaflow.train.windows import StreamTable, WindowSet, drop_modality, to_device
+from vaflow.train.windows import StreamTable, WindowSet, ahead, drop_modality, to_device
 
 # Padded batch sizes of `encode_split`: those of `vaflow extract`, because the low bits depend on the batch size.
 ENCODE_BATCH = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
@@ -160,7 +159,7 @@ def encode_split(
         table = tables[backbone.stream.name]
         rows = combine(_encode_rows(table, sources[backbone.stream.name], backbone, rank, ranks))
         tables[backbone.stream.name] = replace(table, rows=rows)
-    return windows.with_tables(tables)
+    return replace(windows, tables=tables)
 
 
 @torch.no_grad()

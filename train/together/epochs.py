@@ -31,10 +31,9 @@ from vaflow.train.loop import (
     seed_from,
     update,
 )
-from vaflow.train.prefetch import Prefetcher
 from vaflow.train.session import Data
 from vaflow.train.together.stacked_models import StackedModels, stacked_batch
-from vaflow.train.windows import drop_modality, gather_each
+from vaflow.train.windows import Prefetcher, drop_modality, gather_each
 
 # Errors that end one run while the others continue: bad data, a device error, lack of memory, a full disk.
 FAILURES = (VaflowError, RuntimeError, MemoryError, OSError, ValueError)

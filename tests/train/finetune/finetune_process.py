@@ -12,9 +12,9 @@ from finetune_ready import SETTINGS, Loaded, tuning
 from torch import Tensor
 
 from vaflow.cache import open_cache
+from vaflow.files import write_tensors
 from vaflow.train.finetune.run import processes
 from vaflow.train.finetune.step import read_share, train_step
-from vaflow.train.storage import write_tensors
 from vaflow.train.training import train_run
 
 CONFIG = replace(SETTINGS, dropout=0.0, augment=True, accumulate=2)

@@ -15,13 +15,13 @@ from vaflow.datasets import open_dataset
 from vaflow.errors import FingerprintError, UsageError, VaflowError, WeightsError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract
+from vaflow.files import read_tensors
 from vaflow.predict import predict_media
 from vaflow.train.batch import CLASSES
 from vaflow.train.config import TrainConfig
 from vaflow.train.finetune import run as tuning_run
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.runs import RunFolder, load_run, require_record
-from vaflow.train.storage import read_tensors
 from vaflow.train.training import evaluate_run, train_run
 
 CONFIG = replace(SETTINGS, augment=True, uncertainty="variance")
