@@ -1,4 +1,4 @@
-"""Agreement of predictions with labels, in NumPy and float64.
+"""Agreement of predictions with labels, its intervals and paired tests, in NumPy and float64.
 
 Everywhere `prediction` and `target` are [..., 2] (valence, arousal) and `mask` is [...] or [..., 2] bool, True where
 labelled; None means everywhere. Masked values may be anything, NaN too. Results are per dimension, [2], and NaN where
@@ -20,6 +20,7 @@ Bools = NDArray[np.bool_]
 
 DIMENSIONS = ("valence", "arousal")
 MOMENTS = 6  # count, sum x, sum y, sum xx, sum yy, sum xy
+RESAMPLES = 10_000  # of videos
 
 
 def concordance(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None) -> Floats:
@@ -134,7 +135,7 @@ class Interval:
 
 
 def bootstrap_interval(
-    moments: Sequence[Floats] | Floats, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+    moments: Sequence[Floats] | Floats, *, resamples: int = RESAMPLES, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """Percentile interval of the concordance under resampling whole videos with replacement.
 
@@ -194,6 +195,63 @@ def _resampled(moments: Floats, resamples: int, rng: np.random.Generator) -> Flo
     return out.reshape(resamples, MOMENTS, 2)
 
 
+def shared_draws(videos: int, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """[R, V]: the resamples that all compared runs share, as of `draw_videos`."""
+    return draw_videos(videos, resamples, np.random.default_rng(seed))
+
+
+def resampled_ccc(moments: Floats, draws: Floats) -> Floats:
+    """Concordance of every resample, averaged over seeds: one matrix product, because moments add up.
+
+    Args:
+        moments: [S, V, 6, 2], of each seed's run.
+        draws: [R, V], from `shared_draws`; all seeds are measured on the same videos.
+
+    Returns:
+        [R, 3]: valence, arousal and their mean; NaN where a resample has no label.
+    """
+    seeds, videos = moments.shape[:2]
+    sums = np.einsum("rv,svk->srk", draws, moments.reshape(seeds, videos, -1), optimize=True)
+    ccc = concordance_of_moments(sums.reshape(seeds, len(draws), 6, 2)).mean(axis=0)
+    return np.concatenate([ccc, mean_over_dimensions(ccc)[:, None]], axis=1)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """One run or configuration minus another on the same videos: [3] each, valence, arousal and mean.
+
+    Attributes:
+        difference: as observed. low, high: its 95 % interval.
+        p: two-sided: twice the share of resamples in which the difference has the other sign, at least the smallest p
+            of a sign test over these videos.
+    """
+
+    difference: Floats
+    low: Floats
+    high: Floats
+    p: Floats
+
+
+def paired_difference(one: Floats, other: Floats, observed: Floats, videos: int) -> PairedDifference:
+    """Compare two runs or configurations by a paired bootstrap over videos.
+
+    Args:
+        one, other: [R, 3] from `resampled_ccc` with the same draws.
+        observed: [3] difference on the videos as they are.
+        videos: number of videos.
+    """
+    difference = one - other
+    edges = percentile_interval(difference)
+    least = 2.0 ** (1 - videos)  # all videos agree by chance; a bootstrap of three videos alone would give p < .001
+    p = np.full(difference.shape[1], np.nan)
+    for k, column in enumerate(difference.T):
+        finite = column[np.isfinite(column)]
+        if finite.size:
+            tail = min(np.count_nonzero(finite <= 0), np.count_nonzero(finite >= 0))
+            p[k] = max(least, min(1.0, 2 * (tail + 1) / (finite.size + 1)))  # + 1: resamples are finite, no p is 0
+    return PairedDifference(observed, edges[:, 0], edges[:, 1], p)
+
+
 def smoothness(value: ArrayLike, time: ArrayLike) -> Floats:
     """Mean absolute change of a trace per second, [K]. Lower is smoother.
 
@@ -219,7 +277,7 @@ def smoothness(value: ArrayLike, time: ArrayLike) -> Floats:
 def region_occupancy(target: ArrayLike, mask: ArrayLike | None = None, centers: float = 0.66) -> Floats:
     """Share of the frames labelled in both dimensions that lie nearest to each region's center, [9], sums to 1.
 
-    Region 3 * v + a with v, a in (low, middle, high). NaN where no frame is labelled in both.
+    NaN where no frame is labelled in both.
 
     Raises:
         UsageError: `centers` is not above 0.
@@ -231,8 +289,13 @@ def region_occupancy(target: ArrayLike, mask: ArrayLike | None = None, centers: 
     y = y[labelled.all(axis=-1)]
     if not len(y):
         return np.full(9, np.nan)
-    level = (y > -centers / 2).astype(np.int64) + (y > centers / 2)  # half-way between neighbours
-    return np.bincount(3 * level[:, 0] + level[:, 1], minlength=9) / len(y)
+    return np.bincount(region_of(y, centers), minlength=9) / len(y)
+
+
+def region_of(va: Floats, centers: float) -> Ints:
+    """[..., 2] -> [...] region 3 * valence level + arousal level; borders lie half-way between centers."""
+    level = (va > -centers / 2).astype(np.int64) + (va > centers / 2)
+    return 3 * level[..., 0] + level[..., 1]
 
 
 def _concordance(x: Floats, y: Floats) -> float:

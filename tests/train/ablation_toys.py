@@ -11,7 +11,7 @@ from synthetic_cache import AUDIO, VISUAL
 from vaflow.train.ablate.grid import Row, Study, Table, load_study
 from vaflow.train.ablate.plan import Entry, Job, Plan
 from vaflow.train.ablate.pool import RUNS
-from vaflow.train.ablate.statistics import write_moments
+from vaflow.train.ablate.workers import write_moments
 from vaflow.train.config import TrainConfig
 from vaflow.train.metrics import concordance_of_moments, mean_over_dimensions, video_moments
 

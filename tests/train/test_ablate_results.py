@@ -19,7 +19,7 @@ from vaflow.train.ablate.plan import Options, Plan
 from vaflow.train.ablate.pool import Ended
 from vaflow.train.ablate.report import About, csv_text, digits, html_page, markdown, plot
 from vaflow.train.ablate.results import Results, collect
-from vaflow.train.ablate.statistics import read_moments, write_moments
+from vaflow.train.ablate.workers import read_moments, write_moments
 from vaflow.train.config import TrainConfig
 from vaflow.train.runs import RunFolder
 

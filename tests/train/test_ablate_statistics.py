@@ -7,8 +7,15 @@ import pytest
 from numpy.typing import NDArray
 
 from vaflow.errors import CorruptError
-from vaflow.train.ablate.statistics import compare, draw, read_moments, resampled_ccc, write_moments
-from vaflow.train.metrics import bootstrap_interval, percentile_interval, video_moments
+from vaflow.train.ablate.workers import read_moments, write_moments
+from vaflow.train.metrics import (
+    bootstrap_interval,
+    paired_difference,
+    percentile_interval,
+    resampled_ccc,
+    shared_draws,
+    video_moments,
+)
 
 Floats = NDArray[np.float64]
 SEEDS, VIDEOS, RESAMPLES = 3, 7, 200
@@ -52,7 +59,7 @@ def brute(predicted: list[list[Floats]], labels: list[Floats], draws: Floats) ->
 
 def test_resamples_equal_concatenated_frames(labels: list[Floats]) -> None:
     predicted = predictions(labels, 0.4, 1)
-    draws = draw(VIDEOS, RESAMPLES, seed=3)
+    draws = shared_draws(VIDEOS, RESAMPLES, seed=3)
     assert draws.shape == (RESAMPLES, VIDEOS)
     assert (draws.sum(axis=1) == VIDEOS).all()
     np.testing.assert_allclose(
@@ -62,10 +69,10 @@ def test_resamples_equal_concatenated_frames(labels: list[Floats]) -> None:
 
 def test_paired_comparison_equals_a_loop(labels: list[Floats]) -> None:
     one, other = predictions(labels, 0.40, 1), predictions(labels, 0.43, 2)
-    draws = draw(VIDEOS, RESAMPLES, seed=3)
+    draws = shared_draws(VIDEOS, RESAMPLES, seed=3)
     resampled = [resampled_ccc(moments(predicted, labels), draws) for predicted in (one, other)]
     observed = np.array([0.1, 0.2, 0.3])
-    comparison = compare(resampled[0], resampled[1], observed, VIDEOS)
+    comparison = paired_difference(resampled[0], resampled[1], observed, VIDEOS)
     difference = brute(one, labels, draws) - brute(other, labels, draws)
     np.testing.assert_array_equal(comparison.difference, observed)
     np.testing.assert_allclose(comparison.low, np.percentile(difference, 2.5, axis=0), atol=1e-10)
@@ -79,16 +86,16 @@ def test_paired_comparison_equals_a_loop(labels: list[Floats]) -> None:
 def test_pairing_detects_a_small_constant_gain(labels: list[Floats]) -> None:
     predicted = predictions(labels, 0.4, 1)
     better = [[x + 0.02 * (y - x) for x, y in zip(run, labels, strict=True)] for run in predicted]
-    draws = draw(VIDEOS, 2000)
+    draws = shared_draws(VIDEOS, 2000)
     here, baseline = (resampled_ccc(moments(p, labels), draws) for p in (better, predicted))
-    paired = compare(here, baseline, np.zeros(3), VIDEOS)
+    paired = paired_difference(here, baseline, np.zeros(3), VIDEOS)
     assert (paired.low > 0).all()
     assert percentile_interval(here)[-1, 0] < percentile_interval(baseline)[-1, 1], "the two intervals overlap"
 
 
 def test_equal_runs_have_zero_difference(labels: list[Floats]) -> None:
-    resampled = resampled_ccc(moments(predictions(labels, 0.4, 1), labels), draw(VIDEOS, 50))
-    same = compare(resampled, resampled, np.zeros(3), VIDEOS)
+    resampled = resampled_ccc(moments(predictions(labels, 0.4, 1), labels), shared_draws(VIDEOS, 50))
+    same = paired_difference(resampled, resampled, np.zeros(3), VIDEOS)
     assert (same.low == 0).all()
     assert (same.high == 0).all()
     assert (same.p == 1).all()
@@ -97,8 +104,8 @@ def test_equal_runs_have_zero_difference(labels: list[Floats]) -> None:
 def test_few_videos_never_yield_a_small_p_value(labels: list[Floats]) -> None:
     table = moments(predictions(labels, 0.4, 1), labels)[:, :3]
     worse = moments(predictions(labels, 2.0, 2), labels)[:, :3]
-    draws = draw(3, 1000)
-    comparison = compare(resampled_ccc(table, draws), resampled_ccc(worse, draws), np.zeros(3), 3)
+    draws = shared_draws(3, 1000)
+    comparison = paired_difference(resampled_ccc(table, draws), resampled_ccc(worse, draws), np.zeros(3), 3)
     assert (comparison.low > 0).all()
     assert (comparison.p >= 0.25).all(), "three videos agree by chance in one of four cases"
 
@@ -106,7 +113,7 @@ def test_few_videos_never_yield_a_small_p_value(labels: list[Floats]) -> None:
 def test_one_seed_has_the_interval_of_evaluate(labels: list[Floats]) -> None:
     table = moments(predictions(labels, 0.4, 1), labels)[:1]
     peer = bootstrap_interval(table[0], resamples=4000, seed=5)
-    interval = percentile_interval(resampled_ccc(table, draw(VIDEOS, 4000, seed=9)))
+    interval = percentile_interval(resampled_ccc(table, shared_draws(VIDEOS, 4000, seed=9)))
     expected = np.array([peer.valence, peer.arousal, peer.mean])
     np.testing.assert_allclose(interval, expected, atol=0.15 * float((expected[:, 1] - expected[:, 0]).min()))
 
@@ -114,13 +121,13 @@ def test_one_seed_has_the_interval_of_evaluate(labels: list[Floats]) -> None:
 def test_a_dimension_without_labels_has_no_interval(labels: list[Floats]) -> None:
     masks = [np.repeat([[True, False]], len(y), axis=0) for y in labels]
     table = np.array([[video_moments(y + 0.1, y, mask) for y, mask in zip(labels, masks, strict=True)]])
-    resampled = resampled_ccc(table, draw(VIDEOS, 100))
+    resampled = resampled_ccc(table, shared_draws(VIDEOS, 100))
     assert np.isnan(resampled[:, 1]).all()
     np.testing.assert_array_equal(resampled[:, 2], resampled[:, 0])
     edges = percentile_interval(resampled)
     assert np.isfinite(edges[[0, 2]]).all()
     assert np.isnan(edges[1]).all()
-    assert np.isnan(compare(resampled, resampled, np.zeros(3), VIDEOS).p[1])
+    assert np.isnan(paired_difference(resampled, resampled, np.zeros(3), VIDEOS).p[1])
 
 
 def test_moments_round_trip_exactly(tmp_path: Path, labels: list[Floats]) -> None:

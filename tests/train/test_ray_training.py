@@ -13,7 +13,7 @@ from vaflow.errors import UsageError
 from vaflow.train.ablate.plan import Job, Options, make_plan
 from vaflow.train.ablate.pool import Pool
 from vaflow.train.ablate.ray_workers import Member, Shared, contents
-from vaflow.train.ablate.runner import documents_of
+from vaflow.train.ablate.workers import documents_of
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 

@@ -1,8 +1,9 @@
-"""Tables of `vaflow ablate`: reading and checking their TOML file. No cache is needed.
+"""Tables of `vaflow ablate`: reading and checking their TOML file, and the table of a cache's encoders.
 
 The format is described at the head of the built-in file, `vaflow/train/paper_tables.toml`.
 """
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,11 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from vaflow.cache import Cache
 from vaflow.errors import UsageError, explain
-from vaflow.train.config import TrainConfig, coerce, merge
+from vaflow.train.config import NONE, TrainConfig, coerce, merge
 from vaflow.train.settings_files import preset
 
 ALL = "all"
+ENCODERS = "encoders"  # name of the table of a cache's encoders
 EACH = ("prompts",)
 SCORES = ("valence", "arousal", "mean")
 ROW_KEYS = ("name", "preset", "paper", "each")  # the other keys of a row are settings
@@ -207,3 +210,35 @@ def expand(table: Table, prompt_sets: Iterable[str]) -> Table:
             for name in others
         ]
     return replace(table, rows=tuple(rows))
+
+
+def encoder_study(cache: Cache, preset: str = "p1") -> Study:
+    """Table `encoders`: the same heads on every stream of a cache, every pair, and all visual streams together.
+
+    It is written as the TOML of any other table, so that `tables.toml` of the study repeats it. The full model has the
+    first visual and the first audio stream.
+
+    Raises:
+        UsageError: the cache has no stream of an encoder.
+    """
+    visual, audio = encoder_streams(cache, "visual"), encoder_streams(cache, "audio")
+    if not visual and not audio:
+        raise UsageError(explain(f"{cache.place} has no encoder's stream", expected="a visual or an audio stream"))
+    lines = ["[base]", f"preset = {json.dumps(preset)}", *_selected(visual[:1], audio[:1]), ""]
+    lines += [f"[table.{ENCODERS}]", 'title = "Encoders of the cache"', ""]
+    rows = {name: _selected([name], []) for name in visual} | {name: _selected([], [name]) for name in audio}
+    rows |= {f"{one} + {other}": _selected([one], [other]) for one in visual for other in audio}
+    if len(visual) > 1:
+        rows["all visual"] = _selected(visual, [])
+    for name, settings in rows.items():
+        lines += [f"[[table.{ENCODERS}.row]]", f"name = {json.dumps(name)}", *settings, ""]
+    return parse_study("\n".join(lines), f"table {ENCODERS}")
+
+
+def encoder_streams(cache: Cache, kind: str) -> list[str]:
+    """Names of the visual or audio streams of a cache."""
+    return [name for name, info in cache.streams().items() if info.kind == kind]
+
+
+def _selected(visual: Sequence[str], audio: Sequence[str]) -> list[str]:
+    return [f"visual = {json.dumps(list(visual) or [NONE])}", f"audio = {json.dumps(list(audio) or [NONE])}"]

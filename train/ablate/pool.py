@@ -16,8 +16,7 @@ from vaflow.cache import Cache
 from vaflow.errors import VaflowError, explain
 from vaflow.ray_cluster import check_engine
 from vaflow.train.ablate.plan import Job
-from vaflow.train.ablate.processes import Processes
-from vaflow.train.ablate.runner import Crew, Ended, Run, Runner, Worker
+from vaflow.train.ablate.workers import Crew, Ended, Processes, Run, Runner, Worker
 from vaflow.train.together.runs import batches_of, check_mode, one_thread
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from vaflow.cache import Cache, open_cache
 from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.ray_cluster import Notes, connected, import_ray, starts_here
-from vaflow.train.ablate.runner import Crew, Message, Run, Runner, Worker, documents_of, runs_from
+from vaflow.train.ablate.workers import Crew, Message, Run, Runner, Worker, documents_of, runs_from
 from vaflow.train.together.runs import one_thread
 
 log = logging.getLogger(__name__)

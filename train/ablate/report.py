@@ -20,10 +20,9 @@ from vaflow.demonstration import random_encoders
 from vaflow.errors import count, visible
 from vaflow.pages import render
 from vaflow.timeline import Floats
-from vaflow.train.ablate.encoders import COSTS, COSTS_NOTE, Comparison
 from vaflow.train.ablate.grid import SCORES
 from vaflow.train.ablate.plan import Options
-from vaflow.train.ablate.results import Results, RowResult, TableResult
+from vaflow.train.ablate.results import COSTS, COSTS_NOTE, EncoderComparison, Results, RowResult, TableResult
 
 FROZEN, TUNED = "frozen cache", "fine-tuned"  # how the rows were trained
 BASE = "base"  # table name of the full model, if no row of the tables is it
@@ -341,7 +340,7 @@ def _diamond(x: float, y: float, r: float = 5) -> str:
     return f'<path class="paper" d="M{x:.1f} {y - r:.1f} l{r} {r} l{-r} {r} l{-r} {-r} z"/>'
 
 
-def html_page(results: Results, about: About, encoders: Comparison | None = None) -> str:
+def html_page(results: Results, about: About, encoders: EncoderComparison | None = None) -> str:
     """Text of `results.html`."""
     tables = [
         {

@@ -1,4 +1,7 @@
-"""Results of a study from its finished runs: means over seeds, intervals over videos, differences, best rows."""
+"""Results of a study from its finished runs: means over seeds, intervals over videos, differences, best rows.
+
+The bootstrap over videos draws the same resamples for all configurations.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,13 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from vaflow.cache import Cache
+from vaflow.cache.costs import stream_costs
+from vaflow.cache.schema import stored_layers
 from vaflow.timeline import Floats
-from vaflow.train.ablate.grid import SCORES, Table
+from vaflow.train.ablate.grid import ENCODERS, SCORES, Table, encoder_streams
 from vaflow.train.ablate.plan import Entry, Plan
-from vaflow.train.ablate.pool import RUNS, Ended
-from vaflow.train.ablate.statistics import Comparison, compare, draw, read_moments, resampled_ccc
-from vaflow.train.metrics import percentile_interval
+from vaflow.train.ablate.pool import RUNS
+from vaflow.train.ablate.workers import Ended, read_moments
+from vaflow.train.metrics import PairedDifference, paired_difference, percentile_interval, resampled_ccc, shared_draws
 from vaflow.train.runs import RunFolder
+
+COSTS = ("stream", "dimensions", "layers", "MB", "parameters (M)", "s per minute", "device", "precision")
+COSTS_NOTE = "s per minute: seconds of encoding per minute of video, without decoding. -: not recorded."
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class RowResult:
     scores: Floats
     within: Floats
     interval: Floats
-    versus: Comparison | None = None
+    versus: PairedDifference | None = None
     best: tuple[bool, ...] = (False,) * len(SCORES)
     problem: str = ""
 
@@ -128,7 +137,7 @@ class _Measure:
 
     def __init__(self, runs: Mapping[str, _Finished], videos: Sequence[str], failures: Mapping[str, Ended]) -> None:
         self._runs, self._videos, self._failures = runs, videos, failures
-        self._draws = draw(len(videos)) if videos else np.zeros((0, 0))
+        self._draws = shared_draws(len(videos)) if videos else np.zeros((0, 0))
         self._resampled: dict[tuple[str, ...], Floats] = {}
 
     def row(self, entry: Entry) -> RowResult:
@@ -161,10 +170,10 @@ class _Measure:
                 marked[at] = replace(marked[at], best=best)
         return marked
 
-    def _compare(self, one: RowResult, other: RowResult) -> Comparison | None:
+    def _compare(self, one: RowResult, other: RowResult) -> PairedDifference | None:
         if not (one.seeds and other.seeds and self._videos):
             return None
-        return compare(
+        return paired_difference(
             self._resamples(one.entry), self._resamples(other.entry), one.mean - other.mean, len(self._videos)
         )
 
@@ -184,3 +193,63 @@ class _Measure:
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class EncoderComparison:
+    """Comparison of a cache's encoders, as texts.
+
+    Attributes:
+        heads: columns of the matrix; rows: its rows: mean CCC of visual streams (rows) with audio streams (columns).
+        together: mean CCC of all visual streams together; "" with fewer than two.
+        costs: rows of the table of costs, whose columns are `COSTS`.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    together: str
+    costs: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """Text of `encoders.md`."""
+        lines = [
+            "# Encoders of the cache",
+            "",
+            "Mean CCC over seeds; intervals and paired tests are in results.md.",
+            "",
+        ]
+        lines += _markdown(self.heads, self.rows)
+        if self.together:
+            lines += ["", f"All visual streams together: {self.together}."]
+        return "\n".join([*lines, "", *_markdown(COSTS, self.costs), "", COSTS_NOTE, ""])
+
+
+def compare_encoders(cache: Cache, results: Results) -> EncoderComparison | None:
+    """Return the comparison of a study with the table `encoders`; None for other studies."""
+    if all(table.table.name != ENCODERS for table in results.tables):
+        return None
+    rows = {row.entry.row.name: row for table in results.tables for row in table.rows}
+
+    def score(name: str) -> str:
+        row = rows.get(name)
+        return f"{row.mean[2]:.3f}" if row is not None and row.seeds else "-"
+
+    visual, audio = encoder_streams(cache, "visual"), encoder_streams(cache, "audio")
+    matrix = [[one, score(one), *(score(f"{one} + {other}") for other in audio)] for one in visual]
+    matrix.append(["none", "-", *(score(other) for other in audio)])
+    sizes, costs, table = cache.info()["streams"], stream_costs(cache), []
+    for name in (*visual, *audio):
+        info, cost = cache.streams()[name], costs.get(name)
+        size = [str(info.dim), str(stored_layers(info) or 1), f"{sizes[name]['bytes'] / 1e6:.3g}"]
+        if cost is None:
+            table.append([name, *size, *"----"])
+        else:
+            parameters = "-" if cost.parameters is None else f"{cost.parameters / 1e6:.1f}"
+            table.append([name, *size, parameters, f"{cost.seconds_per_minute:.2f}", cost.device, cost.precision])
+    heads = ["visual \\ audio", "none", *audio]
+    return EncoderComparison(heads, matrix, score("all visual") if len(visual) > 1 else "", table)
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [heads, ["---"] * len(heads), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]

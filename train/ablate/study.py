@@ -10,14 +10,12 @@ from typing import Any
 from vaflow.cache import Cache
 from vaflow.failures import FAILURES, Failure, write_failures
 from vaflow.files import lock_folder, write_file
-from vaflow.train.ablate.encoders import compare
 from vaflow.train.ablate.grid import Study
 from vaflow.train.ablate.plan import Options, Plan, add_command, make_plan
 from vaflow.train.ablate.pool import RUNS, Outcome, run_jobs
 from vaflow.train.ablate.report import About, csv_text, html_page, markdown
-from vaflow.train.ablate.results import Results, collect
-from vaflow.train.ablate.runner import Ended
-from vaflow.train.ablate.statistics import moments_file
+from vaflow.train.ablate.results import Results, collect, compare_encoders
+from vaflow.train.ablate.workers import Ended, moments_file
 from vaflow.train.runs import RunFolder
 
 OnPlan = Callable[[Plan, int], None]
@@ -106,7 +104,7 @@ def _write(
     cache: Cache, out: Path, study: Study, plan: Plan, results: Results, about: About, failed: Mapping[str, Ended]
 ) -> StudyResult:
     """Write the results and `failures.jsonl`."""
-    encoders = compare(cache, results)
+    encoders = compare_encoders(cache, results)
     texts = {
         "csv": ("results.csv", csv_text(results)),
         "markdown": ("results.md", markdown(results, about)),

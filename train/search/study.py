@@ -16,7 +16,7 @@ from vaflow.cache import Cache
 from vaflow.errors import DataError, UsageError, VaflowError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.train.ablate.pool import Pool
-from vaflow.train.ablate.runner import Ended
+from vaflow.train.ablate.workers import Ended
 from vaflow.train.config import TrainConfig, merge
 from vaflow.train.folds import make_folds, split_items
 from vaflow.train.inputs import resolve

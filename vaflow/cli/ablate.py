@@ -87,16 +87,16 @@ def ablate(
     from vaflow.train.config import parse_settings
 
     with loading(quiet):
-        from vaflow.train.ablate import encoders, run_study
-        from vaflow.train.ablate.grid import load_study
+        from vaflow.train.ablate import run_study
+        from vaflow.train.ablate.grid import ENCODERS, encoder_study, load_study
         from vaflow.train.ablate.plan import Options
 
     options = Options(seeds, parse_settings(settings or []), alias_pairs(aliases or []), allow_missing)
     opened = open_cache(cache)
-    compared = encoders.NAME in (tables or [])
+    compared = ENCODERS in (tables or [])
     if compared and (grid is not None or len(tables or []) > 1):
         raise UsageError(explain("--table encoders cannot be combined", expected="no other --table and no --grid"))
-    study = encoders.encoder_study(opened) if compared else load_study(grid)
+    study = encoder_study(opened) if compared else load_study(grid)
     with _Reporter(show_bars(quiet), quiet) as reporter:
         result = run_study(
             opened,

@@ -19,9 +19,9 @@ from vaflow.train.data import load_windows
 from vaflow.train.evaluate import input_at_frames, predict_windows
 from vaflow.train.folds import split_items
 from vaflow.train.heads.fusion import Fusion, Track
+from vaflow.train.metrics import region_of
 from vaflow.train.runs import load_run
 from vaflow.train.windows import WindowSet
-from vaflow.viewer.run_results import region_of
 
 # Seconds from a frame to an audio step, edges of the bins; negative: the step is earlier.
 EDGES = np.array([-np.inf, -8, -4, -2, -1, -0.5, 0.5, 1, 2, 4, 8, np.inf])

@@ -19,8 +19,8 @@ from vaflow.datasets.formats import read_csv
 from vaflow.errors import UsageError, count, explain
 from vaflow.files import make_folder, replace_file
 from vaflow.timeline import Bools, Floats
+from vaflow.train.metrics import region_of
 from vaflow.viewer.predictions import DIMENSIONS, find_predictions, read_predictions
-from vaflow.viewer.run_results import region_of
 
 FUSIONS = ("mean", "ewe")
 FUSED = "fused.json"  # beside fused labels: how they were made

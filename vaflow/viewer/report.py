@@ -19,8 +19,13 @@ from vaflow.files import make_folder, replace_file
 from vaflow.pages import render
 from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Floats
-from vaflow.train.ablate.statistics import compare, draw, resampled_ccc
-from vaflow.train.metrics import concordance_of_moments, mean_over_dimensions
+from vaflow.train.metrics import (
+    concordance_of_moments,
+    mean_over_dimensions,
+    paired_difference,
+    resampled_ccc,
+    shared_draws,
+)
 from vaflow.viewer.predictions import DIMENSIONS
 from vaflow.viewer.run_results import BINS, PlaneSums, ReportClip, RunResults, read_runs
 
@@ -254,9 +259,9 @@ def paired_differences(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
             rows.append({"name": run.name, "problem": "the runs are not scored on the same labelled frames"})
             continue
         one, other = (np.stack([r.moments[v] for v in videos])[None] for r in (run, first))
-        draws = draw(len(videos))
+        draws = shared_draws(len(videos))
         observed = _with_mean(one) - _with_mean(other)
-        comparison = compare(resampled_ccc(one, draws), resampled_ccc(other, draws), observed, len(videos))
+        comparison = paired_difference(resampled_ccc(one, draws), resampled_ccc(other, draws), observed, len(videos))
         values = zip(SCORES, comparison.difference, comparison.low, comparison.high, comparison.p, strict=True)
         scores = {name: tuple(map(plain, numbers)) for name, *numbers in values}
         rows.append({"name": run.name, "problem": "", "videos": len(videos), "scores": scores})

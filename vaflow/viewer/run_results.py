@@ -12,7 +12,7 @@ import numpy as np
 
 from vaflow.errors import CorruptError, UsageError, command, explain
 from vaflow.timeline import Floats
-from vaflow.train.metrics import concordance_of_moments, scope, smoothing_text, video_moments
+from vaflow.train.metrics import concordance_of_moments, region_of, scope, smoothing_text, video_moments
 from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
 from vaflow.viewer.predictions import DIMENSIONS, PredictedClip, PredictionSet, find_predictions, read_predictions
 
@@ -62,12 +62,6 @@ class PlaneSums:
         self.predicted += np.bincount(region_of(va, centers), minlength=9)
         cell = np.clip(((label + 1) / 2 * 5).astype(int), 0, 4)
         np.add.at(self.flow, (cell[:, 0], cell[:, 1]), np.column_stack([np.ones(len(va)), label, va]))
-
-
-def region_of(va: Floats, centers: float) -> Any:
-    """[N, 2] -> [N] index of the region: 3 * valence level + arousal level; borders lie half-way between centres."""
-    level = (va > -centers / 2).astype(int) + (va > centers / 2)
-    return 3 * level[:, 0] + level[:, 1]
 
 
 @dataclass(frozen=True)
