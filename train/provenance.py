@@ -18,10 +18,9 @@ from vaflow.datasets.files import below
 from vaflow.errors import CorruptError, DataError, explain
 from vaflow.files import is_behind_link, write_file
 from vaflow.train.evaluate import Trace, write_predictions
-from vaflow.train.feature_distance import FILE as TRAINING_FEATURES
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import ENSEMBLE_FILE
-from vaflow.train.uncertainty import FILE as CALIBRATION
+from vaflow.train.uncertainty import CALIBRATION, TRAINING_FEATURES
 
 SOURCES_FILE = "sources.json"
 

@@ -35,12 +35,11 @@ from vaflow.train import record as digests
 from vaflow.train.builder import build_model
 from vaflow.train.config import differences
 from vaflow.train.evaluate import Trace, predict_clips
-from vaflow.train.feature_distance import TrainingFeatures, read_training_features
 from vaflow.train.heads.model import EachModel, VAModel
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.record import RunRecord
 from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
-from vaflow.train.uncertainty import Calibration, calibrated, read_calibration
+from vaflow.train.uncertainty import Calibration, TrainingFeatures, calibrated, read_calibration, read_training_features
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)

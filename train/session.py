@@ -32,7 +32,6 @@ from vaflow.train.evaluate import (
     featureless,
     label_warnings,
 )
-from vaflow.train.feature_distance import TrainingFeatures
 from vaflow.train.folds import fold_items, split_items
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, resolve
@@ -41,7 +40,7 @@ from vaflow.train.metrics import DIMENSIONS, region_occupancy
 from vaflow.train.provenance import run_maker, write_evaluation
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import RunFolder, load_run, require_record
-from vaflow.train.uncertainty import calibrate, calibrated, uncertainty_report, write_calibration
+from vaflow.train.uncertainty import TrainingFeatures, calibrate, calibrated, uncertainty_report, write_calibration
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Training and evaluation of a run, and reading of clips for it."""
+"""Training and evaluation of a run, the choice of its smoothing, and reading of clips for it."""
 
 import logging
 import os
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,9 @@ from vaflow.errors import CacheError, UsageError, count, explain
 from vaflow.failures import read_failures
 from vaflow.files import lock_folder, write_file
 from vaflow.train.breakdown import Groups
-from vaflow.train.config import AUTO, TrainConfig
+from vaflow.train.config import AUTO, NONE, TrainConfig
 from vaflow.train.data import check_has_clips, load_split
-from vaflow.train.evaluate import check_complete, failed_items, score_traces
+from vaflow.train.evaluate import Trace, check_complete, failed_items, featureless, score_traces
 from vaflow.train.folds import split_items
 from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
@@ -34,10 +35,10 @@ from vaflow.train.record import (
     shared_recordings,
     to_json,
 )
-from vaflow.train.runs import RunFolder, cache_places, check_unchanged, load_run
+from vaflow.train.runs import RunFolder, cache_places, check_unchanged, load_run, require_record, width_of
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible, warn_of_demonstration
-from vaflow.train.smoothing import Smoothing
-from vaflow.train.uncertainty import uncertainty_report
+from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width, write_smoothing
+from vaflow.train.uncertainty import calibrate, uncertainty_report, write_calibration
 from vaflow.train.windows import WindowSet, without_modality
 
 log = logging.getLogger(__name__)
@@ -334,3 +335,63 @@ def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., Win
             return tuned_windows(run, record, cache, windows)
     check_same(record.head_streams, cache)
     return read(record.head_streams, record.config)
+
+
+def choose_smoothing(
+    run: Path, cache: Cache, kind: str, seconds: float | None = None, *, device: str = "auto", show: bool = False
+) -> Smoothing | None:
+    """Choose a smoothing for a run's traces; nothing is stored.
+
+    Args:
+        run: a finished run.
+        cache: what it was trained on.
+        kind: "mean", "savgol", or "none".
+        seconds: width; None: the one with the best mean CCC on the run's validation split.
+        device: "auto", "cpu" or "cuda[:N]".
+        show: progress bars.
+
+    Returns:
+        None for "none".
+
+    Raises:
+        UsageError: an unknown kind, a negative width, or not a run.
+        FingerprintError: the cache's streams were made with other settings than the run's.
+    """
+    if kind not in (NONE, *FILTERS):
+        raise UsageError(explain("Unknown smoothing", got=kind, choices=(NONE, *FILTERS)))
+    if kind == NONE:
+        return None
+    if seconds is not None:
+        return Smoothing(kind, seconds)
+    traces, config = _validation_traces(run, cache, None, device, show)
+    return choose_width(traces, kind, config.val_split, candidate_widths(traces, config.grid.step))
+
+
+def store_smoothing(
+    run: Path, cache: Cache, smoothing: Smoothing | None, *, device: str = "auto", show: bool = False
+) -> None:
+    """Store a smoothing with a run, and calibrate the standard deviations of a run with a variance head for it.
+
+    Raises:
+        UsageError, FingerprintError: as `choose_smoothing`.
+    """
+    calibration = None
+    if require_record(run).config.uncertainty != NONE:
+        traces, config = _validation_traces(run, cache, smoothing, device, show)
+        calibration = calibrate(traces, config.val_split, width_of(smoothing))
+    write_smoothing(run, smoothing)
+    if calibration is not None:
+        write_calibration(run, calibration)
+
+
+def _validation_traces(
+    run: Path, cache: Cache, smoothing: Smoothing | None, device: str, show: bool
+) -> tuple[Sequence[Trace], TrainConfig]:
+    """Traces of a run on its validation split, not calibrated, of the clips with features; and its settings."""
+    target = choose_device(device)
+    trained = replace(load_run(run, target), smoothing=smoothing)
+    config = trained.record.config
+    read = partial(load_split, cache, config.val_split, device=target, show=show)
+    windows = read_for(run, trained.record, cache, read)
+    lost = {clip.item for clip in featureless(windows)}
+    return [trace for trace in trained.raw_traces(windows) if trace.clip.item not in lost], config

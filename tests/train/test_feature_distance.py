@@ -12,8 +12,8 @@ from vaflow.files import write_tensors
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
 from vaflow.train.evaluate import Trace, prediction_csv
-from vaflow.train.feature_distance import AXES, FeatureGaussian, TrainingFeatures, read_training_features
 from vaflow.train.inputs import resolve
+from vaflow.train.uncertainty import AXES, FeatureGaussian, TrainingFeatures, read_training_features
 
 
 @pytest.mark.parametrize("dim", [5, AXES + 9])

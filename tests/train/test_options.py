@@ -23,8 +23,7 @@ from vaflow.train.inputs import resolve
 from vaflow.train.losses import ccc_loss, masked_mse, total_loss
 from vaflow.train.runs import RunFolder, load_run
 from vaflow.train.smoothing import Smoothing, read_smoothing, write_smoothing
-from vaflow.train.smoothing_choice import choose_smoothing
-from vaflow.train.training import Result, evaluate_run, train_run
+from vaflow.train.training import Result, choose_smoothing, evaluate_run, train_run
 from vaflow.train.windows import drop_modality, without_modality
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=4, device="cpu", kl_weight=0)

@@ -116,8 +116,7 @@ def evaluate(
     with loading(quiet or json):
         from vaflow.train.breakdown import read_groups, warn_unknown
         from vaflow.train.runs import cache_of
-        from vaflow.train.smoothing_choice import choose_smoothing
-        from vaflow.train.training import evaluate_run
+        from vaflow.train.training import choose_smoothing, evaluate_run
 
     opened = open_cache(cache if cache is not None else cache_of(run))
     bars = show_bars(quiet or json)
@@ -189,7 +188,7 @@ def smooth(
 
     with loading(quiet or json):
         from vaflow.train.runs import cache_of
-        from vaflow.train.smoothing_choice import choose_smoothing, store_smoothing
+        from vaflow.train.training import choose_smoothing, store_smoothing
 
     opened = open_cache(cache if cache is not None else cache_of(run))
     chosen = choose_smoothing(run, opened, kind, width, device=device, show=show_bars(quiet or json))

@@ -251,12 +251,10 @@ def export(
         files = export_predictions(source, out, names, step)
     else:
         with loading(quiet):
-            from vaflow.train.published import export_run
+            from vaflow.train.export import export_onnx, export_run
 
         files = export_run(source, out)
         if onnx:
-            from vaflow.train.onnx_heads import export_onnx
-
             files += export_onnx(source, out)
     if json:
         print_json([str(file) for file in files])
