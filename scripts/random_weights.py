@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, AstEncoder, make_encoder
+from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, AstEncoder
 from vaflow.encoders.base import Request
 from vaflow.encoders.clip import build
 from vaflow.encoders.image_encoder import ImageEncoder
@@ -24,4 +24,4 @@ def random_ast(device: str, precision: str) -> AstEncoder:
     from transformers import ASTConfig, ASTModel
 
     module = ASTModel(ASTConfig(attn_implementation="sdpa"))
-    return make_encoder(Request("ast", "", None, device, precision), module, AUDIOSET_MEAN, AUDIOSET_STD)
+    return AstEncoder(Request("ast", "", None, device, precision), module, AUDIOSET_MEAN, AUDIOSET_STD)

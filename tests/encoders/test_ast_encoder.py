@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, ASTModel
 
 from vaflow.encoders import build_encoder
-from vaflow.encoders.ast import Geometry, make_encoder, window_frames
+from vaflow.encoders.ast import AstEncoder, Geometry, window_frames
 from vaflow.encoders.base import Request
 from vaflow.encoders.logmel import RATE, FilterBank, frame_times
 from vaflow.errors import UsageError, WeightsError
@@ -82,7 +82,7 @@ def local_encoder() -> Any:
     """A model without layers: each token is a function of its own patch only."""
     torch.manual_seed(0)
     module = ASTModel(ASTConfig(hidden_size=16, num_hidden_layers=0, num_attention_heads=1, intermediate_size=16))
-    return make_encoder(Request("local"), module, -4.0, 4.5)
+    return AstEncoder(Request("local"), module, -4.0, 4.5)
 
 
 @pytest.mark.parametrize("frame", [0, 7, 40, 63, 498, 505, 751, 990, 997])

@@ -52,6 +52,13 @@ class Geometry:
     mel_bins: int
     max_length: int
 
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> "Geometry":
+        """Return the geometry of a model's patches, from its configuration."""
+        config: Any = module.config
+        strides = config.frequency_stride, config.time_stride
+        return cls(config.patch_size, *strides, config.num_mel_bins, config.max_length)
+
     @property
     def frequency_tokens(self) -> int:
         """Number of patches along frequency."""
@@ -74,19 +81,16 @@ def window_frames(window: float) -> int:
 
 
 class AstEncoder:
-    """An audio encoder; see `vaflow.encoders.base.AudioEncoder`.
+    """An audio encoder around a model; see `vaflow.encoders.base.AudioEncoder`.
 
     Args:
-        name: of the stream.
+        request: name, device and precision.
         module: transformers' model.
-        geometry: of its patches.
         mean, std: the input is normalised as (x - mean) / (2 std).
-        identity: plain JSON of everything that changes the output.
-        device, precision: where and how precisely to compute.
         choice: the layers.
 
     Raises:
-        UsageError: the model has no such layer.
+        UsageError: the model has no such layer, or its tokens are to be pooled in another way.
     """
 
     kind: ClassVar[str] = "audio"
@@ -94,28 +98,51 @@ class AstEncoder:
 
     def __init__(
         self,
-        name: str,
+        request: Request,
         module: torch.nn.Module,
-        geometry: Geometry,
         mean: float,
         std: float,
-        identity: Mapping[str, Any],
-        device: str = "cpu",
-        precision: str = "float32",
-        choice: LayerChoice | None = None,
+        choice: LayerChoice = LayerChoice(),  # noqa: B008 - frozen
     ) -> None:
-        self.name = name
-        self.geometry = geometry
-        self.precision = precision
-        self.identity = dict(identity)
-        self.device = torch.device(device)
+        if choice.pooling not in ("", "mean"):
+            problem = f"{request.name} is an audio model: its tokens are averaged in each step"
+            raise UsageError(explain(problem, expected="pool=mean", got=f"pool={choice.pooling}"))
+        config: Any = module.config
+        self.name, self.precision, self.device = request.name, request.precision, torch.device(request.device)
         self.module: torch.nn.Module = module.eval().to(self.device, torch.float32)
-        self.dim = int(module.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.geometry = Geometry.of(module)
+        self.dim = int(config.hidden_size)
         self._mean, self._std = mean, std
-        self._choice = choice or LayerChoice()
-        self._numbers = self._choice.numbers(name, module.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
-        self.layers = self._numbers if self._choice.stacked else ()
+        self._choice = choice
+        self._numbers = choice.numbers(request.name, config.num_hidden_layers)
+        self.layers = self._numbers if choice.stacked else ()
+        self.identity = request.identity(self._settings(), self.layers)
         self._pooling: dict[tuple[float, int], torch.Tensor] = {}  # on the device, one per shape
+
+    def _settings(self) -> dict[str, Any]:
+        """Return plain JSON of everything that changes the output, but for stored layers and precision."""
+        import transformers
+
+        config: Any = self.module.config
+        output = {"output": "last hidden state, mean over frequency, mean over the tokens centred in a step"}
+        if self._choice.layers != "last":
+            output = {"output": "outputs of blocks, mean over frequency and the tokens of a step"}
+            output["blocks"] = self._choice.layers
+        return {
+            "encoder": "ast",
+            "weights": state_digest(self.module.state_dict()),
+            "heads": config.num_attention_heads,
+            "activation": config.hidden_act,
+            "layer_norm_eps": config.layer_norm_eps,
+            "patch": self.geometry.patch,
+            "strides": [self.geometry.frequency_stride, self.geometry.time_stride],
+            "input": [self.geometry.max_length, self.geometry.mel_bins],
+            "mean": self._mean,
+            "std": self._std,
+            "padding": "zeros before normalisation",
+            "library": f"transformers {transformers.__version__.split('.')[0]}",
+            **output,
+        }
 
     def segments(self, window: float, steps: int) -> Segments:
         """Return one segment with all frames of the window."""
@@ -213,7 +240,7 @@ def build(request: Request) -> AstEncoder:
     source = named if request.weights is None else str(request.weights)
     local = request.weights is not None
     folder = open_folder(request.name, source, local=local, weight_files=(SAFETENSORS, PICKLE))
-    return make_encoder(request, *load_checkpoint(folder), choice)
+    return AstEncoder(request, *load_checkpoint(folder), choice)
 
 
 def load_checkpoint(folder: Path) -> tuple[torch.nn.Module, float, float]:
@@ -254,57 +281,3 @@ def _check_settings(folder: Path, config: Mapping[str, Any], processor: Mapping[
                 remedy=f"Use an Audio Spectrogram Transformer such as {EXAMPLE}",
             )
         )
-
-
-def make_encoder(
-    request: Request, module: torch.nn.Module, mean: float, std: float, choice: LayerChoice | None = None
-) -> AstEncoder:
-    """Return an encoder around a model.
-
-    Raises:
-        UsageError: the model has no such layer, or its tokens are to be pooled in another way.
-    """
-    import transformers
-
-    config: Any = module.config
-    geometry = geometry_of(module)
-    identity: dict[str, Any] = {
-        "encoder": "ast",
-        "weights": state_digest(module.state_dict()),
-        "heads": config.num_attention_heads,
-        "activation": config.hidden_act,
-        "layer_norm_eps": config.layer_norm_eps,
-        "patch": geometry.patch,
-        "strides": [geometry.frequency_stride, geometry.time_stride],
-        "input": [geometry.max_length, geometry.mel_bins],
-        "mean": mean,
-        "std": std,
-        "padding": "zeros before normalisation",
-        "output": "last hidden state, mean over frequency, mean over the tokens centred in a step",
-        "library": f"transformers {transformers.__version__.split('.')[0]}",
-    }
-    choice = choice or LayerChoice()
-    if choice.pooling not in ("", "mean"):
-        problem = f"{request.name} is an audio model: its tokens are averaged in each step"
-        raise UsageError(explain(problem, expected="pool=mean", got=f"pool={choice.pooling}"))
-    if choice.layers != "last":
-        identity |= {
-            "output": "outputs of blocks, mean over frequency and the tokens of a step",
-            "blocks": choice.layers,
-        }
-    options = request.device, request.precision, choice
-    encoder = AstEncoder(request.name, module, geometry, mean, std, request.finish_identity(identity), *options)
-    encoder.identity |= {"layers": list(encoder.layers)} if encoder.layers else {}
-    return encoder
-
-
-def geometry_of(module: torch.nn.Module) -> Geometry:
-    """Return the geometry of a model's patches, from its configuration."""
-    config: Any = module.config
-    return Geometry(
-        patch=config.patch_size,
-        frequency_stride=config.frequency_stride,
-        time_stride=config.time_stride,
-        mel_bins=config.num_mel_bins,
-        max_length=config.max_length,
-    )

@@ -6,7 +6,7 @@ covers and in what they compute from them. Each clip passes each required front 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -51,9 +51,10 @@ class Request:
         if self.weights is not None:
             raise UsageError(explain(f"{self.name} does not accept --weights: {why}", got=self.weights))
 
-    def finish_identity(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """Return the identity with the precision added where it is not float32."""
-        return identity if self.precision == "float32" else identity | {"precision": self.precision}
+    def identity(self, settings: Mapping[str, Any], layers: tuple[int, ...] = ()) -> dict[str, Any]:
+        """Return an encoder's identity: its settings, the stored layers, and the precision if it is not float32."""
+        stored = {"layers": list(layers)} if layers else {}
+        return {**settings, **stored, **({} if self.precision == "float32" else {"precision": self.precision})}
 
 
 class FrameArray(Protocol):

@@ -48,29 +48,24 @@ class ClipEncoder(ImageEncoder):
     """An image encoder with a text tower.
 
     Args:
-        name: of the stream.
+        request: name, device and precision.
         model: open_clip's model, both towers.
         tokenizer: returns the tokenizer, loaded at first use.
         preprocessing: from pixels to the network's input.
-        identity: plain JSON of everything that changes the output.
-        device, precision: where and how precisely to compute.
+        identity: plain JSON of everything else that changes the output.
     """
 
     def __init__(
         self,
-        name: str,
+        request: Request,
         model: Any,
         tokenizer: Callable[[], Callable[[list[str]], torch.Tensor]],
         preprocessing: Preprocessing,
         identity: Mapping[str, Any],
-        device: str = "cpu",
-        precision: str = "float32",
     ) -> None:
-        self._model: Any = model.eval().to(device, torch.float32)
+        self._model: Any = model.eval().to(request.device, torch.float32)
         self._tokenizer = tokenizer
-        super().__init__(name, self._model.visual, 0, preprocessing, identity, device, precision)
-        blank = torch.zeros(1, self.image_size, self.image_size, 3, dtype=torch.uint8)
-        self.dim = int(self.encode(blank).shape[-1])
+        super().__init__(request, self._model.visual, preprocessing, identity)
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> NDArray[np.float32]:
@@ -133,26 +128,36 @@ def build(request: Request) -> ImageEncoder:
     load_strictly(model, {k: v for k, v in state.items() if k not in OPENAI_EXTRAS}, str(path))
     canonical = model_name if not quick or model_name.endswith(QUICK_SUFFIX) else model_name + QUICK_SUFFIX
     preprocessing = preprocessing_of(model_name, settings, model)
-    identity = make_identity(request, canonical, model, preprocessing)
     tokenizer = partial(tokenizer_of, request.name, model_name)
-    return make_encoder(request, choice, model, tokenizer, preprocessing, identity)
+    return make_encoder(request, choice, canonical, model, tokenizer, preprocessing)
 
 
 def make_encoder(
     request: Request,
     choice: LayerChoice,
+    model_name: str,
     model: Any,
     tokenizer: Callable[[], Callable[[list[str]], torch.Tensor]],
     preprocessing: Preprocessing,
-    identity: Mapping[str, Any],
 ) -> ImageEncoder:
     """Return the encoder of both towers or, for chosen layers, of the blocks of the image tower.
 
     Raises:
         UsageError: the image tower has no such layer.
     """
+    import open_clip
+
+    identity = {  # independent of the origin of the weights
+        "encoder": "clip",
+        "model": model_name,
+        "weights": state_digest(model.state_dict()),
+        "activation": activation_of(model),
+        "output": "projected image embedding, not normalised",
+        "preprocessing": preprocessing.identity(),
+        "library": f"open_clip {open_clip.__version__.split('.')[0]}",
+    }
     if choice == LayerChoice():
-        return ClipEncoder(request.name, model, tokenizer, preprocessing, identity, request.device, request.precision)
+        return ClipEncoder(request, model, tokenizer, preprocessing, identity)
     if hasattr(model.visual, "trunk"):
         parts = blocks_of(model.visual.trunk)
     else:
@@ -300,20 +305,3 @@ def preprocessing_of(model_name: str, settings: Mapping[str, Any], model: Any) -
     if len(edges) != 1:
         raise UsageError(explain(f"{model_name} requires images that are not square", expected="a square", got=size))
     return Preprocessing(Preparation(int(edges.pop()), interpolation, mode), tuple(mean), tuple(std))
-
-
-def make_identity(request: Request, model_name: str, model: Any, preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return plain JSON of everything that changes the output; it does not depend on the weights' origin."""
-    import open_clip
-
-    return request.finish_identity(
-        {
-            "encoder": "clip",
-            "model": model_name,
-            "weights": state_digest(model.state_dict()),
-            "activation": activation_of(model),
-            "output": "projected image embedding, not normalised",
-            "preprocessing": preprocessing.identity(),
-            "library": f"open_clip {open_clip.__version__.split('.')[0]}",
-        }
-    )

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vaflow.encoders import speech
 from vaflow.encoders.base import AudioEncoder, Request, VisualEncoder
 from vaflow.encoders.image_encoder import ImageEncoder
 from vaflow.encoders.images import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.layers import LayerChoice
 from vaflow.encoders.model_families import FAMILIES, LoadedModel, load
+from vaflow.encoders.speech import SpeechEncoder
 from vaflow.errors import UsageError, explain
 
 
@@ -27,7 +27,7 @@ def build(request: Request) -> VisualEncoder | AudioEncoder:
     """
     loaded = load(request)
     if loaded.family.kind == "audio":
-        return speech.make_encoder(request, loaded)
+        return SpeechEncoder(request, loaded)
     return make_encoder(request, loaded)
 
 
@@ -97,13 +97,8 @@ def make_encoder(request: Request, loaded: LoadedModel) -> ImageEncoder:
         problem = f"The image processor and the network of {request.name} disagree on the image size"
         raise UsageError(explain(problem, expected=f"{expected} pixels", got=f"{size} pixels"))
     network = ImageNetwork(loaded.module, loaded.model_type, choice, numbers, pooling)
-    stored = numbers if len(numbers) > 1 and choice.layers != "mean" else ()
-    identity = loaded.identity(request, pooling=pooling, preprocessing=preprocessing.identity())
-    identity |= {"layers": list(stored)} if stored else {}
-    encoder = ImageEncoder(request.name, network, 0, preprocessing, identity, request.device, request.precision)
-    encoder.layers = stored
-    encoder.dim = int(encoder.encode(torch.zeros(1, size, size, 3, dtype=torch.uint8)).shape[-1])
-    return encoder
+    identity = loaded.identity(pooling=pooling, preprocessing=preprocessing.identity())
+    return ImageEncoder(request, network, preprocessing, identity, loaded.stored(numbers))
 
 
 PROCESSORS = {family.processor for family in FAMILIES.values() if family.processor}

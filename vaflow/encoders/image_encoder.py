@@ -24,38 +24,34 @@ class ImageEncoder:
     """A visual encoder around a network; see `vaflow.encoders.base.VisualEncoder`.
 
     Args:
-        name: of the stream.
+        request: name, device and precision.
         module: [B, 3, S, S] normalised -> [B, dim], or [B, layers, dim] where `layers` is set.
-        dim: length of the vector.
         preprocessing: from pixels to the network's input.
-        identity: plain JSON of everything that changes the output.
-        device, precision: where and how precisely to compute.
+        identity: plain JSON of everything else that changes the output.
+        layers: numbers of the layers, if each image has a vector of each.
     """
 
     kind: ClassVar[str] = "visual"
 
     def __init__(
         self,
-        name: str,
+        request: Request,
         module: torch.nn.Module,
-        dim: int,
         preprocessing: Preprocessing,
         identity: Mapping[str, Any],
-        device: str = "cpu",
-        precision: str = "float32",
+        layers: tuple[int, ...] = (),
     ) -> None:
-        self.name = name
-        self.dim = dim
-        self.layers: tuple[int, ...] = ()
-        self.precision = precision
+        self.name, self.precision, self.layers = request.name, request.precision, layers
         self.preparation = preprocessing.preparation
         self.image_size = self.preparation.size
-        self.identity = dict(identity)
-        self.device = torch.device(device)
+        self.identity = request.identity(identity, layers)
+        self.device = torch.device(request.device)
         self.module: torch.nn.Module = module.eval().to(self.device, torch.float32)
         self.parameter_count: int | None = sum(parameter.numel() for parameter in self.module.parameters())
         self._mean = torch.tensor(preprocessing.mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(preprocessing.std, device=self.device).view(1, 3, 1, 1)
+        blank = torch.zeros(1, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        self.dim = int(self.encode(blank).shape[-1])
 
     def prepare(self, image: Image) -> Prepared:
         """RGB [H, W, 3] uint8 of any size -> [S, S, 3] uint8, or float32 in 0..1: `preparation.dtype`."""
@@ -171,17 +167,9 @@ def encode_blocks(
         raise UsageError(explain(f"{request.name} has no such pooling", expected=expected, got=got, choices=choices))
     numbers = choice.numbers(request.name, len(blocks))
     module = BlockOutputs(network, blocks, numbers, replace(choice, pooling=pooling), special)
-    stored = numbers if choice.stacked else ()
-    settings: dict[str, Any] = {"output": "outputs of blocks", "blocks": choice.layers, "pooling": pooling}
-    settings |= {"layers": list(stored)} if stored else {}
-    encoder = ImageEncoder(
-        request.name, module, 0, preprocessing, {**identity, **settings}, request.device, request.precision
-    )
-    encoder.layers = stored
-    size = preprocessing.preparation.size
+    settings = {**identity, "output": "outputs of blocks", "blocks": choice.layers, "pooling": pooling}
     try:
-        encoder.dim = int(encoder.encode(torch.zeros(1, size, size, 3, dtype=torch.uint8)).shape[-1])
+        return ImageEncoder(request, module, preprocessing, settings, numbers if choice.stacked else ())
     except (TypeError, RuntimeError) as error:  # blocks of a convolutional network, or of different widths
         problem = f"{request.name} is not a transformer with layers of one width"
         raise UsageError(explain(problem, got=f"@{choice.layers}", remedy="Remove the layers from the name")) from error
-    return encoder

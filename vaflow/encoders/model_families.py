@@ -105,19 +105,23 @@ class LoadedModel:
     choice: LayerChoice
     settings: Mapping[str, Any]
 
-    def identity(self, request: Request, **further: Any) -> dict[str, Any]:
-        """Return plain JSON of everything that changes the output."""
+    def stored(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the layers that are stored on an axis of their own, of the chosen `numbers`."""
+        return numbers if len(numbers) > 1 and self.choice.layers != "mean" else ()
+
+    def identity(self, **further: Any) -> dict[str, Any]:
+        """Return plain JSON of everything that changes the output, but for stored layers and precision."""
         import transformers
 
-        identity: dict[str, Any] = {
+        return {
             "encoder": "hf",
             "model": self.model_type,
             "weights": state_digest(self.module.state_dict()),
             "settings": dict(self.settings),
             "output": self.choice.layers,
             "library": f"transformers {transformers.__version__.split('.')[0]}",
+            **further,
         }
-        return request.finish_identity(identity | further)
 
 
 def load(request: Request) -> LoadedModel:

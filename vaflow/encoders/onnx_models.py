@@ -7,7 +7,7 @@ A graph does not say how its input is prepared. `FILE` with the suffix .toml, be
 import hashlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from math import prod
 from pathlib import Path
@@ -95,8 +95,7 @@ def build(request: Request) -> "ImageEncoder | OnnxAudioEncoder":
     """Return the encoder of a graph and its sidecar.
 
     Raises:
-        UsageError: onnxruntime is not installed, the sidecar is missing or contradicts the graph.
-        UsageError: onnxruntime is not installed, or the file does not exist.
+        UsageError: onnxruntime is not installed, a file does not exist, or the sidecar contradicts the graph.
         WeightsError: the file is not an ONNX graph.
     """
     path = request.weights or Path(request.source).expanduser()
@@ -335,9 +334,8 @@ def _image_encoder(request: Request, graph: Graph, sidecar: SidecarImage) -> Ima
     factor = sidecar.divide_by / 255  # pixels are divided by 255 first
     mean, std = (tuple(value * factor for value in values) for values in (sidecar.mean, sidecar.std))
     preparation = Preparation(sidecar.size, sidecar.interpolation, sidecar.resize, sidecar.edge)
-    dim = int(network(torch.zeros(1, 3, sidecar.size, sidecar.size)).shape[1])
-    preprocessing = Preprocessing(preparation, mean, std)
-    encoder = ImageEncoder(request.name, network, dim, preprocessing, _identity(graph, sidecar), request.device)
+    request = replace(request, precision="float32")
+    encoder = ImageEncoder(request, network, Preprocessing(preparation, mean, std), _identity(graph, sidecar))
     encoder.parameter_count = graph.parameter_count
     return encoder
 

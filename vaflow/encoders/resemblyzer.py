@@ -61,7 +61,7 @@ class ResemblyzerEncoder:
             "input": f"waveform, {FRAMES} frames of {BANDS} mel bands around each step",
             "output": "embedding of length one",
         }
-        self.identity: dict[str, Any] = request.finish_identity(identity)
+        self.identity: dict[str, Any] = request.identity(identity)
 
     def segments(self, window: float, steps: int) -> Segments:
         """Return one example per step, whose middle is within 5 ms of the step's."""

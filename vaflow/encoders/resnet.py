@@ -83,6 +83,4 @@ def make_encoder(request: Request, model: str, module: torch.nn.Module) -> Image
         "preprocessing": preprocessing.identity(),
         "library": f"torchvision {torchvision.__version__.split('.')[0]}",
     }
-    dim = int(module.layer4[-1].conv3.out_channels)  # type: ignore[index, union-attr]
-    identity = request.finish_identity(identity)
-    return ImageEncoder(request.name, module, dim, preprocessing, identity, request.device, request.precision)
+    return ImageEncoder(request, module, preprocessing, identity)

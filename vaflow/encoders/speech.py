@@ -8,7 +8,6 @@ Samples beyond a clip's end are zeros. A model whose processor normalises (mean 
 one by one, as the processor does with each of its inputs.
 """
 
-from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -31,42 +30,41 @@ class SpeechEncoder:
     """An audio encoder; see `vaflow.encoders.base.AudioEncoder`.
 
     Args:
-        name: of the stream.
+        request: name, device and precision.
         loaded: the model.
-        numbers: of the layers; () for the network's output.
-        normalise: whether windows are normalised to mean 0 and variance 1.
-        identity: plain JSON of everything that changes the output.
-        device, precision: where and how precisely to compute.
+
+    Raises:
+        UsageError: the model has no such layer, or its processor another sampling rate.
     """
 
     kind: ClassVar[str] = "audio"
     front_end: ClassVar[FrontEnd] = WAVEFORM
 
-    def __init__(
-        self,
-        name: str,
-        loaded: LoadedModel,
-        numbers: tuple[int, ...],
-        normalise: bool,
-        identity: Mapping[str, Any],
-        device: str = "cpu",
-        precision: str = "float32",
-    ) -> None:
-        self.name = name
-        self.identity = dict(identity)
-        self.precision = precision
-        self.device = torch.device(device)
+    def __init__(self, request: Request, loaded: LoadedModel) -> None:
+        config, processor, choice = loaded.module.config, loaded.processor, loaded.choice
+        rate = processor.get("sampling_rate", RATE)
+        if rate != RATE:
+            raise UsageError(explain(f"{request.name} requires another sampling rate", expected=f"{RATE} Hz", got=rate))
+        if choice.pooling not in ("", "mean"):
+            problem = f"{request.name} is an audio model: its tokens are averaged in each step"
+            raise UsageError(explain(problem, expected="pool=mean", got=f"pool={choice.pooling}"))
+        self.name, self.precision, self.device = request.name, request.precision, torch.device(request.device)
         self.module: torch.nn.Module = loaded.module.eval().to(self.device, torch.float32)
-        self.layers = numbers if len(numbers) > 1 and loaded.choice.layers != "mean" else ()
-        self._config: Any = loaded.module.config
-        self.dim = int(self._config.d_model if self._is_whisper else self._config.hidden_size)
-        self._numbers, self._normalise, self._choice = numbers, normalise, loaded.choice
+        self._config: Any = config
+        self._choice = choice
+        self._is_whisper = loaded.model_type == "whisper"
+        self.dim = int(config.d_model if self._is_whisper else config.hidden_size)
+        self._numbers = choice.numbers(
+            request.name, config.encoder_layers if self._is_whisper else config.num_hidden_layers
+        )
+        self.layers = loaded.stored(self._numbers)
+        self._normalise = not self._is_whisper and processor.get("do_normalize", True) is True
         self._pooling: dict[tuple[float, int], torch.Tensor] = {}  # on the device, one per shape
-        self._filters = _whisper_filters(self._config.num_mel_bins, self.device) if self._is_whisper else None
-
-    @property
-    def _is_whisper(self) -> bool:
-        return bool(self._config.model_type == "whisper")
+        self._filters = _whisper_filters(config.num_mel_bins, self.device) if self._is_whisper else None
+        waveform = f"waveform, normalised: {self._normalise}"
+        read = "whisper log-mel of 30 s, padded with zeros" if self._is_whisper else waveform
+        settings = loaded.identity(pooling="mean over the tokens centred in a step", input=read)
+        self.identity = request.identity(settings, self.layers)
 
     def tokens(self, window: float) -> TokenGrid:
         """Return where the tokens of a window are."""
@@ -123,29 +121,6 @@ class SpeechEncoder:
         with torch.autocast(self.device.type, enabled=False):
             pooled = torch.einsum("st,btld->bsld", self._pooling[key], tokens)
         return pooled if self.layers else pooled[:, :, 0]
-
-
-def make_encoder(request: Request, loaded: LoadedModel) -> SpeechEncoder:
-    """Return an audio encoder around a loaded model.
-
-    Raises:
-        UsageError: the model has no such layer, or its processor another sampling rate.
-    """
-    config, processor, choice = loaded.module.config, loaded.processor, loaded.choice
-    rate = processor.get("sampling_rate", RATE)
-    if rate != RATE:
-        raise UsageError(explain(f"{request.name} requires another sampling rate", expected=f"{RATE} Hz", got=rate))
-    if choice.pooling not in ("", "mean"):
-        problem = f"{request.name} is an audio model: its tokens are averaged in each step"
-        raise UsageError(explain(problem, expected="pool=mean", got=f"pool={choice.pooling}"))
-    whisper = loaded.model_type == "whisper"
-    numbers = choice.numbers(request.name, config.encoder_layers if whisper else config.num_hidden_layers)
-    normalise = not whisper and processor.get("do_normalize", True) is True
-    front = "whisper log-mel of 30 s, padded with zeros" if whisper else f"waveform, normalised: {normalise}"
-    identity = loaded.identity(request, pooling="mean over the tokens centred in a step", input=front)
-    if len(numbers) > 1 and choice.layers != "mean":
-        identity |= {"layers": list(numbers)}
-    return SpeechEncoder(request.name, loaded, numbers, normalise, identity, request.device, request.precision)
 
 
 def _whisper_filters(bins: int, device: torch.device) -> torch.Tensor:

@@ -67,13 +67,9 @@ def build(request: Request) -> ImageEncoder:
         "preprocessing": preprocessing.identity(),
         "library": f"timm {timm.__version__.split('.')[0]}",
     }
-    identity = request.finish_identity(identity)
     if choice != LayerChoice():
         return encode_blocks(request, module, *blocks_of(module), choice, preprocessing, identity)
-    size = preprocessing.preparation.size
-    with torch.no_grad():
-        dim = int(module.eval()(torch.zeros(1, 3, size, size)).shape[-1])
-    return ImageEncoder(request.name, module, dim, preprocessing, identity, request.device, request.precision)
+    return ImageEncoder(request, module, preprocessing, identity)
 
 
 def blocks_of(module: Any) -> tuple[Any, int, bool]:

@@ -32,17 +32,9 @@ import torch
 from numpy.typing import NDArray
 
 from vaflow.encoders import clip, resnet, vggish
-from vaflow.encoders.ast import (
-    AUDIOSET_MEAN,
-    AUDIOSET_STD,
-    SPECIAL_TOKENS,
-    AstEncoder,
-    geometry_of,
-    load_checkpoint,
-    make_encoder,
-)
+from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, SPECIAL_TOKENS, AstEncoder, Geometry, load_checkpoint
 from vaflow.encoders.base import Request
-from vaflow.encoders.clip import make_identity, require_quick_gelu
+from vaflow.encoders.clip import require_quick_gelu
 from vaflow.encoders.image_encoder import ImageEncoder
 from vaflow.encoders.images import Preparation, Preprocessing
 from vaflow.encoders.layers import LayerChoice, split_layers
@@ -120,7 +112,7 @@ def build(request: Request) -> AstEncoder | ImageEncoder | vggish.VggishEncoder:
     with without_initial_weights():
         module = vggish.VGGish(VGGISH_CHANNELS, VGGISH_WIDTHS)
     seed_weights(module, "vggish-tiny")
-    return vggish.make_encoder(request, module)
+    return vggish.VggishEncoder(request, module)
 
 
 def _build_clip(request: Request, choice: LayerChoice) -> ImageEncoder:
@@ -135,8 +127,7 @@ def _build_clip(request: Request, choice: LayerChoice) -> ImageEncoder:
     require_quick_gelu(model, request.name)
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     preprocessing = Preprocessing(Preparation(CLIP_CONFIG["vision_cfg"]["image_size"]), mean, std)
-    identity = make_identity(request, "clip-tiny", model, preprocessing)
-    return clip.make_encoder(request, choice, model, open_clip.SimpleTokenizer, preprocessing, identity)
+    return clip.make_encoder(request, choice, "clip-tiny", model, open_clip.SimpleTokenizer, preprocessing)
 
 
 def _build_ast(request: Request, choice: LayerChoice) -> AstEncoder:
@@ -151,10 +142,10 @@ def _build_ast(request: Request, choice: LayerChoice) -> AstEncoder:
             )
         loaded, mean, std = load_checkpoint(request.weights)
         load_strictly(module, loaded.state_dict(), str(request.weights))
-        return make_encoder(request, module, mean, std, choice)
-    geometry = geometry_of(module)
+        return AstEncoder(request, module, mean, std, choice)
+    geometry = Geometry.of(module)
     seed_parameters(module, "ast-tiny", _ast_values(geometry.frequency_tokens, geometry.tokens.count))
-    return make_encoder(request, module, AUDIOSET_MEAN, AUDIOSET_STD, choice)
+    return AstEncoder(request, module, AUDIOSET_MEAN, AUDIOSET_STD, choice)
 
 
 def seed_parameters(module: torch.nn.Module, name: str, rule: Rule) -> None:

@@ -13,11 +13,11 @@ log(x + 0.01). Source: section 3 of the paper, and the published front end of it
 removal of the mean. Kaldi's filter banks differ in all of these, so the cached log-Mel cannot be used.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -127,25 +127,23 @@ class VGGish(nn.Module):
 
 
 class VggishEncoder:
-    """An audio encoder; see `vaflow.encoders.base.AudioEncoder`."""
+    """An audio encoder around a network; see `vaflow.encoders.base.AudioEncoder`."""
 
     kind: ClassVar[str] = "audio"
     front_end: ClassVar[FrontEnd] = VGGISH_MEL
 
-    def __init__(
-        self,
-        name: str,
-        module: torch.nn.Module,
-        dim: int,
-        identity: Mapping[str, Any],
-        device: str = "cpu",
-        precision: str = "float32",
-    ) -> None:
-        self.name = name
-        self.dim = dim
-        self.precision = precision
-        self.identity = dict(identity)
-        self.device = torch.device(device)
+    def __init__(self, request: Request, module: VGGish) -> None:
+        self.name, self.precision, self.device = request.name, request.precision, torch.device(request.device)
+        self.dim = int(module.embeddings[-1].out_features)  # type: ignore[arg-type]
+        settings = {
+            "encoder": "vggish",
+            "weights": state_digest(module.state_dict()),
+            "front_end": mel_identity(),
+            "example": EXAMPLE,
+            "padding": "log of the offset beyond the clip",
+            "output": "128-d before PCA, before activation",
+        }
+        self.identity = request.identity(settings)
         self.module: torch.nn.Module = module.eval().to(self.device, torch.float32)
 
     def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
@@ -189,20 +187,4 @@ def build(request: Request) -> VggishEncoder:
         state[LAYOUTS.get(prefix, "") + key.removeprefix(prefix)] = value
     weights = {key: value for key, value in state.items() if not key.startswith(POSTPROCESSING)}
     load_strictly(module, weights, str(path))
-    return make_encoder(request, module)
-
-
-def make_encoder(request: Request, module: VGGish) -> VggishEncoder:
-    """Return an encoder around a network."""
-    identity: dict[str, Any] = {
-        "encoder": "vggish",
-        "weights": state_digest(module.state_dict()),
-        "front_end": mel_identity(),
-        "example": EXAMPLE,
-        "padding": "log of the offset beyond the clip",
-        "output": "128-d before PCA, before activation",
-    }
-    last = module.embeddings[-1]
-    dim = int(last.out_features)  # type: ignore[arg-type]
-    identity = request.finish_identity(identity)
-    return VggishEncoder(request.name, module, dim, identity, request.device, request.precision)
+    return VggishEncoder(request, module)
