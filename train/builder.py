@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaflow.encoders import build_encoder
-from vaflow.encoders.context_vectors import ContextTower, context_tower
+from vaflow.encoders import build_encoder, context_tower
+from vaflow.encoders.clip import ContextTower
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.train.batch import StreamSpec, TargetSpec
 from vaflow.train.config import TEXT_SUFFIX, TrainConfig

@@ -134,7 +134,7 @@ def test_pooling_is_float32_in_an_outer_autocast(local_encoder: Any) -> None:
 
 
 def test_the_pooling_matrix_is_computed_once_per_shape(local_encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vaflow.encoders.waveform import TokenGrid
+    from vaflow.encoders.base import TokenGrid
 
     mel = torch.zeros(1, 998, 128)
     for steps in (10, 20):

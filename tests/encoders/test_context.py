@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from vaflow.encoders import build_encoder, encode_text
-from vaflow.encoders.context_vectors import ContextTower, context_tower
+from vaflow.encoders import build_encoder, context_tower, encode_text
+from vaflow.encoders.clip import ContextTower
 from vaflow.encoders.prompts import load_prompts
 from vaflow.errors import UsageError
 

@@ -10,8 +10,7 @@ from synthetic_cache import Toy, make_cache
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import StreamInfo
-from vaflow.encoders import build_encoder
-from vaflow.encoders.context_vectors import context_tower
+from vaflow.encoders import build_encoder, context_tower
 from vaflow.encoders.prompts import load_prompts, prototypes
 from vaflow.errors import FingerprintError, UsageError
 from vaflow.train.config import TrainConfig

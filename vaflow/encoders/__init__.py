@@ -7,8 +7,9 @@ for it, never code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vaflow.encoders.base import AudioEncoder, VisualEncoder
+    from vaflow.encoders.clip import ContextTower
 
 EncoderKind = Literal["visual", "audio", "logmel", "any"]  # any: the model decides
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -61,6 +63,9 @@ FORMS: Mapping[str, tuple[EncoderKind, str]] = {
     "opensmile": ("audio", "opensmile:eGeMAPSv02[/functionals]"),
 }
 # fmt: on
+MODULES = {"clip": "clip", "ast": "ast", "hf": "huggingface", "timm": "timm_models", "onnx": "onnx_models"}
+MODULES |= {"opensmile": "opensmile_features", "resnet": "resnet", "vggish": "vggish", "resemblyzer": "resemblyzer"}
+MODULES |= {"tiny": "tiny"}
 WITHOUT_LAYERS = ("resnet", "vggish", "resemblyzer", "onnx", "opensmile", "logmel")
 
 
@@ -126,11 +131,25 @@ def encode_text(encoder: VisualEncoder | AudioEncoder, texts: list[str]) -> NDAr
     Raises:
         UsageError: the encoder has no text tower.
     """
-    method = getattr(encoder, "encode_text", None)
-    if method is None:
-        raise UsageError(explain(f"{encoder.name} has no text tower", expected="a CLIP encoder"))
-    result: NDArray[np.float32] = method(texts)
+    result: NDArray[np.float32] = _text_tower(encoder, "encode_text")(texts)
     return result
+
+
+def context_tower(encoder: VisualEncoder | AudioEncoder, texts: Sequence[str], count: int) -> ContextTower:
+    """Return the text tower of an encoder with `count` learned vectors before each text; the encoder is frozen.
+
+    Raises:
+        UsageError: the encoder has no text tower, or one that does not support vectors.
+    """
+    tower: ContextTower = _text_tower(encoder, "context_tower")(texts, count)
+    return tower
+
+
+def _text_tower(encoder: VisualEncoder | AudioEncoder, method: str) -> Any:
+    """Return a method of an encoder's text tower; refuse encoders without it."""
+    if not hasattr(encoder, method):
+        raise UsageError(explain(f"{encoder.name} has no text tower", expected="a CLIP encoder"))
+    return getattr(encoder, method)
 
 
 def _entry(name: str) -> Entry:
@@ -158,48 +177,9 @@ def _plugins() -> EntryPoints:
 
 
 def _family(name: str) -> Any:
-    """Return the module with the `build` function of a family. Imports are literal: a name never selects a module."""
-    match name:
-        case "clip":
-            from vaflow.encoders import clip
-
-            return clip
-        case "ast":
-            from vaflow.encoders import ast
-
-            return ast
-        case "hf":
-            from vaflow.encoders import huggingface
-
-            return huggingface
-        case "timm":
-            from vaflow.encoders import timm_models
-
-            return timm_models
-        case "onnx":
-            from vaflow.encoders import onnx_models
-
-            return onnx_models
-        case "opensmile":
-            from vaflow.encoders import opensmile_features
-
-            return opensmile_features
-        case "resnet":
-            from vaflow.encoders import resnet
-
-            return resnet
-        case "vggish":
-            from vaflow.encoders import vggish
-
-            return vggish
-        case "resemblyzer":
-            from vaflow.encoders import resemblyzer
-
-            return resemblyzer
-        case "tiny":
-            from vaflow.encoders import tiny
-
-            return tiny
+    """Return the module with the `build` function of a family; `MODULES` names those of this package."""
+    if name in MODULES:
+        return import_module(f"vaflow.encoders.{MODULES[name]}")
     for point in _plugins():  # installed by the user: a name selects one, it installs and imports nothing else
         if point.name == name:
             return point.load()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaflow.encoders.base import KALDI, FrontEnd, Request, Segments
+from vaflow.encoders.base import KALDI, FrontEnd, Request, Segments, TokenGrid
 from vaflow.encoders.checkpoints import (
     CONFIG,
     PICKLE,
@@ -32,7 +32,6 @@ from vaflow.encoders.checkpoints import (
 from vaflow.encoders.image_encoder import autocast
 from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, frame_count
-from vaflow.encoders.waveform import TokenGrid
 from vaflow.encoders.weights import state_digest
 from vaflow.errors import UsageError, WeightsError, explain
 

@@ -2,6 +2,9 @@
 
 Audio front ends share one geometry: frame i starts at sample 160 i, at 16 kHz. They differ in how many samples a frame
 covers and in what they compute from them. Each clip passes each required front end once, while it is decoded.
+
+The centre of each token of an audio network follows from its geometry. A step is the mean of the tokens centred in it,
+and its time is the mean of their centres.
 """
 
 from __future__ import annotations
@@ -89,8 +92,14 @@ class FrontEnd:
         return FilterBank(self.banks, self.bins, self.frame)
 
 
+def _rows(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Samples [n * 160] -> [n, 160] float32."""
+    return samples.reshape(-1, HOP)
+
+
 # The log-Mel stream of every cache: encoders that read it can be added to a cache without decoding.
 KALDI = FrontEnd("logmel", MEL_BINS, 0.0, kaldi_banks)
+WAVEFORM = FrontEnd("waveform", HOP, 0.0, _rows, HOP)  # 16 kHz mono, stored and sliced as any other frames
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,98 @@ def cut(frames: FrameArray, first: int, count: int, padding: float) -> Frames:
     if start < stop:
         row[start - first : stop - first] = frames[start:stop]
     return row
+
+
+def whole_window(window: float) -> Segments:
+    """Return one segment with all rows of a window of that many seconds.
+
+    Raises:
+        UsageError: the window is not a multiple of 10 ms.
+    """
+    frames = Fraction(str(window)) * RATE / HOP
+    if frames.denominator != 1:
+        raise UsageError(explain("--window must be a multiple of 0.01 s for this audio encoder", got=f"{window:g} s"))
+    return Segments((0,), int(frames))
+
+
+def samples_of(name: str, frames: torch.Tensor, window: float) -> torch.Tensor:
+    """Rows [B, F, 160] of one window -> samples [B, F * 160] float32.
+
+    Raises:
+        ValueError: the rows have another shape.
+    """
+    expected = (whole_window(window).frames, HOP)
+    if frames.ndim != 3 or tuple(frames.shape[1:]) != expected:
+        raise ValueError(f"{name}: expected a waveform [B, {expected[0]}, {HOP}], got {tuple(frames.shape)}")
+    return frames.float().flatten(1)
+
+
+def standardised(samples: torch.Tensor) -> torch.Tensor:
+    """[B, n] -> [B, n] with mean 0 and variance 1 per row, as Wav2Vec2FeatureExtractor computes it."""
+    mean = samples.mean(dim=1, keepdim=True)
+    variance = samples.var(dim=1, keepdim=True, correction=0)
+    return (samples - mean) / (variance + 1e-7).sqrt()
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Tokens at regular intervals.
+
+    Attributes:
+        first: seconds from the window's start to the centre of the first token.
+        interval: seconds between two tokens.
+        count: number of tokens.
+        limit: seconds of input that the network accepts.
+    """
+
+    first: Fraction
+    interval: Fraction
+    count: int
+    limit: Fraction
+
+    def centre(self, token: int) -> Fraction:
+        """Return the centre of a token, in seconds after the window's start."""
+        return self.first + token * self.interval
+
+    def times(self) -> NDArray[np.float64]:
+        """Return [count] seconds after the window's start."""
+        return np.array([float(self.centre(token)) for token in range(self.count)])
+
+    def members(self, window: float, steps: int) -> list[list[int]]:
+        """Return, for each step k, the tokens centred in [k, k + 1) * window / steps.
+
+        Raises:
+            UsageError: a step would have no token: more steps than tokens, or a window beyond the network's input.
+        """
+        step = Fraction(str(window)) / steps
+        groups: list[list[int]] = [[] for _ in range(steps)]
+        for token in range(self.count):
+            if self.centre(token) < step * steps:
+                groups[int(self.centre(token) / step)].append(token)
+        empty = [k for k, tokens in enumerate(groups) if not tokens]
+        if empty:
+            raise UsageError(
+                explain(
+                    f"Audio step {empty[0]} of {steps} in a window of {window:g} s would have no token of the encoder",
+                    expected=f"windows of at most about {float(self.limit):g} s, the encoder's input, and steps of at "
+                    f"least {float(self.interval):g} s, the interval of its tokens",
+                    got=f"{float(step):g} s per step",
+                    remedy="Choose fewer --audio-steps or a shorter --window",
+                )
+            )
+        return groups
+
+    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
+        """Return [steps] seconds after the window's start: the mean centre of each step's tokens."""
+        groups = self.members(window, steps)
+        return np.array([float(sum(self.centre(t) for t in tokens) / len(tokens)) for tokens in groups])
+
+    def pooling(self, window: float, steps: int) -> NDArray[np.float32]:
+        """Return [steps, count] float32: the matrix that averages each step's tokens."""
+        matrix = np.zeros((steps, self.count), np.float32)
+        for step, tokens in enumerate(self.members(window, steps)):
+            matrix[step, tokens] = 1 / len(tokens)
+        return matrix
 
 
 class VisualEncoder(Protocol):

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from vaflow.encoders.base import Request
-from vaflow.encoders.context_vectors import ContextTower
 from vaflow.encoders.hub import hub_file, hub_folder, url_file
 from vaflow.encoders.image_encoder import ImageEncoder, encode_blocks
 from vaflow.encoders.images import Preparation, Preprocessing
@@ -39,9 +38,78 @@ QUICK_SUFFIX = "-quickgelu"
 HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # metadata beside OpenAI's tensors
 TEXT_BATCH = 64
+PLACEHOLDER = "x"  # one token of CLIP's vocabulary, whose embedding a context vector replaces
 # Files of a transformers tokenizer: the vocabulary (preferred format first), then further files, all optional.
 VOCABULARIES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model", "vocab.txt", "vocab.json")
 TOKENIZER_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+
+
+class ContextTower:
+    """Learned context vectors before the words of a frozen text tower, shared by all texts.
+
+    [count, width] vectors -> [N, D] text embeddings of length one, with gradients to the vectors only. It is no module:
+    the tower is neither trained nor saved. Source: Zhou et al. 2022 (CoOp, arXiv 2109.01134).
+
+    Args:
+        model: an open_clip model.
+        tokenizer: texts -> [N, L] tokens.
+        texts: N descriptions.
+        count: vectors between the start token and the words.
+        device: the model's.
+
+    Attributes:
+        width: of a vector.
+
+    Raises:
+        UsageError: the tower has no token embedding that vectors can replace, or the context is too long.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Callable[[list[str]], torch.Tensor],
+        texts: Sequence[str],
+        count: int,
+        device: torch.device,
+    ) -> None:
+        self._model = model.eval().requires_grad_(False)
+        embedding = getattr(getattr(model, "text", model), "token_embedding", None)
+        if not isinstance(embedding, torch.nn.Embedding):
+            raise UsageError(explain("This text tower does not support context vectors", expected="a CLIP encoder"))
+        tokens = tokenizer([f"{PLACEHOLDER} " * count + text for text in texts])
+        slots = tokens[:, 1 : 1 + count]
+        longest = int((tokens != 0).sum(dim=1).max())
+        if count < 1 or slots.shape[1] < count or not (slots == slots[0, 0]).all() or longest >= tokens.shape[1]:
+            raise UsageError(
+                explain(
+                    "The context vectors and the descriptions do not fit into the text tower",
+                    expected=f"fewer than {tokens.shape[1]} tokens together",
+                    got=f"{count} vectors",
+                )
+            )
+        self._embedding, self._tokens, self._count = embedding, tokens.to(device), count
+        self.width = embedding.embedding_dim
+
+    def __call__(self, context: torch.Tensor) -> torch.Tensor:
+        """[count, width] -> [N, D] float32.
+
+        Raises:
+            ValueError: the context has another shape.
+        """
+        if tuple(context.shape) != (self._count, self.width):
+            raise ValueError(f"expected a context [{self._count}, {self.width}]; got {[*context.shape]}")
+        after = 1 + self._count
+
+        def insert(module: torch.nn.Module, tokens: object, words: torch.Tensor) -> torch.Tensor:
+            shared = context.to(words.dtype).expand(words.shape[0], -1, -1)
+            return torch.cat([words[:, :1], shared, words[:, after:]], dim=1)
+
+        handle = self._embedding.register_forward_hook(insert)
+        try:
+            embedded: torch.Tensor = self._model.encode_text(self._tokens, normalize=True)
+        finally:
+            handle.remove()
+        return embedded.to(torch.float32)
 
 
 class ClipEncoder(ImageEncoder):

@@ -1,6 +1,6 @@
 """Models of transformers as encoders, `hf:REPO_OR_PATH[@LAYER]`: the entry point, and the image models.
 
-`vaflow.encoders.speech` has the audio models, `vaflow.encoders.model_families` the list of both.
+`vaflow.encoders.speech` has the audio models, `vaflow.encoders.checkpoints` the list of both.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from vaflow.encoders.base import AudioEncoder, Request, VisualEncoder
+from vaflow.encoders.checkpoints import FAMILIES, LoadedModel, load
 from vaflow.encoders.image_encoder import ImageEncoder
 from vaflow.encoders.images import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.layers import LayerChoice
-from vaflow.encoders.model_families import FAMILIES, LoadedModel, load
 from vaflow.encoders.speech import SpeechEncoder
 from vaflow.errors import UsageError, explain
 

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaflow.encoders.base import FrontEnd, Request, Segments
+from vaflow.encoders.base import WAVEFORM, FrontEnd, Request, Segments, TokenGrid, samples_of, whole_window
 from vaflow.encoders.logmel import RATE
-from vaflow.encoders.waveform import WAVEFORM, TokenGrid, samples_of, whole_window
 from vaflow.errors import UsageError, explain
 
 SETS = {"eGeMAPSv02": False, "eGeMAPSv02/functionals": True}

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vaflow.encoders.base import FrontEnd, Request, Segments, centred_examples, step_centres
+from vaflow.encoders.base import WAVEFORM, FrontEnd, Request, Segments, centred_examples, step_centres
 from vaflow.encoders.image_encoder import autocast
 from vaflow.encoders.logmel import HOP, RATE
-from vaflow.encoders.waveform import WAVEFORM
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import WeightsError, explain
 

@@ -15,11 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaflow.encoders.base import FrontEnd, Request, Segments
+from vaflow.encoders.base import (
+    WAVEFORM,
+    FrontEnd,
+    Request,
+    Segments,
+    TokenGrid,
+    samples_of,
+    standardised,
+    whole_window,
+)
+from vaflow.encoders.checkpoints import LoadedModel
 from vaflow.encoders.image_encoder import autocast
 from vaflow.encoders.logmel import RATE
-from vaflow.encoders.model_families import LoadedModel
-from vaflow.encoders.waveform import WAVEFORM, TokenGrid, samples_of, standardised, whole_window
 from vaflow.errors import UsageError, explain
 
 WHISPER_SECONDS, WHISPER_TOKEN = 30, Fraction(1, 50)
