@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from shlex import quote
 from typing import Literal
 
 import numpy as np
@@ -25,9 +24,8 @@ from av.error import FFmpegError
 from av.packet import Packet
 from numpy.typing import NDArray
 
-from vaflow.errors import MediaError, explain
 from vaflow.extract.config import AUDIO_RATES, MAX_CHANNELS
-from vaflow.extract.container import Opened, opened, read_packets, seconds
+from vaflow.extract.container import Opened, opened, read_packets, seconds, several_recordings
 
 RATE = 16000  # output samples per second
 SILENT_PEAK = 1e-4  # -80 dBFS: an audio stream that never exceeds this is silent
@@ -142,10 +140,9 @@ class _Source:
         known = 0  # damaged packets before the last piece
         for packet in chain(read_packets(self._media, [stream]), [None]):
             for frame in self._decode(packet):
-                if frame.format.name not in format_dtypes:  # 64-bit integers, which PyAV cannot convert
-                    self.damaged += 1
-                    continue
-                samples = _mono(frame) if AUDIO_RATES[0] <= frame.sample_rate <= AUDIO_RATES[1] else None
+                # PyAV cannot convert 64-bit integers.
+                usable = frame.format.name in format_dtypes and AUDIO_RATES[0] <= frame.sample_rate <= AUDIO_RATES[1]
+                samples = _mono(frame) if usable else None
                 if samples is None:
                     self.damaged += 1
                     continue
@@ -153,22 +150,11 @@ class _Source:
                 time = None
                 if frame.pts is not None and stream.time_base is not None:
                     time = seconds(frame.pts, stream.time_base) - self._start
-                    self._check_order(time)
+                    if time < self._last - _BACKWARD:
+                        raise several_recordings(self._media.path, "audio times", time, self._last)
+                    self._last = time
                 yield _Piece(samples, self.rate, time, _JITTER if self.damaged == known else _JITTER_AFTER_DAMAGE)
                 known = self.damaged
-
-    def _check_order(self, time: float) -> None:
-        if time < self._last - _BACKWARD:
-            path = self._media.path
-            raise MediaError(
-                explain(
-                    f"The audio times of {path} go back: the file consists of several recordings",
-                    expected="times that ascend",
-                    got=f"{time:.2f} s after {self._last:.2f} s",
-                    remedy=f"Rewrite the times: ffmpeg -i {quote(str(path))} -c copy NEW.mkv",
-                )
-            )
-        self._last = time
 
     def _decode(self, packet: Packet | None) -> list[AudioFrame]:
         stream = self._media.audio

@@ -18,8 +18,7 @@ from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
-from vaflow.extract.container import SQUARE, Opened, decode, display_size, opened
-from vaflow.extract.scan import is_counted, scan_times
+from vaflow.extract.container import SQUARE, Opened, decode, display_size, is_counted, opened, scan_times
 
 Image = NDArray[np.uint8]
 

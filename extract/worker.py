@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from vaflow.cache import Cache, open_cache
+from vaflow.cache.schema import CROPS, FACES
 from vaflow.datasets.clip import Annotation
 from vaflow.datasets.formats import read_annotation
 from vaflow.datasets.labels import clock_problem, on_clock
@@ -19,6 +21,7 @@ from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.audio_activity import SpeechMeter, covered_frames, stored_speech
 from vaflow.extract.config import limit_memory, too_much_memory
+from vaflow.extract.container import audio_clock
 from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
 from vaflow.extract.faces.alignment import quarter_turn
 from vaflow.extract.faces.choice import ALL, LARGEST, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, speech_at
@@ -44,9 +47,7 @@ from vaflow.extract.messages import (
     PersonLabels,
 )
 from vaflow.extract.nvdec import frames_on_gpu
-from vaflow.extract.scan import audio_clock
 from vaflow.extract.sources import check_unchanged, sources_of
-from vaflow.extract.stored_crops import StoredReader
 from vaflow.extract.video import MediaInfo, frame_times, frames_at, probe
 from vaflow.process import beat, listening
 from vaflow.timeline import Floats, Ints, median_interval, nearest
@@ -368,3 +369,49 @@ def _annotation_facts(annotation: Annotation | None) -> dict[str, Any]:
 def _detector() -> CenterFace:
     """One instance per process: loading the model costs as much as one or two frames."""
     return CenterFace()
+
+
+class StoredReader:
+    """Sends the crops of a person as messages, as `ClipReader` does for a video.
+
+    Args:
+        job: with the person, as `stored`.
+        send: takes each message.
+    """
+
+    stage = "faces"
+
+    def __init__(self, job: Job, send: Callable[[Message], None]) -> None:
+        self._job, self._send = job, send
+
+    def run(self) -> None:
+        """Read the crops.
+
+        Raises:
+            VaflowError: the cache is damaged, or does not hold the crops.
+        """
+        job, stored = self._job, self._job.stored
+        assert stored is not None
+        source = _opened(stored.cache)
+        duration = float(source.meta(stored.item)["duration"])
+        self._send(Clock(job.number, {}, duration, source.record(stored.stream, stored.item).source))
+        frame = source.read(stored.stream, stored.item, ["frame"]).frame
+        faces = source.read(FACES, stored.item, ["frame", "person"])
+        images = source.read(CROPS, stored.item).images
+        count = 0
+        for row in np.flatnonzero(faces.person == stored.person).tolist():
+            beat()
+            if not images[row]:
+                raise MediaError(explain(f"{stored.cache} has no crops of person {stored.person} of {stored.item!r}"))
+            image = decode_jpeg(images[row])
+            prepared = {preparation: preparation(image) for preparation in job.preparations}
+            for sample in np.flatnonzero(frame == faces.frame[row]).tolist():
+                self._send(Face(job.number, sample, prepared, images[row] if job.keep_jpeg else None))
+                count += 1
+        self._send(FacesEnd(job.number, frame, stored.facts | {"samples": int(frame.size), "faces": count}))
+
+
+@cache
+def _opened(path: str) -> Cache:
+    """One instance per process."""
+    return open_cache(path)

@@ -12,8 +12,8 @@ from vaflow.datasets.clip import Annotation, Clip
 from vaflow.datasets.labels import clock_gap, clock_problem, on_clock
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
+from vaflow.extract.container import audio_clock
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop
-from vaflow.extract.scan import audio_clock
 from vaflow.extract.video import MediaInfo, frame_times, probe
 from vaflow.timeline import median_interval
 

@@ -55,7 +55,7 @@ def people(
     Example: vaflow cache people main.cache left.cache --person left
     """
     set_up(verbose, quiet)
-    from vaflow.extract.choices import Choices, read_choices
+    from vaflow.extract.faces.choice import Choices, read_choices
 
     chosen = Choices(person, read_choices(choices) if choices is not None else {})
     options: dict[str, Any] = {"weights": weight_pairs(weights or []), "device": device, "workers": workers}
