@@ -16,8 +16,9 @@ from vaflow.encoders import logmel
 from vaflow.encoders.base import KALDI, FrontEnd, cut
 from vaflow.encoders.logmel import frame_times
 from vaflow.extract.audio_activity import HOP, METHOD, SpeechMeter, covered_frames, step_valid, stored_speech
-from vaflow.extract.batching import Encoders, FixedBatcher
+from vaflow.extract.batching import FixedBatcher
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.engine import Encoders
 from vaflow.extract.faces.alignment import turn_remedy
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message, PersonLabels

@@ -1,63 +1,138 @@
 """Batching: rows of many clips -> batches of one fixed size -> the encoder -> each result back to its clip.
 
 Every batch has the same size, the last one padded with zeros: half-precision results depend on the batch size, not on
-the other rows of the batch, so the cache does not depend on the order in which clips arrive.
+the other rows of the batch, so the cache does not depend on the order in which clips arrive. On a GPU the size can be
+measured on two trial batches; it is halved when a batch does not fit.
 """
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from vaflow.device import Stopwatch
-from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.errors import VaflowError, explain
-from vaflow.extract.config import AUTO, ExtractConfig
-from vaflow.extract.faces.detection_torch import TorchDetector
-from vaflow.extract.memory import CudaMemory, InParts, fitting
+from vaflow.errors import VaflowError, explain, is_out_of_memory
 
+logger = logging.getLogger(__name__)
 
-def compile_network(encoder: VisualEncoder | AudioEncoder) -> None:
-    """Have torch compile an encoder's network at its first batch; weights, identity and output shapes do not change.
-
-    Raises:
-        VaflowError: this machine cannot compile for the encoder's device.
-    """
-    parameters = next(encoder.module.parameters(), None)
-    if parameters is None:  # an ONNX graph, or openSMILE
-        return
-    _require_compiler(parameters.device)
-    encoder.module.compile(dynamic=False)
-
-
-def _require_compiler(device: torch.device) -> None:
-    """Compile a trial function: the networks are compiled only at their first full batch."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    try:
-        torch.compile(torch.neg, dynamic=False)(torch.zeros(8, device=device))
-    except TorchDynamoException as error:
-        raise VaflowError(
-            explain(
-                f"torch cannot compile for {device} here",
-                expected="a C++ compiler" if device.type == "cpu" else "Triton, which comes with torch for CUDA",
-                got=next((line for line in str(error).splitlines() if line.strip()), type(error).__name__),
-                remedy="Install it, or run without --compile",
-            )
-        ) from error
-
-
-BATCH_SIZES = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
-LARGEST = {"visual": 1024, "audio": 256}  # limit of measured sizes: larger batches gain nothing
+TRIAL = (4, 16)  # rows of two batches from which the memory per row is measured
+SHARE = 0.8  # of the free memory: allocators fragment, and other processes may use the GPU
 
 Deliver = Callable[[NDArray[np.float32]], None]
 Encode = Callable[[torch.Tensor], torch.Tensor]
 Measure = Callable[[NDArray[Any]], int]  # the first row -> rows per batch
+
+
+class Memory(Protocol):
+    """A device's memory, in bytes."""
+
+    def free(self) -> int:
+        """Bytes available to new tensors."""
+        ...
+
+    def peak(self, work: Callable[[], object]) -> int:
+        """Peak memory of `work`, beyond what was allocated before it."""
+        ...
+
+
+class CudaMemory:
+    """A GPU's memory, from the driver and torch's allocator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def free(self) -> int:
+        """Free GPU memory, plus memory reserved but unused by torch."""
+        reserved = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return int(torch.cuda.mem_get_info(self._device)[0]) + reserved
+
+    def peak(self, work: Callable[[], object]) -> int:
+        """Peak memory from torch's statistics."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        work()
+        torch.cuda.synchronize(self._device)
+        return int(torch.cuda.max_memory_allocated(self._device)) - before
+
+
+def fitting(
+    encode: Encode,
+    device: torch.device,
+    memory: Memory,
+    row: NDArray[Any],
+    *,
+    parts: int,
+    most: int,
+) -> int:
+    """The largest power-of-two batch that fits into a share of the free memory. Small changes of it rarely matter.
+
+    Args:
+        row: one row, for its shape and type.
+        parts: number of shares of the free memory, one for each encoder.
+        most: largest number of rows.
+    """
+
+    def trial(rows: int) -> object:
+        return encode(torch.zeros((rows, *row.shape), dtype=torch.from_numpy(row[..., :0]).dtype, device=device))
+
+    small, large = TRIAL
+    try:
+        trial(small)  # libraries allocate their workspaces on the first call
+        low, high = memory.peak(lambda: trial(small)), memory.peak(lambda: trial(large))
+    except torch.OutOfMemoryError:
+        return small
+    each = max(1.0, (high - low) / (large - small))
+    fixed = max(0.0, low - small * each)
+    rows = (memory.free() * SHARE / parts - fixed) / each
+    return int(2 ** np.floor(np.log2(min(max(rows, 1), most))))
+
+
+class InParts:
+    """Encodes whole batches, or parts of them once a batch did not fit into the device's memory.
+
+    Args:
+        encode: [rows, ...] tensor on `device` -> [rows, ...] tensor on the same device.
+        device: where to encode.
+        size: rows of a batch.
+
+    Attributes:
+        size: rows encoded at once.
+    """
+
+    def __init__(self, encode: Encode, device: torch.device, size: int) -> None:
+        self._encode, self._device, self.size = encode, device, size
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """Encode a batch.
+
+        Raises:
+            VaflowError: a single row does not fit.
+        """
+        while True:
+            try:
+                parts = [self._encode(part) for part in batch.split(self.size)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.size == 1:
+                    raise VaflowError(
+                        explain(
+                            "The device has too little memory for a batch of one row",
+                            got=(str(error) or type(error).__name__).splitlines()[0],
+                            remedy="Free the device or use another --device, then run the same command again to resume",
+                        )
+                    ) from error
+                self.size = max(1, self.size // 2)
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+                logger.warning("Too little memory on %s: using batches of %d", self._device, self.size)
 
 
 class FixedBatcher:
@@ -154,46 +229,3 @@ class _Batch:
     receivers: list[Deliver]
     size: int
     work: Stopwatch
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """Encoders by stream name, each with the batcher that feeds it; and the face detector on their device, if used."""
-
-    visual: dict[str, tuple[VisualEncoder, FixedBatcher]] = field(default_factory=dict)
-    audio: dict[str, tuple[AudioEncoder, FixedBatcher]] = field(default_factory=dict)
-    detector: TorchDetector | None = None
-
-    @property
-    def batchers(self) -> dict[str, FixedBatcher]:
-        """Stream name -> batcher, of both kinds."""
-        return {name: batcher for name, (_, batcher) in (*self.visual.items(), *self.audio.items())}
-
-
-def make_encoders(
-    config: ExtractConfig, device: torch.device, visual: list[VisualEncoder], audio: list[AudioEncoder]
-) -> Encoders:
-    """Give each encoder a batcher of the size given by the settings or the device.
-
-    An audio encoder that reads a window in several segments uses the batch size of images: each segment is small.
-    """
-    sizes = BATCH_SIZES[device.type]
-    parts = max(1, len(visual) + len(audio))
-
-    def batcher(encode: Encode, setting: int, kind: str) -> FixedBatcher:
-        if setting == AUTO and device.type == "cuda":
-            measure = partial(fitting, encode, device, CudaMemory(device), parts=parts, most=LARGEST[kind])
-            return FixedBatcher(encode, measure, device)
-        return FixedBatcher(encode, sizes[kind] if setting in (0, AUTO) else setting, device)
-
-    def audio_batcher(encoder: AudioEncoder) -> FixedBatcher:
-        encode = partial(encoder.encode, window=config.window, steps=config.audio_steps)
-        if len(encoder.segments(config.window, config.audio_steps).first) == 1:
-            return batcher(encode, config.window_batch, "audio")
-        return batcher(encode, config.image_batch, "visual")
-
-    return Encoders(
-        {e.name: (e, batcher(e.encode, config.image_batch, "visual")) for e in visual},
-        {e.name: (e, audio_batcher(e)) for e in audio},
-        TorchDetector(device) if config.detector == "torch" and config.face_source != "none" else None,
-    )

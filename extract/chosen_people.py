@@ -22,9 +22,8 @@ from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, STORES, Ar
 from vaflow.datasets.clip import Clip
 from vaflow.device import choose_device
 from vaflow.errors import MediaError, UsageError, count, explain
-from vaflow.extract.batching import make_encoders
 from vaflow.extract.config import ExtractConfig, default_workers
-from vaflow.extract.engine import NewStreams, build_encoders
+from vaflow.extract.engine import NewStreams, build_encoders, make_encoders
 from vaflow.extract.faces.choice import (
     ALL,
     EXCLUDED,

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +15,18 @@ from vaflow.datasets import Dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.prompts import load_prompts
-from vaflow.errors import FingerprintError, command, explain
-from vaflow.extract.batching import compile_network
-from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.errors import FingerprintError, VaflowError, command, explain
+from vaflow.extract.batching import CudaMemory, Encode, FixedBatcher, fitting
+from vaflow.extract.config import AUTO, ExtractConfig, Shard
+from vaflow.extract.faces.detection_torch import TorchDetector
 from vaflow.extract.plan import PendingClip, make_plan
 from vaflow.extract.prompts import EmbeddedSet, embed_prompts
 from vaflow.extract.streams import as_declared, stream_infos
 from vaflow.extract.summary import OutcomeRecorder, Summary
 from vaflow.failures import FailureLog
+
+BATCH_SIZES = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
+LARGEST = {"visual": 1024, "audio": 256}  # limit of measured sizes: larger batches gain nothing
 
 
 def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[VisualEncoder], list[AudioEncoder]]:
@@ -40,6 +45,79 @@ def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[Vi
     visual = [encoder for encoder in built if encoder.kind == "visual"]
     audio = [encoder for encoder in built if encoder.kind == "audio"]
     return visual, audio  # type: ignore[return-value]
+
+
+def compile_network(encoder: VisualEncoder | AudioEncoder) -> None:
+    """Have torch compile an encoder's network at its first batch; weights, identity and output shapes do not change.
+
+    Raises:
+        VaflowError: this machine cannot compile for the encoder's device.
+    """
+    parameters = next(encoder.module.parameters(), None)
+    if parameters is None:  # an ONNX graph, or openSMILE
+        return
+    _require_compiler(parameters.device)
+    encoder.module.compile(dynamic=False)
+
+
+def _require_compiler(device: torch.device) -> None:
+    """Compile a trial function: the networks are compiled only at their first full batch."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        torch.compile(torch.neg, dynamic=False)(torch.zeros(8, device=device))
+    except TorchDynamoException as error:
+        raise VaflowError(
+            explain(
+                f"torch cannot compile for {device} here",
+                expected="a C++ compiler" if device.type == "cpu" else "Triton, which comes with torch for CUDA",
+                got=next((line for line in str(error).splitlines() if line.strip()), type(error).__name__),
+                remedy="Install it, or run without --compile",
+            )
+        ) from error
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Encoders by stream name, each with the batcher that feeds it; and the face detector on their device, if used."""
+
+    visual: dict[str, tuple[VisualEncoder, FixedBatcher]] = field(default_factory=dict)
+    audio: dict[str, tuple[AudioEncoder, FixedBatcher]] = field(default_factory=dict)
+    detector: TorchDetector | None = None
+
+    @property
+    def batchers(self) -> dict[str, FixedBatcher]:
+        """Stream name -> batcher, of both kinds."""
+        return {name: batcher for name, (_, batcher) in (*self.visual.items(), *self.audio.items())}
+
+
+def make_encoders(
+    config: ExtractConfig, device: torch.device, visual: list[VisualEncoder], audio: list[AudioEncoder]
+) -> Encoders:
+    """Give each encoder a batcher of the size given by the settings or the device.
+
+    An audio encoder that reads a window in several segments uses the batch size of images: each segment is small.
+    """
+    sizes = BATCH_SIZES[device.type]
+    parts = max(1, len(visual) + len(audio))
+
+    def batcher(encode: Encode, setting: int, kind: str) -> FixedBatcher:
+        if setting == AUTO and device.type == "cuda":
+            measure = partial(fitting, encode, device, CudaMemory(device), parts=parts, most=LARGEST[kind])
+            return FixedBatcher(encode, measure, device)
+        return FixedBatcher(encode, sizes[kind] if setting in (0, AUTO) else setting, device)
+
+    def audio_batcher(encoder: AudioEncoder) -> FixedBatcher:
+        encode = partial(encoder.encode, window=config.window, steps=config.audio_steps)
+        if len(encoder.segments(config.window, config.audio_steps).first) == 1:
+            return batcher(encode, config.window_batch, "audio")
+        return batcher(encode, config.image_batch, "visual")
+
+    return Encoders(
+        {e.name: (e, batcher(e.encode, config.image_batch, "visual")) for e in visual},
+        {e.name: (e, audio_batcher(e)) for e in audio},
+        TorchDetector(device) if config.detector == "torch" and config.face_source != "none" else None,
+    )
 
 
 @dataclass

@@ -20,8 +20,8 @@ from vaflow.datasets.clip import Clip
 from vaflow.encoders.images import Preparation
 from vaflow.errors import VaflowError
 from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard, default_workers
+from vaflow.extract.doctor.facts import look_at_people
 from vaflow.extract.faces.choice import ALL
-from vaflow.extract.headcount import look_at_people
 from vaflow.extract.headers import header_seconds, side_by_side
 from vaflow.extract.image_folders import open_stills
 from vaflow.extract.messages import AudioEnd, Face, Failed, Job, Message
@@ -157,8 +157,7 @@ def _measured(
     """Dimension of each encoder, minutes of the extraction or None, and the reason if they were not measured."""
     from vaflow.device import choose_device
     from vaflow.encoders.base import AudioEncoder
-    from vaflow.extract.batching import BATCH_SIZES, make_encoders
-    from vaflow.extract.engine import build_encoders
+    from vaflow.extract.engine import BATCH_SIZES, build_encoders, make_encoders
 
     dims = dict.fromkeys(config.visual, DIMS["visual"]) | dict.fromkeys(config.audio, DIMS["audio"])
     if not clips:

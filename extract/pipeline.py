@@ -9,9 +9,8 @@ from vaflow.cache import create_cache
 from vaflow.datasets import Dataset
 from vaflow.device import choose_device
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.extract.batching import make_encoders
 from vaflow.extract.config import ExtractConfig, Shard, default_workers
-from vaflow.extract.engine import build_encoders, carry_out, prepare
+from vaflow.extract.engine import build_encoders, carry_out, make_encoders, prepare
 from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.run import Run

@@ -12,9 +12,8 @@ from vaflow.cache.costs import Cost
 from vaflow.cache.schema import StreamInfo
 from vaflow.device import choose_device
 from vaflow.errors import VaflowError
-from vaflow.extract.batching import Encoders, make_encoders
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.engine import build_encoders, prepare
+from vaflow.extract.engine import Encoders, build_encoders, make_encoders, prepare
 from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.run import Run

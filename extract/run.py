@@ -22,9 +22,8 @@ from vaflow.device import device_name
 from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
-from vaflow.extract.batching import Encoders
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.engine import NewStreams
+from vaflow.extract.engine import Encoders, NewStreams
 from vaflow.extract.faces.choice import ALL, MAIN
 from vaflow.extract.faces.detection_torch import QUESTION
 from vaflow.extract.faces.identity import resolve

@@ -22,10 +22,10 @@ from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.audio_activity import SpeechMeter, covered_frames, stored_speech
 from vaflow.extract.config import limit_memory, too_much_memory
 from vaflow.extract.container import audio_clock
-from vaflow.extract.faces import CenterFace, PersonTracker, align, decode_jpeg, encode_jpeg
+from vaflow.extract.faces import PersonTracker, align, decode_jpeg, encode_jpeg
 from vaflow.extract.faces.alignment import quarter_turn
 from vaflow.extract.faces.choice import ALL, LARGEST, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, speech_at
-from vaflow.extract.faces.detection import Cells, find_faces
+from vaflow.extract.faces.detection import Cells, find_faces, shared_detector
 from vaflow.extract.faces.detection import Face as DetectedFace
 from vaflow.extract.faces.identity import open_network
 from vaflow.extract.faces.people import ClipFaces
@@ -337,7 +337,7 @@ class ClipReader:
         if self._job.ask:
             yield from find_faces(frames, partial(self._ask, self._job.number), self._job.ask)
             return
-        detector = _detector()
+        detector = shared_detector()
         for number, image in frames:
             yield number, image, detector.detect(image)
 
@@ -363,12 +363,6 @@ def _annotation_facts(annotation: Annotation | None) -> dict[str, Any]:
     if annotation is None:
         return {"rows": 0, "targets": []}
     return {"rows": int(annotation.value.shape[0]), "targets": list(annotation.targets)}
-
-
-@cache
-def _detector() -> CenterFace:
-    """One instance per process: loading the model costs as much as one or two frames."""
-    return CenterFace()
 
 
 class StoredReader:

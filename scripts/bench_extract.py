@@ -94,8 +94,8 @@ class Bench:
 def _bench(options: argparse.Namespace, data: Path, folder: Path) -> Bench:
     from vaflow.datasets import open_dataset
     from vaflow.device import choose_device
-    from vaflow.extract.batching import compile_network
     from vaflow.extract.config import ExtractConfig
+    from vaflow.extract.engine import compile_network
 
     device = choose_device(options.device)
     visual, audio = _encoders(options.size, options.device, options.precision, folder)
@@ -119,7 +119,7 @@ def _overlap(bench: Bench, folder: Path) -> Iterator[Row]:
     from crop_folders import with_crops
     from encoder_rate import device_name, encode_only, matrix_rate
 
-    from vaflow.extract.batching import BATCH_SIZES
+    from vaflow.extract.engine import BATCH_SIZES
     from vaflow.extract.summary import idle_share
 
     precision = bench.config.precision + ", compiled" * bench.config.compile

@@ -1,23 +1,48 @@
-"""Measure one clip: frames, audio, crops and labels, in numbers. `findings` interprets them."""
+"""Measure one clip: frames, audio, crops, labels and people, in numbers. `findings` interprets them.
 
-from collections.abc import Sequence
+People and cuts are looked for in a few short parts of each clip. Extraction looks at two frames of every second; a
+check compares at most 52 frames of a clip and detects faces in eight: it sees short clips whole, and of long ones what
+is usual. A cache that was extracted from the clip has counted all.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from av.error import FFmpegError
 from numpy.typing import NDArray
 
+from vaflow.cache import Cache
+from vaflow.cache.schema import FACES
 from vaflow.datasets.clip import Annotation, Clip
 from vaflow.datasets.labels import clock_gap, clock_problem, on_clock
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
-from vaflow.extract.container import audio_clock
+from vaflow.extract.container import audio_clock, decode, opened
+from vaflow.extract.faces.alignment import MIN_SCORE, MIN_SIZE, quarter_turn
+from vaflow.extract.faces.detection import shared_detector
+from vaflow.extract.faces.tracking import CutDetector
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop
-from vaflow.extract.video import MediaInfo, frame_times, probe
+from vaflow.extract.messages import Failed
+from vaflow.extract.pool import each
+from vaflow.extract.video import MediaInfo, VideoInfo, frame_times, probe, to_rgb
+from vaflow.item_names import person_item
 from vaflow.timeline import median_interval
 
 BINS = 240  # of a coverage bar
+LEVEL_EDGES = (-1 / 3, 1 / 3)  # thirds of the range [-1, 1]
+CELLS = 24  # of the density of labels, per dimension; a multiple of 3, so that no cell lies in two regions
+AUDIO_SLACK = 0.5  # seconds of the video that may lack audio before the audio is called partial
+OPENED_CROPS = 3  # of a clip: the first, the middle, the last
+PARTS = 4  # of a clip, evenly distributed, in which people and cuts are looked for
+PART_SECONDS = 6.0
+STEP = 0.5  # seconds between two frames that are compared
+DETECTED = (0, 4)  # of the frames of a part: those in which faces are detected
+MAX_DECODED = 600  # frames of a part, with those between the keyframe before and its beginning
+MAX_CLIPS = 100
+_MICROSECONDS = 1_000_000
 
 
 def coverage(times: NDArray[np.float64], flags: NDArray[np.bool_], duration: float) -> bytes:
@@ -40,10 +65,6 @@ def spans(flags: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
     """(first, last + 1) of every sequence of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
     return tuple((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
-
-
-LEVEL_EDGES = (-1 / 3, 1 / 3)  # thirds of the range [-1, 1]
-CELLS = 24  # of the density of labels, per dimension; a multiple of 3, so that no cell lies in two regions
 
 
 @dataclass(frozen=True)
@@ -159,9 +180,6 @@ def merge_stats(parts: Sequence[LabelStats]) -> LabelStats:
     )
 
 
-AUDIO_SLACK = 0.5  # seconds of the video that may lack audio before the audio is called partial
-OPENED_CROPS = 3  # of a clip: the first, the middle, the last
-
 AudioCover = Literal["none", "unreadable", "silent", "partial", "whole"]
 
 
@@ -224,63 +242,47 @@ def media_facts(path: Path, audio_path: Path | None = None) -> tuple[MediaFacts,
     """
     info = probe(path)
     times = frame_times(path, info=info)
-    interval = median_interval(times)
-    duration = float(times[-1]) + interval
     average = (times.size - 1) / float(times[-1] - times[0]) if times[-1] > times[0] else None
-    audio, span = _audio_cover(info if audio_path is None else probe(audio_path), duration)
-    facts = MediaFacts(
-        frames=times.size,
-        duration=duration,
-        interval=interval,
-        nominal_rate=info.video.nominal_rate if info.video else None,
-        average_rate=average,
-        drift=drift(times),
-        gap=largest_gap(times),
-        audio=audio,
-        audio_span=span,
-        transfer=info.video.transfer if info.video else "",
-        pixel_aspect=str(info.video.pixel_aspect) if info.video else "1",
-    )
-    return facts, times
+    return _facts(times, info.video, average, info if audio_path is None else probe(audio_path)), times
 
 
 def audio_facts(path: Path) -> tuple[MediaFacts, NDArray[np.float64]]:
-    """As `media_facts`, for a file with audio alone, whose clock has `AUDIO_ROWS` rows per second.
-
-    Raises:
-        MediaError: it cannot be used.
-    """
+    """As `media_facts`, for a file with audio alone, whose clock has `AUDIO_ROWS` rows per second."""
     times = audio_clock(path)
-    interval = median_interval(times)
-    duration = float(times[-1]) + interval
-    audio, span = _audio_cover(probe(path), duration)
-    return MediaFacts(times.size, duration, interval, None, None, 0.0, 0.0, audio, span), times
+    return _facts(times, None, None, probe(path)), times
 
 
 def still_facts(clip: Clip) -> tuple[MediaFacts, NDArray[np.float64], int]:
-    """As `media_facts`, for a folder of numbered images; and how many frames up to the last one have no image.
-
-    Raises:
-        MediaError: it cannot be used.
-    """
+    """As `media_facts`, for a folder of numbered images; and how many frames up to the last one have no image."""
     info, times = open_stills(clip)
+    images, rate = (info.video.frames, info.video.nominal_rate) if info.video else (0, None)
+    return _facts(times, info.video, rate, probe(clip.audio) if clip.audio else None), times, times.size - images
+
+
+def _facts(
+    times: NDArray[np.float64], video: VideoInfo | None, average_rate: float | None, audio_of: MediaInfo | None
+) -> MediaFacts:
     interval = median_interval(times)
-    rate = info.video.nominal_rate if info.video else None
-    images = info.video.frames if info.video else 0
     duration = float(times[-1]) + interval
-    audio, span = ("none", None) if clip.audio is None else _audio_cover(probe(clip.audio), duration)
-    facts = MediaFacts(times.size, duration, interval, rate, rate, drift(times), largest_gap(times), audio, span)
-    return facts, times, times.size - images
+    audio, span = ("none", None) if audio_of is None else _audio_cover(audio_of, duration)
+    return MediaFacts(
+        frames=times.size,
+        duration=duration,
+        interval=interval,
+        nominal_rate=video.nominal_rate if video else None,
+        average_rate=average_rate,
+        drift=drift(times) if video else 0.0,
+        gap=float(np.diff(times).max()) if video and times.size > 1 else 0.0,
+        audio=audio,
+        audio_span=span,
+        transfer=video.transfer if video else "",
+        pixel_aspect=str(video.pixel_aspect) if video else "1",
+    )
 
 
 def drift(times: NDArray[np.float64]) -> float:
     """Seconds by which frame number / average rate misses a presentation time at most; 0 for a constant rate."""
     return float(np.abs(times - np.linspace(times[0], times[-1], times.size)).max()) if times.size > 1 else 0.0
-
-
-def largest_gap(times: NDArray[np.float64]) -> float:
-    """Seconds between two successive frames at most; 0 for a single one."""
-    return float(np.diff(times).max()) if times.size > 1 else 0.0
 
 
 def _audio_cover(info: MediaInfo, duration: float) -> tuple[AudioCover, tuple[float, float] | None]:
@@ -340,3 +342,94 @@ def _opens(path: Path) -> bool:
     except MediaError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class PeopleFacts:
+    """People and cuts of a clip.
+
+    Attributes:
+        people: most faces in one frame; of a cache, people with at least a tenth of the clear faces of the first.
+        cuts: shot boundaries.
+        frames: frames that were compared; 0: all sampled frames of an extraction.
+        turned: degrees clockwise by which most faces are turned.
+    """
+
+    people: int
+    cuts: int
+    frames: int
+    turned: int = 0
+
+
+def look_at_people(
+    clips: Sequence[tuple[Clip, float]], extracted: Cache | None = None, *, workers: int = 0
+) -> dict[str, PeopleFacts]:
+    """Clip id -> its people and cuts, of at most `MAX_CLIPS` clips that are not in a cache, evenly chosen.
+
+    Args:
+        clips: with their durations in seconds; those with crops or without video are left out.
+        extracted: a cache, whose stream of faces is taken where it has one.
+        workers: processes; 0: by the machine's cores.
+    """
+    known, rest = {}, []
+    for clip, duration in clips:
+        if clip.crops or clip.video is None:
+            continue
+        facts = None if extracted is None else _extracted_facts(extracted, clip.id)
+        if facts is None:
+            rest.append((clip.id, clip.video, duration))
+        else:
+            known[clip.id] = facts
+    chosen = rest[:: -(-len(rest) // MAX_CLIPS)] if rest else []
+    for number, looked in each(_look, chosen, workers=workers):
+        if isinstance(looked, PeopleFacts):
+            known[chosen[number][0]] = looked
+    return known
+
+
+def _extracted_facts(extracted: Cache, clip: str) -> PeopleFacts | None:
+    if FACES not in extracted.streams():
+        return None
+    item = next((name for name in (clip, person_item(clip, 1)) if extracted.has(FACES, name)), None)
+    meta = {} if item is None else extracted.record(FACES, item).meta
+    people, cuts = meta.get("notable", meta.get("people")), meta.get("cuts")
+    if item is None or not isinstance(people, int) or not isinstance(cuts, int):
+        return None
+    return PeopleFacts(people, cuts, 0, quarter_turn(extracted.read(FACES, item, ["landmarks"]).landmarks))
+
+
+def _look(arguments: tuple[str, Path, float]) -> PeopleFacts | Failed | None:
+    _, path, duration = arguments
+    people = cuts = frames = 0
+    landmarks = []
+    try:
+        for part in range(PARTS):
+            cut, start = CutDetector(), part * duration / PARTS
+            # The first frame of the next part belongs to this one as well: a cut may lie between them.
+            end = start + min(PART_SECONDS, duration / PARTS) + STEP / 2
+            for number, image in enumerate(_part(path, start, end)):
+                cuts += cut.update(image) >= 1
+                frames += 1
+                if number in DETECTED:
+                    faces = shared_detector().detect(image)
+                    landmarks += [face.landmarks for face in faces]
+                    people = max(people, sum(f.score >= MIN_SCORE and f.size >= MIN_SIZE for f in faces))
+    except (MediaError, OSError, FFmpegError):
+        return None  # the clip has a finding about it
+    turned = quarter_turn(np.array(landmarks)) if landmarks else 0
+    return PeopleFacts(people, cuts, frames, turned)
+
+
+def _part(path: Path, start: float, end: float) -> Iterator[NDArray[np.uint8]]:
+    """Frames of the clip from `start` to `end` seconds."""
+    with opened(path) as media:  # opened again each time: a decoder must not seek once it runs
+        stream = media.need_video()
+        media.container.seek(round((start + media.start) * _MICROSECONDS))
+        due = start
+        for number, frame in enumerate(decode(media, stream)):
+            time = -np.inf if frame.time is None else frame.time - media.start
+            if time > end or number == MAX_DECODED:
+                return
+            if time >= due - 1e-6:
+                due += STEP
+                yield to_rgb(frame, media.pixel_aspect)

@@ -20,10 +20,17 @@ from vaflow.datasets.clip import SPLITS, Clip, Note
 from vaflow.datasets.files import examples
 from vaflow.datasets.labels import USUAL_ROWS
 from vaflow.errors import command, count
-from vaflow.extract.doctor.facts import OPENED_CROPS, CropFacts, LabelFacts, LabelStats, MediaFacts, merge_stats
+from vaflow.extract.doctor.facts import (
+    OPENED_CROPS,
+    CropFacts,
+    LabelFacts,
+    LabelStats,
+    MediaFacts,
+    PeopleFacts,
+    merge_stats,
+)
 from vaflow.extract.faces.alignment import turn_remedy
 from vaflow.extract.faces.identity import AUTO, NONE, REMEDY, resolve
-from vaflow.extract.headcount import PeopleFacts
 from vaflow.regions import REGION_NAMES
 
 # Perfect predictions against shifted labels: seconds -> CCC lost in valence and in arousal.

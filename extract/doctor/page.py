@@ -22,8 +22,8 @@ from PIL import Image
 from vaflow.datasets.clip import SEVERITIES, Clip, Note
 from vaflow.errors import MediaError
 from vaflow.extract.container import decode, opened
+from vaflow.extract.doctor.check import Checked, Report, Summary, describe, occupancy
 from vaflow.extract.doctor.facts import BINS, CELLS, LabelStats, some
-from vaflow.extract.doctor.report import Checked, Report, Summary, describe, occupancy
 from vaflow.extract.image_folders import list_crops, list_stills, read_crop
 from vaflow.extract.messages import Failed
 from vaflow.extract.pool import each

@@ -113,6 +113,12 @@ class CenterFace:
         return decode_grid(heat[0, 0], size[0], offset[0], marks[0], scale)
 
 
+@cache
+def shared_detector() -> CenterFace:
+    """One instance per process: loading the model costs as much as one or two frames."""
+    return CenterFace()
+
+
 def shrunk(rgb: Image, max_size: int = MAX_SIZE) -> tuple[Image, float]:
     """The image at detection size, padded with black on the right and below to multiples of 32; and its scale."""
     import cv2

@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaflow.datasets import Clip, Note, open_dataset
-from vaflow.extract.doctor.check import check_dataset
+from vaflow.extract.doctor.check import Checked, Report, check_dataset, describe, document, occupancy
 from vaflow.extract.doctor.facts import drift, label_stats, merge_stats, spans
-from vaflow.extract.doctor.report import Checked, Report, describe, document, occupancy
 
 RATE = 25
 

@@ -12,10 +12,9 @@ from make_media import AudioTrack, VideoTrack, tones, write_media
 from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Note, open_dataset
-from vaflow.extract.doctor.check import SAMPLE, check_dataset, same_content
+from vaflow.extract.doctor.check import SAMPLE, Report, check_dataset, document, same_content
 from vaflow.extract.doctor.facts import BINS, CELLS, coverage, crop_facts, label_stats
 from vaflow.extract.doctor.findings import COSTS, constant_scores, shift_loss
-from vaflow.extract.doctor.report import Report, document
 from vaflow.extract.sources import file_identity
 
 EVEN = tuple(range(0, 1600, 40))

@@ -13,10 +13,9 @@ from PIL import Image
 
 from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
-from vaflow.extract.doctor.check import check_dataset
+from vaflow.extract.doctor.check import Checked, Report, check_dataset
 from vaflow.extract.doctor.facts import BINS
 from vaflow.extract.doctor.page import CLIPS_WITH_IMAGES, SIDE, clips_with_images, coverage_bars, html_page, thumbnails
-from vaflow.extract.doctor.report import Checked, Report
 
 VOID = {"meta", "img", "br"}
 HOSTILE = '<script>alert(1)</script>"onload="x&amp;'

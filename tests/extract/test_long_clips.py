@@ -21,8 +21,8 @@ from vaflow.datasets.clip import Clip
 from vaflow.encoders.base import KALDI, Segments
 from vaflow.errors import CacheError
 from vaflow.extract.assembly import ClipAssembly
-from vaflow.extract.batching import make_encoders
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.engine import make_encoders
 from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
 from vaflow.extract.plan import PendingClip
 

@@ -11,10 +11,10 @@ from vaflow.cache import create_cache
 from vaflow.cache.schema import FACES, LABELS, StreamInfo
 from vaflow.cli import main
 from vaflow.datasets.clip import Clip
+from vaflow.extract.doctor.facts import PeopleFacts, look_at_people
 from vaflow.extract.doctor.findings import people_findings
 from vaflow.extract.faces.alignment import TEMPLATE, quarter_turn
 from vaflow.extract.faces.people import no_faces
-from vaflow.extract.headcount import PeopleFacts, look_at_people
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from vaflow.errors import count, visible
 from vaflow.files import write_file
 
 if TYPE_CHECKING:
-    from vaflow.extract.doctor.report import Report, Summary
+    from vaflow.extract.doctor.check import Report, Summary
 
 EXAMPLES = 3
 
@@ -55,8 +55,7 @@ def check(
 
     from vaflow.cache import open_cache
     from vaflow.datasets import open_dataset
-    from vaflow.extract.doctor.check import check_dataset
-    from vaflow.extract.doctor.report import document
+    from vaflow.extract.doctor.check import check_dataset, document
 
     dataset = open_dataset(root, layout)
     if html is not None:
@@ -88,7 +87,7 @@ def check(
 
 def _overview(report: "Report") -> Iterator[str]:
     """Blocks of text: clips per split, then the labels of the training split (or of all clips) and their regions."""
-    from vaflow.extract.doctor.report import describe, occupancy
+    from vaflow.extract.doctor.check import describe, occupancy
     from vaflow.regions import region_table
 
     yield f"{visible(str(report.root))} (layout {report.layout})"
