@@ -20,8 +20,7 @@ from vaflow.extract.batching import CudaMemory, Encode, FixedBatcher, fitting
 from vaflow.extract.config import AUTO, ExtractConfig, Shard
 from vaflow.extract.faces.detection_torch import TorchDetector
 from vaflow.extract.plan import PendingClip, make_plan
-from vaflow.extract.prompts import EmbeddedSet, embed_prompts
-from vaflow.extract.streams import as_declared, stream_infos
+from vaflow.extract.streams import EmbeddedSet, as_declared, embed_prompts, stream_infos
 from vaflow.extract.summary import OutcomeRecorder, Summary
 from vaflow.failures import FailureLog
 

@@ -1,13 +1,20 @@
 """Streams that an extraction writes: names, shapes, identities, and the sources that each is made from."""
 
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from vaflow import __version__
-from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, StreamInfo
+from vaflow.cache import Cache
+from vaflow.cache.commit import differences
+from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo
+from vaflow.encoders import ENCODERS, build_encoder, encoder_kind, is_encoder
 from vaflow.encoders.base import KALDI, AudioEncoder, VisualEncoder
 from vaflow.encoders.logmel import MEL_BINS
 from vaflow.encoders.logmel import identity as logmel_identity
+from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes
+from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces import faces_identity, tracker_identity
 from vaflow.extract.faces.choice import LARGEST
@@ -135,3 +142,168 @@ def _with_reading(identity: Any, version: int) -> Any:
     if not isinstance(identity, dict):
         return identity
     return {key: version if key == "reading" else _with_reading(value, version) for key, value in identity.items()}
+
+
+@dataclass(frozen=True)
+class ListedSet:
+    """One prompt set in a cache.
+
+    Attributes:
+        stream: stream of the prototypes; name: of the set, the value of a training run's `prompts` setting.
+        templates, descriptions: the texts; empty if the record has none.
+        created: when it was embedded.
+    """
+
+    stream: str
+    name: str
+    templates: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    created: str
+
+
+@dataclass
+class AddedPrompts:
+    """Name of the set, and the streams in which it is new, replaced another version, or is unchanged."""
+
+    name: str
+    new: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+
+
+def list_prompts(cache: Cache) -> list[ListedSet]:
+    """Return every prompt set of every stream of prototypes."""
+    sets = []
+    for stream, info in cache.streams().items():
+        for name in cache.items(stream=stream) if info.kind == "text" else []:
+            record = cache.record(stream, name)
+            words = record.source.get("prompts", {})
+            templates, descriptions = (tuple(words.get(key, ())) for key in ("templates", "descriptions"))
+            sets.append(ListedSet(stream, name, templates, descriptions, record.created))
+    return sets
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """A prompt set in the joint space of one encoder, not yet in the cache; without `arrays` if it is unchanged there.
+
+    Attributes:
+        stream: stream of the prototypes; set_name: of the set.
+        replaces: the cache holds another version of the set.
+    """
+
+    stream: StreamInfo
+    set_name: str
+    source: dict[str, Any]
+    arrays: dict[str, Rows] | None
+    replaces: bool
+
+    def commit(self, cache: Cache) -> None:
+        """Write the set, and create its stream if there is none."""
+        cache.declare(self.stream)
+        if self.arrays is not None:
+            cache.write(self.stream.name, self.set_name, self.arrays, source=self.source)
+
+
+def embed_prompts(cache: Cache, prompt_set: PromptSet, visual: Iterable[VisualEncoder]) -> Iterator[EmbeddedSet]:
+    """Embed a prompt set in the joint space of every encoder with a text tower, unless it is unchanged.
+
+    Raises:
+        FingerprintError: the prototypes in the cache are of another encoder.
+    """
+    source = {"prompts": prompt_set.identity()}
+    for encoder in visual:
+        if not hasattr(encoder, "encode_text"):
+            continue
+        info = text_info(encoder)
+        stored = cache.has(info.name, prompt_set.name)
+        if stored or info.name in cache.streams():
+            cache.declare(info)
+        arrays: dict[str, Rows] | None = None
+        if not stored or cache.record(info.name, prompt_set.name).source != source:
+            embedding, template = prototypes(encoder, prompt_set)
+            arrays = {"embedding": embedding, "template": template}
+        yield EmbeddedSet(info, prompt_set.name, source, arrays, stored)
+
+
+def write_prompts(cache: Cache, prompt_set: PromptSet, visual: Iterable[VisualEncoder]) -> AddedPrompts:
+    """Embed a prompt set and commit it; raises as `embed_prompts`."""
+    done = AddedPrompts(prompt_set.name)
+    for embedded in embed_prompts(cache, prompt_set, visual):
+        embedded.commit(cache)
+        new = done.replaced if embedded.replaces else done.new
+        (done.unchanged if embedded.arrays is None else new).append(embedded.stream.name)
+    return done
+
+
+def add_prompts(
+    cache: Cache,
+    prompts: Path,
+    visual: str | None = None,
+    weights: Mapping[str, Path] | None = None,
+    *,
+    device: str = "cpu",
+) -> AddedPrompts:
+    """Embed the prompt set in a TOML file for the visual encoders of a cache. No clip is read.
+
+    Args:
+        cache: opened for writing.
+        prompts: the file; its stem names the set.
+        visual: name of the encoder; None: all in the cache that have a text tower.
+        weights: encoder name -> local weights, instead of the hub.
+        device: "cpu" or "cuda[:N]".
+
+    Raises:
+        UsageError: the file is not a prompt set, or the cache has no such encoder, or it has no text tower.
+        FingerprintError: the stream in the cache is of another encoder; every field that differs is named.
+        WeightsError: weights are missing or do not fit.
+    """
+    prompt_set = load_prompts(prompts)
+    known = cache.streams()
+    # By default the streams with prototypes; without any, all streams of an encoder of this package.
+    made = [name for name, info in known.items() if info.kind == "visual" and is_encoder(name, "visual")]
+    default = [name for name in made if text_stream(name) in known] or made
+    names = default if visual is None else [visual]
+    unused = [name for name in weights or {} if name not in names]
+    if unused:
+        problem = "Weights were given for an encoder that is not used"
+        raise UsageError(explain(problem, got=unused[0], choices=names))
+    encoders = [_build(cache, known, name, (weights or {}).get(name), device) for name in names]
+    able = [encoder for encoder in encoders if hasattr(encoder, "encode_text")]
+    if not able:
+        raise UsageError(
+            explain(
+                f"No visual encoder of {cache.place} has a text tower",
+                expected="a CLIP encoder, such as clip-vit-b16",
+                got=", ".join(names) or "no stream of a known encoder",
+            )
+        )
+    return write_prompts(cache, prompt_set, able)
+
+
+def _build(
+    cache: Cache, known: Mapping[str, StreamInfo], name: str, weights: Path | None, device: str
+) -> VisualEncoder:
+    """Return the encoder of a stream.
+
+    Raises:
+        UsageError: the cache has neither the stream nor its prototypes, or the encoder is unknown.
+        FingerprintError: the stream is of another encoder.
+    """
+    infos = [known[stream] for stream in (text_stream(name), name) if stream in known]
+    if not infos:
+        visual = [stream for stream, info in known.items() if info.kind == "visual"]
+        raise UsageError(explain(f"{cache.place} has no visual stream of this name", got=name, choices=visual))
+    if not is_encoder(name, "visual"):
+        choices = [encoder for encoder in ENCODERS if encoder_kind(encoder) == "visual"]
+        raise UsageError(explain(f"No visual encoder makes stream {name!r}", got=name, choices=choices))
+    encoder = build_encoder(name, weights=weights, device=device)
+    for info in infos:
+        # The identity of a visual stream also has members beyond its encoder's: sampling, faces, precision.
+        recorded = {key: value for key, value in info.identity.items() if key in encoder.identity}
+        fields = "; ".join(differences(recorded, encoder.identity))
+        if fields:
+            problem = f"Stream {info.name!r} of {cache.place} is of another encoder: {fields}"
+            remedy = f"Name the weights of the cache: --weights {name}=PATH"
+            raise FingerprintError(explain(problem, remedy=remedy))
+    return encoder  # type: ignore[return-value]

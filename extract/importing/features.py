@@ -23,14 +23,17 @@ from vaflow.extract.importing.feature_files import (
     Columns,
     FeatureFile,
     Features,
+    Moments,
+    Scale,
     Signature,
     files_below,
     find_features,
+    fit,
+    item_groups,
     read_features,
     signature,
 )
 from vaflow.extract.importing.labels import SUFFIXES, ImportedLabels, LabelOptions, label_path
-from vaflow.extract.importing.normalization import Moments, Scale, fit, item_groups
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.extract.streams import provenance
 from vaflow.failures import FAILURES, Failure, FailureLog

@@ -21,7 +21,7 @@ from vaflow.encoders.images import Preparation
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop
 from vaflow.extract.importing.feature_files import FeatureFile, read_features, signature
-from vaflow.extract.importing.targets import read_targets
+from vaflow.extract.importing.labels import read_targets
 from vaflow.extract.messages import AudioEnd, Done, Failed, Job
 from vaflow.extract.pool import each
 from vaflow.extract.worker import run_job

@@ -14,7 +14,7 @@ from vaflow.cli import main
 from vaflow.encoders.base import VisualEncoder
 from vaflow.encoders.prompts import load_prompts, prototypes
 from vaflow.errors import FingerprintError, UsageError
-from vaflow.extract.prompts import add_prompts, list_prompts, write_prompts
+from vaflow.extract.streams import add_prompts, list_prompts, write_prompts
 from vaflow.train.config import merge
 from vaflow.train.inputs import resolve
 

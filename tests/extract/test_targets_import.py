@@ -10,7 +10,7 @@ from vaflow.cache import Cache, create_cache
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.cli import main
 from vaflow.errors import DataError, FingerprintError, UsageError
-from vaflow.extract.importing.targets import import_targets, read_targets
+from vaflow.extract.importing.labels import import_targets, read_targets
 
 FRAMES = np.array([0.0, 0.04, 0.09, 0.12, 0.2])  # of variable rate
 ABAW = ("Neutral", "Anger", "Other")

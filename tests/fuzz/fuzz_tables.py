@@ -13,7 +13,7 @@ from vaflow.datasets.formats import DIMENSION_READERS, read_annotation
 from vaflow.datasets.labels import on_clock
 from vaflow.errors import VaflowError
 from vaflow.extract.importing.feature_files import FeatureFile, find_features, read_features, signature
-from vaflow.extract.importing.targets import read_targets
+from vaflow.extract.importing.labels import read_targets
 from vaflow.extract.plan import only_failed
 
 LABELS = StreamInfo("labels", "labels", 0, "float32")

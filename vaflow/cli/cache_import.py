@@ -21,7 +21,7 @@ from vaflow.cli.options import CachePath, Device, JsonFlag, Quiet, Store, Verbos
 from vaflow.errors import UsageError, command, count, explain, visible
 
 if TYPE_CHECKING:
-    from vaflow.extract.prompts import AddedPrompts, ListedSet
+    from vaflow.extract.streams import AddedPrompts, ListedSet
 
 LABEL_PROBLEMS = {
     "labels-outlast": "The labels continue after the features",
@@ -150,7 +150,7 @@ def targets(
     """
     set_up(verbose, quiet)
     from vaflow.cache import open_cache
-    from vaflow.extract.importing.targets import import_targets
+    from vaflow.extract.importing.labels import import_targets
 
     listed = [name.strip() for name in names.split(",")] if names else []
     done = import_targets(open_cache(cache, writable=True), stream, task, folder, listed)
@@ -181,7 +181,7 @@ def prompts(
     """
     set_up(verbose, quiet)
     from vaflow.cache import open_cache
-    from vaflow.extract.prompts import add_prompts, list_prompts
+    from vaflow.extract.streams import add_prompts, list_prompts
 
     added = None
     if prompts is not None:
