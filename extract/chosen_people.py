@@ -119,13 +119,10 @@ class ChoicePlan:
         }
         if not {FACES, CROPS} <= known.keys() or not self.images:
             rule = choices.rule or "main"
-            raise UsageError(
-                explain(
-                    f"{source.place} does not hold the crops of everyone",
-                    expected="features of detected faces, extracted without --person largest and --chosen-only",
-                    remedy=f"Extract the videos again: vaflow extract VIDEOS --out OTHER.cache --person {rule}",
-                )
-            )
+            problem = f"{source.place} does not hold the crops of everyone"
+            expected = "features of detected faces, extracted without --person largest and --chosen-only"
+            remedy = f"Extract the videos again: vaflow extract VIDEOS --out OTHER.cache --person {rule}"
+            raise UsageError(explain(problem, expected=expected, remedy=remedy))
         before = {info.identity["picture"]["faces"]["person"] for info in self.images.values()}
         if len(before) > 1:
             got = " and ".join(sorted(before))

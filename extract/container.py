@@ -73,13 +73,9 @@ class Opened:
             MediaError: the file has none, or FFmpeg has no decoder for it.
         """
         if self.video is None:
-            raise MediaError(
-                explain(
-                    f"{self.path} has no video stream",
-                    expected="a file with a video stream",
-                    got=f"streams: {', '.join(s.type for s in self.container.streams) or 'none'}",
-                )
-            )
+            problem = f"{self.path} has no video stream"
+            got = f"streams: {', '.join(s.type for s in self.container.streams) or 'none'}"
+            raise MediaError(explain(problem, expected="a file with a video stream", got=got))
         if self.video.codec_context is None:
             raise MediaError(explain(f"{self.path} has a video stream that this FFmpeg cannot decode"))
         return self.video
@@ -156,14 +152,11 @@ def _open(path: Path) -> InputContainer:
         options = {"protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
         return av.open(f"file:{path}", options=options, metadata_errors="replace")
     except (FFmpegError, ValueError, OverflowError) as error:  # PyAV raises the last two for invalid headers
-        raise MediaError(
-            explain(
-                f"{path} cannot be opened as a media file ({getattr(error, 'strerror', None) or error})",
-                expected="a video file that FFmpeg can read",
-                got=f"{path.stat().st_size} bytes of another format, or a file truncated before its index",
-                remedy="Copy or download the file again, or check that it is a media file",
-            )
-        ) from error
+        problem = f"{path} cannot be opened as a media file ({getattr(error, 'strerror', None) or error})"
+        expected = "a video file that FFmpeg can read"
+        got = f"{path.stat().st_size} bytes of another format, or a file truncated before its index"
+        remedy = "Copy or download the file again, or check that it is a media file"
+        raise MediaError(explain(problem, expected=expected, got=got, remedy=remedy)) from error
 
 
 def display_size(width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:
@@ -191,14 +184,11 @@ def read_packets(media: Opened, streams: Sequence[Stream]) -> Iterator[Packet]:
             return
         remaining -= packet.size
         if remaining < 0 or number >= MAX_PACKETS:
-            raise MediaError(
-                explain(
-                    f"{media.path} contains more packets than its size allows",
-                    expected=f"at most {MAX_PACKETS} packets, of no more bytes than the file has",
-                    got="an index that repeats bytes, or a wrong count",
-                    remedy="The file is damaged or malicious; remove it from the data set",
-                )
-            )
+            problem = f"{media.path} contains more packets than its size allows"
+            expected = f"at most {MAX_PACKETS} packets, of no more bytes than the file has"
+            got = "an index that repeats bytes, or a wrong count"
+            remedy = "The file is damaged or malicious; remove it from the data set"
+            raise MediaError(explain(problem, expected=expected, got=got, remedy=remedy))
         if packet.size:
             yield packet
 
@@ -315,14 +305,10 @@ def _checked_times(media: Opened, scan: _Scan) -> Floats:
     stream = media.need_video()
     if not scan.decoded:
         promised, present = _promised_frames(media, scan)
-        raise MediaError(
-            explain(
-                f"No frame of {media.path} can be decoded",
-                expected=f"{promised or 'some'} frames of {stream.codec_context.name} video",
-                got=f"{present} whole packets; none of them decodes",
-                remedy="The file is damaged or cut off; copy it again",
-            )
-        )
+        expected = f"{promised or 'some'} frames of {stream.codec_context.name} video"
+        got = f"{present} whole packets; none of them decodes"
+        remedy = "The file is damaged or cut off; copy it again"
+        raise MediaError(explain(f"No frame of {media.path} can be decoded", expected=expected, got=got, remedy=remedy))
     if scan.backward is not None:
         before, now = scan.backward
         raise several_recordings(media.path, "times", now, before)
@@ -383,14 +369,10 @@ def _promised_frames(media: Opened, scan: _Scan) -> tuple[int, int]:
 
 def several_recordings(path: Path, kind: str, now: float, before: float) -> MediaError:
     """Return the error for times (`kind`: of what) that go back from `before` to `now` seconds."""
-    return MediaError(
-        explain(
-            f"The {kind} of {path} go back: the file consists of several recordings",
-            expected="times that ascend",
-            got=f"{now:.2f} s after {before:.2f} s",
-            remedy=f"Rewrite the times: ffmpeg -i {quote(str(path))} -c copy NEW.mkv",
-        )
-    )
+    problem = f"The {kind} of {path} go back: the file consists of several recordings"
+    got = f"{now:.2f} s after {before:.2f} s"
+    remedy = f"Rewrite the times: ffmpeg -i {quote(str(path))} -c copy NEW.mkv"
+    return MediaError(explain(problem, expected="times that ascend", got=got, remedy=remedy))
 
 
 def _truncated(media: Opened, promised: str, present: str) -> MediaError:

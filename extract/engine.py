@@ -173,14 +173,9 @@ def _check_person(cache: Cache, known: StreamInfo, info: StreamInfo) -> None:
     if "person" not in stored or "person" not in now or _choice(stored) == _choice(now):
         return
     again = command("cache", "people", cache.place, "OTHER.cache", "--person", now["person"])
-    raise FingerprintError(
-        explain(
-            f"{cache.place} has the features of another choice of people",
-            expected=_choice(stored),
-            got=_choice(now),
-            remedy=f"To choose again without the videos: {again}",
-        )
-    )
+    problem = f"{cache.place} has the features of another choice of people"
+    remedy = f"To choose again without the videos: {again}"
+    raise FingerprintError(explain(problem, expected=_choice(stored), got=_choice(now), remedy=remedy))
 
 
 def _choice(faces: dict[str, Any]) -> str:

@@ -127,13 +127,8 @@ def check_parity(path: Path, device: str) -> float:
     ]
     mean = float(np.mean(differences))
     if not mean <= TOLERANCE:
-        raise VaflowError(
-            explain(
-                f"NVDEC and PyAV decode different frames of {path}",
-                expected=f"a mean difference of at most {TOLERANCE:g} grey levels over {len(numbers)} frames",
-                got=f"{mean:.2f}",
-                remedy="Use --decoder pyav",
-            )
-        )
+        problem = f"NVDEC and PyAV decode different frames of {path}"
+        expected = f"a mean difference of at most {TOLERANCE:g} grey levels over {len(numbers)} frames"
+        raise VaflowError(explain(problem, expected=expected, got=f"{mean:.2f}", remedy="Use --decoder pyav"))
     logger.info("NVDEC and PyAV differ by %.2f grey levels on average (%d frames of %s)", mean, len(numbers), path.name)
     return mean

@@ -153,12 +153,9 @@ class WorkerPool:
         except (EOFError, OSError):
             worker.process.join()
             if worker.process.ran_script_again:
-                raise UsageError(
-                    explain(
-                        "The script calls vaflow at its top level, and every decoding process imports the script",
-                        remedy='Put the calls into a function, and call it below `if __name__ == "__main__":`',
-                    )
-                ) from None
+                problem = "The script calls vaflow at its top level, and every decoding process imports the script"
+                remedy = 'Put the calls into a function, and call it below `if __name__ == "__main__":`'
+                raise UsageError(explain(problem, remedy=remedy)) from None
             self._lose(worker, workers, _death(worker))
             return
         if isinstance(message, Alive):

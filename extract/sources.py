@@ -168,9 +168,5 @@ def check_unchanged(clip: Clip, sources: Mapping[str, Any]) -> None:
         if not (same_part(now, before) if of is file_identity else now == before):
             changed.append(part)
     if changed:
-        raise MediaError(
-            explain(
-                f"The {' and '.join(changed)} of {clip.id!r} changed while the clip was read",
-                remedy="Wait until the files are complete, then run the same command again",
-            )
-        )
+        problem = f"The {' and '.join(changed)} of {clip.id!r} changed while the clip was read"
+        raise MediaError(explain(problem, remedy="Wait until the files are complete, then run the same command again"))

@@ -271,13 +271,9 @@ def add_prompts(
     encoders = [_build(cache, known, name, (weights or {}).get(name), device) for name in names]
     able = [encoder for encoder in encoders if hasattr(encoder, "encode_text")]
     if not able:
-        raise UsageError(
-            explain(
-                f"No visual encoder of {cache.place} has a text tower",
-                expected="a CLIP encoder, such as clip-vit-b16",
-                got=", ".join(names) or "no stream of a known encoder",
-            )
-        )
+        problem = f"No visual encoder of {cache.place} has a text tower"
+        expected = "a CLIP encoder, such as clip-vit-b16"
+        raise UsageError(explain(problem, expected=expected, got=", ".join(names) or "no stream of a known encoder"))
     return write_prompts(cache, prompt_set, able)
 
 

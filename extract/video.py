@@ -263,14 +263,9 @@ def _stand_in(path: Path, number: int, now: _Shown | None, before: _Shown | None
         if candidate is not None and abs(times[candidate[0]] - times[number]) <= _HOLD:
             return candidate[1]
     last = f"the last frame before it is number {before[0]} at {times[before[0]]:.2f} s" if before else "nothing"
-    raise MediaError(
-        explain(
-            f"{path} cannot be decoded at frame {number} ({times[number]:.2f} s)",
-            expected=f"{len(times)} frames up to {times[-1]:.2f} s",
-            got=last,
-            remedy="The file is damaged there; copy it again or remove the clip",
-        )
-    )
+    problem = f"{path} cannot be decoded at frame {number} ({times[number]:.2f} s)"
+    remedy = "The file is damaged there; copy it again or remove the clip"
+    raise MediaError(explain(problem, expected=f"{len(times)} frames up to {times[-1]:.2f} s", got=last, remedy=remedy))
 
 
 def _numbered(media: Opened, times: Floats) -> Iterator[_Shown]:

@@ -154,13 +154,10 @@ class ClipReader:
         if clip.video is None and clip.audio is not None:
             return probe(clip.audio), audio_clock(clip.audio)
         if clip.video is None:
-            raise MediaError(
-                explain(
-                    f"Clip {clip.id!r} has no video, so the times of its frames are unknown",
-                    expected=f"a video named {clip.group} in one of the video folders",
-                    remedy="Add the video (face crops have neither times nor audio), or remove the trial",
-                )
-            )
+            problem = f"Clip {clip.id!r} has no video, so the times of its frames are unknown"
+            expected = f"a video named {clip.group} in one of the video folders"
+            remedy = "Add the video (face crops have neither times nor audio), or remove the trial"
+            raise MediaError(explain(problem, expected=expected, remedy=remedy))
         info = probe(clip.video)
         if info.video is None:
             raise MediaError(

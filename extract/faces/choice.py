@@ -97,24 +97,17 @@ def _on_side(faces: Faces, side: str) -> int:
     pairs = [(len(a.keys() & b.keys()), i, j) for j, b in enumerate(people) for i, a in enumerate(people[:j])]
     together, i, j = max(pairs, key=lambda pair: (pair[0], -pair[1], -pair[2]), default=(0, 0, 0))
     if together < MIN_FRAMES_TOGETHER:
-        raise MediaError(
-            explain(
-                f"The person on the {side} cannot be told apart: the clip never shows two people side by side",
-                expected=f"two faces in at least {MIN_FRAMES_TOGETHER} of the sampled frames",
-                remedy="Add the dataset's face crops of this trial",
-            )
-        )
+        problem = f"The person on the {side} cannot be told apart: the clip never shows two people side by side"
+        expected = f"two faces in at least {MIN_FRAMES_TOGETHER} of the sampled frames"
+        raise MediaError(explain(problem, expected=expected, remedy="Add the dataset's face crops of this trial"))
     common = people[i].keys() & people[j].keys()
     first_is_left = sum(people[i][frame] < people[j][frame] for frame in common) / len(common)
     if 1 - SIDE_SHARE < first_is_left < SIDE_SHARE:
-        raise MediaError(
-            explain(
-                f"The person on the {side} cannot be told apart: the two people change sides",
-                expected=f"one person on the left in {SIDE_SHARE:.0%} of the frames that show both",
-                got=f"{max(first_is_left, 1 - first_is_left):.0%}",
-                remedy="Add the dataset's face crops of this trial",
-            )
-        )
+        problem = f"The person on the {side} cannot be told apart: the two people change sides"
+        expected = f"one person on the left in {SIDE_SHARE:.0%} of the frames that show both"
+        got = f"{max(first_is_left, 1 - first_is_left):.0%}"
+        remedy = "Add the dataset's face crops of this trial"
+        raise MediaError(explain(problem, expected=expected, got=got, remedy=remedy))
     left, right = (i, j) if first_is_left >= SIDE_SHARE else (j, i)
     return 1 + (left if side == LEFT else right)
 

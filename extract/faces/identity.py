@@ -193,13 +193,9 @@ class OnnxNetwork:
             self._net = cv2.dnn.readNetFromONNX(str(path))
             self.dim = int(self._forward(np.zeros((224, 224, 3), np.uint8)).size)
         except cv2.error as error:
-            raise WeightsError(
-                explain(
-                    f"{path} is not a face-recognition network",
-                    expected="an ONNX file that maps [1, 3, 112, 112] to a vector",
-                    got=str(error).splitlines()[0],
-                )
-            ) from error
+            problem = f"{path} is not a face-recognition network"
+            expected = "an ONNX file that maps [1, 3, 112, 112] to a vector"
+            raise WeightsError(explain(problem, expected=expected, got=str(error).splitlines()[0])) from error
 
     def embed(self, crops: Sequence[Image]) -> Vectors:
         """Crops [224, 224, 3] RGB, aligned -> [N, dim], each of length 1."""

@@ -209,13 +209,9 @@ def read_features(file: FeatureFile, rate: float | None, columns: Columns = _PLA
     if time is None and rate is not None:
         time = np.arange(len(rows)) / rate
     if time is None:
-        raise DataError(
-            explain(
-                f"The features of {file.item!r} have no times",
-                expected=f"{Path(file.item).name}{TIMES} beside the array, or a column 'time' in the table",
-                remedy="Add them, or give --rate HZ if rows follow at a steady rate from the clip's start",
-            )
-        )
+        expected = f"{Path(file.item).name}{TIMES} beside the array, or a column 'time' in the table"
+        remedy = "Add them, or give --rate HZ if rows follow at a steady rate from the clip's start"
+        raise DataError(explain(f"The features of {file.item!r} have no times", expected=expected, remedy=remedy))
     _check_times(file.times or path, time, len(rows))
     valid = np.asarray(np.isfinite(rows).all(axis=1), bool)
     rows[~valid] = 0
@@ -230,13 +226,8 @@ def _check_times(path: Path, time: NDArray[np.float64], rows: int) -> None:
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         got = f"{time[row]} at row {row}" + (f" after {time[row - 1]}" if row else "")
-        raise DataError(
-            explain(
-                f"{path} holds times that cannot be used",
-                expected=f"seconds from 0 to {MAX_SECONDS:.0f}, ascending",
-                got=got,
-            )
-        )
+        expected = f"seconds from 0 to {MAX_SECONDS:.0f}, ascending"
+        raise DataError(explain(f"{path} holds times that cannot be used", expected=expected, got=got))
 
 
 def _open_array(path: Path, axes: int) -> NDArray[Any]:

@@ -280,13 +280,9 @@ def _find(folder: Path, labels: Path | None) -> list[FeatureFile]:
     same = labels is not None and labels.resolve() == folder.resolve()
     files = find_features(folder, tables=not same, leave_out=[labels] if labels is not None else [])
     if not files:
-        raise UsageError(
-            explain(
-                f"{folder} holds no features",
-                expected="<item>.npy with <item>.time.npy, or <item>.csv with a column 'time'",
-                remedy="Name the folder that holds them",
-            )
-        )
+        expected = "<item>.npy with <item>.time.npy, or <item>.csv with a column 'time'"
+        remedy = "Name the folder that holds them"
+        raise UsageError(explain(f"{folder} holds no features", expected=expected, remedy=remedy))
     return files
 
 
@@ -371,14 +367,10 @@ def _survey(
     if beyond:
         command = f"vaflow cache import {out}-float32 --stream {config.stream} --kind {config.kind} --from {folder}"
         command += "" if config.rate is None else f" --rate {config.rate:g}"
-        raise UsageError(
-            explain(
-                f"{config.dtype} cannot hold the features of {examples(list(beyond))}",
-                expected=f"numbers up to {most:g}; nothing was written",
-                got=f"{max(beyond.values()):g}",
-                remedy=f"Make a new cache: {command} --dtype float32",
-            )
-        )
+        problem = f"{config.dtype} cannot hold the features of {examples(list(beyond))}"
+        expected = f"numbers up to {most:g}; nothing was written"
+        remedy = f"Make a new cache: {command} --dtype float32"
+        raise UsageError(explain(problem, expected=expected, got=f"{max(beyond.values()):g}", remedy=remedy))
     return {item: scales[groups[item]] for item in moments} if groups else {}
 
 

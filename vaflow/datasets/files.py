@@ -158,13 +158,9 @@ def below(folder: Path, name: str) -> Path:
     parts = name.split("/")
     odd = not name or {"", ".", ".."} & set(parts) or "\0" in name or "\\" in name or not printable(name)
     if odd or any(len(part.encode()) > _LONGEST_NAME for part in parts):
-        raise DataError(
-            explain(
-                "A name cannot be that of a file in a folder",
-                expected="names separated by '/', none of them '..', empty, or longer than 255 bytes",
-                got=ascii(name[:_SHOWN_NAME]),
-            )
-        )
+        problem = "A name cannot be that of a file in a folder"
+        expected = "names separated by '/', none of them '..', empty, or longer than 255 bytes"
+        raise DataError(explain(problem, expected=expected, got=ascii(name[:_SHOWN_NAME])))
     return folder / name
 
 
