@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vaflow import images
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.files import entries, is_regular
-from vaflow.datasets.text import MAX_FRAME
+from vaflow.datasets.labels import MAX_FRAME
 from vaflow.errors import MediaError, explain
 from vaflow.extract.config import check_span
 from vaflow.extract.video import MediaInfo, VideoInfo

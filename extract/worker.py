@@ -13,8 +13,8 @@ import numpy as np
 
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.schema import CROPS, FACES
+from vaflow.datasets import read_annotation
 from vaflow.datasets.clip import Annotation
-from vaflow.datasets.formats import read_annotation
 from vaflow.datasets.labels import clock_problem, on_clock
 from vaflow.encoders.logmel import frame_count
 from vaflow.errors import MediaError, VaflowError, explain

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vaflow.datasets import Dataset, Note
-from vaflow.datasets.formats import log_left_out
+from vaflow.datasets import Dataset, Note, log_left_out
 from vaflow.errors import command, explain
 
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from vaflow.cache import Cache
 from vaflow.cache.edit import absent_clips
+from vaflow.datasets import read_annotation
 from vaflow.datasets.clip import SEVERITIES, SPLITS, Clip, Dataset, Note, Severity
-from vaflow.datasets.formats import read_annotation
 from vaflow.errors import DataError, MediaError, command
 from vaflow.extract.doctor.facts import (
     CropFacts,

@@ -1,11 +1,12 @@
-"""Find and read feature files: one item's rows with their times.
+"""Find and read feature files: one item's rows with their times, and z-scores of them within groups such as speakers.
 
     DIR/<item>.npy, [T, D], with DIR/<item>.time.npy, [T] seconds, or a rate for all
     DIR/<item>.csv, a column `time` (seconds; not needed with a rate) and one column per dimension
 
 A table may have columns `start` and `end` in place of `time`: a row's time is then the middle of its span. A row that
 holds NaN, infinity or a missing cell (empty, NaN, NA, N/A, null or ?) is marked invalid and set to 0. The roles of
-columns follow from their names, or from a mapping of the user.
+columns follow from their names, or from a mapping of the user. Means and deviations are fitted on the features of all
+items of a group, whatever their split, and never on labels.
 """
 
 import csv
@@ -24,9 +25,10 @@ from numpy.typing import NDArray
 
 from vaflow.datasets.affwild2 import strip_side
 from vaflow.datasets.files import examples, head, open_text, printable, size_problem
+from vaflow.datasets.labels import MAX_SECONDS, NOT_A_NUMBER, decimal_point, separator_of
 from vaflow.datasets.splits import SPLITS_FILE, Assignment
-from vaflow.datasets.text import MAX_SECONDS, NOT_A_NUMBER, decimal_point, separator_of
 from vaflow.errors import DataError, UsageError, explain
+from vaflow.extract.sources import file_identity, same_file
 from vaflow.timeline import Floats
 
 MISSING = NOT_A_NUMBER | {"na", "n/a", "null"}  # cells of R, spreadsheets and databases as well
@@ -35,6 +37,7 @@ ROLES = ("time", "frame", "start", "end", "valence", "arousal", "ignore")
 _CLOCK_TIME = re.compile(r"(?:(\d+) days? )?(\d+):(\d\d):(\d\d(?:[.,]\d+)?)", re.ASCII)  # pandas writes "0 days ..."
 ARRAY, TIMES, TABLE = ".npy", ".time.npy", ".csv"
 LARGEST = 4 * 2**30  # bytes of one item's numbers in memory: 24 hours of 30 rows per second of 200 dimensions
+_CONSTANT = 1e-8  # standard deviation below which a dimension is only centred
 # Exceptions of NumPy for invalid headers, which are Python literals.
 _BROKEN_ARRAY = (
     OSError,
@@ -104,6 +107,18 @@ class FeatureFile:
     item: str
     paths: tuple[Path, ...]
     times: Path | None
+
+    def identity(self) -> dict[str, Any]:
+        """Part -> identity of its file, for the record of a stream."""
+        return {name: file_identity(path) for name, path in self._parts().items()}
+
+    def has_identity(self, recorded: Mapping[str, Any]) -> bool:
+        """Whether the files are those that a record states."""
+        parts = self._parts()
+        return recorded.keys() == parts.keys() and all(same_file(parts[name], recorded[name]) for name in parts)
+
+    def _parts(self) -> dict[str, Path]:
+        return {"features": self.path} | ({"time": self.times} if self.times else {})
 
     @property
     def path(self) -> Path:
@@ -306,9 +321,6 @@ def _read_table(path: Path, columns: Columns) -> tuple[NDArray[np.float64], NDAr
             raise DataError(explain(problem, expected="numbers", got=error, remedy=remedy)) from error
     table = np.array(rows, np.float64).reshape(-1, len(kept))
     return table, np.array(times, np.float64) if clock else None
-
-
-_CONSTANT = 1e-8  # standard deviation below which a dimension is only centred
 
 
 @dataclass(frozen=True)

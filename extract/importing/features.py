@@ -34,7 +34,6 @@ from vaflow.extract.importing.feature_files import (
     signature,
 )
 from vaflow.extract.importing.labels import SUFFIXES, ImportedLabels, LabelOptions, label_path
-from vaflow.extract.sources import file_identity, same_file
 from vaflow.extract.streams import provenance
 from vaflow.failures import FAILURES, Failure, FailureLog
 
@@ -235,8 +234,7 @@ class _Import:
         source = dict(self._cache.record(stream, file.item).source)
         if source.pop("normalization", None) != self._normalization(file):
             return True
-        parts = {"features": file.path} | ({"time": file.times} if file.times else {})
-        return source.keys() != parts.keys() or not all(same_file(parts[name], source[name]) for name in parts)
+        return not file.has_identity(source)
 
     def _normalization(self, file: FeatureFile) -> str | None:
         return self._scales[file.item].digest if file.item in self._scales else None
@@ -250,9 +248,7 @@ class _Import:
         return self._scales[file.item].apply(features) if file.item in self._scales else features
 
     def _commit(self, file: FeatureFile, features: Features) -> None:
-        source: dict[str, Any] = {"features": file_identity(file.path)}
-        if file.times is not None:
-            source["time"] = file_identity(file.times)
+        source = file.identity()
         if file.item in self._scales:
             source["normalization"] = self._normalization(file)
         if self._new_stream is not None:

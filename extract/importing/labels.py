@@ -1,10 +1,17 @@
-"""The labels stream of imported features: a clip's clock, split, group and annotation.
+"""Labels and targets of items. Labels of imported features: a clip's clock, split, group and annotation.
 
-DIR/<item>.csv     time (seconds) or frame (row of the features), or start and end (seconds); valence, arousal
-DIR/<item>.txt     as the ABAW challenges write it: `valence,arousal`, then a row per frame
+    DIR/<item>.csv     time (seconds) or frame (row of the features), or start and end (seconds); valence, arousal
+    DIR/<item>.txt     as the ABAW challenges write it: `valence,arousal`, then a row per frame
+
+Targets are further annotation of clips, expression classes or action units (`vaflow cache targets`).
+
+    DIR/<item>.csv or .txt, with a column `time` (seconds) or `frame` (0-based); without, row k is the clip's frame k
+
+classes: one column with each row's class, by name or number; or, as ABAW writes it, a first line with the names of the
+classes and then a number a row; or a column of shares per class. binary: a column of 0 and 1 per unit. -1 and empty
+cells are not annotated.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +23,20 @@ from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Array, Record, StreamInfo
 from vaflow.datasets.affwild2 import read_affwild2, strip_side
 from vaflow.datasets.clip import Annotation
-from vaflow.datasets.files import below, head, open_text, size_problem
-from vaflow.datasets.labels import clock_problem, on_clock
+from vaflow.datasets.files import below
+from vaflow.datasets.labels import (
+    MAX_FRAME,
+    MAX_SECONDS,
+    TARGETS,
+    LabelFile,
+    clock_problem,
+    decimal_point,
+    on_clock,
+    read_table,
+    separator_of,
+    split_cells,
+)
 from vaflow.datasets.splits import Assignment
-from vaflow.datasets.text import MAX_FRAME, MAX_SECONDS, TARGETS, LabelFile, decimal_point, separator_of, split_cells
 from vaflow.datasets.videos import read_csv
 from vaflow.errors import DataError, UsageError, command, count, explain
 from vaflow.extract.importing.feature_files import Columns, FeatureFile, Features
@@ -29,6 +46,9 @@ from vaflow.timeline import Bools, Floats, extend, median_interval
 
 CLOCK = "imported"
 SUFFIXES = (".csv", ".txt")
+TASKS = ("classes", "binary")  # of targets
+CLOCKS = ("time", "frame")
+SHOWN = 5  # problems in a message
 
 _NO_FRAMES = np.empty(0, np.float64)
 
@@ -51,9 +71,8 @@ class LabelOptions:
 
     def identity(self) -> dict[str, Any]:
         """Options that change the labels read from an unchanged file; empty for the defaults."""
-        return ({"columns": self.columns.roles} if self.columns.roles else {}) | (
-            {"rate": self.rate} if self.rate else {}
-        )
+        options = {"columns": self.columns.roles, "rate": self.rate}
+        return {name: value for name, value in options.items() if value}
 
 
 @dataclass(frozen=True)
@@ -124,9 +143,7 @@ class ImportedLabels:
             return True  # its clock is that of another stream's rows
         if self._options.folder is not None and table is None and "labels" in source:
             return False  # its table was removed
-        parts = {"features": file.path} | ({"time": file.times} if file.times else {})
-        recorded = {name for name in ("features", "time") if name in source}
-        return recorded == parts.keys() and all(same_file(parts[name], source[name]) for name in parts)
+        return file.has_identity({name: source[name] for name in ("features", "time") if name in source})
 
     def _table(self, item: str) -> Path | None:
         return None if self._options.folder is None else label_path(self._options.folder, item)
@@ -141,9 +158,7 @@ class ImportedLabels:
         annotation = None if table is None else read_labels(table, self._options, features.time)
         has_times = annotation is not None and annotation.time is not None
         arrays = on_clock(annotation, _NO_FRAMES if has_times else features.time)
-        source: dict[str, Any] = {"stream": self._stream, "features": file_identity(file.path)}
-        if file.times is not None:
-            source["time"] = file_identity(file.times)
+        source: dict[str, Any] = {"stream": self._stream, **file.identity()}
         if table is not None:
             source["labels"] = file_identity(table)
             if self._options.identity():
@@ -240,11 +255,6 @@ def _read_spans(path: Path, columns: Columns, times: Floats) -> Annotation | Non
         inside = (times >= starts[k]) & (times < ends[k])
         value[np.ix_(inside, [TARGETS.index(target) for target in targets])] = rows[k]
     return Annotation(value=value, frame=np.arange(len(times)), targets=targets)
-
-
-TASKS = ("classes", "binary")
-CLOCKS = ("time", "frame")
-SHOWN = 5  # problems in a message
 
 
 @dataclass(frozen=True)
@@ -344,15 +354,8 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
     Raises:
         DataError: it cannot be read, or a line has none of these forms.
     """
-    if (problem := size_problem(path)) is not None:
-        raise DataError(explain(f"{path} cannot be read", expected="a table of targets", got=problem))
-    separator = separator_of(head(path).partition("\n")[0])
-    try:
-        with open_text(path) as file:
-            lines = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=separator) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(explain(f"{path} cannot be read", expected="a table in UTF-8 text", got=error)) from error
-    header, rows = (lines[0], lines[1:]) if lines else ([], [])
+    separator, lines = read_table(path, "a table of targets", DataError)
+    header, *rows = [cells for _, cells in lines] or [[]]
     clocks = [k for k, name in enumerate(header) if name.lower() in CLOCKS]
     columns = tuple(name for k, name in enumerate(header) if k not in clocks)
     if not rows or not columns or len(clocks) > 1:
@@ -383,11 +386,9 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
 
 def _one_class(cell: str, names: tuple[str, ...]) -> Floats:
     """[K] 1 for the class, by name or number, and 0 for the others; NaN if not annotated."""
-    if cell in names:
-        return np.eye(len(names))[names.index(cell)]
-    if not cell or float(cell) == -1:
+    number = names.index(cell) if cell in names else float(cell or -1)
+    if number == -1:
         return np.full(len(names), np.nan)
-    number = float(cell)
     if number != int(number) or not 0 <= number < len(names):
         raise ValueError(f"class {cell!r}, not one of 0 to {len(names) - 1}: {', '.join(names)}")
     return np.eye(len(names))[int(number)]

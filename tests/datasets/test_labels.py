@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from vaflow.datasets import READERS, read_annotation
 from vaflow.datasets.clip import Annotation, Clip
-from vaflow.datasets.formats import READERS, read_annotation
-from vaflow.datasets.labels import on_clock
-from vaflow.datasets.text import MAX_FRAME
+from vaflow.datasets.labels import MAX_FRAME, on_clock
 from vaflow.errors import DataError
 
 FRAMES = np.array([0.0, 0.04, 0.08, 0.12, 0.2, 0.24])  # one frame of a 25-fps clip is missing

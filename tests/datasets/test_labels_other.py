@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from other_trees import BUILDERS, expected_value
 
-from vaflow.datasets import open_dataset
+from vaflow.datasets import DIMENSION_READERS, READERS, open_dataset, read_annotation
 from vaflow.datasets.clip import Annotation, Clip
-from vaflow.datasets.formats import DIMENSION_READERS, READERS, read_annotation
 from vaflow.datasets.labels import DimensionLabels, merge_dimensions, on_clock, with_gaps
 from vaflow.errors import DataError
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vaflow.datasets import LAYOUTS, Dataset, log_left_out, open_dataset, text
-from vaflow.datasets.formats import read_annotation
+from vaflow.datasets import LAYOUTS, Dataset, log_left_out, open_dataset, read_annotation
+from vaflow.datasets import labels as label_files
 from vaflow.datasets.splits import read_splits
 from vaflow.datasets.videos import item_ids, read_csv
 from vaflow.errors import DataError, UsageError
@@ -281,13 +281,13 @@ def test_damaged_utf_16_is_a_data_error(tmp_path: Path) -> None:
 def test_a_table_with_two_clocks_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.csv").write_text("frame,time,valence\n0,0,0\n2,0.5,0.1\n3,?,0.2\n")
     calls = []
-    split = text.split_cells
+    split = label_files.split_cells
 
     def counted(line: str, separator: str = ",") -> list[str]:
         calls.append(line)
         return split(line, separator)
 
-    monkeypatch.setattr(text, "split_cells", counted)
+    monkeypatch.setattr(label_files, "split_cells", counted)
     labels = read_csv(tmp_path / "a.csv")
     np.testing.assert_array_equal(labels.stated, [0, 0.5, np.nan])
     assert len(calls) == 3

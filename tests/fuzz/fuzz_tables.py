@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from vaflow.cache.schema import StreamInfo, array_problems
-from vaflow.datasets import Clip, open_dataset
-from vaflow.datasets.formats import DIMENSION_READERS, read_annotation
+from vaflow.datasets import DIMENSION_READERS, Clip, open_dataset, read_annotation
 from vaflow.datasets.labels import on_clock
 from vaflow.errors import VaflowError
 from vaflow.extract.importing.feature_files import FeatureFile, find_features, read_features, signature

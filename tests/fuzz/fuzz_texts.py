@@ -31,7 +31,7 @@ from fuzz_tables import TEXT, tables, try_failures, try_features, try_labels, tr
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from vaflow.datasets.formats import DIMENSION_READERS, READERS
+from vaflow.datasets import DIMENSION_READERS, READERS
 from vaflow.errors import VaflowError
 
 Reader = Callable[[Path, Any], object]

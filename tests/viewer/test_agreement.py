@@ -11,7 +11,7 @@ from toy_runs import ccc
 
 import vaflow.viewer.ratings
 from vaflow.cli import main
-from vaflow.datasets.formats import read_csv
+from vaflow.datasets.videos import read_csv
 from vaflow.viewer.ratings import (
     AgreeConfig,
     cohen_kappa,

@@ -15,7 +15,7 @@ from until import until
 from vaflow.cache import open_cache
 from vaflow.cache.schema import LABELS
 from vaflow.cli import main
-from vaflow.datasets.formats import read_csv
+from vaflow.datasets.videos import read_csv
 from vaflow.viewer.page import ViewConfig, Viewer, write_viewer
 from vaflow.viewer.server import ViewerServer
 

@@ -29,7 +29,7 @@ from vaflow.datasets.files import (
     open_text,
     size_problem,
 )
-from vaflow.datasets.text import TARGETS, LabelFile, is_number, split_cells
+from vaflow.datasets.labels import TARGETS, LabelFile, is_number, split_cells
 from vaflow.errors import UsageError, explain
 
 LOOKS_FOR = "VA_Estimation_Challenge/ or VA_Set/ with Train_Set/ and Validation_Set/, or folders cropped_aligned*/"

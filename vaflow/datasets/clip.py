@@ -23,7 +23,7 @@ class Clip:
         audio: file whose audio stream is used; usually the video.
         crops: folders of face crops named by 1-based video frame number, merged in order; empty: detect faces.
         labels: annotation file, or None.
-        label_format: key of `vaflow.datasets.formats.READERS` or, with `dimensions`, of `DIMENSION_READERS`.
+        label_format: key of `vaflow.datasets.READERS` or, with `dimensions`, of `DIMENSION_READERS`.
         dimensions: (target, file), if each dimension has its own file; `labels` is then the first of them.
         frames: folder of frames named by 0-based number, in place of a video, shown at `frame_rate` per second.
         frame_rate: frames per second of `frames`; None for a video, which has presentation times.

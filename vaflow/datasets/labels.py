@@ -1,20 +1,273 @@
-"""Put annotations on the frame clock, and merge annotations that have one file per dimension."""
+"""Read label files (one error names every problem of a file), and put their annotations on the frame clock."""
 
-from collections.abc import Mapping
+import csv
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Annotation
-from vaflow.datasets.text import TARGETS
+from vaflow.datasets.files import open_text, size_problem, text_encoding
+from vaflow.errors import DataError, VaflowError, explain
 from vaflow.timeline import extend, median_interval, nearest
 
+TARGETS = ("valence", "arousal")
+UNANNOTATED = -5.0
+MAX_FRAME = 10_000_000  # 92 hours at 30 frames/s; larger numbers are rejected: they would allocate too much memory
+MAX_SECONDS = 1_000_000.0  # 11 days; limit of times
+EMPTY = frozenset({""})  # cells that mean "not annotated"
+NOT_A_NUMBER = frozenset({"", "?", "nan"})  # ... in files that MATLAB, Weka or pandas wrote
 CLOCK_GAP = 0.25  # seconds between the time of a frame and the time that its label states; more is a contradiction
 LATE_LABELS = 1.0  # seconds that time-stamped labels may continue after the clip
 USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
 _PAUSE = 1.5  # distance of two rows, in intervals, above which there is a gap
+_RANGES_SHOWN = 10
+_SHOWN = 40  # characters of a line in a message
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?", re.ASCII)
+
+LineRange = tuple[int, int, str]  # first and last line, and the text of the first
+
+
+class Problems:
+    """Kinds of problem in a file, each with its lines."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[LineRange]] = {}
+
+    def add(self, kind: str, line: int, got: str = "") -> None:
+        """Record that `line` (1-based) has a problem of this kind; `got` is its text."""
+        ranges = self._lines.setdefault(kind, [])
+        if ranges and line == ranges[-1][1] + 1:  # as ranges: every line of a large file may have the same problem
+            ranges[-1] = (ranges[-1][0], line, ranges[-1][2])
+        else:
+            ranges.append((line, line, got[:_SHOWN]))
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{kind}: {_describe(ranges)}" for kind, ranges in self._lines.items())
+
+
+def _describe(ranges: Sequence[LineRange]) -> str:
+    """[(3, 3, "a"), (7, 8, "b")] -> "line 3 ('a'), lines 7-8 ('b' first)"."""
+    texts = []
+    for first, last, got in ranges[:_RANGES_SHOWN]:
+        where = f"line {first}" if first == last else f"lines {first}-{last}"
+        shown = repr(got) + ("" if first == last else " first")
+        texts.append(f"{where} ({shown})" if got else where)
+    rest = sum(last - first + 1 for first, last, _ in ranges[_RANGES_SHOWN:])
+    return ", ".join(texts) + (f" and {rest} more lines" if rest else "")
+
+
+class LabelFile:
+    """The lines of a label file, and the problems found in them.
+
+    Args:
+        path: the file.
+        expected: what such a file holds, for messages.
+
+    Raises:
+        DataError: the file cannot be read, is far larger than labels are, or is empty.
+    """
+
+    def __init__(self, path: Path, expected: str) -> None:
+        self.path, self.expected = path, expected
+        self.problems = Problems()
+        self.lines = self._read_lines()
+        if not self.lines:
+            raise self.error("an empty file")
+
+    def _read_lines(self) -> list[str]:
+        """Lines without byte-order mark, line ends and trailing empty lines, of UTF-8 text or UTF-16 with a mark."""
+        raw = read_bytes(self.path)
+        if (encoding := text_encoding(raw)) == "utf-16":
+            try:
+                raw = raw.decode(encoding).encode()
+            except UnicodeDecodeError as error:
+                raise self.error("damaged UTF-16 text") from error
+        rows = raw.count(b"\n") + raw.count(b"\r")
+        if rows > 2 * MAX_FRAME:
+            raise self.error(f"about {rows} rows, more than the {MAX_FRAME} that a file can have")
+        lines = raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        while lines and not lines[-1].strip():
+            lines.pop()
+        texts = []
+        for number, line in enumerate(lines, 1):
+            try:
+                texts.append(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                self.problems.add("not UTF-8 text", number)
+                texts.append(line.decode("utf-8", "replace"))
+        return texts
+
+    def error(self, got: object) -> DataError:
+        """The error to raise for this file."""
+        return unusable(self.path, self.expected, got)
+
+    def header_error(self) -> DataError:
+        """The error for a first line that is not the expected header."""
+        return self.error(f"line 1 ({self.lines[0][:60]!r})")
+
+    def rows(self, columns: int, *, first: int = 2, separator: str = ",") -> Iterator[tuple[int, list[str]]]:
+        """(line number, cells) of every line from `first` (1-based) on that has the right number of columns."""
+        for number, line in enumerate(self.lines[first - 1 :], first):
+            cells = split_cells(line, separator)
+            if not line.strip():
+                self.problems.add("empty line between rows", number)
+            elif len(cells) != columns:
+                self.problems.add(f"not {columns} columns", number, line)
+            else:
+                yield number, cells
+
+    def value(self, cell: str, line: int, missing: Collection[str] = ()) -> float:
+        """One valence or arousal in [-1, 1]; NaN if the cell is not annotated or has a problem."""
+        if cell.lower() in missing:
+            return np.nan
+        if not is_number(cell):
+            self.problems.add("not a number", line, cell or "empty")
+            return np.nan
+        number = float(cell)
+        if number == UNANNOTATED:
+            return np.nan
+        if not -1 <= number <= 1:
+            self.problems.add("beyond [-1, 1] (-5 means not annotated)", line, cell)
+            return np.nan
+        return number
+
+    def frames(self, cells: Iterable[tuple[int, str]]) -> NDArray[np.int64]:
+        """Frame numbers of (line, cell), which must ascend."""
+        numbers, last = [], -1
+        for line, cell in cells:
+            if not re.fullmatch(r"\d{1,9}", cell, re.ASCII) or int(cell) > MAX_FRAME:
+                self.problems.add(f"not a frame number (whole, from 0 to {MAX_FRAME})", line, cell or "empty")
+                continue
+            if int(cell) <= last:
+                self.problems.add("frame does not come after the one before", line, cell)
+            last = int(cell)
+            numbers.append(last)
+        return np.array(numbers, np.int64)
+
+    def times(self, cells: Iterable[tuple[int, str]], unit: str = "seconds") -> NDArray[np.float64]:
+        """Times of (line, cell) in the file's `unit` ("seconds" or "milliseconds"), which must ascend."""
+        numbers, last = [], -np.inf
+        most = MAX_SECONDS * (1000 if unit == "milliseconds" else 1)
+        for line, cell in cells:
+            if not is_number(cell) or not 0 <= float(cell) <= most:
+                self.problems.add(f"not a time ({unit}, from 0 to {most:.0f})", line, cell or "empty")
+                continue
+            if float(cell) <= last:
+                self.problems.add("time does not come after the one before", line, cell)
+            last = float(cell)
+            numbers.append(last)
+        return np.array(numbers, np.float64)
+
+    def timed_values(
+        self,
+        names: Sequence[str],
+        clock: str,
+        targets: Sequence[str],
+        *,
+        first: int = 2,
+        separator: str = ",",
+        missing: Collection[str] = EMPTY,
+        stated: str = "",
+    ) -> tuple[NDArray[np.float64] | NDArray[np.int64], NDArray[np.float32], NDArray[np.float64] | None]:
+        """The clock [N], values [N, K] and numbers of the column `stated` [N] (None without it) of a whole table.
+
+        Args:
+            names: of the columns, in order.
+            clock: name of the column of times; "frame": of frame numbers.
+            targets: names of the K columns of values.
+            first: line of the first row, 1-based.
+            separator: between cells.
+            missing: cells that mean "not annotated".
+            stated: name of a further column, whose cells are NaN where they are no numbers.
+
+        Raises:
+            DataError: with every problem and its lines, or if the file has no rows.
+        """
+        stamps, values, numbers = [], [], []
+        for number, cells in self.rows(len(names), first=first, separator=separator):
+            stamps.append((number, cells[names.index(clock)]))
+            values.append([self.value(cells[names.index(target)], number, missing) for target in targets])
+            if stated:
+                cell = cells[names.index(stated)]
+                numbers.append(float(cell) if is_number(cell) else np.nan)
+        at = self.frames(stamps) if clock == "frame" else self.times(stamps)
+        self.check(len(values))
+        return at, np.array(values, np.float32), np.array(numbers, np.float64) if stated else None
+
+    def check(self, rows: int) -> None:
+        """Raise a DataError if there are problems, or no rows."""
+        if self.problems:
+            raise self.error(self.problems)
+        if not rows:
+            raise self.error("no rows")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a label file.
+
+    Raises:
+        DataError: the file cannot be read, or is far larger than labels are.
+    """
+    if (problem := size_problem(path)) is not None:
+        raise DataError(explain(f"The labels {path} cannot be used", expected="a file of labels", got=problem))
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(explain(f"Cannot read the labels {path}", got=error.strerror or str(error))) from error
+
+
+def read_table(path: Path, kind: str, failure: type[VaflowError]) -> tuple[str, list[tuple[int, list[str]]]]:
+    """The separator of a table, and (number, cells) of every row that is not empty; `kind`: what it is, for messages.
+
+    Raises:
+        failure: the file cannot be read, or is not a table in text.
+    """
+    if (problem := size_problem(path)) is not None:
+        raise failure(explain(f"Cannot read {path}", expected=kind, got=problem))
+    try:
+        with open_text(path) as file:
+            lines = file.read().splitlines()
+        separator = separator_of(lines[0]) if lines else ","
+        rows = enumerate(csv.reader(lines, delimiter=separator), 1)
+        return separator, [(number, [cell.strip() for cell in row]) for number, row in rows if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise failure(explain(f"Cannot read {path}", expected=f"{kind} in UTF-8 text", got=error)) from error
+
+
+def unusable(path: Path, expected: str, got: object) -> DataError:
+    """The error for a label file: its expected form, and all its problems."""
+    remedy = "Correct the file, or remove it to use the clip without labels"
+    return DataError(explain(f"The labels {path} cannot be used", expected=expected, got=got, remedy=remedy))
+
+
+def separator_of(header: str) -> str:
+    """Return the separator of a table, from its first line: a semicolon, a tab, or else a comma."""
+    return next((mark for mark in (";", "\t") if mark in header and "," not in header), ",")
+
+
+def split_cells(line: str, separator: str = ",") -> list[str]:
+    """The cells of a line, without blanks and quotes around them; decimal commas become points."""
+    cells = [cell.strip().strip("'\"").strip() for cell in line.split(separator)]
+    return cells if separator == "," else [decimal_point(cell) for cell in cells]
+
+
+def decimal_point(cell: str) -> str:
+    """A cell with its decimal comma as a point; any other text as it is."""
+    return cell.replace(",", ".") if _DECIMAL_COMMA.fullmatch(cell) else cell
+
+
+def is_number(cell: str) -> bool:
+    """Whether a cell is a plain decimal number: no "nan", no "inf", no underscores."""
+    return _NUMBER.fullmatch(cell) is not None
 
 
 def on_clock(annotation: Annotation | None, frame_times: NDArray[np.float64]) -> dict[str, NDArray[Any]]:

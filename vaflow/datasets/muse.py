@@ -9,17 +9,15 @@ that header. Video and audio may be in any folder. ROOT/splits.csv (`name,split`
 dimensions (trustworthiness, physio-arousal) are not read.
 """
 
-import csv
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from vaflow.datasets.clip import Clip, Note
-from vaflow.datasets.files import examples, head, open_text, size_problem
-from vaflow.datasets.labels import DimensionLabels, with_gaps
+from vaflow.datasets.files import examples, head
+from vaflow.datasets.labels import NOT_A_NUMBER, DimensionLabels, LabelFile, read_table, split_cells, with_gaps
 from vaflow.datasets.recordings import DIMENSIONS, Files, detect_labels, scan_recordings
-from vaflow.datasets.text import NOT_A_NUMBER, LabelFile, split_cells
 from vaflow.errors import UsageError, explain
 
 LOOKS_FOR = "folders arousal/ and valence/ of .csv files with the header timestamp,value,segment_id"
@@ -79,21 +77,15 @@ def _read_partition(path: Path) -> dict[str, str]:
     Raises:
         UsageError: it is not such a table, or names an unknown partition; every problem is listed with its line.
     """
-    if (problem := size_problem(path)) is not None:
-        raise UsageError(explain(f"Cannot read {path}", expected="a list of partitions", got=problem))
-    try:
-        with open_text(path) as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(explain(f"Cannot read {path}", expected="UTF-8 text", got=error)) from error
-    header = [cell.lower() for cell in rows[0]] if rows else []
+    _, rows = read_table(path, "a list of partitions", UsageError)
+    header = [cell.lower() for cell in rows[0][1]] if rows else []
     if "id" not in header or "proposal" not in header:
         got = repr(",".join(header)) if rows else "an empty file"
         raise UsageError(explain(f"{path} is not a list of partitions", expected="the header 'Id,Proposal'", got=got))
     name_at, split_at = header.index("id"), header.index("proposal")
     splits: dict[str, str] = {}
     problems = []
-    for number, row in enumerate(rows[1:], 2):
+    for number, row in rows[1:]:
         if not any(row):
             continue
         if len(row) != len(header):

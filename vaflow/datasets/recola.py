@@ -13,9 +13,8 @@ from pathlib import Path
 
 from vaflow.datasets.clip import Clip, Note
 from vaflow.datasets.files import head
-from vaflow.datasets.labels import DimensionLabels
+from vaflow.datasets.labels import NOT_A_NUMBER, DimensionLabels, LabelFile, split_cells
 from vaflow.datasets.recordings import DIMENSIONS, Files, detect_labels, scan_recordings
-from vaflow.datasets.text import NOT_A_NUMBER, LabelFile, split_cells
 
 LOOKS_FOR = "folders arousal/ and valence/ of gold standard files (.arff, or .csv with the field GoldStandard)"
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from vaflow.datasets.clip import Annotation, Clip, Note
 from vaflow.datasets.files import head
+from vaflow.datasets.labels import NOT_A_NUMBER, TARGETS, LabelFile, is_number, split_cells
 from vaflow.datasets.recordings import Files, detect_labels, scan_recordings
-from vaflow.datasets.text import NOT_A_NUMBER, TARGETS, LabelFile, is_number, split_cells
 
 LOOKS_FOR = "a folder labels/ of .csv files separated by semicolons"
 

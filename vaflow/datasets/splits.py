@@ -1,13 +1,12 @@
 """`splits.csv`: the split of each item, and optionally its group (source video, speaker) and further columns."""
 
-import csv
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaflow.datasets.clip import SPLITS, Note
-from vaflow.datasets.files import examples, open_text, size_problem
-from vaflow.datasets.text import separator_of
+from vaflow.datasets.files import examples
+from vaflow.datasets.labels import read_table
 from vaflow.errors import UsageError, explain
 
 SPLITS_FILE = "splits.csv"
@@ -33,15 +32,7 @@ def read_splits(path: Path) -> dict[str, dict[str, str]]:
         UsageError: the file is not such a table, names an unknown split, or gives one name two splits or groups;
             every problem is listed with its line.
     """
-    if (problem := size_problem(path)) is not None:
-        raise UsageError(explain(f"Cannot read {path}", expected="a list of splits", got=problem))
-    try:
-        with open_text(path) as file:
-            lines = file.read().splitlines()
-            table = csv.reader(lines, delimiter=separator_of(lines[0]) if lines else ",")
-            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(table, 1) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(explain(f"Cannot read {path}", expected="UTF-8 text", got=error)) from error
+    _, rows = read_table(path, "a list of splits", UsageError)
     header = [cell.lower() for cell in rows[0][1]] if rows else []
     if "name" not in header or not {"split", "group"} & set(header) or len(set(header)) != len(header):
         got = f"{','.join(header)!r}" if rows else "an empty file"

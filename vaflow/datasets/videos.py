@@ -19,8 +19,8 @@ import numpy as np
 
 from vaflow.datasets.clip import Annotation, Clip, Note
 from vaflow.datasets.files import LeftOut, entries, examples, is_audio, is_folder, is_regular, is_video
+from vaflow.datasets.labels import TARGETS, LabelFile, separator_of, split_cells
 from vaflow.datasets.splits import SPLITS_FILE, assign
-from vaflow.datasets.text import TARGETS, LabelFile, separator_of, split_cells
 from vaflow.errors import DataError, explain
 from vaflow.item_names import clip_and_person, person_item
 

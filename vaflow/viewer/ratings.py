@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vaflow.datasets.files import below, examples
-from vaflow.datasets.formats import read_csv
+from vaflow.datasets.videos import read_csv
 from vaflow.errors import UsageError, count, explain
 from vaflow.files import make_folder, replace_file
 from vaflow.timeline import Bools, Floats
