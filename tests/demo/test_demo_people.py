@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vaflow.demo.curves import Key, random_intervals, random_mood, smooth_curve, within
-from vaflow.demo.person import express, random_person
+from vaflow.demo.face import express, random_person
 from vaflow.demo.scenario import DemoConfig, Scene, plan_clips
 from vaflow.demo.voice import SAMPLE_RATE, random_speaker, speak
 

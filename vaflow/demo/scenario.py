@@ -4,6 +4,7 @@ Clip k of a split does not depend on the number of clips, so a larger data set c
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import cv2
@@ -11,15 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.demo.curves import Bools, Floats, Key, Mood, random_intervals, random_mood, smooth_curve, within
-from vaflow.demo.drawing import Colour, Image, Pen, shade
-from vaflow.demo.face import FaceArtist, draw_room
-from vaflow.demo.person import SHIRTS, express, random_person
-from vaflow.demo.video_writer import on_clock
+from vaflow.demo.face import SHIRTS, Colour, FaceArtist, Image, Pen, draw_room, express, random_person, shade
 from vaflow.errors import UsageError, explain
 
 VIDEO_KINDS = ("face", "noise")
 AUDIO_KINDS = ("voice", "noise")
 NTSC = 30_000 / 1001
+CLOCK = Fraction(1, 30_000)  # divides 15, 25, 30 and 30000/1001 frames per second exactly
 
 # Irregularity of the k-th trial of each split; later trials have none.
 PAIR, VFR, FILM_RATE, MUTE, SHORT_AUDIO, SHORT_CLIP, STEREO = (
@@ -178,7 +177,8 @@ def _plan(config: DemoConfig, split: str, index: int, count: int) -> ClipPlan:
     if quirk == PAIR:  # both people of a pair share one video, hence one clock
         source = Key(config.seed, split, pair[0])
         name = f"{split}{pair[0] + 1:02d}" + ("_left" if index == pair[0] else "_right")
-    times = on_clock(_frame_times(config, source, quirk))
+    # Presentation times as the file keeps them: rounded to its clock.
+    times = np.rint(_frame_times(config, source, quirk) / float(CLOCK)) * float(CLOCK)
     rows = len(times) + (EXTRA_ROWS[index % len(EXTRA_ROWS)] if split != "test" else 0)
     return ClipPlan(name, split, key, quirk, f"batch{1 + source.index % 2}", times, max(rows, 1))
 
