@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import visible
-from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train.evaluate import Trace
 from vaflow.train.metrics import DIMENSIONS, concordance

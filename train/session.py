@@ -16,11 +16,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaflow.cache import Cache
-from vaflow.demonstration import demonstration_notice
 from vaflow.device import choose_device, forbid_tf32, keep_memory
+from vaflow.encoders import demonstration_notice
+from vaflow.encoders.prompts import region_table
 from vaflow.errors import UsageError, explain
 from vaflow.files import write_tensors
-from vaflow.regions import region_table
 from vaflow.settings import settings_of
 from vaflow.train.builder import build_model, open_tower
 from vaflow.train.config import AUTO, TrainConfig

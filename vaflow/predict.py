@@ -22,8 +22,9 @@ from vaflow.datasets import Dataset, log_left_out, open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.files import below, examples, is_audio
 from vaflow.datasets.videos import has_predictions
-from vaflow.demonstration import demonstration_notice
 from vaflow.device import choose_device
+from vaflow.encoders import demonstration_notice
+from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import CorruptError, DataError, UsageError, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
 from vaflow.extract.faces.choice import ALL, LARGEST, MAIN
@@ -32,7 +33,6 @@ from vaflow.extract.pipeline import extract
 from vaflow.failures import FAILURES, Failure, FailureLog
 from vaflow.files import write_file
 from vaflow.item_names import clip_and_person, person_item
-from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import load_windows

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from vaflow.datasets.clip import SPLITS, Clip, Note
 from vaflow.datasets.files import examples
 from vaflow.datasets.labels import USUAL_ROWS
+from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import command, count
 from vaflow.extract.doctor.facts import (
     OPENED_CROPS,
@@ -31,7 +32,6 @@ from vaflow.extract.doctor.facts import (
 )
 from vaflow.extract.faces.alignment import turn_remedy
 from vaflow.extract.faces.identity import AUTO, NONE, REMEDY, resolve
-from vaflow.regions import REGION_NAMES
 
 # Perfect predictions against shifted labels: seconds -> CCC lost in valence and in arousal.
 SHIFTS = ((0.0, 0.0, 0.0), (0.5, 0.059, 0.112), (1.0, 0.121, 0.212))

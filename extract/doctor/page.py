@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vaflow.datasets.clip import SEVERITIES, Clip, Note
+from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import MediaError
 from vaflow.extract.container import decode, opened
 from vaflow.extract.doctor.check import Checked, Report, Summary, describe, occupancy
@@ -29,7 +30,6 @@ from vaflow.extract.messages import Failed
 from vaflow.extract.pool import each
 from vaflow.extract.video import to_rgb
 from vaflow.pages import render
-from vaflow.regions import REGION_NAMES
 
 SIDE = 112  # pixels of the longer edge
 QUALITY = 80

@@ -8,8 +8,8 @@ import pytest
 from vaflow.cli import main
 from vaflow.cli.ablate import terminal_text
 from vaflow.cli.common import loading, set_up, wrap_on_terminal
+from vaflow.encoders.prompts import LEVELS, region_table
 from vaflow.errors import explain
-from vaflow.regions import LEVELS, region_table
 
 
 class Terminal(io.StringIO):

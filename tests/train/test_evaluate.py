@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS
+from vaflow.encoders.prompts import REGIONS
 from vaflow.errors import DataError
-from vaflow.regions import REGIONS
 from vaflow.train.batch import Batch, Output
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split

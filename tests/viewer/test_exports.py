@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vaflow.cli import main
-from vaflow.regions import REGION_NAMES
+from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.viewer import exports
 
 RATE, FRAMES = 10.0, 47

@@ -14,7 +14,7 @@ from PIL import Image
 from toy_runs import write_run
 
 from vaflow.cli import main
-from vaflow.demonstration import demonstration_notice
+from vaflow.encoders import demonstration_notice
 from vaflow.train import plots
 from vaflow.train.evaluate import Trace
 from vaflow.train.windows import ClipRows

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from vaflow.demonstration import random_encoders
+from vaflow.encoders import random_encoders
 from vaflow.errors import count, visible
 from vaflow.pages import render
 from vaflow.timeline import Floats

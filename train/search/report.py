@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vaflow.cache import Cache
-from vaflow.demonstration import random_encoders
+from vaflow.encoders import random_encoders
 from vaflow.files import write_file
 from vaflow.pages import render
 from vaflow.train.inputs import resolve

@@ -87,8 +87,8 @@ def check(
 
 def _overview(report: "Report") -> Iterator[str]:
     """Blocks of text: clips per split, then the labels of the training split (or of all clips) and their regions."""
+    from vaflow.encoders.prompts import region_table
     from vaflow.extract.doctor.check import describe, occupancy
-    from vaflow.regions import region_table
 
     yield f"{visible(str(report.root))} (layout {report.layout})"
     splits = report.splits()

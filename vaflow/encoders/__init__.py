@@ -7,7 +7,7 @@ for it, never code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import EntryPoints, entry_points
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vaflow.encoders.clip import ContextTower
 
 EncoderKind = Literal["visual", "audio", "logmel", "any"]  # any: the model decides
+TINY = "-tiny"  # ends the names of encoders with seeded random weights, whose results demonstrate the software only
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -189,3 +190,14 @@ def _family(name: str) -> Any:
             remedy="Use vaflow.encoders.logmel.FilterBank",
         )
     )
+
+
+def random_encoders(streams: Iterable[str]) -> list[str]:
+    """The streams whose encoders have seeded random weights, each once."""
+    return list(dict.fromkeys(name for name in streams if name.endswith(TINY)))
+
+
+def demonstration_notice(streams: Iterable[str]) -> str:
+    """One line for pictures and logs about encoders with random weights; empty if none has."""
+    names = random_encoders(streams)
+    return f"Demonstration: encoders with seeded random weights ({', '.join(names)})" if names else ""

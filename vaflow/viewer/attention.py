@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.cache import Cache
-from vaflow.regions import REGION_NAMES
+from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.timeline import Bools, Floats, stitch
 from vaflow.train.data import load_windows
 from vaflow.train.evaluate import input_at_frames, predict_windows

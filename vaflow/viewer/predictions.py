@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vaflow.cache import Cache, open_cache
 from vaflow.datasets.files import examples
-from vaflow.demonstration import random_encoders
+from vaflow.encoders import random_encoders
 from vaflow.errors import CacheError, CorruptError, UsageError, VaflowError, explain
 from vaflow.timeline import Bools, Floats
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from vaflow import __version__
 from vaflow.datasets.files import examples
+from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import UsageError, command, explain
 from vaflow.files import make_folder, replace_file
 from vaflow.pages import render
-from vaflow.regions import REGION_NAMES
 from vaflow.timeline import Floats
 from vaflow.train.metrics import (
     concordance_of_moments,
