@@ -29,12 +29,12 @@ from bench_train import GRID, OperationCosts, build_cache, step_and_bound
 
 from vaflow.cache import open_cache
 from vaflow.device import choose_device, keep_memory
-from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import make_optimizer, seeded, train_step
+from vaflow.train.runs import build_model
 from vaflow.train.session import Data
 from vaflow.train.together.epochs import Member, take_step
 from vaflow.train.together.stacked_models import StackedModels

@@ -44,12 +44,12 @@ from vaflow.cache.schema import LABELS, Array, StreamInfo
 from vaflow.device import choose_device, keep_memory
 from vaflow.timeline import Grid
 from vaflow.train.batch import Batch
-from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.heads import temporal
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import make_optimizer, seeded, train_step
+from vaflow.train.runs import build_model
 from vaflow.train.windows import WindowSet
 
 GRID, STEPS, FPS = Grid(), 20, 30

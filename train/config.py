@@ -428,13 +428,3 @@ def with_aliases(config: TrainConfig, aliases: Mapping[str, str]) -> TrainConfig
         audio=streams(config.audio),
         text="" if text == NONE else f"{text}{suffix}",
     )
-
-
-def differences(one: TrainConfig, other: TrainConfig, ignore: Iterable[str] = ("device",)) -> list[str]:
-    """Return the settings in which two configs differ, as text `key: this, not that`; empty if they train the same.
-
-    The device is left out by default: it changes speed and rounding, not what is trained.
-    """
-    names = [field.name for field in fields(TrainConfig) if field.name not in set(ignore)]
-    pairs = ((name, getattr(one, name), getattr(other, name)) for name in names)
-    return [f"{name}: {a!r}, not {b!r}" for name, a, b in pairs if a != b]

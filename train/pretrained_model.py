@@ -7,9 +7,9 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 
 from vaflow.errors import CorruptError, WeightsError, explain
-from vaflow.train.builder import model_options
 from vaflow.train.heads.model import VAModel
 from vaflow.train.record import RunRecord
+from vaflow.train.runs import model_options
 
 MAX_WIDTH = 2**16  # maximum width of a prototype; larger values are not text embeddings
 

@@ -7,7 +7,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -294,3 +294,49 @@ def new_record(cache: Cache | Path | str, config: TrainConfig, inputs: Inputs, r
     cache_address = address(cache.place if isinstance(cache, Cache) else cache)
     relative = "" if run is None or "://" in cache_address else os.path.relpath(cache_address, Path(run).resolve())
     return RunRecord(config, inputs.streams, cache_address, targets=inputs.targets, cache_relative=relative)
+
+
+def changed_settings(one: TrainConfig, other: TrainConfig, ignore: Iterable[str] = ("device",)) -> list[str]:
+    """Return the settings in which two configs differ, as `key: this, not that`.
+
+    The device is left out by default: it changes speed and rounding, not what is trained.
+    """
+    names = [field.name for field in fields(TrainConfig) if field.name not in ignore]
+    pairs = ((name, getattr(one, name), getattr(other, name)) for name in names)
+    return [f"{name}: {a!r}, not {b!r}" for name, a, b in pairs if a != b]
+
+
+def check_unchanged(run: Path, old: RunRecord, new: RunRecord, ignore: Iterable[str]) -> None:
+    """Check that a run is resumed with the settings and streams that it was started with.
+
+    Args:
+        run: its directory.
+        old, new: records of the first start and of this one.
+        ignore: settings that may differ.
+
+    Raises:
+        UsageError: something differs; every difference is named.
+    """
+    changed = changed_settings(old.config, new.config, ignore)
+    prints = {stream.name: stream.fingerprint for stream in old.streams}
+    changed += [
+        f"stream {stream.name}: made with other settings"
+        for stream in new.streams
+        if prints.get(stream.name, stream.fingerprint) != stream.fingerprint
+    ]
+    if changed:
+        raise UsageError(
+            explain(
+                f"{run} holds a run with other settings",
+                got="; ".join(changed),
+                remedy="Choose another --out, or train again with --fresh",
+            )
+        )
+
+
+def cache_places(run: Path, record: RunRecord) -> list[str]:
+    """Addresses where a run's training cache can be: the recorded one, and the same path relative to the run."""
+    places = [record.cache] if record.cache else []  # a published run has none
+    if record.cache_relative:
+        places.append(str((Path(run).resolve() / record.cache_relative).resolve()))
+    return places

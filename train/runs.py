@@ -1,4 +1,4 @@
-"""The directory of a training run: its files, and loading its model.
+"""The directory of a training run: its files, and building and loading its model.
 
 RUN/config.toml          resolved settings, streams, prompt set, counts of the data
     clips.json           digest of every clip that the run was trained and validated on
@@ -26,18 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vaflow.device import forbid_tf32
 from vaflow.errors import CorruptError, UsageError, command, explain
 from vaflow.files import read_tensors, refuse_links, write_file
 from vaflow.train import record as digests
-from vaflow.train.builder import build_model
-from vaflow.train.config import differences
+from vaflow.train.batch import StreamSpec, TargetSpec
+from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import Trace, predict_clips
 from vaflow.train.heads.model import EachModel, VAModel
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.record import RunRecord
+from vaflow.train.record import RunRecord, cache_places
 from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
 from vaflow.train.uncertainty import Calibration, TrainingFeatures, calibrated, read_calibration, read_training_features
 from vaflow.train.windows import WindowSet
@@ -331,6 +331,49 @@ def width_of(smoothing: Smoothing | None) -> dict[str, str | float]:
     return {"kind": smoothing.kind, "seconds": smoothing.seconds} if smoothing and smoothing.seconds else {}
 
 
+def build_model(
+    config: TrainConfig,
+    streams: Sequence[StreamSpec],
+    prototypes: Tensor | None,
+    context: tuple[int, int] | None = None,
+    targets: Sequence[TargetSpec] = (),
+) -> VAModel:
+    """Build a model with new weights, on the CPU; seed the generator before.
+
+    Args:
+        config: settings.
+        streams: input streams.
+        prototypes: [9, D], or None: without a prompt head.
+        context: number and width of the learned context vectors; None: fixed prototypes.
+        targets: further targets.
+
+    Raises:
+        UsageError: settings that do not go together.
+    """
+    return VAModel(streams, prototypes, context=context, targets=targets, **model_options(config))
+
+
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """Keyword arguments of `VAModel` from the settings."""
+    options: dict[str, Any] = {"layers": config.layers} if config.layers else {}
+    if config.temporal == "tcn":
+        options["causal"] = config.causal
+    if config.temporal == "transformer":
+        options["heads"] = config.attention_heads
+    return {
+        "hidden": config.hidden,
+        "temporal": config.temporal,
+        "temporal_options": options,
+        "fusion": config.fusion,
+        "attention_heads": config.attention_heads,
+        "attention_positions": config.attention_positions,
+        "dropout": config.dropout,
+        "normalize": config.normalize,
+        "learnable_prototypes": config.learnable_prompts,
+        "variance": config.uncertainty == "variance",
+    }
+
+
 def _read_model(record: RunRecord, path: Path) -> VAModel:
     """Build the model of `record` with the weights of `path`; both are compared before memory is allocated."""
     if not path.is_file():
@@ -371,39 +414,3 @@ def cache_of(run: Path) -> str:
         raise UsageError(explain(f"{run} is an exported run, which does not name its cache", remedy=remedy))
     expected = "a cache at " + " or ".join(dict.fromkeys(candidates))
     raise UsageError(explain(f"The cache that {run} was trained on does not exist", expected=expected, remedy=remedy))
-
-
-def cache_places(run: Path, record: RunRecord) -> list[str]:
-    """Addresses where a run's training cache can be: the recorded one, and the same path relative to the run."""
-    places = [record.cache] if record.cache else []  # a published run has none
-    if record.cache_relative:
-        places.append(str((Path(run).resolve() / record.cache_relative).resolve()))
-    return places
-
-
-def check_unchanged(folder: RunFolder, old: RunRecord, new: RunRecord, *, ignore: Sequence[str] = ("device",)) -> None:
-    """Check that a run is resumed with the settings and streams that it was started with.
-
-    Args:
-        folder: of the run.
-        old, new: records of the first start and of this one.
-        ignore: settings that may differ.
-
-    Raises:
-        UsageError: something differs; every difference is named.
-    """
-    changed = differences(old.config, new.config, ignore)
-    prints = {stream.name: stream.fingerprint for stream in old.streams}
-    changed += [
-        f"stream {stream.name}: made with other settings"
-        for stream in new.streams
-        if prints.get(stream.name, stream.fingerprint) != stream.fingerprint
-    ]
-    if changed:
-        raise UsageError(
-            explain(
-                f"{folder.path} holds a run with other settings",
-                got="; ".join(changed),
-                remedy="Choose another --out, or train again with --fresh",
-            )
-        )

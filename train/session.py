@@ -17,13 +17,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaflow.cache import Cache
 from vaflow.device import choose_device, forbid_tf32, keep_memory
-from vaflow.encoders import demonstration_notice
+from vaflow.encoders import build_encoder, context_tower, demonstration_notice
+from vaflow.encoders.clip import ContextTower
 from vaflow.encoders.prompts import region_table
-from vaflow.errors import UsageError, explain
+from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.files import write_tensors
 from vaflow.settings import settings_of
-from vaflow.train.builder import build_model, open_tower
-from vaflow.train.config import AUTO, TrainConfig
+from vaflow.train.config import AUTO, TEXT_SUFFIX, TrainConfig
 from vaflow.train.data import check_annotated, load_split, load_windows
 from vaflow.train.evaluate import (
     check_complete,
@@ -39,7 +39,7 @@ from vaflow.train.loop import Progress, Row, seeded
 from vaflow.train.metrics import DIMENSIONS, region_occupancy
 from vaflow.train.provenance import run_maker, write_evaluation
 from vaflow.train.record import RunRecord
-from vaflow.train.runs import RunFolder, load_run, require_record
+from vaflow.train.runs import RunFolder, build_model, load_run, require_record
 from vaflow.train.uncertainty import TrainingFeatures, calibrate, calibrated, uncertainty_report, write_calibration
 from vaflow.train.windows import WindowSet
 
@@ -129,6 +129,39 @@ class LoadedSplits:
         for windows, split in ((train, splits[0]), (val, splits[1])):
             check_annotated(windows, split, self._cache)
         return _checked(Data(train, val), config)
+
+
+def open_tower(config: TrainConfig, inputs: Inputs, device: torch.device) -> ContextTower | None:
+    """The text tower for `config.prompt_context` vectors; None without context vectors.
+
+    Raises:
+        UsageError: the cache has no prototypes or no descriptions, or the encoder does not support context vectors.
+        FingerprintError: the encoder is not the one that made the cache's prototypes.
+        WeightsError: the weights cannot be loaded.
+    """
+    if not config.prompt_context:
+        return None
+    if not inputs.descriptions:
+        raise UsageError(
+            explain(
+                "prompt_context requires the descriptions of the nine regions",
+                expected="prompt embeddings that `vaflow extract` or `vaflow cache prompts` made",
+                got=f"stream {inputs.text!r}" if inputs.text else "a cache without prompt embeddings",
+            )
+        )
+    name = inputs.text.removesuffix(TEXT_SUFFIX)
+    weights = Path(config.text_weights) if config.text_weights else None
+    encoder = build_encoder(name, weights=weights, device=str(device))
+    if encoder.identity != dict(inputs.text_identity):
+        raise FingerprintError(
+            explain(
+                f"{name} is not the encoder that made the cache's prompt embeddings",
+                expected=f"weights {inputs.text_identity.get('weights')}",
+                got=f"weights {encoder.identity.get('weights')}",
+                remedy="Pass the same weights: --set text_weights=PATH",
+            )
+        )
+    return context_tower(encoder, inputs.descriptions, config.prompt_context)
 
 
 def new_model(config: TrainConfig, inputs: Inputs, data: Data, device: torch.device) -> VAModel:

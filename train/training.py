@@ -28,14 +28,16 @@ from vaflow.train.record import (
     LISTED,
     ClipDigest,
     RunRecord,
+    cache_places,
     changes,
     check_splits_apart,
+    check_unchanged,
     clip_digests,
     new_record,
     shared_recordings,
     to_json,
 )
-from vaflow.train.runs import RunFolder, cache_places, check_unchanged, load_run, require_record, width_of
+from vaflow.train.runs import RunFolder, load_run, require_record, width_of
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible, warn_of_demonstration
 from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width, write_smoothing
 from vaflow.train.uncertainty import calibrate, uncertainty_report, write_calibration
@@ -150,7 +152,8 @@ def _check_clips(session: Session) -> RunRecord | None:
     old = folder.record()
     if old is not None:
         longer = _can_continue(folder, old.config, config)
-        check_unchanged(folder, old, session.record, ignore=["device", "patience", *(["epochs"] if longer else [])])
+        ignore = ["device", "patience", *(["epochs"] if longer else [])]
+        check_unchanged(folder.path, old, session.record, ignore)
     check_has_clips(cache)
     streams = [*config.visual, *config.audio, *config.extra_targets, *((PIXELS, LOGMEL) if config.finetune else ())]
     known = [name for name in streams if name in cache.streams()]

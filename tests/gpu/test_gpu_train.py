@@ -8,11 +8,11 @@ import torch
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
-from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import fit, seeded
+from vaflow.train.runs import build_model
 from vaflow.train.windows import Prefetcher
 
 SPLITS = ("train", "val")

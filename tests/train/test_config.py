@@ -12,13 +12,13 @@ from vaflow.train.config import (
     PRESETS,
     TrainConfig,
     coerce,
-    differences,
     merge,
     parse_settings,
 )
 from vaflow.train.heads.fusion import FUSION
 from vaflow.train.heads.model import NORMALIZE
 from vaflow.train.heads.temporal import TEMPORAL
+from vaflow.train.record import changed_settings
 from vaflow.train.settings_files import from_toml, preset, read_settings, to_toml
 
 
@@ -139,8 +139,8 @@ def test_bad_settings_file(tmp_path, text: str) -> None:
 
 def test_differences_list_settings_that_change_training() -> None:
     one = TrainConfig(lr=1e-3, device="cpu")
-    assert differences(one, TrainConfig(lr=1e-3, device="cuda")) == []
-    assert differences(one, TrainConfig(lr=1e-4, seed=3)) == ["lr: 0.001, not 0.0001", "seed: 0, not 3"]
+    assert changed_settings(one, TrainConfig(lr=1e-3, device="cuda")) == []
+    assert changed_settings(one, TrainConfig(lr=1e-4, seed=3)) == ["lr: 0.001, not 0.0001", "seed: 0, not 3"]
 
 
 def test_every_setting_round_trips_through_toml() -> None:

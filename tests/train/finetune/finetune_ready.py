@@ -8,13 +8,13 @@ import torch
 
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.schema import Json
-from vaflow.train.builder import build_model
 from vaflow.train.config import TrainConfig
 from vaflow.train.finetune.backbones import Backbone, build_backbones, choose_trained, tunable
 from vaflow.train.finetune.data import Source, load_sources
 from vaflow.train.finetune.step import TunedModel, Tuning, make_optimizer
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import seeded
+from vaflow.train.runs import build_model
 from vaflow.train.session import Data, load_data
 
 SETTINGS = TrainConfig(
