@@ -1,7 +1,6 @@
 """`vaflow search`: random or Bayesian search over settings, scored by cross-validation within the training split.
 
-trials.py (settings to search, proposals, successive halving, the log) -> study.py (training and results)
--> report.py (the files).
+trials.py (settings to search, proposals, successive halving, the log) -> study.py (training, results, files).
 """
 
 from vaflow.train.search.study import run_nested_search, run_search

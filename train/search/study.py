@@ -1,4 +1,7 @@
-"""Run `vaflow search`: propose, train on folds, stop early, score the best trial on the held-out split."""
+"""Run `vaflow search`: propose, train on folds, stop early, score the best trial on the held-out split, write files.
+
+The files are `trials.csv`, `search.json`, `best.toml`, and the page `search.html`.
+"""
 
 import json
 import logging
@@ -11,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from vaflow.cache import Cache
+from vaflow.encoders import random_encoders
 from vaflow.errors import DataError, UsageError, VaflowError, explain
 from vaflow.files import lock_folder, write_file
+from vaflow.pages import render
 from vaflow.train.ablate.pool import Pool
 from vaflow.train.ablate.workers import Ended
 from vaflow.train.config import TrainConfig, merge
 from vaflow.train.folds import make_folds, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
-from vaflow.train.search.report import document, write_results
 from vaflow.train.search.trials import (
     DONE,
     FAILED,
@@ -32,14 +37,19 @@ from vaflow.train.search.trials import (
     Space,
     Trial,
     continues,
+    importances,
     propose,
     rungs,
+    trials_csv,
 )
+from vaflow.train.settings_files import to_toml
 from vaflow.train.together.epochs import FAILURES
 from vaflow.train.together.runs import one_thread
 from vaflow.train.training import evaluate_run
 
-LOG, STARTED = "trials.jsonl", "started.json"
+LOG, STARTED, RESULT = "trials.jsonl", "started.json", "search.json"
+WIDTH, HEIGHT = 860, 260  # pixels of the plot
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 40
 OnTrial = Callable[[Trial], None]
 
 
@@ -72,7 +82,11 @@ def run_search(
             process uses it.
         CorruptError: the log of the search is damaged.
     """
-    _require_optuna()
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        remedy = "pip install -e '.[search]' in the clone"
+        raise UsageError(explain("vaflow search needs Optuna, which is not installed", remedy=remedy)) from error
     if trials < 1:
         raise UsageError(explain(f"--trials must be >= 1 (got {trials})"))
     RunFolder(out).refuse()
@@ -100,14 +114,6 @@ def run_search(
             best = max(done, key=lambda trial: trial.score, default=None)
             holdout = {} if best is None else runner.holdout(best)
         return write_results(cache, space, out, options, finished.trials, best, holdout)
-
-
-def _require_optuna() -> None:
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        remedy = "pip install -e '.[search]' in the clone"
-        raise UsageError(explain("vaflow search needs Optuna, which is not installed", remedy=remedy)) from error
 
 
 def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -> None:
@@ -298,6 +304,76 @@ def _score(ended: Ended, fold: int) -> float | Exception:
     return ended.score
 
 
+def write_results(
+    cache: Cache,
+    space: Space,
+    out: Path,
+    options: SearchOptions,
+    trials: Sequence[Trial],
+    best: Trial | None,
+    holdout: Mapping[str, tuple[float, ...]],
+) -> SearchResult:
+    """Write all files of a search; returns its result."""
+    files = {"csv": out / "trials.csv", "json": out / RESULT, "html": out / "search.html"}
+    write_file(files["csv"], trials_csv(space, trials))
+    streams: tuple[str, ...] = ()
+    if best is not None:
+        files["config"] = out / "best.toml"
+        config = space.config(best.values)
+        write_file(files["config"], to_toml(config))
+        config, _ = resolve(cache, config)
+        streams = (*config.visual, *config.audio)
+    result = SearchResult(tuple(trials), best, holdout, importances(space, trials), files)
+    write_file(files["json"], json.dumps(result.document(), indent=1) + "\n")
+    page = render(
+        "search.html",
+        result=result,
+        options=options,
+        place=cache.place,
+        settings=list(space.searched),
+        holdout=[(name, float(np.mean(values)), min(values), max(values)) for name, values in holdout.items()],
+        plot=Markup(plot(trials)),
+        trials=sorted(trials, key=lambda trial: (trial.state != DONE, -np.nan_to_num(trial.score, nan=-9))),
+        demonstration=random_encoders(sorted(streams)),
+    )
+    write_file(files["html"], page)
+    return result
+
+
+def plot(trials: Sequence[Trial]) -> str:
+    """Score of every trial in order, and the best so far, as an SVG element."""
+    scored = [trial for trial in trials if trial.rungs]
+    if not scored:
+        return ""
+    low, high = (edge(trial.score for trial in scored) for edge in (min, max))
+    spread = max(high - low, 0.01)
+    low, high = low - 0.05 * spread, high + 0.05 * spread
+
+    def place(number: float, score: float) -> tuple[str, str]:
+        x = LEFT + (number - 0.5) / len(trials) * (WIDTH - LEFT - RIGHT)
+        return f"{x:.1f}", f"{TOP + (high - score) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
+
+    parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Mean CCC of every trial">']
+    for tick in np.linspace(low, high, 5):
+        _, y = place(0, tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y}" dy="4" text-anchor="end">{tick:.3f}</text>')
+    best, points = -np.inf, []
+    for trial in scored:
+        if trial.state == DONE:
+            best = max(best, trial.score)
+            points.append(",".join(place(trial.number, best)))
+    parts.append(f'<polyline class="series0" points="{" ".join(points)}"/>')
+    for trial in scored:
+        x, y = place(trial.number, trial.score)
+        title = f"<title>trial {trial.number}: {trial.score:.3f}, {trial.state} after {trial.epochs} epochs</title>"
+        kind = "mean" if trial.state == DONE else "seed"
+        parts.append(f'<circle class="{kind}" cx="{x}" cy="{y}" r="{4 if kind == "mean" else 3}">{title}</circle>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">trial</text>')
+    return "\n".join([*parts, "</svg>"])
+
+
 @dataclass(frozen=True)
 class NestedResult:
     """Result of a nested search.
@@ -311,6 +387,15 @@ class NestedResult:
     searches: tuple[SearchResult, ...]
     holdout: Mapping[str, tuple[float, ...]]
     file: Path
+
+    def document(self) -> dict[str, Any]:
+        """`nested.json`, which --json prints."""
+        scores = {
+            name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "folds": list(values)}
+            for name, values in self.holdout.items()
+        }
+        searches = [search.document() for search in self.searches]
+        return {"outer_folds": len(searches), "holdout_ccc": scores, "searches": searches}
 
 
 def run_nested_search(
@@ -342,17 +427,5 @@ def run_nested_search(
             scores.setdefault(name, []).append(float(np.mean(values)))
     holdout = {name: tuple(values) for name, values in scores.items()}
     nested = NestedResult(tuple(searches), holdout, out / "nested.json")
-    write_file(nested.file, json.dumps(nested_document(nested), indent=1) + "\n")
+    write_file(nested.file, json.dumps(nested.document(), indent=1) + "\n")
     return nested
-
-
-def nested_document(result: NestedResult) -> dict[str, Any]:
-    """`nested.json`, which --json prints."""
-    return {
-        "outer_folds": len(result.searches),
-        "holdout_ccc": {
-            name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "folds": list(values)}
-            for name, values in result.holdout.items()
-        },
-        "searches": [document(search) for search in result.searches],
-    }

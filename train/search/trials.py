@@ -3,13 +3,14 @@
 A space has for every setting a fixed value, a list of choices, or a range.
 """
 
+import csv
+import io
 import json
 import math
 import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from vaflow.train.loop import seed_from
 from vaflow.train.together.runs import check_mode
 
 if TYPE_CHECKING:
+    import optuna
     from optuna.distributions import BaseDistribution
 
 RESERVED = ("folds", "fold", "fold_splits", "train_split", "val_split", "finetune", "device", "init")
@@ -140,7 +142,7 @@ def _range(key: str, table: Mapping[str, Any]) -> Range:
     described = settings_of(TrainConfig)[key]
     numeric = described.kind in (int, float) and None not in (low, high) and table.keys() <= RANGE
     log, step = table.get("log", False), table.get("step")
-    stepped = step is None or (type(step) in (int, float) and isfinite(step) and step > 0 and not log)
+    stepped = step is None or (type(step) in (int, float) and math.isfinite(step) and step > 0 and not log)
     if not numeric or type(log) is not bool or not stepped or not low < high or (log and low <= 0):
         raise UsageError(
             explain(f"The range of {key} is not valid", expected=f"low < high, log or step, as `{EXAMPLE}`", got=table)
@@ -148,10 +150,6 @@ def _range(key: str, table: Mapping[str, Any]) -> Range:
     for limit in (low, high):
         described.check(limit)
     return Range(low, high, log, step, described.kind is int)
-
-
-if TYPE_CHECKING:
-    import optuna
 
 
 @dataclass(frozen=True)
@@ -242,6 +240,19 @@ class SearchResult:
     importance: Mapping[str, float]
     files: Mapping[str, Path]
 
+    def document(self) -> dict[str, Any]:
+        """`search.json`, which --json prints."""
+        best = self.best
+        winner = best and {"trial": best.number, "values": dict(best.values), "selected_ccc": best.score}
+        return {
+            "trials": len(self.trials),
+            "states": {state: sum(t.state == state for t in self.trials) for state in (DONE, STOPPED, FAILED)},
+            "best": winner,
+            "holdout_ccc": {name: sum(values) / len(values) for name, values in self.holdout.items()},
+            "importance": dict(self.importance),
+            "files": {kind: str(path) for kind, path in self.files.items()},
+        }
+
 
 @dataclass
 class Log:
@@ -278,6 +289,21 @@ class Log:
         """Append a trial and flush the file."""
         append_line(self.path, json.dumps(asdict(trial)))
         self.trials.append(trial)
+
+
+def trials_csv(space: Space, trials: Sequence[Trial]) -> str:
+    """A row per trial, with the score of each fold."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", "state", "ccc_mean", "epochs", "seconds", *space.searched, "folds", "rungs", "message"])
+    for trial in trials:
+        values = [trial.values[name] for name in space.searched]
+        lists = [" ".join(f"{score:.6f}" for score in scores) for scores in (trial.folds, trial.rungs)]
+        score = f"{trial.score:.6f}" if trial.rungs else ""
+        writer.writerow(
+            [trial.number, trial.state, score, trial.epochs, f"{trial.seconds:.1f}", *values, *lists, trial.message]
+        )
+    return text.getvalue()
 
 
 def rungs(config: TrainConfig, *, halving: bool) -> tuple[int, ...]:

@@ -84,8 +84,6 @@ def search(
 
     with loading(quiet):
         from vaflow.train.search import SearchOptions, run_nested_search, run_search
-        from vaflow.train.search.report import document
-        from vaflow.train.search.study import nested_document
         from vaflow.train.search.trials import read_space
 
     options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing, batch, together)
@@ -103,13 +101,13 @@ def search(
     if outer_folds:
         nested = run_nested_search(*arguments, outer_folds, **shown)
         if json:
-            print_json(nested_document(nested))
+            print_json(nested.document())
         elif not quiet:
             echo(nested_summary(nested))
         return 0
     result = run_search(*arguments, **shown)
     if json:
-        print_json(document(result))
+        print_json(result.document())
     elif not quiet:
         echo(summary(result, options.holdout))
     return FAILED if result.best is None else 0
