@@ -147,13 +147,9 @@ def by_group(clips: Sequence[Scored], groups: Groups) -> dict[str, dict[str, dic
         for clip in clips:
             by_name.setdefault(members.get(clip.item) or members.get(clip.video) or UNKNOWN, []).append(clip)
         if set(by_name) == {UNKNOWN}:
-            raise UsageError(
-                explain(
-                    f"Column {kind!r} of the groups names no clip of this split",
-                    expected="items such as " + ", ".join(clip.item for clip in clips[:3]),
-                    got=", ".join(list(members)[:3]) or "empty cells",
-                )
-            )
+            problem = f"Column {kind!r} of the groups names no clip of this split"
+            expected = "items such as " + ", ".join(clip.item for clip in clips[:3])
+            raise UsageError(explain(problem, expected=expected, got=", ".join(list(members)[:3]) or "empty cells"))
         result[kind] = {}
         for group in sorted(by_name):
             arrays = zip(*((c.prediction, c.label, c.valid) for c in by_name[group]), strict=True)

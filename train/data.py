@@ -56,14 +56,10 @@ def load_split(
 def check_annotated(windows: WindowSet, split: str, cache: Cache) -> None:
     """Raise UsageError unless some clip of a loaded split is annotated."""
     if not windows.labelled_rows:
-        raise UsageError(
-            explain(
-                f"No clip of split {split!r} in {cache.place} is annotated",
-                expected="valence or arousal for at least one frame",
-                got=f"{count(len(windows.clips), 'clip')} without labels",
-                remedy="Choose another split, or extract again with the annotation beside the media",
-            )
-        )
+        problem = f"No clip of split {split!r} in {cache.place} is annotated"
+        got = f"{count(len(windows.clips), 'clip')} without labels"
+        remedy = "Choose another split, or extract again with the annotation beside the media"
+        raise UsageError(explain(problem, expected="valence or arousal for at least one frame", got=got, remedy=remedy))
 
 
 def check_has_clips(cache: Cache) -> None:
@@ -145,13 +141,9 @@ def read_clip(
     labels = cache.read(LABELS, item)
     outside = np.count_nonzero(~(np.abs(labels.value[labels.valid]) <= 1))
     if outside:
-        raise DataError(
-            explain(
-                f"Clip {item!r} has labels outside [-1, 1]",
-                expected="valence and arousal within [-1, 1] wherever they are marked valid",
-                got=f"{outside} values that are not",
-            )
-        )
+        problem = f"Clip {item!r} has labels outside [-1, 1]"
+        expected = "valence and arousal within [-1, 1] wherever they are marked valid"
+        raise DataError(explain(problem, expected=expected, got=f"{outside} values that are not"))
     arrays = {stream.name: cache.read(stream.name, item) for stream in streams if cache.has(stream.name, item)}
     clip = ClipRows(
         item=item,
@@ -180,13 +172,9 @@ def _duration(arrays: Sequence[Item], window: float) -> float:
         duration = min(float(claimed), covered + window)
     rows = max(map(len, times), default=0)
     if duration > max(LONGEST, rows * window):
-        raise DataError(
-            explain(
-                f"The times of clip {labels.item!r} are not credible",
-                expected=f"at most {LONGEST:.0f} s, or a row in every window of {window:g} s",
-                got=f"{duration:.0f} s with {rows} rows",
-            )
-        )
+        problem = f"The times of clip {labels.item!r} are not credible"
+        expected = f"at most {LONGEST:.0f} s, or a row in every window of {window:g} s"
+        raise DataError(explain(problem, expected=expected, got=f"{duration:.0f} s with {rows} rows"))
     return duration
 
 
@@ -199,14 +187,10 @@ def _features(cache: Cache, stream: InputStream, data: Item | None, masks: Input
     unusable = data.valid.ravel() & ~np.isfinite(rows).all(axis=1)
     if unusable.any():
         first = float(data.time.ravel()[np.flatnonzero(unusable)[0]])
-        raise DataError(
-            explain(
-                f"Clip {data.item!r} has features in stream {stream.name!r} that are NaN or infinite",
-                expected="finite numbers wherever the input is valid",
-                got=f"{int(unusable.sum())} of {len(rows)} vectors that are not, the first at {first:.2f} s",
-                remedy="Make the features of this clip again",
-            )
-        )
+        problem = f"Clip {data.item!r} has features in stream {stream.name!r} that are NaN or infinite"
+        expected = "finite numbers wherever the input is valid"
+        got = f"{int(unusable.sum())} of {len(rows)} vectors that are not, the first at {first:.2f} s"
+        raise DataError(explain(problem, expected=expected, got=got, remedy="Make the features of this clip again"))
     kept = masks.valid(cache, stream.name, stream.kind, data)
     if stream.kind == VISUAL:
         return rows, FrameTimes(data.time, kept, interval)

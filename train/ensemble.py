@@ -369,10 +369,6 @@ def _common_split(runs: Sequence[Path], records: Sequence[RunRecord], option: st
     splits = {str(run): record.config.val_split for run, record in zip(runs, records, strict=True)}
     if len(set(splits.values())) == 1:
         return records[0].config.val_split
-    raise UsageError(
-        explain(
-            "The runs have different validation splits",
-            expected=f"{option}, a split that none of them was trained on",
-            got="; ".join(f"{run}: {split}" for run, split in splits.items()),
-        )
-    )
+    expected = f"{option}, a split that none of them was trained on"
+    got = "; ".join(f"{run}: {split}" for run, split in splits.items())
+    raise UsageError(explain("The runs have different validation splits", expected=expected, got=got))

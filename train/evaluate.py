@@ -281,13 +281,9 @@ def check_complete(windows: WindowSet, failed: Sequence[str], allow_missing: boo
     if allow_missing:
         log.warning("%s. The metrics leave them out (--allow-missing)", message)
         return lost
-    raise DataError(
-        explain(
-            f"Some labelled clips cannot be scored. {message}",
-            expected="features of every labelled clip: a score of a part of the split is not comparable",
-            remedy="Run `vaflow extract` again, or leave them out with --allow-missing",
-        )
-    )
+    expected = "features of every labelled clip: a score of a part of the split is not comparable"
+    remedy = "Run `vaflow extract` again, or leave them out with --allow-missing"
+    raise DataError(explain(f"Some labelled clips cannot be scored. {message}", expected=expected, remedy=remedy))
 
 
 def measure(traces: Sequence[Trace], split: str, *, centers: float = 0.66, resamples: int = 10_000) -> dict[str, Any]:

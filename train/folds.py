@@ -68,12 +68,8 @@ def make_folds(
     useful = sum(count > 0 for count in labelled.values())
     if not 2 <= folds <= useful:
         noun = "source videos" if groups is None else "groups"
-        raise UsageError(
-            explain(
-                f"Cannot divide {', '.join(splits)} into {folds} folds",
-                expected=f"2 to {useful} folds: {useful} {noun} are labelled",
-            )
-        )
+        problem = f"Cannot divide {', '.join(splits)} into {folds} folds"
+        raise UsageError(explain(problem, expected=f"2 to {useful} folds: {useful} {noun} are labelled"))
     parts: list[list[str]] = [[] for _ in range(folds)]
     frames_of = [0] * folds
     for group in sorted(members, key=lambda name: (-labelled[name], name)):

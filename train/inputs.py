@@ -112,12 +112,8 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
     config = _with_windows(cache, config, [*visual, *audio])
     constant = [info.name for info in (*visual, *audio) if info.dim == 1 and info.kind != LOGMEL]
     if config.normalize == "layer" and constant:
-        raise UsageError(
-            explain(
-                f"normalize=layer makes every value of {constant[0]} equal: the stream has one dimension",
-                remedy="Use --set normalize=standard",
-            )
-        )
+        problem = f"normalize=layer makes every value of {constant[0]} equal: the stream has one dimension"
+        raise UsageError(explain(problem, remedy="Use --set normalize=standard"))
     streams = tuple(_input_stream(cache, info, config) for info in (*visual, *audio))
     text = _text_stream(cache, known, config) if config.kl_weight else ""
     config = replace(config, text=text)
@@ -156,13 +152,9 @@ def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names:
         log.info("Using %s of several %s streams; --%s selects another", PREFERRED[modality], modality, modality)
         return [choices[PREFERRED[modality]]]
     if len(defaults) > 1:
-        raise UsageError(
-            explain(
-                f"{cache.place} has several {modality} streams",
-                choices=[info.name for info in defaults],
-                remedy=f"Select one with --{modality} NAME",
-            )
-        )
+        problem = f"{cache.place} has several {modality} streams"
+        remedy = f"Select one with --{modality} NAME"
+        raise UsageError(explain(problem, choices=[info.name for info in defaults], remedy=remedy))
     return defaults
 
 
@@ -283,14 +275,10 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
         if not fields:
             fields = {"dtype": f"dtype: {info.dtype}, another dtype in the run"}
         if hard:
-            raise FingerprintError(
-                explain(
-                    f"Stream {stream.name!r} of {cache.place} was made with other settings than the run's",
-                    expected="the encoder that the run was trained on",
-                    got="; ".join(hard),
-                    remedy="Extract the clips again with the run's encoder and weights",
-                )
-            )
+            problem = f"Stream {stream.name!r} of {cache.place} was made with other settings than the run's"
+            expected = "the encoder that the run was trained on"
+            remedy = "Extract the clips again with the run's encoder and weights"
+            raise FingerprintError(explain(problem, expected=expected, got="; ".join(hard), remedy=remedy))
         allowed |= {key.removeprefix("picture."): text.removeprefix("picture.") for key, text in fields.items()}
     if allowed:
         if "precision" in allowed:

@@ -156,13 +156,9 @@ def bootstrap_interval(
     """
     table = np.asarray(moments, np.float64)
     if not (len(table) and resamples >= 1 and 0 < level < 1):
-        raise UsageError(
-            explain(
-                "A bootstrap needs videos to draw from",
-                expected="at least one video and one resample, and a level between 0 and 1",
-                got=f"{len(table)} videos, {resamples} resamples, level {level}",
-            )
-        )
+        expected = "at least one video and one resample, and a level between 0 and 1"
+        got = f"{len(table)} videos, {resamples} resamples, level {level}"
+        raise UsageError(explain("A bootstrap needs videos to draw from", expected=expected, got=got))
     if table.shape[1:] != (MOMENTS, 2):
         raise ValueError(f"moments must be [V, {MOMENTS}, 2]; got {[*table.shape]}")
     ccc = concordance_of_moments(_resampled(table, resamples, np.random.default_rng(seed)))

@@ -83,13 +83,9 @@ def check_splits_apart(train: Mapping[str, ClipDigest], val: Mapping[str, ClipDi
     """
     pairs = _pairs(train, val)
     if pairs:
-        raise UsageError(
-            explain(
-                "The training and the validation split share recordings",
-                got=_list_pairs(pairs),
-                remedy="Remove one clip of each pair from the cache, or allow it with --set shared_sources=true",
-            )
-        )
+        problem = "The training and the validation split share recordings"
+        remedy = "Remove one clip of each pair from the cache, or allow it with --set shared_sources=true"
+        raise UsageError(explain(problem, got=_list_pairs(pairs), remedy=remedy))
 
 
 def shared_recordings(
@@ -325,13 +321,8 @@ def check_unchanged(run: Path, old: RunRecord, new: RunRecord, ignore: Iterable[
         if prints.get(stream.name, stream.fingerprint) != stream.fingerprint
     ]
     if changed:
-        raise UsageError(
-            explain(
-                f"{run} holds a run with other settings",
-                got="; ".join(changed),
-                remedy="Choose another --out, or train again with --fresh",
-            )
-        )
+        remedy = "Choose another --out, or train again with --fresh"
+        raise UsageError(explain(f"{run} holds a run with other settings", got="; ".join(changed), remedy=remedy))
 
 
 def cache_places(run: Path, record: RunRecord) -> list[str]:

@@ -130,13 +130,9 @@ class RunFolder:
         except OSError as error:
             raise UsageError(explain(f"Cannot write the run directory {self.path}", got=error.strerror)) from error
         if foreign:
-            raise UsageError(
-                explain(
-                    f"{self.path} is not empty and is not a run directory",
-                    expected="a new or empty directory, or that of an earlier run",
-                    remedy="Choose another --out",
-                )
-            )
+            problem = f"{self.path} is not empty and is not a run directory"
+            expected = "a new or empty directory, or that of an earlier run"
+            raise UsageError(explain(problem, expected=expected, remedy="Choose another --out"))
 
     def refuse(self) -> None:
         """Raise UsageError if the directory is that of a run: results of other commands do not belong into it."""
@@ -283,13 +279,9 @@ def require_record(path: Path) -> RunRecord:
     record = folder.record() if folder.path.is_dir() else None
     if record is None:
         refuse_ensemble(folder.path)
-        raise UsageError(
-            explain(
-                f"{path} is not a run directory",
-                expected="a directory with config.toml and model.safetensors, as written by `vaflow train`",
-                got="no config.toml" if folder.path.is_dir() else "no such directory",
-            )
-        )
+        expected = "a directory with config.toml and model.safetensors, as written by `vaflow train`"
+        got = "no config.toml" if folder.path.is_dir() else "no such directory"
+        raise UsageError(explain(f"{path} is not a run directory", expected=expected, got=got))
     return record
 
 
@@ -303,13 +295,9 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
     folder, record = RunFolder(Path(path)), require_record(path)
     forbid_tf32()  # as in training
     if not folder.weights_file.is_file():
-        raise UsageError(
-            explain(
-                f"The run {path} was interrupted before it finished",
-                expected="model.safetensors",
-                remedy=f"Resume it: {command('train', record.cache, '--out', path, '--config', folder.config_file)}",
-            )
-        )
+        problem = f"The run {path} was interrupted before it finished"
+        remedy = f"Resume it: {command('train', record.cache, '--out', path, '--config', folder.config_file)}"
+        raise UsageError(explain(problem, expected="model.safetensors", remedy=remedy))
     model = _read_model(record, folder.weights_file).to(device).eval()
     each = None
     if record.config.best == "each":

@@ -142,25 +142,19 @@ def open_tower(config: TrainConfig, inputs: Inputs, device: torch.device) -> Con
     if not config.prompt_context:
         return None
     if not inputs.descriptions:
-        raise UsageError(
-            explain(
-                "prompt_context requires the descriptions of the nine regions",
-                expected="prompt embeddings that `vaflow extract` or `vaflow cache prompts` made",
-                got=f"stream {inputs.text!r}" if inputs.text else "a cache without prompt embeddings",
-            )
-        )
+        problem = "prompt_context requires the descriptions of the nine regions"
+        expected = "prompt embeddings that `vaflow extract` or `vaflow cache prompts` made"
+        got = f"stream {inputs.text!r}" if inputs.text else "a cache without prompt embeddings"
+        raise UsageError(explain(problem, expected=expected, got=got))
     name = inputs.text.removesuffix(TEXT_SUFFIX)
     weights = Path(config.text_weights) if config.text_weights else None
     encoder = build_encoder(name, weights=weights, device=str(device))
     if encoder.identity != dict(inputs.text_identity):
-        raise FingerprintError(
-            explain(
-                f"{name} is not the encoder that made the cache's prompt embeddings",
-                expected=f"weights {inputs.text_identity.get('weights')}",
-                got=f"weights {encoder.identity.get('weights')}",
-                remedy="Pass the same weights: --set text_weights=PATH",
-            )
-        )
+        problem = f"{name} is not the encoder that made the cache's prompt embeddings"
+        expected = f"weights {inputs.text_identity.get('weights')}"
+        got = f"weights {encoder.identity.get('weights')}"
+        remedy = "Pass the same weights: --set text_weights=PATH"
+        raise FingerprintError(explain(problem, expected=expected, got=got, remedy=remedy))
     return context_tower(encoder, inputs.descriptions, config.prompt_context)
 
 

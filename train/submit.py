@@ -184,13 +184,8 @@ def check_predicted(
             remedy = f"--hold {most} repeats each clip's last prediction after its end"
     if problems:
         missing = sum(unknown.values()) + sum(empty.values()) + len(beyond)
-        raise DataError(
-            explain(
-                f"{missing} of {len(rows)} rows of the sample have no prediction, so nothing is written",
-                got="; ".join(problems),
-                remedy=remedy,
-            )
-        )
+        problem = f"{missing} of {len(rows)} rows of the sample have no prediction, so nothing is written"
+        raise DataError(explain(problem, got="; ".join(problems), remedy=remedy))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -165,13 +165,9 @@ def _check_clips(session: Session) -> RunRecord | None:
     if before is not None:
         changed = changes(before, splits)
         if changed:
-            raise UsageError(
-                explain(
-                    f"{cache.place} does not hold the clips that {folder.path} was started with",
-                    got="; ".join(changed),
-                    remedy="Train again with --fresh, or choose another --out",
-                )
-            )
+            problem = f"{cache.place} does not hold the clips that {folder.path} was started with"
+            remedy = "Train again with --fresh, or choose another --out"
+            raise UsageError(explain(problem, got="; ".join(changed), remedy=remedy))
     elif old is not None:
         log.warning("%s has no clips.json (older version): it is not known whether its clips changed", folder.path)
     else:

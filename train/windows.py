@@ -418,11 +418,7 @@ def without_modality(windows: WindowSet, modality: str) -> WindowSet:
         raise UsageError(explain("Unknown modality", got=modality, choices=(VISUAL, AUDIO)))
     names = {stream.name for stream in windows.streams if stream.kind == modality}
     if not names or len(names) == len(windows.streams):
-        raise UsageError(
-            explain(
-                f"--without {modality} leaves the run without input",
-                expected="a run that reads a visual and an audio stream",
-                got="one that reads " + ", ".join(f"{s.name} ({s.kind})" for s in windows.streams),
-            )
-        )
+        problem = f"--without {modality} leaves the run without input"
+        got = "one that reads " + ", ".join(f"{s.name} ({s.kind})" for s in windows.streams)
+        raise UsageError(explain(problem, expected="a run that reads a visual and an audio stream", got=got))
     return windows.without(frozenset(names))

@@ -67,13 +67,9 @@ class Columns:
         """
         first, _, second = (text or "").partition(",")
         if not (first.isdigit() and second.isdigit()) or int(first) == int(second):
-            raise UsageError(
-                explain(
-                    f"--va names the outputs of {name} that are valence and arousal",
-                    expected="two columns counted from 0, such as --va 8,9",
-                    got=text or "no --va",
-                )
-            )
+            problem = f"--va names the outputs of {name} that are valence and arousal"
+            expected = "two columns counted from 0, such as --va 8,9"
+            raise UsageError(explain(problem, expected=expected, got=text or "no --va"))
         return cls(int(first), int(second))
 
     def check(self, name: str, dim: int) -> None:

@@ -72,13 +72,9 @@ def tunable(streams: Iterable[InputStream]) -> tuple[InputStream, ...]:
     streams = tuple(streams)
     trainable = tuple(s for s in streams if s.identity.get("encoder") in LAYOUTS and "blocks" not in s.identity)
     if not trainable:
-        raise UsageError(
-            explain(
-                "None of the run's streams can be fine-tuned",
-                expected="a stream of a CLIP image encoder or an Audio Spectrogram Transformer without @LAYER",
-                got=", ".join(stream.name for stream in streams),
-            )
-        )
+        problem = "None of the run's streams can be fine-tuned"
+        expected = "a stream of a CLIP image encoder or an Audio Spectrogram Transformer without @LAYER"
+        raise UsageError(explain(problem, expected=expected, got=", ".join(stream.name for stream in streams)))
     for stream in streams:
         if stream not in trainable:
             log.info("%s is not fine-tuned: its cached features are used", stream.name)
@@ -110,14 +106,11 @@ def build_backbones(
         identity = encoder.identity
         differing = [key for key, value in identity.items() if stream.identity.get(key) != value]
         if differing:
-            raise FingerprintError(
-                explain(
-                    f"{stream.name} is not the encoder that made the cache's stream",
-                    expected="; ".join(f"{key} {stream.identity.get(key)}" for key in differing),
-                    got="; ".join(f"{key} {identity[key]}" for key in differing),
-                    remedy=f"Pass the weights of the extraction: --weights {stream.name}=PATH",
-                )
-            )
+            problem = f"{stream.name} is not the encoder that made the cache's stream"
+            expected = "; ".join(f"{key} {stream.identity.get(key)}" for key in differing)
+            got = "; ".join(f"{key} {identity[key]}" for key in differing)
+            remedy = f"Pass the weights of the extraction: --weights {stream.name}=PATH"
+            raise FingerprintError(explain(problem, expected=expected, got=got, remedy=remedy))
         layout = sampling(stream.identity)
         steps = 1 if stream.kind == VISUAL else int(layout["audio_steps"])
         backbones.append(Backbone(stream, encoder, layout["window"], steps))
@@ -137,11 +130,8 @@ def choose_trained(backbone: Backbone, blocks: int | None) -> list[nn.Parameter]
     if blocks:
         stack, before = _blocks(backbone), LAYOUTS[backbone.stream.identity["encoder"]][1]
         if blocks > len(stack):
-            raise UsageError(
-                explain(
-                    f"finetune_blocks={blocks}: {backbone.stream.name} has fewer blocks", expected=f"<= {len(stack)}"
-                )
-            )
+            problem = f"finetune_blocks={blocks}: {backbone.stream.name} has fewer blocks"
+            raise UsageError(explain(problem, expected=f"<= {len(stack)}"))
         frozen = {id(p) for block in stack[: len(stack) - blocks] for p in block.parameters()}
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(id(parameter) not in frozen and name.partition(".")[0] not in before)
@@ -163,13 +153,9 @@ def _blocks(backbone: Backbone) -> nn.ModuleList:
     for name in LAYOUTS[backbone.stream.identity["encoder"]][0].split("."):
         module = getattr(module, name, None)
     if not isinstance(module, nn.ModuleList):
-        raise UsageError(
-            explain(
-                f"The network of {backbone.stream.name} is not a stack of transformer blocks",
-                expected="a vision transformer, for finetune_blocks and checkpointing",
-                got=type(backbone.module).__name__,
-            )
-        )
+        problem = f"The network of {backbone.stream.name} is not a stack of transformer blocks"
+        expected = "a vision transformer, for finetune_blocks and checkpointing"
+        raise UsageError(explain(problem, expected=expected, got=type(backbone.module).__name__))
     return module
 
 

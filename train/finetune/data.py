@@ -190,14 +190,10 @@ def check_sources(cache: Cache, streams: Sequence[InputStream]) -> None:
     for stream in streams:
         source = _source_of(stream)
         if source not in known:
-            raise UsageError(
-                explain(
-                    f"{cache.place} has no {source}, which fine-tuning of {stream.name} requires",
-                    expected=f"a cache that was extracted with --{PIXELS}",
-                    got=", ".join(known),
-                    remedy=f"Add them with `{command} {cache.place}` and the other options of the extraction",
-                )
-            )
+            problem = f"{cache.place} has no {source}, which fine-tuning of {stream.name} requires"
+            expected = f"a cache that was extracted with --{PIXELS}"
+            remedy = f"Add them with `{command} {cache.place}` and the other options of the extraction"
+            raise UsageError(explain(problem, expected=expected, got=", ".join(known), remedy=remedy))
         if stream.kind == VISUAL:
             stored_origin, used_origin = _origin(known[source].identity), _origin(stream.identity)
             pairs = {key: (stored_origin[key], used_origin[key]) for key in used_origin}
@@ -205,14 +201,10 @@ def check_sources(cache: Cache, streams: Sequence[InputStream]) -> None:
             pairs = {"audio": (f"{LOGMEL} {known[source].dtype}", stream.identity.get("sound"))}
         differences = [f"{key} {stored}, not {used}" for key, (stored, used) in pairs.items() if stored != used]
         if differences:
-            raise UsageError(
-                explain(
-                    f"The {source} in {cache.place} are not the inputs that {stream.name} was encoded from",
-                    expected="the same samples, faces and precision",
-                    got="; ".join(differences),
-                    remedy=f"Extract both into a new cache: {command} NEW_CACHE",
-                )
-            )
+            problem = f"The {source} in {cache.place} are not the inputs that {stream.name} was encoded from"
+            expected = "the same samples, faces and precision"
+            remedy = f"Extract both into a new cache: {command} NEW_CACHE"
+            raise UsageError(explain(problem, expected=expected, got="; ".join(differences), remedy=remedy))
 
 
 def _origin(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,13 +228,9 @@ def load_sources(
         clips = {clip.item: k for k, clip in enumerate(windows.clips) if stream.name not in clip.missing}
         lacking = [item for item in clips if not cache.has(_source_of(stream), item)]
         if lacking:
-            raise DataError(
-                explain(
-                    f"{len(lacking)} clips have {stream.name} but no {_source_of(stream)}: {', '.join(lacking[:5])}",
-                    expected="the input of every embedding",
-                    remedy=f"Complete the extraction: vaflow extract ROOT --out {cache.place} --pixels",
-                )
-            )
+            problem = f"{len(lacking)} clips have {stream.name} but no {_source_of(stream)}: {', '.join(lacking[:5])}"
+            remedy = f"Complete the extraction: vaflow extract ROOT --out {cache.place} --pixels"
+            raise DataError(explain(problem, expected="the input of every embedding", remedy=remedy))
         load = _load_images if stream.kind == VISUAL else _load_logmel
         loaded[stream.name] = load(cache, backbone, clips, scratch)
     return loaded
@@ -262,14 +250,10 @@ def _load_images(cache: Cache, backbone: Backbone, clips: Mapping[str, int], scr
     for item, number in clips.items():
         pixels, features = cache.read(PIXELS, item), cache.read(stream, item, ["time", "valid"])
         if not np.array_equal(features.time, pixels.time) or (features.valid & ~pixels.valid).any():
-            raise DataError(
-                explain(
-                    f"The pixels of clip {item!r} are not the images that {stream} was encoded from",
-                    expected=f"{len(features.time)} samples, {int(features.valid.sum())} with a face",
-                    got=f"{len(pixels.time)} samples, {int(pixels.valid.sum())} with a face",
-                    remedy="Extract the clip again with --pixels",
-                )
-            )
+            problem = f"The pixels of clip {item!r} are not the images that {stream} was encoded from"
+            expected = f"{len(features.time)} samples, {int(features.valid.sum())} with a face"
+            got = f"{len(pixels.time)} samples, {int(pixels.valid.sum())} with a face"
+            raise DataError(explain(problem, expected=expected, got=got, remedy="Extract the clip again with --pixels"))
         data[filled : filled + len(pixels.data)] = torch.from_numpy(pixels.data.copy())
         offsets.append(filled + pixels.offset[1:])
         numbers.append(np.full(len(pixels.time), number))

@@ -132,12 +132,8 @@ def _first_heads(session: Session, data: Data, device: Any) -> VAModel:
         return heads
     other = load_run(Path(session.config.init), device)
     if other.record.tuned:
-        raise UsageError(
-            explain(
-                f"init={session.config.init} is a fine-tuned run, whose heads require its encoders",
-                expected="a run of `vaflow train` without --finetune",
-            )
-        )
+        problem = f"init={session.config.init} is a fine-tuned run, whose heads require its encoders"
+        raise UsageError(explain(problem, expected="a run of `vaflow train` without --finetune"))
     check_same(other.record.streams, session.cache)
     try:
         fresh = {name: tensor for name, tensor in heads.state_dict().items() if name.startswith(VARIANCE)}
@@ -145,14 +141,11 @@ def _first_heads(session: Session, data: Data, device: Any) -> VAModel:
         kept = {name: tensor for name, tensor in trained if not name.startswith(VARIANCE) or name in fresh}
         heads.load_state_dict(fresh | kept)  # one of both runs may have no variance head
     except RuntimeError as error:
-        raise UsageError(
-            explain(
-                f"The heads of {session.config.init} have other shapes",
-                expected="the same streams and model settings as this run's",
-                got=str(error).splitlines()[-1].strip(),
-                remedy=f"Use its settings: --config {Path(session.config.init) / 'config.toml'}",
-            )
-        ) from error
+        problem = f"The heads of {session.config.init} have other shapes"
+        expected = "the same streams and model settings as this run's"
+        got = str(error).splitlines()[-1].strip()
+        remedy = f"Use its settings: --config {Path(session.config.init) / 'config.toml'}"
+        raise UsageError(explain(problem, expected=expected, got=got, remedy=remedy)) from error
     return heads
 
 

@@ -144,13 +144,9 @@ def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -
         before.setdefault("clips", facts["clips"])  # ... and did not store them
     changed = [name for name in facts if not isinstance(before, dict) or before.get(name) != facts[name]]
     if changed:
-        raise UsageError(
-            explain(
-                f"{out} holds a search that was started differently",
-                got=f"other {', '.join(changed)}",
-                remedy="Use the same cache, clips, space and options to resume, or choose another --out",
-            )
-        )
+        problem = f"{out} holds a search that was started differently"
+        remedy = "Use the same cache, clips, space and options to resume, or choose another --out"
+        raise UsageError(explain(problem, got=f"other {', '.join(changed)}", remedy=remedy))
 
 
 def _clips_digest(cache: Cache, split: str) -> str:

@@ -294,13 +294,9 @@ def write_people(
 
 def _of_cache(cache: Cache, media: Sequence[Path]) -> Iterator[FacesOfClip]:
     if FACES not in cache.streams():
-        raise UsageError(
-            explain(
-                f"{cache.path} has no stream of faces",
-                expected="a cache that was extracted with --person main, left, right, speaking or id:K",
-                remedy="Show the faces of the videos instead: vaflow faces VIDEOS --out faces.html",
-            )
-        )
+        expected = "a cache that was extracted with --person main, left, right, speaking or id:K"
+        remedy = "Show the faces of the videos instead: vaflow faces VIDEOS --out faces.html"
+        raise UsageError(explain(f"{cache.path} has no stream of faces", expected=expected, remedy=remedy))
     files = {(file.name, file.stat().st_size): file for file in MediaIndex(media).files}
     for clip in cached_faces(cache, cache.items()):
         source = cache.record(LABELS, clip.item).source.get("video") or {}

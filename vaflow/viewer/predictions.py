@@ -155,14 +155,10 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
         documents = [_json(path / SOURCES)]
         predicted_clips = list(_in_folder(path, "", documents[0]))
     if not predicted_clips:
-        raise UsageError(
-            explain(
-                f"{path} has no predictions",
-                expected="a run directory, a directory written by `vaflow predict`, or a prediction CSV",
-                got=None if path.exists() else "no such file or directory",
-                remedy="Run `vaflow predict RUN MEDIA... --out DIR`, then `vaflow view DIR --out PAGE`",
-            )
-        )
+        expected = "a run directory, a directory written by `vaflow predict`, or a prediction CSV"
+        got = None if path.exists() else "no such file or directory"
+        remedy = "Run `vaflow predict RUN MEDIA... --out DIR`, then `vaflow view DIR --out PAGE`"
+        raise UsageError(explain(f"{path} has no predictions", expected=expected, got=got, remedy=remedy))
     unknown = set(clips) - {clip.item for clip in predicted_clips}
     if unknown:
         raise UsageError(

@@ -232,13 +232,9 @@ def read_ratings(root: Path) -> dict[str, dict[str, Rating]]:
         if rating is not None:
             ratings.setdefault(clip, {})[annotator] = rating
     if not ratings:
-        raise UsageError(
-            explain(
-                f"{root} has no ratings",
-                expected="ANNOTATOR/CLIP.csv or CLIP.ANNOTATOR.csv with columns time, valence, arousal",
-                remedy="Rate clips in the page of `vaflow view RUN --serve`",
-            )
-        )
+        expected = "ANNOTATOR/CLIP.csv or CLIP.ANNOTATOR.csv with columns time, valence, arousal"
+        remedy = "Rate clips in the page of `vaflow view RUN --serve`"
+        raise UsageError(explain(f"{root} has no ratings", expected=expected, remedy=remedy))
     return ratings
 
 
@@ -263,12 +259,8 @@ def compare_ratings(ratings: Ratings, config: AgreeConfig) -> Agreement:
     annotators = tuple(sorted({name for by_annotator in ratings.values() for name in by_annotator}))
     clips = tuple(sorted(clip for clip, by_annotator in ratings.items() if len(by_annotator) == len(annotators)))
     if len(annotators) < 2 or not clips:
-        raise UsageError(
-            explain(
-                "Agreement requires two annotators and a clip rated by all of them",
-                got=f"annotators {', '.join(annotators)}; {count(len(clips), 'clip')} rated by all",
-            )
-        )
+        got = f"annotators {', '.join(annotators)}; {count(len(clips), 'clip')} rated by all"
+        raise UsageError(explain("Agreement requires two annotators and a clip rated by all of them", got=got))
     lags = reaction_lags({clip: ratings[clip] for clip in clips}, annotators, config)
     tables = []
     for clip in clips:
@@ -373,13 +365,9 @@ def fuse_ratings(ratings: Ratings, agreement: Agreement, config: AgreeConfig, ou
     earlier = _fused_before(out)
     foreign = [clip for clip in sorted(ratings) if clip not in earlier and (out / f"{clip}.csv").exists()]
     if foreign:
-        raise UsageError(
-            explain(
-                f"{out} holds tables that fused labels would replace",
-                got=examples([f"{clip}.csv" for clip in foreign]),
-                remedy="Choose another --out",
-            )
-        )
+        problem = f"{out} holds tables that fused labels would replace"
+        got = examples([f"{clip}.csv" for clip in foreign])
+        raise UsageError(explain(problem, got=got, remedy="Choose another --out"))
     tables: dict[str, str] = {}
     for clip, rated in sorted(ratings.items()):
         names = sorted(rated)

@@ -221,11 +221,8 @@ def write_report(
     runs = read_runs(list(paths))
     index = None if viewer is None else viewer / "index.html"
     if index is not None and not index.is_file():
-        raise UsageError(
-            explain(
-                f"{viewer} is not a viewer", expected="index.html", remedy=command("view", paths[0], "--out", viewer)
-            )
-        )
+        remedy = command("view", paths[0], "--out", viewer)
+        raise UsageError(explain(f"{viewer} is not a viewer", expected="index.html", remedy=remedy))
     link = None if index is None else quote(os.path.relpath(index, out.parent or ".").replace(os.sep, "/"))
     page = render(
         "report.html",

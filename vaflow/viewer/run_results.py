@@ -157,14 +157,11 @@ def _check_same_frames(path: Path, metrics: Mapping[str, Any], moments: Mapping[
     stated = {name: metrics.get("ccc", {}).get(name) for name in DIMENSIONS}
     differs = [n for n in DIMENSIONS if stated[n] is not None and not abs(stated[n] - scored[n]) < _CCC_TOLERANCE]
     if differs:
-        raise UsageError(
-            explain(
-                f"The predictions of {path} are not those that its metrics.json is about",
-                expected=", ".join(f"CCC of {name} {stated[name]:.4f}" for name in differs),
-                got=", ".join(f"{scored[name]:.4f}" for name in differs) + "; the split was evaluated on other data",
-                remedy=f"Evaluate the run on its cache again: {command('evaluate', path)}",
-            )
-        )
+        problem = f"The predictions of {path} are not those that its metrics.json is about"
+        expected = ", ".join(f"CCC of {name} {stated[name]:.4f}" for name in differs)
+        got = ", ".join(f"{scored[name]:.4f}" for name in differs) + "; the split was evaluated on other data"
+        remedy = f"Evaluate the run on its cache again: {command('evaluate', path)}"
+        raise UsageError(explain(problem, expected=expected, got=got, remedy=remedy))
 
 
 def _text(path: Path, run: Path) -> str:
@@ -174,14 +171,10 @@ def _text(path: Path, run: Path) -> str:
         from vaflow.train.runs import refuse_ensemble  # imports torch
 
         refuse_ensemble(run)
-        raise UsageError(
-            explain(
-                f"{run} is not a finished run",
-                expected="a directory written by `vaflow train`",
-                got=f"no {path.name}" if run.is_dir() else "no such directory",
-                remedy=f"List the finished runs: {command('runs', run.parent)}",
-            )
-        ) from error
+        expected = "a directory written by `vaflow train`"
+        got = f"no {path.name}" if run.is_dir() else "no such directory"
+        remedy = f"List the finished runs: {command('runs', run.parent)}"
+        raise UsageError(explain(f"{run} is not a finished run", expected=expected, got=got, remedy=remedy)) from error
 
 
 def _history(path: Path) -> tuple[Mapping[str, float], ...]:
