@@ -45,9 +45,7 @@ def by_intensity(prediction: Floats, label: Floats, valid: Bools, bins: int = BI
     by their error first. Equal intensities share a bin, so there may be fewer bins.
 
     Args:
-        prediction: [N, 2].
-        label: [N, 2].
-        valid: [N, 2] labelled.
+        prediction, label: [N, 2]; valid: [N, 2] labelled.
         bins: largest number of bins.
 
     Returns:

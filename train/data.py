@@ -87,15 +87,11 @@ def load_windows(
     """Load the training windows of some clips.
 
     Args:
-        cache: holds the clips.
-        items: clip ids.
         streams: streams to read, from `resolve`.
         config: resolved settings (windows, label reduction).
-        device: device of the batches.
         budget: bytes of embeddings kept on the device; None: half of its free memory. The rest of a GPU's stays in
             host memory up to half of what is free; what exceeds it is memory-mapped from a scratch file.
         scratch: folder of that file; None: the system's temporary folder.
-        show: draw a progress bar.
 
     Raises:
         DataError: features hold NaN or infinity, labels are outside [-1, 1], or times are not credible; the clip is
@@ -128,10 +124,6 @@ def read_clip(
     """Read every array of a clip once; returns its labels, and its features per stream.
 
     Args:
-        cache: holds the clip.
-        item: clip id.
-        streams: features to read.
-        targets: further targets to read.
         window: seconds of a training window; bounds the duration.
         masks: valid inputs to leave out.
 
@@ -209,9 +201,6 @@ class WindowBuilder:
     """Join clips into one `WindowSet`: their rows are packed, and their tables are shifted to the packed rows.
 
     Args:
-        streams: streams of features.
-        targets: further targets.
-        config: resolved settings (windows, label reduction).
         packs: stream name -> room for the rows of all clips.
     """
 

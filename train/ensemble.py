@@ -91,15 +91,11 @@ def ensemble_runs(
     """Weight finished runs, average their traces, score and write them.
 
     Args:
-        runs: their folders.
         out: a new folder, or that of an earlier ensemble.
         how: "mean"; "ccc": proportional to each run's CCC, per dimension; "search": the weights with the best CCC.
         cache: of the clips; None: that of the first run.
         split: the split to score; None: the runs' validation split.
         weights_split: the split to choose weights on; None: the runs' validation split.
-        device: "auto", "cpu" or "cuda[:N]".
-        allow_missing: leave labelled clips without features out of the metrics.
-        show: progress bars.
 
     Returns:
         The ensemble and its metrics.
@@ -227,15 +223,7 @@ def warn_of_changed_members(path: Path) -> None:
 
 
 class Members:
-    """Traces of several runs on splits of a cache, each predicted once.
-
-    Args:
-        cache: of the clips.
-        runs: folders.
-        device: "auto", "cpu" or "cuda[:N]".
-        allow_missing: labelled clips may lack features.
-        show: progress bars.
-    """
+    """Traces of several runs on splits of a cache, each predicted once."""
 
     def __init__(self, cache: Cache, runs: tuple[Path, ...], device: str, allow_missing: bool, show: bool) -> None:
         self.runs = runs
@@ -272,10 +260,8 @@ def weigh(runs: Sequence[Path], how: str, traces: Sequence[Sequence[Trace]] = ()
     """Choose weights of runs per dimension on a labelled split; a dimension without labels gets equal weights.
 
     Args:
-        runs: folders.
         how: one of `WEIGHTS`.
         traces: per run a trace per clip; not used for plain means.
-        weights_split: the split's name.
     """
     names = tuple(str(Path(run).resolve()) for run in runs)
     equal = np.full(len(names), 1 / len(names))
@@ -352,7 +338,6 @@ def ensemble_traces(path: Path, runs: Sequence[Sequence[Trace]], weights: Floats
     """Traces of a run or an ensemble from those of its runs, with calibrated standard deviations.
 
     Args:
-        path: of the run or the ensemble.
         runs, weights: see `combine`.
 
     Raises:

@@ -81,8 +81,6 @@ def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int | None
     """Predict every window.
 
     Args:
-        model: what predicts.
-        windows: what it predicts.
         batch_size: windows at a time; None: `PREDICT_BATCH` of the device.
 
     Returns:
@@ -210,9 +208,6 @@ def evaluate_windows(
     """Predict a labelled split and score it.
 
     Args:
-        model: a trained model.
-        windows: all clips of the split.
-        split: its name, for the report.
         centers: distance of the outer region centers from 0.
         allow_missing: leave out labelled clips without any features, instead of failing.
         failed: clips of the split that the cache lacks.

@@ -48,8 +48,6 @@ def make_folds(
     The group with the most labelled frames goes first, each into the fold with the fewest labelled frames so far.
 
     Args:
-        cache: holds the clips.
-        splits: whose clips.
         folds: number of folds, at least 2.
         groups: clip or source video -> group that stays in one fold; None: the source video. A clip without an entry
             keeps its source video.

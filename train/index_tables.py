@@ -165,7 +165,6 @@ def nearest_targets(windows: WindowTimes, time: Floats, value: Floats, valid: Bo
     """The annotation nearest to each output frame, within half a step or half an annotation interval.
 
     Args:
-        windows: of the clip.
         time: [R] seconds of the annotation rows.
         value: [R, K]; valid: [R, K] which values are annotated; K is 2, or the width of further targets.
     """

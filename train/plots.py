@@ -47,7 +47,6 @@ def plot_trace(
     """Plot valence and arousal of one clip over time, its labels, and the probabilities of the nine regions.
 
     Args:
-        path: PNG to write.
         time: [R] seconds.
         va: [R, 2].
         label: [R, 2], NaN where not annotated.
@@ -55,8 +54,6 @@ def plot_trace(
         face, audio: [R] the input was valid; shaded where not. None: not an input, not shaded.
         std: [R, 2] standard deviations, drawn as a band of 1.96 of them.
         far: [R] far from the training features; shaded.
-        title: shown as plain text.
-        note: small text below the plots.
     """
     tall = regions is not None
     figure = _figure(11.5, 6.6 if tall else 4.2)
@@ -141,9 +138,7 @@ def plot_training(path: Path, history: Sequence[Mapping[str, float]], note: str 
     """Plot losses and validation CCC per epoch; the best epoch is marked.
 
     Args:
-        path: PNG to write.
         history: rows as in `history.csv`.
-        note: small text below the plots.
     """
     figure = _figure(10.5, 3.8)
     left, right = figure.subplots(1, 2)
@@ -182,9 +177,7 @@ def plot_agreement(path: Path, prediction: Floats, label: Floats, valid: Bools, 
     """Plot the density of frames over labels and predictions, a panel per dimension.
 
     Args:
-        path: PNG to write.
         prediction, label: [N, 2]; valid: [N, 2] labelled.
-        note: small text below the plots.
     """
     figure = _figure(9.4, 4.5)
     scores = concordance(prediction, np.where(valid, label, 0), valid)

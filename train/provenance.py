@@ -133,9 +133,6 @@ def write_sources(
 
     Args:
         folder: holds `<item>.csv` of every item.
-        maker: of the predictions.
-        cache: what the features were read from.
-        items: the clips.
         media: where the clips' videos are, where that is known.
 
     Raises:

@@ -49,9 +49,7 @@ def clip_digests(cache: Cache, streams: Iterable[str], items: Iterable[str]) -> 
     """Item -> digest, from the checksums in the cache's records; no array is read.
 
     Args:
-        cache: of the clips.
         streams: that a run reads, without the labels, which always count.
-        items: clips.
     """
     names = sorted({*streams, LABELS})
     return {
@@ -304,11 +302,6 @@ def changed_settings(one: TrainConfig, other: TrainConfig, ignore: Iterable[str]
 
 def check_unchanged(run: Path, old: RunRecord, new: RunRecord, ignore: Iterable[str]) -> None:
     """Check that a run is resumed with the settings and streams that it was started with.
-
-    Args:
-        run: its directory.
-        old, new: records of the first start and of this one.
-        ignore: settings that may differ.
 
     Raises:
         UsageError: something differs; every difference is named.

@@ -80,10 +80,8 @@ def train_repeats(
     """Train or resume runs in `out/NAME`, in batches where that measures faster; writes `repeats.json`.
 
     Args:
-        cache: of the clips.
         runs: name -> settings.
         out: directory of the runs; not a run itself.
-        together, allow_missing: as of `Trainer`.
         level: of the log lines of runs that are shown.
         on_run: called with the name and the mean CCC of each finished run.
         on_choice: called with a line about each batch that was timed.

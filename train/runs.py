@@ -329,11 +329,8 @@ def build_model(
     """Build a model with new weights, on the CPU; seed the generator before.
 
     Args:
-        config: settings.
-        streams: input streams.
         prototypes: [9, D], or None: without a prompt head.
         context: number and width of the learned context vectors; None: fixed prototypes.
-        targets: further targets.
 
     Raises:
         UsageError: settings that do not go together.

@@ -34,7 +34,6 @@ def moving_average(time: Floats, value: Floats, seconds: float) -> Floats:
     Args:
         time: [N] seconds, ascending.
         value: [N, K].
-        seconds: width of the window.
 
     Returns:
         [N, K]. On regular frames: convolution with a box, divided by the part of the box inside the clip.
@@ -59,8 +58,6 @@ def savitzky_golay(time: Floats, value: Floats, seconds: float, order: int = ORD
     Args:
         time: [N] seconds, ascending.
         value: [N, K].
-        seconds: width of the window.
-        order: of the polynomial.
 
     Returns:
         [N, K]. On regular frames: `scipy.signal.savgol_filter` with mode "interp".
@@ -198,7 +195,6 @@ def candidate_widths(traces: Sequence[Trace], step: float) -> list[float]:
     """Widths to try, in seconds: multiples of the interval between samples, or between frames if that is longer.
 
     Args:
-        traces: of a split.
         step: seconds between samples of the run's windows.
     """
     frames = float(np.median([median_interval(trace.clip.time, step) for trace in traces])) if traces else step

@@ -103,11 +103,8 @@ def submit_run(
         run: a finished run, or an ensemble.
         cache: the trials' features, extracted with the run's settings.
         sample: the challenge's sample submission.
-        out: the file to write.
         hold: most rows after a clip's last frame that repeat its last prediction; ABAW annotation often has one row
             more than the video has frames.
-        device: "auto", "cpu" or "cuda[:N]".
-        show: progress bar.
 
     Raises:
         UsageError: the run or the sample is unusable.

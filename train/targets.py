@@ -58,7 +58,6 @@ def extra_loss(logits: Tensor, targets: ExtraTargets) -> Tensor:
 
     Args:
         logits: [B, F, K].
-        targets: of the same frames.
 
     Returns:
         A scalar >= 0; 0 with zero gradient where nothing is annotated.

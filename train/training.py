@@ -71,17 +71,13 @@ def train_run(
     """Train a run, resume it, or train it longer.
 
     Args:
-        cache: of the clips.
         config: settings; unset ones are resolved from the cache.
         out: directory of the run.
         data: both splits, if they are loaded already, for exactly these streams and windows.
         weights: with finetune: stream -> local weights of its encoder, instead of the hub's.
         allow_missing: leave labelled validation clips without features out of the scores.
         fresh: delete the run in `out` first.
-        tensorboard: write event files.
-        figures: draw the training curves and the predictions.
         keep_checkpoint: keep the state after the last epoch, so that more epochs can continue from it.
-        show: draw progress bars.
 
     Raises:
         UsageError: settings; a directory of another run, or one that another process writes; other clips than at
@@ -219,13 +215,10 @@ def evaluate_run(
     """Score a finished run on a split of a cache, and write the predictions into the run's folder.
 
     Args:
-        run: the run's folder.
         cache: the one it was trained on, or another with the same streams.
         split: None: the run's validation split.
-        device: "auto", "cpu" or "cuda[:N]".
         allow_missing: leave labelled clips without features out of the metrics.
         write: write `predictions/<split>/`, and `metrics.json` where this is the split that it is about.
-        show: progress bars.
         without: "visual" or "audio": mark that modality as missing everywhere.
         groups: kind -> item -> group, for metrics of each group.
         smoothing: "stored": the one that `vaflow smooth` stored with the run, if any. Another one, or None, applies to
@@ -315,8 +308,6 @@ def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., Win
     """Load clips of a cache as inputs of a run; a fine-tuned run encodes them with its encoders.
 
     Args:
-        run: its folder.
-        record: its record.
         cache: holds the clips; features that were extracted with the run's encoders are used unchanged.
         read: streams, settings -> the clips.
 
@@ -342,12 +333,8 @@ def choose_smoothing(
     """Choose a smoothing for a run's traces; nothing is stored.
 
     Args:
-        run: a finished run.
-        cache: what it was trained on.
         kind: "mean", "savgol", or "none".
         seconds: width; None: the one with the best mean CCC on the run's validation split.
-        device: "auto", "cpu" or "cuda[:N]".
-        show: progress bars.
 
     Returns:
         None for "none".

@@ -134,8 +134,6 @@ def calibrate(traces: Sequence[Trace], split: str, smoothing: Mapping[str, Any] 
 
     Args:
         traces: with standard deviations that are not calibrated.
-        split: its name.
-        smoothing: kind and seconds of the traces' smoothing, if any.
     """
     by_dimension = [errors_by_video(traces, k) for k in range(2)]
     scale = {n: ScaleSearch.of(v).best() if v else None for n, v in zip(DIMENSIONS, by_dimension, strict=True)}

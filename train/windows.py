@@ -146,7 +146,6 @@ class WindowSet:
         """The windows `ids`, [B] int64, as a batch without features.
 
         Args:
-            ids: on any device.
             counted: [B] bool, False for windows that only pad the batch: their labels are masked.
         """
         ids = to_device(ids, self.device)
@@ -392,8 +391,6 @@ def drop_modality(
     The windows and the modality (each with equal probability) follow from torch's generator.
 
     Args:
-        batch: B windows.
-        streams: input streams of the model.
         share: probability that a window loses a modality, in [0, 1).
         generator: of random numbers, on the device; None: torch's own.
 

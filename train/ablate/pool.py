@@ -37,15 +37,11 @@ class Pool:
     """Workers that train runs, from the first batch until the end of the context.
 
     Args:
-        cache: what to train on.
-        out: the folder of all runs.
         processes: how many at once; 1: in this process. With Ray, the most; None: as many as the cluster has room for.
         engine: "local" or "ray".
         ray_address: of the cluster, as `ray.init` takes it.
         level: of log lines that are shown while runs go on.
-        together: as of `Trainer`.
         on_choice: called with a line about each batch that was timed.
-        options: further keyword arguments of `Runner`.
     """
 
     def __init__(
@@ -87,9 +83,6 @@ class Pool:
 
     def train(self, runs: Sequence[Run]) -> Generator[tuple[int, Ended], None, None]:
         """Train runs; yields the number and the outcome of each as it ends.
-
-        Args:
-            runs: resolved settings and directory of each, in the order in which they are begun.
 
         Raises:
             UsageError: a node of the cluster cannot reach the cache or the folder.
@@ -160,15 +153,7 @@ class Pool:
 def run_jobs(
     jobs: Sequence[Job], cache: Cache, out: Path, *, processes: int | None = None, engine: str = "local", **options: Any
 ) -> Generator[Outcome, None, None]:
-    """Train every job in `out/runs/<hash>`, and yield each outcome as its run ends.
-
-    Args:
-        jobs: what to train, in the order in which they are begun.
-        cache: what to train on.
-        out: the study's folder.
-        processes, engine: as of `Pool`.
-        options: further arguments of `Pool`.
-    """
+    """Train every job in `out/runs/<hash>`, and yield each outcome as its run ends."""
     if not jobs:
         return
     if engine == "local":

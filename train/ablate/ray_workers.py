@@ -37,8 +37,6 @@ class RayActors(Crew):
         cache: what to train on; every node must reach it under this path or URL.
         out: folder of all runs, likewise.
         count: the most actors; None: one per GPU, or per CPU of a cluster without GPUs.
-        level: of log lines that are shown while runs go on.
-        options: keyword arguments of `Runner`.
         address: as `vaflow.ray_cluster.connected` takes it.
 
     Raises:
@@ -206,13 +204,7 @@ def contents(cache: Cache) -> dict[str, object]:
 
 
 class Member:
-    """Code of an actor: trains batches of runs in a thread, so that it can answer meanwhile. Does not import Ray.
-
-    Args:
-        shared: the cache and the folder of the runs.
-        level: of log lines that are shown.
-        options: keyword arguments of `Runner`.
-    """
+    """Code of an actor: trains batches of runs in a thread, so that it can answer meanwhile. Does not import Ray."""
 
     def __init__(self, shared: Shared, level: int, options: Mapping[str, Any]) -> None:
         self._shared, self._level, self._options = shared, level, options

@@ -109,8 +109,6 @@ def collect(plan: Plan, out: Path, failures: Mapping[str, Ended]) -> Results:
     """Read the finished runs and score every row.
 
     Args:
-        plan: rows and runs.
-        out: the study's folder.
         failures: hash -> end of each failed run.
 
     Raises:

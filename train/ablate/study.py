@@ -59,11 +59,7 @@ def run_study(
     Runs are stored in `out/runs/<hash>`; finished runs are reused, interrupted ones resume.
 
     Args:
-        cache: what to train on.
-        study: the tables and the full model.
         names: of tables; none or "all": every one.
-        out: the study's folder.
-        options: seeds, overrides, aliases.
         on_plan: called with the plan and the number of runs to train; on_run: called after every run.
         pool: keyword arguments of `vaflow.train.ablate.pool.Pool`: processes, engine, ray_address, together, level,
             on_choice.

@@ -48,9 +48,7 @@ class Runner:
     """Trains runs on one cache; the latest splits stay loaded.
 
     Args:
-        cache: what to train on.
         moments: write the moments of each run per video, for the tables of a study.
-        options: keyword arguments of `Trainer`.
     """
 
     def __init__(self, cache: Cache, *, moments: bool = False, **options: Any) -> None:
@@ -194,14 +192,7 @@ class Crew:
 
 
 class Processes(Crew):
-    """Processes that train runs.
-
-    Args:
-        cache: path or URL.
-        count: how many.
-        level: of log lines that are shown while runs go on.
-        options: keyword arguments of `Runner`.
-    """
+    """Processes that train runs."""
 
     def __init__(self, cache: str, count: int, level: int, options: Mapping[str, Any]) -> None:
         self._arguments, self._count = (cache, level, dict(options)), count

@@ -89,7 +89,6 @@ def build_backbones(
     Args:
         streams: streams from `tunable`.
         weights: stream name -> local file or folder, instead of the hub.
-        device: device of the encoders.
 
     Raises:
         UsageError: weights are given for a stream that is not trained.

@@ -78,7 +78,6 @@ def augment_images(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         images: [U, S, S, 3] uint8, or float32 in 0..1.
-        generator: source of the random numbers.
 
     Returns:
         [U, S, S, 3] of the same type.
@@ -104,7 +103,6 @@ def augment_logmel(logmel: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         logmel: [frames, bands].
-        generator: source of the random numbers.
 
     Returns:
         [frames, bands].

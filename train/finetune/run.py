@@ -93,7 +93,6 @@ def finetune(session: Session, weights: Mapping[str, Path]) -> dict[str, Any]:
     """Train or resume a run with its encoders; returns its metrics.
 
     Args:
-        session: the training session.
         weights: stream name -> local weights of its encoder, instead of the hub's.
 
     Raises:
@@ -210,9 +209,6 @@ def tuned_windows(run: Path, record: RunRecord, cache: Cache, windows: WindowSet
     """Encode the pixels and log-Mel of some clips with the encoders of a fine-tuned run.
 
     Args:
-        run: the run's folder.
-        record: its record.
-        cache: holds the clips.
         windows: the clips with the features of the original encoders.
 
     Raises:

@@ -91,7 +91,6 @@ class TunedModel(nn.Module):
     """Images and log-Mel -> features -> heads.
 
     Args:
-        heads: model on the features.
         backbones: encoders, whose networks stay in evaluation mode. Streams without one use the cached features.
     """
 
@@ -148,9 +147,7 @@ def encode_split(
     """The same windows with the current features of the backbones, in the stored dtype.
 
     Args:
-        windows: windows of a split.
         sources: stream name -> inputs of its backbone.
-        backbones: encoders.
         rank, ranks: number of this process, and of all; each encodes its share.
         combine: sums a tensor over all processes.
     """
@@ -250,8 +247,6 @@ def train_step(tuning: Tuning, share: Share, numbers: tuple[int, ...]) -> Tensor
     """Take one step of the optimizer; returns the losses and the norm of the whole batch: see `loop.update`.
 
     Args:
-        tuning: objects of the step.
-        share: inputs of this process.
         numbers: seed of the step's randomness (dropout).
     """
     fabric, once = tuning.fabric, len(share.parts) == 1

@@ -69,12 +69,6 @@ def run_search(
     trial has seen: neither the choice of the trial nor that of an epoch depends on it.
 
     Args:
-        cache: what to train on.
-        space: settings to search.
-        trials: how many in all.
-        out: the search's folder.
-        options: see `SearchOptions`.
-        on_trial: called after each trial.
         pool: keyword arguments of `vaflow.train.ablate.pool.Pool`: engine, ray_address, level, on_choice.
 
     Raises:
@@ -182,10 +176,6 @@ class _Runner:
 
         Their folds train in batches up to a rung; then each trial is compared with those of lower numbers, so that
         the decision does not depend on how many trials train at once.
-
-        Args:
-            before: the finished trials.
-            last: number of the last trial.
         """
         finished = before[: len(before) // self._options.batch * self._options.batch]
         proposed = [trial.values for trial in before[len(finished) :]]
@@ -404,7 +394,6 @@ def run_nested_search(
     Args:
         cache, space, trials, options: as of `run_search`; the splits of `options` are not used.
         out: the folder; search k is in `outer<k>`.
-        outer: number of outer folds.
         options_of_search: further arguments of `run_search`.
 
     Raises:

@@ -333,11 +333,7 @@ def propose(
     """Propose the values of the next trial; the same arguments give the same values, so resuming repeats them.
 
     Args:
-        space: settings to search.
-        trials: finished trials.
         open_trials: values of the trials that are proposed at the same time: TPE keeps its distance from them.
-        sampler: "bayes" or "random".
-        seed: of the search.
     """
     study = optuna_study(space, trials, open_trials, sampler, seed)
     proposed = study.ask({name: kind.distribution() for name, kind in space.searched.items()}).params

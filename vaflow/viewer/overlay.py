@@ -36,9 +36,6 @@ def write_overlay(
     """Write the overlay of one clip as MP4.
 
     Args:
-        media: the clip.
-        table: its predictions.
-        out: the file.
         boxes: [T, 5] seconds and x0, y0, x1, y1 in shares of the frame; None: no box is drawn.
         centers: of the nine regions, whose borders the plane shows.
         demonstration: mark the video, because its encoders have random weights.

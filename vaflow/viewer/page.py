@@ -103,9 +103,7 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
 
     Args:
         path: a run directory, a directory of predictions, a prediction CSV, or videos without predictions, to rate.
-        out: created if missing.
         clips: ids to show; all when empty.
-        config: media, cache, copies.
 
     Raises:
         UsageError: no predictions, no clip of that id, or `out` cannot be written or holds other files.

@@ -251,11 +251,9 @@ def write_people(
 
     Args:
         path: a cache, a video, or a directory of videos, whose faces are detected now.
-        out: the HTML file.
         media: where the videos of a cache are, for crops that it does not hold.
         several: only clips with several people.
         identity: the network that tells the people of videos apart.
-        show_progress: draw a progress bar.
 
     Raises:
         UsageError: the cache has no stream of faces, the folder has no video, or `faces.csv` is another table.
