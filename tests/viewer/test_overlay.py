@@ -10,8 +10,8 @@ from numbered_clip import HEIGHT, WIDTH, write_clips
 from vaflow.cli import main
 from vaflow.errors import MediaError
 from vaflow.predict import Predicted, PredictSummary
-from vaflow.viewer.overlay import MARGIN, PANEL, PREDICTION, TEXT, TRACE, write_overlay
 from vaflow.viewer.predictions import read_predictions
+from vaflow.viewer.video import MARGIN, PANEL, PREDICTION, TEXT, TRACE, write_overlay
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ from vaflow.cache import open_cache
 from vaflow.cache.schema import LABELS
 from vaflow.cli import main
 from vaflow.datasets.videos import read_csv
-from vaflow.viewer.page import ViewConfig, Viewer, write_viewer
-from vaflow.viewer.server import ViewerServer
+from vaflow.viewer.page import ViewConfig, Viewer, ViewerServer, write_viewer
 
 OpenPage = Callable[..., Any]
 

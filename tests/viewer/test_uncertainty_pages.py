@@ -19,11 +19,11 @@ from vaflow.train import plots
 from vaflow.train.evaluate import Trace
 from vaflow.train.windows import ClipRows
 from vaflow.viewer.clip_data import masks_of, payload, scores_of
-from vaflow.viewer.overlay import BAND, write_overlay
 from vaflow.viewer.page import write_viewer
 from vaflow.viewer.predictions import Predictions, read_predictions
 from vaflow.viewer.report import band, write_report
 from vaflow.viewer.run_results import read_run
+from vaflow.viewer.video import BAND, write_overlay
 
 COVERAGE: dict[str, dict[str, float | None]] = {
     "valence": {"50": 0.512, "80": 0.834, "95": 0.961},

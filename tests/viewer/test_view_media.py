@@ -12,10 +12,10 @@ from numbered_clip import read_number, write_clip, write_predictions
 from until import until
 
 from vaflow.errors import UsageError
-from vaflow.viewer.clip_data import detect_boxes
-from vaflow.viewer.media import HOP, RATE, MediaIndex, audio_level, probe, speech_spans, transcode
+from vaflow.viewer.clip_data import HOP, RATE, MediaIndex, audio_level, detect_boxes, probe, speech_spans
 from vaflow.viewer.page import ViewConfig, write_viewer
 from vaflow.viewer.predictions import PredictedClip
+from vaflow.viewer.video import transcode
 
 OpenPage = Callable[..., Any]
 CONSTANT = [k / 25 for k in range(150)]

@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "viewer.md"
 
 def test_documented_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vaflow.viewer.server.ViewerServer.serve_forever", lambda _: None)
+    monkeypatch.setattr("vaflow.viewer.page.ViewerServer.serve_forever", lambda _: None)
     for seed, name in enumerate(("full", "visual")):
         write_run(tmp_path / "runs" / name, seed=seed)
     (tmp_path / "affwild2" / "raw_videos").mkdir(parents=True)

@@ -166,17 +166,16 @@ def predictions_table(clips: "tuple[Predicted, ...]") -> str:
 
 def _show(out: Path, media: list[Path], cache: Path | None, html: bool, video: bool, quiet: bool) -> None:
     """Write the page and the overlays of new predictions."""
-    from vaflow.viewer.overlay import write_overlays
     from vaflow.viewer.page import ViewConfig, write_viewer
+    from vaflow.viewer.video import write_overlays
 
-    config = ViewConfig(media, cache, boxes=True)
-    for item, file, problem in write_overlays(out, config) if video else ():
+    for item, file, problem in write_overlays(out, media, cache) if video else ():
         if file is None:
             echo(f"No overlay of {item}: {problem}", err=True)
         elif not quiet:
             echo(f"Overlay of {item}: {file}")
     if html:
-        page = write_viewer(out, out / "view", config=config).page
+        page = write_viewer(out, out / "view", config=ViewConfig(media, cache, boxes=True)).page
         if not quiet:
             echo(f"Page: {page}")
 

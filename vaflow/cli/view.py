@@ -108,7 +108,7 @@ def view(
     """
     set_up(verbose, quiet)
     with loading(quiet or json):
-        from vaflow.viewer.page import ViewConfig, write_viewer
+        from vaflow.viewer.page import ViewConfig, ViewerServer, write_viewer
 
     viewer = write_viewer(path, out, clips or (), ViewConfig(tuple(media or ()), cache, copy, boxes))
     if json:
@@ -116,8 +116,6 @@ def view(
     elif not quiet:
         echo(f"{count(len(viewer.clips), 'clip')}: {viewer.page}")
     if serve:
-        from vaflow.viewer.server import ViewerServer
-
         with ViewerServer(viewer, ratings or out / "ratings", port) as server:
             echo(f"Serving {server.address} until Ctrl-C; ratings go to {server.ratings}", err=True)
             try:

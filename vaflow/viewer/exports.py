@@ -24,6 +24,7 @@ from vaflow.encoders.prompts import REGION_NAMES, REGIONS
 from vaflow.errors import UsageError, explain, visible
 from vaflow.files import write_file
 from vaflow.timeline import median_interval
+from vaflow.train.metrics import region_of
 from vaflow.viewer.predictions import (
     DIMENSIONS,
     PredictedClip,
@@ -31,7 +32,6 @@ from vaflow.viewer.predictions import (
     PredictionSet,
     find_predictions,
     read_predictions,
-    soft_regions,
 )
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _regions(clip: PredictedClip, table: Predictions, predictions: PredictionSet
         regions = [index.get(row.get("region") or "", -1) for row in csv.DictReader(file)]
     if len(regions) == len(table.time) and min(regions) >= 0:
         return np.array(regions)
-    return soft_regions(table.va, predictions.centers, predictions.sigma).argmax(axis=1)
+    return region_of(table.va, predictions.centers)
 
 
 def _end(table: Predictions) -> float:

@@ -31,7 +31,7 @@ from vaflow.extract.video import frame_times, frames_at
 from vaflow.files import write_file
 from vaflow.pages import render
 from vaflow.timeline import Grid, median_interval, nearest
-from vaflow.viewer.media import MediaIndex
+from vaflow.viewer.clip_data import MediaIndex
 
 SHOWN_CROPS = 10  # of each person, evenly over their time
 CROP_SIZE = 88  # pixels on the page

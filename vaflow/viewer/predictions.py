@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vaflow.cache import Cache, open_cache
 from vaflow.datasets.files import examples
@@ -228,14 +227,6 @@ def read_predictions(path: Path) -> Predictions:
     ]
     flags = [column[name] > 0 if name in column else None for name in FLAGS]
     return Predictions(time, table[:, 1:3], *both, *flags)
-
-
-def soft_regions(va: Floats, centers: float, sigma: float) -> NDArray[np.float64]:
-    """Weight of each of the nine regions, [N, 9]: a Gaussian of the distance to its centre, normalized."""
-    level = np.array([-centers, 0, centers])
-    corners = np.stack([np.repeat(level, 3), np.tile(level, 3)], axis=1)
-    weight = np.exp(-np.square(va[:, None] - corners).sum(axis=-1) / (2 * sigma**2))
-    return weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-300)
 
 
 def _header(path: Path) -> list[str]:

@@ -19,6 +19,7 @@ from vaflow.errors import UsageError, command, explain
 from vaflow.files import make_folder, replace_file
 from vaflow.pages import render
 from vaflow.timeline import Floats
+from vaflow.train.breakdown import plain
 from vaflow.train.metrics import (
     concordance_of_moments,
     mean_over_dimensions,
@@ -40,11 +41,6 @@ CURVES = {
     "val_ccc_mean": "Mean validation CCC",
 }
 SHOWN = 3  # best and worst clips
-
-
-def plain(value: Any) -> float | None:
-    """A number for JSON and templates; None for NaN."""
-    return float(value) if np.isfinite(value) else None
 
 
 def learning_curves(run: RunResults) -> list[dict[str, Any]]:

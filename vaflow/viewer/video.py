@@ -1,20 +1,26 @@
-"""The overlay video: a clip with its face box, both traces and the valence-arousal plane burnt in, audio kept."""
+"""Videos of a clip: transcoded for browsers, and with face box, traces and the valence-arousal plane burnt in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Any, Protocol
 
 import av
 import numpy as np
+from av.audio.resampler import AudioResampler
+from numpy.typing import NDArray
 from PIL import Image as Pictures
 from PIL import ImageDraw, ImageFont
 
 from vaflow.errors import MediaError, explain
 from vaflow.timeline import Floats, nearest
-from vaflow.viewer.clip_data import masks_of, spans
-from vaflow.viewer.media import Image, MediaIndex, transcode
-from vaflow.viewer.page import ViewConfig, with_boxes
+from vaflow.viewer.clip_data import MediaIndex, masks_of, spans, with_boxes
 from vaflow.viewer.predictions import DIMENSIONS, Predictions, find_predictions, read_predictions
 
+Image = NDArray[np.uint8]
+
+MAX_HEIGHT = 720  # pixels of transcoded clips
+_CLOCK = 90_000  # ticks per second of transcoded clips
 PANEL = 260  # pixels of the plane's side
 TRACE = 80  # pixels of a trace's height
 MARGIN = 64  # pixels left of the traces
@@ -22,6 +28,102 @@ TAIL = 3.0  # seconds
 BACK, GRID, TEXT = (20, 22, 24), (60, 65, 70), (233, 234, 236)
 PREDICTION, LABEL, BOX = (107, 184, 242), (255, 160, 92), (255, 212, 0)
 BAND, FAR = (38, 60, 77), (255, 126, 182)
+
+
+class Composer(Protocol):
+    """Draws around or over the frames of a clip."""
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the result for frames of a width and height."""
+
+    def draw(self, image: Image, time: float) -> Image:
+        """[H, W, 3] for one frame [h, w, 3], shown from `time` on (seconds on the clip clock)."""
+
+
+def transcode(source: Path, target: Path, composer: Composer | None = None) -> None:
+    """Write a clip as H.264 and AAC in MP4, with the presentation time of every frame kept.
+
+    Raises:
+        OSError, av.FFmpegError: the file cannot be decoded or written.
+    """
+    part = target.with_suffix(".part.mp4")
+    with av.open(str(source), metadata_errors="replace") as media:
+        first = next(iter(media.decode(video=0)), None) if media.streams.video else None
+    with av.open(str(source), metadata_errors="replace") as media, av.open(str(part), "w", format="mp4") as out:
+        start = (media.start_time or 0) / av.time_base
+        encoders: dict[Any, _VideoEncoder | _AudioEncoder] = {}  # all added before the first packet
+        if first is not None:
+            encoders[media.streams.video[0]] = _VideoEncoder(out, media.streams.video[0], first, start, composer)
+        if media.streams.audio:
+            encoders[media.streams.audio[0]] = _AudioEncoder(out, start)
+        for packet in media.demux(list(encoders)):
+            try:
+                frames: list[Any] = list(packet.decode())
+            except av.FFmpegError:
+                continue  # as browsers do: a damaged packet is skipped
+            for frame in frames:
+                encoders[packet.stream].add(frame)
+        for encoder in encoders.values():
+            encoder.finish()
+    part.replace(target)
+
+
+class _AudioEncoder:
+    """AAC in stereo, from the time of the first samples on."""
+
+    def __init__(self, out: Any, start: float) -> None:
+        self._out, self._start = out, start
+        self._stream = out.add_stream("aac", rate=48_000, layout="stereo")
+        self._resampler = AudioResampler(format="fltp", layout="stereo", rate=48_000)
+        self._samples: int | None = None
+
+    def add(self, frame: Any) -> None:
+        if self._samples is None:
+            self._samples = max(0, round(((frame.time or self._start) - self._start) * 48_000))
+        for piece in self._resampler.resample(frame):
+            piece.pts, piece.time_base = self._samples, Fraction(1, 48_000)
+            self._samples += piece.samples
+            self._out.mux(self._stream.encode(piece))
+
+    def finish(self) -> None:
+        self._out.mux(self._stream.encode(None))
+
+
+class _VideoEncoder:
+    """H.264 at the times of the source, without reordering, with a key frame at least every 15 frames."""
+
+    def __init__(self, out: Any, source: Any, first: Any, start: float, composer: Composer | None) -> None:
+        self._out, self._base, self._start, self._last = out, source.time_base, start, -1
+        self._composer = composer
+        sides = (first.width, first.height)
+        width, height = sides[::-1] if round(first.rotation / 90) % 2 else sides
+        scale = min(1.0, MAX_HEIGHT / height)
+        self._inner = max(2, round(width * scale / 2) * 2), max(2, round(height * scale / 2) * 2)
+        outer = self._inner if composer is None else composer.size(*self._inner)
+        stream = self._stream = out.add_stream("libx264", rate=source.average_rate or 25)
+        stream.width, stream.height = outer
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, _CLOCK)
+        stream.codec_context.options = {"crf": "20", "preset": "veryfast", "bf": "0", "g": "15"}
+
+    def add(self, frame: Any) -> None:
+        if frame.pts is None:
+            return
+        time = float(frame.pts * self._base) - self._start
+        turned = round(frame.rotation / 90) % 4
+        shown = frame
+        if turned or self._composer is not None:
+            sides = self._inner[::-1] if turned % 2 else self._inner
+            image = np.rot90(frame.reformat(*sides, "rgb24").to_ndarray(), turned)
+            image = image if self._composer is None else self._composer.draw(image, time)
+            shown = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        shown = shown.reformat(self._stream.width, self._stream.height, "yuv420p")
+        self._last = max(round(time * _CLOCK), self._last + 1)
+        shown.pts, shown.time_base, shown.pict_type = self._last, Fraction(1, _CLOCK), 0
+        self._out.mux(self._stream.encode(shown))
+
+    def finish(self) -> None:
+        self._out.mux(self._stream.encode(None))
 
 
 def write_overlay(
@@ -53,27 +155,29 @@ def write_overlay(
         raise MediaError(explain(f"Cannot write the overlay of {media}", got=error)) from error
 
 
-def write_overlays(predictions: Path, config: ViewConfig) -> Iterator[tuple[str, Path | None, str]]:
+def write_overlays(
+    predictions: Path, media: Sequence[Path] = (), cache: Path | None = None
+) -> Iterator[tuple[str, Path | None, str]]:
     """Write `<clip>.overlay.mp4` beside each prediction CSV; yields (clip, file or None, what failed).
+
+    `media` and `cache` are those of `vaflow.viewer.page.ViewConfig`.
 
     Raises:
         UsageError: the run has no predictions.
         CorruptError: a prediction file is damaged.
     """
     prediction_set = find_predictions(predictions)
-    cache = prediction_set.open_cache(config.cache)
-    index = MediaIndex(config.media)
+    opened, index = prediction_set.open_cache(cache), MediaIndex(media)
     for clip in prediction_set.clips:
-        media, table = index.find(clip), read_predictions(clip.csv)
+        file, table = index.find(clip), read_predictions(clip.csv)
         out = clip.csv.with_name(f"{clip.csv.name.removesuffix('.csv')}.overlay.mp4")
-        if media is None:
+        if file is None:
             yield clip.item, None, "its media file was not found"
             continue
-        masks = masks_of(table, cache, clip.item, prediction_set.streams)
-        boxes = with_boxes(masks, media, config.boxes)[0].boxes
+        masks, _ = with_boxes(masks_of(table, opened, clip.item, prediction_set.streams), file, detect=True)
         try:
             marked = bool(prediction_set.demonstration)
-            write_overlay(media, table, out, boxes=boxes, centers=prediction_set.centers, demonstration=marked)
+            write_overlay(file, table, out, boxes=masks.boxes, centers=prediction_set.centers, demonstration=marked)
             yield clip.item, out, ""
         except (MediaError, OSError) as error:
             yield clip.item, None, str(error)
