@@ -9,8 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vaflow.cli.common import command_class, epilog, with_settings
-from vaflow.cli.options import HelpAll
+from vaflow.cli.common import Output
+from vaflow.cli.options import HelpAll, command_class, epilog, with_options
 from vaflow.errors import UsageError
 from vaflow.settings import check, coerce, parse_pairs, reference, setting, settings_of
 from vaflow.train.config import TrainConfig
@@ -87,18 +87,18 @@ def test_set_accepts_key_value_pairs() -> None:
 
 
 def make_command(received: list[dict[str, Any]]) -> typer.Typer:
-    @with_settings(Config)
     def run(
+        output: Output,
         source: Annotated[str, typer.Argument(metavar="SOURCE")],
-        options: dict[str, Any] | None = None,
+        options: dict[str, Any],
         help_all: HelpAll = False,
     ) -> int:
         """Invoke the command."""
-        received.append(options or {})
+        received.append(options)
         return 0
 
     app = typer.Typer(rich_markup_mode=None, add_completion=False)
-    app.command("run", cls=command_class(Config), epilog=epilog(Config, "the page"))(run)
+    app.command("run", cls=command_class(Config), epilog=epilog(Config, "the page"))(with_options(run, Config))
     return app
 
 

@@ -8,7 +8,7 @@
             check(self)
 
 From the description follow the conversion and the checks of values (`coerce`, `check`), the keys of `--set`
-(`parse_pairs`), the options of a command (`vaflow.cli.common`) and the reference page (`reference`).
+(`parse_pairs`), the options of a command (`vaflow.cli.options`) and the reference page (`reference`).
 """
 
 import re

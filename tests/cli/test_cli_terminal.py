@@ -7,7 +7,7 @@ import pytest
 
 from vaflow.cli import main
 from vaflow.cli.ablate import terminal_text
-from vaflow.cli.common import loading, set_up, wrap_on_terminal
+from vaflow.cli.common import Output, loading, wrap_on_terminal
 from vaflow.encoders.prompts import LEVELS, region_table
 from vaflow.errors import explain
 
@@ -77,7 +77,7 @@ def test_the_tables_of_a_markdown_document_are_aligned() -> None:
 def test_log_lines_are_divided_between_words(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    set_up()
+    Output().set_up()
     logging.getLogger("vaflow").info("%s", "word " * 30)
     assert max(map(len, terminal.getvalue().splitlines())) <= columns
 
@@ -112,7 +112,7 @@ def test_log_lines_do_not_share_a_line_with_a_progress_bar(monkeypatch: pytest.M
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    set_up()
+    Output().set_up()
     with tqdm(total=2, desc="extract", file=terminal) as bar:
         bar.refresh()
         logging.getLogger("vaflow").warning("clip failed")
@@ -124,12 +124,12 @@ def test_a_spinner_shows_while_libraries_are_imported_on_a_terminal(monkeypatch:
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    with loading(quiet=False):
+    with loading(Output()):
         time.sleep(0.5)
     assert "loading libraries" in terminal.getvalue() and terminal.getvalue().endswith("\r\x1b[K")
     quiet = Terminal()
     monkeypatch.setattr("sys.stderr", quiet)
-    with loading(quiet=True):
+    with loading(Output(json=False, verbose=False, quiet=True)):
         time.sleep(0.4)
     assert quiet.getvalue() == ""
 

@@ -18,32 +18,9 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from vaflow.cli import (
-    ablate,
-    cache,
-    cache_import,
-    cache_people,
-    check,
-    demo,
-    evaluate,
-    extract,
-    info,
-    predict,
-    provenance,
-    search,
-    train,
-    view,
-)
-from vaflow.cli.common import (
-    PANELS,
-    Command,
-    CommandGroup,
-    command_class,
-    epilog,
-    help_width,
-    print_error,
-    print_parser_error,
-)
+from vaflow.cli import ablate, cache, cache_import, evaluate, extract, info, predict, train, view
+from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error, print_parser_error
+from vaflow.cli.options import command_class, epilog, with_options
 from vaflow.errors import UsageError, VaflowError, explain, is_out_of_memory
 from vaflow.extract.config import ExtractConfig
 from vaflow.process import prepare_environment
@@ -66,39 +43,49 @@ DATA, CACHE, MODEL, RESULT, MORE = PANELS
 
 
 def _add(name: str, function: Callable[..., int], panel: str, group: typer.Typer = app, hidden: bool = False) -> None:
-    group.command(name, cls=Command, rich_help_panel=panel, hidden=hidden)(function)
+    group.command(name, cls=Command, rich_help_panel=panel, hidden=hidden)(with_options(function))
 
 
-_add("check", check.check, DATA)
-app.command(
-    "extract", cls=command_class(ExtractConfig), epilog=epilog(ExtractConfig, "docs/settings.md"), rich_help_panel=DATA
-)(extract.extract)
+def _add_with_settings(name: str, function: Callable[..., int], panel: str, config: type) -> None:
+    about = epilog(config, "docs/settings.md")
+    app.command(name, cls=command_class(config), epilog=about, rich_help_panel=panel)(with_options(function, config))
+
+
+_add("check", extract.check, DATA)
+_add_with_settings("extract", extract.extract, DATA, ExtractConfig)
 app.add_typer(cache.app, name="cache", cls=CommandGroup, rich_help_panel=CACHE)
+_add("info", cache.info, "Commands", cache.app)
+_add("verify", cache.verify, "Commands", cache.app)
+_add("repair", cache.repair, "Commands", cache.app)
+_add("drop", cache.drop, "Commands", cache.app)
+_add("splits", cache.splits, "Commands", cache.app)
+_add("convert", cache.convert, "Commands", cache.app)
+_add("pack", cache.pack, "Commands", cache.app)
+_add("merge", cache.merge, "Commands", cache.app)
+_add("export", cache.export, "Commands", cache.app)
 _add("prompts", cache_import.prompts, "Commands", cache.app)
 _add("import", cache_import.import_, "Commands", cache.app)
 _add("targets", cache_import.targets, "Commands", cache.app)
-_add("people", cache_people.people, "Commands", cache.app)
-app.command(
-    "train", cls=command_class(TrainConfig), epilog=epilog(TrainConfig, "docs/settings.md"), rich_help_panel=MODEL
-)(train.train)
+_add("people", cache_import.people, "Commands", cache.app)
+_add_with_settings("train", train.train, MODEL, TrainConfig)
 _add("evaluate", evaluate.evaluate, MODEL)
 _add("smooth", evaluate.smooth, MODEL)
 _add("folds", evaluate.folds, MODEL)
 _add("ensemble", evaluate.ensemble, MODEL)
 _add("ablate", ablate.ablate, MODEL)
-_add("search", search.search, MODEL)
+_add("search", ablate.search, MODEL)
 _add("predict", predict.predict, RESULT)
 _add("export", predict.export, RESULT)
 _add("submit", predict.submit, RESULT)
-_add("provenance", provenance.provenance, RESULT)
-_add("trace", provenance.trace, RESULT, hidden=True)
+_add("provenance", predict.provenance, RESULT)
+_add("trace", predict.trace, RESULT, hidden=True)
 _add("view", view.view, RESULT)
 _add("faces", view.faces, RESULT)
 _add("report", view.report, RESULT)
 _add("runs", view.runs, RESULT)
 app.add_typer(view.app, name="labels", cls=CommandGroup, rich_help_panel=DATA)
 _add("agree", view.agree, "Commands", view.app)
-_add("demo", demo.demo, MORE)
+_add("demo", extract.demo, MORE)
 _add("info", info.info, MORE)
 
 

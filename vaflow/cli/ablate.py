@@ -1,24 +1,14 @@
-"""`vaflow ablate`: the tables of the papers, or other tables, on a cache."""
+"""`vaflow ablate` and `vaflow search`: many training runs on one cache, and what they show."""
 
-import logging
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import alias_pairs, echo, loading, number, print_json, report_failures, set_up, show_bars, table
-from vaflow.cli.options import (
-    Aliases,
-    AllowMissing,
-    Cache,
-    Engine,
-    JsonFlag,
-    Quiet,
-    RayAddress,
-    Together,
-    Verbose,
-)
+from vaflow.cli.common import FAILED, Output, alias_pairs, echo, loading, number, report_failures, table
+from vaflow.cli.options import Aliases, AllowMissing, Cache, Device, Engine, RayAddress, Together
 from vaflow.errors import UsageError, count, explain, visible
 from vaflow.ray_cluster import check_engine
 
@@ -27,7 +17,9 @@ if TYPE_CHECKING:
     from vaflow.train.ablate.pool import Outcome
     from vaflow.train.ablate.results import TableResult
     from vaflow.train.ablate.study import StudyResult
-
+    from vaflow.train.search import SearchResult
+    from vaflow.train.search.study import NestedResult
+    from vaflow.train.search.trials import Trial
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Directory of runs and results.", show_default=False)]
 Tables = Annotated[
@@ -54,6 +46,7 @@ Grid = Annotated[
 
 
 def ablate(
+    output: Output,
     cache: Cache,
     out: Out,
     tables: Tables = None,
@@ -66,9 +59,6 @@ def ablate(
     engine: Engine = "local",
     ray_address: RayAddress = None,
     allow_missing: AllowMissing = False,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Train every row of the published tables with several seeds, and compare with the published numbers.
 
@@ -79,14 +69,13 @@ def ablate(
 
     Example: vaflow ablate demo/cache --table 2 --out ablations --alias clip-vit-b16=clip-tiny --alias ast=ast-tiny
     """
-    set_up(verbose, quiet)
     if jobs is not None and jobs < 1:
         raise UsageError(explain(f"--jobs must be >= 1 (got {jobs})"))
     check_engine(engine, ray_address)
     from vaflow.cache import open_cache
     from vaflow.train.config import parse_settings
 
-    with loading(quiet):
+    with loading(output):
         from vaflow.train.ablate import run_study
         from vaflow.train.ablate.grid import ENCODERS, encoder_study, load_study
         from vaflow.train.ablate.plan import Options
@@ -97,7 +86,7 @@ def ablate(
     if compared and (grid is not None or len(tables or []) > 1):
         raise UsageError(explain("--table encoders cannot be combined", expected="no other --table and no --grid"))
     study = encoder_study(opened) if compared else load_study(grid)
-    with _Reporter(show_bars(quiet), quiet) as reporter:
+    with _Reporter(output) as reporter:
         result = run_study(
             opened,
             study,
@@ -108,16 +97,13 @@ def ablate(
             engine=engine,
             ray_address=ray_address,
             together=together,
-            level=logging.DEBUG if verbose else logging.ERROR,
+            level=output.worker_level,
             on_plan=reporter.plan,
             on_run=reporter.run,
             on_choice=reporter.choice,
         )
-    if json:
-        print_json(document(result))
-    elif not quiet:
-        echo(summary(result))
-    if result.failures and result.to_add and not quiet:
+    output.result(study_document(result), study_summary(result))
+    if result.failures and result.to_add and not output.quiet:
         echo(f"To add the missing streams: {result.to_add}", err=True)
     some_scored = any(row.seeds for t in result.results.tables for row in t.rows)
     return report_failures(result, some_scored, "row or run", "rows or runs")
@@ -126,8 +112,8 @@ def ablate(
 class _Reporter:
     """Progress: a bar over runs on a terminal, a line per run elsewhere."""
 
-    def __init__(self, bar: bool, quiet: bool) -> None:
-        self._with_bar, self._quiet = bar, quiet
+    def __init__(self, output: Output) -> None:
+        self._with_bar, self._quiet = output.bars, output.quiet
         self._done = self._total = 0
 
     def __enter__(self) -> "_Reporter":
@@ -172,7 +158,7 @@ class _Reporter:
         self._bar.write(visible(line), file=sys.stderr)
 
 
-def summary(result: "StudyResult") -> str:
+def study_summary(result: "StudyResult") -> str:
     """The page of --table encoders, if any, every table with rows, the first statement, and the number of runs."""
     from vaflow.train.ablate.report import heading, statements
 
@@ -210,7 +196,7 @@ def _table_text(scored: "TableResult") -> str:
     )
 
 
-def document(result: "StudyResult") -> dict[str, Any]:
+def study_document(result: "StudyResult") -> dict[str, Any]:
     """The document of --json."""
     from vaflow.train.ablate.report import record, statements
 
@@ -235,3 +221,113 @@ def terminal_text(markdown: str) -> str:
             block = table(rows, header)
         blocks.append(block.removeprefix("# "))
     return "\n\n".join(blocks) + "\n"
+
+
+Space = Annotated[
+    Path, typer.Option(metavar="FILE", help="TOML file of settings to search and settings to keep.", show_default=False)
+]
+SearchOut = Annotated[Path, typer.Option(metavar="DIR", help="Directory of trials and results.", show_default=False)]
+Trials = Annotated[int, typer.Option(metavar="N", help="Trials in all, those of earlier calls included.")]
+Sampler = Annotated[str, typer.Option(metavar="NAME", help="bayes (TPE) or random.")]
+Folds = Annotated[int, typer.Option(metavar="K", help="Folds of the training split that score a trial.")]
+Train = Annotated[str, typer.Option("--train", metavar="SPLIT", help="Split that the folds divide.")]
+Holdout = Annotated[str, typer.Option(metavar="SPLIT", help="Split that scores the winner only.")]
+Halving = Annotated[
+    bool, typer.Option("--halving/--no-halving", help="Stop trials early that are not among the best third.")
+]
+OuterFolds = Annotated[
+    int, typer.Option(metavar="K", help="Repeat the search for K outer folds and score on them (0: --holdout).")
+]
+Batch = Annotated[int, typer.Option(metavar="N", help="Trials that are proposed and trained at once.")]
+SearchSeed = Annotated[int, typer.Option(metavar="N", help="Random seed of the proposals.", min=0)]
+
+
+def search(
+    output: Output,
+    cache: Cache,
+    space: Space,
+    out: SearchOut,
+    trials: Trials = 30,
+    sampler: Sampler = "bayes",
+    folds: Folds = 3,
+    train: Train = "train",
+    holdout: Holdout = "val",
+    halving: Halving = True,
+    outer_folds: OuterFolds = 0,
+    batch: Batch = 4,
+    together: Together = "auto",
+    seed: SearchSeed = 0,
+    device: Device = "auto",
+    engine: Engine = "local",
+    ray_address: RayAddress = None,
+    allow_missing: AllowMissing = False,
+) -> int:
+    """Search for settings on the training split; score the winner on a split that no trial has seen.
+
+    Writes trials.csv, search.json, search.html and best.toml, for `vaflow train --config`. Run it again to resume, or
+    with more --trials to continue.
+
+    Example: vaflow search affwild2.cache --space space.toml --trials 50 --out search
+    """
+    check_engine(engine, ray_address)
+    from vaflow.cache import open_cache
+
+    with loading(output):
+        from vaflow.train.search import SearchOptions, run_nested_search, run_search
+        from vaflow.train.search.trials import read_space
+
+    options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing, batch, together)
+    if outer_folds and (train, holdout) != (SearchOptions.train, SearchOptions.holdout):
+        raise UsageError(explain("--outer-folds divides all clips", expected="no --train and no --holdout"))
+
+    arguments = (open_cache(cache), read_space(space), trials, out, options)
+    shown: dict[str, Any] = {
+        "engine": engine,
+        "ray_address": ray_address,
+        "level": output.worker_level,
+        "on_trial": lambda trial: None if output.quiet else _print_trial(trial, trials),
+        "on_choice": lambda text: None if output.quiet else echo(text, err=True),
+    }
+    if outer_folds:
+        nested = run_nested_search(*arguments, outer_folds, **shown)
+        output.result(nested.document(), nested_summary(nested))
+        return 0
+    result = run_search(*arguments, **shown)
+    output.result(result.document(), search_summary(result, options.holdout))
+    return FAILED if result.best is None else 0
+
+
+def _print_trial(trial: "Trial", trials: int) -> None:
+    text = f"failed: {trial.message}" if trial.message else f"mean CCC {trial.score:.3f}, {trial.state}"
+    values = ", ".join(f"{name}={value}" for name, value in trial.values.items())
+    echo(visible(f"{trial.number}/{trials}  {text} ({trial.seconds:.0f} s): {values}"), err=True)
+    sys.stderr.flush()
+
+
+def nested_summary(result: "NestedResult") -> str:
+    """The winner of each outer fold, and the mean of their scores on these folds."""
+    lines = []
+    for fold, search in enumerate(result.searches, 1):
+        values = "" if search.best is None else " ".join(f"{k}={v}" for k, v in search.best.values.items())
+        lines.append(f"outer fold {fold}: {values}; CCC mean {result.holdout['mean'][fold - 1]:.3f}")
+    for name, scores in result.holdout.items():
+        lines.append(f"CCC {name}: {mean(scores):.3f} +- {stdev(scores):.3f} over {len(scores)} outer folds")
+    return "\n".join(map(visible, [*lines, f"see {result.file}"]))
+
+
+def search_summary(result: "SearchResult", holdout: str) -> str:
+    """The winner, its scores, and the importance of the settings."""
+    if result.best is None:
+        return visible(f"No trial was trained for all its epochs; see {result.files['csv']}")
+    values = " ".join(f"{name}={value}" for name, value in result.best.values.items())
+    lines = [
+        f"best of {len(result.trials)} trials: {result.best.number}, {values}",
+        f"mean CCC over the folds: {result.best.score:.3f} (selected by it: optimistic)",
+    ]
+    for name, scores in result.holdout.items():
+        lines.append(f"CCC {name} on {holdout}: {sum(scores) / len(scores):.3f}, mean of {len(scores)} models")
+    if result.importance:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in result.importance.items())
+        lines.append(f"importance: {shares}")
+    lines.append(f"see {result.files['html']}; train with --config {result.files['config']}")
+    return "\n".join(map(visible, lines))

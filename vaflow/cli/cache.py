@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import (
-    FAILED,
-    SOME_FAILED,
-    Command,
-    echo,
-    file_size,
-    print_json,
-    set_up,
-    show_bars,
-    summary_json,
-    table,
-)
-from vaflow.cli.options import CachePath, JsonFlag, NewCache, Quiet, Store, Verbose, variant
+from vaflow.cli.common import FAILED, SOME_FAILED, Output, echo, file_size, print_json, summary_json, table
+from vaflow.cli.options import CachePath, NewCache, Store, variant
 from vaflow.errors import CorruptError, UsageError, command, count, explain, visible
 
 if TYPE_CHECKING:
@@ -56,20 +45,15 @@ MergedStore = Annotated[str | None, variant(Store, show_default="that of the fir
 ParquetOut = Annotated[Path, typer.Argument(metavar="DIR", help="New folder of Parquet files.", show_default=False)]
 
 
-@app.command(cls=Command)
-def info(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False) -> int:
+def info(output: Output, cache: CachePath) -> int:
     """Print the clips per split and the streams of a cache, with the encoder of each stream.
 
     Example: vaflow cache info cache --json
     """
     from vaflow.cache import open_cache
 
-    set_up(verbose, quiet)
     facts = open_cache(cache).info()
-    if json:
-        print_json(facts)
-    else:
-        echo(_info_text(facts, verbose))
+    print_json(facts) if output.json else echo(_info_text(facts, output.verbose))
     return 0
 
 
@@ -104,8 +88,7 @@ def _info_text(facts: dict[str, Any], verbose: bool) -> str:
     return "\n".join(lines)
 
 
-@app.command(cls=Command)
-def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False) -> int:
+def verify(output: Output, cache: CachePath) -> int:
     """Compare every array with its checksum and the schema; exit code 1 if anything is damaged.
 
     Example: vaflow cache verify cache
@@ -114,38 +97,32 @@ def verify(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
     from vaflow.cache.verify import leftovers
     from vaflow.cache.verify import verify as find_problems
 
-    set_up(verbose, quiet)
     opened = open_cache(cache)
-    with _bar("verify", _count_items(opened), quiet) as step:
+    with _bar("verify", _count_items(opened), output) as step:
         problems = find_problems(opened, step)
     notes = [opened.layout.shown(path) for path in leftovers(opened)]
-    if json:
+    if output.json:
         print_json({**_problem_report(opened, problems), "leftovers": notes})
         return FAILED if problems else 0
     for problem in problems:
         echo(visible(str(problem)))
-    if notes and not quiet:
+    if notes and not output.quiet:
         echo(f"{count(len(notes), 'leftover')} of killed or running writers, which readers skip", err=True)
-    if verbose:
-        for note in notes:
-            echo(visible(f"  {note}"), err=True)
+    for note in notes if output.verbose else ():
+        echo(visible(f"  {note}"), err=True)
     if problems:
         packed = opened.store == "packed"
-        remedy = (
-            f"Pack again: {command('cache', 'pack', 'CACHE', cache)}"
-            if packed
-            else f"Repair with: {command('cache', 'repair', cache)}"
-        )
+        remedy = "Pack again: " + command("cache", "pack", "CACHE", cache)
+        remedy = remedy if packed else "Repair with: " + command("cache", "repair", cache)
         echo(visible(f"{count(len(problems), 'problem')}. {remedy}"), err=True)
         return FAILED
-    if not quiet:
+    if not output.quiet:
         number = _count_items(opened)
         echo("1 item matches its checksums" if number == 1 else f"{number} items match their checksums")
     return 0
 
 
-@app.command(cls=Command)
-def repair(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False) -> int:
+def repair(output: Output, cache: CachePath) -> int:
     """Remove damaged items, so that the next `vaflow extract` remakes only those.
 
     Example: vaflow cache repair cache
@@ -153,17 +130,16 @@ def repair(cache: CachePath, json: JsonFlag = False, verbose: Verbose = False, q
     from vaflow.cache.verify import GRACE, leftovers, open_for_repair
     from vaflow.cache.verify import repair as remove_damage
 
-    set_up(verbose, quiet)
     opened = open_for_repair(cache)
     stale = [opened.layout.shown(path) for path in leftovers(opened, GRACE)]
-    with _bar("repair", _count_items(opened), quiet) as step:
+    with _bar("repair", _count_items(opened), output) as step:
         problems = remove_damage(opened, step)
-    if json:
+    if output.json:
         print_json({**_problem_report(opened, problems), "removed_leftovers": stale})
         return 0
     for problem in problems:
         echo(visible(str(problem)))
-    if not quiet:
+    if not output.quiet:
         echo(f"{count(len(problems), 'problem')} repaired, {count(len(stale), 'leftover')} removed")
     if problems:
         echo("Run `vaflow extract` again: it remakes only the removed items", err=True)
@@ -182,8 +158,8 @@ def _count_items(cache: "Cache") -> int:
 
 
 @contextmanager
-def _bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[], None] | None]:
-    if not show_bars(quiet):
+def _bar(title: str, total: int, output: Output) -> Iterator[Callable[[], None] | None]:
+    if not output.bars:
         yield None
         return
     from tqdm import tqdm
@@ -196,16 +172,13 @@ def _bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[], None] | N
         yield step
 
 
-@app.command(cls=Command)
 def drop(
+    output: Output,
     cache: CachePath,
     items: Clips = None,
     absent: Absent = None,
     layout: RootLayout = "auto",
     dry_run: DryRun = False,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Remove clips from every stream of a cache: those named, or those that a data set no longer contains.
 
@@ -214,7 +187,6 @@ def drop(
     from vaflow.cache import open_cache
     from vaflow.cache.edit import clips_to_drop, drop_clips
 
-    set_up(verbose, quiet)
     if bool(items) == (absent is not None):
         got = "both" if items else "neither"
         raise UsageError(explain("Choose the clips to remove", expected="ITEM... or --absent ROOT", got=got))
@@ -225,23 +197,15 @@ def drop(
 
         clips = clips_to_drop(opened, {clip.id for clip in open_dataset(absent, layout).clips}, str(absent))
     dropped = drop_clips(opened, clips, dry_run=dry_run)
-    if json:
+    if output.json:
         print_json({"cache": opened.place, "dry_run": dry_run, "dropped": dropped})
-    elif not quiet:
-        _list_clips([f"{item}: {', '.join(streams)}" for item, streams in dropped.items()], verbose)
+    elif not output.quiet:
+        _list_clips([f"{item}: {', '.join(streams)}" for item, streams in dropped.items()], output)
         echo(visible(f"{opened.place}: {count(len(dropped), 'clip')} {'to remove' if dry_run else 'removed'}"))
     return 0
 
 
-@app.command(cls=Command)
-def splits(
-    cache: CachePath,
-    table: SplitTable,
-    dry_run: DryRun = False,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> int:
+def splits(output: Output, cache: CachePath, table: SplitTable, dry_run: DryRun = False) -> int:
     """Assign clips of a cache to splits; labels and embeddings stay as they are. Clips not listed keep their split.
 
     Example: vaflow cache splits cache splits.csv --dry-run
@@ -250,47 +214,38 @@ def splits(
     from vaflow.cache.edit import change_splits
     from vaflow.datasets.splits import read_splits
 
-    set_up(verbose, quiet)
     listed = read_splits(table)
     if "split" not in listed:
         got = ", ".join(listed)
         raise UsageError(explain(f"{table} has no splits", expected="the columns name and split", got=got))
     opened = open_cache(cache, writable=not dry_run)
-    with _bar("splits", len(listed["split"]), quiet or json) as step:
+    with _bar("splits", len(listed["split"]), output) as step:
         changes = change_splits(opened, listed["split"], dry_run=dry_run, on_clip=step)
-    if json:
+    if output.json:
         print_json({"cache": opened.place, "dry_run": dry_run} | asdict(changes))
-    elif not quiet:
-        _list_clips([f"{item}: {old or 'no split'} -> {new}" for item, (old, new) in changes.changed.items()], verbose)
+    elif not output.quiet:
+        _list_clips([f"{item}: {old or 'no split'} -> {new}" for item, (old, new) in changes.changed.items()], output)
         counts = [
             f"{count(len(changes.changed), 'clip')} {'to change' if dry_run else 'changed'}",
             f"{changes.unchanged} unchanged",
             f"{len(changes.unlisted)} not listed",
         ]
         echo(visible(f"{opened.place}: {', '.join(counts)}"))
-    if changes.unknown and not quiet:
+    if changes.unknown and not output.quiet:
         shown = ", ".join(changes.unknown[:5]) + (" ..." if len(changes.unknown) > 5 else "")
         names = count(len(changes.unknown), "name")
         echo(visible(f"{table} lists {names} that the cache does not contain: {shown}"), err=True)
     return 0
 
 
-def _list_clips(lines: list[str], verbose: bool) -> None:
-    for line in lines if verbose else lines[:SHOWN]:
+def _list_clips(lines: list[str], output: Output) -> None:
+    for line in lines if output.verbose else lines[:SHOWN]:
         echo(visible(line))
-    if len(lines) > SHOWN and not verbose:
+    if len(lines) > SHOWN and not output.verbose:
         echo(f"... and {len(lines) - SHOWN} more (-v lists all)")
 
 
-@app.command(cls=Command)
-def convert(
-    cache: CachePath,
-    out: Converted,
-    store: OtherStore,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> int:
+def convert(output: Output, cache: CachePath, out: Converted, store: OtherStore) -> int:
     """Copy a cache into another store, without loss. Run again to resume, or to copy items added since.
 
     Checksums are compared; damaged items are skipped and listed in OTHER/failures.jsonl.
@@ -300,19 +255,11 @@ def convert(
     from vaflow.cache import open_cache
     from vaflow.cache.copy import convert as run
 
-    set_up(verbose, quiet)
-    summary = run(open_cache(cache), out, store, show_progress=show_bars(quiet or json))
-    return _report(summary, json=json, quiet=quiet)
+    summary = run(open_cache(cache), out, store, show_progress=output.bars)
+    return _report(summary, output)
 
 
-@app.command(cls=Command)
-def pack(
-    cache: CachePath,
-    out: Packed,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> int:
+def pack(output: Output, cache: CachePath, out: Packed) -> int:
     """Copy a cache into few large files, for sharing and for object stores. The copy is read-only.
 
     train, evaluate, predict and `cache info|verify` accept it as any cache; `cache convert` unpacks it.
@@ -322,28 +269,15 @@ def pack(
     from vaflow.cache import open_cache
     from vaflow.cache.pack import pack as run
 
-    set_up(verbose, quiet)
     opened = open_cache(cache)
-    with _bar("pack", len(opened.record_files()), quiet or json) as step:
+    with _bar("pack", len(opened.record_files()), output) as step:
         summary = run(opened, out, on_item=step)
-    if json:
-        print_json(asdict(summary))
-    elif not quiet:
-        written = f"{count(summary.items, 'item')} in {count(summary.files, 'file')}, {file_size(summary.bytes)}"
-        echo(visible(f"{summary.out}: {written}"))
+    written = f"{count(summary.items, 'item')} in {count(summary.files, 'file')}, {file_size(summary.bytes)}"
+    output.result(asdict(summary), visible(f"{summary.out}: {written}"))
     return 0
 
 
-@app.command(cls=Command)
-def merge(
-    out: NewCache,
-    caches: Parts,
-    prefer: Prefer = None,
-    store: MergedStore = None,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> int:
+def merge(output: Output, out: NewCache, caches: Parts, prefer: Prefer = None, store: MergedStore = None) -> int:
     """Merge caches that were extracted on different machines with the same settings. Run again to resume.
 
     An item in several caches is kept once.
@@ -353,18 +287,15 @@ def merge(
     from vaflow.cache import open_cache
     from vaflow.cache.copy import merge as run
 
-    set_up(verbose, quiet)
     opened = [open_cache(path) for path in caches]
-    summary = run(out, opened, store=store, prefer=prefer, show_progress=show_bars(quiet or json))
-    return _report(summary, json=json, quiet=quiet)
+    summary = run(out, opened, store=store, prefer=prefer, show_progress=output.bars)
+    return _report(summary, output)
 
 
-def _report(summary: "TransferSummary", *, json: bool, quiet: bool) -> int:
-    if json:
-        print_json(summary_json(summary))
-    elif not quiet:
-        replaced = f" ({summary.replaced} replaced)" if summary.replaced else ""
-        echo(f"{summary.out}: {count(summary.copied, 'item')} written{replaced}; {summary.there} up to date")
+def _report(summary: "TransferSummary", output: Output) -> int:
+    replaced = f" ({summary.replaced} replaced)" if summary.replaced else ""
+    written = f"{count(summary.copied, 'item')} written{replaced}; {summary.there} up to date"
+    output.result(summary_json(summary), f"{summary.out}: {written}")
     if summary.failures:
         problem = f"{count(len(summary.failures), 'item')} could not be read"
         echo(f"{problem}: {summary.failures_file}", err=True)
@@ -372,14 +303,7 @@ def _report(summary: "TransferSummary", *, json: bool, quiet: bool) -> int:
     return 0
 
 
-@app.command(cls=Command)
-def export(
-    cache: CachePath,
-    out: ParquetOut,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> int:
+def export(output: Output, cache: CachePath, out: ParquetOut) -> int:
     """Write a cache as Parquet files that the Hugging Face `datasets` library loads, one configuration per stream.
 
     Requires pyarrow. Face crops are not exported.
@@ -389,13 +313,9 @@ def export(
     from vaflow.cache import open_cache
     from vaflow.cache.parquet import export_parquet
 
-    set_up(verbose, quiet)
     opened = open_cache(cache)
-    with _bar("export", _count_items(opened), quiet or json) as step:
+    with _bar("export", _count_items(opened), output) as step:
         rows = export_parquet(opened, out, step)
-    if json:
-        print_json({"out": str(out), "streams": rows})
-    elif not quiet:
-        echo(table(list(rows.items()), ("stream", "rows")))
-        echo(f"Wrote {visible(str(out))}")
+    text = f"{table(list(rows.items()), ('stream', 'rows'))}\nWrote {visible(str(out))}"
+    output.result({"out": str(out), "streams": rows}, text)
     return 0

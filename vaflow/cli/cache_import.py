@@ -1,4 +1,4 @@
-"""`vaflow cache import`, `targets` and `prompts`: streams from other programs' files, and prompt embeddings."""
+"""`vaflow cache import`, `targets`, `prompts` and `people`: streams of other programs, prompts, other people."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaflow.cli.common import (
+    Output,
     echo,
     print_json,
     report_failures,
-    set_up,
-    show_bars,
     summary_json,
     table,
     warn_of_labels,
     weight_pairs,
 )
-from vaflow.cli.options import CachePath, Device, JsonFlag, Quiet, Store, Verbose, Weights, variant
+from vaflow.cli.options import CachePath, Device, NewCache, Store, Weights, variant
 from vaflow.errors import UsageError, command, count, explain, visible
 
 if TYPE_CHECKING:
@@ -69,8 +68,7 @@ TargetTask = Annotated[
     str, typer.Option(metavar="TASK", help="classes (one of several) or binary (each or not).", show_default=False)
 ]
 TargetFolder = Annotated[
-    Path,
-    variant(Folder, help="<item>.csv or .txt, with time, frame (0-based) or a row per frame; -1: not annotated."),
+    Path, variant(Folder, help="<item>.csv or .txt, with time, frame (0-based) or a row per frame; -1: not annotated.")
 ]
 ClassNames = Annotated[
     str | None, typer.Option(metavar="NAMES", help="Names of the classes, with commas; the files' own.")
@@ -85,6 +83,7 @@ TextEncoder = Annotated[
 
 
 def import_(
+    output: Output,
     cache: CachePath,
     stream: Stream,
     kind: Kind,
@@ -96,9 +95,6 @@ def import_(
     columns: ColumnNames = None,
     label_rate: LabelRate = None,
     normalize_by: NormalizeBy = None,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Import features made elsewhere into a cache, created if missing. Run it again to resume or to update.
 
@@ -107,19 +103,18 @@ def import_(
 
     Example: vaflow cache import my.cache --stream egemaps --kind audio --from egemaps/ --rate 10 --labels labels/
     """
-    set_up(verbose, quiet)
     from tqdm import tqdm
 
     from vaflow.extract.importing.feature_files import Columns
     from vaflow.extract.importing.features import ImportConfig, import_features
 
     config = ImportConfig(stream, kind, rate, dtype, Columns.parse(columns or []), label_rate, normalize_by)
-    with tqdm(unit="item", desc="import", disable=not show_bars(quiet)) as bar:
+    with tqdm(unit="item", desc="import", disable=not output.bars) as bar:
         summary = import_features(cache, folder, config, labels=labels, store=store, progress=bar.update)
     warn_of_labels(summary.label_problems, LABEL_PROBLEMS)
-    if json:
+    if output.json:
         print_json({"stream": stream} | summary_json(summary))
-    elif not quiet:
+    elif not output.quiet:
         items = count(summary.items, "item")
         lines = (
             (True, f"Imported {summary.imported} of {items} into stream {stream!r}, {summary.rows} rows."),
@@ -133,14 +128,12 @@ def import_(
 
 
 def targets(
+    output: Output,
     cache: CachePath,
     stream: TargetStream,
     task: TargetTask,
     folder: TargetFolder,
     names: ClassNames = None,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Import further annotation of a cache's clips; `vaflow train --set extra_targets=NAME` trains on it, too.
 
@@ -148,30 +141,27 @@ def targets(
 
     Example: vaflow cache targets affwild2.cache --stream expr --task classes --from EXPR_Set/Train_Set
     """
-    set_up(verbose, quiet)
     from vaflow.cache import open_cache
     from vaflow.extract.importing.labels import import_targets
 
     listed = [name.strip() for name in names.split(",")] if names else []
     done = import_targets(open_cache(cache, writable=True), stream, task, folder, listed)
-    if json:
+    if output.json:
         facts = {"stream": stream, "names": list(done.names), "written": done.written, "done": done.done}
         print_json(facts | {"rows": done.rows})
-    elif not quiet:
+    elif not output.quiet:
         same = f", {done.done} up to date" if done.done else ""
         echo(f"Clips written: {done.written}{same}; {done.rows} annotated rows of {', '.join(done.names)}.")
     return 0
 
 
 def prompts(
+    output: Output,
     cache: CachePath,
     prompts: Prompts = None,
     visual: TextEncoder = None,
     weights: Weights = None,
     device: Device = "cpu",
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """List the prompt sets of a cache; with --prompts, embed another one. Reads no media.
 
@@ -179,7 +169,6 @@ def prompts(
 
     Example: vaflow cache prompts cache --prompts plain.toml
     """
-    set_up(verbose, quiet)
     from vaflow.cache import open_cache
     from vaflow.extract.streams import add_prompts, list_prompts
 
@@ -192,11 +181,11 @@ def prompts(
         problem = "--visual and --weights are options of embedding"
         raise UsageError(explain(problem, expected="--prompts FILE beside them", got="no --prompts"))
     listed = list_prompts(open_cache(cache))
-    if json:
+    if output.json:
         document: dict[str, Any] = {"cache": str(cache), "sets": [asdict(one) for one in listed]}
         print_json(document if added is None else document | {"added": asdict(added)})
-    elif not quiet:
-        typer.echo(_prompts_text(listed, added, cache, verbose))  # not wrapped: with -v it is TOML
+    elif not output.quiet:
+        typer.echo(_prompts_text(listed, added, cache, output.verbose))  # not wrapped: with -v it is TOML
     return 0
 
 
@@ -217,3 +206,53 @@ def _prompts_text(listed: "list[ListedSet]", added: "AddedPrompts | None", cache
         for one in listed:
             lines += ["", f"# {one.stream}, {one.name}", *as_toml(one.templates, one.descriptions).splitlines()]
     return "\n".join(visible(line) for line in lines)
+
+
+Person = Annotated[
+    str | None,
+    typer.Option(metavar="WHO", help="main, all, left, right, id:K or speaking.", show_default="the choice of CACHE"),
+]
+PersonTable = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="CSV with the columns clip,person: the person of single clips, or none to leave a clip out.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[int, typer.Option(metavar="N", min=0, help="Reading processes (0: by number of CPU cores).")]
+PeopleStore = Annotated[str | None, variant(Store, show_default="that of CACHE")]
+
+
+def people(
+    output: Output,
+    cache: CachePath,
+    out: NewCache,
+    person: Person = None,
+    choices: PersonTable = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    workers: Workers = 0,
+    store: PeopleStore = None,
+) -> int:
+    """Copy a cache with another choice of people. The videos are not needed. Run it again to resume.
+
+    Features of people that CACHE does not hold are encoded from its stored crops; everything else is copied.
+
+    Example: vaflow cache people main.cache left.cache --person left
+    """
+    from vaflow.extract.faces.choice import Choices, read_choices
+
+    chosen = Choices(person, read_choices(choices) if choices is not None else {})
+    options: dict[str, Any] = {"weights": weight_pairs(weights or []), "device": device, "workers": workers}
+    from vaflow.cache import open_cache
+    from vaflow.extract.chosen_people import choose_people
+
+    encoded, copied = choose_people(open_cache(cache), out, chosen, options, store=store, show_progress=output.bars)
+    clips = encoded.extracted + encoded.done
+    if output.json:
+        print_json({**summary_json(copied), "clips": clips, "encoded": encoded.encoded})
+    elif not output.quiet:
+        parts = f"{count(encoded.extracted, 'clip')} encoded from stored crops, {encoded.done} copied or up to date"
+        echo(visible(f"{out}: {parts}"))
+    return report_failures(copied, clips)

@@ -1,6 +1,5 @@
-"""Code shared by the commands: options derived from settings, help pages in groups, messages and tables."""
+"""Code shared by the commands: output, help pages in groups, messages and tables."""
 
-import inspect
 import io
 import json
 import logging
@@ -11,93 +10,23 @@ import sys
 import textwrap
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import wraps
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any, TextIO, get_type_hints
+from typing import Any, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from vaflow.errors import UsageError, count, explain, visible
-from vaflow.settings import Setting, settings_of
 
 log = logging.getLogger(__name__)
 
 _COMMAND = re.compile(r'`[^`]*`|python -c "[^"]*"|(?<=[:.] )(?:vaflow|pip) .*?(?=\.?$|\. |, |; )')
 FAILED, SOME_FAILED = 1, 3  # exit codes
 PANELS = ("Data and features", "The cache", "Training and scoring", "Using a trained run", "More")
-
-
-def with_settings(config: type) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Replace a command's parameter `options` by one option for each setting of `config` that has an option.
-
-    The command receives `options`: setting -> value of the options that were given, in the setting's type.
-    """
-    described = {name: known for name, known in settings_of(config).items() if known.option}
-
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        @wraps(command)
-        def wrapper(**arguments: Any) -> int:
-            given = {name: arguments.pop(name) for name in described}
-            options = {name: described[name].coerce(value) for name, value in given.items() if value not in (None, [])}
-            return command(**arguments, options=options)
-
-        hints = get_type_hints(command, include_extras=True)
-        hints |= {name: _annotation(known) for name, known in described.items()}
-        parameters = []
-        for parameter in inspect.signature(command).parameters.values():
-            added = described if parameter.name == "options" else ()
-            parameters += [parameter.replace(name=name, default=None) for name in added] or [parameter]
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters = [p.replace(kind=keyword, annotation=hints[p.name]) for p in parameters]
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: hints[p.name] for p in parameters} | {"return": int}
-        return wrapper
-
-    return decorate
-
-
-def _annotation(known: Setting) -> Any:
-    """The Typer annotation of one setting. Values stay text: `Setting.coerce` converts them and words the errors."""
-    option = typer.Option(
-        known.option,
-        metavar=None if known.flag else known.placeholder,
-        help=known.summary,
-        hidden=not known.shown,
-        rich_help_panel=known.group.capitalize(),
-    )
-    kind: Any = bool if known.flag else list[str] if known.kind is tuple else str
-    return Annotated[kind | None, option]
-
-
-def command_class(config: type) -> type["Command"]:
-    """A command class whose `--help-all` also lists the settings without an option."""
-
-    class SettingsCommand(Command):
-        def format_options(self, ctx: Any, formatter: Any) -> None:
-            """Write the groups of options; with `--help-all`, the settings for `--set` as well."""
-            super().format_options(ctx, formatter)
-            if not any(getattr(parameter, "hidden", False) for parameter in self.params):
-                settings = settings_of(config).values()
-                rows = [(f"{s.name}={s.placeholder}", s.summary) for s in settings if not s.option]
-                if rows:
-                    with formatter.section(heading("Settings without an option (--set KEY=VALUE)")):
-                        formatter.write_dl(rows, col_max=30 if formatter.width >= 60 else 4)
-
-    return SettingsCommand
-
-
-def epilog(config: type, page: str) -> str:
-    """Return the note on options and settings that `--help` does not list."""
-    known = settings_of(config).values()
-    hidden = sum(bool(setting.option and not setting.shown) for setting in known)
-    keys = sum(not setting.option for setting in known)
-    settings = f" and {keys} settings (--set KEY=VALUE)" if keys else ""
-    return f"{hidden} more options{settings}: --help-all, or {page}."
 
 
 def heading(text: str) -> str:
@@ -175,13 +104,38 @@ class CommandGroup(TyperGroup):
                 formatter.write_dl(rows, col_max=30 if formatter.width >= 60 else 4)
 
 
-def set_up(verbose: bool = False, quiet: bool = False) -> None:
-    """Send log lines to standard error at the requested level."""
-    level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
-    handler = _TerminalHandler(sys.stderr)
-    handler.setFormatter(_TerminalFormatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("vaflow").setLevel(level)
+@dataclass(frozen=True)
+class Output:
+    """How a command prints: the options --json, --verbose and --quiet, which every command has."""
+
+    json: bool = False
+    verbose: bool = False
+    quiet: bool = False
+
+    @property
+    def bars(self) -> bool:
+        """Whether to draw progress bars on standard error: only on a terminal, and not with --quiet."""
+        return sys.stderr.isatty() and not self.quiet
+
+    @property
+    def worker_level(self) -> int:
+        """Lowest level of log lines from training processes; the command itself reports their results."""
+        return logging.DEBUG if self.verbose else logging.ERROR
+
+    def set_up(self) -> None:
+        """Send log lines to standard error at the requested level."""
+        handler = _TerminalHandler(sys.stderr)
+        handler.setFormatter(_TerminalFormatter("%(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+        level = logging.DEBUG if self.verbose else logging.ERROR if self.quiet else logging.INFO
+        logging.getLogger("vaflow").setLevel(level)
+
+    def result(self, document: Any, text: str) -> None:
+        """Print the result: with --json the document, else the text unless --quiet."""
+        if self.json:
+            print_json(document)
+        elif not self.quiet:
+            echo(text)
 
 
 class _TerminalHandler(logging.StreamHandler[TextIO]):
@@ -207,13 +161,8 @@ def echo(text: str = "", err: bool = False) -> None:
     typer.echo(wrap_on_terminal(text, stream=sys.stderr if err else sys.stdout), err=err)
 
 
-def show_bars(quiet: bool) -> bool:
-    """Return whether to draw progress bars: only on a terminal, and not with --quiet."""
-    return sys.stderr.isatty() and not quiet
-
-
 @contextmanager
-def loading(quiet: bool) -> Iterator[None]:
+def loading(output: Output) -> Iterator[None]:
     """Show a spinner on a terminal while the block imports PyTorch and others, which takes seconds."""
     done = threading.Event()
 
@@ -229,7 +178,7 @@ def loading(quiet: bool) -> Iterator[None]:
         sys.stderr.flush()
 
     spinner = threading.Thread(target=spin, daemon=True)
-    if show_bars(quiet):
+    if output.bars:
         spinner.start()
     try:
         yield

@@ -6,19 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vaflow.cli.common import echo, interval, loading, number, print_json, set_up, show_bars, table
-from vaflow.cli.options import (
-    AllowMissing,
-    Cache,
-    Device,
-    JsonFlag,
-    ModelOutputs,
-    MovedCache,
-    Quiet,
-    Run,
-    Verbose,
-    variant,
-)
+from vaflow.cli.common import Output, echo, interval, loading, number, print_json, table
+from vaflow.cli.options import AllowMissing, Cache, Device, ModelOutputs, MovedCache, Run, variant
 from vaflow.errors import UsageError, explain
 
 OtherCache = Annotated[Path | None, typer.Option(metavar="CACHE", help="Another cache than the run was trained on.")]
@@ -79,6 +68,7 @@ WeightsSplit = Annotated[
 
 
 def evaluate(
+    output: Output,
     run: Run,
     cache: OtherCache = None,
     split: Split = None,
@@ -89,9 +79,6 @@ def evaluate(
     va: ModelOutputs = None,
     device: Device = "auto",
     allow_missing: AllowMissing = False,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Score a run on every annotated frame of a split: CCC with its interval, CCC within videos, errors.
 
@@ -105,21 +92,20 @@ def evaluate(
 
     Example: vaflow evaluate onnx:hsemotion.onnx --va 8,9 --cache affwild2.cache
     """
-    set_up(verbose, quiet)
     width = smoothing_width(smooth_seconds)
     if str(run).startswith("onnx:"):
         metrics = _evaluate_model(str(run), cache, split or "val", va, smooth, width, allow_missing)
-        print_metrics(metrics, json=json, quiet=quiet)
+        print_metrics(metrics, output)
         return 0
     from vaflow.cache import open_cache
 
-    with loading(quiet or json):
+    with loading(output):
         from vaflow.train.breakdown import read_groups, warn_unknown
         from vaflow.train.runs import cache_of
         from vaflow.train.training import choose_smoothing, evaluate_run
 
     opened = open_cache(cache if cache is not None else cache_of(run))
-    bars = show_bars(quiet or json)
+    bars = output.bars
     named = read_groups(groups) if groups else None
     if named is not None:
         warn_unknown(named, opened)
@@ -135,7 +121,7 @@ def evaluate(
         groups=named,
         smoothing=smoothing,
     )
-    print_metrics(metrics, json=json, quiet=quiet)
+    print_metrics(metrics, output)
     return 0
 
 
@@ -165,14 +151,12 @@ def _evaluate_model(
 
 
 def smooth(
+    output: Output,
     run: Run,
     kind: Kind = "mean",
     seconds: Width = "auto",
     cache: MovedCache = None,
     device: Device = "auto",
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Choose a smoothing for a run and store it: `evaluate`, `predict` and `submit` then apply it.
 
@@ -182,22 +166,21 @@ def smooth(
 
     Example: vaflow smooth runs/full --kind none
     """
-    set_up(verbose, quiet)
     width = smoothing_width(seconds)
     from vaflow.cache import open_cache
 
-    with loading(quiet or json):
+    with loading(output):
         from vaflow.train.runs import cache_of
         from vaflow.train.training import choose_smoothing, store_smoothing
 
     opened = open_cache(cache if cache is not None else cache_of(run))
-    chosen = choose_smoothing(run, opened, kind, width, device=device, show=show_bars(quiet or json))
-    store_smoothing(run, opened, chosen, device=device, show=show_bars(quiet or json))
-    if json:
+    chosen = choose_smoothing(run, opened, kind, width, device=device, show=output.bars)
+    store_smoothing(run, opened, chosen, device=device, show=output.bars)
+    if output.json:
         print_json(None if chosen is None else chosen.summary | {"scores": dict(chosen.scores)})
-    elif not quiet and chosen is None:
+    elif not output.quiet and chosen is None:
         echo(f"Removed the smoothing of {run}.")
-    elif not quiet and chosen is not None:
+    elif not output.quiet and chosen is not None:
         if chosen.scores:
             rows = [(f"{float(w):g}", f"{value:.4f}") for w, value in chosen.scores.items()]
             echo(f"{table(rows, ('seconds', 'mean CCC'))}\n")
@@ -206,17 +189,12 @@ def smooth(
     return 0
 
 
-def print_metrics(metrics: dict[str, Any], *, json: bool, quiet: bool) -> None:
-    """Print the metrics as JSON, or as tables with warnings on standard error; nothing if `quiet`."""
-    if json:
-        print_json(metrics)
-        return
-    if not quiet:
-        echo(summary(metrics))
-        for kind, parts in metrics.get("by_group", {}).items():
-            echo(f"\n{group_table(kind, parts)}")
-        for warning in metrics["warnings"]:
-            echo(f"warning: {warning}", err=True)
+def print_metrics(metrics: dict[str, Any], output: Output) -> None:
+    """Print the metrics as JSON, or as tables with warnings on standard error."""
+    groups = [f"\n\n{group_table(kind, parts)}" for kind, parts in metrics.get("by_group", {}).items()]
+    output.result(metrics, "".join([summary(metrics), *groups]))
+    for warning in () if output.json or output.quiet else metrics["warnings"]:
+        echo(f"warning: {warning}", err=True)
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -278,13 +256,7 @@ def _percent(value: float | None) -> str:
 
 
 def folds(
-    cache: Cache,
-    count: FoldCount = 5,
-    splits: FoldSplits = None,
-    groups: FoldGroups = None,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    output: Output, cache: Cache, count: FoldCount = 5, splits: FoldSplits = None, groups: FoldGroups = None
 ) -> int:
     """Show the folds of a cross-validation, as `vaflow train --folds K --fold I` uses them.
 
@@ -295,7 +267,6 @@ def folds(
 
     Example: vaflow folds affwild2.cache --folds 5 --fold-groups groups.csv:speaker
     """
-    set_up(verbose, quiet)
     from vaflow.cache import open_cache
     from vaflow.train.breakdown import read_column, warn_unknown
     from vaflow.train.config import TrainConfig
@@ -311,20 +282,21 @@ def folds(
         {"fold": k, noun: list(part.groups), "clips": list(part.items), "labelled_frames": part.labelled}
         for k, part in enumerate(parts, 1)
     ]
-    if json:
+    if output.json:
         print_json(facts)
-    elif not quiet:
+    elif not output.quiet:
         used = Counter(str(opened.meta(item).get("split") or "none") for part in parts for item in part.items)
         echo(f"Clips divided: {', '.join(f'{n} of split {name}' for name, n in sorted(used.items()))}\n")
         rows = [(k, len(part.groups), len(part.items), part.labelled) for k, part in enumerate(parts, 1)]
         echo(table(rows, ("fold", noun, "clips", "labelled frames")))
-        if verbose:
+        if output.verbose:
             for k, part in enumerate(parts, 1):
                 echo(f"\nfold {k}: {', '.join(part.items)}")
     return 0
 
 
 def ensemble(
+    output: Output,
     runs: Members,
     out: EnsembleOut,
     weights: MemberWeights = "mean",
@@ -333,9 +305,6 @@ def ensemble(
     weights_split: WeightsSplit = None,
     device: Device = "auto",
     allow_missing: AllowMissing = False,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Average the predictions of several runs, frame by frame; their windows and streams may differ.
 
@@ -344,10 +313,9 @@ def ensemble(
 
     Example: vaflow ensemble runs/full runs/tcn runs/seed1 --out runs/ensemble --weights ccc
     """
-    set_up(verbose, quiet)
     from vaflow.cache import open_cache
 
-    with loading(quiet or json):
+    with loading(output):
         from vaflow.train.ensemble import ensemble_runs
 
     made, metrics = ensemble_runs(
@@ -359,10 +327,10 @@ def ensemble(
         weights_split=weights_split,
         device=device,
         allow_missing=allow_missing,
-        show=show_bars(quiet or json),
+        show=output.bars,
     )
-    print_metrics(metrics, json=json, quiet=quiet)
-    if not (json or quiet):
+    print_metrics(metrics, output)
+    if not (output.json or output.quiet):
         rows = [(run, *(f"{w:.3f}" for w in row)) for run, row in zip(runs, made.table.tolist(), strict=True)]
         echo(f"\n{table(rows, ('weights', 'valence', 'arousal'))}")
     return 0

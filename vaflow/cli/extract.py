@@ -1,44 +1,37 @@
-"""`vaflow extract`: media -> cache."""
+"""`vaflow extract`, `check` and `demo`: a cache from a data set, what is wrong with the data set, synthetic data."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vaflow.cli.common import (
+    Output,
     check_directory,
+    check_page,
     echo,
     file_size,
+    loading,
     print_json,
     report_failures,
-    set_up,
-    show_bars,
     summary_json,
     table,
     warn_of_labels,
     weight_pairs,
-    with_settings,
+    wrap_on_terminal,
 )
-from vaflow.cli.options import (
-    Engine,
-    HelpAll,
-    JsonFlag,
-    Layout,
-    Quiet,
-    RayAddress,
-    Root,
-    Store,
-    Verbose,
-    Weights,
-    variant,
-)
-from vaflow.errors import UsageError, command, count, explain
+from vaflow.cli.options import Engine, HelpAll, Layout, RayAddress, Root, Store, Weights, variant
+from vaflow.errors import UsageError, command, count, explain, visible
 from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.files import write_file
 from vaflow.ray_cluster import check_engine
 
 if TYPE_CHECKING:
     from vaflow.cache import Cache
+    from vaflow.extract.doctor.check import Report
+    from vaflow.extract.doctor.check import Summary as CheckSummary
     from vaflow.extract.pipeline import Summary
 
 LISTED = 10  # clips that a message names
@@ -50,8 +43,7 @@ LABEL_PROBLEMS = {
 log = logging.getLogger(__name__)
 
 Out = Annotated[
-    Path,
-    typer.Option(metavar="CACHE", help="Cache to write or to add to.", show_default=False, rich_help_panel="Data"),
+    Path, typer.Option(metavar="CACHE", help="Cache to write or to add to.", show_default=False, rich_help_panel="Data")
 ]
 DataLayout = Annotated[str, variant(Layout, rich_help_panel="Data")]
 RetryFailed = Annotated[
@@ -84,12 +76,10 @@ Layers = Annotated[
 ]
 NewStore = Annotated[str, variant(Store, rich_help_panel="Output", hidden=True)]
 DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Print clips, hours, size and time; write nothing.", rich_help_panel="Data"),
+    bool, typer.Option("--dry-run", help="Print clips, hours, size and time; write nothing.", rich_help_panel="Data")
 ]
 Profile = Annotated[
-    bool,
-    typer.Option("--profile", help="Print the time of each stage.", rich_help_panel="Output", hidden=True),
+    bool, typer.Option("--profile", help="Print the time of each stage.", rich_help_panel="Output", hidden=True)
 ]
 ShardOption = Annotated[
     str,
@@ -99,15 +89,15 @@ MachineEngine = Annotated[str, variant(Engine, rich_help_panel="Machines", hidde
 MachineAddress = Annotated[str | None, variant(RayAddress, rich_help_panel="Machines", hidden=True)]
 
 
-@with_settings(ExtractConfig)
 def extract(
+    output: Output,
     root: Root,
     *,
     out: Out,
     layout: DataLayout = "auto",
     retry_failed: RetryFailed = False,
     rehash: Rehash = False,
-    options: dict[str, Any] | None = None,
+    options: dict[str, Any],
     weights: EncoderWeights = None,
     layers: Layers = "",
     store: NewStore = "zarr",
@@ -117,9 +107,6 @@ def extract(
     engine: MachineEngine = "local",
     ray_address: MachineAddress = None,
     help_all: HelpAll = False,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Encode a dataset once, into a cache of per-frame and per-window embeddings. Run it again to resume.
 
@@ -127,9 +114,8 @@ def extract(
 
     Several machines: add --shard 3/8 on the third of eight, or --engine ray (docs/clusters.md).
     """
-    set_up(verbose, quiet)
     # Everything that the user typed is checked before torch is imported, which takes seconds.
-    config = ExtractConfig(**_with_encoders(options or {}, layers), weights=weight_pairs(weights or []))
+    config = ExtractConfig(**_with_encoders(options, layers), weights=weight_pairs(weights or []))
     machines: dict[str, Any] = {"shard": Shard.parse(shard), "engine": engine, "ray_address": ray_address}
     check_engine(engine, ray_address)
     from vaflow.datasets import log_left_out, open_dataset
@@ -146,25 +132,25 @@ def extract(
     if dry_run:
         from vaflow.extract.estimate import estimate
 
-        _print_estimate(estimate(dataset, out, config, machines["shard"], show_progress=show_bars(quiet)), json)
+        _print_estimate(estimate(dataset, out, config, machines["shard"], show_progress=output.bars), output)
         return 0
     log.info("Loading %s", ", ".join(config.encoders) or "the dataset")
     from vaflow.cache import open_cache
     from vaflow.extract.pipeline import extract as run
 
-    summary = run(dataset, out, config, store=store, rehash=rehash, show_progress=show_bars(quiet), **machines)
+    summary = run(dataset, out, config, store=store, rehash=rehash, show_progress=output.bars, **machines)
     cache = open_cache(out)
     absent = _absent_clips(cache, {clip.id for clip in whole.clips}, out, root)
     if summary.label_problems:
         warn_of_labels(summary.label_problems, LABEL_PROBLEMS)
         log.warning("To see by how much: %s", command("check", root))
-    if json:
+    if output.json:
         print_json(summary_json(summary) | {"absent": absent})
-    elif not quiet:
+    elif not output.quiet:
         echo(_describe(summary, cache))
         if summary.several_people:
             echo(_several_people(summary.several_people, cache, out, root, config.identity))
-    if profile and summary.stages and not json:
+    if profile and summary.stages and not output.json:
         from vaflow.extract.summary import bottleneck
 
         rows = [(stage, f"{seconds:.1f}") for stage, seconds in summary.stages.items()]
@@ -191,12 +177,12 @@ def _check_files(out: Path, store: str, prompts: Path | None) -> None:
         load_prompts(prompts)
 
 
-def _print_estimate(facts: dict[str, Any], json: bool) -> None:
+def _print_estimate(facts: dict[str, Any], output: Output) -> None:
     """Print the result of `vaflow.extract.estimate.estimate`, as a table or JSON."""
     labels = {"items": "clips to extract", "items_already_there": "clips already extracted"}
     labels |= {"items_unreadable": "clips unreadable", "hours": "hours of media", "minutes": "minutes, estimated"}
     rows = [(labels.get(key, key.replace("_", " ")), value) for key, value in facts.items()]
-    print_json(facts) if json else echo(table(rows, ("dry run", "")))
+    print_json(facts) if output.json else echo(table(rows, ("dry run", "")))
 
 
 def _absent_clips(cache: "Cache", clips: set[str], out: Path, root: Path) -> list[str]:
@@ -283,3 +269,141 @@ def _several_people(clips: int, cache: "Cache", out: Path, root: Path, identity:
     if resolve(identity) == NONE:
         return f"{count(clips, 'clip')} {verb} several tracks of faces, which only {REMEDY} joins to people: {show}"
     return f"{count(clips, 'clip')} {verb} several people: {show}"
+
+
+EXAMPLES = 3
+
+
+CheckPage = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write a page with figures and images: one file, no network."),
+]
+CheckedCache = Annotated[
+    Path | None, typer.Option(metavar="CACHE", help="Report items of this cache that the data set no longer has.")
+]
+LookForPeople = Annotated[
+    bool, typer.Option("--people/--no-people", help="Look for several people and cuts in a few frames of each clip.")
+]
+
+
+def check(
+    output: Output,
+    root: Root,
+    layout: Layout = "auto",
+    html: CheckPage = None,
+    cache: CheckedCache = None,
+    people: LookForPeople = True,
+) -> int:
+    """Report a data set's contents and problems, their cost in CCC, and what to do. The data set is only read.
+
+    Exits with 1 if an item cannot be used; warnings and notes do not count. -v lists every finding, -q errors only. The
+    page of --html shows the distribution of labels, the coverage of every clip, and images of clips with findings.
+
+    Example: vaflow check ~/data/affwild2 --layout affwild2 --html check.html
+    """
+    from tqdm import tqdm
+
+    from vaflow.cache import open_cache
+    from vaflow.datasets import open_dataset
+    from vaflow.extract.doctor.check import check_dataset, document
+
+    dataset = open_dataset(root, layout)
+    if html is not None:
+        check_page(html, "--html", parents=False)
+    opened = open_cache(cache) if cache is not None else None
+    with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not output.bars) as bar:
+        report = check_dataset(dataset, progress=bar.update, cache=opened, people=people)
+    if html is not None:
+        from vaflow.extract.doctor.page import all_thumbnails, clips_with_images, html_page
+
+        clips = [(c.clip, c.media.duration if c.media else None) for c in clips_with_images(report)]
+        images = tqdm(all_thumbnails(clips), total=len(clips), unit="clip", desc="images", disable=not output.bars)
+        write_file(html, html_page(report, dict(images)))
+        log.info("Wrote %s", html)
+    if output.json:
+        print_json(document(report))
+    else:
+        if not output.quiet:
+            echo("\n\n".join(_overview(report)))
+        for block in _findings(report, output):
+            echo(block)
+        if not output.quiet or report.count("error"):
+            counts = ", ".join(count(report.count(severity), severity) for severity in ("error", "warning", "note"))
+            noun = "1 clip is" if len(report.checked) == 1 else f"{len(report.checked)} clips are"
+            usable = f"{report.total().usable} of {noun} usable"
+            echo(f"\n{usable}; {counts}.")
+    return 1 if report.count("error") else 0
+
+
+def _overview(report: "Report") -> Iterator[str]:
+    """Blocks of text: clips per split, then the labels of the training split (or of all clips) and their regions."""
+    from vaflow.encoders.prompts import region_table
+    from vaflow.extract.doctor.check import describe, occupancy
+
+    yield f"{visible(str(report.root))} (layout {report.layout})"
+    splits = report.splits()
+    rows = [(name, *_summary_row(summary)) for name, summary in splits.items()]
+    if len(rows) > 1:
+        rows.append(("total", *_summary_row(report.total())))
+    header = ("split", "clips", "usable", "sources", "hours", "frames", "label rows", "annotated", "with crop")
+    yield table(rows, header)
+    name, summary = ("train", splits["train"]) if "train" in splits else ("all clips", report.total())
+    labels = [(dimension, *(f"{x:.3f}" for x in row.values())) for dimension, row in describe(summary.stats).items()]
+    if labels:
+        yield f"Labels of {name}:\n" + table(labels, ("dimension", "mean", "std", "min", "max"))
+    shares = occupancy(summary.stats)
+    if shares:
+        yield f"Labelled frames of {name} per region:\n{region_table(shares)}"
+
+
+def _summary_row(summary: "CheckSummary") -> tuple[str, ...]:
+    covered = summary.crop_frames - summary.crops_missing
+    return (
+        str(summary.clips),
+        str(summary.usable),
+        str(summary.groups),
+        f"{summary.seconds / 3600:.2f}",
+        str(summary.frames),
+        str(summary.rows),
+        f"{summary.annotated / summary.label_frames:.1%}" if summary.label_frames else "-",
+        f"{covered / summary.crop_frames:.1%}" if summary.crop_frames else "-",
+    )
+
+
+def _findings(report: "Report", output: Output) -> Iterator[str]:
+    """One block of text for every kind of finding: count, examples, remedies and cost."""
+    for kind in report.kinds():
+        if output.quiet and kind.severity != "error":
+            continue
+        shown = kind.notes if output.verbose else kind.notes[:EXAMPLES]
+        lines = [f"\n{kind.severity.upper()}  {kind.code}: {len(kind.notes)}"]
+        texts = [f"{visible(note.item + ': ' if note.item else '')}{visible(note.message)}" for note in shown]
+        if len(kind.notes) > len(shown):
+            texts.append(f"... and {len(kind.notes) - len(shown)} more (-v lists all)")
+        texts += [f"-> {remedy}" for remedy in dict.fromkeys(note.remedy for note in shown if note.remedy)]
+        if kind.cost:
+            texts.append(f"cost: {kind.cost}")
+        yield "\n".join([*lines, *(wrap_on_terminal(text, 2) for text in texts)])
+
+
+DemoOut = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the data, cache, run and pictures.")]
+DemoSeed = Annotated[int, typer.Option(metavar="N", help="Random seed (synthetic data and training).")]
+DemoClips = Annotated[int, typer.Option(min=3, metavar="N", help="Labelled clips; two thirds are for training.")]
+
+
+def demo(output: Output, out: DemoOut = Path("demo"), seed: DemoSeed = 0, clips: DemoClips = 24) -> int:
+    """Run the whole pipeline on synthetic clips in about two minutes; no data, no download.
+
+    Writes clips in the layout of Aff-Wild2 (DIR/data), encodes them with small random encoders (DIR/cache), trains the
+    full model (DIR/run), scores it on unseen people and draws the predictions (DIR/run/pictures).
+
+    Example: vaflow demo --out demo
+
+    Example: vaflow demo --out large --clips 60
+    """
+    with loading(output):
+        from vaflow.demo.writer import describe, run_demo
+
+    result = run_demo(out, seed=seed, clips=clips, show_progress=output.bars)
+    output.result(result.metrics, describe(result))
+    return 0

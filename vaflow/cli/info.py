@@ -8,25 +8,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vaflow.cli.common import echo, heading, loading, print_json, set_up
-from vaflow.cli.options import JsonFlag, Quiet, Verbose
+from vaflow.cli.common import Output, echo, heading, loading, print_json
 
 PACKAGES = ("torch", "torchvision", "torchaudio", "transformers", "open_clip_torch", "av", "zarr", "h5py", "numpy")
 EXTRAS = {"s3": "s3fs", "ray": "ray", "nvdec": "torchcodec", "docs": "mkdocs-material", "dev": "pytest"}
 VARIABLES = ("VAFLOW_CACHE_DIR", "HF_HOME", "HF_HUB_OFFLINE", "TORCH_HOME", "CUDA_VISIBLE_DEVICES", "RAY_ADDRESS")
 
 
-def info(json: JsonFlag = False, verbose: Verbose = False, quiet: Quiet = False) -> int:
+def info(output: Output) -> int:
     """Print versions, devices, optional extras and cache folders. Add the output to a bug report.
 
     Example: vaflow info
 
     Example: vaflow info --json
     """
-    set_up(verbose, quiet)
-    with loading(quiet or json):
+    with loading(output):
         facts = collect()
-    if json:
+    if output.json:
         print_json(facts)
         return 0
     for title, values in facts.items():

@@ -1,11 +1,17 @@
-"""Options and arguments that several commands share, each declared once."""
+"""Options of the commands: those that several commands share, and those derived from settings."""
 
+import inspect
+from collections.abc import Callable
 from copy import copy
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.models import ParameterInfo
+
+from vaflow.cli.common import Command, Output, heading
+from vaflow.settings import Setting, settings_of
 
 
 def variant(option: Any, **attributes: Any) -> ParameterInfo:
@@ -31,9 +37,11 @@ HelpAll = Annotated[
     bool,
     typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show every option and setting, then exit."),
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print details.")]
+OUTPUT = {
+    "json": Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")],
+    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Print details.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")],
+}
 
 # Datasets and caches
 Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Root directory of the dataset.", show_default=False)]
@@ -49,8 +57,7 @@ Cache = Annotated[
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Cache directory or URL.", show_default=False)]
 NewCache = Annotated[Path, typer.Argument(metavar="OUT", help="Cache to write.", show_default=False)]
 MovedCache = Annotated[
-    Path | None,
-    typer.Option(metavar="CACHE", help="Current place of the run's cache.", show_default="the run's"),
+    Path | None, typer.Option(metavar="CACHE", help="Current place of the run's cache.", show_default="the run's")
 ]
 Store = Annotated[str | None, typer.Option(metavar="STORE", help="Store of a new cache: zarr or hdf5.")]
 
@@ -92,3 +99,79 @@ Together = Annotated[
     str,
     typer.Option(metavar="WHEN", help="Train runs of one architecture in one batch: auto (if faster), always, never."),
 ]
+
+
+def with_options(command: Callable[..., int], config: type | None = None) -> Callable[..., int]:
+    """Return a command for Typer, with options in the place of two parameters.
+
+    Args:
+        command: its parameter `output` stands for --json, --verbose and --quiet; its parameter `options`, a dictionary,
+            receives the options of `config` that were given: setting -> value in the setting's type.
+        config: each of its settings with an option adds that option.
+    """
+    described = {name: known for name, known in settings_of(config).items() if known.option} if config else {}
+
+    @wraps(command)
+    def wrapper(**arguments: Any) -> int:
+        output = Output(*(arguments.pop(name) for name in OUTPUT))
+        output.set_up()
+        if config is not None:
+            given = {name: arguments.pop(name) for name in described}
+            given = {name: value for name, value in given.items() if value not in (None, [])}
+            arguments["options"] = {name: described[name].coerce(value) for name, value in given.items()}
+        return command(output=output, **arguments)
+
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == "options":
+            parameters += [_parameter(name, _annotation(known), None) for name, known in described.items()]
+        elif parameter.name != "output":
+            parameters.append(_parameter(parameter.name, hints[parameter.name], parameter.default))
+    parameters += [_parameter(name, annotation, False) for name, annotation in OUTPUT.items()]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
+    return wrapper
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _annotation(known: Setting) -> Any:
+    """The Typer annotation of one setting. Values stay text: `Setting.coerce` converts them and words the errors."""
+    option = typer.Option(
+        known.option,
+        metavar=None if known.flag else known.placeholder,
+        help=known.summary,
+        hidden=not known.shown,
+        rich_help_panel=known.group.capitalize(),
+    )
+    kind: Any = bool if known.flag else list[str] if known.kind is tuple else str
+    return Annotated[kind | None, option]
+
+
+def command_class(config: type) -> type["Command"]:
+    """A command class whose `--help-all` also lists the settings without an option."""
+
+    class SettingsCommand(Command):
+        def format_options(self, ctx: Any, formatter: Any) -> None:
+            """Write the groups of options; with `--help-all`, the settings for `--set` as well."""
+            super().format_options(ctx, formatter)
+            if not any(getattr(parameter, "hidden", False) for parameter in self.params):
+                settings = settings_of(config).values()
+                rows = [(f"{s.name}={s.placeholder}", s.summary) for s in settings if not s.option]
+                if rows:
+                    with formatter.section(heading("Settings without an option (--set KEY=VALUE)")):
+                        formatter.write_dl(rows, col_max=30 if formatter.width >= 60 else 4)
+
+    return SettingsCommand
+
+
+def epilog(config: type, page: str) -> str:
+    """Return the note on options and settings that `--help` does not list."""
+    known = settings_of(config).values()
+    hidden = sum(bool(setting.option and not setting.shown) for setting in known)
+    keys = sum(not setting.option for setting in known)
+    settings = f" and {keys} settings (--set KEY=VALUE)" if keys else ""
+    return f"{hidden} more options{settings}: --help-all, or {page}."

@@ -1,17 +1,18 @@
-"""`vaflow predict`, `submit` and `export`: a trained run on new clips, the ABAW file, and files for other programs."""
+"""`vaflow predict`, `submit`, `export` and `provenance`: results of a trained run, and their origin."""
 
+from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import echo, loading, print_json, report_failures, set_up, show_bars, table, weight_pairs
-from vaflow.cli.options import Device, JsonFlag, ModelOutputs, Quiet, RunOrEnsemble, Verbose, Weights
+from vaflow.cli.common import Output, echo, loading, print_json, report_failures, table, weight_pairs
+from vaflow.cli.options import Device, ModelOutputs, MovedCache, RunOrEnsemble, Weights
 from vaflow.errors import UsageError, count, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.predict import Predicted
-
 
 Media = Annotated[
     list[Path] | None,
@@ -49,8 +50,7 @@ TrialCache = Annotated[
     Path | None, typer.Option(metavar="CACHE", help="Where the trials' features are; the run's cache.")
 ]
 Hold = Annotated[
-    int,
-    typer.Option(min=0, metavar="N", help="Most rows after a clip's last frame that repeat its last prediction."),
+    int, typer.Option(min=0, metavar="N", help="Most rows after a clip's last frame that repeat its last prediction.")
 ]
 
 Source = Annotated[
@@ -69,6 +69,7 @@ Step = Annotated[float, typer.Option(metavar="SECONDS", help="Length of the inte
 
 
 def predict(
+    output: Output,
     run: RunOrEnsemble,
     media: Media = None,
     *,
@@ -81,9 +82,6 @@ def predict(
     va: ModelOutputs = None,
     html: Html = False,
     video: Video = False,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Predict valence and arousal for every frame of new videos, or of the clips of a cache, labelled or not.
 
@@ -96,12 +94,11 @@ def predict(
 
     Example: vaflow predict onnx:hsemotion.onnx --va 8,9 interview.mp4 --out predictions
     """
-    set_up(verbose, quiet)
-    with loading(quiet or json):
+    with loading(output):
         from vaflow.predict import PredictConfig, predict_media
 
     config = PredictConfig(device, weight_pairs(weights or []), faces, cache, person, keep_features=html or video)
-    bars = show_bars(quiet or json)
+    bars = output.bars
     if str(run).startswith("onnx:"):
         from vaflow.pretrained import Columns, predict_model
 
@@ -109,12 +106,12 @@ def predict(
         summary = predict_model(str(run), columns, media or [], out, config, show_progress=bars)
     else:
         summary = predict_media(run, media or [], out, config, show_progress=bars)
-    if json:
+    if output.json:
         print_json([_document(clip) for clip in summary.predicted])
-    elif not quiet and summary.predicted:
+    elif not output.quiet and summary.predicted:
         echo(predictions_table(summary.predicted))
     if (html or video) and summary.predicted:
-        _show(out, media or [], cache or summary.cache, html, video, quiet or json)
+        _show(out, media or [], cache or summary.cache, html, video, output)
     summary.discard()
     return report_failures(summary, summary.predicted)
 
@@ -164,7 +161,7 @@ def predictions_table(clips: "tuple[Predicted, ...]") -> str:
     return table(rows, header)
 
 
-def _show(out: Path, media: list[Path], cache: Path | None, html: bool, video: bool, quiet: bool) -> None:
+def _show(out: Path, media: list[Path], cache: Path | None, html: bool, video: bool, output: Output) -> None:
     """Write the page and the overlays of new predictions."""
     from vaflow.viewer.page import ViewConfig, write_viewer
     from vaflow.viewer.video import write_overlays
@@ -172,24 +169,22 @@ def _show(out: Path, media: list[Path], cache: Path | None, html: bool, video: b
     for item, file, problem in write_overlays(out, media, cache) if video else ():
         if file is None:
             echo(f"No overlay of {item}: {problem}", err=True)
-        elif not quiet:
+        elif not (output.json or output.quiet):
             echo(f"Overlay of {item}: {file}")
     if html:
         page = write_viewer(out, out / "view", config=ViewConfig(media, cache, boxes=True)).page
-        if not quiet:
+        if not (output.json or output.quiet):
             echo(f"Page: {page}")
 
 
 def submit(
+    output: Output,
     run: RunOrEnsemble,
     sample: Sample,
     out: Submission,
     cache: TrialCache = None,
     hold: Hold = 1,
     device: Device = "auto",
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Write a submission to the ABAW challenge: a prediction for every row of its sample, in the sample's order.
 
@@ -198,19 +193,18 @@ def submit(
 
     Example: vaflow submit runs/full --cache affwild2.cache --sample VA_test_set_sample.txt --out predictions.txt
     """
-    set_up(verbose, quiet)
     from vaflow.cache import open_cache
 
-    with loading(quiet):
+    with loading(output):
         from vaflow.train.ensemble import members_of
         from vaflow.train.runs import cache_of
         from vaflow.train.submit import submit_run
 
     path = cache if cache is not None else cache_of(members_of(run)[0][0])
-    done = submit_run(run, open_cache(path), sample, out, hold=hold, device=device, show=show_bars(quiet or json))
-    if json:
+    done = submit_run(run, open_cache(path), sample, out, hold=hold, device=device, show=output.bars)
+    if output.json:
         print_json({"rows": done.rows, "trials": done.trials, "held": done.held, "file": str(out)})
-    elif not quiet:
+    elif not output.quiet:
         echo(f"Wrote {count(done.rows, 'row')} of {count(done.trials, 'trial')}: {out}")
         if done.held:
             shown = ", ".join(f"{trial} ({rows})" for trial, rows in list(done.held_in.items())[:5])
@@ -220,14 +214,7 @@ def submit(
 
 
 def export(
-    source: Source,
-    out: ExportOut,
-    formats: Formats = None,
-    onnx: Onnx = False,
-    step: Step = 0.5,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
+    output: Output, source: Source, out: ExportOut, formats: Formats = None, onnx: Onnx = False, step: Step = 0.5
 ) -> int:
     """Export a run to share in the layout of the Hugging Face hub; or, with --format, predictions.
 
@@ -240,7 +227,6 @@ def export(
 
     Example: vaflow export predictions tables --format csv,eaf,textgrid
     """
-    set_up(verbose, quiet)
     if formats is not None:
         from vaflow.viewer.exports import export_predictions
 
@@ -249,14 +235,139 @@ def export(
         names = [name.strip() for name in formats.split(",") if name.strip()]
         files = export_predictions(source, out, names, step)
     else:
-        with loading(quiet):
+        with loading(output):
             from vaflow.train.export import export_onnx, export_run
 
         files = export_run(source, out)
         if onnx:
             files += export_onnx(source, out)
-    if json:
+    if output.json:
         print_json([str(file) for file in files])
-    elif not quiet:
+    elif not output.quiet:
         echo(f"Wrote {count(len(files), 'file')}: {visible(str(out))}")
     return 0
+
+
+DIGITS = 12  # of digests; --json and -v print them whole
+
+
+Item = Annotated[str | None, typer.Argument(metavar="[ITEM]", help="One clip.", show_default="all")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Data set whose files are read again and compared.", show_default=False),
+]
+Predictions = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="Output of `vaflow predict` or `vaflow submit`.", show_default="the run's own"),
+]
+
+
+def provenance(
+    output: Output,
+    run: RunOrEnsemble,
+    item: Item = None,
+    root: DataRoot = None,
+    cache: MovedCache = None,
+    predictions: Predictions = None,
+) -> int:
+    """Print what a prediction was made from (run, weights, cache, records, source files) and what has changed since.
+
+    Example: vaflow provenance runs/full trial_12 --root /data/affwild2
+
+    Example: vaflow provenance runs/full test_7 --predictions submission.txt
+
+    Example: vaflow provenance runs/full --json
+    """
+    from vaflow.provenance import find_provenance
+
+    document = find_provenance(run, item, cache=cache, root=root, predictions=predictions)
+    if output.json:
+        print_json(document)
+    elif not output.quiet:
+        lines = run_lines(document, whole=output.verbose)
+        echo("\n".join(lines))
+        if item is not None:
+            for entry in document["predictions"]:
+                echo("\n".join(prediction_lines(entry, whole=output.verbose)))
+        else:
+            echo(f"\n{provenance_table(document['predictions'])}")
+    return 0
+
+
+@wraps(provenance, assigned=["__annotations__"])
+def trace(**arguments: Any) -> int:
+    """Old name of `vaflow provenance`; works in this version only.
+
+    Example: vaflow trace runs/full
+    """
+    echo("warning: `vaflow trace` is now `vaflow provenance`; the old name will be removed.", err=True)
+    return provenance(**arguments)
+
+
+def run_lines(document: dict[str, Any], *, whole: bool) -> Iterator[str]:
+    """The run or ensemble, its weights, its cache and its streams."""
+    cache = document["cache"]
+    if "runs" in document["run"]:
+        yield f"ensemble  {document['run']['path']}"
+    for run in document["run"].get("runs", [document["run"]]):
+        share = "".join(f", {value:.3f} of {name}" for name, value in run.get("weight", {}).items())
+        settings = _short(run["settings_digest"], whole)
+        yield f"run       {run['path']} (vaflow {run['vaflow']}), settings {settings}{share}"
+        for name, digest in run["weights"].items():
+            yield f"weights   {name} {_short(digest, whole)}"
+    yield f"cache     {cache['path']} ({cache.get('store', cache['state'])})"
+    for stream in document["streams"]:
+        facts = [f"prompt set {stream['set']!r}"] if "set" in stream else []
+        facts += [f"fingerprint {_short(stream['fingerprint'], whole)}"] if "fingerprint" in stream else []
+        weights = stream.get("identity", {}).get("weights")
+        facts += [f"weights {_short(weights, whole)}"] if isinstance(weights, str) else []
+        yield f"stream    {stream['name']}: {', '.join(facts) or '-'}: {stream['state']}"
+
+
+def provenance_table(entries: list[dict[str, Any]]) -> str:
+    """A row per prediction, with the states of its records and source files."""
+
+    def states(parts: Any) -> str:
+        return ", ".join(dict.fromkeys(part["state"] for part in parts)) or "-"
+
+    rows = [
+        (e["item"], Path(e["folder"]).name, e["state"], states(e["records"].values()), states(e["sources"]))
+        for e in entries
+    ]
+    return table(rows, ("clip", "predictions", "state", "features", "source files")) if rows else "no predictions"
+
+
+def prediction_lines(entry: dict[str, Any], *, whole: bool) -> Iterator[str]:
+    """One prediction: what has changed, its records and its source files."""
+    yield ""
+    made = f", made {entry['made']} by vaflow {entry['vaflow']}" if "made" in entry else ""
+    yield f"{entry['csv']}{made}: {entry['state']}"
+    for part in ("csv", "weights", "settings"):
+        if entry.get(f"{part}_state", "same") != "same":
+            yield f"  {part}: {entry[f'{part}_state']} since"
+    rows = [
+        (stream, facts["attempt"], facts["created"], facts["vaflow"] or "-", facts["state"])
+        for stream, facts in entry["records"].items()
+    ]
+    if rows:
+        yield table(rows, ("stream", "attempt", "made", "vaflow", "state"))
+    parts = [(one["part"], *_identity(one["identity"], whole), one["state"]) for one in entry["sources"]]
+    if parts:
+        yield ""
+        yield table(parts, ("source", "name", "content", "state"))
+
+
+def _identity(identity: Any, whole: bool) -> tuple[str, str]:
+    """Name and content identity of a source file."""
+    if not isinstance(identity, dict):
+        return "-", str(identity)
+    digest = identity.get("blake2b") or identity.get("listing")
+    if isinstance(digest, str):
+        size = f"{identity['size']} bytes" if "size" in identity else f"{identity.get('count')} files"
+        return str(identity.get("name", "-")), f"{size}, {_short(digest, whole)}"
+    names = [str(one.get("name")) for one in identity.values() if isinstance(one, dict)]
+    return ", ".join(names) or "-", f"{len(identity)} files"
+
+
+def _short(digest: str, whole: bool) -> str:
+    return digest if whole else digest[:DIGITS]

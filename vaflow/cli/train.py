@@ -1,6 +1,5 @@
 """`vaflow train`."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -11,20 +10,17 @@ import typer
 from vaflow.cli.common import (
     FAILED,
     SOME_FAILED,
+    Output,
     alias_pairs,
     check_directory,
     echo,
     loading,
     number,
-    print_json,
-    set_up,
-    show_bars,
     table,
     weight_pairs,
-    with_settings,
 )
 from vaflow.cli.evaluate import summary
-from vaflow.cli.options import Aliases, AllowMissing, Cache, HelpAll, JsonFlag, Quiet, Verbose, Weights, variant
+from vaflow.cli.options import Aliases, AllowMissing, Cache, HelpAll, Weights, variant
 from vaflow.errors import UsageError, explain, visible
 from vaflow.train import config as configs
 from vaflow.train import settings_files
@@ -52,8 +48,7 @@ AllowMissingInValidation = Annotated[
     ),
 ]
 Preset = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Settings of a published system: p1 or p2.", rich_help_panel="Model"),
+    str | None, typer.Option(metavar="NAME", help="Settings of a published system: p1 or p2.", rich_help_panel="Model")
 ]
 SettingsFile = Annotated[
     Path | None,
@@ -86,10 +81,7 @@ Seeds = Annotated[
 AllFolds = Annotated[
     bool,
     typer.Option(
-        "--all-folds",
-        help="Train every fold of --folds, each in RUN/fold<I>.",
-        rich_help_panel="Output",
-        hidden=True,
+        "--all-folds", help="Train every fold of --folds, each in RUN/fold<I>.", rich_help_panel="Output", hidden=True
     ),
 ]
 Together = Annotated[
@@ -109,11 +101,11 @@ Out = Annotated[
 ]
 
 
-@with_settings(TrainConfig)
 def train(
+    output: Output,
     cache: Cache,
     *,
-    options: dict[str, Any] | None = None,
+    options: dict[str, Any],
     aliases: PresetAliases = None,
     allow_missing: AllowMissingInValidation = False,
     preset: Preset = None,
@@ -126,9 +118,6 @@ def train(
     fresh: Fresh = False,
     out: Out,
     help_all: HelpAll = False,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Train a model on a cache; with --finetune, train its encoders as well. Run it again to resume.
 
@@ -142,18 +131,17 @@ def train(
 
     Example: vaflow train affwild2.cache --out runs/tuned --finetune --set init=runs/full --set finetune_blocks=4
     """
-    set_up(verbose, quiet)
     merged = configs.merge(
         settings_files.preset(preset) if preset else {},
         settings_files.read_settings(config) if config else {},
-        options or {},
+        options,
         configs.parse_settings(settings or []),
     )
     merged = configs.with_aliases(merged, alias_pairs(aliases or []))
     check_directory(out)
     from vaflow.cache import open_cache
 
-    with loading(quiet or json):
+    with loading(output):
         from vaflow.train.repeats import repeats_of
         from vaflow.train.training import train_run
 
@@ -161,7 +149,7 @@ def train(
         if fresh or weights:
             raise UsageError(explain("--seeds and --all-folds exclude --fresh and --weights"))
         runs = repeats_of(merged, 1 if seeds is None else seeds, all_folds)
-        return _train_repeats(open_cache(cache), runs, out, together, allow_missing, json, verbose, quiet)
+        return _train_repeats(open_cache(cache), runs, out, together, allow_missing, output)
     result = train_run(
         open_cache(cache),
         merged,
@@ -169,14 +157,11 @@ def train(
         weights=weight_pairs(weights or []),
         allow_missing=allow_missing,
         fresh=fresh,
-        show=show_bars(quiet or json),
+        show=output.bars,
     )
     if os.environ.get("RANK", "0") != "0":  # of several processes that torchrun started, one prints
         return 0
-    if json:
-        print_json(result.metrics)
-    elif not quiet:
-        echo(training_summary(result, out))
+    output.result(result.metrics, training_summary(result, out))
     return 0
 
 
@@ -193,25 +178,18 @@ def training_summary(result: "Result", out: Path) -> str:
 
 
 def _train_repeats(
-    cache: "VACache",
-    runs: dict[str, TrainConfig],
-    out: Path,
-    together: str,
-    allow_missing: bool,
-    json: bool,
-    verbose: bool,
-    quiet: bool,
+    cache: "VACache", runs: dict[str, TrainConfig], out: Path, together: str, allow_missing: bool, output: Output
 ) -> int:
     """Train several runs, and print their scores."""
     from tqdm import tqdm
 
     from vaflow.train.repeats import train_repeats
 
-    with tqdm(total=len(runs), unit="run", desc="train", disable=not show_bars(quiet or json)) as bar:
+    with tqdm(total=len(runs), unit="run", desc="train", disable=not output.bars) as bar:
 
         def report(name: str, score: float | None) -> None:
             bar.update()
-            if not quiet:
+            if not output.quiet:
                 bar.write(f"{name}: mean CCC {number(score)}", file=sys.stderr)
 
         repeats = train_repeats(
@@ -220,19 +198,16 @@ def _train_repeats(
             out,
             together=together,
             allow_missing=allow_missing,
-            level=logging.DEBUG if verbose else logging.ERROR,
+            level=output.worker_level,
             on_run=report,
-            on_choice=lambda text: None if quiet else bar.write(text, file=sys.stderr),
+            on_choice=lambda text: None if output.quiet else bar.write(text, file=sys.stderr),
         )
     errors = list(repeats.failures.values())
     if not repeats.scores and isinstance(errors[0], UsageError) and len(set(map(str, errors))) == 1:
         raise errors[0]  # of the command, not of a run
     for name, error in repeats.failures.items():
         echo(visible(f"failed: {name}: {error}"), err=True)
-    if json:
-        print_json(repeats.document())
-    elif not quiet:
-        echo(repeats_summary(repeats))
+    output.result(repeats.document(), repeats_summary(repeats))
     return 0 if not repeats.failures else SOME_FAILED if repeats.scores else FAILED
 
 

@@ -8,17 +8,15 @@ import typer
 from vaflow.cli.common import (
     FAILED,
     SOME_FAILED,
+    Output,
     check_page,
     echo,
     interval,
     loading,
     number,
     print_json,
-    set_up,
-    show_bars,
     table,
 )
-from vaflow.cli.options import JsonFlag, Quiet, Verbose
 from vaflow.errors import UsageError, count, explain
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare and fuse labels of several annotators.")
@@ -72,8 +70,7 @@ Identity = Annotated[
 ]
 
 RatingsRoot = Annotated[
-    Path,
-    typer.Argument(metavar="DIR", help="Ratings: ANNOTATOR/CLIP.csv or CLIP.ANNOTATOR.csv.", show_default=False),
+    Path, typer.Argument(metavar="DIR", help="Ratings: ANNOTATOR/CLIP.csv or CLIP.ANNOTATOR.csv.", show_default=False)
 ]
 FusedOut = Annotated[Path | None, typer.Option(metavar="DIR", help="Write fused labels here, one CSV per clip.")]
 Fuse = Annotated[str, typer.Option(metavar="HOW", help="mean, or ewe (evaluator-weighted estimator).")]
@@ -81,13 +78,13 @@ MaxLag = Annotated[
     float, typer.Option(metavar="SECONDS", help="Estimate and remove reaction lags up to this (0: none).")
 ]
 Reference = Annotated[
-    Path | None,
-    typer.Option(metavar="PREDICTIONS", help="Run or predictions that lags are measured against."),
+    Path | None, typer.Option(metavar="PREDICTIONS", help="Run or predictions that lags are measured against.")
 ]
 Rate = Annotated[float, typer.Option(metavar="HZ", help="Instants per second for comparison and fusion.")]
 
 
 def view(
+    output: Output,
     path: Shown,
     clips: Clips = None,
     out: ViewOut = Path("view"),
@@ -98,23 +95,17 @@ def view(
     serve: Serve = False,
     port: Port = 0,
     ratings: RatingsOut = None,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Write a page that plays clips with their predicted traces; it opens from disk without a network.
 
     Example: vaflow view runs/full --media affwild2/raw_videos --out view
     """
-    set_up(verbose, quiet)
-    with loading(quiet or json):
+    with loading(output):
         from vaflow.viewer.page import ViewConfig, ViewerServer, write_viewer
 
     viewer = write_viewer(path, out, clips or (), ViewConfig(tuple(media or ()), cache, copy, boxes))
-    if json:
-        print_json({"page": str(viewer.page), "clips": [clip.facts for clip in viewer.clips]})
-    elif not quiet:
-        echo(f"{count(len(viewer.clips), 'clip')}: {viewer.page}")
+    document = {"page": str(viewer.page), "clips": [clip.facts for clip in viewer.clips]}
+    output.result(document, f"{count(len(viewer.clips), 'clip')}: {viewer.page}")
     if serve:
         with ViewerServer(viewer, ratings or out / "ratings", port) as server:
             echo(f"Serving {server.address} until Ctrl-C; ratings go to {server.ratings}", err=True)
@@ -126,38 +117,28 @@ def view(
 
 
 def report(
+    output: Output,
     runs: ReportedRuns,
     out: ReportOut = Path("report.html"),
     viewer: Viewer = None,
     gates: Gates = False,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Write one HTML file about runs: scores with intervals, learning curves, clips, errors in the plane.
 
     Example: vaflow report runs/full runs/visual --out report.html
     """
-    set_up(verbose, quiet)
     check_page(out, "--out")
-    with loading(quiet or json):
+    with loading(output):
         from vaflow.viewer.report import paired_differences, write_report
 
     shown = write_report(runs, out, viewer, gates=gates)
-    if json:
-        scores = [{"run": str(run.path), "ccc": run.metrics["ccc"], "ci95": run.metrics.get("ci95")} for run in shown]
-        print_json({"page": str(out), "runs": scores, "differences": paired_differences(shown)})
-    elif not quiet:
-        echo(f"{count(len(shown), 'run')}: {out}")
+    scores = [{"run": str(run.path), "ccc": run.metrics["ccc"], "ci95": run.metrics.get("ci95")} for run in shown]
+    document = {"page": str(out), "runs": scores, "differences": paired_differences(shown)}
+    output.result(document, f"{count(len(shown), 'run')}: {out}")
     return 0
 
 
-def runs(
-    root: RunsRoot = Path(),
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> int:
+def runs(output: Output, root: RunsRoot = Path()) -> int:
     """List the runs below a directory with their scores.
 
     Valence, arousal and mean are the CCC on the split that was scored, 95 % the interval of the mean. A smoothing that
@@ -165,11 +146,10 @@ def runs(
 
     Example: vaflow runs runs
     """
-    set_up(verbose, quiet)
     from vaflow.viewer.run_results import list_runs
 
     lines = list(list_runs(root))
-    if json:
+    if output.json:
         print_json([vars(line) for line in lines])
         return 0
     rows = []
@@ -179,42 +159,34 @@ def runs(
         scores = [number(line.ccc.get(dimension)) for dimension in ("valence", "arousal", "mean")]
         edges = interval(line.ci95.get("mean") or [None])
         row = [name, *scores, edges, line.split, line.temporal, number(line.seed, "d")]
-        rows.append(row + [line.smoothing or "none"] * smoothed + [line.fusion, line.streams] * verbose)
+        rows.append(row + [line.smoothing or "none"] * smoothed + [line.fusion, line.streams] * output.verbose)
     header = ["run", "valence", "arousal", "mean", "95 %", "split", "temporal", "seed"]
-    header += ["smoothing"] * smoothed + ["fusion", "streams"] * verbose
+    header += ["smoothing"] * smoothed + ["fusion", "streams"] * output.verbose
     echo(table(rows, header) if rows else f"No runs below {root}")
     return 0
 
 
 def faces(
+    output: Output,
     path: FacesSource,
     out: FacesOut = Path("faces.html"),
     media: Videos = None,
     several: Several = False,
     identity: Identity = "auto",
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Write a page with every person of each clip: crops over time, quality, gaps and cuts; and all boxes as CSV.
 
     Example: vaflow faces affwild2.cache --media affwild2/raw_videos --out faces.html
     """
-    set_up(verbose, quiet)
     if not path.exists():
         raise UsageError(explain(f"{path} does not exist", expected="a cache, a video, or a directory of videos"))
     check_page(out, "--out")
-    with loading(quiet or json):
+    with loading(output):
         from vaflow.viewer.people import write_people
-    page = write_people(
-        path, out, media or (), several=several, identity=identity, show_progress=show_bars(quiet or json)
-    )
-    if json:
-        document = {"page": str(out), "table": str(page.table), "clips": page.facts()}
-        print_json(document | {"unreadable": page.unreadable})
-    elif not quiet:
-        people = sum(len(clip.people) > 1 for clip in page.clips)
-        echo(f"{count(len(page.clips), 'clip')}, {people} with several people: {out}, {page.table}")
+    page = write_people(path, out, media or (), several=several, identity=identity, show_progress=output.bars)
+    document = {"page": str(out), "table": str(page.table), "clips": page.facts(), "unreadable": page.unreadable}
+    people = sum(len(clip.people) > 1 for clip in page.clips)
+    output.result(document, f"{count(len(page.clips), 'clip')}, {people} with several people: {out}, {page.table}")
     if page.unreadable:
         echo(f"Not readable: {', '.join(page.unreadable)}", err=True)
         return SOME_FAILED if page.clips or several else FAILED
@@ -222,21 +194,18 @@ def faces(
 
 
 def agree(
+    output: Output,
     root: RatingsRoot,
     out: FusedOut = None,
     fuse: Fuse = "mean",
     max_lag: MaxLag = 0.0,
     reference: Reference = None,
     rate: Rate = 25.0,
-    json: JsonFlag = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
 ) -> int:
     """Print how far annotators agree (CCC, ICC, Cohen's kappa of regions), and fuse their labels.
 
     Example: vaflow labels agree ratings --max-lag 4 --fuse ewe --out labels
     """
-    set_up(verbose, quiet)
     from vaflow.viewer.ratings import AgreeConfig, compare_ratings, fuse_ratings, read_ratings
 
     config = AgreeConfig(rate, max_lag, fuse, reference)
@@ -246,9 +215,9 @@ def agree(
     agreement = compare_ratings(ratings, config)
     written = fuse_ratings(ratings, agreement, config, out) if out is not None else []
     document = agreement.as_dict()
-    if json:
+    if output.json:
         print_json({**document, "labels": [str(path) for path in written]})
-    if json or quiet:
+    if output.json or output.quiet:
         return 0
     names = list(agreement.icc["valence"])
     rows = [
