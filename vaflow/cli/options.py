@@ -102,7 +102,7 @@ Together = Annotated[
 
 
 def with_options(command: Callable[..., int], config: type | None = None) -> Callable[..., int]:
-    """Return a command for Typer, with options in the place of two parameters.
+    """Return a command for Typer whose options replace two parameters.
 
     Args:
         command: its parameter `output` stands for --json, --verbose and --quiet; its parameter `options`, a dictionary,
