@@ -61,15 +61,7 @@ class CudaMemory:
         return int(torch.cuda.max_memory_allocated(self._device)) - before
 
 
-def fitting(
-    encode: Encode,
-    device: torch.device,
-    memory: Memory,
-    row: NDArray[Any],
-    *,
-    parts: int,
-    most: int,
-) -> int:
+def fitting(encode: Encode, device: torch.device, memory: Memory, row: NDArray[Any], *, parts: int, most: int) -> int:
     """The largest power-of-two batch that fits into a share of the free memory. Small changes of it rarely matter.
 
     Args:

@@ -234,12 +234,7 @@ class ExtractConfig:
     @property
     def sampling(self) -> dict[str, float | int]:
         """The part of every stream's identity that gives the places of its samples."""
-        return {
-            "window": self.window,
-            "stride": self.stride,
-            "frames": self.frames,
-            "audio_steps": self.audio_steps,
-        }
+        return {"window": self.window, "stride": self.stride, "frames": self.frames, "audio_steps": self.audio_steps}
 
 
 @dataclass(frozen=True)

@@ -247,11 +247,7 @@ class Returned:
 
 
 def each(
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    *,
-    workers: int = 0,
-    item_timeout: float = ITEM_TIMEOUT,
+    function: Callable[[Item], Result], items: Sequence[Item], *, workers: int = 0, item_timeout: float = ITEM_TIMEOUT
 ) -> Iterator[tuple[int, Result | Failed]]:
     """(index of the item, result of the function or its failure), as results arrive.
 

@@ -77,13 +77,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        cache: Cache,
-        config: ExtractConfig,
-        streams: NewStreams,
-        encoders: Encoders,
-        workers: int,
-        ledger: Ledger,
+        self, cache: Cache, config: ExtractConfig, streams: NewStreams, encoders: Encoders, workers: int, ledger: Ledger
     ) -> None:
         self._cache, self._config, self._streams, self._infos = cache, config, streams, streams.infos
         self._encoders, self._workers, self._ledger = encoders, workers, ledger

@@ -17,15 +17,7 @@ from vaflow.extract.faces.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_
 from vaflow.extract.faces.identity import network_identity, resolve
 from vaflow.extract.faces.tracking import ALL_FACES_VERSION, CUTS_VERSION, TRACKER_VERSION, PersonTracker
 
-__all__ = [
-    "CenterFace",
-    "Face",
-    "PersonTracker",
-    "align",
-    "decode_jpeg",
-    "encode_jpeg",
-    "faces_identity",
-]
+__all__ = ["CenterFace", "Face", "PersonTracker", "align", "decode_jpeg", "encode_jpeg", "faces_identity"]
 
 
 def faces_identity(

@@ -39,16 +39,7 @@ ARRAY, TIMES, TABLE = ".npy", ".time.npy", ".csv"
 LARGEST = 4 * 2**30  # bytes of one item's numbers in memory: 24 hours of 30 rows per second of 200 dimensions
 _CONSTANT = 1e-8  # standard deviation below which a dimension is only centred
 # Exceptions of NumPy for invalid headers, which are Python literals.
-_BROKEN_ARRAY = (
-    OSError,
-    ValueError,
-    TypeError,
-    SyntaxError,
-    TokenError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-)
+_BROKEN_ARRAY = (OSError, ValueError, TypeError, SyntaxError, TokenError, OverflowError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,7 @@ READERS: dict[str, Callable[[Path], Annotation]] = {
 }
 
 # ... and with one file per clip and dimension.
-DIMENSION_READERS: dict[str, Callable[[Path], DimensionLabels]] = {
-    "recola": recola.read_recola,
-    "muse": muse.read_muse,
-}
+DIMENSION_READERS: dict[str, Callable[[Path], DimensionLabels]] = {"recola": recola.read_recola, "muse": muse.read_muse}
 AUTO = "auto"
 log = logging.getLogger(__name__)
 

@@ -19,16 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.datasets.clip import Annotation, Clip, Note
-from vaflow.datasets.files import (
-    LeftOut,
-    entries,
-    examples,
-    is_folder,
-    is_regular,
-    is_video,
-    open_text,
-    size_problem,
-)
+from vaflow.datasets.files import LeftOut, entries, examples, is_folder, is_regular, is_video, open_text, size_problem
 from vaflow.datasets.labels import TARGETS, LabelFile, is_number, split_cells
 from vaflow.errors import UsageError, explain
 
