@@ -31,7 +31,7 @@ from vaflow.extract.pool import each
 from vaflow.extract.video import to_rgb
 from vaflow.pages import render
 
-SIDE = 112  # pixels of the longer edge
+THUMBNAIL = 112  # pixels of the longer edge of an image
 QUALITY = 80
 IMAGES = 4  # of a clip
 PLACES = (0.05, 0.35, 0.65, 0.95)  # of the duration: times of the frames of a video
@@ -107,7 +107,7 @@ def _peek(path: Path, duration: float) -> Iterator[Thumbnail]:
 
 def _small(image: NDArray[np.uint8]) -> bytes:
     small = Image.fromarray(image)
-    small.thumbnail((SIDE, SIDE))
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
     target = BytesIO()
     small.save(target, "JPEG", quality=QUALITY)
     return target.getvalue()

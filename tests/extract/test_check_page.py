@@ -15,7 +15,14 @@ from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.extract.doctor.check import Checked, Report, check_dataset
 from vaflow.extract.doctor.facts import BINS
-from vaflow.extract.doctor.page import CLIPS_WITH_IMAGES, SIDE, clips_with_images, coverage_bars, html_page, thumbnails
+from vaflow.extract.doctor.page import (
+    CLIPS_WITH_IMAGES,
+    THUMBNAIL,
+    clips_with_images,
+    coverage_bars,
+    html_page,
+    thumbnails,
+)
 
 VOID = {"meta", "img", "br"}
 HOSTILE = '<script>alert(1)</script>"onload="x&amp;'
@@ -94,7 +101,7 @@ def test_the_page_lists_every_finding_clip_and_cost(page: str, report: Report) -
 def test_images_are_small_jpegs(page: str) -> None:
     for source in Page(page).sources:
         with Image.open(BytesIO(b64decode(source.partition(",")[2], validate=True))) as image:
-            assert image.format == "JPEG" and max(image.size) <= SIDE
+            assert image.format == "JPEG" and max(image.size) <= THUMBNAIL == 112
 
 
 def test_every_kind_of_finding_has_a_clip_with_images(report: Report) -> None:
