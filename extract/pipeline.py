@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,35 +49,16 @@ def extract(
     """
     exit_if_script_runs_again()
     check_engine(engine, ray_address)
+    options: dict[str, Any] = {"store": store, "shard": shard, "rehash": rehash, "show_progress": show_progress}
     if engine == "ray":
         from vaflow.extract.ray_engine import extract_on_ray
 
-        return extract_on_ray(
-            dataset,
-            out,
-            config,
-            store=store,
-            shard=shard,
-            rehash=rehash,
-            address=ray_address,
-            show_progress=show_progress,
-        )
+        return extract_on_ray(dataset, out, config, address=ray_address, **options)
     device = choose_device(config.device)
     if config.decoder == "nvdec":
         require_nvdec(str(device))
     visual, audio = build_encoders(config, device)
-    return extract_with(
-        dataset,
-        out,
-        config,
-        visual,
-        audio,
-        device,
-        store=store,
-        shard=shard,
-        rehash=rehash,
-        show_progress=show_progress,
-    )
+    return extract_with(dataset, out, config, visual, audio, device, **options)
 
 
 def extract_with(

@@ -22,13 +22,13 @@ from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.audio_activity import SpeechMeter, covered_frames, stored_speech
 from vaflow.extract.config import limit_memory, too_much_memory
 from vaflow.extract.container import audio_clock
-from vaflow.extract.faces import PersonTracker, align, decode_jpeg, encode_jpeg
-from vaflow.extract.faces.alignment import quarter_turn
+from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg, quarter_turn
 from vaflow.extract.faces.choice import ALL, LARGEST, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, speech_at
 from vaflow.extract.faces.detection import Cells, find_faces, shared_detector
 from vaflow.extract.faces.detection import Face as DetectedFace
 from vaflow.extract.faces.identity import open_network
 from vaflow.extract.faces.people import ClipFaces
+from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.image_folders import IMAGES_DIGEST, ImageDigest, list_crops, open_stills, read_crop, stills_at
 from vaflow.extract.messages import (
     Alive,

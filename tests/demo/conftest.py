@@ -1,12 +1,14 @@
 """A small demo dataset for all tests, and readers independent of the writer."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vaflow.demo.writer import DemoSummary, write_demo
+from vaflow.demo.scenario import ClipPlan, DemoConfig, plan_clips
+from vaflow.demo.writer import write_demo
 
 SMALL: dict[str, Any] = {"train": 9, "val": 2, "test": 1, "seconds": 12, "rate": 10, "width": 160, "height": 120}
 
@@ -14,13 +16,22 @@ SMALL: dict[str, Any] = {"train": 9, "val": 2, "test": 1, "seconds": 12, "rate":
 @dataclass(frozen=True)
 class Written:
     root: Path
-    summary: DemoSummary
+    plans: list[ClipPlan]
 
     def labels(self, split_folder: str, trial: str) -> list[tuple[float, float]]:
         """The rows of an annotation file, read as plain text."""
         lines = (self.root / "VA_Estimation_Challenge" / split_folder / f"{trial}.txt").read_text().splitlines()
         rows = [line.split(",") for line in lines[1:]]
         return [(float(valence), float(arousal)) for valence, arousal in rows]
+
+    def quirks(self) -> Counter[str]:
+        """Irregularity -> number of trials that are planned with it."""
+        quirks = Counter(plan.quirk for plan in self.plans if plan.quirk)
+        labelled = [plan for plan in self.plans if plan.split != "test"]
+        quirks["rows-unlike-frames"] = sum(plan.rows != len(plan.times) for plan in labelled)
+        quirks["unannotated-run"] = sum(not plan.annotated().all() for plan in labelled)
+        quirks["missing-crops"] = sum(not plan.cropped.all() for plan in self.plans)
+        return quirks
 
     def videos(self) -> dict[str, Path]:
         """Stem -> file."""
@@ -31,4 +42,5 @@ class Written:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Twelve trials with every quirk."""
     root = tmp_path_factory.mktemp("demo") / "data"
-    return Written(root, write_demo(root, **SMALL))
+    assert write_demo(root, **SMALL)
+    return Written(root, plan_clips(DemoConfig(**SMALL)))

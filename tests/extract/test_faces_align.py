@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vaflow.errors import MediaError
-from vaflow.extract.faces import faces_identity
 from vaflow.extract.faces.alignment import TEMPLATE, align, decode_jpeg, encode_jpeg, similarity
 from vaflow.extract.faces.detection import Face, decode_grid, overlap, suppress
+from vaflow.extract.streams import faces_identity
 
 
 def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:

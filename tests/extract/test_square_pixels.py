@@ -14,7 +14,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.extract import plan, streams, video
 from vaflow.extract.doctor.facts import media_facts
 from vaflow.extract.doctor.findings import media_findings
-from vaflow.extract.faces import CenterFace
+from vaflow.extract.faces.detection import CenterFace
 from vaflow.extract.video import frame_times, frames_at, probe
 
 FRAMES = 16

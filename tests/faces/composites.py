@@ -12,7 +12,7 @@ import av
 import cv2
 import numpy as np
 
-from vaflow.extract.faces import CenterFace
+from vaflow.extract.faces.detection import CenterFace
 from vaflow.extract.faces.identity import open_network
 from vaflow.extract.faces.people import ClipFaces, People, Sighting
 from vaflow.extract.video import frame_times, frames_at

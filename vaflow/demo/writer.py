@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -120,32 +119,8 @@ def _audio_blocks(samples: NDArray[np.float32], rate: int, layout: str) -> list[
     return blocks
 
 
-@dataclass(frozen=True)
-class DemoSummary:
-    """Contents of the data set.
-
-    Attributes:
-        root: folder of the data set.
-        clips: trials per split.
-        seconds: total duration of the videos.
-        frames, crops, rows, unannotated: video frames, face crops, annotation rows, and rows of -5.
-        quirks: number of trials per irregularity of Aff-Wild2.
-        reused: whether the data set existed already.
-    """
-
-    root: Path
-    clips: dict[str, int]
-    seconds: float
-    frames: int
-    crops: int
-    rows: int
-    unannotated: int
-    quirks: dict[str, int]
-    reused: bool = False
-
-
-def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -> DemoSummary:
-    """Write the data set to `out`, or reuse it if it exists.
+def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -> bool:
+    """Write the data set to `out`; return False if it exists there already.
 
     Args:
         out: a folder that does not exist, is empty, or holds demo data of the same settings.
@@ -164,7 +139,7 @@ def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -
     out = Path(out)
     plans = plan_clips(config)
     if _is_written(out, config):
-        return _summary(out, plans, reused=True)
+        return False
     try:
         for folder in (VIDEOS, CROPS, *(f"{LABELS}/{name}" for name in LABEL_FOLDERS.values())):
             (out / folder).mkdir(parents=True, exist_ok=True)
@@ -183,7 +158,7 @@ def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -
                 progress(done, len(videos), jobs[job])
     _write_labels(out, config, plans)
     _write_marker(out, config, complete=True)
-    return _summary(out, plans)
+    return True
 
 
 def _write_marker(out: Path, config: DemoConfig, complete: bool) -> None:
@@ -289,25 +264,6 @@ def _write_labels(out: Path, config: DemoConfig, plans: Sequence[ClipPlan]) -> N
         rows = [f"{plan.trial}/{k + 1:05d}.jpg,0,0" for plan in test for k in range(plan.rows)]
         text = "\n".join(["image_location,valence,arousal", *rows]) + "\n"
         (out / TEST_SAMPLE).write_text(text, encoding="ascii")
-
-
-def _summary(out: Path, plans: Sequence[ClipPlan], reused: bool = False) -> DemoSummary:
-    labelled = [plan for plan in plans if plan.split != "test"]
-    quirks = Counter(plan.quirk for plan in plans if plan.quirk)
-    quirks["rows-unlike-frames"] = sum(plan.rows != len(plan.times) for plan in labelled)
-    quirks["unannotated-run"] = sum(not plan.annotated().all() for plan in labelled)
-    quirks["missing-crops"] = sum(not plan.cropped.all() for plan in plans)
-    return DemoSummary(
-        root=out,
-        clips=dict(Counter(plan.split for plan in plans)),
-        seconds=sum(plan.seconds for plan in plans),
-        frames=sum(len(plan.times) for plan in plans),
-        crops=sum(int(plan.cropped.sum()) for plan in plans),
-        rows=sum(plan.rows for plan in labelled),
-        unannotated=sum(int((~plan.annotated()).sum()) for plan in labelled),
-        quirks=dict(quirks),
-        reused=reused,
-    )
 
 
 @dataclass(frozen=True)
