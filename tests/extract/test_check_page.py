@@ -101,7 +101,14 @@ def test_the_page_lists_every_finding_clip_and_cost(page: str, report: Report) -
 def test_images_are_small_jpegs(page: str) -> None:
     for source in Page(page).sources:
         with Image.open(BytesIO(b64decode(source.partition(",")[2], validate=True))) as image:
-            assert image.format == "JPEG" and max(image.size) <= THUMBNAIL == 112
+            assert image.format == "JPEG" and max(image.size) <= THUMBNAIL
+
+
+def test_large_frames_become_small_images(tmp_path: Path) -> None:
+    Image.new("RGB", (400, 300)).save(tmp_path / "00000.png")
+    (small,) = thumbnails(Clip("clip", None, "clip", None, frames=tmp_path, frame_rate=25.0), None)
+    with Image.open(BytesIO(small.jpeg)) as image:
+        assert image.size == (THUMBNAIL, 84)
 
 
 def test_every_kind_of_finding_has_a_clip_with_images(report: Report) -> None:
