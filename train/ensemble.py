@@ -27,7 +27,6 @@ from vaflow.errors import CorruptError, DataError, UsageError, command, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_split
-from vaflow.train.ensemble_weights import best_weights, concordance_weights
 from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import Maker, prediction_folders, read_sources, write_evaluation
@@ -48,6 +47,8 @@ from vaflow.train.windows import ClipRows
 log = logging.getLogger(__name__)
 
 WEIGHTS = ("mean", "ccc", "search")
+_ROUNDS, _STEPS = 60, 2000
+_ENOUGH = 1e-12  # change of the concordance below which the search stops
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,85 @@ def weigh(runs: Sequence[Path], how: str, traces: Sequence[Sequence[Trace]] = ()
     return Ensemble(names, how, weights, weights_split, plain)
 
 
+def concordance_weights(ccc: Floats) -> Floats:
+    """Weights proportional to each run's CCC, [N] -> [N]; a CCC at or below 0 gives 0, equal weights if all are."""
+    worth = np.clip(np.nan_to_num(np.asarray(ccc, np.float64)), 0, None)
+    total = worth.sum()
+    return worth / total if total > 0 else np.full(len(worth), 1 / len(worth))
+
+
+def best_weights(prediction: Floats, label: Floats) -> Floats:
+    """Weights whose mixture has the highest CCC with the labels.
+
+    For weights w on the simplex CCC = 2 c'w / w'Qw, with Q positive semidefinite: a linear function over a convex one,
+    so a local maximum above 0 is the global one. Dinkelbach's method turns it into quadratic problems, which projected
+    gradients solve.
+
+    Args:
+        prediction: [T, N], of N runs.
+        label: [T].
+
+    Returns:
+        [N]. The best single run if no mixture is above 0.
+
+    Raises:
+        ValueError: shapes disagree, or there is no label.
+    """
+    x, y = np.asarray(prediction, np.float64), np.asarray(label, np.float64)
+    if x.ndim != 2 or y.shape != x.shape[:1] or not x.size:
+        raise ValueError(f"best_weights: expected predictions [T, N] and labels [T]; got {[*x.shape]}, {[*y.shape]}")
+    # c and Q for weights that sum to one
+    mean = x.mean(axis=0)
+    dx, dy = x - mean, y - y.mean()
+    apart = mean - y.mean()
+    linear = dx.T @ dy / len(y)
+    quadratic = dx.T @ dx / len(y) + np.outer(apart, apart) + dy @ dy / len(y)
+    runs = x.shape[1]
+
+    def ccc(w: Floats) -> float:
+        spread = w @ quadratic @ w
+        return float(2 * linear @ w / spread) if spread > 0 else 0.0
+
+    weights = max(np.eye(runs), key=ccc)
+    for _ in range(_ROUNDS):
+        before = ccc(weights)
+        if before <= 0:
+            break
+        better = maximize(linear, before * quadratic, weights)
+        if ccc(better) <= before + _ENOUGH:
+            break
+        weights = better
+    return weights
+
+
+def maximize(linear: Floats, quadratic: Floats, start: Floats) -> Floats:
+    """Maximize 2 linear'w - w'quadratic w over w on the simplex, by accelerated projected gradients."""
+    # Only differences matter along the simplex.
+    centred = quadratic - quadratic.mean(axis=0) - quadratic.mean(axis=1, keepdims=True) + quadratic.mean()
+    curvature = float(np.linalg.norm(centred, 2))
+    if curvature <= _ENOUGH * float(np.linalg.norm(quadratic, 2)):
+        return start  # the runs agree
+    step = 1 / curvature
+    w, ahead, speed = start, start, 1.0
+    for _ in range(_STEPS):
+        following = onto_simplex(ahead + step * (linear - quadratic @ ahead))
+        faster = (1 + np.sqrt(1 + 4 * speed**2)) / 2
+        back = (ahead - following) @ (following - w) > 0  # the score has dropped: restart the acceleration
+        ahead = following if back else following + (speed - 1) / faster * (following - w)
+        speed = 1.0 if back else faster
+        if np.abs(following - w).max() < _ENOUGH and not back:
+            return following
+        w = following
+    return w
+
+
+def onto_simplex(point: Floats) -> Floats:
+    """Project a point onto the simplex (non-negative, sum 1), [N] -> [N]."""
+    high = np.sort(point)[::-1]
+    over = (np.cumsum(high) - 1) / np.arange(1, len(point) + 1)
+    return np.maximum(point - over[high > over][-1], 0)
+
+
 def combine(runs: Sequence[Sequence[Trace]], weights: Floats) -> list[Trace]:
     """The weighted mean of every clip's traces; regions, where every run has them, with the mean over dimensions.
 
@@ -303,22 +383,20 @@ def combine(runs: Sequence[Sequence[Trace]], weights: Floats) -> list[Trace]:
         if any(t.clip.item != first.clip.item or t.va.shape != first.va.shape for t in traces):
             raise DataError(explain(f"The runs do not predict the same frames of clip {first.clip.item!r}"))
         va = np.asarray(sum(weight * trace.va for weight, trace in zip(weights, traces, strict=True)))
-        regions = [trace.regions for trace in traces if trace.regions is not None]
-        mixed = None
-        if len(regions) == len(traces):
-            mixed = np.asarray(sum(share * part for share, part in zip(shares, regions, strict=True)))
         names = [name for name in first.extra if all(name in trace.extra for trace in traces)]
-        extra = {n: sum(s * trace.extra[n] for s, trace in zip(shares, traces, strict=True)) for n in names}
-        face = next((trace.face for trace in traces if trace.face is not None), None)
-        audio = next((trace.audio for trace in traces if trace.audio is not None), None)
-        mean = replace(first, va=np.clip(va, -1, 1), regions=mixed, extra=extra, face=face, audio=audio)
-        between = [trace.interpolated for trace in traces if trace.interpolated is not None]
-        far = [trace.far for trace in traces if trace.far is not None]
+        optional = ("regions", "face", "audio", "interpolated", "far")
+        known = {name: [part for t in traces if (part := getattr(t, name)) is not None] for name in optional}
+        regions = zip(shares, known["regions"], strict=True) if len(known["regions"]) == len(traces) else None
         mean = replace(
-            mean,
+            first,
+            va=np.clip(va, -1, 1),
+            regions=None if regions is None else np.asarray(sum(share * part for share, part in regions)),
+            extra={n: sum(s * trace.extra[n] for s, trace in zip(shares, traces, strict=True)) for n in names},
+            face=next(iter(known["face"]), None),
+            audio=next(iter(known["audio"]), None),
+            interpolated=np.all(known["interpolated"], axis=0) if known["interpolated"] else None,
             std=total_deviation(traces, weights, va),
-            interpolated=np.all(between, axis=0) if between else None,
-            far=np.mean(far, axis=0) >= 0.5 if far else None,
+            far=np.mean(known["far"], axis=0) >= 0.5 if known["far"] else None,
         )
         combined.append(mean)
     return combined

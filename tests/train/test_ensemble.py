@@ -12,8 +12,7 @@ from synthetic_cache import Toy, make_cache
 from vaflow.cache import Cache
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig
-from vaflow.train.ensemble import combine, ensemble_runs
-from vaflow.train.ensemble_weights import best_weights, concordance_weights, onto_simplex
+from vaflow.train.ensemble import best_weights, combine, concordance_weights, ensemble_runs, onto_simplex
 from vaflow.train.runs import RunFolder, load_run
 from vaflow.train.submit import submit_run
 from vaflow.train.training import train_run
