@@ -317,11 +317,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         settings.check(self)
         for kind in ("visual", "audio"):
-            _check_streams(kind, getattr(self, kind))
+            names = getattr(self, kind)
+            if NONE in names and len(names) > 1:
+                raise UsageError(explain(f"--{kind} none excludes other {kind} streams", got=", ".join(names)))
+            if len(set(names)) < len(names):
+                raise UsageError(explain(f"--{kind} names a stream twice", got=", ".join(names)))
         if self.visual == self.audio == (NONE,):
             raise UsageError(explain("--visual none and --audio none leave nothing to train on"))
-        if self.folds:
-            _check_folds(self)
+        if self.folds == 1:
+            raise UsageError(explain("--folds must be >= 2, or 0 for no folds (got 1)"))
+        if self.folds and not 1 <= self.fold <= self.folds:
+            raise UsageError(explain(f"--fold must be between 1 and --folds {self.folds} (got {self.fold})"))
+        if self.folds and not self.fold_splits:
+            raise UsageError(explain("fold_splits must name at least one split"))
         if not self.ccc_weight and not self.mse_weight:
             raise UsageError(explain("ccc_weight and mse_weight are both 0", expected="one of them above 0"))
         if self.nll_weight and self.uncertainty == NONE:
@@ -361,22 +369,6 @@ class TrainConfig:
         default = {item.name: item.default for item in fields(self)}
         left_out = {key for key in LEFT_OUT if plain[key] == default[key]}
         return {key: value for key, value in plain.items() if value is not None and key not in left_out}
-
-
-def _check_streams(kind: str, names: tuple[str, ...]) -> None:
-    if NONE in names and len(names) > 1:
-        raise UsageError(explain(f"--{kind} none excludes other {kind} streams", got=", ".join(names)))
-    if len(set(names)) < len(names):
-        raise UsageError(explain(f"--{kind} names a stream twice", got=", ".join(names)))
-
-
-def _check_folds(config: TrainConfig) -> None:
-    if config.folds < 2:
-        raise UsageError(explain(f"--folds must be >= 2, or 0 for no folds (got {config.folds})"))
-    if not 1 <= config.fold <= config.folds:
-        raise UsageError(explain(f"--fold must be between 1 and --folds {config.folds} (got {config.fold})"))
-    if not config.fold_splits:
-        raise UsageError(explain("fold_splits must name at least one split"))
 
 
 def coerce(key: str, value: Any) -> Any:

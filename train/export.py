@@ -255,18 +255,6 @@ def _parts(stream: StreamSpec) -> tuple[str, ...]:
     return ("features", "valid") if stream.kind == VISUAL else ("features", "valid", "inside", "time")
 
 
-def inputs_of(batch: Batch, streams: tuple[StreamSpec, ...]) -> dict[str, Tensor]:
-    """The inputs of the ONNX model for a batch."""
-    inputs = {"inside": batch.inside, "time": batch.time}
-    tables = {
-        "features": batch.features,
-        "valid": batch.valid,
-        "inside": batch.feature_inside,
-        "time": batch.feature_time,
-    }
-    return inputs | {f"{s.name}.{part}": tables[part][s.name] for s in streams for part in _parts(s)}
-
-
 def export_onnx(run: Path, out: Path) -> list[Path]:
     """Write `heads.onnx`, for windows of any length, and `heads-fixed.onnx`, for the run's window; both for any batch.
 

@@ -270,13 +270,18 @@ def _from_table(facts: Mapping[str, Any]) -> InputStream:
     return InputStream(**{**facts, "identity": json.loads(facts["identity"])})
 
 
-def _path_to_text(path: str) -> str:
-    """The path, or `bytes:` and its percent-encoded bytes if it is not UTF-8, which TOML requires."""
+def is_utf8(path: str) -> bool:
+    """Whether a path is UTF-8, which TOML and TensorBoard require."""
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
-        return _BYTES + quote(os.fsencode(path))
-    return path
+        return False
+    return True
+
+
+def _path_to_text(path: str) -> str:
+    """The path, or `bytes:` and its percent-encoded bytes if it is not UTF-8."""
+    return path if is_utf8(path) else _BYTES + quote(os.fsencode(path))
 
 
 def _path_from_text(text: str) -> str:

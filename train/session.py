@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import Progress, Row, seeded
 from vaflow.train.metrics import DIMENSIONS, region_occupancy
 from vaflow.train.provenance import run_maker, write_evaluation
-from vaflow.train.record import RunRecord
+from vaflow.train.record import RunRecord, is_utf8
 from vaflow.train.runs import RunFolder, build_model, load_run, require_record
 from vaflow.train.uncertainty import TrainingFeatures, calibrate, calibrated, uncertainty_report, write_calibration
 from vaflow.train.windows import WindowSet
@@ -231,10 +231,12 @@ class Session:
                 stack.enter_context(logging_redirect_tqdm())
             total = None if self.config.epochs == AUTO else self.config.epochs
             bar = stack.enter_context(tqdm(total=total, desc="training", unit="epoch", disable=not self.show))
-            board = None
-            if self.tensorboard and Board.supports(self.folder.path):
-                board = stack.enter_context(Board(self.folder.path / "tensorboard"))
-            yield reporter(self.config, bar, board)
+            write = None
+            if self.tensorboard and not is_utf8(str(self.folder.path)):
+                log.warning("No TensorBoard files are written: TensorBoard requires folder names in UTF-8")
+            elif self.tensorboard:
+                write = stack.enter_context(tensorboard_writer(self.folder.path / "tensorboard"))
+            yield reporter(self.config, bar, write)
 
     def finish(self, model: VAModel, progress: Progress, data: Data) -> dict[str, Any]:
         """Evaluate the best epoch, write all files and return the metrics; `metrics.json` is written last."""
@@ -367,7 +369,7 @@ def warn_of_labels(config: TrainConfig, train: WindowSet) -> list[str]:
     return warnings
 
 
-def reporter(config: TrainConfig, bar: "tqdm[Any]", board: "Board | None") -> Callable[[Row], None]:
+def reporter(config: TrainConfig, bar: "tqdm[Any]", write: Callable[[Row], None] | None) -> Callable[[Row], None]:
     """A function that reports an epoch to the progress bar, the log and TensorBoard."""
 
     def score(value: float) -> str:
@@ -384,49 +386,32 @@ def reporter(config: TrainConfig, bar: "tqdm[Any]", board: "Board | None") -> Ca
             row["loss_total"],
             "  ".join(scores),
         )
-        if board is not None:
-            board.add(row)
+        if write is not None:
+            write(row)
 
     return report
 
 
-class Board:
-    """Writer of TensorBoard event files; imports TensorBoard when it is entered."""
+@contextmanager
+def tensorboard_writer(folder: Path) -> Iterator[Callable[[Row], None]]:
+    """A function that writes the values of one epoch to event files of TensorBoard, which is imported here."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    hook = threading.excepthook
 
-    @staticmethod
-    def supports(folder: Path) -> bool:
-        """Whether TensorBoard can write below `folder`: it requires names in UTF-8."""
-        try:
-            str(folder).encode("utf-8")
-        except UnicodeEncodeError:
-            log.warning("No TensorBoard files are written: TensorBoard requires folder names in UTF-8")
-            return False
-        return True
-
-    def __enter__(self) -> "Board":
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._hook = threading.excepthook
-        threading.excepthook = self._failed
-        self._writer = SummaryWriter(str(self.folder))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self._writer.close()
-        finally:
-            threading.excepthook = self._hook
-
-    def _failed(self, arguments: threading.ExceptHookArgs) -> None:
+    def failed(arguments: threading.ExceptHookArgs) -> None:
         """Silence a write error of the event thread: the next epoch raises it again."""
         if arguments.exc_type is None or not issubclass(arguments.exc_type, OSError):
-            self._hook(arguments)
+            hook(arguments)
 
-    def add(self, row: Row) -> None:
-        """Write the values of one epoch."""
+    def add(row: Row) -> None:
         for name, value in row.items():
             if name != "epoch":
-                self._writer.add_scalar(name.replace("_", "/", 1), value, int(row["epoch"]))
+                writer.add_scalar(name.replace("_", "/", 1), value, int(row["epoch"]))
+
+    threading.excepthook = failed
+    try:
+        with closing(SummaryWriter(str(folder))) as writer:
+            yield add
+    finally:
+        threading.excepthook = hook

@@ -147,7 +147,8 @@ def _check_clips(session: Session) -> RunRecord | None:
     cache, config, folder = session.cache, session.config, session.folder
     old = folder.record()
     if old is not None:
-        longer = _can_continue(folder, old.config, config)
+        more_epochs = config.epochs == AUTO or AUTO != old.config.epochs <= config.epochs
+        longer = more_epochs and config.schedule == "constant" and folder.checkpoint_file.is_file()
         ignore = ["device", "patience", *(["epochs"] if longer else [])]
         check_unchanged(folder.path, old, session.record, ignore)
     check_has_clips(cache)
@@ -175,12 +176,6 @@ def _check_clips(session: Session) -> RunRecord | None:
         if os.environ.get("RANK", "0") == "0":
             write_file(folder.clips_file, to_json(splits))
     return old
-
-
-def _can_continue(folder: RunFolder, old: TrainConfig, new: TrainConfig) -> bool:
-    """Whether a run can be trained for more epochs than it was started with."""
-    longer = new.epochs == AUTO or AUTO != old.epochs <= new.epochs
-    return longer and new.schedule == "constant" and folder.checkpoint_file.is_file()
 
 
 def is_finished(session: Session) -> bool:

@@ -267,10 +267,11 @@ class TrainingFeatures:
         """Fit the training split; the thresholds are quantiles of the validation split's distances."""
         streams = {}
         for spec in train.streams:
-            used = _used_rows(train.tables[spec.name])
+            table = train.tables[spec.name]
+            used = torch.unique(table.index).cpu().long()
+            used = used[used > 0]  # row 0 stands for missing input
             if len(used) < 2:
                 continue
-            table = train.tables[spec.name]
             used = used[torch.linspace(0, len(used) - 1, min(LARGEST, len(used))).long()]
             gaussian = FeatureGaussian.fit(table.rows.index_select(0, used.to(table.rows.device)).cpu())
             distances = step_distances(gaussian, spec, val.tables[spec.name], slice(None))
@@ -342,8 +343,3 @@ def step_distances(gaussian: FeatureGaussian, spec: StreamSpec, table: StreamTab
         total = np.where(known, frames, 0).sum(axis=-1)
         steps = np.where(known.any(axis=-1), total / np.maximum(known.sum(axis=-1), 1), np.nan)
     return steps
-
-
-def _used_rows(table: StreamTable) -> Tensor:
-    used = torch.unique(table.index).cpu().long()
-    return used[used > 0]

@@ -10,7 +10,7 @@ import torch
 from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, PROTOTYPES, VISUAL_STREAM, VISUAL_STREAM_2, toy_batch
 
 from vaflow.train.batch import AUDIO, Batch, StreamSpec, TargetSpec
-from vaflow.train.export import Heads, inputs_of, onnx_bytes
+from vaflow.train.export import Heads, onnx_bytes
 from vaflow.train.heads.fusion import FUSION
 from vaflow.train.heads.model import EachModel, VAModel
 from vaflow.train.heads.temporal import TEMPORAL
@@ -33,11 +33,21 @@ def batch_of(streams: tuple[StreamSpec, ...], frames: tuple[int, ...], steps: tu
     )
 
 
+def inputs_of(batch: Batch, heads: Heads) -> dict[str, torch.Tensor]:
+    tables = {"features": batch.features, "valid": batch.valid}
+    tables |= {"inside": batch.feature_inside, "time": batch.feature_time}
+    inputs = {"inside": batch.inside, "time": batch.time}
+    for name in heads.input_names[2:]:
+        stream, _, part = name.rpartition(".")
+        inputs[name] = tables[part][stream]
+    return inputs
+
+
 def assert_same_outputs(model: VAModel, predictor: torch.nn.Module | None = None, factor: int = 1) -> None:
     """Export with one batch; compare with other masks and, for dynamic exports, other lengths."""
     streams = model.streams
     heads = Heads(model, predictor).eval()
-    traced = inputs_of(batch_of(streams, (6, 6), (8 * factor, 8 * factor), 0), streams)
+    traced = inputs_of(batch_of(streams, (6, 6), (8 * factor, 8 * factor), 0), heads)
     same = batch_of(streams, (6, 4, 1), (8 * factor, 5, 1), 1)
     other = batch_of(streams, (11, 3, 7, 1), (12 * factor, 2, 12 * factor, 9), 2)
     silent = replace(other, valid={name: torch.zeros_like(mask) for name, mask in other.valid.items()})
@@ -45,7 +55,7 @@ def assert_same_outputs(model: VAModel, predictor: torch.nn.Module | None = None
         session = onnxruntime.InferenceSession(onnx_bytes(heads, traced, dynamic=dynamic))
         read = {one.name for one in session.get_inputs()}
         for batch in batches:
-            inputs = inputs_of(batch, streams)
+            inputs = inputs_of(batch, heads)
             got = session.run(heads.output_names, {name: x.numpy() for name, x in inputs.items() if name in read})
             with torch.inference_mode():
                 output = (predictor or model)(batch)

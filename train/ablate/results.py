@@ -97,14 +97,6 @@ class Results:
     uneven: bool = False
 
 
-@dataclass(frozen=True)
-class _Finished:
-    """One run on disk."""
-
-    metrics: Mapping[str, Any]
-    moments: Mapping[str, Floats]
-
-
 def collect(plan: Plan, out: Path, failures: Mapping[str, Ended]) -> Results:
     """Read the finished runs and score every row.
 
@@ -115,16 +107,17 @@ def collect(plan: Plan, out: Path, failures: Mapping[str, Ended]) -> Results:
         CorruptError: a finished run's files are damaged.
     """
     folders = {job.key: out / RUNS / job.key for job in plan.jobs if job.key not in failures}
-    runs = {key: _Finished(RunFolder(run).read_metrics(), read_moments(run)) for key, run in folders.items()}
-    sets = [set(run.moments) for run in runs.values()]
+    metrics = {key: RunFolder(run).read_metrics() for key, run in folders.items()}
+    moments = {key: read_moments(run) for key, run in folders.items()}
+    sets = [set(videos) for videos in moments.values()]
     videos = sorted(set.intersection(*sets)) if sets else []
-    measure = _Measure(runs, videos, failures)
+    measure = _Measure(metrics, moments, videos, failures)
     reference = measure.row(plan.reference)
     tables = []
     for table, entries in plan.tables:
-        rows = [measure.against(measure.row(entry), reference) for entry in entries]
+        rows = [measure.row(entry, reference) for entry in entries]
         tables.append(TableResult(table, tuple(measure.with_best(rows))))
-    first = next(iter(runs.values())).metrics if runs else {}
+    first = next(iter(metrics.values()), {})
     split = str(first.get("split", plan.reference.config.val_split))
     uneven = any(names != set(videos) for names in sets)
     return Results(tuple(tables), reference, len(videos), int(first.get("n_frames", 0)), split, uneven)
@@ -133,24 +126,31 @@ def collect(plan: Plan, out: Path, failures: Mapping[str, Ended]) -> Results:
 class _Measure:
     """Scores rows; every configuration is resampled once, with draws that all share."""
 
-    def __init__(self, runs: Mapping[str, _Finished], videos: Sequence[str], failures: Mapping[str, Ended]) -> None:
-        self._runs, self._videos, self._failures = runs, videos, failures
+    def __init__(
+        self,
+        metrics: Mapping[str, Mapping[str, Any]],
+        moments: Mapping[str, Mapping[str, Floats]],
+        videos: Sequence[str],
+        failures: Mapping[str, Ended],
+    ) -> None:
+        self._metrics, self._moments, self._videos, self._failures = metrics, moments, videos, failures
         self._draws = shared_draws(len(videos)) if videos else np.zeros((0, 0))
         self._resampled: dict[tuple[str, ...], Floats] = {}
 
-    def row(self, entry: Entry) -> RowResult:
-        """Results of a row without comparisons."""
-        finished = [self._runs[key] for key in entry.keys if key in self._runs]
-        scores = np.array([[_number(run.metrics["ccc"][name]) for name in SCORES] for run in finished])
-        within = np.array([_number(run.metrics["within_video_ccc"]["mean"]) for run in finished])
+    def row(self, entry: Entry, reference: RowResult | None = None) -> RowResult:
+        """Results of a row, compared with the full model if it is another one."""
+        finished = [self._metrics[key] for key in entry.keys if key in self._metrics]
+        scores = np.array([[metrics["ccc"][name] for name in SCORES] for metrics in finished], np.float64)  # None: NaN
+        within = np.array([metrics["within_video_ccc"]["mean"] for metrics in finished], np.float64)
         edges = np.full((len(SCORES), 2), np.nan)
         if finished and self._videos:
             edges = percentile_interval(self._resamples(entry))
-        return RowResult(entry, scores.reshape(-1, len(SCORES)), within, edges, problem=self._problem(entry))
-
-    def against(self, row: RowResult, reference: RowResult) -> RowResult:
-        """The row with its comparison to the full model."""
-        if row.entry.keys == reference.entry.keys:
+        failed = [self._failures[key] for key in entry.keys if key in self._failures]
+        problem = entry.problem
+        if failed:
+            problem = f"{len(failed)} of {len(entry.keys)} runs failed: {failed[0].message}"
+        row = RowResult(entry, scores.reshape(-1, len(SCORES)), within, edges, problem=problem)
+        if reference is None or entry.keys == reference.entry.keys:
             return row
         return replace(row, versus=self._compare(row, reference))
 
@@ -171,26 +171,15 @@ class _Measure:
     def _compare(self, one: RowResult, other: RowResult) -> PairedDifference | None:
         if not (one.seeds and other.seeds and self._videos):
             return None
-        return paired_difference(
-            self._resamples(one.entry), self._resamples(other.entry), one.mean - other.mean, len(self._videos)
-        )
+        resamples = self._resamples(one.entry), self._resamples(other.entry)
+        return paired_difference(*resamples, one.mean - other.mean, len(self._videos))
 
     def _resamples(self, entry: Entry) -> Floats:
-        keys = tuple(key for key in entry.keys if key in self._runs)
+        keys = tuple(key for key in entry.keys if key in self._moments)
         if keys not in self._resampled:
-            moments = np.array([[self._runs[key].moments[video] for video in self._videos] for key in keys])
+            moments = np.array([[self._moments[key][video] for video in self._videos] for key in keys])
             self._resampled[keys] = resampled_ccc(moments, self._draws)
         return self._resampled[keys]
-
-    def _problem(self, entry: Entry) -> str:
-        failed = [self._failures[key] for key in entry.keys if key in self._failures]
-        if not failed:
-            return entry.problem
-        return f"{len(failed)} of {len(entry.keys)} runs failed: {failed[0].message}"
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
 
 
 @dataclass(frozen=True)

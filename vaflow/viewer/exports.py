@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -167,19 +168,10 @@ def _cell(text: str) -> str:
     return f"'{shown}" if _FORMULA.match(shown) else shown
 
 
-def eafs(predictions: PredictionSet, out: Path, step: float) -> Files:
-    """`<clip>.eaf` each, for ELAN."""
-    return _one_each(predictions, out, step, "eaf", eaf_text)
-
-
-def textgrids(predictions: PredictionSet, out: Path, step: float) -> Files:
-    """`<clip>.TextGrid` each, for Praat."""
-    return _one_each(predictions, out, step, "TextGrid", lambda tiers, clip: textgrid_text(tiers))
-
-
-def _one_each(
-    predictions: PredictionSet, out: Path, step: float, suffix: str, text: Callable[[Tiers, PredictedClip], str]
+def tier_files(
+    suffix: str, text: Callable[[Tiers, PredictedClip], str], predictions: PredictionSet, out: Path, step: float
 ) -> Files:
+    """One file per clip, `<clip>.<suffix>`, with the tiers as `text` writes them."""
     for clip in predictions.clips:
         table = read_predictions(clip.csv)
         file = below(out, "/".join(filter(None, [clip.split, f"{clip.item}.{suffix}"])))
@@ -218,7 +210,7 @@ def tiers_of(table: Predictions, region: Any, step: float) -> dict[str, list[Int
     return tiers | {"region": cut(region, lambda rows: REGION_NAMES[int(region[rows.start])])}
 
 
-def textgrid_text(tiers: Tiers) -> str:
+def textgrid_text(tiers: Tiers, clip: PredictedClip | None = None) -> str:
     """A Praat TextGrid in the long text format.
 
     Source: https://www.fon.hum.uva.nl/praat/manual/TextGrid_file_formats.html; quotes in texts are doubled. An interval
@@ -307,7 +299,7 @@ _CONSTRAINTS: Iterable[tuple[str, str]] = (  # as ELAN writes them into every fi
 
 FORMATS: Mapping[str, Callable[[PredictionSet, Path, float], Files]] = {
     "csv": clip_rows,
-    "eaf": eafs,
+    "eaf": partial(tier_files, "eaf", eaf_text),
     "parquet": parquet_file,
-    "textgrid": textgrids,
+    "textgrid": partial(tier_files, "TextGrid", textgrid_text),
 }

@@ -63,22 +63,10 @@ def learning_curves(run: RunResults) -> list[dict[str, Any]]:
         if isinstance(best, int) and 1 <= best <= len(values) and np.isfinite(values[best - 1]):
             dot = (40 + 250 * (best - 1) / max(1, len(values) - 1), 110 - 100 * (values[best - 1] - low) / span)
         curves.append(
-            {
-                "name": title,
-                "points": " ".join(points),
-                "low": low,
-                "high": high,
-                "last": values[-1],
-                "epochs": len(values),
-                "best": dot,
-            }
+            {"name": title, "points": " ".join(points), "low": low, "high": high, "last": values[-1]}
+            | {"epochs": len(values), "best": dot}
         )
     return curves
-
-
-def sparklines(clip: ReportClip) -> list[list[str]]:
-    """SVG paths of prediction and label, per dimension, in boxes of 300 by 50."""
-    return [[_path(clip.traces[source + k]) for source in (0, 2)] for k in range(2)]
 
 
 def band(clip: ReportClip, k: int) -> str:
@@ -274,12 +262,11 @@ def differing_settings(runs: Sequence[RunResults]) -> list[tuple[str, list[str]]
         streams = ", ".join(str(stream.get("name")) for stream in run.config.get("stream", ()))
         tables.append({**run.config.get("train", {}), "streams": streams})
     names = dict.fromkeys(name for table in tables for name in table)
-    rows = [(name, [_setting(table.get(name, "-")) for table in tables]) for name in names]
+    rows = []
+    for name in names:
+        values = [table.get(name, "-") for table in tables]
+        rows.append((name, [", ".join(map(str, v)) if isinstance(v, list) else str(v) for v in values]))
     return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def _setting(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, Any]:
@@ -351,7 +338,9 @@ def _clip_row(clip: ReportClip, viewer: str | None) -> dict[str, Any]:
 
 
 def _sketch(clip: ReportClip, viewer: str | None) -> dict[str, Any]:
-    return {**_clip_row(clip, viewer), "paths": sparklines(clip), "bands": [band(clip, k) for k in range(2)]}
+    """A clip with SVG paths of prediction and label, per dimension, in boxes of 300 by 50."""
+    paths = [[_path(clip.traces[source + k]) for source in (0, 2)] for k in range(2)]
+    return {**_clip_row(clip, viewer), "paths": paths, "bands": [band(clip, k) for k in range(2)]}
 
 
 def _clips_side_by_side(runs: Sequence[RunResults]) -> list[tuple[str, list[float | None]]]:

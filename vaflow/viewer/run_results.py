@@ -241,17 +241,13 @@ def _line(root: Path, run: Path) -> RunLine | None:
         if not (run / "metrics.json").is_file():
             return RunLine(name, "not finished", **common)
         metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+        if smoothing := metrics.get("smoothing"):
+            tuned = f", tuned on {smoothing['chosen_on']}" if smoothing["chosen_on"] else ""
+            common["smoothing"] = f"{smoothing_text(smoothing)}{tuned}"
         scores = {d: metrics["ccc"].get(d) for d in (*DIMENSIONS, "mean")}
         return RunLine(
             name, "done", **common, split=str(metrics["split"]), epochs=metrics.get("epochs"), ccc=scores,
-            ci95=metrics.get("ci95", {}), smoothing=_smoothing(metrics),
+            ci95=metrics.get("ci95", {}),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return RunLine(name, "damaged")
-
-
-def _smoothing(metrics: Mapping[str, Any]) -> str:
-    if "smoothing" not in metrics:
-        return ""
-    chosen_on = metrics["smoothing"]["chosen_on"]
-    return smoothing_text(metrics["smoothing"]) + (f", tuned on {chosen_on}" if chosen_on else "")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import av
 import numpy as np
@@ -30,17 +30,7 @@ PREDICTION, LABEL, BOX = (107, 184, 242), (255, 160, 92), (255, 212, 0)
 BAND, FAR = (38, 60, 77), (255, 126, 182)
 
 
-class Composer(Protocol):
-    """Draws around or over the frames of a clip."""
-
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of the result for frames of a width and height."""
-
-    def draw(self, image: Image, time: float) -> Image:
-        """[H, W, 3] for one frame [h, w, 3], shown from `time` on (seconds on the clip clock)."""
-
-
-def transcode(source: Path, target: Path, composer: Composer | None = None) -> None:
+def transcode(source: Path, target: Path, composer: "_Overlay | None" = None) -> None:
     """Write a clip as H.264 and AAC in MP4, with the presentation time of every frame kept.
 
     Raises:
@@ -92,7 +82,7 @@ class _AudioEncoder:
 class _VideoEncoder:
     """H.264 at the times of the source, without reordering, with a key frame at least every 15 frames."""
 
-    def __init__(self, out: Any, source: Any, first: Any, start: float, composer: Composer | None) -> None:
+    def __init__(self, out: Any, source: Any, first: Any, start: float, composer: "_Overlay | None") -> None:
         self._out, self._base, self._start, self._last = out, source.time_base, start, -1
         self._composer = composer
         sides = (first.width, first.height)
