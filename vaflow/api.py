@@ -242,12 +242,11 @@ def train(
     """
     from vaflow.cache import Cache
     from vaflow.train import config as configs
-    from vaflow.train import settings_files
     from vaflow.train.training import train_run
 
     merged = configs.merge(
-        settings_files.preset(preset) if preset else {},
-        settings_files.read_settings(Path(config)) if config is not None else {},
+        configs.preset(preset) if preset else {},
+        configs.read_settings(Path(config)) if config is not None else {},
         settings,
     )
     train_run(

@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class Config:
-        lr: float = setting(1e-4, "Learning rate of the heads", group="optimization", above=0, option="--lr")
+        lr: float = setting(1e-4, "Learning rate of the heads", "optimization", above=0, option="--lr")
 
         def __post_init__(self) -> None:
             check(self)
@@ -199,7 +199,7 @@ def _either(values: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def setting(default: Any, help: str, *, group: str, **description: Any) -> Any:
+def setting(default: Any, help: str, group: str, **description: Any) -> Any:
     """A dataclass field with its description; `description` are the other attributes of `Setting`."""
     return field(default=default, metadata={"setting": {"help": help, "group": group, **description}})
 

@@ -199,8 +199,7 @@ def toml_texts(whole: str) -> SearchStrategy[bytes]:
 
 
 def try_settings(folder: Path, data: bytes) -> None:
-    from vaflow.train.config import merge
-    from vaflow.train.settings_files import read_settings
+    from vaflow.train.config import merge, read_settings
 
     (folder / "train.toml").write_bytes(data)
     merge(read_settings(folder / "train.toml"))

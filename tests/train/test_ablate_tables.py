@@ -6,8 +6,7 @@ import pytest
 
 from vaflow.errors import UsageError
 from vaflow.train.ablate.grid import Row, Study, Table, expand, load_study
-from vaflow.train.config import TrainConfig, merge, with_aliases
-from vaflow.train.settings_files import preset
+from vaflow.train.config import TrainConfig, merge, preset, with_aliases
 
 # The published table: number; streams, temporal model, fusion, centres, sigma; CCC.
 PUBLISHED = """

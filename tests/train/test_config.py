@@ -5,6 +5,7 @@ import tomllib
 import pytest
 
 from vaflow.errors import UsageError
+from vaflow.settings import parse_pairs
 from vaflow.train import config as configs
 from vaflow.train.config import (
     BEFORE_SETTING,
@@ -12,14 +13,16 @@ from vaflow.train.config import (
     PRESETS,
     TrainConfig,
     coerce,
+    from_toml,
     merge,
-    parse_settings,
+    preset,
+    read_settings,
+    to_toml,
 )
 from vaflow.train.heads.fusion import FUSION
 from vaflow.train.heads.model import NORMALIZE
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.record import changed_settings
-from vaflow.train.settings_files import from_toml, preset, read_settings, to_toml
 
 
 def test_setting_choices_equal_the_model_choices() -> None:
@@ -34,7 +37,7 @@ def test_preset_p1_changes_only_the_streams() -> None:
 
 
 def test_later_layers_take_precedence() -> None:
-    merged = merge({"lr": 1.0, "epochs": 3, "seed": 1}, {"lr": 2, "epochs": 4}, parse_settings(["lr=3e-4"]))
+    merged = merge({"lr": 1.0, "epochs": 3, "seed": 1}, {"lr": 2, "epochs": 4}, parse_pairs(TrainConfig, ["lr=3e-4"]))
     assert (merged.lr, merged.epochs, merged.seed) == (3e-4, 4, 1)
 
 
@@ -108,9 +111,9 @@ def test_out_of_range_values_are_rejected(settings: dict[str, object], message: 
 
 
 def test_set_accepts_key_and_value() -> None:
-    assert parse_settings(["batch-size=4", "text=a=b"]) == {"batch_size": 4, "text": "a=b"}
+    assert parse_pairs(TrainConfig, ["batch-size=4", "text=a=b"]) == {"batch_size": 4, "text": "a=b"}
     with pytest.raises(UsageError, match="KEY=VALUE"):
-        parse_settings(["lr"])
+        parse_pairs(TrainConfig, ["lr"])
 
 
 def test_unknown_preset() -> None:

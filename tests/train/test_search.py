@@ -13,7 +13,7 @@ from synthetic_cache import Toy, make_cache
 from vaflow.cache import open_cache
 from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
-from vaflow.train.config import TrainConfig
+from vaflow.train.config import TrainConfig, read_settings
 from vaflow.train.folds import split_items
 from vaflow.train.record import from_json
 from vaflow.train.search.trials import (
@@ -31,7 +31,6 @@ from vaflow.train.search.trials import (
     read_space,
     rungs,
 )
-from vaflow.train.settings_files import read_settings
 from vaflow.train.training import evaluate_run
 
 pytest.importorskip("optuna")

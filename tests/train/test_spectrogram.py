@@ -14,14 +14,13 @@ from vaflow.cache.schema import LOGMEL
 from vaflow.errors import UsageError
 from vaflow.train.batch import AUDIO as HEARING
 from vaflow.train.batch import Batch, StreamSpec
-from vaflow.train.config import TrainConfig, with_aliases
+from vaflow.train.config import TrainConfig, preset, with_aliases
 from vaflow.train.config import merge as merge_settings
 from vaflow.train.data import load_split
 from vaflow.train.heads.spectrogram import Spectrogram
 from vaflow.train.inputs import resolve
 from vaflow.train.record import RunRecord, new_record
 from vaflow.train.runs import load_run
-from vaflow.train.settings_files import preset
 from vaflow.train.training import evaluate_run, train_run
 
 BANDS = 5

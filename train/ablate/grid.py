@@ -13,8 +13,7 @@ from typing import Any
 
 from vaflow.cache import Cache
 from vaflow.errors import UsageError, explain
-from vaflow.train.config import NONE, TrainConfig, coerce, merge
-from vaflow.train.settings_files import preset
+from vaflow.train.config import NONE, TrainConfig, coerce, merge, preset
 
 ALL = "all"
 ENCODERS = "encoders"  # name of the table of a cache's encoders

@@ -17,10 +17,9 @@ from vaflow.errors import CorruptError, explain
 from vaflow.files import write_file
 from vaflow.process import ChildProcess
 from vaflow.timeline import Floats
-from vaflow.train.config import TrainConfig
+from vaflow.train.config import TrainConfig, from_toml, to_toml
 from vaflow.train.metrics import DIMENSIONS, video_moments
 from vaflow.train.runs import RunFolder
-from vaflow.train.settings_files import from_toml, to_toml
 from vaflow.train.together.epochs import FAILURES
 from vaflow.train.together.runs import Trainer, one_thread
 

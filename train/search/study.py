@@ -23,7 +23,7 @@ from vaflow.files import lock_folder, write_file
 from vaflow.pages import render
 from vaflow.train.ablate.pool import Pool
 from vaflow.train.ablate.workers import Ended
-from vaflow.train.config import TrainConfig, merge
+from vaflow.train.config import TrainConfig, merge, to_toml
 from vaflow.train.folds import make_folds, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
@@ -42,7 +42,6 @@ from vaflow.train.search.trials import (
     rungs,
     trials_csv,
 )
-from vaflow.train.settings_files import to_toml
 from vaflow.train.together.epochs import FAILURES
 from vaflow.train.together.runs import one_thread
 from vaflow.train.training import evaluate_run

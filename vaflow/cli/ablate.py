@@ -73,14 +73,15 @@ def ablate(
         raise UsageError(explain(f"--jobs must be >= 1 (got {jobs})"))
     check_engine(engine, ray_address)
     from vaflow.cache import open_cache
-    from vaflow.train.config import parse_settings
+    from vaflow.settings import parse_pairs
+    from vaflow.train.config import TrainConfig
 
     with loading(output):
         from vaflow.train.ablate import run_study
         from vaflow.train.ablate.grid import ENCODERS, encoder_study, load_study
         from vaflow.train.ablate.plan import Options
 
-    options = Options(seeds, parse_settings(settings or []), alias_pairs(aliases or []), allow_missing)
+    options = Options(seeds, parse_pairs(TrainConfig, settings or []), alias_pairs(aliases or []), allow_missing)
     opened = open_cache(cache)
     compared = ENCODERS in (tables or [])
     if compared and (grid is not None or len(tables or []) > 1):

@@ -22,8 +22,8 @@ from vaflow.cli.common import (
 from vaflow.cli.evaluate import summary
 from vaflow.cli.options import Aliases, AllowMissing, Cache, HelpAll, Weights, variant
 from vaflow.errors import UsageError, explain, visible
+from vaflow.settings import parse_pairs
 from vaflow.train import config as configs
-from vaflow.train import settings_files
 from vaflow.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -132,10 +132,10 @@ def train(
     Example: vaflow train affwild2.cache --out runs/tuned --finetune --set init=runs/full --set finetune_blocks=4
     """
     merged = configs.merge(
-        settings_files.preset(preset) if preset else {},
-        settings_files.read_settings(config) if config else {},
+        configs.preset(preset) if preset else {},
+        configs.read_settings(config) if config else {},
         options,
-        configs.parse_settings(settings or []),
+        parse_pairs(TrainConfig, settings or []),
     )
     merged = configs.with_aliases(merged, alias_pairs(aliases or []))
     check_directory(out)
