@@ -213,14 +213,9 @@ def refuse_foreign_tables(out: Path, items: Iterable[str]) -> None:
             if not has_predictions(header):
                 foreign.append(path.name)
     if foreign:
-        raise UsageError(
-            explain(
-                f"{out} holds tables that predictions would replace",
-                expected="a directory without label tables of these names",
-                got=examples(foreign),
-                remedy="Choose another --out",
-            )
-        )
+        problem = f"{out} holds tables that predictions would replace"
+        expected = "a directory without label tables of these names"
+        raise UsageError(explain(problem, expected=expected, got=examples(foreign), remedy="Choose another --out"))
 
 
 def cache_to_predict(
@@ -259,13 +254,9 @@ def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> E
     streams = [stream for run in members.values() for stream in run.record.head_streams]
     imported = [stream.name for stream in streams if stream.identity.get("encoder") == IMPORTED]
     if imported:
-        raise UsageError(
-            explain(
-                f"The run reads imported features ({', '.join(dict.fromkeys(imported))}), which no encoder here makes",
-                expected="a run on streams that `vaflow extract` makes",
-                remedy="Import the features (vaflow cache import), then: vaflow predict RUN --cache CACHE --out DIR",
-            )
-        )
+        problem = f"The run reads imported features ({', '.join(dict.fromkeys(imported))}), which no encoder here makes"
+        remedy = "Import the features (vaflow cache import), then: vaflow predict RUN --cache CACHE --out DIR"
+        raise UsageError(explain(problem, expected="a run on streams that `vaflow extract` makes", remedy=remedy))
     check_alike(members)
     saved: dict[str, Path] = {}  # encoders of fine-tuned runs
     for path, run in members.items():
@@ -281,12 +272,8 @@ def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> E
     sources = [identity["source"] for identity in faces if "source" in identity]
     trained_on = sources[0] if sources else "auto"
     if sources and config.face_source not in (None, trained_on):
-        raise UsageError(
-            explain(
-                f"--faces {config.face_source} does not fit the run: its features were extracted with other faces",
-                expected=f"--faces {trained_on}, which is the default",
-            )
-        )
+        problem = f"--faces {config.face_source} does not fit the run: its features were extracted with other faces"
+        raise UsageError(explain(problem, expected=f"--faces {trained_on}, which is the default"))
     trained_person = next((one.get("person", LARGEST) for one in faces if one), LARGEST)
     return ExtractConfig(
         visual=tuple(dict.fromkeys(stream.name for stream in streams if stream.kind == "visual")),
@@ -327,14 +314,10 @@ def check_alike(members: Mapping[Path, Run]) -> None:
         for name, value in extraction_facts(run):
             other, elsewhere = first.setdefault(name, (value, path))
             if other != value:
-                raise UsageError(
-                    explain(
-                        f"The runs of this ensemble differ in {name}: one extraction cannot serve them all",
-                        expected="runs on one cache, or on caches extracted with the same settings",
-                        got=f"{elsewhere} and {path}",
-                        remedy="Predict with each run, and average the CSV files",
-                    )
-                )
+                problem = f"The runs of this ensemble differ in {name}: one extraction cannot serve them all"
+                expected = "runs on one cache, or on caches extracted with the same settings"
+                remedy = "Predict with each run, and average the CSV files"
+                raise UsageError(explain(problem, expected=expected, got=f"{elsewhere} and {path}", remedy=remedy))
 
 
 def extraction_facts(run: Run) -> Iterator[tuple[str, object]]:
@@ -367,14 +350,9 @@ def clips_of(media: Sequence[Path]) -> tuple[Clip, ...]:
     names = [path.stem if stems[path.stem] == 1 else path.name for path in videos]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise UsageError(
-            explain(
-                "Two videos would write the same files",
-                expected="videos with different file names",
-                got=repeated[0],
-                remedy="Predict them in two calls with different --out",
-            )
-        )
+        problem = "Two videos would write the same files"
+        remedy = "Predict them in two calls with different --out"
+        raise UsageError(explain(problem, expected="videos with different file names", got=repeated[0], remedy=remedy))
     pairs = zip(names, videos, strict=True)
     return tuple(Clip(name, None, name, None if is_audio(path.name) else path, path) for name, path in pairs)
 

@@ -44,13 +44,9 @@ class Grid:
         if self.frames != int(self.frames):
             raise UsageError(explain("frames must be whole", expected="a whole number of frames", got=self.frames))
         if self.stride > self.window:
-            raise UsageError(
-                explain(
-                    "The stride is longer than the window, so some frames would be in no window",
-                    expected=f"a stride of at most {self.window:g} s",
-                    got=f"{self.stride:g} s",
-                )
-            )
+            problem = "The stride is longer than the window, so some frames would be in no window"
+            expected = f"a stride of at most {self.window:g} s"
+            raise UsageError(explain(problem, expected=expected, got=f"{self.stride:g} s"))
 
     @cached_property
     def _exact(self) -> tuple[Fraction, Fraction, Fraction]:

@@ -305,13 +305,9 @@ class Cache:
         """
         self._must_be_writable()
         if record.fingerprint != self.fingerprint(record.stream):
-            raise FingerprintError(
-                explain(
-                    f"Item {record.item!r} of stream {record.stream!r} has other settings than {self.place}",
-                    expected=f"fingerprint {self.fingerprint(record.stream)}",
-                    got=record.fingerprint,
-                )
-            )
+            problem = f"Item {record.item!r} of stream {record.stream!r} has other settings than {self.place}"
+            expected = f"fingerprint {self.fingerprint(record.stream)}"
+            raise FingerprintError(explain(problem, expected=expected, got=record.fingerprint))
         return self._commit(replace(record, attempt="", files={}), arrays)
 
     def _commit(self, draft: Record, arrays: Mapping[str, Rows]) -> Record:
@@ -415,9 +411,5 @@ class Cache:
 
     def _must_be_writable(self) -> None:
         if not self.writable:
-            raise UsageError(
-                explain(
-                    f"The cache {self.place} was opened for reading",
-                    remedy="Open it with open_cache(path, writable=True)",
-                )
-            )
+            problem = f"The cache {self.place} was opened for reading"
+            raise UsageError(explain(problem, remedy="Open it with open_cache(path, writable=True)"))

@@ -139,12 +139,8 @@ def declare(layout: Layout, info: StreamInfo) -> None:
         raise layout.corrupt(path, str(error)) from error
     if fingerprint(known) != fingerprint(info):
         fields = "; ".join(differences(asdict(known), asdict(info)))
-        raise FingerprintError(
-            explain(
-                f"Stream {info.name!r} of {layout.place} has other settings: {fields}",
-                remedy="Use the settings of the cache, or extract into another cache",
-            )
-        )
+        problem = f"Stream {info.name!r} of {layout.place} has other settings: {fields}"
+        raise FingerprintError(explain(problem, remedy="Use the settings of the cache, or extract into another cache"))
 
 
 def checked(info: StreamInfo) -> StreamInfo:

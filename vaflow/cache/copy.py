@@ -350,12 +350,8 @@ def _check_streams(caches: Sequence[Cache]) -> None:
             fields = "; ".join(differences(asdict(other), asdict(info), names=names))
             problems += [f"stream {info.name!r}: {fields}"] if fields else []
     if problems:
-        raise FingerprintError(
-            explain(
-                f"The caches have different settings. {'. '.join(problems)}",
-                remedy="Extract the parts with the same settings, or keep the caches apart",
-            )
-        )
+        remedy = "Extract the parts with the same settings, or keep the caches apart"
+        raise FingerprintError(explain(f"The caches have different settings. {'. '.join(problems)}", remedy=remedy))
 
 
 def _choose(caches: Sequence[Cache], surveys: Sequence[Survey], prefer: str | None) -> dict[Key, list[Claim]]:
@@ -429,9 +425,6 @@ def _conflict(conflicts: Mapping[Key, Sequence[Claim]]) -> UsageError:
         lines.append(f"{item!r} of stream {stream!r} ({difference})")
         log.debug("Different sources: %s", lines[-1])
     more = f"; and {len(lines) - SHOWN} more (--verbose lists all)" if len(lines) > SHOWN else ""
-    return UsageError(
-        explain(
-            f"Some items have different sources in the caches ({len(lines)}): {'; '.join(lines[:SHOWN])}{more}",
-            remedy="Choose a version with --prefer first or --prefer newest, or extract them again",
-        )
-    )
+    problem = f"Some items have different sources in the caches ({len(lines)}): {'; '.join(lines[:SHOWN])}{more}"
+    remedy = "Choose a version with --prefer first or --prefer newest, or extract them again"
+    return UsageError(explain(problem, remedy=remedy))

@@ -60,13 +60,9 @@ def clips_to_drop(cache: Cache, present: Collection[str], origin: str) -> list[s
     """
     known, absent = clip_streams(cache), list(absent_clips(cache, present))
     if known and len(absent) == len(known):
-        raise UsageError(
-            explain(
-                f"No clip of {cache.place} is in {origin}",
-                expected=f"the data set of this cache, with clips such as {_some(list(known))}",
-                got=f"{len(present)} other clips" if present else "no clips",
-            )
-        )
+        expected = f"the data set of this cache, with clips such as {_some(list(known))}"
+        got = f"{len(present)} other clips" if present else "no clips"
+        raise UsageError(explain(f"No clip of {cache.place} is in {origin}", expected=expected, got=got))
     return absent
 
 
@@ -128,13 +124,9 @@ def change_splits(
     clips = cache.items()
     unknown = tuple(sorted(listed.keys() - set(clips)))
     if len(unknown) == len(listed):
-        raise UsageError(
-            explain(
-                f"The list names no clip of {cache.place}",
-                expected=f"names such as {_some(clips)}" if clips else "a cache with clips",
-                got=_some(list(unknown)) if unknown else "an empty list",
-            )
-        )
+        problem = f"The list names no clip of {cache.place}"
+        expected = f"names such as {_some(clips)}" if clips else "a cache with clips"
+        raise UsageError(explain(problem, expected=expected, got=_some(list(unknown)) if unknown else "an empty list"))
     old = {item: cache.meta(item).get("split") for item in clips if item in listed}
     changed = {item: (split, listed[item]) for item, split in old.items() if split != listed[item]}
 

@@ -88,12 +88,8 @@ class Layout:
 
     def cannot_write(self, error: OSError) -> CacheError:
         """Return the error for a failed write to the disk or the object store."""
-        return CacheError(
-            explain(
-                f"Cannot write into the cache {self.place}: {error}",
-                remedy="Free disk space or grant write access, then run the same command again: it resumes",
-            )
-        )
+        remedy = "Free disk space or grant write access, then run the same command again: it resumes"
+        return CacheError(explain(f"Cannot write into the cache {self.place}: {error}", remedy=remedy))
 
     def create(self, path: Path, data: bytes) -> bool:
         """Create a whole file if it does not exist; returns False if another writer was first."""

@@ -41,14 +41,9 @@ def create_cache(path: PathLike, *, store: str = "zarr") -> Cache:
         raise _unwritable(layout, str(error)) from error
     cache = _open(layout, writable=True)
     if cache.store != store:
-        raise UsageError(
-            explain(
-                f"The cache {cache.place} has another store",
-                expected=store,
-                got=cache.store,
-                remedy=f"Use --store {cache.store}, or another folder",
-            )
-        )
+        problem = f"The cache {cache.place} has another store"
+        remedy = f"Use --store {cache.store}, or another folder"
+        raise UsageError(explain(problem, expected=store, got=cache.store, remedy=remedy))
     return cache
 
 
@@ -126,14 +121,10 @@ def _create_manifest(layout: Layout, store: str) -> None:
     names = [p.name for p in layout.root.iterdir()] if layout.remote is None else layout.remote.names()
     others = sorted(name for name in names if not name.startswith(TEMPORARY))
     if others and not layout.manifest.exists():  # another writer may have created it meanwhile
-        raise SchemaError(
-            explain(
-                f"{layout.place} is neither empty nor a cache",
-                expected="an empty or missing folder, or one with a manifest.json",
-                got=", ".join(others[:5]) + (" ..." if len(others) > 5 else ""),
-                remedy="Choose another folder",
-            )
-        )
+        problem = f"{layout.place} is neither empty nor a cache"
+        expected = "an empty or missing folder, or one with a manifest.json"
+        got = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
+        raise SchemaError(explain(problem, expected=expected, got=got, remedy="Choose another folder"))
     layout.create(layout.manifest, seal(manifest_document(store)))
 
 
@@ -156,14 +147,9 @@ def read_manifest(layout: Layout) -> StoreName:
         raise SchemaError(explain(f"{layout.manifest} is not the manifest of a cache", expected=f"format {FORMAT!r}"))
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:  # compared before the checksum, which other versions may compute differently
-        raise SchemaError(
-            explain(
-                f"The cache {layout.place} has an unsupported schema version",
-                expected=SCHEMA_VERSION,
-                got=repr(version),
-                remedy="Use the release of vaflow that wrote it, or extract into a new folder",
-            )
-        )
+        problem = f"The cache {layout.place} has an unsupported schema version"
+        remedy = "Use the release of vaflow that wrote it, or extract into a new folder"
+        raise SchemaError(explain(problem, expected=SCHEMA_VERSION, got=repr(version), remedy=remedy))
     try:
         store = unseal(data)["store"]
     except (ValueError, KeyError) as error:
@@ -194,8 +180,5 @@ def _unreadable(layout: Layout, error: OSError) -> UsageError:
 
 
 def _unwritable(layout: Layout, why: str) -> UsageError:
-    return UsageError(
-        explain(
-            f"The cache {layout.place} cannot be written: {why}", remedy="Choose another folder, or give write access"
-        )
-    )
+    problem = f"The cache {layout.place} cannot be written: {why}"
+    return UsageError(explain(problem, remedy="Choose another folder, or give write access"))

@@ -121,12 +121,8 @@ def _records(source: Cache, stream: str) -> list[Record]:
     """The stream's records, sorted by item. Raises CorruptError."""
     items = sorted(source.source_stamps(stream))
     if source.has_damage(stream):
-        raise CacheError(
-            explain(
-                f"Stream {stream!r} of {source.place} has damaged records",
-                remedy=command("cache", "repair", source.place),
-            )
-        )
+        problem = f"Stream {stream!r} of {source.place} has damaged records"
+        raise CacheError(explain(problem, remedy=command("cache", "repair", source.place)))
     return [source.record(stream, item) for item in items]
 
 
@@ -148,12 +144,8 @@ def _pack_stream(
         for record in records:
             again, arrays = source.committed(stream, record.item)
             if again.arrays != record.arrays:
-                raise CacheError(
-                    explain(
-                        f"{record.item!r} of stream {stream!r} was replaced while it was packed",
-                        remedy="Run the command again when nothing writes into the cache",
-                    )
-                )
+                problem = f"{record.item!r} of stream {stream!r} was replaced while it was packed"
+                raise CacheError(explain(problem, remedy="Run the command again when nothing writes into the cache"))
             rows = {name: writers[name].append(array) for name, array in arrays.items()}
             lines.write(canonical({**record_document(again), "rows": rows}) + b"\n")
             if on_item is not None:

@@ -184,12 +184,8 @@ def _family(name: str) -> Any:
     for point in _plugins():  # installed by the user: a name selects one, it installs and imports nothing else
         if point.name == name:
             return point.load()
-    raise UsageError(
-        explain(
-            "logmel has no network to build: its filter banks are stored for every clip with audio",
-            remedy="Use vaflow.encoders.logmel.FilterBank",
-        )
-    )
+    problem = "logmel has no network to build: its filter banks are stored for every clip with audio"
+    raise UsageError(explain(problem, remedy="Use vaflow.encoders.logmel.FilterBank"))
 
 
 def random_encoders(streams: Iterable[str]) -> list[str]:

@@ -274,9 +274,5 @@ def _check_settings(folder: Path, config: Mapping[str, Any], processor: Mapping[
         if not isinstance(processor.get(key, 1.0), int | float):
             problems.append(f"{key} is {processor[key]!r}, not a number")
     if problems:
-        raise UsageError(
-            explain(
-                f"The model in {folder} cannot be used as an audio encoder: {'; '.join(problems)}",
-                remedy=f"Use an Audio Spectrogram Transformer such as {EXAMPLE}",
-            )
-        )
+        problem = f"The model in {folder} cannot be used as an audio encoder: {'; '.join(problems)}"
+        raise UsageError(explain(problem, remedy=f"Use an Audio Spectrogram Transformer such as {EXAMPLE}"))

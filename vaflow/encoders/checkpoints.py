@@ -155,30 +155,18 @@ def _family(request: Request, folder: Path, values: Mapping[str, Any]) -> tuple[
     model_type = TOWERS.get(model_type, model_type)
     family = FAMILIES.get(model_type)
     if model_type in NAFLEX:
-        raise UsageError(
-            explain(
-                f"{request.name} is a SigLIP 2 NaFlex model, whose images have a variable number of patches",
-                expected="images of one size",
-                remedy="Use a SigLIP 2 model of one resolution, such as hf:google/siglip2-base-patch16-224",
-            )
-        )
+        problem = f"{request.name} is a SigLIP 2 NaFlex model, whose images have a variable number of patches"
+        remedy = "Use a SigLIP 2 model of one resolution, such as hf:google/siglip2-base-patch16-224"
+        raise UsageError(explain(problem, expected="images of one size", remedy=remedy))
     if family is None:
         kind = request.kind or "visual"
-        raise UsageError(
-            explain(
-                f"The model in {folder} cannot be used as {'an audio' if kind == 'audio' else 'a visual'} encoder",
-                expected="one of the supported model types",
-                got=f"model type {model_type}",
-                choices=[name for name, entry in FAMILIES.items() if entry.kind == kind],
-            )
-        )
+        problem = f"The model in {folder} cannot be used as {'an audio' if kind == 'audio' else 'a visual'} encoder"
+        expected = "one of the supported model types"
+        choices = [name for name, entry in FAMILIES.items() if entry.kind == kind]
+        raise UsageError(explain(problem, expected=expected, got=f"model type {model_type}", choices=choices))
     if request.kind and request.kind != family.kind:
-        raise UsageError(
-            explain(
-                f"{request.name} is {'an audio' if family.kind == 'audio' else 'an image'} model ({model_type})",
-                remedy=f"Pass it with --{family.kind}",
-            )
-        )
+        problem = f"{request.name} is {'an audio' if family.kind == 'audio' else 'an image'} model ({model_type})"
+        raise UsageError(explain(problem, remedy=f"Pass it with --{family.kind}"))
     return model_type, family
 
 
@@ -198,14 +186,9 @@ def _weight_file(request: Request, folder: Path, source: str) -> Path:
     if not (folder / SHARDS).is_file():
         got = f"only {PICKLE}" if (folder / PICKLE).is_file() else "no weights"
         convert = f"from transformers import AutoModel as M; M.from_pretrained('{source}').save_pretrained('NEW')"
-        raise WeightsError(
-            explain(
-                f"{request.name} has no safetensors weights",
-                expected=f"{SAFETENSORS} in {folder}",
-                got=got,
-                remedy=f'If you trust the files, convert them: python -c "{convert}"',
-            )
-        )
+        problem = f"{request.name} has no safetensors weights"
+        remedy = f'If you trust the files, convert them: python -c "{convert}"'
+        raise WeightsError(explain(problem, expected=f"{SAFETENSORS} in {folder}", got=got, remedy=remedy))
     for name in shard_names(folder / SHARDS):
         if not (folder / name).is_file():
             hub_file(source, (name,), encoder=request.name)
@@ -255,14 +238,9 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(
-            explain(
-                f"{path} cannot be read",
-                expected="JSON, as save_pretrained writes it",
-                got=error,
-                remedy="Download the model's folder again",
-            )
-        ) from error
+        expected = "JSON, as save_pretrained writes it"
+        remedy = "Download the model's folder again"
+        raise WeightsError(explain(f"{path} cannot be read", expected=expected, got=error, remedy=remedy)) from error
     if not isinstance(document, dict):
         raise WeightsError(explain(f"{path} has no settings", expected="a JSON object", got=type(document).__name__))
     return document
@@ -279,13 +257,9 @@ def make_config(config_class: Any, values: Mapping[str, Any], folder: Path) -> A
     from transformers import PreTrainedConfig
 
     if values.get("quantization_config") is not None:
-        raise UsageError(
-            explain(
-                f"The model in {folder} is quantized, which is not supported",
-                expected=f"{CONFIG} without quantization_config",
-                remedy="Use the model's original weights in float32, float16 or bfloat16",
-            )
-        )
+        problem = f"The model in {folder} is quantized, which is not supported"
+        remedy = "Use the model's original weights in float32, float16 or bfloat16"
+        raise UsageError(explain(problem, expected=f"{CONFIG} without quantization_config", remedy=remedy))
     general = {field.name for field in fields(PreTrainedConfig)}
     known = {field.name for field in fields(config_class) if field.init} - general
     try:
@@ -394,20 +368,13 @@ def _require_size(model_class: Any, config: Any, state: Mapping[str, torch.Tenso
         except BROKEN as error:
             raise WeightsError(_broken(folder, f"a valid {CONFIG}", error)) from error
     if described < 0 or described > 2 * stored + 1_000_000:
-        raise WeightsError(
-            explain(
-                f"{CONFIG} in {folder} describes a larger model than the weights beside it",
-                expected=f"about {stored:,} parameters",
-                got=f"{layers} layers" if described < 0 else f"{described:,} parameters",
-                remedy="Download the model's folder again",
-            )
-        )
+        problem = f"{CONFIG} in {folder} describes a larger model than the weights beside it"
+        got = f"{layers} layers" if described < 0 else f"{described:,} parameters"
+        remedy = "Download the model's folder again"
+        raise WeightsError(explain(problem, expected=f"about {stored:,} parameters", got=got, remedy=remedy))
 
 
 def _broken(folder: Path, expected: str, error: Exception) -> str:
-    return explain(
-        f"The model in {folder} does not load",
-        expected=expected,
-        got=(str(error).strip() or type(error).__name__).splitlines()[0],
-        remedy="Download the model's folder again",
-    )
+    problem = f"The model in {folder} does not load"
+    got = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return explain(problem, expected=expected, got=got, remedy="Download the model's folder again")

@@ -80,13 +80,9 @@ class ContextTower:
         slots = tokens[:, 1 : 1 + count]
         longest = int((tokens != 0).sum(dim=1).max())
         if count < 1 or slots.shape[1] < count or not (slots == slots[0, 0]).all() or longest >= tokens.shape[1]:
-            raise UsageError(
-                explain(
-                    "The context vectors and the descriptions do not fit into the text tower",
-                    expected=f"fewer than {tokens.shape[1]} tokens together",
-                    got=f"{count} vectors",
-                )
-            )
+            problem = "The context vectors and the descriptions do not fit into the text tower"
+            expected = f"fewer than {tokens.shape[1]} tokens together"
+            raise UsageError(explain(problem, expected=expected, got=f"{count} vectors"))
         self._embedding, self._tokens, self._count = embedding, tokens.to(device), count
         self.width = embedding.embedding_dim
 
@@ -315,14 +311,9 @@ def require_quick_gelu(model: torch.nn.Module, what: str) -> None:
     """Raise a WeightsError unless every activation of the model is QuickGELU."""
     activation = activation_of(model)
     if activation != QUICK:
-        raise WeightsError(
-            explain(
-                f"{what}: OpenAI's weights require QuickGELU; with another activation the features are wrong",
-                expected=QUICK,
-                got=activation,
-                remedy="Use the model's name with -quickgelu, such as clip:ViT-B-16-quickgelu/FILE",
-            )
-        )
+        problem = f"{what}: OpenAI's weights require QuickGELU; with another activation the features are wrong"
+        remedy = "Use the model's name with -quickgelu, such as clip:ViT-B-16-quickgelu/FILE"
+        raise WeightsError(explain(problem, expected=QUICK, got=activation, remedy=remedy))
 
 
 def _is_openai(path: Path, state: Mapping[str, torch.Tensor]) -> bool:

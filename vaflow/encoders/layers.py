@@ -45,13 +45,8 @@ class LayerChoice:
         first, _, last = self.layers.partition("-")
         numbers = tuple(range(int(first), int(last or first) + 1))
         if not numbers or numbers[-1] > count:
-            raise UsageError(
-                explain(
-                    f"{name} has no such layer",
-                    expected=f"@N or @N-M with layers 0 (embeddings) to {count}, or @last, @mean, @all",
-                    got=f"@{self.layers}",
-                )
-            )
+            expected = f"@N or @N-M with layers 0 (embeddings) to {count}, or @last, @mean, @all"
+            raise UsageError(explain(f"{name} has no such layer", expected=expected, got=f"@{self.layers}"))
         return numbers
 
 

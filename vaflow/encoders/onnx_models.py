@@ -275,13 +275,9 @@ def _check_shape(graph: Graph, name: str, shape: tuple[int, ...]) -> None:
         not isinstance(size, int) or size == want for size, want in zip(declared[1:], shape, strict=True)
     )
     if not fits or (isinstance(declared[0], int) and declared[0] != 1):
-        raise UsageError(
-            explain(
-                f"The sidecar of {graph.path} contradicts the graph's input {name}",
-                expected=f"{declared}, with a batch size of 1 or any",
-                got=f"[batch, {', '.join(map(str, shape))}]",
-            )
-        )
+        problem = f"The sidecar of {graph.path} contradicts the graph's input {name}"
+        got = f"[batch, {', '.join(map(str, shape))}]"
+        raise UsageError(explain(problem, expected=f"{declared}, with a batch size of 1 or any", got=got))
 
 
 def _columns(graph: Graph, columns: tuple[int, ...], dim: int) -> slice:
@@ -356,13 +352,9 @@ class OnnxAudioEncoder:
 
     def __init__(self, request: Request, graph: Graph, sidecar: SidecarAudio) -> None:
         if sidecar.rate != RATE or sidecar.length % HOP or sidecar.length <= 0:
-            raise UsageError(
-                explain(
-                    f"The sidecar of {graph.path} is not supported",
-                    expected=f"rate = {RATE} and length a multiple of {HOP}",
-                    got=f"rate = {sidecar.rate}, length = {sidecar.length}",
-                )
-            )
+            expected = f"rate = {RATE} and length a multiple of {HOP}"
+            got = f"rate = {sidecar.rate}, length = {sidecar.length}"
+            raise UsageError(explain(f"The sidecar of {graph.path} is not supported", expected=expected, got=got))
         self.name, self.device = request.name, torch.device(request.device)
         self.module: nn.Module = nn.Identity()
         self.parameter_count = graph.parameter_count

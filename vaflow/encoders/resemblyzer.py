@@ -100,13 +100,9 @@ def build(request: Request) -> ResemblyzerEncoder:
     """
     if request.weights is None:
         wheel = "pip download --no-deps Resemblyzer==0.1.4 && unzip Resemblyzer-*.whl resemblyzer/pretrained.pt"
-        raise WeightsError(
-            explain(
-                f"{request.name} requires --weights {request.name}=FILE",
-                expected="pretrained.pt of the wheel Resemblyzer 0.1.4",
-                remedy=f"{wheel}; then pass --weights {request.name}=resemblyzer/pretrained.pt",
-            )
-        )
+        problem = f"{request.name} requires --weights {request.name}=FILE"
+        remedy = f"{wheel}; then pass --weights {request.name}=resemblyzer/pretrained.pt"
+        raise WeightsError(explain(problem, expected="pretrained.pt of the wheel Resemblyzer 0.1.4", remedy=remedy))
     state = {key: value for key, value in read_state_dict(request.weights).items() if key not in UNUSED}
     with without_initial_weights():
         module = SpeakerNetwork()

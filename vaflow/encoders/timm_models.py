@@ -80,12 +80,8 @@ def blocks_of(module: Any) -> tuple[Any, int, bool]:
 
 def _download(request: Request, settings: Any) -> Path:
     if not settings.hf_hub_id:
-        raise WeightsError(
-            explain(
-                f"timm publishes no weights of {request.name} on the hub",
-                remedy="Use timm:MODEL.TAG (timm.list_pretrained() lists them) or timm:MODEL/FILE",
-            )
-        )
+        remedy = "Use timm:MODEL.TAG (timm.list_pretrained() lists them) or timm:MODEL/FILE"
+        raise WeightsError(explain(f"timm publishes no weights of {request.name} on the hub", remedy=remedy))
     return hub_file(settings.hf_hub_id, ("model.safetensors",), encoder=request.name)
 
 
@@ -100,13 +96,9 @@ def data_config(name: str, module: torch.nn.Module, settings: dict[str, Any]) ->
     config = resolve_data_config({}, pretrained_cfg=settings, model=module)
     (channels, height, width), mode = config["input_size"], config["crop_mode"]
     if height != width or channels != 3 or mode not in ("center", "squash") or config["interpolation"] not in KERNELS:
-        raise UsageError(
-            explain(
-                f"The preprocessing of {name} is not supported",
-                expected="square RGB input, crop mode center or squash",
-                got=f"{config['input_size']}, {mode}, {config['interpolation']}",
-            )
-        )
+        problem = f"The preprocessing of {name} is not supported"
+        got = f"{config['input_size']}, {mode}, {config['interpolation']}"
+        raise UsageError(explain(problem, expected="square RGB input, crop mode center or squash", got=got))
     edge = floor(height / config["crop_pct"])
     resize = "shortest" if mode == "center" else "squash"
     preparation = Preparation(height, config["interpolation"], resize, edge if edge != height else 0)

@@ -136,12 +136,10 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    return explain(
-        f"{path} cannot be read as weights",
-        expected="a .safetensors file, or a PyTorch state dict that holds only tensors",
-        got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
-        remedy="Download the file again, or save the model's state_dict() as safetensors",
-    )
+    expected = "a .safetensors file, or a PyTorch state dict that holds only tensors"
+    got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    remedy = "Download the file again, or save the model's state_dict() as safetensors"
+    return explain(f"{path} cannot be read as weights", expected=expected, got=got, remedy=remedy)
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -166,14 +164,10 @@ def _require_plain_archive(path: Path) -> None:
         raise WeightsError(_unreadable(path, error)) from error
     size = path.stat().st_size
     if unpacked > size:
-        raise WeightsError(
-            explain(
-                f"{path} is a compressed archive, which torch.save never writes",
-                expected=f"at most {size:,} bytes of content in a file of {size:,} bytes",
-                got=f"{unpacked:,} bytes",
-                remedy="Save the model's state_dict() as safetensors",
-            )
-        )
+        problem = f"{path} is a compressed archive, which torch.save never writes"
+        expected = f"at most {size:,} bytes of content in a file of {size:,} bytes"
+        remedy = "Save the model's state_dict() as safetensors"
+        raise WeightsError(explain(problem, expected=expected, got=f"{unpacked:,} bytes", remedy=remedy))
 
 
 def _unwrap(path: Path, checkpoint: object) -> dict[str, torch.Tensor]:
@@ -232,11 +226,6 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], wh
     )
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise WeightsError(
-            explain(
-                f"The weights in {where} contain NaN or infinity",
-                got=_listed(sorted(broken)),
-                remedy="Download the file again",
-            )
-        )
+        problem = f"The weights in {where} contain NaN or infinity"
+        raise WeightsError(explain(problem, got=_listed(sorted(broken)), remedy="Download the file again"))
     module.load_state_dict(dict(state), strict=True)
