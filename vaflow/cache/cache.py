@@ -12,7 +12,7 @@ import numpy as np
 
 from vaflow.cache.commit import commit, declare, discard, load_record, load_stream
 from vaflow.cache.documents import fingerprint, now, plain
-from vaflow.cache.index import Index, Row, saved_at_intervals
+from vaflow.cache.index import Folder, Index, Row, saved_at_intervals
 from vaflow.cache.layout import Layout
 from vaflow.cache.schema import (
     LABELS,
@@ -61,7 +61,7 @@ class Cache:
         self.layout = layout
         self._store = STORES[store]
         self._streams: dict[str, StreamInfo] = {}  # by file name; the files never change
-        self._index = self._new_index()
+        self._index = Index(self.layout)
 
     def __repr__(self) -> str:
         return f"Cache({self.place!r}, store={self.store!r}, writable={self.writable})"
@@ -148,8 +148,11 @@ class Cache:
             return sorted(row.item for row in rows if row.item in here)
         return sorted(row.item for row in rows)
 
+    def _folder(self, stream: str) -> Folder:
+        return self._index.folder(stream)
+
     def _rows(self, stream: str) -> dict[str, Row]:
-        folder = self._index.folder(stream)
+        folder = self._folder(stream)
         for name, problem in folder.damaged.items():
             raise self.layout.corrupt(self.layout.records(stream) / name, problem)
         return folder.rows
@@ -166,11 +169,11 @@ class Cache:
 
         Read from the index, so that 100,000 items are compared with a data set without reading their records.
         """
-        return {row.item: row.source for row in self._index.folder(stream).rows.values()}
+        return {row.item: row.source for row in self._folder(stream).rows.values()}
 
     def has_damage(self, stream: str) -> bool:
         """Return whether a record of the stream is damaged: `source_stamps` lacks such items."""
-        return bool(self._index.folder(stream).damaged)
+        return bool(self._folder(stream).damaged)
 
     def record(self, stream: str, item: str) -> Record:
         """Return the item's completion record, read from the disk.
@@ -192,7 +195,7 @@ class Cache:
         return record
 
     def _missing(self, stream: str, item: str) -> MissingError:
-        ids = [row.item for row in self._index.folder(stream).rows.values()]
+        ids = [row.item for row in self._folder(stream).rows.values()]
         close = get_close_matches(item, ids, n=3)
         remedy = f"Similar names: {', '.join(close)}" if close else "List the items with Cache.items()"
         return MissingError(explain(f"Stream {stream!r} of {self.place} has no such item", got=item, remedy=remedy))
@@ -377,14 +380,11 @@ class Cache:
     def _save_aside(self) -> None:
         """Save through a separate `Index`, because this runs in another thread."""
         if self.writable:
-            self._new_index().save(self.streams())
-
-    def _new_index(self) -> Index:
-        return Index(self.layout, lambda path: load_record(self.layout, path))
+            Index(self.layout).save(self.streams())
 
     def info(self) -> Json:
         """Return the object that `vaflow cache info --json` prints."""
-        clips = self._index.folder(LABELS).rows.values()
+        clips = self._folder(LABELS).rows.values()
         return {
             "path": self.place,
             "schema_version": SCHEMA_VERSION,
@@ -395,7 +395,7 @@ class Cache:
         }
 
     def _stream_facts(self, info: StreamInfo) -> Json:
-        folder = self._index.folder(info.name)
+        folder = self._folder(info.name)
         facts = asdict(info)
         settings = facts.pop("identity")
         del facts["name"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vaflow import files
+from vaflow.cache.commit import load_record
 from vaflow.cache.documents import canonical, crc32c, source_stamp
 from vaflow.cache.layout import Layout
 from vaflow.cache.schema import SCHEMA_VERSION, Record
@@ -63,16 +64,10 @@ def row_of(record: Record, stat: os.stat_result) -> Row:
 
 
 class Index:
-    """Rows per stream, refreshed as needed.
+    """Rows per stream of the cache at `layout`, refreshed as needed."""
 
-    Args:
-        layout: of the cache.
-        load: path of a record -> record; raises ValueError if damaged, FileNotFoundError if missing.
-    """
-
-    def __init__(self, layout: Layout, load: Callable[[Path], Record]) -> None:
+    def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._load = load
         self._folders: dict[str, Folder] | None = None
 
     def folder(self, stream: str) -> Folder:
@@ -111,7 +106,7 @@ class Index:
                     stat, row = entry.stat(), old.get(entry.name)
                     state = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
                     if row is None or (row.mtime_ns, row.size, row.inode) != state:
-                        row = row_of(self._load(Path(entry.path)), stat)
+                        row = row_of(load_record(self._layout, Path(entry.path)), stat)
                     folder.rows[entry.name] = row
                 except FileNotFoundError:  # dropped since it was listed
                     continue

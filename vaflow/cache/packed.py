@@ -16,9 +16,10 @@ from vaflow import files
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import load_stream
 from vaflow.cache.documents import crc32c, file_facts, fingerprint, record_from, source_stamp, unseal
-from vaflow.cache.index import Folder, Index, Row
+from vaflow.cache.index import Folder, Row
 from vaflow.cache.layout import Layout
 from vaflow.cache.schema import DTYPES, PACKED, Array, Blob, Json, Record, StreamInfo, array_problems, escape
+from vaflow.cache.stores import size_problem
 from vaflow.errors import CorruptError, MissingError, UsageError, command, explain
 
 RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])  # of a chunk
@@ -83,96 +84,15 @@ class PackedArray:
             start += rows
 
 
-class PackedIndex(Index):
-    """The records of a packed cache, loaded per stream; they never change.
-
-    Args:
-        layout: of the cache.
-        facts: path below the cache -> size and CRC32C, from the manifest.
-        corrupt: (path, problem) -> the error.
-    """
-
-    def __init__(self, layout: Layout, facts: Mapping[str, Json], corrupt: Callable[[Path, str], CorruptError]) -> None:
-        super().__init__(layout, self._refuse)
-        self._facts = facts
-        self._corrupt = corrupt
-        self._streams: dict[str, tuple[Folder, dict[str, bytes]]] = {}
-
-    @staticmethod
-    def _refuse(path: Path) -> Record:
-        raise ValueError(f"{path} is not a file of a packed cache")
-
-    def path(self, stream: str) -> Path:
-        """The file of a stream's records."""
-        return self._layout.all_records / f"{escape(stream)}.jsonl"
-
-    def folder(self, stream: str) -> Folder:
-        return self._stream(stream)[0]
-
-    def line(self, stream: str, file_name: str) -> bytes | None:
-        """The record of an item as JSON; None if the stream does not have it."""
-        return self._stream(stream)[1].get(file_name)
-
-    def forget(self) -> None:
-        self._streams = {}
-
-    def _stream(self, stream: str) -> tuple[Folder, dict[str, bytes]]:
-        if stream not in self._streams:
-            self._streams[stream] = self._read(self.path(stream))
-        return self._streams[stream]
-
-    def _read(self, path: Path) -> tuple[Folder, dict[str, bytes]]:  # type: ignore[override]
-        facts = self._facts.get(self._layout.shown(path))
-        rows, lines = {}, {}
-        if facts is not None:
-            data = read_whole(self._layout, path, facts, self._corrupt)
-            try:
-                for line in data.splitlines():
-                    record = json.loads(line)
-                    name = f"{escape(record['item'])}.json"
-                    nbytes = sum(file["size"] for file in record["files"].values())
-                    split, source = record["meta"].get("split"), source_stamp(record["source"])
-                    rows[name] = Row(record["item"], 0, 0, 0, nbytes, split, source)
-                    lines[name] = line
-            except (*_MALFORMED, UsageError) as error:
-                raise self._corrupt(path, f"line {len(rows) + 1} is not a record ({error})") from error
-        return Folder((0, 0), True, rows), lines
-
-
-def read_whole(
-    layout: Layout, path: Path, facts: Json, corrupt: Callable[[Path, str], CorruptError], *, again: bool = False
-) -> bytes:
-    """All bytes of a file, checked against the manifest. Raises what `corrupt` makes."""
-    try:
-        layout.fill([path], again=again)
-        files.refuse_links(layout.root, path)
-        size = path.stat().st_size
-        if size != facts["size"]:
-            raise corrupt(path, f"it has {size} bytes, {facts['size']} were committed")
-        data = path.read_bytes()
-    except OSError as error:
-        raise corrupt(path, str(error)) from error
-    if crc32c(data) != facts["crc32c"]:
-        raise corrupt(path, "its bytes do not match their checksum")
-    return data
-
-
 class PackedCache(Cache):
     """A packed cache: the interface of a cache, read-only."""
 
     def __init__(self, layout: Layout) -> None:
-        self._files = manifest_files(layout)
-        self._arrays: dict[Path, PackedArray] = {}
         super().__init__(layout, "zarr", writable=False)
         self.store = PACKED
-
-    def _new_index(self) -> PackedIndex:
-        return PackedIndex(self.layout, self._files, self._corrupt)
-
-    @property
-    def _packed_index(self) -> PackedIndex:
-        assert isinstance(self._index, PackedIndex)
-        return self._index
+        self._files = manifest_files(layout)
+        self._arrays: dict[Path, PackedArray] = {}
+        self._records: dict[str, tuple[Folder, dict[str, bytes]]] = {}  # stream -> rows and lines; they never change
 
     def _corrupt(self, path: Path, problem: str, item: str | None = None) -> CorruptError:
         where = f", item {item!r}" if item is not None else ""
@@ -189,13 +109,52 @@ class PackedCache(Cache):
         except (OSError, ValueError) as error:
             raise self._corrupt(self.layout.all_streams / file_name, str(error)) from error
 
+    def _folder(self, stream: str) -> Folder:
+        return self._read_records(stream)[0]
+
+    def _record_file(self, stream: str) -> Path:
+        """The file of a stream's records, a line per item."""
+        return self.layout.all_records / f"{escape(stream)}.jsonl"
+
+    def _read_records(self, stream: str) -> tuple[Folder, dict[str, bytes]]:
+        if stream in self._records:
+            return self._records[stream]
+        path = self._record_file(stream)
+        facts = self._files.get(self.layout.shown(path))
+        rows, lines = {}, {}
+        for line in self._read_whole(path, facts).splitlines() if facts is not None else ():
+            try:
+                record = json.loads(line)
+                name = f"{escape(record['item'])}.json"
+                nbytes = sum(file["size"] for file in record["files"].values())
+                split, source = record["meta"].get("split"), source_stamp(record["source"])
+                rows[name] = Row(record["item"], 0, 0, 0, nbytes, split, source)
+                lines[name] = line
+            except (*_MALFORMED, UsageError) as error:
+                raise self._corrupt(path, f"line {len(rows) + 1} is not a record ({error})") from error
+        self._records[stream] = Folder((0, 0), True, rows), lines
+        return self._records[stream]
+
+    def _read_whole(self, path: Path, facts: Json) -> bytes:
+        """All bytes of a file, checked against the manifest. Raises CorruptError."""
+        try:
+            self.layout.fill([path])
+            files.refuse_links(self.layout.root, path)
+            problem = size_problem(path, facts)
+            data = b"" if problem else path.read_bytes()
+        except OSError as error:
+            raise self._corrupt(path, str(error)) from error
+        if problem or crc32c(data) != facts["crc32c"]:
+            raise self._corrupt(path, problem or "its bytes do not match their checksum")
+        return data
+
     def has(self, stream: str, item: str) -> bool:
-        return f"{escape(item)}.json" in self._index.folder(stream).rows
+        return f"{escape(item)}.json" in self._folder(stream).rows
 
     def record_files(self) -> list[Path]:
         """As for any cache, but the paths are names only: a record is a line of a file."""
         return sorted(
-            self.layout.records(stream) / name for stream in self.streams() for name in self._index.folder(stream).rows
+            self.layout.records(stream) / name for stream in self.streams() for name in self._folder(stream).rows
         )
 
     def record_at(self, path: Path) -> Record:
@@ -213,10 +172,9 @@ class PackedCache(Cache):
 
     def _record(self, stream: str, file_name: str) -> tuple[Record, Json]:
         """The record, and the rows of its arrays: name -> start, stop and CRC32C."""
-        line = self._packed_index.line(stream, file_name)
-        path = self._packed_index.path(stream)
+        path = self._record_file(stream)
         try:
-            document = json.loads(line or b"")
+            document = json.loads(self._read_records(stream)[1].get(file_name, b""))
             record, rows = record_from(document), document["rows"]
             spans = [(rows[name]["start"], rows[name]["stop"], rows[name]["crc32c"]) for name in record.arrays]
             if not all(type(n) is int for span in spans for n in span) or not all(0 <= a <= b for a, b, _ in spans):
@@ -285,7 +243,7 @@ class PackedCache(Cache):
             facts = self._files.get(self.layout.shown(metadata))
             if facts is None:
                 raise self._corrupt(metadata, "the manifest does not name it")
-            data = read_whole(self.layout, metadata, facts, self._corrupt)
+            data = self._read_whole(metadata, facts)
             try:
                 self._arrays[path] = PackedArray.from_metadata(path, json.loads(data))
             except ValueError as error:
@@ -310,13 +268,13 @@ class PackedCache(Cache):
                 yield path, str(error), None, None
         for stream in streams:
             try:
-                rows = self._index.folder(stream).rows
+                rows = self._folder(stream).rows
             except CorruptError as error:
-                yield self._packed_index.path(stream), str(error), stream, None
+                yield self._record_file(stream), str(error), stream, None
                 continue
             for row in rows.values():
                 for message in self._item_problems(stream, row.item):
-                    yield self._packed_index.path(stream), message, stream, row.item
+                    yield self._record_file(stream), message, stream, row.item
                 if on_item is not None:
                     on_item()
 
