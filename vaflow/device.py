@@ -50,16 +50,13 @@ def forbid_tf32() -> None:
 
 
 @cache
-def keep_memory(megabytes: int = 512) -> None:
+def keep_memory() -> None:
     """Let the C library of this process keep freed memory, in huge pages, where that is glibc on Linux.
 
     By default it returns large blocks to the system at once, and a step of training spends up to 12 % of its time on
     clearing the same pages again. Huge pages save 3 to 5 % more, because a step reads all its memory several times.
-
-    Args:
-        megabytes: size of the heap from which memory is taken first; only what is used counts as memory.
     """
-    size = megabytes * 2**20
+    size = 512 * 2**20  # of the heap from which memory is taken first; only what is used counts as memory
     trim_threshold, top_pad, mmap_threshold, huge_pages = -1, -2, -3, 14  # of malloc.h and sys/mman.h
     try:
         libc = ctypes.CDLL(None)
@@ -96,9 +93,6 @@ class Stopwatch:
 
     A GPU runs behind the thread that gives it work, so two events in its current stream take the time, and nothing
     waits. On the CPU the calling thread does the work itself.
-
-    Args:
-        device: which device.
     """
 
     def __init__(self, device: torch.device) -> None:

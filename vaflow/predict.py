@@ -138,8 +138,6 @@ def predict_media(
         run: folder of a run, an exported run or an ensemble, or `hf:USER/NAME`; its encoders are run on the videos.
         media: videos, or folders that are searched for videos; empty: all clips of `config.cache`.
         out: made if missing. Failed clips are listed in `out/failures.jsonl` and do not stop the others.
-        config: options.
-        show_progress: draw progress bars.
 
     Raises:
         UsageError: the run or a video does not exist, the run reads imported features and `media` is given, or the

@@ -54,7 +54,6 @@ class ChildProcess:
 
     Args:
         target: called in the child as `target(pipe, *arguments)`; importable by name.
-        arguments: sent to the child once.
         name: of the process, as tools list it.
     """
 

@@ -96,11 +96,7 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
 
 
 class Notes(logging.Handler):
-    """Collects log lines of an actor for the driver's log.
-
-    Args:
-        level: lowest level.
-    """
+    """Collects log lines of an actor for the driver's log."""
 
     def __init__(self, level: int = logging.WARNING) -> None:
         super().__init__(level)

@@ -223,8 +223,6 @@ class Cache:
         """Return the item's arrays, or those in `names`. Bytes are checked before zarr or libhdf5 parses them.
 
         Args:
-            stream: which stream.
-            item: which item.
             names: which arrays; all when None.
             verify: compare size and CRC32C of every file that is read with the record.
 
@@ -272,10 +270,8 @@ class Cache:
         """Commit an item durably (it survives a kill and a power cut). Replaces the item if it exists.
 
         Args:
-            stream, item: their names.
             arrays: as the stream's kind in `KINDS` says; those made by `scratch` may exceed memory.
             source: identity of the files that the item was made from.
-            meta: facts about the item.
 
         Returns:
             The committed record: another writer's, if it committed the same new item first.

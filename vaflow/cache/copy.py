@@ -151,11 +151,9 @@ def transfer(
     Args:
         target: has every stream that the copies name.
         sources: caches that are read; their failure lists are carried over.
-        copies: the items.
         damaged: items known to be unreadable.
         splits: clip -> split, for the list.
         stage: "convert", "merge" or "people", for the list and the progress bar.
-        show_progress: draw a progress bar.
 
     Raises:
         CacheError: writing fails; the same call resumes later.

@@ -72,9 +72,7 @@ def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -
     A killed call leaves embeddings of clips without labels; the same call removes them.
 
     Args:
-        cache: writable.
         items: clip ids; nothing is removed if one of them is unknown.
-        dry_run: change nothing.
 
     Returns:
         Clip -> the streams that contained it.
@@ -111,9 +109,7 @@ def change_splits(
     edit of the data set's own list does.
 
     Args:
-        cache: writable.
         listed: clip -> split.
-        dry_run: change nothing.
         on_clip: called after each clip that is changed.
 
     Raises:

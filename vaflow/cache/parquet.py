@@ -29,9 +29,7 @@ def export_parquet(cache: Cache, out: Path, step: Callable[[], None] | None = No
     """Write the streams of a cache as Parquet; returns stream -> number of clips. Face crops are left out.
 
     Args:
-        cache: is read clip by clip.
         out: a new or empty folder.
-        step: called after each clip of each stream; None: not called.
 
     Raises:
         UsageError: pyarrow is missing, or `out` is not empty.

@@ -48,10 +48,10 @@ def temporary_folder() -> Path:
     return folder
 
 
-def batched(names: Iterable[Any], size: int = BATCH) -> Iterator[list[Any]]:
-    """Yield lists of at most `size` names."""
+def batched(names: Iterable[Any]) -> Iterator[list[Any]]:
+    """Yield lists of at most `BATCH` names."""
     rest = iter(names)
-    while batch := list(islice(rest, size)):
+    while batch := list(islice(rest, BATCH)):
         yield batch
 
 

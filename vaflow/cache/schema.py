@@ -230,9 +230,9 @@ def is_attempt(name: str) -> bool:
     return _PLAIN.fullmatch(name) is not None
 
 
-def parts(array: Rows, nbytes: int = _PART) -> Iterator[slice]:
-    """Yield slices that cover the array in order, each of at least one row and of at most `nbytes` if possible."""
-    step = max(1, nbytes * len(array) // max(1, array.nbytes))
+def parts(array: Rows) -> Iterator[slice]:
+    """Yield slices that cover the array in order, each of at least one row and of at most 1 MiB if possible."""
+    step = max(1, _PART * len(array) // max(1, array.nbytes))
     for start in range(0, len(array), step):
         yield slice(start, min(start + step, len(array)))
 

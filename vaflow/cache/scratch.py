@@ -72,7 +72,6 @@ class Growing:
     Args:
         scratch: makes the file for rows beyond `IN_MEMORY`.
         row: the shape of a row; () for single values.
-        dtype: of the array.
     """
 
     def __init__(self, scratch: "Scratch", row: tuple[int, ...], dtype: np.dtype[Any]) -> None:

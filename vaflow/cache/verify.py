@@ -49,10 +49,6 @@ def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Prob
     """Return the files that differ from what was committed or violate the schema; empty for an undamaged cache.
 
     Reads every file. Unfinished files of killed writers are not problems: see `leftovers`.
-
-    Args:
-        cache: what to check.
-        on_item: called after each item, for a progress bar.
     """
     layout, problems = cache.layout, []
     try:

@@ -188,7 +188,7 @@ def loading(output: Output) -> Iterator[None]:
             spinner.join()
 
 
-def check_directory(path: Path, option: str = "--out") -> None:
+def check_directory(path: Path) -> None:
     """Check that a directory exists and is writable, or can be created; an object store is not asked.
 
     Raises:
@@ -201,7 +201,7 @@ def check_directory(path: Path, option: str = "--out") -> None:
     existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     problem = "is a file" if not existing.is_dir() else "" if os.access(existing, os.W_OK) else "is not writable"
     if problem:
-        raise UsageError(explain(f"Cannot write {option} {path}", got=f"{existing} {problem}"))
+        raise UsageError(explain(f"Cannot write --out {path}", got=f"{existing} {problem}"))
 
 
 def warn_of_labels(clips: Mapping[str, Sequence[str]], problems: Mapping[str, str]) -> None:

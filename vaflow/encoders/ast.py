@@ -84,9 +84,7 @@ class AstEncoder:
 
     Args:
         request: name, device and precision.
-        module: transformers' model.
         mean, std: the input is normalised as (x - mean) / (2 std).
-        choice: the layers.
 
     Raises:
         UsageError: the model has no such layer, or its tokens are to be pooled in another way.

@@ -199,9 +199,7 @@ def open_folder(name: str, source: str, *, local: bool, weight_files: tuple[str,
     """Return the folder of encoder `name`: `source` itself, or (unless `local`) the hub's model id `source`.
 
     Args:
-        name: the encoder as typed.
         source: a path or a model id.
-        local: never ask the hub.
         weight_files: accepted weight files, the preferred one first.
 
     Raises:
@@ -281,12 +279,9 @@ def load_model(
 
     Args:
         model_class: a class of transformers, chosen by this package.
-        config: as `make_config` returns it.
-        folder: for messages.
         weights: a weight file, or a safetensors index.
         ignored: whether an unexpected key is one that the encoder does not use, such as a classifier's.
         prefixes: of the encoder's keys in files of larger models; the first one that occurs is removed.
-        options: keyword arguments of the class.
 
     Raises:
         WeightsError: the file cannot be read, or does not fit the configuration.

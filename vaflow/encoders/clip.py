@@ -51,11 +51,9 @@ class ContextTower:
     the tower is neither trained nor saved. Source: Zhou et al. 2022 (CoOp, arXiv 2109.01134).
 
     Args:
-        model: an open_clip model.
         tokenizer: texts -> [N, L] tokens.
         texts: N descriptions.
         count: vectors between the start token and the words.
-        device: the model's.
 
     Attributes:
         width: of a vector.

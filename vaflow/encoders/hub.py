@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -136,14 +137,13 @@ def watch(download: Callable[[], T], folder: Path, what: str) -> T:
     Raises:
         OSError: no byte was added to the folder for `STALL` seconds; or what `download` raises.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    future: Future[T] = Future()
 
     def work() -> None:
         try:
-            results.append(download())
+            future.set_result(download())
         except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
-            errors.append(error)
+            future.set_exception(error)
 
     log.info("downloading %s", what)
     thread = threading.Thread(target=work, daemon=True)
@@ -156,9 +156,7 @@ def watch(download: Callable[[], T], folder: Path, what: str) -> T:
             size, since = now, time.monotonic()
         elif thread.is_alive() and time.monotonic() - since > STALL:
             raise OSError(f"the server stopped sending {what}: no data for {STALL:g} s")
-    if errors:
-        raise errors[0]
-    return results[0]
+    return future.result()
 
 
 def _size(folder: Path) -> int:

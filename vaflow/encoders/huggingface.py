@@ -35,9 +35,6 @@ class ImageNetwork(nn.Module):
     """A model of transformers with its layers and pooling chosen: [B, 3, S, S] -> [B, dim] or [B, layers, dim].
 
     Args:
-        model: of transformers.
-        model_type: its family.
-        choice: layers and pooling.
         numbers: of the layers; () for the network's output.
         pooling: "cls", "pooler" or "mean".
     """

@@ -83,7 +83,6 @@ class BlockOutputs(torch.nn.Module):
     """Outputs of chosen blocks of a vision transformer: [B, 3, S, S] -> [B, dim] or [B, layers, dim].
 
     Args:
-        network: the transformer.
         blocks: its blocks in order, each [B, tokens, dim] -> [B, tokens, dim].
         numbers: of the layers; 0 is the first block's input.
         choice: layers and pooling; pooling "cls" or "mean".

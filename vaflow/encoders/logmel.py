@@ -68,11 +68,6 @@ class FilterBank:
     """Filter banks of streamed audio; the output does not depend on the blocks, to the last bit.
 
     Frame i covers samples [160 i, 160 i + frame); only whole frames are returned (Kaldi's `snip_edges`).
-
-    Args:
-        banks: computes `GROUP` frames at a time.
-        bins: width of a frame.
-        frame: samples that a frame covers.
     """
 
     def __init__(

@@ -112,10 +112,6 @@ def build(request: Request) -> "ImageEncoder | OnnxAudioEncoder":
 class Graph:
     """A graph in a file.
 
-    Args:
-        name: the encoder, for messages.
-        path: of the file.
-
     Raises:
         UsageError: onnxruntime is not installed, or the file does not exist.
         WeightsError: the file is not an ONNX graph.
@@ -290,12 +286,7 @@ def _columns(graph: Graph, columns: tuple[int, ...], dim: int) -> slice:
 
 
 class OnnxNetwork(nn.Module):
-    """An image graph as a module: [B, 3, S, S] normalised -> [B, dim].
-
-    Args:
-        graph: with the sidecar's input and output.
-        sidecar: channel order, layout and columns.
-    """
+    """An image graph as a module: [B, 3, S, S] normalised -> [B, dim]."""
 
     def __init__(self, graph: Graph, sidecar: SidecarImage) -> None:
         super().__init__()
@@ -337,11 +328,6 @@ def _image_encoder(request: Request, graph: Graph, sidecar: SidecarImage) -> Ima
 
 class OnnxAudioEncoder:
     """An audio encoder; see `vaflow.encoders.base.AudioEncoder`.
-
-    Args:
-        request: for the name and the device.
-        graph: of the encoder.
-        sidecar: its settings.
 
     Raises:
         UsageError: the sidecar contradicts the graph.

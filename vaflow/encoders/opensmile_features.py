@@ -28,7 +28,6 @@ class OpenSmileEncoder:
 
     Args:
         request: its source is a key of `SETS`.
-        smile: openSMILE's processor.
     """
 
     kind: ClassVar[str] = "audio"

@@ -37,10 +37,6 @@ WHISPER_FFT, WHISPER_HOP = 400, 160
 class SpeechEncoder:
     """An audio encoder; see `vaflow.encoders.base.AudioEncoder`.
 
-    Args:
-        request: name, device and precision.
-        loaded: the model.
-
     Raises:
         UsageError: the model has no such layer, or its processor another sampling rate.
     """

@@ -181,9 +181,7 @@ def _unwrap(path: Path, checkpoint: object) -> dict[str, torch.Tensor]:
     return dict(state)
 
 
-def check_fit(
-    where: str, *, missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str] = (), remedy: str = ""
-) -> None:
+def check_fit(where: str, *, missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str]) -> None:
     """Raise a WeightsError that names the keys unless all three lists are empty."""
     lists = {"missing keys": missing, "unexpected keys": unexpected, "keys of another shape": misshapen}
     problems = {what: sorted(keys) for what, keys in lists.items()}
@@ -195,7 +193,7 @@ def check_fit(
             f"The weights in {where} do not fit the model",
             expected="exactly the model's keys",
             got=got,
-            remedy=remedy or "Check that the file belongs to this model, and not to another size or library",
+            remedy="Check that the file belongs to this model, and not to another size or library",
         )
     )
 
@@ -206,7 +204,7 @@ def _listed(keys: Collection[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str, remedy: str = "") -> None:
+def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
     """Load `state` into `module`; all keys and shapes must match, all values must be finite.
 
     Raises:
@@ -222,7 +220,6 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], wh
             for key in target.keys() & state.keys()
             if target[key].shape != state[key].shape
         ],
-        remedy=remedy,
     )
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
