@@ -23,7 +23,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(path.name)
         return load_record(layout, path)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("vaflow.cache.cache.load_record", noting)
+    monkeypatch.setattr("vaflow.cache.index.load_record", noting)
     return calls
 
 
