@@ -43,165 +43,63 @@ class ExtractConfig:
         UsageError: a value is not one of the choices, out of range, or does not go with another.
     """
 
-    visual: tuple[str, ...] = setting(
-        ("clip-vit-b16",), "Visual encoders, or none", group="encoders", option="--visual", shown=True
-    )
-    audio: tuple[str, ...] = setting(
-        ("ast",), "Audio encoders, or none", group="encoders", option="--audio", shown=True
-    )
+    # fmt: off
+    visual: tuple[str, ...] = setting(("clip-vit-b16",), "Visual encoders, or none",
+        group="encoders", option="--visual", shown=True)
+    audio: tuple[str, ...] = setting(("ast",), "Audio encoders, or none",
+        group="encoders", option="--audio", shown=True)
     weights: dict[str, Path] = field(default_factory=dict)
-    window: float = setting(
-        10.0,
-        "Length of a window",
-        group="sampling",
-        unit="seconds",
-        at_least=0.01,
-        below=MAX_SECONDS,
-        source=P1,
-        option="--window",
-        shown=True,
-    )
-    stride: float = setting(
-        3.0,
-        "Time between the starts of two windows",
-        group="sampling",
-        unit="seconds",
-        at_least=0.01,
-        below=MAX_SECONDS,
-        source=P1,
-        option="--stride",
-        shown=True,
-    )
-    frames: int = setting(
-        20,
-        "Frames per window",
-        group="sampling",
-        at_least=1,
-        below=MAX_SAMPLES,
-        source=P1,
-        option="--frames",
-        shown=True,
-    )
-    audio_steps: int = setting(
-        20, "Audio steps per window", group="sampling", at_least=1, below=MAX_SAMPLES, option="--audio-steps"
-    )
-    dtype: str = setting(
-        "float16", "Type of the stored embeddings", group="output", choices=DTYPES, option="--dtype", metavar="TYPE"
-    )
-    face_source: str = setting(
-        "auto",
+    window: float = setting(10.0, "Length of a window",
+        group="sampling", unit="seconds", at_least=0.01, below=MAX_SECONDS, source=P1, option="--window", shown=True)
+    stride: float = setting(3.0, "Time between the starts of two windows",
+        group="sampling", unit="seconds", at_least=0.01, below=MAX_SECONDS, source=P1, option="--stride", shown=True)
+    frames: int = setting(20, "Frames per window",
+        group="sampling", at_least=1, below=MAX_SAMPLES, source=P1, option="--frames", shown=True)
+    audio_steps: int = setting(20, "Audio steps per window",
+        group="sampling", at_least=1, below=MAX_SAMPLES, option="--audio-steps")
+    dtype: str = setting("float16", "Type of the stored embeddings",
+        group="output", choices=DTYPES, option="--dtype", metavar="TYPE")
+    face_source: str = setting("auto",
         "Source of the faces; auto takes the dataset's crops, or detects; none takes whole frames",
-        group="faces",
-        choices=FACE_SOURCES,
-        option="--faces",
-        shown=True,
-    )
-    pixels: bool = setting(
-        False, "Keep the face crops (JPEG) for fine-tuning", group="faces", option="--pixels", shown=True
-    )
-    person: str = setting(
-        "main",
+        group="faces", choices=FACE_SOURCES, option="--faces", shown=True)
+    pixels: bool = setting(False, "Keep the face crops (JPEG) for fine-tuning",
+        group="faces", option="--pixels", shown=True)
+    person: str = setting("main",
         "Person to estimate: main (most seconds of clear face), all, left, right, id:K, speaking, or largest face",
-        group="faces",
-        pattern=r"main|all|left|right|speaking|largest|id:[1-9]\d*",
-        form="main, all, left, right, id:K, speaking or largest",
-        option="--person",
-        metavar="WHO",
-    )
-    chosen_only: bool = setting(
-        False,
-        "Store no crops of other people; choosing one of them later needs the videos",
-        group="faces",
-        option="--chosen-only",
-    )
-    identity: str = setting(
-        "auto",
+        group="faces", pattern=r"main|all|left|right|speaking|largest|id:[1-9]\d*",
+        form="main, all, left, right, id:K, speaking or largest", option="--person", metavar="WHO")
+    chosen_only: bool = setting(False, "Store no crops of other people; choosing one of them later needs the videos",
+        group="faces", option="--chosen-only")
+    identity: str = setting("auto",
         "Network that joins tracks to people: dlib, onnx:FILE or none; auto is dlib if it is installed",
-        group="faces",
-        pattern=r"auto|none|dlib|onnx:.+",
-        form="auto, none, dlib or onnx:FILE",
-        option="--identity",
-        metavar="NAME",
-    )
-    decoder: str = setting(
-        "pyav",
+        group="faces", pattern=r"auto|none|dlib|onnx:.+", form="auto, none, dlib or onnx:FILE", option="--identity",
+        metavar="NAME")
+    decoder: str = setting("pyav",
         "Video decoder; nvdec decodes on the GPU through torchcodec (experimental: never run on a GPU)",
-        group="decoding",
-        choices=DECODERS,
-        option="--decoder",
-    )
-    detector: str = setting(
-        "opencv",
+        group="decoding", choices=DECODERS, option="--decoder")
+    detector: str = setting("opencv",
         "Runtime of the face detector; torch runs on the encoders' device (experimental: never run on a GPU)",
-        group="faces",
-        choices=DETECTORS,
-        option="--detector",
-    )
-    prompts: Path | None = setting(
-        None,
-        "TOML file of prompt templates and descriptions",
-        group="encoders",
-        unset="the built-in prompt set",
-        option="--prompts",
-    )
-    device: str = setting(
-        "auto",
-        "Device of the encoders",
-        group="hardware",
-        pattern=r"auto|cpu|cuda(:\d+)?",
-        form="auto, cpu or cuda[:N]",
-        option="--device",
-        shown=True,
-        metavar="DEVICE",
-    )
-    precision: str = setting(
-        "auto",
-        "Precision of the encoders; auto is float32, float16 requires CUDA",
-        group="hardware",
-        choices=PRECISIONS,
-        option="--precision",
-    )
-    compile: bool = setting(
-        False,
+        group="faces", choices=DETECTORS, option="--detector")
+    prompts: Path | None = setting(None, "TOML file of prompt templates and descriptions",
+        group="encoders", unset="the built-in prompt set", option="--prompts")
+    device: str = setting("auto", "Device of the encoders",
+        group="hardware", pattern=r"auto|cpu|cuda(:\d+)?", form="auto, cpu or cuda[:N]", option="--device", shown=True,
+        metavar="DEVICE")
+    precision: str = setting("auto", "Precision of the encoders; auto is float32, float16 requires CUDA",
+        group="hardware", choices=PRECISIONS, option="--precision")
+    compile: bool = setting(False,
         "Compile the encoders with torch: slow start, then faster (experimental: never run on a GPU)",
-        group="hardware",
-        option="--compile",
-    )
-    image_batch: int = setting(
-        0,
+        group="hardware", option="--compile")
+    image_batch: int = setting(0,
         "Images per batch; auto fits the GPU's free memory (experimental: never run on a GPU)",
-        group="hardware",
-        at_least=0,
-        unset="by device",
-        words={"auto": AUTO},
-        option="--image-batch",
-    )
-    window_batch: int = setting(
-        0,
-        "Audio windows per batch, as --image-batch",
-        group="hardware",
-        at_least=0,
-        unset="by device",
-        words={"auto": AUTO},
-        option="--window-batch",
-    )
-    workers: int = setting(
-        0,
-        "Decoding processes (with ray: per actor)",
-        group="hardware",
-        at_least=0,
-        unset="by number of CPU cores",
-        option="--workers",
-        shown=True,
-    )
-    item_timeout: float = setting(
-        300.0,
-        "Skip a clip if its decoder stalls for this long (0 = no limit)",
-        group="decoding",
-        unit="seconds",
-        at_least=0,
-        option="--item-timeout",
-    )
+        group="hardware", at_least=0, unset="by device", words={"auto": AUTO}, option="--image-batch")
+    window_batch: int = setting(0, "Audio windows per batch, as --image-batch",
+        group="hardware", at_least=0, unset="by device", words={"auto": AUTO}, option="--window-batch")
+    workers: int = setting(0, "Decoding processes (with ray: per actor)",
+        group="hardware", at_least=0, unset="by number of CPU cores", option="--workers", shown=True)
+    item_timeout: float = setting(300.0, "Skip a clip if its decoder stalls for this long (0 = no limit)",
+        group="decoding", unit="seconds", at_least=0, option="--item-timeout")
+    # fmt: on
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", {name: Path(path) for name, path in self.weights.items()})
