@@ -33,9 +33,7 @@ class Banks:
     """One streaming filter bank per front end.
 
     Args:
-        front_ends: the filter banks to compute.
         dtypes: types of their frames, where not float32.
-        scratch: stores the frames.
     """
 
     def __init__(
@@ -77,8 +75,6 @@ class PersonRows:
     Args:
         times: [T] seconds of the grid samples.
         shapes: visual stream -> shape of one row.
-        dtype: of the rows.
-        scratch: allocates the arrays.
     """
 
     def __init__(self, times: Floats, shapes: Mapping[str, tuple[int, ...]], dtype: str, scratch: Scratch) -> None:
@@ -127,10 +123,6 @@ class ClipAssembly:
     """State of one clip.
 
     Args:
-        task: the clip and the streams to make.
-        config: settings of the run.
-        infos: every stream by name.
-        encoders: every encoder of the run with its batcher.
         cached_logmel: reads the clip's committed log-Mel, if only audio streams are added.
         scratch: allocates the arrays, so that a clip of any length takes bounded memory.
     """

@@ -90,8 +90,6 @@ class InParts:
 
     Args:
         encode: [rows, ...] tensor on `device` -> [rows, ...] tensor on the same device.
-        device: where to encode.
-        size: rows of a batch.
 
     Attributes:
         size: rows encoded at once.
@@ -137,7 +135,6 @@ class FixedBatcher:
     Args:
         encode: [size, ...] tensor on `device` -> [size, ...] float32 tensor on the same device.
         size: rows per batch, or a function that computes it from the first row.
-        device: where to encode.
 
     Attributes:
         rows: encoded so far; seconds: of the calling thread; device_seconds: of the device, including copies to it.

@@ -101,10 +101,6 @@ class StoredClip:
 class ChoicePlan:
     """Items of the new cache, from the clips of the old one.
 
-    Args:
-        source: the old cache.
-        choices: who is estimated.
-
     Raises:
         UsageError: the cache has no crops of everyone, or the choice names a clip or person that it does not have.
     """
@@ -236,7 +232,6 @@ def choose_people(
     Args:
         source: a cache with the crops of everyone.
         out: the cache to write.
-        choices: who is estimated.
         options: further fields of `ExtractConfig`: weights, device, workers.
         store: of the new cache; None: that of the source.
 

@@ -77,7 +77,6 @@ class WorkerPool:
 
     Args:
         jobs: what to do, each with a `number` of its own; asked for when a worker is free.
-        count: of processes.
         item_timeout: seconds; 0: however long it takes.
         work: function that processes a job, importable by name; by default, it reads a clip.
     """
@@ -254,7 +253,6 @@ def each(
     Args:
         function: importable by name, or a `partial` of such. Errors of this package, of the system and of memory are
             failures of the item, as are crashes and hangs. Its result is sent between processes.
-        items: its arguments.
         workers: processes; 0 chooses by machine.
         item_timeout: seconds without a message after which an item has failed; 0: no limit.
     """

@@ -121,9 +121,6 @@ class Team:
     """The members and the queue of tasks. Use as a context manager: leaving it ends every member.
 
     Args:
-        ray: the package, connected.
-        cache: opened for writing.
-        config: settings, with absolute paths.
         most: largest useful number of members.
     """
 

@@ -60,9 +60,7 @@ class Member:
 
     Args:
         out: the cache's absolute path, or its URL.
-        store: of the cache.
         config: settings of the run; device "auto" is the GPU that Ray assigned, if any.
-        workers: decoding processes.
     """
 
     def __init__(self, out: str, store: str, config: ExtractConfig, workers: int) -> None:

@@ -65,16 +65,7 @@ class Ledger(Protocol):
 
 
 class Run:
-    """One extraction: the clips in progress and the commits that wait.
-
-    Args:
-        cache: opened for writing.
-        config: settings of the run.
-        streams: created in the cache with the first commit.
-        encoders: every encoder with its batcher.
-        workers: decoding processes.
-        ledger: receives the outcome of every task.
-    """
+    """One extraction: the clips in progress and the commits that wait."""
 
     def __init__(
         self, cache: Cache, config: ExtractConfig, streams: NewStreams, encoders: Encoders, workers: int, ledger: Ledger

@@ -80,7 +80,6 @@ def sources_of(clip: Clip, identify: Identify = file_identity) -> dict[str, Any]
     """Return part -> identity as plain JSON, without the parts that the clip lacks.
 
     Args:
-        clip: its files.
         identify: identity of one file; `file_identity` reads it, `file_status` leaves the digest out.
 
     Raises:
@@ -118,7 +117,6 @@ class SourceComparison:
     """Compares the sources of one clip with recorded identities. Hashes each file at most once.
 
     Args:
-        clip: its files.
         rehash: compare contents even where size and time agree.
     """
 

@@ -290,7 +290,6 @@ def add_prompts(
     """Embed the prompt set in a TOML file for the visual encoders of a cache. No clip is read.
 
     Args:
-        cache: opened for writing.
         prompts: the file; its stem names the set.
         visual: name of the encoder; None: all in the cache that have a text tower.
         weights: encoder name -> local weights, instead of the hub.

@@ -88,10 +88,7 @@ class OutcomeRecorder:
     The bar counts seconds of video, so that it moves within long clips. Use as a context manager.
 
     Args:
-        summary: filled as outcomes arrive.
-        log: of failures.
         seconds: item -> estimated duration, of all items of the run.
-        show_progress: draw the bar.
     """
 
     def __init__(self, summary: Summary, log: FailureLog, seconds: Mapping[str, float], *, show_progress: bool) -> None:

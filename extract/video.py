@@ -53,7 +53,6 @@ def to_rgb(frame: VideoFrame, pixel_aspect: Fraction = SQUARE) -> Image:
     """Convert a frame of any pixel format, depth, colour matrix and range to RGB [H, W, 3] uint8, rotated for display.
 
     Args:
-        frame: as decoded.
         pixel_aspect: width / height of a stored pixel; frames are enlarged in one direction to square pixels.
     """
     width, height = display_size(frame.width, frame.height, pixel_aspect)
@@ -202,7 +201,6 @@ def frame_times(path: Path, *, info: MediaInfo | None = None) -> Floats:
     """Return the presentation time of every decoded frame, [N] seconds on the clip clock, ascending, N >= 1.
 
     Args:
-        path: a file with a video stream.
         info: result of `probe`, if known: a file without video is then not opened again.
 
     Raises:
@@ -220,7 +218,6 @@ def frames_at(path: Path, numbers: Ints, times: Floats) -> Iterator[tuple[int, I
     away, as in players.
 
     Args:
-        path: a file with a video stream.
         numbers: [K] frame numbers, ascending and unique.
         times: [N] seconds, from `frame_times` of the same file.
 

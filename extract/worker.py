@@ -64,7 +64,6 @@ def serve(pipe: Connection, work: "Callable[[Any, Callable[[Any], None]], None] 
     """Process jobs until None arrives or the parent exits; the target of a worker process.
 
     Args:
-        pipe: to the pool.
         work: called with each job and the function that sends its messages; by default `run_job`.
     """
     limit_memory()
@@ -91,8 +90,6 @@ def run_job(job: Job, send: Send, ask: Ask = _nobody_to_ask) -> None:
     """Read one clip and send its messages, ending with `Done` or `Failed`. Errors of the clip are never raised.
 
     Args:
-        job: the clip, and which parts of it to read.
-        send: takes each message.
         ask: returns the faces of images; required where `job.ask` is set.
     """
     reader = StoredReader(job, send) if job.stored is not None else ClipReader(job, send, ask)
@@ -108,9 +105,6 @@ def run_job(job: Job, send: Send, ask: Ask = _nobody_to_ask) -> None:
 
 class ClipReader:
     """Reads one clip and sends it as messages.
-
-    Args:
-        job, send, ask: as `run_job`.
 
     Attributes:
         stage: what is being read: "open", "labels", "audio" or "faces".
@@ -363,12 +357,7 @@ def _annotation_facts(annotation: Annotation | None) -> dict[str, Any]:
 
 
 class StoredReader:
-    """Sends the crops of a person as messages, as `ClipReader` does for a video.
-
-    Args:
-        job: with the person, as `stored`.
-        send: takes each message.
-    """
+    """Sends the crops of a person as messages, as `ClipReader` does for a video."""
 
     stage = "faces"
 

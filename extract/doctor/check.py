@@ -252,7 +252,6 @@ def check_dataset(
     """Check every clip, and the data set as a whole.
 
     Args:
-        dataset: from `open_dataset`.
         window: seconds; clips shorter than that are noted.
         workers: processes; 0: by the machine's cores.
         progress: called with 1 after every clip, such as a bar's `update`.

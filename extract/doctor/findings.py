@@ -388,7 +388,6 @@ def duplicate_findings(clips: Sequence[Clip], videos: Same, label_files: Same, v
     """Clips whose video, or whose annotation, has the same bytes as another clip's.
 
     Args:
-        clips: all of them.
         videos, label_files: files of the same content.
         varied: clips whose labels are not constant: constant ones may be equal by chance.
     """

@@ -69,7 +69,6 @@ def thumbnails(clip: Clip, duration: float | None) -> tuple[Thumbnail, ...]:
     """At most four images of a clip; files that cannot be read are skipped.
 
     Args:
-        clip: the clip.
         duration: seconds; None if its video cannot be used, which is then not opened.
     """
     try:
@@ -120,7 +119,6 @@ def html_page(report: Report, images: ClipImages) -> str:
     """Return the whole page as HTML.
 
     Args:
-        report: the result of a check.
         images: images of the clips that `clips_with_images` returns.
     """
     splits, total, about = report.splits(), report.total(), _by_item(report)
@@ -224,12 +222,7 @@ def _clip(checked: Checked, about: Sequence[Note]) -> dict[str, Any]:
 
 
 def label_map(stats: LabelStats, title: str) -> str:
-    """Density of labelled frames over valence and arousal, with the name and the share of each region.
-
-    Args:
-        stats: sums over the clips.
-        title: text for screen readers.
-    """
+    """Density of labelled frames over valence and arousal, with the name and the share of each region."""
     width, height = LEFT + SIDE + 12, ABOVE + SIDE + BELOW
     parts = [f'<svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     parts.append(f'<rect class="frame" x="{LEFT}" y="{ABOVE}" width="{SIDE}" height="{SIDE}"/>')

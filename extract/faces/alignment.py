@@ -43,7 +43,6 @@ def align(rgb: Image, face: Face, size: int = CROP_SIZE) -> Image:
 
     Args:
         rgb: [H, W, 3] uint8.
-        face: its landmarks and box.
         size: edge of the crop in pixels.
 
     Returns:

@@ -41,7 +41,6 @@ class TorchDetector:
     On a GPU it uses its own stream of high priority, so that it does not wait behind a large batch of an encoder.
 
     Args:
-        device: where to compute.
         batch: images per batch; 0 chooses by device.
 
     Attributes:

@@ -46,10 +46,7 @@ _ARCFACE_CUT = (slice(0, 202), slice(11, 213))
 
 
 class FaceResNet:
-    """The network.
-
-    Args:
-        path: the file dlib_face_recognition_resnet_model_v1.dat.
+    """dlib's network, from the file dlib_face_recognition_resnet_model_v1.dat.
 
     Raises:
         WeightsError: the file does not hold this network.

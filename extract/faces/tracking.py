@@ -113,8 +113,6 @@ class FaceTracker:
         """The track of each face found at `time` (seconds); None for one too uncertain to begin a track.
 
         Args:
-            faces: those of one frame.
-            time: in seconds.
             cut: a shot boundary lies before this frame.
         """
         if cut:

@@ -390,12 +390,7 @@ def item_groups(items: Sequence[str], assigned: Assignment | None, column: str) 
 
 
 def fit(moments: Mapping[str, Moments], groups: Mapping[str, str]) -> dict[str, Scale]:
-    """Group -> scale, from the statistics of its items.
-
-    Args:
-        moments: item -> statistics.
-        groups: item -> group.
-    """
+    """Group -> scale, from the statistics of its items."""
     members: dict[str, list[Moments]] = {}
     for item in sorted(moments):
         members.setdefault(groups[item], []).append(moments[item])

@@ -131,9 +131,7 @@ def import_features(
     The stream's identity is the encoder "imported" with these settings: other settings need another name.
 
     Args:
-        out: the cache.
         folder: features, as `feature_files` describes.
-        config: the settings.
         labels: folder of label files, as `labels` describes, and perhaps `splits.csv`, which may also be in `folder`.
         store: of a new cache; None: "zarr", or the store of the cache.
         progress: called with 1 after every item.

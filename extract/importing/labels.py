@@ -93,10 +93,8 @@ class ImportedLabels:
     """Writes the labels of imported items; labels extracted from videos are not changed.
 
     Args:
-        cache: writable.
         stream: the features' name. Labels on the features' clock belong to this stream, and change with it.
         rate: rows of the features per second, or None.
-        options: where labels come from.
 
     Raises:
         UsageError: label files are given, and the cache's labels come from videos.
@@ -211,7 +209,6 @@ def read_labels(path: Path, options: LabelOptions, times: Floats) -> Annotation:
     """One item's labels.
 
     Args:
-        path: a table, or a challenge's text file.
         options: roles of columns, and the rate of rows that count frames.
         times: [T] seconds of the features' rows: the clock of rows that give a span.
 
@@ -290,8 +287,6 @@ def import_targets(cache: Cache, stream: str, task: str, folder: Path, names: Se
 
     Args:
         cache: writable; its clips' frames are the clock of files that count frames.
-        stream: name of the targets.
-        task: "classes" or "binary".
         folder: of `<item>.csv` or `<item>.txt`.
         names: of the classes; empty: those in the files.
 

@@ -34,7 +34,6 @@ def read_annotation(clip: Clip, person: int = 0) -> Annotation | None:
     """The labels of `clip`; None if it has none. A -5 in one dimension leaves the other one annotated.
 
     Args:
-        clip: with its label files.
         person: number; the labels of this person, if there is a table of them.
 
     Raises:
@@ -81,7 +80,6 @@ def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
     """The clips below `root`. No media file is opened: `vaflow check` finds problems inside files.
 
     Args:
-        root: the data set's folder.
         layout: a key of `LAYOUTS`, or "auto" for the first one that fits.
 
     Raises:

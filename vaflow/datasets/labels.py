@@ -68,10 +68,6 @@ def _describe(ranges: Sequence[LineRange]) -> str:
 class LabelFile:
     """The lines of a label file, and the problems found in them.
 
-    Args:
-        path: the file.
-        expected: what such a file holds, for messages.
-
     Raises:
         DataError: the file cannot be read, is far larger than labels are, or is empty.
     """
@@ -181,11 +177,9 @@ class LabelFile:
         """The clock [N], values [N, K] and numbers of the column `stated` [N] (None without it) of a whole table.
 
         Args:
-            names: of the columns, in order.
             clock: name of the column of times; "frame": of frame numbers.
             targets: names of the K columns of values.
             first: line of the first row, 1-based.
-            separator: between cells.
             missing: cells that mean "not annotated".
             stated: name of a further column, whose cells are NaN where they are no numbers.
 
@@ -280,7 +274,6 @@ def on_clock(annotation: Annotation | None, frame_times: NDArray[np.float64]) ->
     own times.
 
     Args:
-        annotation: the labels, or None.
         frame_times: [N] seconds, ascending: presentation times of all frames.
 
     Returns:
@@ -313,7 +306,6 @@ def clock_problem(annotation: Annotation | None, frame_times: NDArray[np.float64
     """Why labels may not belong to a clip, as a code of `vaflow check`; "" if nothing speaks against it.
 
     Args:
-        annotation: the labels, or None.
         frame_times: [N] seconds, ascending; of audio alone, its clock.
 
     Returns:

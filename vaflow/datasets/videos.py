@@ -158,7 +158,6 @@ def read_csv(path: Path, names_of: Callable[[list[str]], list[str]] | None = Non
     Frames and times ascend. Cells may be separated by semicolons or tabs, and then have decimal commas.
 
     Args:
-        path: the table.
         names_of: header -> names of the columns; None: the header in lower case.
 
     Raises:

@@ -247,13 +247,7 @@ def draw_room(person: Person, key: Key, width: int, height: int) -> Image:
 
 
 class FaceArtist:
-    """Draws the frames of one person.
-
-    Args:
-        person: whom to draw.
-        expression: what their face does, one row per frame.
-        room: [H, W, 3] BGR background.
-    """
+    """Draws the frames of one person in a room [H, W, 3] BGR; `expression` has a row per frame."""
 
     def __init__(self, person: Person, expression: Expression, room: Image) -> None:
         self.person = person

@@ -201,7 +201,6 @@ class Scene:
     """The frames of one trial.
 
     Args:
-        plan: whose.
         mouth: [C] how open the mouth is, at the voice's control rate.
         width, height: of a frame in pixels.
     """

@@ -65,11 +65,9 @@ def write_video(
     """Encode one file.
 
     Args:
-        path: an .mp4 file to write.
         frames: N images [H, W, 3], BGR uint8, H and W even and the same for all.
         times: [N] presentation times in seconds, ascending.
         samples: [S] mono or [S, 2] stereo in [-1, 1], or None for a file without an audio stream.
-        sample_rate: of the samples, in Hz.
     """
     with av.open(str(path), "w") as container:
         video: VideoStream | None = None
@@ -287,10 +285,8 @@ def run_demo(out: Path, *, seed: int = 0, clips: int = CLIPS, show_progress: boo
     """Write clips, extract, train, evaluate and draw; finished steps are reused.
 
     Args:
-        out: folder for data, cache and run.
         seed: random seed (synthetic data and training).
         clips: labelled clips; two thirds are for training.
-        show_progress: draw progress bars.
 
     Raises:
         UsageError: `out` is not writable or holds other files; too few clips.
