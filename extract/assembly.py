@@ -262,14 +262,10 @@ class ClipAssembly:
             valid = covered_frames(len(frames), end.covered)
             if front == KALDI:
                 self.arrays[LOGMEL] = {"embedding": frames, "time": frame_times(len(frames)), "valid": valid}
-                self._end_speech(valid)
+                if self._speech is not None:
+                    self.arrays[LOGMEL]["speech"] = stored_speech(self._speech.finish(), valid)
+                    self.facts["logmel"] = self.facts["audio"] | {"speech": METHOD}
             self._encode_audio(front, frames, valid)
-
-    def _end_speech(self, valid: NDArray[np.bool_]) -> None:
-        if self._speech is None:
-            return
-        self.arrays[LOGMEL]["speech"] = stored_speech(self._speech.finish(), valid)
-        self.facts["logmel"] = self.facts["audio"] | {"speech": METHOD}
 
     def _encode_audio(self, front: FrontEnd, frames: Rows, valid: NDArray[np.bool_]) -> None:
         """Encode the frames of one front end with every encoder that reads it."""

@@ -360,12 +360,6 @@ def _copies(
         )
 
 
-def _changed(item: str, facts: Json, stream: str, record: Record) -> Record:
-    """The record of an item with another name, person and choice of people."""
-    meta = {key: value for key, value in record.meta.items() if key not in OF_PERSON} | facts
-    return replace(record, item=item, meta=meta, fingerprint=stream)
-
-
 def _without_labels(arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Labels of a person without any."""
     return {**arrays, "value": np.full_like(arrays["value"], np.nan), "valid": np.zeros_like(arrays["valid"])}
@@ -374,3 +368,9 @@ def _without_labels(arrays: Mapping[str, Array]) -> dict[str, Array]:
 def _without_crops(arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Crops of a person after the first, whose item has them."""
     return {"data": arrays["data"][:0], "offset": np.zeros_like(arrays["offset"])}
+
+
+def _changed(item: str, facts: Json, stream: str, record: Record) -> Record:
+    """The record of an item with another name, person and choice of people."""
+    meta = {key: value for key, value in record.meta.items() if key not in OF_PERSON} | facts
+    return replace(record, item=item, meta=meta, fingerprint=stream)

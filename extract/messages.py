@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Clip
 from vaflow.encoders.images import Preparation, Prepared
+from vaflow.extract.config import too_much_memory
 from vaflow.extract.faces.detection import Cells
 from vaflow.timeline import Grid
 
@@ -185,6 +186,12 @@ class Failed:
     stage: str
     error: str
     message: str
+
+    @classmethod
+    def by(cls, error: Exception, job: int, stage: str) -> "Failed":
+        """The message for an error of a clip."""
+        message = too_much_memory() if isinstance(error, MemoryError) else str(error) or repr(error)
+        return cls(job, stage, type(error).__name__, message)
 
 
 @dataclass(frozen=True)

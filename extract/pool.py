@@ -13,14 +13,13 @@ from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from vaflow.errors import UsageError, VaflowError, explain
-from vaflow.extract.config import ExtractConfig, default_workers, too_much_memory
+from vaflow.extract.config import ExtractConfig, default_workers
 from vaflow.extract.messages import Alive, Detect, Detected, Done, Failed, Job, Message
 from vaflow.extract.worker import serve
 from vaflow.process import ChildProcess
 
-QUEUED_MESSAGES = (
-    64  # messages, each at most a crop or a second of audio; bounds the memory between decoding and encoding
-)
+# Messages, each at most a crop or a second of audio: bounds the memory between decoding and encoding.
+QUEUED_MESSAGES = 64
 POLL_SECONDS = 0.2
 ITEM_TIMEOUT = ExtractConfig.item_timeout
 STARTING = 60.0  # seconds: least time until the first message of a new process
@@ -155,7 +154,9 @@ class WorkerPool:
                 problem = "The script calls vaflow at its top level, and every decoding process imports the script"
                 remedy = 'Put the calls into a function, and call it below `if __name__ == "__main__":`'
                 raise UsageError(explain(problem, remedy=remedy)) from None
-            self._lose(worker, workers, _death(worker))
+            what = f"died ({worker.process.ending}) while it read this clip; other clips are not affected. "
+            causes = "Usual causes are a crash of the decoder and too little memory. Run again to retry."
+            self._lose(worker, workers, "WorkerDied", what + causes)
             return
         if isinstance(message, Alive):
             return
@@ -172,13 +173,18 @@ class WorkerPool:
         worker.silence += seconds
         patience = self._timeout if worker.started else max(self._timeout, STARTING)
         if self._timeout and worker.silence >= patience:
-            self._lose(worker, workers, _hang(worker))
+            what = f"sent no message for {worker.silence:.0f} s while it read this clip, and was ended; "
+            causes = (
+                "other clips are not affected. Usual causes are a damaged file and a stalled disk: check the file, "
+                "or run again with a longer --item-timeout."
+            )
+            self._lose(worker, workers, "WorkerHung", what + causes)
 
-    def _lose(self, worker: _Worker, workers: list[_Worker], message: Failed) -> None:
+    def _lose(self, worker: _Worker, workers: list[_Worker], error: str, what: str) -> None:
         """Fail the job of a worker that died or stalled; start a new worker if jobs are left."""
-        self._asking.pop(message.job, None)
+        self._asking.pop(worker.number, None)
         worker.stop()
-        self._put(message)
+        self._put(Failed(worker.number, "worker", error, f"The decoding process {what}"))
         job = next(self._jobs, None)
         if job is None:
             workers.remove(worker)
@@ -201,27 +207,6 @@ class WorkerPool:
             except queue.Full:
                 continue
             return
-
-
-def _death(worker: _Worker) -> Failed:
-    return Failed(
-        worker.number,
-        "worker",
-        "WorkerDied",
-        f"The decoding process died ({worker.process.ending}) while it read this clip; other clips are not affected. "
-        "Usual causes are a crash of the decoder and too little memory. Run again to retry.",
-    )
-
-
-def _hang(worker: _Worker) -> Failed:
-    return Failed(
-        worker.number,
-        "worker",
-        "WorkerHung",
-        f"The decoding process sent no message for {worker.silence:.0f} s while it read this clip, and was ended; "
-        "other clips are not affected. Usual causes are a damaged file and a stalled disk: check the file, "
-        "or run again with a longer --item-timeout.",
-    )
 
 
 Item = TypeVar("Item")
@@ -272,9 +257,7 @@ def call(job: Call, send: Callable[[Any], None]) -> None:
     """Make the call; runs in a decoding process."""
     try:
         send(Returned(job.number, job.function(job.argument)))
-    except MemoryError as error:
-        send(Failed(job.number, "worker", type(error).__name__, too_much_memory()))
-    except (VaflowError, OSError) as error:
-        send(Failed(job.number, "worker", type(error).__name__, str(error) or repr(error)))
+    except (VaflowError, OSError, MemoryError) as error:
+        send(Failed.by(error, job.number, "worker"))
     else:
         send(Done(job.number))

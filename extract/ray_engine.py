@@ -166,9 +166,8 @@ class Team:
         """Number of members to run: limited by the cluster and by the remaining tasks."""
         room = places([node["Resources"] for node in self._ray.nodes() if node["Alive"]], self._config)
         self._workers = room.workers
-        self._config = replace(
-            self._config, device="cuda" if room.gpus else "cpu"
-        )  # independent of members that join later
+        # Independent of members that join later.
+        self._config = replace(self._config, device="cuda" if room.gpus else "cpu")
         actor = self._ray.remote(Member).options(num_cpus=room.cpus, num_gpus=room.gpus, max_restarts=0)
         out = str(self._cache.path.absolute()) if self._cache.layout.remote is None else str(self._cache.place)
         for _ in range(min(room.count, self._most) - len(self._members)):
@@ -309,12 +308,10 @@ def _check(out: Path, config: ExtractConfig) -> None:
 
 def _absolute(clip: Clip) -> Clip:
     """The clip with absolute paths, which are valid in every process."""
+    paths: dict[str, Any] = {name: path.absolute() for name, path in vars(clip).items() if isinstance(path, Path)}
     return replace(
         clip,
-        video=clip.video and clip.video.absolute(),
-        audio=clip.audio and clip.audio.absolute(),
-        labels=clip.labels and clip.labels.absolute(),
-        frames=clip.frames and clip.frames.absolute(),
+        **paths,
         crops=tuple(folder.absolute() for folder in clip.crops),
         person_labels=tuple((number, path.absolute()) for number, path in clip.person_labels),
         dimensions=tuple((target, path.absolute()) for target, path in clip.dimensions),

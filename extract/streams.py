@@ -46,60 +46,32 @@ def stream_infos(
     config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]
 ) -> dict[str, StreamInfo]:
     """Every per-clip stream of an extraction by name, in the order in which they are committed."""
-    decoder = nvdec_identity() if config.decoder == "nvdec" else decoder_identity()
+    clock, sampling = decoder_identity(), config.sampling
+    decoder = nvdec_identity() if config.decoder == "nvdec" else clock
     tracker = tracker_identity(config.person, config.identity)
-    image_identity = {
-        "faces": {"source": config.face_source, **faces_identity(detector=config.detector, tracker=tracker)},
-        "decoder": decoder,
-    }
-    sampling = config.sampling
-    infos = [
-        StreamInfo(
-            LOGMEL,
-            "logmel",
-            MEL_BINS,
-            config.dtype,
-            {"encoder": LOGMEL, **logmel_identity(), "decoder": decoder_identity()},
-        )
-    ]
+
+    def images(tracker: dict[str, Any]) -> dict[str, Any]:
+        faces = {"source": config.face_source, **faces_identity(detector=config.detector, tracker=tracker)}
+        return {"sampling": sampling, "picture": {"faces": faces, "decoder": decoder}}
+
+    logmel = {"encoder": LOGMEL, **logmel_identity(), "decoder": clock}
+    infos = [StreamInfo(LOGMEL, "logmel", MEL_BINS, config.dtype, logmel)]
     if config.face_source != "none" and config.person != LARGEST and (visual or config.pixels):
         # The choice of a person does not change the set of faces.
-        everyone = {key: value for key, value in tracker.items() if key != "person"}
-        faces = {"source": config.face_source, **faces_identity(detector=config.detector, tracker=everyone)}
-        pictures = {"sampling": sampling, "picture": {"faces": faces, "decoder": decoder}}
+        everyone = images({key: value for key, value in tracker.items() if key != "person"})
         if stores_everyone(config):
-            infos.append(StreamInfo(CROPS, "crops", 0, "uint8", {"encoder": "jpeg", **pictures}))
-        infos.append(StreamInfo(FACES, "faces", 0, "float32", {"encoder": FACES, **pictures}))
+            infos.append(StreamInfo(CROPS, "crops", 0, "uint8", {"encoder": "jpeg", **everyone}))
+        infos.append(StreamInfo(FACES, "faces", 0, "float32", {"encoder": FACES, **everyone}))
     if config.pixels:
-        infos.append(
-            StreamInfo(
-                PIXELS, "pixels", 0, "uint8", {"encoder": "jpeg", "sampling": sampling, "picture": image_identity}
-            )
-        )
-    infos += [
-        StreamInfo(
-            e.name, "visual", e.dim, config.dtype, e.identity | {"sampling": sampling, "picture": image_identity}
-        )
-        for e in visual
-    ]
-    infos += [
-        StreamInfo(
-            e.name,
-            "audio",
-            e.dim,
-            config.dtype,
-            e.identity
-            | {
-                "sampling": sampling,
-                # The stored log-Mel, or frames of the encoder's own front end, which are not stored.
-                "sound": f"{e.front_end.name} {config.dtype if e.front_end == KALDI else 'float32'}",
-                "decoder": decoder_identity(),
-            },
-        )
-        for e in audio
-    ]
+        infos.append(StreamInfo(PIXELS, "pixels", 0, "uint8", {"encoder": "jpeg", **images(tracker)}))
+    infos += [StreamInfo(e.name, "visual", e.dim, config.dtype, e.identity | images(tracker)) for e in visual]
+    for e in audio:
+        # The stored log-Mel, or frames of the encoder's own front end, which are not stored.
+        frames = f"{e.front_end.name} {config.dtype if e.front_end == KALDI else 'float32'}"
+        identity = e.identity | {"sampling": sampling, "sound": frames, "decoder": clock}
+        infos.append(StreamInfo(e.name, "audio", e.dim, config.dtype, identity))
     # Labels are committed last: a clip exists once its clock and annotation do.
-    infos.append(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS, "decoder": decoder_identity()}))
+    infos.append(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": LABELS, "decoder": clock}))
     return {info.name: info for info in infos}
 
 

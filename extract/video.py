@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
 from vaflow.extract.container import SQUARE, Opened, decode, display_size, is_counted, opened, scan_times
+from vaflow.timeline import Floats, Ints
 
 Image = NDArray[np.uint8]
 
@@ -32,9 +33,6 @@ _QUARTER_TURNS = np.array(
     ],
     np.int32,
 )
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 # Version of reading times, frames and audio; incremented when any of it changes.
 # 2: frames are scaled to square pixels; files with decreasing times are rejected.

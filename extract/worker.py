@@ -20,7 +20,7 @@ from vaflow.encoders.logmel import frame_count
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.audio_activity import SpeechMeter, covered_frames, stored_speech
-from vaflow.extract.config import limit_memory, too_much_memory
+from vaflow.extract.config import limit_memory
 from vaflow.extract.container import audio_clock
 from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg, quarter_turn
 from vaflow.extract.faces.choice import ALL, LARGEST, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, speech_at
@@ -95,10 +95,8 @@ def run_job(job: Job, send: Send, ask: Ask = _nobody_to_ask) -> None:
     reader = StoredReader(job, send) if job.stored is not None else ClipReader(job, send, ask)
     try:
         reader.run()
-    except MemoryError as error:
-        send(Failed(job.number, reader.stage, type(error).__name__, too_much_memory()))
-    except (VaflowError, OSError) as error:
-        send(Failed(job.number, reader.stage, type(error).__name__, str(error) or repr(error)))
+    except (VaflowError, OSError, MemoryError) as error:
+        send(Failed.by(error, job.number, reader.stage))
     else:
         send(Done(job.number))
 

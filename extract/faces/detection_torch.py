@@ -21,10 +21,8 @@ from vaflow.extract.batching import InParts
 from vaflow.extract.faces.detection import MIN_SCORE, Cells, model_path
 
 QUESTION = 16  # images of one size that a worker sends at once, at most
-BATCH_SIZES = {
-    "cpu": 1,
-    "cuda": 16,
-}  # on a CPU, single images take less than half the time per image of batches of eight
+# On a CPU, single images take less than half the time per image of batches of eight.
+BATCH_SIZES = {"cpu": 1, "cuda": 16}
 
 _FIRST = (32, 16)  # channels before the stages
 _STAGES = ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))  # channels, blocks, stride
@@ -125,9 +123,8 @@ def read_weights() -> list[tuple[NDArray[np.float32], ...]]:
     """Weights of every layer that has any, in the order of computation. OpenCV reads the file."""
     import cv2
 
-    classic = getattr(
-        cv2.dnn, "ENGINE_CLASSIC", None
-    )  # OpenCV 5's new engine does not expose them; earlier versions have one engine
+    # OpenCV 5's new engine does not expose them; earlier versions have one engine.
+    classic = getattr(cv2.dnn, "ENGINE_CLASSIC", None)
     net = cv2.dnn.readNetFromONNX(str(model_path()), **({} if classic is None else {"engine": classic}))
     layers = [net.getLayer(name).blobs for name in net.getLayerNames()]
     return [tuple(blobs) for blobs in layers if blobs]
