@@ -23,7 +23,7 @@ from vaflow.timeline import Floats, median_interval
 from vaflow.train import index_tables as tables
 from vaflow.train.batch import VISUAL, ExtraTargets, TargetSpec
 from vaflow.train.config import TrainConfig
-from vaflow.train.folds import split_items
+from vaflow.train.groups import split_items
 from vaflow.train.index_tables import NO_AUDIO, NO_FRAMES, AudioTimes, FrameTimes
 from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampling
 from vaflow.train.quality import InputMasks

@@ -17,7 +17,7 @@ from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.timeline import Grid, median_interval
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec, TargetSpec
 from vaflow.train.config import NONE, TrainConfig
-from vaflow.train.folds import with_folds
+from vaflow.train.groups import with_folds
 from vaflow.train.targets import target_specs
 
 log = logging.getLogger(__name__)

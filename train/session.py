@@ -32,7 +32,7 @@ from vaflow.train.evaluate import (
     featureless,
     label_warnings,
 )
-from vaflow.train.folds import fold_items, split_items
+from vaflow.train.groups import fold_items, split_items
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import Progress, Row, seeded

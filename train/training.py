@@ -16,11 +16,10 @@ from vaflow.device import choose_device
 from vaflow.errors import CacheError, UsageError, count, explain
 from vaflow.failures import read_failures
 from vaflow.files import lock_folder, write_file
-from vaflow.train.breakdown import Groups
 from vaflow.train.config import AUTO, NONE, TrainConfig
 from vaflow.train.data import check_has_clips, load_split
 from vaflow.train.evaluate import Trace, check_complete, failed_items, featureless, score_traces
-from vaflow.train.folds import split_items
+from vaflow.train.groups import Groups, split_items
 from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
 from vaflow.train.provenance import run_maker, write_evaluation

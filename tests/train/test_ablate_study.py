@@ -24,7 +24,7 @@ from vaflow.train.ablate import StudyResult, run_study
 from vaflow.train.ablate.plan import Options, add_command, make_plan
 from vaflow.train.ablate.pool import Outcome, run_jobs
 from vaflow.train.config import BEFORE_SETTING, TrainConfig
-from vaflow.train.folds import split_items
+from vaflow.train.groups import split_items
 from vaflow.train.losses import ccc
 from vaflow.train.runs import RunFolder, load_run, require_record
 

@@ -11,7 +11,7 @@ from vaflow.cache.schema import LABELS
 from vaflow.errors import UsageError
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import failed_items
-from vaflow.train.folds import make_folds, source_splits, split_items
+from vaflow.train.groups import make_folds, source_splits, split_items
 from vaflow.train.runs import RunFolder, require_record
 from vaflow.train.training import evaluate_run, train_run
 

@@ -14,7 +14,7 @@ from vaflow.cache import open_cache
 from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig, read_settings
-from vaflow.train.folds import split_items
+from vaflow.train.groups import split_items
 from vaflow.train.record import from_json
 from vaflow.train.search.trials import (
     DONE,

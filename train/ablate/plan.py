@@ -15,7 +15,7 @@ from vaflow.errors import UsageError, explain
 from vaflow.timeline import Grid
 from vaflow.train.ablate.grid import Row, Settings, Study, Table, expand
 from vaflow.train.config import BEFORE_SETTING, NONE, TrainConfig, with_aliases
-from vaflow.train.folds import split_items
+from vaflow.train.groups import split_items
 from vaflow.train.inputs import Inputs, resolve, sampling
 from vaflow.train.session import data_key
 

@@ -24,7 +24,7 @@ from vaflow.pages import render
 from vaflow.train.ablate.pool import Pool
 from vaflow.train.ablate.workers import Ended
 from vaflow.train.config import TrainConfig, merge, to_toml
-from vaflow.train.folds import make_folds, split_items
+from vaflow.train.groups import make_folds, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
 from vaflow.train.search.trials import (

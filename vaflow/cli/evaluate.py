@@ -100,7 +100,7 @@ def evaluate(
     from vaflow.cache import open_cache
 
     with loading(output):
-        from vaflow.train.breakdown import read_groups, warn_unknown
+        from vaflow.train.groups import read_groups, warn_unknown
         from vaflow.train.runs import cache_of
         from vaflow.train.training import choose_smoothing, evaluate_run
 
@@ -268,9 +268,8 @@ def folds(
     Example: vaflow folds affwild2.cache --folds 5 --fold-groups groups.csv:speaker
     """
     from vaflow.cache import open_cache
-    from vaflow.train.breakdown import read_column, warn_unknown
     from vaflow.train.config import TrainConfig
-    from vaflow.train.folds import make_folds
+    from vaflow.train.groups import make_folds, read_column, warn_unknown
 
     opened = open_cache(cache)
     members = read_column(groups) if groups else None

@@ -17,7 +17,7 @@ from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.timeline import Bools, Floats, stitch
 from vaflow.train.data import load_windows
 from vaflow.train.evaluate import input_at_frames, predict_windows
-from vaflow.train.folds import split_items
+from vaflow.train.groups import split_items
 from vaflow.train.heads.fusion import Fusion, Track
 from vaflow.train.metrics import region_of
 from vaflow.train.runs import load_run

@@ -19,11 +19,11 @@ from vaflow.errors import UsageError, command, explain
 from vaflow.files import make_folder, replace_file
 from vaflow.pages import render
 from vaflow.timeline import Floats
-from vaflow.train.breakdown import plain
 from vaflow.train.metrics import (
     concordance_of_moments,
     mean_over_dimensions,
     paired_difference,
+    plain,
     resampled_ccc,
     shared_draws,
 )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vaflow.errors import UsageError
-from vaflow.train.breakdown import Scored, by_group, by_intensity, intensity_bins, read_groups
+from vaflow.train.groups import Scored, by_group, read_groups
+from vaflow.train.metrics import by_intensity, intensity_bins
 
 
 def ccc(x: np.ndarray, y: np.ndarray) -> float:
