@@ -307,9 +307,8 @@ class TrainConfig:
         if not self.ccc_weight and not self.mse_weight:
             raise UsageError(explain("ccc_weight and mse_weight are both 0", expected="one of them above 0"))
         if self.nll_weight and self.uncertainty == NONE:
-            raise UsageError(
-                explain("nll_weight requires a variance head", expected="--set uncertainty=variance", got=NONE)
-            )
+            problem = "nll_weight requires a variance head"
+            raise UsageError(explain(problem, expected="--set uncertainty=variance", got=NONE))
         if self.prompt_context and self.learnable_prompts:
             raise UsageError(explain("prompt_context and learnable_prompts exclude each other", got="both"))
         if self.prompt_context and not self.kl_weight:

@@ -42,7 +42,6 @@ class Trace:
     """Predictions for one clip, at every row of its frame clock.
 
     Attributes:
-        clip: the clip, with its annotation.
         va: [R, 2] in [-1, 1].
         regions: [R, 9] probabilities, or None without a prompt head.
         extra: name -> probabilities of further targets at their own times, where the clip has them.

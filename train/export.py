@@ -148,9 +148,8 @@ def local_run(run: Path | str) -> Path:
         return Path(run)
     repository = name.removeprefix(PREFIX)
     if not _REPOSITORY.fullmatch(repository):
-        raise UsageError(
-            explain("A model of the Hugging Face hub is named by user and name", expected="hf:USER/NAME", got=name)
-        )
+        problem = "A model of the Hugging Face hub is named by user and name"
+        raise UsageError(explain(problem, expected="hf:USER/NAME", got=name))
     remedy = "Download the repository on a machine with a connection and pass its folder"
 
     def download(file: str) -> Path:
@@ -172,9 +171,8 @@ def _named_files(config: Path) -> Iterable[str]:
         wrong = [file for file in files if not isinstance(file, str) or not _PUBLISHED_FILE.fullmatch(file)]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         expected = "a model that `vaflow export` wrote"
-        raise CorruptError(
-            explain(f"{config} does not describe a vaflow model", expected=expected, got=error)
-        ) from error
+        problem = f"{config} does not describe a vaflow model"
+        raise CorruptError(explain(problem, expected=expected, got=error)) from error
     if wrong or "model.safetensors" not in files:
         got = repr(wrong[0]) if wrong else "no model.safetensors"
         raise CorruptError(explain(f"{config} names files that a vaflow model does not have", got=got))

@@ -36,7 +36,6 @@ class InputStream:
     """A stream that a run reads.
 
     Attributes:
-        name: name of the stream.
         kind: kind in the cache: "visual", "audio" or "logmel".
         dim: width of a row, over all stored layers.
         steps: vectors per training window; for visual streams, the frames.
@@ -70,7 +69,6 @@ class Inputs:
     """The inputs of a run.
 
     Attributes:
-        streams: streams of features.
         text: stream of prototypes, "" for none; prototypes: the embeddings [9, D].
         descriptions: descriptions of the nine regions, if the cache has them; text_identity: of the text tower.
         targets: further targets of the model.

@@ -55,6 +55,5 @@ class PretrainedModel(VAModel, PyTorchModelHubMixin, library_name="vaflow"):
 
     @classmethod
     def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> NoReturn:
-        raise WeightsError(
-            explain("The model has no safetensors file", expected="model.safetensors", got=Path(model_file).name)
-        )
+        problem = "The model has no safetensors file"
+        raise WeightsError(explain(problem, expected="model.safetensors", got=Path(model_file).name))

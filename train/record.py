@@ -162,13 +162,10 @@ class RunRecord:
     """The contents of `config.toml`.
 
     Attributes:
-        config: resolved settings.
-        streams: input streams.
         targets: further targets, predicted beside valence and arousal.
         tuned: of a fine-tuned run, the streams that its encoders make; empty until it is finished.
         cache: address of the cache that it was trained on; cache_relative: the same path from the run's directory.
         data: split -> {"clips", "windows", "labelled_frames", "labelled_valence", "labelled_arousal"}.
-        version: of vaflow.
         environment: device, PyTorch version and float32 arithmetic of the training.
     """
 

@@ -224,7 +224,6 @@ class Run:
     """A finished run, ready to predict.
 
     Attributes:
-        record: its `config.toml`.
         model: with the weights of the best epoch.
         each: with best=each: the model with the best epoch of each dimension.
         smoothing: of its traces, if one was chosen.

@@ -180,9 +180,6 @@ class Session:
         cache, config, inputs: as resolved.
         folder: of the run; record: its `config.toml`.
         allow_missing: leave labelled validation clips without features out of the scores.
-        tensorboard: write event files.
-        figures: draw the training curves and the predictions.
-        show: draw progress bars.
         keep_checkpoint: keep the last epoch's state, from which `--epochs` can continue.
     """
 

@@ -78,7 +78,6 @@ class WindowSet:
     """The windows of some clips, gathered into batches by index.
 
     Attributes:
-        streams: streams of features.
         tables: stream name -> its packed rows and index.
         clips: in the order of their windows.
         time: [F] float32 seconds of the output frames after the window's start.

@@ -115,9 +115,8 @@ def parse_study(text: str, name: str) -> Study:
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, brackets without end
-        raise UsageError(
-            explain(f"{name} is not TOML", expected="tables as in the built-in file", got=error)
-        ) from error
+        expected = "tables as in the built-in file"
+        raise UsageError(explain(f"{name} is not TOML", expected=expected, got=error)) from error
     tables = document.get("table")
     if not isinstance(tables, dict) or not tables:
         raise UsageError(explain(f"{name} has no tables", expected="[table.NAME] with rows [[table.NAME.row]]"))

@@ -53,10 +53,7 @@ class About:
     """Origin of the results.
 
     Attributes:
-        cache: its place.
-        options: seeds, overrides, aliases.
         trained, reused: runs of this call, and runs that were finished before.
-        seconds: duration of the call.
     """
 
     cache: str

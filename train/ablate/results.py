@@ -30,7 +30,6 @@ class RowResult:
     """Results of a row.
 
     Attributes:
-        entry: the row, its settings and runs.
         scores: [S, 3] CCC of every finished seed: valence, arousal, mean; NaN where nothing is labelled.
         within: [S] mean CCC within videos.
         interval: [3, 2] over videos, of the mean over seeds.
@@ -81,11 +80,8 @@ class Results:
     """All tables.
 
     Attributes:
-        tables: as chosen.
-        reference: the full model.
         videos: number of videos that intervals are drawn from.
         frames: labelled frames of the split.
-        split: the split that was scored.
         uneven: some runs have scores on further videos; intervals and tests use the videos that all have.
     """
 

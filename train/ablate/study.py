@@ -27,8 +27,6 @@ class StudyResult:
     """Result of `run_study`.
 
     Attributes:
-        results: every table.
-        about: how they were made.
         files: "csv", "markdown", "html", "tables" (a copy of the tables, to edit) and, for the table `encoders`,
             "encoders" -> path.
         failures: rows and runs that failed, as in `failures_file`.

@@ -32,7 +32,6 @@ class Ended:
     """Outcome of one run.
 
     Attributes:
-        seconds: duration.
         score: mean CCC; None if the run failed or no clip is labelled.
         error, message: class and message of the error; empty if the run finished.
     """

@@ -144,9 +144,8 @@ def _range(key: str, table: Mapping[str, Any]) -> Range:
     log, step = table.get("log", False), table.get("step")
     stepped = step is None or (type(step) in (int, float) and math.isfinite(step) and step > 0 and not log)
     if not numeric or type(log) is not bool or not stepped or not low < high or (log and low <= 0):
-        raise UsageError(
-            explain(f"The range of {key} is not valid", expected=f"low < high, log or step, as `{EXAMPLE}`", got=table)
-        )
+        expected = f"low < high, log or step, as `{EXAMPLE}`"
+        raise UsageError(explain(f"The range of {key} is not valid", expected=expected, got=table))
     for limit in (low, high):
         described.check(limit)
     return Range(low, high, log, step, described.kind is int)
@@ -158,12 +157,9 @@ class Trial:
 
     Attributes:
         number: counted from 1.
-        values: setting -> value.
         state: "done" (all epochs), "stopped" (early) or "failed".
-        epochs: epochs trained.
         rungs: mean CCC over the folds at each rung.
         folds: CCC of each fold at the last rung.
-        seconds: duration.
         message: why it failed; empty: it did not.
     """
 
@@ -191,11 +187,8 @@ class SearchOptions:
         folds: inner folds of the training split; a trial's score is the mean over them.
         train: split that the folds divide.
         holdout: split on which the winner is scored; no trial sees it.
-        seed: of the proposals.
         halving: stop trials early that are not among the best third.
         batch: number of trials that are proposed, and trained, at once.
-        together: "auto", "always" or "never": see `Trainer`.
-        device: "auto", "cpu" or "cuda[:N]".
         allow_missing: leave labelled clips without features out of the scores.
     """
 

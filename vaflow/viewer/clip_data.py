@@ -69,7 +69,11 @@ class MediaIndex:
     def __init__(self, roots: Iterable[Path]) -> None:
         self._by_name: dict[str, list[Path]] = {}
         for root in roots:
-            for path in [root] if root.is_file() else _media_below(root):
+            paths = [root]
+            if not root.is_file():
+                entries = ((folder, entry.name) for folder, files in walk(root) for entry in files)
+                paths = [folder / name for folder, name in entries if name.lower().endswith(EXTENSIONS)]
+            for path in paths:
                 self._by_name.setdefault(path.name, []).append(path)
 
     @property
@@ -95,13 +99,6 @@ class MediaIndex:
         stems = {name.rsplit("/", 1)[-1] for name in (clip.item, clip_and_person(clip.item)[0])}
         same = [path for name, paths in self._by_name.items() if stems & {name, Path(name).stem} for path in paths]
         return same[0] if len(same) == 1 and not any(clip.records()) else None
-
-
-def _media_below(root: Path) -> Iterator[Path]:
-    for folder, files in walk(root):
-        for entry in files:
-            if entry.name.lower().endswith(EXTENSIONS):
-                yield folder / entry.name
 
 
 def probe(path: Path) -> Facts:

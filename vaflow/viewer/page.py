@@ -289,9 +289,8 @@ class ViewerServer(ThreadingHTTPServer):
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
-            raise UsageError(
-                explain(f"Cannot listen on port {port}", got=error.strerror, remedy="Choose another --port")
-            ) from error
+            problem = f"Cannot listen on port {port}"
+            raise UsageError(explain(problem, got=error.strerror, remedy="Choose another --port")) from error
         self.viewer, self.ratings = viewer, ratings
         self.token = secrets.token_urlsafe(24)
         self.page = viewer.html(serve={"token": self.token}).encode()

@@ -51,7 +51,6 @@ class FacesOfClip:
         clip: its name; item: an item of the cache with its faces, "" if they were detected now.
         faces: arrays of the faces stream.
         items: number of a person -> the item with features of that person.
-        crops: the stored crops.
         video: the file, if it was found.
     """
 
@@ -87,11 +86,7 @@ class PersonCard:
 
 @dataclass(frozen=True)
 class ClipCard:
-    """One clip, for the page: its cuts, duration in seconds, people, and the items with features of a person.
-
-    Attributes:
-        items: number of a person -> the item that holds their features.
-    """
+    """One clip, for the page: its cuts, duration in seconds, people, and the items with features of a person."""
 
     item: str
     duration: float
@@ -150,7 +145,11 @@ def clip_card(clip: FacesOfClip) -> ClipCard:
     instants = np.unique(faces["time"])
     step = median_interval(instants)
     numbers = np.unique(faces["person"]).tolist()
-    shown = {number: _evenly(np.flatnonzero(faces["person"] == number)) for number in numbers}
+    shown = {}
+    for number in numbers:
+        mine = np.flatnonzero(faces["person"] == number)
+        evenly = np.linspace(0, len(mine) - 1, min(SHOWN_CROPS, len(mine))).round().astype(int)
+        shown[number] = mine[np.unique(evenly)].tolist()
     rows = sorted({row for rows in shown.values() for row in rows})
     if any(clip.crops):
         crops = {row: _data_url(clip.crops[row]) for row in rows if clip.crops[row]}
@@ -182,10 +181,6 @@ def clip_card(clip: FacesOfClip) -> ClipCard:
             )
         )
     return ClipCard(clip.clip, duration, tuple(faces["cut"].tolist()), tuple(people), clip.items)
-
-
-def _evenly(rows: NDArray[np.int64]) -> list[int]:
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(SHOWN_CROPS, len(rows))).round().astype(int))].tolist()
 
 
 def _crops(faces: Arrays, rows: Sequence[int], video: Path) -> dict[int, str]:
@@ -261,9 +256,8 @@ def write_people(
     table = out.parent / TABLE
     if table.is_file() and head(table).partition("\n")[0].strip() != ",".join(COLUMNS):
         problem = f"{table}, which is written beside the page, is another table"
-        raise UsageError(
-            explain(problem, expected="no such file, or one of vaflow faces", remedy="Choose another --out")
-        )
+        expected = "no such file, or one of vaflow faces"
+        raise UsageError(explain(problem, expected=expected, remedy="Choose another --out"))
     unreadable: list[str] = []
     if is_cache(path):
         clip_people = _of_cache(open_cache(path), media)

@@ -56,8 +56,6 @@ class PredictedClip:
     """One prediction file.
 
     Attributes:
-        item: the clip's id.
-        csv: the file.
         split: of a run's predictions; "" otherwise.
         source: what `sources.json` says about the clip; empty without it.
     """
@@ -160,9 +158,8 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
         raise UsageError(explain(f"{path} has no predictions", expected=expected, got=got, remedy=remedy))
     unknown = set(clips) - {clip.item for clip in predicted_clips}
     if unknown:
-        raise UsageError(
-            explain(f"{path} has no such clip", got=min(unknown), choices=[clip.item for clip in predicted_clips][:50])
-        )
+        choices = [clip.item for clip in predicted_clips][:50]
+        raise UsageError(explain(f"{path} has no such clip", got=min(unknown), choices=choices))
     train = _mapping(run.get("train"))
     streams = [name for d in documents for name in _mapping(d.get("streams")) if name != "labels"]
     streams += [str(table.get("name")) for table in run.get("stream", ())]

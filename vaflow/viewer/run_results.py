@@ -71,13 +71,10 @@ class RunResults:
     Attributes:
         path: its directory; name: unique among the runs of a report.
         config: `config.toml`; text: the same as it stands in the file.
-        metrics: `metrics.json`.
-        history: `history.csv`, a row per epoch.
-        found: predictions of the split that the metrics are of.
-        clips: the labelled clips.
+        prediction_set: all predictions.
         moments: source video -> [6, 2] of `vaflow.train.metrics.video_moments`; without the clips left out.
         plane: sums over all labelled frames.
-        frames: of the split: all, without a label, and seconds: all, without a face (NaN: not recorded).
+        masked: of the split: frames, unlabelled frames, seconds, seconds without a face; None: not recorded.
         scope: what the scores are of.
         outdated: clips whose records in the cache are no longer those that were scored.
     """
