@@ -6,7 +6,7 @@ packed cache; the same command begins again.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -139,7 +139,8 @@ def _pack_stream(
 
     folder = work.attempts(stream)
     zarr.create_group(store=folder, zarr_format=3, overwrite=True)
-    writers = {name: ArrayWriter(_geometry(folder / name, name, records, shard_bytes)) for name in _names(records)}
+    names = sorted({name for record in records for name in record.arrays})
+    writers = {name: ArrayWriter(_geometry(folder / name, name, records, shard_bytes)) for name in names}
     with (work.all_records / f"{work.stream(stream).name}l").open("wb") as lines:
         for record in records:
             again, arrays = source.committed(stream, record.item)
@@ -152,10 +153,6 @@ def _pack_stream(
                 on_item()
     for writer in writers.values():
         writer.close()
-
-
-def _names(records: Iterable[Record]) -> list[str]:
-    return sorted({name for record in records for name in record.arrays})
 
 
 def _geometry(path: Path, name: str, records: Sequence[Record], shard_bytes: int) -> PackedArray:

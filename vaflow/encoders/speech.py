@@ -64,7 +64,12 @@ class SpeechEncoder:
         self.layers = loaded.stored(self._numbers)
         self._normalise = not self._is_whisper and processor.get("do_normalize", True) is True
         self._pooling: dict[tuple[float, int], torch.Tensor] = {}  # on the device, one per shape
-        self._filters = _whisper_filters(config.num_mel_bins, self.device) if self._is_whisper else None
+        self._filters: torch.Tensor | None = None
+        if self._is_whisper:
+            from transformers import WhisperFeatureExtractor
+
+            filters = WhisperFeatureExtractor(feature_size=config.num_mel_bins).mel_filters
+            self._filters = torch.from_numpy(filters).to(self.device, torch.float32)
         waveform = f"waveform, normalised: {self._normalise}"
         read = "whisper log-mel of 30 s, padded with zeros" if self._is_whisper else waveform
         settings = loaded.identity(pooling="mean over the tokens centred in a step", input=read)
@@ -125,12 +130,6 @@ class SpeechEncoder:
         with torch.autocast(self.device.type, enabled=False):
             pooled = torch.einsum("st,btld->bsld", self._pooling[key], tokens)
         return pooled if self.layers else pooled[:, :, 0]
-
-
-def _whisper_filters(bins: int, device: torch.device) -> torch.Tensor:
-    from transformers import WhisperFeatureExtractor
-
-    return torch.from_numpy(WhisperFeatureExtractor(feature_size=bins).mel_filters).to(device, torch.float32)
 
 
 def whisper_features(samples: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:

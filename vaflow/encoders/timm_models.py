@@ -47,7 +47,11 @@ def build(request: Request) -> ImageEncoder:
     if file and request.weights is None and not Path(file).expanduser().is_file():
         remedy = f"Check the path after timm:{model_name}/"
         raise UsageError(explain(f"The weights file {file} does not exist", remedy=remedy))
-    path = request.weights or (Path(file).expanduser() if file else _download(request, settings))
+    if not (request.weights or file or settings.hf_hub_id):
+        remedy = "Use timm:MODEL.TAG (timm.list_pretrained() lists them) or timm:MODEL/FILE"
+        raise WeightsError(explain(f"timm publishes no weights of {request.name} on the hub", remedy=remedy))
+    local = request.weights or (Path(file).expanduser() if file else None)
+    path = local or hub_file(settings.hf_hub_id, ("model.safetensors",), encoder=request.name)
     state = read_state_dict(path)
     with without_initial_weights():
         module = timm.create_model(architecture, pretrained=False, num_classes=0)
@@ -76,13 +80,6 @@ def blocks_of(module: Any) -> tuple[Any, int, bool]:
     """Return the blocks of timm's model, the number of tokens before the patches', and whether one is a class token."""
     special = getattr(module, "num_prefix_tokens", 0)
     return getattr(module, "blocks", None), special, special > 0 and getattr(module, "cls_token", None) is not None
-
-
-def _download(request: Request, settings: Any) -> Path:
-    if not settings.hf_hub_id:
-        remedy = "Use timm:MODEL.TAG (timm.list_pretrained() lists them) or timm:MODEL/FILE"
-        raise WeightsError(explain(f"timm publishes no weights of {request.name} on the hub", remedy=remedy))
-    return hub_file(settings.hf_hub_id, ("model.safetensors",), encoder=request.name)
 
 
 def data_config(name: str, module: torch.nn.Module, settings: dict[str, Any]) -> Preprocessing:

@@ -106,7 +106,13 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise WeightsError(explain(f"The weights file {path} does not exist", remedy="Check the path after NAME="))
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return _unwrap(path, load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(_unreadable(path, error)) from error
     if _is_torchscript(path):
         raise WeightsError(
             explain(
@@ -123,16 +129,6 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except BROKEN as error:
         raise WeightsError(_unreadable(path, error)) from error
     return _unwrap(path, checkpoint)
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return _unwrap(path, load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(_unreadable(path, error)) from error
 
 
 def _unreadable(path: Path, error: Exception) -> str:
