@@ -17,7 +17,7 @@ from tqdm import tqdm
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
-from vaflow.encoders.images import Preparation
+from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import VaflowError
 from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard, default_workers
 from vaflow.extract.doctor.facts import look_at_people

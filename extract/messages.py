@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Clip
-from vaflow.encoders.images import Preparation, Prepared
+from vaflow.encoders.preprocessing import Preparation, Prepared
 from vaflow.extract.config import too_much_memory
 from vaflow.extract.faces.detection import Cells
 from vaflow.timeline import Grid

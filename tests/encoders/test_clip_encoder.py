@@ -168,7 +168,7 @@ def test_prepare_equals_the_open_clip_transform_without_normalization(shape: tup
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_every_resize_mode_equals_open_clip(mode: str, interpolation: str) -> None:
-    from vaflow.encoders.images import Preparation
+    from vaflow.encoders.preprocessing import Preparation
 
     for shape in ((90, 61), (61, 90), (40, 40)):
         image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)

@@ -19,7 +19,7 @@ from make_media import COLUMNS, ROWS, AudioTrack, VideoTrack, drawn, write_media
 from numpy.typing import NDArray
 
 from vaflow.encoders.base import KALDI, Segments
-from vaflow.encoders.images import Preparation
+from vaflow.encoders.preprocessing import Preparation
 
 Floats = NDArray[np.float64]
 

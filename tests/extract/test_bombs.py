@@ -17,7 +17,7 @@ from PIL import Image
 
 from vaflow.datasets import Clip
 from vaflow.datasets.videos import read_csv
-from vaflow.encoders.images import Preparation
+from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop
 from vaflow.extract.importing.feature_files import FeatureFile, read_features, signature

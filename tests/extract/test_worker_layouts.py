@@ -12,7 +12,7 @@ from PIL import Image
 
 from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
-from vaflow.encoders.images import Preparation
+from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import MediaError
 from vaflow.extract.doctor.check import check_dataset
 from vaflow.extract.image_folders import list_stills, open_stills, stills_at, stills_identity

@@ -19,7 +19,7 @@ from fuzz_seeds import AUDIO_FILES, FILMS, IMAGE_FILES, SEEDS, WHOLE_FILM
 
 from vaflow.cache.schema import StreamInfo, array_problems
 from vaflow.datasets import Clip
-from vaflow.encoders.images import Preparation
+from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import MediaError
 from vaflow.extract.doctor.check import check_clip
 from vaflow.extract.messages import AudioBlock, Clock, Done, Face, Failed, Job

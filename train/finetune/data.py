@@ -23,8 +23,8 @@ from vaflow.cache import Cache
 from vaflow.cache.documents import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS
 from vaflow.encoders.base import cut
-from vaflow.encoders.images import Preparation
 from vaflow.encoders.logmel import HOP, RATE
+from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.images import decode
 from vaflow.train.batch import VISUAL

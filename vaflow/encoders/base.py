@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.encoders.images import Image, Preparation, Prepared
 from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, FilterBank, kaldi_banks
+from vaflow.encoders.preprocessing import Image, Preparation, Prepared
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import nn
 from vaflow.encoders.base import AudioEncoder, Request, VisualEncoder
 from vaflow.encoders.checkpoints import FAMILIES, LoadedModel, load
 from vaflow.encoders.image_encoder import ImageEncoder
-from vaflow.encoders.images import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.layers import LayerChoice
+from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.speech import SpeechEncoder
 from vaflow.errors import UsageError, explain
 

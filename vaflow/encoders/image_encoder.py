@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from vaflow.encoders.base import Request
-from vaflow.encoders.images import Image, Prepared, Preprocessing
 from vaflow.encoders.layers import LayerChoice
+from vaflow.encoders.preprocessing import Image, Prepared, Preprocessing
 from vaflow.errors import UsageError, explain
 
 

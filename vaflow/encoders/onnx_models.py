@@ -20,8 +20,8 @@ from torch import nn
 
 from vaflow.encoders.base import WAVEFORM, FrontEnd, Request, Segments, centred_examples, step_centres
 from vaflow.encoders.image_encoder import ImageEncoder
-from vaflow.encoders.images import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.logmel import HOP, RATE
+from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
 from vaflow.errors import UsageError, WeightsError, explain
 
 NUMPY = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
@@ -36,7 +36,7 @@ class SidecarImage:
     Attributes:
         input, output: names in the graph; "" is the only or first one.
         size: edge of the square input; `edge` before the centre crop, 0: `size`.
-        resize: "shortest", "longest" or "squash"; interpolation: a key of `images.KERNELS`.
+        resize: "shortest", "longest" or "squash"; interpolation: a key of `preprocessing.KERNELS`.
         divide_by, mean, std: pixels 0 to 255 become (x / divide_by - mean) / std.
         order: "RGB" or "BGR"; layout: "NCHW" or "NHWC".
         columns: [first, last + 1] of the output that are features; empty: all.

@@ -15,7 +15,7 @@ import torch
 from vaflow.encoders.base import Request
 from vaflow.encoders.hub import check_checksum, checked_url
 from vaflow.encoders.image_encoder import ImageEncoder
-from vaflow.encoders.images import Preparation, Preprocessing
+from vaflow.encoders.preprocessing import Preparation, Preprocessing
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 
 SIZE = 224

@@ -14,8 +14,8 @@ import torch
 from vaflow.encoders.base import Request
 from vaflow.encoders.hub import hub_file
 from vaflow.encoders.image_encoder import ImageEncoder, encode_blocks
-from vaflow.encoders.images import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.layers import LayerChoice, split_layers
+from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import UsageError, WeightsError, explain
 

@@ -36,8 +36,8 @@ from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, SPECIAL_TOKENS, Ast
 from vaflow.encoders.base import Request
 from vaflow.encoders.clip import require_quick_gelu
 from vaflow.encoders.image_encoder import ImageEncoder
-from vaflow.encoders.images import Preparation, Preprocessing
 from vaflow.encoders.layers import LayerChoice, split_layers
+from vaflow.encoders.preprocessing import Preparation, Preprocessing
 from vaflow.encoders.weights import load_strictly, read_state_dict, without_initial_weights
 from vaflow.errors import WeightsError, explain
 
