@@ -8,7 +8,7 @@
             check(self)
 
 From the description follow the conversion and the checks of values (`coerce`, `check`), the keys of `--set`
-(`parse_pairs`), the options of a command (`vaflow.cli.options`) and the reference page (`reference`).
+(`parse_pairs`), the options of a command (`vaflow.cli.options`) and the reference page (`scripts/settings_page.py`).
 """
 
 import re
@@ -256,16 +256,3 @@ def parse_pairs(config: type, pairs: Iterable[str]) -> dict[str, Any]:
             raise UsageError(explain("--set takes KEY=VALUE", expected="for example --set lr=3e-4", got=pair))
         result[key] = coerce(config, key, value.strip())
     return result
-
-
-def reference(config: type) -> str:
-    """The settings of a config dataclass as Markdown: a heading and a table per group."""
-    parts: dict[str, list[str]] = {}
-    for described in settings_of(config).values():
-        name = f"`{described.name}`" + (f", `{described.option}`" if described.option else "")
-        values = described.values + (f" ({described.unit})" if described.unit else "")
-        source = f" Source: {described.source}." if described.source else ""
-        cells = (name, described.default_text, values, f"{described.help}.{source}")
-        parts.setdefault(described.group, []).append(f"| {' | '.join(cells)} |")
-    head = "| setting, option | default | values | meaning |\n|---|---|---|---|\n"
-    return "\n".join(f"### {group.capitalize()}\n\n{head}{chr(10).join(rows)}\n" for group, rows in parts.items())
