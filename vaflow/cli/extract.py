@@ -22,7 +22,7 @@ from vaflow.cli.common import (
     weight_pairs,
     wrap_on_terminal,
 )
-from vaflow.cli.options import Engine, HelpAll, Layout, RayAddress, Root, Store, Weights, variant
+from vaflow.cli.options import Engine, HelpAll, Layout, RayAddress, Root, Store, Weights, grouped
 from vaflow.errors import UsageError, command, count, explain, visible
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.files import write_file
@@ -43,50 +43,32 @@ LABEL_PROBLEMS = {
 log = logging.getLogger(__name__)
 
 Out = Annotated[
-    Path, typer.Option(metavar="CACHE", help="Cache to write or to add to.", show_default=False, rich_help_panel="Data")
+    Path, grouped("Data", shown=True, metavar="CACHE", help="Cache to write or to add to.", show_default=False)
 ]
-DataLayout = Annotated[str, variant(Layout, rich_help_panel="Data")]
+DataLayout = Annotated[str, grouped("Data", like=Layout, shown=True)]
 RetryFailed = Annotated[
-    bool,
-    typer.Option(
-        "--retry-failed",
-        help="Extract only the clips that the last run listed as failed.",
-        rich_help_panel="Data",
-        hidden=True,
-    ),
+    bool, grouped("Data", "--retry-failed", help="Extract only the clips that the last run listed as failed.")
 ]
 Rehash = Annotated[
-    bool,
-    typer.Option(
-        "--rehash",
-        help="Compare the contents of files with the cache, not only sizes and times.",
-        rich_help_panel="Data",
-        hidden=True,
-    ),
+    bool, grouped("Data", "--rehash", help="Compare the contents of files with the cache, not only sizes and times.")
 ]
-EncoderWeights = Annotated[list[str] | None, variant(Weights, rich_help_panel="Encoders", hidden=True)]
+EncoderWeights = Annotated[list[str] | None, grouped("Encoders", like=Weights)]
 Layers = Annotated[
     str,
-    typer.Option(
+    grouped(
+        "Encoders",
         metavar="LAYERS",
         help="Layers of every transformer: N, N-M, last, mean or all. Training mixes several.",
-        rich_help_panel="Encoders",
-        hidden=True,
     ),
 ]
-NewStore = Annotated[str, variant(Store, rich_help_panel="Output", hidden=True)]
+NewStore = Annotated[str, grouped("Output", like=Store)]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print clips, hours, size and time; write nothing.", rich_help_panel="Data")
+    bool, grouped("Data", "--dry-run", shown=True, help="Print clips, hours, size and time; write nothing.")
 ]
-Profile = Annotated[
-    bool, typer.Option("--profile", help="Print the time of each stage.", rich_help_panel="Output", hidden=True)
-]
-ShardOption = Annotated[
-    str,
-    typer.Option(metavar="I/N", help="Extract shard I of N of the dataset.", rich_help_panel="Machines", hidden=True),
-]
-MachineEngine = Annotated[str, variant(Engine, rich_help_panel="Machines", hidden=True)]
-MachineAddress = Annotated[str | None, variant(RayAddress, rich_help_panel="Machines", hidden=True)]
+Profile = Annotated[bool, grouped("Output", "--profile", help="Print the time of each stage.")]
+ShardOption = Annotated[str, grouped("Machines", metavar="I/N", help="Extract shard I of N of the dataset.")]
+MachineEngine = Annotated[str, grouped("Machines", like=Engine)]
+MachineAddress = Annotated[str | None, grouped("Machines", like=RayAddress)]
 
 
 def extract(

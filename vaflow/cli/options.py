@@ -21,6 +21,17 @@ def variant(option: Any, **attributes: Any) -> ParameterInfo:
     return info
 
 
+def grouped(panel: str, *names: str, like: Any = None, shown: bool = False, **attributes: Any) -> ParameterInfo:
+    """Return an option for the group `panel` of a long help page; unless `shown`, only --help-all lists it.
+
+    Args:
+        names: of a new option; like: or the shared option of which it is a variant.
+    """
+    attributes |= {"rich_help_panel": panel, "hidden": not shown}
+    info: ParameterInfo = variant(like, **attributes) if like else typer.Option(*names, **attributes)
+    return info
+
+
 def _show_all(ctx: typer.Context, value: bool) -> None:
     if not value:
         return

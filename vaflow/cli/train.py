@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from vaflow.cli.common import (
     FAILED,
     SOME_FAILED,
@@ -20,7 +18,7 @@ from vaflow.cli.common import (
     weight_pairs,
 )
 from vaflow.cli.evaluate import summary
-from vaflow.cli.options import Aliases, AllowMissing, Cache, HelpAll, Weights, variant
+from vaflow.cli.options import Aliases, AllowMissing, Cache, HelpAll, Weights, grouped
 from vaflow.errors import UsageError, explain, visible
 from vaflow.settings import parse_pairs
 from vaflow.train import config as configs
@@ -33,72 +31,35 @@ if TYPE_CHECKING:
 
 
 PresetAliases = Annotated[
-    list[str] | None,
-    variant(
-        Aliases, help="Use stream OTHER where a preset names NAME. Repeatable.", rich_help_panel="Data", hidden=True
-    ),
+    list[str] | None, grouped("Data", like=Aliases, help="Use stream OTHER where a preset names NAME. Repeatable.")
 ]
 AllowMissingInValidation = Annotated[
-    bool,
-    variant(
-        AllowMissing,
-        help="Score the validation split even if labelled clips have no features.",
-        rich_help_panel="Data",
-        hidden=True,
-    ),
+    bool, grouped("Data", like=AllowMissing, help="Score the validation split even if labelled clips have no features.")
 ]
 Preset = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Settings of a published system: p1 or p2.", rich_help_panel="Model")
+    str | None, grouped("Model", shown=True, metavar="NAME", help="Settings of a published system: p1 or p2.")
 ]
 SettingsFile = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="TOML file of settings, or a run's config.toml.", rich_help_panel="Model", hidden=True
-    ),
+    Path | None, grouped("Model", metavar="FILE", help="TOML file of settings, or a run's config.toml.")
 ]
 Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting. Repeatable.", rich_help_panel="Model"),
+    list[str] | None, grouped("Model", "--set", shown=True, metavar="KEY=VALUE", help="Any setting. Repeatable.")
 ]
 FinetunedWeights = Annotated[
     list[str] | None,
-    variant(
-        Weights,
-        help="Local weights of an encoder to fine-tune, instead of the hub's. Repeatable.",
-        rich_help_panel="Fine-tuning",
-        hidden=True,
+    grouped(
+        "Fine-tuning", like=Weights, help="Local weights of an encoder to fine-tune, instead of the hub's. Repeatable."
     ),
 ]
 Seeds = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Train N seeds, counted up from --seed, each in RUN/seed<S>.",
-        rich_help_panel="Output",
-        hidden=True,
-    ),
+    int | None, grouped("Output", metavar="N", help="Train N seeds, counted up from --seed, each in RUN/seed<S>.")
 ]
-AllFolds = Annotated[
-    bool,
-    typer.Option(
-        "--all-folds", help="Train every fold of --folds, each in RUN/fold<I>.", rich_help_panel="Output", hidden=True
-    ),
-]
+AllFolds = Annotated[bool, grouped("Output", "--all-folds", help="Train every fold of --folds, each in RUN/fold<I>.")]
 Together = Annotated[
-    str,
-    typer.Option(
-        metavar="WHEN",
-        help="Train seeds and folds in a batch: auto (if faster), always, never.",
-        rich_help_panel="Output",
-        hidden=True,
-    ),
+    str, grouped("Output", metavar="WHEN", help="Train seeds and folds in a batch: auto (if faster), always, never.")
 ]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Delete the run in --out first.", rich_help_panel="Output", hidden=True)
-]
-Out = Annotated[
-    Path, typer.Option(metavar="RUN", help="Directory of the run.", show_default=False, rich_help_panel="Output")
-]
+Fresh = Annotated[bool, grouped("Output", "--fresh", help="Delete the run in --out first.")]
+Out = Annotated[Path, grouped("Output", shown=True, metavar="RUN", help="Directory of the run.", show_default=False)]
 
 
 def train(
