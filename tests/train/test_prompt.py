@@ -24,6 +24,19 @@ def test_logits_are_scaled_cosines(prototypes):
     np.testing.assert_allclose(head(x).detach(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_training_computes_the_logits_and_gradients_of_evaluation(prototypes):
+    """Training multiplies short vectors with the Gram matrix of the projection."""
+    torch.manual_seed(0)
+    head = PromptHead(5, prototypes, learnable=True).double()
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    pull = torch.randn(2, 4, 9, dtype=torch.float64)
+    results = []
+    for mode in (True, False):
+        logits = head.train(mode)(x)
+        results.append((logits, *torch.autograd.grad((logits * pull).sum(), [x, *head.parameters()])))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 def test_prototype_length_does_not_change_the_logits(prototypes):
     torch.manual_seed(0)
     head = PromptHead(5, prototypes)

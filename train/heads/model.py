@@ -22,7 +22,7 @@ from vaflow.train.heads.fusion import FUSION, Track, interpolate
 from vaflow.train.heads.layer_mixture import LayerMixture
 from vaflow.train.heads.prompt import PromptHead
 from vaflow.train.heads.spectrogram import Spectrogram
-from vaflow.train.heads.temporal import TEMPORAL, Recurrent, run_together
+from vaflow.train.heads.temporal import TEMPORAL, Recurrent, run_together, zero_outside
 
 STD_RANGE = (0.02, 2.0)  # errors of values in [-1, 1] are at most 2
 
@@ -131,7 +131,7 @@ class Branch(nn.Module):
             The projected steps; frames of a spectrogram become steps here.
         """
         if self.spectrogram is None:
-            x = torch.where(valid.unsqueeze(-1), x, 0)
+            x = zero_outside(x, valid)
             if self.layer_mixture is None:
                 x = self.normalize(x)
             elif isinstance(self.normalize, Standardize):
