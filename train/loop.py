@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import cos, pi
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.evaluate import Trace, predict_clips, score
 from vaflow.train.losses import total_loss
 from vaflow.train.metrics import DIMENSIONS, mean_over_dimensions, within_video_ccc
+from vaflow.train.optimizer import lr_factor, make_optimizer
 from vaflow.train.windows import Prefetcher, WindowSet, drop_modality
 
 log = logging.getLogger(__name__)
@@ -74,29 +74,6 @@ class Progress:
 PARTS = ("total", "ccc", "kl", "mse", "nll")
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over all trainable parameters."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return adamw([(trainable, config.lr)], config)
-
-
-def adamw(groups: Iterable[tuple[list[nn.Parameter], float]], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over groups of parameters, each with its learning rate; empty groups are left out."""
-    named = [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
-    return torch.optim.AdamW(named, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Factor of the learning rate at a step, counted from 0: warm-up, then the schedule; in (0, 1]."""
-    warm = config.warmup * steps_per_epoch
-    if step + 1 <= warm:
-        return (step + 1) / warm
-    if config.schedule == "constant":
-        return 1.0
-    total = max(1.0, config.epochs * steps_per_epoch - warm)
-    return 0.5 * (1 + cos(pi * min(1.0, (step - warm) / total)))
-
-
 def batch_loss(output: Output, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted loss of a batch and its parts; see `total_loss`."""
     return total_loss(
@@ -114,18 +91,20 @@ def batch_loss(output: Output, batch: Batch, config: TrainConfig) -> tuple[Tenso
 
 
 def update(optimizer: torch.optim.Optimizer, parts: Mapping[str, Tensor], config: TrainConfig) -> Tensor:
-    """Clip the gradients and step; returns the losses in the order of `PARTS`, then the norm, [6], on the device.
-
-    Losses that are not part of the training are 0.
-    """
+    """Clip the gradients and step; returns the losses and the norm, [6], on the device: see `in_order`."""
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if config.clip_norm:
         norm = nn.utils.clip_grad_norm_(trainable, config.clip_norm)
     else:
         norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
     optimizer.step()
-    zero = torch.zeros_like(parts["total"])
-    return torch.stack([*(parts.get(name, zero) for name in PARTS), norm])
+    return in_order({**parts, "norm": norm})
+
+
+def in_order(results: Mapping[str, Tensor]) -> Tensor:
+    """Losses in the order of `PARTS`, 0 for one that is not part of the training, and the norm; [6, ...]."""
+    zero = torch.zeros_like(results["total"])
+    return torch.stack([results.get(name, zero) for name in (*PARTS, "norm")])
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig) -> Tensor:

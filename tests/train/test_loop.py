@@ -13,12 +13,14 @@ from torch import nn
 from vaflow.cache import Cache
 from vaflow.device import choose_device
 from vaflow.errors import CorruptError, DataError
+from vaflow.files import write_tensors
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import predict_clips, score
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.loop import Progress, Row, fit, lr_factor, make_optimizer, seeded, train_step
+from vaflow.train.loop import Progress, Row, fit, seeded, train_step
 from vaflow.train.losses import total_loss
+from vaflow.train.optimizer import adamw, lr_factor, make_optimizer
 from vaflow.train.runs import build_model
 from vaflow.train.windows import StreamTable, WindowSet
 
@@ -147,6 +149,30 @@ def test_one_optimizer_step_equals_the_reference(loaded) -> None:
             g = grads[name].double()
             expected = before.detach().double() * (1 - config.lr * 0.1) - config.lr * g / (g.abs() + 1e-8)
             np.testing.assert_allclose(after[name].detach().numpy(), expected.numpy(), atol=2e-6)
+
+
+def test_the_optimizer_equals_pytorch(tmp_path: Path) -> None:
+    """The same bits, with two learning rates, a gradient that comes late, and a saved and restored state."""
+    config = TrainConfig(weight_decay=0.1)
+    start = [torch.randn(3, 2), torch.randn(4), torch.randn(2)]
+    ours, theirs = ([nn.Parameter(values.clone()) for values in start] for _ in range(2))
+    optimizer = adamw([(ours[:2], 1e-2), (ours[2:], 1e-3)], config)
+    groups = [{"params": theirs[:2], "lr": 1e-2}, {"params": theirs[2:], "lr": 1e-3}]
+    reference = torch.optim.AdamW(groups, weight_decay=0.1, fused=True)
+    for step in range(6):
+        for pair in list(zip(ours, theirs, strict=True))[: 3 if step > 1 else 2]:
+            gradient = torch.randn_like(pair[0])
+            for parameter in pair:
+                parameter.grad = gradient.clone()
+        optimizer.step()
+        reference.step()
+        assert all(map(torch.equal, ours, theirs))
+        if step == 3:
+            state = optimizer.state_dict()
+            tensors = {f"{k}/{name}": x for k, entry in state["state"].items() for name, x in entry.items()}
+            write_tensors(tmp_path / "state", tensors)  # refuses tensors that share memory
+            optimizer = adamw([(ours[:2], 1e-2), (ours[2:], 1e-3)], config)
+            optimizer.load_state_dict(state)
 
 
 def test_clipping_bounds_the_gradient_not_the_report(loaded) -> None:
