@@ -23,14 +23,13 @@ from vaflow.train.loop import (
     check_finite,
     end_epoch,
     epoch_losses,
+    in_order,
     is_finished,
-    lr_factor,
-    make_optimizer,
     resume,
     save_checkpoint,
     seed_from,
-    update,
 )
+from vaflow.train.optimizer import lr_factor, make_optimizer
 from vaflow.train.session import Data
 from vaflow.train.together.stacked_models import StackedModels, stacked_batch
 from vaflow.train.windows import Prefetcher, drop_modality, gather_each
@@ -163,12 +162,11 @@ def take_step(
             for k, run in enumerate(runs)
         ]
         batch = replace(batch, valid={n: torch.stack([valid[n] for valid in of_runs]) for n in batch.valid})
-    parts = stack.backward(batch, runs)
-    rows = []
-    for k, run in enumerate(runs):
+    results = stack.backward(batch, runs)
+    for run in runs:
         member = members[run]
         factor = lr_factor(member.config, member.progress.epoch * member.steps + step, member.steps)
         for group in member.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        rows.append(update(member.optimizer, {name: part[k] for name, part in parts.items()}, member.config))
-    return rows
+        member.optimizer.step()
+    return list(in_order(results).unbind(dim=1))

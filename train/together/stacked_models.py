@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch._ops import OpOverload
 from torch.func import functional_call
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -66,6 +67,10 @@ class StackedModels:
             for name in WEIGHTS
             if name not in ("mse_weight", "nll_weight") or getattr(configs[0], name)
         }
+        self._limits = torch.tensor([config.clip_norm or torch.inf for config in configs], device=device)
+        self._clips = any(config.clip_norm for config in configs)
+        self._used: list[str] = []  # names of the parameters with a gradient
+        self._memory = torch.empty(0)  # of the gradients
         self._hard = configs[0].region_labels == "hard"
         self._capture_after = capture_after
         self._uses: Counter[object] = Counter()  # by the shapes of a batch, as the next two
@@ -86,9 +91,12 @@ class StackedModels:
         return losses, parts, parameters
 
     def backward(self, batches: Batch, runs: Sequence[int]) -> dict[str, Tensor]:
-        """Set the gradients of the parameters of some models; returns the parts of their losses, [R] each.
+        """Set the gradients of the parameters of some models, and clip them.
 
         The arguments are those of `losses`.
+
+        Returns:
+            The parts of the losses and "norm", the norm of the gradient before it is clipped, [R] each.
         """
         tensors, tasks = _tensors_of(batches)
         shapes = tuple(x.shape for x in tree_leaves(tensors))
@@ -104,21 +112,30 @@ class StackedModels:
                 self._captured[shapes] = self._capture(tasks, runs, (*inputs, masks))
             with torch.no_grad():
                 gradients, parts = self._captured[shapes](*inputs, masks)
-        seen: set[int] = set()
-        for name, stacked in gradients.items():
-            parameters = [self._of_runs[name][run] for run in runs]
-            if stacked is None:
-                for parameter in parameters:
-                    parameter.grad = None
-                continue
-            memory, row = stacked.data_ptr(), stacked[0]
-            # Each gradient is scaled in place by its norm, so that no two may share memory.
-            if memory in seen or not row.is_contiguous() or stacked.stride(0) < row.numel():
-                stacked = stacked.clone(memory_format=torch.contiguous_format)
-            seen.add(memory)
-            for parameter, gradient in zip(parameters, stacked.unbind(), strict=True):
-                parameter.grad = gradient
-        return parts
+        used = [name for name, gradient in gradients.items() if gradient is not None]
+        memory = self._memory_of_gradients(used)
+        rows = [gradients[name].reshape(len(runs), -1) for name in used]  # type: ignore[union-attr]
+        flat = torch.cat(rows, dim=1, out=memory if len(runs) == len(self.models) else None)
+        norm = torch.linalg.vector_norm(flat, dim=1)
+        if self._clips:
+            limit = torch.stack([self._limits[run] for run in runs])
+            flat *= (limit / (norm + 1e-6)).clamp(max=1).unsqueeze(1)
+        if flat is not memory:
+            for run, row in zip(runs, flat, strict=True):
+                memory[run] = row
+        return {**parts, "norm": norm}
+
+    def _memory_of_gradients(self, used: list[str]) -> Tensor:
+        """Memory of the gradients of all models, [R, P]; the gradients of the parameters in `used` are views of it."""
+        if used != self._used:
+            self._used = used
+            sizes = [self._parameters[name][0].numel() for name in used]
+            self._memory = next(iter(self._parameters.values())).new_zeros(len(self.models), sum(sizes))
+            of_names = dict(zip(used, self._memory.split(sizes, dim=1), strict=True))
+            for name, parameters in self._of_runs.items():
+                for run, parameter in enumerate(parameters):
+                    parameter.grad = of_names[name][run].view_as(parameter) if name in of_names else None
+        return self._memory
 
     def _state(self, runs: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Parameters, buffers and weights of the loss of some runs, with a leading axis of these runs."""
@@ -171,15 +188,22 @@ class StackedModels:
             return self._gradients(own, *others[:-1], tasks)
 
         module = make_fx(gradients)(*inputs)
-        for node in module.graph.nodes:  # a sixth of the operators, for example the axis of the runs moved to the front
-            if node.op == "call_function" and node.target in _VIEWS and _same_view(node, node.args[0]):
+        module.graph.eliminate_dead_code()
+        for node in module.graph.nodes:
+            if not isinstance(node.target, OpOverload):
+                continue
+            name = node.target._schema.name.removeprefix("aten::")
+            if node.target in _VIEWS and _same_view(node, node.args[0]):  # such as the axis of runs moved to the front
                 node.replace_all_uses_with(node.args[0])
                 module.graph.erase_node(node)
+            else:  # PyTorch's functions take half of the time to call that its operators take
+                node.target = getattr(_FUNCTIONS, name, None) or getattr(Tensor, name, node.target)
         module.recompile()
         graph: Callable[..., Any] = module
         return graph
 
 
+_FUNCTIONS = torch._C._VariableFunctions
 _VIEWS = {getattr(torch.ops.aten, name).default for name in ("alias", "detach", "expand", "permute", "view")}
 
 
@@ -291,7 +315,7 @@ def _attend(
 def _attention(query: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor) -> Tensor:
     """`scaled_dot_product_attention` with a bool mask; `torch.vmap` would repeat it for every run."""
     scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
-    return torch.softmax(scores.masked_fill(~attn_mask, -torch.inf), dim=-1) @ values
+    return torch.softmax(scores + torch.where(attn_mask, 0.0, -torch.inf), dim=-1) @ values
 
 
 _PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
