@@ -172,10 +172,7 @@ def record_from(document: Json) -> Record:
             raise ValueError(f"it names a file outside its attempt: {name!r}")
         if not isinstance(facts, dict) or not all(_is_count(facts.get(key)) for key in ("size", CHECKSUM)):
             raise ValueError(f"it lacks size or checksum of {name!r}")
-    for (
-        name,
-        facts,
-    ) in record.arrays.items():  # checked here, because readers use shapes and dtypes before they read the files
+    for name, facts in record.arrays.items():  # readers use shapes and dtypes before they read the files
         shape, dtype = (facts.get("shape"), facts.get("dtype")) if isinstance(facts, dict) else (None, None)
         if not isinstance(shape, list) or not all(_is_count(length) for length in shape) or not isinstance(dtype, str):
             raise ValueError(f"it lacks shape or dtype of {name!r}")

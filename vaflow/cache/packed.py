@@ -19,8 +19,8 @@ from vaflow.cache.documents import crc32c, file_facts, fingerprint, record_from,
 from vaflow.cache.index import Folder, Row
 from vaflow.cache.layout import Layout
 from vaflow.cache.schema import DTYPES, PACKED, Array, Blob, Json, Record, StreamInfo, array_problems, escape
-from vaflow.cache.stores import size_problem
-from vaflow.errors import CorruptError, MissingError, UsageError, command, explain
+from vaflow.cache.stores import known_arrays, size_problem
+from vaflow.errors import CorruptError, UsageError, command, explain
 
 RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])  # of a chunk
 
@@ -189,11 +189,7 @@ class PackedCache(Cache):
         self, stream: str, item: str, names: Sequence[str] | None, *, verify: bool
     ) -> tuple[Record, dict[str, Array]]:
         record, rows = self._item(stream, item)
-        array_names = list(record.arrays) if names is None else list(names)
-        for name in array_names:
-            if name not in record.arrays:
-                problem = f"Item {item!r} of stream {stream!r} has no such array"
-                raise MissingError(explain(problem, got=name, choices=record.arrays))
+        array_names = known_arrays(record, names)
         return record, {name: self._rows_of(record, name, rows[name], verify=verify) for name in array_names}
 
     def _rows_of(self, record: Record, name: str, rows: Json, *, verify: bool) -> Array:

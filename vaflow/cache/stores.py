@@ -293,11 +293,7 @@ def fetch(
         MissingError: the item has no such array.
         CorruptError: a file is missing or differs from the record.
     """
-    array_names = list(record.arrays) if names is None else list(names)
-    for name in array_names:
-        if name not in record.arrays:
-            problem = f"Item {record.item!r} of stream {record.stream!r} has no such array"
-            raise MissingError(explain(problem, got=name, choices=record.arrays))
+    array_names = known_arrays(record, names)
     folder = layout.item(record.stream, record.item)
     needed = store.files_for(record.attempt, record.files, array_names)
     blobs, path = {}, folder
@@ -311,6 +307,19 @@ def fetch(
     except OSError as error:
         raise layout.corrupt(path, str(error), record.stream, record.item) from error
     return decode(layout, store, record, blobs, array_names)
+
+
+def known_arrays(record: Record, names: Sequence[str] | None) -> list[str]:
+    """Return `names`, or the names of all arrays of an item for None.
+
+    Raises:
+        MissingError: the item has no such array.
+    """
+    for name in names or ():
+        if name not in record.arrays:
+            problem = f"Item {record.item!r} of stream {record.stream!r} has no such array"
+            raise MissingError(explain(problem, got=name, choices=record.arrays))
+    return list(record.arrays if names is None else names)
 
 
 def _read(layout: Layout, path: Path, record: Record, facts: Json, *, verify: bool) -> Blob:
