@@ -55,25 +55,17 @@ def compile_network(encoder: VisualEncoder | AudioEncoder) -> None:
     parameters = next(encoder.module.parameters(), None)
     if parameters is None:  # an ONNX graph, or openSMILE
         return
-    _require_compiler(parameters.device)
-    encoder.module.compile(dynamic=False)
-
-
-def _require_compiler(device: torch.device) -> None:
-    """Compile a trial function: the networks are compiled only at their first full batch."""
     from torch._dynamo.exc import TorchDynamoException
 
-    try:
+    device = parameters.device
+    try:  # a trial function: the networks are compiled only at their first full batch
         torch.compile(torch.neg, dynamic=False)(torch.zeros(8, device=device))
     except TorchDynamoException as error:
-        raise VaflowError(
-            explain(
-                f"torch cannot compile for {device} here",
-                expected="a C++ compiler" if device.type == "cpu" else "Triton, which comes with torch for CUDA",
-                got=next((line for line in str(error).splitlines() if line.strip()), type(error).__name__),
-                remedy="Install it, or run without --compile",
-            )
-        ) from error
+        expected = "a C++ compiler" if device.type == "cpu" else "Triton, which comes with torch for CUDA"
+        got = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        problem, remedy = f"torch cannot compile for {device} here", "Install it, or run without --compile"
+        raise VaflowError(explain(problem, expected=expected, got=got, remedy=remedy)) from error
+    encoder.module.compile(dynamic=False)
 
 
 @dataclass(frozen=True)

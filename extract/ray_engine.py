@@ -61,7 +61,12 @@ def extract_on_ray(
         UsageError: Ray is not installed or cannot be reached, or an option cannot be meant for many machines.
         FingerprintError, WeightsError, CacheError: as the local engine.
     """
-    _check(out, config)
+    if config.device not in ("auto", "cpu", "cuda"):
+        got, remedy = config.device, "Ray assigns the GPUs: remove the number"
+        raise UsageError(explain("--engine ray takes --device auto, cpu or cuda", got=got, remedy=remedy))
+    if str(out).startswith("memory:"):
+        problem, remedy = "A cache in memory belongs to one process", "Use a folder or a bucket"
+        raise UsageError(explain(problem, got=out, remedy=remedy))
     ray = import_ray(loopback=starts_here(address))
     dataset = replace(dataset, clips=tuple(_absolute(clip) for clip in dataset.clips))
     weights = {name: path.absolute() for name, path in config.weights.items()}
@@ -294,16 +299,6 @@ def _sum(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         for name, value in part.items():
             total[name] = total[name] + value if name in total else value
     return total
-
-
-def _check(out: Path, config: ExtractConfig) -> None:
-    if config.device not in ("auto", "cpu", "cuda"):
-        got, remedy = config.device, "Ray assigns the GPUs: remove the number"
-        raise UsageError(explain("--engine ray takes --device auto, cpu or cuda", got=got, remedy=remedy))
-    if str(out).startswith("memory:"):
-        raise UsageError(
-            explain("A cache in memory belongs to one process", got=out, remedy="Use a folder or a bucket")
-        )
 
 
 def _absolute(clip: Clip) -> Clip:

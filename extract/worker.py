@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.cache import Cache, open_cache
+from vaflow.cache import open_cache
 from vaflow.cache.schema import CROPS, FACES
 from vaflow.datasets import read_annotation
 from vaflow.datasets.clip import Annotation
@@ -53,6 +53,7 @@ from vaflow.process import beat, listening
 from vaflow.timeline import Floats, Ints, median_interval, nearest
 
 Image = np.ndarray[Any, Any]
+open_once = cache(open_cache)  # one instance per process
 Send = Callable[[Message], None]
 Ask = Callable[[int, Sequence[Image]], Sequence[Cells]]  # number of the job, prepared images -> cells of each
 Frames = Iterator[tuple[int, Image]]  # frame number, RGB image
@@ -370,7 +371,7 @@ class StoredReader:
         """
         job, stored = self._job, self._job.stored
         assert stored is not None
-        source = _opened(stored.cache)
+        source = open_once(stored.cache)
         duration = float(source.meta(stored.item)["duration"])
         self._send(Clock(job.number, {}, duration, source.record(stored.stream, stored.item).source))
         frame = source.read(stored.stream, stored.item, ["frame"]).frame
@@ -387,9 +388,3 @@ class StoredReader:
                 self._send(Face(job.number, sample, prepared, images[row] if job.keep_jpeg else None))
                 count += 1
         self._send(FacesEnd(job.number, frame, stored.facts | {"samples": int(frame.size), "faces": count}))
-
-
-@cache
-def _opened(path: str) -> Cache:
-    """One instance per process."""
-    return open_cache(path)

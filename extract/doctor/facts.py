@@ -264,7 +264,14 @@ def _facts(
 ) -> MediaFacts:
     interval = median_interval(times)
     duration = float(times[-1]) + interval
-    audio, span = ("none", None) if audio_of is None else _audio_cover(audio_of, duration)
+    audio: AudioCover = "none"
+    span = None
+    if audio_of is not None and audio_of.audio is not None:
+        audio, sound = _loudness_status(audio_of, duration), audio_of.audio
+        if sound.duration is not None:
+            span = (sound.start, sound.start + sound.duration)
+            silent = max(0.0, span[0]) + max(0.0, duration - span[1])
+            audio = "partial" if audio == "whole" and silent > AUDIO_SLACK else audio
     return MediaFacts(
         frames=times.size,
         duration=duration,
@@ -283,19 +290,6 @@ def _facts(
 def drift(times: NDArray[np.float64]) -> float:
     """Seconds by which frame number / average rate misses a presentation time at most; 0 for a constant rate."""
     return float(np.abs(times - np.linspace(times[0], times[-1], times.size)).max()) if times.size > 1 else 0.0
-
-
-def _audio_cover(info: MediaInfo, duration: float) -> tuple[AudioCover, tuple[float, float] | None]:
-    if info.audio is None:
-        return "none", None
-    span = None
-    if info.audio.duration is not None:
-        span = (info.audio.start, info.audio.start + info.audio.duration)
-    status = _loudness_status(info, duration)
-    if status != "whole" or span is None:
-        return status, span
-    silent = max(0.0, span[0]) + max(0.0, duration - span[1])
-    return ("partial" if silent > AUDIO_SLACK else "whole"), span
 
 
 def _loudness_status(info: MediaInfo, duration: float) -> Literal["unreadable", "silent", "whole"]:
@@ -318,7 +312,12 @@ def crop_facts(folders: Sequence[Path], times: NDArray[np.float64]) -> CropFacts
     crops = list_crops(folders)
     numbers = np.array(list(crops), np.int64)
     last = int(numbers[-1]) + 1 if numbers.size else 0
-    damaged = tuple(path.name for path in some(list(crops.values()), OPENED_CROPS) if not _opens(path))
+    damaged: tuple[str, ...] = ()
+    for path in some(list(crops.values()), OPENED_CROPS):
+        try:
+            read_crop(path)
+        except MediaError:
+            damaged += (path.name,)
     if not times.size:
         return CropFacts(numbers.size, 0, 0, last, damaged=damaged)
     inside = numbers[numbers < times.size]
@@ -334,14 +333,6 @@ def some(paths: Sequence[Path], count: int) -> list[Path]:
     """At most `count` of them, evenly from the first to the last."""
     chosen = np.unique(np.linspace(0, max(len(paths) - 1, 0), count).astype(int))
     return [paths[k] for k in chosen] if paths else []
-
-
-def _opens(path: Path) -> bool:
-    try:
-        read_crop(path)
-    except MediaError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,10 @@ class TorchDetector:
             likely = grid[:, 0] > MIN_SCORE
             places, values = likely.nonzero(), grid.permute(0, 2, 3, 1)[likely]  # both ordered by image, row, column
             work.stop()
-            cells = places.cpu().numpy(), values.cpu().numpy()
+            rows, columns = places.cpu().numpy(), values.cpu().numpy()
         self.device_seconds += work.seconds
-        return _by_image(*cells, len(images))
+        ends = np.searchsorted(rows[:, 0], np.arange(len(images) + 1))
+        return tuple(Cells(rows[a:b, 1:].copy(), np.ascontiguousarray(columns[a:b].T)) for a, b in pairwise(ends))
 
     def _filled(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """[N, H, W, 3], N a multiple of the batch. The memory is reused: its first use costs more than the copy."""
@@ -89,12 +90,6 @@ class TorchDetector:
             place.copy_(torch.from_numpy(image))
         batch[len(images) :] = 0
         return batch
-
-
-def _by_image(places: NDArray[np.int64], values: NDArray[np.float32], count: int) -> tuple[Cells, ...]:
-    """Cells of a batch per image; [N, 3] image, row, column and [N, 15], ordered by image."""
-    ends = np.searchsorted(places[:, 0], np.arange(count + 1))
-    return tuple(Cells(places[a:b, 1:].copy(), np.ascontiguousarray(values[a:b].T)) for a, b in pairwise(ends))
 
 
 def load_network() -> "Network":

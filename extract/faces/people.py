@@ -23,7 +23,7 @@ from vaflow.extract.faces.alignment import (
 )
 from vaflow.extract.faces.detection import Face, overlap
 from vaflow.extract.faces.identity import FaceNetwork, Vectors, link
-from vaflow.extract.faces.tracking import MAX_SIZE_CHANGE, SUSPICIOUS, CutDetector, FaceTracker, distance, size_change
+from vaflow.extract.faces.tracking import SUSPICIOUS, CutDetector, FaceTracker, similar
 
 Image = NDArray[np.uint8]
 
@@ -113,7 +113,7 @@ class ClipFaces:
                 if (
                     cut >= SUSPICIOUS
                     or overlap(last.face.box, face.box) < MIN_OVERLAP
-                    or any(other is not face and _may_follow(last.face, other) for other in faces)
+                    or any(other is not face and similar(last.face, other, CROWDED) for other in faces)
                 ) and resemblance(gray, before) < ALIKE:
                     self._doubtful.add((track, len(self._tracks[track])))
             self._last[track] = gray
@@ -231,10 +231,6 @@ class ClipFaces:
     def _vector(self, sighting: Sighting) -> Vectors:
         assert self._network is not None
         return self._network.embed([decode_jpeg(self._jpeg(sighting))])[0]
-
-
-def _may_follow(last: Face, face: Face) -> bool:
-    return distance(last, face) <= CROWDED and size_change(last, face) <= MAX_SIZE_CHANGE
 
 
 def _by_presence(people: Iterable[list[Sighting]]) -> list[list[Sighting]]:

@@ -94,8 +94,8 @@ class PersonTracker:
         last = self._face
         if last is None:
             return None
-        reach = min(REACH + REACH_PER_SECOND * max(time - self._seen, 0.0), MAX_REACH)
-        candidates = [f for f in faces if distance(last, f) <= reach and size_change(last, f) <= MAX_SIZE_CHANGE]
+        reach = reach_after(time - self._seen)
+        candidates = [face for face in faces if similar(last, face, reach)]
         return max(candidates, key=lambda face: likeness(last, face), default=None)
 
 
@@ -124,8 +124,7 @@ class FaceTracker:
             (likeness(last, face), track, index)
             for track, (last, last_seen) in self._active.items()
             for index, face in enumerate(faces)
-            if distance(last, face) <= min(REACH + REACH_PER_SECOND * max(time - last_seen, 0.0), MAX_REACH)
-            and size_change(last, face) <= MAX_SIZE_CHANGE
+            if similar(last, face, reach_after(time - last_seen))
         ]
         tracks: list[int | None] = [None] * len(faces)
         for _, track, index in sorted(pairs, reverse=True):
@@ -137,6 +136,16 @@ class FaceTracker:
             if (track_id := tracks[index]) is not None:
                 self._active[track_id] = (face, time)
         return tracks
+
+
+def reach_after(seconds: float) -> float:
+    """Face sizes that the centre of a face may have moved in that time."""
+    return min(REACH + REACH_PER_SECOND * max(seconds, 0.0), MAX_REACH)
+
+
+def similar(one: Face, other: Face, reach: float) -> bool:
+    """Whether two faces may be of one person: their centres are within `reach`, and they are about as large."""
+    return distance(one, other) <= reach and size_change(one, other) <= MAX_SIZE_CHANGE
 
 
 def distance(one: Face, other: Face) -> float:
