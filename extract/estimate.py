@@ -108,9 +108,8 @@ def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:
     """Seconds of every clip, in any order; None if unreadable. FFmpeg opens files without a duration in the header."""
     media = [clip.video or (None if clip.frames else clip.audio) for clip in clips]
     unknown = []
-    for clip, seconds in zip(
-        clips, side_by_side(lambda path: header_seconds(path) if path else None, media), strict=True
-    ):
+    known = side_by_side(lambda path: header_seconds(path) if path else None, media)
+    for clip, seconds in zip(clips, known, strict=True):
         if seconds is None or seconds > MAX_SECONDS:
             unknown.append(clip)
         else:
@@ -156,7 +155,6 @@ def _measured(
 ) -> tuple[dict[str, int], float | None, str]:
     """Dimension of each encoder, minutes of the extraction or None, and the reason if they were not measured."""
     from vaflow.device import choose_device
-    from vaflow.encoders.base import AudioEncoder
     from vaflow.extract.engine import BATCH_SIZES, build_encoders, make_encoders
 
     dims = dict.fromkeys(config.visual, DIMS["visual"]) | dict.fromkeys(config.audio, DIMS["audio"])
@@ -174,27 +172,23 @@ def _measured(
         return dims, None, "none of the first clips can be read"
     cost = float(np.mean([reading.cost for reading in readings]))
     faces = float(np.mean([reading.faces for reading in readings]))
-    encoding = 0.0
-    for name, (encoder, batcher) in (encoders := make_encoders(config, device, visual, audio)).visual.items():
-        dims[name] = encoder.dim
-        shape = (encoder.preparation.size, encoder.preparation.size, 3)
-        rows = BATCHES * (config.image_batch or BATCH_SIZES[device.type]["visual"])
-        encoding += (
-            frames * faces * _seconds_per_row(batcher, np.zeros(shape, encoder.preparation.dtype), max(rows, BATCHES))
-        )
+    encoding, sizes = 0.0, BATCH_SIZES[device.type]
+    encoders = make_encoders(config, device, visual, audio)
+    for name, (encoder, batcher) in encoders.visual.items():
+        dims[name], prepared = encoder.dim, encoder.preparation
+        image = np.zeros((prepared.size, prepared.size, 3), prepared.dtype)
+        encoding += frames * faces * _seconds_per_row(batcher, image, config.image_batch or sizes["visual"])
     for name, (listener, batcher) in encoders.audio.items():
-        audio_encoder: AudioEncoder = listener
-        dims[name] = audio_encoder.dim
-        segments = audio_encoder.segments(config.window, config.audio_steps)
-        row = np.zeros((segments.frames, audio_encoder.front_end.bins), np.float32)
-        rows = BATCHES * (config.window_batch or BATCH_SIZES[device.type]["audio"])
-        encoding += windows * len(segments.first) * _seconds_per_row(batcher, row, max(rows, BATCHES))
+        dims[name], segments = listener.dim, listener.segments(config.window, config.audio_steps)
+        row = np.zeros((segments.frames, listener.front_end.bins), np.float32)
+        seconds_per_row = _seconds_per_row(batcher, row, config.window_batch or sizes["audio"])
+        encoding += windows * len(segments.first) * seconds_per_row
     workers = config.workers or default_workers(device.type)
     return dims, round(max(cost * seconds / workers, encoding) / 60, 3), ""
 
 
-def _seconds_per_row(batcher: Any, row: np.ndarray[Any, Any], rows: int) -> float:
-    began = time.perf_counter()
+def _seconds_per_row(batcher: Any, row: np.ndarray[Any, Any], batch: int) -> float:
+    rows, began = BATCHES * max(batch, 1), time.perf_counter()
     for _ in range(rows):
         batcher.add(row, lambda _: None)
     batcher.flush()
@@ -228,15 +222,9 @@ class _Reader:
                 if elapsed > READ_SECONDS:
                     raise _EnoughRead
 
+        source, wanted = self.config.face_source, self.preparations
         job = Job(
-            0,
-            clip,
-            grid,
-            audio=True,
-            faces=bool(self.preparations),
-            face_source=self.config.face_source,
-            preparations=self.preparations,
-            keep_jpeg=False,
+            0, clip, grid, audio=True, faces=bool(wanted), face_source=source, preparations=wanted, keep_jpeg=False
         )
         samples = 0
         try:
