@@ -265,7 +265,7 @@ def is_counted(media: Opened) -> bool:
     return media.container.format.name in _COUNTED
 
 
-def scan_times(path: Path) -> Floats:
+def frame_times(path: Path) -> Floats:
     """Return the presentation time of every decoded frame, [N] seconds on the clip clock, ascending, N >= 1.
 
     Raises:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, UsageError, VaflowError, explain
-from vaflow.extract.container import opened
-from vaflow.extract.video import decoder_identity, frame_times, frames_at
+from vaflow.extract.container import frame_times, opened
+from vaflow.extract.video import decoder_identity, frames_at
 from vaflow.process import beat
 from vaflow.timeline import Floats, Ints
 

@@ -18,7 +18,7 @@ from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
-from vaflow.extract.container import SQUARE, Opened, decode, display_size, is_counted, opened, scan_times
+from vaflow.extract.container import SQUARE, Opened, decode, display_size, frame_times, is_counted, opened
 from vaflow.timeline import Floats, Ints
 
 Image = NDArray[np.uint8]
@@ -195,20 +195,6 @@ def _audio_info(media: Opened) -> AudioInfo | None:
     return AudioInfo(context.name, context.sample_rate, context.channels, start, media.stream_duration(stream))
 
 
-def frame_times(path: Path, *, info: MediaInfo | None = None) -> Floats:
-    """Return the presentation time of every decoded frame, [N] seconds on the clip clock, ascending, N >= 1.
-
-    Args:
-        info: result of `probe`, if known: a file without video is then not opened again.
-
-    Raises:
-        MediaError: no video stream, nothing decodes, or the file is truncated.
-    """
-    if info is not None and info.video is None:
-        raise MediaError(explain(f"{path} has no video stream", expected="a file with a video stream"))
-    return scan_times(Path(path))
-
-
 def frames_at(path: Path, numbers: Ints, times: Floats) -> Iterator[tuple[int, Image]]:
     """Yield the images of the requested frames, each once, in one forward pass with bounded memory.
 
@@ -291,7 +277,7 @@ def misread_before(path: Path) -> tuple[str, ...]:
         square, container = media.pixel_aspect == 1, media.container.format.name
     if container in JOINABLE:
         try:
-            scan_times(path)
+            frame_times(path)
         except MediaError:
             return ("visual", "pixels", "audio", "logmel", "labels")
     return () if square else ("visual", "pixels")

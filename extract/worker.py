@@ -21,7 +21,7 @@ from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.audio_activity import SpeechMeter, covered_frames, stored_speech
 from vaflow.extract.config import limit_memory
-from vaflow.extract.container import audio_clock
+from vaflow.extract.container import audio_clock, frame_times
 from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg, quarter_turn
 from vaflow.extract.faces.choice import ALL, LARGEST, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, speech_at
 from vaflow.extract.faces.detection import Cells, find_faces, shared_detector
@@ -48,7 +48,7 @@ from vaflow.extract.messages import (
 )
 from vaflow.extract.nvdec import frames_on_gpu
 from vaflow.extract.sources import check_unchanged, sources_of
-from vaflow.extract.video import MediaInfo, frame_times, frames_at, probe
+from vaflow.extract.video import MediaInfo, frames_at, probe
 from vaflow.process import beat, listening
 from vaflow.timeline import Floats, Ints, median_interval, nearest
 
@@ -151,16 +151,7 @@ class ClipReader:
             expected = f"a video named {clip.group} in one of the video folders"
             remedy = "Add the video (face crops have neither times nor audio), or remove the trial"
             raise MediaError(explain(problem, expected=expected, remedy=remedy))
-        info = probe(clip.video)
-        if info.video is None:
-            raise MediaError(
-                explain(
-                    f"{clip.video.name} has no video stream",
-                    expected="a video stream, which gives the frame times",
-                    got="an audio stream only" if info.audio else "neither video nor audio",
-                )
-            )
-        return info, frame_times(clip.video, info=info)
+        return probe(clip.video), frame_times(clip.video)
 
     def _send_clock(self, sources: dict[str, Any]) -> None:
         clip, video = self._clip, self._info.video

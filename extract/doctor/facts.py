@@ -20,14 +20,14 @@ from vaflow.datasets.clip import Annotation, Clip
 from vaflow.datasets.labels import clock_gap, clock_problem, on_clock
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
-from vaflow.extract.container import audio_clock, decode, opened
+from vaflow.extract.container import audio_clock, decode, frame_times, opened
 from vaflow.extract.faces.alignment import MIN_SCORE, MIN_SIZE, quarter_turn
 from vaflow.extract.faces.detection import shared_detector
 from vaflow.extract.faces.tracking import CutDetector
 from vaflow.extract.image_folders import list_crops, open_stills, read_crop
 from vaflow.extract.messages import Failed
 from vaflow.extract.pool import each
-from vaflow.extract.video import MediaInfo, VideoInfo, frame_times, probe, to_rgb
+from vaflow.extract.video import MediaInfo, VideoInfo, probe, to_rgb
 from vaflow.item_names import person_item
 from vaflow.timeline import median_interval
 
@@ -241,7 +241,7 @@ def media_facts(path: Path, audio_path: Path | None = None) -> tuple[MediaFacts,
         MediaError: it cannot be used.
     """
     info = probe(path)
-    times = frame_times(path, info=info)
+    times = frame_times(path)
     average = (times.size - 1) / float(times[-1] - times[0]) if times[-1] > times[0] else None
     return _facts(times, info.video, average, info if audio_path is None else probe(audio_path)), times
 

@@ -19,6 +19,7 @@ from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.errors import FingerprintError, VaflowError, WeightsError
 from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.extract.container import frame_times
 from vaflow.extract.faces import detection_torch
 from vaflow.extract.faces.alignment import align, decode_jpeg
 from vaflow.extract.faces.detection import HELD_BYTES, Cells, CenterFace, decode_cells, find_faces, model_path, shrunk
@@ -29,7 +30,7 @@ from vaflow.extract.pool import WorkerPool
 from vaflow.extract.ray_node import Member
 from vaflow.extract.streams import faces_identity, tracker_identity
 from vaflow.extract.summary import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
-from vaflow.extract.video import frame_times, frames_at
+from vaflow.extract.video import frames_at
 from vaflow.extract.worker import run_job
 
 CPU = torch.device("cpu")

@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from vaflow.errors import UsageError, WeightsError
+from vaflow.extract.container import frame_times
 from vaflow.extract.faces import detection
 from vaflow.extract.faces.alignment import TEMPLATE, align
 from vaflow.extract.faces.detection import CenterFace, Face
 from vaflow.extract.faces.tracking import PersonTracker
-from vaflow.extract.video import frame_times, frames_at
+from vaflow.extract.video import frames_at
 from vaflow.timeline import nearest
 
 

@@ -10,7 +10,7 @@ from make_media import AudioTrack, VideoTrack, tones, write_media
 
 from vaflow.errors import MediaError
 from vaflow.extract.audio import decode_audio
-from vaflow.extract.video import frame_times
+from vaflow.extract.container import frame_times
 
 
 @pytest.fixture

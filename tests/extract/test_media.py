@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from make_media import AudioTrack, VideoTrack, copy_from_keyframe, read_number, tones, write_media
 
 from vaflow.errors import MediaError
-from vaflow.extract.video import decoder_identity, frame_times, frames_at, probe, to_rgb
+from vaflow.extract.container import frame_times
+from vaflow.extract.video import decoder_identity, frames_at, probe, to_rgb
 
 # Milliseconds between frames from 20 to 300: no frame rate fits.
 UNEVEN = tuple(np.cumsum(np.random.default_rng(0).choice([20, 33, 40, 120, 300], 40)).tolist())
@@ -148,11 +149,9 @@ def test_probe_describes_both_streams(tmp_path: Path) -> None:
 
 def test_an_audio_file_has_no_frames(tmp_path: Path) -> None:
     path = write_media(tmp_path / "sound.mp4", None, AudioTrack(tones(1.0, 44100)))
-    info = probe(path)
-    assert info.video is None
-    for known in (None, info):
-        with pytest.raises(MediaError, match="no video stream"):
-            frame_times(path, info=known)
+    assert probe(path).video is None
+    with pytest.raises(MediaError, match="no video stream"):
+        frame_times(path)
 
 
 def test_a_cover_image_is_not_video(tmp_path: Path) -> None:

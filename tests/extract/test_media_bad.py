@@ -9,8 +9,9 @@ import pytest
 from make_media import AudioTrack, VideoTrack, cut, read_number, tones, write_media
 
 from vaflow.errors import MediaError
+from vaflow.extract.container import frame_times
 from vaflow.extract.headers import promised_size
-from vaflow.extract.video import frame_times, frames_at, probe
+from vaflow.extract.video import frames_at, probe
 
 EVEN = tuple(range(0, 2000, 40))
 ALL_KEYFRAMES = {"g": "1"}

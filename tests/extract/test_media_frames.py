@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from make_media import VideoTrack, draw_number, read_number, write_media
 
-from vaflow.extract.video import frame_times, frames_at, probe, turned
+from vaflow.extract.container import frame_times
+from vaflow.extract.video import frames_at, probe, turned
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 150, 120]])
 # Kr, Kb of ITU-R BT.601 and BT.709; the number FFmpeg gives the matrix.

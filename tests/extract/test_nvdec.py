@@ -20,10 +20,11 @@ from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError, UsageError, VaflowError
 from vaflow.extract import nvdec
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.container import frame_times
 from vaflow.extract.messages import Face, Failed, Job
 from vaflow.extract.nvdec import AT_ONCE, check_parity, frames_on_gpu, import_torchcodec, require_nvdec
 from vaflow.extract.streams import stream_infos
-from vaflow.extract.video import frame_times, to_rgb
+from vaflow.extract.video import to_rgb
 from vaflow.extract.worker import run_job
 
 CUDA = "cuda:0"

@@ -12,10 +12,11 @@ from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.extract import plan, streams, video
+from vaflow.extract.container import frame_times
 from vaflow.extract.doctor.facts import media_facts
 from vaflow.extract.doctor.findings import media_findings
 from vaflow.extract.faces.detection import CenterFace
-from vaflow.extract.video import frame_times, frames_at, probe
+from vaflow.extract.video import frames_at, probe
 
 FRAMES = 16
 

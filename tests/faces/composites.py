@@ -12,10 +12,11 @@ import av
 import cv2
 import numpy as np
 
+from vaflow.extract.container import frame_times
 from vaflow.extract.faces.detection import CenterFace
 from vaflow.extract.faces.identity import open_network
 from vaflow.extract.faces.people import ClipFaces, People, Sighting
-from vaflow.extract.video import frame_times, frames_at
+from vaflow.extract.video import frames_at
 from vaflow.timeline import nearest
 
 RATE = 10  # frames per second of a composite

@@ -29,7 +29,7 @@ import numpy as np
 from vaflow import __version__
 from vaflow.cache import Cache
 from vaflow.errors import DataError, UsageError, explain
-from vaflow.extract.video import frame_times
+from vaflow.extract.container import frame_times
 from vaflow.files import write_file
 from vaflow.pages import UPLOT, render, script_json
 from vaflow.viewer.clip_data import (

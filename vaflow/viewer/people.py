@@ -23,11 +23,12 @@ from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
 from vaflow.datasets import open_dataset
 from vaflow.datasets.files import examples, head
 from vaflow.errors import MediaError, UsageError, count, explain
+from vaflow.extract.container import frame_times
 from vaflow.extract.faces.alignment import MAX_YAW, MIN_SCORE, MIN_SHARPNESS, MIN_SIZE, align, encode_jpeg
 from vaflow.extract.faces.detection import CenterFace, Face
 from vaflow.extract.faces.identity import open_network, resolve
 from vaflow.extract.faces.people import ClipFaces
-from vaflow.extract.video import frame_times, frames_at
+from vaflow.extract.video import frames_at
 from vaflow.files import write_file
 from vaflow.pages import render
 from vaflow.timeline import Grid, median_interval, nearest
