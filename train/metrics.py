@@ -268,16 +268,14 @@ def smoothness(value: ArrayLike, time: ArrayLike) -> Floats:
     return np.abs(np.diff(value, axis=0)).sum(axis=0) / lasting
 
 
-def by_intensity(prediction: Floats, label: Floats, valid: Bools, bins: int = BINS) -> dict[str, list[dict[str, Any]]]:
-    """CCC and error per dimension in bins of |label| with about equal numbers of frames.
+def by_intensity(prediction: Floats, label: Floats, valid: Bools) -> dict[str, list[dict[str, Any]]]:
+    """CCC and error per dimension in up to three bins of |label| with about equal numbers of frames.
 
     Labels vary less within a bin than overall, so its CCC is lower than the overall one: compare bins with each other,
-    by their error first. Equal intensities share a bin, so there may be fewer bins. arXiv 2503.10523 lists
-    intensity among its limitations; neither paper measures it.
+    by their error first. arXiv 2503.10523 lists intensity among its limitations; neither paper measures it.
 
     Args:
         prediction, label: [N, 2]; valid: [N, 2] labelled.
-        bins: largest number of bins.
 
     Returns:
         dimension -> bins from weak to strong: {"from", "to" (|label|, both included), "n_frames", "ccc", "rmse",
@@ -286,27 +284,27 @@ def by_intensity(prediction: Floats, label: Floats, valid: Bools, bins: int = BI
     result: dict[str, list[dict[str, Any]]] = {name: [] for name in DIMENSIONS}
     for k, name in enumerate(DIMENSIONS):
         x, y = prediction[valid[:, k], k], label[valid[:, k], k]
-        for mask in intensity_bins(y, bins):
-            p, t = (np.stack([z[mask], z[mask]], axis=-1) for z in (x, y))
+        for mask in intensity_bins(y):
+            p, t = x[mask], y[mask]
             result[name].append(
                 {
-                    "from": float(np.abs(y[mask]).min()),
-                    "to": float(np.abs(y[mask]).max()),
-                    "n_frames": int(mask.sum()),
-                    "ccc": plain(concordance(p, t)[0]),
-                    "rmse": plain(rmse(p, t)[0]),
-                    "bias": float(np.mean(np.sign(y[mask]) * (x[mask] - y[mask]))),
+                    "from": float(np.abs(t).min()),
+                    "to": float(np.abs(t).max()),
+                    "n_frames": len(t),
+                    "ccc": plain(_concordance(p, t)),
+                    "rmse": plain(np.sqrt(np.mean((p - t) ** 2))),
+                    "bias": float(np.mean(np.sign(t) * (p - t))),
                 }
             )
     return result
 
 
-def intensity_bins(label: Floats, bins: int = BINS) -> list[Bools]:
+def intensity_bins(label: Floats) -> list[Bools]:
     """Masks [N] that divide labels [N] by |label| at its quantiles; empty bins are left out."""
     strength = np.abs(label)
     if not strength.size:
         return []
-    edges = np.unique(np.quantile(strength, np.arange(1, bins) / bins))
+    edges = np.unique(np.quantile(strength, np.arange(1, BINS) / BINS))
     level = np.searchsorted(edges, strength)  # an edge belongs to the lower bin
     return [level == number for number in range(len(edges) + 1) if (level == number).any()]
 

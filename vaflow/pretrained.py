@@ -43,13 +43,6 @@ from vaflow.train.inputs import resolve
 from vaflow.train.smoothing import Smoothing, smoothed
 from vaflow.train.windows import ClipRows
 
-PREFIX = "onnx:"
-
-
-def is_pretrained(run: Path) -> bool:
-    """Return whether the RUN of a command names a model instead of a directory."""
-    return str(run).startswith(PREFIX)
-
 
 @dataclass(frozen=True)
 class Columns:
@@ -126,7 +119,6 @@ def evaluate_model(
     *,
     smoothing: Smoothing | None = None,
     allow_missing: bool = False,
-    show: bool = False,
 ) -> dict[str, Any]:
     """Score a model on the labelled frames of a split: the metrics of `vaflow evaluate`.
 
@@ -137,7 +129,7 @@ def evaluate_model(
     items = cache.items(split=split)
     if not items:
         raise UsageError(explain(f"{cache.place} has no clips in this split", got=split))
-    traces, windows = model_traces(cache, name, columns, items, show=show)
+    traces, windows = model_traces(cache, name, columns, items)
     failed = failed_items(cache, split)
     lost = check_complete(windows, failed, allow_missing)
     return score_traces(list(smoothed(traces, smoothing)), split, lost, failed)
@@ -150,7 +142,6 @@ def predict_model(
     out: Path,
     config: PredictConfig | None = None,
     *,
-    smoothing: Smoothing | None = None,
     show_progress: bool = False,
 ) -> PredictSummary:
     """Predict every frame of videos, or of a cache's clips, with a model: the files of `vaflow predict`.
@@ -185,7 +176,7 @@ def predict_model(
     predicted: list[Predicted] = []
     traces, windows = model_traces(cache, name, columns, items, show=show_progress) if items else ([], None)
     empty = {clip.item for clip in featureless(windows)} if windows is not None else set()
-    for trace in smoothed(traces, smoothing):
+    for trace in traces:
         if trace.clip.item in empty:
             failures.add(Failure(trace.clip.item, "predict", "DataError", "The cache has no features of this clip"))
             continue

@@ -210,7 +210,7 @@ def expand(table: Table, prompt_sets: Iterable[str]) -> Table:
     return replace(table, rows=tuple(rows))
 
 
-def encoder_study(cache: Cache, preset: str = "p1") -> Study:
+def encoder_study(cache: Cache) -> Study:
     """Table `encoders`: the same heads on every stream of a cache, every pair, and all visual streams together.
 
     It is written as the TOML of any other table, so that `tables.toml` of the study repeats it. The full model has the
@@ -222,7 +222,7 @@ def encoder_study(cache: Cache, preset: str = "p1") -> Study:
     visual, audio = encoder_streams(cache, "visual"), encoder_streams(cache, "audio")
     if not visual and not audio:
         raise UsageError(explain(f"{cache.place} has no encoder's stream", expected="a visual or an audio stream"))
-    lines = ["[base]", f"preset = {json.dumps(preset)}", *_selected(visual[:1], audio[:1]), ""]
+    lines = ["[base]", 'preset = "p1"', *_selected(visual[:1], audio[:1]), ""]
     lines += [f"[table.{ENCODERS}]", 'title = "Encoders of the cache"', ""]
     rows = {name: _selected([name], []) for name in visual} | {name: _selected([], [name]) for name in audio}
     rows |= {f"{one} + {other}": _selected([one], [other]) for one in visual for other in audio}

@@ -333,8 +333,8 @@ def _marks(scale: _Scale, row: RowResult, y: float) -> list[str]:
     return [*parts, "</g>"]
 
 
-def _diamond(x: float, y: float, r: float = 5) -> str:
-    return f'<path class="paper" d="M{x:.1f} {y - r:.1f} l{r} {r} l{-r} {r} l{-r} {-r} z"/>'
+def _diamond(x: float, y: float) -> str:
+    return f'<path class="paper" d="M{x:.1f} {y - 5:.1f} l5 5 l-5 5 l-5 -5 z"/>'
 
 
 def html_page(results: Results, about: About, encoders: EncoderComparison | None = None) -> str:

@@ -235,7 +235,7 @@ def stored_boxes(cache: Cache, item: str) -> Floats | None:
     return np.column_stack([samples.time, box / (sides * 2)])
 
 
-def detect_boxes(path: Path, step: float = STEP) -> Floats:
+def detect_boxes(path: Path) -> Floats:
     """Return the box of the person that extraction follows, [T, 5]: seconds, then x0, y0, x1, y1.
 
     Coordinates are shares of the frame's width and height, NaN for frames without a face. Detector and tracker are
@@ -262,7 +262,7 @@ def detect_boxes(path: Path, step: float = STEP) -> Floats:
                 if not isinstance(frame, av.VideoFrame) or frame.time is None or frame.time - start < due - 1e-6:
                     continue
                 time = frame.time - start
-                due = (np.floor(time / step + 1e-6) + 1) * step
+                due = (np.floor(time / STEP + 1e-6) + 1) * STEP
                 image = to_rgb(frame)
                 face = tracker.update(detector.detect(image), time)
                 box = np.full(4, np.nan) if face is None else np.asarray(face.box)

@@ -210,7 +210,7 @@ def tiers_of(table: Predictions, region: Any, step: float) -> dict[str, list[Int
     return tiers | {"region": cut(region, lambda rows: REGION_NAMES[int(region[rows.start])])}
 
 
-def textgrid_text(tiers: Tiers, clip: PredictedClip | None = None) -> str:
+def textgrid_text(tiers: Tiers, clip: PredictedClip) -> str:
     """A Praat TextGrid in the long text format.
 
     Source: https://www.fon.hum.uva.nl/praat/manual/TextGrid_file_formats.html; quotes in texts are doubled. An interval
