@@ -30,38 +30,21 @@ TITLE = 90  # characters
 FILE_NAME = 100  # bytes of a clip's name in a file name
 
 
-def plot_trace(
-    path: Path,
-    time: Floats,
-    va: Floats,
-    *,
-    label: Floats | None = None,
-    regions: Floats | None = None,
-    face: Bools | None = None,
-    audio: Bools | None = None,
-    std: Floats | None = None,
-    far: Bools | None = None,
-    title: str = "",
-    note: str = "",
-) -> None:
+def plot_trace(path: Path, trace: Trace, note: str = "") -> None:
     """Plot valence and arousal of one clip over time, its labels, and the probabilities of the nine regions.
 
-    Args:
-        time: [R] seconds.
-        va: [R, 2].
-        label: [R, 2], NaN where not annotated.
-        regions: [R, 9] probabilities.
-        face, audio: [R] the input was valid; shaded where not. None: not an input, not shaded.
-        std: [R, 2] standard deviations, drawn as a band of 1.96 of them.
-        far: [R] far from the training features; shaded.
+    Frames without face or audio, and those far from the training features, are shaded; standard deviations are drawn
+    as a band of 1.96 of them. `note` is small text below the plots.
     """
+    time, va, std, regions = trace.clip.time, trace.va, trace.std, trace.regions
+    label = np.where(trace.clip.valid, trace.clip.value, np.nan)
     tall = regions is not None
     figure = _figure(11.5, 6.6 if tall else 4.2)
     ratios = [1, 1, 1.35] if tall else [1, 1]
     axes = figure.subplots(len(ratios), 1, sharex=True, gridspec_kw={"height_ratios": ratios})
     for k, name in enumerate(DIMENSIONS):
         axes[k].axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
-        if label is not None and np.isfinite(label[:, k]).any():
+        if np.isfinite(label[:, k]).any():
             axes[k].plot(time, label[:, k], color=LABEL, linewidth=1.6, label="label", zorder=2)
         axes[k].plot(time, va[:, k], color=COLORS[name], linewidth=1.7, label=f"predicted {name}", zorder=3)
         if std is not None:
@@ -70,8 +53,12 @@ def plot_trace(
         axes[k].set(ylim=(-1.05, 1.05), yticks=[-1, -0.5, 0, 0.5, 1])
         axes[k].set_ylabel(name, color=COLORS[name], fontweight="bold")
         _tidy(axes[k])
-        near = None if far is None else ~far
-        shaded = ((face, NO_FACE, "no face", ""), (audio, NO_AUDIO, "no audio", "///"), (near, FAR, "far", "..."))
+        near = None if trace.far is None else ~trace.far
+        shaded = (
+            (trace.face, NO_FACE, "no face", ""),
+            (trace.audio, NO_AUDIO, "no audio", "///"),
+            (near, FAR, "far", "..."),
+        )
         for valid, color, missing, hatch in shaded:
             for begin, end in [] if valid is None else missing_spans(time, valid):
                 axes[k].axvspan(
@@ -91,7 +78,7 @@ def plot_trace(
     edge = median_interval(time)
     axes[-1].set_xlim(float(time[0]) if len(time) else 0.0, float(time[-1]) + edge if len(time) else 1.0)
     _legend(figure, axes[:2])
-    text = visible(title)
+    text = visible(trace.clip.item)
     text = text if len(text) <= TITLE else f"{text[: TITLE - 1]}\N{HORIZONTAL ELLIPSIS}"
     figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     _save(figure, path, note)
@@ -201,23 +188,6 @@ def plot_agreement(path: Path, prediction: Floats, label: Floats, valid: Bools, 
     _save(figure, path, note)
 
 
-def draw_trace(path: Path, trace: Trace, note: str = "") -> None:
-    """Draw one clip's trace, shaded where its face or audio is missing; `note` is small text below."""
-    plot_trace(
-        path,
-        trace.clip.time,
-        trace.va,
-        label=np.where(trace.clip.valid, trace.clip.value, np.nan),
-        regions=trace.regions,
-        face=trace.face,
-        audio=trace.audio,
-        std=trace.std,
-        far=trace.far,
-        title=trace.clip.item,
-        note=note,
-    )
-
-
 def draw_run(
     folder: Path, history: Sequence[Mapping[str, float]], traces: Sequence[Trace], note: str = ""
 ) -> list[Path]:
@@ -242,7 +212,7 @@ def draw_run(
         if len(name) > FILE_NAME:
             name = name[:FILE_NAME] + b"-" + blake2b(name, digest_size=4).hexdigest().encode()
         files.append(figures / f"trace-{name.decode('utf-8', 'ignore')}.png")
-        draw_trace(files[-1], trace, note)
+        plot_trace(files[-1], trace, note)
     return files
 
 

@@ -34,6 +34,7 @@ from vaflow.failures import FAILURES, Failure, FailureLog
 from vaflow.files import write_file
 from vaflow.item_names import clip_and_person, person_item
 from vaflow.timeline import Bools, Floats, median_interval
+from vaflow.train import plots
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import load_windows
 from vaflow.train.ensemble import ensemble_traces, maker_of, members_of, warn_of_changed_members
@@ -42,7 +43,6 @@ from vaflow.train.export import local_run
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import sampling
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.plots import draw_trace
 from vaflow.train.provenance import read_sources, write_sources
 from vaflow.train.quality import frame_columns
 from vaflow.train.runs import Run, RunFolder, load_run
@@ -395,7 +395,7 @@ def write_clip(out: Path, trace: Trace, note: str = "") -> Predicted:
     """Write `out/<item>.csv` and `out/<item>.png`, with `note` on it, and return the clip's summary."""
     csv, png = (below(out, f"{trace.clip.item}.{suffix}") for suffix in ("csv", "png"))
     write_file(csv, prediction_csv(trace))
-    draw_trace(png, trace, note)
+    plots.plot_trace(png, trace, note)
     return summarize(trace, csv, png)
 
 

@@ -18,13 +18,20 @@ def trace(seconds: float, rate: float = 30.0):
     return time, va, regions
 
 
+def plot(path: Path, time, va, *, label=None, name: str = "a clip", note: str = "", **parts) -> None:
+    """Plot a trace; `parts` are further attributes of it."""
+    label = np.full_like(va, np.nan) if label is None else label
+    clip = ClipRows(name, name, 1.0, time, label, np.isfinite(label))
+    plots.plot_trace(path, Trace(clip, va, parts.pop("regions", None), **parts), note)
+
+
 def test_a_complete_trace_is_plotted(tmp_path: Path) -> None:
     time, va, regions = trace(20)
     label = np.where(time[:, None] < 12, va * 0.5, np.nan)
     has_face = (time < 5) | (time > 8)
     with_all, plain = tmp_path / "all.png", tmp_path / "plain.png"
-    plots.plot_trace(with_all, time, va, label=label, regions=regions, face=has_face, audio=has_face, title="a clip")
-    plots.plot_trace(plain, time, va)
+    plot(with_all, time, va, label=label, regions=regions, face=has_face, audio=has_face)
+    plot(plain, time, va)
     one, other = Image.open(with_all), Image.open(plain)
     assert one.size[0] == other.size[0] and one.size[1] > other.size[1]  # the region strip is added below
     for colour in (plots.VALENCE, plots.AROUSAL):
@@ -61,13 +68,13 @@ def test_any_name_can_be_drawn(tmp_path: Path, name: str) -> None:
 def test_very_short_clips_are_plotted(tmp_path: Path, rows: int) -> None:
     time, va, regions = (array[:rows] for array in trace(1))
     has_face = np.zeros(rows, bool)
-    plots.plot_trace(tmp_path / "p.png", time, va, regions=regions, label=va * np.nan, face=has_face, audio=has_face)
+    plot(tmp_path / "p.png", time, va, regions=regions, label=va * np.nan, face=has_face, audio=has_face)
     assert Image.open(tmp_path / "p.png").size[0] > 800
 
 
 def test_a_clip_of_half_an_hour_is_plotted(tmp_path: Path) -> None:
     time, va, regions = trace(1800)
-    plots.plot_trace(tmp_path / "p.png", time, va, regions=regions, label=va)
+    plot(tmp_path / "p.png", time, va, regions=regions, label=va)
     assert (tmp_path / "p.png").stat().st_size < 2_000_000
 
 
@@ -85,5 +92,5 @@ def test_training_curves_and_agreement_are_plotted(tmp_path: Path) -> None:
 
 def test_names_in_any_script_are_drawn_without_warnings(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     time, va, _ = trace(1)
-    plots.plot_trace(tmp_path / "p.png", time, va, title="\u4f8b\u3048\u3070 \U0001f600", note="\ud55c\uae00")
+    plot(tmp_path / "p.png", time, va, name="\u4f8b\u3048\u3070 \U0001f600", note="\ud55c\uae00")
     assert not recwarn.list

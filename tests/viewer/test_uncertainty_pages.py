@@ -123,7 +123,7 @@ def test_figures_have_the_band_and_the_note(noted: bool, tmp_path: Path) -> None
     trace = Trace(clip, np.zeros((100, 2)), None, std=np.full((100, 2), 0.4), far=time < 3)
     sizes = []
     for name, one in (("with", trace), ("without", replace(trace, std=None, far=None))):
-        plots.draw_trace(tmp_path / f"{name}.png", one, demonstration_notice(["clip-tiny"]) if noted else "")
+        plots.plot_trace(tmp_path / f"{name}.png", one, demonstration_notice(["clip-tiny"]) if noted else "")
         image = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
         sizes.append(int(((image - image.mean(axis=-1, keepdims=True)).max(axis=-1) > 8).sum()))
         note = np.abs(image - (0xB3, 0x47, 0x00)).max(axis=-1) < 40
