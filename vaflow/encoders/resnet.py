@@ -16,11 +16,10 @@ from vaflow.encoders.base import Request
 from vaflow.encoders.hub import check_checksum, checked_url
 from vaflow.encoders.image_encoder import ImageEncoder
 from vaflow.encoders.preprocessing import Preparation, Preprocessing
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
+from vaflow.encoders.weights import COUNTER, load_strictly, read_state_dict, state_digest, without_initial_weights
 
 SIZE = 224
 CLASSIFIER = ("fc.weight", "fc.bias")
-COUNTER = "num_batches_tracked"  # number of training batches; older files lack it, and no output depends on it
 
 
 def build(request: Request) -> ImageEncoder:
@@ -31,11 +30,9 @@ def build(request: Request) -> ImageEncoder:
     """
     path = request.weights if request.weights is not None else checked_url(published(), encoder=request.name)
     check_checksum(path)
-    state = read_state_dict(path)
+    weights = {key: value for key, value in read_state_dict(path).items() if key not in CLASSIFIER}
     module = bare_resnet([3, 4, 6, 3])
-    counters = {key: value for key, value in module.state_dict().items() if key.endswith(COUNTER)}
-    weights = {key: value for key, value in state.items() if key not in CLASSIFIER}
-    load_strictly(module, counters | weights, str(path))
+    load_strictly(module, weights, str(path))
     return make_encoder(request, "resnet50", module)
 
 

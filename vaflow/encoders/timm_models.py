@@ -16,10 +16,8 @@ from vaflow.encoders.hub import hub_file
 from vaflow.encoders.image_encoder import ImageEncoder, encode_blocks
 from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
+from vaflow.encoders.weights import COUNTER, load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import UsageError, WeightsError, explain
-
-COUNTER = "num_batches_tracked"  # number of training batches; no output depends on it
 
 
 def build(request: Request) -> ImageEncoder:
@@ -59,8 +57,7 @@ def build(request: Request) -> ImageEncoder:
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     target = module.state_dict()
     weights = {k: v for k, v in state.items() if k in target or not k.startswith(tuple(f"{head}." for head in heads))}
-    counters = {key: value for key, value in target.items() if key.endswith(COUNTER)}
-    load_strictly(module, counters | weights, str(path))
+    load_strictly(module, weights, str(path))
     preprocessing = data_config(request.name, module, settings.to_dict())
     digest = state_digest({key: value for key, value in module.state_dict().items() if not key.endswith(COUNTER)})
     identity: dict[str, Any] = {

@@ -35,6 +35,7 @@ BROKEN = (
     zipfile.BadZipFile,
 )
 NESTED = ("state_dict", "model_state")  # keys of training checkpoints
+COUNTER = "num_batches_tracked"  # ends keys of batch norms' counters: older files lack them, no output depends on them
 NAMED = 10  # keys that a message lists; the others are counted
 
 
@@ -201,12 +202,13 @@ def _listed(keys: Collection[str]) -> str:
 
 
 def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
-    """Load `state` into `module`; all keys and shapes must match, all values must be finite.
+    """Load `state` into `module`; all keys but counters and all shapes must match, all values must be finite.
 
     Raises:
         WeightsError: keys are missing, unexpected or of another shape (it names them), or values are not finite.
     """
     target = module.state_dict()
+    state = {key: value for key, value in target.items() if key.endswith(COUNTER)} | dict(state)
     check_fit(
         where,
         missing=target.keys() - state.keys(),
@@ -221,4 +223,4 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], wh
     if broken:
         problem = f"The weights in {where} contain NaN or infinity"
         raise WeightsError(explain(problem, got=_listed(sorted(broken)), remedy="Download the file again"))
-    module.load_state_dict(dict(state), strict=True)
+    module.load_state_dict(state, strict=True)
