@@ -100,7 +100,7 @@ def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -
 
 
 def change_splits(
-    cache: Cache, listed: Mapping[str, str], *, dry_run: bool = False, on_clip: Callable[[], None] | None = None
+    cache: Cache, listed: Mapping[str, str], *, dry_run: bool = False, on_clip: Callable[[], object] | None = None
 ) -> SplitChanges:
     """Assign clips to splits. Labels, embeddings and sources stay as they are.
 

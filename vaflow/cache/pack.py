@@ -52,7 +52,7 @@ class PackSummary:
 
 
 def pack(
-    source: Cache, out: PathLike, *, shard_bytes: int = SHARD, on_item: Callable[[], None] | None = None
+    source: Cache, out: PathLike, *, shard_bytes: int = SHARD, on_item: Callable[[], object] | None = None
 ) -> PackSummary:
     """Write a packed copy of a cache, with the same streams, records and failure lists.
 
@@ -94,7 +94,7 @@ def pack(
 
 
 def _write(
-    source: Cache, work: Layout, target: Layout, shard_bytes: int, on_item: Callable[[], None] | None
+    source: Cache, work: Layout, target: Layout, shard_bytes: int, on_item: Callable[[], object] | None
 ) -> PackSummary:
     files.make_folder(work.all_streams)
     files.make_folder(work.all_records)
@@ -132,7 +132,7 @@ def _pack_stream(
     stream: str,
     records: Sequence[Record],
     shard_bytes: int,
-    on_item: Callable[[], None] | None,
+    on_item: Callable[[], object] | None,
 ) -> None:
     """Write one stream: its arrays, and a line per record."""
     import zarr

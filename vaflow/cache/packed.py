@@ -247,7 +247,7 @@ class PackedCache(Cache):
         return self._arrays[path]
 
     def problems(
-        self, streams: Iterable[str], on_item: Callable[[], None] | None = None
+        self, streams: Iterable[str], on_item: Callable[[], object] | None = None
     ) -> Iterator[tuple[Path, str, str | None, str | None]]:
         """Return every damage: the file, the problem, and the stream and item if it concerns one item.
 

@@ -25,7 +25,7 @@ NO_SPLIT = "unsplit"  # of clips without a split, and of prompt sets
 LEFT_OUT = ("pixels", "crops")  # JPEG files of faces: personal data, and large
 
 
-def export_parquet(cache: Cache, out: Path, step: Callable[[], None] | None = None) -> dict[str, int]:
+def export_parquet(cache: Cache, out: Path, step: Callable[[], object] | None = None) -> dict[str, int]:
     """Write the streams of a cache as Parquet; returns stream -> number of clips. Face crops are left out.
 
     Args:
@@ -60,7 +60,7 @@ def export_parquet(cache: Cache, out: Path, step: Callable[[], None] | None = No
     return {name: sum(splits.values()) for name, splits in files.items()}
 
 
-def _write_stream(cache: Cache, info: StreamInfo, folder: Path, step: Callable[[], None] | None) -> dict[str, int]:
+def _write_stream(cache: Cache, info: StreamInfo, folder: Path, step: Callable[[], object] | None) -> dict[str, int]:
     """One file per split; returns split -> rows."""
     from pyarrow import parquet
 
@@ -80,7 +80,7 @@ def _write_stream(cache: Cache, info: StreamInfo, folder: Path, step: Callable[[
 
 
 def _tables(
-    cache: Cache, info: StreamInfo, split: str, items: list[str], step: Callable[[], None] | None
+    cache: Cache, info: StreamInfo, split: str, items: list[str], step: Callable[[], object] | None
 ) -> Iterator["pyarrow.Table"]:
     """One table of one row per clip."""
     import pyarrow

@@ -45,7 +45,7 @@ class Problem:
         return visible(f"{self.path}{owner}: {self.message}")
 
 
-def verify(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Problem]:
+def verify(cache: Cache, on_item: Callable[[], object] | None = None) -> list[Problem]:
     """Return the files that differ from what was committed or violate the schema; empty for an undamaged cache.
 
     Reads every file. Unfinished files of killed writers are not problems: see `leftovers`.
@@ -179,7 +179,7 @@ def _unrecorded(layout: Layout, store: StoreName, folder: Path) -> list[Path]:
     return [p for p in attempts if p != kept] + temporary
 
 
-def repair(cache: Cache, on_item: Callable[[], None] | None = None) -> list[Problem]:
+def repair(cache: Cache, on_item: Callable[[], object] | None = None) -> list[Problem]:
     """Remove damaged items, so that the next extraction recreates them; returns the problems.
 
     Items are removed record first. A damaged stream file is removed; its items are readable again once the stream is

@@ -1,7 +1,6 @@
 """`vaflow cache`: show, verify, repair, convert, pack and merge caches; drop clips, change splits."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,8 @@ from vaflow.cli.options import CachePath, NewCache, Store, variant
 from vaflow.errors import CorruptError, UsageError, command, count, explain, visible
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from vaflow.cache import Cache
     from vaflow.cache.copy import TransferSummary
     from vaflow.cache.verify import Problem
@@ -64,23 +65,13 @@ def _info_text(facts: dict[str, Any], verbose: bool) -> str:
         count(facts["items"], "clip") + (f" ({splits})" if splits else ""),
         "",
     ]
-    header = ("stream", "kind", "dim", "dtype", "items", "bytes", "fingerprint", "encoder")
     rows = []
     for name, stream in facts["streams"].items():
+        encoder = stream["encoder"].get("name") if isinstance(stream["encoder"], dict) else stream["encoder"]
+        values = [stream[key] for key in ("kind", "dim", "dtype", "items")]
         fingerprint = stream["fingerprint"] if verbose else stream["fingerprint"][:8]
-        encoder = stream["encoder"].get("name", "-") if isinstance(stream["encoder"], dict) else stream["encoder"]
-        rows.append(
-            (
-                name,
-                stream["kind"],
-                stream["dim"],
-                stream["dtype"],
-                stream["items"],
-                file_size(stream["bytes"]),
-                fingerprint,
-                "-" if encoder is None else encoder,
-            )
-        )
+        rows.append((name, *values, file_size(stream["bytes"]), fingerprint, "-" if encoder is None else encoder))
+    header = ("stream", "kind", "dim", "dtype", "items", "bytes", "fingerprint", "encoder")
     lines.append(table(rows, header) if rows else "no streams yet")
     for name, stream in facts["streams"].items():
         if stream["damaged"]:
@@ -98,8 +89,8 @@ def verify(output: Output, cache: CachePath) -> int:
     from vaflow.cache.verify import verify as find_problems
 
     opened = open_cache(cache)
-    with _bar("verify", _count_items(opened), output) as step:
-        problems = find_problems(opened, step)
+    with _bar("verify", _count_items(opened), output) as bar:
+        problems = find_problems(opened, bar.update)
     notes = [opened.layout.shown(path) for path in leftovers(opened)]
     if output.json:
         print_json({**_problem_report(opened, problems), "leftovers": notes})
@@ -132,8 +123,8 @@ def repair(output: Output, cache: CachePath) -> int:
 
     opened = open_for_repair(cache)
     stale = [opened.layout.shown(path) for path in leftovers(opened, GRACE)]
-    with _bar("repair", _count_items(opened), output) as step:
-        problems = remove_damage(opened, step)
+    with _bar("repair", _count_items(opened), output) as bar:
+        problems = remove_damage(opened, bar.update)
     if output.json:
         print_json({**_problem_report(opened, problems), "removed_leftovers": stale})
         return 0
@@ -157,19 +148,11 @@ def _count_items(cache: "Cache") -> int:
     return 0
 
 
-@contextmanager
-def _bar(title: str, total: int, output: Output) -> Iterator[Callable[[], None] | None]:
-    if not output.bars:
-        yield None
-        return
+def _bar(title: str, total: int, output: Output) -> "tqdm[Any]":
+    """Return a progress bar over items, drawn on a terminal only."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=title, unit="item") as bar:
-
-        def step() -> None:
-            bar.update()
-
-        yield step
+    return tqdm(total=total, desc=title, unit="item", disable=not output.bars)
 
 
 def drop(
@@ -219,8 +202,8 @@ def splits(output: Output, cache: CachePath, table: SplitTable, dry_run: DryRun 
         got = ", ".join(listed)
         raise UsageError(explain(f"{table} has no splits", expected="the columns name and split", got=got))
     opened = open_cache(cache, writable=not dry_run)
-    with _bar("splits", len(listed["split"]), output) as step:
-        changes = change_splits(opened, listed["split"], dry_run=dry_run, on_clip=step)
+    with _bar("splits", len(listed["split"]), output) as bar:
+        changes = change_splits(opened, listed["split"], dry_run=dry_run, on_clip=bar.update)
     if output.json:
         print_json({"cache": opened.place, "dry_run": dry_run} | asdict(changes))
     elif not output.quiet:
@@ -270,8 +253,8 @@ def pack(output: Output, cache: CachePath, out: Packed) -> int:
     from vaflow.cache.pack import pack as run
 
     opened = open_cache(cache)
-    with _bar("pack", len(opened.record_files()), output) as step:
-        summary = run(opened, out, on_item=step)
+    with _bar("pack", len(opened.record_files()), output) as bar:
+        summary = run(opened, out, on_item=bar.update)
     written = f"{count(summary.items, 'item')} in {count(summary.files, 'file')}, {file_size(summary.bytes)}"
     output.result(asdict(summary), visible(f"{summary.out}: {written}"))
     return 0
@@ -314,8 +297,8 @@ def export(output: Output, cache: CachePath, out: ParquetOut) -> int:
     from vaflow.cache.parquet import export_parquet
 
     opened = open_cache(cache)
-    with _bar("export", _count_items(opened), output) as step:
-        rows = export_parquet(opened, out, step)
+    with _bar("export", _count_items(opened), output) as bar:
+        rows = export_parquet(opened, out, bar.update)
     text = f"{table(list(rows.items()), ('stream', 'rows'))}\nWrote {visible(str(out))}"
     output.result({"out": str(out), "streams": rows}, text)
     return 0
