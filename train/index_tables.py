@@ -78,10 +78,9 @@ class AudioTimes:
     interval: float
 
 
-NO_FRAMES = FrameTimes(np.zeros(0), np.zeros(0, bool))  # arrays of a stream without this clip
-NO_AUDIO = AudioTimes(
-    np.zeros(0), np.zeros((0, 1)), np.zeros((0, 1), bool), None, 1.0
-)  # arrays of a stream without this clip
+# The arrays of a stream without this clip.
+NO_FRAMES = FrameTimes(np.zeros(0), np.zeros(0, bool))
+NO_AUDIO = AudioTimes(np.zeros(0), np.zeros((0, 1)), np.zeros((0, 1), bool), None, 1.0)
 
 
 @dataclass(frozen=True)

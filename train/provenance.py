@@ -113,11 +113,6 @@ class Maker:
         return list(self.runs) != [self.path]
 
 
-def run_maker(path: Path, record: RunRecord) -> Maker:
-    """Return the `Maker` of a run."""
-    return Maker(path, {path: record})
-
-
 def _weights_digests(run: Path) -> dict[str, str]:
     patterns = ("model*.safetensors", "encoders/**/*", "smoothing.json", CALIBRATION, TRAINING_FEATURES)
     files = sorted(path for pattern in patterns for path in run.glob(pattern))
@@ -199,6 +194,10 @@ def _write(
     known = cache.streams()
     names = [name for name in maker.streams() if name in known]
     digests = {file: digest(file) for file in set(files.values())}
+    items = {}
+    for item, file in files.items():
+        records = {name: facts_of(cache.record(name, item)) for name in names if cache.has(name, item)}
+        items[item] = ItemSources(digests[file], records, str(media[item].absolute()) if item in media else None)
     sources = PredictionSources(
         made=now(),
         vaflow=__version__,
@@ -211,18 +210,13 @@ def _write(
             name: {"kind": known[name].kind, "fingerprint": fingerprint(known[name]), "identity": known[name].identity}
             for name in names
         },
-        items={item: _item(digests[file], cache, names, item, media.get(item)) for item, file in files.items()},
+        items=items,
     )
     same = ("run", "settings", "weights", "streams")
     if earlier is not None and all(getattr(earlier, name) == getattr(sources, name) for name in same):
         others = {item: facts for item, facts in earlier.items.items() if (path.parent / f"{item}.csv").is_file()}
         sources = replace(sources, items={**others, **sources.items})
     write_file(path, (json.dumps(sources, default=vars, indent=1) + "\n"))
-
-
-def _item(csv: str, cache: Cache, names: Iterable[str], item: str, media: Path | None) -> ItemSources:
-    records = {name: facts_of(cache.record(name, item)) for name in names if cache.has(name, item)}
-    return ItemSources(csv, records, None if media is None else str(media.absolute()))
 
 
 def facts_of(record: Record) -> dict[str, Any]:

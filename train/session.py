@@ -25,19 +25,13 @@ from vaflow.files import write_tensors
 from vaflow.settings import settings_of
 from vaflow.train.config import AUTO, TEXT_SUFFIX, TrainConfig
 from vaflow.train.data import check_annotated, load_split, load_windows
-from vaflow.train.evaluate import (
-    check_complete,
-    evaluate_windows,
-    failed_items,
-    featureless,
-    label_warnings,
-)
+from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, featureless, label_warnings
 from vaflow.train.groups import fold_items, split_items
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import Progress, Row, seeded
 from vaflow.train.metrics import DIMENSIONS, region_occupancy
-from vaflow.train.provenance import run_maker, write_evaluation
+from vaflow.train.provenance import Maker, write_evaluation
 from vaflow.train.record import RunRecord, is_utf8
 from vaflow.train.runs import RunFolder, build_model, load_run, require_record
 from vaflow.train.uncertainty import TrainingFeatures, calibrate, calibrated, uncertainty_report, write_calibration
@@ -261,7 +255,7 @@ class Session:
             traces = list(features.mark(data.val, calibrated(traces, calibration)))
             left_out = set(report["missing"]["clips"])
             report |= uncertainty_report([t for t in traces if t.clip.item not in left_out], split, split)
-        maker = run_maker(self.folder.path, require_record(self.folder.path))
+        maker = Maker(self.folder.path, {self.folder.path: require_record(self.folder.path)})
         write_evaluation(self.folder.output_folder(split), maker, self.cache, traces)
         report |= {"best_epoch": progress.best_epoch, "epochs": progress.epoch}
         report |= {"best_epoch_each": dict(progress.each_epoch)} if progress.each else {}
@@ -283,11 +277,7 @@ class Session:
         try:
             note = demonstration_notice(stream.name for stream in self.inputs.streams)
             draw_run(self.folder.path, progress.history, traces, note)
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # such as a full disk, an unusual name, or a Matplotlib error
+        except (OSError, ValueError, RuntimeError) as error:  # such as a full disk, or an error of Matplotlib
             log.warning("The figures of %s could not be drawn: %s", self.folder.path, error)
 
 

@@ -88,14 +88,7 @@ def read_sample(path: Path) -> list[SampleRow]:
 
 
 def submit_run(
-    run: Path,
-    cache: Cache,
-    sample: Path,
-    out: Path,
-    *,
-    hold: int = 1,
-    device: str = "auto",
-    show: bool = False,
+    run: Path, cache: Cache, sample: Path, out: Path, *, hold: int = 1, device: str = "auto", show: bool = False
 ) -> Submitted:
     """Predict the sample's trials from the cache and write the submission; labels are not needed.
 

@@ -22,7 +22,7 @@ from vaflow.train.evaluate import Trace, check_complete, failed_items, featurele
 from vaflow.train.groups import Groups, split_items
 from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
-from vaflow.train.provenance import run_maker, write_evaluation
+from vaflow.train.provenance import Maker, write_evaluation
 from vaflow.train.record import (
     LISTED,
     ClipDigest,
@@ -255,7 +255,8 @@ def evaluate_run(
         name = f"{split}-without-{without}" if without else split
         if smoothing != "stored":
             name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
-        write_evaluation(folder.output_folder(name), run_maker(folder.path, trained.record), cache, traces)
+        maker = Maker(folder.path, {folder.path: trained.record})
+        write_evaluation(folder.output_folder(name), maker, cache, traces)
         if name == split == config.val_split and address(cache.place) in cache_places(folder.path, trained.record):
             folder.update_metrics(report)
     return report

@@ -26,7 +26,6 @@ from vaflow.train.provenance import (
     facts_of,
     prediction_folders,
     read_sources,
-    run_maker,
 )
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import RunFolder, cache_of
@@ -155,8 +154,8 @@ def maker_provenance(present: Present) -> Json:
     """The run; of an ensemble, each of its runs with its weight."""
     path = present.maker.path
     if path in present.maker.runs:
-        return run_provenance(run_maker(path, present.maker.runs[path]))
-    members = [run_provenance(run_maker(run, record)) for run, record in present.maker.runs.items()]
+        return run_provenance(Maker(path, {path: present.maker.runs[path]}))
+    members = [run_provenance(Maker(run, {run: record})) for run, record in present.maker.runs.items()]
     weights = {str(run): row for run, row in zip(*members_of(path), strict=True)}
     for member in members:
         member["weight"] = dict(zip(DIMENSIONS, weights[member["path"]].tolist(), strict=True))
