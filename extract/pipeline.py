@@ -19,8 +19,6 @@ from vaflow.extract.summary import OutcomeRecorder, Summary
 from vaflow.process import exit_if_script_runs_again
 from vaflow.ray_cluster import check_engine
 
-__all__ = ["Summary", "extract", "extract_with"]
-
 
 def extract(
     dataset: Dataset,

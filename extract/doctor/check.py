@@ -38,8 +38,8 @@ from vaflow.extract.doctor.facts import (
     still_facts,
 )
 from vaflow.extract.doctor.findings import (
+    COSTS,
     clip_findings,
-    cost_of,
     crop_findings,
     dataset_findings,
     duplicate_findings,
@@ -133,7 +133,7 @@ class Report:
             notes = tuple(group)
             items = tuple(dict.fromkeys(note.item for note in notes if note.item))
             remedies = tuple(dict.fromkeys(note.remedy for note in notes if note.remedy))
-            kinds.append(Kind(severity, code, notes, items, remedies, cost_of(code)))
+            kinds.append(Kind(severity, code, notes, items, remedies, COSTS.get(code, "")))
         return kinds
 
     def splits(self) -> dict[str, Summary]:

@@ -50,7 +50,7 @@ _MEANS = (
     "a model that has seen the video needs no more"
 )
 
-COSTS = {
+COSTS = {  # kind of finding -> its effect on the CCC, where one was measured
     "leak": _MEANS,
     "two-splits": _MEANS,
     "duplicate-across-splits": _MEANS,
@@ -84,11 +84,6 @@ RARE = 0.005  # share of annotated frames below which a region counts as rare
 FEW_VIDEOS = 30  # in validation; the score of fewer is imprecise
 SPREAD = (0.025, 76)  # standard deviation of the mean CCC under a bootstrap over that many videos
 Same = Sequence[tuple[Path, ...]]  # groups of files with equal bytes
-
-
-def cost_of(code: str) -> str:
-    """Return the effect of a kind of finding on the CCC, or "" if none was measured."""
-    return COSTS.get(code, "")
 
 
 def shift_loss(seconds: float) -> tuple[float, float]:

@@ -21,8 +21,8 @@ from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, VaflowError
 from vaflow.extract.config import ExtractConfig, Shard
+from vaflow.extract.engine import carry_out
 from vaflow.extract.faces.people import no_faces
-from vaflow.extract.pipeline import carry_out
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.ray_engine import ATTEMPTS, Team, places
 from vaflow.extract.ray_node import Prepared, Report

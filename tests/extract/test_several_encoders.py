@@ -17,7 +17,8 @@ from vaflow.extract import run as running
 from vaflow.extract.audio import decode_audio
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import Job
-from vaflow.extract.pipeline import Summary, extract_with
+from vaflow.extract.pipeline import extract_with
+from vaflow.extract.summary import Summary
 
 WINDOW, STRIDE, STEPS, STEP = 2.0, 1.0, 4, 0.5
 

@@ -8,7 +8,8 @@ import torch
 from vaflow.cache import Cache
 from vaflow.datasets import Dataset
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.pipeline import Summary, extract_with
+from vaflow.extract.pipeline import extract_with
+from vaflow.extract.summary import Summary
 
 CPU = torch.device("cpu")
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=2)

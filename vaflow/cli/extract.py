@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vaflow.cache import Cache
     from vaflow.extract.doctor.check import Report
     from vaflow.extract.doctor.check import Summary as CheckSummary
-    from vaflow.extract.pipeline import Summary
+    from vaflow.extract.summary import Summary
 
 LISTED = 10  # clips that a message names
 LABEL_PROBLEMS = {
