@@ -28,6 +28,13 @@ from vaflow.timeline import Floats, Ints
 
 logger = logging.getLogger(__name__)
 
+# Kind of stream -> the facts in its records.
+FACTS_OF = {name: name for name in ("labels", "logmel", "audio", "faces")}
+FACTS_OF |= {"crops": "faces", "visual": "visual", "pixels": "visual"}
+Arrays = dict[str, Rows]
+Vectors = NDArray[Any] | LongArray  # [N, dim], written to by rows
+LogMel = tuple[Rows, NDArray[np.bool_], dict[str, Any]]  # [F, mel] as stored, [F] valid, facts of the audio
+
 
 class Banks:
     """One streaming filter bank per front end.
@@ -60,13 +67,6 @@ def vector_shape(info: StreamInfo) -> tuple[int, ...]:
     """Return [dim], or [layers, dim] where several layers of the encoder are stored."""
     layers = stored_layers(info)
     return (layers, info.dim) if layers else (info.dim,)
-
-
-FACTS_OF = {name: name for name in ("labels", "logmel", "audio", "faces")}
-FACTS_OF |= {"crops": "faces", "visual": "visual", "pixels": "visual"}
-Arrays = dict[str, Rows]
-Vectors = NDArray[Any] | LongArray  # [N, dim], written to by rows
-LogMel = tuple[Rows, NDArray[np.bool_], dict[str, Any]]  # [F, mel] as stored, [F] valid, facts of the audio
 
 
 class PersonRows:

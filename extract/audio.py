@@ -39,6 +39,8 @@ _BACKWARD = 1.0  # seconds by which the times of a stream may go back
 _SHORT = 0.1  # seconds that may be missing from a clip's audio
 _FEED = 16384  # samples passed to the resampler
 _ZEROS = 10 * RATE  # the longest block of zeros
+_PLANES = 8  # from so many on, PyAV reads beyond the last plane of a frame
+_FULL_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31}
 
 Block = NDArray[np.float32]
 Blocks = Generator[Block, None, "AudioSummary"]
@@ -163,10 +165,6 @@ class _Source:
         except FFmpegError:
             self.damaged += 1
             return []
-
-
-_PLANES = 8
-_FULL_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31}
 
 
 def _mono(frame: AudioFrame) -> Block | None:

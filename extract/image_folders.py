@@ -27,6 +27,7 @@ from vaflow.timeline import Floats, Ints
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 IMAGES_DIGEST = "images_blake2b"  # member of a record's facts: `ImageDigest` of its source images
 _DIGEST_BYTES = 16
+_EXPECTED = "images named by frame number, from 0, such as 00000.png"
 
 
 def list_crops(folders: Sequence[Path]) -> dict[int, Path]:
@@ -97,9 +98,6 @@ def images_digest(clip: Clip, frames: Ints) -> str:
         with suppress(MediaError, KeyError):
             digest.add(number, read_crop(paths[number])[0])
     return digest.hexdigest()
-
-
-_EXPECTED = "images named by frame number, from 0, such as 00000.png"
 
 
 def list_stills(folder: Path) -> dict[int, Path]:

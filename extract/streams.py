@@ -1,4 +1,8 @@
-"""Streams that an extraction writes: names, shapes, identities, and the sources that each is made from."""
+"""Streams that an extraction writes: names, shapes, identities, and the sources that each is made from.
+
+The stream of a visual encoder with a text tower comes with one of prompt sets: descriptions of the nine regions,
+embedded in its joint space.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -30,6 +30,7 @@ DETECTOR = "centerface"
 MIN_SCORE = 0.5  # of a cell, to count as a face
 MAX_OVERLAP = 0.3  # intersection over union of two boxes above which the weaker one goes
 MAX_SIZE = 640  # pixels; longer edge of the image that the network reads
+HELD_BYTES = 128 * 2**20  # of whole frames that wait for their faces: 6 of 4K
 _CELL = 4  # pixels per grid cell
 _MULTIPLE = 32  # the network halves its input five times
 _OUTPUTS = ("537", "538", "539", "540")  # heat map, size, offset, landmarks
@@ -210,8 +211,6 @@ def model_digest() -> str:
     """BLAKE2b of the network's file, in hexadecimal."""
     return blake2b(model_path().read_bytes(), digest_size=16).hexdigest()
 
-
-HELD_BYTES = 128 * 2**20  # of whole frames: 6 of 4K
 
 Frame = tuple[int, Image]  # its number in the clip, [H, W, 3] RGB
 Find = Callable[[Sequence[Image]], Sequence[Cells]]  # images of one size, prepared for the network -> cells of each
