@@ -63,11 +63,7 @@ def check_annotated(windows: WindowSet, split: str, cache: Cache) -> None:
 
 
 def check_has_clips(cache: Cache) -> None:
-    """Raise UsageError if the cache has no clips, because the error on an unknown split could list no other split.
-
-    Raises:
-        UsageError: the cache has no clips.
-    """
+    """Raise UsageError if the cache has no clips, because the error on an unknown split could list no other split."""
     if not cache.items():
         remedy = f"Fill it: vaflow extract DATA --out {cache.place}"
         raise UsageError(explain(f"{cache.place} has no clips", remedy=remedy))

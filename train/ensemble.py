@@ -89,7 +89,7 @@ def ensemble_runs(
     allow_missing: bool = False,
     show: bool = False,
 ) -> tuple[Ensemble, dict[str, Any]]:
-    """Weight finished runs, average their traces, score and write them.
+    """Weight finished runs, average their traces, score and write them; returns the ensemble and its metrics.
 
     Args:
         out: a new folder, or that of an earlier ensemble.
@@ -97,9 +97,6 @@ def ensemble_runs(
         cache: of the clips; None: that of the first run.
         split: the split to score; None: the runs' validation split.
         weights_split: the split to choose weights on; None: the runs' validation split.
-
-    Returns:
-        The ensemble and its metrics.
 
     Raises:
         UsageError: an unknown `how`, a folder that is not a finished run, a run listed twice, or runs with different

@@ -137,16 +137,14 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile interval of the concordance under resampling whole videos with replacement.
 
-    Frames of a video are not independent, so videos are resampled. Exact, because moments are additive.
+    Frames of a video are not independent, so videos are resampled. Exact, because moments are additive. NaN in a
+    dimension without labels.
 
     Args:
         moments: [V, 6, 2], `video_moments` of every video.
         resamples: how many samples of V videos are drawn.
         level: share of them inside the interval.
         seed: of the draws; equal seeds give equal intervals.
-
-    Returns:
-        The interval; NaN in a dimension without labels.
 
     Raises:
         UsageError: no video, no resample, or a level outside (0, 1).
@@ -247,14 +245,11 @@ def paired_difference(one: Floats, other: Floats, observed: Floats, videos: int)
 
 
 def smoothness(value: ArrayLike, time: ArrayLike) -> Floats:
-    """Mean absolute change of a trace per second, [K]. Lower is smoother.
+    """Mean absolute change of a trace per second, [K]. Lower is smoother. NaN where the trace lasts no time.
 
     Args:
         value: [N, K].
         time: [N] seconds, ascending.
-
-    Returns:
-        [K]; NaN where the trace lasts no time.
 
     Raises:
         ValueError: shapes disagree.

@@ -54,13 +54,9 @@ def read_rows(cache: Cache, spec: TargetSpec, item: str) -> ExtraRows:
 
 
 def extra_loss(logits: Tensor, targets: ExtraTargets) -> Tensor:
-    """Cross-entropy of classes, binary cross-entropy of the others; the mean over what is annotated.
+    """Cross-entropy of classes, binary cross-entropy of the others, of logits [B, F, K]; the mean over annotated cells.
 
-    Args:
-        logits: [B, F, K].
-
-    Returns:
-        A scalar >= 0; 0 with zero gradient where nothing is annotated.
+    A scalar >= 0; 0 with zero gradient where nothing is annotated.
 
     Raises:
         ValueError: shapes disagree.

@@ -325,14 +325,11 @@ def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., Win
 def choose_smoothing(
     run: Path, cache: Cache, kind: str, seconds: float | None = None, *, device: str = "auto", show: bool = False
 ) -> Smoothing | None:
-    """Choose a smoothing for a run's traces; nothing is stored.
+    """Choose a smoothing for a run's traces, None for the kind "none"; nothing is stored.
 
     Args:
         kind: "mean", "savgol", or "none".
         seconds: width; None: the one with the best mean CCC on the run's validation split.
-
-    Returns:
-        None for "none".
 
     Raises:
         UsageError: an unknown kind, a negative width, or not a run.

@@ -74,14 +74,7 @@ class Augment:
 
 
 def augment_images(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Apply the same flip, crop and colours to all images of a clip.
-
-    Args:
-        images: [U, S, S, 3] uint8, or float32 in 0..1.
-
-    Returns:
-        [U, S, S, 3] of the same type.
-    """
+    """Apply the same flip, crop and colours to all images of a clip, [U, S, S, 3] uint8, or float32 in 0..1."""
     from torchvision.transforms.v2 import functional
 
     draw = torch.rand(7, generator=generator).tolist()
@@ -99,13 +92,9 @@ def augment_images(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def augment_logmel(logmel: Tensor, generator: torch.Generator) -> Tensor:
-    """SpecAugment (Park et al. 2019, arXiv 1904.08779) without time warping; masked strips take the window's mean.
+    """SpecAugment of [frames, bands] without time warping; masked strips take the window's mean.
 
-    Args:
-        logmel: [frames, bands].
-
-    Returns:
-        [frames, bands].
+    Source: Park et al. 2019, arXiv 1904.08779.
     """
     draw = torch.rand(4, generator=generator).tolist()
     changed, mean = logmel.clone(), logmel.mean()

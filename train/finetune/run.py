@@ -40,7 +40,11 @@ from vaflow.train.runs import RunFolder, load_run
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible
 from vaflow.train.windows import WindowSet
 
+log = logging.getLogger(__name__)
+
 PRECISION: Mapping[str, Literal["32-true", "bf16-mixed"]] = {"float32": "32-true", "bfloat16": "bf16-mixed"}
+VARIANCE = "variance."  # prefix of the tensors of a variance head
+HEADS = "heads."  # prefix of the heads' tensors in a `TunedModel`
 
 
 @contextmanager
@@ -58,13 +62,16 @@ def processes(config: TrainConfig) -> Iterator[Any]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     alone = [device.index or 0] if device.type == "cuda" else 1
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     fabric = Fabric(
         accelerator=device.type,
         devices=alone if world == 1 else local,
         num_nodes=1 if world == 1 else world // local,
         # A process can receive a batch without images or without audio, which leaves a backbone unused.
         strategy="auto" if world == 1 else "ddp_find_unused_parameters_true",
-        precision=PRECISION[_precision(config, device)],
+        precision=PRECISION[precision],
     )
     fabric.launch()
     quiet = logging.getLogger("vaflow")
@@ -75,18 +82,6 @@ def processes(config: TrainConfig) -> Iterator[Any]:
         yield fabric
     finally:
         quiet.setLevel(level)
-
-
-def _precision(config: TrainConfig, device: torch.device) -> str:
-    if config.precision != "auto":
-        return config.precision
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-
-
-log = logging.getLogger(__name__)
-
-VARIANCE = "variance."  # prefix of the tensors of a variance head
-HEADS = "heads."  # prefix of the heads' tensors in a `TunedModel`
 
 
 def finetune(session: Session, weights: Mapping[str, Path]) -> dict[str, Any]:
