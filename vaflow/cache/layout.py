@@ -79,12 +79,9 @@ class Layout:
         """Return the error for a damaged file."""
         where = f", item {item!r} of stream {stream!r}" if item is not None else ""
         repair = command("cache", "repair", self.place)
-        return CorruptError(
-            explain(
-                f"{self.shown(path)} of the cache {self.place} is damaged{where}: {problem}",
-                remedy=f"Run `{repair}`, then extract again; only damaged items are extracted",
-            )
-        )
+        problem = f"{self.shown(path)} of the cache {self.place} is damaged{where}: {problem}"
+        remedy = f"Run `{repair}`, then extract again; only damaged items are extracted"
+        return CorruptError(explain(problem, remedy=remedy))
 
     def cannot_write(self, error: OSError) -> CacheError:
         """Return the error for a failed write to the disk or the object store."""

@@ -96,12 +96,9 @@ class PackedCache(Cache):
 
     def _corrupt(self, path: Path, problem: str, item: str | None = None) -> CorruptError:
         where = f", item {item!r}" if item is not None else ""
-        return CorruptError(
-            explain(
-                f"{self.layout.shown(path)} of the packed cache {self.place} is damaged{where}: {problem}",
-                remedy=f"Copy it again, or pack again: vaflow cache pack CACHE {self.place}",
-            )
-        )
+        problem = f"{self.layout.shown(path)} of the packed cache {self.place} is damaged{where}: {problem}"
+        pack = command("cache", "pack", "CACHE", self.place)
+        return CorruptError(explain(problem, remedy=f"Copy it again, or pack again: {pack}"))
 
     def _load_stream(self, file_name: str) -> StreamInfo:
         try:
@@ -301,10 +298,6 @@ def manifest_files(layout: Layout) -> dict[str, Json]:
 
 def refuse_writing(layout: Layout) -> UsageError:
     """The error for a command that writes into a packed cache."""
-    return UsageError(
-        explain(
-            f"The cache {layout.place} is packed, and packed caches are read-only",
-            remedy="Unpack it first: "
-            + command("cache", "convert", layout.place, "--out", f"{layout.place}.cache", "--store", "zarr"),
-        )
-    )
+    unpack = command("cache", "convert", layout.place, "--out", f"{layout.place}.cache", "--store", "zarr")
+    problem = f"The cache {layout.place} is packed, and packed caches are read-only"
+    return UsageError(explain(problem, remedy=f"Unpack it first: {unpack}"))

@@ -43,11 +43,11 @@ def _show_all(ctx: typer.Context, value: bool) -> None:
     raise typer.Exit
 
 
-# Of every command
 HelpAll = Annotated[
     bool,
     typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show every option and setting, then exit."),
 ]
+# Of every command; the fields of `Output`
 OUTPUT = {
     "json": Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")],
     "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Print details.")],
