@@ -24,7 +24,6 @@ from vaflow.train import index_tables as tables
 from vaflow.train.batch import VISUAL, ExtraTargets, TargetSpec
 from vaflow.train.config import TrainConfig
 from vaflow.train.groups import split_items
-from vaflow.train.index_tables import NO_AUDIO, NO_FRAMES, AudioTimes, FrameTimes
 from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampling
 from vaflow.train.quality import InputMasks
 from vaflow.train.targets import read_rows, target_specs
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 LONGEST = 24 * 3600.0  # seconds of a clip whose arrays have fewer than one row per window
 # One stream of a clip: embedding rows [T, D] (no rows if the stream lacks the clip) and their times.
-Features = tuple[np.ndarray, FrameTimes | AudioTimes]
+Features = tuple[np.ndarray, tables.FrameTimes | tables.AudioTimes]
 
 
 def load_split(
@@ -170,7 +169,7 @@ def _features(cache: Cache, stream: InputStream, data: Item | None, masks: Input
     """Rows and times of one stream; `data` is None if the stream lacks the clip."""
     interval = interval_of(stream.kind, stream.identity)
     if data is None:
-        return np.zeros((0, stream.dim)), NO_FRAMES if stream.kind == VISUAL else NO_AUDIO
+        return np.zeros((0, stream.dim)), tables.NO_FRAMES if stream.kind == VISUAL else tables.NO_AUDIO
     rows: np.ndarray = data.embedding.reshape(-1, stream.dim)
     unusable = data.valid.ravel() & ~np.isfinite(rows).all(axis=1)
     if unusable.any():
@@ -181,16 +180,16 @@ def _features(cache: Cache, stream: InputStream, data: Item | None, masks: Input
         raise DataError(explain(problem, expected=expected, got=got, remedy="Make the features of this clip again"))
     kept = masks.valid(cache, stream.name, stream.kind, data)
     if stream.kind == VISUAL:
-        return rows, FrameTimes(data.time, kept, interval)
+        return rows, tables.FrameTimes(data.time, kept, interval)
     if stream.kind != "audio":  # log-Mel: one sequence over the whole clip, frame i for the i-th hop
         hops: Floats = (np.arange(len(data.time), dtype=np.float64) + 0.5) * LOGMEL_INTERVAL
-        return rows, AudioTimes(np.zeros(1), hops[None], kept[None], None, LOGMEL_INTERVAL)
+        return rows, tables.AudioTimes(np.zeros(1), hops[None], kept[None], None, LOGMEL_INTERVAL)
     interval = interval or median_interval(data.time[:1].ravel())
     start = data.arrays.get("start")
     if start is None:
-        return rows, AudioTimes(data.time[:, 0], data.time, kept, None, interval)
+        return rows, tables.AudioTimes(data.time[:, 0], data.time, kept, None, interval)
     window = sampling(stream.identity).get("window")
-    return rows, AudioTimes(start, data.time, kept, window, interval)
+    return rows, tables.AudioTimes(start, data.time, kept, window, interval)
 
 
 class WindowBuilder:
@@ -220,7 +219,7 @@ class WindowBuilder:
         windows = tables.window_times(self._grid, clip.duration)
         for stream in self._streams:
             rows, times = features[stream.name]
-            if isinstance(times, FrameTimes):
+            if isinstance(times, tables.FrameTimes):
                 table = tables.frame_table(windows, times)
             else:
                 table = tables.step_table(windows, stream.steps, times)
