@@ -179,8 +179,8 @@ def check_span(path: Path, times: "Floats") -> None:
         raise MediaError(explain(f"{path} {problem}", expected=expected, got=got, remedy=remedy))
 
 
-def limit_memory(limit: int = WORKER_MEMORY) -> None:
-    """Limit the memory of this process to `limit` bytes, so that a file that needs more raises an error.
+def limit_memory() -> None:
+    """Limit the memory of this process to `WORKER_MEMORY`, so that a file that needs more raises an error.
 
     Nothing changes where the system has no such limit, or a lower one is set.
     """
@@ -189,9 +189,9 @@ def limit_memory(limit: int = WORKER_MEMORY) -> None:
     except ImportError:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard == resource.RLIM_INFINITY or hard > limit:
+    if hard == resource.RLIM_INFINITY or hard > WORKER_MEMORY:
         with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+            resource.setrlimit(resource.RLIMIT_DATA, (WORKER_MEMORY, hard))
 
 
 def too_much_memory() -> str:

@@ -79,13 +79,10 @@ def stream_infos(
     return {info.name: info for info in infos}
 
 
-def faces_identity(
-    max_size: int = MAX_SIZE, detector: str = "opencv", tracker: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def faces_identity(detector: str = "opencv", tracker: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return everything that changes the pixels of a crop: part of the fingerprint of what is made from crops.
 
     Args:
-        max_size: pixels of the longer edge of the image that the network reads.
         detector: runtime of the network: "opencv", or "torch" (OpenCV then still resizes and cuts).
         tracker: see `tracker_identity`; by default one face is followed.
     """
@@ -97,7 +94,7 @@ def faces_identity(
         "detector": DETECTOR,
         "model": model_digest(),
         "runtime": f"torch {version('torch').partition('+')[0]}, {opencv}" if detector == "torch" else opencv,
-        "max_size": max_size,
+        "max_size": MAX_SIZE,
         "min_score": MIN_SCORE,
         "max_overlap": MAX_OVERLAP,
         **(tracker or tracker_identity(LARGEST, "none")),

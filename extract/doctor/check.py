@@ -244,7 +244,6 @@ def check_dataset(
     dataset: Dataset,
     *,
     window: float = Grid.window,
-    workers: int = 0,
     progress: Callable[[int], object] | None = None,
     cache: Cache | None = None,
     people: bool = False,
@@ -253,7 +252,6 @@ def check_dataset(
 
     Args:
         window: seconds; clips shorter than that are noted.
-        workers: processes; 0: by the machine's cores.
         progress: called with 1 after every clip, such as a bar's `update`.
         cache: extracted from this data set; items that the data set no longer has are reported.
         people: decode a few frames of clips without crops, to report several people and cuts.
@@ -264,7 +262,7 @@ def check_dataset(
     have_crops = any(clip.crops for clip in dataset.clips)
     measure = partial(check_clip, window=window, others_have_crops=have_crops)
     results: dict[int, Checked] = {}
-    for number, result in each(measure, dataset.clips, workers=workers):
+    for number, result in each(measure, dataset.clips):
         if isinstance(result, Failed):  # FFmpeg crashed or stalled in the process that read the file
             note = Note("error", "unreadable", dataset.clips[number].id, result.message, _LEFT_OUT)
             result = Checked(dataset.clips[number], None, None, None, (note,))
@@ -280,7 +278,7 @@ def check_dataset(
     findings += dataset_findings(clips, labels) + duplicate_findings(clips, videos, label_files, varied)
     if people:
         with_video = [(c.clip, c.media.duration) for c in checked if c.media and c.clip.video and not c.clip.crops]
-        facts = look_at_people(with_video, cache, workers=workers)
+        facts = look_at_people(with_video, cache)
         findings += people_findings(facts, len(with_video), dataset.root)
         checked = [replace(c, people=facts.get(c.clip.id)) for c in checked]
     if cache is not None:

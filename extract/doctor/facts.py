@@ -352,15 +352,12 @@ class PeopleFacts:
     turned: int = 0
 
 
-def look_at_people(
-    clips: Sequence[tuple[Clip, float]], extracted: Cache | None = None, *, workers: int = 0
-) -> dict[str, PeopleFacts]:
+def look_at_people(clips: Sequence[tuple[Clip, float]], extracted: Cache | None = None) -> dict[str, PeopleFacts]:
     """Clip id -> its people and cuts, of at most `MAX_CLIPS` clips that are not in a cache, evenly chosen.
 
     Args:
         clips: with their durations in seconds; those with crops or without video are left out.
         extracted: a cache, whose stream of faces is taken where it has one.
-        workers: processes; 0: by the machine's cores.
     """
     known, rest = {}, []
     for clip, duration in clips:
@@ -372,7 +369,7 @@ def look_at_people(
         else:
             known[clip.id] = facts
     chosen = rest[:: -(-len(rest) // MAX_CLIPS)] if rest else []
-    for number, looked in each(_look, chosen, workers=workers):
+    for number, looked in each(_look, chosen):
         if isinstance(looked, PeopleFacts):
             known[chosen[number][0]] = looked
     return known

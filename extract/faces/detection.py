@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.errors import UsageError, WeightsError, explain
+from vaflow.errors import WeightsError, explain
 
 Image = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -29,7 +29,7 @@ Grid = NDArray[np.floating[Any]]
 DETECTOR = "centerface"
 MIN_SCORE = 0.5  # of a cell, to count as a face
 MAX_OVERLAP = 0.3  # intersection over union of two boxes above which the weaker one goes
-MAX_SIZE = 640  # pixels; longer edge of the image that the network reads
+MAX_SIZE = 640  # pixels; images whose longer edge exceeds it are scaled down for detection
 HELD_BYTES = 128 * 2**20  # of whole frames that wait for their faces: 6 of 4K
 _CELL = 4  # pixels per grid cell
 _MULTIPLE = 32  # the network halves its input five times
@@ -87,28 +87,21 @@ class Cells:
 class CenterFace:
     """Detects faces on one thread (`cv2.setNumThreads(1)`, for the whole process: workers run side by side).
 
-    Args:
-        max_size: pixels; images whose longer edge exceeds it are scaled down for detection.
-
     Raises:
-        UsageError: `max_size` is not a positive multiple of 32.
         WeightsError: the network's file is not installed.
     """
 
-    def __init__(self, max_size: int = MAX_SIZE) -> None:
-        if max_size < _MULTIPLE or max_size % _MULTIPLE:
-            raise UsageError(explain("max_size must be a positive multiple of 32", got=max_size))
+    def __init__(self) -> None:
         import cv2
 
         cv2.setNumThreads(1)
-        self.max_size = max_size
         self._net = cv2.dnn.readNetFromONNX(str(model_path()))
 
     def detect(self, rgb: Image) -> list[Face]:
         """Faces of an image [H, W, 3] uint8, the most certain first; empty without a face."""
         import cv2
 
-        small, scale = shrunk(rgb, self.max_size)
+        small, scale = shrunk(rgb)
         self._net.setInput(cv2.dnn.blobFromImage(small))
         heat, size, offset, marks = self._net.forward(list(_OUTPUTS))
         return decode_grid(heat[0, 0], size[0], offset[0], marks[0], scale)
@@ -120,12 +113,12 @@ def shared_detector() -> CenterFace:
     return CenterFace()
 
 
-def shrunk(rgb: Image, max_size: int = MAX_SIZE) -> tuple[Image, float]:
+def shrunk(rgb: Image) -> tuple[Image, float]:
     """The image at detection size, padded with black on the right and below to multiples of 32; and its scale."""
     import cv2
 
     height, width = rgb.shape[:2]
-    scale = min(1.0, max_size / max(height, width))
+    scale = min(1.0, MAX_SIZE / max(height, width))
     if scale < 1:
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
         rgb = np.asarray(cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA), np.uint8)

@@ -137,7 +137,8 @@ def test_stored_bytes_that_are_not_an_image_are_an_error(data: bytes) -> None:
         decode_jpeg(data)
 
 
-def test_identity_depends_on_the_settings() -> None:
-    assert faces_identity(640) == faces_identity(640)
-    assert faces_identity(640) != faces_identity(320)
-    assert len(faces_identity()["model"]) == 32
+def test_identity_depends_on_the_size_of_detection(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = faces_identity()
+    assert before == faces_identity() and len(before["model"]) == 32
+    monkeypatch.setattr("vaflow.extract.streams.MAX_SIZE", 320)
+    assert faces_identity() != before

@@ -109,9 +109,7 @@ def is_regular(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def walk(
-    root: Path, left_out: LeftOut | None = None, *, depth: int = DEPTH
-) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
+def walk(root: Path, left_out: LeftOut | None = None) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
     """(folder, its files sorted by name), nearest folders first. Links are followed, each folder is visited once."""
     queue = deque([(root, 0)])
     visited = set()
@@ -125,7 +123,7 @@ def walk(
             continue
         visited.add((status.st_dev, status.st_ino))
         inside = entries(folder, left_out)
-        if level < depth:
+        if level < DEPTH:
             queue.extend((Path(entry.path), level + 1) for entry in inside if is_folder(entry))
         yield folder, [entry for entry in inside if not is_folder(entry)]
 
@@ -203,9 +201,9 @@ def open_text(path: Path) -> TextIO:
     return path.open(encoding=encoding, newline="")
 
 
-def listing(root: Path, shown: int = 6) -> str:
+def listing(root: Path) -> str:
     """The first few names directly below `root`, for messages."""
-    return examples([entry.name + ("/" if is_folder(entry) else "") for entry in entries(root)], shown) or "nothing"
+    return examples([entry.name + ("/" if is_folder(entry) else "") for entry in entries(root)], 6) or "nothing"
 
 
 def examples(names: Sequence[str], shown: int = 5) -> str:

@@ -15,6 +15,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 MoodAt = Callable[[Floats], Floats]  # [N] seconds -> [N, 2] valence and arousal
 
+WAVES = 7  # sinusoids of a curve
 SPLIT_NUMBER = {"train": 0, "val": 1, "test": 2}
 
 
@@ -46,14 +47,14 @@ class Curve:
         return self.scale * (np.sin(angle) @ self.amplitude)
 
 
-def smooth_curve(rng: np.random.Generator, slowest: float, fastest: float, scale: float = 1.0, waves: int = 7) -> Curve:
+def smooth_curve(rng: np.random.Generator, slowest: float, fastest: float, scale: float = 1.0) -> Curve:
     """A trace with periods between `fastest` and `slowest` seconds, slow waves being the larger ones."""
-    # One period from each of `waves` equal slices of the logarithmic range: no clip is only slow or only fast.
-    slices = (np.arange(waves) + rng.uniform(0, 1, waves)) / waves
+    # One period from each of `WAVES` equal slices of the logarithmic range: no clip is only slow or only fast.
+    slices = (np.arange(WAVES) + rng.uniform(0, 1, WAVES)) / WAVES
     period = fastest * (slowest / fastest) ** slices
     amplitude = np.sqrt(period)
     amplitude *= np.sqrt(2 / np.sum(amplitude**2))
-    return Curve(period, rng.uniform(0, 2 * np.pi, waves), amplitude, scale)
+    return Curve(period, rng.uniform(0, 2 * np.pi, WAVES), amplitude, scale)
 
 
 @dataclass(frozen=True)
