@@ -172,15 +172,13 @@ def _refuse_foreign_records(layout: Layout, info: StreamInfo) -> None:
         except (ValueError, FileNotFoundError):  # reading and `verify` report the damage
             continue
         if record.fingerprint != fingerprint(info):
-            raise FingerprintError(
-                explain(
-                    f"{layout.place} holds items of stream {info.name!r} with other settings, "
-                    f"and {layout.shown(layout.stream(info.name))} is missing",
-                    expected=f"fingerprint {fingerprint(info)}",
-                    got=record.fingerprint,
-                    remedy="Use the settings of the cache, or extract into another cache",
-                )
+            missing = layout.shown(layout.stream(info.name))
+            problem = (
+                f"{layout.place} holds items of stream {info.name!r} with other settings, and {missing} is missing"
             )
+            expected = f"fingerprint {fingerprint(info)}"
+            remedy = "Use the settings of the cache, or extract into another cache"
+            raise FingerprintError(explain(problem, expected=expected, got=record.fingerprint, remedy=remedy))
 
 
 def differences(

@@ -212,14 +212,10 @@ def open_folder(name: str, source: str, *, local: bool, weight_files: tuple[str,
     needs = f"a folder (PATH) with {CONFIG}, {PROCESSOR} and {weight_files[0]}"
     if local or source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
         option, typed = f"--weights {name}=", f"{name.partition(':')[0]}:"
-        raise UsageError(
-            explain(
-                f"The folder {source} does not exist",
-                expected=f"{needs}, as save_pretrained writes it".replace(" (PATH)", ""),
-                remedy=f"Check the path after {option if local else typed}"
-                + ("" if local else f", or pass {option}FOLDER if the model has moved"),
-            )
-        )
+        expected = f"{needs}, as save_pretrained writes it".replace(" (PATH)", "")
+        moved = "" if local else f", or pass {option}FOLDER if the model has moved"
+        remedy = f"Check the path after {option if local else typed}{moved}"
+        raise UsageError(explain(f"The folder {source} does not exist", expected=expected, remedy=remedy))
     hub_file(source, (CONFIG,), encoder=name, needs=needs)
     hub_file(source, (PROCESSOR, CONFIG), encoder=name, needs=needs)  # some checkpoints have no processor's config
     return hub_file(source, weight_files, encoder=name, needs=needs).parent

@@ -224,20 +224,15 @@ def check_checksum(path: Path) -> None:
     Raises:
         WeightsError: they differ.
     """
-    expected = checksum_in_name(path.name)
-    if expected is None or not path.is_file():
+    prefix = checksum_in_name(path.name)
+    if prefix is None or not path.is_file():
         return
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(expected):
-        raise WeightsError(
-            explain(
-                f"{path} does not match the checksum in its name",
-                expected=f"a SHA-256 that begins with {expected}",
-                got=digest,
-                remedy="Delete it and download it again; if it was changed on purpose, rename it",
-            )
-        )
+    if not digest.startswith(prefix):
+        problem = f"{path} does not match the checksum in its name"
+        remedy = "Delete it and download it again; if it was changed on purpose, rename it"
+        raise WeightsError(explain(problem, expected=f"a SHA-256 that begins with {prefix}", got=digest, remedy=remedy))
 
 
 def checked_url(address: str, *, encoder: str) -> Path:

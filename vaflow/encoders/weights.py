@@ -185,14 +185,9 @@ def check_fit(where: str, *, missing: Iterable[str], unexpected: Iterable[str], 
     if not any(problems.values()):
         return
     got = "; ".join(f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys)
-    raise WeightsError(
-        explain(
-            f"The weights in {where} do not fit the model",
-            expected="exactly the model's keys",
-            got=got,
-            remedy="Check that the file belongs to this model, and not to another size or library",
-        )
-    )
+    problem = f"The weights in {where} do not fit the model"
+    remedy = "Check that the file belongs to this model, and not to another size or library"
+    raise WeightsError(explain(problem, expected="exactly the model's keys", got=got, remedy=remedy))
 
 
 def _listed(keys: Collection[str]) -> str:
