@@ -119,11 +119,6 @@ def list_stills(folder: Path) -> dict[int, Path]:
     return dict(sorted(stills.items()))
 
 
-def still_times(stills: Mapping[int, Path], rate: float) -> Floats:
-    """Return the times [N] in seconds of all frames from 0 to the last one with an image."""
-    return np.arange(max(stills) + 1) / rate
-
-
 def open_stills(clip: Clip) -> tuple[MediaInfo, Floats]:
     """Return the properties of a clip of images, as of a video, and its frame times [N].
 
@@ -136,7 +131,8 @@ def open_stills(clip: Clip) -> tuple[MediaInfo, Floats]:
     stills = list_stills(clip.frames)
     first = next(iter(stills.values()))
     (width, height), codec = images.measure(first)
-    times, rate = still_times(stills, clip.frame_rate), clip.frame_rate
+    rate = clip.frame_rate
+    times = np.arange(max(stills) + 1) / rate  # of all frames from 0 to the last one with an image
     check_span(clip.frames, times)
     video = VideoInfo(width, height, codec, rate, rate, len(stills), len(times) / rate, 0)
     return MediaInfo(clip.frames, "pictures", 0.0, video, None), times
