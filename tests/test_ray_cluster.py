@@ -30,8 +30,8 @@ from vaflow.cli import main
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import UsageError
 from vaflow.extract.pipeline import extract
-from vaflow.train.ablate.plan import Job, Options, make_plan
-from vaflow.train.ablate.pool import Outcome, run_jobs
+from vaflow.train.ablate.pool import Outcome, run_all
+from vaflow.train.ablate.schedule import Options, ScheduledRun, make_schedule
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
@@ -242,18 +242,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 @pytest.fixture(scope="module")
-def jobs(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> list[Job]:
+def runs(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> list[ScheduledRun]:
     """Five runs; the first is much longer than the others."""
     study = toy_study(tmp_path_factory.mktemp("study"))
-    short = make_plan(cache, study, [], Options(seeds=2, overrides={"device": "cpu"})).jobs
+    short = make_schedule(cache, study, [], Options(seeds=2, overrides={"device": "cpu"})).runs
     return [replace(short[0], config=replace(short[0].config, epochs=60)), *short[1:5]]
 
 
 @pytest.fixture(scope="module")
-def trained_here(cache: Cache, jobs: list[Job], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_here(cache: Cache, runs: list[ScheduledRun], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs, trained in this process."""
     out = tmp_path_factory.mktemp("here")
-    assert not any(outcome.ended.error for outcome in run_jobs(jobs, cache, out, together="never"))
+    assert not any(outcome.ended.error for outcome in run_all(runs, cache, out, together="never"))
     return out
 
 
@@ -265,11 +265,11 @@ def results(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("victim", ["actor", pytest.param("node", marks=pytest.mark.slow)])
 def test_a_run_whose_actor_dies_continues_elsewhere_with_equal_files(
-    victim: str, cluster: object, cache: Cache, jobs: list[Job], trained_here: Path, tmp_path: Path
+    victim: str, cluster: object, cache: Cache, runs: list[ScheduledRun], trained_here: Path, tmp_path: Path
 ) -> None:
-    long, outcomes = tmp_path / "runs" / jobs[0].key, list[Outcome]()
+    long, outcomes = tmp_path / "runs" / runs[0].key, list[Outcome]()
     options = {"engine": "ray", "ray_address": cluster.address, "together": "never"}  # type: ignore[attr-defined]
-    for outcome in run_jobs(jobs, cache, tmp_path, **options):
+    for outcome in run_all(runs, cache, tmp_path, **options):
         outcomes.append(outcome)
         if len(outcomes) == 1:  # the other actor trains the long run
             while not (long / "checkpoint.safetensors").exists():
@@ -278,10 +278,10 @@ def test_a_run_whose_actor_dies_continues_elsewhere_with_equal_files(
                 remove_a_node(cluster)
             else:
                 os.kill(holder_of(long / ".lock"), signal.SIGKILL)
-    assert len(outcomes) == len(jobs)
+    assert len(outcomes) == len(runs)
     assert [outcome.ended.message for outcome in outcomes if outcome.ended.error] == []
-    assert outcomes[0].job != jobs[0]
-    assert outcomes[-1].job == jobs[0] or victim == "node", "either actor may be on the removed node"
+    assert outcomes[0].run != runs[0]
+    assert outcomes[-1].run == runs[0] or victim == "node", "either actor may be on the removed node"
     assert results(tmp_path) == results(trained_here) != {}
     assert list(tmp_path.glob(".ray-*")) == [], "the file that shows that nodes share the folder"
 
@@ -295,7 +295,7 @@ def holder_of(file: Path) -> int:
     raise AssertionError(f"no process has {file} open")
 
 
-@pytest.mark.slow  # its runs are those of `run_jobs` above
+@pytest.mark.slow  # its runs are those of `run_all` above
 def test_a_search_on_two_nodes_finds_the_same_trials(
     cluster: object, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,7 +315,7 @@ def test_a_search_on_two_nodes_finds_the_same_trials(
     assert len(tables[0]) == 4
 
 
-def test_one_gpu_cannot_be_named(cluster: object, cache: Cache, jobs: list[Job], tmp_path: Path) -> None:
-    named = replace(jobs[1], config=replace(jobs[1].config, device="cuda:1"))
+def test_one_gpu_cannot_be_named(cluster: object, cache: Cache, runs: list[ScheduledRun], tmp_path: Path) -> None:
+    named = replace(runs[1], config=replace(runs[1].config, device="cuda:1"))
     with pytest.raises(UsageError, match="remove the number"):
-        list(run_jobs([named], cache, tmp_path, engine="ray", ray_address=cluster.address))  # type: ignore[attr-defined]
+        list(run_all([named], cache, tmp_path, engine="ray", ray_address=cluster.address))  # type: ignore[attr-defined]

@@ -9,8 +9,8 @@ import numpy as np
 from synthetic_cache import AUDIO, VISUAL
 
 from vaflow.train.ablate.grid import Row, Study, Table, load_study
-from vaflow.train.ablate.plan import Entry, Job, Plan
 from vaflow.train.ablate.pool import RUNS
+from vaflow.train.ablate.schedule import Entry, Schedule, ScheduledRun
 from vaflow.train.ablate.workers import write_moments
 from vaflow.train.config import TrainConfig
 from vaflow.train.metrics import concordance_of_moments, mean_over_dimensions, video_moments
@@ -55,30 +55,30 @@ def toy_study(folder: Path, text: str = GRID) -> Study:
     return load_study(grid_file(folder, text))
 
 
-def made_up_plan(
+def made_up_schedule(
     out: Path, tables: Mapping[str, Sequence[Row]], noise: Mapping[str, float], *, videos: int = 30, seeds: int = 2
-) -> Plan:
-    """A plan whose runs lie in `out`, finished: each row's predictions are labels plus noise of its deviation.
+) -> Schedule:
+    """A schedule whose runs lie in `out`, finished: each row's predictions are labels plus noise of its deviation.
 
     A row without noise has no run. Rows of one name are one configuration. The full model has noise["full"].
     """
     rng = np.random.default_rng(0)
     labels = [rng.uniform(-1, 1, size=(60, 2)) for _ in range(videos)]
     errors = [[rng.normal(size=y.shape) for y in labels] for _ in range(seeds)]
-    jobs: dict[str, Job] = {}
+    runs: dict[str, ScheduledRun] = {}
     for name, deviation in noise.items():
         for seed in range(seeds):
             seed_noise = [rng.normal(scale=0.02, size=y.shape) for y in labels]
             pairs = zip(labels, errors[seed], seed_noise, strict=True)
             write_run(out, key_of(name, seed), [(y + deviation * (e + o), y) for y, e, o in pairs])
-            jobs[key_of(name, seed)] = Job(key_of(name, seed), TrainConfig(seed=seed), name)
+            runs[key_of(name, seed)] = ScheduledRun(key_of(name, seed), TrainConfig(seed=seed), name)
     entries = {
         table: tuple(Entry(row, TrainConfig(), keys(row.name, noise, seeds)) for row in rows)
         for table, rows in tables.items()
     }
     planned = tuple((Table(name, "", tuple(rows)), entries[name]) for name, rows in tables.items())
     reference = Entry(Row("", "full model"), TrainConfig(), keys("full", noise, seeds))
-    return Plan(planned, reference, tuple(jobs.values()))
+    return Schedule(planned, reference, tuple(runs.values()))
 
 
 def key_of(name: str, seed: int) -> str:

@@ -11,14 +11,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from ablation_toys import key_of, made_up_plan
+from ablation_toys import key_of, made_up_schedule
 from PIL import ImageFont
 
 from vaflow.train.ablate.grid import Row, load_study
-from vaflow.train.ablate.plan import Options, Plan
 from vaflow.train.ablate.pool import Ended
 from vaflow.train.ablate.report import About, csv_text, digits, html_page, markdown, plot
 from vaflow.train.ablate.results import Results, collect
+from vaflow.train.ablate.schedule import Options, Schedule
 from vaflow.train.ablate.workers import read_moments, write_moments
 from vaflow.train.config import TrainConfig
 from vaflow.train.runs import RunFolder
@@ -32,13 +32,13 @@ MINUS = "\N{MINUS SIGN}"
 PAPER = (0.4655, 0.6068, 0.5361)
 
 
-def plan_of(out: Path, noise: dict[str, float], **options: int) -> Plan:
-    return made_up_plan(out, {"1": [Row("1", name, paper=PAPER) for name in (*noise, "absent")]}, noise, **options)
+def schedule_of(out: Path, noise: dict[str, float], **options: int) -> Schedule:
+    return made_up_schedule(out, {"1": [Row("1", name, paper=PAPER) for name in (*noise, "absent")]}, noise, **options)
 
 
 def test_means_and_deviations_equal_those_of_the_runs(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, {"full": 0.4, "worse": 0.8}, seeds=3)
-    full, worse, absent = collect(plan, tmp_path, {}).tables[0].rows
+    schedule = schedule_of(tmp_path, {"full": 0.4, "worse": 0.8}, seeds=3)
+    full, worse, absent = collect(schedule, tmp_path, {}).tables[0].rows
     for row, name in ((full, "full"), (worse, "worse")):
         scores = []
         for seed in range(3):
@@ -58,13 +58,13 @@ def test_means_and_deviations_equal_those_of_the_runs(tmp_path: Path) -> None:
 
 
 def test_the_best_row_is_bold_if_it_beats_the_runner_up(tmp_path: Path) -> None:
-    clear = plan_of(tmp_path / "a", {"full": 0.5, "best": 0.3, "worst": 0.9})
+    clear = schedule_of(tmp_path / "a", {"full": 0.5, "best": 0.3, "worst": 0.9})
     flags = {row.entry.row.name: row.best for row in collect(clear, tmp_path / "a", {}).tables[0].rows}
     assert flags == {"full": (False,) * 3, "best": (True,) * 3, "worst": (False,) * 3, "absent": (False,) * 3}
 
 
 def test_nothing_is_bold_without_a_significant_difference(tmp_path: Path) -> None:
-    close = plan_of(tmp_path, {"full": 0.5, "near": 0.5, "worst": 0.9}, videos=12)
+    close = schedule_of(tmp_path, {"full": 0.5, "near": 0.5, "worst": 0.9}, videos=12)
     results = collect(close, tmp_path, {})
     near = results.tables[0].rows[1]
     assert near.versus is not None
@@ -74,31 +74,31 @@ def test_nothing_is_bold_without_a_significant_difference(tmp_path: Path) -> Non
 
 def test_identical_rows_have_no_winner(tmp_path: Path) -> None:
     rows = [Row("1", "best", {"lr": 1.0}), Row("1", "best", {"lr": 2.0}), Row("1", "full")]
-    plan = made_up_plan(tmp_path, {"1": rows}, {"full": 0.9, "best": 0.3})
-    assert not any(any(row.best) for row in collect(plan, tmp_path, {}).tables[0].rows)
+    schedule = made_up_schedule(tmp_path, {"1": rows}, {"full": 0.9, "best": 0.3})
+    assert not any(any(row.best) for row in collect(schedule, tmp_path, {}).tables[0].rows)
 
 
 def test_a_single_row_is_not_marked_best(tmp_path: Path) -> None:
-    plan = made_up_plan(tmp_path, {"1": [Row("1", "full")]}, {"full": 0.3})
-    assert not any(collect(plan, tmp_path, {}).tables[0].rows[0].best)
+    schedule = made_up_schedule(tmp_path, {"1": [Row("1", "full")]}, {"full": 0.3})
+    assert not any(collect(schedule, tmp_path, {}).tables[0].rows[0].best)
 
 
 def test_a_failed_seed_is_excluded_and_reported(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, {"full": 0.4, "worse": 0.8})
+    schedule = schedule_of(tmp_path, {"full": 0.4, "worse": 0.8})
     failed = {key_of("worse", 1): Ended(error="DataError", message="it broke")}
-    _, worse, _ = collect(plan, tmp_path, failed).tables[0].rows
+    _, worse, _ = collect(schedule, tmp_path, failed).tables[0].rows
     assert worse.seeds == 1
     assert worse.problem == "1 of 2 runs failed: it broke"
     assert np.isnan(worse.std).all()
 
 
 def test_runs_are_compared_on_their_common_videos(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, {"full": 0.4, "worse": 0.8}, videos=20)
+    schedule = schedule_of(tmp_path, {"full": 0.4, "worse": 0.8}, videos=20)
     run = tmp_path / "runs" / key_of("worse", 0)
     moments = read_moments(run)
     del moments["v3"]
     write_moments(run, moments)
-    results = collect(plan, tmp_path, {})
+    results = collect(schedule, tmp_path, {})
     assert results.uneven
     assert results.videos == 19
     assert "Not every run" in markdown(results, ABOUT)
@@ -108,8 +108,8 @@ def test_runs_are_compared_on_their_common_videos(tmp_path: Path) -> None:
 def results(tmp_path: Path) -> Results:
     nasty = "<script>alert('x')</script> | a*b & \"c\""
     rows = {"1": [Row("1", "full", paper=PAPER), Row("1", nasty)], "</style>": [Row("</style>", "best")]}
-    plan = made_up_plan(tmp_path, rows, {"full": 0.5, nasty: 0.3})
-    return collect(plan, tmp_path, {})
+    schedule = made_up_schedule(tmp_path, rows, {"full": 0.5, nasty: 0.3})
+    return collect(schedule, tmp_path, {})
 
 
 def test_csv_starts_with_the_documented_columns(results: Results) -> None:
@@ -249,16 +249,16 @@ def test_signed_numbers_are_formatted() -> None:
 
 
 def test_the_full_model_is_added_to_the_csv(tmp_path: Path) -> None:
-    plan = made_up_plan(tmp_path, {"mine": [Row("mine", "other")]}, {"full": 0.3, "other": 0.5})
-    rows = list(csv.DictReader(io.StringIO(csv_text(collect(plan, tmp_path, {})))))
+    schedule = made_up_schedule(tmp_path, {"mine": [Row("mine", "other")]}, {"full": 0.3, "other": 0.5})
+    rows = list(csv.DictReader(io.StringIO(csv_text(collect(schedule, tmp_path, {})))))
     assert [row["table"] for row in rows] == ["mine", "base"]
     assert float(rows[1]["ccc_mean"]) > float(rows[0]["ccc_mean"]) and rows[1]["within_mean"]
 
 
 def test_csv_and_terminal_names_are_escaped(tmp_path: Path) -> None:
     names = ("=cmd|' /C calc'!A0", "+1", "-1", "@SUM(1)", "\x1b[31mred")
-    plan = made_up_plan(tmp_path, {"1": [Row("1", "full"), *(Row("1", name) for name in names)]}, {"full": 0.3})
-    results = collect(plan, tmp_path, {})
+    schedule = made_up_schedule(tmp_path, {"1": [Row("1", "full"), *(Row("1", name) for name in names)]}, {"full": 0.3})
+    results = collect(schedule, tmp_path, {})
     rows = list(csv.DictReader(io.StringIO(csv_text(results))))
     assert [row["row"] for row in rows[1:5]] == [f"'{name}" for name in names[:4]]
     assert rows[5]["row"] == "\\x1b[31mred"

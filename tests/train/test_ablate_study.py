@@ -21,8 +21,8 @@ from synthetic_cache import SmoothPath as Curve
 from vaflow.cache import Cache
 from vaflow.errors import UsageError
 from vaflow.train.ablate import StudyResult, run_study
-from vaflow.train.ablate.plan import Options, add_command, make_plan
-from vaflow.train.ablate.pool import Outcome, run_jobs
+from vaflow.train.ablate.pool import Outcome, run_all
+from vaflow.train.ablate.schedule import Options, add_command, make_schedule
 from vaflow.train.config import BEFORE_SETTING, TrainConfig
 from vaflow.train.groups import split_items
 from vaflow.train.losses import ccc
@@ -131,7 +131,7 @@ def test_batched_runs_give_the_same_tables(
 
 def test_run_hash_depends_on_the_effective_settings(cache: Cache, tmp_path: Path) -> None:
     def key(text: str = GRID, options: Options | None = None, other: Cache = cache) -> str:
-        return make_plan(other, toy_study(tmp_path, text), ["one"], options or Options(1)).entries[0].keys[0]
+        return make_schedule(other, toy_study(tmp_path, text), ["one"], options or Options(1)).entries[0].keys[0]
 
     first = key()
     assert key() == first
@@ -166,7 +166,7 @@ def test_a_setting_added_later_keeps_the_runs_of_older_studies(
 ) -> None:
     def key(**settings: str) -> str:
         options = Options(1, {"attention_positions": "none", **settings})
-        return make_plan(cache, toy_study(tmp_path), ["one"], options).entries[0].keys[0]
+        return make_schedule(cache, toy_study(tmp_path), ["one"], options).entries[0].keys[0]
 
     first = set(FIRST_SETTINGS.split())
     added = {field.name for field in fields(TrainConfig)} - first
@@ -183,7 +183,7 @@ def test_an_interrupted_study_resumes(cache: Cache, done: tuple[StudyResult, Pat
     out, ended = tmp_path / "out", []
 
     def stop(outcome: Outcome) -> None:
-        ended.append(outcome.job.key)
+        ended.append(outcome.run.key)
         if len(ended) == 3:
             raise KeyboardInterrupt
 
@@ -276,7 +276,7 @@ def test_command_for_logmel_and_for_audio(cache: Cache) -> None:
 
 def test_a_failed_run_does_not_stop_the_others(cache: Cache, tmp_path: Path) -> None:
     study, out = toy_study(tmp_path), tmp_path / "out"
-    broken = make_plan(cache, study, ["one"], Options(1)).entries[1].keys[0]
+    broken = make_schedule(cache, study, ["one"], Options(1)).entries[1].keys[0]
     (out / "runs" / broken).mkdir(parents=True)
     (out / "runs" / broken / "notes.txt").write_text("not a run")
     result = run_study(cache, study, ["one"], out, Options(1))
@@ -300,17 +300,17 @@ def holder_of(file: Path, processes: Iterable[int]) -> int:
 
 
 def test_a_killed_worker_fails_only_its_run(cache: Cache, tmp_path: Path) -> None:
-    plan = make_plan(cache, toy_study(tmp_path), [], Options(seeds=1))
-    slow = replace(plan.jobs[0], config=replace(plan.jobs[0].config, epochs=5000))
+    schedule = make_schedule(cache, toy_study(tmp_path), [], Options(seeds=1))
+    slow = replace(schedule.runs[0], config=replace(schedule.runs[0].config, epochs=5000))
     out, outcomes = tmp_path / "out", []
-    for outcome in run_jobs([slow, *plan.jobs[1:]], cache, out, processes=2, together="never"):
+    for outcome in run_all([slow, *schedule.runs[1:]], cache, out, processes=2, together="never"):
         outcomes.append(outcome)
         if len(outcomes) == 1:  # the other process is in its endless run by now
             wait_for(lambda: (out / "runs" / slow.key / "checkpoint.safetensors").exists())
             workers = [worker for server in children_of(os.getpid()) for worker in children_of(server)]
             os.kill(holder_of(out / "runs" / slow.key / ".lock", workers), signal.SIGKILL)
-    failed = {outcome.job.key: outcome.ended for outcome in outcomes if outcome.ended.error}
-    assert len(outcomes) == len(plan.jobs) == 3
+    failed = {outcome.run.key: outcome.ended for outcome in outcomes if outcome.ended.error}
+    assert len(outcomes) == len(schedule.runs) == 3
     assert failed.keys() == {slow.key}
     assert "signal SIGKILL" in failed[slow.key].message
 
@@ -337,7 +337,7 @@ def test_aliases_are_applied_and_reported(cache: Cache, tmp_path: Path) -> None:
     assert rows["full"]["visual"] == VISUAL
     assert rows["full"]["stands_in"] == f"{VISUAL} for clip-vit-b16; {AUDIO} for ast"
     assert rows["eyes"]["stands_in"] == f"{VISUAL} for clip-vit-b16"
-    direct = make_plan(cache, toy_study(tmp_path), [], Options(1))
+    direct = make_schedule(cache, toy_study(tmp_path), [], Options(1))
     assert {entry.row.name: entry.keys for entry in direct.entries} == {
         name: tuple(row["runs"].split()) for name, row in rows.items()
     }
@@ -348,12 +348,12 @@ def test_aliases_are_applied_and_reported(cache: Cache, tmp_path: Path) -> None:
 @pytest.mark.parametrize("aliases", [{"toy-ayes": VISUAL}, {VISUAL: "toy-noes"}])
 def test_invalid_aliases_are_rejected(cache: Cache, tmp_path: Path, aliases: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="Did you mean"):
-        make_plan(cache, toy_study(tmp_path), [], Options(1, aliases=aliases))
+        make_schedule(cache, toy_study(tmp_path), [], Options(1, aliases=aliases))
 
 
 def test_an_alias_may_omit_a_modality(cache: Cache, tmp_path: Path) -> None:
-    plan = make_plan(cache, toy_study(tmp_path), ["two"], Options(1, aliases={AUDIO: "none"}))
-    assert plan.entries[0].config.audio == ("none",)
+    schedule = make_schedule(cache, toy_study(tmp_path), ["two"], Options(1, aliases={AUDIO: "none"}))
+    assert schedule.entries[0].config.audio == ("none",)
 
 
 def test_a_cache_without_prompts_and_one_dimension(tmp_path: Path) -> None:
@@ -374,8 +374,8 @@ def test_rows_on_a_subset_of_the_videos_are_marked(cache: Cache, tmp_path: Path)
     parts = [split_items(cache, f"fold{k}of3", ("train", "val")) for k in (1, 2, 3)]
     assert sorted(item for part in parts for item in part) == cache.items()
     assert result.results.videos == len(parts[1])
-    other = make_plan(cache, toy_study(tmp_path), ["one"], Options(1, {"folds": "3", "fold": "1"}))
-    assert not {job.key for job in other.jobs} & {path.name for path in (out / "runs").iterdir()}
+    other = make_schedule(cache, toy_study(tmp_path), ["one"], Options(1, {"folds": "3", "fold": "1"}))
+    assert not {run.key for run in other.runs} & {path.name for path in (out / "runs").iterdir()}
 
 
 def test_tables_are_stored_with_the_results(cache: Cache, done: tuple[StudyResult, Path]) -> None:
@@ -384,8 +384,8 @@ def test_tables_are_stored_with_the_results(cache: Cache, done: tuple[StudyResul
 
 
 def test_jobs_with_the_same_data_are_adjacent(cache: Cache, tmp_path: Path) -> None:
-    jobs = make_plan(cache, toy_study(tmp_path), [], Options(seeds=2)).jobs
-    audio = [job.config.audio for job in jobs]
+    runs = make_schedule(cache, toy_study(tmp_path), [], Options(seeds=2)).runs
+    audio = [run.config.audio for run in runs]
     assert audio == sorted(audio, key=lambda names: names == ("none",))
 
 

@@ -10,9 +10,9 @@ from synthetic_cache import Toy, make_cache
 from vaflow.cache import Cache
 from vaflow.cli import main
 from vaflow.errors import UsageError
-from vaflow.train.ablate.plan import Job, Options, make_plan
 from vaflow.train.ablate.pool import Pool
 from vaflow.train.ablate.ray_workers import Member, Shared, contents
+from vaflow.train.ablate.schedule import Options, ScheduledRun, make_schedule
 from vaflow.train.ablate.workers import documents_of
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
@@ -24,12 +24,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 @pytest.fixture(scope="module")
-def job(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def run(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> ScheduledRun:
     study = toy_study(tmp_path_factory.mktemp("study"))
-    return make_plan(cache, study, [], Options(overrides={"device": "cpu"})).jobs[0]
+    return make_schedule(cache, study, [], Options(overrides={"device": "cpu"})).runs[0]
 
 
-def test_an_actor_reports_choices_runs_and_refusals(cache: Cache, job: Job, tmp_path: Path) -> None:
+def test_an_actor_reports_choices_runs_and_refusals(cache: Cache, run: ScheduledRun, tmp_path: Path) -> None:
     """An actor's code, without Ray."""
     token = tmp_path / "token"
     token.write_text("text")
@@ -37,7 +37,7 @@ def test_an_actor_reports_choices_runs_and_refusals(cache: Cache, job: Job, tmp_
     shared = Shared(str(cache.path), contents(cache), str(token), "text")
     member = Member(shared, 40, options)
     assert member.prepare() == []
-    messages = member.exchange(documents_of([(job.config, tmp_path / "run")]))
+    messages = member.exchange(documents_of([(run.config, tmp_path / "run")]))
     while not messages:
         messages = member.exchange([])
     assert [message["number"] for message in messages] == [0]

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ablation_toys import made_up_plan
+from ablation_toys import made_up_schedule
 from numbered_clip import write_predictions
 from toy_runs import write_run
 from until import until
 
 from vaflow.cli import main
 from vaflow.train.ablate.grid import Row
-from vaflow.train.ablate.plan import Options
 from vaflow.train.ablate.report import About, html_page
 from vaflow.train.ablate.results import collect
+from vaflow.train.ablate.schedule import Options
 from vaflow.viewer.page import ViewConfig, write_viewer
 from vaflow.viewer.report import write_report
 
@@ -38,9 +38,11 @@ def pages(numbered: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         rows = [f"{i},{i % 40 / 40},{-k * i % 30 / 30}" for i in range(100)]
         (root / "data" / f"{name}.csv").write_text("\n".join(["frame,valence,arousal", *rows]) + "\n")
     main(["check", str(root / "data"), "--html", str(root / "check.html"), "-q"])
-    plan = made_up_plan(root, {"1": [Row("1", name) for name in ("full", "other")]}, {"full": 0.5, "other": 0.3})
+    schedule = made_up_schedule(
+        root, {"1": [Row("1", name) for name in ("full", "other")]}, {"full": 0.5, "other": 0.3}
+    )
     about = About("a.cache", Options(seeds=2, aliases={"ast": "ast-tiny"}), 4, 2, 61.0)
-    (root / "ablation.html").write_text(html_page(collect(plan, root, {}), about))
+    (root / "ablation.html").write_text(html_page(collect(schedule, root, {}), about))
     return {
         "ablation": root / "ablation.html",
         "check": root / "check.html",

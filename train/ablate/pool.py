@@ -15,7 +15,7 @@ from typing import Any
 from vaflow.cache import Cache
 from vaflow.errors import VaflowError, explain
 from vaflow.ray_cluster import check_engine
-from vaflow.train.ablate.plan import Job
+from vaflow.train.ablate.schedule import ScheduledRun
 from vaflow.train.ablate.workers import Crew, Ended, Processes, Run, Runner, Worker
 from vaflow.train.together.runs import batches_of, check_mode, one_thread
 
@@ -29,7 +29,7 @@ STILLBORN = 3  # workers in a row that may die before they train; then the study
 class Outcome:
     """A run that has ended, and its outcome."""
 
-    job: Job
+    run: ScheduledRun
     ended: Ended
 
 
@@ -150,14 +150,20 @@ class Pool:
                 waiting.append([number])
 
 
-def run_jobs(
-    jobs: Sequence[Job], cache: Cache, out: Path, *, processes: int | None = None, engine: str = "local", **options: Any
+def run_all(
+    runs: Sequence[ScheduledRun],
+    cache: Cache,
+    out: Path,
+    *,
+    processes: int | None = None,
+    engine: str = "local",
+    **options: Any,
 ) -> Generator[Outcome, None, None]:
-    """Train every job in `out/runs/<hash>`, and yield each outcome as its run ends."""
-    if not jobs:
+    """Train every run in `out/runs/<hash>`, and yield each outcome as its run ends."""
+    if not runs:
         return
     if engine == "local":
-        processes = min(processes or 1, len(jobs))
+        processes = min(processes or 1, len(runs))
     with Pool(cache, out, processes=processes, engine=engine, moments=True, **options) as pool:
-        for number, ended in pool.train([(job.config, out / RUNS / job.key) for job in jobs]):
-            yield Outcome(jobs[number], ended)
+        for number, ended in pool.train([(run.config, out / RUNS / run.key) for run in runs]):
+            yield Outcome(runs[number], ended)

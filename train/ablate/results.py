@@ -15,8 +15,8 @@ from vaflow.cache.costs import stream_costs
 from vaflow.cache.schema import stored_layers
 from vaflow.timeline import Floats
 from vaflow.train.ablate.grid import ENCODERS, SCORES, Table, encoder_streams
-from vaflow.train.ablate.plan import Entry, Plan
 from vaflow.train.ablate.pool import RUNS
+from vaflow.train.ablate.schedule import Entry, Schedule
 from vaflow.train.ablate.workers import Ended, read_moments
 from vaflow.train.metrics import PairedDifference, paired_difference, percentile_interval, resampled_ccc, shared_draws
 from vaflow.train.runs import RunFolder
@@ -93,7 +93,7 @@ class Results:
     uneven: bool = False
 
 
-def collect(plan: Plan, out: Path, failures: Mapping[str, Ended]) -> Results:
+def collect(schedule: Schedule, out: Path, failures: Mapping[str, Ended]) -> Results:
     """Read the finished runs and score every row.
 
     Args:
@@ -102,19 +102,19 @@ def collect(plan: Plan, out: Path, failures: Mapping[str, Ended]) -> Results:
     Raises:
         CorruptError: a finished run's files are damaged.
     """
-    folders = {job.key: out / RUNS / job.key for job in plan.jobs if job.key not in failures}
+    folders = {run.key: out / RUNS / run.key for run in schedule.runs if run.key not in failures}
     metrics = {key: RunFolder(run).read_metrics() for key, run in folders.items()}
     moments = {key: read_moments(run) for key, run in folders.items()}
     sets = [set(videos) for videos in moments.values()]
     videos = sorted(set.intersection(*sets)) if sets else []
     measure = _Measure(metrics, moments, videos, failures)
-    reference = measure.row(plan.reference)
+    reference = measure.row(schedule.reference)
     tables = []
-    for table, entries in plan.tables:
+    for table, entries in schedule.tables:
         rows = [measure.row(entry, reference) for entry in entries]
         tables.append(TableResult(table, tuple(measure.with_best(rows))))
     first = next(iter(metrics.values()), {})
-    split = str(first.get("split", plan.reference.config.val_split))
+    split = str(first.get("split", schedule.reference.config.val_split))
     uneven = any(names != set(videos) for names in sets)
     return Results(tuple(tables), reference, len(videos), int(first.get("n_frames", 0)), split, uneven)
 

@@ -1,4 +1,4 @@
-"""Run `vaflow ablate`: plan, train the missing runs, score, write."""
+"""Run `vaflow ablate`: schedule, train the missing runs, score, write."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +11,14 @@ from vaflow.cache import Cache
 from vaflow.failures import FAILURES, Failure, write_failures
 from vaflow.files import lock_folder, write_file
 from vaflow.train.ablate.grid import Study
-from vaflow.train.ablate.plan import Options, Plan, add_command, make_plan
-from vaflow.train.ablate.pool import RUNS, Outcome, run_jobs
+from vaflow.train.ablate.pool import RUNS, Outcome, run_all
 from vaflow.train.ablate.report import About, csv_text, html_page, markdown
 from vaflow.train.ablate.results import Results, collect, compare_encoders
+from vaflow.train.ablate.schedule import Options, Schedule, add_command, make_schedule
 from vaflow.train.ablate.workers import Ended, moments_file
 from vaflow.train.runs import RunFolder
 
-OnPlan = Callable[[Plan, int], None]
+OnSchedule = Callable[[Schedule, int], None]
 OnRun = Callable[[Outcome], None]
 
 
@@ -48,7 +48,7 @@ def run_study(
     out: Path,
     options: Options,
     *,
-    on_plan: OnPlan | None = None,
+    on_schedule: OnSchedule | None = None,
     on_run: OnRun | None = None,
     **pool: Any,
 ) -> StudyResult:
@@ -58,7 +58,7 @@ def run_study(
 
     Args:
         names: of tables; none or "all": every one.
-        on_plan: called with the plan and the number of runs to train; on_run: called after every run.
+        on_schedule: called with the schedule and the number of runs to train; on_run: called after every run.
         pool: keyword arguments of `vaflow.train.ablate.pool.Pool`: processes, engine, ray_address, together, level,
             on_choice.
 
@@ -68,34 +68,40 @@ def run_study(
     """
     begun = time.perf_counter()
     RunFolder(out).refuse()
-    plan = make_plan(cache, study, names, options)
+    schedule = make_schedule(cache, study, names, options)
     with lock_folder(out, "vaflow ablate"):
-        folders = {job.key: out / RUNS / job.key for job in plan.jobs}
+        folders = {run.key: out / RUNS / run.key for run in schedule.runs}
         finished = {key for key, run in folders.items() if RunFolder(run).done and moments_file(run).is_file()}
-        todo = [job for job in plan.jobs if job.key not in finished]
-        if on_plan is not None:
-            on_plan(plan, len(todo))
-        runs = run_jobs(todo, cache, out, allow_missing=options.allow_missing, **pool)
+        todo = [run for run in schedule.runs if run.key not in finished]
+        if on_schedule is not None:
+            on_schedule(schedule, len(todo))
+        runs = run_all(todo, cache, out, allow_missing=options.allow_missing, **pool)
         failed = {}
         with closing(runs):
             for outcome in runs:
                 if outcome.ended.error:
-                    failed[outcome.job.key] = outcome.ended
+                    failed[outcome.run.key] = outcome.ended
                 if on_run is not None:
                     on_run(outcome)
-        results = collect(plan, out, failed)
+        results = collect(schedule, out, failed)
         about = About(
             cache=cache.place,
             options=options,
             trained=len(todo) - len(failed),
-            reused=len(plan.jobs) - len(todo),
+            reused=len(schedule.runs) - len(todo),
             seconds=time.perf_counter() - begun,
         )
-        return _write(cache, out, study, plan, results, about, failed)
+        return _write(cache, out, study, schedule, results, about, failed)
 
 
 def _write(
-    cache: Cache, out: Path, study: Study, plan: Plan, results: Results, about: About, failed: Mapping[str, Ended]
+    cache: Cache,
+    out: Path,
+    study: Study,
+    schedule: Schedule,
+    results: Results,
+    about: About,
+    failed: Mapping[str, Ended],
 ) -> StudyResult:
     """Write the results and `failures.jsonl`."""
     encoders = compare_encoders(cache, results)
@@ -112,7 +118,7 @@ def _write(
         files[kind] = out / name
         write_file(files[kind], text)
     failures = []  # a row that cannot be trained, or a failed run
-    for entry in (*plan.entries, plan.reference):
+    for entry in (*schedule.entries, schedule.reference):
         row = {"table": entry.row.table, "row": entry.row.name}
         item = " / ".join(part for part in row.values() if part)
         if entry.problem:
@@ -123,6 +129,6 @@ def _write(
                 failures.append(Failure(f"{item} / seed {seed}", "train", run.error, run.message, row | {"run": key}))
     path = out / FAILURES
     write_failures(path, failures)
-    missing = [pair for entry in (*plan.entries, plan.reference) for pair in entry.missing]
+    missing = [pair for entry in (*schedule.entries, schedule.reference) for pair in entry.missing]
     to_add = add_command(cache, missing) if missing else ""
     return StudyResult(results, about, files, failures, path if failures else None, to_add)

@@ -13,9 +13,9 @@ from vaflow.errors import UsageError, count, explain, visible
 from vaflow.ray_cluster import check_engine
 
 if TYPE_CHECKING:
-    from vaflow.train.ablate.plan import Plan
     from vaflow.train.ablate.pool import Outcome
     from vaflow.train.ablate.results import TableResult
+    from vaflow.train.ablate.schedule import Schedule
     from vaflow.train.ablate.study import StudyResult
     from vaflow.train.search import SearchResult
     from vaflow.train.search.study import NestedResult
@@ -79,7 +79,7 @@ def ablate(
     with loading(output):
         from vaflow.train.ablate import run_study
         from vaflow.train.ablate.grid import ENCODERS, encoder_study, load_study
-        from vaflow.train.ablate.plan import Options
+        from vaflow.train.ablate.schedule import Options
 
     options = Options(seeds, parse_pairs(TrainConfig, settings or []), alias_pairs(aliases or []), allow_missing)
     opened = open_cache(cache)
@@ -99,7 +99,7 @@ def ablate(
             ray_address=ray_address,
             together=together,
             level=output.worker_level,
-            on_plan=reporter.plan,
+            on_schedule=reporter.schedule,
             on_run=reporter.run,
             on_choice=reporter.choice,
         )
@@ -126,13 +126,13 @@ class _Reporter:
     def __exit__(self, *error: object) -> None:
         self._bar.close()
 
-    def plan(self, plan: "Plan", todo: int) -> None:
+    def schedule(self, schedule: "Schedule", todo: int) -> None:
         """Take the number of runs; called once."""
-        self._done, self._total = len(plan.jobs) - todo, len(plan.jobs)
+        self._done, self._total = len(schedule.runs) - todo, len(schedule.runs)
         self._bar.total, self._bar.initial, self._bar.n = self._total, self._done, self._done
         self._bar.refresh()
         if not self._quiet:
-            for entry in (*plan.entries, plan.reference):
+            for entry in (*schedule.entries, schedule.reference):
                 if entry.problem:
                     missing = ", ".join(name for _, name in entry.missing)
                     reason = f"the cache lacks {missing}" if missing else entry.problem
@@ -150,10 +150,10 @@ class _Reporter:
         self._done += 1
         self._bar.update()
         if ended.error:
-            self._write(f"failed: {outcome.job.name}: {ended.message}")
+            self._write(f"failed: {outcome.run.name}: {ended.message}")
         elif not self._quiet and not self._with_bar:
             score = f"mean CCC {number(ended.score)} ({ended.seconds:.0f} s)"
-            self._write(f"{self._done}/{self._total}  {outcome.job.name}: {score}")
+            self._write(f"{self._done}/{self._total}  {outcome.run.name}: {score}")
 
     def _write(self, line: str) -> None:
         self._bar.write(visible(line), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Plan of a study: the configurations to train, their hashes, and the rows that cannot be trained."""
+"""Schedule of a study: the configurations to train, their hashes, and the rows that cannot be trained."""
 
 import json
 import shlex
@@ -48,7 +48,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
+class ScheduledRun:
     """One run: its hash, its resolved settings, and its name in messages."""
 
     key: str
@@ -81,12 +81,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """Rows of the chosen tables, the full model, and every run once, in the order of training."""
 
     tables: tuple[tuple[Table, tuple[Entry, ...]], ...]
     reference: Entry
-    jobs: tuple[Job, ...]
+    runs: tuple[ScheduledRun, ...]
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -94,7 +94,7 @@ class Plan:
         return tuple(entry for _, entries in self.tables for entry in entries)
 
 
-def make_plan(cache: Cache, study: Study, names: Sequence[str], options: Options) -> Plan:
+def make_schedule(cache: Cache, study: Study, names: Sequence[str], options: Options) -> Schedule:
     """Resolve every row of the chosen tables against the cache.
 
     Raises:
@@ -107,22 +107,22 @@ def make_plan(cache: Cache, study: Study, names: Sequence[str], options: Options
         if other != NONE and other not in known:
             raise UsageError(explain(f"{cache.place} lacks the stream to use for {name}", got=other, choices=known))
     sets = {s for name, info in known.items() if info.kind == "text" for s in cache.items(stream=name)}
-    planner = _Planner(cache, study, options)
+    scheduler = _Scheduler(cache, study, options)
     tables = [expand(table, sets) for table in study.choose(names)]
-    planned = tuple((table, tuple(planner.entry(row) for row in table.rows)) for table in tables)
-    reference = planner.entry(None)
-    return Plan(planned, reference, planner.ordered())
+    planned = tuple((table, tuple(scheduler.entry(row) for row in table.rows)) for table in tables)
+    reference = scheduler.entry(None)
+    return Schedule(planned, reference, scheduler.ordered())
 
 
-class _Planner:
-    """Collects jobs while rows are resolved; rows with equal settings and streams share a job."""
+class _Scheduler:
+    """Collects runs while rows are resolved; rows with equal settings and streams share a run."""
 
     def __init__(self, cache: Cache, study: Study, options: Options) -> None:
         self._cache, self._study, self._options = cache, study, options
         self._known = cache.streams()
         self._has_text = any(info.kind == "text" for info in self._known.values())
         self._digests: dict[tuple[object, ...], str] = {}
-        self._jobs: dict[str, Job] = {}
+        self._runs: dict[str, ScheduledRun] = {}
 
     def entry(self, row: Row | None) -> Entry:
         """Resolve a row; None: the full model."""
@@ -146,24 +146,24 @@ class _Planner:
             return Entry(shown, config, (), stands_in, problem, "MissingError", missing=missing)
         try:
             config, inputs = resolve(self._cache, config)
-            keys = tuple(self._job(config, inputs, shown, seed) for seed in range(self._options.seeds))
+            keys = tuple(self._schedule(config, inputs, shown, seed) for seed in range(self._options.seeds))
         except UsageError as error:
             return Entry(shown, config, (), stands_in, str(error), type(error).__name__)
         note = NO_PROMPTS if config.kl_weight and not inputs.text else ""
         return Entry(shown, config, keys, stands_in, note=note)
 
-    def ordered(self) -> tuple[Job, ...]:
-        """Jobs in the order of the tables, grouped by the data that they share."""
-        groups: dict[tuple[object, ...], list[Job]] = {}
-        for job in self._jobs.values():
-            groups.setdefault(data_key(job.config), []).append(job)
-        return tuple(job for group in groups.values() for job in group)
+    def ordered(self) -> tuple[ScheduledRun, ...]:
+        """Runs in the order of the tables, grouped by the data that they share."""
+        groups: dict[tuple[object, ...], list[ScheduledRun]] = {}
+        for run in self._runs.values():
+            groups.setdefault(data_key(run.config), []).append(run)
+        return tuple(run for group in groups.values() for run in group)
 
-    def _job(self, config: TrainConfig, inputs: Inputs, row: Row, seed: int) -> str:
+    def _schedule(self, config: TrainConfig, inputs: Inputs, row: Row, seed: int) -> str:
         config = replace(config, seed=config.seed + seed)
         key = self._hash(config, inputs)
         row_name = f"table {row.table}, {row.name}" if row.table else row.name
-        self._jobs.setdefault(key, Job(key, config, f"{row_name}, seed {config.seed}"))
+        self._runs.setdefault(key, ScheduledRun(key, config, f"{row_name}, seed {config.seed}"))
         return key
 
     def _hash(self, config: TrainConfig, inputs: Inputs) -> str:
