@@ -24,6 +24,7 @@ from vaflow.device import choose_device
 from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.config import ExtractConfig, default_workers
 from vaflow.extract.engine import NewStreams, build_encoders, make_encoders
+from vaflow.extract.extraction import Extraction
 from vaflow.extract.faces.choice import (
     ALL,
     EXCLUDED,
@@ -37,7 +38,6 @@ from vaflow.extract.faces.choice import (
 )
 from vaflow.extract.messages import StoredPerson
 from vaflow.extract.plan import PendingClip
-from vaflow.extract.run import Run
 from vaflow.extract.summary import OutcomeRecorder, Summary
 from vaflow.failures import FAILURES, Failure, FailureLog, write_failures
 from vaflow.item_names import person_item
@@ -45,7 +45,7 @@ from vaflow.item_names import person_item
 STAGE = "people"
 LISTED = 10  # items that a message names
 OF_PERSON = ("clip", "person", "persons")  # members of a record's meta that name a person
-MADE_IN = ("batch", "device", "compiled", "vaflow", "reading")  # those that `Run` adds
+MADE_IN = ("batch", "device", "compiled", "vaflow", "reading")  # those that `Extraction` adds
 log = logging.getLogger(__name__)
 
 
@@ -98,7 +98,7 @@ class StoredClip:
         return self.items[min(self.items)]
 
 
-class ChoicePlan:
+class ChosenItems:
     """Items of the new cache, from the clips of the old one.
 
     Raises:
@@ -244,35 +244,35 @@ def choose_people(
         CacheError: writing fails; the same call resumes later.
     """
     refuse_inside(source, out)
-    plan = ChoicePlan(source, choices)
-    infos = plan.infos()
+    choice = ChosenItems(source, choices)
+    infos = choice.infos()
     target = create_cache(out, store=store or (source.store if source.store in STORES else "zarr"))
     for info in infos.values():
         target.declare(info)
     failure_log = FailureLog(target.path / FAILURES)
-    for failure in plan.failures:
+    for failure in choice.failures:
         failure_log.add(failure)
     summary = Summary(failures=failure_log.failures)
-    missing = [_task(source, target, plan.images, item) for item in plan.items if item.features is None]
+    missing = [_task(source, target, choice.images, item) for item in choice.items if item.features is None]
     tasks = [task for task in missing if task.streams]
     with target.indexed():
         if tasks:
             seconds = {task.clip.id: float(source.meta(task.stored.item)["duration"]) for task in tasks if task.stored}
             with OutcomeRecorder(summary, failure_log, seconds, show_progress=show_progress) as recorder:
-                _encode(target, infos, plan.images, tasks, options, recorder)
+                _encode(target, infos, choice.images, tasks, options, recorder)
     failures = list(failure_log.failures)
     write_failures(failure_log.path, ())  # the copy writes the list of all failures
     held = survey(source, STAGE)
     failed = {failure.item for failure in failures}
-    chosen = [item for item in plan.items if item.item not in failed]
-    copies = [copy for item in chosen for copy in _copies(source, infos, plan.images, item)]
+    chosen = [item for item in choice.items if item.item not in failed]
+    copies = [copy for item in chosen for copy in _copies(source, infos, choice.images, item)]
     copies = [copy for copy in copies if copy.origin_key in held.briefs]
     copies += [ItemCopy(key, (source,)) for key in held.briefs if infos[key[0]].kind == "text"]
     splits = {item.item: held.splits.get(item.origin) for item in chosen}
     copied = transfer(target, [source], copies, [*failures, *held.damaged], splits, STAGE, show_progress=show_progress)
     summary.done = len(chosen) - summary.extracted
     # Of an earlier run with another table, or since dropped from the source.
-    extra = sorted(set(target.items()) - {item.item for item in plan.items})
+    extra = sorted(set(target.items()) - {item.item for item in choice.items})
     if extra:
         names = " ".join(map(quote, extra[:LISTED])) + (" ..." if len(extra) > LISTED else "")
         log.warning("No longer chosen: %s. vaflow cache drop %s %s", count(len(extra), "item"), target.place, names)
@@ -331,7 +331,7 @@ def _encode(
     workers = min(config.workers or default_workers(device.type), len(tasks))
     try:
         declared = NewStreams(dict(infos), (), created=True)
-        Run(target, config, declared, make_encoders(config, device, encoders, []), workers, recorder).run(tasks)
+        Extraction(target, config, declared, make_encoders(config, device, encoders, []), workers, recorder).run(tasks)
     finally:
         append_costs(target, recorder.summary.costs)
 

@@ -12,9 +12,9 @@ from vaflow.device import choose_device
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.extract.config import ExtractConfig, Shard, default_workers
 from vaflow.extract.engine import build_encoders, carry_out, make_encoders, prepare
+from vaflow.extract.extraction import Extraction
 from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import PendingClip
-from vaflow.extract.run import Run
 from vaflow.extract.summary import OutcomeRecorder, Summary
 from vaflow.process import exit_if_script_runs_again
 from vaflow.ray_cluster import check_engine
@@ -79,6 +79,6 @@ def extract_with(
     workers = config.workers or default_workers(device.type)
 
     def work(tasks: Sequence[PendingClip], recorder: OutcomeRecorder) -> None:
-        Run(cache, config, streams, encoders, min(workers, len(tasks)), recorder).run(tasks)
+        Extraction(cache, config, streams, encoders, min(workers, len(tasks)), recorder).run(tasks)
 
     return carry_out(cache, streams.infos, dataset, shard or Shard(), work, rehash=rehash, show_progress=show_progress)

@@ -14,9 +14,9 @@ from vaflow.device import choose_device
 from vaflow.errors import VaflowError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.engine import Encoders, build_encoders, make_encoders, prepare
+from vaflow.extract.extraction import Extraction
 from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import PendingClip
-from vaflow.extract.run import Run
 from vaflow.extract.summary import Outcome
 from vaflow.ray_cluster import Notes
 
@@ -108,7 +108,7 @@ class Member:
 
     def _work(self, feed: "_Feed") -> None:
         try:
-            Run(self._cache, self._config, self._streams, self._encoders, self._workers, self).run(feed)
+            Extraction(self._cache, self._config, self._streams, self._encoders, self._workers, self).run(feed)
         except BaseException as error:  # noqa: BLE001 - handed over whole to whoever reads the report
             self._error = error
         finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vaflow.demo.scenario import ClipPlan, DemoConfig, plan_clips
+from vaflow.demo.scenario import DemoClip, DemoConfig, demo_clips
 from vaflow.demo.writer import write_demo
 
 SMALL: dict[str, Any] = {"train": 9, "val": 2, "test": 1, "seconds": 12, "rate": 10, "width": 160, "height": 120}
@@ -16,7 +16,7 @@ SMALL: dict[str, Any] = {"train": 9, "val": 2, "test": 1, "seconds": 12, "rate":
 @dataclass(frozen=True)
 class Written:
     root: Path
-    plans: list[ClipPlan]
+    clips: list[DemoClip]
 
     def labels(self, split_folder: str, trial: str) -> list[tuple[float, float]]:
         """The rows of an annotation file, read as plain text."""
@@ -26,11 +26,11 @@ class Written:
 
     def quirks(self) -> Counter[str]:
         """Irregularity -> number of trials that are planned with it."""
-        quirks = Counter(plan.quirk for plan in self.plans if plan.quirk)
-        labelled = [plan for plan in self.plans if plan.split != "test"]
-        quirks["rows-unlike-frames"] = sum(plan.rows != len(plan.times) for plan in labelled)
-        quirks["unannotated-run"] = sum(not plan.annotated().all() for plan in labelled)
-        quirks["missing-crops"] = sum(not plan.cropped.all() for plan in self.plans)
+        quirks = Counter(clip.quirk for clip in self.clips if clip.quirk)
+        labelled = [clip for clip in self.clips if clip.split != "test"]
+        quirks["rows-unlike-frames"] = sum(clip.rows != len(clip.times) for clip in labelled)
+        quirks["unannotated-run"] = sum(not clip.annotated().all() for clip in labelled)
+        quirks["missing-crops"] = sum(not clip.cropped.all() for clip in self.clips)
         return quirks
 
     def videos(self) -> dict[str, Path]:
@@ -43,4 +43,4 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Twelve trials with every quirk."""
     root = tmp_path_factory.mktemp("demo") / "data"
     assert write_demo(root, **SMALL)
-    return Written(root, plan_clips(DemoConfig(**SMALL)))
+    return Written(root, demo_clips(DemoConfig(**SMALL)))

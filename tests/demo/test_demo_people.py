@@ -7,7 +7,7 @@ import pytest
 
 from vaflow.demo.curves import Key, random_intervals, random_mood, smooth_curve, within
 from vaflow.demo.face import express, random_person
-from vaflow.demo.scenario import DemoConfig, Scene, plan_clips
+from vaflow.demo.scenario import DemoConfig, Scene, demo_clips
 from vaflow.demo.voice import SAMPLE_RATE, random_speaker, speak
 
 
@@ -22,8 +22,8 @@ class Fixed:
 
 
 @pytest.fixture(scope="module")
-def plans():
-    return plan_clips(DemoConfig())
+def clips():
+    return demo_clips(DemoConfig())
 
 
 def test_emotion_paths_are_smooth_and_within_range():
@@ -58,21 +58,21 @@ def test_quirk_spans_are_disjoint_and_inside_the_clip():
         assert within(time, spans).mean() == pytest.approx(sum(e - b for b, e in spans) / 40, abs=0.002)
 
 
-def test_people_differ_in_face_and_voice(plans):
-    people = [random_person(plan.key) for plan in plans]
-    voices = [random_speaker(plan.key) for plan in plans]
+def test_people_differ_in_face_and_voice(clips):
+    people = [random_person(clip.key) for clip in clips]
+    voices = [random_speaker(clip.key) for clip in clips]
     for feature in (
         [(person.skin, person.wall, person.hair, person.shirt) for person in people],
         [person.face_height for person in people],
         [voice.pitch for voice in voices],
     ):
-        assert len(set(feature)) == len(plans)
-    training = {plan.trial for plan in plans if plan.split == "train"}
-    assert training.isdisjoint(plan.trial for plan in plans if plan.split == "val")
+        assert len(set(feature)) == len(clips)
+    training = {clip.trial for clip in clips if clip.split == "train"}
+    assert training.isdisjoint(clip.trial for clip in clips if clip.split == "val")
 
 
-def test_a_pair_shares_only_its_clock(plans):
-    left, right = (plan for plan in plans if plan.quirk == "pair")
+def test_a_pair_shares_only_its_clock(clips):
+    left, right = (clip for clip in clips if clip.quirk == "pair")
     np.testing.assert_array_equal(left.times, right.times)
     assert left.video == right.video and left.key != right.key
 
@@ -149,17 +149,17 @@ def test_audio_has_the_requested_length_without_clipping():
         assert len(samples) == round(seconds * SAMPLE_RATE) and np.abs(samples).max() < 1
 
 
-def test_hidden_faces_have_no_crops(plans):
-    plan = plans[0]
-    scene = Scene(plan, np.zeros(10), 256, 192)
-    hidden = within(plan.times, plan.occlusions)
-    assert 0.05 < hidden.mean() < 0.3 and not plan.cropped[hidden].any()
-    assert plan.cropped[~hidden].mean() > 0.97
-    begin, end = plan.occlusions[0]
-    middle = int(np.searchsorted(plan.times, (begin + end) / 2))
+def test_hidden_faces_have_no_crops(clips):
+    clip = clips[0]
+    scene = Scene(clip, np.zeros(10), 256, 192)
+    hidden = within(clip.times, clip.occlusions)
+    assert 0.05 < hidden.mean() < 0.3 and not clip.cropped[hidden].any()
+    assert clip.cropped[~hidden].mean() > 0.97
+    begin, end = clip.occlusions[0]
+    middle = int(np.searchsorted(clip.times, (begin + end) / 2))
     x, y, _ = (round(v) for v in scene.artist.place(middle))
     with_cover, face = scene.frame(middle), scene.artist.draw(middle)
     assert np.abs(with_cover[y, x].astype(int) - scene.cover).max() <= 60  # the book or its title
     assert np.abs(with_cover.astype(int) - face).mean() > 5
-    frame = int(np.flatnonzero(plan.cropped & (scene.covered == 0))[0])
+    frame = int(np.flatnonzero(clip.cropped & (scene.covered == 0))[0])
     np.testing.assert_array_equal(scene.frame(frame), scene.artist.draw(frame))

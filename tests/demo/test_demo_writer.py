@@ -87,7 +87,7 @@ def test_videos_have_the_announced_frames_with_increasing_times(written):
         times = frame_times(path)
         assert times[0] == 0 and (np.diff(times) > 0).all()
         counted += len(times) * (2 if path.stem == "train02" else 1)
-    assert counted == sum(len(plan.times) for plan in written.plans)
+    assert counted == sum(len(clip.times) for clip in written.clips)
 
 
 def test_every_quirk_is_present(written):

@@ -13,7 +13,7 @@ from vaflow.datasets import Dataset, open_dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.vggish import VGGISH_MEL
-from vaflow.extract import run as running
+from vaflow.extract import extraction
 from vaflow.extract.audio import decode_audio
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.messages import Job
@@ -136,13 +136,13 @@ def test_ast_added_to_a_vggish_cache_computes_log_mel(
     _, (ast, vggish) = encoders
     run(clips_folder, tmp_path / "cache", [], [vggish])
     calls: list[bool] = []
-    original = running.Job
+    original = extraction.Job
 
     def noted(**job: Any) -> Job:
         calls.append(job["audio"])
         return original(**job)
 
-    monkeypatch.setattr(running, "Job", noted)
+    monkeypatch.setattr(extraction, "Job", noted)
     cache, _ = run(clips_folder, tmp_path / "cache", [], [ast, vggish])
     assert calls == [False] * 3
     for item in cache.items():

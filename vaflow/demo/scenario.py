@@ -84,7 +84,7 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class ClipPlan:
+class DemoClip:
     """One trial: one person in one video.
 
     Attributes:
@@ -158,13 +158,13 @@ class ClipPlan:
         return np.where(self.annotated()[:, None], np.round(self.mood(self.row_times()), 4), -5.0)
 
 
-def plan_clips(config: DemoConfig) -> list[ClipPlan]:
+def demo_clips(config: DemoConfig) -> list[DemoClip]:
     """Every trial of the data set, in order; the two of a pair follow each other."""
     counts = (("train", config.train), ("val", config.val), ("test", config.test))
-    return [_plan(config, split, index, count) for split, count in counts for index in range(count)]
+    return [_clip(config, split, index, count) for split, count in counts for index in range(count)]
 
 
-def _plan(config: DemoConfig, split: str, index: int, count: int) -> ClipPlan:
+def _clip(config: DemoConfig, split: str, index: int, count: int) -> DemoClip:
     """Trial `index` of a split with `count` trials."""
     roles = ROLES[split]
     quirk = roles[index] if index < len(roles) else None
@@ -180,7 +180,7 @@ def _plan(config: DemoConfig, split: str, index: int, count: int) -> ClipPlan:
     # Presentation times as the file keeps them: rounded to its clock.
     times = np.rint(_frame_times(config, source, quirk) / float(CLOCK)) * float(CLOCK)
     rows = len(times) + (EXTRA_ROWS[index % len(EXTRA_ROWS)] if split != "test" else 0)
-    return ClipPlan(name, split, key, quirk, f"batch{1 + source.index % 2}", times, max(rows, 1))
+    return DemoClip(name, split, key, quirk, f"batch{1 + source.index % 2}", times, max(rows, 1))
 
 
 def _frame_times(config: DemoConfig, key: Key, quirk: str | None) -> Floats:
@@ -205,15 +205,15 @@ class Scene:
         width, height: of a frame in pixels.
     """
 
-    def __init__(self, plan: ClipPlan, mouth: Floats, width: int, height: int) -> None:
-        self.plan = plan
-        person = random_person(plan.key)
-        self.expression = express(plan.key, person, plan.mood, mouth, plan.times)
-        self.artist = FaceArtist(person, self.expression, draw_room(person, plan.key, width, height))
-        self.cover: Colour = SHIRTS[plan.key.rng("cover").integers(len(SHIRTS))]
-        covered = np.zeros(len(plan.times))
-        for begin, end in plan.occlusions:
-            rise = np.minimum(plan.times - begin, end - plan.times) / EASE
+    def __init__(self, clip: DemoClip, mouth: Floats, width: int, height: int) -> None:
+        self.clip = clip
+        person = random_person(clip.key)
+        self.expression = express(clip.key, person, clip.mood, mouth, clip.times)
+        self.artist = FaceArtist(person, self.expression, draw_room(person, clip.key, width, height))
+        self.cover: Colour = SHIRTS[clip.key.rng("cover").integers(len(SHIRTS))]
+        covered = np.zeros(len(clip.times))
+        for begin, end in clip.occlusions:
+            rise = np.minimum(clip.times - begin, end - clip.times) / EASE
             covered = np.maximum(covered, np.clip(rise, 0, 1))
         self.covered = covered * covered * (3 - 2 * covered)  # [N] covered part of the face, 0 to 1
 
@@ -250,10 +250,10 @@ class Scene:
 
 
 class NoiseScene:
-    """Noise frames without information, of the same size and times as those of `plan`."""
+    """Noise frames without information, of the same size and times as those of `clip`."""
 
-    def __init__(self, plan: ClipPlan, width: int, height: int) -> None:
-        self.rng = plan.key.rng("noise picture")
+    def __init__(self, clip: DemoClip, width: int, height: int) -> None:
+        self.rng = clip.key.rng("noise picture")
         self.width, self.height = width, height
 
     def frame(self, i: int) -> Image:

@@ -32,7 +32,7 @@ from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
 from vaflow.demo.curves import Floats
 from vaflow.demo.face import Image
-from vaflow.demo.scenario import CLOCK, MUTE, SHORT_AUDIO, STEREO, ClipPlan, DemoConfig, NoiseScene, Scene, plan_clips
+from vaflow.demo.scenario import CLOCK, MUTE, SHORT_AUDIO, STEREO, DemoClip, DemoConfig, NoiseScene, Scene, demo_clips
 from vaflow.demo.voice import SAMPLE_RATE, Voice, noise_audio, speak
 from vaflow.errors import UsageError, VaflowError, command, explain
 from vaflow.extract.config import ExtractConfig
@@ -135,7 +135,7 @@ def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -
             raise UsageError(explain("Unknown option of the demo data", got=name, choices=names))
     config = DemoConfig(**options)
     out = Path(out)
-    plans = plan_clips(config)
+    clips = demo_clips(config)
     if _is_written(out, config):
         return False
     try:
@@ -146,7 +146,7 @@ def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -
         raise UsageError(
             explain(f"Cannot write into {out}", got=error, remedy="Choose a writable folder with --out")
         ) from error
-    videos = [list(group) for _, group in groupby(plans, key=lambda plan: plan.video)]
+    videos = [list(group) for _, group in groupby(clips, key=lambda clip: clip.video)]
     # Drawing and encoding release the interpreter lock, so threads run in parallel.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = {pool.submit(_write_video, out, config, group): group[0].video for group in videos}
@@ -154,7 +154,7 @@ def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -
             job.result()
             if progress is not None:
                 progress(done, len(videos), jobs[job])
-    _write_labels(out, config, plans)
+    _write_labels(out, config, clips)
     _write_marker(out, config, complete=True)
     return True
 
@@ -194,72 +194,72 @@ def _is_written(out: Path, config: DemoConfig) -> bool:
     return bool(complete)
 
 
-def _write_video(out: Path, config: DemoConfig, people: Sequence[ClipPlan]) -> None:
+def _write_video(out: Path, config: DemoConfig, people: Sequence[DemoClip]) -> None:
     """Write one video with its audio, and the face crops of its people."""
     first = people[0]
-    voices = [speak(plan.key, plan.mood, plan.seconds, plan.silences) for plan in people]
+    voices = [speak(clip.key, clip.mood, clip.seconds, clip.silences) for clip in people]
     path = out / VIDEOS / first.folder / f"{first.video}.mp4"
     path.parent.mkdir(exist_ok=True)
     write_video(path, _frames(out, config, people, voices), first.times, *_audio(config, first, voices))
 
 
-def _frames(out: Path, config: DemoConfig, people: Sequence[ClipPlan], voices: Sequence[Voice]) -> Iterator[Image]:
+def _frames(out: Path, config: DemoConfig, people: Sequence[DemoClip], voices: Sequence[Voice]) -> Iterator[Image]:
     """Yield the frames, [H, W * people, 3] BGR, and write the crops of each frame."""
     size = config.width, config.height
     scenes: list[Scene | NoiseScene] = [
-        NoiseScene(plan, *size) if config.picture == "noise" else Scene(plan, voice.mouth, *size)
-        for plan, voice in zip(people, voices, strict=True)
+        NoiseScene(clip, *size) if config.picture == "noise" else Scene(clip, voice.mouth, *size)
+        for clip, voice in zip(people, voices, strict=True)
     ]
-    folders = [out / CROPS / plan.trial for plan in people]
+    folders = [out / CROPS / clip.trial for clip in people]
     for folder in folders:
         folder.mkdir(exist_ok=True)
     for i in range(len(people[0].times)):
         frames = [scene.frame(i) for scene in scenes]
-        for plan, scene, folder, frame in zip(people, scenes, folders, frames, strict=True):
-            if plan.cropped[i]:
+        for clip, scene, folder, frame in zip(people, scenes, folders, frames, strict=True):
+            if clip.cropped[i]:
                 _, data = cv2.imencode(".jpg", scene.crop(i, frame), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
                 (folder / f"{i + 1:05d}.jpg").write_bytes(data.tobytes())
         yield frames[0] if len(frames) == 1 else np.concatenate(frames, axis=1)
 
 
-def _audio(config: DemoConfig, plan: ClipPlan, voices: Sequence[Voice]) -> tuple[NDArray[np.float32] | None, int]:
+def _audio(config: DemoConfig, clip: DemoClip, voices: Sequence[Voice]) -> tuple[NDArray[np.float32] | None, int]:
     """The audio samples and their sample rate; None for a video without an audio stream."""
-    if plan.quirk == MUTE:
+    if clip.quirk == MUTE:
         return None, SAMPLE_RATE
     if config.sound == "noise":
-        mono = noise_audio(plan.key, plan.seconds)
+        mono = noise_audio(clip.key, clip.seconds)
     else:
         mono = np.sum([voice.samples for voice in voices], axis=0, dtype=np.float32)
-    if plan.quirk == SHORT_AUDIO:
+    if clip.quirk == SHORT_AUDIO:
         mono = mono[: round(0.8 * len(mono))]
     mono = np.clip(mono, -1, 1)
-    if plan.quirk != STEREO:
+    if clip.quirk != STEREO:
         return mono, SAMPLE_RATE
     time = np.arange(int(len(mono) / SAMPLE_RATE * CD_RATE)) / CD_RATE
     left = np.interp(time, np.arange(len(mono)) / SAMPLE_RATE, mono)
     return np.stack([left, 0.8 * left], axis=-1).astype(np.float32), CD_RATE
 
 
-def _write_labels(out: Path, config: DemoConfig, plans: Sequence[ClipPlan]) -> None:
+def _write_labels(out: Path, config: DemoConfig, clips: Sequence[DemoClip]) -> None:
     """Write the annotations, the list of test trials and a sample submission."""
-    values = {plan.trial: plan.labels() for plan in plans}
+    values = {clip.trial: clip.labels() for clip in clips}
     if config.shuffle_labels:  # over all training trials; rows of -5 stay where they are
-        train = [values[plan.trial] for plan in plans if plan.split == "train"]
+        train = [values[clip.trial] for clip in clips if clip.split == "train"]
         known = [value[:, 0] != -5 for value in train]
         shuffled = np.concatenate([value[mask] for value, mask in zip(train, known, strict=True)])
         shuffled = np.random.default_rng([config.seed, 99]).permutation(shuffled)
         ends = np.cumsum([mask.sum() for mask in known])
         for value, mask, part in zip(train, known, np.split(shuffled, ends[:-1]), strict=True):
             value[mask] = part
-    for plan in plans:
-        if plan.split in LABEL_FOLDERS:
-            rows = [f"{v:g},{a:g}" for v, a in values[plan.trial]]
+    for clip in clips:
+        if clip.split in LABEL_FOLDERS:
+            rows = [f"{v:g},{a:g}" for v, a in values[clip.trial]]
             text = "\n".join(["valence,arousal", *rows]) + "\n"
-            (out / LABELS / LABEL_FOLDERS[plan.split] / f"{plan.trial}.txt").write_text(text, encoding="ascii")
-    test = [plan for plan in plans if plan.split == "test"]
+            (out / LABELS / LABEL_FOLDERS[clip.split] / f"{clip.trial}.txt").write_text(text, encoding="ascii")
+    test = [clip for clip in clips if clip.split == "test"]
     if test:
-        (out / TEST_LIST).write_text("".join(f"{plan.trial}\n" for plan in test), encoding="ascii")
-        rows = [f"{plan.trial}/{k + 1:05d}.jpg,0,0" for plan in test for k in range(plan.rows)]
+        (out / TEST_LIST).write_text("".join(f"{clip.trial}\n" for clip in test), encoding="ascii")
+        rows = [f"{clip.trial}/{k + 1:05d}.jpg,0,0" for clip in test for k in range(clip.rows)]
         text = "\n".join(["image_location,valence,arousal", *rows]) + "\n"
         (out / TEST_SAMPLE).write_text(text, encoding="ascii")
 

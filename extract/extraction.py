@@ -64,7 +64,7 @@ class Ledger(Protocol):
         ...
 
 
-class Run:
+class Extraction:
     """One extraction: the clips in progress and the commits that wait."""
 
     def __init__(
