@@ -74,8 +74,7 @@ class Opened:
         """
         if self.video is None:
             problem = f"{self.path} has no video stream"
-            got = f"streams: {', '.join(s.type for s in self.container.streams) or 'none'}"
-            raise MediaError(explain(problem, expected="a file with a video stream", got=got))
+            raise MediaError(explain(problem, expected="a file with a video stream", got=_listed(self.container)))
         if self.video.codec_context is None:
             raise MediaError(explain(f"{self.path} has a video stream that this FFmpeg cannot decode"))
         return self.video
@@ -126,10 +125,8 @@ def opened(path: Path) -> Iterator[Opened]:
                     raise MediaError(explain(problem, expected=f"{expected} (8192 x 8192)", got=f"{width} x {height}"))
         audio = container.streams.best("audio")
         if video is None and audio is None:
-            kinds = ", ".join(s.type for s in container.streams) or "none"
-            raise MediaError(
-                explain(f"{path} has neither video nor audio", expected="a video file", got=f"streams: {kinds}")
-            )
+            problem = f"{path} has neither video nor audio"
+            raise MediaError(explain(problem, expected="a video file", got=_listed(container)))
         yield Opened(
             path=path,
             container=container,
@@ -157,6 +154,12 @@ def _open(path: Path) -> InputContainer:
         got = f"{path.stat().st_size} bytes of another format, or a file truncated before its index"
         remedy = "Copy or download the file again, or check that it is a media file"
         raise MediaError(explain(problem, expected=expected, got=got, remedy=remedy)) from error
+
+
+def _listed(container: InputContainer) -> str:
+    """The kinds of the streams, for messages."""
+    kinds = ["cover image" if s.disposition & Disposition.attached_pic else s.type for s in container.streams]
+    return f"streams: {', '.join(kinds) or 'none'}"
 
 
 def display_size(width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:

@@ -168,6 +168,9 @@ def test_a_cover_image_is_not_video(tmp_path: Path) -> None:
     with av.open(str(path)) as container:
         assert len(container.streams.video) == 1, "the file must look as if it had video"
     assert probe(path).video is None
+    with pytest.raises(MediaError, match=r"no video stream.*cover image") as error:
+        frame_times(path)
+    assert "video" not in str(error.value).partition("Got: ")[2], "the message denies a video stream"
 
 
 def test_decoder_identity_lists_the_decoding_libraries() -> None:
