@@ -147,3 +147,9 @@ def test_the_command(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "1 up to date" in capsys.readouterr().out
     assert main([*command, str(tmp_path / "none")]) == 2
     assert main(["cache", "verify", str(cache.path)]) == 0
+
+
+def test_a_quoted_cell_keeps_its_line_break(tmp_path: Path) -> None:
+    table = read_targets(write(tmp_path, "a", '"surprise\n(brief)",fear\n0\n1\n'), "classes")
+    assert table.names == ("surprise\n(brief)", "fear")
+    assert table.value.tolist() == [[1, 0], [0, 1]]

@@ -229,10 +229,10 @@ def read_table(path: Path, kind: str, failure: type[VaflowError]) -> tuple[str, 
         raise failure(explain(f"Cannot read {path}", expected=kind, got=problem))
     try:
         with open_text(path) as file:
-            lines = file.read().splitlines()
-        separator = separator_of(lines[0]) if lines else ","
-        rows = enumerate(csv.reader(lines, delimiter=separator), 1)
-        return separator, [(number, [cell.strip() for cell in row]) for number, row in rows if row]
+            separator = separator_of(file.readline())
+            file.seek(0)  # csv reads the file itself, because a quoted cell may hold a line break
+            rows = enumerate(csv.reader(file, delimiter=separator), 1)
+            return separator, [(number, [cell.strip() for cell in row]) for number, row in rows if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise failure(explain(f"Cannot read {path}", expected=f"{kind} in UTF-8 text", got=error)) from error
 
