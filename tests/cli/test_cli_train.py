@@ -1,6 +1,7 @@
 """`vaflow train` and `vaflow evaluate` through the command line."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def test_a_second_train_reports_a_finished_run(cache: Cache, tmp_path: Path, cap
     assert "epoch  2/2" in first.err and "Share of labelled frames per region" in first.err
     assert main(command) == 0
     assert "is finished already" in capsys.readouterr().out
+
+
+def test_json_and_quiet_do_not_need_what_only_the_text_shows(cache: Cache, run: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    del metrics["pearson"]  # as in metrics of a version that did not compute it
+    file.write_text(json.dumps(metrics))
+    command = ["train", str(cache.path), "--out", str(tmp_path / "run"), *SMALL]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == metrics
+    assert main([*command, "-q"]) == 0
+    assert not capsys.readouterr().out
 
 
 def test_an_out_below_a_file_is_rejected(cache: Cache, tmp_path: Path, capsys) -> None:

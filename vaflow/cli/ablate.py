@@ -103,7 +103,7 @@ def ablate(
             on_run=reporter.run,
             on_choice=reporter.choice,
         )
-    output.result(study_document(result), study_summary(result))
+    output.result(lambda: study_document(result), lambda: study_summary(result))
     if result.failures and result.to_add and not output.quiet:
         echo(f"To add the missing streams: {result.to_add}", err=True)
     some_scored = any(row.seeds for t in result.results.tables for row in t.rows)
@@ -291,10 +291,10 @@ def search(
     }
     if outer_folds:
         nested = run_nested_search(*arguments, outer_folds, **shown)
-        output.result(nested.document(), nested_summary(nested))
+        output.result(nested.document, lambda: nested_summary(nested))
         return 0
     result = run_search(*arguments, **shown)
-    output.result(result.document(), search_summary(result, options.holdout))
+    output.result(result.document, lambda: search_summary(result, options.holdout))
     return FAILED if result.best is None else 0
 
 

@@ -256,7 +256,7 @@ def pack(output: Output, cache: CachePath, out: Packed) -> int:
     with _bar("pack", len(opened.record_files()), output) as bar:
         summary = run(opened, out, on_item=bar.update)
     written = f"{count(summary.items, 'item')} in {count(summary.files, 'file')}, {file_size(summary.bytes)}"
-    output.result(asdict(summary), visible(f"{summary.out}: {written}"))
+    output.result(lambda: asdict(summary), lambda: visible(f"{summary.out}: {written}"))
     return 0
 
 
@@ -278,7 +278,7 @@ def merge(output: Output, out: NewCache, caches: Parts, prefer: Prefer = None, s
 def _report(summary: "TransferSummary", output: Output) -> int:
     replaced = f" ({summary.replaced} replaced)" if summary.replaced else ""
     written = f"{count(summary.copied, 'item')} written{replaced}; {summary.there} up to date"
-    output.result(summary_json(summary), f"{summary.out}: {written}")
+    output.result(lambda: summary_json(summary), lambda: f"{summary.out}: {written}")
     if summary.failures:
         problem = f"{count(len(summary.failures), 'item')} could not be read"
         echo(f"{problem}: {summary.failures_file}", err=True)
@@ -300,5 +300,5 @@ def export(output: Output, cache: CachePath, out: ParquetOut) -> int:
     with _bar("export", _count_items(opened), output) as bar:
         rows = export_parquet(opened, out, bar.update)
     text = f"{table(list(rows.items()), ('stream', 'rows'))}\nWrote {visible(str(out))}"
-    output.result({"out": str(out), "streams": rows}, text)
+    output.result(lambda: {"out": str(out), "streams": rows}, lambda: text)
     return 0

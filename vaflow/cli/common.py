@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import cycle
@@ -130,12 +130,12 @@ class Output:
         level = logging.DEBUG if self.verbose else logging.ERROR if self.quiet else logging.INFO
         logging.getLogger("vaflow").setLevel(level)
 
-    def result(self, document: Any, text: str) -> None:
-        """Print the result: with --json the document, else the text unless --quiet."""
+    def result(self, document: Callable[[], Any], text: Callable[[], str]) -> None:
+        """Print the result: with --json the document, else the text unless --quiet. Only what is printed is made."""
         if self.json:
-            print_json(document)
+            print_json(document())
         elif not self.quiet:
-            echo(text)
+            echo(text())
 
 
 class _TerminalHandler(logging.StreamHandler[TextIO]):

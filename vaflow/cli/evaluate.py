@@ -191,8 +191,8 @@ def smooth(
 
 def print_metrics(metrics: dict[str, Any], output: Output) -> None:
     """Print the metrics as JSON, or as tables with warnings on standard error."""
-    groups = [f"\n\n{group_table(kind, parts)}" for kind, parts in metrics.get("by_group", {}).items()]
-    output.result(metrics, "".join([summary(metrics), *groups]))
+    groups = metrics.get("by_group", {}).items()
+    output.result(lambda: metrics, lambda: "\n\n".join([summary(metrics), *(group_table(*group) for group in groups)]))
     for warning in () if output.json or output.quiet else metrics["warnings"]:
         echo(f"warning: {warning}", err=True)
 

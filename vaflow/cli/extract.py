@@ -387,5 +387,5 @@ def demo(output: Output, out: DemoOut = Path("demo"), seed: DemoSeed = 0, clips:
         from vaflow.demo.writer import describe, run_demo
 
     result = run_demo(out, seed=seed, clips=clips, show_progress=output.bars)
-    output.result(result.metrics, describe(result))
+    output.result(lambda: result.metrics, lambda: describe(result))
     return 0

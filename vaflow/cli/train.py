@@ -122,7 +122,7 @@ def train(
     )
     if os.environ.get("RANK", "0") != "0":  # of several processes that torchrun started, one prints
         return 0
-    output.result(result.metrics, training_summary(result, out))
+    output.result(lambda: result.metrics, lambda: training_summary(result, out))
     return 0
 
 
@@ -168,7 +168,7 @@ def _train_repeats(
         raise errors[0]  # of the command, not of a run
     for name, error in repeats.failures.items():
         echo(visible(f"failed: {name}: {error}"), err=True)
-    output.result(repeats.document(), repeats_summary(repeats))
+    output.result(repeats.document, lambda: repeats_summary(repeats))
     return 0 if not repeats.failures else SOME_FAILED if repeats.scores else FAILED
 
 

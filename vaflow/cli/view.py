@@ -105,7 +105,7 @@ def view(
 
     viewer = write_viewer(path, out, clips or (), ViewConfig(tuple(media or ()), cache, copy, boxes))
     document = {"page": str(viewer.page), "clips": [clip.facts for clip in viewer.clips]}
-    output.result(document, f"{count(len(viewer.clips), 'clip')}: {viewer.page}")
+    output.result(lambda: document, lambda: f"{count(len(viewer.clips), 'clip')}: {viewer.page}")
     if serve:
         with ViewerServer(viewer, ratings or out / "ratings", port) as server:
             echo(f"Serving {server.address} until Ctrl-C; ratings go to {server.ratings}", err=True)
@@ -133,8 +133,10 @@ def report(
 
     shown = write_report(runs, out, viewer, gates=gates)
     scores = [{"run": str(run.path), "ccc": run.metrics["ccc"], "ci95": run.metrics.get("ci95")} for run in shown]
-    document = {"page": str(out), "runs": scores, "differences": paired_differences(shown)}
-    output.result(document, f"{count(len(shown), 'run')}: {out}")
+    output.result(
+        lambda: {"page": str(out), "runs": scores, "differences": paired_differences(shown)},
+        lambda: f"{count(len(shown), 'run')}: {out}",
+    )
     return 0
 
 
@@ -184,9 +186,11 @@ def faces(
     with loading(output):
         from vaflow.viewer.people import write_people
     page = write_people(path, out, media or (), several=several, identity=identity, show_progress=output.bars)
-    document = {"page": str(out), "table": str(page.table), "clips": page.facts(), "unreadable": page.unreadable}
     people = sum(len(clip.people) > 1 for clip in page.clips)
-    output.result(document, f"{count(len(page.clips), 'clip')}, {people} with several people: {out}, {page.table}")
+    output.result(
+        lambda: {"page": str(out), "table": str(page.table), "clips": page.facts(), "unreadable": page.unreadable},
+        lambda: f"{count(len(page.clips), 'clip')}, {people} with several people: {out}, {page.table}",
+    )
     if page.unreadable:
         echo(f"Not readable: {', '.join(page.unreadable)}", err=True)
         return SOME_FAILED if page.clips or several else FAILED
