@@ -81,6 +81,14 @@ def test_the_partition_list_may_contain_missing_clips(trees: dict[str, tuple[Pat
     assert codes(dataset) == ["split-unknown-name"] and "11" in dataset.notes[0].message
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_the_partition_list_may_have_semicolons_or_tabs(tmp_path: Path, separator: str) -> None:
+    write_text(tmp_path / "arousal" / "1.csv", "timestamp,value,segment_id", "0,0,1")
+    write_text(tmp_path / "partition.csv", f"Id{separator}Proposal", f"1{separator}devel")
+    touch(tmp_path, "video/1.mp4")
+    assert by_id(open_dataset(tmp_path))["1"].split == "val"
+
+
 def touch(root: Path, *paths: str) -> Path:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
