@@ -287,6 +287,7 @@ def import_targets(cache: Cache, stream: str, task: str, folder: Path, names: Se
 
     Args:
         cache: writable; its clips' frames are the clock of files that count frames.
+        task: "classes" or "binary".
         folder: of `<item>.csv` or `<item>.txt`.
         names: of the classes; empty: those in the files.
 

@@ -62,12 +62,13 @@ log = logging.getLogger(__name__)
 def write_video(
     path: Path, frames: Iterable[Image], times: Floats, samples: NDArray[np.float32] | None, sample_rate: int
 ) -> None:
-    """Encode one file.
+    """Encode one MP4 file.
 
     Args:
         frames: N images [H, W, 3], BGR uint8, H and W even and the same for all.
         times: [N] presentation times in seconds, ascending.
         samples: [S] mono or [S, 2] stereo in [-1, 1], or None for a file without an audio stream.
+        sample_rate: in Hz.
     """
     with av.open(str(path), "w") as container:
         video: VideoStream | None = None
