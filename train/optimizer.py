@@ -31,13 +31,13 @@ class AdamW(torch.optim.AdamW):
     _collected: list[tuple[Tensor, list[list[Tensor]]]] | None = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As PyTorch's."""
+        """Load the state; the next step collects its tensors again."""
         super().load_state_dict(state_dict)
         self._collected = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """As PyTorch's; there is no closure."""
+        """Update every parameter that has a gradient, as `torch.optim.AdamW` does. Closures are not supported."""
         groups = [group["params"] for group in self.param_groups]
         if any(p.grad is None or p not in self.state for params in groups for p in params):
             super().step()  # creates the state, and passes over parameters without a gradient

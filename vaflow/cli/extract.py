@@ -374,7 +374,7 @@ DemoClips = Annotated[int, typer.Option(min=3, metavar="N", help="Labelled clips
 
 
 def demo(output: Output, out: DemoOut = Path("demo"), seed: DemoSeed = 0, clips: DemoClips = 24) -> int:
-    """Run the whole pipeline on synthetic clips in about two minutes; no data, no download.
+    """Run the whole pipeline on synthetic clips in about a minute; no data, no download.
 
     Writes clips in the layout of Aff-Wild2 (DIR/data), encodes them with small random encoders (DIR/cache), trains the
     full model (DIR/run), scores it on unseen people and draws the predictions (DIR/run/pictures).
