@@ -1,10 +1,20 @@
-"""A batch of windows: inputs, targets and masks, and a model's predictions for it."""
+"""A batch of windows: inputs, targets and masks, and a model's predictions for it.
 
-from collections.abc import Mapping
+Further targets, such as expression classes and action units, are read, trained and scored here.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from vaflow.cache import Cache
+from vaflow.errors import UsageError, explain
+from vaflow.timeline import Bools, Floats
 
 VISUAL, AUDIO = "visual", "audio"
 
@@ -127,3 +137,106 @@ class Output:
         va, logits, *others, log_std = packed.split([2, regions, *extra.values(), 2 * variance], dim=-1)
         logits_of = dict(zip(extra, others, strict=True))
         return cls(va, logits if regions else None, logits_of, log_std if variance else None)
+
+
+@dataclass(frozen=True)
+class ExtraRows:
+    """A clip's further targets with their own times: time [R] seconds, value [R, K] in [0, 1], valid [R, K]."""
+
+    spec: TargetSpec
+    time: Floats
+    value: Floats
+    valid: Bools
+
+
+def target_specs(cache: Cache, names: Sequence[str]) -> tuple[TargetSpec, ...]:
+    """The streams of targets of those names.
+
+    Raises:
+        UsageError: the cache has no such stream of targets, or its metadata lacks the columns.
+    """
+    known = {name: info for name, info in cache.streams().items() if info.kind == "targets"}
+    specs = []
+    for name in names:
+        if name not in known:
+            remedy = f"`vaflow cache targets CACHE --stream {name} --task classes --from DIR` makes one"
+            raise UsageError(explain("The cache has no such targets", got=name, choices=known, remedy=remedy))
+        identity = known[name].identity
+        if identity.get("task") not in (CLASSES, BINARY) or not identity.get("names"):
+            raise UsageError(explain(f"Stream {name!r} has no description of its targets", got=identity))
+        specs.append(TargetSpec(name, str(identity["task"]), tuple(map(str, identity["names"]))))
+    return tuple(specs)
+
+
+def read_rows(cache: Cache, spec: TargetSpec, item: str) -> ExtraRows:
+    """Targets of a clip; no rows where it has none."""
+    if not cache.has(spec.name, item):
+        nothing = np.zeros((0, len(spec.names)))
+        return ExtraRows(spec, np.zeros(0), nothing, nothing.astype(bool))
+    data = cache.read(spec.name, item)
+    return ExtraRows(spec, data.time, np.where(data.valid, data.value, 0).astype(np.float64), data.valid)
+
+
+def extra_loss(logits: Tensor, targets: ExtraTargets) -> Tensor:
+    """Cross-entropy of classes, binary cross-entropy of the others, of logits [B, F, K]; the mean over annotated cells.
+
+    A scalar >= 0; 0 with zero gradient where nothing is annotated.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    if logits.shape != targets.value.shape:
+        raise ValueError(f"extra_loss: logits {[*logits.shape]} for targets {[*targets.value.shape]}")
+    logits = torch.where(targets.labelled, logits, 0)
+    if targets.task == CLASSES:
+        mask = targets.labelled.all(dim=-1)
+        parts = -(targets.value * functional.log_softmax(logits, dim=-1)).sum(dim=-1)
+    else:
+        mask = targets.labelled
+        parts = functional.binary_cross_entropy_with_logits(logits, targets.value, reduction="none")
+    return torch.where(mask, parts, 0).sum() / mask.sum().clamp(min=1)
+
+
+def probabilities(logits: Tensor, task: str) -> Tensor:
+    """[..., K] -> [..., K] in [0, 1]; those of classes sum to 1."""
+    return logits.softmax(dim=-1) if task == CLASSES else logits.sigmoid()
+
+
+def extra_scores(pairs: Mapping[str, Sequence[tuple[ExtraRows, Floats]]]) -> dict[str, Any]:
+    """Metrics of further targets, as defined by the ABAW challenges.
+
+    Args:
+        pairs: name -> per clip its targets and the probabilities [R, K] that the model gives at their times.
+
+    Returns:
+        name -> {"task", "n_frames", "f1" (per class or unit; None where it never occurs), "macro_f1" (their mean),
+        "accuracy" (classes: the likeliest is the annotated one; units: over all annotated cells)}.
+    """
+    scores = {}
+    for name, clips in pairs.items():
+        spec = clips[0][0].spec
+        probability = np.concatenate([values for _, values in clips])
+        truth = np.concatenate([rows.value for rows, _ in clips])
+        valid = np.concatenate([rows.valid for rows, _ in clips])
+        if spec.task == CLASSES:
+            annotated = valid.all(axis=1)
+            chosen, label = probability[annotated].argmax(axis=1), truth[annotated].argmax(axis=1)
+            columns = np.arange(len(spec.names))
+            predicted, actual = chosen[:, None] == columns, label[:, None] == columns
+            frames, right = len(label), chosen == label
+        else:
+            predicted, actual = (probability >= 0.5) & valid, (truth >= 0.5) & valid
+            frames, right = int(valid.any(axis=1).sum()), (predicted == actual)[valid]
+        hits = (predicted & actual).sum(axis=0).tolist()
+        totals = (predicted.sum(axis=0) + actual.sum(axis=0)).tolist()
+        present = actual.any(axis=0).tolist()
+        f1 = [2 * hit / total if occurs else None for hit, total, occurs in zip(hits, totals, present, strict=True)]
+        known = [value for value in f1 if value is not None]
+        scores[name] = {
+            "task": spec.task,
+            "n_frames": frames,
+            "f1": dict(zip(spec.names, f1, strict=True)),
+            "macro_f1": float(np.mean(known)) if known else None,
+            "accuracy": float(right.mean()) if right.size else None,
+        }
+    return scores

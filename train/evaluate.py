@@ -22,11 +22,10 @@ from vaflow.failures import read_failures
 from vaflow.files import write_file
 from vaflow.timeline import Bools, Floats, Ints, nearest, stitch
 from vaflow.train import metrics
-from vaflow.train.batch import AUDIO, VISUAL
+from vaflow.train.batch import AUDIO, VISUAL, extra_scores, probabilities
 from vaflow.train.groups import Groups, Scored, by_group, source_splits
 from vaflow.train.losses import CENTERS, region_centers
 from vaflow.train.metrics import DIMENSIONS, by_dimension, by_intensity, plain
-from vaflow.train.targets import extra_scores, probabilities
 from vaflow.train.windows import ClipRows, Prefetcher, WindowSet
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaflow.errors import UsageError, explain
-from vaflow.train.batch import Batch, Output
-from vaflow.train.targets import extra_loss
+from vaflow.train.batch import Batch, Output, extra_loss
 
 CENTERS, SIGMA, KL_WEIGHT = 0.66, 0.45, 0.2  # the full model of the paper's tables
 REGIONS = 9

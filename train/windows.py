@@ -17,8 +17,7 @@ from torch import Tensor
 
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Bools, Floats
-from vaflow.train.batch import AUDIO, VISUAL, Batch, ExtraTargets, StreamSpec
-from vaflow.train.targets import ExtraRows
+from vaflow.train.batch import AUDIO, VISUAL, Batch, ExtraRows, ExtraTargets, StreamSpec
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

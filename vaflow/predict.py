@@ -39,12 +39,11 @@ from vaflow.train.batch import VISUAL
 from vaflow.train.data import load_windows
 from vaflow.train.ensemble import ensemble_traces, maker_of, members_of, warn_of_changed_members
 from vaflow.train.evaluate import Trace, featureless, prediction_csv
-from vaflow.train.export import local_run
 from vaflow.train.finetune.backbones import saved_weights
-from vaflow.train.inputs import sampling
+from vaflow.train.inputs import frame_columns, sampling
 from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.pretrained_model import local_run
 from vaflow.train.provenance import read_sources, write_sources
-from vaflow.train.quality import frame_columns
 from vaflow.train.runs import Run, RunFolder, load_run
 from vaflow.train.session import warn_of_demonstration
 from vaflow.train.training import read_for

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vaflow.train.heads.dropout import Dropout, dropout_masks
+from vaflow.train.heads.layers import Dropout, dropout_masks
 
 
 def dropout_mask(shape, rate, generator=None):

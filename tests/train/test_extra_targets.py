@@ -13,13 +13,12 @@ from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.errors import UsageError
 from vaflow.timeline import nearest
-from vaflow.train.batch import BINARY, CLASSES, ExtraTargets, TargetSpec
+from vaflow.train.batch import BINARY, CLASSES, ExtraRows, ExtraTargets, TargetSpec, extra_loss, extra_scores
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.ensemble import ensemble_runs
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder, load_run
-from vaflow.train.targets import ExtraRows, extra_loss, extra_scores
 from vaflow.train.training import evaluate_run, train_run
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=8, device="cpu", kl_weight=0)

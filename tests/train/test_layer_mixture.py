@@ -9,7 +9,7 @@ import torch
 from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo, array_problems
 from vaflow.train.config import TrainConfig
-from vaflow.train.heads.layer_mixture import LayerMixture
+from vaflow.train.heads.layers import LayerMixture
 from vaflow.train.training import train_run
 
 SAMPLING = {"window": 4.0, "stride": 2.0, "frames": 8, "audio_steps": 8}

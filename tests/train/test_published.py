@@ -14,8 +14,7 @@ from vaflow.cache import Cache
 from vaflow.cli import main
 from vaflow.encoders import hub
 from vaflow.errors import CorruptError, UsageError, WeightsError
-from vaflow.train.export import Heads, local_run
-from vaflow.train.pretrained_model import PretrainedModel
+from vaflow.train.pretrained_model import Heads, PretrainedModel, local_run
 from vaflow.train.runs import cache_of, load_run
 
 COMMIT = "1" * 40

@@ -17,7 +17,7 @@ from vaflow.train.batch import Batch, StreamSpec
 from vaflow.train.config import TrainConfig, preset, with_aliases
 from vaflow.train.config import merge as merge_settings
 from vaflow.train.data import load_split
-from vaflow.train.heads.spectrogram import Spectrogram
+from vaflow.train.heads.layers import Spectrogram
 from vaflow.train.inputs import resolve
 from vaflow.train.record import RunRecord, new_record
 from vaflow.train.runs import load_run

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from vaflow.errors import UsageError, explain
-from vaflow.train.heads.dropout import Dropout
+from vaflow.train.heads.layers import Dropout
 from vaflow.train.heads.recurrence import Cell, run_recurrent
 
 

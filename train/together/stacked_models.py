@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from vaflow.train.batch import Batch, ExtraTargets
 from vaflow.train.config import TrainConfig
-from vaflow.train.heads.dropout import dropout_masks
+from vaflow.train.heads.layers import dropout_masks
 from vaflow.train.losses import total_loss
 
 CAPTURE_AFTER = 100  # steps with batches of one shape before such a step is captured, which takes seconds

@@ -1,16 +1,86 @@
-"""A small CNN over the cached log-Mel spectrogram, trained with the heads.
-
-It stands for the "CNN-based audio" of arXiv 2603.13415, table 1, and the log-Mel branch of arXiv 2503.10523, which
-neither paper specifies. Three 3x3 convolutions halve the bands each and shorten time at most to a quarter; the frames
-of each step are then averaged per band. Missing and padded frames are zero before and after every layer.
-"""
+"""Layers that the heads share: dropout, the mixture of an encoder's layers, and the CNN over log-Mel."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+
+LEVELS = 2**16  # of a random number
+
+
+class Dropout(nn.Dropout):
+    """Dropout with the masks of `dropout_masks`; `nn.Dropout` draws a number of 32 bits or more for every value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...] -> [...], scaled; x itself outside of training."""
+        return x * dropout_masks(x.shape, self.p, x.dtype, x.device)[0] if self.training and self.p else x
+
+
+def dropout_masks(
+    shape: Sequence[int],
+    rate: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    generators: Sequence[Generator | None] = (None,),
+) -> Tensor:
+    """Draw masks: 0 with probability `rate`, rounded to 1 / 65,536, and the reciprocal of the kept share otherwise.
+
+    Args:
+        shape: of a mask.
+        rate: in [0, 1); nothing is drawn for 0.
+        dtype, device: of the result.
+        generators: of the random numbers of each mask, on that device; None: torch's own.
+
+    Returns:
+        [G, *shape], a mask per generator.
+    """
+    if not rate:
+        return torch.ones(len(generators), *shape, dtype=dtype, device=device)
+    count = prod(shape)
+    dropped = min(round(rate * LEVELS), LEVELS - 1)
+    # Four numbers of 16 bits are drawn at once; all bits of the integer are random.
+    drawn = torch.empty(len(generators), -(-count // 4), dtype=torch.int64, device=device)
+    for row, generator in zip(drawn, generators, strict=True):
+        row.random_(-(2**63), None, generator=generator)
+    kept = drawn.view(torch.int16)[:, :count].ge_(dropped - LEVELS // 2)
+    return kept.to(dtype).mul_(LEVELS / (LEVELS - dropped)).view(-1, *shape)
+
+
+SCALE = 10.0
+
+
+class LayerMixture(nn.Module):
+    """Learned weighted mean of an encoder's layers, sum_l softmax(SCALE * w)_l x_l; all shares are equal at first.
+
+    The weights are scaled: at the learning rate of the heads they would hardly move in a few epochs.
+    Source: Yang et al. 2021 (SUPERB, arXiv 2105.01051), section 2.2.
+
+    Args:
+        layers: number of layers.
+    """
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.weight = nn.Parameter(torch.zeros(layers))
+
+    @property
+    def shares(self) -> Tensor:
+        """[layers], positive, of sum 1."""
+        return torch.softmax(SCALE * self.weight, dim=0).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., layers, D] -> [..., D].
+
+        Raises:
+            ValueError: another number of layers.
+        """
+        if x.ndim < 2 or x.shape[-2] != self.layers:
+            raise ValueError(f"expected [..., {self.layers}, D]; got {[*x.shape]}")
+        return torch.einsum("...ld,l->...d", x, torch.softmax(SCALE * self.weight, dim=0))
+
 
 CHANNELS = (16, 32, 64)
 
@@ -33,7 +103,11 @@ class Steps:
 
 
 class Spectrogram(nn.Module):
-    """Pool log-Mel frames into one vector per step.
+    """A small CNN that pools the cached log-Mel frames into one vector per step.
+
+    It stands for the "CNN-based audio" of arXiv 2603.13415, table 1, and the log-Mel branch of arXiv 2503.10523, which
+    neither paper specifies. Three 3x3 convolutions halve the bands each and shorten time at most to a quarter; the
+    frames of each step are then averaged per band. Missing and padded frames are zero before and after every layer.
 
     Args:
         bands: width of a frame.
