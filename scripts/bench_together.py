@@ -37,8 +37,8 @@ from vaflow.train.loop import seeded, train_step
 from vaflow.train.optimizer import make_optimizer
 from vaflow.train.runs import build_model
 from vaflow.train.session import Data
-from vaflow.train.together.epochs import Member, take_step
-from vaflow.train.together.stacked_models import StackedModels
+from vaflow.train.stacked_epochs import Member, take_step
+from vaflow.train.stacked_models import StackedModels
 from vaflow.train.windows import WindowSet, gather_each
 
 

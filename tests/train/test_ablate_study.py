@@ -111,8 +111,8 @@ def test_finished_runs_are_reused(cache: Cache, done: tuple[StudyResult, Path], 
 def test_batched_runs_give_the_same_tables(
     cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    monkeypatch.setattr("vaflow.train.together.runs.WORTH_MEASURING", 0)  # in this process only
-    monkeypatch.setattr("vaflow.train.together.runs.GAIN", 1e9)
+    monkeypatch.setattr("vaflow.train.together.WORTH_MEASURING", 0)  # in this process only
+    monkeypatch.setattr("vaflow.train.together.GAIN", 1e9)
     choices: list[str] = []
     result = run_study(
         *(cache, toy_study(tmp_path), [], tmp_path / "out", Options(seeds=2)),

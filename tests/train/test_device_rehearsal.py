@@ -23,7 +23,7 @@ from vaflow.train.heads.model import NORMALIZE, VAModel
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.losses import total_loss
 from vaflow.train.runs import build_model
-from vaflow.train.together.stacked_models import StackedModels, stacked_batch
+from vaflow.train.stacked_models import StackedModels, stacked_batch
 from vaflow.train.windows import Prefetcher, StreamTable, WindowSet, drop_modality, gather_each, tensors_of
 
 B, F, S, WINDOWS = 3, 4, 6, 10
@@ -164,7 +164,7 @@ BATCHED = [
 )
 def test_every_head_trains_in_a_batch_of_runs(settings, runs, monkeypatch):
     """The gather, the stacked model and its losses on the meta device: pretended GPU tensors crash under `vmap`."""
-    monkeypatch.setattr("vaflow.train.together.stacked_models.Generator", lambda device: torch.Generator())
+    monkeypatch.setattr("vaflow.train.stacked_models.Generator", lambda device: torch.Generator())
     drop = {} if settings.get("temporal") == "transformer" else {"dropout": 0.3}
     config = TrainConfig(hidden=8, attention_heads=2, **{"dropout": 0.0, **drop, **settings})
     streams = (VISUAL_STREAM, AUDIO_STREAM)

@@ -217,7 +217,7 @@ def test_trials_never_read_the_held_out_split(searched, cache):
 
 
 def test_a_killed_search_resumes_to_the_same_result(searched, command, cache, monkeypatch):
-    import vaflow.train.together.runs as runs
+    import vaflow.train.together as runs
 
     out, train, calls = cache.parent / "killed", runs.train_run, []
 

@@ -23,9 +23,9 @@ from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import Progress, fit, save_checkpoint
 from vaflow.train.session import Data, LoadedSplits, data_key, load_data, new_model
-from vaflow.train.together.epochs import Member, fit_together, take_step
-from vaflow.train.together.runs import FOLD, VARYING, Choice, Trainer, batches_of, choose
-from vaflow.train.together.stacked_models import StackedModels
+from vaflow.train.stacked_epochs import Member, fit_together, take_step
+from vaflow.train.stacked_models import StackedModels
+from vaflow.train.together import FOLD, VARYING, Choice, Trainer, batches_of, choose
 from vaflow.train.training import Result
 from vaflow.train.windows import gather_each
 
@@ -300,7 +300,7 @@ def test_interrupting_a_batch_of_runs_gives_the_same_files(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("vaflow.train.together.epochs.save_checkpoint", stop_in_the_second_epoch)
+        patch.setattr("vaflow.train.stacked_epochs.save_checkpoint", stop_in_the_second_epoch)
         with pytest.raises(KeyboardInterrupt):
             train_all(cache, runs, parts)
     train_all(cache, runs, parts)
@@ -357,7 +357,7 @@ def test_a_short_training_is_not_measured(cache: Cache) -> None:
 
 
 def test_measuring_keeps_random_state_and_returns_times(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vaflow.train.together.runs.WORTH_MEASURING", 0)
+    monkeypatch.setattr("vaflow.train.together.WORTH_MEASURING", 0)
     runs = configs(cache)
     data = [LoadedSplits(cache).data(runs[0])] * len(runs)
     torch.manual_seed(5)

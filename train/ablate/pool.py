@@ -17,7 +17,7 @@ from vaflow.errors import VaflowError, explain
 from vaflow.ray_cluster import check_engine
 from vaflow.train.ablate.schedule import ScheduledRun
 from vaflow.train.ablate.workers import Crew, Ended, Processes, Run, Runner, Worker
-from vaflow.train.together.runs import batches_of, check_mode, one_thread
+from vaflow.train.together import batches_of, check_mode, one_thread
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.ray_cluster import Notes, connected, import_ray, starts_here
 from vaflow.train.ablate.workers import Crew, Message, Run, Runner, Worker, documents_of, runs_from
-from vaflow.train.together.runs import one_thread
+from vaflow.train.together import one_thread
 
 log = logging.getLogger(__name__)
 

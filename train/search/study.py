@@ -42,8 +42,8 @@ from vaflow.train.search.trials import (
     rungs,
     trials_csv,
 )
-from vaflow.train.together.epochs import FAILURES
-from vaflow.train.together.runs import one_thread
+from vaflow.train.stacked_epochs import FAILURES
+from vaflow.train.together import one_thread
 from vaflow.train.training import evaluate_run
 
 LOG, STARTED, RESULT = "trials.jsonl", "started.json", "search.json"

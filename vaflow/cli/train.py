@@ -26,7 +26,7 @@ from vaflow.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from vaflow.cache import Cache as VACache
-    from vaflow.train.repeats import Repeats
+    from vaflow.train.together import Repeats
     from vaflow.train.training import Result
 
 
@@ -103,7 +103,7 @@ def train(
     from vaflow.cache import open_cache
 
     with loading(output):
-        from vaflow.train.repeats import repeats_of
+        from vaflow.train.together import repeats_of
         from vaflow.train.training import train_run
 
     if seeds is not None or all_folds:
@@ -144,7 +144,7 @@ def _train_repeats(
     """Train several runs, and print their scores."""
     from tqdm import tqdm
 
-    from vaflow.train.repeats import train_repeats
+    from vaflow.train.together import train_repeats
 
     with tqdm(total=len(runs), unit="run", desc="train", disable=not output.bars) as bar:
 

@@ -31,7 +31,7 @@ from vaflow.train.loop import (
 )
 from vaflow.train.optimizer import lr_factor, make_optimizer
 from vaflow.train.session import Data
-from vaflow.train.together.stacked_models import StackedModels, stacked_batch
+from vaflow.train.stacked_models import StackedModels, stacked_batch
 from vaflow.train.windows import Prefetcher, drop_modality, gather_each
 
 # Errors that end one run while the others continue: bad data, a device error, lack of memory, a full disk.

@@ -1,27 +1,33 @@
-"""Training of runs on one cache: in one batch where steps of both ways measure faster, else one after the other."""
+"""Training of several runs on one cache: in one batch where its steps measure faster, else one after the other.
 
+The repeats of a run, one per seed, per fold of a cross-validation, or both, are trained so.
+"""
+
+import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from vaflow.cache import Cache
 from vaflow.device import choose_device, keep_memory
 from vaflow.errors import UsageError, explain
+from vaflow.files import lock_folder, write_file
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import train_step
 from vaflow.train.optimizer import make_optimizer
 from vaflow.train.runs import RunFolder
 from vaflow.train.session import Data, LoadedSplits, Session, new_model, reproducible
-from vaflow.train.together.epochs import FAILURES, Member, fit_together, take_step
-from vaflow.train.together.stacked_models import StackedModels
+from vaflow.train.stacked_epochs import FAILURES, Member, fit_together, take_step
+from vaflow.train.stacked_models import StackedModels
 from vaflow.train.training import Result, is_finished, open_session, train_run
 from vaflow.train.windows import gather_each
 
@@ -36,17 +42,8 @@ OPEN_EPOCHS = 15  # assumed number of epochs with epochs=auto
 # Settings that may differ between runs of a batch.
 VARYING = {
     *("seed", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "epochs", "patience", "best", "prompts"),
-    *(
-        "kl_weight",
-        "mse_weight",
-        "ccc_weight",
-        "extra_weight",
-        "nll_weight",
-        "centers",
-        "sigma",
-        "dropout",
-        "modality_dropout",
-    ),
+    *("kl_weight", "mse_weight", "ccc_weight", "extra_weight", "nll_weight", "centers", "sigma"),
+    *("dropout", "modality_dropout"),
 }
 FOLD = {"fold", "train_split", "val_split"}  # likewise, in a cross-validation: folds share the loaded clips
 T = TypeVar("T")
@@ -301,3 +298,95 @@ def _seconds(step: Callable[[int], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begun)
     return min(seconds[1:])
+
+
+log = logging.getLogger(__name__)
+
+SCORES = ("valence", "arousal", "mean")
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Outcome of several runs.
+
+    Attributes:
+        scores: name of each finished run -> CCC of valence, arousal and their mean; None where nothing is labelled.
+        failures: name of each failed run -> its error.
+    """
+
+    scores: Mapping[str, Mapping[str, float | None]]
+    failures: Mapping[str, Exception]
+
+    def document(self) -> dict[str, Any]:
+        """`repeats.json`: the scores, their mean and their standard deviation (n - 1)."""
+        summary = {}
+        for name in SCORES:
+            values = [value for score in self.scores.values() if (value := score[name]) is not None]
+            if values:
+                deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                summary[name] = {"mean": float(np.mean(values)), "std": deviation}
+        failures = {name: str(error) for name, error in self.failures.items()}
+        return {"ccc": summary, "runs": {name: dict(s) for name, s in self.scores.items()}, "failures": failures}
+
+
+def repeats_of(config: TrainConfig, seeds: int, all_folds: bool) -> dict[str, TrainConfig]:
+    """Name of each run, such as "fold2-seed0", and its settings.
+
+    Raises:
+        UsageError: the options do not go together.
+    """
+    if seeds < 1:
+        raise UsageError(explain(f"--seeds must be >= 1 (got {seeds})"))
+    if all_folds and not config.folds:
+        raise UsageError(explain("--all-folds requires --folds K"))
+    if config.finetune:
+        raise UsageError(explain("--seeds and --all-folds are not supported with --finetune"))
+    runs = {}
+    for fold in range(1, config.folds + 1) if all_folds else (config.fold,):
+        for seed in range(config.seed, config.seed + seeds):
+            parts = [f"fold{fold}"] * all_folds + [f"seed{seed}"] * (seeds > 1 or not all_folds)
+            runs["-".join(parts)] = replace(config, fold=fold, seed=seed)
+    return runs
+
+
+def train_repeats(
+    cache: Cache,
+    runs: Mapping[str, TrainConfig],
+    out: Path,
+    *,
+    together: str = "auto",
+    allow_missing: bool = False,
+    level: int = logging.ERROR,
+    on_run: Callable[[str, float | None], None] | None = None,
+    on_choice: Callable[[str], None] = log.info,
+) -> Repeats:
+    """Train or resume runs in `out/NAME`, in batches where that measures faster; writes `repeats.json`.
+
+    Args:
+        runs: name -> settings.
+        out: directory of the runs; not a run itself.
+        level: of the log lines of runs that are shown.
+        on_run: called with the name and the mean CCC of each finished run.
+        on_choice: called with a line about each batch that was timed.
+
+    Raises:
+        UsageError: settings that do not fit the cache; `out` is a run.
+    """
+    RunFolder(out).refuse()
+    scores: dict[str, Mapping[str, float | None]] = {}
+    failures: dict[str, Exception] = {}
+    resolved = [(name, resolve(cache, config)[0]) for name, config in runs.items()]
+    trainer = Trainer(cache, together=together, allow_missing=allow_missing, on_choice=on_choice)
+    with lock_folder(out, "vaflow train"), one_thread(level):
+        for batch in batches_of(resolved, lambda run: run[1]):
+            for number, result in trainer.train([(config, out / name) for name, config in batch]):
+                name = batch[number][0]
+                if isinstance(result, Exception):
+                    failures[name] = result
+                    continue
+                scores[name] = {key: result.metrics["ccc"][key] for key in SCORES}
+                if on_run is not None:
+                    on_run(name, scores[name]["mean"])
+        repeats = Repeats({name: scores[name] for name in runs if name in scores}, failures)
+        write_file(out / "repeats.json", json.dumps(repeats.document(), indent=1) + "\n")
+    return repeats
