@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import cos, pi
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +22,8 @@ from vaflow.files import read_tensors, write_tensors
 from vaflow.train.batch import Batch, Output
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.evaluate import Trace, predict_clips, score
-from vaflow.train.losses import total_loss
+from vaflow.train.losses import WEIGHTS, total_loss
 from vaflow.train.metrics import DIMENSIONS, mean_over_dimensions, within_video_ccc
-from vaflow.train.optimizer import lr_factor, make_optimizer
 from vaflow.train.windows import Prefetcher, WindowSet, drop_modality
 
 log = logging.getLogger(__name__)
@@ -71,23 +71,84 @@ class Progress:
     each_score: Mapping[str, float] = field(default_factory=dict)
 
 
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over all trainable parameters."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return adamw([(trainable, config.lr)], config)
+
+
+def adamw(groups: Iterable[tuple[list[nn.Parameter], float]], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters, each with its learning rate; empty groups are left out."""
+    named = [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
+    return AdamW(named, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's fused AdamW, which collects the tensors of its state once instead of at every step.
+
+    A step of a small head otherwise takes longer to collect and count them than to compute.
+    """
+
+    _collected: list[tuple[Tensor, list[list[Tensor]]]] | None = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state; the next step collects its tensors again."""
+        super().load_state_dict(state_dict)
+        self._collected = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, as `torch.optim.AdamW` does. Closures are not supported."""
+        groups = [group["params"] for group in self.param_groups]
+        if any(p.grad is None or p not in self.state for params in groups for p in params):
+            super().step()  # creates the state, and passes over parameters without a gradient
+            self._collected = None
+            return
+        if self._collected is None:
+            self._collected = [self._collect(params) for params in groups]
+        for group, (steps, state) in zip(self.param_groups, self._collected, strict=True):
+            steps += 1
+            torch._fused_adamw_(
+                group["params"],
+                [p.grad for p in group["params"]],
+                *state,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def _collect(self, params: list[nn.Parameter]) -> tuple[Tensor, list[list[Tensor]]]:
+        """Numbers of steps of a group as one tensor, [N]; its state in the order of the kernel."""
+        states = [self.state[p] for p in params]
+        steps = torch.stack([state["step"] for state in states])
+        for state, of_parameter in zip(states, steps, strict=True):
+            state["step"] = of_parameter
+        means, squares, counts = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        return steps, [means, squares, [], counts]
+
+
+def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Factor of the learning rate at a step, counted from 0: warm-up, then the schedule; in (0, 1]."""
+    warm = config.warmup * steps_per_epoch
+    if step + 1 <= warm:
+        return (step + 1) / warm
+    if config.schedule == "constant":
+        return 1.0
+    total = max(1.0, config.epochs * steps_per_epoch - warm)
+    return 0.5 * (1 + cos(pi * min(1.0, (step - warm) / total)))
+
+
 PARTS = ("total", "ccc", "kl", "mse", "nll")
 
 
 def batch_loss(output: Output, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted loss of a batch and its parts; see `total_loss`."""
-    return total_loss(
-        output,
-        batch,
-        kl_weight=config.kl_weight,
-        centers=config.centers,
-        sigma=config.sigma,
-        hard=config.region_labels == "hard",
-        mse_weight=config.mse_weight,
-        ccc_weight=config.ccc_weight,
-        extra_weight=config.extra_weight,
-        nll_weight=config.nll_weight,
-    )
+    weights = {name: getattr(config, name) for name in WEIGHTS}
+    return total_loss(output, batch, hard=config.region_labels == "hard", **weights)
 
 
 def update(optimizer: torch.optim.Optimizer, parts: Mapping[str, Tensor], config: TrainConfig) -> Tensor:
@@ -198,18 +259,11 @@ def fit(
     on_epoch: Callable[[Row], None] | None = None,
     excluded: Iterable[str] = (),
 ) -> Progress:
-    """Train, or resume from `checkpoint`; the model is left with the last epoch's weights.
+    """Train heads, or resume from `checkpoint`; the model is left with the last epoch's weights.
 
     Args:
         model: on the device of the windows.
-        train, val: the splits.
-        config: resolved settings.
-        checkpoint: file that is written after every epoch; if it exists, training resumes from it.
-        on_epoch: called with each epoch's row of the history.
-        excluded: validation clips that are not scored.
-
-    Returns:
-        The history and the weights with the best validation score.
+        train, val: the splits; the other arguments are those of `run_epochs`.
 
     Raises:
         DataError: a loss, a gradient or a prediction is not finite.

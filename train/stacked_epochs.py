@@ -25,11 +25,12 @@ from vaflow.train.loop import (
     epoch_losses,
     in_order,
     is_finished,
+    lr_factor,
+    make_optimizer,
     resume,
     save_checkpoint,
     seed_from,
 )
-from vaflow.train.optimizer import lr_factor, make_optimizer
 from vaflow.train.session import Data
 from vaflow.train.stacked_models import StackedModels, stacked_batch
 from vaflow.train.windows import Prefetcher, drop_modality, gather_each

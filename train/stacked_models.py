@@ -25,10 +25,9 @@ from torch.utils._pytree import tree_leaves
 from vaflow.train.batch import Batch, ExtraTargets
 from vaflow.train.config import TrainConfig
 from vaflow.train.heads.layers import dropout_masks
-from vaflow.train.losses import total_loss
+from vaflow.train.losses import WEIGHTS, total_loss
 
 CAPTURE_AFTER = 100  # steps with batches of one shape before such a step is captured, which takes seconds
-WEIGHTS = ("kl_weight", "centers", "sigma", "mse_weight", "ccc_weight", "extra_weight", "nll_weight")
 
 
 class StackedModels:

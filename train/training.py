@@ -114,7 +114,7 @@ def _train(session: Session, data: Data | None, weights: Mapping[str, Path]) -> 
     if is_finished(session):
         return Result(folder.read_metrics(), was_done=True)
     if config.finetune:
-        from vaflow.train.finetune.run import finetune
+        from vaflow.train.finetune import finetune
 
         return Result(finetune(session, weights))
     device = choose_device(config.device)
@@ -312,7 +312,7 @@ def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., Win
         DataError: features are unusable; the clips are named.
     """
     if record.tuned:
-        from vaflow.train.finetune.run import made_by_run, tuned_windows
+        from vaflow.train.finetune import made_by_run, tuned_windows
 
         if not made_by_run(record, cache):
             check_same(record.streams, cache)

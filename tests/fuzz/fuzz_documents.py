@@ -211,7 +211,7 @@ def try_prompts(folder: Path, data: bytes) -> None:
 
 
 def try_tables(folder: Path, data: bytes) -> None:
-    from vaflow.train.ablate.grid import expand, load_study
+    from vaflow.train.ablate.schedule import expand, load_study
 
     (folder / "tables.toml").write_bytes(data)
     study = load_study(folder / "tables.toml")

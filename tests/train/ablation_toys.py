@@ -8,9 +8,8 @@ from zlib import crc32
 import numpy as np
 from synthetic_cache import AUDIO, VISUAL
 
-from vaflow.train.ablate.grid import Row, Study, Table, load_study
 from vaflow.train.ablate.pool import RUNS
-from vaflow.train.ablate.schedule import Entry, Schedule, ScheduledRun
+from vaflow.train.ablate.schedule import Entry, Row, Schedule, ScheduledRun, Study, Table, load_study
 from vaflow.train.ablate.workers import write_moments
 from vaflow.train.config import TrainConfig
 from vaflow.train.metrics import concordance_of_moments, mean_over_dimensions, video_moments

@@ -9,7 +9,7 @@ from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 from vaflow.cache import Cache
 from vaflow.cache.costs import Cost, append_costs
 from vaflow.cli import main
-from vaflow.train.ablate.grid import encoder_study
+from vaflow.train.ablate.results import encoder_study
 
 
 def two_visual_streams(path: Path) -> Cache:

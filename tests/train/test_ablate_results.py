@@ -14,11 +14,10 @@ import pytest
 from ablation_toys import key_of, made_up_schedule
 from PIL import ImageFont
 
-from vaflow.train.ablate.grid import Row, load_study
 from vaflow.train.ablate.pool import Ended
 from vaflow.train.ablate.report import About, csv_text, digits, html_page, markdown, plot
 from vaflow.train.ablate.results import Results, collect
-from vaflow.train.ablate.schedule import Options, Schedule
+from vaflow.train.ablate.schedule import Options, Row, Schedule, load_study
 from vaflow.train.ablate.workers import read_moments, write_moments
 from vaflow.train.config import TrainConfig
 from vaflow.train.runs import RunFolder

@@ -18,9 +18,8 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import predict_clips, score
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.loop import Progress, Row, fit, seeded, train_step
+from vaflow.train.loop import Progress, Row, adamw, fit, lr_factor, make_optimizer, seeded, train_step
 from vaflow.train.losses import total_loss
-from vaflow.train.optimizer import adamw, lr_factor, make_optimizer
 from vaflow.train.runs import build_model
 from vaflow.train.windows import StreamTable, WindowSet
 

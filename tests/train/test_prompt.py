@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaflow.train.heads.prompt import PromptHead
+from vaflow.train.heads.layers import PromptHead
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from synthetic_cache import Toy, make_cache
 from vaflow.cache import Cache
 from vaflow.cli import main
 from vaflow.errors import UsageError
-from vaflow.train.ablate.pool import Pool
-from vaflow.train.ablate.ray_workers import Member, Shared, contents
+from vaflow.train.ablate.pool import Member, Pool, Shared, contents
 from vaflow.train.ablate.schedule import Options, ScheduledRun, make_schedule
 from vaflow.train.ablate.workers import documents_of
 

@@ -16,7 +16,8 @@ from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig, read_settings
 from vaflow.train.groups import split_items
 from vaflow.train.record import from_json
-from vaflow.train.search.trials import (
+from vaflow.train.training import evaluate_run
+from vaflow.train.trials import (
     DONE,
     FAILED,
     STOPPED,
@@ -31,7 +32,6 @@ from vaflow.train.search.trials import (
     read_space,
     rungs,
 )
-from vaflow.train.training import evaluate_run
 
 pytest.importorskip("optuna")
 

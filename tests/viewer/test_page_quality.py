@@ -13,10 +13,9 @@ from toy_runs import write_run
 from until import until
 
 from vaflow.cli import main
-from vaflow.train.ablate.grid import Row
 from vaflow.train.ablate.report import About, html_page
 from vaflow.train.ablate.results import collect
-from vaflow.train.ablate.schedule import Options
+from vaflow.train.ablate.schedule import Options, Row
 from vaflow.viewer.page import ViewConfig, write_viewer
 from vaflow.viewer.report import write_report
 

@@ -20,9 +20,8 @@ from vaflow.encoders import random_encoders
 from vaflow.errors import count, visible
 from vaflow.pages import render
 from vaflow.timeline import Floats
-from vaflow.train.ablate.grid import SCORES
 from vaflow.train.ablate.results import COSTS, COSTS_NOTE, EncoderComparison, Results, RowResult, TableResult
-from vaflow.train.ablate.schedule import Options
+from vaflow.train.ablate.schedule import SCORES, Options
 
 FROZEN, TUNED = "frozen cache", "fine-tuned"  # how the rows were trained
 BASE = "base"  # table name of the full model, if no row of the tables is it

@@ -1,8 +1,10 @@
 """Results of a study from its finished runs: means over seeds, intervals over videos, differences, best rows.
 
-The bootstrap over videos draws the same resamples for all configurations.
+The bootstrap over videos draws the same resamples for all configurations. The table of a cache's encoders and their
+comparison are here too.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +15,16 @@ import numpy as np
 from vaflow.cache import Cache
 from vaflow.cache.costs import stream_costs
 from vaflow.cache.schema import stored_layers
+from vaflow.errors import UsageError, explain
 from vaflow.timeline import Floats
-from vaflow.train.ablate.grid import ENCODERS, SCORES, Table, encoder_streams
 from vaflow.train.ablate.pool import RUNS
-from vaflow.train.ablate.schedule import Entry, Schedule
+from vaflow.train.ablate.schedule import SCORES, Entry, Schedule, Study, Table, parse_study
 from vaflow.train.ablate.workers import Ended, read_moments
+from vaflow.train.config import NONE
 from vaflow.train.metrics import PairedDifference, paired_difference, percentile_interval, resampled_ccc, shared_draws
 from vaflow.train.runs import RunFolder
 
+ENCODERS = "encoders"  # name of the table of a cache's encoders
 COSTS = ("stream", "dimensions", "layers", "MB", "parameters (M)", "s per minute", "device", "precision")
 COSTS_NOTE = "s per minute: seconds of encoding per minute of video, without decoding. -: not recorded."
 
@@ -176,6 +180,38 @@ class _Measure:
             moments = np.array([[self._moments[key][video] for video in self._videos] for key in keys])
             self._resampled[keys] = resampled_ccc(moments, self._draws)
         return self._resampled[keys]
+
+
+def encoder_study(cache: Cache) -> Study:
+    """Table `encoders`: the same heads on every stream of a cache, every pair, and all visual streams together.
+
+    It is written as the TOML of any other table, so that `tables.toml` of the study repeats it. The full model has the
+    first visual and the first audio stream.
+
+    Raises:
+        UsageError: the cache has no stream of an encoder.
+    """
+    visual, audio = encoder_streams(cache, "visual"), encoder_streams(cache, "audio")
+    if not visual and not audio:
+        raise UsageError(explain(f"{cache.place} has no encoder's stream", expected="a visual or an audio stream"))
+    lines = ["[base]", 'preset = "p1"', *_selected(visual[:1], audio[:1]), ""]
+    lines += [f"[table.{ENCODERS}]", 'title = "Encoders of the cache"', ""]
+    rows = {name: _selected([name], []) for name in visual} | {name: _selected([], [name]) for name in audio}
+    rows |= {f"{one} + {other}": _selected([one], [other]) for one in visual for other in audio}
+    if len(visual) > 1:
+        rows["all visual"] = _selected(visual, [])
+    for name, settings in rows.items():
+        lines += [f"[[table.{ENCODERS}.row]]", f"name = {json.dumps(name)}", *settings, ""]
+    return parse_study("\n".join(lines), f"table {ENCODERS}")
+
+
+def encoder_streams(cache: Cache, kind: str) -> list[str]:
+    """Names of the visual or audio streams of a cache."""
+    return [name for name, info in cache.streams().items() if info.kind == kind]
+
+
+def _selected(visual: Sequence[str], audio: Sequence[str]) -> list[str]:
+    return [f"visual = {json.dumps(list(visual) or [NONE])}", f"audio = {json.dumps(list(audio) or [NONE])}"]
 
 
 @dataclass(frozen=True)

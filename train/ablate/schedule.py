@@ -1,10 +1,16 @@
-"""Schedule of a study: the configurations to train, their hashes, and the rows that cannot be trained."""
+"""Tables of `vaflow ablate`, and their schedule: the runs to train, their hashes, and rows that cannot be trained.
+
+The format of the tables is described at the head of the built-in file, `vaflow/train/paper_tables.toml`.
+"""
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache
@@ -13,17 +19,204 @@ from vaflow.cache.schema import LABELS, LOGMEL, PIXELS
 from vaflow.encoders import is_encoder
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Grid
-from vaflow.train.ablate.grid import Row, Settings, Study, Table, expand
-from vaflow.train.config import BEFORE_SETTING, NONE, TrainConfig, with_aliases
+from vaflow.train.config import BEFORE_SETTING, NONE, TrainConfig, coerce, merge, preset, with_aliases
 from vaflow.train.groups import split_items
 from vaflow.train.inputs import Inputs, resolve, sampling
 from vaflow.train.session import data_key
 
+ALL = "all"
+EACH = ("prompts",)
+SCORES = ("valence", "arousal", "mean")
+ROW_KEYS = ("name", "preset", "paper", "each")  # the other keys of a row are settings
+
+Settings = Mapping[str, Any]
 HASH_BYTES = 8
 REFERENCE = "full model"  # name of the reference row, if no table contains it
 IMPORTED = "imported"  # encoder of imported streams
 STORED, FACES = "float16", "auto"  # defaults of `vaflow extract`
 NO_PROMPTS = "without the prompt head: the cache has no prompt embeddings"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration of a table.
+
+    Attributes:
+        table, name: name of its table, and its own.
+        settings: those that differ from the base.
+        preset: preset applied before these settings; empty: none.
+        paper: published concordance (valence, arousal, mean), or None.
+        each: "prompts": a row for every prompt set but the default one; empty: the row as it is.
+    """
+
+    table: str
+    name: str
+    settings: Settings = field(default_factory=dict)
+    preset: str = ""
+    paper: tuple[float, float, float] | None = None
+    each: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A named list of rows."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All tables of a file, the settings that every row starts from (the full model), and the file's text."""
+
+    base: Settings
+    tables: tuple[Table, ...]
+    text: str
+
+    def choose(self, names: Sequence[str]) -> tuple[Table, ...]:
+        """Return the named tables in the file's order; all of them for "all" or no name.
+
+        Raises:
+            UsageError: there is no such table.
+        """
+        known = {table.name: table for table in self.tables}
+        for name in names:
+            if name != ALL and name not in known:
+                raise UsageError(explain("Unknown table", got=name, choices=[*known, ALL]))
+        return self.tables if not names or ALL in names else tuple(t for t in self.tables if t.name in names)
+
+    def config(self, row: Row | None, overrides: Settings) -> TrainConfig:
+        """Settings of a row, or of the full model: base < preset of the row < `overrides` < settings of the row.
+
+        Raises:
+            UsageError: values that do not fit.
+        """
+        row = row or Row("", REFERENCE)
+        return merge(self.base, preset(row.preset) if row.preset else {}, overrides, row.settings)
+
+    def streams(self) -> set[str]:
+        """Return all streams named by rows."""
+        configs = [self.config(row, {}) for row in (None, *(row for table in self.tables for row in table.rows))]
+        return {name for config in configs for name in (*config.visual, *config.audio)}
+
+
+def load_study(path: Path | None = None) -> Study:
+    """Read a file of tables; None: the built-in one.
+
+    Raises:
+        UsageError: it cannot be read, is not TOML, or a part of it is not understood; the row is named.
+    """
+    name = str(path or "paper_tables.toml")
+    try:
+        text = (path or resources.files("vaflow.train").joinpath("paper_tables.toml")).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(explain(f"{name} is not TOML", expected="UTF-8", got=error)) from error
+    except OSError as error:
+        raise UsageError(explain(f"Cannot read the tables {name}", got=error.strerror)) from error
+    return parse_study(text, name)
+
+
+def parse_study(text: str, name: str) -> Study:
+    """Parse the text of a file of tables; `name` stands in messages.
+
+    Raises:
+        UsageError: it is not TOML, or a part of it is not understood; the row is named.
+    """
+    try:
+        document = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, brackets without end
+        expected = "tables as in the built-in file"
+        raise UsageError(explain(f"{name} is not TOML", expected=expected, got=error)) from error
+    tables = document.get("table")
+    if not isinstance(tables, dict) or not tables:
+        raise UsageError(explain(f"{name} has no tables", expected="[table.NAME] with rows [[table.NAME.row]]"))
+    _only(document, ("base", "table"), name)
+    base = document.get("base", {})
+    if not isinstance(base, dict):
+        raise UsageError(explain(f"{name}: [base] is not a table of settings", got=base))
+    settings = {key: setting for key, setting in base.items() if key != "preset"}
+    _check_settings(settings, f"{name}, [base]")
+    if "preset" in base:
+        settings = preset(str(base["preset"])) | settings
+    study = Study(settings, tuple(_table(key, value, name) for key, value in tables.items()), text)
+    for table in study.tables:
+        for row in table.rows:
+            try:
+                study.config(row, {})
+            except UsageError as error:
+                raise UsageError(f"{name}, table {row.table}, row {row.name!r}: {error}") from error
+    return study
+
+
+def _table(name: str, value: object, file: str) -> Table:
+    where = f"{file}, table {name}"
+    if name == ALL or not isinstance(value, dict):
+        raise UsageError(explain(f"{where} is not understood", expected=f"[table.NAME], NAME not {ALL!r}", got=value))
+    _only(value, ("title", "row"), where)
+    rows = value.get("row")
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(explain(f"{where} has no rows", expected=f"[[table.{name}.row]] with a name and settings"))
+    parsed = tuple(_row(name, row, where) for row in rows)
+    names = [row.name for row in parsed]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise UsageError(explain(f"{where} has two rows of one name", got=twice))
+    return Table(name, str(value.get("title", "")), parsed)
+
+
+def _row(table: str, value: object, where: str) -> Row:
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(name, str) or not name.strip():
+        raise UsageError(explain(f"{where}: a row has no name", expected='name = "..."', got=value))
+    where = f"{where}, row {name!r}"
+    settings = {key: setting for key, setting in value.items() if key not in ROW_KEYS}
+    _check_settings(settings, where)
+    if "seed" in settings:
+        raise UsageError(explain(f"{where} sets a seed", remedy="Every row is trained with every seed: --seeds N"))
+    each = value.get("each", "")
+    if each and each not in EACH:
+        raise UsageError(explain(f"{where}: unknown value for each", got=each, choices=EACH))
+    return Row(table, name, settings, str(value.get("preset", "")), _paper(value.get("paper"), where), each)
+
+
+def _check_settings(settings: Settings, where: str) -> None:
+    """Raise an error that names the position of an unknown setting or a value of another type."""
+    for key, value in settings.items():
+        try:
+            coerce(key, value)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
+
+
+def _paper(value: object, where: str) -> tuple[float, float, float] | None:
+    if value is None:
+        return None
+    if isinstance(value, dict) and set(value) == set(SCORES):
+        numbers = [float(value[name]) for name in SCORES if isinstance(value[name], int | float)]
+        if len(numbers) == len(SCORES) and all(-1 <= number <= 1 for number in numbers):
+            return numbers[0], numbers[1], numbers[2]
+    expected = "{ valence = 0.1, arousal = 0.1, mean = 0.1 }"
+    raise UsageError(explain(f"{where}: paper is not understood", expected=expected, got=value))
+
+
+def _only(value: Mapping[str, object], known: Sequence[str], where: str) -> None:
+    for key in value:
+        if key not in known:
+            raise UsageError(explain(f"{where}: unknown key", got=key, choices=known))
+
+
+def expand(table: Table, prompt_sets: Iterable[str]) -> Table:
+    """The table with one row per prompt set but the run's default, for every row that is for each of them."""
+    others = sorted(set(prompt_sets) - {TrainConfig.prompts})
+    rows: list[Row] = []
+    for row in table.rows:
+        if row.each:
+            sets = {name: {**row.settings, "prompts": name} for name in others}
+            rows += [replace(row, name=row.name.replace("{prompts}", n), settings=s, each="") for n, s in sets.items()]
+        else:
+            rows.append(row)
+    return replace(table, rows=tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -208,43 +401,41 @@ def add_command(cache: Cache, missing: Iterable[tuple[str, str]]) -> str:
 
     For streams without an encoder, the `vaflow cache import` command.
     """
-    missing = list(dict.fromkeys(missing))
-    encoders = {n for _, n in missing if n == LOGMEL or is_encoder(n, "visual") or is_encoder(n, "audio")}
-    known = [(kind, name) for kind, name in missing if name in encoders]
-    commands = [
-        f"vaflow cache import {shlex.quote(cache.place)} --stream {shlex.quote(name)} --kind {kind} --from DIR"
-        for kind, name in missing
-        if (kind, name) not in known
-    ]
-    if known:
-        streams_of_encoders = {
-            kind: [name for k, name in known if k == kind and name != LOGMEL] or [NONE] for kind in ("visual", "audio")
-        }
-        options = [f"--{kind} {shlex.quote(name)}" for kind, names in streams_of_encoders.items() for name in names]
-        command = f"vaflow extract ROOT --out {shlex.quote(cache.place)} {' '.join(options)}"
-        commands.insert(0, " ".join([command, *_sampling_options(cache), *_reading_options(cache)]))
+    place, commands = shlex.quote(cache.place), []
+    encoders: dict[str, list[str]] = {"visual": [], "audio": []}
+    for kind, name in dict.fromkeys(missing):
+        if name == LOGMEL or is_encoder(name, kind):
+            encoders[kind].append(name)
+        else:
+            commands.append(f"vaflow cache import {place} --stream {shlex.quote(name)} --kind {kind} --from DIR")
+    if any(encoders.values()):
+        options = [
+            f"--{kind} {shlex.quote(name)}"
+            for kind, names in encoders.items()
+            for name in [name for name in names if name != LOGMEL] or [NONE]
+        ]
+        commands.insert(0, " ".join([f"vaflow extract ROOT --out {place}", *options, *extract_options(cache)]))
     return "; ".join(commands)
 
 
-def _sampling_options(cache: Cache) -> list[str]:
-    """Sampling options of the cache's streams that differ from the defaults."""
-    sampled = next(filter(None, (sampling(info.identity) for info in cache.streams().values())), {})
+def extract_options(cache: Cache) -> list[str]:
+    """Options of sampling, faces, decoding and storage that differ from the defaults in the cache's streams."""
+    infos = list(cache.streams().values())
+    sampled = next(filter(None, (sampling(info.identity) for info in infos)), {})
     grid = Grid()
     usual = {"window": grid.window, "stride": grid.stride, "frames": grid.frames, "audio_steps": grid.frames}
-    changed = {key: value for key, value in usual.items() if sampled.get(key, value) != value}
-    return [f"--{key.replace('_', '-')} {sampled[key]:g}" for key in changed]
-
-
-def _reading_options(cache: Cache) -> Iterator[str]:
-    """Options of faces, decoding and storage of the cache's streams that differ from the defaults."""
-    infos = [info for info in cache.streams().values() if info.kind in ("visual", "audio", "logmel")]
+    changed = [key for key, value in usual.items() if sampled.get(key, value) != value]
+    options = [f"--{key.replace('_', '-')} {sampled[key]:g}" for key in changed]
+    infos = [info for info in infos if info.kind in ("visual", "audio", "logmel")]
     dtype = next((info.dtype for info in infos if info.identity.get("encoder") != IMPORTED), STORED)
     frames: Mapping[str, Any] = next(filter(None, (info.identity.get("picture") for info in infos)), {})
-    faces = frames.get("faces", {}).get("source", FACES)
-    backend = frames.get("decoder", {}).get("backend", "")
+    faces = frames.get("faces", {})
     precision = next(filter(None, (info.identity.get("precision") for info in infos)), "")
-    yield from [f"--dtype {dtype}"] if dtype != STORED else []
-    yield from [f"--faces {faces}"] if faces != FACES else []
-    yield from ["--decoder nvdec"] if "nvdec" in backend else []
-    yield from ["--detector torch"] if frames.get("faces", {}).get("runtime", "").startswith("torch ") else []
-    yield from [f"--precision {precision}"] if precision else []
+    different = {
+        f"--dtype {dtype}": dtype != STORED,
+        f"--faces {faces.get('source')}": faces.get("source", FACES) != FACES,
+        "--decoder nvdec": "nvdec" in frames.get("decoder", {}).get("backend", ""),
+        "--detector torch": faces.get("runtime", "").startswith("torch "),
+        f"--precision {precision}": precision,
+    }
+    return options + [option for option, differs in different.items() if differs]

@@ -19,9 +19,8 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.finetune.backbones import Backbone
 from vaflow.train.finetune.data import Augment, Source
 from vaflow.train.heads.model import VAModel
-from vaflow.train.loop import Row, batch_loss, seeded, update
+from vaflow.train.loop import Row, adamw, batch_loss, seeded, update
 from vaflow.train.losses import REGIONS
-from vaflow.train.optimizer import adamw
 from vaflow.train.windows import StreamTable, WindowSet, ahead, drop_modality, to_device
 
 # Padded batch sizes of `encode_split`: those of `vaflow extract`, because the low bits depend on the batch size.

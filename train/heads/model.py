@@ -18,8 +18,7 @@ from torch.nn import functional
 from vaflow.errors import UsageError, explain
 from vaflow.train.batch import AUDIO, VISUAL, Batch, Output, StreamSpec, TargetSpec
 from vaflow.train.heads.fusion import FUSION, Track, interpolate
-from vaflow.train.heads.layers import Dropout, LayerMixture, Spectrogram
-from vaflow.train.heads.prompt import PromptHead
+from vaflow.train.heads.layers import Dropout, LayerMixture, PromptHead, Spectrogram
 from vaflow.train.heads.temporal import TEMPORAL, Recurrent, run_together, zero_outside
 
 STD_RANGE = (0.02, 2.0)  # errors of values in [-1, 1] are at most 2

@@ -13,13 +13,12 @@ from vaflow.errors import UsageError, count, explain, visible
 from vaflow.ray_cluster import check_engine
 
 if TYPE_CHECKING:
+    from vaflow.train.ablate import StudyResult
     from vaflow.train.ablate.pool import Outcome
     from vaflow.train.ablate.results import TableResult
     from vaflow.train.ablate.schedule import Schedule
-    from vaflow.train.ablate.study import StudyResult
-    from vaflow.train.search import SearchResult
-    from vaflow.train.search.study import NestedResult
-    from vaflow.train.search.trials import Trial
+    from vaflow.train.search import NestedResult
+    from vaflow.train.trials import SearchResult, Trial
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Directory of runs and results.", show_default=False)]
 Tables = Annotated[
@@ -78,8 +77,8 @@ def ablate(
 
     with loading(output):
         from vaflow.train.ablate import run_study
-        from vaflow.train.ablate.grid import ENCODERS, encoder_study, load_study
-        from vaflow.train.ablate.schedule import Options
+        from vaflow.train.ablate.results import ENCODERS, encoder_study
+        from vaflow.train.ablate.schedule import Options, load_study
 
     options = Options(seeds, parse_pairs(TrainConfig, settings or []), alias_pairs(aliases or []), allow_missing)
     opened = open_cache(cache)
@@ -274,8 +273,8 @@ def search(
     from vaflow.cache import open_cache
 
     with loading(output):
-        from vaflow.train.search import SearchOptions, run_nested_search, run_search
-        from vaflow.train.search.trials import read_space
+        from vaflow.train.search import run_nested_search, run_search
+        from vaflow.train.trials import SearchOptions, read_space
 
     options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing, batch, together)
     if outer_folds and (train, holdout) != (SearchOptions.train, SearchOptions.holdout):

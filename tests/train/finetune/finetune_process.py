@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vaflow.cache import open_cache
 from vaflow.files import write_tensors
-from vaflow.train.finetune.run import processes
+from vaflow.train.finetune import processes
 from vaflow.train.finetune.step import read_share, train_step
 from vaflow.train.training import train_run
 

@@ -17,9 +17,9 @@ from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract
 from vaflow.files import read_tensors
 from vaflow.predict import predict_media
+from vaflow.train import finetune as tuning_run
 from vaflow.train.batch import CLASSES
 from vaflow.train.config import TrainConfig
-from vaflow.train.finetune import run as tuning_run
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.runs import RunFolder, load_run, require_record
 from vaflow.train.training import evaluate_run, train_run

@@ -15,8 +15,8 @@ from lab import Lab, assert_printed
 from vaflow.cache import Cache, open_cache
 from vaflow.files import read_tensors
 from vaflow.train.config import TrainConfig
+from vaflow.train.finetune import processes
 from vaflow.train.finetune.backbones import Backbone
-from vaflow.train.finetune.run import processes
 from vaflow.train.finetune.step import Tuning, divide, read_share, train_epoch, train_step
 from vaflow.train.losses import total_loss
 from vaflow.train.training import train_run

@@ -1,6 +1,7 @@
-"""Run `vaflow search`: propose, train on folds, stop early, score the best trial on the held-out split, write files.
+"""`vaflow search`: random or Bayesian search over settings, scored by cross-validation within the training split.
 
-The files are `trials.csv`, `search.json`, `best.toml`, and the page `search.html`.
+Trials are proposed, trained on folds and stopped early; the best one is scored on the held-out split. Files:
+`trials.csv`, `search.json`, `best.toml`, and the page `search.html`.
 """
 
 import json
@@ -27,7 +28,10 @@ from vaflow.train.config import TrainConfig, merge, to_toml
 from vaflow.train.groups import make_folds, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.runs import RunFolder
-from vaflow.train.search.trials import (
+from vaflow.train.stacked_epochs import FAILURES
+from vaflow.train.together import one_thread
+from vaflow.train.training import evaluate_run
+from vaflow.train.trials import (
     DONE,
     FAILED,
     STOPPED,
@@ -42,9 +46,6 @@ from vaflow.train.search.trials import (
     rungs,
     trials_csv,
 )
-from vaflow.train.stacked_epochs import FAILURES
-from vaflow.train.together import one_thread
-from vaflow.train.training import evaluate_run
 
 LOG, STARTED, RESULT = "trials.jsonl", "started.json", "search.json"
 WIDTH, HEIGHT = 860, 260  # pixels of the plot
