@@ -129,10 +129,8 @@ class Output:
         """Split the predictions in `packed`, [B, F, K].
 
         Args:
-            packed: made by `packed`.
             regions: number of region logits, 0 without a prompt head.
             extra: name -> number of logits of each further target, in the model's order.
-            variance: whether the model has a variance head.
         """
         va, logits, *others, log_std = packed.split([2, regions, *extra.values(), 2 * variance], dim=-1)
         logits_of = dict(zip(extra, others, strict=True))

@@ -258,7 +258,6 @@ def weigh(runs: Sequence[Path], how: str, traces: Sequence[Sequence[Trace]] = ()
     """Choose weights of runs per dimension on a labelled split; a dimension without labels gets equal weights.
 
     Args:
-        how: one of `WEIGHTS`.
         traces: per run a trace per clip; not used for plain means.
     """
     names = tuple(str(Path(run).resolve()) for run in runs)
@@ -411,9 +410,6 @@ def total_deviation(traces: Sequence[Trace], weights: Floats, mean: Floats) -> F
 
 def ensemble_traces(path: Path, runs: Sequence[Sequence[Trace]], weights: Floats) -> list[Trace]:
     """Traces of a run or an ensemble from those of its runs, with calibrated standard deviations.
-
-    Args:
-        runs, weights: see `combine`.
 
     Raises:
         DataError: the runs predict different frames.

@@ -188,8 +188,6 @@ def train_epoch(
 
     Args:
         optimizer: its groups have an `initial_lr`.
-        windows: of the training split.
-        config: resolved settings.
         epoch: counted from 0.
         read: windows of every step, [B] each -> what `learn` takes at every step.
         learn: step and batch -> losses and norm, as `update` returns them.
@@ -310,7 +308,6 @@ def run_epochs(
 
     Args:
         model, optimizer: what is trained; a checkpoint holds their state.
-        config: resolved settings.
         learn: train one epoch, counted from 0; returns the mean losses.
         validate: predict the validation split.
         steps_per_epoch: for `epochs=auto`, whose patience counts in steps.

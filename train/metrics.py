@@ -142,9 +142,7 @@ def bootstrap_interval(
 
     Args:
         moments: [V, 6, 2], `video_moments` of every video.
-        resamples: how many samples of V videos are drawn.
         level: share of them inside the interval.
-        seed: of the draws; equal seeds give equal intervals.
 
     Raises:
         UsageError: no video, no resample, or a level outside (0, 1).

@@ -147,8 +147,6 @@ def take_step(
     """Take step `step` of the epoch in some runs; returns losses and norm of each, [6].
 
     Args:
-        stack: the models of all members.
-        members: all runs.
         runs: numbers of those that take the step.
         windows: those of the first of these runs, then those of the second, ...; the same number for each.
         step: counted from 0.

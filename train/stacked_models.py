@@ -377,12 +377,7 @@ class DropoutMasks:
 
 
 class DropoutPerRun(nn.Module):
-    """Dropout whose masks under `torch.vmap` are those that each run draws alone.
-
-    Args:
-        rates: probability per run.
-        masks: of the step.
-    """
+    """Dropout whose masks under `torch.vmap` are those that each run draws alone."""
 
     def __init__(self, rates: Sequence[float], masks: DropoutMasks) -> None:
         super().__init__()

@@ -46,7 +46,6 @@ class Pool:
 
     Args:
         processes: how many at once; 1: in this process. With Ray, the most; None: as many as the cluster has room for.
-        engine: "local" or "ray".
         ray_address: of the cluster, as `ray.init` takes it.
         level: of log lines that are shown while runs go on.
         on_choice: called with a line about each batch that was timed.
@@ -320,8 +319,6 @@ class Shared:
     """What every node must see alike.
 
     Args:
-        cache: path or URL.
-        contents: of the cache, as `contents` lists them.
         token, text: a file in the folder of the runs, and what it holds.
     """
 

@@ -147,7 +147,6 @@ def encode_split(
     """The same windows with the current features of the backbones, in the stored dtype.
 
     Args:
-        sources: stream name -> inputs of its backbone.
         rank, ranks: number of this process, and of all; each encodes its share.
         combine: sums a tensor over all processes.
     """

@@ -109,7 +109,6 @@ class Fusion(nn.Module):
         audio_streams: number of tracks, at least one.
         attend: align tracks with the frames by cross-modal attention (eq. 3), else by interpolation in time.
         join: "replace" (F_fused is the aligned audio), "gate" (eq. 4-5) or "concat" (beside H_v).
-        heads: attention heads.
         positions: "none" (as published) or "time": add sinusoids of the true times to queries and keys. Values stay
             as they are. Has no effect without attention.
 

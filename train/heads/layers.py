@@ -32,9 +32,7 @@ def dropout_masks(
     """Draw masks: 0 with probability `rate`, rounded to 1 / 65,536, and the reciprocal of the kept share otherwise.
 
     Args:
-        shape: of a mask.
         rate: in [0, 1); nothing is drawn for 0.
-        dtype, device: of the result.
         generators: of the random numbers of each mask, on that device; None: torch's own.
 
     Returns:
@@ -60,9 +58,6 @@ class LayerMixture(nn.Module):
 
     The weights are scaled: at the learning rate of the heads they would hardly move in a few epochs.
     Source: Yang et al. 2021 (SUPERB, arXiv 2105.01051), section 2.2.
-
-    Args:
-        layers: number of layers.
     """
 
     def __init__(self, layers: int) -> None:
@@ -116,7 +111,6 @@ class Spectrogram(nn.Module):
     Args:
         bands: width of a frame.
         frames_per_step: number of frames pooled into one step.
-        channels: of the three convolutions.
 
     Attributes:
         width: of a step's vector.

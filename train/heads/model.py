@@ -79,10 +79,6 @@ class Branch(nn.Module):
 
     Args:
         dim: width of the stream's features.
-        hidden: width of the result.
-        normalize: a key of `NORMALIZE`.
-        temporal: a key of `TEMPORAL`.
-        temporal_options: its keyword arguments.
         dropout: before the temporal model.
         frames_per_step: of a spectrogram; 0: features are steps.
         layers: of the encoder in a feature vector; several are mixed after their normalisation.
@@ -156,15 +152,12 @@ class VAModel(nn.Module):
         prototypes: [9, D] text prototypes of the regions; None: no prompt head.
         hidden: width of every sequence.
         temporal: a key of `TEMPORAL`, the same for every stream (each has its own weights).
-        temporal_options: its keyword arguments, e.g. {"layers": 2}.
         fusion: a key of `FUSION`.
-        attention_heads: of cross-modal attention.
         attention_positions: "none" or "time"; see `Fusion`.
         dropout: after projections and in the regression head; `temporal_options` may override it in temporal models.
         normalize: normalisation of features before their projection, a key of `NORMALIZE`. Encoders differ in scale,
             and CLIP vectors are cached unnormalised. "layer" is a LayerNorm, "l2" makes unit vectors, "standard" needs
             `set_statistics`, "none" follows the paper.
-        learnable_prototypes: train the prototypes, too.
         context: number and width of learned context vectors; see `PromptHead`.
         targets: further targets; each has a linear head on F_fused.
         variance: predict the standard deviation of valence and arousal, too.
@@ -349,11 +342,7 @@ def check_features(stream: StreamSpec, batch: Batch) -> None:
 
 
 class EachModel(nn.Module):
-    """Take valence from one model and arousal from another; other logits are the mean of both.
-
-    Args:
-        valence, arousal: models of the same inputs.
-    """
+    """Take valence from one model and arousal from another; other logits are the mean of both."""
 
     def __init__(self, valence: nn.Module, arousal: nn.Module) -> None:
         super().__init__()

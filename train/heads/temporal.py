@@ -47,11 +47,8 @@ class Recurrent(nn.Module):
 
     Args:
         cell: `nn.GRU` or `nn.LSTM`, which holds the weights; `run_recurrent` computes.
-        input_size: width of x.
         hidden: width of the output, both directions together.
-        layers: how many are stacked.
         per_direction: width of each direction, where it is not half of `hidden`; projected back linearly.
-        dropout: between stacked layers.
 
     Raises:
         UsageError: `hidden` is odd and no `per_direction` is given.
@@ -117,12 +114,9 @@ class TCN(nn.Module):
     """Residual blocks of two dilated convolutions each; the dilation doubles from block to block.
 
     Args:
-        input_size: width of x.
-        hidden: width of the output.
         layers: residual blocks. Three blocks of width 3 cover 29 steps, more than a window of 20.
         kernel_size: taps of each convolution.
         causal: use past steps only (as in the paper), or both sides.
-        dropout: after each convolution.
 
     Raises:
         UsageError: `kernel_size` is even and the model is not causal.
@@ -211,11 +205,7 @@ class Transformer(nn.Module):
 
     Args:
         input_size: width of x; projected to `hidden` where they differ.
-        hidden: width of the output.
-        layers: encoder layers.
-        heads: attention heads.
         feedforward: width of the inner layer; twice `hidden` where None.
-        dropout: in attention and feed-forward layers.
 
     Raises:
         UsageError: `hidden` is odd or not divisible by `heads`.
