@@ -56,237 +56,126 @@ class TrainConfig:
         UsageError: a value is not one of the choices, out of range, or does not go with another.
     """
 
-    visual: tuple[str, ...] = setting(
-        (), "Visual streams, or none", "data", unset="the cache's only one", option="--visual", shown=True
-    )
-    audio: tuple[str, ...] = setting(
-        (), "Audio streams, or none", "data", unset="the cache's only one", option="--audio", shown=True
-    )
-    text: str = setting(
-        "", "Stream of prompt prototypes", "data", unset="that of the first visual stream", metavar="STREAM"
-    )
-    prompts: str = setting("default", "Prompt set: an item of the stream of prototypes", "data")
-    window: float | None = setting(
-        None,
-        "Length of a training window",
-        "data",
-        unit="seconds",
-        above=0,
-        below=MAX_WINDOW,
-        unset="as in the cache",
-        option="--window",
-    )
-    stride: float | None = setting(
-        None,
-        "Time between the starts of two windows",
-        "data",
-        unit="seconds",
-        above=0,
-        below=MAX_WINDOW,
-        unset="as in the cache",
-        option="--stride",
-    )
-    frames: int | None = setting(
-        None, "Output frames per window", "data", above=0, below=MAX_SAMPLES, unset="as in the cache", option="--frames"
-    )
-    audio_steps: int | None = setting(
-        None, "Audio steps per window", "data", above=0, below=MAX_SAMPLES, unset="at the rate of the stream"
-    )
-    label_reduction: str = setting(
-        "nearest", "Label of a sampled frame: the nearest, or the mean over a step", "data", choices=("nearest", "mean")
-    )
-    hidden: int = setting(
-        256, "Width of the projections, the temporal models and the fusion", "model", at_least=1, source=P1
-    )
-    temporal: str = setting(
-        "gru", "Temporal model", "model", choices=TEMPORAL, source=P1, option="--temporal", shown=True
-    )
-    fusion: str = setting(
-        "hierarchical",
-        "Fusion of the modalities",
-        "model",
-        choices=FUSION,
-        source=f"{P1}, equations 3 to 5",
-        option="--fusion",
-        shown=True,
-    )
-    attention_heads: int = setting(4, "Heads of the cross-modal attention", "model", at_least=1)
-    attention_positions: str = setting(
-        "time",
+    # fmt: off
+    visual: tuple[str, ...] = setting((), "Visual streams, or none",
+        group="data", unset="the cache's only one", option="--visual", shown=True)
+    audio: tuple[str, ...] = setting((), "Audio streams, or none",
+        group="data", unset="the cache's only one", option="--audio", shown=True)
+    text: str = setting("", "Stream of prompt prototypes",
+        group="data", unset="that of the first visual stream", metavar="STREAM")
+    prompts: str = setting("default", "Prompt set: an item of the stream of prototypes", group="data")
+    window: float | None = setting(None, "Length of a training window",
+        group="data", unit="seconds", above=0, below=MAX_WINDOW, unset="as in the cache", option="--window")
+    stride: float | None = setting(None, "Time between the starts of two windows",
+        group="data", unit="seconds", above=0, below=MAX_WINDOW, unset="as in the cache", option="--stride")
+    frames: int | None = setting(None, "Output frames per window",
+        group="data", above=0, below=MAX_SAMPLES, unset="as in the cache", option="--frames")
+    audio_steps: int | None = setting(None, "Audio steps per window",
+        group="data", above=0, below=MAX_SAMPLES, unset="at the rate of the stream")
+    label_reduction: str = setting("nearest", "Label of a sampled frame: the nearest, or the mean over a step",
+        group="data", choices=("nearest", "mean"))
+    hidden: int = setting(256, "Width of the projections, the temporal models and the fusion",
+        group="model", at_least=1, source=P1)
+    temporal: str = setting("gru", "Temporal model",
+        group="model", choices=TEMPORAL, source=P1, option="--temporal", shown=True)
+    fusion: str = setting("hierarchical", "Fusion of the modalities",
+        group="model", choices=FUSION, source=f"{P1}, equations 3 to 5", option="--fusion", shown=True)
+    attention_heads: int = setting(4, "Heads of the cross-modal attention", group="model", at_least=1)
+    attention_positions: str = setting("time",
         "Positions in the cross-modal attention: none as published, or sinusoids of the true times",
-        "model",
-        choices=POSITIONS,
-        source="Choices where the papers are silent",
-    )
-    dropout: float = setting(0.1, "Dropout probability", "model", at_least=0, below=1)
-    normalize: str = setting("standard", "Normalization of the input features", "model", choices=NORMALIZE)
-    layers: int = setting(
-        0, "Layers of the temporal model", "model", at_least=0, unset="1 for gru and lstm, 3 for tcn, 2 for transformer"
-    )
-    causal: bool = setting(True, "TCN without access to later frames", "model")
-    learnable_prompts: bool = setting(False, "Train the prompt prototypes", "model")
-    prompt_context: int = setting(
-        0,
+        group="model", choices=POSITIONS, source="Choices where the papers are silent")
+    dropout: float = setting(0.1, "Dropout probability", group="model", at_least=0, below=1)
+    normalize: str = setting("standard", "Normalization of the input features", group="model", choices=NORMALIZE)
+    layers: int = setting(0, "Layers of the temporal model",
+        group="model", at_least=0, unset="1 for gru and lstm, 3 for tcn, 2 for transformer")
+    causal: bool = setting(True, "TCN without access to later frames", group="model")
+    learnable_prompts: bool = setting(False, "Train the prompt prototypes", group="model")
+    prompt_context: int = setting(0,
         "Learned vectors before each region's description, in place of the templates (0: cached prototypes)",
-        "model",
-        at_least=0,
-    )
-    text_weights: str = setting(
-        "", "Weights file of the text tower, for prompt_context", "model", unset="from the hub", metavar="FILE"
-    )
-    centers: float = setting(
-        0.66, "Distance of outer region centers from 0", "loss", above=0, source=f"{P1}, equation 2", option="--centers"
-    )
-    sigma: float = setting(
-        0.45, "Width of the soft labels", "loss", above=0, source=f"{P1}, equation 2", option="--sigma"
-    )
-    region_labels: str = setting(
-        "soft", "Region labels: soft, or one-hot of the nearest center", "loss", choices=("soft", "hard")
-    )
-    kl_weight: float = setting(
-        0.2,
-        "Weight of the prompt loss (0: no prompt head)",
-        "loss",
-        at_least=0,
-        source=f"{P1}, equation 6",
-        option="--kl-weight",
-    )
-    mse_weight: float = setting(0.0, "Weight of the mean squared error", "loss", at_least=0)
-    ccc_weight: float = setting(1.0, "Weight of the CCC loss", "loss", at_least=0, source=f"{P1}, equation 6")
-    extra_targets: tuple[str, ...] = setting(
-        (), "Streams of further targets (expression classes, action units)", "loss", unset="none"
-    )
-    extra_weight: float = setting(0.5, "Weight of each further target's cross-entropy", "loss", at_least=0)
-    uncertainty: str = setting(
-        "none",
+        group="model", at_least=0)
+    text_weights: str = setting("", "Weights file of the text tower, for prompt_context",
+        group="model", unset="from the hub", metavar="FILE")
+    centers: float = setting(0.66, "Distance of outer region centers from 0",
+        group="loss", above=0, source=f"{P1}, equation 2", option="--centers")
+    sigma: float = setting(0.45, "Width of the soft labels",
+        group="loss", above=0, source=f"{P1}, equation 2", option="--sigma")
+    region_labels: str = setting("soft", "Region labels: soft, or one-hot of the nearest center",
+        group="loss", choices=("soft", "hard"))
+    kl_weight: float = setting(0.2, "Weight of the prompt loss (0: no prompt head)",
+        group="loss", at_least=0, source=f"{P1}, equation 6", option="--kl-weight")
+    mse_weight: float = setting(0.0, "Weight of the mean squared error", group="loss", at_least=0)
+    ccc_weight: float = setting(1.0, "Weight of the CCC loss", group="loss", at_least=0, source=f"{P1}, equation 6")
+    extra_targets: tuple[str, ...] = setting((), "Streams of further targets (expression classes, action units)",
+        group="loss", unset="none")
+    extra_weight: float = setting(0.5, "Weight of each further target's cross-entropy", group="loss", at_least=0)
+    uncertainty: str = setting("none",
         "Standard deviation of every prediction: none, or a variance head trained with a Gaussian likelihood",
-        "loss",
-        choices=UNCERTAINTY,
-        source="A variance head beside the CCC",
-    )
-    nll_weight: float = setting(
-        0.0,
+        group="loss", choices=UNCERTAINTY, source="A variance head beside the CCC")
+    nll_weight: float = setting(0.0,
         "Weight of the Gaussian likelihood in the predictions themselves (0: they are trained as without it)",
-        "loss",
-        at_least=0,
-        source="A variance head beside the CCC",
-    )
-    min_face_quality: float = setting(
-        0.0,
+        group="loss", at_least=0, source="A variance head beside the CCC")
+    min_face_quality: float = setting(0.0,
         "Treat faces below this quality (0 to 1; size, sharpness, yaw and detector score) as missing",
-        "data",
-        at_least=0,
-        below=1,
-    )
-    speech_mask: bool = setting(False, "Treat audio without speech as missing", "data")
-    modality_dropout: float = setting(
-        0.0, "Probability that a training window loses one modality", "data", at_least=0, below=1
-    )
-    best: str = setting(
-        "mean",
+        group="data", at_least=0, below=1)
+    speech_mask: bool = setting(False, "Treat audio without speech as missing", group="data")
+    modality_dropout: float = setting(0.0, "Probability that a training window loses one modality",
+        group="data", at_least=0, below=1)
+    best: str = setting("mean",
         "Epoch whose weights are kept: best mean CCC, also the best of each dimension, or best CCC within videos",
-        "optimization",
-        choices=("mean", "each", "within"),
-    )
-    epochs: int = setting(
-        15,
+        group="optimization", choices=("mean", "each", "within"))
+    epochs: int = setting(15,
         "Passes over the training windows; auto: until the validation score stops rising (see patience)",
-        "optimization",
-        at_least=1,
-        words={"auto": AUTO},
-        source=P1,
-        option="--epochs",
-        shown=True,
-    )
-    patience: int = setting(
-        400,
+        group="optimization", at_least=1, words={"auto": AUTO}, source=P1, option="--epochs", shown=True)
+    patience: int = setting(400,
         "With epochs=auto: steps without a better validation score (at least 3 epochs) after which training stops",
-        "optimization",
-        at_least=1,
-    )
-    batch_size: int = setting(16, "Windows per step", "optimization", at_least=1, source=P1, option="--batch-size")
-    lr: float = setting(
-        1e-4, "Learning rate of the heads (AdamW)", "optimization", above=0, source=P1, option="--lr", shown=True
-    )
-    weight_decay: float = setting(
-        1e-4, "Weight decay (AdamW)", "optimization", at_least=0, source=P1, option="--weight-decay"
-    )
-    schedule: str = setting(
-        "constant", "Learning rate schedule over the whole run", "optimization", choices=("constant", "cosine")
-    )
-    warmup: float = setting(0.0, "Epochs in which the learning rate rises linearly from 0", "optimization", at_least=0)
-    clip_norm: float = setting(0.0, "Largest norm of the gradient (0: no limit)", "optimization", at_least=0)
-    seed: int = setting(
-        0, "Random seed (initialization, shuffling, dropout)", "optimization", at_least=0, option="--seed", shown=True
-    )
-    deterministic: bool = setting(
-        False, "Deterministic GPU algorithms: equal results at every start on one GPU model, slower", "optimization"
-    )
-    device: str = setting(
-        "auto",
-        "Device: auto, cpu or cuda[:N]",
-        "optimization",
-        pattern=r"auto|cpu|cuda(:\d+)?",
-        form="auto, cpu or cuda[:N]",
-        metavar="DEVICE",
-        option="--device",
-        shown=True,
-    )
-    train_split: str = setting("train", "Split to train on", "data", metavar="SPLIT")
-    val_split: str = setting("val", "Split to validate on", "data", metavar="SPLIT")
-    shared_sources: bool = setting(
-        False, "Allow clips of the same recording in the training and the validation split", "data"
-    )
-    folds: int = setting(
-        0,
-        "Folds of a cross-validation, divided by source video (see `vaflow folds`)",
-        "data",
-        at_least=0,
-        unset="no folds",
-        option="--folds",
-        metavar="K",
-    )
-    fold: int = setting(
-        1, "Fold to validate on, from 1; the others are trained on", "data", option="--fold", metavar="I"
-    )
-    fold_groups: str = setting(
-        "",
-        "Column of a groups file whose groups stay in one fold, as groups.csv:speaker",
-        "data",
-        unset="source video",
-        option="--fold-groups",
-        metavar="FILE:COLUMN",
-    )
-    fold_splits: tuple[str, ...] = setting(("train", "val"), "Splits that the folds divide", "data", metavar="SPLITS")
-    finetune: bool = setting(
-        False,
-        "Train CLIP and AST as well, from the cached pixels and log-Mel",
-        "optimization",
-        option="--finetune",
-        shown=True,
-    )
-    backbone_lr: float = setting(
-        3e-6, "Learning rate of the encoders", "fine-tuning", above=0, source=P1, option="--backbone-lr"
-    )
-    finetune_blocks: int | None = setting(
-        None, "Last blocks of each encoder to train (0: none)", "fine-tuning", at_least=0, unset="all"
-    )
-    accumulate: int = setting(
-        1, "Parts in which a batch passes the encoders; more save memory, same result", "fine-tuning", at_least=1
-    )
-    augment: bool = setting(True, "Flip, crop, color and SpecAugment in training", "fine-tuning")
-    checkpointing: bool = setting(
-        False, "Recompute activations in the backward pass (less memory, more time)", "fine-tuning"
-    )
-    precision: str = setting(
-        "auto",
-        "Precision of the encoders (auto: bfloat16 on CUDA, else float32)",
-        "fine-tuning",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    init: str = setting(
-        "", "Run whose heads are the initial weights", "fine-tuning", unset="random weights", metavar="RUN"
-    )
+        group="optimization", at_least=1)
+    batch_size: int = setting(16, "Windows per step",
+        group="optimization", at_least=1, source=P1, option="--batch-size")
+    lr: float = setting(1e-4, "Learning rate of the heads (AdamW)",
+        group="optimization", above=0, source=P1, option="--lr", shown=True)
+    weight_decay: float = setting(1e-4, "Weight decay (AdamW)",
+        group="optimization", at_least=0, source=P1, option="--weight-decay")
+    schedule: str = setting("constant", "Learning rate schedule over the whole run",
+        group="optimization", choices=("constant", "cosine"))
+    warmup: float = setting(0.0, "Epochs in which the learning rate rises linearly from 0",
+        group="optimization", at_least=0)
+    clip_norm: float = setting(0.0, "Largest norm of the gradient (0: no limit)", group="optimization", at_least=0)
+    seed: int = setting(0, "Random seed (initialization, shuffling, dropout)",
+        group="optimization", at_least=0, option="--seed", shown=True)
+    deterministic: bool = setting(False,
+        "Deterministic GPU algorithms: equal results at every start on one GPU model, slower",
+        group="optimization")
+    device: str = setting("auto", "Device: auto, cpu or cuda[:N]",
+        group="optimization", pattern=r"auto|cpu|cuda(:\d+)?", form="auto, cpu or cuda[:N]", metavar="DEVICE",
+        option="--device", shown=True)
+    train_split: str = setting("train", "Split to train on", group="data", metavar="SPLIT")
+    val_split: str = setting("val", "Split to validate on", group="data", metavar="SPLIT")
+    shared_sources: bool = setting(False, "Allow clips of the same recording in the training and the validation split",
+        group="data")
+    folds: int = setting(0, "Folds of a cross-validation, divided by source video (see `vaflow folds`)",
+        group="data", at_least=0, unset="no folds", option="--folds", metavar="K")
+    fold: int = setting(1, "Fold to validate on, from 1; the others are trained on",
+        group="data", option="--fold", metavar="I")
+    fold_groups: str = setting("", "Column of a groups file whose groups stay in one fold, as groups.csv:speaker",
+        group="data", unset="source video", option="--fold-groups", metavar="FILE:COLUMN")
+    fold_splits: tuple[str, ...] = setting(("train", "val"), "Splits that the folds divide",
+        group="data", metavar="SPLITS")
+    finetune: bool = setting(False, "Train CLIP and AST as well, from the cached pixels and log-Mel",
+        group="optimization", option="--finetune", shown=True)
+    backbone_lr: float = setting(3e-6, "Learning rate of the encoders",
+        group="fine-tuning", above=0, source=P1, option="--backbone-lr")
+    finetune_blocks: int | None = setting(None, "Last blocks of each encoder to train (0: none)",
+        group="fine-tuning", at_least=0, unset="all")
+    accumulate: int = setting(1, "Parts in which a batch passes the encoders; more save memory, same result",
+        group="fine-tuning", at_least=1)
+    augment: bool = setting(True, "Flip, crop, color and SpecAugment in training", group="fine-tuning")
+    checkpointing: bool = setting(False, "Recompute activations in the backward pass (less memory, more time)",
+        group="fine-tuning")
+    precision: str = setting("auto", "Precision of the encoders (auto: bfloat16 on CUDA, else float32)",
+        group="fine-tuning", choices=("auto", "float32", "bfloat16"))
+    init: str = setting("", "Run whose heads are the initial weights",
+        group="fine-tuning", unset="random weights", metavar="RUN")
+    # fmt: on
 
     def __post_init__(self) -> None:
         settings.check(self)
