@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo, stored_layers
 from vaflow.cache.scratch import LongArray, Scratch
-from vaflow.encoders import logmel
+from vaflow.encoders import preprocessing as logmel
 from vaflow.encoders.base import KALDI, FrontEnd, cut
-from vaflow.encoders.logmel import frame_times
+from vaflow.encoders.preprocessing import frame_times
 from vaflow.extract.audio_activity import HOP, METHOD, SpeechMeter, covered_frames, step_valid, stored_speech
 from vaflow.extract.batching import FixedBatcher
 from vaflow.extract.config import ExtractConfig
@@ -23,7 +23,7 @@ from vaflow.extract.faces.alignment import turn_remedy
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message, PersonLabels
 from vaflow.extract.plan import PendingClip
-from vaflow.item_names import person_item
+from vaflow.items import person_item
 from vaflow.timeline import Floats, Ints
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ with one speaker and a quiet background, that is enough to tell a speaking mouth
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.encoders import logmel
+from vaflow.encoders import preprocessing as logmel
 from vaflow.timeline import Bools, Floats, Grid, Ints
 
 HOP = logmel.HOP / logmel.RATE  # seconds between two filter-bank frames

@@ -39,8 +39,7 @@ from vaflow.extract.faces.choice import (
 from vaflow.extract.messages import StoredPerson
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.summary import OutcomeRecorder, Summary
-from vaflow.failures import FAILURES, Failure, FailureLog, write_failures
-from vaflow.item_names import person_item
+from vaflow.items import FAILURES, Failure, FailureLog, person_item, write_failures
 
 STAGE = "people"
 LISTED = 10  # items that a message names

@@ -27,10 +27,10 @@ from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from vaflow.encoders.preprocessing import MAX_PIXELS
 from vaflow.errors import MediaError, explain
 from vaflow.extract.config import MAX_PACKETS, check_span
 from vaflow.extract.headers import promised_size
-from vaflow.images import MAX_PIXELS
 from vaflow.process import beat
 from vaflow.timeline import Floats, median_interval
 

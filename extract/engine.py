@@ -22,7 +22,7 @@ from vaflow.extract.faces.detection_torch import TorchDetector
 from vaflow.extract.plan import PendingClip, make_plan
 from vaflow.extract.streams import EmbeddedSet, as_declared, embed_prompts, stream_infos
 from vaflow.extract.summary import OutcomeRecorder, Summary
-from vaflow.failures import FailureLog
+from vaflow.items import FailureLog
 
 BATCH_SIZES = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
 LARGEST = {"visual": 1024, "audio": 256}  # limit of measured sizes: larger batches gain nothing

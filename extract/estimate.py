@@ -30,7 +30,7 @@ from vaflow.extract.pool import each
 from vaflow.extract.streams import stores_everyone
 from vaflow.extract.video import probe
 from vaflow.extract.worker import run_job
-from vaflow.item_names import clip_and_person
+from vaflow.items import clip_and_person
 from vaflow.process import beat
 
 log = logging.getLogger(__name__)

@@ -42,8 +42,7 @@ from vaflow.extract.summary import (
     Outcome,
     Profile,
 )
-from vaflow.failures import Failure
-from vaflow.item_names import person_item
+from vaflow.items import Failure, person_item
 
 PENDING_COMMITS = 4
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow import images
 from vaflow.datasets.clip import Clip
 from vaflow.datasets.files import entries, is_regular
 from vaflow.datasets.labels import MAX_FRAME
+from vaflow.encoders.preprocessing import decode_image, measure_image, read_image_file
 from vaflow.errors import MediaError, explain
 from vaflow.extract.config import check_span
 from vaflow.extract.video import MediaInfo, VideoInfo
@@ -59,8 +59,8 @@ def read_crop(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
             as invalid.
     """
     beat()
-    data = images.read_file(path)
-    return data, images.decode(data, str(path))
+    data = read_image_file(path)
+    return data, decode_image(data, str(path))
 
 
 def crops_identity(crops: Mapping[int, Path]) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def open_stills(clip: Clip) -> tuple[MediaInfo, Floats]:
         raise MediaError(explain(f"{clip.id!r} has no frame rate", expected="frames per second above 0"))
     stills = list_stills(clip.frames)
     first = next(iter(stills.values()))
-    (width, height), codec = images.measure(first)
+    (width, height), codec = measure_image(first)
     rate = clip.frame_rate
     times = np.arange(max(stills) + 1) / rate  # of all frames from 0 to the last one with an image
     check_span(clip.frames, times)

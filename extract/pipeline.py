@@ -16,8 +16,7 @@ from vaflow.extract.extraction import Extraction
 from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.summary import OutcomeRecorder, Summary
-from vaflow.process import exit_if_script_runs_again
-from vaflow.ray_cluster import check_engine
+from vaflow.process import check_engine, exit_if_script_runs_again
 
 
 def extract(

@@ -23,8 +23,7 @@ from vaflow.extract.pool import each
 from vaflow.extract.sources import SourceComparison, file_status, sources_of
 from vaflow.extract.streams import SOURCES, reading_version, source_of
 from vaflow.extract.video import READING, misread_before
-from vaflow.failures import LISTS, read_failures
-from vaflow.item_names import clip_and_person, person_item
+from vaflow.items import LISTS, clip_and_person, person_item, read_failures
 from vaflow.timeline import Grid
 
 logger = logging.getLogger(__name__)

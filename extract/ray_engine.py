@@ -24,8 +24,8 @@ from vaflow.extract.engine import carry_out
 from vaflow.extract.plan import PendingClip, make_plan
 from vaflow.extract.ray_node import Member, Prepared, Report
 from vaflow.extract.summary import Extracted, OutcomeRecorder, Summary
-from vaflow.failures import Failure
-from vaflow.ray_cluster import connected, import_ray, starts_here
+from vaflow.items import Failure
+from vaflow.process import connected, import_ray, starts_here
 
 logger = logging.getLogger(__name__)
 

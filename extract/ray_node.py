@@ -18,7 +18,7 @@ from vaflow.extract.extraction import Extraction
 from vaflow.extract.nvdec import require_nvdec
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.summary import Outcome
-from vaflow.ray_cluster import Notes
+from vaflow.process import Notes
 
 ANSWER_SECONDS = 1.0  # after which a report is returned even if nothing has happened
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from vaflow.cache.costs import Cost
-from vaflow.failures import Failure, FailureLog
+from vaflow.items import Failure, FailureLog
 
 T = TypeVar("T")
 WAITING = "waiting for decoders"

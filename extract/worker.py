@@ -16,7 +16,7 @@ from vaflow.cache.schema import CROPS, FACES
 from vaflow.datasets import read_annotation
 from vaflow.datasets.clip import Annotation
 from vaflow.datasets.labels import clock_problem, on_clock
-from vaflow.encoders.logmel import frame_count
+from vaflow.encoders.preprocessing import frame_count
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
 from vaflow.extract.audio_activity import SpeechMeter, covered_frames, stored_speech

@@ -8,16 +8,7 @@ from pathlib import Path
 import pytest
 
 from vaflow.errors import VaflowError
-from vaflow.files import (
-    append_line,
-    create_file,
-    read_document,
-    refuse_links,
-    replace_file,
-    sync,
-    sync_all,
-    write_file,
-)
+from vaflow.files import append_line, create_file, read_document, refuse_links, replace_file, sync, sync_all, write_file
 
 
 def test_a_failed_write_keeps_the_old_file_without_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

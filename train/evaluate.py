@@ -18,8 +18,8 @@ from vaflow.cache import Cache
 from vaflow.datasets.files import below
 from vaflow.encoders.prompts import REGIONS
 from vaflow.errors import DataError, count, explain
-from vaflow.failures import read_failures
 from vaflow.files import write_file
+from vaflow.items import read_failures
 from vaflow.timeline import Bools, Floats, Ints, nearest, stitch
 from vaflow.train import metrics
 from vaflow.train.batch import AUDIO, VISUAL, extra_scores, probabilities

@@ -14,8 +14,8 @@ from vaflow.cache import Cache, address, is_cache, open_cache
 from vaflow.cache.schema import LOGMEL, PIXELS
 from vaflow.device import choose_device
 from vaflow.errors import CacheError, UsageError, count, explain
-from vaflow.failures import read_failures
 from vaflow.files import lock_folder, write_file
+from vaflow.items import read_failures
 from vaflow.train.config import AUTO, NONE, TrainConfig
 from vaflow.train.data import check_has_clips, load_split
 from vaflow.train.evaluate import Trace, check_complete, failed_items, featureless, score_traces

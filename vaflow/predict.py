@@ -30,9 +30,8 @@ from vaflow.extract.config import DETECTORS, ExtractConfig
 from vaflow.extract.faces.choice import ALL, LARGEST, MAIN
 from vaflow.extract.faces.identity import AUTO, network_setting
 from vaflow.extract.pipeline import extract
-from vaflow.failures import FAILURES, Failure, FailureLog
 from vaflow.files import write_file
-from vaflow.item_names import clip_and_person, person_item
+from vaflow.items import FAILURES, Failure, FailureLog, clip_and_person, person_item
 from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train import plots
 from vaflow.train.batch import VISUAL

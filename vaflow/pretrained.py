@@ -15,7 +15,7 @@ from vaflow.cache import Cache
 from vaflow.encoders import build_encoder
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import ExtractConfig
-from vaflow.failures import FAILURES, Failure, FailureLog
+from vaflow.items import FAILURES, Failure, FailureLog
 from vaflow.predict import (
     PredictConfig,
     Predicted,

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.cache import Cache
-from vaflow.cache.edit import absent_clips
+from vaflow.cache.maintenance import absent_clips
 from vaflow.datasets import read_annotation
 from vaflow.datasets.clip import SEVERITIES, SPLITS, Clip, Dataset, Note, Severity
 from vaflow.errors import DataError, MediaError, command

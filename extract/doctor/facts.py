@@ -28,7 +28,7 @@ from vaflow.extract.image_folders import list_crops, open_stills, read_crop
 from vaflow.extract.messages import Failed
 from vaflow.extract.pool import each
 from vaflow.extract.video import MediaInfo, VideoInfo, probe, to_rgb
-from vaflow.item_names import person_item
+from vaflow.items import person_item
 from vaflow.timeline import median_interval
 
 BINS = 240  # of a coverage bar

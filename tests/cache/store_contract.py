@@ -6,8 +6,8 @@ import zarr
 from cache_toys import arrays, assert_same, small_cache, stream
 
 from vaflow.cache import create_cache, open_cache, stores
+from vaflow.cache.maintenance import leftovers, verify
 from vaflow.cache.schema import KINDS, StreamInfo
-from vaflow.cache.verify import leftovers, verify
 from vaflow.errors import DataError, FingerprintError, MissingError, UsageError
 
 KIND_DTYPES = [

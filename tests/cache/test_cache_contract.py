@@ -24,8 +24,8 @@ from store_contract import (  # noqa: F401 - tests that run here on folders
 
 from vaflow.cache import create_cache, open_cache, stores
 from vaflow.cache.commit import load_record
+from vaflow.cache.maintenance import leftovers, verify
 from vaflow.cache.schema import DTYPES, STORES, StreamInfo
-from vaflow.cache.verify import leftovers, verify
 from vaflow.errors import CacheError, CorruptError, DataError, FingerprintError, MissingError, UsageError
 
 

@@ -14,8 +14,8 @@ from cache_toys import arrays, assert_same, small_cache, stream
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.copy import COPY_OF, convert
+from vaflow.cache.maintenance import leftovers, repair, verify
 from vaflow.cache.schema import STORES, Kind
-from vaflow.cache.verify import leftovers, repair, verify
 from vaflow.cli import main
 from vaflow.errors import CacheError, FingerprintError, SchemaError, UsageError
 from vaflow.train.evaluate import failed_items

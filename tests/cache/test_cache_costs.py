@@ -8,9 +8,9 @@ import pytest
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.copy import convert, merge
 from vaflow.cache.costs import Cost, append_costs, stream_costs
-from vaflow.cache.pack import pack
+from vaflow.cache.export import pack
+from vaflow.cache.maintenance import verify
 from vaflow.cache.schema import LABELS, StreamInfo
-from vaflow.cache.verify import verify
 
 FAST = Cost("gpu", "float32", 86_000_000, 3.0, 60.0)
 

@@ -8,7 +8,7 @@ import pytest
 from cache_toys import arrays, assert_same, small_cache, stream
 
 from vaflow.cache import create_cache, open_cache
-from vaflow.cache.verify import leftovers, open_for_repair, repair, verify
+from vaflow.cache.maintenance import leftovers, open_for_repair, repair, verify
 from vaflow.errors import CorruptError, FingerprintError, MissingError, SchemaError, UsageError, VaflowError
 
 POSITIONS = 40  # number of damaged bytes over all files; all eight bits of each
@@ -206,7 +206,7 @@ def test_repair_removes_only_old_leftovers_of_vaflow(path, monkeypatch):
     repair(cache)
     assert attempt.exists()
     assert temporary.exists()
-    monkeypatch.setattr("vaflow.cache.verify.GRACE", 0.0)
+    monkeypatch.setattr("vaflow.cache.maintenance.GRACE", 0.0)
     repair(cache)
     assert not attempt.exists()
     assert not temporary.exists()

@@ -7,8 +7,7 @@ import pytest
 from cache_toys import arrays, assert_same, small_cache, stream
 
 from vaflow.cache import Cache, open_cache
-from vaflow.cache.edit import change_splits, drop_clips
-from vaflow.cache.verify import leftovers, verify
+from vaflow.cache.maintenance import change_splits, drop_clips, leftovers, verify
 from vaflow.cli import main
 from vaflow.errors import UsageError
 

@@ -18,7 +18,7 @@ from cache_toys import arrays, small_cache, stream
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.copy import convert, merge
 from vaflow.cache.documents import crc32c, seal
-from vaflow.cache.verify import repair, verify
+from vaflow.cache.maintenance import repair, verify
 from vaflow.errors import CacheError, CorruptError, VaflowError
 
 Change = Callable[[dict[str, Any]], object]
@@ -315,8 +315,8 @@ def test_stream_files_with_wrong_types_are_rejected(path: Path, change: dict[str
 
 @pytest.mark.parametrize("row", [[], [1] * 6, ["one", 1, 1, 1, 1, ["train"]], None, "abcdef", {"a": 1}], ids=str)
 def test_a_hostile_index_is_rebuilt(path: Path, row: object) -> None:
+    from vaflow.cache.commit import HEAD, MIDDLE, TAIL
     from vaflow.cache.documents import canonical
-    from vaflow.cache.index import HEAD, MIDDLE, TAIL
 
     table = {"stamp": [0, 0], "settled": True, "rows": {"x.json": row}}
     body = canonical({"schema_version": 1, "streams": {"labels": table}})

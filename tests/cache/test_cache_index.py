@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from cache_toys import arrays, small_cache, stream
 
-from vaflow.cache import index as index_module
-from vaflow.cache import index as saving
+from vaflow.cache import commit as commit_module
 from vaflow.cache import open_cache
 from vaflow.cache.commit import load_record
 from vaflow.errors import CacheError, CorruptError
@@ -23,7 +22,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(path.name)
         return load_record(layout, path)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("vaflow.cache.index.load_record", noting)
+    monkeypatch.setattr("vaflow.cache.commit.load_record", noting)
     return calls
 
 
@@ -166,10 +165,10 @@ def test_the_index_is_saved_once_the_directory_time_has_settled(tmp_path, monkey
 
 def test_coarse_file_times_use_a_wider_margin():
     second = 1_700_000_000_000_000_000
-    assert index_module.is_past(second + 1, second + 200_000_000)
-    assert not index_module.is_past(second, second + 200_000_000)
-    assert index_module.is_past(second, second + 2_100_000_000)
-    assert not index_module.is_past(second + 500, second)
+    assert commit_module.is_past(second + 1, second + 200_000_000)
+    assert not commit_module.is_past(second, second + 200_000_000)
+    assert commit_module.is_past(second, second + 2_100_000_000)
+    assert not commit_module.is_past(second + 500, second)
 
 
 def test_an_index_does_not_hide_damage(tmp_path, store):
@@ -191,7 +190,7 @@ def test_an_index_does_not_hide_damage(tmp_path, store):
 
 def test_a_long_run_saves_the_index_periodically(tmp_path, store, reads, monkeypatch):
     """After a kill, only records written since the last save are read again."""
-    monkeypatch.setattr(saving, "EVERY", 0.05)
+    monkeypatch.setattr(commit_module, "EVERY", 0.05)
     cache = small_cache(tmp_path / "cache", store)
     with cache.indexed():
         deadline = time.monotonic() + 30
@@ -212,8 +211,8 @@ def test_a_failed_index_write_is_ignored(tmp_path, store, monkeypatch):
         tries.append(1)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "EVERY", 0.01)
-    monkeypatch.setattr(saving, "SHARE", 0)
+    monkeypatch.setattr(commit_module, "EVERY", 0.01)
+    monkeypatch.setattr(commit_module, "SHARE", 0)
     cache = small_cache(tmp_path / "cache", store)
     with monkeypatch.context() as patch, pytest.raises(CacheError), cache.indexed():
         patch.setattr("vaflow.cache.cache.Index.save", refuse)

@@ -11,8 +11,8 @@ from cache_toys import arrays, assert_same, small_cache, stream
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.copy import merge
+from vaflow.cache.maintenance import leftovers, verify
 from vaflow.cache.schema import STORES, StreamInfo
-from vaflow.cache.verify import leftovers, verify
 from vaflow.cli import main
 from vaflow.errors import FingerprintError, UsageError
 from vaflow.train.evaluate import failed_items

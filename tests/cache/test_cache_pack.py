@@ -12,12 +12,12 @@ from cache_toys import arrays, assert_same, small_cache, stream
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.copy import convert
-from vaflow.cache.pack import pack
+from vaflow.cache.export import pack
+from vaflow.cache.maintenance import leftovers, verify
 from vaflow.cache.schema import KINDS, Kind
-from vaflow.cache.verify import leftovers, verify
 from vaflow.cli import main
 from vaflow.errors import CorruptError, MissingError, UsageError
-from vaflow.failures import Failure, read_failures, write_failures
+from vaflow.items import Failure, read_failures, write_failures
 
 PAGE = (Path(__file__).parents[2] / "cache_schema.md").read_text(encoding="utf-8")
 SECTION = PAGE.split("## Packed caches")[1].split("\n## ")[0]

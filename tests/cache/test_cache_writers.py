@@ -14,9 +14,9 @@ import pytest
 from cache_toys import arrays, assert_same, stream
 
 from vaflow.cache import create_cache, open_cache
+from vaflow.cache.maintenance import leftovers, verify
 from vaflow.cache.schema import StoreName
 from vaflow.cache.stores import STORES
-from vaflow.cache.verify import leftovers, verify
 
 KILLS = 6  # per store
 WRITER = """

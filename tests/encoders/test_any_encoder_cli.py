@@ -11,7 +11,7 @@ from tiny_checkpoints import AUDIO_MODELS, IMAGES
 
 from vaflow.cache import open_cache
 from vaflow.cache.costs import stream_costs
-from vaflow.cache.verify import verify
+from vaflow.cache.maintenance import verify
 from vaflow.cli import main
 
 GRID = ["--window", "2", "--stride", "1", "--frames", "4", "--audio-steps", "4", "--device", "cpu"]

@@ -22,9 +22,8 @@ from transformers import (
 
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import WAVEFORM
-from vaflow.encoders.huggingface import image_preprocessing
+from vaflow.encoders.huggingface import image_preprocessing, whisper_features
 from vaflow.encoders.preprocessing import Preparation
-from vaflow.encoders.speech import whisper_features
 from vaflow.errors import UsageError, VaflowError, WeightsError
 
 

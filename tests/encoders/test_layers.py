@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from vaflow.encoders import build_encoder
-from vaflow.encoders.layers import with_layers
+from vaflow.encoders.base import with_layers
 from vaflow.errors import UsageError
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from vaflow.encoders import build_encoder, resnet
+from vaflow.encoders import build_encoder, image_models
 from vaflow.encoders.image_encoder import ImageEncoder
 from vaflow.errors import UsageError, WeightsError
 
@@ -66,7 +66,7 @@ def test_features_equal_the_torchvision_pooled_output(original: torch.nn.Module,
 
 def test_weights_without_counters_or_classifier_have_the_same_identity(checkpoint: Path, tmp_path: Path) -> None:
     state = torch.load(checkpoint, weights_only=True)
-    bare = {key: value for key, value in state.items() if not key.endswith(resnet.COUNTER) and "fc." not in key}
+    bare = {key: value for key, value in state.items() if not key.endswith(image_models.COUNTER) and "fc." not in key}
     save_file(bare, tmp_path / "bare.safetensors")
     identities = [
         build_encoder("resnet50", weights=path).identity for path in (checkpoint, tmp_path / "bare.safetensors")
@@ -108,20 +108,20 @@ def test_published_weights_are_downloaded_verified_and_cached(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     content = checkpoint.read_bytes()
     with fake_hub.serve({checkpoint.name: content, "resnet50-00000000.pth": content}) as address:
-        monkeypatch.setattr(resnet, "published", lambda: f"{address}/{checkpoint.name}")
+        monkeypatch.setattr(image_models, "published", lambda: f"{address}/{checkpoint.name}")
         first = build_encoder("resnet50").identity
-        monkeypatch.setattr(resnet, "published", lambda: f"{address}/resnet50-00000000.pth")
+        monkeypatch.setattr(image_models, "published", lambda: f"{address}/resnet50-00000000.pth")
         with pytest.raises(WeightsError, match="invalid hash value"):
             build_encoder("resnet50")
     kept = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert kept == [checkpoint.name]
-    monkeypatch.setattr(resnet, "published", lambda: f"{address}/{checkpoint.name}")  # the server is stopped
+    monkeypatch.setattr(image_models, "published", lambda: f"{address}/{checkpoint.name}")  # the server is stopped
     assert build_encoder("resnet50").identity == first
 
 
 def test_an_unresponsive_address_is_reported_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(resnet, "published", lambda: "http://127.0.0.1:9/resnet50-0676ba61.pth")
+    monkeypatch.setattr(image_models, "published", lambda: "http://127.0.0.1:9/resnet50-0676ba61.pth")
     with pytest.raises(WeightsError, match="--weights resnet50=PATH"):
         build_encoder("resnet50")
 
@@ -129,7 +129,7 @@ def test_an_unresponsive_address_is_reported_within_seconds(tmp_path: Path, monk
 def test_the_published_address_contains_the_checksum() -> None:
     from vaflow.encoders.hub import checksum_in_name
 
-    name = resnet.published().rsplit("/", 1)[-1]
+    name = image_models.published().rsplit("/", 1)[-1]
     assert name.startswith("resnet50-") and checksum_in_name(name) == name.removeprefix("resnet50-").removesuffix(
         ".pth"
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vaflow.cache import Cache, create_cache, open_cache
+from vaflow.cache.maintenance import verify
 from vaflow.cache.schema import StreamInfo
-from vaflow.cache.verify import verify
 from vaflow.cli import main
 from vaflow.encoders.base import VisualEncoder
 from vaflow.encoders.prompts import load_prompts, prototypes

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vaflow.cache import create_cache, open_cache
+from vaflow.cache.maintenance import verify
 from vaflow.cache.schema import LABELS, StreamInfo
-from vaflow.cache.verify import verify
 from vaflow.errors import DataError, FingerprintError, UsageError
 from vaflow.extract.importing.feature_files import find_features, read_features, signature
 from vaflow.extract.importing.features import ImportConfig, ImportSummary, import_features

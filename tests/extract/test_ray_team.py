@@ -27,7 +27,7 @@ from vaflow.extract.plan import PendingClip
 from vaflow.extract.ray_engine import ATTEMPTS, Team, places
 from vaflow.extract.ray_node import Prepared, Report
 from vaflow.extract.summary import Extracted, Summary
-from vaflow.ray_cluster import QUIET
+from vaflow.process import QUIET
 
 LABELS = StreamInfo("labels", "labels", 0, "float32", {"encoder": "toy"})
 CONFIG = ExtractConfig(visual=(), audio=(), device="cpu", workers=1)
@@ -249,7 +249,7 @@ def test_user_environment_variables_override_the_ray_defaults(monkeypatch: pytes
     pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     import os
 
-    from vaflow.ray_cluster import import_ray
+    from vaflow.process import import_ray
 
     for name in QUIET:
         monkeypatch.delenv(name, raising=False)

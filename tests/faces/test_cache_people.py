@@ -11,7 +11,7 @@ import pytest
 from composites import cut, in_a_row, one_after_another, write
 
 from vaflow.cache import Cache, open_cache
-from vaflow.cache.verify import verify
+from vaflow.cache.maintenance import verify
 from vaflow.cli import main
 
 OPTIONS = ["--visual", "clip-tiny", "--audio", "vggish-tiny", "--device", "cpu", "--workers", "1", "--pixels", "-q"]

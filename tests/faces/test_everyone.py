@@ -10,7 +10,7 @@ import torch
 from composites import in_a_row, one_after_another, write
 
 from vaflow.cache import Cache, open_cache
-from vaflow.cache.edit import absent_clips
+from vaflow.cache.maintenance import absent_clips
 from vaflow.cli import main
 from vaflow.datasets import open_dataset
 from vaflow.datasets.clip import Clip
@@ -21,7 +21,7 @@ from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
 from vaflow.extract.plan import is_divided
 from vaflow.extract.summary import Summary
-from vaflow.item_names import clip_and_person
+from vaflow.items import clip_and_person
 from vaflow.predict import items_of
 
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1, person="all", pixels=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from cache_toys import arrays, stream
 
 from vaflow.cache import create_cache, open_cache
-from vaflow.cache.verify import verify
+from vaflow.cache.maintenance import verify
 from vaflow.errors import CacheError, UsageError
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache import Cache, open_cache
-from vaflow.cache.verify import verify
+from vaflow.cache.maintenance import verify
 
 HERE = Path(__file__).parent
 TINY = ["--visual", "clip-tiny", "--audio", "vggish-tiny", "--device", "cpu", "--faces", "none"]

@@ -12,9 +12,9 @@ from kills import SMALL, assert_same_run, split_cache
 from lab import EXTRACT, Ended, Lab, assert_printed, assert_same_cache, attempts
 
 from vaflow.cache import is_cache, open_cache
+from vaflow.cache.maintenance import verify
 from vaflow.cache.schema import Rows
 from vaflow.cache.stores import Hdf5Store
-from vaflow.cache.verify import verify
 
 UNPRIVILEGED = "from strikes import *; no_privilege()"  # root would bypass permissions
 

@@ -12,7 +12,7 @@ from lab import EXTRACT, Lab, assert_printed, assert_same_cache, attempts
 from syscalls import Call, parse, trace
 
 from vaflow.cache import open_cache
-from vaflow.cache.verify import verify
+from vaflow.cache.maintenance import verify
 from vaflow.errors import CorruptError
 from vaflow.train.config import TrainConfig
 from vaflow.train.training import train_run

@@ -9,7 +9,7 @@ from kills import SMALL, assert_same_run
 from lab import EXTRACT, TWO_WORKERS, Lab, assert_printed, assert_same_cache, children_of, until
 
 from vaflow.cache import open_cache
-from vaflow.cache.verify import verify
+from vaflow.cache.maintenance import verify
 
 HOW = {  # name -> signal, receiver, exit code, message
     "ctrl-c": ("signal_group", signal.SIGINT, 130, "interrupted"),
@@ -23,7 +23,7 @@ EXTRACTING = {  # stage -> function and the index of its call
     "encoding images": ("vaflow.encoders.clip.ClipEncoder.encode", 2),
     "encoding audio": ("vaflow.encoders.vggish.VggishEncoder.encode", 1),
     "writing": ("vaflow.cache.cache.Cache.write", 3),
-    "between arrays and record": ("vaflow.cache.layout.Layout.create", 2),
+    "between arrays and record": ("vaflow.cache.storage.Layout.create", 2),
     "ending": ("vaflow.cache.cache.Cache.refresh_index", 1),
 }
 TRAINING = {

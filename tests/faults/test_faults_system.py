@@ -11,7 +11,7 @@ from kills import SMALL, assert_same_run
 from lab import EXTRACT, TWO_WORKERS, Lab, assert_printed, assert_same_cache, attempts, children_of, until
 
 from vaflow.cache import open_cache
-from vaflow.cache.verify import leftovers, verify
+from vaflow.cache.maintenance import leftovers, verify
 
 YEAR = 365 * 86400
 JUMPS = f"from strikes import *; jump_clock({YEAR}); jump_file_times({YEAR})"

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from vaflow.ray_cluster import import_ray
+from vaflow.process import import_ray
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from hypothesis.strategies import SearchStrategy
 from vaflow.cache import create_cache, open_cache
 from vaflow.cache.copy import convert
 from vaflow.cache.documents import seal
+from vaflow.cache.maintenance import open_for_repair, repair, verify
 from vaflow.cache.schema import StreamInfo
-from vaflow.cache.verify import open_for_repair, repair, verify
 from vaflow.datasets.labels import on_clock
 from vaflow.encoders.prompts import load_prompts
 from vaflow.errors import VaflowError
@@ -135,7 +135,7 @@ class CacheReader:
         name, changes, sealed = example
         with (
             patch("os.fsync"),
-            patch("vaflow.cache.index._FINE", 0),
+            patch("vaflow.cache.commit._FINE", 0),
         ):  # power cuts are not tested here, and waiting takes long
             self._use(folder, name, changes, sealed)
 

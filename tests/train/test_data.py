@@ -11,7 +11,7 @@ import torch
 from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
 from vaflow.cache import Cache, create_cache, open_cache
-from vaflow.cache.pack import pack
+from vaflow.cache.export import pack
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.errors import DataError, FingerprintError, UsageError
 from vaflow.timeline import Grid

@@ -22,7 +22,7 @@ from typing import Any
 from vaflow.cache import Cache, open_cache
 from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.files import lock_folder, write_file
-from vaflow.ray_cluster import Notes, check_engine, connected, import_ray, starts_here
+from vaflow.process import Notes, check_engine, connected, import_ray, starts_here
 from vaflow.train.ablate.schedule import ScheduledRun
 from vaflow.train.ablate.workers import Crew, Ended, Message, Processes, Run, Runner, Worker, documents_of, runs_from
 from vaflow.train.together import batches_of, check_mode, one_thread
@@ -191,7 +191,7 @@ class RayActors(Crew):
         cache: what to train on; every node must reach it under this path or URL.
         out: folder of all runs, likewise.
         count: the most actors; None: one per GPU, or per CPU of a cluster without GPUs.
-        address: as `vaflow.ray_cluster.connected` takes it.
+        address: as `vaflow.process.connected` takes it.
 
     Raises:
         UsageError: Ray is not installed, or the cache is in memory.

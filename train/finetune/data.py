@@ -23,10 +23,8 @@ from vaflow.cache import Cache
 from vaflow.cache.documents import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS
 from vaflow.encoders.base import cut
-from vaflow.encoders.logmel import HOP, RATE
-from vaflow.encoders.preprocessing import Preparation
+from vaflow.encoders.preprocessing import HOP, RATE, Preparation, decode_image
 from vaflow.errors import DataError, UsageError, explain
-from vaflow.images import decode
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import default_budget, make_packs, mapped_zeros
 from vaflow.train.finetune.backbones import Backbone
@@ -131,7 +129,7 @@ class StoredImages:
     def decode(self, unit: int) -> np.ndarray:
         """One image, [S, S, 3] uint8 or float32, as the encoder requires."""
         first, last = self.offset[unit : unit + 2].tolist()
-        return self.preparation(decode(self.data[first:last].numpy().tobytes(), "An image of the cache"))
+        return self.preparation(decode_image(self.data[first:last].numpy().tobytes(), "An image of the cache"))
 
 
 @dataclass(frozen=True)

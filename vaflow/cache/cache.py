@@ -10,10 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.cache.commit import commit, declare, discard, load_record, load_stream
+from vaflow.cache.commit import (
+    Folder,
+    Index,
+    Row,
+    commit,
+    declare,
+    discard,
+    load_record,
+    load_stream,
+    saved_at_intervals,
+)
 from vaflow.cache.documents import fingerprint, now, plain
-from vaflow.cache.index import Folder, Index, Row, saved_at_intervals
-from vaflow.cache.layout import Layout
 from vaflow.cache.schema import (
     LABELS,
     SCHEMA_VERSION,
@@ -28,6 +36,7 @@ from vaflow.cache.schema import (
     escape,
 )
 from vaflow.cache.scratch import LongArray, Scratch
+from vaflow.cache.storage import Layout
 from vaflow.cache.stores import STORES, fetch
 from vaflow.errors import (
     CacheError,

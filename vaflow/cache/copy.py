@@ -20,9 +20,9 @@ from vaflow.cache.cache import Cache
 from vaflow.cache.commit import differences
 from vaflow.cache.costs import carry_costs
 from vaflow.cache.documents import canonical
+from vaflow.cache.maintenance import load_streams
 from vaflow.cache.opening import PathLike, create_cache, is_cache, layout_of, open_cache
 from vaflow.cache.schema import LABELS, Array, Json, Record, StreamInfo, unescape
-from vaflow.cache.verify import load_streams
 from vaflow.errors import (
     CacheError,
     CorruptError,
@@ -33,7 +33,7 @@ from vaflow.errors import (
     command,
     explain,
 )
-from vaflow.failures import FAILURES, Failure, read_failures, write_failures
+from vaflow.items import FAILURES, Failure, read_failures, write_failures
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Packed caches: the rows of all clips of a stream in a few large sharded Zarr v3 arrays. They are read-only.
 
-`cache_schema.md`, section "Packed caches", defines the files; `vaflow.cache.pack` writes them.
+`cache_schema.md`, section "Packed caches", defines the files; `vaflow.cache.export` writes them.
 """
 
 import json
@@ -14,11 +14,10 @@ import numpy as np
 
 from vaflow import files
 from vaflow.cache.cache import Cache
-from vaflow.cache.commit import load_stream
+from vaflow.cache.commit import Folder, Row, load_stream
 from vaflow.cache.documents import crc32c, file_facts, fingerprint, record_from, source_stamp, unseal
-from vaflow.cache.index import Folder, Row
-from vaflow.cache.layout import Layout
 from vaflow.cache.schema import DTYPES, PACKED, Array, Blob, Json, Record, StreamInfo, array_problems, escape
+from vaflow.cache.storage import Layout
 from vaflow.cache.stores import known_arrays, size_problem
 from vaflow.errors import CorruptError, UsageError, command, explain
 

@@ -10,7 +10,7 @@ import typer
 from vaflow.cli.common import FAILED, Output, alias_pairs, echo, loading, number, report_failures, table
 from vaflow.cli.options import Aliases, AllowMissing, Cache, Device, Engine, RayAddress, Together
 from vaflow.errors import UsageError, count, explain, visible
-from vaflow.ray_cluster import check_engine
+from vaflow.process import check_engine
 
 if TYPE_CHECKING:
     from vaflow.train.ablate import StudyResult

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vaflow.cache import Cache
     from vaflow.cache.copy import TransferSummary
-    from vaflow.cache.verify import Problem
+    from vaflow.cache.maintenance import Problem
 
 SHOWN = 20  # clips that a command lists without --verbose
 
@@ -85,8 +85,8 @@ def verify(output: Output, cache: CachePath) -> int:
     Example: vaflow cache verify cache
     """
     from vaflow.cache import open_cache
-    from vaflow.cache.verify import leftovers
-    from vaflow.cache.verify import verify as find_problems
+    from vaflow.cache.maintenance import leftovers
+    from vaflow.cache.maintenance import verify as find_problems
 
     opened = open_cache(cache)
     with _bar("verify", _count_items(opened), output) as bar:
@@ -118,8 +118,8 @@ def repair(output: Output, cache: CachePath) -> int:
 
     Example: vaflow cache repair cache
     """
-    from vaflow.cache.verify import GRACE, leftovers, open_for_repair
-    from vaflow.cache.verify import repair as remove_damage
+    from vaflow.cache.maintenance import GRACE, leftovers, open_for_repair
+    from vaflow.cache.maintenance import repair as remove_damage
 
     opened = open_for_repair(cache)
     stale = [opened.layout.shown(path) for path in leftovers(opened, GRACE)]
@@ -168,7 +168,7 @@ def drop(
     Example: vaflow cache drop cache --absent data/ --dry-run
     """
     from vaflow.cache import open_cache
-    from vaflow.cache.edit import clips_to_drop, drop_clips
+    from vaflow.cache.maintenance import clips_to_drop, drop_clips
 
     if bool(items) == (absent is not None):
         got = "both" if items else "neither"
@@ -194,7 +194,7 @@ def splits(output: Output, cache: CachePath, table: SplitTable, dry_run: DryRun 
     Example: vaflow cache splits cache splits.csv --dry-run
     """
     from vaflow.cache import open_cache
-    from vaflow.cache.edit import change_splits
+    from vaflow.cache.maintenance import change_splits
     from vaflow.datasets.splits import read_splits
 
     listed = read_splits(table)
@@ -250,7 +250,7 @@ def pack(output: Output, cache: CachePath, out: Packed) -> int:
     Example: vaflow cache pack cache cache.packed
     """
     from vaflow.cache import open_cache
-    from vaflow.cache.pack import pack as run
+    from vaflow.cache.export import pack as run
 
     opened = open_cache(cache)
     with _bar("pack", len(opened.record_files()), output) as bar:
@@ -294,7 +294,7 @@ def export(output: Output, cache: CachePath, out: ParquetOut) -> int:
     Example: vaflow cache export cache dataset
     """
     from vaflow.cache import open_cache
-    from vaflow.cache.parquet import export_parquet
+    from vaflow.cache.export import export_parquet
 
     opened = open_cache(cache)
     with _bar("export", _count_items(opened), output) as bar:

@@ -26,7 +26,7 @@ from vaflow.cli.options import Engine, HelpAll, Layout, RayAddress, Root, Store,
 from vaflow.errors import UsageError, command, count, explain, visible
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.files import write_file
-from vaflow.ray_cluster import check_engine
+from vaflow.process import check_engine
 
 if TYPE_CHECKING:
     from vaflow.cache import Cache
@@ -169,7 +169,7 @@ def _print_estimate(facts: dict[str, Any], output: Output) -> None:
 
 def _absent_clips(cache: "Cache", clips: set[str], out: Path, root: Path) -> list[str]:
     """Return the clips of the cache that the dataset lacks; warn about them, with the command that removes them."""
-    from vaflow.cache.edit import absent_clips
+    from vaflow.cache.maintenance import absent_clips
 
     absent = list(absent_clips(cache, clips))
     if absent:
@@ -187,7 +187,7 @@ def _with_encoders(options: dict[str, Any], layers: str) -> dict[str, Any]:
         UsageError: an unknown encoder, or one of the other kind.
     """
     from vaflow.encoders import ENCODERS, encoder_kind
-    from vaflow.encoders.layers import with_layers
+    from vaflow.encoders.base import with_layers
 
     checked = dict(options)
     for kind in ("visual", "audio"):

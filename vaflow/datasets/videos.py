@@ -22,7 +22,7 @@ from vaflow.datasets.files import LeftOut, entries, examples, is_audio, is_folde
 from vaflow.datasets.labels import TARGETS, LabelFile, separator_of, split_cells
 from vaflow.datasets.splits import SPLITS_FILE, assign
 from vaflow.errors import DataError, explain
-from vaflow.item_names import clip_and_person, person_item
+from vaflow.items import clip_and_person, person_item
 
 PERSON_LABELS = "person-labels"  # code of the note on labels that only --person all reads
 LOOKS_FOR = "video or audio files (mp4, mov, avi, mkv, webm, mpg, wmv, wav, mp3 ...) in any folder"

@@ -7,7 +7,7 @@ for it, never code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import EntryPoints, entry_points
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vaflow.device import forbid_tf32
-from vaflow.encoders.base import Request
-from vaflow.encoders.layers import split_layers
+from vaflow.encoders.base import Request, split_layers
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:
@@ -64,9 +63,10 @@ FORMS: Mapping[str, tuple[EncoderKind, str]] = {
     "opensmile": ("audio", "opensmile:eGeMAPSv02[/functionals]"),
 }
 # fmt: on
-MODULES = {"clip": "clip", "ast": "ast", "hf": "huggingface", "timm": "timm_models", "onnx": "onnx_models"}
-MODULES |= {"opensmile": "opensmile_features", "resnet": "resnet", "vggish": "vggish", "resemblyzer": "resemblyzer"}
-MODULES |= {"tiny": "tiny"}
+BUILDERS = {"clip": "clip.build", "ast": "ast.build", "hf": "huggingface.build", "onnx": "onnx_models.build"}
+BUILDERS |= {"timm": "image_models.build_timm", "resnet": "image_models.build_resnet", "vggish": "vggish.build"}
+BUILDERS |= {"opensmile": "audio_models.build_opensmile", "resemblyzer": "audio_models.build_resemblyzer"}
+BUILDERS |= {"tiny": "tiny.build"}
 WITHOUT_LAYERS = ("resnet", "vggish", "resemblyzer", "onnx", "opensmile", "logmel")
 
 
@@ -121,9 +121,7 @@ def build_encoder(
     if without and base != name and not Path(entry.source).exists():
         expected = "layers of a transformer: a name that begins with hf:, clip, ast or timm:"
         raise UsageError(explain(f"{base} has no layers to choose", expected=expected, got=f"@{choice.layers}"))
-    module: Any = _family(entry.family)
-    encoder: VisualEncoder | AudioEncoder = module.build(Request(name, entry.source, weights, device, resolved, kind))
-    return encoder
+    return _builder(entry.family)(Request(name, entry.source, weights, device, resolved, kind))
 
 
 def encode_text(encoder: VisualEncoder | AudioEncoder, texts: list[str]) -> NDArray[np.float32]:
@@ -177,15 +175,19 @@ def _plugins() -> EntryPoints:
     return entry_points(group="vaflow.encoders")
 
 
-def _family(name: str) -> Any:
-    """Return the module with the `build` function of a family; `MODULES` names those of this package."""
-    if name in MODULES:
-        return import_module(f"vaflow.encoders.{MODULES[name]}")
+def _builder(family: str) -> Callable[[Request], VisualEncoder | AudioEncoder]:
+    """Return the function that builds the encoders of a family; `BUILDERS` names those of this package."""
+    if family in BUILDERS:
+        module, _, function = BUILDERS[family].partition(".")
+        build: Callable[[Request], VisualEncoder | AudioEncoder]
+        build = getattr(import_module(f"vaflow.encoders.{module}"), function)
+        return build
     for point in _plugins():  # installed by the user: a name selects one, it installs and imports nothing else
-        if point.name == name:
-            return point.load()
+        if point.name == family:
+            build = point.load().build
+            return build
     problem = "logmel has no network to build: its filter banks are stored for every clip with audio"
-    raise UsageError(explain(problem, remedy="Use vaflow.encoders.logmel.FilterBank"))
+    raise UsageError(explain(problem, remedy="Use vaflow.encoders.preprocessing.FilterBank"))
 
 
 def random_encoders(streams: Iterable[str]) -> list[str]:

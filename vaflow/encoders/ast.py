@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaflow.encoders.base import KALDI, FrontEnd, Request, Segments, TokenGrid
+from vaflow.encoders.base import KALDI, FrontEnd, LayerChoice, Request, Segments, TokenGrid, split_layers
 from vaflow.encoders.checkpoints import (
     CONFIG,
     PICKLE,
@@ -30,8 +30,7 @@ from vaflow.encoders.checkpoints import (
     read_json,
 )
 from vaflow.encoders.image_encoder import autocast
-from vaflow.encoders.layers import LayerChoice, split_layers
-from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, frame_count
+from vaflow.encoders.preprocessing import FRAME, HOP, MEL_BINS, RATE, frame_count
 from vaflow.encoders.weights import state_digest
 from vaflow.errors import UsageError, WeightsError, explain
 

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from vaflow.encoders.base import Request
+from vaflow.encoders.base import LayerChoice, Request, split_layers
 from vaflow.encoders.hub import hub_file
-from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.weights import BROKEN, check_fit, read_state_dict, state_digest
 from vaflow.errors import UsageError, WeightsError, explain
 

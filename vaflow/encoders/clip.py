@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaflow.encoders.base import Request
+from vaflow.encoders.base import LayerChoice, Request, split_layers
 from vaflow.encoders.hub import hub_file, hub_folder, url_file
 from vaflow.encoders.image_encoder import ImageEncoder, encode_blocks
-from vaflow.encoders.layers import LayerChoice, split_layers
+from vaflow.encoders.image_models import blocks_of
 from vaflow.encoders.preprocessing import Preparation, Preprocessing
-from vaflow.encoders.timm_models import blocks_of
 from vaflow.encoders.weights import (
     load_strictly,
     read_state_dict,

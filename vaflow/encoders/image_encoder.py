@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vaflow.encoders.base import Request
-from vaflow.encoders.layers import LayerChoice
+from vaflow.encoders.base import LayerChoice, Request
 from vaflow.encoders.preprocessing import Image, Prepared, Preprocessing
 from vaflow.errors import UsageError, explain
 

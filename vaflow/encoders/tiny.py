@@ -31,12 +31,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaflow.encoders import clip, resnet, vggish
+from vaflow.encoders import clip, image_models, vggish
 from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, SPECIAL_TOKENS, AstEncoder, Geometry, load_checkpoint
-from vaflow.encoders.base import Request
+from vaflow.encoders.base import LayerChoice, Request, split_layers
 from vaflow.encoders.clip import require_quick_gelu
 from vaflow.encoders.image_encoder import ImageEncoder
-from vaflow.encoders.layers import LayerChoice, split_layers
 from vaflow.encoders.preprocessing import Preparation, Preprocessing
 from vaflow.encoders.weights import load_strictly, read_state_dict, without_initial_weights
 from vaflow.errors import WeightsError, explain
@@ -106,9 +105,9 @@ def build(request: Request) -> AstEncoder | ImageEncoder | vggish.VggishEncoder:
         return _build_ast(request, choice)
     request.refuse_weights("its weights are seeded")
     if request.source == "resnet":
-        network = resnet.bare_resnet(RESNET_BLOCKS, width=RESNET_WIDTH, expansion=RESNET_EXPANSION)
+        network = image_models.bare_resnet(RESNET_BLOCKS, width=RESNET_WIDTH, expansion=RESNET_EXPANSION)
         seed_weights(network, "resnet-tiny")
-        return resnet.make_encoder(request, "resnet-tiny", network)
+        return image_models.resnet_encoder(request, "resnet-tiny", network)
     with without_initial_weights():
         module = vggish.VGGish(VGGISH_CHANNELS, VGGISH_WIDTHS)
     seed_weights(module, "vggish-tiny")

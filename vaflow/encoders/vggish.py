@@ -28,7 +28,7 @@ from torch import nn
 from vaflow.encoders.base import FrontEnd, Request, Segments, centred_examples, step_centres
 from vaflow.encoders.hub import check_checksum, checked_url
 from vaflow.encoders.image_encoder import autocast
-from vaflow.encoders.logmel import FRAME, HOP, RATE
+from vaflow.encoders.preprocessing import FRAME, HOP, RATE
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 
 BINS, LOWEST, HIGHEST = 64, 125.0, 7500.0
