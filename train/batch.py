@@ -24,7 +24,6 @@ class StreamSpec:
     """An input stream of a model.
 
     Attributes:
-        name: of the stream.
         kind: `VISUAL` (one vector per output frame) or `AUDIO` (one per audio step).
         dim: width of a vector, over all its layers.
         frames_per_step: spectrogram frames that a CNN turns into one step; 0: each vector is a step.
@@ -46,9 +45,7 @@ class TargetSpec:
     """A further target of a model, predicted for every frame.
 
     Attributes:
-        name: of the stream of targets.
         task: `CLASSES` (one of several) or `BINARY` (any of several).
-        names: of the classes or units.
     """
 
     name: str
@@ -87,7 +84,6 @@ class Batch:
         target: [B, F, 2] float32, 0 where not annotated.
         labelled: [B, F, 2] bool; only ever True inside.
         window: [B] int64, numbers of the windows in their split.
-        extra: name -> further targets.
     """
 
     features: Mapping[str, Tensor]

@@ -56,8 +56,6 @@ class Ensemble:
     """Contents of `ensemble.json`.
 
     Attributes:
-        runs: folders.
-        how: one of `WEIGHTS`.
         weights: dimension -> the weight of each run.
         weights_split: split that they were chosen on; empty for plain means.
         scores: dimension -> the CCC of each run on that split.

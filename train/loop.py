@@ -54,8 +54,6 @@ class Progress:
     """The state of a training: epochs done, their history, the best weights so far.
 
     Attributes:
-        epoch: number of epochs done.
-        history: a row per epoch.
         best: tensors of the best epoch, on the CPU.
         best_epoch: counted from 1; 0: none yet. best_score: its mean CCC (with best=within: within videos).
         each: with best=each: dimension -> tensors of its best epoch; each_epoch, each_score: that epoch, its score.

@@ -45,11 +45,8 @@ class Member:
 
     Attributes:
         model: on the device of the windows.
-        config: resolved settings.
         data: both splits; all members have the same streams and windows of the same length.
         checkpoint: file that is written after every epoch; if it exists, the run resumes from it.
-        excluded: validation clips that are not scored.
-        progress: how far the run is.
     """
 
     model: nn.Module

@@ -222,7 +222,6 @@ class Choice:
     """How a batch of runs is trained.
 
     Attributes:
-        runs: how many.
         alone, together: seconds per step of all runs, one after the other and in a batch; 0: not measured.
         steps: of the longest run; an estimate where the number of epochs is open.
     """

@@ -186,7 +186,6 @@ class Tuning:
     """The objects of a fine-tuning step.
 
     Attributes:
-        fabric: Lightning Fabric: device, precision, processes.
         model: the model; wrapped: the model as wrapped by Fabric.
         optimizer: one group for the heads and one for the encoders, each with its `initial_lr`.
         windows: of the training split; sources: the inputs that its features are made from.
