@@ -3,7 +3,7 @@
 Further targets, such as expression classes and action units, are read, trained and scored here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,10 @@ class ExtraTargets:
     task: str
     value: Tensor
     labelled: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "ExtraTargets":
+        """The targets with another tensor for each of theirs."""
+        return ExtraTargets(self.task, function(self.value), function(self.labelled))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from vaflow.train import metrics
 from vaflow.train.batch import AUDIO, VISUAL, extra_scores, probabilities
 from vaflow.train.groups import Groups, Scored, by_group, source_splits
 from vaflow.train.losses import CENTERS, region_centers
-from vaflow.train.metrics import DIMENSIONS, by_dimension, by_intensity, plain
+from vaflow.train.metrics import DIMENSIONS, SCORES, by_dimension, by_intensity, plain
 from vaflow.train.windows import ClipRows, Prefetcher, WindowSet
 
 log = logging.getLogger(__name__)
@@ -284,10 +284,10 @@ def measure(traces: Sequence[Trace], split: str, *, centers: float = 0.66, resam
     by_video: dict[str, Floats] = {}
     for trace in traces:
         by_video[trace.clip.group] = by_video.get(trace.clip.group, 0) + trace_moments(trace)
-    ci95: dict[str, list[float | None]] = {name: [None, None] for name in (*DIMENSIONS, "mean")}
+    ci95: dict[str, list[float | None]] = {name: [None, None] for name in SCORES}
     if len(by_video) > 1:  # resampling one video gives that video again: an interval of width 0
         interval = metrics.bootstrap_interval(list(by_video.values()), resamples=resamples)
-        ci95 = {name: [plain(edge) for edge in getattr(interval, name)] for name in ci95}
+        ci95 = {name: [plain(edge) for edge in edges] for name, edges in zip(SCORES, interval, strict=True)}
     within, excluded = metrics.within_video_ccc((t.va, _label(t.clip), t.clip.valid) for t in traces)
     report = {
         "split": split,

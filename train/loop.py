@@ -23,7 +23,7 @@ from vaflow.train.batch import Batch, Output
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.evaluate import Trace, predict_clips, score
 from vaflow.train.losses import WEIGHTS, total_loss
-from vaflow.train.metrics import DIMENSIONS, mean_over_dimensions, within_video_ccc
+from vaflow.train.metrics import DIMENSIONS, SCORES, mean_over_dimensions, within_video_ccc
 from vaflow.train.windows import Prefetcher, WindowSet, drop_modality
 
 log = logging.getLogger(__name__)
@@ -356,7 +356,7 @@ def end_epoch(
     seconds = {"train_seconds": row["train_seconds"]}
     row = {name: value for name, value in row.items() if name not in seconds}
     for kind, values in scores:
-        row |= dict(zip((f"val_{kind}_{name}" for name in (*DIMENSIONS, "mean")), values.tolist(), strict=True))
+        row |= dict(zip((f"val_{kind}_{name}" for name in SCORES), values.tolist(), strict=True))
     return _advance(progress, model, row | seconds | {"val_seconds": time.perf_counter() - begun}, config.best)
 
 

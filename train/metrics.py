@@ -16,6 +16,7 @@ from vaflow.errors import UsageError, count, explain
 from vaflow.timeline import Bools, Floats, Ints
 
 DIMENSIONS = ("valence", "arousal")
+SCORES = (*DIMENSIONS, "mean")
 MOMENTS = 6  # count, sum x, sum y, sum xx, sum yy, sum xy
 RESAMPLES = 10_000  # of videos
 BINS = 3  # of intensity
@@ -123,19 +124,12 @@ def concordance_of_moments(moments: Floats) -> Floats:
     return np.where(count > 0, value, np.nan)
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A percentile interval [low, high] of the concordance: per dimension and of their mean."""
-
-    valence: tuple[float, float]
-    arousal: tuple[float, float]
-    mean: tuple[float, float]
-
-
 def bootstrap_interval(
     moments: Sequence[Floats] | Floats, *, resamples: int = RESAMPLES, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Percentile interval of the concordance under resampling whole videos with replacement.
+) -> Floats:
+    """Percentile interval [low, high] of the concordance under resampling whole videos with replacement, [3, 2].
+
+    Rows are valence, arousal and their mean.
 
     Frames of a video are not independent, so videos are resampled. Exact, because moments are additive. NaN in a
     dimension without labels.
@@ -156,8 +150,7 @@ def bootstrap_interval(
     if table.shape[1:] != (MOMENTS, 2):
         raise ValueError(f"moments must be [V, {MOMENTS}, 2]; got {[*table.shape]}")
     ccc = concordance_of_moments(_resampled(table, resamples, np.random.default_rng(seed)))
-    edges = percentile_interval(np.column_stack([ccc, mean_over_dimensions(ccc)]), level)
-    return Interval(*((float(low), float(high)) for low, high in edges))
+    return percentile_interval(np.column_stack([ccc, mean_over_dimensions(ccc)]), level)
 
 
 def percentile_interval(values: Floats, level: float = 0.95) -> Floats:

@@ -34,7 +34,7 @@ from vaflow.errors import CorruptError, UsageError, WeightsError, command, count
 from vaflow.files import write_file
 from vaflow.train.batch import VISUAL, Batch, StreamSpec
 from vaflow.train.heads.model import VAModel
-from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.metrics import DIMENSIONS, SCORES
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import CONTEXT, PROTOTYPES, PUBLISHED_CONFIG, RunFolder, load_run, model_options, require_record
 from vaflow.train.smoothing import FILE as SMOOTHING
@@ -163,7 +163,7 @@ def model_card(name: str, record: RunRecord, metrics: Mapping[str, Any]) -> str:
         split = _plain(str(metrics.get("split")))
         lines += [f"Split {split}, {videos}, {count(metrics.get('n_frames', 0), 'frame')}.", ""]
         lines += ["| | CCC | 95 % interval | RMSE |", "|---|---|---|---|"]
-        for row in (*DIMENSIONS, "mean"):
+        for row in SCORES:
             interval = (metrics.get("ci95") or {}).get(row)
             between = "-" if interval is None else " to ".join(map(_number, interval))
             scores = (_number((metrics.get(key) or {}).get(row)) for key in ("ccc", "rmse"))

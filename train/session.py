@@ -30,7 +30,7 @@ from vaflow.train.groups import fold_items, split_items
 from vaflow.train.heads.model import VAModel
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import Progress, Row, seeded
-from vaflow.train.metrics import DIMENSIONS, region_occupancy
+from vaflow.train.metrics import DIMENSIONS, SCORES, region_occupancy
 from vaflow.train.provenance import Maker, write_evaluation
 from vaflow.train.record import RunRecord, is_utf8
 from vaflow.train.runs import RunFolder, build_model, load_run, require_record
@@ -364,7 +364,7 @@ def reporter(config: TrainConfig, bar: "tqdm[Any]", write: Callable[[Row], None]
     def report(row: Row) -> None:
         bar.n = int(row["epoch"])
         bar.set_postfix_str(f"val CCC {row['val_ccc_mean']:.3f}")
-        scores = [f"{name} {score(row[f'val_ccc_{name}'])}" for name in (*DIMENSIONS, "mean")]
+        scores = [f"{name} {score(row[f'val_ccc_{name}'])}" for name in SCORES]
         log.info(
             "epoch %2d%s  loss %.3f  val CCC  %s",  # fits a terminal of 80 columns
             row["epoch"],

@@ -228,10 +228,7 @@ def stacked_batch(batch: Batch, runs: int) -> Batch:
         name: {key: split(value) for key, value in getattr(batch, name).items()}
         for name in ("features", "valid", "feature_inside", "feature_time")
     }
-    extra = {
-        name: ExtraTargets(targets.task, split(targets.value), split(targets.labelled))
-        for name, targets in batch.extra.items()
-    }
+    extra = {name: targets.map(split) for name, targets in batch.extra.items()}
     return replace(batch, **plain, **nested, extra=extra)  # type: ignore[arg-type]
 
 

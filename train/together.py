@@ -23,6 +23,7 @@ from vaflow.files import lock_folder, write_file
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import make_optimizer, train_step
+from vaflow.train.metrics import SCORES
 from vaflow.train.runs import RunFolder
 from vaflow.train.session import Data, LoadedSplits, Session, new_model, reproducible
 from vaflow.train.stacked_epochs import FAILURES, Member, fit_together, take_step
@@ -73,7 +74,7 @@ def one_thread(level: int) -> Iterator[None]:
 
 
 class Trainer:
-    """Trains runs on one cache. The latest splits stay loaded; no pictures and no event files are written.
+    """Trains runs on one cache. The latest splits stay loaded; no figures and no event files are written.
 
     Args:
         together: "always" trains runs of one architecture in a batch, "never" one after the other; "auto" times both.
@@ -93,7 +94,8 @@ class Trainer:
     ) -> None:
         self._cache, self._loaded = cache, LoadedSplits(cache)
         self._together, self._on_choice = check_mode(together), on_choice
-        self._allow_missing, self._keep_checkpoint = allow_missing, keep_checkpoint
+        self._options: dict[str, Any] = {"allow_missing": allow_missing, "keep_checkpoint": keep_checkpoint}
+        self._options |= {"tensorboard": False, "figures": False}
         self._choices: dict[tuple[object, ...], Choice] = {}
 
     def train(self, runs: Sequence[tuple[TrainConfig, Path]]) -> Iterator[tuple[int, Result | Exception]]:
@@ -130,18 +132,9 @@ class Trainer:
     def _train_alone(self, config: TrainConfig, out: Path) -> Result | Exception:
         try:
             data = None
-            if not (config.finetune or (RunFolder(out).done and not self._keep_checkpoint)):
+            if not (config.finetune or (RunFolder(out).done and not self._options["keep_checkpoint"])):
                 data = self._loaded.data(resolve(self._cache, config)[0])
-            return train_run(
-                self._cache,
-                config,
-                out,
-                data=data,
-                allow_missing=self._allow_missing,
-                tensorboard=False,
-                figures=False,
-                keep_checkpoint=self._keep_checkpoint,
-            )
+            return train_run(self._cache, config, out, data=data, **self._options)
         except FAILURES as error:
             return error
 
@@ -153,13 +146,7 @@ class Trainer:
             sessions: list[tuple[int, Session]] = []
             for number, ((config, out), splits) in enumerate(zip(runs, data, strict=True)):
                 try:
-                    session = replace(
-                        open_session(stack, self._cache, config, out),
-                        allow_missing=self._allow_missing,
-                        tensorboard=False,
-                        figures=False,
-                        keep_checkpoint=self._keep_checkpoint,
-                    )
+                    session = replace(open_session(stack, self._cache, config, out), **self._options)
                     if is_finished(session):
                         yield number, Result(session.folder.read_metrics(), was_done=True)
                         continue
@@ -287,8 +274,6 @@ def _seconds(step: Callable[[int], object], device: torch.device) -> float:
 
 
 log = logging.getLogger(__name__)
-
-SCORES = ("valence", "arousal", "mean")
 
 
 @dataclass(frozen=True)

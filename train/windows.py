@@ -150,6 +150,7 @@ class WindowSet:
         inside = self.inside.index_select(0, ids)
         every = torch.ones(len(ids), dtype=torch.bool, device=self.device)
         mask = (every if counted is None else counted.to(self.device))[:, None, None]
+        extra = {name: targets.map(lambda x: x.index_select(0, ids)) for name, targets in self.extra.items()}
         return Batch(
             features={},
             valid={},
@@ -160,12 +161,7 @@ class WindowSet:
             target=self.target.index_select(0, ids),
             labelled=self.labelled.index_select(0, ids) & mask,
             window=ids,
-            extra={
-                name: ExtraTargets(
-                    targets.task, targets.value.index_select(0, ids), targets.labelled.index_select(0, ids) & mask
-                )
-                for name, targets in self.extra.items()
-            },
+            extra={name: replace(targets, labelled=targets.labelled & mask) for name, targets in extra.items()},
         )
 
     def shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -206,10 +202,7 @@ class WindowSet:
             inside=self.inside[ids],
             target=self.target[ids],
             labelled=self.labelled[ids],
-            extra={
-                name: ExtraTargets(targets.task, targets.value[ids], targets.labelled[ids])
-                for name, targets in self.extra.items()
-            },
+            extra={name: targets.map(lambda x: x[ids]) for name, targets in self.extra.items()},
         )
 
     def statistics(self, stream: str) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,14 @@ combinations = pytest.mark.parametrize(("temporal", "fusion"), list(product(TEMP
 some_streams = pytest.mark.parametrize("case", STREAMS)
 
 
+def in_context(model: VAModel, batch: Batch, name: str, inside: Tensor) -> Tensor:
+    """The only stream of a model, or its first one, after the temporal model."""
+    branch: Any = model.branches[0]
+    entering = branch.enter(batch.features[name], batch.valid[name], inside, batch.feature_time[name])
+    output: Tensor = branch.temporal(entering.value, entering.inside)
+    return output
+
+
 def loss_and_gradients(model: VAModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     output = model(batch)
     assert output.region_logits is not None
@@ -95,7 +103,7 @@ def test_windows_without_audio_or_face_give_finite_outputs(temporal, fusion):
 @pytest.mark.parametrize("fusion", FUSION)
 def test_without_audio_the_output_depends_on_frames_only(fusion):
     model, batch = toy_model(fusion=fusion), without(toy_batch(), AUDIO_STREAM.name, [0, 3])
-    visual = model.branches[0](batch.features[VISUAL_STREAM.name], batch.valid[VISUAL_STREAM.name], batch.inside)
+    visual = in_context(model, batch, VISUAL_STREAM.name, batch.inside)
     fused = model.fuse(batch)
     for row in (0, 3):
         assert torch.equal(fused[row, :, :8], visual[row])
@@ -184,10 +192,10 @@ def test_one_modality_uses_no_fusion():
     batch = toy_batch()
     visual_model, audio_model = toy_model((VISUAL_STREAM,)), toy_model((AUDIO_STREAM,))
     assert visual_model.fusion is None
-    h_v = visual_model.branches[0](batch.features[VISUAL_STREAM.name], batch.valid[VISUAL_STREAM.name], batch.inside)
+    h_v = in_context(visual_model, batch, VISUAL_STREAM.name, batch.inside)
     assert torch.equal(visual_model.fuse(batch), h_v)
     name = AUDIO_STREAM.name
-    h_a = audio_model.branches[0](batch.features[name], batch.valid[name], batch.feature_inside[name])
+    h_a = in_context(audio_model, batch, name, batch.feature_inside[name])
     expected = interpolate(h_a, batch.feature_time[name], batch.time, batch.feature_inside[name])
     assert torch.equal(audio_model.fuse(batch), expected)
 

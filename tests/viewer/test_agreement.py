@@ -214,14 +214,14 @@ def test_fused_labels_replace_only_fused_labels(root: Path, tmp_path: Path, caps
 
 def test_an_interrupted_fusion_can_be_repeated(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ratings, config = read_ratings(root), AgreeConfig()
-    agreement, write = compare_ratings(ratings, config), vaflow.viewer.ratings.replace_file
+    agreement, write = compare_ratings(ratings, config), vaflow.viewer.ratings.write_file
 
-    def interrupted(path: Path, data: bytes) -> None:
+    def interrupted(path: Path, data: bytes | str) -> None:
         if path.name == "two.csv":
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(vaflow.viewer.ratings, "replace_file", interrupted)
+    monkeypatch.setattr(vaflow.viewer.ratings, "write_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fuse_ratings(ratings, agreement, config, tmp_path / "out")
     monkeypatch.undo()

@@ -315,15 +315,14 @@ class RayWorker(Worker):
         return messages
 
 
+@dataclass(frozen=True)
 class Shared:
-    """What every node must see alike.
+    """The cache and its contents, a file in the folder of the runs and its text, which every node must see alike."""
 
-    Args:
-        token, text: a file in the folder of the runs, and what it holds.
-    """
-
-    def __init__(self, cache: str, contents: Mapping[str, object], token: str, text: str) -> None:
-        self.cache, self.contents, self.token, self.text = cache, contents, token, text
+    cache: str
+    contents: Mapping[str, object]
+    token: str
+    text: str
 
     def open(self) -> Cache:
         """The cache, as this node sees it.

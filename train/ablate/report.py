@@ -21,7 +21,8 @@ from vaflow.errors import count, visible
 from vaflow.pages import render
 from vaflow.timeline import Floats
 from vaflow.train.ablate.results import COSTS, COSTS_NOTE, EncoderComparison, Results, RowResult, TableResult
-from vaflow.train.ablate.schedule import SCORES, Options
+from vaflow.train.ablate.schedule import Options
+from vaflow.train.metrics import SCORES
 
 FROZEN, TUNED = "frozen cache", "fine-tuned"  # how the rows were trained
 BASE = "base"  # table name of the full model, if no row of the tables is it
@@ -140,9 +141,13 @@ def spread(low: float, high: float) -> str:
     return f"[{digits(low)}, {digits(high)}]" if np.isfinite([low, high]).all() else "-"
 
 
-def p_text(p: float) -> str:
-    """A p-value as text."""
-    return "-" if not np.isfinite(p) else "< .001" if p < 0.001 else digits(p)
+def difference_texts(row: RowResult) -> list[str]:
+    """Difference of a row's mean CCC to that of the full model, its interval, and its p-value; dashes without one."""
+    versus = row.versus
+    if versus is None:
+        return ["-"] * 3
+    p = "< .001" if versus.p[MEAN] < 0.001 else digits(versus.p[MEAN])
+    return [digits(versus.difference[MEAN], sign=True), spread(versus.low[MEAN], versus.high[MEAN]), p]
 
 
 def statements(results: Results, about: About) -> list[str]:
@@ -220,11 +225,7 @@ def _markdown_table(table: TableResult) -> list[str]:
         scores = [f"**{digits(x)}**" if best else digits(x) for x, best in zip(row.mean, row.best, strict=True)]
         scores += [digits(row.std[-1]), spread(*row.interval[-1]), digits(row.within_mean)]
         paper = [digits(x, places=PAPER_PLACES) for x in paper_scores(row)]
-        test, versus = ["-"] * 3, row.versus
-        if versus is not None:
-            interval = spread(versus.low[-1], versus.high[-1])
-            test = [digits(versus.difference[-1], sign=True), interval, p_text(versus.p[-1])]
-        lines.append("| " + " | ".join([escaped(row.entry.row.name), *scores, *paper, *test]) + " |")
+        lines.append("| " + " | ".join([escaped(row.entry.row.name), *scores, *paper, *difference_texts(row)]) + " |")
     remarks = [f"- {escaped(f'{row.entry.row.name}: {text}')}" for row in table.rows if (text := remark(row))]
     return [*lines, *([""] if remarks else []), *remarks]
 
@@ -364,17 +365,12 @@ def html_page(results: Results, about: About, encoders: EncoderComparison | None
 
 def _cells(row: RowResult) -> dict[str, Any]:
     """Texts of a row of the table."""
-    versus = row.versus
     scores = [(digits(row.mean[k]), digits(row.std[k]) if row.seeds > 1 else "", row.best[k]) for k in range(3)]
-    difference = ["-"] * 3
-    if versus is not None:
-        difference = [digits(versus.difference[-1], sign=True), spread(versus.low[-1], versus.high[-1])]
-        difference.append(p_text(versus.p[-1]))
     return {
         "name": row.entry.row.name,
         "scores": scores,
         "interval": spread(*row.interval[-1]),
         "within": digits(row.within_mean),
         "published": [digits(score, places=PAPER_PLACES) for score in paper_scores(row)],
-        "difference": difference,
+        "difference": difference_texts(row),
     }

@@ -18,10 +18,17 @@ from vaflow.cache.schema import stored_layers
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Floats
 from vaflow.train.ablate.pool import RUNS
-from vaflow.train.ablate.schedule import SCORES, Entry, Schedule, Study, Table, parse_study
+from vaflow.train.ablate.schedule import Entry, Schedule, Study, Table, parse_study
 from vaflow.train.ablate.workers import Ended, read_moments
 from vaflow.train.config import NONE
-from vaflow.train.metrics import PairedDifference, paired_difference, percentile_interval, resampled_ccc, shared_draws
+from vaflow.train.metrics import (
+    SCORES,
+    PairedDifference,
+    paired_difference,
+    percentile_interval,
+    resampled_ccc,
+    shared_draws,
+)
 from vaflow.train.runs import RunFolder
 
 ENCODERS = "encoders"  # name of the table of a cache's encoders

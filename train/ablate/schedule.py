@@ -22,11 +22,11 @@ from vaflow.timeline import Grid
 from vaflow.train.config import BEFORE_SETTING, NONE, TrainConfig, coerce, merge, preset, with_aliases
 from vaflow.train.groups import split_items
 from vaflow.train.inputs import Inputs, resolve, sampling
+from vaflow.train.metrics import SCORES
 from vaflow.train.session import data_key
 
 ALL = "all"
 EACH = ("prompts",)
-SCORES = ("valence", "arousal", "mean")
 ROW_KEYS = ("name", "preset", "paper", "each")  # the other keys of a row are settings
 
 Settings = Mapping[str, Any]

@@ -111,14 +111,10 @@ class Branch(nn.Module):
         self.dropout = Dropout(dropout)
         self.temporal = TEMPORAL[temporal](hidden, hidden, **temporal_options)
 
-    def forward(self, x: Tensor, valid: Tensor, inside: Tensor) -> Tensor:
-        """x [B, T, dim], valid and inside [B, T] bool -> H [B, T, hidden]; features that are not valid are not read."""
-        entering = self.enter(x, valid, inside, torch.zeros(valid.shape, device=x.device))
-        result: Tensor = self.temporal(entering.value, entering.inside)
-        return result
-
     def enter(self, x: Tensor, valid: Tensor, inside: Tensor, time: Tensor) -> Track:
         """Return the input of the temporal model: x [B, T, dim], valid and inside [B, T] bool, time [B, T] seconds.
+
+        Features that are not valid are not read.
 
         Returns:
             The projected steps; frames of a spectrogram become steps here.
@@ -222,9 +218,8 @@ class VAModel(nn.Module):
             self.prompt = PromptHead(width, prototypes, learnable=learnable_prototypes, context=context)
         self.targets = tuple(targets)
         self.extra = nn.ModuleList(nn.Linear(width, len(target.names)) for target in self.targets)
-        self.variance = (
-            VarianceHead(width, hidden) if variance else None
-        )  # created last, so that the other modules draw the same random weights
+        # Created last, so that the other modules draw the same random weights.
+        self.variance = VarianceHead(width, hidden) if variance else None
 
     def forward(self, batch: Batch) -> Output:
         """A batch -> va [B, F, 2] in [-1, 1], region logits [B, F, 9], other logits, log std [B, F, 2]; 0 at padding.

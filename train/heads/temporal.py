@@ -48,10 +48,9 @@ class Recurrent(nn.Module):
     Args:
         cell: `nn.GRU` or `nn.LSTM`, which holds the weights; `run_recurrent` computes.
         hidden: width of the output, both directions together.
-        per_direction: width of each direction, where it is not half of `hidden`; projected back linearly.
 
     Raises:
-        UsageError: `hidden` is odd and no `per_direction` is given.
+        UsageError: `hidden` is odd.
     """
 
     def __init__(
@@ -61,24 +60,21 @@ class Recurrent(nn.Module):
         hidden: int = 256,
         *,
         layers: int = 1,
-        per_direction: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if per_direction is None and hidden % 2:
+        if hidden % 2:
             raise UsageError(explain(f"hidden ({hidden}) must be even: half of it is for each direction"))
-        width = hidden // 2 if per_direction is None else per_direction
         self.input_size = input_size
         self.rnn: Cell = cell(
             input_size,
-            width,
+            hidden // 2,
             layers,
             batch_first=True,
             bidirectional=True,
             dropout=dropout if layers > 1 else 0.0,
         )
         self.between = Dropout(self.rnn.dropout)  # between layers
-        self.back = nn.Identity() if 2 * width == hidden else nn.Linear(2 * width, hidden)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         """x [B, T, input_size], inside [B, T] bool with its False entries at the end -> [B, T, hidden].
@@ -107,7 +103,7 @@ def run_together(models: Sequence[Recurrent], sequences: Sequence[Tensor], insid
     for model, x, inside in zip(models, sequences, insides, strict=True):
         check_sequence(x, inside, model.input_size)
     states = run_recurrent([model.rnn for model in models], sequences, insides, models[0].between)
-    return [model.back(y) * m.unsqueeze(-1) for model, y, m in zip(models, states, insides, strict=True)]
+    return [y * inside.unsqueeze(-1) for y, inside in zip(states, insides, strict=True)]
 
 
 class TCN(nn.Module):
@@ -205,7 +201,6 @@ class Transformer(nn.Module):
 
     Args:
         input_size: width of x; projected to `hidden` where they differ.
-        feedforward: width of the inner layer; twice `hidden` where None.
 
     Raises:
         UsageError: `hidden` is odd or not divisible by `heads`.
@@ -218,7 +213,6 @@ class Transformer(nn.Module):
         *,
         layers: int = 2,
         heads: int = 4,
-        feedforward: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -230,7 +224,7 @@ class Transformer(nn.Module):
             nn.TransformerEncoderLayer(
                 hidden,
                 heads,
-                dim_feedforward=feedforward or 2 * hidden,
+                dim_feedforward=2 * hidden,
                 dropout=dropout,
                 activation="gelu",
                 batch_first=True,

@@ -174,7 +174,7 @@ def study_summary(result: "StudyResult") -> str:
 
 
 def _table_text(scored: "TableResult") -> str:
-    from vaflow.train.ablate.report import digits, p_text, paper_scores, spread
+    from vaflow.train.ablate.report import difference_texts, digits, paper_scores, spread
 
     rows = [
         (
@@ -184,8 +184,7 @@ def _table_text(scored: "TableResult") -> str:
             spread(*row.interval[-1]),
             digits(row.within_mean),
             digits(paper_scores(row)[-1]),
-            digits(row.versus.difference[-1], sign=True) if row.versus else "-",
-            p_text(row.versus.p[-1]) if row.versus else "-",
+            *difference_texts(row)[::2],
         )
         for row in scored.rows
     ]

@@ -56,23 +56,15 @@ class AttentionSummary:
     edges: Floats = field(default_factory=lambda: EDGES)
 
 
-@dataclass
 class AttentionSums:
     """Sums over the frames of one audio stream; `mass` is [H, B], `uniform` [B], `entropy` [H]."""
 
-    heads: int
-    mass: Floats = field(init=False)
-    uniform: Floats = field(default_factory=lambda: np.zeros(len(EDGES) - 1))
-    entropy: Floats = field(init=False)
-    near: Floats = field(default_factory=lambda: np.zeros(3))  # before, near, after
-    distance: float = 0.0
-    masked: float = 0.0
-    frames: int = 0
-    faceless: Floats = field(default_factory=lambda: np.zeros(2))  # mass near, frames
-
-    def __post_init__(self) -> None:
-        self.mass = np.zeros((self.heads, len(EDGES) - 1))
-        self.entropy = np.zeros(self.heads)
+    def __init__(self, heads: int) -> None:
+        bins = len(EDGES) - 1
+        self.mass, self.uniform, self.entropy = np.zeros((heads, bins)), np.zeros(bins), np.zeros(heads)
+        self.near, self.faceless = np.zeros(3), np.zeros(2)  # before, near, after; mass near, frames
+        self.distance = self.masked = 0.0
+        self.frames = 0
 
     def add(self, weights: Tensor, time: Tensor, track: Track, counted: Tensor, face: Tensor) -> None:
         """Add windows: weights [B, H, F, S], time [B, F] of the frames, counted and face [B, F] bool."""
@@ -109,8 +101,7 @@ class AttentionSums:
 
 
 class AttentionRecorder:
-    """Collects the attention of a fusion while its model predicts; use it as the hook of `register_forward_pre_hook`.
-    """
+    """Collects the attention of a fusion while its model predicts, as a hook of `register_forward_pre_hook`."""
 
     def __init__(self, fusion: Fusion, streams: Sequence[str]) -> None:
         self.sums = [AttentionSums(attend.attention.num_heads) for attend in fusion.attends or ()]  # type: ignore

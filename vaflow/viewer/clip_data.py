@@ -117,6 +117,17 @@ def probe(path: Path) -> Facts:
         return Facts(name, video, audio, pixels, (media.duration or 0) / av.time_base)
 
 
+def decoded(media: Any, streams: Any) -> Iterator[tuple[Any, Any]]:
+    """Every frame of some streams of an open file, after its stream; damaged packets are skipped, as browsers do."""
+    for packet in media.demux(streams):
+        try:
+            frames: list[Any] = list(packet.decode())
+        except av.FFmpegError:
+            continue
+        for frame in frames:
+            yield packet.stream, frame
+
+
 @dataclass(frozen=True)
 class AudioLevel:
     """The audio of a clip in columns of 20 ms.
@@ -156,21 +167,15 @@ def _blocks(path: Path) -> Iterator[NDArray[np.int16]]:
     with av.open(str(path), metadata_errors="replace") as media:
         if not media.streams.audio:
             return
-        stream = media.streams.audio[0]
         resampler = AudioResampler(format="s16", layout="mono", rate=RATE)
         rest: list[NDArray[np.int16]] = []
         first = True
-        for packet in media.demux(stream):
-            try:
-                frames: list[Any] = list(packet.decode())
-            except av.FFmpegError:
-                continue
-            for frame in frames:
-                if first and frame.time is not None:
-                    lead = round((frame.time - (media.start_time or 0) / av.time_base) * RATE)
-                    rest.append(np.zeros(min(max(0, lead), 3600 * RATE), np.int16))
-                    first = False
-                rest += [piece.to_ndarray().reshape(-1).astype(np.int16) for piece in resampler.resample(frame)]
+        for _, frame in decoded(media, media.streams.audio[0]):
+            if first and frame.time is not None:
+                lead = round((frame.time - (media.start_time or 0) / av.time_base) * RATE)
+                rest.append(np.zeros(min(max(0, lead), 3600 * RATE), np.int16))
+                first = False
+            rest += [piece.to_ndarray().reshape(-1).astype(np.int16) for piece in resampler.resample(frame)]
             if sum(map(len, rest)) >= 60 * RATE:
                 block = np.concatenate(rest)
                 whole = len(block) // HOP * HOP
@@ -252,21 +257,16 @@ def detect_boxes(path: Path) -> Floats:
         stream.thread_type = "AUTO"
         start = (media.start_time or 0) / av.time_base
         due = -np.inf
-        for packet in media.demux(stream):
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
+        for _, frame in decoded(media, stream):
+            if frame.time is None or frame.time - start < due - 1e-6:
                 continue
-            for frame in frames:
-                if not isinstance(frame, av.VideoFrame) or frame.time is None or frame.time - start < due - 1e-6:
-                    continue
-                time = frame.time - start
-                due = (np.floor(time / STEP + 1e-6) + 1) * STEP
-                image = to_rgb(frame)
-                face = tracker.update(detector.detect(image), time)
-                box = np.full(4, np.nan) if face is None else np.asarray(face.box)
-                height, width = image.shape[:2]
-                rows.append((time, *(box / (width, height, width, height)).tolist()))
+            time = frame.time - start
+            due = (np.floor(time / STEP + 1e-6) + 1) * STEP
+            image = to_rgb(frame)
+            face = tracker.update(detector.detect(image), time)
+            box = np.full(4, np.nan) if face is None else np.asarray(face.box)
+            height, width = image.shape[:2]
+            rows.append((time, *(box / (width, height, width, height)).tolist()))
     return np.array(rows, np.float64).reshape(-1, 5)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from vaflow.datasets.files import below, examples
 from vaflow.datasets.videos import read_csv
 from vaflow.errors import UsageError, count, explain
-from vaflow.files import make_folder, replace_file
+from vaflow.files import write_file
 from vaflow.timeline import Bools, Floats
 from vaflow.train.metrics import region_of
 from vaflow.viewer.predictions import DIMENSIONS, find_predictions, read_predictions
@@ -360,7 +360,8 @@ def fuse_ratings(ratings: Ratings, agreement: Agreement, config: AgreeConfig, ou
     the annotators of each clip; files that an earlier call listed are replaced or removed, others never.
 
     Raises:
-        UsageError: the directory cannot be written, or holds other tables of these names.
+        UsageError: the directory holds other tables of these names.
+        VaflowError: it cannot be written.
     """
     earlier = _fused_before(out)
     foreign = [clip for clip in sorted(ratings) if clip not in earlier and (out / f"{clip}.csv").exists()]
@@ -387,12 +388,13 @@ def fuse_ratings(ratings: Ratings, agreement: Agreement, config: AgreeConfig, ou
         tables[clip] = "\n".join(["time,valence,arousal", *rows]) + "\n"
     document = {"fusion": config.fusion, "rate": config.rate, "lags": agreement.lags}
     clips = {clip: sorted(ratings[clip]) for clip in tables}
-    _write(out / FUSED, document | {"clips": earlier | clips})  # first, so that an interrupted call can be repeated
+    both = document | {"clips": earlier | clips}  # written first, so that an interrupted call can be repeated
+    write_file(out / FUSED, json.dumps(both, indent=1) + "\n")
     for clip, text in tables.items():
-        _write(out / f"{clip}.csv", text)
+        write_file(out / f"{clip}.csv", text)
     for clip in earlier.keys() - clips.keys():
         below(out, f"{clip}.csv").unlink(missing_ok=True)
-    _write(out / FUSED, document | {"clips": clips})
+    write_file(out / FUSED, json.dumps(document | {"clips": clips}, indent=1) + "\n")
     return [out / f"{clip}.csv" for clip in tables]
 
 
@@ -403,13 +405,3 @@ def _fused_before(out: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return {}
     return clips if isinstance(clips, dict) else {}
-
-
-def _write(path: Path, content: str | dict[str, Any]) -> None:
-    """Write text, or a document as JSON."""
-    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-    try:
-        make_folder(path.parent)
-        replace_file(path, text.encode())
-    except OSError as error:
-        raise UsageError(explain(f"Cannot write {path}", got=error.strerror)) from error

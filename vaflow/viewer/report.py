@@ -16,10 +16,11 @@ from vaflow import __version__
 from vaflow.datasets.files import examples
 from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import UsageError, command, explain
-from vaflow.files import make_folder, replace_file
+from vaflow.files import write_file
 from vaflow.pages import render
 from vaflow.timeline import Floats
 from vaflow.train.metrics import (
+    SCORES,
     concordance_of_moments,
     mean_over_dimensions,
     paired_difference,
@@ -33,7 +34,6 @@ from vaflow.viewer.run_results import BINS, PlaneSums, ReportClip, RunResults, r
 if TYPE_CHECKING:
     from vaflow.viewer.attention import AttentionSummary
 
-SCORES = (*DIMENSIONS, "mean")
 CURVES = {
     "loss_total": "Training loss",
     "val_ccc_valence": "Validation CCC of valence",
@@ -199,7 +199,8 @@ def write_report(
         gates: run the models once more on their caches for the statistics of the fusion.
 
     Raises:
-        UsageError: a directory is not a finished run, or `out` cannot be written.
+        UsageError: a directory is not a finished run.
+        VaflowError: `out` cannot be written.
         CorruptError: a file of a run is damaged.
     """
     runs = read_runs(list(paths))
@@ -221,11 +222,7 @@ def write_report(
         regions=REGION_NAMES,
         version=__version__,
     )
-    try:
-        make_folder(out.parent)
-        replace_file(out, page.encode())
-    except OSError as error:
-        raise UsageError(explain(f"Cannot write the report {out}", got=error.strerror)) from error
+    write_file(out, page)
     return runs
 
 

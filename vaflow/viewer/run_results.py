@@ -12,7 +12,7 @@ import numpy as np
 
 from vaflow.errors import CorruptError, UsageError, command, explain
 from vaflow.timeline import Floats
-from vaflow.train.metrics import concordance_of_moments, region_of, scope, smoothing_text, video_moments
+from vaflow.train.metrics import SCORES, concordance_of_moments, region_of, scope, smoothing_text, video_moments
 from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
 from vaflow.viewer.predictions import DIMENSIONS, PredictedClip, PredictionSet, find_predictions, read_predictions
 
@@ -239,7 +239,7 @@ def _line(root: Path, run: Path) -> RunLine | None:
         if smoothing := metrics.get("smoothing"):
             tuned = f", tuned on {smoothing['chosen_on']}" if smoothing["chosen_on"] else ""
             common["smoothing"] = f"{smoothing_text(smoothing)}{tuned}"
-        scores = {d: metrics["ccc"].get(d) for d in (*DIMENSIONS, "mean")}
+        scores = {d: metrics["ccc"].get(d) for d in SCORES}
         return RunLine(
             name, "done", **common, split=str(metrics["split"]), epochs=metrics.get("epochs"), ccc=scores,
             ci95=metrics.get("ci95", {}),

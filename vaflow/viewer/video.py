@@ -14,7 +14,7 @@ from PIL import ImageDraw, ImageFont
 
 from vaflow.errors import MediaError, explain
 from vaflow.timeline import Floats, nearest
-from vaflow.viewer.clip_data import MediaIndex, masks_of, spans, with_boxes
+from vaflow.viewer.clip_data import MediaIndex, decoded, masks_of, spans, with_boxes
 from vaflow.viewer.predictions import DIMENSIONS, Predictions, find_predictions, read_predictions
 
 Image = NDArray[np.uint8]
@@ -46,13 +46,8 @@ def transcode(source: Path, target: Path, composer: "_Overlay | None" = None) ->
             encoders[media.streams.video[0]] = _VideoEncoder(out, media.streams.video[0], first, start, composer)
         if media.streams.audio:
             encoders[media.streams.audio[0]] = _AudioEncoder(out, start)
-        for packet in media.demux(list(encoders)):
-            try:
-                frames: list[Any] = list(packet.decode())
-            except av.FFmpegError:
-                continue  # as browsers do: a damaged packet is skipped
-            for frame in frames:
-                encoders[packet.stream].add(frame)
+        for stream, frame in decoded(media, list(encoders)):
+            encoders[stream].add(frame)
         for encoder in encoders.values():
             encoder.finish()
     part.replace(target)
