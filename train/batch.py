@@ -179,9 +179,6 @@ def extra_loss(logits: Tensor, targets: ExtraTargets) -> Tensor:
     """Cross-entropy of classes, binary cross-entropy of the others, of logits [B, F, K]; the mean over annotated cells.
 
     A scalar >= 0; 0 with zero gradient where nothing is annotated.
-
-    Raises:
-        ValueError: shapes disagree.
     """
     if logits.shape != targets.value.shape:
         raise ValueError(f"extra_loss: logits {[*logits.shape]} for targets {[*targets.value.shape]}")

@@ -1,4 +1,7 @@
-"""Layers of the heads: dropout, the mixture of an encoder's layers, the CNN over log-Mel, and the prompt head."""
+"""Layers of the heads: dropout, the mixture of an encoder's layers, the CNN over log-Mel, and the prompt head.
+
+Shapes that disagree raise ValueError.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -71,11 +74,7 @@ class LayerMixture(nn.Module):
         return torch.softmax(SCALE * self.weight, dim=0).detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., layers, D] -> [..., D].
-
-        Raises:
-            ValueError: another number of layers.
-        """
+        """[..., layers, D] -> [..., D]."""
         if x.ndim < 2 or x.shape[-2] != self.layers:
             raise ValueError(f"expected [..., {self.layers}, D]; got {[*x.shape]}")
         return torch.einsum("...ld,l->...d", x, torch.softmax(SCALE * self.weight, dim=0))
@@ -138,11 +137,7 @@ class Spectrogram(nn.Module):
         self.width = channels[-1] * bands
 
     def forward(self, frames: Tensor, valid: Tensor, inside: Tensor, time: Tensor) -> Steps:
-        """frames [B, T, bands], standardised; valid, inside [B, T] bool; time [B, T] -> T / frames_per_step steps.
-
-        Raises:
-            ValueError: shapes disagree, or T is not a multiple of `frames_per_step`.
-        """
+        """frames [B, T, bands], standardised; valid, inside [B, T] bool; time [B, T] -> T / frames_per_step steps."""
         count, per_step = inside.shape[1], self.frames_per_step
         if tuple(frames.shape) != (*inside.shape, self.bands) or count % per_step:
             raise ValueError(
@@ -235,11 +230,7 @@ class PromptHead(nn.Module):
         return self.log_scale.clamp(max=math.log(MAX_SCALE)).exp()
 
     def forward(self, fused: Tensor) -> Tensor:
-        """[..., hidden] -> [..., 9] logits within +-`scale`.
-
-        Raises:
-            ValueError: the last axis is not `hidden`.
-        """
+        """[..., hidden] -> [..., 9] logits within +-`scale`."""
         if fused.shape[-1] != self.hidden:
             raise ValueError(f"prompt head: expected [..., {self.hidden}]; got {[*fused.shape]}")
         moving = self.training and self._tower is not None

@@ -3,6 +3,7 @@
 Source: arXiv 2603.13415, section 3. The paper does not specify the normalisation of features before their projection
 (`normalize`), the regression head (one hidden layer here), dropout (here after the projection and in that head),
 several streams of one modality (see `VAModel` and `fusion`) and missing input (here a learned vector per stream).
+Shapes that disagree raise ValueError.
 """
 
 import inspect
@@ -225,9 +226,6 @@ class VAModel(nn.Module):
         """A batch -> va [B, F, 2] in [-1, 1], region logits [B, F, 9], other logits, log std [B, F, 2]; 0 at padding.
 
         Region logits are None without a prompt head, and the standard deviation without a variance head.
-
-        Raises:
-            ValueError: a stream is not in the batch, or shapes disagree.
         """
         fused = self.fuse(batch)
         frames = batch.inside.unsqueeze(-1)
@@ -239,11 +237,7 @@ class VAModel(nn.Module):
         return Output(va, regions, extra, log_std)
 
     def fuse(self, batch: Batch) -> Tensor:
-        """F_fused, [B, F, width].
-
-        Raises:
-            ValueError: a stream is not in the batch, or shapes disagree.
-        """
+        """F_fused, [B, F, width]."""
         entering: list[Track] = []
         for stream, branch in zip(self.streams, self.branches, strict=True):
             check_features(stream, batch)

@@ -1,8 +1,10 @@
 """Temporal models: a sequence per window -> a sequence of the same length with context.
 
 Every model has one interface: `forward(x [B, T, input_size], inside [B, T]) -> [B, T, hidden]`, with zeros at padding.
-Values at padding are never read. Source: arXiv 2603.13415, eq. 1 (BiGRU) and table 2 (TCN); LSTM and Transformer are
-ours. The rates of sinusoidal positions are a buffer: nothing is built on the CPU or copied in a step.
+Values at padding are never read. Shapes that disagree raise ValueError. The rates of sinusoidal positions are a buffer:
+nothing is built on the CPU or copied in a step.
+
+Source: arXiv 2603.13415, eq. 1 (BiGRU) and table 2 (TCN); LSTM and Transformer are ours.
 """
 
 import math
@@ -77,11 +79,7 @@ class Recurrent(nn.Module):
         self.between = Dropout(self.rnn.dropout)  # between layers
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """x [B, T, input_size], inside [B, T] bool with its False entries at the end -> [B, T, hidden].
-
-        Raises:
-            ValueError: shapes disagree.
-        """
+        """x [B, T, input_size], inside [B, T] bool with its False entries at the end -> [B, T, hidden]."""
         check_sequence(x, inside, self.input_size)
         return run_together([self], [zero_outside(x, inside)], [inside])[0]
 
@@ -96,9 +94,6 @@ def run_together(models: Sequence[Recurrent], sequences: Sequence[Tensor], insid
 
     Returns:
         [B, T, hidden] per model.
-
-    Raises:
-        ValueError: shapes disagree.
     """
     for model, x, inside in zip(models, sequences, insides, strict=True):
         check_sequence(x, inside, model.input_size)
@@ -144,11 +139,7 @@ class TCN(nn.Module):
         return 1 + self._taps_beyond
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """x [B, T, input_size], inside [B, T] bool -> [B, T, hidden].
-
-        Raises:
-            ValueError: shapes disagree.
-        """
+        """x [B, T, input_size], inside [B, T] bool -> [B, T, hidden]."""
         check_sequence(x, inside, self.input_size)
         x = zero_outside(x, inside).transpose(1, 2)
         for block in self.blocks:
@@ -236,11 +227,7 @@ class Transformer(nn.Module):
         self.positions = Sinusoids(hidden)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """x [B, T, input_size], inside [B, T] bool -> [B, T, hidden].
-
-        Raises:
-            ValueError: shapes disagree.
-        """
+        """x [B, T, input_size], inside [B, T] bool -> [B, T, hidden]."""
         check_sequence(x, inside, self.input_size)
         y = self.project(zero_outside(x, inside))
         y = y + self.positions(torch.arange(y.shape[1], device=y.device)).to(y)
