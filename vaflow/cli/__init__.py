@@ -62,50 +62,32 @@ app = typer.Typer(
 DATA, CACHE, MODEL, RESULT, MORE = PANELS
 
 
-def _add(name: str, function: Callable[..., int], panel: str, group: typer.Typer = app, hidden: bool = False) -> None:
-    group.command(name, cls=Command, rich_help_panel=panel, hidden=hidden)(with_options(function))
+def _add(panel: str, *commands: Callable[..., int], group: typer.Typer = app, hidden: bool = False) -> None:
+    """Register commands under the names of their functions."""
+    for command in commands:
+        name = command.__name__.rstrip("_")
+        group.command(name, cls=Command, rich_help_panel=panel, hidden=hidden)(with_options(command))
 
 
-def _add_with_settings(name: str, function: Callable[..., int], panel: str, config: type) -> None:
-    about = epilog(config, "docs/settings.md")
-    app.command(name, cls=command_class(config), epilog=about, rich_help_panel=panel)(with_options(function, config))
+def _add_with_settings(panel: str, command: Callable[..., int], config: type) -> None:
+    about, kind = epilog(config, "docs/settings.md"), command_class(config)
+    app.command(command.__name__, cls=kind, epilog=about, rich_help_panel=panel)(with_options(command, config))
 
 
-_add("check", extract.check, DATA)
-_add_with_settings("extract", extract.extract, DATA, ExtractConfig)
+_add(DATA, extract.check)
+_add_with_settings(DATA, extract.extract, ExtractConfig)
 app.add_typer(cache.app, name="cache", cls=CommandGroup, rich_help_panel=CACHE)
-_add("info", cache.info, "Commands", cache.app)
-_add("verify", cache.verify, "Commands", cache.app)
-_add("repair", cache.repair, "Commands", cache.app)
-_add("drop", cache.drop, "Commands", cache.app)
-_add("splits", cache.splits, "Commands", cache.app)
-_add("convert", cache.convert, "Commands", cache.app)
-_add("pack", cache.pack, "Commands", cache.app)
-_add("merge", cache.merge, "Commands", cache.app)
-_add("export", cache.export, "Commands", cache.app)
-_add("prompts", cache_import.prompts, "Commands", cache.app)
-_add("import", cache_import.import_, "Commands", cache.app)
-_add("targets", cache_import.targets, "Commands", cache.app)
-_add("people", cache_import.people, "Commands", cache.app)
-_add_with_settings("train", train.train, MODEL, TrainConfig)
-_add("evaluate", evaluate.evaluate, MODEL)
-_add("smooth", evaluate.smooth, MODEL)
-_add("folds", evaluate.folds, MODEL)
-_add("ensemble", evaluate.ensemble, MODEL)
-_add("ablate", ablate.ablate, MODEL)
-_add("search", ablate.search, MODEL)
-_add("predict", predict.predict, RESULT)
-_add("export", predict.export, RESULT)
-_add("submit", predict.submit, RESULT)
-_add("provenance", predict.provenance, RESULT)
-_add("trace", predict.trace, RESULT, hidden=True)
-_add("view", view.view, RESULT)
-_add("faces", view.faces, RESULT)
-_add("report", view.report, RESULT)
-_add("runs", view.runs, RESULT)
+_add("Commands", cache.info, cache.verify, cache.repair, cache.drop, cache.splits, cache.convert, group=cache.app)
+_add("Commands", cache.pack, cache.merge, cache.export, cache_import.prompts, group=cache.app)
+_add("Commands", cache_import.import_, cache_import.targets, cache_import.people, group=cache.app)
+_add_with_settings(MODEL, train.train, TrainConfig)
+_add(MODEL, evaluate.evaluate, evaluate.smooth, evaluate.folds, evaluate.ensemble, ablate.ablate, ablate.search)
+_add(RESULT, predict.predict, predict.export, predict.submit, predict.provenance)
+_add(RESULT, predict.trace, hidden=True)
+_add(RESULT, view.view, view.faces, view.report, view.runs)
 app.add_typer(view.app, name="labels", cls=CommandGroup, rich_help_panel=DATA)
-_add("agree", view.agree, "Commands", view.app)
-_add("demo", extract.demo, MORE)
+_add("Commands", view.agree, group=view.app)
+_add(MORE, extract.demo)
 
 
 def info(output: Output) -> int:
@@ -172,7 +154,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-_add("info", info, MORE)
+_add(MORE, info)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,10 +5,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from vaflow.cli.common import FAILED, Output, alias_pairs, echo, loading, number, report_failures, table
-from vaflow.cli.options import Aliases, AllowMissing, Cache, Device, Engine, RayAddress, Together
+from vaflow.cli.options import Aliases, AllowMissing, Cache, Device, Engine, RayAddress, Together, flag, option
 from vaflow.errors import UsageError, count, explain, visible
 from vaflow.process import check_engine
 
@@ -20,28 +18,19 @@ if TYPE_CHECKING:
     from vaflow.train.search import NestedResult
     from vaflow.train.trials import SearchResult, Trial
 
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Directory of runs and results.", show_default=False)]
+Out = Annotated[Path, option("DIR", "Directory of runs and results.")]
 Tables = Annotated[
     list[str] | None,
-    typer.Option(
-        "--table", metavar="NAME", help="1, 2, 3, p2, extra, all, or encoders; a name of --grid. Repeatable. [all]"
-    ),
+    option("NAME", "1, 2, 3, p2, extra, all, or encoders; a name of --grid. Repeatable. [all]", "--table"),
 ]
-Seeds = Annotated[int, typer.Option(metavar="N", help="Runs per configuration.")]
+Seeds = Annotated[int, option("N", "Runs per configuration.")]
 Jobs = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="Number of runs in parallel, one process each. [1; with Ray one per GPU, or per CPU]"
-    ),
+    int | None, option("N", "Number of runs in parallel, one process each. [1; with Ray one per GPU, or per CPU]")
 ]
 Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Setting of every row without its own value. Repeatable."),
+    list[str] | None, option("KEY=VALUE", "Setting of every row without its own value. Repeatable.", "--set")
 ]
-Grid = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="TOML file of other tables, such as an edited copy of DIR/tables.toml."),
-]
+Grid = Annotated[Path | None, option("FILE", "TOML file of other tables, such as an edited copy of DIR/tables.toml.")]
 
 
 def ablate(
@@ -222,23 +211,17 @@ def terminal_text(markdown: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-Space = Annotated[
-    Path, typer.Option(metavar="FILE", help="TOML file of settings to search and settings to keep.", show_default=False)
-]
-SearchOut = Annotated[Path, typer.Option(metavar="DIR", help="Directory of trials and results.", show_default=False)]
-Trials = Annotated[int, typer.Option(metavar="N", help="Trials in all, those of earlier calls included.")]
-Sampler = Annotated[str, typer.Option(metavar="NAME", help="bayes (TPE) or random.")]
-Folds = Annotated[int, typer.Option(metavar="K", help="Folds of the training split that score a trial.")]
-Train = Annotated[str, typer.Option("--train", metavar="SPLIT", help="Split that the folds divide.")]
-Holdout = Annotated[str, typer.Option(metavar="SPLIT", help="Split that scores the winner only.")]
-Halving = Annotated[
-    bool, typer.Option("--halving/--no-halving", help="Stop trials early that are not among the best third.")
-]
-OuterFolds = Annotated[
-    int, typer.Option(metavar="K", help="Repeat the search for K outer folds and score on them (0: --holdout).")
-]
-Batch = Annotated[int, typer.Option(metavar="N", help="Trials that are proposed and trained at once.")]
-SearchSeed = Annotated[int, typer.Option(metavar="N", help="Random seed of the proposals.", min=0)]
+Space = Annotated[Path, option("FILE", "TOML file of settings to search and settings to keep.")]
+SearchOut = Annotated[Path, option("DIR", "Directory of trials and results.")]
+Trials = Annotated[int, option("N", "Trials in all, those of earlier calls included.")]
+Sampler = Annotated[str, option("NAME", "bayes (TPE) or random.")]
+Folds = Annotated[int, option("K", "Folds of the training split that score a trial.")]
+Train = Annotated[str, option("SPLIT", "Split that the folds divide.", "--train")]
+Holdout = Annotated[str, option("SPLIT", "Split that scores the winner only.")]
+Halving = Annotated[bool, flag("Stop trials early that are not among the best third.", "--halving/--no-halving")]
+OuterFolds = Annotated[int, option("K", "Repeat the search for K outer folds and score on them (0: --holdout).")]
+Batch = Annotated[int, option("N", "Trials that are proposed and trained at once.")]
+SearchSeed = Annotated[int, option("N", "Random seed of the proposals.", min=0)]
 
 
 def search(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaflow.cli.common import FAILED, SOME_FAILED, Output, echo, file_size, print_json, summary_json, table
-from vaflow.cli.options import CachePath, NewCache, Store, variant
+from vaflow.cli.options import CachePath, NewCache, Store, argument, flag, option, variant
 from vaflow.errors import CorruptError, UsageError, command, count, explain, visible
 
 if TYPE_CHECKING:
@@ -22,28 +22,20 @@ SHOWN = 20  # clips that a command lists without --verbose
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show, verify, repair, copy and edit caches.")
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the changes without making them.")]
-Clips = Annotated[list[str] | None, typer.Argument(metavar="ITEM", help="Clips to remove.")]
-Absent = Annotated[
-    Path | None,
-    typer.Option(metavar="ROOT", help="Remove the clips that this data set does not contain.", show_default=False),
-]
-RootLayout = Annotated[str, typer.Option(metavar="LAYOUT", help="Layout of ROOT, as in `vaflow extract`.")]
-SplitTable = Annotated[Path, typer.Argument(metavar="SPLITS", help="CSV file with name,split.", show_default=False)]
-Converted = Annotated[Path, typer.Option(metavar="OTHER", help="Cache to write.", show_default=False)]
-OtherStore = Annotated[str, typer.Option(metavar="STORE", help="Store of OTHER: zarr or hdf5.", show_default=False)]
-Packed = Annotated[Path, typer.Argument(metavar="OUT", help="Packed cache to write.", show_default=False)]
-Parts = Annotated[list[Path], typer.Argument(metavar="CACHE", help="Caches to merge.", show_default=False)]
+DryRun = Annotated[bool, flag("Print the changes without making them.", "--dry-run")]
+Clips = Annotated[list[str] | None, argument("ITEM", "Clips to remove.")]
+Absent = Annotated[Path | None, option("ROOT", "Remove the clips that this data set does not contain.")]
+RootLayout = Annotated[str, option("LAYOUT", "Layout of ROOT, as in `vaflow extract`.")]
+SplitTable = Annotated[Path, argument("SPLITS", "CSV file with name,split.")]
+Converted = Annotated[Path, option("OTHER", "Cache to write.")]
+OtherStore = Annotated[str, option("STORE", "Store of OTHER: zarr or hdf5.")]
+Packed = Annotated[Path, argument("OUT", "Packed cache to write.")]
+Parts = Annotated[list[Path], argument("CACHE", "Caches to merge.")]
 Prefer = Annotated[
-    str | None,
-    typer.Option(
-        metavar="WHICH",
-        help="Version to keep of an item that was made from different sources: first or newest.",
-        show_default=False,
-    ),
+    str | None, option("WHICH", "Version to keep of an item that was made from different sources: first or newest.")
 ]
 MergedStore = Annotated[str | None, variant(Store, show_default="that of the first")]
-ParquetOut = Annotated[Path, typer.Argument(metavar="DIR", help="New folder of Parquet files.", show_default=False)]
+ParquetOut = Annotated[Path, argument("DIR", "New folder of Parquet files.")]
 
 
 def info(output: Output, cache: CachePath) -> int:

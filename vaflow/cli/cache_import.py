@@ -16,7 +16,7 @@ from vaflow.cli.common import (
     warn_of_labels,
     weight_pairs,
 )
-from vaflow.cli.options import CachePath, Device, NewCache, Store, Weights, variant
+from vaflow.cli.options import CachePath, Device, NewCache, Store, Weights, option, variant
 from vaflow.errors import UsageError, command, count, explain, visible
 
 if TYPE_CHECKING:
@@ -30,56 +30,36 @@ LABEL_PROBLEMS = {
     "uses time)",
 }
 
-Stream = Annotated[str, typer.Option(metavar="NAME", help="Name of the features in the cache.", show_default=False)]
-Kind = Annotated[str, typer.Option(metavar="KIND", help="visual or audio.", show_default=False)]
+Stream = Annotated[str, option("NAME", "Name of the features in the cache.")]
+Kind = Annotated[str, option("KIND", "visual or audio.")]
 Folder = Annotated[
     Path,
-    typer.Option(
-        "--from",
-        metavar="DIR",
-        help="<item>.npy [T, D] with <item>.time.npy [T] (seconds), or <item>.csv with a column time.",
-        show_default=False,
-    ),
+    option("DIR", "<item>.npy [T, D] with <item>.time.npy [T] (seconds), or <item>.csv with a column time.", "--from"),
 ]
-Rate = Annotated[
-    float | None, typer.Option(metavar="HZ", help="Rows per second, for items without times in their files.")
-]
+Rate = Annotated[float | None, option("HZ", "Rows per second, for items without times in their files.")]
 Labels = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="<item>.csv with time or frame, and valence and/or arousal, or ABAW's <item>.txt; splits.csv.",
-    ),
+    option("DIR", "<item>.csv with time or frame, and valence and/or arousal, or ABAW's <item>.txt; splits.csv."),
 ]
 NewStore = Annotated[str | None, variant(Store, show_default="zarr")]
-Dtype = Annotated[str, typer.Option(metavar="TYPE", help="float16 or float32, of stored features.")]
+Dtype = Annotated[str, option("TYPE", "float16 or float32, of stored features.")]
 ColumnNames = Annotated[
-    list[str] | None,
-    typer.Option(metavar="ROLE=NAME", help="Column for time, frame, start, end, valence, arousal, ignore; repeatable."),
+    list[str] | None, option("ROLE=NAME", "Column for time, frame, start, end, valence, arousal, ignore; repeatable.")
 ]
-LabelRate = Annotated[float | None, typer.Option(metavar="HZ", help="Rows per second of labels that count frames.")]
+LabelRate = Annotated[float | None, option("HZ", "Rows per second of labels that count frames.")]
 NormalizeBy = Annotated[
-    str | None,
-    typer.Option(metavar="COLUMN", help="z-scores within each group of this column of splits.csv, or each item."),
+    str | None, option("COLUMN", "z-scores within each group of this column of splits.csv, or each item.")
 ]
 
 TargetStream = Annotated[str, variant(Stream, help="Name of the targets in the cache.")]
-TargetTask = Annotated[
-    str, typer.Option(metavar="TASK", help="classes (one of several) or binary (each or not).", show_default=False)
-]
+TargetTask = Annotated[str, option("TASK", "classes (one of several) or binary (each or not).")]
 TargetFolder = Annotated[
     Path, variant(Folder, help="<item>.csv or .txt, with time, frame (0-based) or a row per frame; -1: not annotated.")
 ]
-ClassNames = Annotated[
-    str | None, typer.Option(metavar="NAMES", help="Names of the classes, with commas; the files' own.")
-]
+ClassNames = Annotated[str | None, option("NAMES", "Names of the classes, with commas; the files' own.")]
 
-Prompts = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Prompt set to embed, a TOML file.", show_default=False)
-]
-TextEncoder = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Encoder of the prompts.", show_default="all with a text tower")
-]
+Prompts = Annotated[Path | None, option("FILE", "Prompt set to embed, a TOML file.")]
+TextEncoder = Annotated[str | None, option("NAME", "Encoder of the prompts.", default="all with a text tower")]
 
 
 def import_(
@@ -209,18 +189,13 @@ def _prompts_text(listed: "list[ListedSet]", added: "AddedPrompts | None", cache
 
 
 Person = Annotated[
-    str | None,
-    typer.Option(metavar="WHO", help="main, all, left, right, id:K or speaking.", show_default="the choice of CACHE"),
+    str | None, option("WHO", "main, all, left, right, id:K or speaking.", default="the choice of CACHE")
 ]
 PersonTable = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="CSV with the columns clip,person: the person of single clips, or none to leave a clip out.",
-        show_default=False,
-    ),
+    option("FILE", "CSV with the columns clip,person: the person of single clips, or none to leave a clip out."),
 ]
-Workers = Annotated[int, typer.Option(metavar="N", min=0, help="Reading processes (0: by number of CPU cores).")]
+Workers = Annotated[int, option("N", "Reading processes (0: by number of CPU cores).", min=0)]
 PeopleStore = Annotated[str | None, variant(Store, show_default="that of CACHE")]
 
 

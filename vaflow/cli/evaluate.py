@@ -4,66 +4,45 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from vaflow.cli.common import Output, echo, interval, loading, number, print_json, table
-from vaflow.cli.options import AllowMissing, Cache, Device, ModelOutputs, MovedCache, Run, variant
+from vaflow.cli.options import AllowMissing, Cache, Device, ModelOutputs, MovedCache, Run, argument, option, variant
 from vaflow.errors import UsageError, explain
 
-OtherCache = Annotated[Path | None, typer.Option(metavar="CACHE", help="Another cache than the run was trained on.")]
-Split = Annotated[
-    str | None, typer.Option(metavar="SPLIT", help="Split to score.", show_default="the run's validation split")
-]
+OtherCache = Annotated[Path | None, option("CACHE", "Another cache than the run was trained on.")]
+Split = Annotated[str | None, option("SPLIT", "Split to score.", default="the run's validation split")]
 Smooth = Annotated[
     str | None,
-    typer.Option(
-        metavar="KIND",
-        help="Smoothing for this evaluation only: mean, savgol or none.",
-        show_default="as stored by `vaflow smooth`",
-    ),
+    option("KIND", "Smoothing for this evaluation only: mean, savgol or none.", default="as stored by `vaflow smooth`"),
 ]
-Width = Annotated[
-    str,
-    typer.Option(metavar="SECONDS", help="Width of the smoothing; auto: the best one on the run's validation split."),
-]
-Without = Annotated[
-    str | None, typer.Option(metavar="MODALITY", help="Mark a modality as missing everywhere: visual or audio.")
-]
-Groups = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Also score each group: CSV with item and columns such as gender, age."),
-]
+Width = Annotated[str, option("SECONDS", "Width of the smoothing; auto: the best one on the run's validation split.")]
+Without = Annotated[str | None, option("MODALITY", "Mark a modality as missing everywhere: visual or audio.")]
+Groups = Annotated[Path | None, option("FILE", "Also score each group: CSV with item and columns such as gender, age.")]
 
-Kind = Annotated[str, typer.Option(metavar="KIND", help="mean, savgol, or none to remove the stored one.")]
+Kind = Annotated[str, option("KIND", "mean, savgol, or none to remove the stored one.")]
 
-FoldCount = Annotated[int, typer.Option("--folds", metavar="K", help="Number of folds.")]
+FoldCount = Annotated[int, option("K", "Number of folds.", "--folds")]
 FoldSplits = Annotated[
-    list[str] | None,
-    typer.Option("--split", metavar="SPLIT", help="Split to divide. Repeatable.", show_default="train and val"),
+    list[str] | None, option("SPLIT", "Split to divide. Repeatable.", "--split", default="train and val")
 ]
 FoldGroups = Annotated[
     str | None,
-    typer.Option(
+    option(
+        "FILE:COLUMN",
+        "Column whose groups stay in one fold, as groups.csv:speaker.",
         "--fold-groups",
-        metavar="FILE:COLUMN",
-        help="Column whose groups stay in one fold, as groups.csv:speaker.",
-        show_default="source video",
+        default="source video",
     ),
 ]
 
-Members = Annotated[list[Path], typer.Argument(metavar="RUN", help="Finished runs.", show_default=False)]
-EnsembleOut = Annotated[Path, typer.Option(metavar="DIR", help="Ensemble directory.", show_default=False)]
+Members = Annotated[list[Path], argument("RUN", "Finished runs.")]
+EnsembleOut = Annotated[Path, option("DIR", "Ensemble directory.")]
 MemberWeights = Annotated[
-    str,
-    typer.Option(
-        metavar="HOW", help="mean; ccc: proportional to each run's CCC; search: maximize the CCC. Per dimension."
-    ),
+    str, option("HOW", "mean; ccc: proportional to each run's CCC; search: maximize the CCC. Per dimension.")
 ]
 EnsembleCache = Annotated[Path | None, variant(OtherCache, help="Another cache than the first run was trained on.")]
 EnsembleSplit = Annotated[str | None, variant(Split, show_default="the runs' validation split")]
 WeightsSplit = Annotated[
-    str | None,
-    typer.Option(metavar="SPLIT", help="Split that ccc and search use.", show_default="the runs' validation split"),
+    str | None, option("SPLIT", "Split that ccc and search use.", default="the runs' validation split")
 ]
 
 

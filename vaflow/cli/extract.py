@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from vaflow.cli.common import (
     Output,
     check_directory,
@@ -22,7 +20,7 @@ from vaflow.cli.common import (
     weight_pairs,
     wrap_on_terminal,
 )
-from vaflow.cli.options import Engine, HelpAll, Layout, RayAddress, Root, Store, Weights, grouped
+from vaflow.cli.options import Engine, HelpAll, Layout, RayAddress, Root, Store, Weights, flag, grouped, option
 from vaflow.errors import UsageError, command, count, explain, visible
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.files import write_file
@@ -42,33 +40,29 @@ LABEL_PROBLEMS = {
 }
 log = logging.getLogger(__name__)
 
-Out = Annotated[
-    Path, grouped("Data", shown=True, metavar="CACHE", help="Cache to write or to add to.", show_default=False)
-]
-DataLayout = Annotated[str, grouped("Data", like=Layout, shown=True)]
+Out = Annotated[Path, grouped("Data", option("CACHE", "Cache to write or to add to."), shown=True)]
+DataLayout = Annotated[str, grouped("Data", Layout, shown=True)]
 RetryFailed = Annotated[
-    bool, grouped("Data", "--retry-failed", help="Extract only the clips that the last run listed as failed.")
+    bool, grouped("Data", flag("Extract only the clips that the last run listed as failed.", "--retry-failed"))
 ]
 Rehash = Annotated[
-    bool, grouped("Data", "--rehash", help="Compare the contents of files with the cache, not only sizes and times.")
+    bool, grouped("Data", flag("Compare the contents of files with the cache, not only sizes and times.", "--rehash"))
 ]
-EncoderWeights = Annotated[list[str] | None, grouped("Encoders", like=Weights)]
+EncoderWeights = Annotated[list[str] | None, grouped("Encoders", Weights)]
 Layers = Annotated[
     str,
     grouped(
-        "Encoders",
-        metavar="LAYERS",
-        help="Layers of every transformer: N, N-M, last, mean or all. Training mixes several.",
+        "Encoders", option("LAYERS", "Layers of every transformer: N, N-M, last, mean or all. Training mixes several.")
     ),
 ]
-NewStore = Annotated[str, grouped("Output", like=Store)]
+NewStore = Annotated[str, grouped("Output", Store)]
 DryRun = Annotated[
-    bool, grouped("Data", "--dry-run", shown=True, help="Print clips, hours, size and time; write nothing.")
+    bool, grouped("Data", flag("Print clips, hours, size and time; write nothing.", "--dry-run"), shown=True)
 ]
-Profile = Annotated[bool, grouped("Output", "--profile", help="Print the time of each stage.")]
-ShardOption = Annotated[str, grouped("Machines", metavar="I/N", help="Extract shard I of N of the dataset.")]
-MachineEngine = Annotated[str, grouped("Machines", like=Engine)]
-MachineAddress = Annotated[str | None, grouped("Machines", like=RayAddress)]
+Profile = Annotated[bool, grouped("Output", flag("Print the time of each stage.", "--profile"))]
+ShardOption = Annotated[str, grouped("Machines", option("I/N", "Extract shard I of N of the dataset."))]
+MachineEngine = Annotated[str, grouped("Machines", Engine)]
+MachineAddress = Annotated[str | None, grouped("Machines", RayAddress)]
 
 
 def extract(
@@ -257,14 +251,11 @@ EXAMPLES = 3
 
 
 CheckPage = Annotated[
-    Path | None,
-    typer.Option("--html", metavar="FILE", help="Write a page with figures and images: one file, no network."),
+    Path | None, option("FILE", "Write a page with figures and images: one file, no network.", "--html")
 ]
-CheckedCache = Annotated[
-    Path | None, typer.Option(metavar="CACHE", help="Report items of this cache that the data set no longer has.")
-]
+CheckedCache = Annotated[Path | None, option("CACHE", "Report items of this cache that the data set no longer has.")]
 LookForPeople = Annotated[
-    bool, typer.Option("--people/--no-people", help="Look for several people and cuts in a few frames of each clip.")
+    bool, flag("Look for several people and cuts in a few frames of each clip.", "--people/--no-people")
 ]
 
 
@@ -368,9 +359,9 @@ def _findings(report: "Report", output: Output) -> Iterator[str]:
         yield "\n".join([*lines, *(wrap_on_terminal(text, 2) for text in texts)])
 
 
-DemoOut = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the data, cache, run and pictures.")]
-DemoSeed = Annotated[int, typer.Option(metavar="N", help="Random seed (synthetic data and training).")]
-DemoClips = Annotated[int, typer.Option(min=3, metavar="N", help="Labelled clips; two thirds are for training.")]
+DemoOut = Annotated[Path, option("DIR", "Folder for the data, cache, run and pictures.")]
+DemoSeed = Annotated[int, option("N", "Random seed (synthetic data and training).")]
+DemoClips = Annotated[int, option("N", "Labelled clips; two thirds are for training.", min=3)]
 
 
 def demo(output: Output, out: DemoOut = Path("demo"), seed: DemoSeed = 0, clips: DemoClips = 24) -> int:

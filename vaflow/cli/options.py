@@ -14,22 +14,41 @@ from vaflow.cli.common import Command, Output, heading
 from vaflow.settings import Setting, settings_of
 
 
-def variant(option: Any, **attributes: Any) -> ParameterInfo:
-    """Return a copy of a shared option with other attributes, such as its help or the panel that lists it."""
-    info: ParameterInfo = copy(get_args(option)[1])
+def option(metavar: str, help: str, *names: str, default: str | bool = True, **attributes: Any) -> ParameterInfo:
+    """Return an option that takes a value; without `names`, its name is the parameter's.
+
+    Args:
+        metavar: placeholder of the value.
+        help: one line.
+        default: what the help page shows as the default; True: the default itself.
+        attributes: further ones of `typer.Option`, such as limits.
+    """
+    info: ParameterInfo = typer.Option(*names, metavar=metavar, help=help, show_default=default, **attributes)
+    return info
+
+
+def flag(help: str, *names: str) -> ParameterInfo:
+    """Return an option that takes no value."""
+    info: ParameterInfo = typer.Option(*names, help=help)
+    return info
+
+
+def argument(metavar: str, help: str, default: str | bool = True) -> ParameterInfo:
+    """Return an argument."""
+    info: ParameterInfo = typer.Argument(metavar=metavar, help=help, show_default=default)
+    return info
+
+
+def variant(shared: Any, **attributes: Any) -> ParameterInfo:
+    """Return a copy of an option, or of an annotation with one, with other attributes, such as its help."""
+    info: ParameterInfo = copy(shared if isinstance(shared, ParameterInfo) else get_args(shared)[1])
     vars(info).update(attributes)
     return info
 
 
-def grouped(panel: str, *names: str, like: Any = None, shown: bool = False, **attributes: Any) -> ParameterInfo:
-    """Return an option for the group `panel` of a long help page; unless `shown`, only --help-all lists it.
-
-    Args:
-        names: of a new option; like: or the shared option of which it is a variant.
-    """
-    attributes |= {"rich_help_panel": panel, "hidden": not shown}
-    info: ParameterInfo = variant(like, **attributes) if like else typer.Option(*names, **attributes)
-    return info
+def grouped(panel: str, shared: Any, *, shown: bool = False, **attributes: Any) -> ParameterInfo:
+    """Return a variant for the group `panel` of a long help page; unless `shown`, only --help-all lists it."""
+    return variant(shared, rich_help_panel=panel, hidden=not shown, **attributes)
 
 
 def _show_all(ctx: typer.Context, value: bool) -> None:
@@ -49,66 +68,47 @@ HelpAll = Annotated[
 ]
 # Of every command; the fields of `Output`
 OUTPUT = {
-    "json": Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")],
-    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Print details.")],
-    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")],
+    "json": Annotated[bool, flag("Print one JSON document on standard output.", "--json")],
+    "verbose": Annotated[bool, flag("Print details.", "--verbose", "-v")],
+    "quiet": Annotated[bool, flag("Print errors only.", "--quiet", "-q")],
 }
 
 # Datasets and caches
-Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Root directory of the dataset.", show_default=False)]
+Root = Annotated[Path, argument("ROOT", "Root directory of the dataset.")]
 Layout = Annotated[
-    str,
-    typer.Option(
-        "--layout", metavar="NAME", help="Layout of the dataset: auto, affwild2, afew-va, recola, sewa, muse or videos."
-    ),
+    str, option("NAME", "Layout of the dataset: auto, affwild2, afew-va, recola, sewa, muse or videos.", "--layout")
 ]
-Cache = Annotated[
-    Path, typer.Argument(metavar="CACHE", help="Cache directory, as written by `vaflow extract`.", show_default=False)
-]
-CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Cache directory or URL.", show_default=False)]
-NewCache = Annotated[Path, typer.Argument(metavar="OUT", help="Cache to write.", show_default=False)]
-MovedCache = Annotated[
-    Path | None, typer.Option(metavar="CACHE", help="Current place of the run's cache.", show_default="the run's")
-]
-Store = Annotated[str | None, typer.Option(metavar="STORE", help="Store of a new cache: zarr or hdf5.")]
+Cache = Annotated[Path, argument("CACHE", "Cache directory, as written by `vaflow extract`.")]
+CachePath = Annotated[Path, argument("CACHE", "Cache directory or URL.")]
+NewCache = Annotated[Path, argument("OUT", "Cache to write.")]
+MovedCache = Annotated[Path | None, option("CACHE", "Current place of the run's cache.", default="the run's")]
+Store = Annotated[str | None, option("STORE", "Store of a new cache: zarr or hdf5.")]
 
 # Runs
-Run = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run directory, as written by `vaflow train`.", show_default=False)
-]
-RunOrEnsemble = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Directory of a run or an ensemble.", show_default=False)
-]
+Run = Annotated[Path, argument("RUN", "Run directory, as written by `vaflow train`.")]
+RunOrEnsemble = Annotated[Path, argument("RUN", "Directory of a run or an ensemble.")]
 ModelOutputs = Annotated[
-    str | None,
-    typer.Option(metavar="V,A", help="Outputs that are valence and arousal, where RUN is a model (onnx:FILE)."),
+    str | None, option("V,A", "Outputs that are valence and arousal, where RUN is a model (onnx:FILE).")
 ]
 Aliases = Annotated[
-    list[str] | None,
-    typer.Option("--alias", metavar="NAME=OTHER", help="Use stream OTHER where a table names NAME. Repeatable."),
+    list[str] | None, option("NAME=OTHER", "Use stream OTHER where a table names NAME. Repeatable.", "--alias")
 ]
-AllowMissing = Annotated[
-    bool, typer.Option("--allow-missing", help="Score a split even if labelled clips have no features.")
-]
+AllowMissing = Annotated[bool, flag("Score a split even if labelled clips have no features.", "--allow-missing")]
 
 # Encoders and hardware
 Weights = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=PATH", help="Local weights of an encoder, instead of the hub's. Repeatable."),
+    list[str] | None, option("NAME=PATH", "Local weights of an encoder, instead of the hub's. Repeatable.")
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda[:N].")]
-Engine = Annotated[str, typer.Option("--engine", metavar="NAME", help="local, or ray (all nodes of a Ray cluster).")]
+Device = Annotated[str, option("DEVICE", "auto, cpu or cuda[:N].")]
+Engine = Annotated[str, option("NAME", "local, or ray (all nodes of a Ray cluster).", "--engine")]
 RayAddress = Annotated[
     str | None,
-    typer.Option(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="Ray cluster to join: auto, HOST:PORT or ray://HOST:PORT; local starts one here.",
+    option(
+        "ADDRESS", "Ray cluster to join: auto, HOST:PORT or ray://HOST:PORT; local starts one here.", "--ray-address"
     ),
 ]
 Together = Annotated[
-    str,
-    typer.Option(metavar="WHEN", help="Train runs of one architecture in one batch: auto (if faster), always, never."),
+    str, option("WHEN", "Train runs of one architecture in one batch: auto (if faster), always, never.")
 ]
 
 

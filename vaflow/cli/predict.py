@@ -5,67 +5,46 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from vaflow.cli.common import Output, echo, loading, print_json, report_failures, table, weight_pairs
-from vaflow.cli.options import Device, ModelOutputs, MovedCache, RunOrEnsemble, Weights
+from vaflow.cli.options import Device, ModelOutputs, MovedCache, RunOrEnsemble, Weights, argument, flag, option
 from vaflow.errors import UsageError, count, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.predict import Predicted
 
 Media = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="[MEDIA]...", help="Videos, or folders of videos; none: the clips of --cache."),
+    list[Path] | None, argument("[MEDIA]...", "Videos, or folders of videos; none: the clips of --cache.")
 ]
-PredictionsOut = Annotated[
-    Path, typer.Option(metavar="DIR", help="Output directory: one CSV and one PNG per clip.", show_default=False)
-]
+PredictionsOut = Annotated[Path, option("DIR", "Output directory: one CSV and one PNG per clip.")]
 Faces = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SOURCE", help="Source of the faces, as for `vaflow extract`.", show_default="as in the run's cache"
-    ),
+    str | None, option("SOURCE", "Source of the faces, as for `vaflow extract`.", default="as in the run's cache")
 ]
 Person = Annotated[
     str | None,
-    typer.Option(
-        metavar="WHO",
-        help="Person to predict, as for `vaflow extract`; all: a CSV file per person.",
-        show_default="as in the run's cache",
+    option(
+        "WHO",
+        "Person to predict, as for `vaflow extract`; all: a CSV file per person.",
+        default="as in the run's cache",
     ),
 ]
 FeatureCache = Annotated[
-    Path | None,
-    typer.Option(metavar="CACHE", help="Keep the features in this cache; without MEDIA, predict its clips."),
+    Path | None, option("CACHE", "Keep the features in this cache; without MEDIA, predict its clips.")
 ]
-Html = Annotated[bool, typer.Option("--html", help="Write a page of the clips: DIR/view/index.html.")]
-Video = Annotated[
-    bool, typer.Option("--video", help="Write each clip with its traces burnt in: DIR/<stem>.overlay.mp4.")
-]
+Html = Annotated[bool, flag("Write a page of the clips: DIR/view/index.html.", "--html")]
+Video = Annotated[bool, flag("Write each clip with its traces burnt in: DIR/<stem>.overlay.mp4.", "--video")]
 
-Sample = Annotated[Path, typer.Option(metavar="FILE", help="The challenge's sample submission.", show_default=False)]
-Submission = Annotated[Path, typer.Option(metavar="FILE", help="The submission to write.", show_default=False)]
-TrialCache = Annotated[
-    Path | None, typer.Option(metavar="CACHE", help="Where the trials' features are; the run's cache.")
-]
-Hold = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Most rows after a clip's last frame that repeat its last prediction.")
-]
+Sample = Annotated[Path, option("FILE", "The challenge's sample submission.")]
+Submission = Annotated[Path, option("FILE", "The submission to write.")]
+TrialCache = Annotated[Path | None, option("CACHE", "Where the trials' features are; the run's cache.")]
+Hold = Annotated[int, option("N", "Most rows after a clip's last frame that repeat its last prediction.", min=0)]
 
-Source = Annotated[
-    Path,
-    typer.Argument(metavar="SOURCE", help="A run; with --format also a folder of predictions.", show_default=False),
-]
-ExportOut = Annotated[Path, typer.Argument(metavar="DIR", help="Output directory.", show_default=False)]
+Source = Annotated[Path, argument("SOURCE", "A run; with --format also a folder of predictions.")]
+ExportOut = Annotated[Path, argument("DIR", "Output directory.")]
 Formats = Annotated[
-    str | None,
-    typer.Option(
-        "--format", metavar="NAMES", help="Export predictions: csv, eaf, parquet, textgrid, separated by commas."
-    ),
+    str | None, option("NAMES", "Export predictions: csv, eaf, parquet, textgrid, separated by commas.", "--format")
 ]
-Onnx = Annotated[bool, typer.Option("--onnx", help="Also write the heads as ONNX: heads.onnx and heads-fixed.onnx.")]
-Step = Annotated[float, typer.Option(metavar="SECONDS", help="Length of the intervals in ELAN and Praat files.")]
+Onnx = Annotated[bool, flag("Also write the heads as ONNX: heads.onnx and heads-fixed.onnx.", "--onnx")]
+Step = Annotated[float, option("SECONDS", "Length of the intervals in ELAN and Praat files.")]
 
 
 def predict(
@@ -251,14 +230,10 @@ def export(
 DIGITS = 12  # of digests; --json and -v print them whole
 
 
-Item = Annotated[str | None, typer.Argument(metavar="[ITEM]", help="One clip.", show_default="all")]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Data set whose files are read again and compared.", show_default=False),
-]
+Item = Annotated[str | None, argument("[ITEM]", "One clip.", default="all")]
+DataRoot = Annotated[Path | None, option("DIR", "Data set whose files are read again and compared.")]
 Predictions = Annotated[
-    Path | None,
-    typer.Option(metavar="PATH", help="Output of `vaflow predict` or `vaflow submit`.", show_default="the run's own"),
+    Path | None, option("PATH", "Output of `vaflow predict` or `vaflow submit`.", default="the run's own")
 ]
 
 

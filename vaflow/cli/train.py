@@ -18,7 +18,7 @@ from vaflow.cli.common import (
     weight_pairs,
 )
 from vaflow.cli.evaluate import summary
-from vaflow.cli.options import Aliases, AllowMissing, Cache, HelpAll, Weights, grouped
+from vaflow.cli.options import Aliases, AllowMissing, Cache, HelpAll, Weights, flag, grouped, option
 from vaflow.errors import UsageError, explain, visible
 from vaflow.settings import parse_pairs
 from vaflow.train import config as configs
@@ -31,35 +31,33 @@ if TYPE_CHECKING:
 
 
 PresetAliases = Annotated[
-    list[str] | None, grouped("Data", like=Aliases, help="Use stream OTHER where a preset names NAME. Repeatable.")
+    list[str] | None, grouped("Data", Aliases, help="Use stream OTHER where a preset names NAME. Repeatable.")
 ]
 AllowMissingInValidation = Annotated[
-    bool, grouped("Data", like=AllowMissing, help="Score the validation split even if labelled clips have no features.")
+    bool, grouped("Data", AllowMissing, help="Score the validation split even if labelled clips have no features.")
 ]
 Preset = Annotated[
-    str | None, grouped("Model", shown=True, metavar="NAME", help="Settings of a published system: p1 or p2.")
+    str | None, grouped("Model", option("NAME", "Settings of a published system: p1 or p2."), shown=True)
 ]
 SettingsFile = Annotated[
-    Path | None, grouped("Model", metavar="FILE", help="TOML file of settings, or a run's config.toml.")
+    Path | None, grouped("Model", option("FILE", "TOML file of settings, or a run's config.toml."))
 ]
 Settings = Annotated[
-    list[str] | None, grouped("Model", "--set", shown=True, metavar="KEY=VALUE", help="Any setting. Repeatable.")
+    list[str] | None, grouped("Model", option("KEY=VALUE", "Any setting. Repeatable.", "--set"), shown=True)
 ]
 FinetunedWeights = Annotated[
     list[str] | None,
-    grouped(
-        "Fine-tuning", like=Weights, help="Local weights of an encoder to fine-tune, instead of the hub's. Repeatable."
-    ),
+    grouped("Fine-tuning", Weights, help="Local weights of an encoder to fine-tune, instead of the hub's. Repeatable."),
 ]
 Seeds = Annotated[
-    int | None, grouped("Output", metavar="N", help="Train N seeds, counted up from --seed, each in RUN/seed<S>.")
+    int | None, grouped("Output", option("N", "Train N seeds, counted up from --seed, each in RUN/seed<S>."))
 ]
-AllFolds = Annotated[bool, grouped("Output", "--all-folds", help="Train every fold of --folds, each in RUN/fold<I>.")]
+AllFolds = Annotated[bool, grouped("Output", flag("Train every fold of --folds, each in RUN/fold<I>.", "--all-folds"))]
 Together = Annotated[
-    str, grouped("Output", metavar="WHEN", help="Train seeds and folds in a batch: auto (if faster), always, never.")
+    str, grouped("Output", option("WHEN", "Train seeds and folds in a batch: auto (if faster), always, never."))
 ]
-Fresh = Annotated[bool, grouped("Output", "--fresh", help="Delete the run in --out first.")]
-Out = Annotated[Path, grouped("Output", shown=True, metavar="RUN", help="Directory of the run.", show_default=False)]
+Fresh = Annotated[bool, grouped("Output", flag("Delete the run in --out first.", "--fresh"))]
+Out = Annotated[Path, grouped("Output", option("RUN", "Directory of the run."), shown=True)]
 
 
 def train(

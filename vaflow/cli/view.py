@@ -17,70 +17,49 @@ from vaflow.cli.common import (
     print_json,
     table,
 )
+from vaflow.cli.options import argument, flag, option
 from vaflow.errors import UsageError, count, explain
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare and fuse labels of several annotators.")
 
 
-Shown = Annotated[
-    Path, typer.Argument(metavar="RUN|PREDICTIONS", help="Run, predictions (directory or CSV), or videos to rate.")
-]
-Clips = Annotated[list[str] | None, typer.Argument(metavar="CLIP", help="Clip ids to show (default: all).")]
-ViewOut = Annotated[Path, typer.Option(metavar="DIR", help="Directory for the page and its data.")]
+Shown = Annotated[Path, argument("RUN|PREDICTIONS", "Run, predictions (directory or CSV), or videos to rate.")]
+Clips = Annotated[list[str] | None, argument("CLIP", "Clip ids to show (default: all).")]
+ViewOut = Annotated[Path, option("DIR", "Directory for the page and its data.")]
 Media = Annotated[
     list[Path] | None,
-    typer.Option(
-        metavar="PATH", help="Directory or file with the clips; searched by recorded name and size. Repeatable."
-    ),
+    option("PATH", "Directory or file with the clips; searched by recorded name and size. Repeatable."),
 ]
-MaskCache = Annotated[
-    Path | None, typer.Option(metavar="CACHE", help="Read masks from this cache (default: the predictions' cache).")
-]
-Copy = Annotated[bool, typer.Option("--copy", help="Copy the clips beside the page, so that it can be moved.")]
-Boxes = Annotated[bool, typer.Option("--boxes", help="Detect faces and draw a box around the person.")]
-Serve = Annotated[bool, typer.Option("--serve", help="Serve the page on this machine and save ratings made in it.")]
-Port = Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port for --serve (0: any free one).")]
-RatingsOut = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Directory for ratings of --serve (default: DIR/ratings).")
-]
+MaskCache = Annotated[Path | None, option("CACHE", "Read masks from this cache (default: the predictions' cache).")]
+Copy = Annotated[bool, flag("Copy the clips beside the page, so that it can be moved.", "--copy")]
+Boxes = Annotated[bool, flag("Detect faces and draw a box around the person.", "--boxes")]
+Serve = Annotated[bool, flag("Serve the page on this machine and save ratings made in it.", "--serve")]
+Port = Annotated[int, option("N", "Port for --serve (0: any free one).", min=0, max=65535)]
+RatingsOut = Annotated[Path | None, option("DIR", "Directory for ratings of --serve (default: DIR/ratings).")]
 
-ReportedRuns = Annotated[
-    list[Path], typer.Argument(metavar="RUN", help="Finished runs; differences are against the first.")
-]
-ReportOut = Annotated[Path, typer.Option(metavar="FILE", help="The HTML file to write.")]
-Viewer = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Link clips to this page, as written by `vaflow view`.")
-]
+ReportedRuns = Annotated[list[Path], argument("RUN", "Finished runs; differences are against the first.")]
+ReportOut = Annotated[Path, option("FILE", "The HTML file to write.")]
+Viewer = Annotated[Path | None, option("DIR", "Link clips to this page, as written by `vaflow view`.")]
 Gates = Annotated[
-    bool,
-    typer.Option("--gates", help="Show when the fusion lets audio in and what it attends to (runs the models again)."),
+    bool, flag("Show when the fusion lets audio in and what it attends to (runs the models again).", "--gates")
 ]
 
-RunsRoot = Annotated[Path, typer.Argument(metavar="DIR", help="Directory that is searched for runs.")]
+RunsRoot = Annotated[Path, argument("DIR", "Directory that is searched for runs.")]
 
-FacesSource = Annotated[Path, typer.Argument(metavar="CACHE|MEDIA", help="Cache, video, or directory of videos.")]
-FacesOut = Annotated[Path, typer.Option(metavar="FILE", help="Page to write; faces.csv is written beside it.")]
+FacesSource = Annotated[Path, argument("CACHE|MEDIA", "Cache, video, or directory of videos.")]
+FacesOut = Annotated[Path, option("FILE", "Page to write; faces.csv is written beside it.")]
 Videos = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="PATH", help="Directory or file with the videos of a cache, for the crops. Repeatable."),
+    list[Path] | None, option("PATH", "Directory or file with the videos of a cache, for the crops. Repeatable.")
 ]
-Several = Annotated[bool, typer.Option("--several", help="Show only clips with several people.")]
-Identity = Annotated[
-    str, typer.Option(metavar="NAME", help="Network that joins tracks, for videos: auto, dlib, onnx:FILE or none.")
-]
+Several = Annotated[bool, flag("Show only clips with several people.", "--several")]
+Identity = Annotated[str, option("NAME", "Network that joins tracks, for videos: auto, dlib, onnx:FILE or none.")]
 
-RatingsRoot = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Ratings: ANNOTATOR/CLIP.csv or CLIP.ANNOTATOR.csv.", show_default=False)
-]
-FusedOut = Annotated[Path | None, typer.Option(metavar="DIR", help="Write fused labels here, one CSV per clip.")]
-Fuse = Annotated[str, typer.Option(metavar="HOW", help="mean, or ewe (evaluator-weighted estimator).")]
-MaxLag = Annotated[
-    float, typer.Option(metavar="SECONDS", help="Estimate and remove reaction lags up to this (0: none).")
-]
-Reference = Annotated[
-    Path | None, typer.Option(metavar="PREDICTIONS", help="Run or predictions that lags are measured against.")
-]
-Rate = Annotated[float, typer.Option(metavar="HZ", help="Instants per second for comparison and fusion.")]
+RatingsRoot = Annotated[Path, argument("DIR", "Ratings: ANNOTATOR/CLIP.csv or CLIP.ANNOTATOR.csv.")]
+FusedOut = Annotated[Path | None, option("DIR", "Write fused labels here, one CSV per clip.")]
+Fuse = Annotated[str, option("HOW", "mean, or ewe (evaluator-weighted estimator).")]
+MaxLag = Annotated[float, option("SECONDS", "Estimate and remove reaction lags up to this (0: none).")]
+Reference = Annotated[Path | None, option("PREDICTIONS", "Run or predictions that lags are measured against.")]
+Rate = Annotated[float, option("HZ", "Instants per second for comparison and fusion.")]
 
 
 def view(
