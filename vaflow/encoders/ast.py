@@ -13,9 +13,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vaflow.encoders.base import KALDI, FrontEnd, LayerChoice, Request, Segments, TokenGrid, split_layers
 from vaflow.encoders.checkpoints import (
@@ -29,7 +27,7 @@ from vaflow.encoders.checkpoints import (
     quiet_transformers,
     read_json,
 )
-from vaflow.encoders.image_encoder import autocast
+from vaflow.encoders.network import WindowEncoder, autocast, chosen_layers
 from vaflow.encoders.preprocessing import FRAME, HOP, MEL_BINS, RATE, frame_count
 from vaflow.encoders.weights import state_digest
 from vaflow.errors import UsageError, WeightsError, explain
@@ -78,7 +76,7 @@ def window_frames(window: float) -> int:
     return frame_count(int(Fraction(str(window)) * RATE))
 
 
-class AstEncoder:
+class AstEncoder(WindowEncoder):
     """An audio encoder around a model; see `vaflow.encoders.base.AudioEncoder`.
 
     Args:
@@ -89,7 +87,6 @@ class AstEncoder:
         UsageError: the model has no such layer, or its tokens are to be pooled in another way.
     """
 
-    kind: ClassVar[str] = "audio"
     front_end: ClassVar[FrontEnd] = KALDI
 
     def __init__(
@@ -100,20 +97,15 @@ class AstEncoder:
         std: float,
         choice: LayerChoice = LayerChoice(),  # noqa: B008 - frozen
     ) -> None:
-        if choice.pooling not in ("", "mean"):
-            problem = f"{request.name} is an audio model: its tokens are averaged in each step"
-            raise UsageError(explain(problem, expected="pool=mean", got=f"pool={choice.pooling}"))
+        super().__init__(request, choice)
         config: Any = module.config
-        self.name, self.precision, self.device = request.name, request.precision, torch.device(request.device)
         self.module: torch.nn.Module = module.eval().to(self.device, torch.float32)
         self.geometry = Geometry.of(module)
         self.dim = int(config.hidden_size)
         self._mean, self._std = mean, std
-        self._choice = choice
         self._numbers = choice.numbers(request.name, config.num_hidden_layers)
         self.layers = self._numbers if choice.stacked else ()
         self.identity = request.identity(self._settings(), self.layers)
-        self._pooling: dict[tuple[float, int], torch.Tensor] = {}  # on the device, one per shape
 
     def _settings(self) -> dict[str, Any]:
         """Return plain JSON of everything that changes the output, but for stored layers and precision."""
@@ -121,9 +113,9 @@ class AstEncoder:
 
         config: Any = self.module.config
         output = {"output": "last hidden state, mean over frequency, mean over the tokens centred in a step"}
-        if self._choice.layers != "last":
+        if self.choice.layers != "last":
             output = {"output": "outputs of blocks, mean over frequency and the tokens of a step"}
-            output["blocks"] = self._choice.layers
+            output["blocks"] = self.choice.layers
         return {
             "encoder": "ast",
             "weights": state_digest(self.module.state_dict()),
@@ -144,13 +136,8 @@ class AstEncoder:
         """Return one segment with all frames of the window."""
         return Segments((0,), window_frames(window))
 
-    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
-        """Return [steps] seconds after the window's start: the mean centre of each step's tokens.
-
-        Raises:
-            UsageError: a step would have no token.
-        """
-        return self.geometry.tokens.step_times(window, steps)
+    def tokens(self, window: float) -> TokenGrid:
+        return self.geometry.tokens
 
     def features(self, logmel: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
         """As `encode`, with gradients.
@@ -163,14 +150,8 @@ class AstEncoder:
         with autocast(self.device, self.precision):
             output = self.module(mel, **({"output_hidden_states": True} if self._numbers else {}))
         states = [output.hidden_states[n] for n in self._numbers] if self._numbers else [output.last_hidden_state]
-        key = (float(window), steps)
-        if key not in self._pooling:
-            matrix = torch.from_numpy(self.geometry.tokens.pooling(window, steps))
-            self._pooling[key] = matrix.to(self.device, non_blocking=True)
-        pooled = torch.stack([self._pooled(state, self._pooling[key]) for state in states], dim=2)
-        if self._choice.layers == "mean":
-            return pooled.mean(dim=2)
-        return pooled if self.layers else pooled[:, :, 0]
+        pooling = self.pooling(window, steps)
+        return chosen_layers(self.choice, [self._pooled(state, pooling) for state in states], 2)
 
     def _pooled(self, hidden: torch.Tensor, pooling: torch.Tensor) -> torch.Tensor:
         """Hidden state [B, T, D] -> [B, steps, D] float32."""

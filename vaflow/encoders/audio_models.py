@@ -19,18 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vaflow.encoders.base import (
-    WAVEFORM,
-    FrontEnd,
-    Request,
-    Segments,
-    TokenGrid,
-    centred_examples,
-    samples_of,
-    step_centres,
-    whole_window,
-)
-from vaflow.encoders.image_encoder import autocast
+from vaflow.encoders.base import WAVEFORM, FrontEnd, LayerChoice, Request, TokenGrid, samples_of, whole_window
+from vaflow.encoders.network import ExampleEncoder, WindowEncoder, autocast
 from vaflow.encoders.preprocessing import HOP, RATE
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import UsageError, WeightsError, explain
@@ -38,21 +28,19 @@ from vaflow.errors import UsageError, WeightsError, explain
 SETS = {"eGeMAPSv02": False, "eGeMAPSv02/functionals": True}
 
 
-class OpenSmileEncoder:
+class OpenSmileEncoder(WindowEncoder):
     """An audio encoder; see `vaflow.encoders.base.AudioEncoder`.
 
     Args:
         request: its source is a key of `SETS`.
     """
 
-    kind: ClassVar[str] = "audio"
     front_end: ClassVar[FrontEnd] = WAVEFORM
 
     def __init__(self, request: Request, smile: Any) -> None:
         import opensmile
 
-        self.name = request.name
-        self.device = torch.device(request.device)
+        super().__init__(request, LayerChoice())
         self.module: torch.nn.Module = torch.nn.Identity()
         self.functionals = SETS[request.source]
         self.dim = len(smile.feature_names)
@@ -65,10 +53,6 @@ class OpenSmileEncoder:
             "library": f"opensmile {opensmile.__version__}",
         }
 
-    def segments(self, window: float, steps: int) -> Segments:
-        """Return one segment with all samples of the window."""
-        return whole_window(window)
-
     def tokens(self, window: float) -> TokenGrid:
         """Return where the descriptors of a window are: one every 10 ms, centred on 20 ms of audio."""
         return TokenGrid(Fraction(1, 100), Fraction(1, 100), whole_window(window).frames, Fraction(str(window)))
@@ -77,7 +61,7 @@ class OpenSmileEncoder:
         """Return [steps] seconds after the window's start; the window's middle for functionals."""
         if self.functionals:
             return np.full(steps, float(Fraction(str(window)) / 2))
-        return self.tokens(window).step_times(window, steps)
+        return super().step_times(window, steps)
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
@@ -131,11 +115,11 @@ class SpeakerNetwork(nn.Module):
         return nn.functional.normalize(torch.relu(self.linear(hidden[-1])), dim=1)
 
 
-class ResemblyzerEncoder:
+class ResemblyzerEncoder(ExampleEncoder):
     """An audio encoder; see `vaflow.encoders.base.AudioEncoder`. Reads one example of 1.6 s around every step."""
 
-    kind: ClassVar[str] = "audio"
     front_end: ClassVar[FrontEnd] = WAVEFORM
+    example, middle = ROWS, Fraction(ROWS * HOP, 2 * RATE)
 
     def __init__(self, request: Request, module: SpeakerNetwork) -> None:
         from torchaudio.functional import melscale_fbanks
@@ -152,14 +136,6 @@ class ResemblyzerEncoder:
             "output": "embedding of length one",
         }
         self.identity: dict[str, Any] = request.identity(identity)
-
-    def segments(self, window: float, steps: int) -> Segments:
-        """Return one example per step, whose middle is within 5 ms of the step's."""
-        return centred_examples(window, steps, Fraction(ROWS * HOP, 2 * RATE), ROWS)
-
-    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
-        """Return [steps] seconds after the window's start: (k + 1/2) window / steps."""
-        return np.array([float(time) for time in step_centres(window, steps)])
 
     def spectrogram(self, samples: torch.Tensor) -> torch.Tensor:
         """Samples [B, 163 * 160] -> [B, 160, 40]: librosa's mel spectrogram of the 160 frames in the middle."""

@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -133,13 +132,6 @@ class Segments:
 def step_centres(window: float, steps: int) -> list[Fraction]:
     """Return the centres of a window's steps, in seconds after its start."""
     return [Fraction(str(window)) * (2 * k + 1) / (2 * steps) for k in range(steps)]
-
-
-def centred_examples(window: float, steps: int, half: Fraction, frames: int) -> Segments:
-    """Return one segment per step, whose centre, `half` seconds after its start, is within 5 ms of the step's."""
-    hop = Fraction(HOP, RATE)
-    first = tuple(floor((time - half) / hop + Fraction(1, 2)) for time in step_centres(window, steps))
-    return Segments(first, frames)
 
 
 def cut(frames: FrameArray, first: int, count: int, padding: float) -> Frames:

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from vaflow.encoders.base import (
@@ -23,7 +21,6 @@ from vaflow.encoders.base import (
     FrontEnd,
     LayerChoice,
     Request,
-    Segments,
     TokenGrid,
     VisualEncoder,
     samples_of,
@@ -31,7 +28,7 @@ from vaflow.encoders.base import (
     whole_window,
 )
 from vaflow.encoders.checkpoints import FAMILIES, LoadedModel, load
-from vaflow.encoders.image_encoder import ImageEncoder, autocast
+from vaflow.encoders.network import ImageEncoder, WindowEncoder, autocast, chosen_layers
 from vaflow.encoders.preprocessing import KERNELS, RATE, Preparation, Preprocessing
 from vaflow.errors import UsageError, explain
 
@@ -77,10 +74,7 @@ class ImageNetwork(nn.Module):
                 pooled: torch.Tensor = output.pooler_output.flatten(1)
                 return pooled
             return self._pooled(output.last_hidden_state)
-        layers = torch.stack([self._pooled(output.hidden_states[number]) for number in self.numbers], dim=1)
-        if self.choice.layers == "mean":
-            return layers.mean(dim=1)
-        return layers if len(self.numbers) > 1 else layers[:, 0]
+        return chosen_layers(self.choice, [self._pooled(output.hidden_states[number]) for number in self.numbers], 1)
 
     def _pooled(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.ndim == 4:
@@ -178,14 +172,13 @@ WHISPER_SECONDS, WHISPER_TOKEN = 30, Fraction(1, 50)
 WHISPER_FFT, WHISPER_HOP = 400, 160
 
 
-class SpeechEncoder:
+class SpeechEncoder(WindowEncoder):
     """An audio encoder; see `vaflow.encoders.base.AudioEncoder`.
 
     Raises:
         UsageError: the model has no such layer, or its processor another sampling rate.
     """
 
-    kind: ClassVar[str] = "audio"
     front_end: ClassVar[FrontEnd] = WAVEFORM
 
     def __init__(self, request: Request, loaded: LoadedModel) -> None:
@@ -193,13 +186,9 @@ class SpeechEncoder:
         rate = processor.get("sampling_rate", RATE)
         if rate != RATE:
             raise UsageError(explain(f"{request.name} requires another sampling rate", expected=f"{RATE} Hz", got=rate))
-        if choice.pooling not in ("", "mean"):
-            problem = f"{request.name} is an audio model: its tokens are averaged in each step"
-            raise UsageError(explain(problem, expected="pool=mean", got=f"pool={choice.pooling}"))
-        self.name, self.precision, self.device = request.name, request.precision, torch.device(request.device)
+        super().__init__(request, choice)
         self.module: torch.nn.Module = loaded.module.eval().to(self.device, torch.float32)
         self._config: Any = config
-        self._choice = choice
         self._is_whisper = loaded.model_type == "whisper"
         self.dim = int(config.d_model if self._is_whisper else config.hidden_size)
         self._numbers = choice.numbers(
@@ -207,7 +196,6 @@ class SpeechEncoder:
         )
         self.layers = loaded.stored(self._numbers)
         self._normalise = not self._is_whisper and processor.get("do_normalize", True) is True
-        self._pooling: dict[tuple[float, int], torch.Tensor] = {}  # on the device, one per shape
         self._filters: torch.Tensor | None = None
         if self._is_whisper:
             from transformers import WhisperFeatureExtractor
@@ -220,7 +208,6 @@ class SpeechEncoder:
         self.identity = request.identity(settings, self.layers)
 
     def tokens(self, window: float) -> TokenGrid:
-        """Return where the tokens of a window are."""
         if self._is_whisper:
             return TokenGrid(Fraction(0), WHISPER_TOKEN, WHISPER_SECONDS * 50, Fraction(WHISPER_SECONDS))
         field, jump, count = 1, 1, whole_window(window).frames * WAVEFORM.bins
@@ -229,18 +216,6 @@ class SpeechEncoder:
             jump *= stride
             count = max(0, (count - kernel) // stride + 1)
         return TokenGrid(Fraction(field, 2 * RATE), Fraction(jump, RATE), count, Fraction(str(window)))
-
-    def segments(self, window: float, steps: int) -> Segments:
-        """Return one segment with all samples of the window."""
-        return whole_window(window)
-
-    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
-        """Return [steps] seconds after the window's start: the mean centre of each step's tokens.
-
-        Raises:
-            UsageError: a step would have no token.
-        """
-        return self.tokens(window).step_times(window, steps)
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:
@@ -265,14 +240,11 @@ class SpeechEncoder:
             output = self.module(inputs, **options)
         states = [output.hidden_states[n] for n in self._numbers] if self._numbers else [output.last_hidden_state]
         tokens = torch.stack(states, dim=2).to(torch.float32)  # [B, T, layers, dim]
-        if self._choice.layers == "mean":
+        if self.choice.layers == "mean":
             tokens = tokens.mean(dim=2, keepdim=True)
-        key = (float(window), steps)
-        if key not in self._pooling:
-            matrix = torch.from_numpy(self.tokens(window).pooling(window, steps))
-            self._pooling[key] = matrix.to(self.device, non_blocking=True)
+        pooling = self.pooling(window, steps)
         with torch.autocast(self.device.type, enabled=False):
-            pooled = torch.einsum("st,btld->bsld", self._pooling[key], tokens)
+            pooled = torch.einsum("st,btld->bsld", pooling, tokens)
         return pooled if self.layers else pooled[:, :, 0]
 
 

@@ -20,7 +20,7 @@ import torch
 
 from vaflow.encoders.base import LayerChoice, Request, split_layers
 from vaflow.encoders.hub import check_checksum, checked_url, hub_file
-from vaflow.encoders.image_encoder import ImageEncoder, encode_blocks
+from vaflow.encoders.network import ImageEncoder, encode_blocks
 from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.weights import COUNTER, load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import UsageError, WeightsError, explain

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vaflow.encoders.base import WAVEFORM, FrontEnd, Request, Segments, centred_examples, step_centres
-from vaflow.encoders.image_encoder import ImageEncoder
+from vaflow.encoders.base import WAVEFORM, FrontEnd, Request
+from vaflow.encoders.network import ExampleEncoder, ImageEncoder
 from vaflow.encoders.preprocessing import HOP, KERNELS, RATE, Preparation, Preprocessing
 from vaflow.errors import UsageError, WeightsError, explain
 
@@ -325,14 +325,13 @@ def _image_encoder(request: Request, graph: Graph, sidecar: SidecarImage) -> Ima
     return encoder
 
 
-class OnnxAudioEncoder:
+class OnnxAudioEncoder(ExampleEncoder):
     """An audio encoder; see `vaflow.encoders.base.AudioEncoder`.
 
     Raises:
         UsageError: the sidecar contradicts the graph.
     """
 
-    kind: ClassVar[str] = "audio"
     front_end: ClassVar[FrontEnd] = WAVEFORM
 
     def __init__(self, request: Request, graph: Graph, sidecar: SidecarAudio) -> None:
@@ -343,6 +342,7 @@ class OnnxAudioEncoder:
         self.name, self.device = request.name, torch.device(request.device)
         self.module: nn.Module = nn.Identity()
         self.parameter_count = graph.parameter_count
+        self.example, self.middle = sidecar.length // HOP, Fraction(sidecar.length, 2 * RATE)
         self._graph, self._sidecar = graph, sidecar
         self._front = Graph(request.name, graph.path.with_name(Path(sidecar.front).name)) if sidecar.front else None
         self._input = graph.choose(sidecar.input, graph.inputs, "input")
@@ -358,15 +358,6 @@ class OnnxAudioEncoder:
         self._columns = _columns(graph, sidecar.columns, self._vectors(blank).shape[1])
         self.dim = self._vectors(blank).shape[1]
         self.identity = _identity(graph, sidecar, **({"front": self._front.digest} if self._front else {}))
-
-    def segments(self, window: float, steps: int) -> Segments:
-        """Return one example per step, centred on it to within 5 ms."""
-        length = self._sidecar.length
-        return centred_examples(window, steps, Fraction(length, 2 * RATE), length // HOP)
-
-    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
-        """Return [steps] seconds after the window's start: (k + 1/2) window / steps."""
-        return np.array([float(time) for time in step_centres(window, steps)])
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor, *, window: float, steps: int) -> torch.Tensor:

@@ -25,9 +25,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import nn
 
-from vaflow.encoders.base import FrontEnd, Request, Segments, centred_examples, step_centres
+from vaflow.encoders.base import FrontEnd, Request
 from vaflow.encoders.hub import check_checksum, checked_url
-from vaflow.encoders.image_encoder import autocast
+from vaflow.encoders.network import ExampleEncoder, autocast
 from vaflow.encoders.preprocessing import FRAME, HOP, RATE
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 
@@ -126,11 +126,11 @@ class VGGish(nn.Module):
         return result
 
 
-class VggishEncoder:
+class VggishEncoder(ExampleEncoder):
     """An audio encoder around a network; see `vaflow.encoders.base.AudioEncoder`."""
 
-    kind: ClassVar[str] = "audio"
     front_end: ClassVar[FrontEnd] = VGGISH_MEL
+    example, middle = EXAMPLE, Fraction((EXAMPLE - 1) * HOP + FRAME, 2 * RATE)
 
     def __init__(self, request: Request, module: VGGish) -> None:
         self.name, self.precision, self.device = request.name, request.precision, torch.device(request.device)
@@ -145,14 +145,6 @@ class VggishEncoder:
         }
         self.identity = request.identity(settings)
         self.module: torch.nn.Module = module.eval().to(self.device, torch.float32)
-
-    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
-        """Return [steps] seconds after the window's start: (k + 1/2) window / steps."""
-        return np.array([float(time) for time in step_centres(window, steps)])
-
-    def segments(self, window: float, steps: int) -> Segments:
-        """Return one example per step, of the frames whose middle is nearest to the step's time (within 5 ms)."""
-        return centred_examples(window, steps, Fraction((EXAMPLE - 1) * HOP + FRAME, 2 * RATE), EXAMPLE)
 
     def features(self, logmel: torch.Tensor) -> torch.Tensor:
         """As `encode`, with gradients."""

@@ -1,14 +1,18 @@
-"""The forward pass that all image encoders share: normalise, run the network, return one float32 vector per image."""
+"""What encoders share around their networks: the forward pass of images, windows and examples of audio, layers."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from fractions import Fraction
+from math import floor
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from vaflow.encoders.base import LayerChoice, Request
-from vaflow.encoders.preprocessing import Image, Prepared, Preprocessing
+from vaflow.encoders.base import LayerChoice, Request, Segments, TokenGrid, step_centres, whole_window
+from vaflow.encoders.preprocessing import HOP, RATE, Image, Prepared, Preprocessing
 from vaflow.errors import UsageError, explain
 
 
@@ -17,6 +21,78 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+def chosen_layers(choice: LayerChoice, states: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """Return the outputs of the chosen layers: their mean, or stacked along a new `axis`, or the only one."""
+    layers = torch.stack(list(states), dim=axis)
+    if choice.layers == "mean":
+        return layers.mean(dim=axis)
+    return layers if choice.stacked else layers.select(axis, 0)
+
+
+class WindowEncoder:
+    """An audio encoder that reads a whole window as one segment, and averages its tokens in each step.
+
+    Raises:
+        UsageError: the name asks for another pooling.
+    """
+
+    kind: ClassVar[str] = "audio"
+
+    def __init__(self, request: Request, choice: LayerChoice) -> None:
+        if choice.pooling not in ("", "mean"):
+            problem = f"{request.name} is an audio model: its tokens are averaged in each step"
+            raise UsageError(explain(problem, expected="pool=mean", got=f"pool={choice.pooling}"))
+        self.name, self.precision, self.device = request.name, request.precision, torch.device(request.device)
+        self.choice = choice
+        self._pooling: dict[tuple[float, int], torch.Tensor] = {}  # on the device, one per shape
+
+    def tokens(self, window: float) -> TokenGrid:
+        """Return where the tokens of a window are."""
+        raise NotImplementedError
+
+    def segments(self, window: float, steps: int) -> Segments:
+        """Return one segment with all rows of the window."""
+        return whole_window(window)
+
+    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
+        """Return [steps] seconds after the window's start: the mean centre of each step's tokens.
+
+        Raises:
+            UsageError: a step would have no token.
+        """
+        return self.tokens(window).step_times(window, steps)
+
+    def pooling(self, window: float, steps: int) -> torch.Tensor:
+        """Return [steps, tokens] on the device: the matrix that averages each step's tokens. Raises as `step_times`."""
+        key = (float(window), steps)
+        if key not in self._pooling:
+            matrix = torch.from_numpy(self.tokens(window).pooling(window, steps))
+            self._pooling[key] = matrix.to(self.device, non_blocking=True)
+        return self._pooling[key]
+
+
+class ExampleEncoder:
+    """An audio encoder that reads one example around every step.
+
+    Attributes:
+        example: frames of an example, at a hop of 10 ms; middle: seconds from its start to its middle.
+    """
+
+    kind: ClassVar[str] = "audio"
+    example: int
+    middle: Fraction
+
+    def segments(self, window: float, steps: int) -> Segments:
+        """Return one example per step, whose middle is within 5 ms of the step's."""
+        hop = Fraction(HOP, RATE)
+        times = step_centres(window, steps)
+        return Segments(tuple(floor((time - self.middle) / hop + Fraction(1, 2)) for time in times), self.example)
+
+    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
+        """Return [steps] seconds after the window's start: (k + 1/2) window / steps."""
+        return np.array([float(time) for time in step_centres(window, steps)])
 
 
 class ImageEncoder:
@@ -126,10 +202,7 @@ class BlockOutputs(torch.nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        layers = torch.stack([states[number] for number in self._numbers], dim=1)
-        if self._choice.layers == "mean":
-            return layers.mean(dim=1)
-        return layers if self._choice.stacked else layers[:, 0]
+        return chosen_layers(self._choice, [states[number] for number in self._numbers], 1)
 
 
 def encode_blocks(
