@@ -155,35 +155,81 @@ def predict_media(
     for path, member in members.items():
         for name in member.record.untrained:
             log.warning("%s was trained without %s labels; ignore its %s predictions", path, name, name)
-    clips = clips_of(media)
-    make_folder_of_predictions(out)
-    refuse_foreign_tables(out, [clip.id for clip in clips])
-    failures = FailureLog(out / FAILURES)
-    cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
-    failed = {failure.item for failure in failures.failures}
-    items = items_of(cache, [clip.id for clip in clips if clip.id not in failed]) if media else cache.items()
-    refuse_foreign_tables(out, items)
-    predicted = write_clips(run, members, weights, cache, items, out, failures, show_progress=show_progress)
-    sources = {clip.id: clip.audio for clip in clips if clip.audio is not None}
-    videos = {item: sources[source] for item in items if (source := clip_and_person(item)[0]) in sources}
-    videos |= {item: sources[item] for item in items if item in sources}
-    write_sources(out, maker_of(run), cache, [clip.item for clip in predicted], videos)
-    temporary = () if config.cache is not None else tuple(out.glob(f"{FEATURES}*"))
-    summary = PredictSummary(tuple(predicted), tuple(failures.failures), failures.path, cache.path, temporary)
-    if not config.keep_features:
-        summary.discard()
-    return summary
+    features = ClipFeatures.of(media, settings, out, config, show_progress)
+    predicted = write_clips(run, members, weights, features, show_progress)
+    sources = {clip.id: clip.audio for clip in features.clips if clip.audio is not None}
+    videos = {item: sources[source] for item in features.items if (source := clip_and_person(item)[0]) in sources}
+    videos |= {item: sources[item] for item in features.items if item in sources}
+    write_sources(out, maker_of(run), features.cache, [clip.item for clip in predicted], videos)
+    return features.summary(predicted, config)
 
 
-def make_folder_of_predictions(out: Path) -> None:
-    """Create `out`. Raises UsageError if that fails, or if it belongs to a cache or a run, whose files would mix."""
-    kind = "a cache" if is_cache(out) else "a run directory" if RunFolder(out).config_file.exists() else ""
-    if kind:
-        raise UsageError(explain(f"{out} is {kind}", expected="another directory for the predictions"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
+@dataclass(frozen=True)
+class ClipFeatures:
+    """The features to predict: those of `clips`, or all `items` of a cache; predictions and failures go to `out`."""
+
+    out: Path
+    clips: tuple[Clip, ...]
+    cache: Cache
+    items: list[str]
+    failures: FailureLog
+
+    @classmethod
+    def of(
+        cls,
+        media: Sequence[Path],
+        settings: ExtractConfig | None,
+        out: Path,
+        config: PredictConfig,
+        show_progress: bool,
+    ) -> "ClipFeatures":
+        """Make `out`, and open the cache of the features; with `settings`, extract those of `media` first.
+
+        Without `config.cache`, they are in a hidden folder in `out`, one per settings, which an interrupted prediction
+        leaves for the next call.
+
+        Raises:
+            UsageError: `out` belongs to a cache or a run or holds label tables, whose files would mix with the
+                predictions; a video does not exist; or there are no clips to predict.
+        """
+        clips = clips_of(media)
+        kind = "a cache" if is_cache(out) else "a run directory" if RunFolder(out).config_file.exists() else ""
+        if kind:
+            raise UsageError(explain(f"{out} is {kind}", expected="another directory for the predictions"))
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
+        refuse_foreign_tables(out, [clip.id for clip in clips])
+        failures = FailureLog(out / FAILURES)
+        folder = config.cache
+        if settings is not None:
+            folder = folder or out / f"{FEATURES}{blake2b(repr(settings).encode(), digest_size=8).hexdigest()}"
+            root = clips[0].audio.parent if clips and clips[0].audio is not None else Path()
+            dataset = Dataset(root, "videos", clips, ())
+            for failure in extract(dataset, folder, settings, show_progress=show_progress).failures:
+                failures.add(failure, quiet=True)
+        assert folder is not None, "videos or a cache"
+        cache = open_cache(folder)
+        if settings is None and not cache.items():
+            raise UsageError(explain(f"{cache.place} has no clips to predict"))
+        failed = {failure.item for failure in failures.failures}
+        items = items_of(cache, [clip.id for clip in clips if clip.id not in failed]) if media else cache.items()
+        refuse_foreign_tables(out, items)
+        return cls(out, clips, cache, items, failures)
+
+    def add_failure(self, item: str) -> None:
+        """List a clip as failed whose features are all missing."""
+        self.failures.add(Failure(item, "predict", "DataError", "The cache has no features of this clip"))
+
+    def summary(self, predicted: Sequence[Predicted], config: PredictConfig) -> PredictSummary:
+        """Return the counts of the prediction; deletes the features that nothing keeps."""
+        temporary = () if config.cache is not None else tuple(self.out.glob(f"{FEATURES}*"))
+        failures = tuple(self.failures.failures)
+        summary = PredictSummary(tuple(predicted), failures, self.failures.path, self.cache.path, temporary)
+        if not config.keep_features:
+            summary.discard()
+        return summary
 
 
 def refuse_foreign_tables(out: Path, items: Iterable[str]) -> None:
@@ -212,33 +258,6 @@ def refuse_foreign_tables(out: Path, items: Iterable[str]) -> None:
         problem = f"{out} holds tables that predictions would replace"
         expected = "a directory without label tables of these names"
         raise UsageError(explain(problem, expected=expected, got=examples(foreign), remedy="Choose another --out"))
-
-
-def cache_to_predict(
-    clips: Sequence[Clip],
-    settings: ExtractConfig | None,
-    folder: Path | None,
-    out: Path,
-    failures: FailureLog,
-    *,
-    show_progress: bool = False,
-) -> Cache:
-    """Open the cache of the clips' features; with `settings`, extract them first.
-
-    `folder` is the cache; None: a hidden folder in `out`, one per settings, which an interrupted prediction leaves for
-    the next call. Clips that cannot be extracted are added to `failures`.
-    """
-    if settings is not None:
-        folder = folder or out / f"{FEATURES}{blake2b(repr(settings).encode(), digest_size=8).hexdigest()}"
-        root = clips[0].audio.parent if clips and clips[0].audio is not None else Path()
-        dataset = Dataset(root, "videos", tuple(clips), ())
-        for failure in extract(dataset, folder, settings, show_progress=show_progress).failures:
-            failures.add(failure, quiet=True)
-    assert folder is not None, "videos or a cache"
-    cache = open_cache(folder)
-    if settings is None and not cache.items():
-        raise UsageError(explain(f"{cache.place} has no clips to predict"))
-    return cache
 
 
 def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> ExtractConfig:
@@ -354,15 +373,7 @@ def clips_of(media: Sequence[Path]) -> tuple[Clip, ...]:
 
 
 def write_clips(
-    run: Path,
-    members: Mapping[Path, Run],
-    weights: Floats,
-    cache: Cache,
-    items: Sequence[str],
-    out: Path,
-    failures: FailureLog,
-    *,
-    show_progress: bool,
+    run: Path, members: Mapping[Path, Run], weights: Floats, features: ClipFeatures, show_progress: bool
 ) -> list[Predicted]:
     """Write the files of every clip: the weighted mean of the runs of `run`; `weights` is [N, 2], a row per run.
 
@@ -370,22 +381,24 @@ def write_clips(
     """
     predicted = []
     note = demonstration_notice(stream.name for member in members.values() for stream in member.record.streams)
-    batches = [items[first : first + CLIPS_AT_A_TIME] for first in range(0, len(items), CLIPS_AT_A_TIME)]
+    batches = [features.items[k : k + CLIPS_AT_A_TIME] for k in range(0, len(features.items), CLIPS_AT_A_TIME)]
     for batch in tqdm(batches, desc="predicting", unit="batch", disable=not show_progress, leave=False):
         traces, empty = [], set(batch)
         for path, member in members.items():
             device = next(member.model.parameters()).device
-            windows = read_for(path, member.record, cache, partial(load_windows, cache, batch, device=device))
+            windows = read_for(
+                path, member.record, features.cache, partial(load_windows, features.cache, batch, device=device)
+            )
             empty &= {clip.item for clip in featureless(windows)}
             traces.append(list(member.traces(windows)))
         for item in sorted(empty):
-            failures.add(Failure(item, "predict", "DataError", "The cache has no features of this clip"))
+            features.add_failure(item)
         whole = ensemble_traces(run, traces, weights)
         visual = dict.fromkeys(s.name for m in members.values() for s in m.record.streams if s.kind == VISUAL)
         for trace in whole:
             if trace.clip.item not in empty:
-                columns = frame_columns(cache, visual, trace.clip.item, trace.clip.time)
-                predicted.append(write_clip(out, replace(trace, **columns), note))
+                columns = frame_columns(features.cache, visual, trace.clip.item, trace.clip.time)
+                predicted.append(write_clip(features.out, replace(trace, **columns), note))
     return predicted
 
 

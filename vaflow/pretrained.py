@@ -15,18 +15,7 @@ from vaflow.cache import Cache
 from vaflow.encoders import build_encoder
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import ExtractConfig
-from vaflow.items import FAILURES, Failure, FailureLog
-from vaflow.predict import (
-    PredictConfig,
-    Predicted,
-    PredictSummary,
-    cache_to_predict,
-    clips_of,
-    items_of,
-    make_folder_of_predictions,
-    refuse_foreign_tables,
-    write_clip,
-)
+from vaflow.predict import ClipFeatures, PredictConfig, Predicted, PredictSummary, write_clip
 from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
@@ -152,10 +141,7 @@ def predict_model(
     config = config or PredictConfig()
     if not media and config.cache is None:
         raise UsageError(explain("Nothing to predict", expected="videos, or --cache CACHE to predict its clips"))
-    make_folder_of_predictions(out)
-    clips, settings = clips_of(media), None
-    refuse_foreign_tables(out, [clip.id for clip in clips])
-    failures = FailureLog(out / FAILURES)
+    settings = None
     if media:
         encoder = build_encoder(name, weights=config.weights.get(name))
         columns.check(name, encoder.dim)
@@ -169,16 +155,14 @@ def predict_model(
             device=config.device,
             person=config.person or ExtractConfig.person,
         )
-    cache = cache_to_predict(clips, settings, config.cache, out, failures, show_progress=show_progress)
-    failed = {failure.item for failure in failures.failures}
-    items = items_of(cache, [clip.id for clip in clips if clip.id not in failed]) if media else cache.items()
-    refuse_foreign_tables(out, items)
+    features = ClipFeatures.of(media, settings, out, config, show_progress)
     predicted: list[Predicted] = []
-    traces, windows = model_traces(cache, name, columns, items, show=show_progress) if items else ([], None)
-    empty = {clip.item for clip in featureless(windows)} if windows is not None else set()
-    for trace in traces:
-        if trace.clip.item in empty:
-            failures.add(Failure(trace.clip.item, "predict", "DataError", "The cache has no features of this clip"))
-            continue
-        predicted.append(write_clip(out, trace))
-    return PredictSummary(tuple(predicted), tuple(failures.failures), failures.path, cache.path)
+    if features.items:
+        traces, windows = model_traces(features.cache, name, columns, features.items, show=show_progress)
+        empty = {clip.item for clip in featureless(windows)}
+        for trace in traces:
+            if trace.clip.item in empty:
+                features.add_failure(trace.clip.item)
+            else:
+                predicted.append(write_clip(out, trace))
+    return features.summary(predicted, config)

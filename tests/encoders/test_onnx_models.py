@@ -173,6 +173,7 @@ def test_a_pretrained_model_predicts_and_is_scored(
     assert main(["predict", name, "--va", "8,9", str(clips / "single_face.mp4"), "--out", str(out)]) == 0
     table = np.genfromtxt(out / "single_face.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
     assert len(table) > 40 and (out / "single_face.png").is_file()
+    assert not list(out.glob(".features-*"))  # no --cache keeps them
     sampled = ["--dtype", "float32", "--audio", "none"]
     assert main(["extract", str(labelled), "--out", str(cache), "--visual", name, *sampled]) == 0
     stored = open_cache(cache).read(name, "single_face")
