@@ -24,6 +24,7 @@ class StreamSpec:
     """An input stream of a model.
 
     Attributes:
+        name: of the stream.
         kind: `VISUAL` (one vector per output frame) or `AUDIO` (one per audio step).
         dim: width of a vector, over all its layers.
         frames_per_step: spectrogram frames that a CNN turns into one step; 0: each vector is a step.
@@ -45,7 +46,9 @@ class TargetSpec:
     """A further target of a model, predicted for every frame.
 
     Attributes:
+        name: of the stream of targets.
         task: `CLASSES` (one of several) or `BINARY` (any of several).
+        names: of the classes or units.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Batch:
         target: [B, F, 2] float32, 0 where not annotated.
         labelled: [B, F, 2] bool; only ever True inside.
         window: [B] int64, numbers of the windows in their split.
+        extra: name -> further targets.
     """
 
     features: Mapping[str, Tensor]
@@ -129,8 +133,10 @@ class Output:
         """Split the predictions in `packed`, [B, F, K].
 
         Args:
+            packed: made by `packed`.
             regions: number of region logits, 0 without a prompt head.
             extra: name -> number of logits of each further target, in the model's order.
+            variance: whether the model has a variance head.
         """
         va, logits, *others, log_std = packed.split([2, regions, *extra.values(), 2 * variance], dim=-1)
         logits_of = dict(zip(extra, others, strict=True))
@@ -179,6 +185,9 @@ def extra_loss(logits: Tensor, targets: ExtraTargets) -> Tensor:
     """Cross-entropy of classes, binary cross-entropy of the others, of logits [B, F, K]; the mean over annotated cells.
 
     A scalar >= 0; 0 with zero gradient where nothing is annotated.
+
+    Raises:
+        ValueError: shapes disagree.
     """
     if logits.shape != targets.value.shape:
         raise ValueError(f"extra_loss: logits {[*logits.shape]} for targets {[*targets.value.shape]}")

@@ -80,6 +80,8 @@ def load_windows(
     """Load the training windows of some clips.
 
     Args:
+        streams: streams to read, from `resolve`.
+        config: resolved settings (windows, label reduction).
         budget: bytes of embeddings kept on the device; None: half of its free memory. The rest of a GPU's stays in
             host memory up to half of what is free; what exceeds it is memory-mapped from a scratch file.
         scratch: folder of that file; None: the system's temporary folder.

@@ -56,6 +56,8 @@ class Ensemble:
     """Contents of `ensemble.json`.
 
     Attributes:
+        runs: folders.
+        how: one of `WEIGHTS`.
         weights: dimension -> the weight of each run.
         weights_split: split that they were chosen on; empty for plain means.
         scores: dimension -> the CCC of each run on that split.
@@ -256,6 +258,7 @@ def weigh(runs: Sequence[Path], how: str, traces: Sequence[Sequence[Trace]] = ()
     """Choose weights of runs per dimension on a labelled split; a dimension without labels gets equal weights.
 
     Args:
+        how: one of `WEIGHTS`.
         traces: per run a trace per clip; not used for plain means.
     """
     names = tuple(str(Path(run).resolve()) for run in runs)
@@ -408,6 +411,9 @@ def total_deviation(traces: Sequence[Trace], weights: Floats, mean: Floats) -> F
 
 def ensemble_traces(path: Path, runs: Sequence[Sequence[Trace]], weights: Floats) -> list[Trace]:
     """Traces of a run or an ensemble from those of its runs, with calibrated standard deviations.
+
+    Args:
+        runs, weights: see `combine`.
 
     Raises:
         DataError: the runs predict different frames.

@@ -205,8 +205,10 @@ def evaluate_windows(
     """Predict a labelled split and score it; returns the metrics, as in `metrics.json`, and every clip's trace.
 
     Args:
+        centers: distance of the outer region centers from 0.
         allow_missing: leave out labelled clips without any features, instead of failing.
         failed: clips of the split that the cache lacks.
+        resamples: bootstrap resamples over videos.
 
     Raises:
         DataError: labelled frames belong to clips without features, or nothing is labelled.

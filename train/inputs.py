@@ -42,6 +42,7 @@ class InputStream:
         kind: kind in the cache: "visual", "audio" or "logmel".
         dim: width of a row, over all stored layers.
         steps: vectors per training window; for visual streams, the frames.
+        fingerprint: digest of the stream's identity.
         identity: encoder, weights, preprocessing and sampling.
         frames_per_step: log-Mel frames that a CNN turns into one audio step; 0: each vector is a step.
     """
@@ -73,6 +74,7 @@ class Inputs:
     Attributes:
         text: stream of prototypes, "" for none; prototypes: the embeddings [9, D].
         descriptions: descriptions of the nine regions, if the cache has them; text_identity: of the text tower.
+        targets: further targets of the model.
     """
 
     streams: tuple[InputStream, ...]

@@ -54,6 +54,8 @@ class Progress:
     """The state of a training: epochs done, their history, the best weights so far.
 
     Attributes:
+        epoch: number of epochs done.
+        history: a row per epoch.
         best: tensors of the best epoch, on the CPU.
         best_epoch: counted from 1; 0: none yet. best_score: its mean CCC (with best=within: within videos).
         each: with best=each: dimension -> tensors of its best epoch; each_epoch, each_score: that epoch, its score.
@@ -186,6 +188,8 @@ def train_epoch(
 
     Args:
         optimizer: its groups have an `initial_lr`.
+        windows: of the training split.
+        config: resolved settings.
         epoch: counted from 0.
         read: windows of every step, [B] each -> what `learn` takes at every step.
         learn: step and batch -> losses and norm, as `update` returns them.
@@ -306,6 +310,7 @@ def run_epochs(
 
     Args:
         model, optimizer: what is trained; a checkpoint holds their state.
+        config: resolved settings.
         learn: train one epoch, counted from 0; returns the mean losses.
         validate: predict the validation split.
         steps_per_epoch: for `epochs=auto`, whose patience counts in steps.

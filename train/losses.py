@@ -192,6 +192,8 @@ def prompt_loss(
         region_logits: [B, F, 9].
         target: [B, F, 2].
         mask: [B, F] bool: labelled in both dimensions and not padding.
+        centers: distance of the outer centres from 0.
+        sigma: width of the soft labels.
         hard: the nearest region alone instead of soft labels (then this is cross-entropy).
 
     Returns:
@@ -266,8 +268,13 @@ def total_loss(
 
     Args:
         output: output of the model; without region logits, the loss has no KL term.
+        batch: targets and their mask.
         kl_weight: lambda of eq. 6.
+        centers: distance of the outer region centres from 0.
+        sigma: width of the soft labels.
         hard: hard region labels instead of soft ones.
+        mse_weight: weight of the squared error (0 in the paper).
+        ccc_weight: weight of the concordance (1 in the paper).
         extra_weight: weight of the cross-entropy of each further target.
         nll_weight: weight of the Gaussian likelihood in the predictions.
 

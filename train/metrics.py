@@ -2,7 +2,7 @@
 
 Everywhere `prediction` and `target` are [..., 2] (valence, arousal) and `mask` is [...] or [..., 2] bool, True where
 labelled; None means everywhere. Masked values may be anything, NaN too. Results are per dimension, [2], and NaN where
-nothing is labelled. Shapes that disagree raise ValueError.
+nothing is labelled.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,12 +26,19 @@ def concordance(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None
     """Concordance correlation with population variance over all labelled entries together (the ABAW metric), [2].
 
     0 where prediction and target are both constant, even if they agree: the CCC is undefined there.
+
+    Raises:
+        ValueError: shapes disagree.
     """
     return np.array([_concordance(x, y) for x, y in _columns(prediction, target, mask)])
 
 
 def pearson(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None) -> Floats:
-    """Pearson correlation over all labelled entries together, [2]; 0 where either is constant."""
+    """Pearson correlation over all labelled entries together, [2]; 0 where either is constant.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
     correlations = []
     for x, y in _columns(prediction, target, mask):
         if not x.size:
@@ -45,7 +52,11 @@ def pearson(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = N
 
 
 def rmse(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | None = None) -> Floats:
-    """Root mean squared error over all labelled entries together, [2]."""
+    """Root mean squared error over all labelled entries together, [2].
+
+    Raises:
+        ValueError: shapes disagree.
+    """
     columns = _columns(prediction, target, mask)
     return np.array([np.sqrt(np.mean((x - y) ** 2)) if x.size else np.nan for x, y in columns])
 
@@ -70,6 +81,9 @@ def within_video_ccc(groups: Iterable[Group]) -> tuple[Floats, Ints]:
     Returns:
         The mean, [2], NaN where no video counts; and how many videos do not count, [2]: those whose labels in that
         dimension are constant or missing, for which no prediction could score.
+
+    Raises:
+        ValueError: shapes disagree.
     """
     scores: list[list[float]] = [[], []]
     excluded = np.zeros(2, np.int64)
@@ -86,6 +100,9 @@ def video_moments(prediction: ArrayLike, target: ArrayLike, mask: ArrayLike | No
     """Sufficient statistics of one video's concordance, [6, 2]: count and sums of x, y, xx, yy, xy.
 
     Moments of videos add up: the concordance of any set of videos is that of their summed moments.
+
+    Raises:
+        ValueError: shapes disagree.
     """
     # Not `x @ y`: BLAS starts threads for long vectors, and they wait for each other on a busy machine.
     columns = [
@@ -119,7 +136,9 @@ def bootstrap_interval(
 
     Args:
         moments: [V, 6, 2], `video_moments` of every video.
+        resamples: how many samples of V videos are drawn.
         level: share of them inside the interval.
+        seed: of the draws; equal seeds give equal intervals.
 
     Raises:
         UsageError: no video, no resample, or a level outside (0, 1).
@@ -224,6 +243,9 @@ def smoothness(value: ArrayLike, time: ArrayLike) -> Floats:
     Args:
         value: [N, K].
         time: [N] seconds, ascending.
+
+    Raises:
+        ValueError: shapes disagree.
     """
     value, time = np.asarray(value, np.float64), np.asarray(time, np.float64)
     if value.ndim != 2 or time.shape != value.shape[:1]:

@@ -49,6 +49,7 @@ class PredictionSources:
         run: the folder of a run or an ensemble; settings: digest of its settings; weights: file -> digest.
         cache, store: where features were read.
         streams: name -> {"kind", "fingerprint", "identity"}.
+        items: clip -> what its prediction was made from.
     """
 
     made: str
@@ -73,6 +74,7 @@ class Maker:
     """The origin of predictions: a run, or an ensemble of runs.
 
     Attributes:
+        path: its folder.
         runs: folder -> what its `config.toml` says; of a run, itself alone.
         names: folder -> its name in `ensemble.json`, an earlier place if it was moved.
     """

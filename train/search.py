@@ -365,7 +365,9 @@ class NestedResult:
     """Result of a nested search.
 
     Attributes:
+        searches: the result of each outer fold's search.
         holdout: dimension -> CCC on each outer fold, mean of the winner's models.
+        file: `nested.json`.
     """
 
     searches: tuple[SearchResult, ...]

@@ -171,6 +171,7 @@ class Session:
     """One call of `vaflow train`: the cache, the resolved settings, the run's folder, and what to write.
 
     Attributes:
+        cache, config, inputs: as resolved.
         folder: of the run; record: its `config.toml`.
         allow_missing: leave labelled validation clips without features out of the scores.
         keep_checkpoint: keep the last epoch's state, from which `--epochs` can continue.

@@ -45,8 +45,11 @@ class Member:
 
     Attributes:
         model: on the device of the windows.
+        config: resolved settings.
         data: both splits; all members have the same streams and windows of the same length.
         checkpoint: file that is written after every epoch; if it exists, the run resumes from it.
+        excluded: validation clips that are not scored.
+        progress: how far the run is.
     """
 
     model: nn.Module
@@ -144,6 +147,8 @@ def take_step(
     """Take step `step` of the epoch in some runs; returns losses and norm of each, [6].
 
     Args:
+        stack: the models of all members.
+        members: all runs.
         runs: numbers of those that take the step.
         windows: those of the first of these runs, then those of the second, ...; the same number for each.
         step: counted from 0.

@@ -374,7 +374,12 @@ class DropoutMasks:
 
 
 class DropoutPerRun(nn.Module):
-    """Dropout whose masks under `torch.vmap` are those that each run draws alone."""
+    """Dropout whose masks under `torch.vmap` are those that each run draws alone.
+
+    Args:
+        rates: probability per run.
+        masks: of the step.
+    """
 
     def __init__(self, rates: Sequence[float], masks: DropoutMasks) -> None:
         super().__init__()

@@ -93,7 +93,9 @@ def submit_run(
     """Predict the sample's trials from the cache and write the submission; labels are not needed.
 
     Args:
+        run: a finished run, or an ensemble.
         cache: the trials' features, extracted with the run's settings.
+        sample: the challenge's sample submission.
         hold: most rows after a clip's last frame that repeat its last prediction; ABAW annotation often has one row
             more than the video has frames.
 

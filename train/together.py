@@ -77,6 +77,7 @@ class Trainer:
     """Trains runs on one cache. The latest splits stay loaded; no figures and no event files are written.
 
     Args:
+        cache: of the clips.
         together: "always" trains runs of one architecture in a batch, "never" one after the other; "auto" times both.
         allow_missing: leave labelled validation clips without features out of the scores.
         keep_checkpoint: keep the state after the last epoch, so that more epochs can continue from it.
@@ -102,6 +103,9 @@ class Trainer:
         """Train runs of one architecture, or a single run, or resume them.
 
         Runs that are left when the batch fails as a whole, for example for lack of memory, train one after the other.
+
+        Args:
+            runs: settings and directory of each.
 
         Yields:
             The number of a run and its result or its error, in the order in which the runs end.
@@ -186,6 +190,8 @@ def batches_of(items: Sequence[T], config_of: Callable[[T], TrainConfig], proces
     """Divide runs into batches of one architecture, in their order; a run that fits no other is a batch of one.
 
     Args:
+        items: runs.
+        config_of: the resolved settings of a run.
         processes: number of batches that train at once: batches are made small enough to occupy all of them.
     """
     groups: dict[object, list[T]] = {}
@@ -209,6 +215,7 @@ class Choice:
     """How a batch of runs is trained.
 
     Attributes:
+        runs: how many.
         alone, together: seconds per step of all runs, one after the other and in a batch; 0: not measured.
         steps: of the longest run; an estimate where the number of epochs is open.
     """
@@ -232,7 +239,13 @@ class Choice:
 
 
 def choose(cache: Cache, configs: Sequence[TrainConfig], data: Sequence[Data]) -> Choice:
-    """Time some steps of runs of one architecture both ways. No generator and no file is changed."""
+    """Time some steps of runs of one architecture both ways. No generator and no file is changed.
+
+    Args:
+        cache: of the clips.
+        configs: resolved settings per run.
+        data: both splits per run.
+    """
     config, windows = configs[0], data[0].train
     per_epoch = max(-(-len(splits.train.trainable) // config.batch_size) for splits in data)
     steps = per_epoch * max(c.epochs if c.epochs != AUTO else OPEN_EPOCHS for c in configs)
@@ -334,8 +347,10 @@ def train_repeats(
     """Train or resume runs in `out/NAME`, in batches where that measures faster; writes `repeats.json`.
 
     Args:
+        runs: name -> settings.
         out: directory of the runs; not a run itself.
         level: of the log lines of runs that are shown.
+        on_run: called with the name and the mean CCC of each finished run.
         on_choice: called with a line about each batch that was timed.
 
     Raises:

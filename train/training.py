@@ -71,6 +71,7 @@ def train_run(
 
     Args:
         config: settings; unset ones are resolved from the cache.
+        out: directory of the run.
         data: both splits, if they are loaded already, for exactly these streams and windows.
         weights: with finetune: stream -> local weights of its encoder, instead of the hub's.
         allow_missing: leave labelled validation clips without features out of the scores.
@@ -213,6 +214,7 @@ def evaluate_run(
         allow_missing: leave labelled clips without features out of the metrics.
         write: write `predictions/<split>/`, and `metrics.json` where this is the split that it is about.
         without: "visual" or "audio": mark that modality as missing everywhere.
+        groups: kind -> item -> group, for metrics of each group.
         smoothing: "stored": the one that `vaflow smooth` stored with the run, if any. Another one, or None, applies to
             this evaluation only: predictions go to a folder of its own, and `metrics.json` stays.
         fold_splits: splits that are divided where `split` is a fold; None: those of the run.

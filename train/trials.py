@@ -77,6 +77,7 @@ class Space:
     """Searched settings, and settings that stay fixed.
 
     Attributes:
+        fixed: setting -> value.
         searched: setting -> choice or range, in the order of the file.
     """
 
@@ -155,6 +156,7 @@ class Trial:
     """A finished trial.
 
     Attributes:
+        number: counted from 1.
         state: "done" (all epochs), "stopped" (early) or "failed".
         rungs: mean CCC over the folds at each rung.
         folds: CCC of each fold at the last rung.
@@ -218,6 +220,7 @@ class SearchResult:
     """Result of a search.
 
     Attributes:
+        trials: all finished trials, in order.
         best: the done trial with the highest score over the inner folds; None: all failed.
         holdout: metrics of the winner's models, one per inner fold, on the held-out split: dimension -> CCC of each.
         importance: setting -> share, largest first; empty with few trials.

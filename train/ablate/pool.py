@@ -46,6 +46,7 @@ class Pool:
 
     Args:
         processes: how many at once; 1: in this process. With Ray, the most; None: as many as the cluster has room for.
+        engine: "local" or "ray".
         ray_address: of the cluster, as `ray.init` takes it.
         level: of log lines that are shown while runs go on.
         on_choice: called with a line about each batch that was timed.

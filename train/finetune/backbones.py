@@ -37,6 +37,7 @@ class Backbone:
     """A trainable encoder of a stream.
 
     Attributes:
+        stream: the stream of its features.
         encoder: has `features`, `encode` and `save`; its network is `module`.
         window: seconds of an audio window.
         per_unit: vectors per image (1) or per audio window (its steps).

@@ -147,6 +147,7 @@ def encode_split(
     """The same windows with the current features of the backbones, in the stored dtype.
 
     Args:
+        sources: stream name -> inputs of its backbone.
         rank, ranks: number of this process, and of all; each encodes its share.
         combine: sums a tensor over all processes.
     """
@@ -186,6 +187,7 @@ class Tuning:
     """The objects of a fine-tuning step.
 
     Attributes:
+        fabric: Lightning Fabric: device, precision, processes.
         model: the model; wrapped: the model as wrapped by Fabric.
         optimizer: one group for the heads and one for the encoders, each with its `initial_lr`.
         windows: of the training split; sources: the inputs that its features are made from.

@@ -4,7 +4,6 @@ Several audio streams: `attention`, `gated` and `hierarchical` average the strea
 the concatenating variants keep each stream apart. A stream without a valid step contributes nothing: F_fused = H_v if
 no stream has one, and its part of a concatenation is zero.
 
-Shapes that disagree raise ValueError.
 Source: arXiv 2603.13415, eq. 3-5 and table 2; `attention-concat` is arXiv 2503.10523's; `positions` is ours.
 """
 
@@ -56,6 +55,9 @@ def interpolate(sequence: Tensor, from_time: Tensor, to_time: Tensor, inside: Te
 
     Returns:
         [B, F, H]; zeros for rows without a step inside.
+
+    Raises:
+        ValueError: shapes disagree.
     """
     if (
         sequence.shape[:2] != from_time.shape
@@ -107,6 +109,7 @@ class Fusion(nn.Module):
         audio_streams: number of tracks, at least one.
         attend: align tracks with the frames by cross-modal attention (eq. 3), else by interpolation in time.
         join: "replace" (F_fused is the aligned audio), "gate" (eq. 4-5) or "concat" (beside H_v).
+        heads: attention heads.
         positions: "none" (as published) or "time": add sinusoids of the true times to queries and keys. Values stay
             as they are. Has no effect without attention.
 
@@ -152,6 +155,9 @@ class Fusion(nn.Module):
 
         Returns:
             [B, F, width], F_fused.
+
+        Raises:
+            ValueError: the number of tracks or their shapes disagree.
         """
         if len(audio) != self.audio_streams:
             raise ValueError(f"fusion: expected {self.audio_streams} audio streams; got {len(audio)}")

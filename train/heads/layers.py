@@ -1,7 +1,4 @@
-"""Layers of the heads: dropout, the mixture of an encoder's layers, the CNN over log-Mel, and the prompt head.
-
-Shapes that disagree raise ValueError.
-"""
+"""Layers of the heads: dropout, the mixture of an encoder's layers, the CNN over log-Mel, and the prompt head."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -35,7 +32,9 @@ def dropout_masks(
     """Draw masks: 0 with probability `rate`, rounded to 1 / 65,536, and the reciprocal of the kept share otherwise.
 
     Args:
+        shape: of a mask.
         rate: in [0, 1); nothing is drawn for 0.
+        dtype, device: of the result.
         generators: of the random numbers of each mask, on that device; None: torch's own.
 
     Returns:
@@ -61,6 +60,9 @@ class LayerMixture(nn.Module):
 
     The weights are scaled: at the learning rate of the heads they would hardly move in a few epochs.
     Source: Yang et al. 2021 (SUPERB, arXiv 2105.01051), section 2.2.
+
+    Args:
+        layers: number of layers.
     """
 
     def __init__(self, layers: int) -> None:
@@ -74,7 +76,11 @@ class LayerMixture(nn.Module):
         return torch.softmax(SCALE * self.weight, dim=0).detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., layers, D] -> [..., D]."""
+        """[..., layers, D] -> [..., D].
+
+        Raises:
+            ValueError: another number of layers.
+        """
         if x.ndim < 2 or x.shape[-2] != self.layers:
             raise ValueError(f"expected [..., {self.layers}, D]; got {[*x.shape]}")
         return torch.einsum("...ld,l->...d", x, torch.softmax(SCALE * self.weight, dim=0))
@@ -110,6 +116,7 @@ class Spectrogram(nn.Module):
     Args:
         bands: width of a frame.
         frames_per_step: number of frames pooled into one step.
+        channels: of the three convolutions.
 
     Attributes:
         width: of a step's vector.
@@ -137,7 +144,11 @@ class Spectrogram(nn.Module):
         self.width = channels[-1] * bands
 
     def forward(self, frames: Tensor, valid: Tensor, inside: Tensor, time: Tensor) -> Steps:
-        """frames [B, T, bands], standardised; valid, inside [B, T] bool; time [B, T] -> T / frames_per_step steps."""
+        """frames [B, T, bands], standardised; valid, inside [B, T] bool; time [B, T] -> T / frames_per_step steps.
+
+        Raises:
+            ValueError: shapes disagree, or T is not a multiple of `frames_per_step`.
+        """
         count, per_step = inside.shape[1], self.frames_per_step
         if tuple(frames.shape) != (*inside.shape, self.bands) or count % per_step:
             raise ValueError(
@@ -230,7 +241,11 @@ class PromptHead(nn.Module):
         return self.log_scale.clamp(max=math.log(MAX_SCALE)).exp()
 
     def forward(self, fused: Tensor) -> Tensor:
-        """[..., hidden] -> [..., 9] logits within +-`scale`."""
+        """[..., hidden] -> [..., 9] logits within +-`scale`.
+
+        Raises:
+            ValueError: the last axis is not `hidden`.
+        """
         if fused.shape[-1] != self.hidden:
             raise ValueError(f"prompt head: expected [..., {self.hidden}]; got {[*fused.shape]}")
         moving = self.training and self._tower is not None

@@ -3,7 +3,6 @@
 Source: arXiv 2603.13415, section 3. The paper does not specify the normalisation of features before their projection
 (`normalize`), the regression head (one hidden layer here), dropout (here after the projection and in that head),
 several streams of one modality (see `VAModel` and `fusion`) and missing input (here a learned vector per stream).
-Shapes that disagree raise ValueError.
 """
 
 import inspect
@@ -80,6 +79,10 @@ class Branch(nn.Module):
 
     Args:
         dim: width of the stream's features.
+        hidden: width of the result.
+        normalize: a key of `NORMALIZE`.
+        temporal: a key of `TEMPORAL`.
+        temporal_options: its keyword arguments.
         dropout: before the temporal model.
         frames_per_step: of a spectrogram; 0: features are steps.
         layers: of the encoder in a feature vector; several are mixed after their normalisation.
@@ -149,12 +152,15 @@ class VAModel(nn.Module):
         prototypes: [9, D] text prototypes of the regions; None: no prompt head.
         hidden: width of every sequence.
         temporal: a key of `TEMPORAL`, the same for every stream (each has its own weights).
+        temporal_options: its keyword arguments, e.g. {"layers": 2}.
         fusion: a key of `FUSION`.
+        attention_heads: of cross-modal attention.
         attention_positions: "none" or "time"; see `Fusion`.
         dropout: after projections and in the regression head; `temporal_options` may override it in temporal models.
         normalize: normalisation of features before their projection, a key of `NORMALIZE`. Encoders differ in scale,
             and CLIP vectors are cached unnormalised. "layer" is a LayerNorm, "l2" makes unit vectors, "standard" needs
             `set_statistics`, "none" follows the paper.
+        learnable_prototypes: train the prototypes, too.
         context: number and width of learned context vectors; see `PromptHead`.
         targets: further targets; each has a linear head on F_fused.
         variance: predict the standard deviation of valence and arousal, too.
@@ -226,6 +232,9 @@ class VAModel(nn.Module):
         """A batch -> va [B, F, 2] in [-1, 1], region logits [B, F, 9], other logits, log std [B, F, 2]; 0 at padding.
 
         Region logits are None without a prompt head, and the standard deviation without a variance head.
+
+        Raises:
+            ValueError: a stream is not in the batch, or shapes disagree.
         """
         fused = self.fuse(batch)
         frames = batch.inside.unsqueeze(-1)
@@ -237,7 +246,11 @@ class VAModel(nn.Module):
         return Output(va, regions, extra, log_std)
 
     def fuse(self, batch: Batch) -> Tensor:
-        """F_fused, [B, F, width]."""
+        """F_fused, [B, F, width].
+
+        Raises:
+            ValueError: a stream is not in the batch, or shapes disagree.
+        """
         entering: list[Track] = []
         for stream, branch in zip(self.streams, self.branches, strict=True):
             check_features(stream, batch)
@@ -331,7 +344,11 @@ def check_features(stream: StreamSpec, batch: Batch) -> None:
 
 
 class EachModel(nn.Module):
-    """Take valence from one model and arousal from another; other logits are the mean of both."""
+    """Take valence from one model and arousal from another; other logits are the mean of both.
+
+    Args:
+        valence, arousal: models of the same inputs.
+    """
 
     def __init__(self, valence: nn.Module, arousal: nn.Module) -> None:
         super().__init__()

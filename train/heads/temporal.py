@@ -1,10 +1,8 @@
 """Temporal models: a sequence per window -> a sequence of the same length with context.
 
 Every model has one interface: `forward(x [B, T, input_size], inside [B, T]) -> [B, T, hidden]`, with zeros at padding.
-Values at padding are never read. Shapes that disagree raise ValueError. The rates of sinusoidal positions are a buffer:
-nothing is built on the CPU or copied in a step.
-
-Source: arXiv 2603.13415, eq. 1 (BiGRU) and table 2 (TCN); LSTM and Transformer are ours.
+Values at padding are never read. Source: arXiv 2603.13415, eq. 1 (BiGRU) and table 2 (TCN); LSTM and Transformer are
+ours. The rates of sinusoidal positions are a buffer: nothing is built on the CPU or copied in a step.
 """
 
 import math
@@ -49,7 +47,10 @@ class Recurrent(nn.Module):
 
     Args:
         cell: `nn.GRU` or `nn.LSTM`, which holds the weights; `run_recurrent` computes.
+        input_size: width of x.
         hidden: width of the output, both directions together.
+        layers: how many are stacked.
+        dropout: between stacked layers.
 
     Raises:
         UsageError: `hidden` is odd.
@@ -79,7 +80,11 @@ class Recurrent(nn.Module):
         self.between = Dropout(self.rnn.dropout)  # between layers
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """x [B, T, input_size], inside [B, T] bool with its False entries at the end -> [B, T, hidden]."""
+        """x [B, T, input_size], inside [B, T] bool with its False entries at the end -> [B, T, hidden].
+
+        Raises:
+            ValueError: shapes disagree.
+        """
         check_sequence(x, inside, self.input_size)
         return run_together([self], [zero_outside(x, inside)], [inside])[0]
 
@@ -94,6 +99,9 @@ def run_together(models: Sequence[Recurrent], sequences: Sequence[Tensor], insid
 
     Returns:
         [B, T, hidden] per model.
+
+    Raises:
+        ValueError: shapes disagree.
     """
     for model, x, inside in zip(models, sequences, insides, strict=True):
         check_sequence(x, inside, model.input_size)
@@ -105,9 +113,12 @@ class TCN(nn.Module):
     """Residual blocks of two dilated convolutions each; the dilation doubles from block to block.
 
     Args:
+        input_size: width of x.
+        hidden: width of the output.
         layers: residual blocks. Three blocks of width 3 cover 29 steps, more than a window of 20.
         kernel_size: taps of each convolution.
         causal: use past steps only (as in the paper), or both sides.
+        dropout: after each convolution.
 
     Raises:
         UsageError: `kernel_size` is even and the model is not causal.
@@ -139,7 +150,11 @@ class TCN(nn.Module):
         return 1 + self._taps_beyond
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """x [B, T, input_size], inside [B, T] bool -> [B, T, hidden]."""
+        """x [B, T, input_size], inside [B, T] bool -> [B, T, hidden].
+
+        Raises:
+            ValueError: shapes disagree.
+        """
         check_sequence(x, inside, self.input_size)
         x = zero_outside(x, inside).transpose(1, 2)
         for block in self.blocks:
@@ -192,6 +207,10 @@ class Transformer(nn.Module):
 
     Args:
         input_size: width of x; projected to `hidden` where they differ.
+        hidden: width of the output.
+        layers: encoder layers.
+        heads: attention heads.
+        dropout: in attention and feed-forward layers.
 
     Raises:
         UsageError: `hidden` is odd or not divisible by `heads`.
@@ -227,7 +246,11 @@ class Transformer(nn.Module):
         self.positions = Sinusoids(hidden)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """x [B, T, input_size], inside [B, T] bool -> [B, T, hidden]."""
+        """x [B, T, input_size], inside [B, T] bool -> [B, T, hidden].
+
+        Raises:
+            ValueError: shapes disagree.
+        """
         check_sequence(x, inside, self.input_size)
         y = self.project(zero_outside(x, inside))
         y = y + self.positions(torch.arange(y.shape[1], device=y.device)).to(y)

@@ -33,6 +33,7 @@ class AttentionSummary:
     """Mean attention of the frames to one audio stream; shares are of the attention mass.
 
     Attributes:
+        stream: name of the audio stream.
         frames: counted; a frame of several windows counts in each.
         shares: [H, B] per head and time bin; uniform: [B] if every step were attended alike.
         near, before, after: share within `NEAR` seconds, before and after the frame (beyond `NEAR`), mean of the heads.
@@ -40,6 +41,7 @@ class AttentionSummary:
         entropy: mean entropy divided by that of attending every step alike, per head [H]; 1: uniform, 0: one step.
         masked: share on steps without audio.
         no_face: `near` of the frames without a face; None where every frame has one.
+        edges: [B + 1] of the time bins, seconds.
     """
 
     stream: str

@@ -193,6 +193,7 @@ def speech_spans(power: Floats, step: float) -> Floats:
 
     Args:
         power: [N] mean square of each column.
+        step: seconds per column.
     """
     level = 10 * np.log10(np.maximum(power, 1e-10))
     floor, top = np.percentile(level, (10, 95)) if level.size else (0.0, 0.0)

@@ -71,7 +71,9 @@ class RunResults:
     Attributes:
         path: its directory; name: unique among the runs of a report.
         config: `config.toml`; text: the same as it stands in the file.
+        prediction_set: all predictions.
         moments: source video -> [6, 2] of `vaflow.train.metrics.video_moments`; without the clips left out.
+        plane: sums over all labelled frames.
         masked: of the split: frames, unlabelled frames, seconds, seconds without a face; None: not recorded.
         scope: what the scores are of.
         outdated: clips whose records in the cache are no longer those that were scored.
