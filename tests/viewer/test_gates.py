@@ -19,8 +19,8 @@ from vaflow.train.data import load_windows
 from vaflow.train.evaluate import predict_windows
 from vaflow.train.runs import load_run
 from vaflow.train.training import train_run
-from vaflow.viewer.attention import FusionStatistics, fusion_statistics
 from vaflow.viewer.report import write_report
+from vaflow.viewer.run_results import FusionStatistics, fusion_statistics
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=1, device="cpu")
 

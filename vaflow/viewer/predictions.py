@@ -1,4 +1,4 @@
-"""Prediction files on disk: which clips a run or a folder has, and the table of each."""
+"""Predictions on disk: the clips of a run or a folder, the table of each, and the runs below a directory."""
 
 import json
 import logging
@@ -16,15 +16,16 @@ from vaflow.datasets.files import examples
 from vaflow.encoders import random_encoders
 from vaflow.errors import CacheError, CorruptError, UsageError, VaflowError, explain
 from vaflow.timeline import Bools, Floats
+from vaflow.train.metrics import DIMENSIONS, SCORES, smoothing_text
 
 log = logging.getLogger(__name__)
 
-DIMENSIONS = ("valence", "arousal")
 REQUIRED = ("frame", "time", *DIMENSIONS)
 SOURCES = "sources.json"
 FLAGS = ("face", "audio", "far_from_training", "interpolated")  # columns of 0 and 1
 _EMPTY_CELL = re.compile(rb",(?=[,\r\n]|$)")
 _LIMIT = 4 * 2**30  # bytes of one CSV file
+_DEPTH = 4  # directories below the one that `vaflow runs` searches
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,66 @@ def read_predictions(path: Path) -> Predictions:
     ]
     flags = [column[name] > 0 if name in column else None for name in FLAGS]
     return Predictions(time, table[:, 1:3], *both, *flags)
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One line of `vaflow runs`: a run and its headline, or why it has none."""
+
+    path: str
+    status: str
+    streams: str = ""
+    temporal: str = ""
+    fusion: str = ""
+    seed: int | None = None
+    split: str = ""
+    epochs: int | None = None
+    ccc: Mapping[str, float | None] = field(default_factory=dict)
+    ci95: Mapping[str, Any] = field(default_factory=dict)
+    smoothing: str = ""
+
+
+def list_runs(root: Path) -> Iterator[RunLine]:
+    """Yield every run below a directory, sorted by path.
+
+    Raises:
+        UsageError: the directory does not exist.
+    """
+    if not root.is_dir():
+        raise UsageError(explain(f"{root} is not a directory", expected="a directory with runs"))
+    patterns = ["/".join(["*"] * depth + ["config.toml"]) for depth in range(_DEPTH + 1)]
+    for path in sorted(file for pattern in patterns for file in root.glob(pattern)):
+        line = _line(root, path.parent)
+        if line is not None:
+            yield line
+
+
+def _line(root: Path, run: Path) -> RunLine | None:
+    name = run.relative_to(root).as_posix()
+    try:
+        config = tomllib.loads((run / "config.toml").read_text("utf-8"))
+        if not isinstance(config.get("train"), dict):
+            return None
+        train = config["train"]
+        common: dict[str, Any] = {
+            "streams": ", ".join(str(stream.get("name")) for stream in config.get("stream", ())),
+            "temporal": str(train.get("temporal", "")),
+            "fusion": str(train.get("fusion", "")),
+            "seed": train.get("seed"),
+        }
+        if not (run / "metrics.json").is_file():
+            return RunLine(name, "not finished", **common)
+        metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+        if smoothing := metrics.get("smoothing"):
+            tuned = f", tuned on {smoothing['chosen_on']}" if smoothing["chosen_on"] else ""
+            common["smoothing"] = f"{smoothing_text(smoothing)}{tuned}"
+        scores = {d: metrics["ccc"].get(d) for d in SCORES}
+        return RunLine(
+            name, "done", **common, split=str(metrics["split"]), epochs=metrics.get("epochs"), ccc=scores,
+            ci95=metrics.get("ci95", {}),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return RunLine(name, "damaged")
 
 
 def _header(path: Path) -> list[str]:

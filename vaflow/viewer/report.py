@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -20,6 +20,7 @@ from vaflow.files import write_file
 from vaflow.pages import render
 from vaflow.timeline import Floats
 from vaflow.train.metrics import (
+    DIMENSIONS,
     SCORES,
     concordance_of_moments,
     mean_over_dimensions,
@@ -28,11 +29,17 @@ from vaflow.train.metrics import (
     resampled_ccc,
     shared_draws,
 )
-from vaflow.viewer.predictions import DIMENSIONS
-from vaflow.viewer.run_results import BINS, PlaneSums, ReportClip, RunResults, read_runs
-
-if TYPE_CHECKING:
-    from vaflow.viewer.attention import AttentionSummary
+from vaflow.viewer.run_results import (
+    BINS,
+    EDGES,
+    AttentionSummary,
+    FusionStatistics,
+    PlaneSums,
+    ReportClip,
+    RunResults,
+    fusion_statistics,
+    read_runs,
+)
 
 CURVES = {
     "loss_total": "Training loss",
@@ -90,7 +97,7 @@ def coverage_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def attention_chart(summary: "AttentionSummary") -> dict[str, Any]:
+def attention_chart(summary: AttentionSummary) -> dict[str, Any]:
     """A plot of 420 by 160: a bar per time bin, the mean of the heads, a tick at uniform attention; and the facts."""
     mean = summary.shares.mean(axis=0)
     top = max(float(summary.shares.max()), float(summary.uniform.max()), 1e-6)
@@ -99,7 +106,7 @@ def attention_chart(summary: "AttentionSummary") -> dict[str, Any]:
         {"x": k * width, "width": width - 4, "height": 140 * float(share) / top, "share": float(share)}
         | {"uniform": 150 - 140 * float(even) / top, "label": label}
         | {"heads": [150 - 140 * float(x) / top for x in summary.shares[:, k]]}
-        for k, (share, even, label) in enumerate(zip(mean, summary.uniform, _bins(summary.edges), strict=True))
+        for k, (share, even, label) in enumerate(zip(mean, summary.uniform, _bins(EDGES), strict=True))
     ]
     return {"summary": summary, "bars": bars, "top": top}
 
@@ -181,10 +188,6 @@ def score_axis(runs: Sequence[RunResults]) -> dict[str, Any]:
     ticks = round((high - low) * 10)
     step = max(1, -(-ticks // 8))
     return {"low": low, "high": high, "ticks": [low + k / 10 for k in range(0, ticks + 1, step)]}
-
-
-if TYPE_CHECKING:
-    from vaflow.viewer.attention import FusionStatistics
 
 
 def write_report(
@@ -313,14 +316,12 @@ def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, A
     }
 
 
-def _fusion(run: RunResults) -> "FusionStatistics":
+def _fusion(run: RunResults) -> FusionStatistics:
     """Statistics of the fusion; empty where the run has none.
 
     Raises:
         UsageError: the cache of the predictions cannot be opened.
     """
-    from vaflow.viewer.attention import fusion_statistics  # imports torch
-
     cache = run.prediction_set.open_cache()
     if cache is None:
         problem = f"--gates reads the cache of {run.path}, which cannot be opened"

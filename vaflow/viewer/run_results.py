@@ -1,25 +1,39 @@
-"""Results of a finished run on a split: its files, and sums over its prediction tables."""
+"""Results of a finished run on a split: its files, sums over its prediction tables, and its use of audio.
+
+The use of audio is the gate's share of audio in the fused features, by condition, and the distribution of attention in
+time. It is measured by predicting the split again, which imports torch. Attention is summed per bin of time, so that
+memory does not grow with the split.
+"""
 
 import csv
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vaflow.cache import Cache
+from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import CorruptError, UsageError, command, explain
-from vaflow.timeline import Floats
-from vaflow.train.metrics import SCORES, concordance_of_moments, region_of, scope, smoothing_text, video_moments
+from vaflow.timeline import Bools, Floats, stitch
+from vaflow.train.metrics import DIMENSIONS, concordance_of_moments, region_of, scope, video_moments
 from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
-from vaflow.viewer.predictions import DIMENSIONS, PredictedClip, PredictionSet, find_predictions, read_predictions
+from vaflow.viewer.predictions import PredictedClip, PredictionSet, find_predictions, read_predictions
 
+if TYPE_CHECKING:
+    from vaflow.train.heads.fusion import Track
+    from vaflow.train.heads.model import VAModel
+    from vaflow.train.windows import WindowSet
+
+# Seconds from a frame to an audio step, edges of the bins; negative: the step is earlier.
+EDGES = np.array([-np.inf, -8, -4, -2, -1, -0.5, 0.5, 1, 2, 4, 8, np.inf])
+NEAR = 1.0  # seconds
 BINS = 24  # of a dimension's histogram
 SPARK = 160  # points of a small plot of a clip
 _CCC_TOLERANCE = 1e-3  # predictions on disk have six digits
-_DEPTH = 4  # directories below the one that `vaflow runs` searches
 
 
 @dataclass(frozen=True)
@@ -191,60 +205,184 @@ def read_runs(paths: list[Path]) -> list[RunResults]:
 
 
 @dataclass(frozen=True)
-class RunLine:
-    """One line of `vaflow runs`: a run and its headline, or why it has none."""
+class AttentionSummary:
+    """Mean attention of the frames to one audio stream; shares are of the attention mass.
 
-    path: str
-    status: str
-    streams: str = ""
-    temporal: str = ""
-    fusion: str = ""
-    seed: int | None = None
-    split: str = ""
-    epochs: int | None = None
-    ccc: Mapping[str, float | None] = field(default_factory=dict)
-    ci95: Mapping[str, Any] = field(default_factory=dict)
-    smoothing: str = ""
+    Attributes:
+        stream: name of the audio stream.
+        frames: counted; a frame of several windows counts in each.
+        shares: [H, B] per head and time bin; uniform: [B] if every step were attended alike.
+        near, before, after: share within `NEAR` seconds, before and after the frame (beyond `NEAR`), mean of the heads.
+        distance: mean seconds between frame and step.
+        entropy: mean entropy divided by that of attending every step alike, per head [H]; 1: uniform, 0: one step.
+        masked: share on steps without audio.
+        no_face: `near` of the frames without a face; None where every frame has one.
+    """
+
+    stream: str
+    frames: int
+    shares: Floats
+    uniform: Floats
+    near: float
+    before: float
+    after: float
+    distance: float
+    entropy: Floats
+    masked: float
+    no_face: float | None = None
 
 
-def list_runs(root: Path) -> Iterator[RunLine]:
-    """Yield every run below a directory, sorted by path.
+class AttentionSums:
+    """Sums over the frames of one audio stream; `mass` is [H, B], `uniform` [B], `entropy` [H]."""
+
+    def __init__(self, heads: int) -> None:
+        bins = len(EDGES) - 1
+        self.mass, self.uniform, self.entropy = np.zeros((heads, bins)), np.zeros(bins), np.zeros(heads)
+        self.near, self.faceless = np.zeros(3), np.zeros(2)  # before, near, after; mass near, frames
+        self.distance = self.masked = 0.0
+        self.frames = 0
+
+    def add(self, weights: Floats, time: Floats, track: "Track", counted: Bools, face: Bools) -> None:
+        """Add windows: weights [B, H, F, S], time [B, F] of the frames, counted and face [B, F]."""
+        window, frame = np.nonzero(counted & track.present.numpy()[:, None])
+        if not len(window):
+            return
+        w = weights.swapaxes(1, 2)[window, frame].astype(np.float64)  # [N, H, S]
+        key, inside = track.key.numpy()[window], track.inside.numpy()[window]
+        offset = track.time.numpy()[window].astype(np.float64) - time[window, frame, None]  # [N, S]
+        in_bin = np.eye(len(EDGES) - 1)[np.searchsorted(EDGES[1:-1], offset)] * inside[..., None]
+        self.mass += np.einsum("nhs,nsb->hb", w, in_bin)
+        steps = key.sum(axis=1, keepdims=True)
+        self.uniform += np.einsum("ns,nsb->b", key / steps, in_bin)
+        entropy = -(w * np.log(np.where(w > 0, w, 1))).sum(axis=-1)
+        self.entropy += (entropy / np.log(np.maximum(steps, 2))).sum(axis=0)
+        mean = w.mean(axis=1)
+        sides = [offset < -NEAR, np.abs(offset) <= NEAR, offset > NEAR]
+        self.near += [(mean * side).sum() for side in sides]
+        self.distance += float((mean * np.abs(offset) * inside).sum())
+        self.masked += float((mean * ~key).sum())
+        self.frames += len(window)
+        faceless = ~face[window, frame]
+        self.faceless += [(mean * sides[1])[faceless].sum(), faceless.sum()]
+
+    def summary(self, stream: str) -> AttentionSummary:
+        """Means over the frames; at least one was added."""
+        n = self.frames
+        before, near, after = (self.near / n).tolist()
+        no_face = float(self.faceless[0] / self.faceless[1]) if self.faceless[1] else None
+        means = self.mass / n, self.uniform / n, near, before, after, self.distance / n, self.entropy / n
+        return AttentionSummary(stream, n, *means, self.masked / n, no_face)
+
+
+class AttentionRecorder:
+    """Sums the attention of a fusion while its model predicts, as forward pre-hooks of the model and of the fusion."""
+
+    def __init__(self, model: "VAModel") -> None:
+        self.visual = [s.name for s in model.streams if s.kind == "visual"]
+        attends: Any = model.fusion and model.fusion.attends
+        audio = [s.name for s in model.streams if s.kind != "visual"]
+        self.attends: dict[str, Any] = dict(zip(audio, attends, strict=True)) if attends else {}
+        self.sums = {name: AttentionSums(attend.attention.num_heads) for name, attend in self.attends.items()}
+
+    def model_hook(self, model: Any, arguments: tuple[Any, ...]) -> None:
+        """Store which frames the batch has, and which have a visual input."""
+        (batch,) = arguments
+        self.inside = batch.inside.numpy()
+        self.face = np.any([batch.valid[name].numpy() for name in self.visual], axis=0) & self.inside
+
+    def fusion_hook(self, fusion: Any, arguments: tuple[Any, ...]) -> None:
+        """Attend once more with weights, and add them."""
+        visual, time, audio = arguments
+        query, keys = fusion.attention_inputs(visual, time, audio)
+        for (name, attend), key, track in zip(self.attends.items(), keys, audio, strict=True):
+            ignored = ~track.key & track.present.unsqueeze(1)
+            _, weights = attend.attention(
+                query, key, track.value, key_padding_mask=ignored, need_weights=True, average_attn_weights=False
+            )
+            self.sums[name].add(weights.numpy(), time.numpy(), track, self.inside, self.face)
+
+
+@dataclass(frozen=True)
+class GateShare:
+    """Mean and 10th to 90th percentile of the gate over the frames of one condition."""
+
+    condition: str
+    frames: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class FusionStatistics:
+    """Statistics of a run's fusion on a split.
+
+    Attributes:
+        gates: the gate's mean over the features, at every frame with audio, by condition: 1 means that the fused
+            features are the audio's, 0 the visual ones. Empty for runs without a gate.
+        attention: per audio stream; empty for runs without cross-modal attention.
+    """
+
+    gates: tuple[GateShare, ...] = ()
+    attention: tuple[AttentionSummary, ...] = ()
+
+
+def fusion_statistics(run: Path, cache: Cache, split: str, centers: float) -> FusionStatistics:
+    """Predict a split once more and return how its fusion uses the audio.
+
+    Empty for runs without a fusion or with encoders of their own.
 
     Raises:
-        UsageError: the directory does not exist.
+        VaflowError: the run or the cache cannot be read.
     """
-    if not root.is_dir():
-        raise UsageError(explain(f"{root} is not a directory", expected="a directory with runs"))
-    patterns = ["/".join(["*"] * depth + ["config.toml"]) for depth in range(_DEPTH + 1)]
-    for path in sorted(file for pattern in patterns for file in root.glob(pattern)):
-        line = _line(root, path.parent)
-        if line is not None:
-            yield line
+    from vaflow.train.data import load_windows
+    from vaflow.train.evaluate import predict_windows
+    from vaflow.train.groups import split_items
+    from vaflow.train.runs import load_run
+
+    loaded = load_run(run)
+    fusion, config = loaded.model.fusion, loaded.record.config
+    if fusion is None or loaded.record.tuned:
+        return FusionStatistics()
+    items = split_items(cache, split, config.fold_splits, config.fold_groups)
+    windows = load_windows(cache, items, loaded.record.head_streams, config)
+    shares: list[Floats] = []
+    if fusion.gate is not None:
+        fusion.gate.register_forward_hook(lambda _, __, gate: shares.append(gate.sigmoid().mean(dim=-1).numpy()))
+    recorder = AttentionRecorder(loaded.model)
+    if recorder.attends:
+        loaded.model.register_forward_pre_hook(recorder.model_hook)
+        fusion.register_forward_pre_hook(recorder.fusion_hook)
+    predict_windows(loaded.model, windows)
+    gates = gate_shares(windows, np.concatenate(shares)[..., None].astype(np.float64), centers) if shares else []
+    attention = [sums.summary(name) for name, sums in recorder.sums.items() if sums.frames]
+    return FusionStatistics(tuple(gates), tuple(attention))
 
 
-def _line(root: Path, run: Path) -> RunLine | None:
-    name = run.relative_to(root).as_posix()
-    try:
-        config = tomllib.loads((run / "config.toml").read_text("utf-8"))
-        if not isinstance(config.get("train"), dict):
-            return None
-        train = config["train"]
-        common: dict[str, Any] = {
-            "streams": ", ".join(str(stream.get("name")) for stream in config.get("stream", ())),
-            "temporal": str(train.get("temporal", "")),
-            "fusion": str(train.get("fusion", "")),
-            "seed": train.get("seed"),
-        }
-        if not (run / "metrics.json").is_file():
-            return RunLine(name, "not finished", **common)
-        metrics = json.loads((run / "metrics.json").read_text("utf-8"))
-        if smoothing := metrics.get("smoothing"):
-            tuned = f", tuned on {smoothing['chosen_on']}" if smoothing["chosen_on"] else ""
-            common["smoothing"] = f"{smoothing_text(smoothing)}{tuned}"
-        scores = {d: metrics["ccc"].get(d) for d in SCORES}
-        return RunLine(
-            name, "done", **common, split=str(metrics["split"]), epochs=metrics.get("epochs"), ccc=scores,
-            ci95=metrics.get("ci95", {}),
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return RunLine(name, "damaged")
+def gate_shares(windows: "WindowSet", gate: Floats, centers: float) -> list[GateShare]:
+    """Summarize the gate of every window, [W, F, 1], by condition."""
+    from vaflow.train.evaluate import input_at_frames
+
+    values, faces, regions = [], [], []
+    for clip in windows.clips:
+        rows = slice(clip.first, clip.last)
+        inside = windows.inside_array[rows]
+        has_audio = input_at_frames(windows, clip, "audio")
+        if not inside.any() or not has_audio.any():
+            continue
+        values.append(stitch(windows.sample_time[rows], gate[rows], inside, clip.time)[has_audio, 0])
+        faces.append(input_at_frames(windows, clip, "visual")[has_audio])
+        labelled = clip.valid.all(axis=1)
+        regions.append(np.where(labelled, region_of(np.nan_to_num(clip.value), centers), -1)[has_audio])
+    if not values:
+        return []
+    value, face, region = (np.concatenate(x) for x in (values, faces, regions))
+    conditions: list[tuple[str, Bools]] = [("all frames with audio", np.ones(len(value), bool))]
+    conditions += [("with a face", face), ("without a face", ~face)]
+    conditions += [(f"label: {name}", region == r) for r, name in enumerate(REGION_NAMES)]
+    return [_summary(name, value[mask]) for name, mask in conditions if mask.any()]
+
+
+def _summary(condition: str, value: Floats) -> GateShare:
+    low, high = np.quantile(value, (0.1, 0.9))
+    return GateShare(condition, len(value), float(value.mean()), float(low), float(high))
