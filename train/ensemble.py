@@ -126,7 +126,9 @@ def ensemble_runs(
     traces, lost, failed = combine(members.traces(split), ensemble.table), members.lost(split), members.failed(split)
     report = score_traces(traces, split, lost, failed, centers=records[0].config.centers)
     if len(runs) > 1 or traces[0].std is not None:
-        calibration = calibrate_ensemble(members, ensemble.table, chosen_on or _calibration_split(records, split))
+        splits = {record.config.val_split for record in records}
+        calibrated_on = chosen_on or (splits.pop() if len(splits) == 1 else split)
+        calibration = calibrate_ensemble(members, ensemble.table, calibrated_on)
         write_calibration(folder.path, calibration)
         traces = list(calibrated(traces, calibration))
         used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
@@ -139,12 +141,6 @@ def ensemble_runs(
     write_evaluation(folder.predictions(split), maker_of(folder.path), cache, traces)
     folder.write_metrics(report)
     return ensemble, report
-
-
-def _calibration_split(records: Sequence[RunRecord], split: str) -> str:
-    """The runs' validation split; of runs with different ones, the scored split."""
-    splits = {record.config.val_split for record in records}
-    return splits.pop() if len(splits) == 1 else split
 
 
 def calibrate_ensemble(members: "Members", weights: Floats, split: str) -> Calibration:

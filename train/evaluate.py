@@ -24,7 +24,7 @@ from vaflow.timeline import Bools, Floats, Ints, nearest, stitch
 from vaflow.train import metrics
 from vaflow.train.batch import AUDIO, VISUAL, extra_scores, probabilities
 from vaflow.train.groups import Groups, Scored, by_group, source_splits
-from vaflow.train.losses import CENTERS, region_centers
+from vaflow.train.losses import CENTERS
 from vaflow.train.metrics import DIMENSIONS, SCORES, by_dimension, by_intensity, plain
 from vaflow.train.windows import ClipRows, Prefetcher, WindowSet
 
@@ -70,7 +70,7 @@ class Trace:
         """[R] the most likely region of the prompt head; without one, the region with the nearest center."""
         if self.regions is not None:
             return self.regions.argmax(axis=1)
-        return nearest_region(self.va, self.centers)
+        return metrics.region_of(self.va, self.centers)
 
 
 @torch.inference_mode()
@@ -325,13 +325,6 @@ def _smoothness(pairs: Iterable[tuple[ClipRows, Floats]]) -> Floats:
     return np.where(finite.any(axis=0), total / np.maximum(finite.sum(axis=0), 1), np.nan)
 
 
-def nearest_region(va: Floats, centers: float) -> Ints:
-    """[..., 2] -> [...] index of the nearest region centre."""
-    corners = region_centers(centers).double().numpy()
-    nearest: Ints = np.square(va[..., None, :] - corners).sum(axis=-1).argmin(axis=-1)
-    return nearest
-
-
 def region_accuracy(traces: Sequence[Trace], centers: float) -> dict[str, Any]:
     """Share of frames whose most likely region is the label's, and the share of the most frequent region."""
     right, counts = 0, np.zeros(9, np.int64)
@@ -339,7 +332,7 @@ def region_accuracy(traces: Sequence[Trace], centers: float) -> dict[str, Any]:
         both = trace.clip.valid.all(axis=1)
         if trace.regions is None or not both.any():
             continue
-        truth = nearest_region(trace.clip.value[both], centers)
+        truth = metrics.region_of(trace.clip.value[both], centers)
         right += int((trace.regions[both].argmax(axis=-1) == truth).sum())
         counts += np.bincount(truth, minlength=9)
     total = int(counts.sum())

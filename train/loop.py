@@ -254,16 +254,14 @@ def fit(
     train: WindowSet,
     val: WindowSet,
     config: TrainConfig,
-    *,
-    checkpoint: Path | None = None,
-    on_epoch: Callable[[Row], None] | None = None,
-    excluded: Iterable[str] = (),
+    **options: Any,
 ) -> Progress:
     """Train heads, or resume from `checkpoint`; the model is left with the last epoch's weights.
 
     Args:
         model: on the device of the windows.
-        train, val: the splits; the other arguments are those of `run_epochs`.
+        train, val: the splits.
+        options: of `run_epochs`: checkpoint, on_epoch, excluded.
 
     Raises:
         DataError: a loss, a gradient or a prediction is not finite.
@@ -287,9 +285,7 @@ def fit(
         learn,
         lambda: predict_clips(model, val),
         steps_per_epoch=-(-len(train.trainable) // config.batch_size),
-        checkpoint=checkpoint,
-        on_epoch=on_epoch,
-        excluded=excluded,
+        **options,
     )
 
 
@@ -352,34 +348,21 @@ def end_epoch(
     config: TrainConfig,
     excluded: frozenset[str],
 ) -> Progress:
-    """Score the validation split after an epoch; returns the progress, with the scores in the epoch's row."""
+    """Score the validation split after an epoch; returns the progress, with the scores in its history."""
     begun = time.perf_counter()
     traces = [trace for trace in validate() if trace.clip.item not in excluded]
     labelled = [(trace.va, np.where(trace.clip.valid, trace.clip.value, 0), trace.clip.valid) for trace in traces]
     within, _ = within_video_ccc(labelled)
-    scores = [("ccc", score(traces)), ("within", np.append(within, mean_over_dimensions(within)))]
+    validated = [("ccc", score(traces)), ("within", np.append(within, mean_over_dimensions(within)))]
     seconds = {"train_seconds": row["train_seconds"]}
     row = {name: value for name, value in row.items() if name not in seconds}
-    for kind, values in scores:
+    for kind, values in validated:
         row |= dict(zip((f"val_{kind}_{name}" for name in SCORES), values.tolist(), strict=True))
-    return _advance(progress, model, row | seconds | {"val_seconds": time.perf_counter() - begun}, config.best)
-
-
-def is_finished(progress: Progress, config: TrainConfig, steps_per_epoch: int) -> bool:
-    """Return whether all epochs are trained."""
-    if config.epochs != AUTO:
-        return progress.epoch >= config.epochs
-    least, most = AUTO_EPOCHS
-    waited = progress.epoch - progress.best_epoch
-    return progress.epoch >= most or (waited >= least and waited * steps_per_epoch >= config.patience)
-
-
-def _advance(progress: Progress, model: nn.Module, row: Row, kept: str) -> Progress:
-    """The progress after one more epoch; `kept` is the setting `best`."""
+    row |= seconds | {"val_seconds": time.perf_counter() - begun}
     progress = replace(progress, epoch=progress.epoch + 1, history=(*progress.history, row))
-    mean = row["val_within_mean" if kept == "within" else "val_ccc_mean"]
+    mean = row["val_within_mean" if config.best == "within" else "val_ccc_mean"]
     better = not progress.best or mean > progress.best_score
-    scores = {name: row[f"val_ccc_{name}"] for name in DIMENSIONS} if kept == "each" else {}
+    scores = {name: row[f"val_ccc_{name}"] for name in DIMENSIONS} if config.best == "each" else {}
     risen = [name for name in scores if name not in progress.each or scores[name] > progress.each_score[name]]
     if better:  # a dimension without labels takes the epoch with the best mean
         risen += [name for name in scores if np.isnan(scores[name]) and name not in risen]
@@ -393,6 +376,15 @@ def _advance(progress: Progress, model: nn.Module, row: Row, kept: str) -> Progr
         each_epoch={**progress.each_epoch, **dict.fromkeys(risen, progress.epoch)},
         each_score={**progress.each_score, **{name: scores[name] for name in risen}},
     )
+
+
+def is_finished(progress: Progress, config: TrainConfig, steps_per_epoch: int) -> bool:
+    """Return whether all epochs are trained."""
+    if config.epochs != AUTO:
+        return progress.epoch >= config.epochs
+    least, most = AUTO_EPOCHS
+    waited = progress.epoch - progress.best_epoch
+    return progress.epoch >= most or (waited >= least and waited * steps_per_epoch >= config.patience)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

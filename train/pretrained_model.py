@@ -32,7 +32,7 @@ from torch.nn import functional
 from vaflow.encoders.hub import hub_file
 from vaflow.errors import CorruptError, UsageError, WeightsError, command, count, explain, visible
 from vaflow.files import write_file
-from vaflow.train.batch import VISUAL, Batch, StreamSpec
+from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
 from vaflow.train.heads.model import VAModel
 from vaflow.train.metrics import DIMENSIONS, SCORES
 from vaflow.train.record import RunRecord
@@ -90,6 +90,7 @@ class PretrainedModel(VAModel, PyTorchModelHubMixin, library_name="vaflow"):
 
 PREFIX = "hf:"
 OPSET = 17
+PARTS = {VISUAL: ("features", "valid"), AUDIO: ("features", "valid", "inside", "time")}  # inputs per stream
 FRAME_INTERVAL = 0.1  # seconds, of the example that is traced
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PUBLISHED_FILE = re.compile(  # files that a configuration may name: no code, nothing outside the folder
@@ -254,7 +255,7 @@ class Heads(nn.Module):
     @property
     def input_names(self) -> list[str]:
         """Names of the arguments of `forward`."""
-        return ["inside", "time", *(f"{s.name}.{part}" for s in self.streams for part in _parts(s))]
+        return ["inside", "time", *(f"{s.name}.{part}" for s in self.streams for part in PARTS[s.kind])]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Tensors named by `input_names` -> tensors named by `output_names`."""
@@ -296,10 +297,6 @@ class PlainAttention(nn.MultiheadAttention):
             scores = scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         result = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(query.shape)
         return self.out_proj(result), None
-
-
-def _parts(stream: StreamSpec) -> tuple[str, ...]:
-    return ("features", "valid") if stream.kind == VISUAL else ("features", "valid", "inside", "time")
 
 
 def export_onnx(run: Path, out: Path) -> list[Path]:

@@ -236,7 +236,8 @@ class RunRecord:
         try:
             config = merge(BEFORE_SETTING, document["train"])
             streams, tuned = (
-                tuple(map(_from_table, tables)) for tables in (document["stream"], document.get("tuned", ()))
+                tuple(InputStream(**{**table, "identity": json.loads(table["identity"])}) for table in tables)
+                for tables in (document["stream"], document.get("tuned", ()))
             )
             targets = tuple(
                 TargetSpec(table["name"], table["task"], tuple(table["names"])) for table in document.get("target", ())
@@ -261,10 +262,6 @@ class RunRecord:
 def _as_table(stream: InputStream) -> dict[str, Any]:
     facts = asdict(stream)
     return facts | {"identity": json.dumps(facts["identity"], sort_keys=True)}  # JSON: TOML has no null
-
-
-def _from_table(facts: Mapping[str, Any]) -> InputStream:
-    return InputStream(**{**facts, "identity": json.loads(facts["identity"])})
 
 
 def is_utf8(path: str) -> bool:

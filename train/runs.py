@@ -211,13 +211,6 @@ class RunFolder:
         writer.writerows(rows)
         write_file(self.history_file, text.getvalue())
 
-    def read_history(self) -> list[dict[str, float]]:
-        """Read `history.csv`; empty if there is none. Empty fields become NaN."""
-        if not self.history_file.is_file():
-            return []
-        with self.history_file.open(encoding="utf-8", newline="") as file:
-            return [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
-
 
 @dataclass(frozen=True)
 class Run:

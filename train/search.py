@@ -23,7 +23,6 @@ from vaflow.errors import DataError, UsageError, VaflowError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.pages import render
 from vaflow.train.ablate.pool import Pool
-from vaflow.train.ablate.workers import Ended
 from vaflow.train.config import TrainConfig, merge, to_toml
 from vaflow.train.groups import make_folds, split_items
 from vaflow.train.inputs import resolve
@@ -258,9 +257,14 @@ class _Runner:
                     scores[key] = error
         for number, ended in self._pool.train([(config, self.folder(*key)) for key, config, _ in todo]):
             key, _, file = todo[number]
-            scores[key] = _score(ended, key[1])
-            if isinstance(scores[key], float):
-                write_file(file, f"{json.dumps(scores[key])}\n")
+            if ended.error:
+                scores[key] = VaflowError(ended.message)
+            elif ended.score is None:
+                problem = f"Fold {key[1]} cannot be scored"
+                scores[key] = DataError(explain(problem, expected="labels of valence or arousal"))
+            else:
+                scores[key] = ended.score
+                write_file(file, f"{json.dumps(ended.score)}\n")
         folds = range(1, options.folds + 1)
         return {each.trial.number: [scores[each.trial.number, fold] for fold in folds] for each in trials}
 
@@ -280,14 +284,6 @@ class _Runner:
                 if value is not None:
                     scores.setdefault(name, []).append(value)
         return {name: tuple(values) for name, values in scores.items()}
-
-
-def _score(ended: Ended, fold: int) -> float | Exception:
-    if ended.error:
-        return VaflowError(ended.message)
-    if ended.score is None:
-        return DataError(explain(f"Fold {fold} cannot be scored", expected="labels of valence or arousal"))
-    return ended.score
 
 
 def write_results(

@@ -106,15 +106,13 @@ class LoadedSplits:
         if key != self._key:  # release the old data before the new is read
             self._key, self._pool, self._data = key, None, {}
         name = (*splits, config.fold_groups)
-        if name not in self._data:
-            self._data[name] = self._load(config, splits)
-        return self._data[name]
-
-    def _load(self, config: TrainConfig, splits: tuple[str, str]) -> Data:
+        if name in self._data:
+            return self._data[name]
         config, inputs = resolve(self._cache, config)
         device = choose_device(config.device)
         if not config.folds:
-            return load_data(self._cache, config, inputs, device=device)
+            self._data[name] = load_data(self._cache, config, inputs, device=device)
+            return self._data[name]
         if self._pool is None:
             items = fold_items(self._cache, config.fold_splits)
             self._pool = load_windows(self._cache, items, inputs.streams, config, device=device)
@@ -122,7 +120,8 @@ class LoadedSplits:
         train, val = (self._pool.of_clips(set(items)) for items in chosen)
         for windows, split in ((train, splits[0]), (val, splits[1])):
             check_annotated(windows, split, self._cache)
-        return _checked(Data(train, val), config)
+        self._data[name] = _checked(Data(train, val), config)
+        return self._data[name]
 
 
 def open_tower(config: TrainConfig, inputs: Inputs, device: torch.device) -> ContextTower | None:

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from vaflow.errors import CorruptError, explain
 from vaflow.files import read_tensors, write_file, write_tensors
-from vaflow.timeline import Bools, Floats
+from vaflow.timeline import Floats
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec
 from vaflow.train.evaluate import Trace, at_frames
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.windows import ClipRows, StreamTable, WindowSet
+from vaflow.train.windows import StreamTable, WindowSet
 
 CALIBRATION, TRAINING_FEATURES = "uncertainty.json", "training_features.safetensors"  # files of a run
 LEVELS = (50, 80, 95)  # percent
@@ -285,21 +285,18 @@ class TrainingFeatures:
         """Every trace with its frames that are far from the training features."""
         known = [spec for spec in windows.streams if spec.name in self.streams]
         for trace in traces:
-            yield replace(trace, far=self._far(windows, trace.clip, known)) if known else trace
-
-    def _far(self, windows: WindowSet, clip: ClipRows, known: list[StreamSpec]) -> Bools:
-        rows, far = slice(clip.first, clip.last), np.zeros(len(clip.time), bool)
-        for kind in (VISUAL, AUDIO):
-            flags = []
-            for spec in known:
-                if spec.kind == kind:
-                    gaussian = self.streams[spec.name]
+            clip = trace.clip
+            far = np.zeros(len(clip.time), bool)
+            for kind in (VISUAL, AUDIO):
+                flags = []
+                for spec in (spec for spec in known if spec.kind == kind):
+                    gaussian, rows = self.streams[spec.name], slice(clip.first, clip.last)
                     distances = step_distances(gaussian, spec, windows.tables[spec.name], rows)
                     flags.append(np.nan_to_num(distances, nan=0.0) > float(gaussian.threshold))
-            instants, flagged = windows.flagged(clip, flags)
-            if flags and len(instants):
-                far |= at_frames(clip, kind, instants, flagged)
-        return far
+                instants, flagged = windows.flagged(clip, flags)
+                if flags and len(instants):
+                    far |= at_frames(clip, kind, instants, flagged)
+            yield replace(trace, far=far) if known else trace
 
     def write(self, folder: Path) -> None:
         """Write the file into a run's folder."""

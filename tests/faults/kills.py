@@ -15,6 +15,7 @@ from synthetic_cache import Toy, make_cache
 
 from vaflow.cache import create_cache, open_cache
 from vaflow.train.runs import RunFolder
+from vaflow.viewer.run_results import read_history
 
 SMALL = ["--set", "hidden=16", "--lr", "3e-3", "--batch-size", "4", "--epochs", "4", "--device", "cpu"]
 Kept = Mapping[str, object]
@@ -169,7 +170,7 @@ def training(cache: Path, whole: Path) -> Target:
 def epochs(out: Path) -> Kept:
     """Rows of the history: of a finished run, or in the checkpoint of an interrupted one."""
     run = RunFolder(out)
-    rows = run.read_history()
+    rows = list(read_history(run.history_file))
     if run.checkpoint_file.is_file() and not rows:
         with suppress(FileNotFoundError), safe_open(run.checkpoint_file, "pt") as file:  # the process has just ended
             rows = json.loads(file.metadata()["progress"])["history"]

@@ -25,6 +25,7 @@ from vaflow.train.runs import RunFolder, load_run
 from vaflow.train.smoothing import Smoothing, read_smoothing, write_smoothing
 from vaflow.train.training import Result, choose_smoothing, evaluate_run, train_run
 from vaflow.train.windows import drop_modality, without_modality
+from vaflow.viewer.run_results import read_history
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=4, device="cpu", kl_weight=0)
 
@@ -132,7 +133,7 @@ def test_each_dimension_uses_the_weights_of_its_best_epoch(cache: Cache, tmp_pat
     config = replace(CONFIG, best="each", epochs=6)
     metrics = quiet_run(cache, config, tmp_path / "each").metrics
     plain = quiet_run(cache, replace(config, best="mean"), tmp_path / "mean").metrics
-    history = RunFolder(tmp_path / "each").read_history()
+    history = read_history(tmp_path / "each" / "history.csv")
     for name in ("valence", "arousal"):
         column = [row[f"val_ccc_{name}"] for row in history]
         assert metrics["best_epoch_each"][name] == 1 + int(np.argmax(column))

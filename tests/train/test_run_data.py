@@ -24,6 +24,7 @@ from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.inputs import check_same, resolve
 from vaflow.train.runs import RunFolder, cache_of, load_run
 from vaflow.train.training import Result, evaluate_run, train_run
+from vaflow.viewer.run_results import read_history
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=3e-3, batch_size=8, epochs=2, device="cpu")
 TOY = Toy(splits={"train": 3, "val": 2}, seconds=(8, 12))
@@ -192,7 +193,7 @@ def test_more_epochs_continue_to_the_same_result(cache: Cache, tmp_path: Path) -
     quiet_run(cache, CONFIG, tmp_path / "run")
     longer = quiet_run(cache, replace(CONFIG, epochs=4), tmp_path / "run")
     assert not longer.was_done and longer.metrics == whole.metrics
-    assert [row["epoch"] for row in RunFolder(tmp_path / "run").read_history()] == [1, 2, 3, 4]
+    assert [row["epoch"] for row in read_history(tmp_path / "run" / "history.csv")] == [1, 2, 3, 4]
     with pytest.raises(UsageError, match="epochs: 4, not 2"):
         quiet_run(cache, CONFIG, tmp_path / "run")
 
@@ -226,7 +227,7 @@ def test_epochs_auto_stops_when_the_score_stops_rising(cache: Cache, tmp_path: P
 
 def test_best_within_keeps_the_epoch_with_the_best_score_within_videos(cache: Cache, tmp_path: Path) -> None:
     metrics = quiet_run(cache, replace(CONFIG, best="within", epochs=5), tmp_path / "run").metrics
-    history = RunFolder(tmp_path / "run").read_history()
+    history = read_history(tmp_path / "run" / "history.csv")
     scores = [row["val_within_mean"] for row in history]
     assert metrics["best_epoch"] == 1 + int(np.argmax(scores))
     assert metrics["within_video_ccc"]["mean"] == pytest.approx(max(scores))
@@ -236,7 +237,7 @@ def test_the_best_epoch_is_chosen_on_scored_clips(cache: Cache, tmp_path: Path) 
     cache.drop(VISUAL, "val0")
     cache.drop(AUDIO, "val0")
     metrics = quiet_run(cache, CONFIG, tmp_path / "run", allow_missing=True).metrics
-    best = RunFolder(tmp_path / "run").read_history()[metrics["best_epoch"] - 1]
+    best = read_history(tmp_path / "run" / "history.csv")[metrics["best_epoch"] - 1]
     assert best["val_ccc_mean"] == pytest.approx(metrics["ccc"]["mean"])
 
 

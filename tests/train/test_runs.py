@@ -21,6 +21,7 @@ from vaflow.train.record import RunRecord, new_record
 from vaflow.train.runs import PROTOTYPES, RunFolder, load_run
 from vaflow.train.session import load_data
 from vaflow.train.training import evaluate_run, train_run
+from vaflow.viewer.run_results import read_history
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=3, device="cpu")
 
@@ -83,7 +84,7 @@ def test_the_record_contains_resolved_settings(cache: Cache, run: Path) -> None:
         assert stream.fingerprint == cache.fingerprint(stream.name)
         assert stream.identity == infos[stream.name].identity and stream.dim == infos[stream.name].dim
     assert record.data["train"]["clips"] == 6 and record.data["val"]["clips"] == 3
-    history = RunFolder(run).read_history()
+    history = read_history(run / "history.csv")
     assert [row["epoch"] for row in history] == [1, 2, 3]
 
 

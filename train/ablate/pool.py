@@ -120,22 +120,16 @@ class Pool:
                     worker.give([runs[number] for number in batch])
             for worker in crew.wait([worker for worker in self._workers if worker.batch or not worker.ready]):
                 for message in worker.take():
-                    if (ended := self._ended(worker, message)) is not None:
-                        yield ended
+                    if "choice" in message:
+                        self._on_choice(message["choice"])
+                    if "note" in message:
+                        log.warning("%s", message["note"])
+                    if "number" in message:
+                        self._stillborn = 0
+                        yield worker.batch.pop(message["number"]), Ended(**message["ended"])
                 if not worker.alive:
                     self._workers.remove(worker)
                     yield from self._lost(worker, crew, deaths, waiting)
-
-    def _ended(self, worker: Worker, message: dict[str, Any]) -> tuple[int, Ended] | None:
-        """Handle a message; return the run that has ended, if it is about one."""
-        if "choice" in message:
-            self._on_choice(message["choice"])
-        if "note" in message:
-            log.warning("%s", message["note"])
-        if "number" not in message:
-            return None
-        self._stillborn = 0
-        return worker.batch.pop(message["number"]), Ended(**message["ended"])
 
     def _lost(
         self, worker: Worker, crew: Crew, deaths: Counter[int], waiting: deque[list[int]]

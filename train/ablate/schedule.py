@@ -339,9 +339,13 @@ class _Scheduler:
             return Entry(shown, config, (), stands_in, problem, "MissingError", missing=missing)
         try:
             config, inputs = resolve(self._cache, config)
-            keys = tuple(self._schedule(config, inputs, shown, seed) for seed in range(self._options.seeds))
+            seeded = [replace(config, seed=config.seed + seed) for seed in range(self._options.seeds)]
+            keys = tuple(self._hash(run, inputs) for run in seeded)
         except UsageError as error:
             return Entry(shown, config, (), stands_in, str(error), type(error).__name__)
+        row_name = f"table {shown.table}, {shown.name}" if shown.table else shown.name
+        for key, run in zip(keys, seeded, strict=True):
+            self._runs.setdefault(key, ScheduledRun(key, run, f"{row_name}, seed {run.seed}"))
         note = NO_PROMPTS if config.kl_weight and not inputs.text else ""
         return Entry(shown, config, keys, stands_in, note=note)
 
@@ -351,13 +355,6 @@ class _Scheduler:
         for run in self._runs.values():
             groups.setdefault(data_key(run.config), []).append(run)
         return tuple(run for group in groups.values() for run in group)
-
-    def _schedule(self, config: TrainConfig, inputs: Inputs, row: Row, seed: int) -> str:
-        config = replace(config, seed=config.seed + seed)
-        key = self._hash(config, inputs)
-        row_name = f"table {row.table}, {row.name}" if row.table else row.name
-        self._runs.setdefault(key, ScheduledRun(key, config, f"{row_name}, seed {config.seed}"))
-        return key
 
     def _hash(self, config: TrainConfig, inputs: Inputs) -> str:
         """Digest of everything that determines a run: settings, streams, prompts, clips; not the device.

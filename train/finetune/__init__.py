@@ -25,9 +25,9 @@ from vaflow.train.finetune.backbones import (
     Backbone,
     build_backbones,
     choose_trained,
-    load_tuned,
     recompute,
     save_backbones,
+    saved_weights,
     tunable,
 )
 from vaflow.train.finetune.data import Source, check_sources, load_sources
@@ -114,7 +114,11 @@ def finetune(session: Session, weights: Mapping[str, Path]) -> dict[str, Any]:
         if config.uncertainty != "none":  # distances to the training features require the tuned encoders
             encoded = replace(encoded, train=_encode(fabric, data.train, sources[0], backbones))
         if main:
-            _finish(session, heads, backbones, progress, encoded)
+            tuned = save_backbones(backbones, folder.encoders, cache)
+            folder.write_record(replace(session.record, tuned=tuned))
+            kept = {name: tensor for name, tensor in progress.best.items() if name.startswith(HEADS)}
+            best = {name.removeprefix(HEADS): tensor for name, tensor in kept.items()}
+            session.finish(heads, replace(progress, best=best), encoded)
         fabric.barrier()
         return folder.read_metrics()
 
@@ -192,14 +196,6 @@ def _encode(fabric: Any, windows: WindowSet, sources: Mapping[str, Source], back
     return encode_split(windows, sources, backbones, rank=fabric.global_rank, ranks=fabric.world_size, combine=combine)
 
 
-def _finish(session: Session, heads: VAModel, backbones: Sequence[Backbone], progress: Progress, data: Data) -> None:
-    """Write the encoders and the record of their streams, then the files of every run."""
-    tuned = save_backbones(backbones, session.folder.encoders, session.cache)
-    session.folder.write_record(replace(session.record, tuned=tuned))
-    best = {name.removeprefix(HEADS): tensor for name, tensor in progress.best.items() if name.startswith(HEADS)}
-    session.finish(heads, replace(progress, best=best), data)
-
-
 def tuned_windows(run: Path, record: RunRecord, cache: Cache, windows: WindowSet) -> WindowSet:
     """Encode the pixels and log-Mel of some clips with the encoders of a fine-tuned run.
 
@@ -212,7 +208,8 @@ def tuned_windows(run: Path, record: RunRecord, cache: Cache, windows: WindowSet
         DataError: a clip lacks its pixels or log-Mel.
     """
     check_sources(cache, record.tuned)
-    backbones = load_tuned(RunFolder(Path(run)).encoders, record.tuned, windows.device)
+    weights = saved_weights(RunFolder(Path(run)).encoders, record.tuned)
+    backbones = build_backbones(record.tuned, weights, windows.device)
     return encode_split(windows, load_sources(cache, windows, backbones), backbones)
 
 

@@ -191,12 +191,3 @@ def saved_weights(folder: Path, streams: Iterable[InputStream]) -> dict[str, Pat
             raise WeightsError(explain(f"The run's encoder for {stream.name} is missing", expected=folder / stem))
         weights[stream.name] = paths[0]
     return weights
-
-
-def load_tuned(folder: Path, streams: Sequence[InputStream], device: torch.device) -> tuple[Backbone, ...]:
-    """Load the fine-tuned encoders of a run.
-
-    Raises:
-        WeightsError, FingerprintError: an encoder is missing, damaged, or not the one that the run wrote.
-    """
-    return build_backbones(streams, saved_weights(folder, streams), device)

@@ -163,7 +163,11 @@ class Fusion(nn.Module):
             raise ValueError(f"fusion: expected {self.audio_streams} audio streams; got {len(audio)}")
         for track in audio:
             check_track(visual, track)
-        aligned = self._align(visual, time, audio)
+        if self.attends is None:
+            aligned = [resample(time, track) for track in audio]
+        else:
+            query, keys = self.attention_inputs(visual, time, audio)
+            aligned = [attend(query, k, track) for attend, k, track in zip(self.attends, keys, audio, strict=True)]
         if self.join == "concat":
             return torch.cat([visual, *aligned], dim=-1)
         mean, present = aligned[0], audio[0].present[:, None, None]
@@ -174,13 +178,6 @@ class Fusion(nn.Module):
             return torch.where(present, mean, visual)
         gate = torch.sigmoid(self.gate(torch.cat([mean, visual], dim=-1)))  # eq. 4
         return torch.lerp(visual, mean, gate * present)  # eq. 5
-
-    def _align(self, visual: Tensor, time: Tensor, audio: Sequence[Track]) -> list[Tensor]:
-        """Every track at the frame times, [B, F, H]."""
-        if self.attends is None:
-            return [resample(time, track) for track in audio]
-        query, keys = self.attention_inputs(visual, time, audio)
-        return [attend(query, key, track) for attend, key, track in zip(self.attends, keys, audio, strict=True)]
 
     def attention_inputs(self, visual: Tensor, time: Tensor, audio: Sequence[Track]) -> tuple[Tensor, list[Tensor]]:
         """Queries [B, F, H], and keys [B, S, H] of every track, with their positions."""

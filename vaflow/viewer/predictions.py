@@ -139,18 +139,18 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
         UsageError: the run has no predictions, or no clip has one of the ids.
         CorruptError: `sources.json` or `config.toml` is damaged.
     """
-    run = _toml(path / "config.toml")
+    run = _document(path / "config.toml")
     folders = sorted(p for p in (path / "predictions").glob("*") if p.is_dir())
     if path.is_file():
         predicted_clips = [PredictedClip(path.stem, path)]
-        documents = [_json(path.parent / SOURCES)]
+        documents = [_document(path.parent / SOURCES)]
     elif folders:
-        documents = [_json(folder / SOURCES) for folder in folders]
+        documents = [_document(folder / SOURCES) for folder in folders]
         predicted_clips = [
             c for folder, d in zip(folders, documents, strict=True) for c in _in_folder(folder, folder.name, d)
         ]
     else:
-        documents = [_json(path / SOURCES)]
+        documents = [_document(path / SOURCES)]
         predicted_clips = list(_in_folder(path, "", documents[0]))
     if not predicted_clips:
         expected = "a run directory, a directory written by `vaflow predict`, or a prediction CSV"
@@ -295,16 +295,11 @@ def _header(path: Path) -> list[str]:
         raise UsageError(explain(f"Cannot read {path}", got=error.strerror)) from error
 
 
-def _toml(path: Path) -> Mapping[str, Any]:
+def _document(path: Path) -> Mapping[str, Any]:
+    """A TOML or JSON file; empty without it."""
+    loads = tomllib.loads if path.suffix == ".toml" else json.loads
     try:
-        return tomllib.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(explain(f"Cannot read {path}", got=error)) from error
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        return _mapping(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+        return _mapping(loads(path.read_text("utf-8"))) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise CorruptError(explain(f"Cannot read {path}", got=error)) from error
 

@@ -102,19 +102,15 @@ def attention_chart(summary: AttentionSummary) -> dict[str, Any]:
     mean = summary.shares.mean(axis=0)
     top = max(float(summary.shares.max()), float(summary.uniform.max()), 1e-6)
     width = 420 / len(mean)
+    texts = [f"{edge:g}".replace("-", "\N{MINUS SIGN}") for edge in EDGES[1:-1]]
+    labels = [f"< {texts[0]}", *(f"{a} to {b}" for a, b in pairwise(texts)), f"> {texts[-1]}"]
     bars = [
         {"x": k * width, "width": width - 4, "height": 140 * float(share) / top, "share": float(share)}
         | {"uniform": 150 - 140 * float(even) / top, "label": label}
         | {"heads": [150 - 140 * float(x) / top for x in summary.shares[:, k]]}
-        for k, (share, even, label) in enumerate(zip(mean, summary.uniform, _bins(EDGES), strict=True))
+        for k, (share, even, label) in enumerate(zip(mean, summary.uniform, labels, strict=True))
     ]
     return {"summary": summary, "bars": bars, "top": top}
-
-
-def _bins(edges: Floats) -> list[str]:
-    """Names of bins whose first and last edges are infinite."""
-    texts = [f"{edge:g}".replace("-", "\N{MINUS SIGN}") for edge in edges[1:-1]]
-    return [f"< {texts[0]}", *(f"{a} to {b}" for a, b in pairwise(texts)), f"> {texts[-1]}"]
 
 
 def _path(values: Floats) -> str:

@@ -119,7 +119,7 @@ def read_run(path: Path, name: str = "") -> RunResults:
     try:
         config = tomllib.loads(text)
         metrics = json.loads(metrics_text)
-        history = _history(path / "history.csv")
+        history = read_history(path / "history.csv")
         split = str(metrics["split"])
         scored = scope(metrics)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -188,7 +188,8 @@ def _text(path: Path, run: Path) -> str:
         raise UsageError(explain(f"{run} is not a finished run", expected=expected, got=got, remedy=remedy)) from error
 
 
-def _history(path: Path) -> tuple[Mapping[str, float], ...]:
+def read_history(path: Path) -> tuple[Mapping[str, float], ...]:
+    """The rows of `history.csv`, NaN for empty cells; none without the file."""
     if not path.is_file():
         return ()
     with path.open(encoding="utf-8", newline="") as file:
@@ -380,9 +381,5 @@ def gate_shares(windows: "WindowSet", gate: Floats, centers: float) -> list[Gate
     conditions: list[tuple[str, Bools]] = [("all frames with audio", np.ones(len(value), bool))]
     conditions += [("with a face", face), ("without a face", ~face)]
     conditions += [(f"label: {name}", region == r) for r, name in enumerate(REGION_NAMES)]
-    return [_summary(name, value[mask]) for name, mask in conditions if mask.any()]
-
-
-def _summary(condition: str, value: Floats) -> GateShare:
-    low, high = np.quantile(value, (0.1, 0.9))
-    return GateShare(condition, len(value), float(value.mean()), float(low), float(high))
+    known = [(name, value[mask]) for name, mask in conditions if mask.any()]
+    return [GateShare(n, len(x), float(x.mean()), *map(float, np.quantile(x, (0.1, 0.9)))) for n, x in known]

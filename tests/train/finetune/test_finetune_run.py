@@ -23,6 +23,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.runs import RunFolder, load_run, require_record
 from vaflow.train.training import evaluate_run, train_run
+from vaflow.viewer.run_results import read_history
 
 CONFIG = replace(SETTINGS, augment=True, uncertainty="variance")
 QUIET: dict[str, Any] = {"tensorboard": False, "figures": False}
@@ -55,7 +56,7 @@ def tuned_cache(run: Path, videos: Path, pixels_cache: Cache, tmp_path_factory: 
 
 
 def test_fine_tuning_reduces_the_loss_and_writes_a_complete_run(run: Path, pixels_cache: Cache) -> None:
-    history = RunFolder(run).read_history()
+    history = read_history(run / "history.csv")
     assert history[-1]["loss_total"] < history[0]["loss_total"]
     assert not RunFolder(run).checkpoint_file.exists()
     assert train_run(pixels_cache, CONFIG, run).was_done
