@@ -125,13 +125,11 @@ def read_space(path: Path) -> Space:
 
 
 def _choice(key: str, values: list[Any]) -> Choice:
-    described = settings_of(TrainConfig).get(key)
-    texts = []
-    for value in values:
-        typed = coerce(key, value)
-        if described is not None:
-            described.check(typed)
-            texts.append(described.text(typed))
+    described = settings_of(TrainConfig)[key]
+    typed = [coerce(key, value) for value in values]
+    for value in typed:
+        described.check(value)
+    texts = [described.text(value) for value in typed]
     if len(set(texts)) < max(2, len(values)):
         raise UsageError(explain(f"{key} needs at least two different choices", got=values))
     return Choice(tuple(texts))
