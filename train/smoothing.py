@@ -53,10 +53,17 @@ def savitzky_golay(time: Floats, value: Floats, seconds: float, order: int = ORD
     """Value at each frame of the least-squares polynomial through the frames around it.
 
     Near the ends the window stays within the clip, and the frame lies off its middle. A window with few frames has a
-    polynomial of lower order. Arguments and errors are those of `moving_average`.
+    polynomial of lower order.
+
+    Args:
+        time: [N] seconds, ascending.
+        value: [N, K].
 
     Returns:
         [N, K]. On regular frames: `scipy.signal.savgol_filter` with mode "interp".
+
+    Raises:
+        ValueError: shapes disagree, or the width is negative.
     """
     time, value = _checked(time, value, seconds)
     if not len(time) or not seconds:
