@@ -15,14 +15,13 @@ from vaflow.cache.scratch import LongArray, Scratch
 from vaflow.encoders import preprocessing as logmel
 from vaflow.encoders.base import KALDI, FrontEnd, cut
 from vaflow.encoders.preprocessing import frame_times
-from vaflow.extract.audio_activity import HOP, METHOD, SpeechMeter, covered_frames, step_valid, stored_speech
-from vaflow.extract.batching import FixedBatcher
+from vaflow.extract.audio import HOP, METHOD, SpeechMeter, covered_frames, step_valid, stored_speech
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.engine import Encoders
-from vaflow.extract.faces.alignment import turn_remedy
+from vaflow.extract.encoding import Encoders, FixedBatcher
+from vaflow.extract.faces.detection import turn_remedy
 from vaflow.extract.faces.people import no_faces
-from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message, PersonLabels
 from vaflow.extract.plan import PendingClip
+from vaflow.extract.pool import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message
 from vaflow.items import person_item
 from vaflow.timeline import Floats, Ints
 
@@ -148,12 +147,12 @@ class ClipAssembly:
         if LOGMEL in task.streams:
             front_ends.add(KALDI)
         # The log-Mel is encoded from its stored form; frames of other front ends are dropped once they are encoded.
-        self._speech = SpeechMeter(logmel.RATE) if LOGMEL in task.streams else None
+        self._speech = SpeechMeter() if LOGMEL in task.streams else None
         self._banks = Banks(front_ends, {KALDI: np.dtype(config.dtype)}, scratch)
         self._crops, self._crop_sizes = scratch.growing((), "uint8"), [0]
         self._rows: dict[int, PersonRows] = {}  # by number of the person; 0: the clip is one item
         self._visual_arrays: dict[int, dict[str, Arrays]] = {}
-        self._labels: dict[int, PersonLabels] = {}
+        self._labels: Mapping[int, tuple[Arrays, dict[str, Any]]] = {}
         self._sizes: dict[str, set[int]] = {}
         self._waiting = 0
         self._read = False
@@ -204,7 +203,7 @@ class ClipAssembly:
     def _labels_of(self, number: int) -> tuple[Arrays, dict[str, Any]]:
         """Labels of a person after the first; those of a person without any are empty."""
         if number in self._labels:
-            return dict(self._labels[number].arrays), self._labels[number].facts
+            return self._labels[number]
         labels = self.arrays[LABELS]
         empty = {"value": np.full_like(labels["value"], np.nan), "valid": np.zeros_like(labels["valid"])}
         return labels | empty, {"rows": 0, "targets": []}

@@ -5,9 +5,12 @@ are computed from the stored crops by the loop of an extraction.
 """
 
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import blake2b
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -16,36 +19,115 @@ import numpy as np
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.copy import ItemCopy, TransferSummary, refuse_inside, survey, transfer
 from vaflow.cache.costs import append_costs
-from vaflow.cache.documents import fingerprint
+from vaflow.cache.documents import canonical, fingerprint
 from vaflow.cache.opening import PathLike
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, STORES, Array, Json, Record, StreamInfo
 from vaflow.datasets.clip import Clip
+from vaflow.datasets.files import examples, read_table
 from vaflow.device import choose_device
 from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.config import ExtractConfig, default_workers
-from vaflow.extract.engine import NewStreams, build_encoders, make_encoders
-from vaflow.extract.extraction import Extraction
-from vaflow.extract.faces.choice import (
-    ALL,
-    EXCLUDED,
-    SPEAKING,
-    WITHOUT_AUDIO,
-    Choices,
-    Speech,
-    choose_person,
-    count_people,
-    speech_at,
-)
-from vaflow.extract.messages import StoredPerson
-from vaflow.extract.plan import PendingClip
-from vaflow.extract.summary import OutcomeRecorder, Summary
+from vaflow.extract.faces.people import ALL, ID, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, count_people, speech_at
+from vaflow.extract.plan import OutcomeRecorder, PendingClip, Summary
+from vaflow.extract.pool import StoredPerson
+from vaflow.extract.streams import NewStreams
 from vaflow.items import FAILURES, Failure, FailureLog, person_item, write_failures
+
+log = logging.getLogger(__name__)
 
 STAGE = "people"
 LISTED = 10  # items that a message names
 OF_PERSON = ("clip", "person", "persons")  # members of a record's meta that name a person
 MADE_IN = ("batch", "device", "compiled", "vaflow", "reading")  # those that `Extraction` adds
-log = logging.getLogger(__name__)
+EXCLUDED = "none"  # leaves a clip out
+RULES = re.compile(r"main|all|left|right|speaking|id:[1-9]\d*")
+ROW_RULES = re.compile(r"none|main|left|right|speaking|id:[1-9]\d*")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Who is estimated.
+
+    Attributes:
+        rule: of all clips without a row: main, all, left, right, speaking or id:K; None: the person of the cache.
+        rows: clip, or with the rule "all" the item of a person -> rule, or "none" to leave it out.
+
+    Raises:
+        UsageError: there is neither a rule nor a row, or one of them is not valid.
+    """
+
+    rule: str | None = None
+    rows: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rule is None and not self.rows:
+            raise UsageError(explain("Neither --person nor --choices is given", expected="one of them, or both"))
+        if self.rule is not None and not RULES.fullmatch(self.rule):
+            expected = "main, all, left, right, speaking or id:K"
+            raise UsageError(explain("--person is not valid", expected=expected, got=self.rule))
+        for name, rule in self.rows.items():
+            if not ROW_RULES.fullmatch(rule):
+                problem, expected = f"The person of {name!r} in --choices", "none, main, left, right, speaking or id:K"
+                raise UsageError(explain(f"{problem} is not valid", expected=expected, got=rule))
+
+    def identity(self, faces: Mapping[str, Any]) -> dict[str, Any]:
+        """The `faces` identity of features that were made with another choice, with this choice.
+
+        Rows that choose a person are stated by a digest; rows that leave a clip out do not change any features.
+        """
+        before = faces.get("choices") if self.rule is None else None
+        chosen = {name: rule for name, rule in self.rows.items() if rule not in (EXCLUDED, self.rule)}
+        digest = blake2b(canonical({"before": before, "rows": chosen}), digest_size=8).hexdigest() if chosen else before
+        rest = {key: value for key, value in faces.items() if key != "choices"}
+        return rest | {"person": self.rule or faces["person"]} | ({"choices": digest} if digest else {})
+
+    def check(self, people: Mapping[str, int], everyone: bool) -> None:
+        """Compare the choice with the clips of a cache.
+
+        Args:
+            people: clip -> number of its people.
+            everyone: every person becomes an item.
+
+        Raises:
+            UsageError: a row names no clip or person, or no clip has the person of the rule.
+        """
+        items = {f"{clip}#{k}" for clip, number in people.items() for k in range(1, number + 1)} if everyone else set()
+        for name, rule in self.rows.items():
+            if name not in people and name not in items:
+                raise UsageError(explain("--choices names a clip that is not in the cache", got=name, choices=people))
+            if everyone and rule != EXCLUDED:
+                expected = "none, where every person is an item"
+                raise UsageError(explain(f"{name!r} has a person in --choices", expected=expected, got=rule))
+            if rule.startswith(ID) and int(rule.removeprefix(ID)) > people.get(name, 0):
+                expected = f"id:1 to id:{people.get(name, 0)}"
+                raise UsageError(explain(f"{name!r} has no such person", expected=expected, got=rule))
+        number = int(self.rule.removeprefix(ID)) if self.rule is not None and self.rule.startswith(ID) else 0
+        if number > max(people.values(), default=0):
+            counts = examples([f"{clip} {known}" for clip, known in sorted(people.items())])
+            expected = f"a number of a person; people per clip: {counts}"
+            raise UsageError(explain(f"No clip has person {number}", expected=expected))
+
+
+def read_choices(path: Path) -> dict[str, str]:
+    """Read a table with the columns `clip` and `person`: clip -> rule. Rows without a person are skipped.
+
+    Raises:
+        UsageError: the file cannot be read, is not such a table, or names a clip twice.
+    """
+    _, rows = read_table(path, "a table of choices", UsageError)
+    header = rows[0][1] if rows else []
+    if not {"clip", "person"} <= set(header):
+        got = ", ".join(header) or "an empty file"
+        raise UsageError(explain(f"{path} is not a table of choices", expected="the columns clip,person", got=got))
+    chosen: dict[str, str] = {}
+    for _, cells in rows[1:]:
+        row = dict(zip(header, cells, strict=False))
+        clip, rule = row.get("clip", ""), row.get("person", "")
+        if clip in chosen:
+            raise UsageError(explain(f"{path} names a clip twice", got=clip))
+        if rule:
+            chosen[clip] = rule
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -120,10 +202,8 @@ class ChosenItems:
             raise UsageError(explain(problem, expected=expected, remedy=remedy))
         before = {info.identity["picture"]["faces"]["person"] for info in self.images.values()}
         if len(before) > 1:
-            got = " and ".join(sorted(before))
-            raise UsageError(
-                explain(f"The streams of {source.place} are of different people", expected="one choice", got=got)
-            )
+            problem, got = f"The streams of {source.place} are of different people", " and ".join(sorted(before))
+            raise UsageError(explain(problem, expected="one choice", got=got))
         self._everyone = (choices.rule or before.pop()) == ALL
         self.items: list[ChosenItem] = []
         self.failures: list[Failure] = []
@@ -199,13 +279,9 @@ class ChosenItems:
         numbered = self._source.record(LABELS, clip.origin).source.get("person_labels") or {}
         if (numbered and divided) or "1" in numbered or (clip.divided and 1 not in clip.items):
             whose = "of each person" if divided else "of the clip"
-            raise MediaError(
-                explain(
-                    f"{self._source.place} does not hold the labels {whose}",
-                    got="labels of each person in files of their own" if numbered else f"no item {clip.name}#1",
-                    remedy="Extract the video of this clip again",
-                )
-            )
+            problem = f"{self._source.place} does not hold the labels {whose}"
+            got = "labels of each person in files of their own" if numbered else f"no item {clip.name}#1"
+            raise MediaError(explain(problem, got=got, remedy="Extract the video of this clip again"))
 
     def _speech(self, item: str) -> Speech | None:
         """Whether there is speech at a time in seconds; None for a clip without audio."""
@@ -229,8 +305,6 @@ def choose_people(
     """Write a cache with another choice of people; run it again to resume.
 
     Args:
-        source: a cache with the crops of everyone.
-        out: the cache to write.
         options: further fields of `ExtractConfig`: weights, device, workers.
         store: of the new cache; None: that of the source.
 
@@ -258,7 +332,7 @@ def choose_people(
         if tasks:
             seconds = {task.clip.id: float(source.meta(task.stored.item)["duration"]) for task in tasks if task.stored}
             with OutcomeRecorder(summary, failure_log, seconds, show_progress=show_progress) as recorder:
-                _encode(target, infos, choice.images, tasks, options, recorder)
+                _encode(target, {name: infos[name] for name in choice.images}, tasks, options, recorder)
     failures = list(failure_log.failures)
     write_failures(failure_log.path, ())  # the copy writes the list of all failures
     held = survey(source, STAGE)
@@ -271,8 +345,7 @@ def choose_people(
     copied = transfer(target, [source], copies, [*failures, *held.damaged], splits, STAGE, show_progress=show_progress)
     summary.done = len(chosen) - summary.extracted
     # Of an earlier run with another table, or since dropped from the source.
-    extra = sorted(set(target.items()) - {item.item for item in choice.items})
-    if extra:
+    if extra := sorted(set(target.items()) - {item.item for item in choice.items}):
         names = " ".join(map(quote, extra[:LISTED])) + (" ..." if len(extra) > LISTED else "")
         log.warning("No longer chosen: %s. vaflow cache drop %s %s", count(len(extra), "item"), target.place, names)
     return summary, copied
@@ -299,14 +372,12 @@ def _task(source: Cache, target: Cache, images: Collection[str], item: ChosenIte
 
 def _encode(
     target: Cache,
-    infos: Mapping[str, StreamInfo],
-    images: Collection[str],
+    streams: dict[str, StreamInfo],
     tasks: Sequence[PendingClip],
     options: Mapping[str, Any],
     recorder: OutcomeRecorder,
 ) -> None:
     """Encode stored crops with the encoders of the streams. Raises FingerprintError if the encoders differ."""
-    streams = {name: infos[name] for name in images}
     visual = {name: info for name, info in streams.items() if info.kind == "visual"}
     one = next(iter(streams.values()))
     precisions = {info.identity.get("precision", "auto") for info in visual.values()}
@@ -321,6 +392,9 @@ def _encode(
         **one.identity["sampling"],
         **options,
     )
+    from vaflow.extract.encoding import build_encoders, make_encoders
+    from vaflow.extract.extraction import Extraction
+
     device = choose_device(config.device)
     encoders, _ = build_encoders(config, device)
     for encoder in encoders:  # the same weights and preprocessing as those of the stream
@@ -329,8 +403,8 @@ def _encode(
         target.declare(replace(info, dim=encoder.dim, identity=identity))
     workers = min(config.workers or default_workers(device.type), len(tasks))
     try:
-        declared = NewStreams(dict(infos), (), created=True)
-        Extraction(target, config, declared, make_encoders(config, device, encoders, []), workers, recorder).run(tasks)
+        declared, batched = NewStreams(streams, (), created=True), make_encoders(config, device, encoders, [])
+        Extraction(target, config, declared, batched, workers, recorder).run(tasks)
     finally:
         append_costs(target, recorder.summary.costs)
 
@@ -354,9 +428,8 @@ def _copies(
             empty = None if item.first or name == FACES else _without_crops
         if info.kind == "text" or origin is None:
             continue
-        yield ItemCopy(
-            (name, item.item), (source,), origin, partial(_changed, item.item, facts, fingerprint(info)), empty
-        )
+        changed = partial(_changed, item.item, facts, fingerprint(info))
+        yield ItemCopy((name, item.item), (source,), origin, changed, empty)
 
 
 def _without_labels(arrays: Mapping[str, Array]) -> dict[str, Array]:

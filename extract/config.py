@@ -196,11 +196,9 @@ def limit_memory() -> None:
 
 def too_much_memory() -> str:
     """Error message of a clip that needs more memory than `WORKER_MEMORY`."""
-    return explain(
-        "Reading the clip takes more memory than a decoding process may allocate",
-        expected=f"at most {WORKER_MEMORY / 2**30:g} GiB",
-        remedy="The file is damaged, or far larger than others: remove it, or cut it into pieces",
-    )
+    problem = "Reading the clip takes more memory than a decoding process may allocate"
+    remedy = "The file is damaged, or far larger than others: remove it, or cut it into pieces"
+    return explain(problem, expected=f"at most {WORKER_MEMORY / 2**30:g} GiB", remedy=remedy)
 
 
 def default_workers(device: str) -> int:

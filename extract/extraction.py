@@ -5,12 +5,13 @@ so memory does not grow with the data set, and a clip is committed as soon as it
 """
 
 import threading
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,28 +24,33 @@ from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly, LogMel
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.engine import Encoders, NewStreams
-from vaflow.extract.faces.choice import ALL, MAIN
+from vaflow.extract.encoding import Encoders
 from vaflow.extract.faces.detection_torch import QUESTION
 from vaflow.extract.faces.identity import resolve
-from vaflow.extract.messages import Detect, Detected, Done, Failed, Job
-from vaflow.extract.nvdec import check_parity
-from vaflow.extract.plan import PendingClip
-from vaflow.extract.pool import WorkerPool
-from vaflow.extract.streams import provenance, source_of
-from vaflow.extract.summary import (
-    COMMITTING,
-    DETECTING,
-    DETECTING_ON_DEVICE,
-    ON_DEVICE,
-    WAITING_FOR_WRITER,
-    Extracted,
-    Outcome,
-    Profile,
-)
+from vaflow.extract.faces.people import ALL, MAIN
+from vaflow.extract.plan import Extracted, Outcome, PendingClip
+from vaflow.extract.pool import Detect, Done, Failed, Job, WorkerPool
+from vaflow.extract.streams import NewStreams, provenance, source_of
+from vaflow.extract.video import check_parity
+from vaflow.extract.worker import run_job
 from vaflow.items import Failure, person_item
 
 PENDING_COMMITS = 4
+WAITING = "waiting for decoders"
+COMMITTING = "committing (in its own thread)"
+WAITING_FOR_WRITER = "waiting for the writer"
+REST = "filter banks, bookkeeping"
+DETECTING = "detecting faces"
+ON_DEVICE = "encoding (device clock)"
+DETECTING_ON_DEVICE = "detecting (device clock)"  # only with --detector torch
+BESIDE = (COMMITTING, ON_DEVICE, DETECTING_ON_DEVICE)  # in other threads
+REMEDIES = {
+    WAITING: "decoding is the bottleneck: use more --workers, --faces auto if there are crops, or --detector torch",
+    DETECTING: "face detection is the bottleneck: use --faces auto if there are crops, or another --detector",
+    WAITING_FOR_WRITER: "the disk is the bottleneck: use a faster one, or --store hdf5 (fewer files)",
+    REST: "the main process is the bottleneck: run several processes with --shard",
+}
+T = TypeVar("T")
 
 
 class Ledger(Protocol):
@@ -99,7 +105,8 @@ class Extraction:
         Raises:
             CacheError: the cache cannot be written (a full disk); committed items stay.
         """
-        with self._writer, self._pool(tasks) as pool:
+        workers = WorkerPool(self._jobs(tasks), self._workers, run_job, item_timeout=self._config.item_timeout)
+        with self._writer, workers as pool:
             for message in self._profile.waiting(pool):
                 if isinstance(message, Failed):
                     self._fail(message)
@@ -128,10 +135,7 @@ class Extraction:
             raise RuntimeError("A worker sent images for a face detector that this run does not have")
         with self._profile.measure(DETECTING):
             cells = self._encoders.detector.detect(self._questions.pop(question.job))
-            pool.answer(Detected(question.job, cells))
-
-    def _pool(self, tasks: Iterable[PendingClip]) -> WorkerPool:
-        return WorkerPool(self._jobs(tasks), self._workers, item_timeout=self._config.item_timeout)
+            pool.answer(question.job, cells)
 
     def _report(self) -> None:
         now = self._encoding()
@@ -261,3 +265,57 @@ class Extraction:
             self._ledger.take(Extracted(task.clip.id, clip.duration, people, clip.label_problem))
         finally:
             self._slots.release()
+
+
+class Profile:
+    """Seconds per stage. One thread per stage name, so no locks are needed."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the time of a block to a stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - began
+
+    def waiting(self, source: Iterable[T]) -> Iterator[T]:
+        """Yield the items of `source`, adding the time until each arrives to `WAITING`."""
+        iterator = iter(source)
+        while True:
+            with self.measure(WAITING):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+    def stages(self) -> dict[str, float]:
+        """Stage -> seconds: stages of the main thread, which add up to the wall time, then those of other threads."""
+        total = time.perf_counter() - self._began
+        main = _of_main(self.seconds)
+        beside = {COMMITTING: 0.0, ON_DEVICE: 0.0} | {k: v for k, v in self.seconds.items() if k in BESIDE}
+        return {**main, REST: total - sum(main.values()), **beside}
+
+
+def bottleneck(stages: Mapping[str, float]) -> str:
+    """The stage that takes most of the main thread's time, its remedy, and the idle share of the device."""
+    main = _of_main(stages)
+    worst = max(main, key=lambda stage: main[stage])
+    total = max(sum(main.values()), 1e-9)
+    remedy = REMEDIES.get(worst, "the encoder is the bottleneck, which is the best case")
+    line = f"{worst}: {main[worst] / total:.0%} of the time; {remedy}"
+    return f"{line}. The encoders' device was idle for {idle_share(stages):.0%} of it."
+
+
+def idle_share(stages: Mapping[str, float]) -> float:
+    """Share of the run, 0 to 1, in which the device was idle."""
+    busy = stages.get(ON_DEVICE, 0.0) + stages.get(DETECTING_ON_DEVICE, 0.0)
+    return max(0.0, 1 - busy / max(sum(_of_main(stages).values()), 1e-9))
+
+
+def _of_main(stages: Mapping[str, float]) -> dict[str, float]:
+    return {stage: seconds for stage, seconds in stages.items() if stage not in BESIDE}

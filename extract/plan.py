@@ -1,29 +1,32 @@
-"""Plan of an extraction: which streams of which clips are missing or out of date."""
+"""Plan of an extraction: which streams of which clips are missing or out of date; and the outcome of its work."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapreplace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from vaflow.cache import Cache, is_cache, open_cache
+from vaflow.cache.costs import Cost, append_costs
 from vaflow.cache.documents import source_stamp
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError, UsageError, count, explain
-from vaflow.extract.audio_activity import ends_in_a_short_step
+from vaflow.extract.audio import ends_in_a_short_step
 from vaflow.extract.config import Shard
-from vaflow.extract.faces.choice import ALL
+from vaflow.extract.faces.people import ALL
 from vaflow.extract.headers import lengths
-from vaflow.extract.image_folders import IMAGES_DIGEST, images_digest
-from vaflow.extract.messages import Failed, StoredPerson
-from vaflow.extract.pool import each
-from vaflow.extract.sources import SourceComparison, file_status, sources_of
+from vaflow.extract.pool import Failed, StoredPerson, each
+from vaflow.extract.sources import IMAGES_DIGEST, SourceComparison, file_status, images_digest, sources_of
 from vaflow.extract.streams import SOURCES, reading_version, source_of
 from vaflow.extract.video import READING, misread_before
-from vaflow.items import LISTS, clip_and_person, person_item, read_failures
+from vaflow.items import LISTS, Failure, FailureLog, clip_and_person, person_item, read_failures
 from vaflow.timeline import Grid
 
 logger = logging.getLogger(__name__)
@@ -230,11 +233,165 @@ def only_failed(dataset: Dataset, cache: Path) -> Dataset:
     failed = {failure.item for failure in read_failures(folder)}
     clips = tuple(clip for clip in dataset.clips if clip.id in failed)
     if not clips:
-        raise UsageError(
-            explain(
-                f"No clip of {dataset.root} is listed as failed in {cache}",
-                expected=f"{LISTS} that names clips of this data set",
-                got=f"{len(failed)} failed items of other data" if failed else "no failed items",
-            )
-        )
+        problem = f"No clip of {dataset.root} is listed as failed in {cache}"
+        got = f"{len(failed)} failed items of other data" if failed else "no failed items"
+        raise UsageError(explain(problem, expected=f"{LISTS} that names clips of this data set", got=got))
     return replace(dataset, clips=clips)
+
+
+@dataclass
+class Summary:
+    """Summary of an extraction.
+
+    Attributes:
+        extracted: items committed; done: items that were complete before; changed: items extracted again because their
+            source files have changed; outdated: items with changed source files that could not be extracted again.
+        failures: items that failed, with their reasons; `failures_file` lists them.
+        encoded: encoder name -> rows encoded.
+        several_people: extracted items that show several people; without a face-recognition network, several tracks.
+        label_problems: code of `vaflow.datasets.labels.clock_problem` -> extracted items with that problem.
+        media_seconds: duration of the extracted items; wall_seconds: of the extraction.
+        stages: stage -> seconds of the main process; with several processes, their sum.
+        costs: stream -> what encoding its clips cost.
+    """
+
+    extracted: int = 0
+    done: int = 0
+    changed: int = 0
+    outdated: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    failures_file: Path | str = Path()
+    encoded: dict[str, int] = field(default_factory=dict)
+    several_people: int = 0
+    label_problems: dict[str, list[str]] = field(default_factory=dict)
+    media_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """An item that has been committed.
+
+    Attributes:
+        seconds: its duration.
+        people: number of people with at least a tenth of the clear faces of the first one.
+        label_problem: why its labels may not belong to it, a code, or "".
+    """
+
+    item: str
+    seconds: float
+    people: int = 0
+    label_problem: str = ""
+
+
+Outcome = Extracted | Failure
+
+
+class OutcomeRecorder:
+    """Records the outcome of every item in the summary, the failure log and the progress bar. Thread-safe.
+
+    The bar counts seconds of video, so that it moves within long clips. Use as a context manager.
+
+    Args:
+        seconds: item -> estimated duration, of all items of the run.
+    """
+
+    def __init__(self, summary: Summary, log: FailureLog, seconds: Mapping[str, float], *, show_progress: bool) -> None:
+        self.summary = summary
+        self._log = log
+        self._lock = threading.Lock()
+        self._seconds = {item: max(length, 1.0) for item, length in seconds.items()}
+        self._shares: dict[str, float] = {}  # item -> share that the bar has counted
+        self._rates = ""
+        self._ended = 0
+        self._total = sum(self._seconds.values())
+        self._bar = tqdm(
+            total=self._total,
+            desc="extract",
+            disable=not show_progress,
+            smoothing=0.1,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s of video "
+            "[{elapsed}<{remaining}{postfix}]",
+        )
+        self._show_state()
+
+    def __enter__(self) -> "OutcomeRecorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def take(self, outcome: Outcome) -> None:
+        """Record that an item was committed or failed."""
+        with self._lock:
+            if isinstance(outcome, Failure):
+                self._log.add(outcome)
+            else:
+                self.summary.extracted += 1
+                self.summary.media_seconds += outcome.seconds
+                self.summary.several_people += outcome.people > 1
+                if outcome.label_problem:
+                    self.summary.label_problems.setdefault(outcome.label_problem, []).append(outcome.item)
+            self._ended += 1
+            self._advance(outcome.item, 1.0)
+            self._show_state()
+
+    def progress(self, item: str, share: float) -> None:
+        """Record that a share (0 to 1) of an item has been read."""
+        with self._lock:
+            self._advance(item, share)
+
+    def count(
+        self, rows: Mapping[str, int], stages: Mapping[str, float], costs: Mapping[str, Cost], note: str = ""
+    ) -> None:
+        """Record rows encoded so far, by encoder, seconds by stage, and costs by stream; the bar shows rates."""
+        with self._lock:
+            self.summary.encoded, self.summary.stages, self.summary.costs = dict(rows), dict(stages), dict(costs)
+            seconds = max(self._bar.format_dict["elapsed"], 1e-3)
+            rates = [f"{name} {number / seconds:.0f}/s" for name, number in rows.items()]
+            self._rates = ", ".join([*rates, note] if note else rates)
+            self._show_state()
+
+    def _advance(self, item: str, share: float) -> None:
+        before = self._shares.get(item, 0.0)
+        if share > before:
+            self._shares[item] = share
+            step = (share - before) * self._seconds.get(item, 1.0)
+            self._bar.update(min(step, self._total - self._bar.n))  # beyond its total, the bar prints a warning
+
+    def _show_state(self) -> None:
+        clips = f"{self._ended}/{len(self._seconds)} clips"
+        self._bar.set_postfix_str(", ".join(filter(None, [clips, self._rates])), refresh=False)
+
+
+def carry_out(
+    cache: Cache,
+    infos: dict[str, StreamInfo],
+    dataset: Dataset,
+    shard: Shard,
+    work: Callable[[Sequence[PendingClip], OutcomeRecorder], None],
+    *,
+    rehash: bool = False,
+    show_progress: bool = False,
+) -> Summary:
+    """Plan the extraction, call `work` with its tasks, and return the summary; `work` reports outcomes."""
+    began = time.perf_counter()
+    plan = make_plan(cache, infos, dataset.clips, shard, rehash=rehash)
+    log = FailureLog(cache.path / f"failures{shard.suffix}.jsonl")
+    summary = Summary(done=plan.done, failures=log.failures)
+    summary.failures_file = cache.layout.named(log.path)
+    with cache.indexed():
+        if plan.tasks:
+            with OutcomeRecorder(summary, log, plan.seconds, show_progress=show_progress) as recorder:
+                try:
+                    work(plan.tasks, recorder)
+                finally:
+                    append_costs(cache, summary.costs, shard.suffix)
+    failed = {failure.item for failure in log.failures}
+    changed = [task for task in plan.tasks if task.changed]
+    summary.outdated = sum(not failed.isdisjoint((task.clip.id, task.first_item)) for task in changed)
+    summary.changed = len(changed) - summary.outdated
+    summary.wall_seconds = time.perf_counter() - began
+    return summary

@@ -1,14 +1,16 @@
 """`--engine ray`: the local extraction loop in one Ray actor per GPU (or per few CPUs), on every node of a cluster.
 
-The driver holds the queue, longest item first. A member (`vaflow.extract.ray_node`) gets a task whenever one of its
-decoders is about to be free, so fast nodes do more. If a member dies, only the tasks that it was given and has not
-committed are lost. They are tried again one by one at the end, and listed as failures if that does not help.
+The driver (`Team`) holds the queue, longest item first. An actor (`Member`) gets a task whenever one of its decoders is
+about to be free, so fast nodes do more. If a member dies, only the tasks that it was given and has not committed are
+lost. They are tried again one by one at the end, and listed as failures if that does not help.
 """
 
 import logging
+import queue
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ from vaflow.cache.costs import Cost
 from vaflow.cache.schema import FACES, StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
+from vaflow.device import choose_device
 from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.engine import carry_out
-from vaflow.extract.plan import PendingClip, make_plan
-from vaflow.extract.ray_node import Member, Prepared, Report
-from vaflow.extract.summary import Extracted, OutcomeRecorder, Summary
+from vaflow.extract.encoding import Encoders, build_encoders, make_encoders
+from vaflow.extract.extraction import Extraction
+from vaflow.extract.plan import Extracted, Outcome, OutcomeRecorder, PendingClip, Summary, carry_out, make_plan
+from vaflow.extract.streams import prepare
+from vaflow.extract.video import require_nvdec
 from vaflow.items import Failure
-from vaflow.process import connected, import_ray, starts_here
+from vaflow.process import Notes, connected, import_ray, starts_here
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,140 @@ ATTEMPTS = 3  # attempts per item whose member died: the first one, and two alon
 STILLBORN = 3  # members in a row that may die before they are ready; then the extraction ends
 LOOK_SECONDS = 10.0  # between checks for nodes that have joined
 HINT_SECONDS = 60.0  # without a ready member; then a hint is logged
+ANSWER_SECONDS = 1.0  # after which a report is returned even if nothing has happened
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A member is ready, with the streams that it makes; or the error that prevents it."""
+
+    infos: dict[str, StreamInfo] | None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Changes since the last report.
+
+    Attributes:
+        outcomes: of tasks that have ended.
+        waiting: tasks that were received and not started.
+        ended: every task received has ended, and `last` was set.
+        rows, stages: since the member was created, as `Summary.encoded` and `Summary.stages`.
+        notes: warnings for the driver's log.
+        error: what ended the member's work.
+        costs: since the member was created, as `Summary.costs`.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    waiting: int
+    ended: bool
+    rows: dict[str, int]
+    stages: dict[str, float]
+    notes: tuple[str, ...]
+    error: Exception | None
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+
+class Member:
+    """Encodes tasks into a cache to which other members write as well.
+
+    Args:
+        out: the cache's absolute path, or its URL.
+        config: settings of the run; device "auto" is the GPU that Ray assigned, if any.
+    """
+
+    def __init__(self, out: str, store: str, config: ExtractConfig, workers: int) -> None:
+        self._out, self._store, self._config, self._workers = out, store, config, workers
+        self._news: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()  # None: another part of the state changed
+        self._tasks: queue.SimpleQueue[PendingClip | None] | None = None  # of the current run; None ends it
+        self._closed = self._ended = False
+        self._error: BaseException | None = None
+        self._stages: dict[str, float] = {}
+        self._past: dict[str, float] = {}  # stages of earlier runs
+        self._costs: dict[str, Cost] = {}
+        self._past_costs: dict[str, Cost] = {}
+        self._notes = Notes()
+
+    def prepare(self) -> Prepared:
+        """Load the encoders and compare the streams with those of the cache."""
+        logging.getLogger("vaflow").addHandler(self._notes)
+        try:
+            device = choose_device(self._config.device)
+            if self._config.decoder == "nvdec":
+                require_nvdec(str(device))
+            visual, audio = build_encoders(self._config, device)
+            self._cache: Cache = create_cache(Path(self._out), store=self._store)
+            self._streams = prepare(self._cache, self._config, visual, audio)
+        except (VaflowError, OSError) as error:
+            return Prepared(None, error)
+        self._encoders: Encoders = make_encoders(self._config, device, visual, audio)
+        return Prepared(self._streams.infos)
+
+    def exchange(self, tasks: Sequence[PendingClip], last: bool) -> Report:
+        """Take tasks, wait for changes, report them. Unexpected errors are raised, with their traceback.
+
+        Args:
+            last: no further tasks come until these have ended.
+        """
+        if self._tasks is None:
+            self._tasks, self._closed, self._ended = queue.SimpleQueue(), False, False
+            self._past, self._past_costs = dict(self._stages), dict(self._costs)
+            threading.Thread(target=self._work, args=(self._tasks,), name="vaflow-run", daemon=True).start()
+        waiting = self._tasks
+        for task in tasks:
+            waiting.put(task)
+        if last and not self._closed:
+            self._closed = True
+            waiting.put(None)
+        outcomes = self._read_news(ANSWER_SECONDS)
+        if ended := self._ended:
+            outcomes += self._read_news(0)  # outcomes that arrived before the end
+            self._tasks = None
+        if self._error is not None and not isinstance(self._error, VaflowError | OSError):
+            raise self._error
+        rows = {name: batcher.rows for name, batcher in self._encoders.batchers.items()}
+        notes = self._notes.collect()
+        stages, costs = dict(self._stages), dict(self._costs)
+        return Report(tuple(outcomes), waiting.qsize(), ended, rows, stages, notes, self._error, costs)
+
+    def _work(self, tasks: "queue.SimpleQueue[PendingClip | None]") -> None:
+        """Run the extraction loop, in its own thread."""
+
+        def arriving() -> Iterator[PendingClip]:
+            while (task := tasks.get()) is not None:
+                self._news.put(None)  # there is room for another task
+                yield task
+
+        try:
+            Extraction(self._cache, self._config, self._streams, self._encoders, self._workers, self).run(arriving())
+        except BaseException as error:  # noqa: BLE001 - handed over whole to whoever reads the report
+            self._error = error
+        finally:
+            self._ended = True
+            self._news.put(None)
+
+    def take(self, outcome: Outcome) -> None:
+        """Outcome of an item, from the run."""
+        self._news.put(outcome)
+
+    def progress(self, item: str, share: float) -> None:
+        """Not reported: the driver counts whole items."""
+
+    def count(self, rows: Mapping[str, int], stages: Mapping[str, float], costs: Mapping[str, Cost]) -> None:
+        """Seconds per stage and costs per stream, from the run."""
+        self._stages, self._costs = _sum((self._past, stages)), _sum((self._past_costs, costs))
+
+    def _read_news(self, seconds: float) -> list[Outcome]:
+        """All outcomes so far; waits for the first."""
+        outcomes: list[Outcome] = []
+        try:
+            news = self._news.get(timeout=seconds) if seconds else self._news.get_nowait()
+            while True:
+                outcomes += [news] if news is not None else []
+                news = self._news.get_nowait()
+        except queue.Empty:
+            return outcomes
 
 
 def extract_on_ray(
@@ -111,15 +249,13 @@ def places(nodes: Sequence[Mapping[str, float]], config: ExtractConfig) -> Place
 
 @dataclass
 class _Hired:
-    """The driver's state of a member. `idle`: no tasks, and none being sent."""
+    """The driver's record of a member. `idle`: no tasks, and none being sent."""
 
     handle: Any
     ready: bool = False
     idle: bool = True
     tasks: dict[str, PendingClip] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-    stages: dict[str, float] = field(default_factory=dict)
-    costs: dict[str, Cost] = field(default_factory=dict)
+    report: Report | None = None  # the last one
 
 
 class Team:
@@ -252,8 +388,12 @@ class Team:
         for outcome in answer.outcomes:
             member.tasks.pop(outcome.item, None)
             self._take(outcome)
-        member.rows, member.stages, member.costs = answer.rows, answer.stages, answer.costs
-        self._count()
+        member.report = answer
+        if self._recorder is not None:
+            reports = [one.report for one in (*self._members, *self._past) if one.report is not None]
+            ready = sum(one.ready for one in self._members)
+            rows, stages, costs = (_sum(getattr(r, name) for r in reports) for name in ("rows", "stages", "costs"))
+            self._recorder.count(rows, stages, costs, f"{ready} actors")
         if answer.ended:
             member.idle = True
             self._try_again(member.tasks.values(), "it did not finish")
@@ -279,18 +419,9 @@ class Team:
         member.tasks |= {task.clip.id: task for task in tasks}
         self._pending_calls[member.handle.exchange.remote(tasks, last)] = member
 
-    # -- outcomes --------------------------------------------------------------------------------------------------
-
-    def _take(self, outcome: Extracted | Failure) -> None:
+    def _take(self, outcome: Outcome) -> None:
         if self._recorder is not None:
             self._recorder.take(outcome)
-
-    def _count(self) -> None:
-        everyone = [*self._members, *self._past]
-        if self._recorder is not None:
-            ready = sum(member.ready for member in self._members)
-            rows, stages, costs = (_sum(getattr(m, what) for m in everyone) for what in ("rows", "stages", "costs"))
-            self._recorder.count(rows, stages, costs, f"{ready} actors")
 
 
 def _sum(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

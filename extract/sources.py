@@ -1,23 +1,40 @@
-"""Identity of a clip's sources: files by content, crop directories by listing, split and group.
+"""The sources of a clip: their identity, and the folders of numbered images among them.
 
-A changed source is extracted again; a touched, renamed or moved one is not.
+Files are identified by content, folders of images by listing. A changed source is extracted again; a touched, renamed
+or moved one is not.
+
+Face crops (Aff-Wild2's `cropped_aligned`) are numbered from 1: image n shows frame n - 1. Whole frames (AFEW-VA) are
+numbered from 0: image n is frame n, shown at n / rate seconds. A missing number is a frame without a face.
 """
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vaflow.datasets.clip import Clip
+from vaflow.datasets.files import entries, is_regular
+from vaflow.datasets.labels import MAX_FRAME
+from vaflow.encoders.preprocessing import decode_image, measure_image, read_image_file
 from vaflow.errors import MediaError, explain
-from vaflow.extract.image_folders import crops_identity, list_crops, stills_identity
+from vaflow.extract.config import check_span
+from vaflow.extract.video import MediaInfo, VideoInfo
 from vaflow.process import beat
+from vaflow.timeline import Floats, Ints
 
 DIGEST_BYTES = 16
 PLACES = ("name", "mtime_ns")  # members of a file's identity that differ between copies of it
 _BLOCK = 1 << 20
 
 Identify = Callable[[Path], dict[str, Any]]
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+IMAGES_DIGEST = "images_blake2b"  # member of a record's facts: `ImageDigest` of its source images
+_EXPECTED = "images named by frame number, from 0, such as 00000.png"
 
 
 def file_identity(path: Path) -> dict[str, Any]:
@@ -168,3 +185,132 @@ def check_unchanged(clip: Clip, sources: Mapping[str, Any]) -> None:
     if changed:
         problem = f"The {' and '.join(changed)} of {clip.id!r} changed while the clip was read"
         raise MediaError(explain(problem, remedy="Wait until the files are complete, then run the same command again"))
+
+
+def list_crops(folders: Sequence[Path]) -> dict[int, Path]:
+    """Return 0-based frame number -> crop file, ascending, of several directories; the first with a number wins.
+
+    A file's number is the video frame that it shows, independent of other files. Files whose names are not digits from
+    1 to ten million with the extension of an image are ignored, and so are directories that do not exist.
+    """
+    crops: dict[int, Path] = {}
+    for folder in folders:
+        if not Path(folder).is_dir():
+            continue
+        with os.scandir(folder) as listing:  # distinguishes files from directories without a call for each
+            names = sorted(entry.name for entry in listing if is_regular(entry))
+        for name in names:
+            stem, extension = os.path.splitext(name)  # noqa: PTH122 - half a million calls: Path is slow
+            if extension.lower() not in IMAGE_SUFFIXES or not (stem.isascii() and stem.isdigit()):
+                continue
+            if 1 <= int(stem) <= MAX_FRAME:
+                crops.setdefault(int(stem) - 1, Path(folder) / name)
+    return dict(sorted(crops.items()))
+
+
+def read_crop(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
+    """Return the file's bytes, and its image, RGB [H, W, 3] uint8.
+
+    Raises:
+        MediaError: the file is unreadable, or not a complete image within the size limit; the caller marks the sample
+            as invalid.
+    """
+    beat()
+    data = read_image_file(path)
+    return data, decode_image(data, str(path))
+
+
+def crops_identity(crops: Mapping[int, Path]) -> dict[str, Any]:
+    """Return the identity of a set of crops: their count, and a digest of their numbers, names and sizes."""
+    digest = blake2b(digest_size=DIGEST_BYTES)
+    for number, path in sorted(crops.items()):
+        beat()
+        digest.update(f"{number}\t{path.name}\t{path.stat().st_size}\n".encode())
+    return {"count": len(crops), "listing": digest.hexdigest()}
+
+
+class ImageDigest:
+    """BLAKE2b of the images of a folder that were read: number and bytes of each, in ascending order."""
+
+    def __init__(self) -> None:
+        self._digest = blake2b(digest_size=DIGEST_BYTES)
+        self._last = -1
+
+    def add(self, number: int, data: bytes) -> None:
+        """Add an image, unless it was the last one added."""
+        if number != self._last:
+            self._last = number
+            self._digest.update(f"{number}\t{len(data)}\n".encode() + data)
+
+    def hexdigest(self) -> str:
+        """Return the digest in hexadecimal."""
+        return self._digest.hexdigest()
+
+
+def images_digest(clip: Clip, frames: Ints) -> str:
+    """Return the current `ImageDigest` of the images at these frame numbers; skips unreadable and missing ones."""
+    paths = list_crops(clip.crops) if clip.crops else list_stills(clip.frames or Path())
+    digest = ImageDigest()
+    for number in frames.tolist():
+        with suppress(MediaError, KeyError):
+            digest.add(number, read_crop(paths[number])[0])
+    return digest.hexdigest()
+
+
+def list_stills(folder: Path) -> dict[int, Path]:
+    """Return frame number -> image file, ascending. If several files have a number, the first by name is used.
+
+    Raises:
+        MediaError: the directory is missing or has no numbered image, or a number is too large.
+    """
+    stills: dict[int, Path] = {}
+    for entry in entries(folder):
+        file = folder / entry.name
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.stem.isascii() and file.stem.isdigit() and is_regular(entry):
+            stills.setdefault(int(file.stem), file)
+    if not stills:
+        raise MediaError(explain(f"{folder} holds no frames", expected=_EXPECTED))
+    if max(stills) > MAX_FRAME:
+        got = stills[max(stills)].name
+        raise MediaError(explain(f"{folder} has a frame number above {MAX_FRAME}", expected=_EXPECTED, got=got))
+    return dict(sorted(stills.items()))
+
+
+def open_stills(clip: Clip) -> tuple[MediaInfo, Floats]:
+    """Return the properties of a clip of images, as of a video, and its frame times [N].
+
+    Raises:
+        MediaError: the folder has no images, the first one is unreadable, the frame rate is unknown, or the clip is
+            longer than the limit.
+    """
+    if clip.frames is None or not clip.frame_rate or clip.frame_rate <= 0:
+        raise MediaError(explain(f"{clip.id!r} has no frame rate", expected="frames per second above 0"))
+    stills = list_stills(clip.frames)
+    first = next(iter(stills.values()))
+    (width, height), codec = measure_image(first)
+    rate = clip.frame_rate
+    times = np.arange(max(stills) + 1) / rate  # of all frames from 0 to the last one with an image
+    check_span(clip.frames, times)
+    video = VideoInfo(width, height, codec, rate, rate, len(stills), len(times) / rate, 0)
+    return MediaInfo(clip.frames, "pictures", 0.0, video, None), times
+
+
+def stills_identity(folder: Path, rate: float | None) -> dict[str, Any]:
+    """Return the identity of a directory of frames: its listing, and the frame rate.
+
+    Raises:
+        MediaError: as `list_stills`.
+    """
+    return {**crops_identity(list_stills(folder)), "rate": rate}
+
+
+def stills_at(folder: Path, numbers: Ints) -> Iterator[tuple[int, bytes, NDArray[np.uint8] | None]]:
+    """Yield (frame number, bytes, RGB image [H, W, 3]) of each requested frame with a file; None if unreadable."""
+    stills = list_stills(folder)
+    for number in numbers.tolist():
+        if number not in stills:
+            continue
+        try:
+            yield number, *read_crop(stills[number])
+        except MediaError:
+            yield number, b"", None

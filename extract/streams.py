@@ -18,15 +18,23 @@ from vaflow.encoders import ENCODERS, build_encoder, encoder_kind, is_encoder
 from vaflow.encoders.base import KALDI, AudioEncoder, VisualEncoder
 from vaflow.encoders.preprocessing import MEL_BINS, logmel_identity
 from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes
-from vaflow.errors import FingerprintError, UsageError, explain
+from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.faces.alignment import CROP_SIZE, JPEG_QUALITY, TEMPLATE, TEMPLATE_VERSION
-from vaflow.extract.faces.choice import LARGEST
-from vaflow.extract.faces.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_SCORE, model_digest
+from vaflow.extract.faces.detection import (
+    CROP_SIZE,
+    DETECTOR,
+    JPEG_QUALITY,
+    MAX_OVERLAP,
+    MAX_SIZE,
+    MIN_SCORE,
+    TEMPLATE,
+    TEMPLATE_VERSION,
+    model_digest,
+)
 from vaflow.extract.faces.identity import network_identity, resolve
+from vaflow.extract.faces.people import LARGEST
 from vaflow.extract.faces.tracking import ALL_FACES_VERSION, CUTS_VERSION, TRACKER_VERSION
-from vaflow.extract.nvdec import nvdec_identity
-from vaflow.extract.video import READING, decoder_identity
+from vaflow.extract.video import READING, decoder_identity, nvdec_identity
 
 # Parts of a clip's source that each kind of stream is made from; a change of another part does not affect it.
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -317,3 +325,66 @@ def _build(
             remedy = f"Name the weights of the cache: --weights {name}=PATH"
             raise FingerprintError(explain(problem, remedy=remedy))
     return encoder  # type: ignore[return-value]
+
+
+@dataclass
+class NewStreams:
+    """The streams of an extraction by name, and its prompts.
+
+    They are added to the cache with the first commit: if every clip fails, the cache keeps no streams whose settings
+    the next extraction would have to repeat.
+    """
+
+    infos: dict[str, StreamInfo]
+    prompts: tuple[EmbeddedSet, ...]
+    created: bool = False
+
+    def create(self, cache: Cache) -> None:
+        """Declare every stream and commit the prompts, once.
+
+        Raises:
+            FingerprintError: another process has declared one of them with other settings.
+        """
+        if not self.created:
+            for info in self.infos.values():
+                cache.declare(info)
+            for embedded in self.prompts:
+                embedded.commit(cache)
+            self.created = True
+
+
+def prepare(cache: Cache, config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]) -> NewStreams:
+    """Compare the streams with those of the cache and embed the prompts; nothing is written.
+
+    Raises:
+        FingerprintError: a stream in the cache was made with other settings.
+    """
+    known = cache.streams()
+    infos = {name: as_declared(i, known.get(name)) for name, i in stream_infos(config, visual, audio).items()}
+    if FACES in known and CROPS not in known:  # of an earlier version: do not decode every clip again for its crops
+        infos.pop(CROPS, None)
+    for info in infos.values():
+        if CROPS in known and info.name in known:
+            _check_person(cache, known[info.name], info)
+        if info.name in known or cache.source_stamps(info.name):
+            cache.declare(info)
+    return NewStreams(infos, tuple(embed_prompts(cache, load_prompts(config.prompts), visual)))
+
+
+def _check_person(cache: Cache, known: StreamInfo, info: StreamInfo) -> None:
+    """Check that a stream has the features of the same people; a cache with another choice needs no video.
+
+    Raises:
+        FingerprintError: it has those of another choice.
+    """
+    stored, now = (one.identity.get("picture", {}).get("faces", {}) for one in (known, info))
+    if "person" not in stored or "person" not in now or _choice(stored) == _choice(now):
+        return
+    again = command("cache", "people", cache.place, "OTHER.cache", "--person", now["person"])
+    problem = f"{cache.place} has the features of another choice of people"
+    remedy = f"To choose again without the videos: {again}"
+    raise FingerprintError(explain(problem, expected=_choice(stored), got=_choice(now), remedy=remedy))
+
+
+def _choice(faces: dict[str, Any]) -> str:
+    return f"--person {faces['person']}" + (" with --choices" if "choices" in faces else "")

@@ -4,9 +4,7 @@ The pipe to the pipeline provides back-pressure: it holds little, so a worker th
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import cache, partial
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -18,69 +16,63 @@ from vaflow.datasets.clip import Annotation
 from vaflow.datasets.labels import clock_problem, on_clock
 from vaflow.encoders.preprocessing import frame_count
 from vaflow.errors import MediaError, VaflowError, explain
-from vaflow.extract.audio import AudioSummary, Blocks, decode_audio
-from vaflow.extract.audio_activity import SpeechMeter, covered_frames, stored_speech
-from vaflow.extract.config import limit_memory
+from vaflow.extract.audio import AudioSummary, Blocks, SpeechMeter, covered_frames, decode_audio, pass_on, stored_speech
 from vaflow.extract.container import audio_clock, frame_times
-from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg, quarter_turn
-from vaflow.extract.faces.choice import ALL, LARGEST, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, speech_at
-from vaflow.extract.faces.detection import Cells, find_faces, shared_detector
+from vaflow.extract.faces.detection import (
+    Cells,
+    align,
+    decode_jpeg,
+    encode_jpeg,
+    find_faces,
+    quarter_turn,
+    shared_detector,
+)
 from vaflow.extract.faces.detection import Face as DetectedFace
 from vaflow.extract.faces.identity import open_network
-from vaflow.extract.faces.people import ClipFaces
+from vaflow.extract.faces.people import (
+    ALL,
+    LARGEST,
+    SPEAKING,
+    WITHOUT_AUDIO,
+    ClipFaces,
+    Speech,
+    choose_person,
+    speech_at,
+)
 from vaflow.extract.faces.tracking import PersonTracker
-from vaflow.extract.image_folders import IMAGES_DIGEST, ImageDigest, list_crops, open_stills, read_crop, stills_at
-from vaflow.extract.messages import (
-    Alive,
+from vaflow.extract.pool import (
+    Ask,
     AudioBlock,
     AudioEnd,
     Clock,
-    Detect,
-    Detected,
     Done,
     Face,
     FaceCrop,
     FacesEnd,
     Failed,
+    Image,
     Job,
     Message,
-    PersonLabels,
+    Send,
 )
-from vaflow.extract.nvdec import frames_on_gpu
-from vaflow.extract.sources import check_unchanged, sources_of
-from vaflow.extract.video import MediaInfo, frames_at, probe
-from vaflow.process import beat, listening
+from vaflow.extract.sources import (
+    IMAGES_DIGEST,
+    ImageDigest,
+    check_unchanged,
+    list_crops,
+    open_stills,
+    read_crop,
+    sources_of,
+    stills_at,
+)
+from vaflow.extract.video import MediaInfo, frames_at, frames_on_gpu, probe
+from vaflow.process import beat
 from vaflow.timeline import Floats, Ints, median_interval, nearest
 
-Image = np.ndarray[Any, Any]
 open_once = cache(open_cache)  # one instance per process
-Send = Callable[[Message], None]
-Ask = Callable[[int, Sequence[Image]], Sequence[Cells]]  # number of the job, prepared images -> cells of each
 Frames = Iterator[tuple[int, Image]]  # frame number, RGB image
 Crops = Iterator[tuple[int, int, bytes]]  # number of the person, frame number, JPEG
 Images = Iterator[tuple[int, int, bytes, Image]]  # person, grid sample, JPEG to store, the image that it decodes to
-
-
-def serve(pipe: Connection, work: "Callable[[Any, Callable[[Any], None]], None] | None" = None) -> None:
-    """Process jobs until None arrives or the parent exits; the target of a worker process.
-
-    Args:
-        work: called with each job and the function that sends its messages; by default `run_job`.
-    """
-    limit_memory()
-    with suppress(EOFError, ConnectionError):  # the parent was killed
-        while (job := pipe.recv()) is not None:
-            pipe.send(Alive(job.number))
-            with listening(partial(pipe.send, Alive(job.number))):
-                work(job, pipe.send) if work else run_job(job, pipe.send, partial(_ask, pipe))
-
-
-def _ask(pipe: Connection, job: int, images: Sequence[Image]) -> Sequence[Cells]:
-    """Return the parent's answer. No other message can arrive, because the parent gives jobs to idle workers only."""
-    for number, image in enumerate(images, start=1):
-        pipe.send(Detect(job, image, number == len(images)))
-    answer: Detected = pipe.recv()
-    return answer.cells
 
 
 def _nobody_to_ask(job: int, images: Sequence[Image]) -> Sequence[Cells]:
@@ -172,30 +164,20 @@ class ClipReader:
         times = self._times
         if video is None and annotation is not None:
             if annotation.time is None:
-                raise MediaError(
-                    explain(
-                        f"The labels of {clip.id!r} are numbered by frame, and the clip is audio only",
-                        expected="labels with a column of times in seconds",
-                    )
-                )
+                problem = f"The labels of {clip.id!r} are numbered by frame, and the clip is audio only"
+                raise MediaError(explain(problem, expected="labels with a column of times in seconds"))
             times = times[:0]  # labels of an audio file keep their own times
         labels = on_clock(annotation, times)
         numbers = [number for number, _ in clip.person_labels if number > 1] if everyone else []
         others = {number: read_annotation(clip, number) for number in numbers}
-        people = {k: PersonLabels(on_clock(one, times), _annotation_facts(one)) for k, one in others.items()}
+        people = {k: (on_clock(one, times), _annotation_facts(one)) for k, one in others.items()}
         problem = next(filter(None, (clock_problem(one, self._times) for one in (annotation, *others.values()))), "")
         self._send(Clock(self._job.number, labels, self._duration, sources, facts, people, problem))
 
     # -- audio -----------------------------------------------------------------------------------------------------
 
     def _send_audio(self) -> None:
-        blocks = self._audio_blocks()
-        while True:
-            try:
-                self._send(AudioBlock(self._job.number, next(blocks)))
-            except StopIteration as end:
-                summary: AudioSummary = end.value
-                break
+        summary = pass_on(self._audio_blocks(), lambda block: self._send(AudioBlock(self._job.number, block)))
         facts = {"audio": summary.status, "audio_peak": summary.peak, "audio_rate": summary.rate}
         self._send(AudioEnd(self._job.number, summary.covered, facts | {"audio_channels": summary.channels}))
 
@@ -300,18 +282,11 @@ class ClipReader:
 
     def _speech(self) -> Speech | None:
         """Whether there is speech at a time in seconds, as it is stored; None for a clip without audio."""
-        meter, samples, blocks = SpeechMeter(), 0, self._audio_blocks()
-        while True:
-            try:
-                block = next(blocks)
-            except StopIteration as end:
-                summary: AudioSummary = end.value
-                break
-            meter.push(block)
-            samples += block.size
+        meter = SpeechMeter()
+        summary = pass_on(self._audio_blocks(), meter.push)
         if summary.status in WITHOUT_AUDIO:
             return None
-        return speech_at(stored_speech(meter.finish(), covered_frames(frame_count(samples), summary.covered)))
+        return speech_at(stored_speech(meter.finish(), covered_frames(frame_count(summary.samples), summary.covered)))
 
     def _detected(self, frames: Frames) -> Iterator[tuple[int, Image, list[DetectedFace]]]:
         """The frames with the faces that the detector finds."""

@@ -95,7 +95,7 @@ def _bench(options: argparse.Namespace, data: Path, folder: Path) -> Bench:
     from vaflow.datasets import open_dataset
     from vaflow.device import choose_device
     from vaflow.extract.config import ExtractConfig
-    from vaflow.extract.engine import compile_network
+    from vaflow.extract.encoding import compile_network
 
     device = choose_device(options.device)
     visual, audio = _encoders(options.size, options.device, options.precision, folder)
@@ -119,8 +119,8 @@ def _overlap(bench: Bench, folder: Path) -> Iterator[Row]:
     from crop_folders import with_crops
     from encoder_rate import device_name, encode_only, matrix_rate
 
-    from vaflow.extract.engine import BATCH_SIZES
-    from vaflow.extract.summary import idle_share
+    from vaflow.extract.encoding import BATCH_SIZES
+    from vaflow.extract.extraction import idle_share
 
     precision = bench.config.precision + ", compiled" * bench.config.compile
     most = matrix_rate(bench.device, bench.config.precision)
@@ -192,7 +192,7 @@ def _encoders(size: str, device: str, precision: str, folder: Path) -> tuple[Any
 
 
 def _jobs(dataset: Any, config: Any, visual: Any) -> list[Any]:
-    from vaflow.extract.messages import Job
+    from vaflow.extract.pool import Job
 
     return [
         Job(number, clip, config.grid, True, True, config.face_source, (visual.preparation,), False)
@@ -202,12 +202,13 @@ def _jobs(dataset: Any, config: Any, visual: Any) -> list[Any]:
 
 def _decode_only(dataset: Any, config: Any, visual: Any) -> tuple[float, dict[str, int]]:
     from vaflow.extract.config import default_workers
-    from vaflow.extract.messages import Clock, Face, Failed
-    from vaflow.extract.pool import WorkerPool
+    from vaflow.extract.pool import Clock, Face, Failed, WorkerPool
+    from vaflow.extract.worker import run_job
 
     counts = {"images": 0, "windows": 0}
     began = time.perf_counter()
-    with WorkerPool(_jobs(dataset, config, visual), config.workers or default_workers(config.device)) as pool:
+    workers = config.workers or default_workers(config.device)
+    with WorkerPool(_jobs(dataset, config, visual), workers, run_job) as pool:
         for message in pool:
             if isinstance(message, Failed):
                 raise SystemExit(f"decoding failed: {message.message}")

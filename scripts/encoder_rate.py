@@ -9,9 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.extract.batching import FixedBatcher
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.engine import make_encoders
+from vaflow.extract.encoding import FixedBatcher, make_encoders
 
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns
 TRIES = 10

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.affwild2 import read_affwild2
+from vaflow.datasets.files import SPLITS_FILE
 from vaflow.datasets.labels import UNANNOTATED
-from vaflow.datasets.splits import SPLITS_FILE
 from vaflow.datasets.videos import read_csv
 from vaflow.errors import DataError
 from vaflow.timeline import median_interval

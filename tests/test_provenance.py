@@ -14,9 +14,9 @@ from vaflow.cache.schema import LABELS, Array, StreamInfo
 from vaflow.cli import main
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import UsageError
+from vaflow.extract.plan import Summary
 from vaflow.extract.sources import part_of, same_part, sources_of
 from vaflow.extract.streams import SOURCES
-from vaflow.extract.summary import Summary
 from vaflow.predict import PredictConfig, predict_media
 from vaflow.provenance import find_provenance
 from vaflow.train.config import TrainConfig

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vaflow.cache import Cache
-    from vaflow.extract.summary import Summary
+    from vaflow.extract.plan import Summary
 
 PathLike = str | Path
 

@@ -1,18 +1,23 @@
-"""The device that computes: choosing it, its float32 arithmetic, and its clock."""
+"""The device that computes: choosing it, its float32 arithmetic, its memory, and its clock."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import re
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, VaflowError, explain, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
+Encode: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
 
 def choose_device(name: str) -> torch.device:
@@ -120,3 +125,45 @@ class Stopwatch:
         began, ended = self._events
         ended.synchronize()
         return float(began.elapsed_time(ended)) / 1000
+
+
+class InParts:
+    """Encodes whole batches, or parts of them once a batch did not fit into the device's memory.
+
+    Args:
+        encode: [rows, ...] tensor on `device` -> [rows, ...] tensor on the same device.
+
+    Attributes:
+        size: rows encoded at once.
+    """
+
+    def __init__(self, encode: Encode, device: torch.device, size: int) -> None:
+        self._encode, self._device, self.size = encode, device, size
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """Encode a batch.
+
+        Raises:
+            VaflowError: a single row does not fit.
+        """
+        import torch
+
+        while True:
+            try:
+                parts = [self._encode(part) for part in batch.split(self.size)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.size == 1:
+                    raise VaflowError(
+                        explain(
+                            "The device has too little memory for a batch of one row",
+                            got=(str(error) or type(error).__name__).splitlines()[0],
+                            remedy="Free the device or use another --device, then run the same command again to resume",
+                        )
+                    ) from error
+                self.size = max(1, self.size // 2)
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+                logger.warning("Too little memory on %s: using batches of %d", self._device, self.size)

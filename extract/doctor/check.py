@@ -47,8 +47,7 @@ from vaflow.extract.doctor.findings import (
     media_findings,
     people_findings,
 )
-from vaflow.extract.messages import Failed
-from vaflow.extract.pool import each
+from vaflow.extract.pool import Failed, each
 from vaflow.extract.sources import content_digest
 from vaflow.timeline import Grid
 

@@ -6,7 +6,7 @@ is usual. A cache that was extracted from the clip has counted all.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +21,10 @@ from vaflow.datasets.labels import clock_gap, clock_problem, on_clock
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
 from vaflow.extract.container import audio_clock, decode, frame_times, opened
-from vaflow.extract.faces.alignment import MIN_SCORE, MIN_SIZE, quarter_turn
-from vaflow.extract.faces.detection import shared_detector
+from vaflow.extract.faces.detection import MIN_CLEAR_SCORE, MIN_CLEAR_SIZE, quarter_turn, shared_detector
 from vaflow.extract.faces.tracking import CutDetector
-from vaflow.extract.image_folders import list_crops, open_stills, read_crop
-from vaflow.extract.messages import Failed
-from vaflow.extract.pool import each
+from vaflow.extract.pool import Failed, each
+from vaflow.extract.sources import list_crops, open_stills, read_crop
 from vaflow.extract.video import MediaInfo, VideoInfo, probe, to_rgb
 from vaflow.items import person_item
 from vaflow.timeline import median_interval
@@ -169,15 +167,9 @@ def label_stats(value: NDArray[np.float64]) -> LabelStats:
 def merge_stats(parts: Sequence[LabelStats]) -> LabelStats:
     """The sums over several clips."""
     parts = [label_stats(np.empty((0, 2))), *parts]
-    return LabelStats(
-        count=np.sum([part.count for part in parts], 0),
-        total=np.sum([part.total for part in parts], 0),
-        squares=np.sum([part.squares for part in parts], 0),
-        low=np.min([part.low for part in parts], 0),
-        high=np.max([part.high for part in parts], 0),
-        regions=np.sum([part.regions for part in parts], 0),
-        density=np.sum([part.density for part in parts], 0),
-    )
+    merge = {"low": np.min, "high": np.max}
+    names = [field.name for field in fields(LabelStats)]
+    return LabelStats(**{name: merge.get(name, np.sum)([getattr(part, name) for part in parts], 0) for name in names})
 
 
 AudioCover = Literal["none", "unreadable", "silent", "partial", "whole"]
@@ -401,7 +393,7 @@ def _look(arguments: tuple[str, Path, float]) -> PeopleFacts | Failed | None:
                 if number in DETECTED:
                     faces = shared_detector().detect(image)
                     landmarks += [face.landmarks for face in faces]
-                    people = max(people, sum(f.score >= MIN_SCORE and f.size >= MIN_SIZE for f in faces))
+                    people = max(people, sum(f.score >= MIN_CLEAR_SCORE and f.size >= MIN_CLEAR_SIZE for f in faces))
     except (MediaError, OSError, FFmpegError):
         return None  # the clip has a finding about it
     turned = quarter_turn(np.array(landmarks)) if landmarks else 0

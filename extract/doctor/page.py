@@ -25,9 +25,8 @@ from vaflow.errors import MediaError
 from vaflow.extract.container import decode, opened
 from vaflow.extract.doctor.check import Checked, Report, Summary, describe, occupancy
 from vaflow.extract.doctor.facts import BINS, CELLS, LabelStats, some
-from vaflow.extract.image_folders import list_crops, list_stills, read_crop
-from vaflow.extract.messages import Failed
-from vaflow.extract.pool import each
+from vaflow.extract.pool import Failed, each
+from vaflow.extract.sources import list_crops, list_stills, read_crop
 from vaflow.extract.video import to_rgb
 from vaflow.pages import render
 

@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vaflow.device import Stopwatch, forbid_tf32
+from vaflow.device import InParts, Stopwatch, forbid_tf32
 from vaflow.errors import WeightsError, explain
-from vaflow.extract.batching import InParts
 from vaflow.extract.faces.detection import MIN_SCORE, Cells, model_path
 
 QUESTION = 16  # images of one size that a worker sends at once, at most

@@ -24,9 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.affwild2 import strip_side
-from vaflow.datasets.files import examples, head, open_text, printable, size_problem
-from vaflow.datasets.labels import MAX_SECONDS, NOT_A_NUMBER, decimal_point, separator_of
-from vaflow.datasets.splits import SPLITS_FILE, Assignment
+from vaflow.datasets.files import (
+    SPLITS_FILE,
+    Assignment,
+    examples,
+    head,
+    open_text,
+    printable,
+    separator_of,
+    size_problem,
+)
+from vaflow.datasets.labels import MAX_SECONDS, NOT_A_NUMBER, decimal_point
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.timeline import Floats

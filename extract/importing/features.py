@@ -16,8 +16,7 @@ import numpy as np
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
-from vaflow.datasets.files import examples, head
-from vaflow.datasets.splits import SPLITS_FILE, Assignment, assign
+from vaflow.datasets.files import SPLITS_FILE, Assignment, assign, examples, head
 from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.importing.feature_files import (
     Columns,
@@ -82,10 +81,8 @@ class ImportConfig:
             if rate is not None and not (np.isfinite(rate) and rate > 0):
                 raise UsageError(explain(f"{name} must be positive", expected="rows per second", got=rate))
         if self.stream in _RESERVED or self.stream.endswith(".text"):
-            remedy = "Choose another name for the features"
-            raise UsageError(
-                explain(f"The name {self.stream!r} is reserved for a stream of another kind", remedy=remedy)
-            )
+            problem = f"The name {self.stream!r} is reserved for a stream of another kind"
+            raise UsageError(explain(problem, remedy="Choose another name for the features"))
 
 
 @dataclass
@@ -167,9 +164,8 @@ def import_features(
                 progress(1)
         for item in strangers:
             message = explain(f"{item} has labels but no features", expected=f"{item}.npy or {item}.csv")
-            failures.add(
-                Failure(item, "labels", "DataError", message, {"split": None}), quiet=len(failures.failures) >= SHOWN
-            )
+            failure = Failure(item, "labels", "DataError", message, {"split": None})
+            failures.add(failure, quiet=len(failures.failures) >= SHOWN)
     finally:
         cache.refresh_index()
     if (rest := len(failures.failures) - SHOWN) > 0:
@@ -313,14 +309,10 @@ def _strangers(files: Sequence[FeatureFile], labels: Path | None, folder: Path, 
         return [item for item in tables if item not in known]
     if not tables and (labels / SPLITS_FILE).is_file():
         return []
-    raise UsageError(
-        explain(
-            f"No label file in {labels} fits an item",
-            expected=f"files such as {files[0].item}{SUFFIXES[0]} or {files[0].item}{SUFFIXES[1]}",
-            got=examples([path.name for path in tables.values()]) or "no label files",
-            remedy="Name label files as the feature files, or leave --labels out to import without labels",
-        )
-    )
+    expected = f"files such as {files[0].item}{SUFFIXES[0]} or {files[0].item}{SUFFIXES[1]}"
+    got = examples([path.name for path in tables.values()]) or "no label files"
+    remedy = "Name label files as the feature files, or leave --labels out to import without labels"
+    raise UsageError(explain(f"No label file in {labels} fits an item", expected=expected, got=got, remedy=remedy))
 
 
 def _survey(

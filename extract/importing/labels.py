@@ -23,7 +23,7 @@ from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Array, Record, StreamInfo
 from vaflow.datasets.affwild2 import read_affwild2, strip_side
 from vaflow.datasets.clip import Annotation
-from vaflow.datasets.files import below
+from vaflow.datasets.files import Assignment, below, read_table, separator_of
 from vaflow.datasets.labels import (
     MAX_FRAME,
     MAX_SECONDS,
@@ -32,11 +32,8 @@ from vaflow.datasets.labels import (
     clock_problem,
     decimal_point,
     on_clock,
-    read_table,
-    separator_of,
     split_cells,
 )
-from vaflow.datasets.splits import Assignment
 from vaflow.datasets.videos import read_csv
 from vaflow.errors import DataError, UsageError, command, count, explain
 from vaflow.extract.importing.feature_files import Columns, FeatureFile, Features
@@ -105,14 +102,10 @@ class ImportedLabels:
         known = cache.streams().get(LABELS)
         self._extracted = known is not None and known.identity.get("clock") != CLOCK
         if self._extracted and options.folder is not None:
-            raise UsageError(
-                explain(
-                    f"The labels of {cache.place} come from its videos and cannot be mixed with others",
-                    got=f"--labels {options.folder}",
-                    remedy="Omit --labels, or import into another cache. "
-                    f"To change splits only: {command('cache', 'splits', cache.place, 'splits.csv')}",
-                )
-            )
+            problem = f"The labels of {cache.place} come from its videos and cannot be mixed with others"
+            change = command("cache", "splits", cache.place, "splits.csv")
+            remedy = f"Omit --labels, or import into another cache. To change splits only: {change}"
+            raise UsageError(explain(problem, got=f"--labels {options.folder}", remedy=remedy))
         self._declared = self._extracted
 
     def needed(self, file: FeatureFile) -> bool:
@@ -241,8 +234,8 @@ def _read_spans(path: Path, columns: Columns, times: Floats) -> Annotation | Non
         raise text.header_error()
     starts, ends, rows = [], [], []
     for number, cells in text.rows(len(names), separator=separator):
-        starts += text.times([(number, cells[names.index("start")])]).tolist()
-        ends += text.times([(number, cells[names.index("end")])]).tolist()
+        starts += text.stamps([(number, cells[names.index("start")])], "seconds").tolist()
+        ends += text.stamps([(number, cells[names.index("end")])], "seconds").tolist()
         rows.append([text.value(cells[names.index(target)], number, {""}) for target in targets])
         if len(starts) == len(ends) and starts and not starts[-1] < ends[-1]:
             text.problems.add("end is not after start", number)

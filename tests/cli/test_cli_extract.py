@@ -14,7 +14,7 @@ from affwild2_tree import build_affwild2, spoil_affwild2, write_video
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
-from vaflow.extract import engine
+from vaflow.extract import plan
 
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--device", "cpu"]
 
@@ -329,15 +329,15 @@ def test_streams_of_another_process_are_compared_again_at_the_first_commit(
 ) -> None:
     out = tmp_path / "cache"
     command = ["extract", str(one_clip), "--out", str(out), "--visual", "none", "--audio", "none"]
-    plan = engine.make_plan
+    make_plan = plan.make_plan
 
     def plan_while_another_process_extracts(*arguments: object, **options: object) -> object:
-        monkeypatch.setattr(engine, "make_plan", plan)
+        monkeypatch.setattr(plan, "make_plan", make_plan)
         assert main([*command, "--dtype", "float32"]) == 0
-        return plan(*arguments, **options)  # type: ignore[arg-type]
+        return make_plan(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine, "make_plan", plan_while_another_process_extracts)
-    monkeypatch.setattr(engine.Cache, "source_stamps", lambda *_: {})
+    monkeypatch.setattr(plan, "make_plan", plan_while_another_process_extracts)
+    monkeypatch.setattr(plan.Cache, "source_stamps", lambda *_: {})
     assert main(command) == 2
     assert "dtype: cache has 'float32', now 'float16'" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vaflow.datasets import LAYOUTS, Dataset, log_left_out, open_dataset, read_annotation
 from vaflow.datasets import labels as label_files
-from vaflow.datasets.splits import read_splits
+from vaflow.datasets.files import read_splits
 from vaflow.datasets.videos import item_ids, read_csv
 from vaflow.errors import DataError, UsageError
 

@@ -5,10 +5,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from vaflow.demo.curves import Key, random_intervals, random_mood, smooth_curve, within
 from vaflow.demo.face import express, random_person
 from vaflow.demo.scenario import DemoConfig, Scene, demo_clips
-from vaflow.demo.voice import SAMPLE_RATE, random_speaker, speak
+from vaflow.demo.voice import (
+    SAMPLE_RATE,
+    Key,
+    random_intervals,
+    random_mood,
+    random_speaker,
+    smooth_curve,
+    speak,
+    within,
+)
 
 
 class Fixed:

@@ -20,16 +20,24 @@ from vaflow.datasets import Clip, open_dataset
 from vaflow.errors import FingerprintError, VaflowError, WeightsError
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.container import frame_times
+from vaflow.extract.extraction import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
 from vaflow.extract.faces import detection_torch
-from vaflow.extract.faces.alignment import align, decode_jpeg
-from vaflow.extract.faces.detection import HELD_BYTES, Cells, CenterFace, decode_cells, find_faces, model_path, shrunk
+from vaflow.extract.faces.detection import (
+    HELD_BYTES,
+    Cells,
+    CenterFace,
+    align,
+    decode_cells,
+    decode_jpeg,
+    find_faces,
+    model_path,
+    shrunk,
+)
 from vaflow.extract.faces.detection_torch import TorchDetector
-from vaflow.extract.messages import Detect, Detected, Done, Failed, Job, Message
 from vaflow.extract.plan import make_plan
-from vaflow.extract.pool import WorkerPool
-from vaflow.extract.ray_node import Member
+from vaflow.extract.pool import Detect, Done, Failed, Job, Message, WorkerPool
+from vaflow.extract.ray_engine import Member
 from vaflow.extract.streams import faces_identity, tracker_identity
-from vaflow.extract.summary import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
 from vaflow.extract.video import frames_at
 from vaflow.extract.worker import run_job
 
@@ -263,8 +271,8 @@ def questions(pool: WorkerPool) -> Iterator[tuple[Message, int]]:
         count = 0 if last else count
 
 
-def no_faces(job: int, count: int) -> Detected:
-    return Detected(job, tuple(nothing(range(count))))
+def no_faces(count: int) -> tuple[Cells, ...]:
+    return tuple(nothing(range(count)))
 
 
 def the_worker() -> multiprocessing.process.BaseProcess:
@@ -276,13 +284,13 @@ def the_worker() -> multiprocessing.process.BaseProcess:
 def test_a_worker_killed_while_waiting_fails_only_its_clip(clips: Path, seconds: float) -> None:
     """The answer arrives before or after the death is detected."""
     ends: list[Done | Failed] = []
-    with WorkerPool(asking(clips, "obama.mp4", "carphone.mp4"), 1) as pool:
+    with WorkerPool(asking(clips, "obama.mp4", "carphone.mp4"), 1, run_job) as pool:
         for message, count in questions(pool):
             if count:
                 if message.job == 0:
                     the_worker().kill()
                     time.sleep(seconds)
-                pool.answer(no_faces(message.job, count))
+                pool.answer(message.job, no_faces(count))
             elif isinstance(message, Done | Failed):
                 ends.append(message)
     failed, done = ends
@@ -293,12 +301,12 @@ def test_a_worker_killed_while_waiting_fails_only_its_clip(clips: Path, seconds:
 
 def test_a_worker_waiting_for_a_detection_is_not_a_hang(clips: Path) -> None:
     waited = 0
-    with WorkerPool(asking(clips, "carphone.mp4"), 1, item_timeout=1.0) as pool:
+    with WorkerPool(asking(clips, "carphone.mp4"), 1, run_job, item_timeout=1.0) as pool:
         for message, count in questions(pool):
             if count:
                 time.sleep(0 if waited else 3.0)
                 waited += 1
-                pool.answer(no_faces(message.job, count))
+                pool.answer(message.job, no_faces(count))
     assert isinstance(message, Done)
     assert waited > 1
 
@@ -306,11 +314,11 @@ def test_a_worker_waiting_for_a_detection_is_not_a_hang(clips: Path) -> None:
 def test_a_worker_that_does_not_read_its_detection_is_a_hang(clips: Path) -> None:
     """The worker stops reading while an answer larger than the pipe is sent; killing it releases the sender."""
     large = Cells(np.zeros((10**5, 2), np.int64), np.zeros((15, 10**5), np.float32))
-    with WorkerPool(asking(clips, "carphone.mp4"), 1, item_timeout=1.0) as pool:
+    with WorkerPool(asking(clips, "carphone.mp4"), 1, run_job, item_timeout=1.0) as pool:
         for message, count in questions(pool):
             if count:
                 os.kill(the_worker().pid or 0, signal.SIGSTOP)
-                pool.answer(Detected(message.job, (large,) * count))
+                pool.answer(message.job, (large,) * count)
     assert isinstance(message, Failed)
     assert message.error == "WorkerHung"
 

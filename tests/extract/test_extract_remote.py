@@ -16,7 +16,7 @@ from vaflow.cache.storage import VARIABLE
 from vaflow.datasets import open_dataset
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
-from vaflow.extract.summary import Summary
+from vaflow.extract.plan import Summary
 from vaflow.train.config import TrainConfig
 from vaflow.train.runs import require_record
 from vaflow.train.training import evaluate_run, train_run

@@ -20,9 +20,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vaflow.encoders import build_encoder
-from vaflow.extract.batching import FixedBatcher
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.engine import make_encoders
+from vaflow.extract.encoding import FixedBatcher, make_encoders
 
 CUDA = torch.device("cuda")
 

@@ -14,14 +14,23 @@ from vaflow.cache import open_cache
 from vaflow.cli import main
 from vaflow.datasets import Clip
 from vaflow.errors import MediaError, UsageError
-from vaflow.extract import worker
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.messages import AudioBlock, Done, Failed
-from vaflow.extract.pool import QUEUED_MESSAGES, Call, WorkerPool, call, each
+from vaflow.extract.pool import (
+    QUEUED_MESSAGES,
+    AudioBlock,
+    Call,
+    Done,
+    Failed,
+    Send,
+    Work,
+    WorkerPool,
+    call,
+    each,
+    serve,
+)
 from vaflow.process import BEAT_SECONDS, ChildProcess, beat, listening
 
 TIMEOUT = 3.0
-Send = Callable[[Any], None]
 
 
 def _hang_at_two(number: int) -> int:
@@ -38,7 +47,7 @@ def _beat_for_long(seconds: float) -> str:
     return "done"
 
 
-def _talk(task: Call, send: Send) -> None:
+def _talk(task: Call, send: Send, _: object) -> None:
     """More data than the pipe and the queue hold."""
     for _ in range(4 * QUEUED_MESSAGES):
         send(AudioBlock(task.number, np.zeros(20_000, np.float32)))
@@ -62,7 +71,7 @@ def test_slow_work_with_heartbeats_is_not_a_hang() -> None:
 
 def test_a_worker_waiting_for_the_parent_is_not_a_hang() -> None:
     """The queue is full and the worker blocks in `send` for longer than the limit."""
-    with WorkerPool([Call(0, len, ())], 1, item_timeout=TIMEOUT, work=_talk) as pool:
+    with WorkerPool([Call(0, len, ())], 1, _talk, item_timeout=TIMEOUT) as pool:
         messages = iter(pool)
         next(messages)
         time.sleep(2.5 * TIMEOUT)
@@ -131,16 +140,13 @@ def test_the_time_limit_must_be_a_number_of_seconds(seconds: float) -> None:
         ExtractConfig(item_timeout=seconds)
 
 
-def _serve_and_hang(pipe: Any) -> None:
-    run_job = worker.run_job
-
+def _serve_and_hang(pipe: Any, run_job: Work) -> None:
     def stuck(job: Any, send: Send, ask: Any = None) -> None:
         if job.clip.id == "stuck":
             time.sleep(3600)
         run_job(job, send, ask)
 
-    worker.run_job = stuck
-    worker.serve(pipe)
+    serve(pipe, stuck)
 
 
 def test_the_command_lists_a_hung_clip_and_exits_with_3(

@@ -10,7 +10,7 @@ from tiny_extraction import run
 from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
 from vaflow.extract import plan, streams, video
-from vaflow.extract.audio_activity import ends_in_a_short_step, step_valid
+from vaflow.extract.audio import ends_in_a_short_step, step_valid
 from vaflow.extract.config import ExtractConfig
 from vaflow.timeline import Grid
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-MODULES = ("video", "audio", "image_folders", "faces", "faces.detection", "sources", "worker")
+MODULES = ("video", "audio", "faces", "faces.detection", "sources", "worker")
 HEAVY = ("torch", "cv2", "transformers", "open_clip", "matplotlib", "scipy")
 
 
@@ -21,8 +21,8 @@ import numpy as np
 from vaflow.extract.faces.detection import CenterFace
 from vaflow.extract.faces.detection import Face
 from vaflow.extract.faces.tracking import PersonTracker
-from vaflow.extract.faces.alignment import align
-from vaflow.extract.faces.alignment import encode_jpeg
+from vaflow.extract.faces.detection import align
+from vaflow.extract.faces.detection import encode_jpeg
 picture = np.zeros((64, 64, 3), np.uint8)
 PersonTracker().update(CenterFace().detect(picture), 0.0)
 encode_jpeg(align(picture, Face((8, 8, 40, 40), 0.9, np.random.default_rng(0).uniform(10, 40, (5, 2)))))

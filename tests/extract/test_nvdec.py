@@ -18,13 +18,12 @@ from make_media import VideoTrack, read_number, write_media
 
 from vaflow.datasets.clip import Clip
 from vaflow.errors import MediaError, UsageError, VaflowError
-from vaflow.extract import nvdec
+from vaflow.extract import video
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.container import frame_times
-from vaflow.extract.messages import Face, Failed, Job
-from vaflow.extract.nvdec import AT_ONCE, check_parity, frames_on_gpu, import_torchcodec, require_nvdec
+from vaflow.extract.pool import Face, Failed, Job
 from vaflow.extract.streams import stream_infos
-from vaflow.extract.video import to_rgb
+from vaflow.extract.video import AT_ONCE, check_parity, frames_on_gpu, import_torchcodec, require_nvdec, to_rgb
 from vaflow.extract.worker import run_job
 
 CUDA = "cuda:0"
@@ -169,7 +168,7 @@ def test_a_missing_gpu_package_or_ffmpeg_is_reported(stand_in: type[StandIn], mo
         import_torchcodec()
     monkeypatch.setitem(sys.modules, "torchcodec", None)
     with pytest.raises(UsageError, match=r"nvdec\]"):
-        nvdec.nvdec_identity()
+        video.nvdec_identity()
 
 
 def test_the_command_line_option_works(lab: Lab, tmp_path: Path, numbered: Path) -> None:

@@ -15,7 +15,7 @@ from vaflow.cache import Cache, open_cache
 from vaflow.datasets import open_dataset
 from vaflow.errors import FingerprintError
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.summary import Summary
+from vaflow.extract.plan import Summary
 from vaflow.timeline import nearest
 
 

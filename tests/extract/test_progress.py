@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vaflow.extract.summary import Extracted, OutcomeRecorder, Summary
+from vaflow.extract.plan import Extracted, OutcomeRecorder, Summary
 from vaflow.items import FailureLog
 
 

@@ -21,12 +21,9 @@ from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import UsageError, VaflowError
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.engine import carry_out
 from vaflow.extract.faces.people import no_faces
-from vaflow.extract.plan import PendingClip
-from vaflow.extract.ray_engine import ATTEMPTS, Team, places
-from vaflow.extract.ray_node import Prepared, Report
-from vaflow.extract.summary import Extracted, Summary
+from vaflow.extract.plan import Extracted, PendingClip, Summary, carry_out
+from vaflow.extract.ray_engine import ATTEMPTS, Prepared, Report, Team, places
 from vaflow.process import QUIET
 
 LABELS = StreamInfo("labels", "labels", 0, "float32", {"encoder": "toy"})

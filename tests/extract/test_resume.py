@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,8 @@ from tiny_extraction import CONFIG, run
 
 from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
-from vaflow.extract import worker
-from vaflow.extract.messages import Done, Failed
-from vaflow.extract.pool import WorkerPool
+from vaflow.extract.pool import Ask, Done, Failed, Job, Send, Work, WorkerPool, serve
+from vaflow.extract.worker import run_job
 
 
 @pytest.fixture(scope="module")
@@ -43,27 +43,23 @@ def test_a_worker_death_fails_one_clip(
     assert run(open_dataset(many, "videos"), tmp_path / "cache", tiny_pair).extracted == 1
 
 
-def _serve_and_die_at_clip05(pipe: object) -> None:
+def _serve_and_die_at_clip05(pipe: Connection, run_job: Work) -> None:
     """At module level, so that a spawned process can import it."""
-    run_job = worker.run_job
 
-    def deadly(job: object, send: object, ask: object = None) -> None:
-        if job.clip.id == "clip05":  # type: ignore[attr-defined]
+    def deadly(job: Job, send: Send, ask: Ask) -> None:
+        if job.clip.id == "clip05":
             os.kill(os.getpid(), signal.SIGKILL)
-        run_job(job, send, ask)  # type: ignore[arg-type]
+        run_job(job, send, ask)
 
-    worker.run_job = deadly
-    worker.serve(pipe)  # type: ignore[arg-type]
+    serve(pipe, deadly)
 
 
 def test_leaving_the_pool_early_stops_its_processes(many: Path) -> None:
     import multiprocessing
 
-    from vaflow.extract.messages import Job
-
     clips = open_dataset(many, "videos").clips
     jobs = [Job(n, clip, CONFIG.grid, True, True, "auto", (), False) for n, clip in enumerate(clips)]
-    with WorkerPool(jobs, 2) as pool:
+    with WorkerPool(jobs, 2, run_job) as pool:
         for message in pool:
             assert not isinstance(message, Failed)
             if isinstance(message, Done):

@@ -16,9 +16,9 @@ from vaflow.encoders.vggish import VGGISH_MEL
 from vaflow.extract import extraction
 from vaflow.extract.audio import decode_audio
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.messages import Job
 from vaflow.extract.pipeline import extract_with
-from vaflow.extract.summary import Summary
+from vaflow.extract.plan import Summary
+from vaflow.extract.pool import Job
 
 WINDOW, STRIDE, STEPS, STEP = 2.0, 1.0, 4, 0.5
 

@@ -9,7 +9,7 @@ import torch
 from vaflow.cache import open_cache
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
-from vaflow.extract.audio_activity import SpeechMeter, speech_frames
+from vaflow.extract.audio import SpeechMeter, speech_frames
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
 
@@ -30,7 +30,7 @@ def test_speech_is_clearly_louder_than_the_background() -> None:
 def test_blocks_of_any_size_give_the_same_speech(size: int) -> None:
     rng = np.random.default_rng(0)
     samples = (rng.normal(size=3 * RATE) * np.repeat([0.001, 0.1, 0.001], RATE)).astype(np.float32)
-    meter = SpeechMeter(RATE)
+    meter = SpeechMeter()
     for start in range(0, len(samples), size):
         meter.push(samples[start : start + size])
     speech = meter.finish()

@@ -15,8 +15,8 @@ from vaflow.datasets import Clip, open_dataset
 from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import MediaError
 from vaflow.extract.doctor.check import check_dataset
-from vaflow.extract.image_folders import list_stills, open_stills, stills_at, stills_identity
-from vaflow.extract.messages import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Failed, Job, Message
+from vaflow.extract.pool import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Failed, Job, Message
+from vaflow.extract.sources import list_stills, open_stills, stills_at, stills_identity
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 

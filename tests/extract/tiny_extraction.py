@@ -9,7 +9,7 @@ from vaflow.cache import Cache
 from vaflow.datasets import Dataset
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
-from vaflow.extract.summary import Summary
+from vaflow.extract.plan import Summary
 
 CPU = torch.device("cpu")
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=2)

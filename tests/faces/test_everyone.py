@@ -19,8 +19,7 @@ from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.errors import UsageError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
-from vaflow.extract.plan import is_divided
-from vaflow.extract.summary import Summary
+from vaflow.extract.plan import Summary, is_divided
 from vaflow.items import clip_and_person
 from vaflow.predict import items_of
 

@@ -18,7 +18,7 @@ HOW = {  # name -> signal, receiver, exit code, message
 }
 EXTRACTING = {  # stage -> function and the index of its call
     "scanning": ("vaflow.datasets.open_dataset", 1),
-    "planning": ("vaflow.extract.engine.make_plan", 1),
+    "planning": ("vaflow.extract.plan.make_plan", 1),
     "decoding": ("vaflow.extract.assembly.ClipAssembly.take", 2),
     "encoding images": ("vaflow.encoders.clip.ClipEncoder.encode", 2),
     "encoding audio": ("vaflow.encoders.vggish.VggishEncoder.encode", 1),

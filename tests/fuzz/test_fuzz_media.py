@@ -7,8 +7,7 @@ import pytest
 from fuzz_media import MUTATIONS, Case, Result, damaged, read_case
 from fuzz_seeds import SEEDS, write_seeds
 
-from vaflow.extract.messages import Failed
-from vaflow.extract.pool import each
+from vaflow.extract.pool import Failed, each
 
 ORDINARY, LONG = 100, 2000
 HANG = 60.0  # seconds

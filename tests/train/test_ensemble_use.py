@@ -14,7 +14,7 @@ from vaflow.cli import main
 from vaflow.datasets import Dataset
 from vaflow.errors import UsageError
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.summary import Summary
+from vaflow.extract.plan import Summary
 from vaflow.predict import PredictConfig, predict_media
 from vaflow.provenance import find_provenance
 from vaflow.timeline import Grid

@@ -187,7 +187,7 @@ def splits(output: Output, cache: CachePath, table: SplitTable, dry_run: DryRun 
     """
     from vaflow.cache import open_cache
     from vaflow.cache.maintenance import change_splits
-    from vaflow.datasets.splits import read_splits
+    from vaflow.datasets.files import read_splits
 
     listed = read_splits(table)
     if "split" not in listed:

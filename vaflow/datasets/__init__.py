@@ -5,11 +5,10 @@ Readers report all problems of a file in one error. A value of -5 marks an unann
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from vaflow.datasets import afew_va, affwild2, muse, recola, sewa, videos
-from vaflow.datasets.clip import SPLITS, Annotation, Clip, Dataset, Note
+from vaflow.datasets import afew_va, affwild2, recordings, videos
+from vaflow.datasets.clip import SPLITS, Annotation, Clip, Dataset, Layout, Note
 from vaflow.datasets.files import entries, listing
 from vaflow.datasets.labels import DimensionLabels, merge_dimensions
 from vaflow.errors import UsageError, explain
@@ -21,11 +20,14 @@ READERS: dict[str, Callable[[Path], Annotation]] = {
     "affwild2": affwild2.read_affwild2,
     "csv": videos.read_csv,
     "afew-va": afew_va.read_afew_va,
-    "sewa": sewa.read_sewa,
+    "sewa": recordings.read_sewa,
 }
 
 # ... and with one file per clip and dimension.
-DIMENSION_READERS: dict[str, Callable[[Path], DimensionLabels]] = {"recola": recola.read_recola, "muse": muse.read_muse}
+DIMENSION_READERS: dict[str, Callable[[Path], DimensionLabels]] = {
+    "recola": recordings.read_recola,
+    "muse": recordings.read_muse,
+}
 AUTO = "auto"
 log = logging.getLogger(__name__)
 
@@ -50,28 +52,13 @@ def read_annotation(clip: Clip, person: int = 0) -> Annotation | None:
     return READERS[clip.label_format](clip.labels)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How one kind of folder is read.
-
-    Attributes:
-        looks_for: what `detect` needs to find, for messages.
-        detect: root -> why it may be of this layout, or None.
-        scan: root -> clips in any order, and notes.
-    """
-
-    looks_for: str
-    detect: Callable[[Path], str | None]
-    scan: Callable[[Path], tuple[list[Clip], list[Note]]]
-
-
 # In the order in which `auto` tries them: specific layouts first.
 LAYOUTS: dict[str, Layout] = {
     "affwild2": Layout(affwild2.LOOKS_FOR, affwild2.detect, affwild2.scan),
     "afew-va": Layout(afew_va.LOOKS_FOR, afew_va.detect, afew_va.scan),
-    "recola": Layout(recola.LOOKS_FOR, recola.detect, recola.scan),
-    "sewa": Layout(sewa.LOOKS_FOR, sewa.detect, sewa.scan),
-    "muse": Layout(muse.LOOKS_FOR, muse.detect, muse.scan),
+    "recola": recordings.RECOLA,
+    "sewa": recordings.SEWA,
+    "muse": recordings.MUSE,
     "videos": Layout(videos.LOOKS_FOR, videos.detect, videos.scan),
 }
 

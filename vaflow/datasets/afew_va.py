@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from vaflow.datasets.clip import Annotation, Clip, Note
-from vaflow.datasets.files import LeftOut, examples, head, walk
+from vaflow.datasets.files import LeftOut, assign, examples, head, walk
 from vaflow.datasets.labels import MAX_FRAME, TARGETS, read_bytes, unusable
-from vaflow.datasets.splits import assign
 from vaflow.errors import DataError
 
 LOOKS_FOR = "folders that hold numbered images and a .json of labels each"

@@ -1,5 +1,6 @@
-"""The records of a data set: clips, their annotations, and notes about what a scan decided or left out."""
+"""The records of a data set: clips, annotations, notes about what a scan decided or left out, and layouts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -96,3 +97,18 @@ class Dataset:
     layout: str
     clips: tuple[Clip, ...]
     notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of folder is read.
+
+    Attributes:
+        looks_for: what `detect` needs to find, for messages.
+        detect: root -> why it may be of this layout, or None.
+        scan: root -> clips in any order, and notes.
+    """
+
+    looks_for: str
+    detect: Callable[[Path], str | None]
+    scan: Callable[[Path], tuple[list[Clip], list[Note]]]

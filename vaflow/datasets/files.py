@@ -1,19 +1,21 @@
-"""Walk the folders of a data set: file kinds by extension, safe names, and a list of everything unused.
+"""The files of a data set: folders, kinds by extension, safe names, text tables, and the list of splits.
 
-A name that cannot be used does not end a scan: it is recorded in `LeftOut`, which becomes notes.
+A name that cannot be used does not end a scan: it is recorded in `LeftOut`, which becomes notes. `splits.csv` gives the
+split of each item, and optionally its group (source video, speaker) and further columns.
 """
 
 import codecs
+import csv
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from vaflow.datasets.clip import Note
-from vaflow.errors import DataError, explain
+from vaflow.datasets.clip import SPLITS, Note
+from vaflow.errors import DataError, UsageError, VaflowError, explain
 
 # Common containers that FFmpeg opens. Other files are ignored, counted and listed.
 # fmt: off
@@ -31,6 +33,9 @@ AUDIO_SUFFIXES = (
 LARGEST_TEXT = 64 * 2**20  # bytes of a file of labels, splits or names: a day of frames has a tenth of that
 DEPTH = 4  # `<archive>/<task>/label_segments/arousal/`: releases nest their folders one or two deeper than others
 
+SPLITS_FILE = "splits.csv"
+
+_COLUMNS = ("name", "split", "group")  # of this file
 _LONGEST_NAME = 255  # bytes
 _SHOWN_NAME = 100
 _HEAD = 4096  # bytes
@@ -210,3 +215,123 @@ def examples(names: Sequence[str], shown: int = 5) -> str:
     """The first few names, and how many more there are."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def read_table(path: Path, kind: str, failure: type[VaflowError]) -> tuple[str, list[tuple[int, list[str]]]]:
+    """The separator of a table, and (number, cells) of every row that is not empty; `kind`: what it is, for messages.
+
+    Raises:
+        failure: the file cannot be read, or is not a table in text.
+    """
+    if (problem := size_problem(path)) is not None:
+        raise failure(explain(f"Cannot read {path}", expected=kind, got=problem))
+    try:
+        with open_text(path) as file:
+            separator = separator_of(file.readline())
+            file.seek(0)  # csv reads the file itself, because a quoted cell may hold a line break
+            rows = enumerate(csv.reader(file, delimiter=separator), 1)
+            return separator, [(number, [cell.strip() for cell in row]) for number, row in rows if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise failure(explain(f"Cannot read {path}", expected=f"{kind} in UTF-8 text", got=error)) from error
+
+
+def separator_of(header: str) -> str:
+    """Return the separator of a table, from its first line: a semicolon, a tab, or else a comma."""
+    return next((mark for mark in (";", "\t") if mark in header and "," not in header), ",")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Splits and groups by item id; items without one are left out. `columns`: further columns, by item id."""
+
+    splits: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+
+
+def read_splits(path: Path) -> dict[str, dict[str, str]]:
+    """The columns of a `splits.csv`, in lower case, each as name -> cell; empty cells are left out.
+
+    It has the column `name`, and `split` or `group` or both.
+
+    Raises:
+        UsageError: the file is not such a table, names an unknown split, or gives one name two splits or groups;
+            every problem is listed with its line.
+    """
+    _, rows = read_table(path, "a list of splits", UsageError)
+    header = [cell.lower() for cell in rows[0][1]] if rows else []
+    if "name" not in header or not {"split", "group"} & set(header) or len(set(header)) != len(header):
+        got = f"{','.join(header)!r}" if rows else "an empty file"
+        raise UsageError(explain(f"{path} is not a list of splits", expected="the header 'name,split'", got=got))
+    columns: dict[str, dict[str, str]] = {column: {} for column in header}
+    problems = []
+    for number, row in rows[1:]:
+        if len(row) != len(header):
+            problems.append(f"line {number} has {len(row)} columns")
+            continue
+        cells = dict(zip(header, row, strict=True))
+        if "split" in cells:
+            cells["split"] = cells["split"].lower()
+            if cells["split"] not in SPLITS:
+                problems.append(f"line {number} has the split {row[header.index('split')]!r}")
+                continue
+        for column, cell in cells.items():
+            if cell and columns[column].setdefault(cells["name"], cell) != cell and column in _COLUMNS:
+                before = columns[column][cells["name"]]
+                problems.append(f"line {number} puts {cells['name']!r} into {cell}, an earlier line into {before}")
+    if problems:
+        got = examples(problems, shown=10)
+        expected = f"{len(header)} columns a line"
+        raise UsageError(explain(f"{path} has mistakes", expected=expected, got=got, choices=SPLITS))
+    return columns
+
+
+def assign(
+    root: Path,
+    names: Collection[tuple[str, str]],
+    defaults: Mapping[str, str] | None = None,
+    *,
+    used: Collection[str] = (),
+) -> Assignment:
+    """Splits and groups of items from `root/splits.csv`, whose names are item ids or paths with their extension.
+
+    Args:
+        root: folder of the list; without a list, `defaults` alone count.
+        names: (item id, path below the root with extension) of every item.
+        defaults: item id -> split, for items that the list omits.
+        used: further columns that the caller uses; other ones are warned about.
+
+    Returns:
+        The assignment, with notes on names that fit no item, items without a split, and unknown columns.
+
+    Raises:
+        UsageError: the list has mistakes, or gives an item one split by its id and another by its path.
+    """
+    splits = dict(defaults or {})
+    if not (root / SPLITS_FILE).is_file():
+        return Assignment(splits)
+    listed = read_splits(root / SPLITS_FILE)
+    columns: dict[str, dict[str, str]] = {column: {} for column in listed}
+    for item, path in names:
+        for column, cells in listed.items():
+            values = {name: cells[name] for name in dict.fromkeys((item, path)) if name in cells}
+            if column in ("split", "group") and len(set(values.values())) > 1:
+                got = ", ".join(f"{name!r} in {value}" for name, value in values.items())
+                raise UsageError(explain(f"{SPLITS_FILE} gives one item two {column}s", expected="one", got=got))
+            if values:
+                columns[column][item] = next(iter(values.values()))
+    splits |= columns.get("split", {})
+    notes = []
+    known = {name for pair in names for name in pair}
+    if unknown := sorted(listed["name"].keys() - known):
+        message = f"{SPLITS_FILE} names unknown items: {examples(unknown)}"
+        notes.append(Note("warning", "split-unknown-name", "", message, "Correct the names, or add the files"))
+    if "split" in listed and (missing := sorted(item for item, _ in names if item not in splits)):
+        message = f"{SPLITS_FILE} gives no split to: {examples(missing)}"
+        notes.append(Note("warning", "split-missing", "", message, f"Add them to {SPLITS_FILE}"))
+    if strange := [column for column in listed if column not in (*_COLUMNS, *used)]:
+        message = f"Columns of {SPLITS_FILE} that are not used: {examples(strange)}"
+        remedy = "Name the column 'group' if its clips must stay in one fold"
+        notes.append(Note("warning", "split-unknown-column", "", message, remedy))
+    return Assignment(splits, columns.get("group", {}), columns, tuple(notes))

@@ -1,6 +1,5 @@
 """Read label files (one error names every problem of a file), and put their annotations on the frame clock."""
 
-import csv
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import Annotation
-from vaflow.datasets.files import open_text, size_problem, text_encoding
-from vaflow.errors import DataError, VaflowError, explain
+from vaflow.datasets.files import size_problem, text_encoding
+from vaflow.errors import DataError, explain
 from vaflow.timeline import extend, median_interval, nearest
 
 TARGETS = ("valence", "arousal")
@@ -136,29 +135,18 @@ class LabelFile:
             return np.nan
         return number
 
-    def frames(self, cells: Iterable[tuple[int, str]]) -> NDArray[np.int64]:
-        """Frame numbers of (line, cell), which must ascend."""
-        numbers, last = [], -1
-        for line, cell in cells:
-            if not re.fullmatch(r"\d{1,9}", cell, re.ASCII) or int(cell) > MAX_FRAME:
-                self.problems.add(f"not a frame number (whole, from 0 to {MAX_FRAME})", line, cell or "empty")
-                continue
-            if int(cell) <= last:
-                self.problems.add("frame does not come after the one before", line, cell)
-            last = int(cell)
-            numbers.append(last)
-        return np.array(numbers, np.int64)
-
-    def times(self, cells: Iterable[tuple[int, str]], unit: str = "seconds") -> NDArray[np.float64]:
-        """Times of (line, cell) in the file's `unit` ("seconds" or "milliseconds"), which must ascend."""
+    def stamps(self, cells: Iterable[tuple[int, str]], unit: str) -> NDArray[np.float64]:
+        """Frame numbers or times of (line, cell), which must ascend; `unit`: "frames", "seconds" or "milliseconds"."""
+        most = {"frames": MAX_FRAME, "seconds": MAX_SECONDS, "milliseconds": 1000 * MAX_SECONDS}[unit]
+        kind, form = ("frame", "frame number (whole") if unit == "frames" else ("time", f"time ({unit}")
         numbers, last = [], -np.inf
-        most = MAX_SECONDS * (1000 if unit == "milliseconds" else 1)
         for line, cell in cells:
-            if not is_number(cell) or not 0 <= float(cell) <= most:
-                self.problems.add(f"not a time ({unit}, from 0 to {most:.0f})", line, cell or "empty")
+            plain = re.fullmatch(r"\d{1,9}", cell, re.ASCII) is not None if unit == "frames" else is_number(cell)
+            if not plain or not 0 <= float(cell) <= most:
+                self.problems.add(f"not a {form}, from 0 to {most:.0f})", line, cell or "empty")
                 continue
             if float(cell) <= last:
-                self.problems.add("time does not come after the one before", line, cell)
+                self.problems.add(f"{kind} does not come after the one before", line, cell)
             last = float(cell)
             numbers.append(last)
         return np.array(numbers, np.float64)
@@ -173,7 +161,7 @@ class LabelFile:
         separator: str = ",",
         missing: Collection[str] = EMPTY,
         stated: str = "",
-    ) -> tuple[NDArray[np.float64] | NDArray[np.int64], NDArray[np.float32], NDArray[np.float64] | None]:
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.float64] | None]:
         """The clock [N], values [N, K] and numbers of the column `stated` [N] (None without it) of a whole table.
 
         Args:
@@ -193,7 +181,7 @@ class LabelFile:
             if stated:
                 cell = cells[names.index(stated)]
                 numbers.append(float(cell) if is_number(cell) else np.nan)
-        at = self.frames(stamps) if clock == "frame" else self.times(stamps)
+        at = self.stamps(stamps, "frames" if clock == "frame" else "seconds")
         self.check(len(values))
         return at, np.array(values, np.float32), np.array(numbers, np.float64) if stated else None
 
@@ -219,33 +207,10 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(explain(f"Cannot read the labels {path}", got=error.strerror or str(error))) from error
 
 
-def read_table(path: Path, kind: str, failure: type[VaflowError]) -> tuple[str, list[tuple[int, list[str]]]]:
-    """The separator of a table, and (number, cells) of every row that is not empty; `kind`: what it is, for messages.
-
-    Raises:
-        failure: the file cannot be read, or is not a table in text.
-    """
-    if (problem := size_problem(path)) is not None:
-        raise failure(explain(f"Cannot read {path}", expected=kind, got=problem))
-    try:
-        with open_text(path) as file:
-            separator = separator_of(file.readline())
-            file.seek(0)  # csv reads the file itself, because a quoted cell may hold a line break
-            rows = enumerate(csv.reader(file, delimiter=separator), 1)
-            return separator, [(number, [cell.strip() for cell in row]) for number, row in rows if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise failure(explain(f"Cannot read {path}", expected=f"{kind} in UTF-8 text", got=error)) from error
-
-
 def unusable(path: Path, expected: str, got: object) -> DataError:
     """The error for a label file: its expected form, and all its problems."""
     remedy = "Correct the file, or remove it to use the clip without labels"
     return DataError(explain(f"The labels {path} cannot be used", expected=expected, got=got, remedy=remedy))
-
-
-def separator_of(header: str) -> str:
-    """Return the separator of a table, from its first line: a semicolon, a tab, or else a comma."""
-    return next((mark for mark in (";", "\t") if mark in header and "," not in header), ",")
 
 
 def split_cells(line: str, separator: str = ",") -> list[str]:

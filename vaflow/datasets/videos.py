@@ -18,9 +18,19 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.datasets.clip import Annotation, Clip, Note
-from vaflow.datasets.files import LeftOut, entries, examples, is_audio, is_folder, is_regular, is_video
-from vaflow.datasets.labels import TARGETS, LabelFile, separator_of, split_cells
-from vaflow.datasets.splits import SPLITS_FILE, assign
+from vaflow.datasets.files import (
+    SPLITS_FILE,
+    LeftOut,
+    assign,
+    entries,
+    examples,
+    is_audio,
+    is_folder,
+    is_regular,
+    is_video,
+    separator_of,
+)
+from vaflow.datasets.labels import TARGETS, LabelFile, split_cells
 from vaflow.errors import DataError, explain
 from vaflow.items import clip_and_person, person_item
 
@@ -183,4 +193,4 @@ def read_csv(path: Path, names_of: Callable[[list[str]], list[str]] | None = Non
     both[:, [TARGETS.index(name) for name in targets]] = value
     if clock == "frame":
         return Annotation(value=both, frame=at.astype(np.int64), targets=targets, stated=stated)
-    return Annotation(value=both, time=at.astype(np.float64), targets=targets)
+    return Annotation(value=both, time=at, targets=targets)

@@ -11,8 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.demo.curves import Floats, Key, MoodAt, smooth_curve
-from vaflow.demo.voice import CONTROL_RATE
+from vaflow.demo.voice import CONTROL_RATE, Floats, Key, MoodAt, smooth_curve
 
 Image = NDArray[np.uint8]
 Points = NDArray[np.float64]

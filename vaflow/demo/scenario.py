@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.demo.curves import Bools, Floats, Key, Mood, random_intervals, random_mood, smooth_curve, within
 from vaflow.demo.face import SHIRTS, Colour, FaceArtist, Image, Pen, draw_room, express, random_person, shade
+from vaflow.demo.voice import Bools, Floats, Key, Mood, random_intervals, random_mood, smooth_curve, within
 from vaflow.errors import UsageError, explain
 
 VIDEO_KINDS = ("face", "noise")

@@ -30,10 +30,9 @@ from tqdm import tqdm
 
 from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
-from vaflow.demo.curves import Floats
 from vaflow.demo.face import Image
 from vaflow.demo.scenario import CLOCK, MUTE, SHORT_AUDIO, STEREO, DemoClip, DemoConfig, NoiseScene, Scene, demo_clips
-from vaflow.demo.voice import SAMPLE_RATE, Voice, noise_audio, speak
+from vaflow.demo.voice import SAMPLE_RATE, Floats, Voice, noise_audio, speak
 from vaflow.errors import UsageError, VaflowError, command, explain
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract

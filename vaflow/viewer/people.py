@@ -24,8 +24,16 @@ from vaflow.datasets import open_dataset
 from vaflow.datasets.files import examples, head
 from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.container import frame_times
-from vaflow.extract.faces.alignment import MAX_YAW, MIN_SCORE, MIN_SHARPNESS, MIN_SIZE, align, encode_jpeg
-from vaflow.extract.faces.detection import CenterFace, Face
+from vaflow.extract.faces.detection import (
+    MAX_YAW,
+    MIN_CLEAR_SCORE,
+    MIN_CLEAR_SIZE,
+    MIN_SHARPNESS,
+    CenterFace,
+    Face,
+    align,
+    encode_jpeg,
+)
 from vaflow.extract.faces.identity import open_network, resolve
 from vaflow.extract.faces.people import ClipFaces
 from vaflow.extract.video import frames_at
@@ -162,8 +170,8 @@ def clip_card(clip: FacesOfClip) -> ClipCard:
         mine = faces["person"] == number
         times = faces["time"][mine]
         clear = (
-            (faces["size"] >= MIN_SIZE)
-            & (faces["score"] >= MIN_SCORE)
+            (faces["size"] >= MIN_CLEAR_SIZE)
+            & (faces["score"] >= MIN_CLEAR_SCORE)
             & (faces["sharpness"] >= MIN_SHARPNESS)
             & (np.abs(faces["yaw"]) <= MAX_YAW)
         )

@@ -1,30 +1,34 @@
-"""Batching: rows of many clips -> batches of one fixed size -> the encoder -> each result back to its clip.
+"""The encoders of an extraction, and the batches that feed them.
 
-Every batch has the same size, the last one padded with zeros: half-precision results depend on the batch size, not on
-the other rows of the batch, so the cache does not depend on the order in which clips arrive. On a GPU the size can be
-measured on two trial batches; it is halved when a batch does not fit.
+Rows of many clips are collected into batches of one size, the last one padded with zeros, and each result goes back to
+its clip: half-precision results depend on the batch size, not on the other rows of the batch, so the cache does not
+depend on the order in which clips arrive. On a GPU the size can be measured on two trial batches; it is halved when a
+batch does not fit.
 """
 
-import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaflow.device import Stopwatch
-from vaflow.errors import VaflowError, explain, is_out_of_memory
+from vaflow.device import Encode, InParts, Stopwatch
+from vaflow.encoders import build_encoder
+from vaflow.encoders.base import AudioEncoder, VisualEncoder
+from vaflow.errors import VaflowError, explain
+from vaflow.extract.config import AUTO, ExtractConfig
+from vaflow.extract.faces.detection_torch import TorchDetector
 
-logger = logging.getLogger(__name__)
-
+BATCH_SIZES = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
+LARGEST = {"visual": 1024, "audio": 256}  # limit of measured sizes: larger batches gain nothing
 TRIAL = (4, 16)  # rows of two batches from which the memory per row is measured
 SHARE = 0.8  # of the free memory: allocators fragment, and other processes may use the GPU
 
 Deliver = Callable[[NDArray[np.float32]], None]
-Encode = Callable[[torch.Tensor], torch.Tensor]
 Measure = Callable[[NDArray[Any]], int]  # the first row -> rows per batch
 
 
@@ -83,46 +87,6 @@ def fitting(encode: Encode, device: torch.device, memory: Memory, row: NDArray[A
     fixed = max(0.0, low - small * each)
     rows = (memory.free() * SHARE / parts - fixed) / each
     return int(2 ** np.floor(np.log2(min(max(rows, 1), most))))
-
-
-class InParts:
-    """Encodes whole batches, or parts of them once a batch did not fit into the device's memory.
-
-    Args:
-        encode: [rows, ...] tensor on `device` -> [rows, ...] tensor on the same device.
-
-    Attributes:
-        size: rows encoded at once.
-    """
-
-    def __init__(self, encode: Encode, device: torch.device, size: int) -> None:
-        self._encode, self._device, self.size = encode, device, size
-
-    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        """Encode a batch.
-
-        Raises:
-            VaflowError: a single row does not fit.
-        """
-        while True:
-            try:
-                parts = [self._encode(part) for part in batch.split(self.size)]
-                return parts[0] if len(parts) == 1 else torch.cat(parts)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.size == 1:
-                    raise VaflowError(
-                        explain(
-                            "The device has too little memory for a batch of one row",
-                            got=(str(error) or type(error).__name__).splitlines()[0],
-                            remedy="Free the device or use another --device, then run the same command again to resume",
-                        )
-                    ) from error
-                self.size = max(1, self.size // 2)
-                if self._device.type == "cuda":
-                    torch.cuda.empty_cache()
-                logger.warning("Too little memory on %s: using batches of %d", self._device, self.size)
 
 
 class FixedBatcher:
@@ -218,3 +182,86 @@ class _Batch:
     receivers: list[Deliver]
     size: int
     work: Stopwatch
+
+
+def build_encoders(config: ExtractConfig, device: torch.device) -> tuple[list[VisualEncoder], list[AudioEncoder]]:
+    """Build every encoder named in the settings: visual ones, audio ones.
+
+    Raises:
+        WeightsError: weights are missing or do not fit.
+        VaflowError: the settings ask for compiled encoders, and this machine cannot compile.
+    """
+    named = [(name, "visual") for name in config.visual] + [(name, "audio") for name in config.audio]
+    options: dict[str, Any] = {"device": str(device), "precision": config.precision}
+    built = [build_encoder(name, weights=config.weights.get(name), kind=kind, **options) for name, kind in named]
+    if config.compile:
+        for encoder in built:
+            compile_network(encoder)
+    visual = [encoder for encoder in built if encoder.kind == "visual"]
+    audio = [encoder for encoder in built if encoder.kind == "audio"]
+    return visual, audio  # type: ignore[return-value]
+
+
+def compile_network(encoder: VisualEncoder | AudioEncoder) -> None:
+    """Have torch compile an encoder's network at its first batch; weights, identity and output shapes do not change.
+
+    Raises:
+        VaflowError: this machine cannot compile for the encoder's device.
+    """
+    parameters = next(encoder.module.parameters(), None)
+    if parameters is None:  # an ONNX graph, or openSMILE
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    device = parameters.device
+    try:  # a trial function: the networks are compiled only at their first full batch
+        torch.compile(torch.neg, dynamic=False)(torch.zeros(8, device=device))
+    except TorchDynamoException as error:
+        expected = "a C++ compiler" if device.type == "cpu" else "Triton, which comes with torch for CUDA"
+        got = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        problem, remedy = f"torch cannot compile for {device} here", "Install it, or run without --compile"
+        raise VaflowError(explain(problem, expected=expected, got=got, remedy=remedy)) from error
+    encoder.module.compile(dynamic=False)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Encoders by stream name, each with the batcher that feeds it; and the face detector on their device, if used."""
+
+    visual: dict[str, tuple[VisualEncoder, FixedBatcher]] = field(default_factory=dict)
+    audio: dict[str, tuple[AudioEncoder, FixedBatcher]] = field(default_factory=dict)
+    detector: TorchDetector | None = None
+
+    @property
+    def batchers(self) -> dict[str, FixedBatcher]:
+        """Stream name -> batcher, of both kinds."""
+        return {name: batcher for name, (_, batcher) in (*self.visual.items(), *self.audio.items())}
+
+
+def make_encoders(
+    config: ExtractConfig, device: torch.device, visual: list[VisualEncoder], audio: list[AudioEncoder]
+) -> Encoders:
+    """Give each encoder a batcher of the size given by the settings or the device.
+
+    An audio encoder that reads a window in several segments uses the batch size of images: each segment is small.
+    """
+    sizes = BATCH_SIZES[device.type]
+    parts = max(1, len(visual) + len(audio))
+
+    def batcher(encode: Encode, setting: int, kind: str) -> FixedBatcher:
+        if setting == AUTO and device.type == "cuda":
+            measure = partial(fitting, encode, device, CudaMemory(device), parts=parts, most=LARGEST[kind])
+            return FixedBatcher(encode, measure, device)
+        return FixedBatcher(encode, sizes[kind] if setting in (0, AUTO) else setting, device)
+
+    def audio_batcher(encoder: AudioEncoder) -> FixedBatcher:
+        encode = partial(encoder.encode, window=config.window, steps=config.audio_steps)
+        if len(encoder.segments(config.window, config.audio_steps).first) == 1:
+            return batcher(encode, config.window_batch, "audio")
+        return batcher(encode, config.image_batch, "visual")
+
+    return Encoders(
+        {e.name: (e, batcher(e.encode, config.image_batch, "visual")) for e in visual},
+        {e.name: (e, audio_batcher(e)) for e in audio},
+        TorchDetector(device) if config.detector == "torch" and config.face_source != "none" else None,
+    )
