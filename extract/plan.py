@@ -79,7 +79,9 @@ def make_plan(
     agree, or their contents do. With `rehash`, contents are always compared.
     """
     mine = shard_clips(clips, shard)
-    stamps = {name: _stamps(cache, name, mine) for name in infos}
+    stamps = {name: cache.source_stamps(name) for name in infos}  # item -> stamp of its sources
+    for name in filter(cache.has_damage, infos):  # "" for a damaged record, which raises when it is needed
+        stamps[name] |= {c.id: "" for c in mine if c.id not in stamps[name] and cache.has(name, c.id)}
     misread = _misread(cache, infos, stamps, mine)
     images = [info.identity.get("picture", {}) for info in infos.values() if info.kind in ("visual", "pixels")]
     faces: dict[str, Any] = images[0].get("faces", {}) if images else {}
@@ -128,14 +130,6 @@ def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:
         if part == shard.index:
             mine.append(clip)
     return mine
-
-
-def _stamps(cache: Cache, stream: str, clips: Iterable[Clip]) -> dict[str, str]:
-    """Item -> stamp of its sources; "" for a damaged record, which raises when it is needed."""
-    stamps = cache.source_stamps(stream)
-    if cache.has_damage(stream):
-        stamps |= {clip.id: "" for clip in clips if clip.id not in stamps and cache.has(stream, clip.id)}
-    return stamps
 
 
 def _task(

@@ -346,7 +346,11 @@ def frames_on_gpu(path: Path, targets: Ints, times: Floats, device: str) -> Iter
         if media.pixel_aspect != 1:
             raise _undecodable(path, f"pixels that are not square ({media.pixel_aspect})")
     try:
-        decoder = _open_decoder(path, stream, device)
+        decoders = import_torchcodec().decoders
+        with decoders.set_cuda_backend("beta"):  # NVDEC itself; later versions take the name for their default
+            decoder = decoders.VideoDecoder(str(path), stream_index=stream, dimension_order="NHWC", device=device)
+        if decoder.cpu_fallback:  # decoded on the CPU by code that the fingerprint does not name
+            raise _undecodable(path, str(decoder.cpu_fallback))
         for begin in range(0, len(targets), AT_ONCE):
             numbers = np.asarray(targets[begin : begin + AT_ONCE], np.int64)
             requested = times[numbers]
@@ -363,15 +367,6 @@ def frames_on_gpu(path: Path, targets: Ints, times: Floats, device: str) -> Iter
         raise
     except (RuntimeError, ValueError, IndexError) as error:
         raise _undecodable(path, str(error).strip().partition("\n")[0]) from error
-
-
-def _open_decoder(path: Path, stream: int, device: str) -> Any:
-    decoders = import_torchcodec().decoders
-    with decoders.set_cuda_backend("beta"):  # NVDEC itself; later versions take the name for their default
-        decoder = decoders.VideoDecoder(str(path), stream_index=stream, dimension_order="NHWC", device=device)
-    if decoder.cpu_fallback:  # decoded on the CPU by code that the fingerprint does not name
-        raise _undecodable(path, str(decoder.cpu_fallback))
-    return decoder
 
 
 def _undecodable(path: Path, got: str) -> MediaError:

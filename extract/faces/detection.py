@@ -239,23 +239,22 @@ def find_faces(frames: Iterable[Frame], find: Find, most: int) -> Iterator[tuple
 
     cv2.setNumThreads(1)
     held: list[tuple[int, Image, Image, float]] = []
+
+    def with_faces() -> Iterator[tuple[int, Image, list[Face]]]:
+        cells_of = find([small for _, _, small, _ in held])
+        for (number, image, _, scale), cells in zip(held, cells_of, strict=True):
+            yield number, image, decode_cells(cells, scale)
+        held.clear()
+
     for number, image in frames:
         small, scale = shrunk(image)
         if held and held[-1][2].shape != small.shape:
-            yield from _with_faces(held, find)
-            held = []
+            yield from with_faces()
         held.append((number, image, small, scale))
         if len(held) == most or sum(whole.nbytes for _, whole, _, _ in held) >= HELD_BYTES:
-            yield from _with_faces(held, find)
-            held = []
+            yield from with_faces()
     if held:
-        yield from _with_faces(held, find)
-
-
-def _with_faces(held: list[tuple[int, Image, Image, float]], find: Find) -> Iterator[tuple[int, Image, list[Face]]]:
-    cells_of = find([small for _, _, small, _ in held])
-    for (number, image, _, scale), cells in zip(held, cells_of, strict=True):
-        yield number, image, decode_cells(cells, scale)
+        yield from with_faces()
 
 
 def align(rgb: Image, face: Face, size: int = CROP_SIZE) -> Image:

@@ -46,11 +46,14 @@ _ARCFACE_CUT = (slice(0, 202), slice(11, 213))
 
 
 class FaceResNet:
-    """dlib's network, from the file dlib_face_recognition_resnet_model_v1.dat.
+    """dlib's network, from the file dlib_face_recognition_resnet_model_v1.dat: 150 x 150 pixels -> 128 numbers.
 
     Raises:
         WeightsError: the file does not hold this network.
     """
+
+    dim = DIM
+    limit = 0.55
 
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
@@ -88,6 +91,11 @@ class FaceResNet:
             x = np.maximum(_add(_average_pool(x), y) if halves else x + y, 0)
             before = channels
         return np.asarray(x.mean(axis=(1, 2)) @ self._product, np.float32)
+
+    def embed(self, crops: Sequence[Image]) -> Vectors:
+        """Crops [224, 224, 3] RGB, aligned -> [N, 128]."""
+        vectors = [self(_part(crop, _DLIB_CUT, SIZE)) for crop in crops]
+        return np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
 
 
 def _tensors(data: bytes, tag: bytes, skip: int) -> Iterator[Floats]:
@@ -158,21 +166,6 @@ class FaceNetwork(Protocol):
         ...
 
 
-class DlibNetwork:
-    """dlib's ResNet. 150 x 150 pixels -> 128 numbers."""
-
-    dim = DIM
-    limit = 0.55
-
-    def __init__(self, path: Path) -> None:
-        self._net = FaceResNet(path)
-
-    def embed(self, crops: Sequence[Image]) -> Vectors:
-        """Crops [224, 224, 3] RGB, aligned -> [N, 128]."""
-        vectors = [self._net(_part(crop, _DLIB_CUT, SIZE)) for crop in crops]
-        return np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
-
-
 class OnnxNetwork:
     """A network of an ONNX file: [1, 3, 112, 112] RGB, -1 to 1, aligned as ArcFace aligns -> a vector.
 
@@ -239,7 +232,7 @@ def open_network(name: str) -> FaceNetwork | None:
         return None
     path = dlib_path() if name == DLIB else Path(name.removeprefix(ONNX))
     assert path is not None  # `resolve` checked it
-    return DlibNetwork(path) if name == DLIB else OnnxNetwork(path)
+    return FaceResNet(path) if name == DLIB else OnnxNetwork(path)
 
 
 @cache

@@ -143,9 +143,8 @@ def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -
             (out / folder).mkdir(parents=True, exist_ok=True)
         _write_marker(out, config, complete=False)
     except OSError as error:
-        raise UsageError(
-            explain(f"Cannot write into {out}", got=error, remedy="Choose a writable folder with --out")
-        ) from error
+        remedy = "Choose a writable folder with --out"
+        raise UsageError(explain(f"Cannot write into {out}", got=error, remedy=remedy)) from error
     videos = [list(group) for _, group in groupby(clips, key=lambda clip: clip.video)]
     # Drawing and encoding release the interpreter lock, so threads run in parallel.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -184,13 +183,10 @@ def _is_written(out: Path, config: DemoConfig) -> bool:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(explain(f"{marker} cannot be read", got=repr(error), remedy=remedy)) from error
     if settings != asdict(config):
-        settings_now = asdict(config)
-        differ = ", ".join(
-            f"{k}={settings.get(k)!r} (now {v!r})" for k, v in settings_now.items() if settings.get(k) != v
-        )
-        raise UsageError(
-            explain(f"{out} contains demo data with other settings", got=differ or settings, remedy=remedy)
-        )
+        now = asdict(config).items()
+        differ = ", ".join(f"{k}={settings.get(k)!r} (now {v!r})" for k, v in now if settings.get(k) != v)
+        problem = f"{out} contains demo data with other settings"
+        raise UsageError(explain(problem, got=differ or settings, remedy=remedy))
     return bool(complete)
 
 
