@@ -90,13 +90,9 @@ class Extraction:
         self._media: Counter[str] = Counter()  # stream -> seconds of committed clips
         self._costs_before = {  # encoders may have worked in earlier runs, too
             name: Cost(
-                device_name(batcher.device),
-                getattr(encoder, "precision", "float32"),
-                count_parameters(encoder),
-                -batcher.row_seconds,
-                0.0,
+                device_name(b.device), getattr(e, "precision", "float32"), count_parameters(e), -b.row_seconds, 0.0
             )
-            for name, (encoder, batcher) in (*encoders.visual.items(), *encoders.audio.items())
+            for name, (e, b) in (*encoders.visual.items(), *encoders.audio.items())
         }
 
     def run(self, tasks: Iterable[PendingClip]) -> None:
@@ -140,13 +136,10 @@ class Extraction:
     def _report(self) -> None:
         now = self._encoding()
         self._profile.seconds |= {stage: seconds - self._before[stage] for stage, seconds in now.items()}
-        rows = {name: batcher.rows for name, batcher in self._encoders.batchers.items()}
+        batchers = self._encoders.batchers
+        rows = {name: batcher.rows for name, batcher in batchers.items()}
         costs = {
-            name: replace(
-                cost,
-                seconds=cost.seconds + self._encoders.batchers[name].row_seconds,
-                media_seconds=float(self._media[name]),
-            )
+            name: replace(cost, seconds=cost.seconds + batchers[name].row_seconds, media_seconds=self._media[name])
             for name, cost in self._costs_before.items()
         }
         self._ledger.count(rows, self._profile.stages(), costs)
