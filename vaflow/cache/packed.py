@@ -18,10 +18,8 @@ from vaflow.cache.commit import Folder, Row, load_stream
 from vaflow.cache.documents import crc32c, file_facts, fingerprint, record_from, source_stamp, unseal
 from vaflow.cache.schema import DTYPES, PACKED, Array, Blob, Json, Record, StreamInfo, array_problems, escape
 from vaflow.cache.storage import Layout
-from vaflow.cache.stores import known_arrays, size_problem
+from vaflow.cache.stores import RAW_CODECS, known_arrays, size_problem
 from vaflow.errors import CorruptError, UsageError, command, explain
-
-RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])  # of a chunk
 
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
 

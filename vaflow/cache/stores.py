@@ -22,7 +22,7 @@ from vaflow.errors import MissingError, explain
 from vaflow.files import TEMPORARY
 
 LARGEST_CHUNK = 64 * 2**20  # bytes; longer arrays are split along their first axis
-_RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])
+RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])
 _HDF5 = ".h5"
 # Errors of the stores for files that match their checksum but are not valid.
 _BROKEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, OSError)
@@ -85,9 +85,7 @@ class ZarrStore:
         return [file for file in files if file.startswith(prefixes) or file == f"{attempt}/zarr.json"]
 
     def read_attempt(self, attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
-        arrays = {name: _read_raw(attempt, blobs, name) for name in names}
-        rest = [name for name, array in arrays.items() if array is None]
-        return arrays | (_read_by_zarr(attempt, blobs, rest) if rest else {})  # type: ignore[return-value]
+        return {name: _read_array(attempt, blobs, name) for name in names}
 
     def path(self, folder: Path, attempt: str) -> Path:
         return folder / attempt
@@ -110,7 +108,7 @@ def _array_metadata(array: Rows, chunks: tuple[int, ...]) -> Json:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": array.dtype.type(0).item(),
-        "codecs": _RAW_CODECS[1 if array.dtype.itemsize == 1 else 0],
+        "codecs": RAW_CODECS[1 if array.dtype.itemsize == 1 else 0],
         "attributes": {},
         "zarr_format": 3,
         "node_type": "array",
@@ -122,65 +120,32 @@ def _document(content: Json) -> bytes:
     return json.dumps(content, indent=2).encode()
 
 
-def _read_raw(attempt: str, blobs: Mapping[str, Blob], name: str) -> Array | None:
-    """Return an array stored in raw chunks of whole rows, 30 times faster than through zarr; None for other arrays."""
-    metadata: dict[str, Any] = json.loads(blobs[f"{attempt}/{name}/zarr.json"].tobytes())
-    shape = tuple(metadata["shape"])
-    grid, keys = metadata["chunk_grid"], metadata["chunk_key_encoding"]
-    rows = _rows_per_chunk(grid, shape)
-    if (
-        rows is None
-        or keys != {"name": "default", "configuration": {"separator": "/"}}
-        or metadata["codecs"] not in _RAW_CODECS
-    ):
-        return None
-    dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
-    prefix, rest = f"{attempt}/{name}/c/", "/0" * (len(shape) - 1)
-    chunks = [blobs[f"{prefix}{number}{rest}"] for number in range(-(-shape[0] // rows))]
-    if len(chunks) != sum(key.startswith(prefix) for key in blobs):
-        raise ValueError(f"array {name!r} has chunks beyond its shape")
-    whole = [chunk.view(dtype).reshape(rows, *shape[1:]) for chunk in chunks]
-    if len(whole) == 1:
-        return whole[0]
-    whole[-1] = whole[-1][: shape[0] - rows * (len(whole) - 1)]  # the last chunk is padded
-    return np.concatenate(whole)
-
-
-def _rows_per_chunk(grid: Any, shape: tuple[int, ...]) -> int | None:
-    """Return the number of rows per chunk; None if chunks are not whole rows."""
-    if not shape or 0 in shape:
-        return None
-    chunks: list[Any] = list(grid["configuration"]["chunk_shape"]) if grid.get("name") == "regular" else []
-    if len(chunks) != len(shape) or tuple(chunks[1:]) != shape[1:]:
-        return None
-    return chunks[0] if type(chunks[0]) is int and 0 < chunks[0] <= shape[0] else None
-
-
-def _read_by_zarr(attempt: str, blobs: Mapping[str, Blob], names: Sequence[str]) -> dict[str, Array]:
-    """Read arrays through zarr, if they have only raw codecs and all of their chunks.
+def _read_array(attempt: str, blobs: Mapping[str, Blob], name: str) -> Array:
+    """Return an array from its chunks, 30 times faster than through zarr.
 
     Raises:
-        ValueError: an array violates the format; zarr would fill missing chunks with zeros, for example.
+        ValueError: its chunks are compressed, not whole rows, or not all there; zarr would read missing ones as zeros.
     """
-    import zarr
-    from zarr.core.buffer import default_buffer_prototype
-
-    for name in names:
-        metadata: dict[str, Any] = json.loads(blobs[f"{attempt}/{name}/zarr.json"].tobytes())
-        shape, chunks = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
-        if metadata["codecs"] not in _RAW_CODECS or metadata["data_type"] not in DTYPES:
-            raise ValueError(f"array {name!r} is not stored as raw bytes of a known type")
-        if len(chunks) != len(shape) or not all(type(length) is int and length >= 0 for length in [*shape, *chunks]):
-            raise ValueError(f"array {name!r} has an invalid shape")
-        expected = prod(-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True))
-        stored = sum(key.startswith(f"{attempt}/{name}/c/") for key in blobs)
-        if expected != stored:
-            raise ValueError(f"array {name!r} has {stored} of {expected} chunks")
-    make = default_buffer_prototype().buffer.from_bytes
-    prefix = f"{attempt}/"
-    store = zarr.storage.MemoryStore({key.removeprefix(prefix): make(blob.tobytes()) for key, blob in blobs.items()})
-    group = zarr.open_group(store=store, mode="r", zarr_format=3)
-    return {name: np.array(group[name][...]) for name in names}  # type: ignore[index]
+    metadata: dict[str, Any] = json.loads(blobs[f"{attempt}/{name}/zarr.json"].tobytes())
+    shape, grid, dtype = tuple(metadata["shape"]), metadata["chunk_grid"], metadata["data_type"]
+    keys = {"name": "default", "configuration": {"separator": "/"}}
+    if metadata["codecs"] not in RAW_CODECS or metadata["chunk_key_encoding"] != keys or dtype not in DTYPES:
+        raise ValueError(f"array {name!r} is not stored as raw bytes of a known type")
+    chunk = tuple(grid["configuration"]["chunk_shape"]) if grid.get("name") == "regular" else ()
+    lengths_fit = all(type(length) is int and length >= 0 for length in (*shape, *chunk))
+    if not lengths_fit or not shape or not chunk[:1] > (0,) or chunk[1:] != tuple(max(1, n) for n in shape[1:]):
+        raise ValueError(f"array {name!r} is not stored in chunks of whole rows")
+    prefix, rest = f"{attempt}/{name}/c/", "/0" * (len(shape) - 1)
+    expected = -(-shape[0] // chunk[0]) if prod(shape) else 0
+    stored = sum(key.startswith(prefix) for key in blobs)
+    if expected != stored:
+        raise ValueError(f"array {name!r} has {stored} of {expected} chunks")
+    little = np.dtype(dtype).newbyteorder("<")
+    if not expected:
+        return np.empty(shape, little)
+    chunks = [blobs[f"{prefix}{k}{rest}"].view(little).reshape(chunk[0], *shape[1:]) for k in range(expected)]
+    chunks[-1] = chunks[-1][: shape[0] - chunk[0] * (expected - 1)]  # the last chunk is padded
+    return chunks[0] if expected == 1 else np.concatenate(chunks)
 
 
 class Hdf5Store:
