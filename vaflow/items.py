@@ -29,8 +29,6 @@ class Failure:
     Attributes:
         item: the item's id, or another name for what failed.
         stage: where it failed: "open", "labels", "audio", "faces", "encode", "commit", "convert", "train" ...
-        error: class of the error.
-        message: what a user reads.
         details: further members of the line: "split" and "stream" of a clip; "table", "row" and "run" of a study.
             A line without "split" is of every split.
         listed: when the list that it was read from was last written, in seconds since 1970.
@@ -101,7 +99,6 @@ class FailureLog:
 
     Attributes:
         path: of the list; the list of an earlier run is removed at once.
-        failures: all that were added.
     """
 
     def __init__(self, path: Path) -> None:

@@ -37,15 +37,12 @@ class Setting:
     """One setting: its values, and what people read about it.
 
     Attributes:
-        name: of the field.
         kind: bool, int, float, str, tuple (of str) or Path.
         optional: None is a value, written `none`.
-        default: of the field.
         help: a noun phrase or an imperative, without a full stop.
         group: heading under which the setting is listed.
         unit: of a number, as "seconds".
         unset: what the default stands for where it is None or empty, as "as in the cache".
-        choices: the values of a text setting.
         words: words for special values, as {"auto": 0}.
         at_least, above, below: limits of a number. Infinity and NaN are refused wherever one of them is given.
         pattern: regular expression of a text setting; `form` describes it to people.

@@ -34,8 +34,6 @@ class Problem:
 
     Attributes:
         path: the file, below the cache.
-        message: the damage.
-        stream, item: its stream and item, if known.
     """
 
     path: str
@@ -251,10 +249,8 @@ class SplitChanges:
     """Clips whose split changed: item -> (old split, new split); None means "no split".
 
     Attributes:
-        changed: as above.
         unchanged: number of listed clips that have the listed split already.
         unlisted: clips of the cache that the list does not name; they keep their split.
-        unknown: listed names that are not clips of the cache.
     """
 
     changed: dict[str, tuple[str | None, str]]
@@ -341,7 +337,6 @@ def change_splits(
 
     Args:
         listed: clip -> split.
-        on_clip: called after each clip that is changed.
 
     Raises:
         UsageError: no name in the list is a clip of the cache.

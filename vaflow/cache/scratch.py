@@ -70,7 +70,6 @@ class Growing:
     """An array of unknown final length, to which blocks of rows are appended.
 
     Args:
-        scratch: makes the file for rows beyond `IN_MEMORY`.
         row: the shape of a row; () for single values.
     """
 

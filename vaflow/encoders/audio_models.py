@@ -29,11 +29,7 @@ SETS = {"eGeMAPSv02": False, "eGeMAPSv02/functionals": True}
 
 
 class OpenSmileEncoder(WindowEncoder):
-    """An audio encoder; see `vaflow.encoders.base.AudioEncoder`.
-
-    Args:
-        request: its source is a key of `SETS`.
-    """
+    """An audio encoder; see `vaflow.encoders.base.AudioEncoder`."""
 
     front_end: ClassVar[FrontEnd] = WAVEFORM
 

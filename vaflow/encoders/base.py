@@ -51,8 +51,6 @@ class Request:
         name: the encoder as typed; also the stream's name.
         source: what the name refers to within its family, such as MODEL/TAG or a model id.
         kind: "visual" or "audio": the option that named it; "" where only one is possible.
-        weights: local weights instead of the published ones.
-        device: "cpu", "cuda" or "cuda:N".
         precision: "float32", "bfloat16" or "float16".
     """
 
@@ -91,7 +89,7 @@ class FrontEnd:
         name: as written in identities and messages.
         bins: width of a frame.
         padding: value of frames beyond the clip's ends.
-        banks: audio samples of `logmel.GROUP` frames -> [GROUP, bins] float32; see `logmel.FilterBank`.
+        banks: audio samples of `GROUP` frames -> [GROUP, bins] float32; see `FilterBank`.
         frame: samples that a frame covers.
     """
 

@@ -55,7 +55,6 @@ def bare_resnet(blocks: list[int], *, width: int = 64, expansion: int = 4) -> to
     """Return torchvision's ResNet with bottleneck blocks and no classifier; its weights must be loaded.
 
     Args:
-        blocks: per stage.
         width: inner width of the first stage's blocks.
         expansion: width of a stage's output, relative to its planes (64, 128, 256, 512).
 

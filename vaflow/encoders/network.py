@@ -99,7 +99,6 @@ class ImageEncoder:
     """A visual encoder around a network; see `vaflow.encoders.base.VisualEncoder`.
 
     Args:
-        request: name, device and precision.
         module: [B, 3, S, S] normalised -> [B, dim], or [B, layers, dim] where `layers` is set.
         preprocessing: from pixels to the network's input.
         identity: plain JSON of everything else that changes the output.
@@ -221,7 +220,6 @@ def encode_blocks(
         blocks: as for `BlockOutputs`; None: the network has none.
         special: number of tokens before the patches'; class_token: whether the first one is a class token.
         choice: layers and pooling; pooling defaults to "cls" with a class token, else "mean".
-        identity: of the encoder of the network's output.
 
     Raises:
         UsageError: the network has no such layers or pooling.

@@ -88,12 +88,7 @@ POSTPROCESSING = "pproc."  # PCA, in some files beside the network
 
 
 class VGGish(nn.Module):
-    """Groups of 3x3 convolutions, each followed by 2x2 max pooling; then dense layers.
-
-    Args:
-        channels: of every convolution, group by group.
-        widths: of the dense layers.
-    """
+    """Groups of 3x3 convolutions of these channels, each followed by 2x2 max pooling; then dense layers of `widths`."""
 
     def __init__(self, channels: Sequence[Sequence[int]] = CHANNELS, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
