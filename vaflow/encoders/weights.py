@@ -114,17 +114,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             return _unwrap(path, load_file(path))
         except (SafetensorError, OSError) as error:
             raise WeightsError(_unreadable(path, error)) from error
-    if _is_torchscript(path):
-        raise WeightsError(
-            explain(
-                f"{path} is a TorchScript archive, which contains code and is not loaded",
-                expected="a state dict: .safetensors, or .pt/.bin that holds only tensors",
-                got="OpenAI's original distribution format",
-                remedy="Download open_clip_model.safetensors, the same weights, from the Hugging Face model id "
-                "timm/vit_base_patch16_clip_224.openai (or timm/vit_base_patch32_clip_224.openai)",
-            )
-        )
-    _require_plain_archive(path)
+    _check_archive(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN as error:
@@ -139,27 +129,23 @@ def _unreadable(path: Path, error: Exception) -> str:
     return explain(f"{path} cannot be read as weights", expected=expected, got=got, remedy=remedy)
 
 
-def _is_torchscript(path: Path) -> bool:
+def _check_archive(path: Path) -> None:
+    """Raise a WeightsError for an archive with code, or one that unpacks to more than its size, as torch writes none."""
     if not zipfile.is_zipfile(path):
-        return False
+        return
     try:
         with zipfile.ZipFile(path) as archive:
-            return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
-    except BROKEN:  # reported by the reader that follows
-        return False
-
-
-def _require_plain_archive(path: Path) -> None:
-    """Raise a WeightsError for an archive that unpacks to more than its size: PyTorch stores without compression."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
     except BROKEN as error:
         raise WeightsError(_unreadable(path, error)) from error
-    size = path.stat().st_size
+    if any("/code/" in entry.filename or entry.filename.endswith("constants.pkl") for entry in entries):
+        problem = f"{path} is a TorchScript archive, which contains code and is not loaded"
+        expected = "a state dict: .safetensors, or .pt/.bin that holds only tensors"
+        same = "timm/vit_base_patch16_clip_224.openai (or timm/vit_base_patch32_clip_224.openai)"
+        remedy = f"Download open_clip_model.safetensors, the same weights, from the Hugging Face model id {same}"
+        got = "OpenAI's original distribution format"
+        raise WeightsError(explain(problem, expected=expected, got=got, remedy=remedy))
+    size, unpacked = path.stat().st_size, sum(entry.file_size for entry in entries)
     if unpacked > size:
         problem = f"{path} is a compressed archive, which torch.save never writes"
         expected = f"at most {size:,} bytes of content in a file of {size:,} bytes"
