@@ -36,9 +36,8 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
         available = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
-        raise UsageError(
-            explain("This machine has no such GPU", expected=available, got=name, remedy="Use --device auto")
-        )
+        problem = "This machine has no such GPU"
+        raise UsageError(explain(problem, expected=available, got=name, remedy="Use --device auto"))
     return device
 
 

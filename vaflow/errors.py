@@ -16,7 +16,7 @@ Messages are one paragraph, made by `explain`: what was expected, what was got, 
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 _BREAKS = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
@@ -100,6 +100,12 @@ def explain(
     if remedy is not None:
         parts.append(_sentence(remedy))
     return visible(" ".join(parts))
+
+
+def similar_names(name: str, known: Collection[str], otherwise: str) -> str:
+    """Return the remedy that lists the names closest to an unknown one; `otherwise` if none is close."""
+    close = get_close_matches(name, known, n=3)
+    return f"Similar names: {', '.join(close)}" if close else otherwise
 
 
 def _sentence(text: str) -> str:

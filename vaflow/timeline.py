@@ -68,11 +68,6 @@ class Grid:
         """Seconds between two samples of a window."""
         return float(self._exact[2])
 
-    @property
-    def step_ticks(self) -> int:
-        """Ticks between two samples of a window."""
-        return int(self._exact[2] / self.tick)
-
     def seconds(self, ticks: Ints) -> Floats:
         """Convert ticks to seconds, correctly rounded (one division, no accumulated error)."""
         return np.asarray(ticks, np.float64) * self.tick.numerator / self.tick.denominator
@@ -94,7 +89,7 @@ class Grid:
 
     def window_ticks(self, duration: float) -> Ints:
         """Return sample positions of every window in ticks, [W, frames]; those at or after `duration` are padding."""
-        offsets = np.arange(int(self.frames), dtype=np.int64) * self.step_ticks
+        offsets = np.arange(int(self.frames), dtype=np.int64) * int(self._exact[2] / self.tick)
         return self.starts(duration)[:, None] + offsets
 
     def sample_ticks(self, duration: float) -> Ints:

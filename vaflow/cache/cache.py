@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from vaflow.errors import (
     UsageError,
     command,
     explain,
+    similar_names,
 )
 
 NO_SPLIT = "none"  # split name of clips without a split, in `info` and `items`
@@ -148,9 +148,8 @@ class Cache:
                 if NO_SPLIT in splits:
                     assign = command("cache", "splits", self.place, "splits.csv")
                     remedy = f"none = clips without a split; to assign: `{assign}`"
-                raise UsageError(
-                    explain(f"No clip of {self.place} has this split", got=split, choices=splits, remedy=remedy)
-                )
+                problem = f"No clip of {self.place} has this split"
+                raise UsageError(explain(problem, got=split, choices=splits, remedy=remedy))
             rows = [row for row in rows if (row.split or NO_SPLIT) == split]  # type: ignore[assignment]
         if stream is not None and stream != LABELS:
             here = {row.item for row in self._rows(stream).values()}
@@ -205,8 +204,7 @@ class Cache:
 
     def _missing(self, stream: str, item: str) -> MissingError:
         ids = [row.item for row in self._folder(stream).rows.values()]
-        close = get_close_matches(item, ids, n=3)
-        remedy = f"Similar names: {', '.join(close)}" if close else "List the items with Cache.items()"
+        remedy = similar_names(item, ids, "List the items with Cache.items()")
         return MissingError(explain(f"Stream {stream!r} of {self.place} has no such item", got=item, remedy=remedy))
 
     def record_files(self) -> list[Path]:
@@ -254,18 +252,15 @@ class Cache:
             try:
                 return record, fetch(self.layout, self._store, record, names, verify=verify)
             except CorruptError:
-                self._look_again(stream, item)
+                path = self.layout.record(stream, item)
+                try:
+                    self.layout.look(path)
+                except OSError as error:
+                    raise self.layout.corrupt(path, f"it cannot be read ({error})", stream, item) from error
                 current = self.record(stream, item)
                 if current.attempt == record.attempt:
                     raise
                 record = current  # the item was re-extracted in the meantime
-
-    def _look_again(self, stream: str, item: str) -> None:
-        path = self.layout.record(stream, item)
-        try:
-            self.layout.look(path)
-        except OSError as error:
-            raise self.layout.corrupt(path, f"it cannot be read ({error})", stream, item) from error
 
     def write(
         self,
@@ -363,7 +358,7 @@ class Cache:
             if self.writable:
                 self._index.save(self.streams())  # lists every folder; reads only new and changed records
             else:
-                self._index.forget()
+                self._index = Index(self.layout)
         except OSError as error:
             raise self.layout.cannot_write(error) from error
 

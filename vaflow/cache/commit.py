@@ -270,10 +270,6 @@ class Index:
             self._known()[stream] = known
         return known
 
-    def forget(self) -> None:
-        """Discard the loaded index; the next access reads the file and the disk again."""
-        self._folders = None
-
     def _stamp(self, stream: str) -> Stamp:
         try:
             stat = self._layout.records(stream).stat()

@@ -34,9 +34,8 @@ def plain(value: Mapping[str, Any], what: str) -> Json:
     try:
         result = json.loads(canonical(value))
     except (TypeError, ValueError) as error:
-        raise UsageError(
-            explain(f"{what} is not plain JSON: {error}", expected="text, finite numbers, true, false, null, lists")
-        ) from error
+        problem = f"{what} is not plain JSON: {error}"
+        raise UsageError(explain(problem, expected="text, finite numbers, true, false, null, lists")) from error
     if not isinstance(result, dict):
         raise UsageError(explain(f"{what} is not a JSON object", expected="an object", got=type(value).__name__))
     return result

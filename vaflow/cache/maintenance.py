@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from vaflow.cache.packed import PackedCache
 from vaflow.cache.schema import LABELS, Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.storage import Layout
 from vaflow.cache.stores import STORES, decode, file_problem, size_problem
-from vaflow.errors import CacheError, CorruptError, UsageError, explain, visible
+from vaflow.errors import CacheError, CorruptError, UsageError, explain, similar_names, visible
 from vaflow.files import TEMPORARY
 from vaflow.items import clip_and_person
 
@@ -311,8 +310,7 @@ def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -
     known = clip_streams(cache)
     unknown = [item for item in dict.fromkeys(items) if item not in known]
     if unknown:
-        close = get_close_matches(unknown[0], known, n=3)
-        remedy = f"Similar names: {', '.join(close)}" if close else f"Its clips are {_some(sorted(known)) or 'none'}"
+        remedy = similar_names(unknown[0], known, f"Its clips are {_some(sorted(known)) or 'none'}")
         raise UsageError(explain(f"{cache.place} has no such clip", got=_some(unknown), remedy=remedy))
     dropped = {item: known[item] for item in dict.fromkeys(items)}
     if dry_run or not dropped:

@@ -169,9 +169,8 @@ def _no_cache(layout: Layout) -> UsageError:
     what = "The folder does not exist" if gone else "It has no manifest.json"
     data, out = ("DATA", layout.place) if empty else (layout.place, f"{layout.place}.cache")
     extract = command("extract", data, "--out", out)
-    return UsageError(
-        explain(f"{layout.place} is not a cache. {what}", remedy=f"Make one: {extract}, or check the path")
-    )
+    problem = f"{layout.place} is not a cache. {what}"
+    return UsageError(explain(problem, remedy=f"Make one: {extract}, or check the path"))
 
 
 def _unreadable(layout: Layout, error: OSError) -> UsageError:

@@ -206,9 +206,8 @@ def escape(name: str) -> str:
     raw = name.encode("utf-8", "surrogatepass")
     if _PLAIN.fullmatch(name) is None:
         if not name.isascii() and json.loads(json.dumps(name)) != name:
-            raise UsageError(
-                explain("A stream or item has a name that JSON cannot hold", expected="proper Unicode", got=ascii(name))
-            )
+            problem = "A stream or item has a name that JSON cannot hold"
+            raise UsageError(explain(problem, expected="proper Unicode", got=ascii(name)))
         name = _ODD.sub(lambda match: b"%%%02X" % match[0][0], raw).decode("ascii")
     reserved = name.startswith(".") or name in _FOLDERS or name.endswith((".json", ".jsonl"))
     if reserved and not name.startswith("%"):

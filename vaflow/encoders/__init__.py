@@ -107,9 +107,8 @@ def build_encoder(
     if precision not in PRECISIONS:
         raise UsageError(explain("Unknown precision", got=precision, choices=PRECISIONS))
     if precision == "float16" and not device.startswith("cuda"):
-        raise UsageError(
-            explain("float16 requires a CUDA device", choices=["float32", "bfloat16"], got=f"{precision} on {device}")
-        )
+        problem = "float16 requires a CUDA device"
+        raise UsageError(explain(problem, choices=["float32", "bfloat16"], got=f"{precision} on {device}"))
     resolved = "float32" if precision == "auto" else precision
     if resolved == "float32" and device.startswith("cuda"):
         forbid_tf32()
@@ -159,9 +158,8 @@ def _entry(name: str) -> Entry:
     if colon and source and family not in FORMS and family in {point.name for point in _plugins()}:
         return Entry("any", family, source)
     if family not in FORMS or not colon:
-        raise UsageError(
-            explain("Unknown encoder", got=name, choices=[*ENCODERS, *(form for _, form in FORMS.values())])
-        )
+        problem = "Unknown encoder"
+        raise UsageError(explain(problem, got=name, choices=[*ENCODERS, *(form for _, form in FORMS.values())]))
     kind, form = FORMS[family]
     model, _, rest = source.partition("/")
     if not source or (family == "clip" and not (model and rest)):

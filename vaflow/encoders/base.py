@@ -385,7 +385,6 @@ def with_layers(name: str, layers: str) -> str:
         UsageError: `layers` is not of the form that follows `@`.
     """
     if _SUFFIX.fullmatch(f"@{layers}") is None:
-        raise UsageError(
-            explain("--layers is not a choice of layers", expected="N, N-M, last, mean or all", got=layers)
-        )
+        problem = "--layers is not a choice of layers"
+        raise UsageError(explain(problem, expected="N, N-M, last, mean or all", got=layers))
     return f"{name}@{layers}" if WITH_LAYERS.match(name) and _SUFFIX.search(name) is None else name

@@ -332,9 +332,8 @@ def shard_names(index: Path) -> list[str]:
     names = read_json(index).get("weight_map")
     files = sorted(set(names.values())) if isinstance(names, dict) and all(map(_is_shard, names.values())) else []
     if not files:
-        raise WeightsError(
-            explain(f"{index} names no shards", expected='"weight_map" with names of .safetensors files')
-        )
+        problem = f"{index} names no shards"
+        raise WeightsError(explain(problem, expected='"weight_map" with names of .safetensors files'))
     return files
 
 

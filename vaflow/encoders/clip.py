@@ -9,7 +9,6 @@ then follows a configuration file, which can name remote code. Only names in ope
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from vaflow.encoders.weights import (
     without_initial_weights,
     write_state_dict,
 )
-from vaflow.errors import UsageError, WeightsError, explain
+from vaflow.errors import UsageError, WeightsError, explain, similar_names
 
 QUICK, PLAIN = "quick_gelu", "gelu"
 QUICK_SUFFIX = "-quickgelu"
@@ -161,18 +160,20 @@ def build(request: Request) -> ImageEncoder:
         UsageError: open_clip has no such model, tag or layer, and no file has that name.
         WeightsError: the weights are unreachable or do not fit.
     """
+    import open_clip
     from open_clip.pretrained import get_pretrained_cfg, is_pretrained_cfg, list_pretrained_tags_by_model
 
     named, choice = split_layers(request.name, request.source)
     model_name, _, source = named.partition("/")
-    _require_listed(model_name)
+    if model_name not in open_clip.list_models():
+        remedy = similar_names(model_name, open_clip.list_models(), "open_clip.list_models() lists them")
+        raise UsageError(explain("open_clip has no such model", got=model_name, remedy=remedy))
     tag = source if is_pretrained_cfg(model_name, source) else None
     file = request.weights or (None if tag else Path(source).expanduser())
     if tag is None and file is not None and not file.is_file():
         tags = list_pretrained_tags_by_model(model_name)
-        raise UsageError(
-            explain(f"{source} is neither a file nor a tag of {model_name}", got=source, choices=tags, expected="a tag")
-        )
+        problem = f"{source} is neither a file nor a tag of {model_name}"
+        raise UsageError(explain(problem, got=source, choices=tags, expected="a tag"))
     settings = get_pretrained_cfg(model_name, tag) if tag else {}
     quick = bool(settings.get("quick_gelu")) or model_name.endswith(QUICK_SUFFIX)
     path = file if file is not None else _download(request.name, settings)
@@ -220,16 +221,6 @@ def make_encoder(
     else:
         parts = getattr(getattr(model.visual, "transformer", None), "resblocks", None), 1, True
     return encode_blocks(request, model.visual, *parts, choice, preprocessing, identity)
-
-
-def _require_listed(model_name: str) -> None:
-    import open_clip
-
-    if model_name in open_clip.list_models():
-        return
-    close = get_close_matches(model_name, open_clip.list_models(), n=3)
-    hint = f"Similar names: {', '.join(close)}" if close else "open_clip.list_models() lists them"
-    raise UsageError(explain("open_clip has no such model", got=model_name, remedy=hint))
 
 
 @contextmanager

@@ -97,9 +97,8 @@ def make_encoder(request: Request, loaded: LoadedModel) -> ImageEncoder:
     allowed = {"mean"} | ({"cls"} if family.special else set())
     allowed |= {"pooler"} if family.pooling == "pooler" and not numbers else set()
     if pooling not in allowed:
-        raise UsageError(
-            explain(f"{request.name} has no such pooling for these layers", got=f"pool={pooling}", choices=allowed)
-        )
+        problem = f"{request.name} has no such pooling for these layers"
+        raise UsageError(explain(problem, got=f"pool={pooling}", choices=allowed))
     preprocessing = image_preprocessing(request.name, loaded.processor, family.processor)
     size, expected = preprocessing.preparation.size, getattr(config, "image_size", None)
     if isinstance(expected, int) and expected != size and not loaded.model_type.startswith("dino"):

@@ -11,7 +11,6 @@ FILE the published weights are read from safetensors. Size, crop, interpolation 
 data configuration.
 """
 
-from difflib import get_close_matches
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from vaflow.encoders.hub import check_checksum, checked_url, hub_file
 from vaflow.encoders.network import ImageEncoder, encode_blocks
 from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
 from vaflow.encoders.weights import COUNTER, load_strictly, read_state_dict, state_digest, without_initial_weights
-from vaflow.errors import UsageError, WeightsError, explain
+from vaflow.errors import UsageError, WeightsError, explain, similar_names
 
 SIZE = 224
 CLASSIFIER = ("fc.weight", "fc.bias")
@@ -103,8 +102,7 @@ def build_timm(request: Request) -> ImageEncoder:
     model_name, _, file = named.partition("/")
     architecture, _, tag = model_name.partition(".")
     if not timm.is_model(architecture):
-        close = get_close_matches(architecture, timm.list_models(), n=3)
-        remedy = f"Similar names: {', '.join(close)}" if close else "timm.list_models() lists them"
+        remedy = similar_names(architecture, timm.list_models(), "timm.list_models() lists them")
         raise UsageError(explain("timm has no such model", got=model_name, remedy=remedy))
     tagged = not tag or model_name in timm.list_pretrained(f"{architecture}.*")
     settings = timm.get_pretrained_cfg(model_name) if tagged else None

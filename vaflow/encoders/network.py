@@ -225,9 +225,8 @@ def encode_blocks(
         UsageError: the network has no such layers or pooling.
     """
     if not blocks:
-        raise UsageError(
-            explain(f"{request.name} is not a transformer: it has no layers to choose", got=f"@{choice.layers}")
-        )
+        problem = f"{request.name} is not a transformer: it has no layers to choose"
+        raise UsageError(explain(problem, got=f"@{choice.layers}"))
     pooling = choice.pooling or ("cls" if class_token else "mean")
     if choice.layers == "last" or pooling not in ("mean", *(("cls",) if class_token else ())):
         choices = ["cls", "mean"] if class_token else ["mean"]

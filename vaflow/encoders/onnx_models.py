@@ -257,9 +257,8 @@ def _parse(kind: type[S], values: Mapping[str, Any], path: Path) -> S:
             problems.append(f"{key} is {value!r}, not one of {', '.join(CHOICES[key])}")
         parsed[key] = value
     if problems:
-        raise UsageError(
-            explain(f"{path.with_suffix('.toml')} is not a sidecar: {'; '.join(problems)}", choices=list(known))
-        )
+        problem = f"{path.with_suffix('.toml')} is not a sidecar: {'; '.join(problems)}"
+        raise UsageError(explain(problem, choices=list(known)))
     return kind(**parsed)
 
 

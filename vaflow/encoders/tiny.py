@@ -136,9 +136,8 @@ def _build_ast(request: Request, choice: LayerChoice) -> AstEncoder:
         module = ASTModel(ASTConfig(**AST_CONFIG, attn_implementation="sdpa"))
     if request.weights is not None:
         if not request.weights.is_dir():
-            raise WeightsError(
-                explain(f"The folder {request.weights} does not exist", remedy="Check the path after NAME=")
-            )
+            problem = f"The folder {request.weights} does not exist"
+            raise WeightsError(explain(problem, remedy="Check the path after NAME="))
         loaded, mean, std = load_checkpoint(request.weights)
         load_strictly(module, loaded.state_dict(), str(request.weights))
         return AstEncoder(request, module, mean, std, choice)

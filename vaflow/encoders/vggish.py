@@ -61,24 +61,18 @@ def vggish_banks(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.log(magnitude @ mel_weights() + OFFSET).astype(np.float32)
 
 
+MEL = {  # every setting of the front end
+    "sample_rate": RATE,
+    "hop": HOP,
+    "frame": FRAME,
+    "transform": TRANSFORM,
+    "window": "periodic hann",
+    "spectrum": "magnitude",
+    "mel_bins": BINS,
+    "mel_hertz": [LOWEST, HIGHEST],
+    "log_offset": OFFSET,
+}
 VGGISH_MEL = FrontEnd("vggish log-mel", BINS, float(np.log(OFFSET)), vggish_banks)
-
-
-def mel_identity() -> dict[str, object]:
-    """Return every setting of the front end as plain JSON."""
-    return {
-        "sample_rate": RATE,
-        "hop": HOP,
-        "frame": FRAME,
-        "transform": TRANSFORM,
-        "window": "periodic hann",
-        "spectrum": "magnitude",
-        "mel_bins": BINS,
-        "mel_hertz": [LOWEST, HIGHEST],
-        "log_offset": OFFSET,
-    }
-
-
 ADDRESS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 EXAMPLE = 96  # frames
 CHANNELS = ((64,), (128,), (256, 256), (512, 512))
@@ -133,7 +127,7 @@ class VggishEncoder(ExampleEncoder):
         settings = {
             "encoder": "vggish",
             "weights": state_digest(module.state_dict()),
-            "front_end": mel_identity(),
+            "front_end": MEL,
             "example": EXAMPLE,
             "padding": "log of the offset beyond the clip",
             "output": "128-d before PCA, before activation",

@@ -130,7 +130,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise a WeightsError for an archive with code, or one that unpacks to more than its size, as torch writes none."""
+    """Raise a WeightsError for an archive that has code, or that unpacks to more than its size."""
     if not zipfile.is_zipfile(path):
         return
     try:
