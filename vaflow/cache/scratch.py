@@ -73,8 +73,8 @@ class Growing:
         row: the shape of a row; () for single values.
     """
 
-    def __init__(self, scratch: "Scratch", row: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._scratch, self._row, self._dtype = scratch, row, dtype
+    def __init__(self, layout: Layout, row: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._layout, self._row, self._dtype = layout, row, dtype
         self._blocks: list[Array] = []
         self._waiting = self._written = 0  # bytes in `_blocks`, bytes in the file
         self._file: _File | None = None
@@ -83,8 +83,13 @@ class Growing:
         """Append the rows [n, *row]; they are copied only if their dtype differs."""
         self._blocks.append(np.asarray(block, self._dtype))
         self._waiting += self._blocks[-1].nbytes
-        if self._file is not None or self._waiting > IN_MEMORY:
-            self._spill()
+        if self._file is None and self._waiting > IN_MEMORY:
+            self._file = _File(self._layout)
+        if self._file is not None:
+            for waiting in self._blocks:
+                self._file.write(self._written, np.ascontiguousarray(waiting))
+                self._written += waiting.nbytes
+            self._blocks, self._waiting = [], 0
 
     def finish(self) -> Rows:
         """Return all rows, [N, *row]. Call it once, after the last `append`."""
@@ -92,14 +97,6 @@ class Growing:
             return np.concatenate(self._blocks) if self._blocks else np.empty((0, *self._row), self._dtype)
         rows = self._written // (prod(self._row) * self._dtype.itemsize)
         return LongArray(self._file, (rows, *self._row), self._dtype)
-
-    def _spill(self) -> None:
-        if self._file is None:
-            self._file = self._scratch.file()
-        for block in self._blocks:
-            self._file.write(self._written, np.ascontiguousarray(block))
-            self._written += block.nbytes
-        self._blocks, self._waiting = [], 0
 
 
 class Scratch:
@@ -117,36 +114,30 @@ class Scratch:
         nbytes = prod(shape) * dtype.itemsize
         if nbytes <= IN_MEMORY:
             return np.zeros(shape, dtype)
-        file = self.file()
-        file.make_room(nbytes)
-        return LongArray(file, shape, dtype)
+        return LongArray(_File(self._layout, nbytes), shape, dtype)
 
     def growing(self, row: tuple[int, ...], dtype: np.dtype[Any] | str) -> Growing:
         """An array to which rows are appended."""
-        return Growing(self, row, np.dtype(dtype))
-
-    def file(self) -> "_File":
-        """Return a new unnamed file."""
-        return _File(self._layout)
+        return Growing(self._layout, row, np.dtype(dtype))
 
 
 class _File:
-    """Bytes in an unnamed file, which is deleted with the last reference to it."""
+    """Bytes in an unnamed file, which is deleted with the last reference to it.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        size: bytes of zeros to begin with, which occupy no disk space until they are overwritten.
+    """
+
+    def __init__(self, layout: Layout, size: int = 0) -> None:
         self._layout = layout
         with self._refusals():
             # On systems without unnamed files it briefly has this name; `repair` removes files with this prefix.
             self._raw: Any = tempfile.TemporaryFile(dir=layout.root, prefix=TEMPORARY, buffering=0)  # noqa: SIM115
+            self._raw.truncate(size)
 
     def __del__(self) -> None:
         if hasattr(self, "_raw"):
             self._raw.close()
-
-    def make_room(self, nbytes: int) -> None:
-        """Extend the file with zeros, which occupy no disk space until they are overwritten."""
-        with self._refusals():
-            self._raw.truncate(nbytes)
 
     def write(self, at: int, values: Array) -> None:
         with self._refusals():

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,11 +47,15 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
         RepositoryNotFoundError,
     )
 
-    needs = needs or " or ".join(names)
     cached = _cached(repo, names, encoder)
     if cached is not None:
         return cached
-    _require_hub(repo, needs, encoder, remedy)
+    failed = partial(_no_download, repo, needs or " or ".join(names), encoder)
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsError(failed("HF_HUB_OFFLINE is set, and the local cache has none", remedy))
+    problem = reach(constants.ENDPOINT)  # one request: the hub's client retries for half a minute before it fails
+    if problem:
+        raise WeightsError(failed(f"the hub cannot be reached: {problem}", remedy))
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     try:
         for name in names:
@@ -59,20 +64,20 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
                     watch(lambda name=name: hf_hub_download(repo, name, etag_timeout=PATIENCE), folder, name)  # type: ignore[misc]
                 )
             except LocalEntryNotFoundError as error:  # derives from EntryNotFoundError, but means: unreachable
-                raise WeightsError(_no_download(repo, needs, encoder, "the connection broke", remedy)) from error
+                raise WeightsError(failed("the connection broke", remedy)) from error
             except EntryNotFoundError:
                 continue
     except GatedRepoError as error:
         reason = "its licence must be accepted first"
         page = f"Accept it at {constants.ENDPOINT}/{repo} and set HF_TOKEN"
-        raise WeightsError(_no_download(repo, needs, encoder, reason, page)) from error
+        raise WeightsError(failed(reason, page)) from error
     except RepositoryNotFoundError as error:
         reason = "no such model id, or it is private"
-        raise WeightsError(_no_download(repo, needs, encoder, reason, "Check the id, or set HF_TOKEN")) from error
+        raise WeightsError(failed(reason, "Check the id, or set HF_TOKEN")) from error
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(_no_download(repo, needs, encoder, reason, remedy)) from error
-    raise AbsentFileError(_no_download(repo, needs, encoder, "the model has none of these files", remedy))
+        raise WeightsError(failed(reason, remedy)) from error
+    raise AbsentFileError(failed("the model has none of these files", remedy))
 
 
 class AbsentFileError(WeightsError):
@@ -117,18 +122,6 @@ def _not_available(encoder: str, expected: str, reason: str, remedy: str = "") -
         got=reason,
         remedy=remedy or f"Download it on a machine with a connection and pass --weights {encoder}=PATH",
     )
-
-
-def _require_hub(repo: str, needs: str, encoder: str, remedy: str) -> None:
-    """Send the hub one request: its own client retries for half a minute before it fails."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set, and the local cache has none"
-        raise WeightsError(_no_download(repo, needs, encoder, reason, remedy))
-    problem = reach(constants.ENDPOINT)
-    if problem:
-        raise WeightsError(_no_download(repo, needs, encoder, f"the hub cannot be reached: {problem}", remedy))
 
 
 def watch(download: Callable[[], T], folder: Path, what: str) -> T:
