@@ -1,17 +1,7 @@
 """Errors that vaflow raises, and how their messages are built.
 
-    VaflowError                  base class; the command prints the message and exits 1
-    ├── UsageError (ValueError)  a value named by the user is wrong: option, path, config key; exits 2
-    ├── DataError (ValueError)   one item of a data set is unreadable, truncated or mislabelled
-    │   └── MediaError           ... because of its media file
-    ├── CacheError               a cache cannot be read, written or extended
-    │   ├── SchemaError          its schema version or manifest is not one this version reads; exits 2
-    │   ├── FingerprintError     a stream of that name was made with other settings; exits 2
-    │   ├── MissingError (LookupError)  no such stream or item
-    │   └── CorruptError         bytes on disk differ from their record
-    └── WeightsError             encoder weights are missing, unreachable, or do not fit
-
-Messages are one paragraph, made by `explain`: what was expected, what was got, the choices, the remedy.
+The command prints the message of a `VaflowError` and exits with its `exit_code`. Messages are one paragraph, made by
+`explain`: what was expected, what was got, the choices, the remedy.
 """
 
 import re

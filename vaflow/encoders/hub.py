@@ -68,12 +68,10 @@ def hub_file(repo: str, names: tuple[str, ...], *, encoder: str, needs: str = ""
             except EntryNotFoundError:
                 continue
     except GatedRepoError as error:
-        reason = "its licence must be accepted first"
         page = f"Accept it at {constants.ENDPOINT}/{repo} and set HF_TOKEN"
-        raise WeightsError(failed(reason, page)) from error
+        raise WeightsError(failed("its licence must be accepted first", page)) from error
     except RepositoryNotFoundError as error:
-        reason = "no such model id, or it is private"
-        raise WeightsError(failed(reason, "Check the id, or set HF_TOKEN")) from error
+        raise WeightsError(failed("no such model id, or it is private", "Check the id, or set HF_TOKEN")) from error
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(failed(reason, remedy)) from error
