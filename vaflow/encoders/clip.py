@@ -22,14 +22,9 @@ from vaflow.encoders.hub import hub_file, hub_folder, url_file
 from vaflow.encoders.image_models import blocks_of
 from vaflow.encoders.network import ImageEncoder, encode_blocks
 from vaflow.encoders.preprocessing import Preparation, Preprocessing
-from vaflow.encoders.weights import (
-    load_strictly,
-    read_state_dict,
-    state_digest,
-    without_initial_weights,
-    write_state_dict,
-)
+from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import UsageError, WeightsError, explain, similar_names
+from vaflow.files import write_tensors
 
 QUICK, PLAIN = "quick_gelu", "gelu"
 QUICK_SUFFIX = "-quickgelu"
@@ -136,7 +131,9 @@ class ClipEncoder(ImageEncoder):
 
     def save(self, folder: Path, stem: str) -> Path:
         """Write both towers as `folder/stem.safetensors`, which `build_encoder(..., weights=...)` accepts."""
-        return write_state_dict(folder / f"{stem}.safetensors", self._model.state_dict())
+        path = folder / f"{stem}.safetensors"
+        write_tensors(path, self._model.state_dict())
+        return path
 
     def context_tower(self, texts: Sequence[str], count: int) -> ContextTower:
         """Return the text tower with `count` learned vectors before each text; freezes the encoder.

@@ -16,7 +16,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from vaflow.errors import WeightsError, explain
-from vaflow.files import make_folder, replace_file
 
 # The exceptions that broken files raise while they are read, also with `weights_only=True`.
 BROKEN = (
@@ -77,22 +76,6 @@ class _WithoutDraws(TorchFunctionMode):
         if function in self.DRAWS:
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
-
-
-def write_state_dict(path: Path, state: Mapping[str, torch.Tensor]) -> Path:
-    """Write a `.safetensors` file for `read_state_dict`, atomically.
-
-    Raises:
-        WeightsError: the file cannot be written.
-    """
-    from safetensors.torch import save
-
-    try:
-        make_folder(path.parent)
-        replace_file(path, save({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}))
-    except OSError as error:
-        raise WeightsError(explain(f"Cannot write {path}", got=error.strerror)) from error
-    return path
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
