@@ -57,8 +57,6 @@ class Banks:
 
     def finish(self) -> dict[FrontEnd, Rows]:
         """End of the audio: all frames [F, bins] of every front end. The banks are empty afterwards."""
-        for front, bank in self._open.items():
-            self._kept[front].append(bank.finish())
         return {front: self._kept.pop(front).finish() for front in self._open}
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from vaflow.encoders import build_encoder
-from vaflow.errors import WeightsError
+from vaflow.errors import VaflowError, WeightsError
 
 
 def trained(encoder: Any) -> Any:
@@ -82,5 +82,5 @@ def test_a_failed_save_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in ("clip-tiny", "ast-tiny"):
         encoder: Any = build_encoder(name)
-        with pytest.raises(WeightsError, match="Cannot write"):
+        with pytest.raises(VaflowError, match="Cannot write"):
             encoder.save(tmp_path / "file" / "below", "tuned")

@@ -18,7 +18,7 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
 def banks(samples: np.ndarray, cuts: list[int] | None = None) -> np.ndarray:
     bank = FilterBank()
     blocks = np.split(samples, cuts or [])
-    return np.concatenate([*(bank.push(block) for block in blocks), bank.finish()])
+    return np.concatenate([bank.push(block) for block in blocks])
 
 
 def hugging_face(samples: np.ndarray, normalised: bool = True) -> np.ndarray:
@@ -102,13 +102,6 @@ def test_frame_times_are_frame_centres() -> None:
 
 def test_silence_has_finite_features() -> None:
     assert np.isfinite(banks(np.zeros(RATE, np.float32))).all()
-
-
-def test_a_filter_bank_can_be_reused_after_finish() -> None:
-    bank, samples = FilterBank(), noise(1)
-    bank.push(noise(0.51, seed=3))
-    bank.finish()
-    np.testing.assert_array_equal(bank.push(samples), banks(samples))
 
 
 def test_stereo_is_rejected() -> None:

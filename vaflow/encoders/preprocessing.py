@@ -316,11 +316,6 @@ class FilterBank:
         groups = [self._group(pending, first, min(GROUP, count - first)) for first in range(0, count, GROUP)]
         return np.concatenate(groups) if groups else np.empty((0, self._bins), np.float32)
 
-    def finish(self) -> NDArray[np.float32]:
-        """Drop the incomplete last frame and return [0, bins]. The bank can then be used for another clip."""
-        self._rest = np.empty(0, np.float32)
-        return np.empty((0, self._bins), np.float32)
-
     def _group(self, samples: NDArray[np.float32], first: int, count: int) -> NDArray[np.float32]:
         part = samples[first * HOP : first * HOP + (count - 1) * HOP + self._frame]
         padded = np.zeros((GROUP - 1) * HOP + self._frame, np.float32)
