@@ -249,13 +249,7 @@ def check_finite(losses: Tensor, batches: list[Tensor], windows: WindowSet) -> N
     )
 
 
-def fit(
-    model: nn.Module,
-    train: WindowSet,
-    val: WindowSet,
-    config: TrainConfig,
-    **options: Any,
-) -> Progress:
+def fit(model: nn.Module, train: WindowSet, val: WindowSet, config: TrainConfig, **options: Any) -> Progress:
     """Train heads, or resume from `checkpoint`; the model is left with the last epoch's weights.
 
     Args:

@@ -61,17 +61,9 @@ def plot_trace(path: Path, trace: Trace, note: str = "") -> None:
         )
         for valid, color, missing, hatch in shaded:
             for begin, end in [] if valid is None else missing_spans(time, valid):
-                axes[k].axvspan(
-                    begin,
-                    end,
-                    facecolor="none" if hatch else color,
-                    edgecolor=color,
-                    alpha=0.55 if hatch else 0.32,
-                    hatch=hatch,
-                    linewidth=0,
-                    label=missing,
-                    zorder=1,
-                )
+                face, alpha = ("none", 0.55) if hatch else (color, 0.32)
+                style: dict[str, Any] = {"facecolor": face, "edgecolor": color, "alpha": alpha, "hatch": hatch}
+                axes[k].axvspan(begin, end, **style, linewidth=0, label=missing, zorder=1)
     if regions is not None:
         _region_panel(figure, axes[-1], time, regions)
     axes[-1].set_xlabel("time (s)")
@@ -100,16 +92,9 @@ def _region_panel(figure: "Figure", axes: "Axes", time: Floats, regions: Floats)
     columns = min(COLUMNS, len(time))
     middle = begin + (np.arange(columns) + 0.5) * (end - begin) / columns
     resampled = np.stack([np.interp(middle, time, regions[:, k]) for k in range(9)])
-    image = axes.imshow(
-        resampled,
-        aspect="auto",
-        origin="lower",
-        extent=(begin, end, -0.5, 8.5),
-        cmap="magma_r",
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-    )
+    extent = (begin, end, -0.5, 8.5)
+    style: dict[str, Any] = {"origin": "lower", "cmap": "magma_r", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    image = axes.imshow(resampled, aspect="auto", extent=extent, **style)
     axes.set_yticks(range(9), REGION_NAMES, fontsize=8)
     for edge in (2.5, 5.5):
         axes.axhline(edge, color="#888888", linewidth=0.8)
@@ -172,15 +157,8 @@ def plot_agreement(path: Path, prediction: Floats, label: Floats, valid: Bools, 
         mask = valid[:, k]
         axes.plot([-1, 1], [-1, 1], color="#999999", linewidth=1, linestyle="--", zorder=3)
         if mask.any():
-            mesh = axes.hexbin(
-                label[mask, k],
-                prediction[mask, k],
-                gridsize=40,
-                extent=(-1, 1, -1, 1),
-                bins="log",
-                cmap="viridis",
-                mincnt=1,
-            )
+            style: dict[str, Any] = {"gridsize": 40, "bins": "log", "cmap": "viridis", "mincnt": 1}
+            mesh = axes.hexbin(label[mask, k], prediction[mask, k], extent=(-1, 1, -1, 1), **style)
             figure.colorbar(mesh, ax=axes, shrink=0.8).set_label("frames", fontsize=8)
         axes.set(xlim=(-1, 1), ylim=(-1, 1), xlabel=f"label {name}", ylabel=f"predicted {name}", aspect="equal")
         axes.set_title(f"{name}: CCC {scores[k]:.3f}", loc="left", color=COLORS[name], fontweight="bold")

@@ -54,40 +54,19 @@ WRITTEN = (  # every file and folder that a run writes
 )
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths of a run's files, and reading and writing of them. Files are replaced whole."""
 
-    path: Path
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def weights_file(self) -> Path:
-        return self.path / "model.safetensors"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file, self.clips_file = path / "config.toml", path / "clips.json"
+        self.weights_file, self.checkpoint_file = path / "model.safetensors", path / "checkpoint.safetensors"
+        self.metrics_file, self.history_file = path / "metrics.json", path / "history.csv"
+        self.encoders = path / "encoders"  # of a fine-tuned run
 
     def each_file(self, dimension: str) -> Path:
         """Weights of the best epoch of one dimension."""
         return self.path / f"model-{dimension}.safetensors"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.json"
-
-    @property
-    def history_file(self) -> Path:
-        return self.path / "history.csv"
-
-    @property
-    def encoders(self) -> Path:
-        """Folder of a fine-tuned run's encoders."""
-        return self.path / "encoders"
-
-    @property
-    def checkpoint_file(self) -> Path:
-        return self.path / "checkpoint.safetensors"
 
     @property
     def done(self) -> bool:
@@ -97,10 +76,6 @@ class RunFolder:
     def predictions(self, split: str) -> Path:
         """Folder of a split's prediction CSVs."""
         return self.path / "predictions" / split
-
-    @property
-    def clips_file(self) -> Path:
-        return self.path / "clips.json"
 
     def output_folder(self, name: str) -> Path:
         """Folder of predictions that are about to be written; `name` is a split, or a variant of one.

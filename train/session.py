@@ -303,13 +303,8 @@ def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:
     warn_of_demonstration((*config.visual, *config.audio))
     for split, windows in ((config.train_split, train), (config.val_split, val)):
         left_out = len(windows) - len(windows.trainable)
-        log.info(
-            "%s: %d clips, %d windows, %d labelled frames",
-            split,
-            len(windows.clips),
-            len(windows),
-            windows.labelled_rows,
-        )
+        sizes = len(windows.clips), len(windows), windows.labelled_rows
+        log.info("%s: %d clips, %d windows, %d labelled frames", split, *sizes)
         if windows is train and left_out:
             log.info("%s: %d windows without any label are left out of training", split, left_out)
         for stream in windows.streams:

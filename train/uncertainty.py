@@ -236,14 +236,8 @@ class FeatureGaussian:
         floor = 1e-8 * total / len(variance) + 1e-12
         kept, others = variance[-count:].clamp(min=floor), variance[:-count]
         rest = others.mean().clamp(min=floor) if len(others) else kept.min()
-        everywhere = torch.full((1,), torch.inf)
-        return cls(
-            mean.float(),
-            axes[:, -count:].float().contiguous(),
-            kept.sqrt().float(),
-            rest.sqrt().float()[None],
-            everywhere,
-        )
+        deviations = kept.sqrt().float(), rest.sqrt().float()[None]
+        return cls(mean.float(), axes[:, -count:].float().contiguous(), *deviations, torch.full((1,), torch.inf))
 
     def distance(self, rows: Tensor) -> Tensor:
         """[N, D] -> [N]."""

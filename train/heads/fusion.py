@@ -121,14 +121,7 @@ class Fusion(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden: int,
-        audio_streams: int = 1,
-        *,
-        attend: bool,
-        join: str,
-        heads: int = 4,
-        positions: str = "none",
+        self, hidden: int, audio_streams: int = 1, *, attend: bool, join: str, heads: int = 4, positions: str = "none"
     ) -> None:
         super().__init__()
         if audio_streams < 1:

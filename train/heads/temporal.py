@@ -69,15 +69,9 @@ class Recurrent(nn.Module):
         if hidden % 2:
             raise UsageError(explain(f"hidden ({hidden}) must be even: half of it is for each direction"))
         self.input_size = input_size
-        self.rnn: Cell = cell(
-            input_size,
-            hidden // 2,
-            layers,
-            batch_first=True,
-            bidirectional=True,
-            dropout=dropout if layers > 1 else 0.0,
-        )
-        self.between = Dropout(self.rnn.dropout)  # between layers
+        between = dropout if layers > 1 else 0.0
+        self.rnn: Cell = cell(input_size, hidden // 2, layers, batch_first=True, bidirectional=True, dropout=between)
+        self.between = Dropout(between)  # between layers
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         """x [B, T, input_size], inside [B, T] bool with its False entries at the end -> [B, T, hidden].
@@ -217,30 +211,16 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self,
-        input_size: int,
-        hidden: int = 256,
-        *,
-        layers: int = 2,
-        heads: int = 4,
-        dropout: float = 0.0,
+        self, input_size: int, hidden: int = 256, *, layers: int = 2, heads: int = 4, dropout: float = 0.0
     ) -> None:
         super().__init__()
         if hidden % heads or hidden % 2:
             raise UsageError(explain(f"hidden ({hidden}) must be a multiple of {math.lcm(2, heads)} (heads {heads})"))
         self.input_size = input_size
         self.project = nn.Identity() if input_size == hidden else nn.Linear(input_size, hidden)
+        options: dict[str, Any] = {"activation": "gelu", "batch_first": True, "norm_first": True, "dropout": dropout}
         self.encoder = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                hidden,
-                heads,
-                dim_feedforward=2 * hidden,
-                dropout=dropout,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(layers)
+            nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, **options) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(hidden)
         self.positions = Sinusoids(hidden)
