@@ -108,18 +108,10 @@ class AdamW(torch.optim.AdamW):
             self._collected = [self._collect(params) for params in groups]
         for group, (steps, state) in zip(self.param_groups, self._collected, strict=True):
             steps += 1
-            torch._fused_adamw_(
-                group["params"],
-                [p.grad for p in group["params"]],
-                *state,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
+            beta1, beta2 = group["betas"]
+            options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+            gradients = [p.grad for p in group["params"]]
+            torch._fused_adamw_(group["params"], gradients, *state, beta1=beta1, beta2=beta2, **options)
 
     def _collect(self, params: list[nn.Parameter]) -> tuple[Tensor, list[list[Tensor]]]:
         """Numbers of steps of a group as one tensor, [N]; its state in the order of the kernel."""
@@ -272,15 +264,11 @@ def fit(model: nn.Module, train: WindowSet, val: WindowSet, config: TrainConfig,
         with seeded(config.seed, epoch):
             return train_epoch(optimizer, train, config, epoch, prefetcher.batches, step)
 
-    return run_epochs(
-        model,
-        optimizer,
-        config,
-        learn,
-        lambda: predict_clips(model, val),
-        steps_per_epoch=-(-len(train.trainable) // config.batch_size),
-        **options,
-    )
+    def validate() -> Iterable[Trace]:
+        return predict_clips(model, val)
+
+    steps = -(-len(train.trainable) // config.batch_size)
+    return run_epochs(model, optimizer, config, learn, validate, steps_per_epoch=steps, **options)
 
 
 def run_epochs(

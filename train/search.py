@@ -234,6 +234,7 @@ class _Runner:
         A score is stored beside the run: after an interruption, the run may have been trained beyond this rung.
         """
         options = self._options
+        division: dict[str, Any] = {"folds": options.folds, "fold_splits": (options.train,), "device": options.device}
         scores: dict[tuple[int, int], float | Exception] = {}
         todo: list[tuple[tuple[int, int], TrainConfig, Path]] = []
         for each in trials:
@@ -243,14 +244,7 @@ class _Runner:
                 with suppress(ValueError, OSError):
                     scores[key] = float(json.loads(file.read_text("utf-8")))
                     continue
-                config = replace(
-                    each.config,
-                    folds=options.folds,
-                    fold=fold,
-                    fold_splits=(options.train,),
-                    epochs=each.epochs[rung],
-                    device=options.device,
-                )
+                config = replace(each.config, **division, fold=fold, epochs=each.epochs[rung])
                 try:
                     todo.append((key, resolve(self._cache, config)[0], file))
                 except FAILURES as error:

@@ -230,7 +230,7 @@ class Session:
 
     def finish(self, model: VAModel, progress: Progress, data: Data) -> dict[str, Any]:
         """Evaluate the best epoch, write all files and return the metrics; `metrics.json` is written last."""
-        split = self.config.val_split
+        config, split = self.config, self.config.val_split
         predictor: nn.Module = model
         self.folder.write_history(progress.history)
         write_tensors(self.folder.weights_file, progress.best)
@@ -238,15 +238,9 @@ class Session:
             write_tensors(self.folder.each_file(name), weights)
         if progress.each:
             predictor = load_run(self.folder.path, next(model.parameters()).device).predictor
-        report, traces = evaluate_windows(
-            predictor,
-            data.val,
-            split,
-            centers=self.config.centers,
-            allow_missing=self.allow_missing,
-            failed=self._failed(),
-        )
-        if self.config.uncertainty != "none":
+        missing: dict[str, Any] = {"allow_missing": self.allow_missing, "failed": self._failed()}
+        report, traces = evaluate_windows(predictor, data.val, split, centers=config.centers, **missing)
+        if config.uncertainty != "none":
             calibration = calibrate(traces, split)
             write_calibration(self.folder.path, calibration)
             features = TrainingFeatures.fit(data.train, data.val)
@@ -261,7 +255,7 @@ class Session:
         report |= {"layer_shares": model.layer_shares} if model.layer_shares else {}
         for warning in report["warnings"]:
             log.warning("%s: %s", split, warning)
-        report["warnings"] += warn_of_labels(self.config, data.train)
+        report["warnings"] += warn_of_labels(config, data.train)
         self.folder.write_metrics(report)
         if not self.keep_checkpoint:
             self.folder.checkpoint_file.unlink(missing_ok=True)
@@ -359,14 +353,10 @@ def reporter(config: TrainConfig, bar: "tqdm[Any]", write: Callable[[Row], None]
     def report(row: Row) -> None:
         bar.n = int(row["epoch"])
         bar.set_postfix_str(f"val CCC {row['val_ccc_mean']:.3f}")
-        scores = [f"{name} {score(row[f'val_ccc_{name}'])}" for name in SCORES]
-        log.info(
-            "epoch %2d%s  loss %.3f  val CCC  %s",  # fits a terminal of 80 columns
-            row["epoch"],
-            "" if config.epochs == AUTO else f"/{config.epochs}",
-            row["loss_total"],
-            "  ".join(scores),
-        )
+        scores = "  ".join(f"{name} {score(row[f'val_ccc_{name}'])}" for name in SCORES)
+        last = "" if config.epochs == AUTO else f"/{config.epochs}"
+        # fits a terminal of 80 columns
+        log.info("epoch %2d%s  loss %.3f  val CCC  %s", row["epoch"], last, row["loss_total"], scores)
         if write is not None:
             write(row)
 

@@ -79,16 +79,10 @@ def savitzky_golay(time: Floats, value: Floats, seconds: float, order: int = ORD
         end = max(begin + 1, int(np.searchsorted(time, time[begin] + _CHUNK * seconds)))
         rows = slice(begin, end)
         near = slice(int(first[rows].min()), int(last[rows].max()))
-        offset, origin = near.start, (time[begin] + time[end - 1]) / 2
-        out[rows] = _fit(
-            (time[near] - origin) / half,
-            value[near],
-            first[rows] - offset,
-            last[rows] - offset,
-            (time[rows] - origin) / half,
-            terms[rows],
-            order,
-        )
+        origin = (time[begin] + time[end - 1]) / 2
+        u, at = ((time[part] - origin) / half for part in (near, rows))
+        edges = first[rows] - near.start, last[rows] - near.start
+        out[rows] = _fit(u, value[near], *edges, at, terms[rows], order)
         begin = end
     return out
 

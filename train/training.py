@@ -124,15 +124,8 @@ def _train(session: Session, data: Data | None, weights: Mapping[str, Path]) -> 
         session = session.begin(data)
         model = new_model(config, inputs, data, device)
         with session.reporting() as on_epoch:
-            progress = fit(
-                model,
-                data.train,
-                data.val,
-                config,
-                checkpoint=folder.checkpoint_file,
-                on_epoch=on_epoch,
-                excluded=session.unscored(data),
-            )
+            options = {"checkpoint": folder.checkpoint_file, "excluded": session.unscored(data)}
+            progress = fit(model, data.train, data.val, config, on_epoch=on_epoch, **options)
         model.load_state_dict(dict(progress.best))
         return Result(session.finish(model, progress, data))
 

@@ -273,6 +273,7 @@ def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, A
     rows = [_clip_row(clip, viewer) for clip in run.clips]
     frames, seconds = run.masked["frames"] or 0, run.masked["seconds"] or 0
     no_face = run.masked["no_face"]
+    measures = {"ccc": "ccc", "within": "within_video_ccc", "rmse": "rmse", "pearson": "pearson"}
     return {
         "name": run.name,
         "path": str(run.path),
@@ -280,14 +281,8 @@ def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, A
         "scope": run.scope,
         "outdated": examples(run.outdated),
         "scores": [
-            {
-                "name": name,
-                "ccc": metrics["ccc"].get(name),
-                "ci95": metrics.get("ci95", {}).get(name) or [None, None],
-                "within": metrics.get("within_video_ccc", {}).get(name),
-                "rmse": metrics.get("rmse", {}).get(name),
-                "pearson": metrics.get("pearson", {}).get(name),
-            }
+            {"name": name, "ci95": metrics.get("ci95", {}).get(name) or [None, None]}
+            | {kind: metrics.get(key, {}).get(name) for kind, key in measures.items()}
             for name in SCORES
         ],
         "curves": learning_curves(run),
