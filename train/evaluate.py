@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.cache import Cache
-from vaflow.datasets.files import below
+from vaflow.datasets.files import below, examples
 from vaflow.encoders.prompts import REGIONS
 from vaflow.errors import DataError, count, explain
 from vaflow.files import write_file
@@ -263,10 +263,9 @@ def check_complete(windows: WindowSet, failed: Sequence[str], allow_missing: boo
         return []
     frames = sum(int(clip.valid.any(axis=1).sum()) for clip in lost)
     items = [*(clip.item for clip in lost), *failed]
-    shown = ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
     problem = f"{frames} labelled frames of {count(len(lost), 'clip')} have no features" if lost else ""
     absent = f"{count(len(failed), 'clip')} could not be extracted" if failed else ""
-    message = f"{'; '.join(filter(None, (problem, absent)))}: {shown}"
+    message = f"{'; '.join(filter(None, (problem, absent)))}: {examples(items)}"
     if allow_missing:
         log.warning("%s. The metrics leave them out (--allow-missing)", message)
         return lost

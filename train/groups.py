@@ -19,6 +19,7 @@ import numpy as np
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS
+from vaflow.datasets.files import examples
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Bools, Floats
 from vaflow.train.config import TrainConfig
@@ -56,7 +57,7 @@ def read_groups(path: Path) -> dict[str, dict[str, str]]:
     items = [(row[key] or "").strip() for row in rows]
     repeated = sorted(item for item, count in Counter(items).items() if count > 1)
     if repeated:
-        raise UsageError(explain(f"{path} has items with several rows", got=", ".join(repeated[:5])))
+        raise UsageError(explain(f"{path} has items with several rows", got=examples(repeated)))
     cells = {kind: [(row[kind] or "").strip() for row in rows] for kind in kinds}
     return {kind: {i: c for i, c in zip(items, cells[kind], strict=True) if c} for kind in kinds}
 
@@ -82,7 +83,7 @@ def warn_unknown(groups: Groups, cache: Cache) -> None:
     if unknown:  # computed only if needed, because reading the clips' videos is slow
         unknown -= {str(cache.meta(item).get("group")) for item in cache.items()}
     if unknown:
-        shown = ", ".join(sorted(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
+        shown = examples(sorted(unknown))
         log.warning("The groups name %d items that %s does not have: %s", len(unknown), cache.place, shown)
 
 

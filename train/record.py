@@ -19,6 +19,7 @@ from vaflow import __version__
 from vaflow.cache import Cache, address
 from vaflow.cache.documents import canonical
 from vaflow.cache.schema import LABELS, Record
+from vaflow.datasets.files import examples
 from vaflow.errors import CorruptError, UsageError, count, explain
 from vaflow.train.batch import TargetSpec
 from vaflow.train.config import BEFORE_SETTING, TrainConfig, merge
@@ -26,7 +27,6 @@ from vaflow.train.inputs import Inputs, InputStream
 from vaflow.train.metrics import DIMENSIONS
 
 NO_MEDIA = ("labels", "targets")  # parts of a record's source that are not recordings
-LISTED = 5  # clips that a message names
 _BYTES = "bytes:"
 
 
@@ -116,7 +116,7 @@ def _pairs(one: Mapping[str, ClipDigest], other: Mapping[str, ClipDigest]) -> li
 
 
 def _list_pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    names = ", ".join(f"{one} and {other}" for one, other in pairs[:LISTED])
+    names = examples([f"{one} and {other}" for one, other in pairs])
     return f"{count(len(pairs), 'pair')} of clips made from the same file: {names}"
 
 
@@ -152,8 +152,7 @@ def changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str,
         }
         for kind, items in kinds.items():
             if items:
-                more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-                phrases.append(f"{split}: {kind} {', '.join(sorted(items)[:LISTED])}{more}")
+                phrases.append(f"{split}: {kind} {examples(sorted(items))}")
     return phrases
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.cache import Cache
+from vaflow.datasets.files import examples
 from vaflow.device import choose_device
 from vaflow.errors import DataError, UsageError, count, explain
 from vaflow.files import write_file
@@ -26,7 +27,6 @@ from vaflow.train.runs import load_run
 from vaflow.train.training import read_for
 
 HEADER = "image_location,valence,arousal"
-SHOWN = 5  # problems listed in a message
 _LOCATION = re.compile(r"(?P<trial>.+)/(?P<number>[0-9]{1,9})\.(?:jpg|jpeg|png)", re.IGNORECASE)
 
 
@@ -78,10 +78,12 @@ def read_sample(path: Path) -> list[SampleRow]:
             rows.append(SampleRow(parts[0].strip(), location["trial"], int(location["number"])))
     if bad:
         expected = "TRIAL/00001.jpg,valence,arousal, frames counted from 1"
-        raise UsageError(explain(f"{path} has {count(len(bad), 'malformed line')}", expected=expected, got=_some(bad)))
+        raise UsageError(
+            explain(f"{path} has {count(len(bad), 'malformed line')}", expected=expected, got=examples(bad))
+        )
     twice = [location for location, number in Counter(row.location for row in rows).items() if number > 1]
     if twice:
-        raise UsageError(explain(f"{path} has {count(len(twice), 'row')} more than once", got=_some(twice)))
+        raise UsageError(explain(f"{path} has {count(len(twice), 'row')} more than once", got=examples(twice)))
     if not rows:
         raise UsageError(explain(f"{path} has no rows", expected="a row for every frame that is to be predicted"))
     return rows
@@ -164,11 +166,11 @@ def check_predicted(
     for trials, reason in ((unknown, "not in the cache"), (empty, "without any features")):
         if trials:
             problems.append(f"{count(sum(trials.values()), 'row')} of {count(len(trials), 'trial')} {reason}: ")
-            problems[-1] += _some(list(trials))
+            problems[-1] += examples(list(trials))
     remedy = "Extract these trials into the cache"
     if beyond:
         shown = [f"{row.location} ({len(traces[row.trial])} frames)" for row in beyond]
-        problems.append(f"{count(len(beyond), 'row')} after the end of their clips: {_some(shown)}")
+        problems.append(f"{count(len(beyond), 'row')} after the end of their clips: {examples(shown)}")
         if not (unknown or empty):
             most = max(row.number - len(traces[row.trial]) for row in beyond)
             remedy = f"--hold {most} repeats each clip's last prediction after its end"
@@ -176,8 +178,3 @@ def check_predicted(
         missing = sum(unknown.values()) + sum(empty.values()) + len(beyond)
         problem = f"{missing} of {len(rows)} rows of the sample have no prediction, so nothing is written"
         raise DataError(explain(problem, got="; ".join(problems), remedy=remedy))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from vaflow.cache import Cache, address, is_cache, open_cache
 from vaflow.cache.schema import LOGMEL, PIXELS
+from vaflow.datasets.files import examples
 from vaflow.device import choose_device
 from vaflow.errors import CacheError, UsageError, count, explain
 from vaflow.files import lock_folder, write_file
@@ -24,7 +25,6 @@ from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
 from vaflow.train.provenance import Maker, write_evaluation
 from vaflow.train.record import (
-    LISTED,
     ClipDigest,
     RunRecord,
     cache_places,
@@ -264,8 +264,8 @@ def _outdated_clips(cache: Cache, split: str, items: Iterable[str]) -> list[str]
     failed = [item for item in sorted(listed.keys() & set(items)) if _last_commit(cache, item) <= listed[item]]
     if not failed:
         return []
-    names = ", ".join(failed[:LISTED]) + (", ..." if len(failed) > LISTED else "")
-    return [f"{split}: the last extraction failed for {count(len(failed), 'clip')} ({names}); earlier data are used"]
+    clips = f"{count(len(failed), 'clip')} ({examples(failed)})"
+    return [f"{split}: the last extraction failed for {clips}; earlier data are used"]
 
 
 def _last_commit(cache: Cache, item: str) -> float:

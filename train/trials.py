@@ -356,18 +356,12 @@ def optuna_study(
         FAILED: optuna.trial.TrialState.FAIL,
     }
     for trial in trials:
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=states[trial.state],
-                value=trial.score if trial.state == DONE else None,
-                params=dict(trial.values),
-                distributions=distributions,
-                intermediate_values=dict(enumerate(trial.rungs)),
-            )
-        )
-    for values in open_trials:
+        values: dict[str, Any] = {"params": dict(trial.values), "intermediate_values": dict(enumerate(trial.rungs))}
+        score, state = trial.score if trial.state == DONE else None, states[trial.state]
+        study.add_trial(optuna.trial.create_trial(state=state, value=score, distributions=distributions, **values))
+    for params in open_trials:
         running = optuna.trial.TrialState.RUNNING
-        study.add_trial(optuna.trial.create_trial(state=running, params=dict(values), distributions=distributions))
+        study.add_trial(optuna.trial.create_trial(state=running, params=dict(params), distributions=distributions))
     return study
 
 

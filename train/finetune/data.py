@@ -22,6 +22,7 @@ from torch import Tensor
 from vaflow.cache import Cache
 from vaflow.cache.documents import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS
+from vaflow.datasets.files import examples
 from vaflow.encoders.base import cut
 from vaflow.encoders.preprocessing import HOP, RATE, Preparation, decode_image
 from vaflow.errors import DataError, UsageError, explain
@@ -213,7 +214,7 @@ def load_sources(
         clips = {clip.item: k for k, clip in enumerate(windows.clips) if stream.name not in clip.missing}
         lacking = [item for item in clips if not cache.has(_source_of(stream), item)]
         if lacking:
-            problem = f"{len(lacking)} clips have {stream.name} but no {_source_of(stream)}: {', '.join(lacking[:5])}"
+            problem = f"{len(lacking)} clips have {stream.name} but no {_source_of(stream)}: {examples(lacking)}"
             remedy = f"Complete the extraction: vaflow extract ROOT --out {cache.place} --pixels"
             raise DataError(explain(problem, expected="the input of every embedding", remedy=remedy))
         load = _load_images if stream.kind == VISUAL else _load_logmel

@@ -263,12 +263,10 @@ def eaf_text(tiers: Tiers, clip: PredictedClip) -> str:
             if _ms(start) == _ms(stop):
                 continue
             number += 1
+            edges = {"TIME_SLOT_REF1": slots[_ms(start)], "TIME_SLOT_REF2": slots[_ms(stop)]}
+            holder = ElementTree.SubElement(tier, "ANNOTATION")
             annotation = ElementTree.SubElement(
-                ElementTree.SubElement(tier, "ANNOTATION"),
-                "ALIGNABLE_ANNOTATION",
-                ANNOTATION_ID=f"a{number}",
-                TIME_SLOT_REF1=slots[_ms(start)],
-                TIME_SLOT_REF2=slots[_ms(stop)],
+                holder, "ALIGNABLE_ANNOTATION", {"ANNOTATION_ID": f"a{number}", **edges}
             )
             ElementTree.SubElement(annotation, "ANNOTATION_VALUE").text = visible(text)
     ElementTree.SubElement(
