@@ -23,14 +23,16 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import predict_clips
 from vaflow.train.finetune.backbones import (
     Backbone,
+    Source,
     build_backbones,
+    check_sources,
     choose_trained,
+    load_sources,
     recompute,
     save_backbones,
     saved_weights,
     tunable,
 )
-from vaflow.train.finetune.data import Source, check_sources, load_sources
 from vaflow.train.finetune.step import TunedModel, Tuning, encode_split, make_optimizer, train_epoch
 from vaflow.train.heads.model import VAModel, count_parameters
 from vaflow.train.inputs import check_same

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from vaflow.train import loop
 from vaflow.train.batch import VISUAL, Batch, Output
 from vaflow.train.config import TrainConfig
-from vaflow.train.finetune.backbones import Backbone
-from vaflow.train.finetune.data import Augment, Source
+from vaflow.train.finetune.backbones import Augment, Backbone, Source
 from vaflow.train.heads.model import VAModel
 from vaflow.train.loop import Row, adamw, batch_loss, seeded, update
 from vaflow.train.losses import REGIONS

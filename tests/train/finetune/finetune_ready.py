@@ -9,8 +9,7 @@ import torch
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.schema import Json
 from vaflow.train.config import TrainConfig
-from vaflow.train.finetune.backbones import Backbone, build_backbones, choose_trained, tunable
-from vaflow.train.finetune.data import Source, load_sources
+from vaflow.train.finetune.backbones import Backbone, Source, build_backbones, choose_trained, load_sources, tunable
 from vaflow.train.finetune.step import TunedModel, Tuning, make_optimizer
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import seeded

@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from vaflow.train.finetune import data as augment
-from vaflow.train.finetune.data import BANDS, COLOUR, FRAMES, SMALLEST_CROP, Augment, augment_images, augment_logmel
+from vaflow.train.finetune import backbones as augment
+from vaflow.train.finetune.backbones import (
+    BANDS,
+    COLOUR,
+    FRAMES,
+    SMALLEST_CROP,
+    Augment,
+    augment_images,
+    augment_logmel,
+)
 
 EDGE = 32
 

@@ -15,8 +15,16 @@ from PIL import Image
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS
 from vaflow.errors import DataError, FingerprintError, UsageError
-from vaflow.train.finetune.backbones import build_backbones, choose_trained, recompute, tunable
-from vaflow.train.finetune.data import Augment, StoredImages, check_sources, load_sources
+from vaflow.train.finetune.backbones import (
+    Augment,
+    StoredImages,
+    build_backbones,
+    check_sources,
+    choose_trained,
+    load_sources,
+    recompute,
+    tunable,
+)
 from vaflow.train.finetune.step import TunedModel, encode_split, gather, share_units
 from vaflow.train.runs import build_model
 
