@@ -31,7 +31,7 @@ from vaflow.cache import open_cache
 from vaflow.device import choose_device, keep_memory
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
-from vaflow.train.heads.model import VAModel
+from vaflow.train.heads import VAModel
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import make_optimizer, seeded, train_step
 from vaflow.train.runs import build_model

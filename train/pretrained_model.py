@@ -33,7 +33,7 @@ from vaflow.encoders.hub import hub_file
 from vaflow.errors import CorruptError, UsageError, WeightsError, command, count, explain, visible
 from vaflow.files import write_file
 from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
-from vaflow.train.heads.model import VAModel
+from vaflow.train.heads import VAModel
 from vaflow.train.metrics import DIMENSIONS, SCORES
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import CONTEXT, PROTOTYPES, PUBLISHED_CONFIG, RunFolder, load_run, model_options, require_record

@@ -35,7 +35,7 @@ from vaflow.train import record as digests
 from vaflow.train.batch import StreamSpec, TargetSpec
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import Trace, predict_clips
-from vaflow.train.heads.model import EachModel, VAModel
+from vaflow.train.heads import EachModel, VAModel
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.record import RunRecord, cache_places
 from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed

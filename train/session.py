@@ -27,7 +27,7 @@ from vaflow.train.config import AUTO, TEXT_SUFFIX, TrainConfig
 from vaflow.train.data import check_annotated, load_split, load_windows
 from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, featureless, label_warnings
 from vaflow.train.groups import fold_items, split_items
-from vaflow.train.heads.model import VAModel
+from vaflow.train.heads import VAModel
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import Progress, Row, seeded
 from vaflow.train.metrics import DIMENSIONS, SCORES, region_occupancy

@@ -19,8 +19,8 @@ from vaflow.train.config import (
     read_settings,
     to_toml,
 )
+from vaflow.train.heads import NORMALIZE
 from vaflow.train.heads.fusion import FUSION
-from vaflow.train.heads.model import NORMALIZE
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.record import changed_settings
 

@@ -18,8 +18,8 @@ from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, VISUAL_STREAM, VISUAL_STRE
 
 from vaflow.train.batch import AUDIO, BINARY, CLASSES, Batch, ExtraTargets, StreamSpec, TargetSpec
 from vaflow.train.config import TrainConfig
+from vaflow.train.heads import NORMALIZE, VAModel
 from vaflow.train.heads.fusion import FUSION, POSITIONS
-from vaflow.train.heads.model import NORMALIZE, VAModel
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.losses import total_loss
 from vaflow.train.runs import build_model

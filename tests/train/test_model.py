@@ -20,8 +20,8 @@ from toy_batches import (
 )
 
 from vaflow.train.batch import Batch
+from vaflow.train.heads import NORMALIZE, VAModel
 from vaflow.train.heads.fusion import FUSION, interpolate
-from vaflow.train.heads.model import NORMALIZE, VAModel
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.losses import total_loss
 from vaflow.train.metrics import concordance

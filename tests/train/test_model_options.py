@@ -8,7 +8,7 @@ from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, PROTOTYPES, VISUAL_STREAM,
 
 from vaflow.errors import UsageError
 from vaflow.train.batch import VISUAL, StreamSpec
-from vaflow.train.heads.model import VAModel, count_parameters
+from vaflow.train.heads import VAModel, count_parameters
 
 FOUR = (AUDIO_STREAM_2, VISUAL_STREAM, AUDIO_STREAM, VISUAL_STREAM_2)
 

@@ -10,8 +10,8 @@ import torch
 from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, PROTOTYPES, VISUAL_STREAM, VISUAL_STREAM_2, toy_batch
 
 from vaflow.train.batch import AUDIO, Batch, StreamSpec, TargetSpec
+from vaflow.train.heads import EachModel, VAModel
 from vaflow.train.heads.fusion import FUSION
-from vaflow.train.heads.model import EachModel, VAModel
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.pretrained_model import Heads, onnx_bytes
 

@@ -289,7 +289,7 @@ def test_higher_frame_rates_read_the_nearest_cached_sample(cache: Cache) -> None
 
 
 def test_outputs_of_both_models_are_combined() -> None:
-    from vaflow.train.heads.model import EachModel
+    from vaflow.train.heads import EachModel
 
     one, other = toy_model(), toy_model()
     nn.init.normal_(other.regression[0].weight)  # type: ignore[arg-type]

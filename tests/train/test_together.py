@@ -17,8 +17,8 @@ from vaflow.errors import CorruptError, DataError
 from vaflow.files import read_tensors
 from vaflow.train.batch import BINARY, CLASSES, Batch
 from vaflow.train.config import AUTO, TrainConfig
+from vaflow.train.heads import NORMALIZE
 from vaflow.train.heads.fusion import FUSION, POSITIONS
-from vaflow.train.heads.model import NORMALIZE
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import Progress, fit, save_checkpoint

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
-from vaflow.train.heads.model import VAModel
+from vaflow.train.heads import VAModel
 
 PROTOTYPES = torch.randn(9, 6, generator=torch.Generator().manual_seed(7))
 VISUAL_STREAM, AUDIO_STREAM = StreamSpec("see.it", VISUAL, 5), StreamSpec("hear/it", AUDIO, 7)

@@ -34,7 +34,7 @@ from vaflow.train.finetune.backbones import (
     tunable,
 )
 from vaflow.train.finetune.step import TunedModel, Tuning, encode_split, make_optimizer, train_epoch
-from vaflow.train.heads.model import VAModel, count_parameters
+from vaflow.train.heads import VAModel, count_parameters
 from vaflow.train.inputs import check_same
 from vaflow.train.loop import Progress, run_epochs
 from vaflow.train.record import RunRecord

@@ -4,7 +4,7 @@ Source: arXiv 2603.13415 trains the backbones with a learning rate of 3e-6 and g
 stay in evaluation mode (neither family uses dropout), so that training and `vaflow extract` compute the same features.
 
 The inputs are the cached images and log-Mel of a split. Row r of a stream's packed tensor was encoded from unit
-(r - 1) // per_unit: an image, or a window of log-Mel. The index tables of a `WindowSet` therefore also select the inputs.
+(r - 1) // per_unit: an image, or a window of log-Mel. The tables of a `WindowSet` therefore also select the inputs.
 """
 
 import logging

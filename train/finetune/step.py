@@ -17,7 +17,7 @@ from vaflow.train import loop
 from vaflow.train.batch import VISUAL, Batch, Output
 from vaflow.train.config import TrainConfig
 from vaflow.train.finetune.backbones import Augment, Backbone, Source
-from vaflow.train.heads.model import VAModel
+from vaflow.train.heads import VAModel
 from vaflow.train.loop import Row, adamw, batch_loss, seeded, update
 from vaflow.train.losses import REGIONS
 from vaflow.train.windows import StreamTable, WindowSet, ahead, drop_modality, to_device

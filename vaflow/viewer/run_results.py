@@ -24,8 +24,8 @@ from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
 from vaflow.viewer.predictions import PredictedClip, PredictionSet, find_predictions, read_predictions
 
 if TYPE_CHECKING:
+    from vaflow.train.heads import VAModel
     from vaflow.train.heads.fusion import Track
-    from vaflow.train.heads.model import VAModel
     from vaflow.train.windows import WindowSet
 
 # Seconds from a frame to an audio step, edges of the bins; negative: the step is earlier.

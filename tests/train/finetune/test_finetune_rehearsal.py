@@ -10,7 +10,7 @@ from vaflow.encoders import build_encoder
 from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
 from vaflow.train.finetune.backbones import Backbone
 from vaflow.train.finetune.step import Raw, TunedModel, Units
-from vaflow.train.heads.model import VAModel
+from vaflow.train.heads import VAModel
 from vaflow.train.inputs import InputStream
 
 B, F, S, WINDOW = 2, 4, 4, 4.0
