@@ -4,12 +4,13 @@ Audio becomes frames of every filter bank that an encoder reads, each fed once, 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vaflow.cache import Cache
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo, stored_layers
 from vaflow.cache.scratch import LongArray, Scratch
 from vaflow.encoders import preprocessing as logmel
@@ -32,32 +33,6 @@ FACTS_OF = {name: name for name in ("labels", "logmel", "audio", "faces")}
 FACTS_OF |= {"crops": "faces", "visual": "visual", "pixels": "visual"}
 Arrays = dict[str, Rows]
 Vectors = NDArray[Any] | LongArray  # [N, dim], written to by rows
-LogMel = tuple[Rows, NDArray[np.bool_], dict[str, Any]]  # [F, mel] as stored, [F] valid, facts of the audio
-
-
-class Banks:
-    """One streaming filter bank per front end.
-
-    Args:
-        dtypes: types of their frames, where not float32.
-    """
-
-    def __init__(
-        self, front_ends: Iterable[FrontEnd], dtypes: Mapping[FrontEnd, np.dtype[Any]], scratch: Scratch
-    ) -> None:
-        self._open = {front: front.open() for front in front_ends}
-        self._kept = {
-            front: scratch.growing((front.bins,), dtypes.get(front, np.dtype(np.float32))) for front in self._open
-        }
-
-    def push(self, samples: NDArray[np.float32]) -> None:
-        """The next samples, [n] at 16 kHz."""
-        for front, bank in self._open.items():
-            self._kept[front].append(bank.push(samples))
-
-    def finish(self) -> dict[FrontEnd, Rows]:
-        """End of the audio: all frames [F, bins] of every front end. The banks are empty afterwards."""
-        return {front: self._kept.pop(front).finish() for front in self._open}
 
 
 def vector_shape(info: StreamInfo) -> tuple[int, ...]:
@@ -120,8 +95,8 @@ class ClipAssembly:
     """State of one clip.
 
     Args:
-        cached_logmel: reads the clip's committed log-Mel, if only audio streams are added.
-        scratch: allocates the arrays, so that a clip of any length takes bounded memory.
+        cache: allocates the arrays, so that a clip of any length takes bounded memory; and holds the log-Mel of a clip
+            to which only audio streams are added.
     """
 
     def __init__(
@@ -130,13 +105,12 @@ class ClipAssembly:
         config: ExtractConfig,
         infos: Mapping[str, StreamInfo],
         encoders: Encoders,
-        cached_logmel: Callable[[str], LogMel],
-        scratch: Scratch,
+        cache: Cache,
     ) -> None:
         self.task, self._config, self._infos = task, config, infos
         self._visual = {name: pair for name, pair in encoders.visual.items() if name in task.streams}
         self._audio = {name: pair for name, pair in encoders.audio.items() if name in task.streams}
-        self._cached_logmel, self._scratch = cached_logmel, scratch
+        self._cache, self._scratch = cache, cache.scratch
         self.sources: dict[str, Any] = {}
         self.facts: dict[str, dict[str, Any]] = {"labels": {}, "logmel": {}, "audio": {}, "visual": {}, "faces": {}}
         self.arrays: dict[str, Arrays] = {}
@@ -146,8 +120,12 @@ class ClipAssembly:
             front_ends.add(KALDI)
         # The log-Mel is encoded from its stored form; frames of other front ends are dropped once they are encoded.
         self._speech = SpeechMeter() if LOGMEL in task.streams else None
-        self._banks = Banks(front_ends, {KALDI: np.dtype(config.dtype)}, scratch)
-        self._crops, self._crop_sizes = scratch.growing((), "uint8"), [0]
+        self._banks = {front: front.open() for front in front_ends}
+        self._frames = {  # of every front end
+            front: self._scratch.growing((front.bins,), config.dtype if front == KALDI else "float32")
+            for front in front_ends
+        }
+        self._crops, self._crop_sizes = self._scratch.growing((), "uint8"), [0]
         self._rows: dict[int, PersonRows] = {}  # by number of the person; 0: the clip is one item
         self._visual_arrays: dict[int, dict[str, Arrays]] = {}
         self._labels: Mapping[int, tuple[Arrays, dict[str, Any]]] = {}
@@ -220,7 +198,8 @@ class ClipAssembly:
                 self._start(message)
             case AudioBlock():
                 self._audio_seconds += message.samples.size / logmel.RATE
-                self._banks.push(message.samples)
+                for front, bank in self._banks.items():
+                    self._frames[front].append(bank.push(message.samples))
                 if self._speech is not None:
                     self._speech.push(message.samples)
             case AudioEnd():
@@ -248,14 +227,16 @@ class ClipAssembly:
             self._rows[0] = self._new_rows()
         reads_logmel = any(encoder.front_end == KALDI for encoder, _ in self._audio.values())
         if reads_logmel and LOGMEL not in self.task.streams:
-            frames, valid, self.facts["audio"] = self._cached_logmel(self.task.first_item)
-            self._encode_audio(KALDI, frames, valid)
+            stored = self._cache.read(LOGMEL, self.task.first_item)
+            self.facts["audio"] = {name: fact for name, fact in stored.meta.items() if name.startswith("audio")}
+            self._encode_audio(KALDI, stored.embedding, stored.valid)
 
     # -- audio ---------------------------------------------------------------------------------------------------
 
     def _end_audio(self, end: AudioEnd) -> None:
         self.facts["audio"] = end.facts
-        for front, frames in self._banks.finish().items():
+        for front in self._banks:
+            frames = self._frames.pop(front).finish()
             valid = covered_frames(len(frames), end.covered)
             if front == KALDI:
                 self.arrays[LOGMEL] = {"embedding": frames, "time": frame_times(len(frames)), "valid": valid}

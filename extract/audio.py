@@ -194,10 +194,14 @@ class _Source:
 def _mono(frame: AudioFrame) -> Block | None:
     """The mean of the channels, [n] float32, full scale 1; None if there are more than `MAX_CHANNELS`."""
     if frame.format.is_planar and frame.layout.nb_channels >= _PLANES:
-        packed = _packed(frame)
-        if packed is None:
+        # PyAV reads beyond the last of eight or more planes, and may crash: such frames are interleaved first.
+        if frame.layout.nb_channels > MAX_CHANNELS:
             return None
-        frame = packed
+        try:
+            packed, layout = frame.format.packed.name, frame.layout.name
+            frame = AudioResampler(format=packed, layout=layout, rate=frame.sample_rate).resample(frame)[0]
+        except (FFmpegError, ValueError, IndexError):
+            return None
     data = frame.to_ndarray()
     if not frame.format.is_planar:
         data = data.reshape(-1, frame.layout.nb_channels).T
@@ -206,18 +210,6 @@ def _mono(frame: AudioFrame) -> Block | None:
     if scale is not None:
         mono = (mono - (scale if data.dtype == np.uint8 else 0.0)) / scale
     return np.nan_to_num(mono, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32)
-
-
-def _packed(frame: AudioFrame) -> AudioFrame | None:
-    """Return the frame with interleaved channels: PyAV reads beyond the last of eight or more planes, and may crash."""
-    if frame.layout.nb_channels > MAX_CHANNELS:
-        return None
-    try:
-        name, layout = frame.format.packed.name, frame.layout.name
-        frames = AudioResampler(format=name, layout=layout, rate=frame.sample_rate).resample(frame)
-    except (FFmpegError, ValueError):
-        return None
-    return frames[0] if frames else None
 
 
 @dataclass

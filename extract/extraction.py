@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from vaflow.cache import Cache
 from vaflow.cache.costs import Cost
-from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS
+from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
 from vaflow.device import device_name
 from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
-from vaflow.extract.assembly import ClipAssembly, LogMel
+from vaflow.extract.assembly import ClipAssembly
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.encoding import Encoders
 from vaflow.extract.faces.detection_torch import QUESTION
@@ -196,15 +196,8 @@ class Extraction:
     def _assembly(self, number: int) -> ClipAssembly:
         if number not in self._open:
             task = self._tasks.pop(number)
-            self._open[number] = ClipAssembly(
-                task, self._config, self._infos, self._encoders, self._cached_logmel, self._cache.scratch
-            )
+            self._open[number] = ClipAssembly(task, self._config, self._infos, self._encoders, self._cache)
         return self._open[number]
-
-    def _cached_logmel(self, item: str) -> LogMel:
-        stored = self._cache.read(LOGMEL, item)
-        facts = {name: fact for name, fact in stored.meta.items() if name.startswith("audio")}
-        return stored.embedding, stored.valid, facts
 
     def _fail(self, failed: Failed) -> None:
         self._questions.pop(failed.job, None)

@@ -183,8 +183,11 @@ def _misread(
             videos[clip.id] = clip.video
         duration = records.get(LABELS, {}).get("duration", 0.0)
         audio = [name for name, meta in records.items() if meta.get("audio", "absent") != "absent"]
-        if reading < 3 and any(_has_short_step(infos[name], duration) for name in audio):
-            misread[clip.id] = {"audio"}
+        for info in [infos[name] for name in audio if infos[name].kind == "audio" and reading < 3]:
+            sampling = info.identity["sampling"]
+            grid = Grid(sampling["window"], sampling["stride"], sampling["frames"])
+            if ends_in_a_short_step(grid, sampling["audio_steps"], duration):  # which version 2 marked as missing
+                misread[clip.id] = {"audio"}
     if videos:
         logger.info("Checking %s that an earlier version extracted", count(len(videos), "clip"))
     items = list(videos)
@@ -192,15 +195,6 @@ def _misread(
         if not isinstance(kinds, Failed):
             misread.setdefault(items[number], set()).update(kinds)
     return misread
-
-
-def _has_short_step(info: StreamInfo, duration: float) -> bool:
-    """Whether a stream of audio steps ends in a step that reading version 2 marked as missing."""
-    if info.kind != "audio":
-        return False
-    sampling = info.identity["sampling"]
-    grid = Grid(sampling["window"], sampling["stride"], sampling["frames"])
-    return ends_in_a_short_step(grid, sampling["audio_steps"], duration)
 
 
 def _stamps_now(clip: Clip, kinds: set[str]) -> dict[str, str]:

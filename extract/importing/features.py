@@ -177,89 +177,84 @@ def import_features(
     return summary
 
 
+@dataclass
 class _Import:
     """Compares, reads and commits the items of one import.
 
     `new_stream` is declared with the first item: an import in which all items fail leaves no stream with its settings.
     """
 
-    def __init__(
-        self,
-        cache: Cache,
-        config: ImportConfig,
-        expected: Signature | None,
-        new_stream: StreamInfo | None,
-        labels: ImportedLabels,
-        scales: dict[str, Scale],
-        summary: ImportSummary,
-    ) -> None:
-        self._cache, self._config, self._expected = cache, config, expected
-        self._labels, self._scales, self._summary = labels, scales, summary
-        self._new_stream = new_stream
+    cache: Cache
+    config: ImportConfig
+    expected: Signature | None
+    new_stream: StreamInfo | None
+    labels: ImportedLabels
+    scales: dict[str, Scale]
+    summary: ImportSummary
 
     def add(self, file: FeatureFile) -> Failure | None:
         """Import one item; returns the failure if it fails."""
         stage = "features"
         try:
-            need_features, need_labels = self._needs_features(file), self._labels.needed(file)
+            need_features, need_labels = self._needs_features(file), self.labels.needed(file)
             if not need_features and not need_labels:
-                self._summary.done += 1
+                self.summary.done += 1
                 return None
             features = self._read(file)
             stage = "labels"
-            prepared = self._labels.prepare(file, features) if need_labels else None
+            prepared = self.labels.prepare(file, features) if need_labels else None
             stage = "commit"
             if need_features:
                 self._commit(file, features)
             if prepared is not None:
-                self._labels.commit(file.item, prepared)
-                self._summary.labelled += 1
+                self.labels.commit(file.item, prepared)
+                self.summary.labelled += 1
                 if prepared.problem:
-                    self._summary.label_problems.setdefault(prepared.problem, []).append(file.item)
+                    self.summary.label_problems.setdefault(prepared.problem, []).append(file.item)
         except (DataError, OSError, MemoryError) as error:
-            split = self._labels.split(file.item)
+            split = self.labels.split(file.item)
             return Failure(file.item, stage, type(error).__name__, str(error) or repr(error), {"split": split})
         return None
 
     def _needs_features(self, file: FeatureFile) -> bool:
-        stream = self._config.stream
-        if not self._cache.has(stream, file.item):
+        stream = self.config.stream
+        if not self.cache.has(stream, file.item):
             return True
-        source = dict(self._cache.record(stream, file.item).source)
+        source = dict(self.cache.record(stream, file.item).source)
         if source.pop("normalization", None) != self._normalization(file):
             return True
         return not file.has_identity(source)
 
     def _normalization(self, file: FeatureFile) -> str | None:
-        return self._scales[file.item].digest if file.item in self._scales else None
+        return self.scales[file.item].digest if file.item in self.scales else None
 
     def _read(self, file: FeatureFile) -> Features:
-        shape = signature(file, self._config.columns)
-        if shape != self._expected:
-            problem = f"{file.path} does not fit the other items of stream {self._config.stream!r}"
-            raise DataError(explain(problem, expected=self._expected, got=shape))
-        features = read_features(file, self._config.rate, self._config.columns)
-        return self._scales[file.item].apply(features) if file.item in self._scales else features
+        shape = signature(file, self.config.columns)
+        if shape != self.expected:
+            problem = f"{file.path} does not fit the other items of stream {self.config.stream!r}"
+            raise DataError(explain(problem, expected=self.expected, got=shape))
+        features = read_features(file, self.config.rate, self.config.columns)
+        return self.scales[file.item].apply(features) if file.item in self.scales else features
 
     def _commit(self, file: FeatureFile, features: Features) -> None:
         source = file.identity()
-        if file.item in self._scales:
+        if file.item in self.scales:
             source["normalization"] = self._normalization(file)
-        if self._new_stream is not None:
-            self._cache.declare(self._new_stream)
-            self._new_stream = None
+        if self.new_stream is not None:
+            self.cache.declare(self.new_stream)
+            self.new_stream = None
         masked = int((~features.valid).sum())
-        changed = self._cache.has(self._config.stream, file.item)
-        arrays = {"embedding": features.embedding.astype(self._config.dtype)}
+        changed = self.cache.has(self.config.stream, file.item)
+        arrays = {"embedding": features.embedding.astype(self.config.dtype)}
         arrays |= {"time": features.time, "valid": features.valid}
-        if self._config.kind == "audio":  # all rows are the steps of one window
+        if self.config.kind == "audio":  # all rows are the steps of one window
             arrays = {name: array[None] for name, array in arrays.items()} | {"start": np.zeros(1)}
         meta = {"rows": len(features.valid), "masked": masked, **provenance()}
-        self._cache.write(self._config.stream, file.item, arrays, source=source, meta=meta)
-        self._summary.imported += 1
-        self._summary.changed += changed
-        self._summary.rows += len(features.valid)
-        self._summary.masked += masked
+        self.cache.write(self.config.stream, file.item, arrays, source=source, meta=meta)
+        self.summary.imported += 1
+        self.summary.changed += changed
+        self.summary.rows += len(features.valid)
+        self.summary.masked += masked
 
 
 def _find(folder: Path, labels: Path | None) -> list[FeatureFile]:

@@ -190,7 +190,7 @@ def peak_and_stored(cache: Cache, item: str, seconds: int) -> tuple[int, int]:
     task = PendingClip(Clip(item, None, item, None), tuple(INFOS), False)
     tracemalloc.start()
     try:
-        clip = ClipAssembly(task, CONFIG_FREE, INFOS, encoders, lambda _: None, cache.scratch)  # type: ignore[arg-type, return-value]
+        clip = ClipAssembly(task, CONFIG_FREE, INFOS, encoders, cache)
         for message in messages(seconds):
             clip.take(message)
         for batcher in encoders.batchers.values():
