@@ -108,13 +108,11 @@ class ExtractConfig:
         settings.check(self)
         unused = [name for name in self.weights if name not in self.encoders]
         if unused:
-            raise UsageError(
-                explain("--weights names an encoder that is not used", got=unused[0], choices=self.encoders)
-            )
+            problem = "--weights names an encoder that is not used"
+            raise UsageError(explain(problem, got=unused[0], choices=self.encoders))
         if self.person == "all" and (self.face_source == "none" or not (self.visual or self.pixels)):
-            raise UsageError(
-                explain("--person all requires faces", expected="a visual encoder or --pixels, and not --faces none")
-            )
+            problem = "--person all requires faces"
+            raise UsageError(explain(problem, expected="a visual encoder or --pixels, and not --faces none"))
         _ = self.grid  # raises if the stride is longer than the window
 
     @property

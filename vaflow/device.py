@@ -155,13 +155,10 @@ class InParts:
                 if not is_out_of_memory(error):
                     raise
                 if self.size == 1:
-                    raise VaflowError(
-                        explain(
-                            "The device has too little memory for a batch of one row",
-                            got=(str(error) or type(error).__name__).splitlines()[0],
-                            remedy="Free the device or use another --device, then run the same command again to resume",
-                        )
-                    ) from error
+                    problem = "The device has too little memory for a batch of one row"
+                    got = (str(error) or type(error).__name__).splitlines()[0]
+                    remedy = "Free the device or use another --device, then run the same command again to resume"
+                    raise VaflowError(explain(problem, got=got, remedy=remedy)) from error
                 self.size = max(1, self.size // 2)
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()

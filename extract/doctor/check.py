@@ -192,14 +192,8 @@ def document(report: Report) -> dict[str, Any]:
         "splits": {name: _summary_document(summary) for name, summary in report.splits().items()},
         "total": _summary_document(report.total()),
         "kinds": [
-            {
-                "severity": kind.severity,
-                "code": kind.code,
-                "count": len(kind.notes),
-                "items": list(kind.items),
-                "remedies": list(kind.remedies),
-                "cost": kind.cost,
-            }
+            {"severity": kind.severity, "code": kind.code, "count": len(kind.notes), "items": list(kind.items)}
+            | {"remedies": list(kind.remedies), "cost": kind.cost}
             for kind in report.kinds()
         ],
         "findings": [asdict(note) for note in report.findings],

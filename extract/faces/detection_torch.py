@@ -107,9 +107,8 @@ def load_network() -> "Network":
                     raise ValueError(f"{value.shape} for {tuple(parameter.shape)}")
                 parameter.copy_(torch.from_numpy(value))
     except ValueError as error:
-        raise WeightsError(
-            explain("The face detector's file contains another network", got=error, remedy="Use --detector opencv")
-        ) from error
+        problem = "The face detector's file contains another network"
+        raise WeightsError(explain(problem, got=error, remedy="Use --detector opencv")) from error
     return network
 
 

@@ -74,9 +74,8 @@ class FaceResNet:
             (product,) = products
             self._product = product.reshape(before, DIM)
         except (ValueError, IndexError) as error:
-            raise WeightsError(
-                explain(f"{path} is not dlib's face-recognition network", got=f"{len(data)} bytes: {error}")
-            ) from error
+            problem = f"{path} is not dlib's face-recognition network"
+            raise WeightsError(explain(problem, got=f"{len(data)} bytes: {error}")) from error
 
     def __call__(self, chip: NDArray[np.uint8]) -> Floats:
         """A face [150, 150, 3] RGB -> [128]."""

@@ -111,9 +111,8 @@ def _require_files(root: Path) -> None:
         raise UsageError(explain("The data set does not exist", expected="an existing folder", got=got))
     if not root.is_dir():
         remedy = f"Name the folder: {root.parent}"
-        raise UsageError(
-            explain("The data set is not a folder", expected="a folder", got=f"the file {root}", remedy=remedy)
-        )
+        problem = "The data set is not a folder"
+        raise UsageError(explain(problem, expected="a folder", got=f"the file {root}", remedy=remedy))
     if not entries(root):
         remedy = "Unpack the data set there, or check that it is mounted and that you may read it"
         raise UsageError(explain(f"{root} is empty", expected=_all_look_for(), got="an empty folder", remedy=remedy))
