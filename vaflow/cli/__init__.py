@@ -22,7 +22,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from vaflow.cli import ablate, cache, cache_import, evaluate, extract, predict, train, view
+from vaflow.cli import ablate, cache, cache_import, extract, predict, train, view
 from vaflow.cli.common import (
     PANELS,
     Command,
@@ -81,7 +81,7 @@ _add("Commands", cache.info, cache.verify, cache.repair, cache.drop, cache.split
 _add("Commands", cache.pack, cache.merge, cache.export, cache_import.prompts, group=cache.app)
 _add("Commands", cache_import.import_, cache_import.targets, cache_import.people, group=cache.app)
 _add_with_settings(MODEL, train.train, TrainConfig)
-_add(MODEL, evaluate.evaluate, evaluate.smooth, evaluate.folds, evaluate.ensemble, ablate.ablate, ablate.search)
+_add(MODEL, train.evaluate, train.smooth, ablate.folds, train.ensemble, ablate.ablate, ablate.search)
 _add(RESULT, predict.predict, predict.export, predict.submit, predict.provenance)
 _add(RESULT, predict.trace, hidden=True)
 _add(RESULT, view.view, view.faces, view.report, view.runs)

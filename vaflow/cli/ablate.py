@@ -1,11 +1,12 @@
-"""`vaflow ablate` and `vaflow search`: many training runs on one cache, and what they show."""
+"""`vaflow ablate`, `search` and `folds`: many training runs on one cache, and the folds of a cross-validation."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Annotated, Any
 
-from vaflow.cli.common import FAILED, Output, alias_pairs, echo, loading, number, report_failures, table
+from vaflow.cli.common import FAILED, Output, alias_pairs, echo, loading, number, print_json, report_failures, table
 from vaflow.cli.options import Aliases, AllowMissing, Cache, Device, Engine, RayAddress, Together, flag, option
 from vaflow.errors import UsageError, count, explain, visible
 from vaflow.process import check_engine
@@ -313,3 +314,57 @@ def search_summary(result: "SearchResult", holdout: str) -> str:
         lines.append(f"importance: {shares}")
     lines.append(f"see {result.files['html']}; train with --config {result.files['config']}")
     return "\n".join(map(visible, lines))
+
+
+FoldCount = Annotated[int, option("K", "Number of folds.", "--folds")]
+FoldSplits = Annotated[
+    list[str] | None, option("SPLIT", "Split to divide. Repeatable.", "--split", default="train and val")
+]
+FoldGroups = Annotated[
+    str | None,
+    option(
+        "FILE:COLUMN",
+        "Column whose groups stay in one fold, as groups.csv:speaker.",
+        "--fold-groups",
+        default="source video",
+    ),
+]
+
+
+def folds(
+    output: Output, cache: Cache, count: FoldCount = 5, splits: FoldSplits = None, groups: FoldGroups = None
+) -> int:
+    """Show the folds of a cross-validation, as `vaflow train --folds K --fold I` uses them.
+
+    The clips of a source video (_left and _right) stay in one fold. Folds have about equal numbers of labelled frames
+    and are the same every time.
+
+    Example: vaflow folds affwild2.cache --folds 5
+
+    Example: vaflow folds affwild2.cache --folds 5 --fold-groups groups.csv:speaker
+    """
+    from vaflow.cache import open_cache
+    from vaflow.train.config import TrainConfig
+    from vaflow.train.groups import make_folds, read_column, warn_unknown
+
+    opened = open_cache(cache)
+    members = read_column(groups) if groups else None
+    if members is not None:
+        warn_unknown({"": members}, opened)
+    parts = make_folds(opened, tuple(splits or TrainConfig.fold_splits), count, members)
+    noun = "videos" if groups is None else groups.rpartition(":")[2]
+    facts = [
+        {"fold": k, noun: list(part.groups), "clips": list(part.items), "labelled_frames": part.labelled}
+        for k, part in enumerate(parts, 1)
+    ]
+    if output.json:
+        print_json(facts)
+    elif not output.quiet:
+        used = Counter(str(opened.meta(item).get("split") or "none") for part in parts for item in part.items)
+        echo(f"Clips divided: {', '.join(f'{n} of split {name}' for name, n in sorted(used.items()))}\n")
+        rows = [(k, len(part.groups), len(part.items), part.labelled) for k, part in enumerate(parts, 1)]
+        echo(table(rows, ("fold", noun, "clips", "labelled frames")))
+        if output.verbose:
+            for k, part in enumerate(parts, 1):
+                echo(f"\nfold {k}: {', '.join(part.items)}")
+    return 0
