@@ -23,9 +23,9 @@ from vaflow.cache.documents import canonical, fingerprint
 from vaflow.cache.opening import PathLike
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, STORES, Array, Json, Record, StreamInfo
 from vaflow.datasets.clip import Clip
-from vaflow.datasets.files import examples, read_table
+from vaflow.datasets.files import read_table
 from vaflow.device import choose_device
-from vaflow.errors import MediaError, UsageError, count, explain
+from vaflow.errors import MediaError, UsageError, count, examples, explain
 from vaflow.extract.config import ExtractConfig, default_workers
 from vaflow.extract.faces.people import ALL, ID, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, count_people, speech_at
 from vaflow.extract.plan import OutcomeRecorder, PendingClip, Summary

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.cache import Cache
-from vaflow.datasets.files import below, examples
+from vaflow.datasets.files import below
 from vaflow.encoders.prompts import REGIONS
-from vaflow.errors import DataError, count, explain
+from vaflow.errors import DataError, count, examples, explain
 from vaflow.files import write_file
 from vaflow.items import read_failures
 from vaflow.timeline import Bools, Floats, Ints, nearest, stitch

@@ -19,8 +19,7 @@ import numpy as np
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS
-from vaflow.datasets.files import examples
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, examples, explain
 from vaflow.timeline import Bools, Floats
 from vaflow.train.config import TrainConfig
 from vaflow.train.metrics import by_dimension, concordance, rmse

@@ -19,8 +19,7 @@ from vaflow import __version__
 from vaflow.cache import Cache, address
 from vaflow.cache.documents import canonical
 from vaflow.cache.schema import LABELS, Record
-from vaflow.datasets.files import examples
-from vaflow.errors import CorruptError, UsageError, count, explain
+from vaflow.errors import CorruptError, UsageError, count, examples, explain
 from vaflow.train.batch import TargetSpec
 from vaflow.train.config import BEFORE_SETTING, TrainConfig, merge
 from vaflow.train.inputs import Inputs, InputStream

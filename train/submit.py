@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.cache import Cache
-from vaflow.datasets.files import examples
 from vaflow.device import choose_device
-from vaflow.errors import DataError, UsageError, count, explain
+from vaflow.errors import DataError, UsageError, count, examples, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_windows

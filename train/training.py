@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from vaflow.cache import Cache, address, is_cache, open_cache
 from vaflow.cache.schema import LOGMEL, PIXELS
-from vaflow.datasets.files import examples
 from vaflow.device import choose_device
-from vaflow.errors import CacheError, UsageError, count, explain
+from vaflow.errors import CacheError, UsageError, count, examples, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.items import read_failures
 from vaflow.train.config import AUTO, NONE, TrainConfig

@@ -6,7 +6,7 @@ The command prints the message of a `VaflowError` and exits with its `exit_code`
 
 import re
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 _BREAKS = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
@@ -111,6 +111,12 @@ def command(*words: object) -> str:
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun: `count(1, "video")` is "1 video", `count(2000, "video")` is "2,000 videos"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def examples(names: Sequence[str], shown: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def visible(text: str) -> str:

@@ -20,12 +20,12 @@ from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.schema import LOGMEL
 from vaflow.datasets import Dataset, log_left_out, open_dataset
 from vaflow.datasets.clip import Clip
-from vaflow.datasets.files import below, examples, is_audio
+from vaflow.datasets.files import below, is_audio
 from vaflow.datasets.videos import has_predictions
 from vaflow.device import choose_device
 from vaflow.encoders import demonstration_notice
 from vaflow.encoders.prompts import REGION_NAMES
-from vaflow.errors import CorruptError, DataError, UsageError, explain
+from vaflow.errors import CorruptError, DataError, UsageError, examples, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
 from vaflow.extract.faces.identity import AUTO, network_setting
 from vaflow.extract.faces.people import ALL, LARGEST, MAIN

@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.clip import SPLITS, Clip, Note
-from vaflow.datasets.files import examples
 from vaflow.datasets.labels import USUAL_ROWS
 from vaflow.encoders.prompts import REGION_NAMES
-from vaflow.errors import command, count
+from vaflow.errors import command, count, examples
 from vaflow.extract.doctor.facts import (
     OPENED_CROPS,
     CropFacts,

@@ -24,18 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.affwild2 import strip_side
-from vaflow.datasets.files import (
-    SPLITS_FILE,
-    Assignment,
-    examples,
-    head,
-    open_text,
-    printable,
-    separator_of,
-    size_problem,
-)
+from vaflow.datasets.files import SPLITS_FILE, Assignment, head, open_text, printable, separator_of, size_problem
 from vaflow.datasets.labels import MAX_SECONDS, NOT_A_NUMBER, decimal_point
-from vaflow.errors import DataError, UsageError, explain
+from vaflow.errors import DataError, UsageError, examples, explain
 from vaflow.extract.sources import file_identity, same_file
 from vaflow.timeline import Floats
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
-from vaflow.datasets.files import SPLITS_FILE, Assignment, assign, examples, head
-from vaflow.errors import DataError, UsageError, explain
+from vaflow.datasets.files import SPLITS_FILE, Assignment, assign, head
+from vaflow.errors import DataError, UsageError, examples, explain
 from vaflow.extract.importing.feature_files import (
     Columns,
     FeatureFile,

@@ -56,7 +56,7 @@ def test_drop_rejects_an_unknown_clip_and_drops_nothing(cache, capsys):
     before = contents(cache)
     assert main(["cache", "drop", str(cache.path), "c", "d"]) == 2
     error = capsys.readouterr().err
-    assert "has no such clip. Got: 'd'." in error
+    assert "has no such clip. Got: d." in error
     assert contents(cache).keys() == before.keys()
 
 

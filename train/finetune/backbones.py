@@ -24,11 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from vaflow.cache import Cache
 from vaflow.cache.documents import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS, escape
-from vaflow.datasets.files import examples
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import cut
 from vaflow.encoders.preprocessing import HOP, RATE, Preparation, decode_image
-from vaflow.errors import DataError, FingerprintError, UsageError, WeightsError, explain
+from vaflow.errors import DataError, FingerprintError, UsageError, WeightsError, examples, explain
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import default_budget, make_packs, mapped_zeros
 from vaflow.train.inputs import InputStream, sampling

@@ -19,7 +19,7 @@ from vaflow.cache.packed import PackedCache
 from vaflow.cache.schema import LABELS, Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.storage import Layout
 from vaflow.cache.stores import STORES, decode, file_problem, size_problem
-from vaflow.errors import CacheError, CorruptError, UsageError, explain, similar_names, visible
+from vaflow.errors import CacheError, CorruptError, UsageError, examples, explain, similar_names, visible
 from vaflow.files import TEMPORARY
 from vaflow.items import clip_and_person
 
@@ -240,7 +240,6 @@ def open_for_repair(path: Path) -> Cache:
 
 
 THREADS = 4  # commits wait for disk flushes
-SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,7 @@ def clips_to_drop(cache: Cache, present: Collection[str], origin: str) -> list[s
     """
     known, absent = clip_streams(cache), list(absent_clips(cache, present))
     if known and len(absent) == len(known):
-        expected = f"the data set of this cache, with clips such as {_some(list(known))}"
+        expected = f"the data set of this cache, with clips such as {examples(list(known))}"
         got = f"{len(present)} other clips" if present else "no clips"
         raise UsageError(explain(f"No clip of {cache.place} is in {origin}", expected=expected, got=got))
     return absent
@@ -310,8 +309,8 @@ def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -
     known = clip_streams(cache)
     unknown = [item for item in dict.fromkeys(items) if item not in known]
     if unknown:
-        remedy = similar_names(unknown[0], known, f"Its clips are {_some(sorted(known)) or 'none'}")
-        raise UsageError(explain(f"{cache.place} has no such clip", got=_some(unknown), remedy=remedy))
+        remedy = similar_names(unknown[0], known, f"Its clips are {examples(sorted(known)) or 'none'}")
+        raise UsageError(explain(f"{cache.place} has no such clip", got=examples(unknown), remedy=remedy))
     dropped = {item: known[item] for item in dict.fromkeys(items)}
     if dry_run or not dropped:
         return dropped
@@ -345,8 +344,8 @@ def change_splits(
     unknown = tuple(sorted(listed.keys() - set(clips)))
     if len(unknown) == len(listed):
         problem = f"The list names no clip of {cache.place}"
-        expected = f"names such as {_some(clips)}" if clips else "a cache with clips"
-        raise UsageError(explain(problem, expected=expected, got=_some(list(unknown)) if unknown else "an empty list"))
+        expected = f"names such as {examples(clips)}" if clips else "a cache with clips"
+        raise UsageError(explain(problem, expected=expected, got=examples(unknown) or "an empty list"))
     old = {item: cache.meta(item).get("split") for item in clips if item in listed}
     changed = {item: (split, listed[item]) for item, split in old.items() if split != listed[item]}
 
@@ -363,8 +362,3 @@ def change_splits(
         cache.refresh_index()
     unlisted = tuple(item for item in clips if item not in listed)
     return SplitChanges(changed, len(old) - len(changed), unlisted, unknown)
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + rest

@@ -206,7 +206,7 @@ def check_directory(path: Path) -> None:
 
 def warn_of_labels(clips: Mapping[str, Sequence[str]], problems: Mapping[str, str]) -> None:
     """Log the clips whose labels may not belong to them; both map a code of `clock_problem`, to clips and to a text."""
-    from vaflow.datasets.files import examples
+    from vaflow.errors import examples
 
     for code in sorted(clips):
         log.warning("%s: %s", problems[code], examples(sorted(clips[code])))

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from vaflow.datasets.clip import Annotation, Clip, Note
-from vaflow.datasets.files import LeftOut, assign, examples, head, walk
+from vaflow.datasets.files import LeftOut, assign, head, walk
 from vaflow.datasets.labels import MAX_FRAME, TARGETS, read_bytes, unusable
-from vaflow.errors import DataError
+from vaflow.errors import DataError, examples
 
 LOOKS_FOR = "folders that hold numbered images and a .json of labels each"
 FRAME_RATE = 25.0  # of films

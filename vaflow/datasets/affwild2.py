@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.datasets.clip import Annotation, Clip, Note
-from vaflow.datasets.files import LeftOut, entries, examples, is_folder, is_regular, is_video, open_text, size_problem
+from vaflow.datasets.files import LeftOut, entries, is_folder, is_regular, is_video, open_text, size_problem
 from vaflow.datasets.labels import TARGETS, LabelFile, is_number, split_cells
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, examples, explain
 
 LOOKS_FOR = "VA_Estimation_Challenge/ or VA_Set/ with Train_Set/ and Validation_Set/, or folders cropped_aligned*/"
 SIDES = ("_left", "_right")

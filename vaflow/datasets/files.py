@@ -9,13 +9,13 @@ import csv
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 from vaflow.datasets.clip import SPLITS, Note
-from vaflow.errors import DataError, UsageError, VaflowError, explain
+from vaflow.errors import DataError, UsageError, VaflowError, examples, explain
 
 # Common containers that FFmpeg opens. Other files are ignored, counted and listed.
 # fmt: off
@@ -209,12 +209,6 @@ def open_text(path: Path) -> TextIO:
 def listing(root: Path) -> str:
     """The first few names directly below `root`, for messages."""
     return examples([entry.name + ("/" if is_folder(entry) else "") for entry in entries(root)], 6) or "nothing"
-
-
-def examples(names: Sequence[str], shown: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def read_table(path: Path, kind: str, failure: type[VaflowError]) -> tuple[str, list[tuple[int, list[str]]]]:

@@ -41,9 +41,9 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.datasets.clip import Annotation, Clip, Layout, Note
-from vaflow.datasets.files import LeftOut, assign, examples, head, is_audio, is_regular, is_video, read_table, walk
+from vaflow.datasets.files import LeftOut, assign, head, is_audio, is_regular, is_video, read_table, walk
 from vaflow.datasets.labels import NOT_A_NUMBER, TARGETS, DimensionLabels, LabelFile, is_number, split_cells, with_gaps
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, examples, explain
 
 TABLES = (".csv", ".arff")
 DIMENSIONS = ("arousal", "valence")

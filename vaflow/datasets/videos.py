@@ -23,7 +23,6 @@ from vaflow.datasets.files import (
     LeftOut,
     assign,
     entries,
-    examples,
     is_audio,
     is_folder,
     is_regular,
@@ -31,7 +30,7 @@ from vaflow.datasets.files import (
     separator_of,
 )
 from vaflow.datasets.labels import TARGETS, LabelFile, split_cells
-from vaflow.errors import DataError, explain
+from vaflow.errors import DataError, examples, explain
 from vaflow.items import clip_and_person, person_item
 
 PERSON_LABELS = "person-labels"  # code of the note on labels that only --person all reads

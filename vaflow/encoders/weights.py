@@ -6,7 +6,7 @@ No code from a file is run: files are safetensors, or PyTorch archives read with
 import hashlib
 import struct
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from vaflow.errors import WeightsError, explain
+from vaflow.errors import WeightsError, examples, explain
 
 # The exceptions that broken files raise while they are read, also with `weights_only=True`.
 BROKEN = (
@@ -153,16 +153,10 @@ def check_fit(where: str, *, missing: Iterable[str], unexpected: Iterable[str], 
     problems = {what: sorted(keys) for what, keys in lists.items()}
     if not any(problems.values()):
         return
-    got = "; ".join(f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys)
+    got = "; ".join(f"{len(keys)} {what}: {examples(keys, NAMED)}" for what, keys in problems.items() if keys)
     problem = f"The weights in {where} do not fit the model"
     remedy = "Check that the file belongs to this model, and not to another size or library"
     raise WeightsError(explain(problem, expected="exactly the model's keys", got=got, remedy=remedy))
-
-
-def _listed(keys: Collection[str]) -> str:
-    names = list(keys)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
@@ -186,5 +180,5 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], wh
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         problem = f"The weights in {where} contain NaN or infinity"
-        raise WeightsError(explain(problem, got=_listed(sorted(broken)), remedy="Download the file again"))
+        raise WeightsError(explain(problem, got=examples(sorted(broken), NAMED), remedy="Download the file again"))
     module.load_state_dict(state, strict=True)

@@ -20,9 +20,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from vaflow.datasets.files import below, examples
+from vaflow.datasets.files import below
 from vaflow.encoders.prompts import REGION_NAMES, REGIONS
-from vaflow.errors import UsageError, explain, visible
+from vaflow.errors import UsageError, examples, explain, visible
 from vaflow.files import write_file
 from vaflow.timeline import median_interval
 from vaflow.train.metrics import region_of

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
 from vaflow.datasets import open_dataset
-from vaflow.datasets.files import examples, head
-from vaflow.errors import MediaError, UsageError, count, explain
+from vaflow.datasets.files import head
+from vaflow.errors import MediaError, UsageError, count, examples, explain
 from vaflow.extract.container import frame_times
 from vaflow.extract.faces.detection import (
     MAX_YAW,

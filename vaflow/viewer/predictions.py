@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache import Cache, open_cache
-from vaflow.datasets.files import examples
 from vaflow.encoders import random_encoders
-from vaflow.errors import CacheError, CorruptError, UsageError, VaflowError, explain
+from vaflow.errors import CacheError, CorruptError, UsageError, VaflowError, examples, explain
 from vaflow.timeline import Bools, Floats
 from vaflow.train.metrics import DIMENSIONS, SCORES, smoothing_text
 

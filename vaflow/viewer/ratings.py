@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vaflow.datasets.files import below, examples
+from vaflow.datasets.files import below
 from vaflow.datasets.videos import read_csv
-from vaflow.errors import UsageError, count, explain
+from vaflow.errors import UsageError, count, examples, explain
 from vaflow.files import write_file
 from vaflow.timeline import Bools, Floats
 from vaflow.train.metrics import region_of

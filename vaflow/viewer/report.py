@@ -13,9 +13,8 @@ from urllib.parse import quote
 import numpy as np
 
 from vaflow import __version__
-from vaflow.datasets.files import examples
 from vaflow.encoders.prompts import REGION_NAMES
-from vaflow.errors import UsageError, command, explain
+from vaflow.errors import UsageError, command, examples, explain
 from vaflow.files import write_file
 from vaflow.pages import render
 from vaflow.timeline import Floats
