@@ -90,12 +90,8 @@ def run_search(
     with lock_folder(out, "vaflow search"):
         _check_same(cache, space, out, options)
         finished = Log.read(out / LOG)
-        shared: dict[str, Any] = {
-            "together": options.together,
-            "allow_missing": options.allow_missing,
-            "keep_checkpoint": True,
-        }
-        with one_thread(pool.get("level", logging.ERROR)), Pool(cache, out, **shared, **pool) as workers:
+        pool |= {"together": options.together, "allow_missing": options.allow_missing, "keep_checkpoint": True}
+        with one_thread(pool.get("level", logging.ERROR)), Pool(cache, out, **pool) as workers:
             runner = _Runner(cache, space, out, options, workers)
             while len(finished.trials) < trials:
                 last = min(trials, (len(finished.trials) // options.batch + 1) * options.batch)

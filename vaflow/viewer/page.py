@@ -150,7 +150,11 @@ def write_viewer(path: Path, out: Path, clips: Sequence[str] = (), config: ViewC
         ]
         viewer = Viewer(out / PAGE, prediction_set, tuple(shown))
         viewer.page.write_text(viewer.html(), "utf-8")
-        _remove_clips_of_earlier_pages(out, shown)
+        media = {clip.media.name for clip in shown if clip.media is not None and clip.media.parent == out / "media"}
+        kept = media | {f"{number:04}.js" for number in range(1, len(shown) + 1)}
+        for file in (*(out / "clips").iterdir(), *(out / "media").iterdir()):  # clips of earlier pages
+            if _OF_A_PAGE.fullmatch(file.name) and file.name not in kept:
+                file.unlink()
     except OSError as error:
         raise UsageError(explain(f"Cannot write the viewer to {out}", got=error.strerror)) from error
     lost = sum(clip.media is None for clip in shown)
@@ -173,14 +177,6 @@ def _refuse_other_files(out: Path) -> None:
         raise UsageError(
             explain(f"{out} holds other files", expected=expected, got=problem, remedy="Choose another --out")
         )
-
-
-def _remove_clips_of_earlier_pages(out: Path, shown: Sequence[PageClip]) -> None:
-    media = {clip.media.name for clip in shown if clip.media is not None and clip.media.parent == out / "media"}
-    kept = media | {f"{number:04}.js" for number in range(1, len(shown) + 1)}
-    for file in (*(out / "clips").iterdir(), *(out / "media").iterdir()):
-        if _OF_A_PAGE.fullmatch(file.name) and file.name not in kept:
-            file.unlink()
 
 
 def has_predictions(path: Path) -> bool:
