@@ -109,16 +109,15 @@ def _write(
     """Write the results and `failures.jsonl`."""
     encoders = compare_encoders(cache, results)
     texts = {
+        "tables": ("tables.toml", study.text),
         "csv": ("results.csv", csv_text(results)),
         "markdown": ("results.md", markdown(results, about)),
         "html": ("results.html", html_page(results, about, encoders)),
     }
     if encoders is not None:
         texts["encoders"] = ("encoders.md", encoders.markdown())
-    files = {"tables": out / "tables.toml"}
-    write_file(files["tables"], study.text)
-    for kind, (name, text) in texts.items():
-        files[kind] = out / name
+    files = {kind: out / name for kind, (name, _) in texts.items()}
+    for kind, (_, text) in texts.items():
         write_file(files[kind], text)
     failures = []  # a row that cannot be trained, or a failed run
     for entry in (*schedule.entries, schedule.reference):
