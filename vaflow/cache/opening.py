@@ -11,7 +11,7 @@ from vaflow.cache.documents import manifest_document, seal, unseal
 from vaflow.cache.packed import PackedCache, refuse_writing
 from vaflow.cache.schema import FORMAT, PACKED, SCHEMA_VERSION, STORES, StoreName
 from vaflow.cache.storage import Layout, Remote, url_of
-from vaflow.errors import SchemaError, UsageError, command, explain
+from vaflow.errors import SchemaError, UsageError, command, examples, explain
 from vaflow.files import TEMPORARY
 
 PathLike = str | os.PathLike[str]
@@ -122,8 +122,7 @@ def _create_manifest(layout: Layout, store: str) -> None:
     if others and not layout.manifest.exists():  # another writer may have created it meanwhile
         problem = f"{layout.place} is neither empty nor a cache"
         expected = "an empty or missing folder, or one with a manifest.json"
-        got = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
-        raise SchemaError(explain(problem, expected=expected, got=got, remedy="Choose another folder"))
+        raise SchemaError(explain(problem, expected=expected, got=examples(others), remedy="Choose another folder"))
     layout.create(layout.manifest, seal(manifest_document(store)))
 
 

@@ -9,7 +9,7 @@ import typer
 
 from vaflow.cli.common import FAILED, SOME_FAILED, Output, echo, file_size, print_json, summary_json, table
 from vaflow.cli.options import CachePath, NewCache, Store, argument, flag, option, variant
-from vaflow.errors import CorruptError, UsageError, command, count, explain, visible
+from vaflow.errors import CorruptError, UsageError, command, count, examples, explain, visible
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -207,9 +207,8 @@ def splits(output: Output, cache: CachePath, table: SplitTable, dry_run: DryRun 
         ]
         echo(visible(f"{opened.place}: {', '.join(counts)}"))
     if changes.unknown and not output.quiet:
-        shown = ", ".join(changes.unknown[:5]) + (" ..." if len(changes.unknown) > 5 else "")
         names = count(len(changes.unknown), "name")
-        echo(visible(f"{table} lists {names} that the cache does not contain: {shown}"), err=True)
+        echo(visible(f"{table} lists {names} that the cache does not contain: {examples(changes.unknown)}"), err=True)
     return 0
 
 

@@ -21,7 +21,7 @@ from vaflow.cli.common import (
     wrap_on_terminal,
 )
 from vaflow.cli.options import Engine, HelpAll, Layout, RayAddress, Root, Store, Weights, flag, grouped, option
-from vaflow.errors import UsageError, command, count, explain, visible
+from vaflow.errors import UsageError, command, count, examples, explain, visible
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.files import write_file
 from vaflow.process import check_engine
@@ -167,9 +167,8 @@ def _absent_clips(cache: "Cache", clips: set[str], out: Path, root: Path) -> lis
 
     absent = list(absent_clips(cache, clips))
     if absent:
-        names = ", ".join(absent[:LISTED]) + (", ..." if len(absent) > LISTED else "")
         verb = "is" if len(absent) == 1 else "are"
-        log.warning("%s of %s %s not in %s: %s", count(len(absent), "clip"), out, verb, root, names)
+        log.warning("%s of %s %s not in %s: %s", count(len(absent), "clip"), out, verb, root, examples(absent, LISTED))
         log.warning("To remove clips that are not in the dataset: %s", command("cache", "drop", out, "--absent", root))
     return absent
 

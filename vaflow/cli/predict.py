@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from vaflow.cli.common import Output, echo, loading, print_json, report_failures, table, weight_pairs
 from vaflow.cli.options import Device, ModelOutputs, MovedCache, RunOrEnsemble, Weights, argument, flag, option
-from vaflow.errors import UsageError, count, explain, visible
+from vaflow.errors import UsageError, count, examples, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.predict import Predicted
@@ -186,9 +186,8 @@ def submit(
     elif not output.quiet:
         echo(f"Wrote {count(done.rows, 'row')} of {count(done.trials, 'trial')}: {out}")
         if done.held:
-            shown = ", ".join(f"{trial} ({rows})" for trial, rows in list(done.held_in.items())[:5])
-            more = ", ..." if len(done.held_in) > 5 else ""
-            echo(f"Held: {count(done.held, 'row')} after the last frame repeat its prediction, in {shown}{more}")
+            trials = examples([f"{trial} ({rows})" for trial, rows in done.held_in.items()])
+            echo(f"Held: {count(done.held, 'row')} after the last frame repeat its prediction, in {trials}")
     return 0
 
 
