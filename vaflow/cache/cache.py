@@ -60,6 +60,7 @@ class Cache:
         place: the directory or URL, as `open_cache` accepts it.
         store: "zarr", "hdf5" or "packed".
         writable: whether items may be written and dropped.
+        scratch: makes arrays for items that may exceed memory.
     """
 
     def __init__(self, layout: Layout, store: StoreName, *, writable: bool) -> None:
@@ -68,6 +69,7 @@ class Cache:
         self.store: StoreName = store
         self.writable = writable
         self.layout = layout
+        self.scratch = Scratch(layout)
         self._store = STORES[store]
         self._streams: dict[str, StreamInfo] = {}  # by file name; the files never change
         self._index = Index(self.layout)
@@ -336,11 +338,6 @@ class Cache:
             discard(self.layout, self._store, self.layout.record(stream, item))
         except OSError as error:
             raise self.layout.cannot_write(error) from error
-
-    @property
-    def scratch(self) -> Scratch:
-        """Return a factory of arrays that may exceed memory."""
-        return Scratch(self.layout)
 
     # Index and summary
 

@@ -27,18 +27,9 @@ class LongArray:
 
     def __init__(self, file: "_File", shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._file, self.shape, self.dtype = file, shape, dtype
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
+        self.ndim, self.size = len(shape), prod(shape)
+        self.nbytes = self.size * dtype.itemsize
+        self._row_bytes = prod(shape[1:]) * dtype.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -60,10 +51,6 @@ class LongArray:
         if prod(shape) != self.size:
             raise ValueError(f"LongArray.reshape: {self.shape} does not fit {shape}")
         return LongArray(self._file, shape, self.dtype)
-
-    @property
-    def _row_bytes(self) -> int:
-        return prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class Growing:

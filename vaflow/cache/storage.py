@@ -15,7 +15,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -252,38 +251,20 @@ def _mark(info: Mapping[str, Any]) -> str:
     return " ".join(str(info.get(key)) for key in ("size", "ETag", "etag", "created", "LastModified", "mtime"))
 
 
-@dataclass(frozen=True)
 class Layout:
     """Paths of one cache, operations on its files, and the errors that name them.
 
     Attributes:
         root: the cache directory; of a cache on an object store, its local copy.
         remote: the object store; None for a local cache.
+        place: path or URL of the cache, for messages and runs.
     """
 
-    root: Path
-    remote: Remote | None = field(default=None, compare=False)
-
-    @property
-    def place(self) -> str:
-        """Path or URL of the cache, for messages and runs."""
-        return str(self.root) if self.remote is None else self.remote.url
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / "manifest.json"
-
-    @property
-    def index(self) -> Path:
-        return self.root / "index.json"
-
-    @property
-    def all_streams(self) -> Path:
-        return self.root / "streams"
-
-    @property
-    def all_records(self) -> Path:
-        return self.root / "records"
+    def __init__(self, root: Path, remote: Remote | None = None) -> None:
+        self.root, self.remote = root, remote
+        self.place = str(root) if remote is None else remote.url
+        self.manifest, self.index = root / "manifest.json", root / "index.json"
+        self.all_streams, self.all_records = root / "streams", root / "records"
 
     def stream(self, stream: str) -> Path:
         """The file that describes the stream."""
