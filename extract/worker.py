@@ -28,7 +28,7 @@ from vaflow.extract.faces.detection import (
     shared_detector,
 )
 from vaflow.extract.faces.detection import Face as DetectedFace
-from vaflow.extract.faces.identity import open_network
+from vaflow.extract.faces.identity import PersonTracker, open_network
 from vaflow.extract.faces.people import (
     ALL,
     LARGEST,
@@ -39,7 +39,6 @@ from vaflow.extract.faces.people import (
     choose_person,
     speech_at,
 )
-from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.pool import (
     Ask,
     AudioBlock,

@@ -20,9 +20,8 @@ from vaflow.encoders import build_encoder
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.container import frame_times
 from vaflow.extract.faces.detection import CenterFace, align, encode_jpeg
-from vaflow.extract.faces.identity import open_network, resolve
+from vaflow.extract.faces.identity import PersonTracker, open_network, resolve
 from vaflow.extract.faces.people import ClipFaces
-from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.pipeline import extract_with
 from vaflow.extract.video import frames_at
 from vaflow.timeline import nearest

@@ -29,8 +29,7 @@ from vaflow.extract.faces.detection import (
     overlap,
     resemblance,
 )
-from vaflow.extract.faces.identity import FaceNetwork, Vectors, link
-from vaflow.extract.faces.tracking import SUSPICIOUS, CutDetector, FaceTracker, similar
+from vaflow.extract.faces.identity import SUSPICIOUS, CutDetector, FaceNetwork, FaceTracker, Vectors, similar
 from vaflow.timeline import Bools
 
 Image = NDArray[np.uint8]
@@ -246,6 +245,46 @@ class ClipFaces:
     def _vector(self, sighting: Sighting) -> Vectors:
         assert self._network is not None
         return self._network.embed([decode_jpeg(self._jpeg(sighting))])[0]
+
+
+def link(vectors: Sequence[Vectors], apart: NDArray[np.bool_], limit: float) -> list[int]:
+    """Join tracks to people: average linkage of the tracks' mean vectors, closest pair first, up to `limit`.
+
+    Args:
+        vectors: of each track, [N, dim]; a track without any is a person of its own.
+        apart: [T, T]; True for tracks that appear in one frame and so cannot be one person.
+        limit: mean distance up to which two groups of tracks are one person.
+
+    Returns:
+        For each track, the number of its person, from 0.
+    """
+    groups = [[track] for track in range(len(vectors))]
+    distance = np.full((len(vectors), len(vectors)), np.inf)
+    means = [one.mean(axis=0) if len(one) else None for one in vectors]
+    for a, one in enumerate(means):
+        for b, other in enumerate(means[:a]):
+            if one is not None and other is not None and not apart[a, b]:
+                distance[a, b] = distance[b, a] = float(np.linalg.norm(one - other))
+    blocked = apart.copy()
+    while len(groups) > 1:
+        a, b = divmod(int(np.argmin(distance)), len(groups))
+        if distance[a, b] > limit:
+            break
+        weight, other = (sum(len(vectors[track]) for track in groups[i]) for i in (a, b))
+        blocked[a] |= blocked[b]
+        blocked[:, a] = blocked[a]
+        mean = (weight * distance[a] + other * distance[b]) / (weight + other)  # infinite where one of the two is
+        mean[blocked[a]] = mean[a] = np.inf
+        distance[a] = distance[:, a] = mean
+        groups[a] += groups[b]
+        groups.pop(b)
+        distance = np.delete(np.delete(distance, b, 0), b, 1)
+        blocked = np.delete(np.delete(blocked, b, 0), b, 1)
+    people = [0] * len(vectors)
+    for person, group in enumerate(groups):
+        for track in group:
+            people[track] = person
+    return people
 
 
 def _by_presence(people: Iterable[list[Sighting]]) -> list[list[Sighting]]:

@@ -20,7 +20,7 @@ import sys
 import numpy as np
 from vaflow.extract.faces.detection import CenterFace
 from vaflow.extract.faces.detection import Face
-from vaflow.extract.faces.tracking import PersonTracker
+from vaflow.extract.faces.identity import PersonTracker
 from vaflow.extract.faces.detection import align
 from vaflow.extract.faces.detection import encode_jpeg
 picture = np.zeros((64, 64, 3), np.uint8)
