@@ -18,10 +18,10 @@ from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.errors import FingerprintError, VaflowError, WeightsError
+from vaflow.extract import networks
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.container import frame_times
 from vaflow.extract.extraction import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
-from vaflow.extract.faces import detection_torch
 from vaflow.extract.faces.detection import (
     HELD_BYTES,
     Cells,
@@ -33,7 +33,7 @@ from vaflow.extract.faces.detection import (
     model_path,
     shrunk,
 )
-from vaflow.extract.faces.detection_torch import TorchDetector
+from vaflow.extract.networks import TorchDetector
 from vaflow.extract.plan import make_plan
 from vaflow.extract.pool import Detect, Done, Failed, Job, Message, WorkerPool
 from vaflow.extract.ray_engine import Member
@@ -66,7 +66,7 @@ def test_detection_maps_equal_opencv(images: list[np.ndarray]) -> None:
     import cv2
 
     theirs = cv2.dnn.readNetFromONNX(str(model_path()))
-    ours = detection_torch.load_network()
+    ours = networks.load_centerface()
     for image in images:
         smaller, _ = shrunk(image)
         theirs.setInput(cv2.dnn.blobFromImage(smaller))
@@ -115,15 +115,15 @@ def test_out_of_memory_halves_the_detection_batch(images: list[np.ndarray], monk
     image, _ = shrunk(images[3])
     whole = TorchDetector(CPU, 4)
     (expected,) = whole.detect([image])
-    forward = detection_torch.Network.forward
+    forward = networks.CenterFaceNetwork.forward
     room = 2
 
-    def fits(self: detection_torch.Network, batch: torch.Tensor) -> torch.Tensor:
+    def fits(self: networks.CenterFaceNetwork, batch: torch.Tensor) -> torch.Tensor:
         if len(batch) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, batch)
 
-    monkeypatch.setattr(detection_torch.Network, "forward", fits)
+    monkeypatch.setattr(networks.CenterFaceNetwork, "forward", fits)
     (cells,) = whole.detect([image])
     assert cells.places.tolist() == expected.places.tolist()
     np.testing.assert_allclose(cells.values, expected.values, atol=1e-4)
@@ -133,11 +133,11 @@ def test_out_of_memory_halves_the_detection_batch(images: list[np.ndarray], monk
 
 
 def test_another_network_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = detection_torch.read_weights()
+    weights = networks.centerface_weights()
     for wrong in (weights[:-1], [(*weights[0][:1], np.zeros(7, np.float32)), *weights[1:]]):
-        monkeypatch.setattr(detection_torch, "read_weights", lambda wrong=wrong: wrong)
+        monkeypatch.setattr(networks, "centerface_weights", lambda wrong=wrong: wrong)
         with pytest.raises(WeightsError, match="another network"):
-            detection_torch.load_network()
+            networks.load_centerface()
 
 
 def nothing(images: Sequence[object]) -> list[Cells]:
@@ -341,7 +341,7 @@ def test_a_worker_death_during_a_request_fails_one_clip(
     summary = run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1))
     assert [failure.error for failure in summary.failures] == ["WorkerDied"]
     assert summary.extracted == 1
-    assert max(requests) == detection_torch.QUESTION
+    assert max(requests) == networks.QUESTION
     assert run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1)).extracted == 1
 
 
