@@ -212,6 +212,23 @@ def test_ci_uses_the_install_command_of_the_readme() -> None:
         assert part.replace("pip install", "pip install -q") in ci, part
 
 
+def test_the_drawn_tree_has_every_folder_of_the_package() -> None:
+    [tree] = re.findall(
+        r"^```\n(vaflow/ .*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    tops, top, drawn = ("vaflow", "extract", "train"), "", set()
+    for indent, name in re.findall(r"^( *)(\w+)/ ", tree, flags=re.MULTILINE):
+        top = top if indent else name
+        drawn |= {f"{top}/{name}" if indent else name} if top in tops else set()
+    assert drawn == {str(path.parent.relative_to(ROOT)) for top in tops for path in (ROOT / top).rglob("__init__.py")}
+
+
+def test_paths_in_the_guide_for_contributors_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`((?:vaflow|extract|train|tests|scripts|docs)/[\w/.]*)`", text)
+    assert len(paths) > 15 and [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_top_level_help_imports_no_heavy_library() -> None:
     program = "import sys; from vaflow.cli import main; code = main(['--help']); print(*sys.modules); sys.exit(code)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
