@@ -5,7 +5,7 @@ from pathlib import Path
 from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, AstEncoder
 from vaflow.encoders.base import Request
 from vaflow.encoders.clip import build
-from vaflow.encoders.network import ImageEncoder
+from vaflow.encoders.image_models import ImageEncoder
 
 
 def random_clip(device: str, precision: str, folder: Path, model: str = "ViT-B-16-quickgelu") -> ImageEncoder:

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vaflow.encoders import build_encoder, image_models
-from vaflow.encoders.network import ImageEncoder
+from vaflow.encoders.image_models import ImageEncoder
 from vaflow.errors import UsageError, WeightsError
 
 

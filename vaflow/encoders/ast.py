@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from vaflow.encoders.base import KALDI, FrontEnd, LayerChoice, Request, Segments, TokenGrid, split_layers
+from vaflow.encoders.audio_models import WindowEncoder
+from vaflow.encoders.base import KALDI, FrontEnd, LayerChoice, Request, Segments, TokenGrid, autocast, split_layers
 from vaflow.encoders.checkpoints import (
     CONFIG,
     PICKLE,
@@ -27,7 +28,6 @@ from vaflow.encoders.checkpoints import (
     quiet_transformers,
     read_json,
 )
-from vaflow.encoders.network import WindowEncoder, autocast, chosen_layers
 from vaflow.encoders.preprocessing import FRAME, HOP, MEL_BINS, RATE, frame_count
 from vaflow.encoders.weights import state_digest
 from vaflow.errors import UsageError, WeightsError, explain
@@ -150,7 +150,7 @@ class AstEncoder(WindowEncoder):
             output = self.module(mel, **({"output_hidden_states": True} if self._numbers else {}))
         states = [output.hidden_states[n] for n in self._numbers] if self._numbers else [output.last_hidden_state]
         pooling = self.pooling(window, steps)
-        return chosen_layers(self.choice, [self._pooled(state, pooling) for state in states], 2)
+        return self.choice.combine([self._pooled(state, pooling) for state in states], 2)
 
     def _pooled(self, hidden: torch.Tensor, pooling: torch.Tensor) -> torch.Tensor:
         """Hidden state [B, T, D] -> [B, steps, D] float32."""

@@ -1,4 +1,4 @@
-"""Audio features of other packages: openSMILE's eGeMAPS, and Resemblyzer's speaker encoder.
+"""Audio encoders: what they share, openSMILE's eGeMAPS, and Resemblyzer's speaker encoder.
 
 `opensmile:eGeMAPSv02[/functionals]` requires `pip install -e '.[opensmile]'`. openSMILE is free for research and
 private use only; commercial use needs a licence of audEERING. The feature set: Eyben et al. 2016, IEEE Transactions on
@@ -12,6 +12,7 @@ out. Here the audio is read unchanged, because times must match the video.
 """
 
 from fractions import Fraction
+from math import floor
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,13 +20,87 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vaflow.encoders.base import WAVEFORM, FrontEnd, LayerChoice, Request, TokenGrid, samples_of, whole_window
-from vaflow.encoders.network import ExampleEncoder, WindowEncoder, autocast
+from vaflow.encoders.base import (
+    WAVEFORM,
+    FrontEnd,
+    LayerChoice,
+    Request,
+    Segments,
+    TokenGrid,
+    autocast,
+    samples_of,
+    step_centres,
+    whole_window,
+)
 from vaflow.encoders.preprocessing import HOP, RATE
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import UsageError, WeightsError, explain
 
 SETS = {"eGeMAPSv02": False, "eGeMAPSv02/functionals": True}
+
+
+class WindowEncoder:
+    """An audio encoder that reads a whole window as one segment, and averages its tokens in each step.
+
+    Raises:
+        UsageError: the name asks for another pooling.
+    """
+
+    kind: ClassVar[str] = "audio"
+
+    def __init__(self, request: Request, choice: LayerChoice) -> None:
+        if choice.pooling not in ("", "mean"):
+            problem = f"{request.name} is an audio model: its tokens are averaged in each step"
+            raise UsageError(explain(problem, expected="pool=mean", got=f"pool={choice.pooling}"))
+        self.name, self.precision, self.device = request.name, request.precision, torch.device(request.device)
+        self.choice = choice
+        self._pooling: dict[tuple[float, int], torch.Tensor] = {}  # on the device, one per shape
+
+    def tokens(self, window: float) -> TokenGrid:
+        """Return where the tokens of a window are."""
+        raise NotImplementedError
+
+    def segments(self, window: float, steps: int) -> Segments:
+        """Return one segment with all rows of the window."""
+        return whole_window(window)
+
+    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
+        """Return [steps] seconds after the window's start: the mean centre of each step's tokens.
+
+        Raises:
+            UsageError: a step would have no token.
+        """
+        return self.tokens(window).step_times(window, steps)
+
+    def pooling(self, window: float, steps: int) -> torch.Tensor:
+        """Return [steps, tokens] on the device: the matrix that averages each step's tokens. Raises as `step_times`."""
+        key = (float(window), steps)
+        if key not in self._pooling:
+            matrix = torch.from_numpy(self.tokens(window).pooling(window, steps))
+            self._pooling[key] = matrix.to(self.device, non_blocking=True)
+        return self._pooling[key]
+
+
+class ExampleEncoder:
+    """An audio encoder that reads one example around every step.
+
+    Attributes:
+        example: frames of an example, at a hop of 10 ms; middle: seconds from its start to its middle.
+    """
+
+    kind: ClassVar[str] = "audio"
+    example: int
+    middle: Fraction
+
+    def segments(self, window: float, steps: int) -> Segments:
+        """Return one example per step, whose middle is within 5 ms of the step's."""
+        hop = Fraction(HOP, RATE)
+        times = step_centres(window, steps)
+        return Segments(tuple(floor((time - self.middle) / hop + Fraction(1, 2)) for time in times), self.example)
+
+    def step_times(self, window: float, steps: int) -> NDArray[np.float64]:
+        """Return [steps] seconds after the window's start: (k + 1/2) window / steps."""
+        return np.array([float(time) for time in step_centres(window, steps)])
 
 
 class OpenSmileEncoder(WindowEncoder):

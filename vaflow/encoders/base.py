@@ -15,7 +15,8 @@ tokens become one vector, as in `@6-12,pool=mean`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -312,6 +313,15 @@ class AudioEncoder(Protocol):
         ...
 
 
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return the context that an encoder's network runs in; float32 leaves the caller's context unchanged."""
+    import torch
+
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
 def count_parameters(encoder: Any) -> int | None:
     """Return the number of parameters of an encoder's network; None where its library does not tell.
 
@@ -342,6 +352,15 @@ class LayerChoice:
     def stacked(self) -> bool:
         """Whether several layers are stored, on an axis of their own."""
         return self.layers == "all" or len(set(self.layers.split("-"))) > 1
+
+    def combine(self, states: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+        """Return the outputs of the chosen layers: their mean, or stacked along a new `axis`, or the only one."""
+        import torch
+
+        layers = torch.stack(list(states), dim=axis)
+        if self.layers == "mean":
+            return layers.mean(dim=axis)
+        return layers if self.stacked else layers.select(axis, 0)
 
     def numbers(self, name: str, count: int) -> tuple[int, ...]:
         """Return the numbers of the layers, out of 0 to `count`; () for the network's output.

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from vaflow.encoders.base import LayerChoice, Request, split_layers
 from vaflow.encoders.hub import hub_file, hub_folder, url_file
-from vaflow.encoders.image_models import blocks_of
-from vaflow.encoders.network import ImageEncoder, encode_blocks
+from vaflow.encoders.image_models import ImageEncoder, blocks_of, encode_blocks
 from vaflow.encoders.preprocessing import Preparation, Preprocessing
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import UsageError, WeightsError, explain, similar_names

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from vaflow.encoders.audio_models import WindowEncoder
 from vaflow.encoders.base import (
     WAVEFORM,
     AudioEncoder,
@@ -23,12 +24,13 @@ from vaflow.encoders.base import (
     Request,
     TokenGrid,
     VisualEncoder,
+    autocast,
     samples_of,
     standardised,
     whole_window,
 )
 from vaflow.encoders.checkpoints import FAMILIES, LoadedModel, load
-from vaflow.encoders.network import ImageEncoder, WindowEncoder, autocast, chosen_layers
+from vaflow.encoders.image_models import ImageEncoder
 from vaflow.encoders.preprocessing import KERNELS, RATE, Preparation, Preprocessing
 from vaflow.errors import UsageError, explain
 
@@ -74,7 +76,7 @@ class ImageNetwork(nn.Module):
                 pooled: torch.Tensor = output.pooler_output.flatten(1)
                 return pooled
             return self._pooled(output.last_hidden_state)
-        return chosen_layers(self.choice, [self._pooled(output.hidden_states[number]) for number in self.numbers], 1)
+        return self.choice.combine([self._pooled(output.hidden_states[number]) for number in self.numbers], 1)
 
     def _pooled(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.ndim == 4:

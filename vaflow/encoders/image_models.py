@@ -1,4 +1,4 @@
-"""Image models of torchvision and timm: pooled features of a face crop before the classifier, or layers.
+"""Image encoders: what they share, and the models of torchvision and timm: pooled features of a face crop, or layers.
 
 `resnet50` has torchvision's IMAGENET1K_V1 weights. The later recipe (V2) classifies better, but it smooths labels,
 which makes worse features for other tasks (Kornblith et al. 2021, arXiv 2010.16402). It loads with
@@ -11,21 +11,170 @@ FILE the published weights are read from safetensors. Size, crop, interpolation 
 data configuration.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import floor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from vaflow.encoders.base import LayerChoice, Request, split_layers
+from vaflow.encoders.base import LayerChoice, Request, autocast, split_layers
 from vaflow.encoders.hub import check_checksum, checked_url, hub_file
-from vaflow.encoders.network import ImageEncoder, encode_blocks
-from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
+from vaflow.encoders.preprocessing import KERNELS, Image, Preparation, Prepared, Preprocessing
 from vaflow.encoders.weights import COUNTER, load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import UsageError, WeightsError, explain, similar_names
 
 SIZE = 224
 CLASSIFIER = ("fc.weight", "fc.bias")
+
+
+class ImageEncoder:
+    """A visual encoder around a network; see `vaflow.encoders.base.VisualEncoder`.
+
+    Args:
+        module: [B, 3, S, S] normalised -> [B, dim], or [B, layers, dim] where `layers` is set.
+        preprocessing: from pixels to the network's input.
+        identity: plain JSON of everything else that changes the output.
+        layers: numbers of the layers, if each image has a vector of each.
+    """
+
+    kind: ClassVar[str] = "visual"
+
+    def __init__(
+        self,
+        request: Request,
+        module: torch.nn.Module,
+        preprocessing: Preprocessing,
+        identity: Mapping[str, Any],
+        layers: tuple[int, ...] = (),
+    ) -> None:
+        self.name, self.precision, self.layers = request.name, request.precision, layers
+        self.preparation = preprocessing.preparation
+        self.image_size = self.preparation.size
+        self.identity = request.identity(identity, layers)
+        self.device = torch.device(request.device)
+        self.module: torch.nn.Module = module.eval().to(self.device, torch.float32)
+        self.parameter_count: int | None = sum(parameter.numel() for parameter in self.module.parameters())
+        self._mean = torch.tensor(preprocessing.mean, device=self.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(preprocessing.std, device=self.device).view(1, 3, 1, 1)
+        blank = torch.zeros(1, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        self.dim = int(self.encode(blank).shape[-1])
+
+    def prepare(self, image: Image) -> Prepared:
+        """RGB [H, W, 3] uint8 of any size -> [S, S, 3] uint8, or float32 in 0..1: `preparation.dtype`."""
+        return self.preparation(image)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """As `encode`, with gradients: [B, S, S, 3] prepared -> [B, dim] float32.
+
+        Raises:
+            ValueError: the images have another shape.
+        """
+        edge = self.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (edge, edge, 3):
+            raise ValueError(f"{self.name}: expected images [B, {edge}, {edge}, 3], got {tuple(images.shape)}")
+        pixels = images.to(self.device).permute(0, 3, 1, 2).to(torch.float32)
+        pixels = pixels if images.is_floating_point() else pixels / 255
+        pixels = (pixels - self._mean) / self._std
+        with autocast(self.device, self.precision):
+            vectors: torch.Tensor = self.module(pixels)
+        return vectors.to(torch.float32)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, S, S, 3] prepared, on any device -> [B, dim] or [B, layers, dim] float32 on the device."""
+        return self.features(images)
+
+
+class BlockOutputs(torch.nn.Module):
+    """Outputs of chosen blocks of a vision transformer: [B, 3, S, S] -> [B, dim] or [B, layers, dim].
+
+    Args:
+        blocks: its blocks in order, each [B, tokens, dim] -> [B, tokens, dim].
+        numbers: of the layers; 0 is the first block's input.
+        choice: layers and pooling; pooling "cls" or "mean".
+        special: tokens before those of the patches.
+
+    Raises:
+        TypeError: a block's output is not [B, tokens, dim].
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        blocks: Sequence[torch.nn.Module],
+        numbers: Sequence[int],
+        choice: LayerChoice,
+        special: int,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._blocks, self._numbers = tuple(blocks), tuple(numbers)  # in a tuple modules are not registered twice
+        self._choice, self._special = choice, special
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, S, S] normalised -> [B, dim] or, for several layers, [B, layers, dim]."""
+        states: dict[int, torch.Tensor] = {}
+
+        def keep(number: int, tokens: Any) -> None:
+            if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3:
+                raise TypeError("a block's output is not [B, tokens, dim]")
+            cls = self._choice.pooling == "cls"
+            states[number] = tokens[:, 0] if cls else tokens[:, self._special :].mean(dim=1)
+
+        hooks = [
+            self._blocks[number - 1].register_forward_hook(lambda _, __, output, number=number: keep(number, output))
+            for number in self._numbers
+            if number
+        ]
+        if 0 in self._numbers:
+            hooks.append(self._blocks[0].register_forward_pre_hook(lambda _, inputs: keep(0, inputs[0])))
+        try:
+            self.network(pixels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return self._choice.combine([states[number] for number in self._numbers], 1)
+
+
+def encode_blocks(
+    request: Request,
+    network: torch.nn.Module,
+    blocks: Sequence[torch.nn.Module] | None,
+    special: int,
+    class_token: bool,
+    choice: LayerChoice,
+    preprocessing: Preprocessing,
+    identity: Mapping[str, Any],
+) -> ImageEncoder:
+    """Return an encoder of chosen blocks of a vision transformer.
+
+    Args:
+        blocks: as for `BlockOutputs`; None: the network has none.
+        special: number of tokens before the patches'; class_token: whether the first one is a class token.
+        choice: layers and pooling; pooling defaults to "cls" with a class token, else "mean".
+
+    Raises:
+        UsageError: the network has no such layers or pooling.
+    """
+    if not blocks:
+        problem = f"{request.name} is not a transformer: it has no layers to choose"
+        raise UsageError(explain(problem, got=f"@{choice.layers}"))
+    pooling = choice.pooling or ("cls" if class_token else "mean")
+    if choice.layers == "last" or pooling not in ("mean", *(("cls",) if class_token else ())):
+        choices = ["cls", "mean"] if class_token else ["mean"]
+        got = f"@{choice.layers},pool={pooling}"
+        expected = "@N,pool=POOLING; the output of the network has its own pooling" if choice.layers == "last" else None
+        raise UsageError(explain(f"{request.name} has no such pooling", expected=expected, got=got, choices=choices))
+    numbers = choice.numbers(request.name, len(blocks))
+    module = BlockOutputs(network, blocks, numbers, replace(choice, pooling=pooling), special)
+    settings = {**identity, "output": "outputs of blocks", "blocks": choice.layers, "pooling": pooling}
+    try:
+        return ImageEncoder(request, module, preprocessing, settings, numbers if choice.stacked else ())
+    except (TypeError, RuntimeError) as error:  # blocks of a convolutional network, or of different widths
+        problem = f"{request.name} is not a transformer with layers of one width"
+        raise UsageError(explain(problem, got=f"@{choice.layers}", remedy="Remove the layers from the name")) from error
 
 
 def build_resnet(request: Request) -> ImageEncoder:

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from vaflow.encoders.audio_models import ExampleEncoder
 from vaflow.encoders.base import WAVEFORM, FrontEnd, Request
-from vaflow.encoders.network import ExampleEncoder, ImageEncoder
+from vaflow.encoders.image_models import ImageEncoder
 from vaflow.encoders.preprocessing import HOP, KERNELS, RATE, Preparation, Preprocessing
 from vaflow.errors import UsageError, WeightsError, explain
 

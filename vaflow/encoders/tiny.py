@@ -35,7 +35,7 @@ from vaflow.encoders import clip, image_models, vggish
 from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD, SPECIAL_TOKENS, AstEncoder, Geometry, load_checkpoint
 from vaflow.encoders.base import LayerChoice, Request, split_layers
 from vaflow.encoders.clip import require_quick_gelu
-from vaflow.encoders.network import ImageEncoder
+from vaflow.encoders.image_models import ImageEncoder
 from vaflow.encoders.preprocessing import Preparation, Preprocessing
 from vaflow.encoders.weights import load_strictly, read_state_dict, without_initial_weights
 from vaflow.errors import WeightsError, explain

@@ -25,9 +25,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import nn
 
-from vaflow.encoders.base import FrontEnd, Request
+from vaflow.encoders.audio_models import ExampleEncoder
+from vaflow.encoders.base import FrontEnd, Request, autocast
 from vaflow.encoders.hub import check_checksum, checked_url
-from vaflow.encoders.network import ExampleEncoder, autocast
 from vaflow.encoders.preprocessing import FRAME, HOP, RATE
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 
