@@ -29,7 +29,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vaflow.encoders.hub import hub_file
+from vaflow.encoders.weights import hub_file
 from vaflow.errors import CorruptError, UsageError, WeightsError, command, count, explain, visible
 from vaflow.files import write_file
 from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec

@@ -15,7 +15,8 @@ from open_clip import pretrained
 from PIL import Image
 from safetensors.torch import save_file
 
-from vaflow.encoders import build_encoder, hub
+from vaflow.encoders import build_encoder
+from vaflow.encoders import weights as weights_module
 from vaflow.encoders.clip import activation_of, new_model, tokenizer_of
 from vaflow.errors import UsageError, WeightsError
 
@@ -256,7 +257,7 @@ def test_a_text_tower_of_transformers_is_downloaded_once(
 def test_a_text_tower_whose_download_stalls_is_reported(
     text_files: dict[str, bytes], use_hub: Callable[[str], None], stalled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "STALL", 0.5)
+    monkeypatch.setattr(weights_module, "STALL", 0.5)
     with serve({key: value for key, value in text_files.items() if key.endswith(stalled)}, stall=True) as address:
         use_hub(address)
         with pytest.raises(WeightsError, match="stopped sending"):

@@ -13,9 +13,17 @@ from fake_hub import into_cache, serve
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from vaflow.encoders import build_encoder, hub
-from vaflow.encoders.hub import checked_url, hub_file, url_file
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
+from vaflow.encoders import build_encoder
+from vaflow.encoders import weights as weights_module
+from vaflow.encoders.weights import (
+    checked_url,
+    hub_file,
+    load_strictly,
+    read_state_dict,
+    state_digest,
+    url_file,
+    without_initial_weights,
+)
 from vaflow.errors import WeightsError
 
 STATE = {"b.weight": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(2.5), "c": torch.tensor([1, 2])}
@@ -132,7 +140,7 @@ def test_an_unreachable_hub_is_reported_within_seconds(hub_cache: Path, name: st
 def test_every_kind_of_unresponsive_hub_times_out(
     hub_cache: Path, silence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "PATIENCE", 1.0)
+    monkeypatch.setattr(weights_module, "PATIENCE", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # accepts connections and sends no data
         deaf_address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         address = deaf_address if silence == "no answer" else "http://hub.invalid"
@@ -145,7 +153,7 @@ def test_every_kind_of_unresponsive_hub_times_out(
 
 def test_offline_mode_makes_no_request(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "ask", lambda address: pytest.fail("asked"))
+    monkeypatch.setattr(weights_module, "ask", lambda address: pytest.fail("asked"))
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
         hub_file("someone/model", ("a",), encoder="ast")
 
@@ -153,7 +161,7 @@ def test_offline_mode_makes_no_request(hub_cache: Path, monkeypatch: pytest.Monk
 def test_cached_files_are_used_without_a_request(
     hub_cache: Path, small_ast: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "ask", lambda address: pytest.fail("asked"))
+    monkeypatch.setattr(weights_module, "ask", lambda address: pytest.fail("asked"))
     for file in small_ast.iterdir():
         into_cache(hub_cache, "someone/model", file)
     encoder = build("ast:someone/model")
@@ -178,7 +186,7 @@ def test_a_removed_download_address_is_reported() -> None:
 
 
 def test_a_hub_that_answers_and_then_stalls_is_reported(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "STALL", 1.0)
+    monkeypatch.setattr(weights_module, "STALL", 1.0)
     with serve({"org/model/resolve/main/a.bin": b"x" * 1000}, stall=True) as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -190,7 +198,7 @@ def test_a_hub_that_answers_and_then_stalls_is_reported(hub_cache: Path, monkeyp
 
 
 def test_a_download_that_stalls_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "STALL", 1.0)
+    monkeypatch.setattr(weights_module, "STALL", 1.0)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with serve({"vggish.pth": b"x" * 1000}, stall=True) as address:
         began = time.monotonic()

@@ -127,7 +127,7 @@ def test_an_unresponsive_address_is_reported_within_seconds(tmp_path: Path, monk
 
 
 def test_the_published_address_contains_the_checksum() -> None:
-    from vaflow.encoders.hub import checksum_in_name
+    from vaflow.encoders.weights import checksum_in_name
 
     name = image_models.published().rsplit("/", 1)[-1]
     assert name.startswith("resnet50-") and checksum_in_name(name) == name.removeprefix("resnet50-").removesuffix(

@@ -12,7 +12,7 @@ from synthetic_cache import Toy, make_cache
 import vaflow
 from vaflow.cache import Cache
 from vaflow.cli import main
-from vaflow.encoders import hub
+from vaflow.encoders import weights as weights_module
 from vaflow.errors import CorruptError, UsageError, WeightsError
 from vaflow.train.pretrained_model import Heads, PretrainedModel, local_run
 from vaflow.train.runs import cache_of, load_run
@@ -45,7 +45,7 @@ def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Path) 
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub, "ask", lambda address: "no network")
+    monkeypatch.setattr(weights_module, "ask", lambda address: "no network")
     folder = tmp_path / "models--someone--model"
     snapshot = folder / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from vaflow.encoders.base import LayerChoice, Request, split_layers
-from vaflow.encoders.hub import hub_file
-from vaflow.encoders.weights import BROKEN, check_fit, read_state_dict, state_digest
+from vaflow.encoders.weights import BROKEN, check_fit, hub_file, read_state_dict, state_digest
 from vaflow.errors import UsageError, WeightsError, explain
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"

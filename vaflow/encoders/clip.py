@@ -18,10 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 from vaflow.encoders.base import LayerChoice, Request, split_layers
-from vaflow.encoders.hub import hub_file, hub_folder, url_file
 from vaflow.encoders.image_models import ImageEncoder, blocks_of, encode_blocks
 from vaflow.encoders.preprocessing import Preparation, Preprocessing
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
+from vaflow.encoders.weights import (
+    hub_file,
+    hub_folder,
+    load_strictly,
+    read_state_dict,
+    state_digest,
+    url_file,
+    without_initial_weights,
+)
 from vaflow.errors import UsageError, WeightsError, explain, similar_names
 from vaflow.files import write_tensors
 

@@ -20,9 +20,17 @@ from typing import Any, ClassVar
 import torch
 
 from vaflow.encoders.base import LayerChoice, Request, autocast, split_layers
-from vaflow.encoders.hub import check_checksum, checked_url, hub_file
 from vaflow.encoders.preprocessing import KERNELS, Image, Preparation, Prepared, Preprocessing
-from vaflow.encoders.weights import COUNTER, load_strictly, read_state_dict, state_digest, without_initial_weights
+from vaflow.encoders.weights import (
+    COUNTER,
+    check_checksum,
+    checked_url,
+    hub_file,
+    load_strictly,
+    read_state_dict,
+    state_digest,
+    without_initial_weights,
+)
 from vaflow.errors import UsageError, WeightsError, explain, similar_names
 
 SIZE = 224

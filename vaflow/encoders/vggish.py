@@ -27,9 +27,15 @@ from torch import nn
 
 from vaflow.encoders.audio_models import ExampleEncoder
 from vaflow.encoders.base import FrontEnd, Request, autocast
-from vaflow.encoders.hub import check_checksum, checked_url
 from vaflow.encoders.preprocessing import FRAME, HOP, RATE
-from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
+from vaflow.encoders.weights import (
+    check_checksum,
+    checked_url,
+    load_strictly,
+    read_state_dict,
+    state_digest,
+    without_initial_weights,
+)
 
 BINS, LOWEST, HIGHEST = 64, 125.0, 7500.0
 TRANSFORM = 512
