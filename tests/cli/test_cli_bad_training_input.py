@@ -211,6 +211,11 @@ def test_unwritable_output_paths_are_rejected(
     for out in (file, file / "below"):
         assert_refused(capsys, 2, train(cache.path, out), str(out), "Cannot write")
         assert_refused(capsys, 2, ["ensemble", run, "--out", out], str(out))
+        assert_refused(capsys, 2, ["labels", "agree", run, "--out", out], f"Cannot write --out {out}")
+        assert_refused(capsys, 2, ["export", run, out], f"Cannot write DIR {out}")
+        assert_refused(capsys, 2, ["export", run, out, "--format", "csv"], f"Cannot write DIR {out}")
+    for out in (tmp_path, file / "below"):
+        assert_refused(capsys, 2, ["submit", run, "--sample", file, "--out", out], "submission cannot be written")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")

@@ -178,6 +178,10 @@ def commands_into(out: Path, media: Path, toys: Path, run: Path) -> list[list[ob
         ["predict", run, media / "clip0.mp4", "--out", out / "predictions"],
         ["ablate", toys, "--table", "extra", "--seeds", "1", "--out", out / "study"],
         ["ensemble", run, "--out", out / "ensemble"],
+        ["submit", run, "--sample", toys, "--out", out / "submission.txt"],
+        ["export", run, out / "shared"],
+        ["report", run, "--out", out / "report.html"],
+        ["labels", "agree", media, "--out", out / "labels"],
         ["demo", "--out", out / "demo"],
     ]
 

@@ -188,7 +188,7 @@ def loading(output: Output) -> Iterator[None]:
             spinner.join()
 
 
-def check_directory(path: Path) -> None:
+def check_directory(path: Path, option: str = "--out") -> None:
     """Check that a directory exists and is writable, or can be created; an object store is not asked.
 
     Raises:
@@ -201,7 +201,7 @@ def check_directory(path: Path) -> None:
     existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     problem = "is a file" if not existing.is_dir() else "" if os.access(existing, os.W_OK) else "is not writable"
     if problem:
-        raise UsageError(explain(f"Cannot write --out {path}", got=f"{existing} {problem}"))
+        raise UsageError(explain(f"Cannot write {option} {path}", got=f"{existing} {problem}"))
 
 
 def warn_of_labels(clips: Mapping[str, Sequence[str]], problems: Mapping[str, str]) -> None:
@@ -212,8 +212,8 @@ def warn_of_labels(clips: Mapping[str, Sequence[str]], problems: Mapping[str, st
         log.warning("%s: %s", problems[code], examples(sorted(clips[code])))
 
 
-def check_page(path: Path, option: str, *, parents: bool = True) -> None:
-    """Raise a UsageError if a page cannot be written, before hours of work; with `parents`, folders will be made."""
+def check_file(path: Path, option: str, noun: str = "page", *, parents: bool = True) -> None:
+    """Raise a UsageError if a file cannot be written, before hours of work; with `parents`, folders will be made."""
     problem = "it is a folder" if path.is_dir() else None
     if problem is None and not parents and not path.parent.is_dir():
         problem = f"the folder {path.parent} does not exist"
@@ -223,7 +223,7 @@ def check_page(path: Path, option: str, *, parents: bool = True) -> None:
     if problem is None and not os.access(existing, os.W_OK):
         problem = "you have no permission to write to it"
     if problem is not None:
-        raise UsageError(explain("The page cannot be written", expected=f"{option} FILE", got=f"{path}: {problem}"))
+        raise UsageError(explain(f"The {noun} cannot be written", expected=f"{option} FILE", got=f"{path}: {problem}"))
 
 
 def print_json(document: Any) -> None:

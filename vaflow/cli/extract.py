@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from vaflow.cli.common import (
     Output,
     check_directory,
-    check_page,
+    check_file,
     echo,
     file_size,
     loading,
@@ -281,7 +281,7 @@ def check(
 
     dataset = open_dataset(root, layout)
     if html is not None:
-        check_page(html, "--html", parents=False)
+        check_file(html, "--html", parents=False)
     opened = open_cache(cache) if cache is not None else None
     with tqdm(total=len(dataset.clips), unit="clip", desc="check", disable=not output.bars) as bar:
         report = check_dataset(dataset, progress=bar.update, cache=opened, people=people)

@@ -5,7 +5,17 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from vaflow.cli.common import Output, echo, loading, print_json, report_failures, table, weight_pairs
+from vaflow.cli.common import (
+    Output,
+    check_directory,
+    check_file,
+    echo,
+    loading,
+    print_json,
+    report_failures,
+    table,
+    weight_pairs,
+)
 from vaflow.cli.options import Device, ModelOutputs, MovedCache, RunOrEnsemble, Weights, argument, flag, option
 from vaflow.errors import UsageError, count, examples, explain, visible
 
@@ -172,6 +182,7 @@ def submit(
 
     Example: vaflow submit runs/full --cache affwild2.cache --sample VA_test_set_sample.txt --out predictions.txt
     """
+    check_file(out, "--out", "submission")
     from vaflow.cache import open_cache
 
     with loading(output):
@@ -205,6 +216,7 @@ def export(
 
     Example: vaflow export predictions tables --format csv,eaf,textgrid
     """
+    check_directory(out, "DIR")
     if formats is not None:
         from vaflow.viewer.exports import export_predictions
 

@@ -9,7 +9,8 @@ from vaflow.cli.common import (
     FAILED,
     SOME_FAILED,
     Output,
-    check_page,
+    check_directory,
+    check_file,
     echo,
     interval,
     loading,
@@ -106,7 +107,7 @@ def report(
 
     Example: vaflow report runs/full runs/visual --out report.html
     """
-    check_page(out, "--out")
+    check_file(out, "--out")
     with loading(output):
         from vaflow.viewer.report import paired_differences, write_report
 
@@ -161,7 +162,7 @@ def faces(
     """
     if not path.exists():
         raise UsageError(explain(f"{path} does not exist", expected="a cache, a video, or a directory of videos"))
-    check_page(out, "--out")
+    check_file(out, "--out")
     with loading(output):
         from vaflow.viewer.people import write_people
     page = write_people(path, out, media or (), several=several, identity=identity, show_progress=output.bars)
@@ -194,6 +195,8 @@ def agree(
     config = AgreeConfig(rate, max_lag, fuse, reference)
     if out is not None and root.resolve() in (out.resolve(), *out.resolve().parents):
         raise UsageError(explain(f"--out {out} is inside the ratings", expected=f"a directory outside {root}"))
+    if out is not None:
+        check_directory(out)
     ratings = read_ratings(root)
     agreement = compare_ratings(ratings, config)
     written = fuse_ratings(ratings, agreement, config, out) if out is not None else []
