@@ -347,7 +347,7 @@ class InputMasks:
         if kind == "visual" and self.min_face_quality > 0:
             quality = face_quality(cache, stream, data.item, data)
             if quality is None:
-                problem = f"min_face_quality requires face quality, which {cache.place} does not hold for {data.item!r}"
+                problem = f"min_face_quality requires face quality; {cache.place} has none for clip {data.item!r}"
                 expected = "features of detected faces, extracted with --person main"
                 remedy = "Extract the videos with --person main into a new cache, or leave min_face_quality out"
                 raise UsageError(explain(problem, expected=expected, remedy=remedy))
@@ -355,7 +355,7 @@ class InputMasks:
         if kind != "visual" and self.speech:
             speech = speech_activity(cache, data.item)
             if speech is None:
-                problem = f"speech_mask requires speech activity, which {cache.place} does not hold for {data.item!r}"
+                problem = f"speech_mask requires speech activity; {cache.place} has none for clip {data.item!r}"
                 remedy = "Extract the videos into a new cache, or leave speech_mask out"
                 raise UsageError(explain(problem, expected="log-Mel with speech activity", remedy=remedy))
             if kind == LOGMEL:

@@ -249,6 +249,9 @@ def fit(model: nn.Module, train: WindowSet, val: WindowSet, config: TrainConfig,
         train, val: the splits.
         options: of `run_epochs`: checkpoint, on_epoch, excluded.
 
+    Returns:
+        The history and the weights with the best validation score.
+
     Raises:
         DataError: a loss, a gradient or a prediction is not finite.
     """

@@ -316,7 +316,11 @@ def region_occupancy(target: ArrayLike, mask: ArrayLike | None = None, centers: 
 
 
 def region_of(va: Floats, centers: float) -> Ints:
-    """[..., 2] -> [...] region 3 * valence level + arousal level; borders lie half-way between centers."""
+    """[..., 2] -> [...] region 3 * valence level + arousal level; borders lie half-way between centers.
+
+    A point on a border is in the lower region, as in `hard_labels`: labels are stored, and compared here, as float32.
+    """
+    va = np.asarray(va, np.float32)
     level = (va > -centers / 2).astype(np.int64) + (va > centers / 2)
     return 3 * level[..., 0] + level[..., 1]
 

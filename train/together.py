@@ -286,9 +286,6 @@ def _seconds(step: Callable[[int], object], device: torch.device) -> float:
     return min(seconds[1:])
 
 
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Repeats:
     """Outcome of several runs.

@@ -16,6 +16,7 @@ from vaflow.train.metrics import (
     mean_over_dimensions,
     pearson,
     region_occupancy,
+    region_of,
     rmse,
     smoothness,
     video_moments,
@@ -200,3 +201,10 @@ def test_region_occupancy_counts_nearest_centres(centers):
     assert np.isnan(region_occupancy(target, np.zeros(500, bool))).all()
     with pytest.raises(UsageError, match="positive"):
         region_occupancy(target, centers=0)
+
+
+@pytest.mark.parametrize("centers", [0.66, 0.7])
+def test_labels_on_a_border_are_in_the_region_of_their_hard_label(centers):
+    stored = np.array([[centers / 2, 0], [-centers / 2, 0], [0, centers / 2], [0, -centers / 2]], np.float32)
+    expected = hard_labels(torch.from_numpy(stored), centers).argmax(-1)
+    np.testing.assert_array_equal(region_of(stored.astype(np.float64), centers), expected)

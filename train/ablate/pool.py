@@ -169,8 +169,6 @@ def run_all(
             yield Outcome(runs[number], ended)
 
 
-log = logging.getLogger(__name__)
-
 ATTEMPTS = 3  # attempts per run whose actor died
 ANSWER_SECONDS = 1.0  # after which an actor answers even if nothing has happened
 LOOK_SECONDS = 10.0  # between checks for nodes that have joined
