@@ -19,7 +19,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +29,6 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vaflow.encoders.weights import hub_file
 from vaflow.errors import CorruptError, UsageError, WeightsError, command, count, explain, visible
 from vaflow.files import write_file
 from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
@@ -88,15 +87,9 @@ class PretrainedModel(VAModel, PyTorchModelHubMixin, library_name="vaflow"):
         raise WeightsError(explain(problem, expected="model.safetensors", got=Path(model_file).name))
 
 
-PREFIX = "hf:"
 OPSET = 17
 PARTS = {VISUAL: ("features", "valid"), AUDIO: ("features", "valid", "inside", "time")}  # inputs per stream
 FRAME_INTERVAL = 0.1  # seconds, of the example that is traced
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_PUBLISHED_FILE = re.compile(  # files that a configuration may name: no code, nothing outside the folder
-    r"model(-valence|-arousal)?\.safetensors|(metrics|smoothing|uncertainty)\.json|training_features\.safetensors"
-    r"|encoders/(?!\.)[^/\\\0]+(/(?!\.)[^/\\\0]+)?\.(safetensors|json|txt)"
-)
 
 
 def export_run(run: Path, out: Path) -> list[Path]:
@@ -184,49 +177,6 @@ def _number(value: object) -> str:
 def _plain(text: str) -> str:
     """A name in Markdown: no line breaks, no markup."""
     return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", visible(text))
-
-
-def local_run(run: Path | str) -> Path:
-    """The folder of a run; `hf:USER/NAME` is taken from the hub's local cache, or downloaded into it.
-
-    Raises:
-        UsageError: the name is not USER/NAME.
-        WeightsError: the hub cannot be reached or stalls, or the model does not exist or was not made by vaflow.
-    """
-    name = str(run)
-    if not name.startswith(PREFIX):
-        return Path(run)
-    repository = name.removeprefix(PREFIX)
-    if not _REPOSITORY.fullmatch(repository):
-        problem = "A model of the Hugging Face hub is named by user and name"
-        raise UsageError(explain(problem, expected="hf:USER/NAME", got=name))
-    remedy = "Download the repository on a machine with a connection and pass its folder"
-
-    def download(file: str) -> Path:
-        return hub_file(repository, (file,), encoder=name, remedy=remedy)
-
-    for _ in range(2):  # the second round takes the newest of all files, if the repository changed during the first
-        config = download(PUBLISHED_CONFIG)
-        files = _named_files(config)
-        if all(download(file) == config.parent / file for file in files):
-            return config.parent
-    raise WeightsError(explain(f"{name} changed while it was downloaded", remedy="Run the same command again"))
-
-
-def _named_files(config: Path) -> Iterable[str]:
-    try:
-        document = json.loads(config.read_text("utf-8"))
-        files = document["files"]
-        RunRecord.from_document(document)
-        wrong = [file for file in files if not isinstance(file, str) or not _PUBLISHED_FILE.fullmatch(file)]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        expected = "a model that `vaflow export` wrote"
-        problem = f"{config} does not describe a vaflow model"
-        raise CorruptError(explain(problem, expected=expected, got=error)) from error
-    if wrong or "model.safetensors" not in files:
-        got = repr(wrong[0]) if wrong else "no model.safetensors"
-        raise CorruptError(explain(f"{config} names files that a vaflow model does not have", got=got))
-    return files
 
 
 class Heads(nn.Module):

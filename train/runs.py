@@ -18,8 +18,9 @@ import csv
 import io
 import json
 import logging
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.device import forbid_tf32
-from vaflow.errors import CorruptError, UsageError, command, explain
+from vaflow.encoders.weights import hub_file
+from vaflow.errors import CorruptError, UsageError, WeightsError, command, explain
 from vaflow.files import read_tensors, refuse_links, write_file
 from vaflow.train import record as digests
 from vaflow.train.batch import StreamSpec, TargetSpec
@@ -47,6 +49,12 @@ log = logging.getLogger(__name__)
 PROTOTYPES, CONTEXT = "prompt.prototypes", "prompt.context"  # names of the model's tensors
 PUBLISHED_CONFIG = "config.json"  # in a published run, instead of config.toml
 ENSEMBLE_FILE = "ensemble.json"  # in the directory of an ensemble: its runs and their weights
+PREFIX = "hf:"  # of a run on the hub
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_PUBLISHED_FILE = re.compile(  # files that a configuration may name: no code, nothing outside the folder
+    r"model(-valence|-arousal)?\.safetensors|(metrics|smoothing|uncertainty)\.json|training_features\.safetensors"
+    r"|encoders/(?!\.)[^/\\\0]+(/(?!\.)[^/\\\0]+)?\.(safetensors|json|txt)"
+)
 WRITTEN = (  # every file and folder that a run writes
     *("config.toml", "clips.json", "metrics.json", "history.csv", "smoothing.json", "model*.safetensors"),
     *("checkpoint.safetensors", "predictions", "pictures", "tensorboard", "encoders", "moments.json"),
@@ -250,6 +258,49 @@ def require_record(path: Path) -> RunRecord:
         got = "no config.toml" if folder.path.is_dir() else "no such directory"
         raise UsageError(explain(f"{path} is not a run directory", expected=expected, got=got))
     return record
+
+
+def local_run(run: Path | str) -> Path:
+    """The folder of a run; `hf:USER/NAME` is taken from the hub's local cache, or downloaded into it.
+
+    Raises:
+        UsageError: the name is not USER/NAME.
+        WeightsError: the hub cannot be reached or stalls, or the model does not exist or was not made by vaflow.
+    """
+    name = str(run)
+    if not name.startswith(PREFIX):
+        return Path(run)
+    repository = name.removeprefix(PREFIX)
+    if not _REPOSITORY.fullmatch(repository):
+        problem = "A model of the Hugging Face hub is named by user and name"
+        raise UsageError(explain(problem, expected="hf:USER/NAME", got=name))
+    remedy = "Download the repository on a machine with a connection and pass its folder"
+
+    def download(file: str) -> Path:
+        return hub_file(repository, (file,), encoder=name, remedy=remedy)
+
+    for _ in range(2):  # the second round takes the newest of all files, if the repository changed during the first
+        config = download(PUBLISHED_CONFIG)
+        files = _named_files(config)
+        if all(download(file) == config.parent / file for file in files):
+            return config.parent
+    raise WeightsError(explain(f"{name} changed while it was downloaded", remedy="Run the same command again"))
+
+
+def _named_files(config: Path) -> Iterable[str]:
+    try:
+        document = json.loads(config.read_text("utf-8"))
+        files = document["files"]
+        RunRecord.from_document(document)
+        wrong = [file for file in files if not isinstance(file, str) or not _PUBLISHED_FILE.fullmatch(file)]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        expected = "a model that `vaflow export` wrote"
+        problem = f"{config} does not describe a vaflow model"
+        raise CorruptError(explain(problem, expected=expected, got=error)) from error
+    if wrong or "model.safetensors" not in files:
+        got = repr(wrong[0]) if wrong else "no model.safetensors"
+        raise CorruptError(explain(f"{config} names files that a vaflow model does not have", got=got))
+    return files
 
 
 def load_run(path: Path, device: torch.device | str = "cpu") -> Run:

@@ -142,8 +142,7 @@ def load(run: PathLike) -> Run:
         WeightsError: the hub cannot be reached, or has no such model.
     """
     from vaflow.train.ensemble import members_of
-    from vaflow.train.pretrained_model import local_run
-    from vaflow.train.runs import RunFolder, require_record
+    from vaflow.train.runs import RunFolder, local_run, require_record
 
     run = local_run(run)
     members, _ = members_of(run)

@@ -41,9 +41,8 @@ from vaflow.train.evaluate import Trace, featureless, prediction_csv
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import frame_columns, sampling
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.pretrained_model import local_run
 from vaflow.train.provenance import read_sources, write_sources
-from vaflow.train.runs import Run, RunFolder, load_run
+from vaflow.train.runs import Run, RunFolder, load_run, local_run
 from vaflow.train.session import warn_of_demonstration
 from vaflow.train.training import read_for
 
