@@ -18,9 +18,9 @@ from vaflow.encoders.base import KALDI, FrontEnd, cut
 from vaflow.encoders.preprocessing import frame_times
 from vaflow.extract.audio import HOP, METHOD, SpeechMeter, covered_frames, step_valid, stored_speech
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.faces.detection import turn_remedy
+from vaflow.extract.encoding import Encoders, FixedBatcher
+from vaflow.extract.faces.alignment import turn_remedy
 from vaflow.extract.faces.people import no_faces
-from vaflow.extract.networks import Encoders, FixedBatcher
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.pool import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message
 from vaflow.items import person_item

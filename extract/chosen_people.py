@@ -392,8 +392,8 @@ def _encode(
         **one.identity["sampling"],
         **options,
     )
+    from vaflow.extract.encoding import build_encoders, make_encoders
     from vaflow.extract.extraction import Extraction
-    from vaflow.extract.networks import build_encoders, make_encoders
 
     device = choose_device(config.device)
     encoders, _ = build_encoders(config, device)

@@ -24,9 +24,10 @@ from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.assembly import ClipAssembly
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.encoding import Encoders
+from vaflow.extract.faces.detection_torch import QUESTION
 from vaflow.extract.faces.identity import resolve
 from vaflow.extract.faces.people import ALL, MAIN
-from vaflow.extract.networks import QUESTION, Encoders
 from vaflow.extract.plan import Extracted, Outcome, PendingClip
 from vaflow.extract.pool import Detect, Done, Failed, Job, WorkerPool
 from vaflow.extract.streams import NewStreams, provenance, source_of

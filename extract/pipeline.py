@@ -79,7 +79,7 @@ def extract(
         from vaflow.extract.ray_engine import extract_on_ray
 
         return extract_on_ray(dataset, out, config, address=ray_address, **options)
-    from vaflow.extract.networks import build_encoders
+    from vaflow.extract.encoding import build_encoders
 
     device = choose_device(config.device)
     if config.decoder == "nvdec":
@@ -102,8 +102,8 @@ def extract_with(
     show_progress: bool = False,
 ) -> Summary:
     """As `extract` on this machine, with encoders that the caller has built."""
+    from vaflow.extract.encoding import make_encoders
     from vaflow.extract.extraction import Extraction
-    from vaflow.extract.networks import make_encoders
 
     cache = create_cache(out, store=store)
     streams = prepare(cache, config, visual, audio)
@@ -211,7 +211,7 @@ def _measured(
     config: ExtractConfig, clips: Sequence[Clip], seconds: float, frames: int, windows: float
 ) -> tuple[dict[str, int], float | None, str]:
     """Dimension of each encoder, minutes of the extraction or None, and the reason if they were not measured."""
-    from vaflow.extract.networks import BATCH_SIZES, build_encoders, make_encoders
+    from vaflow.extract.encoding import BATCH_SIZES, build_encoders, make_encoders
 
     dims = dict.fromkeys(config.visual, DIMS["visual"]) | dict.fromkeys(config.audio, DIMS["audio"])
     if not clips:

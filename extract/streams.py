@@ -20,17 +20,8 @@ from vaflow.encoders.preprocessing import MEL_BINS, logmel_identity
 from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes
 from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.faces.detection import (
-    CROP_SIZE,
-    DETECTOR,
-    JPEG_QUALITY,
-    MAX_OVERLAP,
-    MAX_SIZE,
-    MIN_SCORE,
-    TEMPLATE,
-    TEMPLATE_VERSION,
-    model_digest,
-)
+from vaflow.extract.faces.alignment import CROP_SIZE, JPEG_QUALITY, TEMPLATE, TEMPLATE_VERSION
+from vaflow.extract.faces.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_SCORE, model_digest
 from vaflow.extract.faces.identity import ALL_FACES_VERSION, CUTS_VERSION, TRACKER_VERSION, network_identity, resolve
 from vaflow.extract.faces.people import LARGEST
 from vaflow.extract.video import READING, decoder_identity, nvdec_identity

@@ -18,15 +18,8 @@ from vaflow.encoders.preprocessing import frame_count
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, SpeechMeter, covered_frames, decode_audio, pass_on, stored_speech
 from vaflow.extract.container import audio_clock, frame_times
-from vaflow.extract.faces.detection import (
-    Cells,
-    align,
-    decode_jpeg,
-    encode_jpeg,
-    find_faces,
-    quarter_turn,
-    shared_detector,
-)
+from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg, quarter_turn
+from vaflow.extract.faces.detection import Cells, find_faces, shared_detector
 from vaflow.extract.faces.detection import Face as DetectedFace
 from vaflow.extract.faces.identity import PersonTracker, open_network
 from vaflow.extract.faces.people import (

@@ -95,7 +95,7 @@ def _bench(options: argparse.Namespace, data: Path, folder: Path) -> Bench:
     from vaflow.datasets import open_dataset
     from vaflow.device import choose_device
     from vaflow.extract.config import ExtractConfig
-    from vaflow.extract.networks import compile_network
+    from vaflow.extract.encoding import compile_network
 
     device = choose_device(options.device)
     visual, audio = _encoders(options.size, options.device, options.precision, folder)
@@ -119,8 +119,8 @@ def _overlap(bench: Bench, folder: Path) -> Iterator[Row]:
     from crop_folders import with_crops
     from encoder_rate import device_name, encode_only, matrix_rate
 
+    from vaflow.extract.encoding import BATCH_SIZES
     from vaflow.extract.extraction import idle_share
-    from vaflow.extract.networks import BATCH_SIZES
 
     precision = bench.config.precision + ", compiled" * bench.config.compile
     most = matrix_rate(bench.device, bench.config.precision)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.networks import FixedBatcher, make_encoders
+from vaflow.extract.encoding import FixedBatcher, make_encoders
 
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns
 TRIES = 10

@@ -21,7 +21,8 @@ from vaflow.datasets.labels import clock_gap, clock_problem, on_clock
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
 from vaflow.extract.container import audio_clock, decode, frame_times, opened
-from vaflow.extract.faces.detection import MIN_CLEAR_SCORE, MIN_CLEAR_SIZE, quarter_turn, shared_detector
+from vaflow.extract.faces.alignment import MIN_CLEAR_SCORE, MIN_CLEAR_SIZE, quarter_turn
+from vaflow.extract.faces.detection import shared_detector
 from vaflow.extract.faces.identity import CutDetector
 from vaflow.extract.pool import Failed, each
 from vaflow.extract.sources import list_crops, open_stills, read_crop

@@ -18,17 +18,16 @@ from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
 from vaflow.extract.audio import HOP
-from vaflow.extract.faces.detection import (
-    Face,
+from vaflow.extract.faces.alignment import (
     Quality,
     align,
     decode_jpeg,
     encode_jpeg,
     face_quality,
     mouth_motion,
-    overlap,
     resemblance,
 )
+from vaflow.extract.faces.detection import Face, overlap
 from vaflow.extract.faces.identity import SUSPICIOUS, CutDetector, FaceNetwork, FaceTracker, Vectors, similar
 from vaflow.timeline import Bools
 

@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_inductor_cache
 from vaflow.cache import open_cache
 from vaflow.cli import main
 from vaflow.encoders import build_encoder
-from vaflow.extract.networks import compile_network
+from vaflow.extract.encoding import compile_network
 
 BATCH = 4
 SIZE = ["--image-batch", str(BATCH)]  # the size that the first test has compiled for: torch reuses its kernels

@@ -9,7 +9,7 @@ import torch
 from vaflow.cli import main
 from vaflow.errors import UsageError
 from vaflow.extract.config import AUTO, ExtractConfig
-from vaflow.extract.networks import BATCH_SIZES, SHARE, FixedBatcher, fitting, make_encoders
+from vaflow.extract.encoding import BATCH_SIZES, SHARE, FixedBatcher, fitting, make_encoders
 from vaflow.settings import coerce
 
 CPU = torch.device("cpu")

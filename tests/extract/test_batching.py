@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vaflow.errors import VaflowError
-from vaflow.extract.networks import FixedBatcher
+from vaflow.extract.encoding import FixedBatcher
 
 CPU = torch.device("cpu")
 

@@ -22,18 +22,9 @@ from vaflow.extract import networks
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.container import frame_times
 from vaflow.extract.extraction import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
-from vaflow.extract.faces.detection import (
-    HELD_BYTES,
-    Cells,
-    CenterFace,
-    align,
-    decode_cells,
-    decode_jpeg,
-    find_faces,
-    model_path,
-    shrunk,
-)
-from vaflow.extract.networks import TorchDetector
+from vaflow.extract.faces.alignment import align, decode_jpeg
+from vaflow.extract.faces.detection import HELD_BYTES, Cells, CenterFace, decode_cells, find_faces, model_path, shrunk
+from vaflow.extract.faces.detection_torch import TorchDetector
 from vaflow.extract.plan import make_plan
 from vaflow.extract.pool import Detect, Done, Failed, Job, Message, WorkerPool
 from vaflow.extract.ray_engine import Member

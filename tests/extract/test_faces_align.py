@@ -6,17 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vaflow.errors import MediaError
-from vaflow.extract.faces.detection import (
-    TEMPLATE,
-    Face,
-    align,
-    decode_grid,
-    decode_jpeg,
-    encode_jpeg,
-    overlap,
-    similarity,
-    suppress,
-)
+from vaflow.extract.faces.alignment import TEMPLATE, align, decode_jpeg, encode_jpeg, similarity
+from vaflow.extract.faces.detection import Face, decode_grid, overlap, suppress
 from vaflow.extract.streams import faces_identity
 
 

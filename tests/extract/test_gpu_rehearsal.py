@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vaflow.encoders import build_encoder
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.networks import FixedBatcher, make_encoders
+from vaflow.extract.encoding import FixedBatcher, make_encoders
 
 CUDA = torch.device("cuda")
 

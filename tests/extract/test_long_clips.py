@@ -22,7 +22,7 @@ from vaflow.encoders.base import KALDI, Segments
 from vaflow.errors import CacheError
 from vaflow.extract.assembly import ClipAssembly
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.networks import make_encoders
+from vaflow.extract.encoding import make_encoders
 from vaflow.extract.plan import PendingClip
 from vaflow.extract.pool import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
 

@@ -11,8 +11,8 @@ import torch
 from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
 from vaflow.device import Stopwatch
+from vaflow.extract.encoding import FixedBatcher
 from vaflow.extract.extraction import ON_DEVICE, idle_share
-from vaflow.extract.networks import FixedBatcher
 
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--workers", "2"]
 ENCODED = ("clip-tiny", "ast-tiny")
