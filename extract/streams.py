@@ -22,8 +22,9 @@ from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.faces.alignment import CROP_SIZE, JPEG_QUALITY, TEMPLATE, TEMPLATE_VERSION
 from vaflow.extract.faces.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_SCORE, model_digest
-from vaflow.extract.faces.identity import ALL_FACES_VERSION, CUTS_VERSION, TRACKER_VERSION, network_identity, resolve
+from vaflow.extract.faces.identity import network_identity, resolve
 from vaflow.extract.faces.people import LARGEST
+from vaflow.extract.faces.tracking import ALL_FACES_VERSION, CUTS_VERSION, TRACKER_VERSION
 from vaflow.extract.video import READING, decoder_identity, nvdec_identity
 
 # Parts of a clip's source that each kind of stream is made from; a change of another part does not affect it.

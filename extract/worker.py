@@ -21,7 +21,7 @@ from vaflow.extract.container import audio_clock, frame_times
 from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg, quarter_turn
 from vaflow.extract.faces.detection import Cells, find_faces, shared_detector
 from vaflow.extract.faces.detection import Face as DetectedFace
-from vaflow.extract.faces.identity import PersonTracker, open_network
+from vaflow.extract.faces.identity import open_network
 from vaflow.extract.faces.people import (
     ALL,
     LARGEST,
@@ -32,6 +32,7 @@ from vaflow.extract.faces.people import (
     choose_person,
     speech_at,
 )
+from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.pool import (
     Ask,
     AudioBlock,

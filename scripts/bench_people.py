@@ -21,8 +21,9 @@ from vaflow.extract.config import ExtractConfig
 from vaflow.extract.container import frame_times
 from vaflow.extract.faces.alignment import align, encode_jpeg
 from vaflow.extract.faces.detection import CenterFace
-from vaflow.extract.faces.identity import PersonTracker, open_network, resolve
+from vaflow.extract.faces.identity import open_network, resolve
 from vaflow.extract.faces.people import ClipFaces
+from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.pipeline import extract_with
 from vaflow.extract.video import frames_at
 from vaflow.timeline import nearest

@@ -28,7 +28,8 @@ from vaflow.extract.faces.alignment import (
     resemblance,
 )
 from vaflow.extract.faces.detection import Face, overlap
-from vaflow.extract.faces.identity import SUSPICIOUS, CutDetector, FaceNetwork, FaceTracker, Vectors, similar
+from vaflow.extract.faces.identity import FaceNetwork, Vectors
+from vaflow.extract.faces.tracking import SUSPICIOUS, CutDetector, FaceTracker, similar
 from vaflow.timeline import Bools
 
 Image = NDArray[np.uint8]

@@ -12,7 +12,7 @@ from vaflow.extract.container import frame_times
 from vaflow.extract.faces import detection
 from vaflow.extract.faces.alignment import TEMPLATE, align
 from vaflow.extract.faces.detection import CenterFace, Face
-from vaflow.extract.faces.identity import PersonTracker
+from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.video import frames_at
 from vaflow.timeline import nearest
 

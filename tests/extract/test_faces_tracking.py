@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vaflow.extract.faces.detection import Face
-from vaflow.extract.faces.identity import PATIENCE, PersonTracker, likeness
+from vaflow.extract.faces.tracking import PATIENCE, PersonTracker, likeness
 
 STEP = 0.5
 

@@ -17,7 +17,7 @@ from vaflow.cache.schema import FACES
 from vaflow.datasets.files import walk
 from vaflow.errors import CacheError
 from vaflow.extract.faces.detection import CenterFace
-from vaflow.extract.faces.identity import PersonTracker
+from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.video import to_rgb
 from vaflow.items import clip_and_person
 from vaflow.timeline import Floats, median_interval
