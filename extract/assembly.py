@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from vaflow.cache import Cache
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo, stored_layers
 from vaflow.cache.scratch import LongArray, Scratch
-from vaflow.encoders import preprocessing as logmel
+from vaflow.encoders import logmel
 from vaflow.encoders.base import KALDI, FrontEnd, cut
-from vaflow.encoders.preprocessing import frame_times
+from vaflow.encoders.logmel import frame_times
 from vaflow.extract.audio import HOP, METHOD, SpeechMeter, covered_frames, step_valid, stored_speech
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.decoding_pool import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message
 from vaflow.extract.encoding import Encoders, FixedBatcher
 from vaflow.extract.faces.alignment import turn_remedy
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.plan import PendingClip
-from vaflow.extract.pool import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message
 from vaflow.items import person_item
 from vaflow.timeline import Floats, Ints
 

@@ -27,7 +27,7 @@ from av.error import FFmpegError
 from av.packet import Packet
 from numpy.typing import NDArray
 
-from vaflow.encoders import preprocessing as logmel
+from vaflow.encoders import logmel
 from vaflow.extract.config import AUDIO_RATES, MAX_CHANNELS
 from vaflow.extract.container import Opened, opened, read_packets, seconds, several_recordings
 from vaflow.timeline import Bools, Floats, Grid, Ints

@@ -27,9 +27,9 @@ from vaflow.datasets.files import read_table
 from vaflow.device import choose_device
 from vaflow.errors import MediaError, UsageError, count, examples, explain
 from vaflow.extract.config import ExtractConfig, default_workers
+from vaflow.extract.decoding_pool import StoredPerson
 from vaflow.extract.faces.people import ALL, ID, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, count_people, speech_at
 from vaflow.extract.plan import OutcomeRecorder, PendingClip, Summary
-from vaflow.extract.pool import StoredPerson
 from vaflow.extract.streams import NewStreams
 from vaflow.items import FAILURES, Failure, FailureLog, person_item, write_failures
 
@@ -393,7 +393,7 @@ def _encode(
         **options,
     )
     from vaflow.extract.encoding import build_encoders, make_encoders
-    from vaflow.extract.extraction import Extraction
+    from vaflow.extract.loop import Extraction
 
     device = choose_device(config.device)
     encoders, _ = build_encoders(config, device)

@@ -24,7 +24,7 @@ from vaflow.device import choose_device
 from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.encoding import Encoders, build_encoders, make_encoders
-from vaflow.extract.extraction import Extraction
+from vaflow.extract.loop import Extraction
 from vaflow.extract.plan import Extracted, Outcome, OutcomeRecorder, PendingClip, Summary, carry_out, make_plan
 from vaflow.extract.streams import prepare
 from vaflow.extract.video import require_nvdec

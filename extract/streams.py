@@ -16,7 +16,7 @@ from vaflow.cache.commit import differences
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo
 from vaflow.encoders import ENCODERS, build_encoder, encoder_kind, is_encoder
 from vaflow.encoders.base import KALDI, AudioEncoder, VisualEncoder
-from vaflow.encoders.preprocessing import MEL_BINS, logmel_identity
+from vaflow.encoders.logmel import MEL_BINS, logmel_identity
 from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes
 from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.extract.config import ExtractConfig

@@ -14,10 +14,25 @@ from vaflow.cache.schema import CROPS, FACES
 from vaflow.datasets import read_annotation
 from vaflow.datasets.clip import Annotation
 from vaflow.datasets.labels import clock_problem, on_clock
-from vaflow.encoders.preprocessing import frame_count
+from vaflow.encoders.logmel import frame_count
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, SpeechMeter, covered_frames, decode_audio, pass_on, stored_speech
 from vaflow.extract.container import audio_clock, frame_times
+from vaflow.extract.decoding_pool import (
+    Ask,
+    AudioBlock,
+    AudioEnd,
+    Clock,
+    Done,
+    Face,
+    FaceCrop,
+    FacesEnd,
+    Failed,
+    Image,
+    Job,
+    Message,
+    Send,
+)
 from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg, quarter_turn
 from vaflow.extract.faces.detection import Cells, find_faces, shared_detector
 from vaflow.extract.faces.detection import Face as DetectedFace
@@ -33,21 +48,6 @@ from vaflow.extract.faces.people import (
     speech_at,
 )
 from vaflow.extract.faces.tracking import PersonTracker
-from vaflow.extract.pool import (
-    Ask,
-    AudioBlock,
-    AudioEnd,
-    Clock,
-    Done,
-    Face,
-    FaceCrop,
-    FacesEnd,
-    Failed,
-    Image,
-    Job,
-    Message,
-    Send,
-)
 from vaflow.extract.sources import (
     IMAGES_DIGEST,
     ImageDigest,

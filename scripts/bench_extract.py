@@ -120,7 +120,7 @@ def _overlap(bench: Bench, folder: Path) -> Iterator[Row]:
     from encoder_rate import device_name, encode_only, matrix_rate
 
     from vaflow.extract.encoding import BATCH_SIZES
-    from vaflow.extract.extraction import idle_share
+    from vaflow.extract.loop import idle_share
 
     precision = bench.config.precision + ", compiled" * bench.config.compile
     most = matrix_rate(bench.device, bench.config.precision)
@@ -192,7 +192,7 @@ def _encoders(size: str, device: str, precision: str, folder: Path) -> tuple[Any
 
 
 def _jobs(dataset: Any, config: Any, visual: Any) -> list[Any]:
-    from vaflow.extract.pool import Job
+    from vaflow.extract.decoding_pool import Job
 
     return [
         Job(number, clip, config.grid, True, True, config.face_source, (visual.preparation,), False)
@@ -202,7 +202,7 @@ def _jobs(dataset: Any, config: Any, visual: Any) -> list[Any]:
 
 def _decode_only(dataset: Any, config: Any, visual: Any) -> tuple[float, dict[str, int]]:
     from vaflow.extract.config import default_workers
-    from vaflow.extract.pool import Clock, Face, Failed, WorkerPool
+    from vaflow.extract.decoding_pool import Clock, Face, Failed, WorkerPool
     from vaflow.extract.worker import run_job
 
     counts = {"images": 0, "windows": 0}

@@ -26,7 +26,7 @@ from vaflow.cache.documents import record_document, seal
 from vaflow.cache.schema import LABELS, Record, StreamInfo
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.pipeline import estimate
+from vaflow.extract.estimate import estimate
 from vaflow.extract.plan import Plan, make_plan
 from vaflow.extract.sources import sources_of
 from vaflow.extract.streams import source_of

@@ -25,7 +25,7 @@ from fuzz_seeds import write_seeds
 from fuzz_texts import Family, families
 from fuzz_texts import outcome_of as outcome_of_text
 
-from vaflow.extract.pool import Failed, each
+from vaflow.extract.decoding_pool import Failed, each
 
 WORKERS = 2
 OUTCOMES = ("read", "refused", "system", "bug", "crash", "hang")

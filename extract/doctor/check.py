@@ -23,6 +23,7 @@ from vaflow.cache.maintenance import absent_clips
 from vaflow.datasets import read_annotation
 from vaflow.datasets.clip import SEVERITIES, SPLITS, Clip, Dataset, Note, Severity
 from vaflow.errors import DataError, MediaError, command
+from vaflow.extract.decoding_pool import Failed, each
 from vaflow.extract.doctor.facts import (
     CropFacts,
     LabelFacts,
@@ -47,7 +48,6 @@ from vaflow.extract.doctor.findings import (
     media_findings,
     people_findings,
 )
-from vaflow.extract.pool import Failed, each
 from vaflow.extract.sources import content_digest
 from vaflow.timeline import Grid
 

@@ -13,7 +13,7 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassificati
 from vaflow.encoders import build_encoder
 from vaflow.encoders.ast import AstEncoder, Geometry, window_frames
 from vaflow.encoders.base import Request
-from vaflow.encoders.preprocessing import RATE, FilterBank, frame_times
+from vaflow.encoders.logmel import RATE, FilterBank, frame_times
 from vaflow.errors import UsageError, WeightsError
 
 FULL = Geometry(patch=16, frequency_stride=10, time_stride=10, mel_bins=128, max_length=1024)

@@ -5,7 +5,7 @@ import pytest
 from transformers import ASTFeatureExtractor
 
 from vaflow.encoders.ast import AUDIOSET_MEAN, AUDIOSET_STD
-from vaflow.encoders.preprocessing import FRAME, HOP, MEL_BINS, RATE, FilterBank, frame_count, frame_times
+from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, FilterBank, frame_count, frame_times
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:

@@ -11,7 +11,7 @@ from transformers import ASTModel
 
 from vaflow.encoders import build_encoder
 from vaflow.encoders.ast import window_frames
-from vaflow.encoders.preprocessing import RATE, FilterBank
+from vaflow.encoders.logmel import RATE, FilterBank
 from vaflow.encoders.tiny import uniform
 
 # These digests guarantee that caches made on other machines stay compatible.

@@ -12,7 +12,7 @@ from scipy import signal
 
 from vaflow.encoders import build_encoder, vggish
 from vaflow.encoders.base import KALDI, cut
-from vaflow.encoders.preprocessing import RATE
+from vaflow.encoders.logmel import RATE
 from vaflow.encoders.vggish import VGGISH_MEL, VGGish
 from vaflow.errors import UsageError, WeightsError
 

@@ -15,7 +15,7 @@ from vaflow.datasets import open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.extract import worker
 from vaflow.extract.audio import Blocks
-from vaflow.extract.pool import Done, Failed, Job, Message
+from vaflow.extract.decoding_pool import Done, Failed, Job, Message
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 

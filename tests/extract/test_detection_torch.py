@@ -18,15 +18,15 @@ from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.errors import FingerprintError, VaflowError, WeightsError
-from vaflow.extract import networks
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.container import frame_times
-from vaflow.extract.extraction import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
+from vaflow.extract.decoding_pool import Detect, Done, Failed, Job, Message, WorkerPool
+from vaflow.extract.faces import detection_torch
 from vaflow.extract.faces.alignment import align, decode_jpeg
 from vaflow.extract.faces.detection import HELD_BYTES, Cells, CenterFace, decode_cells, find_faces, model_path, shrunk
 from vaflow.extract.faces.detection_torch import TorchDetector
+from vaflow.extract.loop import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share
 from vaflow.extract.plan import make_plan
-from vaflow.extract.pool import Detect, Done, Failed, Job, Message, WorkerPool
 from vaflow.extract.ray_engine import Member
 from vaflow.extract.streams import faces_identity, tracker_identity
 from vaflow.extract.video import frames_at
@@ -57,7 +57,7 @@ def test_detection_maps_equal_opencv(images: list[np.ndarray]) -> None:
     import cv2
 
     theirs = cv2.dnn.readNetFromONNX(str(model_path()))
-    ours = networks.load_centerface()
+    ours = detection_torch.load_centerface()
     for image in images:
         smaller, _ = shrunk(image)
         theirs.setInput(cv2.dnn.blobFromImage(smaller))
@@ -106,15 +106,15 @@ def test_out_of_memory_halves_the_detection_batch(images: list[np.ndarray], monk
     image, _ = shrunk(images[3])
     whole = TorchDetector(CPU, 4)
     (expected,) = whole.detect([image])
-    forward = networks.CenterFaceNetwork.forward
+    forward = detection_torch.CenterFaceNetwork.forward
     room = 2
 
-    def fits(self: networks.CenterFaceNetwork, batch: torch.Tensor) -> torch.Tensor:
+    def fits(self: detection_torch.CenterFaceNetwork, batch: torch.Tensor) -> torch.Tensor:
         if len(batch) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, batch)
 
-    monkeypatch.setattr(networks.CenterFaceNetwork, "forward", fits)
+    monkeypatch.setattr(detection_torch.CenterFaceNetwork, "forward", fits)
     (cells,) = whole.detect([image])
     assert cells.places.tolist() == expected.places.tolist()
     np.testing.assert_allclose(cells.values, expected.values, atol=1e-4)
@@ -124,11 +124,11 @@ def test_out_of_memory_halves_the_detection_batch(images: list[np.ndarray], monk
 
 
 def test_another_network_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = networks.centerface_weights()
+    weights = detection_torch.centerface_weights()
     for wrong in (weights[:-1], [(*weights[0][:1], np.zeros(7, np.float32)), *weights[1:]]):
-        monkeypatch.setattr(networks, "centerface_weights", lambda wrong=wrong: wrong)
+        monkeypatch.setattr(detection_torch, "centerface_weights", lambda wrong=wrong: wrong)
         with pytest.raises(WeightsError, match="another network"):
-            networks.load_centerface()
+            detection_torch.load_centerface()
 
 
 def nothing(images: Sequence[object]) -> list[Cells]:
@@ -332,7 +332,7 @@ def test_a_worker_death_during_a_request_fails_one_clip(
     summary = run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1))
     assert [failure.error for failure in summary.failures] == ["WorkerDied"]
     assert summary.extracted == 1
-    assert max(requests) == networks.QUESTION
+    assert max(requests) == detection_torch.QUESTION
     assert run(dataset, tmp_path / "cache", tiny_pair, replace(TORCH, workers=1)).extracted == 1
 
 

@@ -8,7 +8,8 @@ import pytest
 from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.pipeline import estimate, extract
+from vaflow.extract.estimate import estimate
+from vaflow.extract.pipeline import extract
 
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1)
 

@@ -15,7 +15,7 @@ from vaflow.cli import main
 from vaflow.datasets import Clip
 from vaflow.errors import MediaError, UsageError
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.pool import (
+from vaflow.extract.decoding_pool import (
     QUEUED_MESSAGES,
     AudioBlock,
     Call,
@@ -81,7 +81,7 @@ def test_a_worker_waiting_for_the_parent_is_not_a_hang() -> None:
 
 
 def test_without_a_time_limit_no_item_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vaflow.extract.pool.STARTING", 0.0)
+    monkeypatch.setattr("vaflow.extract.decoding_pool.STARTING", 0.0)
     assert dict(each(_beat_for_long, [1.0], item_timeout=0)) == {0: "done"}
 
 
@@ -105,7 +105,7 @@ def test_a_worker_killed_before_it_receives_its_item_fails_that_item_only(monkey
             if len(started) == 1:
                 self.kill()
 
-    monkeypatch.setattr("vaflow.extract.pool.ChildProcess", FirstIsKilled)
+    monkeypatch.setattr("vaflow.extract.decoding_pool.ChildProcess", FirstIsKilled)
     results = dict(each(_square, range(3)))
     failed = results.pop(0)
     assert isinstance(failed, Failed)
@@ -156,7 +156,7 @@ def test_the_command_lists_a_hung_clip_and_exits_with_3(
     data.mkdir()
     for name in ("stuck.mp4", "fine.mp4"):
         (data / name).symlink_to((clips / "obama.mp4").resolve())
-    monkeypatch.setattr("vaflow.extract.pool.serve", _serve_and_hang)
+    monkeypatch.setattr("vaflow.extract.decoding_pool.serve", _serve_and_hang)
     cache = tmp_path / "cache"
     options = ["--visual", "none", "--audio", "none", "--item-timeout", str(TIMEOUT), "--workers", "2"]
     assert main(["extract", str(data), "--out", str(cache), *options]) == 3

@@ -22,9 +22,9 @@ from vaflow.encoders.base import KALDI, Segments
 from vaflow.errors import CacheError
 from vaflow.extract.assembly import ClipAssembly
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.decoding_pool import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
 from vaflow.extract.encoding import make_encoders
 from vaflow.extract.plan import PendingClip
-from vaflow.extract.pool import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
 
 WHOLE = replace(CONFIG, face_source="none", pixels=True)
 

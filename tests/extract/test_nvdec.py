@@ -21,7 +21,7 @@ from vaflow.errors import MediaError, UsageError, VaflowError
 from vaflow.extract import video
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.container import frame_times
-from vaflow.extract.pool import Face, Failed, Job
+from vaflow.extract.decoding_pool import Face, Failed, Job
 from vaflow.extract.streams import stream_infos
 from vaflow.extract.video import AT_ONCE, check_parity, frames_on_gpu, import_torchcodec, require_nvdec, to_rgb
 from vaflow.extract.worker import run_job

@@ -15,7 +15,7 @@ from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import CorruptError
 from vaflow.extract import headers
 from vaflow.extract.config import ExtractConfig, Shard
-from vaflow.extract.pipeline import estimate
+from vaflow.extract.estimate import estimate
 from vaflow.extract.plan import Plan, make_plan
 from vaflow.extract.sources import file_status, sources_of
 from vaflow.extract.streams import source_of

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from vaflow.extract.extraction import COMMITTING, REST, WAITING, Profile, bottleneck
+from vaflow.extract.loop import COMMITTING, REST, WAITING, Profile, bottleneck
 
 
 def test_stages_of_the_main_thread_add_up_to_the_wall_time() -> None:

@@ -13,7 +13,7 @@ from tiny_extraction import CONFIG, run
 
 from vaflow.cache import open_cache
 from vaflow.datasets import open_dataset
-from vaflow.extract.pool import Ask, Done, Failed, Job, Send, Work, WorkerPool, serve
+from vaflow.extract.decoding_pool import Ask, Done, Failed, Job, Send, Work, WorkerPool, serve
 from vaflow.extract.worker import run_job
 
 
@@ -30,7 +30,7 @@ def test_a_worker_death_fails_one_clip(
     many: Path, tiny_pair: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker reading clip05 is killed by the operating system; the others are extracted."""
-    monkeypatch.setattr("vaflow.extract.pool.serve", _serve_and_die_at_clip05)
+    monkeypatch.setattr("vaflow.extract.decoding_pool.serve", _serve_and_die_at_clip05)
     summary = run(open_dataset(many, "videos"), tmp_path / "cache", tiny_pair)
     assert [failure.item for failure in summary.failures] == ["clip05"]
     assert "SIGKILL" in summary.failures[0].message

@@ -13,12 +13,12 @@ from vaflow.datasets import Dataset, open_dataset
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.vggish import VGGISH_MEL
-from vaflow.extract import extraction
+from vaflow.extract import loop
 from vaflow.extract.audio import decode_audio
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.decoding_pool import Job
 from vaflow.extract.pipeline import extract_with
 from vaflow.extract.plan import Summary
-from vaflow.extract.pool import Job
 
 WINDOW, STRIDE, STEPS, STEP = 2.0, 1.0, 4, 0.5
 
@@ -136,13 +136,13 @@ def test_ast_added_to_a_vggish_cache_computes_log_mel(
     _, (ast, vggish) = encoders
     run(clips_folder, tmp_path / "cache", [], [vggish])
     calls: list[bool] = []
-    original = extraction.Job
+    original = loop.Job
 
     def noted(**job: Any) -> Job:
         calls.append(job["audio"])
         return original(**job)
 
-    monkeypatch.setattr(extraction, "Job", noted)
+    monkeypatch.setattr(loop, "Job", noted)
     cache, _ = run(clips_folder, tmp_path / "cache", [], [ast, vggish])
     assert calls == [False] * 3
     for item in cache.items():

@@ -14,8 +14,8 @@ from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
 from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import MediaError
+from vaflow.extract.decoding_pool import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Failed, Job, Message
 from vaflow.extract.doctor.check import check_dataset
-from vaflow.extract.pool import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Failed, Job, Message
 from vaflow.extract.sources import list_stills, open_stills, stills_at, stills_identity
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid

@@ -7,7 +7,7 @@ import pytest
 from fuzz_media import MUTATIONS, Case, Result, damaged, read_case
 from fuzz_seeds import SEEDS, write_seeds
 
-from vaflow.extract.pool import Failed, each
+from vaflow.extract.decoding_pool import Failed, each
 
 ORDINARY, LONG = 100, 2000
 HANG = 60.0  # seconds

@@ -12,7 +12,7 @@ from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
 from vaflow.device import Stopwatch
 from vaflow.extract.encoding import FixedBatcher
-from vaflow.extract.extraction import ON_DEVICE, idle_share
+from vaflow.extract.loop import ON_DEVICE, idle_share
 
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--workers", "2"]
 ENCODED = ("clip-tiny", "ast-tiny")

@@ -26,7 +26,8 @@ from vaflow.cache.documents import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS, escape
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import cut
-from vaflow.encoders.preprocessing import HOP, RATE, Preparation, decode_image
+from vaflow.encoders.logmel import HOP, RATE
+from vaflow.encoders.preprocessing import Preparation, decode_image
 from vaflow.errors import DataError, FingerprintError, UsageError, WeightsError, examples, explain
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import default_budget, make_packs, mapped_zeros

@@ -106,7 +106,7 @@ def extract(
 
         dataset = only_failed(dataset, out)
     if dry_run:
-        from vaflow.extract.pipeline import estimate
+        from vaflow.extract.estimate import estimate
 
         _print_estimate(estimate(dataset, out, config, machines["shard"], show_progress=output.bars), output)
         return 0
@@ -127,7 +127,7 @@ def extract(
         if summary.several_people:
             echo(_several_people(summary.several_people, cache, out, root, config.identity))
     if profile and summary.stages and not output.json:
-        from vaflow.extract.extraction import bottleneck
+        from vaflow.extract.loop import bottleneck
 
         rows = [(stage, f"{seconds:.1f}") for stage, seconds in summary.stages.items()]
         echo(f"\n{table(rows, ('stage', 'seconds'))}\n{bottleneck(summary.stages)}")
@@ -154,7 +154,7 @@ def _check_files(out: Path, store: str, prompts: Path | None) -> None:
 
 
 def _print_estimate(facts: dict[str, Any], output: Output) -> None:
-    """Print the result of `vaflow.extract.pipeline.estimate`, as a table or JSON."""
+    """Print the result of `vaflow.extract.estimate.estimate`, as a table or JSON."""
     labels = {"items": "clips to extract", "items_already_there": "clips already extracted"}
     labels |= {"items_unreadable": "clips unreadable", "hours": "hours of media", "minutes": "minutes, estimated"}
     rows = [(labels.get(key, key.replace("_", " ")), value) for key, value in facts.items()]

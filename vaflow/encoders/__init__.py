@@ -184,7 +184,7 @@ def _builder(family: str) -> Callable[[Request], VisualEncoder | AudioEncoder]:
             build = point.load().build
             return build
     problem = "logmel has no network to build: its filter banks are stored for every clip with audio"
-    raise UsageError(explain(problem, remedy="Use vaflow.encoders.preprocessing.FilterBank"))
+    raise UsageError(explain(problem, remedy="Use vaflow.encoders.logmel.FilterBank"))
 
 
 def random_encoders(streams: Iterable[str]) -> list[str]:

@@ -28,7 +28,7 @@ from vaflow.encoders.checkpoints import (
     quiet_transformers,
     read_json,
 )
-from vaflow.encoders.preprocessing import FRAME, HOP, MEL_BINS, RATE, frame_count
+from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, frame_count
 from vaflow.encoders.weights import state_digest
 from vaflow.errors import UsageError, WeightsError, explain
 

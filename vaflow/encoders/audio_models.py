@@ -32,7 +32,7 @@ from vaflow.encoders.base import (
     step_centres,
     whole_window,
 )
-from vaflow.encoders.preprocessing import HOP, RATE
+from vaflow.encoders.logmel import HOP, RATE
 from vaflow.encoders.weights import load_strictly, read_state_dict, state_digest, without_initial_weights
 from vaflow.errors import UsageError, WeightsError, explain
 

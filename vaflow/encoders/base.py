@@ -25,17 +25,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.encoders.preprocessing import (
-    FRAME,
-    HOP,
-    MEL_BINS,
-    RATE,
-    FilterBank,
-    Image,
-    Preparation,
-    Prepared,
-    kaldi_banks,
-)
+from vaflow.encoders.logmel import FRAME, HOP, MEL_BINS, RATE, FilterBank, kaldi_banks
+from vaflow.encoders.preprocessing import Image, Preparation, Prepared
 from vaflow.errors import UsageError, explain
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from vaflow.encoders.base import (
 )
 from vaflow.encoders.checkpoints import FAMILIES, LoadedModel, load
 from vaflow.encoders.image_models import ImageEncoder
-from vaflow.encoders.preprocessing import KERNELS, RATE, Preparation, Preprocessing
+from vaflow.encoders.logmel import RATE
+from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
 from vaflow.errors import UsageError, explain
 
 

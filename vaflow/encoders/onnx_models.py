@@ -21,7 +21,8 @@ from torch import nn
 from vaflow.encoders.audio_models import ExampleEncoder
 from vaflow.encoders.base import WAVEFORM, FrontEnd, Request
 from vaflow.encoders.image_models import ImageEncoder
-from vaflow.encoders.preprocessing import HOP, KERNELS, RATE, Preparation, Preprocessing
+from vaflow.encoders.logmel import HOP, RATE
+from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
 from vaflow.errors import UsageError, WeightsError, explain
 
 NUMPY = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}

@@ -27,7 +27,7 @@ from torch import nn
 
 from vaflow.encoders.audio_models import ExampleEncoder
 from vaflow.encoders.base import FrontEnd, Request, autocast
-from vaflow.encoders.preprocessing import FRAME, HOP, RATE
+from vaflow.encoders.logmel import FRAME, HOP, RATE
 from vaflow.encoders.weights import (
     check_checksum,
     checked_url,
