@@ -216,6 +216,10 @@ def test_an_archive_larger_than_declared_is_rejected(tmp_path: Path) -> None:
     assert read_state_dict(tmp_path / "plain.pt")["a"].numel() == 4_000_000
     with pytest.raises(WeightsError, match="compressed archive"):
         read_state_dict(tmp_path / "bomb.pt")
+    with (tmp_path / "bomb.pt").open("ab") as file:
+        file.write(b"PK\x05\x06")  # begins the end record of an archive: Python's zipfile now finds none, torch the first
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
+        read_state_dict(tmp_path / "bomb.pt")
 
 
 @pytest.mark.parametrize("claim", [{"hidden_size": 60_000}, {"num_hidden_layers": 10**8}, {"intermediate_size": 10**9}])

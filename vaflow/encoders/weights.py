@@ -125,9 +125,10 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _check_archive(path: Path) -> None:
     """Raise a WeightsError for an archive that has code, or that unpacks to more than its size."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # torch decides by these bytes; `zipfile.is_zipfile` reads the file's end
+                return
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except BROKEN as error:
