@@ -109,7 +109,10 @@ def command(*words: object) -> str:
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: `count(1, "video")` is "1 video", `count(2000, "video")` is "2,000 videos"."""
+    """A number with its noun: `count(1, "video")` is "1 video", `count(2000, "video")` is "2,000 videos".
+
+    `plural` is needed where it is not the singular with an s.
+    """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 

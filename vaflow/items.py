@@ -29,6 +29,7 @@ class Failure:
     Attributes:
         item: the item's id, or another name for what failed.
         stage: where it failed: "open", "labels", "audio", "faces", "encode", "commit", "convert", "train" ...
+        error: name of the exception's class; message: as printed, in one line or more.
         details: further members of the line: "split" and "stream" of a clip; "table", "row" and "run" of a study.
             A line without "split" is of every split.
         listed: when the list that it was read from was last written, in seconds since 1970.
@@ -99,6 +100,7 @@ class FailureLog:
 
     Attributes:
         path: of the list; the list of an earlier run is removed at once.
+        failures: all that were added, in that order.
     """
 
     def __init__(self, path: Path) -> None:

@@ -59,6 +59,7 @@ class PredictConfig:
     """Options of a prediction.
 
     Attributes:
+        device: "auto", "cpu" or "cuda[:N]".
         weights: encoder name -> local file or folder, instead of the hub.
         face_source: as for extraction; None: as in the run's cache, which is the only one that fits.
         cache: keep the features here and reuse them; None: delete them at the end.

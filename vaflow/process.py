@@ -58,6 +58,8 @@ class ChildProcess:
 
     Args:
         target: called in the child as `target(pipe, *arguments)`; importable by name.
+        arguments: are pickled.
+        name: of the process, as tools list it.
     """
 
     def __init__(self, target: Callable[..., None], arguments: Sequence[Any] = (), *, name: str) -> None:

@@ -105,6 +105,7 @@ def find_provenance(
     """Compare what the predictions of a run or an ensemble were made from with the present state.
 
     Args:
+        run: folder of a run or an ensemble.
         item: one clip; None: all.
         cache: current place of the cache, if it was moved.
         root: of the data set: the clips' files are read again and compared.

@@ -37,12 +37,14 @@ class Setting:
     """One setting: its values, and what people read about it.
 
     Attributes:
+        name: of the configuration's field; default: of that field.
         kind: bool, int, float, str, tuple (of str) or Path.
         optional: None is a value, written `none`.
         help: a noun phrase or an imperative, without a full stop.
         group: heading under which the setting is listed.
         unit: of a number, as "seconds".
         unset: what the default stands for where it is None or empty, as "as in the cache".
+        choices: the values of a text setting; (): any text.
         words: words for special values, as {"auto": 0}.
         at_least, above, below: limits of a number. Infinity and NaN are refused wherever one of them is given.
         pattern: regular expression of a text setting; `form` describes it to people.

@@ -217,7 +217,7 @@ def test_an_archive_larger_than_declared_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="compressed archive"):
         read_state_dict(tmp_path / "bomb.pt")
     with (tmp_path / "bomb.pt").open("ab") as file:
-        file.write(b"PK\x05\x06")  # begins the end record of an archive: Python's zipfile now finds none, torch the first
+        file.write(b"PK\x05\x06")  # hides the end record from Python's zipfile, not from torch
     with pytest.raises(WeightsError, match="cannot be read as weights"):
         read_state_dict(tmp_path / "bomb.pt")
 

@@ -99,8 +99,10 @@ class ItemCopy:
     """One item to copy, from the first of `origins` that holds it undamaged.
 
     Attributes:
+        key: stream and item of the copy.
         origin_item: the item in `origins`, if its id differs.
-        change, change_arrays: return the record and the arrays of the copy; by default the same.
+        change: returns the record of the copy; by default the same.
+        change_arrays: returns the arrays of the copy, by name; None: the same.
     """
 
     key: Key
@@ -120,6 +122,7 @@ class TransferSummary:
     """Counts and failures of a conversion or merge.
 
     Attributes:
+        out: path or URL of the cache that items were copied into.
         copied: items written; replaced: of those, items that replaced another version.
         there: items that were up to date.
         failures: items that could not be read; `failures_file` lists them.
@@ -148,6 +151,7 @@ def transfer(
     Args:
         target: has every stream that the copies name.
         sources: caches that are read; their failure lists are carried over.
+        damaged: items known to be unreadable, for the list.
         splits: clip -> split, for the list.
         stage: "convert", "merge" or "people", for the list and the progress bar.
 
@@ -293,6 +297,7 @@ def merge(
 
     Args:
         out: a folder that is empty, missing, or a cache.
+        sources: the caches to merge; their stores may differ.
         store: of `out`; None: its own, or that of the first source.
         prefer: version to keep where sources differ: "first" (of the first cache that has the item) or "newest"; the
             same cache for all such streams of an item. None: raise an error.

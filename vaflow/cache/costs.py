@@ -25,6 +25,7 @@ class Cost:
     """Cost of encoding a stream.
 
     Attributes:
+        device: name of the device; precision: of the network.
         parameters: of the network; None where they cannot be counted.
         seconds: of encoding, without the share of padding rows.
         media_seconds: duration of the clips that were encoded.

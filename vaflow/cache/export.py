@@ -66,7 +66,9 @@ def pack(
 
     Args:
         source: every item is read and compared with its checksum.
+        out: a folder that is missing or empty.
         shard_bytes: largest size of a file of arrays, unless a row is larger.
+        on_item: called after each item.
 
     Raises:
         UsageError: `out` is not empty, is inside `source`, or is on an object store; or another process packs there.
@@ -246,6 +248,10 @@ LEFT_OUT = ("pixels", "crops")  # JPEG files of faces: personal data, and large
 
 def export_parquet(cache: Cache, out: Path, step: Callable[[], object] | None = None) -> dict[str, int]:
     """Write the streams of a cache as Parquet; returns stream -> number of clips. Face crops are left out.
+
+    Args:
+        out: a folder that is missing or empty.
+        step: called after each clip of each stream.
 
     Raises:
         UsageError: pyarrow is missing, or `out` is not empty.

@@ -33,6 +33,8 @@ class Problem:
 
     Attributes:
         path: the file, below the cache.
+        message: the damage.
+        stream, item: its stream and item; None where they are unknown.
     """
 
     path: str
@@ -244,11 +246,13 @@ THREADS = 4  # commits wait for disk flushes
 
 @dataclass(frozen=True)
 class SplitChanges:
-    """Clips whose split changed: item -> (old split, new split); None means "no split".
+    """Clips that a list of splits assigns to another split.
 
     Attributes:
+        changed: clip -> (old split, new split); None: no split.
         unchanged: number of listed clips that have the listed split already.
         unlisted: clips of the cache that the list does not name; they keep their split.
+        unknown: listed names that are not clips of the cache.
     """
 
     changed: dict[str, tuple[str | None, str]]
@@ -334,6 +338,8 @@ def change_splits(
 
     Args:
         listed: clip -> split.
+        dry_run: return the changes without making them.
+        on_clip: called after each clip that is changed.
 
     Raises:
         UsageError: no name in the list is a clip of the cache.

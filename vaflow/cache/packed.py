@@ -29,6 +29,7 @@ class PackedArray:
     """Geometry of one sharded array: rows follow each other within a shard, chunk by chunk.
 
     Attributes:
+        path: its folder.
         shape: of all rows of all items.
         dtype: little-endian.
         chunk_rows: rows of a chunk, the unit that zarr reads.

@@ -307,6 +307,7 @@ class Item:
     """The arrays of one item of one stream; each is also an attribute: `item.embedding`, `item.time`, `item.valid`.
 
     Attributes:
+        stream: name of the stream; item: id of the item.
         arrays: name -> array, as the stream's kind in `KINDS` says.
         meta: facts about the item, from its record.
     """

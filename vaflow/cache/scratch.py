@@ -57,6 +57,7 @@ class Growing:
     """An array of unknown final length, to which blocks of rows are appended.
 
     Args:
+        layout: of the cache whose disk has the file for rows beyond `IN_MEMORY`.
         row: the shape of a row; () for single values.
     """
 

@@ -95,6 +95,7 @@ def build_encoder(
     Args:
         name: a key of `ENCODERS`, or one of the `FORMS`.
         weights: local weights to use instead of the published ones: a file (a folder for AST).
+        device: "cpu", "cuda" or "cuda:N".
         precision: "auto" is float32 on every device, so that a cache depends on the device by rounding only;
             "bfloat16" and, on CUDA, "float16" run the network in autocast and become part of the identity.
         kind: "visual" or "audio": refuse a model of the other kind, for names whose model decides.

@@ -80,6 +80,8 @@ class AstEncoder(WindowEncoder):
     """An audio encoder around a model; see `vaflow.encoders.base.AudioEncoder`.
 
     Args:
+        request: name, device and precision.
+        module: transformers' ASTModel.
         mean, std: the input is normalised as (x - mean) / (2 std).
 
     Raises:

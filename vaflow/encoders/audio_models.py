@@ -104,7 +104,12 @@ class ExampleEncoder:
 
 
 class OpenSmileEncoder(WindowEncoder):
-    """An audio encoder; see `vaflow.encoders.base.AudioEncoder`."""
+    """An audio encoder; see `vaflow.encoders.base.AudioEncoder`.
+
+    Args:
+        request: its source is a key of `SETS`.
+        smile: an `opensmile.Smile` of that feature set.
+    """
 
     front_end: ClassVar[FrontEnd] = WAVEFORM
 

@@ -43,6 +43,8 @@ class Request:
         name: the encoder as typed; also the stream's name.
         source: what the name refers to within its family, such as MODEL/TAG or a model id.
         kind: "visual" or "audio": the option that named it; "" where only one is possible.
+        weights: local weights, a file or a folder, instead of the published ones.
+        device: "cpu", "cuda" or "cuda:N".
         precision: "float32", "bfloat16" or "float16".
     """
 

@@ -30,6 +30,7 @@ class Family:
     """How a model type is built and read.
 
     Attributes:
+        kind: "visual" or "audio".
         config, model: names of transformers' classes.
         pooling: default pooling of tokens; of intermediate layers, `layer_pooling`.
         layer_pooling: "cls" or "mean".
@@ -37,6 +38,7 @@ class Family:
         prefixes: of the keys of the tower in files of larger models.
         special: tokens before the patches, without registers.
         processor: transformers' default image processor.
+        options: keyword arguments of the model's class.
     """
 
     kind: str
@@ -90,6 +92,7 @@ class LoadedModel:
         family: its entry in `FAMILIES`; `model_type`: its key.
         module: the network.
         processor: settings of the image processor or feature extractor.
+        choice: layers and pooling.
         settings: the configuration's fields, as JSON.
     """
 
@@ -194,6 +197,7 @@ def open_folder(name: str, source: str, *, local: bool, weight_files: tuple[str,
     """Return the folder of encoder `name`: `source` itself, or (unless `local`) the hub's model id `source`.
 
     Args:
+        source: a path, or a model id of the hub.
         weight_files: accepted weight files, the preferred one first.
 
     Raises:

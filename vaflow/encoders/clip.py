@@ -51,6 +51,7 @@ class ContextTower:
 
     Args:
         tokenizer: texts -> [N, L] tokens.
+        texts: N descriptions.
         count: vectors between the start token and the words.
 
     Attributes:
@@ -108,8 +109,11 @@ class ClipEncoder(ImageEncoder):
     """An image encoder with a text tower.
 
     Args:
+        request: name, device and precision.
         model: open_clip's model, both towers.
         tokenizer: returns the tokenizer, loaded at first use.
+        preprocessing: from pixels to the network's input.
+        identity: plain JSON of everything else that changes the output.
     """
 
     def __init__(

@@ -251,7 +251,12 @@ class SpeechEncoder(WindowEncoder):
 
 
 def whisper_features(samples: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-    """Samples [B, n] of at most 30 s at 16 kHz, filters [1 + n_fft / 2, bins] -> Whisper's input [B, bins, 3000]."""
+    """Return the log-Mel [B, bins, 3000] of samples [B, n], as WhisperFeatureExtractor computes it.
+
+    Args:
+        samples: at most 30 s at 16 kHz.
+        filters: [1 + n_fft / 2, bins].
+    """
     padded = torch.nn.functional.pad(samples, (0, WHISPER_SECONDS * RATE - samples.shape[1]))
     window = torch.hann_window(WHISPER_FFT, device=samples.device)
     spectrum = torch.stft(padded, WHISPER_FFT, WHISPER_HOP, window=window, return_complex=True)

@@ -41,6 +41,7 @@ class ImageEncoder:
     """A visual encoder around a network; see `vaflow.encoders.base.VisualEncoder`.
 
     Args:
+        request: name, device and precision.
         module: [B, 3, S, S] normalised -> [B, dim], or [B, layers, dim] where `layers` is set.
         preprocessing: from pixels to the network's input.
         identity: plain JSON of everything else that changes the output.
@@ -162,6 +163,7 @@ def encode_blocks(
         blocks: as for `BlockOutputs`; None: the network has none.
         special: number of tokens before the patches'; class_token: whether the first one is a class token.
         choice: layers and pooling; pooling defaults to "cls" with a class token, else "mean".
+        identity: of the encoder of the network's output; the layers and the pooling are added.
 
     Raises:
         UsageError: the network has no such layers or pooling.
@@ -211,6 +213,7 @@ def bare_resnet(blocks: list[int], *, width: int = 64, expansion: int = 4) -> to
     """Return torchvision's ResNet with bottleneck blocks and no classifier; its weights must be loaded.
 
     Args:
+        blocks: number of blocks of each stage.
         width: inner width of the first stage's blocks.
         expansion: width of a stage's output, relative to its planes (64, 128, 256, 512).
 

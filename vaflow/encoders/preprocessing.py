@@ -105,6 +105,7 @@ def resample(image: NDArray[np.float32], axis: int, size: int, kernel: str) -> N
     Args:
         image: [H, W, 3].
         axis: 0 or 1.
+        size: length of the axis in the result.
         kernel: "bilinear" or "bicubic" (a = -0.5, as Pillow).
 
     Source: `_compute_indices_min_size_weights_aa` in PyTorch's UpSampleKernel.cpp. Positions are float32 there, which

@@ -88,7 +88,12 @@ POSTPROCESSING = "pproc."  # PCA, in some files beside the network
 
 
 class VGGish(nn.Module):
-    """Groups of 3x3 convolutions of these channels, each followed by 2x2 max pooling; then dense layers of `widths`."""
+    """Groups of 3x3 convolutions, each followed by 2x2 max pooling; then dense layers.
+
+    Args:
+        channels: output channels of every convolution, group by group.
+        widths: outputs of the dense layers.
+    """
 
     def __init__(self, channels: Sequence[Sequence[int]] = CHANNELS, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
