@@ -24,7 +24,6 @@ TEXT_SUFFIX = ".text"  # stream of prompt prototypes = visual stream + suffix
 TEMPORAL = ("gru", "tcn", "lstm", "transformer")
 FUSION = ("hierarchical", "attention", "gated", "concat", "attention-concat")
 NORMALIZE = ("layer", "l2", "standard", "none")
-PRESETS = ("p1", "p2")
 AUTO = -1  # of epochs
 POSITIONS = ("none", "time")
 UNCERTAINTY = ("none", "variance")

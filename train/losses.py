@@ -107,21 +107,11 @@ def _double(tensor: Tensor | None) -> Tensor:
     return tensor.to(torch.float64)
 
 
-def region_centers(centers: float | Tensor = CENTERS) -> Tensor:
-    """Centres of the nine regions, [9, 2] (valence, arousal); region 3 * v + a with v, a in (low, middle, high).
-
-    Args:
-        centers: distance of the outer centres from 0.
-
-    Raises:
-        UsageError: `centers` is not above 0.
-    """
-    levels = _levels(centers, torch.zeros(0))
-    return torch.cartesian_prod(levels, levels)
-
-
 def _levels(centers: float | Tensor, like: Tensor) -> Tensor:
-    """The coordinates of the centres in each dimension, [3], created on the device of `like`."""
+    """The coordinates of the centres in each dimension, [3], created on the device of `like`.
+
+    Region 3 * v + a has the centre (levels[v], levels[a]), with v, a in (low, middle, high).
+    """
     _positive("centers", centers)
     return centers * torch.arange(-1, 2, dtype=like.dtype, device=like.device)
 

@@ -10,7 +10,6 @@ from vaflow.train import config as configs
 from vaflow.train.config import (
     BEFORE_SETTING,
     LEFT_OUT,
-    PRESETS,
     TrainConfig,
     coerce,
     from_toml,
@@ -41,7 +40,7 @@ def test_later_layers_take_precedence() -> None:
     assert (merged.lr, merged.epochs, merged.seed) == (3e-4, 4, 1)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["p1", "p2"])
 def test_toml_round_trip(name: str) -> None:
     config = merge(preset(name), {"window": 6, "causal": "false", "frames": 7, "seed": "12"})
     again = from_toml(to_toml(config))
