@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from vaflow.cache import Cache
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo, stored_layers
 from vaflow.cache.scratch import LongArray, Scratch
-from vaflow.encoders import logmel
 from vaflow.encoders.base import KALDI, FrontEnd, cut
-from vaflow.encoders.logmel import frame_times
+from vaflow.encoders.logmel import RATE, frame_times
 from vaflow.extract.audio import HOP, METHOD, SpeechMeter, covered_frames, step_valid, stored_speech
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.decoding_pool import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message
@@ -197,7 +196,7 @@ class ClipAssembly:
             case Clock():
                 self._start(message)
             case AudioBlock():
-                self._audio_seconds += message.samples.size / logmel.RATE
+                self._audio_seconds += message.samples.size / RATE
                 for front, bank in self._banks.items():
                     self._frames[front].append(bank.push(message.samples))
                 if self._speech is not None:

@@ -18,14 +18,12 @@ def test_detecting_and_aligning_do_not_import_torch() -> None:
     program = """
 import sys
 import numpy as np
-from vaflow.extract.faces.detection import CenterFace
-from vaflow.extract.faces.detection import Face
-from vaflow.extract.faces.identity import PersonTracker
-from vaflow.extract.faces.detection import align
-from vaflow.extract.faces.detection import encode_jpeg
-picture = np.zeros((64, 64, 3), np.uint8)
-PersonTracker().update(CenterFace().detect(picture), 0.0)
-encode_jpeg(align(picture, Face((8, 8, 40, 40), 0.9, np.random.default_rng(0).uniform(10, 40, (5, 2)))))
+from vaflow.extract.faces.alignment import align, encode_jpeg
+from vaflow.extract.faces.detection import CenterFace, Face
+from vaflow.extract.faces.tracking import PersonTracker
+image = np.zeros((64, 64, 3), np.uint8)
+PersonTracker().update(CenterFace().detect(image), 0.0)
+encode_jpeg(align(image, Face((8, 8, 40, 40), 0.9, np.random.default_rng(0).uniform(10, 40, (5, 2)))))
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
