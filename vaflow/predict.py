@@ -154,7 +154,7 @@ def predict_media(
     for path, member in members.items():
         for name in member.record.untrained:
             log.warning("%s was trained without %s labels; ignore its %s predictions", path, name, name)
-    features = ClipFeatures.of(media, settings, out, config, show_progress)
+    features = ClipFeatures.of(clips_of(media), settings, out, config, show_progress)
     predicted = write_clips(run, members, weights, features, show_progress)
     sources = {clip.id: clip.audio for clip in features.clips if clip.audio is not None}
     videos = {item: sources[source] for item in features.items if (source := clip_and_person(item)[0]) in sources}
@@ -176,22 +176,21 @@ class ClipFeatures:
     @classmethod
     def of(
         cls,
-        media: Sequence[Path],
+        clips: tuple[Clip, ...],
         settings: ExtractConfig | None,
         out: Path,
         config: PredictConfig,
         show_progress: bool,
     ) -> "ClipFeatures":
-        """Make `out`, and open the cache of the features; with `settings`, extract those of `media` first.
+        """Make `out`, and open the cache of the features; with `settings`, extract those of `clips` first.
 
         Without `config.cache`, they are in a hidden folder in `out`, one per settings, which an interrupted prediction
         leaves for the next call.
 
         Raises:
             UsageError: `out` belongs to a cache or a run or holds label tables, whose files would mix with the
-                predictions; a video does not exist; or there are no clips to predict.
+                predictions; or there are no clips to predict.
         """
-        clips = clips_of(media)
         kind = "a cache" if is_cache(out) else "a run directory" if RunFolder(out).config_file.exists() else ""
         if kind:
             raise UsageError(explain(f"{out} is {kind}", expected="another directory for the predictions"))
@@ -213,7 +212,7 @@ class ClipFeatures:
         if settings is None and not cache.items():
             raise UsageError(explain(f"{cache.place} has no clips to predict"))
         failed = {failure.item for failure in failures.failures}
-        items = items_of(cache, [clip.id for clip in clips if clip.id not in failed]) if media else cache.items()
+        items = items_of(cache, [clip.id for clip in clips if clip.id not in failed]) if settings else cache.items()
         refuse_foreign_tables(out, items)
         return cls(out, clips, cache, items, failures)
 

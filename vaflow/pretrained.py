@@ -15,7 +15,7 @@ from vaflow.cache import Cache
 from vaflow.encoders import build_encoder
 from vaflow.errors import UsageError, explain
 from vaflow.extract.config import ExtractConfig
-from vaflow.predict import ClipFeatures, PredictConfig, Predicted, PredictSummary, write_clip
+from vaflow.predict import ClipFeatures, PredictConfig, Predicted, PredictSummary, clips_of, write_clip
 from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
@@ -141,7 +141,7 @@ def predict_model(
     config = config or PredictConfig()
     if not media and config.cache is None:
         raise UsageError(explain("Nothing to predict", expected="videos, or --cache CACHE to predict its clips"))
-    settings = None
+    clips, settings = clips_of(media), None  # a missing video is reported before the model is read
     if media:
         encoder = build_encoder(name, weights=config.weights.get(name))
         columns.check(name, encoder.dim)
@@ -155,7 +155,7 @@ def predict_model(
             device=config.device,
             person=config.person or ExtractConfig.person,
         )
-    features = ClipFeatures.of(media, settings, out, config, show_progress)
+    features = ClipFeatures.of(clips, settings, out, config, show_progress)
     predicted: list[Predicted] = []
     if features.items:
         traces, windows = model_traces(features.cache, name, columns, features.items, show=show_progress)

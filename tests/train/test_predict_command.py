@@ -229,6 +229,11 @@ def test_predictions_are_not_written_into_a_cache_or_a_run(
         assert (out / "failures.jsonl").read_text() == "{}\n" and not (out / "x.csv").exists()
 
 
+def test_a_missing_video_is_reported_before_a_model_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "onnx:none.onnx", "--va", "0,1", "none.mp4", "--out", str(tmp_path / "out")]) == 2
+    assert "none.mp4 does not exist." in capsys.readouterr().err
+
+
 def test_a_cache_without_clips_is_a_usage_error(
     imported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
