@@ -252,6 +252,18 @@ def test_a_small_zarr_array_with_codecs_is_rejected(path: Path) -> None:
     assert_refused(path)
 
 
+@pytest.mark.parametrize("store", ["zarr"], indirect=True)
+def test_the_default_chunk_keys_need_no_configuration(path: Path) -> None:
+    """As TensorStore writes them."""
+
+    def shorten(attempt: Path) -> None:
+        metadata = attempt / "embedding" / "zarr.json"
+        metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"chunk_key_encoding": {"name": "default"}}))
+
+    commit_files(open_cache(path), shorten)
+    assert open_cache(path).read("visual", "one").embedding.shape == (5, 6)
+
+
 @pytest.mark.parametrize("store", ["hdf5"], indirect=True)
 @pytest.mark.parametrize("how", ["external file", "external link", "soft link", "virtual", "packed", "references"])
 def test_an_external_hdf5_dataset_is_rejected(path: Path, how: str) -> None:

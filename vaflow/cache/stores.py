@@ -23,6 +23,7 @@ from vaflow.files import TEMPORARY
 
 LARGEST_CHUNK = 64 * 2**20  # bytes; longer arrays are split along their first axis
 RAW_CODECS = ([{"name": "bytes", "configuration": {"endian": "little"}}], [{"name": "bytes"}])
+KEYS = ({"name": "default", "configuration": {"separator": "/"}}, {"name": "default"})  # of chunks: Zarr's default
 _HDF5 = ".h5"
 # Errors of the stores for files that match their checksum but are not valid.
 _BROKEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, OSError)
@@ -106,7 +107,7 @@ def _array_metadata(array: Rows, chunks: tuple[int, ...]) -> Json:
         "shape": list(array.shape),
         "data_type": array.dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "chunk_key_encoding": KEYS[0],
         "fill_value": array.dtype.type(0).item(),
         "codecs": RAW_CODECS[1 if array.dtype.itemsize == 1 else 0],
         "attributes": {},
@@ -128,8 +129,7 @@ def _read_array(attempt: str, blobs: Mapping[str, Blob], name: str) -> Array:
     """
     metadata: dict[str, Any] = json.loads(blobs[f"{attempt}/{name}/zarr.json"].tobytes())
     shape, grid, dtype = tuple(metadata["shape"]), metadata["chunk_grid"], metadata["data_type"]
-    keys = {"name": "default", "configuration": {"separator": "/"}}
-    if metadata["codecs"] not in RAW_CODECS or metadata["chunk_key_encoding"] != keys or dtype not in DTYPES:
+    if metadata["codecs"] not in RAW_CODECS or metadata["chunk_key_encoding"] not in KEYS or dtype not in DTYPES:
         raise ValueError(f"array {name!r} is not stored as raw bytes of a known type")
     chunk = tuple(grid["configuration"]["chunk_shape"]) if grid.get("name") == "regular" else ()
     lengths_fit = all(type(length) is int and length >= 0 for length in (*shape, *chunk))
