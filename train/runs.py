@@ -1,4 +1,4 @@
-"""The directory of a training run: its files, and building and loading its model.
+"""The directory of a training run, or its copy from the hub: its files, and building and loading its model.
 
 RUN/config.toml          resolved settings, streams, prompt set, counts of the data
     clips.json           digest of every clip that the run was trained and validated on
