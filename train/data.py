@@ -24,7 +24,8 @@ from vaflow.train import index_tables as tables
 from vaflow.train.batch import VISUAL, ExtraTargets, TargetSpec, read_rows, target_specs
 from vaflow.train.config import TrainConfig
 from vaflow.train.groups import split_items
-from vaflow.train.inputs import LOGMEL_INTERVAL, InputMasks, InputStream, interval_of, sampling
+from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampling
+from vaflow.train.masks import InputMasks
 from vaflow.train.windows import ClipRows, StreamTable, WindowSet
 
 log = logging.getLogger(__name__)

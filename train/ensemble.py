@@ -27,12 +27,13 @@ from vaflow.errors import CorruptError, DataError, UsageError, command, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import Trace, check_complete, failed_items, score, score_traces
+from vaflow.train.evaluate import check_complete, failed_items, score, score_traces
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import Maker, prediction_folders, read_sources, write_evaluation
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
 from vaflow.train.session import warn_of_demonstration
+from vaflow.train.traces import Trace
 from vaflow.train.training import read_for
 from vaflow.train.uncertainty import (
     Calibration,

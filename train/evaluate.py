@@ -1,163 +1,28 @@
-"""Windows -> traces at every annotated frame -> metrics.
-
-Overlapping windows are averaged, values are clipped to [-1, 1], and the frames of all clips are concatenated (ABAW).
-"""
+"""Scores of traces on a split: checks, metrics, groups, warnings. The frames of all clips are concatenated (ABAW)."""
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vaflow.cache import Cache
-from vaflow.datasets.files import below
-from vaflow.encoders.prompts import REGIONS
 from vaflow.errors import DataError, count, examples, explain
-from vaflow.files import write_file
 from vaflow.items import read_failures
-from vaflow.timeline import Bools, Floats, Ints, nearest, stitch
+from vaflow.timeline import Bools, Floats
 from vaflow.train import metrics
-from vaflow.train.batch import AUDIO, VISUAL, extra_scores, probabilities
+from vaflow.train.batch import extra_scores
 from vaflow.train.groups import Groups, Scored, by_group, source_splits
-from vaflow.train.losses import CENTERS
 from vaflow.train.metrics import DIMENSIONS, SCORES, by_dimension, by_intensity, plain
-from vaflow.train.windows import ClipRows, Prefetcher, WindowSet
+from vaflow.train.traces import Trace, predict_clips
+from vaflow.train.windows import ClipRows, WindowSet
 
 log = logging.getLogger(__name__)
 
-PREDICT_BATCH = {"cpu": 64, "cuda": 1024}  # windows; a GPU waits for kernel launches with fewer
-EXTRA = "extra/"  # prefix of further targets among a model's outputs
 NEARLY_CONSTANT = 0.02  # standard deviation of predictions below which a warning is given
 CONSTANT_LABEL = 0.02  # the same for labels, which lie in [-1, 1]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Predictions for one clip, at every row of its frame clock.
-
-    Attributes:
-        va: [R, 2] in [-1, 1].
-        regions: [R, 9] probabilities, or None without a prompt head.
-        extra: name -> probabilities of further targets at their own times, where the clip has them.
-        face, audio: [R] bool: the visual or audio input of the frame was valid; None: the run reads no such stream.
-        centers: distance of the outer region centers from 0.
-        interpolated: [R] bool: the frame lies between two samples of the model; None: unknown.
-        std: [R, 2] standard deviations of `va`; None without.
-        face_quality, speech: [R] quality of the face (0 to 1), and whether there is speech; None: unknown.
-        far: [R] bool: the frame's features are far from those of the training split; None: unknown.
-    """
-
-    clip: ClipRows
-    va: Floats
-    regions: Floats | None
-    extra: Mapping[str, Floats] = field(default_factory=dict)
-    face: Bools | None = None
-    audio: Bools | None = None
-    centers: float = CENTERS
-    interpolated: Bools | None = None
-    std: Floats | None = None
-    far: Bools | None = None
-    face_quality: Floats | None = None
-    speech: Bools | None = None
-
-    @property
-    def region(self) -> Ints:
-        """[R] the most likely region of the prompt head; without one, the region with the nearest center."""
-        if self.regions is not None:
-            return self.regions.argmax(axis=1)
-        return metrics.region_of(self.va, self.centers)
-
-
-@torch.inference_mode()
-def predict_windows(model: nn.Module, windows: WindowSet, batch_size: int | None = None) -> dict[str, Floats]:
-    """Predict every window.
-
-    Args:
-        batch_size: windows at a time; None: `PREDICT_BATCH` of the device.
-
-    Returns:
-        "va" [N, F, 2], "regions" [N, F, 9] if the model has a prompt head, "variance" [N, F, 2] if it has a variance
-        head, and the probabilities of further targets that the clips have, each [N, F, K], as "extra/NAME".
-    """
-    was_training = model.training
-    model.eval()
-    parts: dict[str, list[Tensor]] = {}
-    size = batch_size or PREDICT_BATCH.get(windows.device.type, PREDICT_BATCH["cpu"])
-    for batch in Prefetcher[Tensor](windows).batches(windows.in_order(size)):
-        output = model(batch)
-        outputs = {"va": output.va}
-        if output.region_logits is not None:
-            outputs["regions"] = output.region_logits.softmax(dim=-1)
-        if output.log_std is not None:
-            outputs["variance"] = torch.exp(2 * output.log_std)
-        for name, targets in windows.extra.items():
-            if name in output.extra:
-                outputs[f"{EXTRA}{name}"] = probabilities(output.extra[name], targets.task)
-        for name, value in outputs.items():
-            parts.setdefault(name, []).append(value.float())
-    model.train(was_training)
-    return {name: torch.cat(values).cpu().numpy().astype(np.float64) for name, values in parts.items()}
-
-
-def predict_clips(
-    model: nn.Module, windows: WindowSet, batch_size: int | None = None, *, centers: float = CENTERS
-) -> Iterator[Trace]:
-    """Yield a trace per clip: overlapping windows averaged, linear between samples, held at the ends.
-
-    `batch_size` is that of `predict_windows`, `centers` that of `Trace`.
-
-    Raises:
-        DataError: a prediction is NaN; the clip is named.
-    """
-    outputs = predict_windows(model, windows, batch_size)
-    inside = windows.inside_array
-    kinds = {stream.kind for stream in windows.streams}
-    for clip in windows.clips:
-        rows = slice(clip.first, clip.last)
-        traces = {}
-        for name, value in outputs.items():
-            time = clip.extra[name.removeprefix(EXTRA)].time if name.startswith(EXTRA) else clip.time
-            traces[name] = stitch(windows.sample_time[rows], value[rows], inside[rows], time)
-            if not np.isfinite(traces[name]).all():
-                raise DataError(explain(f"The model's prediction for clip {clip.item!r} is not finite"))
-        extra = {name.removeprefix(EXTRA): trace for name, trace in traces.items() if name.startswith(EXTRA)}
-        face, audio = (input_at_frames(windows, clip, k) if k in kinds else None for k in (VISUAL, AUDIO))
-        std = np.sqrt(traces["variance"]) if "variance" in traces else None
-        between = between_samples(windows, clip)
-        va = np.clip(traces["va"], -1, 1)
-        yield Trace(clip, va, traces.get("regions"), extra, face, audio, centers, between, std)
-
-
-def between_samples(windows: WindowSet, clip: ClipRows) -> Bools:
-    """[R] bool: False at the frame nearest to each sample of the windows."""
-    rows = slice(clip.first, clip.last)
-    between = np.ones(len(clip.time), bool)
-    if len(between):
-        between[nearest(clip.time, windows.sample_time[rows][windows.inside_array[rows]])] = False
-    return between
-
-
-def input_at_frames(windows: WindowSet, clip: ClipRows, kind: str) -> Bools:
-    """[R] bool: the input of `kind` was valid at each row of the clip's clock; see `at_frames`."""
-    return at_frames(clip, kind, *windows.sample_validity(clip, kind))
-
-
-def at_frames(clip: ClipRows, kind: str, instants: Floats, valid: Bools) -> Bools:
-    """Flags [K] of ascending instants at each row of the clip's clock, [R].
-
-    A frame takes the visual sample nearest in time, and the audio step that it lies in.
-    """
-    if not len(instants):
-        return np.zeros(len(clip.time), bool)
-    if kind == VISUAL:
-        edges = (instants[1:] + instants[:-1]) / 2
-        return valid[np.searchsorted(edges, clip.time)]
-    return valid[np.clip(np.searchsorted(instants, clip.time + 1e-6, side="right") - 1, 0, len(instants) - 1)]
 
 
 def score(traces: Iterable[Trace]) -> Floats:
@@ -360,42 +225,3 @@ def label_warnings(label: Floats, valid: Bools) -> list[str]:
                 f"labels of {name} are nearly constant (standard deviation {y.std():.2g}): their CCC is meaningless"
             )
     return warnings
-
-
-def write_predictions(folder: Path, traces: Iterable[Trace]) -> None:
-    """Write one CSV per clip, `<item>.csv`; see `prediction_csv`."""
-    for trace in traces:
-        write_file(below(folder, f"{trace.clip.item}.csv"), prediction_csv(trace))
-
-
-def prediction_csv(trace: Trace) -> str:
-    """Text of a prediction CSV, a row per frame.
-
-    Columns: frame (0-based), time (s), valence, arousal; label_valence, label_arousal where the clip is annotated
-    (empty where a row is not); face, audio (0 or 1) where the run reads such a stream; region; valence_std,
-    arousal_std and far_from_training (0 or 1) of runs with a variance head; interpolated (0 or 1); face_quality (0 to
-    1) and speech (0 or 1) where the cache holds them.
-    """
-    clip = trace.clip
-    columns: dict[str, Iterable[str]] = {
-        "frame": map(str, range(len(clip.time))),
-        "time": (f"{t:.6f}" for t in clip.time.tolist()),
-    }
-    columns |= {name: [f"{x:.6f}" for x in trace.va[:, k].tolist()] for k, name in enumerate(DIMENSIONS)}
-    if clip.valid.any():
-        for k, name in enumerate(DIMENSIONS):
-            pairs = zip(clip.value[:, k].tolist(), clip.valid[:, k].tolist(), strict=True)
-            columns[f"label_{name}"] = [f"{x:.6f}" if valid else "" for x, valid in pairs]
-    flags = {"face": trace.face, "audio": trace.audio}
-    columns |= {name: map(str, mask.astype(int).tolist()) for name, mask in flags.items() if mask is not None}
-    columns["region"] = ("_".join(REGIONS[k]) for k in trace.region.tolist())
-    if trace.std is not None:
-        columns |= {f"{name}_std": [f"{x:.6f}" for x in trace.std[:, k].tolist()] for k, name in enumerate(DIMENSIONS)}
-    flags = {"far_from_training": trace.far, "interpolated": trace.interpolated}
-    columns |= {name: map(str, mask.astype(int).tolist()) for name, mask in flags.items() if mask is not None}
-    if trace.face_quality is not None:
-        columns["face_quality"] = [f"{x:.3f}" for x in trace.face_quality.tolist()]
-    if trace.speech is not None:
-        columns["speech"] = map(str, trace.speech.astype(int).tolist())
-    rows = (",".join(row) for row in zip(*columns.values(), strict=True))
-    return "\n".join([",".join(columns), *rows]) + "\n"

@@ -21,9 +21,10 @@ from vaflow.errors import CorruptError, DataError, explain
 from vaflow.files import read_tensors, write_tensors
 from vaflow.train.batch import Batch, Output
 from vaflow.train.config import AUTO, TrainConfig
-from vaflow.train.evaluate import Trace, predict_clips, score
+from vaflow.train.evaluate import score
 from vaflow.train.losses import WEIGHTS, total_loss
 from vaflow.train.metrics import DIMENSIONS, SCORES, mean_over_dimensions, within_video_ccc
+from vaflow.train.traces import Trace, predict_clips
 from vaflow.train.windows import Prefetcher, WindowSet, drop_modality
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import numpy as np
 from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import visible
 from vaflow.timeline import Bools, Floats, median_interval
-from vaflow.train.evaluate import Trace
 from vaflow.train.metrics import DIMENSIONS, concordance
+from vaflow.train.traces import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -36,11 +36,11 @@ from vaflow.files import read_tensors, refuse_links, write_file
 from vaflow.train import record as digests
 from vaflow.train.batch import StreamSpec, TargetSpec
 from vaflow.train.config import TrainConfig
-from vaflow.train.evaluate import Trace, predict_clips
 from vaflow.train.heads import EachModel, VAModel
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.record import RunRecord, cache_places
 from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
+from vaflow.train.traces import Trace, predict_clips
 from vaflow.train.uncertainty import Calibration, TrainingFeatures, calibrated, read_calibration, read_training_features
 from vaflow.train.windows import WindowSet
 

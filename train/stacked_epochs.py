@@ -16,7 +16,6 @@ from torch import Generator, Tensor, nn
 from vaflow.errors import VaflowError
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
-from vaflow.train.evaluate import predict_clips
 from vaflow.train.loop import (
     Progress,
     Row,
@@ -33,6 +32,7 @@ from vaflow.train.loop import (
 )
 from vaflow.train.session import Data
 from vaflow.train.stacked_models import StackedModels, stacked_batch
+from vaflow.train.traces import predict_clips
 from vaflow.train.windows import Prefetcher, drop_modality, gather_each
 
 # Errors that end one run while the others continue: bad data, a device error, lack of memory, a full disk.

@@ -18,7 +18,7 @@ from vaflow.files import lock_folder, write_file
 from vaflow.items import read_failures
 from vaflow.train.config import AUTO, NONE, TrainConfig
 from vaflow.train.data import check_has_clips, load_split
-from vaflow.train.evaluate import Trace, check_complete, failed_items, featureless, score_traces
+from vaflow.train.evaluate import check_complete, failed_items, featureless, score_traces
 from vaflow.train.groups import Groups, split_items
 from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
@@ -38,6 +38,7 @@ from vaflow.train.record import (
 from vaflow.train.runs import RunFolder, load_run, require_record, width_of
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible, warn_of_demonstration
 from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width, write_smoothing
+from vaflow.train.traces import Trace
 from vaflow.train.uncertainty import calibrate, uncertainty_report, write_calibration
 from vaflow.train.windows import WindowSet, without_modality
 

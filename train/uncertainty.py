@@ -26,8 +26,8 @@ from vaflow.errors import CorruptError, explain
 from vaflow.files import read_tensors, write_file, write_tensors
 from vaflow.timeline import Floats
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec
-from vaflow.train.evaluate import Trace, at_frames
 from vaflow.train.metrics import DIMENSIONS
+from vaflow.train.traces import Trace, at_frames
 from vaflow.train.windows import StreamTable, WindowSet
 
 CALIBRATION, TRAINING_FEATURES = "uncertainty.json", "training_features.safetensors"  # files of a run

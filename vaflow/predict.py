@@ -37,13 +37,15 @@ from vaflow.train import plots
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import load_windows
 from vaflow.train.ensemble import ensemble_traces, maker_of, members_of, warn_of_changed_members
-from vaflow.train.evaluate import Trace, featureless, prediction_csv
+from vaflow.train.evaluate import featureless
 from vaflow.train.finetune.backbones import saved_weights
-from vaflow.train.inputs import frame_columns, sampling
+from vaflow.train.inputs import sampling
+from vaflow.train.masks import frame_columns
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.provenance import read_sources, write_sources
 from vaflow.train.runs import Run, RunFolder, load_run, local_run
 from vaflow.train.session import warn_of_demonstration
+from vaflow.train.traces import Trace, prediction_csv
 from vaflow.train.training import read_for
 
 log = logging.getLogger(__name__)

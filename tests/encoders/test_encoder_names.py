@@ -14,7 +14,7 @@ def test_names_and_kinds_need_no_heavy_library() -> None:
     code = (
         "import sys; from vaflow.encoders import ENCODERS, encoder_kind;"
         "from vaflow.encoders.prompts import load_prompts;"
-        "from vaflow.encoders.preprocessing import Preparation, frame_times;"
+        "from vaflow.encoders.logmel import frame_times; from vaflow.encoders.preprocessing import Preparation;"
         "load_prompts(); print([encoder_kind(name) for name in ENCODERS]);"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'open_clip', 'torchaudio', 'cv2')))"
     )

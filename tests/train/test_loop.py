@@ -16,11 +16,12 @@ from vaflow.errors import CorruptError, DataError
 from vaflow.files import write_tensors
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import predict_clips, score
+from vaflow.train.evaluate import score
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import Progress, Row, adamw, fit, lr_factor, make_optimizer, seeded, train_step
 from vaflow.train.losses import total_loss
 from vaflow.train.runs import build_model
+from vaflow.train.traces import predict_clips
 from vaflow.train.windows import StreamTable, WindowSet
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=4)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vaflow.train import plots
-from vaflow.train.evaluate import Trace
+from vaflow.train.traces import Trace
 from vaflow.train.windows import ClipRows
 
 

@@ -12,8 +12,9 @@ from vaflow.cache.schema import FACES, LABELS, LOGMEL, StreamInfo
 from vaflow.errors import UsageError
 from vaflow.train.config import TrainConfig, merge
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import Trace, prediction_csv
-from vaflow.train.inputs import during_speech, face_quality, frame_columns, resolve, speech_activity
+from vaflow.train.inputs import resolve
+from vaflow.train.masks import during_speech, face_quality, frame_columns, speech_activity
+from vaflow.train.traces import Trace, prediction_csv
 from vaflow.train.windows import WindowSet
 
 CLIP = "train0"

@@ -11,7 +11,7 @@ import pytest
 from scipy.signal import savgol_filter
 
 from vaflow.errors import CorruptError, UsageError
-from vaflow.train.evaluate import Trace, score
+from vaflow.train.evaluate import score
 from vaflow.train.smoothing import (
     FILTERS,
     Smoothing,
@@ -22,6 +22,7 @@ from vaflow.train.smoothing import (
     savitzky_golay,
     write_smoothing,
 )
+from vaflow.train.traces import Trace
 from vaflow.train.windows import ClipRows
 
 FPS = 25.0

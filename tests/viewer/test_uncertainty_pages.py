@@ -16,7 +16,7 @@ from toy_runs import write_run
 from vaflow.cli import main
 from vaflow.encoders import demonstration_notice
 from vaflow.train import plots
-from vaflow.train.evaluate import Trace
+from vaflow.train.traces import Trace
 from vaflow.train.windows import ClipRows
 from vaflow.viewer.clip_data import masks_of, payload, scores_of
 from vaflow.viewer.page import write_viewer

@@ -20,7 +20,6 @@ from vaflow.cache import Cache
 from vaflow.device import choose_device
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.train.config import TrainConfig
-from vaflow.train.evaluate import predict_clips
 from vaflow.train.finetune.backbones import (
     Backbone,
     Source,
@@ -40,6 +39,7 @@ from vaflow.train.loop import Progress, run_epochs
 from vaflow.train.record import RunRecord
 from vaflow.train.runs import RunFolder, load_run
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible
+from vaflow.train.traces import predict_clips
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)

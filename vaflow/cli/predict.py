@@ -226,7 +226,7 @@ def export(
         files = export_predictions(source, out, names, step)
     else:
         with loading(output):
-            from vaflow.train.pretrained_model import export_onnx, export_run
+            from vaflow.train.export import export_onnx, export_run
 
         files = export_run(source, out)
         if onnx:

@@ -337,9 +337,9 @@ def fusion_statistics(run: Path, cache: Cache, split: str, centers: float) -> Fu
         VaflowError: the run or the cache cannot be read.
     """
     from vaflow.train.data import load_windows
-    from vaflow.train.evaluate import predict_windows
     from vaflow.train.groups import split_items
     from vaflow.train.runs import load_run
+    from vaflow.train.traces import predict_windows
 
     loaded = load_run(run)
     fusion, config = loaded.model.fusion, loaded.record.config
@@ -362,7 +362,7 @@ def fusion_statistics(run: Path, cache: Cache, split: str, centers: float) -> Fu
 
 def gate_shares(windows: "WindowSet", gate: Floats, centers: float) -> list[GateShare]:
     """Summarize the gate of every window, [W, F, 1], by condition."""
-    from vaflow.train.evaluate import input_at_frames
+    from vaflow.train.traces import input_at_frames
 
     values, faces, regions = [], [], []
     for clip in windows.clips:
